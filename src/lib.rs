@@ -1,0 +1,55 @@
+//! Nodes of a Kubernetes cluster give each other the container images that a registry cannot.
+//!
+//! One binary, one agent per node, no controller and no leader. To read it, begin with [`agent::recover`]: the way from a
+//! failing pod to a runnable image, top to bottom.
+//!
+//! # Floors
+//!
+//! A module uses the floors beneath its own, never its neighbours on the same floor and nothing above. `tests/floors.rs` reads this
+//! table and keeps it true.
+//!
+//! ```text
+//! cli
+//! agent
+//! config
+//! containerd cluster mesh transfer layout admin testing
+//! identity
+//! ports wire metrics
+//! decide
+//! model
+//! oci
+//! ```
+//!
+//! Two deviations from the first design: `identity` is a floor of its own, because both network adapters prove the same key and
+//! siblings must not import each other; and `testing` stands among the adapters, since that is what it implements.
+
+pub mod decide;
+pub mod model;
+pub mod oci;
+pub mod ports;
+pub mod wire;
+
+#[cfg(feature = "agent")]
+pub mod admin;
+#[cfg(feature = "agent")]
+pub mod agent;
+#[cfg(feature = "agent")]
+pub mod cli;
+#[cfg(feature = "agent")]
+pub mod cluster;
+#[cfg(feature = "agent")]
+pub mod config;
+#[cfg(feature = "agent")]
+pub mod containerd;
+#[cfg(feature = "agent")]
+pub mod identity;
+#[cfg(feature = "agent")]
+pub mod layout;
+#[cfg(feature = "agent")]
+pub mod mesh;
+#[cfg(feature = "agent")]
+pub mod metrics;
+#[cfg(feature = "testing")]
+pub mod testing;
+#[cfg(feature = "agent")]
+pub mod transfer;

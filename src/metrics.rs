@@ -1,0 +1,236 @@
+//! Every metric that an agent exports. Methods are named after what happened; no label is unbounded: never a digest, a pod, a
+//! peer or an image.
+
+use std::time::Duration;
+
+use prometheus::{Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+
+/// The metrics of one agent. Cheap to clone; clones share their values.
+#[derive(Clone)]
+pub struct Metrics {
+    registry: Registry,
+    recoveries: IntCounterVec,
+    recovery_seconds: Histogram,
+    recoveries_running: IntGauge,
+    pod_failures: IntCounterVec,
+    fetched_bytes: IntCounter,
+    served_bytes: IntCounter,
+    fetch_failures: IntCounterVec,
+    peers: IntGauge,
+    admissions: IntCounterVec,
+    announced_items: IntGauge,
+    gossip_rejected: IntCounterVec,
+    nudges: IntCounterVec,
+    events: IntCounterVec,
+    claims: IntCounterVec,
+    store_errors: IntCounterVec,
+}
+
+/// How a recovery ended; the label `outcome`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The image is here.
+    Recovered,
+    /// It was here already, whole, and only the pod had to be nudged.
+    AlreadyHere,
+    /// Nobody holds it.
+    NoProvider,
+    /// Providers failed, all of them.
+    FetchFailed,
+    /// Our store failed.
+    StoreFailed,
+    /// A manifest that cannot be used, or none for this platform.
+    Unusable,
+    /// A limit forbids it.
+    OverLimit,
+}
+
+impl Outcome {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Recovered => "recovered",
+            Self::AlreadyHere => "already_here",
+            Self::NoProvider => "no_provider",
+            Self::FetchFailed => "fetch_failed",
+            Self::StoreFailed => "store_failed",
+            Self::Unusable => "unusable",
+            Self::OverLimit => "over_limit",
+        }
+    }
+}
+
+impl Metrics {
+    /// Registers everything, at zero.
+    ///
+    /// # Panics
+    /// Never: the names are constants and each is registered once.
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let r = &registry;
+        Self {
+            recoveries: counters(r, "recoveries_total", "Recoveries that ended, by outcome.", "outcome"),
+            recovery_seconds: histogram(
+                r,
+                "recovery_seconds",
+                "From the decision to recover until the image is usable.",
+            ),
+            recoveries_running: gauge(r, "recoveries_running", "Recoveries under way."),
+            pod_failures: counters(
+                r,
+                "pod_image_failures_total",
+                "Containers of this node that could not get their image, once each, by what was decided.",
+                "verdict",
+            ),
+            fetched_bytes: counter(r, "fetched_bytes_total", "Blob bytes received from peers."),
+            served_bytes: counter(r, "served_bytes_total", "Blob bytes sent to peers."),
+            fetch_failures: counters(r, "fetch_failures_total", "Blob fetches that failed, by reason.", "reason"),
+            peers: gauge(r, "peers", "Peers connected and admitted."),
+            admissions: counters(r, "admissions_total", "Decisions on who may join, by result.", "result"),
+            announced_items: gauge(r, "announced_items", "Blobs and image names that this node announces."),
+            gossip_rejected: counters(r, "gossip_rejected_total", "Gossip messages refused, by reason.", "reason"),
+            nudges: counters(r, "nudges_total", "Pods nudged after a recovery, by result.", "result"),
+            events: counters(r, "events_total", "Kubernetes Events written, by reason.", "reason"),
+            claims: counters(r, "claims_total", "Claims on a digest, by result.", "result"),
+            store_errors: counters(r, "store_errors_total", "Calls of the content store that failed, by kind.", "kind"),
+            registry,
+        }
+    }
+
+    /// A recovery began.
+    pub fn recovery_started(&self) {
+        self.recoveries_running.inc();
+    }
+
+    /// A recovery ended.
+    pub fn recovery_ended(&self, outcome: Outcome, took: Duration) {
+        self.recoveries_running.dec();
+        self.recoveries.with_label_values(&[outcome.label()]).inc();
+        self.recovery_seconds.observe(took.as_secs_f64());
+    }
+
+    /// A container of this node could not get its image; `verdict` is one of a handful of constants.
+    pub fn pod_failure_seen(&self, verdict: &'static str) {
+        self.pod_failures.with_label_values(&[verdict]).inc();
+    }
+
+    /// Bytes of blobs arrived.
+    pub fn fetched(&self, bytes: u64) {
+        self.fetched_bytes.inc_by(bytes);
+    }
+
+    /// Bytes of blobs were sent.
+    pub fn served(&self, bytes: u64) {
+        self.served_bytes.inc_by(bytes);
+    }
+
+    /// A fetch from a peer failed; `reason` names the kind of error.
+    pub fn fetch_failed(&self, reason: &'static str) {
+        self.fetch_failures.with_label_values(&[reason]).inc();
+    }
+
+    /// So many peers are connected now.
+    pub fn peers_connected(&self, peers: usize) {
+        self.peers.set(i64::try_from(peers).unwrap_or(i64::MAX));
+    }
+
+    /// A peer asked to be admitted: `admitted`, `denied`, `cannot_tell`.
+    pub fn admission_decided(&self, result: &'static str) {
+        self.admissions.with_label_values(&[result]).inc();
+    }
+
+    /// So many items are announced now.
+    pub fn announcing(&self, items: usize) {
+        self.announced_items.set(i64::try_from(items).unwrap_or(i64::MAX));
+    }
+
+    /// A gossip message was refused.
+    pub fn gossip_refused(&self, reason: &'static str) {
+        self.gossip_rejected.with_label_values(&[reason]).inc();
+    }
+
+    /// A pod was nudged, or could not be.
+    pub fn nudged(&self, result: &'static str) {
+        self.nudges.with_label_values(&[result]).inc();
+    }
+
+    /// An Event was written.
+    pub fn event_written(&self, reason: &'static str) {
+        self.events.with_label_values(&[reason]).inc();
+    }
+
+    /// A claim was tried: `held`, `taken_by_other`, `out_of_reach`.
+    pub fn claim_tried(&self, result: &'static str) {
+        self.claims.with_label_values(&[result]).inc();
+    }
+
+    /// The content store failed a call.
+    pub fn store_failed(&self, kind: &'static str) {
+        self.store_errors.with_label_values(&[kind]).inc();
+    }
+
+    /// Everything in Prometheus' text format.
+    ///
+    /// # Panics
+    /// Never: writing to memory does not fail.
+    pub fn render(&self) -> Vec<u8> {
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text).expect("memory can be written");
+        text
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn register<C: prometheus::core::Collector + Clone + 'static>(registry: &Registry, collector: C) -> C {
+    registry.register(Box::new(collector.clone())).expect("each name is registered once");
+    collector
+}
+
+fn named(name: &str) -> String {
+    format!("lighterman_{name}")
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
+    register(registry, IntCounter::new(named(name), help).expect("a constant name"))
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, label: &str) -> IntCounterVec {
+    register(registry, IntCounterVec::new(Opts::new(named(name), help), &[label]).expect("a constant name"))
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    register(registry, IntGauge::new(named(name), help).expect("a constant name"))
+}
+
+fn histogram(registry: &Registry, name: &str, help: &str) -> Histogram {
+    // From an image whose layers are all here to 10 GiB over a shared 1 Gbit/s link.
+    let buckets = vec![0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0];
+    let options = HistogramOpts::new(named(name), help).buckets(buckets);
+    register(registry, Histogram::with_opts(options).expect("a constant name"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happened_shows_in_the_text() {
+        let metrics = Metrics::new();
+        metrics.recovery_started();
+        metrics.recovery_ended(Outcome::Recovered, Duration::from_secs(2));
+        metrics.fetched(5);
+        let text = String::from_utf8(metrics.render()).unwrap();
+        for line in [
+            r#"lighterman_recoveries_total{outcome="recovered"} 1"#,
+            "lighterman_recoveries_running 0",
+            "lighterman_fetched_bytes_total 5",
+            "lighterman_recovery_seconds_count 1",
+        ] {
+            assert!(text.lines().any(|have| have == line), "{line} in\n{text}");
+        }
+    }
+}

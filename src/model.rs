@@ -1,0 +1,11 @@
+//! The nouns that every floor shares: who a peer is, what a pod looks like to us.
+//!
+//! Not here: anything of OCI (that is [`crate::oci`]), anything that talks to anybody.
+
+mod content;
+mod peer;
+mod pod;
+
+pub use content::ContentChange;
+pub use peer::{Credential, NodeName, NodeNameError, Peer, PeerId, PeerIdError};
+pub use pod::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy, Waiting};

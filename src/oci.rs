@@ -1,0 +1,16 @@
+//! What images are made of: digests, references, descriptors, manifests and indexes.
+//!
+//! Everything here is parsed once, at the edge, into a type that cannot be wrong; what is refused is refused
+//! with a reason that names the text. Not here: where content is kept or who holds it.
+
+mod descriptor;
+mod digest;
+mod document;
+mod platform;
+mod reference;
+
+pub use descriptor::{Descriptor, DescriptorError};
+pub use digest::{Digest, DigestError, Hasher, Verified, VerifyError};
+pub use document::{Document, DocumentError, Index, MAX_CHILDREN, MAX_DOCUMENT_BYTES, Manifest};
+pub use platform::Platform;
+pub use reference::{Reference, ReferenceError, Repository};

@@ -1,0 +1,242 @@
+//! Content addresses, and the only way to prove that bytes are what an address says.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use sha2::{Digest as _, Sha256};
+
+/// A `sha256:` digest (OCI image specification, "Descriptors", section "Digests").
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Digest([u8; 32]);
+
+/// The text is not a digest that can be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DigestError {
+    /// A registered algorithm, or an invented one, that nothing here computes.
+    #[error("digest algorithm {0:?} is not supported (only sha256 is)")]
+    UnsupportedAlgorithm(String),
+    /// Not `algorithm:hex`, or not 64 lower-case hexadecimal characters.
+    #[error("{0:?} is not a digest (sha256: and 64 characters of 0-9 a-f)")]
+    Malformed(String),
+}
+
+impl Digest {
+    /// The digest whose value is already known, as from a message or a finished hash.
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// The digest of these bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(Sha256::digest(bytes).into())
+    }
+
+    /// Its 32 bytes.
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// The 64 hexadecimal characters, which are also the blob's file name in an OCI layout.
+    pub fn hex(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Twelve characters, enough for a person to tell blobs apart.
+    pub fn short(&self) -> String {
+        self.hex()[..12].to_owned()
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sha256:{}", self.hex())
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Digest {
+    type Err = DigestError;
+
+    fn from_str(text: &str) -> Result<Self, DigestError> {
+        let malformed = || DigestError::Malformed(text.chars().take(80).collect());
+        let (algorithm, hex) = text.split_once(':').ok_or_else(malformed)?;
+        if algorithm != "sha256" {
+            let known_shape = (1..=32).contains(&algorithm.len())
+                && algorithm.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+._-".contains(&b));
+            return Err(if known_shape {
+                DigestError::UnsupportedAlgorithm(algorithm.to_owned())
+            } else {
+                malformed()
+            });
+        }
+        let digits = hex.as_bytes();
+        if digits.len() != 64 {
+            return Err(malformed());
+        }
+        let nibble = |digit: u8| match digit {
+            b'0'..=b'9' => Some(digit - b'0'),
+            b'a'..=b'f' => Some(digit - b'a' + 10),
+            _ => None,
+        };
+        let mut bytes = [0; 32];
+        for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+            let (high, low) = (nibble(pair[0]).ok_or_else(malformed)?, nibble(pair[1]).ok_or_else(malformed)?);
+            *byte = high << 4 | low;
+        }
+        Ok(Self(bytes))
+    }
+}
+
+/// Text for people and JSON, 32 bytes in our own messages.
+impl Serialize for Digest {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() { serializer.collect_str(self) } else { self.0.serialize(serializer) }
+    }
+}
+
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if deserializer.is_human_readable() {
+            String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        } else {
+            <[u8; 32]>::deserialize(deserializer).map(Self)
+        }
+    }
+}
+
+/// Proof that bytes with this digest and of this size went through a [`Hasher`].
+///
+/// It can be made nowhere else, so a function that asks for one cannot be called with unchecked content.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Verified {
+    digest: Digest,
+    size: u64,
+}
+
+impl Verified {
+    /// What the bytes hash to.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// How many bytes there were.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+/// The bytes are not the blob that was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum VerifyError {
+    /// Fewer or more bytes than the descriptor says.
+    #[error("{expected} should have {expected_size} bytes and has {actual_size}")]
+    Size {
+        /// The blob that was asked for.
+        expected: Digest,
+        /// The size that its descriptor gives.
+        expected_size: u64,
+        /// The bytes that there were.
+        actual_size: u64,
+    },
+    /// The right number of bytes, but others.
+    #[error("bytes for {expected} hash to {actual}")]
+    Digest {
+        /// The blob that was asked for.
+        expected: Digest,
+        /// What came instead.
+        actual: Digest,
+    },
+}
+
+/// Hashes a blob while it streams by.
+#[derive(Clone, Default)]
+pub struct Hasher {
+    sha: Sha256,
+    size: u64,
+}
+
+impl Hasher {
+    /// Takes the next bytes of the blob.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.sha.update(bytes);
+        self.size += bytes.len() as u64;
+    }
+
+    /// The bytes taken so far.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Ends the blob and says whether it was the one that was meant.
+    ///
+    /// # Errors
+    /// [`VerifyError`] when the size or the digest differ.
+    pub fn verify(self, expected: Digest, expected_size: u64) -> Result<Verified, VerifyError> {
+        if self.size != expected_size {
+            return Err(VerifyError::Size { expected, expected_size, actual_size: self.size });
+        }
+        let actual = Digest(self.sha.finalize().into());
+        if actual != expected {
+            return Err(VerifyError::Digest { expected, actual });
+        }
+        Ok(Verified { digest: actual, size: self.size })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EMPTY: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    #[test]
+    fn a_digest_reads_back_as_it_was_written() {
+        let digest: Digest = EMPTY.parse().unwrap();
+        assert_eq!(digest, Digest::of(b""));
+        assert_eq!(digest.to_string(), EMPTY);
+        assert_eq!(digest.short(), "e3b0c44298fc");
+        let json = serde_json::to_string(&digest).unwrap();
+        assert_eq!(json, format!("{EMPTY:?}"));
+        assert_eq!(serde_json::from_str::<Digest>(&json).unwrap(), digest);
+    }
+
+    #[test]
+    fn other_algorithms_are_named_in_the_refusal() {
+        for (text, algorithm) in
+            [("sha512:00", "sha512"), ("blake3:00", "blake3"), ("multihash+base58:Qm", "multihash+base58")]
+        {
+            assert_eq!(text.parse::<Digest>(), Err(DigestError::UnsupportedAlgorithm(algorithm.into())));
+        }
+    }
+
+    #[test]
+    fn malformed_digests_are_refused() {
+        let long = format!("{EMPTY}0");
+        let upper = EMPTY.to_uppercase().replace("SHA256", "sha256");
+        for text in
+            ["", "sha256", "sha256:", ":abc", "sha256:xyz", "SHA256:00", &EMPTY[..70], &long, &upper, "sha256:é"]
+        {
+            assert!(matches!(text.parse::<Digest>(), Err(DigestError::Malformed(_))), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn only_the_right_bytes_are_verified() {
+        let wanted = Digest::of(b"cargo");
+        let hash = |bytes: &[u8]| {
+            let mut hasher = Hasher::default();
+            bytes.chunks(2).for_each(|chunk| hasher.update(chunk));
+            hasher.verify(wanted, 5)
+        };
+        assert_eq!(hash(b"cargo").unwrap(), Verified { digest: wanted, size: 5 });
+        assert!(matches!(hash(b"carg"), Err(VerifyError::Size { actual_size: 4, .. })), "short");
+        assert!(matches!(hash(b"cargoo"), Err(VerifyError::Size { actual_size: 6, .. })), "long");
+        assert!(matches!(hash(b"argo!"), Err(VerifyError::Digest { .. })), "other bytes");
+    }
+}

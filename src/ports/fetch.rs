@@ -1,0 +1,113 @@
+//! Getting a blob from a peer.
+
+use async_trait::async_trait;
+
+use super::{BlobSink, StoreError};
+use crate::model::PeerId;
+use crate::oci::{Digest, Verified, VerifyError};
+
+/// Fetches blobs from peers that were admitted.
+#[async_trait]
+pub trait Fetcher: Send + Sync + 'static {
+    /// Streams the whole blob from `peer` into `sink`, in order, and proves on the way that it is the right one.
+    ///
+    /// Bounded: a peer that sends more than `size` bytes, or nothing for a while, is given up. When it fails, what
+    /// `sink` received must be thrown away.
+    ///
+    /// # Errors
+    /// [`FetchError`], which says whether another peer is worth a try.
+    async fn fetch(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        size: u64,
+        sink: &mut dyn BlobSink,
+    ) -> Result<Verified, FetchError>;
+
+    /// The size of the blob as `peer` tells it, `None` when it does not hold it. Not proved, but bounded use can be made of it.
+    ///
+    /// # Errors
+    /// As [`Fetcher::fetch`].
+    async fn size_of(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError>;
+}
+
+/// Why a blob did not come from a peer.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// No connection: unknown, down, cut off.
+    #[error("peer {peer} cannot be reached: {reason}")]
+    Unreachable {
+        /// Who was called.
+        peer: PeerId,
+        /// What the transport said.
+        reason: String,
+    },
+    /// The peer does not accept us, or we do not accept it.
+    #[error("peer {peer} and this agent do not admit each other: {reason}")]
+    NotAdmitted {
+        /// Who was called.
+        peer: PeerId,
+        /// What the refusing side said.
+        reason: String,
+    },
+    /// It announced the blob and does not have it any more.
+    #[error("peer {peer} does not hold {digest}")]
+    Absent {
+        /// Who was asked.
+        peer: PeerId,
+        /// For what.
+        digest: Digest,
+    },
+    /// It serves as many as it can at the moment.
+    #[error("peer {peer} is busy")]
+    Busy {
+        /// Who was asked.
+        peer: PeerId,
+    },
+    /// It stopped sending.
+    #[error("peer {peer} sent nothing of {digest} for {seconds} s")]
+    Stalled {
+        /// Who was sending.
+        peer: PeerId,
+        /// What.
+        digest: Digest,
+        /// The wait that was allowed.
+        seconds: u64,
+    },
+    /// It sent other bytes than the digest asks for.
+    #[error("peer {peer} sent wrong content: {source}")]
+    Corrupt {
+        /// Who sent them.
+        peer: PeerId,
+        /// What was wrong.
+        source: VerifyError,
+    },
+    /// It broke the protocol, or speaks another version of it.
+    #[error("peer {peer} broke the protocol: {reason}")]
+    Protocol {
+        /// Who.
+        peer: PeerId,
+        /// How.
+        reason: String,
+    },
+    /// Our own store failed while the bytes came.
+    #[error("while writing: {0}")]
+    Sink(#[from] StoreError),
+}
+
+impl FetchError {
+    /// Whether the peer did what no honest, healthy peer of this release does.
+    pub fn is_peers_fault(&self) -> bool {
+        matches!(self, Self::Corrupt { .. } | Self::Protocol { .. })
+    }
+
+    /// Whether another peer may do better. Not so when our own store is what failed.
+    pub fn another_peer_may_help(&self) -> bool {
+        !matches!(self, Self::Sink(_))
+    }
+
+    /// Whether this same peer is worth asking again in a moment.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::Busy { .. })
+    }
+}
