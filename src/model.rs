@@ -3,9 +3,11 @@
 //! Not here: anything of OCI (that is [`crate::oci`]), anything that talks to anybody.
 
 mod content;
+mod lease;
 mod peer;
 mod pod;
 
-pub use content::ContentChange;
+pub use content::{ContentChange, MeshEvent};
+pub use lease::{LeaseSnapshot, LeaseVersion};
 pub use peer::{Credential, NodeName, NodeNameError, Peer, PeerId, PeerIdError};
 pub use pod::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy, Waiting};

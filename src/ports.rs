@@ -8,14 +8,13 @@ mod claims;
 mod cluster;
 mod content;
 mod fetch;
-mod gossip;
 
+pub use crate::model::{LeaseSnapshot, LeaseVersion, MeshEvent};
 pub use admission::{Admission, Refusal};
-pub use claims::{ClaimError, Claims, LeaseSnapshot, LeaseVersion};
+pub use claims::{ClaimError, Claims};
 pub use cluster::{Cluster, ClusterError, PodEvent, PodReport, ReportKind};
 pub use content::{
     BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered,
     StoreError,
 };
 pub use fetch::{FetchError, Fetcher};
-pub use gossip::MeshEvent;

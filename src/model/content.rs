@@ -1,7 +1,8 @@
-//! What a node holds, as it tells others.
+//! What nodes hold, as they tell each other.
 
 use serde::{Deserialize, Serialize};
 
+use super::{Peer, PeerId};
 use crate::oci::{Digest, Repository};
 
 /// One change of what a node holds. Announcements are hints: whoever fetches verifies.
@@ -15,4 +16,17 @@ pub enum ContentChange {
     Tagged(Repository, Option<String>, Digest),
     /// It is no longer.
     Untagged(Repository, Option<String>, Digest),
+}
+
+/// What the mesh tells the agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MeshEvent {
+    /// A peer is connected; its inventory follows.
+    Up(Peer),
+    /// A peer is gone: nothing it announced can be fetched now.
+    Down(PeerId),
+    /// Everything a peer holds; replaces what was known of it.
+    Snapshot(PeerId, Vec<ContentChange>),
+    /// What changed at a peer since then.
+    Changed(PeerId, Vec<ContentChange>),
 }

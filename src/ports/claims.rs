@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use async_trait::async_trait;
 
+use crate::model::{LeaseSnapshot, LeaseVersion};
 use crate::oci::Digest;
 
 /// Reads and writes the Lease of a digest.
@@ -35,21 +36,6 @@ pub trait Claims: Send + Sync + 'static {
     /// [`ClaimError::Unavailable`]; the Lease then expires by itself and is swept.
     async fn release(&self, digest: Digest) -> Result<(), ClaimError>;
 }
-
-/// A Lease as read.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LeaseSnapshot {
-    /// Who holds it: a node's name.
-    pub holder: Option<String>,
-    /// When it was renewed last, by the holder's clock.
-    pub renewed: Option<SystemTime>,
-    /// Which version was read.
-    pub version: LeaseVersion,
-}
-
-/// The resource version, opaque.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LeaseVersion(pub String);
 
 /// Why a claim could not be had.
 #[derive(Debug, thiserror::Error)]

@@ -1,0 +1,82 @@
+//! Who does what should happen once: candidates ranked by hash, a Lease as advice.
+//!
+//! A claim never stands in the way of content: it is lost, stolen or unreachable without harm, because what is fetched is
+//! addressed by its digest. Today it names the node that leads a recovery; nobody waits for it.
+
+use std::time::{Duration, SystemTime};
+
+use super::plan::rendezvous;
+use crate::model::{LeaseSnapshot, LeaseVersion, NodeName, PeerId};
+use crate::oci::Digest;
+
+/// How long a claim holds without renewal. Longer than a slow API server's answer, short enough that a dead holder does not
+/// matter for long; also what the Lease says of itself.
+pub const LIFE: Duration = Duration::from_secs(15);
+
+/// How many candidates may write to the API server for one digest, whatever the size of the cluster.
+pub const CANDIDATES: usize = 3;
+
+/// What to do about a Lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// There is none: make it.
+    Create,
+    /// It is ours, or its holder let it expire: write it, if it is still this version.
+    Update(LeaseVersion),
+    /// Somebody else holds it.
+    Leave,
+}
+
+/// When a candidate may try: the first at once, the next two only after it had time; the others never.
+pub fn wait_before_trying(me: PeerId, digest: Digest, others: &[PeerId]) -> Option<Duration> {
+    let mine = rendezvous(&[me], digest);
+    let rank = others.iter().filter(|&&other| other != me && rendezvous(&[other], digest) < mine).count();
+    // Three seconds: a candidate that has made no Lease by then is dead or cut off.
+    (rank < CANDIDATES).then(|| Duration::from_secs(3) * u32::try_from(rank).unwrap_or(u32::MAX))
+}
+
+/// What the Lease that was read asks for. A clock that is wrong by less than [`LIFE`] only makes a second holder, which is harmless.
+pub fn step(read: Option<&LeaseSnapshot>, me: &NodeName, now: SystemTime) -> Step {
+    let Some(lease) = read else { return Step::Create };
+    let mine = lease.holder.as_deref() == Some(me.as_str());
+    let expired = lease.renewed.is_none_or(|renewed| now.duration_since(renewed).is_ok_and(|age| age > LIFE));
+    if mine || lease.holder.is_none() || expired { Step::Update(lease.version.clone()) } else { Step::Leave }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lease(holder: Option<&str>, age: u64, now: SystemTime) -> LeaseSnapshot {
+        LeaseSnapshot {
+            holder: holder.map(Into::into),
+            renewed: Some(now - Duration::from_secs(age)),
+            version: LeaseVersion("7".into()),
+        }
+    }
+
+    #[test]
+    fn a_lease_is_taken_when_it_is_free_ours_or_expired() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let me: NodeName = "n1".parse().unwrap();
+        let update = Step::Update(LeaseVersion("7".into()));
+        assert_eq!(step(None, &me, now), Step::Create);
+        assert_eq!(step(Some(&lease(Some("n1"), 1, now)), &me, now), update);
+        assert_eq!(step(Some(&lease(Some("n2"), 1, now)), &me, now), Step::Leave);
+        assert_eq!(step(Some(&lease(Some("n2"), 15, now)), &me, now), Step::Leave, "to the second");
+        assert_eq!(step(Some(&lease(Some("n2"), 16, now)), &me, now), update);
+        assert_eq!(step(Some(&lease(None, 1, now)), &me, now), update);
+        let ahead = LeaseSnapshot { renewed: Some(now + Duration::from_secs(60)), ..lease(Some("n2"), 0, now) };
+        assert_eq!(step(Some(&ahead), &me, now), Step::Leave, "a clock that runs ahead");
+    }
+
+    #[test]
+    fn at_most_three_of_a_thousand_try() {
+        let peers: Vec<_> =
+            (0..1000_u32).map(|n| PeerId::from_public_key(*Digest::of(&n.to_le_bytes()).as_bytes())).collect();
+        let digest = Digest::of(b"image");
+        let mut waits: Vec<_> = peers.iter().filter_map(|me| wait_before_trying(*me, digest, &peers)).collect();
+        waits.sort();
+        assert_eq!(waits, [0, 3, 6].map(Duration::from_secs));
+    }
+}

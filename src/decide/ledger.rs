@@ -1,0 +1,99 @@
+//! What is known and what was said about each container, so that a reason that flips between `ErrImagePull` and
+//! `ImagePullBackOff` is one failure, an Event is written once, and a cause outlives the message that named it.
+
+use std::collections::{HashMap, HashSet};
+
+use super::pull_failure::Cause;
+use crate::model::PodRef;
+
+/// Remembers per pod UID, container and image; forgets with the pod.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    /// Bounded by the pods of this node (110 by default) and their containers.
+    pods: HashMap<String, HashMap<ContainerImage, Entry>>,
+}
+
+/// A container and the image it asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct ContainerImage {
+    container: String,
+    image: String,
+}
+
+#[derive(Debug, Default)]
+struct Entry {
+    cause: Option<Cause>,
+    said: HashSet<&'static str>,
+}
+
+impl Ledger {
+    /// The cause understood so far, after taking in what the latest message says. A denial is never overwritten.
+    pub fn learn(&mut self, pod: &PodRef, container: &str, image: &str, cause: Option<Cause>) -> Option<Cause> {
+        let entry = self.entry(pod, container, image);
+        if entry.cause != Some(Cause::Denied) {
+            entry.cause = cause.or(entry.cause);
+        }
+        entry.cause
+    }
+
+    /// Whether this is the first time that `what` is to be said about the container and its image.
+    pub fn is_news(&mut self, pod: &PodRef, container: &str, image: &str, what: &'static str) -> bool {
+        self.entry(pod, container, image).said.insert(what)
+    }
+
+    /// The container got its image, or asks for another one: a later failure is a new one.
+    pub fn settle(&mut self, pod: &PodRef, container: &str) {
+        if let Some(entries) = self.pods.get_mut(&pod.uid) {
+            entries.retain(|key, _| key.container != container);
+        }
+    }
+
+    /// The pod is gone.
+    pub fn forget(&mut self, pod: &PodRef) {
+        self.pods.remove(&pod.uid);
+    }
+
+    /// Forgets every pod that is not in the list.
+    pub fn retain(&mut self, exists: impl Fn(&str) -> bool) {
+        self.pods.retain(|uid, _| exists(uid));
+    }
+
+    fn entry(&mut self, pod: &PodRef, container: &str, image: &str) -> &mut Entry {
+        let key = ContainerImage { container: container.to_owned(), image: image.to_owned() };
+        self.pods.entry(pod.uid.clone()).or_default().entry(key).or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(uid: &str) -> PodRef {
+        PodRef { k8s_namespace: "default".into(), name: "p".into(), uid: uid.into() }
+    }
+
+    #[test]
+    fn a_failure_is_news_once_until_it_is_settled() {
+        let mut ledger = Ledger::default();
+        assert!(ledger.is_news(&pod("1"), "c", "a:1", "recover"));
+        assert!(!ledger.is_news(&pod("1"), "c", "a:1", "recover"));
+        assert!(ledger.is_news(&pod("1"), "d", "a:1", "recover"), "another container");
+        assert!(ledger.is_news(&pod("1"), "c", "a:2", "recover"), "another image");
+        assert!(ledger.is_news(&pod("2"), "c", "a:1", "recover"), "a pod of the same name made again");
+        ledger.settle(&pod("1"), "c");
+        assert!(ledger.is_news(&pod("1"), "c", "a:1", "recover"), "it ran in between");
+        ledger.forget(&pod("2"));
+        assert!(ledger.is_news(&pod("2"), "c", "a:1", "recover"));
+    }
+
+    #[test]
+    fn a_denial_is_never_overwritten() {
+        let mut ledger = Ledger::default();
+        let mut learn = |cause| ledger.learn(&pod("1"), "c", "a:1", cause);
+        assert_eq!(learn(None), None);
+        assert_eq!(learn(Some(Cause::Unavailable)), Some(Cause::Unavailable));
+        assert_eq!(learn(None), Some(Cause::Unavailable), "silence does not unlearn");
+        assert_eq!(learn(Some(Cause::Denied)), Some(Cause::Denied));
+        assert_eq!(learn(Some(Cause::Unavailable)), Some(Cause::Denied));
+    }
+}

@@ -1,0 +1,229 @@
+//! Which recoveries run now: one per image on this node, a few at a time, failed ones again after a while.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use crate::model::PodRef;
+use crate::oci::Reference;
+
+/// The recoveries of this node. Bounded by its pods: an image is here only as long as a pod waits for it.
+#[derive(Debug)]
+pub struct Queue {
+    concurrency: usize,
+    jobs: BTreeMap<Reference, Job>,
+    /// Orders jobs by when they were first wanted.
+    counter: u64,
+}
+
+#[derive(Debug)]
+struct Job {
+    pods: BTreeSet<PodRef>,
+    since: u64,
+    failures: u32,
+    state: State,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Ready,
+    Running,
+    BackingOff { until: Instant, for_a_provider: bool },
+}
+
+/// What became of a pod's wish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Joined {
+    /// It is the first for this image.
+    First,
+    /// Others wait for it already, and it waits with them.
+    Others,
+    /// This very pod waits already.
+    Already,
+}
+
+/// How a recovery ended, for the queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The image is here.
+    Done,
+    /// Nobody holds it; a provider that appears starts it again at once.
+    NoProvider,
+    /// It failed and is tried again.
+    Failed,
+}
+
+/// First wait after a failure, doubled each time up to [`MAX_BACKOFF`].
+const MIN_BACKOFF: Duration = Duration::from_secs(1);
+/// As the kubelet's own longest pull back-off, so that we are never the slower one.
+const MAX_BACKOFF: Duration = Duration::from_secs(300);
+
+impl Queue {
+    /// An empty queue that runs so many recoveries at a time.
+    pub fn new(concurrency: usize) -> Self {
+        Self { concurrency, jobs: BTreeMap::new(), counter: 0 }
+    }
+
+    /// A pod needs an image.
+    pub fn want(&mut self, reference: &Reference, pod: &PodRef) -> Joined {
+        if let Some(job) = self.jobs.get_mut(reference) {
+            return if job.pods.insert(pod.clone()) { Joined::Others } else { Joined::Already };
+        }
+        self.counter += 1;
+        let job = Job { pods: [pod.clone()].into(), since: self.counter, failures: 0, state: State::Ready };
+        self.jobs.insert(reference.clone(), job);
+        Joined::First
+    }
+
+    /// The next recovery to start, if one may start now; it counts as running from here on.
+    pub fn start_next(&mut self, now: Instant) -> Option<Reference> {
+        let running = self.jobs.values().filter(|job| job.state == State::Running).count();
+        if running >= self.concurrency {
+            return None;
+        }
+        let due = |job: &Job| match job.state {
+            State::Ready => true,
+            State::Running => false,
+            State::BackingOff { until, .. } => until <= now,
+        };
+        let (reference, job) = self.jobs.iter_mut().filter(|(_, job)| due(job)).min_by_key(|(_, job)| job.since)?;
+        job.state = State::Running;
+        Some(reference.clone())
+    }
+
+    /// When [`Queue::start_next`] is worth calling again although nothing happened.
+    pub fn next_due(&self) -> Option<Instant> {
+        self.jobs
+            .values()
+            .filter_map(|job| match job.state {
+                State::BackingOff { until, .. } => Some(until),
+                State::Ready | State::Running => None,
+            })
+            .min()
+    }
+
+    /// A recovery ended; answers the pods that waited for it. `jitter` in 0..1 spreads the next tries of many nodes.
+    pub fn ended(&mut self, reference: &Reference, end: End, now: Instant, jitter: f64) -> Vec<PodRef> {
+        let Some(job) = self.jobs.get_mut(reference) else { return Vec::new() };
+        let pods = job.pods.iter().cloned().collect();
+        if end == End::Done {
+            self.jobs.remove(reference);
+        } else {
+            let doubled = MIN_BACKOFF.saturating_mul(1 << job.failures.min(16));
+            let wait = doubled.min(MAX_BACKOFF).mul_f64(0.5 + jitter.clamp(0.0, 1.0) / 2.0);
+            job.failures += 1;
+            job.state = State::BackingOff { until: now + wait, for_a_provider: end == End::NoProvider };
+        }
+        pods
+    }
+
+    /// Somebody announced something new: what only lacked a provider may start at once.
+    pub fn providers_changed(&mut self) {
+        for job in self.jobs.values_mut() {
+            if matches!(job.state, State::BackingOff { for_a_provider: true, .. }) {
+                job.state = State::Ready;
+            }
+        }
+    }
+
+    /// The pod is gone or needs the image no more. Answers the images that nobody here waits for now; a running recovery of one
+    /// is to be stopped, and [`Queue::ended`] need not be called for it.
+    pub fn leave(&mut self, pod: &PodRef) -> Vec<Reference> {
+        self.jobs.values_mut().for_each(|job| {
+            job.pods.remove(pod);
+        });
+        let abandoned = |job: &Job| job.pods.is_empty();
+        let left = self.jobs.iter().filter(|(_, job)| abandoned(job)).map(|(reference, _)| reference.clone()).collect();
+        self.jobs.retain(|_, job| !abandoned(job));
+        left
+    }
+
+    /// Pods that wait for anything.
+    pub fn waiting_pods(&self) -> BTreeSet<PodRef> {
+        self.jobs.values().flat_map(|job| job.pods.iter().cloned()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(name: &str) -> Reference {
+        name.parse().unwrap()
+    }
+
+    fn pod(name: &str) -> PodRef {
+        PodRef { k8s_namespace: "default".into(), name: name.into(), uid: name.into() }
+    }
+
+    #[test]
+    fn pods_that_want_one_image_share_one_recovery() {
+        let mut queue = Queue::new(2);
+        let now = Instant::now();
+        assert_eq!(queue.want(&image("a"), &pod("p")), Joined::First);
+        assert_eq!(
+            queue.want(&image("docker.io/library/a:latest"), &pod("q")),
+            Joined::Others,
+            "the same image in full"
+        );
+        assert_eq!(queue.want(&image("a"), &pod("p")), Joined::Already);
+        assert_eq!(queue.start_next(now), Some(image("a")));
+        assert_eq!(queue.start_next(now), None);
+        assert_eq!(queue.ended(&image("a"), End::Done, now, 0.0), [pod("p"), pod("q")]);
+        assert!(queue.waiting_pods().is_empty());
+    }
+
+    #[test]
+    fn only_so_many_run_at_a_time_and_the_oldest_first() {
+        let mut queue = Queue::new(2);
+        let now = Instant::now();
+        for name in ["z", "y", "x"] {
+            queue.want(&image(name), &pod(name));
+        }
+        assert_eq!(queue.start_next(now), Some(image("z")));
+        assert_eq!(queue.start_next(now), Some(image("y")));
+        assert_eq!(queue.start_next(now), None);
+        queue.ended(&image("y"), End::Done, now, 0.0);
+        assert_eq!(queue.start_next(now), Some(image("x")));
+    }
+
+    #[test]
+    fn a_failure_is_tried_again_later_and_later() {
+        let mut queue = Queue::new(1);
+        let mut now = Instant::now();
+        queue.want(&image("a"), &pod("p"));
+        let mut waits = Vec::new();
+        for _ in 0..12 {
+            assert_eq!(queue.start_next(now), Some(image("a")));
+            queue.ended(&image("a"), End::Failed, now, 1.0);
+            assert_eq!(queue.start_next(now), None, "not at once");
+            let due = queue.next_due().unwrap();
+            waits.push((due - now).as_secs());
+            now = due;
+        }
+        assert_eq!(waits, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]);
+    }
+
+    #[test]
+    fn a_new_provider_ends_the_wait_for_one_but_not_a_failures_back_off() {
+        let mut queue = Queue::new(2);
+        let now = Instant::now();
+        for (name, end) in [("nobody-has-it", End::NoProvider), ("broken", End::Failed)] {
+            queue.want(&image(name), &pod(name));
+            queue.start_next(now);
+            queue.ended(&image(name), end, now, 0.0);
+        }
+        queue.providers_changed();
+        assert_eq!(queue.start_next(now), Some(image("nobody-has-it")));
+        assert_eq!(queue.start_next(now), None);
+    }
+
+    #[test]
+    fn a_recovery_ends_with_the_last_pod_that_wanted_it() {
+        let mut queue = Queue::new(1);
+        queue.want(&image("a"), &pod("p"));
+        queue.want(&image("a"), &pod("q"));
+        assert_eq!(queue.leave(&pod("p")), []);
+        assert_eq!(queue.leave(&pod("q")), [image("a")]);
+        assert_eq!(queue.start_next(Instant::now()), None);
+    }
+}
