@@ -5,23 +5,24 @@
 //!
 //! # Floors
 //!
-//! A module uses the floors beneath its own, never its neighbours on the same floor and nothing above. `tests/floors.rs` reads this
+//! A module uses the floors beneath its own, never its neighbours on the same floor and nothing above. `tests/fast/floors.rs` reads this
 //! table and keeps it true.
 //!
 //! ```text
 //! cli
 //! agent
 //! config
-//! containerd cluster mesh transfer layout admin testing
-//! identity
+//! admin admission cluster containerd layout mesh testing transfer
+//! files identity
 //! ports wire metrics
 //! decide
 //! model
 //! oci
 //! ```
 //!
-//! Two deviations from the first design: `identity` is a floor of its own, because both network adapters prove the same key and
-//! siblings must not import each other; and `testing` stands among the adapters, since that is what it implements.
+//! Three deviations from the first design: `identity` is a floor of its own, because both network adapters prove the same key and
+//! siblings must not import each other; so is `files`, because two stores read blobs from files; and `testing` stands among the
+//! adapters, since that is what it implements.
 
 pub mod decide;
 pub mod model;
@@ -32,6 +33,8 @@ pub mod wire;
 #[cfg(feature = "agent")]
 pub mod admin;
 #[cfg(feature = "agent")]
+pub mod admission;
+#[cfg(feature = "agent")]
 pub mod agent;
 #[cfg(feature = "agent")]
 pub mod cli;
@@ -41,6 +44,8 @@ pub mod cluster;
 pub mod config;
 #[cfg(feature = "agent")]
 pub mod containerd;
+#[cfg(feature = "agent")]
+pub mod files;
 #[cfg(feature = "agent")]
 pub mod identity;
 #[cfg(feature = "agent")]

@@ -43,6 +43,8 @@ pub enum Outcome {
     Unusable,
     /// A limit forbids it.
     OverLimit,
+    /// Nobody waited for it any more.
+    Abandoned,
 }
 
 impl Outcome {
@@ -55,6 +57,7 @@ impl Outcome {
             Self::StoreFailed => "store_failed",
             Self::Unusable => "unusable",
             Self::OverLimit => "over_limit",
+            Self::Abandoned => "abandoned",
         }
     }
 }

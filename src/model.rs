@@ -7,7 +7,7 @@ mod lease;
 mod peer;
 mod pod;
 
-pub use content::{ContentChange, MeshEvent};
+pub use content::{ContentChange, MAX_ITEMS, MeshEvent};
 pub use lease::{LeaseSnapshot, LeaseVersion};
 pub use peer::{Credential, NodeName, NodeNameError, Peer, PeerId, PeerIdError};
 pub use pod::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy, Waiting};

@@ -1,5 +1,5 @@
 //! What the agent asks of the world, as small traits with small errors. Adapters keep these contracts; the tests in
-//! `tests/contract.rs` say what they are and run on every store, in memory or real.
+//! `src/testing/contract.rs` say what they are and run on every store, in memory or real.
 //!
 //! Not here: how any of it is done. An error answers the caller's next question: try again? another peer? whose fault?
 
@@ -9,7 +9,6 @@ mod cluster;
 mod content;
 mod fetch;
 
-pub use crate::model::{LeaseSnapshot, LeaseVersion, MeshEvent};
 pub use admission::{Admission, Refusal};
 pub use claims::{ClaimError, Claims};
 pub use cluster::{Cluster, ClusterError, PodEvent, PodReport, ReportKind};

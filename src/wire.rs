@@ -10,7 +10,7 @@ use std::io;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::model::{ContentChange, Credential};
+use crate::model::{ContentChange, Credential, MAX_ITEMS};
 use crate::oci::Digest;
 
 /// Changes when a message changes. Agents refuse other versions by name instead of misreading them.
@@ -19,10 +19,6 @@ pub const VERSION: u16 = 1;
 /// Most changes in one announcement: at 35 to 330 bytes each they stay under gossipsub's 64 KiB (a repository's
 /// name is at most 255 bytes and a tag 128).
 pub const MAX_CHANGES: usize = 128;
-
-/// Most items of a node's inventory in one snapshot. A node of 110 pods with a dozen layers each has 1500; this is room for
-/// forty times as many, and bounds what one peer can make us keep.
-pub const MAX_ITEMS: usize = 65_536;
 
 /// Messages know their limit.
 pub trait Message: Serialize + DeserializeOwned {

@@ -5,6 +5,10 @@ use serde::{Deserialize, Serialize};
 use super::{Peer, PeerId};
 use crate::oci::{Digest, Repository};
 
+/// Most items of one node's inventory that it announces or that others keep of it. A node of 110 pods with a dozen layers each has
+/// 1500; this is room for forty times as many, and bounds what one peer can make us keep.
+pub const MAX_ITEMS: usize = 65_536;
+
 /// One change of what a node holds. Announcements are hints: whoever fetches verifies.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum ContentChange {

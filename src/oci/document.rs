@@ -24,6 +24,8 @@ pub enum Document {
 /// An OCI image index or a Docker manifest list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Index {
+    /// What the document calls itself; where it does not say, OCI's name for its shape.
+    pub media_type: String,
     /// The manifests, in the document's order.
     pub manifests: Vec<Descriptor>,
 }
@@ -31,6 +33,8 @@ pub struct Index {
 /// An OCI image manifest or a Docker manifest of schema 2.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
+    /// What the document calls itself; where it does not say, OCI's name for its shape.
+    pub media_type: String,
     /// The image's configuration.
     pub config: Descriptor,
     /// The layers, the lowest first; there may be none.
@@ -61,6 +65,7 @@ pub enum DocumentError {
 #[serde(rename_all = "camelCase")]
 struct Raw {
     schema_version: u64,
+    media_type: Option<String>,
     manifests: Option<Vec<Descriptor>>,
     config: Option<Descriptor>,
     layers: Option<Vec<Descriptor>>,
@@ -81,14 +86,28 @@ impl Document {
             return Err(DocumentError::Schema(raw.schema_version));
         }
         let document = match (raw.manifests, raw.config, raw.layers) {
-            (Some(manifests), None, None) => Self::Index(Index { manifests }),
+            (Some(manifests), None, None) => {
+                let media_type = raw.media_type.unwrap_or_else(|| "application/vnd.oci.image.index.v1+json".into());
+                Self::Index(Index { media_type, manifests })
+            }
             // `layers` is required by the specification; an artifact without any still writes an empty list.
-            (None, Some(config), Some(layers)) => Self::Manifest(Manifest { config, layers }),
+            (None, Some(config), Some(layers)) => {
+                let media_type = raw.media_type.unwrap_or_else(|| "application/vnd.oci.image.manifest.v1+json".into());
+                Self::Manifest(Manifest { media_type, config, layers })
+            }
             _ => return Err(DocumentError::NeitherOrBoth),
         };
         match document.children().count() {
             children if children > MAX_CHILDREN => Err(DocumentError::TooManyChildren(children)),
             _ => Ok(document),
+        }
+    }
+
+    /// Its media type, which an image record repeats and containerd goes by.
+    pub fn media_type(&self) -> &str {
+        match self {
+            Self::Index(index) => &index.media_type,
+            Self::Manifest(manifest) => &manifest.media_type,
         }
     }
 

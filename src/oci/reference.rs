@@ -65,14 +65,6 @@ impl Reference {
         }
     }
 
-    /// The digest, when the reference itself fixes it.
-    pub fn digest(&self) -> Option<Digest> {
-        match self {
-            Self::Tag(..) => None,
-            Self::Digest(_, digest) => Some(*digest),
-        }
-    }
-
     /// The names under which CRI looks for this image once it is known to be `target`: what was asked for, and
     /// `repository@digest`. (A pull writes the same two, and CRI adds the image-ID record itself.)
     pub fn record_names(&self, target: Digest) -> Vec<String> {

@@ -96,14 +96,43 @@ pub enum FetchError {
 }
 
 impl FetchError {
-    /// Whether the peer did what no honest, healthy peer of this release does.
+    /// Whether the peer did what no honest, healthy peer of this release does. A wrong size is not such a thing: the size was the
+    /// manifest's word, and anybody may have written that.
     pub fn is_peers_fault(&self) -> bool {
-        matches!(self, Self::Corrupt { .. } | Self::Protocol { .. })
+        matches!(self, Self::Corrupt { source: VerifyError::Digest { .. }, .. } | Self::Protocol { .. })
     }
 
     /// Whether another peer may do better. Not so when our own store is what failed.
     pub fn another_peer_may_help(&self) -> bool {
         !matches!(self, Self::Sink(_))
+    }
+
+    /// Who failed; `None` when it was our own store.
+    pub fn peer(&self) -> Option<PeerId> {
+        match self {
+            Self::Unreachable { peer, .. }
+            | Self::NotAdmitted { peer, .. }
+            | Self::Absent { peer, .. }
+            | Self::Busy { peer }
+            | Self::Stalled { peer, .. }
+            | Self::Corrupt { peer, .. }
+            | Self::Protocol { peer, .. } => Some(*peer),
+            Self::Sink(_) => None,
+        }
+    }
+
+    /// The kind, for the metric.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Unreachable { .. } => "unreachable",
+            Self::NotAdmitted { .. } => "not_admitted",
+            Self::Absent { .. } => "absent",
+            Self::Busy { .. } => "busy",
+            Self::Stalled { .. } => "stalled",
+            Self::Corrupt { .. } => "corrupt",
+            Self::Protocol { .. } => "protocol",
+            Self::Sink(_) => "sink",
+        }
     }
 
     /// Whether this same peer is worth asking again in a moment.

@@ -1,0 +1,68 @@
+//! Blobs that are files: what a layout on disk and containerd's content folder have in common.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::task::spawn_blocking;
+
+use crate::oci::Digest;
+use crate::ports::{BlobReader, StoreError};
+
+/// The most that one read returns, whatever is asked for: the largest piece that a transfer cuts. It bounds a buffer.
+const MAX_READ: usize = 8 << 20;
+
+/// Where a content store that is a folder keeps a blob: OCI image layout specification, "Blobs"; containerd does the same.
+pub fn blob_path(root: &Path, digest: Digest) -> PathBuf {
+    root.join("blobs/sha256").join(digest.hex())
+}
+
+/// Reads a blob from its file. It goes on reading when the file is removed meanwhile.
+pub struct FileReader {
+    digest: Digest,
+    file: Arc<File>,
+    size: u64,
+}
+
+impl FileReader {
+    /// Opens the blob's file under `root`.
+    ///
+    /// # Errors
+    /// What the file system says; [`io::ErrorKind::NotFound`] when there is no such file.
+    pub async fn open(root: &Path, digest: Digest) -> io::Result<Self> {
+        let path = blob_path(root, digest);
+        let opened = spawn_blocking(move || {
+            let file = File::open(path)?;
+            let size = file.metadata()?.len();
+            Ok(Self { digest, file: Arc::new(file), size })
+        });
+        opened.await.unwrap_or_else(|panicked| Err(io::Error::other(panicked)))
+    }
+}
+
+#[async_trait]
+impl BlobReader for FileReader {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// On a blocking thread: a page that is not in memory would stop everything else that the runtime drives.
+    async fn read_at(&mut self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
+        let rest = usize::try_from(self.size.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let length = most.min(rest).min(MAX_READ);
+        if length == 0 {
+            return Ok(Bytes::new());
+        }
+        let file = self.file.clone();
+        let read = spawn_blocking(move || {
+            let mut bytes = vec![0; length];
+            file.read_exact_at(&mut bytes, offset).map(|()| bytes.into())
+        });
+        let read = read.await.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
+        read.map_err(|error| StoreError::Other(format!("reading the file of {} at {offset}: {error}", self.digest)))
+    }
+}
