@@ -1,0 +1,131 @@
+#!/bin/bash
+# ctl.sh RUNDIR SUBCOMMAND ...: acts on a running testbed.
+#   in [--mount] hub|NODE CMD...    run CMD in that network namespace; --mount: and among the node's own files, as its pods see them
+#   kubectl ARGS...                 as cluster-admin
+#   ctr NODE ARGS...                the ctr of that node's containerd, namespace k8s.io
+#   push OUT.tar NAME:TAG           an image made by mkimage.sh into the registry (bytes and digests unchanged); NAME may
+#                                   begin with the registry's address
+#   registry stop|start             connections are refused
+#   registry drop|undrop            packets vanish, so that clients run into their time-outs
+#   apiserver stop|start
+#   node NODE containerd-stop|containerd-start|containerd-kill|kubelet-stop|kubelet-start|link-down|link-up
+#   prometheus CONFIG PORT | prometheus stop     in the hub's network, on 10.77.0.1:PORT
+#   logs COMPONENT                  what it said so far; without COMPONENT: their names
+#   status                          what runs
+. "$(dirname "$0")/lib.sh"
+usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit "$1"; }
+case " $* " in *' --help '* | *' -h '*) [[ $# -gt 2 ]] || usage 0 ;; esac
+[ $# -ge 2 ] || usage 2 >&2
+load "$1"
+cmd=$2
+shift 2
+is_node() { [[ ",$NODES," == *",${1:-},"* ]] || die "no node '${1:-}' here; there are: $NODES"; }
+restart_from() { # restart_from COMPONENT SECONDS PROBE...: start, and wait until it answers
+  local c=$1 deadline=$((SECONDS + $2 * ${LIGHTERMAN_PATIENCE:-1}))
+  shift 2
+  start "$c"
+  until "$@" > /dev/null 2>&1; do
+    [ $SECONDS -lt $deadline ] || { tail -n 5 "$R/log/$c.log" >&2; die "$c does not come up"; }
+    sleep 0.1
+  done
+}
+push() {
+  local tar=$1 name=${2#"$REGISTRY"/} repo tag api dir digest media url
+  name=${name#registry.test:5000/}
+  repo=${name%:*} tag=${name##*:}
+  api=http://$REGISTRY/v2/$repo
+  dir=$(mktemp -d "$R/push.XXXXXX")
+  # shellcheck disable=SC2064
+  trap "rm -rf '$dir'" EXIT
+  tar --extract --file "$tar" --directory "$dir"
+  file() { echo "$dir/blobs/sha256/${1#sha256:}"; }
+  curl() { in_net hub curl -sSf "$@"; }
+  send_blob() {
+    ! curl -o /dev/null -I "$api/blobs/$1" 2> /dev/null || return 0
+    url=$(curl -o /dev/null -X POST -H 'Content-Length: 0' -w '%header{location}' "$api/blobs/uploads/")
+    curl -o /dev/null -X PUT -H 'Content-Type: application/octet-stream' -T "$(file "$1")" "$url&digest=$1"
+  }
+  send_manifest() { # send_manifest DIGEST MEDIATYPE REFERENCE: what it names first
+    local child
+    if [[ $2 == *index* ]]; then
+      while read -r child; do send_manifest "$child" "$(jq -r .mediaType "$(file "$child")")" "$child"; done < <(jq -r '.manifests[].digest' "$(file "$1")")
+    else
+      while read -r child; do send_blob "$child"; done < <(jq -r '.config.digest, .layers[].digest' "$(file "$1")")
+    fi
+    curl -o /dev/null -X PUT -H "Content-Type: $2" --data-binary "@$(file "$1")" "$api/manifests/$3"
+  }
+  IFS=$'\t' read -r digest media < <(jq -r '.manifests[0] | [.digest, .mediaType] | @tsv' "$dir/index.json")
+  send_manifest "$digest" "$media" "$tag"
+  echo "$REGISTRY/$repo:$tag $digest"
+}
+
+case $cmd in
+  in)
+    mount=
+    if [ "${1:-}" = --mount ]; then mount=1; shift; fi
+    side=${1:?hub or a node}
+    shift
+    [ "$side" = hub ] || is_node "$side"
+    echo $$ > "$(cgroup_home)/$TAG-$side/system/cgroup.procs" # so that down.sh ends it too
+    if [ -n "$mount" ] && [ "$side" != hub ]; then
+      exec nsenter --net="/run/netns/$TAG-$side" --mount="/proc/$(< "$R/pid/$side.mounts")/ns/mnt" "$@"
+    fi
+    exec nsenter --net="/run/netns/$TAG-$side" "$@"
+    ;;
+  kubectl) kubectl "$@" ;;
+  ctr)
+    is_node "${1:-}"
+    ctr=NODE_$1_CTR socket=NODE_$1_SOCKET
+    shift
+    exec "${!ctr}" -a "${!socket}" -n k8s.io "$@"
+    ;;
+  push) push "${1:?OUT.tar}" "${2:?NAME:TAG}" ;;
+  registry)
+    rule=(INPUT -p tcp --dport 5000 -j DROP)
+    case ${1:-} in
+      stop) stop registry ;;
+      start) restart_from registry 10 in_net hub curl -sf "http://$REGISTRY/v2/" ;;
+      drop) in_net hub iptables -w -C "${rule[@]}" 2> /dev/null || in_net hub iptables -w -I "${rule[@]}" ;;
+      undrop) in_net hub iptables -w -D "${rule[@]}" 2> /dev/null || true ;;
+      *) usage 2 >&2 ;;
+    esac
+    ;;
+  apiserver)
+    case ${1:-} in
+      stop) stop apiserver KILL ;; # (asked politely, it waits up to a minute for its watches)
+      start) restart_from apiserver 60 kubectl get --raw /readyz ;;
+      *) usage 2 >&2 ;;
+    esac
+    ;;
+  node)
+    is_node "${1:-}"
+    ctr=NODE_$1_CTR socket=NODE_$1_SOCKET
+    case ${2:-} in
+      containerd-stop) stop "$1.containerd" ;;
+      containerd-kill) stop "$1.containerd" KILL ;;
+      containerd-start) restart_from "$1.containerd" 30 "${!ctr}" -a "${!socket}" version ;;
+      kubelet-stop) stop "$1.kubelet" ;;
+      kubelet-start) restart_from "$1.kubelet" 30 in_net "$1" curl -sf http://127.0.0.1:10248/healthz ;;
+      link-down) ip -n "$HUB_NETNS" link set "v-$1" down ;;
+      link-up) ip -n "$HUB_NETNS" link set "v-$1" up ;;
+      *) usage 2 >&2 ;;
+    esac
+    ;;
+  prometheus)
+    stop prometheus
+    [ "${1:-}" != stop ] || exit 0
+    config=$(realpath "${1:?CONFIG}")
+    define prometheus hub << C
+exec nsenter --net=/run/netns/$HUB_NETNS $P/tools/bin/prometheus --config.file=$config --web.listen-address=10.77.0.1:${2:?PORT} --storage.tsdb.path=$R/prometheus
+C
+    restart_from prometheus 20 in_net hub curl -sf "http://10.77.0.1:$2/-/ready"
+    ;;
+  logs) if [ $# = 0 ]; then (cd "$R/log" && ls); else cat "$R/log/$1.log"; fi ;;
+  status)
+    for c in "$R"/run/*; do
+      c=${c##*/}
+      [[ $c == *.mounted ]] || printf '%-22s %s\n' "$c" "$(if alive "$c"; then echo "runs, pid $(< "$R/pid/$c")"; else echo "does not run"; fi)"
+    done
+    ;;
+  *) usage 2 >&2 ;;
+esac

@@ -1,0 +1,92 @@
+# shellcheck shell=bash disable=SC2034
+# What the testbed's scripts share. Sourced, not run.
+# A component (etcd, apiserver, n1.containerd, ...) is a script R/run/COMPONENT that ends in `exec`; R/pid/COMPONENT holds its
+# process, R/log/COMPONENT.log what it said. Everything runs in a cgroup named after the testbed's tag, which is how down.sh
+# finds all of it, containers included, and nothing else.
+set -euo pipefail
+TESTBED=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+P=${LIGHTERMAN_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/lighterman}/testbed
+MOUNTPOINTS=/run/lighterman-testbed.mountpoints # folders that some up.sh made on this machine
+T0=$EPOCHREALTIME
+
+elapsed() { local us=$((${EPOCHREALTIME/[.,]/} - ${T0/[.,]/})); printf '%d.%d' $((us / 1000000)) $((us / 100000 % 10)); }
+say() { printf '[%6ss] %s\n' "$(elapsed)" "$*"; }
+die() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; exit 1; }
+version_at_least() { [ "$(printf '%s\n' "$1" "$2" | sort -V | head -1)" = "$2" ]; } # version_at_least HAVE WANTED
+
+# ---- cgroups: v2 is one tree; v1 is one per controller, and often an empty v2 one beside them in which runc leaves its folders
+cgroup_v2() { [ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ]; }
+cgroup_trees() { if cgroup_v2; then echo /sys/fs/cgroup; else awk '$3 ~ /^cgroup2?$/ { print $2 }' /proc/mounts | sort -u; fi; }
+cgroup_home() { if cgroup_v2; then echo /sys/fs/cgroup; else echo /sys/fs/cgroup/pids; fi; } # the tree that processes are found by
+
+# cgroup_make NAME: the cgroup NAME in every tree, and in it a leaf `system` for daemons (v2 allows processes in leaves only)
+cgroup_make() {
+  local tree c
+  for tree in $(cgroup_trees); do
+    mkdir -p "$tree/$1"
+    if [ -f "$tree/cpuset.cpus" ]; then # v1: a new cpuset is empty and takes no process
+      cat "$tree/cpuset.cpus" > "$tree/$1/cpuset.cpus"
+      cat "$tree/cpuset.mems" > "$tree/$1/cpuset.mems"
+    fi
+  done
+  mkdir -p "$(cgroup_home)/$1/system"
+  cgroup_v2 || return 0
+  for tree in /sys/fs/cgroup "/sys/fs/cgroup/$1"; do
+    for c in $(< "$tree/cgroup.controllers"); do echo "+$c" > "$tree/cgroup.subtree_control" || true; done
+  done 2> /dev/null
+  for c in cpu cpuset memory pids; do
+    grep -qw "$c" "/sys/fs/cgroup/$1/cgroup.subtree_control" || die "cgroup v2: the controller '$c' cannot be delegated to /sys/fs/cgroup/$1.
+  In a container, its own processes sit in the root cgroup and block this: move them into a child first, or use the host."
+  done
+}
+cgroup_pids() { find "$(cgroup_home)"/"$TAG"-* -name cgroup.procs -exec cat {} + 2> /dev/null || true; }
+
+# ---- components
+alive() { local pid; pid=$(cat "$R/pid/$1" 2> /dev/null) && grep -q "/$TAG-" "/proc/$pid/cgroup" 2> /dev/null; } # else: another's pid by now
+start() {
+  alive "$1" && return 0
+  setsid nohup "$R/run/$1" >> "$R/log/$1.log" 2>&1 < /dev/null &
+  echo $! > "$R/pid/$1"
+  disown # or the shell reports its end
+  while ! alive "$1" && kill -0 $! 2> /dev/null; do sleep 0.01; done # until it is in its cgroup
+}
+# stop COMPONENT [SIGNAL]: returns when the process is gone; 5 s of patience, then KILL
+stop() {
+  local pid i
+  alive "$1" || return 0
+  pid=$(< "$R/pid/$1")
+  kill "-${2:-TERM}" "$pid" 2> /dev/null || true
+  for ((i = 0; i < 250; i++)); do
+    [ -d "/proc/$pid" ] && ! grep -q '^State:.Z' "/proc/$pid/status" 2> /dev/null || break
+    [ "$i" = 100 ] && kill -KILL "$pid" 2> /dev/null
+    sleep 0.05
+  done
+  rm -f "$R/pid/$1"
+}
+# define COMPONENT SIDE: takes the body of R/run/COMPONENT from stdin; SIDE is hub or a node and names cgroup and network
+define() {
+  { printf '#!/bin/bash\nset -eu\necho $$ > %q\n' "$(cgroup_home)/$TAG-$2/system/cgroup.procs"; cat; } > "$R/run/$1"
+  chmod +x "$R/run/$1"
+}
+# ip(8)'s own `netns exec` would mount a fresh /sys without the cgroups, and runc would fail
+in_net() { local side=$1; shift; nsenter --net="/run/netns/$TAG-$side" "$@"; }
+in_node() { local node=$1; shift; nsenter --net="/run/netns/$TAG-$node" --mount="/proc/$(< "$R/pid/$node.mounts")/ns/mnt" "$@"; }
+kubectl() { KUBECACHEDIR="$R/kubectl-cache" in_net hub "$K8S/kubectl" --kubeconfig "$R/admin.kubeconfig" "$@"; }
+
+# The Kubernetes to use: LIGHTERMAN_K8S=1.20 or current; otherwise the current one if it is there
+k8s_bin() {
+  case ${LIGHTERMAN_K8S:-} in
+    1.20) echo "$P/k8s-1.20/bin" ;;
+    '') if [ -x "$P/k8s/bin/kubelet" ] || [ ! -x "$P/k8s-1.20/bin/kubelet" ]; then echo "$P/k8s/bin"; else echo "$P/k8s-1.20/bin"; fi ;;
+    *) echo "$P/k8s/bin" ;;
+  esac
+}
+
+# load RUNDIR: for scripts that act on a running testbed
+load() {
+  R=$(realpath -m "$1")
+  [ -f "$R/env" ] || die "no testbed is up in $R (up.sh makes one)"
+  # shellcheck disable=SC1091
+  . "$R/env"
+  K8S=$(dirname "$KUBECTL")
+}

@@ -1,0 +1,197 @@
+#!/bin/bash
+# setup.sh: everything the testbed runs, into the cache folder. Nothing to do: 0 s. Needs root, Debian bookworm or later, the
+# Debian archive and a Go module proxy as the machine already knows them. Starts nothing.
+#   LIGHTERMAN_CACHE=DIR   the cache folder's parent (default: $XDG_CACHE_HOME/lighterman)
+#   LIGHTERMAN_K8S=1.20    build Kubernetes 1.20 from Debian's source instead of the current one
+# A part is done again when its function here, or a go.sum it builds from, has changed.
+. "$(dirname "$0")/lib.sh"
+[ "$(id -u)" = 0 ] || die "run as root"
+export DEBIAN_FRONTEND=noninteractive
+WORK=$P/.work # parts are built here and renamed into place
+
+# part NAME [FILE...]: runs make_NAME unless $P/NAME was made by the same function from the same FILEs. MADE tells whether it is
+# there then. (Not an exit code: a function that is called as a condition goes on after errors, `set -e` or not.)
+part() {
+  local name=$1 want t=$SECONDS code
+  shift
+  MADE=1
+  want=$( (declare -f "make_$name"; [ $# = 0 ] || cat "$@") | sha256sum)
+  if [ "$(cat "$P/.stamps/$name" 2> /dev/null)" = "$want" ] && [ -d "$P/$name" ]; then return; fi
+  say "$name ..."
+  rm -rf "${WORK:?}/$name" "$P/versions.txt"
+  mkdir -p "$WORK/$name" "$P/.stamps"
+  set +e
+  ( set -e; cd "$WORK/$name"; "make_$name" ) > "$P/log/$name.log" 2>&1
+  code=$?
+  set -e
+  if [ $code != 0 ]; then
+    MADE=
+    tail -n 15 "$P/log/$name.log" >&2
+    say "$name FAILED; the whole log is $P/log/$name.log"
+    return
+  fi
+  rm -rf "${P:?}/$name"
+  mv "$WORK/$name" "$P/$name"
+  echo "$want" > "$P/.stamps/$name"
+  say "$name done in $((SECONDS - t)) s"
+}
+need() { part "$@"; [ -n "$MADE" ] || die "cannot go on without $1. Run it again once the cause is gone: what is finished stays"; }
+
+# ---- what has to be on the host
+host_packages() {
+  local pair need=()
+  for pair in ip:iproute2 iptables:iptables nsenter:util-linux jq:jq curl:curl openssl:openssl gzip:gzip tar:tar find:findutils; do
+    command -v "${pair%%:*}" > /dev/null || need+=("${pair#*:}")
+  done
+  [ -d /etc/ssl/certs ] && [ -n "$(ls /etc/ssl/certs)" ] || need+=(ca-certificates)
+  [ ${#need[@]} = 0 ] && return 0
+  say "apt-get install ${need[*]}"
+  { apt-get update -q && apt-get install -y -q -o DPkg::Lock::Timeout=120 --no-install-recommends "${need[@]}"; } > "$P/log/host.log" 2>&1 ||
+    { tail "$P/log/host.log" >&2; die "apt-get install ${need[*]} failed; see $P/log/host.log"; }
+}
+
+# ---- Debian packages of any suite, unpacked without being installed
+# The archive's address and key are the machine's own; only the suite differs.
+archive() {
+  [ -n "${ARCHIVE:-}" ] && return 0
+  ARCHIVE=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' | head -1)
+  if [ -z "$ARCHIVE" ]; then # apt has no lists yet
+    apt-get update -q
+    ARCHIVE=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' | head -1)
+  fi
+  [ -n "$ARCHIVE" ] || { echo "apt knows no Debian archive: check /etc/apt/sources.list*" >&2; return 1; }
+}
+suite_apt() { # suite_apt SUITE APT-COMMAND ARGS...
+  local s=$1 cmd=$2 kind
+  shift 2
+  archive
+  mkdir -p "$WORK/apt/$s/partial"
+  for kind in deb deb-src; do
+    echo "$kind [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $ARCHIVE $s main"
+  done > "$WORK/apt/$s.list"
+  # (Check-Valid-Until: a mirror that lags will do, signed it is)
+  local o=(-q -o Acquire::Check-Valid-Until=false -o "Dir::Etc::sourcelist=$WORK/apt/$s.list" -o Dir::Etc::sourceparts=- -o "Dir::State::Lists=$WORK/apt/$s"
+    -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= -o APT::Sandbox::User=root -o Acquire::Retries=3)
+  if [ ! -f "$WORK/apt/$s.updated" ]; then
+    apt-get "${o[@]}" update
+    touch "$WORK/apt/$s.updated"
+  fi
+  case $cmd in
+    depends) apt-cache "${o[@]}" depends "$@" ;;
+    *) apt-get "${o[@]}" "$cmd" "$@" ;;
+  esac
+}
+unpack() { # unpack SUITE PACKAGE...: into ./root, one line each in ./versions
+  local s=$1 p deb
+  shift
+  for p in "$@"; do
+    suite_apt "$s" download "$p"
+    for deb in "$p"_*.deb; do
+      dpkg-deb -x "$deb" root
+      dpkg-deb -f "$deb" Package Version | sed 's/.*: //' | paste -sd' ' >> versions
+      rm "$deb"
+    done
+  done
+}
+
+containerd_of() { unpack "$1" containerd; mkdir bin; cp root/usr/bin/{containerd,containerd-shim-runc-v2,ctr} bin/; rm -r root; bin/containerd --version; }
+make_containerd-1.6() { containerd_of bookworm; }
+make_containerd-1.7() { containerd_of trixie; }
+make_containerd-2() { containerd_of forky; } # a suite that moves: `versions` tells what it was
+# These run on bookworm's libc too. runc does not from trixie on, so bookworm's serves every containerd.
+make_tools() {
+  unpack bookworm runc containernetworking-plugins busybox-static
+  unpack trixie etcd-server docker-registry prometheus
+  mkdir bin
+  cp root/usr/sbin/runc root/usr/bin/{etcd,docker-registry,prometheus} root/bin/busybox bin/
+  mv root/usr/lib/cni cni
+  rm -r root
+  bin/runc --version; bin/etcd --version; bin/docker-registry --version; bin/prometheus --version
+}
+
+# ---- Go: the machine's if it will do (a recent one can fetch the version go.mod asks for), else Debian's newest
+go_wanted() { sed -n 's/^go //p' "$TESTBED/kubernetes/go.mod"; }
+go_suits() { # go_suits COMMAND
+  local v
+  v=$(cd "$TESTBED/kubernetes" && GOTOOLCHAIN=${GOTOOLCHAIN:-auto} GOFLAGS='' GOWORK=off "$1" version 2> /dev/null) && version_at_least "$(awk '{ print substr($3, 3) }' <<< "$v")" "$(go_wanted)"
+}
+# goroot_from ROOT: the Go of Debian's unpacked packages as ./goroot. Debian keeps it in two folders joined by links.
+goroot_from() {
+  mv "$1"/usr/lib/go-* goroot
+  find goroot -type l -delete
+  cp -a "$1"/usr/share/go-*/. goroot/
+  rm -r "$1"
+}
+make_go() {
+  local pkg
+  pkg=$(suite_apt forky depends golang-go | sed -n 's/.*Depends: \(golang-1.*-go\)$/\1/p')
+  unpack forky "$pkg" "${pkg%-go}-src"
+  goroot_from root
+  GOROOT=$PWD/goroot goroot/bin/go version
+}
+find_go() {
+  GO=$(command -v go || true)
+  if [ -z "$GO" ] || ! go_suits "$GO"; then
+    need go
+    GO=$P/go/goroot/bin/go
+    export GOROOT=$P/go/goroot
+    go_suits "$GO" || die "no Go $(go_wanted) or later: neither the machine's nor Debian forky's is recent enough"
+  fi
+}
+gobuild() { # gobuild MODULE-FOLDER ARGS...: as go.sum says, out of the machine's own caches
+  local dir=$1
+  shift
+  (cd "$dir" && env GOFLAGS= GOWORK=off GOTOOLCHAIN="${GOTOOLCHAIN:-auto}" GOPATH="$WORK/gopath" GOCACHE="$WORK/gocache" \
+    GOMODCACHE="$WORK/gomod" CGO_ENABLED=0 nice -n 10 "$GO" build -modcacherw -trimpath "$@")
+}
+make_k8s() {
+  local v set='' m
+  v=$(sed -nE 's|^(require)?[[:space:]]k8s.io/kubernetes (v[^ ]+).*|\2|p' "$TESTBED/kubernetes/go.mod")
+  for m in k8s.io/component-base/version k8s.io/client-go/pkg/version; do # unset, they claim to be v0.0.0 and clients refuse
+    set+=" -X $m.gitVersion=$v -X $m.gitMajor=1 -X $m.gitMinor=$(cut -d. -f2 <<< "$v") -X $m.gitTreeState=clean"
+  done
+  mkdir bin
+  gobuild "$TESTBED/kubernetes" -tags grpcnotrace -ldflags "-s -w$set" -o "$PWD/bin/" \
+    k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kube-scheduler,kubelet,kubectl}
+  bin/kubelet --version | tee versions
+}
+make_coredns() {
+  mkdir bin
+  gobuild "$TESTBED/coredns" -ldflags '-s -w' -o "$PWD/bin/coredns" .
+  bin/coredns -version | head -1 | tee versions
+}
+make_helm() {
+  mkdir bin
+  env GOFLAGS= GOWORK=off GOTOOLCHAIN="${GOTOOLCHAIN:-auto}" GOPATH="$WORK/gopath" GOCACHE="$WORK/gocache" GOMODCACHE="$WORK/gomod" \
+    GOBIN="$PWD/bin" CGO_ENABLED=0 nice -n 10 "$GO" install -modcacherw -trimpath -ldflags '-s -w' helm.sh/helm/v3/cmd/helm@latest
+  bin/helm version --short | tee versions
+}
+
+mkdir -p "$P/log"
+exec 9> "$P/.lock"
+flock -n 9 || { say "another setup.sh is at work; waiting"; flock 9; }
+rm -rf "${WORK:?}/apt"
+host_packages
+for p in containerd-1.6 containerd-1.7 containerd-2 tools; do need $p; done
+if [ "${LIGHTERMAN_K8S:-}" = 1.20 ]; then
+  . "$TESTBED/kubernetes-1.20.sh"
+  need k8s-1.20 "$TESTBED/kubernetes-1.20.sh"
+else
+  find_go
+  part k8s "$TESTBED/kubernetes/go.sum"
+  if [ -z "$MADE" ]; then
+    say "the current Kubernetes cannot be built here; falling back to 1.20 from Debian's source"
+    . "$TESTBED/kubernetes-1.20.sh"
+    need k8s-1.20 "$TESTBED/kubernetes-1.20.sh"
+  fi
+  part coredns "$TESTBED/coredns/go.sum" "$TESTBED/coredns/main.go"
+  part helm
+  [ -n "$MADE" ] || say "no helm then; only tests of the chart need it"
+fi
+[ ! -f "$P/versions.txt" ] || exit 0
+rm -rf "$WORK"
+mkdir -p "$P/bin"
+for f in "$P"/{tools,coredns,helm}/bin/* "$(k8s_bin)/kubectl"; do [ ! -x "$f" ] || ln -sfn "$f" "$P/bin/"; done
+for d in "$P"/*/versions; do sed "s|^|$(basename "$(dirname "$d")"): |" "$d"; done > "$P/versions.txt"
+cat "$P/versions.txt"
+say "ready: $(du -sh "$P" | cut -f1) in $P"

@@ -1,0 +1,372 @@
+#!/bin/bash
+# up.sh RUNDIR NAME=1.6|1.7|2 ...: a Kubernetes cluster on this machine, one real node per NAME with that containerd.
+# Returns when every node is Ready; RUNDIR/env then says how to reach everything (KEY=VALUE lines). down.sh RUNDIR ends it.
+#
+# The hub is a network namespace with a bridge, 10.77.0.1/24: etcd, the control plane (:443, also as 10.96.0.1), CoreDNS
+# (10.96.0.10:53) and a registry (:5000, plain http). A node is a network namespace (10.77.0.11 and up, its pods in 10.78.N.0/24)
+# and a mount namespace in which /var/lib/containerd, /run and so on are its own: a DaemonSet finds the paths of an ordinary node.
+#
+#   LIGHTERMAN_SYNC_FREQUENCY=1m       the kubelets' sync period
+#   LIGHTERMAN_ZONES="n1=a n2=b"       label topology.kubernetes.io/zone
+#   LIGHTERMAN_DISCARD_LAYERS="n1 n2"  nodes whose containerd drops layers after unpacking
+#   LIGHTERMAN_PATIENCE=3              wait that many times longer for everything (slow machines)
+#   LIGHTERMAN_K8S=1.20                the old Kubernetes, if setup.sh built it
+. "$(dirname "$0")/lib.sh"
+[ $# -ge 2 ] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ "$(id -u)" = 0 ] || die "run as root: it needs namespaces and mounts"
+R=$(realpath -m "$1")
+shift
+K8S=$(k8s_bin)
+[ -f "$P/versions.txt" ] && [ -x "$K8S/kubelet" ] || die "nothing to run in $P: run setup.sh first"
+[[ $R != *[^A-Za-z0-9/._-]* ]] || die "RUNDIR must be a plain path: $R"
+[[ $R/ != /run/* ]] || die "RUNDIR must not be under /run, which every node has for itself: $R"
+if [ -f "$R/tag" ]; then
+  TAG=$(< "$R/tag")
+  [ -z "$(cgroup_pids)" ] || die "a testbed is already up in $R: down.sh $R ends it"
+  "$TESTBED/down.sh" "$R" # what an aborted run left
+fi
+declare -A CONTAINERD=() ZONE=()
+NODES=()
+for spec in "$@"; do
+  n=${spec%%=*} v=${spec#*=}
+  [[ $n =~ ^[a-z][a-z0-9]{0,11}$ && $n != hub ]] || die "a node's name is 1-12 of a-z0-9, and not 'hub': $n" # (v-NAME must fit 15)
+  [ -x "$P/containerd-$v/bin/containerd" ] || die "$spec: no containerd '$v', there are: $(cd "$P" && echo containerd-*)"
+  [ -z "${CONTAINERD[$n]:-}" ] || die "two nodes named $n"
+  s=$R/$n/run/containerd.sock.ttrpc
+  [ ${#s} -lt 104 ] || die "RUNDIR is too long for a Unix socket ($s)"
+  CONTAINERD[$n]=$P/containerd-$v NODES+=("$n")
+done
+for z in ${LIGHTERMAN_ZONES:-}; do ZONE[${z%%=*}]=${z#*=}; done
+[ ${#NODES[@]} -le 200 ] || die "200 nodes at most"
+ip_of() { local i; for i in "${!NODES[@]}"; do [ "${NODES[i]}" != "$1" ] || echo "10.77.0.$((11 + i))"; done; }
+
+mkdir -p "$R"/{run,pid,log,pki}
+TAG=lm$(printf '%s %s %s' "$R" $$ "$EPOCHREALTIME" | sha256sum | head -c 6)
+echo "$TAG" > "$R/tag"
+FAILED='' WHY='' code=0
+set -E
+trap 'WHY="line $LINENO: $BASH_COMMAND"' ERR
+trap 'code=$?; trap - EXIT; [ $code = 0 ] || { broken; "$TESTBED/down.sh" "$R"; }; exit $code' EXIT
+trap 'exit 130' INT TERM
+broken() {
+  [ -n "$FAILED" ] || { echo "up.sh: ${WHY:-stopped}; cleaning up" >&2; return 0; }
+  printf 'up.sh: %s: %s. The end of %s:\n' "$FAILED" "$WHY" "$R/log/$FAILED.log" >&2
+  tail -n 15 "$R/log/$FAILED.log" | cut -c1-400 >&2
+}
+# await COMPONENT SECONDS COMMAND...: until COMMAND succeeds, COMPONENT dies or time is up
+await() {
+  local component=$1 limit=$(($2 * ${LIGHTERMAN_PATIENCE:-1})) deadline
+  deadline=$((SECONDS + limit))
+  shift 2
+  until "$@" > /dev/null 2>&1; do
+    if ! alive "$component" && sleep 0.1 && ! alive "$component"; then FAILED=$component WHY="it ended"; exit 1; fi
+    if [ $SECONDS -ge $deadline ]; then FAILED=$component WHY="not ready after $limit s ($*)"; exit 1; fi
+    sleep 0.1
+  done
+}
+
+# ---- certificates: one CA for everything, as kubeadm would have it
+(
+  cd "$R/pki"
+  exec 2> ../log/openssl.log
+  key=(-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes)
+  openssl req -x509 "${key[@]}" -days 3650 -subj /CN=lighterman-testbed -keyout ca.key -out ca.crt \
+    -addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign,cRLSign -addext subjectKeyIdentifier=hash
+  cert() { # cert FILE SUBJECT [SAN]
+    openssl req -new "${key[@]}" -subj "$2" -keyout "$1.key" -out "$1.csr"
+    printf '%s\n' basicConstraints=CA:FALSE keyUsage=digitalSignature extendedKeyUsage=serverAuth,clientAuth ${3:+"subjectAltName=$3"} > "$1.ext"
+    openssl x509 -req -in "$1.csr" -CA ca.crt -CAkey ca.key -CAcreateserial -days 3650 -extfile "$1.ext" -out "$1.crt"
+  }
+  cert apiserver /CN=kube-apiserver "DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc,DNS:kubernetes.default.svc.cluster.local,DNS:localhost,IP:10.96.0.1,IP:10.77.0.1,IP:127.0.0.1"
+  cert apiserver-kubelet-client /O=system:masters/CN=kube-apiserver-kubelet-client
+  cert admin /O=system:masters/CN=kubernetes-admin
+  cert controller-manager /CN=system:kube-controller-manager
+  cert scheduler /CN=system:kube-scheduler
+  cert coredns /O=system:masters/CN=coredns
+  for n in "${NODES[@]}"; do cert "$n" "/O=system:nodes/CN=system:node:$n" "DNS:$n,IP:$(ip_of "$n")"; done
+  openssl genrsa -out sa.key 2048 # RSA, as everywhere: verifiers see RS256
+  openssl rsa -in sa.key -pubout -out sa.pub
+) || { FAILED=openssl WHY="no certificates"; exit 1; }
+kubeconfig() { # kubeconfig CERTIFICATE
+  cat << C
+apiVersion: v1
+kind: Config
+current-context: testbed
+clusters:
+  - name: testbed
+    cluster: { server: "https://10.77.0.1:443", certificate-authority-data: $(base64 -w0 "$R/pki/ca.crt") }
+users:
+  - name: $1
+    user: { client-certificate-data: $(base64 -w0 "$R/pki/$1.crt"), client-key-data: $(base64 -w0 "$R/pki/$1.key") }
+contexts:
+  - name: testbed
+    context: { cluster: testbed, user: $1 }
+C
+}
+for n in controller-manager scheduler coredns "${NODES[@]}"; do kubeconfig "$n" > "$R/pki/$n.kubeconfig"; done
+kubeconfig admin > "$R/admin.kubeconfig"
+
+# ---- networks: all of it inside our own namespaces, the host sees only names in /run/netns
+HUB=$TAG-hub
+ip netns add "$HUB"
+ip -n "$HUB" link set lo up
+ip -n "$HUB" link add br0 type bridge
+ip -n "$HUB" addr add 10.77.0.1/24 dev br0
+ip -n "$HUB" addr add 10.96.0.1/32 dev br0  # the Service kubernetes.default: there is no kube-proxy
+ip -n "$HUB" addr add 10.96.0.10/32 dev br0 # the Service kube-dns
+ip -n "$HUB" link set br0 up
+cgroup_make "$HUB"
+for n in "${NODES[@]}"; do
+  ns=$TAG-$n ip=$(ip_of "$n")
+  ip netns add "$ns"
+  ip -n "$ns" link set lo up
+  ip -n "$HUB" link add "v-$n" type veth peer name eth0 netns "$ns"
+  ip -n "$HUB" link set "v-$n" master br0 up
+  ip -n "$ns" addr add "$ip/24" dev eth0
+  ip -n "$ns" link set eth0 up
+  # No default route: whatever asks for the outside world is told at once that there is none
+  ip -n "$ns" route add 10.96.0.0/24 via 10.77.0.1
+  ip -n "$HUB" route add "10.78.${ip##*.}.0/24" via "$ip"
+  for m in "${NODES[@]}"; do
+    [ "$m" = "$n" ] || { other=$(ip_of "$m"); ip -n "$ns" route add "10.78.${other##*.}.0/24" via "$other"; }
+  done
+  in_net "$n" sh -c 'echo 1 > /proc/sys/net/ipv4/ip_forward'
+  cgroup_make "$ns"
+done
+
+# ---- the hub's components
+hub="nsenter --net=/run/netns/$HUB"
+pki=$R/pki
+fsync=--unsafe-no-fsync
+"$P/tools/bin/etcd" --help 2>&1 | grep -q -- $fsync || fsync= # since 3.5
+define etcd hub << C
+exec $hub $P/tools/bin/etcd --name hub --data-dir $R/etcd $fsync --listen-client-urls http://127.0.0.1:2379 --advertise-client-urls http://127.0.0.1:2379 \\
+  --listen-peer-urls http://127.0.0.1:2380 --initial-advertise-peer-urls http://127.0.0.1:2380 --initial-cluster hub=http://127.0.0.1:2380
+C
+define apiserver hub << C
+exec $hub $K8S/kube-apiserver --etcd-servers=http://127.0.0.1:2379 --bind-address=0.0.0.0 --secure-port=443 --advertise-address=10.77.0.1 \\
+  --tls-cert-file=$pki/apiserver.crt --tls-private-key-file=$pki/apiserver.key --client-ca-file=$pki/ca.crt \\
+  --kubelet-client-certificate=$pki/apiserver-kubelet-client.crt --kubelet-client-key=$pki/apiserver-kubelet-client.key \\
+  --kubelet-certificate-authority=$pki/ca.crt --kubelet-preferred-address-types=InternalIP \\
+  --service-account-issuer=https://kubernetes.default.svc.cluster.local --service-account-key-file=$pki/sa.pub --service-account-signing-key-file=$pki/sa.key \\
+  --service-cluster-ip-range=10.96.0.0/24 --authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction --allow-privileged=true
+C
+define controller-manager hub << C
+exec $hub $K8S/kube-controller-manager --kubeconfig=$pki/controller-manager.kubeconfig --bind-address=127.0.0.1 --leader-elect=false \\
+  --root-ca-file=$pki/ca.crt --service-account-private-key-file=$pki/sa.key --use-service-account-credentials \\
+  --cluster-signing-cert-file=$pki/ca.crt --cluster-signing-key-file=$pki/ca.key
+C
+define scheduler hub << C
+exec $hub $K8S/kube-scheduler --kubeconfig=$pki/scheduler.kubeconfig --bind-address=127.0.0.1 --leader-elect=false
+C
+cat > "$R/registry.yml" << C
+version: 0.1
+log: { level: info, accesslog: { disabled: false } }
+storage: { filesystem: { rootdirectory: $R/registry }, delete: { enabled: true } }
+http: { addr: "10.77.0.1:5000" }
+C
+define registry hub << C
+exec $hub env OTEL_TRACES_EXPORTER=none $P/tools/bin/docker-registry serve $R/registry.yml
+C
+# Names outside the cluster do not exist, but for those in RUNDIR/hosts (read again every second)
+echo "10.77.0.1 registry.test" > "$R/hosts"
+cat > "$R/Corefile" << C
+cluster.local 10.in-addr.arpa {
+  bind 10.96.0.10
+  errors
+  kubernetes {
+    kubeconfig $pki/coredns.kubeconfig
+    ttl 1
+  }
+}
+. {
+  bind 10.96.0.10
+  errors
+  hosts $R/hosts {
+    ttl 1
+    reload 1s
+  }
+}
+C
+define coredns hub << C
+exec $hub $P/coredns/bin/coredns -conf $R/Corefile
+C
+
+# ---- a node's components
+# containerd 2 reads another version of its configuration, in which the CRI plugin is two
+containerd_config() { # containerd_config NODE
+  local n=$1 images='io.containerd.grpc.v1.cri' runtime='io.containerd.grpc.v1.cri' version=2 sandbox='' pinned='' bin="bin_dir = \"$P/tools/cni\"" discard=false
+  [[ " ${LIGHTERMAN_DISCARD_LAYERS:-} " != *" $n "* ]] || discard=true
+  if "${CONTAINERD[$n]}/bin/containerd" --version | grep -qE ' v?[2-9]\.[0-9]'; then
+    version=3 images='io.containerd.cri.v1.images' runtime='io.containerd.cri.v1.runtime' bin="bin_dirs = [\"$P/tools/cni\"]"
+    pinned="[plugins.'$images'.pinned_images]"$'\n''sandbox = "local.test/pause:1"'
+    discard="[plugins.'$images']"$'\n'"discard_unpacked_layers = $discard"
+  else
+    sandbox='sandbox_image = "local.test/pause:1"'
+    discard="[plugins.'$images'.containerd]"$'\n'"discard_unpacked_layers = $discard"
+  fi
+  cat << C
+version = $version
+root = "/var/lib/containerd"
+state = "/run/containerd"
+[grpc]
+address = "/run/containerd/containerd.sock"
+[plugins.'io.containerd.internal.v1.opt']
+path = "$R/$n/opt"
+[plugins.'io.containerd.nri.v1.nri']
+disable = true
+$discard
+$pinned
+[plugins.'$images'.registry]
+config_path = "/etc/containerd/certs.d"
+[plugins.'$runtime']
+$sandbox
+# Without CAP_SYS_RESOURCE every sandbox would fail: "can't get final child's PID from pipe: EOF"
+restrict_oom_score_adj = true
+[plugins.'$runtime'.cni]
+$bin
+conf_dir = "/etc/cni/net.d"
+[plugins.'$runtime'.containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+[plugins.'$runtime'.containerd.runtimes.runc.options]
+BinaryName = "$P/tools/bin/runc"
+SystemdCgroup = false
+C
+}
+# The node's own folders, by their place in the node; empty ones on the host serve as mount points and go with the last down.sh
+PRIVATE="/var/lib/containerd:root /var/lib/kubelet:kubelet /var/lib/cni:cni /var/lib/lighterman:lighterman
+  /var/log/pods:pods /var/log/containers:containers /etc/containerd:etc /etc/cni/net.d:net.d"
+for p in $PRIVATE; do
+  at=${p%%:*}
+  [ -d "${at%/*}" ] || { mkdir "${at%/*}"; echo "${at%/*}" >> "$MOUNTPOINTS"; }
+  [ -d "$at" ] || { mkdir "$at"; echo "$at" >> "$MOUNTPOINTS"; }
+done
+# The kubelet sets these kernel settings where they differ, for the whole machine: let it read what it wants to see
+SYSCTLS="vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000"
+for n in "${NODES[@]}"; do
+  d=$R/$n ip=$(ip_of "$n") bin=${CONTAINERD[$n]}/bin
+  mkdir -p "$d"/{root,run,kubelet,cni,lighterman,pods,containers,etc/certs.d,net.d,opt,manifests,sysctl}
+  for registry in 10.77.0.1:5000 registry.test:5000; do
+    mkdir "$d/etc/certs.d/$registry"
+    # (a bare `server = "http://..."` is tried as https by 1.6 and 1.7; a [host] section is not)
+    printf 'server = "http://%s"\n[host."http://%s"]\ncapabilities = ["pull", "resolve"]\n' $registry $registry > "$d/etc/certs.d/$registry/hosts.toml"
+  done
+  containerd_config "$n" > "$d/etc/config.toml"
+  cat > "$d/net.d/10-bridge.conflist" << C
+{"cniVersion": "0.4.0", "name": "pods", "plugins": [{"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true,
+  "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.78.${ip##*.}.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}
+C
+  echo "nameserver 10.96.0.10" > "$d/resolv.conf"
+  for s in $SYSCTLS; do echo "${s#*=}" > "$d/sysctl/$(tr / . <<< "${s%%=*}")"; done
+  # The kubelet of 1.20 does not know the last three fields and says so
+  cat > "$d/kubelet.yaml" << C
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+address: $ip
+authentication: { anonymous: { enabled: false }, webhook: { enabled: true }, x509: { clientCAFile: $pki/ca.crt } }
+authorization: { mode: Webhook }
+tlsCertFile: $pki/$n.crt
+tlsPrivateKeyFile: $pki/$n.key
+clusterDNS: [10.96.0.10]
+clusterDomain: cluster.local
+resolvConf: $d/resolv.conf
+staticPodPath: $d/manifests
+cgroupDriver: cgroupfs
+cgroupRoot: /$TAG-$n
+enforceNodeAllocatable: []
+failSwapOn: false
+oomScoreAdj: 0
+makeIPTablesUtilChains: false
+imageGCHighThresholdPercent: 100
+evictionHard: { memory.available: 50Mi }
+syncFrequency: ${LIGHTERMAN_SYNC_FREQUENCY:-1m}
+$([ "${K8S%/k8s-1.20/bin}" != "$K8S" ] || echo "failCgroupV1: false
+containerRuntimeEndpoint: unix:///run/containerd/containerd.sock")
+C
+  define "$n.mounts" "$n" << C
+exec nsenter --net=/run/netns/$TAG-$n unshare --mount --propagation private $R/run/$n.mounted
+C
+  define "$n.mounted" "$n" << C
+umount -R -l /run/netns
+mount -t tmpfs -o mode=755 tmpfs /run # /run/netns, /run/nri, /run/xtables.lock: a kubelet deletes what it does not know
+mkdir -p /run/containerd /run/netns /run/lock
+mount --bind $d/run /run/containerd
+for p in $(echo $PRIVATE); do mount --bind $d/\${p#*:} \${p%%:*}; done
+for s in $d/sysctl/*; do mount --bind \$s /proc/sys/\$(basename \$s | tr . /) || true; done
+resolv=\$(readlink -m /etc/resolv.conf) # where systemd-resolved keeps it, it went with /run
+[ -f \$resolv ] || { mkdir -p \${resolv%/*}; touch \$resolv; }
+mount --bind $d/resolv.conf \$resolv
+mount --make-rshared /
+touch $d/mounted
+exec $P/tools/bin/busybox sleep 2147483647
+C
+  node="nsenter --net=/run/netns/$TAG-$n --mount=/proc/\$(cat $R/pid/$n.mounts)/ns/mnt"
+  define "$n.containerd" "$n" << C
+export PATH=$bin:$P/tools/bin:/usr/sbin:/usr/bin:/sbin:/bin
+exec $node $bin/containerd --config /etc/containerd/config.toml
+C
+  define "$n.kubelet" "$n" << C
+export PATH=$bin:$P/tools/bin:/usr/sbin:/usr/bin:/sbin:/bin
+exec $node $K8S/kubelet --config=$d/kubelet.yaml --kubeconfig=$pki/$n.kubeconfig --hostname-override=$n --node-ip=$ip ${ZONE[$n]:+--node-labels=topology.kubernetes.io/zone=${ZONE[$n]}}
+C
+done
+if [[ $K8S == */k8s-1.20/bin ]]; then # flags that the current ones no longer have
+  sed -i 's|--leader-elect=false|& --port=0|' "$R/run/controller-manager" "$R/run/scheduler"
+  for n in "${NODES[@]}"; do sed -i 's|--kubeconfig=|--container-runtime=remote --container-runtime-endpoint=unix:///run/containerd/containerd.sock &|' "$R/run/$n.kubelet"; done
+fi
+
+# ---- start, in the order in which they need one another
+{
+  echo "TAG=$TAG"
+  echo "HUB_NETNS=$HUB"
+  echo "KUBECONFIG=$R/admin.kubeconfig"
+  echo "KUBECTL=$K8S/kubectl"
+  echo "REGISTRY=10.77.0.1:5000"
+  echo "NODES=$(IFS=,; echo "${NODES[*]}")"
+  for n in "${NODES[@]}"; do
+    echo "NODE_${n}_NETNS=$TAG-$n"
+    echo "NODE_${n}_IP=$(ip_of "$n")"
+    echo "NODE_${n}_SOCKET=$R/$n/run/containerd.sock"
+    echo "NODE_${n}_CTR=${CONTAINERD[$n]}/bin/ctr"
+    echo "NODE_${n}_CONTAINERD=$("${CONTAINERD[$n]}/bin/containerd" --version | awk '{ sub("^v", "", $3); print $3 }')"
+    echo "NODE_${n}_ROOT=$R/$n/root"
+    echo "NODE_${n}_CONFIG=$R/$n/etc"
+    echo "NODE_${n}_STATE=$R/$n/lighterman"
+    echo "NODE_${n}_MANIFESTS=$R/$n/manifests"
+    echo "NODE_${n}_PIDFILE=$R/pid/$n.mounts"
+  done
+} > "$R/env.new"
+
+start etcd
+start registry
+for n in "${NODES[@]}"; do start "$n.mounts"; done
+"$TESTBED/mkimage.sh" "$R/pause.tar" local.test/pause:1 --file "$P/tools/bin/busybox:/busybox" --entrypoint '/busybox,sh,-c,while /busybox sleep 3600; do :; done' > "$R/log/pause.json"
+await etcd 20 in_net hub curl -sf http://127.0.0.1:2379/health
+start apiserver
+for n in "${NODES[@]}"; do await "$n.mounts" 10 test -f "$R/$n/mounted"; start "$n.containerd"; done
+for n in "${NODES[@]}"; do
+  ctr="${CONTAINERD[$n]}/bin/ctr -a $R/$n/run/containerd.sock -n k8s.io"
+  await "$n.containerd" 30 $ctr version
+  await "$n.containerd" 30 $ctr images import "$R/pause.tar"
+done
+await apiserver 60 kubectl get --raw /readyz
+start controller-manager
+start scheduler
+start coredns
+for n in "${NODES[@]}"; do start "$n.kubelet"; done
+# 10.96.0.10 becomes a Service, so that nobody else is given it
+kubectl create -f - > "$R/log/services.log" 2>&1 << C || { FAILED=services WHY="cannot create kube-dns"; exit 1; }
+apiVersion: v1
+kind: Service
+metadata: { name: kube-dns, namespace: kube-system }
+spec: { clusterIP: 10.96.0.10, ports: [{ name: dns, port: 53, protocol: UDP }, { name: dns-tcp, port: 53, protocol: TCP }] }
+C
+await controller-manager 30 kubectl get serviceaccount/default configmap/kube-root-ca.crt
+ready() { [ "$(kubectl get node "$1" -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}')" = True ]; }
+for n in "${NODES[@]}"; do await "$n.kubelet" 60 ready "$n"; done
+for c in scheduler registry coredns; do await $c 10 alive $c; done
+await registry 10 in_net hub curl -sf http://10.77.0.1:5000/v2/
+dns_answers() { in_net hub "$P/tools/bin/busybox" nslookup -type=a kubernetes.default.svc.cluster.local 10.96.0.10; }
+await coredns 20 dns_answers
+mv "$R/env.new" "$R/env"
+say "up: ${#NODES[@]} nodes Ready, Kubernetes $("$K8S/kubelet" --version | awk '{ print $2 }'), tag $TAG, $R/env"
