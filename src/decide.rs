@@ -2,6 +2,7 @@
 //! drive this same code.
 
 pub mod claim;
+pub mod inventory;
 pub mod ledger;
 pub mod plan;
 pub mod pull_failure;

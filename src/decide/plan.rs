@@ -117,7 +117,7 @@ mod tests {
     }
 
     fn manifest(layers: Vec<Descriptor>) -> Manifest {
-        Manifest { config: blob("config", 10), layers }
+        Manifest { media_type: String::new(), config: blob("config", 10), layers }
     }
 
     fn peer(n: u8) -> PeerId {

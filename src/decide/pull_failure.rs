@@ -148,8 +148,14 @@ pub fn cause(waiting: &Waiting) -> Option<Cause> {
 }
 
 /// The message in lower case without URLs and image names: a repository may be called `denied`, and a digest may contain `403`.
+/// A single word in quotes is a name as well: `Back-off pulling image "app:403"`.
 fn without_names(message: &str) -> String {
-    let is_name = |token: &str| (token.contains('/') && !token.contains("i/o")) || token.contains('@');
+    let is_quoted = |token: &str| {
+        let token = token.trim_end_matches([':', ',', ';', '.']);
+        token.len() > 1 && token.starts_with(['"', '\\']) && token.ends_with('"')
+    };
+    let is_name =
+        |token: &str| (token.contains('/') && !token.contains("i/o")) || token.contains('@') || is_quoted(token);
     let kept: Vec<_> = message.split_whitespace().filter(|token| !is_name(token)).collect();
     kept.join(" ").to_ascii_lowercase()
 }
@@ -286,6 +292,9 @@ mod tests {
             ("failed to pull image \"r.test/denied/a@sha256:403\": connection refused", Some(Cause::Unavailable)),
             ("failed to resolve r.test/forbidden:401: not found", Some(Cause::NotFound)),
             ("Back-off pulling image \"r/a:1\"", None),
+            ("Back-off pulling image \"app:403\"", None),
+            ("Back-off pulling image \"app:500\": rpc error", None),
+            ("failed to pull \\\"denied:1\\\": connection refused", Some(Cause::Unavailable)),
             ("", None),
         ] {
             assert_eq!(cause(&waiting("ErrImagePull", message)), expected, "{message}");
