@@ -1,1 +1,160 @@
-//! (under construction)
+//! A content store that is a node's containerd, of any version from 1.6 on.
+//!
+//! Everything goes through containerd's own API; only the reading of blobs looks at its files, where they can be seen. What the port calls a
+//! pin is a lease here, and what it remembers are labels.
+//!
+//! Not here: unpacking (the CRI plugin does it when a container is created) and any other runtime than containerd.
+
+mod content;
+mod errors;
+mod images;
+mod labels;
+mod leases;
+mod link;
+mod reader;
+mod surroundings;
+mod watch;
+mod writer;
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use containerd_client::services::v1::version_client::VersionClient;
+use tokio::sync::{Notify, watch as counter};
+
+use crate::oci::Digest;
+use crate::ports::{BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, StoreError};
+use link::Link;
+use surroundings::Surroundings;
+
+/// Which containerd, and what of it is ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Its socket.
+    pub socket: PathBuf,
+    /// The containerd namespace that the kubelet's images are in: `k8s.io`.
+    pub containerd_namespace: String,
+    /// The root folder of its content store as this process sees it; `None` to take the path that containerd tells. Blobs
+    /// whose files are not there are read through the API.
+    pub content_root: Option<PathBuf>,
+}
+
+/// The configuration cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// gRPC's libraries take paths as text.
+    #[error("the path of containerd's socket, {0:?}, is not UTF-8")]
+    Socket(PathBuf),
+    /// It travels in a header and in filters.
+    #[error("{0:?} cannot be a containerd namespace (letters, digits, and . _ - between them)")]
+    Namespace(String),
+}
+
+/// A node's containerd. Clones are handles of one store.
+///
+/// Connects when it is first used, and again whenever the connection is lost. [`ContainerdStore::run`] must be running for
+/// [`ContentStore::changes`] to tell what others do, and for what dropped writers leave to be removed soon.
+#[derive(Clone)]
+pub struct ContainerdStore {
+    link: Link,
+    state: Arc<State>,
+}
+
+struct State {
+    surroundings: Surroundings,
+    changes: counter::Sender<u64>,
+    /// Blobs that are being written through this store.
+    writing: Mutex<HashSet<Digest>>,
+    /// Held while a write begins and while an abandoned one is aborted, so that no abort hits a write that has just begun.
+    beginning: tokio::sync::Mutex<()>,
+    /// A writer was dropped and left something.
+    abandoned: Notify,
+    /// Held from reading labels until adding some: two callers must not choose the same label for different children.
+    remembering: tokio::sync::Mutex<()>,
+}
+
+/// Probes ask every few seconds, and one that waits longer counts as failed anyway.
+const READY_DEADLINE: Duration = Duration::from_secs(2);
+
+impl ContainerdStore {
+    /// Prepares to use containerd; it need not be there yet.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn new(config: Config) -> Result<Self, ConfigError> {
+        let Config { socket, containerd_namespace, content_root } = config;
+        let state = State {
+            surroundings: Surroundings::new(content_root),
+            changes: counter::Sender::new(0),
+            writing: Mutex::new(HashSet::new()),
+            beginning: tokio::sync::Mutex::new(()),
+            abandoned: Notify::new(),
+            remembering: tokio::sync::Mutex::new(()),
+        };
+        Ok(Self { link: Link::new(socket, &containerd_namespace)?, state: Arc::new(state) })
+    }
+
+    /// Whether containerd answers, and its version.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] when it does not.
+    pub async fn ready(&self) -> Result<String, StoreError> {
+        let mut client = VersionClient::new(self.link.channel());
+        let answer = self.link.call_within(READY_DEADLINE, client.version(())).await;
+        answer.map(|answer| answer.version).map_err(|status| self.link.failed(&status))
+    }
+
+    fn changed(&self) {
+        self.state.changes.send_modify(|changes| *changes += 1);
+    }
+}
+
+#[async_trait]
+impl ContentStore for ContainerdStore {
+    async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
+        self.find_blob(digest).await
+    }
+
+    async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
+        self.list_blobs().await
+    }
+
+    async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError> {
+        self.open_blob(digest).await
+    }
+
+    async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
+        Ok(Box::new(self.begin_write(digest, size, pin).await?))
+    }
+
+    async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
+        self.add_labels(digest, remembered).await
+    }
+
+    async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
+        self.list_images().await
+    }
+
+    async fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
+        self.write_image(record).await
+    }
+
+    async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
+        self.create_lease(life).await
+    }
+
+    async fn release(&self, pin: Pin) -> Result<(), StoreError> {
+        self.delete_lease(&pin, false).await
+    }
+
+    fn changes(&self) -> counter::Receiver<u64> {
+        self.state.changes.subscribe()
+    }
+
+    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+        self.free_bytes_of_root().await
+    }
+}

@@ -1,1 +1,298 @@
-//! (under construction)
+//! A content store that is an OCI image layout in a folder, so that other tools can read what is in it and add to it.
+//!
+//! ```text
+//! oci-layout, index.json, blobs/sha256/    as the specification has them; index.json names every image record in full
+//! ingest/                                  blobs that are being written
+//! pins/                                    one file per pin: until when, and what it holds
+//! remembered/                              one file per blob about which something is remembered
+//! ```
+//!
+//! One process has the folder at a time. What other tools add is noticed when it is listed, not announced as a change.
+
+mod collect;
+mod index;
+mod pins;
+mod remembered;
+mod writer;
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use nix::fcntl::{Flock, FlockArg};
+use tokio::sync::watch;
+
+use crate::files::{FileReader, blob_path};
+use crate::oci::Digest;
+use crate::ports::{BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, StoreError};
+use index::Index;
+use writer::Writer;
+
+/// An OCI image layout on disk.
+#[derive(Clone)]
+pub struct LayoutStore {
+    folder: Arc<Folder>,
+}
+
+/// The folder, owned. Writers share it, so that it stays locked until the last of them is gone.
+struct Folder {
+    root: PathBuf,
+    /// Held while index, pins or remembered things change, and while collecting: what was pinned cannot be missed.
+    changing: Mutex<()>,
+    writing: Mutex<HashSet<Digest>>,
+    changes: watch::Sender<u64>,
+    _owned: Flock<File>,
+}
+
+/// The folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LayoutError {
+    /// Reading or writing it failed.
+    #[error("the image layout in {root}: {source}")]
+    Io {
+        /// Which folder.
+        root: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another process works in it.
+    #[error("the image layout in {0} is in use by another process; end that one or choose another folder")]
+    InUse(PathBuf),
+    /// There is something else in it.
+    #[error("{0} holds files but no image layout; choose an empty folder")]
+    Foreign(PathBuf),
+}
+
+const LAYOUT_FILE: &str = "oci-layout";
+const INDEX_FILE: &str = "index.json";
+const BLOBS: &str = "blobs/sha256";
+const INGEST: &str = "ingest";
+const PINS: &str = "pins";
+const REMEMBERED: &str = "remembered";
+
+impl LayoutStore {
+    /// Takes the folder, makes a layout of it if it is empty, and removes what a process that was killed left half-done.
+    ///
+    /// # Errors
+    /// [`LayoutError`]; a folder that holds something else is left as it is.
+    pub fn open(root: &Path) -> Result<Self, LayoutError> {
+        let at = |source| LayoutError::Io { root: root.to_owned(), source };
+        fs::create_dir_all(root).map_err(at)?;
+        let owned = match Flock::lock(File::open(root).map_err(at)?, FlockArg::LockExclusiveNonblock) {
+            Ok(owned) => owned,
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => return Err(LayoutError::InUse(root.to_owned())),
+            Err((_, errno)) => return Err(at(errno.into())),
+        };
+        let is_layout = root.join(LAYOUT_FILE).try_exists().map_err(at)?;
+        if !is_layout && fs::read_dir(root).map_err(at)?.next().is_some() {
+            return Err(LayoutError::Foreign(root.to_owned()));
+        }
+        prepare(root).map_err(at)?;
+        let folder = Folder {
+            root: root.to_owned(),
+            changing: Mutex::new(()),
+            writing: Mutex::new(HashSet::new()),
+            changes: watch::Sender::new(0),
+            _owned: owned,
+        };
+        folder.collect(&folder.changing()).map_err(|error| at(io::Error::other(error)))?;
+        Ok(Self { folder: Arc::new(folder) })
+    }
+
+    /// Removes what no live pin holds and no record reaches. Releasing a pin and opening the folder do so as well.
+    ///
+    /// # Errors
+    /// [`StoreError::Other`] when the folder cannot be read or changed.
+    pub async fn collect(&self) -> Result<(), StoreError> {
+        self.blocking(|folder| folder.collect(&folder.changing())).await
+    }
+
+    /// Runs file operations where they may block.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Arc<Folder>) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let folder = self.folder.clone();
+        let done = tokio::task::spawn_blocking(move || work(&folder)).await;
+        done.unwrap_or_else(|panicked| Err(StoreError::Other(format!("a file operation panicked: {panicked}"))))
+    }
+}
+
+/// Makes what is missing and sweeps what was being written.
+fn prepare(root: &Path) -> io::Result<()> {
+    // The marker first: a folder that has it is ours to complete.
+    if !root.join(LAYOUT_FILE).try_exists()? {
+        replace(&root.join(LAYOUT_FILE), br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+    }
+    if !root.join(INDEX_FILE).try_exists()? {
+        replace(&root.join(INDEX_FILE), Index::empty().as_slice())?;
+    }
+    if let Err(error) = fs::remove_dir_all(root.join(INGEST))
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        return Err(error);
+    }
+    for folder in [BLOBS, INGEST, PINS, REMEMBERED] {
+        fs::create_dir_all(root.join(folder))?;
+    }
+    sync_folder(root)
+}
+
+/// Writes a file so that it is, also after a power cut, either as before or whole.
+fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let staged = path.with_extension("new");
+    let mut file = File::create(&staged)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    fs::rename(&staged, path)?;
+    sync_folder(path.parent().unwrap_or(Path::new(".")))
+}
+
+fn sync_folder(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+/// Says which file a failure is about.
+fn failed(path: &Path, error: &io::Error) -> StoreError {
+    StoreError::Other(format!("{}: {error}", path.display()))
+}
+
+impl Folder {
+    fn path(&self, part: &str) -> PathBuf {
+        self.root.join(part)
+    }
+
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        // It guards files, and each of those is replaced whole: a panic leaves nothing half-changed.
+        self.changing.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn changed(&self) {
+        self.changes.send_modify(|changes| *changes += 1);
+    }
+
+    fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
+        let path = blob_path(&self.root, digest);
+        match fs::metadata(&path) {
+            Ok(metadata) => Ok(Some(BlobInfo { digest, size: metadata.len() })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed(&path, &error)),
+        }
+    }
+
+    fn must_hold(&self, digest: Digest) -> Result<(), StoreError> {
+        self.blob(digest)?.map(|_| ()).ok_or(StoreError::Absent(digest))
+    }
+
+    fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
+        let path = self.path(BLOBS);
+        let unreadable = |error| failed(&path, &error);
+        let mut blobs = Vec::new();
+        for entry in fs::read_dir(&path).map_err(unreadable)? {
+            let entry = entry.map_err(unreadable)?;
+            // Other tools' temporary files are no blobs.
+            let Some(digest) = entry.file_name().to_str().and_then(|hex| format!("sha256:{hex}").parse().ok()) else {
+                continue;
+            };
+            match entry.metadata() {
+                Ok(metadata) => blobs.push(BlobInfo { digest, size: metadata.len() }),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(unreadable(error)),
+            }
+        }
+        Ok(blobs)
+    }
+}
+
+#[async_trait]
+impl ContentStore for LayoutStore {
+    async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
+        self.blocking(move |folder| folder.blob(digest)).await
+    }
+
+    async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
+        self.blocking(|folder| folder.blobs()).await
+    }
+
+    async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError> {
+        match FileReader::open(&self.folder.root, digest).await {
+            Ok(reader) => Ok(Box::new(reader)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StoreError::Absent(digest)),
+            Err(error) => Err(failed(&blob_path(&self.folder.root, digest), &error)),
+        }
+    }
+
+    async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
+        let pin = pin.clone();
+        let writer = self.blocking(move |folder| {
+            folder.hold(&folder.changing(), &pin, digest)?;
+            if folder.blob(digest)?.is_some() {
+                return Err(StoreError::AlreadyThere(digest));
+            }
+            Writer::begin(folder.clone(), digest, size)
+        });
+        Ok(Box::new(writer.await?))
+    }
+
+    async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
+        let remembered = remembered.clone();
+        self.blocking(move |folder| {
+            let changing = folder.changing();
+            folder.must_hold(digest)?;
+            folder.remember(&changing, digest, &remembered)
+        })
+        .await
+    }
+
+    async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
+        self.blocking(|folder| Ok(Index::read(folder)?.records())).await
+    }
+
+    async fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
+        let record = record.clone();
+        self.blocking(move |folder| {
+            let changing = folder.changing();
+            folder.must_hold(record.target.digest)?;
+            let mut index = Index::read(folder)?;
+            index.put(&record);
+            index.write(&changing, folder)?;
+            folder.changed();
+            Ok(())
+        })
+        .await
+    }
+
+    async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
+        self.blocking(move |folder| folder.pin(life)).await
+    }
+
+    async fn release(&self, pin: Pin) -> Result<(), StoreError> {
+        self.blocking(move |folder| {
+            let changing = folder.changing();
+            folder.release(&changing, &pin)?;
+            folder.collect(&changing)?;
+            folder.changed();
+            Ok(())
+        })
+        .await
+    }
+
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.folder.changes.subscribe()
+    }
+
+    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+        self.blocking(|folder| {
+            let stat = nix::sys::statvfs::statvfs(&folder.root).map_err(|errno| failed(&folder.root, &errno.into()))?;
+            Ok(Some(stat.blocks_available() * stat.fragment_size()))
+        })
+        .await
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,326 @@
-//! (under construction)
+//! The store on real containerds: 1.6, 1.7 and 2, each with its own daemon, folders and socket.
+
+mod daemon;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use daemon::Daemon;
+use lighterman::containerd::{Config, ContainerdStore};
+use lighterman::oci::{Descriptor, Digest, Hasher, Repository};
+use lighterman::ports::{BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered, StoreError};
+use lighterman::testing::contract::{Subject, keeps_the_contract};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+/// For whatever a test waits for; a slow machine must not fail it.
+const PATIENCE: Duration = Duration::from_secs(30);
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// One test for each behaviour and version, so that a failure names both.
+macro_rules! on_every_version {
+    ($($behaviour:ident),* $(,)?) => {
+        on_every_version!(@ containerd_1_6 "containerd-1.6" $($behaviour)*);
+        on_every_version!(@ containerd_1_7 "containerd-1.7" $($behaviour)*);
+        on_every_version!(@ containerd_2 "containerd-2" $($behaviour)*);
+    };
+    (@ $module:ident $version:literal $($behaviour:ident)*) => {
+        mod $module {
+            $(#[tokio::test]
+            async fn $behaviour() {
+                super::$behaviour($version).await;
+            })*
+        }
+    };
+}
+
+on_every_version![
+    it_keeps_the_contract,
+    it_keeps_the_contract_where_its_files_cannot_be_seen,
+    killed_in_mid_write_it_keeps_nothing_of_the_blob_and_comes_back,
+    what_dropped_writers_leave_is_removed,
+    what_a_killed_agent_left_is_removed_at_the_next_start,
+    labels_of_others_survive,
+    a_blob_of_another_namespace_is_written_here_all_the_same,
+    what_others_do_is_noticed,
+    changes_are_noticed_after_a_restart,
+    a_record_is_written_when_cri_has_noticed_it,
+];
+
+struct OnContainerd {
+    config: Config,
+    store: ContainerdStore,
+}
+
+/// A store in a containerd namespace of its own.
+fn fresh(config: Config) -> OnContainerd {
+    static MADE: AtomicUsize = AtomicUsize::new(0);
+    let containerd_namespace = format!("test-{}", MADE.fetch_add(1, Ordering::Relaxed));
+    let config = Config { containerd_namespace, ..config };
+    OnContainerd { store: ContainerdStore::new(config.clone()).unwrap(), config }
+}
+
+#[async_trait]
+impl Subject for OnContainerd {
+    fn store(&self) -> Arc<dyn ContentStore> {
+        Arc::new(self.store.clone())
+    }
+
+    /// Deleting a lease and waiting for it makes containerd collect.
+    async fn collect(&self) {
+        let pin = self.store.pin(HOUR).await.unwrap();
+        self.store.release_and_collect(pin).await.unwrap();
+    }
+
+    /// Nobody aborts what the dropped writer left: [`ContainerdStore::run`] does not run here.
+    async fn restart(&mut self, unfinished: Box<dyn BlobWriter>) {
+        drop(unfinished);
+        self.store = ContainerdStore::new(self.config.clone()).unwrap();
+    }
+}
+
+async fn it_keeps_the_contract(version: &str) {
+    let daemon = Daemon::start(version).await;
+    keeps_the_contract(version, async || fresh(daemon.config(""))).await;
+}
+
+async fn it_keeps_the_contract_where_its_files_cannot_be_seen(version: &str) {
+    let daemon = Daemon::start(version).await;
+    let elsewhere = Some(PathBuf::from("/nothing/is/here"));
+    keeps_the_contract(version, async || fresh(Config { content_root: elsewhere.clone(), ..daemon.config("") })).await;
+}
+
+/// Different in each place, so that what lands in the wrong one is seen.
+fn content(seed: &str, size: usize) -> Bytes {
+    let mut bytes: Vec<u8> =
+        (0_u64..).flat_map(|n| *Digest::of(format!("{seed} {n}").as_bytes()).as_bytes()).take(size).collect();
+    bytes.shrink_to_fit();
+    bytes.into()
+}
+
+async fn write(store: &ContainerdStore, bytes: &Bytes, pin: &Pin, remembered: &Remembered) -> Descriptor {
+    let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
+    let mut hasher = Hasher::default();
+    hasher.update(bytes);
+    let mut writer = store.create(digest, size, pin).await.unwrap();
+    writer.append(std::slice::from_ref(bytes)).await.unwrap();
+    writer.commit(hasher.verify(digest, size).unwrap(), remembered).await.unwrap();
+    let media_type = "application/vnd.oci.image.manifest.v1+json".into();
+    Descriptor { media_type, digest, size, platform: None, attestation: false }
+}
+
+async fn read(store: &ContainerdStore, digest: Digest) -> Vec<u8> {
+    let mut reader = store.open(digest).await.unwrap();
+    let mut bytes = Vec::new();
+    loop {
+        let read = reader.read_at(bytes.len() as u64, 1 << 20).await.unwrap();
+        if read.is_empty() {
+            return bytes;
+        }
+        bytes.extend_from_slice(&read);
+    }
+}
+
+async fn killed_in_mid_write_it_keeps_nothing_of_the_blob_and_comes_back(version: &str) {
+    let mut daemon = Daemon::start(version).await;
+    let store = daemon.store("killed");
+    let pin = store.pin(HOUR).await.unwrap();
+    let kept = write(&store, &content("kept", 3 << 20), &pin, &Remembered::default()).await;
+    let bytes = content("interrupted", 12 << 20);
+    let digest = Digest::of(&bytes);
+    let mut writer = store.create(digest, bytes.len() as u64, &pin).await.unwrap();
+    writer.append(&[bytes.slice(..6 << 20)]).await.unwrap();
+
+    daemon.kill();
+    let failed = timeout(PATIENCE, append_until_it_fails(writer.as_mut(), &bytes)).await.unwrap();
+    assert!(matches!(failed, StoreError::Unavailable(_)), "{failed:?}");
+    drop(writer);
+    let absent = timeout(PATIENCE, store.blob(kept.digest)).await.unwrap();
+    let Err(StoreError::Unavailable(text)) = absent else { panic!("{absent:?}") };
+    assert!(text.contains("containerd.sock"), "{text}");
+    assert!(timeout(PATIENCE, store.ready()).await.unwrap().is_err());
+
+    daemon.start_again().await;
+    assert_eq!(store.blob(digest).await.unwrap(), None);
+    assert_eq!(read(&store, kept.digest).await, content("kept", 3 << 20));
+    let whole = write(&store, &bytes, &pin, &Remembered::default()).await;
+    assert_eq!(read(&store, whole.digest).await, bytes);
+}
+
+/// The connection takes some messages before it notices.
+async fn append_until_it_fails(writer: &mut dyn BlobWriter, bytes: &Bytes) -> StoreError {
+    for _ in 0..6 {
+        if let Err(error) = writer.append(&[bytes.slice(..1 << 20)]).await {
+            return error;
+        }
+    }
+    panic!("six messages were sent to nobody");
+}
+
+/// Waits until containerd has no write under way.
+async fn nothing_is_being_written(daemon: &Daemon, containerd_namespace: &str) {
+    let waiting = async {
+        while daemon.ctr(containerd_namespace, &["content", "active"]).contains("lighterman-") {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, waiting).await.expect("a write that nobody goes on with is still there");
+}
+
+async fn begin(store: &ContainerdStore, pin: &Pin) -> Box<dyn BlobWriter> {
+    let bytes = content("begun", 5 << 20);
+    let mut writer = store.create(Digest::of(&bytes), bytes.len() as u64, pin).await.unwrap();
+    writer.append(&[bytes.slice(..4 << 20)]).await.unwrap();
+    writer
+}
+
+async fn what_dropped_writers_leave_is_removed(version: &str) {
+    let daemon = Daemon::start(version).await;
+    let store = daemon.store("dropped");
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(store.clone().run(stop.clone()));
+    let pin = store.pin(HOUR).await.unwrap();
+    let writer = begin(&store, &pin).await;
+    assert!(daemon.ctr("dropped", &["content", "active"]).contains("lighterman-"), "the test sees nothing");
+    drop(writer);
+    nothing_is_being_written(&daemon, "dropped").await;
+    stop.cancel();
+    timeout(PATIENCE, running).await.expect("it ends when it is told to").unwrap();
+}
+
+async fn what_a_killed_agent_left_is_removed_at_the_next_start(version: &str) {
+    let daemon = Daemon::start(version).await;
+    let killed = daemon.store("left");
+    let pin = killed.pin(HOUR).await.unwrap();
+    drop(begin(&killed, &pin).await);
+    assert!(daemon.ctr("left", &["content", "active"]).contains("lighterman-"), "the test sees nothing");
+
+    let stop = CancellationToken::new();
+    let _stopped = stop.clone().drop_guard();
+    tokio::spawn(daemon.store("left").run(stop));
+    nothing_is_being_written(&daemon, "left").await;
+}
+
+async fn labels_of_others_survive(version: &str) {
+    let daemon = Daemon::start(version).await;
+    let store = daemon.store("labels");
+    let pin = store.pin(HOUR).await.unwrap();
+    let repository = |path: &str| Some(Repository { registry: "10.0.0.1:5000".into(), path: path.into() });
+    let layer = |name: &str| Child { digest: Digest::of(name.as_bytes()), kind: ChildKind::Layer };
+    let first = Remembered { source: repository("team/app"), children: vec![layer("a")] };
+    let blob = write(&store, &content("labelled", 100), &pin, &first).await;
+    let theirs = format!("containerd.io/gc.ref.content.l.1={}", Digest::of(b"theirs"));
+    let by_digest = blob.digest.to_string();
+    daemon.ctr("labels", &["content", "label", &by_digest, &theirs, "made.by=somebody"]);
+
+    let more = Remembered { source: repository("other/app"), children: vec![layer("a"), layer("b")] };
+    store.remember(blob.digest, &more).await.unwrap();
+    let listed = daemon.ctr("labels", &["content", "ls"]);
+    for label in [
+        format!("containerd.io/gc.ref.content.l.0={}", Digest::of(b"a")),
+        theirs,
+        format!("containerd.io/gc.ref.content.l.2={}", Digest::of(b"b")),
+        "containerd.io/distribution.source.10.0.0.1:5000=other/app,team/app".into(),
+        "made.by=somebody".into(),
+    ] {
+        assert!(listed.contains(&label), "{label} is not in {listed}");
+    }
+}
+
+/// Under the default content policy containerd would adopt the other namespace's copy at the commit, if nothing were written.
+async fn a_blob_of_another_namespace_is_written_here_all_the_same(version: &str) {
+    let daemon = Daemon::start(version).await;
+    let (here, there) = (daemon.store("here"), daemon.store("there"));
+    let bytes = content("in both", 3 << 20);
+    let pin = there.pin(HOUR).await.unwrap();
+    let blob = write(&there, &bytes, &pin, &Remembered::default()).await;
+    assert_eq!(here.blob(blob.digest).await.unwrap(), None, "it is not ours yet");
+    let pin = here.pin(HOUR).await.unwrap();
+    write(&here, &bytes, &pin, &Remembered::default()).await;
+    assert_eq!(read(&here, blob.digest).await, bytes);
+}
+
+async fn what_others_do_is_noticed(version: &str) {
+    let daemon = Daemon::start(version).await;
+    let (store, others) = (daemon.store("events"), daemon.store("events"));
+    let stop = CancellationToken::new();
+    let _stopped = stop.clone().drop_guard();
+    let mut changes = store.changes();
+    tokio::spawn(store.clone().run(stop));
+    timeout(PATIENCE, changes.changed()).await.expect("being connected counts as a change").unwrap();
+
+    let pin = others.pin(HOUR).await.unwrap();
+    let target = write(&others, &content("noticed", 100), &pin, &Remembered::default()).await;
+    // The subscription may stand a moment after the connection: again and again, until it does.
+    let waiting = async {
+        for n in 0.. {
+            let record = ImageRecord { name: format!("example.org/noticed:{n}"), target: target.clone() };
+            others.put_image(&record).await.unwrap();
+            if timeout(Duration::from_millis(500), changes.changed()).await.is_ok() {
+                break;
+            }
+        }
+    };
+    timeout(PATIENCE, waiting).await.expect("records of others are not noticed");
+}
+
+async fn changes_are_noticed_after_a_restart(version: &str) {
+    let mut daemon = Daemon::start(version).await;
+    let store = daemon.store("restarted");
+    let stop = CancellationToken::new();
+    let _stopped = stop.clone().drop_guard();
+    let mut changes = store.changes();
+    tokio::spawn(store.clone().run(stop));
+    timeout(PATIENCE, changes.changed()).await.expect("being connected counts as a change").unwrap();
+    daemon.kill();
+    changes.mark_unchanged();
+    daemon.start_again().await;
+    timeout(PATIENCE, changes.changed()).await.expect("it has not come back").unwrap();
+}
+
+/// What the CRI plugin reads of an image before it takes notice: the manifest and the configuration. It unpacks nothing.
+async fn image(store: &ContainerdStore, pin: &Pin, architecture: &str) -> (Descriptor, Digest) {
+    let layer = write(store, &content(architecture, 1000), pin, &Remembered::default()).await;
+    let config = format!(
+        r#"{{"architecture":"{architecture}","os":"linux","config":{{}},"rootfs":{{"type":"layers","diff_ids":["{}"]}}}}"#,
+        layer.digest
+    );
+    let config = write(store, &config.into(), pin, &Remembered::default()).await;
+    let manifest = format!(
+        r#"{{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json",
+        "config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{}","size":{}}},
+        "layers":[{{"mediaType":"application/vnd.oci.image.layer.v1.tar+gzip","digest":"{}","size":{}}}]}}"#,
+        config.digest, config.size, layer.digest, layer.size
+    );
+    let children = vec![
+        Child { digest: config.digest, kind: ChildKind::Config },
+        Child { digest: layer.digest, kind: ChildKind::Layer },
+    ];
+    (write(store, &manifest.into(), pin, &Remembered { source: None, children }).await, config.digest)
+}
+
+async fn a_record_is_written_when_cri_has_noticed_it(version: &str) {
+    let daemon = Daemon::start(version).await;
+    let store = daemon.store("k8s.io");
+    let pin = store.pin(HOUR).await.unwrap();
+    let name = "example.org/team/app:1";
+    let noticed = || {
+        let listed = daemon.ctr("k8s.io", &["images", "ls"]);
+        let line = listed.lines().find(|line| line.starts_with(name)).map(str::to_owned);
+        line.unwrap_or_else(|| panic!("{name} is not in {listed}"))
+    };
+    // Once new, once moved to another target.
+    for version in ["amd64", "arm64"] {
+        let (target, config) = image(&store, &pin, version).await;
+        store.put_image(&ImageRecord { name: name.into(), target: target.clone() }).await.unwrap();
+        let line = noticed();
+        assert!(line.contains("io.cri-containerd.image=managed"), "{line}");
+        assert!(line.contains(&target.digest.to_string()), "{line}");
+        let names: Vec<_> = store.images().await.unwrap().into_iter().map(|record| record.name).collect();
+        assert!(names.contains(&config.to_string()), "the plugin makes a record of the image's ID: {names:?}");
+    }
+}

@@ -1,0 +1,77 @@
+//! What containerd's errors mean.
+
+use std::error::Error;
+use std::path::Path;
+
+use containerd_client::tonic::{Code, Status};
+
+use crate::oci::Digest;
+use crate::ports::StoreError;
+
+/// Codes first; containerd has none for two things that matter, and for those its words are all there is.
+pub(super) fn explain(socket: &Path, digest: Option<Digest>, status: &Status) -> StoreError {
+    let text = format!("containerd at {}: {}", socket.display(), status.message());
+    if let Some(digest) = digest {
+        // `ref … locked for …`: another stream writes the same ref. (content/local/locks.go, with the code Unavailable.)
+        if status.message().contains("locked for") {
+            return StoreError::Busy(digest);
+        }
+        // The operating system's own words for ENOSPC and EDQUOT; the code is Unknown.
+        let full = ["no space left on device", "disk quota exceeded"];
+        if status.code() == Code::ResourceExhausted || full.iter().any(|words| status.message().contains(words)) {
+            return StoreError::Full(digest);
+        }
+        match status.code() {
+            Code::NotFound => return StoreError::Absent(digest),
+            Code::AlreadyExists => return StoreError::AlreadyThere(digest),
+            _ => {}
+        }
+    }
+    // What containerd answered has no source; what broke on the way has.
+    let broken = status.source().is_some();
+    match status.code() {
+        Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded => StoreError::Unavailable(text),
+        _ if broken => StoreError::Unavailable(text),
+        _ => StoreError::Other(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn explained(status: &Status) -> (StoreError, StoreError) {
+        let socket = Path::new("/run/c.sock");
+        (explain(socket, Some(Digest::of(b"")), status), explain(socket, None, status))
+    }
+
+    #[test]
+    fn codes_mean_what_the_port_calls_them() {
+        assert!(matches!(explained(&Status::not_found("content")), (StoreError::Absent(_), StoreError::Other(_))));
+        assert!(matches!(
+            explained(&Status::already_exists("content")),
+            (StoreError::AlreadyThere(_), StoreError::Other(_))
+        ));
+        assert!(matches!(explained(&Status::failed_precondition("unexpected digest")).0, StoreError::Other(_)));
+        assert!(matches!(explained(&Status::resource_exhausted("full")).0, StoreError::Full(_)));
+        for gone in [Status::unavailable("x"), Status::cancelled("x"), Status::deadline_exceeded("x")] {
+            assert!(matches!(explained(&gone), (StoreError::Unavailable(_), StoreError::Unavailable(_))));
+        }
+    }
+
+    #[test]
+    fn words_decide_where_codes_do_not() {
+        let locked = Status::unavailable("ref k8s.io/1/lighterman-x locked for 2s (since y): unavailable");
+        assert!(matches!(explained(&locked).0, StoreError::Busy(_)));
+        let full = Status::unknown("write /var/lib/containerd/…/data: no space left on device");
+        assert!(matches!(explained(&full).0, StoreError::Full(_)));
+    }
+
+    #[test]
+    fn a_broken_connection_names_the_socket() {
+        let broken = Status::from_error("connection reset".into());
+        assert_eq!(broken.code(), Code::Unknown);
+        let (StoreError::Unavailable(text), _) = explained(&broken) else { panic!("{broken:?}") };
+        assert!(text.contains("/run/c.sock"), "{text}");
+    }
+}

@@ -1,0 +1,105 @@
+//! Image records.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use containerd_client::services::v1::{
+    CreateImageRequest, GetImageRequest, Image, ListImagesRequest, UpdateImageRequest,
+};
+use containerd_client::tonic::{Code, Status};
+use containerd_client::types;
+use tokio::time::{Instant, sleep};
+
+use super::ContainerdStore;
+use crate::oci::Descriptor;
+use crate::ports::{ImageRecord, StoreError};
+
+/// The CRI plugin sets it once it has noticed a record, and then the kubelet finds the image.
+const NOTICED: &str = "io.cri-containerd.image";
+const NOTICED_VALUE: &str = "managed";
+/// The only namespace that the CRI plugin looks at.
+const CRI_NAMESPACE: &str = "k8s.io";
+
+/// The plugin takes a millisecond (measured), and longer when the node is busy; nobody should wait more than that for an image that is here.
+const NOTICE_DEADLINE: Duration = Duration::from_secs(2);
+const FIRST_LOOK: Duration = Duration::from_millis(1);
+const LAST_LOOKS: Duration = Duration::from_millis(50);
+
+impl ContainerdStore {
+    pub(super) async fn list_images(&self) -> Result<Vec<ImageRecord>, StoreError> {
+        let request = self.link.request(ListImagesRequest { filters: Vec::new() });
+        let listed = self.link.call(self.link.images().list(request)).await;
+        let images = listed.map_err(|status| self.link.failed(&status))?.images;
+        Ok(images.into_iter().filter_map(record).collect())
+    }
+
+    /// containerd takes a record of anything, so whether the target is there is asked first. The caller's pin keeps it there.
+    pub(super) async fn write_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
+        let digest = record.target.digest;
+        self.find_blob(digest).await?.ok_or(StoreError::Absent(digest))?;
+        let written = match self.create_image(record).await {
+            Err(status) if status.code() == Code::AlreadyExists => self.update_image(record).await,
+            created => created,
+        };
+        written.map_err(|status| self.link.failed(&status))?;
+        self.changed();
+        if self.link.namespace() == CRI_NAMESPACE && self.has_cri().await? && !self.noticed(&record.name).await? {
+            tracing::warn!(
+                image = record.name,
+                waited_s = NOTICE_DEADLINE.as_secs(),
+                "containerd's CRI plugin has not taken notice of the image; pods may have to wait for it"
+            );
+        }
+        Ok(())
+    }
+
+    async fn create_image(&self, record: &ImageRecord) -> Result<(), Status> {
+        let image = Some(image(record));
+        let request = self.link.request(CreateImageRequest { image, source_date_epoch: None });
+        self.link.call(self.link.images().create(request)).await.map(|_| ())
+    }
+
+    /// The plugin's label is taken away, so that it comes back when the plugin has noticed the new target. Others stay.
+    async fn update_image(&self, record: &ImageRecord) -> Result<(), Status> {
+        let mut update = UpdateImageRequest { image: Some(image(record)), update_mask: None, source_date_epoch: None };
+        update.update_mask.get_or_insert_default().paths = vec!["target".into(), format!("labels.{NOTICED}")];
+        self.link.call(self.link.images().update(self.link.request(update))).await.map(|_| ())
+    }
+
+    async fn noticed(&self, name: &str) -> Result<bool, StoreError> {
+        let deadline = Instant::now() + NOTICE_DEADLINE;
+        let mut pause = FIRST_LOOK;
+        while Instant::now() < deadline {
+            let request = self.link.request(GetImageRequest { name: name.to_owned() });
+            let found = self.link.call(self.link.images().get(request)).await;
+            let image = found.map_err(|status| self.link.failed(&status))?.image.unwrap_or_default();
+            if image.labels.get(NOTICED).is_some_and(|value| value == NOTICED_VALUE) {
+                return Ok(true);
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(LAST_LOOKS);
+        }
+        Ok(false)
+    }
+}
+
+/// An empty label is none; that takes away the one that an update names.
+fn image(record: &ImageRecord) -> Image {
+    let Descriptor { media_type, digest, size, platform: _, attestation: _ } = record.target.clone();
+    let target = types::Descriptor {
+        media_type,
+        digest: digest.to_string(),
+        size: size.cast_signed(),
+        annotations: HashMap::new(),
+    };
+    Image { name: record.name.clone(), target: Some(target), ..Image::default() }
+}
+
+/// `None` for a target that we have no name for (sha512) or that cannot be.
+fn record(image: Image) -> Option<ImageRecord> {
+    let target = image.target?;
+    let digest = target.digest.parse().ok()?;
+    let size = target.size.try_into().ok()?;
+    let target = Descriptor { media_type: target.media_type, digest, size, platform: None, attestation: false };
+    Some(ImageRecord { name: image.name, target })
+}

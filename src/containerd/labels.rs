@@ -1,0 +1,133 @@
+//! What is remembered about a blob, as labels.
+
+use std::collections::{BTreeSet, HashMap};
+
+use crate::oci::Repository;
+use crate::ports::{ChildKind, Remembered};
+
+/// containerd's collector follows labels that begin so (`gc.ref.content`, then nothing, `.` or `/`).
+const REFERENCE: &str = "containerd.io/gc.ref.content";
+/// Then the registry; the value lists repositories, sorted, with commas between (containerd: `appendDistributionSourceLabel`).
+const SOURCE: &str = "containerd.io/distribution.source.";
+/// A label's key and value together (containerd: `labels.Validate`).
+const MAX_LABEL: usize = 4096;
+
+/// The labels to set so that `existing` remembers this too. Existing ones are never given another meaning: what they say stays true.
+pub(super) fn additions(existing: &HashMap<String, String>, remembered: &Remembered) -> HashMap<String, String> {
+    let mut added = HashMap::new();
+    let mut known: BTreeSet<String> =
+        existing.iter().filter(|(key, _)| key.starts_with(REFERENCE)).map(|(_, digest)| digest.clone()).collect();
+    let mut ordinals: HashMap<&str, usize> = HashMap::new();
+    for child in &remembered.children {
+        let prefix = match child.kind {
+            ChildKind::Manifest => "m.",
+            ChildKind::Layer => "l.",
+            ChildKind::Config => "config",
+        };
+        // The number that containerd's own pull gives: the place among those of its kind. Taken means that it names another one.
+        let ordinal = ordinals.entry(prefix).or_insert(0);
+        let digest = child.digest.to_string();
+        if known.insert(digest.clone()) {
+            let taken = |key: &String| existing.contains_key(key) || added.contains_key(key);
+            let key = (*ordinal..).map(|number| reference(prefix, number)).find(|key| !taken(key));
+            added.extend(key.map(|key| (key, digest)));
+        }
+        *ordinal += 1;
+    }
+    added.extend(remembered.source.as_ref().and_then(|source| source_label(existing, source)));
+    added
+}
+
+fn reference(prefix: &str, number: usize) -> String {
+    match (prefix, number) {
+        ("config", 0) => format!("{REFERENCE}.config"),
+        ("config", _) => format!("{REFERENCE}.config.{number}"),
+        _ => format!("{REFERENCE}.{prefix}{number}"),
+    }
+}
+
+/// `None` when nothing changes, or when one more name would make the label too long: then the older names stay.
+fn source_label(existing: &HashMap<String, String>, source: &Repository) -> Option<(String, String)> {
+    let key = format!("{SOURCE}{}", source.registry);
+    let before = existing.get(&key).map(String::as_str).unwrap_or_default();
+    let mut paths: BTreeSet<&str> = before.split(',').filter(|path| !path.is_empty()).collect();
+    if !paths.insert(&source.path) {
+        return None;
+    }
+    let after = paths.into_iter().collect::<Vec<_>>().join(",");
+    (key.len() + after.len() <= MAX_LABEL).then_some((key, after))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oci::Digest;
+    use crate::ports::Child;
+
+    fn digest(name: &str) -> Digest {
+        Digest::of(name.as_bytes())
+    }
+
+    fn remembers(children: &[(&str, ChildKind)]) -> Remembered {
+        let child = |&(name, kind): &(&str, ChildKind)| Child { digest: digest(name), kind };
+        Remembered { source: None, children: children.iter().map(child).collect() }
+    }
+
+    fn from(path: &str) -> Remembered {
+        let source = Repository { registry: "10.0.0.1:5000".into(), path: path.into() };
+        Remembered { source: Some(source), children: Vec::new() }
+    }
+
+    fn labels(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+        pairs.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect()
+    }
+
+    /// Labels whose values are the digests of these names, under the collector's prefix.
+    fn references(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+        let pair = |&(key, name): &(&str, &str)| (format!("{REFERENCE}.{key}"), digest(name).to_string());
+        pairs.iter().map(pair).collect()
+    }
+
+    #[test]
+    fn children_are_numbered_as_containerd_s_own_pull_numbers_them() {
+        use ChildKind::{Config, Layer, Manifest};
+        let manifest = remembers(&[("c", Config), ("a", Layer), ("b", Layer)]);
+        assert_eq!(additions(&labels(&[]), &manifest), references(&[("config", "c"), ("l.0", "a"), ("l.1", "b")]));
+        let index = remembers(&[("x", Manifest), ("y", Manifest)]);
+        assert_eq!(additions(&labels(&[]), &index), references(&[("m.0", "x"), ("m.1", "y")]));
+    }
+
+    #[test]
+    fn what_is_known_is_not_written_again() {
+        let twice = remembers(&[("a", ChildKind::Layer), ("a", ChildKind::Layer), ("b", ChildKind::Layer)]);
+        assert_eq!(
+            additions(&labels(&[]), &twice),
+            references(&[("l.0", "a"), ("l.2", "b")]),
+            "one image, one layer twice"
+        );
+        let existing = references(&[("l.7", "a"), ("l.8", "b")]);
+        assert_eq!(additions(&existing, &twice), labels(&[]));
+    }
+
+    #[test]
+    fn no_label_that_is_there_is_given_another_child() {
+        let existing = references(&[("l.0", "theirs"), ("l.1", "too"), ("config", "other")]);
+        let ours = remembers(&[("c", ChildKind::Config), ("a", ChildKind::Layer), ("b", ChildKind::Layer)]);
+        assert_eq!(additions(&existing, &ours), references(&[("config.1", "c"), ("l.2", "a"), ("l.3", "b")]));
+    }
+
+    #[test]
+    fn a_source_joins_those_of_its_registry() {
+        let key = "containerd.io/distribution.source.10.0.0.1:5000";
+        assert_eq!(additions(&labels(&[]), &from("team/app")), labels(&[(key, "team/app")]));
+        assert_eq!(additions(&labels(&[(key, "x,b")]), &from("team/app")), labels(&[(key, "b,team/app,x")]));
+        assert_eq!(additions(&labels(&[(key, "b,team/app")]), &from("team/app")), labels(&[]));
+    }
+
+    #[test]
+    fn a_source_for_which_there_is_no_room_is_left_out() {
+        let key = "containerd.io/distribution.source.10.0.0.1:5000";
+        let full = labels(&[(key, &"p".repeat(MAX_LABEL - key.len() - 4))]);
+        assert_eq!(additions(&full, &from("team/app")), labels(&[]));
+    }
+}

@@ -1,0 +1,56 @@
+//! Pins: containerd's leases.
+
+use std::collections::HashMap;
+use std::time::{Duration, SystemTime};
+
+use containerd_client::services::v1::{CreateRequest, DeleteRequest};
+use containerd_client::tonic::Code;
+
+use super::ContainerdStore;
+use crate::ports::{Pin, StoreError};
+
+/// After this time the collector takes the lease itself away.
+const EXPIRES: &str = "containerd.io/gc.expire";
+/// Tells a person who looks at the leases whose it is.
+const OURS: &str = "lighterman.dev/pin";
+
+/// Deleting with collection: the collector walks all of containerd's metadata and removes files.
+const COLLECT_DEADLINE: Duration = Duration::from_secs(60);
+
+impl ContainerdStore {
+    pub(super) async fn create_lease(&self, life: Duration) -> Result<Pin, StoreError> {
+        let unusable = |_| StoreError::Other(format!("a pin for {} s ends beyond all calendars", life.as_secs()));
+        let until = SystemTime::now().checked_add(life).ok_or(()).map_err(unusable)?;
+        let until = jiff::Timestamp::try_from(until).map_err(|_| ()).map_err(unusable)?;
+        let id = format!("lighterman-{:032x}", rand::random::<u128>());
+        let labels = HashMap::from([(EXPIRES.to_owned(), until.to_string()), (OURS.to_owned(), "agent".to_owned())]);
+        let request = self.link.request(CreateRequest { id: id.clone(), labels });
+        self.link.call(self.link.leases().create(request)).await.map_err(|status| self.link.failed(&status))?;
+        Ok(Pin(id))
+    }
+
+    /// Releases the pin and has everything collected, before it returns, that nothing else holds. containerd is slow while
+    /// it collects, so this is for tests and for people.
+    ///
+    /// # Errors
+    /// As [`crate::ports::ContentStore::release`].
+    pub async fn release_and_collect(&self, pin: Pin) -> Result<(), StoreError> {
+        self.delete_lease(&pin, true).await
+    }
+
+    pub(super) async fn delete_lease(&self, pin: &Pin, sync: bool) -> Result<(), StoreError> {
+        let request = self.link.request(DeleteRequest { id: pin.0.clone(), sync });
+        let mut leases = self.link.leases();
+        let deleted = match sync {
+            true => self.link.call_within(COLLECT_DEADLINE, leases.delete(request)).await,
+            false => self.link.call(leases.delete(request)).await,
+        };
+        match deleted {
+            Err(status) if status.code() != Code::NotFound => Err(self.link.failed(&status)),
+            _ => {
+                self.changed();
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Notices what others do to containerd's content, and tidies up.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use containerd_client::services::v1::SubscribeRequest;
+use containerd_client::services::v1::events_client::EventsClient;
+use containerd_client::tonic::Status;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+use super::ContainerdStore;
+use crate::ports::StoreError;
+
+/// A containerd that restarts is back in a second; one that stays away is asked for at a rate that costs nothing.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+impl ContainerdStore {
+    /// Follows containerd's events until `stop`, across its restarts, and removes what dropped writers leave.
+    pub async fn run(self, stop: CancellationToken) {
+        let mut pause = FIRST_PAUSE;
+        let mut told = false;
+        loop {
+            let mut connected = false;
+            let Err(error) = tokio::select! {
+                () = stop.cancelled() => return,
+                ended = self.follow(&mut connected) => ended,
+            };
+            if connected {
+                (pause, told) = (FIRST_PAUSE, false);
+            }
+            if !told {
+                tracing::warn!(socket = %self.link.socket().display(), %error, "containerd's events ended; trying again");
+                told = true;
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = sleep(pause) => {}
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Returns when the connection is lost. `connected` tells whether there was one.
+    async fn follow(&self, connected: &mut bool) -> Result<Infallible, StoreError> {
+        let failed = |status: Status| self.link.failed(&status);
+        self.state.surroundings.forget().await;
+        let mut client = EventsClient::new(self.link.channel());
+        let subscribing = client.subscribe(self.link.request(SubscribeRequest { filters: self.filters() }));
+        tokio::pin!(subscribing);
+        // containerd sends nothing, not even headers, before the first event; so whether it is there is asked beside it.
+        let early = tokio::select! {
+            events = &mut subscribing => Some(events.map_err(failed)?),
+            ready = self.ready() => ready.map(|_| None)?,
+        };
+        *connected = true;
+        // Whatever happened before: the caller lists everything once the counter moves.
+        self.changed();
+        self.sweep().await;
+        let mut events = loop {
+            if let Some(events) = early {
+                break events;
+            }
+            tokio::select! {
+                events = &mut subscribing => break events.map_err(failed)?,
+                () = self.state.abandoned.notified() => self.sweep().await,
+            }
+        }
+        .into_inner();
+        loop {
+            // The first event is what answered; which ones they are does not matter.
+            self.changed();
+            tokio::select! {
+                event = events.message() => {
+                    event.map_err(failed)?.ok_or_else(|| StoreError::Unavailable("containerd ended its events".into()))?;
+                }
+                () = self.state.abandoned.notified() => self.sweep().await,
+            }
+        }
+    }
+
+    /// Everything that happens to images and blobs in our namespace. `/content/create` comes from containerd 2.1 on; nothing comes when the
+    /// collector takes a blob.
+    fn filters(&self) -> Vec<String> {
+        let namespace = self.link.namespace();
+        ["images", "content"].map(|kind| format!("namespace==\"{namespace}\",topic~=\"^/{kind}/\"")).into()
+    }
+
+    async fn sweep(&self) {
+        if let Err(error) = self.sweep_abandoned().await {
+            // It is tried again after the next drop and the next reconnection, and the lease's end removes it in any case.
+            tracing::warn!(%error, "writes that were given up could not be aborted in containerd");
+        }
+    }
+}

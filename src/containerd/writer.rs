@@ -1,0 +1,306 @@
+//! Writing a blob through containerd.
+//!
+//! A write is a stream of messages to a *ref*, answered one by one. containerd keeps what was written to a ref that is neither committed nor
+//! aborted; that is of no use here, because nothing of a blob is kept before all of it is proved, so it is thrown away.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::MutexGuard;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use containerd_client::services::v1::{
+    AbortRequest, ListStatusesRequest, WriteAction, WriteContentRequest, WriteContentResponse,
+};
+use containerd_client::tonic::metadata::{Ascii, MetadataValue};
+use containerd_client::tonic::{Code, Status, Streaming};
+use tokio::sync::mpsc;
+use tokio::time::sleep;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::labels::additions;
+use super::link::within;
+use super::{ContainerdStore, State};
+use crate::oci::{Digest, Verified};
+use crate::ports::{BlobSink, BlobWriter, Pin, Remembered, StoreError};
+
+/// Every ref of ours begins so; the digest follows.
+const REF_PREFIX: &str = "lighterman-";
+
+/// The data in one message. containerd refuses messages over 16 MiB; 4 and 8 were no faster (measured on 1.6), and each costs its size in
+/// memory three times over.
+const MESSAGE: usize = 1 << 20;
+
+/// Messages that wait to be sent, so that containerd always has one to go on with. They bound a writer's memory, together with
+/// the one being filled and what is in the connection's buffer.
+const IN_FLIGHT: usize = 2;
+
+/// For one message of a stream, either way: a disk that takes no megabyte in half a minute is not going to.
+pub(super) const MESSAGE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Once a stream is cancelled containerd writes out what it has of it: milliseconds, or what a busy disk takes. All pauses
+/// together are two seconds.
+const FIRST_PAUSE: Duration = Duration::from_millis(4);
+const LAST_PAUSE: Duration = Duration::from_millis(1024);
+
+/// Committing syncs the file. What the kernel has not written by then is bounded by its dirty limits, a fifth of memory: some gigabytes at 50 MB/s.
+const COMMIT_DEADLINE: Duration = Duration::from_secs(120);
+
+pub(super) struct Writer {
+    slot: Slot,
+    size: u64,
+    /// Bytes taken so far, sent or not.
+    written: u64,
+    /// Bytes that containerd has confirmed.
+    confirmed: u64,
+    /// The next message's data.
+    filling: Vec<u8>,
+    messages: mpsc::Sender<WriteContentRequest>,
+    answers: Streaming<WriteContentResponse>,
+}
+
+/// The right to write a blob, given back when dropped.
+struct Slot {
+    store: ContainerdStore,
+    digest: Digest,
+    /// containerd may keep something for the ref.
+    leaves_something: bool,
+}
+
+impl Slot {
+    fn take(store: &ContainerdStore, digest: Digest) -> Result<Self, StoreError> {
+        let slot = || Self { store: store.clone(), digest, leaves_something: false };
+        store.state.being_written().insert(digest).then(slot).ok_or(StoreError::Busy(digest))
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.store.state.being_written().remove(&self.digest);
+        if self.leaves_something {
+            self.store.state.abandoned.notify_one();
+        }
+    }
+}
+
+impl State {
+    fn being_written(&self) -> MutexGuard<'_, HashSet<Digest>> {
+        self.writing.lock().expect("nothing panics while it holds the set")
+    }
+}
+
+impl ContainerdStore {
+    pub(super) async fn begin_write(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Writer, StoreError> {
+        let mut slot = Slot::take(self, digest)?;
+        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
+        let lease: MetadataValue<Ascii> = pin.0.parse().map_err(|_| gone())?;
+        let _alone = self.state.beginning.lock().await;
+        self.abort(digest).await?;
+        slot.leaves_something = true;
+        let locked = |status: &Status| matches!(self.link.failed_for(digest, status), StoreError::Busy(_));
+        match once_settled(locked, || self.open_stream(digest, size, &lease)).await {
+            Ok((messages, answers)) => {
+                let filling = Vec::with_capacity(MESSAGE.min(usize::try_from(size).unwrap_or(MESSAGE)));
+                Ok(Writer { slot, size, written: 0, confirmed: 0, filling, messages, answers })
+            }
+            Err(status) if status.code() == Code::NotFound => Err(gone()),
+            Err(status) => {
+                slot.leaves_something = status.code() != Code::AlreadyExists;
+                Err(self.link.failed_for(digest, &status))
+            }
+        }
+    }
+
+    /// containerd answers `AlreadyExists` to an expected digest that it has, and adds that blob to the lease in the same
+    /// transaction (metadata/content.go, `Writer`).
+    async fn open_stream(
+        &self,
+        digest: Digest,
+        size: u64,
+        lease: &MetadataValue<Ascii>,
+    ) -> Result<(mpsc::Sender<WriteContentRequest>, Streaming<WriteContentResponse>), Status> {
+        let (messages, waiting) = mpsc::channel(IN_FLIGHT);
+        let ask = WriteContentRequest {
+            action: WriteAction::Stat.into(),
+            r#ref: ref_of(digest),
+            total: size.cast_signed(),
+            expected: digest.to_string(),
+            ..WriteContentRequest::default()
+        };
+        messages.try_send(ask).expect("an empty channel has room");
+        let mut request = self.link.request(ReceiverStream::new(waiting));
+        request.metadata_mut().insert("containerd-lease", lease.clone());
+        // The answer says that the ref is ours.
+        let opened = async {
+            let mut answers = self.link.content().write(request).await?.into_inner();
+            answers.message().await?.ok_or_else(|| Status::unavailable("the stream ended"))?;
+            Ok((messages, answers))
+        };
+        within(MESSAGE_DEADLINE, opened).await
+    }
+
+    /// Throws away what was written to the ref, if anything.
+    async fn abort(&self, digest: Digest) -> Result<(), StoreError> {
+        let abort = || async {
+            let request = self.link.request(AbortRequest { r#ref: ref_of(digest) });
+            self.link.call(self.link.content().abort(request)).await
+        };
+        // The last stream made a file in the folder while that was being removed. containerd undoes the abort then.
+        let refilled = |status: &Status| status.code() == Code::Unknown;
+        match once_settled(refilled, abort).await {
+            Err(status) if status.code() != Code::NotFound => Err(self.link.failed_for(digest, &status)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Aborts every write of ours that nobody here is writing: left by a dropped writer, or by a process that was killed.
+    pub(super) async fn sweep_abandoned(&self) -> Result<(), StoreError> {
+        let filters = vec![format!("ref~=\"^{REF_PREFIX}\"")];
+        let request = self.link.request(ListStatusesRequest { filters });
+        let listed = self.link.call(self.link.content().list_statuses(request)).await;
+        for status in listed.map_err(|status| self.link.failed(&status))?.statuses {
+            let Some(Ok(digest)) = status.r#ref.strip_prefix(REF_PREFIX).map(str::parse) else { continue };
+            let _alone = self.state.beginning.lock().await;
+            let is_written = self.state.being_written().contains(&digest);
+            if !is_written {
+                self.abort(digest).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Tries again while containerd has not noticed yet that the last stream on the ref is gone.
+async fn once_settled<T, F: Future<Output = Result<T, Status>>>(
+    unsettled: impl Fn(&Status) -> bool,
+    attempt: impl Fn() -> F,
+) -> Result<T, Status> {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match attempt().await {
+            Err(status) if unsettled(&status) && pause <= LAST_PAUSE => sleep(pause).await,
+            settled => return settled,
+        }
+        pause *= 2;
+    }
+}
+
+fn ref_of(digest: Digest) -> String {
+    format!("{REF_PREFIX}{digest}")
+}
+
+impl Writer {
+    /// Sends what has been filled, as soon as there is room, and takes the answers that have come meanwhile.
+    async fn send(&mut self, action: WriteAction, labels: HashMap<String, String>) -> Result<(), StoreError> {
+        let data = std::mem::take(&mut self.filling);
+        let message = WriteContentRequest {
+            action: action.into(),
+            total: self.size.cast_signed(),
+            expected: self.slot.digest.to_string(),
+            // Zero on the first one makes containerd forget what another namespace's copy of the blob would offer.
+            offset: (self.written - data.len() as u64).cast_signed(),
+            data,
+            labels,
+            ..WriteContentRequest::default()
+        };
+        let sending = async {
+            loop {
+                tokio::select! {
+                    biased;
+                    answer = self.answers.message() => confirm(&mut self.confirmed, answer?)?,
+                    room = self.messages.reserve() => match room {
+                        Ok(room) => {
+                            room.send(message);
+                            return Ok(());
+                        }
+                        // The stream has ended, and its last answer says why.
+                        Err(_) => confirm(&mut self.confirmed, self.answers.message().await?)?,
+                    },
+                }
+            }
+        };
+        let sent = within(MESSAGE_DEADLINE, sending).await;
+        sent.map_err(|status| self.slot.store.link.failed_for(self.slot.digest, &status))
+    }
+
+    /// Waits until containerd has all bytes, has hashed and synced them, and has made the blob.
+    async fn confirmed(&mut self) -> Result<(), Status> {
+        let committing = async {
+            loop {
+                let answer = self.answers.message().await?;
+                let done = answer.as_ref().is_some_and(|answer| answer.action() == WriteAction::Commit);
+                confirm(&mut self.confirmed, answer)?;
+                if done {
+                    return Ok(());
+                }
+            }
+        };
+        within(COMMIT_DEADLINE, committing).await
+    }
+}
+
+/// Every message but the last is full, so each answer moves on by that much or ends the blob.
+fn confirm(confirmed: &mut u64, answer: Option<WriteContentResponse>) -> Result<(), Status> {
+    let answer = answer.ok_or_else(|| Status::unavailable("containerd ended the stream before the commit"))?;
+    let offset = answer.offset.cast_unsigned();
+    let step = offset.checked_sub(*confirmed);
+    let whole = match answer.action() {
+        WriteAction::Commit => step.is_some_and(|step| step <= MESSAGE as u64),
+        _ => step == Some(MESSAGE as u64),
+    };
+    if !whole {
+        return Err(Status::data_loss(format!("it is at byte {offset} after {confirmed}")));
+    }
+    *confirmed = offset;
+    Ok(())
+}
+
+#[async_trait]
+impl BlobSink for Writer {
+    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
+        for chunk in chunks {
+            let mut rest = &chunk[..];
+            while !rest.is_empty() {
+                // Full ones go when there is more: the last one goes with the commit.
+                if self.filling.len() == MESSAGE {
+                    self.send(WriteAction::Write, HashMap::new()).await?;
+                    self.filling.reserve_exact(MESSAGE);
+                }
+                let (now, later) = rest.split_at(rest.len().min(MESSAGE - self.filling.len()));
+                self.filling.extend_from_slice(now);
+                self.written += now.len() as u64;
+                rest = later;
+                if self.written > self.size {
+                    let (size, digest) = (self.size, self.slot.digest);
+                    return Err(StoreError::Other(format!("more than {size} bytes for {digest}")));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl BlobWriter for Writer {
+    async fn commit(mut self: Box<Self>, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
+        let digest = self.slot.digest;
+        if proof.digest() != digest || proof.size() != self.written || self.size != self.written {
+            let (proved, size, written) = (proof.digest(), proof.size(), self.written);
+            return Err(StoreError::Other(format!(
+                "the proof is for {size} bytes of {proved}, written were {written} of {digest}"
+            )));
+        }
+        self.send(WriteAction::Commit, additions(&HashMap::new(), remembered)).await?;
+        let committed = self.confirmed().await;
+        let store = self.slot.store.clone();
+        match committed {
+            Ok(()) => {}
+            // Somebody else, the kubelet perhaps, was faster. The lease holds it, but the labels that came along were dropped.
+            Err(status) if status.code() == Code::AlreadyExists => store.add_labels(digest, remembered).await?,
+            Err(status) => return Err(store.link.failed_for(digest, &status)),
+        }
+        self.slot.leaves_something = false;
+        store.changed();
+        Ok(())
+    }
+}

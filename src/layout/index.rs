@@ -1,0 +1,87 @@
+//! `index.json`: the image records.
+
+use std::sync::MutexGuard;
+
+use serde_json::{Map, Value, json};
+
+use super::{Folder, INDEX_FILE, failed, replace};
+use crate::oci::{Descriptor, Digest};
+use crate::ports::{ImageRecord, StoreError};
+
+/// The annotation that names an image in a layout (OCI image specification, "Annotations"). Here it is the record's full
+/// name, which is what `skopeo` takes after the folder's name.
+const NAME: &str = "org.opencontainers.image.ref.name";
+
+/// The longest index that is read: a hundred thousand records of half a kilobyte, far more than a node ever holds.
+const MAX_INDEX_BYTES: u64 = 50 << 20;
+
+/// The index as other tools may have written it: what is not understood is kept.
+pub(super) struct Index {
+    document: Map<String, Value>,
+    entries: Vec<Value>,
+}
+
+impl Index {
+    /// The file of a layout without images.
+    pub(super) fn empty() -> Vec<u8> {
+        let document = json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.index.v1+json",
+            "manifests": [],
+        });
+        document.to_string().into_bytes()
+    }
+
+    pub(super) fn read(folder: &Folder) -> Result<Self, StoreError> {
+        let path = folder.path(INDEX_FILE);
+        let unreadable = |error| failed(&path, &error);
+        let unusable = |reason: &str| StoreError::Other(format!("{}: {reason}", path.display()));
+        if std::fs::metadata(&path).map_err(unreadable)?.len() > MAX_INDEX_BYTES {
+            return Err(unusable("too large for an image index"));
+        }
+        let bytes = std::fs::read(&path).map_err(unreadable)?;
+        let mut document: Map<String, Value> =
+            serde_json::from_slice(&bytes).map_err(|error| unusable(&error.to_string()))?;
+        match document.remove("manifests") {
+            Some(Value::Array(entries)) => Ok(Self { document, entries }),
+            _ => Err(unusable("not an image index: it has no list of manifests")),
+        }
+    }
+
+    /// Replaces the file; `changing` shows that nobody else does.
+    pub(super) fn write(mut self, _changing: &MutexGuard<'_, ()>, folder: &Folder) -> Result<(), StoreError> {
+        self.document.insert("manifests".into(), Value::Array(self.entries));
+        let bytes = Value::Object(self.document).to_string();
+        let path = folder.path(INDEX_FILE);
+        replace(&path, bytes.as_bytes()).map_err(|error| failed(&path, &error))
+    }
+
+    /// The images that have a name.
+    pub(super) fn records(&self) -> Vec<ImageRecord> {
+        let record = |entry: &Value| {
+            Some(ImageRecord { name: name(entry)?.to_owned(), target: serde_json::from_value(entry.clone()).ok()? })
+        };
+        self.entries.iter().filter_map(record).collect()
+    }
+
+    /// What the index names, with or without a name of its own.
+    pub(super) fn targets(&self) -> impl Iterator<Item = Digest> {
+        self.entries.iter().filter_map(|entry| entry.get("digest")?.as_str()?.parse().ok())
+    }
+
+    /// Adds the record and removes another of its name.
+    pub(super) fn put(&mut self, record: &ImageRecord) {
+        self.entries.retain(|entry| name(entry) != Some(&record.name));
+        self.entries.push(entry(&record.name, &record.target));
+    }
+}
+
+fn name(entry: &Value) -> Option<&str> {
+    entry.get("annotations")?.get(NAME)?.as_str()
+}
+
+fn entry(name: &str, target: &Descriptor) -> Value {
+    let mut entry = json!(target);
+    entry["annotations"][NAME] = name.into();
+    entry
+}

@@ -1,0 +1,78 @@
+//! Pins: one file each, which says until when it holds and, line by line, what.
+//!
+//! Only appended to, so that a kill costs at most the last line, of a blob that was not begun yet. Not synced: a pin serves
+//! a process that is alive, and a power cut ends that too.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::MutexGuard;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::{Folder, PINS, failed};
+use crate::oci::Digest;
+use crate::ports::{Pin, StoreError};
+
+impl Folder {
+    pub(super) fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
+        let pin = Pin(format!("{:032x}", rand::random::<u128>()));
+        let until = since_epoch().saturating_add(life).as_secs();
+        let path = self.path(PINS).join(&pin.0);
+        // A collector that sees it before it says until when takes it for an old one, hence the lock.
+        let _changing = self.changing();
+        fs::write(&path, format!("{until}\n")).map_err(|error| failed(&path, &error))?;
+        Ok(pin)
+    }
+
+    /// Lets the pin hold a blob that is there or will be.
+    pub(super) fn hold(&self, _changing: &MutexGuard<'_, ()>, pin: &Pin, digest: Digest) -> Result<(), StoreError> {
+        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
+        let path = self.pin_path(pin).ok_or_else(gone)?;
+        let appended = OpenOptions::new()
+            .append(true)
+            .open(&path)
+            .and_then(|mut file| file.write_all(format!("{digest}\n").as_bytes()));
+        appended.map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => gone(),
+            _ => failed(&path, &error),
+        })
+    }
+
+    pub(super) fn release(&self, _changing: &MutexGuard<'_, ()>, pin: &Pin) -> Result<(), StoreError> {
+        let Some(path) = self.pin_path(pin) else { return Ok(()) };
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(&path, &error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// What is held. Pins that have ended are removed.
+    pub(super) fn pinned(&self, _changing: &MutexGuard<'_, ()>) -> Result<Vec<Digest>, StoreError> {
+        let folder = self.path(PINS);
+        let now = since_epoch().as_secs();
+        let mut held = Vec::new();
+        for entry in fs::read_dir(&folder).map_err(|error| failed(&folder, &error))? {
+            let path = entry.map_err(|error| failed(&folder, &error))?.path();
+            let text = fs::read_to_string(&path).map_err(|error| failed(&path, &error))?;
+            let mut lines = text.lines();
+            let until = lines.next().and_then(|line| line.parse::<u64>().ok());
+            if until.is_some_and(|until| until > now) {
+                held.extend(lines.filter_map(|line| line.parse::<Digest>().ok()));
+            } else {
+                fs::remove_file(&path).map_err(|error| failed(&path, &error))?;
+            }
+        }
+        Ok(held)
+    }
+
+    /// `None` for a name that [`Folder::pin`] did not give, which must not become a path.
+    fn pin_path(&self, pin: &Pin) -> Option<PathBuf> {
+        let ours = pin.0.len() == 32 && pin.0.bytes().all(|byte| byte.is_ascii_hexdigit());
+        ours.then(|| self.path(PINS).join(&pin.0))
+    }
+}
+
+/// Wall-clock time, because pins outlive the process.
+fn since_epoch() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}

@@ -1,0 +1,186 @@
+use std::fs;
+
+use bytes::Bytes;
+use tempfile::TempDir;
+
+use super::*;
+use crate::oci::{Descriptor, Hasher, Repository};
+use crate::ports::{Child, ChildKind};
+use crate::testing::contract::{Subject, keeps_the_contract};
+
+struct OnDisk {
+    root: TempDir,
+    store: LayoutStore,
+}
+
+impl OnDisk {
+    fn new() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        Self { store: LayoutStore::open(root.path()).unwrap(), root }
+    }
+
+    fn json(&self, file: &str) -> serde_json::Value {
+        serde_json::from_slice(&fs::read(self.root.path().join(file)).unwrap()).unwrap()
+    }
+
+    async fn write(&self, bytes: &[u8], pin: &Pin, remembered: &Remembered) -> Descriptor {
+        let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
+        let mut hasher = Hasher::default();
+        hasher.update(bytes);
+        let mut writer = self.store.create(digest, size, pin).await.unwrap();
+        writer.append(&[Bytes::copy_from_slice(bytes)]).await.unwrap();
+        writer.commit(hasher.verify(digest, size).unwrap(), remembered).await.unwrap();
+        Descriptor { media_type: "m".into(), digest, size, platform: None, attestation: false }
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            fs::create_dir(&to).unwrap();
+            copy(&entry.path(), &to);
+        } else {
+            fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
+#[async_trait]
+impl Subject for OnDisk {
+    fn store(&self) -> Arc<dyn ContentStore> {
+        Arc::new(self.store.clone())
+    }
+
+    async fn collect(&self) {
+        self.store.collect().await.unwrap();
+    }
+
+    /// What a kill leaves is what the folder shows at that moment.
+    async fn restart(&mut self, unfinished: Box<dyn BlobWriter>) {
+        let left = tempfile::tempdir().unwrap();
+        copy(self.root.path(), left.path());
+        drop(unfinished);
+        *self = Self { store: LayoutStore::open(left.path()).unwrap(), root: left };
+    }
+}
+
+#[tokio::test]
+async fn a_layout_on_disk_keeps_the_contract() {
+    keeps_the_contract("LayoutStore", async || OnDisk::new()).await;
+}
+
+#[tokio::test]
+async fn a_record_stands_in_the_index_with_its_full_name() {
+    let disk = OnDisk::new();
+    let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
+    let target = disk.write(b"{}", &pin, &Remembered::default()).await;
+    let name = "docker.io/library/nginx:1.27";
+    disk.store.put_image(&ImageRecord { name: name.into(), target: target.clone() }).await.unwrap();
+
+    let index = disk.json("index.json");
+    assert_eq!(index["schemaVersion"], 2);
+    let entry = &index["manifests"][0];
+    assert_eq!(entry["annotations"]["org.opencontainers.image.ref.name"], name);
+    assert_eq!(entry["digest"], target.digest.to_string());
+    assert_eq!(entry["size"], 2);
+    assert_eq!(disk.json("oci-layout")["imageLayoutVersion"], "1.0.0");
+    assert_eq!(fs::read(blob_path(disk.root.path(), target.digest)).unwrap(), b"{}");
+}
+
+#[tokio::test]
+async fn what_other_tools_put_there_is_kept_as_it_is() {
+    let disk = OnDisk::new();
+    let put = |bytes: &[u8]| {
+        let digest = Digest::of(bytes);
+        fs::write(blob_path(disk.root.path(), digest), bytes).unwrap();
+        serde_json::json!({ "mediaType": "m", "digest": digest.to_string(), "size": bytes.len() })
+    };
+    let document = |children: serde_json::Value| children.to_string().into_bytes();
+    let manifest = put(&document(
+        serde_json::json!({ "schemaVersion": 2, "config": put(b"{\"os\":\"linux\"}"), "layers": [put(b"layer")] }),
+    ));
+    let mut theirs = put(&document(serde_json::json!({ "schemaVersion": 2, "manifests": [manifest] })));
+    theirs["annotations"] = serde_json::json!({ "made.by": "another tool" });
+    put(b"named by nothing");
+    let index = serde_json::json!({ "schemaVersion": 2, "manifests": [theirs], "annotations": { "their": "own" } });
+    fs::write(disk.root.path().join("index.json"), index.to_string()).unwrap();
+
+    let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
+    let target = disk.write(b"ours", &pin, &Remembered::default()).await;
+    disk.store.put_image(&ImageRecord { name: "example.org/ours:1".into(), target }).await.unwrap();
+    disk.store.release(pin).await.unwrap();
+
+    assert_eq!(disk.store.blobs().await.unwrap().len(), 5, "index, manifest, config, layer, and ours");
+    assert_eq!(disk.json("index.json")["manifests"][0], theirs);
+    assert_eq!(disk.json("index.json")["annotations"], index["annotations"]);
+    let names: Vec<_> = disk.store.images().await.unwrap().into_iter().map(|record| record.name).collect();
+    assert_eq!(names, ["example.org/ours:1"], "an image without a name has no record");
+}
+
+#[tokio::test]
+async fn every_source_is_remembered_until_the_blob_is_collected() {
+    let disk = OnDisk::new();
+    let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
+    let from = |path: &str| Some(Repository { registry: "example.org".into(), path: path.into() });
+    let child = Child { digest: Digest::of(b"child"), kind: ChildKind::Layer };
+    let blob = disk.write(b"blob", &pin, &Remembered { source: from("one"), children: vec![child] }).await;
+    disk.store.remember(blob.digest, &Remembered { source: from("two"), children: vec![] }).await.unwrap();
+
+    let notes = format!("remembered/{}.json", blob.digest.hex());
+    let sources = disk.json(&notes)["sources"].clone();
+    assert_eq!(
+        sources,
+        serde_json::json!([{ "registry": "example.org", "path": "one" }, { "registry": "example.org", "path": "two" }])
+    );
+    disk.store.release(pin).await.unwrap();
+    assert!(!disk.root.path().join(notes).exists());
+}
+
+#[tokio::test]
+async fn a_killed_writer_s_file_is_swept_when_the_folder_is_opened_again() {
+    let mut disk = OnDisk::new();
+    let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
+    let mut unfinished = disk.store.create(Digest::of(b"whole"), 5, &pin).await.unwrap();
+    unfinished.append(&[Bytes::from_static(b"who")]).await.unwrap();
+    let ingest = |disk: &OnDisk| fs::read_dir(disk.root.path().join("ingest")).unwrap().count();
+    assert_eq!(ingest(&disk), 1);
+    disk.restart(unfinished).await;
+    assert_eq!(ingest(&disk), 0);
+}
+
+#[tokio::test]
+async fn a_dropped_writer_removes_its_file() {
+    let disk = OnDisk::new();
+    let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
+    drop(disk.store.create(Digest::of(b"whole"), 5, &pin).await.unwrap());
+    assert_eq!(fs::read_dir(disk.root.path().join("ingest")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_folder_has_one_owner() {
+    let disk = OnDisk::new();
+    let error = LayoutStore::open(disk.root.path()).map(|_| ()).expect_err("there are two owners");
+    assert!(matches!(&error, LayoutError::InUse(root) if root == disk.root.path()), "{error}");
+    assert!(error.to_string().contains(disk.root.path().to_str().unwrap()));
+    let OnDisk { root, store } = disk;
+    drop(store);
+    LayoutStore::open(root.path()).unwrap();
+}
+
+#[test]
+fn a_folder_with_something_else_in_it_is_left_alone() {
+    let root = tempfile::tempdir().unwrap();
+    fs::write(root.path().join("thesis.tex"), "x").unwrap();
+    assert!(matches!(LayoutStore::open(root.path()), Err(LayoutError::Foreign(_))));
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+}
+
+#[tokio::test]
+async fn a_pin_s_name_is_never_a_path() {
+    let disk = OnDisk::new();
+    let created = disk.store.create(Digest::of(b"x"), 1, &Pin("../index.json".into())).await.map(|_| ());
+    assert!(matches!(created, Err(StoreError::Other(_))));
+    disk.store.release(Pin("../index.json".into())).await.unwrap();
+    assert!(disk.root.path().join("index.json").exists());
+}

@@ -1,0 +1,125 @@
+//! A blob being written: a file in `ingest/` that is moved into place when it is whole and on disk.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::{self, IoSlice, Write};
+use std::path::PathBuf;
+use std::sync::{Arc, MutexGuard};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::{BLOBS, Folder, INGEST, failed, sync_folder};
+use crate::files::blob_path;
+use crate::oci::{Digest, Verified};
+use crate::ports::{BlobSink, BlobWriter, Remembered, StoreError};
+
+pub(super) struct Writer {
+    folder: Arc<Folder>,
+    digest: Digest,
+    size: u64,
+    file: File,
+    written: u64,
+}
+
+impl Writer {
+    pub(super) fn begin(folder: Arc<Folder>, digest: Digest, size: u64) -> Result<Self, StoreError> {
+        if !folder.writing().insert(digest) {
+            return Err(StoreError::Busy(digest));
+        }
+        match File::create(folder.staging_path(digest)) {
+            Ok(file) => Ok(Self { folder, digest, size, file, written: 0 }),
+            Err(error) => {
+                folder.writing().remove(&digest);
+                Err(folder.not_written(digest, &error))
+            }
+        }
+    }
+
+    /// On disk first, then what is remembered, then in its place: at no moment is there a blob that lacks either.
+    fn finish(&self, remembered: &Remembered) -> Result<(), StoreError> {
+        let not_written = |error| self.folder.not_written(self.digest, &error);
+        self.file.sync_all().map_err(not_written)?;
+        let changing = self.folder.changing();
+        self.folder.remember(&changing, self.digest, remembered)?;
+        fs::rename(self.folder.staging_path(self.digest), blob_path(&self.folder.root, self.digest))
+            .map_err(not_written)?;
+        sync_folder(&self.folder.path(BLOBS)).map_err(not_written)
+    }
+}
+
+impl Folder {
+    fn writing(&self) -> MutexGuard<'_, HashSet<Digest>> {
+        self.writing.lock().expect("nothing panics while it holds the set")
+    }
+
+    fn staging_path(&self, digest: Digest) -> PathBuf {
+        self.path(INGEST).join(digest.hex())
+    }
+
+    fn not_written(&self, digest: Digest, error: &io::Error) -> StoreError {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full(digest),
+            _ => failed(&self.staging_path(digest), error),
+        }
+    }
+}
+
+#[async_trait]
+impl BlobSink for Writer {
+    /// Inline: a batch of 256 KiB and more goes to the page cache faster than to another thread (measured).
+    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
+        self.written += chunks.iter().map(|chunk| chunk.len() as u64).sum::<u64>();
+        if self.written > self.size {
+            return Err(StoreError::Other(format!("more than {} bytes for {}", self.size, self.digest)));
+        }
+        write_all(&mut self.file, chunks).map_err(|error| self.folder.not_written(self.digest, &error))
+    }
+}
+
+/// The standard library's `write_all_vectored`, which is not stable yet.
+fn write_all(file: &mut File, chunks: &[Bytes]) -> io::Result<()> {
+    let mut slices: Vec<_> = chunks.iter().map(|chunk| IoSlice::new(chunk)).collect();
+    let mut rest = &mut slices[..];
+    // Drops empty slices at the front: writing only those looks like a full disk.
+    IoSlice::advance_slices(&mut rest, 0);
+    while !rest.is_empty() {
+        match file.write_vectored(rest) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut rest, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl BlobWriter for Writer {
+    async fn commit(self: Box<Self>, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
+        if proof.digest() != self.digest || proof.size() != self.written {
+            return Err(StoreError::Other(format!(
+                "the proof is for {} bytes of {}, written were {} of {}",
+                proof.size(),
+                proof.digest(),
+                self.written,
+                self.digest
+            )));
+        }
+        let remembered = remembered.clone();
+        let finished = tokio::task::spawn_blocking(move || {
+            self.finish(&remembered)?;
+            self.folder.changed();
+            Ok(())
+        });
+        finished.await.unwrap_or_else(|panicked| Err(StoreError::Other(format!("committing panicked: {panicked}"))))
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // Gone already when it was committed; what cannot be removed is swept when the folder is opened again.
+        let _ = fs::remove_file(self.folder.staging_path(self.digest));
+        self.folder.writing().remove(&self.digest);
+    }
+}

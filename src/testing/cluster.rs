@@ -1,0 +1,172 @@
+//! A cluster in memory: namespaces, Events, nudges and Leases, shared by the agents of one process.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+use tokio::sync::broadcast;
+
+use crate::model::{LeaseSnapshot, LeaseVersion, NodeName, PodRef};
+use crate::oci::Digest;
+use crate::ports::{ClaimError, Claims, Cluster, ClusterError, PodReport};
+
+/// The cluster. Clones share it.
+#[derive(Clone)]
+pub struct MemoryCluster {
+    state: Arc<Mutex<State>>,
+    nudges: broadcast::Sender<PodRef>,
+}
+
+#[derive(Default)]
+struct State {
+    namespaces: BTreeMap<String, Arc<BTreeMap<String, String>>>,
+    reports: Vec<(PodRef, PodReport)>,
+    leases: BTreeMap<Digest, LeaseSnapshot>,
+    versions: u64,
+    away: bool,
+}
+
+impl Default for MemoryCluster {
+    fn default() -> Self {
+        // Room for the nudges of one burst; who listens keeps up.
+        Self { state: Arc::default(), nudges: broadcast::Sender::new(256) }
+    }
+}
+
+impl MemoryCluster {
+    /// Makes a namespace, or replaces its annotations.
+    pub fn put_namespace(&self, name: &str, annotations: &[(&str, &str)]) {
+        let annotations = annotations.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
+        self.lock().namespaces.insert(name.into(), Arc::new(annotations));
+    }
+
+    /// Every nudge from now on.
+    pub fn nudges(&self) -> broadcast::Receiver<PodRef> {
+        self.nudges.subscribe()
+    }
+
+    /// What was said on pods so far.
+    pub fn reports(&self) -> Vec<(PodRef, PodReport)> {
+        self.lock().reports.clone()
+    }
+
+    /// Whether calls fail from now on, as when the API server is away.
+    pub fn set_away(&self, away: bool) {
+        self.lock().away = away;
+    }
+
+    /// Claims in the name of one node.
+    pub fn claims_of(&self, node: NodeName) -> MemoryClaims {
+        MemoryClaims { cluster: self.clone(), node }
+    }
+
+    /// How many Leases were written so far, and who holds which now.
+    pub fn leases(&self) -> (u64, BTreeMap<Digest, Option<String>>) {
+        let state = self.lock();
+        (state.versions, state.leases.iter().map(|(digest, lease)| (*digest, lease.holder.clone())).collect())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn answering(&self) -> Result<MutexGuard<'_, State>, ClusterError> {
+        let state = self.lock();
+        if state.away { Err(ClusterError::Unavailable("the API server is away".into())) } else { Ok(state) }
+    }
+}
+
+#[async_trait]
+impl Cluster for MemoryCluster {
+    async fn namespace_annotations(&self, name: &str) -> Result<Arc<BTreeMap<String, String>>, ClusterError> {
+        let state = self.answering()?;
+        state.namespaces.get(name).cloned().ok_or_else(|| ClusterError::Gone(format!("namespace {name}")))
+    }
+
+    async fn nudge(&self, pod: &PodRef) -> Result<(), ClusterError> {
+        drop(self.answering()?);
+        // Nobody may be listening; a nudge is no promise.
+        let _ = self.nudges.send(pod.clone());
+        Ok(())
+    }
+
+    async fn report(&self, pod: &PodRef, report: &PodReport) -> Result<(), ClusterError> {
+        self.answering()?.reports.push((pod.clone(), report.clone()));
+        Ok(())
+    }
+}
+
+/// The Leases of a [`MemoryCluster`], as one node writes them.
+#[derive(Clone)]
+pub struct MemoryClaims {
+    cluster: MemoryCluster,
+    node: NodeName,
+}
+
+impl MemoryClaims {
+    fn answering(&self) -> Result<MutexGuard<'_, State>, ClaimError> {
+        self.cluster.answering().map_err(|error| ClaimError::Unavailable(error.to_string()))
+    }
+
+    fn write(&self, state: &mut State, digest: Digest, now: SystemTime) {
+        state.versions += 1;
+        let version = LeaseVersion(state.versions.to_string());
+        let lease = LeaseSnapshot { holder: Some(self.node.to_string()), renewed: Some(now), version };
+        state.leases.insert(digest, lease);
+    }
+}
+
+#[async_trait]
+impl Claims for MemoryClaims {
+    async fn read(&self, digest: Digest) -> Result<Option<LeaseSnapshot>, ClaimError> {
+        Ok(self.answering()?.leases.get(&digest).cloned())
+    }
+
+    async fn create(&self, digest: Digest, now: SystemTime) -> Result<(), ClaimError> {
+        let mut state = self.answering()?;
+        if state.leases.contains_key(&digest) {
+            return Err(ClaimError::Lost);
+        }
+        self.write(&mut state, digest, now);
+        Ok(())
+    }
+
+    async fn update(&self, digest: Digest, read: &LeaseVersion, now: SystemTime) -> Result<(), ClaimError> {
+        let mut state = self.answering()?;
+        if state.leases.get(&digest).is_none_or(|lease| lease.version != *read) {
+            return Err(ClaimError::Lost);
+        }
+        self.write(&mut state, digest, now);
+        Ok(())
+    }
+
+    async fn release(&self, digest: Digest) -> Result<(), ClaimError> {
+        let mut state = self.answering()?;
+        if state.leases.get(&digest).is_some_and(|lease| lease.holder.as_deref() == Some(self.node.as_str())) {
+            state.leases.remove(&digest);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_claim_is_fenced_by_the_version_that_was_read() {
+        let cluster = MemoryCluster::default();
+        let (a, b) = (cluster.claims_of("a".parse().unwrap()), cluster.claims_of("b".parse().unwrap()));
+        let (digest, now) = (Digest::of(b"image"), SystemTime::now());
+        a.create(digest, now).await.unwrap();
+        assert!(matches!(b.create(digest, now).await, Err(ClaimError::Lost)));
+        let read = b.read(digest).await.unwrap().unwrap();
+        a.update(digest, &read.version, now).await.unwrap();
+        assert!(matches!(b.update(digest, &read.version, now).await, Err(ClaimError::Lost)));
+        b.release(digest).await.unwrap();
+        assert!(a.read(digest).await.unwrap().is_some(), "only the holder releases");
+        a.release(digest).await.unwrap();
+        assert!(a.read(digest).await.unwrap().is_none());
+    }
+}

@@ -1,0 +1,203 @@
+//! What every [`ContentStore`] promises, as checks that run on each of them: in memory, on disk, every containerd.
+//!
+//! A check that fails says so in a value instead of panicking, so that a test can show that a broken store is found out.
+
+mod holding;
+mod reading;
+mod records;
+#[cfg(test)]
+mod tests;
+mod writing;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::pin::Pin as Pinned;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use crate::oci::{Descriptor, Digest, Hasher, Verified};
+use crate::ports::{BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered, StoreError};
+
+/// A store under test, with what a test needs besides the port.
+#[async_trait]
+pub trait Subject: Send + Sync {
+    /// The store.
+    fn store(&self) -> Arc<dyn ContentStore>;
+
+    /// Collects, before it returns, everything that nothing holds.
+    async fn collect(&self);
+
+    /// Ends the process that has the store and begins another on what it left. `unfinished` gets no chance to tidy up.
+    async fn restart(&mut self, unfinished: Box<dyn BlobWriter>);
+}
+
+/// Runs every check on a store of its own and panics with all that failed.
+///
+/// # Panics
+/// When the store breaks a promise; the message names the check.
+pub async fn keeps_the_contract<S: Subject>(name: &str, make: impl AsyncFn() -> S) {
+    let broken = broken_promises(make).await;
+    assert!(broken.is_empty(), "{name} breaks the contract:\n{}", broken.join("\n"));
+}
+
+/// Runs every check on a store of its own; one line for each that failed, which begins with its name.
+pub async fn broken_promises<S: Subject>(make: impl AsyncFn() -> S) -> Vec<String> {
+    let mut broken = Vec::new();
+    for (name, check) in checks() {
+        let mut subject = make().await;
+        match tokio::time::timeout(DEADLINE, check(&mut subject)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(failure)) => broken.push(format!("{name}: {failure}")),
+            Err(_) => broken.push(format!("{name}: not done after {} s", DEADLINE.as_secs())),
+        }
+    }
+    broken
+}
+
+/// For one check: the longest moves some 4 MiB and collects three times, which takes the slowest store a few seconds.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+type Check = for<'a> fn(&'a mut dyn Subject) -> Pinned<Box<dyn Future<Output = Outcome> + 'a>>;
+
+/// The checks with their names.
+macro_rules! named {
+    ($($module:ident::$check:ident),* $(,)?) => {
+        [$((stringify!($check), (|subject| Box::pin($module::$check(subject))) as Check)),*]
+    };
+}
+
+fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
+    named![
+        reading::an_absent_blob_is_none,
+        reading::a_committed_blob_reads_back_at_any_offset,
+        reading::what_is_listed_is_what_is_there,
+        writing::a_dropped_writer_leaves_nothing,
+        writing::a_proof_of_another_blob_is_refused,
+        writing::a_blob_of_another_length_is_refused,
+        writing::a_blob_has_one_writer_at_a_time,
+        writing::after_a_kill_only_whole_blobs_are_there,
+        writing::changes_are_counted,
+        holding::a_pin_holds_what_was_written_under_it,
+        holding::a_pin_holds_what_it_found_there,
+        holding::a_pin_ends_by_itself,
+        holding::releasing_twice_is_no_error,
+        holding::remembering_adds_and_never_loses,
+        holding::what_a_record_reaches_is_kept,
+        records::a_record_needs_its_target,
+        records::a_record_replaces_the_one_of_its_name,
+        records::records_written_at_once_are_all_there,
+    ]
+}
+
+/// A check's result.
+type Outcome = Result<(), Broken>;
+
+/// What the store did instead of what it promises.
+struct Broken(String);
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<StoreError> for Broken {
+    fn from(error: StoreError) -> Self {
+        Self(format!("a call failed: {error}"))
+    }
+}
+
+fn ensure(kept: bool, otherwise: impl fmt::Display) -> Outcome {
+    if kept { Ok(()) } else { Err(Broken(otherwise.to_string())) }
+}
+
+/// Long enough for a check's own pins; the collector must leave them alone however slow the machine is.
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// Content that no other check uses, so that stores which share a backend do not meet each other's blobs.
+struct Blob {
+    bytes: Bytes,
+    digest: Digest,
+}
+
+impl Blob {
+    /// `size` bytes that follow from `seed`.
+    fn of(seed: &str, size: usize) -> Self {
+        let first = Digest::of(seed.as_bytes());
+        // Xorshift: no two positions look alike, so a piece that lands in the wrong place is seen. Its state must not be 0.
+        let mut state =
+            first.as_bytes().iter().fold(1_u64, |state, &byte| state << 5 ^ state >> 59 ^ u64::from(byte)) | 1;
+        let mut bytes = Vec::with_capacity(size + 8);
+        while bytes.len() < size {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            bytes.extend_from_slice(&state.to_le_bytes());
+        }
+        bytes.truncate(size);
+        Self { digest: Digest::of(&bytes), bytes: bytes.into() }
+    }
+
+    fn size(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn proof(&self) -> Result<Verified, Broken> {
+        let mut hasher = Hasher::default();
+        hasher.update(&self.bytes);
+        hasher.verify(self.digest, self.size()).map_err(|error| Broken(error.to_string()))
+    }
+
+    /// Writes it in one go.
+    async fn write(&self, store: &dyn ContentStore, pin: &Pin, children: &[(&Blob, ChildKind)]) -> Outcome {
+        let mut writer = store.create(self.digest, self.size(), pin).await?;
+        writer.append(std::slice::from_ref(&self.bytes)).await?;
+        Ok(writer.commit(self.proof()?, &remembered(children)).await?)
+    }
+
+    /// A record that names it.
+    fn record(&self, name: &str) -> ImageRecord {
+        let media_type = "application/vnd.oci.image.manifest.v1+json".into();
+        let target =
+            Descriptor { media_type, digest: self.digest, size: self.size(), platform: None, attestation: false };
+        ImageRecord { name: name.into(), target }
+    }
+
+    async fn is_in(&self, store: &dyn ContentStore) -> Result<bool, Broken> {
+        Ok(store.blob(self.digest).await?.is_some())
+    }
+
+    /// Whether all of it can be read, and nothing else.
+    async fn reads_back_from(&self, store: &dyn ContentStore) -> Outcome {
+        let mut reader = store.open(self.digest).await?;
+        ensure(reader.size() == self.size(), format!("{} bytes are said to be {}", self.size(), reader.size()))?;
+        let mut offset = 0;
+        loop {
+            let read = reader.read_at(offset as u64, 100_000).await?;
+            if read.is_empty() {
+                break;
+            }
+            let expected = self.bytes.get(offset..offset + read.len());
+            ensure(expected == Some(&read[..]), format!("other bytes at {offset} of {}", self.size()))?;
+            offset += read.len();
+        }
+        ensure(offset == self.bytes.len(), format!("{} bytes end at {offset}", self.size()))
+    }
+}
+
+fn remembered(children: &[(&Blob, ChildKind)]) -> Remembered {
+    let child = |&(blob, kind): &(&Blob, ChildKind)| Child { digest: blob.digest, kind };
+    Remembered { source: None, children: children.iter().map(child).collect() }
+}
+
+/// The digests that the store lists.
+async fn listed(store: &dyn ContentStore) -> Result<BTreeSet<Digest>, Broken> {
+    Ok(store.blobs().await?.into_iter().map(|blob| blob.digest).collect())
+}
+
+fn digests(blobs: &[&Blob]) -> BTreeSet<Digest> {
+    blobs.iter().map(|blob| blob.digest).collect()
+}

@@ -1,0 +1,93 @@
+//! What is pinned or reached from a record stays; everything else is collected.
+
+use super::*;
+
+pub(super) async fn a_pin_holds_what_was_written_under_it(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let (pin, other) = (store.pin(HOUR).await?, store.pin(HOUR).await?);
+    let (held, child) = (Blob::of("held", 1000), Blob::of("child of the held", 1000));
+    child.write(store.as_ref(), &other, &[]).await?;
+    held.write(store.as_ref(), &pin, &[(&child, ChildKind::Layer)]).await?;
+    store.release(other).await?;
+    subject.collect().await;
+    ensure(listed(store.as_ref()).await? == digests(&[&held, &child]), "pinned content was collected")?;
+    store.release(pin).await?;
+    subject.collect().await;
+    ensure(listed(store.as_ref()).await?.is_empty(), "released content that nothing names is not collected")
+}
+
+pub(super) async fn a_pin_holds_what_it_found_there(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let (first, second) = (store.pin(HOUR).await?, store.pin(HOUR).await?);
+    let blob = Blob::of("found", 1000);
+    blob.write(store.as_ref(), &first, &[]).await?;
+    let created = store.create(blob.digest, blob.size(), &second).await.map(|_| ());
+    ensure(matches!(created, Err(StoreError::AlreadyThere(_))), format!("create of what is there: {created:?}"))?;
+    store.release(first).await?;
+    subject.collect().await;
+    ensure(blob.is_in(store.as_ref()).await?, "what was there already is not held by the second pin")?;
+    store.release(second).await?;
+    subject.collect().await;
+    ensure(!blob.is_in(store.as_ref()).await?, "it is held by a pin that was released")
+}
+
+pub(super) async fn a_pin_ends_by_itself(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let pin = store.pin(Duration::ZERO).await?;
+    let blob = Blob::of("forgotten", 1000);
+    blob.write(store.as_ref(), &pin, &[]).await?;
+    subject.collect().await;
+    ensure(!blob.is_in(store.as_ref()).await?, "a pin outlives its life")
+}
+
+pub(super) async fn releasing_twice_is_no_error(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let pin = store.pin(HOUR).await?;
+    store.release(pin.clone()).await?;
+    Ok(store.release(pin).await?)
+}
+
+pub(super) async fn remembering_adds_and_never_loses(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let pin = store.pin(HOUR).await?;
+    let parent = Blob::of("remembers", 500);
+    let layers: Vec<_> = (0..12).map(|n| Blob::of(&format!("remembered layer {n}"), 100 + n)).collect();
+    let config = Blob::of("remembered config", 50);
+    for blob in layers.iter().chain([&config]) {
+        blob.write(store.as_ref(), &pin, &[]).await?;
+    }
+    // At the commit, then more, then the same again in another order: as when two images are recovered that share a manifest.
+    parent.write(store.as_ref(), &pin, &[(&layers[0], ChildKind::Layer), (&layers[1], ChildKind::Layer)]).await?;
+    let more: Vec<_> = layers[2..].iter().map(|layer| (layer, ChildKind::Layer)).collect();
+    store.remember(parent.digest, &remembered(&more)).await?;
+    store.remember(parent.digest, &remembered(&[(&config, ChildKind::Config)])).await?;
+    store.remember(parent.digest, &remembered(&[(&layers[5], ChildKind::Layer)])).await?;
+    store.remember(parent.digest, &Remembered::default()).await?;
+
+    store.put_image(&parent.record("example.org/remembers:1")).await?;
+    store.release(pin).await?;
+    subject.collect().await;
+    let found = listed(store.as_ref()).await?;
+    let lost: Vec<_> = layers.iter().chain([&config, &parent]).filter(|blob| !found.contains(&blob.digest)).collect();
+    ensure(lost.is_empty(), format!("{} of 14 blobs were forgotten", lost.len()))
+}
+
+pub(super) async fn what_a_record_reaches_is_kept(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let pin = store.pin(HOUR).await?;
+    let blob = |what: &str| Blob::of(&format!("reached {what}"), 400);
+    let (index, manifest, config, layer, stray) =
+        (blob("index"), blob("manifest"), blob("config"), blob("layer"), blob("by nothing"));
+    // The index also names a manifest for another platform, which is not here: that must not disturb.
+    let elsewhere = blob("other platform");
+    for leaf in [&config, &layer, &stray] {
+        leaf.write(store.as_ref(), &pin, &[]).await?;
+    }
+    manifest.write(store.as_ref(), &pin, &[(&config, ChildKind::Config), (&layer, ChildKind::Layer)]).await?;
+    index.write(store.as_ref(), &pin, &[(&elsewhere, ChildKind::Manifest), (&manifest, ChildKind::Manifest)]).await?;
+    store.put_image(&index.record("example.org/reached:1")).await?;
+    store.release(pin).await?;
+    subject.collect().await;
+    let found = listed(store.as_ref()).await?;
+    ensure(found == digests(&[&index, &manifest, &config, &layer]), format!("left: {found:?}"))
+}

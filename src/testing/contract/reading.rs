@@ -1,0 +1,86 @@
+//! What is there can be read, and nothing else.
+
+use super::*;
+
+pub(super) async fn an_absent_blob_is_none(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let blob = Blob::of("never written", 64);
+    ensure(store.blob(blob.digest).await?.is_none(), "a blob that nobody wrote is there")?;
+    ensure(store.blobs().await?.is_empty(), "an empty store lists blobs")?;
+    ensure(store.images().await?.is_empty(), "an empty store lists images")?;
+    let opened = store.open(blob.digest).await.map(|_| ());
+    ensure(matches!(opened, Err(StoreError::Absent(_))), format!("open: {opened:?}"))?;
+    let remembered = store.remember(blob.digest, &Remembered::default()).await;
+    ensure(matches!(remembered, Err(StoreError::Absent(_))), format!("remember: {remembered:?}"))
+}
+
+pub(super) async fn a_committed_blob_reads_back_at_any_offset(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let pin = store.pin(HOUR).await?;
+    for (size, reason) in [
+        (0, "an empty layer is a blob too"),
+        (1, "the shortest that has bytes"),
+        (63, "one less than SHA-256's block"),
+        (64, "exactly its block"),
+        (65, "one more"),
+        ((256 << 10) - 1, "one less than a write batch"),
+        (256 << 10, "exactly a batch"),
+        ((256 << 10) + 1, "one more"),
+        (3 << 20, "several messages of any store that sends messages"),
+    ] {
+        let explain = |Broken(failure)| Broken(format!("{size} bytes ({reason}): {failure}"));
+        let blob = Blob::of("reads back", size);
+        write_in_batches(store.as_ref(), &blob, &pin).await.map_err(explain)?;
+        blob.reads_back_from(store.as_ref()).await.map_err(explain)?;
+        reads_anywhere(store.as_ref(), &blob).await.map_err(explain)?;
+    }
+    Ok(())
+}
+
+/// As a fetch does it: batches of chunks that end anywhere, some of them empty.
+async fn write_in_batches(store: &dyn ContentStore, blob: &Blob, pin: &Pin) -> Outcome {
+    let mut writer = store.create(blob.digest, blob.size(), pin).await?;
+    writer.append(&[]).await?;
+    for batch in blob.bytes.chunks(300_000) {
+        let mut chunks: Vec<_> = batch.chunks(70_001).map(|chunk| blob.bytes.slice_ref(chunk)).collect();
+        chunks.push(Bytes::new());
+        writer.append(&chunks).await?;
+    }
+    Ok(writer.commit(blob.proof()?, &Remembered::default()).await?)
+}
+
+/// Forwards, backwards, across the end and beyond it.
+async fn reads_anywhere(store: &dyn ContentStore, blob: &Blob) -> Outcome {
+    let mut reader = store.open(blob.digest).await?;
+    let size = blob.bytes.len();
+    for offset in [0, size / 2, size / 3, size.saturating_sub(1), size, size + 1, 1] {
+        for most in [0, 1, 1000, 1 << 20] {
+            let read = reader.read_at(offset as u64, most).await?;
+            let rest = blob.bytes.get(offset..).unwrap_or_default();
+            ensure(read.len() <= most, format!("{} bytes when {most} were asked for", read.len()))?;
+            ensure(rest.starts_with(&read), format!("other bytes at {offset}"))?;
+            let at_end = most == 0 || rest.is_empty();
+            ensure(read.is_empty() == at_end, format!("{} bytes of {most} at {offset}", read.len()))?;
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn what_is_listed_is_what_is_there(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let pin = store.pin(HOUR).await?;
+    let (one, two, half) =
+        (Blob::of("listed one", 100), Blob::of("listed two", 2000), Blob::of("half written", 600_000));
+    one.write(store.as_ref(), &pin, &[]).await?;
+    two.write(store.as_ref(), &pin, &[]).await?;
+    let mut unfinished = store.create(half.digest, half.size(), &pin).await?;
+    unfinished.append(&[half.bytes.slice(..300_000)]).await?;
+
+    let mut blobs = store.blobs().await?;
+    blobs.sort_by_key(|blob| blob.size);
+    let found: Vec<_> = blobs.iter().map(|blob| (blob.digest, blob.size)).collect();
+    ensure(found == [(one.digest, 100), (two.digest, 2000)], format!("listed: {found:?}"))?;
+    let info = store.blob(two.digest).await?;
+    ensure(info.as_ref() == Some(&blobs[1]), format!("one by one it says {info:?}"))?;
+    ensure(!half.is_in(store.as_ref()).await?, "a half-written blob is there")
+}

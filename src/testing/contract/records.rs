@@ -1,0 +1,49 @@
+//! Image records name what is there.
+
+use super::*;
+
+pub(super) async fn a_record_needs_its_target(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let blob = Blob::of("target that is not there", 64);
+    let put = store.put_image(&blob.record("example.org/nothing:1")).await;
+    ensure(matches!(put, Err(StoreError::Absent(_))), format!("put_image: {put:?}"))?;
+    ensure(store.images().await?.is_empty(), "a record of nothing is listed")
+}
+
+pub(super) async fn a_record_replaces_the_one_of_its_name(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let pin = store.pin(HOUR).await?;
+    let (old, new) = (Blob::of("old target", 100), Blob::of("new target", 200));
+    old.write(store.as_ref(), &pin, &[]).await?;
+    new.write(store.as_ref(), &pin, &[]).await?;
+    let name = "example.org/moved:1";
+    store.put_image(&old.record(name)).await?;
+    store.put_image(&new.record(name)).await?;
+    let images = store.images().await?;
+    ensure(images == [new.record(name)], format!("records: {images:?}"))?;
+    store.release(pin).await?;
+    subject.collect().await;
+    ensure(listed(store.as_ref()).await? == digests(&[&new]), "the record still holds what it named before")
+}
+
+pub(super) async fn records_written_at_once_are_all_there(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let pin = store.pin(HOUR).await?;
+    let blob = Blob::of("target of many", 100);
+    blob.write(store.as_ref(), &pin, &[]).await?;
+    let by_digest = format!("example.org/many@{}", blob.digest);
+    let names = ["example.org/many:1", "example.org:5000/many:2", "a name that is no reference", &by_digest];
+    let mut writing = tokio::task::JoinSet::new();
+    for name in names {
+        let (store, record) = (store.clone(), blob.record(name));
+        writing.spawn(async move { store.put_image(&record).await });
+    }
+    for put in writing.join_all().await {
+        put?;
+    }
+    let mut found: Vec<_> = store.images().await?.into_iter().map(|record| record.name).collect();
+    let mut expected = names.map(str::to_owned);
+    found.sort();
+    expected.sort();
+    ensure(found == expected, format!("records: {found:?}"))
+}

@@ -1,0 +1,297 @@
+//! A content store in memory.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::oci::{Descriptor, Digest, Verified};
+use crate::ports::{
+    BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, StoreError,
+};
+
+/// Keeps blobs, records and pins in memory. Clones are handles of one store.
+#[derive(Clone)]
+pub struct MemoryStore {
+    state: Arc<Mutex<State>>,
+    changes: Arc<watch::Sender<u64>>,
+}
+
+#[derive(Clone, Default)]
+struct State {
+    blobs: HashMap<Digest, Blob>,
+    images: BTreeMap<String, Descriptor>,
+    /// By their names.
+    pins: HashMap<String, Held>,
+    pins_made: u64,
+    writing: HashSet<Digest>,
+}
+
+#[derive(Clone)]
+struct Blob {
+    bytes: Bytes,
+    remembered: Remembered,
+}
+
+#[derive(Clone)]
+struct Held {
+    /// `None` when it is further away than a clock can tell.
+    until: Option<Instant>,
+    blobs: HashSet<Digest>,
+}
+
+impl MemoryStore {
+    /// A store with nothing in it.
+    pub fn new() -> Self {
+        Self::with(State::default())
+    }
+
+    /// Removes what no live pin holds and no record reaches. Nothing else removes anything, so that tests choose when.
+    pub fn collect(&self) {
+        let mut state = self.state();
+        let now = Instant::now();
+        state.pins.retain(|_, held| held.until.is_none_or(|until| until > now));
+        let mut kept = HashSet::new();
+        let mut open: Vec<Digest> = state.images.values().map(|target| target.digest).collect();
+        open.extend(state.pins.values().flat_map(|held| &held.blobs));
+        while let Some(digest) = open.pop() {
+            if let Some(blob) = state.blobs.get(&digest)
+                && kept.insert(digest)
+            {
+                open.extend(blob.remembered.children.iter().map(|child| child.digest));
+            }
+        }
+        state.blobs.retain(|digest, _| kept.contains(digest));
+        drop(state);
+        self.changed();
+    }
+
+    /// What is remembered about a blob that is there.
+    pub fn remembered(&self, digest: Digest) -> Option<Remembered> {
+        self.state().blobs.get(&digest).map(|blob| blob.remembered.clone())
+    }
+
+    /// Pins that were taken and not released.
+    pub fn pins(&self) -> usize {
+        self.state().pins.len()
+    }
+
+    fn with(state: State) -> Self {
+        Self { state: Arc::new(Mutex::new(state)), changes: Arc::new(watch::Sender::new(0)) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("nothing panics while it holds the state")
+    }
+
+    fn changed(&self) {
+        self.changes.send_modify(|changes| *changes += 1);
+    }
+}
+
+impl Default for MemoryStore {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Blob {
+    fn remember(&mut self, more: &Remembered) {
+        if self.remembered.source.is_none() {
+            self.remembered.source.clone_from(&more.source);
+        }
+        for child in &more.children {
+            if !self.remembered.children.contains(child) {
+                self.remembered.children.push(*child);
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl ContentStore for MemoryStore {
+    async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
+        let size = |blob: &Blob| blob.bytes.len() as u64;
+        Ok(self.state().blobs.get(&digest).map(|blob| BlobInfo { digest, size: size(blob) }))
+    }
+
+    async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
+        let info = |(&digest, blob): (&Digest, &Blob)| BlobInfo { digest, size: blob.bytes.len() as u64 };
+        Ok(self.state().blobs.iter().map(info).collect())
+    }
+
+    async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError> {
+        let state = self.state();
+        let blob = state.blobs.get(&digest).ok_or(StoreError::Absent(digest))?;
+        Ok(Box::new(Reader(blob.bytes.clone())))
+    }
+
+    async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
+        let mut state = self.state();
+        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
+        state.pins.get_mut(&pin.0).ok_or_else(gone)?.blobs.insert(digest);
+        if state.blobs.contains_key(&digest) {
+            return Err(StoreError::AlreadyThere(digest));
+        }
+        if !state.writing.insert(digest) {
+            return Err(StoreError::Busy(digest));
+        }
+        Ok(Box::new(Writer { store: self.clone(), digest, size, bytes: Vec::new() }))
+    }
+
+    async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
+        self.state().blobs.get_mut(&digest).ok_or(StoreError::Absent(digest))?.remember(remembered);
+        Ok(())
+    }
+
+    async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
+        let record =
+            |(name, target): (&String, &Descriptor)| ImageRecord { name: name.clone(), target: target.clone() };
+        Ok(self.state().images.iter().map(record).collect())
+    }
+
+    async fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
+        let mut state = self.state();
+        if !state.blobs.contains_key(&record.target.digest) {
+            return Err(StoreError::Absent(record.target.digest));
+        }
+        state.images.insert(record.name.clone(), record.target.clone());
+        drop(state);
+        self.changed();
+        Ok(())
+    }
+
+    async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
+        let mut state = self.state();
+        state.pins_made += 1;
+        let pin = Pin(format!("pin-{}", state.pins_made));
+        state.pins.insert(pin.0.clone(), Held { until: Instant::now().checked_add(life), blobs: HashSet::new() });
+        Ok(pin)
+    }
+
+    async fn release(&self, pin: Pin) -> Result<(), StoreError> {
+        self.state().pins.remove(&pin.0);
+        self.changed();
+        Ok(())
+    }
+
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+        Ok(None)
+    }
+}
+
+/// Holds the bytes themselves, so a blob that is collected can still be read by those who opened it.
+struct Reader(Bytes);
+
+#[async_trait]
+impl BlobReader for Reader {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    async fn read_at(&mut self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
+        let begin = usize::try_from(offset).unwrap_or(usize::MAX).min(self.0.len());
+        let end = begin.saturating_add(most).min(self.0.len());
+        Ok(self.0.slice(begin..end))
+    }
+}
+
+struct Writer {
+    store: MemoryStore,
+    digest: Digest,
+    size: u64,
+    bytes: Vec<u8>,
+}
+
+#[async_trait]
+impl BlobSink for Writer {
+    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
+        chunks.iter().for_each(|chunk| self.bytes.extend_from_slice(chunk));
+        if self.bytes.len() as u64 > self.size {
+            return Err(StoreError::Other(format!("more than {} bytes for {}", self.size, self.digest)));
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl BlobWriter for Writer {
+    async fn commit(mut self: Box<Self>, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
+        let written = self.bytes.len() as u64;
+        if proof.digest() != self.digest || proof.size() != written {
+            let (proved, size) = (proof.digest(), proof.size());
+            return Err(StoreError::Other(format!(
+                "the proof is for {size} bytes of {proved}, written were {written} of {}",
+                self.digest
+            )));
+        }
+        // Whoever calls has hashed on the way; here it is done again, to catch a caller that wrote other bytes than it hashed.
+        let actual = Digest::of(&self.bytes);
+        if actual != self.digest {
+            return Err(StoreError::Other(format!("bytes for {} hash to {actual}", self.digest)));
+        }
+        let mut blob = Blob { bytes: std::mem::take(&mut self.bytes).into(), remembered: Remembered::default() };
+        blob.remember(remembered);
+        self.store.state().blobs.insert(self.digest, blob);
+        self.store.changed();
+        Ok(())
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.store.state().writing.remove(&self.digest);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::contract::{Subject, keeps_the_contract};
+
+    struct InMemory(MemoryStore);
+
+    #[async_trait]
+    impl Subject for InMemory {
+        fn store(&self) -> Arc<dyn ContentStore> {
+            Arc::new(self.0.clone())
+        }
+
+        async fn collect(&self) {
+            self.0.collect();
+        }
+
+        async fn restart(&mut self, unfinished: Box<dyn BlobWriter>) {
+            let left = State { writing: HashSet::new(), ..self.0.state().clone() };
+            self.0 = MemoryStore::with(left);
+            drop(unfinished);
+        }
+    }
+
+    #[tokio::test]
+    async fn the_store_in_memory_keeps_the_contract() {
+        keeps_the_contract("MemoryStore", async || InMemory(MemoryStore::new())).await;
+    }
+
+    #[tokio::test]
+    async fn bytes_that_were_not_the_hashed_ones_are_refused() {
+        let store = MemoryStore::new();
+        let pin = store.pin(Duration::from_secs(1)).await.unwrap();
+        let digest = Digest::of(b"cargo");
+        let mut hasher = crate::oci::Hasher::default();
+        hasher.update(b"cargo");
+        let proof = hasher.verify(digest, 5).unwrap();
+        let mut writer = store.create(digest, 5, &pin).await.unwrap();
+        writer.append(&[Bytes::from_static(b"ogrAc")]).await.unwrap();
+        assert!(matches!(writer.commit(proof, &Remembered::default()).await, Err(StoreError::Other(_))));
+        assert_eq!(store.blob(digest).await.unwrap(), None);
+    }
+}

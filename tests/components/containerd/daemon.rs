@@ -1,0 +1,131 @@
+//! A containerd of the test's own: its process, its folders, its socket.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use lighterman::containerd::{Config, ContainerdStore};
+use tempfile::TempDir;
+
+/// Killed when dropped, also by a test that panics.
+pub(crate) struct Daemon {
+    binaries: PathBuf,
+    folder: TempDir,
+    process: Child,
+}
+
+/// Everything in one folder, nothing of the machine's own containerd touched. The CRI plugin needs no network to look after
+/// images. NRI's socket has a fixed path, which two daemons cannot share.
+const CONFIGURATION: &str = r#"
+version = 2
+root = "{folder}/root"
+state = "{folder}/state"
+disabled_plugins = ["io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.btrfs"]
+[grpc]
+  address = "{folder}/containerd.sock"
+[ttrpc]
+  address = "{folder}/ttrpc.sock"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{folder}/opt"
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
+[plugins."io.containerd.grpc.v1.cri"]
+  restrict_oom_score_adj = true
+"#;
+
+/// Ready in a third of a second here; a busy machine takes longer.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+
+impl Daemon {
+    /// Starts the containerd that the testbed keeps under this name.
+    pub(crate) async fn start(version: &str) -> Self {
+        let binaries = testbed().join(version).join("bin");
+        assert!(
+            binaries.join("containerd").exists(),
+            "no containerd in {}: run `make testbed`, or set LIGHTERMAN_TESTBED to where it is",
+            binaries.display()
+        );
+        let folder = tempfile::tempdir().unwrap();
+        let configuration = CONFIGURATION.replace("{folder}", folder.path().to_str().unwrap());
+        std::fs::write(folder.path().join("config.toml"), configuration).unwrap();
+        let daemon = Self { process: spawn(&binaries, folder.path()), binaries, folder };
+        daemon.answers().await;
+        daemon
+    }
+
+    /// As the kernel does it when memory is short.
+    pub(crate) fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
+    /// On the folders that the killed one left.
+    pub(crate) async fn start_again(&mut self) {
+        self.process = spawn(&self.binaries, self.folder.path());
+        self.answers().await;
+    }
+
+    pub(crate) fn config(&self, containerd_namespace: &str) -> Config {
+        let containerd_namespace = containerd_namespace.to_owned();
+        Config { socket: self.socket(), containerd_namespace, content_root: None }
+    }
+
+    pub(crate) fn store(&self, containerd_namespace: &str) -> ContainerdStore {
+        ContainerdStore::new(self.config(containerd_namespace)).unwrap()
+    }
+
+    /// Runs containerd's own client and gives what it prints.
+    pub(crate) fn ctr(&self, containerd_namespace: &str, arguments: &[&str]) -> String {
+        let mut ctr = Command::new(self.binaries.join("ctr"));
+        ctr.arg("--address").arg(self.socket()).arg("--namespace").arg(containerd_namespace).args(arguments);
+        let output = ctr.output().unwrap();
+        assert!(output.status.success(), "ctr {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("containerd.sock")
+    }
+
+    async fn answers(&self) {
+        let store = self.store("default");
+        let waiting = async {
+            while store.ready().await.is_err() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        if tokio::time::timeout(START_DEADLINE, waiting).await.is_err() {
+            let log = std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+            panic!("containerd does not answer:\n{log}");
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn spawn(binaries: &Path, folder: &Path) -> Child {
+    let log = std::fs::File::options().create(true).append(true).open(folder.join("log")).unwrap();
+    Command::new(binaries.join("containerd"))
+        .arg("--config")
+        .arg(folder.join("config.toml"))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap()
+}
+
+fn testbed() -> PathBuf {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home_cache = || variable("HOME").unwrap_or_default().join(".cache");
+    let cache = || {
+        variable("LIGHTERMAN_CACHE")
+            .unwrap_or_else(|| variable("XDG_CACHE_HOME").unwrap_or_else(home_cache).join("lighterman"))
+    };
+    variable("LIGHTERMAN_TESTBED").unwrap_or_else(|| cache().join("testbed"))
+}
