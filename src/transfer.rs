@@ -1,1 +1,280 @@
-//! (under construction)
+//! Blobs from peer to peer over QUIC, and the one door through which peers are admitted.
+//!
+//! One UDP socket dials and listens, so the address that a peer's packets come from is where it can be dialled. Whoever
+//! dials shows a libp2p certificate and sends a [`Hello`]; both ends ask their [`Admission`] before
+//! anything else happens on the connection. A connection carries requests one way only, from the dialler: two agents
+//! that fetch from each other have two. A blob is hashed while it comes; that it is the right one is the fetcher's
+//! business alone.
+//!
+//! Not here: who holds what, which peer to ask, and when to try again.
+
+mod codes;
+mod door;
+mod fetch;
+mod greet;
+mod peers;
+mod serve;
+mod socket;
+#[cfg(test)]
+mod tests;
+mod tls;
+mod tuning;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
+
+pub use greet::GreetError;
+pub use tls::TlsError;
+
+use self::door::Door;
+use self::peers::Peers;
+use self::tuning::Limits;
+use crate::identity::Identity;
+use crate::metrics::Metrics;
+use crate::model::{NodeName, NodeNameError, Peer, PeerId};
+use crate::ports::{Admission, ContentStore, Refusal};
+use crate::wire::Hello;
+
+/// What is set from outside.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The UDP address to listen on and to dial from; `[::]` takes IPv4 too.
+    pub listen: SocketAddr,
+    /// The TCP port where this agent gossips, for others to know.
+    pub gossip_port: u16,
+    /// This node's name, for others' logs.
+    pub node: NodeName,
+    /// Blobs served at a time; beyond it peers are told to ask elsewhere. Each costs up to 512 KiB of reads and its
+    /// share of the connection's 4 MiB under way.
+    pub max_serving: usize,
+}
+
+/// The transfer could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The address cannot be had.
+    #[error("cannot listen for transfers on {address} (UDP): {source}")]
+    Socket {
+        /// The address that was set.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// The certificate or the TLS configuration failed.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+/// The transfer adapter. Cheap to clone; clones are the same endpoint.
+#[derive(Clone)]
+pub struct Transfer(Arc<Shared>);
+
+struct Shared {
+    me: PeerId,
+    node: NodeName,
+    gossip_port: u16,
+    local: SocketAddr,
+    endpoint: Endpoint,
+    client: quinn::ClientConfig,
+    admission: Arc<dyn Admission>,
+    store: Arc<dyn ContentStore>,
+    metrics: Metrics,
+    joined: mpsc::Sender<Peer>,
+    peers: Peers,
+    door: Arc<Door>,
+    serving: Semaphore,
+    limits: Limits,
+}
+
+impl Transfer {
+    /// Binds the socket; nobody is let in before [`Transfer::run`]. Peers that dialled us and were admitted are sent to
+    /// `joined`, before they are told so; the same peer comes again each time it connects.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime with I/O and time: the endpoint lives on the one that calls this.
+    pub fn bind(
+        config: Config,
+        identity: &Identity,
+        admission: Arc<dyn Admission>,
+        store: Arc<dyn ContentStore>,
+        metrics: Metrics,
+        joined: mpsc::Sender<Peer>,
+    ) -> Result<Self, BindError> {
+        Self::bind_with(config, identity, admission, store, metrics, joined, Limits::DEFAULT)
+    }
+
+    fn bind_with(
+        config: Config,
+        identity: &Identity,
+        admission: Arc<dyn Admission>,
+        store: Arc<dyn ContentStore>,
+        metrics: Metrics,
+        joined: mpsc::Sender<Peer>,
+        limits: Limits,
+    ) -> Result<Self, BindError> {
+        let Config { listen, gossip_port, node, max_serving } = config;
+        let tls = tls::Tls::new(identity)?;
+        let listening = || {
+            let socket = socket::bind(listen)?;
+            let server = tuning::server(&tls);
+            let endpoint = Endpoint::new(EndpointConfig::default(), Some(server), socket, Arc::new(TokioRuntime))?;
+            Ok((endpoint.local_addr()?, endpoint))
+        };
+        let (local, endpoint) = listening().map_err(|source| BindError::Socket { address: listen, source })?;
+        Ok(Self(Arc::new(Shared {
+            me: identity.peer_id(),
+            node,
+            gossip_port,
+            local,
+            endpoint,
+            client: tuning::client(&tls),
+            admission,
+            store,
+            metrics,
+            joined,
+            peers: Peers::default(),
+            door: Arc::default(),
+            serving: Semaphore::new(max_serving),
+            limits,
+        })))
+    }
+
+    /// The address that the socket has; its port is known even when 0 was asked for.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.0.local
+    }
+
+    /// Lets peers in and serves them until `stop`, then lets streams end for a few seconds and closes what is left.
+    pub async fn run(self, stop: CancellationToken) {
+        let shared = self.0;
+        let mut connections = JoinSet::new();
+        let mut sweep = interval(SWEEP);
+        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                incoming = shared.endpoint.accept() => match incoming {
+                    Some(incoming) => shared.knock(incoming, &mut connections, &stop),
+                    None => break,
+                },
+                Some(ended) = connections.join_next() => report_panic(ended),
+                _ = sweep.tick() => shared.peers.sweep(shared.limits.unused),
+            }
+        }
+        shared.endpoint.set_server_config(None);
+        let drained = async { while connections.join_next().await.is_some() {} };
+        if timeout(shared.limits.drain, drained).await.is_err() {
+            tracing::info!(connections = connections.len(), "stopping in the middle of serving");
+        }
+        shared.endpoint.close(codes::DONE, b"the agent stops");
+        connections.shutdown().await;
+        // So that peers hear of it; they need not.
+        let _ = timeout(FAREWELL, shared.endpoint.wait_idle()).await;
+    }
+
+    /// Meets whoever is at `address`, and keeps the connection and the address. With `expect`, nobody else will do. A
+    /// peer to which there is a connection is not greeted again.
+    ///
+    /// # Errors
+    /// [`GreetError`].
+    pub async fn greet(&self, address: SocketAddr, expect: Option<PeerId>) -> Result<Peer, GreetError> {
+        let address = canonical(address);
+        let known = self.0.peers.connected_at(address);
+        if let Some(peer) = known.filter(|peer| expect.is_none_or(|expected| expected == peer.id)) {
+            return Ok(peer);
+        }
+        let (peer, connection) = self.0.dial(address, expect).await?;
+        self.0.peers.remember(&peer).map_err(|full| GreetError::NotAdmitted {
+            peer: peer.id,
+            address,
+            refusal: Refusal::CannotTell(full.to_string()),
+        })?;
+        if let Some((_, outbound)) = self.0.peers.find(peer.id) {
+            outbound.keep(connection);
+        }
+        Ok(peer)
+    }
+
+    /// The peers that were admitted, on either side, and not forgotten.
+    pub fn peers(&self) -> Vec<Peer> {
+        self.0.peers.all()
+    }
+
+    /// Drops the peer's address and its connections; what is fetched from it ends as unreachable. It may come back
+    /// through the door.
+    pub fn forget(&self, peer: PeerId) {
+        self.0.peers.forget(peer);
+    }
+}
+
+/// How often unused connections are looked for.
+const SWEEP: Duration = Duration::from_secs(5);
+
+/// For the last packets: closing needs one way, and up to three timeouts when packets are lost.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+impl Shared {
+    /// Decides about a connection attempt before it costs anything.
+    fn knock(self: &Arc<Self>, incoming: Incoming, connections: &mut JoinSet<()>, stop: &CancellationToken) {
+        if self.door.is_crowded() && !incoming.remote_address_validated() {
+            // It can be: the address is not validated yet.
+            let _ = incoming.retry();
+            return;
+        }
+        match self.door.enter(canonical(incoming.remote_address()).ip()) {
+            Some(place) => drop(connections.spawn(self.clone().host(incoming, place, stop.clone()))),
+            None => incoming.refuse(),
+        }
+    }
+}
+
+/// A dual-stack socket sees IPv4 peers under mapped addresses; people and the other adapters know them by the plain ones.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_some() => {
+            SocketAddr::new(address.ip().to_canonical(), address.port())
+        }
+        other => other,
+    }
+}
+
+/// What is known of a peer after its introduction: the credential's word on the node's name goes before its own.
+fn peer_from(id: PeerId, address: SocketAddr, hello: &Hello, vouched: Option<NodeName>) -> Result<Peer, NodeNameError> {
+    let node = vouched.map_or_else(|| hello.node.parse(), Ok)?;
+    let mut gossip = address;
+    gossip.set_port(hello.gossip_port);
+    Ok(Peer { id, node, transfer: address, gossip })
+}
+
+/// A peer's words, fit for a log line and a reason: no control characters, and no longer than a sentence.
+fn printable(words: &str) -> String {
+    words.chars().filter(|c| !c.is_control()).take(256).collect()
+}
+
+/// The metric's label.
+fn admission_result<T>(decided: &Result<T, Refusal>) -> &'static str {
+    match decided {
+        Ok(_) => "admitted",
+        Err(Refusal::Denied(_)) => "denied",
+        Err(Refusal::CannotTell(_)) => "cannot_tell",
+    }
+}
+
+fn report_panic(ended: Result<(), JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        tracing::error!(%error, "a connection's task failed");
+    }
+}

@@ -1,0 +1,21 @@
+//! The numbers with which connections and streams are closed. They are part of the protocol: the other end acts on them.
+
+use quinn::VarInt;
+
+/// Nothing is wrong: not used any more, or the agent stops.
+pub(super) const DONE: VarInt = VarInt::from_u32(0);
+/// The peer is not admitted; the close carries the reason as text.
+pub(super) const REFUSED: VarInt = VarInt::from_u32(1);
+/// The peer broke the protocol.
+pub(super) const PROTOCOL: VarInt = VarInt::from_u32(2);
+/// The peer has newer connections.
+pub(super) const SUPERSEDED: VarInt = VarInt::from_u32(3);
+
+/// On a stream: our store failed.
+pub(super) const STORE_FAILED: VarInt = VarInt::from_u32(16);
+/// On a stream: the blob was collected while it was being sent.
+pub(super) const GONE: VarInt = VarInt::from_u32(17);
+/// On a stream: the reader does not read.
+pub(super) const TOO_SLOW: VarInt = VarInt::from_u32(18);
+/// On a stream: not one request.
+pub(super) const MALFORMED: VarInt = VarInt::from_u32(19);

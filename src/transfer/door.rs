@@ -1,0 +1,213 @@
+//! The one door: a stranger's connection gets one stream for its `Hello`, within a deadline, and nothing else until our
+//! admission has said yes.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use quinn::{Connection, Incoming, SendStream, VarInt};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::codes::{DONE, PROTOCOL, REFUSED};
+use super::tls::peer_of;
+use super::tuning::MAX_STREAMS;
+use super::{Shared, admission_result, canonical, peer_from, printable};
+use crate::model::{Peer, PeerId};
+use crate::ports::Refusal;
+use crate::wire::{self, Hello, Welcome};
+
+/// Strangers at a time. One costs a handshake's CPU and some ten KiB; a thousand nodes that start together come through
+/// in a few seconds, since the others try again.
+const STRANGERS: usize = 32;
+
+/// Strangers from one address at a time, so that a single pod cannot occupy the door. An agent needs one, or two when it
+/// greets and fetches at once; the rest is for several agents on one machine, as in a demonstration.
+const STRANGERS_PER_ADDRESS: usize = 8;
+
+/// With more strangers than this, an address has to prove itself by a round trip (RFC 9000, section 8.1.2) before it
+/// costs us anything.
+const CROWD: usize = 8;
+
+/// The strangers that are being looked at.
+#[derive(Default)]
+pub(super) struct Door {
+    inside: Mutex<HashMap<IpAddr, usize>>,
+}
+
+/// A stranger's place at the door, free again when dropped.
+pub(super) struct Place {
+    door: Arc<Door>,
+    address: IpAddr,
+}
+
+impl Door {
+    /// A place, if there is one for this address.
+    pub(super) fn enter(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
+        let mut inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
+        let from_there = inside.get(&address).copied().unwrap_or(0);
+        if from_there >= STRANGERS_PER_ADDRESS || inside.values().sum::<usize>() >= STRANGERS {
+            return None;
+        }
+        inside.insert(address, from_there + 1);
+        Some(Place { door: self.clone(), address })
+    }
+
+    /// Whether addresses have to be proved now.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner).values().sum::<usize>() >= CROWD
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut inside = self.door.inside.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = inside.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                inside.remove(&self.address);
+            }
+        }
+    }
+}
+
+/// Why a stranger did not become a peer.
+#[derive(Debug, thiserror::Error)]
+enum Turned {
+    #[error("no connection: {0}")]
+    Handshake(String),
+    #[error("no introduction: {0}")]
+    NoHello(String),
+    #[error("peer {0}: {1}")]
+    Refused(PeerId, Refusal),
+    #[error("peer {0} left: {1}")]
+    Left(PeerId, String),
+}
+
+impl Shared {
+    /// A whole inbound connection, from the first packet to the last stream served on it.
+    pub(super) async fn host(self: Arc<Self>, incoming: Incoming, place: Place, stop: CancellationToken) {
+        let address = canonical(incoming.remote_address());
+        let met = tokio::select! {
+            () = stop.cancelled() => return,
+            met = self.meet(incoming) => met,
+        };
+        drop(place);
+        match met {
+            Ok((peer, connection)) => {
+                tracing::debug!(peer = %peer.id, node = %peer.node, %address, "peer admitted");
+                self.peers.keep_inbound(peer.id, &connection);
+                self.attend(peer.id, &connection, stop).await;
+                self.peers.drop_inbound(peer.id, &connection);
+                connection.close(DONE, b"done");
+            }
+            Err(turned @ Turned::Refused(..)) => tracing::warn!(%address, reason = %turned, "peer refused"),
+            Err(turned) => tracing::debug!(%address, reason = %turned, "stranger turned away"),
+        }
+    }
+
+    async fn meet(&self, incoming: Incoming) -> Result<(Peer, Connection), Turned> {
+        let address = canonical(incoming.remote_address());
+        let introduction = async {
+            let accepted = incoming.accept().map_err(|error| Turned::Handshake(error.to_string()))?;
+            let connection = accepted.await.map_err(|error| Turned::Handshake(error.to_string()))?;
+            let id = peer_of(&connection).ok_or_else(|| Turned::Handshake("no peer's certificate".into()))?;
+            self.hear(&connection).await.map(|(hello, send)| (id, hello, send, connection))
+        };
+        let late = |_| Turned::NoHello(format!("not in {:?}", self.limits.hello));
+        let (id, hello, send, connection) = timeout(self.limits.hello, introduction).await.map_err(late)??;
+        let decided = timeout(self.limits.decide, self.decide(id, address, &hello)).await;
+        let decided = decided.unwrap_or_else(|_| Err(Refusal::CannotTell("it takes too long".into())));
+        self.metrics.admission_decided(admission_result(&decided));
+        match decided {
+            Ok((peer, ours)) => {
+                connection.set_max_concurrent_bi_streams(VarInt::from_u32(MAX_STREAMS));
+                // It is a peer now, but it may leave no room for the answer.
+                let welcomed = timeout(self.limits.hello, welcome(send, ours)).await;
+                let welcomed = welcomed.unwrap_or_else(|_| Err("it does not take our answer".into()));
+                welcomed.map_err(|error| Turned::Left(id, error))?;
+                Ok((peer, connection))
+            }
+            Err(refusal) => {
+                self.turn_away(&connection, send, &refusal).await;
+                Err(Turned::Refused(id, refusal))
+            }
+        }
+    }
+
+    /// The one message that a stranger may send. Whatever else it sends instead ends the connection.
+    async fn hear(&self, connection: &Connection) -> Result<(Hello, SendStream), Turned> {
+        let stream = connection.accept_bi().await;
+        let (send, mut recv) = stream.map_err(|error| Turned::NoHello(error.to_string()))?;
+        match wire::read::<Hello>(&mut recv).await {
+            Ok(hello) => Ok((hello, send)),
+            Err(error) => {
+                connection.close(PROTOCOL, printable(&error.to_string()).as_bytes());
+                Err(Turned::NoHello(error.to_string()))
+            }
+        }
+    }
+
+    /// Whether this is a peer; and if so, what we say of ourselves.
+    async fn decide(&self, id: PeerId, address: SocketAddr, hello: &Hello) -> Result<(Peer, Hello), Refusal> {
+        if id == self.me {
+            return Err(Refusal::Denied("this agent has the same key; delete it on one of the two nodes".into()));
+        }
+        let vouched = self.admission.admit(id, &hello.credential).await?;
+        let peer = peer_from(id, address, hello, vouched).map_err(|error| Refusal::Denied(error.to_string()))?;
+        // Before anything is remembered: without a credential of our own the peer could not admit us.
+        let ours = self.hello(self.admission.credential().await?);
+        self.peers.remember(&peer).map_err(|full| Refusal::CannotTell(full.to_string()))?;
+        // Told before the peer is: when it dials our gossip next, the list of those let in has it. A receiver that is
+        // gone belongs to an agent that stops.
+        let _ = self.joined.send(peer.clone()).await;
+        Ok((peer, ours))
+    }
+
+    /// The answer goes first; the connection's end, which would discard what is not delivered yet, waits for it.
+    async fn turn_away(&self, connection: &Connection, mut send: SendStream, refusal: &Refusal) {
+        let reason = printable(&refusal.to_string());
+        let answer = async {
+            wire::write(&mut send, &Welcome::Refused(reason.clone())).await.ok()?;
+            send.finish().ok()?;
+            send.stopped().await.ok()
+        };
+        // Delivered or not: the close says the same.
+        let _ = timeout(self.limits.dial, answer).await;
+        connection.close(REFUSED, reason.as_bytes());
+    }
+}
+
+async fn welcome(mut send: SendStream, ours: Hello) -> Result<(), String> {
+    wire::write(&mut send, &Welcome::Admitted(ours)).await.map_err(|error| error.to_string())?;
+    send.finish().map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_cannot_occupy_the_door() {
+        let door = Arc::new(Door::default());
+        let enter = |last: u8| door.enter(IpAddr::from([10, 0, 0, last]));
+        let mut places: Vec<_> = (0..STRANGERS_PER_ADDRESS).map(|_| enter(1).unwrap()).collect();
+        assert!(enter(1).is_none());
+        places.push(enter(2).unwrap());
+        places.remove(0);
+        assert!(enter(1).is_some(), "a place that was left is free");
+    }
+
+    #[test]
+    fn the_door_has_a_bound_and_asks_for_proof_before_it() {
+        let door = Arc::new(Door::default());
+        let enter = |last: usize| door.enter(IpAddr::from([10, 0, 0, last as u8]));
+        let mut places: Vec<_> = (0..CROWD - 1).map(|last| enter(last).unwrap()).collect();
+        assert!(!door.is_crowded());
+        places.extend((CROWD..=STRANGERS).map(|last| enter(last).unwrap()));
+        assert!(door.is_crowded());
+        assert!(enter(200).is_none());
+        places.clear();
+        assert!(enter(200).is_some() && !door.is_crowded());
+    }
+}

@@ -1,0 +1,249 @@
+//! Fetching: ask, then hash and hand on what comes, until it is proved or given up.
+
+use std::net::SocketAddr;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use quinn::{ConnectionError, ReadError, RecvStream};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::codes::{GONE, REFUSED, STORE_FAILED, TOO_SLOW};
+use super::peers::{Line, Outbound};
+use super::tuning::{BATCH, BATCH_CHUNKS, FLOOR};
+use super::{GreetError, Shared, Transfer, printable};
+use crate::model::PeerId;
+use crate::oci::{Digest, Hasher, Verified, VerifyError};
+use crate::ports::{BlobSink, FetchError, Fetcher};
+use crate::wire::{self, Answer, Request, WireError};
+
+#[async_trait]
+impl Fetcher for Transfer {
+    async fn fetch(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        size: u64,
+        sink: &mut dyn BlobSink,
+    ) -> Result<Verified, FetchError> {
+        let fetched = self.0.fetch(Wanted { peer, digest, size }, sink).await;
+        fetched.inspect_err(|error| self.0.metrics.fetch_failed(error.label()))
+    }
+
+    async fn size_of(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError> {
+        match self.0.ask(peer, digest, &Request::Have(digest)).await {
+            Ok((Answer::Blob { size }, ..)) => Ok(Some(size)),
+            Ok((Answer::Absent, ..)) | Err(FetchError::Absent { .. }) => Ok(None),
+            Ok((other, ..)) => Err(FetchError::Protocol { peer, reason: format!("answers {other:?} to Have") }),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// What is being fetched, and from whom: the subject of every error below.
+#[derive(Clone, Copy)]
+struct Wanted {
+    peer: PeerId,
+    digest: Digest,
+    size: u64,
+}
+
+impl Shared {
+    async fn fetch(&self, wanted: Wanted, sink: &mut dyn BlobSink) -> Result<Verified, FetchError> {
+        let Wanted { peer, digest, size } = wanted;
+        let request = Request::Get { digest, offset: 0, length: size };
+        // The line is held so that the connection counts as used.
+        let (answer, mut recv, _line) = self.ask(peer, digest, &request).await?;
+        match answer {
+            Answer::Blob { size: actual } if actual == size => self.take(wanted, &mut recv, sink).await,
+            Answer::Blob { size: actual } => Err(wanted.of_another_size(actual)),
+            Answer::Absent => Err(FetchError::Absent { peer, digest }),
+            Answer::Busy => Err(FetchError::Busy { peer }),
+            Answer::Invalid => {
+                let reason = format!("says that {digest} has fewer than {size} bytes");
+                Err(FetchError::Protocol { peer, reason })
+            }
+        }
+    }
+
+    /// Takes the bytes in batches, hashing each chunk as it comes: nothing is copied, and no other thread is asked to
+    /// hash.
+    async fn take(
+        &self,
+        wanted: Wanted,
+        recv: &mut RecvStream,
+        sink: &mut dyn BlobSink,
+    ) -> Result<Verified, FetchError> {
+        let mut hasher = Hasher::default();
+        let mut batch = vec![Bytes::new(); BATCH_CHUNKS];
+        let (mut chunks, mut held) = (0, 0);
+        let stall = self.limits.stall;
+        let mut patience = std::pin::pin!(sleep(stall));
+        let mut since_moved = 0;
+        loop {
+            let read = tokio::select! {
+                biased;
+                read = recv.read_chunks(&mut batch[chunks..]) => read.map_err(|error| wanted.cut_off(&error))?,
+                () = &mut patience => return Err(wanted.stalled(stall.as_secs())),
+            };
+            let Some(read) = read else { break };
+            let arrived = &batch[chunks..chunks + read];
+            let bytes: usize = arrived.iter().map(Bytes::len).sum();
+            let total = hasher.size() + bytes as u64;
+            if total > wanted.size {
+                return Err(wanted.of_another_size(total));
+            }
+            arrived.iter().for_each(|chunk| hasher.update(chunk));
+            chunks += read;
+            held += bytes;
+            since_moved += bytes as u64;
+            let full = held >= BATCH || chunks == BATCH_CHUNKS;
+            if full {
+                self.hand_on(&mut batch[..chunks], held, sink).await?;
+                (chunks, held) = (0, 0);
+            }
+            // The sink's time is not the sender's.
+            if full || since_moved >= FLOOR {
+                patience.as_mut().reset(Instant::now() + stall);
+                since_moved = 0;
+            }
+        }
+        if chunks > 0 {
+            self.hand_on(&mut batch[..chunks], held, sink).await?;
+        }
+        hasher.verify(wanted.digest, wanted.size).map_err(|source| FetchError::Corrupt { peer: wanted.peer, source })
+    }
+
+    async fn hand_on(&self, batch: &mut [Bytes], bytes: usize, sink: &mut dyn BlobSink) -> Result<(), FetchError> {
+        sink.append(batch).await?;
+        batch.fill(Bytes::new());
+        self.metrics.fetched(bytes as u64);
+        Ok(())
+    }
+
+    /// Sends a request and reads its answer. A pooled connection may have died unnoticed, as when its other end was
+    /// restarted: then a new one is tried, once.
+    async fn ask(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        request: &Request,
+    ) -> Result<(Answer, RecvStream, Line), FetchError> {
+        if let Some(line) = self.peers.find(peer).and_then(|(_, outbound)| outbound.line()) {
+            match self.ask_on(&line, peer, digest, request).await {
+                Err(FetchError::Unreachable { .. }) if line.close_reason().is_some() => {}
+                done => return done.map(|(answer, recv)| (answer, recv, line)),
+            }
+        }
+        // Looked up again: the peer may have been forgotten, which closes its connections.
+        let Some((address, outbound)) = self.peers.find(peer) else {
+            return Err(FetchError::Unreachable { peer, reason: "its address is not known".into() });
+        };
+        let dialled = self.connect(peer, address, &outbound).await;
+        let line = dialled.map_err(|error| not_met(peer, error))?;
+        let (answer, recv) = self.ask_on(&line, peer, digest, request).await?;
+        Ok((answer, recv, line))
+    }
+
+    /// The one connection to a peer: whoever comes while it is being dialled waits for the outcome and shares it.
+    async fn connect(&self, peer: PeerId, address: SocketAddr, outbound: &Outbound) -> Result<Line, GreetError> {
+        let seen = outbound.failures();
+        let _dialling = outbound.dialling.lock().await;
+        if let Some(line) = outbound.line() {
+            return Ok(line);
+        }
+        if let Some(error) = outbound.failed_since(seen) {
+            return Err(error);
+        }
+        match self.dial(address, Some(peer)).await {
+            Ok((_, connection)) => Ok(outbound.keep(connection)),
+            Err(error) => {
+                outbound.fail(error.clone());
+                Err(error)
+            }
+        }
+    }
+
+    async fn ask_on(
+        &self,
+        line: &Line,
+        peer: PeerId,
+        digest: Digest,
+        request: &Request,
+    ) -> Result<(Answer, RecvStream), FetchError> {
+        let wanted = Wanted { peer, digest, size: 0 };
+        let asked = async {
+            let (mut send, mut recv) = line.open_bi().await.map_err(|error| wanted.lost(&error))?;
+            wire::write(&mut send, request).await.map_err(|error| wanted.no_answer(line, error))?;
+            // It was just opened, so it can be finished.
+            let _ = send.finish();
+            let answer = wire::read::<Answer>(&mut recv).await.map_err(|error| wanted.no_answer(line, error))?;
+            Ok((answer, recv))
+        };
+        let answered = timeout(self.limits.answer, asked).await;
+        answered.unwrap_or_else(|_| Err(wanted.stalled(self.limits.answer.as_secs())))
+    }
+}
+
+impl Wanted {
+    fn of_another_size(self, actual_size: u64) -> FetchError {
+        let source = VerifyError::Size { expected: self.digest, expected_size: self.size, actual_size };
+        FetchError::Corrupt { peer: self.peer, source }
+    }
+
+    fn stalled(self, seconds: u64) -> FetchError {
+        FetchError::Stalled { peer: self.peer, digest: self.digest, seconds }
+    }
+
+    fn lost(self, error: &ConnectionError) -> FetchError {
+        match error {
+            ConnectionError::ApplicationClosed(close) if close.error_code == REFUSED => {
+                FetchError::NotAdmitted { peer: self.peer, reason: printable(&String::from_utf8_lossy(&close.reason)) }
+            }
+            other => FetchError::Unreachable { peer: self.peer, reason: other.to_string() },
+        }
+    }
+
+    /// The stream ended otherwise than by its end.
+    fn cut_off(self, error: &ReadError) -> FetchError {
+        let unreachable = |reason: &str| FetchError::Unreachable { peer: self.peer, reason: reason.into() };
+        match error {
+            ReadError::ConnectionLost(error) => self.lost(error),
+            ReadError::Reset(GONE) => FetchError::Absent { peer: self.peer, digest: self.digest },
+            ReadError::Reset(STORE_FAILED) => unreachable("its content store failed"),
+            ReadError::Reset(TOO_SLOW) => unreachable("it says that this agent reads too slowly"),
+            other => FetchError::Protocol { peer: self.peer, reason: other.to_string() },
+        }
+    }
+
+    /// No answer could be read. The stream's own error is inside of what the decoder makes of it.
+    fn no_answer(self, line: &Line, error: WireError) -> FetchError {
+        if let WireError::Io(io) = &error {
+            if let Some(read) = io.get_ref().and_then(|inner| inner.downcast_ref::<ReadError>()) {
+                return self.cut_off(read);
+            }
+            if let Some(ended) = line.close_reason() {
+                return self.lost(&ended);
+            }
+        }
+        FetchError::Protocol { peer: self.peer, reason: error.to_string() }
+    }
+}
+
+fn not_met(peer: PeerId, error: GreetError) -> FetchError {
+    match error {
+        GreetError::Unreachable { address, reason } => {
+            FetchError::Unreachable { peer, reason: format!("{address}: {reason}") }
+        }
+        GreetError::Refused { address, reason, .. } => {
+            FetchError::NotAdmitted { peer, reason: format!("it says at {address}: {reason}") }
+        }
+        GreetError::NotAdmitted { address, refusal, .. } => {
+            FetchError::NotAdmitted { peer, reason: format!("this agent says of {address}: {refusal}") }
+        }
+        GreetError::Protocol { reason, .. } => FetchError::Protocol { peer, reason },
+        error @ GreetError::NoCredential(_) => FetchError::NotAdmitted { peer, reason: error.to_string() },
+        error @ (GreetError::Myself(_) | GreetError::AnotherKey { .. }) => {
+            FetchError::Unreachable { peer, reason: error.to_string() }
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Dialling: whose key answers, our `Hello`, its answer, and our own decision about it. Nothing uses a connection before.
+
+use std::net::SocketAddr;
+
+use quinn::{Connection, ConnectionError};
+use tokio::time::timeout;
+
+use super::codes::{DONE, PROTOCOL, REFUSED};
+use super::tls::peer_of;
+use super::{Shared, admission_result, peer_from, printable};
+use crate::model::{Credential, Peer, PeerId};
+use crate::ports::Refusal;
+use crate::wire::{self, Hello, Welcome, WireError};
+
+/// Why nobody was met at an address.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum GreetError {
+    /// The address leads back to this agent.
+    #[error("{0} is this agent itself")]
+    Myself(SocketAddr),
+    /// Nobody answers, or not in our protocol.
+    #[error("{address} cannot be reached: {reason}")]
+    Unreachable {
+        /// Who was called.
+        address: SocketAddr,
+        /// What the transport said.
+        reason: String,
+    },
+    /// Somebody else answers than the peer that was meant.
+    #[error("{found} answers at {address} where {expected} was expected")]
+    AnotherKey {
+        /// Who was called.
+        address: SocketAddr,
+        /// The peer that was meant.
+        expected: PeerId,
+        /// The peer that proved its key.
+        found: PeerId,
+    },
+    /// The peer does not admit us.
+    #[error("peer {peer} at {address} refuses this agent: {reason}")]
+    Refused {
+        /// Who refuses.
+        peer: PeerId,
+        /// Where.
+        address: SocketAddr,
+        /// Its words.
+        reason: String,
+    },
+    /// We do not admit the peer.
+    #[error("peer {peer} at {address}: {refusal}")]
+    NotAdmitted {
+        /// Who it is about.
+        peer: PeerId,
+        /// Where.
+        address: SocketAddr,
+        /// Our admission's words.
+        refusal: Refusal,
+    },
+    /// We have nothing to show.
+    #[error("this agent has no credential to show: {0}")]
+    NoCredential(Refusal),
+    /// The peer did not keep to the protocol, or speaks another version of it.
+    #[error("peer {peer} at {address} broke the protocol: {reason}")]
+    Protocol {
+        /// Who.
+        peer: PeerId,
+        /// Where.
+        address: SocketAddr,
+        /// How.
+        reason: String,
+    },
+}
+
+impl Shared {
+    /// Opens a connection to whoever is at `address`. Cancelled half-way it is closed.
+    pub(super) async fn dial(
+        &self,
+        address: SocketAddr,
+        expect: Option<PeerId>,
+    ) -> Result<(Peer, Connection), GreetError> {
+        let unreachable = |reason: String| GreetError::Unreachable { address, reason };
+        // The name is asked for by TLS and checked by nobody: peers are known by their keys.
+        let dialled = self.endpoint.connect_with(self.client.clone(), address, "lighterman");
+        let connecting = dialled.map_err(|error| unreachable(error.to_string()))?;
+        let connection = timeout(self.limits.dial, connecting)
+            .await
+            .map_err(|_| unreachable(format!("no answer in {:?}", self.limits.dial)))?
+            .map_err(|error| unreachable(error.to_string()))?;
+        let found = peer_of(&connection).ok_or_else(|| unreachable("it has no peer's certificate".into()))?;
+        if found == self.me {
+            connection.close(DONE, b"myself");
+            return Err(GreetError::Myself(address));
+        }
+        if let Some(expected) = expect.filter(|expected| *expected != found) {
+            connection.close(DONE, b"another was expected");
+            return Err(GreetError::AnotherKey { address, expected, found });
+        }
+        match timeout(self.limits.welcome(), self.introduce(address, found, &connection)).await {
+            Ok(Ok(peer)) => Ok((peer, connection)),
+            Ok(Err(error)) => {
+                connection.close(close_code(&error), b"not welcome");
+                Err(error)
+            }
+            Err(_) => {
+                connection.close(DONE, b"no answer");
+                Err(unreachable(format!("no answer to our introduction in {:?}", self.limits.welcome())))
+            }
+        }
+    }
+
+    async fn introduce(&self, address: SocketAddr, peer: PeerId, connection: &Connection) -> Result<Peer, GreetError> {
+        let credential = self.admission.credential().await.map_err(GreetError::NoCredential)?;
+        let theirs = match self.exchange(connection, credential).await {
+            Ok(Welcome::Admitted(hello)) => hello,
+            Ok(Welcome::Refused(reason)) => {
+                return Err(GreetError::Refused { peer, address, reason: printable(&reason) });
+            }
+            Err(error) => return Err(why_no_welcome(address, peer, connection, &error)),
+        };
+        let decided = self.admission.admit(peer, &theirs.credential).await;
+        self.metrics.admission_decided(admission_result(&decided));
+        let node = decided.map_err(|refusal| GreetError::NotAdmitted { peer, address, refusal })?;
+        peer_from(peer, address, &theirs, node).map_err(|error| GreetError::Protocol {
+            peer,
+            address,
+            reason: error.to_string(),
+        })
+    }
+
+    async fn exchange(&self, connection: &Connection, credential: Credential) -> Result<Welcome, WireError> {
+        let (mut send, mut recv) = connection.open_bi().await.map_err(std::io::Error::from)?;
+        wire::write(&mut send, &self.hello(credential)).await?;
+        // It was just opened, so it can be finished.
+        let _ = send.finish();
+        wire::read(&mut recv).await
+    }
+
+    /// What we say of ourselves.
+    pub(super) fn hello(&self, credential: Credential) -> Hello {
+        Hello { credential, node: self.node.to_string(), gossip_port: self.gossip_port }
+    }
+}
+
+fn close_code(error: &GreetError) -> quinn::VarInt {
+    match error {
+        GreetError::NotAdmitted { .. } => REFUSED,
+        GreetError::Protocol { .. } => PROTOCOL,
+        _ => DONE,
+    }
+}
+
+/// A refusal may arrive as the connection's end alone; what ended the connection says more than the broken stream.
+fn why_no_welcome(address: SocketAddr, peer: PeerId, connection: &Connection, error: &WireError) -> GreetError {
+    let protocol = || GreetError::Protocol { peer, address, reason: error.to_string() };
+    if !matches!(error, WireError::Io(_)) {
+        return protocol();
+    }
+    match connection.close_reason() {
+        Some(ConnectionError::ApplicationClosed(close)) if close.error_code == REFUSED => {
+            let reason = printable(&String::from_utf8_lossy(&close.reason));
+            GreetError::Refused { peer, address, reason }
+        }
+        Some(ended) => GreetError::Unreachable { address, reason: ended.to_string() },
+        None => protocol(),
+    }
+}

@@ -1,0 +1,183 @@
+//! Who was admitted, where they are, and the connections that exist.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use quinn::Connection;
+use tokio::time::Instant;
+
+use super::GreetError;
+use super::codes::{DONE, SUPERSEDED};
+use crate::model::{Peer, PeerId};
+
+/// Peers known at most: Kubernetes is built for clusters of 5000 nodes, and a node that lost its key comes back as
+/// another peer. A stolen credential that vouches for key after key meets this bound.
+const MAX_PEERS: usize = 10_000;
+
+/// Connections that one peer may have to us. It keeps one; a second appears while it greets us, and those that a
+/// restart left behind last until their idle timeout.
+const MAX_INBOUND: usize = 4;
+
+/// The table of peers.
+#[derive(Default)]
+pub(super) struct Peers {
+    table: Mutex<HashMap<PeerId, Entry>>,
+}
+
+struct Entry {
+    peer: Peer,
+    inbound: VecDeque<Connection>,
+    outbound: Arc<Outbound>,
+}
+
+/// The table is full.
+#[derive(Debug, thiserror::Error)]
+#[error("{MAX_PEERS} peers are known already")]
+pub(super) struct Full;
+
+impl Peers {
+    /// Remembers an admitted peer, or where it is now.
+    pub(super) fn remember(&self, peer: &Peer) -> Result<(), Full> {
+        let mut table = lock(&self.table);
+        if let Some(entry) = table.get_mut(&peer.id) {
+            entry.peer = peer.clone();
+        } else if table.len() < MAX_PEERS {
+            let entry = Entry { peer: peer.clone(), inbound: VecDeque::new(), outbound: Arc::default() };
+            table.insert(peer.id, entry);
+        } else {
+            return Err(Full);
+        }
+        Ok(())
+    }
+
+    /// Counts a connection that the peer dialled; its oldest one makes room.
+    pub(super) fn keep_inbound(&self, peer: PeerId, connection: &Connection) {
+        let mut table = lock(&self.table);
+        let Some(entry) = table.get_mut(&peer) else {
+            // Forgotten between its admission and now.
+            return connection.close(DONE, b"forgotten");
+        };
+        entry.inbound.push_back(connection.clone());
+        if entry.inbound.len() > MAX_INBOUND
+            && let Some(oldest) = entry.inbound.pop_front()
+        {
+            oldest.close(SUPERSEDED, b"too many connections");
+        }
+    }
+
+    /// A connection that the peer dialled has ended.
+    pub(super) fn drop_inbound(&self, peer: PeerId, connection: &Connection) {
+        if let Some(entry) = lock(&self.table).get_mut(&peer) {
+            entry.inbound.retain(|other| other.stable_id() != connection.stable_id());
+        }
+    }
+
+    /// The address of a peer, and the slot for our connection to it.
+    pub(super) fn find(&self, peer: PeerId) -> Option<(SocketAddr, Arc<Outbound>)> {
+        lock(&self.table).get(&peer).map(|entry| (entry.peer.transfer, entry.outbound.clone()))
+    }
+
+    /// The peer to which we have a connection at this address.
+    pub(super) fn connected_at(&self, address: SocketAddr) -> Option<Peer> {
+        let table = lock(&self.table);
+        let mut at = table.values().filter(|entry| entry.peer.transfer == address);
+        at.find(|entry| entry.outbound.line().is_some()).map(|entry| entry.peer.clone())
+    }
+
+    pub(super) fn all(&self) -> Vec<Peer> {
+        lock(&self.table).values().map(|entry| entry.peer.clone()).collect()
+    }
+
+    /// Drops the peer, its address and its connections.
+    pub(super) fn forget(&self, peer: PeerId) {
+        let Some(entry) = lock(&self.table).remove(&peer) else { return };
+        entry.outbound.close();
+        for connection in entry.inbound {
+            connection.close(DONE, b"forgotten");
+        }
+    }
+
+    /// Closes our connections that nobody has used for a while.
+    pub(super) fn sweep(&self, unused: Duration) {
+        for entry in lock(&self.table).values() {
+            entry.outbound.close_if_unused(unused);
+        }
+    }
+}
+
+/// A connection that we dialled. Whoever uses it holds a clone of the `Arc` around it, which is how it is known to be
+/// in use.
+pub(super) type Line = Arc<Connection>;
+
+/// The one connection that we dial to a peer.
+#[derive(Default)]
+pub(super) struct Outbound {
+    line: Mutex<Option<(Line, Instant)>>,
+    /// Held while dialling, so that everybody else waits for the outcome; counts the dials that failed and keeps the
+    /// last error.
+    pub(super) dialling: tokio::sync::Mutex<()>,
+    failed: Mutex<(u64, Option<GreetError>)>,
+}
+
+impl Outbound {
+    /// The live connection.
+    pub(super) fn line(&self) -> Option<Line> {
+        let mut slot = lock(&self.line);
+        let (line, used) = slot.as_mut().filter(|(line, _)| line.close_reason().is_none())?;
+        *used = Instant::now();
+        Some(line.clone())
+    }
+
+    /// Takes a new connection, unless there is a live one: then that one is kept and the new one closed.
+    pub(super) fn keep(&self, connection: Connection) -> Line {
+        let mut slot = lock(&self.line);
+        if let Some((line, _)) = slot.as_ref().filter(|(line, _)| line.close_reason().is_none()) {
+            connection.close(DONE, b"there is another");
+            return line.clone();
+        }
+        let line = Arc::new(connection);
+        *slot = Some((line.clone(), Instant::now()));
+        line
+    }
+
+    /// How many dials have failed.
+    pub(super) fn failures(&self) -> u64 {
+        lock(&self.failed).0
+    }
+
+    /// Why the last dial failed, if one did since `seen` were counted: those who waited for it share its outcome
+    /// instead of dialling one after the other.
+    pub(super) fn failed_since(&self, seen: u64) -> Option<GreetError> {
+        let failed = lock(&self.failed);
+        failed.1.clone().filter(|_| failed.0 != seen)
+    }
+
+    pub(super) fn fail(&self, error: GreetError) {
+        let mut failed = lock(&self.failed);
+        *failed = (failed.0 + 1, Some(error));
+    }
+
+    fn close(&self) {
+        if let Some((line, _)) = lock(&self.line).take() {
+            line.close(DONE, b"forgotten");
+        }
+    }
+
+    fn close_if_unused(&self, unused: Duration) {
+        let mut slot = lock(&self.line);
+        let Some((line, used)) = slot.as_mut() else { return };
+        if Arc::strong_count(line) > 1 {
+            *used = Instant::now();
+        } else if used.elapsed() >= unused || line.close_reason().is_some() {
+            line.close(DONE, b"not used");
+            *slot = None;
+        }
+    }
+}
+
+/// Nothing that runs under these locks panics half-way through a change, so a poisoned one is as good.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,282 @@
+//! Real endpoints on loopback. Peers that misbehave are written here, on the same TLS.
+
+mod content;
+mod door;
+mod faults;
+mod stopping;
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use quinn::{Connection, Endpoint, SendStream, VarInt};
+use tokio::sync::{mpsc, watch};
+use tokio::task::{AbortHandle, JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+use super::tuning::Limits;
+use super::{Config, Transfer, tls, tuning};
+use crate::identity::Identity;
+use crate::metrics::Metrics;
+use crate::model::{Credential, NodeName, Peer, PeerId};
+use crate::oci::{Digest, Verified};
+use crate::ports::{
+    Admission, BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, FetchError, Fetcher, ImageRecord, Pin,
+    Refusal, Remembered, StoreError,
+};
+use crate::wire::{self, Answer, Hello, Request, Welcome};
+
+/// Waits that are expected to run out in a test; the others keep [`Limits::DEFAULT`], so that a slow machine fails
+/// nothing.
+const BRIEF: Duration = Duration::from_millis(400);
+
+/// Far more than any test needs, far less than an endless wait.
+async fn within<T>(test: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test is stuck")
+}
+
+/// A store that only reads, and can lie or fail.
+#[derive(Default)]
+struct Shelf {
+    blobs: HashMap<Digest, Bytes>,
+    /// Reads at or after this offset fail.
+    fails_at: Option<u64>,
+    /// Reads wait until this is true.
+    open: Option<watch::Receiver<bool>>,
+}
+
+impl Shelf {
+    fn with(blob: &Bytes) -> Self {
+        Self { blobs: HashMap::from([(Digest::of(blob), blob.clone())]), ..Self::default() }
+    }
+}
+
+struct Reading {
+    blob: Bytes,
+    digest: Digest,
+    fails_at: Option<u64>,
+    open: Option<watch::Receiver<bool>>,
+}
+
+#[async_trait]
+impl BlobReader for Reading {
+    fn size(&self) -> u64 {
+        self.blob.len() as u64
+    }
+
+    async fn read_at(&mut self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
+        if let Some(open) = &mut self.open {
+            open.wait_for(|open| *open).await.map_err(|_| StoreError::Absent(self.digest))?;
+        }
+        if self.fails_at.is_some_and(|at| offset >= at) {
+            return Err(StoreError::Other("the disk is on fire".into()));
+        }
+        let from = usize::try_from(offset).unwrap().min(self.blob.len());
+        Ok(self.blob.slice(from..self.blob.len().min(from + most)))
+    }
+}
+
+fn unused<T>() -> Result<T, StoreError> {
+    Err(StoreError::Other("serving does not need this".into()))
+}
+
+#[async_trait]
+impl ContentStore for Shelf {
+    async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
+        Ok(self.blobs.get(&digest).map(|blob| BlobInfo { digest, size: blob.len() as u64 }))
+    }
+    async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError> {
+        let blob = self.blobs.get(&digest).ok_or(StoreError::Absent(digest))?.clone();
+        Ok(Box::new(Reading { blob, digest, fails_at: self.fails_at, open: self.open.clone() }))
+    }
+    async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
+        unused()
+    }
+    async fn create(&self, _: Digest, _: u64, _: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
+        unused()
+    }
+    async fn remember(&self, _: Digest, _: &Remembered) -> Result<(), StoreError> {
+        unused()
+    }
+    async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
+        unused()
+    }
+    async fn put_image(&self, _: &ImageRecord) -> Result<(), StoreError> {
+        unused()
+    }
+    async fn pin(&self, _: Duration) -> Result<Pin, StoreError> {
+        unused()
+    }
+    async fn release(&self, _: Pin) -> Result<(), StoreError> {
+        unused()
+    }
+    fn changes(&self) -> watch::Receiver<u64> {
+        watch::channel(0).1
+    }
+    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+        unused()
+    }
+}
+
+/// Admits everybody, or those on a list.
+#[derive(Clone, Default)]
+struct Guests(Option<HashSet<PeerId>>);
+
+impl Guests {
+    fn only(peers: impl IntoIterator<Item = PeerId>) -> Self {
+        Self(Some(peers.into_iter().collect()))
+    }
+}
+
+#[async_trait]
+impl Admission for Guests {
+    async fn credential(&self) -> Result<Credential, Refusal> {
+        Ok(Credential::default())
+    }
+    async fn admit(&self, peer: PeerId, _: &Credential) -> Result<Option<NodeName>, Refusal> {
+        let admitted = self.0.as_ref().is_none_or(|list| list.contains(&peer));
+        if admitted { Ok(None) } else { Err(Refusal::Denied("not on the list".into())) }
+    }
+}
+
+/// A running agent's transfer.
+struct Node {
+    transfer: Transfer,
+    id: PeerId,
+    metrics: Metrics,
+    joined: mpsc::Receiver<Peer>,
+    stop: CancellationToken,
+    run: JoinHandle<()>,
+}
+
+impl Node {
+    fn start(shelf: Shelf) -> Self {
+        Self::start_with(&Identity::generate(), shelf, Guests::default(), Limits::DEFAULT)
+    }
+
+    fn start_with(identity: &Identity, shelf: Shelf, admission: Guests, limits: Limits) -> Self {
+        Self::start_at("127.0.0.1:0", identity, shelf, admission, limits)
+    }
+
+    fn start_at(listen: &str, identity: &Identity, shelf: Shelf, admission: Guests, limits: Limits) -> Self {
+        let config = Config {
+            listen: listen.parse().unwrap(),
+            gossip_port: 4001,
+            node: "node-a".parse().unwrap(),
+            max_serving: 4,
+        };
+        let (sender, joined) = mpsc::channel(16);
+        let metrics = Metrics::new();
+        let (admission, shelf) = (Arc::new(admission), Arc::new(shelf));
+        let bound = Transfer::bind_with(config, identity, admission, shelf, metrics.clone(), sender, limits);
+        let (transfer, stop) = (bound.unwrap(), CancellationToken::new());
+        let run = tokio::spawn(transfer.clone().run(stop.clone()));
+        Self { transfer, id: identity.peer_id(), metrics, joined, stop, run }
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.transfer.local_addr()
+    }
+
+    async fn meet(&self, other: SocketAddr) -> Peer {
+        self.transfer.greet(other, None).await.unwrap()
+    }
+
+    /// Fetches into memory; what arrived of a failed fetch is not looked at.
+    async fn fetch(&self, peer: PeerId, digest: Digest, size: u64) -> Result<(Verified, Vec<u8>), FetchError> {
+        let mut basket = Basket::default();
+        let verified = self.transfer.fetch(peer, digest, size, &mut basket).await?;
+        Ok((verified, basket.0))
+    }
+
+    fn metric(&self, line: &str) -> bool {
+        String::from_utf8(self.metrics.render()).unwrap().lines().any(|have| have == format!("lighterman_{line}"))
+    }
+}
+
+#[derive(Default)]
+struct Basket(Vec<u8>);
+
+#[async_trait]
+impl BlobSink for Basket {
+    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
+        chunks.iter().for_each(|chunk| self.0.extend_from_slice(chunk));
+        Ok(())
+    }
+}
+
+/// Bytes that repeat nowhere near a batch's or a packet's length.
+fn blob(size: usize) -> Bytes {
+    (0..size).map(|i| (i.wrapping_mul(2_654_435_761) >> 7) as u8).collect()
+}
+
+/// An endpoint with an agent's certificate and none of its manners.
+fn bare_endpoint(identity: &Identity) -> Endpoint {
+    let tls = tls::Tls::new(identity).unwrap();
+    let mut endpoint = Endpoint::server(tuning::server(&tls), "127.0.0.1:0".parse().unwrap()).unwrap();
+    endpoint.set_default_client_config(tuning::client(&tls));
+    endpoint
+}
+
+fn hello() -> Hello {
+    Hello { credential: Credential::default(), node: "rogue".into(), gossip_port: 1 }
+}
+
+type Misdeed = Arc<dyn Fn(Request, SendStream) -> BoxFuture<'static, ()> + Send + Sync>;
+
+/// A peer that is admitted like any other, and then answers as it likes.
+struct Rogue {
+    id: PeerId,
+    address: SocketAddr,
+    task: AbortHandle,
+    connections: Arc<Mutex<Vec<Connection>>>,
+}
+
+impl Rogue {
+    fn start<F>(misdeed: impl Fn(Request, SendStream) -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let identity = Identity::generate();
+        let endpoint = bare_endpoint(&identity);
+        let address = endpoint.local_addr().unwrap();
+        let misdeed: Misdeed = Arc::new(move |request, send| Box::pin(misdeed(request, send)));
+        let connections = Arc::new(Mutex::new(Vec::new()));
+        let seen = connections.clone();
+        let task = tokio::spawn(async move {
+            while let Some(incoming) = endpoint.accept().await {
+                let Ok(connection) = incoming.await else { continue };
+                seen.lock().unwrap().push(connection.clone());
+                tokio::spawn(misbehave(connection, misdeed.clone()));
+            }
+        });
+        Self { id: identity.peer_id(), address, task: task.abort_handle(), connections }
+    }
+}
+
+impl Drop for Rogue {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn misbehave(connection: Connection, misdeed: Misdeed) {
+    let (mut send, mut recv) = connection.accept_bi().await.unwrap();
+    wire::read::<Hello>(&mut recv).await.unwrap();
+    connection.set_max_concurrent_bi_streams(VarInt::from_u32(8));
+    wire::write(&mut send, &Welcome::Admitted(hello())).await.unwrap();
+    send.finish().unwrap();
+    while let Ok((send, mut recv)) = connection.accept_bi().await {
+        let request = wire::read(&mut recv).await.unwrap();
+        tokio::spawn(misdeed(request, send));
+    }
+}
+
+/// Answers as if it had a blob of this size.
+async fn promise(send: &mut SendStream, size: u64) {
+    wire::write(send, &Answer::Blob { size }).await.unwrap();
+}

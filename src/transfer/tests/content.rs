@@ -1,0 +1,163 @@
+//! What arrives, and what is answered to a peer that keeps to the protocol.
+
+use super::*;
+
+#[tokio::test]
+async fn a_blob_of_any_size_arrives_and_is_proved() {
+    let sizes = [
+        (0, "nothing follows the answer"),
+        (1, "the least"),
+        (1199, "one packet"),
+        (64 << 10, "one floor of the rate"),
+        ((256 << 10) - 1, "one read, nearly"),
+        (256 << 10, "one read"),
+        ((256 << 10) + 1, "a read of one byte"),
+        (5 << 20, "more than a stream's window, several batches"),
+    ];
+    let blobs: Vec<Bytes> = sizes.iter().map(|(size, _)| blob(*size)).collect();
+    let shelf = Shelf { blobs: blobs.iter().map(|b| (Digest::of(b), b.clone())).collect(), ..Shelf::default() };
+    within(async {
+        let (holder, fetcher) = (Node::start(shelf), Node::start(Shelf::default()));
+        fetcher.meet(holder.address()).await;
+        for ((size, why), blob) in sizes.iter().zip(&blobs) {
+            let digest = Digest::of(blob);
+            let (verified, bytes) = fetcher.fetch(holder.id, digest, *size as u64).await.unwrap();
+            assert_eq!((verified.digest(), verified.size()), (digest, *size as u64), "{why}");
+            assert!(bytes == *blob, "{why}");
+            assert_eq!(fetcher.transfer.size_of(holder.id, digest).await.unwrap(), Some(*size as u64), "{why}");
+        }
+        let total: usize = sizes.iter().map(|(size, _)| size).sum();
+        assert!(fetcher.metric(&format!("fetched_bytes_total {total}")));
+        assert!(holder.metric(&format!("served_bytes_total {total}")));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn many_blobs_come_over_one_connection_at_once() {
+    let blobs: Vec<Bytes> = (1..=4).map(|i| blob(i * 300_000)).collect();
+    let shelf = Shelf { blobs: blobs.iter().map(|b| (Digest::of(b), b.clone())).collect(), ..Shelf::default() };
+    within(async {
+        let (mut holder, fetcher) = (Node::start(shelf), Node::start(Shelf::default()));
+        // Known, but not connected: all of them need the connection that the first one dials.
+        let peer = holder.transfer.greet(fetcher.address(), None).await.unwrap();
+        assert_eq!(peer.id, fetcher.id);
+        let fetches = blobs.iter().map(|b| fetcher.fetch(holder.id, Digest::of(b), b.len() as u64));
+        for (fetched, blob) in futures::future::join_all(fetches).await.into_iter().zip(&blobs) {
+            assert!(fetched.unwrap().1 == *blob);
+        }
+        assert_eq!(holder.joined.recv().await.unwrap().id, fetcher.id);
+        assert!(holder.joined.try_recv().is_err(), "it came through the door once");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_absent_blob_is_said_to_be_absent() {
+    within(async {
+        let (holder, fetcher) = (Node::start(Shelf::default()), Node::start(Shelf::default()));
+        fetcher.meet(holder.address()).await;
+        let digest = Digest::of(b"nowhere");
+        let error = fetcher.fetch(holder.id, digest, 7).await.unwrap_err();
+        assert!(matches!(error, FetchError::Absent { peer, .. } if peer == holder.id), "{error}");
+        assert_eq!(fetcher.transfer.size_of(holder.id, digest).await.unwrap(), None);
+        assert!(fetcher.metric(r#"fetch_failures_total{reason="absent"} 1"#));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_that_serves_all_it_can_says_so_and_serves_again_later() {
+    within(async {
+        let (open, opened) = watch::channel(false);
+        let blob = blob(1000);
+        let (digest, size) = (Digest::of(&blob), blob.len() as u64);
+        let holder = Node::start(Shelf { open: Some(opened), ..Shelf::with(&blob) });
+        let fetcher = Node::start(Shelf::default());
+        fetcher.meet(holder.address()).await;
+        let mut fetches: Vec<_> = (0..5).map(|_| Box::pin(fetcher.fetch(holder.id, digest, size))).collect();
+        // Four are allowed, so one of five is told to come again.
+        let (first, _, rest) = futures::future::select_all(fetches.drain(..)).await;
+        assert!(matches!(first.unwrap_err(), FetchError::Busy { peer } if peer == holder.id));
+        open.send(true).unwrap();
+        for fetched in futures::future::join_all(rest).await {
+            fetched.unwrap();
+        }
+        // A slot is free when the reader's last packet is acknowledged, some milliseconds after it is read.
+        while let Err(error) = fetcher.fetch(holder.id, digest, size).await {
+            assert!(error.is_retryable(), "{error}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_range_beyond_the_blob_is_refused_and_one_within_it_is_served() {
+    within(async {
+        let blob = blob(1000);
+        let digest = Digest::of(&blob);
+        let holder = Node::start(Shelf::with(&blob));
+        let fetcher = bare_endpoint(&Identity::generate());
+        let connection = introduce(&fetcher, holder.address()).await;
+        for (offset, length) in [(0, 1001), (1000, 1), (u64::MAX, 2), (1, u64::MAX)] {
+            let (answer, bytes) = ask(&connection, &Request::Get { digest, offset, length }).await;
+            assert_eq!((answer, bytes.len()), (Answer::Invalid, 0), "{length} at {offset}");
+        }
+        for (offset, length) in [(0, 0), (1000, 0), (999, 1), (10, 500)] {
+            let (answer, bytes) = ask(&connection, &Request::Get { digest, offset, length }).await;
+            assert_eq!(answer, Answer::Blob { size: 1000 });
+            assert_eq!(bytes, blob[offset as usize..(offset + length) as usize], "{length} at {offset}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_cancelled_fetch_frees_the_holders_slot_and_the_connection_serves_on() {
+    within(async {
+        let large = blob(5 << 20);
+        let (digest, size) = (Digest::of(&large), large.len() as u64);
+        let (holder, fetcher) = (Node::start(Shelf::with(&large)), Node::start(Shelf::default()));
+        fetcher.meet(holder.address()).await;
+        for _ in 0..8 {
+            let (seen, mut first) = mpsc::channel(1);
+            let mut sink = Jammed(seen);
+            tokio::select! {
+                _ = fetcher.transfer.fetch(holder.id, digest, size, &mut sink) => panic!("the sink takes nothing"),
+                _ = first.recv() => {}
+            }
+        }
+        // All four slots would be taken eight times over.
+        while let Err(error) = fetcher.fetch(holder.id, digest, size).await {
+            assert!(error.is_retryable(), "{error}");
+        }
+    })
+    .await;
+}
+
+/// Takes the first batch, says so, and never returns.
+struct Jammed(mpsc::Sender<()>);
+
+#[async_trait]
+impl BlobSink for Jammed {
+    async fn append(&mut self, _: &[Bytes]) -> Result<(), StoreError> {
+        self.0.send(()).await.unwrap();
+        std::future::pending().await
+    }
+}
+
+pub(super) async fn introduce(endpoint: &Endpoint, address: SocketAddr) -> Connection {
+    let connection = endpoint.connect(address, "lighterman").unwrap().await.unwrap();
+    let (mut send, mut recv) = connection.open_bi().await.unwrap();
+    wire::write(&mut send, &hello()).await.unwrap();
+    assert!(matches!(wire::read(&mut recv).await.unwrap(), Welcome::Admitted(_)));
+    connection
+}
+
+async fn ask(connection: &Connection, request: &Request) -> (Answer, Vec<u8>) {
+    let (mut send, mut recv) = connection.open_bi().await.unwrap();
+    wire::write(&mut send, request).await.unwrap();
+    send.finish().unwrap();
+    let answer = wire::read(&mut recv).await.unwrap();
+    (answer, recv.read_to_end(1 << 20).await.unwrap())
+}

@@ -1,0 +1,249 @@
+//! Who gets in, and what is done for those who do not.
+
+use quinn::ConnectionError;
+
+use super::content::introduce;
+use super::*;
+use crate::transfer::GreetError;
+use crate::transfer::codes::{PROTOCOL, REFUSED};
+
+#[tokio::test]
+async fn both_ends_know_each_other_after_a_greeting() {
+    within(async {
+        let (mut listener, dialler) = (Node::start(Shelf::default()), Node::start(Shelf::default()));
+        let met = dialler.meet(listener.address()).await;
+        assert_eq!((met.id, met.transfer), (listener.id, listener.address()));
+        assert_eq!((met.gossip.port(), met.node.as_str()), (4001, "node-a"));
+        let joined = listener.joined.recv().await.unwrap();
+        assert_eq!((joined.id, joined.transfer), (dialler.id, dialler.address()), "where it can be dialled");
+        assert_eq!((dialler.transfer.peers(), listener.transfer.peers()), (vec![met], vec![joined]));
+        dialler.meet(listener.address()).await;
+        assert!(listener.joined.try_recv().is_err(), "a connected peer is not greeted again");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_ipv4_peer_of_a_dual_stack_agent_is_known_by_its_plain_address() {
+    within(async {
+        let (key, blob) = (Identity::generate(), blob(10));
+        let mut dual = Node::start_at("[::]:0", &key, Shelf::default(), Guests::default(), Limits::DEFAULT);
+        let plain = Node::start(Shelf::with(&blob));
+        plain.meet(SocketAddr::from(([127, 0, 0, 1], dual.address().port()))).await;
+        let joined = dual.joined.recv().await.unwrap();
+        assert_eq!(joined.transfer, plain.address());
+        assert_eq!(joined.gossip, SocketAddr::from(([127, 0, 0, 1], 4001)));
+        dual.fetch(plain.id, Digest::of(&blob), 10).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_stranger_is_refused_with_a_reason_and_served_nothing() {
+    within(async {
+        let secret = blob(1000);
+        let me = Identity::generate();
+        let admission = Guests::only([]);
+        let listener = Node::start_with(&me, Shelf::with(&secret), admission, Limits::DEFAULT);
+        let stranger = Node::start(Shelf::default());
+        let error = stranger.transfer.greet(listener.address(), None).await.unwrap_err();
+        let GreetError::Refused { peer, reason, .. } = &error else { panic!("{error}") };
+        assert_eq!((*peer, reason.as_str()), (listener.id, "not admitted: not on the list"));
+        assert!(stranger.transfer.peers().is_empty() && listener.transfer.peers().is_empty());
+        assert!(listener.metric(r#"admissions_total{result="denied"} 1"#));
+        assert!(listener.metric("served_bytes_total 0"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_request_instead_of_an_introduction_ends_the_connection() {
+    within(async {
+        let secret = blob(1000);
+        let listener = Node::start(Shelf::with(&secret));
+        let endpoint = bare_endpoint(&Identity::generate());
+        let connection = endpoint.connect(listener.address(), "lighterman").unwrap().await.unwrap();
+        let (mut send, mut recv) = connection.open_bi().await.unwrap();
+        wire::write(&mut send, &Request::Get { digest: Digest::of(&secret), offset: 0, length: 1000 }).await.unwrap();
+        send.finish().unwrap();
+        assert!(recv.read_to_end(4096).await.is_err());
+        assert_closed_with(&connection, PROTOCOL, "a request").await;
+        assert!(listener.metric("served_bytes_total 0"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn streams_beside_the_introduction_are_not_served() {
+    within(async {
+        let secret = blob(1000);
+        let limits = Limits { hello: BRIEF, ..Limits::DEFAULT };
+        let me = Identity::generate();
+        let listener = Node::start_with(&me, Shelf::with(&secret), Guests::default(), limits);
+        let endpoint = bare_endpoint(&Identity::generate());
+        let connection = endpoint.connect(listener.address(), "lighterman").unwrap().await.unwrap();
+        let (mut first, _keep) = connection.open_bi().await.unwrap();
+        first.write_all(&[0]).await.unwrap();
+        // The door allows one stream: the second is not even opened before the first one's time is up.
+        tokio::select! {
+            second = connection.open_bi() => assert!(second.is_err()),
+            _ = connection.closed() => {}
+        }
+        connection.closed().await;
+        assert!(listener.transfer.peers().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn garbage_and_oversized_introductions_end_the_connection() {
+    within(async {
+        let listener = Node::start(Shelf::default());
+        let garbage = [&[0, 0, 0, 4, 0, 1][..], &[0xff; 4]].concat();
+        let oversized = [&[0, 1, 0, 0, 0, 1][..], &[0; 4096]].concat();
+        let other_version = [0, 0, 0, 0, 9, 9].to_vec();
+        let nothing = Vec::new();
+        for (what, bytes) in [("garbage", garbage), ("size", oversized), ("version", other_version), ("end", nothing)] {
+            let endpoint = bare_endpoint(&Identity::generate());
+            let connection = endpoint.connect(listener.address(), "lighterman").unwrap().await.unwrap();
+            let (mut send, _recv) = connection.open_bi().await.unwrap();
+            // It may be refused before all of it is written.
+            let _ = send.write_all(&bytes).await;
+            let _ = send.finish();
+            assert_closed_with(&connection, PROTOCOL, what).await;
+        }
+        assert!(listener.transfer.peers().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn nobody_is_met_at_an_address_where_another_key_answers() {
+    within(async {
+        let (listener, dialler) = (Node::start(Shelf::default()), Node::start(Shelf::default()));
+        let expected = Identity::generate().peer_id();
+        let error = dialler.transfer.greet(listener.address(), Some(expected)).await.unwrap_err();
+        assert!(
+            matches!(error, GreetError::AnotherKey { expected: e, found, .. } if (e, found) == (expected, listener.id)),
+            "{error}"
+        );
+        assert!(dialler.transfer.peers().is_empty() && listener.transfer.peers().is_empty(), "nothing was said");
+        dialler.transfer.greet(listener.address(), Some(listener.id)).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_that_admits_us_and_that_we_do_not_admit_is_not_used() {
+    within(async {
+        let listener = Node::start(Shelf::default());
+        let admission = Guests::only([]);
+        let dialler = Node::start_with(&Identity::generate(), Shelf::default(), admission, Limits::DEFAULT);
+        let error = dialler.transfer.greet(listener.address(), None).await.unwrap_err();
+        assert!(matches!(error, GreetError::NotAdmitted { peer, .. } if peer == listener.id), "{error}");
+        assert!(dialler.transfer.peers().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_that_refuses_us_later_is_not_admitting() {
+    within(async {
+        let (key, blob) = (Identity::generate(), blob(10));
+        let fetcher = Node::start(Shelf::default());
+        // It dials us, so we know it, but it does not let us in.
+        let shut = Guests::only([fetcher.id]);
+        let holder = Node::start_with(&key, Shelf::with(&blob), shut, Limits::DEFAULT);
+        holder.meet(fetcher.address()).await;
+        fetcher.fetch(holder.id, Digest::of(&blob), 10).await.unwrap();
+
+        let stranger = Node::start(Shelf::default());
+        let known = Peer { id: holder.id, transfer: holder.address(), ..fetcher.transfer.peers()[0].clone() };
+        stranger.transfer.0.peers.remember(&known).unwrap();
+        let error = stranger.fetch(holder.id, Digest::of(&blob), 10).await.unwrap_err();
+        assert!(matches!(error, FetchError::NotAdmitted { peer, .. } if peer == holder.id), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn greeting_oneself_is_noticed() {
+    within(async {
+        let node = Node::start(Shelf::default());
+        let error = node.transfer.greet(node.address(), None).await.unwrap_err();
+        assert!(matches!(error, GreetError::Myself(address) if address == node.address()), "{error}");
+        assert!(node.transfer.peers().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn another_agent_with_the_same_key_is_refused() {
+    within(async {
+        let key = Identity::generate();
+        let listener = Node::start_with(&key, Shelf::default(), Guests::default(), Limits::DEFAULT);
+        let connection = bare_endpoint(&key).connect(listener.address(), "lighterman").unwrap().await.unwrap();
+        let (mut send, _recv) = connection.open_bi().await.unwrap();
+        wire::write(&mut send, &hello()).await.unwrap();
+        assert_closed_with(&connection, REFUSED, "the same key").await;
+        assert!(listener.transfer.peers().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_forgotten_peer_is_disconnected_and_may_come_back() {
+    within(async {
+        let blob = blob(10);
+        let (holder, mut fetcher) = (Node::start(Shelf::with(&blob)), Node::start(Shelf::default()));
+        fetcher.meet(holder.address()).await;
+        let outsider = bare_endpoint(&Identity::generate());
+        let inbound = introduce(&outsider, fetcher.address()).await;
+        let joined = fetcher.joined.recv().await.unwrap();
+        fetcher.transfer.forget(joined.id);
+        inbound.closed().await;
+        fetcher.transfer.forget(holder.id);
+        assert!(fetcher.transfer.peers().is_empty());
+        let error = fetcher.fetch(holder.id, Digest::of(&blob), 10).await.unwrap_err();
+        assert!(matches!(error, FetchError::Unreachable { .. }), "{error}");
+        holder.meet(fetcher.address()).await;
+        fetcher.fetch(holder.id, Digest::of(&blob), 10).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peers_oldest_connection_makes_room_for_its_fifth() {
+    within(async {
+        let listener = Node::start(Shelf::default());
+        let endpoint = bare_endpoint(&Identity::generate());
+        let first = introduce(&endpoint, listener.address()).await;
+        let mut others = Vec::new();
+        for _ in 0..4 {
+            others.push(introduce(&endpoint, listener.address()).await);
+        }
+        assert_closed_with(&first, crate::transfer::codes::SUPERSEDED, "the oldest").await;
+        assert!(others.iter().all(|connection| connection.close_reason().is_none()));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_refusal_closes_with_its_code() {
+    within(async {
+        let (me, admission) = (Identity::generate(), Guests::only([]));
+        let listener = Node::start_with(&me, Shelf::default(), admission, Limits::DEFAULT);
+        let endpoint = bare_endpoint(&Identity::generate());
+        let connection = endpoint.connect(listener.address(), "lighterman").unwrap().await.unwrap();
+        let (mut send, mut recv) = connection.open_bi().await.unwrap();
+        wire::write(&mut send, &hello()).await.unwrap();
+        assert!(matches!(wire::read(&mut recv).await.unwrap(), Welcome::Refused(_)));
+        assert_closed_with(&connection, REFUSED, "a stranger").await;
+    })
+    .await;
+}
+
+async fn assert_closed_with(connection: &Connection, code: VarInt, what: &str) {
+    let ended = connection.closed().await;
+    assert!(matches!(&ended, ConnectionError::ApplicationClosed(close) if close.error_code == code), "{what}: {ended}");
+}

@@ -1,0 +1,252 @@
+//! Peers that lie, fail, dawdle and die.
+
+use super::*;
+use crate::oci::VerifyError;
+
+const SIZE: u64 = 100_000;
+
+fn digest() -> Digest {
+    Digest::of(&blob(SIZE as usize))
+}
+
+async fn fetch_from(rogue: &Rogue, limits: Limits) -> (FetchError, Node) {
+    let fetcher = Node::start_with(&Identity::generate(), Shelf::default(), Guests::default(), limits);
+    fetcher.meet(rogue.address).await;
+    let error = fetcher.fetch(rogue.id, digest(), SIZE).await.unwrap_err();
+    (error, fetcher)
+}
+
+#[tokio::test]
+async fn wrong_content_is_found_and_names_the_peer() {
+    let wrong = {
+        let mut bytes = blob(SIZE as usize).to_vec();
+        bytes[70_000] ^= 1;
+        Bytes::from(bytes)
+    };
+    let right = blob(SIZE as usize);
+    let cases = [
+        ("other bytes", SIZE, wrong, SIZE),
+        ("one byte less", SIZE, right.slice(1..), SIZE - 1),
+        ("one byte more", SIZE, [&right[..], &[0]].concat().into(), SIZE + 1),
+        ("another size", SIZE - 1, right.slice(1..), SIZE - 1),
+        ("another size, right bytes", SIZE + 1, right.clone(), SIZE + 1),
+        ("nothing", SIZE, Bytes::new(), 0),
+    ];
+    for (what, promised, bytes, arrives) in cases {
+        within(async {
+            let rogue = Rogue::start(move |_, mut send| {
+                let bytes = bytes.clone();
+                async move {
+                    promise(&mut send, promised).await;
+                    let _ = send.write_chunk(bytes).await;
+                }
+            });
+            let (error, fetcher) = fetch_from(&rogue, Limits::DEFAULT).await;
+            let FetchError::Corrupt { peer, source } = &error else { panic!("{what}: {error}") };
+            assert_eq!(*peer, rogue.id, "{what}");
+            match source {
+                VerifyError::Size { actual_size, .. } => assert_eq!(*actual_size, arrives, "{what}"),
+                VerifyError::Digest { .. } => assert_eq!(what, "other bytes"),
+            }
+            // A wrong size may be the fault of whoever named the size.
+            assert_eq!(error.is_peers_fault(), what == "other bytes", "{what}");
+            assert!(fetcher.metric(r#"fetch_failures_total{reason="corrupt"} 1"#));
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn an_endless_sender_is_cut_off_at_the_size() {
+    within(async {
+        let rogue = Rogue::start(|_, mut send| async move {
+            promise(&mut send, SIZE).await;
+            while send.write_chunk(blob(64 << 10)).await.is_ok() {}
+        });
+        let (error, _) = fetch_from(&rogue, Limits::DEFAULT).await;
+        assert!(matches!(error, FetchError::Corrupt { .. }), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_that_stops_sending_is_given_up() {
+    within(async {
+        let rogue = Rogue::start(|_, mut send| async move {
+            promise(&mut send, SIZE).await;
+            send.write_chunk(blob(1000)).await.unwrap();
+            // Never finished.
+            let _ = send.stopped().await;
+        });
+        let (error, _) = fetch_from(&rogue, Limits { stall: BRIEF, ..Limits::DEFAULT }).await;
+        assert!(matches!(error, FetchError::Stalled { peer, .. } if peer == rogue.id), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_that_drips_is_given_up_although_something_always_comes() {
+    within(async {
+        let rogue = Rogue::start(|_, mut send| async move {
+            promise(&mut send, SIZE).await;
+            // Pauses far below the limit, and far too little each time.
+            while send.write_all(&[7; 10]).await.is_ok() {
+                tokio::time::sleep(BRIEF / 20).await;
+            }
+        });
+        let (error, _) = fetch_from(&rogue, Limits { stall: BRIEF, ..Limits::DEFAULT }).await;
+        assert!(matches!(error, FetchError::Stalled { .. }), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_answer_is_given_up() {
+    within(async {
+        let rogue = Rogue::start(|_, send| async move { drop(send.stopped().await) });
+        let (error, fetcher) = fetch_from(&rogue, Limits { answer: BRIEF, ..Limits::DEFAULT }).await;
+        assert!(matches!(error, FetchError::Stalled { .. }), "{error}");
+        let error = fetcher.transfer.size_of(rogue.id, digest()).await.unwrap_err();
+        assert!(matches!(error, FetchError::Stalled { .. }), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_answer_that_is_none_breaks_the_protocol() {
+    let garbage = [0, 0, 0, 1, 0, 1, 0xff];
+    let oversized = [0xff, 0, 0, 0, 0, 1, 0];
+    for bytes in [&garbage[..], &oversized[..], &[]] {
+        within(async {
+            let bytes = Bytes::copy_from_slice(bytes);
+            let rogue = Rogue::start(move |_, mut send| {
+                let bytes = bytes.clone();
+                async move { send.write_chunk(bytes).await.unwrap() }
+            });
+            let (error, _) = fetch_from(&rogue, Limits::DEFAULT).await;
+            assert!(matches!(error, FetchError::Protocol { peer, .. } if peer == rogue.id), "{error}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_peer_whose_connection_ends_in_mid_stream_is_unreachable() {
+    within(async {
+        let (sent, mut half) = mpsc::channel(1);
+        let rogue = Rogue::start(move |_, mut send| {
+            let sent = sent.clone();
+            async move {
+                promise(&mut send, SIZE).await;
+                send.write_chunk(blob(50_000)).await.unwrap();
+                sent.send(()).await.unwrap();
+                let _ = send.stopped().await;
+            }
+        });
+        let connections = rogue.connections.clone();
+        let ends = async {
+            half.recv().await.unwrap();
+            connections.lock().unwrap().iter().for_each(|c| c.close(VarInt::from_u32(0), b"dying"));
+        };
+        let ((error, _), ()) = tokio::join!(fetch_from(&rogue, Limits::DEFAULT), ends);
+        assert!(matches!(error, FetchError::Unreachable { peer, .. } if peer == rogue.id), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_fetch_from_a_peer_that_is_forgotten_meanwhile_ends_at_once() {
+    within(async {
+        let (sent, mut half) = mpsc::channel(1);
+        let rogue = Rogue::start(move |_, mut send| {
+            let sent = sent.clone();
+            async move {
+                promise(&mut send, SIZE).await;
+                sent.send(()).await.unwrap();
+                let _ = send.stopped().await;
+            }
+        });
+        // No limit that could run out instead.
+        let limits = Limits { stall: Duration::from_secs(600), answer: Duration::from_secs(600), ..Limits::DEFAULT };
+        let fetcher = Node::start_with(&Identity::generate(), Shelf::default(), Guests::default(), limits);
+        fetcher.meet(rogue.address).await;
+        let forgets = async {
+            half.recv().await.unwrap();
+            fetcher.transfer.forget(rogue.id);
+        };
+        let (fetched, ()) = tokio::join!(fetcher.fetch(rogue.id, digest(), SIZE), forgets);
+        let error = fetched.unwrap_err();
+        assert!(matches!(error, FetchError::Unreachable { .. }), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_pooled_connection_that_died_is_dialled_again() {
+    within(async {
+        let key = Identity::generate();
+        let blob = blob(1000);
+        let holder = Node::start_with(&key, Shelf::with(&blob), Guests::default(), Limits::DEFAULT);
+        let fetcher = Node::start(Shelf::default());
+        fetcher.meet(holder.address()).await;
+        fetcher.fetch(holder.id, Digest::of(&blob), 1000).await.unwrap();
+        // The holder drops our connection without telling why; it is still in the pool when the next fetch begins.
+        holder.transfer.forget(fetcher.id);
+        fetcher.fetch(holder.id, Digest::of(&blob), 1000).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_that_is_gone_is_unreachable_for_all_who_wait_for_it() {
+    within(async {
+        let limits = Limits { dial: BRIEF, ..Limits::DEFAULT };
+        let fetcher = Node::start_with(&Identity::generate(), Shelf::default(), Guests::default(), limits);
+        // Bound, and nobody reads from it.
+        let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let address = silent.local_addr().unwrap();
+        let id = Identity::generate().peer_id();
+        let peer = Peer { id, node: "gone".parse().unwrap(), transfer: address, gossip: address };
+        fetcher.transfer.0.peers.remember(&peer).unwrap();
+        let fetches = (0..4).map(|_| fetcher.fetch(id, digest(), SIZE));
+        for fetched in futures::future::join_all(fetches).await {
+            let error = fetched.unwrap_err();
+            assert!(matches!(error, FetchError::Unreachable { peer, .. } if peer == id), "{error}");
+        }
+        let (_, outbound) = fetcher.transfer.0.peers.find(id).unwrap();
+        assert_eq!(outbound.failures(), 1, "one dial, whose outcome all four share");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_store_that_fails_while_serving_ends_the_fetch_and_blames_nobody() {
+    within(async {
+        let large = blob(1 << 20);
+        let holder = Node::start(Shelf { fails_at: Some(512 << 10), ..Shelf::with(&large) });
+        let fetcher = Node::start(Shelf::default());
+        fetcher.meet(holder.address()).await;
+        let error = fetcher.fetch(holder.id, Digest::of(&large), 1 << 20).await.unwrap_err();
+        assert!(matches!(error, FetchError::Unreachable { .. }) && error.to_string().contains("store"), "{error}");
+        assert!(!error.is_peers_fault());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_sink_that_fails_ends_the_fetch_as_our_own_failure() {
+    struct Full;
+    #[async_trait]
+    impl BlobSink for Full {
+        async fn append(&mut self, _: &[Bytes]) -> Result<(), StoreError> {
+            Err(StoreError::Full(digest()))
+        }
+    }
+    within(async {
+        let (holder, fetcher) = (Node::start(Shelf::with(&blob(SIZE as usize))), Node::start(Shelf::default()));
+        fetcher.meet(holder.address()).await;
+        let error = fetcher.transfer.fetch(holder.id, digest(), SIZE, &mut Full).await.unwrap_err();
+        assert!(matches!(error, FetchError::Sink(StoreError::Full(_))), "{error}");
+    })
+    .await;
+}

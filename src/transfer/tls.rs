@@ -1,0 +1,313 @@
+//! TLS for both directions: the libp2p certificate that carries the node's key, and a verifier that asks for exactly
+//! that.
+//!
+//! The ready-made configurations of `libp2p_tls` are not used: they prefer ChaCha20, which costs twice the CPU of AES
+//! where the processor has AES instructions, and write session keys to the file that SSLKEYLOGFILE names. Who the key
+//! belongs to is not decided here; that is [`crate::ports::Admission`]'s.
+
+use std::sync::Arc;
+
+use libp2p_tls::certificate;
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use rustls::client::Resumption;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::NoServerSessionStorage;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, PeerIncompatible, SignatureScheme};
+
+use crate::identity::{Identity, peer_id_of};
+use crate::model::PeerId;
+
+/// Our own, so that neither libp2p nor HTTP/3 is mistaken for us; changes when the TLS part of the protocol does.
+/// Messages have their own version.
+const ALPN: &[u8] = b"lighterman/1";
+
+/// The certificate could not be made, or rustls does not take it.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// The node's key did not sign.
+    #[error("no certificate can be made: {0}")]
+    Certificate(#[from] certificate::GenError),
+    /// The configuration is inconsistent.
+    #[error(transparent)]
+    Rustls(#[from] rustls::Error),
+}
+
+/// Both halves of an endpoint's cryptography.
+pub(super) struct Tls {
+    pub(super) client: Arc<QuicClientConfig>,
+    pub(super) server: Arc<QuicServerConfig>,
+}
+
+impl Tls {
+    /// One certificate for the endpoint's life; its key is made here and never stored.
+    pub(super) fn new(identity: &Identity) -> Result<Self, TlsError> {
+        let (certificate, key) = certificate::generate(&identity.keypair())?;
+        let (client, server) = configs(&certificate, &key)?;
+        let no_aes = |_| rustls::Error::General("AES-128-GCM, which QUIC begins with, is missing".into());
+        Ok(Self {
+            client: Arc::new(client.try_into().map_err(no_aes)?),
+            server: Arc::new(server.try_into().map_err(no_aes)?),
+        })
+    }
+}
+
+fn configs(
+    certificate: &CertificateDer<'static>,
+    key: &PrivateKeyDer<'static>,
+) -> Result<(rustls::ClientConfig, rustls::ServerConfig), rustls::Error> {
+    let provider = Arc::new(provider());
+    let verifier = Arc::new(Libp2pVerifier);
+    // Given as it is: rustls would look for the fields of a web server's certificate, and there is an extension that it
+    // does not know.
+    let signer = provider.key_provider.load_private_key(key.clone_key())?;
+    let shown = Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![certificate.clone()], signer)));
+
+    let mut client = rustls::ClientConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier.clone())
+        .with_client_cert_resolver(shown.clone());
+    client.alpn_protocols = vec![ALPN.to_vec()];
+    client.enable_sni = false;
+    // Every connection proves both keys anew: a resumed session would outlive a peer's admission.
+    client.resumption = Resumption::disabled();
+
+    let mut server = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_cert_resolver(shown);
+    server.alpn_protocols = vec![ALPN.to_vec()];
+    server.session_storage = Arc::new(NoServerSessionStorage {});
+    server.send_tls13_tickets = 0;
+    Ok((client, server))
+}
+
+/// Passed explicitly, so that it does not depend on what the process installed as its default.
+fn provider() -> CryptoProvider {
+    CryptoProvider {
+        cipher_suites: vec![
+            cipher_suite::TLS13_AES_128_GCM_SHA256,
+            cipher_suite::TLS13_AES_256_GCM_SHA384,
+            cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
+        ],
+        kx_groups: vec![kx_group::X25519MLKEM768, kx_group::X25519],
+        ..aws_lc_rs::default_provider()
+    }
+}
+
+/// The peer at the other end of a connection whose handshake is done.
+pub(super) fn peer_of(connection: &quinn::Connection) -> Option<PeerId> {
+    let chain = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+    peer_of_certificate(chain.first()?, chain.get(1..)?).ok()
+}
+
+/// Accepts exactly one libp2p certificate (libp2p specification, "TLS handshake"): self-signed, valid now, with the
+/// extension in which the node's key signs the certificate's.
+#[derive(Debug)]
+struct Libp2pVerifier;
+
+/// What [`certificate::generate`] makes, and so what every agent shows.
+const SCHEMES: [SignatureScheme; 1] = [SignatureScheme::ECDSA_NISTP256_SHA256];
+
+fn peer_of_certificate(
+    certificate: &CertificateDer<'_>,
+    more: &[CertificateDer<'_>],
+) -> Result<PeerId, CertificateError> {
+    let parsed = certificate::parse(certificate).map_err(|_| CertificateError::BadEncoding)?;
+    let peer = peer_id_of(&parsed.peer_id()).filter(|_| more.is_empty());
+    peer.ok_or(CertificateError::ApplicationVerificationFailure)
+}
+
+fn verify_signature(
+    message: &[u8],
+    certificate: &CertificateDer<'_>,
+    signed: &DigitallySignedStruct,
+) -> Result<HandshakeSignatureValid, rustls::Error> {
+    let parsed = certificate::parse(certificate).map_err(|_| CertificateError::BadEncoding)?;
+    parsed.verify_signature(signed.scheme, message, signed.signature()).map_err(|_| CertificateError::BadSignature)?;
+    Ok(HandshakeSignatureValid::assertion())
+}
+
+/// TLS 1.2 is not configured, so these are asked for nothing; if they were, the answer is no.
+fn no_tls12() -> Result<HandshakeSignatureValid, rustls::Error> {
+    Err(PeerIncompatible::Tls12NotOffered.into())
+}
+
+impl ServerCertVerifier for Libp2pVerifier {
+    /// Any key passes: who was expected is compared after the handshake and before a word of ours is sent, where the
+    /// error can name the key that was found.
+    fn verify_server_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        more: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        peer_of_certificate(certificate, more)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        no_tls12()
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_signature(message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        SCHEMES.to_vec()
+    }
+}
+
+impl ClientCertVerifier for Libp2pVerifier {
+    fn client_auth_mandatory(&self) -> bool {
+        true
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        more: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        peer_of_certificate(certificate, more)?;
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        no_tls12()
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_signature(message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        SCHEMES.to_vec()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_names_the_key_that_it_was_made_for() {
+        let identity = Identity::generate();
+        let (certificate, _) = certificate::generate(&identity.keypair()).unwrap();
+        assert_eq!(peer_of_certificate(&certificate, &[]), Ok(identity.peer_id()));
+    }
+
+    #[test]
+    fn a_chain_a_changed_certificate_and_another_kind_of_key_are_refused() {
+        let (certificate, _) = certificate::generate(&Identity::generate().keypair()).unwrap();
+        assert!(peer_of_certificate(&certificate, std::slice::from_ref(&certificate)).is_err(), "a chain");
+        for at in (0..certificate.len()).step_by(7) {
+            let mut bytes = certificate.to_vec();
+            bytes[at] ^= 1;
+            assert!(peer_of_certificate(&bytes.into(), &[]).is_err(), "byte {at} changed");
+        }
+        assert!(peer_of_certificate(&CertificateDer::from(Vec::new()), &[]).is_err(), "nothing");
+    }
+
+    #[test]
+    fn the_cheapest_cipher_is_preferred_and_nothing_is_resumed_or_logged() {
+        let (certificate, key) = certificate::generate(&Identity::generate().keypair()).unwrap();
+        let (client, server) = configs(&certificate, &key).unwrap();
+        let first = client.crypto_provider().cipher_suites[0].suite();
+        assert_eq!(first, rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
+        assert_eq!((server.send_tls13_tickets, server.session_storage.can_cache()), (0, false));
+        assert!(!client.key_log.will_log("CLIENT_TRAFFIC_SECRET_0"));
+        assert!(!server.key_log.will_log("SERVER_TRAFFIC_SECRET_0"));
+    }
+
+    /// Shakes hands in memory; what either end says when it does not work.
+    fn shake(client: rustls::ClientConfig, server: rustls::ServerConfig) -> Result<rustls::CipherSuite, rustls::Error> {
+        let name = "lighterman".try_into().unwrap();
+        let mut client = rustls::ClientConnection::new(Arc::new(client), name).unwrap();
+        let mut server = rustls::ServerConnection::new(Arc::new(server)).unwrap();
+        for _ in 0..4 {
+            let mut flight = Vec::new();
+            client.write_tls(&mut flight).unwrap();
+            server.read_tls(&mut &flight[..]).unwrap();
+            server.process_new_packets()?;
+            let mut flight = Vec::new();
+            server.write_tls(&mut flight).unwrap();
+            client.read_tls(&mut &flight[..]).unwrap();
+            client.process_new_packets()?;
+        }
+        assert!(!client.is_handshaking() && !server.is_handshaking());
+        Ok(server.negotiated_cipher_suite().unwrap().suite())
+    }
+
+    fn pair() -> (rustls::ClientConfig, rustls::ServerConfig) {
+        let (certificate, key) = certificate::generate(&Identity::generate().keypair()).unwrap();
+        configs(&certificate, &key).unwrap()
+    }
+
+    #[test]
+    fn two_agents_agree_on_the_cheapest_cipher() {
+        assert_eq!(shake(pair().0, pair().1), Ok(rustls::CipherSuite::TLS13_AES_128_GCM_SHA256));
+    }
+
+    #[test]
+    fn a_dialler_without_a_certificate_is_refused() {
+        let mut anonymous = rustls::ClientConfig::builder_with_provider(Arc::new(provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Libp2pVerifier))
+            .with_no_client_auth();
+        anonymous.alpn_protocols = vec![ALPN.to_vec()];
+        assert_eq!(shake(anonymous, pair().1), Err(rustls::Error::NoCertificatesPresented));
+    }
+
+    #[test]
+    fn another_protocol_is_refused() {
+        for alpn in [b"libp2p".to_vec(), b"lighterman/2".to_vec()] {
+            let mut client = pair().0;
+            client.alpn_protocols = vec![alpn];
+            assert!(shake(client, pair().1).is_err());
+        }
+    }
+
+    #[test]
+    fn a_certificate_without_its_key_is_refused() {
+        let (stolen, _) = certificate::generate(&Identity::generate().keypair()).unwrap();
+        let (_, other_key) = certificate::generate(&Identity::generate().keypair()).unwrap();
+        let (client, server) = configs(&stolen, &other_key).unwrap();
+        assert!(shake(client, pair().1).is_err(), "a dialler's");
+        assert!(shake(pair().0, server).is_err(), "a listener's");
+    }
+}

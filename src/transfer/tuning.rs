@@ -1,0 +1,146 @@
+//! How the transport is set, and where each number comes from.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::congestion::CubicConfig;
+use quinn::{ClientConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt};
+
+use super::tls::Tls;
+use crate::wire::{Hello, Message};
+
+/// Bytes that fetched chunks gather to before the sink is called, so that the call costs nothing per byte; measured,
+/// writes of 256 KiB and more make no difference any more.
+pub(super) const BATCH: usize = 512 << 10;
+
+/// Chunks in a batch at most. A chunk is what came in one packet, 1.4 KiB as a rule; this is room for packets of half the
+/// size, and bounds what a sender of tiny ones makes us hold.
+pub(super) const BATCH_CHUNKS: usize = 768;
+
+/// Bytes read from the store at a time; one such read is ahead of the one being sent.
+pub(super) const READ: usize = 256 << 10;
+
+/// Streams that an admitted peer may have open on a connection: a dozen layers and a few questions at a time for each of
+/// several recoveries.
+pub(super) const MAX_STREAMS: u32 = 64;
+
+/// 10 Gbit/s for 2 ms, a zone's round trip with some queueing: 2.5 MB are under way. Room for a batch that the sink is
+/// writing comes on top.
+const STREAM_WINDOW: u32 = 4 << 20;
+
+/// Three streams whose sinks are slow must not stop a fourth.
+const CONNECTION_WINDOW: u32 = 4 * STREAM_WINDOW;
+
+/// What may be unacknowledged on a connection, which is what the other end's window for one stream lets through.
+const SEND_WINDOW: u64 = STREAM_WINDOW as u64;
+
+/// A served peer sends us a [`Hello`] and then requests of at most 70 bytes.
+const REQUEST_WINDOW: u32 = 2 * Hello::LIMIT as u32;
+
+/// A node is in the same cluster, so 50 ms is long; the specification's 333 ms would make the first lost packet cost a
+/// second.
+const INITIAL_RTT: Duration = Duration::from_millis(50);
+
+/// The payload of a 1500-byte Ethernet frame under IPv6 and UDP. Larger frames, where there are any, were measured to
+/// cost more CPU, not less.
+const MAX_MTU: u16 = 1452;
+
+/// The dialler keeps a connection alive while it is in the pool (see [`Limits::unused`]).
+const KEEP_ALIVE: Duration = Duration::from_secs(3);
+
+/// Three keep-alives lost.
+const IDLE: u32 = 10_000;
+
+/// How long we wait, for what.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// For the handshake of a connection that we dial. Four lost packets at [`INITIAL_RTT`].
+    pub(super) dial: Duration,
+    /// For a stranger's handshake and its `Hello`.
+    pub(super) hello: Duration,
+    /// For our admission to decide about a stranger (it may ask the API server).
+    pub(super) decide: Duration,
+    /// For the answer to a request: the other end's store may have to spin up a disk.
+    pub(super) answer: Duration,
+    /// For the next [`FLOOR`] bytes of a blob.
+    pub(super) stall: Duration,
+    /// For a reader to take [`READ`] bytes. A fetcher gives up below [`FLOOR`] in [`Limits::stall`], which makes four
+    /// times 10 s; only one that does not read at all, or reads slower than it would itself put up with, gets here.
+    pub(super) reader: Duration,
+    /// A pooled connection that nobody used for so long is closed.
+    pub(super) unused: Duration,
+    /// For streams being served to end when the agent stops.
+    pub(super) drain: Duration,
+}
+
+/// A sender of fewer bytes than this per [`Limits::stall`] is given up: 6.5 KB/s, at which a 30 MB layer would take
+/// more than an hour.
+pub(super) const FLOOR: u64 = 64 << 10;
+
+impl Limits {
+    pub(super) const DEFAULT: Self = Self {
+        dial: Duration::from_secs(3),
+        hello: Duration::from_secs(5),
+        decide: Duration::from_secs(5),
+        answer: Duration::from_secs(10),
+        stall: Duration::from_secs(10),
+        reader: Duration::from_secs(45),
+        unused: Duration::from_secs(30),
+        drain: Duration::from_secs(3),
+    };
+
+    /// For an answer at the door: all that it may take there.
+    pub(super) fn welcome(&self) -> Duration {
+        self.hello + self.decide
+    }
+}
+
+/// For connections that we dial: they bring blobs, and the other end opens no streams.
+pub(super) fn client(tls: &Tls) -> ClientConfig {
+    let mut transport = common();
+    transport
+        .max_concurrent_bidi_streams(VarInt::from_u32(0))
+        .stream_receive_window(STREAM_WINDOW.into())
+        .receive_window(CONNECTION_WINDOW.into())
+        .keep_alive_interval(Some(KEEP_ALIVE));
+    let mut config = ClientConfig::new(tls.client.clone());
+    config.transport_config(Arc::new(transport));
+    config
+}
+
+/// For connections that others dial: they take blobs. One stream, for the `Hello`, until the door raises it.
+pub(super) fn server(tls: &Tls) -> ServerConfig {
+    let mut transport = common();
+    transport
+        .max_concurrent_bidi_streams(VarInt::from_u32(1))
+        .stream_receive_window(REQUEST_WINDOW.into())
+        .receive_window(REQUEST_WINDOW.into())
+        .send_window(SEND_WINDOW);
+    let mut config = ServerConfig::with_crypto(tls.server.clone());
+    config
+        .transport_config(Arc::new(transport))
+        // Nodes keep their addresses.
+        .migration(false)
+        // Connection attempts that wait for the door to look at them: it looks at once, so a burst is all there can be.
+        // A ClientHello with a post-quantum key share is two packets.
+        .max_incoming(256)
+        .incoming_buffer_size(8 << 10)
+        .incoming_buffer_size_total(1 << 20);
+    config
+}
+
+/// CUBIC is the default for now; it and BBR are to be measured on shaped links. Segmentation offload is on, as quinn
+/// has it.
+fn common() -> TransportConfig {
+    let mut mtu = MtuDiscoveryConfig::default();
+    mtu.upper_bound(MAX_MTU);
+    let mut transport = TransportConfig::default();
+    transport
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .datagram_receive_buffer_size(None)
+        .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE))))
+        .initial_rtt(INITIAL_RTT)
+        .mtu_discovery_config(Some(mtu))
+        .congestion_controller_factory(Arc::new(CubicConfig::default()));
+    transport
+}
