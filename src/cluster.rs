@@ -1,1 +1,163 @@
-//! (under construction)
+//! The Kubernetes API: pods of this node are watched, pods are nudged, Events say what happened, Leases hold claims, and
+//! ServiceAccount tokens say who may join.
+//!
+//! Of other nodes' pods nothing is ever asked, and of pods nothing is ever written but one annotation. Not here: what any of it
+//! means (that is [`crate::decide`]'s), and admission by a plain list of PeerIds.
+
+mod admission;
+mod call;
+mod claims;
+mod events;
+mod jwks;
+mod namespaces;
+mod nudge;
+mod pods;
+mod project;
+mod token;
+
+pub use admission::TokenAdmission;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use kube::Client;
+use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
+use tokio::sync::watch;
+
+use crate::model::{NodeName, PodRef};
+use crate::ports::{Cluster, ClusterError, PodReport};
+
+/// How we show ourselves to the API server, in its logs and in `managedFields`.
+const USER_AGENT: &str = concat!("lighterman/", env!("CARGO_PKG_VERSION"));
+
+/// Silence after which a connection counts as dead. A healthy watch is never silent for so long: the API server sends a
+/// bookmark every minute. Without this a watch whose server lost power would look quiet for five minutes.
+const SILENCE: Duration = Duration::from_secs(90);
+
+/// To connect, and to get a request out. A caller's own limit is shorter; this one frees the connection behind it.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+
+/// Which cluster, and who this agent is in it.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The node whose pods are watched, and the name that claims are held under.
+    pub node: NodeName,
+    /// The agent's own namespace: its ServiceAccount, its pod and the Leases are there.
+    pub k8s_namespace: String,
+    /// The agent's own pod.
+    pub pod_name: String,
+    /// Its UID, where the environment gives it; without, the API server takes the pod of that name.
+    pub pod_uid: Option<String>,
+    /// The ServiceAccount that every agent runs as.
+    pub service_account: String,
+    /// A kubeconfig file; `None` inside a cluster.
+    pub kubeconfig: Option<PathBuf>,
+    /// The watch starts at a random moment within this time, so that a thousand agents rolled out at once do not list at once.
+    pub start_jitter: Duration,
+}
+
+/// The settings do not describe a cluster. That the API server does not answer is no such error: it may do so later.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// What every pod is given is missing.
+    #[error(
+        "not inside a cluster, or the ServiceAccount's token is not mounted (automountServiceAccountToken); use --kubeconfig for a file: {0}"
+    )]
+    InCluster(#[source] InClusterError),
+    /// The file cannot be used.
+    #[error("the kubeconfig {path}: {source}")]
+    Kubeconfig {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        source: Box<KubeconfigError>,
+    },
+    /// Certificates, keys or a proxy in the settings that cannot be used.
+    #[error("cannot set up the connection to the API server: {0}")]
+    Client(#[source] Box<kube::Error>),
+}
+
+/// The API server, as this agent uses it.
+pub struct KubeCluster {
+    client: Client,
+    own: Own,
+    start_jitter: Duration,
+    synced: watch::Sender<bool>,
+    namespaces: namespaces::Namespaces,
+    events: events::Events,
+}
+
+/// Who this agent is.
+#[derive(Debug, Clone)]
+struct Own {
+    node: NodeName,
+    k8s_namespace: String,
+    pod_name: String,
+    pod_uid: Option<String>,
+    service_account: String,
+}
+
+/// Prepares everything; nothing is sent yet, so an agent starts while the API server is down.
+///
+/// # Errors
+/// [`ConnectError`].
+pub async fn connect(config: Config) -> Result<KubeCluster, ConnectError> {
+    let Config { node, k8s_namespace, pod_name, pod_uid, service_account, kubeconfig, start_jitter } = config;
+    let mut settings = match kubeconfig {
+        Some(path) => {
+            let at = |source| ConnectError::Kubeconfig { path: path.clone(), source: Box::new(source) };
+            let file = Kubeconfig::read_from(&path).map_err(at)?;
+            kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(at)?
+        }
+        None => kube::Config::incluster_env().map_err(ConnectError::InCluster)?,
+    };
+    settings.connect_timeout = Some(HANDSHAKE);
+    settings.write_timeout = Some(HANDSHAKE);
+    settings.read_timeout = Some(SILENCE);
+    // Else the time that a pooled connection lay idle would count as silence.
+    settings.reset_reader_on_write = true;
+    // kube would try fifteen times, up to a quarter of an hour apart; every caller here decides for itself.
+    settings.default_retry = false;
+    let header = "user-agent".parse().expect("a header's name");
+    settings.headers.push((header, USER_AGENT.parse().expect("a package's version is printable ASCII")));
+    let client = Client::try_from(settings).map_err(|error| ConnectError::Client(Box::new(error)))?;
+    let own = Own { node, k8s_namespace, pod_name, pod_uid, service_account };
+    Ok(KubeCluster::new(client, own, start_jitter))
+}
+
+impl KubeCluster {
+    fn new(client: Client, own: Own, start_jitter: Duration) -> Self {
+        Self {
+            namespaces: namespaces::Namespaces::new(client.clone()),
+            events: events::Events::new(client.clone(), own.node.clone()),
+            synced: watch::Sender::new(false),
+            client,
+            own,
+            start_jitter,
+        }
+    }
+}
+
+#[async_trait]
+impl Cluster for KubeCluster {
+    async fn namespace_annotations(&self, k8s_namespace: &str) -> Result<Arc<BTreeMap<String, String>>, ClusterError> {
+        self.namespaces.annotations(k8s_namespace).await
+    }
+
+    async fn nudge(&self, pod: &PodRef) -> Result<(), ClusterError> {
+        nudge::nudge(&self.client, pod).await
+    }
+
+    async fn report(&self, pod: &PodRef, report: &PodReport) -> Result<(), ClusterError> {
+        self.events.report(pod, report).await
+    }
+}
+
+/// A client of an API server that is not there.
+#[cfg(test)]
+fn test_client() -> Client {
+    Client::try_from(kube::Config::new("http://127.0.0.1:1".parse().unwrap())).unwrap()
+}

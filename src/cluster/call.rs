@@ -1,0 +1,163 @@
+//! One request to the API server, with a limit of time and an answer that can be acted on.
+
+use std::error::Error;
+use std::time::Duration;
+
+use kube::core::Status;
+
+use crate::ports::{ClaimError, ClusterError};
+
+/// Long enough for an API server that is starting or busy, short enough that a recovery is not held up by one that is gone.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The longest text of the API server that is passed on; admission webhooks write what they like.
+const MAX_TEXT: usize = 512;
+
+/// A request that was not fulfilled.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// No answer, or one that says later.
+    Unavailable(String),
+    /// The object, or the namespace that it should be in, is gone or going.
+    NotFound(String),
+    /// It changed meanwhile, or exists already.
+    Conflict(String),
+    /// The object that would result is not valid.
+    Invalid(String),
+    /// A right is missing; the text names it.
+    Forbidden(String),
+    /// Anything else.
+    Other(String),
+}
+
+/// Awaits an answer for `limit` at most.
+pub(super) async fn call<T>(
+    limit: Duration,
+    answer: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<T, Failure> {
+    match tokio::time::timeout(limit, answer).await {
+        Ok(answer) => answer.map_err(Failure::from),
+        Err(_) => Err(Failure::Unavailable(format!("no answer within {} s", limit.as_secs()))),
+    }
+}
+
+impl From<kube::Error> for Failure {
+    fn from(error: kube::Error) -> Self {
+        match error {
+            kube::Error::Api(status) => Self::of_status(&status),
+            kube::Error::HyperError(_) | kube::Error::Service(_) => Self::Unavailable(chain(&error)),
+            other => Self::Other(chain(&other)),
+        }
+    }
+}
+
+impl Failure {
+    fn of_status(status: &Status) -> Self {
+        let text = cut(&status.message, MAX_TEXT).to_owned();
+        let causes = status.details.iter().flat_map(|details| &details.causes);
+        // Nothing can be created in a namespace that is being deleted; the answer is a 403 all the same.
+        if causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating") {
+            return Self::NotFound(text);
+        }
+        match status.code {
+            404 => Self::NotFound(text),
+            409 => Self::Conflict(text),
+            422 => Self::Invalid(text),
+            401 | 403 => Self::Forbidden(text),
+            408 | 429 | 500..=599 => Self::Unavailable(text),
+            _ => Self::Other(text),
+        }
+    }
+
+    /// What it means to a caller of the port; `what` names the object that was asked for.
+    pub(super) fn about(self, what: &str) -> ClusterError {
+        match self {
+            // Others write the same object so often that the API server gave up; that passes as well.
+            Self::Unavailable(text) | Self::Conflict(text) => ClusterError::Unavailable(text),
+            Self::NotFound(_) => ClusterError::Gone(what.to_owned()),
+            Self::Forbidden(text) => ClusterError::Forbidden(text),
+            Self::Invalid(text) | Self::Other(text) => ClusterError::Other(text),
+        }
+    }
+}
+
+impl From<Failure> for ClaimError {
+    /// A conflict is what the fence answers. A Lease that is gone was somebody else's doing as well.
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Conflict(_) | Failure::NotFound(_) => Self::Lost,
+            Failure::Unavailable(text) | Failure::Forbidden(text) | Failure::Invalid(text) | Failure::Other(text) => {
+                Self::Unavailable(text)
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unavailable(text)
+            | Self::NotFound(text)
+            | Self::Conflict(text)
+            | Self::Invalid(text)
+            | Self::Forbidden(text)
+            | Self::Other(text) => f.write_str(text),
+        }
+    }
+}
+
+/// An error with its causes: "ServiceError: client error (Connect)" alone does not say whom to ask.
+pub(super) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next.filter(|_| text.len() < MAX_TEXT) {
+        let cause_text = cause.to_string();
+        // Layers that repeat their cause are common.
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        next = cause.source();
+    }
+    cut(&text, MAX_TEXT).to_owned()
+}
+
+/// At most `most` bytes of the text, whole characters only.
+pub(super) fn cut(text: &str, most: usize) -> &str {
+    let mut end = most.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_is_cut_between_characters() {
+        assert_eq!(cut("größe", 5), "grö");
+        assert_eq!(cut("größe", 4), "grö");
+        assert_eq!(cut("größe", 3), "gr");
+        assert_eq!(cut("größe", 99), "größe");
+        assert_eq!(cut("é", 1), "");
+    }
+
+    #[test]
+    fn an_answer_says_whether_the_same_call_may_succeed_later() {
+        let error = |code| Failure::of_status(&Status::failure("why", "reason").with_code(code)).about("pod a/b");
+        for code in [408, 409, 429, 500, 503, 504] {
+            assert!(error(code).is_retryable(), "{code}");
+        }
+        assert!(matches!(error(404), ClusterError::Gone(what) if what == "pod a/b"));
+        assert!(matches!(error(403), ClusterError::Forbidden(text) if text == "why"));
+        assert!(matches!(error(401), ClusterError::Forbidden(_)));
+        assert!(matches!(error(422), ClusterError::Other(_)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_never_comes_is_given_up() {
+        let silent = std::future::pending::<Result<(), kube::Error>>();
+        assert!(matches!(call(PATIENCE, silent).await, Err(Failure::Unavailable(_))));
+    }
+}

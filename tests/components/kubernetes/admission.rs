@@ -1,0 +1,150 @@
+//! Tokens that a real API server issues, and what becomes of them at a peer.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use k8s_openapi::api::core::v1::ServiceAccount;
+use kube::Api;
+use lighterman::cluster::{Config, TokenAdmission, connect};
+use lighterman::model::{Credential, PeerId};
+use lighterman::ports::{Admission, Refusal};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::apiserver::{ISSUER, Place, SERVICE_ACCOUNT, make, signing_key, within};
+use super::proxy::Proxy;
+
+fn peer(n: u8) -> PeerId {
+    PeerId::from_public_key([n; 32])
+}
+
+async fn admission(place: &Place, n: u8) -> TokenAdmission {
+    TokenAdmission::new(&place.agent().await, peer(n))
+}
+
+fn denied(verdict: Result<impl Sized, Refusal>) -> String {
+    match verdict {
+        Err(Refusal::Denied(text)) => text,
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("admitted"),
+    }
+}
+
+#[tokio::test]
+async fn an_agent_gets_a_token_that_admits_its_own_key_and_no_other() {
+    within(async {
+        let place = Place::new().await;
+        let pod = place.pod("agent").await;
+        let config = Config { pod_uid: Some(pod.uid), ..place.config() };
+        let agent = Arc::new(TokenAdmission::new(&connect(config).await.unwrap(), peer(1)));
+        assert!(matches!(agent.credential().await, Err(Refusal::CannotTell(_))), "none yet");
+        let stop = CancellationToken::new();
+        let mut task = JoinSet::new();
+        let (running, stopped) = (agent.clone(), stop.clone());
+        task.spawn(async move { running.run(stopped).await });
+        let credential = loop {
+            match agent.credential().await {
+                Ok(credential) => break credential,
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        };
+        stop.cancel();
+        task.join_next().await.unwrap().unwrap();
+
+        let other = admission(&place, 2).await;
+        let node = other.admit(peer(1), &credential).await.unwrap();
+        // Kubernetes tells the node from 1.30 on.
+        let minor: u32 = place.admin.apiserver_version().await.unwrap().minor.trim_end_matches('+').parse().unwrap();
+        let told = node.map(|node| node.to_string());
+        assert_eq!(told, (minor >= 30).then(|| place.name.clone()));
+        assert!(denied(other.admit(peer(2), &credential).await).contains("another peer"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn tokens_of_the_api_server_that_are_not_an_agents_are_refused() {
+    within(async {
+        let place = Place::new().await;
+        let pod = place.pod("agent").await;
+        let accounts = Api::<ServiceAccount>::namespaced(place.admin.clone(), &place.name);
+        make(&accounts, json!({ "metadata": { "name": "other" } })).await;
+        let agent = admission(&place, 1).await;
+        let audience = || Some(peer(2).to_string());
+        let good = place.token(SERVICE_ACCOUNT, audience(), Some(&pod)).await;
+        assert!(agent.admit(peer(2), &Credential::new(good)).await.is_ok());
+        for (token, flaw) in [
+            (place.token(SERVICE_ACCOUNT, None, Some(&pod)).await, "another peer"),
+            (place.token(SERVICE_ACCOUNT, Some(peer(3).to_string()), Some(&pod)).await, "another peer"),
+            (place.token(SERVICE_ACCOUNT, audience(), None).await, "not bound to a pod"),
+            (place.token("other", audience(), None).await, "another ServiceAccount"),
+        ] {
+            let text = denied(agent.admit(peer(2), &Credential::new(token)).await);
+            assert!(text.contains(flaw), "{flaw}: {text}");
+        }
+        let elsewhere = Place::new().await;
+        let pod = elsewhere.pod("agent").await;
+        let token = elsewhere.token(SERVICE_ACCOUNT, audience(), Some(&pod)).await;
+        assert!(denied(agent.admit(peer(2), &Credential::new(token)).await).contains("another ServiceAccount"));
+    })
+    .await;
+}
+
+/// Signs what the API server would not, with its own key.
+fn forge(place: &Place, kid: &str, change: impl FnOnce(&mut Value)) -> Credential {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let mut claims = json!({
+        "iss": ISSUER, "aud": [peer(2).to_string()], "iat": now, "nbf": now, "exp": now + 3600,
+        "sub": format!("system:serviceaccount:{}:{SERVICE_ACCOUNT}", place.name),
+        "kubernetes.io": {
+            "namespace": place.name, "serviceaccount": { "name": SERVICE_ACCOUNT, "uid": "s" }, "pod": { "name": "p", "uid": "p" },
+        },
+    });
+    change(&mut claims);
+    let header = Header { kid: Some(kid.to_owned()), ..Header::new(Algorithm::RS256) };
+    Credential::new(encode(&header, &claims, &EncodingKey::from_rsa_pem(&signing_key()).unwrap()).unwrap())
+}
+
+#[tokio::test]
+async fn the_clusters_own_key_does_not_help_an_expired_or_long_lived_token() {
+    within(async {
+        let place = Place::new().await;
+        let pod = place.pod("agent").await;
+        let token = place.token(SERVICE_ACCOUNT, None, Some(&pod)).await;
+        let kid = jsonwebtoken::decode_header(&token).unwrap().kid.unwrap();
+        let agent = admission(&place, 1).await;
+        assert!(agent.admit(peer(2), &forge(&place, &kid, |_| ())).await.is_ok(), "the forgery itself is good");
+        let shift = |claim: &'static str, by: i64| {
+            forge(&place, &kid, move |claims| claims[claim] = (claims[claim].as_i64().unwrap() + by).into())
+        };
+        assert!(denied(agent.admit(peer(2), &shift("exp", -3700)).await).contains("expired"));
+        assert!(denied(agent.admit(peer(2), &shift("exp", 3600)).await).contains("lives longer"));
+        let unknown = forge(&place, "never-published", |_| ());
+        assert!(denied(agent.admit(peer(2), &unknown).await).contains("does not publish"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn known_keys_verify_while_the_api_server_is_away() {
+    within(async {
+        let place = Place::new().await;
+        let pod = place.pod("agent").await;
+        let proxy = Proxy::open().await;
+        let through_proxy = async || {
+            let config = place.config_with(proxy.port(), "admin-of-the-tests");
+            TokenAdmission::new(&connect(config).await.unwrap(), peer(1))
+        };
+        let (knows, knows_not) = (through_proxy().await, through_proxy().await);
+        let credential = Credential::new(place.token(SERVICE_ACCOUNT, Some(peer(2).to_string()), Some(&pod)).await);
+        knows.admit(peer(2), &credential).await.unwrap();
+
+        proxy.cut().await;
+        knows.admit(peer(2), &credential).await.unwrap();
+        assert!(matches!(knows_not.admit(peer(2), &credential).await, Err(Refusal::CannotTell(_))));
+        denied(knows.admit(peer(3), &credential).await);
+    })
+    .await;
+}

@@ -1,0 +1,89 @@
+//! Events on pods.
+
+use k8s_openapi::api::core::v1::Event;
+use kube::Api;
+use kube::api::{DeleteParams, ListParams};
+use lighterman::ports::{Cluster, ClusterError, PodReport, ReportKind};
+
+use super::apiserver::{Place, within};
+
+fn report(kind: ReportKind, note: &str) -> PodReport {
+    PodReport { kind, note: note.to_owned() }
+}
+
+async fn events(place: &Place) -> Vec<Event> {
+    let events = Api::<Event>::namespaced(place.admin.clone(), &place.name);
+    events.list(&ListParams::default()).await.unwrap().items
+}
+
+#[tokio::test]
+async fn a_report_is_one_event_whose_repetitions_are_counted() {
+    within(async {
+        let place = Place::new().await;
+        let pod = place.pod("web").await;
+        let agent = place.agent().await;
+        let waits = report(ReportKind::NoProvider, "no peer holds reg.test/app:1");
+        for _ in 0..3 {
+            agent.report(&pod, &waits).await.unwrap();
+        }
+        let [event] = events(&place).await.try_into().expect("one Event");
+        assert_eq!(event.count, Some(3));
+        assert_eq!(event.involved_object.uid, Some(pod.uid.clone()));
+        assert_eq!(event.reason.as_deref(), Some("ImageNoProvider"));
+        assert_eq!(event.type_.as_deref(), Some("Warning"));
+        assert!(event.last_timestamp >= event.first_timestamp);
+
+        agent.report(&pod, &report(ReportKind::Salvaged, "from node-2 in 3 s")).await.unwrap();
+        assert_eq!(events(&place).await.len(), 2);
+        let shown = place.describe_pod("web").await;
+        let line = |word: &str| shown.lines().find(|line| line.contains(word)).unwrap_or_else(|| panic!("{shown}"));
+        let waits = line("ImageNoProvider");
+        for part in ["Warning", "x3 over", "lighterman", "no peer holds reg.test/app:1"] {
+            assert!(waits.contains(part), "{part:?} in {waits:?}");
+        }
+        assert!(line("ImageSalvaged").contains("Normal"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_event_that_was_forgotten_is_made_again() {
+    within(async {
+        let place = Place::new().await;
+        let pod = place.pod("web").await;
+        let agent = place.agent().await;
+        let waits = report(ReportKind::NoProvider, "nobody");
+        agent.report(&pod, &waits).await.unwrap();
+        let all = Api::<Event>::namespaced(place.admin.clone(), &place.name);
+        all.delete_collection(&DeleteParams::default(), &ListParams::default()).await.unwrap();
+        agent.report(&pod, &waits).await.unwrap();
+        assert_eq!(events(&place).await.len(), 1);
+        agent.report(&pod, &waits).await.unwrap();
+        assert_eq!(events(&place).await.len(), 1, "and counted from then on");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_long_note_is_cut_and_a_flood_is_held_back() {
+    within(async {
+        let place = Place::new().await;
+        let pod = place.pod("web").await;
+        let agent = place.agent().await;
+        agent.report(&pod, &report(ReportKind::Failed, &"é".repeat(1000))).await.unwrap();
+        assert_eq!(events(&place).await[0].message.as_ref().unwrap().len(), 1024);
+        let mut held_back = 0;
+        for i in 0..40 {
+            match agent.report(&pod, &report(ReportKind::Failed, &i.to_string())).await {
+                Ok(()) => {}
+                Err(ClusterError::Unavailable(text)) => {
+                    assert!(text.contains("held back"), "{text}");
+                    held_back += 1;
+                }
+                Err(other) => panic!("{other}"),
+            }
+        }
+        assert!(held_back > 0);
+    })
+    .await;
+}
