@@ -1,1 +1,83 @@
-//! (under construction)
+//! The admin port: metrics and health, for probes and Prometheus. The only listener that asks nobody who they are, so it
+//! shows nothing secret and changes nothing.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics::Metrics;
+
+/// Something that has to hold before the agent is ready.
+pub struct Check {
+    /// Shown when it does not hold.
+    pub name: &'static str,
+    /// Whether it holds now.
+    pub holds: watch::Receiver<bool>,
+}
+
+/// The admin server, bound and not yet serving.
+pub struct Admin {
+    listener: TcpListener,
+    router: Router,
+}
+
+struct Shared {
+    metrics: Metrics,
+    checks: Vec<Check>,
+}
+
+impl Admin {
+    /// Binds the port.
+    ///
+    /// # Errors
+    /// As the system says, with the address.
+    pub async fn bind(listen: SocketAddr, metrics: Metrics, checks: Vec<Check>) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(listen)
+            .await
+            .map_err(|error| std::io::Error::new(error.kind(), format!("admin port {listen}: {error}")))?;
+        let router = Router::new()
+            .route("/metrics", get(render))
+            .route("/healthz", get(|| async { "ok\n" }))
+            .route("/readyz", get(ready))
+            .with_state(Arc::new(Shared { metrics, checks }));
+        Ok(Self { listener, router })
+    }
+
+    /// Where it really listens.
+    ///
+    /// # Errors
+    /// As the system says.
+    pub fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves until stopped.
+    pub async fn run(self, stop: CancellationToken) {
+        let serving =
+            axum::serve(self.listener, self.router).with_graceful_shutdown(async move { stop.cancelled().await });
+        if let Err(error) = serving.await {
+            tracing::error!(%error, "the admin port failed");
+        }
+    }
+}
+
+async fn render(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], shared.metrics.render())
+}
+
+async fn ready(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
+    let missing: Vec<_> = shared.checks.iter().filter(|check| !*check.holds.borrow()).map(|check| check.name).collect();
+    if missing.is_empty() {
+        (StatusCode::OK, "ready\n".to_owned())
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {}\n", missing.join(", ")))
+    }
+}

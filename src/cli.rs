@@ -1,1 +1,134 @@
-//! (under construction)
+//! The command line: which subcommands there are and what they exit with.
+
+mod agent;
+pub mod demo;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::config::AgentArgs;
+
+/// Nodes give each other the container images that a registry cannot.
+#[derive(Debug, Parser)]
+#[command(name = "lighterman", version, propagate_version = true, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// What is logged: error, warn, info, debug, trace, or per module (lighterman::transfer=debug)
+    #[arg(long, global = true, env = "LIGHTERMAN_LOG", value_name = "FILTER", default_value = "info")]
+    log: String,
+
+    /// How it is logged, always to standard error
+    #[arg(long, global = true, env = "LIGHTERMAN_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  lighterman demo                          three agents on this machine, one image, a registry that is down
+  lighterman demo --nodes 5 --image-size 1GiB --json
+  lighterman agent --node-name \"$(hostname)\"  what the DaemonSet runs; see `lighterman agent --help`
+
+Exit codes: 0 done, 1 failed, 64 wrong flags or settings.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run this node's agent, as the DaemonSet does
+    Agent(Box<AgentArgs>),
+    /// Watch an image travel between agents on this machine
+    Demo(demo::DemoArgs),
+}
+
+/// Form of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Wrong flags or settings (`EX_USAGE` of sysexits.h).
+const EXIT_USAGE: u8 = 64;
+
+/// Parses the command line, runs, and answers the exit code.
+pub fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let Cli { command, log, log_format } = cli;
+    if let Err(error) = start_log(&log, log_format) {
+        return fail_usage(&format!("--log {log:?}: {error}"));
+    }
+    match command {
+        Command::Agent(args) => match args.into_config() {
+            Ok(config) => agent::run(config),
+            Err(error) => fail_usage(&error.to_string()),
+        },
+        Command::Demo(args) => demo::run(args),
+    }
+}
+
+/// Help and version are no errors; anything else is one line, so that it can be found in a pod's log.
+fn usage(error: &clap::Error) -> ExitCode {
+    if error.exit_code() == 0 {
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = error.render().to_string();
+    let lines: Vec<_> = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:")).collect();
+    let said = lines.iter().filter(|line| !line.is_empty() && !line.starts_with("For more information"));
+    let said = said.map(|line| line.trim_start_matches("error: ")).collect::<Vec<_>>().join(" ");
+    fail_usage(&said)
+}
+
+fn fail_usage(message: &str) -> ExitCode {
+    eprintln!("lighterman: {message} (see lighterman --help)");
+    ExitCode::from(EXIT_USAGE)
+}
+
+fn start_log(filter: &str, format: LogFormat) -> Result<(), tracing_subscriber::filter::ParseError> {
+    let filter = tracing_subscriber::EnvFilter::builder().parse(filter)?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => builder.init(),
+        LogFormat::Json => builder.json().init(),
+    }
+    Ok(())
+}
+
+/// A multi-threaded runtime with everything on, for whatever a subcommand does.
+///
+/// # Errors
+/// As the system says, when it gives no threads.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_of_the_agent_has_its_environment_variable() {
+        let command = Cli::command();
+        let agent = command.find_subcommand("agent").unwrap();
+        for argument in agent.get_arguments().filter(|argument| argument.get_long().is_some_and(|long| long != "help"))
+        {
+            let long = argument.get_long().unwrap();
+            let expected = format!("LIGHTERMAN_{}", long.replace('-', "_").to_uppercase());
+            assert_eq!(argument.get_env().and_then(|env| env.to_str()), Some(expected.as_str()), "--{long}");
+            assert!(argument.get_help().is_some(), "--{long} is not documented");
+        }
+    }
+}

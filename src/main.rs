@@ -1,2 +1,5 @@
-//! x
-fn main() {}
+//! `lighterman`: see the library for everything.
+
+fn main() -> std::process::ExitCode {
+    lighterman::cli::run()
+}

@@ -1,0 +1,79 @@
+//! The claim on a recovery: it names the node that leads, for people and for what must happen once.
+//!
+//! Nobody waits for it. A claim that is lost, stolen or out of reach changes nothing about the content that is fetched, and
+//! peers' pulls are never serialised by it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use super::holders::Holders;
+use crate::decide::claim::{Step, step, wait_before_trying};
+use crate::metrics::Metrics;
+use crate::model::{NodeName, PeerId};
+use crate::oci::{Digest, Reference};
+use crate::ports::{ClaimError, Claims};
+
+/// Claims digests for this node.
+pub struct Lead {
+    claims: Arc<dyn Claims>,
+    holders: Holders,
+    metrics: Metrics,
+    node: NodeName,
+    me: PeerId,
+    /// What is held now, or may be because its write was not answered; at most one for each running recovery.
+    held: Mutex<HashMap<Reference, Digest>>,
+}
+
+impl Lead {
+    /// Claims in the name of this node.
+    pub fn new(claims: Arc<dyn Claims>, holders: Holders, metrics: Metrics, node: NodeName, me: PeerId) -> Self {
+        Self { claims, holders, metrics, node, me, held: Mutex::default() }
+    }
+
+    /// Tries to be the one named for this digest, after those that rank before it had time to. Never fails: it is advice.
+    ///
+    /// One try, no renewal: today the claim only names who leads. What must hold longer (crossing a zone, registry egress)
+    /// will renew it.
+    ///
+    /// May be dropped at any time; [`Lead::retire`] then gives back what was perhaps taken.
+    pub(super) async fn announce(&self, reference: &Reference, digest: Digest) {
+        let others: Vec<_> = self.holders.peers().into_iter().map(|peer| peer.id).collect();
+        tokio::time::sleep(wait_before_trying(self.me, digest, &others)).await;
+        let result = self.take(reference, digest).await;
+        let label = match result {
+            Ok(true) => "held",
+            Ok(false) | Err(ClaimError::Lost) => "taken_by_other",
+            Err(ClaimError::Unavailable(reason)) => {
+                tracing::debug!(%digest, reason, "going on without a claim");
+                "out_of_reach"
+            }
+        };
+        self.metrics.claim_tried(label);
+    }
+
+    async fn take(&self, reference: &Reference, digest: Digest) -> Result<bool, ClaimError> {
+        let now = SystemTime::now();
+        let read = self.claims.read(digest).await?;
+        let step = step(read.as_ref(), &self.node, now);
+        if step != Step::Leave {
+            self.held.lock().unwrap_or_else(PoisonError::into_inner).insert(reference.clone(), digest);
+        }
+        match step {
+            Step::Create => self.claims.create(digest, now).await?,
+            Step::Update(version) => self.claims.update(digest, &version, now).await?,
+            Step::Leave => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// Gives the claim of an ended recovery back, if there is one.
+    pub(super) async fn retire(&self, reference: &Reference) {
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner).remove(reference);
+        if let Some(digest) = held
+            && let Err(error) = self.claims.release(digest).await
+        {
+            tracing::debug!(%digest, %error, "the claim is left to expire");
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Why an image was not recovered: whether to try again, what to count, what to tell.
+
+use crate::decide::plan::OverLimit;
+use crate::decide::queue::End;
+use crate::metrics::Outcome;
+use crate::oci::{Digest, DocumentError, Platform, Reference};
+use crate::ports::{FetchError, ReportKind, StoreError};
+
+/// Why an image was not recovered.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoverError {
+    /// No peer that is connected holds it under this repository.
+    #[error("no peer holds {reference} under that registry and repository")]
+    NoProvider {
+        /// What was looked for.
+        reference: Reference,
+    },
+    /// Peers know the tag with different contents.
+    #[error("peers disagree on {reference}: {}; name the image by its digest", list(meanings))]
+    Disagreement {
+        /// The tag.
+        reference: Reference,
+        /// Each digest, and how many peers say so.
+        meanings: Vec<(Digest, usize)>,
+    },
+    /// A manifest or index that cannot be used.
+    #[error("{digest}: {source}")]
+    Document {
+        /// Which one.
+        digest: Digest,
+        /// What is wrong with it.
+        source: DocumentError,
+    },
+    /// An index inside an index, which no runtime follows either.
+    #[error("{digest} is an index inside an index")]
+    NestedIndex {
+        /// The inner one.
+        digest: Digest,
+    },
+    /// The image is not for machines like this.
+    #[error("the index {digest} has no manifest for {platform}")]
+    NoPlatform {
+        /// The index.
+        digest: Digest,
+        /// This node.
+        platform: Platform,
+    },
+    /// A setting forbids it.
+    #[error(transparent)]
+    OverLimit(#[from] OverLimit),
+    /// Every provider of a blob failed, or there is none.
+    #[error("{digest} could not be fetched: {}", attempts.last().map_or("no peer holds it".to_owned(), ToString::to_string))]
+    Fetch {
+        /// The blob.
+        digest: Digest,
+        /// What happened at each provider, the latest last.
+        attempts: Vec<FetchError>,
+    },
+    /// Our own content store.
+    #[error("{doing}: {source}")]
+    Store {
+        /// What was being done.
+        doing: &'static str,
+        /// What the store said.
+        source: StoreError,
+    },
+    /// Nobody waits for it any more, or the agent stops.
+    #[error("abandoned")]
+    Abandoned,
+}
+
+impl RecoverError {
+    /// Names what was being done when the store failed.
+    pub(super) fn store(doing: &'static str) -> impl FnOnce(StoreError) -> Self {
+        move |source| Self::Store { doing, source }
+    }
+
+    /// What the queue makes of it.
+    pub fn end(&self) -> End {
+        match self {
+            Self::NoProvider { .. } | Self::Disagreement { .. } => End::NoProvider,
+            Self::Abandoned => End::Abandoned,
+            _ => End::Failed,
+        }
+    }
+
+    /// What is counted.
+    pub fn outcome(&self) -> Outcome {
+        match self {
+            Self::NoProvider { .. } => Outcome::NoProvider,
+            Self::Disagreement { .. } | Self::Document { .. } | Self::NestedIndex { .. } | Self::NoPlatform { .. } => {
+                Outcome::Unusable
+            }
+            Self::OverLimit(_) => Outcome::OverLimit,
+            Self::Fetch { .. } => Outcome::FetchFailed,
+            Self::Store { .. } => Outcome::StoreFailed,
+            Self::Abandoned => Outcome::Abandoned,
+        }
+    }
+
+    /// The Event that tells the pod's owner.
+    pub fn report_kind(&self) -> ReportKind {
+        match self {
+            Self::NoProvider { .. } => ReportKind::NoProvider,
+            Self::Disagreement { .. } | Self::NoPlatform { .. } | Self::OverLimit(_) => ReportKind::NotActionable,
+            _ => ReportKind::Failed,
+        }
+    }
+}
+
+fn list(meanings: &[(Digest, usize)]) -> String {
+    let each: Vec<_> = meanings.iter().take(4).map(|(digest, peers)| format!("{digest} on {peers}")).collect();
+    each.join(", ")
+}

@@ -1,0 +1,159 @@
+//! Task lifetimes: every task has a name and an owner. The first to end ends all; on the way out they stop in the reverse
+//! order of their start, within one grace period, and what is left then is aborted.
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::task::{Id, JoinError, JoinSet};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// Owns the tasks of one agent.
+#[derive(Default)]
+pub struct Supervisor {
+    tasks: JoinSet<()>,
+    /// In the order of their start; a task that has ended is no longer here.
+    running: Vec<Running>,
+}
+
+struct Running {
+    id: Id,
+    name: &'static str,
+    stop: CancellationToken,
+}
+
+/// A task ended although nobody asked it to.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("task {task} {how}")]
+pub struct Ended {
+    /// Its name.
+    pub task: &'static str,
+    /// `returned early`, or what its panic said.
+    pub how: String,
+}
+
+impl Supervisor {
+    /// Starts a task. It is to return when its token is cancelled, and not before.
+    pub fn spawn<F>(&mut self, name: &'static str, task: impl FnOnce(CancellationToken) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let stop = CancellationToken::new();
+        let id = self.tasks.spawn(task(stop.clone())).id();
+        self.running.push(Running { id, name, stop });
+    }
+
+    /// Runs until `shutdown` resolves or a task ends, then stops the tasks one by one, the last started first.
+    ///
+    /// # Errors
+    /// [`Ended`] when a task ended by itself.
+    pub async fn run(mut self, shutdown: impl Future<Output = ()>, grace: Duration) -> Result<(), Ended> {
+        let result = tokio::select! {
+            () = shutdown => Ok(()),
+            ended = self.next_ended() => Err(ended),
+        };
+        if let Err(ended) = &result {
+            tracing::error!(task = ended.task, how = ended.how, "a task ended, so the agent stops");
+        }
+        self.stop(grace).await;
+        result
+    }
+
+    async fn next_ended(&mut self) -> Ended {
+        match self.tasks.join_next_with_id().await {
+            Some(joined) => self.ended(joined),
+            None => std::future::pending().await,
+        }
+    }
+
+    fn ended(&mut self, joined: Result<(Id, ()), JoinError>) -> Ended {
+        let (id, how) = match joined {
+            Ok((id, ())) => (id, "returned early".to_owned()),
+            Err(error) => (error.id(), error.to_string()),
+        };
+        let position = self.running.iter().position(|running| running.id == id);
+        let task = position.map_or("unknown", |position| self.running.remove(position).name);
+        Ended { task, how }
+    }
+
+    async fn stop(mut self, grace: Duration) {
+        let deadline = Instant::now() + grace;
+        while let Some(Running { id, name, stop }) = self.running.pop() {
+            stop.cancel();
+            let began = Instant::now();
+            if tokio::time::timeout_at(deadline, self.join(id)).await.is_err() {
+                let left: Vec<_> = self.running.iter().map(|running| running.name).collect();
+                tracing::warn!(task = name, ?left, "the grace period is over, aborting what still runs");
+                self.tasks.shutdown().await;
+                return;
+            }
+            tracing::debug!(task = name, took = ?began.elapsed(), "stopped");
+        }
+    }
+
+    /// Waits for one task. Others may end meanwhile; they are then no longer waited for.
+    async fn join(&mut self, wanted: Id) {
+        while let Some(joined) = self.tasks.join_next_with_id().await {
+            let id = match joined {
+                Ok((id, ())) => id,
+                Err(error) => {
+                    tracing::error!(%error, "a task failed while stopping");
+                    error.id()
+                }
+            };
+            self.running.retain(|running| running.id != id);
+            if id == wanted {
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn tasks_stop_in_the_reverse_order_of_their_start() {
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let mut supervisor = Supervisor::default();
+        for name in ["first", "second", "third"] {
+            let order = Arc::clone(&order);
+            supervisor.spawn(name, |stop| async move {
+                stop.cancelled().await;
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                order.lock().unwrap().push(name);
+            });
+        }
+        assert_eq!(supervisor.run(async {}, Duration::from_secs(1)).await, Ok(()));
+        assert_eq!(*order.lock().unwrap(), ["third", "second", "first"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_to_end_ends_all_and_is_named() {
+        let mut supervisor = Supervisor::default();
+        supervisor.spawn("steady", |stop| async move { stop.cancelled().await });
+        supervisor.spawn("hasty", |_| async {});
+        let ended = supervisor.run(std::future::pending(), Duration::from_secs(1)).await.unwrap_err();
+        assert_eq!(ended.task, "hasty");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_panic_is_an_end_like_any_other() {
+        let mut supervisor = Supervisor::default();
+        supervisor.spawn("clumsy", |_| async { panic!("oops") });
+        let ended = supervisor.run(std::future::pending(), Duration::from_secs(1)).await.unwrap_err();
+        assert!(ended.task == "clumsy" && ended.how.contains("oops"), "{ended}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_does_not_stop_is_aborted_after_the_grace_period() {
+        let mut supervisor = Supervisor::default();
+        supervisor.spawn("deaf", |_| std::future::pending());
+        let began = Instant::now();
+        assert_eq!(supervisor.run(async {}, Duration::from_secs(5)).await, Ok(()));
+        assert_eq!(began.elapsed(), Duration::from_secs(5));
+    }
+}

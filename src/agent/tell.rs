@@ -1,0 +1,108 @@
+//! What pods are told: the nudge that makes the kubelet look at once, and Events for people.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::holders::Holders;
+use super::recover::{RecoverError, Recovered};
+use crate::metrics::Metrics;
+use crate::model::PodRef;
+use crate::oci::Reference;
+use crate::ports::{Cluster, ClusterError, PodReport, ReportKind};
+
+/// Tries of one nudge. Without it the pod starts too, only later: the kubelet looks by itself within a minute and a half.
+const TRIES: u32 = 3;
+
+/// Tries of one Event, [`REPORT_PAUSE`] apart: five minutes. The adapter holds back what one node has to say at once, so that a node
+/// full of pods takes more than three.
+const REPORT_TRIES: u32 = 30;
+/// Half of it random, so that those held back do not come together again.
+const REPORT_PAUSE: Duration = Duration::from_secs(10);
+
+/// Speaks to pods and their owners.
+pub struct Tell {
+    cluster: Arc<dyn Cluster>,
+    holders: Holders,
+    metrics: Metrics,
+}
+
+impl Tell {
+    /// Speaks through this cluster.
+    pub fn new(cluster: Arc<dyn Cluster>, holders: Holders, metrics: Metrics) -> Self {
+        Self { cluster, holders, metrics }
+    }
+
+    /// Makes the kubelet look at the pod now.
+    pub(super) async fn nudge(&self, pod: &PodRef) {
+        for attempt in 1..=TRIES {
+            match self.cluster.nudge(pod).await {
+                Ok(()) => return self.metrics.nudged("ok"),
+                Err(ClusterError::Gone(_)) => return self.metrics.nudged("gone"),
+                Err(error) if error.is_retryable() && attempt < TRIES => {
+                    tokio::time::sleep(Duration::from_secs(1) * attempt).await;
+                }
+                Err(error) => {
+                    tracing::warn!(%pod, %error, "cannot nudge the pod; the kubelet will look by itself within 90 s");
+                    return self.metrics.nudged("failed");
+                }
+            }
+        }
+    }
+
+    /// Says something on the pod. An Event that cannot be written is only logged: the log has said the same.
+    pub(super) async fn report(&self, pod: &PodRef, kind: ReportKind, note: String) {
+        let report = PodReport { kind, note };
+        for attempt in 1..=REPORT_TRIES {
+            match self.cluster.report(pod, &report).await {
+                Ok(()) => return self.metrics.event_written(kind.reason()),
+                Err(error) if error.is_retryable() && attempt < REPORT_TRIES => {
+                    tokio::time::sleep(REPORT_PAUSE.mul_f64(0.75 + rand::random::<f64>() / 2.0)).await;
+                }
+                Err(error) => {
+                    return tracing::warn!(%pod, reason = kind.reason(), %error, "cannot write the Event");
+                }
+            }
+        }
+    }
+
+    /// What came from where.
+    pub(super) fn recovered_note(&self, reference: &Reference, recovered: &Recovered) -> String {
+        let Recovered { root, bytes, fetched, there, providers, took } = recovered;
+        let names: Vec<_> = providers.keys().take(5).map(|peer| self.holders.node_of(*peer)).collect();
+        let more = providers.len().saturating_sub(names.len());
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        format!(
+            "{reference} ({root}) came from {}{more}: {fetched} blobs, {} in {:.1} s ({there} were here).",
+            names.join(", "),
+            human_bytes(*bytes),
+            took.as_secs_f64(),
+        )
+    }
+
+    /// Why an image did not come, at which nodes, and what happens next.
+    pub(super) fn failed_note(&self, error: &RecoverError) -> String {
+        let nodes = match error {
+            RecoverError::Fetch { attempts, .. } if !attempts.is_empty() => {
+                let mut nodes: Vec<_> =
+                    attempts.iter().filter_map(|a| a.peer()).map(|p| self.holders.node_of(p)).collect();
+                nodes.dedup();
+                nodes.truncate(5);
+                format!(" Asked: {}.", nodes.join(", "))
+            }
+            _ => String::new(),
+        };
+        let next = match error.report_kind() {
+            ReportKind::NoProvider => " It is fetched as soon as a node that holds it appears.",
+            ReportKind::Failed => " It is tried again.",
+            ReportKind::NotActionable | ReportKind::Salvaged => "",
+        };
+        format!("{error}.{nodes}{next}")
+    }
+}
+
+/// For people: 256.0 MiB.
+pub fn human_bytes(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB"];
+    let unit = (bytes.max(1).ilog2() / 10).min(3);
+    format!("{:.1} {}", bytes as f64 / f64::from(1 << (10 * unit)), units[unit as usize])
+}

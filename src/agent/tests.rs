@@ -1,0 +1,110 @@
+//! The agent's flow on ports in memory: what happens to images and pods, said in sentences.
+
+mod recovering;
+mod salvaging;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use super::bring::Bring;
+use super::holders::Holders;
+use super::lead::Lead;
+use super::recover::Recoverer;
+use crate::decide::plan::Limits;
+use crate::metrics::Metrics;
+use crate::model::{ContentChange, MeshEvent, NodeName, Peer, PeerId};
+use crate::oci::{Digest, Platform, Reference};
+use crate::ports::{ContentStore, ImageRecord, StoreError};
+use crate::testing::image::{MadeImage, put_image};
+use crate::testing::{Behaviour, MemoryCluster, MemoryFetcher, MemoryStore};
+
+/// One node with peers around it.
+struct Harbour {
+    store: Arc<MemoryStore>,
+    fetcher: Arc<MemoryFetcher>,
+    holders: Holders,
+    cluster: MemoryCluster,
+    metrics: Metrics,
+}
+
+const IMAGE: &str = "r.test/shop/checkout:v1";
+
+impl Harbour {
+    fn new() -> Self {
+        let cluster = MemoryCluster::default();
+        cluster.put_namespace("shop", &[("lighterman.dev/allow", "true")]);
+        Self {
+            store: Arc::new(MemoryStore::new()),
+            fetcher: Arc::default(),
+            holders: Holders::default(),
+            cluster,
+            metrics: Metrics::new(),
+        }
+    }
+
+    /// A peer with a store of its own that holds an image under this name, and says so.
+    async fn peer_with(&self, number: u8, name: &str, behaviour: Behaviour) -> MadeImage {
+        let store = Arc::new(MemoryStore::new());
+        let reference: Reference = name.parse().unwrap();
+        let image = put_image(&*store, &[reference.to_string()], &[3000, 200, 10], 7).await.unwrap();
+        self.announce(number, store, behaviour).await;
+        image
+    }
+
+    /// Everything in the store, as the peer's agent would announce it.
+    async fn announce(&self, number: u8, store: Arc<MemoryStore>, behaviour: Behaviour) {
+        let mut items: Vec<_> = blobs_of(&*store).await.into_iter().map(ContentChange::BlobAdded).collect();
+        for record in store.images().await.unwrap() {
+            if let Ok(Reference::Tag(repository, tag)) = record.name.parse() {
+                items.push(ContentChange::Tagged(repository, Some(tag), record.target.digest));
+            }
+        }
+        let id = peer(number);
+        let address = "127.0.0.1:1".parse().unwrap();
+        let node: NodeName = format!("node-{number}").parse().unwrap();
+        self.holders.apply(MeshEvent::Up(Peer { id, node, transfer: address, gossip: address }));
+        self.holders.apply(MeshEvent::Snapshot(id, items));
+        self.fetcher.put_peer(id, store, behaviour);
+    }
+
+    fn recoverer(&self) -> Recoverer {
+        let me = peer(0);
+        let node: NodeName = "here".parse().unwrap();
+        let claims = Arc::new(self.cluster.claims_of(node.clone()));
+        Recoverer {
+            store: Arc::clone(&self.store) as _,
+            holders: self.holders.clone(),
+            bring: Bring {
+                me,
+                store: Arc::clone(&self.store) as _,
+                fetcher: Arc::clone(&self.fetcher) as _,
+                holders: self.holders.clone(),
+                metrics: self.metrics.clone(),
+                distrusted: Mutex::new(HashMap::new()),
+            },
+            lead: Lead::new(claims, self.holders.clone(), self.metrics.clone(), node, me),
+            limits: Limits { max_image_bytes: 0, min_free_bytes: 0 },
+            platform: Platform::of_this_node(),
+            blobs_at_once: 3,
+        }
+    }
+
+    async fn record_names(&self) -> Vec<String> {
+        let images: Result<Vec<ImageRecord>, StoreError> = self.store.images().await;
+        let mut names: Vec<_> = images.unwrap().into_iter().map(|record| record.name).collect();
+        names.sort();
+        names
+    }
+
+    fn counted(&self, line: &str) -> bool {
+        String::from_utf8(self.metrics.render()).unwrap().lines().any(|have| have == line)
+    }
+}
+
+fn peer(number: u8) -> PeerId {
+    PeerId::from_public_key([number; 32])
+}
+
+async fn blobs_of(store: &dyn ContentStore) -> Vec<Digest> {
+    store.blobs().await.unwrap().into_iter().map(|blob| blob.digest).collect()
+}

@@ -1,0 +1,141 @@
+//! `lighterman agent`: the real world (containerd, the API server) around one agent, until a signal.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::runtime;
+use crate::admin::Check;
+use crate::admission::StaticAdmission;
+use crate::agent::supervisor::Supervisor;
+use crate::agent::{Agent, World};
+use crate::cluster::{self, KubeCluster, TokenAdmission};
+use crate::config::Config;
+use crate::containerd::ContainerdStore;
+use crate::identity::Identity;
+use crate::metrics::Metrics;
+use crate::ports::Admission;
+
+/// Pod events on their way: one list of a full node, after which the watch waits.
+const POD_EVENTS_QUEUED: usize = 128;
+
+/// Runs the agent until SIGTERM or SIGINT.
+pub(super) fn run(config: Config) -> ExitCode {
+    let ran = runtime().map_err(Into::into).and_then(|runtime| runtime.block_on(serve(config)));
+    match ran {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = %chain(&*error), "the agent ends");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
+    let Config { mut transfer, mut mesh, containerd, cluster, admitted_peers, mut settings } = config;
+    for listen in [&mut transfer.listen, &mut mesh.listen, &mut settings.admin_listen] {
+        *listen = on_this_kernel(*listen);
+    }
+    // Before anything else, so that an early signal is not lost.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let grace = settings.grace;
+    let metrics = Metrics::new();
+    let identity = Identity::load_or_create(&settings.key_file)?;
+    let store = ContainerdStore::new(containerd)?;
+    let kube = Arc::new(cluster::connect(cluster).await?);
+    let answering = watch::Sender::new(false);
+    let (pods_in, pods) = mpsc::channel(POD_EVENTS_QUEUED);
+    let token = admitted_peers.is_none().then(|| Arc::new(TokenAdmission::new(&kube, identity.peer_id())));
+    let admission: Arc<dyn Admission> = match (&token, admitted_peers) {
+        (Some(token), _) => Arc::clone(token) as _,
+        (None, peers) => Arc::new(StaticAdmission::new(peers.unwrap_or_default())),
+    };
+    let world = World {
+        store: Arc::new(store.clone()),
+        cluster: Arc::clone(&kube) as _,
+        claims: Arc::clone(&kube) as _,
+        admission,
+        pods,
+        checks: vec![
+            Check { name: "containerd", holds: answering.subscribe() },
+            Check { name: "pod watch", holds: kube.synced() },
+        ],
+    };
+    let agent = Agent::start(settings, transfer, mesh, identity, world, metrics).await?;
+    let mut supervisor: Supervisor = agent.supervisor;
+    let probed = store.clone();
+    supervisor.spawn("containerd", |stop| store.run(stop));
+    supervisor.spawn("probe", |stop| probe(probed, answering, stop));
+    if let Some(token) = token {
+        supervisor.spawn("token", |stop| async move { token.run(stop).await });
+    }
+    let swept = Arc::clone(&kube);
+    supervisor.spawn("sweep", |stop| sweep(swept, stop));
+    supervisor.spawn("pods", |stop| async move { kube.watch_pods(pods_in, stop).await });
+    let shutdown = async move {
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("SIGTERM: finishing"),
+            _ = interrupt.recv() => tracing::info!("SIGINT: finishing"),
+        }
+    };
+    supervisor.run(shutdown, grace).await?;
+    tracing::info!("the agent has stopped");
+    Ok(())
+}
+
+/// `[::]` means "everywhere"; on a kernel without IPv6 that is `0.0.0.0`.
+fn on_this_kernel(listen: SocketAddr) -> SocketAddr {
+    let everywhere = listen.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    if everywhere && UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).is_err() {
+        return SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), listen.port());
+    }
+    listen
+}
+
+/// How often containerd is asked whether it answers. As often as the readiness probe itself.
+const PROBE_PERIOD: Duration = Duration::from_secs(5);
+
+async fn probe(store: ContainerdStore, answering: watch::Sender<bool>, stop: CancellationToken) {
+    let mut last = None;
+    loop {
+        let now = store.ready().await.map_err(|error| error.to_string());
+        if last.as_ref() != Some(&now) {
+            match &now {
+                Ok(version) => tracing::info!(version, "containerd answers"),
+                Err(error) => tracing::warn!(error, "containerd does not answer; waiting for it"),
+            }
+        }
+        answering.send_replace(now.is_ok());
+        last = Some(now);
+        if stop.run_until_cancelled(tokio::time::sleep(PROBE_PERIOD)).await.is_none() {
+            return;
+        }
+    }
+}
+
+/// How often claims that nobody gave back are swept: they are small, and rare.
+const SWEEP_PERIOD: Duration = Duration::from_secs(3600);
+
+async fn sweep(kube: Arc<KubeCluster>, stop: CancellationToken) {
+    // Half to one and a half of the period, so that the nodes do not list together.
+    let pause = || tokio::time::sleep(SWEEP_PERIOD.mul_f64(0.5 + rand::random::<f64>()));
+    while stop.run_until_cancelled(pause()).await.is_some() {
+        match kube.sweep(SystemTime::now()).await {
+            Ok(0) => {}
+            Ok(swept) => tracing::info!(swept, "claims that nobody gave back were deleted"),
+            Err(error) => tracing::debug!(%error, "claims are not swept now"),
+        }
+    }
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    std::iter::once(error.to_string()).chain(causes.map(ToString::to_string)).collect::<Vec<_>>().join(": ")
+}

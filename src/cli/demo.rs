@@ -1,0 +1,262 @@
+//! `lighterman demo`: real agents on loopback, real libp2p and QUIC between them, an image in the content store of the first,
+//! a registry that is down, and a pod on the second that needs the image. Only Kubernetes is played: its part (a watch, a nudge, an
+//! Event) is an in-memory cluster and a kubelet that looks for the image, tries to pull it, and starts the pod.
+
+mod kubelet;
+mod node;
+mod show;
+
+use std::io::Write;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use self::kubelet::Kubelet;
+use self::node::Node;
+use self::show::Show;
+use super::runtime;
+use crate::agent::recover::Recovered;
+use crate::agent::tell::human_bytes;
+use crate::config::loopback;
+use crate::identity::Identity;
+use crate::layout::LayoutStore;
+use crate::oci::{Digest, Hasher, Reference};
+use crate::ports::{ContentStore, StoreError};
+use crate::testing::MemoryCluster;
+use crate::testing::image::{MadeImage, put_image};
+
+/// Flags of `lighterman demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// How many agents to run
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=32))]
+    nodes: u32,
+
+    /// Size of the image: bytes, or with KiB, MiB, GiB
+    #[arg(long, default_value = "256MiB", value_name = "SIZE", value_parser = parse_size)]
+    image_size: u64,
+
+    /// Print one JSON object on standard output, as its last line; the story goes to standard error
+    #[arg(long)]
+    json: bool,
+
+    /// Where the content stores are made; removed at the end
+    #[arg(long, value_name = "FOLDER", default_value_os_t = std::env::temp_dir())]
+    folder: std::path::PathBuf,
+}
+
+/// What the demo found out, for machines.
+#[derive(Debug, Serialize)]
+struct Outcome {
+    /// Whether the pod's image came and the pod started.
+    recovered: bool,
+    /// Bytes that travelled.
+    bytes: u64,
+    /// From the kubelet's failed pull to the running pod.
+    seconds: f64,
+    /// The nodes that sent them.
+    providers: Vec<String>,
+    /// Whether every blob, read back from the second node's disk, hashes to its digest.
+    verified: bool,
+}
+
+/// The demo could not show what it is there to show.
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// After this long something is broken: an image of 8 GiB at a tenth of the usual speed.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// Runs the demo.
+pub(super) fn run(args: DemoArgs) -> ExitCode {
+    let json = args.json;
+    let told = runtime().map_err(Failure::from).and_then(|runtime| runtime.block_on(tell(args)));
+    let outcome = match told {
+        Ok(outcome) => outcome,
+        Err(error) => {
+            eprintln!("lighterman demo: {error}");
+            Outcome { recovered: false, bytes: 0, seconds: 0.0, providers: Vec::new(), verified: false }
+        }
+    };
+    if json {
+        let line = serde_json::to_string(&outcome).expect("numbers and names are JSON");
+        let _ = writeln!(std::io::stdout(), "{line}");
+    }
+    if outcome.recovered && outcome.verified { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+async fn tell(args: DemoArgs) -> Result<Outcome, Failure> {
+    let DemoArgs { nodes: count, image_size, json, folder } = args;
+    let show = Show::new(json);
+    let folder = tempfile::Builder::new().prefix("lighterman-demo-").tempdir_in(&folder)?;
+
+    show.step(&format!("Starting {count} agents, each with a key, a content store on disk and two ports on loopback."));
+    let cluster = MemoryCluster::default();
+    cluster.put_namespace("shop", &[("lighterman.dev/allow", "true")]);
+    let mut nodes = start_nodes(count, folder.path(), &cluster).await?;
+    for node in &nodes {
+        show.detail(&format!(
+            "{}  {}  blobs udp {}  metrics http://{}/metrics",
+            node.name, node.peer, node.transfer, node.admin
+        ));
+    }
+    show.step("Each admits the others by key, connects and takes their inventories.");
+    within("the agents to find each other", async { nodes[0].connected_to(nodes.len() - 1).await }).await?;
+
+    let registry = closed_port()?;
+    let reference: Reference = format!("{registry}/shop/checkout:v1").parse()?;
+    let image = put_on_first(&nodes[0], &reference, image_size).await?;
+    let digest = image.root.digest;
+    show.step(&format!("{} holds {reference}:", nodes[0].name));
+    show.detail(&format!("{digest}, {} layers, {}", image.blobs.len() - 1, human_bytes(image.bytes())));
+    within("the inventory to be told", nodes[1].knows(&reference, digest)).await?;
+
+    show.step(&format!("A pod on {} needs it. Its kubelet tries the registry:", nodes[1].name));
+    let pods = nodes[1].take_pods().ok_or("the node has its kubelet already")?;
+    let store = Arc::<LayoutStore>::clone(&nodes[1].store);
+    let mut kubelet = Kubelet::new(store, cluster.nudges(), pods, reference.clone());
+    let failure = kubelet.try_to_pull(registry).await?;
+    show.detail(&failure);
+    let began = Instant::now();
+    kubelet.report_failure(&failure).await?;
+
+    let watching = CancellationToken::new();
+    let bars = show.progress(nodes[1].board.clone(), reference.clone(), watching.clone());
+    let started = within("the pod to run", kubelet.run_until_started()).await;
+    watching.cancel();
+    bars.await?;
+    started?;
+    let took = began.elapsed();
+    let recovered = match nodes[1].board.ended(&reference) {
+        Some(Ok(recovered)) => recovered,
+        Some(Err(error)) => return Err(error.into()),
+        None => return Err("the pod runs, but nothing was recovered".into()),
+    };
+    show.step(&format!("The pod runs, {:.2} s after the failed pull.", took.as_secs_f64()));
+    let providers = tell_recovered(&show, &nodes, &recovered);
+    for (_, report) in cluster.reports() {
+        show.detail(&format!("Event {}: {}", report.kind.reason(), report.note));
+    }
+
+    show.step("Reading every blob back from disk and hashing it again:");
+    let verified = verify(&*nodes[1].store, &image).await?;
+    show.detail(&format!("{} blobs, {digest}: {}", image.blobs.len() + 1, if verified { "right" } else { "WRONG" }));
+
+    for node in nodes.drain(..).rev() {
+        node.stop().await?;
+    }
+    Ok(Outcome { recovered: true, bytes: recovered.bytes, seconds: took.as_secs_f64(), providers, verified })
+}
+
+async fn start_nodes(count: u32, folder: &Path, cluster: &MemoryCluster) -> Result<Vec<Node>, Failure> {
+    let identities: Vec<_> = (0..count).map(|_| Identity::generate()).collect();
+    let admitted: Vec<_> = identities.iter().map(Identity::peer_id).collect();
+    let mut nodes: Vec<Node> = Vec::new();
+    for (number, identity) in (1..).zip(identities) {
+        let seeds = nodes.first().map(|first| first.transfer.to_string()).into_iter().collect();
+        let name = format!("node-{number}");
+        nodes.push(Node::start(&name, &folder.join(&name), identity, &admitted, seeds, cluster).await?);
+    }
+    Ok(nodes)
+}
+
+/// Several layers of unequal size, as real images have.
+async fn put_on_first(node: &Node, reference: &Reference, size: u64) -> Result<MadeImage, StoreError> {
+    let layers = [size / 2, size / 4, size / 8, size / 16, size / 16];
+    let image = put_image(&*node.store, &[reference.to_string()], &layers, rand::random()).await?;
+    // Known by its digest as well, as after a pull.
+    for name in reference.record_names(image.root.digest) {
+        node.store.put_image(&crate::ports::ImageRecord { name, target: image.root.clone() }).await?;
+    }
+    Ok(image)
+}
+
+fn tell_recovered(show: &Show, nodes: &[Node], recovered: &Recovered) -> Vec<String> {
+    let rate = recovered.bytes as f64 / 1e6 / recovered.took.as_secs_f64().max(1e-9);
+    show.detail(&format!(
+        "{} in {} blobs travelled in {:.2} s: {rate:.0} MB/s, encrypted, each blob hashed on the way and synced to disk",
+        human_bytes(recovered.bytes),
+        recovered.fetched,
+        recovered.took.as_secs_f64(),
+    ));
+    let mut names = Vec::new();
+    for (peer, bytes) in &recovered.providers {
+        let name =
+            nodes.iter().find(|node| node.peer == *peer).map_or_else(|| peer.to_string(), |node| node.name.clone());
+        show.detail(&format!("from {name}: {}", human_bytes(*bytes)));
+        names.push(name);
+    }
+    names
+}
+
+async fn verify(store: &dyn ContentStore, image: &MadeImage) -> Result<bool, StoreError> {
+    for blob in std::iter::once(&image.root).chain(&image.blobs) {
+        let mut reader = store.open(blob.digest).await?;
+        let mut hasher = Hasher::default();
+        loop {
+            let bytes = reader.read_at(hasher.size(), 1 << 20).await?;
+            if bytes.is_empty() {
+                break;
+            }
+            hasher.update(&bytes);
+        }
+        if hasher.verify(blob.digest, blob.size).is_err() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// A port where nobody listens: the registry that is down.
+fn closed_port() -> std::io::Result<std::net::SocketAddr> {
+    TcpListener::bind(loopback())?.local_addr()
+}
+
+async fn within<T>(what: &str, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    match tokio::time::timeout(DEADLINE, work).await {
+        Ok(result) => result,
+        Err(_) => Err(format!("waited {} s for {what}", DEADLINE.as_secs()).into()),
+    }
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let shift = match text[digits.len()..].trim() {
+        "" | "B" => 0,
+        "KiB" | "K" => 10,
+        "MiB" | "M" => 20,
+        "GiB" | "G" => 30,
+        unit => return Err(format!("{unit:?} is no unit; use KiB, MiB or GiB")),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is no size"))?;
+    // More than a demo should put on somebody's disk, twice.
+    number
+        .checked_shl(shift)
+        .filter(|size| *size >> shift == number && (1..=16 << 30).contains(size))
+        .ok_or_else(|| "at most 16GiB".into())
+}
+
+/// For messages about a digest that should be there.
+fn missing(digest: Digest) -> Failure {
+    format!("{digest} is not where it should be").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_as_people_write_them() {
+        assert_eq!(parse_size("1"), Ok(1));
+        assert_eq!(parse_size("4KiB"), Ok(4096));
+        assert_eq!(parse_size("256MiB"), Ok(256 << 20));
+        for bad in ["", "MiB", "1TiB", "17GiB", "-1", "99999999999999999999GiB", "0"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}

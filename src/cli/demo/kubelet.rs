@@ -1,0 +1,87 @@
+//! The one part that is played: a kubelet with one pod. It looks for the image, tries to pull it, reports why it cannot, and
+//! looks again when it is nudged; as the real one does, and no more.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+use tokio::sync::{broadcast, mpsc};
+
+use super::{Failure, missing};
+use crate::model::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy, Waiting};
+use crate::oci::Reference;
+use crate::ports::{ContentStore, PodEvent};
+
+pub(super) struct Kubelet {
+    store: Arc<dyn ContentStore>,
+    nudges: broadcast::Receiver<PodRef>,
+    watch: mpsc::Sender<PodEvent>,
+    pod: PodRef,
+    image: Reference,
+}
+
+impl Kubelet {
+    pub(super) fn new(
+        store: Arc<dyn ContentStore>,
+        nudges: broadcast::Receiver<PodRef>,
+        watch: mpsc::Sender<PodEvent>,
+        image: Reference,
+    ) -> Self {
+        let pod = PodRef { k8s_namespace: "shop".into(), name: "checkout-7d4".into(), uid: "demo".into() };
+        Self { store, nudges, watch, pod, image }
+    }
+
+    /// Connects to the registry; there is none, so what the system says is the failure.
+    pub(super) async fn try_to_pull(&self, registry: SocketAddr) -> Result<String, Failure> {
+        match TcpStream::connect(registry).await {
+            Ok(_) => Err(format!("somebody listens at {registry}, where nobody should").into()),
+            Err(error) => {
+                let image = &self.image;
+                let cause = if error.kind() == std::io::ErrorKind::ConnectionRefused {
+                    "connect: connection refused".to_owned()
+                } else {
+                    error.to_string()
+                };
+                Ok(format!("failed to pull and unpack image {image}: dial tcp {registry}: {cause}"))
+            }
+        }
+    }
+
+    /// What the API server would tell the agent that watches this node.
+    pub(super) async fn report_failure(&self, message: &str) -> Result<(), Failure> {
+        let waiting = Waiting { reason: "ErrImagePull".into(), message: message.into() };
+        self.tell(Some(waiting)).await
+    }
+
+    /// Waits for nudges; starts the pod when its image is there under its exact name.
+    pub(super) async fn run_until_started(&mut self) -> Result<(), Failure> {
+        loop {
+            let nudged = self.nudges.recv().await?;
+            if nudged == self.pod && self.finds_image().await? {
+                return self.tell(None).await;
+            }
+        }
+    }
+
+    async fn finds_image(&self) -> Result<bool, Failure> {
+        let name = self.image.to_string();
+        let Some(record) = self.store.images().await?.into_iter().find(|record| record.name == name) else {
+            return Ok(false);
+        };
+        let target = record.target.digest;
+        self.store.blob(target).await?.map(|_| true).ok_or_else(|| missing(target))
+    }
+
+    async fn tell(&self, waiting: Option<Waiting>) -> Result<(), Failure> {
+        let container = ContainerView {
+            name: "checkout".into(),
+            kind: ContainerKind::Ordinary,
+            image: self.image.to_string(),
+            pull_policy: PullPolicy::IfNotPresent,
+            waiting,
+        };
+        let annotations = [("lighterman.dev/auto-salvage".to_owned(), "true".to_owned())].into();
+        let view = PodView { pod: self.pod.clone(), annotations, containers: vec![container], ending: false };
+        Ok(self.watch.send(PodEvent::Seen(view)).await?)
+    }
+}

@@ -1,0 +1,130 @@
+//! One node of the demo: a whole agent with its own content store on disk.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+use super::Failure;
+use crate::admission::StaticAdmission;
+use crate::agent::holders::Holders;
+use crate::agent::progress::Board;
+use crate::agent::supervisor::Ended;
+use crate::agent::{Agent, World};
+use crate::config::{Settings, loopback};
+use crate::decide::plan::Limits;
+use crate::decide::pull_failure::Policy;
+use crate::identity::Identity;
+use crate::layout::LayoutStore;
+use crate::metrics::Metrics;
+use crate::model::PeerId;
+use crate::oci::{Digest, Reference};
+use crate::ports::PodEvent;
+use crate::testing::MemoryCluster;
+use crate::{mesh, transfer};
+
+const GRACE: Duration = Duration::from_secs(5);
+
+/// A node that runs.
+pub(super) struct Node {
+    pub(super) name: String,
+    pub(super) peer: PeerId,
+    pub(super) store: Arc<LayoutStore>,
+    pub(super) board: Board,
+    pub(super) transfer: SocketAddr,
+    pub(super) admin: SocketAddr,
+    holders: Holders,
+    pods: Option<mpsc::Sender<PodEvent>>,
+    shutdown: oneshot::Sender<()>,
+    running: JoinHandle<Result<(), Ended>>,
+}
+
+impl Node {
+    pub(super) async fn start(
+        name: &str,
+        folder: &Path,
+        identity: Identity,
+        admitted: &[PeerId],
+        seeds: Vec<String>,
+        cluster: &MemoryCluster,
+    ) -> Result<Self, Failure> {
+        let node = name.parse()?;
+        let peer = identity.peer_id();
+        let store = Arc::new(LayoutStore::open(folder)?);
+        let (pods_in, pods) = mpsc::channel(8);
+        let world = World {
+            store: Arc::clone(&store) as _,
+            cluster: Arc::new(cluster.clone()),
+            claims: Arc::new(cluster.claims_of(name.parse()?)),
+            admission: Arc::new(StaticAdmission::new(admitted.iter().copied())),
+            pods,
+            checks: Vec::new(),
+        };
+        let settings = Settings {
+            node,
+            admin_listen: loopback(),
+            seeds,
+            key_file: folder.join("unused"),
+            policy: Policy {
+                kill_switch: false,
+                annotation_prefix: "lighterman.dev".into(),
+                denied_k8s_namespaces: Default::default(),
+            },
+            concurrent_recoveries: 2,
+            blobs_at_once: 4,
+            limits: Limits { max_image_bytes: 0, min_free_bytes: 0 },
+            grace: GRACE,
+        };
+        let transfer = transfer::Config { listen: loopback(), gossip_port: 0, node: name.parse()?, max_serving: 16 };
+        let mesh = mesh::Config { listen: loopback() };
+        let agent = Agent::start(settings, transfer, mesh, identity, world, Metrics::new()).await?;
+        let Agent { supervisor, holders, board, transfer, admin } = agent;
+        let (shutdown, stopping) = oneshot::channel();
+        let running = tokio::spawn(supervisor.run(async { drop(stopping.await) }, GRACE));
+        Ok(Self {
+            name: name.into(),
+            peer,
+            store,
+            board,
+            transfer,
+            admin,
+            holders,
+            pods: Some(pods_in),
+            shutdown,
+            running,
+        })
+    }
+
+    /// The kubelet's end of this node's pod watch; there is one kubelet.
+    pub(super) fn take_pods(&mut self) -> Option<mpsc::Sender<PodEvent>> {
+        self.pods.take()
+    }
+
+    /// Waits until so many peers are connected.
+    pub(super) async fn connected_to(&self, peers: usize) -> Result<(), Failure> {
+        self.until(|holders| holders.peers().len() >= peers).await
+    }
+
+    /// Waits until somebody is known to hold the image.
+    pub(super) async fn knows(&self, reference: &Reference, digest: Digest) -> Result<(), Failure> {
+        self.until(|holders| !holders.of_image(reference.repository(), digest).is_empty()).await
+    }
+
+    async fn until(&self, holds: impl Fn(&Holders) -> bool) -> Result<(), Failure> {
+        let mut changes = self.holders.changes();
+        while !holds(&self.holders) {
+            changes.changed().await?;
+        }
+        Ok(())
+    }
+
+    /// Stops the agent and waits for it.
+    pub(super) async fn stop(self) -> Result<(), Failure> {
+        // Gone already if a task of the agent ended; then the join says so.
+        let _ = self.shutdown.send(());
+        Ok(self.running.await??)
+    }
+}

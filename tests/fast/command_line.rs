@@ -1,0 +1,71 @@
+//! The binary from outside: exit codes, what it says, and the demo.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn lighterman(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_lighterman")).args(arguments).env_clear().output().unwrap()
+}
+
+#[test]
+fn wrong_flags_exit_with_64_and_one_line() {
+    let agent = ["agent", "--node-name", "n1"];
+    for (arguments, said) in [
+        (vec!["--no-such-flag"], "--no-such-flag"),
+        (vec!["sail"], "sail"),
+        (vec!["agent"], "--node-name"),
+        (vec!["agent", "--node-name", "Not A Name"], "Not A Name"),
+        ([&agent[..], &["--concurrent-blobs", "0"]].concat(), "at least 1"),
+        ([&agent[..], &["--allow-peer", "12D3"]].concat(), "12D3KooW"),
+        ([&agent[..], &["--admission", "static"]].concat(), "--allow-peer"),
+        ([&agent[..], &["--listen", "nowhere"]].concat(), "nowhere"),
+        (agent.to_vec(), "--pod-name"),
+        (vec!["--log", "lighterman=loud", "demo"], "--log"),
+        (vec!["demo", "--nodes", "1"], "1"),
+        (vec!["demo", "--image-size", "5 parsecs"], "parsecs"),
+    ] {
+        let output = lighterman(&arguments);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(64), "{arguments:?}: {text}");
+        assert_eq!(text.lines().count(), 1, "{arguments:?}: {text}");
+        assert!(text.contains(said), "{arguments:?}: {text}");
+        assert!(output.stdout.is_empty());
+    }
+}
+
+#[test]
+fn help_and_version_are_no_errors() {
+    for arguments in [&["--help"][..], &["--version"], &["agent", "--help"], &["demo", "--help"]] {
+        let output = lighterman(arguments);
+        assert_eq!(output.status.code(), Some(0));
+        assert!(!output.stdout.is_empty(), "{arguments:?}");
+    }
+    let help = String::from_utf8(lighterman(&["--help"]).stdout).unwrap();
+    assert!(help.contains("Examples:") && help.contains("Exit codes:"), "{help}");
+}
+
+#[test]
+fn an_agent_that_cannot_start_says_why_and_exits_with_1() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().to_string_lossy().into_owned();
+    let output = lighterman(&["agent", "--node-name", "n1", "--pod-name", "p", "--data-dir", &data]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("not inside a cluster"), "{text}");
+}
+
+#[test]
+fn the_demo_moves_an_image_and_proves_it() {
+    let output = lighterman(&["--log", "warn", "demo", "--image-size", "3MiB", "--json"]);
+    let story = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{story}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let result: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert_eq!(result["recovered"], true);
+    assert_eq!(result["verified"], true);
+    assert_eq!(result["providers"], serde_json::json!(["node-1"]));
+    assert!(result["bytes"].as_u64().unwrap() > 3 << 20, "{result}");
+    assert!(result["seconds"].as_f64().unwrap() > 0.0);
+    assert!(story.contains("connection refused"), "the registry was really tried: {story}");
+}
