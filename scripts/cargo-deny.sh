@@ -1,0 +1,19 @@
+#!/bin/bash
+# cargo-deny.sh: checks licences, sources and bans of every crate (deny.toml), and advisories where their database can be had.
+# cargo-deny is built into the cache folder when the machine has none: 2 minutes, once.
+. "$(dirname "$0")/lib.sh"
+
+deny=$(command -v cargo-deny || echo "$CACHE/bin/cargo-deny")
+if [ ! -x "$deny" ]; then
+  say "cargo-deny.sh: building cargo-deny into $CACHE/bin ..."
+  # In a target folder of its own: the flags of this build are not meant for it.
+  env -u RUSTFLAGS CARGO_TARGET_DIR="$CACHE/cargo-deny-target" cargo install --quiet --locked --root "$CACHE" cargo-deny
+  rm -rf "$CACHE/cargo-deny-target"
+fi
+
+"$deny" --all-features --locked check --hide-inclusion-graph bans licenses sources
+if said=$("$deny" fetch db 2>&1); then
+  "$deny" --all-features --locked check --disable-fetch advisories
+else
+  say "cargo-deny: SKIPPED advisories, their database cannot be fetched: $(grep -v '^ *$' <<< "$said" | tail -n 1)"
+fi

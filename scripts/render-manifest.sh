@@ -1,0 +1,47 @@
+#!/bin/bash
+# render-manifest.sh          writes manifests/lighterman.yaml: the chart with its defaults, for `kubectl apply -f`
+# render-manifest.sh --check  exits 1 when that file, or a version, is not what the chart and Cargo.toml say
+. "$(dirname "$0")/lib.sh"
+manifest=manifests/lighterman.yaml
+
+render() { # render HELM
+  cat << 'END'
+# The chart with its default values, for those who do not use helm: kubectl apply -f manifests/lighterman.yaml
+# Made by `make manifest`; edit charts/lighterman instead.
+apiVersion: v1
+kind: Namespace
+metadata:
+  name: lighterman
+  labels:
+    # The agent uses the node's network and three folders of the node, which the other Pod Security Standards forbid.
+    pod-security.kubernetes.io/enforce: privileged
+    pod-security.kubernetes.io/warn: privileged
+END
+  "$1" template lighterman charts/lighterman --namespace lighterman
+}
+
+# What needs no helm.
+for field in version appVersion; do
+  found=$(sed -n "s/^$field: //p" charts/lighterman/Chart.yaml)
+  [ "$found" = "$(package_version)" ] || die "charts/lighterman/Chart.yaml: $field is $found, Cargo.toml has $(package_version)"
+done
+
+case ${1:-} in
+  --check)
+    if ! helm=$(scripts/helm.sh 2>&1); then
+      say "check-manifest: SKIPPED, $manifest was not compared with the chart: $(tail -n 1 <<< "$helm")"
+      exit 0
+    fi
+    helm=$(tail -n 1 <<< "$helm")
+    "$helm" lint --quiet --strict charts/lighterman
+    diff -u --label "$manifest" --label 'rendered from charts/lighterman' "$manifest" <(render "$helm") ||
+      die "$manifest is not what the chart renders: run \`make manifest\`"
+    say "check-manifest: ok"
+    ;;
+  '')
+    helm=$(scripts/helm.sh)
+    rendered=$(render "$helm")
+    printf '%s\n' "$rendered" > "$manifest"
+    ;;
+  *) die "usage: render-manifest.sh [--check]" ;;
+esac
