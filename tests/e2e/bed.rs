@@ -1,0 +1,175 @@
+//! The test bed as tests use it: a cluster that is up, commands in it, and the agents as its DaemonSet.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// The nodes, by what their containerd is.
+pub(crate) const NODES: [(&str, &str); 3] = [("n16", "1.6"), ("n17", "1.7"), ("n2", "2")];
+
+/// A cluster that is up. Dropped, it is taken down.
+pub(crate) struct Bed {
+    scripts: PathBuf,
+    run: PathBuf,
+    keep: bool,
+}
+
+/// What a command said when it failed, or what was waited for in vain.
+pub(crate) type Failure = String;
+
+impl Bed {
+    /// Starts the cluster and the agents in it.
+    pub(crate) fn up() -> Result<Self, Failure> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        // Short, because Unix sockets are made below it.
+        let run = std::env::temp_dir().join(format!("lm-e2e-{}", std::process::id()));
+        let keep = std::env::var_os("LIGHTERMAN_KEEP").is_some();
+        let bed = Self { scripts: root.join("tests/testbed"), run, keep };
+        let nodes = NODES.map(|(name, containerd)| format!("{name}={containerd}"));
+        let mut up = Command::new(bed.scripts.join("up.sh"));
+        up.arg(&bed.run).args(nodes).env("LIGHTERMAN_ZONES", "");
+        print!("{}", output(&mut up)?);
+        bed.deploy(root)?;
+        Ok(bed)
+    }
+
+    /// The agents, as users install them: the image into each containerd, then the manifest.
+    fn deploy(&self, root: &Path) -> Result<(), Failure> {
+        let image = std::env::var("LIGHTERMAN_IMAGE").map_err(
+            |_| "LIGHTERMAN_IMAGE does not name the agent's image: run `make test`, or `make image` and set it",
+        )?;
+        for (node, _) in NODES {
+            self.ctl(&["ctr", node, "images", "import", &image])?;
+        }
+        let manifest = root.join("manifests/lighterman.yaml");
+        self.kubectl(&["apply", "-f", &manifest.to_string_lossy()])?;
+        if self.kubectl(&["get", "--raw", "/version"])?.contains("v1.20.") {
+            // The test bed's DNS does not know headless Services of a Kubernetes this old.
+            let addresses: Result<Vec<_>, Failure> =
+                NODES.iter().map(|(node, _)| Ok(format!("{}:4701", self.env(&format!("NODE_{node}_IP"))?))).collect();
+            let join = format!("LIGHTERMAN_JOIN={}", addresses?.join(","));
+            self.kubectl(&["-n", "lighterman", "set", "env", "daemonset/lighterman", &join])?;
+        }
+        let rollout = ["-n", "lighterman", "rollout", "status", "daemonset/lighterman", "--timeout=90s"];
+        self.kubectl(&rollout).map(drop).map_err(|error| format!("{error}\n{}", self.agents_story()))
+    }
+
+    pub(crate) fn ctl(&self, arguments: &[&str]) -> Result<String, Failure> {
+        output(Command::new(self.scripts.join("ctl.sh")).arg(&self.run).args(arguments))
+    }
+
+    pub(crate) fn kubectl(&self, arguments: &[&str]) -> Result<String, Failure> {
+        self.ctl(&[&["kubectl"], arguments].concat())
+    }
+
+    /// An object, or a list of objects.
+    pub(crate) fn get(&self, arguments: &[&str]) -> Result<Value, Failure> {
+        let text = self.kubectl(&[&["get"], arguments, &["-o", "json"]].concat())?;
+        serde_json::from_str(&text).map_err(|error| format!("kubectl get {arguments:?}: {error}"))
+    }
+
+    /// Applies an object.
+    pub(crate) fn apply(&self, object: &Value) -> Result<(), Failure> {
+        let file = self.run.join("apply.json");
+        std::fs::write(&file, object.to_string()).map_err(|error| error.to_string())?;
+        self.kubectl(&["apply", "-f", &file.to_string_lossy()]).map(drop)
+    }
+
+    /// Makes an image with a shell and these random layers (MiB), and pushes it; answers its manifest's digest.
+    pub(crate) fn push_image(&self, name: &str, layers: &[u32]) -> Result<String, Failure> {
+        let tar = self.run.join("image.tar");
+        let busybox = self.cache().join("bin/busybox");
+        let mut make = Command::new(self.scripts.join("mkimage.sh"));
+        make.arg(&tar).arg(format!("{REGISTRY}/{name}"));
+        make.arg("--file").arg(format!("{}:/bin/busybox", busybox.display()));
+        make.args(["--entrypoint", "/bin/busybox,sleep,99999"]);
+        for size in layers {
+            make.args(["--random", &size.to_string()]);
+        }
+        let made: Value = serde_json::from_str(&output(&mut make)?).map_err(|error| error.to_string())?;
+        self.ctl(&["push", &tar.to_string_lossy(), name])?;
+        made["manifest"].as_str().map(str::to_owned).ok_or_else(|| format!("no manifest in {made}"))
+    }
+
+    fn cache(&self) -> PathBuf {
+        let set = std::env::var_os("LIGHTERMAN_TESTBED").map(PathBuf::from);
+        set.unwrap_or_else(|| {
+            let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+            let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
+            cache.unwrap_or_else(home).join("lighterman/testbed")
+        })
+    }
+
+    /// The folder of this run, for files that a command inside needs.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.run
+    }
+
+    /// A value of the run's `env` file.
+    pub(crate) fn env(&self, key: &str) -> Result<String, Failure> {
+        let text = std::fs::read_to_string(self.run.join("env")).map_err(|error| error.to_string())?;
+        let found = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        found.map(str::to_owned).ok_or_else(|| format!("{key} is not in the run's env"))
+    }
+
+    /// A metric of one node's agent, by its whole name with labels; 0 where it has not been counted yet.
+    pub(crate) fn metric(&self, node: &str, name: &str) -> Result<f64, Failure> {
+        let ip = self.env(&format!("NODE_{node}_IP"))?;
+        let text = self.ctl(&["in", "hub", "curl", "-sSf", &format!("http://{ip}:4702/metrics")])?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
+        Ok(value.unwrap_or(0.0))
+    }
+
+    /// Everything that the agents and the failing pods have to say.
+    pub(crate) fn agents_story(&self) -> String {
+        let commands: [&[&str]; 3] = [
+            &["-n", "lighterman", "logs", "-l", "app.kubernetes.io/name=lighterman", "--prefix", "--tail=60"],
+            &["get", "pods", "-A", "-o", "wide"],
+            &["get", "events", "-A", "--sort-by=.lastTimestamp"],
+        ];
+        let said = commands.map(|arguments| self.kubectl(arguments).unwrap_or_else(|error| error));
+        said.join("\n---\n")
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        if self.keep {
+            println!("the test bed stays up in {} (LIGHTERMAN_KEEP)", self.run.display());
+            return;
+        }
+        if let Err(error) = output(Command::new(self.scripts.join("down.sh")).arg(&self.run).arg("--purge")) {
+            eprintln!("{error}");
+        }
+    }
+}
+
+/// The registry of the test bed.
+pub(crate) const REGISTRY: &str = "10.77.0.1:5000";
+
+/// Runs a command; its standard output, or all it said.
+pub(crate) fn output(command: &mut Command) -> Result<String, Failure> {
+    let done = command.output().map_err(|error| format!("{command:?}: {error}"))?;
+    let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    if done.status.success() { Ok(out.into_owned()) } else { Err(format!("{command:?}: {}\n{out}{err}", done.status)) }
+}
+
+/// Looks every 100 ms until something is there; says what was waited for when it does not come.
+pub(crate) fn wait_for<T>(
+    what: &str,
+    limit: Duration,
+    mut look: impl FnMut() -> Result<Option<T>, Failure>,
+) -> Result<T, Failure> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        if Instant::now() > deadline {
+            return Err(format!("waited {} s for {what}", limit.as_secs()));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}

@@ -1,0 +1,100 @@
+//! Pods of the test bed: made, watched, and taken away again.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::bed::{Bed, Failure, wait_for};
+
+/// Long enough for a slow machine; no test measures by it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A namespace of its own for each test, gone with it.
+pub(crate) struct Space<'a> {
+    pub(crate) bed: &'a Bed,
+    pub(crate) name: String,
+}
+
+impl<'a> Space<'a> {
+    /// A namespace that allows salvage.
+    pub(crate) fn new(bed: &'a Bed, name: &str) -> Result<Self, Failure> {
+        bed.apply(&json!({"apiVersion": "v1", "kind": "Namespace",
+            "metadata": {"name": name, "annotations": {"lighterman.dev/allow": "true"}}}))?;
+        let space = Self { bed, name: name.to_owned() };
+        // The ServiceAccount is made by a controller; a pod that comes first is refused.
+        wait_for("the namespace's ServiceAccount", PATIENCE, || {
+            Ok(bed.kubectl(&["-n", name, "get", "serviceaccount", "default"]).ok())
+        })?;
+        Ok(space)
+    }
+
+    /// A pod of this image on this node.
+    pub(crate) fn pod(&self, name: &str, node: &str, image: &str, opted_in: bool) -> Result<(), Failure> {
+        let annotations = if opted_in { json!({"lighterman.dev/auto-salvage": "true"}) } else { json!({}) };
+        self.bed.apply(&json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": name, "namespace": self.name, "annotations": annotations},
+            "spec": pod_spec(image, Some(node)),
+        }))
+    }
+
+    pub(crate) fn get_pod(&self, name: &str) -> Result<Value, Failure> {
+        self.bed.get(&["-n", &self.name, "pod", name])
+    }
+
+    /// Waits until the pod runs, without a restart (a sandbox that dies looks healthy for a second).
+    pub(crate) fn wait_running(&self, name: &str) -> Result<Value, Failure> {
+        let running = wait_for(&format!("pod {name} to run"), PATIENCE, || {
+            let pod = self.get_pod(name)?;
+            Ok(is_running(&pod).then_some(pod))
+        });
+        running.map_err(|error| format!("{error}\n{}", self.bed.agents_story()))
+    }
+
+    /// Waits until the kubelet has failed to pull, in whichever of its words.
+    pub(crate) fn wait_failing(&self, name: &str) -> Result<(), Failure> {
+        wait_for(&format!("pod {name} to fail to pull"), PATIENCE, || {
+            let pod = self.get_pod(name)?;
+            let reason = waiting_reason(&pod);
+            // It may have been helped already.
+            Ok((matches!(reason, "ErrImagePull" | "ImagePullBackOff") || is_running(&pod)).then_some(()))
+        })
+    }
+
+    /// The notes of the Events with this reason on a pod.
+    pub(crate) fn events(&self, pod: &str, reason: &str) -> Result<Vec<String>, Failure> {
+        let selector = format!("involvedObject.name={pod},reason={reason}");
+        let events = self.bed.get(&["-n", &self.name, "events", "--field-selector", &selector])?;
+        let items = events["items"].as_array().cloned().unwrap_or_default();
+        Ok(items.iter().filter_map(|event| event["message"].as_str().map(str::to_owned)).collect())
+    }
+}
+
+impl Drop for Space<'_> {
+    fn drop(&mut self) {
+        let _ = self.bed.kubectl(&["delete", "namespace", &self.name, "--wait=false"]);
+        let _ = self.bed.kubectl(&["-n", &self.name, "delete", "pods", "--all", "--grace-period=0", "--force"]);
+    }
+}
+
+/// One container that ends quickly when told to.
+pub(crate) fn pod_spec(image: &str, node: Option<&str>) -> Value {
+    let mut spec = json!({
+        "automountServiceAccountToken": false,
+        "terminationGracePeriodSeconds": 0,
+        "containers": [{"name": "c", "image": image, "imagePullPolicy": "IfNotPresent"}],
+    });
+    if let Some(node) = node {
+        spec["nodeName"] = node.into();
+    }
+    spec
+}
+
+pub(crate) fn is_running(pod: &Value) -> bool {
+    let status = &pod["status"]["containerStatuses"][0];
+    status["state"]["running"].is_object() && status["restartCount"] == 0
+}
+
+pub(crate) fn waiting_reason(pod: &Value) -> &str {
+    pod["status"]["containerStatuses"][0]["state"]["waiting"]["reason"].as_str().unwrap_or_default()
+}

@@ -1,0 +1,285 @@
+//! What users rely on, a function each.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::bed::{Bed, Failure, NODES, REGISTRY, wait_for};
+use crate::pods::{PATIENCE, Space, is_running, pod_spec, waiting_reason};
+
+type Scenario = fn(&Bed) -> Result<(), Failure>;
+
+/// Every scenario under its name, in the order they run.
+pub(crate) const ALL: &[(&str, Scenario)] = &[
+    ("a_daemonsets_image_reaches_the_next_node_while_the_registry_is_down", daemonset),
+    ("images_by_tag_and_by_digest_reach_every_containerd", tag_and_digest),
+    ("a_recovered_image_survives_a_forced_collection_and_a_restart_of_containerd", collection),
+    ("an_agent_killed_in_mid_transfer_leaves_nothing_half_recorded_and_the_next_one_finishes", killed),
+    ("a_pod_without_opt_in_is_left_alone", not_opted_in),
+    ("prometheus_scrapes_every_agent", prometheus),
+    ("an_agent_that_is_told_to_stop_ends_in_time", termination),
+];
+
+/// Stops the registry while it lives.
+struct RegistryDown<'a>(&'a Bed);
+
+impl<'a> RegistryDown<'a> {
+    fn now(bed: &'a Bed) -> Result<Self, Failure> {
+        bed.ctl(&["registry", "stop"])?;
+        Ok(Self(bed))
+    }
+}
+
+impl Drop for RegistryDown<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.ctl(&["registry", "start"]) {
+            eprintln!("{error}");
+        }
+    }
+}
+
+fn ensure(holds: bool, otherwise: impl Into<String>) -> Result<(), Failure> {
+    if holds { Ok(()) } else { Err(otherwise.into()) }
+}
+
+fn daemonset(bed: &Bed) -> Result<(), Failure> {
+    let space = Space::new(bed, "e2e-daemonset")?;
+    bed.push_image("shop/web:v1", &[24, 8])?;
+    let image = format!("{REGISTRY}/shop/web:v1");
+    let mut spec = pod_spec(&image, None);
+    spec["nodeSelector"] = json!({"e2e-web": "yes"});
+    bed.apply(&json!({
+        "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": {"name": "web", "namespace": space.name},
+        "spec": {
+            "selector": {"matchLabels": {"app": "web"}},
+            "template": {
+                "metadata": {"labels": {"app": "web"}, "annotations": {"lighterman.dev/auto-salvage": "true"}},
+                "spec": spec,
+            },
+        },
+    }))?;
+    bed.kubectl(&["label", "node", NODES[0].0, "e2e-web=yes", "--overwrite"])?;
+    let pod_on = |node: &str| -> Result<Option<serde_json::Value>, Failure> {
+        let pods = bed.get(&[
+            "-n",
+            &space.name,
+            "pods",
+            "-l",
+            "app=web",
+            "--field-selector",
+            &format!("spec.nodeName={node}"),
+        ])?;
+        Ok(pods["items"].get(0).cloned())
+    };
+    wait_for("the first node to run it", PATIENCE, || Ok(pod_on(NODES[0].0)?.filter(is_running)))?;
+
+    let _down = RegistryDown::now(bed)?;
+    for (node, _) in &NODES[1..] {
+        bed.kubectl(&["label", "node", node, "e2e-web=yes", "--overwrite"])?;
+        let failing = wait_for("the kubelet to fail", PATIENCE, || {
+            Ok(pod_on(node)?.filter(|pod| waiting_reason(pod).contains("Pull") || is_running(pod)))
+        })?;
+        let failed = Instant::now();
+        let running = wait_for(&format!("the pod on {node} to run"), PATIENCE, || Ok(pod_on(node)?.filter(is_running)))
+            .map_err(|error| format!("{error}\n{}", bed.agents_story()))?;
+        // On a line of its own, for `make figures`.
+        println!("\nfigure e2e_failed_pull_to_running_s_{node} {:.2}", failed.elapsed().as_secs_f64());
+        ensure(failing["metadata"]["uid"] == running["metadata"]["uid"], "the pod was deleted and made again")?;
+        let name = running["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+        let notes = wait_for("the Event", PATIENCE, || {
+            Ok(Some(space.events(&name, "ImageSalvaged")?).filter(|notes| !notes.is_empty()))
+        })?;
+        println!("  {}", notes[0]);
+        ensure(notes[0].contains(&image), format!("the Event does not name the image: {}", notes[0]))?;
+    }
+    bed.kubectl(&["label", "nodes", "--all", "e2e-web-"]).map(drop)
+}
+
+fn tag_and_digest(bed: &Bed) -> Result<(), Failure> {
+    let space = Space::new(bed, "e2e-names")?;
+    let digest = bed.push_image("shop/api:v2", &[3, 2, 1])?;
+    let by_tag = format!("{REGISTRY}/shop/api:v2");
+    let by_digest = format!("{REGISTRY}/shop/api@{digest}");
+    // Every containerd gives to and takes from another one: the source moves on with each row.
+    for (source, by_what, image) in [(0, "tag", &by_tag), (1, "digest", &by_digest), (2, "tag", &by_tag)] {
+        for (node, _) in NODES {
+            for name in [&by_tag, &by_digest] {
+                let _ = bed.ctl(&["ctr", node, "images", "rm", "--sync", name]);
+            }
+        }
+        let (holder, _) = NODES[source];
+        space.pod("holder", holder, image, true)?;
+        space.wait_running("holder")?;
+        let down = RegistryDown::now(bed)?;
+        for (node, _) in NODES.iter().filter(|(node, _)| *node != holder) {
+            let pod = format!("by-{by_what}-{node}");
+            space.pod(&pod, node, image, true)?;
+            space.wait_running(&pod)?;
+            println!("  by {by_what}: {holder} -> {node}");
+        }
+        drop(down);
+        bed.kubectl(&["-n", &space.name, "delete", "pods", "--all", "--grace-period=0", "--force"])?;
+        // The images are in use until their containers are gone.
+        wait_for("the pods to be gone", PATIENCE, || {
+            Ok(bed.get(&["-n", &space.name, "pods"])?["items"].as_array().is_none_or(Vec::is_empty).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+fn collection(bed: &Bed) -> Result<(), Failure> {
+    let space = Space::new(bed, "e2e-collection")?;
+    bed.push_image("shop/db:v3", &[5, 4])?;
+    let image = format!("{REGISTRY}/shop/db:v3");
+    space.pod("holder", NODES[2].0, &image, true)?;
+    space.wait_running("holder")?;
+    let _down = RegistryDown::now(bed)?;
+    for (node, _) in &NODES[..2] {
+        let first = format!("first-{node}");
+        space.pod(&first, node, &image, true)?;
+        space.wait_running(&first)?;
+        // The agent's pin is released by now, or expires; a lease that is deleted synchronously makes the collector run to its end.
+        bed.ctl(&["ctr", node, "leases", "create", "--id", "e2e"])?;
+        bed.ctl(&["ctr", node, "leases", "rm", "--sync", "e2e"])?;
+        is_whole(bed, node, &image)?;
+        bed.ctl(&["node", node, "containerd-kill"])?;
+        bed.ctl(&["node", node, "containerd-start"])?;
+        is_whole(bed, node, &image)?;
+        let again = format!("again-{node}");
+        space.pod(&again, node, &image, true)?;
+        space.wait_running(&again)?;
+        ensure(
+            space.events(&again, "Pulled")?.iter().any(|note| note.contains("already present")),
+            "it was not found there",
+        )?;
+    }
+    Ok(())
+}
+
+/// containerd's own opinion: every blob of the image is there, for this platform.
+fn is_whole(bed: &Bed, node: &str, image: &str) -> Result<(), Failure> {
+    let table = bed.ctl(&["ctr", node, "images", "check", &format!("name=={image}")])?;
+    ensure(
+        table.lines().any(|line| line.starts_with(image) && line.contains("complete (")),
+        format!("on {node}: {table}"),
+    )
+}
+
+fn killed(bed: &Bed) -> Result<(), Failure> {
+    let space = Space::new(bed, "e2e-killed")?;
+    bed.push_image("shop/big:v4", &[96, 96, 32])?;
+    let image = format!("{REGISTRY}/shop/big:v4");
+    let (holder, node) = (NODES[2].0, NODES[0].0);
+    space.pod("holder", holder, &image, true)?;
+    space.wait_running("holder")?;
+    let _down = RegistryDown::now(bed)?;
+    // 200 Mbit/s: the image takes nine seconds, so the kill comes in the middle.
+    let shape = ["in", holder, "tc", "qdisc"];
+    bed.ctl(
+        &[&shape[..], &["add", "dev", "eth0", "root", "tbf", "rate", "200mbit", "burst", "256kb", "latency", "50ms"]]
+            .concat(),
+    )?;
+    let outcome = (|| {
+        let before = bed.metric(node, "lighterman_fetched_bytes_total")?;
+        space.pod("victim", node, &image, true)?;
+        wait_for("40 MB to have come", PATIENCE, || {
+            Ok((bed.metric(node, "lighterman_fetched_bytes_total")? > before + 40e6).then_some(()))
+        })?;
+        let restarts = agent_restarts(bed, node)?;
+        kill_agent(bed, node)?;
+        let images = bed.ctl(&["ctr", node, "images", "ls", "-q"])?;
+        ensure(!images.contains("shop/big"), format!("recorded although not whole:\n{images}"))?;
+        wait_for("the agent to be started again", PATIENCE, || {
+            Ok((agent_restarts(bed, node)? > restarts).then_some(()))
+        })?;
+        space.wait_running("victim")?;
+        is_whole(bed, node, &image)
+    })();
+    bed.ctl(&[&shape[..], &["del", "dev", "eth0", "root"]].concat())?;
+    outcome
+}
+
+fn agent_pod(bed: &Bed, node: &str) -> Result<serde_json::Value, Failure> {
+    let selector = format!("spec.nodeName={node}");
+    let pods = bed.get(&["-n", "lighterman", "pods", "--field-selector", &selector])?;
+    pods["items"].get(0).cloned().ok_or_else(|| format!("no agent on {node}"))
+}
+
+fn agent_restarts(bed: &Bed, node: &str) -> Result<u64, Failure> {
+    Ok(agent_pod(bed, node)?["status"]["containerStatuses"][0]["restartCount"].as_u64().unwrap_or(0))
+}
+
+/// SIGKILL to the agent's own process, as containerd knows it.
+fn kill_agent(bed: &Bed, node: &str) -> Result<(), Failure> {
+    let pod = agent_pod(bed, node)?;
+    let id = pod["status"]["containerStatuses"][0]["containerID"].as_str().unwrap_or_default();
+    let id = id.strip_prefix("containerd://").ok_or("the agent's container has no ID")?;
+    bed.ctl(&["ctr", node, "tasks", "kill", "--signal", "SIGKILL", id]).map(drop)
+}
+
+fn not_opted_in(bed: &Bed) -> Result<(), Failure> {
+    let space = Space::new(bed, "e2e-alone")?;
+    bed.push_image("shop/quiet:v5", &[1])?;
+    let image = format!("{REGISTRY}/shop/quiet:v5");
+    space.pod("holder", NODES[0].0, &image, true)?;
+    space.wait_running("holder")?;
+    let _down = RegistryDown::now(bed)?;
+    let node = NODES[1].0;
+    let counted = |what: &str| bed.metric(node, &format!("lighterman_pod_image_failures_total{{verdict=\"{what}\"}}"));
+    let before = counted("not_opted_in")?;
+    space.pod("quiet", node, &image, false)?;
+    space.wait_failing("quiet")?;
+    wait_for("the agent to have looked at it", PATIENCE, || Ok((counted("not_opted_in")? > before).then_some(())))?;
+    // A pod beside it that did opt in gets the image, so the agent was able to; and the first one still has no word of it.
+    let other = NODES[2].0;
+    space.pod("loud", other, &image, true)?;
+    space.wait_running("loud")?;
+    let images = bed.ctl(&["ctr", node, "images", "ls", "-q"])?;
+    ensure(!images.contains("shop/quiet"), "its image was brought all the same")?;
+    for reason in ["ImageSalvaged", "ImageSalvageFailed", "ImageNotActionable", "ImageNoProvider"] {
+        ensure(space.events("quiet", reason)?.is_empty(), format!("an Event {reason} on a pod that did not opt in"))?;
+    }
+    ensure(!is_running(&space.get_pod("quiet")?), "it runs")
+}
+
+fn prometheus(bed: &Bed) -> Result<(), Failure> {
+    let targets: Result<Vec<_>, _> = NODES
+        .iter()
+        .map(|(node, _)| Ok::<_, Failure>(format!("{}:4702", bed.env(&format!("NODE_{node}_IP"))?)))
+        .collect();
+    let config = json!({
+        "global": {"scrape_interval": "1s"},
+        "scrape_configs": [{"job_name": "lighterman", "static_configs": [{"targets": targets?}]}],
+    });
+    let file = bed.folder().join("prometheus.yml");
+    std::fs::write(&file, config.to_string()).map_err(|error| error.to_string())?;
+    bed.ctl(&["prometheus", &file.to_string_lossy(), "9090"])?;
+    let ask = |query: &str| -> Result<f64, Failure> {
+        let url = "http://10.77.0.1:9090/api/v1/query";
+        let text = bed.ctl(&["in", "hub", "curl", "-sSf", "-G", url, "--data-urlencode", &format!("query={query}")])?;
+        let answer: serde_json::Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+        Ok(answer["data"]["result"][0]["value"][1].as_str().and_then(|value| value.parse().ok()).unwrap_or(0.0))
+    };
+    let nodes = NODES.len() as f64;
+    wait_for("every agent to be scraped", PATIENCE, || Ok((ask("sum(up)")? == nodes).then_some(())))?;
+    wait_for("each to see the two others", PATIENCE, || {
+        Ok((ask("min(lighterman_peers)")? == nodes - 1.0).then_some(()))
+    })?;
+    for query in ["sum(lighterman_served_bytes_total)", "min(lighterman_announced_items)"] {
+        let value = ask(query)?;
+        ensure(value > 0.0, format!("{query} is {value}"))?;
+    }
+    bed.ctl(&["prometheus", "stop"]).map(drop)
+}
+
+fn termination(bed: &Bed) -> Result<(), Failure> {
+    let node = NODES[1].0;
+    let pod = agent_pod(bed, node)?;
+    let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+    let began = Instant::now();
+    bed.kubectl(&["-n", "lighterman", "delete", "pod", name, "--timeout=60s"])?;
+    let took = began.elapsed();
+    // The kubelet kills it after 30 s; ending by itself takes the grace period of 20 s at most.
+    ensure(took < Duration::from_secs(25), format!("it took {took:?}"))?;
+    bed.kubectl(&["-n", "lighterman", "rollout", "status", "daemonset/lighterman", "--timeout=90s"]).map(drop)
+}
