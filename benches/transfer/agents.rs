@@ -1,0 +1,166 @@
+//! Two agents as they are in production, as far as an image passes through them: the real recovery, from one containerd to the other.
+//! What gossip would tell is told by hand.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use lighterman::admission::StaticAdmission;
+use lighterman::agent::bring::Bring;
+use lighterman::agent::holders::Holders;
+use lighterman::agent::lead::Lead;
+use lighterman::agent::progress::Progress;
+use lighterman::agent::recover::Recoverer;
+use lighterman::containerd::{Config, ContainerdStore};
+use lighterman::decide::plan::Limits;
+use lighterman::identity::Identity;
+use lighterman::metrics::Metrics;
+use lighterman::model::{ContentChange, MeshEvent, NodeName, PeerId};
+use lighterman::oci::{Platform, Reference};
+use lighterman::ports::ContentStore;
+use lighterman::testing::MemoryCluster;
+use lighterman::transfer::{self, Transfer};
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::daemon::{Containerd, NAMESPACE};
+use crate::report::Failure;
+
+/// The agent's default.
+pub(crate) const BLOBS_AT_ONCE: usize = 4;
+
+/// The agent that serves and the one that recovers, each on a runtime of its own like the agent's.
+pub(crate) struct Agents {
+    recoverer: Recoverer,
+    stop: CancellationToken,
+    recovering: Runtime,
+    /// Drives the other agent.
+    _serving: Runtime,
+}
+
+/// What the agent sees of containerd's content folder.
+#[derive(Clone, Copy)]
+pub(crate) enum Sight {
+    /// It reads blobs from their files.
+    Files,
+    /// It reads them through the content API.
+    Nothing,
+}
+
+impl Agents {
+    pub(crate) fn start(source: &Containerd, destination: &Containerd, sight: Sight) -> Result<Self, Failure> {
+        let stop = CancellationToken::new();
+        let (serving, recovering) = (runtime()?, runtime()?);
+        let (server, me) = (Identity::generate(), Identity::generate());
+        let metrics = Metrics::new();
+        let (served, items) = serving.block_on(async {
+            let store = store(source, sight, &stop)?;
+            let items = everything_in(&store).await?;
+            Ok::<_, Failure>((bind(&server, me.peer_id(), store, &metrics, &stop)?, items))
+        })?;
+        let address = served.local_addr();
+        let recoverer = recovering.block_on(async {
+            let store = store(destination, sight, &stop)?;
+            let transfer = bind(&me, server.peer_id(), store.clone(), &metrics, &stop)?;
+            let holders = Holders::default();
+            let peer = transfer.greet(address, Some(server.peer_id())).await?;
+            holders.apply(MeshEvent::Up(peer));
+            holders.apply(MeshEvent::Snapshot(server.peer_id(), items));
+            recoverer(me.peer_id(), Arc::new(store), transfer, holders, metrics)
+        })?;
+        Ok(Self { recoverer, stop, recovering, _serving: serving })
+    }
+
+    /// From the decision to recover to the image's record.
+    pub(crate) fn recover(&self, reference: &Reference) -> Result<(), Failure> {
+        let progress = Progress::default();
+        let recovery = self.recoverer.recover(reference, &progress, &self.stop);
+        let recovered = self.recovering.block_on(recovery)?;
+        // Blobs that had been there would have cost nothing.
+        if recovered.there == 0 { Ok(()) } else { Err(format!("{} blobs were there", recovered.there).into()) }
+    }
+}
+
+impl Drop for Agents {
+    fn drop(&mut self) {
+        // The runtimes are dropped next, and every task with them.
+        self.stop.cancel();
+    }
+}
+
+/// As the agent makes it.
+fn runtime() -> std::io::Result<Runtime> {
+    Builder::new_multi_thread().enable_all().build()
+}
+
+fn store(containerd: &Containerd, sight: Sight, stop: &CancellationToken) -> Result<ContainerdStore, Failure> {
+    let content_root = match sight {
+        Sight::Files => None,
+        Sight::Nothing => Some(PathBuf::from("/nothing/is/here")),
+    };
+    let config = Config { socket: containerd.socket(), containerd_namespace: NAMESPACE.into(), content_root };
+    let store = ContainerdStore::new(config)?;
+    tokio::spawn(store.clone().run(stop.clone()));
+    Ok(store)
+}
+
+fn bind(
+    identity: &Identity,
+    other: PeerId,
+    store: ContainerdStore,
+    metrics: &Metrics,
+    stop: &CancellationToken,
+) -> Result<Transfer, Failure> {
+    let config = transfer::Config {
+        listen: "127.0.0.1:0".parse()?,
+        // Nobody gossips here.
+        gossip_port: 1,
+        node: "bench".parse()?,
+        max_serving: 16,
+    };
+    let admission = Arc::new(StaticAdmission::new([other]));
+    let joined = mpsc::channel(4).0;
+    let transfer = Transfer::bind(config, identity, admission, Arc::new(store), metrics.clone(), joined)?;
+    tokio::spawn(transfer.clone().run(stop.clone()));
+    Ok(transfer)
+}
+
+/// What the serving agent would announce.
+async fn everything_in(store: &ContainerdStore) -> Result<Vec<ContentChange>, Failure> {
+    let mut items: Vec<_> =
+        store.blobs().await?.into_iter().map(|blob| ContentChange::BlobAdded(blob.digest)).collect();
+    for record in store.images().await? {
+        if let Reference::Tag(repository, tag) = record.name.parse()? {
+            items.push(ContentChange::Tagged(repository, Some(tag), record.target.digest));
+        }
+    }
+    Ok(items)
+}
+
+fn recoverer(
+    me: PeerId,
+    store: Arc<ContainerdStore>,
+    transfer: Transfer,
+    holders: Holders,
+    metrics: Metrics,
+) -> Result<Recoverer, Failure> {
+    let node: NodeName = "bench".parse()?;
+    let claims = Arc::new(MemoryCluster::default().claims_of(node.clone()));
+    Ok(Recoverer {
+        store: Arc::clone(&store) as _,
+        holders: holders.clone(),
+        bring: Bring {
+            me,
+            store,
+            fetcher: Arc::new(transfer),
+            holders: holders.clone(),
+            metrics: metrics.clone(),
+            distrusted: Mutex::new(HashMap::new()),
+        },
+        lead: Lead::new(claims, holders, metrics, node, me),
+        limits: Limits { max_image_bytes: 0, min_free_bytes: 0 },
+        platform: Platform::of_this_node(),
+        blobs_at_once: BLOBS_AT_ONCE,
+    })
+}

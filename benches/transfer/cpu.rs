@@ -1,0 +1,46 @@
+//! Processor time: of this process, of its threads, of the programs it started.
+
+use std::time::Duration;
+
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeVal;
+
+use crate::report::Failure;
+
+/// Time in user code and in the kernel.
+pub(crate) fn spent(who: UsageWho) -> Result<Duration, Failure> {
+    let usage = getrusage(who)?;
+    let duration = |time: TimeVal| {
+        Duration::from_secs(time.tv_sec().cast_unsigned()) + Duration::from_micros(time.tv_usec().cast_unsigned())
+    };
+    Ok(duration(usage.user_time()) + duration(usage.system_time()))
+}
+
+/// The same of another process that still runs: proc_pid_stat(5), fields 14 and 15, in hundredths of a second.
+pub(crate) fn spent_by(pid: u32) -> Result<Duration, Failure> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field is a name in parentheses and may hold anything.
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    let ticks: Result<Vec<u64>, _> = fields.split_whitespace().skip(11).take(2).map(str::parse).collect();
+    Ok(Duration::from_millis(10 * ticks?.iter().sum::<u64>()))
+}
+
+/// The processor as the kernel calls it, and whether it hashes SHA-256 in hardware.
+pub(crate) fn model() -> Result<(String, bool), Failure> {
+    let info = std::fs::read_to_string("/proc/cpuinfo")?;
+    let field = |name: &str| {
+        let line = info.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split_once(": ")).map_or("", |(_, value)| value)
+    };
+    Ok((field("model name").to_owned(), field("flags").split(' ').any(|flag| flag == "sha_ni")))
+}
+
+/// What all of this runs on, in a line, and how busy it is with other things.
+pub(crate) fn machine() -> Result<String, Failure> {
+    let (model, _) = model()?;
+    let cores = std::thread::available_parallelism()?;
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let load = std::fs::read_to_string("/proc/loadavg")?;
+    let last_minute = load.split(' ').next().unwrap_or_default();
+    Ok(format!("{cores} x {model}, Linux {}, load {last_minute} before it began", kernel.trim()))
+}

@@ -1,0 +1,174 @@
+//! Programs that run beside the benchmark: containerds and a registry, from the test bed.
+
+use std::fs::File;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use crate::cpu;
+use crate::report::Failure;
+
+/// Killed when dropped, also by a benchmark that fails.
+struct Daemon {
+    process: Child,
+    log: PathBuf,
+}
+
+/// Both are ready in a third of a second; a busy machine takes longer.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+
+impl Daemon {
+    fn start(program: &Path, arguments: &[&str], log: PathBuf) -> Result<Self, Failure> {
+        let output = File::create(&log)?;
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        let process = command.spawn().map_err(|error| format!("{}: {error}", program.display()))?;
+        Ok(Self { process, log })
+    }
+
+    fn wait_until(&self, is_ready: impl Fn() -> bool) -> Result<(), Failure> {
+        let began = Instant::now();
+        while !is_ready() {
+            if began.elapsed() > START_DEADLINE {
+                let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+                return Err(format!("it does not come up: {log}").into());
+            }
+            sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = (self.process.kill(), self.process.wait());
+    }
+}
+
+/// The containerd namespace that everything is in.
+pub(crate) const NAMESPACE: &str = "bench";
+
+/// Everything in one folder. Without CRI: nobody creates containers here.
+const CONFIGURATION: &str = r#"
+version = 2
+root = "{folder}/root"
+state = "{folder}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.btrfs"]
+[grpc]
+  address = "{folder}/containerd.sock"
+[ttrpc]
+  address = "{folder}/ttrpc.sock"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{folder}/opt"
+"#;
+
+/// A containerd 2 with nothing in it.
+pub(crate) struct Containerd {
+    ctr: PathBuf,
+    folder: PathBuf,
+    daemon: Daemon,
+}
+
+impl Containerd {
+    pub(crate) fn start(folder: PathBuf) -> Result<Self, Failure> {
+        std::fs::create_dir(&folder)?;
+        let configuration = folder.join("config.toml");
+        std::fs::write(&configuration, CONFIGURATION.replace("{folder}", &folder.to_string_lossy()))?;
+        let arguments = ["--config", &configuration.to_string_lossy()];
+        let daemon = Daemon::start(&component("containerd-2/bin/containerd")?, &arguments, folder.join("log"))?;
+        let started = Self { ctr: component("containerd-2/bin/ctr")?, folder, daemon };
+        started.daemon.wait_until(|| started.ctr(&["version"]).is_ok())?;
+        Ok(started)
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.join("containerd.sock")
+    }
+
+    /// The words that a command of containerd's own client begins with.
+    pub(crate) fn ctr_words(&self) -> String {
+        format!("{} -a {} -n {NAMESPACE}", self.ctr.display(), self.socket().display())
+    }
+
+    /// Runs containerd's own client and gives what it prints.
+    pub(crate) fn ctr(&self, arguments: &[&str]) -> Result<String, Failure> {
+        let mut ctr = Command::new(&self.ctr);
+        let output = ctr.arg("-a").arg(self.socket()).args(["-n", NAMESPACE]).args(arguments).output()?;
+        if !output.status.success() {
+            return Err(format!("ctr {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr)).into());
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// As it tells it itself.
+    pub(crate) fn version(&self) -> Result<String, Failure> {
+        let told = self.ctr(&["version"])?;
+        let server = told.split_once("Server:").map_or("", |(_, server)| server);
+        let version = server.lines().find_map(|line| line.trim().strip_prefix("Version:"));
+        Ok(format!("containerd {}", version.unwrap_or("of unknown version").trim()))
+    }
+
+    pub(crate) fn cpu(&self) -> Result<Duration, Failure> {
+        cpu::spent_by(self.daemon.process.id())
+    }
+}
+
+const REGISTRY: &str = r#"
+version: 0.1
+log: { level: error, accesslog: { disabled: true } }
+storage: { filesystem: { rootdirectory: "{folder}/registry" } }
+http: { addr: "{address}" }
+"#;
+
+/// A registry that speaks plain HTTP.
+pub(crate) struct Registry {
+    /// Host and port.
+    pub(crate) address: String,
+    daemon: Daemon,
+}
+
+impl Registry {
+    pub(crate) fn start(folder: &Path) -> Result<Self, Failure> {
+        // The kernel picks a port that is free; nobody is likely to take it in between.
+        let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+        let text = REGISTRY.replace("{folder}", &folder.to_string_lossy()).replace("{address}", &address.to_string());
+        let configuration = folder.join("registry.yml");
+        std::fs::write(&configuration, text)?;
+        let arguments = ["serve", &configuration.to_string_lossy()];
+        let daemon = Daemon::start(&component("bin/docker-registry")?, &arguments, folder.join("registry.log"))?;
+        daemon.wait_until(|| TcpStream::connect(address).is_ok())?;
+        Ok(Self { address: address.to_string(), daemon })
+    }
+
+    /// As it tells it itself, which is its path, its module and the version.
+    pub(crate) fn version() -> Result<String, Failure> {
+        let output = Command::new(component("bin/docker-registry")?).arg("--version").output()?;
+        let told = String::from_utf8(output.stdout)?;
+        Ok(format!("registry {}", told.split_whitespace().last().unwrap_or("of unknown version")))
+    }
+
+    pub(crate) fn cpu(&self) -> Result<Duration, Failure> {
+        cpu::spent_by(self.daemon.process.id())
+    }
+}
+
+/// A program of the test bed.
+fn component(path: &str) -> Result<PathBuf, Failure> {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home_cache = || variable("HOME").unwrap_or_default().join(".cache");
+    let cache = || {
+        variable("LIGHTERMAN_CACHE")
+            .unwrap_or_else(|| variable("XDG_CACHE_HOME").unwrap_or_else(home_cache).join("lighterman"))
+    };
+    let program = variable("LIGHTERMAN_TESTBED").unwrap_or_else(|| cache().join("testbed")).join(path);
+    if !program.exists() {
+        let program = program.display();
+        return Err(
+            format!("{program} is missing: run `make testbed`, or set LIGHTERMAN_TESTBED to where it is").into()
+        );
+    }
+    Ok(program)
+}

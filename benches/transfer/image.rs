@@ -1,0 +1,68 @@
+//! An image of 1 GiB from containerd to containerd on one machine: our recovery, and what people do without it.
+
+use std::array;
+
+use crate::agents::BLOBS_AT_ONCE;
+use crate::place::Place;
+use crate::report::{Failure, figure, mb_s, median, note};
+use crate::rig::{Cost, LAYERS, Rig, Way};
+
+const ROUNDS: usize = 3;
+
+const WAYS: [Way; 5] = [Way::Ours, Way::ExportImport, Way::RegistryFetch, Way::OursApiOnly, Way::ExportImportUnpack];
+
+/// Makes all figures of one place; `suffix` ends their names.
+pub(crate) fn run(place: Place, suffix: &str) -> Result<(), Failure> {
+    let rig = Rig::start(place)?;
+    // The first run of each way starts connections and fills caches, and is not counted.
+    let mut costs: [Vec<Cost>; WAYS.len()] = array::from_fn(|_| Vec::new());
+    for round in 0..=ROUNDS {
+        for (way, costs) in WAYS.into_iter().zip(&mut costs) {
+            let cost = rig.run(way)?;
+            note(&format!("round {round} of {ROUNDS}: {way:?}: {:.2} s", cost.seconds));
+            if round > 0 {
+                costs.push(cost);
+            }
+        }
+    }
+    let bytes = rig.image.bytes();
+    let on = format!(
+        "{}, {}, 1 GiB in {} layers, loopback, AES-128-GCM, {BLOBS_AT_ONCE} blobs at once, a multi-thread runtime a side, {ROUNDS} rounds",
+        rig.place,
+        rig.versions()?,
+        LAYERS.len()
+    );
+    let [ours, export_import, registry_fetch, api_only, unpack] = &costs;
+    let beside = |name: &str, way: Way, baseline: &[Cost]| {
+        let ratio = median(baseline.iter().zip(ours).map(|(baseline, ours)| baseline.seconds / ours.seconds));
+        let (ours, baseline) = (describe(bytes, ours), describe(bytes, baseline));
+        let command = way.command().unwrap_or_default();
+        figure(&format!("{name}{suffix}"), ratio, &format!("{on}; ours {ours}; baseline {baseline}: {command}"));
+    };
+    beside("image_vs_export_import", Way::ExportImport, export_import);
+    beside("image_vs_export_import_unpack", Way::ExportImportUnpack, unpack);
+    beside("image_vs_registry_fetch", Way::RegistryFetch, registry_fetch);
+    for (name, what, costs) in [
+        ("image_ours_content_api_mb_s", "from the source's files, through the destination's content API", ours),
+        ("image_ours_api_only_mb_s", "through the content API at both ends", api_only),
+    ] {
+        figure(&format!("{name}{suffix}"), speed(bytes, costs), &format!("{on}; {what}; {}", describe(bytes, costs)));
+    }
+    Ok(())
+}
+
+fn speed(bytes: u64, costs: &[Cost]) -> f64 {
+    median(costs.iter().map(|cost| mb_s(bytes, cost.seconds)))
+}
+
+/// Time, speed, and whose processor time it was.
+fn describe(bytes: u64, costs: &[Cost]) -> String {
+    let seconds = median(costs.iter().map(|cost| cost.seconds));
+    let who = ["this process", "commands", "containerd A", "containerd B", "registry"];
+    let spent = who.iter().enumerate().map(|(who, name)| {
+        let seconds = median(costs.iter().map(|cost| cost.cpu[who].as_secs_f64()));
+        (seconds, format!("{name} {seconds:.1}"))
+    });
+    let spent: Vec<_> = spent.filter(|(seconds, _)| *seconds >= 0.05).map(|(_, text)| text).collect();
+    format!("{seconds:.2} s, {:.0} MB/s, CPU seconds: {}", speed(bytes, costs), spent.join(", "))
+}

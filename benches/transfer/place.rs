@@ -1,0 +1,87 @@
+//! Where the content stores are.
+
+use std::fmt;
+use std::path::Path;
+use std::process::Command;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use tempfile::TempDir;
+
+use crate::report::{Failure, note};
+
+/// A folder on one kind of storage, removed when dropped.
+pub(crate) struct Place {
+    folder: TempDir,
+    in_memory: bool,
+}
+
+/// Two containerds with the image, one of them with its unpacked form as well, the registry, and what is being written.
+const NEEDED: u64 = 6 << 30;
+
+/// Mounts of this process from now on are seen by nobody else, and go when it and what it started do.
+pub(crate) fn leave_others_mounts() -> Result<(), Failure> {
+    unshare(CloneFlags::CLONE_NEWNS)
+        .map_err(|errno| format!("no mounts of our own, so no images: {errno} (are you root?)"))?;
+    let nothing: Option<&str> = None;
+    Ok(mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing)?)
+}
+
+impl Place {
+    /// A tmpfs, so that no disk is measured.
+    pub(crate) fn memory() -> Result<Self, Failure> {
+        let folder = tempfile::tempdir()?;
+        let size = format!("size={NEEDED}");
+        mount(Some("tmpfs"), folder.path(), Some("tmpfs"), MsFlags::empty(), Some(size.as_str()))?;
+        let place = Self { folder, in_memory: true };
+        let available = std::fs::read_to_string("/proc/meminfo")?;
+        let available = available.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.strip_suffix("kB"));
+        let available = available.ok_or("no MemAvailable in /proc/meminfo")?.trim().parse::<u64>()? << 10;
+        enough("memory", available)?;
+        Ok(place)
+    }
+
+    /// The disk that the build's own files are on.
+    pub(crate) fn disk() -> Result<Self, Failure> {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+        let room = nix::sys::statvfs::statvfs(folder.path())?;
+        enough("disk", room.blocks_available() * room.fragment_size())?;
+        Ok(Self { folder, in_memory: false })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Lets the disk finish what was written before, so that no run pays for another.
+    pub(crate) fn settle(&self) -> Result<(), Failure> {
+        if !self.in_memory && !Command::new("sync").arg("--file-system").arg(self.path()).status()?.success() {
+            return Err("sync failed".into());
+        }
+        Ok(())
+    }
+}
+
+fn enough(what: &str, available: u64) -> Result<(), Failure> {
+    if available < NEEDED {
+        return Err(format!("{} MiB of {what} are free where {} are needed", available >> 20, NEEDED >> 20).into());
+    }
+    Ok(())
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.in_memory { "stores in memory (tmpfs)" } else { "stores on disk" })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // A process that does not die at once would keep it busy.
+        if self.in_memory
+            && let Err(errno) = umount2(self.folder.path(), MntFlags::MNT_DETACH)
+        {
+            note(&format!("{} stays mounted: {errno}", self.folder.path().display()));
+        }
+    }
+}
