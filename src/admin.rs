@@ -1,6 +1,8 @@
 //! The admin port: metrics and health, for probes and Prometheus. The only listener that asks nobody who they are, so it
 //! shows nothing secret and changes nothing.
 
+mod bounded;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -14,6 +16,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
+use bounded::Bounded;
 
 /// Something that has to hold before the agent is ready.
 pub struct Check {
@@ -61,8 +64,8 @@ impl Admin {
 
     /// Serves until stopped.
     pub async fn run(self, stop: CancellationToken) {
-        let serving =
-            axum::serve(self.listener, self.router).with_graceful_shutdown(async move { stop.cancelled().await });
+        let serving = axum::serve(Bounded::new(self.listener), self.router)
+            .with_graceful_shutdown(async move { stop.cancelled().await });
         if let Err(error) = serving.await {
             tracing::error!(%error, "the admin port failed");
         }
