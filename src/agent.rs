@@ -92,7 +92,8 @@ const PEERS_QUEUED: usize = 64;
 const MESH_EVENTS_QUEUED: usize = 64;
 
 impl Agent {
-    /// Binds every port and starts the tasks, what others depend on first.
+    /// Binds every port and starts the tasks, what others depend on first. `supervisor` may own tasks already: what the
+    /// world's ports need, so that they stop after everything here.
     ///
     /// # Errors
     /// [`StartError`] when a port cannot be had.
@@ -103,6 +104,7 @@ impl Agent {
         identity: Identity,
         world: World,
         metrics: Metrics,
+        mut supervisor: Supervisor,
     ) -> Result<Self, StartError> {
         let Settings {
             node,
@@ -153,7 +155,6 @@ impl Agent {
         let joiner = Joiner { seeds, transfer: transfer.clone(), mesh, holders: holders.clone() };
 
         // Stopped in reverse: first nobody recovers any more, then nobody is found, and the doors close last.
-        let mut supervisor = Supervisor::default();
         let (mesh_events_in, mesh_events) = mpsc::channel(MESH_EVENTS_QUEUED);
         supervisor.spawn("admin", |stop| admin.run(stop));
         supervisor.spawn("transfer", |stop| transfer.run(stop));

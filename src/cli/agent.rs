@@ -67,16 +67,16 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
             Check { name: "pod watch", holds: kube.synced() },
         ],
     };
-    let agent = Agent::start(settings, transfer, mesh, identity, world, metrics).await?;
-    let mut supervisor: Supervisor = agent.supervisor;
-    let probed = store.clone();
+    let mut supervisor = Supervisor::default();
+    let (probed, swept) = (store.clone(), Arc::clone(&kube));
     supervisor.spawn("containerd", |stop| store.run(stop));
     supervisor.spawn("probe", |stop| probe(probed, answering, stop));
     if let Some(token) = token {
         supervisor.spawn("token", |stop| async move { token.run(stop).await });
     }
-    let swept = Arc::clone(&kube);
     supervisor.spawn("sweep", |stop| sweep(swept, stop));
+    let agent = Agent::start(settings, transfer, mesh, identity, world, metrics, supervisor).await?;
+    let Agent { mut supervisor, holders: _, board: _, transfer: _, admin: _ } = agent;
     supervisor.spawn("pods", |stop| async move { kube.watch_pods(pods_in, stop).await });
     let shutdown = async move {
         tokio::select! {

@@ -12,7 +12,7 @@ use super::Failure;
 use crate::admission::StaticAdmission;
 use crate::agent::holders::Holders;
 use crate::agent::progress::Board;
-use crate::agent::supervisor::Ended;
+use crate::agent::supervisor::{Ended, Supervisor};
 use crate::agent::{Agent, World};
 use crate::config::{Settings, loopback};
 use crate::decide::plan::Limits;
@@ -80,7 +80,8 @@ impl Node {
         };
         let transfer = transfer::Config { listen: loopback(), gossip_port: 0, node: name.parse()?, max_serving: 16 };
         let mesh = mesh::Config { listen: loopback() };
-        let agent = Agent::start(settings, transfer, mesh, identity, world, Metrics::new()).await?;
+        let agent =
+            Agent::start(settings, transfer, mesh, identity, world, Metrics::new(), Supervisor::default()).await?;
         let Agent { supervisor, holders, board, transfer, admin } = agent;
         let (shutdown, stopping) = oneshot::channel();
         let running = tokio::spawn(supervisor.run(async { drop(stopping.await) }, GRACE));
