@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use libp2p::identity::{Keypair, PublicKey, ed25519};
+use libp2p::identity::{Keypair, ed25519};
 
 use crate::model::PeerId;
 
@@ -110,11 +110,6 @@ pub fn peer_id_of(peer: &libp2p::PeerId) -> Option<PeerId> {
 /// Never for a name that was read from a peer or made from a key; see [`PeerId::from_public_key`].
 pub fn libp2p_peer_id(peer: PeerId) -> libp2p::PeerId {
     libp2p::PeerId::from_bytes(&peer.to_multihash()).expect("an identity multihash is a valid PeerId")
-}
-
-/// The peer that owns a public key, if it is ed25519.
-pub fn peer_id_of_key(key: &PublicKey) -> Option<PeerId> {
-    peer_id_of(&key.to_peer_id())
 }
 
 #[cfg(test)]

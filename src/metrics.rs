@@ -23,7 +23,7 @@ pub struct Metrics {
     nudges: IntCounterVec,
     events: IntCounterVec,
     claims: IntCounterVec,
-    store_errors: IntCounterVec,
+    store_list_failures: IntCounter,
 }
 
 /// How a recovery ended; the label `outcome`.
@@ -94,7 +94,11 @@ impl Metrics {
             nudges: counters(r, "nudges_total", "Pods nudged after a recovery, by result.", "result"),
             events: counters(r, "events_total", "Kubernetes Events written, by reason.", "reason"),
             claims: counters(r, "claims_total", "Claims on a digest, by result.", "result"),
-            store_errors: counters(r, "store_errors_total", "Calls of the content store that failed, by kind.", "kind"),
+            store_list_failures: counter(
+                r,
+                "store_list_failures_total",
+                "Times that the content store could not be listed.",
+            ),
             registry,
         }
     }
@@ -108,7 +112,10 @@ impl Metrics {
     pub fn recovery_ended(&self, outcome: Outcome, took: Duration) {
         self.recoveries_running.dec();
         self.recoveries.with_label_values(&[outcome.label()]).inc();
-        self.recovery_seconds.observe(took.as_secs_f64());
+        // Of those that brought something: the others end at once, or when somebody gives up.
+        if outcome == Outcome::Recovered {
+            self.recovery_seconds.observe(took.as_secs_f64());
+        }
     }
 
     /// A container of this node could not get its image; `verdict` is one of a handful of constants.
@@ -166,9 +173,9 @@ impl Metrics {
         self.claims.with_label_values(&[result]).inc();
     }
 
-    /// The content store failed a call.
-    pub fn store_failed(&self, kind: &'static str) {
-        self.store_errors.with_label_values(&[kind]).inc();
+    /// The content store could not be listed.
+    pub fn store_list_failed(&self) {
+        self.store_list_failures.inc();
     }
 
     /// Everything in Prometheus' text format.

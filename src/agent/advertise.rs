@@ -56,7 +56,7 @@ impl Advertiser {
                     if self.ready.send_replace(false) {
                         tracing::warn!(%error, "the content store cannot be listed; what was announced stays announced");
                     }
-                    self.metrics.store_failed("list");
+                    self.metrics.store_list_failed();
                     RETRY
                 }
             };

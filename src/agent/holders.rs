@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::decide::inventory::Inventory;
 use crate::metrics::Metrics;
-use crate::model::{MeshEvent, NodeName, Peer, PeerId};
+use crate::model::{MAX_ITEMS, MeshEvent, NodeName, Peer, PeerId};
 use crate::oci::{Digest, Repository};
 
 /// A handle to the table.
@@ -43,7 +43,10 @@ impl Holders {
 
     /// Takes in one event.
     pub fn apply(&self, event: MeshEvent) {
-        self.table.write().unwrap_or_else(PoisonError::into_inner).apply(event);
+        let dropped = self.table.write().unwrap_or_else(PoisonError::into_inner).apply(event);
+        if dropped > 0 {
+            tracing::warn!(dropped, limit = MAX_ITEMS, "a peer announces more than is kept of one");
+        }
         self.changed.send_modify(|version| *version += 1);
     }
 

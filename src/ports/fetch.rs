@@ -102,11 +102,6 @@ impl FetchError {
         matches!(self, Self::Corrupt { source: VerifyError::Digest { .. }, .. } | Self::Protocol { .. })
     }
 
-    /// Whether another peer may do better. Not so when our own store is what failed.
-    pub fn another_peer_may_help(&self) -> bool {
-        !matches!(self, Self::Sink(_))
-    }
-
     /// Who failed; `None` when it was our own store.
     pub fn peer(&self) -> Option<PeerId> {
         match self {
