@@ -61,6 +61,13 @@ impl<'a> Space<'a> {
         })
     }
 
+    /// Waits for the Event that says the image came from peers; answers its note.
+    pub(crate) fn wait_salvaged(&self, pod: &str) -> Result<String, Failure> {
+        wait_for(&format!("the Event on pod {pod}"), PATIENCE, || {
+            Ok(self.events(pod, "ImageSalvaged")?.into_iter().next())
+        })
+    }
+
     /// The notes of the Events with this reason on a pod.
     pub(crate) fn events(&self, pod: &str, reason: &str) -> Result<Vec<String>, Failure> {
         let selector = format!("involvedObject.name={pod},reason={reason}");
