@@ -20,6 +20,8 @@ struct Job {
     pods: BTreeSet<PodRef>,
     since: u64,
     failures: u32,
+    /// Times that the image was here and a pod still waited afterwards.
+    settled: u32,
     state: State,
 }
 
@@ -87,7 +89,7 @@ impl Queue {
             };
         }
         self.counter += 1;
-        let job = Job { pods: [pod.clone()].into(), since: self.counter, failures: 0, state: State::Ready };
+        let job = Job { pods: [pod.clone()].into(), since: self.counter, failures: 0, settled: 0, state: State::Ready };
         self.jobs.insert(reference.clone(), job);
         Joined::First
     }
@@ -137,7 +139,9 @@ impl Queue {
         match end {
             End::Done => {
                 job.failures = 0;
-                job.state = State::Settling { until: now + SETTLING };
+                // One minute, then two, up to sixteen: what ails such a pod is not its image.
+                job.state = State::Settling { until: now + SETTLING * (1 << job.settled.min(4)) };
+                job.settled += 1;
             }
             End::Abandoned => job.state = State::Ready,
             End::NoProvider | End::Failed => {
@@ -213,6 +217,14 @@ mod tests {
         assert_eq!(queue.start_next(now), None);
         queue.needs_only(&pod("late"), &BTreeSet::new());
         assert_eq!(queue.start_next(now + SETTLING), Some(image("a")));
+        let mut now = now + SETTLING;
+        for minutes in [2, 4, 8, 16, 16] {
+            queue.ended(&image("a"), End::Done, now, 0.0);
+            let due = queue.next_due().unwrap();
+            assert_eq!(due - now, SETTLING * minutes, "later and later");
+            now = due;
+            assert_eq!(queue.start_next(now), Some(image("a")));
+        }
     }
 
     #[test]
