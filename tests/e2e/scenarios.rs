@@ -97,33 +97,27 @@ fn daemonset(bed: &Bed) -> Result<(), Failure> {
 
 fn tag_and_digest(bed: &Bed) -> Result<(), Failure> {
     let space = Space::new(bed, "e2e-names")?;
-    let digest = bed.push_image("shop/api:v2", &[3, 2, 1])?;
-    let by_tag = format!("{REGISTRY}/shop/api:v2");
-    let by_digest = format!("{REGISTRY}/shop/api@{digest}");
-    // Every containerd gives to and takes from another one: the source moves on with each row.
-    for (source, by_what, image) in [(0, "tag", &by_tag), (1, "digest", &by_digest), (2, "tag", &by_tag)] {
-        for (node, _) in NODES {
-            for name in [&by_tag, &by_digest] {
-                let _ = bed.ctl(&["ctr", node, "images", "rm", "--sync", name]);
-            }
-        }
+    // Every containerd gives to and takes from another one: the source moves on with each row. Each row has an image of its own: a layer
+    // that a node has unpacked before is not fetched again by a pull, and then the node has nothing of it to give.
+    for (source, by_what) in [(0, "tag"), (1, "digest"), (2, "tag")] {
+        let name = format!("shop/api-{source}");
+        let digest = bed.push_image(&format!("{name}:v2"), &[3, 2, 1])?;
+        let image = &match by_what {
+            "tag" => format!("{REGISTRY}/{name}:v2"),
+            _ => format!("{REGISTRY}/{name}@{digest}"),
+        };
         let (holder, _) = NODES[source];
-        space.pod("holder", holder, image, true)?;
-        space.wait_running("holder")?;
-        let down = RegistryDown::now(bed)?;
+        let holding = format!("holder-{source}");
+        space.pod(&holding, holder, image, true)?;
+        space.wait_running(&holding)?;
+        let _down = RegistryDown::now(bed)?;
         for (node, _) in NODES.iter().filter(|(node, _)| *node != holder) {
-            let pod = format!("by-{by_what}-{node}");
+            let pod = format!("by-{by_what}-from-{holder}-{node}");
             space.pod(&pod, node, image, true)?;
             space.wait_running(&pod)?;
             space.wait_salvaged(&pod)?;
             println!("  by {by_what}: {holder} -> {node}");
         }
-        drop(down);
-        bed.kubectl(&["-n", &space.name, "delete", "pods", "--all", "--grace-period=0", "--force"])?;
-        // The images are in use until their containers are gone.
-        wait_for("the pods to be gone", PATIENCE, || {
-            Ok(bed.get(&["-n", &space.name, "pods"])?["items"].as_array().is_none_or(Vec::is_empty).then_some(()))
-        })?;
     }
     Ok(())
 }
