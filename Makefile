@@ -41,7 +41,8 @@ build: ## the static release binary
 
 .PHONY: demo
 demo: deps build ## agents on this machine, one image, a registry that is down (ARGS=...)
-	'$(BIN)' demo $(ARGS)
+	@# The agents' own log would stand between the lines of the story.
+	LIGHTERMAN_LOG="$${LIGHTERMAN_LOG:-warn}" '$(BIN)' demo $(ARGS)
 
 .PHONY: image
 image: ## the container image, from the static binary
