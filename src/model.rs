@@ -4,10 +4,12 @@
 
 mod content;
 mod lease;
+mod outage;
 mod peer;
 mod pod;
 
 pub use content::{ContentChange, MAX_ITEMS, MeshEvent};
 pub use lease::{LeaseSnapshot, LeaseVersion};
+pub use outage::{Outage, OutageKind};
 pub use peer::{Credential, NodeName, NodeNameError, Peer, PeerId, PeerIdError};
-pub use pod::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy, Waiting};
+pub use pod::{ContainerKind, ContainerView, ImageVolume, Owner, PodRef, PodView, PullPolicy, Waiting};

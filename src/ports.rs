@@ -7,13 +7,24 @@ mod admission;
 mod claims;
 mod cluster;
 mod content;
+mod control;
 mod fetch;
+mod notify;
+mod registry;
 
 pub use admission::{Admission, Refusal};
 pub use claims::{ClaimError, Claims};
-pub use cluster::{Cluster, ClusterError, PodEvent, PodReport, ReportKind};
+pub use cluster::{
+    Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, PodEvent, PodReport, PullSecret, ReportKind,
+};
 pub use content::{
-    BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered,
-    StoreError,
+    BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Imports, Pin, Remembered,
+    Room, StoreError,
+};
+pub use control::{
+    BlobAccess, ContainerdStatus, ImagesStatus, MAX_NAMES, MAX_PEERS, OutageStatus, PeerStatus, PeersStatus,
+    PullFailure, PullProgress, PullRequest, RecoveryStatus, RulesFileStatus, Status, StatusSource,
 };
 pub use fetch::{FetchError, Fetcher};
+pub use notify::{MAX_PODS, Notification, Notifier, NotifyError};
+pub use registry::{Registry, RegistryError};

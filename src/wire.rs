@@ -14,7 +14,7 @@ use crate::model::{ContentChange, Credential, MAX_ITEMS};
 use crate::oci::Digest;
 
 /// Changes when a message changes. Agents refuse other versions by name instead of misreading them.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Most changes in one announcement: at 35 to 330 bytes each they stay under gossipsub's 64 KiB (a repository's
 /// name is at most 255 bytes and a tag 128).
@@ -74,8 +74,13 @@ pub enum Answer {
     Absent,
     /// As many are being served as this agent serves; ask again or elsewhere.
     Busy,
-    /// The request makes no sense: a range outside the blob.
-    Invalid,
+    /// A range outside the blob.
+    Invalid {
+        /// The whole blob's length in bytes, so that the asker sees who was wrong about it.
+        size: u64,
+    },
+    /// The content store failed; ask elsewhere.
+    Failed,
 }
 
 /// Gossip: what changed at its publisher.
@@ -282,7 +287,8 @@ mod tests {
 
     #[tokio::test]
     async fn an_oversized_message_is_refused_before_its_body_is_read() {
-        let mut frame: &[u8] = &[0xff, 0xff, 0xff, 0xff, 0, 1];
+        let header = [[0xff; 4].as_slice(), &VERSION.to_be_bytes()].concat();
+        let mut frame = header.as_slice();
         assert!(matches!(read::<Request>(&mut frame).await, Err(WireError::TooLong { .. })));
         let too_many = announcement(4096);
         assert!(matches!(encode(&too_many), Err(WireError::TooLong { .. })), "nor is one sent");

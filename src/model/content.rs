@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Peer, PeerId};
+use super::{Outage, Peer, PeerId};
 use crate::oci::{Digest, Repository};
 
 /// Most items of one node's inventory that it announces or that others keep of it. A node of 110 pods with a dozen layers each has
@@ -20,6 +20,17 @@ pub enum ContentChange {
     Tagged(Repository, Option<String>, Digest),
     /// It is no longer.
     Untagged(Repository, Option<String>, Digest),
+    /// The node itself saw that this registry cannot be reached.
+    RegistryDown(Outage),
+    /// It no longer says so.
+    RegistryUp(Outage),
+}
+
+impl ContentChange {
+    /// Whether it adds something rather than take it back.
+    pub fn is_addition(&self) -> bool {
+        matches!(self, Self::BlobAdded(_) | Self::Tagged(..) | Self::RegistryDown(_))
+    }
 }
 
 /// What the mesh tells the agent.

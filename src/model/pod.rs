@@ -29,8 +29,42 @@ pub struct PodView {
     pub annotations: BTreeMap<String, String>,
     /// Init, ordinary and ephemeral containers, in the order of the spec.
     pub containers: Vec<ContainerView>,
+    /// Images that are mounted as volumes.
+    pub image_volumes: Vec<ImageVolume>,
+    /// What made the pod and will make it again; `None` for a pod that somebody made by hand.
+    pub owner: Option<Owner>,
+    /// The kubelet made it from a file of its own, and the API server only shows a mirror of it.
+    pub is_static: bool,
+    /// `spec.priority`, which the API server fills in from the pod's PriorityClass.
+    pub priority: i32,
+    /// Names of the Secrets in the pod's namespace that its images are pulled with.
+    pub pull_secrets: Vec<String>,
     /// The pod is being deleted, or has ended: nothing that we do would help it.
     pub ending: bool,
+}
+
+/// A volume whose content is an image (`spec.volumes[].image`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageVolume {
+    /// Its name, unique among the pod's volumes.
+    pub name: String,
+    /// The image as the spec names it.
+    pub image: String,
+    /// When the kubelet pulls.
+    pub pull_policy: PullPolicy,
+}
+
+/// The controller of an object: the one owner whose reference says `controller: true`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Owner {
+    /// Such as `apps/v1`.
+    pub api_version: String,
+    /// Such as `ReplicaSet`.
+    pub kind: String,
+    /// Its name, in the namespace of what it owns.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
 }
 
 /// One container of a pod.
@@ -44,7 +78,7 @@ pub struct ContainerView {
     pub image: String,
     /// When the kubelet pulls.
     pub pull_policy: PullPolicy,
-    /// Why it waits, when it does.
+    /// Why it waits, when it does. Without a reason where the kubelet has not said anything about it yet.
     pub waiting: Option<Waiting>,
 }
 

@@ -5,27 +5,88 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use crate::model::{PodRef, PodView};
+use crate::model::{Owner, PodRef, PodView};
 
 /// What the watch of this node's pods yields.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PodEvent {
     /// A pod as it is now; new, changed or listed again.
-    Seen(PodView),
+    Seen(Box<PodView>),
     /// A pod that no longer exists.
     Gone(PodRef),
     /// Every pod that exists has been seen at least once; pods that were known before and are not in this list are gone.
     Synced(Vec<PodRef>),
 }
 
+/// Annotations of one object.
+pub type Annotations = BTreeMap<String, String>;
+
+/// A namespace, as far as we look at it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NamespaceView {
+    /// Its labels, for selectors.
+    pub labels: BTreeMap<String, String>,
+    /// Its annotations, for the opt-in.
+    pub annotations: Annotations,
+}
+
+/// An Event that the kubelet wrote on a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KubeletEvent {
+    /// A word such as `Failed` or `FailedCreatePodSandBox`.
+    pub reason: String,
+    /// The container that it is about, where it is about one.
+    pub container: Option<String>,
+    /// The sentence.
+    pub message: String,
+}
+
+/// What a `kubernetes.io/dockerconfigjson` Secret holds. Not shown by `Debug`, so that it cannot get into a log.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PullSecret(pub Vec<u8>);
+
+impl std::fmt::Debug for PullSecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("PullSecret(..)")
+    }
+}
+
 /// What the agent asks of Kubernetes besides the watch.
 #[async_trait]
 pub trait Cluster: Send + Sync + 'static {
-    /// The namespace's annotations, at most some seconds old.
+    /// The namespace's labels and annotations, at most some seconds old.
     ///
     /// # Errors
     /// [`ClusterError`].
-    async fn namespace_annotations(&self, k8s_namespace: &str) -> Result<Arc<BTreeMap<String, String>>, ClusterError>;
+    async fn namespace(&self, k8s_namespace: &str) -> Result<Arc<NamespaceView>, ClusterError>;
+
+    /// The annotations of an owner in this namespace and of the owners above it, the nearest first, at most half a minute old. Only kinds
+    /// that make pods are asked for (ReplicaSet, Deployment, StatefulSet, DaemonSet, Job, CronJob, ReplicationController); the list ends at
+    /// any other kind, and where an owner is gone.
+    ///
+    /// # Errors
+    /// [`ClusterError`].
+    async fn owners(&self, k8s_namespace: &str, owner: &Owner) -> Result<Vec<Arc<Annotations>>, ClusterError>;
+
+    /// What the kubelet said about the pod of late, the oldest first. For an agent that starts in the middle of it, and for a
+    /// sandbox image, whose absence shows nowhere else.
+    ///
+    /// # Errors
+    /// [`ClusterError`].
+    async fn kubelet_events(&self, pod: &PodRef) -> Result<Vec<KubeletEvent>, ClusterError>;
+
+    /// A pull secret of the pod's namespace, as `kubernetes.io/dockerconfigjson` keeps it. Needs a right that agents do not have unless
+    /// the namespace gives it to them.
+    ///
+    /// # Errors
+    /// [`ClusterError::Forbidden`] where the right was not given, [`ClusterError::Gone`] where there is no such Secret.
+    async fn pull_secret(&self, k8s_namespace: &str, name: &str) -> Result<PullSecret, ClusterError>;
+
+    /// Deletes the pod, and only this one: with its UID as precondition.
+    ///
+    /// # Errors
+    /// [`ClusterError::Gone`] when it is gone or another has its name.
+    async fn delete(&self, pod: &PodRef) -> Result<(), ClusterError>;
 
     /// Makes the kubelet look at the pod at once, by a changed annotation. The only write to pods that there is.
     ///
@@ -60,6 +121,10 @@ pub enum ReportKind {
     NotActionable,
     /// No peer holds the image under this name; we wait for one.
     NoProvider,
+    /// The record of an image that nobody can mend was removed, so that the kubelet pulls it anew.
+    Removed,
+    /// A dry run found where the image could come from.
+    DryRun,
 }
 
 impl ReportKind {
@@ -70,12 +135,14 @@ impl ReportKind {
             Self::Failed => "ImageSalvageFailed",
             Self::NotActionable => "ImageNotActionable",
             Self::NoProvider => "ImageNoProvider",
+            Self::Removed => "ImageRecordRemoved",
+            Self::DryRun => "ImageSalvageDryRun",
         }
     }
 
     /// Whether `kubectl` shows it as a warning.
     pub fn is_warning(self) -> bool {
-        !matches!(self, Self::Salvaged)
+        !matches!(self, Self::Salvaged | Self::DryRun)
     }
 }
 

@@ -42,6 +42,13 @@ pub trait ContentStore: Send + Sync + 'static {
     /// [`StoreError::Absent`] when the blob is not there.
     async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError>;
 
+    /// Removes a blob, so that it can be written again; what refers to it stays, and what it kept alive is held by `pin` from now on.
+    /// Only for bytes that were seen to be wrong, and only with the right ones at hand or nothing to lose. Whoever has it open may read on.
+    ///
+    /// # Errors
+    /// [`StoreError::Other`] when its bytes cannot be removed; they must then not be taken for the blob. What is not there is no error.
+    async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError>;
+
     /// Every image record.
     ///
     /// # Errors
@@ -54,6 +61,14 @@ pub trait ContentStore: Send + Sync + 'static {
     /// # Errors
     /// [`StoreError::Absent`] when the target is not there.
     async fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError>;
+
+    /// Removes the image record of exactly this name if it points at `target`, and returns when the runtime has taken notice of it. What it
+    /// named is left to the collector. For a record whose content nobody has any more: as long as it is there, pods are told that the
+    /// image is, and it is never pulled.
+    ///
+    /// # Errors
+    /// As [`ContentStore::blob`]. A record that is gone, or that points elsewhere, is no error.
+    async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError>;
 
     /// Holds content against collection until released, or for `life` at most, so that a killed agent leaks nothing.
     ///
@@ -71,11 +86,11 @@ pub trait ContentStore: Send + Sync + 'static {
     /// some stores (containerd's collector is one) take content away silently, so list again at intervals as well.
     fn changes(&self) -> watch::Receiver<u64>;
 
-    /// Bytes that can still be written before the file system is full; `None` where that has no meaning.
+    /// How much room the file system has that content is kept on; `None` where that has no meaning or cannot be seen.
     ///
     /// # Errors
     /// As [`ContentStore::blob`].
-    async fn free_bytes(&self) -> Result<Option<u64>, StoreError>;
+    async fn room(&self) -> Result<Option<Room>, StoreError>;
 }
 
 /// Reads one blob; stays valid while the blob exists.
@@ -121,6 +136,10 @@ pub struct BlobInfo {
     pub digest: Digest,
     /// Its length in bytes.
     pub size: u64,
+    /// The repositories that it is remembered to have come from, in ascending order; who may fetch it asks for one of them.
+    pub sources: Vec<Repository>,
+    /// It is remembered to keep other blobs alive: it is a manifest or an index.
+    pub has_children: bool,
 }
 
 /// What is kept about a blob beside its bytes, so that the collector leaves its children and so that it can be pushed later.
@@ -153,6 +172,18 @@ pub enum ChildKind {
     Layer,
 }
 
+/// Whether images may be brought into a content store by others than its runtime.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Imports {
+    /// It has not been found out yet.
+    #[default]
+    NotKnown,
+    /// They may.
+    Allowed,
+    /// They may not; says why, and what to set.
+    Refused(String),
+}
+
 /// A name that points at an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageRecord {
@@ -160,6 +191,15 @@ pub struct ImageRecord {
     pub name: String,
     /// The index or manifest.
     pub target: Descriptor,
+}
+
+/// A file system's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes that can still be written without privileges.
+    pub free: u64,
+    /// Bytes of the whole file system, those that are kept for the privileged included.
+    pub total: u64,
 }
 
 /// Holds content while it is worked on. (containerd calls this a lease; here that word is Kubernetes's.)

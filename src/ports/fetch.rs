@@ -74,6 +74,12 @@ pub enum FetchError {
         /// The wait that was allowed.
         seconds: u64,
     },
+    /// It cannot read the blob itself.
+    #[error("peer {peer} says that its content store failed")]
+    StoreFailed {
+        /// Who was asked.
+        peer: PeerId,
+    },
     /// It sent other bytes than the digest asks for.
     #[error("peer {peer} sent wrong content: {source}")]
     Corrupt {
@@ -109,6 +115,7 @@ impl FetchError {
             | Self::NotAdmitted { peer, .. }
             | Self::Absent { peer, .. }
             | Self::Busy { peer }
+            | Self::StoreFailed { peer }
             | Self::Stalled { peer, .. }
             | Self::Corrupt { peer, .. }
             | Self::Protocol { peer, .. } => Some(*peer),
@@ -124,6 +131,7 @@ impl FetchError {
             Self::Absent { .. } => "absent",
             Self::Busy { .. } => "busy",
             Self::Stalled { .. } => "stalled",
+            Self::StoreFailed { .. } => "store_failed",
             Self::Corrupt { .. } => "corrupt",
             Self::Protocol { .. } => "protocol",
             Self::Sink(_) => "sink",

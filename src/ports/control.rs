@@ -1,0 +1,296 @@
+//! What a person on the node asks of its agent: how it is, and an image by hand.
+//!
+//! The names of the fields are what `--json` prints, so they are part of what users may rely on. Not here: how the questions travel
+//! (`crate::control`) and who answers them (`crate::agent`).
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use crate::oci::Reference;
+
+/// Node names in one message; more would not be read. At 253 bytes each, 8 KiB.
+pub const MAX_NAMES: usize = 32;
+
+/// Peers that [`PeersStatus`] names: with names and keys of the longest kind some 170 KiB.
+pub const MAX_PEERS: usize = 512;
+
+/// An image that somebody asks for by hand.
+#[derive(Debug)]
+pub struct PullRequest {
+    /// Which image.
+    pub reference: Reference,
+    /// Only say what is known of it; nothing moves.
+    pub dry_run: bool,
+    /// Where its progress goes; the last message is [`PullProgress::Done`] or [`PullProgress::Failed`]. Closed when nobody listens any
+    /// more, which abandons the pull.
+    pub progress: mpsc::Sender<PullProgress>,
+}
+
+/// How far a pull is. A dry run ends with [`PullProgress::Resolved`] or [`PullProgress::Failed`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum PullProgress {
+    /// Which content the reference means, and who holds it.
+    Resolved {
+        /// The index or manifest.
+        digest: String,
+        /// The nodes that hold it under this repository, at most [`MAX_NAMES`] of them.
+        providers: Vec<String>,
+        /// Providers that are not named.
+        more_providers: usize,
+    },
+    /// What has to come is known. Not sent when nothing has to.
+    Planned {
+        /// Bytes of config and layers to fetch.
+        missing_bytes: u64,
+        /// Blobs to fetch.
+        missing_blobs: usize,
+    },
+    /// Bytes of config and layers that have come. Falls back when a provider fails in the middle of a blob.
+    Bytes {
+        /// So far.
+        done: u64,
+        /// Of so many.
+        total: u64,
+    },
+    /// The image is here.
+    Done {
+        /// The index or manifest.
+        digest: String,
+        /// Bytes that came, documents included.
+        bytes: u64,
+        /// Blobs that came.
+        fetched: usize,
+        /// Blobs that were here.
+        there: usize,
+        /// How long it took.
+        milliseconds: u64,
+        /// The nodes that it came from, at most [`MAX_NAMES`] of them.
+        from: Vec<String>,
+    },
+    /// The image is not here.
+    Failed {
+        /// What went wrong, for machines.
+        kind: PullFailure,
+        /// What went wrong, for people: which image, which nodes.
+        message: String,
+        /// Whether the same may work a little later.
+        retryable: bool,
+    },
+}
+
+impl PullProgress {
+    /// Whether this ends the pull.
+    pub fn is_last(&self, dry_run: bool) -> bool {
+        match self {
+            Self::Done { .. } | Self::Failed { .. } => true,
+            Self::Resolved { .. } => dry_run,
+            Self::Planned { .. } | Self::Bytes { .. } => false,
+        }
+    }
+}
+
+/// Why a pull by hand failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum PullFailure {
+    /// No peer holds it under this registry and repository.
+    NoProvider,
+    /// Peers know the tag with different contents.
+    Disagreement,
+    /// A manifest that cannot be used, or none for this platform.
+    Unusable,
+    /// A limit forbids it.
+    OverLimit,
+    /// Nothing may be imported on this node.
+    Closed,
+    /// Every provider failed.
+    FetchFailed,
+    /// This node's content store failed.
+    StoreFailed,
+    /// The agent stops.
+    Abandoned,
+    /// As many are pulled by hand as may be at the same time.
+    Busy,
+    /// One that this release does not know.
+    #[serde(other)]
+    Other,
+}
+
+/// Says how the agent is. Answers at once, from what is known.
+pub trait StatusSource: Send + Sync + 'static {
+    /// How it is now.
+    fn status(&self) -> Status;
+}
+
+/// How an agent is. What it does not know is absent.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Status {
+    /// The node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// The agent's key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer_id: Option<String>,
+    /// The agent's release.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// This node's containerd.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub containerd: Option<ContainerdStatus>,
+    /// The other agents.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peers: Option<PeersStatus>,
+    /// What this node tells the others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub images: Option<ImagesStatus>,
+    /// Registries that are known to be down; an empty list when none is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub registries_down: Option<Vec<OutageStatus>>,
+    /// Recoveries under way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recoveries: Option<Vec<RecoveryStatus>>,
+    /// The watched file, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rules_file: Option<RulesFileStatus>,
+}
+
+/// What is known of containerd.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ContainerdStatus {
+    /// Its version; absent while it does not answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// The root of its content store, as containerd or the setting names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content_root: Option<String>,
+    /// How blobs are read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blobs_read: Option<BlobAccess>,
+    /// Whether it throws layers away once they are unpacked; such a node has little to give.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub discards_unpacked_layers: Option<bool>,
+    /// The image of pods' sandboxes, without which no pod starts; absent where no sandbox tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sandbox_image: Option<String>,
+    /// Its image verifiers; an empty list when it has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_verifiers: Option<Vec<String>>,
+}
+
+/// How blobs are read from containerd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum BlobAccess {
+    /// From the files of its content store.
+    Files,
+    /// Through its content API, which is slower.
+    ContentApi,
+}
+
+impl fmt::Display for BlobAccess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Files => "from its files",
+            Self::ContentApi => "through the content API",
+        })
+    }
+}
+
+/// The agents that are connected.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PeersStatus {
+    /// How many.
+    pub connected: usize,
+    /// At most [`MAX_PEERS`] of them, by name.
+    pub named: Vec<PeerStatus>,
+}
+
+/// One of them.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PeerStatus {
+    /// Its node.
+    pub node: String,
+    /// Its key.
+    pub peer_id: String,
+}
+
+/// What this node holds.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ImagesStatus {
+    /// Images that peers are told of.
+    pub announced: usize,
+    /// Images with a record here but not all of their content, so that peers are not told of them.
+    pub incomplete: usize,
+}
+
+/// A registry that is known to be down.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct OutageStatus {
+    /// Which one.
+    pub registry: String,
+    /// How it fails, in words.
+    pub how: String,
+    /// Since when, in seconds since 1970.
+    pub since: u64,
+    /// The nodes that say so, at most [`MAX_NAMES`] of them.
+    pub said_by: Vec<String>,
+}
+
+/// A recovery under way.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RecoveryStatus {
+    /// The image.
+    pub image: String,
+    /// Bytes that have come.
+    pub done: u64,
+    /// Of so many; 0 until the manifest is there.
+    pub total: u64,
+    /// The nodes that it comes from.
+    pub from: Vec<String>,
+}
+
+/// The watched file of rules.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RulesFileStatus {
+    /// Where it is.
+    pub path: String,
+    /// Why it is not in force as it is now; then what was read before stays.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// When what is in force was read, in seconds since 1970; absent while the flags alone are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub in_force_since: Option<u64>,
+    /// What it sets, as `name: value`.
+    pub sets: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_known_is_not_written_and_reads_back_as_unknown() {
+        let status = Status { node: Some("n1".into()), registries_down: Some(Vec::new()), ..Status::default() };
+        let text = serde_json::to_string(&status).unwrap();
+        assert_eq!(text, r#"{"node":"n1","registriesDown":[]}"#);
+        assert_eq!(serde_json::from_str::<Status>(&text).unwrap(), status);
+    }
+
+    #[test]
+    fn a_failure_of_a_later_release_can_still_be_read() {
+        let line = r#"{"event":"failed","kind":"metTheKraken","message":"m","retryable":false}"#;
+        let failed = PullProgress::Failed { kind: PullFailure::Other, message: "m".into(), retryable: false };
+        assert_eq!(serde_json::from_str::<PullProgress>(line).unwrap(), failed);
+    }
+}
