@@ -12,6 +12,21 @@ pub const MAX_DOCUMENT_BYTES: u64 = 4 << 20;
 /// entries; at about 200 bytes an entry this is also far under [`MAX_DOCUMENT_BYTES`].
 pub const MAX_CHILDREN: usize = 1024;
 
+/// The names of an index, OCI's first (containerd: `images.IsIndexType`).
+const INDEXES: &[&str] =
+    &["application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json"];
+
+/// The names of a manifest, OCI's first (containerd: `images.IsManifestType`).
+const MANIFESTS: &[&str] =
+    &["application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"];
+
+/// The names of a configuration that a container can be made from (containerd: `images.IsConfigType`).
+const CONFIGS: &[&str] =
+    &["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
+
+/// What a document calls itself goes into messages; more than this of it would not be read.
+const MAX_QUOTED: usize = 80;
+
 /// A blob that names other blobs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Document {
@@ -35,6 +50,8 @@ pub struct Index {
 pub struct Manifest {
     /// What the document calls itself; where it does not say, OCI's name for its shape.
     pub media_type: String,
+    /// What it is, when that is not an image.
+    pub artifact_type: Option<String>,
     /// The image's configuration.
     pub config: Descriptor,
     /// The layers, the lowest first; there may be none.
@@ -56,9 +73,23 @@ pub enum DocumentError {
     /// More entries than [`MAX_CHILDREN`].
     #[error("{0} entries in a manifest are over the limit of {MAX_CHILDREN}")]
     TooManyChildren(usize),
-    /// Only schema 2 is content-addressed all the way down.
+    /// Docker's first schema: its layers are no content-addressed blobs of an image that containerd runs.
+    #[error("a Docker manifest of schema 1, which no current runtime takes; push the image again with a current tool")]
+    Schema1,
+    /// Only schema 2 exists besides.
     #[error("manifest schema version {0} is not supported")]
     Schema(u64),
+    /// It calls itself something else than what it is, or its descriptor does.
+    #[error("{shape} is called {claimed:?}")]
+    MediaType {
+        /// What it is.
+        shape: &'static str,
+        /// What it is called, shortened.
+        claimed: String,
+    },
+    /// A manifest of something that cannot run: a chart, a signature, a list of materials.
+    #[error("an artifact of type {0:?}, not an image that can run")]
+    Artifact(String),
 }
 
 #[derive(Deserialize)]
@@ -66,6 +97,7 @@ pub enum DocumentError {
 struct Raw {
     schema_version: u64,
     media_type: Option<String>,
+    artifact_type: Option<String>,
     manifests: Option<Vec<Descriptor>>,
     config: Option<Descriptor>,
     layers: Option<Vec<Descriptor>>,
@@ -82,24 +114,59 @@ impl Document {
             return Err(DocumentError::TooLarge(bytes.len() as u64));
         }
         let raw: Raw = serde_json::from_slice(bytes)?;
-        if raw.schema_version != 2 {
-            return Err(DocumentError::Schema(raw.schema_version));
+        match raw.schema_version {
+            2 => {}
+            1 => return Err(DocumentError::Schema1),
+            other => return Err(DocumentError::Schema(other)),
         }
         let document = match (raw.manifests, raw.config, raw.layers) {
             (Some(manifests), None, None) => {
-                let media_type = raw.media_type.unwrap_or_else(|| "application/vnd.oci.image.index.v1+json".into());
+                let media_type = raw.media_type.unwrap_or_else(|| INDEXES[0].into());
                 Self::Index(Index { media_type, manifests })
             }
             // `layers` is required by the specification; an artifact without any still writes an empty list.
             (None, Some(config), Some(layers)) => {
-                let media_type = raw.media_type.unwrap_or_else(|| "application/vnd.oci.image.manifest.v1+json".into());
-                Self::Manifest(Manifest { media_type, config, layers })
+                let media_type = raw.media_type.unwrap_or_else(|| MANIFESTS[0].into());
+                Self::Manifest(Manifest { media_type, artifact_type: raw.artifact_type, config, layers })
             }
             _ => return Err(DocumentError::NeitherOrBoth),
         };
-        match document.children().count() {
-            children if children > MAX_CHILDREN => Err(DocumentError::TooManyChildren(children)),
-            _ => Ok(document),
+        let children = document.children().count();
+        if children > MAX_CHILDREN {
+            return Err(DocumentError::TooManyChildren(children));
+        }
+        document.check_called(document.media_type())?;
+        Ok(document)
+    }
+
+    /// Whether this is the media type of an index or a manifest.
+    pub fn is_called(media_type: &str) -> bool {
+        INDEXES.contains(&media_type) || MANIFESTS.contains(&media_type)
+    }
+
+    /// Whether a descriptor may call the document so. containerd goes by the descriptor, and refuses one of the other shape.
+    ///
+    /// # Errors
+    /// [`DocumentError::MediaType`].
+    pub fn check_called(&self, media_type: &str) -> Result<(), DocumentError> {
+        let (shape, names) = match self {
+            Self::Index(_) => ("an image index", INDEXES),
+            Self::Manifest(_) => ("an image manifest", MANIFESTS),
+        };
+        if names.contains(&media_type) {
+            return Ok(());
+        }
+        Err(DocumentError::MediaType { shape, claimed: media_type.chars().take(MAX_QUOTED).collect() })
+    }
+
+    /// Whether a runtime can run it: an index, because one of its manifests may be, or a manifest whose configuration is an image's.
+    ///
+    /// # Errors
+    /// [`DocumentError::Artifact`].
+    pub fn check_runnable(&self) -> Result<(), DocumentError> {
+        match self {
+            Self::Manifest(manifest) if manifest.is_artifact() => Err(DocumentError::Artifact(manifest.kind())),
+            _ => Ok(()),
         }
     }
 
@@ -121,6 +188,18 @@ impl Document {
     }
 }
 
+impl Manifest {
+    /// It is no image: containerd runs only what has an image's configuration, whatever else the manifest says of itself.
+    pub fn is_artifact(&self) -> bool {
+        !CONFIGS.contains(&self.config.media_type.as_str())
+    }
+
+    fn kind(&self) -> String {
+        let kind = self.artifact_type.as_ref().unwrap_or(&self.config.media_type);
+        kind.chars().take(MAX_QUOTED).collect()
+    }
+}
+
 impl Index {
     /// The manifest that runs on `here`, the best match first; entries without a platform only when no entry has one.
     pub fn select(&self, here: &Platform) -> Option<&Descriptor> {
@@ -139,81 +218,4 @@ impl Index {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::oci::Digest;
-
-    fn descriptor(name: &str, rest: &str) -> String {
-        format!(r#"{{"mediaType":"m","digest":"{}","size":7{rest}}}"#, Digest::of(name.as_bytes()))
-    }
-
-    fn index(entries: &[(&str, &str)]) -> Index {
-        let entries: Vec<_> = entries.iter().map(|(name, rest)| descriptor(name, rest)).collect();
-        let json = format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, entries.join(","));
-        match Document::parse(json.as_bytes()).unwrap() {
-            Document::Index(index) => index,
-            Document::Manifest(_) => panic!("an index was read as a manifest"),
-        }
-    }
-
-    const AMD: &str = r#","platform":{"architecture":"amd64","os":"linux"}"#;
-    const ARM: &str = r#","platform":{"architecture":"arm64","os":"linux"}"#;
-    const ATTESTATION: &str = r#","platform":{"architecture":"unknown","os":"unknown"},"annotations":{"vnd.docker.reference.type":"attestation-manifest"}"#;
-
-    fn linux_amd64() -> Platform {
-        Platform { architecture: "amd64".into(), os: "linux".into(), variant: None }
-    }
-
-    #[test]
-    fn a_manifest_names_its_config_and_layers() {
-        let json =
-            format!(r#"{{"schemaVersion":2,"config":{},"layers":[{}]}}"#, descriptor("c", ""), descriptor("l", ""));
-        let document = Document::parse(json.as_bytes()).unwrap();
-        let digests: Vec<_> = document.children().map(|child| child.digest).collect();
-        assert_eq!(digests, [Digest::of(b"c"), Digest::of(b"l")]);
-    }
-
-    #[test]
-    fn a_manifest_may_have_no_layers() {
-        let json = format!(r#"{{"schemaVersion":2,"config":{},"layers":[]}}"#, descriptor("c", ""));
-        assert_eq!(Document::parse(json.as_bytes()).unwrap().children().count(), 1);
-    }
-
-    #[test]
-    fn an_index_gives_the_manifest_of_this_platform() {
-        let select = |entries: &[(&str, &str)]| index(entries).select(&linux_amd64()).map(|found| found.digest);
-        assert_eq!(select(&[("arm", ARM), ("amd", AMD), ("note", ATTESTATION)]), Some(Digest::of(b"amd")));
-        assert_eq!(select(&[("arm", ARM), ("note", ATTESTATION)]), None, "only other platforms");
-        assert_eq!(select(&[("only", "")]), Some(Digest::of(b"only")), "no platform named at all");
-        assert_eq!(
-            select(&[("plain", ""), ("arm", ARM)]),
-            None,
-            "an unnamed entry beside named ones is not a guess to make"
-        );
-        assert_eq!(select(&[]), None);
-    }
-
-    #[test]
-    fn what_is_no_document_is_refused() {
-        let (c, l) = (descriptor("c", ""), descriptor("l", ""));
-        let negative = c.replace(":7", ":-7");
-        let sha512 = c.replace("sha256", "sha512");
-        for (what, json) in [
-            ("not JSON", "<html>".to_owned()),
-            ("empty", String::new()),
-            ("nothing in it", r#"{"schemaVersion":2}"#.into()),
-            ("both", format!(r#"{{"schemaVersion":2,"manifests":[],"config":{c},"layers":[{l}]}}"#)),
-            ("schema 1", format!(r#"{{"schemaVersion":1,"config":{c},"layers":[]}}"#)),
-            ("negative size", format!(r#"{{"schemaVersion":2,"config":{negative},"layers":[]}}"#)),
-            ("sha512", format!(r#"{{"schemaVersion":2,"config":{sha512},"layers":[]}}"#)),
-            (
-                "too many",
-                format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, vec![c.as_str(); MAX_CHILDREN + 1].join(",")),
-            ),
-            ("too large", " ".repeat(MAX_DOCUMENT_BYTES as usize + 1)),
-            ("nested", "[".repeat(100_000)),
-        ] {
-            assert!(Document::parse(json.as_bytes()).is_err(), "{what}");
-        }
-    }
-}
+mod tests;

@@ -31,25 +31,57 @@ impl Platform {
 
     /// How well an image for `offered` runs here: `None` not at all, else the higher the better.
     ///
-    /// As containerd's `platforms.Only`: arm64 without a variant is v8; on arm a lower variant runs on a higher one.
+    /// As containerd's `platforms.Only`, which is what its CRI plugin chooses by on linux; versions and features of the operating system do
+    /// not count there.
     pub fn preference(&self, offered: &Platform) -> Option<u8> {
-        if self.os != offered.os || self.architecture != offered.architecture {
-            return None;
-        }
-        let rank = |platform: &Platform| -> Option<u8> {
-            match (platform.architecture.as_str(), platform.variant.as_deref()) {
-                ("arm64", None) => Some(8),
-                ("arm", None) => Some(7),
-                ("arm" | "arm64", Some(variant)) => {
-                    variant.strip_prefix('v').and_then(|v| v.split('.').next()).and_then(|v| v.parse().ok())
-                }
-                (_, None | Some("v1")) => Some(1),
-                // amd64/v2 and v3 ask for instructions that this node may lack; containerd's default matcher skips them too.
-                (_, Some(_)) => None,
-            }
+        let offered = offered.normalised();
+        let place = self.normalised().runs().position(|platform| platform == offered)?;
+        Some(u8::MAX.saturating_sub(place.try_into().unwrap_or(u8::MAX)))
+    }
+
+    /// What runs on a machine like this, the best first (containerd: `platformVector`). `self` is normalised.
+    fn runs(&self) -> impl Iterator<Item = Platform> {
+        let number = |variant: &str| variant.strip_prefix('v').and_then(|number| number.parse::<u8>().ok());
+        let variant = self.variant.as_deref().unwrap_or_default();
+        let lower: Vec<(&str, u8)> = match self.architecture.as_str() {
+            // v2 and up ask for instructions that a node need not have; one without a variant runs none of them.
+            "amd64" => (1..number(variant).unwrap_or(1)).rev().map(|version| ("amd64", version)).collect(),
+            "arm" => (5..number(variant).unwrap_or(5)).rev().map(|version| ("arm", version)).collect(),
+            "arm64" => (5..=8).rev().map(|version| ("arm", version)).collect(),
+            _ => Vec::new(),
         };
-        let (here, there) = (rank(self)?, rank(offered)?);
-        (there <= here).then_some(there)
+        let of = |architecture: &str, variant: Option<String>| {
+            Self { architecture: architecture.into(), os: self.os.clone(), variant }.normalised()
+        };
+        let mut platforms = vec![self.clone()];
+        platforms
+            .extend(lower.into_iter().map(|(architecture, version)| of(architecture, Some(format!("v{version}")))));
+        platforms.extend((self.architecture == "amd64").then(|| of("386", None)));
+        platforms.into_iter()
+    }
+
+    /// One spelling for each platform (containerd: `platforms.Normalize`).
+    fn normalised(&self) -> Self {
+        let os = match self.os.to_ascii_lowercase() {
+            os if os.is_empty() => "linux".to_owned(),
+            os => os,
+        };
+        let (architecture, variant) =
+            (self.architecture.to_ascii_lowercase(), self.variant.as_deref().unwrap_or_default().to_ascii_lowercase());
+        let (architecture, variant) = match (architecture.as_str(), variant.as_str()) {
+            ("i386", _) => ("386", ""),
+            ("x86_64" | "x86-64" | "amd64", "v1" | "") => ("amd64", ""),
+            ("x86_64" | "x86-64", variant) => ("amd64", variant),
+            ("aarch64" | "arm64", "8" | "v8" | "") => ("arm64", ""),
+            ("aarch64", variant) => ("arm64", variant),
+            ("armhf", _) | ("arm", "" | "7") => ("arm", "v7"),
+            ("armel", _) | ("arm", "6") => ("arm", "v6"),
+            ("arm", "5") => ("arm", "v5"),
+            ("arm", "8") => ("arm", "v8"),
+            (architecture, variant) => (architecture, variant),
+        };
+        let variant = (!variant.is_empty()).then(|| variant.to_owned());
+        Self { architecture: architecture.to_owned(), os, variant }
     }
 }
 
@@ -74,10 +106,26 @@ mod tests {
         for (here, offered, runs) in [
             ("linux/amd64", "linux/amd64", true),
             ("linux/amd64", "linux/amd64/v1", true),
+            ("linux/amd64", "linux/amd64/v2", false),
             ("linux/amd64", "linux/amd64/v3", false),
+            ("linux/amd64", "linux/x86_64", true),
+            ("linux/amd64", "Linux/AMD64", true),
+            ("linux/amd64", "linux/386", true),
+            ("linux/amd64/v3", "linux/amd64/v2", true),
+            ("linux/amd64/v3", "linux/amd64", true),
+            ("linux/386", "linux/amd64", false),
             ("linux/amd64", "linux/arm64", false),
             ("linux/amd64", "windows/amd64", false),
             ("linux/arm64/v8", "linux/arm64", true),
+            ("linux/arm64/v8", "linux/arm64/v8", true),
+            ("linux/arm64/v8", "linux/aarch64", true),
+            ("linux/arm64/v8", "linux/arm/v7", true),
+            ("linux/arm64/v8", "linux/arm64/v9", false),
+            ("linux/arm/v7", "linux/arm64", false),
+            ("linux/arm/v7", "linux/arm", true),
+            ("linux/arm/v7", "linux/arm/v5", true),
+            ("linux/arm/v7", "linux/arm/v8", false),
+            ("linux/arm/v5", "linux/arm/v5", true),
             ("linux/arm/v7", "linux/arm/v6", true),
             ("linux/arm/v6", "linux/arm/v7", false),
             ("linux/amd64", "unknown/unknown", false),
@@ -88,7 +136,21 @@ mod tests {
 
     #[test]
     fn the_closest_variant_is_preferred() {
-        let here = platform("linux/arm/v7");
-        assert!(here.preference(&platform("linux/arm/v7")) > here.preference(&platform("linux/arm/v6")));
+        for (here, best_first) in [
+            ("linux/arm/v7", &["linux/arm/v7", "linux/arm/v6", "linux/arm/v5"][..]),
+            ("linux/arm64/v8", &["linux/arm64", "linux/arm/v8", "linux/arm/v7", "linux/arm/v5"]),
+            ("linux/amd64", &["linux/amd64/v1", "linux/386"]),
+        ] {
+            let preferences: Vec<_> =
+                best_first.iter().map(|offered| platform(here).preference(&platform(offered))).collect();
+            assert!(preferences.is_sorted_by(|better, worse| better > worse), "on {here}: {preferences:?}");
+        }
+    }
+
+    #[test]
+    fn what_an_operating_system_s_version_says_is_not_read() {
+        let json = r#"{"architecture":"amd64","os":"linux","os.version":"9","os.features":["x"]}"#;
+        let offered: Platform = serde_json::from_str(json).unwrap();
+        assert_eq!(offered, platform("linux/amd64"));
     }
 }

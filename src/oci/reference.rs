@@ -115,6 +115,17 @@ impl FromStr for Reference {
 }
 
 impl Repository {
+    /// Whether the text may be a [`Repository::registry`].
+    pub fn is_registry(text: &str) -> bool {
+        text.len() <= MAX_NAME && is_host(text)
+    }
+
+    /// Exactly this registry and path, where a reference could name them so.
+    pub fn exact(registry: &str, path: &str) -> Option<Self> {
+        let repository = Self::normalised(&format!("{registry}/{path}")).ok()?;
+        (repository.registry == registry && repository.path == path).then_some(repository)
+    }
+
     /// `nginx` -> `docker.io/library/nginx`, as Docker and CRI do; the error says which part is wrong.
     fn normalised(name: &str) -> Result<Self, &'static str> {
         let (registry, path) = match name.split_once('/') {
@@ -186,6 +197,8 @@ mod tests {
 
     const HEX: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
+    const HEX_DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
     #[test]
     fn references_are_normalised_as_cri_does() {
         let by_digest = format!("ghcr.io/a/b@sha256:{HEX}");
@@ -244,9 +257,52 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_name_is_accepted() {
-        let text = format!("a.b/{}", "c".repeat(251));
-        assert!(text.parse::<Reference>().is_ok());
+    fn limits_hold_to_the_character() {
+        let name = |length: usize| format!("a.b/{}", "c".repeat(length - 4));
+        // What is left out counts as well: `docker.io/library/` stands before a short name.
+        let short = |length: usize| "c".repeat(length - "docker.io/library/".len());
+        let tag = |length: usize| format!("a.b/c:{}", "t".repeat(length));
+        let port = |port: &str| format!("a.b:{port}/c");
+        for (what, text, fits) in [
+            ("the longest name", name(255), true),
+            ("one more", name(256), false),
+            ("the longest short name", short(255), true),
+            ("one more", short(256), false),
+            ("the longest tag", tag(128), true),
+            ("one more", tag(129), false),
+            ("the longest of all", format!("{}:{}@sha256:{HEX}", name(255), "t".repeat(128)), true),
+            ("the highest port", port("65535"), true),
+            ("one more", port("65536"), false),
+            ("no port after a colon", port(""), false),
+            ("a signed port", port("+80"), false),
+        ] {
+            assert_eq!(text.parse::<Reference>().is_ok(), fits, "{what}: {text}");
+        }
+    }
+
+    #[test]
+    fn algorithms_that_nothing_here_computes_are_named() {
+        for algorithm in ["sha512", "sha384", "blake3", "md5"] {
+            let refused = format!("a.b/c:1@{algorithm}:{HEX}{HEX}").parse::<Reference>().unwrap_err().to_string();
+            assert!(refused.contains(&format!("{algorithm:?} is not supported")), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_repository_is_exact_or_none() {
+        let exact = |registry, path| Repository::exact(registry, path).map(|repository| repository.to_string());
+        assert_eq!(exact("docker.io", "library/nginx").as_deref(), Some("docker.io/library/nginx"));
+        assert_eq!(exact("[fd00::1]:5000", "a/b").as_deref(), Some("[fd00::1]:5000/a/b"));
+        for (registry, path) in [
+            ("docker.io", "nginx"),
+            ("index.docker.io", "a/b"),
+            ("registry", "a"),
+            ("a.b", ""),
+            ("a.b", "A"),
+            ("", "a"),
+        ] {
+            assert_eq!(exact(registry, path), None, "{registry} {path}");
+        }
     }
 
     #[test]
@@ -264,6 +320,28 @@ mod tests {
             if let Ok(reference) = text.parse::<Reference>() {
                 proptest::prop_assert_eq!(reference.to_string().parse(), Ok(reference));
             }
+        }
+
+        #[test]
+        fn every_reference_of_the_grammar_is_read_and_reads_back(
+            host in "(localhost|[a-z0-9]{1,8}(-[a-z0-9]{1,8})?\\.[A-Za-z]{2,5}|\\[fd00::[1-9a-f]{1,4}\\])",
+            port in proptest::option::of(0..=u16::MAX),
+            path in "[a-z0-9]{1,6}((\\.|_|__|-{1,3})[a-z0-9]{1,6}){0,2}(/[a-z0-9]{1,6}){0,3}",
+            tag in proptest::option::of("[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"),
+            by_digest in proptest::bool::ANY,
+        ) {
+            let registry = port.map_or(host.clone(), |port| format!("{host}:{port}"));
+            let tag_part = tag.as_ref().map(|tag| format!(":{tag}")).unwrap_or_default();
+            let digest_part = if by_digest { format!("@sha256:{HEX}") } else { String::new() };
+            let reference: Reference = format!("{registry}/{path}{tag_part}{digest_part}").parse().unwrap();
+            let repository = Repository { registry, path };
+            let expected = match by_digest {
+                true => Reference::Digest(repository.clone(), HEX_DIGEST.parse().unwrap()),
+                false => Reference::Tag(repository.clone(), tag.unwrap_or("latest".into())),
+            };
+            proptest::prop_assert_eq!(&reference, &expected);
+            proptest::prop_assert_eq!(reference.to_string().parse(), Ok(expected));
+            proptest::prop_assert_eq!(Repository::exact(&repository.registry, &repository.path), Some(repository));
         }
     }
 }
