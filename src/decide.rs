@@ -1,9 +1,19 @@
 //! Decisions: values in, values out. No async, no clock, no I/O; `now` is an argument, so tests are exact and simulations
 //! drive this same code.
 
+pub mod bucket;
+pub mod cause;
 pub mod claim;
 pub mod inventory;
 pub mod ledger;
+pub mod opt_in;
+pub mod outage;
 pub mod plan;
 pub mod pull_failure;
 pub mod queue;
+pub mod reserve;
+pub mod rules;
+pub mod selector;
+pub mod tag;
+pub mod trust;
+pub mod wholeness;

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use crate::model::{ContentChange, MAX_ITEMS, MeshEvent, NodeName, Peer, PeerId};
+use crate::model::{ContentChange, MAX_ITEMS, MeshEvent, NodeName, Outage, OutageKind, Peer, PeerId};
 use crate::oci::{Digest, Repository};
 
 /// What is known of the content of the peers that are up.
@@ -19,6 +19,8 @@ pub struct Inventory {
     peers: Vec<Option<Known>>,
     blobs: HashMap<Digest, Holders>,
     images: HashMap<Repository, BTreeMap<Digest, BTreeMap<Option<String>, Holders>>>,
+    /// By what each node saw, so the same registry may stand here several times: each node has its own moment.
+    outages: BTreeMap<Outage, Holders>,
 }
 
 /// Stands for a peer in the table while it is up.
@@ -75,7 +77,25 @@ impl Inventory {
     pub fn tag(&self, repository: &Repository, tag: &str) -> BTreeMap<Digest, Vec<PeerId>> {
         let tag = Some(tag.to_owned());
         let images = self.images.get(repository).into_iter().flatten();
-        images.filter_map(|(digest, names)| Some((*digest, self.names(names.get(&tag)?)))).collect()
+        let held = images.filter_map(|(digest, names)| {
+            // A name without the content that it points at is no voice.
+            let holders = &self.blobs.get(digest)?.0;
+            let named = names.get(&tag)?.0.iter().filter(|number| holders.contains(number)).copied().collect();
+            Some((*digest, self.names(&Holders(named))))
+        });
+        held.filter(|(_, peers)| !peers.is_empty()).collect()
+    }
+
+    /// What peers say about registries that they cannot reach.
+    pub fn outages(&self, registry: &str) -> Vec<(&Outage, Vec<PeerId>)> {
+        let from = Outage { registry: registry.to_owned(), kind: OutageKind::NoSuchHost, since: 0 };
+        let of_registry = self.outages.range(from..).take_while(|(outage, _)| outage.registry == registry);
+        of_registry.map(|(outage, holders)| (outage, self.names(holders))).collect()
+    }
+
+    /// Everything that peers say about registries that they cannot reach, by registry.
+    pub fn all_outages(&self) -> impl Iterator<Item = (&Outage, Vec<PeerId>)> {
+        self.outages.iter().map(|(outage, holders)| (outage, self.names(holders)))
     }
 
     /// The peers that are up.
@@ -132,6 +152,7 @@ impl Inventory {
             });
             !images.is_empty()
         });
+        self.outages.retain(|_, holders| holders.without(number));
         if let Some(known) = &mut self.peers[number as usize] {
             known.items = 0;
         }
@@ -141,7 +162,7 @@ impl Inventory {
         let mut items = self.known(number).map_or(0, |known| known.items);
         let mut dropped = 0;
         for change in changes {
-            let added = matches!(change, ContentChange::BlobAdded(_) | ContentChange::Tagged(..));
+            let added = change.is_addition();
             if added && items == MAX_ITEMS {
                 dropped += usize::from(!self.holds(number, &change));
                 continue;
@@ -175,6 +196,15 @@ impl Inventory {
                 images.entry(digest).or_default().entry(tag).or_default().insert(number)
             }
             ContentChange::Untagged(repository, tag, digest) => self.untag(number, &repository, &tag, digest),
+            ContentChange::RegistryDown(outage) => self.outages.entry(outage).or_default().insert(number),
+            ContentChange::RegistryUp(outage) => {
+                let Some(holders) = self.outages.get_mut(&outage) else { return false };
+                let removed = holders.remove(number);
+                if holders.0.is_empty() {
+                    self.outages.remove(&outage);
+                }
+                removed
+            }
         }
     }
 
@@ -203,6 +233,7 @@ impl Inventory {
                 let names = self.images.get(repository).and_then(|images| images.get(digest));
                 names.and_then(|names| names.get(tag))
             }
+            ContentChange::RegistryDown(outage) | ContentChange::RegistryUp(outage) => self.outages.get(outage),
         };
         holders.is_some_and(|holders| holders.0.binary_search(&number).is_ok())
     }

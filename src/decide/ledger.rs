@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::pull_failure::Cause;
+use super::cause::Cause;
 use crate::model::PodRef;
 
 /// Remembers per pod UID, container and image; forgets with the pod.
@@ -34,6 +34,12 @@ impl Ledger {
             entry.cause = cause.or(entry.cause);
         }
         entry.cause
+    }
+
+    /// Whether the registry denied the image to the pod, for whichever of its containers.
+    pub fn is_denied(&self, pod: &PodRef, image: &str) -> bool {
+        let entries = self.pods.get(&pod.uid).into_iter().flatten();
+        entries.filter(|(key, _)| key.image == image).any(|(_, entry)| entry.cause == Some(Cause::Denied))
     }
 
     /// Whether this is the first time that `what` is to be said about the container and its image.
@@ -91,9 +97,9 @@ mod tests {
         let mut ledger = Ledger::default();
         let mut learn = |cause| ledger.learn(&pod("1"), "c", "a:1", cause);
         assert_eq!(learn(None), None);
-        assert_eq!(learn(Some(Cause::Unavailable)), Some(Cause::Unavailable));
-        assert_eq!(learn(None), Some(Cause::Unavailable), "silence does not unlearn");
+        assert_eq!(learn(Some(Cause::NotFound)), Some(Cause::NotFound));
+        assert_eq!(learn(None), Some(Cause::NotFound), "silence does not unlearn");
         assert_eq!(learn(Some(Cause::Denied)), Some(Cause::Denied));
-        assert_eq!(learn(Some(Cause::Unavailable)), Some(Cause::Denied));
+        assert_eq!(learn(Some(Cause::NotFound)), Some(Cause::Denied));
     }
 }

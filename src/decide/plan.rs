@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use sha2::{Digest as _, Sha256};
 
+use super::trust::Standing;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Manifest};
 
@@ -14,13 +15,15 @@ pub struct Plan {
     pub there: Vec<Descriptor>,
     /// Blobs to fetch, the largest first: the last one to finish is then a small one.
     pub missing: Vec<Descriptor>,
+    /// Layers that are not here and that nobody may give us: their licence forbids to distribute them.
+    pub withheld: Vec<Descriptor>,
 }
 
 /// Why an image may not be fetched.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OverLimit {
     /// A setting.
-    #[error("the image misses {missing} bytes here and --max-image-bytes is {limit}")]
+    #[error("the image misses {missing} bytes here and --max-image-bytes (or the rules file) allows {limit}")]
     Size {
         /// What would have to be fetched.
         missing: u64,
@@ -28,10 +31,15 @@ pub enum OverLimit {
         limit: u64,
     },
     /// The disk.
-    #[error("fetching {missing} bytes would leave less than --min-free-bytes {floor} of {free} free bytes")]
+    #[error(
+        "fetching {missing} bytes, beside {reserved} that other recoveries are about to write, would leave less than the {floor} that have to \
+         stay free (--min-free-bytes, --min-free-percent or the rules file, and room to unpack) of {free} free bytes"
+    )]
     Disk {
         /// What would have to be fetched.
         missing: u64,
+        /// What other recoveries were allowed and have not written yet.
+        reserved: u64,
         /// What is free now.
         free: u64,
         /// The setting.
@@ -39,26 +47,17 @@ pub enum OverLimit {
     },
 }
 
-/// Limits on one recovery.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Most bytes that one image may bring; 0 is no limit.
-    pub max_image_bytes: u64,
-    /// What must stay free on the content store's file system.
-    pub min_free_bytes: u64,
-}
-
-/// Splits a manifest's config and layers into what is there and what is missing. A layer that is named twice counts once;
-/// layers that must not be distributed are left to the runtime, which skips them as well.
+/// Splits a manifest's config and layers into what is there and what is missing. A layer that is named twice counts once.
 pub fn plan(manifest: &Manifest, is_there: impl Fn(Digest) -> bool) -> Plan {
     let mut seen = HashSet::new();
     let (there, mut missing): (Vec<_>, Vec<_>) = std::iter::once(&manifest.config)
-        .chain(manifest.layers.iter().filter(|layer| !layer.is_foreign()))
+        .chain(&manifest.layers)
         .filter(|blob| seen.insert(blob.digest))
         .cloned()
         .partition(|blob| is_there(blob.digest));
+    let withheld = missing.extract_if(.., |blob| blob.is_foreign()).collect();
     missing.sort_by_key(|blob| std::cmp::Reverse(blob.size));
-    Plan { there, missing }
+    Plan { there, missing, withheld }
 }
 
 impl Plan {
@@ -67,34 +66,25 @@ impl Plan {
         self.missing.iter().fold(0, |sum, blob| sum.saturating_add(blob.size))
     }
 
-    /// Whether the plan may be carried out.
+    /// Whether the image may bring so much; what the disk has room for is checked by [`super::reserve`]. `limit` is in bytes, 0 is none.
     ///
     /// # Errors
-    /// [`OverLimit`] with the figures and the setting that forbids it.
-    pub fn check(&self, limits: Limits, free: Option<u64>) -> Result<(), OverLimit> {
-        let Limits { max_image_bytes: limit, min_free_bytes: floor } = limits;
+    /// [`OverLimit::Size`] with the figures and the setting that forbids it.
+    pub fn check_size(&self, limit: u64) -> Result<(), OverLimit> {
         let missing = self.missing_bytes();
-        if limit > 0 && missing > limit {
-            return Err(OverLimit::Size { missing, limit });
-        }
-        match free {
-            Some(free) if missing > 0 && missing.saturating_add(floor) > free => {
-                Err(OverLimit::Disk { missing, free, floor })
-            }
-            _ => Ok(()),
-        }
+        if limit > 0 && missing > limit { Err(OverLimit::Size { missing, limit }) } else { Ok(()) }
     }
 }
 
 /// The order in which providers of a blob are asked: by rendezvous hash of the blob, the provider and the asker, so that the blobs of one
-/// image spread over all its providers and so do the nodes that want the same blob. Those that failed come last.
+/// image spread over all its providers and so do the nodes that want the same blob. What is known against a provider goes before that.
 pub fn order_providers(
     me: PeerId,
     digest: Digest,
     mut providers: Vec<PeerId>,
-    failed: &HashSet<PeerId>,
+    standing: impl Fn(PeerId) -> Standing,
 ) -> Vec<PeerId> {
-    providers.sort_by_cached_key(|provider| (failed.contains(provider), rendezvous(&[me, *provider], digest)));
+    providers.sort_by_cached_key(|provider| (standing(*provider), rendezvous(&[me, *provider], digest)));
     providers
 }
 
@@ -117,7 +107,7 @@ mod tests {
     }
 
     fn manifest(layers: Vec<Descriptor>) -> Manifest {
-        Manifest { media_type: String::new(), config: blob("config", 10), layers }
+        Manifest { media_type: String::new(), artifact_type: None, config: blob("config", 10), layers }
     }
 
     fn peer(n: u8) -> PeerId {
@@ -137,38 +127,44 @@ mod tests {
     fn layers_that_must_not_be_distributed_are_not_asked_for() {
         let mut foreign = blob("windows", 9);
         foreign.media_type = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip".into();
-        assert_eq!(plan(&manifest(vec![foreign]), |_| false).missing, [blob("config", 10)]);
+        let plan = |is_there| plan(&manifest(vec![foreign.clone()]), move |_| is_there);
+        assert_eq!((plan(false).missing, plan(false).withheld), (vec![blob("config", 10)], vec![foreign.clone()]));
+        assert_eq!((plan(true).there.len(), plan(true).withheld), (2, Vec::new()), "it may have come from elsewhere");
     }
 
     #[test]
-    fn limits_name_their_setting() {
-        let plan = plan(&manifest(vec![blob("layer", 990)]), |_| false);
-        let check = |max_image_bytes, min_free_bytes, free| {
-            plan.check(Limits { max_image_bytes, min_free_bytes }, free).map_err(|error| error.to_string())
-        };
-        assert_eq!(check(0, 0, None), Ok(()));
-        assert_eq!(check(1000, 500, Some(1500)), Ok(()));
-        assert!(check(999, 0, None).unwrap_err().contains("--max-image-bytes is 999"));
-        assert!(check(0, 501, Some(1500)).unwrap_err().contains("--min-free-bytes 501"));
+    fn the_size_limit_names_its_setting_and_counts_what_is_missing() {
+        let manifest = manifest(vec![blob("base", 1 << 40), blob("layer", 990)]);
+        let plan = plan(&manifest, |digest| digest == Digest::of(b"base"));
+        assert_eq!(plan.check_size(0), Ok(()));
+        assert_eq!(plan.check_size(1000), Ok(()));
+        assert!(plan.check_size(999).unwrap_err().to_string().contains("allows 999"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn what_passes_the_size_limit_is_within_it(
+            sizes in proptest::collection::vec(proptest::prelude::any::<u64>(), 0..6),
+            limit in proptest::prelude::any::<u64>(),
+        ) {
+            let layers = sizes.iter().enumerate().map(|(number, size)| blob(&number.to_string(), *size)).collect();
+            let plan = plan(&manifest(layers), |_| false);
+            let exact = 10 + sizes.iter().map(|size| u128::from(*size)).sum::<u128>();
+            proptest::prop_assert_eq!(plan.check_size(limit).is_ok(), limit == 0 || exact <= limit.into());
+        }
     }
 
     #[test]
-    fn absurd_sizes_do_not_overflow() {
-        let plan =
-            plan(&manifest(vec![blob("a", i64::MAX as u64), blob("b", i64::MAX as u64), blob("c", 99)]), |_| false);
-        assert_eq!(plan.missing_bytes(), u64::MAX);
-        assert!(plan.check(Limits { max_image_bytes: 0, min_free_bytes: 1 }, Some(u64::MAX - 1)).is_err());
-    }
-
-    #[test]
-    fn blobs_spread_over_providers_and_failures_come_last() {
+    fn blobs_spread_over_providers_and_those_that_lied_come_last() {
         let providers: Vec<_> = (1..=4).map(peer).collect();
-        let first =
-            |name: &str| order_providers(peer(9), Digest::of(name.as_bytes()), providers.clone(), &HashSet::new())[0];
+        let first = |name: &str| {
+            order_providers(peer(9), Digest::of(name.as_bytes()), providers.clone(), |_| Standing::Good)[0]
+        };
         let firsts: HashSet<_> = (0..32).map(|i| first(&i.to_string())).collect();
         assert_eq!(firsts.len(), 4, "every provider is somebody's first");
         let best = first("x");
-        let order = order_providers(peer(9), Digest::of(b"x"), providers.clone(), &[best].into());
+        let standing = |peer| if peer == best { Standing::Lying } else { Standing::Good };
+        let order = order_providers(peer(9), Digest::of(b"x"), providers.clone(), standing);
         assert_eq!(order.last(), Some(&best));
     }
 }

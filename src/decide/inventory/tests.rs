@@ -70,9 +70,10 @@ fn a_provider_holds_the_image_and_knows_it_by_the_same_repository() {
 fn a_tag_that_peers_disagree_about_shows_every_side() {
     let (old, new) = (blob("old"), blob("new"));
     let inventory = inventory([
-        (1, vec![tagged("app", "v1", new)]),
-        (2, vec![tagged("app", "v1", new), tagged("app", "v0", old)]),
-        (3, vec![tagged("app", "v1", old)]),
+        (1, vec![ContentChange::BlobAdded(new), tagged("app", "v1", new)]),
+        (2, vec![ContentChange::BlobAdded(new), tagged("app", "v1", new), tagged("app", "v0", old)]),
+        (3, vec![ContentChange::BlobAdded(old), tagged("app", "v1", old)]),
+        (4, vec![tagged("app", "v1", blob("not held by the one who names it"))]),
     ]);
     let sides = inventory.tag(&repository("app"), "v1");
     assert_eq!(sides, BTreeMap::from([(new, vec![id(1), id(2)]), (old, vec![id(3)])]));
@@ -169,6 +170,7 @@ fn plain(events: &[MeshEvent]) -> BTreeMap<PeerId, BTreeSet<ContentChange>> {
                 ContentChange::Untagged(repository, tag, digest) => {
                     items.remove(&ContentChange::Tagged(repository, tag, digest))
                 }
+                ContentChange::RegistryUp(outage) => items.remove(&ContentChange::RegistryDown(outage)),
                 added => items.insert(added),
             };
         }

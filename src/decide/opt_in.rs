@@ -1,0 +1,222 @@
+//! Who wants to be helped: what namespaces, pods and the pods' owners say by annotation, and what the rules allow.
+//!
+//! Both have to agree: whoever runs the namespace (`PREFIX/allow`) and whoever runs the workload (`PREFIX/auto-salvage`, on the pod or on
+//! an owner). Exactly `true` is a permission; a value that is neither `true` nor `false` is a mistake that must not turn into one.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::selector::Selector;
+use crate::model::PodView;
+
+/// Which namespaces and pods are helped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    /// Nothing is recovered at all.
+    pub kill_switch: bool,
+    /// What stands before `/allow` and `/auto-salvage`; several for people who come from elsewhere. The first that is set counts.
+    pub annotation_prefixes: Vec<String>,
+    /// Namespaces that are left alone whatever their annotations say.
+    pub denied_k8s_namespaces: BTreeSet<String>,
+    /// Further ones, by their labels.
+    pub denied_selector: Option<Selector>,
+    /// Namespaces that may opt in although they are denied, by their labels: an outage may include the CNI's own image.
+    pub allowed_selector: Option<Selector>,
+    /// Causes that are acted on.
+    pub salvage_on: BTreeSet<Trigger>,
+}
+
+/// A cause that can be chosen to act on, or not to. Missing content is always acted on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Trigger {
+    /// The registry cannot be reached.
+    Unavailable,
+    /// It limits our rate.
+    RateLimited,
+    /// It does not have the image.
+    NotFound,
+    /// It denies it.
+    Denied,
+}
+
+/// Names of the annotations, after the prefix.
+const ALLOW: &str = "allow";
+const AUTO_SALVAGE: &str = "auto-salvage";
+const IGNORE: &str = "ignore";
+const SALVAGE_ON_DENIED: &str = "salvage-on-denied";
+const PRIORITY: &str = "priority";
+
+/// A set of annotations.
+type Annotations = BTreeMap<String, String>;
+
+/// What the annotations and rules come to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OptIn {
+    /// The pod is helped.
+    Yes {
+        /// Also where the registry denies the image.
+        on_denied: bool,
+    },
+    /// It is not.
+    No(NotHelped),
+    /// The pod itself says nothing; its owners may.
+    AskOwners,
+}
+
+/// Why a pod is not helped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotHelped {
+    /// The kill switch is on.
+    KillSwitch,
+    /// Its namespace is denied.
+    DeniedNamespace,
+    /// Namespace or workload did not opt in.
+    NotOptedIn,
+    /// The pod says that it is to be left alone.
+    Ignored,
+}
+
+/// An annotation of ours whose value means nothing.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OddAnnotation {
+    /// The whole key.
+    pub key: String,
+    /// The value, shortened.
+    pub value: String,
+}
+
+impl Policy {
+    /// Why the pod is not helped, as far as that can be told without knowing its namespace.
+    pub fn refusal(&self, pod: &PodView) -> Option<NotHelped> {
+        if self.kill_switch {
+            Some(NotHelped::KillSwitch)
+        } else if self.allowed_selector.is_none() && self.denied_k8s_namespaces.contains(&pod.pod.k8s_namespace) {
+            Some(NotHelped::DeniedNamespace)
+        } else if self.is_ignored(pod) {
+            Some(NotHelped::Ignored)
+        } else {
+            None
+        }
+    }
+
+    /// By any of the prefixes. Whoever writes `ignore: yes` means it: here it is the mistake that must not turn into an action.
+    fn is_ignored(&self, pod: &PodView) -> bool {
+        let mut values =
+            self.annotation_prefixes.iter().filter_map(|prefix| pod.annotations.get(&format!("{prefix}/{IGNORE}")));
+        values.any(|value| value != "false")
+    }
+
+    /// Whether the pod is helped. `owners` are the annotations of its owners, the nearest first, once they were asked for.
+    ///
+    /// Values that mean nothing are added to `odd`.
+    pub fn opt_in(
+        &self,
+        pod: &PodView,
+        namespace_labels: &BTreeMap<String, String>,
+        namespace: &Annotations,
+        owners: Option<&[&Annotations]>,
+        odd: &mut Vec<OddAnnotation>,
+    ) -> OptIn {
+        if let Some(reason) = self.refusal(pod) {
+            return OptIn::No(reason);
+        }
+        if self.denies(&pod.pod.k8s_namespace, namespace_labels) {
+            return OptIn::No(NotHelped::DeniedNamespace);
+        }
+        if self.value(namespace, ALLOW, odd) != Some(Some(true)) {
+            return OptIn::No(NotHelped::NotOptedIn);
+        }
+        let mut said = self.value(&pod.annotations, AUTO_SALVAGE, odd);
+        if said.is_none() && pod.owner.is_some() {
+            let Some(owners) = owners else { return OptIn::AskOwners };
+            said = owners.iter().find_map(|annotations| self.value(annotations, AUTO_SALVAGE, odd));
+        }
+        if said != Some(Some(true)) {
+            return OptIn::No(NotHelped::NotOptedIn);
+        }
+        let on_denied = self.salvage_on.contains(&Trigger::Denied)
+            || self.value(namespace, SALVAGE_ON_DENIED, odd) == Some(Some(true));
+        OptIn::Yes { on_denied }
+    }
+
+    /// How urgent the pod is: what it says itself, else its PriorityClass.
+    pub fn priority(&self, pod: &PodView, odd: &mut Vec<OddAnnotation>) -> i64 {
+        let Some((key, value)) = self.first_set(&pod.annotations, PRIORITY) else { return pod.priority.into() };
+        value.parse::<i32>().map(Into::into).unwrap_or_else(|_| {
+            odd.push(OddAnnotation::new(key, value));
+            pod.priority.into()
+        })
+    }
+
+    fn denies(&self, name: &str, labels: &BTreeMap<String, String>) -> bool {
+        let chosen = |selector: &Option<Selector>| selector.as_ref().is_some_and(|selector| selector.matches(labels));
+        let denied = self.denied_k8s_namespaces.contains(name) || chosen(&self.denied_selector);
+        denied && !chosen(&self.allowed_selector)
+    }
+
+    /// `None` where it is not set, `Some(None)` where its value means nothing.
+    fn value(&self, annotations: &Annotations, name: &str, odd: &mut Vec<OddAnnotation>) -> Option<Option<bool>> {
+        let (key, value) = self.first_set(annotations, name)?;
+        Some(match value {
+            "true" => Some(true),
+            "false" => Some(false),
+            _ => {
+                odd.push(OddAnnotation::new(key, value));
+                None
+            }
+        })
+    }
+
+    fn first_set<'a>(&self, annotations: &'a Annotations, name: &str) -> Option<(String, &'a str)> {
+        self.annotation_prefixes.iter().find_map(|prefix| {
+            let key = format!("{prefix}/{name}");
+            annotations.get(&key).map(|value| (key, value.as_str()))
+        })
+    }
+}
+
+impl OddAnnotation {
+    fn new(key: String, value: &str) -> Self {
+        // Enough to recognise it by, in a line of the log.
+        Self { key, value: value.chars().take(40).collect() }
+    }
+}
+
+impl NotHelped {
+    /// For the metric.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::KillSwitch => "kill_switch",
+            Self::DeniedNamespace => "denied_namespace",
+            Self::NotOptedIn => "not_opted_in",
+            Self::Ignored => "ignored",
+        }
+    }
+}
+
+impl Trigger {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Unavailable, Self::RateLimited, Self::NotFound, Self::Denied];
+
+    /// Its name in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unavailable => "unavailable",
+            Self::RateLimited => "rate-limited",
+            Self::NotFound => "not-found",
+            Self::Denied => "denied",
+        }
+    }
+}
+
+impl std::str::FromStr for Trigger {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let names = Self::ALL.map(Self::name).join(", ");
+        let found = Self::ALL.into_iter().find(|trigger| trigger.name() == text);
+        found.ok_or_else(|| format!("{text:?} is none of {names}"))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,109 @@
+//! What people may change while an agent runs: whom it helps, and what that may cost.
+//!
+//! Not here: reading it from flags or a file (`crate::config`), and deciding by it ([`super::opt_in`], [`super::pull_failure`], [`super::plan`]).
+
+use super::opt_in::{Policy, Trigger};
+use super::tag::TagPolicy;
+
+/// Everything that is in force now. Flags give the first; a watched file may replace parts of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rules {
+    /// Who is helped.
+    pub policy: Policy,
+    /// What it may cost.
+    pub budgets: Budgets,
+}
+
+impl Default for Rules {
+    /// What is in force when no flag and no file says otherwise.
+    fn default() -> Self {
+        Self {
+            policy: Policy {
+                kill_switch: false,
+                annotation_prefixes: vec!["lighterman.dev".into()],
+                denied_k8s_namespaces: ["kube-system", "kube-public", "kube-node-lease"].map(String::from).into(),
+                denied_selector: None,
+                allowed_selector: None,
+                salvage_on: [Trigger::Unavailable, Trigger::RateLimited, Trigger::NotFound].into(),
+            },
+            budgets: Budgets {
+                concurrent_recoveries: 2,
+                concurrent_blobs: 4,
+                max_image_bytes: 0,
+                min_free_bytes: 2 << 30,
+                // The kubelet evicts pods at 15 % free of the image file system, and collects images at 85 % used.
+                min_free_percent: 20,
+                max_download_rate: 0,
+                max_upload_rate: 0,
+            },
+        }
+    }
+}
+
+/// What recoveries may cost this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budgets {
+    /// Images recovered at the same time; at least 1.
+    pub concurrent_recoveries: usize,
+    /// Blobs of one image fetched at the same time; at least 1.
+    pub concurrent_blobs: usize,
+    /// Most bytes that one image may bring; 0 is no limit.
+    pub max_image_bytes: u64,
+    /// What must stay free on the content store's file system.
+    pub min_free_bytes: u64,
+    /// What must stay free of it in percent of all of it; of the two the larger counts.
+    pub min_free_percent: u8,
+    /// Most bytes per second from peers, all together; 0 is no limit.
+    pub max_download_rate: u64,
+    /// Most bytes per second to peers, all together; 0 is no limit.
+    pub max_upload_rate: u64,
+}
+
+impl Budgets {
+    /// What must be left free of a file system of so many bytes when an image has come of which so many are missing: the floor, and what
+    /// the image becomes when it is unpacked, on the same file system as a rule. Compressed layers unpack to two or three times their size.
+    pub fn floor(&self, total: u64, missing: u64) -> u64 {
+        let percent = total / 100 * u64::from(self.min_free_percent);
+        self.min_free_bytes.max(percent).saturating_add(missing.saturating_mul(UNPACKED))
+    }
+}
+
+/// What an image takes once more when it is unpacked, in sizes of what came.
+const UNPACKED: u64 = 2;
+
+/// How references are read.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ResolveSettings {
+    /// What counts when peers disagree on a tag.
+    pub tag_policy: TagPolicy,
+    /// Whether the source registry is asked what a tag means before peers are.
+    pub ask_registry: bool,
+    /// Whether a peer that holds the digest is good for any repository. A digest is then a permission.
+    pub any_repository: bool,
+    /// Kubernetes namespaces whose pull secrets may be read.
+    pub pull_secret_namespaces: Vec<String>,
+}
+
+/// How recoveries are carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Manner {
+    /// Only decide and report.
+    pub dry_run: bool,
+    /// Delete a pod that still waits although its image is here, if something will make it again.
+    pub delete_pods: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_floor_is_the_larger_of_two_and_leaves_room_for_unpacking() {
+        let budgets = Budgets { min_free_bytes: 1000, min_free_percent: 20, ..Rules::default().budgets };
+        assert_eq!(budgets.floor(0, 0), 1000, "a file system that cannot be seen");
+        assert_eq!(budgets.floor(4000, 0), 1000);
+        assert_eq!(budgets.floor(100_000, 0), 20_000);
+        assert_eq!(budgets.floor(100_000, 50), 20_100);
+        assert_eq!(budgets.floor(u64::MAX, u64::MAX), u64::MAX);
+    }
+}

@@ -1,0 +1,193 @@
+//! Kubernetes label selectors, as `kubectl -l` takes them.
+//!
+//! The grammar is that of `k8s.io/apimachinery/pkg/labels`: `key`, `!key`, `key=value`, `key==value`, `key!=value`, `key in (a,b)`,
+//! `key notin (a,b)`, joined by commas, all of which must hold. Not here: `>` and `<`, which no namespace is chosen by.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+/// Chooses objects by their labels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Selector(Vec<Requirement>);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Requirement {
+    key: String,
+    test: Test,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Test {
+    Exists,
+    Absent,
+    In(Vec<String>),
+    /// Also true where the label is absent, as everywhere in Kubernetes.
+    NotIn(Vec<String>),
+}
+
+/// A text that is no selector.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{part:?} is no requirement on a label (as in: team=web,!legacy,tier in (a,b))")]
+pub struct SelectorError {
+    part: String,
+}
+
+impl Selector {
+    /// Whether every requirement holds. A selector is never empty, so there is none that everything matches by mistake.
+    pub fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
+        self.0.iter().all(|requirement| requirement.holds(labels))
+    }
+}
+
+impl Requirement {
+    fn holds(&self, labels: &BTreeMap<String, String>) -> bool {
+        let value = labels.get(&self.key);
+        match &self.test {
+            Test::Exists => value.is_some(),
+            Test::Absent => value.is_none(),
+            Test::In(values) => value.is_some_and(|value| values.contains(value)),
+            Test::NotIn(values) => value.is_none_or(|value| !values.contains(value)),
+        }
+    }
+
+    fn parse(part: &str) -> Option<Self> {
+        let part = part.trim();
+        let requirement = |key: &str, test| {
+            let key = key.trim();
+            is_key(key).then(|| Self { key: key.to_owned(), test })
+        };
+        if let Some(key) = part.strip_prefix('!') {
+            return requirement(key, Test::Absent);
+        }
+        if let Some((head, list)) = part.strip_suffix(')').and_then(|part| part.split_once('(')) {
+            let values: Vec<_> = list.split(',').map(|value| value.trim().to_owned()).collect();
+            if !values.iter().all(|value| is_value(value)) {
+                return None;
+            }
+            let (key, operator) = head.trim().rsplit_once(char::is_whitespace)?;
+            return match operator {
+                "in" => requirement(key, Test::In(values)),
+                "notin" => requirement(key, Test::NotIn(values)),
+                _ => None,
+            };
+        }
+        let Some(at) = part.find('=') else { return requirement(part, Test::Exists) };
+        let (key, value) = (&part[..at], part[at + 1..].trim_start_matches('=').trim());
+        let one = vec![value.to_owned()];
+        match key.strip_suffix('!') {
+            _ if !is_value(value) => None,
+            Some(key) => requirement(key, Test::NotIn(one)),
+            None => requirement(key, Test::In(one)),
+        }
+    }
+}
+
+impl FromStr for Selector {
+    type Err = SelectorError;
+
+    fn from_str(text: &str) -> Result<Self, SelectorError> {
+        let parts = split_outside_parentheses(text);
+        let parsed =
+            parts.into_iter().map(|part| Requirement::parse(part).ok_or_else(|| SelectorError { part: part.into() }));
+        parsed.collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (position, Requirement { key, test }) in self.0.iter().enumerate() {
+            f.write_str(if position > 0 { "," } else { "" })?;
+            match test {
+                Test::Exists => write!(f, "{key}")?,
+                Test::Absent => write!(f, "!{key}")?,
+                Test::In(values) => write!(f, "{key} in ({})", values.join(","))?,
+                Test::NotIn(values) => write!(f, "{key} notin ({})", values.join(","))?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// At the commas that separate requirements, not at those inside a list of values.
+fn split_outside_parentheses(text: &str) -> Vec<&str> {
+    let mut depth = 0_usize;
+    text.split(|c| {
+        match c {
+            '(' => depth += 1,
+            ')' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        c == ',' && depth == 0
+    })
+    .collect()
+}
+
+/// `[prefix/]name`, loosely: what the API server would never have let through cannot match anything.
+fn is_key(text: &str) -> bool {
+    let fits = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'/');
+    !text.is_empty() && text.len() <= 253 + 1 + 63 && text.bytes().all(fits)
+}
+
+/// At most 63 letters, digits, `-`, `_` and `.`; may be empty.
+fn is_value(text: &str) -> bool {
+    text.len() <= 63 && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect()
+    }
+
+    #[test]
+    fn selectors_choose_as_kubectl_does() {
+        let web = labels(&[("team", "web"), ("kubernetes.io/metadata.name", "cni")]);
+        for (text, expected) in [
+            ("team", true),
+            ("!team", false),
+            ("!legacy", true),
+            ("team=web", true),
+            ("team==web", true),
+            ("team!=web", false),
+            ("legacy!=yes", true),
+            ("team in (web, shop)", true),
+            ("team notin (shop)", true),
+            ("legacy notin (yes)", true),
+            ("team = web , !legacy", true),
+            ("team in (web,shop),kubernetes.io/metadata.name=cni", true),
+            ("team=web,team=shop", false),
+            ("team=", false),
+        ] {
+            let selector: Selector = text.parse().unwrap();
+            assert_eq!(selector.matches(&web), expected, "{text}");
+            assert_eq!(selector.to_string().parse::<Selector>().unwrap(), selector, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_selector_is_refused_by_the_part_that_is_wrong() {
+        for (text, part) in [
+            ("", ""),
+            ("a,,b", ""),
+            ("a=b,c d", "c d"),
+            ("a within (b)", "a within (b)"),
+            ("a=b=c", "a=b=c"),
+            ("a>1", "a>1"),
+        ] {
+            assert_eq!(text.parse::<Selector>(), Err(SelectorError { part: part.into() }), "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_read_is_written_so_that_it_reads_the_same(text in "[a-c!=, ()in]{0,24}") {
+            if let Ok(selector) = text.parse::<Selector>() {
+                prop_assert_eq!(selector.to_string().parse::<Selector>().unwrap(), selector);
+            }
+        }
+    }
+}

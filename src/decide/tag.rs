@@ -1,0 +1,126 @@
+//! What a tag means when peers do not agree.
+
+use std::collections::BTreeMap;
+use std::str::FromStr;
+
+use crate::oci::Digest;
+
+/// How a tag that several contents carry is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TagPolicy {
+    /// Not at all: the one who asked is told.
+    #[default]
+    Unanimous,
+    /// What most nodes hold.
+    MostCommon,
+    /// What was built last, by the images' own word.
+    Newest,
+}
+
+/// What a policy makes of the peers' answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Choice {
+    /// Nobody knows the tag.
+    Unknown,
+    /// This one.
+    One(Digest),
+    /// The policy does not choose among these.
+    Disagreement,
+    /// The policy asks when each was built: [`newest`].
+    ByAge,
+}
+
+/// Contents of one tag that are compared by age. Each costs a peer three small reads; more are a sign of something else.
+pub const MAX_AGED: usize = 8;
+
+impl TagPolicy {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Unanimous, Self::MostCommon, Self::Newest];
+
+    /// Its name in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unanimous => "unanimous",
+            Self::MostCommon => "most-common",
+            Self::Newest => "newest",
+        }
+    }
+
+    /// `meanings`: each content that carries the tag, and on how many nodes.
+    pub fn choose(self, meanings: &BTreeMap<Digest, usize>) -> Choice {
+        let Some(first) = meanings.keys().next() else { return Choice::Unknown };
+        if meanings.len() == 1 {
+            return Choice::One(*first);
+        }
+        match self {
+            Self::Unanimous => Choice::Disagreement,
+            Self::MostCommon => the_largest(meanings).map_or(Choice::Disagreement, Choice::One),
+            Self::Newest if meanings.len() > MAX_AGED => Choice::Disagreement,
+            Self::Newest => Choice::ByAge,
+        }
+    }
+}
+
+impl FromStr for TagPolicy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let names = Self::ALL.map(Self::name).join(", ");
+        let found = Self::ALL.into_iter().find(|policy| policy.name() == text);
+        found.ok_or_else(|| format!("{text:?} is none of {names}"))
+    }
+}
+
+/// The content that was built last; `None` where one does not say when, or two say the same (reproducible builds all say 1970).
+pub fn newest<Age: Ord>(built: &BTreeMap<Digest, Option<Age>>) -> Option<Digest> {
+    let aged: Option<BTreeMap<Digest, &Age>> =
+        built.iter().map(|(digest, age)| Some((*digest, age.as_ref()?))).collect();
+    the_largest(&aged?)
+}
+
+/// The one with the largest value; `None` on a tie.
+fn the_largest<Value: Ord>(values: &BTreeMap<Digest, Value>) -> Option<Digest> {
+    let (digest, largest) = values.iter().max_by_key(|(_, value)| *value)?;
+    (values.values().filter(|value| *value == largest).count() == 1).then_some(*digest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn meanings(counts: &[usize]) -> BTreeMap<Digest, usize> {
+        counts.iter().enumerate().map(|(number, count)| (digest(number), *count)).collect()
+    }
+
+    fn digest(number: usize) -> Digest {
+        Digest::of(&number.to_le_bytes())
+    }
+
+    #[test]
+    fn what_all_agree_on_needs_no_policy() {
+        for policy in TagPolicy::ALL {
+            assert_eq!(policy.choose(&meanings(&[3])), Choice::One(digest(0)));
+            assert_eq!(policy.choose(&meanings(&[])), Choice::Unknown);
+            assert_eq!(policy.name().parse(), Ok(policy));
+        }
+        assert!("majority".parse::<TagPolicy>().unwrap_err().contains("most-common"));
+    }
+
+    #[test]
+    fn a_disagreement_is_settled_only_by_a_policy_that_can() {
+        let split = meanings(&[2, 5, 1]);
+        assert_eq!(TagPolicy::Unanimous.choose(&split), Choice::Disagreement);
+        assert_eq!(TagPolicy::MostCommon.choose(&split), Choice::One(digest(1)));
+        assert_eq!(TagPolicy::MostCommon.choose(&meanings(&[5, 5, 1])), Choice::Disagreement, "a tie");
+        assert_eq!(TagPolicy::Newest.choose(&split), Choice::ByAge);
+        assert_eq!(TagPolicy::Newest.choose(&meanings(&[1; MAX_AGED + 1])), Choice::Disagreement);
+    }
+
+    #[test]
+    fn the_newest_is_found_only_where_all_say_when_they_were_built() {
+        let built = |ages: &[Option<u64>]| ages.iter().enumerate().map(|(n, age)| (digest(n), *age)).collect();
+        assert_eq!(newest::<u64>(&built(&[Some(1), Some(9), Some(4)])), Some(digest(1)));
+        assert_eq!(newest::<u64>(&built(&[Some(1), None])), None);
+        assert_eq!(newest::<u64>(&built(&[Some(0), Some(0)])), None);
+    }
+}

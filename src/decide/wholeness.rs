@@ -1,0 +1,206 @@
+//! Whether an image is whole here for somebody: only then is its name told to peers.
+//!
+//! Whole means that one platform's manifest is there with its configuration and every layer that may be distributed. Which platform that
+//! is, a puller sees from the manifest's own digest, which is announced like any blob. Not here: reading the documents, and what a puller
+//! on another platform does.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use crate::oci::{Digest, Document};
+
+/// What has to be there besides a document itself. Digests only: this is kept for every document of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Needs {
+    /// One of these manifests, with all that it needs.
+    OneManifest(Vec<Digest>),
+    /// All of these blobs.
+    Blobs {
+        /// The configuration.
+        config: Digest,
+        /// The layers that may be distributed, each once.
+        layers: Vec<Digest>,
+    },
+    /// It is no image and no document that could be one.
+    NoImage,
+}
+
+/// Why an image is of no use to anybody.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Lack {
+    /// Layers are missing, and everything else is there: what `discard_unpacked_layers` leaves, or a layer that had been unpacked for another image.
+    Layers {
+        /// How many are missing.
+        missing: usize,
+        /// How many there should be.
+        of: usize,
+    },
+    /// The manifest is there without its configuration.
+    Config,
+    /// The index is there without any of its manifests.
+    Manifest,
+    /// The index or manifest itself is not there, or its bytes are not what its digest says.
+    Root,
+    /// An artifact, or something that cannot be read as an image.
+    NoImage,
+}
+
+impl fmt::Display for Lack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layers { missing, of } => write!(f, "{missing} of {of} layers discarded after unpacking"),
+            Self::Config => f.write_str("its configuration is not here"),
+            Self::Manifest => f.write_str("none of its manifests is here"),
+            Self::Root => f.write_str("its index or manifest is not here, or damaged"),
+            Self::NoImage => f.write_str("not an image that can run"),
+        }
+    }
+}
+
+impl Needs {
+    /// What the document needs. Attestations are nobody's image, and layers that must not be distributed come from elsewhere.
+    pub fn of(document: &Document) -> Self {
+        match document {
+            Document::Index(index) => {
+                let manifests = index.manifests.iter().filter(|entry| !entry.attestation);
+                Self::OneManifest(manifests.map(|entry| entry.digest).collect())
+            }
+            Document::Manifest(manifest) if manifest.is_artifact() => Self::NoImage,
+            Document::Manifest(manifest) => {
+                let layers = manifest.layers.iter().filter(|layer| !layer.is_foreign());
+                let layers: BTreeSet<_> = layers.map(|layer| layer.digest).collect();
+                Self::Blobs { config: manifest.config.digest, layers: layers.into_iter().collect() }
+            }
+        }
+    }
+}
+
+/// What an image lacks; `None` when it is whole. `needs` knows the documents that are there and were read. An index inside an index is not
+/// followed, because no puller of ours does.
+pub fn lack<'a>(
+    root: Digest,
+    needs: impl Fn(Digest) -> Option<&'a Needs>,
+    is_there: impl Fn(Digest) -> bool,
+) -> Option<Lack> {
+    let lack_of_manifest = |needs: &Needs| match needs {
+        Needs::Blobs { config, .. } if !is_there(*config) => Some(Lack::Config),
+        Needs::Blobs { config: _, layers } => {
+            let missing = layers.iter().filter(|layer| !is_there(**layer)).count();
+            (missing > 0).then_some(Lack::Layers { missing, of: layers.len() })
+        }
+        Needs::OneManifest(_) | Needs::NoImage => Some(Lack::NoImage),
+    };
+    match needs(root) {
+        None => Some(Lack::Root),
+        Some(Needs::OneManifest(manifests)) => {
+            let lacks = manifests.iter().filter_map(|manifest| needs(*manifest)).map(lack_of_manifest);
+            // Nothing comes first, then the least that is lacking.
+            lacks.min().unwrap_or(Some(Lack::Manifest))
+        }
+        Some(needs) => lack_of_manifest(needs),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{HashMap, HashSet};
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+    const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+    const FOREIGN: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
+
+    fn digest(name: &str) -> Digest {
+        Digest::of(name.as_bytes())
+    }
+
+    fn blob(name: &str, media_type: &str) -> Value {
+        json!({"mediaType": media_type, "digest": digest(name), "size": 1})
+    }
+
+    fn manifest(config: &str, layers: &[(&str, &str)]) -> Value {
+        let layers: Vec<_> = layers.iter().map(|(name, media_type)| blob(name, media_type)).collect();
+        json!({"schemaVersion": 2, "config": blob("config", config), "layers": layers})
+    }
+
+    fn index(manifests: &[&str]) -> Value {
+        let mut entries: Vec<_> = manifests.iter().map(|name| blob(name, "m")).collect();
+        let mut attestation = blob("attestation", "m");
+        attestation["annotations"] = json!({"vnd.docker.reference.type": "attestation-manifest"});
+        entries.push(attestation);
+        json!({"schemaVersion": 2, "manifests": entries})
+    }
+
+    /// What "root" lacks when these documents were read and these blobs are there besides.
+    fn lacks(documents: &[(&str, Value)], blobs: &[&str]) -> Option<Lack> {
+        let parse = |json: &Value| Needs::of(&Document::parse(json.to_string().as_bytes()).unwrap());
+        let known: HashMap<_, _> = documents.iter().map(|(name, json)| (digest(name), parse(json))).collect();
+        let there: HashSet<_> = blobs.iter().map(|name| digest(name)).chain(known.keys().copied()).collect();
+        lack(digest("root"), |document| known.get(&document), |blob| there.contains(&blob))
+    }
+
+    #[test]
+    fn a_manifest_is_whole_with_its_config_and_every_layer_that_may_be_distributed() {
+        let of = |layers: &[(&str, &str)], blobs: &[&str]| lacks(&[("root", manifest(CONFIG, layers))], blobs);
+        let (a, b) = (("a", LAYER), ("b", LAYER));
+        for (what, layers, blobs, expected) in [
+            ("everything", &[a, b][..], &["config", "a", "b"][..], None),
+            ("a layer is missing", &[a, b], &["config", "a"], Some(Lack::Layers { missing: 1, of: 2 })),
+            ("all layers are missing", &[a, b], &["config"], Some(Lack::Layers { missing: 2, of: 2 })),
+            ("the config is missing", &[a], &["a"], Some(Lack::Config)),
+            ("one layer twice", &[a, a], &["config", "a"], None),
+            ("one layer twice, missing", &[a, a], &["config"], Some(Lack::Layers { missing: 1, of: 1 })),
+            ("a foreign layer", &[("windows", FOREIGN), a], &["config", "a"], None),
+            ("no layers at all", &[], &["config"], None),
+        ] {
+            assert_eq!(of(layers, blobs), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn an_index_is_whole_with_one_whole_manifest() {
+        let (arm, amd) = (manifest(CONFIG, &[("a", LAYER)]), manifest(CONFIG, &[("b", LAYER)]));
+        let root = || ("root", index(&["amd", "arm"]));
+        for (what, documents, blobs, expected) in [
+            ("one of two", vec![root(), ("arm", arm.clone())], &["config", "a"][..], None),
+            ("the other", vec![root(), ("amd", amd.clone())], &["config", "b"], None),
+            ("both, one whole", vec![root(), ("arm", arm.clone()), ("amd", amd.clone())], &["config", "b"], None),
+            ("the layers are gone", vec![root(), ("arm", arm)], &["config"], Some(Lack::Layers { missing: 1, of: 1 })),
+            ("no manifest", vec![root()], &["config", "a", "b"], Some(Lack::Manifest)),
+            ("only the attestation", vec![root(), ("attestation", amd)], &["config", "b"], Some(Lack::Manifest)),
+            ("an index in it", vec![root(), ("arm", index(&["amd"]))], &[], Some(Lack::NoImage)),
+            ("an empty index", vec![("root", index(&[]))], &[], Some(Lack::Manifest)),
+        ] {
+            assert_eq!(lacks(&documents, blobs), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_image_is_nobody_s() {
+        let chart = manifest("application/vnd.cncf.helm.config.v1+json", &[("a", LAYER)]);
+        assert_eq!(lacks(&[("root", chart)], &["config", "a"]), Some(Lack::NoImage));
+        assert_eq!(lacks(&[], &["root", "config", "a"]), Some(Lack::Root), "a document that was not read");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn more_blobs_never_make_an_image_less_whole(
+            layers in proptest::collection::vec(0..6_u8, 0..6),
+            some in proptest::collection::hash_set(0..6_u8, 0..6),
+            more in 0..6_u8,
+        ) {
+            let names: Vec<_> = (0..6).map(|n| n.to_string()).collect();
+            let layers: Vec<_> = layers.iter().map(|&n| (names[usize::from(n)].as_str(), LAYER)).collect();
+            let whole = |there: &[&str]| lacks(&[("root", manifest(CONFIG, &layers))], there).is_none();
+            let mut there: Vec<_> = some.iter().map(|&n| names[usize::from(n)].as_str()).chain(["config"]).collect();
+            let before = whole(&there);
+            there.push(&names[usize::from(more)]);
+            proptest::prop_assert!(whole(&there) || !before);
+            let needed = layers.iter().all(|(name, _)| there.contains(name));
+            proptest::prop_assert_eq!(whole(&there), needed);
+        }
+    }
+}
