@@ -6,6 +6,8 @@
 //! Not here: unpacking (the CRI plugin does it when a container is created) and any other runtime than containerd.
 
 mod content;
+mod cri;
+mod discard;
 mod errors;
 mod images;
 mod labels;
@@ -26,9 +28,10 @@ use containerd_client::services::v1::version_client::VersionClient;
 use tokio::sync::{Notify, watch as counter};
 
 use crate::oci::Digest;
-use crate::ports::{BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, StoreError};
+use crate::ports::{BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, StoreError};
 use link::Link;
-use surroundings::Surroundings;
+use surroundings::Lookout;
+pub use surroundings::{Surroundings, VERIFIERS, usual_socket};
 
 /// Which containerd, and what of it is ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,9 +51,16 @@ pub enum ConfigError {
     /// gRPC's libraries take paths as text.
     #[error("the path of containerd's socket, {0:?}, is not UTF-8")]
     Socket(PathBuf),
+    /// None of the usual places has one.
+    #[error("no containerd socket at {}; --containerd-socket names another place", listed(.0))]
+    NoSocket(Vec<PathBuf>),
     /// It travels in a header and in filters.
     #[error("{0:?} cannot be a containerd namespace (letters, digits, and . _ - between them)")]
     Namespace(String),
+}
+
+fn listed(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
 /// A node's containerd. Clones are handles of one store.
@@ -64,7 +74,7 @@ pub struct ContainerdStore {
 }
 
 struct State {
-    surroundings: Surroundings,
+    lookout: Lookout,
     changes: counter::Sender<u64>,
     /// Blobs that are being written through this store.
     writing: Mutex<HashSet<Digest>>,
@@ -87,7 +97,7 @@ impl ContainerdStore {
     pub fn new(config: Config) -> Result<Self, ConfigError> {
         let Config { socket, containerd_namespace, content_root } = config;
         let state = State {
-            surroundings: Surroundings::new(content_root),
+            lookout: Lookout::new(content_root),
             changes: counter::Sender::new(0),
             writing: Mutex::new(HashSet::new()),
             beginning: tokio::sync::Mutex::new(()),
@@ -134,12 +144,20 @@ impl ContentStore for ContainerdStore {
         self.add_labels(digest, remembered).await
     }
 
+    async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
+        self.discard_blob(digest, pin).await
+    }
+
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
         self.list_images().await
     }
 
     async fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
         self.write_image(record).await
+    }
+
+    async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
+        self.delete_image(name, target).await
     }
 
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
@@ -154,7 +172,7 @@ impl ContentStore for ContainerdStore {
         self.state.changes.subscribe()
     }
 
-    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
-        self.free_bytes_of_root().await
+    async fn room(&self) -> Result<Option<Room>, StoreError> {
+        self.room_of_root().await
     }
 }

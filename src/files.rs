@@ -11,7 +11,7 @@ use bytes::Bytes;
 use tokio::task::spawn_blocking;
 
 use crate::oci::Digest;
-use crate::ports::{BlobReader, StoreError};
+use crate::ports::{BlobReader, Room, StoreError};
 
 /// The most that one read returns, whatever is asked for: the largest piece that a transfer cuts. It bounds a buffer.
 const MAX_READ: usize = 8 << 20;
@@ -19,6 +19,16 @@ const MAX_READ: usize = 8 << 20;
 /// Where a content store that is a folder keeps a blob: OCI image layout specification, "Blobs"; containerd does the same.
 pub fn blob_path(root: &Path, digest: Digest) -> PathBuf {
     root.join("blobs/sha256").join(digest.hex())
+}
+
+/// How much room the file system of `folder` has.
+///
+/// # Errors
+/// What the file system says.
+pub fn room(folder: &Path) -> io::Result<Room> {
+    let stat = nix::sys::statvfs::statvfs(folder)?;
+    let unit = stat.fragment_size();
+    Ok(Room { free: stat.blocks_available() * unit, total: stat.blocks() * unit })
 }
 
 /// Reads a blob from its file. It goes on reading when the file is removed meanwhile.

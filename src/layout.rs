@@ -26,10 +26,11 @@ use async_trait::async_trait;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::sync::watch;
 
-use crate::files::{FileReader, blob_path};
+use crate::files::{FileReader, blob_path, room};
 use crate::oci::Digest;
-use crate::ports::{BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, StoreError};
+use crate::ports::{BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, StoreError};
 use index::Index;
+use remembered::Notes;
 use writer::Writer;
 
 /// An OCI image layout on disk.
@@ -178,10 +179,15 @@ impl Folder {
     fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
         let path = blob_path(&self.root, digest);
         match fs::metadata(&path) {
-            Ok(metadata) => Ok(Some(BlobInfo { digest, size: metadata.len() })),
+            Ok(metadata) => self.info(digest, metadata.len()).map(Some),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(failed(&path, &error)),
         }
+    }
+
+    fn info(&self, digest: Digest, size: u64) -> Result<BlobInfo, StoreError> {
+        let Notes { sources, children } = self.remembered(digest)?;
+        Ok(BlobInfo { digest, size, sources: sources.into_iter().collect(), has_children: !children.is_empty() })
     }
 
     fn must_hold(&self, digest: Digest) -> Result<(), StoreError> {
@@ -199,7 +205,7 @@ impl Folder {
                 continue;
             };
             match entry.metadata() {
-                Ok(metadata) => blobs.push(BlobInfo { digest, size: metadata.len() }),
+                Ok(metadata) => blobs.push(self.info(digest, metadata.len())?),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(unreadable(error)),
             }
@@ -248,6 +254,23 @@ impl ContentStore for LayoutStore {
         .await
     }
 
+    async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
+        let pin = pin.clone();
+        self.blocking(move |folder| {
+            let changing = folder.changing();
+            for child in folder.remembered(digest)?.children {
+                folder.hold(&changing, &pin, child)?;
+            }
+            let path = blob_path(&folder.root, digest);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(&path, &error)),
+                _ => folder.changed(),
+            }
+            Ok(())
+        })
+        .await
+    }
+
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
         self.blocking(|folder| Ok(Index::read(folder)?.records())).await
     }
@@ -261,6 +284,20 @@ impl ContentStore for LayoutStore {
             index.put(&record);
             index.write(&changing, folder)?;
             folder.changed();
+            Ok(())
+        })
+        .await
+    }
+
+    async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
+        let name = name.to_owned();
+        self.blocking(move |folder| {
+            let changing = folder.changing();
+            let mut index = Index::read(folder)?;
+            if index.remove(&name, target) {
+                index.write(&changing, folder)?;
+                folder.changed();
+            }
             Ok(())
         })
         .await
@@ -285,12 +322,8 @@ impl ContentStore for LayoutStore {
         self.folder.changes.subscribe()
     }
 
-    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
-        self.blocking(|folder| {
-            let stat = nix::sys::statvfs::statvfs(&folder.root).map_err(|errno| failed(&folder.root, &errno.into()))?;
-            Ok(Some(stat.blocks_available() * stat.fragment_size()))
-        })
-        .await
+    async fn room(&self) -> Result<Option<Room>, StoreError> {
+        self.blocking(|folder| room(&folder.root).map(Some).map_err(|error| failed(&folder.root, &error))).await
     }
 }
 

@@ -8,7 +8,13 @@ pub mod contract;
 mod fetcher;
 pub mod image;
 mod memory_store;
+mod notifier;
+mod registry;
+mod stopping_store;
 
 pub use cluster::{MemoryClaims, MemoryCluster};
 pub use fetcher::{Behaviour, MemoryFetcher};
 pub use memory_store::MemoryStore;
+pub use notifier::MemoryNotifier;
+pub use registry::MemoryRegistry;
+pub use stopping_store::{KilledAt, StoppingStore};

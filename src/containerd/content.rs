@@ -2,25 +2,36 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 
 use containerd_client::services::v1::{Info, InfoRequest, ListContentRequest, UpdateRequest};
 use containerd_client::tonic::{Code, Status};
 use tokio::task::spawn_blocking;
 
 use super::ContainerdStore;
-use super::labels::additions;
+use super::labels::{additions, has_children, sources};
 use super::link::within;
 use super::reader::ApiReader;
 use super::writer::MESSAGE_DEADLINE;
-use crate::files::{FileReader, blob_path};
+use crate::files::{FileReader, blob_path, room};
 use crate::oci::Digest;
-use crate::ports::{BlobInfo, BlobReader, Remembered, StoreError};
+use crate::ports::{BlobInfo, BlobReader, Remembered, Room, StoreError};
 
 impl ContainerdStore {
     pub(super) async fn find_blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
-        let Some(info) = self.info(digest).await? else { return Ok(None) };
-        Ok(self.without_damaged(blob_info(&info).into_iter().collect()).await?.pop())
+        let Some(blob) = self.info(digest).await?.as_ref().and_then(blob_info) else { return Ok(None) };
+        let file = match self.content_root().await? {
+            Some(root) => {
+                let (digest, size) = (blob.digest, blob.size);
+                blocking(move || File::of(&root, digest, size)).await?
+            }
+            None => File::Unseen,
+        };
+        let whole = match file {
+            File::Whole => true,
+            File::OfAnotherSize => false,
+            File::Unseen => self.is_readable(&blob).await?,
+        };
+        Ok(whole.then_some(blob))
     }
 
     pub(super) async fn list_blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
@@ -62,14 +73,13 @@ impl ContainerdStore {
         updated.map(|_| ()).map_err(|status| self.link.failed_for(digest, &status))
     }
 
-    pub(super) async fn free_bytes_of_root(&self) -> Result<Option<u64>, StoreError> {
+    pub(super) async fn room_of_root(&self) -> Result<Option<Room>, StoreError> {
         let Some(root) = self.content_root().await? else { return Ok(None) };
-        let stat = blocking(move || nix::sys::statvfs::statvfs(&*root)).await?;
-        let stat = stat.map_err(|errno| StoreError::Other(format!("free space for containerd's content: {errno}")))?;
-        Ok(Some(stat.blocks_available() * stat.fragment_size()))
+        let room = blocking(move || room(&root)).await?;
+        room.map(Some).map_err(|error| StoreError::Other(format!("free space for containerd's content: {error}")))
     }
 
-    async fn info(&self, digest: Digest) -> Result<Option<Info>, StoreError> {
+    pub(super) async fn info(&self, digest: Digest) -> Result<Option<Info>, StoreError> {
         let request = self.link.request(InfoRequest { digest: digest.to_string() });
         match self.link.call(self.link.content().info(request)).await {
             Ok(answer) => Ok(answer.info),
@@ -78,27 +88,76 @@ impl ContainerdStore {
         }
     }
 
-    /// containerd answers from its records. Where the files can be seen, those with a file of another size are left out.
+    /// containerd answers from its records. Where the files can be seen, blobs without a whole file are left out.
     async fn without_damaged(&self, blobs: Vec<BlobInfo>) -> Result<Vec<BlobInfo>, StoreError> {
         let Some(root) = self.content_root().await? else { return Ok(blobs) };
-        blocking(move || blobs.into_iter().filter(|blob| !is_damaged(&root, blob)).collect()).await
+        let look = move || {
+            let (mut whole, mut unseen) = (Vec::new(), Vec::new());
+            for blob in blobs {
+                match File::of(&root, blob.digest, blob.size) {
+                    File::Whole => whole.push(blob),
+                    File::Unseen => unseen.push(blob),
+                    File::OfAnotherSize => {}
+                }
+            }
+            (whole, unseen)
+        };
+        let (mut whole, unseen) = blocking(look).await?;
+        let mut unseen = unseen.into_iter();
+        while let Some(blob) = unseen.next() {
+            if self.is_readable(&blob).await? {
+                // The folder is not the one that containerd uses, and says nothing about the others either.
+                whole.push(blob);
+                whole.extend(unseen.by_ref());
+            }
+        }
+        Ok(whole)
+    }
+
+    /// Whether containerd itself gets at the blob's last byte. A file that is longer than it should be passes for whole here.
+    async fn is_readable(&self, blob: &BlobInfo) -> Result<bool, StoreError> {
+        let Some(last) = blob.size.checked_sub(1) else { return Ok(true) };
+        match ApiReader::new(self.link.clone(), blob.digest, blob.size).read_at(last, 1).await {
+            Ok(bytes) => Ok(!bytes.is_empty()),
+            Err(error) if error.is_retryable() => Err(error),
+            Err(error) => {
+                tracing::debug!(digest = %blob.digest, %error, "containerd has a record of the blob and not its bytes");
+                Ok(false)
+            }
+        }
     }
 }
 
-/// A file that is not there is none that we can see: the mount may be another one.
-fn is_damaged(root: &Arc<Path>, blob: &BlobInfo) -> bool {
-    let damaged = std::fs::metadata(blob_path(root, blob.digest)).is_ok_and(|file| file.len() != blob.size);
-    if damaged {
-        tracing::warn!(digest = %blob.digest, "containerd's file of this blob has another size than it says; remove the blob");
+/// What a look at a blob's file tells.
+enum File {
+    /// It has the size that containerd's record gives. Its bytes were not looked at.
+    Whole,
+    /// It has another one.
+    OfAnotherSize,
+    /// It is not there, or the folder is not containerd's.
+    Unseen,
+}
+
+impl File {
+    fn of(root: &Path, digest: Digest, size: u64) -> Self {
+        match std::fs::metadata(blob_path(root, digest)) {
+            Ok(file) if file.len() == size => Self::Whole,
+            Ok(_) => Self::OfAnotherSize,
+            Err(_) => Self::Unseen,
+        }
     }
-    damaged
 }
 
 /// `None` for digests that we have no name for (sha512).
 fn blob_info(info: &Info) -> Option<BlobInfo> {
-    Some(BlobInfo { digest: info.digest.parse().ok()?, size: info.size.try_into().ok()? })
+    Some(BlobInfo {
+        digest: info.digest.parse().ok()?,
+        size: info.size.try_into().ok()?,
+        sources: sources(&info.labels),
+        has_children: has_children(&info.labels),
+    })
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StoreError> {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StoreError> {
     spawn_blocking(work).await.map_err(|panicked| StoreError::Other(format!("a file operation panicked: {panicked}")))
 }

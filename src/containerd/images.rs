@@ -4,17 +4,17 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use containerd_client::services::v1::{
-    CreateImageRequest, GetImageRequest, Image, ListImagesRequest, UpdateImageRequest,
+    CreateImageRequest, DeleteImageRequest, GetImageRequest, Image, ListImagesRequest, UpdateImageRequest,
 };
 use containerd_client::tonic::{Code, Status};
 use containerd_client::types;
 use tokio::time::{Instant, sleep};
 
 use super::ContainerdStore;
-use crate::oci::Descriptor;
+use crate::oci::{Descriptor, Digest};
 use crate::ports::{ImageRecord, StoreError};
 
-/// The CRI plugin sets it once it has noticed a record, and then the kubelet finds the image.
+/// The CRI plugin sets it when it has noticed a record. Right after that the kubelet finds the image.
 const NOTICED: &str = "io.cri-containerd.image";
 const NOTICED_VALUE: &str = "managed";
 /// The only namespace that the CRI plugin looks at.
@@ -43,7 +43,7 @@ impl ContainerdStore {
         };
         written.map_err(|status| self.link.failed(&status))?;
         self.changed();
-        if self.link.namespace() == CRI_NAMESPACE && self.has_cri().await? && !self.noticed(&record.name).await? {
+        if self.is_seen_by_cri().await? && !self.noticed(&record.name).await? {
             tracing::warn!(
                 image = record.name,
                 waited_s = NOTICE_DEADLINE.as_secs(),
@@ -51,6 +51,44 @@ impl ContainerdStore {
             );
         }
         Ok(())
+    }
+
+    /// containerd 1 knows no condition, so the record is read first: one that another process moves between the two calls is lost there, and
+    /// pulled again. containerd 2 checks the target itself.
+    pub(super) async fn delete_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
+        let failed = |status: Status| self.link.failed(&status);
+        let points_there = |image: Image| record(image).is_some_and(|record| record.target.digest == target);
+        let found = match self.get_image(name).await {
+            Err(status) if status.code() == Code::NotFound => return Ok(()),
+            found => found.map_err(failed)?,
+        };
+        if !found.is_some_and(points_there) {
+            return Ok(());
+        }
+        let target = Some(types::Descriptor { digest: target.to_string(), ..types::Descriptor::default() });
+        let request = self.link.request(DeleteImageRequest { name: name.to_owned(), sync: false, target });
+        match self.link.call(self.link.images().delete(request)).await {
+            Err(status) if status.code() == Code::NotFound => return Ok(()),
+            deleted => deleted.map_err(failed)?,
+        };
+        self.changed();
+        if self.is_seen_by_cri().await? && !self.forgotten(name).await? {
+            tracing::warn!(
+                image = name,
+                waited_s = NOTICE_DEADLINE.as_secs(),
+                "containerd's CRI plugin still answers for the image that was removed; pods may not have it pulled yet"
+            );
+        }
+        Ok(())
+    }
+
+    async fn is_seen_by_cri(&self) -> Result<bool, StoreError> {
+        Ok(self.link.namespace() == CRI_NAMESPACE && self.has_cri().await?)
+    }
+
+    async fn get_image(&self, name: &str) -> Result<Option<Image>, Status> {
+        let request = self.link.request(GetImageRequest { name: name.to_owned() });
+        Ok(self.link.call(self.link.images().get(request)).await?.image)
     }
 
     async fn create_image(&self, record: &ImageRecord) -> Result<(), Status> {
@@ -66,21 +104,35 @@ impl ContainerdStore {
         self.link.call(self.link.images().update(self.link.request(update))).await.map(|_| ())
     }
 
+    /// Whether the CRI plugin has put its label on the record and answers for the image: it writes the label a little before its own list.
     async fn noticed(&self, name: &str) -> Result<bool, StoreError> {
-        let deadline = Instant::now() + NOTICE_DEADLINE;
-        let mut pause = FIRST_LOOK;
-        while Instant::now() < deadline {
-            let request = self.link.request(GetImageRequest { name: name.to_owned() });
-            let found = self.link.call(self.link.images().get(request)).await;
-            let image = found.map_err(|status| self.link.failed(&status))?.image.unwrap_or_default();
-            if image.labels.get(NOTICED).is_some_and(|value| value == NOTICED_VALUE) {
-                return Ok(true);
-            }
-            sleep(pause).await;
-            pause = (pause * 2).min(LAST_LOOKS);
-        }
-        Ok(false)
+        let is_noticed = || async {
+            let image = self.get_image(name).await?.unwrap_or_default();
+            let labelled = image.labels.get(NOTICED).is_some_and(|value| value == NOTICED_VALUE);
+            Ok(labelled && self.cri_has_image(name).await?)
+        };
+        soon(is_noticed).await.map_err(|status| self.link.failed(&status))
     }
+
+    /// Whether the CRI plugin, which keeps a list of its own, answers that the image is not there.
+    async fn forgotten(&self, name: &str) -> Result<bool, StoreError> {
+        let is_forgotten = || async { Ok(!self.cri_has_image(name).await?) };
+        soon(is_forgotten).await.map_err(|status| self.link.failed(&status))
+    }
+}
+
+/// Whether it becomes so within [`NOTICE_DEADLINE`].
+async fn soon<F: Future<Output = Result<bool, Status>>>(is_so: impl Fn() -> F) -> Result<bool, Status> {
+    let deadline = Instant::now() + NOTICE_DEADLINE;
+    let mut pause = FIRST_LOOK;
+    while Instant::now() < deadline {
+        if is_so().await? {
+            return Ok(true);
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(LAST_LOOKS);
+    }
+    Ok(false)
 }
 
 /// An empty label is none; that takes away the one that an update names.

@@ -12,6 +12,34 @@ const SOURCE: &str = "containerd.io/distribution.source.";
 /// A label's key and value together (containerd: `labels.Validate`).
 const MAX_LABEL: usize = 4096;
 
+/// Then the snapshotter, and perhaps `/` and more; the value is the snapshot that the collector leaves.
+const SNAPSHOT: &str = "containerd.io/gc.ref.snapshot.";
+
+/// The repositories that the labels name, in ascending order. What no reference could name is left out: nobody asks for it.
+pub(super) fn sources(labels: &HashMap<String, String>) -> Vec<Repository> {
+    let of_registry = labels.iter().filter_map(|(key, paths)| Some((key.strip_prefix(SOURCE)?, paths)));
+    let named = of_registry
+        .flat_map(|(registry, paths)| paths.split(',').filter_map(move |path| Repository::exact(registry, path)));
+    named.collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+/// Whether the labels name content that the collector leaves.
+pub(super) fn has_children(labels: &HashMap<String, String>) -> bool {
+    labels.keys().any(|key| key.starts_with(REFERENCE))
+}
+
+/// What the labels keep alive: containerd's type of resource, and its ID.
+pub(super) fn kept_alive(labels: &HashMap<String, String>) -> Vec<(String, String)> {
+    let kept = labels.iter().filter_map(|(key, id)| {
+        if key.starts_with(REFERENCE) {
+            return Some(("content".to_owned(), id.clone()));
+        }
+        let snapshotter = key.strip_prefix(SNAPSHOT)?.split('/').next()?;
+        Some((format!("snapshots/{snapshotter}"), id.clone()))
+    });
+    kept.collect()
+}
+
 /// The labels to set so that `existing` remembers this too. Existing ones are never given another meaning: what they say stays true.
 pub(super) fn additions(existing: &HashMap<String, String>, remembered: &Remembered) -> HashMap<String, String> {
     let mut added = HashMap::new();
@@ -122,6 +150,33 @@ mod tests {
         assert_eq!(additions(&labels(&[]), &from("team/app")), labels(&[(key, "team/app")]));
         assert_eq!(additions(&labels(&[(key, "x,b")]), &from("team/app")), labels(&[(key, "b,team/app,x")]));
         assert_eq!(additions(&labels(&[(key, "b,team/app")]), &from("team/app")), labels(&[]));
+    }
+
+    #[test]
+    fn sources_read_back_and_what_is_none_is_left_out() {
+        let labels = labels(&[
+            ("containerd.io/distribution.source.docker.io", "library/nginx,team/app"),
+            ("containerd.io/distribution.source.10.0.0.1:5000", "team/app,,UPPER,team/app"),
+            ("containerd.io/distribution.source.nodomain", "team/app"),
+            ("containerd.io/gc.ref.content.l.0", "sha256:00"),
+        ]);
+        let found: Vec<_> = sources(&labels).iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["10.0.0.1:5000/team/app", "docker.io/library/nginx", "docker.io/team/app"]);
+    }
+
+    #[test]
+    fn what_a_blob_keeps_alive_is_content_and_snapshots() {
+        let labels = labels(&[
+            ("containerd.io/gc.ref.content.config", "sha256:aa"),
+            ("containerd.io/gc.ref.snapshot.overlayfs", "sha256:bb"),
+            ("containerd.io/gc.ref.snapshot.native/x", "sha256:cc"),
+            ("containerd.io/distribution.source.docker.io", "library/nginx"),
+        ]);
+        let mut kept = kept_alive(&labels);
+        kept.sort();
+        let expected =
+            [("content", "sha256:aa"), ("snapshots/native", "sha256:cc"), ("snapshots/overlayfs", "sha256:bb")];
+        assert_eq!(kept, expected.map(|(kind, id)| (kind.to_owned(), id.to_owned())));
     }
 
     #[test]

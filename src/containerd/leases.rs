@@ -38,6 +38,12 @@ impl ContainerdStore {
         self.delete_lease(&pin, true).await
     }
 
+    /// Has everything collected that nothing holds.
+    pub(super) async fn collect(&self) -> Result<(), StoreError> {
+        let nothing = self.create_lease(COLLECT_DEADLINE).await?;
+        self.delete_lease(&nothing, true).await
+    }
+
     pub(super) async fn delete_lease(&self, pin: &Pin, sync: bool) -> Result<(), StoreError> {
         let request = self.link.request(DeleteRequest { id: pin.0.clone(), sync });
         let mut leases = self.link.leases();

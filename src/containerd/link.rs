@@ -30,7 +30,7 @@ const CONNECTION_WINDOW: u32 = 16 * STREAM_WINDOW;
 
 /// What containerd itself accepts and sends by default (`max_recv_message_size`, `max_send_message_size`); lists of images and
 /// content can be that long.
-const MAX_MESSAGE: usize = 16 << 20;
+pub(super) const MAX_MESSAGE: usize = 16 << 20;
 
 #[derive(Clone)]
 pub(super) struct Link {

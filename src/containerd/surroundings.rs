@@ -1,28 +1,76 @@
-//! What containerd tells about itself: where its content is, and whether the CRI plugin runs.
+//! What containerd tells about itself: where its content is, whether the CRI plugin runs and how it is set.
 
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use containerd_client::services::v1::PluginsRequest;
+use containerd_client::services::v1::containers_client::ContainersClient;
 use containerd_client::services::v1::introspection_client::IntrospectionClient;
+use containerd_client::services::v1::{ListContainersRequest, PluginsRequest};
 use tokio::sync::Mutex;
 
-use super::ContainerdStore;
+use super::content::blocking;
+use super::link::MAX_MESSAGE;
+use super::{ConfigError, ContainerdStore};
 use crate::ports::StoreError;
 
-/// Asked once per connection: a containerd that was restarted may have another configuration.
-pub(super) struct Surroundings {
+/// A node's containerd, as far as it can be seen from here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Surroundings {
+    /// As it gives it: `1.6.20`, `v2.1.4`.
+    pub version: String,
+    /// The content store's folder, if this process can see it and there is content.
+    pub content_root: Option<PathBuf>,
+    /// Whether the CRI plugin runs, without which there are no pods.
+    pub cri: bool,
+    /// Whether layers are dropped once they are unpacked, so that they cannot be given to others. `None` where containerd does not tell: 2.x
+    /// keeps the setting in a part of its configuration that no API shows. Then only images without layers tell.
+    pub discards_unpacked_layers: Option<bool>,
+    /// The image of pods' sandboxes, as CRI writes its name: from the configuration (1.x), else from the newest sandbox there is. `None` on a
+    /// 2.x that has none.
+    pub sandbox_image: Option<String>,
+    /// There are programs that decide whether an image may be pulled, and an import would pass them by. Seen only where their folder can be
+    /// seen; one that was configured elsewhere than at the usual place is not.
+    pub verifiers: bool,
+}
+
+/// Where containerd's socket usually is: its own place, k3s and RKE2, k0s, MicroK8s.
+const SOCKETS: &[&str] = &[
+    "run/containerd/containerd.sock",
+    "run/k3s/containerd/containerd.sock",
+    "run/k0s/containerd.sock",
+    "var/snap/microk8s/common/run/containerd.sock",
+];
+
+/// Where image verifiers usually are (containerd 2: `bin_dir` of `io.containerd.image-verifier.v1.bindir`).
+pub const VERIFIERS: &str = "/opt/containerd/image-verifier/bin";
+
+/// The first of the usual sockets that exists under `root`, which is `/` or where the node's file system is mounted.
+///
+/// # Errors
+/// [`ConfigError::NoSocket`] with the places that were looked at.
+pub fn usual_socket(root: &Path) -> Result<PathBuf, ConfigError> {
+    let is_socket = |path: &&PathBuf| path.metadata().is_ok_and(|file| file.file_type().is_socket());
+    let places: Vec<_> = SOCKETS.iter().map(|socket| root.join(socket)).collect();
+    places.iter().find(is_socket).cloned().ok_or(ConfigError::NoSocket(places))
+}
+
+/// What was found, asked once per connection: a containerd that was restarted may have another configuration.
+pub(super) struct Lookout {
     configured_root: Option<PathBuf>,
     found: Mutex<Option<Found>>,
 }
 
 #[derive(Clone)]
 struct Found {
+    /// Where it is, visible or not.
     content_root: Option<Arc<Path>>,
     cri: bool,
+    /// It can be told to ask programs before it pulls. Which, and whether there are any, it does not say.
+    asks_verifiers: bool,
 }
 
-impl Surroundings {
+impl Lookout {
     pub(super) fn new(configured_root: Option<PathBuf>) -> Self {
         Self { configured_root, found: Mutex::new(None) }
     }
@@ -33,9 +81,30 @@ impl Surroundings {
 }
 
 impl ContainerdStore {
+    /// Looks around. `verifiers` is the folder of image verifiers as this process sees it: [`VERIFIERS`], or where that is mounted.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] when containerd does not answer.
+    pub async fn surroundings(&self, verifiers: &Path) -> Result<Surroundings, StoreError> {
+        let version = self.ready().await?;
+        let Found { content_root: _, cri, asks_verifiers } = self.look_around().await?;
+        let content_root = self.content_root().await?.map(|root| root.to_path_buf());
+        let configuration = if cri { self.cri_configuration().await? } else { serde_json::Value::Null };
+        let discards_unpacked_layers = configuration["containerd"]["discardUnpackedLayers"].as_bool();
+        let sandbox_image = match configuration["sandboxImage"].as_str() {
+            Some(image) => Some(image.to_owned()),
+            None => self.image_of_newest_sandbox().await?,
+        };
+        let folder = verifiers.to_owned();
+        let verifiers = asks_verifiers && blocking(move || holds_programs(&folder)).await?;
+        Ok(Surroundings { version, content_root, cri, discards_unpacked_layers, sandbox_image, verifiers })
+    }
+
     /// The content store's folder, if this process can see it. Files in it are only an optimisation: each is looked for.
     pub(super) async fn content_root(&self) -> Result<Option<Arc<Path>>, StoreError> {
-        Ok(self.look_around().await?.content_root)
+        let root = self.look_around().await?.content_root;
+        // Looked for each time: on a node without content it is made with the first blob.
+        Ok(root.filter(|root| root.join("blobs/sha256").is_dir()))
     }
 
     pub(super) async fn has_cri(&self) -> Result<bool, StoreError> {
@@ -43,7 +112,7 @@ impl ContainerdStore {
     }
 
     async fn look_around(&self) -> Result<Found, StoreError> {
-        let mut found = self.state.surroundings.found.lock().await;
+        let mut found = self.state.lookout.found.lock().await;
         if let Some(found) = &*found {
             return Ok(found.clone());
         }
@@ -51,14 +120,72 @@ impl ContainerdStore {
         let mut client = IntrospectionClient::new(self.link.channel());
         let answer = self.link.call(client.plugins(request)).await;
         let plugins = answer.map_err(|status| self.link.failed(&status))?.plugins;
-        let loaded = |kind: &str, id: &str| {
-            plugins.iter().find(|plugin| plugin.r#type == kind && plugin.id == id && plugin.init_err.is_none())
-        };
-        let exported = loaded("io.containerd.content.v1", "content").and_then(|plugin| plugin.exports.get("root"));
-        let root = self.state.surroundings.configured_root.clone().or_else(|| exported.map(PathBuf::from));
-        let visible = root.filter(|root| root.join("blobs/sha256").is_dir());
-        let cri = loaded("io.containerd.grpc.v1", "cri").is_some();
-        tracing::debug!(content_root = ?visible, cri, "looked around in containerd");
-        Ok(found.insert(Found { content_root: visible.map(Arc::from), cri }).clone())
+        let mut loaded = plugins.iter().filter(|plugin| plugin.init_err.is_none());
+        let plugin = |kind: &str, id: &str| loaded.clone().find(|plugin| plugin.r#type == kind && plugin.id == id);
+        let exported = plugin("io.containerd.content.v1", "content").and_then(|plugin| plugin.exports.get("root"));
+        let root = self.state.lookout.configured_root.clone().or_else(|| exported.map(PathBuf::from));
+        let content_root = root.map(Arc::from);
+        let cri = plugin("io.containerd.grpc.v1", "cri").is_some();
+        let asks_verifiers = loaded.any(|plugin| plugin.r#type == "io.containerd.image-verifier.v1");
+        tracing::debug!(?content_root, cri, asks_verifiers, "looked around in containerd");
+        Ok(found.insert(Found { content_root, cri, asks_verifiers }).clone())
+    }
+
+    /// CRI makes a container for each pod's sandbox, and containerd keeps the name of the image that it was made from.
+    async fn image_of_newest_sandbox(&self) -> Result<Option<String>, StoreError> {
+        let filters = vec!["labels.\"io.cri-containerd.kind\"==sandbox".to_owned()];
+        let mut client = ContainersClient::new(self.link.channel()).max_decoding_message_size(MAX_MESSAGE);
+        let listed = self.link.call(client.list(self.link.request(ListContainersRequest { filters }))).await;
+        let sandboxes = listed.map_err(|status| self.link.failed(&status))?.containers;
+        let named = sandboxes.into_iter().filter(|sandbox| !sandbox.image.is_empty());
+        let newest = named.max_by_key(|sandbox| sandbox.created_at.map(|at| (at.seconds, at.nanos)));
+        Ok(newest.map(|sandbox| sandbox.image))
+    }
+}
+
+/// containerd runs every regular file that may be executed; a folder that cannot be read holds none that we know of.
+fn holds_programs(folder: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(folder) else { return false };
+    let is_program =
+        |path: PathBuf| path.metadata().is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0);
+    entries.flatten().any(|entry| is_program(entry.path()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn the_first_usual_socket_that_is_there_is_taken() {
+        let root = tempfile::tempdir().unwrap();
+        let places: Vec<_> = SOCKETS.iter().map(|socket| root.path().join(socket)).collect();
+        assert_eq!(usual_socket(root.path()), Err(ConfigError::NoSocket(places)));
+        let message = usual_socket(Path::new("/nothing/is/here")).unwrap_err().to_string();
+        assert!(SOCKETS.iter().all(|socket| message.contains(&format!("/nothing/is/here/{socket}"))), "{message}");
+        let (own, k3s) = (root.path().join(SOCKETS[0]), root.path().join(SOCKETS[1]));
+        for socket in [&own, &k3s] {
+            fs::create_dir_all(socket.parent().unwrap()).unwrap();
+        }
+        let _k3s = UnixListener::bind(&k3s).unwrap();
+        fs::write(&own, "no socket").unwrap();
+        assert_eq!(usual_socket(root.path()), Ok(k3s));
+        fs::remove_file(&own).unwrap();
+        let _own = UnixListener::bind(&own).unwrap();
+        assert_eq!(usual_socket(root.path()), Ok(own));
+    }
+
+    #[test]
+    fn only_programs_are_verifiers() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(!holds_programs(&folder.path().join("absent")));
+        let file = folder.path().join("readme");
+        fs::write(&file, "x").unwrap();
+        fs::create_dir(folder.path().join("folder")).unwrap();
+        assert!(!holds_programs(folder.path()));
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(holds_programs(folder.path()));
     }
 }

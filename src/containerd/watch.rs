@@ -45,7 +45,7 @@ impl ContainerdStore {
     /// Returns when the connection is lost. `connected` tells whether there was one.
     async fn follow(&self, connected: &mut bool) -> Result<Infallible, StoreError> {
         let failed = |status: Status| self.link.failed(&status);
-        self.state.surroundings.forget().await;
+        self.state.lookout.forget().await;
         let mut client = EventsClient::new(self.link.channel());
         let subscribing = client.subscribe(self.link.request(SubscribeRequest { filters: self.filters() }));
         tokio::pin!(subscribing);

@@ -98,7 +98,16 @@ impl ContainerdStore {
         self.abort(digest).await?;
         slot.leaves_something = true;
         let locked = |status: &Status| matches!(self.link.failed_for(digest, status), StoreError::Busy(_));
-        match once_settled(locked, || self.open_stream(digest, size, &lease)).await {
+        let open = || once_settled(locked, || self.open_stream(digest, size, &lease));
+        let mut opened = open().await;
+        if opened.as_ref().is_err_and(|status| status.code() == Code::AlreadyExists)
+            && self.find_blob(digest).await?.is_none()
+        {
+            tracing::warn!(%digest, "containerd has a record of the blob but not its bytes; it is written again");
+            self.discard_blob(digest, pin).await?;
+            opened = open().await;
+        }
+        match opened {
             Ok((messages, answers)) => {
                 let filling = Vec::with_capacity(MESSAGE.min(usize::try_from(size).unwrap_or(MESSAGE)));
                 Ok(Writer { slot, size, written: 0, confirmed: 0, filling, messages, answers })
@@ -127,13 +136,21 @@ impl ContainerdStore {
             expected: digest.to_string(),
             ..WriteContentRequest::default()
         };
-        messages.try_send(ask).expect("an empty channel has room");
+        messages.try_send(ask.clone()).expect("an empty channel has room");
         let mut request = self.link.request(ReceiverStream::new(waiting));
         request.metadata_mut().insert("containerd-lease", lease.clone());
         // The answer says that the ref is ours.
         let opened = async {
             let mut answers = self.link.content().write(request).await?.into_inner();
-            answers.message().await?.ok_or_else(|| Status::unavailable("the stream ended"))?;
+            let ended = || Status::unavailable("the stream ended");
+            let answer = answers.message().await?.ok_or_else(ended)?;
+            // Another namespace has the blob, and its copy is offered. Declined, containerd goes on with the file that an attempt before may
+            // have left: aborting one to which a copy was offered leaves it. Zero bytes now, and the next zero offset empties it.
+            if answer.offset > 0 {
+                let decline = WriteContentRequest { action: WriteAction::Write.into(), ..ask };
+                let _ = messages.send(decline).await;
+                answers.message().await?.ok_or_else(ended)?;
+            }
             Ok((messages, answers))
         };
         within(MESSAGE_DEADLINE, opened).await

@@ -66,7 +66,7 @@ impl Index {
 
     /// What the index names, with or without a name of its own.
     pub(super) fn targets(&self) -> impl Iterator<Item = Digest> {
-        self.entries.iter().filter_map(|entry| entry.get("digest")?.as_str()?.parse().ok())
+        self.entries.iter().filter_map(digest)
     }
 
     /// Adds the record and removes another of its name.
@@ -74,10 +74,21 @@ impl Index {
         self.entries.retain(|entry| name(entry) != Some(&record.name));
         self.entries.push(entry(&record.name, &record.target));
     }
+
+    /// Removes the record if it points at `target`, and says whether there was one.
+    pub(super) fn remove(&mut self, name: &str, target: Digest) -> bool {
+        let before = self.entries.len();
+        self.entries.retain(|entry| self::name(entry) != Some(name) || digest(entry) != Some(target));
+        self.entries.len() < before
+    }
 }
 
 fn name(entry: &Value) -> Option<&str> {
     entry.get("annotations")?.get(NAME)?.as_str()
+}
+
+fn digest(entry: &Value) -> Option<Digest> {
+    entry.get("digest")?.as_str()?.parse().ok()
 }
 
 fn entry(name: &str, target: &Descriptor) -> Value {

@@ -7,9 +7,11 @@ use std::time::SystemTime;
 use async_trait::async_trait;
 use tokio::sync::broadcast;
 
-use crate::model::{LeaseSnapshot, LeaseVersion, NodeName, PodRef};
+use crate::model::{LeaseSnapshot, LeaseVersion, NodeName, Owner, PodRef};
 use crate::oci::Digest;
-use crate::ports::{ClaimError, Claims, Cluster, ClusterError, PodReport};
+use crate::ports::{
+    Annotations, ClaimError, Claims, Cluster, ClusterError, KubeletEvent, NamespaceView, PodReport, PullSecret,
+};
 
 /// The cluster. Clones share it.
 #[derive(Clone)]
@@ -20,7 +22,11 @@ pub struct MemoryCluster {
 
 #[derive(Default)]
 struct State {
-    namespaces: BTreeMap<String, Arc<BTreeMap<String, String>>>,
+    namespaces: BTreeMap<String, Arc<NamespaceView>>,
+    owners: BTreeMap<(String, Owner), Vec<Arc<Annotations>>>,
+    kubelet_events: BTreeMap<PodRef, Vec<KubeletEvent>>,
+    pull_secrets: BTreeMap<(String, String), PullSecret>,
+    deleted: Vec<PodRef>,
     reports: Vec<(PodRef, PodReport)>,
     leases: BTreeMap<Digest, LeaseSnapshot>,
     versions: u64,
@@ -38,7 +44,36 @@ impl MemoryCluster {
     /// Makes a namespace, or replaces its annotations.
     pub fn put_namespace(&self, name: &str, annotations: &[(&str, &str)]) {
         let annotations = annotations.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
-        self.lock().namespaces.insert(name.into(), Arc::new(annotations));
+        self.lock().namespaces.insert(name.into(), Arc::new(NamespaceView { labels: BTreeMap::new(), annotations }));
+    }
+
+    /// Replaces a namespace's labels.
+    pub fn label_namespace(&self, name: &str, labels: &[(&str, &str)]) {
+        let labels = labels.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
+        let mut state = self.lock();
+        let namespace = state.namespaces.entry(name.into()).or_default();
+        Arc::make_mut(namespace).labels = labels;
+    }
+
+    /// Sets the annotations of an owner and of those above it, the nearest first.
+    pub fn put_owners(&self, k8s_namespace: &str, owner: &Owner, annotations: Vec<Annotations>) {
+        let annotations = annotations.into_iter().map(Arc::new).collect();
+        self.lock().owners.insert((k8s_namespace.into(), owner.clone()), annotations);
+    }
+
+    /// What the kubelet said about a pod.
+    pub fn put_kubelet_event(&self, pod: &PodRef, event: KubeletEvent) {
+        self.lock().kubelet_events.entry(pod.clone()).or_default().push(event);
+    }
+
+    /// Makes a pull secret.
+    pub fn put_pull_secret(&self, k8s_namespace: &str, name: &str, secret: PullSecret) {
+        self.lock().pull_secrets.insert((k8s_namespace.into(), name.into()), secret);
+    }
+
+    /// The pods that were deleted so far.
+    pub fn deleted(&self) -> Vec<PodRef> {
+        self.lock().deleted.clone()
     }
 
     /// Every nudge from now on.
@@ -79,9 +114,29 @@ impl MemoryCluster {
 
 #[async_trait]
 impl Cluster for MemoryCluster {
-    async fn namespace_annotations(&self, name: &str) -> Result<Arc<BTreeMap<String, String>>, ClusterError> {
+    async fn namespace(&self, name: &str) -> Result<Arc<NamespaceView>, ClusterError> {
         let state = self.answering()?;
         state.namespaces.get(name).cloned().ok_or_else(|| ClusterError::Gone(format!("namespace {name}")))
+    }
+
+    async fn owners(&self, k8s_namespace: &str, owner: &Owner) -> Result<Vec<Arc<Annotations>>, ClusterError> {
+        let state = self.answering()?;
+        Ok(state.owners.get(&(k8s_namespace.to_owned(), owner.clone())).cloned().unwrap_or_default())
+    }
+
+    async fn kubelet_events(&self, pod: &PodRef) -> Result<Vec<KubeletEvent>, ClusterError> {
+        Ok(self.answering()?.kubelet_events.get(pod).cloned().unwrap_or_default())
+    }
+
+    async fn pull_secret(&self, k8s_namespace: &str, name: &str) -> Result<PullSecret, ClusterError> {
+        let secrets = &self.answering()?.pull_secrets;
+        let secret = secrets.get(&(k8s_namespace.to_owned(), name.to_owned())).cloned();
+        secret.ok_or_else(|| ClusterError::Gone(format!("secret {k8s_namespace}/{name}")))
+    }
+
+    async fn delete(&self, pod: &PodRef) -> Result<(), ClusterError> {
+        self.answering()?.deleted.push(pod.clone());
+        Ok(())
     }
 
     async fn nudge(&self, pod: &PodRef) -> Result<(), ClusterError> {

@@ -18,8 +18,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use crate::oci::{Descriptor, Digest, Hasher, Verified};
-use crate::ports::{BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered, StoreError};
+use crate::oci::{Descriptor, Digest, Hasher, Repository, Verified};
+use crate::ports::{BlobInfo, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered, StoreError};
 
 /// A store under test, with what a test needs besides the port.
 #[async_trait]
@@ -86,8 +86,11 @@ fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
         holding::releasing_twice_is_no_error,
         holding::remembering_adds_and_never_loses,
         holding::what_a_record_reaches_is_kept,
+        holding::what_is_remembered_can_be_seen,
+        holding::what_is_discarded_can_be_written_again,
         records::a_record_needs_its_target,
         records::a_record_replaces_the_one_of_its_name,
+        records::a_record_is_removed_if_it_points_there,
         records::records_written_at_once_are_all_there,
     ]
 }

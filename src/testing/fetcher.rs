@@ -89,7 +89,7 @@ impl Fetcher for MemoryFetcher {
         let mut reader = match store.open(digest).await {
             Ok(reader) => reader,
             Err(StoreError::Absent(_)) => return Err(FetchError::Absent { peer, digest }),
-            Err(error) => return Err(FetchError::Protocol { peer, reason: error.to_string() }),
+            Err(_) => return Err(FetchError::StoreFailed { peer }),
         };
         let mut hasher = Hasher::default();
         loop {

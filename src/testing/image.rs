@@ -1,25 +1,52 @@
 //! Makes images: real layers (tar files with random content), a configuration and a manifest, in any content store.
 
+mod packing;
+
 use std::time::Duration;
 
 use bytes::Bytes;
 use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use serde_json::json;
 
+pub use self::packing::Packing;
 use crate::oci::{Descriptor, Digest, Hasher, Platform};
 use crate::ports::{Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered, StoreError};
 
-const INDEX: &str = "application/vnd.oci.image.index.v1+json";
-const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+const FOREIGN: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
+
+/// How an image is made: by default OCI's way, a single manifest, no layers.
+#[derive(Debug, Clone, Default)]
+pub struct Recipe {
+    /// Docker's media types instead of OCI's.
+    pub docker: bool,
+    /// How layers are packed.
+    pub packing: Packing,
+    /// The layers' sizes in bytes, roughly.
+    pub layers: Vec<u64>,
+    /// The first layer stands in the manifest a second time.
+    pub twice: bool,
+    /// There is a layer besides that must not be distributed, and is not in the store.
+    pub foreign: bool,
+    /// When the configuration says that the image was built.
+    pub created: Option<String>,
+    /// An index names the manifest, and one for another platform that is not in the store.
+    pub index: bool,
+    /// The index names an attestation, which is in the store with its blobs missing.
+    pub attested: bool,
+}
 
 /// What was put into the store.
 #[derive(Debug, Clone)]
 pub struct MadeImage {
-    /// The manifest.
+    /// The index or manifest.
     pub root: Descriptor,
-    /// Configuration and layers.
+    /// Everything else that this platform needs: the manifest if the root is an index, the configuration, each layer once.
     pub blobs: Vec<Descriptor>,
 }
 
@@ -40,31 +67,104 @@ pub async fn put_image(
     layer_sizes: &[u64],
     seed: u64,
 ) -> Result<MadeImage, StoreError> {
+    make_image(store, names, &Recipe { layers: layer_sizes.to_vec(), ..Recipe::default() }, seed).await
+}
+
+/// Puts an image of any kind into the store under these names. The same recipe and seed make the same image.
+///
+/// # Errors
+/// As the store says.
+pub async fn make_image(
+    store: &dyn ContentStore,
+    names: &[String],
+    recipe: &Recipe,
+    seed: u64,
+) -> Result<MadeImage, StoreError> {
     let pin = store.pin(Duration::from_secs(600)).await?;
-    let mut random = SmallRng::seed_from_u64(seed);
-    let mut layers = Vec::new();
-    for (position, size) in layer_sizes.iter().enumerate() {
-        let layer = layer(position, *size, &mut random);
-        layers.push(put_blob(store, &pin, LAYER, layer, Vec::new()).await?);
-    }
-    let Platform { architecture, os, variant: _ } = Platform::of_this_node();
-    let diff_ids: Vec<_> = layers.iter().map(|layer| layer.digest).collect();
-    let config = json!({
-        "architecture": architecture, "os": os, "config": {"Entrypoint": ["/data/0.bin"]},
-        "rootfs": {"type": "layers", "diff_ids": diff_ids},
-    });
-    let config = put_blob(store, &pin, CONFIG, config.to_string().into(), Vec::new()).await?;
-    let manifest = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": layers});
-    let child = |blob: &Descriptor, kind| Child { digest: blob.digest, kind };
-    let mut children = vec![child(&config, ChildKind::Config)];
-    children.extend(layers.iter().map(|layer| child(layer, ChildKind::Layer)));
-    let root = put_blob(store, &pin, MANIFEST, manifest.to_string().into(), children).await?;
+    let (manifest, mut blobs) = put_manifest(store, &pin, recipe, seed).await?;
+    let root = match recipe.index {
+        true => {
+            let index = put_index(store, &pin, recipe, &manifest).await?;
+            blobs.insert(0, manifest);
+            index
+        }
+        false => manifest,
+    };
     for name in names {
         store.put_image(&ImageRecord { name: name.clone(), target: root.clone() }).await?;
     }
     store.release(pin).await?;
-    let blobs = std::iter::once(config).chain(layers).collect();
     Ok(MadeImage { root, blobs })
+}
+
+async fn put_manifest(
+    store: &dyn ContentStore,
+    pin: &Pin,
+    recipe: &Recipe,
+    seed: u64,
+) -> Result<(Descriptor, Vec<Descriptor>), StoreError> {
+    let (config_type, manifest_type) =
+        if recipe.docker { (DOCKER_CONFIG, DOCKER_MANIFEST) } else { (CONFIG, MANIFEST) };
+    let layer_type = recipe.packing.layer_type(recipe.docker);
+    let mut random = SmallRng::seed_from_u64(seed);
+    let (mut layers, mut diff_ids) = (Vec::new(), Vec::new());
+    for (position, size) in recipe.layers.iter().enumerate() {
+        let archive = layer(position, *size, &mut random);
+        diff_ids.push(Digest::of(&archive));
+        layers.push(put_blob(store, pin, layer_type, recipe.packing.pack(archive), Vec::new()).await?);
+    }
+    let mut named = layers.clone();
+    if recipe.twice {
+        named.extend(layers.first().cloned());
+        diff_ids.extend(diff_ids.first().copied());
+    }
+    if recipe.foreign {
+        let digest = Digest::of(&seed.to_le_bytes());
+        named.push(Descriptor { media_type: FOREIGN.into(), digest, size: 1, platform: None, attestation: false });
+        diff_ids.push(digest);
+    }
+    let Platform { architecture, os, variant: _ } = Platform::of_this_node();
+    let mut config = json!({
+        "architecture": architecture, "os": os, "author": format!("seed {seed}"), "config": {"Entrypoint": ["/data/0.bin"]},
+        "rootfs": {"type": "layers", "diff_ids": diff_ids},
+    });
+    if let Some(created) = &recipe.created {
+        config["created"] = json!(created);
+    }
+    let config = put_blob(store, pin, config_type, config.to_string().into(), Vec::new()).await?;
+    let manifest = json!({"schemaVersion": 2, "mediaType": manifest_type, "config": config, "layers": named});
+    let mut children = vec![child(&config, ChildKind::Config)];
+    children.extend(named.iter().map(|layer| child(layer, ChildKind::Layer)));
+    let manifest = put_blob(store, pin, manifest_type, manifest.to_string().into(), children).await?;
+    Ok((manifest, std::iter::once(config).chain(layers).collect()))
+}
+
+async fn put_index(
+    store: &dyn ContentStore,
+    pin: &Pin,
+    recipe: &Recipe,
+    manifest: &Descriptor,
+) -> Result<Descriptor, StoreError> {
+    let elsewhere = Platform { architecture: "s390x".into(), os: "linux".into(), variant: None };
+    let mut entries = vec![
+        Descriptor { digest: Digest::of(b"elsewhere"), platform: Some(elsewhere), ..manifest.clone() },
+        Descriptor { platform: Some(Platform::of_this_node()), ..manifest.clone() },
+    ];
+    if recipe.attested {
+        let materials = json!({"mediaType": CONFIG, "digest": Digest::of(b"materials"), "size": 9});
+        let document = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": materials, "layers": [materials]});
+        let document = put_blob(store, pin, MANIFEST, document.to_string().into(), Vec::new()).await?;
+        let unknown = Platform { architecture: "unknown".into(), os: "unknown".into(), variant: None };
+        entries.push(Descriptor { platform: Some(unknown), attestation: true, ..document });
+    }
+    let index_type = if recipe.docker { DOCKER_INDEX } else { INDEX };
+    let index = json!({"schemaVersion": 2, "mediaType": index_type, "manifests": entries});
+    let children = entries.iter().map(|entry| child(entry, ChildKind::Manifest)).collect();
+    put_blob(store, pin, index_type, index.to_string().into(), children).await
+}
+
+fn child(blob: &Descriptor, kind: ChildKind) -> Child {
+    Child { digest: blob.digest, kind }
 }
 
 /// Puts any document, a manifest or not, under a name. What it names is not looked at, and not kept alive by it.

@@ -1,6 +1,6 @@
 //! A content store in memory.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -9,9 +9,9 @@ use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::oci::{Descriptor, Digest, Verified};
+use crate::oci::{Descriptor, Digest, Repository, Verified};
 use crate::ports::{
-    BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, StoreError,
+    BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ContentStore, ImageRecord, Pin, Remembered, Room, StoreError,
 };
 
 /// Keeps blobs, records and pins in memory. Clones are handles of one store.
@@ -34,7 +34,8 @@ struct State {
 #[derive(Clone)]
 struct Blob {
     bytes: Bytes,
-    remembered: Remembered,
+    sources: BTreeSet<Repository>,
+    children: Vec<Child>,
 }
 
 #[derive(Clone)]
@@ -62,7 +63,7 @@ impl MemoryStore {
             if let Some(blob) = state.blobs.get(&digest)
                 && kept.insert(digest)
             {
-                open.extend(blob.remembered.children.iter().map(|child| child.digest));
+                open.extend(blob.children.iter().map(|child| child.digest));
             }
         }
         state.blobs.retain(|digest, _| kept.contains(digest));
@@ -70,9 +71,25 @@ impl MemoryStore {
         self.changed();
     }
 
-    /// What is remembered about a blob that is there.
+    /// What is remembered about a blob that is there; of its sources the first in order.
     pub fn remembered(&self, digest: Digest) -> Option<Remembered> {
-        self.state().blobs.get(&digest).map(|blob| blob.remembered.clone())
+        let state = self.state();
+        let blob = state.blobs.get(&digest)?;
+        Some(Remembered { source: blob.sources.first().cloned(), children: blob.children.clone() })
+    }
+
+    /// Changes a byte of a blob that is there and not empty, as a failing disk does it.
+    pub fn spoil(&self, digest: Digest) {
+        if let Some(blob) = self.state().blobs.get_mut(&digest) {
+            let mut bytes = blob.bytes.to_vec();
+            bytes.iter_mut().take(1).for_each(|byte| *byte = !*byte);
+            blob.bytes = bytes.into();
+        }
+    }
+
+    /// Loses a blob, and nothing that says it is there.
+    pub fn lose(&self, digest: Digest) {
+        self.state().blobs.remove(&digest);
     }
 
     /// Pins that were taken and not released.
@@ -101,13 +118,20 @@ impl Default for MemoryStore {
 
 impl Blob {
     fn remember(&mut self, more: &Remembered) {
-        if self.remembered.source.is_none() {
-            self.remembered.source.clone_from(&more.source);
-        }
+        self.sources.extend(more.source.clone());
         for child in &more.children {
-            if !self.remembered.children.contains(child) {
-                self.remembered.children.push(*child);
+            if !self.children.contains(child) {
+                self.children.push(*child);
             }
+        }
+    }
+
+    fn info(&self, digest: Digest) -> BlobInfo {
+        BlobInfo {
+            digest,
+            size: self.bytes.len() as u64,
+            sources: self.sources.iter().cloned().collect(),
+            has_children: !self.children.is_empty(),
         }
     }
 }
@@ -115,13 +139,11 @@ impl Blob {
 #[async_trait]
 impl ContentStore for MemoryStore {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
-        let size = |blob: &Blob| blob.bytes.len() as u64;
-        Ok(self.state().blobs.get(&digest).map(|blob| BlobInfo { digest, size: size(blob) }))
+        Ok(self.state().blobs.get(&digest).map(|blob| blob.info(digest)))
     }
 
     async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
-        let info = |(&digest, blob): (&Digest, &Blob)| BlobInfo { digest, size: blob.bytes.len() as u64 };
-        Ok(self.state().blobs.iter().map(info).collect())
+        Ok(self.state().blobs.iter().map(|(&digest, blob)| blob.info(digest)).collect())
     }
 
     async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError> {
@@ -148,6 +170,18 @@ impl ContentStore for MemoryStore {
         Ok(())
     }
 
+    async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
+        let mut state = self.state();
+        if let Some(blob) = state.blobs.remove(&digest)
+            && let Some(held) = state.pins.get_mut(&pin.0)
+        {
+            held.blobs.extend(blob.children.iter().map(|child| child.digest));
+        }
+        drop(state);
+        self.changed();
+        Ok(())
+    }
+
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
         let record =
             |(name, target): (&String, &Descriptor)| ImageRecord { name: name.clone(), target: target.clone() };
@@ -162,6 +196,16 @@ impl ContentStore for MemoryStore {
         state.images.insert(record.name.clone(), record.target.clone());
         drop(state);
         self.changed();
+        Ok(())
+    }
+
+    async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
+        let mut state = self.state();
+        if state.images.get(name).is_some_and(|named| named.digest == target) {
+            state.images.remove(name);
+            drop(state);
+            self.changed();
+        }
         Ok(())
     }
 
@@ -183,7 +227,7 @@ impl ContentStore for MemoryStore {
         self.changes.subscribe()
     }
 
-    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+    async fn room(&self) -> Result<Option<Room>, StoreError> {
         Ok(None)
     }
 }
@@ -238,7 +282,8 @@ impl BlobWriter for Writer {
         if actual != self.digest {
             return Err(StoreError::Other(format!("bytes for {} hash to {actual}", self.digest)));
         }
-        let mut blob = Blob { bytes: std::mem::take(&mut self.bytes).into(), remembered: Remembered::default() };
+        let bytes = std::mem::take(&mut self.bytes).into();
+        let mut blob = Blob { bytes, sources: BTreeSet::new(), children: Vec::new() };
         blob.remember(remembered);
         self.store.state().blobs.insert(self.digest, blob);
         self.store.changed();

@@ -91,3 +91,52 @@ pub(super) async fn what_a_record_reaches_is_kept(subject: &mut dyn Subject) -> 
     let found = listed(store.as_ref()).await?;
     ensure(found == digests(&[&index, &manifest, &config, &layer]), format!("left: {found:?}"))
 }
+
+pub(super) async fn what_is_remembered_can_be_seen(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let pin = store.pin(HOUR).await?;
+    let (parent, child) = (Blob::of("seen parent", 300), Blob::of("seen child", 30));
+    let from = |path: &str| Some(Repository { registry: "10.0.0.1:5000".into(), path: path.into() });
+    child.write(store.as_ref(), &pin, &[]).await?;
+    let mut writer = store.create(parent.digest, parent.size(), &pin).await?;
+    writer.append(std::slice::from_ref(&parent.bytes)).await?;
+    let first = Remembered { source: from("team/b"), ..remembered(&[(&child, ChildKind::Config)]) };
+    writer.commit(parent.proof()?, &first).await?;
+    store.remember(parent.digest, &Remembered { source: from("team/a"), children: Vec::new() }).await?;
+
+    let sources = [from("team/a"), from("team/b")].into_iter().flatten().collect();
+    let expected = [
+        BlobInfo { digest: child.digest, size: 30, sources: Vec::new(), has_children: false },
+        BlobInfo { digest: parent.digest, size: 300, sources, has_children: true },
+    ];
+    let mut found = store.blobs().await?;
+    found.sort_by_key(|blob| blob.size);
+    ensure(found == expected, format!("listed: {found:?}"))?;
+    let found = store.blob(parent.digest).await?;
+    ensure(found.as_ref() == Some(&expected[1]), format!("one by one it says {found:?}"))
+}
+
+pub(super) async fn what_is_discarded_can_be_written_again(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let (first, pin) = (store.pin(HOUR).await?, store.pin(HOUR).await?);
+    let (parent, child) = (Blob::of("discarded parent", 300), Blob::of("discarded child", 30));
+    let record = parent.record("example.org/discarded:1");
+    child.write(store.as_ref(), &first, &[]).await?;
+    parent.write(store.as_ref(), &first, &[(&child, ChildKind::Layer)]).await?;
+    store.put_image(&record).await?;
+    store.release(first).await?;
+
+    store.discard(parent.digest, &pin).await?;
+    store.discard(parent.digest, &pin).await?;
+    ensure(!parent.is_in(store.as_ref()).await?, "it is there after it was discarded")?;
+    subject.collect().await;
+    ensure(child.is_in(store.as_ref()).await?, "what only the discarded blob kept alive was collected")?;
+    let images = store.images().await?;
+    ensure(images == [record], format!("records: {images:?}"))?;
+
+    parent.write(store.as_ref(), &pin, &[(&child, ChildKind::Layer)]).await?;
+    parent.reads_back_from(store.as_ref()).await?;
+    store.release(pin).await?;
+    subject.collect().await;
+    ensure(listed(store.as_ref()).await? == digests(&[&parent, &child]), "the record does not hold it any more")
+}

@@ -26,6 +26,32 @@ pub(super) async fn a_record_replaces_the_one_of_its_name(subject: &mut dyn Subj
     ensure(listed(store.as_ref()).await? == digests(&[&new]), "the record still holds what it named before")
 }
 
+pub(super) async fn a_record_is_removed_if_it_points_there(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    let pin = store.pin(HOUR).await?;
+    let (gone, kept) = (Blob::of("target of the removed", 100), Blob::of("target of the kept", 200));
+    gone.write(store.as_ref(), &pin, &[]).await?;
+    kept.write(store.as_ref(), &pin, &[]).await?;
+    let (removed, other) = (gone.record("example.org/removed:1"), kept.record("example.org/removed:10"));
+    store.put_image(&removed).await?;
+    store.put_image(&other).await?;
+    store.release(pin).await?;
+
+    store.remove_image(&removed.name, kept.digest).await?;
+    store.remove_image("example.org/removed", gone.digest).await?;
+    let images = store.images().await?;
+    ensure(images.len() == 2, format!("after removing what is not there: {images:?}"))?;
+    let mut changes = store.changes();
+    changes.mark_unchanged();
+    store.remove_image(&removed.name, gone.digest).await?;
+    ensure(changes.has_changed().unwrap_or(false), "the counter does not move")?;
+    store.remove_image(&removed.name, gone.digest).await?;
+    let images = store.images().await?;
+    ensure(images == [other], format!("left: {images:?}"))?;
+    subject.collect().await;
+    ensure(listed(store.as_ref()).await? == digests(&[&kept]), "what only the removed record named is not collected")
+}
+
 pub(super) async fn records_written_at_once_are_all_there(subject: &mut dyn Subject) -> Outcome {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;

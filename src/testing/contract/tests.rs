@@ -3,7 +3,7 @@
 use tokio::sync::watch;
 
 use super::*;
-use crate::ports::{BlobInfo, BlobReader};
+use crate::ports::{BlobReader, Room};
 use crate::testing::MemoryStore;
 
 /// Passes everything on but what the test breaks.
@@ -21,18 +21,35 @@ enum Breaks {
     Pinning,
     /// The check of a record's target.
     Targets,
+    /// The check of what the record that is to be removed points at.
+    Removing,
     /// The counter.
     Counting,
+    /// What is told of sources and children.
+    Showing,
+    /// The removal of what is discarded, as where `create` goes on answering that it is there.
+    Discarding,
+    /// The hold on what the discarded blob kept alive.
+    Orphans,
+}
+
+impl Unsound {
+    fn shown(&self, blob: BlobInfo) -> BlobInfo {
+        match self.breaks {
+            Breaks::Showing => BlobInfo { sources: Vec::new(), has_children: false, ..blob },
+            _ => blob,
+        }
+    }
 }
 
 #[async_trait]
 impl ContentStore for Unsound {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
-        self.sound.blob(digest).await
+        Ok(self.sound.blob(digest).await?.map(|blob| self.shown(blob)))
     }
 
     async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
-        self.sound.blobs().await
+        Ok(self.sound.blobs().await?.into_iter().map(|blob| self.shown(blob)).collect())
     }
 
     async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError> {
@@ -53,6 +70,14 @@ impl ContentStore for Unsound {
         self.sound.remember(digest, remembered).await
     }
 
+    async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
+        match self.breaks {
+            Breaks::Discarding => Ok(()),
+            Breaks::Orphans => self.sound.discard(digest, &Pin("nobody's".into())).await,
+            _ => self.sound.discard(digest, pin).await,
+        }
+    }
+
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
         self.sound.images().await
     }
@@ -62,6 +87,16 @@ impl ContentStore for Unsound {
             return Ok(());
         }
         self.sound.put_image(record).await
+    }
+
+    async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
+        let named = self.sound.images().await?.into_iter().find(|record| record.name == name);
+        match named {
+            Some(record) if self.breaks == Breaks::Removing => {
+                self.sound.remove_image(name, record.target.digest).await
+            }
+            _ => self.sound.remove_image(name, target).await,
+        }
     }
 
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
@@ -76,8 +111,8 @@ impl ContentStore for Unsound {
         if self.breaks == Breaks::Counting { watch::channel(0).1 } else { self.sound.changes() }
     }
 
-    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
-        self.sound.free_bytes().await
+    async fn room(&self) -> Result<Option<Room>, StoreError> {
+        self.sound.room().await
     }
 }
 
@@ -98,14 +133,18 @@ impl Subject for Unsound {
 
 #[tokio::test]
 async fn a_broken_store_is_found_out() {
-    for (breaks, check) in [
-        (Breaks::Remembering, "remembering_adds_and_never_loses: "),
-        (Breaks::Pinning, "a_pin_holds_what_it_found_there: "),
-        (Breaks::Targets, "a_record_needs_its_target: "),
-        (Breaks::Counting, "changes_are_counted: "),
+    for (breaks, checks) in [
+        (Breaks::Remembering, &["remembering_adds_and_never_loses: ", "what_is_remembered_can_be_seen: "][..]),
+        (Breaks::Pinning, &["a_pin_holds_what_it_found_there: "]),
+        (Breaks::Targets, &["a_record_needs_its_target: "]),
+        (Breaks::Removing, &["a_record_is_removed_if_it_points_there: "]),
+        (Breaks::Counting, &["changes_are_counted: ", "a_record_is_removed_if_it_points_there: "]),
+        (Breaks::Showing, &["what_is_remembered_can_be_seen: "]),
+        (Breaks::Discarding, &["what_is_discarded_can_be_written_again: "]),
+        (Breaks::Orphans, &["what_is_discarded_can_be_written_again: "]),
     ] {
         let broken = broken_promises(async || Unsound { sound: MemoryStore::new(), breaks }).await;
-        assert_eq!(broken.len(), 1, "{broken:?}");
-        assert!(broken[0].starts_with(check), "{broken:?}");
+        assert_eq!(broken.len(), checks.len(), "{broken:?}");
+        assert!(checks.iter().zip(&broken).all(|(check, line)| line.starts_with(check)), "{broken:?}");
     }
 }

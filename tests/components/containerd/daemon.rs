@@ -1,10 +1,17 @@
 //! A containerd of the test's own: its process, its folders, its socket.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use containerd_client::services::v1::container::Runtime;
+use containerd_client::services::v1::containers_client::ContainersClient;
+use containerd_client::services::v1::{Container, CreateContainerRequest};
+use containerd_client::to_any;
+use containerd_client::tonic::Request;
 use lighterman::containerd::{Config, ContainerdStore};
+use lighterman::oci::Digest;
 use tempfile::TempDir;
 
 /// Killed when dropped, also by a test that panics.
@@ -83,6 +90,28 @@ impl Daemon {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// A container's record, which nothing runs, labelled as CRI labels a sandbox.
+    pub(crate) async fn make_container(&self, containerd_namespace: &str, id: &str, image: &str) {
+        let container = Container {
+            id: id.into(),
+            image: image.into(),
+            labels: HashMap::from([("io.cri-containerd.kind".into(), "sandbox".into())]),
+            runtime: Some(Runtime { name: "io.containerd.runc.v2".into(), options: None }),
+            spec: Some(to_any(&CreateContainerRequest::default())),
+            ..Container::default()
+        };
+        let channel = containerd_client::connect(self.socket()).await.unwrap();
+        let mut request = Request::new(CreateContainerRequest { container: Some(container) });
+        request.metadata_mut().insert("containerd-namespace", containerd_namespace.parse().unwrap());
+        ContainersClient::new(channel).create(request).await.unwrap();
+    }
+
+    /// The file of a blob in its content store.
+    pub(crate) fn file_of(&self, digest: Digest) -> PathBuf {
+        let blobs = self.folder.path().join("root/io.containerd.content.v1.content/blobs/sha256");
+        blobs.join(digest.hex())
+    }
+
     fn socket(&self) -> PathBuf {
         self.folder.path().join("containerd.sock")
     }
@@ -120,7 +149,8 @@ fn spawn(binaries: &Path, folder: &Path) -> Child {
         .unwrap()
 }
 
-fn testbed() -> PathBuf {
+/// Where `make testbed` puts its programs.
+pub(crate) fn testbed() -> PathBuf {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let home_cache = || variable("HOME").unwrap_or_default().join(".cache");
     let cache = || {

@@ -1,0 +1,90 @@
+//! What the CRI plugin tells of its configuration and of an image. containerd-client knows nothing of CRI, so the two calls stand here.
+
+use std::collections::HashMap;
+
+use containerd_client::tonic::client::Grpc;
+use containerd_client::tonic::codegen::http::uri::PathAndQuery;
+use containerd_client::tonic::{Code, Status};
+use serde_json::Value;
+use tonic_prost::ProstCodec;
+
+use super::ContainerdStore;
+use crate::ports::StoreError;
+
+/// CRI's `StatusRequest` (cri-api, `runtime/v1/api.proto`).
+#[derive(Clone, PartialEq, prost::Message)]
+struct StatusRequest {
+    /// Asks for `info` as well.
+    #[prost(bool, tag = "1")]
+    verbose: bool,
+}
+
+/// CRI's `StatusResponse`, without the conditions.
+#[derive(Clone, PartialEq, prost::Message)]
+struct StatusResponse {
+    #[prost(map = "string, string", tag = "2")]
+    info: HashMap<String, String>,
+}
+
+/// CRI's `ImageStatusRequest`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct ImageStatusRequest {
+    #[prost(message, optional, tag = "1")]
+    image: Option<ImageSpec>,
+}
+
+/// CRI's `ImageSpec`, with the name alone.
+#[derive(Clone, PartialEq, prost::Message)]
+struct ImageSpec {
+    #[prost(string, tag = "1")]
+    image: String,
+}
+
+/// CRI's `ImageStatusResponse`. Without an image the plugin has none of that name.
+#[derive(Clone, PartialEq, prost::Message)]
+struct ImageStatusResponse {
+    #[prost(message, optional, tag = "1")]
+    image: Option<Image>,
+}
+
+/// CRI's `Image`, of which only matters that it is there.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Image {}
+
+/// The plugin's configuration is some kilobytes of JSON; registries and runtimes make it longer. An image with its names is less.
+const MAX_ANSWER: usize = 1 << 20;
+
+impl ContainerdStore {
+    /// The plugin's configuration as it is in force; `Null` where there is no CRI plugin.
+    pub(super) async fn cri_configuration(&self) -> Result<Value, StoreError> {
+        match self.ask_cri("/runtime.v1.RuntimeService/Status", StatusRequest { verbose: true }).await {
+            Ok(StatusResponse { info }) => {
+                let configuration = info.get("config").and_then(|json| serde_json::from_str(json).ok());
+                Ok(configuration.unwrap_or_default())
+            }
+            Err(status) if status.code() == Code::Unimplemented => Ok(Value::Null),
+            Err(status) => Err(self.link.failed(&status)),
+        }
+    }
+
+    /// What the kubelet asks before it has an image pulled.
+    pub(super) async fn cri_has_image(&self, name: &str) -> Result<bool, Status> {
+        let question = ImageStatusRequest { image: Some(ImageSpec { image: name.to_owned() }) };
+        let ImageStatusResponse { image } = self.ask_cri("/runtime.v1.ImageService/ImageStatus", question).await?;
+        Ok(image.is_some())
+    }
+
+    async fn ask_cri<Q, A>(&self, method: &'static str, question: Q) -> Result<A, Status>
+    where
+        Q: prost::Message + 'static,
+        A: prost::Message + Default + 'static,
+    {
+        let asked = async {
+            let mut client = Grpc::new(self.link.channel()).max_decoding_message_size(MAX_ANSWER);
+            client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
+            let request = self.link.request(question);
+            client.unary(request, PathAndQuery::from_static(method), ProstCodec::<Q, A>::default()).await
+        };
+        self.link.call(asked).await
+    }
+}

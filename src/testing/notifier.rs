@@ -1,0 +1,56 @@
+//! Somebody who is told things, in memory.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+
+use crate::ports::{Notification, Notifier, NotifyError};
+
+/// Keeps what it is sent.
+#[derive(Default)]
+pub struct MemoryNotifier {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    sent: Vec<Notification>,
+    attempts: usize,
+    failure: Option<NotifyError>,
+}
+
+impl MemoryNotifier {
+    /// What every message gets from now on; `None` for being taken.
+    pub fn set_failure(&self, failure: Option<NotifyError>) {
+        self.lock().failure = failure;
+    }
+
+    /// The messages that were taken, in order.
+    pub fn sent(&self) -> Vec<Notification> {
+        self.lock().sent.clone()
+    }
+
+    /// How many messages were tried, taken or not.
+    pub fn attempts(&self) -> usize {
+        self.lock().attempts
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[async_trait]
+impl Notifier for MemoryNotifier {
+    async fn notify(&self, notification: &Notification) -> Result<(), NotifyError> {
+        let mut state = self.lock();
+        state.attempts += 1;
+        match &state.failure {
+            Some(failure) => Err(failure.clone()),
+            None => {
+                state.sent.push(notification.clone());
+                Ok(())
+            }
+        }
+    }
+}

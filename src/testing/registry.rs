@@ -1,0 +1,135 @@
+//! Registries in memory.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+
+use crate::model::OutageKind;
+use crate::oci::{Digest, Repository};
+use crate::ports::{PullSecret, Registry, RegistryError};
+
+/// All the registries that there are; the names of others do not resolve.
+#[derive(Default)]
+pub struct MemoryRegistry {
+    played: Mutex<BTreeMap<String, Played>>,
+}
+
+#[derive(Default)]
+struct Played {
+    tags: BTreeMap<(String, String), Tag>,
+    failure: Option<RegistryError>,
+    pings: usize,
+    resolves: usize,
+}
+
+struct Tag {
+    digest: Digest,
+    /// `Some` for a private repository.
+    secret: Option<PullSecret>,
+}
+
+impl MemoryRegistry {
+    /// Makes a registry, if it is not there yet.
+    pub fn put_registry(&self, registry: &str) {
+        self.lock().entry(registry.to_owned()).or_default();
+    }
+
+    /// Makes a tag that anybody may see, or moves it; its registry as well.
+    pub fn put_tag(&self, repository: &Repository, tag: &str, digest: Digest) {
+        self.put(repository, tag, Tag { digest, secret: None });
+    }
+
+    /// Makes a tag that only owners of this secret may see, or moves it; its registry as well.
+    pub fn put_private_tag(&self, repository: &Repository, tag: &str, digest: Digest, secret: PullSecret) {
+        self.put(repository, tag, Tag { digest, secret: Some(secret) });
+    }
+
+    /// What every question to this registry gets from now on; `None` for right answers. A ping fails only when the registry is down.
+    pub fn set_failure(&self, registry: &str, failure: Option<RegistryError>) {
+        self.lock().entry(registry.to_owned()).or_default().failure = failure;
+    }
+
+    /// How many times a registry that exists was pinged.
+    pub fn pings(&self, registry: &str) -> usize {
+        self.lock().get(registry).map_or(0, |played| played.pings)
+    }
+
+    /// How many times a registry that exists was asked for a tag.
+    pub fn resolves(&self, registry: &str) -> usize {
+        self.lock().get(registry).map_or(0, |played| played.resolves)
+    }
+
+    fn put(&self, repository: &Repository, tag: &str, meaning: Tag) {
+        let mut played = self.lock();
+        let tags = &mut played.entry(repository.registry.clone()).or_default().tags;
+        tags.insert((repository.path.clone(), tag.to_owned()), meaning);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Played>> {
+        self.played.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn no_such_host(registry: &str) -> RegistryError {
+    RegistryError::Down { registry: registry.to_owned(), kind: OutageKind::NoSuchHost }
+}
+
+#[async_trait]
+impl Registry for MemoryRegistry {
+    async fn ping(&self, registry: &str) -> Result<(), RegistryError> {
+        let mut played = self.lock();
+        let played = played.get_mut(registry).ok_or_else(|| no_such_host(registry))?;
+        played.pings += 1;
+        match &played.failure {
+            Some(down @ RegistryError::Down { .. }) => Err(down.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    async fn resolve(
+        &self,
+        repository: &Repository,
+        tag: &str,
+        secrets: &[PullSecret],
+    ) -> Result<Digest, RegistryError> {
+        let registry = &repository.registry;
+        let mut played = self.lock();
+        let played = played.get_mut(registry).ok_or_else(|| no_such_host(registry))?;
+        played.resolves += 1;
+        if let Some(failure) = &played.failure {
+            return Err(failure.clone());
+        }
+        match played.tags.get(&(repository.path.clone(), tag.to_owned())) {
+            None => Err(RegistryError::NotFound(registry.clone())),
+            Some(Tag { secret: Some(secret), .. }) if !secrets.contains(secret) => {
+                Err(RegistryError::Denied(registry.clone()))
+            }
+            Some(Tag { digest, .. }) => Ok(*digest),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_private_tag_is_for_owners_of_its_secret_while_the_registry_is_up() {
+        let registry = MemoryRegistry::default();
+        let app = Repository { registry: "reg.test".into(), path: "app".into() };
+        assert_eq!(registry.ping("reg.test").await, Err(no_such_host("reg.test")));
+        let (digest, secret) = (Digest::of(b"image"), PullSecret(b"secret".to_vec()));
+        registry.put_private_tag(&app, "v1", digest, secret.clone());
+        assert_eq!(registry.resolve(&app, "v1", &[]).await, Err(RegistryError::Denied("reg.test".into())));
+        assert_eq!(registry.resolve(&app, "v1", &[secret]).await, Ok(digest));
+        assert_eq!(registry.resolve(&app, "v2", &[]).await, Err(RegistryError::NotFound("reg.test".into())));
+
+        registry.set_failure("reg.test", Some(RegistryError::RateLimited("reg.test".into())));
+        assert_eq!(registry.ping("reg.test").await, Ok(()), "a 429 is an answer");
+        let down = RegistryError::Down { registry: "reg.test".into(), kind: OutageKind::TimedOut };
+        registry.set_failure("reg.test", Some(down.clone()));
+        assert_eq!(registry.ping("reg.test").await, Err(down));
+        assert_eq!((registry.pings("reg.test"), registry.resolves("reg.test")), (2, 3));
+    }
+}

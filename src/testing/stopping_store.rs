@@ -1,0 +1,141 @@
+//! A store whose user is killed at a chosen step, so that every step of a recovery can be tried.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::watch;
+
+use crate::oci::{Digest, Verified};
+use crate::ports::{
+    BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, StoreError,
+};
+
+/// Where the user is killed. A step is a call that changes something; the first has the number 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KilledAt {
+    /// Before the step is taken.
+    Before(usize),
+    /// After it, and before its answer comes.
+    After(usize),
+}
+
+/// Passes everything on until the step comes; from then on no call that changes something returns. Whoever waits for
+/// [`StoppingStore::reached`] then drops what was going on, which is what a kill looks like to the store behind.
+#[derive(Clone)]
+pub struct StoppingStore {
+    inner: Arc<dyn ContentStore>,
+    steps: Arc<AtomicUsize>,
+    killed_at: KilledAt,
+    reached: watch::Sender<bool>,
+}
+
+impl StoppingStore {
+    /// A store in front of another.
+    pub fn new(inner: Arc<dyn ContentStore>, killed_at: KilledAt) -> Self {
+        Self { inner, steps: Arc::default(), killed_at, reached: watch::Sender::new(false) }
+    }
+
+    /// Waits until the step has come.
+    pub async fn reached(&self) {
+        let mut reached = self.reached.subscribe();
+        // It cannot fail: the sender is here.
+        let _ = reached.wait_for(|reached| *reached).await;
+    }
+
+    async fn step<T>(&self, work: impl Future<Output = T>) -> T {
+        let step = self.steps.fetch_add(1, Ordering::SeqCst);
+        let (last, after) = match self.killed_at {
+            KilledAt::Before(last) => (last, false),
+            KilledAt::After(last) => (last, true),
+        };
+        if step < last {
+            return work.await;
+        }
+        if step == last {
+            if after {
+                work.await;
+            }
+            self.reached.send_replace(true);
+        }
+        std::future::pending().await
+    }
+}
+
+#[async_trait]
+impl ContentStore for StoppingStore {
+    async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
+        self.inner.blob(digest).await
+    }
+
+    async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
+        self.inner.blobs().await
+    }
+
+    async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError> {
+        self.inner.open(digest).await
+    }
+
+    async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
+        let writer = self.step(self.inner.create(digest, size, pin)).await?;
+        Ok(Box::new(Writer { inner: writer, store: self.clone() }))
+    }
+
+    async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
+        self.step(self.inner.remember(digest, remembered)).await
+    }
+
+    async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
+        self.step(self.inner.discard(digest, pin)).await
+    }
+
+    async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
+        self.inner.images().await
+    }
+
+    async fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
+        self.step(self.inner.put_image(record)).await
+    }
+
+    async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
+        self.step(self.inner.remove_image(name, target)).await
+    }
+
+    async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
+        self.step(self.inner.pin(life)).await
+    }
+
+    async fn release(&self, pin: Pin) -> Result<(), StoreError> {
+        self.step(self.inner.release(pin)).await
+    }
+
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.inner.changes()
+    }
+
+    async fn room(&self) -> Result<Option<Room>, StoreError> {
+        self.inner.room().await
+    }
+}
+
+struct Writer {
+    inner: Box<dyn BlobWriter>,
+    store: StoppingStore,
+}
+
+#[async_trait]
+impl BlobSink for Writer {
+    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
+        self.store.step(self.inner.append(chunks)).await
+    }
+}
+
+#[async_trait]
+impl BlobWriter for Writer {
+    async fn commit(self: Box<Self>, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
+        let Self { inner, store } = *self;
+        store.step(inner.commit(proof, remembered)).await
+    }
+}
