@@ -1,23 +1,30 @@
-//! The Kubernetes API: pods of this node are watched, pods are nudged, Events say what happened, Leases hold claims, and
-//! ServiceAccount tokens say who may join.
+//! The Kubernetes API: pods of this node are watched, what owns them is asked for, pods are nudged, Events say what happened, Leases
+//! hold claims, and ServiceAccount tokens say who may join.
 //!
-//! Of other nodes' pods nothing is ever asked, and of pods nothing is ever written but one annotation. Not here: what any of it
-//! means (that is [`crate::decide`]'s), and admission by a plain list of PeerIds.
+//! Of other nodes' pods nothing is ever asked, and of pods nothing is ever written but one annotation. With rights that the chart gives
+//! only when asked to, pull secrets are read and pods deleted. Not here: what any of it means (that is [`crate::decide`]'s), and
+//! admission by a plain list of PeerIds.
 
 mod admission;
+mod cached;
 mod call;
 mod claims;
+mod delete;
 mod events;
 mod jwks;
+mod kubelet_events;
+mod metadata;
+mod mirrors;
 mod namespaces;
 mod nudge;
+mod owners;
 mod pods;
 mod project;
+mod secrets;
 mod token;
 
 pub use admission::TokenAdmission;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,8 +34,8 @@ use kube::Client;
 use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
 use tokio::sync::watch;
 
-use crate::model::{NodeName, PodRef};
-use crate::ports::{Cluster, ClusterError, PodReport};
+use crate::model::{NodeName, Owner, PodRef};
+use crate::ports::{Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, PodReport, PullSecret};
 
 /// How we show ourselves to the API server, in its logs and in `managedFields`.
 const USER_AGENT: &str = concat!("lighterman/", env!("CARGO_PKG_VERSION"));
@@ -87,6 +94,8 @@ pub struct KubeCluster {
     start_jitter: Duration,
     synced: watch::Sender<bool>,
     namespaces: namespaces::Namespaces,
+    owners: owners::Owners,
+    mirrors: mirrors::Mirrors,
     events: events::Events,
 }
 
@@ -132,6 +141,8 @@ impl KubeCluster {
     fn new(client: Client, own: Own, start_jitter: Duration) -> Self {
         Self {
             namespaces: namespaces::Namespaces::new(client.clone()),
+            owners: owners::Owners::new(client.clone()),
+            mirrors: mirrors::Mirrors::default(),
             events: events::Events::new(client.clone(), own.node.clone()),
             synced: watch::Sender::new(false),
             client,
@@ -143,8 +154,24 @@ impl KubeCluster {
 
 #[async_trait]
 impl Cluster for KubeCluster {
-    async fn namespace_annotations(&self, k8s_namespace: &str) -> Result<Arc<BTreeMap<String, String>>, ClusterError> {
-        self.namespaces.annotations(k8s_namespace).await
+    async fn namespace(&self, k8s_namespace: &str) -> Result<Arc<NamespaceView>, ClusterError> {
+        self.namespaces.namespace(k8s_namespace).await
+    }
+
+    async fn owners(&self, k8s_namespace: &str, owner: &Owner) -> Result<Vec<Arc<Annotations>>, ClusterError> {
+        self.owners.upwards(k8s_namespace, owner).await
+    }
+
+    async fn kubelet_events(&self, pod: &PodRef) -> Result<Vec<KubeletEvent>, ClusterError> {
+        kubelet_events::kubelet_events(&self.client, pod, &self.mirrors.kubelets_uid(pod)).await
+    }
+
+    async fn pull_secret(&self, k8s_namespace: &str, name: &str) -> Result<PullSecret, ClusterError> {
+        secrets::pull_secret(&self.client, k8s_namespace, name).await
+    }
+
+    async fn delete(&self, pod: &PodRef) -> Result<(), ClusterError> {
+        delete::delete(&self.client, pod).await
     }
 
     async fn nudge(&self, pod: &PodRef) -> Result<(), ClusterError> {
@@ -152,12 +179,6 @@ impl Cluster for KubeCluster {
     }
 
     async fn report(&self, pod: &PodRef, report: &PodReport) -> Result<(), ClusterError> {
-        self.events.report(pod, report).await
+        self.events.report(pod, &self.mirrors.kubelets_uid(pod), report).await
     }
-}
-
-/// A client of an API server that is not there.
-#[cfg(test)]
-fn test_client() -> Client {
-    Client::try_from(kube::Config::new("http://127.0.0.1:1".parse().unwrap())).unwrap()
 }

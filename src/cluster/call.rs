@@ -14,7 +14,7 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 const MAX_TEXT: usize = 512;
 
 /// A request that was not fulfilled.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Failure {
     /// No answer, or one that says later.
     Unavailable(String),
@@ -130,9 +130,30 @@ pub(super) fn cut(text: &str, most: usize) -> &str {
     &text[..end]
 }
 
+/// Whether an object can have this name (RFC 1123 subdomain). References in pods can hold anything, and kube puts it into a path as it is.
+pub(super) fn is_name(text: &str) -> bool {
+    let is_label = |label: &str| {
+        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        !label.is_empty() && !label.starts_with('-') && !label.ends_with('-') && label.bytes().all(plain)
+    };
+    text.len() <= 253 && text.split('.').all(is_label)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_cannot_lead_to_another_object() {
+        for name in ["web", "web-7d9f", "0.a-b.c", &"x".repeat(253)] {
+            assert!(is_name(name), "{name}");
+        }
+        for name in
+            ["", ".", "..", "a/b", "a?b", "a%2fb", "a..b", "-a", "a-", "a.-b", "A", "ä", "a b", &"x".repeat(254)]
+        {
+            assert!(!is_name(name), "{name}");
+        }
+    }
 
     #[test]
     fn a_text_is_cut_between_characters() {

@@ -42,13 +42,13 @@ impl KubeCluster {
         let leases = call(PATIENCE, self.leases().list(&ours)).await?;
         let mut deleted = 0;
         for lease in leases.items.into_iter().filter(|lease| is_abandoned(lease, now)).take(SWEEP_DELETES) {
-            deleted += usize::from(self.delete(lease).await?);
+            deleted += usize::from(self.delete_lease(lease).await?);
         }
         Ok(deleted)
     }
 
     /// Deletes this very state of the Lease; `false` when it is gone or was renewed meanwhile.
-    async fn delete(&self, lease: Lease) -> Result<bool, ClaimError> {
+    async fn delete_lease(&self, lease: Lease) -> Result<bool, ClaimError> {
         let ObjectMeta { name: Some(name), uid, resource_version, .. } = lease.metadata else { return Ok(false) };
         let only_this = DeleteParams::default().preconditions(Preconditions { resource_version, uid });
         match call(PATIENCE, self.leases().delete(&name, &only_this)).await {
@@ -123,7 +123,7 @@ impl Claims for KubeCluster {
         let Some(lease) = self.lease(digest).await? else { return Ok(()) };
         let holder = lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref());
         if holder == Some(self.own.node.as_str()) {
-            self.delete(lease).await?;
+            self.delete_lease(lease).await?;
         }
         Ok(())
     }

@@ -54,7 +54,8 @@ impl Events {
         Self { client, node, ledger: Mutex::new(Ledger::new(Instant::now())) }
     }
 
-    pub(super) async fn report(&self, pod: &PodRef, report: &PodReport) -> Result<(), ClusterError> {
+    /// `uid` is the one that the kubelet knows the pod by.
+    pub(super) async fn report(&self, pod: &PodRef, uid: &str, report: &PodReport) -> Result<(), ClusterError> {
         let note = cut(&report.note, MAX_NOTE);
         let key = Key { pod_uid: pod.uid.clone(), kind: report.kind, note: Digest::of(note.as_bytes()) };
         let wall = Timestamp::now();
@@ -68,10 +69,10 @@ impl Events {
                     "too many Events at once; they are held back to {pace}"
                 )));
             }
-            Step::First { name } => self.create(pod, report.kind, note, name, wall).await,
+            Step::First { name } => self.create(pod, uid, report.kind, note, name, wall).await,
             Step::Again { name, count } => match self.count(pod, &name, count, wall).await {
                 // Events are forgotten after an hour, sooner on some clusters.
-                Err(Failure::NotFound(_)) => self.create(pod, report.kind, note, name, wall).await,
+                Err(Failure::NotFound(_)) => self.create(pod, uid, report.kind, note, name, wall).await,
                 counted => counted,
             },
         };
@@ -84,6 +85,7 @@ impl Events {
     async fn create(
         &self,
         pod: &PodRef,
+        uid: &str,
         kind: ReportKind,
         note: &str,
         name: String,
@@ -97,7 +99,7 @@ impl Events {
                 kind: text("Pod"),
                 name: text(&pod.name),
                 namespace: text(&pod.k8s_namespace),
-                uid: text(&pod.uid),
+                uid: text(uid),
                 ..ObjectReference::default()
             },
             type_: text(if kind.is_warning() { "Warning" } else { "Normal" }),

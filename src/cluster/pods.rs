@@ -48,6 +48,7 @@ impl KubeCluster {
                 }
             };
             let Some(event) = translate(event, &mut listed) else { continue };
+            self.mirrors.follow(&event);
             let done = matches!(event, PodEvent::Synced(_));
             if out.send(event).await.is_err() {
                 return;
@@ -79,10 +80,10 @@ fn translate(event: watcher::Event<Pod>, listed: &mut Vec<PodRef>) -> Option<Pod
         watcher::Event::InitApply(pod) => {
             let view = project(pod)?;
             listed.push(view.pod.clone());
-            Some(PodEvent::Seen(view))
+            Some(PodEvent::Seen(Box::new(view)))
         }
         watcher::Event::InitDone => Some(PodEvent::Synced(std::mem::take(listed))),
-        watcher::Event::Apply(pod) => project(pod).map(PodEvent::Seen),
+        watcher::Event::Apply(pod) => project(pod).map(|view| PodEvent::Seen(Box::new(view))),
         watcher::Event::Delete(pod) => project(pod).map(|view| PodEvent::Gone(view.pod)),
     }
 }

@@ -1,14 +1,36 @@
 //! From the API's pod to the few fields that decisions are made from.
 
-use k8s_openapi::api::core::v1::{Container, ContainerStatus, EphemeralContainer, Pod};
+use std::collections::BTreeMap;
 
-use super::call::cut;
-use crate::model::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy, Waiting};
+use k8s_openapi::api::core::v1::{Container, ContainerStatus, EphemeralContainer, Pod, Volume};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+
+use super::call::{cut, is_name};
+use super::mirrors::MIRROR;
+use crate::model::{ContainerKind, ContainerView, ImageVolume, Owner, PodRef, PodView, PullPolicy, Waiting};
 use crate::oci::Reference;
 
 /// The most that is kept of one text. The API bounds a container's message only by the size of the whole object (1.5 MiB), while
-/// the cause of a failed pull stands in the first few hundred bytes.
-const MAX_TEXT: usize = 4096;
+/// the cause of a failed pull stands in the first few hundred bytes. No image name of this length can be read.
+pub(super) const MAX_TEXT: usize = 4096;
+
+/// The most containers of each kind, and image volumes, that are taken from one pod. The API bounds them only by the size of the
+/// whole object, which has room for ten thousand; pods that people make have a dozen.
+const MAX_ITEMS: usize = 128;
+
+/// The most pull secrets of one pod: each is a request of its own.
+const MAX_SECRETS: usize = 16;
+
+/// The longest text of a reference to an owner: an API group (253), a slash and a version (63). Names, kinds and UIDs are shorter.
+const MAX_REFERENCE: usize = 253 + 1 + 63;
+
+/// The longest value of an annotation that is kept. What `kubectl apply` leaves there is as long as the object itself; what decides
+/// anything is a word.
+const MAX_VALUE: usize = 1024;
+
+/// The most labels or annotations that are kept of one object, the first by name; the API bounds annotations by 256 KiB together
+/// and labels by the object's size. Whoever can add more can as well change those that count.
+const MAX_PAIRS: usize = 128;
 
 /// The fields that are used; all else is dropped here, `managedFields` first of all.
 ///
@@ -18,29 +40,57 @@ pub(super) fn project(pod: Pod) -> Option<PodView> {
     let spec = spec.unwrap_or_default();
     let status = status.unwrap_or_default();
     let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
-    let mut annotations = metadata.annotations.unwrap_or_default();
-    // What `kubectl apply` leaves there is as long as the pod itself; what decides anything is a word.
-    annotations.retain(|_, value| value.len() <= MAX_TEXT);
+    let annotations = metadata.annotations.unwrap_or_default();
+    let is_static = annotations.contains_key(MIRROR);
     let statuses = [
         status.init_container_statuses.unwrap_or_default(),
         status.container_statuses.unwrap_or_default(),
         status.ephemeral_container_statuses.unwrap_or_default(),
     ];
     let [init, ordinary, ephemeral] = &statuses;
-    let containers = (spec.init_containers.into_iter().flatten())
+    let containers = (spec.init_containers.into_iter().flatten().take(MAX_ITEMS))
         .map(|container| view(container.into(), ContainerKind::Init, init))
-        .chain(spec.containers.into_iter().map(|container| view(container.into(), ContainerKind::Ordinary, ordinary)))
         .chain(
-            (spec.ephemeral_containers.into_iter().flatten())
+            (spec.containers.into_iter().take(MAX_ITEMS))
+                .map(|container| view(container.into(), ContainerKind::Ordinary, ordinary)),
+        )
+        .chain(
+            (spec.ephemeral_containers.into_iter().flatten().take(MAX_ITEMS))
                 .map(|container| view(container.into(), ContainerKind::Ephemeral, ephemeral)),
         )
         .collect();
+    let secrets = spec.image_pull_secrets.into_iter().flatten().map(|secret| secret.name);
     Some(PodView {
         pod: PodRef { k8s_namespace: metadata.namespace?, name: metadata.name?, uid: metadata.uid? },
-        annotations,
+        annotations: bounded(annotations),
         containers,
+        image_volumes: spec.volumes.into_iter().flatten().filter_map(image_volume).take(MAX_ITEMS).collect(),
+        owner: controller(metadata.owner_references.unwrap_or_default()),
+        is_static,
+        priority: spec.priority.unwrap_or(0),
+        pull_secrets: secrets.filter(|name| is_name(name)).take(MAX_SECRETS).collect(),
         ending: metadata.deletion_timestamp.is_some() || ended,
     })
+}
+
+/// Labels or annotations as far as they are kept.
+pub(super) fn bounded(pairs: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    pairs.into_iter().filter(|(_, value)| value.len() <= MAX_VALUE).take(MAX_PAIRS).collect()
+}
+
+/// The one owner that controls the object; the API server takes no two.
+pub(super) fn controller(references: Vec<OwnerReference>) -> Option<Owner> {
+    let reference = references.into_iter().find(|reference| reference.controller == Some(true))?;
+    let OwnerReference { api_version, kind, name, uid, .. } = reference;
+    let is_sane = [&api_version, &kind, &name, &uid].iter().all(|text| text.len() <= MAX_REFERENCE);
+    is_sane.then_some(Owner { api_version, kind, name, uid })
+}
+
+fn image_volume(volume: Volume) -> Option<ImageVolume> {
+    let source = volume.image?;
+    let image = cut(&source.reference?, MAX_TEXT).to_owned();
+    let pull_policy = pull_policy(source.pull_policy.as_deref(), &image);
+    Some(ImageVolume { name: volume.name, image, pull_policy })
 }
 
 /// What the two kinds of container in the API have in common.
@@ -63,27 +113,31 @@ impl From<EphemeralContainer> for Spec {
 }
 
 fn view(spec: Spec, kind: ContainerKind, statuses: &[ContainerStatus]) -> ContainerView {
-    let image = spec.image.unwrap_or_default();
-    let pull_policy = match spec.pull_policy.as_deref() {
-        Some("Always") => PullPolicy::Always,
-        Some("Never") => PullPolicy::Never,
-        Some("IfNotPresent") => PullPolicy::IfNotPresent,
-        _ => default_policy(&image),
-    };
+    let image = cut(spec.image.as_deref().unwrap_or_default(), MAX_TEXT).to_owned();
+    let pull_policy = pull_policy(spec.pull_policy.as_deref(), &image);
     // The statuses come in an order of their own, and later than the spec.
     let status = statuses.iter().find(|status| status.name == spec.name);
-    let waiting = status.and_then(|status| status.state.as_ref()?.waiting.as_ref()).map(|waiting| Waiting {
-        reason: cut(waiting.reason.as_deref().unwrap_or_default(), MAX_TEXT).to_owned(),
-        message: cut(waiting.message.as_deref().unwrap_or_default(), MAX_TEXT).to_owned(),
-    });
+    let waiting = match status {
+        Some(status) => status.state.as_ref().and_then(|state| state.waiting.as_ref()).map(|waiting| Waiting {
+            reason: cut(waiting.reason.as_deref().unwrap_or_default(), MAX_TEXT).to_owned(),
+            message: cut(waiting.message.as_deref().unwrap_or_default(), MAX_TEXT).to_owned(),
+        }),
+        // The kubelet has not written about it yet.
+        None => Some(Waiting { reason: String::new(), message: String::new() }),
+    };
     ContainerView { name: spec.name, kind, image, pull_policy, waiting }
 }
 
-/// What the API server fills in for an absent `imagePullPolicy`.
-fn default_policy(image: &str) -> PullPolicy {
-    match image.parse::<Reference>() {
-        Ok(Reference::Tag(_, tag)) if tag == "latest" => PullPolicy::Always,
-        _ => PullPolicy::IfNotPresent,
+/// `imagePullPolicy`; what the API server fills in where it is absent.
+fn pull_policy(spec: Option<&str>, image: &str) -> PullPolicy {
+    match spec {
+        Some("Always") => PullPolicy::Always,
+        Some("Never") => PullPolicy::Never,
+        Some("IfNotPresent") => PullPolicy::IfNotPresent,
+        _ => match image.parse::<Reference>() {
+            Ok(Reference::Tag(_, tag)) if tag == "latest" => PullPolicy::Always,
+            _ => PullPolicy::IfNotPresent,
+        },
     }
 }
 
@@ -114,7 +168,10 @@ mod tests {
         let seen = pod(
             json!({}),
             json!({
-                "initContainers": [{ "name": "migrate", "image": "reg.test/migrate:1" }],
+                "initContainers": [
+                    { "name": "migrate", "image": "reg.test/migrate:1" },
+                    { "name": "proxy", "image": "reg.test/proxy:1", "restartPolicy": "Always" },
+                ],
                 "containers": [
                     { "name": "web", "image": "reg.test/web:1", "imagePullPolicy": "Never" },
                     { "name": "log", "image": "reg.test/log:1" },
@@ -122,7 +179,7 @@ mod tests {
                 "ephemeralContainers": [{ "name": "debug", "image": "reg.test/debug:1" }],
             }),
             json!({
-                "initContainerStatuses": [status("migrate", waiting("ErrImagePull"))],
+                "initContainerStatuses": [status("migrate", waiting("ErrImagePull")), status("proxy", waiting("PodInitializing"))],
                 // In another order than the spec, one running, one not yet reported.
                 "containerStatuses": [status("log", json!({ "running": {} })), status("web", waiting("ErrImageNeverPull"))],
                 "ephemeralContainerStatuses": [status("debug", waiting("ImagePullBackOff"))],
@@ -135,13 +192,14 @@ mod tests {
             seen.containers.iter().map(row).collect::<Vec<_>>(),
             [
                 ("migrate".into(), ContainerKind::Init, "reg.test/migrate:1".into(), text("ErrImagePull")),
+                ("proxy".into(), ContainerKind::Init, "reg.test/proxy:1".into(), text("PodInitializing")),
                 ("web".into(), ContainerKind::Ordinary, "reg.test/web:1".into(), text("ErrImageNeverPull")),
                 ("log".into(), ContainerKind::Ordinary, "reg.test/log:1".into(), None),
                 ("debug".into(), ContainerKind::Ephemeral, "reg.test/debug:1".into(), text("ImagePullBackOff")),
             ]
         );
         assert_eq!(seen.containers[0].waiting.as_ref().unwrap().message, "ErrImagePull!");
-        assert_eq!(seen.containers[1].pull_policy, PullPolicy::Never);
+        assert_eq!(seen.containers[2].pull_policy, PullPolicy::Never);
         assert_eq!(seen.pod, PodRef { k8s_namespace: "shop".into(), name: "web-0".into(), uid: "u-1".into() });
         assert!(!seen.ending);
     }
@@ -158,7 +216,76 @@ mod tests {
         ] {
             let seen = pod(json!({}), json!({ "containers": [{ "name": "c", "image": image }] }), json!({}));
             assert_eq!(seen.containers[0].pull_policy, policy, "{image}");
+            let seen =
+                pod(json!({}), json!({ "volumes": [{ "name": "v", "image": { "reference": image } }] }), json!({}));
+            assert_eq!(seen.image_volumes[0].pull_policy, policy, "{image}");
         }
+    }
+
+    #[test]
+    fn images_that_are_mounted_are_seen() {
+        let seen = pod(
+            json!({}),
+            json!({ "volumes": [
+                { "name": "scratch", "emptyDir": {} },
+                { "name": "model", "image": { "reference": "reg.test/model:1", "pullPolicy": "Never" } },
+            ] }),
+            json!({}),
+        );
+        let model =
+            ImageVolume { name: "model".into(), image: "reg.test/model:1".into(), pull_policy: PullPolicy::Never };
+        assert_eq!(seen.image_volumes, [model]);
+    }
+
+    #[test]
+    fn the_owner_is_the_one_that_controls() {
+        let reference = |kind: &str, controller: Option<bool>| {
+            let mut reference = json!({ "apiVersion": "apps/v1", "kind": kind, "name": "web", "uid": "u-2" });
+            reference["controller"] = controller.into();
+            reference
+        };
+        let owner =
+            |references: serde_json::Value| pod(json!({ "ownerReferences": references }), json!({}), json!({})).owner;
+        let controlled = owner(json!([
+            reference("Other", None),
+            reference("Another", Some(false)),
+            reference("ReplicaSet", Some(true)),
+        ]));
+        let [api_version, kind, name, uid] = ["apps/v1", "ReplicaSet", "web", "u-2"].map(str::to_owned);
+        assert_eq!(controlled, Some(Owner { api_version, kind, name, uid }));
+        assert_eq!(owner(json!([reference("Other", None)])), None);
+        assert_eq!(owner(json!([reference(&"x".repeat(MAX_REFERENCE + 1), Some(true))])), None);
+    }
+
+    #[test]
+    fn what_else_the_api_says_of_a_pod_is_seen() {
+        let seen = pod(
+            json!({ "annotations": { "kubernetes.io/config.mirror": "hash" } }),
+            json!({ "priority": -5, "imagePullSecrets": [{ "name": "regcred" }, { "name": "../x" }, {}] }),
+            json!({}),
+        );
+        assert_eq!((seen.is_static, seen.priority), (true, -5));
+        assert_eq!(seen.pull_secrets, ["regcred"]);
+        let plain = pod(json!({}), json!({}), json!({}));
+        assert_eq!((plain.is_static, plain.priority), (false, 0));
+    }
+
+    #[test]
+    fn no_pod_is_larger_than_pods_are() {
+        let many = |item: fn(usize) -> serde_json::Value| (0..1000).map(item).collect::<Vec<_>>();
+        let container = |i| json!({ "name": format!("c-{i}"), "image": "reg.test/a:1" });
+        let seen = pod(
+            json!({ "annotations": (0..1000).map(|i| (format!("a-{i}"), "".into())).collect::<serde_json::Map<_, _>>() }),
+            json!({
+                "initContainers": many(container), "containers": many(container), "ephemeralContainers": many(container),
+                "volumes": many(|i| json!({ "name": format!("v-{i}"), "image": { "reference": "reg.test/a:1" } })),
+                "imagePullSecrets": many(|i| json!({ "name": format!("s-{i}") })),
+            }),
+            json!({}),
+        );
+        assert_eq!(seen.containers.len(), 3 * MAX_ITEMS);
+        assert_eq!((seen.image_volumes.len(), seen.pull_secrets.len()), (MAX_ITEMS, MAX_SECRETS));
+        assert_eq!(seen.annotations.len(), MAX_PAIRS);
     }
 
     #[test]

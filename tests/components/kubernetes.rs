@@ -3,7 +3,10 @@
 mod admission;
 mod apiserver;
 mod claims;
+mod kubelet_events;
+mod owners;
 mod pods;
 mod proxy;
 mod reports;
 mod rights;
+mod watch;

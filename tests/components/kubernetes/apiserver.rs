@@ -96,7 +96,10 @@ impl ApiServer {
         fs::write(folder.join("tokens.csv"), format!("{ADMIN_TOKEN},admin,1,system:masters\n")).unwrap();
         let policy = json!({
             "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"],
-            "rules": [{ "level": "Metadata", "resources": [{ "group": "", "resources": ["pods"] }] }, { "level": "None" }],
+            "rules": [
+                { "level": "Metadata", "resources": [{ "group": "", "resources": ["pods"] }, { "group": "apps" }, { "group": "batch" }] },
+                { "level": "None" },
+            ],
         });
         fs::write(folder.join("audit.yaml"), policy.to_string()).unwrap();
         let ports = free_ports();
@@ -149,8 +152,8 @@ pub(super) fn signing_key() -> Vec<u8> {
     fs::read(api_server().folder.join("sa.key")).unwrap()
 }
 
-/// What the API server was asked about pods, as far as it has logged it: user agent and URI.
-pub(super) fn pod_requests() -> Vec<(String, String)> {
+/// What the API server was asked about pods and workloads, as far as it has logged it: user agent and URI.
+pub(super) fn requests() -> Vec<(String, String)> {
     let log = fs::read_to_string(api_server().folder.join("audit.log")).unwrap();
     let entry = |line: &str| {
         let entry: Value = serde_json::from_str(line).ok()?;
@@ -205,6 +208,11 @@ impl Place {
 
     pub(super) async fn agent(&self) -> KubeCluster {
         connect(self.config()).await.unwrap()
+    }
+
+    /// The minor version of the API server.
+    pub(super) async fn minor(&self) -> u32 {
+        self.admin.apiserver_version().await.unwrap().minor.trim_end_matches('+').parse().unwrap()
     }
 
     pub(super) fn pods(&self) -> Api<Pod> {

@@ -1,49 +1,17 @@
-//! The watch and the nudge.
+//! The watch, the nudge and the deletion of pods; namespaces.
 
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
-use lighterman::cluster::{KubeCluster, connect};
-use lighterman::model::PodRef;
+use lighterman::cluster::connect;
+use lighterman::model::{ContainerKind, ImageVolume, PodRef, PullPolicy};
 use lighterman::ports::{Cluster, ClusterError, PodEvent};
 use serde_json::json;
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
 
-use super::apiserver::{Place, pod_requests, within};
+use super::apiserver::{Place, make, requests, within};
 use super::proxy::Proxy;
-
-/// A running watch. Dropped, it ends.
-struct Watch {
-    events: mpsc::Receiver<PodEvent>,
-    stop: CancellationToken,
-    task: JoinSet<()>,
-}
-
-impl Watch {
-    fn start(agent: KubeCluster) -> Self {
-        let (out, events) = mpsc::channel(4);
-        let stop = CancellationToken::new();
-        let mut task = JoinSet::new();
-        let stopped = stop.clone();
-        task.spawn(async move { agent.watch_pods(out, stopped).await });
-        Self { events, stop, task }
-    }
-
-    async fn next(&mut self) -> PodEvent {
-        self.events.recv().await.expect("the watch goes on")
-    }
-
-    async fn until(&mut self, wanted: impl Fn(&PodEvent) -> bool) -> PodEvent {
-        loop {
-            let event = self.next().await;
-            if wanted(&event) {
-                return event;
-            }
-        }
-    }
-}
+use super::watch::Watch;
 
 fn seen(event: &PodEvent) -> Option<&PodRef> {
     match event {
@@ -84,8 +52,89 @@ async fn pods_of_this_node_are_seen_and_no_others() {
         place.delete_pod("here").await;
         assert_eq!(watch.until(|event| matches!(event, PodEvent::Gone(_))).await, PodEvent::Gone(here));
 
-        watch.stop.cancel();
-        watch.task.join_next().await.unwrap().unwrap();
+        watch.end().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn every_kind_of_container_is_seen_to_wait() {
+    within(async {
+        let place = Place::new().await;
+        // Before, API servers dropped restart policies of init containers, or knew no ephemeral ones.
+        if place.minor().await < 29 {
+            return;
+        }
+        let container = |name: &str| json!({ "name": name, "image": format!("reg.test/{name}:1") });
+        let mut sidecar = container("sidecar");
+        sidecar["restartPolicy"] = "Always".into();
+        let pod = json!({
+            "metadata": { "name": "web" },
+            "spec": {
+                "nodeName": place.name, "containers": [container("ordinary")],
+                "initContainers": [container("init"), sidecar], "imagePullSecrets": [{ "name": "regcred" }],
+            },
+        });
+        make::<Pod>(&place.pods(), pod).await;
+        let debug = Patch::Strategic(json!({ "spec": { "ephemeralContainers": [container("ephemeral")] } }));
+        place.pods().patch_ephemeral_containers("web", &PatchParams::default(), &debug).await.unwrap();
+        let waits = |name: &str| {
+            json!({
+                "name": name, "image": "", "imageID": "", "ready": false, "restartCount": 0,
+                "state": { "waiting": { "reason": "ImagePullBackOff", "message": name } },
+            })
+        };
+        let status = json!({ "status": {
+            "initContainerStatuses": [waits("init"), waits("sidecar")],
+            "containerStatuses": [waits("ordinary")], "ephemeralContainerStatuses": [waits("ephemeral")],
+        } });
+        place.pods().patch_status("web", &PatchParams::default(), &Patch::Strategic(status)).await.unwrap();
+
+        let view = Watch::start(place.agent().await).pod(|_| true).await;
+        let seen: Vec<_> = view
+            .containers
+            .iter()
+            .map(|container| {
+                assert_eq!(container.image, format!("reg.test/{}:1", container.name));
+                (container.kind, container.waiting.as_ref().expect("it waits").message.as_str())
+            })
+            .collect();
+        let expected = [
+            (ContainerKind::Init, "init"),
+            (ContainerKind::Init, "sidecar"),
+            (ContainerKind::Ordinary, "ordinary"),
+            (ContainerKind::Ephemeral, "ephemeral"),
+        ];
+        assert_eq!(seen, expected);
+        assert_eq!((view.pull_secrets, view.owner, view.is_static), (vec!["regcred".to_owned()], None, false));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn images_that_are_mounted_are_seen() {
+    within(async {
+        let place = Place::new().await;
+        // From then on they are on unless switched off.
+        if place.minor().await < 35 {
+            return;
+        }
+        let volume = |name: &str, image: &str| json!({ "name": name, "image": { "reference": image } });
+        let pod = json!({
+            "metadata": { "name": "web" },
+            "spec": {
+                "nodeName": place.name, "containers": [{ "name": "main", "image": "reg.test/app:1" }],
+                "volumes": [{ "name": "scratch", "emptyDir": {} }, volume("model", "reg.test/model:1"), volume("data", "reg.test/data")],
+            },
+        });
+        make::<Pod>(&place.pods(), pod).await;
+        let view = Watch::start(place.agent().await).pod(|_| true).await;
+        let seen = |name: &str, image: &str, pull_policy| ImageVolume { name: name.into(), image: image.into(), pull_policy };
+        let expected = [
+            seen("model", "reg.test/model:1", PullPolicy::IfNotPresent),
+            seen("data", "reg.test/data", PullPolicy::Always),
+        ];
+        assert_eq!(view.image_volumes, expected);
     })
     .await;
 }
@@ -98,15 +147,14 @@ async fn the_watch_asks_for_one_nodes_pods_from_the_watch_cache() {
         watch.until(|event| matches!(event, PodEvent::Synced(_))).await;
         place.pod("a").await;
         watch.next().await;
-        watch.stop.cancel();
-        watch.task.join_next().await.unwrap().unwrap();
+        watch.end().await;
         let ours = |uri: &str| uri.contains(&format!("spec.nodeName%3D{}&", place.name)) || uri.ends_with(&place.name);
-        let requests = || pod_requests().into_iter().filter(|(_, uri)| ours(uri)).collect::<Vec<_>>();
+        let of_node = || requests().into_iter().filter(|(_, uri)| ours(uri)).collect::<Vec<_>>();
         // A watch is logged when it has ended.
-        while requests().len() < 2 {
+        while of_node().len() < 2 {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        let requests = requests();
+        let requests = of_node();
         let (agent, list) = requests.iter().find(|(_, uri)| !uri.contains("watch=true")).expect("a list");
         assert_eq!(agent, concat!("lighterman/", env!("CARGO_PKG_VERSION")));
         assert!(list.contains("resourceVersion=0&") && !list.contains("limit="), "{list}");
@@ -144,7 +192,7 @@ async fn an_agent_starts_while_the_api_server_is_away() {
         let place = Place::new().await;
         let port = Proxy::open().await.cut().await;
         let agent = connect(place.config_with(port, "admin-of-the-tests")).await.unwrap();
-        assert!(matches!(agent.namespace_annotations(&place.name).await, Err(ClusterError::Unavailable(_))));
+        assert!(matches!(agent.namespace(&place.name).await, Err(ClusterError::Unavailable(_))));
         let synced = agent.synced();
         let mut watch = Watch::start(agent);
         assert!(!*synced.borrow());
@@ -191,13 +239,32 @@ async fn a_pod_that_was_replaced_is_not_nudged() {
 }
 
 #[tokio::test]
-async fn a_namespaces_annotations_are_read() {
+async fn only_the_pod_that_was_meant_is_deleted() {
+    within(async {
+        let place = Place::new().await;
+        let old = place.pod("web").await;
+        let agent = place.agent().await;
+        place.delete_pod("web").await;
+        assert!(matches!(agent.delete(&old).await, Err(ClusterError::Gone(_))), "deleted");
+        let new = place.pod("web").await;
+        assert!(matches!(agent.delete(&old).await, Err(ClusterError::Gone(_))), "another of that name");
+        let left = || async { place.pods().get("web").await.unwrap().metadata.deletion_timestamp };
+        assert_eq!(left().await, None);
+        agent.delete(&new).await.unwrap();
+        assert!(left().await.is_some(), "its kubelet has the last word");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_namespaces_labels_and_annotations_are_read() {
     within(async {
         let place = Place::new().await;
         let agent = place.agent().await;
-        let annotations = agent.namespace_annotations(&place.name).await.unwrap();
-        assert_eq!(annotations["lighterman.dev/enabled"], "true");
-        assert!(matches!(agent.namespace_annotations("nowhere").await, Err(ClusterError::Gone(_))));
+        let namespace = agent.namespace(&place.name).await.unwrap();
+        assert_eq!(namespace.annotations["lighterman.dev/enabled"], "true");
+        assert_eq!(namespace.labels["kubernetes.io/metadata.name"], place.name);
+        assert!(matches!(agent.namespace("nowhere").await, Err(ClusterError::Gone(_))));
     })
     .await;
 }

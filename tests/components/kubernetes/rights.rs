@@ -1,80 +1,134 @@
 //! The rights that the chart grants suffice, and nothing else is allowed.
 
+use std::fs;
+use std::path::PathBuf;
 use std::time::SystemTime;
 
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Secret, ServiceAccount};
+use k8s_openapi::ByteString;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{ConfigMap, Event, Namespace, Pod, Secret, ServiceAccount};
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client};
-use lighterman::cluster::{TokenAdmission, connect};
-use lighterman::model::PeerId;
+use lighterman::cluster::{KubeCluster, TokenAdmission, connect};
+use lighterman::model::{Owner, PeerId};
 use lighterman::oci::Digest;
-use lighterman::ports::{Admission, Claims, Cluster, PodEvent, PodReport, ReportKind};
+use lighterman::ports::{Admission, Claims, Cluster, ClusterError, PodEvent, PodReport, ReportKind};
 use serde_json::{Value, json};
+use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
-use super::apiserver::{Place, SERVICE_ACCOUNT, address, make, within};
+use super::apiserver::{Place, SERVICE_ACCOUNT, address, make, program, within};
 
-/// The chart's rules.
-fn cluster_rules() -> Value {
-    json!([
-        { "apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"] },
-        { "apiGroups": [""], "resources": ["pods/status"], "verbs": ["patch"] },
-        { "apiGroups": [""], "resources": ["namespaces"], "verbs": ["get"] },
-        { "apiGroups": [""], "resources": ["events"], "verbs": ["create", "patch"] },
-    ])
-}
-
-fn own_rules() -> Value {
-    json!([
-        { "apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "list", "create", "update", "delete"] },
-        { "apiGroups": [""], "resources": ["serviceaccounts/token"], "resourceNames": [SERVICE_ACCOUNT], "verbs": ["create"] },
-    ])
-}
-
-/// Grants the rules to this place's ServiceAccount.
-async fn grant(place: &Place) {
-    let name = format!("lighterman-{}", place.name);
-    let group = "rbac.authorization.k8s.io";
-    let subjects = json!([{ "kind": "ServiceAccount", "name": SERVICE_ACCOUNT, "namespace": place.name }]);
-    let admin = || place.admin.clone();
-    make::<ClusterRole>(&Api::all(admin()), json!({ "metadata": { "name": name }, "rules": cluster_rules() })).await;
-    make::<Role>(&Api::namespaced(admin(), &place.name), json!({ "metadata": { "name": name }, "rules": own_rules() }))
-        .await;
-    let bind = |kind: &str, role: &str| {
-        json!({
-            "metadata": { "name": format!("{}-{role}", place.name).replace(':', "-") },
-            "roleRef": { "apiGroup": group, "kind": kind, "name": role }, "subjects": subjects,
-        })
+/// The chart's rights as helm renders them for an agent of this place.
+async fn rendered(place: &Place, values: &str) -> Vec<Value> {
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/charts/lighterman");
+    let run = async |program: PathBuf, arguments: &[&str]| {
+        let output = Command::new(&program).args(arguments).output().await.expect("it runs");
+        assert!(output.status.success(), "{}: {}", program.display(), String::from_utf8_lossy(&output.stderr));
+        output.stdout
     };
-    make::<ClusterRoleBinding>(&Api::all(admin()), bind("ClusterRole", &name)).await;
-    let discovery = "system:service-account-issuer-discovery";
-    make::<ClusterRoleBinding>(&Api::all(admin()), bind("ClusterRole", discovery)).await;
-    make::<RoleBinding>(&Api::namespaced(admin(), &place.name), bind("Role", &name)).await;
+    let arguments = ["template", "lighterman", chart, "-n", &place.name, "-s", "templates/rbac.yaml", "--set", values];
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), run(program("helm"), &arguments).await).unwrap();
+    // Into JSON.
+    let (config, file) = (place.config().kubeconfig.unwrap(), file.path().to_str().unwrap());
+    let kubeconfig = config.to_str().unwrap();
+    let arguments = ["--kubeconfig", kubeconfig, "create", "--dry-run=client", "-o", "json", "-f", file];
+    let objects = run(program("kubectl"), &arguments).await;
+    serde_json::Deserializer::from_slice(&objects).into_iter().collect::<Result<_, _>>().unwrap()
+}
+
+/// Grants what the chart grants with these values. What belongs to no namespace is renamed, for other tests have theirs.
+async fn grant(place: &Place, values: &str) {
+    let own = |name: &mut Value| {
+        if name.as_str().unwrap().starts_with("lighterman") {
+            *name = format!("{}-{}", name.as_str().unwrap(), place.name).into();
+        }
+    };
+    for mut object in rendered(place, values).await {
+        let kind = object["kind"].as_str().unwrap().to_owned();
+        let admin = place.admin.clone();
+        if kind.starts_with("Cluster") {
+            own(&mut object["metadata"]["name"]);
+        }
+        if kind == "ClusterRoleBinding" {
+            own(&mut object["roleRef"]["name"]);
+        }
+        let namespace = object["metadata"]["namespace"].as_str().map(str::to_owned);
+        match (kind.as_str(), namespace) {
+            ("ServiceAccount", _) => {}
+            ("ClusterRole", _) => drop(make::<ClusterRole>(&Api::all(admin), object).await),
+            ("ClusterRoleBinding", _) => drop(make::<ClusterRoleBinding>(&Api::all(admin), object).await),
+            ("Role", Some(namespace)) => drop(make::<Role>(&Api::namespaced(admin, &namespace), object).await),
+            ("RoleBinding", Some(namespace)) => {
+                drop(make::<RoleBinding>(&Api::namespaced(admin, &namespace), object).await);
+            }
+            (kind, _) => panic!("a {kind} among the rights"),
+        }
+    }
+}
+
+/// A token of this place's agent, with the rights that it was granted.
+async fn token(place: &Place) -> String {
+    let pod = place.pod("agent").await;
+    place.token(SERVICE_ACCOUNT, None, Some(&pod)).await
+}
+
+async fn agent(place: &Place) -> KubeCluster {
+    connect(place.config_with(address().port(), &token(place).await)).await.unwrap()
+}
+
+async fn client(place: &Place) -> Client {
+    let path = place.config_with(address().port(), &token(place).await).kubeconfig.unwrap();
+    let file = Kubeconfig::read_from(path).unwrap();
+    let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.unwrap();
+    Client::try_from(config).unwrap()
+}
+
+const PULL_SECRET: &[u8] = br#"{"auths":{"reg.test":{"auth":"dTpw"}}}"#;
+
+async fn make_pull_secret(place: &Place) {
+    let data = json!({ ".dockerconfigjson": ByteString(PULL_SECRET.to_vec()) });
+    let secret = json!({ "metadata": { "name": "regcred" }, "type": "kubernetes.io/dockerconfigjson", "data": data });
+    make::<Secret>(&Api::namespaced(place.admin.clone(), &place.name), secret).await;
 }
 
 #[tokio::test]
 async fn the_charts_rights_suffice() {
     within(async {
         let place = Place::new().await;
-        grant(&place).await;
-        let pod = place.pod("agent").await;
-        let token = place.token(SERVICE_ACCOUNT, None, Some(&pod)).await;
-        let agent = connect(place.config_with(address().port(), &token)).await.unwrap();
+        grant(&place, "").await;
+        let agent = agent(&place).await;
 
         let stop = CancellationToken::new();
         let (out, mut events) = tokio::sync::mpsc::channel(16);
         let read = async {
             while !matches!(events.recv().await.unwrap(), PodEvent::Synced(_)) {}
             // The list and the watch are rights of their own.
-            place.pod("later").await;
+            let pod = place.pod("later").await;
             assert!(matches!(events.recv().await.unwrap(), PodEvent::Seen(_)));
             stop.cancel();
+            pod
         };
-        tokio::join!(agent.watch_pods(out, stop.clone()), read);
+        let ((), pod) = tokio::join!(agent.watch_pods(out, stop.clone()), read);
 
-        agent.namespace_annotations(&place.name).await.unwrap();
+        agent.namespace(&place.name).await.unwrap();
+        for (api_version, kind) in [
+            ("apps/v1", "DaemonSet"),
+            ("apps/v1", "Deployment"),
+            ("apps/v1", "ReplicaSet"),
+            ("apps/v1", "StatefulSet"),
+            ("batch/v1", "CronJob"),
+            ("batch/v1", "Job"),
+            ("v1", "ReplicationController"),
+        ] {
+            let [api_version, kind, name, uid] = [api_version, kind, "web", "u"].map(str::to_owned);
+            // There is none, which only who may ask is told.
+            agent.owners(&place.name, &Owner { api_version, kind, name, uid }).await.unwrap();
+        }
+        agent.kubelet_events(&pod).await.unwrap();
         agent.nudge(&pod).await.unwrap();
         for _ in 0..2 {
             let report = PodReport { kind: ReportKind::Salvaged, note: "here it is".to_owned() };
@@ -120,18 +174,13 @@ fn forbidden<T>(what: &str, answer: Result<T, kube::Error>) {
 async fn nothing_more_is_allowed() {
     within(async {
         let place = Place::new().await;
-        grant(&place).await;
-        let pod = place.pod("agent").await;
+        grant(&place, "").await;
         make(
             &Api::<ServiceAccount>::namespaced(place.admin.clone(), &place.name),
             json!({ "metadata": { "name": "x" } }),
         )
         .await;
-        let token = place.token(SERVICE_ACCOUNT, None, Some(&pod)).await;
-        let path = place.config_with(address().port(), &token).kubeconfig.unwrap();
-        let file = Kubeconfig::read_from(path).unwrap();
-        let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.unwrap();
-        let agent = Client::try_from(config).unwrap();
+        let agent = client(&place).await;
 
         let pods = Api::<Pod>::namespaced(agent.clone(), &place.name);
         let image = json!({ "spec": { "containers": [{ "name": "main", "image": "evil.test/x:1" }] } });
@@ -147,7 +196,15 @@ async fn nothing_more_is_allowed() {
 
         let list = ListParams::default();
         forbidden("listing namespaces", Api::<Namespace>::all(agent.clone()).list(&list).await);
-        forbidden("listing secrets", Api::<Secret>::namespaced(agent.clone(), &place.name).list(&list).await);
+        make_pull_secret(&place).await;
+        let secrets = Api::<Secret>::namespaced(agent.clone(), &place.name);
+        forbidden("listing secrets", secrets.list(&list).await);
+        forbidden("reading a secret", secrets.get("regcred").await);
+        let deployments = Api::<Deployment>::namespaced(agent.clone(), &place.name);
+        forbidden("listing deployments", deployments.list(&list).await);
+        forbidden("patching a deployment", deployments.patch("web", &PatchParams::default(), &patch).await);
+        let events = Api::<Event>::namespaced(agent.clone(), &place.name);
+        forbidden("deleting an Event", events.delete("web", &DeleteParams::default()).await);
         forbidden("listing config maps", Api::<ConfigMap>::namespaced(agent.clone(), &place.name).list(&list).await);
         let accounts = Api::<ServiceAccount>::namespaced(agent.clone(), &place.name);
         let request = k8s_openapi::api::authentication::v1::TokenRequest::default();
@@ -155,6 +212,55 @@ async fn nothing_more_is_allowed() {
         forbidden("a token of another ServiceAccount", other);
         let leases = Api::<k8s_openapi::api::coordination::v1::Lease>::namespaced(agent, "kube-node-lease");
         forbidden("Leases of another namespace", leases.list(&list).await);
+    })
+    .await;
+}
+
+fn refused<T>(answer: Result<T, ClusterError>, right: &str) {
+    match answer {
+        Err(ClusterError::Forbidden(text)) => assert!(text.contains(right), "{text}"),
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("{right} is allowed"),
+    }
+}
+
+#[tokio::test]
+async fn pull_secrets_are_read_in_namespaces_that_were_named_and_no_others() {
+    within(async {
+        let [place, shop, other] = [Place::new().await, Place::new().await, Place::new().await];
+        grant(&place, &format!("agent.pullSecretNamespaces={{{}}}", shop.name)).await;
+        for place in [&place, &shop, &other] {
+            make_pull_secret(place).await;
+        }
+        let agent = agent(&place).await;
+        assert_eq!(agent.pull_secret(&shop.name, "regcred").await.unwrap().0, PULL_SECRET);
+        for elsewhere in [&place, &other] {
+            let right =
+                format!("cannot get resource \"secrets\" in API group \"\" in the namespace \"{}\"", elsewhere.name);
+            refused(agent.pull_secret(&elsewhere.name, "regcred").await, &right);
+        }
+        assert!(matches!(agent.pull_secret(&shop.name, "none").await, Err(ClusterError::Gone(_))));
+        let path = format!("../../{}/secrets/regcred", shop.name);
+        assert!(matches!(agent.pull_secret(&shop.name, &path).await, Err(ClusterError::Gone(_))));
+
+        let opaque = json!({ "metadata": { "name": "opaque" }, "stringData": { ".dockerconfigjson": "password" } });
+        make::<Secret>(&Api::namespaced(shop.admin.clone(), &shop.name), opaque).await;
+        let error = agent.pull_secret(&shop.name, "opaque").await.unwrap_err().to_string();
+        assert!(error.contains("is no pull secret") && !error.contains("password"), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn pods_are_deleted_where_the_chart_says_so_and_nowhere_else() {
+    within(async {
+        let [may, may_not] = [Place::new().await, Place::new().await];
+        grant(&may, "agent.deletePods=true").await;
+        grant(&may_not, "").await;
+        let pod = may.pod("web").await;
+        refused(agent(&may_not).await.delete(&pod).await, "cannot delete resource \"pods\"");
+        assert_eq!(may.pods().get("web").await.unwrap().metadata.deletion_timestamp, None);
+        agent(&may).await.delete(&pod).await.unwrap();
     })
     .await;
 }

@@ -1,0 +1,105 @@
+//! What the kubelet said about a pod, from the pod's Events.
+//!
+//! Events are no evidence: whoever may write them in a namespace can write them in the kubelet's name. They are as good as a hint.
+
+use k8s_openapi::api::core::v1::Event;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::ListParams;
+use kube::{Api, Client};
+
+use super::call::{PATIENCE, call, cut};
+use super::project::MAX_TEXT;
+use crate::model::PodRef;
+use crate::ports::{ClusterError, KubeletEvent};
+
+/// A kubelet writes at most 25 Events about one object at once and then one in 5 min, and the API server forgets them after an hour:
+/// 37. The API server answers in the order of their names, so that a limit would leave off the newest.
+const MOST: u32 = 100;
+
+/// `uid` is the one that the kubelet knows the pod by. The oldest first.
+///
+/// The API server keeps Events in no cache, so this reads all of the namespace in etcd; for a moment of doubt, not for every pod.
+pub(super) async fn kubelet_events(
+    client: &Client,
+    pod: &PodRef,
+    uid: &str,
+) -> Result<Vec<KubeletEvent>, ClusterError> {
+    let events = Api::<Event>::namespaced(client.clone(), &pod.k8s_namespace);
+    let PodRef { k8s_namespace, name, .. } = pod;
+    let of_pod =
+        format!("involvedObject.namespace={k8s_namespace},involvedObject.name={name},involvedObject.uid={uid}");
+    let selection = ListParams::default().fields(&format!("{of_pod},source=kubelet")).limit(MOST);
+    let found = call(PATIENCE, events.list(&selection)).await;
+    let mut found = found.map_err(|failure| failure.about(&format!("pod {pod}")))?.items;
+    found.sort_by_key(last_seen);
+    Ok(found.into_iter().map(view).collect())
+}
+
+/// When it was said last. Old and new recorders fill in different fields.
+fn last_seen(event: &Event) -> Option<Timestamp> {
+    let micro =
+        [event.series.as_ref().and_then(|series| series.last_observed_time.as_ref()), event.event_time.as_ref()];
+    let whole = [event.last_timestamp.as_ref(), event.metadata.creation_timestamp.as_ref()];
+    micro.into_iter().flatten().map(|time| time.0).chain(whole.into_iter().flatten().map(|time| time.0)).max()
+}
+
+fn view(event: Event) -> KubeletEvent {
+    KubeletEvent {
+        reason: cut(event.reason.as_deref().unwrap_or_default(), MAX_TEXT).to_owned(),
+        container: event.involved_object.field_path.as_deref().and_then(container),
+        message: cut(event.message.as_deref().unwrap_or_default(), MAX_TEXT).to_owned(),
+    }
+}
+
+/// The container's name in a path such as `spec.containers{web}`.
+fn container(field_path: &str) -> Option<String> {
+    let (list, name) = field_path.strip_suffix('}')?.split_once('{')?;
+    let lists = ["spec.containers", "spec.initContainers", "spec.ephemeralContainers"];
+    // A container's name is a DNS label.
+    (lists.contains(&list) && name.len() <= 63).then(|| name.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_container_stands_in_the_field_path() {
+        for (field_path, name) in [
+            ("spec.containers{web}", Some("web")),
+            ("spec.initContainers{migrate}", Some("migrate")),
+            ("spec.ephemeralContainers{debug}", Some("debug")),
+            ("spec.containers{web", None),
+            ("spec.containers", None),
+            ("spec.volumes{web}", None),
+            ("implicitly required container POD", None),
+            ("", None),
+            (&format!("spec.containers{{{}}}", "x".repeat(64)), None),
+        ] {
+            assert_eq!(container(field_path).as_deref(), name, "{field_path}");
+        }
+    }
+
+    #[test]
+    fn an_event_is_as_old_as_its_last_repetition() {
+        let at = |fields: serde_json::Value| {
+            let mut event =
+                json!({ "metadata": { "creationTimestamp": "2026-01-01T00:00:01Z" }, "involvedObject": {} });
+            event.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            last_seen(&serde_json::from_value(event).unwrap()).unwrap().to_string()
+        };
+        assert_eq!(at(json!({})), "2026-01-01T00:00:01Z");
+        assert_eq!(at(json!({ "lastTimestamp": "2026-01-01T00:00:02Z" })), "2026-01-01T00:00:02Z");
+        let series = json!({ "count": 2, "lastObservedTime": "2026-01-01T00:00:04.000000Z" });
+        assert_eq!(at(json!({ "eventTime": "2026-01-01T00:00:03.000000Z" })), "2026-01-01T00:00:03Z");
+        let both = json!({ "eventTime": "2026-01-01T00:00:03.000000Z", "series": series });
+        assert_eq!(at(both), "2026-01-01T00:00:04Z");
+    }
+
+    #[test]
+    fn long_texts_are_not_kept() {
+        let event = Event { message: Some("é".repeat(MAX_TEXT)), ..Event::default() };
+        assert_eq!(view(event).message.len(), MAX_TEXT);
+    }
+}

@@ -1,0 +1,127 @@
+//! What owns a pod, and what owns that: an opt-in on a Deployment counts for its pods.
+//!
+//! Each owner is asked for by name. No informer: every node would watch every workload of the cluster for the few that fail on it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
+use k8s_openapi::api::batch::v1::{CronJob, Job};
+use k8s_openapi::api::core::v1::ReplicationController;
+use kube::api::{ApiResource, DynamicObject};
+use kube::{Api, Client};
+
+use super::cached::Cached;
+use super::call::{Failure, is_name};
+use super::metadata::metadata;
+use super::project::{bounded, controller};
+use crate::model::Owner;
+use crate::ports::{Annotations, ClusterError};
+
+/// A changed annotation counts after this, longer than a namespace's: whoever opts in one workload rolls it out anew, which makes
+/// another ReplicaSet and another question.
+const FRESH: Duration = Duration::from_secs(30);
+
+/// Owners of the pods of one node: two for each of 110 pods, rounded up.
+const MOST: usize = 512;
+
+/// Kubernetes' own kinds are two on top of each other (CronJob and Job, Deployment and ReplicaSet). References can be written by
+/// anybody and lead in a circle.
+const MAX_DEPTH: usize = 4;
+
+pub(super) struct Owners {
+    client: Client,
+    /// By namespace and reference, so that another object of the same name is another question.
+    cached: Cached<(String, Owner), Arc<Found>>,
+}
+
+struct Found {
+    annotations: Arc<Annotations>,
+    owner: Option<Owner>,
+}
+
+impl Owners {
+    pub(super) fn new(client: Client) -> Self {
+        Self { client, cached: Cached::new(FRESH, MOST) }
+    }
+
+    /// The owner's annotations and those of the owners above it, the nearest first.
+    pub(super) async fn upwards(
+        &self,
+        k8s_namespace: &str,
+        owner: &Owner,
+    ) -> Result<Vec<Arc<Annotations>>, ClusterError> {
+        let mut annotations = Vec::new();
+        let mut next = Some(owner.clone());
+        while let Some(owner) = next.take().filter(|_| annotations.len() < MAX_DEPTH) {
+            let Some(resource) = resource(&owner) else { break };
+            let ask = self.ask(k8s_namespace, &owner, &resource);
+            match self.cached.get((k8s_namespace.to_owned(), owner.clone()), ask).await {
+                Ok(found) => {
+                    annotations.push(found.annotations.clone());
+                    next.clone_from(&found.owner);
+                }
+                Err(Failure::NotFound(_)) => break,
+                Err(failure) => return Err(failure.about(&format!("{} {k8s_namespace}/{}", owner.kind, owner.name))),
+            }
+        }
+        Ok(annotations)
+    }
+
+    async fn ask(&self, k8s_namespace: &str, owner: &Owner, resource: &ApiResource) -> Result<Arc<Found>, Failure> {
+        let owners = Api::<DynamicObject>::namespaced_with(self.client.clone(), k8s_namespace, resource);
+        let found = metadata(&owners, &owner.name, Some(&owner.uid)).await?;
+        let owner = controller(found.owner_references.unwrap_or_default());
+        Ok(Arc::new(Found { annotations: Arc::new(bounded(found.annotations.unwrap_or_default())), owner }))
+    }
+}
+
+/// Where the owner is to be had; `None` when it is of no kind that makes pods, or of no name that an object can have.
+///
+/// Objects of an older version of the same group are the same objects.
+fn resource(owner: &Owner) -> Option<ApiResource> {
+    let group = owner.api_version.split_once('/').map_or("", |(group, _)| group);
+    let resource = match (group, owner.kind.as_str()) {
+        ("apps", "DaemonSet") => ApiResource::erase::<DaemonSet>(&()),
+        ("apps", "Deployment") => ApiResource::erase::<Deployment>(&()),
+        ("apps", "ReplicaSet") => ApiResource::erase::<ReplicaSet>(&()),
+        ("apps", "StatefulSet") => ApiResource::erase::<StatefulSet>(&()),
+        ("batch", "CronJob") => ApiResource::erase::<CronJob>(&()),
+        ("batch", "Job") => ApiResource::erase::<Job>(&()),
+        ("", "ReplicationController") => ApiResource::erase::<ReplicationController>(&()),
+        _ => return None,
+    };
+    is_name(&owner.name).then_some(resource)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_kinds_that_make_pods_are_asked_for() {
+        let path = |api_version: &str, kind: &str, name: &str| {
+            let [api_version, kind, name] = [api_version, kind, name].map(str::to_owned);
+            let found = resource(&Owner { api_version, kind, name, uid: "u".to_owned() })?;
+            Some(format!("{} {}", found.api_version, found.plural))
+        };
+        for (api_version, kind, found) in [
+            ("apps/v1", "ReplicaSet", Some("apps/v1 replicasets")),
+            ("apps/v1", "Deployment", Some("apps/v1 deployments")),
+            ("apps/v1", "StatefulSet", Some("apps/v1 statefulsets")),
+            ("apps/v1", "DaemonSet", Some("apps/v1 daemonsets")),
+            ("batch/v1", "Job", Some("batch/v1 jobs")),
+            ("batch/v1beta1", "CronJob", Some("batch/v1 cronjobs")),
+            ("v1", "ReplicationController", Some("v1 replicationcontrollers")),
+            ("v1", "Node", None),
+            ("v1", "Secret", None),
+            ("v1", "Deployment", None),
+            ("argoproj.io/v1alpha1", "ReplicaSet", None),
+            ("apps", "ReplicaSet", None),
+            ("", "", None),
+        ] {
+            assert_eq!(path(api_version, kind, "web").as_deref(), found, "{api_version} {kind}");
+        }
+        assert_eq!(path("apps/v1", "ReplicaSet", "../secrets/token"), None, "a name is not a path");
+    }
+}

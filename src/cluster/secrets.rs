@@ -1,0 +1,94 @@
+//! Pull secrets, where a namespace lets us read them.
+//!
+//! Asked for when needed and not kept. What is in one stands in no log and no error: kube writes an answer that it cannot read into
+//! the log, so the answer is read here.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::ByteString;
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::GetParams;
+use kube::core::Request;
+use kube::{Client, Resource};
+use serde_json::{Value, json};
+
+use super::call::{PATIENCE, call, is_name};
+use crate::ports::{ClusterError, PullSecret};
+
+/// Credentials of one registry are a few KiB at most (a cloud's key, encoded twice), so this is a dozen registries. A Secret may hold 1 MiB.
+const MAX_BYTES: usize = 64 << 10;
+
+pub(super) async fn pull_secret(client: &Client, k8s_namespace: &str, name: &str) -> Result<PullSecret, ClusterError> {
+    let what = format!("secret {k8s_namespace}/{name}");
+    if !is_name(name) {
+        return Err(ClusterError::Gone(what));
+    }
+    // Not from the watch cache: a password that has just been replaced is no use.
+    let request = Request::new(Secret::url_path(&(), Some(k8s_namespace))).get(name, &GetParams::default());
+    let request = request.map_err(|error| ClusterError::Other(format!("{what}: {error}")))?;
+    let answer = call(PATIENCE, client.request_text(request)).await.map_err(|failure| failure.about(&what))?;
+    let secret = serde_json::from_str::<Secret>(&answer)
+        .map_err(|_| ClusterError::Other(format!("{what}: the API server's answer is no Secret")))?;
+    docker_config(secret).map_err(|reason| ClusterError::Other(format!("{what} {reason}")))
+}
+
+/// The file `.docker/config.json` that is in it. What kubelets still take in its older form, `.dockercfg`, gets the same shape.
+fn docker_config(secret: Secret) -> Result<PullSecret, &'static str> {
+    let mut data = secret.data.unwrap_or_default();
+    match secret.type_.as_deref() {
+        Some("kubernetes.io/dockerconfigjson") => take(&mut data, ".dockerconfigjson").map(PullSecret),
+        Some("kubernetes.io/dockercfg") => {
+            let auths = take(&mut data, ".dockercfg")?;
+            match serde_json::from_slice(&auths) {
+                Ok(auths @ Value::Object(_)) => Ok(PullSecret(json!({ "auths": auths }).to_string().into_bytes())),
+                _ => Err("holds a .dockercfg that is no JSON object"),
+            }
+        }
+        _ => Err("is no pull secret: its type is neither kubernetes.io/dockerconfigjson nor kubernetes.io/dockercfg"),
+    }
+}
+
+fn take(data: &mut BTreeMap<String, ByteString>, key: &str) -> Result<Vec<u8>, &'static str> {
+    match data.remove(key) {
+        Some(ByteString(bytes)) if bytes.len() <= MAX_BYTES => Ok(bytes),
+        Some(_) => Err("is larger than 64 KiB"),
+        None => Err("lacks the key that its type promises"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn secret(type_: &str, key: &str, content: &[u8]) -> Result<PullSecret, &'static str> {
+        let data = Some([(key.to_owned(), ByteString(content.to_vec()))].into());
+        docker_config(Secret { type_: Some(type_.to_owned()), data, ..Secret::default() })
+    }
+
+    #[test]
+    fn both_kinds_of_pull_secret_have_one_shape() {
+        let config = br#"{"auths":{"reg.test":{"auth":"dTpw"}}}"#;
+        assert_eq!(secret("kubernetes.io/dockerconfigjson", ".dockerconfigjson", config).unwrap().0, config);
+        assert_eq!(
+            secret("kubernetes.io/dockercfg", ".dockercfg", br#"{"reg.test":{"auth":"dTpw"}}"#).unwrap().0,
+            config
+        );
+    }
+
+    #[test]
+    fn anything_else_is_refused_with_a_reason() {
+        let (json, old) = ("kubernetes.io/dockerconfigjson", "kubernetes.io/dockercfg");
+        for (type_, key, content, reason) in [
+            ("Opaque", ".dockerconfigjson", &b"{}"[..], "is no pull secret"),
+            ("kubernetes.io/service-account-token", "token", b"t", "is no pull secret"),
+            (json, ".dockercfg", b"{}", "lacks the key"),
+            (json, ".dockerconfigjson", &[b' '; MAX_BYTES + 1], "larger than 64 KiB"),
+            (old, ".dockercfg", b"[]", "no JSON object"),
+            (old, ".dockercfg", b"{", "no JSON object"),
+        ] {
+            let said = secret(type_, key, content).unwrap_err();
+            assert!(said.contains(reason), "{type_} {key}: {said}");
+        }
+        assert!(secret(json, ".dockerconfigjson", &[b' '; MAX_BYTES]).is_ok());
+    }
+}

@@ -1,0 +1,95 @@
+//! What the kubelet said about a pod.
+
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{Event, Pod};
+use kube::Api;
+use lighterman::model::PodRef;
+use lighterman::ports::{Cluster, KubeletEvent, PodEvent, PodReport, ReportKind};
+use serde_json::{Value, json};
+
+use super::apiserver::{Place, make, within};
+use super::watch::Watch;
+
+/// An Event as kubelets write it, changed.
+async fn event(place: &Place, pod: &PodRef, name: &str, change: Value) {
+    let mut event = json!({
+        "metadata": { "name": format!("{}.{name}", pod.name) },
+        "involvedObject": { "kind": "Pod", "apiVersion": "v1", "namespace": place.name, "name": pod.name, "uid": pod.uid },
+        "reason": "Failed", "message": name, "type": "Warning",
+        "source": { "component": "kubelet", "host": place.name }, "reportingComponent": "kubelet",
+        "firstTimestamp": "2026-01-01T00:00:00Z", "lastTimestamp": "2026-01-01T00:00:00Z", "count": 1,
+    });
+    for (key, value) in change.as_object().unwrap() {
+        match value.as_object() {
+            Some(fields) => event[key].as_object_mut().unwrap().extend(fields.clone()),
+            None => event[key] = value.clone(),
+        }
+    }
+    make::<Event>(&Api::namespaced(place.admin.clone(), &place.name), event).await;
+}
+
+fn about(container: Option<&str>, reason: &str, message: &str) -> KubeletEvent {
+    KubeletEvent { reason: reason.to_owned(), container: container.map(str::to_owned), message: message.to_owned() }
+}
+
+#[tokio::test]
+async fn the_kubelets_words_about_a_pod_are_read_in_order() {
+    within(async {
+        let place = Place::new().await;
+        let pod = place.pod("web").await;
+        let agent = place.agent().await;
+        assert_eq!(agent.kubelet_events(&pod).await.unwrap(), []);
+        // In another order than their names, by which the API server answers. Real ones are younger than the Event itself is here.
+        let year = |year: u32| format!("{year}-01-01T00:00:00Z");
+        let field = |path: &str| json!({ "fieldPath": path });
+        let init = json!({ "involvedObject": field("spec.initContainers{migrate}"), "lastTimestamp": year(2103) });
+        event(&place, &pod, "a", init).await;
+        let sandbox = json!({ "reason": "FailedCreatePodSandBox", "lastTimestamp": year(2101) });
+        event(&place, &pod, "b", sandbox).await;
+        let web = json!({ "involvedObject": field("spec.containers{web}"), "lastTimestamp": year(2102), "count": 3 });
+        event(&place, &pod, "c", web).await;
+
+        let other = place.pod("other").await;
+        event(&place, &other, "d", json!({})).await;
+        event(&place, &pod, "e", json!({ "involvedObject": { "uid": "an-earlier-pod" } })).await;
+        let scheduler =
+            json!({ "source": { "component": "default-scheduler" }, "reportingComponent": "default-scheduler" });
+        event(&place, &pod, "f", scheduler).await;
+        agent.report(&pod, &PodReport { kind: ReportKind::Failed, note: "ours".to_owned() }).await.unwrap();
+
+        let expected = [
+            about(None, "FailedCreatePodSandBox", "b"),
+            about(Some("web"), "Failed", "c"),
+            about(Some("migrate"), "Failed", "a"),
+        ];
+        assert_eq!(agent.kubelet_events(&pod).await.unwrap(), expected);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_static_pod_is_spoken_of_by_the_uid_that_its_kubelet_knows() {
+    within(async {
+        let place = Place::new().await;
+        let mirror = json!({
+            "metadata": { "name": "etcd", "annotations": { "kubernetes.io/config.mirror": "0123abc" } },
+            "spec": { "nodeName": place.name, "containers": [{ "name": "etcd", "image": "reg.test/etcd:1" }] },
+        });
+        make::<Pod>(&place.pods(), mirror).await;
+        let agent = Arc::new(place.agent().await);
+        let mut watch = Watch::start(agent.clone());
+        let PodEvent::Seen(view) = watch.next().await else { panic!("it is seen") };
+        assert!(view.is_static);
+        assert_ne!(view.pod.uid, "0123abc");
+
+        event(&place, &view.pod, "a", json!({ "involvedObject": { "uid": "0123abc" } })).await;
+        assert_eq!(agent.kubelet_events(&view.pod).await.unwrap(), [about(None, "Failed", "a")]);
+
+        agent.report(&view.pod, &PodReport { kind: ReportKind::Salvaged, note: "here".to_owned() }).await.unwrap();
+        let shown = place.describe_pod("etcd").await;
+        assert!(shown.contains("ImageSalvaged"), "{shown}");
+        agent.nudge(&view.pod).await.unwrap();
+    })
+    .await;
+}

@@ -1,0 +1,182 @@
+//! Owners, up from the pod.
+
+use std::fmt::Debug;
+use std::time::Duration;
+
+use futures::future::join_all;
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
+use k8s_openapi::api::batch::v1::{CronJob, Job};
+use k8s_openapi::api::core::v1::{Pod, Service};
+use kube::api::GetParams;
+use kube::{Api, Resource};
+use lighterman::model::Owner;
+use lighterman::ports::Cluster;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::apiserver::{Place, make, requests, within};
+use super::watch::Watch;
+
+fn template() -> Value {
+    let spec = json!({ "restartPolicy": "Always", "containers": [{ "name": "main", "image": "reg.test/app:1" }] });
+    json!({ "metadata": { "labels": { "app": "web" } }, "spec": spec })
+}
+
+fn replicated() -> Value {
+    json!({ "selector": { "matchLabels": { "app": "web" } }, "template": template() })
+}
+
+fn job() -> Value {
+    let mut template = template();
+    template["spec"]["restartPolicy"] = "Never".into();
+    json!({ "template": template })
+}
+
+/// Makes an object whose annotation says which it is.
+async fn owned<K>(place: &Place, name: &str, spec: Value, owner: Option<&Owner>) -> Owner
+where
+    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + Serialize + DeserializeOwned,
+{
+    let mut metadata = json!({ "name": name, "annotations": { "is": name } });
+    metadata["ownerReferences"] = owner.map(|owner| json!([reference(owner)])).into();
+    let api = Api::<K>::namespaced(place.admin.clone(), &place.name);
+    let made = make(&api, json!({ "metadata": metadata, "spec": spec })).await;
+    Owner {
+        api_version: K::api_version(&()).into_owned(),
+        kind: K::kind(&()).into_owned(),
+        name: name.to_owned(),
+        uid: made.meta().uid.clone().unwrap(),
+    }
+}
+
+fn reference(owner: &Owner) -> Value {
+    let Owner { api_version, kind, name, uid } = owner;
+    json!({ "apiVersion": api_version, "kind": kind, "name": name, "uid": uid, "controller": true })
+}
+
+/// The watch cache follows etcd by some milliseconds.
+async fn until_cached<K>(place: &Place, name: &str)
+where
+    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned,
+{
+    let api = Api::<K>::namespaced(place.admin.clone(), &place.name);
+    while api.get_with(name, &GetParams::any()).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// What the annotations of the owners say, the nearest first.
+async fn asked(agent: &impl Cluster, place: &Place, owner: &Owner) -> Vec<String> {
+    let owners = agent.owners(&place.name, owner).await.unwrap();
+    owners.iter().map(|annotations| annotations["is"].clone()).collect()
+}
+
+#[tokio::test]
+async fn a_pods_owners_are_followed_to_the_workload() {
+    within(async {
+        let place = Place::new().await;
+        let deployment = owned::<Deployment>(&place, "web", replicated(), None).await;
+        let replica_set = owned::<ReplicaSet>(&place, "web-1", replicated(), Some(&deployment)).await;
+        let cron_job = owned::<CronJob>(
+            &place,
+            "nightly",
+            json!({ "schedule": "@daily", "jobTemplate": { "spec": job() } }),
+            None,
+        )
+        .await;
+        let job = owned::<Job>(&place, "nightly-1", job(), Some(&cron_job)).await;
+        let mut watch = Watch::start(place.agent().await);
+        let agent = place.agent().await;
+        for (owner, names) in [(replica_set, ["web-1", "web"]), (job, ["nightly-1", "nightly"])] {
+            let pod = json!({
+                "metadata": { "name": format!("{}-pod", owner.name), "ownerReferences": [reference(&owner)] },
+                "spec": { "nodeName": place.name, "containers": [{ "name": "main", "image": "reg.test/app:1" }] },
+            });
+            make::<Pod>(&place.pods(), pod).await;
+            let seen = watch.pod(|_| true).await.owner.expect("it has an owner");
+            assert_eq!(seen, owner);
+            assert_eq!(asked(&agent, &place, &seen).await, names);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_list_ends_where_an_owner_is_gone_replaced_or_of_another_kind() {
+    within(async {
+        let place = Place::new().await;
+        let agent = place.agent().await;
+        let deployment = owned::<Deployment>(&place, "web", replicated(), None).await;
+        let replaced = Owner { uid: "earlier".to_owned(), ..deployment.clone() };
+        assert!(asked(&agent, &place, &replaced).await.is_empty());
+        let of_replaced = owned::<ReplicaSet>(&place, "of-replaced", replicated(), Some(&replaced)).await;
+        assert_eq!(asked(&agent, &place, &of_replaced).await, ["of-replaced"]);
+
+        let gone = Owner { name: "gone".to_owned(), ..deployment.clone() };
+        assert!(asked(&agent, &place, &gone).await.is_empty());
+        let rollout =
+            Owner { api_version: "argoproj.io/v1alpha1".to_owned(), kind: "Rollout".to_owned(), ..deployment };
+        let of_rollout = owned::<ReplicaSet>(&place, "of-rollout", replicated(), Some(&rollout)).await;
+        assert_eq!(asked(&agent, &place, &of_rollout).await, ["of-rollout"]);
+
+        // Where a name leads elsewhere, nothing is asked: this one would name another kind's object, which exists.
+        owned::<Service>(&place, "web", json!({ "ports": [{ "port": 80 }] }), None).await;
+        let path = format!("../../../../../api/v1/namespaces/{}/services/web", place.name);
+        assert!(asked(&agent, &place, &Owner { name: path, ..of_rollout }).await.is_empty());
+        assert!(!requests().iter().any(|(_, uri)| uri.contains("..")));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn references_that_lead_in_a_circle_end() {
+    within(async {
+        let place = Place::new().await;
+        let agent = place.agent().await;
+        let first = owned::<Deployment>(&place, "first", replicated(), None).await;
+        let second = owned::<Deployment>(&place, "second", replicated(), Some(&first)).await;
+        let api = Api::<Deployment>::namespaced(place.admin.clone(), &place.name);
+        let circle = json!({ "metadata": { "ownerReferences": [reference(&second)] } });
+        api.patch("first", &Default::default(), &kube::api::Patch::Merge(circle)).await.unwrap();
+        assert_eq!(asked(&agent, &place, &second).await, ["second", "first", "second", "first"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn many_pods_of_one_workload_cost_one_request_for_each_owner() {
+    within(async {
+        let place = Place::new().await;
+        let deployment = owned::<Deployment>(&place, "web", replicated(), None).await;
+        let replica_set = owned::<ReplicaSet>(&place, "web-1", replicated(), Some(&deployment)).await;
+        until_cached::<Deployment>(&place, "web").await;
+        until_cached::<ReplicaSet>(&place, "web-1").await;
+        let agent = place.agent().await;
+        for answer in join_all((0..100).map(|_| asked(&agent, &place, &replica_set))).await {
+            assert_eq!(answer, ["web-1", "web"]);
+        }
+        let last = Owner { name: "last".to_owned(), ..deployment };
+        assert!(asked(&agent, &place, &last).await.is_empty());
+        // Logged a moment after they were answered.
+        let logged = loop {
+            let ours = |(agent, uri): &(String, String)| {
+                agent.starts_with("lighterman") && uri.contains(&format!("/{}/", place.name))
+            };
+            let mut logged: Vec<_> = requests().into_iter().filter(ours).map(|(_, uri)| uri).collect();
+            if logged.iter().any(|uri| uri.ends_with("/last")) && logged.len() >= 4 {
+                logged.sort();
+                break logged;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        let uri = |path: &str| format!("/apis/apps/v1/namespaces/{}/{path}", place.name);
+        let cached = |path: &str| uri(path) + "?&resourceVersion=0";
+        // That there is none is not believed of the watch cache alone.
+        let last = [uri("deployments/last"), cached("deployments/last")];
+        assert_eq!(logged[..2], last);
+        assert_eq!(logged[2..], [cached("deployments/web"), cached("replicasets/web-1")]);
+    })
+    .await;
+}
