@@ -1,0 +1,283 @@
+//! One question to one registry: which digest does this tag have? Without a secret first; when the registry asks who we are, as
+//! each of those that the pull secrets have for it, and last as nobody.
+
+use bytes::Bytes;
+use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION};
+use hyper::{Method, StatusCode};
+use serde::Deserialize;
+use url::Url;
+
+use super::Place;
+use super::challenge::{self, Challenge};
+use super::credentials::{self, Credential};
+use crate::http::{Answer, Certificates, Client, Failure, Request};
+use crate::model::OutageKind;
+use crate::oci::{Digest, Document, MAX_DOCUMENT_BYTES, Repository};
+use crate::ports::{PullSecret, RegistryError};
+
+/// Indexes first: what containerd asks for, and so what a tag means to it.
+const MANIFESTS: &str = "application/vnd.oci.image.index.v1+json, application/vnd.docker.distribution.manifest.list.v2+json, \
+    application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json";
+
+const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+
+/// registry.k8s.io redirects once, to a region; a second may change the host's spelling.
+const MAX_REDIRECTS: usize = 4;
+
+/// The most bytes of a token server's answer. Tokens go into headers, which servers bound by 8 to 32 KiB.
+const MAX_TOKEN_ANSWER: usize = 64 << 10;
+
+/// Whom a token server is told that we are, where it asks.
+const CLIENT_ID: &str = "lighterman";
+
+/// A tag of a repository, and where to ask.
+pub(super) struct Question<'a> {
+    http: &'a Client,
+    place: Place,
+    repository: &'a Repository,
+    manifest: Url,
+}
+
+/// What the registry says.
+enum Said {
+    Digest(Digest),
+    /// 401, and what it wants to see; `None` when that is nothing that we have.
+    WhoAreYou(Option<Challenge>),
+}
+
+/// What becomes of a failed request to a registry, or to the token server or redirect that stands for it.
+pub(super) fn error(registry: &str, failure: Failure) -> RegistryError {
+    let registry = registry.to_owned();
+    match failure {
+        Failure::Unreachable { kind, .. } => RegistryError::Down { registry, kind },
+        Failure::WantsCertificate => RegistryError::Denied(registry),
+        Failure::NotHttp(_) => RegistryError::Nonsense { registry, reason: "what is not HTTP".into() },
+        Failure::TooLong(most) => RegistryError::Nonsense { registry, reason: format!("more than {most} bytes") },
+    }
+}
+
+impl<'a> Question<'a> {
+    /// Both names are well-formed: they go into a URL.
+    pub(super) fn new(http: &'a Client, place: Place, repository: &'a Repository, tag: &str) -> Self {
+        let mut manifest = place.base.clone();
+        manifest.set_path(&format!("/v2/{}/manifests/{tag}", repository.path));
+        Self { http, place, repository, manifest }
+    }
+
+    /// # Errors
+    /// What the first of our identities was told that was not simply denied: a registry that lets somebody in knows best.
+    pub(super) async fn resolve(&self, secrets: &[PullSecret]) -> Result<Digest, RegistryError> {
+        let challenge = match self.ask(None).await? {
+            Said::Digest(digest) => return Ok(digest),
+            Said::WhoAreYou(None) => return Err(self.denied()),
+            Said::WhoAreYou(Some(challenge)) => challenge,
+        };
+        let credentials = credentials::for_repository(secrets, self.repository);
+        let mut told = None;
+        for credential in credentials.iter().map(Some).chain([None]) {
+            match self.ask_as(&challenge, credential).await {
+                Ok(digest) => return Ok(digest),
+                Err(RegistryError::Denied(_)) => {}
+                Err(down @ RegistryError::Down { .. }) => return Err(down),
+                Err(other) => drop(told.get_or_insert(other)),
+            }
+        }
+        Err(told.unwrap_or_else(|| self.denied()))
+    }
+
+    async fn ask_as(&self, challenge: &Challenge, who: Option<&Credential>) -> Result<Digest, RegistryError> {
+        let authorization = match challenge {
+            Challenge::Basic => who.and_then(Credential::basic).ok_or_else(|| self.denied())?,
+            Challenge::Bearer { realm, service, scope } => {
+                self.token(realm, service.as_deref(), scope.as_deref(), who).await?
+            }
+        };
+        match self.ask(Some(&authorization)).await? {
+            Said::Digest(digest) => Ok(digest),
+            Said::WhoAreYou(_) => Err(self.denied()),
+        }
+    }
+
+    /// HEAD, which registries that count pulls do not count; GET where HEAD does not say.
+    async fn ask(&self, authorization: Option<&HeaderValue>) -> Result<Said, RegistryError> {
+        let (head, redirected) = self.follow(Method::HEAD, authorization).await?;
+        match head.status {
+            StatusCode::OK => {
+                if let Some(digest) = self.digest_named(&head.headers)? {
+                    return Ok(Said::Digest(digest));
+                }
+            }
+            StatusCode::METHOD_NOT_ALLOWED => {}
+            _ => return self.not_given(&head, redirected),
+        }
+        let (answer, redirected) = self.follow(Method::GET, authorization).await?;
+        if answer.status != StatusCode::OK {
+            return self.not_given(&answer, redirected);
+        }
+        let named = self.digest_named(&answer.headers)?;
+        let content = self.read(answer, MAX_DOCUMENT_BYTES as usize).await?;
+        if Document::parse(&content).is_err() {
+            return Err(self.nonsense("what is no manifest"));
+        }
+        let digest = Digest::of(&content);
+        match named {
+            Some(named) if named != digest => Err(self.nonsense("a manifest with another's digest")),
+            _ => Ok(Said::Digest(digest)),
+        }
+    }
+
+    /// The digest that a good answer names, if it names one.
+    fn digest_named(&self, headers: &HeaderMap) -> Result<Option<Digest>, RegistryError> {
+        if is_page(headers) {
+            return Err(self.nonsense("a page for people"));
+        }
+        let Some(value) = headers.get(CONTENT_DIGEST) else { return Ok(None) };
+        let text = value.to_str().map_err(|_| self.nonsense("a digest that is no text"))?;
+        text.trim().parse().map(Some).map_err(|error| self.nonsense(error))
+    }
+
+    /// What any status but 200 means.
+    fn not_given(&self, answer: &Answer, redirected: bool) -> Result<Said, RegistryError> {
+        match answer.status.as_u16() {
+            // Nobody but the registry itself may ask who we are.
+            401 if !redirected => Ok(Said::WhoAreYou(challenge::chosen(&answer.headers))),
+            // Not what a registry says to this: some other server has its name.
+            404 if is_page(&answer.headers) => Err(self.nonsense("a page for people")),
+            404 => Err(RegistryError::NotFound(self.repository.registry.clone())),
+            _ => Err(self.status(answer.status)),
+        }
+    }
+
+    /// What a status means wherever it comes from.
+    fn status(&self, status: StatusCode) -> RegistryError {
+        let registry = self.repository.registry.clone();
+        match status.as_u16() {
+            401 | 403 => RegistryError::Denied(registry),
+            429 => RegistryError::RateLimited(registry),
+            500..=599 => RegistryError::Down { registry, kind: OutageKind::ServerError },
+            other => self.nonsense(format_args!("status {other}")),
+        }
+    }
+
+    /// Asks for the manifest, and where it is redirected to. The second value says whether it was: then no secret was sent there.
+    async fn follow(
+        &self,
+        method: Method,
+        mut authorization: Option<&HeaderValue>,
+    ) -> Result<(Answer, bool), RegistryError> {
+        let mut url = self.manifest.clone();
+        for redirects in 0..=MAX_REDIRECTS {
+            let mut request = Request::new(method.clone(), &url, self.certificates(&url));
+            request.headers.insert(ACCEPT, HeaderValue::from_static(MANIFESTS));
+            if let Some(value) = authorization.take() {
+                request.headers.insert(AUTHORIZATION, value.clone());
+            }
+            let answer = self.send(request).await?;
+            if !matches!(answer.status.as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok((answer, redirects > 0));
+            }
+            let location = answer.headers.get(LOCATION).and_then(|value| value.to_str().ok());
+            let next = location.and_then(|location| url.join(location).ok());
+            url = self.allowed(next, "a redirect")?;
+        }
+        Err(self.nonsense("redirects without end"))
+    }
+
+    /// A token for this repository, as a header. `who` may be nobody: then it allows what anybody may.
+    async fn token(
+        &self,
+        realm: &str,
+        service: Option<&str>,
+        scope: Option<&str>,
+        who: Option<&Credential>,
+    ) -> Result<HeaderValue, RegistryError> {
+        let mut url = self.allowed(Url::parse(realm).ok(), "a token server")?;
+        // The registry's own word for it where it has one: some know a repository by another name than we do.
+        let scope = scope.map_or_else(|| format!("repository:{}:pull", self.repository.path), str::to_owned);
+        let mut parameters = vec![("scope", scope.as_str())];
+        parameters.extend(service.map(|service| ("service", service)));
+
+        let mut headers = HeaderMap::new();
+        let (method, body) = if let Some(Credential::IdentityToken(token)) = who {
+            parameters.extend([("grant_type", "refresh_token"), ("client_id", CLIENT_ID), ("refresh_token", token)]);
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
+            (Method::POST, form(&parameters))
+        } else {
+            url.query_pairs_mut().extend_pairs(parameters);
+            headers.extend(who.and_then(Credential::basic).map(|basic| (AUTHORIZATION, basic)));
+            (Method::GET, Bytes::new())
+        };
+        let certificates = self.certificates(&url);
+        let answer = self.send(Request { method, url: &url, headers, body, certificates }).await?;
+        match answer.status.as_u16() {
+            200 => {}
+            // OAuth 2's word for a wrong refresh token.
+            400 => return Err(self.denied()),
+            _ => return Err(self.status(answer.status)),
+        }
+        let content = self.read(answer, MAX_TOKEN_ANSWER).await?;
+        bearer(&content).ok_or_else(|| self.nonsense("a token that is none"))
+    }
+
+    /// A URL that the registry names may be asked when it is as safe as the registry itself.
+    fn allowed(&self, url: Option<Url>, what: &str) -> Result<Url, RegistryError> {
+        match url {
+            Some(url) if url.scheme() == "https" => Ok(url),
+            Some(url) if url.scheme() == "http" && self.place.insecure => Ok(url),
+            Some(url) if url.scheme() == "http" => Err(self.nonsense(format_args!("{what} without TLS"))),
+            _ => Err(self.nonsense(format_args!("{what} that is nowhere"))),
+        }
+    }
+
+    /// An insecure registry is excused, another host that it names is not.
+    fn certificates(&self, url: &Url) -> Certificates {
+        let same = |url: &Url, base: &Url| {
+            url.host() == base.host() && url.port_or_known_default() == base.port_or_known_default()
+        };
+        if self.place.insecure && same(url, &self.place.base) { Certificates::Any } else { Certificates::Verified }
+    }
+
+    async fn send(&self, request: Request<'_>) -> Result<Answer, RegistryError> {
+        self.http.send(request).await.map_err(|failure| self.error(failure))
+    }
+
+    async fn read(&self, answer: Answer, most: usize) -> Result<Bytes, RegistryError> {
+        answer.read(most).await.map_err(|failure| self.error(failure))
+    }
+
+    fn error(&self, failure: Failure) -> RegistryError {
+        tracing::debug!(registry = self.repository.registry, %failure, "no answer to a question");
+        error(&self.repository.registry, failure)
+    }
+
+    fn denied(&self) -> RegistryError {
+        RegistryError::Denied(self.repository.registry.clone())
+    }
+
+    fn nonsense(&self, reason: impl std::fmt::Display) -> RegistryError {
+        RegistryError::Nonsense { registry: self.repository.registry.clone(), reason: reason.to_string() }
+    }
+}
+
+fn is_page(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    kind.trim_start().get(..9).is_some_and(|kind| kind.eq_ignore_ascii_case("text/html"))
+}
+
+fn form(parameters: &[(&str, &str)]) -> Bytes {
+    url::form_urlencoded::Serializer::new(String::new()).extend_pairs(parameters).finish().into()
+}
+
+/// The token in a token server's answer; both names are in use.
+fn bearer(content: &[u8]) -> Option<HeaderValue> {
+    #[derive(Deserialize)]
+    struct Answered {
+        token: Option<String>,
+        access_token: Option<String>,
+    }
+    let Answered { token, access_token } = serde_json::from_slice(content).ok()?;
+    let token = [token, access_token].into_iter().flatten().find(|token| !token.is_empty())?;
+    let mut value = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}

@@ -1,0 +1,190 @@
+use std::fs;
+
+use sha2::{Digest as _, Sha256};
+
+use super::*;
+use crate::http::server::{Reply, Server, reply};
+
+const SECRET: &[u8] = b"0123456789abcdef";
+
+fn notification() -> Notification {
+    Notification {
+        id: "id-1".into(),
+        reason: "ImageSalvaged",
+        node: "n1".into(),
+        image: "reg.test/app:1".into(),
+        digest: None,
+        pods: vec!["default/web".into()],
+        from: vec!["n2".into()],
+        bytes: 7,
+        milliseconds: 8,
+        note: "It is here.".into(),
+        at: 9,
+    }
+}
+
+/// With a short limit for what never answers, and a long one for what does.
+async fn webhook(url: String, secret_file: Option<&Path>, limit: Duration) -> Webhook {
+    let config = Config { url, secret_file: secret_file.map(Path::to_owned), ca_file: None };
+    Webhook { limit, ..Webhook::new(config).await.unwrap() }
+}
+
+async fn to(server: &Server, secret_file: Option<&Path>) -> Webhook {
+    webhook(format!("http://{}/hook?key=k", server.name()), secret_file, Duration::from_secs(60)).await
+}
+
+fn secret_file(content: &[u8]) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), content).unwrap();
+    file
+}
+
+/// RFC 2104 as it is written there, for secrets up to a block.
+fn hmac_sha256(secret: &[u8], message: &[u8]) -> String {
+    let padded = |byte: u8| (0..64).map(|i| secret.get(i).unwrap_or(&0) ^ byte).collect::<Vec<u8>>();
+    let inner = Sha256::digest([&padded(0x36), message].concat());
+    let outer = Sha256::digest([padded(0x5c), inner.to_vec()].concat());
+    outer.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn the_signature_is_what_other_tools_compute() {
+    // printf '%s' '1700000000.{"id":"a"}' | openssl dgst -sha256 -hmac 0123456789abcdef
+    let known = "7eefd6dab3572ab7b831fd0f3b0189166fd2d48edffb19b3bed33209454c06ad";
+    assert_eq!(signature(SECRET, 1_700_000_000, br#"{"id":"a"}"#), format!("sha256={known}"));
+    assert_eq!(hmac_sha256(SECRET, br#"1700000000.{"id":"a"}"#), known);
+}
+
+#[tokio::test]
+async fn a_message_is_posted_with_a_signature_over_its_time_and_body() {
+    let server = Server::start(|_| reply(204, &[], b"")).await;
+    let secret = secret_file(&[SECRET, b"\n"].concat());
+    to(&server, Some(secret.path())).await.notify(&notification()).await.unwrap();
+    let seen = server.seen().remove(0);
+    assert_eq!(seen.asked, "POST /hook?key=k");
+    assert_eq!(seen.header("content-type"), Some("application/json"));
+    assert_eq!(seen.header("user-agent"), Some(concat!("lighterman/", env!("CARGO_PKG_VERSION"))));
+    assert_eq!(seen.header("x-lighterman-id"), Some("id-1"));
+    assert_eq!(seen.body, serde_json::to_vec(&notification()).unwrap());
+    let timestamp = seen.header("x-lighterman-timestamp").unwrap();
+    assert!(timestamp.parse::<u64>().unwrap() > 1_700_000_000, "seconds since 1970: {timestamp}");
+    let expected = hmac_sha256(SECRET, &[timestamp.as_bytes(), b".", &seen.body].concat());
+    assert_eq!(seen.header("x-lighterman-signature"), Some(format!("sha256={expected}").as_str()));
+}
+
+#[tokio::test]
+async fn without_a_secret_nothing_is_signed() {
+    let server = Server::start(|_| reply(200, &[], b"")).await;
+    to(&server, None).await.notify(&notification()).await.unwrap();
+    assert_eq!(server.seen()[0].header("x-lighterman-signature"), None);
+}
+
+#[tokio::test]
+async fn an_answer_says_whether_to_send_again() {
+    for (status, retryable) in [
+        (200, None),
+        (202, None),
+        (408, Some(true)),
+        (429, Some(true)),
+        (500, Some(true)),
+        (503, Some(true)),
+        (307, Some(false)),
+        (400, Some(false)),
+        (401, Some(false)),
+        (404, Some(false)),
+        (410, Some(false)),
+    ] {
+        let server = Server::start(move |_| reply(status, &[("Location", "/elsewhere")], b"")).await;
+        let outcome = to(&server, None).await.notify(&notification()).await;
+        assert_eq!(outcome.map_err(|error| error.is_retryable()).err(), retryable, "{status}");
+        assert_eq!(server.asked(), ["POST /hook?key=k"], "once, and there only");
+    }
+}
+
+#[tokio::test]
+async fn a_receiver_that_takes_the_message_may_say_what_it_likes() {
+    let endless = b"HTTP/1.1 200 x\r\ncontent-length: 99999999999\r\n\r\n".to_vec();
+    for bytes in [endless, b"HTTP/1.1 200 x\r\ntransfer-encoding: chunked\r\n\r\nno chunk".to_vec()] {
+        let server = Server::start(move |_| Reply::Bytes(bytes.clone())).await;
+        to(&server, None).await.notify(&notification()).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_receiver_that_does_not_answer_may_be_sent_it_again() {
+    let silent = Server::start(|_| Reply::Silence).await;
+    let url = format!("http://{}/hook?key=k", silent.name());
+    let impatient = webhook(url, None, Duration::from_millis(100)).await;
+    assert!(impatient.notify(&notification()).await.unwrap_err().is_retryable());
+
+    let (stranger, _) = Server::start_tls(|_| reply(200, &[], b"")).await;
+    for url in [
+        "https://webhook.invalid/key".to_owned(),
+        format!("https://{}/key", silent.name()),
+        format!("https://{}/key", stranger.name()),
+    ] {
+        let error = webhook(url, None, Duration::from_millis(500)).await.notify(&notification()).await.unwrap_err();
+        assert!(error.is_retryable(), "{error}");
+        assert!(!error.to_string().contains("key"), "the URL may be a secret: {error}");
+    }
+    assert_eq!(stranger.asked().len(), 0);
+}
+
+#[tokio::test]
+async fn a_certificate_of_our_own_authority_is_believed() {
+    let (server, certificate) = Server::start_tls(|_| reply(200, &[], b"")).await;
+    let ca_file = secret_file(certificate.as_bytes());
+    let url = format!("https://{}/", server.name());
+    let config = Config { url, secret_file: None, ca_file: Some(ca_file.path().to_owned()) };
+    Webhook::new(config).await.unwrap().notify(&notification()).await.unwrap();
+    assert_eq!(server.asked(), ["POST /"]);
+}
+
+#[tokio::test]
+async fn a_replaced_secret_signs_the_next_message_and_a_lost_one_none() {
+    let server = Server::start(|_| reply(200, &[], b"")).await;
+    let file = secret_file(SECRET);
+    let webhook = to(&server, Some(file.path())).await;
+    webhook.notify(&notification()).await.unwrap();
+    let another = b"another secret of more than 16 bytes";
+    fs::write(file.path(), another).unwrap();
+    webhook.notify(&notification()).await.unwrap();
+    for (seen, secret) in server.seen().iter().zip([SECRET, another]) {
+        let signed = [seen.header("x-lighterman-timestamp").unwrap().as_bytes(), b".", &seen.body].concat();
+        let expected = format!("sha256={}", hmac_sha256(secret, &signed));
+        assert_eq!(seen.header("x-lighterman-signature"), Some(expected.as_str()));
+    }
+    fs::remove_file(file.path()).unwrap();
+    assert!(webhook.notify(&notification()).await.unwrap_err().is_retryable());
+    assert_eq!(server.asked().len(), 2);
+}
+
+#[tokio::test]
+async fn a_secret_has_the_length_of_one() {
+    for (content, kept) in [
+        (b"0123456789abcde".to_vec(), None),
+        (b"0123456789abcde\n".to_vec(), None),
+        (b"0123456789abcdef\n".to_vec(), Some(16)),
+        (b"0123456789abcdef\r\n".to_vec(), Some(16)),
+        (b"0123456789abcdef\n\n".to_vec(), Some(17)),
+        (vec![b'x'; 4096], Some(4096)),
+        ([vec![b'x'; 4096], b"\r\n".to_vec()].concat(), Some(4096)),
+        (vec![b'x'; 4097], None),
+        (vec![b'x'; 1 << 20], None),
+        (Vec::new(), None),
+    ] {
+        let file = secret_file(&content);
+        let read = secret(file.path()).await.ok();
+        assert_eq!(read.map(|read| read.len()), kept, "{} bytes", content.len());
+    }
+}
+
+#[tokio::test]
+async fn a_url_that_is_none_is_refused_and_not_shown() {
+    for url in ["", "hook", "ftp://host/key", "https://user:key@host/", "https:///", "mailto:key@host"] {
+        let config = Config { url: url.into(), secret_file: None, ca_file: None };
+        assert!(!format!("{config:?}").contains("key"));
+        let error = Webhook::new(config).await.err().unwrap_or_else(|| panic!("{url:?} was taken"));
+        assert!(!error.to_string().contains("key"), "{error}");
+    }
+}

@@ -1,0 +1,229 @@
+//! The registry adapter against a real registry (distribution), open and protected in the ways that it knows.
+
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use axum::extract::RawQuery;
+use axum::http::{HeaderMap, StatusCode};
+use axum::routing::get;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use hyper::Method;
+use lighterman::http::{Certificates, Client, Request};
+use lighterman::model::OutageKind;
+use lighterman::oci::{Digest, Repository};
+use lighterman::ports::{PullSecret, Registry, RegistryError};
+use lighterman::registry::{Config, RegistryClient};
+use serde_json::json;
+use tempfile::TempDir;
+use url::Url;
+
+use crate::containerd::daemon::testbed;
+
+/// For whatever a test waits for; a slow machine must not fail it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// bcrypt of `pass:word`, made with crypt(3).
+const HTPASSWD: &str = "user:$2b$04$abcdefghijklmnopqrstuu7govE5p0NSk1WUEk5C2Qm3hpPC6VJ66\n";
+
+/// What a registry serves, and what it needs besides.
+struct Folder(TempDir);
+
+/// Killed when dropped, also by a test that panics.
+struct Running {
+    name: String,
+    process: Child,
+}
+
+impl Folder {
+    /// With one image in it, `team/app:v1`.
+    async fn with_image() -> (Self, Digest) {
+        let folder = Self(tempfile::tempdir().unwrap());
+        let digest = push(&folder.serve("")).await;
+        (folder, digest)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    /// Starts a registry with further settings, of which those of `http` come first and indented.
+    fn serve(&self, settings: &str) -> Running {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let root = self.path("content");
+        let configuration = format!(
+            "version: 0.1\nlog: {{ accesslog: {{ disabled: true }} }}\nstorage: {{ filesystem: {{ rootdirectory: {root} }} }}\n\
+             http:\n  addr: {address}\n{settings}"
+        );
+        std::fs::write(self.path("config.yml"), configuration).unwrap();
+        let log = std::fs::File::create(self.path("log")).unwrap();
+        let process = Command::new(testbed().join("bin/docker-registry"))
+            .arg("serve")
+            .env("OTEL_TRACES_EXPORTER", "none")
+            .arg(self.path("config.yml"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .expect("the registry runs: `make testbed` brings it");
+        let running = Running { name: address.to_string(), process };
+        let begun = Instant::now();
+        while TcpStream::connect(address).is_err() {
+            let log = || std::fs::read_to_string(self.path("log")).unwrap_or_default();
+            assert!(begun.elapsed() < PATIENCE, "the registry does not start:\n{}", log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        running
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Running {
+    fn app(&self) -> Repository {
+        Repository { registry: self.name.clone(), path: "team/app".into() }
+    }
+
+    fn secret(&self, password: &str) -> PullSecret {
+        let auth = STANDARD.encode(format!("user:{password}"));
+        PullSecret(json!({ "auths": { format!("http://{}/v1/", self.name): { "auth": auth } } }).to_string().into())
+    }
+
+    fn denied(&self) -> Result<Digest, RegistryError> {
+        Err(RegistryError::Denied(self.name.clone()))
+    }
+}
+
+fn client() -> RegistryClient {
+    RegistryClient::new(Config { ping_limit: PATIENCE, resolve_limit: PATIENCE, ..Config::default() }).unwrap()
+}
+
+/// An image without layers.
+async fn push(registry: &Running) -> Digest {
+    let http = Client::new(None).unwrap();
+    let send = async |method: Method, url: &Url, kind: &'static str, body: Bytes| {
+        let mut request = Request::new(method, url, Certificates::Any);
+        request.headers.insert("content-type", kind.parse().unwrap());
+        request.body = body;
+        http.send(request).await.unwrap()
+    };
+    let config = Bytes::from_static(b"{}");
+    let base = Url::parse(&format!("http://{}/v2/team/app/", registry.name)).unwrap();
+    let begun = send(Method::POST, &base.join("blobs/uploads/").unwrap(), "text/plain", Bytes::new()).await;
+    let mut upload = base.join(begun.headers["location"].to_str().unwrap()).unwrap();
+    upload.query_pairs_mut().append_pair("digest", &Digest::of(&config).to_string());
+    let uploaded = send(Method::PUT, &upload, "application/octet-stream", config.clone()).await;
+    assert_eq!(uploaded.status, StatusCode::CREATED);
+
+    let kind = "application/vnd.oci.image.manifest.v1+json";
+    let config = json!({
+        "mediaType": "application/vnd.oci.image.config.v1+json",
+        "digest": Digest::of(&config).to_string(), "size": config.len(),
+    });
+    let manifest = json!({ "schemaVersion": 2, "mediaType": kind, "config": config, "layers": [] }).to_string();
+    let digest = Digest::of(manifest.as_bytes());
+    let tagged = send(Method::PUT, &base.join("manifests/v1").unwrap(), kind, manifest.into()).await;
+    assert_eq!(tagged.status, StatusCode::CREATED);
+    digest
+}
+
+#[tokio::test]
+async fn an_open_registry_says_what_its_tags_mean_until_it_is_gone() {
+    let (folder, digest) = Folder::with_image().await;
+    let registry = folder.serve("");
+    let client = client();
+    assert_eq!(client.ping(&registry.name).await, Ok(()));
+    assert_eq!(client.resolve(&registry.app(), "v1", &[]).await, Ok(digest));
+    assert_eq!(client.resolve(&registry.app(), "v1", &[registry.secret("unneeded")]).await, Ok(digest));
+    let not_found = Err(RegistryError::NotFound(registry.name.clone()));
+    assert_eq!(client.resolve(&registry.app(), "v2", &[]).await, not_found);
+    let other = Repository { path: "team/other".into(), ..registry.app() };
+    assert_eq!(client.resolve(&other, "v1", &[]).await, not_found);
+
+    let name = registry.name.clone();
+    drop(registry);
+    assert_eq!(client.ping(&name).await, Err(RegistryError::Down { registry: name, kind: OutageKind::Refused }));
+}
+
+#[tokio::test]
+async fn a_registry_with_passwords_and_tls_wants_the_right_one() {
+    let (folder, digest) = Folder::with_image().await;
+    let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
+    let [htpasswd, certificate, key] = ["htpasswd", "tls.crt", "tls.key"].map(|name| folder.path(name));
+    std::fs::write(&htpasswd, HTPASSWD).unwrap();
+    std::fs::write(&certificate, made.cert.pem()).unwrap();
+    std::fs::write(&key, made.key_pair.serialize_pem()).unwrap();
+    let settings = format!(
+        "  tls: {{ certificate: {certificate}, key: {key} }}\nauth: {{ htpasswd: {{ realm: tests, path: {htpasswd} }} }}\n"
+    );
+    let registry = folder.serve(&settings);
+    let (client, app) = (client(), registry.app());
+    assert_eq!(client.ping(&registry.name).await, Ok(()), "a 401 is an answer");
+    assert_eq!(client.resolve(&app, "v1", &[]).await, registry.denied());
+    assert_eq!(client.resolve(&app, "v1", &[registry.secret("wrong")]).await, registry.denied());
+    let secrets = [registry.secret("wrong"), registry.secret("pass:word")];
+    assert_eq!(client.resolve(&app, "v1", &secrets).await, Ok(digest));
+    let not_found = Err(RegistryError::NotFound(registry.name.clone()));
+    assert_eq!(client.resolve(&app, "v2", &secrets).await, not_found);
+}
+
+#[tokio::test]
+async fn a_registry_with_a_token_server_wants_its_token() {
+    let (folder, digest) = Folder::with_image().await;
+    let (realm, _serving) = token_server(Path::new(&folder.path("tokens.crt"))).await;
+    let bundle = folder.path("tokens.crt");
+    let settings = format!(
+        "auth: {{ token: {{ realm: \"{realm}\", service: tests, issuer: tests, rootcertbundle: {bundle} }} }}\n"
+    );
+    let registry = folder.serve(&settings);
+    let (client, app) = (client(), registry.app());
+    assert_eq!(client.ping(&registry.name).await, Ok(()), "a 401 is an answer");
+    assert_eq!(client.resolve(&app, "v1", &[registry.secret("pass:word")]).await, Ok(digest));
+    assert_eq!(client.resolve(&app, "v1", &[registry.secret("wrong")]).await, registry.denied());
+    assert_eq!(client.resolve(&app, "v1", &[]).await, registry.denied(), "nobody gets a token without rights");
+}
+
+/// Gives the user a token for what is asked, nobody one for nothing, and others none. Writes its certificate to `bundle`.
+async fn token_server(bundle: &Path) -> (String, tokio::task::JoinSet<()>) {
+    let made = rcgen::generate_simple_self_signed(vec!["tests".to_owned()]).unwrap();
+    std::fs::write(bundle, made.cert.pem()).unwrap();
+    let key = jsonwebtoken::EncodingKey::from_ec_pem(made.key_pair.serialize_pem().as_bytes()).unwrap();
+    let mut header = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::ES256);
+    header.x5c = Some(vec![STANDARD.encode(made.cert.der())]);
+    let answer = async move |RawQuery(query): RawQuery, headers: HeaderMap| {
+        let asked: Vec<_> = url::form_urlencoded::parse(query.unwrap().as_bytes()).into_owned().collect();
+        assert!(asked.contains(&("service".to_owned(), "tests".to_owned())), "{asked:?}");
+        let right = format!("Basic {}", STANDARD.encode("user:pass:word"));
+        let access = match headers.get("authorization") {
+            None => json!([]),
+            Some(who) if *who == right => {
+                assert!(asked.contains(&("scope".to_owned(), "repository:team/app:pull".to_owned())), "{asked:?}");
+                json!([{ "type": "repository", "name": "team/app", "actions": ["pull"] }])
+            }
+            Some(_) => return (StatusCode::UNAUTHORIZED, String::new()),
+        };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let claims = json!({
+            "iss": "tests", "sub": "user", "aud": "tests", "iat": now, "nbf": now - 60, "exp": now + 600, "jti": "1",
+            "access": access,
+        });
+        let token = jsonwebtoken::encode(&header, &claims, &key).unwrap();
+        (StatusCode::OK, json!({ "token": token }).to_string())
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let realm = format!("http://{}/token", listener.local_addr().unwrap());
+    let mut serving = tokio::task::JoinSet::new();
+    serving
+        .spawn(async move { axum::serve(listener, axum::Router::new().route("/token", get(answer))).await.unwrap() });
+    (realm, serving)
+}
