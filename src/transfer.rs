@@ -17,6 +17,7 @@ mod serve;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod throttle;
 mod tls;
 mod tuning;
 
@@ -26,7 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
@@ -36,7 +37,9 @@ pub use tls::TlsError;
 
 use self::door::Door;
 use self::peers::Peers;
+use self::throttle::{InForce, Throttle};
 use self::tuning::Limits;
+use crate::decide::rules::Rules;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{NodeName, NodeNameError, Peer, PeerId};
@@ -52,8 +55,8 @@ pub struct Config {
     pub gossip_port: u16,
     /// This node's name, for others' logs.
     pub node: NodeName,
-    /// Blobs served at a time; beyond it peers are told to ask elsewhere. Each costs up to 512 KiB of reads and its
-    /// share of the connection's 4 MiB under way.
+    /// Blobs served at a time; beyond it peers are told to ask elsewhere. Each costs up to 512 KiB of reads and, where the link or the
+    /// reader is slow, 4 MiB under way.
     pub max_serving: usize,
 }
 
@@ -92,11 +95,21 @@ struct Shared {
     door: Arc<Door>,
     serving: Semaphore,
     limits: Limits,
+    /// Everything that comes.
+    down: Throttle,
+    /// Everything that goes.
+    up: Throttle,
+}
+
+/// What a transfer keeps to.
+struct Bounds {
+    limits: Limits,
+    rules: InForce,
 }
 
 impl Transfer {
     /// Binds the socket; nobody is let in before [`Transfer::run`]. Peers that dialled us and were admitted are sent to
-    /// `joined`, before they are told so; the same peer comes again each time it connects.
+    /// `joined`, before they are told so; the same peer comes again each time it connects. No rate is kept.
     ///
     /// # Errors
     /// [`BindError`].
@@ -111,7 +124,29 @@ impl Transfer {
         metrics: Metrics,
         joined: mpsc::Sender<Peer>,
     ) -> Result<Self, BindError> {
-        Self::bind_with(config, identity, admission, store, metrics, joined, Limits::DEFAULT)
+        let bounds = Bounds { limits: Limits::DEFAULT, rules: None };
+        Self::bind_with(config, identity, admission, store, metrics, joined, bounds)
+    }
+
+    /// As [`Transfer::bind`], but what comes and what goes keeps to the rates of these rules, and to others as soon as they are sent.
+    /// A rate is one for all peers together and counts the bytes of blobs.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    ///
+    /// # Panics
+    /// As [`Transfer::bind`].
+    pub fn bind_within(
+        config: Config,
+        identity: &Identity,
+        admission: Arc<dyn Admission>,
+        store: Arc<dyn ContentStore>,
+        metrics: Metrics,
+        joined: mpsc::Sender<Peer>,
+        rules: watch::Receiver<Arc<Rules>>,
+    ) -> Result<Self, BindError> {
+        let bounds = Bounds { limits: Limits::DEFAULT, rules: Some(rules) };
+        Self::bind_with(config, identity, admission, store, metrics, joined, bounds)
     }
 
     fn bind_with(
@@ -121,9 +156,10 @@ impl Transfer {
         store: Arc<dyn ContentStore>,
         metrics: Metrics,
         joined: mpsc::Sender<Peer>,
-        limits: Limits,
+        bounds: Bounds,
     ) -> Result<Self, BindError> {
         let Config { listen, gossip_port, node, max_serving } = config;
+        let Bounds { limits, rules } = bounds;
         let tls = tls::Tls::new(identity)?;
         let listening = || {
             let socket = socket::bind(listen)?;
@@ -147,6 +183,8 @@ impl Transfer {
             door: Arc::default(),
             serving: Semaphore::new(max_serving),
             limits,
+            down: Throttle::new(rules.clone(), |budgets| budgets.max_download_rate),
+            up: Throttle::new(rules, |budgets| budgets.max_upload_rate),
         })))
     }
 

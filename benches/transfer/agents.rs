@@ -1,7 +1,6 @@
 //! Two agents as they are in production, as far as an image passes through them: the real recovery, from one containerd to the other.
 //! What gossip would tell is told by hand.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -11,17 +10,19 @@ use lighterman::agent::holders::Holders;
 use lighterman::agent::lead::Lead;
 use lighterman::agent::progress::Progress;
 use lighterman::agent::recover::Recoverer;
+use lighterman::agent::resolve::Resolver;
 use lighterman::containerd::{Config, ContainerdStore};
-use lighterman::decide::plan::Limits;
+use lighterman::decide::reserve::Reservations;
+use lighterman::decide::rules::{ResolveSettings, Rules};
 use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
 use lighterman::model::{ContentChange, MeshEvent, NodeName, PeerId};
 use lighterman::oci::{Platform, Reference};
-use lighterman::ports::ContentStore;
-use lighterman::testing::MemoryCluster;
+use lighterman::ports::{ContentStore, Imports};
+use lighterman::testing::{MemoryCluster, MemoryRegistry};
 use lighterman::transfer::{self, Transfer};
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::daemon::{Containerd, NAMESPACE};
@@ -75,7 +76,8 @@ impl Agents {
     /// From the decision to recover to the image's record.
     pub(crate) fn recover(&self, reference: &Reference) -> Result<(), Failure> {
         let progress = Progress::default();
-        let recovery = self.recoverer.recover(reference, &progress, &self.stop);
+        let wanted = reference.clone().into();
+        let recovery = self.recoverer.recover(&wanted, &progress, &self.stop);
         let recovered = self.recovering.block_on(recovery)?;
         // Blobs that had been there would have cost nothing.
         if recovered.there == 0 { Ok(()) } else { Err(format!("{} blobs were there", recovered.there).into()) }
@@ -146,21 +148,32 @@ fn recoverer(
     metrics: Metrics,
 ) -> Result<Recoverer, Failure> {
     let node: NodeName = "bench".parse()?;
+    let mut rules = Rules::default();
+    rules.budgets.min_free_bytes = 0;
+    rules.budgets.min_free_percent = 0;
+    rules.budgets.concurrent_blobs = BLOBS_AT_ONCE;
     let claims = Arc::new(MemoryCluster::default().claims_of(node.clone()));
     Ok(Recoverer {
         store: Arc::clone(&store) as _,
-        holders: holders.clone(),
+        resolver: Resolver {
+            holders: holders.clone(),
+            registry: Arc::new(MemoryRegistry::default()),
+            cluster: Arc::new(MemoryCluster::default()),
+            platform: Platform::of_this_node(),
+            settings: ResolveSettings::default(),
+        },
         bring: Bring {
             me,
             store,
             fetcher: Arc::new(transfer),
             holders: holders.clone(),
             metrics: metrics.clone(),
-            distrusted: Mutex::new(HashMap::new()),
+            trust: Mutex::default(),
         },
         lead: Lead::new(claims, holders, metrics, node, me),
-        limits: Limits { max_image_bytes: 0, min_free_bytes: 0 },
+        rules: watch::channel(Arc::new(rules)).1,
         platform: Platform::of_this_node(),
-        blobs_at_once: BLOBS_AT_ONCE,
+        room: Reservations::default(),
+        imports: watch::channel(Imports::Allowed).1,
     })
 }

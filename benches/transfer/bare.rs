@@ -56,7 +56,7 @@ impl fmt::Display for Setting {
 }
 
 /// As the agent has it.
-const OURS: Setting = Setting { windows: [4, 16, 4], chunk: 256, buffer: 4096, ack_every: 0, bbr: false };
+const OURS: Setting = Setting { windows: [4, 20, 20], chunk: 256, buffer: 4096, ack_every: 0, bbr: false };
 
 const TRIED: [Setting; 11] = [
     OURS,

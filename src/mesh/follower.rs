@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::backoff;
 use crate::model::{ContentChange, MAX_ITEMS};
-use crate::oci::Reference;
+use crate::oci::{Reference, Repository};
 use crate::wire::{Announcement, MAX_CHANGES, Snapshot};
 
 /// Announcements kept while one before them is missing. Twice what a publisher makes of one batch; at 64 KiB the
@@ -205,7 +205,9 @@ fn check_snapshot(snapshot: &Snapshot) -> Result<(), &'static str> {
     if snapshot.items.len() > MAX_ITEMS {
         return Err("snapshot_too_long");
     }
-    let is_item = |item: &ContentChange| matches!(item, ContentChange::BlobAdded(_) | ContentChange::Tagged(..));
+    let is_item = |item: &ContentChange| {
+        matches!(item, ContentChange::BlobAdded(_) | ContentChange::Tagged(..) | ContentChange::RegistryDown(_))
+    };
     if snapshot.items.iter().all(|item| is_item(item) && is_proper(item)) { Ok(()) } else { Err("snapshot_malformed") }
 }
 
@@ -213,6 +215,9 @@ fn check_snapshot(snapshot: &Snapshot) -> Result<(), &'static str> {
 fn is_proper(change: &ContentChange) -> bool {
     let reference = match change {
         ContentChange::BlobAdded(_) | ContentChange::BlobRemoved(_) => return true,
+        ContentChange::RegistryDown(outage) | ContentChange::RegistryUp(outage) => {
+            return Repository::is_registry(&outage.registry);
+        }
         ContentChange::Tagged(repository, tag, digest) | ContentChange::Untagged(repository, tag, digest) => {
             match tag {
                 Some(tag) => Reference::Tag(repository.clone(), tag.clone()),

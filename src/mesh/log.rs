@@ -122,6 +122,10 @@ fn weight(item: &ContentChange) -> usize {
             let texts = repository.registry.len() + repository.path.len() + tag.as_ref().map_or(0, String::len);
             4 + 32 + 1 + 3 * 8 + texts
         }
+        // The kind of change, the length of the name and the name, the kind of outage, and since when.
+        ContentChange::RegistryDown(outage) | ContentChange::RegistryUp(outage) => {
+            4 + 8 + outage.registry.len() + 4 + 8
+        }
     }
 }
 
@@ -130,6 +134,7 @@ fn as_item(change: ContentChange) -> (ContentChange, bool) {
     match change {
         ContentChange::BlobRemoved(digest) => (ContentChange::BlobAdded(digest), false),
         ContentChange::Untagged(repository, tag, digest) => (ContentChange::Tagged(repository, tag, digest), false),
+        ContentChange::RegistryUp(outage) => (ContentChange::RegistryDown(outage), false),
         addition => (addition, true),
     }
 }
@@ -138,6 +143,7 @@ fn removal(item: ContentChange) -> ContentChange {
     match item {
         ContentChange::BlobAdded(digest) => ContentChange::BlobRemoved(digest),
         ContentChange::Tagged(repository, tag, digest) => ContentChange::Untagged(repository, tag, digest),
+        ContentChange::RegistryDown(outage) => ContentChange::RegistryUp(outage),
         already => already,
     }
 }

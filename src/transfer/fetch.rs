@@ -11,6 +11,7 @@ use super::codes::{GONE, REFUSED, STORE_FAILED, TOO_SLOW};
 use super::peers::{Line, Outbound};
 use super::tuning::{BATCH, BATCH_CHUNKS, FLOOR};
 use super::{GreetError, Shared, Transfer, printable};
+use crate::decide::bucket::CHUNK;
 use crate::model::PeerId;
 use crate::oci::{Digest, Hasher, Verified, VerifyError};
 use crate::ports::{BlobSink, FetchError, Fetcher};
@@ -33,6 +34,7 @@ impl Fetcher for Transfer {
         match self.0.ask(peer, digest, &Request::Have(digest)).await {
             Ok((Answer::Blob { size }, ..)) => Ok(Some(size)),
             Ok((Answer::Absent, ..)) | Err(FetchError::Absent { .. }) => Ok(None),
+            Ok((Answer::Failed, ..)) => Err(FetchError::StoreFailed { peer }),
             Ok((other, ..)) => Err(FetchError::Protocol { peer, reason: format!("answers {other:?} to Have") }),
             Err(error) => Err(error),
         }
@@ -51,6 +53,12 @@ impl Shared {
     async fn fetch(&self, wanted: Wanted, sink: &mut dyn BlobSink) -> Result<Verified, FetchError> {
         let Wanted { peer, digest, size } = wanted;
         let request = Request::Get { digest, offset: 0, length: size };
+        // One chunk arrives whole whoever else is under way, and manifests are not to wait for layers.
+        let outbound = if size > CHUNK { self.peers.find(peer) } else { None };
+        let _places = match &outbound {
+            Some((_, outbound)) => Some((outbound.blobs.acquire().await, self.down.place().await)),
+            None => None,
+        };
         // The line is held so that the connection counts as used.
         let (answer, mut recv, _line) = self.ask(peer, digest, &request).await?;
         match answer {
@@ -58,10 +66,13 @@ impl Shared {
             Answer::Blob { size: actual } => Err(wanted.of_another_size(actual)),
             Answer::Absent => Err(FetchError::Absent { peer, digest }),
             Answer::Busy => Err(FetchError::Busy { peer }),
-            Answer::Invalid => {
-                let reason = format!("says that {digest} has fewer than {size} bytes");
+            // Somebody's word about the size was wrong, and it may have been the manifest's.
+            Answer::Invalid { size: actual } if actual < size => Err(wanted.of_another_size(actual)),
+            Answer::Invalid { size: actual } => {
+                let reason = format!("says that {size} bytes of {digest} are more than {actual}");
                 Err(FetchError::Protocol { peer, reason })
             }
+            Answer::Failed => Err(FetchError::StoreFailed { peer }),
         }
     }
 
@@ -91,6 +102,13 @@ impl Shared {
             let total = hasher.size() + bytes as u64;
             if total > wanted.size {
                 return Err(wanted.of_another_size(total));
+            }
+            if self.down.is_limited() {
+                // Not read on meanwhile, so the windows fill and slow the sender. Our own wait is not its fault.
+                let began = Instant::now();
+                self.down.pass(bytes as u64).await;
+                let deadline = patience.deadline() + began.elapsed();
+                patience.as_mut().reset(deadline);
             }
             arrived.iter().for_each(|chunk| hasher.update(chunk));
             chunks += read;
@@ -209,7 +227,7 @@ impl Wanted {
         match error {
             ReadError::ConnectionLost(error) => self.lost(error),
             ReadError::Reset(GONE) => FetchError::Absent { peer: self.peer, digest: self.digest },
-            ReadError::Reset(STORE_FAILED) => unreachable("its content store failed"),
+            ReadError::Reset(STORE_FAILED) => FetchError::StoreFailed { peer: self.peer },
             ReadError::Reset(TOO_SLOW) => unreachable("it says that this agent reads too slowly"),
             other => FetchError::Protocol { peer: self.peer, reason: other.to_string() },
         }

@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use quinn::Connection;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::GreetError;
 use super::codes::{DONE, SUPERSEDED};
+use super::tuning::BLOBS_PER_PEER;
 use crate::model::{Peer, PeerId};
 
 /// Peers known at most: Kubernetes is built for clusters of 5000 nodes, and a node that lost its key comes back as
@@ -112,13 +114,25 @@ impl Peers {
 pub(super) type Line = Arc<Connection>;
 
 /// The one connection that we dial to a peer.
-#[derive(Default)]
 pub(super) struct Outbound {
     line: Mutex<Option<(Line, Instant)>>,
     /// Held while dialling, so that everybody else waits for the outcome; counts the dials that failed and keeps the
     /// last error.
     pub(super) dialling: tokio::sync::Mutex<()>,
     failed: Mutex<(u64, Option<GreetError>)>,
+    /// One permit for each blob that comes at a time.
+    pub(super) blobs: Semaphore,
+}
+
+impl Default for Outbound {
+    fn default() -> Self {
+        Self {
+            line: Mutex::default(),
+            dialling: tokio::sync::Mutex::default(),
+            failed: Mutex::default(),
+            blobs: Semaphore::new(BLOBS_PER_PEER),
+        }
+    }
 }
 
 impl Outbound {

@@ -2,22 +2,31 @@
 
 use std::future::ready;
 use std::io::ErrorKind;
+use std::mem::take;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::future::{Either, join};
 use quinn::{Connection, RecvStream, SendStream, VarInt, WriteError};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Shared;
 use super::codes::{GONE, MALFORMED, STORE_FAILED, TOO_SLOW};
 use super::tuning::{MAX_STREAMS, READ};
+use crate::decide::bucket::CHUNK;
 use crate::model::PeerId;
 use crate::oci::Digest;
 use crate::ports::{BlobReader, StoreError};
 use crate::wire::{self, Answer, Request, WireError};
+
+/// The way of one answer.
+struct Stream {
+    send: SendStream,
+    /// Tells how much is on its way.
+    connection: Connection,
+}
 
 /// Why a request was not served to its end.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +68,10 @@ impl Shared {
             tokio::select! {
                 () = stop.cancelled() => break,
                 accepted = connection.accept_bi(), if streams.len() < MAX_STREAMS as usize => match accepted {
-                    Ok((send, recv)) => drop(streams.spawn(self.clone().serve(peer, send, recv))),
+                    Ok((send, recv)) => {
+                        let stream = Stream { send, connection: connection.clone() };
+                        drop(streams.spawn(self.clone().serve(peer, stream, recv)));
+                    }
                     // Nobody is left to be served: the streams are aborted when the set is dropped.
                     Err(_) => return,
                 },
@@ -71,16 +83,16 @@ impl Shared {
         }
     }
 
-    async fn serve(self: Arc<Self>, peer: PeerId, mut send: SendStream, mut recv: RecvStream) {
+    async fn serve(self: Arc<Self>, peer: PeerId, mut stream: Stream, mut recv: RecvStream) {
         let served = match timeout(self.limits.hello, read_request(&mut recv)).await {
-            Ok(Ok(Request::Have(digest))) => self.tell(digest, &mut send).await,
-            Ok(Ok(Request::Get { digest, offset, length })) => self.send(digest, offset, length, &mut send).await,
+            Ok(Ok(Request::Have(digest))) => self.tell(digest, &mut stream).await,
+            Ok(Ok(Request::Get { digest, offset, length })) => self.send(digest, offset, length, &mut stream).await,
             Ok(Err(error)) => Err(error),
             Err(_) => Err(ServeError::Malformed(format!("not in {:?}", self.limits.hello))),
         };
         let Err(error) = served else { return };
         // Either may have ended already.
-        let _ = (send.reset(error.code()), recv.stop(error.code()));
+        let _ = (stream.send.reset(error.code()), recv.stop(error.code()));
         match error {
             ServeError::Store(StoreError::Absent(digest)) => {
                 tracing::debug!(%peer, %digest, "collected while being served")
@@ -92,34 +104,33 @@ impl Shared {
         }
     }
 
-    async fn tell(&self, digest: Digest, send: &mut SendStream) -> Result<(), ServeError> {
-        let known = timeout(self.limits.answer, self.store.blob(digest)).await.map_err(|_| slow_store())??;
-        answer(send, &known.map_or(Answer::Absent, |blob| Answer::Blob { size: blob.size })).await?;
-        self.finish(send).await
+    async fn tell(&self, digest: Digest, stream: &mut Stream) -> Result<(), ServeError> {
+        match self.asked_of_the_store(self.store.blob(digest)).await {
+            Ok(Some(blob)) => self.answer_only(stream, &Answer::Blob { size: blob.size }).await,
+            Ok(None) => self.answer_only(stream, &Answer::Absent).await,
+            Err(error) => self.admit_failure(stream, error).await,
+        }
     }
 
-    async fn send(&self, digest: Digest, offset: u64, length: u64, send: &mut SendStream) -> Result<(), ServeError> {
+    async fn send(&self, digest: Digest, offset: u64, length: u64, stream: &mut Stream) -> Result<(), ServeError> {
         // Taken before the store is asked, held until the reader has everything.
-        let Ok(_serving) = self.serving.try_acquire() else {
-            answer(send, &Answer::Busy).await?;
-            return self.finish(send).await;
+        let serving = self.serving.try_acquire().ok();
+        let place = if length > CHUNK { self.up.try_place().map(Some) } else { Some(None) };
+        let (Some(_serving), Some(_place)) = (serving, place) else {
+            return self.answer_only(stream, &Answer::Busy).await;
         };
-        let opened = timeout(self.limits.answer, self.store.open(digest)).await.map_err(|_| slow_store())?;
-        let reader = match opened {
-            Err(StoreError::Absent(_)) => {
-                answer(send, &Answer::Absent).await?;
-                return self.finish(send).await;
-            }
-            other => other?,
+        let reader = match self.asked_of_the_store(self.store.open(digest)).await {
+            Ok(reader) => reader,
+            Err(StoreError::Absent(_)) => return self.answer_only(stream, &Answer::Absent).await,
+            Err(error) => return self.admit_failure(stream, error).await,
         };
         let size = reader.size();
         let Some(end) = offset.checked_add(length).filter(|end| *end <= size) else {
-            answer(send, &Answer::Invalid).await?;
-            return self.finish(send).await;
+            return self.answer_only(stream, &Answer::Invalid { size }).await;
         };
-        answer(send, &Answer::Blob { size }).await?;
-        self.pump(reader, offset, end, send).await?;
-        self.finish(send).await
+        answer(&mut stream.send, &Answer::Blob { size }).await?;
+        self.pump(reader, offset, end, &mut stream.send).await?;
+        self.finish(stream).await
     }
 
     /// Bytes from `at` to `end`, one read ahead of the writing, so that disk and network work at the same time.
@@ -145,20 +156,58 @@ impl Shared {
             } else {
                 Either::Right(ready(Ok(Bytes::new())))
             };
-            let both = timeout(self.limits.reader, join(send.write_chunk(chunk), ahead));
-            let (written, read) = both.await.map_err(|_| ServeError::TooSlow)?;
+            let (written, read) = join(self.write(chunk, send), timeout(self.limits.reader, ahead)).await;
             written?;
             self.metrics.served(length);
-            chunk = read?;
+            chunk = read.map_err(|_| slow_store())??;
         }
         Ok(())
     }
 
-    /// Waits until the reader has it all.
-    async fn finish(&self, send: &mut SendStream) -> Result<(), ServeError> {
+    /// What was read at a time; in smaller chunks under a limit, so that the reader sees something all the while. The time that
+    /// we wait ourselves is not the reader's.
+    async fn write(&self, mut read: Bytes, send: &mut SendStream) -> Result<(), ServeError> {
+        let mut patience = self.limits.reader;
+        while !read.is_empty() {
+            let chunk =
+                if self.up.is_limited() { read.split_to(read.len().min(CHUNK as usize)) } else { take(&mut read) };
+            self.up.pass(chunk.len() as u64).await;
+            let began = Instant::now();
+            timeout(patience, send.write_chunk(chunk)).await.map_err(|_| ServeError::TooSlow)??;
+            patience = patience.saturating_sub(began.elapsed());
+        }
+        Ok(())
+    }
+
+    async fn asked_of_the_store<T>(&self, asked: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+        timeout(self.limits.answer, asked).await.unwrap_or_else(|_| Err(slow_store()))
+    }
+
+    /// The peer is told that it is not its fault, and our log why.
+    async fn admit_failure(&self, stream: &mut Stream, error: StoreError) -> Result<(), ServeError> {
+        self.answer_only(stream, &Answer::Failed).await?;
+        Err(error.into())
+    }
+
+    /// An answer that nothing follows.
+    async fn answer_only(&self, stream: &mut Stream, message: &Answer) -> Result<(), ServeError> {
+        answer(&mut stream.send, message).await?;
+        self.finish(stream).await
+    }
+
+    /// Waits until the reader has it all. That is up to a whole window, which takes a slow link minutes: whoever takes a read's worth
+    /// in the time that it has for one is waited for on.
+    async fn finish(&self, Stream { send, connection }: &mut Stream) -> Result<(), ServeError> {
         send.finish().map_err(|error| ServeError::Left(error.to_string()))?;
-        let delivered = timeout(self.limits.reader, send.stopped()).await.map_err(|_| ServeError::TooSlow)?;
-        delivered.map(drop).map_err(|error| ServeError::Left(error.to_string()))
+        let sent = || connection.stats().udp_tx.bytes;
+        loop {
+            let before = sent();
+            match timeout(self.limits.reader, send.stopped()).await {
+                Ok(delivered) => return delivered.map(drop).map_err(|error| ServeError::Left(error.to_string())),
+                Err(_) if sent() - before < READ as u64 => return Err(ServeError::TooSlow),
+                Err(_) => {}
+            }
+        }
     }
 }
 

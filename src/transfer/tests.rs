@@ -3,6 +3,7 @@
 mod content;
 mod door;
 mod faults;
+mod rates;
 mod stopping;
 
 use std::collections::{HashMap, HashSet};
@@ -19,14 +20,15 @@ use tokio::task::{AbortHandle, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use super::tuning::Limits;
-use super::{Config, Transfer, tls, tuning};
+use super::{Bounds, Config, Transfer, tls, tuning};
+use crate::decide::rules::Rules;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{Credential, NodeName, Peer, PeerId};
 use crate::oci::{Digest, Verified};
 use crate::ports::{
     Admission, BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, FetchError, Fetcher, ImageRecord, Pin,
-    Refusal, Remembered, StoreError,
+    Refusal, Remembered, Room, StoreError,
 };
 use crate::wire::{self, Answer, Hello, Request, Welcome};
 
@@ -47,11 +49,17 @@ struct Shelf {
     fails_at: Option<u64>,
     /// Reads wait until this is true.
     open: Option<watch::Receiver<bool>>,
+    /// Nothing can be looked up or opened.
+    broken: bool,
 }
 
 impl Shelf {
     fn with(blob: &Bytes) -> Self {
         Self { blobs: HashMap::from([(Digest::of(blob), blob.clone())]), ..Self::default() }
+    }
+
+    fn works(&self) -> Result<(), StoreError> {
+        if self.broken { Err(StoreError::Other("the disk is gone".into())) } else { Ok(()) }
     }
 }
 
@@ -87,9 +95,16 @@ fn unused<T>() -> Result<T, StoreError> {
 #[async_trait]
 impl ContentStore for Shelf {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
-        Ok(self.blobs.get(&digest).map(|blob| BlobInfo { digest, size: blob.len() as u64 }))
+        self.works()?;
+        Ok(self.blobs.get(&digest).map(|blob| BlobInfo {
+            digest,
+            size: blob.len() as u64,
+            sources: Vec::new(),
+            has_children: false,
+        }))
     }
     async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError> {
+        self.works()?;
         let blob = self.blobs.get(&digest).ok_or(StoreError::Absent(digest))?.clone();
         Ok(Box::new(Reading { blob, digest, fails_at: self.fails_at, open: self.open.clone() }))
     }
@@ -102,10 +117,16 @@ impl ContentStore for Shelf {
     async fn remember(&self, _: Digest, _: &Remembered) -> Result<(), StoreError> {
         unused()
     }
+    async fn discard(&self, _: Digest, _: &Pin) -> Result<(), StoreError> {
+        unused()
+    }
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
         unused()
     }
     async fn put_image(&self, _: &ImageRecord) -> Result<(), StoreError> {
+        unused()
+    }
+    async fn remove_image(&self, _: &str, _: Digest) -> Result<(), StoreError> {
         unused()
     }
     async fn pin(&self, _: Duration) -> Result<Pin, StoreError> {
@@ -117,7 +138,7 @@ impl ContentStore for Shelf {
     fn changes(&self) -> watch::Receiver<u64> {
         watch::channel(0).1
     }
-    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+    async fn room(&self) -> Result<Option<Room>, StoreError> {
         unused()
     }
 }
@@ -163,6 +184,10 @@ impl Node {
     }
 
     fn start_at(listen: &str, identity: &Identity, shelf: Shelf, admission: Guests, limits: Limits) -> Self {
+        Self::start_within(listen, identity, shelf, admission, Bounds { limits, rules: None })
+    }
+
+    fn start_within(listen: &str, identity: &Identity, shelf: Shelf, admission: Guests, bounds: Bounds) -> Self {
         let config = Config {
             listen: listen.parse().unwrap(),
             gossip_port: 4001,
@@ -172,7 +197,7 @@ impl Node {
         let (sender, joined) = mpsc::channel(16);
         let metrics = Metrics::new();
         let (admission, shelf) = (Arc::new(admission), Arc::new(shelf));
-        let bound = Transfer::bind_with(config, identity, admission, shelf, metrics.clone(), sender, limits);
+        let bound = Transfer::bind_with(config, identity, admission, shelf, metrics.clone(), sender, bounds);
         let (transfer, stop) = (bound.unwrap(), CancellationToken::new());
         let run = tokio::spawn(transfer.clone().run(stop.clone()));
         Self { transfer, id: identity.peer_id(), metrics, joined, stop, run }
@@ -207,6 +232,14 @@ impl BlobSink for Basket {
         chunks.iter().for_each(|chunk| self.0.extend_from_slice(chunk));
         Ok(())
     }
+}
+
+/// Rules that set nothing but these rates, in bytes per second.
+pub(super) fn rules(max_download_rate: u64, max_upload_rate: u64) -> Arc<Rules> {
+    let mut rules = Rules::default();
+    rules.budgets.max_download_rate = max_download_rate;
+    rules.budgets.max_upload_rate = max_upload_rate;
+    Arc::new(rules)
 }
 
 /// Bytes that repeat nowhere near a batch's or a packet's length.

@@ -28,11 +28,16 @@ pub(super) const MAX_STREAMS: u32 = 64;
 /// writing comes on top.
 const STREAM_WINDOW: u32 = 4 << 20;
 
-/// Three streams whose sinks are slow must not stop a fourth.
-const CONNECTION_WINDOW: u32 = 4 * STREAM_WINDOW;
+/// Blobs fetched from one peer at a time; a further one waits. One fills any link, and more than the connection's windows have room for
+/// would starve each other: quinn gives what becomes free to whichever stream asks first, with ten on a slow link always to the same.
+pub(super) const BLOBS_PER_PEER: usize = 4;
 
-/// What may be unacknowledged on a connection, which is what the other end's window for one stream lets through.
-const SEND_WINDOW: u64 = STREAM_WINDOW as u64;
+/// Every stream's window, so that no stream ever waits for another's, and one more for small blobs and for what was read but is not
+/// reported yet (an eighth of the window).
+const CONNECTION_WINDOW: u32 = (BLOBS_PER_PEER as u32 + 1) * STREAM_WINDOW;
+
+/// What may be unacknowledged on a connection: all that the other end's windows let through, for the same reason.
+const SEND_WINDOW: u64 = CONNECTION_WINDOW as u64;
 
 /// A served peer sends us a [`Hello`] and then requests of at most 70 bytes.
 const REQUEST_WINDOW: u32 = 2 * Hello::LIMIT as u32;
@@ -46,10 +51,11 @@ const INITIAL_RTT: Duration = Duration::from_millis(50);
 const MAX_MTU: u16 = 1452;
 
 /// The dialler keeps a connection alive while it is in the pool (see [`Limits::unused`]).
-const KEEP_ALIVE: Duration = Duration::from_secs(3);
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
 
-/// Three keep-alives lost.
-const IDLE: u32 = 10_000;
+/// In milliseconds; five keep-alives lost, each of which was sent again several times meanwhile. The wait begins anew with the first of
+/// them, so a dead peer is noticed within six seconds: before [`Limits::stall`], which would have to assume that it lives.
+const IDLE: u32 = 5000;
 
 /// How long we wait, for what.
 #[derive(Debug, Clone, Copy)]

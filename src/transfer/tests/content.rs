@@ -101,7 +101,7 @@ async fn a_range_beyond_the_blob_is_refused_and_one_within_it_is_served() {
         let connection = introduce(&fetcher, holder.address()).await;
         for (offset, length) in [(0, 1001), (1000, 1), (u64::MAX, 2), (1, u64::MAX)] {
             let (answer, bytes) = ask(&connection, &Request::Get { digest, offset, length }).await;
-            assert_eq!((answer, bytes.len()), (Answer::Invalid, 0), "{length} at {offset}");
+            assert_eq!((answer, bytes.len()), (Answer::Invalid { size: 1000 }, 0), "{length} at {offset}");
         }
         for (offset, length) in [(0, 0), (1000, 0), (999, 1), (10, 500)] {
             let (answer, bytes) = ask(&connection, &Request::Get { digest, offset, length }).await;

@@ -99,8 +99,9 @@ async fn streams_beside_the_introduction_are_not_served() {
 async fn garbage_and_oversized_introductions_end_the_connection() {
     within(async {
         let listener = Node::start(Shelf::default());
-        let garbage = [&[0, 0, 0, 4, 0, 1][..], &[0xff; 4]].concat();
-        let oversized = [&[0, 1, 0, 0, 0, 1][..], &[0; 4096]].concat();
+        let version = wire::VERSION.to_be_bytes();
+        let garbage = [&[0, 0, 0, 4], &version[..], &[0xff; 4]].concat();
+        let oversized = [&[0, 1, 0, 0], &version[..], &[0; 4096]].concat();
         let other_version = [0, 0, 0, 0, 9, 9].to_vec();
         let nothing = Vec::new();
         for (what, bytes) in [("garbage", garbage), ("size", oversized), ("version", other_version), ("end", nothing)] {

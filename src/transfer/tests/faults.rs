@@ -114,11 +114,12 @@ async fn a_peer_that_does_not_answer_is_given_up() {
 
 #[tokio::test]
 async fn an_answer_that_is_none_breaks_the_protocol() {
-    let garbage = [0, 0, 0, 1, 0, 1, 0xff];
-    let oversized = [0xff, 0, 0, 0, 0, 1, 0];
-    for bytes in [&garbage[..], &oversized[..], &[]] {
+    let version = wire::VERSION.to_be_bytes();
+    let garbage = [&[0, 0, 0, 1], &version[..], &[0xff]].concat();
+    let oversized = [&[0xff, 0, 0, 0], &version[..], &[0]].concat();
+    for bytes in [garbage, oversized, Vec::new()] {
         within(async {
-            let bytes = Bytes::copy_from_slice(bytes);
+            let bytes = Bytes::from(bytes);
             let rogue = Rogue::start(move |_, mut send| {
                 let bytes = bytes.clone();
                 async move { send.write_chunk(bytes).await.unwrap() }
@@ -227,7 +228,7 @@ async fn a_store_that_fails_while_serving_ends_the_fetch_and_blames_nobody() {
         let fetcher = Node::start(Shelf::default());
         fetcher.meet(holder.address()).await;
         let error = fetcher.fetch(holder.id, Digest::of(&large), 1 << 20).await.unwrap_err();
-        assert!(matches!(error, FetchError::Unreachable { .. }) && error.to_string().contains("store"), "{error}");
+        assert!(matches!(error, FetchError::StoreFailed { peer } if peer == holder.id), "{error}");
         assert!(!error.is_peers_fault());
     })
     .await;
@@ -247,6 +248,52 @@ async fn a_sink_that_fails_ends_the_fetch_as_our_own_failure() {
         fetcher.meet(holder.address()).await;
         let error = fetcher.transfer.fetch(holder.id, digest(), SIZE, &mut Full).await.unwrap_err();
         assert!(matches!(error, FetchError::Sink(StoreError::Full(_))), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_store_that_cannot_open_a_blob_is_said_to_have_failed() {
+    within(async {
+        let holder = Node::start(Shelf { broken: true, ..Shelf::with(&blob(10)) });
+        let fetcher = Node::start(Shelf::default());
+        fetcher.meet(holder.address()).await;
+        let digest = Digest::of(&blob(10));
+        for error in [
+            fetcher.fetch(holder.id, digest, 10).await.map(drop).unwrap_err(),
+            fetcher.transfer.size_of(holder.id, digest).await.map(drop).unwrap_err(),
+        ] {
+            assert!(matches!(error, FetchError::StoreFailed { peer } if peer == holder.id), "{error}");
+            assert!(!error.is_peers_fault() && !error.is_retryable());
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_size_that_the_manifest_overstates_is_no_fault_of_the_peer() {
+    within(async {
+        let content = blob(SIZE as usize);
+        let holder = Node::start(Shelf::with(&content));
+        let fetcher = Node::start(Shelf::default());
+        fetcher.meet(holder.address()).await;
+        let error = fetcher.fetch(holder.id, digest(), SIZE + 1).await.unwrap_err();
+        let FetchError::Corrupt { source: VerifyError::Size { actual_size, .. }, .. } = &error else {
+            panic!("{error}")
+        };
+        assert_eq!((*actual_size, error.is_peers_fault()), (SIZE, false));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_that_contradicts_itself_about_the_size_breaks_the_protocol() {
+    within(async {
+        let rogue = Rogue::start(|_, mut send| async move {
+            wire::write(&mut send, &Answer::Invalid { size: SIZE }).await.unwrap();
+        });
+        let (error, _) = fetch_from(&rogue, Limits::DEFAULT).await;
+        assert!(matches!(error, FetchError::Protocol { .. }), "{error}");
     })
     .await;
 }

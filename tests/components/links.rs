@@ -1,0 +1,110 @@
+//! Transfers over links that the kernel shapes: who sets the pace, our limit or the link, and what a link that breaks looks like.
+
+mod pair;
+
+use std::time::Instant;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::future::try_join_all;
+use lighterman::decide::bucket::Bucket;
+use lighterman::oci::Digest;
+use lighterman::ports::{BlobSink, FetchError, Fetcher, StoreError};
+use lighterman::transfer::Transfer;
+
+use pair::{Holder, Link, Rates, across};
+
+/// Counts nothing and keeps nothing; the fetch proves the content.
+struct Nothing;
+
+#[async_trait]
+impl BlobSink for Nothing {
+    async fn append(&mut self, _: &[Bytes]) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
+
+/// Different ones, as equal ones would be one.
+fn blobs(count: u8, size: usize) -> Vec<Bytes> {
+    (0..count).map(|number| vec![number; size].into()).collect()
+}
+
+/// Fetches them all at once; answers the bytes per second.
+async fn fetch_all(transfer: &Transfer, holder: &Holder, blobs: &[Bytes]) -> Result<f64, FetchError> {
+    let began = Instant::now();
+    try_join_all(blobs.iter().map(async |blob| {
+        transfer.fetch(holder.peer, Digest::of(blob), blob.len() as u64, &mut Nothing).await.map(drop)
+    }))
+    .await?;
+    let bytes: usize = blobs.iter().map(Bytes::len).sum();
+    Ok(bytes as f64 / began.elapsed().as_secs_f64())
+}
+
+#[test]
+fn on_a_fast_link_our_limit_holds_in_either_direction() {
+    const RATE: u64 = 2 << 20;
+    for (direction, rates) in
+        [("down", Rates { fetcher_down: RATE, holder_up: 0 }), ("up", Rates { fetcher_down: 0, holder_up: RATE })]
+    {
+        let blobs = blobs(6, 2 << 20);
+        let bytes = blobs.iter().map(Bytes::len).sum::<usize>() as f64;
+        let wanted = blobs.clone();
+        let achieved = across("400mbit", rates, &blobs, async move |transfer, holder, _| {
+            fetch_all(transfer, holder, &wanted).await.unwrap()
+        });
+        let capacity = Bucket::new(RATE, Instant::now()).capacity() as f64;
+        // What the bucket holds at first passes at once, all the rest at the rate.
+        let most = RATE as f64 * bytes / (bytes - capacity);
+        assert!(achieved <= most, "{direction}: {achieved:.0} bytes a second where {most:.0} are the most");
+        let ratio = achieved / RATE as f64;
+        println!("figure rate_kept_{direction} {ratio:.3} (6 blobs of 2 MiB at once, limit 2 MiB/s, link 400 Mbit/s)");
+    }
+}
+
+#[test]
+fn on_a_slow_link_the_link_decides_and_nobody_stalls() {
+    let rates = Rates { fetcher_down: 64 << 20, holder_up: 64 << 20 };
+    let blobs = blobs(6, 1 << 20);
+    let wanted = blobs.clone();
+    let achieved = across("8mbit", rates, &blobs, async move |transfer, holder, _| {
+        fetch_all(transfer, holder, &wanted).await.unwrap()
+    });
+    println!("figure link_used {:.3} (6 blobs of 1 MiB at once, limit 64 MiB/s, link 8 Mbit/s)", achieved * 8.0 / 8e6);
+}
+
+#[test]
+fn blobs_of_one_peer_do_not_starve_each_other_on_a_slow_link() {
+    let blobs = blobs(10, 5 << 20);
+    let wanted = blobs.clone();
+    across("20mbit", Rates::default(), &blobs, async move |transfer, holder, _| {
+        fetch_all(transfer, holder, &wanted).await.unwrap()
+    });
+}
+
+#[test]
+fn blobs_of_one_peer_do_not_starve_each_other_under_our_limit() {
+    let blobs = blobs(10, 16 << 20);
+    let wanted = blobs.clone();
+    across("4gbit", Rates { fetcher_down: 8 << 20, holder_up: 0 }, &blobs, async move |transfer, holder, _| {
+        fetch_all(transfer, holder, &wanted).await.unwrap()
+    });
+}
+
+#[test]
+fn a_peer_whose_link_breaks_is_unreachable_before_it_counts_as_stalled() {
+    /// Cuts the link when the first bytes have come.
+    struct Cutting<'a>(&'a Link);
+    #[async_trait]
+    impl BlobSink for Cutting<'_> {
+        async fn append(&mut self, _: &[Bytes]) -> Result<(), StoreError> {
+            self.0.cut();
+            Ok(())
+        }
+    }
+    let blobs = blobs(1, 64 << 20);
+    let (digest, size) = (Digest::of(&blobs[0]), 64 << 20);
+    let error = across("100mbit", Rates::default(), &blobs, async move |transfer, holder, link| {
+        transfer.fetch(holder.peer, digest, size, &mut Cutting(link)).await.unwrap_err()
+    });
+    assert!(matches!(error, FetchError::Unreachable { .. }), "{error}");
+}

@@ -1,0 +1,181 @@
+//! Two network namespaces of the test's own with a link between them, and an agent's transfer in each.
+
+use std::fs::File;
+use std::net::SocketAddr;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc as threads;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use bytes::Bytes;
+use lighterman::admission::StaticAdmission;
+use lighterman::decide::rules::Rules;
+use lighterman::identity::Identity;
+use lighterman::metrics::Metrics;
+use lighterman::model::PeerId;
+use lighterman::oci::{Digest, Hasher};
+use lighterman::ports::{ContentStore, Remembered};
+use lighterman::testing::MemoryStore;
+use lighterman::transfer::{Config, Transfer};
+use nix::sched::{CloneFlags, setns};
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+/// The holder's address and the fetcher's. The namespaces have no way out.
+const ADDRESSES: [&str; 2] = ["10.99.0.1", "10.99.0.2"];
+
+/// Both go when dropped.
+pub(crate) struct Link([String; 2]);
+
+impl Link {
+    /// A link that carries so much from the holder to the fetcher; the way back, which only acknowledges, is free. The queue before it
+    /// holds a tenth of a second, as a router's would.
+    pub(crate) fn of(rate: &str) -> Self {
+        static LINKS: AtomicU32 = AtomicU32::new(0);
+        let number = LINKS.fetch_add(1, Ordering::Relaxed);
+        let link = Self(["a", "b"].map(|end| format!("lighterman-{}-{number}-{end}", std::process::id())));
+        let [holder, fetcher] = &link.0;
+        run(&["ip", "netns", "add", holder]);
+        run(&["ip", "netns", "add", fetcher]);
+        run(&["ip", "-n", holder, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", fetcher]);
+        for (end, address) in link.0.iter().zip(ADDRESSES) {
+            run(&["ip", "-n", end, "address", "add", &format!("{address}/24"), "dev", "wire"]);
+            run(&["ip", "-n", end, "link", "set", "wire", "up"]);
+        }
+        let shape = ["qdisc", "add", "dev", "wire", "root", "tbf", "rate", rate, "burst", "64kb", "latency", "100ms"];
+        run(&[&["ip", "netns", "exec", holder, "tc"], &shape[..]].concat());
+        link
+    }
+
+    /// Nothing passes any more, and nobody is told.
+    pub(crate) fn cut(&self) {
+        run(&["ip", "netns", "exec", &self.0[0], "tc", "qdisc", "replace", "dev", "wire", "root", "blackhole"]);
+    }
+
+    /// Makes a thread part of one end; what it starts is, too.
+    fn enter(&self, end: usize) {
+        let namespace = File::open(format!("/var/run/netns/{}", self.0[end])).unwrap();
+        setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        for end in &self.0 {
+            // One that was never made cannot be removed.
+            let _ = Command::new("ip").args(["netns", "del", end]).output();
+        }
+    }
+}
+
+fn run(words: &[&str]) {
+    let output = Command::new(words[0]).args(&words[1..]).output().unwrap();
+    assert!(output.status.success(), "{words:?} (are you root?): {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Bytes per second, 0 for no limit.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Rates {
+    pub(crate) fetcher_down: u64,
+    pub(crate) holder_up: u64,
+}
+
+/// A holder that serves from memory, in a thread of its own.
+pub(crate) struct Holder {
+    pub(crate) peer: PeerId,
+    pub(crate) address: SocketAddr,
+    stop: CancellationToken,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Holder {
+    fn start(link: &Arc<Link>, identity: Identity, admits: PeerId, blobs: &[Bytes], up: u64) -> Self {
+        let (link, blobs, stop) = (Arc::clone(link), blobs.to_vec(), CancellationToken::new());
+        let (tell, told) = threads::channel();
+        let (peer, until) = (identity.peer_id(), stop.clone());
+        let thread = thread::spawn(move || {
+            link.enter(0);
+            let runtime = runtime();
+            runtime.block_on(async {
+                let store = holding(&blobs).await;
+                let transfer = bind(0, &identity, admits, store, rules(0, up));
+                tell.send(transfer.local_addr()).unwrap();
+                transfer.run(until).await;
+            });
+        });
+        Self { peer, address: told.recv().unwrap(), stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        // A panic was printed when it happened.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// Runs `test` at the fetcher's end of a link, with a holder of these blobs at the other.
+pub(crate) fn across<T: Send + 'static>(
+    rate: &str,
+    rates: Rates,
+    blobs: &[Bytes],
+    test: impl AsyncFnOnce(&Transfer, &Holder, &Link) -> T + Send + 'static,
+) -> T {
+    let link = Arc::new(Link::of(rate));
+    let (holder_key, fetcher_key) = (Identity::generate(), Identity::generate());
+    let holder = Holder::start(&link, holder_key, fetcher_key.peer_id(), blobs, rates.holder_up);
+    let fetching = thread::spawn(move || {
+        link.enter(1);
+        let runtime = runtime();
+        runtime.block_on(async {
+            let transfer = bind(1, &fetcher_key, holder.peer, MemoryStore::new(), rules(rates.fetcher_down, 0));
+            transfer.greet(holder.address, Some(holder.peer)).await.unwrap();
+            let test = test(&transfer, &holder, &link);
+            tokio::time::timeout(Duration::from_secs(180), test).await.expect("the test is stuck")
+        })
+    });
+    fetching.join().unwrap()
+}
+
+fn runtime() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+fn bind(end: usize, identity: &Identity, admits: PeerId, store: MemoryStore, rules: Arc<Rules>) -> Transfer {
+    let config = Config {
+        listen: SocketAddr::new(ADDRESSES[end].parse().unwrap(), 0),
+        // Nobody gossips here.
+        gossip_port: 1,
+        node: "node-a".parse().unwrap(),
+        max_serving: 16,
+    };
+    let (admission, joined) = (Arc::new(StaticAdmission::new([admits])), mpsc::channel(4).0);
+    let in_force = watch::channel(rules).1;
+    let store = Arc::new(store);
+    Transfer::bind_within(config, identity, admission, store, Metrics::new(), joined, in_force).unwrap()
+}
+
+fn rules(max_download_rate: u64, max_upload_rate: u64) -> Arc<Rules> {
+    let mut rules = Rules::default();
+    rules.budgets.max_download_rate = max_download_rate;
+    rules.budgets.max_upload_rate = max_upload_rate;
+    Arc::new(rules)
+}
+
+async fn holding(blobs: &[Bytes]) -> MemoryStore {
+    let store = MemoryStore::new();
+    let pin = store.pin(Duration::from_secs(3600)).await.unwrap();
+    for blob in blobs {
+        let (digest, size) = (Digest::of(blob), blob.len() as u64);
+        let mut hasher = Hasher::default();
+        hasher.update(blob);
+        let mut writer = store.create(digest, size, &pin).await.unwrap();
+        writer.append(std::slice::from_ref(blob)).await.unwrap();
+        writer.commit(hasher.verify(digest, size).unwrap(), &Remembered::default()).await.unwrap();
+    }
+    store
+}
