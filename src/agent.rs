@@ -5,19 +5,24 @@
 
 pub mod advertise;
 pub mod bring;
+pub mod by_hand;
 pub mod holders;
 pub mod join;
 pub mod lead;
+pub mod notices;
 pub mod progress;
 pub mod recover;
 mod recover_error;
+pub mod registries;
+pub mod resolve;
+pub mod rules;
 pub mod salvage;
+pub mod status;
 pub mod supervisor;
 pub mod tell;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
@@ -25,21 +30,29 @@ use tokio::sync::{mpsc, watch};
 
 use crate::admin::{Admin, Check};
 use crate::config::Settings;
+use crate::control::{self, Control};
+use crate::decide::reserve::Reservations;
 use crate::identity::Identity;
 use crate::mesh::{self, Mesh};
 use crate::metrics::Metrics;
 use crate::oci::Platform;
-use crate::ports::{Admission, Claims, Cluster, ContentStore, PodEvent};
+use crate::ports::{Admission, Claims, Cluster, ContainerdStatus, ContentStore, Imports, Notifier, PodEvent, Registry};
 use crate::transfer::{self, Transfer};
 
 use self::advertise::Advertiser;
 use self::bring::Bring;
+use self::by_hand::ByHand;
 use self::holders::Holders;
 use self::join::Joiner;
 use self::lead::Lead;
+use self::notices::{Messenger, Notices};
 use self::progress::Board;
 use self::recover::Recoverer;
-use self::salvage::Salvager;
+use self::registries::Registries;
+use self::resolve::Resolver;
+use self::rules::RulesWatch;
+use self::salvage::{Parts, Salvager};
+use self::status::AgentStatus;
 use self::supervisor::Supervisor;
 
 /// The outside world of one agent: its ports.
@@ -52,6 +65,14 @@ pub struct World {
     pub claims: Arc<dyn Claims>,
     /// Who may join.
     pub admission: Arc<dyn Admission>,
+    /// The registries that images come from.
+    pub registry: Arc<dyn Registry>,
+    /// Where to tell people outside the cluster, if anywhere.
+    pub notifier: Option<Arc<dyn Notifier>>,
+    /// Whether anything may be brought into the store.
+    pub imports: watch::Receiver<Imports>,
+    /// What containerd told of itself; `None` with another store.
+    pub containerd: Option<watch::Receiver<ContainerdStatus>>,
     /// The pods of this node.
     pub pods: mpsc::Receiver<PodEvent>,
     /// What has to hold besides the content store's answer before the agent is ready.
@@ -84,12 +105,17 @@ pub enum StartError {
     /// The admin port.
     #[error(transparent)]
     Admin(#[from] std::io::Error),
+    /// The socket for people on this node.
+    #[error(transparent)]
+    Control(#[from] control::BindError),
 }
 
 /// Bounds of the channels between tasks: enough for one burst (110 pods of a node listed at once; every peer of a large
 /// cluster coming up), after which the sender waits.
 const PEERS_QUEUED: usize = 64;
 const MESH_EVENTS_QUEUED: usize = 64;
+/// Pulls by hand that wait to be looked at, which takes no time.
+const PULLS_QUEUED: usize = 4;
 
 impl Agent {
     /// Binds every port and starts the tasks, what others depend on first. `supervisor` may own tasks already: what the
@@ -111,20 +137,37 @@ impl Agent {
             admin_listen,
             seeds,
             key_file: _,
-            policy,
-            concurrent_recoveries,
-            blobs_at_once,
-            limits,
+            rules,
+            rules_file,
+            control_socket,
+            resolve,
+            manner,
+            probe_registries,
+            import_past_verifiers: _,
             grace: _,
         } = settings;
-        let World { store, cluster, claims, admission, pods, checks } = world;
+        let World { store, cluster, claims, admission, registry, notifier, imports, containerd, pods, checks } = world;
+        let rules_watch = match rules_file {
+            Some(path) => Some(RulesWatch::open(path, rules.clone(), metrics.clone()).await),
+            None => None,
+        };
+        let rules_status = rules_watch.as_ref().map(RulesWatch::status);
+        let rules = rules_watch.as_ref().map_or_else(|| watch::channel(Arc::new(rules)).1, RulesWatch::rules);
         let me = identity.peer_id();
         let holders = Holders::default();
 
         let (mesh, mesh_task, gossip) = mesh::start(mesh, &identity, metrics.clone()).await?;
         let (joined_in, joined) = mpsc::channel(PEERS_QUEUED);
         let transfer = transfer::Config { gossip_port: gossip.port(), ..transfer };
-        let transfer = Transfer::bind(transfer, &identity, admission, Arc::clone(&store), metrics.clone(), joined_in)?;
+        let transfer = Transfer::bind_within(
+            transfer,
+            &identity,
+            admission,
+            Arc::clone(&store),
+            metrics.clone(),
+            joined_in,
+            rules.clone(),
+        )?;
         let (store_ready_in, store_ready) = watch::channel(false);
         let mut all_checks = vec![Check { name: "content store", holds: store_ready }];
         all_checks.extend(checks);
@@ -132,26 +175,81 @@ impl Agent {
         let (transfer_address, admin_address) = (transfer.local_addr(), admin.local_addr()?);
         tracing::info!(%node, peer = %me, transfer = %transfer_address, %gossip, admin = %admin_address, "agent starts");
 
+        let platform = Platform::of_this_node();
         let recoverer = Recoverer {
             store: Arc::clone(&store),
-            holders: holders.clone(),
+            resolver: Resolver {
+                holders: holders.clone(),
+                registry: Arc::clone(&registry),
+                cluster: Arc::clone(&cluster),
+                platform: platform.clone(),
+                settings: resolve,
+            },
             bring: Bring {
                 me,
                 store: Arc::clone(&store),
                 fetcher: Arc::new(transfer.clone()),
                 holders: holders.clone(),
                 metrics: metrics.clone(),
-                distrusted: Mutex::new(HashMap::new()),
+                trust: Mutex::default(),
             },
-            lead: Lead::new(claims, holders.clone(), metrics.clone(), node, me),
-            limits,
-            platform: Platform::of_this_node(),
-            blobs_at_once,
+            lead: Lead::new(Arc::clone(&claims), holders.clone(), metrics.clone(), node.clone(), me),
+            rules: rules.clone(),
+            platform,
+            room: Reservations::default(),
+            imports,
         };
         let board = Board::default();
-        let salvager = Salvager::new(recoverer, board.clone(), cluster, policy, concurrent_recoveries, metrics.clone());
-        let advertiser =
-            Advertiser { store, mesh: Mesh::clone(&mesh), metrics: metrics.clone(), ready: store_ready_in };
+        let (messenger, notices) = match notifier {
+            Some(notifier) => {
+                let (messenger, notices) =
+                    Messenger::new(notifier, claims, holders.clone(), node.clone(), metrics.clone());
+                (Some(messenger), notices)
+            }
+            None => (None, Notices::nowhere(metrics.clone())),
+        };
+        let (first_hand_in, first_hand) = watch::channel(Vec::new());
+        let (names_in, names_here) = watch::channel(None);
+        let registries = Registries::new(holders.clone(), registry, probe_registries, first_hand_in, metrics.clone());
+        let (images_in, images) = watch::channel(None);
+        let salvager = Salvager::new(Parts {
+            recoverer,
+            board: board.clone(),
+            cluster,
+            registries,
+            notices,
+            names_here,
+            rules: rules.clone(),
+            manner,
+            metrics: metrics.clone(),
+        });
+        let advertiser = Advertiser::new(
+            store,
+            Mesh::clone(&mesh),
+            metrics.clone(),
+            store_ready_in,
+            first_hand.clone(),
+            names_in,
+            images_in,
+        );
+        let status = AgentStatus {
+            node,
+            me,
+            holders: holders.clone(),
+            board: board.clone(),
+            containerd,
+            images,
+            first_hand,
+            rules_file: rules_status,
+        };
+        let (pulls_in, pulls) = mpsc::channel(PULLS_QUEUED);
+        let control = Control::bind(control::Config { socket: control_socket }, Arc::new(status), pulls_in).await?;
+        let by_hand = ByHand {
+            recoverer: salvager.recoverer(),
+            board: board.clone(),
+            metrics: metrics.clone(),
+            dry_run: manner.dry_run,
+        };
         let joiner = Joiner { seeds, transfer: transfer.clone(), mesh, holders: holders.clone() };
 
         // Stopped in reverse: first nobody recovers any more, then nobody is found, and the doors close last.
@@ -162,6 +260,14 @@ impl Agent {
         supervisor.spawn("mesh", |stop| mesh_task.run(mesh_events_in, stop));
         supervisor.spawn("advertise", |stop| advertiser.run(stop));
         supervisor.spawn("join", |stop| joiner.run(joined, stop));
+        if let Some(rules_watch) = rules_watch {
+            supervisor.spawn("rules", |stop| rules_watch.run(stop));
+        }
+        supervisor.spawn("control", |stop| control.run(stop));
+        supervisor.spawn("pulls by hand", |stop| by_hand.run(pulls, stop));
+        if let Some(messenger) = messenger {
+            supervisor.spawn("webhook", |stop| messenger.run(stop));
+        }
         supervisor.spawn("salvage", |stop| salvager.run(pods, stop));
         Ok(Self { supervisor, holders, board, transfer: transfer_address, admin: admin_address })
     }

@@ -16,14 +16,24 @@ pub struct Metrics {
     fetched_bytes: IntCounter,
     served_bytes: IntCounter,
     fetch_failures: IntCounterVec,
+    peer_faults: IntCounterVec,
     peers: IntGauge,
     admissions: IntCounterVec,
     announced_items: IntGauge,
+    incomplete_images: IntGauge,
     gossip_rejected: IntCounterVec,
     nudges: IntCounterVec,
     events: IntCounterVec,
     claims: IntCounterVec,
     store_list_failures: IntCounter,
+    registries_down: IntGauge,
+    odd_annotations: IntCounter,
+    records_removed: IntCounter,
+    event_to_first_byte_seconds: Histogram,
+    import_to_running_seconds: Histogram,
+    deletions: IntCounterVec,
+    notifications: IntCounterVec,
+    rules_file_valid: IntGauge,
 }
 
 /// How a recovery ended; the label `outcome`.
@@ -35,6 +45,12 @@ pub enum Outcome {
     AlreadyHere,
     /// Nobody holds it.
     NoProvider,
+    /// Parts of it are on no node.
+    NotHeld,
+    /// Nothing may be imported here.
+    Closed,
+    /// It was only decided, as a dry run asks.
+    DryRun,
     /// Providers failed, all of them.
     FetchFailed,
     /// Our store failed.
@@ -48,11 +64,15 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    fn label(self) -> &'static str {
+    /// The label's value.
+    pub fn label(self) -> &'static str {
         match self {
             Self::Recovered => "recovered",
             Self::AlreadyHere => "already_here",
             Self::NoProvider => "no_provider",
+            Self::NotHeld => "not_held",
+            Self::Closed => "closed",
+            Self::DryRun => "dry_run",
             Self::FetchFailed => "fetch_failed",
             Self::StoreFailed => "store_failed",
             Self::Unusable => "unusable",
@@ -70,6 +90,12 @@ impl Metrics {
     pub fn new() -> Self {
         let registry = Registry::new();
         let r = &registry;
+        let rules_file_valid = gauge(
+            r,
+            "rules_file_valid",
+            "1, or 0 while the rules file cannot be read or is wrong and what it said before stays.",
+        );
+        rules_file_valid.set(1);
         Self {
             recoveries: counters(r, "recoveries_total", "Recoveries that ended, by outcome.", "outcome"),
             recovery_seconds: histogram(
@@ -87,9 +113,20 @@ impl Metrics {
             fetched_bytes: counter(r, "fetched_bytes_total", "Blob bytes received from peers."),
             served_bytes: counter(r, "served_bytes_total", "Blob bytes sent to peers."),
             fetch_failures: counters(r, "fetch_failures_total", "Blob fetches that failed, by reason.", "reason"),
+            peer_faults: counters(
+                r,
+                "peer_faults_total",
+                "What went wrong with peers and is held against them for a while, by kind; the log names the peer.",
+                "fault",
+            ),
             peers: gauge(r, "peers", "Peers connected and admitted."),
             admissions: counters(r, "admissions_total", "Decisions on who may join, by result.", "result"),
             announced_items: gauge(r, "announced_items", "Blobs and image names that this node announces."),
+            incomplete_images: gauge(
+                r,
+                "incomplete_images",
+                "Images of this node that are not announced because something of them is missing here.",
+            ),
             gossip_rejected: counters(r, "gossip_rejected_total", "Gossip messages refused, by reason.", "reason"),
             nudges: counters(r, "nudges_total", "Pods nudged after a recovery, by result.", "result"),
             events: counters(r, "events_total", "Kubernetes Events written, by reason.", "reason"),
@@ -99,8 +136,72 @@ impl Metrics {
                 "store_list_failures_total",
                 "Times that the content store could not be listed.",
             ),
+            registries_down: gauge(r, "registries_down", "Registries that this node itself found unreachable."),
+            odd_annotations: counter(
+                r,
+                "odd_annotations_total",
+                "Annotations of ours with a value that means nothing.",
+            ),
+            records_removed: counter(
+                r,
+                "records_removed_total",
+                "Records of broken images removed because no node has what they lack.",
+            ),
+            event_to_first_byte_seconds: histogram(
+                r,
+                "event_to_first_byte_seconds",
+                "From the pod's event until the first byte of a blob that it lacks has come.",
+            ),
+            import_to_running_seconds: histogram(
+                r,
+                "import_to_running_seconds",
+                "From the image being usable until the pod's container was seen past waiting for it.",
+            ),
+            deletions: counters(
+                r,
+                "deletions_total",
+                "Pods deleted after a recovery, where that is allowed, by result.",
+                "result",
+            ),
+            notifications: counters(r, "notifications_total", "Messages for the webhook, by result.", "result"),
+            rules_file_valid,
             registry,
         }
+    }
+
+    /// So many registries are known first hand to be down.
+    pub fn registries_down(&self, registries: usize) {
+        self.registries_down.set(i64::try_from(registries).unwrap_or(i64::MAX));
+    }
+
+    /// An annotation of ours has a value that means nothing; once for each key and value.
+    pub fn odd_annotation_seen(&self) {
+        self.odd_annotations.inc();
+    }
+
+    /// The record of a broken image was removed.
+    pub fn record_removed(&self) {
+        self.records_removed.inc();
+    }
+
+    /// The first byte of a missing blob came so long after the event that made it wanted.
+    pub fn first_byte_came(&self, after: Duration) {
+        self.event_to_first_byte_seconds.observe(after.as_secs_f64());
+    }
+
+    /// A pod that waited for an image went on so long after it was usable.
+    pub fn pod_went_on(&self, after: Duration) {
+        self.import_to_running_seconds.observe(after.as_secs_f64());
+    }
+
+    /// A pod was deleted so that it is made again, or could not be.
+    pub fn pod_deleted(&self, result: &'static str) {
+        self.deletions.with_label_values(&[result]).inc();
+    }
+
+    /// A message for the webhook was `sent`, `left_to_another`, `dropped` or `failed`.
+    pub fn notified(&self, result: &'static str) {
+        self.notifications.with_label_values(&[result]).inc();
     }
 
     /// A recovery began.
@@ -138,6 +239,11 @@ impl Metrics {
         self.fetch_failures.with_label_values(&[reason]).inc();
     }
 
+    /// A peer did wrong: `lied`, `busy`, `unreachable`, `stalled`, `store_failed`.
+    pub fn peer_at_fault(&self, fault: &'static str) {
+        self.peer_faults.with_label_values(&[fault]).inc();
+    }
+
     /// So many peers are connected now.
     pub fn peers_connected(&self, peers: usize) {
         self.peers.set(i64::try_from(peers).unwrap_or(i64::MAX));
@@ -151,6 +257,11 @@ impl Metrics {
     /// So many items are announced now.
     pub fn announcing(&self, items: usize) {
         self.announced_items.set(i64::try_from(items).unwrap_or(i64::MAX));
+    }
+
+    /// So many images are here whose layers, or something else of them, are not.
+    pub fn images_incomplete(&self, images: usize) {
+        self.incomplete_images.set(i64::try_from(images).unwrap_or(i64::MAX));
     }
 
     /// A gossip message was refused.
@@ -176,6 +287,11 @@ impl Metrics {
     /// The content store could not be listed.
     pub fn store_list_failed(&self) {
         self.store_list_failures.inc();
+    }
+
+    /// The rules file was read: what it says now is in force, or is not.
+    pub fn rules_file_read(&self, in_force: bool) {
+        self.rules_file_valid.set(in_force.into());
     }
 
     /// Everything in Prometheus' text format.

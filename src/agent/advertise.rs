@@ -3,6 +3,10 @@
 //! Level-triggered on purpose: an event of the store only says "look again", so that a missed one costs a minute and never
 //! a wrong announcement. containerd's collector sends no events at all.
 
+mod images;
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,12 +14,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use self::images::{Images, Looked};
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
-use crate::model::ContentChange;
-use crate::model::MAX_ITEMS;
-use crate::oci::{Digest, Reference};
-use crate::ports::{ContentStore, StoreError};
+use crate::model::{ContentChange, MAX_ITEMS, Outage};
+use crate::ports::{BlobInfo, ContentStore, ImagesStatus, StoreError};
 
 /// The store is listed again after so long without an event, because collections are silent.
 const RELIST: Duration = Duration::from_secs(60);
@@ -28,23 +31,39 @@ const RETRY: Duration = Duration::from_secs(2);
 
 /// Keeps what peers know about this node true.
 pub struct Advertiser {
-    /// What is listed.
-    pub store: Arc<dyn ContentStore>,
-    /// Who is told.
-    pub mesh: Mesh,
-    /// Counts items.
-    pub metrics: Metrics,
-    /// Whether the store answers; part of readiness.
-    pub ready: watch::Sender<bool>,
+    store: Arc<dyn ContentStore>,
+    mesh: Mesh,
+    metrics: Metrics,
+    ready: watch::Sender<bool>,
+    outages: watch::Receiver<Vec<Outage>>,
+    names: watch::Sender<Option<Arc<BTreeSet<String>>>>,
+    status: watch::Sender<Option<ImagesStatus>>,
+    images: Images,
 }
 
 impl Advertiser {
+    /// Lists `store` and tells `mesh`. `ready` says whether the store answers; it is part of readiness. `outages` are the registries that
+    /// this node itself cannot reach now, bounded by whoever sends them. `names` takes the names of the images that are here, `status` how
+    /// many of them are told.
+    pub fn new(
+        store: Arc<dyn ContentStore>,
+        mesh: Mesh,
+        metrics: Metrics,
+        ready: watch::Sender<bool>,
+        outages: watch::Receiver<Vec<Outage>>,
+        names: watch::Sender<Option<Arc<BTreeSet<String>>>>,
+        status: watch::Sender<Option<ImagesStatus>>,
+    ) -> Self {
+        Self { store, mesh, metrics, ready, outages, names, status, images: Images::default() }
+    }
+
     /// Announces until stopped.
-    pub async fn run(self, stop: CancellationToken) {
+    pub async fn run(mut self, stop: CancellationToken) {
         let mut changes = self.store.changes();
         let mut told = BTreeSet::new();
         loop {
             changes.mark_unchanged();
+            self.outages.mark_unchanged();
             let wait = match self.list().await {
                 Ok(held) => {
                     self.ready.send_replace(true);
@@ -63,39 +82,24 @@ impl Advertiser {
             tokio::select! {
                 () = stop.cancelled() => return,
                 _ = changes.changed() => tokio::time::sleep(SETTLE).await,
+                // A sender that is gone has nothing more to say.
+                Ok(()) = self.outages.changed() => {}
                 () = tokio::time::sleep(wait) => {}
             }
         }
     }
 
-    /// Everything that can be fetched from here: blobs that are there, and names whose target is there.
-    async fn list(&self) -> Result<BTreeSet<ContentChange>, StoreError> {
-        let blobs: BTreeSet<Digest> = self.store.blobs().await?.into_iter().map(|blob| blob.digest).collect();
-        let images = self.store.images().await?;
-        let names = images.into_iter().filter(|record| blobs.contains(&record.target.digest)).filter_map(|record| {
-            // Names that are no references (image IDs, what people chose) mean nothing to another node.
-            let reference: Reference = record.name.parse().ok()?;
-            let root = record.target.digest;
-            match reference {
-                Reference::Tag(repository, tag) => Some(ContentChange::Tagged(repository, Some(tag), root)),
-                Reference::Digest(repository, named) if named == root => {
-                    Some(ContentChange::Tagged(repository, None, root))
-                }
-                Reference::Digest(..) => None,
-            }
-        });
-        // Names first: if there is more than may be told, an image whose blobs are missing is at least known of.
-        let mut held: BTreeSet<_> = names.collect();
-        held.extend(blobs.iter().copied().map(ContentChange::BlobAdded));
-        if held.len() > MAX_ITEMS {
-            tracing::warn!(
-                items = held.len(),
-                limit = MAX_ITEMS,
-                "this node holds more than may be announced; the rest is not"
-            );
-            held = held.into_iter().rev().take(MAX_ITEMS).collect();
-        }
-        Ok(held)
+    /// Everything that can be fetched from here: blobs that are there, and the names of images that are whole for some platform. Also what
+    /// this node itself knows of registries.
+    async fn list(&mut self) -> Result<BTreeSet<ContentChange>, StoreError> {
+        let blobs = self.store.blobs().await?;
+        let records = self.store.images().await?;
+        self.names.send_replace(Some(Arc::new(records.iter().map(|record| record.name.clone()).collect())));
+        let looked = self.images.look(&*self.store, &blobs, &records).await?;
+        self.metrics.images_incomplete(looked.incomplete);
+        let status = ImagesStatus { announced: looked.names.len(), incomplete: looked.incomplete };
+        self.status.send_replace(Some(status));
+        Ok(everything(&blobs, looked, &self.outages.borrow()))
     }
 
     async fn tell(&self, told: &BTreeSet<ContentChange>, held: &BTreeSet<ContentChange>) {
@@ -105,6 +109,25 @@ impl Advertiser {
             self.mesh.announce(changes).await;
         }
     }
+}
+
+/// All that is to be told, bounded.
+fn everything(blobs: &[BlobInfo], looked: Looked, outages: &[Outage]) -> BTreeSet<ContentChange> {
+    let Looked { names, damaged, incomplete: _ } = looked;
+    let sound = blobs.iter().map(|blob| blob.digest).filter(|digest| !damaged.contains(digest));
+    let mut held: BTreeSet<_> = sound.map(ContentChange::BlobAdded).collect();
+    held.extend(names);
+    held.extend(outages.iter().cloned().map(ContentChange::RegistryDown));
+    if held.len() > MAX_ITEMS {
+        tracing::warn!(
+            items = held.len(),
+            limit = MAX_ITEMS,
+            "this node holds more than may be announced; the rest is not"
+        );
+        // Blobs are the first in order and go first.
+        held = held.into_iter().rev().take(MAX_ITEMS).collect();
+    }
+    held
 }
 
 /// What makes of those who were told the one what they need to know the other.
@@ -119,25 +142,6 @@ fn withdrawn(item: ContentChange) -> ContentChange {
         ContentChange::Tagged(repository, tag, root) | ContentChange::Untagged(repository, tag, root) => {
             ContentChange::Untagged(repository, tag, root)
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_gone_is_withdrawn_and_only_what_is_new_is_told() {
-        let blob = |name: &str| ContentChange::BlobAdded(Digest::of(name.as_bytes()));
-        let Ok(Reference::Tag(repository, tag)) = "r.test/a:1".parse() else { panic!("a tag") };
-        let root = Digest::of(b"root");
-        let name = ContentChange::Tagged(repository.clone(), Some(tag.clone()), root);
-        let changes = difference(&[blob("old"), blob("same"), name].into(), &[blob("same"), blob("new")].into());
-        let expected = [
-            ContentChange::BlobRemoved(Digest::of(b"old")),
-            ContentChange::Untagged(repository, Some(tag), root),
-            blob("new"),
-        ];
-        assert_eq!(changes, expected);
+        ContentChange::RegistryDown(outage) | ContentChange::RegistryUp(outage) => ContentChange::RegistryUp(outage),
     }
 }

@@ -1,17 +1,21 @@
 //! One blob: held if it is here, else fetched from one provider after the other until one sends the right bytes.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+mod local;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
+pub(super) use self::local::Held;
 use super::holders::Holders;
 use super::progress::{Counted, Progress};
 use super::recover::child_kind;
 use super::recover_error::RecoverError;
 use crate::decide::plan::order_providers;
+use crate::decide::trust::{Fault, Trust};
 use crate::metrics::Metrics;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Document, DocumentError, MAX_DOCUMENT_BYTES, Reference, Verified};
@@ -21,16 +25,12 @@ use crate::ports::{BlobSink, BlobWriter, Child, ContentStore, FetchError, Fetche
 /// round; with the waits between them this is half a minute, then the recovery's own back-off takes over.
 const ROUNDS: u32 = 20;
 
-/// Longest wait between two rounds, and for a store that is busy with the same blob.
-const ROUND_WAIT: Duration = Duration::from_millis(1500);
+/// Wait for a store that is busy with the same blob.
+const BUSY_WAIT: Duration = Duration::from_millis(1500);
 
 /// Waits for a store that is busy with the same blob: an hour, as long as a pin holds. Two images of this node share a layer, and the
 /// recovery that writes it may be on a slow link; when that one ends, in whichever way, the store is free.
 const BUSY_WAITS: u32 = 2400;
-
-/// How long a peer that sent wrong content or broke the protocol is asked last. Not excluded: one bad sector is no reason to
-/// lose what only this peer holds, and nothing it sends is believed unverified.
-const DISTRUST: Duration = Duration::from_secs(600);
 
 /// Gets single blobs.
 pub struct Bring {
@@ -42,10 +42,10 @@ pub struct Bring {
     pub fetcher: Arc<dyn Fetcher>,
     /// Who holds which.
     pub holders: Holders,
-    /// Counts failures.
+    /// Counts peers' faults.
     pub metrics: Metrics,
-    /// Peers whose fault something was, and since when. Bounded by the peers that were ever admitted.
-    pub distrusted: Mutex<HashMap<PeerId, Instant>>,
+    /// What peers did wrong lately.
+    pub trust: Mutex<Trust>,
 }
 
 /// A blob that is here now.
@@ -67,15 +67,21 @@ impl Bring {
         progress: &Progress,
     ) -> Result<Brought, RecoverError> {
         let remembered = Remembered { source: Some(reference.repository().clone()), children: Vec::new() };
-        let mut attempts = self.attempts(blob.digest);
-        for round in 0..ROUNDS {
-            for peer in attempts.order(self.me, self.holders.of_blob(blob.digest)) {
+        if self.is_damaged(blob).await? {
+            let (bytes, proof, peer) = self.fetch_document(blob.digest, &[]).await?;
+            self.keep(bytes, proof, pin, &remembered).await?;
+            return Ok(Brought { descriptor: blob.clone(), from: Some(peer) });
+        }
+        let mut attempts = Attempts::new(blob.digest);
+        for _ in 0..ROUNDS {
+            for peer in self.order(&attempts, self.holders.of_blob(blob.digest)) {
                 let Some(mut writer) = self.writer(blob.digest, blob.size, pin, &remembered).await? else {
                     return Ok(Brought { descriptor: blob.clone(), from: None });
                 };
                 let mut sink = Counted::new(&mut *writer, progress, blob.digest, peer);
                 match self.fetcher.fetch(peer, blob.digest, blob.size, &mut sink).await {
                     Ok(proof) => {
+                        self.trust().served(peer);
                         writer.commit(proof, &remembered).await.map_err(RecoverError::store("committing a blob"))?;
                         return Ok(Brought { descriptor: blob.clone(), from: Some(peer) });
                     }
@@ -86,7 +92,7 @@ impl Bring {
             if attempts.is_empty() && self.writer(blob.digest, blob.size, pin, &remembered).await?.is_none() {
                 return Ok(Brought { descriptor: blob.clone(), from: None });
             }
-            if !attempts.wait_for_another_round(round, self.holders.of_blob(blob.digest)).await {
+            if !self.wait_for_another_round(&attempts, self.holders.of_blob(blob.digest)).await {
                 break;
             }
         }
@@ -101,14 +107,21 @@ impl Bring {
         providers: &[PeerId],
         pin: &Pin,
     ) -> Result<(Document, Brought), RecoverError> {
-        let (bytes, proof, from) = match self.local_document(digest).await? {
-            Some((bytes, proof)) => (bytes, proof, None),
-            None => {
+        let held = Held::read(&*self.store, digest).await.map_err(RecoverError::store("reading a manifest"))?;
+        let (bytes, proof, from) = match held {
+            Held::Whole(bytes, proof) => (bytes, proof, None),
+            Held::TooLarge(size) => {
+                return Err(RecoverError::Document { digest, source: DocumentError::TooLarge(size) });
+            }
+            // What is broken here is fetched, not trusted.
+            Held::Absent | Held::Damaged => {
                 let (bytes, proof, peer) = self.fetch_document(digest, providers).await?;
                 (bytes, proof, Some(peer))
             }
         };
-        let document = Document::parse(&bytes).map_err(|source| RecoverError::Document { digest, source })?;
+        let unusable = |source| RecoverError::Document { digest, source };
+        let document = Document::parse(&bytes).map_err(unusable)?;
+        document.check_runnable().map_err(unusable)?;
         let children = document.children().enumerate();
         let remembered = Remembered {
             source: Some(reference.repository().clone()),
@@ -123,40 +136,8 @@ impl Bring {
             platform: None,
             attestation: false,
         };
-        if let Some(mut writer) = self.writer(digest, proof.size(), pin, &remembered).await? {
-            writer.append(&[bytes]).await.map_err(RecoverError::store("writing a manifest"))?;
-            writer.commit(proof, &remembered).await.map_err(RecoverError::store("committing a manifest"))?;
-        }
+        self.keep(bytes, proof, pin, &remembered).await?;
         Ok((document, Brought { descriptor, from }))
-    }
-
-    /// The document from our own store, hashed again: what is broken here is fetched, not trusted.
-    async fn local_document(&self, digest: Digest) -> Result<Option<(Bytes, Verified)>, RecoverError> {
-        let failed = RecoverError::store("reading a manifest");
-        let mut reader = match self.store.open(digest).await {
-            Ok(reader) => reader,
-            Err(StoreError::Absent(_)) => return Ok(None),
-            Err(error) => return Err(failed(error)),
-        };
-        let size = reader.size();
-        if size > MAX_DOCUMENT_BYTES {
-            return Err(RecoverError::Document { digest, source: DocumentError::TooLarge(size) });
-        }
-        let mut sink = Kept::default();
-        let mut hasher = crate::oci::Hasher::default();
-        while hasher.size() < size {
-            let left = usize::try_from(size - hasher.size()).unwrap_or(usize::MAX);
-            match reader.read_at(hasher.size(), left).await {
-                Ok(bytes) if bytes.is_empty() => break,
-                Ok(bytes) => {
-                    hasher.update(&bytes);
-                    sink.0.extend_from_slice(&bytes);
-                }
-                Err(StoreError::Absent(_)) => return Ok(None),
-                Err(error) => return Err(failed(error)),
-            }
-        }
-        Ok(hasher.verify(digest, size).ok().map(|proof| (sink.0.into(), proof)))
     }
 
     async fn fetch_document(
@@ -164,22 +145,34 @@ impl Bring {
         digest: Digest,
         providers: &[PeerId],
     ) -> Result<(Bytes, Verified, PeerId), RecoverError> {
-        let mut attempts = self.attempts(digest);
-        for round in 0..ROUNDS {
+        let mut attempts = Attempts::new(digest);
+        for _ in 0..ROUNDS {
             // The image's own providers first; a child manifest may be on others as well.
             let mut candidates = providers.to_vec();
             candidates.extend(self.holders.of_blob(digest).into_iter().filter(|peer| !providers.contains(peer)));
-            for peer in attempts.order(self.me, candidates) {
+            for peer in self.order(&attempts, candidates) {
                 match self.fetch_document_from(peer, digest).await {
-                    Ok((bytes, proof)) => return Ok((bytes, proof, peer)),
+                    Ok((bytes, proof)) => {
+                        self.trust().served(peer);
+                        return Ok((bytes, proof, peer));
+                    }
                     Err(error) => self.note(&mut attempts, peer, error)?,
                 }
             }
-            if !attempts.wait_for_another_round(round, self.holders.of_blob(digest)).await {
+            if !self.wait_for_another_round(&attempts, self.holders.of_blob(digest)).await {
                 break;
             }
         }
         Err(attempts.into_error())
+    }
+
+    /// A small blob, from this store or a provider, for looking at it once. Nothing is kept.
+    pub(super) async fn peek(&self, digest: Digest, providers: &[PeerId]) -> Result<Bytes, RecoverError> {
+        match Held::read(&*self.store, digest).await.map_err(RecoverError::store("reading a manifest"))? {
+            Held::Whole(bytes, _) => Ok(bytes),
+            Held::TooLarge(size) => Err(RecoverError::Document { digest, source: DocumentError::TooLarge(size) }),
+            Held::Absent | Held::Damaged => self.fetch_document(digest, providers).await.map(|(bytes, _, _)| bytes),
+        }
     }
 
     async fn fetch_document_from(&self, peer: PeerId, digest: Digest) -> Result<(Bytes, Verified), FetchError> {
@@ -214,17 +207,31 @@ impl Bring {
                 // Another recovery of this node fetches the same blob: whoever is first, we profit.
                 Err(StoreError::Busy(_)) if waits < BUSY_WAITS => {
                     waits += 1;
-                    tokio::time::sleep(ROUND_WAIT).await;
+                    tokio::time::sleep(BUSY_WAIT).await;
                 }
                 Err(error) => return Err(RecoverError::store("opening a blob for writing")(error)),
             }
         }
     }
 
-    fn attempts(&self, digest: Digest) -> Attempts {
-        let mut distrusted = self.distrusted.lock().unwrap_or_else(PoisonError::into_inner);
-        distrusted.retain(|_, since| since.elapsed() < DISTRUST);
-        Attempts { digest, failed: distrusted.keys().copied().collect(), given_up: HashSet::new(), errors: Vec::new() }
+    /// Whom to ask now, the best first. Who is busy is left out until it may be better.
+    fn order(&self, attempts: &Attempts, mut candidates: Vec<PeerId>) -> Vec<PeerId> {
+        let (trust, now) = (self.trust(), now());
+        candidates.retain(|peer| !attempts.given_up.contains(peer) && trust.not_before(*peer, now).is_none());
+        order_providers(self.me, attempts.digest, candidates, |peer| trust.standing(peer, now))
+    }
+
+    /// Waits until somebody who is left may do better; false when nobody is left.
+    async fn wait_for_another_round(&self, attempts: &Attempts, holders: Vec<PeerId>) -> bool {
+        let left = holders.into_iter().filter(|peer| !attempts.given_up.contains(peer));
+        let soonest = {
+            let (trust, now) = (self.trust(), now());
+            // One that is not busy has come just now.
+            left.map(|peer| trust.not_before(peer, now).unwrap_or(now)).min()
+        };
+        let Some(soonest) = soonest else { return false };
+        tokio::time::sleep_until(soonest.into()).await;
+        true
     }
 
     /// Counts a failed attempt. Fails when no peer can help: our own store is what broke.
@@ -234,21 +241,41 @@ impl Bring {
             FetchError::Sink(source) => Err(RecoverError::Store { doing: "writing a blob", source }),
             error => {
                 tracing::warn!(%peer, node = %self.holders.node_of(peer), %digest, %error, "a provider failed");
-                if error.is_peers_fault() {
-                    self.distrusted.lock().unwrap_or_else(PoisonError::into_inner).insert(peer, Instant::now());
+                if let Some(fault) = fault_of(&error) {
+                    self.metrics.peer_at_fault(fault.label());
+                    self.trust().fault(peer, fault, now(), rand::random());
                 }
                 attempts.failed(peer, error);
                 Ok(())
             }
         }
     }
+
+    fn trust(&self) -> MutexGuard<'_, Trust> {
+        self.trust.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a failure says about the peer; nothing where it does not have the blob, or where the size may be the manifest's mistake.
+fn fault_of(error: &FetchError) -> Option<Fault> {
+    match error {
+        error if error.is_peers_fault() => Some(Fault::Lied),
+        FetchError::Busy { .. } => Some(Fault::Busy),
+        FetchError::Unreachable { .. } | FetchError::NotAdmitted { .. } => Some(Fault::Unreachable),
+        FetchError::Stalled { .. } => Some(Fault::Stalled),
+        FetchError::StoreFailed { .. } => Some(Fault::StoreFailed),
+        _ => None,
+    }
+}
+
+/// The clock that tests pause.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
 }
 
 /// What was tried for one blob.
 struct Attempts {
     digest: Digest,
-    /// Asked last: busy just now, or distrusted.
-    failed: HashSet<PeerId>,
     /// Not asked again for this blob.
     given_up: HashSet<PeerId>,
     errors: Vec<FetchError>,
@@ -258,36 +285,22 @@ struct Attempts {
 const MAX_ERRORS: usize = 16;
 
 impl Attempts {
+    fn new(digest: Digest) -> Self {
+        Self { digest, given_up: HashSet::new(), errors: Vec::new() }
+    }
+
     fn is_empty(&self) -> bool {
         self.errors.is_empty()
     }
 
-    fn order(&self, me: PeerId, mut candidates: Vec<PeerId>) -> Vec<PeerId> {
-        candidates.retain(|peer| !self.given_up.contains(peer));
-        order_providers(me, self.digest, candidates, &self.failed)
-    }
-
     fn failed(&mut self, peer: PeerId, error: FetchError) {
-        if error.is_retryable() {
-            self.failed.insert(peer);
-        } else {
+        if !error.is_retryable() {
             self.given_up.insert(peer);
         }
         if self.errors.len() == MAX_ERRORS {
             self.errors.remove(0);
         }
         self.errors.push(error);
-    }
-
-    /// Waits when somebody is left who may do better in a moment; false when nobody is.
-    async fn wait_for_another_round(&self, round: u32, holders: Vec<PeerId>) -> bool {
-        if holders.iter().all(|peer| self.given_up.contains(peer)) {
-            return false;
-        }
-        // Doubling from 100 ms; half of it random, so that fetchers which met at a busy peer do not meet again.
-        let longest = Duration::from_millis(100).saturating_mul(1 << round.min(8)).min(ROUND_WAIT);
-        tokio::time::sleep(longest.mul_f64(0.5 + rand::random::<f64>() / 2.0)).await;
-        true
     }
 
     fn into_error(self) -> RecoverError {

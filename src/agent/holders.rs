@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::decide::inventory::Inventory;
 use crate::metrics::Metrics;
-use crate::model::{MAX_ITEMS, MeshEvent, NodeName, Peer, PeerId};
+use crate::model::{MAX_ITEMS, MeshEvent, NodeName, Outage, Peer, PeerId};
 use crate::oci::{Digest, Repository};
 
 /// A handle to the table.
@@ -68,6 +68,16 @@ impl Holders {
     /// What a tag means, according to each peer that knows it.
     pub fn of_tag(&self, repository: &Repository, tag: &str) -> BTreeMap<Digest, Vec<PeerId>> {
         self.read(|table| table.tag(repository, tag))
+    }
+
+    /// What peers say about a registry that they cannot reach.
+    pub fn outages_of(&self, registry: &str) -> Vec<(Outage, Vec<PeerId>)> {
+        self.read(|table| table.outages(registry).into_iter().map(|(outage, peers)| (outage.clone(), peers)).collect())
+    }
+
+    /// What peers say about registries that they cannot reach, and who says it; the first so many, by registry.
+    pub fn outages(&self, most: usize) -> Vec<(Outage, Vec<PeerId>)> {
+        self.read(|table| table.all_outages().take(most).map(|(outage, peers)| (outage.clone(), peers)).collect())
     }
 
     /// The peers that are connected now.

@@ -2,18 +2,31 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::recover::Recovered;
+use crate::decide::plan::Plan;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Reference};
 use crate::ports::{BlobSink, BlobWriter, StoreError};
 
 /// The progress of one recovery, blob by blob.
 #[derive(Debug, Default)]
-pub struct Progress(Mutex<BTreeMap<Digest, BlobProgress>>);
+pub struct Progress(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    found: Option<(Digest, usize)>,
+    /// How many of the blobs were here.
+    there: usize,
+    /// Once it is known what has to come.
+    blobs: Option<BTreeMap<Digest, BlobProgress>>,
+    first_byte: Option<Instant>,
+    named: bool,
+}
 
 /// How far one blob is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,15 +42,53 @@ pub struct BlobProgress {
 impl Progress {
     /// The blobs known so far.
     pub fn blobs(&self) -> BTreeMap<Digest, BlobProgress> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock().blobs.clone().unwrap_or_default()
+    }
+
+    /// The image's index or manifest and how many peers have it, once that is known.
+    pub fn image(&self) -> Option<(Digest, usize)> {
+        self.lock().found
+    }
+
+    /// How many blobs have to come and how many were here, once that is known.
+    pub fn planned(&self) -> Option<(usize, usize)> {
+        let state = self.lock();
+        state.blobs.as_ref().map(|blobs| (blobs.len(), state.there))
+    }
+
+    /// When the first byte of a config or layer came.
+    pub(super) fn first_byte(&self) -> Option<Instant> {
+        self.lock().first_byte
+    }
+
+    /// The image is whole here and is being named.
+    pub(super) fn name(&self) {
+        self.lock().named = true;
+    }
+
+    /// Whether the runtime may know the image by now.
+    pub(super) fn is_named(&self) -> bool {
+        self.lock().named
+    }
+
+    /// What the reference means, and how many peers have it.
+    pub(super) fn found(&self, root: Digest, providers: usize) {
+        self.lock().found = Some((root, providers));
+    }
+
+    /// Bytes that have come, and all that have to. Saturating, because sizes come from a manifest that anybody may have written.
+    pub fn sums(&self) -> (u64, u64) {
+        let blobs = self.blobs();
+        let sum = |of: fn(&BlobProgress) -> u64| blobs.values().map(of).fold(0, u64::saturating_add);
+        (sum(|blob| blob.done), sum(|blob| blob.size))
     }
 
     /// These blobs will come.
-    pub(super) fn expect(&self, blobs: &[Descriptor]) {
-        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for blob in blobs {
-            table.insert(blob.digest, BlobProgress { size: blob.size, done: 0, from: None });
-        }
+    pub(super) fn expect(&self, plan: &Plan) {
+        let expected = |blob: &Descriptor| (blob.digest, BlobProgress { size: blob.size, done: 0, from: None });
+        let mut state = self.lock();
+        state.there = plan.there.len();
+        state.blobs = Some(plan.missing.iter().map(expected).collect());
     }
 
     fn begin(&self, digest: Digest, from: PeerId) {
@@ -45,9 +96,18 @@ impl Progress {
     }
 
     fn update(&self, digest: Digest, change: impl FnOnce(&mut BlobProgress)) {
-        if let Some(blob) = self.0.lock().unwrap_or_else(PoisonError::into_inner).get_mut(&digest) {
+        if let Some(blob) = self.lock().blobs.as_mut().and_then(|blobs| blobs.get_mut(&digest)) {
             change(blob);
         }
+    }
+
+    fn came(&self, digest: Digest, bytes: u64) {
+        self.lock().first_byte.get_or_insert_with(Instant::now);
+        self.update(digest, |blob| blob.done += bytes);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -115,7 +175,7 @@ impl BlobSink for Counted<'_> {
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
         self.writer.append(chunks).await?;
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
-        self.progress.update(self.digest, |blob| blob.done += bytes as u64);
+        self.progress.came(self.digest, bytes as u64);
         Ok(())
     }
 }

@@ -8,39 +8,47 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryStreamExt, stream};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::bring::{Bring, Brought};
-use super::holders::Holders;
 use super::lead::Lead;
 use super::progress::Progress;
 pub use super::recover_error::RecoverError;
-use crate::decide::plan::{Limits, Plan, plan};
+use super::resolve::{Resolver, Wanted};
+use crate::decide::plan::{Plan, plan};
+use crate::decide::reserve::{Reservation, Reservations};
+use crate::decide::rules::Rules;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Document, Manifest, Platform, Reference};
-use crate::ports::{ChildKind, ContentStore, ImageRecord, Pin};
+use crate::ports::{ChildKind, ContentStore, ImageRecord, Imports, Pin};
 
 /// How long content is held against the collector should this agent die: longer than the largest image takes over
 /// a slow link, short enough that the disk of a broken node is not kept full. A failed attempt leaves its pin to expire, so
 /// that the next one finds what had already come.
 const PIN_LIFE: Duration = Duration::from_secs(3600);
 
+/// Longest wait for a runtime to say whether images may be imported; the first look takes milliseconds where it answers at all.
+const IMPORTS_WAIT: Duration = Duration::from_secs(10);
+
 /// Recovers images on this node.
 pub struct Recoverer {
     /// Where content is kept.
     pub store: Arc<dyn ContentStore>,
-    /// Who holds what.
-    pub holders: Holders,
+    /// Reads references.
+    pub resolver: Resolver,
     /// Gets single blobs.
     pub bring: Bring,
     /// Names the node that leads.
     pub lead: Lead,
-    /// What one recovery may cost.
-    pub limits: Limits,
+    /// What one recovery may cost, as of now.
+    pub rules: watch::Receiver<Arc<Rules>>,
     /// What runs here.
     pub platform: Platform,
-    /// Blobs fetched at the same time for one image.
-    pub blobs_at_once: usize,
+    /// Room on the disk, shared by the recoveries of this node.
+    pub room: Reservations,
+    /// Whether anything may be brought into this store.
+    pub imports: watch::Receiver<Imports>,
 }
 
 /// An image that is here now.
@@ -58,6 +66,19 @@ pub struct Recovered {
     pub providers: BTreeMap<PeerId, u64>,
     /// From the decision until the runtime knew the image.
     pub took: Duration,
+    /// What to tell where peers disagreed on the tag and the policy decided.
+    pub settled: Option<String>,
+}
+
+/// Where an image is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Its index or manifest.
+    pub root: Digest,
+    /// The peers that hold it under the name that was asked for.
+    pub providers: Vec<PeerId>,
+    /// What to tell where peers disagreed on the tag and the policy decided.
+    pub settled: Option<String>,
 }
 
 /// The documents of an image, the root first, and what runs here.
@@ -74,14 +95,16 @@ impl Recoverer {
     /// [`RecoverError`], which says whether to try again and what to tell.
     pub async fn recover(
         &self,
-        reference: &Reference,
+        wanted: &Wanted,
         progress: &Progress,
         stop: &CancellationToken,
     ) -> Result<Recovered, RecoverError> {
         let began = Instant::now();
-        let root = self.resolve(reference)?;
-        let providers = self.providers(reference, root)?;
+        let found = stop.run_until_cancelled(self.find(wanted)).await.unwrap_or(Err(RecoverError::Abandoned));
+        let Found { root, providers, settled } = found?;
+        progress.found(root, providers.len());
         let pin = self.store.pin(PIN_LIFE).await.map_err(RecoverError::store("pinning"))?;
+        let reference = &wanted.reference;
         let work = async {
             let image = self.bring_image(reference, root, &providers, &pin, progress);
             tokio::pin!(image);
@@ -92,47 +115,77 @@ impl Recoverer {
                 () = self.lead.announce(reference, root) => image.await,
             }
         };
-        let result = stop.run_until_cancelled(work).await.unwrap_or(Err(RecoverError::Abandoned));
-        if matches!(result, Ok(_) | Err(RecoverError::Abandoned)) {
+        let brought = stop.run_until_cancelled(work).await.unwrap_or(Err(RecoverError::Abandoned));
+        let result = match brought {
+            // Not stopped any more: a kubelet that finds the first of the names may start the pod before the second is written.
+            Ok((root, brought)) => {
+                progress.name();
+                self.record(reference, &root).await.map(|()| brought)
+            }
+            Err(error) => Err(error),
+        };
+        if !result.as_ref().is_err_and(RecoverError::leaves_content_for_later) {
             // From here on the image record holds the content, or nobody wants it. Unreleased, the pin would expire by itself.
             if let Err(error) = self.store.release(pin).await {
                 tracing::warn!(%reference, %error, "the pin is left to expire");
             }
         }
-        result.map(|brought| summarise(root, &brought, began.elapsed()))
+        result.map(|brought| Recovered { settled, ..summarise(root, &brought, began.elapsed()) })
     }
 
-    /// Whether a recovery that begins now finds whom to ask.
-    pub(super) fn has_provider(&self, reference: &Reference) -> bool {
-        self.resolve(reference).and_then(|root| self.providers(reference, root)).is_ok()
+    /// What a recovery would begin with: which content the reference means, and who has it. Nothing is written.
+    ///
+    /// # Errors
+    /// [`RecoverError`] where a recovery would not begin.
+    pub async fn find(&self, wanted: &Wanted) -> Result<Found, RecoverError> {
+        self.check_imports().await?;
+        // What this node calls so already is what its pods run: it is mended, never turned into something else.
+        if let Some(root) = self.named_here(&wanted.reference).await? {
+            let providers = self.resolver.providers(&wanted.reference, root).unwrap_or_default();
+            return Ok(Found { root, providers, settled: None });
+        }
+        let (root, settled) = self.resolver.resolve(wanted, &self.bring).await?;
+        let providers = self.resolver.providers(&wanted.reference, root)?;
+        Ok(Found { root, providers, settled })
     }
 
-    /// Which content the reference means: its own digest, else what every peer that knows the tag agrees on.
-    fn resolve(&self, reference: &Reference) -> Result<Digest, RecoverError> {
-        let meanings = match reference {
-            Reference::Digest(_, digest) => return Ok(*digest),
-            Reference::Tag(repository, tag) => self.holders.of_tag(repository, tag),
+    /// Removes the names of an image that cannot be made whole, so that the kubelet pulls it anew. The last resort: its content is on no node.
+    ///
+    /// # Errors
+    /// As the store says.
+    pub(super) async fn give_up(&self, reference: &Reference) -> Result<bool, RecoverError> {
+        let Some(target) = self.named_here(reference).await? else { return Ok(false) };
+        for name in reference.record_names(target) {
+            self.store.remove_image(&name, target).await.map_err(RecoverError::store("removing an image record"))?;
+        }
+        Ok(true)
+    }
+
+    /// What this node's own record of the name points at.
+    async fn named_here(&self, reference: &Reference) -> Result<Option<Digest>, RecoverError> {
+        let name = reference.to_string();
+        let records = self.store.images().await.map_err(RecoverError::store("listing images"))?;
+        // containerd 1.7 records whatever a registry answered, also a page for people. That names no image.
+        let named =
+            records.into_iter().find(|record| record.name == name && Document::is_called(&record.target.media_type));
+        Ok(named.map(|record| record.target.digest))
+    }
+
+    /// Waits a moment where it is not known yet, as when the agent has just started: what is not known is not allowed.
+    async fn check_imports(&self) -> Result<(), RecoverError> {
+        let mut imports = self.imports.clone();
+        let known = imports.wait_for(|imports| *imports != Imports::NotKnown);
+        let refused = match tokio::time::timeout(IMPORTS_WAIT, known).await {
+            Ok(Ok(imports)) => match &*imports {
+                Imports::Refused(reason) => Some(reason.clone()),
+                Imports::Allowed | Imports::NotKnown => None,
+            },
+            Ok(Err(_)) | Err(_) => Some("the runtime has not said yet whether it verifies images".to_owned()),
         };
-        let mut digests = meanings.keys();
-        match (digests.next(), digests.next()) {
-            (Some(digest), None) => Ok(*digest),
-            (None, _) => Err(RecoverError::NoProvider { reference: reference.clone() }),
-            (Some(_), Some(_)) => Err(RecoverError::Disagreement {
-                reference: reference.clone(),
-                meanings: meanings.into_iter().map(|(digest, peers)| (digest, peers.len())).collect(),
-            }),
-        }
+        refused.map_or(Ok(()), |reason| Err(RecoverError::Closed { reason }))
     }
 
-    /// The peers that hold the image under the very repository that the pod names.
-    fn providers(&self, reference: &Reference, root: Digest) -> Result<Vec<PeerId>, RecoverError> {
-        let providers = self.holders.of_image(reference.repository(), root);
-        if providers.is_empty() {
-            return Err(RecoverError::NoProvider { reference: reference.clone() });
-        }
-        Ok(providers)
-    }
-
+    /// All of the image but its names.
     async fn bring_image(
         &self,
         reference: &Reference,
@@ -140,13 +193,14 @@ impl Recoverer {
         providers: &[PeerId],
         pin: &Pin,
         progress: &Progress,
-    ) -> Result<Vec<Brought>, RecoverError> {
+    ) -> Result<(Descriptor, Vec<Brought>), RecoverError> {
         let image = self.bring_documents(reference, root, providers, pin).await?;
         let plan = self.plan(&image.manifest).await?;
-        progress.expect(&plan.missing);
-        let blobs = self.bring_blobs(reference, &plan, pin, progress).await?;
-        self.record(reference, &image.root).await?;
-        Ok(image.documents.into_iter().chain(blobs).collect())
+        self.check_held(reference, &plan)?;
+        let room = self.reserve(&plan).await?;
+        progress.expect(&plan);
+        let blobs = self.bring_blobs(reference, &plan, pin, progress, &room).await?;
+        Ok((image.root, image.documents.into_iter().chain(blobs).collect()))
     }
 
     /// The index, if there is one, and the manifest of this platform. Each is parsed before it is kept, because what it
@@ -167,13 +221,18 @@ impl Recoverer {
         let entry = index
             .select(&self.platform)
             .ok_or_else(|| RecoverError::NoPlatform { digest: root.digest, platform: self.platform.clone() })?;
-        match self.bring.document(reference, entry.digest, providers, pin).await? {
+        let (document, child) = self.bring.document(reference, entry.digest, providers, pin).await?;
+        // The runtime goes by the index, and refuses a document of another shape.
+        document
+            .check_called(&entry.media_type)
+            .map_err(|source| RecoverError::Document { digest: entry.digest, source })?;
+        match (document, child) {
             (Document::Manifest(manifest), child) => Ok(Image { root, documents: vec![brought, child], manifest }),
             (Document::Index(_), child) => Err(RecoverError::NestedIndex { digest: child.descriptor.digest }),
         }
     }
 
-    /// What has to come, checked against the limits before a byte of it moves.
+    /// What has to come.
     async fn plan(&self, manifest: &Manifest) -> Result<Plan, RecoverError> {
         let mut there = std::collections::HashSet::new();
         for blob in std::iter::once(&manifest.config).chain(&manifest.layers) {
@@ -181,10 +240,31 @@ impl Recoverer {
                 there.insert(blob.digest);
             }
         }
-        let plan = plan(manifest, |digest| there.contains(&digest));
-        let free = self.store.free_bytes().await.map_err(RecoverError::store("looking for room"))?;
-        plan.check(self.limits, free)?;
-        Ok(plan)
+        Ok(plan(manifest, |digest| there.contains(&digest)))
+    }
+
+    /// Keeps the plan within the limits, those of the disk together with every other recovery.
+    async fn reserve(&self, plan: &Plan) -> Result<Reservation, RecoverError> {
+        let budgets = self.rules.borrow().budgets;
+        plan.check_size(budgets.max_image_bytes)?;
+        let before = self.room.before_measuring();
+        let room = self.store.room().await.map_err(RecoverError::store("looking for room"))?;
+        let floor = budgets.floor(room.map_or(0, |room| room.total), plan.missing_bytes());
+        Ok(self.room.reserve(plan.missing_bytes(), before, room.map(|room| room.free), floor)?)
+    }
+
+    /// Nothing is fetched of an image that cannot become whole: a layer may be one that must not be given on, and a blob that nobody holds
+    /// may be one that every node unpacked and discarded.
+    fn check_held(&self, reference: &Reference, plan: &Plan) -> Result<(), RecoverError> {
+        if let Some(layer) = plan.withheld.first() {
+            return Err(RecoverError::NotDistributable { reference: reference.clone(), layer: layer.digest });
+        }
+        let is_held = |blob: &&Descriptor| !self.resolver.holders.of_blob(blob.digest).is_empty();
+        let lacking: Vec<_> = plan.missing.iter().filter(|blob| !is_held(blob)).map(|blob| blob.digest).collect();
+        match lacking.is_empty() {
+            true => Ok(()),
+            false => Err(RecoverError::NotHeld { reference: reference.clone(), blobs: lacking }),
+        }
     }
 
     /// Every blob of the plan, several at once. Those that are there are held too, or the collector might take them now.
@@ -194,14 +274,30 @@ impl Recoverer {
         plan: &Plan,
         pin: &Pin,
         progress: &Progress,
+        room: &Reservation,
     ) -> Result<Vec<Brought>, RecoverError> {
         let blobs = plan.there.iter().chain(&plan.missing);
         let brought: Vec<_> = blobs.map(|blob| self.bring.blob(reference, blob, pin, progress)).collect();
-        stream::iter(brought).buffer_unordered(self.blobs_at_once).try_collect().await
+        let at_once = self.rules.borrow().budgets.concurrent_blobs;
+        stream::iter(brought)
+            .buffer_unordered(at_once)
+            .inspect_ok(|brought| {
+                // From here on the file system counts it.
+                if brought.from.is_some() {
+                    room.written(brought.descriptor.size);
+                }
+            })
+            .try_collect()
+            .await
     }
 
     /// Names the image, at the very end: a record is a promise that everything is there.
     async fn record(&self, reference: &Reference, root: &Descriptor) -> Result<(), RecoverError> {
+        if self.named_here(reference).await?.is_some_and(|named| named != root.digest) {
+            // The kubelet's own pull was faster, and the registry's word is newer than the peers'.
+            tracing::info!(%reference, "the name was given to other content meanwhile; it stays");
+            return Ok(());
+        }
         for name in reference.record_names(root.digest) {
             let record = ImageRecord { name, target: root.clone() };
             self.store.put_image(&record).await.map_err(RecoverError::store("writing the image record"))?;
@@ -220,7 +316,8 @@ pub(super) fn child_kind(document: &Document, position: usize) -> ChildKind {
 }
 
 fn summarise(root: Digest, brought: &[Brought], took: Duration) -> Recovered {
-    let mut recovered = Recovered { root, bytes: 0, fetched: 0, there: 0, providers: BTreeMap::new(), took };
+    let mut recovered =
+        Recovered { root, bytes: 0, fetched: 0, there: 0, providers: BTreeMap::new(), took, settled: None };
     for Brought { descriptor, from } in brought {
         match from {
             Some(peer) => {

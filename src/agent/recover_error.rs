@@ -3,6 +3,7 @@
 use crate::decide::plan::OverLimit;
 use crate::decide::queue::End;
 use crate::metrics::Outcome;
+use crate::model::PeerId;
 use crate::oci::{Digest, DocumentError, Platform, Reference};
 use crate::ports::{FetchError, ReportKind, StoreError};
 
@@ -22,6 +23,35 @@ pub enum RecoverError {
         reference: Reference,
         /// Each digest, and how many peers say so.
         meanings: Vec<(Digest, usize)>,
+    },
+    /// The image is known, but parts of it are on no node any more.
+    #[error(
+        "{} of the blobs of {reference} are on no node (first {}); a node that unpacked a layer may have discarded it",
+        blobs.len(),
+        blobs.first().map(ToString::to_string).unwrap_or_default()
+    )]
+    NotHeld {
+        /// The image.
+        reference: Reference,
+        /// What nobody holds.
+        blobs: Vec<Digest>,
+    },
+    /// A layer that is missing here must not be distributed.
+    #[error(
+        "{reference} has a layer that its licence forbids to distribute ({layer}), so peers do not give it on; it has to be pulled from \
+         where the manifest says"
+    )]
+    NotDistributable {
+        /// The image.
+        reference: Reference,
+        /// The layer.
+        layer: Digest,
+    },
+    /// Nothing may be brought into this node's store.
+    #[error("nothing is imported on this node: {reason}")]
+    Closed {
+        /// Why, and what to set.
+        reason: String,
     },
     /// A manifest or index that cannot be used.
     #[error("{digest}: {source}")]
@@ -78,9 +108,33 @@ impl RecoverError {
     /// What the queue makes of it.
     pub fn end(&self) -> End {
         match self {
-            Self::NoProvider { .. } | Self::Disagreement { .. } => End::NoProvider,
+            Self::NoProvider { .. } | Self::NotHeld { .. } | Self::Disagreement { .. } => End::NoProvider,
+            Self::Fetch { attempts, .. } if attempts.is_empty() => End::NoProvider,
             Self::Abandoned => End::Abandoned,
             _ => End::Failed,
+        }
+    }
+
+    /// Whether what has come already is worth keeping for the next attempt.
+    pub(super) fn leaves_content_for_later(&self) -> bool {
+        matches!(self, Self::Fetch { .. } | Self::Store { .. })
+    }
+
+    /// The peers that failed, for people: at most five, none twice in a row.
+    pub fn peers_asked(&self) -> Vec<PeerId> {
+        let Self::Fetch { attempts, .. } = self else { return Vec::new() };
+        let mut peers: Vec<_> = attempts.iter().filter_map(FetchError::peer).collect();
+        peers.dedup();
+        peers.truncate(5);
+        peers
+    }
+
+    /// The blobs that no node holds, where that is what is wrong.
+    pub(super) fn lacking(&self) -> Vec<Digest> {
+        match self {
+            Self::NotHeld { blobs, .. } => blobs.clone(),
+            Self::Fetch { digest, attempts } if attempts.is_empty() => vec![*digest],
+            _ => Vec::new(),
         }
     }
 
@@ -88,6 +142,9 @@ impl RecoverError {
     pub fn outcome(&self) -> Outcome {
         match self {
             Self::NoProvider { .. } => Outcome::NoProvider,
+            Self::NotHeld { .. } => Outcome::NotHeld,
+            Self::Closed { .. } => Outcome::Closed,
+            Self::NotDistributable { .. } => Outcome::Unusable,
             Self::Disagreement { .. } | Self::Document { .. } | Self::NestedIndex { .. } | Self::NoPlatform { .. } => {
                 Outcome::Unusable
             }
@@ -101,14 +158,22 @@ impl RecoverError {
     /// The Event that tells the pod's owner.
     pub fn report_kind(&self) -> ReportKind {
         match self {
-            Self::NoProvider { .. } => ReportKind::NoProvider,
-            Self::Disagreement { .. } | Self::NoPlatform { .. } | Self::OverLimit(_) => ReportKind::NotActionable,
-            _ => ReportKind::Failed,
+            Self::NoProvider { .. } | Self::NotHeld { .. } => ReportKind::NoProvider,
+            Self::Fetch { attempts, .. } if attempts.is_empty() => ReportKind::NoProvider,
+            Self::Closed { .. }
+            | Self::NotDistributable { .. }
+            | Self::Disagreement { .. }
+            | Self::NoPlatform { .. }
+            | Self::OverLimit(_) => ReportKind::NotActionable,
+            // A document does not change under its digest.
+            Self::Document { .. } | Self::NestedIndex { .. } => ReportKind::NotActionable,
+            Self::Fetch { .. } | Self::Store { .. } | Self::Abandoned => ReportKind::Failed,
         }
     }
 }
 
-fn list(meanings: &[(Digest, usize)]) -> String {
+/// Contents and on how many nodes, the first four.
+pub(super) fn list(meanings: &[(Digest, usize)]) -> String {
     let each: Vec<_> = meanings.iter().take(4).map(|(digest, peers)| format!("{digest} on {peers}")).collect();
     each.join(", ")
 }

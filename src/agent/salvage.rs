@@ -1,112 +1,201 @@
 //! From the pods of this node to recoveries, and back to the pods: who needs which image, who runs now, who is told what.
 //!
-//! One task owns all of this state. What takes time (recovering, nudging, writing Events) runs beside it and reports back.
+//! One task owns all of this state. What takes time (recovering, asking, nudging, writing Events) runs beside it and reports back. What a
+//! pod needs is found out in `pods`, what is asked about it in `questions`, and what follows a recovery in `aftermath`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod aftermath;
+mod pods;
+mod questions;
+mod waiting;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::progress::Board;
-use super::recover::{RecoverError, Recovered, Recoverer};
+use self::pods::Permission;
+use self::waiting::WaitingPod;
+use super::notices::Notices;
+use super::progress::{Board, Progress};
+use super::recover::{Found, RecoverError, Recovered, Recoverer};
+use super::registries::{Answer, Registries};
+use super::resolve::Wanted;
 use super::tell::Tell;
 use crate::decide::ledger::Ledger;
-use crate::decide::pull_failure::{Leave, Policy, Verdict, cause, decide, waits_for_image};
-use crate::decide::queue::{End, Joined, Queue};
-use crate::metrics::{Metrics, Outcome};
-use crate::model::{ContainerView, PodRef, PodView};
-use crate::oci::Reference;
-use crate::ports::{Cluster, PodEvent, ReportKind};
+use crate::decide::opt_in::OddAnnotation;
+use crate::decide::queue::Queue;
+use crate::decide::rules::{Manner, Rules};
+use crate::metrics::Metrics;
+use crate::model::PodRef;
+use crate::oci::{Digest, Reference};
+use crate::ports::{Cluster, ClusterError, KubeletEvent, PodEvent};
 
-/// How soon a pod is looked at again whose namespace could not be read.
-const UNDECIDED_RETRY: Duration = Duration::from_secs(5);
+/// How often what only time changes is looked at: registries that were down, what the kubelet may have said meanwhile.
+const TICK: Duration = Duration::from_secs(2);
 
-/// Longest wait for a namespace's annotations; the pods behind this one wait as well. Longer than the 5 s that the adapter gives the API
-/// server: only when those are over does it answer with what it knew before, or remember for the next pod that nobody answers.
-const NAMESPACE_WAIT: Duration = Duration::from_secs(6);
+/// Questions to the API server at a time: a node full of pods is a hundred questions, most of which one answer serves.
+const ASKING: usize = 4;
+
+/// What salvaging needs of the rest of the agent.
+pub struct Parts {
+    /// Brings images.
+    pub recoverer: Recoverer,
+    /// Where recoveries can be watched.
+    pub board: Board,
+    /// Pods, namespaces, Events.
+    pub cluster: Arc<dyn Cluster>,
+    /// Registries as this node knows them.
+    pub registries: Registries,
+    /// Messages to the outside.
+    pub notices: Notices,
+    /// The names of the images that are here, once that is known.
+    pub names_here: watch::Receiver<Option<Arc<BTreeSet<String>>>>,
+    /// What is in force now.
+    pub rules: watch::Receiver<Arc<Rules>>,
+    /// What is fixed for the life of the agent.
+    pub manner: Manner,
+    /// Counts.
+    pub metrics: Metrics,
+}
 
 /// Watches over the pods of this node.
 pub struct Salvager {
     recoverer: Arc<Recoverer>,
     board: Board,
     cluster: Arc<dyn Cluster>,
+    registries: Registries,
+    notices: Notices,
+    names_here: watch::Receiver<Option<Arc<BTreeSet<String>>>>,
     tell: Arc<Tell>,
-    policy: Policy,
+    rules: watch::Receiver<Arc<Rules>>,
+    manner: Manner,
     metrics: Metrics,
     queue: Queue,
     ledger: Ledger,
-    /// Pods as last seen, while one of their containers waits for an image.
-    waiting: BTreeMap<PodRef, PodView>,
-    /// Pods whose namespace could not be read.
+    /// Pods as last seen, while one of their containers waits.
+    waiting: BTreeMap<PodRef, WaitingPod>,
+    /// Pods whose namespace or owners could not be read.
     undecided: BTreeSet<PodRef>,
     /// When they are looked at again. A moment, not a wait: other events come more often than that.
     decide_again_at: Option<Instant>,
     running: HashMap<Reference, Running>,
+    /// Images that are wanted and were not tried yet, since the event that said so.
+    wanted_since: HashMap<Reference, Instant>,
+    /// What nobody held when an image was tried last: it is no use trying again before somebody does.
+    lacking: HashMap<Reference, Vec<Digest>>,
+    /// Annotations that were complained about already.
+    odd: HashSet<OddAnnotation>,
+    /// Bounds the questions to the API server that are under way.
+    asking: Arc<Semaphore>,
     /// Cancelled when the agent stops: messages are then not tried again.
     stopping: CancellationToken,
-    /// Recoveries and messages under way: as many recoveries as the queue lets run, and a message for each waiting pod.
-    work: JoinSet<Option<Finished>>,
+    /// Recoveries, questions and messages under way: as many recoveries as the queue lets run, and a few of the others for each waiting pod.
+    work: JoinSet<Done>,
 }
 
 struct Running {
     stop: CancellationToken,
     began: Instant,
+    /// The event that made it wanted, where this is the first try.
+    since: Option<Instant>,
+    progress: Arc<Progress>,
+    /// Pods that waited for the image and went on before this task heard that it is here. They are told all the same.
+    went_on: BTreeSet<PodRef>,
 }
 
-/// A recovery that ended.
-struct Finished {
-    reference: Reference,
-    result: Result<Recovered, RecoverError>,
+/// Something that ran beside the task and has ended.
+enum Done {
+    Recovered {
+        reference: Reference,
+        result: Result<Recovered, RecoverError>,
+    },
+    /// A dry run.
+    Found {
+        reference: Reference,
+        result: Result<Found, RecoverError>,
+    },
+    /// The last resort was taken, or there was nothing to take.
+    GaveUp {
+        reference: Reference,
+        pods: Vec<PodRef>,
+        result: Result<bool, RecoverError>,
+    },
+    Answered(Answer),
+    Permitted {
+        pod: PodRef,
+        said: Result<Permission, ClusterError>,
+    },
+    KubeletSaid {
+        pod: PodRef,
+        said: Result<Vec<KubeletEvent>, ClusterError>,
+    },
+    Told,
 }
 
 impl Salvager {
     /// Puts the parts together; nothing runs yet.
-    pub fn new(
-        recoverer: Recoverer,
-        board: Board,
-        cluster: Arc<dyn Cluster>,
-        policy: Policy,
-        concurrent_recoveries: usize,
-        metrics: Metrics,
-    ) -> Self {
-        let tell = Tell::new(Arc::clone(&cluster), recoverer.holders.clone(), metrics.clone());
+    pub fn new(parts: Parts) -> Self {
+        let Parts { recoverer, board, cluster, registries, notices, names_here, rules, manner, metrics } = parts;
+        let tell = Tell::new(Arc::clone(&cluster), recoverer.resolver.holders.clone(), metrics.clone());
+        let concurrency = rules.borrow().budgets.concurrent_recoveries;
         Self {
             recoverer: Arc::new(recoverer),
             board,
             cluster,
+            registries,
+            notices,
+            names_here,
             tell: Arc::new(tell),
-            policy,
+            rules,
+            manner,
             metrics,
-            queue: Queue::new(concurrent_recoveries),
+            queue: Queue::new(concurrency),
             ledger: Ledger::default(),
             waiting: BTreeMap::new(),
             undecided: BTreeSet::new(),
             decide_again_at: None,
             running: HashMap::new(),
+            wanted_since: HashMap::new(),
+            lacking: HashMap::new(),
+            odd: HashSet::new(),
+            asking: Arc::new(Semaphore::new(ASKING)),
             stopping: CancellationToken::new(),
             work: JoinSet::new(),
         }
     }
 
+    /// What brings the images, for whoever else asks for one.
+    pub fn recoverer(&self) -> Arc<Recoverer> {
+        Arc::clone(&self.recoverer)
+    }
+
     /// Runs until stopped. What is being recovered then is abandoned cleanly.
     pub async fn run(mut self, mut pods: mpsc::Receiver<PodEvent>, stop: CancellationToken) {
-        let mut providers = self.recoverer.holders.changes();
+        let mut providers = self.recoverer.resolver.holders.changes();
+        let mut imports = self.recoverer.imports.clone();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let due = self.queue.next_due().into_iter().chain(self.decide_again_at).min();
             tokio::select! {
                 () = stop.cancelled() => break,
                 event = pods.recv() => match event {
-                    // An API server that does not answer must not hold up the stop.
-                    Some(event) => if stop.run_until_cancelled(self.on_event(event)).await.is_none() { break },
+                    Some(event) => self.on_event(event),
                     // The watch ends only when the agent does.
                     None => { stop.cancelled().await; break }
                 },
-                Some(finished) = self.work.join_next() => self.on_finished(finished),
-                Ok(()) = providers.changed() => self.look_for_providers(),
-                () = sleep_until(due) => if stop.run_until_cancelled(self.decide_again()).await.is_none() { break },
+                Some(done) = self.work.join_next() => self.on_done(done),
+                Ok(()) = providers.changed() => {
+                    self.look_for_providers();
+                    self.look_at_outages();
+                },
+                Ok(()) = self.rules.changed() => self.on_new_rules(),
+                Ok(()) = imports.changed() => self.queue.hurry(),
+                _ = tick.tick() => self.on_tick(),
+                () = sleep_until(due) => self.decide_again(),
             }
             self.start_what_is_due();
         }
@@ -115,9 +204,9 @@ impl Salvager {
         while self.work.join_next().await.is_some() {}
     }
 
-    async fn on_event(&mut self, event: PodEvent) {
+    fn on_event(&mut self, event: PodEvent) {
         match event {
-            PodEvent::Seen(pod) => self.on_pod(pod).await,
+            PodEvent::Seen(pod) => self.on_pod(*pod),
             PodEvent::Gone(pod) => self.on_gone(&pod),
             PodEvent::Synced(pods) => {
                 let exist: BTreeSet<_> = pods.into_iter().collect();
@@ -129,200 +218,88 @@ impl Salvager {
         }
     }
 
-    async fn on_pod(&mut self, pod: PodView) {
-        for container in pod.containers.iter().filter(|container| container.waiting.is_none()) {
-            self.ledger.settle(&pod.pod, &container.name);
+    fn on_done(&mut self, done: Result<Done, tokio::task::JoinError>) {
+        match done {
+            Ok(Done::Recovered { reference, result }) => self.on_recovery_ended(&reference, result),
+            Ok(Done::Found { reference, result }) => self.on_found(&reference, result),
+            Ok(Done::GaveUp { reference, pods, result }) => self.on_given_up(&reference, pods, result),
+            Ok(Done::Answered(answer)) => {
+                if self.registries.answered(answer, now()) {
+                    self.look_at_all();
+                }
+            }
+            Ok(Done::Permitted { pod, said }) => self.on_permission(&pod, said),
+            Ok(Done::KubeletSaid { pod, said }) => self.on_kubelet_said(&pod, said),
+            Ok(Done::Told) => {}
+            // A bug of ours: let the supervisor see it rather than lose an image silently.
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
-        if pod.ending || !pod.containers.iter().any(waits_for_image) {
-            self.stop_waiting(&pod.pod);
-            return;
+    }
+
+    fn on_new_rules(&mut self) {
+        let concurrency = self.rules.borrow_and_update().budgets.concurrent_recoveries;
+        self.queue.set_concurrency(concurrency);
+        // What a limit forbade may be allowed now.
+        self.queue.hurry();
+        self.look_at_all();
+    }
+
+    fn on_tick(&mut self) {
+        let now = now();
+        for registry in self.registries.down(now) {
+            self.ask_registry(&registry);
         }
-        self.waiting.insert(pod.pod.clone(), pod.clone());
-        let namespace = &pod.pod.k8s_namespace;
-        let asked = tokio::time::timeout(NAMESPACE_WAIT, self.cluster.namespace_annotations(namespace)).await;
-        let annotations = match asked {
-            Ok(Ok(annotations)) => annotations,
-            Ok(Err(error)) => return self.put_off(&pod.pod, &error.to_string()),
-            Err(_) => return self.put_off(&pod.pod, "no answer"),
-        };
-        self.undecided.remove(&pod.pod);
-        let failing = pod.containers.iter().filter(|container| waits_for_image(container));
-        let needed = failing.filter_map(|container| self.on_failure(&pod, container, &annotations)).collect();
-        self.needs_only(&pod.pod, &needed);
+        self.registries.publish(now);
+        self.suspect_sandboxes(now);
+        self.ask_kubelet_where_due(now);
+        self.delete_where_due(now);
     }
 
     /// Only what has a provider now is started: in a large cluster somebody announces something all the time.
     fn look_for_providers(&mut self) {
-        let recoverer = &self.recoverer;
-        self.queue.providers_changed(|reference| recoverer.has_provider(reference));
-    }
-
-    fn put_off(&mut self, pod: &PodRef, error: &str) {
-        self.decide_again_at.get_or_insert(now() + UNDECIDED_RETRY);
-        if self.undecided.insert(pod.clone()) {
-            tracing::warn!(%pod, error, "cannot read the pod's namespace, so whether it opted in; trying again");
-        }
-    }
-
-    async fn decide_again(&mut self) {
-        if self.decide_again_at.is_none_or(|at| at > now()) {
-            return;
-        }
-        self.decide_again_at = None;
-        for pod in std::mem::take(&mut self.undecided) {
-            if let Some(view) = self.waiting.get(&pod).cloned() {
-                self.on_pod(view).await;
-            }
-        }
-    }
-
-    /// One container that waits for its image; answers the image if it is to be recovered.
-    fn on_failure(
-        &mut self,
-        pod: &PodView,
-        container: &ContainerView,
-        namespace_annotations: &BTreeMap<String, String>,
-    ) -> Option<Reference> {
-        let (pod_ref, name, image) = (&pod.pod, container.name.as_str(), container.image.as_str());
-        let said = container.waiting.as_ref().and_then(cause);
-        let known = self.ledger.learn(pod_ref, name, image, said);
-        match decide(pod, container, known, namespace_annotations, &self.policy) {
-            Verdict::Recover(reference, cause) => {
-                if self.ledger.is_news(pod_ref, name, image, "recover") {
-                    self.metrics.pod_failure_seen("recover");
-                    tracing::info!(pod = %pod_ref, container = name, %reference, ?cause, "a pod cannot get its image");
-                }
-                if self.queue.want(&reference, pod_ref) == Joined::Here {
-                    self.spawn_nudge(pod_ref.clone());
-                }
-                return Some(reference);
-            }
-            Verdict::Tell(reason) => {
-                if self.ledger.is_news(pod_ref, name, image, reason.label()) {
-                    self.metrics.pod_failure_seen(reason.label());
-                    let note = reason.note(image);
-                    tracing::info!(pod = %pod_ref, container = name, note, "not actionable");
-                    self.spawn_report(pod_ref.clone(), ReportKind::NotActionable, note);
-                }
-            }
-            Verdict::Leave(reason) => {
-                // The cause comes with the next message; until then the failure is not decided on, so not counted.
-                if reason != Leave::CauseUnknown && self.ledger.is_news(pod_ref, name, image, reason.label()) {
-                    self.metrics.pod_failure_seen(reason.label());
-                    tracing::debug!(pod = %pod_ref, container = name, ?reason, "left alone");
-                }
-            }
-        }
-        None
-    }
-
-    fn on_gone(&mut self, pod: &PodRef) {
-        self.ledger.forget(pod);
-        self.stop_waiting(pod);
-    }
-
-    fn stop_waiting(&mut self, pod: &PodRef) {
-        self.waiting.remove(pod);
-        self.undecided.remove(pod);
-        self.needs_only(pod, &BTreeSet::new());
-    }
-
-    fn needs_only(&mut self, pod: &PodRef, needed: &BTreeSet<Reference>) {
-        for reference in self.queue.needs_only(pod, needed) {
-            if let Some(running) = self.running.get(&reference) {
-                running.stop.cancel();
-            }
-        }
+        let (resolver, lacking) = (&self.recoverer.resolver, &self.lacking);
+        let is_held = |digest: &Digest| !resolver.holders.of_blob(*digest).is_empty();
+        self.queue.providers_changed(|reference| {
+            resolver.has_provider(reference) && lacking.get(reference).is_none_or(|blobs| blobs.iter().all(is_held))
+        });
     }
 
     fn start_what_is_due(&mut self) {
         while let Some(reference) = self.queue.start_next(now()) {
             let stop = CancellationToken::new();
-            self.running.insert(reference.clone(), Running { stop: stop.clone(), began: Instant::now() });
+            let progress = self.board.begin(&reference);
+            let running = Running {
+                stop: stop.clone(),
+                began: Instant::now(),
+                since: self.wanted_since.remove(&reference),
+                progress: Arc::clone(&progress),
+                went_on: BTreeSet::new(),
+            };
+            self.running.insert(reference.clone(), running);
             self.metrics.recovery_started();
             let recoverer = Arc::clone(&self.recoverer);
-            let progress = self.board.begin(&reference);
+            let wanted = self.wanted(reference);
+            let dry_run = self.manner.dry_run;
             self.work.spawn(async move {
-                let result = recoverer.recover(&reference, &progress, &stop).await;
-                Some(Finished { reference, result })
+                if dry_run {
+                    let result = recoverer.find(&wanted).await;
+                    return Done::Found { reference: wanted.reference, result };
+                }
+                let result = recoverer.recover(&wanted, &progress, &stop).await;
+                Done::Recovered { reference: wanted.reference, result }
             });
         }
     }
 
-    fn on_finished(&mut self, joined: Result<Option<Finished>, tokio::task::JoinError>) {
-        let Finished { reference, result } = match joined {
-            Ok(Some(finished)) => finished,
-            Ok(None) => return,
-            // A bug of ours: let the supervisor see it rather than lose an image silently.
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
-        };
-        let took = self.running.remove(&reference).map(|running| running.began.elapsed()).unwrap_or_default();
-        let (end, outcome) = match &result {
-            Ok(recovered) if recovered.fetched == 0 => (End::Done, Outcome::AlreadyHere),
-            Ok(_) => (End::Done, Outcome::Recovered),
-            Err(error) => (error.end(), error.outcome()),
-        };
-        self.metrics.recovery_ended(outcome, took);
-        self.spawn_retire(reference.clone());
-        self.board.end(&reference, result.as_ref().map(Recovered::clone).map_err(RecoverError::to_string));
-        let pods = self.queue.ended(&reference, end, now(), rand::random());
-        // One that came while the recovery ended would go unnoticed: its change may have been seen before.
-        self.look_for_providers();
-        match result {
-            Ok(recovered) => self.on_recovered(&reference, &recovered, pods),
-            Err(RecoverError::Abandoned) => tracing::info!(%reference, "nobody waits for the image any more"),
-            Err(error) => self.on_not_recovered(&reference, &error, pods),
-        }
-    }
-
-    fn on_recovered(&mut self, reference: &Reference, recovered: &Recovered, pods: Vec<PodRef>) {
-        let note = self.tell.recovered_note(reference, recovered);
-        tracing::info!(
-            %reference, digest = %recovered.root, bytes = recovered.bytes, fetched = recovered.fetched,
-            there = recovered.there, took = ?recovered.took, pods = pods.len(), "recovered"
-        );
-        for pod in pods {
-            self.spawn_nudge(pod.clone());
-            if recovered.fetched > 0 {
-                self.spawn_report(pod, ReportKind::Salvaged, note.clone());
-            }
-        }
-    }
-
-    fn on_not_recovered(&mut self, reference: &Reference, error: &RecoverError, pods: Vec<PodRef>) {
-        tracing::warn!(%reference, %error, "not recovered");
-        let kind = error.report_kind();
-        for pod in pods {
-            // Told once per pod and image, unless it is a failure that we try again after a longer and longer wait.
-            let image = reference.to_string();
-            if kind == ReportKind::Failed || self.ledger.is_news(&pod, "", &image, kind.reason()) {
-                self.spawn_report(pod, kind, self.tell.failed_note(error));
-            }
-        }
-    }
-
-    fn spawn_retire(&mut self, reference: Reference) {
-        let recoverer = Arc::clone(&self.recoverer);
-        self.work.spawn(async move {
-            recoverer.lead.retire(&reference).await;
-            None
-        });
-    }
-
-    fn spawn_nudge(&mut self, pod: PodRef) {
-        let (tell, stopping) = (Arc::clone(&self.tell), self.stopping.clone());
-        self.work.spawn(async move {
-            stopping.run_until_cancelled(tell.nudge(&pod)).await;
-            None
-        });
-    }
-
-    fn spawn_report(&mut self, pod: PodRef, kind: ReportKind, note: String) {
-        let (tell, stopping) = (Arc::clone(&self.tell), self.stopping.clone());
-        self.work.spawn(async move {
-            stopping.run_until_cancelled(tell.report(&pod, kind, note)).await;
-            None
-        });
+    /// The image with the secrets of all pods that wait for it.
+    fn wanted(&self, reference: Reference) -> Wanted {
+        let pods = self.waiting.iter().filter(|(_, pod)| pod.needed.contains(&reference));
+        let secrets: BTreeSet<_> = pods
+            .flat_map(|(pod, waiting)| {
+                waiting.view.pull_secrets.iter().map(|name| (pod.k8s_namespace.clone(), name.clone()))
+            })
+            .collect();
+        Wanted { reference, pull_secrets: secrets.into_iter().collect() }
     }
 }
 

@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::holders::Holders;
 use super::recover::{RecoverError, Recovered};
 use crate::metrics::Metrics;
-use crate::model::PodRef;
-use crate::oci::Reference;
+use crate::model::{PeerId, PodRef};
+use crate::oci::{Digest, Reference};
 use crate::ports::{Cluster, ClusterError, PodReport, ReportKind};
 
 /// Tries of one nudge. Without it the pod starts too, only later: the kubelet looks by itself within a minute and a half.
@@ -67,34 +67,37 @@ impl Tell {
 
     /// What came from where.
     pub(super) fn recovered_note(&self, reference: &Reference, recovered: &Recovered) -> String {
-        let Recovered { root, bytes, fetched, there, providers, took } = recovered;
+        let Recovered { root, bytes, fetched, there, providers, took, settled } = recovered;
         let names: Vec<_> = providers.keys().take(5).map(|peer| self.holders.node_of(*peer)).collect();
         let more = providers.len().saturating_sub(names.len());
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         format!(
-            "{reference} ({root}) came from {}{more}: {fetched} blobs, {} in {:.1} s ({there} were here).",
+            "{reference} ({root}) came from {}{more}: {fetched} blobs, {} in {:.1} s ({there} were here).{}",
             names.join(", "),
             human_bytes(*bytes),
             took.as_secs_f64(),
+            settled.as_ref().map(|settled| format!(" {settled}")).unwrap_or_default(),
+        )
+    }
+
+    /// What a recovery would have done.
+    pub(super) fn dry_run_note(&self, reference: &Reference, root: Digest, providers: &[PeerId]) -> String {
+        let names: Vec<_> = providers.iter().take(5).map(|peer| self.holders.node_of(*peer)).collect();
+        format!(
+            "{reference} ({root}) could come from {} nodes ({}); --dry-run is set, so it is not fetched.",
+            providers.len(),
+            names.join(", ")
         )
     }
 
     /// Why an image did not come, at which nodes, and what happens next.
     pub(super) fn failed_note(&self, error: &RecoverError) -> String {
-        let nodes = match error {
-            RecoverError::Fetch { attempts, .. } if !attempts.is_empty() => {
-                let mut nodes: Vec<_> =
-                    attempts.iter().filter_map(|a| a.peer()).map(|p| self.holders.node_of(p)).collect();
-                nodes.dedup();
-                nodes.truncate(5);
-                format!(" Asked: {}.", nodes.join(", "))
-            }
-            _ => String::new(),
-        };
+        let nodes: Vec<_> = error.peers_asked().into_iter().map(|peer| self.holders.node_of(peer)).collect();
+        let nodes = if nodes.is_empty() { String::new() } else { format!(" Asked: {}.", nodes.join(", ")) };
         let next = match error.report_kind() {
             ReportKind::NoProvider => " It is fetched as soon as a node that holds it appears.",
             ReportKind::Failed => " It is tried again.",
-            ReportKind::NotActionable | ReportKind::Salvaged => "",
+            ReportKind::NotActionable | ReportKind::Salvaged | ReportKind::Removed | ReportKind::DryRun => "",
         };
         format!("{error}.{nodes}{next}")
     }

@@ -1,22 +1,30 @@
 //! The agent's flow on ports in memory: what happens to images and pods, said in sentences.
 
+mod by_hand;
+mod killed;
+mod mending;
+mod needs;
 mod recovering;
+mod resolving;
 mod salvaging;
+mod telling;
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use super::bring::Bring;
 use super::holders::Holders;
 use super::lead::Lead;
 use super::recover::Recoverer;
-use crate::decide::plan::Limits;
+use super::resolve::Resolver;
+use crate::decide::reserve::Reservations;
+use crate::decide::rules::{ResolveSettings, Rules};
 use crate::metrics::Metrics;
 use crate::model::{ContentChange, MeshEvent, NodeName, Peer, PeerId};
 use crate::oci::{Digest, Platform, Reference};
-use crate::ports::{ContentStore, ImageRecord, StoreError};
+use crate::ports::{ContentStore, ImageRecord, Imports, StoreError};
 use crate::testing::image::{MadeImage, put_image};
-use crate::testing::{Behaviour, MemoryCluster, MemoryFetcher, MemoryStore};
+use crate::testing::{Behaviour, MemoryCluster, MemoryFetcher, MemoryRegistry, MemoryStore};
+use tokio::sync::watch;
 
 /// One node with peers around it.
 struct Harbour {
@@ -24,13 +32,20 @@ struct Harbour {
     fetcher: Arc<MemoryFetcher>,
     holders: Holders,
     cluster: MemoryCluster,
+    registry: Arc<MemoryRegistry>,
     metrics: Metrics,
+    rules: watch::Sender<Arc<Rules>>,
+    imports: watch::Sender<Imports>,
+    resolve: ResolveSettings,
 }
 
 const IMAGE: &str = "r.test/shop/checkout:v1";
 
 impl Harbour {
     fn new() -> Self {
+        let mut rules = Rules::default();
+        rules.budgets.min_free_bytes = 0;
+        rules.budgets.min_free_percent = 0;
         let cluster = MemoryCluster::default();
         cluster.put_namespace("shop", &[("lighterman.dev/allow", "true")]);
         Self {
@@ -38,8 +53,17 @@ impl Harbour {
             fetcher: Arc::default(),
             holders: Holders::default(),
             cluster,
+            registry: Arc::default(),
             metrics: Metrics::new(),
+            rules: watch::Sender::new(Arc::new(rules)),
+            imports: watch::Sender::new(Imports::Allowed),
+            resolve: ResolveSettings::default(),
         }
+    }
+
+    /// Changes what is in force.
+    fn rule(&self, change: impl FnOnce(&mut Rules)) {
+        self.rules.send_modify(|rules| change(Arc::make_mut(rules)));
     }
 
     /// A peer with a store of its own that holds an image under this name, and says so.
@@ -68,24 +92,35 @@ impl Harbour {
     }
 
     fn recoverer(&self) -> Recoverer {
+        self.recoverer_on(Arc::clone(&self.store) as _)
+    }
+
+    fn recoverer_on(&self, store: Arc<dyn ContentStore>) -> Recoverer {
         let me = peer(0);
         let node: NodeName = "here".parse().unwrap();
         let claims = Arc::new(self.cluster.claims_of(node.clone()));
         Recoverer {
-            store: Arc::clone(&self.store) as _,
-            holders: self.holders.clone(),
+            store: Arc::clone(&store),
+            resolver: Resolver {
+                holders: self.holders.clone(),
+                registry: Arc::clone(&self.registry) as _,
+                cluster: Arc::new(self.cluster.clone()),
+                platform: Platform::of_this_node(),
+                settings: self.resolve.clone(),
+            },
             bring: Bring {
                 me,
-                store: Arc::clone(&self.store) as _,
+                store,
                 fetcher: Arc::clone(&self.fetcher) as _,
                 holders: self.holders.clone(),
                 metrics: self.metrics.clone(),
-                distrusted: Mutex::new(HashMap::new()),
+                trust: Mutex::default(),
             },
             lead: Lead::new(claims, self.holders.clone(), self.metrics.clone(), node, me),
-            limits: Limits { max_image_bytes: 0, min_free_bytes: 0 },
+            rules: self.rules.subscribe(),
             platform: Platform::of_this_node(),
-            blobs_at_once: 3,
+            room: Reservations::default(),
+            imports: self.imports.subscribe(),
         }
     }
 

@@ -5,11 +5,17 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::agent::progress::Progress;
 use crate::agent::recover::{RecoverError, Recovered};
+use crate::agent::resolve::Wanted;
+use crate::oci::Descriptor;
 use crate::ports::{ChildKind, FetchError};
+use crate::testing::image::put_document;
+
+fn wanted(name: &str) -> Wanted {
+    name.parse::<Reference>().unwrap().into()
+}
 
 async fn recover(harbour: &Harbour, name: &str) -> Result<Recovered, RecoverError> {
-    let reference = name.parse().unwrap();
-    harbour.recoverer().recover(&reference, &Progress::default(), &CancellationToken::new()).await
+    harbour.recoverer().recover(&wanted(name), &Progress::default(), &CancellationToken::new()).await
 }
 
 #[tokio::test(start_paused = true)]
@@ -82,10 +88,24 @@ async fn a_lying_provider_is_passed_over_and_asked_last_from_then_on() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn dead_providers_are_asked_last_from_then_on() {
+    let harbour = Harbour::new();
+    // Enough of them that one is asked first, whatever the ranks.
+    for number in 1..=20 {
+        harbour.peer_with(number, IMAGE, Behaviour::Gone).await;
+    }
+    harbour.peer_with(21, IMAGE, Behaviour::Honest).await;
+    recover(&harbour, IMAGE).await.unwrap();
+    let asked: Vec<_> = (1..=20).map(|number| harbour.fetcher.times_asked(peer(number))).collect();
+    assert!(asked.iter().all(|times| *times <= 1) && asked.contains(&1), "five blobs, and yet {asked:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn when_every_provider_lies_nothing_is_kept() {
     let harbour = Harbour::new();
     harbour.peer_with(1, IMAGE, Behaviour::Lies).await;
     let failed = recover(&harbour, IMAGE).await.unwrap_err();
+    assert!(harbour.counted(r#"lighterman_peer_faults_total{fault="lied"} 1"#), "once for each fault");
     let RecoverError::Fetch { attempts, .. } = &failed else { panic!("{failed:?}") };
     assert!(matches!(attempts[..], [FetchError::Corrupt { .. }]));
     assert!(failed.to_string().contains(&peer(1).to_string()), "the peer is named: {failed}");
@@ -119,12 +139,12 @@ async fn peers_that_disagree_on_a_tag_are_named_with_their_digests() {
 async fn a_limit_stops_an_image_before_a_layer_moves() {
     let harbour = Harbour::new();
     harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
-    let recoverer = Recoverer { limits: Limits { max_image_bytes: 1000, min_free_bytes: 0 }, ..harbour.recoverer() };
-    let refused = recoverer.recover(&IMAGE.parse().unwrap(), &Progress::default(), &CancellationToken::new()).await;
+    harbour.rule(|rules| rules.budgets.max_image_bytes = 1000);
+    let refused = recover(&harbour, IMAGE).await;
     assert!(matches!(refused, Err(RecoverError::OverLimit(_))), "{refused:?}");
     assert_eq!(harbour.fetcher.served().len(), 1, "only the manifest");
     harbour.store.collect();
-    assert_eq!(blobs_of(&*harbour.store).await.len(), 1, "which is held for the next attempt");
+    assert!(blobs_of(&*harbour.store).await.is_empty(), "which is not held: the next attempt will not get further");
 }
 
 #[tokio::test(start_paused = true)]
@@ -179,7 +199,7 @@ async fn a_recovery_that_is_stopped_leaves_no_record_and_no_pin() {
     let harbour = Harbour::new();
     harbour.peer_with(1, IMAGE, Behaviour::Hangs).await;
     let recoverer = harbour.recoverer();
-    let (reference, progress, stop) = (IMAGE.parse().unwrap(), Progress::default(), CancellationToken::new());
+    let (reference, progress, stop) = (wanted(IMAGE), Progress::default(), CancellationToken::new());
     let (result, ()) = tokio::join!(recoverer.recover(&reference, &progress, &stop), async {
         tokio::task::yield_now().await;
         stop.cancel();
@@ -275,4 +295,24 @@ async fn an_index_inside_an_index_is_refused() {
     harbour.announce(1, store, Behaviour::Honest).await;
     let refused = recover(&harbour, IMAGE).await;
     assert!(matches!(refused, Err(RecoverError::NestedIndex { digest }) if digest == inner.digest), "{refused:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_that_is_here_is_mended_and_never_turned_into_something_else() {
+    let harbour = Harbour::new();
+    let here = put_image(&*harbour.store, &[IMAGE.to_owned()], &[3000, 200], 1).await.unwrap();
+    harbour.peer_with(2, IMAGE, Behaviour::Honest).await;
+    let recovered = recover(&harbour, IMAGE).await.unwrap();
+    assert_eq!((recovered.root, recovered.fetched), (here.root.digest, 0), "peers hold another image by that name");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_that_points_at_no_image_is_no_name() {
+    let harbour = Harbour::new();
+    let page = put_document(&*harbour.store, IMAGE, "<html>".into()).await.unwrap();
+    let target = Descriptor { media_type: "text/html".into(), ..page };
+    harbour.store.put_image(&ImageRecord { name: IMAGE.into(), target }).await.unwrap();
+    let image = harbour.peer_with(2, IMAGE, Behaviour::Honest).await;
+    assert_eq!(recover(&harbour, IMAGE).await.unwrap().root, image.root.digest);
+    assert!(harbour.record_names().await.contains(&IMAGE.to_owned()));
 }

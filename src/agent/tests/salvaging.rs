@@ -1,5 +1,6 @@
 //! Pods of this node, from their failure to the nudge.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio::sync::{broadcast, mpsc};
@@ -7,59 +8,75 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::agent::notices::Notices;
 use crate::agent::progress::Board;
-use crate::agent::salvage::Salvager;
+use crate::agent::registries::Registries;
+use crate::agent::salvage::{Parts, Salvager};
 use crate::agent::tell::Tell;
-use crate::decide::pull_failure::Policy;
-use crate::model::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy, Waiting};
+use crate::decide::rules::Manner;
+use crate::model::{ContainerKind, ContainerView, Outage, PodRef, PodView, PullPolicy, Waiting};
 use crate::ports::{Claims, PodEvent, ReportKind};
 
-const REFUSED: &str = "dial tcp 10.0.0.1:443: connect: connection refused";
+pub(super) const REFUSED: &str = "dial tcp 10.0.0.1:443: connect: connection refused";
 
 /// A salvager at work.
-struct Watch {
+pub(super) struct Watch {
     pods: mpsc::Sender<PodEvent>,
-    nudges: broadcast::Receiver<PodRef>,
+    pub(super) nudges: broadcast::Receiver<PodRef>,
+    /// The images that the node is said to have.
+    pub(super) names_in: watch::Sender<Option<Arc<BTreeSet<String>>>>,
+    /// What it found out about registries itself.
+    pub(super) outages: watch::Receiver<Vec<Outage>>,
     stop: CancellationToken,
     running: JoinHandle<()>,
 }
 
 impl Watch {
-    fn start(harbour: &Harbour) -> Self {
-        let policy = Policy {
-            kill_switch: false,
-            annotation_prefix: "lighterman.dev".into(),
-            denied_k8s_namespaces: ["kube-system".to_owned()].into(),
-        };
-        let cluster = Arc::new(harbour.cluster.clone());
-        let salvager =
-            Salvager::new(harbour.recoverer(), Board::default(), cluster, policy, 2, harbour.metrics.clone());
+    pub(super) fn start(harbour: &Harbour) -> Self {
+        Self::start_as(harbour, Manner::default())
+    }
+
+    pub(super) fn start_as(harbour: &Harbour, manner: Manner) -> Self {
+        let (names_in, names_here) = watch::channel(Some(Arc::default()));
+        let (outages_in, outages) = watch::channel(Vec::new());
+        let registry = Arc::clone(&harbour.registry) as _;
+        let salvager = Salvager::new(Parts {
+            recoverer: harbour.recoverer(),
+            board: Board::default(),
+            cluster: Arc::new(harbour.cluster.clone()),
+            registries: Registries::new(harbour.holders.clone(), registry, true, outages_in, harbour.metrics.clone()),
+            notices: Notices::nowhere(harbour.metrics.clone()),
+            names_here,
+            rules: harbour.rules.subscribe(),
+            manner,
+            metrics: harbour.metrics.clone(),
+        });
         let (pods, events) = mpsc::channel(8);
         let stop = CancellationToken::new();
         let running = tokio::spawn(salvager.run(events, stop.clone()));
-        Self { pods, nudges: harbour.cluster.nudges(), stop, running }
+        Self { pods, nudges: harbour.cluster.nudges(), names_in, outages, stop, running }
     }
 
-    async fn sees(&self, pod: PodView) {
-        self.pods.send(PodEvent::Seen(pod)).await.unwrap();
+    pub(super) async fn sees(&self, pod: PodView) {
+        self.pods.send(PodEvent::Seen(Box::new(pod))).await.unwrap();
     }
 
-    async fn nudged(&mut self) -> String {
+    pub(super) async fn nudged(&mut self) -> String {
         tokio::time::timeout(Duration::from_secs(60), self.nudges.recv()).await.expect("a nudge").unwrap().name
     }
 
     /// Lets everything happen that happens by itself within a while.
-    async fn rest(&self) {
+    pub(super) async fn rest(&self) {
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
 
-    async fn stop(self) {
+    pub(super) async fn stop(self) {
         self.stop.cancel();
         tokio::time::timeout(Duration::from_secs(1), self.running).await.expect("it stops").unwrap();
     }
 }
 
-fn failing(name: &str, image: &str, message: &str) -> PodView {
+pub(super) fn failing(name: &str, image: &str, message: &str) -> PodView {
     let waiting = Waiting { reason: "ErrImagePull".into(), message: message.into() };
     let container = ContainerView {
         name: "c".into(),
@@ -72,11 +89,16 @@ fn failing(name: &str, image: &str, message: &str) -> PodView {
         pod: PodRef { k8s_namespace: "shop".into(), name: name.into(), uid: format!("uid-{name}") },
         annotations: [("lighterman.dev/auto-salvage".to_owned(), "true".to_owned())].into(),
         containers: vec![container],
+        image_volumes: Vec::new(),
+        owner: None,
+        is_static: false,
+        priority: 0,
+        pull_secrets: Vec::new(),
         ending: false,
     }
 }
 
-fn reports(harbour: &Harbour) -> Vec<(String, ReportKind)> {
+pub(super) fn reports(harbour: &Harbour) -> Vec<(String, ReportKind)> {
     harbour.cluster.reports().into_iter().map(|(pod, report)| (pod.name, report.kind)).collect()
 }
 
@@ -191,7 +213,7 @@ async fn a_pod_made_again_while_its_recovery_is_being_stopped_is_served_by_one_n
     harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
     // Both are in the queue before the salvager runs again.
     watch.pods.try_send(PodEvent::Gone(old.pod)).unwrap();
-    watch.pods.try_send(PodEvent::Seen(failing("new", IMAGE, REFUSED))).unwrap();
+    watch.pods.try_send(PodEvent::Seen(Box::new(failing("new", IMAGE, REFUSED)))).unwrap();
     assert_eq!(watch.nudged().await, "new");
     watch.rest().await;
     assert!(harbour.counted("lighterman_recoveries_running 0"));
@@ -271,8 +293,8 @@ async fn a_failure_after_the_image_came_once_is_counted_and_told_anew() {
     runs.containers[0].waiting = None;
     for pod in [denied.clone(), denied.clone(), runs, denied] {
         watch.sees(pod).await;
+        watch.rest().await;
     }
-    watch.rest().await;
     assert_eq!(reports(&harbour).len(), 2);
     assert!(harbour.counted(r#"lighterman_pod_image_failures_total{verdict="denied"} 2"#));
     watch.stop().await;

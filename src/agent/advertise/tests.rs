@@ -1,0 +1,170 @@
+use super::*;
+use crate::model::OutageKind;
+use crate::oci::{Descriptor, Digest, Platform, Reference, Repository};
+use crate::ports::{ImageRecord, Remembered};
+use crate::testing::MemoryStore;
+use crate::testing::image::{MadeImage, Recipe, make_image, put_document};
+
+const NAME: &str = "r.test/shop/checkout:v1";
+
+#[test]
+fn what_is_gone_is_withdrawn_and_only_what_is_new_is_told() {
+    let blob = |name: &str| ContentChange::BlobAdded(Digest::of(name.as_bytes()));
+    let Ok(Reference::Tag(repository, tag)) = "r.test/a:1".parse() else { panic!("a tag") };
+    let root = Digest::of(b"root");
+    let name = ContentChange::Tagged(repository.clone(), Some(tag.clone()), root);
+    let changes = difference(&[blob("old"), blob("same"), name].into(), &[blob("same"), blob("new")].into());
+    let expected = [
+        ContentChange::BlobRemoved(Digest::of(b"old")),
+        ContentChange::Untagged(repository, Some(tag), root),
+        blob("new"),
+    ];
+    assert_eq!(changes, expected);
+}
+
+#[test]
+fn what_is_damaged_is_not_told_and_of_too_much_the_blobs_go_first() {
+    let blob =
+        |n: usize| BlobInfo { digest: Digest::of(&n.to_le_bytes()), size: 1, sources: Vec::new(), has_children: false };
+    let blobs: Vec<_> = (0..MAX_ITEMS).map(blob).collect();
+    let outage = Outage { registry: "r.test".into(), kind: OutageKind::TimedOut, since: 1 };
+    let repository = Repository { registry: "r.test".into(), path: "a".into() };
+    let name = ContentChange::Tagged(repository, None, blobs[0].digest);
+    let looked = |damaged: &[&BlobInfo]| Looked {
+        names: [name.clone()].into(),
+        damaged: damaged.iter().map(|blob| blob.digest).collect(),
+        incomplete: 0,
+    };
+    let told = everything(&blobs[..2], looked(&[&blobs[1]]), &[]);
+    assert_eq!(told, [ContentChange::BlobAdded(blobs[0].digest), name.clone()].into());
+    let told = everything(&blobs, looked(&[]), std::slice::from_ref(&outage));
+    assert_eq!(told.len(), MAX_ITEMS);
+    assert!(told.contains(&name) && told.contains(&ContentChange::RegistryDown(outage)));
+}
+
+async fn look(images: &mut Images, store: &MemoryStore) -> Looked {
+    let (blobs, records) = (store.blobs().await.unwrap(), store.images().await.unwrap());
+    images.look(store, &blobs, &records).await.unwrap()
+}
+
+/// The names that are told of a store, and how many images are not.
+async fn told(store: &MemoryStore) -> (Vec<String>, usize) {
+    let looked = look(&mut Images::default(), store).await;
+    let text = |change: &ContentChange| match change {
+        ContentChange::Tagged(repository, Some(tag), _) => format!("{repository}:{tag}"),
+        ContentChange::Tagged(repository, None, root) => format!("{repository}@{root}"),
+        other => panic!("{other:?} is no name"),
+    };
+    (looked.names.iter().map(text).collect(), looked.incomplete)
+}
+
+async fn made(recipe: &Recipe) -> (MemoryStore, MadeImage) {
+    let store = MemoryStore::new();
+    let image = make_image(&store, &[NAME.into()], recipe, 7).await.unwrap();
+    (store, image)
+}
+
+/// The blob goes, whatever holds it.
+async fn lose(store: &MemoryStore, blob: &Descriptor) {
+    let pin = store.pin(Duration::from_secs(60)).await.unwrap();
+    store.discard(blob.digest, &pin).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_image_that_is_whole_for_one_platform_is_told_by_name() {
+    let layers = vec![300, 20];
+    for recipe in [
+        Recipe { layers: layers.clone(), ..Recipe::default() },
+        Recipe { layers: layers.clone(), index: true, attested: true, ..Recipe::default() },
+        Recipe { layers, foreign: true, twice: true, docker: true, ..Recipe::default() },
+        Recipe::default(),
+    ] {
+        let (store, _) = made(&recipe).await;
+        assert_eq!(told(&store).await, (vec![NAME.to_owned()], 0), "{recipe:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_image_that_lacks_a_blob_is_not_told_by_name_and_is_counted() {
+    let recipe = Recipe { layers: vec![300, 20], index: true, attested: true, ..Recipe::default() };
+    for lost in 0..4 {
+        let (store, image) = made(&recipe).await;
+        lose(&store, &image.blobs[lost]).await;
+        assert_eq!(told(&store).await, (vec![], 1), "without blob {lost}");
+    }
+    let (store, image) = made(&recipe).await;
+    lose(&store, &image.root).await;
+    assert_eq!(told(&store).await, (vec![], 1), "without the index");
+}
+
+#[tokio::test]
+async fn an_index_with_only_another_platform_is_told_because_it_is_whole_for_somebody() {
+    let (store, image) = made(&Recipe { layers: vec![30], ..Recipe::default() }).await;
+    let elsewhere = Platform { architecture: "s390x".into(), os: "linux".into(), variant: None };
+    let entry = Descriptor { platform: Some(elsewhere), ..image.root };
+    let index = serde_json::json!({"schemaVersion": 2, "manifests": [entry]}).to_string();
+    put_document(&store, "r.test/shop/checkout:other", index).await.unwrap();
+    let (names, _) = told(&store).await;
+    assert!(names.contains(&"r.test/shop/checkout:other".to_owned()), "{names:?}");
+}
+
+#[tokio::test]
+async fn what_is_remembered_of_its_source_names_an_image_too() {
+    let (store, image) = made(&Recipe { layers: vec![30], index: true, ..Recipe::default() }).await;
+    let from = |path: &str| Repository { registry: "r.test".into(), path: path.into() };
+    let manifest = &image.blobs[0];
+    for (blob, path) in [(manifest, "shop/checkout"), (&image.blobs[2], "shop/layers")] {
+        let remembered = Remembered { source: Some(from(path)), children: Vec::new() };
+        store.remember(blob.digest, &remembered).await.unwrap();
+    }
+    let by_digest = format!("r.test/shop/checkout@{}", manifest.digest);
+    assert_eq!(told(&store).await.0, [by_digest, NAME.to_owned()], "a layer is no image");
+}
+
+#[tokio::test]
+async fn a_name_with_another_digest_than_its_target_s_is_not_told() {
+    let (store, image) = made(&Recipe::default()).await;
+    let name = format!("r.test/shop/checkout@{}", Digest::of(b"another"));
+    store.put_image(&ImageRecord { name, target: image.root.clone() }).await.unwrap();
+    let right = format!("r.test/shop/checkout@{}", image.root.digest);
+    store.put_image(&ImageRecord { name: right.clone(), target: image.root }).await.unwrap();
+    assert_eq!(told(&store).await.0, [right, NAME.to_owned()]);
+}
+
+#[tokio::test]
+async fn an_artifact_is_neither_told_nor_missed() {
+    let store = MemoryStore::new();
+    let empty = put_document(&store, "sha256:an-id", "{}".into()).await.unwrap();
+    let config = Descriptor { media_type: "application/vnd.oci.empty.v1+json".into(), ..empty };
+    let artifact = serde_json::json!({"schemaVersion": 2, "config": config, "layers": []}).to_string();
+    put_document(&store, NAME, artifact).await.unwrap();
+    assert_eq!(told(&store).await, (vec![], 0));
+}
+
+#[tokio::test]
+async fn a_damaged_manifest_is_not_told_until_it_is_replaced() {
+    let (store, image) = made(&Recipe { layers: vec![30], ..Recipe::default() }).await;
+    store.spoil(image.root.digest);
+    let mut images = Images::default();
+    let looked = look(&mut images, &store).await;
+    assert_eq!((looked.names.len(), looked.incomplete), (0, 1));
+    assert_eq!(looked.damaged, [image.root.digest].into());
+    store.spoil(image.root.digest);
+    let looked = look(&mut images, &store).await;
+    assert_eq!((looked.names.len(), looked.incomplete, looked.damaged.len()), (1, 0, 0));
+}
+
+#[tokio::test]
+async fn a_document_is_read_once() {
+    let (store, image) = made(&Recipe { layers: vec![30], ..Recipe::default() }).await;
+    let mut images = Images::default();
+    assert_eq!(look(&mut images, &store).await.names.len(), 1);
+    // Its bytes go bad, and nobody looks: they were right when they were read.
+    store.spoil(image.root.digest);
+    assert_eq!(look(&mut images, &store).await.names.len(), 1);
+    // What was gone meanwhile is read again.
+    lose(&store, &image.root).await;
+    assert_eq!(look(&mut images, &store).await.names.len(), 0);
+    make_image(&store, &[NAME.into()], &Recipe { layers: vec![30], ..Recipe::default() }, 7).await.unwrap();
+    assert_eq!(look(&mut images, &store).await.names.len(), 1);
+}

@@ -1,0 +1,211 @@
+//! Images that a person on the node asks for. The same recovery as for a pod, without the pod: whoever may ask here is root on the node,
+//! so nothing has to be opted in and the kill switch does not stop it; the registry and the repository must be the provider's all the same.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use super::holders::Holders;
+use super::progress::{Board, Progress};
+use super::recover::{Found, RecoverError, Recovered, Recoverer};
+use super::resolve::Wanted;
+use crate::metrics::{Metrics, Outcome};
+use crate::model::PeerId;
+use crate::oci::Reference;
+use crate::ports::{MAX_NAMES, PullFailure, PullProgress, PullRequest};
+
+/// Pulls at the same time. They come besides the recoveries for pods, so they are few; who asks for more is told to come back.
+const AT_ONCE: usize = 2;
+
+/// Often enough for a bar that moves.
+const REPORT: Duration = Duration::from_millis(200);
+
+/// Pulls by hand.
+pub struct ByHand {
+    /// Does the work, for pods as well.
+    pub recoverer: Arc<Recoverer>,
+    /// Shows it.
+    pub board: Board,
+    /// Counts it.
+    pub metrics: Metrics,
+    /// The agent only decides and reports, whatever is asked.
+    pub dry_run: bool,
+}
+
+impl ByHand {
+    /// Takes requests until stopped. What is under way then is abandoned, and its client told so.
+    pub async fn run(self, mut requests: mpsc::Receiver<PullRequest>, stop: CancellationToken) {
+        let this = Arc::new(self);
+        let mut pulls = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                Some(joined) = pulls.join_next() => if let Err(error) = joined {
+                    // A bug of ours: let the supervisor see it.
+                    std::panic::resume_unwind(error.into_panic());
+                },
+                request = requests.recv() => match request {
+                    Some(request) if pulls.len() < AT_ONCE => {
+                        pulls.spawn(Arc::clone(&this).pull(request, stop.clone()));
+                    }
+                    // The channel of a request that was just made has room.
+                    Some(request) => drop(request.progress.try_send(busy())),
+                    // The socket closes only when the agent stops.
+                    None => { stop.cancelled().await; break }
+                },
+            }
+        }
+        while pulls.join_next().await.is_some() {}
+    }
+
+    async fn pull(self: Arc<Self>, request: PullRequest, stop: CancellationToken) {
+        let PullRequest { reference, dry_run, progress } = request;
+        let dry_run = dry_run || self.dry_run;
+        let hung_up = stop.child_token();
+        let work = self.bring(&reference, dry_run, &progress, &hung_up);
+        tokio::pin!(work);
+        let last = tokio::select! {
+            last = &mut work => last,
+            () = progress.closed() => {
+                hung_up.cancel();
+                work.await
+            }
+        };
+        tracing::info!(%reference, dry_run, ?last, "pulled by hand");
+        // Refused when nobody listens any more.
+        let _ = progress.send(last).await;
+        stop.run_until_cancelled(self.recoverer.lead.retire(&reference)).await;
+    }
+
+    /// Answers the last thing to say.
+    async fn bring(
+        &self,
+        reference: &Reference,
+        dry_run: bool,
+        told: &mpsc::Sender<PullProgress>,
+        stop: &CancellationToken,
+    ) -> PullProgress {
+        let holders = &self.recoverer.resolver.holders;
+        let wanted = Wanted::from(reference.clone());
+        let resolved = match stop.run_until_cancelled(self.recoverer.find(&wanted)).await {
+            Some(Ok(Found { root, providers, settled: _ })) => {
+                let (providers, more_providers) = names(holders, providers);
+                PullProgress::Resolved { digest: root.to_string(), providers, more_providers }
+            }
+            Some(Err(error)) => {
+                self.metrics.recovery_started();
+                self.metrics.recovery_ended(error.outcome(), Duration::ZERO);
+                return failed(holders, &error);
+            }
+            None => return failed(holders, &RecoverError::Abandoned),
+        };
+        if dry_run {
+            return resolved;
+        }
+        let _ = told.try_send(resolved);
+        let began = Instant::now();
+        self.metrics.recovery_started();
+        let progress = self.board.begin(reference);
+        let result = self.watch(&wanted, &progress, told, stop).await;
+        let outcome = match &result {
+            Ok(recovered) if recovered.fetched == 0 => Outcome::AlreadyHere,
+            Ok(_) => Outcome::Recovered,
+            Err(error) => error.outcome(),
+        };
+        self.metrics.recovery_ended(outcome, began.elapsed());
+        self.board.end(reference, result.as_ref().map(Recovered::clone).map_err(RecoverError::to_string));
+        match result {
+            Ok(recovered) => done(holders, recovered),
+            Err(error) => failed(holders, &error),
+        }
+    }
+
+    /// The recovery, with word of it at intervals and at its end.
+    async fn watch(
+        &self,
+        wanted: &Wanted,
+        progress: &Progress,
+        told: &mpsc::Sender<PullProgress>,
+        stop: &CancellationToken,
+    ) -> Result<Recovered, RecoverError> {
+        let recovery = self.recoverer.recover(wanted, progress, stop);
+        tokio::pin!(recovery);
+        let mut reports = tokio::time::interval(REPORT);
+        reports.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut before = None;
+        loop {
+            tokio::select! {
+                result = &mut recovery => {
+                    report(progress, &mut before, told);
+                    return result;
+                }
+                _ = reports.tick() => report(progress, &mut before, told),
+            }
+        }
+    }
+}
+
+/// Says what has changed since `before`. What the client has no room for is left out: the next report says more.
+fn report(progress: &Progress, before: &mut Option<u64>, told: &mpsc::Sender<PullProgress>) {
+    let blobs = progress.blobs();
+    if blobs.is_empty() {
+        return;
+    }
+    let (done, total) = progress.sums();
+    if before.is_none() {
+        let _ = told.try_send(PullProgress::Planned { missing_bytes: total, missing_blobs: blobs.len() });
+    }
+    if before.replace(done) != Some(done) {
+        let _ = told.try_send(PullProgress::Bytes { done, total });
+    }
+}
+
+/// Nodes for people, and how many more there are.
+pub(super) fn names(holders: &Holders, peers: impl IntoIterator<Item = PeerId>) -> (Vec<String>, usize) {
+    let mut peers = peers.into_iter();
+    let names: Vec<_> = peers.by_ref().take(MAX_NAMES).map(|peer| holders.node_of(peer)).collect();
+    (names, peers.count())
+}
+
+fn done(holders: &Holders, recovered: Recovered) -> PullProgress {
+    let Recovered { root, bytes, fetched, there, providers, took, settled: _ } = recovered;
+    PullProgress::Done {
+        digest: root.to_string(),
+        bytes,
+        fetched,
+        there,
+        milliseconds: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+        from: names(holders, providers.into_keys()).0,
+    }
+}
+
+fn failed(holders: &Holders, error: &RecoverError) -> PullProgress {
+    let (kind, retryable) = match error {
+        RecoverError::NoProvider { .. } | RecoverError::NotHeld { .. } => (PullFailure::NoProvider, true),
+        RecoverError::Closed { .. } => (PullFailure::Closed, false),
+        RecoverError::Disagreement { .. } => (PullFailure::Disagreement, false),
+        RecoverError::NotDistributable { .. }
+        | RecoverError::Document { .. }
+        | RecoverError::NestedIndex { .. }
+        | RecoverError::NoPlatform { .. } => (PullFailure::Unusable, false),
+        RecoverError::OverLimit(_) => (PullFailure::OverLimit, false),
+        RecoverError::Fetch { .. } => (PullFailure::FetchFailed, true),
+        RecoverError::Store { .. } => (PullFailure::StoreFailed, true),
+        RecoverError::Abandoned => (PullFailure::Abandoned, true),
+    };
+    let asked: Vec<_> = error.peers_asked().into_iter().map(|peer| holders.node_of(peer)).collect();
+    let asked = if asked.is_empty() { String::new() } else { format!(" (asked: {})", asked.join(", ")) };
+    PullProgress::Failed { kind, message: format!("{error}{asked}"), retryable }
+}
+
+fn busy() -> PullProgress {
+    PullProgress::Failed {
+        kind: PullFailure::Busy,
+        message: format!("{AT_ONCE} images are being pulled by hand on this node"),
+        retryable: true,
+    }
+}

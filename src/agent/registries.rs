@@ -1,0 +1,126 @@
+//! What this node knows of registries: who cannot be reached, told to peers, heard from peers, and asked about.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use tokio::sync::watch;
+
+use super::holders::Holders;
+use crate::decide::outage::Outages;
+use crate::metrics::Metrics;
+use crate::model::{Outage, OutageKind};
+use crate::ports::{Registry, RegistryError};
+
+/// The registries as this node sees them.
+pub struct Registries {
+    outages: Outages,
+    holders: Holders,
+    registry: Arc<dyn Registry>,
+    /// Whether registries are asked at all.
+    asking: bool,
+    first_hand: watch::Sender<Vec<Outage>>,
+    metrics: Metrics,
+}
+
+/// A registry's answer to the question whether it is there.
+pub(super) struct Answer {
+    pub(super) registry: String,
+    pub(super) answer: Result<(), OutageKind>,
+}
+
+impl Registries {
+    /// Nothing is known yet. What this node finds out itself goes to `first_hand`, for its peers.
+    pub fn new(
+        holders: Holders,
+        registry: Arc<dyn Registry>,
+        asking: bool,
+        first_hand: watch::Sender<Vec<Outage>>,
+        metrics: Metrics,
+    ) -> Self {
+        Self { outages: Outages::default(), holders, registry, asking, first_hand, metrics }
+    }
+
+    /// Whether an image from there need not be waited for: this node found the registry unreachable; or it did not just have an answer, and
+    /// two peers found it so, or one did and it does not answer here either. One peer alone is not believed: it would have every node
+    /// take its word for what a tag means.
+    pub(super) fn is_down(&self, registry: &str, now: Instant) -> bool {
+        if self.outages.is_down(registry, now) {
+            return true;
+        }
+        let witnesses: BTreeSet<_> =
+            self.holders.outages_of(registry).into_iter().flat_map(|(_, peers)| peers).collect();
+        let enough = if self.outages.is_silent(registry) { 1 } else { 2 };
+        witnesses.len() >= enough && !self.outages.answers(registry, now)
+    }
+
+    /// Whether it answered this node of late.
+    pub(super) fn answers(&self, registry: &str, now: Instant) -> bool {
+        self.outages.answers(registry, now)
+    }
+
+    /// The kubelet could not pull from there; whether that is news.
+    pub(super) fn kubelet_failed(&mut self, registry: &str, kind: OutageKind, now: Instant) -> bool {
+        let before = self.is_down(registry, now);
+        self.outages.kubelet_failed(registry, kind, now, SystemTime::now());
+        self.publish(now);
+        !before
+    }
+
+    /// What was asked, answered; whether that changed what is to be thought of the registry.
+    pub(super) fn answered(&mut self, answer: Answer, now: Instant) -> bool {
+        let Answer { registry, answer } = answer;
+        let before = self.is_down(&registry, now);
+        if self.outages.asked(&registry, answer, now, SystemTime::now()) {
+            match answer {
+                Ok(()) => tracing::info!(registry, "the registry answers again"),
+                Err(kind) => tracing::warn!(registry, how = %kind, "the registry does not answer any more"),
+            }
+        }
+        self.publish(now);
+        self.is_down(&registry, now) != before
+    }
+
+    /// A question to the registry, if one is worth asking now.
+    pub(super) fn question(
+        &mut self,
+        registry: &str,
+        now: Instant,
+    ) -> Option<impl Future<Output = Answer> + Send + use<>> {
+        let suspected = !self.holders.outages_of(registry).is_empty();
+        if !self.asking || !self.outages.should_ask(registry, suspected, now) {
+            return None;
+        }
+        let (port, registry) = (Arc::clone(&self.registry), registry.to_owned());
+        Some(async move {
+            let answer = match port.ping(&registry).await {
+                // It is there, whatever it says; also where somebody else answers in its place, which a pull will find out.
+                Ok(()) | Err(RegistryError::RateLimited(_) | RegistryError::Denied(_) | RegistryError::NotFound(_)) => {
+                    Ok(())
+                }
+                Err(RegistryError::Nonsense { .. }) => Ok(()),
+                Err(RegistryError::Down { kind, .. }) => Err(kind),
+            };
+            Answer { registry, answer }
+        })
+    }
+
+    /// The registries to ask again although no pod came: those that this node itself found down. What peers only say is looked into when
+    /// a pod here wants an image from there.
+    pub(super) fn down(&self, now: Instant) -> Vec<String> {
+        self.outages.down(now)
+    }
+
+    /// Tells the peers what changed, also by time alone.
+    pub(super) fn publish(&self, now: Instant) {
+        let first_hand = self.outages.first_hand(now);
+        self.metrics.registries_down(first_hand.len());
+        self.first_hand.send_if_modified(|told| {
+            let changed = *told != first_hand;
+            if changed {
+                *told = first_hand;
+            }
+            changed
+        });
+    }
+}

@@ -1,0 +1,341 @@
+//! What each pod needs: whether it is to be helped, and which images it lacks.
+//!
+//! A pod is decided on in two steps, because the second needs the API server and must hold up nobody: what its own words, the rules and
+//! this node's images tell is seen at once; its namespace and its owners are asked for beside, and the answer decides.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::waiting::{Helped, WaitingPod};
+use super::{Done, Salvager, now};
+use crate::agent::notices::Notice;
+use crate::decide::cause::{Cause, cause, image_in_question, is_pending, waits_for_image};
+use crate::decide::opt_in::{NotHelped, OddAnnotation, OptIn, Policy};
+use crate::decide::pull_failure::{Leave, Verdict, decide};
+use crate::decide::queue::Joined;
+use crate::model::{ContainerView, PodRef, PodView, PullPolicy};
+use crate::oci::Reference;
+use crate::ports::{Annotations, Cluster, ClusterError, NamespaceView, ReportKind};
+
+/// How soon a pod is looked at again whose namespace could not be read. Longer than the 5 s for which the adapter remembers that the API
+/// server did not answer.
+const UNDECIDED_RETRY: Duration = Duration::from_secs(6);
+
+/// Odd annotations that are told apart. More are counted as seen.
+const MAX_ODD: usize = 256;
+
+/// What the API server says about whether a pod is to be helped.
+pub(super) struct Permission {
+    namespace: Arc<NamespaceView>,
+    /// Where the pod leaves it to them.
+    owners: Option<Vec<Arc<Annotations>>>,
+}
+
+impl Permission {
+    async fn ask(cluster: &dyn Cluster, policy: &Policy, pod: &PodView) -> Result<Self, ClusterError> {
+        let namespace = cluster.namespace(&pod.pod.k8s_namespace).await?;
+        let (labels, annotations) = (&namespace.labels, &namespace.annotations);
+        let opt_in = policy.opt_in(pod, labels, annotations, None, &mut Vec::new());
+        let owners = match (opt_in, &pod.owner) {
+            (OptIn::AskOwners, Some(owner)) => Some(cluster.owners(&pod.pod.k8s_namespace, owner).await?),
+            _ => None,
+        };
+        Ok(Self { namespace, owners })
+    }
+}
+
+impl Salvager {
+    pub(super) fn on_pod(&mut self, pod: PodView) {
+        for container in pod.containers.iter().filter(|container| container.waiting.is_none()) {
+            self.ledger.settle(&pod.pod, &container.name);
+        }
+        let failing = pod.containers.iter().any(waits_for_image);
+        if pod.ending || !(failing || pod.containers.iter().any(is_pending)) {
+            // What was said about images of no one container counts anew from here on.
+            self.ledger.settle(&pod.pod, "");
+            self.stop_waiting(&pod.pod, !pod.ending);
+            return;
+        }
+        let waiting = self.waiting.entry(pod.pod.clone()).or_insert_with(|| WaitingPod::new(pod.clone(), now()));
+        waiting.see(pod.clone(), now());
+        let is_of_interest = failing || waiting.sandbox_suspected || !self.absent_images(&pod).is_empty();
+        let refusal = self.rules.borrow().policy.refusal(&pod);
+        match refusal {
+            _ if !is_of_interest => self.needs_only(&pod.pod, BTreeSet::new()),
+            // Told without asking anybody, so that the kill switch works while the API server is away.
+            Some(reason) => self.do_not_help(&pod, reason),
+            None => self.ask_permission(&pod),
+        }
+    }
+
+    /// One question for a pod at a time; the answer decides on the pod as it is by then.
+    fn ask_permission(&mut self, pod: &PodView) {
+        let Some(waiting) = self.waiting.get_mut(&pod.pod).filter(|waiting| !waiting.is_asked_for) else { return };
+        waiting.is_asked_for = true;
+        let (rules, cluster) = (Arc::clone(&self.rules.borrow()), Arc::clone(&self.cluster));
+        let (pod, asking, stopping) = (pod.clone(), Arc::clone(&self.asking), self.stopping.clone());
+        self.work.spawn(async move {
+            let question = async {
+                let _turn = asking.acquire().await;
+                Permission::ask(&*cluster, &rules.policy, &pod).await
+            };
+            let said = stopping.run_until_cancelled(question).await;
+            said.map_or(Done::Told, |said| Done::Permitted { pod: pod.pod, said })
+        });
+    }
+
+    pub(super) fn on_permission(&mut self, pod: &PodRef, said: Result<Permission, ClusterError>) {
+        let Some(waiting) = self.waiting.get_mut(pod) else { return };
+        waiting.is_asked_for = false;
+        let view = waiting.view.clone();
+        let Permission { namespace, owners } = match said {
+            Ok(permission) => permission,
+            Err(error) => return self.put_off(pod, &error),
+        };
+        self.undecided.remove(pod);
+        let mut odd = Vec::new();
+        let owners = owners.as_ref().map(|owners| owners.iter().map(|owner| &**owner).collect::<Vec<_>>());
+        let rules = Arc::clone(&self.rules.borrow());
+        let (labels, annotations) = (&namespace.labels, &namespace.annotations);
+        let opt_in = rules.policy.opt_in(&view, labels, annotations, owners.as_deref(), &mut odd);
+        let priority = rules.policy.priority(&view, &mut odd);
+        self.complain(&view, odd);
+        match opt_in {
+            OptIn::Yes { on_denied } => self.help(&view, Helped { on_denied, priority }),
+            OptIn::No(reason) => self.do_not_help(&view, reason),
+            // Its annotations changed while the API server was asked.
+            OptIn::AskOwners => self.ask_permission(&view),
+        }
+    }
+
+    fn do_not_help(&mut self, pod: &PodView, reason: NotHelped) {
+        if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
+            waiting.do_not_help();
+        }
+        for container in pod.containers.iter().filter(|container| waits_for_image(container)) {
+            let (image, _) = image_in_question(pod, container);
+            self.leave(pod, &container.name, image, Leave::NotHelped(reason));
+        }
+        self.needs_only(&pod.pod, BTreeSet::new());
+    }
+
+    fn help(&mut self, pod: &PodView, helped: Helped) {
+        if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
+            waiting.helped = Some(helped);
+        }
+        if self.learn_of_outages(pod) {
+            self.look_at_outages();
+        }
+        let failing = pod.containers.iter().filter(|container| waits_for_image(container));
+        let mut needed: BTreeSet<_> = failing.filter_map(|container| self.on_failure(pod, container, helped)).collect();
+        for (image, policy) in self.absent_images(pod) {
+            needed.extend(self.on_absence(pod, &image, policy, helped));
+        }
+        let sandbox = self.waiting.get(&pod.pod).and_then(|waiting| waiting.sandbox.clone());
+        if let Some((reference, cause)) = sandbox {
+            let image = reference.to_string();
+            let cause = self.ledger.learn(&pod.pod, "", &image, Some(cause));
+            needed.extend(self.on_verdict(pod, "", &image, PullPolicy::IfNotPresent, cause, helped));
+        }
+        self.needs_only(&pod.pod, needed);
+    }
+
+    /// One container that waits for its image; answers the image if it is to be recovered.
+    fn on_failure(&mut self, pod: &PodView, container: &ContainerView, helped: Helped) -> Option<Reference> {
+        let (image, policy) = image_in_question(pod, container);
+        let said = container.waiting.as_ref().and_then(cause);
+        let known = self.ledger.learn(&pod.pod, &container.name, image, said);
+        let reference = self.on_verdict(pod, &container.name, image, policy, known, helped)?;
+        // The image came while the kubelet was still trying to pull it: it does not look again by itself for a while.
+        if self.queue.is_here(&reference) && self.ledger.is_news(&pod.pod, &container.name, image, "nudged") {
+            self.spawn_nudge(pod.pod.clone());
+        }
+        Some(reference)
+    }
+
+    /// An image that is not here and that nobody has failed to pull yet.
+    fn on_absence(&mut self, pod: &PodView, image: &str, policy: PullPolicy, helped: Helped) -> Option<Reference> {
+        let registry = image.parse::<Reference>().ok()?.repository().registry.clone();
+        if !self.registries.is_down(&registry, now()) {
+            self.ask_registry(&registry);
+            return None;
+        }
+        if self.ledger.is_denied(&pod.pod, image) && !helped.on_denied {
+            return None;
+        }
+        let of_container = pod.containers.iter().find(|container| container.image == image);
+        let name = of_container.map_or("", |container| container.name.as_str());
+        self.on_verdict(pod, name, image, policy, Some(Cause::KnownOutage), helped)
+    }
+
+    fn on_verdict(
+        &mut self,
+        pod: &PodView,
+        container: &str,
+        image: &str,
+        policy: PullPolicy,
+        cause: Option<Cause>,
+        helped: Helped,
+    ) -> Option<Reference> {
+        let rules = Arc::clone(&self.rules.borrow());
+        match decide(image, policy, cause, helped.on_denied, &rules.policy.salvage_on) {
+            Verdict::Recover(reference, cause) => {
+                if self.ledger.is_news(&pod.pod, container, image, "recover") {
+                    self.metrics.pod_failure_seen("recover");
+                    tracing::info!(pod = %pod.pod, container, %reference, ?cause, "a pod cannot get its image");
+                }
+                self.want(&reference, pod, container, image, helped.priority);
+                return Some(reference);
+            }
+            Verdict::Tell(reason) => {
+                if self.ledger.is_news(&pod.pod, container, image, reason.label()) {
+                    self.metrics.pod_failure_seen(reason.label());
+                    let note = reason.note(image);
+                    tracing::info!(pod = %pod.pod, container, note, "not actionable");
+                    let pods = std::slice::from_ref(&pod.pod);
+                    self.notices.send(Notice::not_recovered(image, ReportKind::NotActionable, pods, &note));
+                    self.spawn_report(pod.pod.clone(), ReportKind::NotActionable, note);
+                }
+            }
+            Verdict::Leave(reason) => self.leave(pod, container, image, reason),
+        }
+        None
+    }
+
+    fn want(&mut self, reference: &Reference, pod: &PodView, container: &str, image: &str, priority: i64) {
+        match self.queue.want(reference, &pod.pod, priority) {
+            Joined::First => {
+                let came = self.waiting.get(&pod.pod).map_or_else(now, |waiting| waiting.came);
+                self.wanted_since.insert(reference.clone(), came);
+            }
+            Joined::Here => {
+                self.ledger.is_news(&pod.pod, container, image, "nudged");
+                self.spawn_nudge(pod.pod.clone());
+            }
+            Joined::Others | Joined::Already => {}
+        }
+    }
+
+    fn leave(&mut self, pod: &PodView, container: &str, image: &str, reason: Leave) {
+        if reason == Leave::CauseUnknown {
+            // The failure is decided on, and counted, when the cause is known. What the kubelet said before may name it.
+            if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
+                waiting.ask_for_a_cause(now());
+            }
+        } else if self.ledger.is_news(&pod.pod, container, image, reason.label()) {
+            self.metrics.pod_failure_seen(reason.label());
+            tracing::debug!(pod = %pod.pod, container, ?reason, "left alone");
+        }
+    }
+
+    /// Images of containers that the kubelet has not come to, and of volumes, that are not on this node and that it would look for first.
+    pub(super) fn absent_images(&self, pod: &PodView) -> Vec<(String, PullPolicy)> {
+        let here = self.names_here.borrow();
+        // What is here is not known yet, right after the start.
+        let Some(here) = here.as_ref().filter(|_| pod.containers.iter().any(is_pending)) else { return Vec::new() };
+        let containers = pod.containers.iter().filter(|container| is_pending(container));
+        let of_containers = containers.map(|container| (&container.image, container.pull_policy));
+        let of_volumes = pod.image_volumes.iter().map(|volume| (&volume.image, volume.pull_policy));
+        let is_absent =
+            |image: &str| image.parse::<Reference>().is_ok_and(|reference| !here.contains(&reference.to_string()));
+        let absent: BTreeSet<_> = of_containers
+            .chain(of_volumes)
+            .filter(|(image, policy)| *policy == PullPolicy::IfNotPresent && is_absent(image))
+            .map(|(image, _)| image.clone())
+            .collect();
+        absent.into_iter().map(|image| (image, PullPolicy::IfNotPresent)).collect()
+    }
+
+    /// What the kubelet says of a pull that just failed is news about the registry. Of pods that are helped only: others could name
+    /// registries at will. Whether an outage became known by it.
+    fn learn_of_outages(&mut self, pod: &PodView) -> bool {
+        let Some(waiting) = self.waiting.get_mut(&pod.pod) else { return false };
+        let mut news = false;
+        let fresh = std::mem::take(&mut waiting.fresh_failures);
+        for container in pod.containers.iter().filter(|container| fresh.contains(&container.name)) {
+            let (image, _) = image_in_question(pod, container);
+            let cause = container.waiting.as_ref().and_then(cause);
+            if let (Some(Cause::Unavailable(kind)), Ok(reference)) = (cause, image.parse::<Reference>()) {
+                news |= self.registries.kubelet_failed(&reference.repository().registry, kind, now());
+            }
+        }
+        news
+    }
+
+    fn complain(&mut self, pod: &PodView, odd: Vec<OddAnnotation>) {
+        for annotation in odd {
+            if self.odd.len() < MAX_ODD && self.odd.insert(annotation.clone()) {
+                self.metrics.odd_annotation_seen();
+                let OddAnnotation { key, value } = annotation;
+                tracing::warn!(pod = %pod.pod, key, value, "an annotation's value is not understood, so it permits nothing; use \"true\"");
+            }
+        }
+    }
+
+    fn put_off(&mut self, pod: &PodRef, error: &ClusterError) {
+        self.decide_again_at.get_or_insert(now() + UNDECIDED_RETRY);
+        if self.undecided.insert(pod.clone()) {
+            tracing::warn!(%pod, %error, "cannot read the pod's namespace or owner, so whether it opted in; trying again");
+        }
+    }
+
+    pub(super) fn decide_again(&mut self) {
+        if self.decide_again_at.is_none_or(|at| at > now()) {
+            return;
+        }
+        self.decide_again_at = None;
+        for pod in self.undecided.clone() {
+            self.look_at(&pod);
+        }
+    }
+
+    /// Decides anew on a pod as it was last seen.
+    pub(super) fn look_at(&mut self, pod: &PodRef) {
+        if let Some(view) = self.waiting.get(pod).map(|waiting| waiting.view.clone()) {
+            self.on_pod(view);
+        }
+    }
+
+    /// Decides anew on every pod that waits.
+    pub(super) fn look_at_all(&mut self) {
+        let pods: Vec<_> = self.waiting.keys().cloned().collect();
+        for pod in pods {
+            self.look_at(&pod);
+        }
+    }
+
+    pub(super) fn on_gone(&mut self, pod: &PodRef) {
+        self.ledger.forget(pod);
+        self.stop_waiting(pod, false);
+    }
+
+    fn stop_waiting(&mut self, pod: &PodRef, goes_on: bool) {
+        if let Some(waited) = self.waiting.remove(pod).filter(|_| goes_on) {
+            if let Some(imported) = waited.imported {
+                self.metrics.pod_went_on(now().saturating_duration_since(imported));
+            }
+            for reference in &waited.needed {
+                // Only the image that we just named can have made it go on.
+                if let Some(running) = self.running.get_mut(reference).filter(|running| running.progress.is_named()) {
+                    running.went_on.insert(pod.clone());
+                }
+            }
+        }
+        self.undecided.remove(pod);
+        self.needs_only(pod, BTreeSet::new());
+    }
+
+    fn needs_only(&mut self, pod: &PodRef, needed: BTreeSet<Reference>) {
+        for reference in self.queue.needs_only(pod, &needed) {
+            self.lacking.remove(&reference);
+            self.wanted_since.remove(&reference);
+            if let Some(running) = self.running.get(&reference) {
+                running.stop.cancel();
+            }
+        }
+        if let Some(waiting) = self.waiting.get_mut(pod) {
+            waiting.needed = needed;
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! A pod that waits: what it needs, and what is to be done about it at which moment.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use crate::decide::cause::{Cause, cause, is_pending, waits_for_image};
+use crate::model::{ContainerKind, ContainerView, PodView};
+use crate::oci::Reference;
+
+/// One pod while any of its containers waits.
+pub(super) struct WaitingPod {
+    /// As last seen.
+    pub(super) view: PodView,
+    /// When it was seen so.
+    pub(super) came: Instant,
+    /// Since when it waits.
+    since: Instant,
+    /// Containers whose pull failed since the registries were told of it last.
+    pub(super) fresh_failures: BTreeSet<String>,
+    /// The API server is being asked whether it may be helped.
+    pub(super) is_asked_for: bool,
+    /// How it is helped, if so.
+    pub(super) helped: Option<Helped>,
+    /// The images that it needs from us.
+    pub(super) needed: BTreeSet<Reference>,
+    /// None of its containers has begun for longer than that usually takes.
+    pub(super) sandbox_suspected: bool,
+    /// The sandbox's image, where the kubelet's Events name it as what is missing.
+    pub(super) sandbox: Option<(Reference, Cause)>,
+    /// When the kubelet's Events are read next.
+    ask_kubelet_at: Option<Instant>,
+    /// Times that they were read.
+    asked_kubelet: u32,
+    /// When its image had come.
+    pub(super) imported: Option<Instant>,
+    /// Whether and when it is deleted if it still waits.
+    pub(super) deletion: Deletion,
+}
+
+/// How a pod is helped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Helped {
+    /// Also where the registry denies the image.
+    pub(super) on_denied: bool,
+    /// How urgent it is.
+    pub(super) priority: i64,
+}
+
+/// A deletion, of which there is one at most: what is made again has another UID.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Deletion {
+    NotPlanned,
+    At(Instant),
+    Tried,
+}
+
+/// How long a pod may be pending before its sandbox's image is suspected: images of a node's usual pods are pulled and unpacked by then.
+const SUSPECT: Duration = Duration::from_secs(8);
+
+/// Between two readings of a pod's Events, doubled four-fold each time; the API server goes through the namespace's Events for each.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+const ASK_SELDOM: Duration = Duration::from_secs(5 * 60);
+
+/// Readings for one pod; what was not said in half an hour is not said.
+const MOST_QUESTIONS: u32 = 8;
+
+impl WaitingPod {
+    pub(super) fn new(view: PodView, now: Instant) -> Self {
+        Self {
+            // Everything that fails is new.
+            fresh_failures: failures(&view).map(|container| container.name.clone()).collect(),
+            view,
+            came: now,
+            since: now,
+            is_asked_for: false,
+            helped: None,
+            needed: BTreeSet::new(),
+            sandbox_suspected: false,
+            sandbox: None,
+            ask_kubelet_at: None,
+            asked_kubelet: 0,
+            imported: None,
+            deletion: Deletion::NotPlanned,
+        }
+    }
+
+    /// The pod as it is now.
+    pub(super) fn see(&mut self, view: PodView, now: Instant) {
+        if view == self.view {
+            return;
+        }
+        let known = |container: &ContainerView| self.view.containers.contains(container);
+        let fresh: Vec<_> = failures(&view).filter(|container| !known(container)).map(|c| c.name.clone()).collect();
+        self.fresh_failures.extend(fresh);
+        if !view.containers.iter().all(is_pending) {
+            // The sandbox is there: a container got past it.
+            self.sandbox = None;
+            self.sandbox_suspected = false;
+        }
+        self.view = view;
+        self.came = now;
+    }
+
+    /// It is not, or no longer, to be helped.
+    pub(super) fn do_not_help(&mut self) {
+        self.helped = None;
+        self.ask_kubelet_at = None;
+        if let Deletion::At(_) = self.deletion {
+            self.deletion = Deletion::NotPlanned;
+        }
+    }
+
+    /// Suspects its sandbox's image when the time has come; whether that is new.
+    pub(super) fn suspect_sandbox(&mut self, now: Instant) -> bool {
+        let is_late = now.saturating_duration_since(self.since) >= SUSPECT;
+        let suspect = is_late && !self.sandbox_suspected && self.view.containers.iter().all(is_pending);
+        self.sandbox_suspected |= suspect;
+        suspect
+    }
+
+    /// Its Events are read soon: its status does not name the cause.
+    pub(super) fn ask_for_a_cause(&mut self, now: Instant) {
+        let wait = ASK_AGAIN.saturating_mul(1 << (2 * self.asked_kubelet).min(16)).min(ASK_SELDOM);
+        if self.asked_kubelet < MOST_QUESTIONS {
+            self.ask_kubelet_at.get_or_insert(if self.asked_kubelet == 0 { now } else { now + wait });
+        }
+    }
+
+    /// Whether its Events are to be read now; the reading counts as done.
+    pub(super) fn takes_question(&mut self, now: Instant) -> bool {
+        let due = self.ask_kubelet_at.is_some_and(|at| at <= now);
+        if due {
+            self.ask_kubelet_at = None;
+            self.asked_kubelet += 1;
+        }
+        due
+    }
+
+    /// Whether the kubelet says that it has this image and that its content is missing.
+    pub(super) fn finds_broken(&self, reference: &Reference) -> bool {
+        let mut waiting =
+            self.view.containers.iter().filter(|container| container.image.parse().as_ref() == Ok(reference));
+        waiting.any(|container| container.waiting.as_ref().and_then(cause) == Some(Cause::MissingContent))
+    }
+
+    /// Whether only a new pod would get past this: it is helped and every image is here, nothing of it runs or has run, and a container
+    /// that somebody added to a running pod is no reason to end the pod.
+    pub(super) fn is_stuck(&self, is_here: impl Fn(&Reference) -> bool) -> bool {
+        let containers = &self.view.containers;
+        self.helped.is_some()
+            && !self.needed.is_empty()
+            && self.needed.iter().all(is_here)
+            && containers.iter().all(|container| container.waiting.is_some())
+            && containers.iter().all(|container| container.kind != ContainerKind::Ephemeral)
+    }
+}
+
+/// Containers that tell of a pull which just failed; while it backs off, the kubelet only repeats itself.
+fn failures(view: &PodView) -> impl Iterator<Item = &ContainerView> {
+    let is_new = |container: &&ContainerView| {
+        waits_for_image(container)
+            && container.waiting.as_ref().is_some_and(|waiting| waiting.reason != "ImagePullBackOff")
+    };
+    view.containers.iter().filter(is_new)
+}

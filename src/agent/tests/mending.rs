@@ -1,0 +1,109 @@
+//! What is here and wrong, or here and not whole, is mended with what peers hold.
+
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::agent::progress::Progress;
+use crate::agent::recover::{RecoverError, Recovered};
+use crate::oci::Repository;
+use crate::ports::Remembered;
+use crate::testing::image::{Recipe, make_image, put_document};
+
+async fn recover(harbour: &Harbour) -> Result<Recovered, RecoverError> {
+    let wanted = IMAGE.parse::<Reference>().unwrap().into();
+    harbour.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await
+}
+
+/// The same image here and at a peer.
+async fn on_both_sides(recipe: &Recipe) -> (Harbour, MadeImage) {
+    let harbour = Harbour::new();
+    let theirs = Arc::new(MemoryStore::new());
+    make_image(&*theirs, &[IMAGE.into()], recipe, 7).await.unwrap();
+    harbour.announce(1, theirs, Behaviour::Honest).await;
+    let image = make_image(&*harbour.store, &[IMAGE.into()], recipe, 7).await.unwrap();
+    (harbour, image)
+}
+
+fn indexed() -> Recipe {
+    Recipe { layers: vec![3000, 200], index: true, ..Recipe::default() }
+}
+
+/// Whether every blob of the image is here after a collection, with the right bytes.
+async fn is_whole(store: &MemoryStore, image: &MadeImage) -> bool {
+    store.collect();
+    let mut whole = true;
+    for blob in image.blobs.iter().chain([&image.root]) {
+        let bytes = match store.open(blob.digest).await {
+            Ok(mut reader) => reader.read_at(0, 1 << 20).await.unwrap(),
+            Err(_) => return false,
+        };
+        whole &= Digest::of(&bytes) == blob.digest;
+    }
+    whole
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_small_blob_with_wrong_bytes_is_replaced_and_nothing_else_is_fetched() {
+    let (_, image) = on_both_sides(&indexed()).await;
+    for blob in image.blobs.iter().chain([&image.root]) {
+        let (harbour, image) = on_both_sides(&indexed()).await;
+        harbour.store.spoil(blob.digest);
+        let recovered = recover(&harbour).await.unwrap();
+        assert_eq!((recovered.fetched, recovered.bytes), (1, blob.size), "{}", blob.media_type);
+        assert!(is_whole(&harbour.store, &image).await, "{}", blob.media_type);
+        assert_eq!(harbour.store.pins(), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_remembered_of_a_replaced_manifest_is_remembered_still() {
+    let (harbour, image) = on_both_sides(&indexed()).await;
+    let other = Repository { registry: "mirror.test".into(), path: "checkout".into() };
+    let remembered = Remembered { source: Some(other.clone()), children: Vec::new() };
+    harbour.store.remember(image.root.digest, &remembered).await.unwrap();
+    harbour.store.spoil(image.root.digest);
+    recover(&harbour).await.unwrap();
+    let blob = harbour.store.blob(image.root.digest).await.unwrap().unwrap();
+    let ours = IMAGE.parse::<Reference>().unwrap().repository().clone();
+    assert_eq!((blob.sources, blob.has_children), (vec![other, ours], true));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_damaged_stays_while_nobody_has_better() {
+    let (harbour, image) = on_both_sides(&indexed()).await;
+    let config = &image.blobs[1];
+    harbour.store.spoil(config.digest);
+    harbour.fetcher.put_peer(peer(1), Arc::new(MemoryStore::new()), Behaviour::Gone);
+    let failed = recover(&harbour).await.unwrap_err();
+    assert!(matches!(failed, RecoverError::Fetch { digest, .. } if digest == config.digest), "{failed}");
+    harbour.store.collect();
+    assert_eq!(blobs_of(&*harbour.store).await.len(), 5, "nothing is removed before there is something better");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_record_without_its_blobs_is_repaired_by_fetching_them() {
+    for lost in 0..4 {
+        let (harbour, image) = on_both_sides(&indexed()).await;
+        let pin = harbour.store.pin(std::time::Duration::from_secs(600)).await.unwrap();
+        harbour.store.discard(image.blobs[lost].digest, &pin).await.unwrap();
+        let recovered = recover(&harbour).await.unwrap();
+        harbour.store.release(pin).await.unwrap();
+        assert_eq!((recovered.fetched, recovered.there), (1, 4), "without blob {lost}");
+        assert!(is_whole(&harbour.store, &image).await, "without blob {lost}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_artifact_is_refused_and_said_to_be_one() {
+    let harbour = Harbour::new();
+    let theirs = Arc::new(MemoryStore::new());
+    let config =
+        serde_json::json!({"mediaType": "application/vnd.oci.empty.v1+json", "digest": Digest::of(b"{}"), "size": 2});
+    let chart =
+        serde_json::json!({"schemaVersion": 2, "artifactType": "application/x.chart", "config": config, "layers": []});
+    put_document(&*theirs, IMAGE, chart.to_string()).await.unwrap();
+    harbour.announce(1, theirs, Behaviour::Honest).await;
+    let refused = recover(&harbour).await.unwrap_err();
+    assert!(refused.to_string().contains("an artifact of type \"application/x.chart\""), "{refused}");
+    assert!(blobs_of(&*harbour.store).await.is_empty());
+}
