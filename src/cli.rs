@@ -2,6 +2,9 @@
 
 mod agent;
 pub mod demo;
+mod pull;
+mod socket;
+mod status;
 
 use std::process::ExitCode;
 
@@ -29,9 +32,11 @@ const EXAMPLES: &str = "\
 Examples:
   lighterman demo                          three agents on this machine, one image, a registry that is down
   lighterman demo --nodes 5 --image-size 1GiB --json
+  lighterman pull nginx:1.27               on a node: an image from its peers, now
+  lighterman status                        on a node: how its agent is
   lighterman agent --node-name \"$(hostname)\"  what the DaemonSet runs; see `lighterman agent --help`
 
-Exit codes: 0 done, 1 failed, 64 wrong flags or settings.";
+Exit codes: 0 done, 1 failed, 64 wrong flags, settings or references.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -39,6 +44,10 @@ enum Command {
     Agent(Box<AgentArgs>),
     /// Watch an image travel between agents on this machine
     Demo(demo::DemoArgs),
+    /// Bring an image to this node from its peers, by hand
+    Pull(pull::PullArgs),
+    /// Say how this node's agent is: its peers, its recoveries, registries that are down
+    Status(status::StatusArgs),
 }
 
 /// Form of the log.
@@ -69,6 +78,8 @@ pub fn run() -> ExitCode {
             Err(error) => fail_usage(&error.to_string()),
         },
         Command::Demo(args) => demo::run(args),
+        Command::Pull(args) => pull::run(args),
+        Command::Status(args) => status::run(args),
     }
 }
 

@@ -12,8 +12,8 @@
 //! cli
 //! agent
 //! config
-//! admin admission cluster containerd layout mesh testing transfer
-//! files identity
+//! admin admission cluster containerd control layout mesh registry testing transfer webhook
+//! files http identity
 //! ports wire metrics
 //! decide
 //! model
@@ -21,8 +21,8 @@
 //! ```
 //!
 //! Three deviations from the first design: `identity` is a floor of its own, because both network adapters prove the same key and
-//! siblings must not import each other; so is `files`, because two stores read blobs from files; and `testing` stands among the
-//! adapters, since that is what it implements.
+//! siblings must not import each other; so are `files`, because two stores read blobs from files, and `http`, because two adapters
+//! ask servers outside the cluster; and `testing` stands among the adapters, since that is what it implements.
 
 pub mod decide;
 pub mod model;
@@ -45,7 +45,11 @@ pub mod config;
 #[cfg(feature = "agent")]
 pub mod containerd;
 #[cfg(feature = "agent")]
+pub mod control;
+#[cfg(feature = "agent")]
 pub mod files;
+#[cfg(feature = "agent")]
+pub mod http;
 #[cfg(feature = "agent")]
 pub mod identity;
 #[cfg(feature = "agent")]
@@ -54,7 +58,11 @@ pub mod layout;
 pub mod mesh;
 #[cfg(feature = "agent")]
 pub mod metrics;
+#[cfg(feature = "agent")]
+pub mod registry;
 #[cfg(feature = "testing")]
 pub mod testing;
 #[cfg(feature = "agent")]
 pub mod transfer;
+#[cfg(feature = "agent")]
+pub mod webhook;

@@ -1,28 +1,34 @@
 //! `lighterman agent`: the real world (containerd, the API server) around one agent, until a signal.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::runtime;
+use super::{EXIT_USAGE, runtime};
 use crate::admin::Check;
 use crate::admission::StaticAdmission;
 use crate::agent::supervisor::Supervisor;
 use crate::agent::{Agent, World};
 use crate::cluster::{self, KubeCluster, TokenAdmission};
 use crate::config::Config;
-use crate::containerd::ContainerdStore;
+use crate::containerd::{self, ContainerdStore, Surroundings, VERIFIERS, usual_socket};
 use crate::identity::Identity;
 use crate::metrics::Metrics;
-use crate::ports::Admission;
+use crate::ports::{Admission, BlobAccess, ContainerdStatus, Imports, Notifier, StoreError};
+use crate::registry::{self, RegistryClient};
+use crate::webhook::{self, Webhook};
 
 /// Pod events on their way: one list of a full node, after which the watch waits.
 const POD_EVENTS_QUEUED: usize = 128;
+
+/// The value of `--containerd-socket` that takes the first of the usual places.
+const ANY_SOCKET: &str = "auto";
 
 /// Runs the agent until SIGTERM or SIGINT.
 pub(super) fn run(config: Config) -> ExitCode {
@@ -31,13 +37,17 @@ pub(super) fn run(config: Config) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = %chain(&*error), "the agent ends");
-            ExitCode::FAILURE
+            let is_settings = error.is::<containerd::ConfigError>()
+                || error.is::<registry::ConfigError>()
+                || error.is::<webhook::ConfigError>();
+            if is_settings { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
         }
     }
 }
 
 async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
-    let Config { mut transfer, mut mesh, containerd, cluster, admitted_peers, mut settings } = config;
+    let Config { mut transfer, mut mesh, mut containerd, cluster, registry, webhook, admitted_peers, mut settings } =
+        config;
     for listen in [&mut transfer.listen, &mut mesh.listen, &mut settings.admin_listen] {
         *listen = on_this_kernel(*listen);
     }
@@ -47,20 +57,33 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let grace = settings.grace;
     let metrics = Metrics::new();
     let identity = Identity::load_or_create(&settings.key_file)?;
+    if containerd.socket == Path::new(ANY_SOCKET) {
+        containerd.socket = usual_socket(Path::new("/"))?;
+        tracing::info!(socket = %containerd.socket.display(), "containerd's socket was found");
+    }
     let store = ContainerdStore::new(containerd)?;
     let kube = Arc::new(cluster::connect(cluster).await?);
     let answering = watch::Sender::new(false);
+    let (imports, told) = (watch::Sender::new(Imports::NotKnown), watch::Sender::new(ContainerdStatus::default()));
     let (pods_in, pods) = mpsc::channel(POD_EVENTS_QUEUED);
     let token = admitted_peers.is_none().then(|| Arc::new(TokenAdmission::new(&kube, identity.peer_id())));
     let admission: Arc<dyn Admission> = match (&token, admitted_peers) {
         (Some(token), _) => Arc::clone(token) as _,
         (None, peers) => Arc::new(StaticAdmission::new(peers.unwrap_or_default())),
     };
+    let notifier: Option<Arc<dyn Notifier>> = match webhook {
+        Some(webhook) => Some(Arc::new(Webhook::new(webhook).await?)),
+        None => None,
+    };
     let world = World {
         store: Arc::new(store.clone()),
         cluster: Arc::clone(&kube) as _,
         claims: Arc::clone(&kube) as _,
         admission,
+        registry: Arc::new(RegistryClient::new(registry)?),
+        notifier,
+        imports: imports.subscribe(),
+        containerd: Some(told.subscribe()),
         pods,
         checks: vec![
             Check { name: "containerd", holds: answering.subscribe() },
@@ -68,9 +91,11 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         ],
     };
     let mut supervisor = Supervisor::default();
-    let (probed, swept) = (store.clone(), Arc::clone(&kube));
+    let swept = Arc::clone(&kube);
+    let probe =
+        Probe { store: store.clone(), import_past_verifiers: settings.import_past_verifiers, answering, imports, told };
     supervisor.spawn("containerd", |stop| store.run(stop));
-    supervisor.spawn("probe", |stop| probe(probed, answering, stop));
+    supervisor.spawn("probe", |stop| probe.run(stop));
     if let Some(token) = token {
         supervisor.spawn("token", |stop| async move { token.run(stop).await });
     }
@@ -101,21 +126,77 @@ fn on_this_kernel(listen: SocketAddr) -> SocketAddr {
 /// How often containerd is asked whether it answers. As often as the readiness probe itself.
 const PROBE_PERIOD: Duration = Duration::from_secs(5);
 
-async fn probe(store: ContainerdStore, answering: watch::Sender<bool>, stop: CancellationToken) {
-    let mut last = None;
-    loop {
-        let now = store.ready().await.map_err(|error| error.to_string());
-        if last.as_ref() != Some(&now) {
-            match &now {
-                Ok(version) => tracing::info!(version, "containerd answers"),
-                Err(error) => tracing::warn!(error, "containerd does not answer; waiting for it"),
+/// How often it is asked how it is set: a restart may have changed that, and programs that verify images may be put on a node.
+const LOOK_PERIOD: Duration = Duration::from_secs(60);
+
+/// Looks after this node's containerd.
+struct Probe {
+    store: ContainerdStore,
+    import_past_verifiers: bool,
+    answering: watch::Sender<bool>,
+    imports: watch::Sender<Imports>,
+    told: watch::Sender<ContainerdStatus>,
+}
+
+impl Probe {
+    async fn run(self, stop: CancellationToken) {
+        let mut last = None;
+        let mut looked: Option<Instant> = None;
+        loop {
+            let now = self.store.ready().await.map_err(|error| error.to_string());
+            if last.as_ref() != Some(&now) {
+                match &now {
+                    Ok(version) => tracing::info!(version, "containerd answers"),
+                    Err(error) => tracing::warn!(error, "containerd does not answer; waiting for it"),
+                }
+                looked = None;
+            }
+            if now.is_ok() && looked.is_none_or(|at| at.elapsed() >= LOOK_PERIOD) {
+                self.look().await;
+                looked = Some(Instant::now());
+            }
+            self.answering.send_replace(now.is_ok());
+            last = Some(now);
+            if stop.run_until_cancelled(tokio::time::sleep(PROBE_PERIOD)).await.is_none() {
+                return;
             }
         }
-        answering.send_replace(now.is_ok());
-        last = Some(now);
-        if stop.run_until_cancelled(tokio::time::sleep(PROBE_PERIOD)).await.is_none() {
-            return;
+    }
+
+    /// How containerd is set. Verifiers see what CRI pulls and not what is imported, so that an import would pass them by.
+    async fn look(&self) {
+        let found: Result<Surroundings, StoreError> = self.store.surroundings(VERIFIERS.as_ref()).await;
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => return tracing::warn!(%error, "containerd does not say how it is set"),
+        };
+        let Surroundings { version, content_root, cri: _, discards_unpacked_layers, sandbox_image, verifiers } = found;
+        let imports = match verifiers && !self.import_past_verifiers {
+            true => Imports::Refused(format!(
+                "containerd has image verifiers ({VERIFIERS}), which an import would pass by; --import-past-verifiers allows that"
+            )),
+            false => Imports::Allowed,
+        };
+        self.imports.send_if_modified(|before| {
+            let changed = *before != imports;
+            match &imports {
+                Imports::Refused(reason) if changed => tracing::warn!(reason, "nothing is imported on this node"),
+                _ => {}
+            }
+            *before = imports;
+            changed
+        });
+        if discards_unpacked_layers == Some(true) {
+            tracing::debug!("containerd discards layers that it unpacked: this node has little to give");
         }
+        self.told.send_replace(ContainerdStatus {
+            version: Some(version),
+            blobs_read: Some(if content_root.is_some() { BlobAccess::Files } else { BlobAccess::ContentApi }),
+            content_root: content_root.map(|root| root.display().to_string()),
+            discards_unpacked_layers,
+            sandbox_image,
+            image_verifiers: Some(if verifiers { vec![VERIFIERS.to_owned()] } else { Vec::new() }),
+        });
     }
 }
 

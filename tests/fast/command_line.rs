@@ -24,6 +24,10 @@ fn wrong_flags_exit_with_64_and_one_line() {
         (vec!["--log", "lighterman=loud", "demo"], "--log"),
         (vec!["demo", "--nodes", "1"], "1"),
         (vec!["demo", "--image-size", "5 parsecs"], "parsecs"),
+        (vec!["pull"], "REF"),
+        (vec!["pull", "shop//checkout"], "shop//checkout"),
+        (vec!["pull", "nginx@sha512:00"], "sha512"),
+        (vec!["pull", "nginx", "--timeout", "0"], "--timeout"),
     ] {
         let output = lighterman(&arguments);
         let text = String::from_utf8(output.stderr).unwrap();
@@ -36,7 +40,14 @@ fn wrong_flags_exit_with_64_and_one_line() {
 
 #[test]
 fn help_and_version_are_no_errors() {
-    for arguments in [&["--help"][..], &["--version"], &["agent", "--help"], &["demo", "--help"]] {
+    for arguments in [
+        &["--help"][..],
+        &["--version"],
+        &["agent", "--help"],
+        &["demo", "--help"],
+        &["pull", "--help"],
+        &["status", "--help"],
+    ] {
         let output = lighterman(arguments);
         assert_eq!(output.status.code(), Some(0));
         assert!(!output.stdout.is_empty(), "{arguments:?}");
@@ -53,6 +64,30 @@ fn an_agent_that_cannot_start_says_why_and_exits_with_1() {
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("not inside a cluster"), "{text}");
+}
+
+#[test]
+fn a_setting_that_containerd_cannot_have_exits_with_64() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().to_string_lossy().into_owned();
+    let agent = ["agent", "--node-name", "n1", "--pod-name", "p", "--data-dir", &data];
+    let output = lighterman(&[&agent[..], &["--containerd-namespace", "no namespace"]].concat());
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(64), "{text}");
+    assert!(text.contains("no namespace"), "{text}");
+}
+
+#[test]
+fn without_an_agent_people_are_told_where_to_look() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("agent.sock").to_string_lossy().into_owned();
+    for arguments in [&["pull", "nginx"][..], &["pull", "nginx", "--dry-run", "--json"], &["status"]] {
+        let output = lighterman(&[arguments, &["--socket", &socket]].concat());
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains(&socket) && text.contains("crictl ps"), "{text}");
+        assert!(output.stdout.is_empty());
+    }
 }
 
 #[test]

@@ -81,7 +81,17 @@ impl Kubelet {
             waiting,
         };
         let annotations = [("lighterman.dev/auto-salvage".to_owned(), "true".to_owned())].into();
-        let view = PodView { pod: self.pod.clone(), annotations, containers: vec![container], ending: false };
-        Ok(self.watch.send(PodEvent::Seen(view)).await?)
+        let view = PodView {
+            pod: self.pod.clone(),
+            annotations,
+            containers: vec![container],
+            image_volumes: Vec::new(),
+            owner: None,
+            is_static: false,
+            priority: 0,
+            pull_secrets: Vec::new(),
+            ending: false,
+        };
+        Ok(self.watch.send(PodEvent::Seen(Box::new(view))).await?)
     }
 }

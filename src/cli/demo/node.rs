@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::Failure;
@@ -15,15 +15,14 @@ use crate::agent::progress::Board;
 use crate::agent::supervisor::{Ended, Supervisor};
 use crate::agent::{Agent, World};
 use crate::config::{Settings, loopback};
-use crate::decide::plan::Limits;
-use crate::decide::pull_failure::Policy;
+use crate::decide::rules::{Manner, ResolveSettings, Rules};
 use crate::identity::Identity;
 use crate::layout::LayoutStore;
 use crate::metrics::Metrics;
 use crate::model::PeerId;
 use crate::oci::{Digest, Reference};
-use crate::ports::PodEvent;
-use crate::testing::MemoryCluster;
+use crate::ports::{Imports, PodEvent};
+use crate::testing::{MemoryCluster, MemoryRegistry};
 use crate::{mesh, transfer};
 
 const GRACE: Duration = Duration::from_secs(5);
@@ -60,22 +59,28 @@ impl Node {
             cluster: Arc::new(cluster.clone()),
             claims: Arc::new(cluster.claims_of(name.parse()?)),
             admission: Arc::new(StaticAdmission::new(admitted.iter().copied())),
+            registry: Arc::new(MemoryRegistry::default()),
+            notifier: None,
+            imports: watch::channel(Imports::Allowed).1,
+            containerd: None,
             pods,
             checks: Vec::new(),
         };
+        let mut rules = Rules::default();
+        rules.budgets.min_free_bytes = 0;
+        rules.budgets.min_free_percent = 0;
         let settings = Settings {
             node,
             admin_listen: loopback(),
             seeds,
             key_file: folder.join("unused"),
-            policy: Policy {
-                kill_switch: false,
-                annotation_prefix: "lighterman.dev".into(),
-                denied_k8s_namespaces: Default::default(),
-            },
-            concurrent_recoveries: 2,
-            blobs_at_once: 4,
-            limits: Limits { max_image_bytes: 0, min_free_bytes: 0 },
+            rules,
+            rules_file: None,
+            control_socket: folder.join("agent.sock"),
+            resolve: ResolveSettings::default(),
+            manner: Manner::default(),
+            probe_registries: false,
+            import_past_verifiers: false,
             grace: GRACE,
         };
         let transfer = transfer::Config { listen: loopback(), gossip_port: 0, node: name.parse()?, max_serving: 16 };

@@ -1,0 +1,254 @@
+//! `lighterman status`: how the agent of this node is, as a table for people or as JSON.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::runtime;
+use super::socket::{SocketArgs, printable, with_advice};
+use crate::agent::tell::human_bytes;
+use crate::ports::{
+    ContainerdStatus, ImagesStatus, OutageStatus, PeerStatus, PeersStatus, RecoveryStatus, RulesFileStatus, Status,
+};
+
+/// Flags of `lighterman status`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct StatusArgs {
+    /// Print one JSON object; what the agent does not know is absent
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    socket: SocketArgs,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  lighterman status
+  lighterman status --json | jq .registriesDown
+  kubectl -n lighterman exec ds/lighterman -- lighterman status
+
+Exit codes: 0 the agent answered, 1 it did not, 64 wrong flags.";
+
+/// Asks and prints.
+pub(super) fn run(args: StatusArgs) -> ExitCode {
+    let StatusArgs { json, socket } = args;
+    let client = socket.client();
+    let asked = match runtime() {
+        Ok(runtime) => runtime.block_on(client.status()).map_err(|error| with_advice(&error)),
+        Err(error) => Err(format!("no threads: {error}")),
+    };
+    let status = match asked {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("lighterman: {}", printable(&error));
+            return ExitCode::FAILURE;
+        }
+    };
+    let text = if json {
+        serde_json::to_string_pretty(&status).expect("names and numbers are JSON") + "\n"
+    } else {
+        table(&status)
+    };
+    // A reader that went away (`| head`) is no failure.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}
+
+/// Peers that a person looks through; the JSON has more.
+const PEERS_SHOWN: usize = 20;
+
+/// Width of the first column.
+const WIDTH: usize = 17;
+
+/// A name and a line, or several lines, for each thing that is known.
+fn table(status: &Status) -> String {
+    let Status { node, peer_id, version, containerd, peers, images, registries_down, recoveries, rules_file } = status;
+    let word = |text: &Option<String>| vec![text.clone().unwrap_or_else(unknown)];
+    let mut rows = vec![("node", word(node)), ("PeerId", word(peer_id)), ("version", word(version))];
+    rows.extend(containerd_rows(&containerd.clone().unwrap_or_default()));
+    rows.push(("peers", peers.as_ref().map_or_else(nothing_known, peer_lines)));
+    rows.push(("images", images.as_ref().map_or_else(nothing_known, |images| vec![images_line(images)])));
+    rows.push(("registries down", lines(registries_down.as_deref(), outage_line)));
+    rows.push(("recoveries", lines(recoveries.as_deref(), recovery_line)));
+    rows.push(("rules file", rules_file.as_ref().map_or_else(|| vec!["none is watched".into()], rules_file_lines)));
+    let mut text = String::new();
+    for (name, lines) in rows {
+        for (number, line) in lines.iter().enumerate() {
+            let name = if number == 0 { name } else { "" };
+            text += &format!("{name:WIDTH$} {}\n", printable(line));
+        }
+    }
+    text
+}
+
+fn unknown() -> String {
+    "unknown".into()
+}
+
+fn nothing_known() -> Vec<String> {
+    vec![unknown()]
+}
+
+/// One line for each, `none` for none.
+fn lines<T>(known: Option<&[T]>, line: impl Fn(&T) -> String) -> Vec<String> {
+    match known {
+        None => nothing_known(),
+        Some([]) => vec!["none".into()],
+        Some(all) => all.iter().map(line).collect(),
+    }
+}
+
+fn containerd_rows(containerd: &ContainerdStatus) -> Vec<(&'static str, Vec<String>)> {
+    let ContainerdStatus {
+        version,
+        content_root,
+        blobs_read,
+        discards_unpacked_layers,
+        sandbox_image,
+        image_verifiers,
+    } = containerd;
+    let read = blobs_read.map_or_else(unknown, |way| way.to_string());
+    let layers = match discards_unpacked_layers {
+        Some(true) => "thrown away (discard_unpacked_layers): this node has few layers to give".into(),
+        Some(false) => "kept".into(),
+        None => unknown(),
+    };
+    vec![
+        ("containerd", vec![version.clone().unwrap_or_else(unknown)]),
+        ("content root", vec![content_root.clone().unwrap_or_else(unknown)]),
+        ("blobs are read", vec![read]),
+        ("unpacked layers", vec![layers]),
+        ("sandbox image", vec![sandbox_image.clone().unwrap_or_else(unknown)]),
+        ("image verifiers", lines(image_verifiers.as_deref(), String::clone)),
+    ]
+}
+
+fn peer_lines(peers: &PeersStatus) -> Vec<String> {
+    let PeersStatus { connected, named } = peers;
+    let shown = named.iter().take(PEERS_SHOWN);
+    let width = shown.clone().map(|peer| peer.node.len()).max().unwrap_or_default();
+    let line = |peer: &PeerStatus| format!("{:width$}  {}", peer.node, peer.peer_id);
+    let mut lines = vec![format!("{connected} connected")];
+    lines.extend(shown.map(line));
+    let more = connected.saturating_sub(named.len().min(PEERS_SHOWN));
+    if more > 0 {
+        lines.push(format!("and {more} more"));
+    }
+    lines
+}
+
+fn images_line(images: &ImagesStatus) -> String {
+    let ImagesStatus { announced, incomplete } = images;
+    format!("{announced} announced, {incomplete} incomplete")
+}
+
+fn outage_line(outage: &OutageStatus) -> String {
+    let OutageStatus { registry, how, since, said_by } = outage;
+    format!("{registry}: {how}, since {}, seen by {}", time(*since), said_by.join(", "))
+}
+
+fn recovery_line(recovery: &RecoveryStatus) -> String {
+    let RecoveryStatus { image, done, total, from } = recovery;
+    let from = if from.is_empty() { String::new() } else { format!(" from {}", from.join(", ")) };
+    if *total == 0 {
+        return format!("{image}: looking for what is missing");
+    }
+    format!("{image}: {} of {}{from}", human_bytes(*done), human_bytes(*total))
+}
+
+fn rules_file_lines(file: &RulesFileStatus) -> Vec<String> {
+    let RulesFileStatus { path, error, in_force_since, sets } = file;
+    let since =
+        in_force_since.map_or_else(|| "the flags are in force".into(), |at| format!("in force since {}", time(at)));
+    let mut lines = vec![format!("{path}, {since}")];
+    lines.extend(error.iter().map(|error| format!("as it is now it is not in force: {error}")));
+    lines.extend(sets.iter().cloned());
+    lines
+}
+
+/// RFC 3339, as logs have it; a number that is no time stays one.
+fn time(seconds: u64) -> String {
+    let time = i64::try_from(seconds).ok().and_then(|seconds| jiff::Timestamp::from_second(seconds).ok());
+    time.map_or_else(|| seconds.to_string(), |time| time.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ports::BlobAccess;
+
+    #[test]
+    fn what_is_known_stands_in_a_table() {
+        let peer = |node: &str| PeerStatus { node: node.into(), peer_id: "12D3KooWx".into() };
+        let status = Status {
+            node: Some("n1".into()),
+            peer_id: Some("12D3KooWme".into()),
+            version: Some("0.1.0".into()),
+            containerd: Some(ContainerdStatus {
+                version: Some("2.1.9".into()),
+                content_root: Some("/var/lib/containerd/io.containerd.content.v1.content".into()),
+                blobs_read: Some(BlobAccess::Files),
+                discards_unpacked_layers: Some(true),
+                sandbox_image: Some("registry.k8s.io/pause:3.10".into()),
+                image_verifiers: Some(Vec::new()),
+            }),
+            peers: Some(PeersStatus { connected: 3, named: vec![peer("n2"), peer("node-10")] }),
+            images: Some(ImagesStatus { announced: 41, incomplete: 1 }),
+            registries_down: Some(vec![OutageStatus {
+                registry: "registry.example.com:5000".into(),
+                how: "connections are refused".into(),
+                since: 1_700_000_000,
+                said_by: vec!["n2".into(), "node-10".into()],
+            }]),
+            recoveries: Some(vec![
+                RecoveryStatus {
+                    image: "r.test/shop/checkout:v1".into(),
+                    done: 3 << 20,
+                    total: 12 << 20,
+                    from: vec!["n2".into()],
+                },
+                RecoveryStatus { image: "r.test/shop/basket:v1".into(), ..RecoveryStatus::default() },
+            ]),
+            rules_file: Some(RulesFileStatus {
+                path: "/etc/lighterman/rules.yaml".into(),
+                error: Some("line 2, column 18: 0 is given".into()),
+                in_force_since: Some(1_700_000_000),
+                sets: vec!["killSwitch: true".into(), "maxUploadRate: 50Mi".into()],
+            }),
+        };
+        let expected = "\
+node              n1
+PeerId            12D3KooWme
+version           0.1.0
+containerd        2.1.9
+content root      /var/lib/containerd/io.containerd.content.v1.content
+blobs are read    from its files
+unpacked layers   thrown away (discard_unpacked_layers): this node has few layers to give
+sandbox image     registry.k8s.io/pause:3.10
+image verifiers   none
+peers             3 connected
+                  n2       12D3KooWx
+                  node-10  12D3KooWx
+                  and 1 more
+images            41 announced, 1 incomplete
+registries down   registry.example.com:5000: connections are refused, since 2023-11-14T22:13:20Z, seen by n2, node-10
+recoveries        r.test/shop/checkout:v1: 3.0 MiB of 12.0 MiB from n2
+                  r.test/shop/basket:v1: looking for what is missing
+rules file        /etc/lighterman/rules.yaml, in force since 2023-11-14T22:13:20Z
+                  as it is now it is not in force: line 2, column 18: 0 is given
+                  killSwitch: true
+                  maxUploadRate: 50Mi
+";
+        assert_eq!(table(&status), expected);
+    }
+
+    #[test]
+    fn what_is_not_known_is_said_to_be_unknown() {
+        let table = table(&Status::default());
+        assert_eq!(table.lines().filter(|line| line.ends_with(" unknown")).count(), 13, "{table}");
+        assert!(table.ends_with("rules file        none is watched\n"), "{table}");
+    }
+}

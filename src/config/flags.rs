@@ -1,0 +1,254 @@
+//! The flags of the agent, each with its variable, its unit and its default. What they come to is [`super::Config`].
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, ValueEnum};
+
+use crate::decide::bucket::MIN_RATE;
+use crate::decide::opt_in::Trigger;
+use crate::decide::selector::{Selector, SelectorError};
+use crate::decide::tag::TagPolicy;
+use crate::model::{NodeName, PeerId};
+
+/// Flags of `lighterman agent`. Each can be set as `LIGHTERMAN_<FLAG>` in the environment; a flag wins.
+#[derive(Debug, Clone, Args)]
+pub struct AgentArgs {
+    /// This node's name, as Kubernetes knows it (downward API: spec.nodeName)
+    #[arg(long, env = "LIGHTERMAN_NODE_NAME", value_name = "NAME")]
+    pub(super) node_name: NodeName,
+
+    /// The namespace that the agent itself runs in (downward API: metadata.namespace)
+    #[arg(long, env = "LIGHTERMAN_POD_NAMESPACE", value_name = "NAMESPACE", default_value = "lighterman")]
+    pub(super) pod_namespace: String,
+
+    /// The agent's own pod, which its token is bound to (downward API: metadata.name)
+    #[arg(long, env = "LIGHTERMAN_POD_NAME", value_name = "NAME", default_value = "")]
+    pub(super) pod_name: String,
+
+    /// The UID of the agent's own pod (downward API: metadata.uid)
+    #[arg(long, env = "LIGHTERMAN_POD_UID", value_name = "UID")]
+    pub(super) pod_uid: Option<String>,
+
+    /// The ServiceAccount that all agents run as
+    #[arg(long, env = "LIGHTERMAN_SERVICE_ACCOUNT", value_name = "NAME", default_value = "lighterman")]
+    pub(super) service_account: String,
+
+    /// A kubeconfig file instead of the pod's own ServiceAccount, for an agent outside a pod
+    #[arg(long, env = "LIGHTERMAN_KUBECONFIG", value_name = "PATH")]
+    pub(super) kubeconfig: Option<PathBuf>,
+
+    /// The pod watch starts within so many seconds at random, so that all nodes of a cluster do not list at once
+    #[arg(long, env = "LIGHTERMAN_START_JITTER", value_name = "SECONDS", default_value_t = 2)]
+    pub(super) start_jitter: u64,
+
+    /// Address for peers: blobs over QUIC on this UDP port, gossip over TCP on the same number
+    #[arg(long, env = "LIGHTERMAN_LISTEN", value_name = "ADDRESS:PORT", default_value = "[::]:4701")]
+    pub(super) listen: SocketAddr,
+
+    /// Address for /metrics, /healthz and /readyz; unauthenticated
+    #[arg(long, env = "LIGHTERMAN_ADMIN_LISTEN", value_name = "ADDRESS:PORT", default_value = "[::]:4702")]
+    pub(super) admin_listen: SocketAddr,
+
+    /// Where other agents can be found; names are looked up again at intervals (repeat, or separate with commas)
+    #[arg(
+        long,
+        env = "LIGHTERMAN_JOIN",
+        value_name = "HOST:PORT",
+        value_delimiter = ',',
+        default_value = "lighterman-peers.lighterman.svc:4701"
+    )]
+    pub(super) join: Vec<String>,
+
+    /// Who may join: owners of a ServiceAccount token made for their own key, or the keys of a list
+    #[arg(long, env = "LIGHTERMAN_ADMISSION", value_enum, default_value_t = AdmissionKind::Token)]
+    pub(super) admission: AdmissionKind,
+
+    /// With --admission static: a PeerId that may join (repeat, or separate with commas)
+    #[arg(long, env = "LIGHTERMAN_ALLOW_PEER", value_name = "PEERID", value_delimiter = ',')]
+    pub(super) allow_peer: Vec<PeerId>,
+
+    /// Folder for the agent's key, on the node
+    #[arg(long, env = "LIGHTERMAN_DATA_DIR", value_name = "FOLDER", default_value = "/var/lib/lighterman")]
+    pub(super) data_dir: PathBuf,
+
+    /// containerd's socket; `auto` takes the first of the usual places (containerd, k3s and RKE2, k0s, MicroK8s)
+    #[arg(
+        long,
+        env = "LIGHTERMAN_CONTAINERD_SOCKET",
+        value_name = "PATH",
+        default_value = "/run/containerd/containerd.sock"
+    )]
+    pub(super) containerd_socket: PathBuf,
+
+    /// containerd's namespace for Kubernetes
+    #[arg(long, env = "LIGHTERMAN_CONTAINERD_NAMESPACE", value_name = "NAME", default_value = "k8s.io")]
+    pub(super) containerd_namespace: String,
+
+    /// The root of containerd's content store as the agent sees it, if it is not at the path that containerd names
+    #[arg(long, env = "LIGHTERMAN_CONTAINERD_CONTENT_ROOT", value_name = "FOLDER")]
+    pub(super) containerd_content_root: Option<PathBuf>,
+
+    /// What stands before /allow and /auto-salvage in annotations; of several, the first that is set counts (separate with commas)
+    #[arg(
+        long,
+        env = "LIGHTERMAN_ANNOTATION_PREFIX",
+        value_name = "PREFIXES",
+        value_delimiter = ',',
+        default_value = "lighterman.dev"
+    )]
+    pub(super) annotation_prefix: Vec<String>,
+
+    /// Namespaces that are left alone whatever their annotations say (separate with commas)
+    #[arg(
+        long,
+        env = "LIGHTERMAN_DENIED_NAMESPACES",
+        value_name = "NAMES",
+        value_delimiter = ',',
+        default_value = "kube-system,kube-public,kube-node-lease"
+    )]
+    pub(super) denied_namespaces: Vec<String>,
+
+    /// Further namespaces that are left alone, by their labels (as in: tier=secret,!shared)
+    #[arg(long, env = "LIGHTERMAN_DENIED_NAMESPACE_SELECTOR", value_name = "SELECTOR", default_value = "", hide_default_value = true, value_parser = selector)]
+    pub(super) denied_namespace_selector: Choice<Selector>,
+
+    /// Namespaces that may opt in although they are denied, by their labels
+    #[arg(long, env = "LIGHTERMAN_ALLOWED_NAMESPACE_SELECTOR", value_name = "SELECTOR", default_value = "", hide_default_value = true, value_parser = selector)]
+    pub(super) allowed_namespace_selector: Choice<Selector>,
+
+    /// Causes that are acted on: unavailable, rate-limited, not-found, denied (separate with commas)
+    #[arg(
+        long,
+        env = "LIGHTERMAN_SALVAGE_ON",
+        value_name = "CAUSES",
+        value_delimiter = ',',
+        default_value = "unavailable,rate-limited,not-found"
+    )]
+    pub(super) salvage_on: Vec<Trigger>,
+
+    /// What a tag means when peers disagree: unanimous (nothing), most-common, newest
+    #[arg(long, env = "LIGHTERMAN_TAG_POLICY", value_name = "POLICY", default_value = "unanimous")]
+    pub(super) tag_policy: TagPolicy,
+
+    /// Ask the source registry what a tag means before peers are, while it is up
+    #[arg(long, env = "LIGHTERMAN_ASK_REGISTRY")]
+    pub(super) ask_registry: bool,
+
+    /// Namespaces whose pods' pull secrets may be read to ask with; the agent needs the right to (separate with commas)
+    #[arg(long, env = "LIGHTERMAN_PULL_SECRET_NAMESPACES", value_name = "NAMES", value_delimiter = ',')]
+    pub(super) pull_secret_namespaces: Vec<String>,
+
+    /// Take an image from any peer that holds its digest, whichever registry and repository it is known under there
+    #[arg(long, env = "LIGHTERMAN_ANY_REPOSITORY")]
+    pub(super) any_repository: bool,
+
+    /// Ask registries whether they are there, so that recovery starts before the kubelet has failed (true, false)
+    #[arg(long, env = "LIGHTERMAN_PROBE_REGISTRIES", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    pub(super) probe_registries: bool,
+
+    /// Registries that are spoken to without TLS, as HOST or HOST:PORT (separate with commas)
+    #[arg(long, env = "LIGHTERMAN_INSECURE_REGISTRY", value_name = "REGISTRIES", value_delimiter = ',')]
+    pub(super) insecure_registry: Vec<String>,
+
+    /// A file of CA certificates (PEM) that registries and the webhook may be signed by, besides the usual ones
+    #[arg(long, env = "LIGHTERMAN_CA_FILE", value_name = "PATH")]
+    pub(super) ca_file: Option<PathBuf>,
+
+    /// Where to POST what happened, as JSON
+    #[arg(long, env = "LIGHTERMAN_WEBHOOK_URL", value_name = "URL")]
+    pub(super) webhook_url: Option<String>,
+
+    /// The file with the secret that messages to the webhook are signed with
+    #[arg(long, env = "LIGHTERMAN_WEBHOOK_SECRET_FILE", value_name = "PATH", requires = "webhook_url")]
+    pub(super) webhook_secret_file: Option<PathBuf>,
+
+    /// Delete a pod that still waits 30 s after its image has come, if something makes it again; the agent needs the right to
+    #[arg(long, env = "LIGHTERMAN_DELETE_PODS")]
+    pub(super) delete_pods: bool,
+
+    /// Decide and report, but bring nothing
+    #[arg(long, env = "LIGHTERMAN_DRY_RUN")]
+    pub(super) dry_run: bool,
+
+    /// Import although containerd has image verifiers, which see pulls only
+    #[arg(long, env = "LIGHTERMAN_IMPORT_PAST_VERIFIERS")]
+    pub(super) import_past_verifiers: bool,
+
+    /// A file that may override policy and budgets while the agent runs; see the README
+    #[arg(long, env = "LIGHTERMAN_RULES_FILE", value_name = "PATH")]
+    pub(super) rules_file: Option<PathBuf>,
+
+    /// Recover nothing; the agent still tells and gives others what it holds
+    #[arg(long, env = "LIGHTERMAN_KILL_SWITCH")]
+    pub(super) kill_switch: bool,
+
+    /// Images recovered at the same time
+    #[arg(long, env = "LIGHTERMAN_CONCURRENT_RECOVERIES", value_name = "N", default_value_t = 2, value_parser = at_least_one)]
+    pub(super) concurrent_recoveries: usize,
+
+    /// Blobs fetched at the same time for one image
+    #[arg(long, env = "LIGHTERMAN_CONCURRENT_BLOBS", value_name = "N", default_value_t = 4, value_parser = at_least_one)]
+    pub(super) concurrent_blobs: usize,
+
+    /// Blobs sent to peers at the same time; further requests are told to come back
+    #[arg(long, env = "LIGHTERMAN_MAX_SERVING", value_name = "N", default_value_t = 16, value_parser = at_least_one)]
+    pub(super) max_serving: usize,
+
+    /// Most bytes that one image may bring to this node; 0 is no limit
+    #[arg(long, env = "LIGHTERMAN_MAX_IMAGE_BYTES", value_name = "BYTES", default_value_t = 0)]
+    pub(super) max_image_bytes: u64,
+
+    /// Bytes that stay free on containerd's file system; keep it above the kubelet's eviction threshold
+    #[arg(long, env = "LIGHTERMAN_MIN_FREE_BYTES", value_name = "BYTES", default_value_t = 2 << 30)]
+    pub(super) min_free_bytes: u64,
+
+    /// Percent of containerd's file system that stay free; the larger of the two counts. The kubelet evicts at 15
+    #[arg(long, env = "LIGHTERMAN_MIN_FREE_PERCENT", value_name = "PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u8).range(..=90))]
+    pub(super) min_free_percent: u8,
+
+    /// Most bytes per second from peers, all together; 0 is no limit
+    #[arg(long, env = "LIGHTERMAN_MAX_DOWNLOAD_RATE", value_name = "BYTES", default_value_t = 0, value_parser = rate)]
+    pub(super) max_download_rate: u64,
+
+    /// Most bytes per second to peers, all together; 0 is no limit
+    #[arg(long, env = "LIGHTERMAN_MAX_UPLOAD_RATE", value_name = "BYTES", default_value_t = 0, value_parser = rate)]
+    pub(super) max_upload_rate: u64,
+
+    /// Seconds to finish in after SIGTERM; below the pod's terminationGracePeriodSeconds
+    #[arg(long, env = "LIGHTERMAN_GRACE_PERIOD", value_name = "SECONDS", default_value_t = 20)]
+    pub(super) grace_period: u64,
+}
+
+/// Who may join.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AdmissionKind {
+    /// ServiceAccount tokens whose audience is the peer's own PeerId.
+    Token,
+    /// A list of PeerIds.
+    Static,
+}
+
+/// A selector, or none where the text is empty: the chart sets every variable.
+#[derive(Debug, Clone)]
+pub(super) struct Choice<T>(pub(super) Option<T>);
+
+fn selector(text: &str) -> Result<Choice<Selector>, SelectorError> {
+    Ok(Choice((!text.is_empty()).then(|| text.parse()).transpose()?))
+}
+
+fn rate(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(rate) if rate == 0 || rate >= MIN_RATE => Ok(rate),
+        Ok(_) => Err(format!("must be 0 for no limit, or at least {MIN_RATE}")),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".into()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("{error}")),
+    }
+}

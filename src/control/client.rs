@@ -1,0 +1,154 @@
+//! The asking end of the control socket, for the command line.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use axum::body::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{Ask, Refused};
+use crate::oci::Reference;
+use crate::ports::{PullProgress, Status};
+
+/// Until the agent begins to answer. It answers at once, unless it is stopped or out of processor time.
+const ANSWER_WAIT: Duration = Duration::from_secs(10);
+
+/// A status that names 512 peers and as many registries, several times over.
+const MAX_STATUS: usize = 4 << 20;
+
+/// Progress with 32 names of 253 bytes, twice over.
+const MAX_LINE: usize = 64 << 10;
+
+/// Asks the agent of this node.
+#[derive(Debug, Clone)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+/// Why the agent did not answer as it should.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens.
+    #[error("no agent answers at {0}")]
+    NoAgent(PathBuf),
+    /// The socket is for root.
+    #[error("this user may not open {0}")]
+    NotAllowed(PathBuf),
+    /// It took the question and does not answer.
+    #[error("the agent at {0} does not answer")]
+    Silent(PathBuf),
+    /// It does not do what it was asked.
+    #[error("the agent refuses: {0}")]
+    Refused(String),
+    /// It went away in the middle, or what it says makes no sense.
+    #[error("the agent's answer broke off: {0}")]
+    Broken(String),
+}
+
+impl Client {
+    /// Asks at this path.
+    pub fn new(socket: &Path) -> Self {
+        Self { socket: socket.to_owned() }
+    }
+
+    /// How the agent is.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn status(&self) -> Result<Status, ClientError> {
+        let (answer, _connection) = self.ask(Method::GET, "/v1/status", Bytes::new()).await?;
+        let body = tokio::time::timeout(ANSWER_WAIT, Limited::new(answer.into_body(), MAX_STATUS).collect()).await;
+        let body = body.map_err(|_| ClientError::Silent(self.socket.clone()))?.map_err(broken)?;
+        serde_json::from_slice(&body.to_bytes()).map_err(broken)
+    }
+
+    /// Asks for an image. Dropping what is returned abandons it.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn pull(&self, reference: &Reference, dry_run: bool) -> Result<Pulling, ClientError> {
+        let ask = Ask { reference: reference.to_string(), dry_run };
+        let body = serde_json::to_vec(&ask).map_err(broken)?;
+        let (answer, connection) = self.ask(Method::POST, "/v1/pull", body.into()).await?;
+        Ok(Pulling { body: answer.into_body(), read: Vec::new(), _connection: connection })
+    }
+
+    async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<(Response<Incoming>, AbortOnDropHandle<()>), ClientError> {
+        let asked = tokio::time::timeout(ANSWER_WAIT, self.ask_once(method, path, body)).await;
+        let (answer, connection) = asked.map_err(|_| ClientError::Silent(self.socket.clone()))??;
+        if answer.status() == StatusCode::OK {
+            return Ok((answer, connection));
+        }
+        let status = answer.status();
+        let body = Limited::new(answer.into_body(), MAX_LINE).collect();
+        let body = tokio::time::timeout(ANSWER_WAIT, body).await.ok().and_then(Result::ok);
+        let said = body.and_then(|body| serde_json::from_slice::<Refused>(&body.to_bytes()).ok());
+        Err(ClientError::Refused(said.map_or_else(|| status.to_string(), |refused| refused.error)))
+    }
+
+    async fn ask_once(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<(Response<Incoming>, AbortOnDropHandle<()>), ClientError> {
+        let stream = UnixStream::connect(&self.socket).await.map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ClientError::NoAgent(self.socket.clone()),
+            io::ErrorKind::PermissionDenied => ClientError::NotAllowed(self.socket.clone()),
+            _ => broken(error),
+        })?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        // Its error is also the request's, or the body's.
+        let connection = AbortOnDropHandle::new(tokio::spawn(async { drop(connection.await) }));
+        let request = Request::builder().method(method).uri(path).header("host", "agent").body(Full::new(body));
+        let answer = sender.send_request(request.map_err(broken)?).await.map_err(broken)?;
+        Ok((answer, connection))
+    }
+}
+
+fn broken(error: impl std::fmt::Display) -> ClientError {
+    ClientError::Broken(error.to_string())
+}
+
+/// A pull under way.
+pub struct Pulling {
+    body: Incoming,
+    /// Read, and not yet a whole line.
+    read: Vec<u8>,
+    _connection: AbortOnDropHandle<()>,
+}
+
+impl Pulling {
+    /// The next thing that happened. The caller knows the last one ([`PullProgress::is_last`]) and asks no further.
+    ///
+    /// # Errors
+    /// [`ClientError::Broken`].
+    pub async fn next(&mut self) -> Result<PullProgress, ClientError> {
+        loop {
+            if let Some(end) = self.read.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.read.drain(..=end).collect();
+                return serde_json::from_slice(&line).map_err(broken);
+            }
+            if self.read.len() > MAX_LINE {
+                return Err(broken(format_args!("a line of more than {MAX_LINE} bytes")));
+            }
+            match self.body.frame().await {
+                Some(Ok(frame)) => self.read.extend(frame.into_data().unwrap_or_default()),
+                Some(Err(error)) => return Err(broken(error)),
+                None => return Err(broken("it ended without saying how")),
+            }
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! The socket's file: made for its owner alone, taken over from a dead agent, removed at the end.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener as StdListener;
+use std::path::{Path, PathBuf};
+
+use socket2::{Domain, SockAddr, Type};
+use tokio::net::{UnixListener, UnixStream};
+
+/// As many as are served at a time may wait besides.
+const BACKLOG: i32 = super::CONNECTIONS as i32;
+
+/// The socket cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Another agent of this node answers there.
+    #[error("another agent answers at {0}; two agents must not share a data folder")]
+    Taken(PathBuf),
+    /// Something else has its name, which is left alone.
+    #[error("{0} is there and is no socket; remove it, or choose another path")]
+    NoSocket(PathBuf),
+    /// The system refuses.
+    #[error("the control socket {path}: {source}")]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A listening socket that removes its file when it is dropped.
+pub(super) struct Socket {
+    pub(super) listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode, so that a file that somebody else has put there since is left alone.
+    file: (u64, u64),
+}
+
+impl Socket {
+    pub(super) async fn bind(path: PathBuf) -> Result<Self, BindError> {
+        remove_stale(&path).await?;
+        let bound = bind_for_the_owner(&path);
+        let (listener, file) = bound.map_err(|source| BindError::Io { path: path.clone(), source })?;
+        Ok(Self { listener, path, file })
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if inode(&self.path).is_ok_and(|file| file == self.file) {
+            // Left behind, it is replaced by the next agent.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Removes a socket that nobody listens on.
+async fn remove_stale(path: &Path) -> Result<(), BindError> {
+    let failed = |source| BindError::Io { path: path.to_owned(), source };
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+        Ok(file) if !file.file_type().is_socket() => return Err(BindError::NoSocket(path.to_owned())),
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path).await {
+        Ok(_) => Err(BindError::Taken(path.to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(failed),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Nobody can connect before it listens, and by then its mode is right.
+fn bind_for_the_owner(path: &Path) -> io::Result<(UnixListener, (u64, u64))> {
+    let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    socket.listen(BACKLOG)?;
+    let listener = StdListener::from(OwnedFd::from(socket));
+    Ok((UnixListener::from_std(listener)?, inode(path)?))
+}
+
+fn inode(path: &Path) -> io::Result<(u64, u64)> {
+    std::fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
+}

@@ -1,0 +1,241 @@
+//! The socket's file, and clients that behave in every way.
+
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::ports::Status;
+
+struct Known(Status);
+
+impl StatusSource for Known {
+    fn status(&self) -> Status {
+        self.0.clone()
+    }
+}
+
+/// A served socket in a folder of its own.
+struct Served {
+    folder: TempDir,
+    pulls: mpsc::Receiver<PullRequest>,
+    stop: CancellationToken,
+    running: JoinHandle<()>,
+}
+
+fn socket(folder: &TempDir) -> PathBuf {
+    folder.path().join("agent.sock")
+}
+
+fn status() -> Status {
+    Status { node: Some("n1".into()), ..Status::default() }
+}
+
+async fn bind(path: &Path) -> (Result<Control, BindError>, mpsc::Receiver<PullRequest>) {
+    let (pulls_in, pulls) = mpsc::channel(4);
+    (Control::bind(Config { socket: path.to_owned() }, Arc::new(Known(status())), pulls_in).await, pulls)
+}
+
+impl Served {
+    async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (control, pulls) = bind(&socket(&folder)).await;
+        let stop = CancellationToken::new();
+        let running = tokio::spawn(control.unwrap().run(stop.clone()));
+        Self { folder, pulls, stop, running }
+    }
+
+    fn client(&self) -> Client {
+        Client::new(&socket(&self.folder))
+    }
+
+    /// What a client that speaks for itself gets, to the end.
+    async fn raw(&self, request: &str) -> String {
+        let mut stream = UnixStream::connect(socket(&self.folder)).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        // Ends with a reset when the server did not want to read it all.
+        let _ = stream.read_to_string(&mut answer).await;
+        answer
+    }
+
+    async fn post(&self, body: &str) -> String {
+        let length = body.len();
+        self.raw(&format!("POST /v1/pull HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n{body}")).await
+    }
+}
+
+fn bytes(done: u64) -> PullProgress {
+    PullProgress::Bytes { done, total: 10 }
+}
+
+fn failed() -> PullProgress {
+    PullProgress::Failed { kind: crate::ports::PullFailure::Busy, message: "m".into(), retryable: true }
+}
+
+#[tokio::test]
+async fn the_socket_is_for_its_owner_alone_and_goes_with_the_agent() {
+    let served = Served::start().await;
+    let file = std::fs::metadata(socket(&served.folder)).unwrap();
+    assert!(file.file_type().is_socket());
+    assert_eq!(file.permissions().mode() & 0o777, 0o600);
+    served.stop.cancel();
+    served.running.await.unwrap();
+    assert!(!socket(&served.folder).exists());
+}
+
+#[tokio::test]
+async fn what_a_dead_agent_left_is_replaced_and_a_living_one_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = socket(&folder);
+    drop(UnixListener::bind(&path).unwrap());
+    assert!(path.exists(), "a killed process leaves its socket");
+    let (first, _pulls) = bind(&path).await;
+    let first = first.unwrap();
+    let (second, _) = bind(&path).await;
+    assert!(matches!(second.err(), Some(BindError::Taken(taken)) if taken == path));
+    drop(first);
+    assert!(!path.exists());
+}
+
+#[tokio::test]
+async fn a_file_that_is_no_socket_is_refused_and_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = socket(&folder);
+    std::fs::write(&path, "precious").unwrap();
+    let (refused, _) = bind(&path).await;
+    assert!(matches!(refused.err(), Some(BindError::NoSocket(_))));
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+}
+
+#[tokio::test]
+async fn a_socket_that_another_agent_has_made_since_is_not_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = socket(&folder);
+    let (first, _pulls) = bind(&path).await;
+    std::fs::remove_file(&path).unwrap();
+    let _other = UnixListener::bind(&path).unwrap();
+    drop(first);
+    assert!(path.exists());
+}
+
+#[tokio::test]
+async fn a_path_that_the_kernel_cannot_take_is_named() {
+    let long = Path::new("/tmp").join("x".repeat(120));
+    let (refused, _) = bind(&long).await;
+    assert!(refused.err().unwrap().to_string().contains("xxx"));
+}
+
+#[tokio::test]
+async fn a_client_is_served_while_another_one_pulls() {
+    let mut served = Served::start().await;
+    let reference: Reference = "r.test/a:1".parse().unwrap();
+    let mut first = served.client().pull(&reference, true).await.unwrap();
+    let mut second = served.client().pull(&reference, false).await.unwrap();
+    let (one, two) = (served.pulls.recv().await.unwrap(), served.pulls.recv().await.unwrap());
+    assert_eq!((one.reference, one.dry_run, two.dry_run), (reference, true, false));
+    one.progress.send(bytes(1)).await.unwrap();
+    two.progress.send(failed()).await.unwrap();
+    assert_eq!(served.client().status().await.unwrap(), status());
+    assert_eq!(second.next().await.unwrap(), failed());
+    assert_eq!(first.next().await.unwrap(), bytes(1));
+}
+
+#[tokio::test]
+async fn to_hang_up_closes_the_request() {
+    let mut served = Served::start().await;
+    let pulling = served.client().pull(&"r.test/a:1".parse().unwrap(), false).await.unwrap();
+    let request = served.pulls.recv().await.unwrap();
+    drop(pulling);
+    request.progress.closed().await;
+}
+
+#[tokio::test]
+async fn an_agent_that_ends_without_a_word_is_noticed() {
+    let mut served = Served::start().await;
+    let mut pulling = served.client().pull(&"r.test/a:1".parse().unwrap(), false).await.unwrap();
+    drop(served.pulls.recv().await.unwrap());
+    assert!(matches!(pulling.next().await, Err(ClientError::Broken(_))));
+}
+
+#[tokio::test]
+async fn what_makes_no_sense_is_refused_with_a_reason() {
+    let served = Served::start().await;
+    let large = format!(r#"{{"reference": "{}"}}"#, "a".repeat(MAX_BODY));
+    for (answer, status, said) in [
+        (served.post("{").await, "400", "EOF"),
+        (served.post(r#"{"reference": "r.test/a:1", "force": true}"#).await, "400", "force"),
+        (served.post(r#"{"reference": "A//b"}"#).await, "400", "not an image reference"),
+        (served.post(&large).await, "413", "4096"),
+        (served.raw("GET /v1/pull HTTP/1.1\r\nhost: x\r\n\r\n").await, "405", ""),
+        (served.raw("DELETE /v1/status HTTP/1.1\r\nhost: x\r\n\r\n").await, "405", ""),
+        (served.raw("POST /v1/delete HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n").await, "404", ""),
+    ] {
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(said), "{status}: {answer}");
+    }
+    let endless = served.raw(&format!("GET /v1/status HTTP/1.1\r\nx: {}", "a".repeat(MAX_HEADERS))).await;
+    assert!(endless.is_empty() || endless.starts_with("HTTP/1.1 4"), "hung up on, not waited for: {endless}");
+}
+
+#[tokio::test]
+async fn an_agent_that_takes_nothing_says_so() {
+    let Served { folder, pulls, .. } = Served::start().await;
+    drop(pulls);
+    let refused = Client::new(&socket(&folder)).pull(&"r.test/a:1".parse().unwrap(), false).await.err().unwrap();
+    assert!(matches!(&refused, ClientError::Refused(said) if said.contains("no requests")), "{refused}");
+}
+
+#[tokio::test]
+async fn without_an_agent_the_client_says_where_it_looked() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = socket(&folder);
+    for _ in ["nothing there", "left by a dead agent"] {
+        let refused = Client::new(&path).status().await.unwrap_err();
+        assert!(matches!(&refused, ClientError::NoAgent(looked) if *looked == path), "{refused}");
+        drop(UnixListener::bind(&path));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn clients_that_say_nothing_or_half_of_it_make_room_for_others() {
+    for half in ["", "GET /v1/sta", "POST /v1/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{"] {
+        let served = Served::start().await;
+        let mut slow = Vec::new();
+        for _ in 0..CONNECTIONS {
+            let mut stream = UnixStream::connect(socket(&served.folder)).await.unwrap();
+            stream.write_all(half.as_bytes()).await.unwrap();
+            slow.push(stream);
+        }
+        assert_eq!(served.client().status().await.unwrap(), status(), "behind {half:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_stops_reading_is_given_up() {
+    let mut served = Served::start().await;
+    let mut silent = UnixStream::connect(socket(&served.folder)).await.unwrap();
+    let body = r#"{"reference":"a"}"#;
+    let request = format!("POST /v1/pull HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    silent.write_all(request.as_bytes()).await.unwrap();
+    let told = served.pulls.recv().await.unwrap().progress;
+    // More than any buffer in between takes, until nobody listens.
+    let flood = async { while told.send(bytes(1)).await.is_ok() {} };
+    tokio::time::timeout(2 * patient::PATIENCE, flood).await.expect("to be given up");
+    drop(silent);
+}
+
+#[tokio::test]
+async fn a_client_hears_how_it_ended_when_the_agent_stops() {
+    let mut served = Served::start().await;
+    let mut pulling = served.client().pull(&"r.test/a:1".parse().unwrap(), false).await.unwrap();
+    let request = served.pulls.recv().await.unwrap();
+    served.stop.cancel();
+    request.progress.send(failed()).await.unwrap();
+    drop(request);
+    assert_eq!(pulling.next().await.unwrap(), failed());
+    served.running.await.unwrap();
+}

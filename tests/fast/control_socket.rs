@@ -1,0 +1,115 @@
+//! `lighterman pull` and `lighterman status` as a person runs them, answered over a real socket.
+
+use std::path::PathBuf;
+use std::process::Output;
+use std::sync::Arc;
+
+use lighterman::control::{Config, Control};
+use lighterman::ports::{PullFailure, PullProgress, PullRequest, Status, StatusSource};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+struct Known;
+
+impl StatusSource for Known {
+    fn status(&self) -> Status {
+        Status { node: Some("n1".into()), ..Status::default() }
+    }
+}
+
+const IMAGE: &str = "r.test/shop/checkout:v1";
+
+/// Runs the binary beside a socket that answers each pull with these steps.
+async fn lighterman(arguments: &[&str], steps: Vec<PullProgress>) -> Output {
+    let folder = tempfile::tempdir().unwrap();
+    let socket: PathBuf = folder.path().join("agent.sock");
+    let (pulls_in, mut pulls) = mpsc::channel::<PullRequest>(1);
+    let control = Control::bind(Config { socket: socket.clone() }, Arc::new(Known), pulls_in).await.unwrap();
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
+    let serving = tokio::spawn(control.run(stop.clone()));
+    let answering = tokio::spawn(async move {
+        let mut open = Vec::new();
+        while let Some(Some(request)) = stopping.run_until_cancelled(pulls.recv()).await {
+            assert_eq!(request.reference.to_string(), IMAGE);
+            for step in &steps {
+                request.progress.send(step.clone()).await.unwrap();
+            }
+            open.push(request);
+        }
+    });
+    let binary = tokio::process::Command::new(env!("CARGO_BIN_EXE_lighterman"))
+        .args(arguments)
+        .arg("--socket")
+        .arg(socket)
+        .env_clear()
+        .output();
+    let output = binary.await.unwrap();
+    stop.cancel();
+    serving.await.unwrap();
+    answering.await.unwrap();
+    output
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn steps() -> Vec<PullProgress> {
+    let (digest, node) = (format!("sha256:{}", "0".repeat(64)), vec!["n2".to_owned()]);
+    vec![
+        PullProgress::Resolved { digest: digest.clone(), providers: node.clone(), more_providers: 0 },
+        PullProgress::Planned { missing_bytes: 10 << 20, missing_blobs: 2 },
+        PullProgress::Bytes { done: 1 << 20, total: 10 << 20 },
+        PullProgress::Bytes { done: 10 << 20, total: 10 << 20 },
+        PullProgress::Done { digest, bytes: 10 << 20, fetched: 3, there: 1, milliseconds: 1500, from: node },
+    ]
+}
+
+#[tokio::test]
+async fn a_pull_without_a_terminal_is_told_in_lines() {
+    let output = lighterman(&["pull", IMAGE], steps()).await;
+    let expected = format!(
+        "{IMAGE} is sha256:{}, held by n2\n2 blobs, 10.0 MiB to fetch\n 10 % of 10.0 MiB\n100 % of 10.0 MiB\n\
+         {IMAGE} is here: 3 blobs, 10.0 MiB from n2 in 1.5 s (1 were here)\n",
+        "0".repeat(64)
+    );
+    assert_eq!((text(&output.stdout), output.status.code()), (expected, Some(0)), "{}", text(&output.stderr));
+}
+
+#[tokio::test]
+async fn with_json_every_step_is_one_object() {
+    let output = lighterman(&["pull", IMAGE, "--json"], steps()).await;
+    let told: Vec<PullProgress> =
+        text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!((told, output.status.code()), (steps(), Some(0)));
+}
+
+#[tokio::test]
+async fn a_failure_names_the_image_and_what_to_do() {
+    let message = "nobody has it (asked: \u{1b}[2Jn2)".to_owned();
+    let failed = PullProgress::Failed { kind: PullFailure::NoProvider, message, retryable: true };
+    let output = lighterman(&["pull", IMAGE], vec![failed]).await;
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(IMAGE) && said.contains("n2") && said.contains("lighterman status"), "{said}");
+    assert!(!said.contains('\u{1b}'), "no orders to the terminal: {said:?}");
+}
+
+#[tokio::test]
+async fn a_pull_that_takes_too_long_is_given_up() {
+    // The agent says nothing more, and does not hang up.
+    let output = lighterman(&["pull", IMAGE, "--timeout", "1"], steps()[..1].to_vec()).await;
+    assert_eq!(output.status.code(), Some(1));
+    let said = text(&output.stderr);
+    assert!(said.contains(IMAGE) && said.contains("--timeout"), "{said}");
+}
+
+#[tokio::test]
+async fn a_status_is_a_table_or_json() {
+    let output = lighterman(&["status"], Vec::new()).await;
+    assert_eq!(output.status.code(), Some(0));
+    assert!(text(&output.stdout).starts_with("node              n1\n"), "{}", text(&output.stdout));
+    let output = lighterman(&["status", "--json"], Vec::new()).await;
+    assert_eq!(serde_json::from_slice::<Status>(&output.stdout).unwrap(), Known.status());
+}
