@@ -18,10 +18,12 @@ IMAGE ?= $(TARGET_DIR)/lighterman-image.tar
 DEPS ?=
 # Arguments of `make demo`, as in: make demo ARGS='--nodes 5 --image-size 1GiB'
 ARGS ?=
+# How long `make fuzz` runs each target.
+SECONDS_EACH ?= 60
 # Test binaries that need neither root nor components nor the static binary.
 FAST_TESTS ?= --lib --bins --test fast
 # Commands that print `figure NAME VALUE`, one argument each.
-FIGURE_SOURCES ?= 'cargo bench --locked --bench transfer' 'cargo test --locked --test e2e -- daemonset'
+FIGURE_SOURCES ?= 'cargo bench --locked --bench transfer' 'cargo test --locked --test e2e'
 
 # Where tests and measurements find what was built.
 BUILT = LIGHTERMAN_IMAGE='$(IMAGE)' LIGHTERMAN_TESTBED='$(CACHE)/testbed'
@@ -84,6 +86,10 @@ testbed: ## Kubernetes and containerds for the tests, into the cache folder (10 
 .PHONY: test-fast
 test-fast: ## the tests that need nothing
 	cargo test --locked $(FAST_TESTS)
+
+.PHONY: fuzz
+fuzz: ## each fuzz target for a while (SECONDS_EACH=60)
+	scripts/fuzz.sh '$(SECONDS_EACH)'
 
 .PHONY: need-root
 need-root:

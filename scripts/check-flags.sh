@@ -1,6 +1,6 @@
 #!/bin/bash
 # check-flags.sh [BINARY]: the chart and the flags of `lighterman agent` name the same things.
-# - the variables of src/config.rs and src/cli.rs are those of the DaemonSet, none more and none less, but for OUTSIDE;
+# - the variables of src/config/flags.rs and src/cli.rs are those of the DaemonSet, none more and none less, but for OUTSIDE;
 # - each that the downward API does not set is one value: LIGHTERMAN_MAX_SERVING is agent.maxServing, also in the schema;
 # - with a BINARY, the chart's defaults (as in manifests/lighterman.yaml) are the flags' own.
 . "$(dirname "$0")/lib.sh"
@@ -21,7 +21,7 @@ same() {
 }
 variable_of() { sed -E 's/[A-Z]/_&/g; s/.*/LIGHTERMAN_\U&/'; } # maxServing -> LIGHTERMAN_MAX_SERVING
 
-flags=$(sed -nE 's/.*\benv = "(LIGHTERMAN_[A-Z_]+)".*/\1/p' src/config.rs src/cli.rs | grep -vxE "$OUTSIDE")
+flags=$(sed -nE 's/.*\benv = "(LIGHTERMAN_[A-Z_]+)".*/\1/p' src/config/flags.rs src/cli.rs | grep -vxE "$OUTSIDE")
 in_chart=$(sed -nE 's/.*- name: (LIGHTERMAN_[A-Z_]+)$/\1/p' "$daemonset")
 downward=$(grep -B 1 'valueFrom:' "$daemonset" | sed -nE 's/.*- name: (LIGHTERMAN_[A-Z_]+)$/\1/p')
 configured=$(grep -vxF "$downward" <<< "$in_chart")
