@@ -1,5 +1,7 @@
-//! Tests against real components that one machine can run without a cluster around them: each containerd, and an API
-//! server with its etcd. `make test` sets them up.
+//! Tests against real components that one machine can run without a cluster around them: each containerd, an API
+//! server with its etcd, a registry, and links of the kernel's that are slow or break. `make test` sets them up.
 
 mod containerd;
 mod kubernetes;
+mod links;
+mod registry;

@@ -1,10 +1,17 @@
 //! The test bed as tests use it: a cluster that is up, commands in it, and the agents as its DaemonSet.
 
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
+
+use crate::api::Cluster;
+use crate::registries;
 
 /// The nodes, by what their containerd is.
 pub(crate) const NODES: [(&str, &str); 3] = [("n16", "1.6"), ("n17", "1.7"), ("n2", "2")];
@@ -14,6 +21,8 @@ pub(crate) struct Bed {
     scripts: PathBuf,
     run: PathBuf,
     keep: bool,
+    /// Until it is up there is none.
+    cluster: Option<Cluster>,
 }
 
 /// What a command said when it failed, or what was waited for in vain.
@@ -26,13 +35,47 @@ impl Bed {
         // Short, because Unix sockets are made below it.
         let run = std::env::temp_dir().join(format!("lm-e2e-{}", std::process::id()));
         let keep = std::env::var_os("LIGHTERMAN_KEEP").is_some();
-        let bed = Self { scripts: root.join("tests/testbed"), run, keep };
+        let mut bed = Self { scripts: root.join("tests/testbed"), run, keep, cluster: None };
         let nodes = NODES.map(|(name, containerd)| format!("{name}={containerd}"));
         let mut up = Command::new(bed.scripts.join("up.sh"));
         up.arg(&bed.run).args(nodes).env("LIGHTERMAN_ZONES", "");
         print!("{}", output(&mut up)?);
+        bed.enter_hub()?;
+        bed.cluster = Some(Cluster::connect(Path::new(&bed.env("KUBECONFIG")?))?);
+        bed.break_registries()?;
         bed.deploy(root)?;
         Ok(bed)
+    }
+
+    /// The whole process goes into the hub's network, where the API server and the registries are. Called before there are other threads,
+    /// which inherit it.
+    fn enter_hub(&self) -> Result<(), Failure> {
+        let path = format!("/run/netns/{}", self.env("HUB_NETNS")?);
+        let entered = File::open(&path).and_then(|file| setns(file, CloneFlags::CLONE_NEWNET).map_err(Into::into));
+        entered.map_err(|error| format!("{path}: {error}"))
+    }
+
+    /// Registries that do not help, and containerds that speak plain HTTP with them.
+    fn break_registries(&self) -> Result<(), Failure> {
+        registries::serve()?;
+        for (node, _) in NODES {
+            let config = self.env(&format!("NODE_{node}_CONFIG"))?;
+            for registry in registries::names() {
+                let folder = Path::new(&config).join("certs.d").join(&registry);
+                let hosts = format!("server = \"http://{registry}\"\n[host.\"http://{registry}\"]\n");
+                let written = fs::create_dir_all(&folder).and_then(|()| fs::write(folder.join("hosts.toml"), hosts));
+                written.map_err(|error| format!("{}: {error}", folder.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The API server.
+    ///
+    /// # Panics
+    /// While the bed is being made.
+    pub(crate) fn cluster(&self) -> &Cluster {
+        self.cluster.as_ref().expect("the test bed is up")
     }
 
     /// The agents, as users install them: the image into each containerd, then the manifest.
@@ -43,7 +86,9 @@ impl Bed {
         for (node, _) in NODES {
             self.ctl(&["ctr", node, "images", "import", &image])?;
         }
-        let manifest = root.join("manifests/lighterman.yaml");
+        let text = fs::read_to_string(root.join("manifests/lighterman.yaml")).map_err(|error| error.to_string())?;
+        let manifest = self.run.join("lighterman.yaml");
+        fs::write(&manifest, for_tests(text)).map_err(|error| error.to_string())?;
         self.kubectl(&["apply", "-f", &manifest.to_string_lossy()])?;
         if self.kubectl(&["get", "--raw", "/version"])?.contains("v1.20.") {
             // The test bed's DNS does not know headless Services of a Kubernetes this old.
@@ -72,15 +117,13 @@ impl Bed {
 
     /// Applies an object.
     pub(crate) fn apply(&self, object: &Value) -> Result<(), Failure> {
-        let file = self.run.join("apply.json");
-        std::fs::write(&file, object.to_string()).map_err(|error| error.to_string())?;
-        self.kubectl(&["apply", "-f", &file.to_string_lossy()]).map(drop)
+        self.cluster().apply(object)
     }
 
     /// Makes an image with a shell and these random layers (MiB), and pushes it; answers its manifest's digest.
     pub(crate) fn push_image(&self, name: &str, layers: &[u32]) -> Result<String, Failure> {
         let tar = self.run.join("image.tar");
-        let busybox = self.cache().join("bin/busybox");
+        let busybox = self.busybox();
         let mut make = Command::new(self.scripts.join("mkimage.sh"));
         make.arg(&tar).arg(format!("{REGISTRY}/{name}"));
         make.arg("--file").arg(format!("{}:/bin/busybox", busybox.display()));
@@ -91,6 +134,11 @@ impl Bed {
         let made: Value = serde_json::from_str(&output(&mut make)?).map_err(|error| error.to_string())?;
         self.ctl(&["push", &tar.to_string_lossy(), name])?;
         made["manifest"].as_str().map(str::to_owned).ok_or_else(|| format!("no manifest in {made}"))
+    }
+
+    /// A shell that needs nothing but itself.
+    pub(crate) fn busybox(&self) -> PathBuf {
+        self.cache().join("bin/busybox")
     }
 
     fn cache(&self) -> PathBuf {
@@ -109,15 +157,22 @@ impl Bed {
 
     /// A value of the run's `env` file.
     pub(crate) fn env(&self, key: &str) -> Result<String, Failure> {
-        let text = std::fs::read_to_string(self.run.join("env")).map_err(|error| error.to_string())?;
+        let text = fs::read_to_string(self.run.join("env")).map_err(|error| error.to_string())?;
         let found = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
         found.map(str::to_owned).ok_or_else(|| format!("{key} is not in the run's env"))
     }
 
     /// A metric of one node's agent, by its whole name with labels; 0 where it has not been counted yet.
     pub(crate) fn metric(&self, node: &str, name: &str) -> Result<f64, Failure> {
-        let ip = self.env(&format!("NODE_{node}_IP"))?;
-        let text = self.ctl(&["in", "hub", "curl", "-sSf", &format!("http://{ip}:4702/metrics")])?;
+        let address = format!("{}:4702", self.env(&format!("NODE_{node}_IP"))?);
+        let text = (|| {
+            let mut connection = TcpStream::connect(&address)?;
+            connection.set_read_timeout(Some(Duration::from_secs(10)))?;
+            write!(connection, "GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+            let mut text = String::new();
+            connection.read_to_string(&mut text).map(|_| text)
+        })();
+        let text = text.map_err(|error: std::io::Error| format!("{address}: {error}"))?;
         let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
         Ok(value.unwrap_or(0.0))
     }
@@ -144,6 +199,34 @@ impl Drop for Bed {
             eprintln!("{error}");
         }
     }
+}
+
+/// The manifest with what the tests need besides: tote's annotations, and registries without TLS.
+fn for_tests(manifest: String) -> String {
+    let insecure = [&registries::names()[..], &[REGISTRY.to_owned()]].concat().join(",");
+    let changed = [
+        ("LIGHTERMAN_ANNOTATION_PREFIX", "lighterman.dev,tote.dev"),
+        ("LIGHTERMAN_INSECURE_REGISTRY", &insecure),
+        ("LIGHTERMAN_MIN_FREE_PERCENT", "0"),
+    ];
+    changed.into_iter().fold(manifest, |text, (name, value)| set_variable(&text, name, value))
+}
+
+/// Sets a variable of the agents, whether the manifest has it or not.
+fn set_variable(manifest: &str, name: &str, value: &str) -> String {
+    let mut lines: Vec<_> = manifest.lines().collect();
+    let is_named = |line: &&str| line.trim() == format!("- name: {name}");
+    if let Some(place) = lines.iter().position(is_named) {
+        lines.drain(place..place + 2);
+    }
+    // Every agent is told its node's name.
+    let Some(first) = lines.iter().position(|line| line.trim() == "- name: LIGHTERMAN_NODE_NAME") else {
+        return manifest.to_owned();
+    };
+    let indent = " ".repeat(lines[first].len() - lines[first].trim_start().len());
+    let variable = format!("{indent}- name: {name}\n{indent}  value: \"{value}\"");
+    lines.insert(first, &variable);
+    lines.join("\n")
 }
 
 /// The registry of the test bed.

@@ -1,22 +1,35 @@
 //! The whole system on real parts: three nodes with containerd 1.6, 1.7 and 2.x, a control plane, a registry, and the agents as the
-//! DaemonSet that users apply. `make test` sets everything up; one cluster serves all tests, one after the other.
+//! DaemonSet that users apply. `make test` sets everything up; one cluster serves all tests.
+//!
+//! First the cases, side by side; then the scenarios, one after the other, because they share a registry that is stopped and agents that
+//! are killed. One row: `cargo test --test e2e -- case::init_container`.
 
+mod api;
 mod bed;
+mod cases;
+mod figures;
+mod images;
 mod pods;
+mod registries;
 mod scenarios;
 
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 
-use bed::Bed;
+use bed::{Bed, Failure};
+use cases::{Stage, Turn};
+
+/// Cases at the same time: they wait most of the time, but every pod costs a kubelet half a second of processor.
+const SIDE_BY_SIDE: usize = 8;
 
 fn main() -> ExitCode {
-    let mut arguments = Arguments::from_args();
-    // They share a registry that is stopped and started.
-    arguments.test_threads = Some(1);
-    let needed = !arguments.list && scenarios::ALL.iter().any(|(name, _)| is_selected(&arguments, name));
+    let arguments = Arguments::from_args();
+    let selected_turn = |name: &str| !arguments.list && is_selected(&arguments, name);
+    let turns: Vec<_> = Turn::all().into_iter().map(|(name, turn)| (name, Arc::new(turn))).collect();
+    let needed =
+        turns.iter().any(|(name, _)| selected_turn(name)) || scenarios::ALL.iter().any(|(name, _)| selected_turn(name));
     let bed = match needed.then(Bed::up).transpose() {
         Ok(bed) => bed.map(Arc::new),
         Err(error) => {
@@ -24,18 +37,50 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    let cases = match play(&arguments, bed.as_ref(), turns) {
+        Ok(conclusion) => conclusion,
+        Err(error) => {
+            eprintln!("the images of the cases cannot be given out: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let scenarios = perform(&arguments, bed.as_ref());
+    drop(bed);
+    if cases.has_failed() { cases.exit_code() } else { scenarios.exit_code() }
+}
+
+fn play(arguments: &Arguments, bed: Option<&Arc<Bed>>, turns: Vec<(String, Arc<Turn>)>) -> Result<Conclusion, Failure> {
+    let selected: Vec<_> =
+        turns.iter().filter(|(name, _)| is_selected(arguments, name)).map(|(_, turn)| &**turn).collect();
+    let stage = bed.map(|bed| Stage::set(bed, &selected)).transpose()?.map(Arc::new);
+    let trials = turns.into_iter().map(|(name, turn)| {
+        let (bed, stage) = (bed.cloned(), stage.clone());
+        Trial::test(name, move || {
+            let (bed, stage) = bed.as_deref().zip(stage.as_deref()).ok_or("no test bed")?;
+            stage.play(bed, &turn).map_err(Failed::from)
+        })
+    });
+    let arguments = Arguments { test_threads: Some(SIDE_BY_SIDE), ..arguments.clone() };
+    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    if let Some((bed, stage)) = bed.zip(stage) {
+        figures::of_cases(bed, stage.score());
+    }
+    Ok(conclusion)
+}
+
+fn perform(arguments: &Arguments, bed: Option<&Arc<Bed>>) -> Conclusion {
     let trials = scenarios::ALL.iter().map(|(name, scenario)| {
-        let bed = bed.clone();
+        let bed = bed.cloned();
         Trial::test(*name, move || {
             let bed = bed.as_deref().ok_or("no test bed")?;
             scenario(bed).map_err(Failed::from)
         })
     });
-    let conclusion = libtest_mimic::run(&arguments, trials.collect());
-    drop(bed);
-    conclusion.exit_code()
+    let arguments = Arguments { test_threads: Some(1), ..arguments.clone() };
+    libtest_mimic::run(&arguments, trials.collect())
 }
 
 fn is_selected(arguments: &Arguments, name: &str) -> bool {
     arguments.filter.as_deref().is_none_or(|filter| name.contains(filter))
+        && !arguments.skip.iter().any(|skipped| name.contains(skipped))
 }

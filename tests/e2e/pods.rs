@@ -21,11 +21,15 @@ impl<'a> Space<'a> {
         bed.apply(&json!({"apiVersion": "v1", "kind": "Namespace",
             "metadata": {"name": name, "annotations": {"lighterman.dev/allow": "true"}}}))?;
         let space = Self { bed, name: name.to_owned() };
-        // The ServiceAccount is made by a controller; a pod that comes first is refused.
-        wait_for("the namespace's ServiceAccount", PATIENCE, || {
-            Ok(bed.kubectl(&["-n", name, "get", "serviceaccount", "default"]).ok())
-        })?;
+        Self::wait_usable(bed, name)?;
         Ok(space)
+    }
+
+    /// The ServiceAccount is made by a controller; a pod that comes first is refused.
+    pub(crate) fn wait_usable(bed: &Bed, name: &str) -> Result<(), Failure> {
+        wait_for("the namespace's ServiceAccount", PATIENCE, || {
+            Ok(bed.kubectl(&["-n", name, "get", "serviceaccount", "default"]).ok().map(drop))
+        })
     }
 
     /// A pod of this image on this node.
@@ -35,6 +39,19 @@ impl<'a> Space<'a> {
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {"name": name, "namespace": self.name, "annotations": annotations},
             "spec": pod_spec(image, Some(node)),
+        }))
+    }
+
+    /// An opted-in pod as most are, with a ServiceAccount's token mounted.
+    pub(crate) fn usual_pod(&self, name: &str, node: &str, image: &str) -> Result<(), Failure> {
+        let mut spec = pod_spec(image, Some(node));
+        spec["automountServiceAccountToken"] = true.into();
+        self.bed.apply(&json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": name, "namespace": self.name, "annotations": {"lighterman.dev/auto-salvage": "true"},
+            },
+            "spec": spec,
         }))
     }
 

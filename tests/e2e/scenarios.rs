@@ -1,4 +1,8 @@
-//! What users rely on, a function each.
+//! What users rely on, a function each: whatever needs the cluster for itself.
+
+mod broken;
+mod outage;
+mod settings;
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +18,17 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("a_daemonsets_image_reaches_the_next_node_while_the_registry_is_down", daemonset),
     ("images_by_tag_and_by_digest_reach_every_containerd", tag_and_digest),
     ("a_recovered_image_survives_a_forced_collection_and_a_restart_of_containerd", collection),
-    ("an_agent_killed_in_mid_transfer_leaves_nothing_half_recorded_and_the_next_one_finishes", killed),
+    ("an_agent_killed_in_mid_transfer_leaves_nothing_half_recorded_and_the_next_one_finishes", broken::killed),
+    (
+        "an_agent_killed_again_and_again_leaves_nothing_half_recorded_and_the_last_one_finishes",
+        broken::killed_at_random,
+    ),
+    ("a_pod_deleted_in_mid_transfer_ends_the_recovery_and_another_begins_it_again", broken::deleted),
+    ("a_missing_sandbox_image_is_recovered", outage::sandbox_image),
+    ("a_pod_made_while_packets_vanish_does_not_wait_for_those_before_it", outage::packets_vanish),
+    ("the_kill_switch_in_the_rules_file_is_in_force_within_seconds", settings::kill_switch),
+    ("an_image_without_layers_is_pulled_by_hand", settings::by_hand),
+    ("a_dry_run_says_what_it_would_do_and_moves_nothing", settings::dry_run),
     ("a_pod_without_opt_in_is_left_alone", not_opted_in),
     ("prometheus_scrapes_every_agent", prometheus),
     ("an_agent_that_is_told_to_stop_ends_in_time", termination),
@@ -159,42 +173,6 @@ fn is_whole(bed: &Bed, node: &str, image: &str) -> Result<(), Failure> {
         table.lines().any(|line| line.starts_with(image) && line.contains("complete (")),
         format!("on {node}: {table}"),
     )
-}
-
-fn killed(bed: &Bed) -> Result<(), Failure> {
-    let space = Space::new(bed, "e2e-killed")?;
-    bed.push_image("shop/big:v4", &[96, 96, 32])?;
-    let image = format!("{REGISTRY}/shop/big:v4");
-    let (holder, node) = (NODES[2].0, NODES[0].0);
-    space.pod("holder", holder, &image, true)?;
-    space.wait_running("holder")?;
-    let _down = RegistryDown::now(bed)?;
-    // 200 Mbit/s: the image takes nine seconds, so the kill comes in the middle.
-    let shape = ["in", holder, "tc", "qdisc"];
-    bed.ctl(
-        &[&shape[..], &["add", "dev", "eth0", "root", "tbf", "rate", "200mbit", "burst", "256kb", "latency", "50ms"]]
-            .concat(),
-    )?;
-    let outcome = (|| {
-        let before = bed.metric(node, "lighterman_fetched_bytes_total")?;
-        space.pod("victim", node, &image, true)?;
-        wait_for("40 MB to have come", PATIENCE, || {
-            Ok((bed.metric(node, "lighterman_fetched_bytes_total")? > before + 40e6).then_some(()))
-        })?;
-        let restarts = agent_restarts(bed, node)?;
-        kill_agent(bed, node)?;
-        let images = bed.ctl(&["ctr", node, "images", "ls", "-q"])?;
-        ensure(!images.contains("shop/big"), format!("recorded although not whole:\n{images}"))?;
-        wait_for("the agent to be started again", PATIENCE, || {
-            Ok((agent_restarts(bed, node)? > restarts).then_some(()))
-        })?;
-        space.wait_running("victim")?;
-        let unfinished = bed.ctl(&["ctr", node, "content", "active"])?;
-        ensure(!unfinished.contains("lighterman-"), format!("a write of the killed agent is left:\n{unfinished}"))?;
-        is_whole(bed, node, &image)
-    })();
-    bed.ctl(&[&shape[..], &["del", "dev", "eth0", "root"]].concat())?;
-    outcome
 }
 
 fn agent_pod(bed: &Bed, node: &str) -> Result<serde_json::Value, Failure> {

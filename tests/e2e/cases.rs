@@ -1,0 +1,159 @@
+//! Everything that a kubelet or a containerd can show, a row each: what the image is like, how a pod asks for it, what its registry does, who
+//! opted in, and what has to come of it. `rows` is the table, `stage` plays it.
+//!
+//! Rows are independent of each other (an image, a repository and a pod of their own), so they run side by side on one cluster.
+
+mod objects;
+mod rows;
+mod stage;
+
+use crate::images::{PLAIN, Recipe};
+use crate::registries::World;
+
+pub(crate) use rows::ROWS;
+pub(crate) use stage::{Stage, Turn, import};
+
+/// One row. What it does not say is as in [`CASE`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    /// Where the pod is; the image is held by another node, with another containerd.
+    pub(crate) nodes: Nodes,
+    /// What the registry does that the image names.
+    pub(crate) world: World,
+    pub(crate) recipe: Recipe,
+    /// How the pod names the image.
+    pub(crate) asks: Asks,
+    /// Where in the pod.
+    pub(crate) wants: Wants,
+    /// `imagePullPolicy`.
+    pub(crate) policy: &'static str,
+    /// Who wrote which annotation.
+    pub(crate) opted: Opted,
+    /// What the pod's node has of the image.
+    pub(crate) here: Here,
+    pub(crate) then: Then,
+}
+
+/// An opted-in pod with one container, whose image another node holds while connections to its registry are refused.
+pub(crate) const CASE: Case = Case {
+    name: "",
+    nodes: Nodes::One,
+    world: World::Refuses,
+    recipe: PLAIN,
+    asks: Asks::Tag,
+    wants: Wants::Container,
+    policy: "IfNotPresent",
+    opted: Opted::Pod,
+    here: Here::Nothing,
+    then: Then::Runs,
+};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Nodes {
+    /// One; each row another.
+    One,
+    /// Every node, as a case of its own: where containerd's versions differ.
+    Each,
+    /// This one, whose containerd alone can do it.
+    Only(&'static str),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Asks {
+    /// `registry:port/repository:tag`.
+    Tag,
+    Digest,
+    TagAndDigest,
+    /// No tag.
+    ImpliedLatest,
+    /// No registry: `docker.io/library`, which does not exist here.
+    ShortName,
+    /// A registry by name, without a port; the name does not exist.
+    HostName,
+    /// A repository of 200 characters and a tag of 128.
+    LongName,
+    /// The right digest in a registry that somebody invented.
+    OtherRegistry,
+    /// The right digest in another repository of the same registry.
+    OtherRepository,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wants {
+    Container,
+    InitContainer,
+    /// An init container that goes on running.
+    Sidecar,
+    /// Added to a pod that runs.
+    Ephemeral,
+    /// A pod that the kubelet reads from a file.
+    StaticPod,
+    /// A volume of the pod.
+    Volume,
+    /// One container of two; nobody has the other's image.
+    OneOfTwo,
+    /// Two pods.
+    TwoPods,
+    /// A pod that is made by another object.
+    OwnedBy(Owner),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Owner {
+    Deployment,
+    StatefulSet,
+    DaemonSet,
+    Job,
+    CronJob,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Opted {
+    /// The pod, in a namespace that allows it.
+    Pod,
+    /// Not the pod but what owns it.
+    Owner,
+    /// What owns it, and the pod says `ignore`.
+    OwnerButPodIgnores,
+    /// The pod, and it also says `ignore`.
+    PodButIgnores,
+    /// The pod says "yes", which is not "true".
+    SaysYes,
+    /// Nobody.
+    Nobody,
+    /// The pod, in a namespace that does not allow it.
+    ClosedNamespace,
+    /// The pod, in a namespace that allows it and that the agents' settings deny.
+    DeniedNamespace,
+    /// The pod, in a namespace that also allows images which the registry denies.
+    EvenIfDenied,
+    /// Pod and namespace, by tote's names.
+    Tote,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Here {
+    Nothing,
+    /// All of it, recorded, but for its own layer.
+    NoLayer,
+    /// All of it, recorded, but for its configuration.
+    NoConfig,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Then {
+    /// The container runs, in the pod that was made, and an Event on it says that the image came from peers.
+    Runs,
+    /// It does not, nothing was brought, and exactly one Event with this reason has all of these words (in any case).
+    Told(&'static str, &'static [&'static str]),
+    /// It does not, nothing was brought, and no Event of ours says anything.
+    Untouched,
+}
+
+impl Case {
+    /// Its part of image names: what a repository may be called.
+    fn slug(&self) -> String {
+        self.name.replace('_', "-")
+    }
+}

@@ -1,0 +1,180 @@
+//! The objects that a row asks for: pods, and what makes pods.
+
+use serde_json::{Value, json};
+
+use super::{Opted, Owner, Wants};
+use crate::pods::pod_spec;
+
+/// The label by which a row's pods are found.
+pub(crate) const LABEL: &str = "e2e-case";
+
+/// The container whose image it is about, wherever in the pod it stands; also the name of the volume.
+pub(crate) const CONTAINER: &str = "c";
+
+/// On every node from the start.
+const ALWAYS_HERE: &str = "local.test/pause:1";
+
+/// On no node, ever.
+const NOWHERE: &str = "10.77.0.1:5001/nobody/has:v1";
+
+/// What the objects of a row depend on.
+pub(crate) struct Made<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) node: &'a str,
+    pub(crate) image: &'a str,
+    pub(crate) policy: &'a str,
+    pub(crate) opted: Opted,
+}
+
+impl Opted {
+    /// The namespace whose annotations are right.
+    pub(crate) fn k8s_namespace(self) -> &'static str {
+        match self {
+            Self::ClosedNamespace => "e2e-closed",
+            Self::DeniedNamespace => "kube-public",
+            Self::EvenIfDenied => "e2e-even-if-denied",
+            Self::Tote => "e2e-tote",
+            Self::Nobody | Self::Pod | Self::Owner | Self::SaysYes => "e2e-allowed",
+            Self::OwnerButPodIgnores | Self::PodButIgnores => "e2e-allowed",
+        }
+    }
+
+    fn of_pod(self) -> Value {
+        match self {
+            Self::Pod | Self::ClosedNamespace | Self::DeniedNamespace | Self::EvenIfDenied => {
+                json!({"lighterman.dev/auto-salvage": "true"})
+            }
+            Self::Owner | Self::Nobody => json!({}),
+            Self::OwnerButPodIgnores => json!({"lighterman.dev/ignore": "true"}),
+            Self::PodButIgnores => json!({"lighterman.dev/auto-salvage": "true", "lighterman.dev/ignore": "true"}),
+            Self::SaysYes => json!({"lighterman.dev/auto-salvage": "yes"}),
+            Self::Tote => json!({"tote.dev/auto-salvage": "true"}),
+        }
+    }
+
+    fn of_owner(self) -> Value {
+        match self {
+            Self::Owner | Self::OwnerButPodIgnores => json!({"lighterman.dev/auto-salvage": "true"}),
+            _ => json!({}),
+        }
+    }
+}
+
+/// The namespaces and their annotations.
+pub(crate) fn namespaces() -> [Value; 5] {
+    let namespace = |name: &str, annotations: Value| {
+        let metadata = json!({"name": name, "annotations": annotations});
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+    };
+    [
+        namespace("e2e-allowed", json!({"lighterman.dev/allow": "true"})),
+        namespace("e2e-closed", json!({})),
+        namespace("kube-public", json!({"lighterman.dev/allow": "true"})),
+        namespace(
+            "e2e-even-if-denied",
+            json!({"lighterman.dev/allow": "true", "lighterman.dev/salvage-on-denied": "true"}),
+        ),
+        namespace("e2e-tote", json!({"tote.dev/allow": "true"})),
+    ]
+}
+
+impl Made<'_> {
+    /// What to apply, in this order.
+    pub(crate) fn objects(&self, wants: Wants) -> Vec<Value> {
+        match wants {
+            Wants::OwnedBy(owner) => vec![self.owner(owner)],
+            Wants::TwoPods => [1, 2].map(|number| self.pod(&format!("{}-{number}", self.id), wants)).to_vec(),
+            _ => vec![self.pod(self.id, wants)],
+        }
+    }
+
+    /// One pod.
+    fn pod(&self, name: &str, wants: Wants) -> Value {
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": name, "namespace": self.opted.k8s_namespace(),
+                "labels": {LABEL: self.id}, "annotations": self.opted.of_pod(),
+            },
+            "spec": self.spec(wants),
+        })
+    }
+
+    fn spec(&self, wants: Wants) -> Value {
+        let node = (wants != Wants::StaticPod).then_some(self.node);
+        let mut spec = pod_spec(ALWAYS_HERE, node);
+        let it = json!({"name": CONTAINER, "image": self.image, "imagePullPolicy": self.policy});
+        let also = json!({"name": "other", "image": ALWAYS_HERE, "imagePullPolicy": "IfNotPresent"});
+        let mut init = it.clone();
+        match wants {
+            Wants::Container | Wants::StaticPod | Wants::TwoPods | Wants::OwnedBy(_) => {
+                spec["containers"] = json!([it]);
+            }
+            Wants::InitContainer => {
+                init["command"] = json!(["/bin/busybox", "true"]);
+                (spec["initContainers"], spec["containers"]) = (json!([init]), json!([also]));
+            }
+            Wants::Sidecar => {
+                init["restartPolicy"] = "Always".into();
+                (spec["initContainers"], spec["containers"]) = (json!([init]), json!([also]));
+            }
+            Wants::Ephemeral => spec["containers"] = json!([also]),
+            Wants::OneOfTwo => {
+                let other = json!({"name": "other", "image": NOWHERE, "imagePullPolicy": "IfNotPresent"});
+                spec["containers"] = json!([other, it]);
+            }
+            Wants::Volume => {
+                let volume = json!({"name": CONTAINER, "image": {"reference": self.image, "pullPolicy": self.policy}});
+                let mounted = json!({
+                    "name": CONTAINER, "image": ALWAYS_HERE, "imagePullPolicy": "IfNotPresent",
+                    "volumeMounts": [{"name": CONTAINER, "mountPath": "/volume"}],
+                });
+                (spec["volumes"], spec["containers"]) = (json!([volume]), json!([mounted]));
+            }
+        }
+        spec
+    }
+
+    /// The patch that adds an ephemeral container.
+    pub(crate) fn ephemeral(&self) -> Value {
+        json!({"spec": {"ephemeralContainers": [
+            {"name": CONTAINER, "image": self.image, "imagePullPolicy": self.policy}
+        ]}})
+    }
+
+    fn owner(&self, owner: Owner) -> Value {
+        let labels = json!({LABEL: self.id});
+        let mut spec = self.spec(Wants::OwnedBy(owner));
+        if owner == Owner::DaemonSet {
+            // Its controller chooses the node itself.
+            spec["nodeSelector"] = json!({"kubernetes.io/hostname": self.node});
+            spec["nodeName"] = Value::Null;
+        }
+        let template = json!({"metadata": {"labels": labels, "annotations": self.opted.of_pod()}, "spec": spec});
+        let selected = json!({"selector": {"matchLabels": labels}, "template": template});
+        let mut job = json!({"template": template});
+        job["template"]["spec"]["restartPolicy"] = "Never".into();
+        let (version, kind, spec) = match owner {
+            Owner::Deployment => ("apps/v1", "Deployment", selected),
+            Owner::DaemonSet => ("apps/v1", "DaemonSet", selected),
+            Owner::StatefulSet => {
+                let mut set = selected;
+                set["serviceName"] = "none".into();
+                ("apps/v1", "StatefulSet", set)
+            }
+            Owner::Job => ("batch/v1", "Job", job),
+            // Once is enough; it begins at the next full minute.
+            Owner::CronJob => (
+                "batch/v1",
+                "CronJob",
+                json!({"schedule": "* * * * *", "concurrencyPolicy": "Forbid", "jobTemplate": {"spec": job}}),
+            ),
+        };
+        json!({
+            "apiVersion": version, "kind": kind, "spec": spec,
+            "metadata": {
+                "name": self.id, "namespace": self.opted.k8s_namespace(), "annotations": self.opted.of_owner(),
+            },
+        })
+    }
+}

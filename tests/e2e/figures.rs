@@ -1,0 +1,24 @@
+//! What the agents measured themselves, on lines of their own for `make figures`. Nothing is asserted here.
+
+use crate::bed::{Bed, NODES};
+
+/// After the cases, before an agent is restarted and forgets.
+pub(crate) fn of_cases(bed: &Bed, (ended_well, played): (usize, usize)) {
+    if played == 0 {
+        return;
+    }
+    println!("\nfigure pods_recovered_of_cases {ended_well}/{played}");
+    for (figure, metric) in [
+        ("import_to_running_ms", "lighterman_import_to_running_seconds"),
+        ("event_to_first_byte_ms", "lighterman_event_to_first_byte_seconds"),
+    ] {
+        let sum_over_nodes = |part: &str| -> f64 {
+            let of_node = |node| bed.metric(node, &format!("{metric}_{part}")).unwrap_or(0.0);
+            NODES.iter().map(|(node, _)| of_node(node)).sum()
+        };
+        let count = sum_over_nodes("count");
+        if count > 0.0 {
+            println!("figure {figure} {:.0}", 1000.0 * sum_over_nodes("sum") / count);
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! What people change or do while agents run: the rules file, a dry run, a pull by hand.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::json;
+
+use super::{agent_pod, ensure};
+use crate::bed::{Bed, Failure, NODES, wait_for};
+use crate::cases::import;
+use crate::images::{Maker, Own, PLAIN, Recipe};
+use crate::pods::{PATIENCE, Space, is_running};
+use crate::registries::World;
+
+/// An image in a registry that refuses, held by one node.
+fn held(bed: &Bed, name: &str, recipe: Recipe, holder: &str) -> Result<String, Failure> {
+    let image = format!("{}/{name}", World::Refuses.registry());
+    let made = Maker::new(&bed.busybox())?.make(recipe, name);
+    import(bed, holder, &[(image.clone(), &made)])?;
+    Ok(image)
+}
+
+/// Writes the rules file.
+fn write_rules(bed: &Bed, text: &str) -> Result<(), Failure> {
+    let agents = bed.get(&["-n", "lighterman", "daemonset", "lighterman"])?;
+    let volumes = agents["spec"]["template"]["spec"]["volumes"].as_array().cloned().unwrap_or_default();
+    let name = volumes.iter().find_map(|volume| volume["configMap"]["name"].as_str());
+    let name = name.ok_or("the agents mount no ConfigMap with rules")?;
+    bed.apply(&json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "namespace": "lighterman"},
+        "data": {"rules.yaml": text},
+    }))
+}
+
+/// Makes the kubelets bring a changed ConfigMap to their nodes now, which they do when they look at the pod, every minute or two. They may
+/// not know of the change yet: called until it has had its effect.
+fn look_at_agents(bed: &Bed) -> Result<(), Failure> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    for (node, _) in NODES {
+        let mut pod = agent_pod(bed, node)?;
+        (pod["apiVersion"], pod["kind"]) = ("v1".into(), "Pod".into());
+        bed.cluster().annotate(&pod, &json!({"e2e/look": now.as_millis().to_string()}))?;
+    }
+    Ok(())
+}
+
+/// Waits until every agent says whether its rules file is right.
+fn wait_rules(bed: &Bed, what: &str, value: f64) -> Result<(), Failure> {
+    wait_for(what, PATIENCE, || {
+        look_at_agents(bed)?;
+        let values: Result<Vec<_>, _> =
+            NODES.iter().map(|(node, _)| bed.metric(node, "lighterman_rules_file_valid")).collect();
+        Ok(values?.iter().all(|now| *now == value).then_some(()))
+    })
+}
+
+pub(super) fn kill_switch(bed: &Bed) -> Result<(), Failure> {
+    let space = Space::new(bed, "e2e-kill-switch")?;
+    let (holder, node) = (NODES[1].0, NODES[0].0);
+    let image = held(bed, "switch/app:v1", PLAIN, holder)?;
+    let counted = || bed.metric(node, "lighterman_pod_image_failures_total{verdict=\"kill_switch\"}");
+    let before = counted()?;
+    write_rules(bed, "killSwitch: true\n")?;
+    let outcome = (|| {
+        // Until it is in force, pods are helped: each try is another pod.
+        let mut tries = 0;
+        wait_for("the kill switch to be in force", PATIENCE, || {
+            tries += 1;
+            look_at_agents(bed)?;
+            let probe = format!("probe-{tries}");
+            space.pod(&probe, node, &format!("{}/nobody/{probe}:v1", World::Refuses.registry()), true)?;
+            space.wait_failing(&probe)?;
+            // The agent looks at the file every two seconds.
+            std::thread::sleep(Duration::from_secs(2));
+            Ok((counted()? > before).then_some(()))
+        })?;
+        space.pod("waits", node, &image, true)?;
+        let seen = counted()?;
+        space.wait_failing("waits")?;
+        wait_for("the agent to have looked at it", PATIENCE, || Ok((counted()? > seen).then_some(())))?;
+        // A file that is wrong changes nothing.
+        write_rules(bed, "killSwitch: maybe\n")?;
+        wait_rules(bed, "the wrong file to be refused", 0.0)?;
+        ensure(!is_running(&space.get_pod("waits")?), "it was helped although the kill switch is on")
+    })();
+    write_rules(bed, "killSwitch: false\n")?;
+    outcome?;
+    wait_rules(bed, "the right file to be in force", 1.0)?;
+    space.wait_running("waits").map(drop)
+}
+
+/// Sets variables of the agents and waits until all of them have them.
+fn set_agents(bed: &Bed, variable: &str) -> Result<(), Failure> {
+    bed.kubectl(&["-n", "lighterman", "set", "env", "daemonset/lighterman", variable])?;
+    bed.kubectl(&["-n", "lighterman", "rollout", "status", "daemonset/lighterman", "--timeout=120s"]).map(drop)
+}
+
+pub(super) fn dry_run(bed: &Bed) -> Result<(), Failure> {
+    let space = Space::new(bed, "e2e-dry-run")?;
+    let (holder, node) = (NODES[2].0, NODES[1].0);
+    let image = held(bed, "dry/app:v1", PLAIN, holder)?;
+    set_agents(bed, "LIGHTERMAN_DRY_RUN=true")?;
+    let outcome = (|| {
+        space.pod("dry", node, &image, true)?;
+        let note = wait_for("an Event that says what would be done", PATIENCE, || {
+            Ok(space.events("dry", "ImageSalvageDryRun")?.into_iter().next())
+        })?;
+        println!("  {note}");
+        ensure(note.contains(holder), format!("it does not say where the image could come from: {note}"))?;
+        let images = bed.ctl(&["ctr", node, "images", "ls", "-q"])?;
+        ensure(!images.contains("dry/app"), "the image was brought all the same")?;
+        ensure(bed.metric(node, "lighterman_fetched_bytes_total")? < 1e5, "more than a manifest was fetched")
+    })();
+    set_agents(bed, "LIGHTERMAN_DRY_RUN-")?;
+    outcome?;
+    space.wait_running("dry").map(drop)
+}
+
+/// An image of a configuration alone cannot run, so no pod asks for it.
+pub(super) fn by_hand(bed: &Bed) -> Result<(), Failure> {
+    let (holder, node) = (NODES[0].0, NODES[2].0);
+    let image = held(bed, "hand/config-only:v1", Recipe { own: Own::None, ..PLAIN }, holder)?;
+    let pod = agent_pod(bed, node)?;
+    let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+    let pull = ["-n", "lighterman", "exec", name, "--", "/lighterman", "pull", &image];
+    // The holder may not have told of it yet.
+    let said = wait_for("the image to be had", PATIENCE, || Ok(bed.kubectl(&pull).ok()));
+    let said = said.map_err(|error| format!("{error}\n{:?}", bed.kubectl(&pull)))?;
+    print!("{said}");
+    let recorded = bed.ctl(&["ctr", node, "images", "ls", "-q"])?;
+    ensure(recorded.lines().any(|line| line == image), format!("it is not recorded:\n{recorded}"))?;
+    let wrong = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "/lighterman", "pull", "a b"]);
+    ensure(wrong.is_err(), "a name that is none was accepted")
+}
