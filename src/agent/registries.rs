@@ -54,11 +54,6 @@ impl Registries {
         witnesses.len() >= enough && !self.outages.answers(registry, now)
     }
 
-    /// Whether it answered this node of late.
-    pub(super) fn answers(&self, registry: &str, now: Instant) -> bool {
-        self.outages.answers(registry, now)
-    }
-
     /// The kubelet could not pull from there; whether that is news.
     pub(super) fn kubelet_failed(&mut self, registry: &str, kind: OutageKind, now: Instant) -> bool {
         let before = self.is_down(registry, now);
@@ -89,6 +84,14 @@ impl Registries {
     ) -> Option<impl Future<Output = Answer> + Send + use<>> {
         let suspected = !self.holders.outages_of(registry).is_empty();
         if !self.asking || !self.outages.should_ask(registry, suspected, now) {
+            return None;
+        }
+        self.ask(registry)
+    }
+
+    /// A question to the registry now, unless registries are not to be asked. For what is decided seldom.
+    pub(super) fn ask(&self, registry: &str) -> Option<impl Future<Output = Answer> + Send + use<>> {
+        if !self.asking {
             return None;
         }
         let (port, registry) = (Arc::clone(&self.registry), registry.to_owned());

@@ -139,19 +139,19 @@ impl Salvager {
     /// An image that the kubelet finds broken, and that nobody can mend, is in the way of its own registry: the kubelet does not pull what it
     /// takes for present. Where the registry answers, the record is removed; where it does not, the content may yet come back.
     fn give_up_if_hopeless(&mut self, reference: &Reference, pods: &[PodRef]) {
-        let is_broken = |pod: &PodRef| self.waiting.get(pod).is_some_and(|waiting| waiting.finds_broken(reference));
+        let now = now();
+        let is_broken =
+            |pod: &PodRef| self.waiting.get(pod).is_some_and(|waiting| waiting.finds_broken(reference, now));
         let pods: Vec<_> = pods.iter().filter(|pod| is_broken(pod)).cloned().collect();
         if pods.is_empty() || self.manner.dry_run {
             return;
         }
-        let registry = &reference.repository().registry;
-        if !self.registries.answers(registry, now()) {
-            // The next failure of this recovery finds the answer.
-            return self.ask_registry(&registry.clone());
-        }
+        let Some(question) = self.registries.ask(&reference.repository().registry) else { return };
+        let stopping = self.stopping.clone();
         let (recoverer, reference) = (Arc::clone(&self.recoverer), reference.clone());
         self.work.spawn(async move {
-            let result = recoverer.give_up(&reference).await;
+            let answered = stopping.run_until_cancelled(question).await.is_some_and(|answer| answer.answer.is_ok());
+            let result = if answered { recoverer.give_up(&reference).await } else { Ok(false) };
             Done::GaveUp { reference, pods, result }
         });
     }

@@ -61,6 +61,10 @@ const SUSPECT: Duration = Duration::from_secs(8);
 const ASK_AGAIN: Duration = Duration::from_secs(10);
 const ASK_SELDOM: Duration = Duration::from_secs(5 * 60);
 
+/// How long a broken image may wait for a node that holds what it lacks, before its record is removed. An agent that has just started knows
+/// of no peers, and a node that restarts is back in a minute or two.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(120);
+
 /// Readings for one pod; what was not said in half an hour is not said.
 const MOST_QUESTIONS: u32 = 8;
 
@@ -136,8 +140,11 @@ impl WaitingPod {
         due
     }
 
-    /// Whether the kubelet says that it has this image and that its content is missing.
-    pub(super) fn finds_broken(&self, reference: &Reference) -> bool {
+    /// Whether the kubelet has said for a while that it has this image and that its content is missing.
+    pub(super) fn finds_broken(&self, reference: &Reference, now: Instant) -> bool {
+        if now.saturating_duration_since(self.since) < GIVE_UP_AFTER {
+            return false;
+        }
         let mut waiting =
             self.view.containers.iter().filter(|container| container.image.parse().as_ref() == Ok(reference));
         waiting.any(|container| container.waiting.as_ref().and_then(cause) == Some(Cause::MissingContent))
