@@ -1,28 +1,42 @@
 //! Every message that crosses the network between agents, and the only place that encodes or decodes one.
 //!
-//! A frame is a length (u32, big endian), the protocol's version (u16, big endian) and the message in bincode. The length is
-//! checked against the message's own limit before anything is allocated, and decoding is limited again by bincode
+//! A frame is a length (u32, big endian), the protocol's version (major and minor, a byte each) and the message in bincode. The
+//! length is checked against the message's own limit before anything is allocated, and decoding is limited again by bincode
 //! itself. Blob bytes follow raw after their answer and are never copied into a message.
 //! Another codec would be a change of this file alone.
+//!
+//! # Two releases side by side
+//!
+//! A release that says more than the one before raises the minor. It may append fields to the end of a message, which an
+//! older agent passes over, and it may add variants, which an older agent tells apart from nonsense ([`WireError::Unknown`]) and lets
+//! be. Anything else needs another major, and agents of different majors refuse each other by name. Who decodes a message of an older
+//! minor has to do without the fields that it lacks; as long as the minor is 0 there is no older one.
+
+#[cfg(test)]
+mod tests;
 
 use std::io;
+use std::net::IpAddr;
 
+use bincode::error::DecodeError;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::model::{ContentChange, Credential, MAX_ITEMS};
+use crate::model::{Credential, Gossip, MAX_ITEMS, Question, Reply};
 use crate::oci::Digest;
 
-/// Changes when a message changes. Agents refuse other versions by name instead of misreading them.
-pub const VERSION: u16 = 2;
+/// Changes when an older agent could no longer read what it has to. Agents refuse other majors by name instead of misreading them.
+pub const MAJOR: u8 = 3;
 
-/// Most changes in one announcement: at 35 to 330 bytes each they stay under gossipsub's 64 KiB (a repository's
-/// name is at most 255 bytes and a tag 128).
-pub const MAX_CHANGES: usize = 128;
+/// Changes when a message gains a field at its end or a variant.
+pub const MINOR: u8 = 0;
+
+/// Both, as a frame carries them in big endian.
+pub const VERSION: u16 = u16::from_be_bytes([MAJOR, MINOR]);
 
 /// Messages know their limit.
 pub trait Message: Serialize + DeserializeOwned {
-    /// The largest encoding accepted or sent, in bytes, without the frame's six.
+    /// The largest encoding accepted or sent, in bytes, without the frame's [`HEADER`].
     const LIMIT: usize;
 }
 
@@ -35,6 +49,8 @@ pub struct Hello {
     pub node: String,
     /// The TCP port where it gossips; the address is the connection's.
     pub gossip_port: u16,
+    /// The address that it sees the other side at.
+    pub seen: IpAddr,
 }
 
 /// The answer to [`Hello`].
@@ -83,38 +99,25 @@ pub enum Answer {
     Failed,
 }
 
-/// Gossip: what changed at its publisher.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Announcement {
-    /// Chosen at the publisher's start; a new one makes everything before void.
-    pub epoch: u64,
-    /// Counts announcements within the epoch, from 1; a gap means that something was missed.
-    pub sequence: u64,
-    /// At most [`MAX_CHANGES`].
-    pub changes: Vec<ContentChange>,
-}
-
-/// Asked of the publisher itself, by request and response.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotRequest;
-
-/// All that the publisher holds.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Snapshot {
-    /// As in [`Announcement`].
-    pub epoch: u64,
-    /// The last announcement that this includes.
-    pub sequence: u64,
-    /// At most [`MAX_ITEMS`], all of them additions.
-    pub items: Vec<ContentChange>,
-}
-
 /// A message that cannot be used, or a stream that ended in the middle of one.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
-    /// The sender speaks another version.
-    #[error("protocol version {0} (this agent speaks {VERSION})")]
-    Version(u16),
+    /// The sender speaks another major.
+    #[error("protocol version {major}.{minor} (this agent speaks {MAJOR}.{MINOR})")]
+    Version {
+        /// Its major.
+        major: u8,
+        /// Its minor.
+        minor: u8,
+    },
+    /// The sender is of a later release and says what this one has no words for. Nobody is to blame: it is as if it had said nothing.
+    #[error("a message of protocol version {MAJOR}.{minor} means nothing to this agent ({MAJOR}.{MINOR}): {reason}")]
+    Unknown {
+        /// Its minor.
+        minor: u8,
+        /// What could not be read.
+        reason: String,
+    },
     /// Longer than its kind may be.
     #[error("a message of {length} bytes is over its limit of {limit}")]
     TooLong {
@@ -131,13 +134,18 @@ pub enum WireError {
     Io(#[from] io::Error),
 }
 
-const HEADER: usize = 6;
+/// Bytes of a frame before its message.
+pub const HEADER: usize = 6;
 
 /// Encodes a message with its frame.
 ///
 /// # Errors
 /// [`WireError::TooLong`] when it exceeds its own limit, which is a bug of the sender or an inventory beyond all bounds.
 pub fn encode<M: Message>(message: &M) -> Result<Vec<u8>, WireError> {
+    encode_as(message, MINOR)
+}
+
+fn encode_as<M: Message>(message: &M, minor: u8) -> Result<Vec<u8>, WireError> {
     let mut frame = vec![0; HEADER];
     bincode::serde::encode_into_std_write(message, &mut frame, bincode::config::standard())
         .map_err(|error| WireError::Malformed(error.to_string()))?;
@@ -145,7 +153,7 @@ pub fn encode<M: Message>(message: &M) -> Result<Vec<u8>, WireError> {
     let checked = u32::try_from(length).ok().filter(|_| length <= M::LIMIT);
     let prefix = checked.ok_or(WireError::TooLong { length, limit: M::LIMIT })?;
     frame[..4].copy_from_slice(&prefix.to_be_bytes());
-    frame[4..HEADER].copy_from_slice(&VERSION.to_be_bytes());
+    frame[4..HEADER].copy_from_slice(&[MAJOR, minor]);
     Ok(frame)
 }
 
@@ -156,12 +164,28 @@ pub fn encode<M: Message>(message: &M) -> Result<Vec<u8>, WireError> {
 pub fn decode<M: Message>(frame: &[u8]) -> Result<M, WireError> {
     let truncated = || WireError::Malformed("truncated".into());
     let header: [u8; HEADER] = frame.get(..HEADER).and_then(|h| h.try_into().ok()).ok_or_else(truncated)?;
-    let length = check_header::<M>(header)?;
+    let Header { length, minor } = check_header::<M>(header)?;
     let body = &frame[HEADER..];
     if body.len() != length {
         return Err(WireError::Malformed(format!("{} bytes where {length} were announced", body.len())));
     }
-    decode_body(body)
+    decode_body(body, minor)
+}
+
+/// Decodes a frame that will be passed on, and says whether a later release has made it.
+///
+/// One of this release must be encoded as this release does it: numbers can be written in several ways, and each would be a message
+/// of its own to those who only compare the bytes.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_for_relay<M: Message>(frame: &[u8]) -> Result<(M, bool), WireError> {
+    let message: M = decode(frame)?;
+    let is_newer = frame[HEADER - 1] > MINOR;
+    if !is_newer && encode(&message)? != frame {
+        return Err(WireError::Malformed("not in its shortest form".into()));
+    }
+    Ok((message, is_newer))
 }
 
 /// Reads one message from a stream.
@@ -171,9 +195,10 @@ pub fn decode<M: Message>(frame: &[u8]) -> Result<M, WireError> {
 pub async fn read<M: Message>(stream: &mut (impl AsyncRead + Unpin)) -> Result<M, WireError> {
     let mut header = [0; HEADER];
     stream.read_exact(&mut header).await?;
-    let mut body = vec![0; check_header::<M>(header)?];
+    let Header { length, minor } = check_header::<M>(header)?;
+    let mut body = vec![0; length];
     stream.read_exact(&mut body).await?;
-    decode_body(&body)
+    decode_body(&body, minor)
 }
 
 /// Writes one message to a stream.
@@ -185,31 +210,47 @@ pub async fn write<M: Message>(stream: &mut (impl AsyncWrite + Unpin), message: 
     Ok(())
 }
 
-fn check_header<M: Message>(header: [u8; HEADER]) -> Result<usize, WireError> {
-    let version = u16::from_be_bytes([header[4], header[5]]);
-    if version != VERSION {
-        return Err(WireError::Version(version));
-    }
-    let length = u32::from_be_bytes([header[0], header[1], header[2], header[3]]) as usize;
-    if length > M::LIMIT { Err(WireError::TooLong { length, limit: M::LIMIT }) } else { Ok(length) }
+/// What is left of a frame's header once it is checked.
+struct Header {
+    length: usize,
+    minor: u8,
 }
 
-/// What one decode may allocate, over all kinds of message: the largest limit below. bincode counts what it is about to allocate
-/// against this, so a length inside a message cannot ask for more either.
-const MAX_DECODE: usize = Snapshot::LIMIT;
-
-fn decode_body<M: Message>(body: &[u8]) -> Result<M, WireError> {
-    let config = bincode::config::standard().with_limit::<MAX_DECODE>();
-    let (message, read) = bincode::serde::decode_from_slice::<M, _>(body, config)
-        .map_err(|error| WireError::Malformed(error.to_string()))?;
-    if read != body.len() {
-        return Err(WireError::Malformed(format!("{} bytes left over", body.len() - read)));
+fn check_header<M: Message>(header: [u8; HEADER]) -> Result<Header, WireError> {
+    let [a, b, c, d, major, minor] = header;
+    if major != MAJOR {
+        return Err(WireError::Version { major, minor });
     }
-    Ok(message)
+    let length = u32::from_be_bytes([a, b, c, d]) as usize;
+    if length > M::LIMIT {
+        return Err(WireError::TooLong { length, limit: M::LIMIT });
+    }
+    Ok(Header { length, minor })
+}
+
+/// What one decode may allocate, over all kinds of message: twice the largest limit below. bincode counts what it reads as it is in
+/// memory, so a length inside a message cannot ask for more either; an integer that was sent in one byte counts eight. The worst
+/// message that is honest consists of [`crate::model::Mark`]s, at 65 counted for 37 sent.
+const MAX_DECODE: usize = 2 * Reply::LIMIT;
+
+/// What later releases may append to a message; what is longer is padding.
+const MAX_APPENDED: usize = 256;
+
+fn decode_body<M: Message>(body: &[u8], minor: u8) -> Result<M, WireError> {
+    let config = bincode::config::standard().with_limit::<MAX_DECODE>();
+    let is_newer = minor > MINOR;
+    match bincode::serde::decode_from_slice::<M, _>(body, config) {
+        Ok((message, read)) if is_newer && body.len() - read <= MAX_APPENDED => Ok(message),
+        Ok((message, read)) if !is_newer && read == body.len() => Ok(message),
+        Ok((_, read)) => Err(WireError::Malformed(format!("{} bytes left over", body.len() - read))),
+        // It was read, and found to mean nothing: a variant of that release, or a name of a form that is allowed there.
+        Err(DecodeError::OtherString(reason)) if is_newer => Err(WireError::Unknown { minor, reason }),
+        Err(error) => Err(WireError::Malformed(error.to_string())),
+    }
 }
 
 impl Message for Hello {
-    /// A ServiceAccount token is 1 to 2 KiB; room for a few extra claims.
+    /// A ServiceAccount token is 1 to 2 KiB, a chain of certificates up to 12 KiB; a name of 253 bytes, and room for more.
     const LIMIT: usize = 16 << 10;
 }
 
@@ -219,103 +260,30 @@ impl Message for Welcome {
 }
 
 impl Message for Request {
-    /// A digest and two integers of up to nine bytes, and the tag.
-    const LIMIT: usize = 64;
+    /// A digest and two integers of up to nine bytes, and the tag: 51 bytes; the rest is for what later releases append.
+    const LIMIT: usize = 128;
 }
 
 impl Message for Answer {
-    /// One integer and the tag.
-    const LIMIT: usize = 16;
+    /// One integer and the tag: 10 bytes; the rest is for what later releases append.
+    const LIMIT: usize = 64;
 }
 
-impl Message for Announcement {
-    /// Gossipsub's default message limit, less its own framing and signature (under 512 bytes).
-    const LIMIT: usize = (64 << 10) - 512;
+impl Message for Gossip {
+    /// What gossipsub carries, less its own framing of some 50 bytes and this one. An entry has at most 54 KiB
+    /// ([`crate::model::MAX_CHANGES`] of the longest names), an introduction 13 KiB.
+    const LIMIT: usize = MAX_GOSSIP - 512;
 }
 
-impl Message for SnapshotRequest {
-    const LIMIT: usize = 0;
+/// The largest message of gossipsub, its framing included: what libp2p sets by default.
+pub const MAX_GOSSIP: usize = 64 << 10;
+
+impl Message for Question {
+    /// The keys of 5000 members, as many as Kubernetes supports nodes; a list of hashes is shorter.
+    const LIMIT: usize = 5000 * 32 + 64;
 }
 
-impl Message for Snapshot {
-    /// [`MAX_ITEMS`] of 128 bytes on average: a blob's entry has 33, an image's rarely over 120.
+impl Message for Reply {
+    /// [`MAX_ITEMS`] of 128 bytes on average: a blob's has 34 and its holders, an image's rarely over 120.
     const LIMIT: usize = MAX_ITEMS * 128;
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::oci::Repository;
-
-    fn announcement(changes: usize) -> Announcement {
-        let change = |i: usize| ContentChange::BlobAdded(Digest::of(&i.to_le_bytes()));
-        Announcement { epoch: 7, sequence: 1, changes: (0..changes).map(change).collect() }
-    }
-
-    #[test]
-    fn a_message_reads_back_as_it_was_written() {
-        let message = announcement(3);
-        assert_eq!(decode::<Announcement>(&encode(&message).unwrap()).unwrap(), message);
-        assert_eq!(decode::<SnapshotRequest>(&encode(&SnapshotRequest).unwrap()).unwrap(), SnapshotRequest);
-    }
-
-    #[test]
-    fn the_largest_announcement_fits_into_one_gossip_message() {
-        let repository = Repository { registry: "r".repeat(120), path: "p".repeat(134) };
-        let change = ContentChange::Tagged(repository, Some("t".repeat(128)), Digest::of(b""));
-        let message = Announcement { epoch: u64::MAX, sequence: u64::MAX, changes: vec![change; MAX_CHANGES] };
-        assert!(encode(&message).unwrap().len() < 64 << 10);
-    }
-
-    #[test]
-    fn a_truncated_message_is_refused_at_every_length() {
-        let frame = encode(&announcement(2)).unwrap();
-        for length in 0..frame.len() {
-            assert!(decode::<Announcement>(&frame[..length]).is_err(), "{length} bytes");
-        }
-        let mut longer = frame;
-        longer.push(0);
-        assert!(decode::<Announcement>(&longer).is_err(), "one byte too many");
-    }
-
-    #[test]
-    fn another_version_is_named() {
-        let mut frame = encode(&SnapshotRequest).unwrap();
-        frame[5] = 9;
-        assert!(matches!(decode::<SnapshotRequest>(&frame), Err(WireError::Version(9))));
-    }
-
-    #[tokio::test]
-    async fn an_oversized_message_is_refused_before_its_body_is_read() {
-        let header = [[0xff; 4].as_slice(), &VERSION.to_be_bytes()].concat();
-        let mut frame = header.as_slice();
-        assert!(matches!(read::<Request>(&mut frame).await, Err(WireError::TooLong { .. })));
-        let too_many = announcement(4096);
-        assert!(matches!(encode(&too_many), Err(WireError::TooLong { .. })), "nor is one sent");
-    }
-
-    #[test]
-    fn a_length_inside_a_message_allocates_nothing() {
-        // Variant-length integer 0xfd announces eight bytes: a list of 2^63 changes.
-        let mut frame = encode(&announcement(0)).unwrap();
-        frame.truncate(HEADER + 2);
-        frame.extend_from_slice(&[0xfd, 0, 0, 0, 0, 0, 0, 0, 0x80]);
-        let length = u32::try_from(frame.len() - HEADER).unwrap();
-        frame[..4].copy_from_slice(&length.to_be_bytes());
-        assert!(matches!(decode::<Announcement>(&frame), Err(WireError::Malformed(_))));
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..256)) {
-            let mut frame = bytes;
-            if frame.len() >= HEADER {
-                let length = u32::try_from(frame.len() - HEADER).unwrap();
-                frame[..4].copy_from_slice(&length.to_be_bytes());
-                frame[4..HEADER].copy_from_slice(&VERSION.to_be_bytes());
-            }
-            let _ = (decode::<Announcement>(&frame), decode::<Snapshot>(&frame), decode::<Welcome>(&frame));
-            let _ = (decode::<Request>(&frame), decode::<Answer>(&frame), decode::<Hello>(&frame));
-        }
-    }
 }

@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::Zone;
+
 /// An agent's identity: its ed25519 public key.
 ///
 /// Shown in libp2p's form (`12D3KooW…`): base58 of an identity multihash around the protobuf-encoded
@@ -131,6 +133,8 @@ pub struct Peer {
     pub id: PeerId,
     /// The node it runs on, as far as its credential says so, else as it says itself.
     pub node: NodeName,
+    /// Its node's zone, where the cluster has any and it is known.
+    pub zone: Option<Zone>,
     /// Where it serves blobs (QUIC, UDP).
     pub transfer: SocketAddr,
     /// Where it gossips (libp2p, TCP).

@@ -173,6 +173,11 @@ impl Hasher {
         self.size
     }
 
+    /// The digest of the bytes taken, where nothing was expected. It proves nothing about a blob.
+    pub fn digest(self) -> Digest {
+        Digest(self.sha.finalize().into())
+    }
+
     /// Ends the blob and says whether it was the one that was meant.
     ///
     /// # Errors
@@ -181,11 +186,12 @@ impl Hasher {
         if self.size != expected_size {
             return Err(VerifyError::Size { expected, expected_size, actual_size: self.size });
         }
-        let actual = Digest(self.sha.finalize().into());
+        let size = self.size;
+        let actual = self.digest();
         if actual != expected {
             return Err(VerifyError::Digest { expected, actual });
         }
-        Ok(Verified { digest: actual, size: self.size })
+        Ok(Verified { digest: actual, size })
     }
 }
 

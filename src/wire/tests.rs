@@ -1,0 +1,181 @@
+use super::*;
+use crate::model::{
+    Bits, ContentChange, Entry, Farewell, Head, Introduction, Item, MAX_CHANGES, Mark, PeerId, Profile, Signature,
+    Snapshot,
+};
+use crate::oci::Repository;
+
+fn peer(number: u8) -> PeerId {
+    PeerId::from_public_key([number; 32])
+}
+
+fn blob(number: usize) -> Item {
+    Item::Blob(Digest::of(&number.to_le_bytes()))
+}
+
+fn head(number: u8) -> Head {
+    let digest = Digest::of(b"");
+    let signature = Signature([7; 32], [8; 32]);
+    Head { publisher: peer(number), epoch: u64::MAX, sequence: u64::MAX, changes: digest, state: digest, signature }
+}
+
+fn entry(changes: usize) -> Gossip {
+    Gossip::Entry(Entry { head: head(1), changes: (0..changes).map(|n| ContentChange::Added(blob(n))).collect() })
+}
+
+#[test]
+fn a_message_reads_back_as_it_was_written() {
+    let farewell = Gossip::Farewell(Farewell { peer: peer(1), epoch: 3, signature: Signature([1; 32], [2; 32]) });
+    for message in [entry(3), farewell] {
+        assert_eq!(decode::<Gossip>(&encode(&message).unwrap()).unwrap(), message);
+    }
+    let question = Question::Entries { publisher: peer(1), epoch: 1, after: 2 };
+    assert_eq!(decode::<Question>(&encode(&question).unwrap()).unwrap(), question);
+    assert_eq!(decode::<Reply>(&encode(&Reply::Busy).unwrap()).unwrap(), Reply::Busy);
+}
+
+#[test]
+fn the_largest_entry_and_introduction_fit_into_one_gossip_message() {
+    let repository = Repository { registry: "r".repeat(120), path: "p".repeat(134) };
+    let change = ContentChange::Added(Item::Image(repository, Some("t".repeat(128)), Digest::of(b"")));
+    encode(&Gossip::Entry(Entry { head: head(1), changes: vec![change; MAX_CHANGES] })).unwrap();
+    let address = "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535".parse().unwrap();
+    let profile = Profile {
+        peer: peer(1),
+        epoch: u64::MAX,
+        version: u64::MAX,
+        node: "n".repeat(253).parse().unwrap(),
+        zone: Some("z".repeat(63).parse().unwrap()),
+        release: "r".repeat(32).parse().unwrap(),
+        transfer: address,
+        gossip: address,
+    };
+    let credential = Credential::new("c".repeat(12 << 10));
+    encode(&Gossip::Introduction(Introduction { profile, credential, signature: head(1).signature })).unwrap();
+}
+
+#[test]
+fn a_truncated_message_is_refused_at_every_length() {
+    let frame = encode(&entry(2)).unwrap();
+    for length in 0..frame.len() {
+        assert!(decode::<Gossip>(&frame[..length]).is_err(), "{length} bytes");
+    }
+    let mut longer = frame;
+    longer.push(0);
+    assert!(decode::<Gossip>(&longer).is_err(), "one byte too many");
+}
+
+#[test]
+fn another_major_is_named() {
+    let mut frame = encode(&Answer::Absent).unwrap();
+    frame[4] = MAJOR + 1;
+    frame[5] = 9;
+    let error = decode::<Answer>(&frame).unwrap_err();
+    assert!(matches!(error, WireError::Version { major, minor: 9 } if major == MAJOR + 1));
+    assert_eq!(error.to_string(), format!("protocol version {}.9 (this agent speaks {MAJOR}.{MINOR})", MAJOR + 1));
+}
+
+/// [`Answer`] as a later release may have it: a field more, a variant more.
+#[derive(Debug, Serialize, Deserialize)]
+enum NextAnswer {
+    Blob { size: u64, modified: u64 },
+    _Absent,
+    _Busy,
+    _Invalid { size: u64 },
+    _Failed,
+    Elsewhere(PeerId),
+}
+
+impl Message for NextAnswer {
+    const LIMIT: usize = Answer::LIMIT;
+}
+
+#[test]
+fn what_the_next_release_appends_is_passed_over() {
+    let frame = encode_as(&NextAnswer::Blob { size: 5, modified: u64::MAX }, MINOR + 1).unwrap();
+    assert_eq!(decode::<Answer>(&frame).unwrap(), Answer::Blob { size: 5 });
+    let mut ours = frame;
+    ours[5] = MINOR;
+    assert!(matches!(decode::<Answer>(&ours), Err(WireError::Malformed(_))), "our own release appends nothing");
+}
+
+#[test]
+fn what_only_the_next_release_knows_is_nobodys_fault() {
+    let frame = encode_as(&NextAnswer::Elsewhere(peer(1)), MINOR + 1).unwrap();
+    assert!(matches!(decode::<Answer>(&frame), Err(WireError::Unknown { minor, .. }) if minor == MINOR + 1));
+    let mut ours = frame.clone();
+    ours[5] = MINOR;
+    assert!(matches!(decode::<Answer>(&ours), Err(WireError::Malformed(_))), "our own release knows no such thing");
+}
+
+#[test]
+fn a_broken_message_of_the_next_release_is_broken() {
+    let mut frame = encode_as(&entry(2), MINOR + 1).unwrap();
+    frame.pop();
+    let length = u32::try_from(frame.len() - HEADER).unwrap();
+    frame[..4].copy_from_slice(&length.to_be_bytes());
+    assert!(matches!(decode::<Gossip>(&frame), Err(WireError::Malformed(_))));
+}
+
+#[tokio::test]
+async fn a_later_release_is_understood_on_a_stream_as_well() {
+    let frame = encode_as(&NextAnswer::Blob { size: 5, modified: 1 }, MINOR + 1).unwrap();
+    assert_eq!(read::<Answer>(&mut frame.as_slice()).await.unwrap(), Answer::Blob { size: 5 });
+}
+
+#[tokio::test]
+async fn an_oversized_message_is_refused_before_its_body_is_read() {
+    let header = [[0xff; 4].as_slice(), &VERSION.to_be_bytes()].concat();
+    let mut frame = header.as_slice();
+    assert!(matches!(read::<Request>(&mut frame).await, Err(WireError::TooLong { .. })));
+    assert!(matches!(encode(&entry(4096)), Err(WireError::TooLong { .. })), "nor is one sent");
+}
+
+#[test]
+fn a_length_inside_a_message_allocates_nothing() {
+    // Variant-length integer 0xfd announces eight bytes: a list of 2^63 marks.
+    let mut frame = encode(&Reply::Marks(Vec::new())).unwrap();
+    frame.truncate(HEADER + 1);
+    frame.extend_from_slice(&[0xfd, 0, 0, 0, 0, 0, 0, 0, 0x80]);
+    let length = u32::try_from(frame.len() - HEADER).unwrap();
+    frame[..4].copy_from_slice(&length.to_be_bytes());
+    assert!(matches!(decode::<Reply>(&frame), Err(WireError::Malformed(_))));
+}
+
+#[test]
+fn the_fullest_reply_of_the_smallest_parts_can_be_decoded() {
+    let mark = Mark { peer: peer(1), epoch: 0, version: 0, incarnation: 0, sequence: 0, down: false };
+    let most = (Reply::LIMIT - 16) / 37;
+    let reply = Reply::Marks(vec![mark; most]);
+    assert_eq!(decode::<Reply>(&encode(&reply).unwrap()).unwrap(), reply);
+}
+
+#[test]
+fn the_largest_inventory_fits_into_one_snapshot() {
+    let tag = "t".repeat(40);
+    let repository = Repository { registry: "registry.example.com".into(), path: "p".repeat(25) };
+    let holders = Bits(vec![1]);
+    let item = |number: usize| {
+        (Item::Image(repository.clone(), Some(tag.clone()), Digest::of(&number.to_le_bytes())), holders.clone())
+    };
+    let items: Vec<_> = (0..MAX_ITEMS).map(item).collect();
+    let reply = Reply::Snapshot(Snapshot { heads: vec![head(0)], items });
+    assert_eq!(decode::<Reply>(&encode(&reply).unwrap()).unwrap(), reply);
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_bytes_make_it_panic(
+        bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..256),
+        minor in MINOR..=MINOR + 1,
+    ) {
+        let mut frame = bytes;
+        if frame.len() >= HEADER {
+            let length = u32::try_from(frame.len() - HEADER).unwrap();
+            frame[..4].copy_from_slice(&length.to_be_bytes());
+            frame[4..HEADER].copy_from_slice(&[MAJOR, minor]);
+        }
+        let _ = (decode::<Gossip>(&frame), decode::<Question>(&frame), decode::<Reply>(&frame));
+        let _ = (decode::<Request>(&frame), decode::<Answer>(&frame), decode::<Hello>(&frame), decode::<Welcome>(&frame));
+    }
+}
