@@ -1,271 +1,221 @@
-//! Who holds what: a table of the content of the peers that are up, built from what the mesh tells.
+//! Who holds what: a table of the content of the peers, built from what the mesh tells.
 //!
 //! Everything in it is hearsay. It is good for knowing whom to ask; whoever fetches verifies. Not here: our own content, and what
 //! to do when peers disagree about a tag.
 //!
-//! A digest stands once, with the numbers of the peers that hold it, so that a layer that a thousand nodes share costs one entry
-//! and four bytes a node. To forget a peer walks the whole table: milliseconds for 100 000 digests, and rare.
+//! A digest or name stands once, with the numbers of the peers that hold it, so that a layer that a thousand nodes share costs one
+//! entry and a bit a node. Peers have no lists of their own; to forget one, or to replace what it holds, walks the whole table: a
+//! millisecond for 20 000 digests. A peer that is away is only masked, because it comes back with what it had.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod content;
+mod peers;
+mod providers;
 
-use crate::model::{ContentChange, MAX_ITEMS, MeshEvent, NodeName, Outage, OutageKind, Peer, PeerId};
+use std::collections::{BTreeMap, HashMap};
+use std::mem::size_of;
+
+use self::content::Content;
+use self::peers::Peers;
+use self::providers::{Bitmap, Number, Providers};
+use crate::model::{Bits, ContentChange, Item, MAX_ITEMS, MeshEvent, NodeName, Outage, OutageKind, Peer, PeerId};
 use crate::oci::{Digest, Repository};
 
-/// What is known of the content of the peers that are up.
-#[derive(Debug, Default)]
+/// Most peers that [`Inventory::shared`] answers for at once.
+pub const MAX_SHARED: usize = 256;
+
+/// What is known of the content of peers. Questions are answered from those that are up, unless they say otherwise.
+///
+/// Peers are not bounded here: whoever admits them bounds them, and forgets those that do not come back.
+#[derive(Debug, Clone, Default)]
 pub struct Inventory {
-    numbers: HashMap<PeerId, Number>,
-    /// By [`Number`]; `None` is free to be given out again.
-    peers: Vec<Option<Known>>,
-    blobs: HashMap<Digest, Holders>,
-    images: HashMap<Repository, BTreeMap<Digest, BTreeMap<Option<String>, Holders>>>,
-    /// By what each node saw, so the same registry may stand here several times: each node has its own moment.
-    outages: BTreeMap<Outage, Holders>,
+    peers: Peers,
+    content: Content,
 }
-
-/// Stands for a peer in the table while it is up.
-type Number = u32;
-
-#[derive(Debug)]
-struct Known {
-    peer: Peer,
-    items: usize,
-}
-
-/// Numbers in ascending order. Most digests have few holders, so a sorted list beats a set.
-#[derive(Debug, Default)]
-struct Holders(Vec<Number>);
 
 impl Inventory {
-    /// Takes in what the mesh tells. Events of peers that are not up are ignored.
+    /// Takes in what the mesh tells. A peer that is down is hidden, not forgotten.
     ///
     /// Returns how many items were dropped because their peer is at its limit of [`MAX_ITEMS`]; the others still count.
     pub fn apply(&mut self, event: MeshEvent) -> usize {
         match event {
             MeshEvent::Up(peer) => self.up(peer),
-            MeshEvent::Down(peer) => self.down(peer),
-            MeshEvent::Snapshot(peer, items) => {
-                let Some(&number) = self.numbers.get(&peer) else { return 0 };
-                self.forget(number);
-                return self.change(number, items);
-            }
-            MeshEvent::Changed(peer, changes) => {
-                let Some(&number) = self.numbers.get(&peer) else { return 0 };
-                return self.change(number, changes);
-            }
+            MeshEvent::Down(peer) => self.hide(peer),
+            MeshEvent::Snapshot(peer, items) => return self.replace(peer, items),
+            MeshEvent::Changed(peer, changes) => return self.change(peer, changes),
         }
         0
     }
 
+    /// A peer counts from now on: what was known of it before counts again. Of one that is up already, only where it is changes.
+    pub fn up(&mut self, peer: Peer) {
+        self.peers.show(peer);
+    }
+
+    /// A peer's content no longer counts but stays known, so that it need not be told again when the peer comes back. Costs the same
+    /// however much it holds.
+    pub fn hide(&mut self, peer: PeerId) {
+        self.peers.hide(peer);
+    }
+
+    /// Nothing of a peer is kept.
+    pub fn forget(&mut self, peer: PeerId) {
+        if let Some(number) = self.peers.find(peer) {
+            self.clear(number);
+            self.peers.free(peer);
+        }
+    }
+
+    /// What a peer holds, replacing what was known; whether it is up or hidden. A peer never heard of is hidden until it is up.
+    ///
+    /// Returns how many items were dropped because of [`MAX_ITEMS`].
+    pub fn replace(&mut self, peer: PeerId, items: impl IntoIterator<Item = Item>) -> usize {
+        let number = self.peers.number(peer);
+        self.clear(number);
+        self.change(peer, items.into_iter().map(ContentChange::Added))
+    }
+
+    /// What changed at a peer, whether it is up or hidden. A peer never heard of held nothing, and is hidden until it is up.
+    ///
+    /// Returns how many items were dropped because of [`MAX_ITEMS`].
+    pub fn change(&mut self, peer: PeerId, changes: impl IntoIterator<Item = ContentChange>) -> usize {
+        let number = self.peers.number(peer);
+        let Some(known) = self.peers.get_mut(number) else { return 0 };
+        let mut dropped = 0;
+        for change in changes {
+            match change {
+                ContentChange::Added(item) if known.items == MAX_ITEMS => {
+                    dropped += usize::from(!self.content.holds(number, &item));
+                }
+                ContentChange::Added(item) => known.items += usize::from(self.content.add(number, item)),
+                ContentChange::Removed(item) => known.items -= usize::from(self.content.remove(number, item)),
+            }
+        }
+        dropped
+    }
+
     /// The peers that hold a blob.
     pub fn holders(&self, digest: Digest) -> Vec<PeerId> {
-        self.blobs.get(&digest).map(|holders| self.names(holders)).unwrap_or_default()
+        self.content.blob(digest).map(|holders| self.who(holders)).unwrap_or_default()
     }
 
     /// The peers that hold an image's index or manifest *and* know it under this very repository.
     ///
     /// A digest alone is not a permission: it would let anybody fetch any image by inventing a registry.
     pub fn providers(&self, repository: &Repository, root: Digest) -> Vec<PeerId> {
-        let Some(holders) = self.blobs.get(&root) else { return Vec::new() };
-        let Some(names) = self.images.get(repository).and_then(|images| images.get(&root)) else { return Vec::new() };
-        let knowing: BTreeSet<Number> = names.values().flat_map(|holders| &holders.0).copied().collect();
-        let both = holders.0.iter().filter(|number| knowing.contains(number)).copied().collect();
-        self.names(&Holders(both))
+        let Some(holders) = self.content.blob(root) else { return Vec::new() };
+        let mut knowing = Bitmap::default();
+        for named in self.content.names_of(repository, root) {
+            knowing.extend(named.within(self.peers.up()));
+        }
+        self.peers.ids(holders.within(&knowing))
     }
 
     /// What a tag points at, by whom. More than one digest means that the peers disagree.
     pub fn tag(&self, repository: &Repository, tag: &str) -> BTreeMap<Digest, Vec<PeerId>> {
-        let tag = Some(tag.to_owned());
-        let images = self.images.get(repository).into_iter().flatten();
-        let held = images.filter_map(|(digest, names)| {
+        let held = self.content.tagged(repository, tag).filter_map(|(digest, named)| {
             // A name without the content that it points at is no voice.
-            let holders = &self.blobs.get(digest)?.0;
-            let named = names.get(&tag)?.0.iter().filter(|number| holders.contains(number)).copied().collect();
-            Some((*digest, self.names(&Holders(named))))
+            let holders = self.content.blob(digest)?;
+            let voices = named.within(self.peers.up()).filter(|number| holders.contains(*number));
+            Some((digest, self.peers.ids(voices)))
         });
         held.filter(|(_, peers)| !peers.is_empty()).collect()
     }
 
     /// What peers say about registries that they cannot reach.
     pub fn outages(&self, registry: &str) -> Vec<(&Outage, Vec<PeerId>)> {
-        let from = Outage { registry: registry.to_owned(), kind: OutageKind::NoSuchHost, since: 0 };
-        let of_registry = self.outages.range(from..).take_while(|(outage, _)| outage.registry == registry);
-        of_registry.map(|(outage, holders)| (outage, self.names(holders))).collect()
+        let first = Outage { registry: registry.to_owned(), kind: OutageKind::NoSuchHost, since: 0 };
+        let of_registry = self.content.outages_from(&first).take_while(|(outage, _)| outage.registry == registry);
+        self.said(of_registry).collect()
     }
 
     /// Everything that peers say about registries that they cannot reach, by registry.
     pub fn all_outages(&self) -> impl Iterator<Item = (&Outage, Vec<PeerId>)> {
-        self.outages.iter().map(|(outage, holders)| (outage, self.names(holders)))
+        self.said(self.content.outages())
     }
 
     /// The peers that are up.
     pub fn peers(&self) -> Vec<&Peer> {
-        self.peers.iter().flatten().map(|known| &known.peer).collect()
+        self.peers.all_up().collect()
     }
 
     /// The node that a peer runs on, while it is up.
     pub fn node_of(&self, peer: PeerId) -> Option<&NodeName> {
-        Some(&self.known(*self.numbers.get(&peer)?)?.peer.node)
+        Some(&self.peers.get_up(peer)?.0.node)
     }
 
-    /// How many blobs and image names a peer holds; 0 when it is not up.
+    /// How many items a peer holds; 0 when it is not up.
     pub fn items_of(&self, peer: PeerId) -> usize {
-        self.numbers.get(&peer).and_then(|number| self.known(*number)).map_or(0, |known| known.items)
+        self.peers.get_up(peer).map_or(0, |(_, items)| items)
     }
 
-    /// How many different blobs the peers hold together.
+    /// How many different blobs the peers hold together. Walks the whole table.
     pub fn blobs(&self) -> usize {
-        self.blobs.len()
+        self.content.blobs().filter(|holders| self.is_up(holders)).count()
     }
 
-    fn up(&mut self, peer: Peer) {
-        if let Some(&number) = self.numbers.get(&peer.id) {
-            // It moved, or its node is known better now. Its content is the same.
-            if let Some(known) = &mut self.peers[number as usize] {
-                known.peer = peer;
+    /// Everything that any of these peers holds, hidden ones too, in the order of [`Item`], with one bit per peer in the order given:
+    /// what a relay answers to those who missed it. Walks the whole table.
+    ///
+    /// Name each peer once. Those beyond the first [`MAX_SHARED`] are left out.
+    pub fn shared(&self, peers: &[PeerId]) -> Vec<(Item, Bits)> {
+        let peers = &peers[..peers.len().min(MAX_SHARED)];
+        let mut asked = Bitmap::default();
+        // By number; those of numbers that were not asked for are never looked at.
+        let mut places = Vec::new();
+        for (place, peer) in peers.iter().enumerate() {
+            if let Some(number) = self.peers.find(*peer) {
+                asked.insert(number);
+                places.resize(places.len().max(number as usize + 1), 0);
+                places[number as usize] = place;
             }
-            return;
         }
-        let free = self.peers.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.peers.push(None);
-            self.peers.len() - 1
-        });
-        let number = Number::try_from(free).expect("fewer peers than 2^32");
-        self.numbers.insert(peer.id, number);
-        self.peers[free] = Some(Known { peer, items: 0 });
+        self.content.choose(|providers| {
+            let mut found = providers.within(&asked).peekable();
+            found.peek()?;
+            let mut bits = Bits::none_of(peers.len());
+            found.for_each(|number| bits.set(places[number as usize]));
+            Some(bits)
+        })
     }
 
-    fn down(&mut self, peer: PeerId) {
-        if let Some(number) = self.numbers.remove(&peer) {
-            self.forget(number);
-            self.peers[number as usize] = None;
-        }
+    /// How many different items there are, those of hidden peers too.
+    pub fn items(&self) -> usize {
+        self.content.len()
+    }
+
+    /// Estimated bytes of the table on the heap, without what the allocator adds. Walks the whole table.
+    pub fn bytes(&self) -> usize {
+        self.peers.bytes() + self.content.bytes()
     }
 
     /// Forgets all that a peer holds, not the peer.
-    fn forget(&mut self, number: Number) {
-        self.blobs.retain(|_, holders| holders.without(number));
-        self.images.retain(|_, images| {
-            images.retain(|_, names| {
-                names.retain(|_, holders| holders.without(number));
-                !names.is_empty()
-            });
-            !images.is_empty()
-        });
-        self.outages.retain(|_, holders| holders.without(number));
-        if let Some(known) = &mut self.peers[number as usize] {
-            known.items = 0;
-        }
+    fn clear(&mut self, number: Number) {
+        let Some(known) = self.peers.get_mut(number).filter(|known| known.items > 0) else { return };
+        known.items = 0;
+        self.content.clear(number);
     }
 
-    fn change(&mut self, number: Number, changes: Vec<ContentChange>) -> usize {
-        let mut items = self.known(number).map_or(0, |known| known.items);
-        let mut dropped = 0;
-        for change in changes {
-            let added = change.is_addition();
-            if added && items == MAX_ITEMS {
-                dropped += usize::from(!self.holds(number, &change));
-                continue;
-            }
-            match (self.note(number, change), added) {
-                (true, true) => items += 1,
-                (true, false) => items -= 1,
-                (false, _) => {}
-            }
-        }
-        if let Some(known) = &mut self.peers[number as usize] {
-            known.items = items;
-        }
-        dropped
+    fn who(&self, providers: &Providers) -> Vec<PeerId> {
+        self.peers.ids(providers.within(self.peers.up()))
     }
 
-    /// Notes one change; false when it says nothing new.
-    fn note(&mut self, number: Number, change: ContentChange) -> bool {
-        match change {
-            ContentChange::BlobAdded(digest) => self.blobs.entry(digest).or_default().insert(number),
-            ContentChange::BlobRemoved(digest) => {
-                let Some(holders) = self.blobs.get_mut(&digest) else { return false };
-                let removed = holders.remove(number);
-                if holders.0.is_empty() {
-                    self.blobs.remove(&digest);
-                }
-                removed
-            }
-            ContentChange::Tagged(repository, tag, digest) => {
-                let images = self.images.entry(repository).or_default();
-                images.entry(digest).or_default().entry(tag).or_default().insert(number)
-            }
-            ContentChange::Untagged(repository, tag, digest) => self.untag(number, &repository, &tag, digest),
-            ContentChange::RegistryDown(outage) => self.outages.entry(outage).or_default().insert(number),
-            ContentChange::RegistryUp(outage) => {
-                let Some(holders) = self.outages.get_mut(&outage) else { return false };
-                let removed = holders.remove(number);
-                if holders.0.is_empty() {
-                    self.outages.remove(&outage);
-                }
-                removed
-            }
-        }
+    fn is_up(&self, providers: &Providers) -> bool {
+        providers.within(self.peers.up()).next().is_some()
     }
 
-    fn untag(&mut self, number: Number, repository: &Repository, tag: &Option<String>, digest: Digest) -> bool {
-        let Some(images) = self.images.get_mut(repository) else { return false };
-        let Some(names) = images.get_mut(&digest) else { return false };
-        let Some(holders) = names.get_mut(tag) else { return false };
-        let removed = holders.remove(number);
-        if holders.0.is_empty() {
-            names.remove(tag);
-        }
-        if names.is_empty() {
-            images.remove(&digest);
-        }
-        if images.is_empty() {
-            self.images.remove(repository);
-        }
-        removed
-    }
-
-    /// Whether the peer is known to hold what this change adds.
-    fn holds(&self, number: Number, added: &ContentChange) -> bool {
-        let holders = match added {
-            ContentChange::BlobAdded(digest) | ContentChange::BlobRemoved(digest) => self.blobs.get(digest),
-            ContentChange::Tagged(repository, tag, digest) | ContentChange::Untagged(repository, tag, digest) => {
-                let names = self.images.get(repository).and_then(|images| images.get(digest));
-                names.and_then(|names| names.get(tag))
-            }
-            ContentChange::RegistryDown(outage) | ContentChange::RegistryUp(outage) => self.outages.get(outage),
-        };
-        holders.is_some_and(|holders| holders.0.binary_search(&number).is_ok())
-    }
-
-    fn known(&self, number: Number) -> Option<&Known> {
-        self.peers[number as usize].as_ref()
-    }
-
-    fn names(&self, holders: &Holders) -> Vec<PeerId> {
-        holders.0.iter().filter_map(|number| Some(self.known(*number)?.peer.id)).collect()
+    fn said<'a>(
+        &self,
+        outages: impl Iterator<Item = (&'a Outage, &'a Providers)>,
+    ) -> impl Iterator<Item = (&'a Outage, Vec<PeerId>)> {
+        outages.map(|(outage, providers)| (outage, self.who(providers))).filter(|(_, peers)| !peers.is_empty())
     }
 }
 
-impl Holders {
-    /// False when it was there.
-    fn insert(&mut self, number: Number) -> bool {
-        let Err(place) = self.0.binary_search(&number) else { return false };
-        self.0.insert(place, number);
-        true
-    }
-
-    /// False when it was not there.
-    fn remove(&mut self, number: Number) -> bool {
-        let Ok(place) = self.0.binary_search(&number) else { return false };
-        self.0.remove(place);
-        true
-    }
-
-    /// Removes it and says whether anybody is left.
-    fn without(&mut self, number: Number) -> bool {
-        self.remove(number);
-        !self.0.is_empty()
+/// Seven of eight places may be taken, and their number is a power of two; one byte each beside the entry.
+fn hash_table_bytes<K, V>(table: &HashMap<K, V>) -> usize {
+    match table.capacity() {
+        0 => 0,
+        capacity => (capacity * 8 / 7).next_power_of_two() * (size_of::<(K, V)>() + 1),
     }
 }
 

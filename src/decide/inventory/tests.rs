@@ -1,8 +1,9 @@
-//! What the table answers, and that it is the same whichever way the news came.
+//! What the table answers, and that plain sets would answer the same.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
+use rand::{SeedableRng, rngs::SmallRng};
 
 use super::*;
 
@@ -12,7 +13,13 @@ fn id(number: u8) -> PeerId {
 
 fn peer(number: u8) -> Peer {
     let address = ([127, 0, 0, 1], 4000 + u16::from(number)).into();
-    Peer { id: id(number), node: format!("node-{number}").parse().unwrap(), transfer: address, gossip: address }
+    Peer {
+        id: id(number),
+        node: format!("node-{number}").parse().unwrap(),
+        zone: None,
+        transfer: address,
+        gossip: address,
+    }
 }
 
 fn blob(text: &str) -> Digest {
@@ -23,11 +30,15 @@ fn repository(path: &str) -> Repository {
     Repository { registry: "registry.test".into(), path: path.into() }
 }
 
-fn tagged(path: &str, tag: &str, digest: Digest) -> ContentChange {
-    ContentChange::Tagged(repository(path), Some(tag.into()), digest)
+fn tagged(path: &str, tag: &str, digest: Digest) -> Item {
+    Item::Image(repository(path), Some(tag.into()), digest)
 }
 
-fn inventory(of: impl IntoIterator<Item = (u8, Vec<ContentChange>)>) -> Inventory {
+fn outage(registry: &str, since: u64) -> Item {
+    Item::Outage(Outage { registry: registry.into(), kind: OutageKind::TimedOut, since })
+}
+
+fn inventory(of: impl IntoIterator<Item = (u8, Vec<Item>)>) -> Inventory {
     let mut inventory = Inventory::default();
     for (number, items) in of {
         inventory.apply(MeshEvent::Up(peer(number)));
@@ -38,15 +49,13 @@ fn inventory(of: impl IntoIterator<Item = (u8, Vec<ContentChange>)>) -> Inventor
 
 #[test]
 fn a_blob_is_held_by_whoever_says_so() {
-    let mut inventory = inventory([
-        (1, vec![ContentChange::BlobAdded(blob("a"))]),
-        (2, vec![ContentChange::BlobAdded(blob("a")), ContentChange::BlobAdded(blob("b"))]),
-    ]);
+    let mut inventory =
+        inventory([(1, vec![Item::Blob(blob("a"))]), (2, vec![Item::Blob(blob("a")), Item::Blob(blob("b"))])]);
     assert_eq!(inventory.holders(blob("a")), [id(1), id(2)]);
     assert_eq!(inventory.holders(blob("b")), [id(2)]);
     assert_eq!((inventory.blobs(), inventory.items_of(id(2))), (2, 2));
     assert_eq!(inventory.node_of(id(2)).unwrap().as_str(), "node-2");
-    inventory.apply(MeshEvent::Changed(id(2), vec![ContentChange::BlobRemoved(blob("a"))]));
+    inventory.apply(MeshEvent::Changed(id(2), vec![ContentChange::Removed(Item::Blob(blob("a")))]));
     assert_eq!(inventory.holders(blob("a")), [id(1)]);
 }
 
@@ -54,11 +63,11 @@ fn a_blob_is_held_by_whoever_says_so() {
 fn a_provider_holds_the_image_and_knows_it_by_the_same_repository() {
     let root = blob("index");
     let inventory = inventory([
-        (1, vec![ContentChange::BlobAdded(root), tagged("team/app", "v1", root)]),
-        (2, vec![ContentChange::BlobAdded(root), tagged("other/app", "v1", root)]),
+        (1, vec![Item::Blob(root), tagged("team/app", "v1", root)]),
+        (2, vec![Item::Blob(root), tagged("other/app", "v1", root)]),
         (3, vec![tagged("team/app", "v1", root)]),
-        (4, vec![ContentChange::BlobAdded(root), ContentChange::Tagged(repository("team/app"), None, root)]),
-        (5, vec![ContentChange::BlobAdded(root), tagged("team/app", "v1", blob("another"))]),
+        (4, vec![Item::Blob(root), Item::Image(repository("team/app"), None, root)]),
+        (5, vec![Item::Blob(root), tagged("team/app", "v1", blob("another"))]),
     ]);
     assert_eq!(inventory.providers(&repository("team/app"), root), [id(1), id(4)]);
     assert_eq!(inventory.providers(&repository("other/app"), root), [id(2)]);
@@ -70,9 +79,9 @@ fn a_provider_holds_the_image_and_knows_it_by_the_same_repository() {
 fn a_tag_that_peers_disagree_about_shows_every_side() {
     let (old, new) = (blob("old"), blob("new"));
     let inventory = inventory([
-        (1, vec![ContentChange::BlobAdded(new), tagged("app", "v1", new)]),
-        (2, vec![ContentChange::BlobAdded(new), tagged("app", "v1", new), tagged("app", "v0", old)]),
-        (3, vec![ContentChange::BlobAdded(old), tagged("app", "v1", old)]),
+        (1, vec![Item::Blob(new), tagged("app", "v1", new)]),
+        (2, vec![Item::Blob(new), tagged("app", "v1", new), tagged("app", "v0", old)]),
+        (3, vec![Item::Blob(old), tagged("app", "v1", old)]),
         (4, vec![tagged("app", "v1", blob("not held by the one who names it"))]),
     ]);
     let sides = inventory.tag(&repository("app"), "v1");
@@ -81,31 +90,47 @@ fn a_tag_that_peers_disagree_about_shows_every_side() {
 }
 
 #[test]
-fn a_peer_that_is_down_holds_nothing() {
-    let items = vec![ContentChange::BlobAdded(blob("a")), tagged("app", "v1", blob("a"))];
+fn a_peer_that_is_down_holds_nothing_until_it_comes_back_with_what_it_had() {
+    let items = vec![Item::Blob(blob("a")), tagged("app", "v1", blob("a"))];
     let mut inventory = inventory([(1, items.clone()), (2, items)]);
     inventory.apply(MeshEvent::Down(id(1)));
     assert_eq!(inventory.holders(blob("a")), [id(2)]);
     assert_eq!(inventory.peers(), [&peer(2)]);
     inventory.apply(MeshEvent::Down(id(2)));
-    assert_eq!((inventory.blobs(), inventory.images.len(), inventory.items_of(id(2))), (0, 0, 0));
-    // A number is given out again; nothing of its former owner may show.
-    inventory.apply(MeshEvent::Up(peer(3)));
-    assert_eq!((inventory.peers.len(), inventory.items_of(id(3))), (2, 0));
+    assert_eq!((inventory.blobs(), inventory.items_of(id(2)), inventory.node_of(id(2))), (0, 0, None));
+    assert_eq!(inventory.items(), 2, "known, and counting for nobody");
+    inventory.apply(MeshEvent::Up(peer(2)));
+    assert_eq!(inventory.providers(&repository("app"), blob("a")), [id(2)]);
+    assert_eq!((inventory.blobs(), inventory.items_of(id(2))), (1, 2));
 }
 
 #[test]
-fn news_of_a_peer_that_is_not_up_is_ignored() {
+fn of_a_peer_that_is_forgotten_nothing_is_left_to_whoever_gets_its_number() {
+    let items = vec![Item::Blob(blob("a")), tagged("app", "v1", blob("a")), outage("r.test", 5)];
+    let mut inventory = inventory([(1, items), (2, vec![])]);
+    inventory.forget(id(1));
+    assert_eq!((inventory.items(), inventory.peers()), (0, vec![&peer(2)]));
+    inventory.apply(MeshEvent::Up(peer(3)));
+    assert_eq!((inventory.peers.find(id(3)), inventory.items_of(id(3))), (Some(0), 0));
+    inventory.forget(id(2));
+    inventory.forget(id(3));
+    assert_eq!((inventory.peers.find(id(2)), inventory.peers()), (None, vec![]));
+}
+
+#[test]
+fn news_of_a_peer_that_is_not_up_counts_when_it_is() {
     let mut inventory = Inventory::default();
-    inventory.apply(MeshEvent::Changed(id(1), vec![ContentChange::BlobAdded(blob("a"))]));
-    inventory.apply(MeshEvent::Snapshot(id(1), vec![ContentChange::BlobAdded(blob("a"))]));
-    inventory.apply(MeshEvent::Down(id(1)));
-    assert_eq!((inventory.blobs(), inventory.peers().len()), (0, 0));
+    inventory.apply(MeshEvent::Snapshot(id(1), vec![Item::Blob(blob("a"))]));
+    inventory.apply(MeshEvent::Changed(id(1), vec![ContentChange::Added(Item::Blob(blob("b")))]));
+    inventory.apply(MeshEvent::Down(id(2)));
+    assert_eq!((inventory.blobs(), inventory.peers().len(), inventory.items()), (0, 0, 2));
+    inventory.apply(MeshEvent::Up(peer(1)));
+    assert_eq!((inventory.holders(blob("a")), inventory.holders(blob("b"))), (vec![id(1)], vec![id(1)]));
 }
 
 #[test]
 fn a_peer_that_moves_keeps_its_content() {
-    let mut inventory = inventory([(1, vec![ContentChange::BlobAdded(blob("a"))])]);
+    let mut inventory = inventory([(1, vec![Item::Blob(blob("a"))])]);
     let moved = Peer { gossip: ([127, 0, 0, 2], 1).into(), ..peer(1) };
     inventory.apply(MeshEvent::Up(moved.clone()));
     assert_eq!(inventory.peers(), [&moved]);
@@ -114,112 +139,217 @@ fn a_peer_that_moves_keeps_its_content() {
 
 #[test]
 fn no_peer_makes_us_keep_more_than_the_limit() {
-    let numbered = |number: usize| ContentChange::BlobAdded(Digest::of(&number.to_le_bytes()));
+    let numbered = |number: usize| Item::Blob(Digest::of(&number.to_le_bytes()));
     let mut inventory = inventory([(1, (0..MAX_ITEMS).map(numbered).collect())]);
-    let more = vec![numbered(0), numbered(MAX_ITEMS), tagged("app", "v1", blob("a"))];
+    let more = [numbered(0), numbered(MAX_ITEMS), tagged("app", "v1", blob("a"))].map(ContentChange::Added).to_vec();
     assert_eq!(inventory.apply(MeshEvent::Changed(id(1), more)), 2, "what it holds already is not dropped again");
     assert_eq!((inventory.items_of(id(1)), inventory.blobs()), (MAX_ITEMS, MAX_ITEMS));
-    let swap = vec![ContentChange::BlobRemoved(Digest::of(&0usize.to_le_bytes())), numbered(MAX_ITEMS)];
+    let swap = vec![ContentChange::Removed(numbered(0)), ContentChange::Added(numbered(MAX_ITEMS))];
     assert_eq!(inventory.apply(MeshEvent::Changed(id(1), swap)), 0, "there is room again");
     assert_eq!(inventory.holders(Digest::of(&MAX_ITEMS.to_le_bytes())), [id(1)]);
 }
 
-fn any_change() -> impl Strategy<Value = ContentChange> {
-    (0..4u8, 0..3u8, 0..2u8, proptest::option::of(0..2u8)).prop_map(|(kind, digest, path, tag)| {
-        let digest = Digest::of(&[digest]);
-        let repository = repository(&format!("app-{path}"));
-        let tag = tag.map(|tag| format!("v{tag}"));
+#[test]
+fn what_is_shared_has_a_bit_for_each_peer_in_the_order_asked() {
+    let mut inventory = inventory([
+        (1, vec![Item::Blob(blob("a")), outage("r.test", 5)]),
+        (2, vec![Item::Blob(blob("a")), tagged("app", "v1", blob("a"))]),
+        (3, vec![Item::Blob(blob("b"))]),
+    ]);
+    inventory.hide(id(1));
+    let shared = inventory.shared(&[id(2), id(9), id(1)]);
+    let expected = [
+        (Item::Blob(blob("a")), Bits(vec![0b101])),
+        (tagged("app", "v1", blob("a")), Bits(vec![0b001])),
+        (outage("r.test", 5), Bits(vec![0b100])),
+    ];
+    assert_eq!(shared, expected);
+    let many: Vec<_> = [id(9); MAX_SHARED].into_iter().chain([id(3)]).collect();
+    assert_eq!(inventory.shared(&many), [], "more than are answered for at once");
+    assert_eq!(inventory.shared(&many[1..])[0].1, Bits([vec![0; 31], vec![0x80]].concat()));
+}
+
+/// The size that the table is made for: 300 of 2000 images on each of 1000 nodes, ten blobs an image.
+#[test]
+fn a_thousand_nodes_of_three_hundred_images_need_little_memory() {
+    let image = |image: usize| {
+        let blobs = (0..10).map(move |layer| Digest::of(&(image * 10 + layer).to_le_bytes()));
+        let name = tagged(&format!("team-{}/application-{image}", image % 40), "v1.2.3", blobs.clone().next().unwrap());
+        blobs.map(Item::Blob).chain([name]).collect::<Vec<_>>()
+    };
+    let images: Vec<_> = (0..2000).map(image).collect();
+    let mut random = SmallRng::seed_from_u64(4);
+    let mut inventory = Inventory::default();
+    for node in 0..1000u16 {
+        let mut key = [0; 32];
+        key[..2].copy_from_slice(&node.to_le_bytes());
+        let chosen = rand::seq::index::sample(&mut random, images.len(), 300);
+        let items = chosen.into_iter().flat_map(|image| images[image].iter().cloned());
+        inventory.replace(PeerId::from_public_key(key), items);
+    }
+    assert_eq!(inventory.items(), 22_000);
+    assert!(inventory.bytes() < 40 << 20, "{} bytes", inventory.bytes());
+}
+
+fn any_item() -> impl Strategy<Value = Item> {
+    (0..5u8, 0..3u8, 0..2u8, proptest::option::of(0..2u8)).prop_map(|(kind, digest, path, tag)| {
+        let named = repository(&format!("app-{path}"));
         match kind {
-            0 => ContentChange::BlobAdded(digest),
-            1 => ContentChange::BlobRemoved(digest),
-            2 => ContentChange::Tagged(repository, tag, digest),
-            _ => ContentChange::Untagged(repository, tag, digest),
+            0 | 1 => Item::Blob(Digest::of(&[digest])),
+            2 | 3 => Item::Image(named, tag.map(|tag| format!("v{tag}")), Digest::of(&[digest])),
+            _ => outage(&format!("r-{path}.test"), digest.into()),
         }
     })
 }
 
-fn any_event() -> impl Strategy<Value = MeshEvent> {
-    let changes = || proptest::collection::vec(any_change(), 0..6);
+fn any_change() -> impl Strategy<Value = ContentChange> {
+    prop_oneof![2 => any_item().prop_map(ContentChange::Added), 1 => any_item().prop_map(ContentChange::Removed)]
+}
+
+/// Enough for either form of a set of peers.
+const PEERS: u8 = 6;
+
+#[derive(Debug, Clone)]
+enum Step {
+    Up(u8),
+    Hide(u8),
+    Forget(u8),
+    Replace(u8, Vec<Item>),
+    Change(u8, Vec<ContentChange>),
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    let items = || proptest::collection::vec(any_item(), 0..8);
+    let changes = || proptest::collection::vec(any_change(), 0..8);
     prop_oneof![
-        1 => (0..3u8).prop_map(|number| MeshEvent::Up(peer(number))),
-        1 => (0..3u8).prop_map(|number| MeshEvent::Down(id(number))),
-        2 => (0..3u8, changes()).prop_map(|(number, items)| MeshEvent::Snapshot(id(number), items)),
-        6 => (0..3u8, changes()).prop_map(|(number, changes)| MeshEvent::Changed(id(number), changes)),
+        2 => (0..PEERS).prop_map(Step::Up),
+        1 => (0..PEERS).prop_map(Step::Hide),
+        1 => (0..PEERS).prop_map(Step::Forget),
+        2 => (0..PEERS, items()).prop_map(|(number, items)| Step::Replace(number, items)),
+        4 => (0..PEERS, changes()).prop_map(|(number, changes)| Step::Change(number, changes)),
     ]
 }
 
-/// The same in the plainest form: a set of items for each peer that is up.
-fn plain(events: &[MeshEvent]) -> BTreeMap<PeerId, BTreeSet<ContentChange>> {
-    let mut up: BTreeMap<PeerId, BTreeSet<ContentChange>> = BTreeMap::new();
-    for event in events {
-        let (peer, changes) = match event {
-            MeshEvent::Up(peer) => (peer.id, Vec::new()),
-            MeshEvent::Down(peer) => (*peer, Vec::new()),
-            MeshEvent::Snapshot(peer, changes) | MeshEvent::Changed(peer, changes) => (*peer, changes.clone()),
-        };
-        match event {
-            MeshEvent::Up(_) => drop(up.entry(peer).or_default()),
-            MeshEvent::Down(_) => drop(up.remove(&peer)),
-            MeshEvent::Snapshot(..) => drop(up.get_mut(&peer).map(BTreeSet::clear)),
-            MeshEvent::Changed(..) => {}
-        }
-        let Some(items) = up.get_mut(&peer) else { continue };
-        for change in changes {
-            match change {
-                ContentChange::BlobRemoved(digest) => items.remove(&ContentChange::BlobAdded(digest)),
-                ContentChange::Untagged(repository, tag, digest) => {
-                    items.remove(&ContentChange::Tagged(repository, tag, digest))
-                }
-                ContentChange::RegistryUp(outage) => items.remove(&ContentChange::RegistryDown(outage)),
-                added => items.insert(added),
-            };
-        }
-    }
-    up
+/// The same in the plainest form: a set of items for each peer, and who counts.
+#[derive(Default)]
+struct Plain {
+    held: BTreeMap<PeerId, BTreeSet<Item>>,
+    up: BTreeSet<PeerId>,
 }
 
-/// All that can be asked, by the names of the peers.
-fn answers(inventory: &Inventory) -> impl PartialEq + std::fmt::Debug {
-    let sorted = |mut peers: Vec<PeerId>| {
-        peers.sort();
-        peers
-    };
-    let mut lines = Vec::new();
-    for digest in (0..3u8).map(|digest| Digest::of(&[digest])) {
-        lines.push((digest.to_string(), sorted(inventory.holders(digest))));
-        for path in ["app-0", "app-1"] {
-            lines.push((format!("{path}@{digest}"), sorted(inventory.providers(&repository(path), digest))));
-            for tag in ["v0", "v1"] {
-                let side = inventory.tag(&repository(path), tag).remove(&digest).unwrap_or_default();
-                lines.push((format!("{path}:{tag}@{digest}"), sorted(side)));
+impl Plain {
+    fn step(&mut self, step: Step) {
+        match step {
+            Step::Up(number) => {
+                self.up.insert(id(number));
+            }
+            Step::Hide(number) => {
+                self.up.remove(&id(number));
+            }
+            Step::Forget(number) => {
+                self.up.remove(&id(number));
+                self.held.remove(&id(number));
+            }
+            Step::Replace(number, items) => drop(self.held.insert(id(number), items.into_iter().collect())),
+            Step::Change(number, changes) => {
+                let held = self.held.entry(id(number)).or_default();
+                for change in changes {
+                    match change {
+                        ContentChange::Added(item) => held.insert(item),
+                        ContentChange::Removed(item) => held.remove(&item),
+                    };
+                }
             }
         }
     }
-    let counts: BTreeMap<PeerId, usize> =
-        inventory.peers().iter().map(|peer| (peer.id, inventory.items_of(peer.id))).collect();
-    // Entries too, since an empty one left behind answers like none.
-    let images = inventory.images.values().flat_map(BTreeMap::values).map(BTreeMap::len).collect::<Vec<_>>();
-    (lines, counts, inventory.blobs(), images.len(), images.iter().sum::<usize>())
+
+    fn holds(&self, peer: PeerId, item: &Item) -> bool {
+        self.held.get(&peer).is_some_and(|held| held.contains(item))
+    }
+
+    /// Those that are up and of which this is so.
+    fn who(&self, holds: impl Fn(PeerId) -> bool) -> BTreeSet<PeerId> {
+        self.up.iter().copied().filter(|peer| holds(*peer)).collect()
+    }
+
+    fn all(&self, counting: impl Fn(&PeerId) -> bool) -> BTreeSet<Item> {
+        let held = self.held.iter().filter(|(peer, _)| counting(peer));
+        held.flat_map(|(_, items)| items.iter().cloned()).collect()
+    }
+}
+
+fn set(peers: Vec<PeerId>) -> BTreeSet<PeerId> {
+    let count = peers.len();
+    let set: BTreeSet<_> = peers.into_iter().collect();
+    assert_eq!(set.len(), count, "a peer is named once");
+    set
+}
+
+fn assert_same_answers(inventory: &Inventory, plain: &Plain) {
+    let digests = [0u8, 1, 2].map(|digest| Digest::of(&[digest]));
+    for digest in digests {
+        let blob = Item::Blob(digest);
+        assert_eq!(set(inventory.holders(digest)), plain.who(|peer| plain.holds(peer, &blob)));
+        for named in ["app-0", "app-1"].map(repository) {
+            let names =
+                [None, Some("v0"), Some("v1")].map(|tag| Item::Image(named.clone(), tag.map(str::to_owned), digest));
+            let knows = |peer| plain.holds(peer, &blob) && names.iter().any(|name| plain.holds(peer, name));
+            assert_eq!(set(inventory.providers(&named, digest)), plain.who(knows));
+            for (tag, name) in ["v0", "v1"].into_iter().zip(&names[1..]) {
+                let side = inventory.tag(&named, tag).remove(&digest);
+                let voices = plain.who(|peer| plain.holds(peer, &blob) && plain.holds(peer, name));
+                assert_eq!(side.map(set), (!voices.is_empty()).then_some(voices));
+            }
+        }
+    }
+    let counting = plain.all(|peer| plain.up.contains(peer));
+    assert_eq!(inventory.blobs(), counting.iter().filter(|item| matches!(item, Item::Blob(_))).count());
+    let outages: Vec<_> = counting.into_iter().filter(|item| matches!(item, Item::Outage(_))).collect();
+    let said = |(outage, peers): (&Outage, _)| (Item::Outage(outage.clone()), set(peers));
+    let expected: Vec<_> =
+        outages.into_iter().map(|item| (item.clone(), plain.who(|peer| plain.holds(peer, &item)))).collect();
+    assert_eq!(inventory.all_outages().map(said).collect::<Vec<_>>(), expected);
+    let of_each: Vec<_> = ["r-0.test", "r-1.test"].into_iter().flat_map(|r| inventory.outages(r)).map(said).collect();
+    assert_eq!(of_each, expected);
+}
+
+fn assert_same_content(inventory: &Inventory, plain: &Plain) {
+    let empty = BTreeSet::new();
+    assert_eq!(set(inventory.peers().iter().map(|peer| peer.id).collect()), plain.up);
+    for id in (0..PEERS).map(id) {
+        let held = plain.held.get(&id).unwrap_or(&empty);
+        let is_up = plain.up.contains(&id);
+        assert_eq!(inventory.items_of(id), if is_up { held.len() } else { 0 });
+        assert_eq!(inventory.node_of(id).is_some(), is_up);
+    }
+    assert_eq!(inventory.items(), plain.all(|_| true).len());
+    let asked = [4, 2, 0, 5].map(id);
+    let bits = |item: &Item| {
+        let mut bits = Bits::none_of(asked.len());
+        asked.iter().enumerate().filter(|(_, peer)| plain.holds(**peer, item)).for_each(|(place, _)| bits.set(place));
+        bits
+    };
+    let expected = plain.all(|peer| asked.contains(peer)).into_iter().map(|item| (item.clone(), bits(&item)));
+    assert_eq!(inventory.shared(&asked), expected.collect::<Vec<_>>());
 }
 
 proptest! {
     #[test]
-    fn changes_end_where_a_snapshot_of_the_end_begins(events in proptest::collection::vec(any_event(), 0..40)) {
-        let mut through_changes = Inventory::default();
-        for event in &events {
-            through_changes.apply(event.clone());
+    fn whatever_happens_every_answer_is_that_of_plain_sets(steps in proptest::collection::vec(any_step(), 0..60)) {
+        let (mut inventory, mut plain) = (Inventory::default(), Plain::default());
+        for step in steps {
+            plain.step(step.clone());
+            match step {
+                Step::Up(number) => inventory.up(peer(number)),
+                Step::Hide(number) => inventory.hide(id(number)),
+                Step::Forget(number) => inventory.forget(id(number)),
+                Step::Replace(number, items) => prop_assert_eq!(inventory.replace(id(number), items), 0),
+                Step::Change(number, changes) => prop_assert_eq!(inventory.change(id(number), changes), 0),
+            }
+            assert_same_answers(&inventory, &plain);
+            assert_same_content(&inventory, &plain);
         }
-        let mut at_once = Inventory::default();
-        for (id, items) in plain(&events) {
-            let number = id.public_key()[0];
-            prop_assert_eq!(through_changes.items_of(id), items.len());
-            at_once.apply(MeshEvent::Up(peer(number)));
-            at_once.apply(MeshEvent::Snapshot(id, items.into_iter().collect()));
-        }
-        prop_assert_eq!(answers(&through_changes), answers(&at_once));
-        for down in (0..3u8).map(id) {
-            through_changes.apply(MeshEvent::Down(down));
-        }
-        prop_assert!(through_changes.blobs.is_empty() && through_changes.images.is_empty(), "nothing is left behind");
+        (0..PEERS).for_each(|number| inventory.forget(id(number)));
+        prop_assert_eq!((inventory.items(), inventory.peers().len()), (0, 0), "nothing is left behind");
     }
 }

@@ -1,0 +1,153 @@
+//! What there is, each thing once, and by which numbers it is held. Nothing stands here that nobody holds.
+
+use std::collections::{BTreeMap, HashMap};
+use std::mem::size_of;
+
+use super::hash_table_bytes;
+use super::providers::{Number, Providers};
+use crate::model::{Item, Outage};
+use crate::oci::{Digest, Repository};
+
+/// Everything that any peer holds.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Content {
+    blobs: HashMap<Digest, Providers>,
+    names: BTreeMap<Name, Providers>,
+    /// By what each node saw, so the same registry may stand here several times: each node has its own moment.
+    outages: BTreeMap<Outage, Providers>,
+}
+
+/// The names of one image in one repository stand side by side.
+type Name = (Repository, Digest, Option<String>);
+
+impl Content {
+    /// How many different things there are.
+    pub(super) fn len(&self) -> usize {
+        self.blobs.len() + self.names.len() + self.outages.len()
+    }
+
+    pub(super) fn blobs(&self) -> impl Iterator<Item = &Providers> {
+        self.blobs.values()
+    }
+
+    pub(super) fn blob(&self, digest: Digest) -> Option<&Providers> {
+        self.blobs.get(&digest)
+    }
+
+    /// Every name of an image in this repository.
+    pub(super) fn names_of(&self, repository: &Repository, root: Digest) -> impl Iterator<Item = &Providers> {
+        let names = self.names.range((repository.clone(), root, None)..);
+        names.take_while(move |((r, d, _), _)| r == repository && *d == root).map(|(_, providers)| providers)
+    }
+
+    /// What a tag is said to mean in this repository.
+    pub(super) fn tagged(&self, repository: &Repository, tag: &str) -> impl Iterator<Item = (Digest, &Providers)> {
+        let names = self.names.range((repository.clone(), Digest::from_bytes([0; 32]), None)..);
+        let of_repository = names.take_while(move |((r, ..), _)| r == repository);
+        of_repository
+            .filter(move |((_, _, named), _)| named.as_deref() == Some(tag))
+            .map(|((_, digest, _), providers)| (*digest, providers))
+    }
+
+    /// From the first outage that is not before this one.
+    pub(super) fn outages_from(&self, first: &Outage) -> impl Iterator<Item = (&Outage, &Providers)> {
+        self.outages.range(first..)
+    }
+
+    pub(super) fn outages(&self) -> impl Iterator<Item = (&Outage, &Providers)> {
+        self.outages.iter()
+    }
+
+    /// False when it is known.
+    pub(super) fn add(&mut self, number: Number, item: Item) -> bool {
+        let providers = match item {
+            Item::Blob(digest) => self.blobs.entry(digest).or_default(),
+            Item::Image(repository, tag, digest) => self.names.entry((repository, digest, tag)).or_default(),
+            Item::Outage(outage) => self.outages.entry(outage).or_default(),
+        };
+        providers.insert(number)
+    }
+
+    /// False when it is not known.
+    pub(super) fn remove(&mut self, number: Number, item: Item) -> bool {
+        match item {
+            Item::Blob(digest) => {
+                let Some(providers) = self.blobs.get_mut(&digest) else { return false };
+                let removed = providers.remove(number);
+                if providers.is_empty() {
+                    self.blobs.remove(&digest);
+                }
+                removed
+            }
+            Item::Image(repository, tag, digest) => remove(&mut self.names, &(repository, digest, tag), number),
+            Item::Outage(outage) => remove(&mut self.outages, &outage, number),
+        }
+    }
+
+    pub(super) fn holds(&self, number: Number, item: &Item) -> bool {
+        let providers = match item {
+            Item::Blob(digest) => self.blobs.get(digest),
+            Item::Image(repository, tag, digest) => self.names.get(&(repository.clone(), *digest, tag.clone())),
+            Item::Outage(outage) => self.outages.get(outage),
+        };
+        providers.is_some_and(|providers| providers.contains(number))
+    }
+
+    /// Removes all that a number holds. Walks everything.
+    pub(super) fn clear(&mut self, number: Number) {
+        let without = |providers: &mut Providers| !providers.remove(number) || !providers.is_empty();
+        self.blobs.retain(|_, providers| without(providers));
+        self.names.retain(|_, providers| without(providers));
+        self.outages.retain(|_, providers| without(providers));
+        // The room of a peer that held very much goes with it.
+        if self.blobs.capacity() > 4 * self.blobs.len() {
+            self.blobs.shrink_to(2 * self.blobs.len());
+        }
+    }
+
+    /// What is chosen by who holds it, in the order of [`Item`].
+    pub(super) fn choose<T>(&self, mut chosen: impl FnMut(&Providers) -> Option<T>) -> Vec<(Item, T)> {
+        let blobs = self.blobs.iter().filter_map(|(digest, providers)| Some((*digest, chosen(providers)?)));
+        let mut blobs: Vec<_> = blobs.collect();
+        blobs.sort_unstable_by_key(|(digest, _)| *digest);
+        let names = self.names.iter().filter_map(|(name, providers)| Some((name, chosen(providers)?)));
+        let mut names: Vec<_> = names.collect();
+        names.sort_unstable_by(|((r, d, t), _), ((repository, digest, tag), _)| {
+            (r, t, d).cmp(&(repository, tag, digest))
+        });
+        let mut items: Vec<_> = blobs.into_iter().map(|(digest, found)| (Item::Blob(digest), found)).collect();
+        items.extend(
+            names.into_iter().map(|((repository, digest, tag), found)| {
+                (Item::Image(repository.clone(), tag.clone(), *digest), found)
+            }),
+        );
+        let outages = self.outages.iter().filter_map(|(outage, providers)| Some((outage, chosen(providers)?)));
+        items.extend(outages.map(|(outage, found)| (Item::Outage(outage.clone()), found)));
+        items
+    }
+
+    /// Estimated bytes on the heap.
+    pub(super) fn bytes(&self) -> usize {
+        let sets = self.blobs.values().chain(self.names.values()).chain(self.outages.values());
+        let names = self.names.keys().map(|(repository, _, tag)| {
+            repository.registry.len() + repository.path.len() + tag.as_ref().map_or(0, String::len)
+        });
+        let texts = names.chain(self.outages.keys().map(|outage| outage.registry.len()));
+        let tables = hash_table_bytes(&self.blobs) + tree_bytes(&self.names) + tree_bytes(&self.outages);
+        tables + sets.map(Providers::bytes).sum::<usize>() + texts.sum::<usize>()
+    }
+}
+
+fn remove<K: Ord>(held: &mut BTreeMap<K, Providers>, key: &K, number: Number) -> bool {
+    let Some(providers) = held.get_mut(key) else { return false };
+    let removed = providers.remove(number);
+    if providers.is_empty() {
+        held.remove(key);
+    }
+    removed
+}
+
+/// Its nodes have room for eleven entries, and are two thirds full.
+fn tree_bytes<K, V>(tree: &BTreeMap<K, V>) -> usize {
+    tree.len() * size_of::<(K, V)>() * 3 / 2
+}

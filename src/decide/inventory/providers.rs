@@ -1,0 +1,243 @@
+//! Sets of peers by their numbers: who holds one thing, and who counts.
+
+use std::mem::size_of;
+
+/// Stands for a peer in the table. Numbers are small, because those of forgotten peers are given out again.
+pub(super) type Number = u32;
+
+/// One bit for each number, without zeros at the end.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Bitmap(Vec<u64>);
+
+impl Bitmap {
+    /// False when it was there.
+    pub(super) fn insert(&mut self, number: Number) -> bool {
+        let (word, bit) = place(number);
+        if word >= self.0.len() {
+            // Exactly: a table has many of these, and each grows once for every 64 peers.
+            self.0.reserve_exact(word + 1 - self.0.len());
+            self.0.resize(word + 1, 0);
+        }
+        let is_new = self.0[word] & bit == 0;
+        self.0[word] |= bit;
+        is_new
+    }
+
+    /// False when it was not there.
+    pub(super) fn remove(&mut self, number: Number) -> bool {
+        if !self.contains(number) {
+            return false;
+        }
+        let (word, bit) = place(number);
+        self.0[word] &= !bit;
+        let used = self.0.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1);
+        self.0.truncate(used);
+        true
+    }
+
+    pub(super) fn contains(&self, number: Number) -> bool {
+        let (word, bit) = place(number);
+        self.0.get(word).is_some_and(|word| word & bit != 0)
+    }
+
+    /// At most one number for each word: a list of them is half as large.
+    fn is_sparse(&self) -> bool {
+        let mut count = 0;
+        // Most are not, and their first words show it.
+        !self.0.iter().any(|word| {
+            count += word.count_ones() as usize;
+            count > self.0.len()
+        })
+    }
+
+    /// All, in ascending order.
+    fn numbers(&self) -> impl Iterator<Item = Number> {
+        ones(self.0.iter().copied())
+    }
+
+    /// The numbers that are also in `mask`, in ascending order.
+    fn within<'a>(&'a self, mask: &'a Self) -> impl Iterator<Item = Number> + 'a {
+        ones(self.0.iter().zip(&mask.0).map(|(word, mask)| word & mask))
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.0.capacity() * size_of::<u64>()
+    }
+}
+
+impl Extend<Number> for Bitmap {
+    fn extend<T: IntoIterator<Item = Number>>(&mut self, numbers: T) {
+        for number in numbers {
+            self.insert(number);
+        }
+    }
+}
+
+/// The peers that hold one thing, as a sorted list or as a bitmap, whichever is the smaller: one provider takes 8 bytes, and a layer
+/// that a thousand nodes share 128.
+#[derive(Debug, Clone)]
+pub(super) enum Providers {
+    Few(Vec<Number>),
+    Many(Bitmap),
+}
+
+impl Default for Providers {
+    fn default() -> Self {
+        Self::Few(Vec::new())
+    }
+}
+
+impl Providers {
+    /// False when it was there.
+    pub(super) fn insert(&mut self, number: Number) -> bool {
+        match self {
+            Self::Few(list) => {
+                let Err(at) = list.binary_search(&number) else { return false };
+                let last = list.last().map_or(number, |last| number.max(*last));
+                if (list.len() + 1) * size_of::<Number>() > (place(last).0 + 1) * size_of::<u64>() {
+                    let mut many = Bitmap::default();
+                    // The highest first, so that it grows once.
+                    many.extend([last, number]);
+                    many.extend(list.drain(..));
+                    *self = Self::Many(many);
+                } else {
+                    if list.len() == list.capacity() {
+                        // Most lists stay as short as they are.
+                        list.reserve_exact(2 + list.len() / 8);
+                    }
+                    list.insert(at, number);
+                }
+                true
+            }
+            Self::Many(bitmap) => {
+                let words = bitmap.0.len();
+                let inserted = bitmap.insert(number);
+                if bitmap.0.len() > words {
+                    self.settle();
+                }
+                inserted
+            }
+        }
+    }
+
+    /// False when it was not there.
+    pub(super) fn remove(&mut self, number: Number) -> bool {
+        match self {
+            Self::Few(list) => {
+                let Ok(at) = list.binary_search(&number) else { return false };
+                list.remove(at);
+                true
+            }
+            Self::Many(bitmap) => {
+                let removed = bitmap.remove(number);
+                if removed {
+                    self.settle();
+                }
+                removed
+            }
+        }
+    }
+
+    /// Becomes a list again where that takes half as much or less, so that it does not change to and fro.
+    fn settle(&mut self) {
+        if let Self::Many(bitmap) = self
+            && bitmap.is_sparse()
+        {
+            *self = Self::Few(bitmap.numbers().collect());
+        }
+    }
+
+    pub(super) fn contains(&self, number: Number) -> bool {
+        match self {
+            Self::Few(list) => list.binary_search(&number).is_ok(),
+            Self::Many(bitmap) => bitmap.contains(number),
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        match self {
+            Self::Few(list) => list.is_empty(),
+            Self::Many(bitmap) => bitmap.0.is_empty(),
+        }
+    }
+
+    /// The numbers that are also in `mask`, in ascending order.
+    pub(super) fn within<'a>(&'a self, mask: &'a Bitmap) -> impl Iterator<Item = Number> + 'a {
+        let (few, many) = match self {
+            Self::Few(list) => (list.as_slice(), None),
+            Self::Many(bitmap) => (Default::default(), Some(bitmap)),
+        };
+        let few = few.iter().copied().filter(|number| mask.contains(*number));
+        few.chain(many.into_iter().flat_map(|bitmap| bitmap.within(mask)))
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        match self {
+            Self::Few(list) => list.capacity() * size_of::<Number>(),
+            Self::Many(bitmap) => bitmap.bytes(),
+        }
+    }
+}
+
+/// The word of a number's bit, and the bit in it.
+fn place(number: Number) -> (usize, u64) {
+    (number as usize / 64, 1 << (number % 64))
+}
+
+/// The numbers whose bits are set in these words.
+fn ones(words: impl Iterator<Item = u64>) -> impl Iterator<Item = Number> {
+    (0..).step_by(64).zip(words).flat_map(|(first, mut word)| {
+        std::iter::from_fn(move || {
+            let lowest = (word != 0).then(|| word.trailing_zeros())?;
+            word &= word - 1;
+            Some(first + lowest)
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_set_takes_the_smaller_form() {
+        let set = |numbers: &[Number]| {
+            let mut set = Providers::default();
+            numbers.iter().for_each(|number| assert!(set.insert(*number)));
+            set
+        };
+        assert!(matches!(set(&[4999, 3, 70]), Providers::Few(_)), "12 bytes and not 632");
+        assert!(matches!(set(&[1, 2, 3]), Providers::Many(_)), "8 bytes and not 12");
+        assert!(matches!(set(&[1, 2, 3, 4999]), Providers::Few(_)), "16 bytes and not 632");
+        let mut many = set(&(0..5000).collect::<Vec<_>>());
+        assert!(many.bytes() <= 5000 / 8 + size_of::<u64>(), "{} bytes", many.bytes());
+        (3..5000).for_each(|number| assert!(many.remove(number)));
+        assert!(matches!(many, Providers::Few(_)), "{} bytes for three numbers", many.bytes());
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_its_form_it_is_the_set_of_what_was_put_in(
+            steps in proptest::collection::vec((prop_oneof![4 => 0..20u32, 1 => 0..400u32], 0..3u8), 0..200),
+            mask in proptest::collection::btree_set(0..400u32, 0..200),
+        ) {
+            let mut counting = Bitmap::default();
+            counting.extend(mask.iter().copied());
+            let (mut set, mut plain) = (Providers::default(), BTreeSet::new());
+            for (number, step) in steps {
+                if step == 0 {
+                    prop_assert_eq!(set.remove(number), plain.remove(&number));
+                } else {
+                    prop_assert_eq!(set.insert(number), plain.insert(number));
+                }
+                prop_assert_eq!(set.is_empty(), plain.is_empty());
+                prop_assert_eq!(set.contains(number), plain.contains(&number));
+                prop_assert!(set.within(&counting).eq(plain.intersection(&mask).copied()));
+            }
+        }
+    }
+}
