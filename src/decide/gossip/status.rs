@@ -1,0 +1,59 @@
+//! How the mesh looks from here, for people.
+
+use std::time::Instant;
+
+use super::roster::Member;
+use super::{Notary, Protocol};
+use crate::decide::inventory::Inventory;
+use crate::model::{MemberState, MemberStatus, MeshStatus};
+
+impl<N: Notary> Protocol<N> {
+    /// For people. What the driver counts (messages) is left at zero.
+    pub fn status(&self, table: &Inventory, now: Instant) -> MeshStatus {
+        let introduced = self.roster.members.values().filter(|member| member.introduction.is_some());
+        let mut members: Vec<_> = introduced.map(|member| of_member(member, table, now)).collect();
+        members.sort();
+        let in_state = |state| members.iter().filter(|member| member.state == state).count();
+        MeshStatus {
+            node: self.own.node.to_string(),
+            peer_id: self.own.peer.to_string(),
+            release: self.own.release.to_string(),
+            zone: self.presence.as_ref().and_then(|presence| Some(presence.zone.as_ref()?.to_string())),
+            epoch: self.log.epoch(),
+            sequence: self.log.sequence(),
+            items: self.log.items().len(),
+            alive: in_state(MemberState::Alive),
+            suspected: in_state(MemberState::Suspected),
+            down: in_state(MemberState::Down),
+            banned: members.iter().filter(|member| member.banned_s.is_some()).count(),
+            neighbours: members.iter().filter(|member| member.neighbour).count(),
+            inventory_blobs: table.blobs(),
+            inventory_bytes: table.bytes(),
+            messages_in: 0,
+            messages_out: 0,
+            members,
+        }
+    }
+}
+
+fn of_member(member: &Member, table: &Inventory, now: Instant) -> MemberStatus {
+    let Member { peer, introduction, .. } = member;
+    let state = match member.is_down() {
+        true => MemberState::Down,
+        false if member.accusers.is_empty() && member.is_up => MemberState::Alive,
+        false => MemberState::Suspected,
+    };
+    MemberStatus {
+        node: peer.node.to_string(),
+        peer_id: peer.id.to_string(),
+        zone: peer.zone.as_ref().map(ToString::to_string),
+        release: introduction.as_ref().map(|known| known.profile.release.to_string()).unwrap_or_default(),
+        address: peer.transfer.to_string(),
+        state,
+        neighbour: member.links.proved(),
+        items: table.items_of(peer.id),
+        sequence: member.log.at(),
+        behind: member.log.behind(),
+        banned_s: member.conduct.banned_for(now).map(|left| left.as_secs()),
+    }
+}
