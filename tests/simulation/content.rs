@@ -1,0 +1,135 @@
+//! What changes at a node is known everywhere, soon and cheaply.
+
+use std::time::Duration;
+
+use rand::Rng;
+use rand::seq::IndexedRandom;
+
+use super::mesh::{ItemNumber, Mesh, NodeNumber, Traffic, shares};
+use super::size::{figure, kbit_s, mib, small};
+
+/// Far longer than it may take; whether it was soon enough is a figure.
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
+
+#[test]
+fn an_image_that_one_node_gets_is_known_to_all() {
+    an_image_on_one_node(&mut small(1));
+}
+
+#[test]
+fn an_image_that_all_nodes_get_is_known_to_all() {
+    an_image_on_every_node(&mut small(2));
+}
+
+#[test]
+fn what_comes_and_goes_in_a_quiet_cluster_is_known_to_all() {
+    a_quiet_time(&mut small(3), Duration::from_secs(60));
+}
+
+/// Asserts that all inventories settle on what is so, and says how long that took.
+pub(super) fn settled(mesh: &mut Mesh, what: &str) -> Duration {
+    let observers = mesh.running();
+    let time = mesh.settle(PATIENCE, &observers);
+    let time = time.unwrap_or_else(|| panic!("{what}: {}", mesh.first_difference()));
+    let observers = sample(mesh);
+    mesh.assert_true(&observers);
+    time
+}
+
+/// Some of the nodes of a large cluster, all of a small one: to look at every item costs time.
+fn sample(mesh: &mut Mesh) -> Vec<NodeNumber> {
+    let nodes = mesh.running();
+    if nodes.len() <= 100 { nodes } else { nodes.choose_multiple(&mut mesh.rng, 8).copied().collect() }
+}
+
+/// What has been received since then.
+pub(super) fn received(mesh: &Mesh, before: &[Traffic]) -> Vec<Traffic> {
+    mesh.traffic().iter().zip(before).map(|(now, before)| now.since(before)).collect()
+}
+
+pub(super) fn mean(traffic: &[Traffic]) -> u64 {
+    traffic.iter().map(Traffic::total).sum::<u64>() / traffic.len() as u64
+}
+
+pub(super) fn an_image_on_one_node(mesh: &mut Mesh) -> Duration {
+    let image = mesh.catalogue.new_image();
+    let parts = mesh.catalogue.parts(image).to_vec();
+    let node = mesh.rng.random_range(0..mesh.nodes.len());
+    mesh.change(node, &parts, &[]);
+    let time = settled(mesh, "an image on one node");
+    println!("  an image that one node gets: {:.2} s", time.as_secs_f64());
+    time
+}
+
+/// Nodes get the same image, each at a moment of its own within this time.
+const ROLLOUT: Duration = Duration::from_secs(30);
+
+pub(super) fn an_image_on_every_node(mesh: &mut Mesh) -> Duration {
+    let image = mesh.catalogue.new_image();
+    let parts = mesh.catalogue.parts(image).to_vec();
+    let (before, told, began) = (mesh.traffic(), mesh.told, mesh.now);
+    let heard = mesh.nodes.iter().map(|node| node.heard).sum::<u64>();
+    let mut moments: Vec<_> = (0..mesh.nodes.len()).map(|node| (mesh.rng.random_range(0.0..1.0), node)).collect();
+    moments.sort_by(|one, other| f64::total_cmp(&one.0, &other.0));
+    for (moment, node) in moments {
+        let at = began + (ROLLOUT.mul_f64(moment).as_micros() as u64);
+        mesh.run_for(Duration::from_micros(at.saturating_sub(mesh.now)));
+        mesh.change(node, &parts, &[]);
+    }
+    let time = settled(mesh, "an image on every node");
+    let received = received(mesh, &before);
+    let took = Duration::from_micros(mesh.now - began);
+    let heard = mesh.nodes.iter().map(|node| node.heard).sum::<u64>() - heard;
+    let context = format!(
+        "received by a node on average while all get one image within 30 s, and until all know; {}; {} entries, {heard} heard",
+        shares(&received),
+        mesh.told[0] - told[0],
+    );
+    figure(mesh, "mesh_burst_kbit_s_1000", kbit_s(mean(&received), took), &context);
+    println!("  an image that all nodes get: {:.2} s after the last", time.as_secs_f64());
+    time
+}
+
+/// A node changes ten items so often: a hundred an hour.
+const EVERY: Duration = Duration::from_secs(360);
+
+pub(super) fn a_quiet_time(mesh: &mut Mesh, time: Duration) {
+    let pool: Vec<ItemNumber> = (0..40)
+        .flat_map(|_| {
+            let image = mesh.catalogue.new_image();
+            // Blobs alone, and not the index: a name without its index is no voice.
+            mesh.catalogue.parts(image)[1..10].to_vec()
+        })
+        .collect();
+    let (before, told, began) = (mesh.traffic(), mesh.told, mesh.now);
+    let changes = (mesh.nodes.len() as f64 * time.as_secs_f64() / EVERY.as_secs_f64()) as u32;
+    for _ in 0..changes {
+        mesh.run_for(time / changes);
+        let node = mesh.rng.random_range(0..mesh.nodes.len());
+        let ten: Vec<_> = pool.choose_multiple(&mut mesh.rng, 10).copied().collect();
+        let (gone, come): (Vec<_>, Vec<_>) = ten.into_iter().partition(|item| mesh.nodes[node].held.contains(item));
+        mesh.change(node, &come, &gone);
+    }
+    let received = received(mesh, &before);
+    let took = Duration::from_micros(mesh.now - began);
+    let rates: Vec<_> = received.iter().map(|traffic| kbit_s(traffic.total(), took)).collect();
+    let worst = rates.iter().copied().fold(0.0, f64::max);
+    let average = kbit_s(mean(&received), took);
+    let neighbours = mesh.nodes.iter().filter_map(|node| node.agent.as_ref()).map(|agent| agent.neighbours.len());
+    let context = format!(
+        "received by a node on average, worst {worst:.1}; {:.1} neighbours; {}; told {:?}",
+        neighbours.sum::<usize>() as f64 / mesh.nodes.len() as f64,
+        shares(&received),
+        std::array::from_fn::<_, 5, _>(|kind| mesh.told[kind] - told[kind]),
+    );
+    figure(mesh, "mesh_idle_kbit_s_1000", average, &context);
+    settled(mesh, "a quiet time");
+}
+
+pub(super) fn a_table_is_small(mesh: &Mesh) {
+    let Some(agent) = &mesh.nodes[0].agent else { panic!("node 0 runs") };
+    let bytes = agent.table.bytes();
+    let items: usize = mesh.nodes.iter().map(|node| node.held.len()).sum();
+    let context = format!("{} items of {} nodes, {} different ones", items, mesh.nodes.len(), agent.table.items());
+    figure(mesh, "inventory_mib_1000", mib(bytes), &context);
+}

@@ -1,0 +1,38 @@
+//! How large a simulated cluster is, and what is printed of it.
+
+use super::mesh::Mesh;
+
+/// Nodes of a small cluster: enough that not everybody is everybody's neighbour.
+pub(super) const SMALL: usize = if cfg!(debug_assertions) { 30 } else { 60 };
+
+/// A small cluster that has been running for long. `salt` makes each test's another one.
+pub(super) fn small(salt: u64) -> Mesh {
+    Mesh::converged(SMALL, 60, 6, seed() + salt)
+}
+
+/// The seed of this run, printed.
+pub(super) fn seed() -> u64 {
+    let seed = match std::env::var("LIGHTERMAN_SIM_SEED") {
+        Ok(text) => text.parse().expect("LIGHTERMAN_SIM_SEED is a number"),
+        Err(_) => u64::from(std::process::id()) << 16,
+    };
+    println!("LIGHTERMAN_SIM_SEED={seed}");
+    seed
+}
+
+/// A large enough cluster's figure.
+pub(super) fn figure(mesh: &Mesh, name: &str, value: f64, context: &str) {
+    let nodes = mesh.nodes.len();
+    let text = format!("{value:.2} ({context})");
+    if nodes >= 1000 { println!("figure {name} {text}") } else { println!("  {name} with {nodes} nodes: {text}") }
+}
+
+/// Kilobits per second.
+pub(super) fn kbit_s(bytes: u64, time: std::time::Duration) -> f64 {
+    bytes as f64 * 8.0 / 1000.0 / time.as_secs_f64()
+}
+
+/// Mebibytes.
+pub(super) fn mib(bytes: usize) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
