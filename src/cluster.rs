@@ -12,18 +12,23 @@ mod claims;
 mod delete;
 mod events;
 mod jwks;
+mod kept;
 mod kubelet_events;
 mod metadata;
 mod mirrors;
 mod namespaces;
 mod nudge;
+mod own_token;
 mod owners;
 mod pods;
 mod project;
+mod review;
 mod secrets;
-mod token;
+mod server;
+mod verdicts;
+mod zone;
 
-pub use admission::TokenAdmission;
+pub use admission::{Keep, TokenAdmission};
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,7 +39,7 @@ use kube::Client;
 use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
 use tokio::sync::watch;
 
-use crate::model::{NodeName, Owner, PodRef};
+use crate::model::{NodeName, Owner, PodRef, Zone};
 use crate::ports::{Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, PodReport, PullSecret};
 
 /// How we show ourselves to the API server, in its logs and in `managedFields`.
@@ -160,6 +165,10 @@ impl Cluster for KubeCluster {
 
     async fn owners(&self, k8s_namespace: &str, owner: &Owner) -> Result<Vec<Arc<Annotations>>, ClusterError> {
         self.owners.upwards(k8s_namespace, owner).await
+    }
+
+    async fn zone(&self) -> Result<Option<Zone>, ClusterError> {
+        zone::zone(&self.client, &self.own.node).await
     }
 
     async fn kubelet_events(&self, pod: &PodRef) -> Result<Vec<KubeletEvent>, ClusterError> {

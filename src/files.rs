@@ -1,13 +1,16 @@
-//! Blobs that are files: what a layout on disk and containerd's content folder have in common.
+//! Blobs that are files: what a layout on disk and containerd's content folder have in common. And small files that are this
+//! program's alone.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use nix::fcntl::OFlag;
+use nix::unistd::geteuid;
 use tokio::task::spawn_blocking;
 
 use crate::oci::Digest;
@@ -29,6 +32,45 @@ pub fn room(folder: &Path) -> io::Result<Room> {
     let stat = nix::sys::statvfs::statvfs(folder)?;
     let unit = stat.fragment_size();
     Ok(Room { free: stat.blocks_available() * unit, total: stat.blocks() * unit })
+}
+
+/// Reads a file of at most `most` bytes that this program wrote and nobody else can have written or read.
+///
+/// # Errors
+/// What the file system says, and where it is not such a file.
+pub fn read_private(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    // Neither through a link, nor waiting for whoever writes into a pipe.
+    let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let found = file.metadata()?;
+    let wrong = match (found.is_file(), found.uid() == geteuid().as_raw(), found.mode() & 0o077) {
+        (false, ..) => Some("it is no file".to_owned()),
+        (_, false, _) => Some(format!("it belongs to user {}", found.uid())),
+        (.., 0) => (found.len() > most).then(|| format!("it has more than {most} bytes")),
+        _ => Some(format!("its mode is {:o} and must be 600", found.mode() & 0o777)),
+    };
+    if let Some(wrong) = wrong {
+        return Err(io::Error::other(wrong));
+    }
+    let mut bytes = Vec::new();
+    file.take(most).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Writes a file that only this program's user can read, whole or not at all: it is complete on disk before it has its name.
+///
+/// # Errors
+/// What the file system says.
+pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let folder = path.parent().ok_or_else(|| io::Error::other("has no parent folder"))?;
+    let staged = path.with_extension("new");
+    // Left by a process that was killed.
+    let _ = std::fs::remove_file(&staged);
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&staged)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    std::fs::rename(&staged, path)?;
+    File::open(folder)?.sync_all()
 }
 
 /// Reads a blob from its file. It goes on reading when the file is removed meanwhile.

@@ -1,4 +1,4 @@
-//! The agent's key: one ed25519 key for gossip and for bulk transfer, kept on the node.
+//! The agent's key: one ed25519 key for gossip and for bulk transfer, kept on the node; and whose key a TLS certificate proves.
 //!
 //! Not here: who is admitted (that is [`crate::ports::Admission`]'s).
 
@@ -6,7 +6,10 @@ use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use libp2p::identity::{Keypair, ed25519};
+use libp2p_identity::{Keypair, ed25519};
+use libp2p_tls::certificate;
+use rustls::CertificateError;
+use rustls::pki_types::CertificateDer;
 
 use crate::model::PeerId;
 
@@ -100,7 +103,7 @@ impl Identity {
 }
 
 /// Our name of a peer, from libp2p's; `None` when its key is not ed25519.
-pub fn peer_id_of(peer: &libp2p::PeerId) -> Option<PeerId> {
+pub fn peer_id_of(peer: &libp2p_identity::PeerId) -> Option<PeerId> {
     PeerId::from_multihash(&peer.to_bytes()).ok()
 }
 
@@ -108,13 +111,46 @@ pub fn peer_id_of(peer: &libp2p::PeerId) -> Option<PeerId> {
 ///
 /// # Panics
 /// Never for a name that was read from a peer or made from a key; see [`PeerId::from_public_key`].
-pub fn libp2p_peer_id(peer: PeerId) -> libp2p::PeerId {
-    libp2p::PeerId::from_bytes(&peer.to_multihash()).expect("an identity multihash is a valid PeerId")
+pub fn libp2p_peer_id(peer: PeerId) -> libp2p_identity::PeerId {
+    libp2p_identity::PeerId::from_bytes(&peer.to_multihash()).expect("an identity multihash is a valid PeerId")
+}
+
+/// The peer whose key signed the key of this certificate, which has to be a libp2p one (libp2p specification, "TLS handshake"):
+/// self-signed, valid now, with the extension in which the node's key signs the certificate's, and alone.
+///
+/// # Errors
+/// As rustls wants them.
+pub fn peer_of_certificate(
+    certificate: &CertificateDer<'_>,
+    more: &[CertificateDer<'_>],
+) -> Result<PeerId, CertificateError> {
+    let parsed = certificate::parse(certificate).map_err(|_| CertificateError::BadEncoding)?;
+    let peer = peer_id_of(&parsed.peer_id()).filter(|_| more.is_empty());
+    peer.ok_or(CertificateError::ApplicationVerificationFailure)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_certificate_names_the_key_that_it_was_made_for() {
+        let identity = Identity::generate();
+        let (certificate, _) = certificate::generate(&identity.keypair()).unwrap();
+        assert_eq!(peer_of_certificate(&certificate, &[]), Ok(identity.peer_id()));
+    }
+
+    #[test]
+    fn a_chain_a_changed_certificate_and_another_kind_of_key_are_refused() {
+        let (certificate, _) = certificate::generate(&Identity::generate().keypair()).unwrap();
+        assert!(peer_of_certificate(&certificate, std::slice::from_ref(&certificate)).is_err(), "a chain");
+        for at in (0..certificate.len()).step_by(7) {
+            let mut bytes = certificate.to_vec();
+            bytes[at] ^= 1;
+            assert!(peer_of_certificate(&bytes.into(), &[]).is_err(), "byte {at} changed");
+        }
+        assert!(peer_of_certificate(&CertificateDer::from(Vec::new()), &[]).is_err(), "nothing");
+    }
 
     #[test]
     fn a_key_is_kept_and_found_again() {

@@ -12,7 +12,7 @@ mod fetch;
 mod notify;
 mod registry;
 
-pub use admission::{Admission, Refusal};
+pub use admission::{Admission, Admitted, LEEWAY, Refusal};
 pub use claims::{ClaimError, Claims};
 pub use cluster::{
     Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, PodEvent, PodReport, PullSecret, ReportKind,
@@ -22,8 +22,8 @@ pub use content::{
     Room, StoreError,
 };
 pub use control::{
-    BlobAccess, ContainerdStatus, ImagesStatus, MAX_NAMES, MAX_PEERS, OutageStatus, PeerStatus, PeersStatus,
-    PullFailure, PullProgress, PullRequest, RecoveryStatus, RulesFileStatus, Status, StatusSource,
+    BlobAccess, ContainerdStatus, ImagesStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus, PullFailure,
+    PullProgress, PullRequest, RecoveryStatus, RulesFileStatus, Status, StatusSource,
 };
 pub use fetch::{FetchError, Fetcher};
 pub use notify::{MAX_PODS, Notification, Notifier, NotifyError};

@@ -1,17 +1,19 @@
 //! The cluster's published signing keys, kept so that peers can be admitted while the API server is down.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use jsonwebtoken::jwk::Jwk;
-use kube::Client;
 use kube::api::GetParams;
 use kube::core::Request;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::call::{Failure, PATIENCE, call};
-use super::token::{Key, Keys};
+use super::call::{Failure, PATIENCE};
+use super::kept::KeptKeys;
+use super::server::Server;
+use crate::credential::token::{Key, Keys, MAX_LIFE};
 
 /// A token with an unknown key asks for the keys again, which anybody can provoke; so not more often than this.
 const PAUSE: Duration = Duration::from_secs(10);
@@ -23,20 +25,62 @@ const MOST: usize = 64;
 const MAX_BYTES: usize = 256 << 10;
 
 pub(super) struct KeySource {
-    client: Client,
+    server: Arc<Server>,
     /// Apart from `asked`, so that known keys can be had while others are asked for.
-    keys: Mutex<Option<Arc<Keys>>>,
+    known: Mutex<Option<Known>>,
     asked: tokio::sync::Mutex<Option<(Instant, Result<(), String>)>>,
+    wanted: Notify,
+}
+
+/// What the API server published, as it did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Published {
+    pub(super) discovery: String,
+    pub(super) jwks: String,
+}
+
+struct Known {
+    keys: Arc<Keys>,
+    published: Published,
+    /// Since 1970.
+    at: Duration,
 }
 
 impl KeySource {
-    pub(super) fn new(client: Client) -> Self {
-        Self { client, keys: Mutex::default(), asked: tokio::sync::Mutex::default() }
+    /// Begins with the keys that were kept, unless all that they could verify has ended, `grace` included. Later ones replace them.
+    pub(super) fn new(server: Arc<Server>, kept: Option<KeptKeys>, grace: Duration) -> Self {
+        // A time to come is a clock that was wrong; then they count as of now, and end like any others.
+        let is_of_use = |kept: &KeptKeys| Duration::from_secs(kept.at).saturating_add(MAX_LIFE + grace) > now();
+        let known = kept.filter(is_of_use).and_then(|KeptKeys { published, at }| {
+            let keys = Arc::new(parse(&published.discovery, &published.jwks).ok()?);
+            Some(Known { keys, published, at: Duration::from_secs(at).min(now()) })
+        });
+        Self { server, known: Mutex::new(known), asked: tokio::sync::Mutex::default(), wanted: Notify::new() }
     }
 
     /// The keys as they were published last.
     pub(super) fn known(&self) -> Option<Arc<Keys>> {
-        self.keys.lock().expect("nothing panics while holding it").clone()
+        self.lock().as_ref().map(|known| known.keys.clone())
+    }
+
+    /// The same, to be kept.
+    pub(super) fn to_keep(&self) -> Option<KeptKeys> {
+        let known = self.lock();
+        known.as_ref().map(|known| KeptKeys { published: known.published.clone(), at: known.at.as_secs() })
+    }
+
+    /// Has the keys asked for soon, by whoever waits in [`KeySource::wanted`]. That also tells whether the API server can be reached.
+    pub(super) fn want(&self) {
+        self.wanted.notify_one();
+    }
+
+    /// Returns when the keys are wanted and may be asked for again.
+    pub(super) async fn wanted(&self) {
+        self.wanted.notified().await;
+        let asked = self.asked.lock().await.as_ref().map(|(at, _)| *at);
+        if let Some(at) = asked {
+            tokio::time::sleep_until(at + PAUSE).await;
+        }
     }
 
     /// The keys as they are published now, or were a moment ago.
@@ -45,9 +89,7 @@ impl KeySource {
     pub(super) async fn refetch(&self) -> Result<Arc<Keys>, String> {
         let mut asked = self.asked.lock().await;
         if asked.as_ref().is_none_or(|(at, _)| at.elapsed() >= PAUSE) {
-            let outcome = self.fetch().await.map(|keys| {
-                *self.keys.lock().expect("nothing panics while holding it") = Some(Arc::new(keys));
-            });
+            let outcome = self.fetch().await.map(|known| *self.lock() = Some(known));
             *asked = Some((Instant::now(), outcome));
         }
         match asked.as_ref() {
@@ -56,19 +98,28 @@ impl KeySource {
         }
     }
 
-    async fn fetch(&self) -> Result<Keys, String> {
+    async fn fetch(&self) -> Result<Known, String> {
         let get = async |folder: &str, file: &str| {
-            let request = Request::new(folder).get(file, &GetParams::default()).map_err(kube::Error::BuildRequest)?;
-            self.client.request_text(request).await
+            let answer = self.server.ask(PATIENCE / 2, Request::new(folder).get(file, &GetParams::default())).await;
+            answer.map_err(|failure| match failure {
+                Failure::NotFound(_) => "the API server publishes no keys for ServiceAccount tokens: its --service-account-issuer has to be an https URL".to_owned(),
+                Failure::Forbidden(text) => format!("{text} (the ClusterRole system:service-account-issuer-discovery allows it)"),
+                other => format!("the keys for ServiceAccount tokens: {other}"),
+            })
         };
-        let both = async { Ok((get("/.well-known", "openid-configuration").await?, get("/openid/v1", "jwks").await?)) };
-        let (discovery, jwks) = call(PATIENCE, both).await.map_err(|failure| match failure {
-            Failure::NotFound(_) => "the API server publishes no keys for ServiceAccount tokens: its --service-account-issuer has to be an https URL".to_owned(),
-            Failure::Forbidden(text) => format!("{text} (the ClusterRole system:service-account-issuer-discovery allows it)"),
-            other => format!("the keys for ServiceAccount tokens: {other}"),
-        })?;
-        parse(&discovery, &jwks)
+        let discovery = get("/.well-known", "openid-configuration").await?;
+        let jwks = get("/openid/v1", "jwks").await?;
+        let keys = Arc::new(parse(&discovery, &jwks)?);
+        Ok(Known { keys, published: Published { discovery, jwks }, at: now() })
     }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Known>> {
+        self.known.lock().expect("nothing panics while holding it")
+    }
+}
+
+fn now() -> Duration {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 fn parse(discovery: &str, jwks: &str) -> Result<Keys, String> {
@@ -116,6 +167,8 @@ mod tests {
         let curve = |crv: &str, alg: &str| json!({ "kty": "EC", "kid": "ec", "alg": alg, "crv": crv, "x": "AQAB", "y": "AQAB" });
         for (key, taken) in [
             (rsa("a"), true),
+            (with(rsa("a"), "alg", "PS256"), true),
+            (with(rsa("a"), "alg", "PS512"), true),
             (with(rsa("a"), "use", "enc"), false),
             (with(rsa("a"), "alg", "HS256"), false),
             (with(rsa("a"), "alg", "none"), false),

@@ -1,10 +1,29 @@
 //! Who may join.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
+use tokio::sync::watch;
 
 use crate::model::{Credential, NodeName, PeerId};
 
-/// Decides whether the owner of a key is an agent of this cluster. The key itself has been proved by the TLS handshake.
+/// Two nodes' clocks, and the API server's, may differ by so much: a verdict is void this long after its end.
+pub const LEEWAY: Duration = Duration::from_secs(60);
+
+/// A verdict: this key is an agent of this cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Admitted {
+    /// Its node, where the credential vouches for it.
+    pub node: Option<NodeName>,
+    /// The UID of the pod that the credential is bound to, where it is.
+    pub pod: Option<String>,
+    /// The moment, since 1970, from which the verdict is void unless it is renewed; [`Duration::MAX`] where it never ends.
+    pub until: Duration,
+    /// The credential has expired and is accepted because nobody can be had who issues another.
+    pub on_grace: bool,
+}
+
+/// Decides whether the owner of a key is an agent of this cluster.
 #[async_trait]
 pub trait Admission: Send + Sync + 'static {
     /// What this agent shows to others.
@@ -13,11 +32,22 @@ pub trait Admission: Send + Sync + 'static {
     /// [`Refusal::CannotTell`] while no credential can be had.
     async fn credential(&self) -> Result<Credential, Refusal>;
 
-    /// Whether `peer`, showing `credential`, is admitted; the node's name where the credential vouches for it.
+    /// Moves whenever another credential should be shown. Never closed before the admission itself is gone.
+    fn renewed(&self) -> watch::Receiver<u64>;
+
+    /// Whether `peer`, showing `credential` itself, is admitted: its key has been proved by the TLS handshake. May ask the API server,
+    /// so it may take seconds.
     ///
     /// # Errors
     /// [`Refusal`] when it is not.
-    async fn admit(&self, peer: PeerId, credential: &Credential) -> Result<Option<NodeName>, Refusal>;
+    async fn admit(&self, peer: PeerId, credential: &Credential) -> Result<Admitted, Refusal>;
+
+    /// The same for an introduction that another member relayed; whoever uses it checks that `peer` signed what came with it. At once
+    /// and from what is known: called from an event loop.
+    ///
+    /// # Errors
+    /// [`Refusal`]; what was missing to decide is being asked for, so that it is worth trying again in seconds.
+    fn vouch(&self, peer: PeerId, credential: &Credential) -> Result<Admitted, Refusal>;
 }
 
 /// Why a peer is not admitted. The text goes to the refused peer as well, so it says nothing that helps an intruder.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use crate::model::{Owner, PodRef, PodView};
+use crate::model::{Owner, PodRef, PodView, Zone};
 
 /// What the watch of this node's pods yields.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,6 +67,12 @@ pub trait Cluster: Send + Sync + 'static {
     /// # Errors
     /// [`ClusterError`].
     async fn owners(&self, k8s_namespace: &str, owner: &Owner) -> Result<Vec<Arc<Annotations>>, ClusterError>;
+
+    /// The zone of this agent's own node, by its label `topology.kubernetes.io/zone`; `None` where it has none.
+    ///
+    /// # Errors
+    /// [`ClusterError`].
+    async fn zone(&self) -> Result<Option<Zone>, ClusterError>;
 
     /// What the kubelet said about the pod of late, the oldest first. For an agent that starts in the middle of it, and for a
     /// sandbox image, whose absence shows nowhere else.

@@ -5,16 +5,19 @@
 
 use std::fmt;
 
+use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use crate::model::MeshStatus;
 use crate::oci::Reference;
 
 /// Node names in one message; more would not be read. At 253 bytes each, 8 KiB.
 pub const MAX_NAMES: usize = 32;
 
-/// Peers that [`PeersStatus`] names: with names and keys of the longest kind some 170 KiB.
-pub const MAX_PEERS: usize = 512;
+/// Members of the mesh that a status names: as many nodes as Kubernetes is built for. At some 300 bytes each that is 1.5 MiB, and 3 MiB
+/// with names of the longest kind.
+pub const MAX_MEMBERS: usize = 5000;
 
 /// An image that somebody asks for by hand.
 #[derive(Debug)]
@@ -119,10 +122,18 @@ pub enum PullFailure {
     Other,
 }
 
-/// Says how the agent is. Answers at once, from what is known.
+/// Says how the agent is, from what is known.
+#[async_trait]
 pub trait StatusSource: Send + Sync + 'static {
-    /// How it is now.
-    fn status(&self) -> Status;
+    /// How it is now. Takes a second at most.
+    async fn status(&self) -> Status;
+}
+
+/// Says how the mesh looks.
+#[async_trait]
+pub trait MeshSource: Send + Sync + 'static {
+    /// How it looks now, with at most [`MAX_MEMBERS`] members, by node; `None` where it does not answer within a second.
+    async fn mesh(&self) -> Option<MeshStatus>;
 }
 
 /// How an agent is. What it does not know is absent.
@@ -143,7 +154,7 @@ pub struct Status {
     pub containerd: Option<ContainerdStatus>,
     /// The other agents.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub peers: Option<PeersStatus>,
+    pub mesh: Option<MeshStatus>,
     /// What this node tells the others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub images: Option<ImagesStatus>,
@@ -199,26 +210,6 @@ impl fmt::Display for BlobAccess {
             Self::ContentApi => "through the content API",
         })
     }
-}
-
-/// The agents that are connected.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct PeersStatus {
-    /// How many.
-    pub connected: usize,
-    /// At most [`MAX_PEERS`] of them, by name.
-    pub named: Vec<PeerStatus>,
-}
-
-/// One of them.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct PeerStatus {
-    /// Its node.
-    pub node: String,
-    /// Its key.
-    pub peer_id: String,
 }
 
 /// What this node holds.

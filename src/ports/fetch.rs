@@ -39,6 +39,8 @@ pub enum FetchError {
     Unreachable {
         /// Who was called.
         peer: PeerId,
+        /// Nothing at all came back, which a living peer does not do.
+        silent: bool,
         /// What the transport said.
         reason: String,
     },

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use async_trait::async_trait;
 use tokio::sync::broadcast;
 
-use crate::model::{LeaseSnapshot, LeaseVersion, NodeName, Owner, PodRef};
+use crate::model::{LeaseSnapshot, LeaseVersion, NodeName, Owner, PodRef, Zone};
 use crate::oci::Digest;
 use crate::ports::{
     Annotations, ClaimError, Claims, Cluster, ClusterError, KubeletEvent, NamespaceView, PodReport, PullSecret,
@@ -26,6 +26,7 @@ struct State {
     owners: BTreeMap<(String, Owner), Vec<Arc<Annotations>>>,
     kubelet_events: BTreeMap<PodRef, Vec<KubeletEvent>>,
     pull_secrets: BTreeMap<(String, String), PullSecret>,
+    zone: Option<Zone>,
     deleted: Vec<PodRef>,
     reports: Vec<(PodRef, PodReport)>,
     leases: BTreeMap<Digest, LeaseSnapshot>,
@@ -69,6 +70,11 @@ impl MemoryCluster {
     /// Makes a pull secret.
     pub fn put_pull_secret(&self, k8s_namespace: &str, name: &str, secret: PullSecret) {
         self.lock().pull_secrets.insert((k8s_namespace.into(), name.into()), secret);
+    }
+
+    /// Puts every node into this zone.
+    pub fn put_zone(&self, zone: Zone) {
+        self.lock().zone = Some(zone);
     }
 
     /// The pods that were deleted so far.
@@ -122,6 +128,10 @@ impl Cluster for MemoryCluster {
     async fn owners(&self, k8s_namespace: &str, owner: &Owner) -> Result<Vec<Arc<Annotations>>, ClusterError> {
         let state = self.answering()?;
         Ok(state.owners.get(&(k8s_namespace.to_owned(), owner.clone())).cloned().unwrap_or_default())
+    }
+
+    async fn zone(&self) -> Result<Option<Zone>, ClusterError> {
+        Ok(self.answering()?.zone.clone())
     }
 
     async fn kubelet_events(&self, pod: &PodRef) -> Result<Vec<KubeletEvent>, ClusterError> {

@@ -57,7 +57,7 @@ impl MemoryFetcher {
 
     fn peer(&self, peer: PeerId) -> Result<(Arc<dyn ContentStore>, Behaviour), FetchError> {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        let unreachable = FetchError::Unreachable { peer, reason: "connection refused".into() };
+        let unreachable = FetchError::Unreachable { peer, silent: true, reason: "connection refused".into() };
         let Some(Played { store, behaviour }) = peers.get_mut(&peer) else { return Err(unreachable) };
         match behaviour {
             Behaviour::Gone => return Err(unreachable),

@@ -14,10 +14,10 @@ dMVDnTyc7wl+9FDIz8M4RzrnbPShRANCAASQgYVYJuigkVAM4i3gOamfF6U9KnZc
 YSoSx2BVShOPncRWqO5WCHI+jMFbxhanK/9WuykwMuttxzWCA28K5Y9i
 -----END PRIVATE KEY-----";
 
-pub(in crate::cluster) const ISSUER: &str = "https://issuer.test";
+pub(crate) const ISSUER: &str = "https://issuer.test";
 const NOW: u64 = 1_800_000_000;
 
-pub(in crate::cluster) fn peer() -> PeerId {
+pub(crate) fn peer() -> PeerId {
     PeerId::from_public_key([7; 32])
 }
 
@@ -26,7 +26,7 @@ fn signer(pem: &str) -> EncodingKey {
 }
 
 /// The cluster's key, published as `k1`.
-pub(in crate::cluster) fn published() -> Jwk {
+pub(crate) fn published() -> Jwk {
     let mut jwk = Jwk::from_encoding_key(&signer(CLUSTER), Algorithm::ES256).unwrap();
     jwk.common.key_id = Some("k1".to_owned());
     jwk
@@ -37,7 +37,7 @@ fn keys() -> Keys {
 }
 
 /// As API servers of today issue it.
-pub(in crate::cluster) fn good() -> Value {
+pub(crate) fn good() -> Value {
     json!({
         "iss": ISSUER,
         "sub": "system:serviceaccount:lighterman:agent",
@@ -56,7 +56,7 @@ fn header(algorithm: Algorithm) -> Header {
     Header { kid: Some("k1".to_owned()), typ: None, ..Header::new(algorithm) }
 }
 
-pub(in crate::cluster) fn sign(claims: &Value) -> String {
+pub(crate) fn sign(claims: &Value) -> String {
     encode(&header(Algorithm::ES256), claims, &signer(CLUSTER)).unwrap()
 }
 
@@ -81,7 +81,15 @@ fn judge_with(pointer: &str, value: Value) -> Result<Claims, Flaw> {
 #[test]
 fn a_token_made_for_this_peer_admits_it() {
     let node = Some("node-1".parse().unwrap());
-    assert_eq!(judge(&sign(&good())), Ok(Claims { pod_name: "agent-x".into(), node }));
+    assert_eq!(
+        judge(&sign(&good())),
+        Ok(Claims {
+            pod_name: "agent-x".into(),
+            pod_uid: "p-1".into(),
+            node,
+            expires: Duration::from_secs(NOW + 3500)
+        })
+    );
     // Older API servers do not tell the node.
     assert_eq!(judge_with("/kubernetes.io/node", Value::Null).unwrap().node, None);
     // A single audience may stand alone.

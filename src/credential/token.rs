@@ -12,26 +12,30 @@ use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
 use serde::Deserialize;
 
 use crate::model::{NodeName, PeerId};
+use crate::ports::LEEWAY;
 
-/// What agents ask for ([`super::admission`]), and the longest life that a token may have: what was stolen is useless after it.
-pub(super) const MAX_LIFE: Duration = Duration::from_secs(3600);
+/// What agents ask for, and the longest life that a token may have: what was stolen is useless after it. API servers that extend lives
+/// to a year (`--service-account-extend-token-expiration`) do so for tokens that are for themselves, asked for with exactly 3607 s.
+pub const MAX_LIFE: Duration = Duration::from_secs(3600);
 
-/// Two nodes' clocks, and the API server's, may differ by so much.
-const LEEWAY: Duration = Duration::from_secs(60);
+/// The longest name or UID of a pod that is taken: Kubernetes' names have 253 bytes at most, UIDs 36.
+const MAX_NAME: usize = 253;
 
 /// What [`crate::wire::Hello`] has room for. A ServiceAccount token has 1 to 2 KiB.
 const MAX_BYTES: usize = 16 << 10;
 
 /// The keys that a cluster signs its tokens with, and the name that it signs in.
 #[derive(Debug, Clone)]
-pub(super) struct Keys {
-    pub(super) issuer: String,
-    pub(super) keys: Vec<Key>,
+pub struct Keys {
+    /// The `iss` of its tokens.
+    pub issuer: String,
+    /// A handful: the one that it signs with, and those before it.
+    pub keys: Vec<Key>,
 }
 
 /// One of them, tied to the one algorithm that it is for.
 #[derive(Debug, Clone)]
-pub(super) struct Key {
+pub struct Key {
     id: String,
     algorithm: Algorithm,
     key: DecodingKey,
@@ -39,47 +43,80 @@ pub(super) struct Key {
 
 /// Whose tokens admit.
 #[derive(Debug, Clone)]
-pub(super) struct Expectations {
-    pub(super) k8s_namespace: String,
-    pub(super) service_account: String,
+pub struct Expectations {
+    /// Where the agents run.
+    pub k8s_namespace: String,
+    /// What they run as.
+    pub service_account: String,
+}
+
+impl Expectations {
+    /// How the API server calls the agents.
+    pub fn user(&self) -> String {
+        format!("system:serviceaccount:{}:{}", self.k8s_namespace, self.service_account)
+    }
 }
 
 /// What a good token says about the one who shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Claims {
+pub struct Claims {
     /// The pod that the token dies with.
-    pub(super) pod_name: String,
+    pub pod_name: String,
+    /// Its UID.
+    pub pod_uid: String,
     /// Its node, which API servers tell from Kubernetes 1.30 on.
-    pub(super) node: Option<NodeName>,
+    pub node: Option<NodeName>,
+    /// When the token ends, since 1970.
+    pub expires: Duration,
+}
+
+impl Claims {
+    /// Whether the token has ended, as far as clocks can be trusted.
+    pub fn is_over(&self, now: Duration) -> bool {
+        self.expires.saturating_add(LEEWAY) < now
+    }
 }
 
 /// Why a token does not admit. Nothing of the token is repeated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Flaw {
+pub enum Flaw {
+    /// Nothing.
     #[error("no token was shown")]
     Absent,
+    /// More than a token has.
     #[error("the token is longer than {MAX_BYTES} bytes")]
     TooLong,
+    /// No JWS in compact form, or not with the claims of a ServiceAccount.
     #[error("not a signed ServiceAccount token")]
     Malformed,
+    /// The key decides which one is right.
     #[error("the token is signed with another algorithm than its key is for")]
     Algorithm,
+    /// It may be a new one.
     #[error("the token is signed with a key that this cluster does not publish")]
     UnknownKey,
+    /// Forged, or damaged.
     #[error("the token's signature is wrong")]
     Signature,
+    /// Or the issuer has been renamed.
     #[error("the token is another cluster's")]
     Issuer,
+    /// Whoever shows it is not the one it was made for.
     #[error("the token is for another peer")]
     Audience,
+    /// Not an agent.
     #[error("the token is of another ServiceAccount")]
     Subject,
+    /// All else is as it should be.
     #[error("the token has expired, or the clocks differ")]
     Expired,
+    /// From the future.
     #[error("the token is not valid yet, or the clocks differ")]
     TooEarly,
+    /// More than agents ask for.
     #[error("the token lives longer than {} s", MAX_LIFE.as_secs())]
     LivesTooLong,
+    /// It would outlive every pod.
     #[error("the token is not bound to a pod")]
     Unbound,
 }
@@ -87,8 +124,10 @@ pub(super) enum Flaw {
 impl Key {
     /// Takes a published key, unless it is of a kind that nothing here verifies, or is not for signatures.
     ///
-    /// A symmetric key is never taken: whoever could read it could sign.
-    pub(super) fn from_jwk(jwk: &Jwk) -> Option<Self> {
+    /// A symmetric key is never taken: whoever could read it could sign. ES512 (P-521), which API servers can be set to, is not taken
+    /// either: jsonwebtoken does not know it, and a second verifier beside it for the rarest of keys would be more to get wrong than it
+    /// is worth. Such a cluster uses certificates.
+    pub fn from_jwk(jwk: &Jwk) -> Option<Self> {
         let common = &jwk.common;
         if common.public_key_use.as_ref().is_some_and(|use_| *use_ != PublicKeyUse::Signature) {
             return None;
@@ -97,6 +136,9 @@ impl Key {
             (AlgorithmParameters::RSA(_), Some(KeyAlgorithm::RS256)) => Algorithm::RS256,
             (AlgorithmParameters::RSA(_), Some(KeyAlgorithm::RS384)) => Algorithm::RS384,
             (AlgorithmParameters::RSA(_), Some(KeyAlgorithm::RS512)) => Algorithm::RS512,
+            (AlgorithmParameters::RSA(_), Some(KeyAlgorithm::PS256)) => Algorithm::PS256,
+            (AlgorithmParameters::RSA(_), Some(KeyAlgorithm::PS384)) => Algorithm::PS384,
+            (AlgorithmParameters::RSA(_), Some(KeyAlgorithm::PS512)) => Algorithm::PS512,
             (AlgorithmParameters::EllipticCurve(ec), Some(KeyAlgorithm::ES256)) if ec.curve == EllipticCurve::P256 => {
                 Algorithm::ES256
             }
@@ -111,42 +153,56 @@ impl Key {
 }
 
 /// Whether `token` admits `peer`.
-pub(super) fn verify(
+///
+/// # Errors
+/// The first [`Flaw`] found; [`Flaw::Expired`] is looked for last.
+pub fn verify(
     token: &str,
     peer: PeerId,
     keys: &Keys,
     expectations: &Expectations,
     now: Duration,
 ) -> Result<Claims, Flaw> {
-    let payload = open(token, &keys.keys)?;
-    let Payload { iss, sub, aud, exp, iat, nbf, kubernetes } = payload;
+    let claims = verify_but_for_its_end(token, peer, keys, expectations, now)?;
+    if claims.is_over(now) { Err(Flaw::Expired) } else { Ok(claims) }
+}
+
+/// As [`verify`], but a token that has ended is no less good: the caller looks at [`Claims::is_over`].
+///
+/// # Errors
+/// Any [`Flaw`] but [`Flaw::Expired`].
+pub fn verify_but_for_its_end(
+    token: &str,
+    peer: PeerId,
+    keys: &Keys,
+    expectations: &Expectations,
+    now: Duration,
+) -> Result<Claims, Flaw> {
+    let Payload { iss, sub, aud, exp, iat, nbf, kubernetes } = open(token, &keys.keys)?;
     if iss != keys.issuer {
         return Err(Flaw::Issuer);
     }
     if !aud.contains(&peer.to_string()) {
         return Err(Flaw::Audience);
     }
-    let Expectations { k8s_namespace, service_account } = expectations;
-    if sub != format!("system:serviceaccount:{k8s_namespace}:{service_account}") {
+    if sub != expectations.user() {
         return Err(Flaw::Subject);
     }
     let (now, leeway) = (now.as_secs(), LEEWAY.as_secs());
-    if exp.saturating_add(leeway) < now {
-        return Err(Flaw::Expired);
-    }
-    if nbf.unwrap_or(iat).max(iat) > now + leeway {
+    if nbf.unwrap_or(iat).max(iat) > now.saturating_add(leeway) {
         return Err(Flaw::TooEarly);
     }
     if exp.saturating_sub(iat) > MAX_LIFE.as_secs() + leeway {
         return Err(Flaw::LivesTooLong);
     }
     let Kubernetes { namespace, serviceaccount, pod, node } = kubernetes.ok_or(Flaw::Unbound)?;
-    if namespace != *k8s_namespace || serviceaccount.name != *service_account {
+    if namespace != expectations.k8s_namespace || serviceaccount.name != expectations.service_account {
         return Err(Flaw::Subject);
     }
-    let pod = pod.filter(|pod| !pod.name.is_empty() && !pod.uid.is_empty()).ok_or(Flaw::Unbound)?;
+    let is_one = |name: &str| (1..=MAX_NAME).contains(&name.len());
+    let pod = pod.filter(|pod| is_one(&pod.name) && is_one(&pod.uid)).ok_or(Flaw::Unbound)?;
     let node = node.map(|node| NodeName::try_from(node.name)).transpose().map_err(|_| Flaw::Malformed)?;
-    Ok(Claims { pod_name: pod.name, node })
+    Ok(Claims { pod_name: pod.name, pod_uid: pod.uid, node, expires: Duration::from_secs(exp) })
 }
 
 /// Checks the signature; what the token says is looked at afterwards only.
@@ -229,4 +285,4 @@ impl Audience {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;

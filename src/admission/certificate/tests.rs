@@ -1,0 +1,216 @@
+use std::os::unix::fs::OpenOptionsExt;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P384_SHA384, PKCS_ED25519, date_time_ymd,
+};
+use tempfile::TempDir;
+
+use super::*;
+
+fn peer(n: u8) -> PeerId {
+    PeerId::from_public_key([n; 32])
+}
+
+/// Somebody who issues certificates.
+struct Issuer {
+    certificate: rcgen::Certificate,
+    key: KeyPair,
+}
+
+impl Issuer {
+    fn params() -> CertificateParams {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params
+    }
+
+    fn root() -> Self {
+        let key = KeyPair::generate().unwrap();
+        Self { certificate: Self::params().self_signed(&key).unwrap(), key }
+    }
+
+    fn below(&self) -> Self {
+        let key = KeyPair::generate().unwrap();
+        Self { certificate: Self::params().signed_by(&key, &self.certificate, &self.key).unwrap(), key }
+    }
+
+    fn issue(&self, params: CertificateParams, key: &KeyPair) -> String {
+        params.signed_by(key, &self.certificate, &self.key).unwrap().pem()
+    }
+}
+
+fn for_name(name: &str) -> CertificateParams {
+    CertificateParams::new(vec![name.to_owned()]).unwrap()
+}
+
+fn write(path: &Path, text: &str) {
+    let _ = std::fs::remove_file(path);
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).unwrap();
+    io::Write::write_all(&mut file, text.as_bytes()).unwrap();
+}
+
+/// The files of an agent.
+fn files(folder: &TempDir, chain: &str, key: &KeyPair, authority: &Issuer) -> Files {
+    let at = |name: &str| folder.path().join(name);
+    write(&at("tls.crt"), chain);
+    write(&at("tls.key"), &key.serialize_pem());
+    write(&at("ca.crt"), &authority.certificate.pem());
+    Files { certificate: at("tls.crt"), key: at("tls.key"), authority: at("ca.crt"), name: "lighterman".into() }
+}
+
+/// An agent with a good certificate.
+fn agent(authority: &Issuer, n: u8) -> (TempDir, CertificateAdmission) {
+    let (folder, key) = (tempfile::tempdir().unwrap(), KeyPair::generate().unwrap());
+    let files = files(&folder, &authority.issue(for_name("lighterman"), &key), &key, authority);
+    (folder, CertificateAdmission::open(files, peer(n)).unwrap())
+}
+
+/// Why an agent with these certificates would not be admitted.
+fn useless(params: CertificateParams, signer: &Issuer, authority: &Issuer) -> Flaw {
+    let (folder, key) = (tempfile::tempdir().unwrap(), KeyPair::generate().unwrap());
+    let files = files(&folder, &signer.issue(params, &key), &key, authority);
+    match CertificateAdmission::open(files, peer(1)) {
+        Err(CertificateError::Useless(flaw)) => flaw,
+        other => panic!("{:?}", other.map(drop)),
+    }
+}
+
+#[tokio::test]
+async fn an_agent_with_a_certificate_of_the_authority_is_admitted_by_its_own_key_alone() {
+    let authority = Issuer::root();
+    let ((_one, a), (_other, b)) = (agent(&authority, 1), agent(&authority, 2));
+    let credential = a.credential().await.unwrap();
+    let admitted = b.admit(peer(1), &credential).await.unwrap();
+    assert!(admitted.until > now() && admitted.until <= now() + LIFE && !admitted.on_grace);
+    assert_eq!(b.vouch(peer(1), &credential), Ok(admitted));
+    assert_eq!(b.vouch(peer(3), &credential), Err(Refusal::Denied(Flaw::Signature.to_string())));
+}
+
+#[test]
+fn every_usual_kind_of_key_and_either_purpose_will_do() {
+    let authority = Issuer::root();
+    let purpose = |purpose| {
+        let mut params = for_name("lighterman");
+        params.extended_key_usages = vec![purpose];
+        params
+    };
+    let server = purpose(ExtendedKeyUsagePurpose::ServerAuth);
+    let client = purpose(ExtendedKeyUsagePurpose::ClientAuth);
+    for (params, kind) in [(server, &PKCS_ECDSA_P384_SHA384), (client, &PKCS_ED25519)] {
+        let (folder, key) = (tempfile::tempdir().unwrap(), KeyPair::generate_for(kind).unwrap());
+        let files = files(&folder, &authority.issue(params, &key), &key, &authority);
+        CertificateAdmission::open(files, peer(1)).unwrap();
+    }
+    let mail = purpose(ExtendedKeyUsagePurpose::EmailProtection);
+    assert!(matches!(useless(mail, &authority, &authority), Flaw::Chain("it is for another purpose")));
+}
+
+#[test]
+fn another_authority_another_name_and_an_expired_certificate_are_refused() {
+    let authority = Issuer::root();
+    let flaw = useless(for_name("lighterman"), &Issuer::root(), &authority);
+    assert!(matches!(flaw, Flaw::Chain(_)), "{flaw}");
+    assert_eq!(useless(for_name("web.shop.svc"), &authority, &authority), Flaw::Name);
+    let mut over = for_name("lighterman");
+    (over.not_before, over.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1));
+    assert_eq!(useless(over, &authority, &authority), Flaw::Chain("it has expired"));
+}
+
+#[test]
+fn a_copied_statement_is_worth_nothing_after_an_hour_and_one_from_the_future_nothing_at_all() {
+    let authority = Issuer::root();
+    let (_folder, agent) = agent(&authority, 1);
+    let material = agent.material();
+    let at = |seconds: i64| {
+        let now = Duration::from_secs(material.issued.as_secs().strict_add_signed(seconds));
+        verify(material.credential.expose(), peer(1), &material.authority, now)
+    };
+    assert!(at(3660).is_ok() && at(-60).is_ok(), "clocks may differ by a minute");
+    assert_eq!(at(3661), Err(Flaw::Expired));
+    assert_eq!(at(-62), Err(Flaw::TooEarly));
+    // Nor can its time be changed.
+    let later = material.issued.as_secs() + 3600;
+    let text = material.credential.expose().replacen(&material.issued.as_secs().to_string(), &later.to_string(), 1);
+    let later = Duration::from_secs(later);
+    assert_eq!(verify(&text, peer(1), &material.authority, later), Err(Flaw::Signature));
+}
+
+#[test]
+fn a_chain_is_bounded() {
+    let (root, key) = (Issuer::root(), KeyPair::generate().unwrap());
+    let mut issuers = vec![root.below()];
+    for _ in 0..3 {
+        issuers.push(issuers.last().unwrap().below());
+    }
+    let open = |above: &[Issuer]| {
+        let folder = tempfile::tempdir().unwrap();
+        let own = above.last().unwrap().issue(for_name("lighterman"), &key);
+        let chain: String = above.iter().rev().map(|issuer| issuer.certificate.pem()).collect();
+        CertificateAdmission::open(files(&folder, &(own + &chain), &key, &root), peer(1))
+    };
+    open(&issuers[..3]).unwrap();
+    assert!(matches!(open(&issuers), Err(CertificateError::Useless(Flaw::TooLong))));
+}
+
+#[test]
+fn what_is_no_credential_is_refused() {
+    let authority = Issuer::root();
+    let (_folder, agent) = agent(&authority, 1);
+    let good = agent.material().credential.expose().to_owned();
+    let judge = |text: &str| verify(text, peer(1), &agent.material().authority, now());
+    assert_eq!(judge(""), Err(Flaw::Absent));
+    assert_eq!(judge(&"a".repeat(MAX_BYTES + 1)), Err(Flaw::TooLong));
+    for garbage in [
+        "x",
+        "a.b.c",
+        "certificate-1.0.0..",
+        &good[..good.len() / 2],
+        "é",
+        &good.replace("certificate-1", "certificate-2"),
+    ] {
+        assert!(judge(garbage).is_err(), "{garbage}");
+    }
+    let hello = crate::wire::Hello {
+        credential: Credential::new("a".repeat(MAX_BYTES)),
+        node: "n".repeat(253),
+        gossip_port: 1,
+        seen: [0xffff_u16; 8].into(),
+    };
+    crate::wire::encode(&hello).expect("the longest credential and the longest name have room in an introduction");
+}
+
+#[test]
+fn a_key_that_others_can_read_is_not_used_and_files_that_are_none_are_named() {
+    let authority = Issuer::root();
+    let (folder, agent) = agent(&authority, 1);
+    let files = agent.files.clone();
+    std::fs::set_permissions(&files.key, std::fs::Permissions::from_mode(0o640)).unwrap();
+    let open = || CertificateAdmission::open(files.clone(), peer(1)).map(drop).unwrap_err();
+    assert!(matches!(open(), CertificateError::Exposed { mode: 0o640, .. }));
+    write(&files.key, "no key");
+    let said = open().to_string();
+    assert!(said.contains("tls.key") && !said.contains("no key:"), "{said}");
+    std::fs::remove_file(folder.path().join("ca.crt")).unwrap();
+    assert!(matches!(open(), CertificateError::Io { path, .. } if path == files.authority));
+}
+
+#[tokio::test]
+async fn a_replaced_certificate_is_used_and_a_wrong_one_is_not() {
+    let authority = Issuer::root();
+    let (folder, agent) = agent(&authority, 1);
+    let (first, renewed) = (agent.credential().await.unwrap(), agent.renewed());
+    agent.look(now()).unwrap();
+    assert!(!renewed.has_changed().unwrap(), "nothing is new");
+    let key = KeyPair::generate().unwrap();
+    write(&folder.path().join("tls.key"), &key.serialize_pem());
+    assert!(matches!(agent.look(now()), Err(CertificateError::Useless(Flaw::Signature))), "half replaced");
+    assert!(!renewed.has_changed().unwrap() && agent.credential().await.unwrap() == first);
+    write(&folder.path().join("tls.crt"), &authority.issue(for_name("lighterman"), &key));
+    agent.look(now()).unwrap();
+    assert!(renewed.has_changed().unwrap() && agent.credential().await.unwrap() != first);
+    let second = agent.credential().await.unwrap();
+    agent.look(now() + SIGN_AGAIN).unwrap();
+    assert_ne!(agent.credential().await.unwrap(), second, "signed again in time");
+}

@@ -1,0 +1,179 @@
+//! What admission keeps on the node, so that agents that know each other go on while the API server is away, also over a restart.
+//!
+//! A file with mode 0600 in a folder of root's. It is believed as far as its age allows and never more; one that cannot be read, or
+//! that others could have read or written, counts as none, and the agent starts all the same.
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::jwks::Published;
+use super::verdicts::{MOST, Verdict};
+use crate::files::{read_private, write_private};
+use crate::model::{NodeName, PeerId};
+
+/// Changes with the form of the file; another one is not read.
+const VERSION: u32 = 1;
+
+/// 10 000 peers of 200 bytes (PeerId, UID, a node's name and the time), keys and a token; four times as much, for longer names.
+const MAX_BYTES: u64 = 8 << 20;
+
+/// A UID has 36 bytes; the longest that are read.
+const MAX_UID: usize = 64;
+
+/// The whole file.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Kept {
+    version: u32,
+    pub(super) keys: Option<KeptKeys>,
+    pub(super) token: Option<KeptToken>,
+    peers: Vec<KeptPeer>,
+}
+
+/// The cluster's keys as they were published; they are public.
+#[derive(Serialize, Deserialize)]
+pub(super) struct KeptKeys {
+    pub(super) published: Published,
+    /// When, in seconds since 1970.
+    pub(super) at: u64,
+}
+
+/// This agent's own token.
+#[derive(Serialize, Deserialize)]
+pub(super) struct KeptToken {
+    /// Whose: another key's or pod's is of no use.
+    pub(super) peer: String,
+    pub(super) pod: String,
+    pub(super) token: String,
+    /// Its end, in seconds since 1970.
+    pub(super) until: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct KeptPeer {
+    peer: String,
+    pod_uid: String,
+    node: Option<NodeName>,
+    until: u64,
+}
+
+impl Kept {
+    pub(super) fn new(
+        keys: Option<KeptKeys>,
+        token: Option<KeptToken>,
+        peers: impl IntoIterator<Item = (PeerId, Verdict)>,
+    ) -> Self {
+        let peers = peers.into_iter().take(MOST).map(|(peer, verdict)| KeptPeer {
+            peer: peer.to_string(),
+            pod_uid: verdict.pod_uid,
+            node: verdict.node,
+            until: verdict.until.as_secs(),
+        });
+        Self { version: VERSION, keys, token, peers: peers.collect() }
+    }
+
+    pub(super) fn empty() -> Self {
+        Self::new(None, None, [])
+    }
+
+    /// What the file holds; nothing, and a line in the log, where it cannot be used.
+    pub(super) fn load(path: &Path) -> Self {
+        match read(path) {
+            Ok(kept) => kept,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::empty(),
+            Err(error) => {
+                tracing::warn!(file = %path.display(), %error, "what was known of the mesh is not used");
+                Self::empty()
+            }
+        }
+    }
+
+    /// The peers, without those that are none.
+    pub(super) fn peers(&mut self) -> Vec<(PeerId, Verdict)> {
+        let peers = std::mem::take(&mut self.peers).into_iter().take(MOST).filter(|kept| kept.pod_uid.len() <= MAX_UID);
+        let peers = peers.filter_map(|KeptPeer { peer, pod_uid, node, until }| {
+            Some((peer.parse().ok()?, Verdict::new(pod_uid, node, Duration::from_secs(until))))
+        });
+        peers.collect()
+    }
+
+    /// Writes the file whole or not at all.
+    pub(super) fn store(&self, path: &Path) -> io::Result<()> {
+        let text = serde_json::to_vec(self)?;
+        if text.len() as u64 > MAX_BYTES {
+            return Err(io::Error::other(format!("it would have more than {MAX_BYTES} bytes")));
+        }
+        write_private(path, &text)
+    }
+}
+
+fn read(path: &Path) -> io::Result<Kept> {
+    let text = read_private(path, MAX_BYTES)?;
+    // Not the parser's words, which repeat what it found: there is a token in it.
+    let kept = serde_json::from_slice::<Kept>(&text).ok().filter(|kept| kept.version == VERSION);
+    kept.ok_or_else(|| io::Error::other("it is damaged, or another version's"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+    use std::io::Write;
+    use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+
+    use super::*;
+
+    fn kept() -> Kept {
+        let keys = KeptKeys { published: Published { discovery: "d".into(), jwks: "j".into() }, at: 5 };
+        let token = KeptToken { peer: "p".into(), pod: "u".into(), token: "secret".into(), until: 7 };
+        let peer = PeerId::from_public_key([3; 32]);
+        let verdict = Verdict::new("u-3".into(), Some("node-3".parse().unwrap()), Duration::from_secs(9));
+        Kept::new(Some(keys), Some(token), [(peer, verdict)])
+    }
+
+    #[test]
+    fn what_was_kept_is_found_again_and_nobody_else_can_read_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("admission.json");
+        kept().store(&path).unwrap();
+        kept().store(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+        let mut found = Kept::load(&path);
+        assert_eq!(serde_json::to_value(&found).unwrap(), serde_json::to_value(kept()).unwrap());
+        assert_eq!(found.peers(), kept().peers());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_used_counts_as_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("admission.json");
+        let is_empty = || {
+            let mut found = Kept::load(&path);
+            found.keys.is_none() && found.token.is_none() && found.peers().is_empty()
+        };
+        assert!(is_empty(), "there is none");
+        let write = |text: &[u8], mode| {
+            let _ = std::fs::remove_file(&path);
+            OpenOptions::new().write(true).create_new(true).mode(mode).open(&path).unwrap().write_all(text).unwrap();
+        };
+        let good = serde_json::to_vec(&kept()).unwrap();
+        let other = String::from_utf8(good.clone()).unwrap().replace(r#""version":1"#, r#""version":2"#);
+        let too_long = [&good[..], &b" ".repeat(MAX_BYTES as usize)].concat();
+        for text in [&b""[..], b"{}", b"\xff\xfe", &good[..good.len() / 2], other.as_bytes(), &too_long] {
+            write(text, 0o600);
+            assert!(is_empty(), "{} bytes", text.len());
+        }
+        write(&good, 0o640);
+        assert!(is_empty(), "others can read it");
+        let elsewhere = folder.path().join("elsewhere.json");
+        kept().store(&elsewhere).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
+        assert!(is_empty(), "a link");
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        assert!(is_empty(), "a folder");
+    }
+}

@@ -1,0 +1,94 @@
+//! The token that this agent shows: how it is asked for, and when it ends.
+
+use std::time::Duration;
+
+use hyper::Request;
+use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::ServiceAccount;
+use kube::Resource;
+use kube::api::PostParams;
+use kube::core::request::Error;
+use tokio::time::Instant;
+
+use super::Own;
+use super::call::Failure;
+use super::kept::KeptToken;
+use crate::credential::token::MAX_LIFE;
+use crate::model::{Credential, PeerId};
+
+/// The shortest life that an API server grants (`expirationSeconds`); one that claims less is not believed, so that a wrong answer
+/// does not become a flood of requests.
+const MIN_LIFE: Duration = Duration::from_secs(600);
+
+/// A token, and until when it is worth showing, by this machine's own monotonic clock.
+pub(super) struct Token {
+    pub(super) credential: Credential,
+    at: Instant,
+    /// What was left of its life then; or how long it had been over.
+    left: Duration,
+    over: Duration,
+    /// Its end by the other clock, since 1970.
+    until: Duration,
+}
+
+impl Token {
+    /// One that was asked for at `asked`, which was `asked_at` since 1970, for so long.
+    pub(super) fn new(token: String, asked: Instant, asked_at: Duration, life: Duration) -> Self {
+        let credential = Credential::new(token);
+        Self { credential, at: asked, left: life, over: Duration::ZERO, until: asked_at + life }
+    }
+
+    /// The one that was kept, if it is this key's and this pod's.
+    pub(super) fn found_again(kept: KeptToken, peer: PeerId, own: &Own, now: Duration) -> Option<Self> {
+        let until = Duration::from_secs(kept.until);
+        let (left, over) = (until.saturating_sub(now), now.saturating_sub(until));
+        let is_own = kept.peer == peer.to_string() && kept.pod == pod_of(own) && left <= MAX_LIFE;
+        is_own.then(|| Self { credential: Credential::new(kept.token), at: Instant::now(), left, over, until })
+    }
+
+    pub(super) fn to_keep(&self, peer: PeerId, own: &Own) -> KeptToken {
+        let token = self.credential.expose().to_owned();
+        KeptToken { peer: peer.to_string(), pod: pod_of(own), token, until: self.until.as_secs() }
+    }
+
+    /// Since when it has been over, if it is.
+    pub(super) fn over(&self) -> Option<Duration> {
+        (self.at.elapsed() + self.over).checked_sub(self.left)
+    }
+}
+
+/// The UID, or the name where it is not told.
+fn pod_of(own: &Own) -> String {
+    own.pod_uid.clone().unwrap_or_else(|| own.pod_name.clone())
+}
+
+/// Asks for a token for this key, bound to this pod.
+pub(super) fn request(own: &Own, peer: PeerId) -> Result<Request<Vec<u8>>, Error> {
+    let question = TokenRequest {
+        spec: TokenRequestSpec {
+            audiences: vec![peer.to_string()],
+            bound_object_ref: Some(BoundObjectReference {
+                api_version: Some("v1".to_owned()),
+                kind: Some("Pod".to_owned()),
+                name: Some(own.pod_name.clone()),
+                uid: own.pod_uid.clone(),
+            }),
+            expiration_seconds: Some(MAX_LIFE.as_secs().cast_signed()),
+        },
+        ..TokenRequest::default()
+    };
+    let accounts = ServiceAccount::url_path(&(), Some(&own.k8s_namespace));
+    let body = serde_json::to_vec(&question).map_err(Error::SerializeBody)?;
+    kube::core::Request::new(accounts).create_subresource("token", &own.service_account, &PostParams::default(), body)
+}
+
+/// What the API server granted, and for how long.
+pub(super) fn granted(answer: &str) -> Result<(String, Duration), Failure> {
+    let granted = serde_json::from_str::<TokenRequest>(answer).ok();
+    let granted = granted.and_then(|granted| Some((granted.status?.token, granted.spec.expiration_seconds)));
+    // The answer holds a token, so its text goes nowhere.
+    let (token, seconds) =
+        granted.ok_or_else(|| Failure::Other("the API server's answer holds no token".to_owned()))?;
+    let seconds = seconds.and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or(MAX_LIFE.as_secs());
+    Ok((token, Duration::from_secs(seconds).clamp(MIN_LIFE, MAX_LIFE)))
+}

@@ -1,0 +1,20 @@
+//! The zone of the agent's own node.
+
+use k8s_openapi::api::core::v1::Node;
+use kube::{Api, Client};
+
+use super::metadata::metadata;
+use crate::model::{NodeName, Zone};
+use crate::ports::ClusterError;
+
+/// Kubernetes' own label for a failure domain ("Well-Known Labels"); the cloud's controller sets it, or the kubelet's flags do.
+const LABEL: &str = "topology.kubernetes.io/zone";
+
+/// The metadata of one node by its name: no list, no watch.
+pub(super) async fn zone(client: &Client, node: &NodeName) -> Result<Option<Zone>, ClusterError> {
+    let found = metadata(&Api::<Node>::all(client.clone()), node.as_str(), None).await;
+    let found = found.map_err(|failure| failure.about(&format!("node {node}")))?;
+    let label = found.labels.unwrap_or_default().remove(LABEL);
+    // A label can be empty; then there is no zone.
+    Ok(label.and_then(|zone| zone.try_into().ok()))
+}
