@@ -13,6 +13,7 @@ mod door;
 mod fetch;
 mod greet;
 mod peers;
+mod refusals;
 mod serve;
 mod socket;
 #[cfg(test)]
@@ -22,9 +23,9 @@ mod tls;
 mod tuning;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -37,13 +38,14 @@ pub use tls::TlsError;
 
 use self::door::Door;
 use self::peers::Peers;
+use self::refusals::Refusals;
 use self::throttle::{InForce, Throttle};
 use self::tuning::Limits;
 use crate::decide::rules::Rules;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{NodeName, NodeNameError, Peer, PeerId};
-use crate::ports::{Admission, ContentStore, Refusal};
+use crate::ports::{Admission, Admitted, ContentStore, Refusal};
 use crate::wire::Hello;
 
 /// What is set from outside.
@@ -92,7 +94,10 @@ struct Shared {
     metrics: Metrics,
     joined: mpsc::Sender<Peer>,
     peers: Peers,
+    /// Where a peer last saw us.
+    seen: watch::Sender<Option<IpAddr>>,
     door: Arc<Door>,
+    refusals: Refusals,
     serving: Semaphore,
     limits: Limits,
     /// Everything that comes.
@@ -180,7 +185,9 @@ impl Transfer {
             metrics,
             joined,
             peers: Peers::default(),
+            seen: watch::Sender::new(None),
             door: Arc::default(),
+            refusals: Refusals::default(),
             serving: Semaphore::new(max_serving),
             limits,
             down: Throttle::new(rules.clone(), |budgets| budgets.max_download_rate),
@@ -199,6 +206,7 @@ impl Transfer {
         let mut connections = JoinSet::new();
         let mut sweep = interval(SWEEP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut renewed = shared.admission.renewed();
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
@@ -207,7 +215,11 @@ impl Transfer {
                     None => break,
                 },
                 Some(ended) = connections.join_next() => report_panic(ended),
-                _ = sweep.tick() => shared.peers.sweep(shared.limits.unused),
+                Ok(()) = renewed.changed() => shared.peers.retire_outbound(),
+                _ = sweep.tick() => {
+                    shared.peers.sweep(shared.limits.unused);
+                    shared.end_verdicts(since_1970());
+                }
             }
         }
         shared.endpoint.set_server_config(None);
@@ -222,18 +234,18 @@ impl Transfer {
     }
 
     /// Meets whoever is at `address`, and keeps the connection and the address. With `expect`, nobody else will do. A
-    /// peer to which there is a connection is not greeted again.
+    /// peer to which there is a connection is not greeted again while our admission's verdict about it lasts.
     ///
     /// # Errors
     /// [`GreetError`].
     pub async fn greet(&self, address: SocketAddr, expect: Option<PeerId>) -> Result<Peer, GreetError> {
         let address = canonical(address);
-        let known = self.0.peers.connected_at(address);
+        let known = self.0.peers.connected_at(address, since_1970());
         if let Some(peer) = known.filter(|peer| expect.is_none_or(|expected| expected == peer.id)) {
             return Ok(peer);
         }
-        let (peer, connection) = self.0.dial(address, expect).await?;
-        self.0.peers.remember(&peer).map_err(|full| GreetError::NotAdmitted {
+        let (peer, connection, standing) = self.0.dial(address, expect).await?;
+        self.0.peers.remember(&peer, standing).map_err(|full| GreetError::NotAdmitted {
             peer: peer.id,
             address,
             refusal: Refusal::CannotTell(full.to_string()),
@@ -244,9 +256,32 @@ impl Transfer {
         Ok(peer)
     }
 
-    /// The peers that were admitted, on either side, and not forgotten.
+    /// Where a peer is that never came through this door, so that it can be fetched from: it is dialled when it is needed, and
+    /// admitted then like any other. One that is known already has moved.
+    pub fn know(&self, peer: &Peer) {
+        if let Err(full) = self.0.peers.know(peer) {
+            tracing::debug!(peer = %peer.id, %full, "not remembered");
+        }
+    }
+
+    /// The peers that were admitted, on either side, or are known, and not forgotten.
     pub fn peers(&self) -> Vec<Peer> {
         self.0.peers.all()
+    }
+
+    /// One of them.
+    pub fn peer(&self, peer: PeerId) -> Option<Peer> {
+        self.0.peers.get(peer)
+    }
+
+    /// For how much longer our admission's last verdict about the peer is good; zero where there is none.
+    pub fn admitted_for(&self, peer: PeerId) -> Duration {
+        self.0.peers.admitted_until(peer).saturating_sub(since_1970())
+    }
+
+    /// Where a peer last said that it sees this agent. It was admitted, and may be wrong all the same.
+    pub fn seen(&self) -> watch::Receiver<Option<IpAddr>> {
+        self.0.seen.subscribe()
     }
 
     /// Drops the peer's address and its connections; what is fetched from it ends as unreachable. It may come back
@@ -287,12 +322,16 @@ fn canonical(address: SocketAddr) -> SocketAddr {
     }
 }
 
+fn since_1970() -> Duration {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+}
+
 /// What is known of a peer after its introduction: the credential's word on the node's name goes before its own.
 fn peer_from(id: PeerId, address: SocketAddr, hello: &Hello, vouched: Option<NodeName>) -> Result<Peer, NodeNameError> {
     let node = vouched.map_or_else(|| hello.node.parse(), Ok)?;
     let mut gossip = address;
     gossip.set_port(hello.gossip_port);
-    Ok(Peer { id, node, transfer: address, gossip })
+    Ok(Peer { id, node, zone: None, transfer: address, gossip })
 }
 
 /// A peer's words, fit for a log line and a reason: no control characters, and no longer than a sentence.
@@ -301,8 +340,9 @@ fn printable(words: &str) -> String {
 }
 
 /// The metric's label.
-fn admission_result<T>(decided: &Result<T, Refusal>) -> &'static str {
+fn admission_result(decided: Result<&Admitted, &Refusal>) -> &'static str {
     match decided {
+        Ok(admitted) if admitted.on_grace => "on_grace",
         Ok(_) => "admitted",
         Err(Refusal::Denied(_)) => "denied",
         Err(Refusal::CannotTell(_)) => "cannot_tell",

@@ -4,17 +4,19 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use quinn::{Connection, Incoming, SendStream, VarInt};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::codes::{DONE, PROTOCOL, REFUSED};
+use super::peers::Standing;
 use super::tls::peer_of;
 use super::tuning::MAX_STREAMS;
 use super::{Shared, admission_result, canonical, peer_from, printable};
 use crate::model::{Peer, PeerId};
-use crate::ports::Refusal;
+use crate::ports::{Admitted, LEEWAY, Refusal};
 use crate::wire::{self, Hello, Welcome};
 
 /// Strangers at a time. One costs a handshake's CPU and some ten KiB; a thousand nodes that start together come through
@@ -101,8 +103,18 @@ impl Shared {
                 self.peers.drop_inbound(peer.id, &connection);
                 connection.close(DONE, b"done");
             }
-            Err(turned @ Turned::Refused(..)) => tracing::warn!(%address, reason = %turned, "peer refused"),
-            Err(turned) => tracing::debug!(%address, reason = %turned, "stranger turned away"),
+            Err(turned) => self.log_turned(address, &turned),
+        }
+    }
+
+    fn log_turned(&self, address: SocketAddr, turned: &Turned) {
+        let is_news = |refusal| self.refusals.is_news(address.ip(), admission_result(Err(refusal)));
+        match turned {
+            Turned::Refused(_, refusal) if is_news(refusal) => {
+                tracing::warn!(%address, reason = %turned, "peer refused");
+            }
+            Turned::Refused(..) => tracing::debug!(%address, reason = %turned, "peer refused"),
+            _ => tracing::debug!(%address, reason = %turned, "stranger turned away"),
         }
     }
 
@@ -118,9 +130,9 @@ impl Shared {
         let (id, hello, send, connection) = timeout(self.limits.hello, introduction).await.map_err(late)??;
         let decided = timeout(self.limits.decide, self.decide(id, address, &hello)).await;
         let decided = decided.unwrap_or_else(|_| Err(Refusal::CannotTell("it takes too long".into())));
-        self.metrics.admission_decided(admission_result(&decided));
+        self.metrics.admission_decided(admission_result(decided.as_ref().map(|(_, _, admitted)| admitted)));
         match decided {
-            Ok((peer, ours)) => {
+            Ok((peer, ours, _)) => {
                 connection.set_max_concurrent_bi_streams(VarInt::from_u32(MAX_STREAMS));
                 // It is a peer now, but it may leave no room for the answer.
                 let welcomed = timeout(self.limits.hello, welcome(send, ours)).await;
@@ -149,19 +161,41 @@ impl Shared {
     }
 
     /// Whether this is a peer; and if so, what we say of ourselves.
-    async fn decide(&self, id: PeerId, address: SocketAddr, hello: &Hello) -> Result<(Peer, Hello), Refusal> {
+    async fn decide(&self, id: PeerId, address: SocketAddr, hello: &Hello) -> Result<(Peer, Hello, Admitted), Refusal> {
         if id == self.me {
             return Err(Refusal::Denied("this agent has the same key; delete it on one of the two nodes".into()));
         }
-        let vouched = self.admission.admit(id, &hello.credential).await?;
-        let peer = peer_from(id, address, hello, vouched).map_err(|error| Refusal::Denied(error.to_string()))?;
+        let admitted = self.admission.admit(id, &hello.credential).await?;
+        let node = admitted.node.clone();
+        let peer = peer_from(id, address, hello, node).map_err(|error| Refusal::Denied(error.to_string()))?;
         // Before anything is remembered: without a credential of our own the peer could not admit us.
-        let ours = self.hello(self.admission.credential().await?);
-        self.peers.remember(&peer).map_err(|full| Refusal::CannotTell(full.to_string()))?;
+        let ours = self.hello(self.admission.credential().await?, address.ip());
+        let standing = Standing { credential: hello.credential.clone(), until: admitted.until };
+        self.peers.remember(&peer, standing).map_err(|full| Refusal::CannotTell(full.to_string()))?;
+        self.seen.send_replace(Some(hello.seen));
         // Told before the peer is: when it dials our gossip next, the list of those let in has it. A receiver that is
         // gone belongs to an agent that stops.
         let _ = self.joined.send(peer.clone()).await;
-        Ok((peer, ours))
+        Ok((peer, ours, admitted))
+    }
+
+    /// Ends what peers dialled whose verdict is over, unless the credential that they showed is still good, as it may be on grace. They
+    /// may come back and show another.
+    pub(super) fn end_verdicts(&self, now: Duration) {
+        for (peer, Standing { credential, until }) in self.peers.overdue(now) {
+            match self.admission.vouch(peer, &credential) {
+                Ok(admitted) if admitted.until > now => {
+                    self.peers.stands(peer, Standing { credential, until: admitted.until });
+                }
+                // It is being asked for; once more as long is enough for that.
+                Err(Refusal::CannotTell(_)) if now < until + LEEWAY + LEEWAY => {}
+                ended => {
+                    let reason = ended.err().map(|refusal| refusal.to_string());
+                    tracing::debug!(%peer, reason, "a peer's verdict is over; its connections are closed");
+                    self.peers.end_inbound(peer);
+                }
+            }
+        }
     }
 
     /// The answer goes first; the connection's end, which would discard what is not delivered yet, waits for it.

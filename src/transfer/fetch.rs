@@ -154,7 +154,7 @@ impl Shared {
         }
         // Looked up again: the peer may have been forgotten, which closes its connections.
         let Some((address, outbound)) = self.peers.find(peer) else {
-            return Err(FetchError::Unreachable { peer, reason: "its address is not known".into() });
+            return Err(FetchError::Unreachable { peer, silent: false, reason: "its address is not known".into() });
         };
         let dialled = self.connect(peer, address, &outbound).await;
         let line = dialled.map_err(|error| not_met(peer, error))?;
@@ -173,7 +173,10 @@ impl Shared {
             return Err(error);
         }
         match self.dial(address, Some(peer)).await {
-            Ok((_, connection)) => Ok(outbound.keep(connection)),
+            Ok((_, connection, standing)) => {
+                self.peers.stands(peer, standing);
+                Ok(outbound.keep(connection))
+            }
             Err(error) => {
                 outbound.fail(error.clone());
                 Err(error)
@@ -217,13 +220,17 @@ impl Wanted {
             ConnectionError::ApplicationClosed(close) if close.error_code == REFUSED => {
                 FetchError::NotAdmitted { peer: self.peer, reason: printable(&String::from_utf8_lossy(&close.reason)) }
             }
-            other => FetchError::Unreachable { peer: self.peer, reason: other.to_string() },
+            other => {
+                let silent = *other == ConnectionError::TimedOut;
+                FetchError::Unreachable { peer: self.peer, silent, reason: other.to_string() }
+            }
         }
     }
 
     /// The stream ended otherwise than by its end.
     fn cut_off(self, error: &ReadError) -> FetchError {
-        let unreachable = |reason: &str| FetchError::Unreachable { peer: self.peer, reason: reason.into() };
+        let unreachable =
+            |reason: &str| FetchError::Unreachable { peer: self.peer, silent: false, reason: reason.into() };
         match error {
             ReadError::ConnectionLost(error) => self.lost(error),
             ReadError::Reset(GONE) => FetchError::Absent { peer: self.peer, digest: self.digest },
@@ -249,8 +256,8 @@ impl Wanted {
 
 fn not_met(peer: PeerId, error: GreetError) -> FetchError {
     match error {
-        GreetError::Unreachable { address, reason } => {
-            FetchError::Unreachable { peer, reason: format!("{address}: {reason}") }
+        GreetError::Unreachable { address, silent, reason } => {
+            FetchError::Unreachable { peer, silent, reason: format!("{address}: {reason}") }
         }
         GreetError::Refused { address, reason, .. } => {
             FetchError::NotAdmitted { peer, reason: format!("it says at {address}: {reason}") }
@@ -261,7 +268,7 @@ fn not_met(peer: PeerId, error: GreetError) -> FetchError {
         GreetError::Protocol { reason, .. } => FetchError::Protocol { peer, reason },
         error @ GreetError::NoCredential(_) => FetchError::NotAdmitted { peer, reason: error.to_string() },
         error @ (GreetError::Myself(_) | GreetError::AnotherKey { .. }) => {
-            FetchError::Unreachable { peer, reason: error.to_string() }
+            FetchError::Unreachable { peer, silent: false, reason: error.to_string() }
         }
     }
 }

@@ -1,15 +1,16 @@
 //! Dialling: whose key answers, our `Hello`, its answer, and our own decision about it. Nothing uses a connection before.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use quinn::{Connection, ConnectionError};
 use tokio::time::timeout;
 
 use super::codes::{DONE, PROTOCOL, REFUSED};
+use super::peers::Standing;
 use super::tls::peer_of;
 use super::{Shared, admission_result, peer_from, printable};
-use crate::model::{Credential, Peer, PeerId};
-use crate::ports::Refusal;
+use crate::model::{Credential, NodeNameError, Peer, PeerId};
+use crate::ports::{Admitted, Refusal};
 use crate::wire::{self, Hello, Welcome, WireError};
 
 /// Why nobody was met at an address.
@@ -23,6 +24,8 @@ pub enum GreetError {
     Unreachable {
         /// Who was called.
         address: SocketAddr,
+        /// Nothing at all came back.
+        silent: bool,
         /// What the transport said.
         reason: String,
     },
@@ -71,22 +74,29 @@ pub enum GreetError {
     },
 }
 
+impl GreetError {
+    /// Whether nothing at all came back, as from a host that is gone. Any answer, a refusal too, is a sign of life.
+    pub fn is_silence(&self) -> bool {
+        matches!(self, Self::Unreachable { silent: true, .. })
+    }
+}
+
 impl Shared {
     /// Opens a connection to whoever is at `address`. Cancelled half-way it is closed.
     pub(super) async fn dial(
         &self,
         address: SocketAddr,
         expect: Option<PeerId>,
-    ) -> Result<(Peer, Connection), GreetError> {
-        let unreachable = |reason: String| GreetError::Unreachable { address, reason };
+    ) -> Result<(Peer, Connection, Standing), GreetError> {
+        let unreachable = |silent, reason: String| GreetError::Unreachable { address, silent, reason };
         // The name is asked for by TLS and checked by nobody: peers are known by their keys.
         let dialled = self.endpoint.connect_with(self.client.clone(), address, "lighterman");
-        let connecting = dialled.map_err(|error| unreachable(error.to_string()))?;
+        let connecting = dialled.map_err(|error| unreachable(false, error.to_string()))?;
         let connection = timeout(self.limits.dial, connecting)
             .await
-            .map_err(|_| unreachable(format!("no answer in {:?}", self.limits.dial)))?
-            .map_err(|error| unreachable(error.to_string()))?;
-        let found = peer_of(&connection).ok_or_else(|| unreachable("it has no peer's certificate".into()))?;
+            .map_err(|_| unreachable(true, format!("no answer in {:?}", self.limits.dial)))?
+            .map_err(|error| unreachable(error == ConnectionError::TimedOut, error.to_string()))?;
+        let found = peer_of(&connection).ok_or_else(|| unreachable(false, "it has no peer's certificate".into()))?;
         if found == self.me {
             connection.close(DONE, b"myself");
             return Err(GreetError::Myself(address));
@@ -96,21 +106,26 @@ impl Shared {
             return Err(GreetError::AnotherKey { address, expected, found });
         }
         match timeout(self.limits.welcome(), self.introduce(address, found, &connection)).await {
-            Ok(Ok(peer)) => Ok((peer, connection)),
+            Ok(Ok((peer, standing))) => Ok((peer, connection, standing)),
             Ok(Err(error)) => {
                 connection.close(close_code(&error), b"not welcome");
                 Err(error)
             }
             Err(_) => {
                 connection.close(DONE, b"no answer");
-                Err(unreachable(format!("no answer to our introduction in {:?}", self.limits.welcome())))
+                Err(unreachable(false, format!("no answer to our introduction in {:?}", self.limits.welcome())))
             }
         }
     }
 
-    async fn introduce(&self, address: SocketAddr, peer: PeerId, connection: &Connection) -> Result<Peer, GreetError> {
+    async fn introduce(
+        &self,
+        address: SocketAddr,
+        peer: PeerId,
+        connection: &Connection,
+    ) -> Result<(Peer, Standing), GreetError> {
         let credential = self.admission.credential().await.map_err(GreetError::NoCredential)?;
-        let theirs = match self.exchange(connection, credential).await {
+        let theirs = match self.exchange(address, connection, credential).await {
             Ok(Welcome::Admitted(hello)) => hello,
             Ok(Welcome::Refused(reason)) => {
                 return Err(GreetError::Refused { peer, address, reason: printable(&reason) });
@@ -118,26 +133,31 @@ impl Shared {
             Err(error) => return Err(why_no_welcome(address, peer, connection, &error)),
         };
         let decided = self.admission.admit(peer, &theirs.credential).await;
-        self.metrics.admission_decided(admission_result(&decided));
-        let node = decided.map_err(|refusal| GreetError::NotAdmitted { peer, address, refusal })?;
-        peer_from(peer, address, &theirs, node).map_err(|error| GreetError::Protocol {
-            peer,
-            address,
-            reason: error.to_string(),
-        })
+        self.metrics.admission_decided(admission_result(decided.as_ref()));
+        let Admitted { node, until, .. } =
+            decided.map_err(|refusal| GreetError::NotAdmitted { peer, address, refusal })?;
+        let broken = |error: NodeNameError| GreetError::Protocol { peer, address, reason: error.to_string() };
+        self.seen.send_replace(Some(theirs.seen));
+        let met = peer_from(peer, address, &theirs, node).map_err(broken)?;
+        Ok((met, Standing { credential: theirs.credential, until }))
     }
 
-    async fn exchange(&self, connection: &Connection, credential: Credential) -> Result<Welcome, WireError> {
+    async fn exchange(
+        &self,
+        address: SocketAddr,
+        connection: &Connection,
+        credential: Credential,
+    ) -> Result<Welcome, WireError> {
         let (mut send, mut recv) = connection.open_bi().await.map_err(std::io::Error::from)?;
-        wire::write(&mut send, &self.hello(credential)).await?;
+        wire::write(&mut send, &self.hello(credential, address.ip())).await?;
         // It was just opened, so it can be finished.
         let _ = send.finish();
         wire::read(&mut recv).await
     }
 
-    /// What we say of ourselves.
-    pub(super) fn hello(&self, credential: Credential) -> Hello {
-        Hello { credential, node: self.node.to_string(), gossip_port: self.gossip_port }
+    /// What we say of ourselves to whom we see at this address.
+    pub(super) fn hello(&self, credential: Credential, seen: IpAddr) -> Hello {
+        Hello { credential, node: self.node.to_string(), gossip_port: self.gossip_port, seen }
     }
 }
 
@@ -160,7 +180,7 @@ fn why_no_welcome(address: SocketAddr, peer: PeerId, connection: &Connection, er
             let reason = printable(&String::from_utf8_lossy(&close.reason));
             GreetError::Refused { peer, address, reason }
         }
-        Some(ended) => GreetError::Unreachable { address, reason: ended.to_string() },
+        Some(ended) => GreetError::Unreachable { address, silent: false, reason: ended.to_string() },
         None => protocol(),
     }
 }

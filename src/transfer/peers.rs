@@ -12,7 +12,8 @@ use tokio::time::Instant;
 use super::GreetError;
 use super::codes::{DONE, SUPERSEDED};
 use super::tuning::BLOBS_PER_PEER;
-use crate::model::{Peer, PeerId};
+use crate::model::{Credential, Peer, PeerId};
+use crate::ports::LEEWAY;
 
 /// Peers known at most: Kubernetes is built for clusters of 5000 nodes, and a node that lost its key comes back as
 /// another peer. A stolen credential that vouches for key after key meets this bound.
@@ -28,8 +29,18 @@ pub(super) struct Peers {
     table: Mutex<HashMap<PeerId, Entry>>,
 }
 
+/// What a peer was admitted by.
+#[derive(Clone)]
+pub(super) struct Standing {
+    /// As the peer showed it.
+    pub(super) credential: Credential,
+    /// When the verdict is over, since 1970.
+    pub(super) until: Duration,
+}
+
 struct Entry {
     peer: Peer,
+    standing: Standing,
     inbound: VecDeque<Connection>,
     outbound: Arc<Outbound>,
 }
@@ -41,17 +52,58 @@ pub(super) struct Full;
 
 impl Peers {
     /// Remembers an admitted peer, or where it is now.
-    pub(super) fn remember(&self, peer: &Peer) -> Result<(), Full> {
+    pub(super) fn remember(&self, peer: &Peer, standing: Standing) -> Result<(), Full> {
         let mut table = lock(&self.table);
         if let Some(entry) = table.get_mut(&peer.id) {
             entry.peer = peer.clone();
+            entry.stands(standing);
         } else if table.len() < MAX_PEERS {
-            let entry = Entry { peer: peer.clone(), inbound: VecDeque::new(), outbound: Arc::default() };
+            let entry = Entry { peer: peer.clone(), standing, inbound: VecDeque::new(), outbound: Arc::default() };
             table.insert(peer.id, entry);
         } else {
             return Err(Full);
         }
         Ok(())
+    }
+
+    /// Remembers where a peer is that was not met.
+    pub(super) fn know(&self, peer: &Peer) -> Result<(), Full> {
+        self.remember(peer, Standing { credential: Credential::default(), until: Duration::ZERO })
+    }
+
+    /// When the verdict about the peer is over, since 1970; zero where there is none.
+    pub(super) fn admitted_until(&self, peer: PeerId) -> Duration {
+        lock(&self.table).get(&peer).map(|entry| entry.standing.until).unwrap_or_default()
+    }
+
+    /// The peer has shown something again. What counts is what lasts longest, for all its connections.
+    pub(super) fn stands(&self, peer: PeerId, standing: Standing) {
+        if let Some(entry) = lock(&self.table).get_mut(&peer) {
+            entry.stands(standing);
+        }
+    }
+
+    /// The peers with connections to us whose verdict is over by more than clocks may differ.
+    pub(super) fn overdue(&self, now: Duration) -> Vec<(PeerId, Standing)> {
+        let table = lock(&self.table);
+        let is_over = |entry: &&Entry| entry.standing.until.saturating_add(LEEWAY) < now && !entry.inbound.is_empty();
+        table.values().filter(is_over).map(|entry| (entry.peer.id, entry.standing.clone())).collect()
+    }
+
+    /// Closes what the peer dialled.
+    pub(super) fn end_inbound(&self, peer: PeerId) {
+        if let Some(entry) = lock(&self.table).get_mut(&peer) {
+            for connection in entry.inbound.drain(..) {
+                connection.close(DONE, b"the credential has ended");
+            }
+        }
+    }
+
+    /// Another credential is to be shown from now on: what runs on the connections that we dialled goes on, what is new dials.
+    pub(super) fn retire_outbound(&self) {
+        for entry in lock(&self.table).values() {
+            entry.outbound.retire();
+        }
     }
 
     /// Counts a connection that the peer dialled; its oldest one makes room.
@@ -81,11 +133,15 @@ impl Peers {
         lock(&self.table).get(&peer).map(|entry| (entry.peer.transfer, entry.outbound.clone()))
     }
 
-    /// The peer to which we have a connection at this address.
-    pub(super) fn connected_at(&self, address: SocketAddr) -> Option<Peer> {
+    /// The peer to which we have a connection at this address, if the verdict about it lasts.
+    pub(super) fn connected_at(&self, address: SocketAddr, now: Duration) -> Option<Peer> {
         let table = lock(&self.table);
-        let mut at = table.values().filter(|entry| entry.peer.transfer == address);
+        let mut at = table.values().filter(|entry| entry.peer.transfer == address && entry.standing.until > now);
         at.find(|entry| entry.outbound.line().is_some()).map(|entry| entry.peer.clone())
+    }
+
+    pub(super) fn get(&self, peer: PeerId) -> Option<Peer> {
+        lock(&self.table).get(&peer).map(|entry| entry.peer.clone())
     }
 
     pub(super) fn all(&self) -> Vec<Peer> {
@@ -105,6 +161,14 @@ impl Peers {
     pub(super) fn sweep(&self, unused: Duration) {
         for entry in lock(&self.table).values() {
             entry.outbound.close_if_unused(unused);
+        }
+    }
+}
+
+impl Entry {
+    fn stands(&mut self, standing: Standing) {
+        if standing.until >= self.standing.until {
+            self.standing = standing;
         }
     }
 }
@@ -171,6 +235,14 @@ impl Outbound {
     pub(super) fn fail(&self, error: GreetError) {
         let mut failed = lock(&self.failed);
         *failed = (failed.0 + 1, Some(error));
+    }
+
+    /// Forgets the connection without closing it for those who use it.
+    fn retire(&self) {
+        let retired = lock(&self.line).take().filter(|(line, _)| Arc::strong_count(line) == 1);
+        if let Some((line, _)) = retired {
+            line.close(DONE, b"another credential");
+        }
     }
 
     fn close(&self) {

@@ -1,5 +1,6 @@
 //! Real endpoints on loopback. Peers that misbehave are written here, on the same TLS.
 
+mod certificates;
 mod content;
 mod door;
 mod faults;
@@ -9,7 +10,7 @@ mod stopping;
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -19,6 +20,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
+use super::peers::Standing;
 use super::tuning::Limits;
 use super::{Bounds, Config, Transfer, tls, tuning};
 use crate::decide::rules::Rules;
@@ -27,8 +29,8 @@ use crate::metrics::Metrics;
 use crate::model::{Credential, NodeName, Peer, PeerId};
 use crate::oci::{Digest, Verified};
 use crate::ports::{
-    Admission, BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, FetchError, Fetcher, ImageRecord, Pin,
-    Refusal, Remembered, Room, StoreError,
+    Admission, Admitted, BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, FetchError, Fetcher, ImageRecord,
+    LEEWAY, Pin, Refusal, Remembered, Room, StoreError,
 };
 use crate::wire::{self, Answer, Hello, Request, Welcome};
 
@@ -144,12 +146,31 @@ impl ContentStore for Shelf {
 }
 
 /// Admits everybody, or those on a list.
-#[derive(Clone, Default)]
-struct Guests(Option<HashSet<PeerId>>);
+#[derive(Clone)]
+struct Guests {
+    list: Option<HashSet<PeerId>>,
+    /// For so long from now on.
+    life: Arc<Mutex<Duration>>,
+    /// What is said of a peer whose verdict is over.
+    again: Arc<Mutex<Result<(), Refusal>>>,
+    renewals: watch::Sender<u64>,
+}
+
+impl Default for Guests {
+    fn default() -> Self {
+        let life = Arc::new(Mutex::new(Duration::from_secs(3600)));
+        Self { list: None, life, again: Arc::new(Mutex::new(Ok(()))), renewals: watch::Sender::default() }
+    }
+}
 
 impl Guests {
     fn only(peers: impl IntoIterator<Item = PeerId>) -> Self {
-        Self(Some(peers.into_iter().collect()))
+        Self { list: Some(peers.into_iter().collect()), ..Self::default() }
+    }
+
+    fn verdict(&self) -> Admitted {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        Admitted { node: None, pod: None, until: now + *self.life.lock().unwrap(), on_grace: false }
     }
 }
 
@@ -158,9 +179,15 @@ impl Admission for Guests {
     async fn credential(&self) -> Result<Credential, Refusal> {
         Ok(Credential::default())
     }
-    async fn admit(&self, peer: PeerId, _: &Credential) -> Result<Option<NodeName>, Refusal> {
-        let admitted = self.0.as_ref().is_none_or(|list| list.contains(&peer));
-        if admitted { Ok(None) } else { Err(Refusal::Denied("not on the list".into())) }
+    fn renewed(&self) -> watch::Receiver<u64> {
+        self.renewals.subscribe()
+    }
+    async fn admit(&self, peer: PeerId, _: &Credential) -> Result<Admitted, Refusal> {
+        let admitted = self.list.as_ref().is_none_or(|list| list.contains(&peer));
+        if admitted { Ok(self.verdict()) } else { Err(Refusal::Denied("not on the list".into())) }
+    }
+    fn vouch(&self, _: PeerId, _: &Credential) -> Result<Admitted, Refusal> {
+        self.again.lock().unwrap().clone().map(|()| self.verdict())
     }
 }
 
@@ -179,15 +206,27 @@ impl Node {
         Self::start_with(&Identity::generate(), shelf, Guests::default(), Limits::DEFAULT)
     }
 
-    fn start_with(identity: &Identity, shelf: Shelf, admission: Guests, limits: Limits) -> Self {
+    fn start_with(identity: &Identity, shelf: Shelf, admission: impl Admission + 'static, limits: Limits) -> Self {
         Self::start_at("127.0.0.1:0", identity, shelf, admission, limits)
     }
 
-    fn start_at(listen: &str, identity: &Identity, shelf: Shelf, admission: Guests, limits: Limits) -> Self {
+    fn start_at(
+        listen: &str,
+        identity: &Identity,
+        shelf: Shelf,
+        admission: impl Admission + 'static,
+        limits: Limits,
+    ) -> Self {
         Self::start_within(listen, identity, shelf, admission, Bounds { limits, rules: None })
     }
 
-    fn start_within(listen: &str, identity: &Identity, shelf: Shelf, admission: Guests, bounds: Bounds) -> Self {
+    fn start_within(
+        listen: &str,
+        identity: &Identity,
+        shelf: Shelf,
+        admission: impl Admission + 'static,
+        bounds: Bounds,
+    ) -> Self {
         let config = Config {
             listen: listen.parse().unwrap(),
             gossip_port: 4001,
@@ -256,7 +295,12 @@ fn bare_endpoint(identity: &Identity) -> Endpoint {
 }
 
 fn hello() -> Hello {
-    Hello { credential: Credential::default(), node: "rogue".into(), gossip_port: 1 }
+    Hello {
+        credential: Credential::default(),
+        node: "rogue".into(),
+        gossip_port: 1,
+        seen: std::net::Ipv4Addr::LOCALHOST.into(),
+    }
 }
 
 type Misdeed = Arc<dyn Fn(Request, SendStream) -> BoxFuture<'static, ()> + Send + Sync>;
@@ -312,4 +356,9 @@ async fn misbehave(connection: Connection, misdeed: Misdeed) {
 /// Answers as if it had a blob of this size.
 async fn promise(send: &mut SendStream, size: u64) {
     wire::write(send, &Answer::Blob { size }).await.unwrap();
+}
+
+/// Of a peer that was not met.
+fn standing() -> Standing {
+    Standing { credential: Credential::default(), until: Duration::MAX }
 }

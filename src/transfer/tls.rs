@@ -19,7 +19,7 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, PeerIncompatible, SignatureScheme};
 
-use crate::identity::{Identity, peer_id_of};
+use crate::identity::{Identity, peer_of_certificate};
 use crate::model::PeerId;
 
 /// Our own, so that neither libp2p nor HTTP/3 is mistaken for us; changes when the TLS part of the protocol does.
@@ -113,15 +113,6 @@ struct Libp2pVerifier;
 
 /// What [`certificate::generate`] makes, and so what every agent shows.
 const SCHEMES: [SignatureScheme; 1] = [SignatureScheme::ECDSA_NISTP256_SHA256];
-
-fn peer_of_certificate(
-    certificate: &CertificateDer<'_>,
-    more: &[CertificateDer<'_>],
-) -> Result<PeerId, CertificateError> {
-    let parsed = certificate::parse(certificate).map_err(|_| CertificateError::BadEncoding)?;
-    let peer = peer_id_of(&parsed.peer_id()).filter(|_| more.is_empty());
-    peer.ok_or(CertificateError::ApplicationVerificationFailure)
-}
 
 fn verify_signature(
     message: &[u8],
@@ -221,25 +212,6 @@ impl ClientCertVerifier for Libp2pVerifier {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_certificate_names_the_key_that_it_was_made_for() {
-        let identity = Identity::generate();
-        let (certificate, _) = certificate::generate(&identity.keypair()).unwrap();
-        assert_eq!(peer_of_certificate(&certificate, &[]), Ok(identity.peer_id()));
-    }
-
-    #[test]
-    fn a_chain_a_changed_certificate_and_another_kind_of_key_are_refused() {
-        let (certificate, _) = certificate::generate(&Identity::generate().keypair()).unwrap();
-        assert!(peer_of_certificate(&certificate, std::slice::from_ref(&certificate)).is_err(), "a chain");
-        for at in (0..certificate.len()).step_by(7) {
-            let mut bytes = certificate.to_vec();
-            bytes[at] ^= 1;
-            assert!(peer_of_certificate(&bytes.into(), &[]).is_err(), "byte {at} changed");
-        }
-        assert!(peer_of_certificate(&CertificateDer::from(Vec::new()), &[]).is_err(), "nothing");
-    }
 
     #[test]
     fn the_cheapest_cipher_is_preferred_and_nothing_is_resumed_or_logged() {

@@ -5,7 +5,7 @@ use quinn::ConnectionError;
 use super::content::introduce;
 use super::*;
 use crate::transfer::GreetError;
-use crate::transfer::codes::{PROTOCOL, REFUSED};
+use crate::transfer::codes::{DONE, PROTOCOL, REFUSED};
 
 #[tokio::test]
 async fn both_ends_know_each_other_after_a_greeting() {
@@ -160,9 +160,112 @@ async fn a_peer_that_refuses_us_later_is_not_admitting() {
 
         let stranger = Node::start(Shelf::default());
         let known = Peer { id: holder.id, transfer: holder.address(), ..fetcher.transfer.peers()[0].clone() };
-        stranger.transfer.0.peers.remember(&known).unwrap();
+        stranger.transfer.0.peers.remember(&known, standing()).unwrap();
         let error = stranger.fetch(holder.id, Digest::of(&blob), 10).await.unwrap_err();
         assert!(matches!(error, FetchError::NotAdmitted { peer, .. } if peer == holder.id), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_is_not_served_after_its_verdict_and_comes_back_with_another() {
+    within(async {
+        let (me, blob) = (Identity::generate(), blob(10));
+        let guests = Guests::default();
+        *guests.life.lock().unwrap() = Duration::ZERO;
+        let holder = Node::start_with(&me, Shelf::with(&blob), guests.clone(), Limits::DEFAULT);
+        let endpoint = bare_endpoint(&Identity::generate());
+        let connection = introduce(&endpoint, holder.address()).await;
+        let shared = &holder.transfer.0;
+        let until = || shared.peers.overdue(Duration::MAX).pop().map(|(_, standing)| standing.until);
+        while until().is_none() {
+            tokio::task::yield_now().await;
+        }
+        let first = until().unwrap();
+        *guests.again.lock().unwrap() = Err(Refusal::Denied("expired".into()));
+        shared.end_verdicts(first + LEEWAY);
+        assert!(connection.close_reason().is_none(), "clocks may differ");
+        *guests.again.lock().unwrap() = Ok(());
+        *guests.life.lock().unwrap() = Duration::from_secs(3600);
+        let over = || shared.end_verdicts(until().unwrap() + LEEWAY + BRIEF);
+        over();
+        assert!(connection.close_reason().is_none(), "what it showed is still good");
+        assert!(until().unwrap() > first + LEEWAY);
+        *guests.again.lock().unwrap() = Err(Refusal::CannotTell("soon".into()));
+        over();
+        assert!(connection.close_reason().is_none(), "it is being asked for");
+        *guests.again.lock().unwrap() = Err(Refusal::Denied("expired".into()));
+        over();
+        assert_closed_with(&connection, DONE, "its verdict is over").await;
+        introduce(&endpoint, holder.address()).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_new_credential_is_shown_on_a_new_connection() {
+    within(async {
+        let blob = blob(10);
+        let mut holder = Node::start(Shelf::with(&blob));
+        let guests = Guests::default();
+        let fetcher = Node::start_with(&Identity::generate(), Shelf::default(), guests.clone(), Limits::DEFAULT);
+        fetcher.meet(holder.address()).await;
+        fetcher.fetch(holder.id, Digest::of(&blob), 10).await.unwrap();
+        holder.joined.recv().await.unwrap();
+        guests.renewals.send_modify(|renewals| *renewals += 1);
+        // Until it has been seen, the old connection serves.
+        while holder.joined.try_recv().is_err() {
+            fetcher.fetch(holder.id, Digest::of(&blob), 10).await.unwrap();
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_that_was_never_met_is_dialled_when_it_is_needed() {
+    within(async {
+        let blob = blob(10);
+        let (mut holder, fetcher) = (Node::start(Shelf::with(&blob)), Node::start(Shelf::default()));
+        let (node, address) = ("there".parse::<NodeName>().unwrap(), holder.address());
+        let known = Peer { id: holder.id, node, zone: None, transfer: address, gossip: address };
+        fetcher.transfer.know(&known);
+        assert_eq!(fetcher.transfer.admitted_for(holder.id), Duration::ZERO);
+        fetcher.fetch(holder.id, Digest::of(&blob), 10).await.unwrap();
+        assert_eq!(holder.joined.recv().await.unwrap().id, fetcher.id);
+        assert!(fetcher.transfer.admitted_for(holder.id) > Duration::ZERO);
+
+        let other = Peer { id: Identity::generate().peer_id(), ..known };
+        fetcher.transfer.know(&other);
+        let error = fetcher.fetch(other.id, Digest::of(&blob), 10).await.unwrap_err();
+        assert!(matches!(error, FetchError::Unreachable { peer, .. } if peer == other.id), "another key: {error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_is_greeted_again_once_its_verdict_is_over() {
+    within(async {
+        let guests = Guests::default();
+        *guests.life.lock().unwrap() = Duration::ZERO;
+        let mut listener = Node::start(Shelf::default());
+        let dialler = Node::start_with(&Identity::generate(), Shelf::default(), guests, Limits::DEFAULT);
+        for _ in 0..2 {
+            dialler.meet(listener.address()).await;
+            assert_eq!(listener.joined.recv().await.unwrap().id, dialler.id);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn each_side_hears_where_the_other_sees_it() {
+    within(async {
+        let (listener, dialler) = (Node::start(Shelf::default()), Node::start(Shelf::default()));
+        let (heard_there, heard_here) = (listener.transfer.seen(), dialler.transfer.seen());
+        assert_eq!(*heard_here.borrow(), None);
+        dialler.meet(listener.address()).await;
+        let address = Some(listener.address().ip());
+        assert_eq!((*heard_here.borrow(), *heard_there.borrow()), (address, address));
     })
     .await;
 }

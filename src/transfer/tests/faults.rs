@@ -207,8 +207,8 @@ async fn a_peer_that_is_gone_is_unreachable_for_all_who_wait_for_it() {
         let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let address = silent.local_addr().unwrap();
         let id = Identity::generate().peer_id();
-        let peer = Peer { id, node: "gone".parse().unwrap(), transfer: address, gossip: address };
-        fetcher.transfer.0.peers.remember(&peer).unwrap();
+        let peer = Peer { id, node: "gone".parse().unwrap(), zone: None, transfer: address, gossip: address };
+        fetcher.transfer.0.peers.remember(&peer, standing()).unwrap();
         let fetches = (0..4).map(|_| fetcher.fetch(id, digest(), SIZE));
         for fetched in futures::future::join_all(fetches).await {
             let error = fetched.unwrap_err();
