@@ -4,45 +4,44 @@
 //! elsewhere, at the QUIC door; here only the PeerIds that came in there may connect at all, and a stranger's connection ends after
 //! its handshake, before any stream is open.
 //!
-//! # The simple form
-//!
-//! Every agent connects to every admitted peer. Each keeps a log of its own content (`log`): an epoch for its process, and a
-//! number for each announcement. Gossipsub carries what changed, gathered for up to a second and signed by its publisher. Who
-//! finds a gap (`follower`), a new epoch, or a peer it did not know, asks the publisher itself for a snapshot. After a batch,
-//! after somebody subscribed, and once a minute anyway an empty announcement follows, so that a loss shows as a gap and mends
-//! itself. Peers ping each other every second; one that answers over no connection for three seconds is down, its content is
-//! forgotten, and it is dialled again for as long as it is admitted.
-//!
-//! This is fine for some dozens of nodes: connections grow with their square, the empty announcements with their number. What
-//! larger clusters need is not here yet: a few random neighbours instead of everybody, comparing version vectors with one of
-//! them instead of empty announcements, entries and snapshots that any neighbour can relay, and a second witness before a peer
-//! is called dead.
+//! What agents say, believe, ask and answer is [`crate::decide::gossip`]'s; this module only does what it says: it turns libp2p's
+//! events, the agent's calls and the clock into calls of that protocol, and what comes of them into libp2p's. What it adds is what
+//! only an adapter can: bounds on connections, streams, queues and time, and how much one neighbour may send before anything of it is
+//! decoded.
 //!
 //! Deliberately not used: identify (the port comes with the admission), Kademlia (slow exactly when nobody has the image, and keeps
 //! stale providers), mDNS (anybody on the segment could invent peers), relays, AutoNAT and hole punching (nodes reach
-//! each other), gossipsub's peer exchange and scores (peers are authenticated one by one), QUIC (see above).
+//! each other), gossipsub's signatures (what is passed on carries its author's, which outlives a relay), peer exchange and scores
+//! (the protocol blames), QUIC (see above).
 
+mod allowance;
 mod codec;
-mod follower;
-mod log;
-mod member;
+mod counted;
+mod keys;
 mod stack;
+mod table;
 mod task;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use futures::StreamExt;
 use libp2p::core::transport::TransportError;
 use libp2p::multiaddr::{Multiaddr, Protocol};
 use libp2p::swarm::SwarmEvent;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
+use self::allowance::Limits;
+use self::keys::Keys;
+use crate::decide::gossip::{self, Own};
 use crate::identity::Identity;
 use crate::metrics::Metrics;
-use crate::model::{ContentChange, Peer, PeerId};
+use crate::model::{ContentChange, Credential, MeshStatus, NodeName, Peer, PeerId, Release, Zone};
+use crate::ports::Admission;
+pub use table::Table;
 pub use task::MeshTask;
 
 /// What the mesh needs to know.
@@ -68,9 +67,20 @@ pub enum MeshError {
     Stack(String),
 }
 
+/// What the mesh tells the agent. Who holds what it writes into the [`Table`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MeshNews {
+    /// This peer can be fetched from, from now on or at another address.
+    Up(Peer),
+    /// It cannot any more.
+    Down(PeerId),
+    /// It should be greeted at its door; then it is admitted, or reported as out of reach.
+    Greet(Peer),
+}
+
 /// What the agent asks of the mesh. Cheap to clone.
 ///
-/// Nothing is answered: what comes of it is told as [`crate::model::MeshEvent`]s. Once the task has ended, calls do nothing.
+/// What comes of a call is told as [`MeshNews`]. Once the task has ended, calls do nothing.
 #[derive(Debug, Clone)]
 pub struct Mesh {
     commands: mpsc::Sender<Command>,
@@ -79,28 +89,67 @@ pub struct Mesh {
 /// A call of [`Mesh`], on its way to the task.
 #[derive(Debug)]
 enum Command {
-    Admit(Peer),
+    Admit(Peer, Duration),
     Dismiss(PeerId),
+    Unreachable(PeerId),
+    Declined(PeerId),
+    Doubt(PeerId),
     Announce(Vec<ContentChange>),
+    Introduce { credential: Credential, transfer: SocketAddr, gossip: SocketAddr, zone: Option<Zone> },
+    Status(oneshot::Sender<MeshStatus>),
 }
 
-/// Calls that wait for the task. It takes them even while nobody takes its events, so this need only span one turn of its loop.
+/// Calls that wait for the task. It takes them even while nobody takes its news, so this need only span one turn of its loop.
 const MAX_COMMANDS: usize = 64;
 
 impl Mesh {
-    /// Lets this peer connect, and connects to it, for as long as it is not dismissed. Admitted again it may have moved.
-    pub async fn admit(&self, peer: Peer) {
-        self.send(Command::Admit(peer)).await;
+    /// The door let this peer in, for so long. Admitted again it may have moved.
+    pub async fn admit(&self, peer: Peer, life: Duration) {
+        self.send(Command::Admit(peer, life)).await;
     }
 
-    /// Lets this peer connect no more and ends its connections.
+    /// Lets this peer connect no more and ends its connections, until it is admitted again.
     pub async fn dismiss(&self, peer: PeerId) {
         self.send(Command::Dismiss(peer)).await;
+    }
+
+    /// Nothing came back from this peer's door.
+    pub async fn unreachable(&self, peer: PeerId) {
+        self.send(Command::Unreachable(peer)).await;
+    }
+
+    /// This peer was not met at its door, but somebody answered there.
+    pub async fn declined(&self, peer: PeerId) {
+        self.send(Command::Declined(peer)).await;
+    }
+
+    /// Nothing came back from it to fetch from.
+    pub async fn doubt(&self, peer: PeerId) {
+        self.send(Command::Doubt(peer)).await;
     }
 
     /// This node's content changed. What changes nothing is not announced, so that it does no harm to say it twice.
     pub async fn announce(&self, changes: Vec<ContentChange>) {
         self.send(Command::Announce(changes)).await;
+    }
+
+    /// What others are told of this agent: why they should believe it, where it serves blobs, where it gossips, and its zone where the
+    /// cluster has any. Before the first call it cannot join; to be called again when something of it changes.
+    pub async fn introduce(
+        &self,
+        credential: Credential,
+        transfer: SocketAddr,
+        gossip: SocketAddr,
+        zone: Option<Zone>,
+    ) {
+        self.send(Command::Introduce { credential, transfer, gossip, zone }).await;
+    }
+
+    /// How the mesh looks from here; `None` once the task has ended.
+    pub async fn status(&self) -> Option<MeshStatus> {
+        let (answer, status) = oneshot::channel();
+        self.send(Command::Status(answer)).await;
+        status.await.ok()
     }
 
     async fn send(&self, command: Command) {
@@ -109,26 +158,50 @@ impl Mesh {
     }
 }
 
-/// Begins to listen. Nothing else happens until the task runs. The address is the configured one with the port really bound.
+/// Begins to listen. Nothing else happens until the task runs, which then keeps `table`. The address is the configured one with the
+/// port really bound.
 ///
 /// # Errors
 /// [`MeshError`].
 pub async fn start(
     config: Config,
+    node: NodeName,
     identity: &Identity,
+    table: Table,
+    admission: Arc<dyn Admission>,
     metrics: Metrics,
+) -> Result<(Mesh, MeshTask, SocketAddr), MeshError> {
+    start_within(config, node, identity, table, admission, metrics, Limits::DEFAULT).await
+}
+
+async fn start_within(
+    config: Config,
+    node: NodeName,
+    identity: &Identity,
+    table: Table,
+    admission: Arc<dyn Admission>,
+    metrics: Metrics,
+    limits: Limits,
 ) -> Result<(Mesh, MeshTask, SocketAddr), MeshError> {
     let Config { listen } = config;
     let connections = TaskTracker::new();
-    let mut swarm = stack::build(&identity.keypair(), &connections)?;
+    let mut swarm = stack::build(&identity.keypair(), &connections, &metrics)?;
     let port = bind(&mut swarm, listen).await?;
     if listen.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
         // libp2p's IPv6 listeners take no IPv4, unlike everybody else's.
         listen_on(&mut swarm, SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port)).await?;
     }
+    let own = Own { peer: identity.peer_id(), epoch: epoch(), node, release: release() };
+    let keys = Keys::new(identity.keypair(), admission);
+    let protocol = gossip::Protocol::new(own, keys, rand::random(), Instant::now());
     let (sender, commands) = mpsc::channel(MAX_COMMANDS);
-    let task = MeshTask::new(swarm, connections, commands, identity.peer_id(), epoch(), metrics);
+    let task = MeshTask::new(swarm, connections, commands, protocol, table, metrics, limits);
     Ok((Mesh { commands: sender }, task, SocketAddr::new(listen.ip(), port)))
+}
+
+/// What this agent runs.
+fn release() -> Release {
+    env!("CARGO_PKG_VERSION").parse().expect("a version of this crate is a release's name")
 }
 
 /// Longest wait for the system's list of interfaces, which libp2p reads when it listens on all of them.
@@ -171,17 +244,10 @@ fn port_of(address: &Multiaddr) -> Option<(bool, u16)> {
     address.iter().find_map(|part| if let Protocol::Tcp(port) = part { Some((is_ipv4, port)) } else { None })
 }
 
-/// This process's epoch: later starts have larger ones. (If the clock went back, peers find that out from our snapshot.)
+/// This process's epoch: later starts have larger ones, unless the clock went back.
 fn epoch() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
-}
-
-/// The wait after so many failures in a row: 1 s, doubling to 30 s, less up to half by `jitter` (random, in 0..1), so that a
-/// restarted node is not asked by everybody at once.
-fn backoff(failures: u32, jitter: f64) -> Duration {
-    let seconds = 1u32.checked_shl(failures).map_or(30, |doubled| doubled.clamp(1, 30));
-    Duration::from_secs(seconds.into()).mul_f64(0.5 + jitter / 2.0)
 }
 
 #[cfg(test)]

@@ -1,70 +1,76 @@
-//! How a snapshot is asked for and answered on a stream of its own.
+//! How a question is asked and answered on a stream of its own; [`crate::wire`] encodes and decodes.
 //!
-//! The answer is kept encoded, so that all who ask share the same bytes; [`crate::wire`] encodes and decodes.
+//! A question is handed on as it came, so that it is counted before it is decoded. A reply, which may be long, is encoded and decoded
+//! here, in its connection's task, and holds up no other.
 
 use std::io;
 
-use bytes::Bytes;
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::StreamProtocol;
 use libp2p::request_response;
+use tracing::error;
 
-use crate::wire::{self, Message, Snapshot, SnapshotRequest, WireError};
+use crate::model::{Question, Reply};
+use crate::wire::{self, HEADER, Message, WireError};
 
 /// The stream's protocol. The frames carry the version of what is in them.
-pub(super) const PROTOCOL: StreamProtocol = StreamProtocol::new("/lighterman/snapshot/1");
-
-/// More than a frame's header; what lies between is refused when the frame is decoded.
-const HEADER: usize = 64;
+pub(super) const PROTOCOL: StreamProtocol = StreamProtocol::new("/lighterman/mesh/2");
 
 /// Reads to the end of the stream, which the other side closes after its message, but never more than the largest one.
 #[derive(Clone, Default)]
-pub(super) struct SnapshotCodec;
+pub(super) struct MeshCodec;
 
-impl request_response::Codec for SnapshotCodec {
+impl request_response::Codec for MeshCodec {
     type Protocol = StreamProtocol;
-    type Request = SnapshotRequest;
-    type Response = Bytes;
+    /// A [`Question`] in its frame.
+    type Request = Vec<u8>;
+    type Response = Reply;
 
-    async fn read_request<T>(&mut self, _: &StreamProtocol, io: &mut T) -> io::Result<SnapshotRequest>
+    async fn read_request<T>(&mut self, _: &StreamProtocol, io: &mut T) -> io::Result<Vec<u8>>
     where
         T: AsyncRead + Unpin + Send,
     {
-        let frame = read_frame(io, SnapshotRequest::LIMIT).await?;
+        // libp2p tells nobody that reading failed, so one that is too long is handed on as far as it was read, to be refused there.
+        read_frame(io, Question::LIMIT).await
+    }
+
+    async fn read_response<T>(&mut self, _: &StreamProtocol, io: &mut T) -> io::Result<Reply>
+    where
+        T: AsyncRead + Unpin + Send,
+    {
+        let frame = read_frame(io, Reply::LIMIT).await?;
         wire::decode(&frame).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
     }
 
-    async fn read_response<T>(&mut self, _: &StreamProtocol, io: &mut T) -> io::Result<Bytes>
-    where
-        T: AsyncRead + Unpin + Send,
-    {
-        Ok(read_frame(io, Snapshot::LIMIT).await?.into())
-    }
-
-    async fn write_request<T>(&mut self, _: &StreamProtocol, io: &mut T, request: SnapshotRequest) -> io::Result<()>
+    async fn write_request<T>(&mut self, _: &StreamProtocol, io: &mut T, question: Vec<u8>) -> io::Result<()>
     where
         T: AsyncWrite + Unpin + Send,
     {
-        io.write_all(&wire::encode(&request).map_err(io::Error::other)?).await
+        io.write_all(&question).await
     }
 
-    async fn write_response<T>(&mut self, _: &StreamProtocol, io: &mut T, response: Bytes) -> io::Result<()>
+    async fn write_response<T>(&mut self, _: &StreamProtocol, io: &mut T, reply: Reply) -> io::Result<()>
     where
         T: AsyncWrite + Unpin + Send,
     {
-        io.write_all(&response).await
+        let encoded = wire::encode(&reply).or_else(|error| {
+            error!(%error, "a reply cannot be sent");
+            wire::encode(&Reply::Busy)
+        });
+        io.write_all(&encoded.map_err(io::Error::other)?).await
     }
 }
 
-/// The buffer grows with what arrives, so a length that was only claimed allocates nothing.
+/// What was wrong with a message, if that is what the stream failed of.
+pub(super) fn wire_error(error: &io::Error) -> Option<&WireError> {
+    error.get_ref()?.downcast_ref()
+}
+
+/// At most one byte more than a message of this limit can have. The buffer grows with what arrives, so a length that was only claimed
+/// allocates nothing.
 async fn read_frame(io: &mut (impl AsyncRead + Unpin), limit: usize) -> io::Result<Vec<u8>> {
-    let most = limit + HEADER;
     let mut frame = Vec::new();
-    io.take(most as u64 + 1).read_to_end(&mut frame).await?;
-    if frame.len() > most {
-        let error = WireError::TooLong { length: frame.len(), limit };
-        return Err(io::Error::new(io::ErrorKind::InvalidData, error));
-    }
+    io.take((HEADER + limit + 1) as u64).read_to_end(&mut frame).await?;
     Ok(frame)
 }
 
@@ -76,24 +82,32 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_request_and_an_answer_pass() {
+    async fn a_question_and_a_reply_pass() {
+        let question = Question::Compare(vec![1, 2, 3]);
         let mut stream = Cursor::new(Vec::new());
-        SnapshotCodec.write_request(&PROTOCOL, &mut stream, SnapshotRequest).await.unwrap();
-        let request = SnapshotCodec.read_request(&PROTOCOL, &mut Cursor::new(stream.into_inner())).await.unwrap();
-        assert_eq!(request, SnapshotRequest);
+        MeshCodec.write_request(&PROTOCOL, &mut stream, wire::encode(&question).unwrap()).await.unwrap();
+        let asked = MeshCodec.read_request(&PROTOCOL, &mut Cursor::new(stream.into_inner())).await.unwrap();
+        assert_eq!(wire::decode::<Question>(&asked).unwrap(), question);
 
-        let snapshot = Snapshot { epoch: 1, sequence: 2, items: vec![] };
+        let reply = Reply::Entries(Vec::new());
         let mut stream = Cursor::new(Vec::new());
-        let encoded = Bytes::from(wire::encode(&snapshot).unwrap());
-        SnapshotCodec.write_response(&PROTOCOL, &mut stream, encoded).await.unwrap();
-        let answer = SnapshotCodec.read_response(&PROTOCOL, &mut Cursor::new(stream.into_inner())).await.unwrap();
-        assert_eq!(wire::decode::<Snapshot>(&answer).unwrap(), snapshot);
+        MeshCodec.write_response(&PROTOCOL, &mut stream, reply.clone()).await.unwrap();
+        let answer = MeshCodec.read_response(&PROTOCOL, &mut Cursor::new(stream.into_inner())).await.unwrap();
+        assert_eq!(answer, reply);
     }
 
     #[tokio::test]
     async fn neither_side_reads_more_than_its_message_may_have() {
         let mut endless = futures::io::repeat(0);
-        assert!(SnapshotCodec.read_request(&PROTOCOL, &mut endless).await.is_err());
-        assert!(SnapshotCodec.read_response(&PROTOCOL, &mut endless).await.is_err());
+        let question = MeshCodec.read_request(&PROTOCOL, &mut endless).await.unwrap();
+        assert_eq!(question.len(), HEADER + Question::LIMIT + 1);
+        assert!(MeshCodec.read_response(&PROTOCOL, &mut endless).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn nonsense_is_told_apart_from_a_broken_stream() {
+        let error = MeshCodec.read_response(&PROTOCOL, &mut Cursor::new(vec![0xff; 20])).await.unwrap_err();
+        assert!(matches!(wire_error(&error), Some(WireError::Version { major: 0xff, .. })), "{error}");
+        assert!(wire_error(&io::Error::from(io::ErrorKind::ConnectionReset)).is_none());
     }
 }

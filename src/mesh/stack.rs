@@ -1,11 +1,17 @@
 //! The libp2p stack: TCP, noise, yamux; and what runs on each connection, with every bound that libp2p lets us set.
 
 use std::collections::HashSet;
+use std::error::Error;
+use std::fmt::Display;
 use std::time::Duration;
 
 use libp2p::allow_block_list::{self, AllowedPeers};
 use libp2p::connection_limits::{self, ConnectionLimits};
-use libp2p::gossipsub::{self, IdentTopic, IdentityTransform, MessageAuthenticity, WhitelistSubscriptionFilter};
+use libp2p::core::Transport;
+use libp2p::core::upgrade::Version;
+use libp2p::gossipsub::{
+    self, IdentTopic, IdentityTransform, MessageAuthenticity, MessageId, ValidationMode, WhitelistSubscriptionFilter,
+};
 use libp2p::identity::Keypair;
 use libp2p::request_response::{self, ProtocolSupport};
 use libp2p::swarm::{NetworkBehaviour, Swarm};
@@ -13,7 +19,12 @@ use libp2p::{SwarmBuilder, noise, ping, tcp, yamux};
 use tokio_util::task::TaskTracker;
 
 use super::MeshError;
-use super::codec::{PROTOCOL, SnapshotCodec};
+use super::codec::{MeshCodec, PROTOCOL};
+use super::counted::Counted;
+use crate::decide::gossip::PROBE;
+use crate::metrics::Metrics;
+use crate::oci::Digest;
+use crate::wire::MAX_GOSSIP;
 
 /// What runs on each connection. The first two decide whether it may exist; they stand first because gossipsub keeps
 /// something of every connection that reaches it.
@@ -23,12 +34,12 @@ pub(super) struct Behaviour {
     pub(super) admitted: allow_block_list::Behaviour<AllowedPeers>,
     pub(super) ping: ping::Behaviour,
     pub(super) gossip: gossipsub::Behaviour<IdentityTransform, WhitelistSubscriptionFilter>,
-    pub(super) snapshots: request_response::Behaviour<SnapshotCodec>,
+    pub(super) questions: request_response::Behaviour<MeshCodec>,
 }
 
-/// Where announcements are published.
+/// Where everything is published.
 pub(super) fn topic() -> IdentTopic {
-    IdentTopic::new("lighterman/inventory/1")
+    IdentTopic::new("lighterman/inventory/2")
 }
 
 /// Handshakes under way from outside. Strangers can use them up, for [`HANDSHAKE`] each; then we still dial.
@@ -37,39 +48,69 @@ const MAX_INCOMING: u32 = 64;
 /// Connections to one peer: one dialled by either side, and two more whose closing hangs because the network swallows it.
 const MAX_PER_PEER: u32 = 4;
 
+/// Connections in all: ten times as many as gossip needs, so that a node that everybody knows of, because it is a seed or old, does
+/// not turn newcomers away. Each costs some 50 KiB.
+const MAX_CONNECTIONS: u32 = 128;
+
+/// Connections that others dialled: half, so that others alone cannot choose all our neighbours.
+const MAX_DIALLED_BY_OTHERS: u32 = MAX_CONNECTIONS / 2;
+
 /// How long TCP and noise together may take; across zones they take milliseconds.
 const HANDSHAKE: Duration = Duration::from_secs(5);
 
-/// How long a snapshot may take: 8 MiB at most, at 10 Mbit/s.
-pub(super) const SNAPSHOT: Duration = Duration::from_secs(10);
+/// How long a question may take: a reply of 8 MiB at most, at 10 Mbit/s.
+pub(super) const ANSWER: Duration = Duration::from_secs(10);
 
 /// No connection lasts as long. (libp2p halves what exceeds its clock, and logs each time.)
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 86_400);
 
-/// Streams of snapshots on one connection: one each way, and as many that are being given up.
-const MAX_SNAPSHOT_STREAMS: usize = 4;
+/// Questions from one peer that are being answered at the same time: the protocol asks four, and some comparisons beside them.
+pub(super) const MAX_ANSWERING: usize = 8;
 
-/// Streams on one connection: ping, gossip and snapshots need eight at most, and negotiation a few more.
+/// Of these, snapshots, whose answers may have 8 MiB.
+pub(super) const MAX_SNAPSHOTS: usize = 2;
+
+/// Of those of all peers together: 64 MiB for readers however slow. Whoever is told to come back asks another neighbour.
+pub(super) const MAX_SNAPSHOTS_OF_ALL: usize = 8;
+
+/// Streams of questions on one connection: those of either side.
+const MAX_QUESTION_STREAMS: usize = 2 * MAX_ANSWERING;
+
+/// Streams on one connection: ping, gossip and questions need twenty at most, and negotiation a few more.
 const MAX_STREAMS: usize = 32;
 
-/// Announcements that wait for one slow peer: typically half a MiB, at most 8 MiB. What does not fit is lost to it, and
-/// it takes a snapshot.
-const MAX_QUEUED: usize = 128;
+/// Messages that wait for one slow peer: what 256 nodes say within a second. Typically a MiB, at most 16. What does not fit is lost to
+/// it, and it asks.
+const MAX_QUEUED: usize = 256;
+
+/// Heartbeats for which others are told what came, so that who missed it asks: 6 s.
+const TOLD: usize = 6;
+
+/// Heartbeats for which it is kept for who asks: an answer may take some seconds.
+const KEPT: usize = 10;
+
+/// How long a message is known as a duplicate. One that is older than this comes from nobody's queue.
+const KNOWN: Duration = Duration::from_secs(150);
 
 /// Makes the stack; its tasks run under `tasks` and end when the swarm is dropped.
-pub(super) fn build(keypair: &Keypair, tasks: &TaskTracker) -> Result<Swarm<Behaviour>, MeshError> {
-    let failed = |error: &dyn std::fmt::Display| MeshError::Stack(error.to_string());
-    let tasks = tasks.clone();
-    let multiplexing = || {
-        let mut config = yamux::Config::default();
-        config.set_max_num_streams(MAX_STREAMS);
-        config
+pub(super) fn build(keypair: &Keypair, tasks: &TaskTracker, metrics: &Metrics) -> Result<Swarm<Behaviour>, MeshError> {
+    let failed = |error: &dyn Display| MeshError::Stack(error.to_string());
+    let (tasks, metrics) = (tasks.clone(), metrics.clone());
+    let transport = |keypair: &Keypair| -> Result<_, Box<dyn Error + Send + Sync>> {
+        let mut multiplexing = yamux::Config::default();
+        multiplexing.set_max_num_streams(MAX_STREAMS);
+        let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
+        Ok(tcp
+            .map(move |stream, _| Counted::new(stream, metrics.clone()))
+            .upgrade(Version::V1Lazy)
+            .authenticate(noise::Config::new(keypair)?)
+            .multiplex(multiplexing))
     };
     Ok(SwarmBuilder::with_existing_identity(keypair.clone())
         .with_tokio()
-        .with_tcp(tcp::Config::default().nodelay(true), noise::Config::new, multiplexing)
+        .with_other_transport(transport)
         .map_err(|error| failed(&error))?
-        .with_behaviour(behaviour)
+        .with_behaviour(|_| behaviour())
         .map_err(|error| failed(&error))?
         .with_swarm_config(|_| {
             libp2p::swarm::Config::with_executor(move |task| drop(tasks.spawn(task)))
@@ -80,47 +121,96 @@ pub(super) fn build(keypair: &Keypair, tasks: &TaskTracker) -> Result<Swarm<Beha
         .build())
 }
 
-fn behaviour(keypair: &Keypair) -> Result<Behaviour, Box<dyn std::error::Error + Send + Sync>> {
+fn behaviour() -> Result<Behaviour, Box<dyn Error + Send + Sync>> {
     let limits = ConnectionLimits::default()
         .with_max_pending_incoming(Some(MAX_INCOMING))
+        .with_max_established_incoming(Some(MAX_DIALLED_BY_OTHERS))
+        .with_max_established(Some(MAX_CONNECTIONS))
         .with_max_established_per_peer(Some(MAX_PER_PEER));
-    // The task counts silent ticks itself. libp2p's own time-out hides the first failure, and then waits up to 10 s for
+    // The protocol counts silence itself. libp2p's own time-out hides the first failure, and then waits up to 10 s for
     // another stream.
-    let ping = ping::Config::new().with_interval(Duration::from_secs(1)).with_timeout(Duration::from_secs(10));
-    let snapshots = request_response::Config::default()
-        .with_request_timeout(SNAPSHOT)
-        .with_max_concurrent_streams(MAX_SNAPSHOT_STREAMS);
+    let ping = ping::Config::new().with_interval(PROBE).with_timeout(Duration::from_secs(10));
+    let questions = request_response::Config::default()
+        .with_request_timeout(ANSWER)
+        .with_max_concurrent_streams(MAX_QUESTION_STREAMS);
     Ok(Behaviour {
         limits: connection_limits::Behaviour::new(limits),
         admitted: allow_block_list::Behaviour::default(),
         ping: ping::Behaviour::new(ping),
-        gossip: gossip(keypair)?,
-        snapshots: request_response::Behaviour::new([(PROTOCOL, ProtocolSupport::Full)], snapshots),
+        gossip: gossip()?,
+        questions: request_response::Behaviour::new([(PROTOCOL, ProtocolSupport::Full)], questions),
     })
 }
 
-fn gossip(
-    keypair: &Keypair,
-) -> Result<
-    gossipsub::Behaviour<IdentityTransform, WhitelistSubscriptionFilter>,
-    Box<dyn std::error::Error + Send + Sync>,
-> {
-    let config = gossipsub::ConfigBuilder::default()
-        .validation_mode(gossipsub::ValidationMode::Strict)
+fn gossip_config() -> Result<gossipsub::Config, gossipsub::ConfigBuilderError> {
+    gossipsub::ConfigBuilder::default()
+        // Everything carries its author's signature inside, and the task checks it before it lets anything be passed on.
+        .validation_mode(ValidationMode::Anonymous)
         .validate_messages()
+        // The same message has the same name, whoever sends it.
+        .message_id_fn(|message| MessageId::from(&Digest::of(&message.data).as_bytes()[..20]))
+        .duplicate_cache_time(KNOWN)
         .flood_publish(false)
-        // The limit that `wire::Announcement` is made for.
-        .max_transmit_size(64 << 10)
+        .max_transmit_size(MAX_GOSSIP)
         .heartbeat_interval(Duration::from_secs(1))
+        .heartbeat_initial_delay(Duration::from_secs(1))
         .mesh_n(6)
-        .mesh_n_low(5)
+        .mesh_n_low(4)
         .mesh_n_high(12)
+        .history_gossip(TOLD)
+        .history_length(KEPT)
         .connection_handler_queue_len(MAX_QUEUED)
-        .build()?;
+        .build()
+}
+
+fn gossip() -> Result<gossipsub::Behaviour<IdentityTransform, WhitelistSubscriptionFilter>, Box<dyn Error + Send + Sync>>
+{
     // Peers may subscribe to our topic and to none of their own invention.
     let filter = WhitelistSubscriptionFilter(HashSet::from([topic().hash()]));
-    let authenticity = MessageAuthenticity::Signed(keypair.clone());
-    let mut gossip = gossipsub::Behaviour::new_with_subscription_filter(authenticity, config, filter)?;
+    let mut gossip =
+        gossipsub::Behaviour::new_with_subscription_filter(MessageAuthenticity::Anonymous, gossip_config()?, filter)?;
     gossip.subscribe(&topic())?;
     Ok(gossip)
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::core::transport::PortUse;
+    use libp2p::core::{ConnectedPoint, Endpoint};
+    use libp2p::swarm::behaviour::ConnectionEstablished;
+    use libp2p::swarm::{ConnectionId, FromSwarm};
+    use libp2p::{Multiaddr, PeerId};
+
+    use super::*;
+
+    #[test]
+    fn others_choose_at_most_half_of_our_connections() {
+        let mut limits = behaviour().unwrap().limits;
+        let nowhere = Multiaddr::empty();
+        let endpoint = ConnectedPoint::Listener { local_addr: nowhere.clone(), send_back_addr: nowhere.clone() };
+        for number in 0..=64 {
+            let (connection_id, peer_id) = (ConnectionId::new_unchecked(number), PeerId::random());
+            let decided = limits.handle_established_inbound_connection(connection_id, peer_id, &nowhere, &nowhere);
+            assert_eq!(decided.is_ok(), number < 64, "connection {number}");
+            if decided.is_ok() {
+                limits.on_swarm_event(FromSwarm::ConnectionEstablished(ConnectionEstablished {
+                    peer_id,
+                    connection_id,
+                    endpoint: &endpoint,
+                    failed_addresses: &[],
+                    other_established: 0,
+                }));
+            }
+        }
+        let (ours, peer) = (ConnectionId::new_unchecked(65), PeerId::random());
+        let decided =
+            limits.handle_established_outbound_connection(ours, peer, &nowhere, Endpoint::Dialer, PortUse::New);
+        assert!(decided.is_ok(), "we still dial");
+    }
+
+    #[test]
+    fn what_is_published_goes_to_a_few_and_not_to_all_who_are_connected() {
+        let config = gossip_config().unwrap();
+        assert!(!config.flood_publish());
+    }
 }

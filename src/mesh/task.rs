@@ -1,6 +1,8 @@
-//! The task that drives the mesh: libp2p's events, the agent's calls, and the clock, into one [`MeshEvent`] after another.
+//! The task that drives the protocol: libp2p's events, the agent's calls and the clock go in; what is to be done comes out.
 
+mod events;
 mod exchange;
+mod neighbours;
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -8,58 +10,48 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use libp2p::Swarm;
 use libp2p::request_response::OutboundRequestId;
+use libp2p::swarm::ConnectionId;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
-use libp2p::swarm::{ConnectionId, SwarmEvent};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, warn};
 
-use super::follower::Follower;
-use super::log::Log;
-use super::member::{Heard, Member};
-use super::stack::{Behaviour, BehaviourEvent, topic};
-use super::{Command, multiaddr};
-use crate::identity::{libp2p_peer_id, peer_id_of};
+use self::neighbours::Neighbours;
+use super::allowance::Limits;
+use super::keys::Keys;
+use super::stack::Behaviour;
+use super::table::Table;
+use super::{Command, MeshNews, multiaddr};
+use crate::decide::gossip::{LinkId, Output, Protocol, TICK};
+use crate::decide::inventory::Inventory;
+use crate::identity::libp2p_peer_id;
 use crate::metrics::Metrics;
-use crate::model::{MeshEvent, Peer, PeerId};
+use crate::model::{MeshStatus, Peer, PeerId};
 
-/// How often the clock is looked at; [`super::member::SILENT_TICKS`] counts these.
-const TICK: Duration = Duration::from_millis(250);
-
-/// Ticks from one batch of announcements to the next: changes are gathered for up to a second.
-const GATHER: u32 = 4;
-/// Ticks until an empty announcement follows a batch, in case the batch's last message was lost to somebody.
-const MARK_AFTER_BATCH: u32 = 20;
-/// Ticks until one greets a new subscriber: its snapshot may be older than what it could not hear yet.
-const MARK_AFTER_SUBSCRIBER: u32 = 4;
-/// Ticks until the next one otherwise: the longest that anything stays lost.
-const MARK_WHEN_IDLE: u32 = 240;
-
-/// Events that wait for the agent. Past that, libp2p waits too. Most are some changes; 64 snapshots of 1500 items are 10 MiB.
-const MAX_EVENTS: usize = 64;
-/// Dials under way. A cluster that starts is connected in a few rounds.
-const MAX_DIALS: usize = 16;
-/// Peers admitted at a time: Kubernetes supports 5000 nodes.
-const MAX_MEMBERS: usize = 5000;
-/// How long the side with the larger PeerId leaves the dial to the other, to have one connection rather than two.
-const COURTESY: Duration = Duration::from_secs(1);
+/// News that wait for the agent. Past that, libp2p waits too. All of them are small.
+const MAX_NEWS: usize = 64;
 
 /// Drives the mesh while it runs.
 pub struct MeshTask {
     swarm: Swarm<Behaviour>,
     connections: TaskTracker,
     commands: mpsc::Receiver<Command>,
-    own: PeerId,
-    log: Log,
+    protocol: Protocol<Keys>,
+    table: Table,
     metrics: Metrics,
-    members: HashMap<PeerId, Member>,
-    /// Whom we asked for a snapshot.
+    neighbours: Neighbours,
+    /// Open connections, as the protocol knows them.
+    links: HashMap<ConnectionId, (LinkId, PeerId)>,
+    next_link: LinkId,
+    /// Dials under way.
+    dials: HashMap<ConnectionId, PeerId>,
+    /// Questions that wait for an answer.
     asked: HashMap<OutboundRequestId, exchange::Asked>,
-    outbox: VecDeque<MeshEvent>,
-    gather_in: u32,
-    mark_in: u32,
+    outbox: VecDeque<MeshNews>,
+    messages_in: u64,
+    messages_out: u64,
 }
 
 impl MeshTask {
@@ -67,37 +59,42 @@ impl MeshTask {
         swarm: Swarm<Behaviour>,
         connections: TaskTracker,
         commands: mpsc::Receiver<Command>,
-        own: PeerId,
-        epoch: u64,
+        protocol: Protocol<Keys>,
+        table: Table,
         metrics: Metrics,
+        limits: Limits,
     ) -> Self {
         Self {
             swarm,
             connections,
             commands,
-            own,
-            log: Log::new(epoch),
+            protocol,
+            table,
             metrics,
-            members: HashMap::new(),
+            neighbours: Neighbours::new(limits),
+            links: HashMap::new(),
+            next_link: 0,
+            dials: HashMap::new(),
             asked: HashMap::new(),
             outbox: VecDeque::new(),
-            gather_in: GATHER,
-            mark_in: MARK_WHEN_IDLE,
+            messages_in: 0,
+            messages_out: 0,
         }
     }
 
-    /// Runs until `stop`, or until nobody takes the events any more; then leaves within a second.
+    /// Runs until `stop`, or until nobody takes the news any more; then leaves within one and a half seconds.
     ///
-    /// Calls of [`super::Mesh`] are taken even while `events` is full, so one task may make calls and take events in turn.
-    pub async fn run(mut self, events: mpsc::Sender<MeshEvent>, stop: CancellationToken) {
+    /// Calls of [`super::Mesh`] are taken even while `news` is full, so one task may make calls and take news in turn.
+    pub async fn run(mut self, news: mpsc::Sender<MeshNews>, stop: CancellationToken) {
         let mut ticks = tokio::time::interval(TICK);
         // After a stall there is nothing to catch up with: ticks stand for chances that peers had to be heard.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            self.perform();
             tokio::select! {
                 () = stop.cancelled() => break,
-                permit = events.reserve(), if !self.outbox.is_empty() => match (permit, self.outbox.pop_front()) {
-                    (Ok(permit), Some(event)) => permit.send(event),
+                permit = news.reserve(), if !self.outbox.is_empty() => match (permit, self.outbox.pop_front()) {
+                    (Ok(permit), Some(told)) => permit.send(told),
                     _ => break,
                 },
                 command = self.commands.recv(), if !self.commands.is_closed() || !self.commands.is_empty() => {
@@ -106,213 +103,151 @@ impl MeshTask {
                     }
                 }
                 event = self.swarm.select_next_some(), if self.has_room() => self.event(event),
-                _ = ticks.tick() => self.tick(),
+                // While libp2p waits for us, nobody can be heard, so no time passes for the protocol either.
+                _ = ticks.tick(), if self.has_room() => self.tick(),
             }
         }
         self.leave().await;
     }
 
     fn has_room(&self) -> bool {
-        self.outbox.len() < MAX_EVENTS
+        self.outbox.len() < MAX_NEWS
     }
 
     fn command(&mut self, command: Command) {
+        let now = Instant::now();
         match command {
-            Command::Admit(peer) => self.admit(peer),
-            Command::Dismiss(peer) => self.dismiss(peer),
+            Command::Admit(peer, life) => self.call(|protocol, table| protocol.admitted(peer, life, table, now)),
+            Command::Dismiss(peer) => self.call(|protocol, table| protocol.dismissed(peer, table, now)),
+            Command::Unreachable(peer) => self.call(|protocol, table| protocol.unreachable(peer, table, now)),
+            Command::Declined(peer) => self.protocol.declined(peer, now),
+            Command::Doubt(peer) => self.call(|protocol, table| protocol.doubted(peer, table, now)),
             Command::Announce(changes) => {
-                let left_out = self.log.record(changes);
+                let left_out = self.protocol.announce(changes);
                 if left_out > 0 {
                     warn!(left_out, "this node holds more than can be announced; the rest is not offered to peers");
                 }
-                self.metrics.announcing(self.log.len());
             }
+            Command::Introduce { credential, transfer, gossip, zone } => {
+                self.protocol.introduce(credential, transfer, gossip, zone, now);
+            }
+            // Refused only when the one who asked is gone.
+            Command::Status(answer) => drop(answer.send(self.status(now))),
         }
-    }
-
-    fn admit(&mut self, peer: Peer) {
-        let now = Instant::now();
-        let dial_at = if self.own < peer.id { now } else { now + COURTESY };
-        if let Some(member) = self.members.get_mut(&peer.id) {
-            if member.is_up() && member.peer != peer {
-                self.outbox.push_back(MeshEvent::Up(peer.clone()));
-            }
-            member.renew(peer, dial_at);
-        } else if peer.id == self.own {
-            debug!("not connecting to ourselves");
-        } else if self.members.len() == MAX_MEMBERS {
-            warn!(peer = %peer.id, node = %peer.node, "more than {MAX_MEMBERS} peers; this one is left out");
-        } else {
-            self.swarm.behaviour_mut().admitted.allow_peer(libp2p_peer_id(peer.id));
-            self.members.insert(peer.id, Member::new(peer, dial_at));
-        }
-    }
-
-    fn dismiss(&mut self, peer: PeerId) {
-        // Closes its connections too; what they still say finds no member.
-        self.swarm.behaviour_mut().admitted.disallow_peer(libp2p_peer_id(peer));
-        if let Some(member) = self.members.remove(&peer)
-            && member.is_up()
-        {
-            self.down(peer, &member.peer, "dismissed");
-        }
-    }
-
-    fn event(&mut self, event: SwarmEvent<BehaviourEvent>) {
-        let now = Instant::now();
-        match event {
-            SwarmEvent::ConnectionEstablished { peer_id, connection_id, .. } => {
-                if let Some(member) = self.member(&peer_id) {
-                    member.opened(connection_id);
-                }
-            }
-            SwarmEvent::ConnectionClosed { peer_id, connection_id, cause, .. } => {
-                debug!(peer = %peer_id, ?cause, "connection closed");
-                self.closed(&peer_id, connection_id, now, "connection closed");
-            }
-            SwarmEvent::OutgoingConnectionError { connection_id, peer_id: Some(peer_id), error } => {
-                debug!(peer = %peer_id, %error, "dial failed");
-                if let Some(member) = self.member(&peer_id) {
-                    member.dial_failed(connection_id, now, rand::random());
-                }
-            }
-            SwarmEvent::IncomingConnectionError { send_back_addr, peer_id, error, .. } => {
-                debug!(from = %send_back_addr, peer = ?peer_id, %error, "connection refused");
-            }
-            SwarmEvent::ListenerClosed { reason, .. } => {
-                error!(?reason, "gossip no longer listens; peers must be dialled")
-            }
-            SwarmEvent::ListenerError { error, .. } => warn!(%error, "gossip cannot accept connections at the moment"),
-            SwarmEvent::Behaviour(event) => self.behaviour_event(event, now),
-            _ => {}
-        }
-    }
-
-    fn behaviour_event(&mut self, event: BehaviourEvent, now: Instant) {
-        match event {
-            BehaviourEvent::Ping(event) => match event.result {
-                Ok(_) => self.heard(&event.peer, event.connection, now),
-                Err(error) => debug!(peer = %event.peer, %error, "ping failed"),
-            },
-            BehaviourEvent::Gossip(event) => self.gossip_event(event, now),
-            BehaviourEvent::Snapshots(event) => self.snapshot_event(event, now),
-            // They only decide and have nothing to tell.
-            BehaviourEvent::Limits(never) | BehaviourEvent::Admitted(never) => match never {},
-        }
-    }
-
-    fn heard(&mut self, peer: &libp2p::PeerId, connection: ConnectionId, now: Instant) {
-        let Some(member) = self.member(peer) else { return };
-        match member.heard(connection) {
-            Heard::Alive => {}
-            Heard::Again => {
-                if let Some(follower) = &mut member.follower {
-                    follower.doubt(now);
-                }
-                self.ask(now);
-            }
-            Heard::Up => {
-                member.follower = Some(Follower::new(now));
-                let peer = member.peer.clone();
-                info!(peer = %peer.id, node = %peer.node, address = %peer.gossip, "peer is up");
-                self.outbox.push_back(MeshEvent::Up(peer));
-                self.count_peers();
-                self.ask(now);
-            }
-        }
-    }
-
-    fn closed(&mut self, peer: &libp2p::PeerId, connection: ConnectionId, now: Instant, reason: &'static str) {
-        let Some(member) = self.member(peer) else { return };
-        if member.closed(connection, now, rand::random()) {
-            member.follower = None;
-            let peer = member.peer.clone();
-            self.down(peer.id, &peer, reason);
-        }
-    }
-
-    fn down(&mut self, id: PeerId, peer: &Peer, reason: &'static str) {
-        self.asked.retain(|_, asked| asked.peer != id);
-        info!(peer = %id, node = %peer.node, reason, "peer is down");
-        self.outbox.push_back(MeshEvent::Down(id));
-        self.count_peers();
-    }
-
-    fn count_peers(&self) {
-        self.metrics.peers_connected(self.members.values().filter(|member| member.is_up()).count());
     }
 
     fn tick(&mut self) {
         let now = Instant::now();
-        // While libp2p waits for us, nobody can be heard.
-        if self.has_room() {
-            self.close_silent(now);
-        }
-        self.dial(now);
         self.expire(now);
-        self.ask(now);
-        self.gather_in = self.gather_in.saturating_sub(1);
-        self.mark_in = self.mark_in.saturating_sub(1);
-        if self.gather_in == 0 {
-            self.gather_in = GATHER;
-            if self.log.is_behind() {
-                self.mark_in = MARK_AFTER_BATCH;
-                let announcements = self.log.announce();
-                announcements.iter().for_each(|announcement| self.publish(announcement));
-            }
-        }
-        if self.mark_in == 0 {
-            self.mark_in = MARK_WHEN_IDLE;
-            let mark = self.log.mark();
-            self.publish(&mark);
-        }
+        self.neighbours.forget_the_gone(now);
+        self.call(|protocol, table| protocol.tick(table, now));
     }
 
-    fn close_silent(&mut self, now: Instant) {
-        let silent = self.members.iter_mut().flat_map(|(id, member)| {
-            let id = libp2p_peer_id(*id);
-            member.tick().into_iter().map(move |connection| (id, connection))
-        });
-        for (id, connection) in silent.collect::<Vec<_>>() {
-            // The network may swallow the closing too; the peer is down for us at once.
-            self.swarm.close_connection(connection);
-            self.closed(&id, connection, now, "does not answer");
-        }
+    fn status(&self, now: Instant) -> MeshStatus {
+        let mut status = self.table.read(|table| self.protocol.status(table, now));
+        (status.messages_in, status.messages_out) = (self.messages_in, self.messages_out);
+        self.metrics.announcing(status.items);
+        status
     }
 
-    fn dial(&mut self, now: Instant) {
-        let mut under_way = self.members.values().filter(|member| member.is_dialing()).count();
-        for (id, member) in &mut self.members {
-            if under_way >= MAX_DIALS {
-                return;
-            }
-            if !member.wants_dial(now) {
-                continue;
-            }
-            let options = DialOpts::peer_id(libp2p_peer_id(*id))
-                .addresses(vec![multiaddr(member.peer.gossip)])
-                // One whose closing hangs does not count.
-                .condition(PeerCondition::Always)
-                // Dialling from the listening port would collide with the other side's dial, and with our last one's TIME_WAIT.
-                .allocate_new_port()
-                .build();
-            let connection = options.connection_id();
-            member.dialing(connection);
-            under_way += 1;
-            if let Err(error) = self.swarm.dial(options) {
-                debug!(peer = %id, %error, "dial refused");
-                member.dial_failed(connection, now, rand::random());
+    /// Calls the protocol, which has the table meanwhile.
+    fn call<T>(&mut self, call: impl FnOnce(&mut Protocol<Keys>, &mut Inventory) -> T) -> T {
+        let Self { protocol, table, .. } = self;
+        table.lend(|inventory| call(protocol, inventory))
+    }
+
+    /// Does everything that the protocol wants done.
+    fn perform(&mut self) {
+        while let Some(output) = self.protocol.next() {
+            match output {
+                Output::Publish(message) => self.publish(&message),
+                Output::Ask(ask, peer, question) => self.put(ask, peer, &question),
+                Output::Greet(peer) => self.outbox.push_back(MeshNews::Greet(peer)),
+                Output::Dial(peer) => self.dial(&peer),
+                Output::Close(link, peer) => self.close(link, peer),
+                Output::Allow(peer) => {
+                    self.swarm.behaviour_mut().admitted.allow_peer(libp2p_peer_id(peer));
+                }
+                Output::Deny(peer) => self.deny(peer),
+                Output::Up(peer) => {
+                    debug!(peer = %peer.id, node = %peer.node, address = %peer.transfer, "peer is up");
+                    self.tell(MeshNews::Up(peer));
+                }
+                Output::Down(peer, reason) => {
+                    debug!(%peer, reason, "peer is down");
+                    self.tell(MeshNews::Down(peer));
+                }
+                Output::Blame { peer, fault, banned } => self.blame(peer, fault, banned),
             }
         }
     }
 
-    fn member(&mut self, peer: &libp2p::PeerId) -> Option<&mut Member> {
-        self.members.get_mut(&peer_id_of(peer)?)
+    fn tell(&mut self, news: MeshNews) {
+        self.table.moved();
+        self.outbox.push_back(news);
+    }
+
+    fn blame(&self, peer: PeerId, fault: &'static str, banned: Option<Duration>) {
+        debug!(%peer, fault, "peer is at fault");
+        self.metrics.peer_at_fault(fault);
+        if let Some(banned) = banned {
+            self.metrics.peer_banned();
+            warn!(%peer, fault, seconds = banned.as_secs(), "peer misbehaves and is banned for a while");
+        }
+    }
+
+    fn dial(&mut self, peer: &Peer) {
+        let options = DialOpts::peer_id(libp2p_peer_id(peer.id))
+            .addresses(vec![multiaddr(peer.gossip)])
+            // One whose closing hangs does not count.
+            .condition(PeerCondition::Always)
+            // Dialling from the listening port would collide with the other side's dial, and with our last one's TIME_WAIT.
+            .allocate_new_port()
+            .build();
+        let connection = options.connection_id();
+        match self.swarm.dial(options) {
+            Ok(()) => drop(self.dials.insert(connection, peer.id)),
+            Err(error) => {
+                debug!(peer = %peer.id, %error, "dial refused");
+                self.call(|protocol, table| protocol.unreachable(peer.id, table, Instant::now()));
+            }
+        }
+    }
+
+    fn close(&mut self, link: LinkId, peer: PeerId) {
+        let connection = self.links.iter().find(|(_, open)| **open == (link, peer)).map(|(connection, _)| *connection);
+        if let Some(connection) = connection {
+            self.end(connection);
+        }
+    }
+
+    fn deny(&mut self, peer: PeerId) {
+        self.swarm.behaviour_mut().admitted.disallow_peer(libp2p_peer_id(peer));
+        let links = self.links.iter().filter(|(_, (_, owner))| *owner == peer);
+        for connection in links.map(|(connection, _)| *connection).collect::<Vec<_>>() {
+            self.end(connection);
+        }
+    }
+
+    /// Closes a connection, which is over for us at once: the network may swallow the closing too.
+    fn end(&mut self, connection: ConnectionId) {
+        self.swarm.close_connection(connection);
+        self.ended(connection);
     }
 
     /// Takes leave, so that peers need not find out from our silence.
     async fn leave(mut self) {
-        self.swarm.behaviour_mut().gossip.unsubscribe(&topic());
+        self.protocol.leave();
+        // Whatever else it wants is for somebody who stays.
+        while let Some(output) = self.protocol.next() {
+            if let Output::Publish(message) = output {
+                self.publish(&message);
+            }
+        }
+        // Nothing tells when it has been sent.
+        if self.swarm.connected_peers().next().is_some() {
+            let _ = tokio::time::timeout(PARTING, async { while self.swarm.next().await.is_some() {} }).await;
+        }
         let connected: Vec<_> = self.swarm.connected_peers().copied().collect();
         for peer in connected {
             // Fails only when the connection closed just now.
@@ -331,5 +266,5 @@ impl MeshTask {
     }
 }
 
-/// For either half of leaving; a peer that does not take it in this time would not later.
+/// For each third of leaving; a peer that does not take it in this time would not later.
 const PARTING: Duration = Duration::from_millis(450);

@@ -1,127 +1,29 @@
 //! Real meshes on loopback.
 
+mod hostile;
+mod node;
 mod raw;
 
 use std::collections::BTreeSet;
-use std::future::Future;
 
+use libp2p::gossipsub;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
-use tokio_util::sync::CancellationToken;
 
+pub(super) use self::node::AllBut;
+use self::node::{Doors, Node, Setting};
+use self::raw::Raw;
 use super::*;
-use crate::decide::inventory::Inventory;
-use crate::model::{MAX_ITEMS, MeshEvent};
+use crate::mesh::stack::BehaviourEvent;
+use crate::model::{Gossip, Item, MAX_ITEMS};
 use crate::oci::{Digest, Repository};
 
-/// Far more than any step here takes on a busy machine; what never happens ends a test anyway.
-const DEADLINE: Duration = Duration::from_secs(60);
-
-async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(DEADLINE, future).await.unwrap_or_else(|_| panic!("in time: {what}"))
-}
-
-/// One agent's mesh, and what it told.
-struct Node {
-    identity: Identity,
-    mesh: Mesh,
-    address: SocketAddr,
-    metrics: Metrics,
-    events: mpsc::Receiver<MeshEvent>,
-    inventory: Inventory,
-    /// Who came up, in order.
-    ups: Vec<PeerId>,
-    stop: CancellationToken,
-    task: JoinHandle<()>,
-}
-
-impl Node {
-    async fn start() -> Self {
-        Self::restart(Identity::generate(), ([127, 0, 0, 1], 0).into()).await
-    }
-
-    async fn restart(identity: Identity, listen: SocketAddr) -> Self {
-        let metrics = Metrics::new();
-        let (mesh, task, address) = start(Config { listen }, &identity, metrics.clone()).await.unwrap();
-        let (sender, events) = mpsc::channel(4);
-        let stop = CancellationToken::new();
-        let task = tokio::spawn(task.run(sender, stop.clone()));
-        Self { identity, mesh, address, metrics, events, inventory: Inventory::default(), ups: Vec::new(), stop, task }
-    }
-
-    fn id(&self) -> PeerId {
-        self.identity.peer_id()
-    }
-
-    fn peer(&self) -> Peer {
-        let node = "node".parse().unwrap();
-        Peer { id: self.id(), node, transfer: self.address, gossip: self.address }
-    }
-
-    /// Takes what the mesh tells until something is so.
-    async fn until(&mut self, what: &str, so: impl Fn(&Inventory) -> bool) {
-        soon(what, async {
-            while !so(&self.inventory) {
-                let event = self.events.recv().await.expect("the mesh runs");
-                self.take(event);
-            }
-        })
-        .await;
-    }
-
-    fn take(&mut self, event: MeshEvent) {
-        if let MeshEvent::Up(peer) = &event {
-            self.ups.push(peer.id);
-        }
-        self.inventory.apply(event);
-    }
-
-    async fn until_up(&mut self, peer: PeerId) {
-        self.until("the peer is up", |inventory| inventory.node_of(peer).is_some()).await;
-    }
-
-    async fn until_holds(&mut self, peer: PeerId, digest: Digest) {
-        self.until("the blob is announced", |inventory| inventory.holders(digest).contains(&peer)).await;
-    }
-
-    async fn announce(&self, digest: Digest) {
-        self.mesh.announce(vec![ContentChange::BlobAdded(digest)]).await;
-    }
-
-    async fn stop(self) -> (Identity, SocketAddr) {
-        self.stop.cancel();
-        soon("the mesh stops", self.task).await.unwrap();
-        (self.identity, self.address)
-    }
-
-    fn has_refused(&self, reason: &str) -> bool {
-        let text = String::from_utf8(self.metrics.render()).unwrap();
-        text.contains(&format!("gossip_rejected_total{{reason=\"{reason}\"}}"))
-    }
-
-    /// Nothing is told of a refusal, so the counters are looked at again and again.
-    async fn until_refused(&mut self, reason: &str) {
-        soon(reason, async {
-            while !self.has_refused(reason) {
-                if let Ok(event) = tokio::time::timeout(Duration::from_millis(50), self.events.recv()).await {
-                    self.take(event.expect("the mesh runs"));
-                }
-            }
-        })
-        .await;
-    }
-}
-
-async fn introduce(a: &Node, b: &Node) {
-    a.mesh.admit(b.peer()).await;
-    b.mesh.admit(a.peer()).await;
-}
-
 async fn two() -> (Node, Node) {
-    let (mut a, mut b) = (Node::start().await, Node::start().await);
-    introduce(&a, &b).await;
+    let doors = Doors::default();
+    let (a, b) = (Node::start(&doors).await, Node::start(&doors).await);
+    doors.greet(a.id(), b.id()).await;
     a.until_up(b.id()).await;
     b.until_up(a.id()).await;
     (a, b)
@@ -133,27 +35,26 @@ fn blob(text: &str) -> Digest {
 
 #[tokio::test]
 async fn what_a_node_announces_and_withdraws_its_peers_know() {
-    let (a, mut b) = two().await;
+    let (a, b) = two().await;
     let app = Repository { registry: "registry.test".into(), path: "team/app".into() };
     let root = blob("root");
     a.announce(root).await;
-    a.mesh.announce(vec![ContentChange::Tagged(app.clone(), Some("v1".into()), root)]).await;
-    b.until("the image is known", |inventory| inventory.providers(&app, root) == [a.id()]).await;
-    assert_eq!(b.inventory.tag(&app, "v1")[&root], [a.id()]);
-    a.mesh.announce(vec![ContentChange::BlobRemoved(root)]).await;
-    b.until("the blob is withdrawn", |inventory| inventory.holders(root).is_empty()).await;
+    a.mesh.announce(vec![ContentChange::Added(Item::Image(app.clone(), Some("v1".into()), root))]).await;
+    b.until("the image is known", |table| table.providers(&app, root) == [a.id()]).await;
+    assert_eq!(b.table.read(|table| table.tag(&app, "v1"))[&root], [a.id()]);
+    a.mesh.announce(vec![ContentChange::Removed(Item::Blob(root))]).await;
+    b.until("the blob is withdrawn", |table| table.holders(root).is_empty()).await;
 }
 
 #[tokio::test]
-async fn a_newcomer_takes_a_snapshot_and_follows_from_there() {
-    let (a, mut b) = two().await;
+async fn a_newcomer_learns_everything_from_whom_it_meets_and_follows_from_there() {
+    let (a, b) = two().await;
     for text in ["one", "two"] {
         a.announce(blob(text)).await;
         b.until_holds(a.id(), blob(text)).await;
     }
-    let mut newcomer = Node::start().await;
-    introduce(&newcomer, &a).await;
-    introduce(&newcomer, &b).await;
+    let newcomer = Node::start(&a.doors).await;
+    a.doors.greet(newcomer.id(), b.id()).await;
     newcomer.until_holds(a.id(), blob("one")).await;
     newcomer.until_holds(a.id(), blob("two")).await;
     for text in ["three", "four"] {
@@ -162,57 +63,82 @@ async fn a_newcomer_takes_a_snapshot_and_follows_from_there() {
         b.until_holds(a.id(), blob(text)).await;
     }
     newcomer.announce(blob("mine")).await;
-    b.until_holds(newcomer.id(), blob("mine")).await;
-    assert_eq!(newcomer.inventory.items_of(a.id()), 4);
+    a.until_holds(newcomer.id(), blob("mine")).await;
+    assert_eq!(newcomer.items_of(a.id()), 4);
 }
 
 #[tokio::test]
-async fn a_strangers_announcements_are_refused_when_another_relays_them() {
-    let (mut a, mut b) = two().await;
-    let mut stranger = Node::start().await;
-    // Only b admits it.
-    introduce(&b, &stranger).await;
-    stranger.until_up(b.id()).await;
-    stranger.announce(blob("smuggled")).await;
-    b.until_holds(stranger.id(), blob("smuggled")).await;
-    a.until_refused("unknown_author").await;
-    b.announce(blob("honest")).await;
-    a.until_holds(b.id(), blob("honest")).await;
-    assert!(a.inventory.holders(blob("smuggled")).is_empty());
+async fn what_is_relayed_is_believed_for_its_publishers_signature() {
+    let doors = Doors::default();
+    let (a, b, c) = (Node::start(&doors).await, Node::start(&doors).await, Node::start(&doors).await);
+    doors.part(a.id(), c.id());
+    doors.greet(a.id(), b.id()).await;
+    doors.greet(b.id(), c.id()).await;
+    c.until_up(a.id()).await;
+    a.until_up(c.id()).await;
+    for text in ["first", "second"] {
+        a.announce(blob(text)).await;
+        c.until_holds(a.id(), blob(text)).await;
+    }
+    let neighbours = |status: MeshStatus| status.members.iter().filter(|one| one.neighbour).count();
+    assert_eq!(neighbours(c.mesh.status().await.unwrap()), 1, "it has met the one in between alone");
+    assert_eq!(c.holders(blob("first")), [a.id()]);
 }
 
 #[tokio::test]
 async fn a_dismissed_peer_is_down_until_it_is_admitted_again() {
-    let (mut a, mut b) = two().await;
+    let (a, b) = two().await;
     b.announce(blob("b")).await;
     a.until_holds(b.id(), blob("b")).await;
     a.mesh.dismiss(b.id()).await;
-    a.until("it is down here", |inventory| inventory.peers().is_empty()).await;
-    assert!(a.inventory.holders(blob("b")).is_empty());
-    b.until("and there", |inventory| inventory.peers().is_empty()).await;
-    a.mesh.admit(b.peer()).await;
+    a.until_alone().await;
+    assert!(a.holders(blob("b")).is_empty());
+    // The other side is turned away, which is no reason to take anybody for dead.
+    a.doors.greet(a.id(), b.id()).await;
     a.until_holds(b.id(), blob("b")).await;
 }
 
 #[tokio::test]
 async fn a_node_that_stops_is_down_and_comes_back_with_what_it_then_holds() {
-    let (mut a, b) = two().await;
+    let (a, b) = two().await;
+    let doors = a.doors.clone();
     b.announce(blob("before")).await;
     a.until_holds(b.id(), blob("before")).await;
     let id = b.id();
-    let (identity, address) = b.stop().await;
-    a.until("it is down", |inventory| inventory.peers().is_empty()).await;
-    assert!(a.inventory.holders(blob("before")).is_empty());
+    let (identity, listen) = b.stop().await;
+    a.until_alone().await;
+    assert!(a.holders(blob("before")).is_empty());
 
-    // The same key and the same port: a dials it again by itself, and is asked to by nobody.
-    let b = Node::restart(identity, address).await;
+    let b = Node::start_as(Setting { identity, listen, doors, ..Setting::default() }).await;
     assert_eq!(b.id(), id);
     b.announce(blob("after")).await;
-    b.mesh.admit(a.peer()).await;
+    b.doors.greet(id, a.id()).await;
     a.until_holds(id, blob("after")).await;
-    assert!(a.inventory.holders(blob("before")).is_empty(), "the new epoch begins with nothing");
+    assert!(a.holders(blob("before")).is_empty(), "the new epoch begins with nothing");
     b.announce(blob("later")).await;
     a.until_holds(id, blob("later")).await;
+}
+
+#[tokio::test]
+async fn who_leaves_says_so_before_the_connection_closes() {
+    let (a, _b) = two().await;
+    let mut witness = Raw::known_to(&a).await;
+    let id = a.id();
+    let stopped = tokio::spawn(a.stop());
+    let farewell = witness
+        .until("a farewell", |event| match event {
+            SwarmEvent::Behaviour(BehaviourEvent::Gossip(gossipsub::Event::Message { message, .. })) => {
+                match crate::wire::decode(&message.data).unwrap() {
+                    Gossip::Farewell(farewell) => Some(farewell),
+                    _ => None,
+                }
+            }
+            SwarmEvent::ConnectionClosed { .. } => panic!("without a word"),
+            _ => None,
+        })
+        .await;
+    assert_eq!(farewell.peer, id);
+    witness.while_driven(stopped).await.unwrap();
 }
 
 /// Passes bytes between two nodes until told to swallow them, as a network does that is cut: no reset, only silence.
@@ -246,19 +172,22 @@ async fn cuttable(target: SocketAddr, cut: watch::Receiver<bool>) -> (SocketAddr
 
 #[tokio::test]
 async fn a_peer_that_falls_silent_without_a_word_is_down_and_up_again_when_it_is_heard() {
-    let (mut a, mut b) = (Node::start().await, Node::start().await);
+    let doors = Doors::default();
+    let silent = || Node::start_silent(Setting { doors: doors.clone(), ..Setting::default() });
+    let (a, b) = (silent().await, silent().await);
     let (switch, cut) = watch::channel(false);
     let (to_b, proxy_b) = cuttable(b.address, cut.clone()).await;
     let (to_a, proxy_a) = cuttable(a.address, cut).await;
-    a.mesh.admit(Peer { gossip: to_b, ..b.peer() }).await;
-    b.mesh.admit(Peer { gossip: to_a, ..a.peer() }).await;
+    a.introduce(to_a).await;
+    b.introduce(to_b).await;
+    doors.greet(a.id(), b.id()).await;
     b.announce(blob("b")).await;
     a.until_holds(b.id(), blob("b")).await;
     b.until_up(a.id()).await;
 
     switch.send(true).unwrap();
-    a.until("b is down for a", |inventory| inventory.peers().is_empty()).await;
-    b.until("a is down for b", |inventory| inventory.peers().is_empty()).await;
+    a.until_alone().await;
+    b.until_alone().await;
     switch.send(false).unwrap();
     a.until_holds(b.id(), blob("b")).await;
     proxy_a.abort();
@@ -267,64 +196,69 @@ async fn a_peer_that_falls_silent_without_a_word_is_down_and_up_again_when_it_is
 
 #[tokio::test]
 async fn a_large_inventory_comes_in_one_piece() {
-    let (a, mut b) = (Node::start().await, Node::start().await);
+    let doors = Doors::default();
+    let (a, b) = (Node::start(&doors).await, Node::start(&doors).await);
     let number = 60_000;
     assert!(number < MAX_ITEMS);
-    let items: Vec<_> = (0..number).map(|n: usize| ContentChange::BlobAdded(Digest::of(&n.to_le_bytes()))).collect();
-    a.mesh.announce(items).await;
-    introduce(&a, &b).await;
-    b.until("all is known", |inventory| inventory.items_of(a.id()) == number).await;
+    let item = |n: usize| Item::Blob(Digest::of(&n.to_le_bytes()));
+    a.mesh.announce((0..number).map(|n| ContentChange::Added(item(n))).collect()).await;
+    doors.greet(a.id(), b.id()).await;
+    b.until("all is known", |table| table.items_of(a.id()) == number).await;
     // And as news to somebody who follows already, so much is not gossiped but taken as a snapshot again.
-    let gone = (0..number).map(|n: usize| ContentChange::BlobRemoved(Digest::of(&n.to_le_bytes()))).collect();
-    a.mesh.announce(gone).await;
-    b.until("all is gone", |inventory| inventory.items_of(a.id()) == 0).await;
+    a.mesh.announce((0..number).map(|n| ContentChange::Removed(item(n))).collect()).await;
+    b.until("all is gone", |table| table.items_of(a.id()) == 0).await;
 }
 
 #[tokio::test]
-async fn an_agent_that_is_slow_to_listen_can_still_speak() {
-    let (a, mut b) = two().await;
-    // The channel of events has four places and the task's own queue 64; b takes none of them meanwhile.
-    for number in 0..200usize {
-        let digest = Digest::of(&number.to_le_bytes());
-        soon("a is not held up", a.announce(digest)).await;
-        soon("b is not held up", b.announce(digest)).await;
-        soon("b is not held up", b.mesh.admit(a.peer())).await;
-    }
-    b.until("nothing is lost", |inventory| inventory.items_of(a.id()) == 200).await;
-}
-
-#[tokio::test]
-async fn everybody_knows_everything_in_a_mesh_of_five() {
+async fn everybody_knows_everything_in_a_mesh_of_five_that_met_one() {
+    let doors = Doors::default();
     let mut nodes = Vec::new();
     for _ in 0..5 {
-        nodes.push(Node::start().await);
+        nodes.push(Node::start(&doors).await);
     }
-    for (i, a) in nodes.iter().enumerate() {
-        for b in &nodes[i + 1..] {
-            introduce(a, b).await;
-        }
+    for node in &nodes[1..] {
+        doors.greet(node.id(), nodes[0].id()).await;
     }
     for (i, node) in nodes.iter().enumerate() {
         node.announce(blob(&i.to_string())).await;
     }
     let ids: BTreeSet<PeerId> = nodes.iter().map(Node::id).collect();
-    for node in &mut nodes {
-        let others = ids.iter().filter(|id| **id != node.id()).copied().collect::<Vec<_>>();
-        node.until("all are known", |inventory| others.iter().all(|id| inventory.items_of(*id) == 1)).await;
+    for node in &nodes {
+        let others: Vec<_> = ids.iter().filter(|id| **id != node.id()).collect();
+        node.until("all are known", |table| others.iter().all(|id| table.items_of(**id) == 1)).await;
     }
 }
 
 #[tokio::test]
+async fn the_status_tells_who_is_there_and_what_was_said() {
+    let (a, b) = two().await;
+    b.announce(blob("b")).await;
+    a.until_holds(b.id(), blob("b")).await;
+    let status = a.mesh.status().await.unwrap();
+    assert_eq!((status.peer_id, status.alive, status.neighbours), (a.id().to_string(), 1, 1));
+    assert_eq!((status.members[0].items, status.members[0].release.as_str()), (1, env!("CARGO_PKG_VERSION")));
+    assert!(status.messages_in > 0);
+    assert!(!a.has_counted("lighterman_mesh_received_bytes_total 0\n"), "bytes are counted");
+    let mesh = a.mesh.clone();
+    a.stop().await;
+    assert!(mesh.status().await.is_none());
+}
+
+#[tokio::test]
 async fn a_port_that_is_taken_is_named() {
-    let a = Node::start().await;
-    let error = start(Config { listen: a.address }, &Identity::generate(), Metrics::new()).await.err().unwrap();
+    let a = Node::start(&Doors::default()).await;
+    let admission = Arc::new(AllBut::default());
+    let config = Config { listen: a.address };
+    let identity = Identity::generate();
+    let started = start(config, "node".parse().unwrap(), &identity, Table::default(), admission, Metrics::new()).await;
+    let error = started.err().unwrap();
     assert!(error.to_string().contains(&a.address.to_string()), "{error}");
 }
 
 #[tokio::test]
 async fn all_interfaces_can_be_listened_on() {
     let listen = SocketAddr::from(([0, 0, 0, 0], 0));
-    let (_, _, address) = start(Config { listen }, &Identity::generate(), Metrics::new()).await.unwrap();
-    assert_eq!(address.ip(), listen.ip());
-    assert_ne!(address.port(), 0);
+    let node = Node::start_silent(Setting { listen, ..Setting::default() }).await;
+    assert_eq!(node.address.ip(), listen.ip());
+    assert_ne!(node.address.port(), 0);
 }

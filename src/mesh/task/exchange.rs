@@ -1,128 +1,205 @@
-//! What the task says and hears on the mesh: announcements by gossip, snapshots by request and answer.
+//! What the task says and hears on the mesh: gossip, questions and answers.
 
 use std::fmt::Display;
-use std::io;
 use std::time::Instant;
 
-use bytes::Bytes;
 use libp2p::gossipsub::{self, MessageAcceptance, PublishError};
-use libp2p::request_response::{self, OutboundRequestId};
+use libp2p::request_response::{self, InboundRequestId, OutboundFailure, OutboundRequestId, ResponseChannel};
 use tracing::{debug, error, warn};
 
-use super::super::follower::{self, Receipt, Replacement};
-use super::super::stack::{SNAPSHOT, topic};
-use super::{MARK_AFTER_SUBSCRIBER, MeshTask};
-use crate::identity::libp2p_peer_id;
-use crate::model::{ContentChange, MeshEvent, PeerId};
-use crate::wire::{self, Announcement, Snapshot, SnapshotRequest, WireError};
+use super::MeshTask;
+use crate::decide::gossip::{AskId, Verdict};
+use crate::identity::{libp2p_peer_id, peer_id_of};
+use crate::mesh::codec::wire_error;
+use crate::mesh::stack::{ANSWER, topic};
+use crate::model::{Gossip, PeerId, Question, Reply};
+use crate::wire::{self, WireError};
 
-/// Snapshots under way to us: of 8 MiB at most each, before and after decoding.
-const MAX_SNAPSHOTS: usize = 2;
-
-/// A snapshot on its way to us.
+/// A question that waits for its answer.
 pub(super) struct Asked {
-    pub(super) peer: PeerId,
+    ask: AskId,
     until: Instant,
 }
 
+/// What an event of ours about questions is about.
+type QuestionEvent = request_response::Event<Vec<u8>, Reply>;
+
 impl MeshTask {
-    pub(super) fn publish(&mut self, announcement: &Announcement) {
-        let encoded = match wire::encode(announcement) {
+    pub(super) fn publish(&mut self, message: &Gossip) {
+        let encoded = match wire::encode(message) {
             Ok(encoded) => encoded,
-            // Its number is used up, so that peers find a gap and take a snapshot.
-            Err(error) => return error!(%error, "an announcement cannot be sent"),
+            // Who misses it asks.
+            Err(error) => return error!(%error, "a message cannot be published"),
         };
         match self.swarm.behaviour_mut().gossip.publish(topic(), encoded) {
-            // Nobody to tell; newcomers take a snapshot.
-            Ok(_) | Err(PublishError::NoPeersSubscribedToTopic) => {}
-            Err(error) => debug!(%error, sequence = announcement.sequence, "announcement lost; peers will ask"),
+            Ok(_) => self.messages_out += 1,
+            // Nobody to tell; newcomers ask. Or it was said before, by us or by somebody who relayed it.
+            Err(PublishError::NoPeersSubscribedToTopic | PublishError::Duplicate) => {}
+            Err(error) => debug!(%error, "a message is lost; who misses it asks"),
         }
     }
 
     pub(super) fn gossip_event(&mut self, event: gossipsub::Event, now: Instant) {
         match event {
             gossipsub::Event::Message { propagation_source, message_id, message } => {
-                let acceptance = match self.receive(&message, now) {
-                    Ok(()) => MessageAcceptance::Accept,
-                    Err(reason) => {
-                        debug!(from = %propagation_source, author = ?message.source, reason, "announcement refused");
-                        self.metrics.gossip_refused(reason);
-                        MessageAcceptance::Reject
-                    }
+                self.messages_in += 1;
+                let acceptance = match peer_id_of(&propagation_source) {
+                    Some(from) => self.judge(from, &message.data, now),
+                    None => MessageAcceptance::Reject,
                 };
+                let accepted = matches!(acceptance, MessageAcceptance::Accept);
                 let gossip = &mut self.swarm.behaviour_mut().gossip;
-                gossip.report_message_validation_result(&message_id, &propagation_source, acceptance);
+                if gossip.report_message_validation_result(&message_id, &propagation_source, acceptance) && accepted {
+                    self.messages_out += 1;
+                }
             }
-            gossipsub::Event::Subscribed { .. } => self.mark_in = self.mark_in.min(MARK_AFTER_SUBSCRIBER),
-            gossipsub::Event::SlowPeer { peer_id, .. } => debug!(peer = %peer_id, "too slow for all announcements"),
+            gossipsub::Event::SlowPeer { peer_id, .. } => debug!(peer = %peer_id, "too slow for all messages"),
             gossipsub::Event::GossipsubNotSupported { peer_id } => {
                 warn!(peer = %peer_id, "peer does not speak gossipsub")
             }
-            gossipsub::Event::Unsubscribed { .. } => {}
+            gossipsub::Event::Subscribed { .. } | gossipsub::Event::Unsubscribed { .. } => {}
         }
     }
 
-    /// Judges an announcement, for us and for those to whom it would be forwarded. Gossipsub has checked its author's signature.
-    fn receive(&mut self, message: &gossipsub::Message, now: Instant) -> Result<(), &'static str> {
-        let author = message.source.and_then(|source| self.member(&source)).ok_or("unknown_author")?;
-        let announcement: Announcement = wire::decode(&message.data).map_err(|error| label(&error))?;
-        let Some(follower) = &mut author.follower else {
-            // Out of our reach, not necessarily of others'.
-            return follower::check(&announcement);
+    /// Judges a message, for us and for those to whom it would be passed on.
+    fn judge(&mut self, from: PeerId, data: &[u8], now: Instant) -> MessageAcceptance {
+        if !self.neighbours.may_say(from, data.len(), now) {
+            self.nonsense(from, TOO_MANY, now);
+            return MessageAcceptance::Ignore;
+        }
+        let (message, is_newer) = match wire::decode_for_relay::<Gossip>(data) {
+            Ok(read) => read,
+            Err(error) if self.misread(from, &error, now) => return MessageAcceptance::Reject,
+            Err(_) => return MessageAcceptance::Ignore,
         };
-        let received = follower.receive(announcement, now);
-        let id = author.peer.id;
-        match received {
-            Receipt::Next(changes) => self.changed(id, changes),
-            Receipt::Held | Receipt::Late => {}
-            Receipt::Refused(reason) => return Err(reason),
+        let verdict = self.call(|protocol, table| match is_newer {
+            false => protocol.gossip(from, message, table, now),
+            true => protocol.gossip_of_later_release(from, message, table, now),
+        });
+        match verdict {
+            Verdict::Accept => {
+                self.table.moved();
+                MessageAcceptance::Accept
+            }
+            Verdict::Ignore(reason) => {
+                debug!(%from, reason, "message ignored");
+                MessageAcceptance::Ignore
+            }
+            Verdict::Reject(reason) => {
+                debug!(%from, reason, "message refused");
+                self.metrics.gossip_refused(reason);
+                MessageAcceptance::Reject
+            }
         }
-        Ok(())
     }
 
-    fn changed(&mut self, peer: PeerId, changes: Vec<ContentChange>) {
-        if !changes.is_empty() {
-            self.outbox.push_back(MeshEvent::Changed(peer, changes));
-        }
+    /// Counts a message that cannot be read. True when its sender is to blame.
+    fn misread(&mut self, from: PeerId, error: &WireError, now: Instant) -> bool {
+        debug!(%from, %error, "a message cannot be read");
+        let fault = match error {
+            WireError::TooLong { .. } => "oversized",
+            WireError::Malformed(_) => "malformed",
+            // Of another release, or cut off by the network.
+            WireError::Version { .. } => return self.let_be("other_version"),
+            WireError::Unknown { .. } => return self.let_be("unknown"),
+            WireError::Io(_) => return false,
+        };
+        self.nonsense(from, fault, now);
+        true
     }
 
-    pub(super) fn snapshot_event(&mut self, event: request_response::Event<SnapshotRequest, Bytes>, now: Instant) {
-        use request_response::{Event, Message, OutboundFailure};
+    fn let_be(&self, reason: &'static str) -> bool {
+        self.metrics.gossip_refused(reason);
+        false
+    }
+
+    fn nonsense(&mut self, from: PeerId, fault: &'static str, now: Instant) {
+        self.metrics.gossip_refused(fault);
+        self.protocol.nonsense(from, fault, now);
+    }
+
+    /// Asks a neighbour.
+    pub(super) fn put(&mut self, ask: AskId, peer: PeerId, question: &Question) {
+        let now = Instant::now();
+        let to = libp2p_peer_id(peer);
+        let is_connected = self.links.values().any(|(_, owner)| *owner == peer);
+        let encoded = wire::encode(question).inspect_err(|error| error!(%error, "a question cannot be asked"));
+        // libp2p would dial who is not connected.
+        let Some(encoded) = encoded.ok().filter(|_| is_connected) else {
+            return self.protocol.unanswered(ask, now);
+        };
+        let request = self.swarm.behaviour_mut().questions.send_request(&to, encoded);
+        // A little longer than libp2p itself waits.
+        self.asked.insert(request, Asked { ask, until: now + ANSWER + ANSWER / 5 });
+    }
+
+    pub(super) fn question_event(&mut self, event: QuestionEvent, now: Instant) {
+        use request_response::{Event, Message};
         match event {
-            Event::Message { peer, message: Message::Request { channel, .. }, .. } => {
-                if self.member(&peer).is_none() {
-                    return;
-                }
-                match self.log.snapshot() {
-                    // Refused only when the one who asked is gone.
-                    Ok(encoded) => drop(self.swarm.behaviour_mut().snapshots.send_response(channel, encoded)),
-                    Err(error) => {
-                        error!(%error, "our own snapshot cannot be sent; peers do not see what this node holds")
-                    }
+            Event::Message { peer, message: Message::Request { request_id, request, channel }, .. } => {
+                if let Some(from) = peer_id_of(&peer) {
+                    self.answer(from, request_id, &request, channel, now);
                 }
             }
             Event::Message { message: Message::Response { request_id, response }, .. } => {
-                if let Some(asked) = self.asked.remove(&request_id) {
-                    self.answered(asked.peer, &response, now);
+                if let Some(Asked { ask, .. }) = self.asked.remove(&request_id) {
+                    self.call(|protocol, table| protocol.answered(ask, response, table, now));
+                    self.table.moved();
                 }
             }
-            Event::OutboundFailure { request_id, error, .. } => {
-                if matches!(&error, OutboundFailure::Io(error) if error.kind() == io::ErrorKind::InvalidData) {
-                    self.metrics.gossip_refused("snapshot_too_long");
+            Event::OutboundFailure { peer, request_id, error, .. } => {
+                if let (OutboundFailure::Io(error), Some(from)) = (&error, peer_id_of(&peer))
+                    && let Some(error) = wire_error(error)
+                {
+                    self.misread(from, error, now);
                 }
                 self.unanswered(request_id, &error, now);
             }
-            Event::InboundFailure { peer, error, .. } => debug!(%peer, %error, "snapshot not sent"),
-            Event::ResponseSent { .. } => {}
+            Event::InboundFailure { peer, request_id, error, .. } => {
+                debug!(%peer, %error, "question not answered");
+                if let Some(from) = peer_id_of(&peer) {
+                    self.neighbours.end(from, request_id);
+                }
+            }
+            Event::ResponseSent { peer, request_id, .. } => {
+                if let Some(from) = peer_id_of(&peer) {
+                    self.neighbours.end(from, request_id);
+                }
+            }
         }
-        self.ask(now);
+    }
+
+    fn answer(
+        &mut self,
+        from: PeerId,
+        id: InboundRequestId,
+        question: &[u8],
+        channel: ResponseChannel<Reply>,
+        now: Instant,
+    ) {
+        if !self.neighbours.may_ask(from, now) {
+            return self.nonsense(from, TOO_MANY, now);
+        }
+        let reply = match wire::decode::<Question>(question) {
+            Ok(question) if self.neighbours.begin(from, id, &question, now) => {
+                let Self { protocol, table, .. } = self;
+                table.read(|inventory| protocol.asked(from, question, inventory, now))
+            }
+            Err(error) if self.misread(from, &error, now) => return,
+            _ => Reply::Busy,
+        };
+        self.reply(channel, reply);
+    }
+
+    fn reply(&mut self, channel: ResponseChannel<Reply>, reply: Reply) {
+        // Refused only when the one who asked is gone.
+        drop(self.swarm.behaviour_mut().questions.send_response(channel, reply));
     }
 
     fn unanswered(&mut self, request: OutboundRequestId, error: &dyn Display, now: Instant) {
-        let Some(Asked { peer, .. }) = self.asked.remove(&request) else { return };
-        debug!(%peer, %error, "no snapshot");
-        if let Some(follower) = self.members.get_mut(&peer).and_then(|member| member.follower.as_mut()) {
-            follower.failed(now, rand::random());
+        if let Some(Asked { ask, .. }) = self.asked.remove(&request) {
+            debug!(%error, "no answer");
+            self.protocol.unanswered(ask, now);
         }
     }
 
@@ -133,50 +210,7 @@ impl MeshTask {
             self.unanswered(request, &"asked over a dead connection", now);
         }
     }
-
-    fn answered(&mut self, peer: PeerId, response: &[u8], now: Instant) {
-        let Some(follower) = self.members.get_mut(&peer).and_then(|member| member.follower.as_mut()) else { return };
-        let replaced = match wire::decode::<Snapshot>(response) {
-            Ok(snapshot) => follower.replace(snapshot, now, rand::random()),
-            Err(error) => {
-                follower.failed(now, rand::random());
-                Err(label(&error))
-            }
-        };
-        match replaced {
-            Ok(None) => {}
-            Ok(Some(Replacement { items, changes })) => {
-                debug!(%peer, items = items.len(), "took a snapshot");
-                self.outbox.push_back(MeshEvent::Snapshot(peer, items));
-                self.changed(peer, changes);
-            }
-            Err(reason) => {
-                warn!(%peer, reason, "snapshot refused; is the peer of another version?");
-                self.metrics.gossip_refused(reason);
-            }
-        }
-    }
-
-    /// Asks for the snapshots that are due, as many at a time as may be.
-    pub(super) fn ask(&mut self, now: Instant) {
-        for (id, member) in &mut self.members {
-            if self.asked.len() >= MAX_SNAPSHOTS {
-                return;
-            }
-            let Some(follower) = member.follower.as_mut().filter(|follower| follower.asks(now)) else { continue };
-            follower.asked();
-            let snapshots = &mut self.swarm.behaviour_mut().snapshots;
-            let request = snapshots.send_request(&libp2p_peer_id(*id), SnapshotRequest);
-            // A little longer than libp2p itself waits.
-            self.asked.insert(request, Asked { peer: *id, until: now + SNAPSHOT + SNAPSHOT / 5 });
-        }
-    }
 }
 
-fn label(error: &WireError) -> &'static str {
-    match error {
-        WireError::Version(_) => "other_version",
-        WireError::TooLong { .. } => "too_long",
-        WireError::Malformed(_) | WireError::Io(_) => "malformed",
-    }
-}
+/// More than an honest neighbour sends.
+const TOO_MANY: &str = "too_many";

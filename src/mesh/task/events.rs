@@ -1,0 +1,79 @@
+//! What libp2p tells of connections, for the protocol.
+
+use std::time::Instant;
+
+use libp2p::swarm::{ConnectionId, SwarmEvent};
+use tracing::{debug, error, warn};
+
+use super::MeshTask;
+use crate::identity::peer_id_of;
+use crate::mesh::stack::BehaviourEvent;
+
+impl MeshTask {
+    pub(super) fn event(&mut self, event: SwarmEvent<BehaviourEvent>) {
+        let now = Instant::now();
+        match event {
+            SwarmEvent::ConnectionEstablished { peer_id, connection_id, .. } => {
+                self.opened(&peer_id, connection_id, now);
+            }
+            SwarmEvent::ConnectionClosed { peer_id, connection_id, cause, .. } => {
+                debug!(peer = %peer_id, ?cause, "connection closed");
+                self.ended(connection_id);
+            }
+            SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
+                debug!(peer = ?peer_id, %error, "dial failed");
+                if let Some(peer) = self.dials.remove(&connection_id) {
+                    self.call(|protocol, table| protocol.unreachable(peer, table, now));
+                }
+            }
+            SwarmEvent::IncomingConnectionError { send_back_addr, peer_id, error, .. } => {
+                debug!(from = %send_back_addr, peer = ?peer_id, %error, "connection refused");
+            }
+            SwarmEvent::ListenerClosed { reason, .. } => {
+                error!(?reason, "gossip no longer listens; peers must be dialled")
+            }
+            SwarmEvent::ListenerError { error, .. } => warn!(%error, "gossip cannot accept connections at the moment"),
+            SwarmEvent::Behaviour(event) => self.behaviour_event(event, now),
+            _ => {}
+        }
+    }
+
+    fn opened(&mut self, peer_id: &libp2p::PeerId, connection: ConnectionId, now: Instant) {
+        self.dials.remove(&connection);
+        // Others do not get so far, unless they were denied while their handshake went on.
+        let is_allowed = self.swarm.behaviour().admitted.allowed_peers().contains(peer_id);
+        let Some(peer) = peer_id_of(peer_id).filter(|_| is_allowed) else {
+            self.swarm.close_connection(connection);
+            return;
+        };
+        let link = self.next_link;
+        self.next_link += 1;
+        self.links.insert(connection, (link, peer));
+        self.protocol.opened(link, peer, now);
+    }
+
+    /// A connection is over for the protocol, once, whether it closed or is being closed.
+    pub(super) fn ended(&mut self, connection: ConnectionId) {
+        if let Some((link, peer)) = self.links.remove(&connection) {
+            self.protocol.closed(link, peer, Instant::now());
+        }
+    }
+
+    fn behaviour_event(&mut self, event: BehaviourEvent, now: Instant) {
+        match event {
+            BehaviourEvent::Ping(event) => match event.result {
+                // One that is being closed may still speak; it counts no more.
+                Ok(_) => {
+                    if let Some(&(link, peer)) = self.links.get(&event.connection) {
+                        self.call(|protocol, table| protocol.heard(link, peer, table, now));
+                    }
+                }
+                Err(error) => debug!(peer = %event.peer, %error, "ping failed"),
+            },
+            BehaviourEvent::Gossip(event) => self.gossip_event(event, now),
+            BehaviourEvent::Questions(event) => self.question_event(event, now),
+            // They only decide and have nothing to tell.
+            BehaviourEvent::Limits(never) | BehaviourEvent::Admitted(never) => match never {},
+        }
+    }
+}
