@@ -1,7 +1,8 @@
-//! The admin port: metrics and health, for probes and Prometheus. The only listener that asks nobody who they are, so it
-//! shows nothing secret and changes nothing.
+//! The admin port: metrics and health, for probes and Prometheus, and the mesh, for people. The only listener that asks nobody who
+//! they are, so it shows nothing secret and changes nothing.
 
 mod bounded;
+mod mesh;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
+use crate::ports::MeshSource;
 use bounded::Bounded;
 
 /// Something that has to hold before the agent is ready.
@@ -35,6 +37,7 @@ pub struct Admin {
 struct Shared {
     metrics: Metrics,
     checks: Vec<Check>,
+    mesh: mesh::Page,
 }
 
 impl Admin {
@@ -42,7 +45,12 @@ impl Admin {
     ///
     /// # Errors
     /// As the system says, with the address.
-    pub async fn bind(listen: SocketAddr, metrics: Metrics, checks: Vec<Check>) -> std::io::Result<Self> {
+    pub async fn bind(
+        listen: SocketAddr,
+        metrics: Metrics,
+        checks: Vec<Check>,
+        mesh: Arc<dyn MeshSource>,
+    ) -> std::io::Result<Self> {
         let listener = TcpListener::bind(listen)
             .await
             .map_err(|error| std::io::Error::new(error.kind(), format!("admin port {listen}: {error}")))?;
@@ -50,7 +58,8 @@ impl Admin {
             .route("/metrics", get(render))
             .route("/healthz", get(|| async { "ok\n" }))
             .route("/readyz", get(ready))
-            .with_state(Arc::new(Shared { metrics, checks }));
+            .route("/debug/mesh", get(mesh::show))
+            .with_state(Arc::new(Shared { metrics, checks, mesh: mesh::Page::new(mesh) }));
         Ok(Self { listener, router })
     }
 

@@ -6,6 +6,7 @@
 pub mod advertise;
 pub mod bring;
 pub mod by_hand;
+pub mod doubting;
 pub mod holders;
 pub mod join;
 pub mod lead;
@@ -33,17 +34,21 @@ use crate::config::Settings;
 use crate::control::{self, Control};
 use crate::decide::reserve::Reservations;
 use crate::identity::Identity;
-use crate::mesh::{self, Mesh};
+use crate::mesh::{self, Table};
 use crate::metrics::Metrics;
 use crate::oci::Platform;
-use crate::ports::{Admission, Claims, Cluster, ContainerdStatus, ContentStore, Imports, Notifier, PodEvent, Registry};
+use crate::ports::{
+    Admission, Claims, Cluster, ContainerdStatus, ContentStore, Imports, MeshSource, Notifier, PodEvent, Registry,
+};
 use crate::transfer::{self, Transfer};
 
 use self::advertise::Advertiser;
 use self::bring::Bring;
 use self::by_hand::ByHand;
+use self::doubting::Doubting;
 use self::holders::Holders;
 use self::join::Joiner;
+use self::join::introduce::Introducer;
 use self::lead::Lead;
 use self::notices::{Messenger, Notices};
 use self::progress::Board;
@@ -52,7 +57,7 @@ use self::registries::Registries;
 use self::resolve::Resolver;
 use self::rules::RulesWatch;
 use self::salvage::{Parts, Salvager};
-use self::status::AgentStatus;
+use self::status::{AgentStatus, MeshView};
 use self::supervisor::Supervisor;
 
 /// The outside world of one agent: its ports.
@@ -113,7 +118,7 @@ pub enum StartError {
 /// Bounds of the channels between tasks: enough for one burst (110 pods of a node listed at once; every peer of a large
 /// cluster coming up), after which the sender waits.
 const PEERS_QUEUED: usize = 64;
-const MESH_EVENTS_QUEUED: usize = 64;
+const MESH_NEWS_QUEUED: usize = 64;
 /// Pulls by hand that wait to be looked at, which takes no time.
 const PULLS_QUEUED: usize = 4;
 
@@ -136,7 +141,10 @@ impl Agent {
             node,
             admin_listen,
             seeds,
+            advertise,
+            zone,
             key_file: _,
+            peers_file,
             rules,
             rules_file,
             control_socket,
@@ -154,15 +162,18 @@ impl Agent {
         let rules_status = rules_watch.as_ref().map(RulesWatch::status);
         let rules = rules_watch.as_ref().map_or_else(|| watch::channel(Arc::new(rules)).1, RulesWatch::rules);
         let me = identity.peer_id();
-        let holders = Holders::default();
+        let table = Table::default();
+        let holders = Holders::new(table.clone());
 
-        let (mesh, mesh_task, gossip) = mesh::start(mesh, &identity, metrics.clone()).await?;
+        let (mesh, mesh_task, gossip) =
+            mesh::start(mesh, node.clone(), &identity, table, Arc::clone(&admission), metrics.clone()).await?;
+        let mesh_view: Arc<dyn MeshSource> = Arc::new(MeshView(mesh.clone()));
         let (joined_in, joined) = mpsc::channel(PEERS_QUEUED);
         let transfer = transfer::Config { gossip_port: gossip.port(), ..transfer };
         let transfer = Transfer::bind_within(
             transfer,
             &identity,
-            admission,
+            Arc::clone(&admission),
             Arc::clone(&store),
             metrics.clone(),
             joined_in,
@@ -171,10 +182,21 @@ impl Agent {
         let (store_ready_in, store_ready) = watch::channel(false);
         let mut all_checks = vec![Check { name: "content store", holds: store_ready }];
         all_checks.extend(checks);
-        let admin = Admin::bind(admin_listen, metrics.clone(), all_checks).await?;
+        let admin = Admin::bind(admin_listen, metrics.clone(), all_checks, Arc::clone(&mesh_view)).await?;
         let (transfer_address, admin_address) = (transfer.local_addr(), admin.local_addr()?);
         tracing::info!(%node, peer = %me, transfer = %transfer_address, %gossip, admin = %admin_address, "agent starts");
 
+        let listened_on = Some(transfer_address.ip()).filter(|address| !address.is_unspecified());
+        let introducer = Introducer {
+            mesh: mesh.clone(),
+            admission,
+            cluster: Arc::clone(&cluster),
+            zone,
+            address: advertise.or(listened_on),
+            seen: transfer.seen(),
+            transfer_port: transfer_address.port(),
+            gossip_port: gossip.port(),
+        };
         let platform = Platform::of_this_node();
         let recoverer = Recoverer {
             store: Arc::clone(&store),
@@ -188,7 +210,7 @@ impl Agent {
             bring: Bring {
                 me,
                 store: Arc::clone(&store),
-                fetcher: Arc::new(transfer.clone()),
+                fetcher: Arc::new(Doubting { transfer: transfer.clone(), mesh: mesh.clone() }),
                 holders: holders.clone(),
                 metrics: metrics.clone(),
                 trust: Mutex::default(),
@@ -225,7 +247,7 @@ impl Agent {
         });
         let advertiser = Advertiser::new(
             store,
-            Mesh::clone(&mesh),
+            mesh.clone(),
             metrics.clone(),
             store_ready_in,
             first_hand.clone(),
@@ -235,6 +257,7 @@ impl Agent {
         let status = AgentStatus {
             node,
             me,
+            mesh: Arc::clone(&mesh_view),
             holders: holders.clone(),
             board: board.clone(),
             containerd,
@@ -250,16 +273,24 @@ impl Agent {
             metrics: metrics.clone(),
             dry_run: manner.dry_run,
         };
-        let joiner = Joiner { seeds, transfer: transfer.clone(), mesh, holders: holders.clone() };
+        let joiner = Joiner {
+            seeds,
+            peers_file,
+            transfer: transfer.clone(),
+            mesh,
+            status: mesh_view,
+            holders: holders.clone(),
+            metrics,
+        };
 
         // Stopped in reverse: first nobody recovers any more, then nobody is found, and the doors close last.
-        let (mesh_events_in, mesh_events) = mpsc::channel(MESH_EVENTS_QUEUED);
+        let (mesh_news_in, mesh_news) = mpsc::channel(MESH_NEWS_QUEUED);
         supervisor.spawn("admin", |stop| admin.run(stop));
         supervisor.spawn("transfer", |stop| transfer.run(stop));
-        supervisor.spawn("holders", |stop| holders.clone().run(mesh_events, metrics, stop));
-        supervisor.spawn("mesh", |stop| mesh_task.run(mesh_events_in, stop));
+        supervisor.spawn("mesh", |stop| mesh_task.run(mesh_news_in, stop));
         supervisor.spawn("advertise", |stop| advertiser.run(stop));
-        supervisor.spawn("join", |stop| joiner.run(joined, stop));
+        supervisor.spawn("introduce", |stop| introducer.run(stop));
+        supervisor.spawn("join", |stop| joiner.run(joined, mesh_news, stop));
         if let Some(rules_watch) = rules_watch {
             supervisor.spawn("rules", |stop| rules_watch.run(stop));
         }

@@ -13,8 +13,8 @@ use std::time::Duration;
 pub use self::flags::{AdmissionKind, AgentArgs};
 use crate::decide::opt_in::Policy;
 use crate::decide::rules::{Budgets, Manner, ResolveSettings, Rules};
-use crate::model::{NodeName, PeerId};
-use crate::{cluster, containerd, mesh, registry, transfer, webhook};
+use crate::model::{NodeName, PeerId, Zone};
+use crate::{admission, cluster, containerd, mesh, registry, transfer, webhook};
 
 /// Everything that an agent is told, by whom it concerns.
 #[derive(Debug, Clone)]
@@ -31,10 +31,21 @@ pub struct Config {
     pub registry: registry::Config,
     /// Where to tell people outside the cluster, if anywhere.
     pub webhook: Option<webhook::Config>,
-    /// `Some` for a list of PeerIds instead of tokens.
-    pub admitted_peers: Option<Vec<PeerId>>,
+    /// Who may join.
+    pub admitting: Admitting,
     /// The agent itself.
     pub settings: Settings,
+}
+
+/// By what peers are admitted.
+#[derive(Debug, Clone)]
+pub enum Admitting {
+    /// ServiceAccount tokens.
+    Token(cluster::Keep),
+    /// Certificates.
+    Certificate(admission::Files),
+    /// These, and no others.
+    Listed(Vec<PeerId>),
 }
 
 /// What the agent itself is told.
@@ -46,8 +57,14 @@ pub struct Settings {
     pub admin_listen: SocketAddr,
     /// Where first peers may be, as `host:port`.
     pub seeds: Vec<String>,
+    /// This node's address as peers are told it, if it was set.
+    pub advertise: Option<IpAddr>,
+    /// This node's zone, if it was set.
+    pub zone: Option<Zone>,
     /// Where the key is kept.
     pub key_file: PathBuf,
+    /// Where known peers are kept.
+    pub peers_file: PathBuf,
     /// Who is helped and what it may cost, unless the rules file says otherwise.
     pub rules: Rules,
     /// What may override that.
@@ -88,8 +105,15 @@ impl AgentArgs {
             listen,
             admin_listen,
             join,
+            advertise_address,
+            zone,
             admission,
             allow_peer,
+            admission_grace,
+            tls_cert,
+            tls_key,
+            tls_ca,
+            tls_name,
             data_dir,
             containerd_socket,
             containerd_namespace,
@@ -123,14 +147,27 @@ impl AgentArgs {
             min_free_percent,
             grace_period,
         } = self;
-        let admitted_peers = match (admission, allow_peer.is_empty()) {
-            (AdmissionKind::Static, false) => Some(allow_peer),
-            (AdmissionKind::Static, true) => return conflict("--admission static needs --allow-peer"),
-            (AdmissionKind::Token, true) => None,
-            (AdmissionKind::Token, false) => return conflict("--allow-peer needs --admission static"),
+        let admitting = match (admission, allow_peer.is_empty(), (tls_cert, tls_key, tls_ca)) {
+            (AdmissionKind::Static, false, (None, None, None)) => Admitting::Listed(allow_peer),
+            (AdmissionKind::Static, true, _) => return conflict("--admission static needs --allow-peer"),
+            (_, false, _) => return conflict("--allow-peer needs --admission static"),
+            (AdmissionKind::Token, _, (None, None, None)) => Admitting::Token(cluster::Keep {
+                file: Some(data_dir.join("admission.json")),
+                grace: Duration::from_secs(admission_grace),
+            }),
+            (AdmissionKind::Certificate, _, (Some(certificate), Some(key), Some(authority))) => {
+                Admitting::Certificate(admission::Files { certificate, key, authority, name: tls_name })
+            }
+            (AdmissionKind::Certificate, ..) => {
+                return conflict("--admission certificate needs --tls-cert, --tls-key and --tls-ca");
+            }
+            _ => return conflict("--tls-cert, --tls-key and --tls-ca need --admission certificate"),
         };
         if admission == AdmissionKind::Token && pod_name.is_empty() {
             return conflict("--admission token needs --pod-name, which the token is bound to");
+        }
+        if advertise_address.is_some_and(|address| address.is_unspecified() || address.is_multicast()) {
+            return conflict("--advertise-address is one address of this node");
         }
         if annotation_prefix.iter().any(|prefix| prefix.is_empty() || prefix.contains('/')) {
             return conflict("--annotation-prefix is a list of DNS names without a slash");
@@ -163,12 +200,15 @@ impl AgentArgs {
                 secret_file: webhook_secret_file,
                 ca_file,
             }),
-            admitted_peers,
+            admitting,
             settings: Settings {
                 node: node_name,
                 admin_listen,
                 seeds: join,
+                advertise: advertise_address,
+                zone,
                 key_file: data_dir.join("identity.key"),
+                peers_file: data_dir.join("peers.json"),
                 rules: Rules {
                     policy: Policy {
                         kill_switch,
@@ -232,11 +272,33 @@ mod tests {
     }
 
     #[test]
+    fn each_kind_of_admission_has_its_own_flags_and_no_others() {
+        let files = ["--tls-cert", "/c", "--tls-key", "/k", "--tls-ca", "/a"];
+        let with = |kind: &str, more: &[&str]| config(&[&["--admission", kind], more].concat()).map(|it| it.admitting);
+        let peer = ["--allow-peer", "12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"];
+        assert!(matches!(with("certificate", &files), Ok(Admitting::Certificate(it)) if it.name == "lighterman"));
+        assert!(matches!(with("static", &peer), Ok(Admitting::Listed(it)) if it.len() == 1));
+        assert!(matches!(with("token", &[]), Ok(Admitting::Token(it)) if it.grace == Duration::from_secs(86_400)));
+        for (kind, more) in
+            [("certificate", &files[..4]), ("certificate", &peer), ("token", &files), ("token", &peer), ("static", &[])]
+        {
+            assert!(with(kind, more).is_err(), "{kind} {more:?}");
+        }
+    }
+
+    #[test]
     fn lists_and_selectors_are_read() {
         let flags = ["--annotation-prefix", "lighterman.dev,tote.dev", "--allowed-namespace-selector", "component=cni"];
         let policy = config(&flags).unwrap().settings.rules.policy;
         assert_eq!(policy.annotation_prefixes, ["lighterman.dev", "tote.dev"]);
         assert_eq!(policy.allowed_selector, Some("component=cni".parse().unwrap()));
         assert!(config(&["--annotation-prefix", "lighterman.dev/allow"]).is_err());
+    }
+
+    #[test]
+    fn peers_are_told_an_address_that_they_can_dial() {
+        let advertise = |address| config(&["--advertise-address", address]).map(|config| config.settings.advertise);
+        assert_eq!(advertise("10.0.0.1").unwrap(), Some([10, 0, 0, 1].into()));
+        assert!(advertise("0.0.0.0").is_err() && advertise("::").is_err());
     }
 }

@@ -152,7 +152,7 @@ async fn serve(stream: UnixStream, router: Router) {
 }
 
 async fn tell_status(State(shared): State<Shared>) -> Response {
-    json(StatusCode::OK, &shared.status.status())
+    json(StatusCode::OK, &shared.status.status().await)
 }
 
 async fn pull(State(shared): State<Shared>, body: Body) -> Response {

@@ -4,6 +4,7 @@
 pub mod bucket;
 pub mod cause;
 pub mod claim;
+pub mod gossip;
 pub mod inventory;
 pub mod ledger;
 pub mod opt_in;

@@ -13,16 +13,17 @@
 //! agent
 //! config
 //! admin admission cluster containerd control layout mesh registry testing transfer webhook
-//! files http identity
+//! credential files http identity
 //! ports wire metrics
 //! decide
 //! model
 //! oci
 //! ```
 //!
-//! Three deviations from the first design: `identity` is a floor of its own, because both network adapters prove the same key and
+//! Deviations from the first design: `identity` is a floor of its own, because both network adapters prove the same key and
 //! siblings must not import each other; so are `files`, because two stores read blobs from files, and `http`, because two adapters
-//! ask servers outside the cluster; and `testing` stands among the adapters, since that is what it implements.
+//! ask servers outside the cluster, and `credential`, because what strangers show is read before anything else and has to be fuzzed
+//! without the rest; and `testing` stands among the adapters, since that is what it implements.
 
 pub mod decide;
 pub mod model;
@@ -46,11 +47,13 @@ pub mod config;
 pub mod containerd;
 #[cfg(feature = "agent")]
 pub mod control;
+#[cfg(feature = "door")]
+pub mod credential;
 #[cfg(feature = "agent")]
 pub mod files;
 #[cfg(feature = "agent")]
 pub mod http;
-#[cfg(feature = "agent")]
+#[cfg(feature = "door")]
 pub mod identity;
 #[cfg(feature = "agent")]
 pub mod layout;

@@ -1,9 +1,17 @@
 //! Every metric that an agent exports. Methods are named after what happened; no label is unbounded: never a digest, a pod, a
 //! peer or an image.
 
+mod door;
+mod mesh;
+mod register;
+
 use std::time::Duration;
 
-use prometheus::{Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+use prometheus::{Encoder, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
+
+use self::door::DoorMetrics;
+use self::mesh::MeshMetrics;
+use self::register::{counter, counters, gauge, histogram};
 
 /// The metrics of one agent. Cheap to clone; clones share their values.
 #[derive(Clone)]
@@ -18,10 +26,8 @@ pub struct Metrics {
     fetch_failures: IntCounterVec,
     peer_faults: IntCounterVec,
     peers: IntGauge,
-    admissions: IntCounterVec,
-    announced_items: IntGauge,
-    incomplete_images: IntGauge,
-    gossip_rejected: IntCounterVec,
+    mesh: MeshMetrics,
+    door: DoorMetrics,
     nudges: IntCounterVec,
     events: IntCounterVec,
     claims: IntCounterVec,
@@ -119,15 +125,9 @@ impl Metrics {
                 "What went wrong with peers and is held against them for a while, by kind; the log names the peer.",
                 "fault",
             ),
-            peers: gauge(r, "peers", "Peers connected and admitted."),
-            admissions: counters(r, "admissions_total", "Decisions on who may join, by result.", "result"),
-            announced_items: gauge(r, "announced_items", "Blobs and image names that this node announces."),
-            incomplete_images: gauge(
-                r,
-                "incomplete_images",
-                "Images of this node that are not announced because something of them is missing here.",
-            ),
-            gossip_rejected: counters(r, "gossip_rejected_total", "Gossip messages refused, by reason.", "reason"),
+            peers: gauge(r, "peers", "Peers that can be fetched from."),
+            mesh: MeshMetrics::new(r),
+            door: DoorMetrics::new(r),
             nudges: counters(r, "nudges_total", "Pods nudged after a recovery, by result.", "result"),
             events: counters(r, "events_total", "Kubernetes Events written, by reason.", "reason"),
             claims: counters(r, "claims_total", "Claims on a digest, by result.", "result"),
@@ -239,34 +239,15 @@ impl Metrics {
         self.fetch_failures.with_label_values(&[reason]).inc();
     }
 
-    /// A peer did wrong: `lied`, `busy`, `unreachable`, `stalled`, `store_failed`.
+    /// A peer did wrong: `lied`, `busy`, `unreachable`, `stalled`, `store_failed`; or on the mesh `malformed`, `too_many`, `forged` and
+    /// others.
     pub fn peer_at_fault(&self, fault: &'static str) {
         self.peer_faults.with_label_values(&[fault]).inc();
     }
 
-    /// So many peers are connected now.
+    /// So many peers are up now.
     pub fn peers_connected(&self, peers: usize) {
         self.peers.set(i64::try_from(peers).unwrap_or(i64::MAX));
-    }
-
-    /// A peer asked to be admitted: `admitted`, `denied`, `cannot_tell`.
-    pub fn admission_decided(&self, result: &'static str) {
-        self.admissions.with_label_values(&[result]).inc();
-    }
-
-    /// So many items are announced now.
-    pub fn announcing(&self, items: usize) {
-        self.announced_items.set(i64::try_from(items).unwrap_or(i64::MAX));
-    }
-
-    /// So many images are here whose layers, or something else of them, are not.
-    pub fn images_incomplete(&self, images: usize) {
-        self.incomplete_images.set(i64::try_from(images).unwrap_or(i64::MAX));
-    }
-
-    /// A gossip message was refused.
-    pub fn gossip_refused(&self, reason: &'static str) {
-        self.gossip_rejected.with_label_values(&[reason]).inc();
     }
 
     /// A pod was nudged, or could not be.
@@ -309,34 +290,6 @@ impl Default for Metrics {
     fn default() -> Self {
         Self::new()
     }
-}
-
-fn register<C: prometheus::core::Collector + Clone + 'static>(registry: &Registry, collector: C) -> C {
-    registry.register(Box::new(collector.clone())).expect("each name is registered once");
-    collector
-}
-
-fn named(name: &str) -> String {
-    format!("lighterman_{name}")
-}
-
-fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
-    register(registry, IntCounter::new(named(name), help).expect("a constant name"))
-}
-
-fn counters(registry: &Registry, name: &str, help: &str, label: &str) -> IntCounterVec {
-    register(registry, IntCounterVec::new(Opts::new(named(name), help), &[label]).expect("a constant name"))
-}
-
-fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
-    register(registry, IntGauge::new(named(name), help).expect("a constant name"))
-}
-
-fn histogram(registry: &Registry, name: &str, help: &str) -> Histogram {
-    // From an image whose layers are all here to 10 GiB over a shared 1 Gbit/s link.
-    let buckets = vec![0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0];
-    let options = HistogramOpts::new(named(name), help).buckets(buckets);
-    register(registry, Histogram::with_opts(options).expect("a constant name"))
 }
 
 #[cfg(test)]

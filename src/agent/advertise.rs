@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use self::images::{Images, Looked};
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
-use crate::model::{ContentChange, MAX_ITEMS, Outage};
+use crate::model::{ContentChange, Item, MAX_ITEMS, Outage};
 use crate::ports::{BlobInfo, ContentStore, ImagesStatus, StoreError};
 
 /// The store is listed again after so long without an event, because collections are silent.
@@ -91,7 +91,7 @@ impl Advertiser {
 
     /// Everything that can be fetched from here: blobs that are there, and the names of images that are whole for some platform. Also what
     /// this node itself knows of registries.
-    async fn list(&mut self) -> Result<BTreeSet<ContentChange>, StoreError> {
+    async fn list(&mut self) -> Result<BTreeSet<Item>, StoreError> {
         let blobs = self.store.blobs().await?;
         let records = self.store.images().await?;
         self.names.send_replace(Some(Arc::new(records.iter().map(|record| record.name.clone()).collect())));
@@ -102,7 +102,7 @@ impl Advertiser {
         Ok(everything(&blobs, looked, &self.outages.borrow()))
     }
 
-    async fn tell(&self, told: &BTreeSet<ContentChange>, held: &BTreeSet<ContentChange>) {
+    async fn tell(&self, told: &BTreeSet<Item>, held: &BTreeSet<Item>) {
         self.metrics.announcing(held.len());
         let changes = difference(told, held);
         if !changes.is_empty() {
@@ -112,12 +112,12 @@ impl Advertiser {
 }
 
 /// All that is to be told, bounded.
-fn everything(blobs: &[BlobInfo], looked: Looked, outages: &[Outage]) -> BTreeSet<ContentChange> {
+fn everything(blobs: &[BlobInfo], looked: Looked, outages: &[Outage]) -> BTreeSet<Item> {
     let Looked { names, damaged, incomplete: _ } = looked;
     let sound = blobs.iter().map(|blob| blob.digest).filter(|digest| !damaged.contains(digest));
-    let mut held: BTreeSet<_> = sound.map(ContentChange::BlobAdded).collect();
+    let mut held: BTreeSet<_> = sound.map(Item::Blob).collect();
     held.extend(names);
-    held.extend(outages.iter().cloned().map(ContentChange::RegistryDown));
+    held.extend(outages.iter().cloned().map(Item::Outage));
     if held.len() > MAX_ITEMS {
         tracing::warn!(
             items = held.len(),
@@ -131,17 +131,7 @@ fn everything(blobs: &[BlobInfo], looked: Looked, outages: &[Outage]) -> BTreeSe
 }
 
 /// What makes of those who were told the one what they need to know the other.
-fn difference(told: &BTreeSet<ContentChange>, held: &BTreeSet<ContentChange>) -> Vec<ContentChange> {
-    told.difference(held).cloned().map(withdrawn).chain(held.difference(told).cloned()).collect()
-}
-
-/// The change that undoes an addition.
-fn withdrawn(item: ContentChange) -> ContentChange {
-    match item {
-        ContentChange::BlobAdded(digest) | ContentChange::BlobRemoved(digest) => ContentChange::BlobRemoved(digest),
-        ContentChange::Tagged(repository, tag, root) | ContentChange::Untagged(repository, tag, root) => {
-            ContentChange::Untagged(repository, tag, root)
-        }
-        ContentChange::RegistryDown(outage) | ContentChange::RegistryUp(outage) => ContentChange::RegistryUp(outage),
-    }
+fn difference(told: &BTreeSet<Item>, held: &BTreeSet<Item>) -> Vec<ContentChange> {
+    let gone = told.difference(held).cloned().map(ContentChange::Removed);
+    gone.chain(held.difference(told).cloned().map(ContentChange::Added)).collect()
 }

@@ -1,23 +1,41 @@
 //! Finding peers: addresses are greeted at the door ([`crate::transfer`]), and who is admitted there may gossip ([`crate::mesh`]).
 //!
+//! Addresses come from DNS and from settings, from the address book of an earlier process, and from the mesh, which asks for the
+//! neighbours that it lacks. The mesh also says who is there whom this agent never met, and where: so anybody can be fetched from.
+//!
 //! Not here: who is admitted. Addresses are only hints; anybody may answer there.
+
+mod address_book;
+mod attendance;
+mod calls;
+pub mod introduce;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{StreamExt, stream};
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
+use rand::seq::SliceRandom;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use self::address_book::{AddressBook, KnownPeer};
+use self::attendance::Attendance;
+use self::calls::{Call, Calls, MAX_HINTS};
 use super::holders::Holders;
-use crate::mesh::Mesh;
-use crate::model::{Peer, PeerId};
+use crate::mesh::{Mesh, MeshNews};
+use crate::metrics::Metrics;
+use crate::model::{MeshStatus, Peer, PeerId, Release};
+use crate::ports::MeshSource;
 use crate::transfer::{GreetError, Transfer};
 
-/// How often names are resolved and unknown addresses greeted, once the start is over. New nodes greet us themselves, so this only
-/// mends what went wrong.
+/// How often names are resolved and unknown addresses greeted, once the start is over. New nodes greet us themselves, and the mesh tells
+/// of them, so this only mends what went wrong.
 const PERIOD: Duration = Duration::from_secs(10);
 /// The first rounds, while a cluster starts: of two agents that start together DNS may know neither yet, and it learns of a pod within
 /// a second or two.
@@ -26,59 +44,219 @@ const FIRST_PERIOD: Duration = Duration::from_secs(1);
 const STARTING: Duration = Duration::from_secs(10);
 /// Addresses greeted at the same time.
 const AT_ONCE: usize = 16;
-/// Most addresses taken from one name: more nodes than this need the fuller protocol that does not connect all to all.
+/// Most addresses taken from DNS and settings in one round, at random; the next round takes others.
 const MAX_ADDRESSES: usize = 512;
 /// Longest wait for the resolver.
 const RESOLVE_WAIT: Duration = Duration::from_secs(5);
 
+/// The first greetings wait for up to this long, at random, so that the doors of a thousand nodes that start together are not all
+/// knocked at in the same moment...
+const LONGEST_SPREAD: Duration = Duration::from_secs(2);
+/// ...and the fewer there are to greet, the shorter: three nodes have nothing to spread.
+const SPREAD_EACH: Duration = Duration::from_millis(4);
+
 /// A peer that was not connected for so long is forgotten: its node is gone, or it greets us again. Longer than a node's restart.
 const FORGET_AFTER: Duration = Duration::from_secs(600);
+
+/// How often the mesh is counted for the metrics, as often as Prometheus asks.
+const COUNT_PERIOD: Duration = Duration::from_secs(15);
+
+/// Of these countings each second one brings the address book up to date: it is written at most every 30 s.
+const COUNTS_PER_NOTE: u64 = 2;
+
+/// Longest that the end waits for the address book to be on disk.
+const LAST_NOTE: Duration = Duration::from_secs(2);
+
+/// A verdict that never ends is told to the mesh as one of this length.
+const LONGEST_LIFE: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Keeps this agent connected.
 pub struct Joiner {
     /// `host:port` of the first peers; names are resolved again each time.
     pub seeds: Vec<String>,
+    /// Where known peers are kept.
+    pub peers_file: PathBuf,
     /// The door.
     pub transfer: Transfer,
     /// Who may gossip.
     pub mesh: Mesh,
+    /// The same mesh, counted.
+    pub status: Arc<dyn MeshSource>,
     /// Who is connected.
     pub holders: Holders,
+    /// Where the mesh is counted.
+    pub metrics: Metrics,
+}
+
+/// What is remembered from one round to the next.
+struct Memory {
+    calls: Calls,
+    book: AddressBook,
+    writing: Option<JoinHandle<bool>>,
+    attendance: Attendance,
+    up: BTreeSet<PeerId>,
+    releases: BTreeMap<String, Release>,
+    /// Addresses of this agent itself.
+    myself: BTreeSet<SocketAddr>,
+    /// Who was met where. Their own word for it may be another address.
+    met: BTreeMap<SocketAddr, PeerId>,
+    /// Why nobody was; each reason is logged once.
+    refused: BTreeMap<SocketAddr, String>,
+    last_seen: BTreeMap<PeerId, Instant>,
 }
 
 impl Joiner {
-    /// Runs until stopped. `joined` yields the peers that greeted us and were admitted.
-    pub async fn run(self, mut joined: mpsc::Receiver<Peer>, stop: CancellationToken) {
+    /// Runs until stopped. `joined` yields the peers that greeted us and were admitted, `news` what the mesh has to say.
+    pub async fn run(
+        self,
+        mut joined: mpsc::Receiver<Peer>,
+        mut news: mpsc::Receiver<MeshNews>,
+        stop: CancellationToken,
+    ) {
         let began = Instant::now();
-        let mut refused = BTreeMap::new();
-        let mut myself = BTreeSet::new();
-        let mut last_seen = BTreeMap::new();
-        let mut next = Instant::now();
+        let mut memory = Memory::new(self.peers_file.clone());
+        let mut greetings = FuturesUnordered::new();
+        let earlier = memory.book.addresses();
+        let mut quiet_until = began + spread(earlier.len());
+        memory.calls.hint(earlier);
+        let mut is_first = true;
+        let round = self.look_up(Duration::ZERO);
+        let counting = self.count(Duration::ZERO);
+        tokio::pin!(round, counting);
+        let mut counts = 0;
         loop {
+            let is_quiet = Instant::now() < quiet_until;
+            while greetings.len() < AT_ONCE && !is_quiet {
+                let Some(call) = memory.calls.next() else { break };
+                let transfer = &self.transfer;
+                greetings.push(transfer.greet(call.address, call.meant).map(move |greeted| (call, greeted)));
+            }
+            let due = memory.attendance.due();
             tokio::select! {
-                () = stop.cancelled() => return,
-                peer = joined.recv() => match peer {
-                    Some(peer) => self.mesh.admit(peer).await,
-                    None => { stop.cancelled().await; return }
-                },
-                () = tokio::time::sleep_until(next) => {
-                    // Greeted without waiting for the ends of the rounds: `joined` must be read meanwhile.
-                    let greeted = self.greet_missing(&mut myself, &mut refused);
-                    tokio::pin!(greeted);
-                    loop {
-                        tokio::select! {
-                            () = stop.cancelled() => return,
-                            () = &mut greeted => break,
-                            Some(peer) = joined.recv() => self.mesh.admit(peer).await,
-                        }
+                () = stop.cancelled() => break,
+                Some(peer) = joined.recv() => self.admit(peer).await,
+                Some(news) = news.recv() => self.hear(news, &mut memory).await,
+                Some((call, greeted)) = greetings.next() => self.ended(call, greeted, &mut memory).await,
+                addresses = &mut round => {
+                    let unknown = self.unknown(addresses, &memory);
+                    if std::mem::take(&mut is_first) {
+                        quiet_until = quiet_until.max(Instant::now() + spread(unknown.len()));
                     }
-                    self.forget_the_gone(&mut last_seen, Instant::now()).await;
+                    memory.begin_round(unknown);
+                    if self.holders.count() == 0 {
+                        // As at the start: DNS may be away, and those whom this agent knew may be back.
+                        let earlier = memory.book.addresses();
+                        memory.calls.hint(earlier);
+                    }
+                    self.forget_the_gone(&mut memory.last_seen, Instant::now()).await;
                     let period = if began.elapsed() < STARTING { FIRST_PERIOD } else { PERIOD };
                     // Spread over a fifth, so that nodes that started together do not stay in step.
-                    next = Instant::now() + period.mul_f64(0.9 + rand::random::<f64>() / 5.0);
+                    round.set(self.look_up(period.mul_f64(0.9 + rand::random::<f64>() / 5.0)));
+                }
+                status = &mut counting => {
+                    self.metrics.mesh_counted(&status);
+                    memory.releases = releases(&status);
+                    counts += 1;
+                    if counts % COUNTS_PER_NOTE == 0 {
+                        self.note(&mut memory);
+                    }
+                    counting.set(self.count(COUNT_PERIOD));
+                }
+                () = sleep_until(quiet_until), if is_quiet => {}
+                () = sleep_until(due.unwrap_or(began)), if due.is_some() => memory.attendance.sum_up(),
+            }
+        }
+        if let Some(writing) = memory.writing.take() {
+            // One at a time.
+            let _ = tokio::time::timeout(LAST_NOTE, writing).await;
+        }
+        self.note(&mut memory);
+        if let Some(writing) = memory.writing.take() {
+            let _ = tokio::time::timeout(LAST_NOTE, writing).await;
+        }
+    }
+
+    /// Where peers may be, by DNS and by settings, after a pause; in random order.
+    async fn look_up(&self, pause: Duration) -> Vec<SocketAddr> {
+        sleep(pause).await;
+        let mut addresses = BTreeSet::new();
+        for seed in &self.seeds {
+            addresses.extend(resolve(seed).await);
+        }
+        let mut addresses: Vec<_> = addresses.into_iter().collect();
+        addresses.shuffle(&mut rand::rng());
+        addresses.truncate(MAX_ADDRESSES);
+        addresses
+    }
+
+    async fn count(&self, pause: Duration) -> MeshStatus {
+        sleep(pause).await;
+        self.status.mesh().await.unwrap_or_default()
+    }
+
+    async fn admit(&self, peer: Peer) {
+        let life = self.transfer.admitted_for(peer.id).min(LONGEST_LIFE);
+        self.mesh.admit(peer, life).await;
+    }
+
+    async fn hear(&self, news: MeshNews, memory: &mut Memory) {
+        match news {
+            MeshNews::Up(peer) => {
+                self.transfer.know(&peer);
+                // One that moved is told as well.
+                if memory.up.insert(peer.id) {
+                    memory.attendance.up(&peer, Instant::now());
+                }
+            }
+            MeshNews::Down(peer) => {
+                memory.up.remove(&peer);
+                let known = self.transfer.peer(peer);
+                memory.attendance.down(peer, known.as_ref().map(|known| &known.node), Instant::now());
+            }
+            MeshNews::Greet(peer) => {
+                if !memory.calls.ask(peer.id, peer.transfer) {
+                    self.mesh.declined(peer.id).await;
                 }
             }
         }
+        self.metrics.peers_connected(self.holders.count());
+    }
+
+    async fn ended(&self, call: Call, greeted: Result<Peer, GreetError>, memory: &mut Memory) {
+        memory.calls.ended(call, greeted.is_ok());
+        let is_silent = greeted.as_ref().is_err_and(GreetError::is_silence);
+        match greeted {
+            Ok(peer) => {
+                memory.refused.remove(&call.address);
+                memory.met.insert(call.address, peer.id);
+                return self.admit(peer).await;
+            }
+            Err(GreetError::Myself(_)) => drop(memory.myself.insert(call.address)),
+            Err(error) => {
+                // Once per address and reason: a node that is down would fill the log.
+                let reason = error.to_string();
+                if memory.refused.get(&call.address) != Some(&reason) {
+                    tracing::info!(address = %call.address, %error, "no peer there yet");
+                    memory.refused.insert(call.address, reason);
+                }
+            }
+        }
+        match call.meant {
+            Some(meant) if is_silent => self.mesh.unreachable(meant).await,
+            Some(meant) => self.mesh.declined(meant).await,
+            None => {}
+        }
+    }
+
+    /// Those where nobody is known who is up.
+    fn unknown(&self, mut addresses: Vec<SocketAddr>, memory: &Memory) -> Vec<SocketAddr> {
+        let up: BTreeMap<_, _> = self.holders.peers().into_iter().map(|peer| (peer.id, peer.transfer)).collect();
+        let taken: BTreeSet<_> = up.values().copied().collect();
+        addresses.retain(|address| {
+            let is_met = memory.met.get(address).is_some_and(|peer| up.contains_key(peer));
+            !is_met && !taken.contains(address) && !memory.myself.contains(address)
+        });
+        addresses
     }
 
     /// Lets go of peers that have not been connected for a long time.
@@ -98,41 +276,66 @@ impl Joiner {
         }
     }
 
-    async fn greet_missing(&self, myself: &mut BTreeSet<SocketAddr>, refused: &mut BTreeMap<SocketAddr, String>) {
-        let connected: BTreeSet<_> = self.holders.peers().into_iter().map(|peer| peer.transfer).collect();
-        let mut missing = BTreeSet::new();
-        for seed in &self.seeds {
-            missing.extend(resolve(seed).await.into_iter().filter(|address| !connected.contains(address)));
+    /// Brings the address book up to date. Its file is written beside everything else, one at a time.
+    fn note(&self, memory: &mut Memory) {
+        match memory.writing.take_if(|writing| writing.is_finished()).map(FutureExt::now_or_never) {
+            Some(Some(Ok(true))) => {}
+            Some(_) => memory.book.was_not_written(),
+            None if memory.writing.is_some() => return,
+            None => {}
         }
-        missing.retain(|address| !myself.contains(address));
-        refused.retain(|address, _| missing.contains(address));
-        let greetings = stream::iter(missing)
-            .map(|address| async move { (address, self.transfer.greet(address, None).await) })
-            .buffer_unordered(AT_ONCE);
-        tokio::pin!(greetings);
-        while let Some((address, greeted)) = greetings.next().await {
-            match greeted {
-                Ok(peer) => {
-                    refused.remove(&address);
-                    self.mesh.admit(peer).await;
-                }
-                Err(GreetError::Myself(_)) => drop(myself.insert(address)),
-                Err(error) => {
-                    // Once per address and reason: a node that is down would fill the log.
-                    let reason = error.to_string();
-                    if refused.get(&address) != Some(&reason) {
-                        tracing::info!(%address, %error, "no peer there yet");
-                        refused.insert(address, reason);
-                    }
-                }
-            }
+        let now = address_book::now();
+        let release = |peer: &Peer| memory.releases.get(&peer.id.to_string()).cloned();
+        let alive = self.holders.peers().into_iter().map(|peer| KnownPeer::new(&peer, release(&peer), now)).collect();
+        if let Some((path, text)) = memory.book.update(alive) {
+            memory.writing = Some(spawn_blocking(move || address_book::store(&path, &text)));
         }
     }
 }
 
+impl Memory {
+    fn new(peers_file: PathBuf) -> Self {
+        Self {
+            calls: Calls::default(),
+            book: AddressBook::open(peers_file),
+            writing: None,
+            attendance: Attendance::default(),
+            up: BTreeSet::new(),
+            releases: BTreeMap::new(),
+            myself: BTreeSet::new(),
+            met: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            last_seen: BTreeMap::new(),
+        }
+    }
+
+    fn begin_round(&mut self, unknown: Vec<SocketAddr>) {
+        // Nodes come and go and DNS can say anything: begun anew rather than let grow, which costs a line and a greeting for each.
+        if self.refused.len() > MAX_HINTS {
+            self.refused.clear();
+        }
+        if self.met.len() > MAX_HINTS {
+            self.met.clear();
+        }
+        self.calls.hint(unknown);
+    }
+}
+
+/// How long the first greetings of so many addresses wait.
+fn spread(addresses: usize) -> Duration {
+    let most = SPREAD_EACH.saturating_mul(u32::try_from(addresses).unwrap_or(u32::MAX)).min(LONGEST_SPREAD);
+    most.mul_f64(rand::random())
+}
+
+/// What each member runs, by PeerId.
+fn releases(status: &MeshStatus) -> BTreeMap<String, Release> {
+    let members = status.members.iter();
+    members.filter_map(|member| Some((member.peer_id.clone(), member.release.parse().ok()?))).collect()
+}
+
 async fn resolve(seed: &str) -> Vec<SocketAddr> {
     match tokio::time::timeout(RESOLVE_WAIT, tokio::net::lookup_host(seed)).await {
-        Ok(Ok(addresses)) => addresses.take(MAX_ADDRESSES).collect(),
+        Ok(Ok(addresses)) => addresses.collect(),
         Ok(Err(error)) => {
             tracing::debug!(seed, %error, "cannot resolve");
             Vec::new()

@@ -1,16 +1,20 @@
-//! How this agent is, for the person who asks: put together from what its parts know, at once and without asking anybody.
+//! How this agent is, for the person who asks: put together from what its parts know.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
 
+use async_trait::async_trait;
 use tokio::sync::watch;
 
 use super::by_hand::names;
 use super::holders::Holders;
 use super::progress::Board;
-use crate::model::{NodeName, Outage, OutageKind, PeerId};
+use crate::mesh::Mesh;
+use crate::model::{MeshStatus, NodeName, Outage, OutageKind, PeerId};
 use crate::ports::{
-    ContainerdStatus, ImagesStatus, MAX_NAMES, MAX_PEERS, OutageStatus, PeerStatus, PeersStatus, RecoveryStatus,
-    RulesFileStatus, Status, StatusSource,
+    ContainerdStatus, ImagesStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus, RecoveryStatus, RulesFileStatus,
+    Status, StatusSource,
 };
 
 /// What peers say about registries, taken into account: each of them may name many, and a person reads few.
@@ -19,12 +23,34 @@ const MAX_OUTAGES: usize = 4096;
 /// Registries that are told of. More are down only where the network is.
 const MAX_REGISTRIES: usize = 64;
 
+/// The mesh answers within milliseconds, or it is in trouble.
+const MESH_WAIT: Duration = Duration::from_secs(1);
+
+/// Asks the mesh.
+pub struct MeshView(pub Mesh);
+
+#[async_trait]
+impl MeshSource for MeshView {
+    async fn mesh(&self) -> Option<MeshStatus> {
+        let status = tokio::time::timeout(MESH_WAIT, self.0.status()).await.ok()??;
+        Some(bounded(status))
+    }
+}
+
+fn bounded(mut status: MeshStatus) -> MeshStatus {
+    status.members.sort();
+    status.members.truncate(MAX_MEMBERS);
+    status
+}
+
 /// Asks the parts of one agent.
 pub struct AgentStatus {
     /// This node.
     pub node: NodeName,
     /// This agent.
     pub me: PeerId,
+    /// Who else is there.
+    pub mesh: Arc<dyn MeshSource>,
     /// Who holds what.
     pub holders: Holders,
     /// Recoveries.
@@ -39,14 +65,15 @@ pub struct AgentStatus {
     pub rules_file: Option<watch::Receiver<RulesFileStatus>>,
 }
 
+#[async_trait]
 impl StatusSource for AgentStatus {
-    fn status(&self) -> Status {
+    async fn status(&self) -> Status {
         Status {
             node: Some(self.node.to_string()),
             peer_id: Some(self.me.to_string()),
             version: Some(env!("CARGO_PKG_VERSION").into()),
             containerd: self.containerd.as_ref().map(|told| told.borrow().clone()),
-            peers: Some(self.peers()),
+            mesh: self.mesh.mesh().await,
             images: self.images.borrow().clone(),
             registries_down: Some(self.registries_down()),
             recoveries: Some(self.recoveries()),
@@ -56,18 +83,6 @@ impl StatusSource for AgentStatus {
 }
 
 impl AgentStatus {
-    fn peers(&self) -> PeersStatus {
-        let peers = self.holders.peers();
-        let connected = peers.len();
-        let mut named: Vec<_> = peers
-            .into_iter()
-            .map(|peer| PeerStatus { node: peer.node.to_string(), peer_id: peer.id.to_string() })
-            .collect();
-        named.sort();
-        named.truncate(MAX_PEERS);
-        PeersStatus { connected, named }
-    }
-
     /// By registry and by how it fails: each node has its own moment, and the earliest counts.
     fn registries_down(&self) -> Vec<OutageStatus> {
         let mut known: BTreeMap<(String, OutageKind), (u64, BTreeSet<String>)> = BTreeMap::new();
@@ -108,13 +123,23 @@ impl AgentStatus {
 mod tests {
     use super::*;
     use crate::decide::plan::Plan;
-    use crate::model::{ContentChange, MeshEvent, Peer};
+    use crate::model::{Item, MeshEvent, Peer};
     use crate::oci::{Descriptor, Digest};
+
+    struct Silent;
+
+    #[async_trait]
+    impl MeshSource for Silent {
+        async fn mesh(&self) -> Option<MeshStatus> {
+            None
+        }
+    }
 
     fn agent() -> AgentStatus {
         AgentStatus {
             node: "n1".parse().unwrap(),
             me: PeerId::from_public_key([9; 32]),
+            mesh: Arc::new(Silent),
             holders: Holders::default(),
             board: Board::default(),
             containerd: None,
@@ -127,20 +152,20 @@ mod tests {
     fn peer(agent: &AgentStatus, number: u8, outages: &[(&str, OutageKind, u64)]) {
         let (id, address) = (PeerId::from_public_key([number; 32]), "127.0.0.1:1".parse().unwrap());
         let node = format!("n{number}").parse().unwrap();
-        agent.holders.apply(MeshEvent::Up(Peer { id, node, transfer: address, gossip: address }));
+        agent.holders.apply(MeshEvent::Up(Peer { id, node, zone: None, transfer: address, gossip: address }));
         let outage = |(registry, kind, since): &(&str, OutageKind, u64)| {
-            ContentChange::RegistryDown(Outage { registry: (*registry).into(), kind: *kind, since: *since })
+            Item::Outage(Outage { registry: (*registry).into(), kind: *kind, since: *since })
         };
         agent.holders.apply(MeshEvent::Snapshot(id, outages.iter().map(outage).collect()));
     }
 
-    #[test]
-    fn a_registry_is_down_since_the_first_who_says_so() {
+    #[tokio::test]
+    async fn a_registry_is_down_since_the_first_who_says_so() {
         let agent = agent();
         peer(&agent, 3, &[("r.test", OutageKind::Refused, 300), ("a.test", OutageKind::Tls, 5)]);
         peer(&agent, 2, &[("r.test", OutageKind::Refused, 200)]);
         peer(&agent, 4, &[]);
-        let status = agent.status();
+        let status = agent.status().await;
         let down = |registry: &str, how: &str, since, said_by: &[&str]| OutageStatus {
             registry: registry.into(),
             how: how.into(),
@@ -150,13 +175,22 @@ mod tests {
         let expected =
             [down("a.test", "TLS fails", 5, &["n3"]), down("r.test", "connections are refused", 200, &["n2", "n3"])];
         assert_eq!(status.registries_down.unwrap(), expected);
-        let peers = status.peers.unwrap();
-        assert_eq!(peers.named.iter().map(|peer| peer.node.as_str()).collect::<Vec<_>>(), ["n2", "n3", "n4"]);
-        assert_eq!(peers.connected, 3);
+        assert_eq!(status.mesh, None, "a mesh that does not answer is not known");
     }
 
     #[test]
-    fn a_recovery_is_shown_while_it_runs() {
+    fn members_are_told_by_node_and_not_without_end() {
+        let member = |number: usize| crate::model::MemberStatus {
+            node: format!("n{number:05}"),
+            ..crate::model::MemberStatus::default()
+        };
+        let status = MeshStatus { members: (0..6000).rev().map(member).collect(), ..MeshStatus::default() };
+        let told = bounded(status).members;
+        assert_eq!((told.len(), &*told[0].node, &*told[4999].node), (5000, "n00000", "n04999"));
+    }
+
+    #[tokio::test]
+    async fn a_recovery_is_shown_while_it_runs() {
         let agent = agent();
         let reference = "r.test/a:1".parse().unwrap();
         let progress = agent.board.begin(&reference);
@@ -164,8 +198,8 @@ mod tests {
         let blob = Descriptor { media_type: String::new(), digest, size: 7, platform: None, attestation: false };
         progress.expect(&Plan { there: Vec::new(), missing: vec![blob], withheld: Vec::new() });
         let expected = RecoveryStatus { image: "r.test/a:1".into(), done: 0, total: 7, from: Vec::new() };
-        assert_eq!(agent.status().recoveries, Some(vec![expected]));
+        assert_eq!(agent.status().await.recoveries, Some(vec![expected]));
         agent.board.end(&reference, Err("gone".into()));
-        assert_eq!(agent.status().recoveries, Some(Vec::new()));
+        assert_eq!(agent.status().await.recoveries, Some(Vec::new()));
     }
 }

@@ -1,6 +1,8 @@
 //! The agent's flow on ports in memory: what happens to images and pods, said in sentences.
 
 mod by_hand;
+mod doubting;
+mod joining;
 mod killed;
 mod mending;
 mod needs;
@@ -19,7 +21,7 @@ use super::resolve::Resolver;
 use crate::decide::reserve::Reservations;
 use crate::decide::rules::{ResolveSettings, Rules};
 use crate::metrics::Metrics;
-use crate::model::{ContentChange, MeshEvent, NodeName, Peer, PeerId};
+use crate::model::{ContentChange, Item, MeshEvent, NodeName, Peer, PeerId};
 use crate::oci::{Digest, Platform, Reference};
 use crate::ports::{ContentStore, ImageRecord, Imports, StoreError};
 use crate::testing::image::{MadeImage, put_image};
@@ -77,16 +79,16 @@ impl Harbour {
 
     /// Everything in the store, as the peer's agent would announce it.
     async fn announce(&self, number: u8, store: Arc<MemoryStore>, behaviour: Behaviour) {
-        let mut items: Vec<_> = blobs_of(&*store).await.into_iter().map(ContentChange::BlobAdded).collect();
+        let mut items: Vec<_> = blobs_of(&*store).await.into_iter().map(Item::Blob).collect();
         for record in store.images().await.unwrap() {
             if let Ok(Reference::Tag(repository, tag)) = record.name.parse() {
-                items.push(ContentChange::Tagged(repository, Some(tag), record.target.digest));
+                items.push(Item::Image(repository, Some(tag), record.target.digest));
             }
         }
         let id = peer(number);
         let address = "127.0.0.1:1".parse().unwrap();
         let node: NodeName = format!("node-{number}").parse().unwrap();
-        self.holders.apply(MeshEvent::Up(Peer { id, node, transfer: address, gossip: address }));
+        self.holders.apply(MeshEvent::Up(Peer { id, node, zone: None, transfer: address, gossip: address }));
         self.holders.apply(MeshEvent::Snapshot(id, items));
         self.fetcher.put_peer(id, store, behaviour);
     }

@@ -12,11 +12,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{EXIT_USAGE, runtime};
 use crate::admin::Check;
-use crate::admission::StaticAdmission;
+use crate::admission::{CertificateAdmission, CertificateError, StaticAdmission};
 use crate::agent::supervisor::Supervisor;
 use crate::agent::{Agent, World};
 use crate::cluster::{self, KubeCluster, TokenAdmission};
-use crate::config::Config;
+use crate::config::{Admitting, Config};
 use crate::containerd::{self, ContainerdStore, Surroundings, VERIFIERS, usual_socket};
 use crate::identity::Identity;
 use crate::metrics::Metrics;
@@ -38,6 +38,7 @@ pub(super) fn run(config: Config) -> ExitCode {
         Err(error) => {
             tracing::error!(error = %chain(&*error), "the agent ends");
             let is_settings = error.is::<containerd::ConfigError>()
+                || error.is::<CertificateError>()
                 || error.is::<registry::ConfigError>()
                 || error.is::<webhook::ConfigError>();
             if is_settings { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
@@ -46,8 +47,7 @@ pub(super) fn run(config: Config) -> ExitCode {
 }
 
 async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
-    let Config { mut transfer, mut mesh, mut containerd, cluster, registry, webhook, admitted_peers, mut settings } =
-        config;
+    let Config { mut transfer, mut mesh, mut containerd, cluster, registry, webhook, admitting, mut settings } = config;
     for listen in [&mut transfer.listen, &mut mesh.listen, &mut settings.admin_listen] {
         *listen = on_this_kernel(*listen);
     }
@@ -66,10 +66,21 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let answering = watch::Sender::new(false);
     let (imports, told) = (watch::Sender::new(Imports::NotKnown), watch::Sender::new(ContainerdStatus::default()));
     let (pods_in, pods) = mpsc::channel(POD_EVENTS_QUEUED);
-    let token = admitted_peers.is_none().then(|| Arc::new(TokenAdmission::new(&kube, identity.peer_id())));
-    let admission: Arc<dyn Admission> = match (&token, admitted_peers) {
-        (Some(token), _) => Arc::clone(token) as _,
-        (None, peers) => Arc::new(StaticAdmission::new(peers.unwrap_or_default())),
+    let mut supervisor = Supervisor::default();
+    let me = identity.peer_id();
+    let admission: Arc<dyn Admission> = match admitting {
+        Admitting::Token(keep) => {
+            let admission = Arc::new(TokenAdmission::new(&kube, me, keep, metrics.clone()));
+            let running = Arc::clone(&admission);
+            supervisor.spawn("token", |stop| async move { running.run(stop).await });
+            admission
+        }
+        Admitting::Certificate(files) => {
+            let admission = Arc::new(CertificateAdmission::open(files, me)?);
+            supervisor.spawn("certificate", |stop| Arc::clone(&admission).run(stop));
+            admission
+        }
+        Admitting::Listed(peers) => Arc::new(StaticAdmission::new(peers)),
     };
     let notifier: Option<Arc<dyn Notifier>> = match webhook {
         Some(webhook) => Some(Arc::new(Webhook::new(webhook).await?)),
@@ -90,15 +101,11 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
             Check { name: "pod watch", holds: kube.synced() },
         ],
     };
-    let mut supervisor = Supervisor::default();
     let swept = Arc::clone(&kube);
     let probe =
         Probe { store: store.clone(), import_past_verifiers: settings.import_past_verifiers, answering, imports, told };
     supervisor.spawn("containerd", |stop| store.run(stop));
     supervisor.spawn("probe", |stop| probe.run(stop));
-    if let Some(token) = token {
-        supervisor.spawn("token", |stop| async move { token.run(stop).await });
-    }
     supervisor.spawn("sweep", |stop| sweep(swept, stop));
     let agent = Agent::start(settings, transfer, mesh, identity, world, metrics, supervisor).await?;
     let Agent { mut supervisor, holders: _, board: _, transfer: _, admin: _ } = agent;

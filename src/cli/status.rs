@@ -8,9 +8,8 @@ use clap::Args;
 use super::runtime;
 use super::socket::{SocketArgs, printable, with_advice};
 use crate::agent::tell::human_bytes;
-use crate::ports::{
-    ContainerdStatus, ImagesStatus, OutageStatus, PeerStatus, PeersStatus, RecoveryStatus, RulesFileStatus, Status,
-};
+use crate::model::MeshStatus;
+use crate::ports::{ContainerdStatus, ImagesStatus, OutageStatus, RecoveryStatus, RulesFileStatus, Status};
 
 /// Flags of `lighterman status`.
 #[derive(Debug, Args)]
@@ -20,6 +19,10 @@ pub(super) struct StatusArgs {
     #[arg(long)]
     json: bool,
 
+    /// Print a table of all other agents instead
+    #[arg(long, conflicts_with = "json")]
+    peers: bool,
+
     #[command(flatten)]
     socket: SocketArgs,
 }
@@ -27,6 +30,7 @@ pub(super) struct StatusArgs {
 const EXAMPLES: &str = "\
 Examples:
   lighterman status
+  lighterman status --peers
   lighterman status --json | jq .registriesDown
   kubectl -n lighterman exec ds/lighterman -- lighterman status
 
@@ -34,7 +38,7 @@ Exit codes: 0 the agent answered, 1 it did not, 64 wrong flags.";
 
 /// Asks and prints.
 pub(super) fn run(args: StatusArgs) -> ExitCode {
-    let StatusArgs { json, socket } = args;
+    let StatusArgs { json, peers, socket } = args;
     let client = socket.client();
     let asked = match runtime() {
         Ok(runtime) => runtime.block_on(client.status()).map_err(|error| with_advice(&error)),
@@ -47,29 +51,30 @@ pub(super) fn run(args: StatusArgs) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let text = if json {
-        serde_json::to_string_pretty(&status).expect("names and numbers are JSON") + "\n"
-    } else {
-        table(&status)
+    let text = match (json, peers, &status.mesh) {
+        (true, ..) => serde_json::to_string_pretty(&status).expect("names and numbers are JSON") + "\n",
+        (false, true, Some(mesh)) => mesh.table().lines().map(|line| printable(line) + "\n").collect(),
+        (false, true, None) => {
+            eprintln!("lighterman: the mesh does not answer; `lighterman status` says how the agent is otherwise");
+            return ExitCode::FAILURE;
+        }
+        (false, false, _) => table(&status),
     };
     // A reader that went away (`| head`) is no failure.
     let _ = std::io::stdout().write_all(text.as_bytes());
     ExitCode::SUCCESS
 }
 
-/// Peers that a person looks through; the JSON has more.
-const PEERS_SHOWN: usize = 20;
-
 /// Width of the first column.
 const WIDTH: usize = 17;
 
 /// A name and a line, or several lines, for each thing that is known.
 fn table(status: &Status) -> String {
-    let Status { node, peer_id, version, containerd, peers, images, registries_down, recoveries, rules_file } = status;
+    let Status { node, peer_id, version, containerd, mesh, images, registries_down, recoveries, rules_file } = status;
     let word = |text: &Option<String>| vec![text.clone().unwrap_or_else(unknown)];
     let mut rows = vec![("node", word(node)), ("PeerId", word(peer_id)), ("version", word(version))];
     rows.extend(containerd_rows(&containerd.clone().unwrap_or_default()));
-    rows.push(("peers", peers.as_ref().map_or_else(nothing_known, peer_lines)));
+    rows.push(("mesh", mesh.as_ref().map_or_else(nothing_known, MeshStatus::summary)));
     rows.push(("images", images.as_ref().map_or_else(nothing_known, |images| vec![images_line(images)])));
     rows.push(("registries down", lines(registries_down.as_deref(), outage_line)));
     rows.push(("recoveries", lines(recoveries.as_deref(), recovery_line)));
@@ -126,20 +131,6 @@ fn containerd_rows(containerd: &ContainerdStatus) -> Vec<(&'static str, Vec<Stri
     ]
 }
 
-fn peer_lines(peers: &PeersStatus) -> Vec<String> {
-    let PeersStatus { connected, named } = peers;
-    let shown = named.iter().take(PEERS_SHOWN);
-    let width = shown.clone().map(|peer| peer.node.len()).max().unwrap_or_default();
-    let line = |peer: &PeerStatus| format!("{:width$}  {}", peer.node, peer.peer_id);
-    let mut lines = vec![format!("{connected} connected")];
-    lines.extend(shown.map(line));
-    let more = connected.saturating_sub(named.len().min(PEERS_SHOWN));
-    if more > 0 {
-        lines.push(format!("and {more} more"));
-    }
-    lines
-}
-
 fn images_line(images: &ImagesStatus) -> String {
     let ImagesStatus { announced, incomplete } = images;
     format!("{announced} announced, {incomplete} incomplete")
@@ -182,7 +173,6 @@ mod tests {
 
     #[test]
     fn what_is_known_stands_in_a_table() {
-        let peer = |node: &str| PeerStatus { node: node.into(), peer_id: "12D3KooWx".into() };
         let status = Status {
             node: Some("n1".into()),
             peer_id: Some("12D3KooWme".into()),
@@ -195,7 +185,7 @@ mod tests {
                 sandbox_image: Some("registry.k8s.io/pause:3.10".into()),
                 image_verifiers: Some(Vec::new()),
             }),
-            peers: Some(PeersStatus { connected: 3, named: vec![peer("n2"), peer("node-10")] }),
+            mesh: Some(MeshStatus { alive: 3, release: "0.1.0".into(), ..MeshStatus::default() }),
             images: Some(ImagesStatus { announced: 41, incomplete: 1 }),
             registries_down: Some(vec![OutageStatus {
                 registry: "registry.example.com:5000".into(),
@@ -229,10 +219,11 @@ blobs are read    from its files
 unpacked layers   thrown away (discard_unpacked_layers): this node has few layers to give
 sandbox image     registry.k8s.io/pause:3.10
 image verifiers   none
-peers             3 connected
-                  n2       12D3KooWx
-                  node-10  12D3KooWx
-                  and 1 more
+mesh              3 alive, 0 suspected, 0 down, 0 banned; 0 neighbours
+                  zones: none 1
+                  releases: 0.1.0 1
+                  inventory: 0 blobs of others, 0.0 MiB; this node tells 0 items
+                  lag: none
 images            41 announced, 1 incomplete
 registries down   registry.example.com:5000: connections are refused, since 2023-11-14T22:13:20Z, seen by n2, node-10
 recoveries        r.test/shop/checkout:v1: 3.0 MiB of 12.0 MiB from n2

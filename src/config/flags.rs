@@ -1,6 +1,6 @@
 //! The flags of the agent, each with its variable, its unit and its default. What they come to is [`super::Config`].
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, ValueEnum};
@@ -9,7 +9,7 @@ use crate::decide::bucket::MIN_RATE;
 use crate::decide::opt_in::Trigger;
 use crate::decide::selector::{Selector, SelectorError};
 use crate::decide::tag::TagPolicy;
-use crate::model::{NodeName, PeerId};
+use crate::model::{NodeName, PeerId, Zone};
 
 /// Flags of `lighterman agent`. Each can be set as `LIGHTERMAN_<FLAG>` in the environment; a flag wins.
 #[derive(Debug, Clone, Args)]
@@ -46,7 +46,7 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_LISTEN", value_name = "ADDRESS:PORT", default_value = "[::]:4701")]
     pub(super) listen: SocketAddr,
 
-    /// Address for /metrics, /healthz and /readyz; unauthenticated
+    /// Address for /metrics, /healthz, /readyz and /debug/mesh; unauthenticated
     #[arg(long, env = "LIGHTERMAN_ADMIN_LISTEN", value_name = "ADDRESS:PORT", default_value = "[::]:4702")]
     pub(super) admin_listen: SocketAddr,
 
@@ -60,7 +60,15 @@ pub struct AgentArgs {
     )]
     pub(super) join: Vec<String>,
 
-    /// Who may join: owners of a ServiceAccount token made for their own key, or the keys of a list
+    /// This node's address, which peers are told (downward API: status.hostIP); without it the one that peers see
+    #[arg(long, env = "LIGHTERMAN_ADVERTISE_ADDRESS", value_name = "ADDRESS")]
+    pub(super) advertise_address: Option<IpAddr>,
+
+    /// This node's zone, where its label topology.kubernetes.io/zone is not to count
+    #[arg(long, env = "LIGHTERMAN_ZONE", value_name = "ZONE")]
+    pub(super) zone: Option<Zone>,
+
+    /// Who may join: owners of a ServiceAccount token made for their own key, of a certificate, or the keys of a list
     #[arg(long, env = "LIGHTERMAN_ADMISSION", value_enum, default_value_t = AdmissionKind::Token)]
     pub(super) admission: AdmissionKind,
 
@@ -68,7 +76,27 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_ALLOW_PEER", value_name = "PEERID", value_delimiter = ',')]
     pub(super) allow_peer: Vec<PeerId>,
 
-    /// Folder for the agent's key, on the node
+    /// With --admission token: seconds after its end for which a token of a known peer counts while the API server is out of reach
+    #[arg(long, env = "LIGHTERMAN_ADMISSION_GRACE", value_name = "SECONDS", default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(..=86_400))]
+    pub(super) admission_grace: u64,
+
+    /// With --admission certificate: the agent's certificate and those above it, PEM; looked at again every 30 s, like the next two
+    #[arg(long, env = "LIGHTERMAN_TLS_CERT", value_name = "PATH")]
+    pub(super) tls_cert: Option<PathBuf>,
+
+    /// With --admission certificate: its private key, PEM, mode 0600
+    #[arg(long, env = "LIGHTERMAN_TLS_KEY", value_name = "PATH")]
+    pub(super) tls_key: Option<PathBuf>,
+
+    /// With --admission certificate: the authorities that peers' certificates may be of, PEM
+    #[arg(long, env = "LIGHTERMAN_TLS_CA", value_name = "PATH")]
+    pub(super) tls_ca: Option<PathBuf>,
+
+    /// With --admission certificate: the DNS name that every agent's certificate carries
+    #[arg(long, env = "LIGHTERMAN_TLS_NAME", value_name = "NAME", default_value = "lighterman")]
+    pub(super) tls_name: String,
+
+    /// Folder for the agent's key, and what it knows of its peers, on the node
     #[arg(long, env = "LIGHTERMAN_DATA_DIR", value_name = "FOLDER", default_value = "/var/lib/lighterman")]
     pub(super) data_dir: PathBuf,
 
@@ -225,6 +253,8 @@ pub struct AgentArgs {
 pub enum AdmissionKind {
     /// ServiceAccount tokens whose audience is the peer's own PeerId.
     Token,
+    /// Certificates of an authority of the operator's, whose key signs for the peer's PeerId.
+    Certificate,
     /// A list of PeerIds.
     Static,
 }

@@ -4,6 +4,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
+use async_trait::async_trait;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinHandle;
@@ -13,8 +14,9 @@ use crate::ports::Status;
 
 struct Known(Status);
 
+#[async_trait]
 impl StatusSource for Known {
-    fn status(&self) -> Status {
+    async fn status(&self) -> Status {
         self.0.clone()
     }
 }

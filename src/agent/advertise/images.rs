@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::agent::bring::Held;
 use crate::decide::wholeness::{Lack, Needs, lack};
-use crate::model::{ContentChange, MAX_ITEMS};
+use crate::model::{Item, MAX_ITEMS};
 use crate::oci::{Digest, Document, Reference, Repository};
 use crate::ports::{BlobInfo, ContentStore, ImageRecord, StoreError};
 
@@ -28,7 +28,7 @@ pub(super) struct Images {
 #[derive(Debug, Default)]
 pub(super) struct Looked {
     /// The names of what is whole.
-    pub(super) names: BTreeSet<ContentChange>,
+    pub(super) names: BTreeSet<Item>,
     /// Documents whose bytes are not what their digest says.
     pub(super) damaged: HashSet<Digest>,
     /// Images that have a record and are not whole for anybody.
@@ -69,7 +69,7 @@ impl Images {
             self.learn(store, root, &there, &mut looked.damaged).await?;
             match lack(root, |digest| self.known.get(&digest), |digest| there.contains(&digest)) {
                 None => {
-                    let name = |(repository, tag)| ContentChange::Tagged(repository, tag, root);
+                    let name = |(repository, tag)| Item::Image(repository, tag, root);
                     looked.names.extend(names.into_iter().map(name));
                 }
                 // An artifact is no image that lacks something.

@@ -1,4 +1,10 @@
+use tokio::sync::mpsc;
+
 use super::*;
+use crate::admission::StaticAdmission;
+use crate::config::loopback;
+use crate::identity::Identity;
+use crate::mesh;
 use crate::model::OutageKind;
 use crate::oci::{Descriptor, Digest, Platform, Reference, Repository};
 use crate::ports::{ImageRecord, Remembered};
@@ -9,16 +15,13 @@ const NAME: &str = "r.test/shop/checkout:v1";
 
 #[test]
 fn what_is_gone_is_withdrawn_and_only_what_is_new_is_told() {
-    let blob = |name: &str| ContentChange::BlobAdded(Digest::of(name.as_bytes()));
+    let blob = |name: &str| Item::Blob(Digest::of(name.as_bytes()));
     let Ok(Reference::Tag(repository, tag)) = "r.test/a:1".parse() else { panic!("a tag") };
     let root = Digest::of(b"root");
-    let name = ContentChange::Tagged(repository.clone(), Some(tag.clone()), root);
-    let changes = difference(&[blob("old"), blob("same"), name].into(), &[blob("same"), blob("new")].into());
-    let expected = [
-        ContentChange::BlobRemoved(Digest::of(b"old")),
-        ContentChange::Untagged(repository, Some(tag), root),
-        blob("new"),
-    ];
+    let name = Item::Image(repository, Some(tag), root);
+    let changes = difference(&[blob("old"), blob("same"), name.clone()].into(), &[blob("same"), blob("new")].into());
+    let expected =
+        [ContentChange::Removed(blob("old")), ContentChange::Removed(name), ContentChange::Added(blob("new"))];
     assert_eq!(changes, expected);
 }
 
@@ -29,17 +32,17 @@ fn what_is_damaged_is_not_told_and_of_too_much_the_blobs_go_first() {
     let blobs: Vec<_> = (0..MAX_ITEMS).map(blob).collect();
     let outage = Outage { registry: "r.test".into(), kind: OutageKind::TimedOut, since: 1 };
     let repository = Repository { registry: "r.test".into(), path: "a".into() };
-    let name = ContentChange::Tagged(repository, None, blobs[0].digest);
+    let name = Item::Image(repository, None, blobs[0].digest);
     let looked = |damaged: &[&BlobInfo]| Looked {
         names: [name.clone()].into(),
         damaged: damaged.iter().map(|blob| blob.digest).collect(),
         incomplete: 0,
     };
     let told = everything(&blobs[..2], looked(&[&blobs[1]]), &[]);
-    assert_eq!(told, [ContentChange::BlobAdded(blobs[0].digest), name.clone()].into());
+    assert_eq!(told, [Item::Blob(blobs[0].digest), name.clone()].into());
     let told = everything(&blobs, looked(&[]), std::slice::from_ref(&outage));
     assert_eq!(told.len(), MAX_ITEMS);
-    assert!(told.contains(&name) && told.contains(&ContentChange::RegistryDown(outage)));
+    assert!(told.contains(&name) && told.contains(&Item::Outage(outage)));
 }
 
 async fn look(images: &mut Images, store: &MemoryStore) -> Looked {
@@ -50,9 +53,9 @@ async fn look(images: &mut Images, store: &MemoryStore) -> Looked {
 /// The names that are told of a store, and how many images are not.
 async fn told(store: &MemoryStore) -> (Vec<String>, usize) {
     let looked = look(&mut Images::default(), store).await;
-    let text = |change: &ContentChange| match change {
-        ContentChange::Tagged(repository, Some(tag), _) => format!("{repository}:{tag}"),
-        ContentChange::Tagged(repository, None, root) => format!("{repository}@{root}"),
+    let text = |item: &Item| match item {
+        Item::Image(repository, Some(tag), _) => format!("{repository}:{tag}"),
+        Item::Image(repository, None, root) => format!("{repository}@{root}"),
         other => panic!("{other:?} is no name"),
     };
     (looked.names.iter().map(text).collect(), looked.incomplete)
@@ -167,4 +170,38 @@ async fn a_document_is_read_once() {
     assert_eq!(look(&mut images, &store).await.names.len(), 0);
     make_image(&store, &[NAME.into()], &Recipe { layers: vec![30], ..Recipe::default() }, 7).await.unwrap();
     assert_eq!(look(&mut images, &store).await.names.len(), 1);
+}
+
+#[tokio::test]
+async fn what_was_collected_in_silence_is_withdrawn_at_the_next_listing() {
+    let (store, image) = made(&Recipe { layers: vec![30], ..Recipe::default() }).await;
+    let (identity, nobody) = (Identity::generate(), Arc::new(StaticAdmission::new([])));
+    let (config, node) = (mesh::Config { listen: loopback() }, "n1".parse().unwrap());
+    let started = mesh::start(config, node, &identity, mesh::Table::default(), nobody, Metrics::new()).await;
+    let (mesh, task, _) = started.unwrap();
+    let stop = CancellationToken::new();
+    let (news_in, _news) = mpsc::channel(1);
+    tokio::spawn(task.run(news_in, stop.clone()));
+    let advertiser = Advertiser::new(
+        Arc::new(store.clone()),
+        mesh.clone(),
+        Metrics::new(),
+        watch::Sender::new(false),
+        watch::channel(Vec::new()).1,
+        watch::Sender::new(None),
+        watch::Sender::new(None),
+    );
+    let told = async || mesh.status().await.unwrap().items;
+
+    // Only now: a mesh that binds its port waits for the system, and a paused clock for nobody.
+    tokio::time::pause();
+    tokio::spawn(advertiser.run(stop.clone()));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(told().await, 4, "a manifest, a configuration, a layer and a name");
+    store.lose(image.blobs.last().unwrap().digest);
+    tokio::time::sleep(RELIST - Duration::from_secs(2)).await;
+    assert_eq!(told().await, 4, "nobody has said a word");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(told().await, 2, "the blob is withdrawn, and with it the name");
+    stop.cancel();
 }

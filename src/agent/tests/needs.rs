@@ -50,7 +50,7 @@ async fn what_a_peer_knows_of_a_registry_is_enough_unless_it_answers_here() {
         }
         let watch = Watch::start(&harbour);
         let outage = Outage { registry: "r.test".into(), kind: OutageKind::TimedOut, since: 5 };
-        harbour.holders.apply(MeshEvent::Changed(peer(1), vec![ContentChange::RegistryDown(outage)]));
+        harbour.holders.apply(MeshEvent::Changed(peer(1), vec![ContentChange::Added(Item::Outage(outage))]));
         // Time to ask the registry.
         tokio::time::sleep(std::time::Duration::from_secs(5)).await;
         watch.sees(pending("early", IMAGE)).await;
@@ -373,7 +373,7 @@ async fn one_peers_word_alone_does_not_make_an_outage_where_the_registry_was_not
         harbour.registry.put_registry("r.test");
         for number in 1..=peers {
             let outage = Outage { registry: "r.test".into(), kind: OutageKind::TimedOut, since: number.into() };
-            harbour.holders.apply(MeshEvent::Changed(peer(number), vec![ContentChange::RegistryDown(outage)]));
+            harbour.holders.apply(MeshEvent::Changed(peer(number), vec![ContentChange::Added(Item::Outage(outage))]));
         }
         let down = Registries::new(
             harbour.holders.clone(),

@@ -99,7 +99,7 @@ async fn an_image_that_nobody_holds_whole_is_not_begun() {
     let image = put_image(&*store, &[IMAGE.to_owned()], &[3000, 200], 7).await.unwrap();
     harbour.announce(1, store, Behaviour::Honest).await;
     let layer = image.blobs[1].digest;
-    harbour.holders.apply(MeshEvent::Changed(peer(1), vec![ContentChange::BlobRemoved(layer)]));
+    harbour.holders.apply(MeshEvent::Changed(peer(1), vec![ContentChange::Removed(Item::Blob(layer))]));
     let refused = harbour.recoverer().recover(&wanted(IMAGE), &Progress::default(), &CancellationToken::new()).await;
     let Err(RecoverError::NotHeld { blobs, .. }) = refused else { panic!("{refused:?}") };
     assert_eq!(blobs, [layer]);

@@ -4,6 +4,8 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::{mpsc, watch};
 
+use async_trait::async_trait;
+
 use super::*;
 use crate::agent::bring::Bring;
 use crate::agent::by_hand::ByHand;
@@ -17,7 +19,7 @@ use crate::control::{Config, Control};
 use crate::decide::reserve::Reservations;
 use crate::decide::rules::{ResolveSettings, Rules};
 use crate::metrics::Metrics;
-use crate::model::{ContentChange, MeshEvent, NodeName, Peer, PeerId};
+use crate::model::{Item, MeshEvent, NodeName, Peer, PeerId};
 use crate::oci::Platform;
 use crate::ports::{ContentStore, Imports, Status, StatusSource};
 use crate::testing::image::{MadeImage, put_image};
@@ -25,8 +27,9 @@ use crate::testing::{Behaviour, MemoryCluster, MemoryFetcher, MemoryRegistry, Me
 
 struct Nothing;
 
+#[async_trait]
 impl StatusSource for Nothing {
-    fn status(&self) -> Status {
+    async fn status(&self) -> Status {
         Status::default()
     }
 }
@@ -49,10 +52,16 @@ async fn agent() -> Agent {
     let image = put_image(&*theirs, &[IMAGE.into()], &[90_000, 5], 1).await.unwrap();
     let (fetcher, holders) = (Arc::new(MemoryFetcher::default()), Holders::default());
     let address = "127.0.0.1:1".parse().unwrap();
-    holders.apply(MeshEvent::Up(Peer { id: peer, node: "there".parse().unwrap(), transfer: address, gossip: address }));
+    holders.apply(MeshEvent::Up(Peer {
+        id: peer,
+        node: "there".parse().unwrap(),
+        zone: None,
+        transfer: address,
+        gossip: address,
+    }));
     let Ok(Reference::Tag(repository, tag)) = IMAGE.parse() else { panic!("a tag") };
-    let blobs = theirs.blobs().await.unwrap().into_iter().map(|blob| ContentChange::BlobAdded(blob.digest));
-    let items = blobs.chain([ContentChange::Tagged(repository, Some(tag), image.root.digest)]).collect();
+    let blobs = theirs.blobs().await.unwrap().into_iter().map(|blob| Item::Blob(blob.digest));
+    let items = blobs.chain([Item::Image(repository, Some(tag), image.root.digest)]).collect();
     holders.apply(MeshEvent::Snapshot(peer, items));
     fetcher.put_peer(peer, theirs, Behaviour::Honest);
     let claims = Arc::new(MemoryCluster::default().claims_of(node.clone()));

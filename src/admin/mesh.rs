@@ -1,0 +1,142 @@
+//! `GET /debug/mesh`: who is in the mesh, as JSON; as a table with `?format=table`, or where plain text is asked for.
+//!
+//! Nodes, their addresses and PeerIds, as everybody knows them who may list nodes; no credential, and not what anybody holds.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::extract::{RawQuery, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use super::Shared;
+use crate::model::MeshStatus;
+use crate::ports::MeshSource;
+
+/// The mesh is asked at most once in so long for each of its members, however many ask here, and all of them are sent the same bytes: a few
+/// nodes can be watched closely, and a thousand cost little. A connection ends after 30 s, so that what is in memory for
+/// those who read slowly is at most 30 s / 5 ms entries of 300 bytes, 2 MiB, or seven answers: 10 MiB in a cluster of 5000 nodes.
+const FRESH_EACH: Duration = Duration::from_millis(5);
+const FRESH_LEAST: Duration = Duration::from_millis(100);
+const FRESH_MOST: Duration = Duration::from_secs(5);
+
+const JSON: &str = "application/json";
+const TEXT: &str = "text/plain; charset=utf-8";
+
+/// What was last found out.
+pub(super) struct Page {
+    source: Arc<dyn MeshSource>,
+    last: Mutex<Option<Answer>>,
+}
+
+struct Answer {
+    at: Instant,
+    status: MeshStatus,
+    json: Option<Bytes>,
+    table: Option<Bytes>,
+}
+
+fn fresh(status: &MeshStatus) -> Duration {
+    let members = u32::try_from(status.members.len()).unwrap_or(u32::MAX);
+    FRESH_EACH.saturating_mul(members).clamp(FRESH_LEAST, FRESH_MOST)
+}
+
+impl Page {
+    pub(super) fn new(source: Arc<dyn MeshSource>) -> Self {
+        Self { source, last: Mutex::default() }
+    }
+
+    /// The bytes to send; `None` when the mesh does not answer.
+    async fn bytes(&self, as_table: bool) -> Option<Bytes> {
+        let mut last = self.last.lock().await;
+        if last.as_ref().is_none_or(|answer| answer.at.elapsed() >= fresh(&answer.status)) {
+            let status = self.source.mesh().await;
+            *last = status.map(|status| Answer { at: Instant::now(), status, json: None, table: None });
+        }
+        let Answer { at: _, status, json, table } = last.as_mut()?;
+        let bytes = match as_table {
+            true => table.get_or_insert_with(|| (status.summary().join("\n") + "\n\n" + &status.table()).into()),
+            false => json.get_or_insert_with(|| serde_json::to_vec(status).expect("names and numbers are JSON").into()),
+        };
+        Some(bytes.clone())
+    }
+}
+
+pub(super) async fn show(State(shared): State<Arc<Shared>>, RawQuery(query): RawQuery, headers: HeaderMap) -> Response {
+    let Some(as_table) = wants_table(query.as_deref(), &headers) else {
+        return (StatusCode::BAD_REQUEST, "format is json or table\n").into_response();
+    };
+    match shared.mesh.bytes(as_table).await {
+        Some(bytes) => ([(header::CONTENT_TYPE, if as_table { TEXT } else { JSON })], bytes).into_response(),
+        None => (StatusCode::SERVICE_UNAVAILABLE, "the mesh does not answer\n").into_response(),
+    }
+}
+
+/// The query decides; without one, whether plain text is asked for and JSON is not. `None` for a format that there is not.
+fn wants_table(query: Option<&str>, headers: &HeaderMap) -> Option<bool> {
+    let format = query.into_iter().flat_map(|query| query.split('&')).find_map(|part| part.strip_prefix("format="));
+    let accepted = || headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    match format {
+        Some("table") => Some(true),
+        Some("json") => Some(false),
+        Some(_) => None,
+        None => {
+            Some(accepted().any(|types| types.contains("text/plain")) && !accepted().any(|types| types.contains(JSON)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use async_trait::async_trait;
+
+    use super::*;
+
+    struct Counting(AtomicUsize);
+
+    #[async_trait]
+    impl MeshSource for Counting {
+        async fn mesh(&self) -> Option<MeshStatus> {
+            let asked = self.0.fetch_add(1, Ordering::Relaxed);
+            // The third time it does not answer.
+            (asked != 2).then(|| MeshStatus { alive: asked, ..MeshStatus::default() })
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_mesh_is_asked_seldom_however_often_it_is_looked_at() {
+        let page = Page::new(Arc::new(Counting(AtomicUsize::new(0))));
+        let alive = async |page: &Page| {
+            let json: MeshStatus = serde_json::from_slice(&page.bytes(false).await?).unwrap();
+            Some(json.alive)
+        };
+        assert_eq!(alive(&page).await, Some(0));
+        assert!(page.bytes(true).await.unwrap().starts_with(b"0 alive, "));
+        assert_eq!(alive(&page).await, Some(0));
+        tokio::time::advance(FRESH_LEAST).await;
+        assert_eq!(alive(&page).await, Some(1));
+        tokio::time::advance(FRESH_LEAST).await;
+        assert_eq!(alive(&page).await, None, "rather nothing than what is old");
+        assert_eq!(alive(&page).await, Some(3));
+    }
+
+    #[test]
+    fn the_query_decides_before_the_header() {
+        let accept = |types: &str| HeaderMap::from_iter([(header::ACCEPT, types.parse().unwrap())]);
+        for (query, types, table) in [
+            (None, "*/*", Some(false)),
+            (None, "text/plain", Some(true)),
+            (None, "text/plain, application/json", Some(false)),
+            (Some("format=table"), "application/json", Some(true)),
+            (Some("x=1&format=json"), "text/plain", Some(false)),
+            (Some("format=xml"), "*/*", None),
+        ] {
+            assert_eq!(wants_table(query, &accept(types)), table, "{query:?} {types}");
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! Fetching as the recoveries know it, and a word to the mesh about whom it could not reach: nothing is fetched from there until the
+//! peer is heard of again, whichever image it was wanted for.
+
+use async_trait::async_trait;
+
+use crate::mesh::Mesh;
+use crate::model::PeerId;
+use crate::oci::{Digest, Verified};
+use crate::ports::{BlobSink, FetchError, Fetcher};
+use crate::transfer::Transfer;
+
+/// Fetches, and tells on those who are out of reach.
+pub struct Doubting {
+    /// Who fetches.
+    pub transfer: Transfer,
+    /// Who is told.
+    pub mesh: Mesh,
+}
+
+impl Doubting {
+    async fn told<T>(&self, fetched: Result<T, FetchError>) -> Result<T, FetchError> {
+        // Whoever answers anything lives, and is busy, or will not have us.
+        if let Err(FetchError::Unreachable { peer, silent: true, .. }) = &fetched {
+            self.mesh.doubt(*peer).await;
+        }
+        fetched
+    }
+}
+
+#[async_trait]
+impl Fetcher for Doubting {
+    async fn fetch(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        size: u64,
+        sink: &mut dyn BlobSink,
+    ) -> Result<Verified, FetchError> {
+        self.told(self.transfer.fetch(peer, digest, size, sink).await).await
+    }
+
+    async fn size_of(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError> {
+        self.told(self.transfer.size_of(peer, digest).await).await
+    }
+}

@@ -1,0 +1,97 @@
+//! The mesh as this agent knows it: its members, what they announce, and the traffic that it costs.
+
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+
+use super::Metrics;
+use super::register::{counter, counters, gauge, gauges};
+use crate::model::MeshStatus;
+
+#[derive(Clone)]
+pub(super) struct MeshMetrics {
+    members: IntGaugeVec,
+    behind: IntGauge,
+    neighbours: IntGauge,
+    inventory_blobs: IntGauge,
+    inventory_bytes: IntGauge,
+    announced_items: IntGauge,
+    incomplete_images: IntGauge,
+    rejected: IntCounterVec,
+    bans: IntCounter,
+    received_bytes: IntCounter,
+    sent_bytes: IntCounter,
+}
+
+impl MeshMetrics {
+    pub(super) fn new(r: &Registry) -> Self {
+        Self {
+            members: gauges(r, "mesh_members", "Other members of the mesh, by state.", "state"),
+            behind: gauge(r, "mesh_behind", "Members of whose announcements some are known to be missing here."),
+            neighbours: gauge(r, "mesh_neighbours", "Members that this agent is connected to."),
+            inventory_blobs: gauge(r, "inventory_blobs", "Different blobs that other nodes announce."),
+            inventory_bytes: gauge(r, "inventory_bytes", "Memory that the table of who holds what takes."),
+            announced_items: gauge(r, "announced_items", "Blobs and image names that this node announces."),
+            incomplete_images: gauge(
+                r,
+                "incomplete_images",
+                "Images of this node that are not announced because something of them is missing here.",
+            ),
+            rejected: counters(
+                r,
+                "gossip_rejected_total",
+                "Messages of the mesh that were refused, too many or not understood, by reason; not those only ignored.",
+                "reason",
+            ),
+            bans: counter(r, "peer_bans_total", "Times that a peer was banned for a while; the log names it and why."),
+            received_bytes: counter(r, "mesh_received_bytes_total", "Bytes received on the mesh's connections."),
+            sent_bytes: counter(r, "mesh_sent_bytes_total", "Bytes sent on the mesh's connections."),
+        }
+    }
+}
+
+impl Metrics {
+    /// The mesh was counted.
+    pub fn mesh_counted(&self, status: &MeshStatus) {
+        let set = |gauge: &IntGauge, value: usize| gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        let states = [
+            ("alive", status.alive),
+            ("suspected", status.suspected),
+            ("down", status.down),
+            ("banned", status.banned),
+        ];
+        states.iter().for_each(|(state, members)| set(&self.mesh.members.with_label_values(&[state]), *members));
+        set(&self.mesh.behind, status.members.iter().filter(|member| member.behind > 0).count());
+        set(&self.mesh.neighbours, status.neighbours);
+        set(&self.mesh.inventory_blobs, status.inventory_blobs);
+        set(&self.mesh.inventory_bytes, status.inventory_bytes);
+    }
+
+    /// So many items are announced now.
+    pub fn announcing(&self, items: usize) {
+        self.mesh.announced_items.set(i64::try_from(items).unwrap_or(i64::MAX));
+    }
+
+    /// So many images are here whose layers, or something else of them, are not.
+    pub fn images_incomplete(&self, images: usize) {
+        self.mesh.incomplete_images.set(i64::try_from(images).unwrap_or(i64::MAX));
+    }
+
+    /// A peer was banned.
+    pub fn peer_banned(&self) {
+        self.mesh.bans.inc();
+    }
+
+    /// Bytes came over the mesh.
+    pub fn mesh_received(&self, bytes: u64) {
+        self.mesh.received_bytes.inc_by(bytes);
+    }
+
+    /// Bytes were sent over the mesh.
+    pub fn mesh_sent(&self, bytes: u64) {
+        self.mesh.sent_bytes.inc_by(bytes);
+    }
+
+    /// A message of the mesh was refused.
+    pub fn gossip_refused(&self, reason: &'static str) {
+        self.mesh.rejected.with_label_values(&[reason]).inc();
+    }
+}
