@@ -7,9 +7,9 @@
 chart=charts/lighterman
 daemonset=$chart/templates/daemonset.yaml
 failed=
-# Not for the DaemonSet's: a file in place of the ServiceAccount, and a content store at another path than containerd's own (the
-# chart mounts it at that one).
-OUTSIDE='LIGHTERMAN_KUBECONFIG|LIGHTERMAN_CONTAINERD_CONTENT_ROOT'
+# Not for the DaemonSet's: a file in place of the ServiceAccount, a content store at another path than containerd's own (the
+# chart mounts it at that one), and a zone, which is one of each node's labels.
+OUTSIDE='LIGHTERMAN_KUBECONFIG|LIGHTERMAN_CONTAINERD_CONTENT_ROOT|LIGHTERMAN_ZONE'
 
 # same WHAT LEFT RIGHT: both texts hold the same lines
 same() {
