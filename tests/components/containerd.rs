@@ -116,14 +116,14 @@ async fn it_keeps_the_contract_where_its_files_cannot_be_seen(version: &str) {
 }
 
 /// Different in each place, so that what lands in the wrong one is seen.
-fn content(seed: &str, size: usize) -> Bytes {
+pub(crate) fn content(seed: &str, size: usize) -> Bytes {
     let mut bytes: Vec<u8> =
         (0_u64..).flat_map(|n| *Digest::of(format!("{seed} {n}").as_bytes()).as_bytes()).take(size).collect();
     bytes.shrink_to_fit();
     bytes.into()
 }
 
-async fn write(store: &ContainerdStore, bytes: &Bytes, pin: &Pin, remembered: &Remembered) -> Descriptor {
+pub(crate) async fn write(store: &ContainerdStore, bytes: &Bytes, pin: &Pin, remembered: &Remembered) -> Descriptor {
     let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
     let mut hasher = Hasher::default();
     hasher.update(bytes);

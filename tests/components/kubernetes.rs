@@ -1,12 +1,15 @@
 //! The Kubernetes adapter against a real API server.
 
 mod admission;
-mod apiserver;
+pub(crate) mod apiserver;
+mod chart;
 mod claims;
 mod kubelet_events;
 mod owners;
 mod pods;
+mod policy;
 mod proxy;
 mod reports;
-mod rights;
+pub(crate) mod rights;
 mod watch;
+mod zone;

@@ -4,4 +4,5 @@
 mod containerd;
 mod kubernetes;
 mod links;
+mod mesh;
 mod registry;

@@ -1,6 +1,8 @@
 //! What users rely on, a function each: whatever needs the cluster for itself.
 
 mod broken;
+mod cut_off;
+mod doors;
 mod outage;
 mod settings;
 
@@ -26,11 +28,14 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("a_pod_deleted_in_mid_transfer_ends_the_recovery_and_another_begins_it_again", broken::deleted),
     ("a_missing_sandbox_image_is_recovered", outage::sandbox_image),
     ("a_pod_made_while_packets_vanish_does_not_wait_for_those_before_it", outage::packets_vanish),
+    ("without_api_server_dns_and_registry_an_image_reaches_a_pod_that_waits_for_it", cut_off::recovered),
+    ("agents_that_restart_without_api_server_and_dns_know_each_other_and_bring_an_image", cut_off::restarted),
     ("the_kill_switch_in_the_rules_file_is_in_force_within_seconds", settings::kill_switch),
     ("an_image_without_layers_is_pulled_by_hand", settings::by_hand),
     ("a_dry_run_says_what_it_would_do_and_moves_nothing", settings::dry_run),
     ("a_pod_without_opt_in_is_left_alone", not_opted_in),
     ("prometheus_scrapes_every_agent", prometheus),
+    ("strangers_are_refused_at_both_doors_and_see_nothing", doors::strangers),
     ("an_agent_that_is_told_to_stop_ends_in_time", termination),
 ];
 

@@ -19,6 +19,8 @@ fn wrong_flags_exit_with_64_and_one_line() {
         ([&agent[..], &["--concurrent-blobs", "0"]].concat(), "at least 1"),
         ([&agent[..], &["--allow-peer", "12D3"]].concat(), "12D3KooW"),
         ([&agent[..], &["--admission", "static"]].concat(), "--allow-peer"),
+        ([&agent[..], &["--admission", "certificate", "--tls-cert", "tls.crt"]].concat(), "--tls-key"),
+        ([&agent[..], &["--admission-grace", "86401"]].concat(), "86401"),
         ([&agent[..], &["--listen", "nowhere"]].concat(), "nowhere"),
         (agent.to_vec(), "--pod-name"),
         (vec!["--log", "lighterman=loud", "demo"], "--log"),

@@ -4,16 +4,21 @@ use std::path::PathBuf;
 use std::process::Output;
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use lighterman::control::{Config, Control};
+use lighterman::model::{MemberStatus, MeshStatus};
 use lighterman::ports::{PullFailure, PullProgress, PullRequest, Status, StatusSource};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 struct Known;
 
+#[async_trait]
 impl StatusSource for Known {
-    fn status(&self) -> Status {
-        Status { node: Some("n1".into()), ..Status::default() }
+    async fn status(&self) -> Status {
+        let member = |node: &str| MemberStatus { node: node.into(), ..MemberStatus::default() };
+        let mesh = MeshStatus { down: 2, members: vec![member("n2"), member("n\u{1b}3")], ..MeshStatus::default() };
+        Status { node: Some("n1".into()), mesh: Some(mesh), ..Status::default() }
     }
 }
 
@@ -111,5 +116,25 @@ async fn a_status_is_a_table_or_json() {
     assert_eq!(output.status.code(), Some(0));
     assert!(text(&output.stdout).starts_with("node              n1\n"), "{}", text(&output.stdout));
     let output = lighterman(&["status", "--json"], Vec::new()).await;
-    assert_eq!(serde_json::from_slice::<Status>(&output.stdout).unwrap(), Known.status());
+    assert_eq!(serde_json::from_slice::<Status>(&output.stdout).unwrap(), Known.status().await);
+}
+
+#[tokio::test]
+async fn the_peers_stand_in_a_table_of_their_own() {
+    let output = lighterman(&["status", "--peers"], Vec::new()).await;
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let table = text(&output.stdout);
+    let first: Vec<_> = table.lines().map(|line| line.split_whitespace().next().unwrap()).collect();
+    assert_eq!(first, ["NODE", "n2", "n\u{fffd}3"], "one line each, and no orders to the terminal");
+}
+
+#[tokio::test]
+async fn without_an_agent_there_is_no_status() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("agent.sock");
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_lighterman"));
+    let output = command.args(["status", "--peers", "--socket"]).arg(&socket).env_clear().output().await.unwrap();
+    let said = text(&output.stderr);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()), "{said}");
+    assert!(said.contains(socket.to_str().unwrap()), "{said}");
 }

@@ -8,6 +8,7 @@
 #   registry stop|start             connections are refused
 #   registry drop|undrop            packets vanish, so that clients run into their time-outs
 #   apiserver stop|start
+#   dns stop|start                  start it after the API server, which it asks what there is
 #   node NODE containerd-stop|containerd-start|containerd-kill|kubelet-stop|kubelet-start|link-down|link-up
 #   prometheus CONFIG PORT | prometheus stop     in the hub's network, on 10.77.0.1:PORT
 #   logs COMPONENT                  what it said so far; without COMPONENT: their names
@@ -94,6 +95,13 @@ case $cmd in
     case ${1:-} in
       stop) stop apiserver KILL ;; # (asked politely, it waits up to a minute for its watches)
       start) restart_from apiserver 60 kubectl get --raw /readyz ;;
+      *) usage 2 >&2 ;;
+    esac
+    ;;
+  dns)
+    case ${1:-} in
+      stop) stop coredns ;;
+      start) restart_from coredns 20 in_net hub "$P/tools/bin/busybox" nslookup -type=a kubernetes.default.svc.cluster.local 10.96.0.10 ;;
       *) usage 2 >&2 ;;
     esac
     ;;

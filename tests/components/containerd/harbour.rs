@@ -12,7 +12,7 @@ use lighterman::containerd::ContainerdStore;
 use lighterman::decide::reserve::Reservations;
 use lighterman::decide::rules::{ResolveSettings, Rules};
 use lighterman::metrics::Metrics;
-use lighterman::model::{ContentChange, MeshEvent, NodeName, Peer, PeerId};
+use lighterman::model::{ContentChange, Item, MeshEvent, NodeName, Peer, PeerId};
 use lighterman::oci::{Descriptor, Digest, Platform, Reference};
 use lighterman::ports::{ContentStore, Imports};
 use lighterman::testing::image::{MadeImage, Recipe, make_image};
@@ -33,7 +33,7 @@ impl Harbour {
         let holders = Holders::default();
         let (id, node, address) =
             (peer_id(1), "elsewhere".parse::<NodeName>().unwrap(), "127.0.0.1:1".parse().unwrap());
-        holders.apply(MeshEvent::Up(Peer { id, node, transfer: address, gossip: address }));
+        holders.apply(MeshEvent::Up(Peer { id, node, zone: None, transfer: address, gossip: address }));
         fetcher.put_peer(id, Arc::clone(&peer) as _, Behaviour::Honest);
         Self { peer, fetcher, holders }
     }
@@ -42,10 +42,10 @@ impl Harbour {
     pub(crate) async fn offers(&self, name: &str, recipe: &Recipe, seed: u64) -> MadeImage {
         let image = make_image(&*self.peer, &[name.into()], recipe, seed).await.unwrap();
         let Ok(Reference::Tag(repository, tag)) = name.parse() else { panic!("{name} has no tag") };
-        let blobs = self.peer.blobs().await.unwrap().into_iter().map(|blob| ContentChange::BlobAdded(blob.digest));
+        let blobs = self.peer.blobs().await.unwrap().into_iter().map(|blob| Item::Blob(blob.digest));
         let mut items: Vec<_> = blobs.collect();
-        items.push(ContentChange::Tagged(repository, Some(tag), image.root.digest));
-        self.holders.apply(MeshEvent::Changed(peer_id(1), items));
+        items.push(Item::Image(repository, Some(tag), image.root.digest));
+        self.holders.apply(MeshEvent::Changed(peer_id(1), items.into_iter().map(ContentChange::Added).collect()));
         image
     }
 

@@ -6,7 +6,9 @@ use std::time::{Duration, SystemTime};
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use k8s_openapi::api::core::v1::ServiceAccount;
 use kube::Api;
-use lighterman::cluster::{Config, TokenAdmission, connect};
+use kube::api::DeleteParams;
+use lighterman::cluster::{Config, Keep, KubeCluster, TokenAdmission, connect};
+use lighterman::metrics::Metrics;
 use lighterman::model::{Credential, PeerId};
 use lighterman::ports::{Admission, Refusal};
 use serde_json::{Value, json};
@@ -20,8 +22,12 @@ fn peer(n: u8) -> PeerId {
     PeerId::from_public_key([n; 32])
 }
 
+fn new(cluster: &KubeCluster, peer: PeerId, keep: Keep) -> TokenAdmission {
+    TokenAdmission::new(cluster, peer, keep, Metrics::new())
+}
+
 async fn admission(place: &Place, n: u8) -> TokenAdmission {
-    TokenAdmission::new(&place.agent().await, peer(n))
+    new(&place.agent().await, peer(n), Keep::default())
 }
 
 fn denied(verdict: Result<impl Sized, Refusal>) -> String {
@@ -38,7 +44,7 @@ async fn an_agent_gets_a_token_that_admits_its_own_key_and_no_other() {
         let place = Place::new().await;
         let pod = place.pod("agent").await;
         let config = Config { pod_uid: Some(pod.uid), ..place.config() };
-        let agent = Arc::new(TokenAdmission::new(&connect(config).await.unwrap(), peer(1)));
+        let agent = Arc::new(new(&connect(config).await.unwrap(), peer(1), Keep::default()));
         assert!(matches!(agent.credential().await, Err(Refusal::CannotTell(_))), "none yet");
         let stop = CancellationToken::new();
         let mut task = JoinSet::new();
@@ -54,9 +60,12 @@ async fn an_agent_gets_a_token_that_admits_its_own_key_and_no_other() {
         task.join_next().await.unwrap().unwrap();
 
         let other = admission(&place, 2).await;
-        let node = other.admit(peer(1), &credential).await.unwrap();
+        let admitted = other.admit(peer(1), &credential).await.unwrap();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        assert!(admitted.until > now && !admitted.on_grace);
+        assert!(admitted.until <= now + Duration::from_secs(3600), "a token for a PeerId is not extended");
         // Kubernetes tells the node from 1.30 on.
-        let told = node.map(|node| node.to_string());
+        let told = admitted.node.map(|node| node.to_string());
         assert_eq!(told, (place.minor().await >= 30).then(|| place.name.clone()));
         assert!(denied(other.admit(peer(2), &credential).await).contains("another peer"));
     })
@@ -114,12 +123,17 @@ async fn the_clusters_own_key_does_not_help_an_expired_or_long_lived_token() {
         let token = place.token(SERVICE_ACCOUNT, None, Some(&pod)).await;
         let kid = jsonwebtoken::decode_header(&token).unwrap().kid.unwrap();
         let agent = admission(&place, 1).await;
-        assert!(agent.admit(peer(2), &forge(&place, &kid, |_| ())).await.is_ok(), "the forgery itself is good");
+        let forged = forge(&place, &kid, |_| ());
+        assert!(denied(agent.admit(peer(2), &forged).await).contains("the API server"), "there is no such pod");
+        // What the API server has not been asked about, which knows more.
+        let agent = admission(&place, 3).await;
+        denied(agent.admit(peer(4), &forged).await);
+        assert!(agent.vouch(peer(2), &forged).is_ok(), "the forgery itself is good");
         let shift = |claim: &'static str, by: i64| {
             forge(&place, &kid, move |claims| claims[claim] = (claims[claim].as_i64().unwrap() + by).into())
         };
-        assert!(denied(agent.admit(peer(2), &shift("exp", -3700)).await).contains("expired"));
-        assert!(denied(agent.admit(peer(2), &shift("exp", 3600)).await).contains("lives longer"));
+        assert!(denied(agent.vouch(peer(2), &shift("exp", -3700))).contains("expired"));
+        assert!(denied(agent.vouch(peer(2), &shift("exp", 3600))).contains("lives longer"));
         let unknown = forge(&place, "never-published", |_| ());
         assert!(denied(agent.admit(peer(2), &unknown).await).contains("does not publish"));
     })
@@ -131,19 +145,44 @@ async fn known_keys_verify_while_the_api_server_is_away() {
     within(async {
         let place = Place::new().await;
         let pod = place.pod("agent").await;
-        let proxy = Proxy::open().await;
-        let through_proxy = async || {
+        let (proxy, folder) = (Proxy::open().await, tempfile::tempdir().unwrap());
+        let keep = Keep { file: Some(folder.path().join("admission.json")), grace: Duration::from_secs(86_400) };
+        let through_proxy = async |keep: &Keep| {
             let config = place.config_with(proxy.port(), "admin-of-the-tests");
-            TokenAdmission::new(&connect(config).await.unwrap(), peer(1))
+            new(&connect(config).await.unwrap(), peer(1), keep.clone())
         };
-        let (knows, knows_not) = (through_proxy().await, through_proxy().await);
+        let (knows, knows_not) = (through_proxy(&keep).await, through_proxy(&Keep::default()).await);
         let credential = Credential::new(place.token(SERVICE_ACCOUNT, Some(peer(2).to_string()), Some(&pod)).await);
         knows.admit(peer(2), &credential).await.unwrap();
+        // Stopped before it began, it keeps what it knows.
+        let stopped = CancellationToken::new();
+        stopped.cancel();
+        knows.run(stopped).await;
+        let restarted = through_proxy(&keep).await;
 
         proxy.cut().await;
         knows.admit(peer(2), &credential).await.unwrap();
+        restarted.admit(peer(2), &credential).await.unwrap();
+        restarted.vouch(peer(2), &credential).unwrap();
         assert!(matches!(knows_not.admit(peer(2), &credential).await, Err(Refusal::CannotTell(_))));
         denied(knows.admit(peer(3), &credential).await);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_api_server_refuses_a_token_whose_pod_is_gone_and_the_signature_alone_does_not() {
+    within(async {
+        let place = Place::new().await;
+        let [asks, trusts] = [admission(&place, 1).await, admission(&place, 3).await];
+        let pod = place.pod("agent").await;
+        let credential = Credential::new(place.token(SERVICE_ACCOUNT, Some(peer(2).to_string()), Some(&pod)).await);
+        place.pods().delete(&pod.name, &DeleteParams::default().grace_period(0)).await.unwrap();
+        assert!(denied(asks.admit(peer(2), &credential).await).contains("the API server"));
+        // Keys, which only a visit to the API server brings.
+        denied(trusts.admit(peer(4), &credential).await);
+        trusts.vouch(peer(2), &credential).unwrap();
+        denied(asks.vouch(peer(2), &credential));
     })
     .await;
 }

@@ -1,4 +1,5 @@
-//! A real etcd and a real kube-apiserver on loopback, once for the whole test binary; a Kubernetes namespace for each test.
+//! A real etcd and a real kube-apiserver on loopback, once for the whole test binary; a Kubernetes namespace for each test. A test that
+//! has a network of its own gets servers of its own there.
 //!
 //! There are no controllers and no kubelets, so nothing happens that a test does not do.
 
@@ -7,8 +8,8 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
@@ -25,7 +26,7 @@ const DEADLINE: Duration = Duration::from_secs(90);
 
 const ADMIN_TOKEN: &str = "admin-of-the-tests";
 pub(super) const ISSUER: &str = "https://kubernetes.default.svc";
-pub(super) const SERVICE_ACCOUNT: &str = "lighterman";
+pub(crate) const SERVICE_ACCOUNT: &str = "lighterman";
 
 /// Runs a test's body under a deadline.
 pub(super) async fn within<T>(body: impl Future<Output = T>) -> T {
@@ -34,7 +35,7 @@ pub(super) async fn within<T>(body: impl Future<Output = T>) -> T {
 
 struct ApiServer {
     folder: PathBuf,
-    port: u16,
+    address: SocketAddr,
     /// Its standard input is closed when this process ends, however it ends; then it stops both servers and removes their folder.
     _shell: Child,
 }
@@ -58,19 +59,19 @@ pub(super) fn program(name: &str) -> PathBuf {
     found.unwrap_or_else(|| panic!("{name} is not in {}: run `make testbed`", testbed().display())).clone()
 }
 
-fn api_server() -> &'static ApiServer {
-    static SERVER: OnceLock<ApiServer> = OnceLock::new();
-    SERVER.get_or_init(ApiServer::start)
+fn api_server() -> &'static Arc<ApiServer> {
+    static SERVER: OnceLock<Arc<ApiServer>> = OnceLock::new();
+    SERVER.get_or_init(|| ApiServer::start(Ipv4Addr::LOCALHOST).into())
 }
 
-/// `$1` etcd, `$2` kube-apiserver, `$3` folder, `$4` etcd's port, `$5` its peers' port, `$6` the API server's.
+/// `$1` etcd, `$2` kube-apiserver, `$3` folder, `$4` etcd's port, `$5` its peers' port, `$6` the API server's, `$7` its address.
 const RUN: &str = r#"
 trap '' INT
 cd "$3"
 "$1" --data-dir=etcd --unsafe-no-fsync --listen-client-urls="http://127.0.0.1:$4" --advertise-client-urls="http://127.0.0.1:$4" \
   --listen-peer-urls="http://127.0.0.1:$5" --initial-advertise-peer-urls="http://127.0.0.1:$5" \
   --initial-cluster="default=http://127.0.0.1:$5" > etcd.log 2>&1 & etcd=$!
-"$2" --etcd-servers="http://127.0.0.1:$4" --bind-address=127.0.0.1 --secure-port="$6" --cert-dir=certs \
+"$2" --etcd-servers="http://127.0.0.1:$4" --bind-address="$7" --secure-port="$6" --cert-dir=certs \
   --advertise-address=192.0.2.1 --endpoint-reconciler-type=none --service-cluster-ip-range=10.96.0.0/24 \
   --token-auth-file=tokens.csv --authorization-mode=RBAC --disable-admission-plugins=ServiceAccount \
   --service-account-issuer=https://kubernetes.default.svc --service-account-key-file=sa.pub \
@@ -83,7 +84,8 @@ rm -rf "$3"
 "#;
 
 impl ApiServer {
-    fn start() -> Self {
+    /// In the network that this thread is in.
+    fn start(address: Ipv4Addr) -> Self {
         let (etcd, apiserver) = (program("etcd"), program("kube-apiserver"));
         let folder = tempfile::tempdir().unwrap().keep();
         let openssl = |arguments: &[&str]| {
@@ -107,15 +109,16 @@ impl ApiServer {
             .args(["-c", RUN, "sh"])
             .args([&etcd, &apiserver, &folder])
             .args(ports.map(|port| port.to_string()))
+            .arg(address.to_string())
             .stdin(Stdio::piped())
             // Or whoever reads the tests' output would wait for the servers' end.
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .expect("sh runs");
-        let server = Self { folder, port: ports[2], _shell: shell };
+        let server = Self { folder, address: (address, ports[2]).into(), _shell: shell };
         let begun = Instant::now();
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, server.port)).is_err() {
+        while TcpStream::connect(server.address).is_err() {
             let log = || fs::read_to_string(server.folder.join("apiserver.log")).unwrap_or_default();
             assert!(begun.elapsed() < DEADLINE, "the API server does not start:\n{}", log());
             std::thread::sleep(Duration::from_millis(50));
@@ -126,9 +129,10 @@ impl ApiServer {
     /// A kubeconfig for the API server, or a proxy before it, on `port`.
     fn kubeconfig(&self, port: u16, token: &str) -> String {
         let certificate = self.folder.join("certs/apiserver.crt");
+        let server = SocketAddr::new(self.address.ip(), port);
         json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "tests",
-            "clusters": [{ "name": "tests", "cluster": { "server": format!("https://127.0.0.1:{port}"), "certificate-authority": certificate } }],
+            "clusters": [{ "name": "tests", "cluster": { "server": format!("https://{server}"), "certificate-authority": certificate } }],
             "users": [{ "name": "tests", "user": { "token": token } }],
             "contexts": [{ "name": "tests", "context": { "cluster": "tests", "user": "tests" } }],
         })
@@ -144,7 +148,7 @@ fn free_ports() -> [u16; 3] {
 
 /// The API server's own address.
 pub(super) fn address() -> SocketAddr {
-    (Ipv4Addr::LOCALHOST, api_server().port).into()
+    api_server().address
 }
 
 /// The key that the API server signs ServiceAccount tokens with.
@@ -163,17 +167,26 @@ pub(super) fn requests() -> Vec<(String, String)> {
 }
 
 /// A Kubernetes namespace, node and agent of one test. The node's name is the namespace's, so that no other test has it.
-pub(super) struct Place {
-    pub(super) name: String,
-    pub(super) admin: Client,
+pub(crate) struct Place {
+    pub(crate) name: String,
+    pub(crate) admin: Client,
+    server: Arc<ApiServer>,
     folder: tempfile::TempDir,
 }
 
 impl Place {
     pub(super) async fn new() -> Self {
+        Self::on(tokio::task::spawn_blocking(|| Arc::clone(api_server())).await.unwrap()).await
+    }
+
+    /// With servers of its own at this address of the network that the runtime's threads are in. They end with it.
+    pub(crate) async fn at(address: Ipv4Addr) -> Self {
+        Self::on(tokio::task::spawn_blocking(move || ApiServer::start(address)).await.unwrap().into()).await
+    }
+
+    async fn on(server: Arc<ApiServer>) -> Self {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
-        let server = tokio::task::spawn_blocking(api_server).await.unwrap();
-        let admin = client(&server.kubeconfig(server.port, ADMIN_TOKEN)).await;
+        let admin = client(&server.kubeconfig(server.address.port(), ADMIN_TOKEN)).await;
         let ready = || kube::core::Request::new("").get("readyz", &kube::api::GetParams::default()).unwrap();
         while admin.request_text(ready()).await.ok().as_deref() != Some("ok") {
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -183,18 +196,23 @@ impl Place {
         make::<Namespace>(&Api::all(admin.clone()), namespace).await;
         let accounts = Api::namespaced(admin.clone(), &name);
         make::<ServiceAccount>(&accounts, json!({ "metadata": { "name": SERVICE_ACCOUNT } })).await;
-        Self { name, admin, folder: tempfile::tempdir().unwrap() }
+        Self { name, admin, server, folder: tempfile::tempdir().unwrap() }
     }
 
     /// What an agent of this place is told about itself, with all rights there are.
     pub(super) fn config(&self) -> Config {
-        self.config_with(address().port(), ADMIN_TOKEN)
+        self.config_of(ADMIN_TOKEN)
+    }
+
+    /// The same with this token.
+    pub(crate) fn config_of(&self, token: &str) -> Config {
+        self.config_with(self.server.address.port(), token)
     }
 
     pub(super) fn config_with(&self, port: u16, token: &str) -> Config {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let kubeconfig = self.folder.path().join(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
-        fs::write(&kubeconfig, api_server().kubeconfig(port, token)).unwrap();
+        fs::write(&kubeconfig, self.server.kubeconfig(port, token)).unwrap();
         Config {
             node: self.name.parse().unwrap(),
             k8s_namespace: self.name.clone(),
@@ -224,7 +242,7 @@ impl Place {
         self.pod_on(name, &self.name).await
     }
 
-    pub(super) async fn pod_on(&self, name: &str, node: &str) -> PodRef {
+    pub(crate) async fn pod_on(&self, name: &str, node: &str) -> PodRef {
         let pod = json!({
             "metadata": { "name": name },
             "spec": {
@@ -243,7 +261,7 @@ impl Place {
     }
 
     /// A token as the API server issues it; without audience for itself, without pod bound to nothing.
-    pub(super) async fn token(&self, service_account: &str, audience: Option<String>, pod: Option<&PodRef>) -> String {
+    pub(crate) async fn token(&self, service_account: &str, audience: Option<String>, pod: Option<&PodRef>) -> String {
         let bound = |pod: &PodRef| BoundObjectReference {
             api_version: Some("v1".into()),
             kind: Some("Pod".into()),
@@ -288,7 +306,7 @@ async fn client(kubeconfig: &str) -> Client {
 }
 
 /// Creates an object from its JSON.
-pub(super) async fn make<K>(api: &Api<K>, object: Value) -> K
+pub(crate) async fn make<K>(api: &Api<K>, object: Value) -> K
 where
     K: Clone + std::fmt::Debug + serde::Serialize + serde::de::DeserializeOwned,
 {

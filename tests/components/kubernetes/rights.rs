@@ -6,12 +6,13 @@ use std::time::SystemTime;
 
 use k8s_openapi::ByteString;
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ConfigMap, Event, Namespace, Pod, Secret, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Event, Namespace, Node, Pod, Secret, ServiceAccount};
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client};
-use lighterman::cluster::{KubeCluster, TokenAdmission, connect};
+use lighterman::cluster::{Keep, KubeCluster, TokenAdmission, connect};
+use lighterman::metrics::Metrics;
 use lighterman::model::{Owner, PeerId};
 use lighterman::oci::Digest;
 use lighterman::ports::{Admission, Claims, Cluster, ClusterError, PodEvent, PodReport, ReportKind};
@@ -21,15 +22,15 @@ use tokio_util::sync::CancellationToken;
 
 use super::apiserver::{Place, SERVICE_ACCOUNT, address, make, program, within};
 
-/// The chart's rights as helm renders them for an agent of this place.
-async fn rendered(place: &Place, values: &str) -> Vec<Value> {
+/// A template of the chart as helm renders it for an agent of this place.
+pub(super) async fn rendered(place: &Place, template: &str, values: &str) -> Vec<Value> {
     let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/charts/lighterman");
     let run = async |program: PathBuf, arguments: &[&str]| {
         let output = Command::new(&program).args(arguments).output().await.expect("it runs");
         assert!(output.status.success(), "{}: {}", program.display(), String::from_utf8_lossy(&output.stderr));
         output.stdout
     };
-    let arguments = ["template", "lighterman", chart, "-n", &place.name, "-s", "templates/rbac.yaml", "--set", values];
+    let arguments = ["template", "lighterman", chart, "-n", &place.name, "-s", template, "--set", values];
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), run(program("helm"), &arguments).await).unwrap();
     // Into JSON.
@@ -41,13 +42,13 @@ async fn rendered(place: &Place, values: &str) -> Vec<Value> {
 }
 
 /// Grants what the chart grants with these values. What belongs to no namespace is renamed, for other tests have theirs.
-async fn grant(place: &Place, values: &str) {
+pub(crate) async fn grant(place: &Place, values: &str) {
     let own = |name: &mut Value| {
         if name.as_str().unwrap().starts_with("lighterman") {
             *name = format!("{}-{}", name.as_str().unwrap(), place.name).into();
         }
     };
-    for mut object in rendered(place, values).await {
+    for mut object in rendered(place, "templates/rbac.yaml", values).await {
         let kind = object["kind"].as_str().unwrap().to_owned();
         let admin = place.admin.clone();
         if kind.starts_with("Cluster") {
@@ -81,7 +82,12 @@ async fn agent(place: &Place) -> KubeCluster {
 }
 
 async fn client(place: &Place) -> Client {
-    let path = place.config_with(address().port(), &token(place).await).kubeconfig.unwrap();
+    client_with(place, &token(place).await).await
+}
+
+/// Whoever has this token.
+pub(super) async fn client_with(place: &Place, token: &str) -> Client {
+    let path = place.config_with(address().port(), token).kubeconfig.unwrap();
     let file = Kubeconfig::read_from(path).unwrap();
     let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.unwrap();
     Client::try_from(config).unwrap()
@@ -115,6 +121,8 @@ async fn the_charts_rights_suffice() {
         let ((), pod) = tokio::join!(agent.watch_pods(out, stop.clone()), read);
 
         agent.namespace(&place.name).await.unwrap();
+        // There is no such node, which only who may ask is told.
+        assert!(matches!(agent.zone().await, Err(ClusterError::Gone(_))));
         for (api_version, kind) in [
             ("apps/v1", "DaemonSet"),
             ("apps/v1", "Deployment"),
@@ -144,7 +152,7 @@ async fn the_charts_rights_suffice() {
         assert_eq!(agent.sweep(now).await.unwrap(), 1);
 
         let peer = PeerId::from_public_key([1; 32]);
-        let admission = TokenAdmission::new(&agent, peer);
+        let admission = TokenAdmission::new(&agent, peer, Keep::default(), Metrics::new());
         let stop = CancellationToken::new();
         let credential = async {
             let credential = loop {
@@ -157,7 +165,11 @@ async fn the_charts_rights_suffice() {
             credential
         };
         let ((), credential) = tokio::join!(admission.run(stop.clone()), credential);
-        admission.admit(peer, &credential).await.unwrap();
+        let metrics = Metrics::new();
+        let other = TokenAdmission::new(&agent, peer, Keep::default(), metrics.clone());
+        other.admit(peer, &credential).await.unwrap();
+        let counted = String::from_utf8(metrics.render()).unwrap();
+        assert!(counted.contains(r#"token_reviews_total{result="passed"} 1"#), "{counted}");
     })
     .await;
 }
@@ -196,6 +208,9 @@ async fn nothing_more_is_allowed() {
 
         let list = ListParams::default();
         forbidden("listing namespaces", Api::<Namespace>::all(agent.clone()).list(&list).await);
+        let nodes = Api::<Node>::all(agent.clone());
+        forbidden("listing nodes", nodes.list(&list).await);
+        forbidden("patching a node", nodes.patch("n", &PatchParams::default(), &patch).await);
         make_pull_secret(&place).await;
         let secrets = Api::<Secret>::namespaced(agent.clone(), &place.name);
         forbidden("listing secrets", secrets.list(&list).await);

@@ -1,0 +1,238 @@
+//! Thirty agents as processes of their own, on real links with a real containerd and a real API server: that they find each other, notice
+//! who is gone, and what that costs. The figures stand on lines of their own for `make figures`; none of them is asserted.
+
+mod fleet;
+mod usage;
+mod view;
+mod wires;
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lighterman::ports::{ContentStore, Remembered};
+use lighterman::testing::image::put_image;
+use tokio::runtime::Builder;
+use tokio::time::sleep;
+
+use crate::containerd::{content, write};
+use fleet::Fleet;
+use usage::{processor_time, resident_mib};
+use wires::{Carried, Wires};
+
+const AGENTS: usize = 30;
+
+/// After which what a change has set off is over: the agents compare what they know every ten seconds.
+const SETTLE: Duration = Duration::from_secs(20);
+
+/// What idling costs is measured over this time.
+const IDLE: Duration = Duration::from_secs(30);
+
+/// All of it takes three minutes.
+const DEADLINE: Duration = Duration::from_secs(1200);
+
+#[test]
+fn thirty_agents_find_each_other_and_forget_who_is_gone() {
+    let wires = Wires::new(AGENTS);
+    let playing = thread::spawn(move || {
+        wires.enter_switch();
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async { tokio::time::timeout(DEADLINE, play(wires)).await.expect("the test is stuck") });
+    });
+    playing.join().unwrap();
+}
+
+async fn play(wires: Wires) {
+    let mut fleet = Fleet::new(wires, AGENTS).await;
+    println!();
+    all_started_at_once_find_each_other(&mut fleet).await;
+    sleep(SETTLE).await;
+    let idle = idling_costs_little(&fleet).await;
+    an_image_that_one_gets_is_known_to_all(&fleet).await;
+    announcements_reach_all(&fleet, idle).await;
+    one_that_dies_is_forgotten_and_comes_back(&mut fleet).await;
+    five_that_die_are_forgotten_and_come_back(&mut fleet).await;
+    one_whose_link_is_down_is_forgotten_and_comes_back(&fleet).await;
+}
+
+async fn all_started_at_once_find_each_other(fleet: &mut Fleet) {
+    let began = Instant::now();
+    fleet.start(0..AGENTS);
+    fleet.knows_all().await;
+    let context = format!("{AGENTS} processes started at once, until all know all");
+    println!("figure mesh_start_s_30 {:.2} ({context})", began.elapsed().as_secs_f64());
+}
+
+/// Bytes per second on an agent's link, in both directions together, as all agents have them on average.
+async fn idling_costs_little(fleet: &Fleet) -> f64 {
+    let ids: Vec<_> = fleet.agents.iter().map(|agent| agent.id()).collect();
+    let times = || ids.iter().map(|id| processor_time(*id)).collect::<Vec<_>>();
+    let (times_before, carried_before, began) = (times(), fleet.wires.carried(), Instant::now());
+    sleep(IDLE).await;
+    let (times_after, carried_after, seconds) = (times(), fleet.wires.carried(), began.elapsed().as_secs_f64());
+
+    let resident = sorted(ids.iter().map(|id| resident_mib(*id)));
+    println!(
+        "figure agent_idle_rss_mib {:.1} (the worst of {AGENTS}; median {:.1})",
+        last(&resident),
+        median(&resident)
+    );
+    let busy = times_after.iter().zip(times_before).map(|(after, before)| (*after - before).as_secs_f64());
+    let busy = sorted(busy.map(|time| 100.0 * time / seconds));
+    println!(
+        "figure agent_idle_cpu_pct {:.2} (median of {AGENTS}, of one core; worst {:.2})",
+        median(&busy),
+        last(&busy)
+    );
+    let rates = carried_after.iter().zip(carried_before).map(|(after, before)| {
+        let Carried { sent, received } = after.since(before);
+        (sent + received) as f64 / seconds
+    });
+    let rates = sorted(rates);
+    let kbit = |rate: f64| rate * 8.0 / 1000.0;
+    let mean = rates.iter().sum::<f64>() / AGENTS as f64;
+    let context = format!("a node's link, both directions, mean of {AGENTS}; worst {:.1}", kbit(last(&rates)));
+    println!("figure mesh_idle_kbit_s_30 {:.1} ({context})", kbit(mean));
+    mean
+}
+
+async fn an_image_that_one_gets_is_known_to_all(fleet: &Fleet) {
+    const PROVIDER: usize = 7;
+    let image = "reg.test/late/app:1";
+    put_image(&fleet.agents[PROVIDER].store, &[image.to_owned()], &[2000, 2000], 7).await.unwrap();
+    let began = Instant::now();
+    fleet.finds(image, PROVIDER).await;
+    let context = "from containerd's record to the last of 29 that would fetch it there";
+    println!("figure mesh_content_known_s_30 {:.2} ({context})", began.elapsed().as_secs_f64());
+    fleet.knows_all().await;
+}
+
+/// What all agents together have said and heard.
+struct Traffic {
+    at: Instant,
+    carried: Vec<Carried>,
+    announcements: u64,
+    messages: u64,
+}
+
+impl Traffic {
+    async fn of(fleet: &Fleet) -> Self {
+        let views = fleet.views().await;
+        Self {
+            at: Instant::now(),
+            carried: fleet.wires.carried(),
+            announcements: views.iter().map(|(_, view)| view.sequence).sum(),
+            messages: views.iter().map(|(_, view)| view.messages_in).sum(),
+        }
+    }
+
+    fn received_since(&self, before: &Self) -> u64 {
+        self.carried.iter().zip(&before.carried).map(|(after, before)| after.since(*before).received).sum()
+    }
+}
+
+/// Announcements of one blob each, so that their number is known: what the simulation's bytes per message are compared with. `idle` is
+/// what an agent sends and receives in a second without them.
+async fn announcements_reach_all(fleet: &Fleet, idle: f64) {
+    const PUBLISHERS: usize = 10;
+    const ROUNDS: usize = 12;
+    /// Changes are gathered for a second, after containerd's events have been waited for.
+    const APART: Duration = Duration::from_millis(1500);
+    sleep(SETTLE).await;
+    let before = Traffic::of(fleet).await;
+    for round in 0..ROUNDS {
+        for agent in &fleet.agents[..PUBLISHERS] {
+            let bytes = content(&format!("round {round} {}", agent.node), 1000);
+            // Never released: what the collector took would be missed a minute later only.
+            let pin = agent.store.pin(DEADLINE).await.unwrap();
+            write(&agent.store, &bytes, &pin, &Remembered::default()).await;
+        }
+        sleep(APART).await;
+    }
+    fleet.knows_all().await;
+    let after = Traffic::of(fleet).await;
+
+    let received = after.received_since(&before) as f64;
+    let quiet = idle / 2.0 * AGENTS as f64 * after.at.duration_since(before.at).as_secs_f64();
+    let (announcements, messages) = (after.announcements - before.announcements, after.messages - before.messages);
+    let an_agent = |bytes: f64| bytes / AGENTS as f64 / 1024.0;
+    println!(
+        "  {PUBLISHERS} publishers, {ROUNDS} times a blob each: {announcements} announcements, {messages} messages came; an agent received {:.1} KiB, {:.1} of them beyond idling",
+        an_agent(received),
+        an_agent(received - quiet),
+    );
+    let context = format!("received beyond idling, all agents, / {messages} messages that came");
+    println!("figure mesh_bytes_per_message_real {:.0} ({context})", (received - quiet) / messages as f64);
+}
+
+async fn one_that_dies_is_forgotten_and_comes_back(fleet: &mut Fleet) {
+    let mut times = Vec::new();
+    // A seed among them.
+    for number in [1, 8, 14, 21, 29] {
+        let began = Instant::now();
+        fleet.kill(&[number]);
+        fleet.has_dropped(&[number]).await;
+        times.push(began.elapsed().as_secs_f64());
+        fleet.start([number]);
+        fleet.knows_all().await;
+    }
+    let times = sorted(times);
+    let context = format!(
+        "SIGKILL to the last of 29 inventories without it, median of {}; worst {:.2}",
+        times.len(),
+        last(&times)
+    );
+    println!("figure dead_peer_forgotten_s {:.2} ({context})", median(&times));
+}
+
+async fn five_that_die_are_forgotten_and_come_back(fleet: &mut Fleet) {
+    let five = [2, 9, 15, 22, 28];
+    let began = Instant::now();
+    fleet.kill(&five);
+    fleet.has_dropped(&five).await;
+    println!("figure five_dead_peers_forgotten_s {:.2} (SIGKILL to five at once)", began.elapsed().as_secs_f64());
+
+    let before = Traffic::of(fleet).await;
+    fleet.start(five);
+    fleet.knows_all().await;
+    let back = before.at.elapsed().as_secs_f64();
+    println!("figure five_restarted_known_s {back:.2} (started at once, until all {AGENTS} know all)");
+    let after = Traffic::of(fleet).await;
+    println!(
+        "  meanwhile an agent received {:.1} KiB, {:.0} messages",
+        after.received_since(&before) as f64 / AGENTS as f64 / 1024.0,
+        after.messages.saturating_sub(before.messages) as f64 / AGENTS as f64,
+    );
+}
+
+async fn one_whose_link_is_down_is_forgotten_and_comes_back(fleet: &Fleet) {
+    let mut times = Vec::new();
+    for number in [5, 17, 26] {
+        let began = Instant::now();
+        fleet.wires.set_link(number, "down");
+        fleet.has_dropped(&[number]).await;
+        times.push(began.elapsed().as_secs_f64());
+        fleet.wires.set_link(number, "up");
+        fleet.knows_all().await;
+    }
+    let times = sorted(times);
+    let context = format!(
+        "link down to the last of 29 inventories without it, median of {}; worst {:.2}",
+        times.len(),
+        last(&times)
+    );
+    println!("figure dead_peer_forgotten_link_s {:.2} ({context})", median(&times));
+}
+
+fn sorted(numbers: impl IntoIterator<Item = f64>) -> Vec<f64> {
+    let mut numbers: Vec<_> = numbers.into_iter().collect();
+    numbers.sort_by(f64::total_cmp);
+    numbers
+}
+
+fn median(sorted: &[f64]) -> f64 {
+    sorted[sorted.len() / 2]
+}
+
+fn last(sorted: &[f64]) -> f64 {
+    sorted[sorted.len() - 1]
+}

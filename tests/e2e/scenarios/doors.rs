@@ -1,0 +1,221 @@
+//! Strangers at both doors: what they are told, and that they see nothing. They come from the hub's network, where this process is.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use jsonwebtoken::{EncodingKey, Header};
+use libp2p::gossipsub::{self, MessageAuthenticity};
+use libp2p::swarm::dial_opts::DialOpts;
+use libp2p::swarm::{NetworkBehaviour, Swarm, SwarmEvent};
+use libp2p::{Multiaddr, SwarmBuilder, noise, ping, tcp, yamux};
+use lighterman::identity::{Identity, libp2p_peer_id};
+use lighterman::metrics::Metrics;
+use lighterman::model::{Credential, PeerId};
+use lighterman::ports::{Admission, Admitted, Refusal};
+use lighterman::testing::MemoryStore;
+use lighterman::transfer::{Config, GreetError, Transfer};
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+use tokio::sync::{mpsc, watch};
+
+use super::{agent_pod, ensure};
+use crate::bed::{Bed, Failure, NODES};
+
+/// Far more than a refusal takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The port of every agent, for both protocols.
+const PORT: u16 = 4701;
+
+pub(super) fn strangers(bed: &Bed) -> Result<(), Failure> {
+    let runtime = Runtime::new().map_err(|error| error.to_string())?;
+    let identity = Identity::generate();
+    let (me, node) = (identity.peer_id(), NODES[2].0);
+    let pod = agent_pod(bed, node)?;
+    let good = token(bed, "lighterman", "lighterman", &me.to_string(), Some(&pod))?;
+    let other_peer = Identity::generate().peer_id().to_string();
+    let cases = [
+        ("no token", String::new(), "no token was shown"),
+        ("a token for the API server", token(bed, "lighterman", "lighterman", "", Some(&pod))?, "for another peer"),
+        ("another's token", token(bed, "lighterman", "lighterman", &other_peer, Some(&pod))?, "for another peer"),
+        ("another account's", token(bed, "default", "default", &me.to_string(), None)?, "another ServiceAccount"),
+        ("a token bound to nothing", token(bed, "lighterman", "lighterman", &me.to_string(), None)?, "not bound"),
+        ("an expired token", expired(bed, &good)?, "expired"),
+    ];
+    let agents: Result<Vec<SocketAddr>, Failure> = NODES
+        .iter()
+        .map(|(node, _)| {
+            let address = format!("{}:{PORT}", bed.env(&format!("NODE_{node}_IP"))?);
+            address.parse().map_err(|error| format!("{address}: {error}"))
+        })
+        .collect();
+    let agents = agents?;
+    let served = || -> Result<f64, Failure> {
+        NODES.iter().map(|(node, _)| bed.metric(node, "lighterman_served_bytes_total")).sum()
+    };
+    let before = served()?;
+    for (what, token, said) in cases {
+        for agent in &agents {
+            let refused = runtime.block_on(greet(&identity, &token, *agent));
+            match &refused {
+                Err(GreetError::Refused { reason, .. }) if reason.contains(said) => {}
+                other => return Err(format!("{what}, at {agent}: {other:?} instead of: {said}")),
+            }
+            let seen = runtime.block_on(connect(&identity, *agent, refused.err().and_then(peer_at)))?;
+            ensure(seen == Seen::Nothing, format!("{what}, at {agent}: gossip's door is open: {seen:?}"))?;
+        }
+        println!("  {what}: refused at {} nodes, both doors", agents.len());
+    }
+    ensure(served()? == before, "something was served meanwhile")?;
+
+    // All of it could as well be refused because the doors are shut: the good token opens both.
+    let met = runtime.block_on(greet(&identity, &good, agents[2])).map_err(|error| format!("a good token: {error}"))?;
+    let seen = runtime.block_on(connect(&identity, agents[2], Some(met)))?;
+    ensure(seen == Seen::Gossip, format!("with a good token: {seen:?}"))
+}
+
+/// A token that the API server issues.
+fn token(
+    bed: &Bed,
+    k8s_namespace: &str,
+    account: &str,
+    audience: &str,
+    pod: Option<&Value>,
+) -> Result<String, Failure> {
+    let audiences: Vec<_> = Some(audience).filter(|audience| !audience.is_empty()).into_iter().collect();
+    let bound = pod.map(|pod| {
+        let metadata = &pod["metadata"];
+        json!({"apiVersion": "v1", "kind": "Pod", "name": metadata["name"], "uid": metadata["uid"]})
+    });
+    let request = json!({
+        "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+        "spec": {"audiences": audiences, "boundObjectRef": bound, "expirationSeconds": 3600},
+    });
+    let file = bed.folder().join("token-request.json");
+    std::fs::write(&file, request.to_string()).map_err(|error| error.to_string())?;
+    let path = format!("/api/v1/namespaces/{k8s_namespace}/serviceaccounts/{account}/token");
+    let answer = bed.kubectl(&["create", "--raw", &path, "-f", &file.to_string_lossy()])?;
+    let answer: Value = serde_json::from_str(&answer).map_err(|error| error.to_string())?;
+    answer["status"]["token"].as_str().map(str::to_owned).ok_or_else(|| format!("no token in {answer}"))
+}
+
+/// The same token as it would have been two hours ago, under the cluster's own signature.
+fn expired(bed: &Bed, good: &str) -> Result<String, Failure> {
+    let failed = |error: &dyn std::fmt::Display| format!("an expired token: {error}");
+    let mut token = jsonwebtoken::dangerous::insecure_decode::<Value>(good).map_err(|error| failed(&error))?;
+    for claim in ["iat", "nbf", "exp"] {
+        let time = token.claims[claim].as_u64().ok_or("a token without times")?;
+        token.claims[claim] = (time - 7200).into();
+    }
+    let pem = std::fs::read(bed.folder().join("pki/sa.key")).map_err(|error| failed(&error))?;
+    let key = EncodingKey::from_rsa_pem(&pem).map_err(|error| failed(&error))?;
+    let header = Header { kid: token.header.kid, ..Header::new(token.header.alg) };
+    jsonwebtoken::encode(&header, &token.claims, &key).map_err(|error| failed(&error))
+}
+
+/// Shows one credential, and admits whoever answers.
+struct Shows {
+    credential: Credential,
+    renewals: watch::Sender<u64>,
+}
+
+#[async_trait]
+impl Admission for Shows {
+    async fn credential(&self) -> Result<Credential, Refusal> {
+        Ok(self.credential.clone())
+    }
+
+    fn renewed(&self) -> watch::Receiver<u64> {
+        self.renewals.subscribe()
+    }
+
+    async fn admit(&self, peer: PeerId, credential: &Credential) -> Result<Admitted, Refusal> {
+        self.vouch(peer, credential)
+    }
+
+    fn vouch(&self, _: PeerId, _: &Credential) -> Result<Admitted, Refusal> {
+        Ok(Admitted { node: None, pod: None, until: Duration::MAX, on_grace: false })
+    }
+}
+
+/// Knocks at the one door, as an agent does.
+async fn greet(identity: &Identity, token: &str, agent: SocketAddr) -> Result<PeerId, GreetError> {
+    let node = "stranger".parse().expect("a node's name");
+    let config = Config { listen: ([0, 0, 0, 0], 0).into(), gossip_port: 1, node, max_serving: 1 };
+    let shows = Shows { credential: Credential::new(token.to_owned()), renewals: watch::Sender::default() };
+    let (joined, _) = mpsc::channel(1);
+    let store = Arc::new(MemoryStore::default());
+    let transfer = Transfer::bind(config, identity, Arc::new(shows), store, Metrics::new(), joined);
+    transfer.expect("a socket").greet(agent, None).await.map(|peer| peer.id)
+}
+
+/// Who refused.
+fn peer_at(error: GreetError) -> Option<PeerId> {
+    match error {
+        GreetError::Refused { peer, .. } => Some(peer),
+        _ => None,
+    }
+}
+
+/// What a stranger sees of gossip.
+#[derive(Debug, PartialEq, Eq)]
+enum Seen {
+    /// The connection ended, and nothing came over it.
+    Nothing,
+    /// It ended, but a stream had been open before.
+    Streams,
+    /// The agent told what it listens to.
+    Gossip,
+}
+
+#[derive(NetworkBehaviour)]
+struct Listener {
+    ping: ping::Behaviour,
+    gossip: gossipsub::Behaviour,
+}
+
+fn listener(identity: &Identity) -> Result<Swarm<Listener>, Failure> {
+    let failed = |error: &dyn std::fmt::Display| error.to_string();
+    let swarm = SwarmBuilder::with_existing_identity(identity.keypair())
+        .with_tokio()
+        .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
+        .map_err(|error| failed(&error))?
+        .with_behaviour(|keypair| {
+            let authenticity = MessageAuthenticity::Signed(keypair.clone());
+            let gossip = gossipsub::Behaviour::new(authenticity, gossipsub::Config::default())?;
+            let ping = ping::Behaviour::new(ping::Config::new().with_interval(Duration::from_millis(100)));
+            Ok(Listener { ping, gossip })
+        })
+        .map_err(|error| failed(&error))?;
+    Ok(swarm.with_swarm_config(|config| config.with_idle_connection_timeout(PATIENCE)).build())
+}
+
+/// Speaks libp2p with the same key, until the connection ends or something is seen.
+async fn connect(identity: &Identity, agent: SocketAddr, peer: Option<PeerId>) -> Result<Seen, Failure> {
+    let mut swarm = listener(identity)?;
+    let peer = libp2p_peer_id(peer.ok_or("nobody proved a key at the first door")?);
+    let address: Multiaddr = format!("/ip4/{}/tcp/{}", agent.ip(), agent.port()).parse().expect("an address");
+    swarm.dial(DialOpts::peer_id(peer).addresses(vec![address]).build()).map_err(|error| error.to_string())?;
+    let (mut is_open, mut is_answered) = (false, false);
+    let watched = async {
+        loop {
+            match swarm.select_next_some().await {
+                SwarmEvent::ConnectionEstablished { .. } => is_open = true,
+                SwarmEvent::ConnectionClosed { .. } if is_open && !is_answered => return Ok(Seen::Nothing),
+                SwarmEvent::ConnectionClosed { .. } => return Ok(Seen::Streams),
+                // It may be closed before this end has finished its own handshake.
+                SwarmEvent::OutgoingConnectionError { .. } => return Ok(Seen::Nothing),
+                SwarmEvent::Behaviour(ListenerEvent::Gossip(
+                    gossipsub::Event::Subscribed { .. } | gossipsub::Event::Message { .. },
+                )) => return Ok(Seen::Gossip),
+                SwarmEvent::Behaviour(ListenerEvent::Ping(ping::Event { result: Ok(_), .. })) => is_answered = true,
+                _ => {}
+            }
+        }
+    };
+    let late = |_| format!("{agent}: the connection neither ends nor tells anything");
+    tokio::time::timeout(PATIENCE, watched).await.map_err(late)?
+}
