@@ -6,9 +6,8 @@
 use std::fmt::Debug;
 
 use libfuzzer_sys::fuzz_target;
-use lighterman::wire::{
-    self, Announcement, Answer, Hello, Message, Request, Snapshot, SnapshotRequest, VERSION, Welcome,
-};
+use lighterman::model::{Gossip, Question, Reply};
+use lighterman::wire::{self, Answer, Hello, MAJOR, MINOR, Message, Request, VERSION, Welcome};
 
 fuzz_target!(|input: &[u8]| {
     let Some((kind, body)) = input.split_first() else { return };
@@ -18,9 +17,9 @@ fuzz_target!(|input: &[u8]| {
         1 => check::<Welcome>(body),
         2 => check::<Request>(body),
         3 => check::<Answer>(body),
-        4 => check::<Announcement>(body),
-        5 => check::<SnapshotRequest>(body),
-        _ => check::<Snapshot>(body),
+        4 => check::<Gossip>(body),
+        5 => check::<Question>(body),
+        _ => check::<Reply>(body),
     }
 });
 
@@ -28,7 +27,10 @@ fn check<M: Message + Debug + PartialEq>(bytes: &[u8]) {
     // As it stands: the header is the stranger's as well.
     let _ = wire::decode::<M>(bytes);
     let length = u32::try_from(bytes.len()).expect("inputs are short");
-    let frame = [&length.to_be_bytes()[..], &VERSION.to_be_bytes(), bytes].concat();
+    let framed = |version: u16| [&length.to_be_bytes()[..], &version.to_be_bytes(), bytes].concat();
+    // From a later release.
+    let _ = wire::decode::<M>(&framed(u16::from_be_bytes([MAJOR, MINOR + 1])));
+    let frame = framed(VERSION);
     let Ok(message) = wire::decode::<M>(&frame) else { return };
     assert!(bytes.len() <= M::LIMIT, "longer than its kind may be");
     let again = wire::encode(&message).expect("what was accepted can be sent on");

@@ -1,0 +1,68 @@
+//! ServiceAccount tokens as strangers show them: any text, and any claims under a signature that is right.
+#![no_main]
+
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use jsonwebtoken::jwk::Jwk;
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use libfuzzer_sys::fuzz_target;
+use lighterman::credential::token::{Expectations, Key, Keys, MAX_LIFE, verify, verify_but_for_its_end};
+use lighterman::model::PeerId;
+use lighterman::ports::LEEWAY;
+use serde_json::Value;
+
+/// Made for this target alone.
+const PEM: &str = "-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQguFkVRw5go2jMZuGO
+ZqdwHKdLtBT8bwaDnbrgZ5SE8pShRANCAASfxlFTq16+ccY8M4alpmsX+uoHZyqp
+qRRuVjMIiX3+ZHOChHC+s3o+bTAeqgAJd2jROCb4Jkqm9Pvg0W5m2wFR
+-----END PRIVATE KEY-----";
+
+/// The corpus has tokens of this second.
+const NOW: Duration = Duration::from_secs(1_800_000_000);
+
+static SIGNER: LazyLock<EncodingKey> = LazyLock::new(|| EncodingKey::from_ec_pem(PEM.as_bytes()).expect("a key"));
+
+static KEYS: LazyLock<Keys> = LazyLock::new(|| {
+    let mut published = Jwk::from_encoding_key(&SIGNER, Algorithm::ES256).expect("a key");
+    published.common.key_id = Some("k1".to_owned());
+    let key = Key::from_jwk(&published).expect("one that is taken");
+    Keys { issuer: "https://issuer.test".to_owned(), keys: vec![key] }
+});
+
+// The first byte chooses: a token as it stands, or the claims of one.
+fuzz_target!(|input: &[u8]| {
+    let Some((kind, text)) = input.split_first() else { return };
+    let Ok(text) = std::str::from_utf8(text) else { return };
+    if kind % 2 == 0 {
+        return check(text);
+    }
+    let Ok(claims) = serde_json::from_str::<Value>(text) else { return };
+    let header = Header { kid: Some("k1".to_owned()), ..Header::new(Algorithm::ES256) };
+    check(&jsonwebtoken::encode(&header, &claims, &SIGNER).expect("claims in JSON can be signed"));
+});
+
+fn check(token: &str) {
+    let expectations = Expectations { k8s_namespace: "lighterman".into(), service_account: "agent".into() };
+    let peer = PeerId::from_public_key([7; 32]);
+    let but_for_its_end = verify_but_for_its_end(token, peer, &KEYS, &expectations, NOW);
+    let verdict = verify(token, peer, &KEYS, &expectations, NOW);
+    if let Ok(claims) = &but_for_its_end {
+        assert!(!claims.pod_uid.is_empty() && claims.pod_uid.len() <= 253, "it is kept, and written to disk");
+        assert!(claims.expires <= NOW + LEEWAY + MAX_LIFE + LEEWAY, "it lives too long");
+        assert_eq!(verdict.is_ok(), claims.expires + LEEWAY >= NOW);
+        let other = PeerId::from_public_key([8; 32]);
+        let elsewhere = verify(token, other, &KEYS, &expectations, NOW);
+        assert!(elsewhere.is_err() || token_names(token, other), "another key's token admits");
+    } else {
+        assert!(verdict.is_err());
+    }
+    let _ = verdict.map_err(|flaw| assert!(flaw.to_string().len() < 128, "told to the peer and logged"));
+}
+
+/// A token may have several audiences.
+fn token_names(token: &str, peer: PeerId) -> bool {
+    let claims = jsonwebtoken::dangerous::insecure_decode::<Value>(token).expect("it was read before");
+    claims.claims["aud"].to_string().contains(&peer.to_string())
+}
