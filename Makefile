@@ -21,12 +21,14 @@ ARGS ?=
 # How long `make fuzz` runs each target.
 SECONDS_EACH ?= 60
 # Test binaries that need neither root nor components nor the static binary.
-FAST_TESTS ?= --lib --bins --test fast
+FAST_TESTS ?= --lib --bins --test fast --test simulation
 # Commands that print `figure NAME VALUE`, one argument each.
-FIGURE_SOURCES ?= 'cargo bench --locked --bench transfer' 'cargo test --locked --test e2e'
+FIGURE_SOURCES ?= 'cargo bench --locked --bench transfer' 'cargo test --locked --test components mesh:: -- --nocapture' \
+  'cargo test --locked --test e2e' \
+  'cargo test --locked --release --no-default-features --features testing --test simulation -- --nocapture'
 
 # Where tests and measurements find what was built.
-BUILT = LIGHTERMAN_IMAGE='$(IMAGE)' LIGHTERMAN_TESTBED='$(CACHE)/testbed'
+BUILT = LIGHTERMAN_BIN='$(BIN)' LIGHTERMAN_IMAGE='$(IMAGE)' LIGHTERMAN_TESTBED='$(CACHE)/testbed'
 
 .PHONY: help
 help: ## this list

@@ -16,7 +16,7 @@ use lighterman::decide::reserve::Reservations;
 use lighterman::decide::rules::{ResolveSettings, Rules};
 use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
-use lighterman::model::{ContentChange, MeshEvent, NodeName, PeerId};
+use lighterman::model::{Item, MeshEvent, NodeName, PeerId};
 use lighterman::oci::{Platform, Reference};
 use lighterman::ports::{ContentStore, Imports};
 use lighterman::testing::{MemoryCluster, MemoryRegistry};
@@ -129,12 +129,11 @@ fn bind(
 }
 
 /// What the serving agent would announce.
-async fn everything_in(store: &ContainerdStore) -> Result<Vec<ContentChange>, Failure> {
-    let mut items: Vec<_> =
-        store.blobs().await?.into_iter().map(|blob| ContentChange::BlobAdded(blob.digest)).collect();
+async fn everything_in(store: &ContainerdStore) -> Result<Vec<Item>, Failure> {
+    let mut items: Vec<_> = store.blobs().await?.into_iter().map(|blob| Item::Blob(blob.digest)).collect();
     for record in store.images().await? {
         if let Reference::Tag(repository, tag) = record.name.parse()? {
-            items.push(ContentChange::Tagged(repository, Some(tag), record.target.digest));
+            items.push(Item::Image(repository, Some(tag), record.target.digest));
         }
     }
     Ok(items)
