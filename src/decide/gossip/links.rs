@@ -181,9 +181,9 @@ impl Links {
         (self.attempts, self.try_at) = (0, None);
     }
 
-    /// It was greeted: the next step may begin at once.
+    /// It was greeted: the next step may begin. When, the last greeting does not put off.
     pub(super) fn greeted(&mut self) {
-        (self.trying, self.try_at, self.lost, self.doubted) = (None, None, None, false);
+        (self.trying, self.lost, self.doubted) = (None, None, false);
     }
 
     /// Somebody says that it is silent: if it cannot be reached from here either, that counts as a lost connection. False when it is
