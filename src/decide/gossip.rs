@@ -277,11 +277,7 @@ impl<N: Notary> Protocol<N> {
     /// A neighbour passed this on.
     pub fn gossip(&mut self, from: PeerId, message: Gossip, table: &mut Inventory, now: Instant) -> Verdict {
         let verdict = self.take(from, message, table, now);
-        if let Verdict::Reject(fault) = verdict {
-            self.nonsense(from, fault, now);
-        }
-        self.ask(now);
-        verdict
+        self.after_gossip(from, verdict, now)
     }
 
     /// The same, in the words of a later release: what is improper here may be proper there, and nobody is blamed for it.
@@ -296,6 +292,11 @@ impl<N: Notary> Protocol<N> {
             Verdict::Reject("malformed") => Verdict::Ignore("later_release"),
             verdict => verdict,
         };
+        self.after_gossip(from, verdict, now)
+    }
+
+    /// Who brought it is blamed, if anybody is, and what it lets us miss is asked for.
+    fn after_gossip(&mut self, from: PeerId, verdict: Verdict, now: Instant) -> Verdict {
         if let Verdict::Reject(fault) = verdict {
             self.nonsense(from, fault, now);
         }

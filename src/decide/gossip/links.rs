@@ -186,10 +186,10 @@ impl Links {
         (self.trying, self.lost, self.doubted) = (None, None, false);
     }
 
-    /// Somebody says that it is silent: if it cannot be reached from here either, that counts as a lost connection. False when it is
-    /// connected or already tried.
+    /// Somebody says that it is silent: if it cannot be reached from here either, that counts as a lost connection, also when it is being
+    /// tried already. False when it is connected.
     pub(super) fn doubt(&mut self) -> bool {
-        let is_alone = self.open.is_empty() && self.trying.is_none();
+        let is_alone = self.open.is_empty();
         if is_alone {
             (self.doubted, self.try_at) = (true, None);
         }

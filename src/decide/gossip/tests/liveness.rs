@@ -83,6 +83,18 @@ fn one_whom_a_single_neighbour_saw_die_is_looked_for_by_others() {
 }
 
 #[test]
+fn one_that_is_being_dialled_when_others_doubt_it_is_missed_when_the_dial_fails() {
+    let mut village = Village::grown(1..=20);
+    village.part(1, 7);
+    let now = village.now + seconds(60);
+    let house = village.house(1);
+    assert!(house.protocol.try_one(id(7), now));
+    house.protocol.look_for(id(7), now);
+    house.protocol.unreachable(id(7), &mut house.table, now);
+    assert_eq!(village.holders(1, 7), NOBODY);
+}
+
+#[test]
 fn one_that_cannot_be_fetched_from_is_no_provider_here_at_once_and_again_when_it_is_found_alive() {
     let mut village = Village::grown(1..=20);
     village.part(1, 7);
