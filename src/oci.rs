@@ -3,12 +3,14 @@
 //! Everything here is parsed once, at the edge, into a type that cannot be wrong; what is refused is refused
 //! with a reason that names the text. Not here: where content is kept or who holds it.
 
+mod chain;
 mod descriptor;
 mod digest;
 mod document;
 mod platform;
 mod reference;
 
+pub use chain::{Chain, ChainBuilder, Cut, CutError, Dispute, LengthError, MAX_PIECES, Ruling, State};
 pub use descriptor::{Descriptor, DescriptorError};
 pub use digest::{Digest, DigestError, Hasher, Verified, VerifyError};
 pub use document::{Document, DocumentError, Index, MAX_CHILDREN, MAX_DOCUMENT_BYTES, Manifest};

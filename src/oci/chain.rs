@@ -1,0 +1,305 @@
+//! SHA-256 as a chain: every piece of a blob can be checked alone, in any order, from any peer, and when all of them hold the blob's
+//! digest is proved without another pass.
+//!
+//! SHA-256 (FIPS 180-4, section 6.2.2) takes a message in blocks of 64 bytes and carries a state of 32 bytes from one to the next. Cut at
+//! multiples of 64 bytes, a blob is a row of pieces, each of which takes one state to the next:
+//!
+//! ```text
+//! initial value --piece 0--> state 1 --piece 1--> state 2 ... state n-1 --last piece, padding, length--> digest
+//! ```
+//!
+//! Whoever hashes a blob has all the states for nothing; the list of them, 32 bytes a piece, is a [`Chain`]. A piece fits if it takes the
+//! state before it to the state after it. The first state is a constant and the last link ends at the digest, so a blob whose pieces all
+//! fit *is* the blob of that digest: this is no other hash, it is SHA-256 itself, computed out of order.
+//!
+//! # What it rests on
+//!
+//! - **All pieces fit: the blob is proved**, by SHA-256's collision resistance as always. Nothing is ever committed on less.
+//! - **Some pieces fit: they are as good as the list.** The list is a claim until the end. From its tail it is proved step by step: the last
+//!   piece proves the state before it *and the blob's length*, the piece before that one proves the state before it, and so on. A forged
+//!   list therefore breaks at some link. For this the compression function must be hard to invert to a given output with a state of the
+//!   attacker's choice (free-start second preimage), which is a little more than plain SHA-256 promises and for which no attack better
+//!   than brute force is known. It decides only how soon a liar is found, never what is committed.
+//! - **Two lists that differ are settled by one piece** ([`Dispute`]): above the last difference they agree, so the piece at it can fit one
+//!   of them at most.
+//!
+//! Not here: which piece is fetched when and from whom.
+
+use serde::{Deserialize, Serialize};
+use sha2::block_api::compress256;
+
+use super::Digest;
+
+/// SHA-256's block, in bytes.
+const BLOCK: usize = 64;
+
+/// The state between two pieces.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct State([u32; 8]);
+
+impl State {
+    /// What every message begins with (FIPS 180-4, section 5.3.3).
+    pub const INITIAL: Self =
+        Self([0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19]);
+
+    /// Takes in whole blocks; what is left over is returned.
+    fn absorb<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
+        let (blocks, rest) = bytes.as_chunks::<BLOCK>();
+        compress256(&mut self.0, blocks);
+        rest
+    }
+
+    /// The digest of a message of `length` bytes that ends with `rest`, less than a block (FIPS 180-4, section 5.1.1).
+    fn finish(mut self, rest: &[u8], length: u64) -> Digest {
+        let mut padded = [0; 2 * BLOCK];
+        padded[..rest.len()].copy_from_slice(rest);
+        padded[rest.len()] = 0x80;
+        // The mark and the eight bytes of the length need room.
+        let end = if rest.len() + 9 <= BLOCK { BLOCK } else { 2 * BLOCK };
+        padded[end - 8..end].copy_from_slice(&length.wrapping_mul(8).to_be_bytes());
+        self.absorb(&padded[..end]);
+        let mut digest = [0; 32];
+        for (bytes, word) in digest.as_chunks_mut::<4>().0.iter_mut().zip(self.0) {
+            *bytes = word.to_be_bytes();
+        }
+        Digest::from_bytes(digest)
+    }
+}
+
+/// How a blob is cut.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Cut {
+    size: u64,
+    piece: u64,
+}
+
+/// A cut that nobody uses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum CutError {
+    /// Pieces end at the end of a block, or the states between them mean nothing.
+    #[error("pieces of {0} bytes; they must be a multiple of 64")]
+    Unaligned(u64),
+    /// More pieces than a list may have.
+    #[error("{pieces} pieces; at most {MAX_PIECES} are used")]
+    TooMany {
+        /// As many as there would be.
+        pieces: u64,
+    },
+}
+
+/// Most pieces of one blob: a terabyte in pieces of the largest usual size. Its list takes 4 MiB.
+pub const MAX_PIECES: u64 = 1 << 17;
+
+/// The smallest and the largest piece that [`Cut::usual`] makes, in bytes. Smaller ones cost more questions than they save waiting; of larger
+/// ones one bad byte costs more to fetch again.
+const SMALLEST: u64 = 256 << 10;
+const LARGEST: u64 = 8 << 20;
+
+impl Cut {
+    /// A blob of `size` bytes in pieces of `piece` bytes; the last one may be shorter.
+    ///
+    /// # Errors
+    /// [`CutError`].
+    pub fn new(size: u64, piece: u64) -> Result<Self, CutError> {
+        if piece == 0 || !piece.is_multiple_of(BLOCK as u64) {
+            return Err(CutError::Unaligned(piece));
+        }
+        let pieces = size.div_ceil(piece);
+        if pieces > MAX_PIECES { Err(CutError::TooMany { pieces }) } else { Ok(Self { size, piece }) }
+    }
+
+    /// The cut that all agents make of a blob of this size: 256 pieces, in steps of two, but none under 256 KiB or over 8 MiB. A blob beyond
+    /// a terabyte has larger ones.
+    pub fn usual(size: u64) -> Self {
+        let piece = (size / 256).checked_next_power_of_two().unwrap_or(LARGEST).clamp(SMALLEST, LARGEST);
+        let least = size.div_ceil(MAX_PIECES).next_multiple_of(BLOCK as u64);
+        Self { size, piece: piece.max(least) }
+    }
+
+    /// The blob's length in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// How many pieces there are; an empty blob has one, which is empty.
+    pub fn pieces(&self) -> usize {
+        usize::try_from(self.size.div_ceil(self.piece)).expect("at most MAX_PIECES").max(1)
+    }
+
+    /// Where a piece begins, in bytes.
+    pub fn offset(&self, piece: usize) -> u64 {
+        self.piece * piece as u64
+    }
+
+    /// How long a piece is, in bytes; 0 for one that there is not.
+    pub fn length(&self, piece: usize) -> u64 {
+        self.size.saturating_sub(self.piece.saturating_mul(piece as u64)).min(self.piece)
+    }
+}
+
+/// The states between the pieces of a blob: a claim, as whoever made the list says.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Chain {
+    digest: Digest,
+    cut: Cut,
+    /// Before pieces 1, 2, ...; before piece 0 stands [`State::INITIAL`].
+    states: Vec<State>,
+}
+
+/// A list that does not fit its blob's cut.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{found} states where {expected} are between the pieces")]
+pub struct LengthError {
+    found: usize,
+    expected: usize,
+}
+
+impl Chain {
+    /// A list that somebody made of the blob with this digest.
+    ///
+    /// # Errors
+    /// [`LengthError`] unless it has a state between each two pieces.
+    pub fn claimed(digest: Digest, cut: Cut, states: Vec<State>) -> Result<Self, LengthError> {
+        let expected = cut.pieces() - 1;
+        let found = states.len();
+        if found == expected { Ok(Self { digest, cut, states }) } else { Err(LengthError { found, expected }) }
+    }
+
+    /// The blob's digest, which the last link ends at.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// How the blob is cut.
+    pub fn cut(&self) -> Cut {
+        self.cut
+    }
+
+    /// The states between the pieces.
+    pub fn states(&self) -> &[State] {
+        &self.states
+    }
+
+    fn before(&self, piece: usize) -> State {
+        piece.checked_sub(1).map_or(State::INITIAL, |place| self.states[place])
+    }
+
+    /// Whether these bytes are the piece, if the list is true. When every piece of the blob has been found to fit, the blob has
+    /// this digest, whoever made the list.
+    pub fn fits(&self, piece: usize, bytes: &[u8]) -> bool {
+        piece < self.cut.pieces() && bytes.len() as u64 == self.cut.length(piece) && self.link(piece, bytes)
+    }
+
+    fn link(&self, piece: usize, bytes: &[u8]) -> bool {
+        let mut state = self.before(piece);
+        let rest = state.absorb(bytes);
+        match self.states.get(piece) {
+            Some(after) => rest.is_empty() && state == *after,
+            None => state.finish(rest, self.cut.size) == self.digest,
+        }
+    }
+}
+
+/// Two lists of one blob that differ. At least one of those who made them lies.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Dispute {
+    piece: usize,
+}
+
+/// Who is right.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ruling {
+    /// The first list may be true; the second is forged.
+    First,
+    /// The second list may be true; the first is forged.
+    Second,
+    /// Neither: the lists are both forged, or these bytes are.
+    Neither,
+}
+
+impl Dispute {
+    /// What two lists of one blob, cut alike, differ in; `None` when they agree.
+    pub fn between(first: &Chain, second: &Chain) -> Option<Self> {
+        debug_assert_eq!((first.digest, first.cut), (second.digest, second.cut));
+        let differs = |(a, b): (&State, &State)| a != b;
+        let last = first.states.iter().zip(&second.states).rposition(differs)?;
+        Some(Self { piece: last + 1 })
+    }
+
+    /// The piece that settles it: both lists agree on everything after it.
+    pub fn piece(&self) -> usize {
+        self.piece
+    }
+
+    /// Settles it by the bytes of that piece, from whomever.
+    pub fn settle(&self, first: &Chain, second: &Chain, bytes: &[u8]) -> Ruling {
+        match (first.fits(self.piece, bytes), second.fits(self.piece, bytes)) {
+            (true, _) => Ruling::First,
+            (false, true) => Ruling::Second,
+            (false, false) => Ruling::Neither,
+        }
+    }
+}
+
+/// Hashes a blob from its beginning to its end, and notes the states on the way.
+#[derive(Clone, Debug)]
+pub struct ChainBuilder {
+    cut: Cut,
+    state: State,
+    states: Vec<State>,
+    taken: u64,
+    /// Less than a block, from the last call.
+    rest: [u8; BLOCK],
+    kept: usize,
+}
+
+impl ChainBuilder {
+    /// For a blob that is cut like this.
+    pub fn new(cut: Cut) -> Self {
+        let states = Vec::with_capacity(cut.pieces() - 1);
+        Self { cut, state: State::INITIAL, states, taken: 0, rest: [0; BLOCK], kept: 0 }
+    }
+
+    /// Takes the bytes that follow.
+    pub fn update(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            // Up to the end of the piece, so that no block spans two.
+            let left = self.cut.piece - self.taken % self.cut.piece;
+            let (now, later) = bytes.split_at(bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX)));
+            self.absorb(now);
+            self.taken += now.len() as u64;
+            if self.taken.is_multiple_of(self.cut.piece) && self.taken < self.cut.size {
+                self.states.push(self.state);
+            }
+            bytes = later;
+        }
+    }
+
+    fn absorb(&mut self, mut bytes: &[u8]) {
+        if self.kept > 0 {
+            let (filling, later) = bytes.split_at(bytes.len().min(BLOCK - self.kept));
+            self.rest[self.kept..][..filling.len()].copy_from_slice(filling);
+            self.kept += filling.len();
+            bytes = later;
+            if self.kept < BLOCK {
+                return;
+            }
+            self.state.absorb(&self.rest);
+        }
+        let rest = self.state.absorb(bytes);
+        self.rest[..rest.len()].copy_from_slice(rest);
+        self.kept = rest.len();
+    }
+
+    /// The digest of what was taken, and the list. `None` when that was not as long as the cut says.
+    pub fn finish(self) -> Option<Chain> {
+        if self.taken != self.cut.size {
+            return None;
+        }
+        let digest = self.state.finish(&self.rest[..self.kept], self.taken);
+        Some(Chain { digest, cut: self.cut, states: self.states })
+    }
+}
+
+#[cfg(test)]
+mod tests;
