@@ -10,7 +10,10 @@ mod document;
 mod platform;
 mod reference;
 
-pub use chain::{Chain, ChainBuilder, Cut, CutError, Dispute, LengthError, MAX_PIECES, Ruling, State};
+pub use chain::{
+    Chain, ChainBuilder, Cut, CutError, Dispute, LengthError, MAX_PIECES, PieceHasher, Proving, Ruling, SMALLEST_PIECE,
+    State,
+};
 pub use descriptor::{Descriptor, DescriptorError};
 pub use digest::{Digest, DigestError, Hasher, Verified, VerifyError};
 pub use document::{Document, DocumentError, Index, MAX_CHILDREN, MAX_DOCUMENT_BYTES, Manifest};

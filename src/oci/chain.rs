@@ -25,19 +25,42 @@
 //!
 //! Not here: which piece is fetched when and from whom.
 
-use serde::{Deserialize, Serialize};
+mod proving;
+mod running;
+
 use sha2::block_api::compress256;
 
+use self::running::Running;
 use super::Digest;
+
+pub use self::proving::{PieceHasher, Proving};
 
 /// SHA-256's block, in bytes.
 const BLOCK: usize = 64;
 
 /// The state between two pieces.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct State([u32; 8]);
 
 impl State {
+    /// Its 32 bytes: the words in big endian, as in a digest.
+    pub fn to_bytes(self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        for (place, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(self.0) {
+            *place = word.to_be_bytes();
+        }
+        bytes
+    }
+
+    /// A state from its 32 bytes.
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+        let mut words = [0; 8];
+        for (word, place) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *word = u32::from_be_bytes(*place);
+        }
+        Self(words)
+    }
+
     /// What every message begins with (FIPS 180-4, section 5.3.3).
     pub const INITIAL: Self =
         Self([0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19]);
@@ -58,16 +81,12 @@ impl State {
         let end = if rest.len() + 9 <= BLOCK { BLOCK } else { 2 * BLOCK };
         padded[end - 8..end].copy_from_slice(&length.wrapping_mul(8).to_be_bytes());
         self.absorb(&padded[..end]);
-        let mut digest = [0; 32];
-        for (bytes, word) in digest.as_chunks_mut::<4>().0.iter_mut().zip(self.0) {
-            *bytes = word.to_be_bytes();
-        }
-        Digest::from_bytes(digest)
+        Digest::from_bytes(self.to_bytes())
     }
 }
 
 /// How a blob is cut.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Cut {
     size: u64,
     piece: u64,
@@ -92,7 +111,7 @@ pub const MAX_PIECES: u64 = 1 << 17;
 
 /// The smallest and the largest piece that [`Cut::usual`] makes, in bytes. Smaller ones cost more questions than they save waiting; of larger
 /// ones one bad byte costs more to fetch again.
-const SMALLEST: u64 = 256 << 10;
+pub const SMALLEST_PIECE: u64 = 256 << 10;
 const LARGEST: u64 = 8 << 20;
 
 impl Cut {
@@ -111,7 +130,7 @@ impl Cut {
     /// The cut that all agents make of a blob of this size: 256 pieces, in steps of two, but none under 256 KiB or over 8 MiB. A blob beyond
     /// a terabyte has larger ones.
     pub fn usual(size: u64) -> Self {
-        let piece = (size / 256).checked_next_power_of_two().unwrap_or(LARGEST).clamp(SMALLEST, LARGEST);
+        let piece = (size / 256).checked_next_power_of_two().unwrap_or(LARGEST).clamp(SMALLEST_PIECE, LARGEST);
         let least = size.div_ceil(MAX_PIECES).next_multiple_of(BLOCK as u64);
         Self { size, piece: piece.max(least) }
     }
@@ -129,6 +148,13 @@ impl Cut {
     /// Where a piece begins, in bytes.
     pub fn offset(&self, piece: usize) -> u64 {
         self.piece * piece as u64
+    }
+
+    /// The pieces that lie wholly within these bytes of the blob.
+    pub fn within(&self, bytes: std::ops::Range<u64>) -> std::ops::Range<usize> {
+        let count = |pieces: u64| usize::try_from(pieces).unwrap_or(usize::MAX).min(self.pieces());
+        let last = if bytes.end >= self.size { self.pieces() } else { count(bytes.end / self.piece) };
+        count(bytes.start.div_ceil(self.piece))..last
     }
 
     /// How long a piece is, in bytes; 0 for one that there is not.
@@ -180,23 +206,23 @@ impl Chain {
         &self.states
     }
 
-    fn before(&self, piece: usize) -> State {
-        piece.checked_sub(1).map_or(State::INITIAL, |place| self.states[place])
-    }
-
     /// Whether these bytes are the piece, if the list is true. When every piece of the blob has been found to fit, the blob has
     /// this digest, whoever made the list.
     pub fn fits(&self, piece: usize, bytes: &[u8]) -> bool {
-        piece < self.cut.pieces() && bytes.len() as u64 == self.cut.length(piece) && self.link(piece, bytes)
+        let mut hasher = self.hasher(piece);
+        hasher.update(bytes);
+        hasher.fits(self)
     }
 
-    fn link(&self, piece: usize, bytes: &[u8]) -> bool {
-        let mut state = self.before(piece);
-        let rest = state.absorb(bytes);
-        match self.states.get(piece) {
-            Some(after) => rest.is_empty() && state == *after,
-            None => state.finish(rest, self.cut.size) == self.digest,
-        }
+    /// For the bytes of this piece as they come.
+    pub fn hasher(&self, piece: usize) -> PieceHasher {
+        PieceHasher::new(piece, self.before(piece))
+    }
+
+    /// The state that this piece begins with; the last one's for a piece that there is not.
+    fn before(&self, piece: usize) -> State {
+        let place = piece.min(self.cut.pieces() - 1).checked_sub(1);
+        place.map_or(State::INITIAL, |place| self.states[place])
     }
 }
 
@@ -245,58 +271,42 @@ impl Dispute {
 #[derive(Clone, Debug)]
 pub struct ChainBuilder {
     cut: Cut,
-    state: State,
+    running: Running,
     states: Vec<State>,
-    taken: u64,
-    /// Less than a block, from the last call.
-    rest: [u8; BLOCK],
-    kept: usize,
 }
 
 impl ChainBuilder {
     /// For a blob that is cut like this.
     pub fn new(cut: Cut) -> Self {
-        let states = Vec::with_capacity(cut.pieces() - 1);
-        Self { cut, state: State::INITIAL, states, taken: 0, rest: [0; BLOCK], kept: 0 }
+        Self { cut, running: Running::new(State::INITIAL), states: Vec::with_capacity(cut.pieces() - 1) }
     }
 
     /// Takes the bytes that follow.
     pub fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             // Up to the end of the piece, so that no block spans two.
-            let left = self.cut.piece - self.taken % self.cut.piece;
+            let left = self.cut.piece - self.running.taken() % self.cut.piece;
             let (now, later) = bytes.split_at(bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX)));
-            self.absorb(now);
-            self.taken += now.len() as u64;
-            if self.taken.is_multiple_of(self.cut.piece) && self.taken < self.cut.size {
-                self.states.push(self.state);
+            self.running.update(now);
+            let taken = self.running.taken();
+            if taken.is_multiple_of(self.cut.piece) && taken < self.cut.size {
+                self.states.push(self.running.state());
             }
             bytes = later;
         }
     }
 
-    fn absorb(&mut self, mut bytes: &[u8]) {
-        if self.kept > 0 {
-            let (filling, later) = bytes.split_at(bytes.len().min(BLOCK - self.kept));
-            self.rest[self.kept..][..filling.len()].copy_from_slice(filling);
-            self.kept += filling.len();
-            bytes = later;
-            if self.kept < BLOCK {
-                return;
-            }
-            self.state.absorb(&self.rest);
-        }
-        let rest = self.state.absorb(bytes);
-        self.rest[..rest.len()].copy_from_slice(rest);
-        self.kept = rest.len();
+    /// The states that are known so far, the first pieces' first.
+    pub fn states(&self) -> &[State] {
+        &self.states
     }
 
     /// The digest of what was taken, and the list. `None` when that was not as long as the cut says.
     pub fn finish(self) -> Option<Chain> {
-        if self.taken != self.cut.size {
+        if self.running.taken() != self.cut.size {
             return None;
         }
-        let digest = self.state.finish(&self.rest[..self.kept], self.taken);
+        let digest = self.running.finish(self.cut.size);
         Some(Chain { digest, cut: self.cut, states: self.states })
     }
 }

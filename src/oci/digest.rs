@@ -110,7 +110,7 @@ impl<'de> Deserialize<'de> for Digest {
     }
 }
 
-/// Proof that bytes with this digest and of this size went through a [`Hasher`].
+/// Proof that bytes with this digest and of this size went through a [`Hasher`], or piece by piece through a [`super::Proving`].
 ///
 /// It can be made nowhere else, so a function that asks for one cannot be called with unchecked content.
 #[derive(Debug, PartialEq, Eq)]
@@ -120,6 +120,11 @@ pub struct Verified {
 }
 
 impl Verified {
+    /// For whoever has just proved it.
+    pub(super) fn proved(digest: Digest, size: u64) -> Self {
+        Self { digest, size }
+    }
+
     /// What the bytes hash to.
     pub fn digest(&self) -> Digest {
         self.digest
@@ -151,6 +156,14 @@ pub enum VerifyError {
         expected: Digest,
         /// What came instead.
         actual: Digest,
+    },
+    /// A piece that is not the blob's.
+    #[error("piece {piece} of {expected} is another's")]
+    Piece {
+        /// The blob that was asked for.
+        expected: Digest,
+        /// Which piece, counted from 0.
+        piece: usize,
     },
 }
 

@@ -1,5 +1,7 @@
 //! The chain against plain SHA-256.
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -14,7 +16,7 @@ fn chain_of(blob: &[u8], piece: u64) -> Chain {
     builder.finish().unwrap()
 }
 
-fn piece_of<'a>(blob: &'a [u8], cut: Cut, piece: usize) -> &'a [u8] {
+fn piece_of(blob: &[u8], cut: Cut, piece: usize) -> &[u8] {
     &blob[cut.offset(piece) as usize..][..cut.length(piece) as usize]
 }
 
@@ -155,4 +157,42 @@ proptest! {
             prop_assert!(chain.fits(piece, piece_of(&blob, cut, piece)));
         }
     }
+}
+
+#[test]
+fn pieces_in_any_order_add_up_to_the_proof_and_none_counts_twice() {
+    let blob = bytes(1000, 3);
+    let cut = Cut::new(1000, 192).unwrap();
+    let chain = Arc::new(chain_of(&blob, 192));
+    let mut proving = Proving::new(Arc::clone(&chain));
+    for piece in [5, 0, 3, 3, 1, 4] {
+        let mut hasher = chain.hasher(piece);
+        piece_of(&blob, cut, piece).chunks(7).for_each(|part| hasher.update(part));
+        assert!(proving.take(hasher) && proving.has(piece));
+        assert!(proving.verified().is_none());
+    }
+    let mut wrong = chain.hasher(2);
+    wrong.update(piece_of(&blob, cut, 1));
+    assert!(!proving.take(wrong) && !proving.has(2));
+    let mut right = chain.hasher(2);
+    right.update(piece_of(&blob, cut, 2));
+    assert!(proving.take(right));
+    let proof = proving.verified().unwrap();
+    assert_eq!((proof.digest(), proof.size()), (Digest::of(&blob), 1000));
+}
+
+#[test]
+fn the_pieces_within_some_bytes_are_those_that_are_whole_there() {
+    let cut = Cut::new(1000, 192).unwrap();
+    assert_eq!(cut.within(0..1000), 0..6);
+    assert_eq!(cut.within(1..960), 1..5);
+    assert_eq!(cut.within(960..1000), 5..6);
+    assert_eq!(cut.within(960..999), 5..5);
+    assert!(cut.within(5000..6000).is_empty());
+}
+
+#[test]
+fn a_state_reads_back_from_its_bytes() {
+    let chain = chain_of(&bytes(300, 1), 64);
+    assert!(chain.states().iter().all(|state| State::from_bytes(state.to_bytes()) == *state));
 }
