@@ -10,6 +10,7 @@ mod mesh_status;
 mod mesh_table;
 mod outage;
 mod peer;
+mod pieces;
 mod pod;
 
 pub use bits::Bits;
@@ -22,4 +23,5 @@ pub use lease::{LeaseSnapshot, LeaseVersion};
 pub use mesh_status::{MemberState, MemberStatus, MeshStatus};
 pub use outage::{Outage, OutageKind};
 pub use peer::{Credential, NodeName, NodeNameError, Peer, PeerId, PeerIdError};
+pub use pieces::{Availability, MAX_CHOICE, MAX_NEWS, Order};
 pub use pod::{ContainerKind, ContainerView, ImageVolume, Owner, PodRef, PodView, PullPolicy, Waiting};

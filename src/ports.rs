@@ -10,6 +10,7 @@ mod content;
 mod control;
 mod fetch;
 mod notify;
+mod pieces;
 mod registry;
 
 pub use admission::{Admission, Admitted, LEEWAY, Refusal};
@@ -27,4 +28,5 @@ pub use control::{
 };
 pub use fetch::{FetchError, Fetcher};
 pub use notify::{MAX_PODS, Notification, Notifier, NotifyError};
+pub use pieces::{Following, NoPartials, Partial, Partials, PieceError, PieceFetcher, PieceSink, STAGED_LIFE, Staged};
 pub use registry::{Registry, RegistryError};

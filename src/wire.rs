@@ -22,11 +22,11 @@ use bincode::error::DecodeError;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::model::{Credential, Gossip, MAX_ITEMS, Question, Reply};
-use crate::oci::Digest;
+use crate::model::{Availability, Credential, Gossip, MAX_ITEMS, Question, Reply};
+use crate::oci::{Digest, MAX_PIECES};
 
 /// Changes when an older agent could no longer read what it has to. Agents refuse other majors by name instead of misreading them.
-pub const MAJOR: u8 = 3;
+pub const MAJOR: u8 = 4;
 
 /// Changes when a message gains a field at its end or a variant.
 pub const MINOR: u8 = 0;
@@ -76,13 +76,38 @@ pub enum Request {
         /// How many bytes.
         length: u64,
     },
+    /// Send some of these pieces of it. The blob is cut as [`crate::oci::Cut::usual`] cuts one of its size.
+    Pieces {
+        /// Which blob.
+        digest: Digest,
+        /// Those that are welcome, the most welcome first; at most [`crate::model::MAX_CHOICE`].
+        choice: Vec<u32>,
+        /// How many of them.
+        most: u8,
+    },
+    /// Send the states between its pieces.
+    Chain(Digest),
+    /// Tell which pieces of it are there, and go on telling as they come.
+    Follow(Digest),
 }
 
-/// What is answered; after [`Answer::Blob`] to a `Get`, exactly the bytes asked for follow.
+/// What is answered. After [`Answer::Blob`] exactly what was asked for follows:
+///
+/// - to a `Get` the bytes;
+/// - to a `Chain` the states, 32 bytes each, one fewer than pieces;
+/// - to a `Follow` nothing, as all of it is there.
+///
+/// After [`Answer::Partial`] to a `Chain` the states follow too, and to a `Follow` [`Availability`] messages until the end of the stream. After either
+/// of them to `Pieces` come pieces until the end of the stream: the number of each in four bytes, big endian, and its bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
     /// It is there.
     Blob {
+        /// The whole blob's length in bytes.
+        size: u64,
+    },
+    /// Some of it is there, the rest is being fetched.
+    Partial {
         /// The whole blob's length in bytes.
         size: u64,
     },
@@ -260,8 +285,13 @@ impl Message for Welcome {
 }
 
 impl Message for Request {
-    /// A digest and two integers of up to nine bytes, and the tag: 51 bytes; the rest is for what later releases append.
-    const LIMIT: usize = 128;
+    /// A digest, [`crate::model::MAX_CHOICE`] numbers of up to five bytes, and some bytes around them: 360; the rest is for what later releases append.
+    const LIMIT: usize = 512;
+}
+
+impl Message for Availability {
+    /// A bit for each of [`MAX_PIECES`], or [`crate::model::MAX_NEWS`] numbers of up to five bytes.
+    const LIMIT: usize = MAX_PIECES as usize / 8 + 64;
 }
 
 impl Message for Answer {

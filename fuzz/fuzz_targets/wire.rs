@@ -6,19 +6,20 @@
 use std::fmt::Debug;
 
 use libfuzzer_sys::fuzz_target;
-use lighterman::model::{Gossip, Question, Reply};
+use lighterman::model::{Availability, Gossip, Question, Reply};
 use lighterman::wire::{self, Answer, Hello, MAJOR, MINOR, Message, Request, VERSION, Welcome};
 
 fuzz_target!(|input: &[u8]| {
     let Some((kind, body)) = input.split_first() else { return };
     // Before admission: the first three. After it: all of them.
-    match kind % 7 {
+    match kind % 8 {
         0 => check::<Hello>(body),
         1 => check::<Welcome>(body),
         2 => check::<Request>(body),
         3 => check::<Answer>(body),
         4 => check::<Gossip>(body),
         5 => check::<Question>(body),
+        6 => check::<Availability>(body),
         _ => check::<Reply>(body),
     }
 });

@@ -1,4 +1,4 @@
-//! One bit for each of some peers, as an answer carries it.
+//! One bit for each of some peers, or of some pieces, as an answer carries it.
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +21,27 @@ impl Bits {
         self.0[bit / 8] |= 1 << (bit % 8);
     }
 
+    /// Sets a bit back.
+    pub fn clear(&mut self, bit: usize) {
+        if let Some(byte) = self.0.get_mut(bit / 8) {
+            *byte &= !(1 << (bit % 8));
+        }
+    }
+
+    /// How many are set.
+    pub fn count(&self) -> usize {
+        self.0.iter().map(|byte| byte.count_ones() as usize).sum()
+    }
+
+    /// Those that are set, in order.
+    pub fn ones(&self) -> impl Iterator<Item = usize> + '_ {
+        let of_byte = |(place, byte): (usize, &u8)| {
+            let byte = *byte;
+            (0..8).filter(move |bit| byte & 1 << bit != 0).map(move |bit| place * 8 + bit)
+        };
+        self.0.iter().enumerate().flat_map(of_byte)
+    }
+
     /// Whether a bit is set.
     pub fn get(&self, bit: usize) -> bool {
         self.0.get(bit / 8).is_some_and(|byte| byte & 1 << (bit % 8) != 0)
@@ -38,5 +59,9 @@ mod tests {
         assert_eq!(bits, Bits(vec![0b1001, 0b10, 1]));
         let set: Vec<_> = (0..100).filter(|bit| bits.get(*bit)).collect();
         assert_eq!(set, [0, 3, 9, 16]);
+        assert_eq!(bits.ones().collect::<Vec<_>>(), set);
+        bits.clear(3);
+        bits.clear(1000);
+        assert_eq!((bits.get(3), bits.count()), (false, 3));
     }
 }

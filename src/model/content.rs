@@ -24,12 +24,14 @@ pub enum Item {
     Image(Repository, Option<String>, Digest),
     /// The node itself saw that this registry cannot be reached.
     Outage(Outage),
+    /// A blob is being fetched; what has come of it is served.
+    Fetching(Digest),
 }
 
 impl Item {
     /// Feeds the canonical form, which publishers sign and relays check. Part of the protocol: it never changes.
     ///
-    /// A byte for the kind (0 blob, 1 image, 2 outage), then its fields in order. A digest is its 32 bytes, a tag a byte 0 when there is
+    /// A byte for the kind (0 blob, 1 image, 2 outage, 3 fetching), then its fields in order. A digest is its 32 bytes, a tag a byte 0 when there is
     /// none, else 1 and the text. The kind of an outage is one byte, since when 8 bytes, big endian. No two items feed the same
     /// bytes, and none feeds the beginning of another's.
     pub fn feed(&self, into: &mut impl FnMut(&[u8])) {
@@ -53,6 +55,10 @@ impl Item {
                 feed_text(registry, into);
                 into(&[canonical(*kind)]);
                 into(&since.to_be_bytes());
+            }
+            Self::Fetching(digest) => {
+                into(&[3]);
+                into(digest.as_bytes());
             }
         }
     }

@@ -1,11 +1,13 @@
 //! Content that a node keeps: blobs by digest, image records that name them, pins that hold them.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::watch;
 
+use super::Staged;
 use crate::oci::{Descriptor, Digest, Repository, Verified};
 
 /// A content store: containerd's, an OCI layout on disk, or one in memory.
@@ -35,6 +37,12 @@ pub trait ContentStore: Send + Sync + 'static {
     /// [`StoreError::AlreadyThere`] when the whole blob exists already (it is then held by the pin, but its
     /// [`Remembered`] may be missing: see [`ContentStore::remember`]).
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError>;
+
+    /// Begins a blob whose pieces come in any order, and which `pin` will hold; what an earlier, interrupted attempt left is there again.
+    ///
+    /// # Errors
+    /// As [`ContentStore::create`]: a blob has one writer at a time, of either kind.
+    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError>;
 
     /// Adds to what is remembered about a blob that is there; nothing that was remembered is lost.
     ///

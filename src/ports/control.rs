@@ -182,6 +182,9 @@ pub struct ContainerdStatus {
     /// How blobs are read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blobs_read: Option<BlobAccess>,
+    /// How staged blobs come into it: `linked`, or `copied: ` and why, which is slower.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ingest: Option<String>,
     /// Whether it throws layers away once they are unpacked; such a node has little to give.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discards_unpacked_layers: Option<bool>,

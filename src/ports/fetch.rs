@@ -2,13 +2,13 @@
 
 use async_trait::async_trait;
 
-use super::{BlobSink, StoreError};
+use super::{BlobSink, PieceFetcher, StoreError};
 use crate::model::PeerId;
 use crate::oci::{Digest, Verified, VerifyError};
 
-/// Fetches blobs from peers that were admitted.
+/// Fetches blobs from peers that were admitted: whole here, which is for small ones, and in pieces.
 #[async_trait]
-pub trait Fetcher: Send + Sync + 'static {
+pub trait Fetcher: PieceFetcher {
     /// Streams the whole blob from `peer` into `sink`, in order, and proves on the way that it is the right one.
     ///
     /// Bounded: a peer that sends more than `size` bytes, or nothing for a while, is given up. When it fails, what
@@ -90,6 +90,16 @@ pub enum FetchError {
         /// What was wrong.
         source: VerifyError,
     },
+    /// It sent a piece that does not fit the list of states that it is checked against. The piece or the list is wrong.
+    #[error("piece {piece} of {digest} from peer {peer} does not fit")]
+    Unfit {
+        /// Who sent it.
+        peer: PeerId,
+        /// Of which blob.
+        digest: Digest,
+        /// Which piece.
+        piece: usize,
+    },
     /// It broke the protocol, or speaks another version of it.
     #[error("peer {peer} broke the protocol: {reason}")]
     Protocol {
@@ -107,7 +117,8 @@ impl FetchError {
     /// Whether the peer did what no honest, healthy peer of this release does. A wrong size is not such a thing: the size was the
     /// manifest's word, and anybody may have written that.
     pub fn is_peers_fault(&self) -> bool {
-        matches!(self, Self::Corrupt { source: VerifyError::Digest { .. }, .. } | Self::Protocol { .. })
+        let lied = |source: &VerifyError| matches!(source, VerifyError::Digest { .. } | VerifyError::Piece { .. });
+        matches!(self, Self::Corrupt { source, .. } if lied(source)) || matches!(self, Self::Protocol { .. })
     }
 
     /// Who failed; `None` when it was our own store.
@@ -120,6 +131,7 @@ impl FetchError {
             | Self::StoreFailed { peer }
             | Self::Stalled { peer, .. }
             | Self::Corrupt { peer, .. }
+            | Self::Unfit { peer, .. }
             | Self::Protocol { peer, .. } => Some(*peer),
             Self::Sink(_) => None,
         }
@@ -135,6 +147,7 @@ impl FetchError {
             Self::Stalled { .. } => "stalled",
             Self::StoreFailed { .. } => "store_failed",
             Self::Corrupt { .. } => "corrupt",
+            Self::Unfit { .. } => "unfit",
             Self::Protocol { .. } => "protocol",
             Self::Sink(_) => "sink",
         }

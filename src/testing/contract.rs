@@ -5,6 +5,7 @@
 mod holding;
 mod reading;
 mod records;
+mod staging;
 #[cfg(test)]
 mod tests;
 mod writing;
@@ -19,7 +20,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::oci::{Descriptor, Digest, Hasher, Repository, Verified};
-use crate::ports::{BlobInfo, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered, StoreError};
+use crate::ports::{
+    BlobInfo, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered, Staged, StoreError,
+};
 
 /// A store under test, with what a test needs besides the port.
 #[async_trait]
@@ -31,7 +34,15 @@ pub trait Subject: Send + Sync {
     async fn collect(&self);
 
     /// Ends the process that has the store and begins another on what it left. `unfinished` gets no chance to tidy up.
-    async fn restart(&mut self, unfinished: Box<dyn BlobWriter>);
+    async fn restart(&mut self, unfinished: Unfinished);
+}
+
+/// What a process was writing when it ended; there to be dropped.
+pub enum Unfinished {
+    /// From its beginning to its end.
+    Written(Box<dyn BlobWriter>),
+    /// In pieces.
+    Staged(Arc<dyn Staged>),
 }
 
 /// Runs every check on a store of its own and panics with all that failed.
@@ -92,6 +103,16 @@ fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
         records::a_record_replaces_the_one_of_its_name,
         records::a_record_is_removed_if_it_points_there,
         records::records_written_at_once_are_all_there,
+        staging::pieces_in_any_order_make_the_blob,
+        staging::what_is_staged_is_not_there_yet,
+        staging::what_is_staged_needs_its_own_proof,
+        staging::nothing_is_written_after_the_commit,
+        staging::what_was_staged_and_dropped_is_taken_up_again,
+        staging::what_was_staged_before_a_kill_is_taken_up_again,
+        staging::what_is_abandoned_is_not_taken_up_again,
+        staging::a_blob_is_staged_once_and_not_when_it_is_there,
+        staging::a_pin_holds_what_was_staged_under_it,
+        staging::what_is_remembered_of_the_staged_can_be_seen,
     ]
 }
 

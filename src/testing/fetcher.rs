@@ -1,6 +1,7 @@
 //! Peers in memory: what a fetcher gets from their stores, and what it gets from peers that misbehave.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
@@ -8,7 +9,9 @@ use bytes::Bytes;
 
 use crate::model::PeerId;
 use crate::oci::{Digest, Hasher, Verified};
-use crate::ports::{BlobSink, ContentStore, FetchError, Fetcher, StoreError};
+use crate::ports::{BlobSink, ContentStore, FetchError, Fetcher, NoPartials, Partial, Partials, StoreError};
+
+mod pieces;
 
 /// How a peer behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,11 +26,18 @@ pub enum Behaviour {
     Gone,
     /// Takes the request and never sends a byte.
     Hangs,
+    /// Sends what its store holds, but a list of states in which one is wrong: the one after this piece.
+    ForgesList(u32),
+    /// Sends other bytes for this piece of every blob, and true lists.
+    SpoilsPiece(u32),
+    /// Sends so many pieces, and from then on nothing.
+    HangsAfter(u32),
 }
 
 /// A peer that is played.
 struct Played {
     store: Arc<dyn ContentStore>,
+    partials: Arc<dyn Partials>,
     behaviour: Behaviour,
 }
 
@@ -37,12 +47,22 @@ pub struct MemoryFetcher {
     peers: Mutex<HashMap<PeerId, Played>>,
     asked: Mutex<Vec<PeerId>>,
     served: Mutex<Vec<(PeerId, Digest)>>,
+    lists_asked: AtomicUsize,
 }
 
 impl MemoryFetcher {
     /// Adds a peer, or changes it.
     pub fn put_peer(&self, peer: PeerId, store: Arc<dyn ContentStore>, behaviour: Behaviour) {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer, Played { store, behaviour });
+        self.play(peer, Played { store, partials: Arc::new(NoPartials), behaviour });
+    }
+
+    /// Adds an honest peer that is fetching blobs itself.
+    pub fn put_fetching_peer(&self, peer: PeerId, store: Arc<dyn ContentStore>, partials: Arc<dyn Partials>) {
+        self.play(peer, Played { store, partials, behaviour: Behaviour::Honest });
+    }
+
+    fn play(&self, peer: PeerId, played: Played) {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer, played);
     }
 
     /// How many times a peer was asked for a blob's bytes.
@@ -55,10 +75,41 @@ impl MemoryFetcher {
         self.served.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// What the peer has of a blob that it is fetching.
+    fn partial(&self, peer: PeerId, digest: Digest) -> Option<Arc<dyn Partial>> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner).get(&peer)?.partials.partial(digest)
+    }
+
+    /// Counts a piece against what a peer sends before it hangs.
+    fn may_send(&self, peer: PeerId) -> bool {
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        match peers.get_mut(&peer).map(|played| &mut played.behaviour) {
+            Some(Behaviour::HangsAfter(0)) => false,
+            Some(Behaviour::HangsAfter(left)) => {
+                *left -= 1;
+                true
+            }
+            _ => true,
+        }
+    }
+
+    /// How many times anybody was asked for a list of states.
+    pub fn lists_asked(&self) -> usize {
+        self.lists_asked.load(Ordering::Relaxed)
+    }
+
+    fn note_asked(&self, peer: PeerId) {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(peer);
+    }
+
+    fn note_served(&self, peer: PeerId, digest: Digest) {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner).push((peer, digest));
+    }
+
     fn peer(&self, peer: PeerId) -> Result<(Arc<dyn ContentStore>, Behaviour), FetchError> {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         let unreachable = FetchError::Unreachable { peer, silent: true, reason: "connection refused".into() };
-        let Some(Played { store, behaviour }) = peers.get_mut(&peer) else { return Err(unreachable) };
+        let Some(Played { store, behaviour, .. }) = peers.get_mut(&peer) else { return Err(unreachable) };
         match behaviour {
             Behaviour::Gone => return Err(unreachable),
             Behaviour::BusyFor(0) => *behaviour = Behaviour::Honest,
@@ -66,7 +117,7 @@ impl MemoryFetcher {
                 *times -= 1;
                 return Err(FetchError::Busy { peer });
             }
-            Behaviour::Honest | Behaviour::Lies | Behaviour::Hangs => {}
+            _ => {}
         }
         Ok((Arc::clone(store), *behaviour))
     }
@@ -81,7 +132,7 @@ impl Fetcher for MemoryFetcher {
         size: u64,
         sink: &mut dyn BlobSink,
     ) -> Result<Verified, FetchError> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(peer);
+        self.note_asked(peer);
         let (store, behaviour) = self.peer(peer)?;
         if behaviour == Behaviour::Hangs {
             std::future::pending::<()>().await;
@@ -104,7 +155,7 @@ impl Fetcher for MemoryFetcher {
             sink.append(&[bytes]).await?;
         }
         let proof = hasher.verify(digest, size).map_err(|source| FetchError::Corrupt { peer, source })?;
-        self.served.lock().unwrap_or_else(PoisonError::into_inner).push((peer, digest));
+        self.note_served(peer, digest);
         Ok(proof)
     }
 

@@ -1,5 +1,7 @@
 //! A content store in memory.
 
+mod staged;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -9,9 +11,11 @@ use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::staged::{InMemory, Parts};
 use crate::oci::{Descriptor, Digest, Repository, Verified};
 use crate::ports::{
-    BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ContentStore, ImageRecord, Pin, Remembered, Room, StoreError,
+    BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ContentStore, ImageRecord, Pin, Remembered, Room, Staged,
+    StoreError,
 };
 
 /// Keeps blobs, records and pins in memory. Clones are handles of one store.
@@ -29,6 +33,8 @@ struct State {
     pins: HashMap<String, Held>,
     pins_made: u64,
     writing: HashSet<Digest>,
+    /// What staged blobs left that were not committed.
+    staged: HashMap<Digest, Parts>,
 }
 
 #[derive(Clone)]
@@ -49,6 +55,11 @@ impl MemoryStore {
     /// A store with nothing in it.
     pub fn new() -> Self {
         Self::with(State::default())
+    }
+
+    /// What the next process finds: all that is there now, and nobody who writes.
+    pub fn restarted(&self) -> Self {
+        Self::with(State { writing: HashSet::new(), ..self.state().clone() })
     }
 
     /// Removes what no live pin holds and no record reaches. Nothing else removes anything, so that tests choose when.
@@ -99,6 +110,20 @@ impl MemoryStore {
 
     fn with(state: State) -> Self {
         Self { state: Arc::new(Mutex::new(state)), changes: Arc::new(watch::Sender::new(0)) }
+    }
+
+    /// One writer at a time.
+    fn begin(&self, digest: Digest, pin: &Pin) -> Result<MutexGuard<'_, State>, StoreError> {
+        let mut state = self.state();
+        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
+        state.pins.get_mut(&pin.0).ok_or_else(gone)?.blobs.insert(digest);
+        if state.blobs.contains_key(&digest) {
+            return Err(StoreError::AlreadyThere(digest));
+        }
+        if !state.writing.insert(digest) {
+            return Err(StoreError::Busy(digest));
+        }
+        Ok(state)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -153,16 +178,14 @@ impl ContentStore for MemoryStore {
     }
 
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
-        let mut state = self.state();
-        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
-        state.pins.get_mut(&pin.0).ok_or_else(gone)?.blobs.insert(digest);
-        if state.blobs.contains_key(&digest) {
-            return Err(StoreError::AlreadyThere(digest));
-        }
-        if !state.writing.insert(digest) {
-            return Err(StoreError::Busy(digest));
-        }
+        drop(self.begin(digest, pin)?);
         Ok(Box::new(Writer { store: self.clone(), digest, size, bytes: Vec::new() }))
+    }
+
+    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
+        let mut state = self.begin(digest, pin)?;
+        let parts = state.staged.remove(&digest).filter(|parts| parts.size() == size);
+        Ok(Arc::new(InMemory::new(self.clone(), digest, parts.unwrap_or_else(|| Parts::of(size)))))
     }
 
     async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
@@ -300,7 +323,7 @@ impl Drop for Writer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::contract::{Subject, keeps_the_contract};
+    use crate::testing::contract::{Subject, Unfinished, keeps_the_contract};
 
     struct InMemory(MemoryStore);
 
@@ -314,9 +337,16 @@ mod tests {
             self.0.collect();
         }
 
-        async fn restart(&mut self, unfinished: Box<dyn BlobWriter>) {
-            let left = State { writing: HashSet::new(), ..self.0.state().clone() };
-            self.0 = MemoryStore::with(left);
+        /// What is staged is left by the drop, as by a kill.
+        async fn restart(&mut self, unfinished: Unfinished) {
+            let unfinished = match unfinished {
+                Unfinished::Staged(staged) => {
+                    drop(staged);
+                    None
+                }
+                written => Some(written),
+            };
+            self.0 = self.0.restarted();
             drop(unfinished);
         }
     }

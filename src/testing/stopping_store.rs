@@ -1,5 +1,6 @@
 //! A store whose user is killed at a chosen step, so that every step of a recovery can be tried.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use tokio::sync::watch;
 
 use crate::oci::{Digest, Verified};
 use crate::ports::{
-    BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, StoreError,
+    BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, Staged, StoreError,
 };
 
 /// Where the user is killed. A step is a call that changes something; the first has the number 0.
@@ -83,6 +84,11 @@ impl ContentStore for StoppingStore {
         Ok(Box::new(Writer { inner: writer, store: self.clone() }))
     }
 
+    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
+        let staged = self.step(self.inner.stage(digest, size, pin)).await?;
+        Ok(Arc::new(Stage { inner: staged, store: self.clone() }))
+    }
+
     async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
         self.step(self.inner.remember(digest, remembered)).await
     }
@@ -137,5 +143,33 @@ impl BlobWriter for Writer {
     async fn commit(self: Box<Self>, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
         let Self { inner, store } = *self;
         store.step(inner.commit(proof, remembered)).await
+    }
+}
+
+struct Stage {
+    inner: Arc<dyn Staged>,
+    store: StoppingStore,
+}
+
+#[async_trait]
+impl Staged for Stage {
+    fn left(&self) -> Vec<Range<u64>> {
+        self.inner.left()
+    }
+
+    async fn write_at(&self, offset: u64, chunks: &[Bytes]) -> Result<(), StoreError> {
+        self.store.step(self.inner.write_at(offset, chunks)).await
+    }
+
+    async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
+        self.inner.read_at(offset, most).await
+    }
+
+    async fn commit(&self, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
+        self.store.step(self.inner.commit(proof, remembered)).await
+    }
+
+    async fn abandon(&self) {
+        self.store.step(self.inner.abandon()).await;
     }
 }

@@ -55,6 +55,14 @@ fn the_largest_entry_and_introduction_fit_into_one_gossip_message() {
 }
 
 #[test]
+fn the_fullest_words_about_pieces_fit() {
+    let choice = vec![u32::MAX; crate::model::MAX_CHOICE];
+    encode(&Request::Pieces { digest: Digest::of(b""), choice, most: u8::MAX }).unwrap();
+    encode(&Availability::Also(vec![u32::MAX; crate::model::MAX_NEWS])).unwrap();
+    encode(&Availability::These(Bits::none_of(crate::oci::MAX_PIECES as usize))).unwrap();
+}
+
+#[test]
 fn a_truncated_message_is_refused_at_every_length() {
     let frame = encode(&entry(2)).unwrap();
     for length in 0..frame.len() {
@@ -79,6 +87,7 @@ fn another_major_is_named() {
 #[derive(Debug, Serialize, Deserialize)]
 enum NextAnswer {
     Blob { size: u64, modified: u64 },
+    _Partial { size: u64 },
     _Absent,
     _Busy,
     _Invalid { size: u64 },

@@ -1,5 +1,10 @@
 //! The contract finds out a store that breaks it.
 
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use tokio::sync::watch;
 
 use super::*;
@@ -11,6 +16,8 @@ use crate::testing::MemoryStore;
 struct Unsound {
     sound: MemoryStore,
     breaks: Breaks,
+    /// Blobs that were ever staged.
+    staged: Arc<Mutex<HashSet<Digest>>>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -31,6 +38,18 @@ enum Breaks {
     Discarding,
     /// The hold on what the discarded blob kept alive.
     Orphans,
+    /// The wait for the commit, as where what is staged lies among the blobs.
+    Hiding,
+    /// The look at what the proof of the staged is for.
+    Proofs,
+    /// The end of writing, as where the file is still open after it came to be a blob.
+    Sealing,
+    /// What was staged before.
+    Resuming,
+    /// What is to be thrown away of the staged.
+    Abandoning,
+    /// What is remembered about the staged.
+    Labels,
 }
 
 impl Unsound {
@@ -45,7 +64,9 @@ impl Unsound {
 #[async_trait]
 impl ContentStore for Unsound {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
-        Ok(self.sound.blob(digest).await?.map(|blob| self.shown(blob)))
+        let early = self.breaks == Breaks::Hiding && self.staged.lock().unwrap().contains(&digest);
+        let early = early.then_some(BlobInfo { digest, size: 0, sources: Vec::new(), has_children: false });
+        Ok(self.sound.blob(digest).await?.map(|blob| self.shown(blob)).or(early))
     }
 
     async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
@@ -61,6 +82,15 @@ impl ContentStore for Unsound {
             return Err(StoreError::AlreadyThere(digest));
         }
         self.sound.create(digest, size, pin).await
+    }
+
+    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
+        if self.breaks == Breaks::Pinning && self.sound.blob(digest).await?.is_some() {
+            return Err(StoreError::AlreadyThere(digest));
+        }
+        let sound = self.sound.stage(digest, size, pin).await?;
+        self.staged.lock().unwrap().insert(digest);
+        Ok(Arc::new(UnsoundStage { sound, breaks: self.breaks, committed: AtomicBool::new(false) }))
     }
 
     async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
@@ -116,6 +146,44 @@ impl ContentStore for Unsound {
     }
 }
 
+struct UnsoundStage {
+    sound: Arc<dyn Staged>,
+    breaks: Breaks,
+    committed: AtomicBool,
+}
+
+#[async_trait]
+impl Staged for UnsoundStage {
+    fn left(&self) -> Vec<Range<u64>> {
+        if self.breaks == Breaks::Resuming { Vec::new() } else { self.sound.left() }
+    }
+
+    async fn write_at(&self, offset: u64, chunks: &[Bytes]) -> Result<(), StoreError> {
+        if self.breaks == Breaks::Sealing && self.committed.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        self.sound.write_at(offset, chunks).await
+    }
+
+    async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
+        self.sound.read_at(offset, most).await
+    }
+
+    async fn commit(&self, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
+        self.committed.store(true, Ordering::SeqCst);
+        let nothing = Remembered::default();
+        let remembered = if self.breaks == Breaks::Labels { &nothing } else { remembered };
+        let committed = self.sound.commit(proof, remembered).await;
+        if self.breaks == Breaks::Proofs { Ok(()) } else { committed }
+    }
+
+    async fn abandon(&self) {
+        if self.breaks != Breaks::Abandoning {
+            self.sound.abandon().await;
+        }
+    }
+}
+
 #[async_trait]
 impl Subject for Unsound {
     fn store(&self) -> Arc<dyn ContentStore> {
@@ -126,7 +194,7 @@ impl Subject for Unsound {
         self.sound.collect();
     }
 
-    async fn restart(&mut self, unfinished: Box<dyn BlobWriter>) {
+    async fn restart(&mut self, unfinished: Unfinished) {
         drop(unfinished);
     }
 }
@@ -135,15 +203,32 @@ impl Subject for Unsound {
 async fn a_broken_store_is_found_out() {
     for (breaks, checks) in [
         (Breaks::Remembering, &["remembering_adds_and_never_loses: ", "what_is_remembered_can_be_seen: "][..]),
-        (Breaks::Pinning, &["a_pin_holds_what_it_found_there: "]),
+        (Breaks::Pinning, &["a_pin_holds_what_it_found_there: ", "a_blob_is_staged_once_and_not_when_it_is_there: "]),
         (Breaks::Targets, &["a_record_needs_its_target: "]),
         (Breaks::Removing, &["a_record_is_removed_if_it_points_there: "]),
-        (Breaks::Counting, &["changes_are_counted: ", "a_record_is_removed_if_it_points_there: "]),
-        (Breaks::Showing, &["what_is_remembered_can_be_seen: "]),
+        (
+            Breaks::Counting,
+            &[
+                "changes_are_counted: ",
+                "a_record_is_removed_if_it_points_there: ",
+                "what_is_remembered_of_the_staged_can_be_seen: ",
+            ],
+        ),
+        (Breaks::Showing, &["what_is_remembered_can_be_seen: ", "what_is_remembered_of_the_staged_can_be_seen: "]),
         (Breaks::Discarding, &["what_is_discarded_can_be_written_again: "]),
         (Breaks::Orphans, &["what_is_discarded_can_be_written_again: "]),
+        (Breaks::Hiding, &["what_is_staged_is_not_there_yet: ", "a_pin_holds_what_was_staged_under_it: "]),
+        (Breaks::Proofs, &["what_is_staged_needs_its_own_proof: ", "what_is_abandoned_is_not_taken_up_again: "]),
+        (Breaks::Sealing, &["nothing_is_written_after_the_commit: "]),
+        (
+            Breaks::Resuming,
+            &["what_was_staged_and_dropped_is_taken_up_again: ", "what_was_staged_before_a_kill_is_taken_up_again: "],
+        ),
+        (Breaks::Abandoning, &["what_is_abandoned_is_not_taken_up_again: "]),
+        (Breaks::Labels, &["what_is_remembered_of_the_staged_can_be_seen: "]),
     ] {
-        let broken = broken_promises(async || Unsound { sound: MemoryStore::new(), breaks }).await;
+        let broken =
+            broken_promises(async || Unsound { sound: MemoryStore::new(), breaks, staged: Arc::default() }).await;
         assert_eq!(broken.len(), checks.len(), "{broken:?}");
         assert!(checks.iter().zip(&broken).all(|(check, line)| line.starts_with(check)), "{broken:?}");
     }

@@ -87,7 +87,7 @@ pub(super) async fn after_a_kill_only_whole_blobs_are_there(subject: &mut dyn Su
         unfinished.append(&[Bytes::from(vec![b'x'; 400_000])]).await?;
         unfinished
     };
-    subject.restart(unfinished).await;
+    subject.restart(Unfinished::Written(unfinished)).await;
     subject.collect().await;
 
     let store = subject.store();

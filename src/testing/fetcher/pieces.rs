@@ -1,0 +1,177 @@
+//! Pieces from peers in memory: of what they hold, and of what they are fetching themselves.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::watch;
+
+use super::{Behaviour, MemoryFetcher};
+use crate::model::{Availability, Order, PeerId};
+use crate::oci::{Chain, ChainBuilder, Cut, Digest, State, VerifyError};
+use crate::ports::{
+    BlobReader, ContentStore, FetchError, Following, Partial, PieceError, PieceFetcher, PieceSink, StoreError,
+};
+
+/// Bytes that come at a time.
+const CHUNK: usize = 1 << 16;
+
+/// Where a peer has the bytes.
+enum Held {
+    Whole(Box<dyn BlobReader>),
+    Partly(Arc<dyn Partial>),
+}
+
+impl Held {
+    async fn read_at(&mut self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
+        match self {
+            Self::Whole(reader) => reader.read_at(offset, most).await,
+            Self::Partly(partial) => partial.read_at(offset, most).await,
+        }
+    }
+
+    fn has(&self, piece: u32) -> bool {
+        match self {
+            Self::Whole(_) => true,
+            Self::Partly(partial) => partial.held().get(piece as usize),
+        }
+    }
+}
+
+impl MemoryFetcher {
+    /// The blob at a peer that behaves so; one that hangs does so here.
+    async fn open(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<(Held, Behaviour), FetchError> {
+        let (store, behaviour) = self.peer(peer)?;
+        if behaviour == Behaviour::Hangs {
+            std::future::pending::<()>().await;
+        }
+        let store: Arc<dyn ContentStore> = store;
+        let reader = match store.open(digest).await {
+            Ok(reader) => reader,
+            Err(StoreError::Absent(_)) => {
+                let partial = self.partial(peer, digest).ok_or(FetchError::Absent { peer, digest })?;
+                return Ok((Held::Partly(partial), behaviour));
+            }
+            Err(_) => return Err(FetchError::StoreFailed { peer }),
+        };
+        let actual_size = reader.size();
+        if actual_size != cut.size() {
+            let source = VerifyError::Size { expected: digest, expected_size: cut.size(), actual_size };
+            return Err(FetchError::Corrupt { peer, source });
+        }
+        Ok((Held::Whole(reader), behaviour))
+    }
+}
+
+fn sent(behaviour: Behaviour, piece: Option<u32>, bytes: Bytes) -> Bytes {
+    let is_wrong = match behaviour {
+        Behaviour::Lies => true,
+        Behaviour::SpoilsPiece(spoilt) => piece == Some(spoilt),
+        _ => false,
+    };
+    if is_wrong { bytes.iter().map(|byte| !byte).collect() } else { bytes }
+}
+
+#[async_trait]
+impl PieceFetcher for MemoryFetcher {
+    /// The list of one that lies about everything is of what it sends.
+    async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Chain, FetchError> {
+        self.lists_asked.fetch_add(1, Ordering::Relaxed);
+        let (held, behaviour) = self.open(peer, digest, cut).await?;
+        let mut reader = match held {
+            Held::Whole(reader) => reader,
+            Held::Partly(partial) => return Ok((*partial.chain()).clone()),
+        };
+        let mut builder = ChainBuilder::new(cut);
+        let mut at = 0;
+        while at < cut.size() {
+            let bytes = reader.read_at(at, CHUNK).await?;
+            at += bytes.len() as u64;
+            builder.update(&sent(behaviour, None, bytes));
+        }
+        let mut states = builder.states().to_vec();
+        if let Behaviour::ForgesList(piece) = behaviour
+            && let Some(state) = states.get_mut(piece as usize)
+        {
+            *state = State::INITIAL;
+        }
+        Chain::claimed(digest, cut, states).map_err(|error| FetchError::Protocol { peer, reason: error.to_string() })
+    }
+
+    async fn follow(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Box<dyn Following>, FetchError> {
+        Ok(match self.open(peer, digest, cut).await?.0 {
+            Held::Whole(_) => Box::new(Whole(false)),
+            Held::Partly(partial) => {
+                Box::new(Partly { peer, digest, changes: partial.changes(), partial, told: false })
+            }
+        })
+    }
+
+    async fn pieces(&self, order: &Order, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+        let Order { peer, digest, cut, .. } = *order;
+        self.note_asked(peer);
+        let (mut held, behaviour) = self.open(peer, digest, cut).await?;
+        let choice: Vec<_> = order.choice.iter().copied().filter(|piece| held.has(*piece)).collect();
+        for piece in choice.into_iter().take(order.most.into()) {
+            if !self.may_send(peer) {
+                std::future::pending::<()>().await;
+            }
+            sink.begin(piece);
+            let (mut at, end) = (cut.offset(piece as usize), cut.offset(piece as usize) + cut.length(piece as usize));
+            while at < end {
+                let most = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
+                let bytes = held.read_at(at, most).await?;
+                at += bytes.len() as u64;
+                sink.append(&[sent(behaviour, Some(piece), bytes)]).await?;
+                // As on a network, others have their turn.
+                tokio::task::yield_now().await;
+            }
+            sink.end().await.map_err(|error| unfit(error, peer, digest, piece))?;
+            self.note_served(peer, digest);
+        }
+        Ok(())
+    }
+
+    fn keep(&self, _: Arc<Chain>) {}
+}
+
+fn unfit(error: PieceError, peer: PeerId, digest: Digest, piece: u32) -> FetchError {
+    match error {
+        PieceError::Unfit => FetchError::Unfit { peer, digest, piece: piece as usize },
+        PieceError::Store(error) => FetchError::Sink(error),
+    }
+}
+
+/// A peer that has the whole blob: it says so, and then nothing more.
+struct Whole(bool);
+
+#[async_trait]
+impl Following for Whole {
+    async fn next(&mut self) -> Result<Availability, FetchError> {
+        if std::mem::replace(&mut self.0, true) {
+            std::future::pending::<()>().await;
+        }
+        Ok(Availability::Whole)
+    }
+}
+
+/// A peer that is fetching the blob itself.
+struct Partly {
+    peer: PeerId,
+    digest: Digest,
+    partial: Arc<dyn Partial>,
+    changes: watch::Receiver<u64>,
+    told: bool,
+}
+
+#[async_trait]
+impl Following for Partly {
+    async fn next(&mut self) -> Result<Availability, FetchError> {
+        let gone = |_| FetchError::Absent { peer: self.peer, digest: self.digest };
+        if std::mem::replace(&mut self.told, true) {
+            self.changes.changed().await.map_err(gone)?;
+        }
+        Ok(Availability::These(self.partial.held()))
+    }
+}
