@@ -15,4 +15,5 @@ mod simulation {
     mod releases;
     mod size;
     mod starting;
+    mod swarm;
 }

@@ -1,13 +1,18 @@
 //! Who does what should happen once: candidates ranked by hash, a Lease as advice.
 //!
 //! A claim never stands in the way of content: it is lost, stolen or unreachable without harm, because what is fetched is
-//! addressed by its digest. Today it names the node that leads a recovery; nobody waits for it.
+//! addressed by its digest. It names the node that leads a recovery, and the one that brings an image into a zone ([`Crossing`]);
+//! nobody waits for it.
+
+mod crossing;
 
 use std::time::{Duration, SystemTime};
 
 use super::plan::rendezvous;
 use crate::model::{LeaseSnapshot, LeaseVersion, NodeName, PeerId};
 use crate::oci::Digest;
+
+pub use crossing::{Crossing, RENEW, zone_claim};
 
 /// How long a claim holds without renewal. Longer than a slow API server's answer, short enough that a dead holder does not
 /// matter for long; also what the Lease says of itself.

@@ -17,7 +17,7 @@ use std::mem::size_of;
 use self::content::Content;
 use self::peers::Peers;
 use self::providers::{Bitmap, Number, Providers};
-use crate::model::{Bits, ContentChange, Item, MAX_ITEMS, MeshEvent, NodeName, Outage, OutageKind, Peer, PeerId};
+use crate::model::{Bits, ContentChange, Item, MAX_ITEMS, MeshEvent, NodeName, Outage, OutageKind, Peer, PeerId, Zone};
 use crate::oci::{Digest, Repository};
 
 /// Most peers that [`Inventory::shared`] answers for at once.
@@ -98,6 +98,11 @@ impl Inventory {
         self.content.blob(digest).map(|holders| self.who(holders)).unwrap_or_default()
     }
 
+    /// The peers that are fetching a blob, and serve what they have of it.
+    pub fn fetching(&self, digest: Digest) -> Vec<PeerId> {
+        self.content.fetching(digest).map(|fetching| self.who(fetching)).unwrap_or_default()
+    }
+
     /// The peers that hold an image's index or manifest *and* know it under this very repository.
     ///
     /// A digest alone is not a permission: it would let anybody fetch any image by inventing a registry.
@@ -141,6 +146,11 @@ impl Inventory {
     /// The node that a peer runs on, while it is up.
     pub fn node_of(&self, peer: PeerId) -> Option<&NodeName> {
         Some(&self.peers.get_up(peer)?.0.node)
+    }
+
+    /// The zone that a peer says it is in, while it is up.
+    pub fn zone_of(&self, peer: PeerId) -> Option<&Zone> {
+        self.peers.get_up(peer)?.0.zone.as_ref()
     }
 
     /// How many items a peer holds; 0 when it is not up.

@@ -28,7 +28,7 @@ impl Default for Rules {
             },
             budgets: Budgets {
                 concurrent_recoveries: 2,
-                concurrent_blobs: 4,
+                concurrent_blobs: 16,
                 max_image_bytes: 0,
                 min_free_bytes: 2 << 30,
                 // The kubelet evicts pods at 15 % free of the image file system, and collects images at 85 % used.

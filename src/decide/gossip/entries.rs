@@ -106,7 +106,7 @@ pub(super) fn check(entry: &Entry) -> Result<(), &'static str> {
 /// Whether an image's name is one that CRI would write, which also bounds its length.
 pub(super) fn is_proper(item: &Item) -> bool {
     let reference = match item {
-        Item::Blob(_) => return true,
+        Item::Blob(_) | Item::Fetching(_) => return true,
         Item::Outage(outage) => return Repository::is_registry(&outage.registry),
         Item::Image(repository, Some(tag), _) => Reference::Tag(repository.clone(), tag.clone()),
         Item::Image(repository, None, digest) => Reference::Digest(repository.clone(), *digest),

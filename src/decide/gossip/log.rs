@@ -152,7 +152,7 @@ impl Log {
 pub(super) fn weight(item: &Item) -> usize {
     const BITS: usize = 8 + 1;
     BITS + match item {
-        Item::Blob(_) => 4 + 32,
+        Item::Blob(_) | Item::Fetching(_) => 4 + 32,
         Item::Image(repository, tag, _) => {
             let texts = repository.registry.len() + repository.path.len() + tag.as_ref().map_or(0, String::len);
             4 + 32 + 1 + 3 * 8 + texts

@@ -15,6 +15,8 @@ pub(super) struct Content {
     names: BTreeMap<Name, Providers>,
     /// By what each node saw, so the same registry may stand here several times: each node has its own moment.
     outages: BTreeMap<Outage, Providers>,
+    /// Blobs that are under way.
+    fetching: BTreeMap<Digest, Providers>,
 }
 
 /// The names of one image in one repository stand side by side.
@@ -23,7 +25,7 @@ type Name = (Repository, Digest, Option<String>);
 impl Content {
     /// How many different things there are.
     pub(super) fn len(&self) -> usize {
-        self.blobs.len() + self.names.len() + self.outages.len()
+        self.blobs.len() + self.names.len() + self.outages.len() + self.fetching.len()
     }
 
     pub(super) fn blobs(&self) -> impl Iterator<Item = &Providers> {
@@ -32,6 +34,11 @@ impl Content {
 
     pub(super) fn blob(&self, digest: Digest) -> Option<&Providers> {
         self.blobs.get(&digest)
+    }
+
+    /// By whom the blob is being fetched.
+    pub(super) fn fetching(&self, digest: Digest) -> Option<&Providers> {
+        self.fetching.get(&digest)
     }
 
     /// Every name of an image in this repository.
@@ -64,6 +71,7 @@ impl Content {
             Item::Blob(digest) => self.blobs.entry(digest).or_default(),
             Item::Image(repository, tag, digest) => self.names.entry((repository, digest, tag)).or_default(),
             Item::Outage(outage) => self.outages.entry(outage).or_default(),
+            Item::Fetching(digest) => self.fetching.entry(digest).or_default(),
         };
         providers.insert(number)
     }
@@ -81,6 +89,7 @@ impl Content {
             }
             Item::Image(repository, tag, digest) => remove(&mut self.names, &(repository, digest, tag), number),
             Item::Outage(outage) => remove(&mut self.outages, &outage, number),
+            Item::Fetching(digest) => remove(&mut self.fetching, &digest, number),
         }
     }
 
@@ -89,6 +98,7 @@ impl Content {
             Item::Blob(digest) => self.blobs.get(digest),
             Item::Image(repository, tag, digest) => self.names.get(&(repository.clone(), *digest, tag.clone())),
             Item::Outage(outage) => self.outages.get(outage),
+            Item::Fetching(digest) => self.fetching.get(digest),
         };
         providers.is_some_and(|providers| providers.contains(number))
     }
@@ -99,6 +109,7 @@ impl Content {
         self.blobs.retain(|_, providers| without(providers));
         self.names.retain(|_, providers| without(providers));
         self.outages.retain(|_, providers| without(providers));
+        self.fetching.retain(|_, providers| without(providers));
         // The room of a peer that held very much goes with it.
         if self.blobs.capacity() > 4 * self.blobs.len() {
             self.blobs.shrink_to(2 * self.blobs.len());
@@ -123,17 +134,21 @@ impl Content {
         );
         let outages = self.outages.iter().filter_map(|(outage, providers)| Some((outage, chosen(providers)?)));
         items.extend(outages.map(|(outage, found)| (Item::Outage(outage.clone()), found)));
+        let fetching = self.fetching.iter().filter_map(|(digest, providers)| Some((digest, chosen(providers)?)));
+        items.extend(fetching.map(|(digest, found)| (Item::Fetching(*digest), found)));
         items
     }
 
     /// Estimated bytes on the heap.
     pub(super) fn bytes(&self) -> usize {
         let sets = self.blobs.values().chain(self.names.values()).chain(self.outages.values());
+        let sets = sets.chain(self.fetching.values());
         let names = self.names.keys().map(|(repository, _, tag)| {
             repository.registry.len() + repository.path.len() + tag.as_ref().map_or(0, String::len)
         });
         let texts = names.chain(self.outages.keys().map(|outage| outage.registry.len()));
-        let tables = hash_table_bytes(&self.blobs) + tree_bytes(&self.names) + tree_bytes(&self.outages);
+        let trees = tree_bytes(&self.names) + tree_bytes(&self.outages) + tree_bytes(&self.fetching);
+        let tables = hash_table_bytes(&self.blobs) + trees;
         tables + sets.map(Providers::bytes).sum::<usize>() + texts.sum::<usize>()
     }
 }

@@ -212,6 +212,7 @@ fn believed(table: &Inventory, item: &Item) -> BTreeSet<PeerId> {
             table.tag(repository, tag).remove(root).unwrap_or_default().into_iter().collect()
         }
         Item::Image(repository, None, root) => table.providers(repository, *root).into_iter().collect(),
+        Item::Fetching(digest) => table.fetching(*digest).into_iter().collect(),
         Item::Outage(_) => BTreeSet::new(),
     }
 }

@@ -1,0 +1,249 @@
+//! Who is served next at a node that serves, and what it is sent: bytes are shared fairly between peers, and nobody waits for a small blob
+//! behind large ones.
+//!
+//! Not here: the sending.
+
+mod sent;
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::model::PeerId;
+use crate::oci::Digest;
+
+pub use sent::Sent;
+
+/// Most that wait for one peer: as much as it asks of one node for sixteen blobs at a time.
+const MAX_WAITING_OF_PEER: usize = 64;
+/// Most that wait in all: each is a stream and a task. A thousand nodes that all know one holder have room.
+const MAX_WAITING: usize = 1024;
+
+/// After so many bytes what was sent before counts half: "lately" is some seconds on most networks.
+const HALF_LIFE: u64 = 256 << 20;
+
+/// One request, until it is done.
+pub type Ticket = u64;
+
+/// There is no room to wait. The peer is told that this node is busy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("too many requests are waiting")]
+pub struct Full;
+
+/// Requests that wait, and those that are served.
+#[derive(Debug)]
+pub struct Slots {
+    per_blob: usize,
+    per_node: usize,
+    next: Ticket,
+    tickets: BTreeMap<Ticket, Request>,
+    waiting: usize,
+    running: usize,
+    small_running: usize,
+    blobs: HashMap<Digest, usize>,
+    peers: HashMap<PeerId, Account>,
+    until_half: u64,
+}
+
+#[derive(Debug)]
+struct Request {
+    peer: PeerId,
+    digest: Digest,
+    is_small: bool,
+    is_running: bool,
+}
+
+/// What a peer has and had.
+#[derive(Debug, Default)]
+struct Account {
+    bytes: u64,
+    waiting: usize,
+    running: usize,
+}
+
+impl Slots {
+    /// So many requests are served at a time for one blob and in all, 1 at least. Blobs of one piece do not count: as many of them are served besides.
+    pub fn new(per_blob: usize, per_node: usize) -> Self {
+        Self {
+            per_blob: per_blob.max(1),
+            per_node: per_node.max(1),
+            next: 0,
+            tickets: BTreeMap::new(),
+            waiting: 0,
+            running: 0,
+            small_running: 0,
+            blobs: HashMap::new(),
+            peers: HashMap::new(),
+            until_half: HALF_LIFE,
+        }
+    }
+
+    /// A request of a peer for pieces of a blob that is cut into so many. Its turn comes from [`Slots::next`].
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub fn enqueue(&mut self, peer: PeerId, digest: Digest, pieces: usize) -> Result<Ticket, Full> {
+        let account = self.peers.get(&peer).map_or(0, |account| account.waiting);
+        if self.waiting >= MAX_WAITING || account >= MAX_WAITING_OF_PEER {
+            return Err(Full);
+        }
+        let ticket = self.next;
+        self.next += 1;
+        self.waiting += 1;
+        self.peers.entry(peer).or_default().waiting += 1;
+        self.tickets.insert(ticket, Request { peer, digest, is_small: pieces <= 1, is_running: false });
+        Ok(ticket)
+    }
+
+    /// Whose turn it is, if there is a free slot for anybody who waits.
+    pub fn turn(&mut self) -> Option<Ticket> {
+        if self.waiting == 0 || (self.running >= self.per_node && self.small_running >= self.per_node) {
+            return None;
+        }
+        let waiting = self.tickets.iter().filter(|(_, request)| !request.is_running && self.has_slot(request));
+        let (&ticket, _) = waiting.min_by_key(|(ticket, request)| {
+            let account = &self.peers[&request.peer];
+            (!request.is_small, account.running, account.bytes, **ticket)
+        })?;
+        let request = self.tickets.get_mut(&ticket)?;
+        request.is_running = true;
+        self.waiting -= 1;
+        let account = self.peers.entry(request.peer).or_default();
+        (account.waiting, account.running) = (account.waiting - 1, account.running + 1);
+        if request.is_small {
+            self.small_running += 1;
+        } else {
+            self.running += 1;
+            *self.blobs.entry(request.digest).or_default() += 1;
+        }
+        Some(ticket)
+    }
+
+    fn has_slot(&self, request: &Request) -> bool {
+        let of_blob = || self.blobs.get(&request.digest).copied().unwrap_or(0);
+        if request.is_small {
+            self.small_running < self.per_node
+        } else {
+            self.running < self.per_node && of_blob() < self.per_blob
+        }
+    }
+
+    /// So many bytes went out for it.
+    pub fn sent(&mut self, ticket: Ticket, bytes: u64) {
+        let Some(request) = self.tickets.get(&ticket) else { return };
+        let account = self.peers.entry(request.peer).or_default();
+        account.bytes = account.bytes.saturating_add(bytes);
+        self.until_half = self.until_half.saturating_sub(bytes);
+        if self.until_half == 0 {
+            self.until_half = HALF_LIFE;
+            self.peers.values_mut().for_each(|account| account.bytes /= 2);
+            self.peers.retain(|_, account| account.bytes > 0 || account.waiting + account.running > 0);
+        }
+    }
+
+    /// It is served, or given up while it waited. Its slot is free.
+    pub fn done(&mut self, ticket: Ticket) {
+        let Some(request) = self.tickets.remove(&ticket) else { return };
+        let account = self.peers.entry(request.peer).or_default();
+        if !request.is_running {
+            account.waiting -= 1;
+            self.waiting -= 1;
+        } else {
+            account.running -= 1;
+            if request.is_small {
+                self.small_running -= 1;
+            } else {
+                self.running -= 1;
+                self.leave_blob(request.digest);
+            }
+        }
+        // Whoever got nothing needs no account.
+        if account_is_empty(&self.peers, request.peer) {
+            self.peers.remove(&request.peer);
+        }
+    }
+
+    fn leave_blob(&mut self, digest: Digest) {
+        if let Some(running) = self.blobs.get_mut(&digest) {
+            *running -= 1;
+            if *running == 0 {
+                self.blobs.remove(&digest);
+            }
+        }
+    }
+}
+
+fn account_is_empty(peers: &HashMap<PeerId, Account>, peer: PeerId) -> bool {
+    peers.get(&peer).is_some_and(|account| account.bytes == 0 && account.waiting + account.running == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(n: u8) -> PeerId {
+        PeerId::from_public_key([n; 32])
+    }
+
+    fn blob(n: u8) -> Digest {
+        Digest::of(&[n])
+    }
+
+    #[test]
+    fn so_many_are_served_for_a_blob_and_in_all() {
+        let mut slots = Slots::new(2, 3);
+        let of = |slots: &mut Slots, n| (0..3).map(|p| slots.enqueue(peer(p), blob(n), 9).unwrap()).collect::<Vec<_>>();
+        let (one, other) = (of(&mut slots, 1), of(&mut slots, 2));
+        let served: Vec<_> = std::iter::from_fn(|| slots.turn()).collect();
+        // A peer that is served waits for those that are not.
+        assert_eq!(served, [one[0], one[1], other[2]]);
+        slots.done(one[2]);
+        slots.done(one[0]);
+        assert_eq!((slots.turn(), slots.turn()), (Some(other[0]), None));
+        served.into_iter().chain(one).chain(other).for_each(|ticket| slots.done(ticket));
+        assert!(slots.peers.is_empty() && slots.blobs.is_empty() && slots.waiting + slots.running == 0);
+    }
+
+    #[test]
+    fn who_got_the_least_lately_goes_first() {
+        let mut slots = Slots::new(1, 1);
+        let mut got = [0_u64; 3];
+        let mut tickets = HashMap::new();
+        for n in [0, 0, 0, 0, 0, 0, 1, 1, 1, 2] {
+            tickets.insert(slots.enqueue(peer(n), blob(1), 9).unwrap(), n);
+        }
+        // The first takes pieces three times as large.
+        for _ in 0..6 {
+            let ticket = slots.turn().unwrap();
+            let n = usize::from(tickets[&ticket]);
+            let bytes = if n == 0 { 3 } else { 1 };
+            got[n] += bytes;
+            slots.sent(ticket, bytes);
+            slots.done(ticket);
+        }
+        assert_eq!(got, [6, 3, 1]);
+        slots.sent(slots.next - 1, HALF_LIFE);
+        let ticket = slots.enqueue(peer(1), blob(1), 9).unwrap();
+        slots.sent(ticket, HALF_LIFE);
+        assert_eq!(slots.peers[&peer(0)].bytes, 3, "what was long ago counts half");
+    }
+
+    #[test]
+    fn a_small_blob_never_waits_behind_large_ones() {
+        let mut slots = Slots::new(4, 4);
+        (0..10).for_each(|n| assert!(slots.enqueue(peer(n), blob(n), 100).is_ok()));
+        while slots.turn().is_some() {}
+        let small = slots.enqueue(peer(1), blob(99), 1).unwrap();
+        assert_eq!(slots.turn(), Some(small));
+    }
+
+    #[test]
+    fn no_more_wait_than_there_is_room_for() {
+        let mut slots = Slots::new(4, 16);
+        let most = (0..100).filter(|_| slots.enqueue(peer(0), blob(0), 9).is_ok()).count();
+        assert_eq!(most, 64);
+        let others = (1..=255).flat_map(|n| [n; 10]).filter(|n| slots.enqueue(peer(*n), blob(0), 9).is_ok());
+        assert_eq!(others.count(), 1024 - 64);
+        let first = slots.turn().unwrap();
+        slots.done(first);
+        assert!(slots.enqueue(peer(255), blob(0), 9).is_ok());
+    }
+}

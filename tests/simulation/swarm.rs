@@ -1,0 +1,147 @@
+//! A swarm in simulated time: real pools, slots, and crossings of zones; a modelled network. Its figures are for one blob of 256 MiB that one
+//! node has, over links of 200 Mbit/s.
+//!
+//! What is assumed: each direction of each node's link carries its bandwidth and nothing else does, chunks of 64 KiB take turns at the sender
+//! and queue at the receiver, a stream has three of them under way; half a millisecond one way in a zone, two between zones. All begin at
+//! once, know the holder, and hear of each other as fetching after 0.5 to 1.5 s. News are gathered for 50 ms. Disks, hashing, losses and
+//! links that differ are left out: it ranks rules, and does not foretell times.
+
+mod acting;
+mod lease;
+mod network;
+mod node;
+mod world;
+
+use super::size::seed;
+use node::Kind;
+use world::{Setting, World};
+
+/// What came of a run, in units of the time that a link needs for it once.
+struct Outcome {
+    worst: f64,
+    median: f64,
+    world: World,
+}
+
+fn outcome(mut world: World) -> Outcome {
+    let began = std::time::Instant::now();
+    let all = world.run_until(300.0, World::is_done);
+    let unit = world.unit();
+    let nodes = world.nodes.iter().skip(1).filter(|node| node.is_alive && node.kind != Kind::Liar);
+    let mut times: Vec<_> =
+        nodes.clone().map(|node| node.done_at.map_or(f64::INFINITY, |at| at as f64 / unit)).collect();
+    times.sort_by(f64::total_cmp);
+    assert!(all, "not done: {} of {} nodes", times.iter().filter(|time| time.is_infinite()).count(), times.len());
+    let wasted: u64 = world.nodes.iter().map(|node| node.wasted).sum();
+    let course = world.course.iter().map(|bytes| {
+        let most = world.setting.bandwidth as f64 / 2.0 * times.len() as f64;
+        format!("{:.0}", *bytes as f64 / most * 100.0)
+    });
+    println!(
+        "  {} nodes: worst {:.3}, median {:.3}, first {:.3}; the seed sent {:.2} copies, {:.1} % came for nothing; per cent of all links, each half second: {} [{:.0} s]",
+        world.nodes.len(),
+        times[times.len() - 1],
+        times[times.len() / 2],
+        times[0],
+        world.nodes[0].bytes_sent as f64 / world.setting.size as f64,
+        wasted as f64 / world.setting.size as f64 / times.len() as f64 * 100.0,
+        course.collect::<Vec<_>>().join(" "),
+        began.elapsed().as_secs_f64(),
+    );
+    Outcome { worst: times[times.len() - 1], median: times[times.len() / 2], world }
+}
+
+#[test]
+fn eight_nodes_are_done_when_their_links_have_hardly_carried_it_once() {
+    let of = outcome(World::new(Setting::usual(9, seed())));
+    println!("figure swarm8_model_worst_sb {:.3} (median {:.3}; 8 nodes fetch 256 MiB of one)", of.worst, of.median);
+    assert!(of.worst <= 1.12, "{}", of.worst);
+}
+
+#[test]
+fn fifty_nodes_take_little_longer_than_eight() {
+    let of = outcome(World::new(Setting::usual(51, seed())));
+    assert!(of.worst <= 1.25, "{}", of.worst);
+}
+
+#[test]
+fn all_are_done_though_the_seed_dies_once_the_swarm_has_everything() {
+    let mut world = World::new(Setting::usual(21, seed() + 1));
+    let is_there = |world: &World| {
+        let pieces = world.cut.pieces();
+        (0..pieces).all(|piece| world.nodes[1..].iter().any(|node| node.held.get(piece)))
+    };
+    assert!(world.run_until(60.0, is_there));
+    world.kill(0);
+    outcome(world);
+}
+
+#[test]
+fn a_node_that_drips_and_one_that_lies_hold_nobody_up_for_ever() {
+    let mut world = World::new(Setting::usual(21, seed() + 2));
+    world.nodes[1].kind = Kind::Drips;
+    world.nodes[2].kind = Kind::Liar;
+    outcome(world);
+}
+
+/// How often the image crossed into each zone that had none.
+fn cross_zone_copies(world: &World) -> f64 {
+    world.crossed as f64 / (world.setting.size * (world.setting.zones as u64 - 1)) as f64
+}
+
+#[test]
+fn in_three_zones_few_copies_cross_and_few_leases_are_written() {
+    let world = outcome(World::new(Setting { zones: 3, ..Setting::usual(31, seed() + 3) })).world;
+    println!(
+        "  {:.2} copies crossed into each other zone; {} Lease writes",
+        cross_zone_copies(&world),
+        world.server.writes
+    );
+    assert!(cross_zone_copies(&world) < 1.2, "{}", cross_zone_copies(&world));
+    assert!(world.server.writes < 20, "{}", world.server.writes);
+}
+
+#[test]
+fn all_others_are_done_though_one_in_twenty_dies_on_the_way() {
+    let mut world = World::new(Setting::usual(101, seed() + 4));
+    world.run_until(5.0, World::is_done);
+    (1..=5).for_each(|node| world.kill(20 * node));
+    let of = outcome(world);
+    assert!(of.worst <= 1.3, "{}", of.worst);
+}
+
+/// How many nodes the large simulations have.
+fn large() -> usize {
+    std::env::var("LIGHTERMAN_SIM_NODES").map_or(1000, |text| text.parse().expect("a number of nodes"))
+}
+
+/// What a figure's line begins with; that of a smaller simulation is none.
+fn figure(name: &str) -> String {
+    if large() >= 1000 { format!("figure {name}") } else { format!("  smaller: {name}") }
+}
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "takes minutes in a release build")]
+fn a_thousand_nodes_take_little_longer_than_one() {
+    let of = outcome(World::new(Setting::usual(large() + 1, seed())));
+    let copies = of.world.nodes[0].bytes_sent as f64 / of.world.setting.size as f64;
+    println!(
+        "{} {:.3} ({} nodes fetch 256 MiB of one over 200 Mbit/s; known to be fetching after 0.5-1.5 s)",
+        figure("swarm1000_worst_sb"),
+        of.worst,
+        large()
+    );
+    println!("{} {:.3}", figure("swarm1000_median_sb"), of.median);
+    println!("{} {copies:.2} (copies that the first holder sent)", figure("swarm1000_seed_copies"));
+    assert!(of.worst <= 1.45, "{}", of.worst);
+}
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "takes minutes in a release build")]
+fn few_copies_cross_zones_and_few_leases_are_written_by_a_thousand_nodes() {
+    let world = outcome(World::new(Setting { zones: 3, ..Setting::usual(large() + 1, seed()) })).world;
+    let (copies, writes) = (cross_zone_copies(&world), world.server.writes);
+    println!("{} {copies:.2} (into each of two zones that have none)", figure("swarm1000_cross_zone_copies"));
+    println!("{} {writes}", figure("lease_writes_per_image_1000"));
+    assert!(writes < 40, "{writes}");
+}
