@@ -1,10 +1,11 @@
 //! A content store that is a node's containerd, of any version from 1.6 on.
 //!
-//! Everything goes through containerd's own API; only the reading of blobs looks at its files, where they can be seen. What the port calls a
-//! pin is a lease here, and what it remembers are labels.
+//! Everything goes through containerd's own API; only blobs are read from its files, and large ones linked among them, where they can be seen.
+//! What the port calls a pin is a lease here, and what it remembers are labels.
 //!
 //! Not here: unpacking (the CRI plugin does it when a container is created) and any other runtime than containerd.
 
+mod adoption;
 mod content;
 mod cri;
 mod discard;
@@ -14,6 +15,7 @@ mod labels;
 mod leases;
 mod link;
 mod reader;
+mod staging;
 mod surroundings;
 mod watch;
 mod writer;
@@ -28,7 +30,10 @@ use containerd_client::services::v1::version_client::VersionClient;
 use tokio::sync::{Notify, watch as counter};
 
 use crate::oci::Digest;
-use crate::ports::{BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, StoreError};
+use crate::ports::{
+    BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, Staged, StoreError,
+};
+pub use adoption::Ingest;
 use link::Link;
 use surroundings::Lookout;
 pub use surroundings::{Surroundings, VERIFIERS, usual_socket};
@@ -43,6 +48,8 @@ pub struct Config {
     /// The root folder of its content store as this process sees it; `None` to take the path that containerd tells. Blobs
     /// whose files are not there are read through the API.
     pub content_root: Option<PathBuf>,
+    /// Where blobs are staged when that cannot be in the content store's root; its parent folder exists. Without it, they cannot be then.
+    pub staging: Option<PathBuf>,
 }
 
 /// The configuration cannot be used.
@@ -75,6 +82,10 @@ pub struct ContainerdStore {
 
 struct State {
     lookout: Lookout,
+    /// How blobs come in, once it was tried.
+    ingest: tokio::sync::Mutex<Option<Ingest>>,
+    /// See [`Config::staging`].
+    staging: Option<PathBuf>,
     changes: counter::Sender<u64>,
     /// Blobs that are being written through this store.
     writing: Mutex<HashSet<Digest>>,
@@ -95,9 +106,11 @@ impl ContainerdStore {
     /// # Errors
     /// [`ConfigError`].
     pub fn new(config: Config) -> Result<Self, ConfigError> {
-        let Config { socket, containerd_namespace, content_root } = config;
+        let Config { socket, containerd_namespace, content_root, staging } = config;
         let state = State {
             lookout: Lookout::new(content_root),
+            ingest: tokio::sync::Mutex::new(None),
+            staging,
             changes: counter::Sender::new(0),
             writing: Mutex::new(HashSet::new()),
             beginning: tokio::sync::Mutex::new(()),
@@ -138,6 +151,10 @@ impl ContentStore for ContainerdStore {
 
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
         Ok(Box::new(self.begin_write(digest, size, pin).await?))
+    }
+
+    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
+        Ok(Arc::new(self.begin_staged(digest, size, pin).await?))
     }
 
     async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {

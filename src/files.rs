@@ -1,9 +1,13 @@
 //! Blobs that are files: what a layout on disk and containerd's content folder have in common. And small files that are this
 //! program's alone.
 
+mod pace;
+mod reading;
+mod staging;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,6 +19,7 @@ use tokio::task::spawn_blocking;
 
 use crate::oci::Digest;
 use crate::ports::{BlobReader, Room, StoreError};
+pub use staging::{Leftover, StagingFile, is_taken, leftovers, staging_folder, sync_folder};
 
 /// The most that one read returns, whatever is asked for: the largest piece that a transfer cuts. It bounds a buffer.
 const MAX_READ: usize = 8 << 20;
@@ -102,19 +107,15 @@ impl BlobReader for FileReader {
         self.size
     }
 
-    /// On a blocking thread: a page that is not in memory would stop everything else that the runtime drives.
     async fn read_at(&mut self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
-        let rest = usize::try_from(self.size.saturating_sub(offset)).unwrap_or(usize::MAX);
-        let length = most.min(rest).min(MAX_READ);
-        if length == 0 {
-            return Ok(Bytes::new());
-        }
-        let file = self.file.clone();
-        let read = spawn_blocking(move || {
-            let mut bytes = vec![0; length];
-            file.read_exact_at(&mut bytes, offset).map(|()| bytes.into())
-        });
-        let read = read.await.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
+        let read = read_within(&self.file, self.size, offset, most).await;
         read.map_err(|error| StoreError::Other(format!("reading the file of {} at {offset}: {error}", self.digest)))
     }
+}
+
+/// Reads of a file of `size` bytes, at most [`MAX_READ`] at once.
+async fn read_within(file: &Arc<File>, size: u64, offset: u64, most: usize) -> io::Result<Bytes> {
+    let rest = usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX);
+    let length = most.min(rest).min(MAX_READ);
+    if length == 0 { Ok(Bytes::new()) } else { reading::read_exact_at(file, offset, length).await }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! oci-layout, index.json, blobs/sha256/    as the specification has them; index.json names every image record in full
-//! ingest/                                  blobs that are being written
+//! ingest/                                  blobs that are being written, and what was staged of others
 //! pins/                                    one file per pin: until when, and what it holds
 //! remembered/                              one file per blob about which something is remembered
 //! ```
@@ -13,6 +13,7 @@ mod collect;
 mod index;
 mod pins;
 mod remembered;
+mod staged;
 mod writer;
 
 use std::collections::HashSet;
@@ -26,11 +27,14 @@ use async_trait::async_trait;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::sync::watch;
 
-use crate::files::{FileReader, blob_path, room};
+use crate::files::{FileReader, blob_path, room, sync_folder};
 use crate::oci::Digest;
-use crate::ports::{BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, StoreError};
+use crate::ports::{
+    BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, Staged, StoreError,
+};
 use index::Index;
 use remembered::Notes;
+use staged::InFolder;
 use writer::Writer;
 
 /// An OCI image layout on disk.
@@ -132,11 +136,7 @@ fn prepare(root: &Path) -> io::Result<()> {
     if !root.join(INDEX_FILE).try_exists()? {
         replace(&root.join(INDEX_FILE), Index::empty().as_slice())?;
     }
-    if let Err(error) = fs::remove_dir_all(root.join(INGEST))
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        return Err(error);
-    }
+    staged::sweep_unstaged(&root.join(INGEST))?;
     for folder in [BLOBS, INGEST, PINS, REMEMBERED] {
         fs::create_dir_all(root.join(folder))?;
     }
@@ -151,10 +151,6 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     file.sync_all()?;
     fs::rename(&staged, path)?;
     sync_folder(path.parent().unwrap_or(Path::new(".")))
-}
-
-fn sync_folder(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
 }
 
 /// Says which file a failure is about.
@@ -242,6 +238,18 @@ impl ContentStore for LayoutStore {
             Writer::begin(folder.clone(), digest, size)
         });
         Ok(Box::new(writer.await?))
+    }
+
+    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
+        let pin = pin.clone();
+        let staged = self.blocking(move |folder| {
+            folder.hold(&folder.changing(), &pin, digest)?;
+            if folder.blob(digest)?.is_some() {
+                return Err(StoreError::AlreadyThere(digest));
+            }
+            InFolder::begin(folder, digest, size)
+        });
+        Ok(Arc::new(staged.await?))
     }
 
     async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {

@@ -31,7 +31,7 @@ impl ContainerdStore {
         self.is_gone(digest).await
     }
 
-    async fn hold(&self, pin: &Pin, kind: String, id: String) -> Result<(), StoreError> {
+    pub(super) async fn hold(&self, pin: &Pin, kind: String, id: String) -> Result<(), StoreError> {
         let resource = Some(Resource { id, r#type: kind });
         let request = self.link.request(AddResourceRequest { id: pin.0.clone(), resource });
         let added = self.link.call(self.link.leases().add_resource(request)).await;

@@ -11,7 +11,7 @@ use tokio::sync::Mutex;
 
 use super::content::blocking;
 use super::link::MAX_MESSAGE;
-use super::{ConfigError, ContainerdStore};
+use super::{ConfigError, ContainerdStore, Ingest};
 use crate::ports::StoreError;
 
 /// A node's containerd, as far as it can be seen from here.
@@ -21,6 +21,8 @@ pub struct Surroundings {
     pub version: String,
     /// The content store's folder, if this process can see it and there is content.
     pub content_root: Option<PathBuf>,
+    /// How staged blobs come into it; `None` as long as it has no folder for blobs, which is made with the first.
+    pub ingest: Option<Ingest>,
     /// Whether the CRI plugin runs, without which there are no pods.
     pub cri: bool,
     /// Whether layers are dropped once they are unpacked, so that they cannot be given to others. `None` where containerd does not tell: 2.x
@@ -89,6 +91,7 @@ impl ContainerdStore {
         let version = self.ready().await?;
         let Found { content_root: _, cri, asks_verifiers } = self.look_around().await?;
         let content_root = self.content_root().await?.map(|root| root.to_path_buf());
+        let ingest = self.ingest().await?;
         let configuration = if cri { self.cri_configuration().await? } else { serde_json::Value::Null };
         let discards_unpacked_layers = configuration["containerd"]["discardUnpackedLayers"].as_bool();
         let sandbox_image = match configuration["sandboxImage"].as_str() {
@@ -97,7 +100,7 @@ impl ContainerdStore {
         };
         let folder = verifiers.to_owned();
         let verifiers = asks_verifiers && blocking(move || holds_programs(&folder)).await?;
-        Ok(Surroundings { version, content_root, cri, discards_unpacked_layers, sandbox_image, verifiers })
+        Ok(Surroundings { version, content_root, ingest, cri, discards_unpacked_layers, sandbox_image, verifiers })
     }
 
     /// The content store's folder, if this process can see it. Files in it are only an optimisation: each is looked for.
@@ -105,6 +108,12 @@ impl ContainerdStore {
         let root = self.look_around().await?.content_root;
         // Looked for each time: on a node without content it is made with the first blob.
         Ok(root.filter(|root| root.join("blobs/sha256").is_dir()))
+    }
+
+    /// Its root can be seen and has no blobs yet.
+    pub(super) async fn is_without_content(&self) -> Result<bool, StoreError> {
+        let root = self.look_around().await?.content_root;
+        Ok(root.is_some_and(|root| root.is_dir() && !root.join("blobs/sha256").is_dir()))
     }
 
     pub(super) async fn has_cri(&self) -> Result<bool, StoreError> {

@@ -6,11 +6,11 @@ use std::time::Duration;
 use containerd_client::services::v1::SubscribeRequest;
 use containerd_client::services::v1::events_client::EventsClient;
 use containerd_client::tonic::Status;
-use tokio::time::sleep;
+use tokio::time::{MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::ContainerdStore;
-use crate::ports::StoreError;
+use crate::ports::{STAGED_LIFE, StoreError};
 
 /// A containerd that restarts is back in a second; one that stays away is asked for at a rate that costs nothing.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -46,6 +46,7 @@ impl ContainerdStore {
     async fn follow(&self, connected: &mut bool) -> Result<Infallible, StoreError> {
         let failed = |status: Status| self.link.failed(&status);
         self.state.lookout.forget().await;
+        *self.state.ingest.lock().await = None;
         let mut client = EventsClient::new(self.link.channel());
         let subscribing = client.subscribe(self.link.request(SubscribeRequest { filters: self.filters() }));
         tokio::pin!(subscribing);
@@ -58,6 +59,9 @@ impl ContainerdStore {
         // Whatever happened before: the caller lists everything once the counter moves.
         self.changed();
         self.sweep().await;
+        // At once, and then as often as something can become too old.
+        let mut sweeping = interval(STAGED_LIFE);
+        sweeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut events = loop {
             if let Some(events) = early {
                 break events;
@@ -65,6 +69,7 @@ impl ContainerdStore {
             tokio::select! {
                 events = &mut subscribing => break events.map_err(failed)?,
                 () = self.state.abandoned.notified() => self.sweep().await,
+                _ = sweeping.tick() => self.tidy().await,
             }
         }
         .into_inner();
@@ -76,6 +81,7 @@ impl ContainerdStore {
                     event.map_err(failed)?.ok_or_else(|| StoreError::Unavailable("containerd ended its events".into()))?;
                 }
                 () = self.state.abandoned.notified() => self.sweep().await,
+                _ = sweeping.tick() => self.tidy().await,
             }
         }
     }
@@ -91,6 +97,12 @@ impl ContainerdStore {
         if let Err(error) = self.sweep_abandoned().await {
             // It is tried again after the next drop and the next reconnection, and the lease's end removes it in any case.
             tracing::warn!(%error, "writes that were given up could not be aborted in containerd");
+        }
+    }
+
+    async fn tidy(&self) {
+        if let Err(error) = self.sweep_staged().await {
+            tracing::warn!(%error, "what was staged and given up could not be removed");
         }
     }
 }

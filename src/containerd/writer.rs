@@ -4,7 +4,8 @@
 //! aborted; that is of no use here, because nothing of a blob is kept before all of it is proved, so it is thrown away.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::MutexGuard;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -29,7 +30,7 @@ const REF_PREFIX: &str = "lighterman-";
 
 /// The data in one message. containerd refuses messages over 16 MiB; 4 and 8 were no faster (measured on 1.6), and each costs its size in
 /// memory three times over.
-const MESSAGE: usize = 1 << 20;
+pub(super) const MESSAGE: usize = 1 << 20;
 
 /// Messages that wait to be sent, so that containerd always has one to go on with. They bound a writer's memory, together with
 /// the one being filled and what is in the connection's buffer.
@@ -47,7 +48,7 @@ const LAST_PAUSE: Duration = Duration::from_millis(1024);
 const COMMIT_DEADLINE: Duration = Duration::from_secs(120);
 
 pub(super) struct Writer {
-    slot: Slot,
+    slot: Arc<Slot>,
     size: u64,
     /// Bytes taken so far, sent or not.
     written: u64,
@@ -60,24 +61,32 @@ pub(super) struct Writer {
 }
 
 /// The right to write a blob, given back when dropped.
-struct Slot {
+pub(super) struct Slot {
     store: ContainerdStore,
     digest: Digest,
     /// containerd may keep something for the ref.
-    leaves_something: bool,
+    leaves_something: AtomicBool,
 }
 
 impl Slot {
-    fn take(store: &ContainerdStore, digest: Digest) -> Result<Self, StoreError> {
-        let slot = || Self { store: store.clone(), digest, leaves_something: false };
+    pub(super) fn take(store: &ContainerdStore, digest: Digest) -> Result<Arc<Self>, StoreError> {
+        let slot = || Arc::new(Self { store: store.clone(), digest, leaves_something: AtomicBool::new(false) });
         store.state.being_written().insert(digest).then(slot).ok_or(StoreError::Busy(digest))
+    }
+
+    pub(super) fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    fn leaves(&self, something: bool) {
+        self.leaves_something.store(something, Ordering::Relaxed);
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
         self.store.state.being_written().remove(&self.digest);
-        if self.leaves_something {
+        if *self.leaves_something.get_mut() {
             self.store.state.abandoned.notify_one();
         }
     }
@@ -89,16 +98,81 @@ impl State {
     }
 }
 
+/// A write that was begun.
+pub(super) struct Stream {
+    messages: mpsc::Sender<WriteContentRequest>,
+    answers: Streaming<WriteContentResponse>,
+    /// Bytes that containerd says it has. It has all, or none: what it had of a ref of ours was aborted before.
+    pub(super) offered: u64,
+}
+
+impl Stream {
+    /// Declined, containerd goes on with the file that an attempt before may have left: aborting one to which a copy was offered leaves it.
+    /// Zero bytes now, and the next zero offset empties it.
+    async fn decline(&mut self, ask: WriteContentRequest) -> Result<(), Status> {
+        let decline = async {
+            let _ = self.messages.send(ask).await;
+            self.answers.message().await?.ok_or_else(|| Status::unavailable("the stream ended"))
+        };
+        within(MESSAGE_DEADLINE, decline).await.map(|_| ())
+    }
+
+    /// Accepts what is offered, with these labels.
+    pub(super) async fn accept(
+        mut self,
+        digest: Digest,
+        size: u64,
+        labels: HashMap<String, String>,
+    ) -> Result<(), Status> {
+        let accept =
+            WriteContentRequest { offset: size.cast_signed(), labels, ..asking(WriteAction::Commit, digest, size) };
+        let _ = self.messages.send(accept).await;
+        let accepted = async { self.answers.message().await?.ok_or_else(|| Status::unavailable("the stream ended")) };
+        within(COMMIT_DEADLINE, accepted).await.map(|_| ())
+    }
+}
+
+fn asking(action: WriteAction, digest: Digest, size: u64) -> WriteContentRequest {
+    WriteContentRequest {
+        action: action.into(),
+        r#ref: ref_of(digest),
+        total: size.cast_signed(),
+        expected: digest.to_string(),
+        ..WriteContentRequest::default()
+    }
+}
+
 impl ContainerdStore {
     pub(super) async fn begin_write(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Writer, StoreError> {
-        let mut slot = Slot::take(self, digest)?;
+        self.begin_write_in(Slot::take(self, digest)?, size, pin).await
+    }
+
+    pub(super) async fn begin_write_in(&self, slot: Arc<Slot>, size: u64, pin: &Pin) -> Result<Writer, StoreError> {
+        let digest = slot.digest;
+        let mut stream = self.open_write(&slot, size, pin).await?;
+        // Another namespace has the blob, or its file is there without a record, and it is offered unseen.
+        if stream.offered > 0 {
+            let declined = stream.decline(asking(WriteAction::Write, digest, size)).await;
+            declined.map_err(|status| self.link.failed_for(digest, &status))?;
+        }
+        let filling = Vec::with_capacity(MESSAGE.min(usize::try_from(size).unwrap_or(MESSAGE)));
+        let Stream { messages, answers, offered: _ } = stream;
+        Ok(Writer { slot, size, written: 0, confirmed: 0, filling, messages, answers })
+    }
+
+    /// Begins a write that the pin holds; what was written to the ref before is thrown away.
+    ///
+    /// # Errors
+    /// [`StoreError::AlreadyThere`] when the whole blob is there; the pin holds it then.
+    pub(super) async fn open_write(&self, slot: &Slot, size: u64, pin: &Pin) -> Result<Stream, StoreError> {
+        let digest = slot.digest;
         let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
         let lease: MetadataValue<Ascii> = pin.0.parse().map_err(|_| gone())?;
         let _alone = self.state.beginning.lock().await;
         self.abort(digest).await?;
-        slot.leaves_something = true;
+        slot.leaves(true);
         let locked = |status: &Status| matches!(self.link.failed_for(digest, status), StoreError::Busy(_));
-        let open = || once_settled(locked, || self.open_stream(digest, size, &lease));
+        let open = || once_settled(locked, || self.open_stream(digest, size, Some(&lease)));
         let mut opened = open().await;
         if opened.as_ref().is_err_and(|status| status.code() == Code::AlreadyExists)
             && self.find_blob(digest).await?.is_none()
@@ -108,13 +182,10 @@ impl ContainerdStore {
             opened = open().await;
         }
         match opened {
-            Ok((messages, answers)) => {
-                let filling = Vec::with_capacity(MESSAGE.min(usize::try_from(size).unwrap_or(MESSAGE)));
-                Ok(Writer { slot, size, written: 0, confirmed: 0, filling, messages, answers })
-            }
+            Ok(stream) => Ok(stream),
             Err(status) if status.code() == Code::NotFound => Err(gone()),
             Err(status) => {
-                slot.leaves_something = status.code() != Code::AlreadyExists;
+                slot.leaves(status.code() != Code::AlreadyExists);
                 Err(self.link.failed_for(digest, &status))
             }
         }
@@ -122,42 +193,47 @@ impl ContainerdStore {
 
     /// containerd answers `AlreadyExists` to an expected digest that it has, and adds that blob to the lease in the same
     /// transaction (metadata/content.go, `Writer`).
-    async fn open_stream(
+    pub(super) async fn open_stream(
         &self,
         digest: Digest,
         size: u64,
-        lease: &MetadataValue<Ascii>,
-    ) -> Result<(mpsc::Sender<WriteContentRequest>, Streaming<WriteContentResponse>), Status> {
+        lease: Option<&MetadataValue<Ascii>>,
+    ) -> Result<Stream, Status> {
         let (messages, waiting) = mpsc::channel(IN_FLIGHT);
-        let ask = WriteContentRequest {
-            action: WriteAction::Stat.into(),
-            r#ref: ref_of(digest),
-            total: size.cast_signed(),
-            expected: digest.to_string(),
-            ..WriteContentRequest::default()
-        };
-        messages.try_send(ask.clone()).expect("an empty channel has room");
+        messages.try_send(asking(WriteAction::Stat, digest, size)).expect("an empty channel has room");
         let mut request = self.link.request(ReceiverStream::new(waiting));
-        request.metadata_mut().insert("containerd-lease", lease.clone());
+        if let Some(lease) = lease {
+            request.metadata_mut().insert("containerd-lease", lease.clone());
+        }
         // The answer says that the ref is ours.
         let opened = async {
             let mut answers = self.link.content().write(request).await?.into_inner();
-            let ended = || Status::unavailable("the stream ended");
-            let answer = answers.message().await?.ok_or_else(ended)?;
-            // Another namespace has the blob, and its copy is offered. Declined, containerd goes on with the file that an attempt before may
-            // have left: aborting one to which a copy was offered leaves it. Zero bytes now, and the next zero offset empties it.
-            if answer.offset > 0 {
-                let decline = WriteContentRequest { action: WriteAction::Write.into(), ..ask };
-                let _ = messages.send(decline).await;
-                answers.message().await?.ok_or_else(ended)?;
-            }
-            Ok((messages, answers))
+            let answer = answers.message().await?.ok_or_else(|| Status::unavailable("the stream ended"))?;
+            Ok(Stream { messages, answers, offered: answer.offset.cast_unsigned() })
         };
         within(MESSAGE_DEADLINE, opened).await
     }
 
+    /// What comes of a write that is over: nothing is left at its ref when containerd made the blob, or had it.
+    pub(super) async fn settle_commit(
+        &self,
+        slot: &Slot,
+        committed: Result<(), Status>,
+        remembered: &Remembered,
+    ) -> Result<(), StoreError> {
+        match committed {
+            Ok(()) => {}
+            // Somebody else, the kubelet perhaps, was faster. The lease holds it, but the labels that came along were dropped.
+            Err(status) if status.code() == Code::AlreadyExists => self.add_labels(slot.digest, remembered).await?,
+            Err(status) => return Err(self.link.failed_for(slot.digest, &status)),
+        }
+        slot.leaves(false);
+        self.changed();
+        Ok(())
+    }
+
     /// Throws away what was written to the ref, if anything.
-    async fn abort(&self, digest: Digest) -> Result<(), StoreError> {
+    pub(super) async fn abort(&self, digest: Digest) -> Result<(), StoreError> {
         let abort = || async {
             let request = self.link.request(AbortRequest { r#ref: ref_of(digest) });
             self.link.call(self.link.content().abort(request)).await
@@ -309,15 +385,6 @@ impl BlobWriter for Writer {
         }
         self.send(WriteAction::Commit, additions(&HashMap::new(), remembered)).await?;
         let committed = self.confirmed().await;
-        let store = self.slot.store.clone();
-        match committed {
-            Ok(()) => {}
-            // Somebody else, the kubelet perhaps, was faster. The lease holds it, but the labels that came along were dropped.
-            Err(status) if status.code() == Code::AlreadyExists => store.add_labels(digest, remembered).await?,
-            Err(status) => return Err(store.link.failed_for(digest, &status)),
-        }
-        self.slot.leaves_something = false;
-        store.changed();
-        Ok(())
+        self.slot.store.settle_commit(&self.slot, committed, remembered).await
     }
 }

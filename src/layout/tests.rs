@@ -5,8 +5,8 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::oci::{Descriptor, Hasher, Repository};
-use crate::ports::{Child, ChildKind};
-use crate::testing::contract::{Subject, keeps_the_contract};
+use crate::ports::{Child, ChildKind, STAGED_LIFE};
+use crate::testing::contract::{Subject, Unfinished, keeps_the_contract};
 
 struct OnDisk {
     root: TempDir,
@@ -57,7 +57,7 @@ impl Subject for OnDisk {
     }
 
     /// What a kill leaves is what the folder shows at that moment.
-    async fn restart(&mut self, unfinished: Box<dyn BlobWriter>) {
+    async fn restart(&mut self, unfinished: Unfinished) {
         let left = tempfile::tempdir().unwrap();
         copy(self.root.path(), left.path());
         drop(unfinished);
@@ -145,7 +145,7 @@ async fn a_killed_writer_s_file_is_swept_when_the_folder_is_opened_again() {
     unfinished.append(&[Bytes::from_static(b"who")]).await.unwrap();
     let ingest = |disk: &OnDisk| fs::read_dir(disk.root.path().join("ingest")).unwrap().count();
     assert_eq!(ingest(&disk), 1);
-    disk.restart(unfinished).await;
+    disk.restart(Unfinished::Written(unfinished)).await;
     assert_eq!(ingest(&disk), 0);
 }
 
@@ -155,6 +155,43 @@ async fn a_dropped_writer_removes_its_file() {
     let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
     drop(disk.store.create(Digest::of(b"whole"), 5, &pin).await.unwrap());
     assert_eq!(fs::read_dir(disk.root.path().join("ingest")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn what_was_staged_is_kept_for_its_time_and_no_longer() {
+    let mut disk = OnDisk::new();
+    let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
+    let staged = async |disk: &OnDisk, bytes: &'static [u8]| {
+        let staged = disk.store.stage(Digest::of(bytes), bytes.len() as u64, &pin).await.unwrap();
+        staged.write_at(0, &[Bytes::from_static(bytes)]).await.unwrap();
+        staged
+    };
+    let age = |disk: &OnDisk, bytes: &[u8], by: Duration| {
+        let path = disk.root.path().join("ingest").join(Digest::of(bytes).hex() + ".staged");
+        let file = fs::File::options().write(true).open(path).unwrap();
+        file.set_modified(std::time::SystemTime::now() - by).unwrap();
+    };
+    let names = |disk: &OnDisk| {
+        let entries = fs::read_dir(disk.root.path().join("ingest")).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect::<HashSet<_>>()
+    };
+    let named = |all: &[&[u8]]| all.iter().map(|bytes| Digest::of(bytes).hex() + ".staged").collect::<HashSet<_>>();
+    let (old, held) = (STAGED_LIFE + Duration::from_secs(60), staged(&disk, b"held").await);
+    drop(staged(&disk, b"young").await);
+    drop(staged(&disk, b"old").await);
+    age(&disk, b"old", old);
+    age(&disk, b"held", old);
+    drop(staged(&disk, b"next").await);
+    assert_eq!(names(&disk), named(&[b"held", b"young", b"next"]), "when something else is staged");
+
+    age(&disk, b"next", old);
+    age(&disk, b"young", STAGED_LIFE - Duration::from_secs(60));
+    drop(held);
+    let OnDisk { root, store } = disk;
+    drop(store);
+    disk = OnDisk { store: LayoutStore::open(root.path()).unwrap(), root };
+    assert_eq!(names(&disk), named(&[b"young"]), "when the folder is opened");
+    assert_eq!(staged(&disk, b"young").await.left().first(), Some(&(0..5)));
 }
 
 #[test]

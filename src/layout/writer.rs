@@ -9,10 +9,29 @@ use std::sync::{Arc, MutexGuard};
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{BLOBS, Folder, INGEST, failed, sync_folder};
-use crate::files::blob_path;
+use super::{BLOBS, Folder, INGEST, failed};
+use crate::files::{blob_path, sync_folder};
 use crate::oci::{Digest, Verified};
 use crate::ports::{BlobSink, BlobWriter, Remembered, StoreError};
+
+/// The right to write a blob, given back when dropped.
+pub(super) struct Slot {
+    folder: Arc<Folder>,
+    digest: Digest,
+}
+
+impl Slot {
+    pub(super) fn take(folder: &Arc<Folder>, digest: Digest) -> Result<Self, StoreError> {
+        let slot = || Self { folder: Arc::clone(folder), digest };
+        folder.writing().insert(digest).then(slot).ok_or(StoreError::Busy(digest))
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.folder.writing().remove(&self.digest);
+    }
+}
 
 pub(super) struct Writer {
     folder: Arc<Folder>,
@@ -20,19 +39,16 @@ pub(super) struct Writer {
     size: u64,
     file: File,
     written: u64,
+    /// Given back after the file was removed: fields are dropped after [`Drop::drop`].
+    _slot: Slot,
 }
 
 impl Writer {
     pub(super) fn begin(folder: Arc<Folder>, digest: Digest, size: u64) -> Result<Self, StoreError> {
-        if !folder.writing().insert(digest) {
-            return Err(StoreError::Busy(digest));
-        }
+        let slot = Slot::take(&folder, digest)?;
         match File::create(folder.staging_path(digest)) {
-            Ok(file) => Ok(Self { folder, digest, size, file, written: 0 }),
-            Err(error) => {
-                folder.writing().remove(&digest);
-                Err(folder.not_written(digest, &error))
-            }
+            Ok(file) => Ok(Self { folder, digest, size, file, written: 0, _slot: slot }),
+            Err(error) => Err(folder.not_written(digest, &error)),
         }
     }
 
@@ -57,9 +73,11 @@ impl Folder {
         self.path(INGEST).join(digest.hex())
     }
 
-    fn not_written(&self, digest: Digest, error: &io::Error) -> StoreError {
+    pub(super) fn not_written(&self, digest: Digest, error: &io::Error) -> StoreError {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full(digest),
+            // What a dropped one had begun to write is not over yet.
+            io::ErrorKind::WouldBlock => StoreError::Busy(digest),
             _ => failed(&self.staging_path(digest), error),
         }
     }
@@ -120,6 +138,5 @@ impl Drop for Writer {
     fn drop(&mut self) {
         // Gone already when it was committed; what cannot be removed is swept when the folder is opened again.
         let _ = fs::remove_file(self.folder.staging_path(self.digest));
-        self.folder.writing().remove(&self.digest);
     }
 }

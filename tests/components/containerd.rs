@@ -6,6 +6,7 @@ mod images;
 mod killed;
 mod mending;
 mod removed;
+mod staged;
 mod surroundings;
 
 use std::path::PathBuf;
@@ -17,15 +18,22 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use daemon::Daemon;
 use images::{every_kind_of_image_is_recovered_and_survives_the_collector, labels_that_were_missing_are_written};
+use killed::whenever_a_commit_is_broken_off_nothing_is_half_recorded;
 use lighterman::containerd::{Config, ContainerdStore};
 use lighterman::oci::{Descriptor, Digest, Hasher, Repository};
 use lighterman::ports::{BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered, StoreError};
-use lighterman::testing::contract::{Subject, keeps_the_contract};
+use lighterman::testing::contract::{Subject, Unfinished, keeps_the_contract};
 use mending::{
     a_blob_without_its_file_is_fetched_again, a_blob_without_its_file_that_cannot_be_seen_is_fetched_again,
     wrong_bytes_are_replaced,
 };
 use removed::a_record_is_removed_when_cri_has_noticed_it;
+use staged::{
+    a_file_that_no_record_names_is_not_trusted, a_full_disk_is_told_and_leaves_room_again,
+    a_staged_blob_is_adopted_as_it_is, from_another_mount_a_staged_blob_is_sent,
+    killed_before_the_commit_it_takes_the_staged_blob_afterwards, under_another_policy_a_staged_blob_is_sent,
+    what_the_collector_takes_before_it_is_recorded_is_linked_again, what_was_staged_and_given_up_is_removed,
+};
 use surroundings::{it_tells_what_it_is, the_image_of_sandboxes_is_seen_in_them};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -70,6 +78,15 @@ on_every_version![
     wrong_bytes_are_replaced,
     a_blob_without_its_file_is_fetched_again,
     a_blob_without_its_file_that_cannot_be_seen_is_fetched_again,
+    a_staged_blob_is_adopted_as_it_is,
+    under_another_policy_a_staged_blob_is_sent,
+    from_another_mount_a_staged_blob_is_sent,
+    what_the_collector_takes_before_it_is_recorded_is_linked_again,
+    a_file_that_no_record_names_is_not_trusted,
+    a_full_disk_is_told_and_leaves_room_again,
+    killed_before_the_commit_it_takes_the_staged_blob_afterwards,
+    whenever_a_commit_is_broken_off_nothing_is_half_recorded,
+    what_was_staged_and_given_up_is_removed,
 ];
 
 struct OnContainerd {
@@ -98,7 +115,7 @@ impl Subject for OnContainerd {
     }
 
     /// Nobody aborts what the dropped writer left: [`ContainerdStore::run`] does not run here.
-    async fn restart(&mut self, unfinished: Box<dyn BlobWriter>) {
+    async fn restart(&mut self, unfinished: Unfinished) {
         drop(unfinished);
         self.store = ContainerdStore::new(self.config.clone()).unwrap();
     }

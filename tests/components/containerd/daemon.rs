@@ -17,8 +17,8 @@ use tempfile::TempDir;
 /// Killed when dropped, also by a test that panics.
 pub(crate) struct Daemon {
     binaries: PathBuf,
-    folder: TempDir,
     process: Child,
+    folder: TempDir,
 }
 
 /// Everything in one folder, nothing of the machine's own containerd touched. The CRI plugin needs no network to look after
@@ -46,14 +46,18 @@ const START_DEADLINE: Duration = Duration::from_secs(60);
 impl Daemon {
     /// Starts the containerd that the testbed keeps under this name.
     pub(crate) async fn start(version: &str) -> Self {
+        Self::start_in(version, tempfile::tempdir().unwrap(), "").await
+    }
+
+    /// In this folder, with something more in its configuration.
+    pub(crate) async fn start_in(version: &str, folder: TempDir, more: &str) -> Self {
         let binaries = testbed().join(version).join("bin");
         assert!(
             binaries.join("containerd").exists(),
             "no containerd in {}: run `make testbed`, or set LIGHTERMAN_TESTBED to where it is",
             binaries.display()
         );
-        let folder = tempfile::tempdir().unwrap();
-        let configuration = CONFIGURATION.replace("{folder}", folder.path().to_str().unwrap());
+        let configuration = CONFIGURATION.replace("{folder}", folder.path().to_str().unwrap()) + more;
         std::fs::write(folder.path().join("config.toml"), configuration).unwrap();
         let daemon = Self { process: spawn(&binaries, folder.path()), binaries, folder };
         daemon.answers().await;
@@ -74,7 +78,8 @@ impl Daemon {
 
     pub(crate) fn config(&self, containerd_namespace: &str) -> Config {
         let containerd_namespace = containerd_namespace.to_owned();
-        Config { socket: self.socket(), containerd_namespace, content_root: None }
+        let staging = Some(self.folder.path().join("staging"));
+        Config { socket: self.socket(), containerd_namespace, content_root: None, staging }
     }
 
     pub(crate) fn store(&self, containerd_namespace: &str) -> ContainerdStore {
@@ -108,8 +113,12 @@ impl Daemon {
 
     /// The file of a blob in its content store.
     pub(crate) fn file_of(&self, digest: Digest) -> PathBuf {
-        let blobs = self.folder.path().join("root/io.containerd.content.v1.content/blobs/sha256");
-        blobs.join(digest.hex())
+        self.content_root().join("blobs/sha256").join(digest.hex())
+    }
+
+    /// The folder of its content store.
+    pub(crate) fn content_root(&self) -> PathBuf {
+        self.folder.path().join("root/io.containerd.content.v1.content")
     }
 
     fn socket(&self) -> PathBuf {

@@ -1,6 +1,6 @@
 //! A node whose content is in a containerd, with one peer in memory.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use lighterman::agent::bring::Bring;
 use lighterman::agent::holders::Holders;
@@ -8,6 +8,7 @@ use lighterman::agent::lead::Lead;
 use lighterman::agent::progress::Progress;
 use lighterman::agent::recover::{RecoverError, Recovered, Recoverer};
 use lighterman::agent::resolve::Resolver;
+use lighterman::agent::swarm::Underway;
 use lighterman::containerd::ContainerdStore;
 use lighterman::decide::reserve::Reservations;
 use lighterman::decide::rules::{ResolveSettings, Rules};
@@ -65,15 +66,16 @@ impl Harbour {
                 platform: Platform::of_this_node(),
                 settings: ResolveSettings::default(),
             },
-            bring: Bring {
+            bring: Arc::new(Bring::new(
                 me,
                 store,
-                fetcher: Arc::clone(&self.fetcher) as _,
-                holders: self.holders.clone(),
-                metrics: metrics.clone(),
-                trust: Mutex::default(),
-            },
-            lead: Lead::new(claims, self.holders.clone(), metrics, node, me),
+                Arc::clone(&self.fetcher) as _,
+                self.holders.clone(),
+                Underway::default(),
+                watch::channel(None).1,
+                metrics.clone(),
+            )),
+            lead: Arc::new(Lead::new(claims, self.holders.clone(), metrics, node, me)),
             rules: watch::channel(Arc::new(rules)).1,
             platform: Platform::of_this_node(),
             room: Reservations::default(),

@@ -1,19 +1,26 @@
 //! The agent and its containerd are killed at every step of a recovery.
 
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
+
+use bytes::Bytes;
 
 use lighterman::agent::progress::Progress;
 use lighterman::containerd::ContainerdStore;
-use lighterman::oci::Reference;
-use lighterman::ports::ContentStore;
+use lighterman::oci::{Digest, Reference};
+use lighterman::ports::{ContentStore, Remembered, StoreError};
 use lighterman::testing::image::{MadeImage, Recipe};
 use lighterman::testing::{KilledAt, StoppingStore};
 use tokio_util::sync::CancellationToken;
 
-use super::PATIENCE;
 use super::daemon::Daemon;
 use super::harbour::{Harbour, every_blob, lost_to_the_collector};
+use super::staged::{links, proof, staged_files, write_out_of_order};
+use super::{HOUR, PATIENCE, content, read};
 
 const NAME: &str = "r.test/killed:1";
 
@@ -98,6 +105,111 @@ async fn whenever_it_is_killed_and_nobody_goes_on_everything_is_collected() {
             let records = every_record_is_whole(&store, &image, &format!("killed at {killed_at:?}")).await;
             let blobs = store.blobs().await.unwrap().len();
             assert_eq!(blobs, if records == 0 { 0 } else { 5 }, "killed at {killed_at:?}, {records} records");
+        }
+    }
+}
+
+/// Goes on until it was polled so often and would be again; `None` when it was dropped then.
+struct BrokenOff<F> {
+    inner: Pin<Box<F>>,
+    polls: usize,
+}
+
+impl<F: Future> Future for BrokenOff<F> {
+    type Output = Option<F::Output>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let Some(left) = self.polls.checked_sub(1) else { return Poll::Ready(None) };
+        self.polls = left;
+        self.inner.as_mut().poll(context).map(Some)
+    }
+}
+
+/// The names in the folder of blobs, and the blobs that have a record.
+async fn files_and_records(daemon: &Daemon, store: &ContainerdStore) -> (BTreeSet<String>, BTreeSet<String>) {
+    let folder = daemon.content_root().join("blobs/sha256");
+    let names = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let records = store.blobs().await.unwrap().into_iter().map(|blob| blob.digest.hex());
+    (names.collect(), records.collect())
+}
+
+/// Waits for what goes on on other threads.
+async fn nobody_has_a_file(daemon: &Daemon) {
+    // One that has gone meanwhile is nobody's.
+    let is_free = |path: PathBuf| std::fs::File::open(path).map_or(true, |file| file.try_lock().is_ok());
+    while !staged_files(daemon).into_iter().all(is_free) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// At every point where it waits for something. What it had begun on another thread goes on, as what the kernel has begun does after a kill.
+pub(crate) async fn whenever_a_commit_is_broken_off_nothing_is_half_recorded(version: &str) {
+    let daemon = Daemon::start(version).await;
+    let pin = daemon.store("broken-off").pin(HOUR).await.unwrap();
+    super::write(&daemon.store("broken-off"), &Bytes::from_static(b"makes the folder"), &pin, &Remembered::default())
+        .await;
+    let mut goes_on = 0;
+    for polls in 0.. {
+        for resumed in [true, false] {
+            let bytes = content(&format!("broken off after {polls} {resumed}"), 700_000);
+            let (digest, size) = (Digest::of(&bytes), bytes.len() as u64);
+            let killed = daemon.store("broken-off");
+            let staged = killed.stage(digest, size, &pin).await.unwrap();
+            write_out_of_order(&*staged, &bytes).await;
+            let remembered = Remembered::default();
+            let commit = Box::pin(staged.commit(proof(&bytes), &remembered));
+            let ended = BrokenOff { inner: commit, polls }.await;
+            drop(staged);
+            if let Some(ended) = ended {
+                ended.unwrap();
+                assert!(
+                    polls > 8 && goes_on > 2,
+                    "the test breaks it off at {polls} points, {goes_on} times before its end"
+                );
+                return;
+            }
+            let next = daemon.store("broken-off");
+            if resumed {
+                // What was begun on another thread may still hold the file.
+                let staged = loop {
+                    match next.stage(digest, size, &pin).await {
+                        Err(StoreError::Busy(_)) => tokio::time::sleep(Duration::from_millis(5)).await,
+                        staged => break staged,
+                    }
+                };
+                match staged {
+                    Err(StoreError::AlreadyThere(_)) => {}
+                    staged => {
+                        goes_on += 1;
+                        let staged = staged.unwrap();
+                        assert_eq!(staged.left().first(), Some(&(0..size)), "after {polls} polls");
+                        staged.commit(proof(&bytes), &Remembered::default()).await.unwrap();
+                    }
+                }
+                assert_eq!(read(&next, digest).await, bytes, "after {polls} polls");
+            }
+            nobody_has_a_file(&daemon).await;
+            let stop = CancellationToken::new();
+            let running = tokio::spawn(next.clone().run(stop.clone()));
+            let tidy = async {
+                loop {
+                    let (names, records) = files_and_records(&daemon, &next).await;
+                    if names == records && staged_files(&daemon).iter().all(|path| links(path) == 1) {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            };
+            let tidied = tokio::time::timeout(PATIENCE, tidy).await;
+            assert!(tidied.is_ok(), "after {polls} polls: {:?}", files_and_records(&daemon, &next).await);
+            stop.cancel();
+            running.await.unwrap();
+            // Whatever the sweep did not take for a blob can still be gone on with.
+            if !resumed && next.blob(digest).await.unwrap().is_none() {
+                let staged = next.stage(digest, size, &pin).await.unwrap();
+                assert_eq!(staged.left().first(), Some(&(0..size)), "after {polls} polls");
+                staged.abandon().await;
+            }
         }
     }
 }

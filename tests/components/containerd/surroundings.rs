@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use lighterman::containerd::Surroundings;
+use lighterman::containerd::{Ingest, Surroundings};
 use lighterman::ports::{ContentStore, Remembered};
 
 use super::daemon::Daemon;
@@ -16,12 +16,20 @@ pub(crate) async fn it_tells_what_it_is(version: &str) {
     let pin = store.pin(HOUR).await.unwrap();
     write(&store, &content("makes the folder", 10), &pin, &Remembered::default()).await;
     let verifiers = tempfile::tempdir().unwrap();
-    let Surroundings { version: told, content_root, cri, discards_unpacked_layers, sandbox_image, verifiers: any } =
-        store.surroundings(verifiers.path()).await.unwrap();
+    let Surroundings {
+        version: told,
+        content_root,
+        ingest,
+        cri,
+        discards_unpacked_layers,
+        sandbox_image,
+        verifiers: any,
+    } = store.surroundings(verifiers.path()).await.unwrap();
     let is_2 = version == "containerd-2";
     let number = version.trim_start_matches("containerd-");
     assert!(told.trim_start_matches('v').starts_with(number), "{told}");
     assert!(content_root.unwrap().join("blobs/sha256").is_dir());
+    assert_eq!(ingest, Some(Ingest::Linked));
     assert!(cri);
     assert_eq!(discards_unpacked_layers, (!is_2).then_some(false));
     assert_eq!(sandbox_image.is_some_and(|image| image.starts_with("registry.k8s.io/pause:")), !is_2);

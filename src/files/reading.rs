@@ -1,0 +1,58 @@
+//! Reads from files: at once what is in memory, on a blocking thread what the disk has to be asked for.
+
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use rustix::io::{ReadWriteFlags, preadv2};
+use tokio::task::spawn_blocking;
+
+/// Most bytes that are copied on the thread that everybody waits for: half a transfer's batch takes some ten microseconds, as handing it to another
+/// thread and back does.
+const AT_ONCE: usize = 256 << 10;
+
+/// Exactly so many bytes. A page that is not in memory does not stop what else the runtime drives.
+///
+/// # Errors
+/// What the file system says, and where the file ends before.
+pub(super) async fn read_exact_at(file: &Arc<File>, offset: u64, length: usize) -> io::Result<Bytes> {
+    let mut bytes = vec![0; length];
+    let known = if length <= AT_ONCE { in_memory(file, offset, &mut bytes) } else { 0 };
+    if known == length {
+        return Ok(bytes.into());
+    }
+    let file = file.clone();
+    let read = spawn_blocking(move || {
+        file.read_exact_at(&mut bytes[known..], offset + known as u64)?;
+        Ok(bytes.into())
+    });
+    read.await.unwrap_or_else(|panicked| Err(io::Error::other(panicked)))
+}
+
+/// Reads as far as the pages are in memory; nothing where the file system cannot say.
+fn in_memory(file: &File, offset: u64, bytes: &mut [u8]) -> usize {
+    preadv2(file, &mut [IoSliceMut::new(bytes)], offset, ReadWriteFlags::NOWAIT).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_read_is_what_the_file_has_there() {
+        let content: Vec<u8> = (0..AT_ONCE + 5000).map(|place| (place % 251) as u8).collect();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("blob");
+        std::fs::write(&path, &content).unwrap();
+        let file = Arc::new(File::open(path).unwrap());
+        for (offset, length) in [(0, 1), (4095, 2), (5000, AT_ONCE), (0, content.len()), (content.len() - 1, 1)] {
+            let read = read_exact_at(&file, offset as u64, length).await.unwrap();
+            assert!(read == content[offset..offset + length], "{length} at {offset}");
+        }
+        for (offset, length) in [(content.len(), 1), (content.len() - 1, 2), (0, content.len() + 1)] {
+            assert!(read_exact_at(&file, offset as u64, length).await.is_err(), "{length} at {offset}");
+        }
+    }
+}
