@@ -8,6 +8,7 @@
 //!
 //! Not here: who holds what, which peer to ask, and when to try again.
 
+mod chains;
 mod codes;
 mod door;
 mod fetch;
@@ -21,6 +22,7 @@ mod tests;
 mod throttle;
 mod tls;
 mod tuning;
+mod uploads;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -36,16 +38,19 @@ use tokio_util::sync::CancellationToken;
 pub use greet::GreetError;
 pub use tls::TlsError;
 
+use self::chains::Chains;
 use self::door::Door;
 use self::peers::Peers;
 use self::refusals::Refusals;
 use self::throttle::{InForce, Throttle};
 use self::tuning::Limits;
+use self::uploads::Uploads;
 use crate::decide::rules::Rules;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{NodeName, NodeNameError, Peer, PeerId};
-use crate::ports::{Admission, Admitted, ContentStore, Refusal};
+use crate::oci::Chain;
+use crate::ports::{Admission, Admitted, ContentStore, Partials, Refusal};
 use crate::wire::Hello;
 
 /// What is set from outside.
@@ -57,9 +62,23 @@ pub struct Config {
     pub gossip_port: u16,
     /// This node's name, for others' logs.
     pub node: NodeName,
-    /// Blobs served at a time; beyond it peers are told to ask elsewhere. Each costs up to 512 KiB of reads and, where the link or the
-    /// reader is slow, 4 MiB under way.
+    /// Orders of pieces that are sent at a time, the others queue; and so many whole blobs beside them, beyond which peers are told to ask
+    /// elsewhere. Each costs up to 512 KiB of reads and, where the link or the reader is slow, 4 MiB under way.
     pub max_serving: usize,
+}
+
+/// What a transfer works with.
+pub struct Surroundings {
+    /// Decides about peers.
+    pub admission: Arc<dyn Admission>,
+    /// The blobs that are served.
+    pub store: Arc<dyn ContentStore>,
+    /// Those that are being fetched, whose pieces are served.
+    pub partials: Arc<dyn Partials>,
+    /// Where bytes and failures are counted.
+    pub metrics: Metrics,
+    /// Hears of peers that dialled us and were admitted, before they are told so; the same peer comes again each time it connects.
+    pub joined: mpsc::Sender<Peer>,
 }
 
 /// The transfer could not start.
@@ -91,6 +110,7 @@ struct Shared {
     client: quinn::ClientConfig,
     admission: Arc<dyn Admission>,
     store: Arc<dyn ContentStore>,
+    partials: Arc<dyn Partials>,
     metrics: Metrics,
     joined: mpsc::Sender<Peer>,
     peers: Peers,
@@ -98,7 +118,11 @@ struct Shared {
     seen: watch::Sender<Option<IpAddr>>,
     door: Arc<Door>,
     refusals: Refusals,
+    /// Whole blobs.
     serving: Semaphore,
+    /// Pieces.
+    uploads: Uploads,
+    chains: Chains,
     limits: Limits,
     /// Everything that comes.
     down: Throttle,
@@ -113,24 +137,16 @@ struct Bounds {
 }
 
 impl Transfer {
-    /// Binds the socket; nobody is let in before [`Transfer::run`]. Peers that dialled us and were admitted are sent to
-    /// `joined`, before they are told so; the same peer comes again each time it connects. No rate is kept.
+    /// Binds the socket; nobody is let in before [`Transfer::run`]. No rate is kept.
     ///
     /// # Errors
     /// [`BindError`].
     ///
     /// # Panics
     /// Outside of a tokio runtime with I/O and time: the endpoint lives on the one that calls this.
-    pub fn bind(
-        config: Config,
-        identity: &Identity,
-        admission: Arc<dyn Admission>,
-        store: Arc<dyn ContentStore>,
-        metrics: Metrics,
-        joined: mpsc::Sender<Peer>,
-    ) -> Result<Self, BindError> {
+    pub fn bind(config: Config, identity: &Identity, surroundings: Surroundings) -> Result<Self, BindError> {
         let bounds = Bounds { limits: Limits::DEFAULT, rules: None };
-        Self::bind_with(config, identity, admission, store, metrics, joined, bounds)
+        Self::bind_with(config, identity, surroundings, bounds)
     }
 
     /// As [`Transfer::bind`], but what comes and what goes keeps to the rates of these rules, and to others as soon as they are sent.
@@ -144,26 +160,21 @@ impl Transfer {
     pub fn bind_within(
         config: Config,
         identity: &Identity,
-        admission: Arc<dyn Admission>,
-        store: Arc<dyn ContentStore>,
-        metrics: Metrics,
-        joined: mpsc::Sender<Peer>,
+        surroundings: Surroundings,
         rules: watch::Receiver<Arc<Rules>>,
     ) -> Result<Self, BindError> {
         let bounds = Bounds { limits: Limits::DEFAULT, rules: Some(rules) };
-        Self::bind_with(config, identity, admission, store, metrics, joined, bounds)
+        Self::bind_with(config, identity, surroundings, bounds)
     }
 
     fn bind_with(
         config: Config,
         identity: &Identity,
-        admission: Arc<dyn Admission>,
-        store: Arc<dyn ContentStore>,
-        metrics: Metrics,
-        joined: mpsc::Sender<Peer>,
+        surroundings: Surroundings,
         bounds: Bounds,
     ) -> Result<Self, BindError> {
         let Config { listen, gossip_port, node, max_serving } = config;
+        let Surroundings { admission, store, partials, metrics, joined } = surroundings;
         let Bounds { limits, rules } = bounds;
         let tls = tls::Tls::new(identity)?;
         let listening = || {
@@ -182,6 +193,7 @@ impl Transfer {
             client: tuning::client(&tls),
             admission,
             store,
+            partials,
             metrics,
             joined,
             peers: Peers::default(),
@@ -189,6 +201,8 @@ impl Transfer {
             door: Arc::default(),
             refusals: Refusals::default(),
             serving: Semaphore::new(max_serving),
+            uploads: Uploads::new(max_serving),
+            chains: Chains::new(limits.reader),
             limits,
             down: Throttle::new(rules.clone(), |budgets| budgets.max_download_rate),
             up: Throttle::new(rules, |budgets| budgets.max_upload_rate),
@@ -282,6 +296,11 @@ impl Transfer {
     /// Where a peer last said that it sees this agent. It was admitted, and may be wrong all the same.
     pub fn seen(&self) -> watch::Receiver<Option<IpAddr>> {
         self.0.seen.subscribe()
+    }
+
+    /// The list of states of a blob that was fetched and proved here, so that it needs not be made again for those who ask for it.
+    pub fn knows_chain(&self, chain: Arc<Chain>) {
+        self.0.chains.know(chain);
     }
 
     /// Drops the peer's address and its connections; what is fetched from it ends as unreachable. It may come back

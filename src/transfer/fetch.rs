@@ -1,21 +1,28 @@
 //! Fetching: ask, then hash and hand on what comes, until it is proved or given up.
+//!
+//! Here: whole blobs, and how anything is asked. Beneath: pieces, lists of states, and what a peer tells of its pieces.
+
+mod following;
+mod list;
+mod pieces;
+mod wanted;
 
 use std::net::SocketAddr;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use quinn::{ConnectionError, ReadError, RecvStream};
+use quinn::RecvStream;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::codes::{GONE, REFUSED, STORE_FAILED, TOO_SLOW};
+use self::wanted::Wanted;
 use super::peers::{Line, Outbound};
 use super::tuning::{BATCH, BATCH_CHUNKS, FLOOR};
-use super::{GreetError, Shared, Transfer, printable};
+use super::{GreetError, Shared, Transfer};
 use crate::decide::bucket::CHUNK;
-use crate::model::PeerId;
-use crate::oci::{Digest, Hasher, Verified, VerifyError};
-use crate::ports::{BlobSink, FetchError, Fetcher};
-use crate::wire::{self, Answer, Request, WireError};
+use crate::model::{Order, PeerId};
+use crate::oci::{Chain, Cut, Digest, Hasher, Verified};
+use crate::ports::{BlobSink, FetchError, Fetcher, Following, PieceFetcher, PieceSink};
+use crate::wire::{self, Answer, Request};
 
 #[async_trait]
 impl Fetcher for Transfer {
@@ -41,12 +48,26 @@ impl Fetcher for Transfer {
     }
 }
 
-/// What is being fetched, and from whom: the subject of every error below.
-#[derive(Clone, Copy)]
-struct Wanted {
-    peer: PeerId,
-    digest: Digest,
-    size: u64,
+#[async_trait]
+impl PieceFetcher for Transfer {
+    async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Chain, FetchError> {
+        let listed = self.0.list(Wanted { peer, digest, size: cut.size() }, cut).await;
+        listed.inspect_err(|error| self.0.metrics.fetch_failed(error.label()))
+    }
+
+    async fn follow(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Box<dyn Following>, FetchError> {
+        let followed = self.0.follow(Wanted { peer, digest, size: cut.size() }, cut).await;
+        followed.inspect_err(|error| self.0.metrics.fetch_failed(error.label()))
+    }
+
+    async fn pieces(&self, order: &Order, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+        let fetched = self.0.fetch_pieces(order, sink).await;
+        fetched.inspect_err(|error| self.0.metrics.fetch_failed(error.label()))
+    }
+
+    fn keep(&self, chain: std::sync::Arc<Chain>) {
+        self.knows_chain(chain);
+    }
 }
 
 impl Shared {
@@ -65,6 +86,9 @@ impl Shared {
             Answer::Blob { size: actual } if actual == size => self.take(wanted, &mut recv, sink).await,
             Answer::Blob { size: actual } => Err(wanted.of_another_size(actual)),
             Answer::Absent => Err(FetchError::Absent { peer, digest }),
+            Answer::Partial { .. } => {
+                Err(FetchError::Protocol { peer, reason: format!("answers Get of {digest} with a part") })
+            }
             Answer::Busy => Err(FetchError::Busy { peer }),
             // Somebody's word about the size was wrong, and it may have been the manifest's.
             Answer::Invalid { size: actual } if actual < size => Err(wanted.of_another_size(actual)),
@@ -202,55 +226,6 @@ impl Shared {
         };
         let answered = timeout(self.limits.answer, asked).await;
         answered.unwrap_or_else(|_| Err(wanted.stalled(self.limits.answer.as_secs())))
-    }
-}
-
-impl Wanted {
-    fn of_another_size(self, actual_size: u64) -> FetchError {
-        let source = VerifyError::Size { expected: self.digest, expected_size: self.size, actual_size };
-        FetchError::Corrupt { peer: self.peer, source }
-    }
-
-    fn stalled(self, seconds: u64) -> FetchError {
-        FetchError::Stalled { peer: self.peer, digest: self.digest, seconds }
-    }
-
-    fn lost(self, error: &ConnectionError) -> FetchError {
-        match error {
-            ConnectionError::ApplicationClosed(close) if close.error_code == REFUSED => {
-                FetchError::NotAdmitted { peer: self.peer, reason: printable(&String::from_utf8_lossy(&close.reason)) }
-            }
-            other => {
-                let silent = *other == ConnectionError::TimedOut;
-                FetchError::Unreachable { peer: self.peer, silent, reason: other.to_string() }
-            }
-        }
-    }
-
-    /// The stream ended otherwise than by its end.
-    fn cut_off(self, error: &ReadError) -> FetchError {
-        let unreachable =
-            |reason: &str| FetchError::Unreachable { peer: self.peer, silent: false, reason: reason.into() };
-        match error {
-            ReadError::ConnectionLost(error) => self.lost(error),
-            ReadError::Reset(GONE) => FetchError::Absent { peer: self.peer, digest: self.digest },
-            ReadError::Reset(STORE_FAILED) => FetchError::StoreFailed { peer: self.peer },
-            ReadError::Reset(TOO_SLOW) => unreachable("it says that this agent reads too slowly"),
-            other => FetchError::Protocol { peer: self.peer, reason: other.to_string() },
-        }
-    }
-
-    /// No answer could be read. The stream's own error is inside of what the decoder makes of it.
-    fn no_answer(self, line: &Line, error: WireError) -> FetchError {
-        if let WireError::Io(io) = &error {
-            if let Some(read) = io.get_ref().and_then(|inner| inner.downcast_ref::<ReadError>()) {
-                return self.cut_off(read);
-            }
-            if let Some(ended) = line.close_reason() {
-                return self.lost(&ended);
-            }
-        }
-        FetchError::Protocol { peer: self.peer, reason: error.to_string() }
     }
 }
 

@@ -1,4 +1,10 @@
 //! Serving: one request a stream, one answer, and for a blob its bytes as fast as the reader takes them.
+//!
+//! Here: what is asked, and whole blobs, which are small as a rule. Beneath: pieces, lists of states, and telling which pieces there are.
+
+mod list;
+mod pieces;
+mod telling;
 
 use std::future::ready;
 use std::io::ErrorKind;
@@ -8,13 +14,16 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::{Either, join};
 use quinn::{Connection, RecvStream, SendStream, VarInt, WriteError};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
+use self::pieces::Welcome;
 use super::Shared;
 use super::codes::{GONE, MALFORMED, STORE_FAILED, TOO_SLOW};
-use super::tuning::{MAX_STREAMS, READ};
+use super::tuning::{MAX_FOLLOWED, MAX_STREAMS, READ};
+use super::uploads::NoPlace;
 use crate::decide::bucket::CHUNK;
 use crate::model::PeerId;
 use crate::oci::Digest;
@@ -26,6 +35,10 @@ struct Stream {
     send: SendStream,
     /// Tells how much is on its way.
     connection: Connection,
+    /// For as many as may be followed on this connection.
+    followed: Arc<Semaphore>,
+    /// The agent stops.
+    stop: CancellationToken,
 }
 
 /// Why a request was not served to its end.
@@ -53,6 +66,12 @@ impl ServeError {
     }
 }
 
+impl From<NoPlace> for ServeError {
+    fn from(_: NoPlace) -> Self {
+        Self::TooSlow
+    }
+}
+
 impl From<WriteError> for ServeError {
     fn from(error: WriteError) -> Self {
         Self::Left(error.to_string())
@@ -64,12 +83,14 @@ impl Shared {
     /// first; the caller bounds that.
     pub(super) async fn attend(self: &Arc<Self>, peer: PeerId, connection: &Connection, stop: CancellationToken) {
         let mut streams = JoinSet::new();
+        let followed = Arc::new(Semaphore::new(MAX_FOLLOWED));
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
                 accepted = connection.accept_bi(), if streams.len() < MAX_STREAMS as usize => match accepted {
                     Ok((send, recv)) => {
-                        let stream = Stream { send, connection: connection.clone() };
+                        let (connection, followed, stop) = (connection.clone(), followed.clone(), stop.clone());
+                        let stream = Stream { send, connection, followed, stop };
                         drop(streams.spawn(self.clone().serve(peer, stream, recv)));
                     }
                     // Nobody is left to be served: the streams are aborted when the set is dropped.
@@ -87,6 +108,11 @@ impl Shared {
         let served = match timeout(self.limits.hello, read_request(&mut recv)).await {
             Ok(Ok(Request::Have(digest))) => self.tell(digest, &mut stream).await,
             Ok(Ok(Request::Get { digest, offset, length })) => self.send(digest, offset, length, &mut stream).await,
+            Ok(Ok(Request::Pieces { digest, choice, most })) => {
+                self.send_pieces(peer, Welcome { digest, choice, most }, &mut stream).await
+            }
+            Ok(Ok(Request::Chain(digest))) => self.send_list(digest, &mut stream).await,
+            Ok(Ok(Request::Follow(digest))) => self.tell_pieces(digest, &mut stream).await,
             Ok(Err(error)) => Err(error),
             Err(_) => Err(ServeError::Malformed(format!("not in {:?}", self.limits.hello))),
         };
@@ -128,7 +154,7 @@ impl Shared {
         let Some(end) = offset.checked_add(length).filter(|end| *end <= size) else {
             return self.answer_only(stream, &Answer::Invalid { size }).await;
         };
-        answer(&mut stream.send, &Answer::Blob { size }).await?;
+        self.answer(&mut stream.send, &Answer::Blob { size }).await?;
         self.pump(reader, offset, end, &mut stream.send).await?;
         self.finish(stream).await
     }
@@ -189,15 +215,21 @@ impl Shared {
         Err(error.into())
     }
 
+    /// Waited for, as a reader may leave no room even for this.
+    async fn answer(&self, send: &mut SendStream, answer: &Answer) -> Result<(), ServeError> {
+        let written = timeout(self.limits.reader, wire::write(send, answer)).await;
+        written.map_err(|_| ServeError::TooSlow)?.map_err(broken)
+    }
+
     /// An answer that nothing follows.
     async fn answer_only(&self, stream: &mut Stream, message: &Answer) -> Result<(), ServeError> {
-        answer(&mut stream.send, message).await?;
+        self.answer(&mut stream.send, message).await?;
         self.finish(stream).await
     }
 
     /// Waits until the reader has it all. That is up to a whole window, which takes a slow link minutes: whoever takes a read's worth
     /// in the time that it has for one is waited for on.
-    async fn finish(&self, Stream { send, connection }: &mut Stream) -> Result<(), ServeError> {
+    async fn finish(&self, Stream { send, connection, .. }: &mut Stream) -> Result<(), ServeError> {
         send.finish().map_err(|error| ServeError::Left(error.to_string()))?;
         let sent = || connection.stats().udp_tx.bytes;
         loop {
@@ -223,10 +255,6 @@ async fn read_request(recv: &mut RecvStream) -> Result<Request, ServeError> {
         Ok(Some(_)) => Err(ServeError::Malformed("something follows the request".into())),
         Err(error) => Err(ServeError::Left(error.to_string())),
     }
-}
-
-async fn answer(send: &mut SendStream, answer: &Answer) -> Result<(), ServeError> {
-    wire::write(send, answer).await.map_err(broken)
 }
 
 fn broken(error: WireError) -> ServeError {

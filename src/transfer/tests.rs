@@ -4,25 +4,32 @@ mod certificates;
 mod content;
 mod door;
 mod faults;
+mod following;
+mod lists;
+mod pieces;
+mod pieces_faults;
 mod rates;
+mod rogue;
 mod stopping;
+mod uploads;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::future::BoxFuture;
-use quinn::{Connection, Endpoint, SendStream, VarInt};
+use quinn::{Connection, Endpoint, VarInt};
 use tokio::sync::{mpsc, watch};
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use self::rogue::{Rogue, promise};
 use super::peers::Standing;
 use super::tuning::Limits;
-use super::{Bounds, Config, Transfer, tls, tuning};
+use super::{Bounds, Config, Surroundings, Transfer, tls, tuning};
 use crate::decide::rules::Rules;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
@@ -30,7 +37,7 @@ use crate::model::{Credential, NodeName, Peer, PeerId};
 use crate::oci::{Digest, Verified};
 use crate::ports::{
     Admission, Admitted, BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, FetchError, Fetcher, ImageRecord,
-    LEEWAY, Pin, Refusal, Remembered, Room, StoreError,
+    LEEWAY, NoPartials, Partials, Pin, Refusal, Remembered, Room, Staged, StoreError,
 };
 use crate::wire::{self, Answer, Hello, Request, Welcome};
 
@@ -53,6 +60,8 @@ struct Shelf {
     open: Option<watch::Receiver<bool>>,
     /// Nothing can be looked up or opened.
     broken: bool,
+    /// Counts the bytes that were read.
+    reads: Arc<AtomicUsize>,
 }
 
 impl Shelf {
@@ -70,6 +79,7 @@ struct Reading {
     digest: Digest,
     fails_at: Option<u64>,
     open: Option<watch::Receiver<bool>>,
+    reads: Arc<AtomicUsize>,
 }
 
 #[async_trait]
@@ -86,7 +96,9 @@ impl BlobReader for Reading {
             return Err(StoreError::Other("the disk is on fire".into()));
         }
         let from = usize::try_from(offset).unwrap().min(self.blob.len());
-        Ok(self.blob.slice(from..self.blob.len().min(from + most)))
+        let bytes = self.blob.slice(from..self.blob.len().min(from + most));
+        self.reads.fetch_add(bytes.len(), Ordering::Relaxed);
+        Ok(bytes)
     }
 }
 
@@ -108,12 +120,16 @@ impl ContentStore for Shelf {
     async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError> {
         self.works()?;
         let blob = self.blobs.get(&digest).ok_or(StoreError::Absent(digest))?.clone();
-        Ok(Box::new(Reading { blob, digest, fails_at: self.fails_at, open: self.open.clone() }))
+        let (open, reads) = (self.open.clone(), self.reads.clone());
+        Ok(Box::new(Reading { blob, digest, fails_at: self.fails_at, open, reads }))
     }
     async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
         unused()
     }
     async fn create(&self, _: Digest, _: u64, _: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
+        unused()
+    }
+    async fn stage(&self, _: Digest, _: u64, _: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
         unused()
     }
     async fn remember(&self, _: Digest, _: &Remembered) -> Result<(), StoreError> {
@@ -227,6 +243,24 @@ impl Node {
         admission: impl Admission + 'static,
         bounds: Bounds,
     ) -> Self {
+        Self::start_among(listen, identity, shelf, admission, Arc::new(NoPartials), bounds)
+    }
+
+    /// With blobs that are being fetched.
+    fn start_sharing(shelf: Shelf, partials: impl Partials) -> Self {
+        let bounds = Bounds { limits: Limits::DEFAULT, rules: None };
+        let partials = Arc::new(partials);
+        Self::start_among("127.0.0.1:0", &Identity::generate(), shelf, Guests::default(), partials, bounds)
+    }
+
+    fn start_among(
+        listen: &str,
+        identity: &Identity,
+        shelf: Shelf,
+        admission: impl Admission + 'static,
+        partials: Arc<dyn Partials>,
+        bounds: Bounds,
+    ) -> Self {
         let config = Config {
             listen: listen.parse().unwrap(),
             gossip_port: 4001,
@@ -235,8 +269,14 @@ impl Node {
         };
         let (sender, joined) = mpsc::channel(16);
         let metrics = Metrics::new();
-        let (admission, shelf) = (Arc::new(admission), Arc::new(shelf));
-        let bound = Transfer::bind_with(config, identity, admission, shelf, metrics.clone(), sender, bounds);
+        let surroundings = Surroundings {
+            admission: Arc::new(admission),
+            store: Arc::new(shelf),
+            partials,
+            metrics: metrics.clone(),
+            joined: sender,
+        };
+        let bound = Transfer::bind_with(config, identity, surroundings, bounds);
         let (transfer, stop) = (bound.unwrap(), CancellationToken::new());
         let run = tokio::spawn(transfer.clone().run(stop.clone()));
         Self { transfer, id: identity.peer_id(), metrics, joined, stop, run }
@@ -301,61 +341,6 @@ fn hello() -> Hello {
         gossip_port: 1,
         seen: std::net::Ipv4Addr::LOCALHOST.into(),
     }
-}
-
-type Misdeed = Arc<dyn Fn(Request, SendStream) -> BoxFuture<'static, ()> + Send + Sync>;
-
-/// A peer that is admitted like any other, and then answers as it likes.
-struct Rogue {
-    id: PeerId,
-    address: SocketAddr,
-    task: AbortHandle,
-    connections: Arc<Mutex<Vec<Connection>>>,
-}
-
-impl Rogue {
-    fn start<F>(misdeed: impl Fn(Request, SendStream) -> F + Send + Sync + 'static) -> Self
-    where
-        F: Future<Output = ()> + Send + 'static,
-    {
-        let identity = Identity::generate();
-        let endpoint = bare_endpoint(&identity);
-        let address = endpoint.local_addr().unwrap();
-        let misdeed: Misdeed = Arc::new(move |request, send| Box::pin(misdeed(request, send)));
-        let connections = Arc::new(Mutex::new(Vec::new()));
-        let seen = connections.clone();
-        let task = tokio::spawn(async move {
-            while let Some(incoming) = endpoint.accept().await {
-                let Ok(connection) = incoming.await else { continue };
-                seen.lock().unwrap().push(connection.clone());
-                tokio::spawn(misbehave(connection, misdeed.clone()));
-            }
-        });
-        Self { id: identity.peer_id(), address, task: task.abort_handle(), connections }
-    }
-}
-
-impl Drop for Rogue {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-async fn misbehave(connection: Connection, misdeed: Misdeed) {
-    let (mut send, mut recv) = connection.accept_bi().await.unwrap();
-    wire::read::<Hello>(&mut recv).await.unwrap();
-    connection.set_max_concurrent_bi_streams(VarInt::from_u32(8));
-    wire::write(&mut send, &Welcome::Admitted(hello())).await.unwrap();
-    send.finish().unwrap();
-    while let Ok((send, mut recv)) = connection.accept_bi().await {
-        let request = wire::read(&mut recv).await.unwrap();
-        tokio::spawn(misdeed(request, send));
-    }
-}
-
-/// Answers as if it had a blob of this size.
-async fn promise(send: &mut SendStream, size: u64) {
-    wire::write(send, &Answer::Blob { size }).await.unwrap();
 }
 
 /// Of a peer that was not met.

@@ -47,6 +47,7 @@ async fn wrong_content_is_found_and_names_the_peer() {
             match source {
                 VerifyError::Size { actual_size, .. } => assert_eq!(*actual_size, arrives, "{what}"),
                 VerifyError::Digest { .. } => assert_eq!(what, "other bytes"),
+                VerifyError::Piece { .. } => panic!("{what}: nobody asked for pieces"),
             }
             // A wrong size may be the fault of whoever named the size.
             assert_eq!(error.is_peers_fault(), what == "other bytes", "{what}");

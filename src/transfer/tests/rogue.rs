@@ -1,0 +1,62 @@
+//! Peers that misbehave.
+
+use futures::future::BoxFuture;
+use quinn::SendStream;
+use tokio::task::AbortHandle;
+
+use super::*;
+
+type Misdeed = Arc<dyn Fn(Request, SendStream) -> BoxFuture<'static, ()> + Send + Sync>;
+
+/// A peer that is admitted like any other, and then answers as it likes.
+pub(super) struct Rogue {
+    pub(super) id: PeerId,
+    pub(super) address: SocketAddr,
+    task: AbortHandle,
+    pub(super) connections: Arc<Mutex<Vec<Connection>>>,
+}
+
+impl Rogue {
+    pub(super) fn start<F>(misdeed: impl Fn(Request, SendStream) -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let identity = Identity::generate();
+        let endpoint = bare_endpoint(&identity);
+        let address = endpoint.local_addr().unwrap();
+        let misdeed: Misdeed = Arc::new(move |request, send| Box::pin(misdeed(request, send)));
+        let connections = Arc::new(Mutex::new(Vec::new()));
+        let seen = connections.clone();
+        let task = tokio::spawn(async move {
+            while let Some(incoming) = endpoint.accept().await {
+                let Ok(connection) = incoming.await else { continue };
+                seen.lock().unwrap().push(connection.clone());
+                tokio::spawn(misbehave(connection, misdeed.clone()));
+            }
+        });
+        Self { id: identity.peer_id(), address, task: task.abort_handle(), connections }
+    }
+}
+
+impl Drop for Rogue {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn misbehave(connection: Connection, misdeed: Misdeed) {
+    let (mut send, mut recv) = connection.accept_bi().await.unwrap();
+    wire::read::<Hello>(&mut recv).await.unwrap();
+    connection.set_max_concurrent_bi_streams(VarInt::from_u32(8));
+    wire::write(&mut send, &Welcome::Admitted(hello())).await.unwrap();
+    send.finish().unwrap();
+    while let Ok((send, mut recv)) = connection.accept_bi().await {
+        let request = wire::read(&mut recv).await.unwrap();
+        tokio::spawn(misdeed(request, send));
+    }
+}
+
+/// Answers as if it had a blob of this size.
+pub(super) async fn promise(send: &mut SendStream, size: u64) {
+    wire::write(send, &Answer::Blob { size }).await.unwrap();
+}
