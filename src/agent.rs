@@ -20,12 +20,13 @@ pub mod rules;
 pub mod salvage;
 pub mod status;
 pub mod supervisor;
+pub mod swarm;
 pub mod tell;
 #[cfg(test)]
 mod tests;
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
@@ -40,9 +41,9 @@ use crate::oci::Platform;
 use crate::ports::{
     Admission, Claims, Cluster, ContainerdStatus, ContentStore, Imports, MeshSource, Notifier, PodEvent, Registry,
 };
-use crate::transfer::{self, Transfer};
+use crate::transfer::{self, Surroundings, Transfer};
 
-use self::advertise::Advertiser;
+use self::advertise::{Advertiser, Besides};
 use self::bring::Bring;
 use self::by_hand::ByHand;
 use self::doubting::Doubting;
@@ -59,6 +60,7 @@ use self::rules::RulesWatch;
 use self::salvage::{Parts, Salvager};
 use self::status::{AgentStatus, MeshView};
 use self::supervisor::Supervisor;
+use self::swarm::Underway;
 
 /// The outside world of one agent: its ports.
 pub struct World {
@@ -170,15 +172,15 @@ impl Agent {
         let mesh_view: Arc<dyn MeshSource> = Arc::new(MeshView(mesh.clone()));
         let (joined_in, joined) = mpsc::channel(PEERS_QUEUED);
         let transfer = transfer::Config { gossip_port: gossip.port(), ..transfer };
-        let transfer = Transfer::bind_within(
-            transfer,
-            &identity,
-            Arc::clone(&admission),
-            Arc::clone(&store),
-            metrics.clone(),
-            joined_in,
-            rules.clone(),
-        )?;
+        let underway = Underway::default();
+        let surroundings = Surroundings {
+            admission: Arc::clone(&admission),
+            store: Arc::clone(&store),
+            partials: Arc::new(underway.clone()),
+            metrics: metrics.clone(),
+            joined: joined_in,
+        };
+        let transfer = Transfer::bind_within(transfer, &identity, surroundings, rules.clone())?;
         let (store_ready_in, store_ready) = watch::channel(false);
         let mut all_checks = vec![Check { name: "content store", holds: store_ready }];
         all_checks.extend(checks);
@@ -187,11 +189,13 @@ impl Agent {
         tracing::info!(%node, peer = %me, transfer = %transfer_address, %gossip, admin = %admin_address, "agent starts");
 
         let listened_on = Some(transfer_address.ip()).filter(|address| !address.is_unspecified());
+        let (zone_in, zone_here) = watch::channel(zone.clone());
         let introducer = Introducer {
             mesh: mesh.clone(),
             admission,
             cluster: Arc::clone(&cluster),
             zone,
+            zone_known: zone_in,
             address: advertise.or(listened_on),
             seen: transfer.seen(),
             transfer_port: transfer_address.port(),
@@ -207,15 +211,16 @@ impl Agent {
                 platform: platform.clone(),
                 settings: resolve,
             },
-            bring: Bring {
+            bring: Arc::new(Bring::new(
                 me,
-                store: Arc::clone(&store),
-                fetcher: Arc::new(Doubting { transfer: transfer.clone(), mesh: mesh.clone() }),
-                holders: holders.clone(),
-                metrics: metrics.clone(),
-                trust: Mutex::default(),
-            },
-            lead: Lead::new(Arc::clone(&claims), holders.clone(), metrics.clone(), node.clone(), me),
+                Arc::clone(&store),
+                Arc::new(Doubting { transfer: transfer.clone(), mesh: mesh.clone() }),
+                holders.clone(),
+                underway.clone(),
+                zone_here,
+                metrics.clone(),
+            )),
+            lead: Arc::new(Lead::new(Arc::clone(&claims), holders.clone(), metrics.clone(), node.clone(), me)),
             rules: rules.clone(),
             platform,
             room: Reservations::default(),
@@ -250,7 +255,7 @@ impl Agent {
             mesh.clone(),
             metrics.clone(),
             store_ready_in,
-            first_hand.clone(),
+            Besides { outages: first_hand.clone(), fetching: underway.told() },
             names_in,
             images_in,
         );

@@ -179,6 +179,7 @@ impl AgentArgs {
                 socket: containerd_socket,
                 containerd_namespace,
                 content_root: containerd_content_root,
+                staging: Some(data_dir.join("staging")),
             },
             cluster: cluster::Config {
                 node: node_name.clone(),

@@ -18,6 +18,7 @@ use self::images::{Images, Looked};
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
 use crate::model::{ContentChange, Item, MAX_ITEMS, Outage};
+use crate::oci::Digest;
 use crate::ports::{BlobInfo, ContentStore, ImagesStatus, StoreError};
 
 /// The store is listed again after so long without an event, because collections are silent.
@@ -29,6 +30,14 @@ const SETTLE: Duration = Duration::from_millis(200);
 /// How soon a store that could not be listed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 
+/// What is told besides what the store holds. Both are bounded by whoever sends them.
+pub struct Besides {
+    /// The registries that this node itself cannot reach now.
+    pub outages: watch::Receiver<Vec<Outage>>,
+    /// The blobs that are on their way.
+    pub fetching: watch::Receiver<BTreeSet<Digest>>,
+}
+
 /// Keeps what peers know about this node true.
 pub struct Advertiser {
     store: Arc<dyn ContentStore>,
@@ -36,25 +45,26 @@ pub struct Advertiser {
     metrics: Metrics,
     ready: watch::Sender<bool>,
     outages: watch::Receiver<Vec<Outage>>,
+    fetching: watch::Receiver<BTreeSet<Digest>>,
     names: watch::Sender<Option<Arc<BTreeSet<String>>>>,
     status: watch::Sender<Option<ImagesStatus>>,
     images: Images,
 }
 
 impl Advertiser {
-    /// Lists `store` and tells `mesh`. `ready` says whether the store answers; it is part of readiness. `outages` are the registries that
-    /// this node itself cannot reach now, bounded by whoever sends them. `names` takes the names of the images that are here, `status` how
+    /// Lists `store` and tells `mesh`. `ready` says whether the store answers; it is part of readiness. `names` takes the names of the images that are here, `status` how
     /// many of them are told.
     pub fn new(
         store: Arc<dyn ContentStore>,
         mesh: Mesh,
         metrics: Metrics,
         ready: watch::Sender<bool>,
-        outages: watch::Receiver<Vec<Outage>>,
+        besides: Besides,
         names: watch::Sender<Option<Arc<BTreeSet<String>>>>,
         status: watch::Sender<Option<ImagesStatus>>,
     ) -> Self {
-        Self { store, mesh, metrics, ready, outages, names, status, images: Images::default() }
+        let Besides { outages, fetching } = besides;
+        Self { store, mesh, metrics, ready, outages, fetching, names, status, images: Images::default() }
     }
 
     /// Announces until stopped.
@@ -64,6 +74,7 @@ impl Advertiser {
         loop {
             changes.mark_unchanged();
             self.outages.mark_unchanged();
+            self.fetching.mark_unchanged();
             let wait = match self.list().await {
                 Ok(held) => {
                     self.ready.send_replace(true);
@@ -79,12 +90,21 @@ impl Advertiser {
                     RETRY
                 }
             };
-            tokio::select! {
-                () = stop.cancelled() => return,
-                _ = changes.changed() => tokio::time::sleep(SETTLE).await,
-                // A sender that is gone has nothing more to say.
-                Ok(()) = self.outages.changed() => {}
-                () = tokio::time::sleep(wait) => {}
+            let listed_again = tokio::time::sleep(wait);
+            tokio::pin!(listed_again);
+            loop {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    _ = changes.changed() => tokio::time::sleep(SETTLE).await,
+                    // A sender that is gone has nothing more to say.
+                    Ok(()) = self.outages.changed() => {}
+                    Ok(()) = self.fetching.changed() => {
+                        self.tell_fetching(&mut told).await;
+                        continue;
+                    }
+                    () = &mut listed_again => {}
+                }
+                break;
             }
         }
     }
@@ -99,7 +119,18 @@ impl Advertiser {
         self.metrics.images_incomplete(looked.incomplete);
         let status = ImagesStatus { announced: looked.names.len(), incomplete: looked.incomplete };
         self.status.send_replace(Some(status));
-        Ok(everything(&blobs, looked, &self.outages.borrow()))
+        let fetching = self.fetching.borrow().iter().copied().map(Item::Fetching).collect();
+        Ok(everything(&blobs, looked, &self.outages.borrow(), fetching))
+    }
+
+    /// That blobs are on their way is told at once: those who want them too are about to ask. That they are not any more is found when the store
+    /// is listed next, which is soon after a blob has come; so nobody misses the moment between.
+    async fn tell_fetching(&mut self, told: &mut BTreeSet<Item>) {
+        let fetching: Vec<_> = self.fetching.borrow_and_update().iter().copied().map(Item::Fetching).collect();
+        let mut held = told.clone();
+        held.extend(fetching);
+        self.tell(told, &held).await;
+        *told = held;
     }
 
     async fn tell(&self, told: &BTreeSet<Item>, held: &BTreeSet<Item>) {
@@ -112,12 +143,13 @@ impl Advertiser {
 }
 
 /// All that is to be told, bounded.
-fn everything(blobs: &[BlobInfo], looked: Looked, outages: &[Outage]) -> BTreeSet<Item> {
+fn everything(blobs: &[BlobInfo], looked: Looked, outages: &[Outage], fetching: BTreeSet<Item>) -> BTreeSet<Item> {
     let Looked { names, damaged, incomplete: _ } = looked;
     let sound = blobs.iter().map(|blob| blob.digest).filter(|digest| !damaged.contains(digest));
     let mut held: BTreeSet<_> = sound.map(Item::Blob).collect();
     held.extend(names);
     held.extend(outages.iter().cloned().map(Item::Outage));
+    held.extend(fetching);
     if held.len() > MAX_ITEMS {
         tracing::warn!(
             items = held.len(),

@@ -1,25 +1,27 @@
-//! One blob: held if it is here, else fetched from one provider after the other until one sends the right bytes.
+//! Single blobs: held if they are here; a document is fetched from one provider after the other until one sends the right bytes. What is large comes in
+//! pieces ([`super::swarm`]), for which the place is made here.
 
 mod local;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use tokio::sync::watch;
 
 pub(super) use self::local::Held;
-use super::holders::Holders;
-use super::progress::{Counted, Progress};
+use super::holders::{Holders, Source};
 use super::recover::child_kind;
 use super::recover_error::RecoverError;
+use super::swarm::Underway;
 use crate::decide::plan::order_providers;
-use crate::decide::trust::{Fault, Trust};
+use crate::decide::trust::{Fault, Standing, Trust};
 use crate::metrics::Metrics;
-use crate::model::PeerId;
+use crate::model::{PeerId, Zone};
 use crate::oci::{Descriptor, Digest, Document, DocumentError, MAX_DOCUMENT_BYTES, Reference, Verified};
-use crate::ports::{BlobSink, BlobWriter, Child, ContentStore, FetchError, Fetcher, Pin, Remembered, StoreError};
+use crate::ports::{BlobSink, Child, ContentStore, FetchError, Fetcher, Pin, Remembered, Staged, StoreError};
 
 /// Times that the providers of one blob are gone through. Only peers that are busy, or new ones, are worth another
 /// round; with the waits between them this is half a minute, then the recovery's own back-off takes over.
@@ -32,20 +34,29 @@ const BUSY_WAIT: Duration = Duration::from_millis(1500);
 /// recovery that writes it may be on a slow link; when that one ends, in whichever way, the store is free.
 const BUSY_WAITS: u32 = 2400;
 
+/// As many peers as faults are remembered of.
+const MAX_KNOWN: usize = 10_000;
+
 /// Gets single blobs.
 pub struct Bring {
     /// This agent.
-    pub me: PeerId,
+    me: PeerId,
     /// Where blobs go.
-    pub store: Arc<dyn ContentStore>,
+    store: Arc<dyn ContentStore>,
     /// Where they come from.
-    pub fetcher: Arc<dyn Fetcher>,
+    pub(super) fetcher: Arc<dyn Fetcher>,
     /// Who holds which.
-    pub holders: Holders,
+    pub(super) holders: Holders,
+    /// Blobs that are being fetched, for peers.
+    pub(super) underway: Underway,
+    /// The zone that this node is in.
+    zone: watch::Receiver<Option<Zone>>,
     /// Counts peers' faults.
-    pub metrics: Metrics,
+    pub(super) metrics: Metrics,
     /// What peers did wrong lately.
-    pub trust: Mutex<Trust>,
+    trust: Mutex<Trust>,
+    /// Who has sent right pieces; no more than the mesh ever had members.
+    known: Mutex<HashSet<PeerId>>,
 }
 
 /// A blob that is here now.
@@ -53,50 +64,77 @@ pub struct Bring {
 pub struct Brought {
     /// Which one.
     pub descriptor: Descriptor,
-    /// Who sent it; `None` when it was here.
-    pub from: Option<PeerId>,
+    /// Who sent how many bytes of it; `None` when it was here.
+    pub from: Option<BTreeMap<PeerId, u64>>,
+}
+
+/// What was found when a blob was about to be fetched.
+pub(super) enum Prepared {
+    /// It is here.
+    Here(Brought),
+    /// It goes there.
+    Staged(Arc<dyn Staged>),
 }
 
 impl Bring {
-    /// A config or a layer, streamed into the store.
-    pub(super) async fn blob(
+    /// Fetches from those whom `holders` knows into `store`, in the name of `me`, which is in this zone. What is on its way is in `underway`.
+    pub fn new(
+        me: PeerId,
+        store: Arc<dyn ContentStore>,
+        fetcher: Arc<dyn Fetcher>,
+        holders: Holders,
+        underway: Underway,
+        zone: watch::Receiver<Option<Zone>>,
+        metrics: Metrics,
+    ) -> Self {
+        Self { me, store, fetcher, holders, underway, zone, metrics, trust: Mutex::default(), known: Mutex::default() }
+    }
+
+    /// Makes room in the store for a config or a layer, unless it is here. A small one that is here with wrong bytes is replaced.
+    pub(super) async fn prepare(
         &self,
         reference: &Reference,
         blob: &Descriptor,
         pin: &Pin,
-        progress: &Progress,
-    ) -> Result<Brought, RecoverError> {
+    ) -> Result<Prepared, RecoverError> {
         let remembered = Remembered { source: Some(reference.repository().clone()), children: Vec::new() };
+        let here = |from| Ok(Prepared::Here(Brought { descriptor: blob.clone(), from }));
         if self.is_damaged(blob).await? {
             let (bytes, proof, peer) = self.fetch_document(blob.digest, &[]).await?;
             self.keep(bytes, proof, pin, &remembered).await?;
-            return Ok(Brought { descriptor: blob.clone(), from: Some(peer) });
+            return here(Some([(peer, blob.size)].into()));
         }
-        let mut attempts = Attempts::new(blob.digest);
-        for _ in 0..ROUNDS {
-            for peer in self.order(&attempts, self.holders.of_blob(blob.digest)) {
-                let Some(mut writer) = self.writer(blob.digest, blob.size, pin, &remembered).await? else {
-                    return Ok(Brought { descriptor: blob.clone(), from: None });
-                };
-                let mut sink = Counted::new(&mut *writer, progress, blob.digest, peer);
-                match self.fetcher.fetch(peer, blob.digest, blob.size, &mut sink).await {
-                    Ok(proof) => {
-                        self.trust().served(peer);
-                        writer.commit(proof, &remembered).await.map_err(RecoverError::store("committing a blob"))?;
-                        return Ok(Brought { descriptor: blob.clone(), from: Some(peer) });
-                    }
-                    Err(error) => self.note(&mut attempts, peer, error)?,
-                }
-            }
-            // Nobody was asked, and yet it may be here: then no provider is needed.
-            if attempts.is_empty() && self.writer(blob.digest, blob.size, pin, &remembered).await?.is_none() {
-                return Ok(Brought { descriptor: blob.clone(), from: None });
-            }
-            if !self.wait_for_another_round(&attempts, self.holders.of_blob(blob.digest)).await {
-                break;
-            }
+        let stage = || self.store.stage(blob.digest, blob.size, pin);
+        match self.open_for_writing(blob.digest, &remembered, stage).await? {
+            Some(staged) => Ok(Prepared::Staged(staged)),
+            None => here(None),
         }
-        Err(attempts.into_error())
+    }
+
+    /// A peer has sent right pieces.
+    pub(super) fn knows(&self, peer: PeerId) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() < MAX_KNOWN {
+            known.insert(peer);
+        }
+    }
+
+    /// Whether it has, and has not lied since.
+    pub(super) fn is_known(&self, peer: PeerId) -> bool {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).contains(&peer);
+        known && !matches!(self.trust().standing(peer, now()), Standing::Lying)
+    }
+
+    /// Who has a blob or is fetching it, but those that were given up.
+    pub(super) fn sources(&self, attempts: &Attempts) -> Vec<Source> {
+        let mut sources = self.holders.sources(attempts.digest);
+        sources.retain(|source| !attempts.given_up.contains(&source.peer));
+        sources
+    }
+
+    /// This node's zone, once it is known.
+    pub(super) fn zone(&self) -> Option<Zone> {
+        self.zone.borrow().clone()
     }
 
     /// A manifest or an index: small, wholly in memory, and parsed before it is kept.
@@ -137,6 +175,7 @@ impl Bring {
             attestation: false,
         };
         self.keep(bytes, proof, pin, &remembered).await?;
+        let from = from.map(|peer| [(peer, descriptor.size)].into());
         Ok((document, Brought { descriptor, from }))
     }
 
@@ -156,7 +195,7 @@ impl Bring {
                         self.trust().served(peer);
                         return Ok((bytes, proof, peer));
                     }
-                    Err(error) => self.note(&mut attempts, peer, error)?,
+                    Err(error) => drop(self.note(&mut attempts, peer, error)?),
                 }
             }
             if !self.wait_for_another_round(&attempts, self.holders.of_blob(digest)).await {
@@ -188,18 +227,19 @@ impl Bring {
         Ok((sink.0.into(), proof))
     }
 
-    /// A writer for a blob that is not here; what is here is held by the pin and its memory refreshed instead.
-    async fn writer(
+    /// What is written through, for a blob that is not here; what is here is held by the pin and its memory refreshed instead.
+    async fn open_for_writing<T, F: Future<Output = Result<T, StoreError>>>(
         &self,
         digest: Digest,
-        size: u64,
-        pin: &Pin,
         remembered: &Remembered,
-    ) -> Result<Option<Box<dyn BlobWriter>>, RecoverError> {
+        open: impl Fn() -> F,
+    ) -> Result<Option<T>, RecoverError> {
         let mut waits = 0;
+        let mut ended = self.underway.ended();
         loop {
-            match self.store.create(digest, size, pin).await {
-                Ok(writer) => return Ok(Some(writer)),
+            ended.mark_unchanged();
+            match open().await {
+                Ok(opened) => return Ok(Some(opened)),
                 Err(StoreError::AlreadyThere(_)) => {
                     self.store.remember(digest, remembered).await.map_err(RecoverError::store("labelling a blob"))?;
                     return Ok(None);
@@ -207,7 +247,7 @@ impl Bring {
                 // Another recovery of this node fetches the same blob: whoever is first, we profit.
                 Err(StoreError::Busy(_)) if waits < BUSY_WAITS => {
                     waits += 1;
-                    tokio::time::sleep(BUSY_WAIT).await;
+                    let _ = tokio::time::timeout(BUSY_WAIT, ended.changed()).await;
                 }
                 Err(error) => return Err(RecoverError::store("opening a blob for writing")(error)),
             }
@@ -234,24 +274,27 @@ impl Bring {
         true
     }
 
-    /// Counts a failed attempt. Fails when no peer can help: our own store is what broke.
-    fn note(&self, attempts: &mut Attempts, peer: PeerId, error: FetchError) -> Result<(), RecoverError> {
+    /// Counts a failed attempt. Answers until when it is held against the peer. Fails when no peer can help: our own store is what broke.
+    pub(super) fn note(
+        &self,
+        attempts: &mut Attempts,
+        peer: PeerId,
+        error: FetchError,
+    ) -> Result<Option<Instant>, RecoverError> {
         let digest = attempts.digest;
-        match error {
-            FetchError::Sink(source) => Err(RecoverError::Store { doing: "writing a blob", source }),
-            error => {
-                tracing::warn!(%peer, node = %self.holders.node_of(peer), %digest, %error, "a provider failed");
-                if let Some(fault) = fault_of(&error) {
-                    self.metrics.peer_at_fault(fault.label());
-                    self.trust().fault(peer, fault, now(), rand::random());
-                }
-                attempts.failed(peer, error);
-                Ok(())
-            }
+        if let FetchError::Sink(source) = error {
+            return Err(RecoverError::Store { doing: "writing a blob", source });
         }
+        tracing::warn!(%peer, node = %self.holders.node_of(peer), %digest, %error, "a provider failed");
+        let until = fault_of(&error).map(|fault| {
+            self.metrics.peer_at_fault(fault.label());
+            self.trust().fault(peer, fault, now(), rand::random())
+        });
+        attempts.failed(peer, error);
+        Ok(until)
     }
 
-    fn trust(&self) -> MutexGuard<'_, Trust> {
+    pub(super) fn trust(&self) -> MutexGuard<'_, Trust> {
         self.trust.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -274,7 +317,7 @@ fn now() -> Instant {
 }
 
 /// What was tried for one blob.
-struct Attempts {
+pub(super) struct Attempts {
     digest: Digest,
     /// Not asked again for this blob.
     given_up: HashSet<PeerId>,
@@ -285,12 +328,8 @@ struct Attempts {
 const MAX_ERRORS: usize = 16;
 
 impl Attempts {
-    fn new(digest: Digest) -> Self {
+    pub(super) fn new(digest: Digest) -> Self {
         Self { digest, given_up: HashSet::new(), errors: Vec::new() }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.errors.is_empty()
     }
 
     fn failed(&mut self, peer: PeerId, error: FetchError) {
@@ -303,7 +342,7 @@ impl Attempts {
         self.errors.push(error);
     }
 
-    fn into_error(self) -> RecoverError {
+    pub(super) fn into_error(self) -> RecoverError {
         RecoverError::Fetch { digest: self.digest, attempts: self.errors }
     }
 }

@@ -1,12 +1,14 @@
 //! Fetching as the recoveries know it, and a word to the mesh about whom it could not reach: nothing is fetched from there until the
 //! peer is heard of again, whichever image it was wanted for.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 
 use crate::mesh::Mesh;
-use crate::model::PeerId;
-use crate::oci::{Digest, Verified};
-use crate::ports::{BlobSink, FetchError, Fetcher};
+use crate::model::{Order, PeerId};
+use crate::oci::{Chain, Cut, Digest, Verified};
+use crate::ports::{BlobSink, FetchError, Fetcher, Following, PieceFetcher, PieceSink};
 use crate::transfer::Transfer;
 
 /// Fetches, and tells on those who are out of reach.
@@ -24,6 +26,25 @@ impl Doubting {
             self.mesh.doubt(*peer).await;
         }
         fetched
+    }
+}
+
+#[async_trait]
+impl PieceFetcher for Doubting {
+    async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Chain, FetchError> {
+        self.told(self.transfer.chain(peer, digest, cut).await).await
+    }
+
+    async fn follow(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Box<dyn Following>, FetchError> {
+        self.told(self.transfer.follow(peer, digest, cut).await).await
+    }
+
+    async fn pieces(&self, order: &Order, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+        self.told(self.transfer.pieces(order, sink).await).await
+    }
+
+    fn keep(&self, chain: Arc<Chain>) {
+        self.transfer.keep(chain);
     }
 }
 

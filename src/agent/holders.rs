@@ -5,8 +5,19 @@ use std::collections::BTreeMap;
 use tokio::sync::watch;
 
 use crate::mesh::Table;
-use crate::model::{MeshEvent, NodeName, Outage, Peer, PeerId};
+use crate::model::{MeshEvent, NodeName, Outage, Peer, PeerId, Zone};
 use crate::oci::{Digest, Repository};
+
+/// A peer that has all of a blob, or some.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// Who.
+    pub peer: PeerId,
+    /// Where it is.
+    pub zone: Option<Zone>,
+    /// It has all of it.
+    pub whole: bool,
+}
 
 /// A handle to the table.
 #[derive(Clone, Default)]
@@ -31,6 +42,32 @@ impl Holders {
     /// Peers that hold the blob.
     pub fn of_blob(&self, digest: Digest) -> Vec<PeerId> {
         self.0.read(|table| table.holders(digest))
+    }
+
+    /// Everybody who holds the blob or is fetching it.
+    pub fn sources(&self, digest: Digest) -> Vec<Source> {
+        self.0.read(|table| {
+            let source = |whole| move |peer| Source { peer, zone: table.zone_of(peer).cloned(), whole };
+            let holders = table.holders(digest);
+            let fetching = table.fetching(digest).into_iter().filter(|peer| !holders.contains(peer));
+            let fetching: Vec<_> = fetching.map(source(false)).collect();
+            holders.into_iter().map(source(true)).chain(fetching).collect()
+        })
+    }
+
+    /// Where a peer is.
+    pub fn zone_of(&self, peer: PeerId) -> Option<Zone> {
+        self.0.read(|table| table.zone_of(peer).cloned())
+    }
+
+    /// Who runs on a node.
+    pub fn peer_on(&self, node: &NodeName) -> Option<PeerId> {
+        self.0.read(|table| table.peers().into_iter().find(|peer| peer.node == *node).map(|peer| peer.id))
+    }
+
+    /// Whether the peer is fetching the blob, and does not hold it.
+    pub fn is_fetching(&self, peer: PeerId, digest: Digest) -> bool {
+        self.0.read(|table| table.fetching(digest).contains(&peer) && !table.holders(digest).contains(&peer))
     }
 
     /// Peers that hold the image's root and know it under this repository. A digest alone is not a permission.

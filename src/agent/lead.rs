@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use super::holders::Holders;
+use super::swarm::Zones;
 use crate::decide::claim::{Step, step, wait_before_trying};
 use crate::metrics::Metrics;
-use crate::model::{NodeName, PeerId};
+use crate::model::{NodeName, PeerId, Zone};
 use crate::oci::{Digest, Reference};
 use crate::ports::{ClaimError, Claims};
 
@@ -33,23 +34,48 @@ impl Lead {
 
     /// Tries to be the one named for this digest, after those that rank before it had time to. Never fails: it is advice.
     ///
-    /// One try, no renewal: today the claim only names who leads. What must hold longer (crossing a zone, registry egress)
-    /// will renew it.
+    /// One try, no renewal: where there are no zones the claim only names who leads, and where there are, it is [`Lead::claim`] that counts.
     ///
     /// May be dropped at any time; [`Lead::retire`] then gives back what was perhaps taken.
     pub(super) async fn announce(&self, reference: &Reference, digest: Digest) {
         let others: Vec<_> = self.holders.peers().into_iter().map(|peer| peer.id).collect();
         tokio::time::sleep(wait_before_trying(self.me, digest, &others)).await;
         let result = self.take(reference, digest).await;
+        self.count(&result);
+    }
+
+    fn count(&self, result: &Result<bool, ClaimError>) {
         let label = match result {
             Ok(true) => "held",
             Ok(false) | Err(ClaimError::Lost) => "taken_by_other",
             Err(ClaimError::Unavailable(reason)) => {
-                tracing::debug!(%digest, reason, "going on without a claim");
+                tracing::debug!(reason, "going on without a claim");
                 "out_of_reach"
             }
         };
         self.metrics.claim_tried(label);
+    }
+
+    /// For one image, where this node's zone is known.
+    pub(super) fn zones(&self, zone: Option<Zone>, root: Digest) -> Option<Zones> {
+        Some(Zones::new(self.me, self.node.clone(), zone?, root, tokio::time::Instant::now().into_std()))
+    }
+
+    /// Tries to take, or to keep, the claim on bringing an image into this node's zone. Answers which node has it now.
+    ///
+    /// # Errors
+    /// [`ClaimError`]; whoever else has it then is not known.
+    pub(super) async fn claim(&self, reference: &Reference, claim: Digest) -> Result<Option<NodeName>, ClaimError> {
+        let result = self.take(reference, claim).await;
+        self.count(&result);
+        match result {
+            Ok(true) => Ok(Some(self.node.clone())),
+            Ok(false) => {
+                let read = self.claims.read(claim).await?;
+                Ok(read.and_then(|lease| lease.holder?.parse().ok()))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     async fn take(&self, reference: &Reference, digest: Digest) -> Result<bool, ClaimError> {

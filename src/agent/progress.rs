@@ -1,17 +1,13 @@
 //! How far a recovery is, for whoever watches it. Not for decisions.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
-
-use async_trait::async_trait;
-use bytes::Bytes;
 
 use super::recover::Recovered;
 use crate::decide::plan::Plan;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Reference};
-use crate::ports::{BlobSink, BlobWriter, StoreError};
 
 /// The progress of one recovery, blob by blob.
 #[derive(Debug, Default)]
@@ -29,14 +25,14 @@ struct State {
 }
 
 /// How far one blob is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlobProgress {
     /// Its size.
     pub size: u64,
-    /// Bytes that have come. Falls back to 0 when a provider failed and the next one begins.
+    /// Bytes that have come. Falls back by what turned out to be wrong.
     pub done: u64,
-    /// Who sends it, or sent it.
-    pub from: Option<PeerId>,
+    /// Who sent some of it.
+    pub from: BTreeSet<PeerId>,
 }
 
 impl Progress {
@@ -85,14 +81,11 @@ impl Progress {
 
     /// These blobs will come.
     pub(super) fn expect(&self, plan: &Plan) {
-        let expected = |blob: &Descriptor| (blob.digest, BlobProgress { size: blob.size, done: 0, from: None });
+        let expected =
+            |blob: &Descriptor| (blob.digest, BlobProgress { size: blob.size, done: 0, from: BTreeSet::new() });
         let mut state = self.lock();
         state.there = plan.there.len();
         state.blobs = Some(plan.missing.iter().map(expected).collect());
-    }
-
-    fn begin(&self, digest: Digest, from: PeerId) {
-        self.update(digest, |blob| (blob.done, blob.from) = (0, Some(from)));
     }
 
     fn update(&self, digest: Digest, change: impl FnOnce(&mut BlobProgress)) {
@@ -101,9 +94,15 @@ impl Progress {
         }
     }
 
-    fn came(&self, digest: Digest, bytes: u64) {
-        self.lock().first_byte.get_or_insert_with(Instant::now);
-        self.update(digest, |blob| blob.done += bytes);
+    /// So much of a blob is here, from these.
+    pub(super) fn at(&self, digest: Digest, done: u64, from: impl Iterator<Item = PeerId>) {
+        if done > 0 {
+            self.lock().first_byte.get_or_insert_with(Instant::now);
+        }
+        self.update(digest, |blob| {
+            blob.done = done;
+            blob.from.extend(from);
+        });
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -152,30 +151,5 @@ impl Board {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Recoveries> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Passes a blob on to its writer and counts it.
-pub(super) struct Counted<'a> {
-    writer: &'a mut dyn BlobWriter,
-    progress: &'a Progress,
-    digest: Digest,
-}
-
-impl<'a> Counted<'a> {
-    /// The blob begins to come from this peer.
-    pub(super) fn new(writer: &'a mut dyn BlobWriter, progress: &'a Progress, digest: Digest, from: PeerId) -> Self {
-        progress.begin(digest, from);
-        Self { writer, progress, digest }
-    }
-}
-
-#[async_trait]
-impl BlobSink for Counted<'_> {
-    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
-        self.writer.append(chunks).await?;
-        let bytes: usize = chunks.iter().map(Bytes::len).sum();
-        self.progress.came(self.digest, bytes as u64);
-        Ok(())
     }
 }

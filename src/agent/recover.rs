@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::{StreamExt, TryStreamExt, stream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -16,6 +15,7 @@ use super::lead::Lead;
 use super::progress::Progress;
 pub use super::recover_error::RecoverError;
 use super::resolve::{Resolver, Wanted};
+use super::swarm::{Errand, Swarm};
 use crate::decide::plan::{Plan, plan};
 use crate::decide::reserve::{Reservation, Reservations};
 use crate::decide::rules::Rules;
@@ -38,9 +38,9 @@ pub struct Recoverer {
     /// Reads references.
     pub resolver: Resolver,
     /// Gets single blobs.
-    pub bring: Bring,
+    pub bring: Arc<Bring>,
     /// Names the node that leads.
-    pub lead: Lead,
+    pub lead: Arc<Lead>,
     /// What one recovery may cost, as of now.
     pub rules: watch::Receiver<Arc<Rules>>,
     /// What runs here.
@@ -112,7 +112,8 @@ impl Recoverer {
             tokio::select! {
                 biased;
                 image = &mut image => image,
-                () = self.lead.announce(reference, root) => image.await,
+                // Where there are zones, those who fetch from others claim to.
+                () = self.lead.announce(reference, root), if self.bring.zone().is_none() => image.await,
             }
         };
         let brought = stop.run_until_cancelled(work).await.unwrap_or(Err(RecoverError::Abandoned));
@@ -199,7 +200,7 @@ impl Recoverer {
         self.check_held(reference, &plan)?;
         let room = self.reserve(&plan).await?;
         progress.expect(&plan);
-        let blobs = self.bring_blobs(reference, &plan, pin, progress, &room).await?;
+        let blobs = self.bring_blobs(reference, root, &plan, pin, progress, &room).await?;
         Ok((image.root, image.documents.into_iter().chain(blobs).collect()))
     }
 
@@ -259,7 +260,7 @@ impl Recoverer {
         if let Some(layer) = plan.withheld.first() {
             return Err(RecoverError::NotDistributable { reference: reference.clone(), layer: layer.digest });
         }
-        let is_held = |blob: &&Descriptor| !self.resolver.holders.of_blob(blob.digest).is_empty();
+        let is_held = |blob: &&Descriptor| !self.resolver.holders.sources(blob.digest).is_empty();
         let lacking: Vec<_> = plan.missing.iter().filter(|blob| !is_held(blob)).map(|blob| blob.digest).collect();
         match lacking.is_empty() {
             true => Ok(()),
@@ -267,28 +268,19 @@ impl Recoverer {
         }
     }
 
-    /// Every blob of the plan, several at once. Those that are there are held too, or the collector might take them now.
+    /// Every blob of the plan, in pieces from everybody. Those that are there are held too, or the collector might take them now.
     async fn bring_blobs(
         &self,
         reference: &Reference,
+        root: Digest,
         plan: &Plan,
         pin: &Pin,
         progress: &Progress,
         room: &Reservation,
     ) -> Result<Vec<Brought>, RecoverError> {
-        let blobs = plan.there.iter().chain(&plan.missing);
-        let brought: Vec<_> = blobs.map(|blob| self.bring.blob(reference, blob, pin, progress)).collect();
         let at_once = self.rules.borrow().budgets.concurrent_blobs;
-        stream::iter(brought)
-            .buffer_unordered(at_once)
-            .inspect_ok(|brought| {
-                // From here on the file system counts it.
-                if brought.from.is_some() {
-                    room.written(brought.descriptor.size);
-                }
-            })
-            .try_collect()
-            .await
+        let swarm = Swarm::new(&self.bring, &self.lead, Errand { reference, root, pin, progress, room }, at_once);
+        swarm.fetch(plan.there.iter().chain(&plan.missing)).await
     }
 
     /// Names the image, at the very end: a record is a promise that everything is there.
@@ -318,12 +310,12 @@ pub(super) fn child_kind(document: &Document, position: usize) -> ChildKind {
 fn summarise(root: Digest, brought: &[Brought], took: Duration) -> Recovered {
     let mut recovered =
         Recovered { root, bytes: 0, fetched: 0, there: 0, providers: BTreeMap::new(), took, settled: None };
-    for Brought { descriptor, from } in brought {
+    for Brought { descriptor: _, from } in brought {
         match from {
-            Some(peer) => {
+            Some(shares) => {
                 recovered.fetched += 1;
-                recovered.bytes += descriptor.size;
-                *recovered.providers.entry(*peer).or_default() += descriptor.size;
+                recovered.bytes += shares.values().sum::<u64>();
+                shares.iter().for_each(|(peer, bytes)| *recovered.providers.entry(*peer).or_default() += bytes);
             }
             None => recovered.there += 1,
         }

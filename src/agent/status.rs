@@ -112,7 +112,7 @@ impl AgentStatus {
         let running = self.board.running().into_iter();
         let recovery = |(reference, progress): (crate::oci::Reference, std::sync::Arc<super::progress::Progress>)| {
             let (done, total) = progress.sums();
-            let from: BTreeSet<_> = progress.blobs().into_values().filter_map(|blob| blob.from).collect();
+            let from: BTreeSet<_> = progress.blobs().into_values().flat_map(|blob| blob.from).collect();
             RecoveryStatus { image: reference.to_string(), done, total, from: names(&self.holders, from).0 }
         };
         running.map(recovery).collect()

@@ -9,19 +9,21 @@ mod needs;
 mod recovering;
 mod resolving;
 mod salvaging;
+mod swarming;
 mod telling;
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use super::bring::Bring;
 use super::holders::Holders;
 use super::lead::Lead;
 use super::recover::Recoverer;
 use super::resolve::Resolver;
+use super::swarm::Underway;
 use crate::decide::reserve::Reservations;
 use crate::decide::rules::{ResolveSettings, Rules};
 use crate::metrics::Metrics;
-use crate::model::{ContentChange, Item, MeshEvent, NodeName, Peer, PeerId};
+use crate::model::{ContentChange, Item, MeshEvent, NodeName, Peer, PeerId, Zone};
 use crate::oci::{Digest, Platform, Reference};
 use crate::ports::{ContentStore, ImageRecord, Imports, StoreError};
 use crate::testing::image::{MadeImage, put_image};
@@ -35,6 +37,8 @@ struct Harbour {
     holders: Holders,
     cluster: MemoryCluster,
     registry: Arc<MemoryRegistry>,
+    underway: Underway,
+    zone: Option<Zone>,
     metrics: Metrics,
     rules: watch::Sender<Arc<Rules>>,
     imports: watch::Sender<Imports>,
@@ -56,6 +60,8 @@ impl Harbour {
             holders: Holders::default(),
             cluster,
             registry: Arc::default(),
+            underway: Underway::default(),
+            zone: None,
             metrics: Metrics::new(),
             rules: watch::Sender::new(Arc::new(rules)),
             imports: watch::Sender::new(Imports::Allowed),
@@ -70,15 +76,25 @@ impl Harbour {
 
     /// A peer with a store of its own that holds an image under this name, and says so.
     async fn peer_with(&self, number: u8, name: &str, behaviour: Behaviour) -> MadeImage {
+        self.peer_with_layers(number, name, &[3000, 200, 10], behaviour).await
+    }
+
+    /// The same, with layers of these sizes.
+    async fn peer_with_layers(&self, number: u8, name: &str, layers: &[u64], behaviour: Behaviour) -> MadeImage {
         let store = Arc::new(MemoryStore::new());
         let reference: Reference = name.parse().unwrap();
-        let image = put_image(&*store, &[reference.to_string()], &[3000, 200, 10], 7).await.unwrap();
+        let image = put_image(&*store, &[reference.to_string()], layers, 7).await.unwrap();
         self.announce(number, store, behaviour).await;
         image
     }
 
     /// Everything in the store, as the peer's agent would announce it.
     async fn announce(&self, number: u8, store: Arc<MemoryStore>, behaviour: Behaviour) {
+        self.announce_in(None, number, store, behaviour).await;
+    }
+
+    /// The same, by a peer in a zone.
+    async fn announce_in(&self, zone: Option<Zone>, number: u8, store: Arc<MemoryStore>, behaviour: Behaviour) {
         let mut items: Vec<_> = blobs_of(&*store).await.into_iter().map(Item::Blob).collect();
         for record in store.images().await.unwrap() {
             if let Ok(Reference::Tag(repository, tag)) = record.name.parse() {
@@ -88,7 +104,7 @@ impl Harbour {
         let id = peer(number);
         let address = "127.0.0.1:1".parse().unwrap();
         let node: NodeName = format!("node-{number}").parse().unwrap();
-        self.holders.apply(MeshEvent::Up(Peer { id, node, zone: None, transfer: address, gossip: address }));
+        self.holders.apply(MeshEvent::Up(Peer { id, node, zone, transfer: address, gossip: address }));
         self.holders.apply(MeshEvent::Snapshot(id, items));
         self.fetcher.put_peer(id, store, behaviour);
     }
@@ -110,15 +126,16 @@ impl Harbour {
                 platform: Platform::of_this_node(),
                 settings: self.resolve.clone(),
             },
-            bring: Bring {
+            bring: Arc::new(Bring::new(
                 me,
                 store,
-                fetcher: Arc::clone(&self.fetcher) as _,
-                holders: self.holders.clone(),
-                metrics: self.metrics.clone(),
-                trust: Mutex::default(),
-            },
-            lead: Lead::new(claims, self.holders.clone(), self.metrics.clone(), node, me),
+                Arc::clone(&self.fetcher) as _,
+                self.holders.clone(),
+                self.underway.clone(),
+                watch::channel(self.zone.clone()).1,
+                self.metrics.clone(),
+            )),
+            lead: Arc::new(Lead::new(claims, self.holders.clone(), self.metrics.clone(), node, me)),
             rules: self.rules.subscribe(),
             platform: Platform::of_this_node(),
             room: Reservations::default(),

@@ -177,7 +177,8 @@ impl Probe {
             Ok(found) => found,
             Err(error) => return tracing::warn!(%error, "containerd does not say how it is set"),
         };
-        let Surroundings { version, content_root, cri: _, discards_unpacked_layers, sandbox_image, verifiers } = found;
+        let Surroundings { version, content_root, ingest, cri: _, discards_unpacked_layers, sandbox_image, verifiers } =
+            found;
         let imports = match verifiers && !self.import_past_verifiers {
             true => Imports::Refused(format!(
                 "containerd has image verifiers ({VERIFIERS}), which an import would pass by; --import-past-verifiers allows that"
@@ -200,6 +201,7 @@ impl Probe {
             version: Some(version),
             blobs_read: Some(if content_root.is_some() { BlobAccess::Files } else { BlobAccess::ContentApi }),
             content_root: content_root.map(|root| root.display().to_string()),
+            ingest: ingest.map(|ingest| ingest.to_string()),
             discards_unpacked_layers,
             sandbox_image,
             image_verifiers: Some(if verifiers { vec![VERIFIERS.to_owned()] } else { Vec::new() }),

@@ -111,6 +111,7 @@ fn containerd_rows(containerd: &ContainerdStatus) -> Vec<(&'static str, Vec<Stri
         version,
         content_root,
         blobs_read,
+        ingest,
         discards_unpacked_layers,
         sandbox_image,
         image_verifiers,
@@ -125,6 +126,7 @@ fn containerd_rows(containerd: &ContainerdStatus) -> Vec<(&'static str, Vec<Stri
         ("containerd", vec![version.clone().unwrap_or_else(unknown)]),
         ("content root", vec![content_root.clone().unwrap_or_else(unknown)]),
         ("blobs are read", vec![read]),
+        ("blobs come in", vec![ingest.clone().unwrap_or_else(unknown)]),
         ("unpacked layers", vec![layers]),
         ("sandbox image", vec![sandbox_image.clone().unwrap_or_else(unknown)]),
         ("image verifiers", lines(image_verifiers.as_deref(), String::clone)),
@@ -181,6 +183,7 @@ mod tests {
                 version: Some("2.1.9".into()),
                 content_root: Some("/var/lib/containerd/io.containerd.content.v1.content".into()),
                 blobs_read: Some(BlobAccess::Files),
+                ingest: Some("linked".into()),
                 discards_unpacked_layers: Some(true),
                 sandbox_image: Some("registry.k8s.io/pause:3.10".into()),
                 image_verifiers: Some(Vec::new()),
@@ -216,6 +219,7 @@ version           0.1.0
 containerd        2.1.9
 content root      /var/lib/containerd/io.containerd.content.v1.content
 blobs are read    from its files
+blobs come in     linked
 unpacked layers   thrown away (discard_unpacked_layers): this node has few layers to give
 sandbox image     registry.k8s.io/pause:3.10
 image verifiers   none
@@ -239,7 +243,7 @@ rules file        /etc/lighterman/rules.yaml, in force since 2023-11-14T22:13:20
     #[test]
     fn what_is_not_known_is_said_to_be_unknown() {
         let table = table(&Status::default());
-        assert_eq!(table.lines().filter(|line| line.ends_with(" unknown")).count(), 13, "{table}");
+        assert_eq!(table.lines().filter(|line| line.ends_with(" unknown")).count(), 14, "{table}");
         assert!(table.ends_with("rules file        none is watched\n"), "{table}");
     }
 }

@@ -215,8 +215,8 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_CONCURRENT_RECOVERIES", value_name = "N", default_value_t = 2, value_parser = at_least_one)]
     pub(super) concurrent_recoveries: usize,
 
-    /// Blobs fetched at the same time for one image
-    #[arg(long, env = "LIGHTERMAN_CONCURRENT_BLOBS", value_name = "N", default_value_t = 4, value_parser = at_least_one)]
+    /// Blobs of one image that are under way at the same time; their pieces are fetched together, in whichever order is best
+    #[arg(long, env = "LIGHTERMAN_CONCURRENT_BLOBS", value_name = "N", default_value_t = 16, value_parser = at_least_one)]
     pub(super) concurrent_blobs: usize,
 
     /// Blobs sent to peers at the same time; further requests are told to come back

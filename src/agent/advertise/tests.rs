@@ -38,9 +38,9 @@ fn what_is_damaged_is_not_told_and_of_too_much_the_blobs_go_first() {
         damaged: damaged.iter().map(|blob| blob.digest).collect(),
         incomplete: 0,
     };
-    let told = everything(&blobs[..2], looked(&[&blobs[1]]), &[]);
+    let told = everything(&blobs[..2], looked(&[&blobs[1]]), &[], BTreeSet::new());
     assert_eq!(told, [Item::Blob(blobs[0].digest), name.clone()].into());
-    let told = everything(&blobs, looked(&[]), std::slice::from_ref(&outage));
+    let told = everything(&blobs, looked(&[]), std::slice::from_ref(&outage), BTreeSet::new());
     assert_eq!(told.len(), MAX_ITEMS);
     assert!(told.contains(&name) && told.contains(&Item::Outage(outage)));
 }
@@ -182,12 +182,13 @@ async fn what_was_collected_in_silence_is_withdrawn_at_the_next_listing() {
     let stop = CancellationToken::new();
     let (news_in, _news) = mpsc::channel(1);
     tokio::spawn(task.run(news_in, stop.clone()));
+    let fetching = watch::Sender::new(BTreeSet::new());
     let advertiser = Advertiser::new(
         Arc::new(store.clone()),
         mesh.clone(),
         Metrics::new(),
         watch::Sender::new(false),
-        watch::channel(Vec::new()).1,
+        Besides { outages: watch::channel(Vec::new()).1, fetching: fetching.subscribe() },
         watch::Sender::new(None),
         watch::Sender::new(None),
     );
@@ -203,5 +204,13 @@ async fn what_was_collected_in_silence_is_withdrawn_at_the_next_listing() {
     assert_eq!(told().await, 4, "nobody has said a word");
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!(told().await, 2, "the blob is withdrawn, and with it the name");
+    fetching.send_replace([Digest::of(b"coming")].into());
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    assert_eq!(told().await, 3, "that a blob is on its way is told at once");
+    fetching.send_replace(BTreeSet::new());
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    assert_eq!(told().await, 3, "and taken back when the store is listed");
+    tokio::time::sleep(RELIST).await;
+    assert_eq!(told().await, 2);
     stop.cancel();
 }

@@ -84,7 +84,8 @@ impl Bring {
             sources = blob.map(|blob| blob.sources).unwrap_or_default();
             self.store.discard(digest, pin).await.map_err(failed("discarding a damaged blob"))?;
         }
-        if let Some(mut writer) = self.writer(digest, proof.size(), pin, remembered).await? {
+        let create = || self.store.create(digest, proof.size(), pin);
+        if let Some(mut writer) = self.open_for_writing(digest, remembered, create).await? {
             writer.append(&[bytes]).await.map_err(failed("writing a blob"))?;
             writer.commit(proof, remembered).await.map_err(failed("committing a blob"))?;
         }

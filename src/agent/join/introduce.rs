@@ -36,6 +36,8 @@ pub struct Introducer {
     pub cluster: Arc<dyn Cluster>,
     /// The zone as it was set, which wins.
     pub zone: Option<Zone>,
+    /// Where this agent learns its own zone.
+    pub zone_known: watch::Sender<Option<Zone>>,
     /// This node's address, if it is known without asking: as it was set, or the one that is listened on.
     pub address: Option<IpAddr>,
     /// Where peers say that they see this agent.
@@ -118,6 +120,7 @@ impl Introducer {
         let Told { credential, address, zone } = told.clone();
         let (transfer, gossip) = (at(address, self.transfer_port), at(address, self.gossip_port));
         tracing::debug!(%transfer, %gossip, ?zone, "introducing this agent");
+        self.zone_known.send_replace(zone.clone());
         self.mesh.introduce(credential, transfer, gossip, zone).await;
     }
 }

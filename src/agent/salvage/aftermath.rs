@@ -8,6 +8,7 @@ use super::waiting::{Deletion, WaitingPod};
 use super::{Done, Salvager, now};
 use crate::agent::notices::Notice;
 use crate::agent::recover::{Found, RecoverError, Recovered};
+use crate::decide::cause::{image_in_question, waits_for_image};
 use crate::decide::queue::End;
 use crate::metrics::Outcome;
 use crate::model::{PodRef, PodView};
@@ -98,9 +99,22 @@ impl Salvager {
         }
         for pod in pods {
             self.spawn_nudge(pod.clone());
+            self.note_nudge(&pod, reference);
             self.note_import(&pod);
             if recovered.fetched > 0 {
                 self.spawn_report(pod, ReportKind::Salvaged, note.clone());
+            }
+        }
+    }
+
+    /// The containers that wait for this image now need no other nudge when the pod is next seen to wait: that may be our own patch.
+    fn note_nudge(&mut self, pod: &PodRef, reference: &Reference) {
+        let Some(waiting) = self.waiting.get(pod) else { return };
+        let view = &waiting.view;
+        for container in view.containers.iter().filter(|container| waits_for_image(container)) {
+            let (image, _) = image_in_question(view, container);
+            if image.parse::<Reference>().is_ok_and(|named| named == *reference) {
+                self.ledger.is_news(pod, &container.name, image, "nudged");
             }
         }
     }

@@ -14,8 +14,8 @@ use crate::config::loopback;
 use crate::identity::Identity;
 use crate::mesh::{self, Mesh, MeshNews, Table};
 use crate::model::Credential;
-use crate::ports::{BlobSink, FetchError, Fetcher};
-use crate::transfer::{self, Transfer};
+use crate::ports::{BlobSink, FetchError, Fetcher, NoPartials};
+use crate::transfer::{self, Surroundings, Transfer};
 
 /// Far more than this takes, for the verdicts and for the test.
 const LONG: Duration = Duration::from_secs(120);
@@ -41,8 +41,14 @@ impl Node {
         let config =
             transfer::Config { listen: loopback(), gossip_port: gossip.port(), node: node.clone(), max_serving: 1 };
         let (joined_in, joined) = mpsc::channel(8);
-        let store = Arc::new(MemoryStore::new());
-        let transfer = Transfer::bind(config, identity, admission.clone(), store, Metrics::new(), joined_in).unwrap();
+        let surroundings = Surroundings {
+            admission: admission.clone(),
+            store: Arc::new(MemoryStore::new()),
+            partials: Arc::new(NoPartials),
+            metrics: Metrics::new(),
+            joined: joined_in,
+        };
+        let transfer = Transfer::bind(config, identity, surroundings).unwrap();
         let peer = Peer { id: identity.peer_id(), node, zone: None, transfer: transfer.local_addr(), gossip };
         let (news_in, news) = mpsc::channel(64);
         tokio::spawn(task.run(news_in, stop.clone()));

@@ -43,6 +43,7 @@ async fn killed(killed_at: KilledAt, before: Before) -> Option<Harbour> {
         recovered = recoverer.recover(&wanted, &progress, &stop) => recovered.map(|_| false).unwrap(),
     };
     drop(recoverer);
+    let harbour = Harbour { store: Arc::new(harbour.store.restarted()), ..harbour };
     was_killed.then_some(harbour)
 }
 

@@ -97,7 +97,13 @@ async fn dead_providers_are_asked_last_from_then_on() {
     harbour.peer_with(21, IMAGE, Behaviour::Honest).await;
     recover(&harbour, IMAGE).await.unwrap();
     let asked: Vec<_> = (1..=20).map(|number| harbour.fetcher.times_asked(peer(number))).collect();
-    assert!(asked.iter().all(|times| *times <= 1) && asked.contains(&1), "five blobs, and yet {asked:?}");
+    // Before the first answer it may have been asked for each of the blobs that come at a time.
+    assert!(asked.iter().all(|times| *times <= 4) && asked.contains(&1), "{asked:?}");
+    let before: usize = asked.iter().sum();
+    harbour.store.collect();
+    recover(&harbour, IMAGE).await.unwrap();
+    let asked: Vec<_> = (1..=20).map(|number| harbour.fetcher.times_asked(peer(number))).collect();
+    assert_eq!(asked.iter().sum::<usize>(), before, "nobody dead was asked again");
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,6 +1,6 @@
 //! An agent on ports in memory, asked over a real socket by the code that the command runs.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
@@ -15,6 +15,7 @@ use crate::agent::progress::Board;
 use crate::agent::recover::Recoverer;
 use crate::agent::resolve::Resolver;
 use crate::agent::supervisor::Supervisor;
+use crate::agent::swarm::Underway;
 use crate::control::{Config, Control};
 use crate::decide::reserve::Reservations;
 use crate::decide::rules::{ResolveSettings, Rules};
@@ -74,15 +75,16 @@ async fn agent() -> Agent {
             platform: Platform::of_this_node(),
             settings: ResolveSettings::default(),
         },
-        bring: Bring {
+        bring: Arc::new(Bring::new(
             me,
-            store: Arc::clone(&store) as _,
+            Arc::clone(&store) as _,
             fetcher,
-            holders: holders.clone(),
-            metrics: metrics.clone(),
-            trust: Mutex::default(),
-        },
-        lead: Lead::new(claims, holders, metrics.clone(), node, me),
+            holders.clone(),
+            Underway::default(),
+            watch::channel(None).1,
+            metrics.clone(),
+        )),
+        lead: Arc::new(Lead::new(claims, holders, metrics.clone(), node, me)),
         rules: watch::channel(Arc::new(Rules::default())).1,
         platform: Platform::of_this_node(),
         room: Reservations::default(),

@@ -1,0 +1,107 @@
+//! Two who bring the same piece, and a list that is replaced while pieces come.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{Notify, Semaphore};
+
+use super::Shared;
+use super::incoming::{Arrived, Checked, Incoming};
+use super::sink::Sink;
+use crate::decide::pieces::Pool;
+use crate::model::PeerId;
+use crate::oci::{Chain, ChainBuilder, Cut, Descriptor, Digest, SMALLEST_PIECE, State};
+use crate::ports::{ContentStore, PieceError, PieceSink};
+use crate::testing::MemoryStore;
+
+const PIECE: usize = SMALLEST_PIECE as usize;
+
+fn peer(number: u8) -> PeerId {
+    PeerId::from_public_key([number; 32])
+}
+
+/// Three pieces that differ.
+fn blob() -> Vec<u8> {
+    (0..3 * PIECE).map(|place| (place / PIECE * 7 + place % 251) as u8).collect()
+}
+
+fn chain_of(bytes: &[u8]) -> Chain {
+    let mut builder = ChainBuilder::new(Cut::usual(bytes.len() as u64));
+    builder.update(bytes);
+    builder.finish().unwrap()
+}
+
+async fn incoming(bytes: &[u8]) -> Arc<Incoming> {
+    let store = MemoryStore::new();
+    let pin = store.pin(Duration::from_secs(60)).await.unwrap();
+    let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
+    let staged = store.stage(digest, size, &pin).await.unwrap();
+    let blob = Descriptor { media_type: String::new(), digest, size, platform: None, attestation: false };
+    Arc::new(Incoming::new(blob, staged))
+}
+
+fn sink(incoming: &Arc<Incoming>, number: u8) -> Sink {
+    let shared = Arc::new(Shared {
+        pool: Mutex::new(Pool::new(None, 1)),
+        moved: Notify::new(),
+        waiting: Arc::new(Semaphore::new(1)),
+    });
+    Sink::new(shared, Arc::clone(incoming), number.into(), peer(number))
+}
+
+#[tokio::test]
+async fn bytes_that_fit_are_not_written_over_by_another_who_brings_the_same_piece() {
+    let blob = blob();
+    let incoming = incoming(&blob).await;
+    incoming.adopt(Arc::new(chain_of(&blob)), peer(9));
+    let half = Bytes::from(vec![0; PIECE / 2]);
+    let (mut liar, mut honest) = (sink(&incoming, 1), sink(&incoming, 2));
+    liar.begin(1);
+    liar.append(std::slice::from_ref(&half)).await.unwrap();
+    honest.begin(1);
+    honest.append(&[Bytes::copy_from_slice(&blob[PIECE..2 * PIECE])]).await.unwrap();
+    honest.end().await.unwrap();
+    liar.append(&[half]).await.unwrap();
+    liar.end().await.unwrap();
+    let read = incoming.staged().read_at(PIECE as u64, PIECE).await.unwrap();
+    assert!(read == blob[PIECE..2 * PIECE]);
+    assert_eq!(incoming.from().into_keys().collect::<Vec<_>>(), [peer(2)]);
+}
+
+#[tokio::test]
+async fn a_liar_that_is_second_writes_nothing() {
+    let blob = blob();
+    let incoming = incoming(&blob).await;
+    incoming.adopt(Arc::new(chain_of(&blob)), peer(9));
+    let (mut first, mut liar) = (sink(&incoming, 1), sink(&incoming, 2));
+    first.begin(0);
+    liar.begin(0);
+    liar.append(&[Bytes::from(vec![1; PIECE])]).await.unwrap();
+    assert!(matches!(liar.end().await, Err(PieceError::Unfit)));
+    assert!(incoming.staged().read_at(0, PIECE).await.unwrap().iter().all(|byte| *byte == 0));
+    first.append(&[Bytes::copy_from_slice(&blob[..PIECE])]).await.unwrap();
+    first.end().await.unwrap();
+    assert!(incoming.has(0));
+}
+
+#[tokio::test]
+async fn a_piece_that_began_by_a_list_that_is_not_in_use_any_more_is_checked_by_the_new_one() {
+    let blob = blob();
+    let incoming = incoming(&blob).await;
+    let right = chain_of(&blob);
+    let mut states = right.states().to_vec();
+    states[0] = State::INITIAL;
+    let forged = Chain::claimed(right.digest(), right.cut(), states).unwrap();
+    incoming.adopt(Arc::new(forged), peer(9));
+    let mut hasher = incoming.hasher(1).unwrap();
+    let mut sender = sink(&incoming, 1);
+    sender.begin(1);
+    sender.append(&[Bytes::copy_from_slice(&blob[PIECE..2 * PIECE])]).await.unwrap();
+    incoming.adopt(Arc::new(right), peer(8));
+    sender.end().await.unwrap();
+    assert_eq!(incoming.unchecked(), [1], "it is nobody's fault");
+    assert_eq!(incoming.check(1).await.unwrap(), Checked::Fits);
+    hasher.update(&blob[PIECE..2 * PIECE]);
+    assert_eq!(incoming.arrives(1, Some(hasher), peer(3)), Arrived::Unchecked);
+}
