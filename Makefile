@@ -23,7 +23,9 @@ SECONDS_EACH ?= 60
 # Test binaries that need neither root nor components nor the static binary.
 FAST_TESTS ?= --lib --bins --test fast --test simulation
 # Commands that print `figure NAME VALUE`, one argument each.
-FIGURE_SOURCES ?= 'cargo bench --locked --bench transfer' 'cargo test --locked --test components mesh:: -- --nocapture' \
+FIGURE_SOURCES ?= 'cargo bench --locked --bench transfer' \
+  'cargo bench --locked --no-default-features --features testing --bench pure' \
+  'cargo test --locked --test components mesh:: -- --nocapture' \
   'cargo test --locked --test e2e' \
   'cargo test --locked --release --no-default-features --features testing --test simulation -- --nocapture'
 

@@ -2,7 +2,7 @@
 //! What gossip would tell is told by hand.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use lighterman::admission::StaticAdmission;
 use lighterman::agent::bring::Bring;
@@ -11,6 +11,7 @@ use lighterman::agent::lead::Lead;
 use lighterman::agent::progress::Progress;
 use lighterman::agent::recover::Recoverer;
 use lighterman::agent::resolve::Resolver;
+use lighterman::agent::swarm::Underway;
 use lighterman::containerd::{Config, ContainerdStore};
 use lighterman::decide::reserve::Reservations;
 use lighterman::decide::rules::{ResolveSettings, Rules};
@@ -18,14 +19,14 @@ use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
 use lighterman::model::{Item, MeshEvent, NodeName, PeerId};
 use lighterman::oci::{Platform, Reference};
-use lighterman::ports::{ContentStore, Imports};
+use lighterman::ports::{ContentStore, Imports, NoPartials};
 use lighterman::testing::{MemoryCluster, MemoryRegistry};
-use lighterman::transfer::{self, Transfer};
+use lighterman::transfer::{self, Surroundings, Transfer};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::daemon::{Containerd, NAMESPACE};
+use crate::daemon::Containerd;
 use crate::report::Failure;
 
 /// The agent's default.
@@ -101,7 +102,7 @@ fn store(containerd: &Containerd, sight: Sight, stop: &CancellationToken) -> Res
         Sight::Files => None,
         Sight::Nothing => Some(PathBuf::from("/nothing/is/here")),
     };
-    let config = Config { socket: containerd.socket(), containerd_namespace: NAMESPACE.into(), content_root };
+    let config = Config { content_root, ..containerd.config() };
     let store = ContainerdStore::new(config)?;
     tokio::spawn(store.clone().run(stop.clone()));
     Ok(store)
@@ -123,7 +124,9 @@ fn bind(
     };
     let admission = Arc::new(StaticAdmission::new([other]));
     let joined = mpsc::channel(4).0;
-    let transfer = Transfer::bind(config, identity, admission, Arc::new(store), metrics.clone(), joined)?;
+    let (store, partials) = (Arc::new(store), Arc::new(NoPartials));
+    let surroundings = Surroundings { admission, store, partials, metrics: metrics.clone(), joined };
+    let transfer = Transfer::bind(config, identity, surroundings)?;
     tokio::spawn(transfer.clone().run(stop.clone()));
     Ok(transfer)
 }
@@ -161,15 +164,16 @@ fn recoverer(
             platform: Platform::of_this_node(),
             settings: ResolveSettings::default(),
         },
-        bring: Bring {
+        bring: Arc::new(Bring::new(
             me,
             store,
-            fetcher: Arc::new(transfer),
-            holders: holders.clone(),
-            metrics: metrics.clone(),
-            trust: Mutex::default(),
-        },
-        lead: Lead::new(claims, holders, metrics, node, me),
+            Arc::new(transfer),
+            holders.clone(),
+            Underway::default(),
+            watch::channel(None).1,
+            metrics.clone(),
+        )),
+        lead: Arc::new(Lead::new(claims, holders, metrics, node, me)),
         rules: watch::channel(Arc::new(rules)).1,
         platform: Platform::of_this_node(),
         room: Reservations::default(),

@@ -44,3 +44,34 @@ pub(crate) fn machine() -> Result<String, Failure> {
     let last_minute = load.split(' ').next().unwrap_or_default();
     Ok(format!("{cores} x {model}, Linux {}, load {last_minute} before it began", kernel.trim()))
 }
+
+/// What the processors have done since the machine started, in ticks.
+#[derive(Clone, Copy)]
+pub(crate) struct Ticks {
+    idle: u64,
+    all: u64,
+}
+
+impl Ticks {
+    /// Until now: proc_stat(5).
+    pub(crate) fn now() -> Result<Self, Failure> {
+        let stat = std::fs::read_to_string("/proc/stat")?;
+        let line = stat.lines().find_map(|line| line.strip_prefix("cpu ")).ok_or("no processors in /proc/stat")?;
+        let ticks: Result<Vec<u64>, _> = line.split_whitespace().map(str::parse).collect();
+        let ticks = ticks?;
+        // user, nice, system, idle, iowait, irq, softirq, steal; what follows is counted in user already.
+        Ok(Self { idle: ticks.iter().skip(3).take(2).sum(), all: ticks.iter().take(8).sum() })
+    }
+
+    /// The idle part of all processors' time, from 0 to 1.
+    pub(crate) fn idle_since(self, before: Self) -> f64 {
+        (self.idle - before.idle) as f64 / (self.all - before.all).max(1) as f64
+    }
+}
+
+/// The most memory that a process has had resident so far, in MiB.
+pub(crate) fn peak_mib(pid: u32) -> Result<f64, Failure> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+    Ok(peak.ok_or("no VmHWM")?.parse::<f64>()? / 1024.0)
+}

@@ -7,6 +7,10 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use lighterman::containerd::Config;
+use lighterman::oci::{Digest, Reference};
+use lighterman::testing::image::MadeImage;
+
 use crate::cpu;
 use crate::report::Failure;
 
@@ -101,6 +105,42 @@ impl Containerd {
             return Err(format!("ctr {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr)).into());
         }
         Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// For whoever stores there.
+    pub(crate) fn config(&self) -> Config {
+        let staging = Some(self.folder.join("staging"));
+        Config { socket: self.socket(), containerd_namespace: NAMESPACE.into(), content_root: None, staging }
+    }
+
+    /// The file of a blob in its content store.
+    pub(crate) fn file_of(&self, digest: Digest) -> PathBuf {
+        self.folder.join("root/io.containerd.content.v1.content/blobs/sha256").join(digest.hex())
+    }
+
+    /// The record names the right manifest, and all that it names is there.
+    pub(crate) fn check(&self, reference: &Reference, image: &MadeImage) -> Result<(), Failure> {
+        let name = format!("name=={reference}");
+        let (digest, parts) = (image.root.digest.to_string(), image.blobs.len());
+        let checked = self.ctr(&["images", "check", &name])?;
+        if checked.contains(&digest) && checked.contains(&format!(" complete ({parts}/{parts})")) {
+            return Ok(());
+        }
+        Err(format!("the image did not come as it was ({digest}, {parts} parts): {checked}").into())
+    }
+
+    /// Removes every image, and what a command that failed left without a name.
+    pub(crate) fn empty(&self) -> Result<(), Failure> {
+        let content = ["content", "ls", "-q"];
+        let remove = |command: &[&str], listed: String| match listed.lines().collect::<Vec<_>>()[..] {
+            [] => Ok(String::new()),
+            ref names => self.ctr(&[command, names].concat()),
+        };
+        // The record's removal waits for the collector.
+        remove(&["images", "rm", "--sync"], self.ctr(&["images", "ls", "-q"])?)?;
+        remove(&["content", "rm"], self.ctr(&content)?)?;
+        let left = self.ctr(&content)?;
+        if left.is_empty() { Ok(()) } else { Err(format!("removed, and yet there is {left}").into()) }
     }
 
     /// As it tells it itself.

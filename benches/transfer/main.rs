@@ -1,17 +1,27 @@
 //! What lighterman costs beside the things that people would use instead. README.md, one folder up, says how each figure is made.
 //!
-//! Prints `figure NAME VALUE (what it ran on)` on stdout and tells on stderr what it does. An argument chooses the figures: `fetch`,
-//! `image`, `image_memory` or `image_disk`.
+//! Prints `figure NAME VALUE (what it ran on)` on stdout and tells on stderr what it does. Arguments choose the groups of figures, as
+//! beginnings of their names; `-NAME` leaves one out.
 
 mod agents;
 mod bare;
 mod cpu;
 mod daemon;
+mod faults;
 mod fetch;
+#[path = "../../tests/fleet/mod.rs"]
+mod fleet;
 mod image;
+mod large;
+mod links;
+mod missing;
+mod nodes;
 mod place;
 mod report;
 mod rig;
+mod setting;
+mod swarm;
+mod writes;
 
 use std::process::ExitCode;
 
@@ -21,18 +31,32 @@ use report::{Failure, note};
 type Make = fn() -> Result<(), Failure>;
 
 /// Figures that need the same things. One that fails does not keep the others from being made.
-const GROUPS: [(&str, Make); 3] = [
+const GROUPS: [(&str, Make); 12] = [
     ("fetch", fetch::run),
-    ("image_memory", || image::run(Place::memory()?, "")),
-    ("image_disk", || image::run(Place::disk()?, "_disk")),
+    ("links_loopback", links::loopback),
+    ("links_controllers", links::controllers),
+    ("links_far", links::far),
+    ("image_memory", || image::run(Place::memory(rig::NEEDED)?, "")),
+    ("image_disk", || image::run(Place::disk(rig::NEEDED)?, "_disk")),
+    ("missing", missing::run),
+    ("killed", faults::killed),
+    ("liar", faults::liar),
+    ("swarm", swarm::run),
+    ("writes", writes::run),
+    ("large", large::run),
 ];
 
 fn main() -> ExitCode {
     // Cargo adds `--bench`.
-    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
-    let wanted: Vec<_> = GROUPS.iter().filter(|(name, _)| name.starts_with(&filter)).collect();
+    let arguments: Vec<_> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    let (left_out, chosen): (Vec<_>, Vec<_>) = arguments.iter().partition(|argument| argument.starts_with('-'));
+    let is_wanted = |name: &str| {
+        let is_chosen = chosen.is_empty() || chosen.iter().any(|beginning| name.starts_with(beginning.as_str()));
+        is_chosen && !left_out.iter().any(|argument| argument.trim_start_matches('-') == name)
+    };
+    let wanted: Vec<_> = GROUPS.iter().filter(|(name, _)| is_wanted(name)).collect();
     if wanted.is_empty() {
-        note(&format!("no figures begin with {filter:?}: there are {}", GROUPS.map(|(name, _)| name).join(", ")));
+        note(&format!("nothing is left to do: there are {}", GROUPS.map(|(name, _)| name).join(", ")));
         return ExitCode::FAILURE;
     }
     match cpu::machine() {
@@ -41,7 +65,7 @@ fn main() -> ExitCode {
     }
     let mut failed = false;
     // Before the first thread is started, as a thread's mounts are its own.
-    if wanted.iter().any(|(name, _)| name.starts_with("image"))
+    if wanted.iter().any(|(name, _)| *name != "fetch" && !name.starts_with("links"))
         && let Err(error) = place::leave_others_mounts()
     {
         note(&error.to_string());

@@ -16,9 +16,6 @@ pub(crate) struct Place {
     in_memory: bool,
 }
 
-/// Two containerds with the image, one of them with its unpacked form as well, the registry, and what is being written.
-const NEEDED: u64 = 6 << 30;
-
 /// Mounts of this process from now on are seen by nobody else, and go when it and what it started do.
 pub(crate) fn leave_others_mounts() -> Result<(), Failure> {
     unshare(CloneFlags::CLONE_NEWNS)
@@ -28,24 +25,24 @@ pub(crate) fn leave_others_mounts() -> Result<(), Failure> {
 }
 
 impl Place {
-    /// A tmpfs, so that no disk is measured.
-    pub(crate) fn memory() -> Result<Self, Failure> {
+    /// A tmpfs, so that no disk is measured, with room for so many bytes.
+    pub(crate) fn memory(needed: u64) -> Result<Self, Failure> {
         let folder = tempfile::tempdir()?;
-        let size = format!("size={NEEDED}");
+        let size = format!("size={needed}");
         mount(Some("tmpfs"), folder.path(), Some("tmpfs"), MsFlags::empty(), Some(size.as_str()))?;
         let place = Self { folder, in_memory: true };
         let available = std::fs::read_to_string("/proc/meminfo")?;
         let available = available.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.strip_suffix("kB"));
         let available = available.ok_or("no MemAvailable in /proc/meminfo")?.trim().parse::<u64>()? << 10;
-        enough("memory", available)?;
+        enough("memory", available, needed)?;
         Ok(place)
     }
 
-    /// The disk that the build's own files are on.
-    pub(crate) fn disk() -> Result<Self, Failure> {
+    /// The disk that the build's own files are on, with room for so many bytes.
+    pub(crate) fn disk(needed: u64) -> Result<Self, Failure> {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
         let room = nix::sys::statvfs::statvfs(folder.path())?;
-        enough("disk", room.blocks_available() * room.fragment_size())?;
+        enough("disk", room.blocks_available() * room.fragment_size(), needed)?;
         Ok(Self { folder, in_memory: false })
     }
 
@@ -62,9 +59,9 @@ impl Place {
     }
 }
 
-fn enough(what: &str, available: u64) -> Result<(), Failure> {
-    if available < NEEDED {
-        return Err(format!("{} MiB of {what} are free where {} are needed", available >> 20, NEEDED >> 20).into());
+fn enough(what: &str, available: u64, needed: u64) -> Result<(), Failure> {
+    if available < needed {
+        return Err(format!("{} MiB of {what} are free where {} are needed", available >> 20, needed >> 20).into());
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use lighterman::containerd::{Config, ContainerdStore};
+use lighterman::containerd::ContainerdStore;
 use lighterman::oci::Reference;
 use lighterman::testing::image::{MadeImage, put_image};
 use nix::sys::resource::UsageWho;
@@ -11,9 +11,12 @@ use tokio::runtime::Builder;
 
 use crate::agents::{Agents, Sight};
 use crate::cpu;
-use crate::daemon::{Containerd, NAMESPACE, Registry};
+use crate::daemon::{Containerd, Registry};
 use crate::place::Place;
 use crate::report::{Failure, note};
+
+/// Two containerds with the image, one of them with its unpacked form as well, the registry, and what is being written.
+pub(crate) const NEEDED: u64 = 6 << 30;
 
 /// 1 GiB, as unequal as layers are.
 pub(crate) const LAYERS: [u64; 5] = [512 << 20, 256 << 20, 128 << 20, 64 << 20, 64 << 20];
@@ -72,11 +75,7 @@ impl Rig {
         let reference: Reference = format!("{}/bench/image:1", registry.address).parse()?;
         note("making the image");
         let image = Builder::new_current_thread().enable_all().build()?.block_on(async {
-            let store = ContainerdStore::new(Config {
-                socket: source.socket(),
-                containerd_namespace: NAMESPACE.into(),
-                content_root: None,
-            })?;
+            let store = ContainerdStore::new(source.config())?;
             Ok::<_, Failure>(put_image(&store, &[reference.to_string()], &LAYERS, 1).await?)
         })?;
         source.ctr(&["images", "push", "--plain-http", &reference.to_string()])?;
@@ -93,7 +92,7 @@ impl Rig {
                 Err(error) if way.command().is_some() => note(&format!("once more: {error}")),
                 done => return done,
             }
-            self.empty()?;
+            self.destination.empty()?;
         }
         self.attempt(way)
     }
@@ -109,8 +108,8 @@ impl Rig {
         }
         let seconds = began.elapsed().as_secs_f64();
         let after = self.cpu()?;
-        self.check()?;
-        self.empty()?;
+        self.destination.check(&self.reference, &self.image)?;
+        self.destination.empty()?;
         let cpu = std::array::from_fn(|who| after[who].saturating_sub(before[who]));
         Ok(Cost { seconds, cpu })
     }
@@ -141,30 +140,5 @@ impl Rig {
             self.destination.cpu()?,
             self.registry.cpu()?,
         ])
-    }
-
-    /// The record names the right manifest, and all that it names is there.
-    fn check(&self) -> Result<(), Failure> {
-        let name = format!("name=={}", self.reference);
-        let (digest, parts) = (self.image.root.digest.to_string(), self.image.blobs.len());
-        let checked = self.destination.ctr(&["images", "check", &name])?;
-        if checked.contains(&digest) && checked.contains(&format!(" complete ({parts}/{parts})")) {
-            return Ok(());
-        }
-        Err(format!("the image did not come as it was ({digest}, {parts} parts): {checked}").into())
-    }
-
-    /// Removes the image, and what a command that failed left without a name.
-    fn empty(&self) -> Result<(), Failure> {
-        let content = ["content", "ls", "-q"];
-        let remove = |command: &[&str], listed: String| match listed.lines().collect::<Vec<_>>()[..] {
-            [] => Ok(String::new()),
-            ref names => self.destination.ctr(&[command, names].concat()),
-        };
-        // The record's removal waits for the collector.
-        remove(&["images", "rm", "--sync"], self.destination.ctr(&["images", "ls", "-q"])?)?;
-        remove(&["content", "rm"], self.destination.ctr(&content)?)?;
-        let left = self.destination.ctr(&content)?;
-        if left.is_empty() { Ok(()) } else { Err(format!("removed, and yet there is {left}").into()) }
     }
 }

@@ -1,7 +1,7 @@
 //! The Kubernetes adapter against a real API server.
 
 mod admission;
-pub(crate) mod apiserver;
+mod apiserver;
 mod chart;
 mod claims;
 mod kubelet_events;
@@ -10,6 +10,6 @@ mod pods;
 mod policy;
 mod proxy;
 mod reports;
-pub(crate) mod rights;
+mod rights;
 mod watch;
 mod zone;

@@ -2,6 +2,8 @@
 //! server with its etcd, a registry, and links of the kernel's that are slow or break. `make test` sets them up.
 
 mod containerd;
+#[path = "../fleet/mod.rs"]
+mod fleet;
 mod kubernetes;
 mod links;
 mod mesh;

@@ -4,7 +4,6 @@
 mod fleet;
 mod usage;
 mod view;
-mod wires;
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,9 +14,10 @@ use tokio::runtime::Builder;
 use tokio::time::sleep;
 
 use crate::containerd::{content, write};
+use crate::fleet::agent::Agent;
+use crate::fleet::wires::{self, Carried, Wires};
 use fleet::Fleet;
 use usage::{processor_time, resident_mib};
-use wires::{Carried, Wires};
 
 const AGENTS: usize = 30;
 
@@ -64,7 +64,7 @@ async fn all_started_at_once_find_each_other(fleet: &mut Fleet) {
 
 /// Bytes per second on an agent's link, in both directions together, as all agents have them on average.
 async fn idling_costs_little(fleet: &Fleet) -> f64 {
-    let ids: Vec<_> = fleet.agents.iter().map(|agent| agent.id()).collect();
+    let ids: Vec<_> = fleet.living().filter_map(Agent::id).collect();
     let times = || ids.iter().map(|id| processor_time(*id)).collect::<Vec<_>>();
     let (times_before, carried_before, began) = (times(), fleet.wires.carried(), Instant::now());
     sleep(IDLE).await;
@@ -84,7 +84,7 @@ async fn idling_costs_little(fleet: &Fleet) -> f64 {
         last(&busy)
     );
     let rates = carried_after.iter().zip(carried_before).map(|(after, before)| {
-        let Carried { sent, received } = after.since(before);
+        let Carried { sent, received, packets: _ } = after.since(before);
         (sent + received) as f64 / seconds
     });
     let rates = sorted(rates);
@@ -208,10 +208,10 @@ async fn one_whose_link_is_down_is_forgotten_and_comes_back(fleet: &Fleet) {
     let mut times = Vec::new();
     for number in [5, 17, 26] {
         let began = Instant::now();
-        fleet.wires.set_link(number, "down");
+        set_link(number, "down");
         fleet.has_dropped(&[number]).await;
         times.push(began.elapsed().as_secs_f64());
-        fleet.wires.set_link(number, "up");
+        set_link(number, "up");
         fleet.knows_all().await;
     }
     let times = sorted(times);
@@ -221,6 +221,11 @@ async fn one_whose_link_is_down_is_forgotten_and_comes_back(fleet: &Fleet) {
         last(&times)
     );
     println!("figure dead_peer_forgotten_link_s {:.2} ({context})", median(&times));
+}
+
+/// Takes the mesh's link of one agent down, or up again.
+fn set_link(agent: usize, state: &str) {
+    wires::ip(&[], &[format!("link set mesh-{agent} {state}")]);
 }
 
 fn sorted(numbers: impl IntoIterator<Item = f64>) -> Vec<f64> {

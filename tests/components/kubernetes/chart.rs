@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::apiserver::{Place, within};
-use super::rights::rendered;
+use crate::fleet::rights::rendered;
 
 /// The only object of a template.
 async fn only(place: &Place, template: &str, values: &str) -> Value {

@@ -9,7 +9,8 @@ use lighterman::model::{PeerId, PodRef};
 use serde_json::json;
 
 use super::apiserver::{Place, SERVICE_ACCOUNT, make, within};
-use super::rights::{client_with, grant, rendered};
+use super::rights::client_with;
+use crate::fleet::rights::{grant, rendered};
 
 /// Puts the policy in force for this place. What belongs to no namespace is renamed, for other tests have theirs.
 async fn enforce(place: &Place) {

@@ -1,13 +1,10 @@
 //! The rights that the chart grants suffice, and nothing else is allowed.
 
-use std::fs;
-use std::path::PathBuf;
 use std::time::SystemTime;
 
 use k8s_openapi::ByteString;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Event, Namespace, Node, Pod, Secret, ServiceAccount};
-use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client};
@@ -16,60 +13,11 @@ use lighterman::metrics::Metrics;
 use lighterman::model::{Owner, PeerId};
 use lighterman::oci::Digest;
 use lighterman::ports::{Admission, Claims, Cluster, ClusterError, PodEvent, PodReport, ReportKind};
-use serde_json::{Value, json};
-use tokio::process::Command;
+use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use super::apiserver::{Place, SERVICE_ACCOUNT, address, make, program, within};
-
-/// A template of the chart as helm renders it for an agent of this place.
-pub(super) async fn rendered(place: &Place, template: &str, values: &str) -> Vec<Value> {
-    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/charts/lighterman");
-    let run = async |program: PathBuf, arguments: &[&str]| {
-        let output = Command::new(&program).args(arguments).output().await.expect("it runs");
-        assert!(output.status.success(), "{}: {}", program.display(), String::from_utf8_lossy(&output.stderr));
-        output.stdout
-    };
-    let arguments = ["template", "lighterman", chart, "-n", &place.name, "-s", template, "--set", values];
-    let file = tempfile::NamedTempFile::new().unwrap();
-    fs::write(file.path(), run(program("helm"), &arguments).await).unwrap();
-    // Into JSON.
-    let (config, file) = (place.config().kubeconfig.unwrap(), file.path().to_str().unwrap());
-    let kubeconfig = config.to_str().unwrap();
-    let arguments = ["--kubeconfig", kubeconfig, "create", "--dry-run=client", "-o", "json", "-f", file];
-    let objects = run(program("kubectl"), &arguments).await;
-    serde_json::Deserializer::from_slice(&objects).into_iter().collect::<Result<_, _>>().unwrap()
-}
-
-/// Grants what the chart grants with these values. What belongs to no namespace is renamed, for other tests have theirs.
-pub(crate) async fn grant(place: &Place, values: &str) {
-    let own = |name: &mut Value| {
-        if name.as_str().unwrap().starts_with("lighterman") {
-            *name = format!("{}-{}", name.as_str().unwrap(), place.name).into();
-        }
-    };
-    for mut object in rendered(place, "templates/rbac.yaml", values).await {
-        let kind = object["kind"].as_str().unwrap().to_owned();
-        let admin = place.admin.clone();
-        if kind.starts_with("Cluster") {
-            own(&mut object["metadata"]["name"]);
-        }
-        if kind == "ClusterRoleBinding" {
-            own(&mut object["roleRef"]["name"]);
-        }
-        let namespace = object["metadata"]["namespace"].as_str().map(str::to_owned);
-        match (kind.as_str(), namespace) {
-            ("ServiceAccount", _) => {}
-            ("ClusterRole", _) => drop(make::<ClusterRole>(&Api::all(admin), object).await),
-            ("ClusterRoleBinding", _) => drop(make::<ClusterRoleBinding>(&Api::all(admin), object).await),
-            ("Role", Some(namespace)) => drop(make::<Role>(&Api::namespaced(admin, &namespace), object).await),
-            ("RoleBinding", Some(namespace)) => {
-                drop(make::<RoleBinding>(&Api::namespaced(admin, &namespace), object).await);
-            }
-            (kind, _) => panic!("a {kind} among the rights"),
-        }
-    }
-}
+use super::apiserver::{Place, SERVICE_ACCOUNT, address, make, within};
+use crate::fleet::rights::grant;
 
 /// A token of this place's agent, with the rights that it was granted.
 async fn token(place: &Place) -> String {

@@ -16,9 +16,9 @@ use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
 use lighterman::model::PeerId;
 use lighterman::oci::{Digest, Hasher};
-use lighterman::ports::{ContentStore, Remembered};
+use lighterman::ports::{ContentStore, NoPartials, Remembered};
 use lighterman::testing::MemoryStore;
-use lighterman::transfer::{Config, Transfer};
+use lighterman::transfer::{Config, Surroundings, Transfer};
 use nix::sched::{CloneFlags, setns};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, watch};
@@ -155,8 +155,9 @@ fn bind(end: usize, identity: &Identity, admits: PeerId, store: MemoryStore, rul
     };
     let (admission, joined) = (Arc::new(StaticAdmission::new([admits])), mpsc::channel(4).0);
     let in_force = watch::channel(rules).1;
-    let store = Arc::new(store);
-    Transfer::bind_within(config, identity, admission, store, Metrics::new(), joined, in_force).unwrap()
+    let (store, partials) = (Arc::new(store), Arc::new(NoPartials));
+    let surroundings = Surroundings { admission, store, partials, metrics: Metrics::new(), joined };
+    Transfer::bind_within(config, identity, surroundings, in_force).unwrap()
 }
 
 fn rules(max_download_rate: u64, max_upload_rate: u64) -> Arc<Rules> {

@@ -1,15 +1,10 @@
 //! What one agent knows of the others, as it tells on its admin port.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::time::Duration;
 
 use serde::Deserialize;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 
-/// An agent that does not answer in this time is asked again.
-const ANSWER_WAIT: Duration = Duration::from_secs(2);
+use crate::fleet::agent::Agent;
 
 /// `/debug/mesh`, as far as it is looked at here.
 #[derive(Debug, Deserialize)]
@@ -42,8 +37,8 @@ enum State {
 
 impl View {
     /// How the agent sees it now; `None` while it does not answer.
-    pub(super) async fn of(admin: SocketAddr) -> Option<Self> {
-        let body = tokio::time::timeout(ANSWER_WAIT, get(admin, "/debug/mesh")).await.ok()??;
+    pub(super) async fn of(agent: &Agent) -> Option<Self> {
+        let body = agent.get("/debug/mesh").await?;
         Some(serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error}: {body}")))
     }
 
@@ -57,15 +52,4 @@ impl View {
     pub(super) fn has_dropped(&self, node: &str) -> bool {
         self.members.iter().all(|member| member.node != node || member.state == State::Down)
     }
-}
-
-/// The body of a good answer; `None` where there is none.
-async fn get(address: SocketAddr, path: &str) -> Option<String> {
-    let mut connection = TcpStream::connect(address).await.ok()?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n");
-    connection.write_all(request.as_bytes()).await.ok()?;
-    let mut answer = String::new();
-    connection.read_to_string(&mut answer).await.ok()?;
-    let (head, body) = answer.split_once("\r\n\r\n")?;
-    head.starts_with("HTTP/1.1 200 ").then(|| body.to_owned())
 }

@@ -14,9 +14,9 @@ use libp2p::{Multiaddr, SwarmBuilder, noise, ping, tcp, yamux};
 use lighterman::identity::{Identity, libp2p_peer_id};
 use lighterman::metrics::Metrics;
 use lighterman::model::{Credential, PeerId};
-use lighterman::ports::{Admission, Admitted, Refusal};
+use lighterman::ports::{Admission, Admitted, NoPartials, Refusal};
 use lighterman::testing::MemoryStore;
-use lighterman::transfer::{Config, GreetError, Transfer};
+use lighterman::transfer::{Config, GreetError, Surroundings, Transfer};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
@@ -147,8 +147,14 @@ async fn greet(identity: &Identity, token: &str, agent: SocketAddr) -> Result<Pe
     let config = Config { listen: ([0, 0, 0, 0], 0).into(), gossip_port: 1, node, max_serving: 1 };
     let shows = Shows { credential: Credential::new(token.to_owned()), renewals: watch::Sender::default() };
     let (joined, _) = mpsc::channel(1);
-    let store = Arc::new(MemoryStore::default());
-    let transfer = Transfer::bind(config, identity, Arc::new(shows), store, Metrics::new(), joined);
+    let surroundings = Surroundings {
+        admission: Arc::new(shows),
+        store: Arc::new(MemoryStore::default()),
+        partials: Arc::new(NoPartials),
+        metrics: Metrics::new(),
+        joined,
+    };
+    let transfer = Transfer::bind(config, identity, surroundings);
     transfer.expect("a socket").greet(agent, None).await.map(|peer| peer.id)
 }
 

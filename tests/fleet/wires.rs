@@ -12,10 +12,10 @@ use std::process::{Child, Command, Stdio};
 use nix::sched::{CloneFlags, setns};
 
 /// The switch's own address on the links of the API server and the admin ports. The namespaces have no way out.
-pub(super) const SWITCH: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 1);
+pub(crate) const SWITCH: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 1);
 
 /// All namespaces go when dropped, and when this process ends in whichever way.
-pub(super) struct Wires {
+pub(crate) struct Wires {
     tag: String,
     agents: usize,
     /// Its standard input is closed when this process ends; then it ends what is in the agents' namespaces and removes them all.
@@ -37,24 +37,30 @@ ip netns del "$switch"
 
 /// Bytes on the mesh's link of one agent, with their Ethernet headers.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Carried {
-    pub(super) sent: u64,
-    pub(super) received: u64,
+pub(crate) struct Carried {
+    pub(crate) sent: u64,
+    pub(crate) received: u64,
+    /// In both directions.
+    pub(crate) packets: u64,
 }
 
 impl Carried {
-    pub(super) fn since(self, before: Self) -> Self {
-        Self { sent: self.sent - before.sent, received: self.received - before.received }
+    pub(crate) fn since(self, before: Self) -> Self {
+        Self {
+            sent: self.sent - before.sent,
+            received: self.received - before.received,
+            packets: self.packets - before.packets,
+        }
     }
 }
 
 /// Where an agent listens for its peers.
-pub(super) fn mesh_address(agent: usize) -> SocketAddr {
+pub(crate) fn mesh_address(agent: usize) -> SocketAddr {
     (Ipv4Addr::new(10, 98, 0, last_byte(agent)), 4701).into()
 }
 
 /// Where it answers probes.
-pub(super) fn admin_address(agent: usize) -> SocketAddr {
+pub(crate) fn admin_address(agent: usize) -> SocketAddr {
     (Ipv4Addr::new(10, 97, 0, last_byte(agent)), 4702).into()
 }
 
@@ -64,7 +70,7 @@ fn last_byte(agent: usize) -> u8 {
 
 impl Wires {
     /// Namespaces for so many agents.
-    pub(super) fn new(agents: usize) -> Self {
+    pub(crate) fn new(agents: usize) -> Self {
         let tag = format!("lighterman-{}", std::process::id());
         let names: Vec<_> = (0..agents).map(|agent| namespace(&tag, agent)).collect();
         let switch = format!("{tag}-switch");
@@ -107,34 +113,29 @@ impl Wires {
     }
 
     /// Makes this thread part of the switch; what it starts is, too.
-    pub(super) fn enter_switch(&self) {
+    pub(crate) fn enter_switch(&self) {
         let namespace = File::open(format!("/var/run/netns/{}-switch", self.tag)).unwrap();
         setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
     }
 
     /// A command in an agent's namespace, with the process ID that the started one has.
-    pub(super) fn command(&self, agent: usize, program: &Path) -> Command {
+    pub(crate) fn command(&self, agent: usize, program: &Path) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net=/var/run/netns/{}", namespace(&self.tag, agent))).arg(program);
         command
     }
 
     /// What each mesh link has carried. For threads of the switch.
-    pub(super) fn carried(&self) -> Vec<Carried> {
+    pub(crate) fn carried(&self) -> Vec<Carried> {
         let table = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
         let of_agent = |agent: usize| {
             let link = format!("mesh-{agent}:");
             let numbers = table.lines().find_map(|line| line.trim_start().strip_prefix(&link)).unwrap();
             let numbers: Vec<u64> = numbers.split_whitespace().map(|number| number.parse().unwrap()).collect();
             // From the switch's end: what it received the agent has sent.
-            Carried { sent: numbers[0], received: numbers[8] }
+            Carried { sent: numbers[0], received: numbers[8], packets: numbers[1] + numbers[9] }
         };
         (0..self.agents).map(of_agent).collect()
-    }
-
-    /// Takes the mesh's link of one agent down, or up again. For threads of the switch.
-    pub(super) fn set_link(&self, agent: usize, state: &str) {
-        ip(&[], &[format!("link set mesh-{agent} {state}")]);
     }
 }
 
@@ -150,7 +151,7 @@ fn namespace(tag: &str, agent: usize) -> String {
 }
 
 /// Runs `ip` with these arguments, and these lines as a batch if there are any.
-fn ip(arguments: &[&str], lines: &[String]) {
+pub(crate) fn ip(arguments: &[&str], lines: &[String]) {
     let mut command = Command::new("ip");
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
     if !lines.is_empty() {

@@ -1,0 +1,83 @@
+//! One node has an image, and all others want it at once.
+
+use std::time::Instant;
+
+use futures::future::try_join_all;
+
+use crate::cpu::Ticks;
+use crate::nodes::{Nodes, name_of, pull, spread, with_nodes};
+use crate::place::Place;
+use crate::report::{Failure, figure, median, note};
+
+const NODES: usize = 8;
+
+/// Of every link, in each direction.
+const MBIT_S: u32 = 200;
+
+/// The image on every node, twice, and the containerds.
+const NEEDED: u64 = 6 << 30;
+
+const RUNS: u64 = 3;
+
+/// Below this the processors hold up the network, and what is measured is the machine.
+const LEAST_IDLE: f64 = 0.2;
+
+struct Run {
+    /// Of size / bandwidth.
+    worst: f64,
+    median: f64,
+    idle: f64,
+}
+
+pub(crate) fn run() -> Result<(), Failure> {
+    with_nodes(Place::memory(NEEDED)?, NODES, async |nodes| {
+        nodes.shape(MBIT_S)?;
+        let one = measure(nodes, "swarm8_worst_sb", &[256 << 20], "one layer of 256 MiB").await;
+        let eight = measure(nodes, "swarm8_worst_sb_8_layers", &[32 << 20; 8], "8 layers of 32 MiB").await;
+        one.and(eight)
+    })
+}
+
+async fn measure(nodes: &Nodes, name: &str, layers: &[u64], what: &str) -> Result<(), Failure> {
+    let mut runs = Vec::new();
+    // The first one warms up.
+    for seed in 0..=RUNS {
+        let run = recover_everywhere(nodes, layers, 100 * layers.len() as u64 + seed).await?;
+        note(&format!("{what}: worst {:.3}, median {:.3}, idle {:.0} %", run.worst, run.median, 100.0 * run.idle));
+        runs.extend((seed > 0).then_some(run));
+    }
+    let worst: Vec<_> = runs.iter().map(|run| run.worst).collect();
+    let idle = runs.iter().map(|run| run.idle).fold(1.0, f64::min);
+    if idle < LEAST_IDLE {
+        let (idle, worst) = (100.0 * idle, spread(&worst));
+        return Err(format!("{name} is void: only {idle:.0} % of the processors' time was idle ({worst})").into());
+    }
+    let on = format!(
+        "{what}, 1 seed, {} others at once, {MBIT_S} Mbit/s each way; {}; the middle node {:.2}; at least {:.0} % of the processors' time idle",
+        NODES - 1,
+        spread(&worst),
+        median(runs.iter().map(|run| run.median)),
+        100.0 * idle,
+    );
+    figure(name, median(worst), &on);
+    Ok(())
+}
+
+async fn recover_everywhere(nodes: &Nodes, layers: &[u64], seed: u64) -> Result<Run, Failure> {
+    let reference = name_of("swarm", seed)?;
+    let image = nodes.put(0, &reference, layers, seed).await?;
+    nodes.find(&reference, 1..NODES, &[0]).await?;
+    let before = Ticks::now()?;
+    let began = Instant::now();
+    let pulls = (1..NODES).map(async |node| {
+        pull(&nodes.agents[node], &reference, |_| ()).await?;
+        Ok::<_, Failure>(began.elapsed().as_secs_f64())
+    });
+    let seconds = try_join_all(pulls).await?;
+    let idle = Ticks::now()?.idle_since(before);
+    nodes.check(1..NODES, &reference, &image)?;
+    nodes.empty()?;
+    let unit = image.bytes() as f64 * 8.0 / (f64::from(MBIT_S) * 1e6);
+    let worst = seconds.iter().copied().fold(0.0, f64::max) / unit;
+    Ok(Run { worst, median: median(seconds) / unit, idle })
+}

@@ -1,0 +1,146 @@
+//! One node's agent: what it is told about itself, its process, and what it answers.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Node;
+use kube::Api;
+use lighterman::containerd::{Config, ContainerdStore};
+use lighterman::control::Client;
+use lighterman::oci::Reference;
+use lighterman::ports::PullProgress;
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use super::apiserver::{Place, SERVICE_ACCOUNT, make};
+use super::wires::{Wires, admin_address, mesh_address};
+
+/// How many agents are found by address; the others are found through them.
+const SEEDS: usize = 3;
+
+/// An agent that does not answer in this time is asked again.
+const ANSWER_WAIT: Duration = Duration::from_secs(2);
+
+/// One node's agent, running or not.
+pub(crate) struct Agent {
+    pub(crate) node: String,
+    pub(crate) store: ContainerdStore,
+    number: usize,
+    folder: PathBuf,
+    arguments: Vec<String>,
+    process: Option<Child>,
+}
+
+impl Agent {
+    /// The objects and files that a node's agent finds. It does not run yet. `flags` are those that are not the same for every fleet.
+    pub(crate) async fn new(
+        place: &Place,
+        number: usize,
+        folder: &Path,
+        zone: Option<String>,
+        containerd: Config,
+        flags: &[(&str, &str)],
+    ) -> Self {
+        let node = format!("node-{number}");
+        let labels = json!({ "topology.kubernetes.io/zone": zone });
+        let labels = zone.map_or(json!({}), |_| labels);
+        make::<Node>(&Api::all(place.admin.clone()), json!({ "metadata": { "name": node, "labels": labels } })).await;
+        let pod = place.pod_on(&format!("agent-{number}"), &node).await;
+        let token = place.token(SERVICE_ACCOUNT, None, Some(&pod)).await;
+        let kubernetes = place.config_of(&token);
+        let folder = folder.join(&node);
+        std::fs::create_dir(&folder).unwrap();
+        let seeds: Vec<_> = (0..SEEDS).map(|seed| mesh_address(seed).to_string()).collect();
+        let text = |path: &Path| path.to_str().unwrap().to_owned();
+        let own = [
+            ("--node-name", node.clone()),
+            ("--pod-namespace", kubernetes.k8s_namespace),
+            ("--pod-name", pod.name),
+            ("--pod-uid", pod.uid),
+            ("--service-account", kubernetes.service_account),
+            ("--kubeconfig", text(&kubernetes.kubeconfig.unwrap())),
+            ("--listen", mesh_address(number).to_string()),
+            ("--admin-listen", admin_address(number).to_string()),
+            ("--join", seeds.join(",")),
+            ("--admission", "token".to_owned()),
+            ("--data-dir", text(&folder)),
+            ("--containerd-socket", text(&containerd.socket)),
+            ("--containerd-namespace", containerd.containerd_namespace.clone()),
+        ];
+        let flags = flags.iter().map(|(flag, value)| (*flag, (*value).to_owned()));
+        let arguments = own.into_iter().chain(flags).flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
+        let store = ContainerdStore::new(containerd).unwrap();
+        Self { store, node, number, folder, arguments, process: None }
+    }
+
+    pub(crate) fn start(&mut self, wires: &Wires) {
+        let log = File::options().create(true).append(true).open(self.folder.join("log")).unwrap();
+        let mut command = wires.command(self.number, &binary());
+        command.arg("agent").args(&self.arguments).stdin(Stdio::null());
+        let process = command.stdout(log.try_clone().unwrap()).stderr(log).spawn().expect("nsenter runs");
+        self.process = Some(process);
+    }
+
+    /// SIGKILL, so that nobody is told.
+    pub(crate) fn kill(&mut self) {
+        let mut process = self.process.take().expect("it runs");
+        process.kill().unwrap();
+        process.wait().unwrap();
+    }
+
+    /// Its process, while it runs.
+    pub(crate) fn id(&self) -> Option<u32> {
+        self.process.as_ref().map(Child::id)
+    }
+
+    /// What it answers at its admin port; `None` where there is no good answer.
+    pub(crate) async fn get(&self, path: &str) -> Option<String> {
+        let got = async {
+            let mut connection = TcpStream::connect(admin_address(self.number)).await.ok()?;
+            let request = format!("GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n");
+            connection.write_all(request.as_bytes()).await.ok()?;
+            let mut answer = String::new();
+            connection.read_to_string(&mut answer).await.ok()?;
+            let (head, body) = answer.split_once("\r\n\r\n")?;
+            head.starts_with("HTTP/1.1 200 ").then(|| body.to_owned())
+        };
+        tokio::time::timeout(ANSWER_WAIT, got).await.ok()?
+    }
+
+    /// Its control socket.
+    pub(crate) fn control(&self) -> Client {
+        Client::new(&self.folder.join("agent.sock"))
+    }
+
+    /// Whether it would fetch the image from this node.
+    pub(crate) async fn finds(&self, image: &Reference, provider: &str) -> bool {
+        let Ok(mut asked) = self.control().pull(image, true).await else { return false };
+        let answer = asked.next().await;
+        matches!(answer, Ok(PullProgress::Resolved { providers, .. }) if providers.iter().any(|node| node == provider))
+    }
+
+    /// The end of what it said.
+    pub(crate) fn story(&self) -> String {
+        let log = std::fs::read_to_string(self.folder.join("log")).unwrap_or_default();
+        let lines: Vec<_> = log.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Some(process) = &mut self.process {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+/// The static one if there is one, as it is shipped; its memory and speed are what users see.
+fn binary() -> PathBuf {
+    let set = std::env::var_os("LIGHTERMAN_BIN").filter(|path| !path.is_empty());
+    set.map_or_else(|| env!("CARGO_BIN_EXE_lighterman").into(), PathBuf::from)
+}
