@@ -76,7 +76,7 @@ impl Slots {
         }
     }
 
-    /// A request of a peer for pieces of a blob that is cut into so many. Its turn comes from [`Slots::next`].
+    /// A request of a peer for pieces of a blob that is cut into so many. Its turn comes from [`Slots::turn`].
     ///
     /// # Errors
     /// [`Full`].
