@@ -149,12 +149,22 @@ impl ContainerdStore {
 
     pub(super) async fn begin_write_in(&self, slot: Arc<Slot>, size: u64, pin: &Pin) -> Result<Writer, StoreError> {
         let digest = slot.digest;
-        let mut stream = self.open_write(&slot, size, pin).await?;
-        // Another namespace has the blob, or its file is there without a record, and it is offered unseen.
-        if stream.offered > 0 {
+        let mut pause = FIRST_PAUSE;
+        let stream = loop {
+            let mut stream = self.open_write(&slot, size, pin).await?;
+            // Another namespace has the blob, or its file is there without a record, and it is offered unseen.
+            if stream.offered == 0 {
+                break stream;
+            }
             let declined = stream.decline(asking(WriteAction::Write, digest, size)).await;
-            declined.map_err(|status| self.link.failed_for(digest, &status))?;
-        }
+            match declined.map_err(|status| self.link.failed_for(digest, &status)) {
+                Ok(()) => break stream,
+                // The offer came before containerd had noticed that the last stream on the ref is gone.
+                Err(StoreError::Busy(_)) if pause <= LAST_PAUSE => sleep(pause).await,
+                Err(error) => return Err(error),
+            }
+            pause *= 2;
+        };
         let filling = Vec::with_capacity(MESSAGE.min(usize::try_from(size).unwrap_or(MESSAGE)));
         let Stream { messages, answers, offered: _ } = stream;
         Ok(Writer { slot, size, written: 0, confirmed: 0, filling, messages, answers })
