@@ -1,8 +1,8 @@
 //! A store whose user is killed at a chosen step, so that every step of a recovery can be tried.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -31,12 +31,14 @@ pub struct StoppingStore {
     steps: Arc<AtomicUsize>,
     killed_at: KilledAt,
     reached: watch::Sender<bool>,
+    /// What a kill takes away from whoever still has it.
+    staged: Arc<Mutex<Vec<Arc<Stage>>>>,
 }
 
 impl StoppingStore {
     /// A store in front of another.
     pub fn new(inner: Arc<dyn ContentStore>, killed_at: KilledAt) -> Self {
-        Self { inner, steps: Arc::default(), killed_at, reached: watch::Sender::new(false) }
+        Self { inner, steps: Arc::default(), killed_at, reached: watch::Sender::new(false), staged: Arc::default() }
     }
 
     /// Waits until the step has come.
@@ -55,10 +57,14 @@ impl StoppingStore {
         if step < last {
             return work.await;
         }
+        if step == last && after {
+            work.await;
+        } else {
+            // A process that was killed holds nothing any more.
+            drop(work);
+        }
         if step == last {
-            if after {
-                work.await;
-            }
+            self.staged.lock().unwrap_or_else(PoisonError::into_inner).drain(..).for_each(|stage| stage.close());
             self.reached.send_replace(true);
         }
         std::future::pending().await
@@ -86,7 +92,9 @@ impl ContentStore for StoppingStore {
 
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
         let staged = self.step(self.inner.stage(digest, size, pin)).await?;
-        Ok(Arc::new(Stage { inner: staged, store: self.clone() }))
+        let stage = Arc::new(Stage { inner: Mutex::new(Some(staged)), store: self.clone() });
+        self.staged.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&stage));
+        Ok(stage)
     }
 
     async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
@@ -147,29 +155,51 @@ impl BlobWriter for Writer {
 }
 
 struct Stage {
-    inner: Arc<dyn Staged>,
+    /// Until the kill.
+    inner: Mutex<Option<Arc<dyn Staged>>>,
     store: StoppingStore,
+}
+
+impl Stage {
+    fn close(&self) {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    fn open(&self) -> Option<Arc<dyn Staged>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whoever goes on after the kill, goes on for ever.
+    async fn inner(&self) -> Arc<dyn Staged> {
+        match self.open() {
+            Some(inner) => inner,
+            None => std::future::pending().await,
+        }
+    }
 }
 
 #[async_trait]
 impl Staged for Stage {
     fn left(&self) -> Vec<Range<u64>> {
-        self.inner.left()
+        self.open().map(|inner| inner.left()).unwrap_or_default()
     }
 
     async fn write_at(&self, offset: u64, chunks: &[Bytes]) -> Result<(), StoreError> {
-        self.store.step(self.inner.write_at(offset, chunks)).await
+        let inner = self.inner().await;
+        self.store.step(async move { inner.write_at(offset, chunks).await }).await
     }
 
     async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
-        self.inner.read_at(offset, most).await
+        self.inner().await.read_at(offset, most).await
     }
 
     async fn commit(&self, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
-        self.store.step(self.inner.commit(proof, remembered)).await
+        let inner = self.inner().await;
+        self.store.step(async move { inner.commit(proof, remembered).await }).await
     }
 
     async fn abandon(&self) {
-        self.store.step(self.inner.abandon()).await;
+        let inner = self.inner().await;
+        self.store.step(async move { inner.abandon().await }).await;
     }
 }
