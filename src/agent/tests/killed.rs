@@ -25,7 +25,7 @@ enum Before {
 /// A node on which the recovery was killed; `None` when it ended before that step came.
 async fn killed(killed_at: KilledAt, before: Before) -> Option<Harbour> {
     let harbour = Harbour::new();
-    let recipe = Recipe { layers: vec![3000, 200], index: true, ..Recipe::default() };
+    let recipe = Recipe { layers: vec![1_500_000, 200], index: true, ..Recipe::default() };
     let theirs = Arc::new(MemoryStore::new());
     make_image(&*theirs, &[IMAGE.into()], &recipe, 7).await.unwrap();
     harbour.announce(1, theirs, Behaviour::Honest).await;
@@ -89,7 +89,9 @@ async fn whenever_it_is_killed_no_record_promises_too_much_and_the_next_start_fi
             harbour.store.collect();
             every_record_of_ours_is_whole(&harbour.store, &format!("{when} and collected")).await;
             let wanted = IMAGE.parse::<Reference>().unwrap().into();
+            let began = tokio::time::Instant::now();
             let recovered = harbour.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await;
+            assert!(began.elapsed() < Duration::from_secs(1), "{when}: simulated time {:?}", began.elapsed());
             let root = recovered.unwrap_or_else(|error| panic!("{when}: {error}")).root;
             // What the killed one held is held no longer then.
             tokio::time::advance(Duration::from_secs(3601)).await;
