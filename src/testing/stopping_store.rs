@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -32,7 +32,7 @@ pub struct StoppingStore {
     killed_at: KilledAt,
     reached: watch::Sender<bool>,
     /// What a kill takes away from whoever still has it.
-    staged: Arc<Mutex<Vec<Arc<Stage>>>>,
+    staged: Arc<Mutex<Vec<Weak<Stage>>>>,
 }
 
 impl StoppingStore {
@@ -55,7 +55,13 @@ impl StoppingStore {
             KilledAt::After(last) => (last, true),
         };
         if step < last {
-            return work.await;
+            let done = work.await;
+            // What was under way when the kill came has nobody to come back to.
+            if !*self.reached.borrow() {
+                return done;
+            }
+            drop(done);
+            return std::future::pending().await;
         }
         if step == last && after {
             work.await;
@@ -64,7 +70,11 @@ impl StoppingStore {
             drop(work);
         }
         if step == last {
-            self.staged.lock().unwrap_or_else(PoisonError::into_inner).drain(..).for_each(|stage| stage.close());
+            self.staged.lock().unwrap_or_else(PoisonError::into_inner).drain(..).for_each(|stage| {
+                if let Some(stage) = stage.upgrade() {
+                    stage.close();
+                }
+            });
             self.reached.send_replace(true);
         }
         std::future::pending().await
@@ -93,7 +103,7 @@ impl ContentStore for StoppingStore {
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
         let staged = self.step(self.inner.stage(digest, size, pin)).await?;
         let stage = Arc::new(Stage { inner: Mutex::new(Some(staged)), store: self.clone() });
-        self.staged.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&stage));
+        self.staged.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&stage));
         Ok(stage)
     }
 
