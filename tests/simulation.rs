@@ -4,6 +4,7 @@
 //! Small clusters run always. The large one, which the figures are of, runs in release builds alone.
 
 mod simulation {
+    mod agenda;
     mod calibration;
     mod content;
     mod fuzz;

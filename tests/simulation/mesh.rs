@@ -14,8 +14,6 @@ mod notary;
 mod router;
 mod truth;
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -26,6 +24,7 @@ use lighterman::oci::Digest;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
+use super::agenda::Agenda;
 use catalogue::Catalogue;
 pub(crate) use catalogue::ItemNumber;
 use links::Link;
@@ -93,28 +92,6 @@ enum Event {
     Join(NodeNumber, u32),
 }
 
-struct Due(Micros, u64, Event);
-
-impl PartialEq for Due {
-    fn eq(&self, other: &Self) -> bool {
-        (self.0, self.1) == (other.0, other.1)
-    }
-}
-
-impl Eq for Due {}
-
-impl PartialOrd for Due {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Due {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (self.0, self.1).cmp(&(other.0, other.1))
-    }
-}
-
 /// A message of gossipsub, and what it weighs.
 struct Published {
     gossip: Gossip,
@@ -145,8 +122,7 @@ pub(crate) struct Mesh {
     pub(crate) now: Micros,
     began: Instant,
     pub(crate) rng: SmallRng,
-    queue: BinaryHeap<Reverse<Due>>,
-    scheduled: u64,
+    agenda: Agenda<Event>,
     pub(crate) nodes: Vec<Node>,
     numbers: std::collections::HashMap<PeerId, NodeNumber>,
     links: Vec<Link>,
@@ -169,8 +145,7 @@ impl Mesh {
             now: 0,
             began: Instant::now(),
             rng,
-            queue: BinaryHeap::new(),
-            scheduled: 0,
+            agenda: Agenda::new(),
             nodes,
             numbers,
             links: Vec::new(),
@@ -204,10 +179,7 @@ impl Mesh {
     /// Lets time pass.
     pub(crate) fn run_for(&mut self, time: Duration) {
         let end = self.now + micros(time);
-        while let Some(Reverse(due)) = self.queue.peek()
-            && due.0 <= end
-        {
-            let Some(Reverse(Due(at, _, event))) = self.queue.pop() else { break };
+        while let Some((at, event)) = self.agenda.next(end) {
             self.now = at;
             self.happen(event);
         }
@@ -233,8 +205,7 @@ impl Mesh {
     }
 
     fn schedule(&mut self, at: Micros, event: Event) {
-        self.scheduled += 1;
-        self.queue.push(Reverse(Due(at, self.scheduled, event)));
+        self.agenda.note(at, event);
     }
 
     fn jitter(&mut self, most: Micros) -> Micros {

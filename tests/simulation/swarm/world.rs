@@ -1,7 +1,5 @@
 //! All nodes, what is on its way between them, and the time.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +13,7 @@ use rand::{Rng, SeedableRng};
 use super::lease::Server;
 use super::network::{Network, StreamId};
 use super::node::{Kind, Node};
+use crate::simulation::agenda::Agenda;
 
 /// What is simulated.
 #[derive(Debug, Clone)]
@@ -54,25 +53,6 @@ pub(super) enum Event {
     Claim { node: usize, step: Option<Step> },
 }
 
-struct Queued(u64, u64, Event);
-
-impl PartialEq for Queued {
-    fn eq(&self, other: &Self) -> bool {
-        (self.0, self.1) == (other.0, other.1)
-    }
-}
-impl Eq for Queued {}
-impl PartialOrd for Queued {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl Ord for Queued {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (self.0, self.1).cmp(&(other.0, other.1))
-    }
-}
-
 pub(super) struct World {
     pub(super) setting: Setting,
     pub(super) digest: Digest,
@@ -82,8 +62,7 @@ pub(super) struct World {
     pub(super) server: Server,
     pub(super) now: u64,
     began: Instant,
-    events: BinaryHeap<Reverse<Queued>>,
-    number: u64,
+    events: Agenda<Event>,
     pub(super) rng: SmallRng,
     pub(super) crossed: u64,
     /// Useful bytes received in each half second.
@@ -120,8 +99,7 @@ impl World {
             server: Server::default(),
             now: 0,
             began,
-            events: BinaryHeap::new(),
-            number: 0,
+            events: Agenda::new(),
             rng: SmallRng::seed_from_u64(setting.seed),
             crossed: 0,
             course: Vec::new(),
@@ -134,8 +112,7 @@ impl World {
     }
 
     pub(super) fn after(&mut self, micros: u64, event: Event) {
-        self.number += 1;
-        self.events.push(Reverse(Queued(self.now + micros, self.number, event)));
+        self.events.note(self.now + micros, event);
     }
 
     pub(super) fn instant(&self) -> Instant {
@@ -156,10 +133,7 @@ impl World {
     pub(super) fn run_until(&mut self, seconds: f64, holds: impl Fn(&Self) -> bool) -> bool {
         let until = self.now + (seconds * 1e6) as u64;
         while !holds(self) {
-            let Some(Reverse(Queued(at, _, event))) = self.events.pop() else { return false };
-            if at > until {
-                return false;
-            }
+            let Some((at, event)) = self.events.next(until) else { return false };
             self.now = at;
             self.happens(event);
         }
