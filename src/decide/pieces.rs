@@ -9,8 +9,10 @@
 //!
 //! - Of each blob the last piece first, which proves its length; then the rarest among the neighbours, in a random order where they are equally
 //!   rare. Never in reading order: all would wait for the same piece.
-//! - A partial neighbour is asked for exactly what is wanted of it. One that holds everything is offered more and sends what it has sent the
-//!   least, even while nobody else is known: a swarm is as fast as its one source sends each piece once. What is offered is set aside until it has chosen or is late, and less is offered the less there is.
+//! - A partial neighbour is asked for exactly what is wanted of it. One that holds everything, or pieces that nobody else near has, is offered
+//!   more and sends what it has sent the least, even while nobody else is known: a swarm is as fast as its one source sends each piece once, and a
+//!   zone's one source is whoever fetches from other zones. What is offered is set aside until it has chosen or is late, and less is offered the less there is.
+//! - How rare a piece is counts where it would come from: in our own zone for a neighbour there.
 //! - Of the peers that have something, the one is asked that will be done first: what it owes and the new ask, at its rate.
 //! - What a neighbour of our own zone has is not asked of another zone, unless nothing comes of asking it.
 //! - Nobody is waited for: what a peer is silent about for longer than it usually is, is asked of another too.

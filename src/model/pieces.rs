@@ -23,7 +23,7 @@ pub struct Order {
     pub cut: Cut,
     /// The pieces that are welcome, the most welcome first; at most [`MAX_CHOICE`], each once.
     pub choice: Vec<u32>,
-    /// How many of them are to come. Which, the peer chooses: one that holds all of the blob sends what it has sent the least.
+    /// How many of them are to come. Which, the peer chooses: of what it has that which it has sent the least.
     pub most: u8,
 }
 

@@ -69,9 +69,9 @@ impl Uploads {
         Ok(Upload { uploads: self, peer, digest, pieces, place })
     }
 
-    /// Those of the choice that were sent the least; they count as sent from now on.
-    pub(super) fn choose(&self, digest: Digest, choice: &[u32], most: u8) -> Vec<u32> {
-        self.lock().sent.choose(digest, choice, most.into(), |_| true)
+    /// Those of the choice that are here and were sent the least; they count as sent from now on.
+    pub(super) fn choose(&self, digest: Digest, choice: &[u32], most: u8, has: impl Fn(u32) -> bool) -> Vec<u32> {
+        self.lock().sent.choose(digest, choice, most.into(), has)
     }
 
     fn enqueue(&self, peer: PeerId, digest: Digest, pieces: usize) -> Result<Place<'_>, NoPlace> {

@@ -19,7 +19,7 @@ const ASK_TIME: f64 = 0.1;
 const MAX_MOST: usize = 16;
 const FIRST_BYTES: u64 = 1 << 20;
 
-/// Pieces offered to one that holds everything: with so many to choose from, it nearly always finds one that it has not sent.
+/// Pieces offered to one that holds everything, or has what nobody else near has: with so many to choose from, it nearly always finds one that it has not sent.
 const MAX_OFFER: usize = 32;
 const _: () = assert!(MAX_OFFER <= MAX_CHOICE && MAX_MOST <= MAX_OFFER);
 
@@ -190,7 +190,8 @@ impl Pool {
             // A quarter of what there is, so that others find something too, down to the last.
             blob.rarest(link, (blob.free_count() / 4).clamp(most.min(blob.free_count().div_ceil(4)), MAX_OFFER))
         } else {
-            blob.rarest(link, most.min(blob.free_count().div_ceil(4)))
+            let fair = blob.free_count().div_ceil(4);
+            blob.rarest(link, most.max(blob.sole(link)).min(MAX_OFFER).min(fair))
         };
         let most = most.min(choice.len());
         (most > 0).then(|| self.ask(peer, place, choice, most, now))

@@ -279,7 +279,8 @@ impl Blob {
         let of_partial = (!link.is_whole).then(|| self.free.and(&link.held)).into_iter().flatten();
         let of_whole = link.is_whole.then(|| self.free.iter()).into_iter().flatten();
         let fits = |piece: &u32| !link.is_far || self.near_counts[*piece as usize] == 0;
-        let mut keys: Vec<_> = of_partial.chain(of_whole).filter(fits).map(|piece| self.key(piece)).collect();
+        let mut keys: Vec<_> =
+            of_partial.chain(of_whole).filter(fits).map(|piece| self.key(piece, link.is_far)).collect();
         if keys.len() > most {
             keys.select_nth_unstable(most);
             keys.truncate(most);
@@ -288,9 +289,19 @@ impl Blob {
         keys.into_iter().map(|key| key as u32).collect()
     }
 
+    /// How many free pieces this neighbour has and no other of our zone, so that nobody else is to be asked for them meanwhile.
+    pub(super) fn sole(&self, link: usize) -> usize {
+        let link = &self.links[link];
+        if link.is_whole || link.is_far || self.near_whole > 0 {
+            return 0;
+        }
+        self.free.and(&link.held).filter(|piece| self.near_counts[*piece as usize] == 1).count()
+    }
+
     /// The least is wanted most. Its lower half is the piece itself; above that are 18 bits of order, and 14 of rarity.
-    fn key(&self, piece: u32) -> u64 {
-        let rarity = if piece == self.tail() { 0 } else { u64::from(self.counts[piece as usize]) + 1 };
+    fn key(&self, piece: u32, is_far: bool) -> u64 {
+        let counts = if is_far { &self.counts } else { &self.near_counts };
+        let rarity = if piece == self.tail() { 0 } else { u64::from(counts[piece as usize]) + 1 };
         let order = if self.links.len() == 1 {
             // In a row, for one who reads them from a disk. Many that begin with the same lone source do not all begin with the same piece.
             (self.salt >> 32).wrapping_add(piece.into()) % self.askers.len() as u64

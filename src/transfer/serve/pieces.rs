@@ -1,4 +1,4 @@
-//! Serving pieces: of a whole blob those that were sent the least, of one that is being fetched those that are there.
+//! Serving pieces: of those that are welcome and here the ones that were sent the least.
 
 use std::collections::HashSet;
 use std::mem::take;
@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout};
 
 use super::{ServeError, Stream, slow_store};
 use crate::decide::bucket::CHUNK;
-use crate::model::{Bits, MAX_CHOICE, PeerId};
+use crate::model::{MAX_CHOICE, PeerId};
 use crate::oci::{Cut, Digest};
 use crate::ports::{BlobReader, Partial, StoreError};
 use crate::transfer::Shared;
@@ -142,8 +142,11 @@ impl Shared {
 
     fn choose(&self, Welcome { digest, choice, most }: &Welcome, source: &Source) -> Vec<u32> {
         match source {
-            Source::Whole(_) => self.uploads.choose(*digest, choice, *most),
-            Source::Part(partial) => held(&partial.held(), choice, *most),
+            Source::Whole(_) => self.uploads.choose(*digest, choice, *most, |_| true),
+            Source::Part(partial) => {
+                let held = partial.held();
+                self.uploads.choose(*digest, choice, *most, |piece| held.get(piece as usize))
+            }
         }
     }
 
@@ -205,9 +208,4 @@ impl Shared {
             }
         }
     }
-}
-
-/// Those of the choice that are there, in its order.
-fn held(held: &Bits, choice: &[u32], most: u8) -> Vec<u32> {
-    choice.iter().copied().filter(|piece| held.get(*piece as usize)).take(usize::from(most)).collect()
 }

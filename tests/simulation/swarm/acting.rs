@@ -9,7 +9,7 @@ use lighterman::model::{Availability, Order};
 use rand::Rng;
 
 use super::network::{Sending, StreamId};
-use super::node::Kind;
+use super::node::{Kind, Node};
 use super::world::{Event, World};
 
 /// Follow updates are gathered for so long, in microseconds.
@@ -138,10 +138,10 @@ impl World {
         let this = &mut self.nodes[node];
         let piece = if left == 0 {
             None
-        } else if this.is_whole() && this.kind != Kind::Liar {
-            this.sent.choose(digest, &choice, 1, |_| true).first().copied()
         } else {
-            choice.iter().copied().find(|piece| this.has(*piece))
+            let Node { sent, held, kind, .. } = this;
+            let has = |piece: u32| *kind == Kind::Liar || held.get(piece as usize);
+            sent.choose(digest, &choice, 1, has).first().copied()
         };
         let length = piece.map_or(0, |piece| self.cut.length(piece as usize));
         let stream = self.network.stream(id);

@@ -35,6 +35,40 @@ fn other_zones_are_asked_only_when_they_may_be_and_for_what_our_own_does_not_hav
 }
 
 #[test]
+fn what_is_rare_in_our_own_zone_comes_first_however_common_it_is_elsewhere() {
+    let near = [of_zone("a", partial(1)), of_zone("a", partial(2))];
+    let far: Vec<_> = (3..=5).map(|n| of_zone("b", partial(n))).collect();
+    let mut bench = Bench::in_zone(Some("a"), 40, &[&near[..], &far].concat());
+    bench.pool.cross(false);
+    // All but the first four, and none of them is the tail.
+    let common: Vec<_> = (4..39).collect();
+    bench.hears(2, &these(&common));
+    (3..=5).for_each(|n| bench.hears(n, &these(&[0, 1, 2, 3])));
+    bench.hears(1, &these(&(0..39).collect::<Vec<_>>()));
+    let asks = bench.asks();
+    let mut first = asked_of(&asks, 1)[..4].to_vec();
+    first.sort_unstable();
+    assert_eq!(first, [0, 1, 2, 3]);
+}
+
+#[test]
+fn who_alone_has_pieces_in_our_zone_is_offered_many_of_them() {
+    let offered = |second: &[usize]| {
+        let mut bench = Bench::in_zone(Some("a"), 100, &[of_zone("a", partial(1)), of_zone("a", partial(2))]);
+        bench.pool.cross(false);
+        bench.hears(2, &these(second));
+        bench.hears(1, &these(&(0..50).collect::<Vec<_>>()));
+        let asks = bench.asks();
+        let order = &asks.iter().find(|ask| ask.order.peer == peer(1)).unwrap().order;
+        (order.choice.len(), usize::from(order.most))
+    };
+    let (choice, most) = offered(&[]);
+    assert!(choice > most, "{most} of {choice}");
+    let (choice, most) = offered(&(0..50).collect::<Vec<_>>());
+    assert_eq!(choice, most, "somebody else has them too");
+}
+
+#[test]
 fn who_has_no_zone_is_never_of_another_one() {
     let mut bench = Bench::in_zone(Some("here"), 4, &[whole(1)]);
     bench.pool.cross(false);
@@ -92,10 +126,13 @@ fn what_is_late_is_asked_of_another_and_taken_back_when_it_came_from_there() {
     assert!(asked_of(&bench.asks(), 2).is_empty(), "not yet");
     let until = bench.pool.wake_at().unwrap();
     assert_eq!(until - bench.now, ms(1000));
-    let hedges = bench.after(ms(1000));
+    let mut hedges = bench.after(ms(1000));
     assert_eq!(asked_of(&hedges, 2).len(), 2);
     assert!(bench.after(ms(0)).is_empty(), "two are enough");
-    hedges.iter().for_each(|ask| bench.fulfils(ask, ms(1)));
+    while !hedges.is_empty() {
+        hedges.iter().for_each(|ask| bench.fulfils(ask, ms(1)));
+        hedges = bench.asks();
+    }
     assert_eq!(bench.pool.cancels(), slow.iter().map(|ask| ask.id).collect::<Vec<_>>());
 }
 
