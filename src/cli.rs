@@ -19,7 +19,7 @@ pub struct Cli {
     #[command(subcommand)]
     command: Command,
 
-    /// What is logged: error, warn, info, debug, trace, or per module (lighterman::transfer=debug)
+    /// What is logged: error, warn, info, debug, or per module (lighterman::transfer=debug)
     #[arg(long, global = true, env = "LIGHTERMAN_LOG", value_name = "FILTER", default_value = "info")]
     log: String,
 

@@ -29,9 +29,6 @@ use tokio_util::sync::CancellationToken;
 use crate::daemon::Containerd;
 use crate::report::Failure;
 
-/// The agent's default.
-pub(crate) const BLOBS_AT_ONCE: usize = 4;
-
 /// The agent that serves and the one that recovers, each on a runtime of its own like the agent's.
 pub(crate) struct Agents {
     recoverer: Recoverer,
@@ -153,7 +150,6 @@ fn recoverer(
     let mut rules = Rules::default();
     rules.budgets.min_free_bytes = 0;
     rules.budgets.min_free_percent = 0;
-    rules.budgets.concurrent_blobs = BLOBS_AT_ONCE;
     let claims = Arc::new(MemoryCluster::default().claims_of(node.clone()));
     Ok(Recoverer {
         store: Arc::clone(&store) as _,

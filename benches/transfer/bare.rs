@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use bytes::Bytes;
-use quinn::{Connection, Endpoint, EndpointConfig, ServerConfig, TokioRuntime, VarInt};
+use quinn::{Connection, Endpoint, ServerConfig, TokioRuntime, VarInt};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::fetch::Run;
@@ -78,6 +78,11 @@ impl Bare {
         Ok(Self { runtime, endpoint, connection, sender })
     }
 
+    /// Bytes in the packets that it takes, as was found out by now.
+    pub(crate) fn packets(&self) -> u16 {
+        self.connection.stats().path.current_mtu
+    }
+
     pub(crate) fn run(&self, blob: &Bytes) -> Result<Run, Failure> {
         Run::of(|| {
             let received = self.runtime.block_on(receive(&self.connection))?;
@@ -129,5 +134,5 @@ pub(crate) async fn receive(connection: &Connection) -> Result<usize, Failure> {
 
 pub(crate) fn bind(setting: &Setting, server: Option<ServerConfig>) -> Result<Endpoint, Failure> {
     let socket = setting.socket(Ipv4Addr::LOCALHOST)?;
-    Ok(Endpoint::new(EndpointConfig::default(), server, socket, Arc::new(TokioRuntime))?)
+    Ok(Endpoint::new(Setting::endpoint()?, server, socket, Arc::new(TokioRuntime))?)
 }

@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bare;
 use crate::cpu;
+use crate::frames::Frames;
 use crate::report::{Failure, figure, mb_s, median, note};
 
 const SIZE: usize = 256 << 20;
@@ -55,7 +56,8 @@ impl Run {
     }
 }
 
-pub(crate) fn run() -> Result<(), Failure> {
+/// Makes the figures of one network; `suffix` ends their names.
+pub(crate) fn run(frames: &Frames, suffix: &str) -> Result<(), Failure> {
     let mut bytes = vec![0; SIZE];
     SmallRng::seed_from_u64(1).fill_bytes(&mut bytes);
     let blob = Bytes::from(bytes);
@@ -76,20 +78,21 @@ pub(crate) fn run() -> Result<(), Failure> {
     let ratio = median(fetched.iter().zip(&streamed).map(|(ours, bare)| bare.seconds / ours.seconds));
     let speed = |runs: &[Run]| median(runs.iter().map(|run| mb_s(SIZE as u64, run.seconds)));
     let (ours_mb_s, bare_mb_s) = (speed(&fetched), speed(&streamed));
-    let on = "loopback, AES-128-GCM, MTU 1452, one current-thread runtime a side, 256 MiB";
+    let packets = bare.packets();
+    let on = format!("{frames}, AES-128-GCM, packets of {packets} bytes, one current-thread runtime a side, 256 MiB");
     let beside = format!("bare stream: {setting}");
     figure(
-        "fetch_vs_quinn",
+        &format!("fetch_vs_quinn{suffix}"),
         ratio,
         &format!("{on}; {ours_mb_s:.0} MB/s against {bare_mb_s:.0}; {PAIRS} pairs; {beside}"),
     );
-    figure("fetch_mb_s", ours_mb_s, &format!("{on}; {}", per_byte(&fetched)));
-    figure("quinn_mb_s", bare_mb_s, &format!("{on}; {}; {beside}", per_byte(&streamed)));
+    figure(&format!("fetch_mb_s{suffix}"), ours_mb_s, &format!("{on}; {}", per_byte(&fetched)));
+    figure(&format!("quinn_mb_s{suffix}"), bare_mb_s, &format!("{on}; {}; {beside}", per_byte(&streamed)));
     // Whoever is slower, the bare stream as a whole or its receiver if it hashed too, would set the pace.
     let bare_receiver = median(streamed.iter().map(|run| run.receiver.as_secs_f64() * 1e9 / SIZE as f64));
     let bare_stream = 1e3 / bare_mb_s;
     figure(
-        "fetch_vs_quinn_bound",
+        &format!("fetch_vs_quinn_bound{suffix}"),
         (bare_stream / (bare_receiver + 1.0 / hashed)).min(1.0),
         &format!(
             "what inline hashing alone leaves: bare stream {bare_stream:.2} ns a byte; its receiver {bare_receiver:.2}, and {:.2} to hash",

@@ -2,7 +2,9 @@
 
 use std::array;
 
-use crate::agents::BLOBS_AT_ONCE;
+use lighterman::decide::rules::Rules;
+
+use crate::frames::Frames;
 use crate::place::Place;
 use crate::report::{Failure, figure, mb_s, median, note};
 use crate::rig::{Cost, LAYERS, Rig, Way};
@@ -11,8 +13,8 @@ const ROUNDS: usize = 3;
 
 const WAYS: [Way; 5] = [Way::Ours, Way::ExportImport, Way::RegistryFetch, Way::OursApiOnly, Way::ExportImportUnpack];
 
-/// Makes all figures of one place; `suffix` ends their names.
-pub(crate) fn run(place: Place, suffix: &str) -> Result<(), Failure> {
+/// Makes all figures of one place and network; `suffix` ends their names.
+pub(crate) fn run(place: Place, frames: &Frames, suffix: &str) -> Result<(), Failure> {
     let rig = Rig::start(place)?;
     // The first run of each way starts connections and fills caches, and is not counted.
     let mut costs: [Vec<Cost>; WAYS.len()] = array::from_fn(|_| Vec::new());
@@ -27,10 +29,11 @@ pub(crate) fn run(place: Place, suffix: &str) -> Result<(), Failure> {
     }
     let bytes = rig.image.bytes();
     let on = format!(
-        "{}, {}, 1 GiB in {} layers, loopback, AES-128-GCM, {BLOBS_AT_ONCE} blobs at once, a multi-thread runtime a side, {ROUNDS} rounds",
+        "{}, {}, 1 GiB in {} layers, {frames}, AES-128-GCM, {} blobs at once, a multi-thread runtime a side, {ROUNDS} rounds",
         rig.place,
         rig.versions()?,
-        LAYERS.len()
+        LAYERS.len(),
+        Rules::default().budgets.concurrent_blobs
     );
     let [ours, export_import, registry_fetch, api_only, unpack] = &costs;
     let beside = |name: &str, way: Way, baseline: &[Cost]| {

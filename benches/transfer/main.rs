@@ -11,6 +11,7 @@ mod faults;
 mod fetch;
 #[path = "../../tests/fleet/mod.rs"]
 mod fleet;
+mod frames;
 mod image;
 mod large;
 mod links;
@@ -25,19 +26,22 @@ mod writes;
 
 use std::process::ExitCode;
 
+use frames::{ETHERNET, Frames, JUMBO};
 use place::Place;
 use report::{Failure, note};
 
 type Make = fn() -> Result<(), Failure>;
 
 /// Figures that need the same things. One that fails does not keep the others from being made.
-const GROUPS: [(&str, Make); 12] = [
-    ("fetch", fetch::run),
-    ("links_loopback", links::loopback),
+const GROUPS: [(&str, Make); 14] = [
+    ("fetch", || within(ETHERNET, |frames| fetch::run(frames, ""))),
+    ("fetch_jumbo", || within(JUMBO, |frames| fetch::run(frames, "_jumbo"))),
+    ("links_loopback", || within(ETHERNET, |_| links::loopback())),
     ("links_controllers", links::controllers),
     ("links_far", links::far),
-    ("image_memory", || image::run(Place::memory(rig::NEEDED)?, "")),
-    ("image_disk", || image::run(Place::disk(rig::NEEDED)?, "_disk")),
+    ("image_memory", || within(ETHERNET, |frames| image::run(Place::memory(rig::NEEDED)?, frames, ""))),
+    ("image_memory_jumbo", || within(JUMBO, |frames| image::run(Place::memory(rig::NEEDED)?, frames, "_jumbo"))),
+    ("image_disk", || within(ETHERNET, |frames| image::run(Place::disk(rig::NEEDED)?, frames, "_disk"))),
     ("missing", missing::run),
     ("killed", faults::killed),
     ("liar", faults::liar),
@@ -45,6 +49,11 @@ const GROUPS: [(&str, Make); 12] = [
     ("writes", writes::run),
     ("large", large::run),
 ];
+
+/// Makes them where loopback has frames of so many bytes.
+fn within(bytes: u32, make: impl FnOnce(&Frames) -> Result<(), Failure>) -> Result<(), Failure> {
+    make(&Frames::of(bytes)?)
+}
 
 fn main() -> ExitCode {
     // Cargo adds `--bench`.
@@ -65,7 +74,7 @@ fn main() -> ExitCode {
     }
     let mut failed = false;
     // Before the first thread is started, as a thread's mounts are its own.
-    if wanted.iter().any(|(name, _)| *name != "fetch" && !name.starts_with("links"))
+    if wanted.iter().any(|(name, _)| !name.starts_with("fetch") && !name.starts_with("links"))
         && let Err(error) = place::leave_others_mounts()
     {
         note(&error.to_string());

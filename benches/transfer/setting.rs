@@ -9,7 +9,9 @@ use lighterman::identity::Identity;
 use nix::sys::socket::{setsockopt, sockopt};
 use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{AckFrequencyConfig, ClientConfig, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt};
+use quinn::{
+    AckFrequencyConfig, ClientConfig, EndpointConfig, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
+};
 use rustls::SignatureScheme;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
@@ -34,7 +36,7 @@ pub(crate) enum Cipher {
     ChaCha20,
 }
 
-/// What may make a stream faster. The frame size is not among it: it is the network's.
+/// What may make a stream faster. The size of packets is not among it: all of them take what the network gives.
 #[derive(Clone, Copy)]
 pub(crate) struct Setting {
     /// Receive windows of a stream and of the connection, and the send window, in MiB.
@@ -54,6 +56,9 @@ pub(crate) struct Setting {
     pub(crate) segmentation: bool,
     pub(crate) cipher: Cipher,
 }
+
+/// The longest packets that are tried, as the agent has it.
+const MTU: u16 = 6500;
 
 /// As the agent has it.
 pub(crate) const OURS: Setting = Setting {
@@ -121,6 +126,13 @@ impl Setting {
         Ok(socket)
     }
 
+    /// For a socket.
+    pub(crate) fn endpoint() -> Result<EndpointConfig, Failure> {
+        let mut config = EndpointConfig::default();
+        config.max_udp_payload_size(MTU)?;
+        Ok(config)
+    }
+
     /// Both ends, with TLS and the one cipher. Who answers is nobody's business here.
     pub(crate) fn configs(&self) -> Result<(ServerConfig, ClientConfig), Failure> {
         let suite = match self.cipher {
@@ -155,7 +167,7 @@ impl Setting {
     fn transport(&self) -> Arc<TransportConfig> {
         let [stream, connection, send] = self.windows.map(|mib| mib << 20);
         let mut mtu = MtuDiscoveryConfig::default();
-        mtu.upper_bound(1452);
+        mtu.upper_bound(MTU);
         let mut transport = TransportConfig::default();
         transport
             .stream_receive_window(stream.into())

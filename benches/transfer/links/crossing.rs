@@ -8,9 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use nix::sys::resource::UsageWho;
-use quinn::{
-    ClientConfig, Connection, ConnectionStats, Endpoint, EndpointConfig, Runtime as _, ServerConfig, TokioRuntime,
-};
+use quinn::{ClientConfig, Connection, ConnectionStats, Endpoint, Runtime as _, ServerConfig, TokioRuntime};
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
 
@@ -154,7 +152,7 @@ fn bind(
     if !distance.delay.is_zero() || distance.lost > 0 {
         socket = Arc::new(Far::new(socket, distance, seed));
     }
-    let config = EndpointConfig::default();
+    let config = Setting::endpoint()?;
     Ok(Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))?)
 }
 
