@@ -263,6 +263,7 @@ fn fetch() -> Fetched {
             pool.begins(ask.id, *piece, now);
             pool.brings(ask.id, ask.order.cut.length(*piece as usize), now);
             pool.has(ask.id, *piece, now);
+            pool.knows(ask.order.peer);
             fetched.pieces += 1;
         }
         pool.ends(ask.id, End::Done, now);

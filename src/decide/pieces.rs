@@ -157,7 +157,8 @@ impl Pool {
         }
     }
 
-    /// A peer has sent right pieces before, if not in this pool: it need not show one before it is asked for several.
+    /// A piece that this peer sent is right, of this pool or an earlier one: from now on it is asked for several. One that only came, and was not
+    /// compared with anything yet, does not count.
     pub fn knows(&mut self, peer: PeerId) {
         let number = self.peers.number(peer);
         self.peers.get_mut(number).known();

@@ -2,7 +2,7 @@
 //!
 //! Whatever is served, or counts towards the proof, fits the list of states. How pieces are written so that this stays true is [`super::sink`]'s.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -33,6 +33,8 @@ struct State {
     places: HashMap<u32, Arc<Place>>,
     /// What came, from whom.
     from: BTreeMap<PeerId, u64>,
+    /// Of whom a piece fitted.
+    proven: BTreeSet<PeerId>,
 }
 
 struct List {
@@ -61,9 +63,9 @@ pub(super) enum Arrived {
 /// What a piece that was here already turned out to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Checked {
-    /// It fits.
-    Fits,
-    /// It does not fit; who sent it, if that is known.
+    /// It fits; who sent it, if that is known.
+    Fits(Option<PeerId>),
+    /// It does not fit; the same.
     Unfit(Option<PeerId>),
     /// There is another list by now, or none.
     Again,
@@ -160,6 +162,9 @@ impl Incoming {
                 Arrived::Unchecked
             }
         };
+        if arrived == Arrived::Fits {
+            state.proven.insert(from);
+        }
         if arrived != Arrived::Unfit {
             *state.from.entry(from).or_default() += self.cut.length(piece as usize);
         }
@@ -216,7 +221,7 @@ impl Incoming {
         // Only now: what was read has to be what is judged.
         drop(alone);
         self.leave(piece, place);
-        if checked == Checked::Fits {
+        if matches!(checked, Checked::Fits(_)) {
             self.tell();
         }
         Ok(checked)
@@ -225,13 +230,14 @@ impl Incoming {
     /// What is known to be wrong, and whose it is, stays marked until it is known whether the list is wrong instead.
     fn checked(&self, piece: u32, chain: &Arc<Chain>, hasher: PieceHasher) -> Checked {
         let mut state = self.state();
-        let State { list: Some(list), unchecked, .. } = &mut *state else { return Checked::Again };
+        let State { list: Some(list), unchecked, proven, .. } = &mut *state else { return Checked::Again };
         if !Arc::ptr_eq(list.proving.chain(), chain) {
             return Checked::Again;
         }
         if list.proving.take(hasher) {
-            unchecked.remove(&piece);
-            return Checked::Fits;
+            let from = unchecked.remove(&piece).flatten();
+            proven.extend(from);
+            return Checked::Fits(from);
         }
         match unchecked.get(&piece).copied().flatten() {
             Some(from) => Checked::Unfit(Some(from)),
@@ -263,6 +269,11 @@ impl Incoming {
         let state = self.state();
         let proof = state.list.as_ref()?.proving.verified()?;
         state.unchecked.is_empty().then_some(proof)
+    }
+
+    /// Whether a piece that this peer sent fitted.
+    pub(super) fn is_proven(&self, peer: PeerId) -> bool {
+        self.state().proven.contains(&peer)
     }
 
     /// What came, from whom.

@@ -139,6 +139,9 @@ impl PieceSink for Sink {
         if self.incoming.is_here(piece) {
             let mut pool = self.shared.pool();
             pool.has(self.ask, piece, super::now());
+            if self.incoming.is_proven(self.peer) {
+                pool.knows(self.peer);
+            }
             // Where the ask was taken back meanwhile, the piece came all the same.
             pool.hold(self.incoming.blob().digest, piece);
             drop(pool);

@@ -78,11 +78,12 @@ impl Swarm<'_> {
     }
 
     pub(super) fn spawn_check(&mut self, incoming: Arc<Incoming>) {
+        let shared = Arc::clone(&self.shared);
         self.tasks.spawn(async move {
             let mut wrong = Vec::new();
             for piece in incoming.unchecked() {
                 match incoming.check(piece).await {
-                    Ok(Checked::Fits) => {}
+                    Ok(Checked::Fits(from)) => from.iter().for_each(|peer| shared.pool().knows(*peer)),
                     Ok(Checked::Unfit(None)) => wrong.push((piece, None)),
                     // Before more is thrown away it is found out who is wrong.
                     Ok(Checked::Unfit(from)) => {
@@ -191,11 +192,15 @@ impl Swarm<'_> {
         };
         self.shared.pool().ends(ask, how, now());
         match result {
-            Ok(()) if self.incoming(digest).is_some_and(|incoming| incoming.from().contains_key(&peer)) => {
-                self.bring.trust().served(peer);
-                self.bring.knows(peer);
+            Ok(()) => {
+                let Some(incoming) = self.incoming(digest) else { return Ok(()) };
+                if incoming.from().contains_key(&peer) {
+                    self.bring.trust().served(peer);
+                }
+                if incoming.is_proven(peer) {
+                    self.bring.knows(peer);
+                }
             }
-            Ok(()) => {}
             Err(FetchError::Busy { .. }) => self.bring.metrics.peer_at_fault("busy"),
             Err(FetchError::Unfit { piece, .. }) => self.unfit(peer, digest, u32::try_from(piece).unwrap_or(u32::MAX)),
             Err(error) => self.note(digest, peer, error)?,

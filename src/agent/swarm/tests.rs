@@ -101,7 +101,7 @@ async fn a_piece_that_began_by_a_list_that_is_not_in_use_any_more_is_checked_by_
     incoming.adopt(Arc::new(right), peer(8));
     sender.end().await.unwrap();
     assert_eq!(incoming.unchecked(), [1], "it is nobody's fault");
-    assert_eq!(incoming.check(1).await.unwrap(), Checked::Fits);
+    assert_eq!(incoming.check(1).await.unwrap(), Checked::Fits(Some(peer(1))));
     hasher.update(&blob[PIECE..2 * PIECE]);
     assert_eq!(incoming.arrives(1, Some(hasher), peer(3)), Arrived::Unchecked);
 }

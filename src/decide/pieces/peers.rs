@@ -42,7 +42,7 @@ pub(super) struct Peer {
     /// Asks under way, and how many there may be.
     pub(super) asks: u8,
     depth: u8,
-    /// A piece of it was taken. Before that it is asked for one: so a liar is found by one.
+    /// A piece of it fitted. Before that it is asked for one: so a liar is found by one.
     pub(super) is_known: bool,
     /// Bytes that are still to come of them.
     pub(super) bytes: u64,
@@ -156,7 +156,9 @@ impl Peer {
 
     /// It had answered everything before it was asked again: it could have had more to do.
     pub(super) fn ran_dry(&mut self) {
-        self.depth = (self.depth + 1).min(MAX_DEPTH);
+        if self.is_known {
+            self.depth = (self.depth + 1).min(MAX_DEPTH);
+        }
     }
 
     pub(super) fn brought(&mut self, bytes: u64, now: Instant) {
@@ -178,7 +180,6 @@ impl Peer {
     /// It kept a promise.
     pub(super) fn kept(&mut self) {
         self.pause = FIRST_PAUSE;
-        self.known();
     }
 
     pub(super) fn known(&mut self) {

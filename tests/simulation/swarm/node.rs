@@ -79,10 +79,6 @@ impl Node {
         }
     }
 
-    pub(super) fn has(&self, piece: u32) -> bool {
-        self.kind == Kind::Liar || self.held.get(piece as usize)
-    }
-
     pub(super) fn is_whole(&self) -> bool {
         self.missing == 0 || self.kind == Kind::Liar
     }
