@@ -8,14 +8,17 @@ mod pieces;
 mod wanted;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use quinn::RecvStream;
+use tokio::sync::SemaphorePermit;
 use tokio::time::{Instant, sleep, timeout};
 
 use self::wanted::Wanted;
 use super::peers::{Line, Outbound};
+use super::throttle::Place;
 use super::tuning::{BATCH, BATCH_CHUNKS, FLOOR};
 use super::{GreetError, Shared, Transfer};
 use crate::decide::bucket::CHUNK;
@@ -65,7 +68,7 @@ impl PieceFetcher for Transfer {
         fetched.inspect_err(|error| self.0.metrics.fetch_failed(error.label()))
     }
 
-    fn keep(&self, chain: std::sync::Arc<Chain>) {
+    fn keep(&self, chain: Arc<Chain>) {
         self.knows_chain(chain);
     }
 }
@@ -74,12 +77,8 @@ impl Shared {
     async fn fetch(&self, wanted: Wanted, sink: &mut dyn BlobSink) -> Result<Verified, FetchError> {
         let Wanted { peer, digest, size } = wanted;
         let request = Request::Get { digest, offset: 0, length: size };
-        // One chunk arrives whole whoever else is under way, and manifests are not to wait for layers.
-        let outbound = if size > CHUNK { self.peers.find(peer) } else { None };
-        let _places = match &outbound {
-            Some((_, outbound)) => Some((outbound.blobs.acquire().await, self.down.place().await)),
-            None => None,
-        };
+        let outbound = self.crowded(peer, size);
+        let _places = self.places(outbound.as_deref()).await;
         // The line is held so that the connection counts as used.
         let (answer, mut recv, _line) = self.ask(peer, digest, &request).await?;
         match answer {
@@ -97,6 +96,21 @@ impl Shared {
                 Err(FetchError::Protocol { peer, reason })
             }
             Answer::Failed => Err(FetchError::StoreFailed { peer }),
+        }
+    }
+
+    /// The peer, where what is fetched of it has to wait for other things. A blob of one chunk arrives whole whoever else is under way, and manifests are
+    /// not to wait for layers.
+    fn crowded(&self, peer: PeerId, size: u64) -> Option<Arc<Outbound>> {
+        self.peers.find(peer).filter(|_| size > CHUNK).map(|(_, outbound)| outbound)
+    }
+
+    /// A place among what comes from this peer, and one among all that comes.
+    async fn places<'a>(&'a self, peer: Option<&'a Outbound>) -> Option<(Option<SemaphorePermit<'a>>, Place<'a>)> {
+        match peer {
+            // It is never closed.
+            Some(outbound) => Some((outbound.blobs.acquire().await.ok(), self.down.place().await)),
+            None => None,
         }
     }
 

@@ -46,10 +46,15 @@ pub(super) const MOVES: Duration = Duration::from_secs(1);
 /// somebody else too, and twenty messages a second and follower at most.
 pub(super) const NEWS_EVERY: Duration = Duration::from_millis(50);
 
-/// 10 Gbit/s for 2 ms, a zone's round trip with some queueing: 2.5 MB are under way. Room for a batch that the sink is
-/// writing comes on top. At 1 Gbit/s over 20 ms one stream takes 0.66 of the link with this, 0.51 with 2 MiB, 0.69 with 8; on loopback
-/// the three are equally fast (`links_far` and `links_loopback` of the benchmark, as all figures here).
-const STREAM_WINDOW: u32 = 4 << 20;
+/// From one word of a peer to the next that is read, however fast it talks: five times as often as an honest one does. What it says meanwhile waits in
+/// the stream's window, and then at its own end.
+pub(super) const NEWS_LEAST: Duration = Duration::from_millis(10);
+
+/// 10 Gbit/s for 1.6 ms, a zone's round trip with some queueing, and several streams of a connection bring pieces at a time. At 1 Gbit/s over 20 ms one
+/// stream takes 0.51 of the link with this, 0.66 with 4 MiB, 0.69 with 8; on loopback 1, 2, 4 and 8 MiB are equally fast (`links_far` and `links_loopback` of the
+/// benchmark, as all figures here). Not more: what is not read yet is memory, 16 blobs at a time, and above 2048 packets of one stream quinn copies
+/// them together (`COMPACT_THRESHOLD`), which 3 MB in packets of 1452 bytes are.
+const STREAM_WINDOW: u32 = 2 << 20;
 
 /// Blobs fetched from one peer at a time; a further one waits. One fills any link, and more than the connection's windows have room for
 /// would starve each other: quinn gives what becomes free to whichever stream asks first, with ten on a slow link always to the same.

@@ -4,6 +4,7 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use futures::stream::{BoxStream, unfold};
 use quinn::RecvStream;
+use tokio::time::{Instant, sleep_until};
 
 use super::Wanted;
 use crate::model::{Availability, MAX_NEWS};
@@ -11,6 +12,7 @@ use crate::oci::Cut;
 use crate::ports::{FetchError, Following};
 use crate::transfer::Shared;
 use crate::transfer::peers::Line;
+use crate::transfer::tuning::NEWS_LEAST;
 use crate::wire::{self, Request, WireError};
 
 impl Shared {
@@ -18,7 +20,7 @@ impl Shared {
         let request = Request::Follow(wanted.digest);
         let (answer, recv, line) = self.ask(wanted.peer, wanted.digest, &request).await?;
         let stage = if wanted.granted(&answer)? { Stage::Whole } else { Stage::First };
-        let listener = Listener { wanted, cut, recv, line, stage };
+        let listener = Listener { wanted, cut, recv, line, stage, next_at: Instant::now() };
         // A word that was read in part is kept in here when whoever waited for it waits no more.
         let words = unfold(listener, |mut listener| async move { Some((listener.word().await, listener)) });
         Ok(Box::new(Words(words.boxed())))
@@ -41,6 +43,8 @@ struct Listener {
     /// Held so that the connection counts as used.
     line: Line,
     stage: Stage,
+    /// When the next word is read.
+    next_at: Instant,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -70,6 +74,8 @@ impl Listener {
 
     async fn read(&mut self) -> Result<Availability, FetchError> {
         let word = loop {
+            sleep_until(self.next_at).await;
+            self.next_at = Instant::now() + NEWS_LEAST;
             match wire::read::<Availability>(&mut self.recv).await {
                 Ok(word) => break word,
                 // Of a later release, and as if it had not been said.

@@ -7,7 +7,6 @@ use quinn::RecvStream;
 use tokio::time::{Instant, sleep};
 
 use super::Wanted;
-use crate::decide::bucket::CHUNK;
 use crate::model::{MAX_CHOICE, Order};
 use crate::ports::{FetchError, PieceError, PieceSink};
 use crate::transfer::Shared;
@@ -21,12 +20,8 @@ impl Shared {
         debug_assert!(choice.len() <= MAX_CHOICE && most > 0, "{most} of {} pieces", choice.len());
         let wanted = Wanted { peer, digest, size: cut.size() };
         let request = Request::Pieces { digest, choice: choice.clone(), most };
-        // As for whole blobs: what arrives at once whoever else is under way waits for nobody.
-        let outbound = if cut.size() > CHUNK { self.peers.find(peer) } else { None };
-        let _places = match &outbound {
-            Some((_, outbound)) => Some((outbound.blobs.acquire().await, self.down.place().await)),
-            None => None,
-        };
+        let outbound = self.crowded(peer, cut.size());
+        let _places = self.places(outbound.as_deref()).await;
         // The line is held so that the connection counts as used.
         let (answer, mut recv, _line) = self.ask(peer, digest, &request).await?;
         wanted.granted(&answer)?;

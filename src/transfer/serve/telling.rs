@@ -30,12 +30,12 @@ impl Shared {
         partial: Arc<dyn Partial>,
         stream: &mut Stream,
     ) -> Result<(), ServeError> {
-        let mut changes = partial.changes();
-        let mut told = partial.held();
-        self.answer(&mut stream.send, &Answer::Partial { size: partial.chain().cut().size() }).await?;
+        let (mut changes, mut told, size) = (partial.changes(), partial.held(), partial.chain().cut().size());
+        // Not held: whoever fetches the blob says that it is over by letting go of it, and a reader may take its time.
+        let followed = Arc::downgrade(&partial);
+        drop(partial);
+        self.answer(&mut stream.send, &Answer::Partial { size }).await?;
         self.say(&Availability::These(told.clone()), stream).await?;
-        // Not held: whoever fetches the blob says that it is over by letting go of it.
-        let partial = Arc::downgrade(&partial);
         loop {
             let changed = async {
                 let changed = changes.changed().await;
@@ -48,7 +48,7 @@ impl Shared {
                 _ = stream.send.stopped() => return Ok(()),
             }
             changes.mark_unchanged();
-            let Some(partial) = partial.upgrade() else { break };
+            let Some(partial) = followed.upgrade() else { break };
             let held = partial.held();
             drop(partial);
             for news in news(&told, &held).chunks(MAX_NEWS) {
