@@ -15,7 +15,7 @@ use crate::setting::{Congestion, OURS, Setting};
 const TRIED: [Setting; 11] = [
     OURS,
     Setting { chunk: 1024, ..OURS },
-    Setting { windows: [2, 8, 2], ..OURS },
+    Setting { windows: [4, 20, 20], ..OURS },
     Setting { windows: [8, 32, 8], ..OURS },
     Setting { windows: [16, 64, 16], chunk: 1024, ..OURS },
     Setting { buffer: 16 << 10, windows: [16, 64, 16], ..OURS },

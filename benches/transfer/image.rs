@@ -46,7 +46,7 @@ pub(crate) fn run(place: Place, frames: &Frames, suffix: &str) -> Result<(), Fai
     beside("image_vs_export_import_unpack", Way::ExportImportUnpack, unpack);
     beside("image_vs_registry_fetch", Way::RegistryFetch, registry_fetch);
     for (name, what, costs) in [
-        ("image_ours_content_api_mb_s", "from the source's files, through the destination's content API", ours),
+        ("image_ours_mb_s", "from the source's files into the destination's content folder", ours),
         ("image_ours_api_only_mb_s", "through the content API at both ends", api_only),
     ] {
         figure(&format!("{name}{suffix}"), speed(bytes, costs), &format!("{on}; {what}; {}", describe(bytes, costs)));

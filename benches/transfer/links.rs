@@ -63,7 +63,7 @@ const CONTROLLERS: [(&str, Setting); 3] = [
 /// What else may matter when the other end is far.
 const FAR: [(&str, Setting); 6] = [
     ("ours", OURS),
-    ("window_2", Setting { windows: [2, 10, 10], ..OURS }),
+    ("window_4", Setting { windows: [4, 20, 20], ..OURS }),
     ("window_8", Setting { windows: [8, 40, 40], ..OURS }),
     ("ack_10", Setting { ack_every: 10, ..OURS }),
     ("first_1_mib", Setting { initial_window: 1024, ..OURS }),
@@ -74,7 +74,7 @@ const FAR: [(&str, Setting); 6] = [
 const NEAR: [(&str, Setting); 9] = [
     ("ours", OURS),
     ("cubic", Setting { congestion: Congestion::Cubic, ..OURS }),
-    ("window_2", Setting { windows: [2, 10, 10], ..OURS }),
+    ("window_4", Setting { windows: [4, 20, 20], ..OURS }),
     ("window_8", Setting { windows: [8, 40, 40], ..OURS }),
     ("ack_10", Setting { ack_every: 10, ..OURS }),
     ("ack_40", Setting { ack_every: 40, ..OURS }),

@@ -116,6 +116,17 @@ impl Nodes {
         Ok(())
     }
 
+    /// Has the links carry frames of so many bytes. Connections find out when they are made, or some minutes later.
+    pub(crate) fn frames(&self, bytes: u32) -> Result<(), Failure> {
+        let mtu = bytes.to_string();
+        let words = |link: &str| ["link", "set", link, "mtu", &mtu].map(str::to_owned);
+        for node in 0..self.agents.len() {
+            run(Command::new("ip").args(words(&format!("mesh-{node}"))))?;
+            run(self.wires.command(node, Path::new("ip")).args(words("mesh")))?;
+        }
+        run(Command::new("ip").args(words("mesh")))
+    }
+
     /// Makes an image in one node's containerd. The same seed makes the same layers.
     pub(crate) async fn put(
         &self,

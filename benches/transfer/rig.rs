@@ -27,9 +27,9 @@ const TRIES: usize = 5;
 /// How the image gets there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
-    /// Our recovery, which reads the source's files and writes through the content API.
+    /// Our recovery, which reads the source's files and has the destination adopt those that it wrote.
     Ours,
-    /// Our recovery, which reads through the content API as well.
+    /// Our recovery, which reads and writes through the content API.
     OursApiOnly,
     ExportImport,
     ExportImportUnpack,

@@ -62,7 +62,7 @@ const MTU: u16 = 6500;
 
 /// As the agent has it.
 pub(crate) const OURS: Setting = Setting {
-    windows: [4, 20, 20],
+    windows: [2, 10, 10],
     chunk: 256,
     buffer: 4096,
     ack_every: 0,
