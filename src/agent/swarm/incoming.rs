@@ -37,6 +37,16 @@ struct State {
     proven: BTreeSet<PeerId>,
 }
 
+impl State {
+    fn has(&self, piece: u32) -> bool {
+        self.list.as_ref().is_some_and(|list| list.proving.has(piece as usize))
+    }
+
+    fn is_here(&self, piece: u32) -> bool {
+        self.has(piece) || self.unchecked.contains_key(&piece)
+    }
+}
+
 struct List {
     proving: Proving,
     /// Whose word it is; nobody's where there is nothing to be said, because the blob is one piece.
@@ -48,6 +58,17 @@ pub(super) type Place = tokio::sync::Mutex<LastWriter>;
 
 /// Which ask wrote there last, of those that have the place now.
 pub(super) type LastWriter = Option<AskId>;
+
+/// What is at the place of a piece whose bytes begin to come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Found {
+    /// Nothing, and nobody else writes there.
+    Free,
+    /// Somebody else writes there.
+    Taken,
+    /// The piece, right or not compared yet: it must not be written over.
+    Here,
+}
 
 /// What became of a piece whose bytes are all here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,7 +141,7 @@ impl Incoming {
 
     /// Whether the piece is here and fits.
     pub(super) fn has(&self, piece: u32) -> bool {
-        self.state().list.as_ref().is_some_and(|list| list.proving.has(piece as usize))
+        self.state().has(piece)
     }
 
     /// For the bytes of a piece that begins to come, if there is a list.
@@ -128,12 +149,18 @@ impl Incoming {
         self.state().list.as_ref().map(|list| list.proving.chain().hasher(piece as usize))
     }
 
-    /// The place of a piece, and whether nobody else writes there now.
-    pub(super) fn place(&self, piece: u32) -> (Arc<Place>, bool) {
+    /// The place of a piece whose bytes begin to come, and what is there. Both at once: whoever finds it free has it before the piece can be here by
+    /// another.
+    pub(super) fn enter(&self, piece: u32) -> (Arc<Place>, Found) {
         let mut state = self.state();
+        let is_here = state.is_here(piece);
         let place = state.places.entry(piece).or_default();
-        let is_alone = Arc::strong_count(place) == 1;
-        (Arc::clone(place), is_alone)
+        let found = match (is_here, Arc::strong_count(place)) {
+            (true, _) => Found::Here,
+            (false, 1) => Found::Free,
+            (false, _) => Found::Taken,
+        };
+        (Arc::clone(place), found)
     }
 
     /// Nobody writes at the piece's place any more, unless others do.
@@ -177,7 +204,7 @@ impl Incoming {
 
     /// Whether the piece is here, right or still to be compared with a list.
     pub(super) fn is_here(&self, piece: u32) -> bool {
-        self.has(piece) || self.state().unchecked.contains_key(&piece)
+        self.state().is_here(piece)
     }
 
     /// A hasher of these bytes, the whole piece, that tells something about the list in use: the one that there is, or another one.
@@ -205,7 +232,7 @@ impl Incoming {
     pub(super) async fn check(&self, piece: u32) -> Result<Checked, StoreError> {
         let Some((chain, _)) = self.list() else { return Ok(Checked::Again) };
         let mut hasher = chain.hasher(piece as usize);
-        let place = self.place(piece).0;
+        let place = self.enter(piece).0;
         let alone = place.lock().await;
         let (mut at, end) = self.bounds(piece);
         while at < end {

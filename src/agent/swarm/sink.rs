@@ -1,7 +1,7 @@
 //! Where the pieces of one ask go: hashed as they come, and written.
 //!
 //! A piece may be asked of two. The one that began first writes as the bytes come; the other's wait in memory until they are all there, and
-//! are written if they fit. Whoever finds that somebody else wrote meanwhile writes no more: so what a hasher has seen is what is on disk.
+//! are written if they fit. What is here already is not written again. Whoever finds that somebody else wrote meanwhile writes no more: so what a hasher has seen is what is on disk.
 
 use std::sync::Arc;
 use std::task::Poll;
@@ -12,7 +12,7 @@ use futures::poll;
 use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit};
 
 use super::Shared;
-use super::incoming::{Arrived, Incoming, LastWriter, Place};
+use super::incoming::{Arrived, Found, Incoming, LastWriter, Place};
 use crate::decide::pieces::AskId;
 use crate::model::PeerId;
 use crate::oci::PieceHasher;
@@ -42,7 +42,7 @@ enum Manner {
     Write,
     /// Somebody else writes: they wait here. A copy, because what comes from the network may be small parts of large buffers.
     Wait(Vec<u8>, OwnedSemaphorePermit),
-    /// Somebody else was faster, or too many wait already.
+    /// The piece is here, somebody else was faster, or too many wait already.
     Drop,
 }
 
@@ -91,11 +91,12 @@ impl PieceSink for Sink {
     fn begin(&mut self, piece: u32) {
         self.give_up();
         self.shared.pool().begins(self.ask, piece, super::now());
-        let (place, is_alone) = self.incoming.place(piece);
+        let (place, found) = self.incoming.enter(piece);
         let at = self.incoming.bounds(piece).0;
-        let manner = match is_alone {
-            true => Manner::Write,
-            false => match Arc::clone(&self.shared.waiting).try_acquire_owned() {
+        let manner = match found {
+            Found::Free => Manner::Write,
+            Found::Here => Manner::Drop,
+            Found::Taken => match Arc::clone(&self.shared.waiting).try_acquire_owned() {
                 Ok(permit) => Manner::Wait(Vec::new(), permit),
                 Err(_) => Manner::Drop,
             },
@@ -115,7 +116,7 @@ impl PieceSink for Sink {
             Manner::Wait(waiting, _) => chunks.iter().for_each(|chunk| waiting.extend_from_slice(chunk)),
             Manner::Write => {
                 let last = Arc::clone(&taking.place).lock_owned().await;
-                if last.is_none_or(|ask| ask == self.ask) {
+                if last.is_none_or(|ask| ask == self.ask) && !self.incoming.is_here(taking.piece) {
                     drop(write(&self.incoming, taking.at, chunks.to_vec(), last, self.ask).await?);
                 } else {
                     taking.manner = Manner::Drop;

@@ -4,6 +4,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use proptest::collection::vec;
+use proptest::prelude::*;
 use tokio::sync::{Notify, Semaphore};
 
 use super::Shared;
@@ -70,6 +72,27 @@ async fn bytes_that_fit_are_not_written_over_by_another_who_brings_the_same_piec
 }
 
 #[tokio::test]
+async fn what_is_here_is_not_written_over_by_one_who_begins_it_later() {
+    let blob = blob();
+    let right = Bytes::copy_from_slice(&blob[PIECE..2 * PIECE]);
+    for has_list in [true, false] {
+        let incoming = incoming(&blob).await;
+        if has_list {
+            incoming.adopt(Arc::new(chain_of(&blob)), peer(9));
+        }
+        let (mut honest, mut late) = (sink(&incoming, 1), sink(&incoming, 2));
+        honest.begin(1);
+        honest.append(std::slice::from_ref(&right)).await.unwrap();
+        honest.end().await.unwrap();
+        late.begin(1);
+        late.append(&[Bytes::from(vec![0; PIECE])]).await.unwrap();
+        late.end().await.unwrap();
+        assert!(incoming.staged().read_at(PIECE as u64, PIECE).await.unwrap() == right, "with a list: {has_list}");
+        assert_eq!(incoming.from().into_keys().collect::<Vec<_>>(), [peer(1)]);
+    }
+}
+
+#[tokio::test]
 async fn a_liar_that_is_second_writes_nothing() {
     let blob = blob();
     let incoming = incoming(&blob).await;
@@ -83,6 +106,93 @@ async fn a_liar_that_is_second_writes_nothing() {
     first.append(&[Bytes::copy_from_slice(&blob[..PIECE])]).await.unwrap();
     first.end().await.unwrap();
     assert!(incoming.has(0));
+}
+
+/// What one of several senders does next.
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    /// It begins with a piece if it has none, sends half of it, or ends it.
+    Goes(usize, u32),
+    /// It breaks off.
+    Leaves(usize),
+    /// The list is there.
+    Lists,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        12 => (0..4_usize, 0..3_u32).prop_map(|(sender, piece)| Step::Goes(sender, piece)),
+        1 => (0..4_usize).prop_map(Step::Leaves),
+        1 => Just(Step::Lists),
+    ]
+}
+
+/// Two honest senders and two liars; what each is at.
+struct Senders {
+    blob: Vec<u8>,
+    incoming: Arc<Incoming>,
+    all: Vec<(Sink, Option<(u32, usize)>)>,
+}
+
+impl Senders {
+    async fn take(&mut self, step: Step) {
+        match step {
+            Step::Lists if self.incoming.list().is_none() => {
+                self.incoming.adopt(Arc::new(chain_of(&self.blob)), peer(9))
+            }
+            Step::Lists => {}
+            Step::Leaves(sender) => self.all[sender] = (sink(&self.incoming, sender as u8), None),
+            Step::Goes(sender, next) => {
+                let is_honest = sender < 2;
+                let (sink, at) = &mut self.all[sender];
+                match *at {
+                    None => {
+                        sink.begin(next);
+                        *at = Some((next, 0));
+                    }
+                    Some((_, PIECE)) => {
+                        let ended = sink.end().await;
+                        assert!(ended.is_ok() || !is_honest, "{ended:?}");
+                        *at = None;
+                    }
+                    Some((piece, sent)) => {
+                        let from = piece as usize * PIECE + sent;
+                        let mut half = self.blob[from..from + PIECE / 2].to_vec();
+                        half.iter_mut().for_each(|byte| *byte ^= if is_honest { 0 } else { 0xff });
+                        sink.append(&[half.into()]).await.unwrap();
+                        *at = Some((piece, sent + PIECE / 2));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn check(&self) {
+        for piece in (0..3).filter(|piece| self.incoming.has(*piece)) {
+            let from = piece as usize * PIECE;
+            let there = self.incoming.staged().read_at(from as u64, PIECE).await.unwrap();
+            assert!(there == self.blob[from..from + PIECE], "piece {piece} fitted, and is another one now");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn whatever_fitted_stays_as_it_was_whoever_sends_what_and_when(steps in vec(step(), 1..60)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let blob = blob();
+            let incoming = incoming(&blob).await;
+            let all = (0..4).map(|sender| (sink(&incoming, sender), None)).collect();
+            let mut senders = Senders { blob, incoming, all };
+            for step in steps {
+                senders.take(step).await;
+                senders.check().await;
+            }
+        });
+    }
 }
 
 #[tokio::test]
