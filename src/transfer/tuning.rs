@@ -51,7 +51,7 @@ pub(super) const NEWS_EVERY: Duration = Duration::from_millis(50);
 pub(super) const NEWS_LEAST: Duration = Duration::from_millis(10);
 
 /// 10 Gbit/s for 1.6 ms, a zone's round trip with some queueing, and several streams of a connection bring pieces at a time. At 1 Gbit/s over 20 ms one
-/// stream takes 0.51 of the link with this, 0.66 with 4 MiB, 0.69 with 8; on loopback 1, 2, 4 and 8 MiB are equally fast (`links_far` and `links_loopback` of the
+/// stream takes 0.51 of the link with this, 0.66 with 4 MiB, 0.69 with 8; on loopback 2, 4 and 8 MiB are equally fast (`links_far` and `links_loopback` of the
 /// benchmark, as all figures here). Not more: what is not read yet is memory, 16 blobs at a time, and above 2048 packets of one stream quinn copies
 /// them together (`COMPACT_THRESHOLD`), which 3 MB in packets of 1452 bytes are.
 const STREAM_WINDOW: u32 = 2 << 20;
@@ -74,8 +74,9 @@ const REQUEST_WINDOW: u32 = 2 * Hello::LIMIT as u32;
 /// second. What comes after the handshake is as fast with either.
 const INITIAL_RTT: Duration = Duration::from_millis(50);
 
-/// Bytes in a packet at most; what a path carries is probed for, up to this. Where the network has frames of 9000 bytes a byte costs half the
-/// processor time that it costs in packets of 1452, the payload of an Ethernet frame of 1500 under IPv6 and UDP.
+/// Bytes in a packet at most; what a path carries is probed for, up to this. Where the network has frames of 9000 bytes a byte of an
+/// image costs two thirds of the processor time that it costs in packets of 1452, the payload of an Ethernet frame of 1500 under IPv6 and UDP
+/// (`image_memory` and `image_memory_jumbo` of the benchmark).
 ///
 /// Not more: quinn gives the kernel ten packets at a time (`MAX_TRANSMIT_SEGMENTS`), which together must fit into what one of IP can be,
 /// 65 535 bytes with its headers. Ten that do not are refused (`EMSGSIZE`) and count as lost.

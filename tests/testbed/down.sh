@@ -12,8 +12,9 @@ if [ -f "$R/tag" ]; then
   for ((i = 0; i < 100; i++)); do
     pids=$(cgroup_pids)
     [ -n "$pids" ] || break
+    # One may be gone by now, which kill calls a failure; whether all are is looked at again, and below.
     # shellcheck disable=SC2086
-    kill -KILL $pids 2> /dev/null || true
+    kill -KILL $pids 2> /dev/null || :
     sleep 0.1
   done
   [ -z "$pids" ] || die "these would not die: $pids"
@@ -27,9 +28,10 @@ if [ -f "$R/tag" ]; then
   done
   # (another testbed may have mounts on them: removing a folder would unmount it there)
   if [ -f $MOUNTPOINTS ] && ! compgen -G '/run/netns/lm??????-hub' > /dev/null; then
-    tac $MOUNTPOINTS | xargs -r rmdir 2> /dev/null || true
+    # Those that something else made or filled meanwhile stay, and are not ours any more.
+    tac $MOUNTPOINTS | xargs -r rmdir 2> /dev/null || :
     rm $MOUNTPOINTS
   fi
   find "$R" -mindepth 1 -maxdepth 1 ! -name log -exec rm -rf --one-file-system {} +
 fi
-if [ "${2:-}" = --purge ]; then rm -rf "$R/log"; rmdir "$R" 2> /dev/null || true; fi
+if [ "${2:-}" = --purge ]; then rm -rf "$R/log"; rmdir "$R" 2> /dev/null || :; fi # others may keep something there

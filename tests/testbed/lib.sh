@@ -50,17 +50,21 @@ start() {
   disown # or the shell reports its end
   while ! alive "$1" && kill -0 $! 2> /dev/null; do sleep 0.01; done # until it is in its cgroup
 }
+# gone PID: it has ended, though its parent may not have asked how
+gone() { [ ! -d "/proc/$1" ] || grep -q '^State:.Z' "/proc/$1/status" 2> /dev/null || [ ! -d "/proc/$1" ]; }
 # stop COMPONENT [SIGNAL]: returns when the process is gone; 5 s of patience, then KILL
 stop() {
   local pid i
   alive "$1" || return 0
   pid=$(< "$R/pid/$1")
-  kill "-${2:-TERM}" "$pid" 2> /dev/null || true
+  # It may end by itself in this moment; that it is gone is waited for below
+  kill "-${2:-TERM}" "$pid" 2> /dev/null || :
   for ((i = 0; i < 250; i++)); do
-    [ -d "/proc/$pid" ] && ! grep -q '^State:.Z' "/proc/$pid/status" 2> /dev/null || break
+    ! gone "$pid" || break
     [ "$i" = 100 ] && kill -KILL "$pid" 2> /dev/null
     sleep 0.05
   done
+  gone "$pid" || die "$1 (process $pid) does not end"
   rm -f "$R/pid/$1"
 }
 # define COMPONENT SIDE: takes the body of R/run/COMPONENT from stdin; SIDE is hub or a node and names cgroup and network

@@ -1,7 +1,8 @@
 //! Where the pieces of one ask go: hashed as they come, and written.
 //!
 //! A piece may be asked of two. The one that began first writes as the bytes come; the other's wait in memory until they are all there, and
-//! are written if they fit. What is here already is not written again. Whoever finds that somebody else wrote meanwhile writes no more: so what a hasher has seen is what is on disk.
+//! are written if they fit. What is here already is not written again. Whoever finds that somebody else wrote meanwhile writes no more: so
+//! what a hasher has seen is what is on disk.
 
 use std::sync::Arc;
 use std::task::Poll;

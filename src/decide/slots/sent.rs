@@ -1,4 +1,5 @@
-//! Which pieces are sent of those that are welcome and here: the ones that were sent the least, so that every piece is somewhere else before one goes out twice.
+//! Which pieces are sent of those that are welcome and here: the ones that were sent the least, so that every piece is somewhere
+//! else before one goes out twice.
 //!
 //! Not here: who is served next ([`super::Slots`]).
 
