@@ -60,22 +60,24 @@ const IGNORED: &str = "it does not take up files that it finds (content_sharing_
 pub(super) struct Declined(pub(super) String);
 
 impl ContainerdStore {
-    /// How blobs come in, tried once after each start of containerd. `None` while its content store has no folder for blobs yet.
+    /// How blobs come in, tried once after each start of containerd. `None` while its content store has no folder for blobs yet. That the folder
+    /// cannot be seen is looked at again each time: it is made with the first blob.
     pub(super) async fn ingest(&self) -> Result<Option<Ingest>, StoreError> {
         let mut known = self.state.ingest.lock().await;
-        if known.is_some() {
+        let unseen = Ingest::Copied(UNSEEN.into());
+        if known.as_ref().is_some_and(|known| *known != unseen) {
             return Ok(known.clone());
         }
-        let probed = match self.content_root().await? {
-            Some(root) => self.probe(&root).await?,
+        let found = match self.content_root().await? {
+            Some(root) => {
+                self.probe(&root).await?.map_or_else(|Declined(why)| Ingest::Copied(why), |()| Ingest::Linked)
+            }
             None if self.is_without_content().await? => return Ok(None),
-            None => Err(Declined(UNSEEN.into())),
+            None => unseen,
         };
-        let found = match probed {
-            Ok(()) => Ingest::Linked,
-            Err(Declined(why)) => Ingest::Copied(why),
-        };
-        tell(&found);
+        if known.as_ref() != Some(&found) {
+            tell(&found);
+        }
         Ok(known.insert(found).clone().into())
     }
 

@@ -110,10 +110,11 @@ impl ContainerdStore {
         Ok(root.filter(|root| root.join("blobs/sha256").is_dir()))
     }
 
-    /// Its root can be seen and has no blobs yet.
+    /// Its root, or the folder that it will be in (containerd 2 makes the root itself with the first blob), can be seen and has no blobs yet.
     pub(super) async fn is_without_content(&self) -> Result<bool, StoreError> {
         let root = self.look_around().await?.content_root;
-        Ok(root.is_some_and(|root| root.is_dir() && !root.join("blobs/sha256").is_dir()))
+        let is_seen = |root: &Path| root.is_dir() || root.parent().is_some_and(Path::is_dir);
+        Ok(root.is_some_and(|root| is_seen(&root) && !root.join("blobs/sha256").is_dir()))
     }
 
     pub(super) async fn has_cri(&self) -> Result<bool, StoreError> {

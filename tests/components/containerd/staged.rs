@@ -54,9 +54,10 @@ async fn stage(store: &ContainerdStore, daemon: &Daemon, bytes: &Bytes, pin: &Pi
     before
 }
 
-/// containerd makes its folder with the first blob.
+/// containerd makes its folder with the first blob. Before that an agent that starts has looked around already.
 async fn with_content(daemon: &Daemon, containerd_namespace: &str) -> (ContainerdStore, Pin) {
     let store = daemon.store(containerd_namespace);
+    assert_eq!(ingest(&store).await, None, "nothing is known before there is content");
     let pin = store.pin(HOUR).await.unwrap();
     write(&store, &content("makes the folder", 10), &pin, &Remembered::default()).await;
     (store, pin)
