@@ -16,6 +16,8 @@ pub use sent::Sent;
 const MAX_WAITING_OF_PEER: usize = 64;
 /// Most that wait in all: each is a stream and a task. A thousand nodes that all know one holder have room.
 const MAX_WAITING: usize = 1024;
+/// Beyond so many in all, only those wait who have nothing else waiting: a dozen peers that ask for all that they may leave room for 256 others.
+const CROWDED: usize = MAX_WAITING * 3 / 4;
 
 /// After so many bytes what was sent before counts half: "lately" is some seconds on most networks.
 const HALF_LIFE: u64 = 256 << 20;
@@ -82,7 +84,8 @@ impl Slots {
     /// [`Full`].
     pub fn enqueue(&mut self, peer: PeerId, digest: Digest, pieces: usize) -> Result<Ticket, Full> {
         let account = self.peers.get(&peer).map_or(0, |account| account.waiting);
-        if self.waiting >= MAX_WAITING || account >= MAX_WAITING_OF_PEER {
+        let most = if self.waiting < CROWDED { MAX_WAITING_OF_PEER } else { 1 };
+        if self.waiting >= MAX_WAITING || account >= most {
             return Err(Full);
         }
         let ticket = self.next;
@@ -240,10 +243,15 @@ mod tests {
         let mut slots = Slots::new(4, 16);
         let most = (0..100).filter(|_| slots.enqueue(peer(0), blob(0), 9).is_ok()).count();
         assert_eq!(most, 64);
-        let others = (1..=255).flat_map(|n| [n; 10]).filter(|n| slots.enqueue(peer(*n), blob(0), 9).is_ok());
-        assert_eq!(others.count(), 1024 - 64);
-        let first = slots.turn().unwrap();
-        slots.done(first);
+        let greedy = (1..16).flat_map(|n| [n; 64]).filter(|n| slots.enqueue(peer(*n), blob(0), 9).is_ok());
+        assert_eq!(greedy.count(), 768 - 64 + 4, "and the last four of them one each");
+        let late = (16..=255).filter(|n| slots.enqueue(peer(*n), blob(0), 9).is_ok());
+        assert_eq!(late.count(), 240, "who waits for nothing else has a place");
+        assert!(slots.enqueue(peer(255), blob(0), 9).is_err());
+        while slots.waiting >= CROWDED {
+            let ticket = slots.turn().unwrap();
+            slots.done(ticket);
+        }
         assert!(slots.enqueue(peer(255), blob(0), 9).is_ok());
     }
 }
