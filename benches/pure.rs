@@ -236,6 +236,7 @@ fn fetch() -> Fetched {
     for (number, gib) in LAYERS.into_iter().enumerate() {
         let (digest, cut) = (blob(0, number), Cut::usual(gib << 30));
         pool.add(digest, cut);
+        pool.lists(digest);
         pool.candidates(digest, &holders);
     }
     for neighbour in pool.neighbours(now) {
@@ -263,7 +264,7 @@ fn fetch() -> Fetched {
             pool.begins(ask.id, *piece, now);
             pool.brings(ask.id, ask.order.cut.length(*piece as usize), now);
             pool.has(ask.id, *piece, now);
-            pool.knows(ask.order.peer);
+            pool.fits(ask.order.peer, ask.order.digest);
             fetched.pieces += 1;
         }
         pool.ends(ask.id, End::Done, now);

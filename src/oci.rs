@@ -11,8 +11,8 @@ mod platform;
 mod reference;
 
 pub use chain::{
-    Chain, ChainBuilder, Cut, CutError, Dispute, LengthError, MAX_PIECES, PieceHasher, Proving, Ruling, SMALLEST_PIECE,
-    State,
+    Beginning, Chain, ChainBuilder, Cut, CutError, Dispute, LengthError, MAX_PIECES, PieceHasher, Proving, Ruling,
+    SMALLEST_PIECE, State,
 };
 pub use descriptor::{Descriptor, DescriptorError};
 pub use digest::{Digest, DigestError, Hasher, Verified, VerifyError};

@@ -28,5 +28,7 @@ pub use control::{
 };
 pub use fetch::{FetchError, Fetcher};
 pub use notify::{MAX_PODS, Notification, Notifier, NotifyError};
-pub use pieces::{Following, NoPartials, Partial, Partials, PieceError, PieceFetcher, PieceSink, STAGED_LIFE, Staged};
+pub use pieces::{
+    Following, Heard, NoPartials, Partial, Partials, PieceError, PieceFetcher, PieceSink, STAGED_LIFE, Staged,
+};
 pub use registry::{Registry, RegistryError};

@@ -17,7 +17,7 @@ use super::recover::child_kind;
 use super::recover_error::RecoverError;
 use super::swarm::Underway;
 use crate::decide::plan::order_providers;
-use crate::decide::trust::{Fault, Standing, Trust};
+use crate::decide::trust::{Fault, Trust};
 use crate::metrics::Metrics;
 use crate::model::{PeerId, Zone};
 use crate::oci::{Descriptor, Digest, Document, DocumentError, MAX_DOCUMENT_BYTES, Reference, Verified};
@@ -33,9 +33,6 @@ const BUSY_WAIT: Duration = Duration::from_millis(1500);
 /// Waits for a store that is busy with the same blob: an hour, as long as a pin holds. Two images of this node share a layer, and the
 /// recovery that writes it may be on a slow link; when that one ends, in whichever way, the store is free.
 const BUSY_WAITS: u32 = 2400;
-
-/// As many peers as faults are remembered of.
-const MAX_KNOWN: usize = 10_000;
 
 /// Gets single blobs.
 pub struct Bring {
@@ -55,8 +52,6 @@ pub struct Bring {
     pub(super) metrics: Metrics,
     /// What peers did wrong lately.
     trust: Mutex<Trust>,
-    /// Who has sent right pieces; no more than the mesh ever had members.
-    known: Mutex<HashSet<PeerId>>,
 }
 
 /// A blob that is here now.
@@ -87,7 +82,7 @@ impl Bring {
         zone: watch::Receiver<Option<Zone>>,
         metrics: Metrics,
     ) -> Self {
-        Self { me, store, fetcher, holders, underway, zone, metrics, trust: Mutex::default(), known: Mutex::default() }
+        Self { me, store, fetcher, holders, underway, zone, metrics, trust: Mutex::default() }
     }
 
     /// Makes room in the store for a config or a layer, unless it is here. A small one that is here with wrong bytes is replaced.
@@ -109,20 +104,6 @@ impl Bring {
             Some(staged) => Ok(Prepared::Staged(staged)),
             None => here(None),
         }
-    }
-
-    /// A peer has sent right pieces.
-    pub(super) fn knows(&self, peer: PeerId) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.len() < MAX_KNOWN {
-            known.insert(peer);
-        }
-    }
-
-    /// Whether it has, and has not lied since.
-    pub(super) fn is_known(&self, peer: PeerId) -> bool {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).contains(&peer);
-        known && !matches!(self.trust().standing(peer, now()), Standing::Lying)
     }
 
     /// Who has a blob or is fetching it, but those that were given up.

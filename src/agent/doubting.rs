@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use crate::mesh::Mesh;
 use crate::model::{Order, PeerId};
 use crate::oci::{Chain, Cut, Digest, Verified};
-use crate::ports::{BlobSink, FetchError, Fetcher, Following, PieceFetcher, PieceSink};
+use crate::ports::{BlobSink, FetchError, Fetcher, Following, Heard, PieceFetcher, PieceSink};
 use crate::transfer::Transfer;
 
 /// Fetches, and tells on those who are out of reach.
@@ -31,8 +31,8 @@ impl Doubting {
 
 #[async_trait]
 impl PieceFetcher for Doubting {
-    async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Chain, FetchError> {
-        self.told(self.transfer.chain(peer, digest, cut).await).await
+    async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut, heard: Heard<'_>) -> Result<Chain, FetchError> {
+        self.told(self.transfer.chain(peer, digest, cut, heard).await).await
     }
 
     async fn follow(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Box<dyn Following>, FetchError> {

@@ -4,6 +4,7 @@
 //! hashing and writing spread over the cores. What is here is served while the rest comes ([`Underway`]). Not here: documents, which
 //! come whole ([`super::bring`]), and who may be helped.
 
+mod early;
 mod incoming;
 mod lists;
 mod sink;
@@ -280,6 +281,12 @@ impl<'a> Swarm<'a> {
         {
             fetching.checking = true;
             self.spawn_check(incoming);
+        } else if !fetching.checking && incoming.list().is_none() {
+            let is_alone = self.bring.sources(&coming.attempts).len() == 1;
+            if incoming.next_trial(is_alone).is_some() {
+                fetching.checking = true;
+                self.spawn_try(incoming, is_alone);
+            }
         }
     }
 

@@ -17,6 +17,8 @@
 //! - What a neighbour of our own zone has is not asked of another zone, unless nothing comes of asking it.
 //! - Nobody is waited for: what a peer is silent about for longer than it usually is, is asked of another too.
 //! - A piece is asked of one peer, of two when the first is late, and at the very end.
+//! - Of a blob a peer is asked for one piece, and for more when that one was compared with the list, so that a liar is found by its first. Where there
+//!   is no list yet the first piece in reading order is best, since a list that is being made reaches it first.
 //!
 //! Not here: whether what comes fits (the driver says [`Pool::unfit`]), which peers are to be trusted, and how a serving node chooses
 //! ([`super::slots`]).
@@ -148,7 +150,7 @@ impl Pool {
         }
     }
 
-    /// A blob to fetch. One that is there already stays as it is.
+    /// A blob to fetch, whose list of states is still to come unless it [`Pool::lists`]. One that is there already stays as it is.
     pub fn add(&mut self, digest: Digest, cut: Cut) {
         let salt = self.rng.random();
         let next = self.blobs.len();
@@ -157,11 +159,22 @@ impl Pool {
         }
     }
 
-    /// A piece that this peer sent is right, of this pool or an earlier one: from now on it is asked for several. One that only came, and was not
-    /// compared with anything yet, does not count.
-    pub fn knows(&mut self, peer: PeerId) {
+    /// There is a list for a blob: what comes can be compared at once.
+    pub fn lists(&mut self, digest: Digest) {
+        if let Some(&place) = self.places.get(&digest) {
+            self.blobs[place].is_listed = true;
+        }
+    }
+
+    /// A piece of this blob that this peer sent fits: from now on it is asked for several. One that only came, and was not compared with anything yet,
+    /// does not count; nor does what it sent of other blobs, whose files may be whole where this one's is not.
+    pub fn fits(&mut self, peer: PeerId, digest: Digest) {
         let number = self.peers.number(peer);
-        self.peers.get_mut(number).known();
+        if let Some(&place) = self.places.get(&digest)
+            && self.blobs[place].fits(number)
+        {
+            self.peers.get_mut(number).known();
+        }
     }
 
     /// A piece is here: from an earlier try, or by a way that this pool did not ask for.
@@ -175,6 +188,15 @@ impl Pool {
     pub fn unfit(&mut self, digest: Digest, piece: u32) {
         if let Some(&place) = self.places.get(&digest) {
             self.blobs[place].goes(piece);
+        }
+    }
+
+    /// A piece of this blob that this peer sent does not fit what there is of somebody's list: it is asked for nothing more of it until a list is
+    /// whole and tells who is wrong, or for some seconds if none comes.
+    pub fn doubts(&mut self, peer: PeerId, digest: Digest, now: Instant) {
+        let number = self.peers.number(peer);
+        if let Some(&place) = self.places.get(&digest) {
+            self.blobs[place].doubts(number, now);
         }
     }
 

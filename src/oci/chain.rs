@@ -25,6 +25,7 @@
 //!
 //! Not here: which piece is fetched when and from whom.
 
+mod beginning;
 mod proving;
 mod running;
 
@@ -33,6 +34,7 @@ use sha2::block_api::compress256;
 use self::running::Running;
 use super::Digest;
 
+pub use self::beginning::Beginning;
 pub use self::proving::{PieceHasher, Proving};
 
 /// SHA-256's block, in bytes.

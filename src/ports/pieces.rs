@@ -9,16 +9,17 @@ use tokio::sync::watch;
 
 use super::{FetchError, Remembered, StoreError};
 use crate::model::{Availability, Bits, Order, PeerId};
-use crate::oci::{Chain, Cut, Digest, Verified};
+use crate::oci::{Chain, Cut, Digest, State, Verified};
 
 /// Fetches pieces from peers that were admitted.
 #[async_trait]
 pub trait PieceFetcher: Send + Sync + 'static {
-    /// The peer's list of states. One that has none yet makes it now, which takes the time to hash the blob; the states come as they are made.
+    /// The peer's list of states. One that has none yet makes it now, which takes the time to hash the blob; `heard` gets the states as they come, each
+    /// once and in order.
     ///
     /// # Errors
     /// [`FetchError`]. The list is a claim.
-    async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Chain, FetchError>;
+    async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut, heard: Heard<'_>) -> Result<Chain, FetchError>;
 
     /// Begins to hear which pieces the peer has.
     ///
@@ -37,6 +38,9 @@ pub trait PieceFetcher: Send + Sync + 'static {
     /// The list of a blob that was proved and is in the store now, for those who will ask this node for it.
     fn keep(&self, chain: Arc<Chain>);
 }
+
+/// Gets the next states of a list.
+pub type Heard<'a> = &'a mut (dyn FnMut(&[State]) + Send);
 
 /// What a peer has of a blob, as it changes.
 #[async_trait]

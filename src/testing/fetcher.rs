@@ -32,6 +32,10 @@ pub enum Behaviour {
     SpoilsPiece(u32),
     /// Sends so many pieces, and from then on nothing.
     HangsAfter(u32),
+    /// Its files of blobs of several pieces were written over: it sends other bytes of them, and finds that out when it makes their lists.
+    Rotten,
+    /// Sends what its store holds; of a list the first states at once, and the rest after a minute.
+    ListsSlowly,
 }
 
 /// A peer that is played.
@@ -48,6 +52,7 @@ pub struct MemoryFetcher {
     asked: Mutex<Vec<PeerId>>,
     served: Mutex<Vec<(PeerId, Digest)>>,
     lists_asked: AtomicUsize,
+    spoilt: AtomicUsize,
 }
 
 impl MemoryFetcher {
@@ -96,6 +101,11 @@ impl MemoryFetcher {
     /// How many times anybody was asked for a list of states.
     pub fn lists_asked(&self) -> usize {
         self.lists_asked.load(Ordering::Relaxed)
+    }
+
+    /// How many pieces were sent with other bytes.
+    pub fn spoilt(&self) -> usize {
+        self.spoilt.load(Ordering::Relaxed)
     }
 
     fn note_asked(&self, peer: PeerId) {

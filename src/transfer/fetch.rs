@@ -24,7 +24,7 @@ use super::{GreetError, Shared, Transfer};
 use crate::decide::bucket::CHUNK;
 use crate::model::{Order, PeerId};
 use crate::oci::{Chain, Cut, Digest, Hasher, Verified};
-use crate::ports::{BlobSink, FetchError, Fetcher, Following, PieceFetcher, PieceSink};
+use crate::ports::{BlobSink, FetchError, Fetcher, Following, Heard, PieceFetcher, PieceSink};
 use crate::wire::{self, Answer, Request};
 
 #[async_trait]
@@ -53,8 +53,8 @@ impl Fetcher for Transfer {
 
 #[async_trait]
 impl PieceFetcher for Transfer {
-    async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Chain, FetchError> {
-        let listed = self.0.list(Wanted { peer, digest, size: cut.size() }, cut).await;
+    async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut, heard: Heard<'_>) -> Result<Chain, FetchError> {
+        let listed = self.0.list(Wanted { peer, digest, size: cut.size() }, cut, heard).await;
         listed.inspect_err(|error| self.0.metrics.fetch_failed(error.label()))
     }
 

@@ -34,10 +34,10 @@ use crate::decide::rules::Rules;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{Credential, NodeName, Peer, PeerId};
-use crate::oci::{Digest, Verified};
+use crate::oci::{Chain, Cut, Digest, Verified};
 use crate::ports::{
     Admission, Admitted, BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, FetchError, Fetcher, ImageRecord,
-    LEEWAY, NoPartials, Partials, Pin, Refusal, Remembered, Room, Staged, StoreError,
+    LEEWAY, NoPartials, Partials, PieceFetcher, Pin, Refusal, Remembered, Room, Staged, StoreError,
 };
 use crate::wire::{self, Answer, Hello, Request, Welcome};
 
@@ -291,6 +291,14 @@ impl Node {
     }
 
     /// Fetches into memory; what arrived of a failed fetch is not looked at.
+    /// A peer's list, whose states were all heard before.
+    async fn list(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Chain, FetchError> {
+        let mut heard = Vec::new();
+        let list = self.transfer.chain(peer, digest, cut, &mut |states| heard.extend_from_slice(states)).await?;
+        assert_eq!(heard, list.states());
+        Ok(list)
+    }
+
     async fn fetch(&self, peer: PeerId, digest: Digest, size: u64) -> Result<(Verified, Vec<u8>), FetchError> {
         let mut basket = Basket::default();
         let verified = self.transfer.fetch(peer, digest, size, &mut basket).await?;

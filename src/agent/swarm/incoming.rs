@@ -9,9 +9,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::watch;
 
+use super::early::{Early, Trial};
 use crate::decide::pieces::AskId;
 use crate::model::{Bits, PeerId};
-use crate::oci::{Chain, Cut, Descriptor, PieceHasher, Proving, Verified};
+use crate::oci::{Chain, Cut, Descriptor, PieceHasher, Proving, State as ChainState, Verified};
 use crate::ports::{Partial, Staged, StoreError};
 
 /// A blob that is being fetched.
@@ -27,6 +28,8 @@ pub(super) struct Incoming {
 #[derive(Default)]
 struct State {
     list: Option<List>,
+    /// What there is of lists before there is one.
+    early: Early,
     /// Written, and not compared with a list yet; who sent it, unless a process before this one wrote it.
     unchecked: BTreeMap<u32, Option<PeerId>>,
     /// Pieces that are being written, each by one task.
@@ -132,6 +135,41 @@ impl Incoming {
             state.unchecked.extend(fitted);
         }
         state.list = Some(List { proving: Proving::new(chain), author: Some(author) });
+        state.early = Early::default();
+    }
+
+    /// The next states of a list that a peer makes.
+    pub(super) fn hears(&self, author: PeerId, states: &[ChainState]) {
+        let mut state = self.state();
+        if state.list.is_none() {
+            state.early.hears(author, self.cut, states);
+        }
+    }
+
+    /// A peer's list will not come.
+    pub(super) fn hears_no_more(&self, author: PeerId) {
+        self.state().early.forget(author);
+    }
+
+    /// A piece that a list can tell of that is being made. `is_alone` where nobody but its sender has the blob.
+    pub(super) fn next_trial(&self, is_alone: bool) -> Option<Trial> {
+        let state = self.state();
+        let unchecked = state.unchecked.iter().filter_map(|(piece, from)| Some((*piece, (*from)?)));
+        state.early.next(unchecked, is_alone)
+    }
+
+    /// Whether it fits what there is of the list.
+    ///
+    /// # Errors
+    /// As the store says.
+    pub(super) async fn try_early(&self, trial: Trial) -> Result<bool, StoreError> {
+        let Some(mut hasher) = self.state().early.hasher(trial) else { return Ok(false) };
+        let place = self.enter(trial.piece).0;
+        let alone = place.lock().await;
+        let read = self.hash(trial.piece, &mut hasher).await;
+        drop(alone);
+        self.leave(trial.piece, place);
+        read.map(|()| self.state().early.judge(trial, &hasher))
     }
 
     /// Pieces that are here and were not compared with the list.
@@ -234,6 +272,19 @@ impl Incoming {
         let mut hasher = chain.hasher(piece as usize);
         let place = self.enter(piece).0;
         let alone = place.lock().await;
+        self.hash(piece, &mut hasher).await?;
+        let checked = self.checked(piece, &chain, hasher);
+        // Only now: what was read has to be what is judged.
+        drop(alone);
+        self.leave(piece, place);
+        if matches!(checked, Checked::Fits(_)) {
+            self.tell();
+        }
+        Ok(checked)
+    }
+
+    /// Hashes what is written of a piece. Its place has to be held meanwhile.
+    async fn hash(&self, piece: u32, hasher: &mut PieceHasher) -> Result<(), StoreError> {
         let (mut at, end) = self.bounds(piece);
         while at < end {
             let most = usize::try_from(end - at).unwrap_or(READ).min(READ);
@@ -244,14 +295,7 @@ impl Incoming {
             hasher.update(&bytes);
             at += bytes.len() as u64;
         }
-        let checked = self.checked(piece, &chain, hasher);
-        // Only now: what was read has to be what is judged.
-        drop(alone);
-        self.leave(piece, place);
-        if matches!(checked, Checked::Fits(_)) {
-            self.tell();
-        }
-        Ok(checked)
+        Ok(())
     }
 
     /// What is known to be wrong, and whose it is, stays marked until it is known whether the list is wrong instead.

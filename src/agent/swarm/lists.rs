@@ -37,7 +37,7 @@ pub(super) async fn settle(
     // Of a blob in one piece the list is empty, and true; and whoever sends what its own list does not say has lied.
     let Some(author) = author.filter(|author| *author != sender) else { return Verdict::Sender };
     let (digest, cut) = (ours.digest(), ours.cut());
-    let theirs = match fetcher.chain(sender, digest, cut).await {
+    let theirs = match fetcher.chain(sender, digest, cut, &mut |_| ()).await {
         Ok(chain) => Arc::new(chain),
         // What it holds does not end at the digest, or it makes no sense.
         Err(FetchError::StoreFailed { .. } | FetchError::Protocol { .. }) => return Verdict::Sender,

@@ -142,7 +142,7 @@ impl PieceSink for Sink {
             let mut pool = self.shared.pool();
             pool.has(self.ask, piece, super::now());
             if self.incoming.is_proven(self.peer) {
-                pool.knows(self.peer);
+                pool.fits(self.peer, self.incoming.blob().digest);
             }
             // Where the ask was taken back meanwhile, the piece came all the same.
             pool.hold(self.incoming.blob().digest, piece);

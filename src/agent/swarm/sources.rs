@@ -42,10 +42,7 @@ impl Swarm<'_> {
         let Some(Coming { stage: Stage::Fetching(fetching), attempts, .. }) = self.coming.get(&digest) else { return };
         let mut candidates = self.candidates(attempts);
         candidates.retain(|candidate| !fetching.accused.contains(&candidate.peer));
-        let mut pool = self.shared.pool();
-        let known = candidates.iter().filter(|candidate| self.bring.is_known(candidate.peer));
-        known.for_each(|candidate| pool.knows(candidate.peer));
-        pool.candidates(digest, &candidates);
+        self.shared.pool().candidates(digest, &candidates);
     }
 
     /// Who may have it, but those who showed that they do not.

@@ -10,7 +10,7 @@ use crate::agent::bring::{Brought, Prepared};
 use crate::agent::recover_error::RecoverError;
 use crate::decide::pieces::{Ask, AskId, End};
 use crate::model::{Availability, NodeName, PeerId};
-use crate::oci::{Chain, Cut, Descriptor, Digest, Verified, VerifyError};
+use crate::oci::{Chain, Cut, Descriptor, Digest, State, Verified, VerifyError};
 use crate::ports::{ClaimError, FetchError, Remembered, StoreError};
 
 /// Something has ended.
@@ -73,17 +73,40 @@ impl Swarm<'_> {
     }
 
     pub(super) fn spawn_list(&mut self, peer: PeerId, digest: Digest, cut: Cut) {
-        let fetcher = Arc::clone(&self.bring.fetcher);
-        self.tasks.spawn(async move { Done::Listed(peer, digest, fetcher.chain(peer, digest, cut).await) });
+        let Some(incoming) = self.incoming(digest) else { return };
+        let (fetcher, shared) = (Arc::clone(&self.bring.fetcher), Arc::clone(&self.shared));
+        self.tasks.spawn(async move {
+            let mut heard = |states: &[State]| {
+                incoming.hears(peer, states);
+                shared.moved.notify_one();
+            };
+            Done::Listed(peer, digest, fetcher.chain(peer, digest, cut, &mut heard).await)
+        });
+    }
+
+    /// Compares senders' first pieces with what there is of a list.
+    pub(super) fn spawn_try(&mut self, incoming: Arc<Incoming>, is_alone: bool) {
+        let shared = Arc::clone(&self.shared);
+        self.tasks.spawn(async move {
+            let digest = incoming.blob().digest;
+            while let Some(trial) = incoming.next_trial(is_alone) {
+                match incoming.try_early(trial).await {
+                    Ok(true) => shared.pool().fits(trial.sender, digest),
+                    Ok(false) => shared.pool().doubts(trial.sender, digest, now()),
+                    Err(error) => return Done::Checked(digest, Err(error)),
+                }
+            }
+            Done::Checked(digest, Ok(Vec::new()))
+        });
     }
 
     pub(super) fn spawn_check(&mut self, incoming: Arc<Incoming>) {
         let shared = Arc::clone(&self.shared);
         self.tasks.spawn(async move {
-            let mut wrong = Vec::new();
+            let (mut wrong, digest) = (Vec::new(), incoming.blob().digest);
             for piece in incoming.unchecked() {
                 match incoming.check(piece).await {
-                    Ok(Checked::Fits(from)) => from.iter().for_each(|peer| shared.pool().knows(*peer)),
+                    Ok(Checked::Fits(from)) => from.iter().for_each(|peer| shared.pool().fits(*peer, digest)),
                     Ok(Checked::Unfit(None)) => wrong.push((piece, None)),
                     // Before more is thrown away it is found out who is wrong.
                     Ok(Checked::Unfit(from)) => {
@@ -91,11 +114,11 @@ impl Swarm<'_> {
                         break;
                     }
                     Ok(Checked::Again) => break,
-                    Err(error) => return Done::Checked(incoming.blob().digest, Err(error)),
+                    Err(error) => return Done::Checked(digest, Err(error)),
                 }
                 tokio::task::yield_now().await;
             }
-            Done::Checked(incoming.blob().digest, Ok(wrong))
+            Done::Checked(digest, Ok(wrong))
         });
     }
 
@@ -172,6 +195,9 @@ impl Swarm<'_> {
         let incoming = Arc::new(Incoming::new(coming.blob.clone(), staged));
         let mut pool = self.shared.pool();
         pool.add(digest, incoming.cut());
+        if incoming.list().is_some() {
+            pool.lists(digest);
+        }
         incoming.unchecked().into_iter().for_each(|piece| pool.hold(digest, piece));
         drop(pool);
         self.bring.underway.begin(&incoming);
@@ -196,9 +222,6 @@ impl Swarm<'_> {
                 let Some(incoming) = self.incoming(digest) else { return Ok(()) };
                 if incoming.from().contains_key(&peer) {
                     self.bring.trust().served(peer);
-                }
-                if incoming.is_proven(peer) {
-                    self.bring.knows(peer);
                 }
             }
             Err(FetchError::Busy { .. }) => self.bring.metrics.peer_at_fault("busy"),
@@ -273,9 +296,13 @@ impl Swarm<'_> {
             return Ok(());
         };
         fetching.listing.remove(&peer);
+        fetching.incoming.hears_no_more(peer);
         fetching.listless.insert(peer, now() + LISTLESS);
         match listed {
-            Ok(chain) if fetching.incoming.list().is_none() => fetching.incoming.adopt(Arc::new(chain), peer),
+            Ok(chain) if fetching.incoming.list().is_none() => {
+                fetching.incoming.adopt(Arc::new(chain), peer);
+                self.shared.pool().lists(digest);
+            }
             // Another one was faster.
             Ok(_) => {}
             Err(FetchError::Busy { .. } | FetchError::Stalled { .. }) => {}

@@ -54,6 +54,36 @@ async fn a_peer_that_sends_other_bytes_is_found_by_a_piece_and_the_image_comes_f
 }
 
 #[tokio::test(start_paused = true)]
+async fn one_whose_file_rotted_sends_one_piece_of_it() {
+    let (harbour, _) = harbour_with(&[Behaviour::Rotten, Behaviour::ListsSlowly, Behaviour::Honest]).await;
+    recover(&harbour).await.unwrap();
+    assert_eq!(harbour.fetcher.spoilt(), 1);
+    assert!(faults(&harbour, "lied", 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lone_holder_is_asked_for_everything_while_it_makes_its_list() {
+    let (harbour, image) = harbour_with(&[Behaviour::ListsSlowly]).await;
+    let (recoverer, progress, stop) = (harbour.recoverer(), Progress::default(), CancellationToken::new());
+    let wanted = wanted();
+    let recovery = recoverer.recover(&wanted, &progress, &stop);
+    tokio::pin!(recovery);
+    assert!(tokio::time::timeout(Duration::from_secs(1), &mut recovery).await.is_err(), "nothing is kept unproved");
+    let layer = image.blobs.iter().max_by_key(|blob| blob.size).unwrap();
+    assert_eq!(progress.blobs()[&layer.digest].done, layer.size);
+    let asked = harbour.fetcher.times_asked(peer(1));
+    assert!(asked < Cut::usual(layer.size).pieces(), "several pieces at a time: {asked} questions");
+    recovery.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_liar_is_not_believed_because_its_own_list_says_what_it_sends() {
+    let (harbour, _) = harbour_with(&[Behaviour::Rotten, Behaviour::Rotten, Behaviour::Honest]).await;
+    recover(&harbour).await.unwrap();
+    assert!(harbour.fetcher.spoilt() <= 2, "{} pieces for two liars", harbour.fetcher.spoilt());
+}
+
+#[tokio::test(start_paused = true)]
 async fn whoever_forges_the_list_is_named_and_not_the_honest_sender() {
     for forged in [0, 5, 11] {
         let (harbour, _) = harbour_with(&[Behaviour::ForgesList(forged), Behaviour::Honest]).await;

@@ -1,5 +1,8 @@
 //! One blob of the pool: what is here, what is asked for, and who has what.
 
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
 use super::peers::Number;
 use super::set::Set;
 use super::{Candidate, mix};
@@ -8,6 +11,14 @@ use crate::oci::{Cut, Digest, MAX_PIECES};
 
 /// Most that are asked for one piece at a time.
 pub(super) const MAX_ASKERS: u8 = 2;
+
+/// How long the first piece of a peer may wait for its comparison before the peer is asked for another one, and then one at a time. A list that is
+/// being made reaches the first pieces within milliseconds of its maker's beginning; this leaves it time to read them from a disk that is busy.
+const COMPARISON: Duration = Duration::from_millis(500);
+
+/// The same for one whose piece did not fit the list as far as that is made. Time for another peer's list, which is asked for two seconds after the first;
+/// not longer, because the list may be the lie.
+const DOUBT: Duration = Duration::from_millis(2500);
 
 const _: () = assert!(MAX_PIECES <= 1 << 18);
 
@@ -28,11 +39,24 @@ pub(super) struct Blob {
     near_whole: usize,
     /// Orders pieces that are equally rare; another order in every pool.
     salt: u64,
+    /// There is a list, so that what comes is compared at once.
+    pub(super) is_listed: bool,
+    /// Who has sent something of it.
+    senders: HashMap<Number, Sender>,
     pub(super) links: Vec<Link>,
     pub(super) near: Vec<Known>,
     pub(super) far: Vec<Known>,
     /// Whom to follow has to be thought over.
     pub(super) is_unsettled: bool,
+}
+
+/// What is known of what a peer sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sender {
+    /// A piece of it waits to be compared, until then.
+    Waits(Instant),
+    /// A piece of it fitted.
+    Fits,
 }
 
 /// A neighbour.
@@ -77,6 +101,8 @@ impl Blob {
             near_counts: vec![0; pieces],
             near_whole: 0,
             salt,
+            is_listed: false,
+            senders: HashMap::new(),
             links: Vec::new(),
             near: Vec::new(),
             far: Vec::new(),
@@ -129,6 +155,42 @@ impl Blob {
             self.set_free(piece, self.askers(piece) == 0);
             self.is_unsettled = true;
         }
+    }
+
+    /// A piece of this peer came, whatever it is.
+    pub(super) fn came_from(&mut self, peer: Number, now: Instant) {
+        self.senders.entry(peer).or_insert(Sender::Waits(now + COMPARISON));
+    }
+
+    /// A piece of this peer fits. False when that was known.
+    pub(super) fn fits(&mut self, peer: Number) -> bool {
+        self.senders.insert(peer, Sender::Fits) != Some(Sender::Fits)
+    }
+
+    /// A piece of this peer does not fit what there is of a list.
+    pub(super) fn doubts(&mut self, peer: Number, now: Instant) {
+        if let Some(Sender::Waits(until)) = self.senders.get_mut(&peer) {
+            *until = now + DOUBT;
+        }
+    }
+
+    /// Whether a piece of this peer fitted.
+    pub(super) fn is_tried(&self, peer: Number) -> bool {
+        self.senders.get(&peer) == Some(&Sender::Fits)
+    }
+
+    /// Until when nothing more is asked of a peer, because what it sent first is to be compared.
+    pub(super) fn compares_until(&self, peer: Number) -> Option<Instant> {
+        match self.senders.get(&peer) {
+            Some(Sender::Waits(until)) => Some(*until),
+            Some(Sender::Fits) | None => None,
+        }
+    }
+
+    /// When somebody may be asked again though nothing was compared.
+    pub(super) fn wake_at(&self, now: Instant) -> Option<Instant> {
+        let waits = self.links.iter().filter_map(|link| self.compares_until(link.peer));
+        waits.filter(|until| self.missing > 0 && *until > now).min()
     }
 
     pub(super) fn expect(&mut self, piece: u32) {
@@ -281,6 +343,10 @@ impl Blob {
         let fits = |piece: &u32| !link.is_far || self.near_counts[*piece as usize] == 0;
         let mut keys: Vec<_> =
             of_partial.chain(of_whole).filter(fits).map(|piece| self.key(piece, link.is_far)).collect();
+        if !self.is_listed && !self.is_tried(link.peer) {
+            // A list that is being made reaches the first of them first. The others are there for a holder that has sent it to many.
+            keys.iter_mut().min_by_key(|key| **key as u32).into_iter().for_each(|key| *key = u64::from(*key as u32));
+        }
         if keys.len() > most {
             keys.select_nth_unstable(most);
             keys.truncate(most);

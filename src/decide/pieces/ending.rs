@@ -61,6 +61,7 @@ impl Pool {
         let (place, peer, is_over) = (asked.place, asked.peer, asked.left == 0);
         self.peers.get_mut(peer).kept();
         let blob = &mut self.blobs[place];
+        blob.came_from(peer, now);
         blob.expect_no_more(piece);
         if let Some(link) = blob.link_of(peer) {
             blob.set_vain(link, false);

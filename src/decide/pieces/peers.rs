@@ -42,7 +42,7 @@ pub(super) struct Peer {
     /// Asks under way, and how many there may be.
     pub(super) asks: u8,
     depth: u8,
-    /// A piece of it fitted. Before that it is asked for one at a time, and a liar is found by the first that is compared.
+    /// A piece of it fitted, of whichever blob. Before that it is asked for one at a time.
     pub(super) is_known: bool,
     /// Bytes that are still to come of them.
     pub(super) bytes: u64,

@@ -12,6 +12,8 @@ const WEIGHT: f64 = 0.2;
 #[derive(Debug, Clone, Default)]
 pub(super) struct Rate {
     average: Option<f64>,
+    /// The most that the average ever was.
+    most: f64,
     bytes: u64,
     /// When the last sample was taken; nothing while nothing is expected.
     since: Option<Instant>,
@@ -49,8 +51,14 @@ impl Rate {
         let rate = self.bytes as f64 / time;
         // A sample counts by its length, or a peer that answers in bursts looks faster than it is.
         let weight = 1.0 - (1.0 - WEIGHT).powf((time / SAMPLE.as_secs_f64()).min(10.0));
-        self.average = Some(self.average.map_or(rate, |average| average + (rate - average) * weight));
+        let average = self.average.map_or(rate, |average| average + (rate - average) * weight);
+        (self.average, self.most) = (Some(average), self.most.max(average));
         (self.bytes, self.since) = (0, Some(now));
+    }
+
+    /// The most that it ever was.
+    pub(super) fn most(&self) -> f64 {
+        self.most
     }
 
     /// As it is now: silence makes it less, down to a half.

@@ -60,7 +60,8 @@ impl Bench {
         let digest = blob("blob");
         let mut pool = Pool::new(zone.map(|zone| zone.to_owned().try_into().unwrap()), 1);
         pool.add(digest, cut(pieces));
-        candidates.iter().for_each(|candidate| pool.knows(candidate.peer));
+        pool.lists(digest);
+        candidates.iter().for_each(|candidate| pool.fits(candidate.peer, digest));
         pool.candidates(digest, candidates);
         let now = Instant::now();
         pool.neighbours(now);
@@ -117,6 +118,7 @@ fn the_rarest_come_first_and_in_another_order_for_everybody() {
     let order = |seed| {
         let mut pool = Pool::new(None, seed);
         pool.add(blob("blob"), cut(64));
+        pool.lists(blob("blob"));
         pool.candidates(blob("blob"), &[partial(1), partial(2)]);
         let now = Instant::now();
         pool.neighbours(now);
@@ -134,6 +136,7 @@ fn a_lone_source_is_offered_the_tail_and_a_row_and_another_row_by_everybody() {
     let offer = |seed| {
         let mut pool = Pool::new(None, seed);
         pool.add(blob("blob"), cut(64));
+        pool.lists(blob("blob"));
         pool.candidates(blob("blob"), &[whole(1)]);
         let now = Instant::now();
         pool.neighbours(now);
@@ -180,7 +183,8 @@ fn pieces_of_all_blobs_are_asked_for_at_once() {
     let names = ["one", "two", "three", "four"];
     for name in names {
         pool.add(blob(name), cut(64));
-        [1, 2, 3, 4].map(peer).into_iter().for_each(|peer| pool.knows(peer));
+        pool.lists(blob(name));
+        [1, 2, 3, 4].map(peer).into_iter().for_each(|peer| pool.fits(peer, blob(name)));
         pool.candidates(blob(name), &[1, 2, 3, 4].map(whole));
     }
     assert!(pool.neighbours(now).is_empty(), "complete holders are not followed");
@@ -241,22 +245,59 @@ fn no_order_says_more_than_it_may() {
     }
 }
 
-#[test]
-fn of_a_stranger_one_piece_is_asked_until_it_has_sent_a_right_one() {
+/// A blob that two strangers hold, without a list.
+fn strangers() -> Bench {
     let mut pool = Pool::new(None, 1);
     pool.add(blob("blob"), cut(64));
-    pool.candidates(blob("blob"), &[whole(1)]);
+    pool.candidates(blob("blob"), &[whole(1), whole(2)]);
     let now = Instant::now();
     pool.neighbours(now);
-    let ask = pool.next(now).unwrap();
-    assert_eq!((ask.order.most, pool.next(now)), (1, None));
-    let piece = ask.order.choice[0];
-    pool.begins(ask.id, piece, now + ms(1));
-    pool.brings(ask.id, PIECE, now + ms(2));
-    pool.has(ask.id, piece, now + ms(2));
-    let mut asked = || -> usize { std::iter::from_fn(|| pool.next(now + ms(2))).count() };
-    assert_eq!(asked(), 1, "it came, and may be wrong");
-    pool.knows(peer(1));
-    let asked: Vec<_> = std::iter::from_fn(|| pool.next(now + ms(2))).collect();
-    assert!(asked.iter().any(|ask| ask.order.most > 1), "{asked:?}");
+    Bench { pool, digest: blob("blob"), now }
+}
+
+#[test]
+fn a_stranger_is_asked_for_one_piece_and_for_no_other_before_it_is_compared() {
+    let mut bench = strangers();
+    let asks = bench.asks();
+    assert_eq!(asks.iter().map(|ask| ask.order.most).collect::<Vec<_>>(), [1, 1]);
+    assert_eq!(asks.iter().map(|ask| ask.order.choice[0]).collect::<Vec<_>>(), [0, 1], "a list reaches these first");
+    asks.iter().for_each(|ask| bench.fulfils(ask, ms(1)));
+    assert!(bench.asks().is_empty(), "they came, and may be wrong");
+    bench.pool.fits(peer(1), bench.digest);
+    let asks = bench.asks();
+    assert!(asks.iter().all(|ask| ask.order.peer == peer(1)) && asks.iter().any(|ask| ask.order.most > 1), "{asks:?}");
+}
+
+#[test]
+fn who_was_right_about_one_blob_is_a_stranger_about_another() {
+    let mut bench = strangers();
+    bench.pool.add(blob("other"), cut(64));
+    bench.pool.fits(peer(1), blob("other"));
+    bench.pool.fits(peer(2), blob("other"));
+    let asks = bench.asks();
+    assert!(asks.iter().all(|ask| ask.order.most == 1), "{asks:?}");
+    assert_eq!(asks.len(), 2);
+}
+
+#[test]
+fn one_that_does_not_fit_the_beginning_of_a_list_is_left_alone_for_longer() {
+    let mut bench = strangers();
+    bench.asks().iter().for_each(|ask| bench.fulfils(ask, ms(1)));
+    bench.pool.doubts(peer(1), bench.digest, bench.now);
+    assert!(bench.after(ms(600)).iter().all(|ask| ask.order.peer == peer(2)));
+    assert!(bench.after(ms(1890)).iter().all(|ask| ask.order.peer == peer(2)));
+    assert!(bench.after(ms(10)).iter().any(|ask| ask.order.peer == peer(1)), "the list may be the lie");
+}
+
+#[test]
+fn where_no_list_comes_strangers_are_asked_for_one_piece_after_the_other() {
+    let mut bench = strangers();
+    bench.asks().iter().for_each(|ask| bench.fulfils(ask, ms(1)));
+    assert!(bench.after(ms(490)).is_empty());
+    bench.now = bench.pool.wake_at().unwrap() + ms(1);
+    for _ in 0..5 {
+        let asks = bench.asks();
+        assert_eq!(asks.iter().map(|ask| ask.order.most).collect::<Vec<_>>(), [1, 1]);
+        asks.iter().for_each(|ask| bench.fulfils(ask, ms(1)));
+    }
 }

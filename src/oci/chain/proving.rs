@@ -33,6 +33,11 @@ impl PieceHasher {
         self.before == chain.before(self.piece)
     }
 
+    /// The state after the piece, if it began with this one and so many bytes were taken.
+    pub(super) fn takes(&self, before: State, length: u64) -> Option<State> {
+        (self.before == before && self.running.taken() == length).then(|| self.running.state())
+    }
+
     /// Whether the bytes taken are the piece, according to this list.
     pub fn fits(self, chain: &Chain) -> bool {
         let began = self.began_by(chain);

@@ -196,3 +196,31 @@ fn a_state_reads_back_from_its_bytes() {
     let chain = chain_of(&bytes(300, 1), 64);
     assert!(chain.states().iter().all(|state| State::from_bytes(state.to_bytes()) == *state));
 }
+
+#[test]
+fn the_beginning_of_a_list_tells_of_the_pieces_that_it_reaches() {
+    let blob = bytes(64 * 10 + 7, 3);
+    let chain = chain_of(&blob, 128);
+    let cut = chain.cut();
+    let mut beginning = Beginning::new(cut);
+    assert!(beginning.hasher(0).is_none());
+    let hashed = |beginning: &Beginning, piece: usize, bytes: &[u8]| {
+        let mut hasher = beginning.hasher(piece)?;
+        hasher.update(bytes);
+        Some(beginning.fits(&hasher))
+    };
+    for (place, state) in chain.states().iter().enumerate() {
+        beginning.extend(&[*state]);
+        for piece in 0..=place {
+            let right = piece_of(&blob, cut, piece);
+            let mut wrong = right.to_vec();
+            wrong[piece] ^= 1;
+            assert_eq!(hashed(&beginning, piece, right), Some(true));
+            assert_eq!(hashed(&beginning, piece, &wrong), Some(false));
+            assert_eq!(hashed(&beginning, piece, &right[1..]), Some(false));
+        }
+        assert!(beginning.hasher(place + 1).is_none(), "its end is not there");
+    }
+    beginning.extend(&[State::INITIAL; 10]);
+    assert!(beginning.hasher(cut.pieces() - 1).is_none(), "there are no such states");
+}

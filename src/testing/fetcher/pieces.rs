@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -11,7 +12,7 @@ use super::{Behaviour, MemoryFetcher};
 use crate::model::{Availability, Order, PeerId};
 use crate::oci::{Chain, ChainBuilder, Cut, Digest, State, VerifyError};
 use crate::ports::{
-    BlobReader, ContentStore, FetchError, Following, Partial, PieceError, PieceFetcher, PieceSink, StoreError,
+    BlobReader, ContentStore, FetchError, Following, Heard, Partial, PieceError, PieceFetcher, PieceSink, StoreError,
 };
 
 /// Bytes that come at a time.
@@ -64,31 +65,49 @@ impl MemoryFetcher {
     }
 }
 
-fn sent(behaviour: Behaviour, piece: Option<u32>, bytes: Bytes) -> Bytes {
-    let is_wrong = match behaviour {
-        Behaviour::Lies => true,
-        Behaviour::SpoilsPiece(spoilt) => piece == Some(spoilt),
-        _ => false,
-    };
+/// What comes instead of right bytes, of a piece or for the list.
+fn sent(is_wrong: bool, bytes: Bytes) -> Bytes {
     if is_wrong { bytes.iter().map(|byte| !byte).collect() } else { bytes }
 }
+
+fn is_wrong(behaviour: Behaviour, cut: Cut, piece: u32) -> bool {
+    match behaviour {
+        Behaviour::Lies => true,
+        Behaviour::SpoilsPiece(spoilt) => piece == spoilt,
+        Behaviour::Rotten => cut.pieces() > 1,
+        _ => false,
+    }
+}
+
+/// As long as the largest blobs take to be hashed.
+const SLOW_LIST: Duration = Duration::from_secs(60);
+
+/// States that a slow list begins with.
+const BEGINNING: usize = 2;
 
 #[async_trait]
 impl PieceFetcher for MemoryFetcher {
     /// The list of one that lies about everything is of what it sends.
-    async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Chain, FetchError> {
+    async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut, heard: Heard<'_>) -> Result<Chain, FetchError> {
         self.lists_asked.fetch_add(1, Ordering::Relaxed);
         let (held, behaviour) = self.open(peer, digest, cut).await?;
         let mut reader = match held {
             Held::Whole(reader) => reader,
-            Held::Partly(partial) => return Ok((*partial.chain()).clone()),
+            Held::Partly(partial) => {
+                let chain = partial.chain();
+                heard(chain.states());
+                return Ok((*chain).clone());
+            }
         };
         let mut builder = ChainBuilder::new(cut);
         let mut at = 0;
         while at < cut.size() {
             let bytes = reader.read_at(at, CHUNK).await?;
             at += bytes.len() as u64;
-            builder.update(&sent(behaviour, None, bytes));
+            builder.update(&sent(behaviour == Behaviour::Lies, bytes));
+        }
+        if behaviour == Behaviour::Rotten && cut.pieces() > 1 {
+            return Err(FetchError::StoreFailed { peer });
         }
         let mut states = builder.states().to_vec();
         if let Behaviour::ForgesList(piece) = behaviour
@@ -96,6 +115,12 @@ impl PieceFetcher for MemoryFetcher {
         {
             *state = State::INITIAL;
         }
+        let (first, rest) = states.split_at(states.len().min(BEGINNING));
+        heard(first);
+        if behaviour == Behaviour::ListsSlowly {
+            tokio::time::sleep(SLOW_LIST).await;
+        }
+        heard(rest);
         Chain::claimed(digest, cut, states).map_err(|error| FetchError::Protocol { peer, reason: error.to_string() })
     }
 
@@ -117,13 +142,15 @@ impl PieceFetcher for MemoryFetcher {
             if !self.may_send(peer) {
                 std::future::pending::<()>().await;
             }
+            let is_wrong = is_wrong(behaviour, cut, piece);
+            self.spoilt.fetch_add(usize::from(is_wrong), Ordering::Relaxed);
             sink.begin(piece);
             let (mut at, end) = (cut.offset(piece as usize), cut.offset(piece as usize) + cut.length(piece as usize));
             while at < end {
                 let most = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
                 let bytes = held.read_at(at, most).await?;
                 at += bytes.len() as u64;
-                sink.append(&[sent(behaviour, Some(piece), bytes)]).await?;
+                sink.append(&[sent(is_wrong, bytes)]).await?;
                 // As on a network, others have their turn.
                 tokio::task::yield_now().await;
             }

@@ -4,7 +4,7 @@ use tokio::time::timeout;
 
 use super::Wanted;
 use crate::oci::{Chain, Cut, State};
-use crate::ports::FetchError;
+use crate::ports::{FetchError, Heard};
 use crate::transfer::Shared;
 use crate::transfer::tuning::STATE;
 use crate::wire::Request;
@@ -15,7 +15,7 @@ const HASHED: u64 = 16 << 20;
 
 impl Shared {
     /// The states come as they are made, which takes the time to read and hash the blob; the wait ends when they stop coming.
-    pub(super) async fn list(&self, wanted: Wanted, cut: Cut) -> Result<Chain, FetchError> {
+    pub(super) async fn list(&self, wanted: Wanted, cut: Cut, heard: Heard<'_>) -> Result<Chain, FetchError> {
         let request = Request::Chain(wanted.digest);
         let (answer, mut recv, _line) = self.ask(wanted.peer, wanted.digest, &request).await?;
         wanted.granted(&answer)?;
@@ -28,7 +28,9 @@ impl Shared {
             let mut bytes = vec![0; STATE * at_a_time.min(expected - states.len())];
             let read = timeout(stall, recv.read_exact(&mut bytes)).await.map_err(slow)?;
             read.map_err(|error| wanted.too_short(error))?;
+            let known = states.len();
             states.extend(bytes.as_chunks::<STATE>().0.iter().map(|state| State::from_bytes(*state)));
+            heard(&states[known..]);
         }
         let after = timeout(stall, recv.read_chunk(1, true)).await.map_err(slow)?;
         match after.map_err(|error| wanted.cut_off(&error))? {

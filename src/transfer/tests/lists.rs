@@ -2,8 +2,6 @@
 
 use super::pieces::{PIECE, chain_of};
 use super::*;
-use crate::oci::Cut;
-use crate::ports::PieceFetcher;
 
 #[tokio::test]
 async fn a_list_is_made_once_for_all_who_ask() {
@@ -18,13 +16,13 @@ async fn a_list_is_made_once_for_all_who_ask() {
             fetcher.meet(holder.address()).await;
         }
         let (digest, cut) = (Digest::of(&blob), Cut::usual(blob.len() as u64));
-        let asked = [0, 0, 1].map(|fetcher: usize| fetchers[fetcher].transfer.chain(holder.id, digest, cut));
+        let asked = [0, 0, 1].map(|fetcher: usize| fetchers[fetcher].list(holder.id, digest, cut));
         let opens = async { open.send(true).unwrap() };
         let (lists, ()) = tokio::join!(futures::future::join_all(asked), opens);
         for list in lists {
             assert_eq!(list.unwrap(), *chain_of(&blob));
         }
-        let again = fetchers[0].transfer.chain(holder.id, digest, cut).await.unwrap();
+        let again = fetchers[0].list(holder.id, digest, cut).await.unwrap();
         assert_eq!(again, *chain_of(&blob));
         assert_eq!(reads.load(Ordering::Relaxed), blob.len());
     })
@@ -39,10 +37,10 @@ async fn a_list_that_came_with_the_blob_is_not_made_again() {
         let fetcher = Node::start(Shelf::default());
         fetcher.meet(holder.address()).await;
         let (digest, cut) = (Digest::of(&blob), Cut::usual(blob.len() as u64));
-        let error = fetcher.transfer.chain(holder.id, digest, cut).await.unwrap_err();
+        let error = fetcher.list(holder.id, digest, cut).await.unwrap_err();
         assert!(matches!(error, FetchError::StoreFailed { .. }), "{error}");
         holder.transfer.knows_chain(chain_of(&blob));
-        assert_eq!(fetcher.transfer.chain(holder.id, digest, cut).await.unwrap(), *chain_of(&blob));
+        assert_eq!(fetcher.list(holder.id, digest, cut).await.unwrap(), *chain_of(&blob));
     })
     .await;
 }
@@ -57,7 +55,7 @@ async fn a_blob_whose_bytes_are_wrong_has_no_list() {
     within(async {
         let (holder, fetcher) = (Node::start(shelf), Node::start(Shelf::default()));
         fetcher.meet(holder.address()).await;
-        let error = fetcher.transfer.chain(holder.id, Digest::of(&right), Cut::usual(right.len() as u64)).await;
+        let error = fetcher.list(holder.id, Digest::of(&right), Cut::usual(right.len() as u64)).await;
         let error = error.unwrap_err();
         assert!(matches!(error, FetchError::StoreFailed { peer } if peer == holder.id), "{error}");
     })
@@ -76,14 +74,14 @@ async fn no_list_is_made_for_those_who_have_left() {
         let (digest, cut) = (Digest::of(&blob), Cut::usual(blob.len() as u64));
         let making = || holder.transfer.0.chains.making();
         tokio::select! {
-            _ = fetcher.transfer.chain(holder.id, digest, cut) => panic!("nothing can be read"),
+            _ = fetcher.list(holder.id, digest, cut) => panic!("nothing can be read"),
             () = async { while making() == 0 { tokio::task::yield_now().await } } => {}
         }
         while making() > 0 {
             tokio::task::yield_now().await;
         }
         open.send(true).unwrap();
-        assert_eq!(fetcher.transfer.chain(holder.id, digest, cut).await.unwrap(), *chain_of(&blob));
+        assert_eq!(fetcher.list(holder.id, digest, cut).await.unwrap(), *chain_of(&blob));
         assert_eq!(reads.load(Ordering::Relaxed), blob.len());
     })
     .await;
@@ -106,7 +104,7 @@ async fn a_list_of_another_length_breaks_the_protocol_and_one_that_stops_is_give
             let fetcher = Node::start_with(&Identity::generate(), Shelf::default(), Guests::default(), limits);
             fetcher.meet(rogue.address).await;
             let cut = Cut::usual(blob.len() as u64);
-            let error = fetcher.transfer.chain(rogue.id, Digest::of(&blob), cut).await.unwrap_err();
+            let error = fetcher.list(rogue.id, Digest::of(&blob), cut).await.unwrap_err();
             assert_eq!(error.label(), label, "{states} states: {error}");
         })
         .await;

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::model::{Bits, Order};
-use crate::oci::{Chain, ChainBuilder, Cut, PieceHasher, Proving};
-use crate::ports::{Partial, PieceError, PieceFetcher, PieceSink};
+use crate::oci::{ChainBuilder, PieceHasher, Proving};
+use crate::ports::{Partial, PieceError, PieceSink};
 
 /// The smallest usual piece.
 pub(super) const PIECE: usize = 256 << 10;
@@ -145,7 +145,7 @@ async fn pieces_of_any_length_arrive_and_prove_the_blob() {
         fetcher.meet(holder.address()).await;
         for ((size, why), blob) in sizes.iter().zip(&blobs) {
             let cut = Cut::usual(*size as u64);
-            let chain = fetcher.transfer.chain(holder.id, Digest::of(blob), cut).await.unwrap();
+            let chain = fetcher.list(holder.id, Digest::of(blob), cut).await.unwrap();
             let mut sink = Collecting::new(Arc::new(chain));
             fetcher.transfer.pieces(&order_of(holder.id, blob, cut.pieces() as u32), &mut sink).await.unwrap();
             let proof = sink.proving.verified().expect(why);
@@ -194,7 +194,7 @@ async fn a_blob_that_is_being_fetched_is_served_as_far_as_it_is_there() {
         let order = Order { choice: vec![8, 1, 5, 3], most: 2, ..order_of(holder.id, &blob, 9) };
         fetcher.transfer.pieces(&order, &mut sink).await.unwrap();
         assert_eq!(sink.numbers(), [8, 5], "those that are welcome most");
-        let list = fetcher.transfer.chain(holder.id, Digest::of(&blob), order.cut).await.unwrap();
+        let list = fetcher.list(holder.id, Digest::of(&blob), order.cut).await.unwrap();
         assert_eq!(list, *chain_of(&blob));
         drop(growth);
         let error = fetcher.transfer.pieces(&order, &mut sink).await.unwrap_err();

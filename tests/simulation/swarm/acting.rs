@@ -214,8 +214,8 @@ impl World {
             this.pool.unfit(digest, piece);
             this.pool.forget(liar, now + Duration::from_secs(600));
         } else {
-            let peer = self.nodes[from].peer;
-            self.nodes[to].pool.knows(peer);
+            let (peer, digest) = (self.nodes[from].peer, self.digest);
+            self.nodes[to].pool.fits(peer, digest);
             self.arrives(from, to, piece);
         }
         self.drive(to);

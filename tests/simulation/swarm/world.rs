@@ -84,6 +84,7 @@ impl World {
             let peer = PeerId::from_public_key(*Digest::of(&number.to_le_bytes()).as_bytes());
             let mut pool = Pool::new(zone.clone(), setting.seed * 1_000_003 + number as u64);
             pool.add(digest, cut);
+            pool.lists(digest);
             let claim = zone.as_ref().map_or(digest, |zone| zone_claim(digest, zone));
             Node::new(peer, zone, pool, Crossing::new(peer, claim, began), cut.pieces())
         };

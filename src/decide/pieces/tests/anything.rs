@@ -18,6 +18,9 @@ enum Happening {
     Ends(usize, u8),
     Unfit(u8, u32),
     Hold(u8, u32),
+    Lists(u8),
+    Fits(u8, u8),
+    Doubts(u8, u8),
     Wait(u16),
 }
 
@@ -48,6 +51,9 @@ fn happening() -> impl Strategy<Value = Happening> {
         2 => (any::<usize>(), 0..3_u8).prop_map(|(ask, how)| Ends(ask, how)),
         1 => (0..3_u8, 0..140_u32).prop_map(|(blob, piece)| Unfit(blob, piece)),
         1 => (0..3_u8, 0..140_u32).prop_map(|(blob, piece)| Hold(blob, piece)),
+        1 => (0..3_u8).prop_map(Lists),
+        2 => (0..30_u8, 0..3_u8).prop_map(|(peer, blob)| Fits(peer, blob)),
+        1 => (0..30_u8, 0..3_u8).prop_map(|(peer, blob)| Doubts(peer, blob)),
         3 => (0..3000_u16).prop_map(Wait),
     ]
 }
@@ -128,6 +134,9 @@ impl World {
             }
             Happening::Unfit(of, piece) => self.pool.unfit(digest(of), piece),
             Happening::Hold(of, piece) => self.pool.hold(digest(of), piece),
+            Happening::Lists(of) => self.pool.lists(digest(of)),
+            Happening::Doubts(n, of) => self.pool.doubts(peer(n), digest(of), now),
+            Happening::Fits(n, of) => self.pool.fits(peer(n), digest(of)),
             Happening::Wait(time) => self.now += ms(time.into()),
         }
     }
