@@ -24,6 +24,7 @@ pub mod swarm;
 pub mod tell;
 #[cfg(test)]
 mod tests;
+pub mod unpack;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -40,6 +41,7 @@ use crate::metrics::Metrics;
 use crate::oci::Platform;
 use crate::ports::{
     Admission, Claims, Cluster, ContainerdStatus, ContentStore, Imports, MeshSource, Notifier, PodEvent, Registry,
+    Unpacker,
 };
 use crate::transfer::{self, Surroundings, Transfer};
 
@@ -61,11 +63,14 @@ use self::salvage::{Parts, Salvager};
 use self::status::{AgentStatus, MeshView};
 use self::supervisor::Supervisor;
 use self::swarm::Underway;
+use self::unpack::Unpacking;
 
 /// The outside world of one agent: its ports.
 pub struct World {
     /// Where content is kept.
     pub store: Arc<dyn ContentStore>,
+    /// Unpacks what is kept there; `None` where that is not wanted, or means nothing.
+    pub unpacker: Option<Arc<dyn Unpacker>>,
     /// Pods and their namespaces.
     pub cluster: Arc<dyn Cluster>,
     /// Leases.
@@ -154,9 +159,22 @@ impl Agent {
             manner,
             probe_registries,
             import_past_verifiers: _,
+            unpack_layers: _,
             grace: _,
         } = settings;
-        let World { store, cluster, claims, admission, registry, notifier, imports, containerd, pods, checks } = world;
+        let World {
+            store,
+            unpacker,
+            cluster,
+            claims,
+            admission,
+            registry,
+            notifier,
+            imports,
+            containerd,
+            pods,
+            checks,
+        } = world;
         let rules_watch = match rules_file {
             Some(path) => Some(RulesWatch::open(path, rules.clone(), metrics.clone()).await),
             None => None,
@@ -225,6 +243,7 @@ impl Agent {
             platform,
             room: Reservations::default(),
             imports,
+            unpacking: unpacker.map(|unpacker| Unpacking::new(unpacker, Arc::clone(&store), metrics.clone())),
         };
         let board = Board::default();
         let (messenger, notices) = match notifier {

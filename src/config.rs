@@ -79,6 +79,8 @@ pub struct Settings {
     pub probe_registries: bool,
     /// Whether images are imported although containerd has verifiers.
     pub import_past_verifiers: bool,
+    /// Whether layers are unpacked as they come.
+    pub unpack_layers: bool,
     /// How long stopping may take.
     pub grace: Duration,
 }
@@ -135,6 +137,7 @@ impl AgentArgs {
             delete_pods,
             dry_run,
             import_past_verifiers,
+            unpack_layers,
             rules_file,
             max_download_rate,
             max_upload_rate,
@@ -235,6 +238,7 @@ impl AgentArgs {
                 manner: Manner { dry_run, delete_pods },
                 probe_registries,
                 import_past_verifiers,
+                unpack_layers,
                 grace: Duration::from_secs(grace_period),
             },
         })

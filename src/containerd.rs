@@ -3,7 +3,7 @@
 //! Everything goes through containerd's own API; only blobs are read from its files, and large ones linked among them, where they can be seen.
 //! What the port calls a pin is a lease here, and what it remembers are labels.
 //!
-//! Not here: unpacking (the CRI plugin does it when a container is created) and any other runtime than containerd.
+//! It unpacks layers too, where the CRI plugin would look for them. Not here: any other runtime than containerd.
 
 mod adoption;
 mod content;
@@ -15,8 +15,10 @@ mod labels;
 mod leases;
 mod link;
 mod reader;
+mod snapshotter;
 mod staging;
 mod surroundings;
+mod unpack;
 mod watch;
 mod writer;
 
@@ -35,6 +37,7 @@ use crate::ports::{
 };
 pub use adoption::Ingest;
 use link::Link;
+pub use snapshotter::Snapshotter;
 use surroundings::Lookout;
 pub use surroundings::{Surroundings, VERIFIERS, usual_socket};
 
@@ -84,14 +87,18 @@ struct State {
     lookout: Lookout,
     /// How blobs come in, once it was tried.
     ingest: tokio::sync::Mutex<Option<Ingest>>,
+    /// What layers are unpacked into, once it was asked.
+    snapshotter: tokio::sync::Mutex<Option<Snapshotter>>,
     /// See [`Config::staging`].
     staging: Option<PathBuf>,
     changes: counter::Sender<u64>,
     /// Blobs that are being written through this store.
     writing: Mutex<HashSet<Digest>>,
+    /// Keys of layers that are being unpacked through this store.
+    extracting: Mutex<HashSet<String>>,
     /// Held while a write begins and while an abandoned one is aborted, so that no abort hits a write that has just begun.
     beginning: tokio::sync::Mutex<()>,
-    /// A writer was dropped and left something.
+    /// A writer, or an unpacking, was dropped and left something.
     abandoned: Notify,
     /// Held from reading labels until adding some: two callers must not choose the same label for different children.
     remembering: tokio::sync::Mutex<()>,
@@ -110,9 +117,11 @@ impl ContainerdStore {
         let state = State {
             lookout: Lookout::new(content_root),
             ingest: tokio::sync::Mutex::new(None),
+            snapshotter: tokio::sync::Mutex::new(None),
             staging,
             changes: counter::Sender::new(0),
             writing: Mutex::new(HashSet::new()),
+            extracting: Mutex::new(HashSet::new()),
             beginning: tokio::sync::Mutex::new(()),
             abandoned: Notify::new(),
             remembering: tokio::sync::Mutex::new(()),

@@ -19,4 +19,5 @@ pub mod selector;
 pub mod slots;
 pub mod tag;
 pub mod trust;
+pub mod unpacking;
 pub mod wholeness;

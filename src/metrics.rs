@@ -31,6 +31,7 @@ pub struct Metrics {
     nudges: IntCounterVec,
     events: IntCounterVec,
     claims: IntCounterVec,
+    layers_unpacked: IntCounterVec,
     store_list_failures: IntCounter,
     registries_down: IntGauge,
     odd_annotations: IntCounter,
@@ -131,6 +132,13 @@ impl Metrics {
             nudges: counters(r, "nudges_total", "Pods nudged after a recovery, by result.", "result"),
             events: counters(r, "events_total", "Kubernetes Events written, by reason.", "reason"),
             claims: counters(r, "claims_total", "Claims on a digest, by result.", "result"),
+            layers_unpacked: counters(
+                r,
+                "layers_unpacked_total",
+                "Layers of recovered images by what came of unpacking them here: unpacked, or there already; failed and given_up, once for each \
+                 image whose other layers were then left to the runtime.",
+                "result",
+            ),
             store_list_failures: counter(
                 r,
                 "store_list_failures_total",
@@ -263,6 +271,11 @@ impl Metrics {
     /// A claim was tried: `held`, `taken_by_other`, `out_of_reach`.
     pub fn claim_tried(&self, result: &'static str) {
         self.claims.with_label_values(&[result]).inc();
+    }
+
+    /// A layer was `unpacked` or `there` already, or the rest of an image was left to the runtime: `failed`, `given_up`.
+    pub fn layer_unpacked(&self, result: &'static str) {
+        self.layers_unpacked.with_label_values(&[result]).inc();
     }
 
     /// The content store could not be listed.

@@ -9,6 +9,7 @@ mod digest;
 mod document;
 mod platform;
 mod reference;
+mod rootfs;
 
 pub use chain::{
     Beginning, Chain, ChainBuilder, Cut, CutError, Dispute, LengthError, MAX_PIECES, PieceHasher, Proving, Ruling,
@@ -19,3 +20,4 @@ pub use digest::{Digest, DigestError, Hasher, Verified, VerifyError};
 pub use document::{Document, DocumentError, Index, MAX_CHILDREN, MAX_DOCUMENT_BYTES, Manifest};
 pub use platform::Platform;
 pub use reference::{Reference, ReferenceError, Repository};
+pub use rootfs::{RootFs, RootFsError, StackedLayer};

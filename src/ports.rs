@@ -12,6 +12,7 @@ mod fetch;
 mod notify;
 mod pieces;
 mod registry;
+mod unpack;
 
 pub use admission::{Admission, Admitted, LEEWAY, Refusal};
 pub use claims::{ClaimError, Claims};
@@ -23,8 +24,8 @@ pub use content::{
     Room, StoreError,
 };
 pub use control::{
-    BlobAccess, ContainerdStatus, ImagesStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus, PullFailure,
-    PullProgress, PullRequest, RecoveryStatus, RulesFileStatus, Status, StatusSource,
+    BlobAccess, ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus,
+    PullFailure, PullProgress, PullRequest, RecoveryStatus, RulesFileStatus, Status, StatusSource,
 };
 pub use fetch::{FetchError, Fetcher};
 pub use notify::{MAX_PODS, Notification, Notifier, NotifyError};
@@ -32,3 +33,4 @@ pub use pieces::{
     Following, Heard, NoPartials, Partial, Partials, PieceError, PieceFetcher, PieceSink, STAGED_LIFE, Staged,
 };
 pub use registry::{Registry, RegistryError};
+pub use unpack::{UnpackError, Unpacked, Unpacker};

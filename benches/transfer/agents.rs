@@ -12,6 +12,7 @@ use lighterman::agent::progress::Progress;
 use lighterman::agent::recover::Recoverer;
 use lighterman::agent::resolve::Resolver;
 use lighterman::agent::swarm::Underway;
+use lighterman::agent::unpack::Unpacking;
 use lighterman::containerd::{Config, ContainerdStore};
 use lighterman::decide::reserve::Reservations;
 use lighterman::decide::rules::{ResolveSettings, Rules};
@@ -47,8 +48,22 @@ pub(crate) enum Sight {
     Nothing,
 }
 
+/// Who unpacks the layers that come.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Unpacks {
+    /// The recovery, as they come.
+    Early,
+    /// Whoever makes a container.
+    Later,
+}
+
 impl Agents {
-    pub(crate) fn start(source: &Containerd, destination: &Containerd, sight: Sight) -> Result<Self, Failure> {
+    pub(crate) fn start(
+        source: &Containerd,
+        destination: &Containerd,
+        sight: Sight,
+        unpacks: Unpacks,
+    ) -> Result<Self, Failure> {
         let stop = CancellationToken::new();
         let (serving, recovering) = (runtime()?, runtime()?);
         let (server, me) = (Identity::generate(), Identity::generate());
@@ -66,7 +81,7 @@ impl Agents {
             let peer = transfer.greet(address, Some(server.peer_id())).await?;
             holders.apply(MeshEvent::Up(peer));
             holders.apply(MeshEvent::Snapshot(server.peer_id(), items));
-            recoverer(me.peer_id(), Arc::new(store), transfer, holders, metrics)
+            recoverer(me.peer_id(), Arc::new(store), transfer, holders, metrics, unpacks)
         })?;
         Ok(Self { recoverer, stop, recovering, _serving: serving })
     }
@@ -145,11 +160,16 @@ fn recoverer(
     transfer: Transfer,
     holders: Holders,
     metrics: Metrics,
+    unpacks: Unpacks,
 ) -> Result<Recoverer, Failure> {
     let node: NodeName = "bench".parse()?;
     let mut rules = Rules::default();
     rules.budgets.min_free_bytes = 0;
     rules.budgets.min_free_percent = 0;
+    let unpacking = match unpacks {
+        Unpacks::Early => Some(Unpacking::new(Arc::clone(&store) as _, Arc::clone(&store) as _, metrics.clone())),
+        Unpacks::Later => None,
+    };
     let claims = Arc::new(MemoryCluster::default().claims_of(node.clone()));
     Ok(Recoverer {
         store: Arc::clone(&store) as _,
@@ -174,5 +194,6 @@ fn recoverer(
         platform: Platform::of_this_node(),
         room: Reservations::default(),
         imports: watch::channel(Imports::Allowed).1,
+        unpacking,
     })
 }

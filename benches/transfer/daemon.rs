@@ -55,12 +55,12 @@ impl Drop for Daemon {
 /// The containerd namespace that everything is in.
 pub(crate) const NAMESPACE: &str = "bench";
 
-/// Everything in one folder. Without CRI: nobody creates containers here.
+/// Everything in one folder. NRI's socket has a fixed path, which two daemons cannot share.
 const CONFIGURATION: &str = r#"
 version = 2
 root = "{folder}/root"
 state = "{folder}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.btrfs"]
+disabled_plugins = [{disabled}"io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.btrfs"]
 [grpc]
   address = "{folder}/containerd.sock"
 [ttrpc]
@@ -77,10 +77,21 @@ pub(crate) struct Containerd {
 }
 
 impl Containerd {
+    /// Without CRI: nobody creates containers here.
     pub(crate) fn start(folder: PathBuf) -> Result<Self, Failure> {
+        Self::start_without(folder, "\"io.containerd.grpc.v1.cri\", ")
+    }
+
+    /// With CRI, which says what images are unpacked into.
+    pub(crate) fn start_with_cri(folder: PathBuf) -> Result<Self, Failure> {
+        Self::start_without(folder, "")
+    }
+
+    fn start_without(folder: PathBuf, disabled: &str) -> Result<Self, Failure> {
         std::fs::create_dir(&folder)?;
         let configuration = folder.join("config.toml");
-        std::fs::write(&configuration, CONFIGURATION.replace("{folder}", &folder.to_string_lossy()))?;
+        let text = CONFIGURATION.replace("{folder}", &folder.to_string_lossy()).replace("{disabled}", disabled);
+        std::fs::write(&configuration, text)?;
         let arguments = ["--config", &configuration.to_string_lossy()];
         let daemon = Daemon::start(&component("containerd-2/bin/containerd")?, &arguments, folder.join("log"))?;
         let started = Self { ctr: component("containerd-2/bin/ctr")?, folder, daemon };

@@ -22,6 +22,7 @@ mod report;
 mod rig;
 mod setting;
 mod swarm;
+mod unpack;
 mod writes;
 
 use std::process::ExitCode;
@@ -33,7 +34,7 @@ use report::{Failure, note};
 type Make = fn() -> Result<(), Failure>;
 
 /// Figures that need the same things. One that fails does not keep the others from being made.
-const GROUPS: [(&str, Make); 14] = [
+const GROUPS: [(&str, Make); 15] = [
     ("fetch", || within(ETHERNET, |frames| fetch::run(frames, ""))),
     ("fetch_jumbo", || within(JUMBO, |frames| fetch::run(frames, "_jumbo"))),
     ("links_loopback", || within(ETHERNET, |_| links::loopback())),
@@ -42,6 +43,7 @@ const GROUPS: [(&str, Make); 14] = [
     ("image_memory", || within(ETHERNET, |frames| image::run(Place::memory(rig::NEEDED)?, frames, ""))),
     ("image_memory_jumbo", || within(JUMBO, |frames| image::run(Place::memory(rig::NEEDED)?, frames, "_jumbo"))),
     ("image_disk", || within(ETHERNET, |frames| image::run(Place::disk(rig::NEEDED)?, frames, "_disk"))),
+    ("unpack", || within(ETHERNET, unpack::run)),
     ("missing", missing::run),
     ("killed", faults::killed),
     ("liar", faults::liar),

@@ -9,7 +9,7 @@ use lighterman::testing::image::{MadeImage, put_image};
 use nix::sys::resource::UsageWho;
 use tokio::runtime::Builder;
 
-use crate::agents::{Agents, Sight};
+use crate::agents::{Agents, Sight, Unpacks};
 use crate::cpu;
 use crate::daemon::{Containerd, Registry};
 use crate::place::Place;
@@ -79,8 +79,8 @@ impl Rig {
             Ok::<_, Failure>(put_image(&store, &[reference.to_string()], &LAYERS, 1).await?)
         })?;
         source.ctr(&["images", "push", "--plain-http", &reference.to_string()])?;
-        let with_files = Agents::start(&source, &destination, Sight::Files)?;
-        let without_files = Agents::start(&source, &destination, Sight::Nothing)?;
+        let with_files = Agents::start(&source, &destination, Sight::Files, Unpacks::Later)?;
+        let without_files = Agents::start(&source, &destination, Sight::Nothing, Unpacks::Later)?;
         Ok(Self { with_files, without_files, source, destination, registry, image, reference, place })
     }
 

@@ -136,7 +136,7 @@ impl ByHand {
         tokio::pin!(recovery);
         let mut reports = tokio::time::interval(REPORT);
         reports.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut before = None;
+        let mut before = Told::default();
         loop {
             tokio::select! {
                 result = &mut recovery => {
@@ -149,18 +149,29 @@ impl ByHand {
     }
 }
 
+/// What was told last.
+#[derive(Default)]
+struct Told {
+    bytes: Option<u64>,
+    unpacking: Option<(usize, usize)>,
+}
+
 /// Says what has changed since `before`. What the client has no room for is left out: the next report says more.
-fn report(progress: &Progress, before: &mut Option<u64>, told: &mpsc::Sender<PullProgress>) {
+fn report(progress: &Progress, before: &mut Told, told: &mpsc::Sender<PullProgress>) {
     let blobs = progress.blobs();
-    if blobs.is_empty() {
-        return;
+    if !blobs.is_empty() {
+        let (done, total) = progress.sums();
+        if before.bytes.is_none() {
+            let _ = told.try_send(PullProgress::Planned { missing_bytes: total, missing_blobs: blobs.len() });
+        }
+        if before.bytes.replace(done) != Some(done) {
+            let _ = told.try_send(PullProgress::Bytes { done, total });
+        }
     }
-    let (done, total) = progress.sums();
-    if before.is_none() {
-        let _ = told.try_send(PullProgress::Planned { missing_bytes: total, missing_blobs: blobs.len() });
-    }
-    if before.replace(done) != Some(done) {
-        let _ = told.try_send(PullProgress::Bytes { done, total });
+    let unpacking = progress.unpacking();
+    if let Some((layer, of)) = unpacking.filter(|_| unpacking != before.unpacking) {
+        before.unpacking = unpacking;
+        let _ = told.try_send(PullProgress::Unpacking { layer, of });
     }
 }
 

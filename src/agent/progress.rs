@@ -21,6 +21,7 @@ struct State {
     /// Once it is known what has to come.
     blobs: Option<BTreeMap<Digest, BlobProgress>>,
     first_byte: Option<Instant>,
+    unpacks: Option<(usize, usize)>,
     named: bool,
 }
 
@@ -55,6 +56,16 @@ impl Progress {
     /// When the first byte of a config or layer came.
     pub(super) fn first_byte(&self) -> Option<Instant> {
         self.lock().first_byte
+    }
+
+    /// The layer that is being unpacked, or was last, counted from 1, and how many there are; `None` before the first.
+    pub fn unpacking(&self) -> Option<(usize, usize)> {
+        self.lock().unpacks
+    }
+
+    /// This layer of so many is being unpacked.
+    pub(super) fn unpacks(&self, layer: usize, of: usize) {
+        self.lock().unpacks = Some((layer, of));
     }
 
     /// The image is whole here and is being named.

@@ -3,7 +3,7 @@
 //! Who may be helped was decided before ([`crate::decide::pull_failure`]); the pods are told afterwards
 //! ([`super::salvage`]). What happens to a single blob stands in [`super::bring`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use super::progress::Progress;
 pub use super::recover_error::RecoverError;
 use super::resolve::{Resolver, Wanted};
 use super::swarm::{Errand, Swarm};
+use super::unpack::{Unfinished, Unpacking};
 use crate::decide::plan::{Plan, plan};
 use crate::decide::reserve::{Reservation, Reservations};
 use crate::decide::rules::Rules;
@@ -49,6 +50,8 @@ pub struct Recoverer {
     pub room: Reservations,
     /// Whether anything may be brought into this store.
     pub imports: watch::Receiver<Imports>,
+    /// Unpacks layers before the runtime would; `None` where that is the runtime's business alone.
+    pub unpacking: Option<Unpacking>,
 }
 
 /// An image that is here now.
@@ -81,6 +84,13 @@ pub struct Found {
     pub settled: Option<String>,
 }
 
+/// What holds the content of a recovery, and since when.
+#[derive(Clone, Copy)]
+struct Hold<'a> {
+    pin: &'a Pin,
+    since: Instant,
+}
+
 /// The documents of an image, the root first, and what runs here.
 struct Image {
     root: Descriptor,
@@ -104,9 +114,10 @@ impl Recoverer {
         let Found { root, providers, settled } = found?;
         progress.found(root, providers.len());
         let pin = self.store.pin(PIN_LIFE).await.map_err(RecoverError::store("pinning"))?;
+        let hold = Hold { pin: &pin, since: Instant::now() };
         let reference = &wanted.reference;
         let work = async {
-            let image = self.bring_image(reference, root, &providers, &pin, progress);
+            let image = self.bring_image(reference, root, &providers, hold, progress);
             tokio::pin!(image);
             // Beside it, and never waited for: the image may be here before the API server has answered.
             tokio::select! {
@@ -186,13 +197,14 @@ impl Recoverer {
         refused.map_or(Ok(()), |reason| Err(RecoverError::Closed { reason }))
     }
 
-    /// All of the image but its names.
+    /// All of the image but its names, its layers unpacked where that can be done here: with a name and without that, the runtime would do the
+    /// same work beside us.
     async fn bring_image(
         &self,
         reference: &Reference,
         root: Digest,
         providers: &[PeerId],
-        pin: &Pin,
+        Hold { pin, since }: Hold<'_>,
         progress: &Progress,
     ) -> Result<(Descriptor, Vec<Brought>), RecoverError> {
         let image = self.bring_documents(reference, root, providers, pin).await?;
@@ -200,7 +212,17 @@ impl Recoverer {
         self.check_held(reference, &plan)?;
         let room = self.reserve(&plan).await?;
         progress.expect(&plan);
-        let blobs = self.bring_blobs(reference, root, &plan, pin, progress, &room).await?;
+        let here = watch::Sender::new(HashSet::new());
+        let errand = Errand { reference, root, pin, progress, room: &room, here: &here };
+        let bringing = self.bring_blobs(errand, &plan);
+        let blobs = match &self.unpacking {
+            // An image that is whole and has its name may be being unpacked by the runtime just now.
+            Some(unpacking) if !plan.missing.is_empty() || self.named_here(reference).await?.is_none() => {
+                let image = Unfinished { reference, manifest: &image.manifest, pin, progress, here: here.subscribe() };
+                unpacking.beside(bringing, image, || PIN_LIFE.saturating_sub(since.elapsed())).await?
+            }
+            Some(_) | None => bringing.await?,
+        };
         Ok((image.root, image.documents.into_iter().chain(blobs).collect()))
     }
 
@@ -269,17 +291,9 @@ impl Recoverer {
     }
 
     /// Every blob of the plan, in pieces from everybody. Those that are there are held too, or the collector might take them now.
-    async fn bring_blobs(
-        &self,
-        reference: &Reference,
-        root: Digest,
-        plan: &Plan,
-        pin: &Pin,
-        progress: &Progress,
-        room: &Reservation,
-    ) -> Result<Vec<Brought>, RecoverError> {
+    async fn bring_blobs(&self, errand: Errand<'_>, plan: &Plan) -> Result<Vec<Brought>, RecoverError> {
         let at_once = self.rules.borrow().budgets.concurrent_blobs;
-        let swarm = Swarm::new(&self.bring, &self.lead, Errand { reference, root, pin, progress, room }, at_once);
+        let swarm = Swarm::new(&self.bring, &self.lead, errand, at_once);
         swarm.fetch(plan.there.iter().chain(&plan.missing)).await
     }
 

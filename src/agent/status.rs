@@ -13,8 +13,8 @@ use super::progress::Board;
 use crate::mesh::Mesh;
 use crate::model::{MeshStatus, NodeName, Outage, OutageKind, PeerId};
 use crate::ports::{
-    ContainerdStatus, ImagesStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus, RecoveryStatus, RulesFileStatus,
-    Status, StatusSource,
+    ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus, RecoveryStatus,
+    RulesFileStatus, Status, StatusSource,
 };
 
 /// What peers say about registries, taken into account: each of them may name many, and a person reads few.
@@ -113,7 +113,8 @@ impl AgentStatus {
         let recovery = |(reference, progress): (crate::oci::Reference, std::sync::Arc<super::progress::Progress>)| {
             let (done, total) = progress.sums();
             let from: BTreeSet<_> = progress.blobs().into_values().flat_map(|blob| blob.from).collect();
-            RecoveryStatus { image: reference.to_string(), done, total, from: names(&self.holders, from).0 }
+            let unpacking = progress.unpacking().map(|(layer, of)| LayerStatus { layer, of });
+            RecoveryStatus { image: reference.to_string(), done, total, unpacking, from: names(&self.holders, from).0 }
         };
         running.map(recovery).collect()
     }
@@ -197,7 +198,9 @@ mod tests {
         let digest = Digest::of(b"");
         let blob = Descriptor { media_type: String::new(), digest, size: 7, platform: None, attestation: false };
         progress.expect(&Plan { there: Vec::new(), missing: vec![blob], withheld: Vec::new() });
-        let expected = RecoveryStatus { image: "r.test/a:1".into(), done: 0, total: 7, from: Vec::new() };
+        progress.unpacks(1, 2);
+        let unpacking = Some(LayerStatus { layer: 1, of: 2 });
+        let expected = RecoveryStatus { image: "r.test/a:1".into(), done: 0, total: 7, unpacking, from: Vec::new() };
         assert_eq!(agent.status().await.recoveries, Some(vec![expected]));
         agent.board.end(&reference, Err("gone".into()));
         assert_eq!(agent.status().await.recoveries, Some(Vec::new()));

@@ -19,7 +19,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
 use self::incoming::Incoming;
@@ -81,6 +81,8 @@ pub(super) struct Errand<'a> {
     pub(super) progress: &'a Progress,
     /// The room that was set aside.
     pub(super) room: &'a Reservation,
+    /// Is told of each blob that is whole here.
+    pub(super) here: &'a watch::Sender<HashSet<Digest>>,
 }
 
 /// One image's blobs on their way.
@@ -90,6 +92,7 @@ pub(super) struct Swarm<'a> {
     pin: &'a Pin,
     progress: &'a Progress,
     room: &'a Reservation,
+    here: &'a watch::Sender<HashSet<Digest>>,
     shared: Arc<Shared>,
     tasks: JoinSet<Done>,
     /// Blobs that nothing was done about yet.
@@ -157,7 +160,7 @@ impl Fetching {
 
 impl<'a> Swarm<'a> {
     pub(super) fn new(bring: &Arc<Bring>, lead: &Arc<Lead>, errand: Errand<'a>, at_once: usize) -> Self {
-        let Errand { reference, root, pin, progress, room } = errand;
+        let Errand { reference, root, pin, progress, room, here } = errand;
         let (zone, waiting) = (bring.zone(), bring.underway.waiting());
         let pool = Pool::new(zone.clone(), rand::random());
         Self {
@@ -166,6 +169,7 @@ impl<'a> Swarm<'a> {
             pin,
             progress,
             room,
+            here,
             shared: Arc::new(Shared { pool: Mutex::new(pool), moved: Notify::new(), waiting }),
             tasks: JoinSet::new(),
             waiting: VecDeque::new(),

@@ -11,6 +11,7 @@ mod resolving;
 mod salvaging;
 mod swarming;
 mod telling;
+mod unpacking;
 
 use std::sync::Arc;
 
@@ -140,6 +141,7 @@ impl Harbour {
             platform: Platform::of_this_node(),
             room: Reservations::default(),
             imports: self.imports.subscribe(),
+            unpacking: None,
         }
     }
 

@@ -17,7 +17,7 @@ use crate::agent::supervisor::Supervisor;
 use crate::agent::{Agent, World};
 use crate::cluster::{self, KubeCluster, TokenAdmission};
 use crate::config::{Admitting, Config};
-use crate::containerd::{self, ContainerdStore, Surroundings, VERIFIERS, usual_socket};
+use crate::containerd::{self, ContainerdStore, Snapshotter, Surroundings, VERIFIERS, usual_socket};
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::ports::{Admission, BlobAccess, ContainerdStatus, Imports, Notifier, StoreError};
@@ -88,6 +88,7 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     };
     let world = World {
         store: Arc::new(store.clone()),
+        unpacker: settings.unpack_layers.then(|| Arc::new(store.clone()) as _),
         cluster: Arc::clone(&kube) as _,
         claims: Arc::clone(&kube) as _,
         admission,
@@ -102,8 +103,14 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         ],
     };
     let swept = Arc::clone(&kube);
-    let probe =
-        Probe { store: store.clone(), import_past_verifiers: settings.import_past_verifiers, answering, imports, told };
+    let probe = Probe {
+        store: store.clone(),
+        import_past_verifiers: settings.import_past_verifiers,
+        unpack_layers: settings.unpack_layers,
+        answering,
+        imports,
+        told,
+    };
     supervisor.spawn("containerd", |stop| store.run(stop));
     supervisor.spawn("probe", |stop| probe.run(stop));
     supervisor.spawn("sweep", |stop| sweep(swept, stop));
@@ -140,6 +147,7 @@ const LOOK_PERIOD: Duration = Duration::from_secs(60);
 struct Probe {
     store: ContainerdStore,
     import_past_verifiers: bool,
+    unpack_layers: bool,
     answering: watch::Sender<bool>,
     imports: watch::Sender<Imports>,
     told: watch::Sender<ContainerdStatus>,
@@ -177,8 +185,16 @@ impl Probe {
             Ok(found) => found,
             Err(error) => return tracing::warn!(%error, "containerd does not say how it is set"),
         };
-        let Surroundings { version, content_root, ingest, cri: _, discards_unpacked_layers, sandbox_image, verifiers } =
-            found;
+        let Surroundings {
+            version,
+            content_root,
+            ingest,
+            cri: _,
+            discards_unpacked_layers,
+            snapshotter,
+            sandbox_image,
+            verifiers,
+        } = found;
         let imports = match verifiers && !self.import_past_verifiers {
             true => Imports::Refused(format!(
                 "containerd has image verifiers ({VERIFIERS}), which an import would pass by; --import-past-verifiers allows that"
@@ -203,6 +219,10 @@ impl Probe {
             content_root: content_root.map(|root| root.display().to_string()),
             ingest: ingest.map(|ingest| ingest.to_string()),
             discards_unpacked_layers,
+            unpacking: Some(match self.unpack_layers {
+                true => snapshotter.to_string(),
+                false => Snapshotter::Unsuited("--unpack-layers=false".into()).to_string(),
+            }),
             sandbox_image,
             image_verifiers: Some(if verifiers { vec![VERIFIERS.to_owned()] } else { Vec::new() }),
         });

@@ -9,7 +9,9 @@ use super::runtime;
 use super::socket::{SocketArgs, printable, with_advice};
 use crate::agent::tell::human_bytes;
 use crate::model::MeshStatus;
-use crate::ports::{ContainerdStatus, ImagesStatus, OutageStatus, RecoveryStatus, RulesFileStatus, Status};
+use crate::ports::{
+    ContainerdStatus, ImagesStatus, LayerStatus, OutageStatus, RecoveryStatus, RulesFileStatus, Status,
+};
 
 /// Flags of `lighterman status`.
 #[derive(Debug, Args)]
@@ -113,6 +115,7 @@ fn containerd_rows(containerd: &ContainerdStatus) -> Vec<(&'static str, Vec<Stri
         blobs_read,
         ingest,
         discards_unpacked_layers,
+        unpacking,
         sandbox_image,
         image_verifiers,
     } = containerd;
@@ -128,6 +131,7 @@ fn containerd_rows(containerd: &ContainerdStatus) -> Vec<(&'static str, Vec<Stri
         ("blobs are read", vec![read]),
         ("blobs come in", vec![ingest.clone().unwrap_or_else(unknown)]),
         ("unpacked layers", vec![layers]),
+        ("unpacked here", vec![unpacking.clone().unwrap_or_else(unknown)]),
         ("sandbox image", vec![sandbox_image.clone().unwrap_or_else(unknown)]),
         ("image verifiers", lines(image_verifiers.as_deref(), String::clone)),
     ]
@@ -144,12 +148,16 @@ fn outage_line(outage: &OutageStatus) -> String {
 }
 
 fn recovery_line(recovery: &RecoveryStatus) -> String {
-    let RecoveryStatus { image, done, total, from } = recovery;
+    let RecoveryStatus { image, done, total, unpacking, from } = recovery;
     let from = if from.is_empty() { String::new() } else { format!(" from {}", from.join(", ")) };
     if *total == 0 {
         return format!("{image}: looking for what is missing");
     }
-    format!("{image}: {} of {}{from}", human_bytes(*done), human_bytes(*total))
+    let unpacking = match unpacking {
+        Some(LayerStatus { layer, of }) => format!(", unpacking layer {layer} of {of}"),
+        None => String::new(),
+    };
+    format!("{image}: {} of {}{from}{unpacking}", human_bytes(*done), human_bytes(*total))
 }
 
 fn rules_file_lines(file: &RulesFileStatus) -> Vec<String> {
@@ -185,6 +193,7 @@ mod tests {
                 blobs_read: Some(BlobAccess::Files),
                 ingest: Some("linked".into()),
                 discards_unpacked_layers: Some(true),
+                unpacking: Some("overlayfs".into()),
                 sandbox_image: Some("registry.k8s.io/pause:3.10".into()),
                 image_verifiers: Some(Vec::new()),
             }),
@@ -201,6 +210,7 @@ mod tests {
                     image: "r.test/shop/checkout:v1".into(),
                     done: 3 << 20,
                     total: 12 << 20,
+                    unpacking: Some(LayerStatus { layer: 2, of: 5 }),
                     from: vec!["n2".into()],
                 },
                 RecoveryStatus { image: "r.test/shop/basket:v1".into(), ..RecoveryStatus::default() },
@@ -221,6 +231,7 @@ content root      /var/lib/containerd/io.containerd.content.v1.content
 blobs are read    from its files
 blobs come in     linked
 unpacked layers   thrown away (discard_unpacked_layers): this node has few layers to give
+unpacked here     overlayfs
 sandbox image     registry.k8s.io/pause:3.10
 image verifiers   none
 mesh              3 alive, 0 suspected, 0 down, 0 banned; 0 neighbours
@@ -230,7 +241,7 @@ mesh              3 alive, 0 suspected, 0 down, 0 banned; 0 neighbours
                   lag: none
 images            41 announced, 1 incomplete
 registries down   registry.example.com:5000: connections are refused, since 2023-11-14T22:13:20Z, seen by n2, node-10
-recoveries        r.test/shop/checkout:v1: 3.0 MiB of 12.0 MiB from n2
+recoveries        r.test/shop/checkout:v1: 3.0 MiB of 12.0 MiB from n2, unpacking layer 2 of 5
                   r.test/shop/basket:v1: looking for what is missing
 rules file        /etc/lighterman/rules.yaml, in force since 2023-11-14T22:13:20Z
                   as it is now it is not in force: line 2, column 18: 0 is given
@@ -243,7 +254,7 @@ rules file        /etc/lighterman/rules.yaml, in force since 2023-11-14T22:13:20
     #[test]
     fn what_is_not_known_is_said_to_be_unknown() {
         let table = table(&Status::default());
-        assert_eq!(table.lines().filter(|line| line.ends_with(" unknown")).count(), 14, "{table}");
+        assert_eq!(table.lines().filter(|line| line.ends_with(" unknown")).count(), 15, "{table}");
         assert!(table.ends_with("rules file        none is watched\n"), "{table}");
     }
 }

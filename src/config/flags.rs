@@ -203,6 +203,10 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_IMPORT_PAST_VERIFIERS")]
     pub(super) import_past_verifiers: bool,
 
+    /// Unpack layers as they come, into the snapshotter that CRI uses, before the image gets its name (true, false)
+    #[arg(long, env = "LIGHTERMAN_UNPACK_LAYERS", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    pub(super) unpack_layers: bool,
+
     /// A file that may override policy and budgets while the agent runs; see the README
     #[arg(long, env = "LIGHTERMAN_RULES_FILE", value_name = "PATH")]
     pub(super) rules_file: Option<PathBuf>,

@@ -1,4 +1,4 @@
-//! What the CRI plugin tells of its configuration and of an image. containerd-client knows nothing of CRI, so the two calls stand here.
+//! What the CRI plugin tells of its configuration, its snapshotter and an image. containerd-client knows nothing of CRI, so the calls stand here.
 
 use std::collections::HashMap;
 
@@ -51,6 +51,32 @@ struct ImageStatusResponse {
 #[derive(Clone, PartialEq, prost::Message)]
 struct Image {}
 
+/// CRI's `ImageFsInfoRequest`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct ImageFsInfoRequest {}
+
+/// CRI's `ImageFsInfoResponse`, without containers' file systems.
+#[derive(Clone, PartialEq, prost::Message)]
+struct ImageFsInfoResponse {
+    /// The first is that of the snapshotter that images are unpacked into; the plugin says so itself (`imagefs_info.go`).
+    #[prost(message, repeated, tag = "1")]
+    image_filesystems: Vec<FilesystemUsage>,
+}
+
+/// CRI's `FilesystemUsage`, without what is used.
+#[derive(Clone, PartialEq, prost::Message)]
+struct FilesystemUsage {
+    #[prost(message, optional, tag = "2")]
+    fs_id: Option<FilesystemIdentifier>,
+}
+
+/// CRI's `FilesystemIdentifier`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct FilesystemIdentifier {
+    #[prost(string, tag = "1")]
+    mountpoint: String,
+}
+
 /// The plugin's configuration is some kilobytes of JSON; registries and runtimes make it longer. An image with its names is less.
 const MAX_ANSWER: usize = 1 << 20;
 
@@ -65,6 +91,14 @@ impl ContainerdStore {
             Err(status) if status.code() == Code::Unimplemented => Ok(Value::Null),
             Err(status) => Err(self.link.failed(&status)),
         }
+    }
+
+    /// The folder that images are unpacked into.
+    pub(super) async fn cri_image_file_system(&self) -> Result<Option<String>, StoreError> {
+        let asked = self.ask_cri("/runtime.v1.ImageService/ImageFsInfo", ImageFsInfoRequest {}).await;
+        let ImageFsInfoResponse { image_filesystems } = asked.map_err(|status| self.link.failed(&status))?;
+        let first = image_filesystems.into_iter().next().and_then(|usage| usage.fs_id);
+        Ok(first.map(|id| id.mountpoint).filter(|mountpoint| !mountpoint.is_empty()))
     }
 
     /// What the kubelet asks before it has an image pulled.

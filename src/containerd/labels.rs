@@ -13,7 +13,7 @@ const SOURCE: &str = "containerd.io/distribution.source.";
 const MAX_LABEL: usize = 4096;
 
 /// Then the snapshotter, and perhaps `/` and more; the value is the snapshot that the collector leaves.
-const SNAPSHOT: &str = "containerd.io/gc.ref.snapshot.";
+pub(super) const SNAPSHOT: &str = "containerd.io/gc.ref.snapshot.";
 
 /// The repositories that the labels name, in ascending order. What no reference could name is left out: nobody asks for it.
 pub(super) fn sources(labels: &HashMap<String, String>) -> Vec<Repository> {

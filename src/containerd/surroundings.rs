@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use containerd_client::services::v1::containers_client::ContainersClient;
 use containerd_client::services::v1::introspection_client::IntrospectionClient;
-use containerd_client::services::v1::{ListContainersRequest, PluginsRequest};
+use containerd_client::services::v1::{ListContainersRequest, Plugin, PluginsRequest};
 use tokio::sync::Mutex;
 
 use super::content::blocking;
 use super::link::MAX_MESSAGE;
-use super::{ConfigError, ContainerdStore, Ingest};
+use super::{ConfigError, ContainerdStore, Ingest, Snapshotter};
 use crate::ports::StoreError;
 
 /// A node's containerd, as far as it can be seen from here.
@@ -28,6 +28,8 @@ pub struct Surroundings {
     /// Whether layers are dropped once they are unpacked, so that they cannot be given to others. `None` where containerd does not tell: 2.x
     /// keeps the setting in a part of its configuration that no API shows. Then only images without layers tell.
     pub discards_unpacked_layers: Option<bool>,
+    /// What layers can be unpacked into before CRI does it.
+    pub snapshotter: Snapshotter,
     /// The image of pods' sandboxes, as CRI writes its name: from the configuration (1.x), else from the newest sandbox there is. `None` on a
     /// 2.x that has none.
     pub sandbox_image: Option<String>,
@@ -68,8 +70,17 @@ struct Found {
     /// Where it is, visible or not.
     content_root: Option<Arc<Path>>,
     cri: bool,
+    snapshotters: Arc<[SnapshotterPlugin]>,
     /// It can be told to ask programs before it pulls. Which, and whether there are any, it does not say.
     asks_verifiers: bool,
+}
+
+/// A snapshotter that runs.
+pub(super) struct SnapshotterPlugin {
+    /// Its name.
+    pub(super) id: String,
+    /// Its folder, where it tells.
+    pub(super) root: Option<PathBuf>,
 }
 
 impl Lookout {
@@ -89,10 +100,11 @@ impl ContainerdStore {
     /// [`StoreError::Unavailable`] when containerd does not answer.
     pub async fn surroundings(&self, verifiers: &Path) -> Result<Surroundings, StoreError> {
         let version = self.ready().await?;
-        let Found { content_root: _, cri, asks_verifiers } = self.look_around().await?;
+        let Found { content_root: _, cri, snapshotters: _, asks_verifiers } = self.look_around().await?;
         let content_root = self.content_root().await?.map(|root| root.to_path_buf());
         let ingest = self.ingest().await?;
         let configuration = if cri { self.cri_configuration().await? } else { serde_json::Value::Null };
+        let snapshotter = self.snapshotter().await?;
         let discards_unpacked_layers = configuration["containerd"]["discardUnpackedLayers"].as_bool();
         let sandbox_image = match configuration["sandboxImage"].as_str() {
             Some(image) => Some(image.to_owned()),
@@ -100,7 +112,16 @@ impl ContainerdStore {
         };
         let folder = verifiers.to_owned();
         let verifiers = asks_verifiers && blocking(move || holds_programs(&folder)).await?;
-        Ok(Surroundings { version, content_root, ingest, cri, discards_unpacked_layers, sandbox_image, verifiers })
+        Ok(Surroundings {
+            version,
+            content_root,
+            ingest,
+            cri,
+            discards_unpacked_layers,
+            snapshotter,
+            sandbox_image,
+            verifiers,
+        })
     }
 
     /// The content store's folder, if this process can see it. Files in it are only an optimisation: each is looked for.
@@ -121,6 +142,11 @@ impl ContainerdStore {
         Ok(self.look_around().await?.cri)
     }
 
+    /// Those that run.
+    pub(super) async fn snapshotters(&self) -> Result<Arc<[SnapshotterPlugin]>, StoreError> {
+        Ok(self.look_around().await?.snapshotters)
+    }
+
     async fn look_around(&self) -> Result<Found, StoreError> {
         let mut found = self.state.lookout.found.lock().await;
         if let Some(found) = &*found {
@@ -136,9 +162,15 @@ impl ContainerdStore {
         let root = self.state.lookout.configured_root.clone().or_else(|| exported.map(PathBuf::from));
         let content_root = root.map(Arc::from);
         let cri = plugin("io.containerd.grpc.v1", "cri").is_some();
+        let snapshotter = |plugin: &Plugin| SnapshotterPlugin {
+            id: plugin.id.clone(),
+            root: plugin.exports.get("root").map(PathBuf::from),
+        };
+        let is_snapshotter = |plugin: &&Plugin| plugin.r#type == "io.containerd.snapshotter.v1";
+        let snapshotters = loaded.clone().filter(is_snapshotter).map(snapshotter).collect();
         let asks_verifiers = loaded.any(|plugin| plugin.r#type == "io.containerd.image-verifier.v1");
         tracing::debug!(?content_root, cri, asks_verifiers, "looked around in containerd");
-        Ok(found.insert(Found { content_root, cri, asks_verifiers }).clone())
+        Ok(found.insert(Found { content_root, cri, snapshotters, asks_verifiers }).clone())
     }
 
     /// CRI makes a container for each pod's sandbox, and containerd keeps the name of the image that it was made from.

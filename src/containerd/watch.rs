@@ -47,6 +47,7 @@ impl ContainerdStore {
         let failed = |status: Status| self.link.failed(&status);
         self.state.lookout.forget().await;
         *self.state.ingest.lock().await = None;
+        *self.state.snapshotter.lock().await = None;
         let mut client = EventsClient::new(self.link.channel());
         let subscribing = client.subscribe(self.link.request(SubscribeRequest { filters: self.filters() }));
         tokio::pin!(subscribing);
@@ -97,6 +98,9 @@ impl ContainerdStore {
         if let Err(error) = self.sweep_abandoned().await {
             // It is tried again after the next drop and the next reconnection, and the lease's end removes it in any case.
             tracing::warn!(%error, "writes that were given up could not be aborted in containerd");
+        }
+        if let Err(error) = self.sweep_snapshots().await {
+            tracing::warn!(%error, "half unpacked layers that were given up could not be removed from containerd");
         }
     }
 

@@ -13,7 +13,8 @@ use crate::oci::{Descriptor, Digest, Manifest};
 pub struct Plan {
     /// Blobs that are here; they are held while the others come.
     pub there: Vec<Descriptor>,
-    /// Blobs to fetch, the largest first: the last one to finish is then a small one.
+    /// Blobs to fetch: the configuration, without which no layer can be unpacked, then the largest first, so that the last one to finish is
+    /// a small one.
     pub missing: Vec<Descriptor>,
     /// Layers that are not here and that nobody may give us: their licence forbids to distribute them.
     pub withheld: Vec<Descriptor>,
@@ -56,7 +57,7 @@ pub fn plan(manifest: &Manifest, is_there: impl Fn(Digest) -> bool) -> Plan {
         .cloned()
         .partition(|blob| is_there(blob.digest));
     let withheld = missing.extract_if(.., |blob| blob.is_foreign()).collect();
-    missing.sort_by_key(|blob| std::cmp::Reverse(blob.size));
+    missing.sort_by_key(|blob| (blob.digest != manifest.config.digest, std::cmp::Reverse(blob.size)));
     Plan { there, missing, withheld }
 }
 
@@ -115,11 +116,11 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_missing_is_fetched_and_the_largest_first() {
+    fn only_what_is_missing_is_fetched_the_configuration_and_then_the_largest_first() {
         let manifest = manifest(vec![blob("base", 100), blob("small", 1), blob("big", 50), blob("small", 1)]);
         let plan = plan(&manifest, |digest| digest == Digest::of(b"base"));
         assert_eq!(plan.there, [blob("base", 100)]);
-        assert_eq!(plan.missing, [blob("big", 50), blob("config", 10), blob("small", 1)]);
+        assert_eq!(plan.missing, [blob("config", 10), blob("big", 50), blob("small", 1)]);
         assert_eq!(plan.missing_bytes(), 61);
     }
 

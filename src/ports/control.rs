@@ -58,6 +58,13 @@ pub enum PullProgress {
         /// Of so many.
         total: u64,
     },
+    /// A layer is being unpacked, while others may still be coming. Not sent where that is left to the runtime.
+    Unpacking {
+        /// Which one, counted from 1.
+        layer: usize,
+        /// Of so many.
+        of: usize,
+    },
     /// The image is here.
     Done {
         /// The index or manifest.
@@ -82,6 +89,9 @@ pub enum PullProgress {
         /// Whether the same may work a little later.
         retryable: bool,
     },
+    /// Something that this release does not know.
+    #[serde(other)]
+    Other,
 }
 
 impl PullProgress {
@@ -90,7 +100,7 @@ impl PullProgress {
         match self {
             Self::Done { .. } | Self::Failed { .. } => true,
             Self::Resolved { .. } => dry_run,
-            Self::Planned { .. } | Self::Bytes { .. } => false,
+            Self::Planned { .. } | Self::Bytes { .. } | Self::Unpacking { .. } | Self::Other => false,
         }
     }
 }
@@ -188,6 +198,9 @@ pub struct ContainerdStatus {
     /// Whether it throws layers away once they are unpacked; such a node has little to give.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discards_unpacked_layers: Option<bool>,
+    /// The snapshotter that layers are unpacked into as they come, or `left to containerd: ` and why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unpacking: Option<String>,
     /// The image of pods' sandboxes, without which no pod starts; absent where no sandbox tells.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sandbox_image: Option<String>,
@@ -249,8 +262,21 @@ pub struct RecoveryStatus {
     pub done: u64,
     /// Of so many; 0 until the manifest is there.
     pub total: u64,
+    /// The layer that is being unpacked, or was last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unpacking: Option<LayerStatus>,
     /// The nodes that it comes from.
     pub from: Vec<String>,
+}
+
+/// A layer of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LayerStatus {
+    /// Which one, counted from 1.
+    pub layer: usize,
+    /// Of so many.
+    pub of: usize,
 }
 
 /// The watched file of rules.
@@ -279,6 +305,12 @@ mod tests {
         let text = serde_json::to_string(&status).unwrap();
         assert_eq!(text, r#"{"node":"n1","registriesDown":[]}"#);
         assert_eq!(serde_json::from_str::<Status>(&text).unwrap(), status);
+    }
+
+    #[test]
+    fn an_event_of_a_later_release_can_still_be_read() {
+        let line = r#"{"event":"sings","song":"a shanty"}"#;
+        assert_eq!(serde_json::from_str::<PullProgress>(line).unwrap(), PullProgress::Other);
     }
 
     #[test]

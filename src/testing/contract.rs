@@ -8,6 +8,7 @@ mod records;
 mod staging;
 #[cfg(test)]
 mod tests;
+pub mod unpacking;
 mod writing;
 
 use std::collections::BTreeSet;

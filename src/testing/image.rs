@@ -9,7 +9,7 @@ use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use serde_json::json;
 
 pub use self::packing::Packing;
-use crate::oci::{Descriptor, Digest, Hasher, Platform};
+use crate::oci::{Descriptor, Digest, Hasher, Platform, RootFs, StackedLayer};
 use crate::ports::{Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered, StoreError};
 
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
@@ -48,6 +48,8 @@ pub struct MadeImage {
     pub root: Descriptor,
     /// Everything else that this platform needs: the manifest if the root is an index, the configuration, each layer once.
     pub blobs: Vec<Descriptor>,
+    /// The layers as the manifest lists them, and how they stand on each other.
+    pub layers: Vec<StackedLayer>,
 }
 
 impl MadeImage {
@@ -81,7 +83,7 @@ pub async fn make_image(
     seed: u64,
 ) -> Result<MadeImage, StoreError> {
     let pin = store.pin(Duration::from_secs(600)).await?;
-    let (manifest, mut blobs) = put_manifest(store, &pin, recipe, seed).await?;
+    let (manifest, mut blobs, layers) = put_manifest(store, &pin, recipe, seed).await?;
     let root = match recipe.index {
         true => {
             let index = put_index(store, &pin, recipe, &manifest).await?;
@@ -94,7 +96,30 @@ pub async fn make_image(
         store.put_image(&ImageRecord { name: name.clone(), target: root.clone() }).await?;
     }
     store.release(pin).await?;
-    Ok(MadeImage { root, blobs })
+    Ok(MadeImage { root, blobs, layers })
+}
+
+/// Puts an image of layers that were packed elsewhere, with gzip, into the store under a name: each as it is packed, and the digest of what it
+/// unpacks to.
+///
+/// # Errors
+/// As the store says.
+pub async fn put_gzip_layers(
+    store: &dyn ContentStore,
+    name: &str,
+    packed: Vec<(Bytes, Digest)>,
+) -> Result<MadeImage, StoreError> {
+    let pin = store.pin(Duration::from_secs(600)).await?;
+    let recipe = Recipe { packing: Packing::Gzip, ..Recipe::default() };
+    let (mut layers, mut diff_ids) = (Vec::new(), Vec::new());
+    for (packed, diff_id) in packed {
+        layers.push(put_blob(store, &pin, recipe.packing.layer_type(recipe.docker), packed, Vec::new()).await?);
+        diff_ids.push(diff_id);
+    }
+    let (root, blobs, layers) = put_manifest_of(store, &pin, &recipe, (layers, diff_ids), 0).await?;
+    store.put_image(&ImageRecord { name: name.into(), target: root.clone() }).await?;
+    store.release(pin).await?;
+    Ok(MadeImage { root, blobs, layers })
 }
 
 async fn put_manifest(
@@ -102,9 +127,7 @@ async fn put_manifest(
     pin: &Pin,
     recipe: &Recipe,
     seed: u64,
-) -> Result<(Descriptor, Vec<Descriptor>), StoreError> {
-    let (config_type, manifest_type) =
-        if recipe.docker { (DOCKER_CONFIG, DOCKER_MANIFEST) } else { (CONFIG, MANIFEST) };
+) -> Result<(Descriptor, Vec<Descriptor>, Vec<StackedLayer>), StoreError> {
     let layer_type = recipe.packing.layer_type(recipe.docker);
     let mut random = SmallRng::seed_from_u64(seed);
     let (mut layers, mut diff_ids) = (Vec::new(), Vec::new());
@@ -113,6 +136,19 @@ async fn put_manifest(
         diff_ids.push(Digest::of(&archive));
         layers.push(put_blob(store, pin, layer_type, recipe.packing.pack(archive), Vec::new()).await?);
     }
+    put_manifest_of(store, pin, recipe, (layers, diff_ids), seed).await
+}
+
+/// The layers are there already; beside them what each of them unpacks to.
+async fn put_manifest_of(
+    store: &dyn ContentStore,
+    pin: &Pin,
+    recipe: &Recipe,
+    (layers, mut diff_ids): (Vec<Descriptor>, Vec<Digest>),
+    seed: u64,
+) -> Result<(Descriptor, Vec<Descriptor>, Vec<StackedLayer>), StoreError> {
+    let (config_type, manifest_type) =
+        if recipe.docker { (DOCKER_CONFIG, DOCKER_MANIFEST) } else { (CONFIG, MANIFEST) };
     let mut named = layers.clone();
     if recipe.twice {
         named.extend(layers.first().cloned());
@@ -131,12 +167,15 @@ async fn put_manifest(
     if let Some(created) = &recipe.created {
         config["created"] = json!(created);
     }
-    let config = put_blob(store, pin, config_type, config.to_string().into(), Vec::new()).await?;
+    let config = config.to_string();
+    let stacked = RootFs::parse(config.as_bytes()).and_then(|rootfs| rootfs.stack(&named));
+    let stacked = stacked.map_err(|error| StoreError::Other(error.to_string()))?;
+    let config = put_blob(store, pin, config_type, config.into(), Vec::new()).await?;
     let manifest = json!({"schemaVersion": 2, "mediaType": manifest_type, "config": config, "layers": named});
     let mut children = vec![child(&config, ChildKind::Config)];
     children.extend(named.iter().map(|layer| child(layer, ChildKind::Layer)));
     let manifest = put_blob(store, pin, manifest_type, manifest.to_string().into(), children).await?;
-    Ok((manifest, std::iter::once(config).chain(layers).collect()))
+    Ok((manifest, std::iter::once(config).chain(layers).collect(), stacked))
 }
 
 async fn put_index(

@@ -1,6 +1,7 @@
 //! A content store in memory.
 
 mod staged;
+mod unpacked;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -12,6 +13,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use self::staged::{InMemory, Parts};
+use self::unpacked::Snapshots;
 use crate::oci::{Descriptor, Digest, Repository, Verified};
 use crate::ports::{
     BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ContentStore, ImageRecord, Pin, Remembered, Room, Staged,
@@ -35,6 +37,7 @@ struct State {
     writing: HashSet<Digest>,
     /// What staged blobs left that were not committed.
     staged: HashMap<Digest, Parts>,
+    snapshots: Snapshots,
 }
 
 #[derive(Clone)]
@@ -42,6 +45,8 @@ struct Blob {
     bytes: Bytes,
     sources: BTreeSet<Repository>,
     children: Vec<Child>,
+    /// The topmost layer that lives as long as this blob.
+    top: Option<Digest>,
 }
 
 #[derive(Clone)]
@@ -49,6 +54,7 @@ struct Held {
     /// `None` when it is further away than a clock can tell.
     until: Option<Instant>,
     blobs: HashSet<Digest>,
+    snapshots: HashSet<Digest>,
 }
 
 impl MemoryStore {
@@ -78,6 +84,7 @@ impl MemoryStore {
             }
         }
         state.blobs.retain(|digest, _| kept.contains(digest));
+        state.collect_snapshots();
         drop(state);
         self.changed();
     }
@@ -236,7 +243,8 @@ impl ContentStore for MemoryStore {
         let mut state = self.state();
         state.pins_made += 1;
         let pin = Pin(format!("pin-{}", state.pins_made));
-        state.pins.insert(pin.0.clone(), Held { until: Instant::now().checked_add(life), blobs: HashSet::new() });
+        let until = Instant::now().checked_add(life);
+        state.pins.insert(pin.0.clone(), Held { until, blobs: HashSet::new(), snapshots: HashSet::new() });
         Ok(pin)
     }
 
@@ -306,7 +314,7 @@ impl BlobWriter for Writer {
             return Err(StoreError::Other(format!("bytes for {} hash to {actual}", self.digest)));
         }
         let bytes = std::mem::take(&mut self.bytes).into();
-        let mut blob = Blob { bytes, sources: BTreeSet::new(), children: Vec::new() };
+        let mut blob = Blob { bytes, sources: BTreeSet::new(), children: Vec::new(), top: None };
         blob.remember(remembered);
         self.store.state().blobs.insert(self.digest, blob);
         self.store.changed();
@@ -323,6 +331,8 @@ impl Drop for Writer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ports::Unpacker;
+    use crate::testing::contract::unpacking::{Unpacks, unpacks_as_promised};
     use crate::testing::contract::{Subject, Unfinished, keeps_the_contract};
 
     struct InMemory(MemoryStore);
@@ -354,6 +364,27 @@ mod tests {
     #[tokio::test]
     async fn the_store_in_memory_keeps_the_contract() {
         keeps_the_contract("MemoryStore", async || InMemory(MemoryStore::new())).await;
+    }
+
+    #[async_trait]
+    impl Unpacks for InMemory {
+        fn unpacker(&self) -> Arc<dyn Unpacker> {
+            Arc::new(self.0.clone())
+        }
+
+        async fn unpacked(&self) -> BTreeSet<Digest> {
+            self.0.unpacked()
+        }
+
+        /// A layer is unpacked in one step here.
+        async fn half_unpacked(&self) -> usize {
+            0
+        }
+    }
+
+    #[tokio::test]
+    async fn the_store_in_memory_unpacks_as_promised() {
+        unpacks_as_promised("MemoryStore", async || InMemory(MemoryStore::new())).await;
     }
 
     #[tokio::test]

@@ -8,6 +8,7 @@ mod mending;
 mod removed;
 mod staged;
 mod surroundings;
+mod unpacking;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -37,6 +38,10 @@ use staged::{
 use surroundings::{it_tells_what_it_is, the_image_of_sandboxes_is_seen_in_them};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use unpacking::{
+    a_layer_that_was_given_up_is_removed, a_recovered_image_is_unpacked_when_it_gets_its_name, it_unpacks_as_promised,
+    only_cri_s_own_snapshotter_is_unpacked_into, what_a_killed_process_had_half_unpacked_goes,
+};
 
 /// For whatever a test waits for; a slow machine must not fail it.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -87,6 +92,11 @@ on_every_version![
     killed_before_the_commit_it_takes_the_staged_blob_afterwards,
     whenever_a_commit_is_broken_off_nothing_is_half_recorded,
     what_was_staged_and_given_up_is_removed,
+    it_unpacks_as_promised,
+    a_recovered_image_is_unpacked_when_it_gets_its_name,
+    a_layer_that_was_given_up_is_removed,
+    what_a_killed_process_had_half_unpacked_goes,
+    only_cri_s_own_snapshotter_is_unpacked_into,
 ];
 
 struct OnContainerd {

@@ -32,6 +32,7 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("agents_that_restart_without_api_server_and_dns_know_each_other_and_bring_an_image", cut_off::restarted),
     ("the_kill_switch_in_the_rules_file_is_in_force_within_seconds", settings::kill_switch),
     ("an_image_without_layers_is_pulled_by_hand", settings::by_hand),
+    ("an_image_pulled_by_hand_is_unpacked_and_cri_makes_containers_of_it", settings::unpacked),
     ("a_dry_run_says_what_it_would_do_and_moves_nothing", settings::dry_run),
     ("a_pod_without_opt_in_is_left_alone", not_opted_in),
     ("prometheus_scrapes_every_agent", prometheus),

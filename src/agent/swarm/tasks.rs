@@ -185,7 +185,7 @@ impl Swarm<'_> {
         let staged = match prepared {
             Prepared::Here(brought) => {
                 self.coming.remove(&digest);
-                self.brought.push(brought);
+                self.have(brought);
                 return;
             }
             Prepared::Staged(staged) => staged,
@@ -349,9 +349,14 @@ impl Swarm<'_> {
             if let Some((chain, _)) = incoming.list() {
                 self.bring.fetcher.keep(chain);
             }
-            self.brought.push(Brought { descriptor: coming.blob, from: Some(incoming.from()) });
+            self.have(Brought { descriptor: coming.blob, from: Some(incoming.from()) });
         }
         Ok(())
+    }
+
+    fn have(&mut self, brought: Brought) {
+        self.here.send_if_modified(|here| here.insert(brought.descriptor.digest));
+        self.brought.push(brought);
     }
 }
 

@@ -73,6 +73,7 @@ impl Fleet {
         let (pods_in, pods) = mpsc::channel(8);
         let world = World {
             store: Arc::new(MemoryStore::new()),
+            unpacker: None,
             cluster: Arc::new(self.cluster.clone()),
             claims: Arc::new(self.cluster.claims_of(node.clone())),
             admission,
@@ -112,6 +113,7 @@ fn settings(node: NodeName, folder: &Path, seeds: &[SocketAddr]) -> Settings {
         manner: Manner::default(),
         probe_registries: false,
         import_past_verifiers: false,
+        unpack_layers: false,
         grace: GRACE,
     }
 }

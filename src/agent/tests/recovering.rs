@@ -297,7 +297,7 @@ async fn an_index_inside_an_index_is_refused() {
     let architecture = Platform::of_this_node().architecture;
     put_index(&store, &image, &architecture).await;
     let inner = store.images().await.unwrap().remove(0).target;
-    put_index(&store, &MadeImage { root: inner.clone(), blobs: Vec::new() }, &architecture).await;
+    put_index(&store, &MadeImage { root: inner.clone(), blobs: Vec::new(), layers: Vec::new() }, &architecture).await;
     harbour.announce(1, store, Behaviour::Honest).await;
     let refused = recover(&harbour, IMAGE).await;
     assert!(matches!(refused, Err(RecoverError::NestedIndex { digest }) if digest == inner.digest), "{refused:?}");

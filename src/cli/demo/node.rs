@@ -56,6 +56,8 @@ impl Node {
         let (pods_in, pods) = mpsc::channel(8);
         let world = World {
             store: Arc::clone(&store) as _,
+            // Nothing runs from a folder.
+            unpacker: None,
             cluster: Arc::new(cluster.clone()),
             claims: Arc::new(cluster.claims_of(name.parse()?)),
             admission: Arc::new(StaticAdmission::new(admitted.iter().copied())),
@@ -84,6 +86,7 @@ impl Node {
             manner: Manner::default(),
             probe_registries: false,
             import_past_verifiers: false,
+            unpack_layers: false,
             grace: GRACE,
         };
         let transfer = transfer::Config { listen: loopback(), gossip_port: 0, node: name.parse()?, max_serving: 16 };

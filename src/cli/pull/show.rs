@@ -76,6 +76,7 @@ fn sentence(reference: &str, dry_run: bool, progress: &PullProgress) -> Option<S
         PullProgress::Planned { missing_bytes, missing_blobs } => {
             Some(format!("{missing_blobs} blobs, {} to fetch", human_bytes(*missing_bytes)))
         }
+        PullProgress::Unpacking { layer, of } => Some(format!("unpacking layer {layer} of {of}")),
         PullProgress::Done { bytes, fetched: 0, there, .. } if *bytes == 0 => {
             Some(format!("{reference} is here; all {there} blobs were"))
         }
@@ -86,7 +87,7 @@ fn sentence(reference: &str, dry_run: bool, progress: &PullProgress) -> Option<S
             milliseconds / 1000,
             milliseconds % 1000 / 100,
         )),
-        PullProgress::Bytes { .. } | PullProgress::Failed { .. } => None,
+        PullProgress::Bytes { .. } | PullProgress::Failed { .. } | PullProgress::Other => None,
     }
 }
 
@@ -129,6 +130,7 @@ mod tests {
             (resolved.clone(), false, "r.test/a:1 is sha256:00, held by n1, n2 and 3 more"),
             (resolved, true, "r.test/a:1 is sha256:00, held by n1, n2 and 3 more; nothing was moved"),
             (PullProgress::Planned { missing_bytes: 3 << 20, missing_blobs: 4 }, false, "4 blobs, 3.0 MiB to fetch"),
+            (PullProgress::Unpacking { layer: 3, of: 5 }, false, "unpacking layer 3 of 5"),
             (done(1 << 20, 4, 1), false, "r.test/a:1 is here: 4 blobs, 1.0 MiB from n1 in 2.3 s (1 were here)"),
             (done(0, 0, 5), false, "r.test/a:1 is here; all 5 blobs were"),
         ] {

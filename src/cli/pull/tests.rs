@@ -89,6 +89,7 @@ async fn agent() -> Agent {
         platform: Platform::of_this_node(),
         room: Reservations::default(),
         imports: watch::channel(Imports::Allowed).1,
+        unpacking: None,
     };
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("agent.sock");

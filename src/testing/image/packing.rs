@@ -26,6 +26,15 @@ impl Packing {
         }
     }
 
+    /// What [`Packing::pack`] was given; `None` for what it never makes.
+    pub(crate) fn unpack(packed: &[u8]) -> Option<Vec<u8>> {
+        match packed {
+            [0x1f, 0x8b, ..] => gunzip(packed),
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => unzstd(packed),
+            plain => Some(plain.to_vec()),
+        }
+    }
+
     pub(super) fn pack(self, archive: Bytes) -> Bytes {
         match self {
             Self::Plain => archive,
@@ -34,6 +43,35 @@ impl Packing {
         }
     }
 }
+
+fn gunzip(packed: &[u8]) -> Option<Vec<u8>> {
+    let (mut content, mut rest) = (Vec::new(), packed.get(GZIP_HEADER..)?);
+    loop {
+        let (header, blocks) = rest.split_first_chunk::<5>()?;
+        let (block, after) = blocks.split_at_checked(u16::from_le_bytes([header[1], header[2]]).into())?;
+        content.extend_from_slice(block);
+        rest = after;
+        if header[0] == 1 {
+            return Some(content);
+        }
+    }
+}
+
+fn unzstd(packed: &[u8]) -> Option<Vec<u8>> {
+    let (mut content, mut rest) = (Vec::new(), packed.get(ZSTD_HEADER..)?);
+    loop {
+        let (header, blocks) = rest.split_first_chunk::<3>()?;
+        let header = u32::from_le_bytes([header[0], header[1], header[2], 0]);
+        let (block, after) = blocks.split_at_checked((header >> 3) as usize)?;
+        content.extend_from_slice(block);
+        rest = after;
+        if header & 1 == 1 {
+            return Some(content);
+        }
+    }
+}
+
+const GZIP_HEADER: usize = 10;
 
 /// The longest stored block of RFC 1951.
 const GZIP_BLOCK: usize = 0xffff;
@@ -60,6 +98,8 @@ fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc, byte| table[usize::from(crc as u8 ^ byte)] ^ crc >> 8)
 }
 
+const ZSTD_HEADER: usize = 9;
+
 /// The longest block of RFC 8878.
 const ZSTD_BLOCK: usize = 128 << 10;
 
@@ -74,4 +114,23 @@ fn zstd(content: &[u8]) -> Vec<u8> {
         packed.extend(block);
     }
     packed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_packed_is_unpacked_again() {
+        for size in [1, GZIP_BLOCK, GZIP_BLOCK + 1, ZSTD_BLOCK, ZSTD_BLOCK + 1] {
+            let archive = Bytes::from((0..size).map(|n| (n % 251) as u8).collect::<Vec<_>>());
+            for packing in [Packing::Plain, Packing::Gzip, Packing::Zstd] {
+                let packed = packing.pack(archive.clone());
+                assert_eq!(Packing::unpack(&packed).as_deref(), Some(&archive[..]), "{packing:?} of {size}");
+                if packing != Packing::Plain {
+                    assert_eq!(Packing::unpack(&packed[..size / 2 + 4]), None, "{packing:?} of {size}, cut off");
+                }
+            }
+        }
+    }
 }

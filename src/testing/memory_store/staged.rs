@@ -115,7 +115,7 @@ impl Staged for InMemory {
         }
         let bytes = Bytes::from(parts.bytes.clone());
         *state = Err(bytes.clone());
-        let mut blob = Blob { bytes, sources: BTreeSet::new(), children: Vec::new() };
+        let mut blob = Blob { bytes, sources: BTreeSet::new(), children: Vec::new(), top: None };
         blob.remember(remembered);
         self.store.state().blobs.insert(self.digest, blob);
         self.store.changed();

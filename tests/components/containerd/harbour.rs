@@ -80,6 +80,7 @@ impl Harbour {
             platform: Platform::of_this_node(),
             room: Reservations::default(),
             imports: watch::channel(Imports::Allowed).1,
+            unpacking: None,
         }
     }
 

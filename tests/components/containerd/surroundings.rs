@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use lighterman::containerd::{Ingest, Surroundings};
+use lighterman::containerd::{Ingest, Snapshotter, Surroundings};
 use lighterman::ports::{ContentStore, Remembered};
 
 use super::daemon::Daemon;
@@ -22,6 +22,7 @@ pub(crate) async fn it_tells_what_it_is(version: &str) {
         ingest,
         cri,
         discards_unpacked_layers,
+        snapshotter,
         sandbox_image,
         verifiers: any,
     } = store.surroundings(verifiers.path()).await.unwrap();
@@ -31,6 +32,7 @@ pub(crate) async fn it_tells_what_it_is(version: &str) {
     assert!(content_root.unwrap().join("blobs/sha256").is_dir());
     assert_eq!(ingest, Some(Ingest::Linked));
     assert!(cri);
+    assert_eq!(snapshotter, Snapshotter::Suited("overlayfs".into()));
     assert_eq!(discards_unpacked_layers, (!is_2).then_some(false));
     assert_eq!(sandbox_image.is_some_and(|image| image.starts_with("registry.k8s.io/pause:")), !is_2);
     assert!(!any);

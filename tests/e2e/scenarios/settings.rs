@@ -115,19 +115,50 @@ pub(super) fn dry_run(bed: &Bed) -> Result<(), Failure> {
     space.wait_running("dry").map(drop)
 }
 
-/// An image of a configuration alone cannot run, so no pod asks for it.
-pub(super) fn by_hand(bed: &Bed) -> Result<(), Failure> {
-    let (holder, node) = (NODES[0].0, NODES[2].0);
-    let image = held(bed, "hand/config-only:v1", Recipe { own: Own::None, ..PLAIN }, holder)?;
+/// Has the node's agent pull the image, and answers what it said.
+fn pull(bed: &Bed, node: &str, image: &str) -> Result<String, Failure> {
     let pod = agent_pod(bed, node)?;
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();
-    let pull = ["-n", "lighterman", "exec", name, "--", "/lighterman", "pull", &image];
+    let pull = ["-n", "lighterman", "exec", name, "--", "/lighterman", "pull", image];
     // The holder may not have told of it yet.
     let said = wait_for("the image to be had", PATIENCE, || Ok(bed.kubectl(&pull).ok()));
     let said = said.map_err(|error| format!("{error}\n{:?}", bed.kubectl(&pull)))?;
     print!("{said}");
+    Ok(said)
+}
+
+/// An image of a configuration alone cannot run, so no pod asks for it.
+pub(super) fn by_hand(bed: &Bed) -> Result<(), Failure> {
+    let (holder, node) = (NODES[0].0, NODES[2].0);
+    let image = held(bed, "hand/config-only:v1", Recipe { own: Own::None, ..PLAIN }, holder)?;
+    pull(bed, node, &image)?;
+    let pod = agent_pod(bed, node)?;
+    let name = pod["metadata"]["name"].as_str().unwrap_or_default();
     let recorded = bed.ctl(&["ctr", node, "images", "ls", "-q"])?;
     ensure(recorded.lines().any(|line| line == image), format!("it is not recorded:\n{recorded}"))?;
     let wrong = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "/lighterman", "pull", "a b"]);
     ensure(wrong.is_err(), "a name that is none was accepted")
+}
+
+/// Before any container is made of it, its layers are there under the name that the configuration's label keeps, and the container is made on top of
+/// them.
+pub(super) fn unpacked(bed: &Bed) -> Result<(), Failure> {
+    let space = Space::new(bed, "e2e-unpacked")?;
+    for (number, (node, _)) in NODES.iter().enumerate() {
+        let (holder, _) = NODES[(number + 1) % NODES.len()];
+        let image = held(bed, &format!("hand/unpacked-{node}:v1"), PLAIN, holder)?;
+        let said = pull(bed, node, &image)?;
+        ensure(said.contains("unpacking layer "), format!("nothing was unpacked on {node}:\n{said}"))?;
+        let checked = bed.ctl(&["ctr", node, "images", "check", &format!("name=={image}")])?;
+        let is_unpacked = checked.lines().any(|line| line.starts_with(&image) && line.trim_end().ends_with("true"));
+        ensure(is_unpacked, format!("on {node} it is not unpacked before it is used:\n{checked}"))?;
+        let before = bed.ctl(&["ctr", node, "snapshots", "ls"])?;
+        space.pod(&format!("on-{node}"), node, &image, true)?;
+        space.wait_running(&format!("on-{node}"))?;
+        let after = bed.ctl(&["ctr", node, "snapshots", "ls"])?;
+        let committed = |listed: &str| listed.lines().filter(|line| line.trim_end().ends_with("Committed")).count();
+        // The image of the pod's sandbox is there since the agent's own pod was made.
+        ensure(committed(&before) == committed(&after), format!("{node} unpacked more:\n{before}\n{after}"))?;
+    }
+    Ok(())
 }

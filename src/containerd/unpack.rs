@@ -1,0 +1,210 @@
+//! Unpacking layers as containerd's own client does it: a snapshot is prepared on top of the one beneath, the layer is applied to it, and the
+//! result is committed under the layer's chain ID (pkg/rootfs/apply.go; the same services in 1.6, 1.7 and 2). CRI looks for that name when it
+//! makes a container, and unpacks what it does not find.
+//!
+//! Until an image's configuration has the label for it, the pin holds what is unpacked, a half unpacked layer too. What a process that was
+//! killed leaves is removed at the next start, or else collected when its pin ends.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::MutexGuard;
+
+use async_trait::async_trait;
+use containerd_client::services::v1::diff_client::DiffClient;
+use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
+use containerd_client::services::v1::snapshots::{
+    CommitSnapshotRequest, ListSnapshotsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest,
+};
+use containerd_client::services::v1::{ApplyRequest, Info, UpdateRequest};
+use containerd_client::tonic::metadata::{Ascii, MetadataValue};
+use containerd_client::tonic::transport::Channel;
+use containerd_client::tonic::{Code, Request, Status};
+use containerd_client::types;
+
+use super::labels::SNAPSHOT;
+use super::link::{MAX_MESSAGE, within};
+use super::snapshotter::{SUITED, Snapshotter};
+use super::writer::MESSAGE_DEADLINE;
+use super::{ContainerdStore, State};
+use crate::oci::{Digest, StackedLayer};
+use crate::ports::{Pin, StoreError, UnpackError, Unpacked, Unpacker};
+
+/// Active snapshots of ours; then a number, a space and the chain ID. containerd's own begin with `extract-` too.
+const KEY_PREFIX: &str = "extract-lighterman-";
+
+/// A layer that is being unpacked.
+struct Extraction<'a> {
+    store: &'a ContainerdStore,
+    snapshotter: &'a str,
+    lease: MetadataValue<Ascii>,
+    key: String,
+    /// containerd may have an active snapshot of this key.
+    leaves_something: bool,
+}
+
+impl Drop for Extraction<'_> {
+    fn drop(&mut self) {
+        self.store.state.being_extracted().remove(&self.key);
+        if self.leaves_something {
+            self.store.state.abandoned.notify_one();
+        }
+    }
+}
+
+impl<'a> Extraction<'a> {
+    fn begin(
+        store: &'a ContainerdStore,
+        snapshotter: &'a str,
+        chain_id: Digest,
+        pin: &Pin,
+    ) -> Result<Self, StoreError> {
+        let lease = pin.0.parse().map_err(|_| StoreError::Other(format!("the pin {} is gone", pin.0)))?;
+        let key = format!("{KEY_PREFIX}{:032x} {chain_id}", rand::random::<u128>());
+        store.state.being_extracted().insert(key.clone());
+        Ok(Self { store, snapshotter, lease, key, leaves_something: true })
+    }
+
+    /// A message that belongs to the pin.
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = self.store.link.request(message);
+        request.metadata_mut().insert("containerd-lease", self.lease.clone());
+        request
+    }
+
+    /// None of the calls has a deadline: to prepare is to copy on some snapshotters, to commit is to count, and to apply takes minutes.
+    async fn run(&self, layer: &StackedLayer) -> Result<Unpacked, UnpackError> {
+        let failed = |status: Status| UnpackError::Store(self.store.link.failed(&status));
+        let mut snapshots = self.store.snapshots();
+        let snapshotter = self.snapshotter.to_owned();
+        let parent = layer.parent.map(|parent| parent.to_string()).unwrap_or_default();
+        let prepare = PrepareSnapshotRequest {
+            snapshotter: snapshotter.clone(),
+            key: self.key.clone(),
+            parent,
+            labels: HashMap::new(),
+        };
+        let mounts = snapshots.prepare(self.request(prepare)).await.map_err(failed)?.into_inner().mounts;
+        let diff = Some(types::Descriptor {
+            media_type: layer.blob.media_type.clone(),
+            digest: layer.blob.digest.to_string(),
+            size: layer.blob.size.cast_signed(),
+            annotations: HashMap::new(),
+        });
+        // Not synced to disk, as CRI's own are not by default: whoever commits a blob would wait for it.
+        let apply = ApplyRequest { diff, mounts, payloads: HashMap::new(), sync_fs: false };
+        let applied = DiffClient::new(self.store.link.channel()).apply(self.request(apply)).await.map_err(failed)?;
+        let actual = applied.into_inner().applied.unwrap_or_default().digest;
+        if actual != layer.diff_id.to_string() {
+            return Err(UnpackError::OtherDiff { expected: layer.diff_id, actual });
+        }
+        let commit = CommitSnapshotRequest {
+            snapshotter,
+            name: layer.chain_id.to_string(),
+            key: self.key.clone(),
+            labels: HashMap::new(),
+        };
+        match snapshots.commit(self.request(commit)).await {
+            Ok(_) => Ok(Unpacked::Now),
+            // CRI was faster. The pin holds theirs.
+            Err(status) if status.code() == Code::AlreadyExists => Ok(Unpacked::Before),
+            Err(status) => Err(failed(status)),
+        }
+    }
+}
+
+impl State {
+    fn being_extracted(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.extracting.lock().expect("nothing panics while it holds the set")
+    }
+}
+
+impl ContainerdStore {
+    fn snapshots(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.link.channel()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    async fn suited_snapshotter(&self) -> Result<String, UnpackError> {
+        match self.snapshotter().await? {
+            Snapshotter::Suited(name) => Ok(name),
+            Snapshotter::Unsuited(why) => Err(UnpackError::Unsuited(why)),
+        }
+    }
+
+    async fn is_unpacked(&self, snapshotter: &str, chain_id: Digest) -> Result<bool, StoreError> {
+        let stat = StatSnapshotRequest { snapshotter: snapshotter.to_owned(), key: chain_id.to_string() };
+        match self.link.call(self.snapshots().stat(self.link.request(stat))).await {
+            Ok(_) => Ok(true),
+            Err(status) if status.code() == Code::NotFound => Ok(false),
+            Err(status) => Err(self.link.failed(&status)),
+        }
+    }
+
+    async fn remove_snapshot(&self, snapshotter: &str, key: &str) -> Result<(), StoreError> {
+        let remove = RemoveSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
+        match self.link.call(self.snapshots().remove(self.link.request(remove))).await {
+            Err(status) if status.code() != Code::NotFound => Err(self.link.failed(&status)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes every half unpacked layer of ours that nobody here is unpacking: dropped, or left by a process that was killed.
+    pub(super) async fn sweep_snapshots(&self) -> Result<(), StoreError> {
+        // All that may ever have been CRI's, whether or not CRI answers now.
+        for plugin in self.snapshotters().await?.iter().filter(|plugin| SUITED.contains(&&*plugin.id)) {
+            for key in self.active_snapshots(&plugin.id).await? {
+                let is_extracted = self.state.being_extracted().contains(&key);
+                if !is_extracted {
+                    self.remove_snapshot(&plugin.id, &key).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The keys of ours.
+    async fn active_snapshots(&self, snapshotter: &str) -> Result<Vec<String>, StoreError> {
+        let failed = |status: Status| self.link.failed(&status);
+        let filters = vec![format!("kind==active,name~=\"^{KEY_PREFIX}\"")];
+        let list = ListSnapshotsRequest { snapshotter: snapshotter.to_owned(), filters };
+        let mut answers = self.link.call(self.snapshots().list(self.link.request(list))).await.map_err(failed)?;
+        let mut keys = Vec::new();
+        while let Some(answer) = within(MESSAGE_DEADLINE, answers.message()).await.map_err(failed)? {
+            // Whatever a containerd makes of the filter.
+            keys.extend(answer.info.into_iter().map(|info| info.name).filter(|name| name.starts_with(KEY_PREFIX)));
+        }
+        Ok(keys)
+    }
+}
+
+#[async_trait]
+impl Unpacker for ContainerdStore {
+    async fn unpack(&self, layer: &StackedLayer, pin: &Pin) -> Result<Unpacked, UnpackError> {
+        let snapshotter = self.suited_snapshotter().await?;
+        // Held before it is looked for: what is there then stays. A lease may name what is not there.
+        self.hold(pin, format!("snapshots/{snapshotter}"), layer.chain_id.to_string()).await?;
+        if self.is_unpacked(&snapshotter, layer.chain_id).await? {
+            return Ok(Unpacked::Before);
+        }
+        let mut extraction = Extraction::begin(self, &snapshotter, layer.chain_id, pin)?;
+        let unpacked = extraction.run(layer).await;
+        extraction.leaves_something = match &unpacked {
+            Ok(Unpacked::Now) => false,
+            Ok(Unpacked::Before) | Err(_) => {
+                let removed = self.remove_snapshot(&snapshotter, &extraction.key).await;
+                removed
+                    .inspect_err(|error| tracing::debug!(%error, "a half unpacked layer is left to be swept"))
+                    .is_err()
+            }
+        };
+        unpacked
+    }
+
+    async fn keep(&self, config: Digest, top: Digest) -> Result<(), UnpackError> {
+        let key = format!("{SNAPSHOT}{}", self.suited_snapshotter().await?);
+        let paths = vec![format!("labels.{key}")];
+        let info = Info { digest: config.to_string(), labels: [(key, top.to_string())].into(), ..Info::default() };
+        let mut update = UpdateRequest { info: Some(info), update_mask: None };
+        update.update_mask.get_or_insert_default().paths = paths;
+        let updated = self.link.call(self.link.content().update(self.link.request(update))).await;
+        updated.map(|_| ()).map_err(|status| UnpackError::Store(self.link.failed_for(config, &status)))
+    }
+}

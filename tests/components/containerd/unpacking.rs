@@ -1,0 +1,230 @@
+//! Layers unpacked through containerd's services, and what containerd's own client finds of them.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use lighterman::agent::progress::Progress;
+use lighterman::agent::recover::Recoverer;
+use lighterman::agent::unpack::Unpacking;
+use lighterman::containerd::{ContainerdStore, Snapshotter};
+use lighterman::metrics::Metrics;
+use lighterman::oci::{Digest, Reference};
+use lighterman::ports::{ContentStore, Pin, Unpacked, Unpacker};
+use lighterman::testing::contract::unpacking::{Unpacks, unpacks_as_promised};
+use lighterman::testing::contract::{Subject, Unfinished};
+use lighterman::testing::image::{MadeImage, Packing, Recipe, make_image};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::daemon::Daemon;
+use super::harbour::{Harbour, lost_to_the_collector};
+use super::{HOUR, OnContainerd, PATIENCE, fresh};
+
+/// Each snapshot as containerd's client lists it: its name and its kind.
+fn snapshots(daemon: &Daemon, containerd_namespace: &str) -> Vec<(String, String)> {
+    let listed = daemon.ctr(containerd_namespace, &["snapshots", "--snapshotter", "overlayfs", "ls"]);
+    let row = |line: &str| {
+        let line = line.trim_end();
+        let kind = line.split_whitespace().last().unwrap_or_default();
+        // A key of ours has a space in it; columns are padded, and a parent begins like the name.
+        let name = line.strip_suffix(kind).unwrap_or(line).trim();
+        let name =
+            name.rsplit_once(" sha256:").filter(|(before, _)| before.contains("sha256:")).map_or(name, |it| it.0);
+        (name.trim().to_owned(), kind.to_owned())
+    };
+    listed.lines().skip(1).filter(|line| !line.trim().is_empty()).map(row).collect()
+}
+
+fn committed(daemon: &Daemon, containerd_namespace: &str) -> BTreeSet<Digest> {
+    let listed = snapshots(daemon, containerd_namespace).into_iter();
+    listed.filter(|(_, kind)| kind == "Committed").map(|(name, _)| name.parse().unwrap()).collect()
+}
+
+fn active(daemon: &Daemon, containerd_namespace: &str) -> Vec<String> {
+    let listed = snapshots(daemon, containerd_namespace).into_iter();
+    listed.filter(|(_, kind)| kind == "Active").map(|(name, _)| name).collect()
+}
+
+struct OnDaemon<'a> {
+    daemon: &'a Daemon,
+    on: OnContainerd,
+}
+
+#[async_trait]
+impl Subject for OnDaemon<'_> {
+    fn store(&self) -> Arc<dyn ContentStore> {
+        self.on.store()
+    }
+
+    async fn collect(&self) {
+        self.on.collect().await;
+    }
+
+    async fn restart(&mut self, unfinished: Unfinished) {
+        self.on.restart(unfinished).await;
+    }
+}
+
+#[async_trait]
+impl Unpacks for OnDaemon<'_> {
+    fn unpacker(&self) -> Arc<dyn Unpacker> {
+        Arc::new(self.on.store.clone())
+    }
+
+    async fn unpacked(&self) -> BTreeSet<Digest> {
+        committed(self.daemon, &self.on.config.containerd_namespace)
+    }
+
+    async fn half_unpacked(&self) -> usize {
+        active(self.daemon, &self.on.config.containerd_namespace).len()
+    }
+}
+
+pub(crate) async fn it_unpacks_as_promised(version: &str) {
+    let daemon = &Daemon::start(version).await;
+    unpacks_as_promised(version, async || OnDaemon { daemon, on: fresh(daemon.config("")) }).await;
+}
+
+async fn recover(harbour: &Harbour, store: &ContainerdStore, name: &str) {
+    let shared = Arc::new(store.clone());
+    let unpacking = Some(Unpacking::new(Arc::clone(&shared) as _, Arc::clone(&shared) as _, Metrics::new()));
+    let recoverer = Recoverer { unpacking, ..harbour.recoverer(shared) };
+    let (wanted, progress) = (name.parse::<Reference>().unwrap().into(), Progress::default());
+    recoverer.recover(&wanted, &progress, &CancellationToken::new()).await.unwrap();
+}
+
+fn chain_ids(image: &MadeImage) -> BTreeSet<Digest> {
+    image.layers.iter().map(|layer| layer.chain_id).collect()
+}
+
+/// `ctr images mount` mounts what is unpacked of an image's topmost layer, as CRI does it for a container, and fails where that is not.
+fn file_of_image(daemon: &Daemon, name: &str, file: &str) -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().to_str().unwrap();
+    daemon.ctr("k8s.io", &["images", "mount", name, target]);
+    let read = std::fs::read(folder.path().join(file));
+    assert!(Command::new("umount").arg(target).status().unwrap().success());
+    daemon.ctr("k8s.io", &["images", "unmount", "--rm", target]);
+    read.unwrap_or_else(|error| panic!("{file} of {name}: {error}"))
+}
+
+pub(crate) async fn a_recovered_image_is_unpacked_when_it_gets_its_name(version: &str) {
+    let daemon = Daemon::start(version).await;
+    let store = daemon.store("k8s.io");
+    let harbour = Harbour::new();
+    let mut expected = BTreeSet::new();
+    for (seed, packing) in [(1, Packing::Plain), (2, Packing::Gzip), (3, Packing::Zstd)] {
+        let name = format!("r.test/unpacked/{packing:?}:1").to_lowercase();
+        let recipe = Recipe { layers: vec![1_500_000, 3000], index: true, packing, ..Recipe::default() };
+        let image = harbour.offers(&name, &recipe, seed).await;
+        recover(&harbour, &store, &name).await;
+        expected.extend(chain_ids(&image));
+        assert_eq!(committed(&daemon, "k8s.io"), expected, "{packing:?}");
+        assert_eq!(lost_to_the_collector(&store, &image).await, Vec::<String>::new());
+        assert_eq!(committed(&daemon, "k8s.io"), expected, "{packing:?}, collected");
+        assert_eq!(file_of_image(&daemon, &name, "data/0.bin").len(), 1_500_000, "{packing:?}");
+        assert_eq!(file_of_image(&daemon, &name, "data/1.bin").len(), 3000, "{packing:?}");
+    }
+}
+
+/// The pin that holds it, and an image with a layer that takes a moment.
+async fn large(store: &ContainerdStore) -> (Pin, MadeImage) {
+    let pin = store.pin(HOUR).await.unwrap();
+    let recipe = Recipe { layers: vec![160 << 20, 10], packing: Packing::Gzip, ..Recipe::default() };
+    (pin, make_image(store, &["r.test/large:1".into()], &recipe, 1).await.unwrap())
+}
+
+/// Begins to unpack the image's first layer, and gives up when it has begun.
+async fn break_off(
+    daemon: &Daemon,
+    (containerd_namespace, store): (&str, &ContainerdStore),
+    image: &MadeImage,
+    pin: &Pin,
+) {
+    let unpacking = store.unpack(&image.layers[0], pin);
+    let begun = async {
+        while active(daemon, containerd_namespace).is_empty() {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! {
+        unpacked = unpacking => panic!("it was done before the test saw it: {unpacked:?}"),
+        () = begun => {}
+    }
+}
+
+async fn nothing_is_half_unpacked(daemon: &Daemon, containerd_namespace: &str) {
+    let waiting = async {
+        while !active(daemon, containerd_namespace).is_empty() {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, waiting).await.expect("a half unpacked layer is still there");
+}
+
+async fn unpack_all(store: &ContainerdStore, image: &MadeImage, pin: &Pin) {
+    for layer in &image.layers {
+        assert_eq!(store.unpack(layer, pin).await.unwrap(), Unpacked::Now);
+    }
+}
+
+pub(crate) async fn a_layer_that_was_given_up_is_removed(version: &str) {
+    let daemon = Daemon::start(version).await;
+    let store = daemon.store("given-up");
+    let (pin, image) = large(&store).await;
+    let stop = CancellationToken::new();
+    let _stopped = stop.clone().drop_guard();
+    tokio::spawn(store.clone().run(stop));
+    break_off(&daemon, ("given-up", &store), &image, &pin).await;
+    nothing_is_half_unpacked(&daemon, "given-up").await;
+    unpack_all(&store, &image, &pin).await;
+    assert_eq!(committed(&daemon, "given-up"), chain_ids(&image));
+}
+
+/// By the next start of the agent, and where there is none, by the collector when the pin has ended. Nobody trips over it meanwhile.
+pub(crate) async fn what_a_killed_process_had_half_unpacked_goes(version: &str) {
+    let mut daemon = Daemon::start(version).await;
+    let (pin, image) = large(&daemon.store("killed")).await;
+    break_off(&daemon, ("killed", &daemon.store("killed")), &image, &pin).await;
+    daemon.kill();
+    daemon.start_again().await;
+    assert_eq!(active(&daemon, "killed").len(), 1, "the test sees nothing");
+    let store = daemon.store("killed");
+    unpack_all(&store, &image, &pin).await;
+    assert_eq!(committed(&daemon, "killed"), chain_ids(&image));
+
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(store.clone().run(stop.clone()));
+    nothing_is_half_unpacked(&daemon, "killed").await;
+    stop.cancel();
+    running.await.unwrap();
+    assert_eq!(committed(&daemon, "killed"), chain_ids(&image), "what was whole is left alone");
+
+    let (pin, image) = large(&daemon.store("collected")).await;
+    break_off(&daemon, ("collected", &daemon.store("collected")), &image, &pin).await;
+    daemon.store("collected").release_and_collect(pin).await.unwrap();
+    assert_eq!(snapshots(&daemon, "collected"), [], "nothing holds it");
+}
+
+pub(crate) async fn only_cri_s_own_snapshotter_is_unpacked_into(version: &str) {
+    // containerd 1 and 2 have it in plugins of different names, and 2 does not take it over from the first.
+    let cri = |snapshotter: &str| {
+        format!(
+            "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n  snapshotter = \"{snapshotter}\"\n\
+             [plugins.\"io.containerd.cri.v1.images\"]\n  snapshotter = \"{snapshotter}\"\n\
+             [proxy_plugins.stargz]\n  type = \"snapshot\"\n  address = \"/nothing/is/here.sock\"\n"
+        )
+    };
+    for (set, suited) in [("native", true), ("stargz", false), ("absent", false)] {
+        let daemon = Daemon::start_in(version, tempfile::tempdir().unwrap(), &cri(set)).await;
+        let found = daemon.store("k8s.io").surroundings(Path::new("/nothing/is/here")).await.unwrap().snapshotter;
+        match found {
+            Snapshotter::Suited(name) => assert!(suited && name == set, "{set}: {name}"),
+            Snapshotter::Unsuited(why) => assert!(!suited, "{set}: {why}"),
+        }
+    }
+}
