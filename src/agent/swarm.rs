@@ -119,7 +119,9 @@ struct Coming {
     written: u64,
     /// Bytes that came from this node's zone.
     near: u64,
-    /// When some of it last came, or its place was made.
+    /// States of lists that had come at the last report.
+    heard: usize,
+    /// When some of it last came, or of its list, or its place was made.
     moved: Instant,
 }
 
@@ -234,7 +236,8 @@ impl<'a> Swarm<'a> {
         {
             let attempts = Attempts::new(blob.digest);
             self.spawn_prepare(&blob);
-            let coming = Coming { stage: Stage::Preparing, attempts, written: 0, near: 0, moved: now(), blob };
+            let coming =
+                Coming { stage: Stage::Preparing, attempts, written: 0, near: 0, heard: 0, moved: now(), blob };
             self.coming.insert(coming.blob.digest, coming);
         }
     }
@@ -301,7 +304,8 @@ impl<'a> Swarm<'a> {
             };
             let from = incoming.from();
             let came = from.values().sum::<u64>().min(coming.blob.size);
-            if came > coming.written {
+            let heard = incoming.heard();
+            if came > coming.written || std::mem::replace(&mut coming.heard, heard) < heard {
                 coming.moved = now();
             }
             if let Some(zones) = &mut self.zones {

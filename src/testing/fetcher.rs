@@ -34,7 +34,7 @@ pub enum Behaviour {
     HangsAfter(u32),
     /// Its files of blobs of several pieces were written over: it sends other bytes of them, and finds that out when it makes their lists.
     Rotten,
-    /// Sends what its store holds; of a list the first states at once, and the rest after a minute.
+    /// Sends what its store holds; of a list the first states at once, and the rest after twenty seconds.
     ListsSlowly,
 }
 

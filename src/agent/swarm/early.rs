@@ -19,6 +19,8 @@ pub(super) struct Early {
     compared: BTreeSet<(PeerId, PeerId)>,
     /// Whose first piece fitted.
     fitted: BTreeSet<PeerId>,
+    /// States that came, of all lists.
+    heard: usize,
 }
 
 /// What can be compared.
@@ -32,7 +34,13 @@ pub(super) struct Trial {
 impl Early {
     /// The next states of a list that this peer makes.
     pub(super) fn hears(&mut self, author: PeerId, cut: Cut, states: &[State]) {
+        self.heard += states.len();
         self.beginnings.entry(author).or_insert_with(|| Beginning::new(cut)).extend(states);
+    }
+
+    /// How many states came, of all lists.
+    pub(super) fn heard(&self) -> usize {
+        self.heard
     }
 
     /// Its list is whole, or will not be.

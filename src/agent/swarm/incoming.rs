@@ -146,6 +146,11 @@ impl Incoming {
         }
     }
 
+    /// How many states have come while there is no list.
+    pub(super) fn heard(&self) -> usize {
+        self.state().early.heard()
+    }
+
     /// A peer's list will not come.
     pub(super) fn hears_no_more(&self, author: PeerId) {
         self.state().early.forget(author);

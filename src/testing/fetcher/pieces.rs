@@ -79,8 +79,8 @@ fn is_wrong(behaviour: Behaviour, cut: Cut, piece: u32) -> bool {
     }
 }
 
-/// As long as the largest blobs take to be hashed.
-const SLOW_LIST: Duration = Duration::from_secs(60);
+/// As long as 36 GB take to be hashed.
+const SLOW_LIST: Duration = Duration::from_secs(20);
 
 /// States that a slow list begins with.
 const BEGINNING: usize = 2;
