@@ -49,6 +49,8 @@ pub(super) struct Unfinished<'a> {
 /// Why the rest is left to the runtime.
 #[derive(Debug, thiserror::Error)]
 enum Ended {
+    #[error(transparent)]
+    Unsuited(UnpackError),
     #[error("reading the configuration: {0}")]
     Config(StoreError),
     #[error("the configuration is too large, or not what its digest says")]
@@ -99,7 +101,7 @@ impl Unpacking {
         let reference = image.reference;
         match self.unpack(image).await {
             // An adapter says so once; a recovery that failed says so itself.
-            Ok(()) | Err(Ended::Layer { source: UnpackError::Unsuited(_), .. } | Ended::Incomplete) => {}
+            Ok(()) | Err(Ended::Unsuited(UnpackError::Unsuited(_)) | Ended::Incomplete) => {}
             Err(error) => {
                 self.metrics.layer_unpacked("failed");
                 tracing::warn!(%reference, %error, "an image is not unpacked, which is left to the runtime");
@@ -109,6 +111,7 @@ impl Unpacking {
 
     async fn unpack(&self, image: Unfinished<'_>) -> Result<(), Ended> {
         let Unfinished { reference, manifest, pin, progress, mut here } = image;
+        self.unpacker.suits().await.map_err(Ended::Unsuited)?;
         let config = manifest.config.digest;
         here.wait_for(|here| here.contains(&config)).await.map_err(|_| Ended::Incomplete)?;
         let bytes = match Held::read(&*self.store, config).await.map_err(Ended::Config)? {

@@ -177,6 +177,10 @@ impl ContainerdStore {
 
 #[async_trait]
 impl Unpacker for ContainerdStore {
+    async fn suits(&self) -> Result<(), UnpackError> {
+        self.suited_snapshotter().await.map(drop)
+    }
+
     async fn unpack(&self, layer: &StackedLayer, pin: &Pin) -> Result<Unpacked, UnpackError> {
         let snapshotter = self.suited_snapshotter().await?;
         // Held before it is looked for: what is there then stays. A lease may name what is not there.

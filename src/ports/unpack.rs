@@ -9,6 +9,12 @@ use crate::oci::{Digest, StackedLayer};
 /// unpacks itself.
 #[async_trait]
 pub trait Unpacker: Send + Sync + 'static {
+    /// Whether layers are unpacked here at all.
+    ///
+    /// # Errors
+    /// [`UnpackError::Unsuited`], which says why not, and [`UnpackError::Store`].
+    async fn suits(&self) -> Result<(), UnpackError>;
+
     /// Unpacks a layer on top of the one beneath it, which is unpacked already. The pin holds the result, also when it was there before.
     /// It takes as long as it takes, minutes perhaps: dropping the future ends it, and what was half unpacked is removed soon after.
     ///

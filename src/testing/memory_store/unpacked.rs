@@ -39,6 +39,10 @@ impl State {
 
 #[async_trait]
 impl Unpacker for MemoryStore {
+    async fn suits(&self) -> Result<(), UnpackError> {
+        Ok(())
+    }
+
     async fn unpack(&self, layer: &StackedLayer, pin: &Pin) -> Result<Unpacked, UnpackError> {
         let mut state = self.state();
         let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
