@@ -301,3 +301,18 @@ fn where_no_list_comes_strangers_are_asked_for_one_piece_after_the_other() {
         asks.iter().for_each(|ask| bench.fulfils(ask, ms(1)));
     }
 }
+
+#[test]
+fn who_gets_less_than_it_once_got_asks_for_more_at_a_time() {
+    let peers: Vec<_> = (1..=20).map(partial).collect();
+    let mut bench = Bench::of(200, &peers);
+    (1..=20).for_each(|n| bench.hears(n, &these(&(0..200).collect::<Vec<_>>())));
+    let first = bench.asks();
+    assert_eq!(first.len(), 8);
+    first.iter().for_each(|ask| bench.fulfils(ask, ms(40)));
+    let second = bench.asks();
+    assert_eq!(second.len(), 8, "25 MiB in a second, as before");
+    second[..4].iter().for_each(|ask| bench.fulfils(ask, ms(80)));
+    bench.asks();
+    assert_eq!(bench.pool.asks.values().filter(|asked| !asked.is_late).count(), 12, "half of it");
+}
