@@ -44,7 +44,8 @@ fn check_manifest(manifest: &Manifest, root: Digest, needs: &Needs) {
             plan.there.iter().chain(&plan.missing).chain(&plan.withheld).map(|blob| blob.digest).collect();
         assert_eq!(planned.len(), wanted.len(), "a blob is planned twice, or forgotten");
         assert!(planned.iter().all(|digest| wanted.contains(digest)));
-        assert!(plan.missing.is_sorted_by_key(|blob| std::cmp::Reverse(blob.size)), "the largest comes first");
+        let rank = |blob: &Descriptor| (blob.digest != manifest.config.digest, std::cmp::Reverse(blob.size));
+        assert!(plan.missing.is_sorted_by_key(rank), "the configuration comes first, then the largest");
         assert!(plan.missing.iter().all(|blob| blob.size <= plan.missing_bytes()), "the sum overflowed");
         let allowed = plan.check_size(1 << 30).is_ok();
         assert_eq!(allowed, plan.missing_bytes() <= 1 << 30, "the size limit does not hold");
