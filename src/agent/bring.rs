@@ -313,7 +313,7 @@ impl Attempts {
         Self { digest, given_up: HashSet::new(), errors: Vec::new() }
     }
 
-    fn failed(&mut self, peer: PeerId, error: FetchError) {
+    pub(super) fn failed(&mut self, peer: PeerId, error: FetchError) {
         if !error.is_retryable() {
             self.given_up.insert(peer);
         }

@@ -34,7 +34,7 @@ use crate::decide::pieces::{AskId, MAX_ASKS, Neighbour, Pool};
 use crate::decide::reserve::Reservation;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Reference};
-use crate::ports::Pin;
+use crate::ports::{FetchError, Pin};
 
 /// Without a piece for so long, and with nobody who could be asked for one, a recovery ends; its own back-off then takes over, and finds
 /// what has come. As long as peers that are busy were waited for before there were pieces.
@@ -119,8 +119,6 @@ struct Coming {
     written: u64,
     /// Bytes that came from this node's zone.
     near: u64,
-    /// States of lists that had come at the last report.
-    heard: usize,
     /// When some of it last came, or of its list, or its place was made.
     moved: Instant,
 }
@@ -236,8 +234,7 @@ impl<'a> Swarm<'a> {
         {
             let attempts = Attempts::new(blob.digest);
             self.spawn_prepare(&blob);
-            let coming =
-                Coming { stage: Stage::Preparing, attempts, written: 0, near: 0, heard: 0, moved: now(), blob };
+            let coming = Coming { stage: Stage::Preparing, attempts, written: 0, near: 0, moved: now(), blob };
             self.coming.insert(coming.blob.digest, coming);
         }
     }
@@ -299,13 +296,14 @@ impl<'a> Swarm<'a> {
 
     fn report(&mut self) {
         for coming in self.coming.values_mut() {
-            let (Stage::Fetching(Fetching { incoming, .. }) | Stage::Committing(incoming)) = &coming.stage else {
-                continue;
+            let (incoming, list_gets_on) = match &coming.stage {
+                Stage::Preparing => continue,
+                Stage::Fetching(Fetching { incoming, listing, .. }) => (incoming, incoming.gets_on(listing, now())),
+                Stage::Committing(incoming) => (incoming, false),
             };
             let from = incoming.from();
             let came = from.values().sum::<u64>().min(coming.blob.size);
-            let heard = incoming.heard();
-            if came > coming.written || std::mem::replace(&mut coming.heard, heard) < heard {
+            if came > coming.written || list_gets_on {
                 coming.moved = now();
             }
             if let Some(zones) = &mut self.zones {
@@ -337,7 +335,13 @@ impl<'a> Swarm<'a> {
         };
         let Some(coming) = self.coming.values_mut().find(is_hopeless) else { return Ok(()) };
         // The blob stays among those that are coming, so that it is closed with them.
-        let attempts = std::mem::replace(&mut coming.attempts, Attempts::new(coming.blob.digest));
+        let mut attempts = std::mem::replace(&mut coming.attempts, Attempts::new(coming.blob.digest));
+        if let Stage::Fetching(Fetching { listing, .. }) = &coming.stage {
+            for (peer, since) in listing {
+                let seconds = now.saturating_duration_since(*since).as_secs();
+                attempts.failed(*peer, FetchError::Stalled { peer: *peer, digest: coming.blob.digest, seconds });
+            }
+        }
         Err(attempts.into_error())
     }
 }

@@ -66,8 +66,8 @@ pub enum FetchError {
         /// Who was asked.
         peer: PeerId,
     },
-    /// It stopped sending.
-    #[error("peer {peer} sent nothing of {digest} for {seconds} s")]
+    /// It stopped sending, or sends so little that it might as well.
+    #[error("peer {peer} sent nothing of {digest}, or next to nothing, for {seconds} s")]
     Stalled {
         /// Who was sending.
         peer: PeerId,

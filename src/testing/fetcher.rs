@@ -36,6 +36,8 @@ pub enum Behaviour {
     Rotten,
     /// Sends what its store holds; of a list the first states at once, and the rest after twenty seconds.
     ListsSlowly,
+    /// Sends what its store holds; of a list a state every ten seconds.
+    DripsList,
 }
 
 /// A peer that is played.

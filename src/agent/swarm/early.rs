@@ -4,7 +4,8 @@
 //! states say of the first pieces tells whether their senders may be asked for more. Whoever fits here is asked, no more: everything is compared again
 //! with the whole list.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::{Duration, Instant};
 
 use crate::model::PeerId;
 use crate::oci::{Beginning, Cut, PieceHasher, State};
@@ -19,9 +20,13 @@ pub(super) struct Early {
     compared: BTreeSet<(PeerId, PeerId)>,
     /// Whose first piece fitted.
     fitted: BTreeSet<PeerId>,
-    /// States that came, of all lists.
-    heard: usize,
+    /// Bytes of the blob that the longest list of each maker covered, so that one who begins again gets on with what is new only.
+    covered: BTreeMap<PeerId, u64>,
 }
+
+/// Bytes a second that whoever makes a list hashes at least: a disk that has much else to do. One who is slower is not waited for longer than
+/// anybody who sends nothing, and a list of 10 GiB keeps a recovery for 21 minutes at most.
+const SLOWEST_LISTING: u64 = 8 << 20;
 
 /// What can be compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,13 +39,22 @@ pub(super) struct Trial {
 impl Early {
     /// The next states of a list that this peer makes.
     pub(super) fn hears(&mut self, author: PeerId, cut: Cut, states: &[State]) {
-        self.heard += states.len();
         self.beginnings.entry(author).or_insert_with(|| Beginning::new(cut)).extend(states);
     }
 
-    /// How many states came, of all lists.
-    pub(super) fn heard(&self) -> usize {
-        self.heard
+    /// Whether a list has become longer since it was last asked, and is not made more slowly than a disk reads. `listing` says since when each is
+    /// waited for.
+    pub(super) fn gets_on(&mut self, listing: &HashMap<PeerId, Instant>, now: Instant) -> bool {
+        let mut gets_on = false;
+        for (author, beginning) in &self.beginnings {
+            let covers = beginning.covers();
+            let covered = self.covered.entry(*author).or_default();
+            let is_longer = covers > *covered;
+            *covered = covers.max(*covered);
+            let since = listing.get(author);
+            gets_on |= is_longer && since.is_some_and(|since| keeps_up(covers, now.saturating_duration_since(*since)));
+        }
+        gets_on
     }
 
     /// Its list is whole, or will not be.
@@ -79,4 +93,8 @@ impl Early {
         }
         fits
     }
+}
+
+fn keeps_up(covers: u64, age: Duration) -> bool {
+    u128::from(covers) * 1000 >= u128::from(SLOWEST_LISTING) * age.as_millis()
 }

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -146,9 +147,9 @@ impl Incoming {
         }
     }
 
-    /// How many states have come while there is no list.
-    pub(super) fn heard(&self) -> usize {
-        self.state().early.heard()
+    /// Whether a list that is being made got on, while there is none; see [`Early::gets_on`].
+    pub(super) fn gets_on(&self, listing: &HashMap<PeerId, Instant>, now: Instant) -> bool {
+        self.state().early.gets_on(listing, now)
     }
 
     /// A peer's list will not come.

@@ -82,6 +82,20 @@ async fn a_lone_holder_is_asked_for_everything_while_it_makes_its_list() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_list_that_drips_keeps_no_recovery_alive() {
+    let (harbour, _) = harbour_with(&[Behaviour::DripsList]).await;
+    let began = tokio::time::Instant::now();
+    let RecoverError::Fetch { attempts, .. } = recover(&harbour).await.unwrap_err() else { panic!() };
+    assert!(
+        matches!(attempts[..], [FetchError::Stalled { peer: dripping, .. }] if dripping == peer(1)),
+        "{attempts:?}"
+    );
+    assert!(began.elapsed() < Duration::from_secs(60), "simulated time: {:?}", began.elapsed());
+    harbour.peer_with_layers(2, IMAGE, &LAYERS, Behaviour::Honest).await;
+    recover(&harbour).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_liar_is_not_believed_because_its_own_list_says_what_it_sends() {
     let (harbour, _) = harbour_with(&[Behaviour::Rotten, Behaviour::Rotten, Behaviour::Honest]).await;
     recover(&harbour).await.unwrap();

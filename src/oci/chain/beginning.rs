@@ -22,6 +22,11 @@ impl Beginning {
         self.states.extend_from_slice(&states[..states.len().min(left)]);
     }
 
+    /// Bytes of the blob that its maker has hashed for these states.
+    pub fn covers(&self) -> u64 {
+        self.cut.offset(self.states.len())
+    }
+
     /// For the bytes of this piece, if both states around it are there.
     pub fn hasher(&self, piece: usize) -> Option<PieceHasher> {
         self.states.get(piece)?;

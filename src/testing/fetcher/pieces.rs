@@ -79,6 +79,9 @@ fn is_wrong(behaviour: Behaviour, cut: Cut, piece: u32) -> bool {
     }
 }
 
+/// How long one waits that drips its list, before each state.
+const DRIP: Duration = Duration::from_secs(10);
+
 /// As long as 36 GB take to be hashed.
 const SLOW_LIST: Duration = Duration::from_secs(20);
 
@@ -120,7 +123,12 @@ impl PieceFetcher for MemoryFetcher {
         if behaviour == Behaviour::ListsSlowly {
             tokio::time::sleep(SLOW_LIST).await;
         }
-        heard(rest);
+        for state in rest {
+            if behaviour == Behaviour::DripsList {
+                tokio::time::sleep(DRIP).await;
+            }
+            heard(std::slice::from_ref(state));
+        }
         Chain::claimed(digest, cut, states).map_err(|error| FetchError::Protocol { peer, reason: error.to_string() })
     }
 
