@@ -137,6 +137,8 @@ pub async fn connect(config: Config) -> Result<KubeCluster, ConnectError> {
     settings.default_retry = false;
     let header = "user-agent".parse().expect("a header's name");
     settings.headers.push((header, USER_AGENT.parse().expect("a package's version is printable ASCII")));
+    // kube takes the process's provider, and rustls has two to choose from (src/transfer/tls.rs). A second call changes nothing.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let client = Client::try_from(settings).map_err(|error| ConnectError::Client(Box::new(error)))?;
     let own = Own { node, k8s_namespace, pod_name, pod_uid, service_account };
     Ok(KubeCluster::new(client, own, start_jitter))

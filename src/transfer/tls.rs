@@ -12,7 +12,8 @@ use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
-use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
+use rustls::crypto::aws_lc_rs::{self, kx_group};
+use rustls::crypto::ring::cipher_suite;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
@@ -88,6 +89,9 @@ fn configs(
 }
 
 /// Passed explicitly, so that it does not depend on what the process installed as its default.
+///
+/// ring's AES-GCM works on several blocks at once (VAES) on processors without AVX-512 too, where aws-lc's does not: 0.26 ns a byte against 0.6 in packets
+/// of 1414 bytes, each way, which is a fifth of what a byte costs that comes over QUIC. aws-lc has the key exchange that quantum computers do not break.
 fn provider() -> CryptoProvider {
     CryptoProvider {
         cipher_suites: vec![
