@@ -13,6 +13,7 @@ use lighterman::agent::recover::Recoverer;
 use lighterman::agent::resolve::Resolver;
 use lighterman::agent::swarm::Underway;
 use lighterman::agent::unpack::Unpacking;
+use lighterman::cli::runtime;
 use lighterman::containerd::{Config, ContainerdStore};
 use lighterman::decide::reserve::Reservations;
 use lighterman::decide::rules::{ResolveSettings, Rules};
@@ -23,7 +24,7 @@ use lighterman::oci::{Platform, Reference};
 use lighterman::ports::{ContentStore, Imports, NoPartials};
 use lighterman::testing::{MemoryCluster, MemoryRegistry};
 use lighterman::transfer::{self, Surroundings, Transfer};
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -102,11 +103,6 @@ impl Drop for Agents {
         // The runtimes are dropped next, and every task with them.
         self.stop.cancel();
     }
-}
-
-/// As the agent makes it.
-fn runtime() -> std::io::Result<Runtime> {
-    Builder::new_multi_thread().enable_all().build()
 }
 
 fn store(containerd: &Containerd, sight: Sight, stop: &CancellationToken) -> Result<ContainerdStore, Failure> {
