@@ -15,6 +15,9 @@ const NODES: usize = 8;
 /// Of every link, in each direction.
 const MBIT_S: u32 = 200;
 
+/// The same where two processors are too few for eight agents at [`MBIT_S`].
+const SLOWER_MBIT_S: u32 = 100;
+
 /// The image on every node, twice, and the containerds.
 const NEEDED: u64 = 6 << 30;
 
@@ -36,22 +39,26 @@ struct Run {
 pub(crate) fn run() -> Result<(), Failure> {
     with_nodes(Place::memory(NEEDED)?, NODES, async |nodes| {
         nodes.shape(MBIT_S)?;
-        let one = measure(nodes, "swarm8_worst_sb", &[256 << 20], "one layer of 256 MiB").await;
-        let eight = measure(nodes, "swarm8_worst_sb_8_layers", &[32 << 20; 8], "8 layers of 32 MiB").await;
+        let one = measure(nodes, "swarm8_worst_sb", MBIT_S, &[256 << 20], "one layer of 256 MiB").await;
+        let eight = measure(nodes, "swarm8_worst_sb_8_layers", MBIT_S, &[32 << 20; 8], "8 layers of 32 MiB").await;
+        nodes.shape(SLOWER_MBIT_S)?;
+        let slower = "one layer of 256 MiB, links half as fast";
+        let slower = measure(nodes, "swarm8_worst_sb_100mbit", SLOWER_MBIT_S, &[256 << 20], slower).await;
+        nodes.shape(MBIT_S)?;
         // Whoever nobody fetches from for half a minute is dialled anew.
         nodes.frames(JUMBO)?;
         tokio::time::sleep(UNUSED).await;
         let jumbo = "one layer of 256 MiB, frames of 9000 bytes";
-        let jumbo = measure(nodes, "swarm8_worst_sb_jumbo", &[256 << 20], jumbo).await;
-        [one, eight, jumbo].into_iter().collect()
+        let jumbo = measure(nodes, "swarm8_worst_sb_jumbo", MBIT_S, &[256 << 20], jumbo).await;
+        [one, eight, slower, jumbo].into_iter().collect()
     })
 }
 
-async fn measure(nodes: &Nodes, name: &str, layers: &[u64], what: &str) -> Result<(), Failure> {
+async fn measure(nodes: &Nodes, name: &str, mbit_s: u32, layers: &[u64], what: &str) -> Result<(), Failure> {
     let mut runs = Vec::new();
     // The first one warms up.
     for seed in 0..=RUNS {
-        let run = recover_everywhere(nodes, layers, 100 * layers.len() as u64 + seed).await?;
+        let run = recover_everywhere(nodes, mbit_s, layers, 100 * layers.len() as u64 + seed).await?;
         note(&format!("{what}: worst {:.3}, median {:.3}, idle {:.0} %", run.worst, run.median, 100.0 * run.idle));
         runs.extend((seed > 0).then_some(run));
     }
@@ -62,7 +69,7 @@ async fn measure(nodes: &Nodes, name: &str, layers: &[u64], what: &str) -> Resul
         return Err(format!("{name} is void: only {idle:.0} % of the processors' time was idle ({worst})").into());
     }
     let on = format!(
-        "{what}, 1 seed, {} others at once, {MBIT_S} Mbit/s each way; {}; the middle node {:.2}; at least {:.0} % of the processors' time idle",
+        "{what}, 1 seed, {} others at once, {mbit_s} Mbit/s each way; {}; the middle node {:.2}; at least {:.0} % of the processors' time idle",
         NODES - 1,
         spread(&worst),
         median(runs.iter().map(|run| run.median)),
@@ -72,7 +79,7 @@ async fn measure(nodes: &Nodes, name: &str, layers: &[u64], what: &str) -> Resul
     Ok(())
 }
 
-async fn recover_everywhere(nodes: &Nodes, layers: &[u64], seed: u64) -> Result<Run, Failure> {
+async fn recover_everywhere(nodes: &Nodes, mbit_s: u32, layers: &[u64], seed: u64) -> Result<Run, Failure> {
     let reference = name_of("swarm", seed)?;
     let image = nodes.put(0, &reference, layers, seed).await?;
     nodes.find(&reference, 1..NODES, &[0]).await?;
@@ -86,7 +93,7 @@ async fn recover_everywhere(nodes: &Nodes, layers: &[u64], seed: u64) -> Result<
     let idle = Ticks::now()?.idle_since(before);
     nodes.check(1..NODES, &reference, &image)?;
     nodes.empty()?;
-    let unit = image.bytes() as f64 * 8.0 / (f64::from(MBIT_S) * 1e6);
+    let unit = image.bytes() as f64 * 8.0 / (f64::from(mbit_s) * 1e6);
     let worst = seconds.iter().copied().fold(0.0, f64::max) / unit;
     Ok(Run { worst, median: median(seconds) / unit, idle })
 }
