@@ -91,7 +91,8 @@ fn configs(
 /// Passed explicitly, so that it does not depend on what the process installed as its default.
 ///
 /// ring's AES-GCM works on several blocks at once (VAES) on processors without AVX-512 too, where aws-lc's does not: 0.26 ns a byte against 0.6 in packets
-/// of 1414 bytes, each way, which is a fifth of what a byte costs that comes over QUIC. aws-lc has the key exchange that quantum computers do not break.
+/// of 1414 bytes, each way, so that both ends together save 0.7 ns of the 5.9 that a fetched byte cost. With AVX-512 the two were not compared. aws-lc
+/// has the key exchange that quantum computers do not break.
 fn provider() -> CryptoProvider {
     CryptoProvider {
         cipher_suites: vec![

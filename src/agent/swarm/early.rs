@@ -2,7 +2,7 @@
 //!
 //! A holder that has no list yet hashes the blob for it, a second for each 1.8 GB. So long nothing can be served, proved or blamed; but what its first
 //! states say of the first pieces tells whether their senders may be asked for more. Whoever fits here is asked, no more: everything is compared again
-//! with the whole list.
+//! with the whole list. And as long as such a list gets on, there is something to wait for.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
