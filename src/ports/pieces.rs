@@ -122,7 +122,8 @@ pub const STAGED_LIFE: std::time::Duration = std::time::Duration::from_secs(3600
 
 /// The blobs that are being fetched here, for others who want them.
 pub trait Partials: Send + Sync + 'static {
-    /// The blob, if it is being fetched and something of it can be served.
+    /// The blob, if it is being fetched and something of it can be served. Each time another view of it: whoever holds one knows by
+    /// [`Partial::changes`], not by its own view, that it is fetched no more.
     fn partial(&self, digest: Digest) -> Option<Arc<dyn Partial>>;
 }
 

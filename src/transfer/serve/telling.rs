@@ -31,8 +31,7 @@ impl Shared {
         stream: &mut Stream,
     ) -> Result<(), ServeError> {
         let (mut changes, mut told, size) = (partial.changes(), partial.held(), partial.chain().cut().size());
-        // Not held: whoever fetches the blob says that it is over by letting go of it, and a reader may take its time.
-        let followed = Arc::downgrade(&partial);
+        // Not held while nothing changes: a reader may take its time, and what is fetched no more costs memory and space on the disk.
         drop(partial);
         self.answer(&mut stream.send, &Answer::Partial { size }).await?;
         self.say(&Availability::These(told.clone()), stream).await?;
@@ -48,9 +47,11 @@ impl Shared {
                 _ = stream.send.stopped() => return Ok(()),
             }
             changes.mark_unchanged();
-            let Some(partial) = followed.upgrade() else { break };
-            let held = partial.held();
-            drop(partial);
+            let Some(held) = self.partials.partial(digest).map(|partial| partial.held()) else { break };
+            // What is fetched anew is not what was followed.
+            if changes.has_changed().is_err() {
+                break;
+            }
             for news in news(&told, &held).chunks(MAX_NEWS) {
                 self.say(&Availability::Also(news.to_vec()), stream).await?;
             }

@@ -66,6 +66,7 @@ impl PieceSink for Collecting {
 }
 
 /// A blob that is being fetched.
+#[derive(Clone)]
 pub(super) struct Growing {
     blob: Bytes,
     chain: Arc<Chain>,
@@ -94,16 +95,16 @@ impl Partial for Growing {
 pub(super) struct Growth {
     held: Arc<Mutex<Bits>>,
     changes: watch::Sender<u64>,
-    partial: Arc<Mutex<Option<Arc<Growing>>>>,
+    partial: Arc<Mutex<Option<Growing>>>,
 }
 
 /// The one blob that is being fetched here.
-pub(super) struct Only(Arc<Mutex<Option<Arc<Growing>>>>);
+pub(super) struct Only(Arc<Mutex<Option<Growing>>>);
 
 impl Partials for Only {
     fn partial(&self, digest: Digest) -> Option<Arc<dyn Partial>> {
         let partial = self.0.lock().unwrap().clone().filter(|partial| partial.chain.digest() == digest)?;
-        Some(partial)
+        Some(Arc::new(partial))
     }
 }
 
@@ -112,7 +113,7 @@ impl Growth {
         let (changes, seen) = watch::channel(0);
         let held = Arc::new(Mutex::new(Bits::default()));
         let growing = Growing { blob: blob.clone(), chain: chain_of(blob), held: held.clone(), changes: seen };
-        let partial = Arc::new(Mutex::new(Some(Arc::new(growing))));
+        let partial = Arc::new(Mutex::new(Some(growing)));
         (Self { held, changes, partial: partial.clone() }, Only(partial))
     }
 
