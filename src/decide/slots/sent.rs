@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use crate::oci::{Digest, MAX_PIECES};
 
-/// Pieces that are counted, of all blobs together; a byte each. Two blobs of the most pieces that there can be, or a thousand usual ones of 256,
+/// Pieces that are counted, of all blobs together; a byte each. Two blobs of the most pieces that there can be, or 500 usual ones of 512,
 /// which is more than a node serves at a time.
 const MAX_COUNTED: usize = 2 * MAX_PIECES as usize;
 

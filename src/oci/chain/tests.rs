@@ -104,9 +104,11 @@ fn pieces_are_as_large_as_the_blob_asks_for() {
     for (size, piece) in [
         (0, 256 << 10),
         (1, 256 << 10),
-        (64 * MIB, 256 << 10),
-        (64 * MIB + 256, 512 << 10),
+        (128 * MIB - 1, 256 << 10),
+        (128 * MIB, 512 << 10),
+        (257 * MIB, MIB),
         (1024 * MIB, 4 * MIB),
+        (2048 * MIB - 1, 4 * MIB),
         (10_240 * MIB, 8 * MIB),
         (u64::from(u32::MAX) * MIB, (u64::from(u32::MAX) * MIB).div_ceil(MAX_PIECES).next_multiple_of(64)),
     ] {
