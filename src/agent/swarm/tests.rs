@@ -11,10 +11,11 @@ use tokio::sync::{Notify, Semaphore};
 use super::Shared;
 use super::incoming::{Arrived, Checked, Incoming};
 use super::sink::Sink;
+use super::underway::Underway;
 use crate::decide::pieces::Pool;
 use crate::model::PeerId;
 use crate::oci::{Chain, ChainBuilder, Cut, Descriptor, Digest, SMALLEST_PIECE, State};
-use crate::ports::{ContentStore, PieceError, PieceSink};
+use crate::ports::{ContentStore, Partials, PieceError, PieceSink};
 use crate::testing::MemoryStore;
 
 const PIECE: usize = SMALLEST_PIECE as usize;
@@ -90,6 +91,26 @@ async fn what_is_here_is_not_written_over_by_one_who_begins_it_later() {
         assert!(incoming.staged().read_at(PIECE as u64, PIECE).await.unwrap() == right, "with a list: {has_list}");
         assert_eq!(incoming.from().into_keys().collect::<Vec<_>>(), [peer(1)]);
     }
+}
+
+/// What [`Partials::partial`] promises, and those who are told of pieces rely on.
+#[tokio::test]
+async fn whoever_looks_at_what_is_coming_has_a_view_of_its_own_and_is_told_when_it_is_over() {
+    let blob = blob();
+    let incoming = incoming(&blob).await;
+    let (underway, digest) = (Underway::default(), incoming.blob().digest);
+    underway.begin(&incoming);
+    assert!(underway.partial(digest).is_none(), "nothing can be served without a list");
+    incoming.adopt(Arc::new(chain_of(&blob)), peer(9));
+    let mut changes = underway.partial(digest).unwrap().changes();
+    let mut sink = sink(&incoming, 1);
+    sink.begin(1);
+    sink.append(&[Bytes::copy_from_slice(&blob[PIECE..2 * PIECE])]).await.unwrap();
+    sink.end().await.unwrap();
+    changes.changed().await.unwrap();
+    assert_eq!(underway.partial(digest).unwrap().held().ones().collect::<Vec<_>>(), [1]);
+    underway.end(&incoming);
+    assert!(underway.partial(digest).is_none() && changes.changed().await.is_err());
 }
 
 #[tokio::test]
