@@ -38,6 +38,8 @@ struct State {
     /// What staged blobs left that were not committed.
     staged: HashMap<Digest, Parts>,
     snapshots: Snapshots,
+    /// How long a name takes after it can be seen.
+    naming: Duration,
 }
 
 #[derive(Clone)]
@@ -61,6 +63,11 @@ impl MemoryStore {
     /// A store with nothing in it.
     pub fn new() -> Self {
         Self::with(State::default())
+    }
+
+    /// From now on others see a name so long before whoever gives it hears that it is given.
+    pub fn name_slowly(&self, time: Duration) {
+        self.state().naming = time;
     }
 
     /// What the next process finds: all that is there now, and nobody who writes.
@@ -219,13 +226,18 @@ impl ContentStore for MemoryStore {
     }
 
     async fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
-        let mut state = self.state();
-        if !state.blobs.contains_key(&record.target.digest) {
-            return Err(StoreError::Absent(record.target.digest));
-        }
-        state.images.insert(record.name.clone(), record.target.clone());
-        drop(state);
+        let naming = {
+            let mut state = self.state();
+            if !state.blobs.contains_key(&record.target.digest) {
+                return Err(StoreError::Absent(record.target.digest));
+            }
+            state.images.insert(record.name.clone(), record.target.clone());
+            state.naming
+        };
         self.changed();
+        if !naming.is_zero() {
+            tokio::time::sleep(naming).await;
+        }
         Ok(())
     }
 

@@ -315,18 +315,26 @@ impl Salvager {
             if let Some(imported) = waited.imported {
                 self.metrics.pod_went_on(now().saturating_duration_since(imported));
             }
-            for reference in &waited.needed {
-                // Only the image that we just named can have made it go on.
-                if let Some(running) = self.running.get_mut(reference).filter(|running| running.progress.is_named()) {
-                    running.went_on.insert(pod.clone());
-                }
-            }
+            self.note_went_on(pod, waited.needed.iter());
         }
         self.undecided.remove(pod);
         self.needs_only(pod, BTreeSet::new());
     }
 
+    /// It waits for these images no more, before we heard that one of them has come.
+    fn note_went_on<'a>(&mut self, pod: &PodRef, images: impl Iterator<Item = &'a Reference>) {
+        for reference in images {
+            // Only the image that we just named can have made it go on.
+            if let Some(running) = self.running.get_mut(reference).filter(|running| running.progress.is_named()) {
+                running.went_on.insert(pod.clone());
+            }
+        }
+    }
+
     fn needs_only(&mut self, pod: &PodRef, needed: BTreeSet<Reference>) {
+        // One of its containers may have gone on while others wait.
+        let before = self.waiting.get(pod).map(|waiting| waiting.needed.clone()).unwrap_or_default();
+        self.note_went_on(pod, before.difference(&needed));
         for reference in self.queue.needs_only(pod, &needed) {
             self.lacking.remove(&reference);
             self.wanted_since.remove(&reference);

@@ -224,6 +224,27 @@ async fn a_pod_made_again_while_its_recovery_is_being_stopped_is_served_by_one_n
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_container_that_goes_on_while_another_one_waits_is_told_of_all_the_same() {
+    let harbour = Harbour::new();
+    harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+    harbour.store.name_slowly(Duration::from_millis(100));
+    let watch = Watch::start(&harbour);
+    let mut pod = failing("p", IMAGE, REFUSED);
+    pod.containers.extend(failing("p", "r.test/nobody/has:1", REFUSED).containers);
+    pod.containers[1].name = "other".into();
+    watch.sees(pod.clone()).await;
+    while harbour.record_names().await.is_empty() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    pod.containers[0].waiting = None;
+    watch.sees(pod).await;
+    watch.rest().await;
+    let told = reports(&harbour);
+    assert!(told.contains(&("p".to_owned(), ReportKind::Salvaged)), "{told:?}");
+    watch.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn pods_missing_from_a_new_list_are_gone() {
     let harbour = Harbour::new();
     harbour.peer_with(1, IMAGE, Behaviour::Hangs).await;
