@@ -12,9 +12,9 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use rand::Rng;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::spawn_blocking;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::call::{Failure, PATIENCE};
@@ -41,7 +41,7 @@ const LAST_PAUSE: Duration = Duration::from_secs(60);
 /// A verdict on grace has to be renewed so often, because the API server may be back: its loops notice that within a minute.
 const GRACE_STEP: Duration = Duration::from_secs(300);
 
-/// How often it is looked whether there is something new to keep.
+/// How often it is looked whether there are new peers to keep. A token and keys are kept at once: without them a restarted agent is nobody.
 const SAVE: Duration = Duration::from_secs(30);
 
 /// What outlives the process, and how long it is believed.
@@ -67,7 +67,7 @@ pub struct TokenAdmission {
     token: Mutex<Option<Token>>,
     renewals: watch::Sender<u64>,
     /// There is a token, or there are keys, that the file does not have.
-    unsaved: AtomicBool,
+    unsaved: Notify,
     /// It was said that reviews are forbidden.
     told: AtomicBool,
     metrics: Metrics,
@@ -92,7 +92,7 @@ impl TokenAdmission {
             keep,
             budget: Budget::full(),
             renewals: watch::Sender::default(),
-            unsaved: AtomicBool::new(false),
+            unsaved: Notify::new(),
             told: AtomicBool::new(false),
             metrics,
         }
@@ -133,7 +133,7 @@ impl TokenAdmission {
             let wait = match self.keys.refetch().await {
                 Ok(_) => {
                     failures = 0;
-                    self.unsaved.store(true, Ordering::Relaxed);
+                    self.unsaved.notify_one();
                     renewal(KEYS_LIFE, rand::rng().random())
                 }
                 Err(text) => {
@@ -151,9 +151,9 @@ impl TokenAdmission {
 
     async fn keep_file(&self) {
         loop {
-            tokio::time::sleep(SAVE).await;
+            let must = timeout(SAVE, self.unsaved.notified()).await.is_ok();
             // Both, or a peer that became known would be seen as new once more.
-            if self.unsaved.swap(false, Ordering::Relaxed) | self.verdicts.have_changed() {
+            if self.verdicts.have_changed() | must {
                 self.save().await;
             }
         }
@@ -179,7 +179,7 @@ impl TokenAdmission {
         let (token, life) = granted(&answer)?;
         let token = Token::new(token, asked, asked_at, life);
         *self.token.lock().expect("nothing panics while holding it") = Some(token);
-        self.unsaved.store(true, Ordering::Relaxed);
+        self.unsaved.notify_one();
         self.renewals.send_modify(|renewals| *renewals += 1);
         Ok(life)
     }

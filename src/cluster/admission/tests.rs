@@ -279,6 +279,26 @@ async fn an_agent_restarted_while_the_api_server_is_away_knows_its_peers_and_has
 }
 
 #[tokio::test]
+async fn an_agent_that_is_killed_when_it_has_just_got_its_token_has_it_again() {
+    let (fake, mut server) = (Arc::new(Fake::default()), JoinSet::new());
+    fake.publish(vec![json!(published())]);
+    let (folder, address) = (tempfile::tempdir().unwrap(), serve(&fake, &mut server).await);
+    let killed = agent_at(address, keep_in(&folder));
+    let running = server.spawn(async move { killed.run(CancellationToken::new()).await });
+    let again = async {
+        loop {
+            let again = agent_at(address, keep_in(&folder));
+            if again.credential().await.is_ok() && again.vouch(peer(), &credential()).is_ok() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(SAVE / 2, again).await.expect("both are kept at once");
+    running.abort();
+}
+
+#[tokio::test]
 async fn a_key_that_nobody_knows_yet_is_asked_for_behind_the_event_loops_back() {
     let (fake, mut server) = (Arc::new(Fake::default()), JoinSet::new());
     let mut old = json!(published());

@@ -1,9 +1,12 @@
 //! Everything that is not a node is gone: the registry, the API server, DNS. The kubelets go on with the pods that they know, and the
 //! agents with the peers that they know.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{RegistryDown, ensure};
+use serde_json::Value;
+
+use super::{RegistryDown, agent_pod, ensure};
 use crate::bed::{Bed, Failure, NODES, REGISTRY, wait_for};
 use crate::cases::import;
 use crate::images::{Image, Maker, PLAIN};
@@ -11,6 +14,9 @@ use crate::pods::{PATIENCE, Space};
 
 /// Nobody can nudge the kubelet now: it looks at a pod that waits for an image after a minute and a half at most.
 const PATIENCE_WITHOUT_NUDGE: Duration = Duration::from_secs(300);
+
+/// An agent writes down whom it knows each half minute.
+const WRITTEN: Duration = Duration::from_secs(35);
 
 /// No API server and no DNS while it lives.
 struct CutOff<'a>(&'a Bed);
@@ -84,12 +90,30 @@ pub(super) fn recovered(bed: &Bed) -> Result<(), Failure> {
     space.wait_running("waits").map(drop)
 }
 
+/// Two agents know each other, and each has what it needs to find and convince the other after a restart.
+fn acquainted(bed: &Bed, one: &str, other: &str) -> Result<(), Failure> {
+    for (node, other) in [(one, other), (other, one)] {
+        wait_for(&format!("the agent on {node} to know the one on {other}"), PATIENCE, || {
+            let pod = agent_pod(bed, node)?;
+            let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+            let said = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "/lighterman", "status", "--json"])?;
+            let status: Value = serde_json::from_str(&said).map_err(|error| format!("{error}: {said}"))?;
+            let members = status["mesh"]["members"].as_array().cloned().unwrap_or_default();
+            let is_met = |member: &Value| member["node"] == other && member["neighbour"] == true;
+            Ok(members.iter().any(is_met).then_some(()))
+        })?;
+    }
+    thread::sleep(WRITTEN);
+    Ok(())
+}
+
 /// Which pods there are a restarted agent learns from the API server alone, so a person asks for the image.
 pub(super) fn restarted(bed: &Bed) -> Result<(), Failure> {
     let (holder, node) = (NODES[0].0, NODES[1].0);
     let space = Space::new(bed, "e2e-cut-off-restarted")?;
     let _down = RegistryDown::now(bed)?;
     let (image, made) = awaited(&space, "shop/alone:v2", node)?;
+    acquainted(bed, holder, node)?;
     let cut_off = CutOff::now(bed)?;
     for node in [holder, node] {
         let before = agent(bed, node)?.ok_or("there is no agent")?;
