@@ -6,7 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use rustix::io::{ReadWriteFlags, preadv2};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::task::spawn_blocking;
 
 /// Most bytes that are copied on the thread that everybody waits for: half a transfer's batch takes some ten microseconds, as handing it to another
@@ -31,9 +32,17 @@ pub(super) async fn read_exact_at(file: &Arc<File>, offset: u64, length: usize) 
     read.await.unwrap_or_else(|panicked| Err(io::Error::other(panicked)))
 }
 
-/// Reads as far as the pages are in memory; nothing where the file system cannot say.
+/// Reads as far as the pages are in memory; nothing where the file system cannot say. A tmpfs cannot, but has nothing else.
 fn in_memory(file: &File, offset: u64, bytes: &mut [u8]) -> usize {
-    preadv2(file, &mut [IoSliceMut::new(bytes)], offset, ReadWriteFlags::NOWAIT).unwrap_or(0)
+    match preadv2(file, &mut [IoSliceMut::new(bytes)], offset, ReadWriteFlags::NOWAIT) {
+        Ok(read) => read,
+        Err(Errno::OPNOTSUPP) if is_on_tmpfs(file) => file.read_at(bytes, offset).unwrap_or(0),
+        Err(_) => 0,
+    }
+}
+
+fn is_on_tmpfs(file: &File) -> bool {
+    fstatfs(file).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC)
 }
 
 #[cfg(test)]
@@ -43,16 +52,31 @@ mod tests {
     #[tokio::test]
     async fn what_is_read_is_what_the_file_has_there() {
         let content: Vec<u8> = (0..AT_ONCE + 5000).map(|place| (place % 251) as u8).collect();
-        let folder = tempfile::tempdir().unwrap();
+        for folder in folders() {
+            let path = folder.path().join("blob");
+            std::fs::write(&path, &content).unwrap();
+            let file = Arc::new(File::open(path).unwrap());
+            for (offset, length) in [(0, 1), (4095, 2), (5000, AT_ONCE), (0, content.len()), (content.len() - 1, 1)] {
+                let read = read_exact_at(&file, offset as u64, length).await.unwrap();
+                assert!(read == content[offset..offset + length], "{length} at {offset}");
+            }
+            for (offset, length) in [(content.len(), 1), (content.len() - 1, 2), (0, content.len() + 1)] {
+                assert!(read_exact_at(&file, offset as u64, length).await.is_err(), "{length} at {offset}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_in_memory_is_read_without_another_thread() {
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = folder.path().join("blob");
-        std::fs::write(&path, &content).unwrap();
-        let file = Arc::new(File::open(path).unwrap());
-        for (offset, length) in [(0, 1), (4095, 2), (5000, AT_ONCE), (0, content.len()), (content.len() - 1, 1)] {
-            let read = read_exact_at(&file, offset as u64, length).await.unwrap();
-            assert!(read == content[offset..offset + length], "{length} at {offset}");
-        }
-        for (offset, length) in [(content.len(), 1), (content.len() - 1, 2), (0, content.len() + 1)] {
-            assert!(read_exact_at(&file, offset as u64, length).await.is_err(), "{length} at {offset}");
-        }
+        std::fs::write(&path, b"12345").unwrap();
+        let mut read = [0; 3];
+        assert_eq!((in_memory(&File::open(path).unwrap(), 1, &mut read), &read), (3, b"234"));
+    }
+
+    /// On whatever temporary files are on, and in memory.
+    fn folders() -> [tempfile::TempDir; 2] {
+        [tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap()]
     }
 }
