@@ -10,6 +10,7 @@
 
 mod chains;
 mod codes;
+mod congestion;
 mod door;
 mod fetch;
 mod greet;
@@ -35,6 +36,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
+pub use congestion::DelayBounded;
 pub use greet::GreetError;
 pub use tls::TlsError;
 

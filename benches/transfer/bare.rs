@@ -12,7 +12,7 @@ use crate::fetch::Run;
 use crate::report::{Failure, mb_s, note};
 use crate::setting::{Congestion, OURS, Setting};
 
-const TRIED: [Setting; 11] = [
+const TRIED: [Setting; 12] = [
     OURS,
     Setting { chunk: 1024, ..OURS },
     Setting { windows: [4, 20, 20], ..OURS },
@@ -24,6 +24,7 @@ const TRIED: [Setting; 11] = [
     Setting { ack_every: 40, ..OURS },
     Setting { ack_every: 40, windows: [8, 32, 8], chunk: 1024, ..OURS },
     Setting { congestion: Congestion::Cubic, ..OURS },
+    Setting { congestion: Congestion::Bbr, ..OURS },
 ];
 
 /// Each setting's best of so many runs counts.

@@ -54,8 +54,9 @@ const CASES: [Case; 13] = [
     Case { name: "four", mbit_s: 200, connections: 4, seconds: 2.0, ..LAN },
 ];
 
-const CONTROLLERS: [(&str, Setting); 3] = [
-    ("bbr", OURS),
+const CONTROLLERS: [(&str, Setting); 4] = [
+    ("ours", OURS),
+    ("bbr", Setting { congestion: Congestion::Bbr, ..OURS }),
     ("cubic", Setting { congestion: Congestion::Cubic, ..OURS }),
     ("newreno", Setting { congestion: Congestion::NewReno, ..OURS }),
 ];
@@ -73,7 +74,7 @@ const FAR: [(&str, Setting); 6] = [
 /// What may matter when only the processor does.
 const NEAR: [(&str, Setting); 9] = [
     ("ours", OURS),
-    ("cubic", Setting { congestion: Congestion::Cubic, ..OURS }),
+    ("bbr", Setting { congestion: Congestion::Bbr, ..OURS }),
     ("window_4", Setting { windows: [4, 20, 20], ..OURS }),
     ("window_8", Setting { windows: [8, 40, 40], ..OURS }),
     ("ack_10", Setting { ack_every: 10, ..OURS }),

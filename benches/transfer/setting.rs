@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lighterman::identity::Identity;
+use lighterman::transfer::DelayBounded;
 use nix::sys::socket::{setsockopt, sockopt};
 use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
@@ -25,6 +26,8 @@ use crate::report::Failure;
 /// What decides how much is under way.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Congestion {
+    /// The agent's own.
+    DelayBounded,
     Cubic,
     Bbr,
     NewReno,
@@ -67,7 +70,7 @@ pub(crate) const OURS: Setting = Setting {
     chunk: 256,
     buffer: 4096,
     ack_every: 0,
-    congestion: Congestion::Bbr,
+    congestion: Congestion::DelayBounded,
     initial_window: 0,
     initial_rtt: 50,
     segmentation: true,
@@ -77,6 +80,7 @@ pub(crate) const OURS: Setting = Setting {
 impl fmt::Display for Congestion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::DelayBounded => "CUBIC told of long queues",
             Self::Cubic => "CUBIC",
             Self::Bbr => "BBR",
             Self::NewReno => "NewReno",
@@ -195,6 +199,7 @@ impl Setting {
             new_reno.initial_window(self.initial_window << 10);
         }
         match self.congestion {
+            Congestion::DelayBounded => Arc::new(DelayBounded::new(cubic)),
             Congestion::Cubic => Arc::new(cubic),
             Congestion::Bbr => Arc::new(bbr),
             Congestion::NewReno => Arc::new(new_reno),
