@@ -5,6 +5,8 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::future::join_all;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
@@ -22,8 +24,8 @@ enum Mood {
     FailsAt(usize),
     /// Is not meant for layers.
     Unsuited,
-    /// Never ends with the layer of this number.
-    HangsAt(usize),
+    /// Never ends with the layer of this number and those after it.
+    HangsFrom(usize),
 }
 
 /// Unpacks in memory, and remembers what it was asked.
@@ -46,7 +48,7 @@ impl Unpacker for Witness {
     async fn suits(&self) -> Result<(), UnpackError> {
         match self.mood {
             Mood::Unsuited => Err(UnpackError::Unsuited("the test".into())),
-            Mood::Willing | Mood::FailsAt(_) | Mood::HangsAt(_) => Ok(()),
+            Mood::Willing | Mood::FailsAt(_) | Mood::HangsFrom(_) => Ok(()),
         }
     }
 
@@ -60,8 +62,10 @@ impl Unpacker for Witness {
         };
         match self.mood {
             Mood::FailsAt(failing) if failing == number => Err(StoreError::Other("no".into()).into()),
-            Mood::HangsAt(hanging) if hanging == number => std::future::pending().await,
-            Mood::Willing | Mood::Unsuited | Mood::FailsAt(_) | Mood::HangsAt(_) => self.store.unpack(layer, pin).await,
+            Mood::HangsFrom(hanging) if hanging <= number => std::future::pending().await,
+            Mood::Willing | Mood::Unsuited | Mood::FailsAt(_) | Mood::HangsFrom(_) => {
+                self.store.unpack(layer, pin).await
+            }
         }
     }
 
@@ -155,19 +159,37 @@ async fn where_nothing_is_unpacked_nothing_is_counted_or_told() {
 async fn what_takes_too_long_to_unpack_is_recorded_all_the_same() {
     let harbour = Harbour::new();
     harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
-    let witness = witness(&harbour, Mood::HangsAt(2));
+    let witness = witness(&harbour, Mood::HangsFrom(2));
     let began = tokio::time::Instant::now();
     recover(&harbour, &witness).await.unwrap();
     assert!(began.elapsed() > Duration::from_secs(120), "longer than the kubelet would wait");
+    assert!(began.elapsed() < Duration::from_secs(900), "its pods wait for the name: {:?}", began.elapsed());
     assert!(harbour.counted(r#"lighterman_layers_unpacked_total{result="given_up"} 1"#));
     assert_eq!(harbour.record_names().await.len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_images_are_unpacked_at_a_time_and_a_third_waits() {
+    let harbour = Harbour::new();
+    let images = ["registry.example/one:v1", "registry.example/two:v1", "registry.example/three:v1"];
+    for (number, name) in (1..).zip(images) {
+        harbour.peer_with_layers(number, name, &[1000 + u64::from(number)], Behaviour::Honest).await;
+    }
+    let witness = witness(&harbour, Mood::HangsFrom(1));
+    let recoverer = recoverer(&harbour, &witness);
+    let all = join_all(images.map(async |name| {
+        let (wanted, progress) = (name.parse::<Reference>().unwrap().into(), Progress::default());
+        recoverer.recover(&wanted, &progress, &CancellationToken::new()).await
+    }));
+    timeout(Duration::from_secs(60), all).await.map(drop).unwrap_err();
+    assert_eq!(witness.asked.lock().unwrap().len(), 2);
 }
 
 #[tokio::test(start_paused = true)]
 async fn stopped_while_it_unpacks_it_ends_at_once_and_names_nothing() {
     let harbour = Harbour::new();
     harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
-    let witness = witness(&harbour, Mood::HangsAt(1));
+    let witness = witness(&harbour, Mood::HangsFrom(1));
     let (recoverer, stop) = (recoverer(&harbour, &witness), CancellationToken::new());
     let (wanted, progress) = (IMAGE.parse::<Reference>().unwrap().into(), Progress::default());
     let stopping = async {
