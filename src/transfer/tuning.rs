@@ -176,8 +176,8 @@ pub(super) fn endpoint() -> EndpointConfig {
 }
 
 /// CUBIC that is told of long queues ([`DelayBounded`]), measured against CUBIC alone and BBR (README.md of the benchmarks, "Links", and `swarm8`). For it: eight nodes
-/// share an image sooner and more evenly (the last one done after 1.12 to 1.16 times what its link needs; with BBR after 1.16 to 1.45), because
-/// quinn's BBR takes the fastest sample that it ever had for the link's rate, so that each connection keeps the window that chance gave it; where processors are what is
+/// share an image sooner and more evenly (the last one done after 1.12 to 1.16 times what its link needs; with BBR after 1.16 to 1.45), probably because
+/// quinn's BBR takes the fastest sample that it ever had for the link's rate, so that chance makes each connection's window; where processors are what is
 /// short (1.30 to 1.44 instead of 1.54 to 1.69); a link that it has for itself (0.92 of 1 Gbit/s instead of 0.80, the first 4 MiB after 40 ms
 /// instead of 161). Against: a way of 20 ms that loses a packet in a thousand (0.09 of 1 Gbit/s instead of 0.32); a narrow place's
 /// queue is filled (an echo takes 44 ms instead of 0 where the queue holds 50; but 70 instead of CUBIC's 318 where it holds a second), and 4.5 % are sent in vain there

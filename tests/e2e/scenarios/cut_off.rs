@@ -96,7 +96,9 @@ fn acquainted(bed: &Bed, one: &str, other: &str) -> Result<(), Failure> {
         wait_for(&format!("the agent on {node} to know the one on {other}"), PATIENCE, || {
             let pod = agent_pod(bed, node)?;
             let name = pod["metadata"]["name"].as_str().unwrap_or_default();
-            let said = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "/lighterman", "status", "--json"])?;
+            // The agent may be starting.
+            let asked = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "/lighterman", "status", "--json"]);
+            let Ok(said) = asked else { return Ok(None) };
             let status: Value = serde_json::from_str(&said).map_err(|error| format!("{error}: {said}"))?;
             let members = status["mesh"]["members"].as_array().cloned().unwrap_or_default();
             let is_met = |member: &Value| member["node"] == other && member["neighbour"] == true;
