@@ -243,7 +243,8 @@ impl Transfer {
         if timeout(shared.limits.drain, drained).await.is_err() {
             tracing::info!(connections = connections.len(), "stopping in the middle of serving");
         }
-        shared.endpoint.close(codes::DONE, b"the agent stops");
+        shared.peers.leave();
+        shared.endpoint.close(codes::DONE, codes::LEAVING);
         connections.shutdown().await;
         // So that peers hear of it; they need not.
         let _ = timeout(FAREWELL, shared.endpoint.wait_idle()).await;

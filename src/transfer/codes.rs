@@ -1,9 +1,19 @@
-//! The numbers with which connections and streams are closed. They are part of the protocol: the other end acts on them.
+//! How connections and streams are closed. The numbers are part of the protocol: the other end acts on them.
 
-use quinn::VarInt;
+use quinn::{Connection, VarInt};
+
+use super::congestion::release;
+
+/// Closes a connection and lets the peer know why.
+pub(super) fn close(connection: &Connection, code: VarInt, reason: &[u8]) {
+    release(connection);
+    connection.close(code, reason);
+}
 
 /// Nothing is wrong: not used any more, or the agent stops.
 pub(super) const DONE: VarInt = VarInt::from_u32(0);
+/// The reason beside it when the agent stops.
+pub(super) const LEAVING: &[u8] = b"the agent stops";
 /// The peer is not admitted; the close carries the reason as text.
 pub(super) const REFUSED: VarInt = VarInt::from_u32(1);
 /// The peer broke the protocol.

@@ -5,8 +5,10 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use quinn::Connection;
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
 use quinn_proto::RttEstimator;
 
@@ -17,8 +19,13 @@ use quinn_proto::RttEstimator;
 const QUEUE: Duration = Duration::from_millis(100);
 const _: () = assert!(3 * QUEUE.as_millis() < crate::decide::gossip::PROBE.as_millis());
 
-/// Smaller windows are not made smaller for it: then the queue is not their own, or the way has become another one. About what CUBIC begins with.
+/// Smaller windows are not made smaller for it: then the queue is not their own, or the way has become another one. About what CUBIC begins with
+/// in packets of 1452 bytes, and two of the largest.
 const LEAST_WINDOW: u64 = 16 << 10;
+
+/// What a connection begins with, in packets (RFC 6928; RFC 9002, section 7.2, bounds them to 14 720 bytes in all). quinn counts them before it knows
+/// what the path carries: of the largest packets that would be one at a time, each of which waits for a late acknowledgement.
+const FIRST_PACKETS: u64 = 10;
 
 /// Makes the controllers of new connections.
 #[derive(Debug, Default)]
@@ -36,16 +43,35 @@ impl DelayBounded {
 impl ControllerFactory for DelayBounded {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
         let cubic = self.cubic.clone().build(now, current_mtu);
-        Box::new(DelayBoundedCubic { cubic, round_trip: Duration::ZERO, heeds_from: now })
+        let config = Some(self.cubic.clone());
+        Box::new(DelayBoundedCubic {
+            cubic,
+            config,
+            round_trip: Duration::ZERO,
+            heeds_from: now,
+            closing: Arc::default(),
+        })
+    }
+}
+
+/// To be called when a connection is about to be closed: else its end is held back like data where as much is under way as may be, and
+/// then forgotten, and the peer waits until it takes us for dead. (Mended in quinn after 0.11.19: quinn-rs/quinn#2785. This ends with it.)
+pub(super) fn release(connection: &Connection) {
+    if let Ok(controller) = connection.congestion_state().into_any().downcast::<DelayBoundedCubic>() {
+        controller.closing.store(true, Ordering::Relaxed);
     }
 }
 
 struct DelayBoundedCubic {
     cubic: Box<dyn Controller>,
+    /// What it was made from, until it slows down first.
+    config: Option<Arc<CubicConfig>>,
     /// Smoothed, as it was last.
     round_trip: Duration,
     /// Packets sent before were under way, or waited, when it slowed down last; what they say is known.
     heeds_from: Instant,
+    /// Nothing is held back any more. Its copies, of which the connection has one, share this.
+    closing: Arc<AtomicBool>,
 }
 
 impl DelayBoundedCubic {
@@ -77,14 +103,23 @@ impl Controller for DelayBoundedCubic {
         self.cubic.on_congestion_event(now, sent, is_persistent_congestion, lost_bytes);
         // What is sent until the queue is shorter still finds it long.
         self.heeds_from = now + self.round_trip;
+        self.config = None;
     }
 
     fn on_mtu_update(&mut self, new_mtu: u16) {
-        self.cubic.on_mtu_update(new_mtu);
+        let first = FIRST_PACKETS * u64::from(new_mtu);
+        match &self.config {
+            Some(config) if self.cubic.window() < first => {
+                let mut config = CubicConfig::clone(config);
+                config.initial_window(first);
+                self.cubic = Arc::new(config).build(self.heeds_from, new_mtu);
+            }
+            _ => self.cubic.on_mtu_update(new_mtu),
+        }
     }
 
     fn window(&self) -> u64 {
-        self.cubic.window()
+        if self.closing.load(Ordering::Relaxed) { u64::MAX } else { self.cubic.window() }
     }
 
     fn metrics(&self) -> ControllerMetrics {
@@ -92,8 +127,9 @@ impl Controller for DelayBoundedCubic {
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
-        let Self { cubic, round_trip, heeds_from } = self;
-        Box::new(Self { cubic: cubic.clone_box(), round_trip: *round_trip, heeds_from: *heeds_from })
+        let Self { cubic, config, round_trip, heeds_from, closing } = self;
+        let (cubic, config, closing) = (cubic.clone_box(), config.clone(), closing.clone());
+        Box::new(Self { cubic, config, round_trip: *round_trip, heeds_from: *heeds_from, closing })
     }
 
     fn initial_window(&self) -> u64 {
@@ -117,8 +153,11 @@ mod tests {
     fn controller() -> (DelayBoundedCubic, Instant) {
         let (mut cubic, now) = (CubicConfig::default(), Instant::now());
         cubic.initial_window(1 << 20);
-        let cubic = Arc::new(cubic).build(now, 1452);
-        (DelayBoundedCubic { cubic, round_trip: Duration::ZERO, heeds_from: now }, now + Duration::from_secs(1))
+        (made(Arc::new(DelayBounded::new(cubic)), now), now + Duration::from_secs(1))
+    }
+
+    fn made(factory: Arc<DelayBounded>, now: Instant) -> DelayBoundedCubic {
+        *factory.build(now, 1200).into_any().downcast().expect("it makes these")
     }
 
     /// The window after a packet of `sent` was acknowledged when round trips took so long.
@@ -186,5 +225,33 @@ mod tests {
         let (mut controller, now) = controller();
         let slower = after(&mut controller, now, LONG_QUEUE);
         assert_eq!(controller.clone_box().window(), slower);
+    }
+
+    #[test]
+    fn a_connection_begins_with_ten_packets_of_what_its_path_carries() {
+        let mut new = made(Arc::default(), Instant::now());
+        let mut windows = vec![new.window()];
+        for mtu in [1452, 6500, 1200] {
+            new.on_mtu_update(mtu);
+            windows.push(new.window());
+        }
+        assert_eq!(windows, [12_000, 14_520, 65_000, 65_000]);
+    }
+
+    #[test]
+    fn one_that_has_slowed_down_does_not_begin_anew_with_larger_packets() {
+        let (now, sent) = (Instant::now(), Instant::now() + LONG_QUEUE);
+        let mut slowed = made(Arc::default(), now);
+        slowed.on_congestion_event(sent, sent, false, 1200);
+        slowed.on_mtu_update(6500);
+        assert_eq!(slowed.window(), 13_000, "the two packets that there always may be");
+    }
+
+    #[test]
+    fn a_copy_can_let_go_of_the_one_it_is_made_of() {
+        let (controller, _) = controller();
+        let copy: Box<DelayBoundedCubic> = controller.clone_box().into_any().downcast().expect("it is one");
+        copy.closing.store(true, Ordering::Relaxed);
+        assert_eq!(controller.window(), u64::MAX);
     }
 }

@@ -10,7 +10,7 @@ use quinn::{Connection, Incoming, SendStream, VarInt};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::codes::{DONE, PROTOCOL, REFUSED};
+use super::codes::{DONE, PROTOCOL, REFUSED, close};
 use super::peers::Standing;
 use super::tls::peer_of;
 use super::tuning::MAX_STREAMS;
@@ -101,7 +101,7 @@ impl Shared {
                 self.peers.keep_inbound(peer.id, &connection);
                 self.attend(peer.id, &connection, stop).await;
                 self.peers.drop_inbound(peer.id, &connection);
-                connection.close(DONE, b"done");
+                close(&connection, DONE, b"done");
             }
             Err(turned) => self.log_turned(address, &turned),
         }
@@ -154,7 +154,7 @@ impl Shared {
         match wire::read::<Hello>(&mut recv).await {
             Ok(hello) => Ok((hello, send)),
             Err(error) => {
-                connection.close(PROTOCOL, printable(&error.to_string()).as_bytes());
+                close(connection, PROTOCOL, printable(&error.to_string()).as_bytes());
                 Err(Turned::NoHello(error.to_string()))
             }
         }
@@ -208,7 +208,7 @@ impl Shared {
         };
         // Delivered or not: the close says the same.
         let _ = timeout(self.limits.dial, answer).await;
-        connection.close(REFUSED, reason.as_bytes());
+        close(connection, REFUSED, reason.as_bytes());
     }
 }
 

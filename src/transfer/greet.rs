@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use quinn::{Connection, ConnectionError};
 use tokio::time::timeout;
 
-use super::codes::{DONE, PROTOCOL, REFUSED};
+use super::codes::{DONE, PROTOCOL, REFUSED, close};
 use super::peers::Standing;
 use super::tls::peer_of;
 use super::{Shared, admission_result, peer_from, printable};
@@ -98,21 +98,21 @@ impl Shared {
             .map_err(|error| unreachable(error == ConnectionError::TimedOut, error.to_string()))?;
         let found = peer_of(&connection).ok_or_else(|| unreachable(false, "it has no peer's certificate".into()))?;
         if found == self.me {
-            connection.close(DONE, b"myself");
+            close(&connection, DONE, b"myself");
             return Err(GreetError::Myself(address));
         }
         if let Some(expected) = expect.filter(|expected| *expected != found) {
-            connection.close(DONE, b"another was expected");
+            close(&connection, DONE, b"another was expected");
             return Err(GreetError::AnotherKey { address, expected, found });
         }
         match timeout(self.limits.welcome(), self.introduce(address, found, &connection)).await {
             Ok(Ok((peer, standing))) => Ok((peer, connection, standing)),
             Ok(Err(error)) => {
-                connection.close(close_code(&error), b"not welcome");
+                close(&connection, close_code(&error), b"not welcome");
                 Err(error)
             }
             Err(_) => {
-                connection.close(DONE, b"no answer");
+                close(&connection, DONE, b"no answer");
                 Err(unreachable(false, format!("no answer to our introduction in {:?}", self.limits.welcome())))
             }
         }

@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::GreetError;
-use super::codes::{DONE, SUPERSEDED};
+use super::codes::{DONE, LEAVING, SUPERSEDED, close};
 use super::tuning::BLOBS_PER_PEER;
 use crate::model::{Credential, Peer, PeerId};
 use crate::ports::LEEWAY;
@@ -94,7 +94,7 @@ impl Peers {
     pub(super) fn end_inbound(&self, peer: PeerId) {
         if let Some(entry) = lock(&self.table).get_mut(&peer) {
             for connection in entry.inbound.drain(..) {
-                connection.close(DONE, b"the credential has ended");
+                close(&connection, DONE, b"the credential has ended");
             }
         }
     }
@@ -111,13 +111,13 @@ impl Peers {
         let mut table = lock(&self.table);
         let Some(entry) = table.get_mut(&peer) else {
             // Forgotten between its admission and now.
-            return connection.close(DONE, b"forgotten");
+            return close(connection, DONE, b"forgotten");
         };
         entry.inbound.push_back(connection.clone());
         if entry.inbound.len() > MAX_INBOUND
             && let Some(oldest) = entry.inbound.pop_front()
         {
-            oldest.close(SUPERSEDED, b"too many connections");
+            close(&oldest, SUPERSEDED, b"too many connections");
         }
     }
 
@@ -150,11 +150,14 @@ impl Peers {
 
     /// Drops the peer, its address and its connections.
     pub(super) fn forget(&self, peer: PeerId) {
-        let Some(entry) = lock(&self.table).remove(&peer) else { return };
-        entry.outbound.close();
-        for connection in entry.inbound {
-            connection.close(DONE, b"forgotten");
+        if let Some(entry) = lock(&self.table).remove(&peer) {
+            entry.close(b"forgotten");
         }
+    }
+
+    /// Closes every connection.
+    pub(super) fn leave(&self) {
+        lock(&self.table).values().for_each(|entry| entry.close(LEAVING));
     }
 
     /// Closes our connections that nobody has used for a while.
@@ -170,6 +173,11 @@ impl Entry {
         if standing.until >= self.standing.until {
             self.standing = standing;
         }
+    }
+
+    fn close(&self, reason: &[u8]) {
+        self.outbound.close(reason);
+        self.inbound.iter().for_each(|connection| close(connection, DONE, reason));
     }
 }
 
@@ -212,7 +220,7 @@ impl Outbound {
     pub(super) fn keep(&self, connection: Connection) -> Line {
         let mut slot = lock(&self.line);
         if let Some((line, _)) = slot.as_ref().filter(|(line, _)| line.close_reason().is_none()) {
-            connection.close(DONE, b"there is another");
+            close(&connection, DONE, b"there is another");
             return line.clone();
         }
         let line = Arc::new(connection);
@@ -241,13 +249,13 @@ impl Outbound {
     fn retire(&self) {
         let retired = lock(&self.line).take().filter(|(line, _)| Arc::strong_count(line) == 1);
         if let Some((line, _)) = retired {
-            line.close(DONE, b"another credential");
+            close(&line, DONE, b"another credential");
         }
     }
 
-    fn close(&self) {
+    fn close(&self, reason: &[u8]) {
         if let Some((line, _)) = lock(&self.line).take() {
-            line.close(DONE, b"forgotten");
+            close(&line, DONE, reason);
         }
     }
 
@@ -257,7 +265,7 @@ impl Outbound {
         if Arc::strong_count(line) > 1 {
             *used = Instant::now();
         } else if used.elapsed() >= unused || line.close_reason().is_some() {
-            line.close(DONE, b"not used");
+            close(line, DONE, b"not used");
             *slot = None;
         }
     }

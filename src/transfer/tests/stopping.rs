@@ -60,6 +60,42 @@ async fn stopping_does_not_wait_for_a_transfer_that_does_not_end() {
 }
 
 #[tokio::test]
+async fn a_reader_hears_of_the_end_although_no_more_may_be_under_way() {
+    let reader = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    within(async {
+        let (open, opened) = watch::channel(false);
+        let (digest, size) = (Digest::of(b"large"), 4 << 20);
+        let blobs = HashMap::from([(digest, vec![7; size].into())]);
+        let shelf = Shelf { blobs, open: Some(opened), ..Shelf::default() };
+        let limits = Limits { drain: BRIEF, ..Limits::DEFAULT };
+        let holder = Node::start_with(&Identity::generate(), shelf, Guests::default(), limits);
+        let address = holder.address();
+        let asks = async move {
+            let endpoint = bare_endpoint(&Identity::generate());
+            let connection = introduce(&endpoint, address).await;
+            let (mut send, mut recv) = connection.open_bi().await.unwrap();
+            wire::write(&mut send, &Request::Get { digest, offset: 0, length: size as u64 }).await.unwrap();
+            send.finish().unwrap();
+            assert!(matches!(wire::read(&mut recv).await.unwrap(), Answer::Blob { .. }));
+            (connection, recv)
+        };
+        // Until it is driven again it acknowledges nothing.
+        let asked = tokio::task::spawn_blocking(move || (reader.block_on(asks), reader));
+        let ((connection, _recv), reader) = asked.await.unwrap();
+        open.send(true).unwrap();
+        tokio::time::sleep(BRIEF).await;
+        holder.stop.cancel();
+        holder.run.await.unwrap();
+        // A socket that is still there would tell whoever writes to it that it knows nothing of the connection.
+        drop(holder.transfer);
+        tokio::task::yield_now().await;
+        let ended = tokio::task::spawn_blocking(move || reader.block_on(connection.closed())).await.unwrap();
+        assert!(ended.to_string().contains("the agent stops"), "{ended}");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_reader_that_does_not_read_is_given_up() {
     within(async {
         // More than all windows between the two hold. Nobody hashes it.
