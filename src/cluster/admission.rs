@@ -41,7 +41,8 @@ const LAST_PAUSE: Duration = Duration::from_secs(60);
 /// A verdict on grace has to be renewed so often, because the API server may be back: its loops notice that within a minute.
 const GRACE_STEP: Duration = Duration::from_secs(300);
 
-/// How often it is looked whether there are new peers to keep. A token and keys are kept at once: without them a restarted agent is nobody.
+/// How often it is looked whether there are new peers to keep, and tried again what failed (the disk was full). A token and keys are kept at once:
+/// without them a restarted agent is nobody.
 const SAVE: Duration = Duration::from_secs(30);
 
 /// What outlives the process, and how long it is believed.
@@ -150,26 +151,29 @@ impl TokenAdmission {
     }
 
     async fn keep_file(&self) {
+        let mut failed = false;
         loop {
             let must = timeout(SAVE, self.unsaved.notified()).await.is_ok();
             // Both, or a peer that became known would be seen as new once more.
-            if self.verdicts.have_changed() | must {
-                self.save().await;
+            if self.verdicts.have_changed() | must | failed {
+                failed = !self.save().await;
             }
         }
     }
 
-    async fn save(&self) {
-        let Some(file) = self.keep.file.clone() else { return };
+    /// Whether there is nothing left to keep.
+    async fn save(&self) -> bool {
+        let Some(file) = self.keep.file.clone() else { return true };
         let token = {
             let token = self.token.lock().expect("nothing panics while holding it");
             token.as_ref().map(|token| token.to_keep(self.peer, &self.own))
         };
         let kept = Kept::new(self.keys.to_keep(), token, self.verdicts.to_keep(now()));
         let stored = spawn_blocking(move || kept.store(&file).map_err(|error| (file, error))).await;
-        if let Ok(Err((file, error))) = stored {
+        if let Ok(Err((file, error))) = &stored {
             tracing::warn!(file = %file.display(), %error, "what is known of the mesh cannot be kept for a restart");
         }
+        matches!(stored, Ok(Ok(())))
     }
 
     /// Asks for a token; how long it lives is returned.

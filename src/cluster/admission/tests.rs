@@ -299,6 +299,31 @@ async fn an_agent_that_is_killed_when_it_has_just_got_its_token_has_it_again() {
 }
 
 #[tokio::test]
+async fn a_token_that_could_not_be_kept_is_kept_as_soon_as_it_can_be() {
+    let (fake, mut server) = (Arc::new(Fake::default()), JoinSet::new());
+    fake.publish(vec![json!(published())]);
+    let (folder, address) = (tempfile::tempdir().unwrap(), serve(&fake, &mut server).await);
+    let missing = folder.path().join("missing");
+    let keep = Keep { file: Some(missing.join("admission.json")), grace: GRACE };
+    let agent = Arc::new(agent_at(address, keep.clone()));
+    let running = agent.clone();
+    server.spawn(async move { running.run(CancellationToken::new()).await });
+    while agent.credential().await.is_err() || fake.times_asked() == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // Long enough for it to try.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    std::fs::create_dir(&missing).unwrap();
+    let mut waited = Duration::ZERO;
+    while agent_at(address, keep.clone()).credential().await.is_err() {
+        assert!(waited < 3 * SAVE, "it was not tried again");
+        wait(SAVE / 10).await;
+        waited += SAVE / 10;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
 async fn a_key_that_nobody_knows_yet_is_asked_for_behind_the_event_loops_back() {
     let (fake, mut server) = (Arc::new(Fake::default()), JoinSet::new());
     let mut old = json!(published());
