@@ -34,7 +34,7 @@ pub struct DelayBounded {
 }
 
 impl DelayBounded {
-    /// On top of a CUBIC that is set otherwise than quinn does.
+    /// On top of a CUBIC that is set otherwise than quinn does. Its first window is made larger all the same where ten packets are.
     pub fn new(cubic: CubicConfig) -> Self {
         Self { cubic: Arc::new(cubic) }
     }

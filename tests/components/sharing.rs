@@ -34,7 +34,7 @@ const LAYER: u64 = 12 << 20;
 const RATE: u64 = 4 << 20;
 
 #[tokio::test]
-async fn a_peer_hears_of_every_piece_of_a_layer_while_it_comes() {
+async fn a_peer_hears_of_a_layers_pieces_as_they_come_and_then_of_the_whole() {
     let [holds, fetches, follows] = [(); 3].map(|()| Identity::generate());
     let (holds_it, has_some) = (holds.peer_id(), fetches.peer_id());
     let all = [holds_it, has_some, follows.peer_id()];
@@ -83,7 +83,7 @@ async fn a_peer_hears_of_every_piece_of_a_layer_while_it_comes() {
     let both = async { tokio::join!(recoverer.recover(&wanted, &progress, &stop), hears) };
     let (recovered, (heard, words)) = tokio::time::timeout(Duration::from_secs(120), both).await.expect("it is stuck");
     assert_eq!(recovered.unwrap().bytes, image.bytes());
-    // What comes in the last moment is told of as the whole.
+    // What has come before it follows is one word, and what comes in the last moment is told of as the whole.
     assert!(heard > cut.pieces() / 2 && words > 3, "{heard} of {} pieces in {words} words", cut.pieces());
     stop.cancel();
 }
