@@ -8,16 +8,21 @@ use crate::ports::{ChildKind, Remembered};
 /// containerd's collector follows labels that begin so (`gc.ref.content`, then nothing, `.` or `/`).
 const REFERENCE: &str = "containerd.io/gc.ref.content";
 /// Then the registry; the value lists repositories, sorted, with commas between (containerd: `appendDistributionSourceLabel`).
+/// containerd's own pull leaves the registry's port out, so that what stands there is read by nothing here: content that was pulled from
+/// `10.0.0.1:6401` is no content of `10.0.0.1`.
 const SOURCE: &str = "containerd.io/distribution.source.";
+/// The same, written by this program alone, with the registry as the reference names it.
+const OWN_SOURCE: &str = "lighterman.dev/source.";
 /// A label's key and value together (containerd: `labels.Validate`).
 const MAX_LABEL: usize = 4096;
 
 /// Then the snapshotter, and perhaps `/` and more; the value is the snapshot that the collector leaves.
 pub(super) const SNAPSHOT: &str = "containerd.io/gc.ref.snapshot.";
 
-/// The repositories that the labels name, in ascending order. What no reference could name is left out: nobody asks for it.
+/// The repositories that this program noted, in ascending order. What no reference could name is left out: nobody asks for it. An image
+/// that containerd pulled has a record with its whole name.
 pub(super) fn sources(labels: &HashMap<String, String>) -> Vec<Repository> {
-    let of_registry = labels.iter().filter_map(|(key, paths)| Some((key.strip_prefix(SOURCE)?, paths)));
+    let of_registry = labels.iter().filter_map(|(key, paths)| Some((key.strip_prefix(OWN_SOURCE)?, paths)));
     let named = of_registry
         .flat_map(|(registry, paths)| paths.split(',').filter_map(move |path| Repository::exact(registry, path)));
     named.collect::<BTreeSet<_>>().into_iter().collect()
@@ -62,7 +67,9 @@ pub(super) fn additions(existing: &HashMap<String, String>, remembered: &Remembe
         }
         *ordinal += 1;
     }
-    added.extend(remembered.source.as_ref().and_then(|source| source_label(existing, source)));
+    if let Some(source) = &remembered.source {
+        added.extend([SOURCE, OWN_SOURCE].into_iter().filter_map(|prefix| source_label(prefix, existing, source)));
+    }
     added
 }
 
@@ -75,8 +82,8 @@ fn reference(prefix: &str, number: usize) -> String {
 }
 
 /// `None` when nothing changes, or when one more name would make the label too long: then the older names stay.
-fn source_label(existing: &HashMap<String, String>, source: &Repository) -> Option<(String, String)> {
-    let key = format!("{SOURCE}{}", source.registry);
+fn source_label(prefix: &str, existing: &HashMap<String, String>, source: &Repository) -> Option<(String, String)> {
+    let key = format!("{prefix}{}", source.registry);
     let before = existing.get(&key).map(String::as_str).unwrap_or_default();
     let mut paths: BTreeSet<&str> = before.split(',').filter(|path| !path.is_empty()).collect();
     if !paths.insert(&source.path) {
@@ -146,18 +153,20 @@ mod tests {
 
     #[test]
     fn a_source_joins_those_of_its_registry() {
-        let key = "containerd.io/distribution.source.10.0.0.1:5000";
-        assert_eq!(additions(&labels(&[]), &from("team/app")), labels(&[(key, "team/app")]));
-        assert_eq!(additions(&labels(&[(key, "x,b")]), &from("team/app")), labels(&[(key, "b,team/app,x")]));
-        assert_eq!(additions(&labels(&[(key, "b,team/app")]), &from("team/app")), labels(&[]));
+        let (key, own) = ("containerd.io/distribution.source.10.0.0.1:5000", "lighterman.dev/source.10.0.0.1:5000");
+        let app = "team/app";
+        assert_eq!(additions(&labels(&[]), &from(app)), labels(&[(key, app), (own, app)]));
+        assert_eq!(additions(&labels(&[(key, "x,b")]), &from(app)), labels(&[(key, "b,team/app,x"), (own, app)]));
+        assert_eq!(additions(&labels(&[(key, "b,team/app"), (own, app)]), &from(app)), labels(&[]));
     }
 
     #[test]
     fn sources_read_back_and_what_is_none_is_left_out() {
         let labels = labels(&[
-            ("containerd.io/distribution.source.docker.io", "library/nginx,team/app"),
-            ("containerd.io/distribution.source.10.0.0.1:5000", "team/app,,UPPER,team/app"),
-            ("containerd.io/distribution.source.nodomain", "team/app"),
+            ("lighterman.dev/source.docker.io", "library/nginx,team/app"),
+            ("lighterman.dev/source.10.0.0.1:5000", "team/app,,UPPER,team/app"),
+            ("lighterman.dev/source.nodomain", "team/app"),
+            ("containerd.io/distribution.source.10.0.0.1", "pulled/from-another-port"),
             ("containerd.io/gc.ref.content.l.0", "sha256:00"),
         ]);
         let found: Vec<_> = sources(&labels).iter().map(ToString::to_string).collect();
@@ -181,8 +190,9 @@ mod tests {
 
     #[test]
     fn a_source_for_which_there_is_no_room_is_left_out() {
-        let key = "containerd.io/distribution.source.10.0.0.1:5000";
-        let full = labels(&[(key, &"p".repeat(MAX_LABEL - key.len() - 4))]);
+        let keys = ["containerd.io/distribution.source.10.0.0.1:5000", "lighterman.dev/source.10.0.0.1:5000"];
+        let full: HashMap<_, _> =
+            keys.map(|key| (key.to_owned(), "p".repeat(MAX_LABEL - key.len() - 4))).into_iter().collect();
         assert_eq!(additions(&full, &from("team/app")), labels(&[]));
     }
 }
