@@ -18,6 +18,8 @@ const MAX_TEXT: usize = 512;
 pub(super) enum Failure {
     /// No answer, or one that says later.
     Unavailable(String),
+    /// The API server answers, and an admission webhook of the cluster that must be asked does not.
+    Webhook(String),
     /// The object, or the namespace that it should be in, is gone or going.
     NotFound(String),
     /// It changed meanwhile, or exists already.
@@ -64,6 +66,9 @@ impl Failure {
             409 => Self::Conflict(text),
             422 => Self::Invalid(text),
             401 | 403 => Self::Forbidden(text),
+            // The API server's only words for a webhook with `failurePolicy: Fail` that cannot be called (apiserver/pkg/admission/plugin/
+            // webhook/errors); the status is a plain 500.
+            500..=599 if text.contains("failed calling webhook") => Self::Webhook(text),
             408 | 429 | 500..=599 => Self::Unavailable(text),
             _ => Self::Other(text),
         }
@@ -74,6 +79,7 @@ impl Failure {
         match self {
             // Others write the same object so often that the API server gave up; that passes as well.
             Self::Unavailable(text) | Self::Conflict(text) => ClusterError::Unavailable(text),
+            Self::Webhook(text) => ClusterError::Webhook(text),
             Self::NotFound(_) => ClusterError::Gone(what.to_owned()),
             Self::Forbidden(text) => ClusterError::Forbidden(text),
             Self::Invalid(text) | Self::Other(text) => ClusterError::Other(text),
@@ -86,9 +92,11 @@ impl From<Failure> for ClaimError {
     fn from(failure: Failure) -> Self {
         match failure {
             Failure::Conflict(_) | Failure::NotFound(_) => Self::Lost,
-            Failure::Unavailable(text) | Failure::Forbidden(text) | Failure::Invalid(text) | Failure::Other(text) => {
-                Self::Unavailable(text)
-            }
+            Failure::Unavailable(text)
+            | Failure::Webhook(text)
+            | Failure::Forbidden(text)
+            | Failure::Invalid(text)
+            | Failure::Other(text) => Self::Unavailable(text),
         }
     }
 }
@@ -97,6 +105,7 @@ impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Unavailable(text)
+            | Self::Webhook(text)
             | Self::NotFound(text)
             | Self::Conflict(text)
             | Self::Invalid(text)
@@ -174,6 +183,15 @@ mod tests {
         assert!(matches!(error(403), ClusterError::Forbidden(text) if text == "why"));
         assert!(matches!(error(401), ClusterError::Forbidden(_)));
         assert!(matches!(error(422), ClusterError::Other(_)));
+    }
+
+    #[test]
+    fn a_webhook_that_fails_closed_is_not_taken_for_the_api_server() {
+        let text = "Internal error occurred: failed calling webhook \"policy.example\": failed to call webhook: no endpoints available";
+        let error = Failure::of_status(&Status::failure(text, "InternalError").with_code(500)).about("pod a/b");
+        assert!(error.is_retryable());
+        assert!(error.to_string().starts_with("an admission webhook"), "{error}");
+        assert!(!error.to_string().contains("cannot be reached"), "{error}");
     }
 
     #[tokio::test(start_paused = true)]

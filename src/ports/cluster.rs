@@ -127,6 +127,8 @@ pub enum ReportKind {
     NotActionable,
     /// No peer holds the image under this name; we wait for one.
     NoProvider,
+    /// The kubelet's words about a failed pull cannot be read; the note quotes them.
+    NotUnderstood,
     /// The record of an image that nobody can mend was removed, so that the kubelet pulls it anew.
     Removed,
     /// A dry run found where the image could come from.
@@ -141,6 +143,7 @@ impl ReportKind {
             Self::Failed => "ImageSalvageFailed",
             Self::NotActionable => "ImageNotActionable",
             Self::NoProvider => "ImageNoProvider",
+            Self::NotUnderstood => "ImageFailureNotUnderstood",
             Self::Removed => "ImageRecordRemoved",
             Self::DryRun => "ImageSalvageDryRun",
         }
@@ -158,6 +161,9 @@ pub enum ClusterError {
     /// The API server cannot be reached or is overloaded; later may work.
     #[error("the API server cannot be reached: {0}")]
     Unavailable(String),
+    /// The API server answers, and an admission webhook of the cluster that must be asked does not; later may work.
+    #[error("an admission webhook of the cluster does not answer, so the API server refuses: {0}")]
+    Webhook(String),
     /// The object is gone.
     #[error("{0} no longer exists")]
     Gone(String),
@@ -172,6 +178,6 @@ pub enum ClusterError {
 impl ClusterError {
     /// Whether the same call may succeed a little later.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Unavailable(_))
+        matches!(self, Self::Unavailable(_) | Self::Webhook(_))
     }
 }
