@@ -125,6 +125,7 @@ impl AgentArgs {
             denied_namespace_selector,
             allowed_namespace_selector,
             salvage_on,
+            require_repositories,
             tag_policy,
             ask_registry,
             pull_secret_namespaces,
@@ -221,6 +222,7 @@ impl AgentArgs {
                         denied_selector: denied_namespace_selector.0,
                         allowed_selector: allowed_namespace_selector.0,
                         salvage_on: salvage_on.into_iter().collect::<BTreeSet<_>>(),
+                        require_repositories,
                     },
                     budgets: Budgets {
                         concurrent_recoveries,

@@ -13,6 +13,7 @@ pub mod pieces;
 pub mod plan;
 pub mod pull_failure;
 pub mod queue;
+pub mod repositories;
 pub mod reserve;
 pub mod rules;
 pub mod selector;

@@ -145,6 +145,21 @@ impl Board {
         self.lock().ended.iter().rev().find(|(ended, _)| ended == reference).map(|(_, result)| result.clone())
     }
 
+    /// Whether an image record of this name was written by a recovery lately, and not by a pull.
+    pub(super) fn wrote(&self, name: &Reference) -> bool {
+        let is_of = |reference: &Reference, root: Digest| {
+            reference == name || *name == Reference::Digest(reference.repository().clone(), root)
+        };
+        let recoveries = self.lock();
+        let is_ended = |(reference, result): &(Reference, Result<Recovered, String>)| {
+            result.as_ref().is_ok_and(|recovered| is_of(reference, recovered.root))
+        };
+        let is_named = |(reference, progress): (&Reference, &Arc<Progress>)| {
+            progress.is_named() && progress.image().is_some_and(|(root, _)| is_of(reference, root))
+        };
+        recoveries.ended.iter().any(is_ended) || recoveries.running.iter().any(is_named)
+    }
+
     pub(super) fn begin(&self, reference: &Reference) -> Arc<Progress> {
         let progress = Arc::<Progress>::default();
         self.lock().running.insert(reference.clone(), Arc::clone(&progress));

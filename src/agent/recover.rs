@@ -69,7 +69,7 @@ pub struct Recovered {
     pub providers: BTreeMap<PeerId, u64>,
     /// From the decision until the runtime knew the image.
     pub took: Duration,
-    /// What to tell where peers disagreed on the tag and the policy decided.
+    /// What to tell where a tag was decided without its registry.
     pub settled: Option<String>,
 }
 
@@ -80,7 +80,7 @@ pub struct Found {
     pub root: Digest,
     /// The peers that hold it under the name that was asked for.
     pub providers: Vec<PeerId>,
-    /// What to tell where peers disagreed on the tag and the policy decided.
+    /// What to tell where a tag was decided without its registry.
     pub settled: Option<String>,
 }
 

@@ -10,6 +10,7 @@ use super::holders::Holders;
 use crate::decide::outage::Outages;
 use crate::metrics::Metrics;
 use crate::model::{Outage, OutageKind};
+use crate::oci::Reference;
 use crate::ports::{Registry, RegistryError};
 
 /// The registries as this node sees them.
@@ -41,7 +42,7 @@ impl Registries {
         Self { outages: Outages::default(), holders, registry, asking, first_hand, metrics }
     }
 
-    /// Whether an image from there need not be waited for: this node found the registry unreachable; or it did not just have an answer, and
+    /// Whether the registry counts as down: this node found the registry unreachable; or it did not just have an answer, and
     /// two peers found it so, or one did and it does not answer here either. One peer alone is not believed: it would have every node
     /// take its word for what a tag means.
     pub(super) fn is_down(&self, registry: &str, now: Instant) -> bool {
@@ -54,12 +55,33 @@ impl Registries {
         witnesses.len() >= enough && !self.outages.answers(registry, now)
     }
 
-    /// The kubelet could not pull from there; whether that is news.
-    pub(super) fn kubelet_failed(&mut self, registry: &str, kind: OutageKind, now: Instant) -> bool {
-        let before = self.is_down(registry, now);
-        self.outages.kubelet_failed(registry, kind, now, SystemTime::now());
+    /// Whether an image may be recovered before the pod's own pull has failed. For a digest, what peers say is enough. A tag may have
+    /// moved, and its registry decides while it can be reached: only what this node saw, and within seconds, counts.
+    pub(super) fn may_recover_early(&self, reference: &Reference, now: Instant) -> bool {
+        let registry = &reference.repository().registry;
+        match reference {
+            Reference::Digest(..) => self.is_down(registry, now),
+            Reference::Tag(..) => self.outages.confirms_now(registry, now),
+        }
+    }
+
+    /// Since when this node knows that the registry is down, in seconds since 1970.
+    pub(super) fn down_since(&self, registry: &str, now: Instant) -> Option<u64> {
+        self.outages.down_since(registry, now)
+    }
+
+    /// A pull through containerd failed for a fault of the registry; `has_mirror` where its message names another host.
+    pub(super) fn pull_failed(&mut self, registry: &str, kind: OutageKind, has_mirror: bool, now: Instant) {
+        self.outages.pull_failed(registry, kind, has_mirror, now, SystemTime::now());
         self.publish(now);
-        !before
+    }
+
+    /// A pull through containerd succeeded: the registry, or a mirror of it, can be reached from here.
+    pub(super) fn pull_succeeded(&mut self, registry: &str, now: Instant) {
+        if self.outages.pull_succeeded(registry, now) {
+            tracing::info!(registry, "a pull succeeded, so the registry can be reached again");
+            self.publish(now);
+        }
     }
 
     /// What was asked, answered; whether that changed what is to be thought of the registry.

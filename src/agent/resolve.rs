@@ -52,7 +52,7 @@ pub struct Resolver {
 
 impl Resolver {
     /// Which content the reference means: its own digest, else what the registry says where that is asked, else what the peers that know
-    /// the tag make of it. With it, what to tell where those disagreed.
+    /// the tag make of it. With it, what to tell where a tag was decided without its registry.
     pub(super) async fn resolve(
         &self,
         wanted: &Wanted,
@@ -85,18 +85,16 @@ impl Resolver {
             reference: wanted.reference.clone(),
             meanings: counts.iter().map(|(digest, peers)| (*digest, *peers)).collect(),
         })?;
-        let settled = (counts.len() > 1).then(|| {
+        let peers = counts.get(&chosen).copied().unwrap_or_default();
+        let mut settled =
+            format!("The tag was taken for this digest because {peers} nodes have it so; its registry was not asked.");
+        if counts.len() > 1 {
             let meanings: Vec<_> = counts.iter().map(|(digest, peers)| (*digest, *peers)).collect();
-            format!(
-                "Nodes disagree on the tag ({}); --tag-policy {} decided.",
-                list(&meanings),
-                self.settings.tag_policy.name()
-            )
-        });
-        if let Some(settled) = &settled {
+            let policy = self.settings.tag_policy.name();
+            settled += &format!(" Nodes disagree on the tag ({}); --tag-policy {policy} decided.", list(&meanings));
             tracing::warn!(reference = %wanted.reference, %chosen, settled, "peers disagree on the tag");
         }
-        Ok((chosen, settled))
+        Ok((chosen, Some(settled)))
     }
 
     /// The peers that hold the image under the very repository that the pod names, unless that was widened.

@@ -69,6 +69,8 @@ pub struct Salvager {
     registries: Registries,
     notices: Notices,
     names_here: watch::Receiver<Option<Arc<BTreeSet<String>>>>,
+    /// The names that were here when they were looked at last.
+    names_before: Option<Arc<BTreeSet<String>>>,
     tell: Arc<Tell>,
     rules: watch::Receiver<Arc<Rules>>,
     manner: Manner,
@@ -148,6 +150,7 @@ impl Salvager {
             registries,
             notices,
             names_here,
+            names_before: None,
             tell: Arc::new(tell),
             rules,
             manner,
@@ -193,6 +196,7 @@ impl Salvager {
                     self.look_at_outages();
                 },
                 Ok(()) = self.rules.changed() => self.on_new_rules(),
+                Ok(()) = self.names_here.changed() => self.on_names(),
                 Ok(()) = imports.changed() => self.queue.hurry(),
                 _ = tick.tick() => self.on_tick(),
                 () = sleep_until(due) => self.decide_again(),
@@ -223,11 +227,11 @@ impl Salvager {
             Ok(Done::Recovered { reference, result }) => self.on_recovery_ended(&reference, result),
             Ok(Done::Found { reference, result }) => self.on_found(&reference, result),
             Ok(Done::GaveUp { reference, pods, result }) => self.on_given_up(&reference, pods, result),
-            Ok(Done::Answered(answer)) => {
-                if self.registries.answered(answer, now()) {
-                    self.look_at_all();
-                }
-            }
+            Ok(Done::Answered(answer)) => match self.registries.answered(answer, now()) {
+                true => self.look_at_all(),
+                // An outage that goes on is fresh evidence for tags.
+                false => self.look_at_outages(),
+            },
             Ok(Done::Permitted { pod, said }) => self.on_permission(&pod, said),
             Ok(Done::KubeletSaid { pod, said }) => self.on_kubelet_said(&pod, said),
             Ok(Done::Told) => {}
@@ -242,6 +246,18 @@ impl Salvager {
         // What a limit forbade may be allowed now.
         self.queue.hurry();
         self.look_at_all();
+    }
+
+    /// An image that appeared without a recovery was pulled through containerd, so its registry can be reached from here.
+    fn on_names(&mut self) {
+        let here = self.names_here.borrow_and_update().clone();
+        if let (Some(before), Some(here)) = (&self.names_before, &here) {
+            let new: Vec<Reference> = here.difference(before).filter_map(|name| name.parse().ok()).collect();
+            for name in new.iter().filter(|name| !self.board.wrote(name)) {
+                self.registries.pull_succeeded(&name.repository().registry, now());
+            }
+        }
+        self.names_before = here;
     }
 
     fn on_tick(&mut self) {

@@ -65,18 +65,25 @@ impl Tell {
         }
     }
 
-    /// What came from where.
-    pub(super) fn recovered_note(&self, reference: &Reference, recovered: &Recovered) -> String {
+    /// What came from where. `down_since` is when the registry was first seen to be down, in seconds since 1970.
+    pub(super) fn recovered_note(
+        &self,
+        reference: &Reference,
+        recovered: &Recovered,
+        down_since: Option<u64>,
+    ) -> String {
         let Recovered { root, bytes, fetched, there, providers, took, settled } = recovered;
         let names: Vec<_> = providers.keys().take(5).map(|peer| self.holders.node_of(*peer)).collect();
         let more = providers.len().saturating_sub(names.len());
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let since = down_since.and_then(|since| jiff::Timestamp::from_second(since.try_into().ok()?).ok());
         format!(
-            "{reference} ({root}) came from {}{more}: {fetched} blobs, {} in {:.1} s ({there} were here).{}",
+            "{reference} ({root}) came from {}{more}: {fetched} blobs, {} in {:.1} s ({there} were here).{}{}",
             names.join(", "),
             human_bytes(*bytes),
             took.as_secs_f64(),
             settled.as_ref().map(|settled| format!(" {settled}")).unwrap_or_default(),
+            since.map(|since| format!(" Its registry has failed since {since}.")).unwrap_or_default(),
         )
     }
 
@@ -97,7 +104,11 @@ impl Tell {
         let next = match error.report_kind() {
             ReportKind::NoProvider => " It is fetched as soon as a node that holds it appears.",
             ReportKind::Failed => " It is tried again.",
-            ReportKind::NotActionable | ReportKind::Salvaged | ReportKind::Removed | ReportKind::DryRun => "",
+            ReportKind::NotActionable
+            | ReportKind::NotUnderstood
+            | ReportKind::Salvaged
+            | ReportKind::Removed
+            | ReportKind::DryRun => "",
         };
         format!("{error}.{nodes}{next}")
     }

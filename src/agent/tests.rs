@@ -2,6 +2,7 @@
 
 mod by_hand;
 mod doubting;
+mod evidence;
 mod joining;
 mod killed;
 mod mending;

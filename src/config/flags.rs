@@ -145,15 +145,20 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_ALLOWED_NAMESPACE_SELECTOR", value_name = "SELECTOR", default_value = "", hide_default_value = true, value_parser = selector)]
     pub(super) allowed_namespace_selector: Choice<Selector>,
 
-    /// Causes that are acted on: unavailable, rate-limited, not-found, denied (separate with commas)
+    /// Causes that are acted on (separate with commas): unavailable, rate-limited, not-found, bad-bytes (the registry sends wrong
+    /// bytes), storage-denied (403 of its storage), proxy (a proxy refuses), denied (401 or 403), never (imagePullPolicy Never)
     #[arg(
         long,
         env = "LIGHTERMAN_SALVAGE_ON",
         value_name = "CAUSES",
         value_delimiter = ',',
-        default_value = "unavailable,rate-limited,not-found"
+        default_value = "unavailable,rate-limited,not-found,bad-bytes,storage-denied,proxy"
     )]
     pub(super) salvage_on: Vec<Trigger>,
+
+    /// Recover nothing for namespaces without the annotation PREFIX/repositories, which lists what their pods may have
+    #[arg(long, env = "LIGHTERMAN_REQUIRE_REPOSITORIES")]
+    pub(super) require_repositories: bool,
 
     /// What a tag means when peers disagree: unanimous (nothing), most-common, newest
     #[arg(long, env = "LIGHTERMAN_TAG_POLICY", value_name = "POLICY", default_value = "unanimous")]

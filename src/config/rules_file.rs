@@ -44,6 +44,8 @@ pub struct Overrides {
     pub allowed_namespace_selector: Option<Selector>,
     /// The causes that recovery acts on; at least one.
     pub salvage_on: Option<BTreeSet<Trigger>>,
+    /// Namespaces without a list of repositories get nothing.
+    pub require_repositories: Option<bool>,
     /// Images recovered at the same time; at least 1.
     pub concurrent_recoveries: Option<usize>,
     /// Blobs of one image fetched at the same time; at least 1.
@@ -81,6 +83,7 @@ struct Written {
     denied_namespace_selector: Option<Spanned<Node>>,
     allowed_namespace_selector: Option<Spanned<Node>>,
     salvage_on: Option<Spanned<Node>>,
+    require_repositories: Option<Spanned<Node>>,
     concurrent_recoveries: Option<Spanned<Node>>,
     concurrent_blobs: Option<Spanned<Node>>,
     max_image_bytes: Option<Spanned<Node>>,
@@ -109,6 +112,7 @@ impl Overrides {
             denied_namespace_selector,
             allowed_namespace_selector,
             salvage_on,
+            require_repositories,
             concurrent_recoveries,
             concurrent_blobs,
             max_image_bytes,
@@ -123,6 +127,7 @@ impl Overrides {
             denied_namespace_selector: read(denied_namespace_selector, node::selector)?,
             allowed_namespace_selector: read(allowed_namespace_selector, node::selector)?,
             salvage_on: read(salvage_on, node::causes)?,
+            require_repositories: read(require_repositories, node::switch)?,
             concurrent_recoveries: read(concurrent_recoveries, node::count)?,
             concurrent_blobs: read(concurrent_blobs, node::count)?,
             max_image_bytes: read(max_image_bytes, node::bytes)?,
@@ -154,6 +159,7 @@ impl Overrides {
         override_with(&mut policy.kill_switch, &self.kill_switch);
         override_with(&mut policy.denied_k8s_namespaces, &self.denied_namespaces);
         override_with(&mut policy.salvage_on, &self.salvage_on);
+        override_with(&mut policy.require_repositories, &self.require_repositories);
         for (selector, said) in [
             (&mut policy.denied_selector, &self.denied_namespace_selector),
             (&mut policy.allowed_selector, &self.allowed_namespace_selector),
@@ -181,6 +187,7 @@ impl Overrides {
             ("deniedNamespaceSelector", self.denied_namespace_selector.as_ref().map(Selector::to_string)),
             ("allowedNamespaceSelector", self.allowed_namespace_selector.as_ref().map(Selector::to_string)),
             ("salvageOn", causes),
+            ("requireRepositories", self.require_repositories.map(|on| on.to_string())),
             ("concurrentRecoveries", self.concurrent_recoveries.map(|number| number.to_string())),
             ("concurrentBlobs", self.concurrent_blobs.map(|number| number.to_string())),
             ("maxImageBytes", self.max_image_bytes.map(quantity::show)),

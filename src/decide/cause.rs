@@ -1,4 +1,8 @@
 //! What the kubelet's words say about a missing image: why it is missing, and which image that is.
+//!
+//! The grammar of the messages stands in [`message`].
+
+mod message;
 
 use crate::model::{ContainerView, OutageKind, PodView, PullPolicy, Waiting};
 use crate::oci::Reference;
@@ -6,41 +10,58 @@ use crate::oci::Reference;
 /// Why the kubelet has no image, as far as its words tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Cause {
-    /// No registry there.
+    /// The registry cannot be reached, or answers that the fault is its own.
     Unavailable(OutageKind),
-    /// The registry is there and says "not so often".
+    /// The registry's token server fails. The registry itself may be well.
+    TokenServer,
+    /// A proxy between this node and the registry refuses, or fails.
+    Proxy,
+    /// The registry answers 429.
     RateLimited,
-    /// The registry does not have it, or no longer.
+    /// The registry does not have the image, or no longer: 404, 410, 451.
     NotFound,
-    /// The registry says "not you". Not ours to get around.
+    /// The registry refuses the image to these credentials: 401, 403. Never bypassed.
     Denied,
-    /// The image is recorded here but parts of its content are gone.
+    /// The registry gave the manifest and its storage refuses a blob: 403.
+    StorageDenied,
+    /// The registry sent bytes that are not those of the digest, or too few.
+    BadBytes,
+    /// Content of this node is missing or damaged.
     MissingContent,
     /// The kubelet was told never to pull; an import cures it.
     NeverPull,
+    /// The kubelet's own limit of pulls.
+    KubeletLimit,
+    /// Another fault of this node: its disk, its runtime. No registry is to blame.
+    Local,
     /// Nothing has failed yet, but the registry is known to be down and the image is not here.
     KnownOutage,
+    /// The message says why and this program cannot read it.
+    NotUnderstood,
 }
 
 /// Whether the container waits for an image at all, whatever the cause.
 ///
-/// The kubelet's reasons (kubelet `images` package). Not in the list on purpose: `InvalidImageName`,
-/// `SignatureValidationFailed`, `CrashLoopBackOff`, `CreateContainerConfigError`.
+/// The kubelet's reasons (kubelet `images` package). Not in the list on purpose:
+/// `InvalidImageName`, `SignatureValidationFailed`, `CrashLoopBackOff`,
+/// `CreateContainerConfigError`.
 pub fn waits_for_image(container: &ContainerView) -> bool {
     container.waiting.as_ref().is_some_and(|waiting| match waiting.reason.as_str() {
         "ErrImagePull" | "ImagePullBackOff" | "RegistryUnavailable" | "ErrImageNeverPull" => true,
-        "CreateContainerError" => is_missing_content(&waiting.message),
+        "CreateContainerError" => finds_content_missing(&waiting.message),
         _ => false,
     })
 }
 
-/// Whether the kubelet has not come to the container yet, as far as its status shows. The image may be queued for, or being pulled.
+/// Whether the kubelet has not come to the container yet, as far as its status shows. The image may
+/// be queued for, or being pulled.
 pub fn is_pending(container: &ContainerView) -> bool {
     let reasons = ["", "ContainerCreating", "PodInitializing"];
     container.waiting.as_ref().is_some_and(|waiting| reasons.contains(&waiting.reason.as_str()))
 }
 
-/// The image that a waiting container waits for, and when the kubelet pulls it: its own, or that of a volume, when the message is about that.
+/// The image that a waiting container waits for, and when the kubelet pulls it: its own, or that of
+/// a volume, when the message is about that.
 pub fn image_in_question<'a>(pod: &'a PodView, container: &'a ContainerView) -> (&'a str, PullPolicy) {
     let message = container.waiting.as_ref().map_or("", |waiting| waiting.message.as_str());
     let is_about = |image: &str| names_image(message, image);
@@ -65,100 +86,50 @@ pub fn names_image(message: &str, image: &str) -> bool {
 pub fn cause(waiting: &Waiting) -> Option<Cause> {
     match waiting.reason.as_str() {
         "ErrImageNeverPull" => Some(Cause::NeverPull),
-        "CreateContainerError" => is_missing_content(&waiting.message).then_some(Cause::MissingContent),
-        "RegistryUnavailable" => cause_in(&waiting.message).or(Some(Cause::Unavailable(OutageKind::Refused))),
-        _ => cause_in(&waiting.message),
+        "CreateContainerError" => finds_content_missing(&waiting.message).then_some(Cause::MissingContent),
+        // The runtime itself named the cause; its words say how.
+        "RegistryUnavailable" => match message::read(&waiting.message) {
+            None | Some(Cause::NotUnderstood) => Some(Cause::Unavailable(OutageKind::Refused)),
+            said => said,
+        },
+        _ => message::read(&waiting.message),
     }
 }
 
-/// Reads the cause out of any sentence about a failed pull.
-///
-/// "Denied" wins over everything else in the same message: containerd joins the errors of several hosts.
-pub fn cause_in(message: &str) -> Option<Cause> {
-    let message = without_names(message);
-    let has_word = |wanted: &str| message.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word == wanted);
-    let told = |clues: &Clues| {
-        clues.words.iter().any(|word| has_word(word)) || clues.text.iter().any(|text| message.contains(text))
-    };
-    CLUES.iter().find(|clues| told(clues)).map(|clues| clues.cause)
+/// Reads the cause out of an Event of the kubelet, where the Event is about a failed pull.
+pub fn cause_in_event(message: &str) -> Option<Cause> {
+    message.starts_with("Failed to pull image").then(|| message::read(message)).flatten()
 }
 
-/// The image that a sandbox could not be made for want of, and why. The pod shows nothing but an Event of reason
-/// `FailedCreatePodSandBox`; its message says `failed to get sandbox image "IMAGE": ...` on containerd 1.6 to 2.1.
+/// Whether a message about a failed pull names another host than the registry's own, as where
+/// containerd's `hosts.toml` names mirrors.
+///
+/// containerd adds `ns=REGISTRY` to every request that goes to a host which is not the reference's
+/// own.
+pub fn names_another_host(message: &str, registry: &str) -> bool {
+    // Docker Hub's registry has another name than its images.
+    let own = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+    let after_scheme = message.split("://").skip(1);
+    let mut manifests =
+        after_scheme.filter_map(|rest| rest.split(['"', ' ']).next()).filter(|url| url.contains("/v2/"));
+    manifests.any(|url| url.contains("?ns=") || url.split('/').next().is_some_and(|host| host != own))
+}
+
+/// The image that a sandbox could not be made for want of, and why. The pod shows nothing but an
+/// Event of reason `FailedCreatePodSandBox`; its message says `failed to get sandbox image "IMAGE":
+/// ...` on containerd 1.6 to 2.1.
 pub fn missing_sandbox_image(message: &str) -> Option<(Reference, Cause)> {
     let (_, rest) = message.split_once("sandbox image \"")?;
     let (image, rest) = rest.split_once('"')?;
-    Some((image.parse().ok()?, cause_in(rest)?))
+    Some((image.parse().ok()?, message::read(rest)?))
 }
 
-/// The message in lower case without URLs and image names: a repository may be called `denied`, and a digest may contain `403`.
-/// A single word in quotes is a name as well: `Back-off pulling image "app:403"`.
-fn without_names(message: &str) -> String {
-    let is_quoted = |token: &str| {
-        let token = token.trim_end_matches([':', ',', ';', '.']);
-        token.len() > 1 && token.starts_with(['"', '\\']) && token.ends_with('"')
-    };
-    // An address and a port, or two of them with an arrow between: `[2001:db8::403]:443:`.
-    let is_address = |token: &str| {
-        let token = token.trim_end_matches([':', ',', ';', '.']);
-        token.contains(':') && token.starts_with(|c: char| c == '[' || c.is_ascii_digit())
-    };
-    let is_name = |token: &str| {
-        (token.contains('/') && !token.contains("i/o")) || token.contains('@') || is_quoted(token) || is_address(token)
-    };
-    let kept: Vec<_> = message.split_whitespace().filter(|token| !is_name(token)).collect();
-    // What the kernel or the file system denies is not the registry's doing.
-    kept.join(" ").to_ascii_lowercase().replace("permission denied", "")
-}
-
-/// What gives a cause away: whole words (status codes above all), or pieces of text.
-struct Clues {
-    cause: Cause,
-    words: &'static [&'static str],
-    text: &'static [&'static str],
-}
-
-/// The first that applies counts.
-const CLUES: [Clues; 8] = [
-    Clues {
-        cause: Cause::Denied,
-        words: &["401", "403", "denied", "unauthorized", "forbidden"],
-        text: &["authorization failed", "authentication required", "no basic auth"],
-    },
-    Clues { cause: Cause::RateLimited, words: &["429", "toomanyrequests"], text: &["too many requests", "rate limit"] },
-    Clues {
-        cause: Cause::Unavailable(OutageKind::NoSuchHost),
-        words: &[],
-        text: &["no such host", "temporary failure in name resolution", "server misbehaving"],
-    },
-    // Before what is refused: a handshake that times out is a TLS failure, and its message says both.
-    Clues { cause: Cause::Unavailable(OutageKind::Tls), words: &["tls", "x509"], text: &[] },
-    Clues {
-        cause: Cause::Unavailable(OutageKind::Refused),
-        words: &["eof"],
-        text: &["connection refused", "connection reset", "no route to host", "network is unreachable"],
-    },
-    Clues {
-        cause: Cause::Unavailable(OutageKind::TimedOut),
-        words: &[],
-        text: &["connection timed out", "i/o timeout", "deadline exceeded"],
-    },
-    Clues {
-        cause: Cause::Unavailable(OutageKind::ServerError),
-        words: &["500", "502", "503", "504"],
-        text: &["bad gateway", "service unavailable", "internal server error"],
-    },
-    Clues {
-        cause: Cause::NotFound,
-        words: &["404"],
-        text: &["not found", "manifest unknown", "name unknown", "does not exist"],
-    },
-];
-
-fn is_missing_content(message: &str) -> bool {
-    message.contains("content digest") && message.contains("not found")
-        || message.contains("failed to resolve rootfs")
-        || message.contains("failed to get image") && message.contains("not found")
+/// Whether a container cannot be created because content of its image is missing or damaged. The
+/// same reason covers everything else that keeps a container from being created.
+fn finds_content_missing(text: &str) -> bool {
+    let is_about_content =
+        ["unpack", "content", "rootfs", "failed to get image"].iter().any(|word| text.contains(word));
+    is_about_content && message::read(text) == Some(Cause::MissingContent)
 }
 
 #[cfg(test)]
@@ -201,19 +172,111 @@ mod tests {
             ("manifest unknown", Some(Cause::NotFound)),
             ("pull access denied, repository does not exist or may require authorization", Some(Cause::Denied)),
             ("unexpected status code: 401 Unauthorized", Some(Cause::Denied)),
-            ("connection refused; then 403 Forbidden", Some(Cause::Denied)),
+            ("connection refused\n403 Forbidden", Some(Cause::Denied)),
+            (
+                "[rpc error: code = Unknown desc = 403 Forbidden, rpc error: code = Unknown desc = EOF]",
+                Some(Cause::Denied),
+            ),
             ("failed to pull image \"r.test/denied/a@sha256:403\": connection refused", down(OutageKind::Refused)),
-            ("failed to resolve r.test/forbidden:401: not found", Some(Cause::NotFound)),
+            ("failed to resolve r.test/unauthorized:401: not found", Some(Cause::NotFound)),
+            ("dial tcp: lookup eof.test: no such host", down(OutageKind::NoSuchHost)),
             ("Back-off pulling image \"r/a:1\"", None),
             ("Back-off pulling image \"app:403\"", None),
-            ("Back-off pulling image \"app:500\": rpc error", None),
+            (
+                "Back-off pulling image \"app:500\": ErrImagePull: rpc error: code = Unknown desc = 429 Too Many",
+                Some(Cause::RateLimited),
+            ),
             ("failed to pull \\\"denied:1\\\": connection refused", down(OutageKind::Refused)),
             ("dial tcp [2001:db8::403]:443: connect: connection refused", down(OutageKind::Refused)),
             ("read tcp 10.0.0.5:40100->10.0.0.1:401: read: connection reset by peer", down(OutageKind::Refused)),
-            ("dial tcp 10.0.0.1:443: connect: permission denied", None),
+            ("dial tcp 10.0.0.1:443: connect: permission denied", Some(Cause::Local)),
+            ("the moon is in the wrong house", Some(Cause::NotUnderstood)),
             ("", None),
         ] {
             assert_eq!(cause(&waiting("ErrImagePull", message)), expected, "{message}");
+        }
+    }
+
+    /// Whether the reading of a row of `messages.tsv` covers the cause.
+    fn is_reading(reading: &str, cause: Option<Cause>) -> bool {
+        match cause {
+            Some(Cause::Unavailable(_)) => reading == "unavailable",
+            Some(Cause::TokenServer) => reading == "token-server",
+            Some(Cause::Proxy) => reading == "proxy",
+            Some(Cause::RateLimited) => reading == "rate-limited",
+            Some(Cause::NotFound) => reading == "gone",
+            Some(Cause::Denied) => reading == "denied",
+            Some(Cause::StorageDenied) => reading == "storage-denied",
+            Some(Cause::BadBytes) => reading == "bad-bytes",
+            Some(Cause::MissingContent) => reading == "missing-content",
+            Some(Cause::KubeletLimit | Cause::Local) => reading == "local",
+            Some(Cause::NotUnderstood) => reading == "unknown",
+            Some(Cause::NeverPull | Cause::KnownOutage) | None => false,
+        }
+    }
+
+    #[test]
+    fn every_message_of_the_table_is_read() {
+        let rows = include_str!("cause/messages.tsv").lines().filter(|line| !line.starts_with('#'));
+        let (mut read, mut wrong) = (0, Vec::new());
+        for row in rows {
+            let columns: Vec<_> = row.splitn(5, '\t').collect();
+            let [reading, version, reason, _, message] = columns[..] else { panic!("five columns: {row}") };
+            let waiting = waiting(reason, message);
+            match cause(&waiting) {
+                cause if is_reading(reading, cause) => read += 1,
+                cause => wrong.push(format!("{version} {reading}, read as {cause:?}: {message}")),
+            }
+            let backing_off = Waiting {
+                reason: "ImagePullBackOff".into(),
+                message: format!("Back-off pulling image \"a:1\": {reason}: {message}"),
+            };
+            let is_pull = reason == "ErrImagePull";
+            assert!(!is_pull || cause(&backing_off) == cause(&waiting), "the same while backing off: {message}");
+        }
+        println!("figure messages_read_of_table {read}/{}", read + wrong.len());
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    }
+
+    #[test]
+    fn a_mirror_is_recognised_by_its_host_or_by_the_namespace_in_the_request() {
+        for (registry, url, expected) in [
+            ("r.test:5000", "https://r.test:5000/v2/a/manifests/1", false),
+            ("r.test:5000", "http://mirror:80/v2/a/manifests/1?ns=r.test%3A5000", true),
+            ("r.test:5000", "http://r.test:5000/v2/a/manifests/1?ns=r.test%3A5000", true),
+            ("r.test", "https://mirror.test/v2/a/manifests/1", true),
+            ("docker.io", "https://registry-1.docker.io/v2/library/nginx/manifests/1", false),
+            ("r.test", "https://auth.test/token?service=r.test", false),
+        ] {
+            let message = format!("failed to do request: Head \"{url}\": EOF");
+            assert_eq!(names_another_host(&message, registry), expected, "{url}");
+        }
+        assert!(!names_another_host("dial tcp 10.0.0.1:443: connect: connection refused", "r.test"));
+    }
+
+    #[test]
+    fn an_event_of_the_kubelet_that_is_about_no_failed_pull_names_no_cause() {
+        for (message, expected) in [
+            ("Failed to pull image \"r/a:1\": manifest unknown", Some(Cause::NotFound)),
+            ("Pulling image \"r/a:1\"", None),
+            ("Successfully pulled image \"r/a:1\" in 12ms", None),
+            ("Container image \"r/a:1\" already present on machine", None),
+            ("Error: ErrImagePull", None),
+        ] {
+            assert_eq!(cause_in_event(message), expected, "{message}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_message_makes_the_reading_fail(message in ".{0,300}", reason in "[A-Za-z]{0,20}") {
+            let _ = cause(&waiting(&reason, &message));
+        }
+
+        #[test]
+        fn an_images_own_name_never_changes_the_reading(name in "[a-z]{1,8}(/(denied|unauthorized|eof|timeout|403|429|toomanyrequests)){1,3}") {
+            let message = format!("failed to pull and unpack image \"r.test/{name}:1\": failed to resolve image: r.test/{name}:1: not found");
+            proptest::prop_assert_eq!(cause(&waiting("ErrImagePull", &message)), Some(Cause::NotFound));
         }
     }
 

@@ -1,5 +1,6 @@
-//! What is known and what was said about each container, so that a reason that flips between `ErrImagePull` and
-//! `ImagePullBackOff` is one failure, an Event is written once, and a cause outlives the message that named it.
+//! What is known and what was said about each container, so that a reason that flips between
+//! `ErrImagePull` and `ImagePullBackOff` is one failure, an Event is written once, and a cause
+//! outlives the message that named it.
 
 use std::collections::{HashMap, HashSet};
 
@@ -27,10 +28,21 @@ struct Entry {
 }
 
 impl Ledger {
-    /// The cause understood so far, after taking in what the latest message says. A denial is never overwritten.
+    /// The cause understood so far, after taking in what the latest message says.
+    ///
+    /// A message about the kubelet or the node says nothing of the registry, so that a cause which
+    /// does is kept. A denial is one: it holds for the pod, its image and its pull secrets, which a
+    /// pod cannot change, until a later pull fails for another reason.
     pub fn learn(&mut self, pod: &PodRef, container: &str, image: &str, cause: Option<Cause>) -> Option<Cause> {
         let entry = self.entry(pod, container, image);
-        if entry.cause != Some(Cause::Denied) {
+        let says_nothing_of_the_registry =
+            matches!(cause, Some(Cause::KubeletLimit | Cause::Local | Cause::NotUnderstood | Cause::KnownOutage));
+        let keeps = match entry.cause {
+            Some(Cause::Denied) => says_nothing_of_the_registry,
+            Some(_) => cause == Some(Cause::KubeletLimit),
+            None => false,
+        };
+        if !keeps {
             entry.cause = cause.or(entry.cause);
         }
         entry.cause
@@ -93,13 +105,22 @@ mod tests {
     }
 
     #[test]
-    fn a_denial_is_never_overwritten() {
+    fn a_denial_lasts_until_a_later_pull_fails_for_another_fault_of_the_registry() {
         let mut ledger = Ledger::default();
         let mut learn = |cause| ledger.learn(&pod("1"), "c", "a:1", cause);
         assert_eq!(learn(None), None);
         assert_eq!(learn(Some(Cause::NotFound)), Some(Cause::NotFound));
         assert_eq!(learn(None), Some(Cause::NotFound), "silence does not unlearn");
         assert_eq!(learn(Some(Cause::Denied)), Some(Cause::Denied));
-        assert_eq!(learn(Some(Cause::NotFound)), Some(Cause::Denied));
+        for cause in [None, Some(Cause::KubeletLimit), Some(Cause::Local), Some(Cause::NotUnderstood)] {
+            assert_eq!(learn(cause), Some(Cause::Denied), "{cause:?} says nothing of the registry");
+        }
+        assert_eq!(learn(Some(Cause::NotFound)), Some(Cause::NotFound));
+        assert_eq!(
+            learn(Some(Cause::KubeletLimit)),
+            Some(Cause::NotFound),
+            "the kubelet waits, the registry is as before"
+        );
+        assert_eq!(learn(Some(Cause::Local)), Some(Cause::Local));
     }
 }

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::repositories::RepositoryList;
 use super::selector::Selector;
 use crate::model::PodView;
 
@@ -23,6 +24,8 @@ pub struct Policy {
     pub allowed_selector: Option<Selector>,
     /// Causes that are acted on.
     pub salvage_on: BTreeSet<Trigger>,
+    /// Pods of a namespace without a list of repositories get nothing.
+    pub require_repositories: bool,
 }
 
 /// A cause that can be chosen to act on, or not to. Missing content is always acted on.
@@ -36,6 +39,14 @@ pub enum Trigger {
     NotFound,
     /// It denies it.
     Denied,
+    /// It sends bytes that are not those of the digest.
+    BadBytes,
+    /// Its storage refuses a blob of an image whose manifest it gave.
+    StorageDenied,
+    /// A proxy between the node and the registry refuses or fails.
+    Proxy,
+    /// The pod says `imagePullPolicy: Never`. No registry is ever asked for its images, so none can deny them.
+    Never,
 }
 
 /// Names of the annotations, after the prefix.
@@ -44,6 +55,7 @@ const AUTO_SALVAGE: &str = "auto-salvage";
 const IGNORE: &str = "ignore";
 const SALVAGE_ON_DENIED: &str = "salvage-on-denied";
 const PRIORITY: &str = "priority";
+const REPOSITORIES: &str = "repositories";
 
 /// A set of annotations.
 type Annotations = BTreeMap<String, String>;
@@ -55,6 +67,8 @@ pub enum OptIn {
     Yes {
         /// Also where the registry denies the image.
         on_denied: bool,
+        /// What it may have.
+        repositories: RepositoryList,
     },
     /// It is not.
     No(NotHelped),
@@ -135,7 +149,19 @@ impl Policy {
         }
         let on_denied = self.salvage_on.contains(&Trigger::Denied)
             || self.value(namespace, SALVAGE_ON_DENIED, odd) == Some(Some(true));
-        OptIn::Yes { on_denied }
+        OptIn::Yes { on_denied, repositories: self.repositories(namespace, odd) }
+    }
+
+    /// What the namespace's list says. One that cannot be read permits nothing.
+    fn repositories(&self, namespace: &Annotations, odd: &mut Vec<OddAnnotation>) -> RepositoryList {
+        match self.first_set(namespace, REPOSITORIES) {
+            None if self.require_repositories => RepositoryList::none(),
+            None => RepositoryList::Any,
+            Some((key, value)) => RepositoryList::parse(value).unwrap_or_else(|bad| {
+                odd.push(OddAnnotation::new(key, &bad.part));
+                RepositoryList::none()
+            }),
+        }
     }
 
     /// How urgent the pod is: what it says itself, else its PriorityClass.
@@ -195,7 +221,20 @@ impl NotHelped {
 
 impl Trigger {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Unavailable, Self::RateLimited, Self::NotFound, Self::Denied];
+    pub const ALL: [Self; 8] = [
+        Self::Unavailable,
+        Self::RateLimited,
+        Self::NotFound,
+        Self::BadBytes,
+        Self::StorageDenied,
+        Self::Proxy,
+        Self::Denied,
+        Self::Never,
+    ];
+
+    /// Those that are acted on when no setting says otherwise: all but the two for which a registry's word would be bypassed.
+    pub const DEFAULT: [Self; 6] =
+        [Self::Unavailable, Self::RateLimited, Self::NotFound, Self::BadBytes, Self::StorageDenied, Self::Proxy];
 
     /// Its name in settings.
     pub fn name(self) -> &'static str {
@@ -204,6 +243,10 @@ impl Trigger {
             Self::RateLimited => "rate-limited",
             Self::NotFound => "not-found",
             Self::Denied => "denied",
+            Self::BadBytes => "bad-bytes",
+            Self::StorageDenied => "storage-denied",
+            Self::Proxy => "proxy",
+            Self::Never => "never",
         }
     }
 }

@@ -1,30 +1,44 @@
-//! Registries that this node itself found unreachable: by what the kubelet said, or by asking them.
+//! Registries that this node itself found unreachable: by failed pulls through containerd, or by
+//! questions of the agent.
 //!
-//! Not here: what peers say about theirs ([`super::inventory`]), and the asking.
+//! Two witnesses, of unequal worth. A failed pull is about the pull itself. A question of the agent
+//! only shows what the agent can reach: containerd may pull through a mirror that the agent does
+//! not know, or a proxy. A failed question therefore counts only where this agent has had an answer
+//! from that registry before, and never once a failed pull named another host than the registry's
+//! own.
 //!
-//! Two witnesses, of unequal worth. The kubelet's words are about the pull itself. An answer to our own question is worth as much, but no
-//! answer may only mean that an agent cannot get out (a NetworkPolicy, a proxy that only containerd knows), so it counts where this agent
-//! has had an answer from that registry before.
+//! A digest means the same content everywhere, so an outage that is long over does no harm to a pod
+//! that names one. A tag is decided by its registry while that registry can be reached:
+//! [`Outages::confirms_now`] asks for evidence that is seconds old.
+//!
+//! Not here: what peers say about their registries ([`super::inventory`]), and the asking.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::model::{Outage, OutageKind};
 
-/// How long the kubelet's word counts when nothing more is heard. Its pull back-off ends at five minutes, so that a pod that still cannot
-/// pull says so again within this.
+/// How long the kubelet's word counts when nothing more is heard. Its pull back-off ends at five
+/// minutes, so that a pod that still cannot pull says so again within this.
 const KUBELETS_WORD: Duration = Duration::from_secs(10 * 60);
+
+/// Age up to which evidence decides a tag. A registry that is down is asked every 10 s, and a
+/// question ends within 5 s (`crate::registry`), so that the latest answer is never older while the
+/// outage lasts.
+const FRESH: Duration = Duration::from_secs(30);
 
 /// Between two questions to a registry that is down: recoveries should stop soon after it is back.
 const WHILE_DOWN: Duration = Duration::from_secs(10);
 
-/// Between two questions to a registry that answers, and only while pods come that want images from it.
+/// Between two questions to a registry that answers, and only while pods come that want images from
+/// it.
 const WHILE_UP: Duration = Duration::from_secs(30);
 
 /// Answers in a row that outweigh a pull that failed after the last of them began.
 const AGAINST_THE_KUBELET: u32 = 2;
 
-/// Registries remembered. A cluster uses a handful; pods may name any number, and the ones that nothing is known of are then forgotten first.
+/// Registries remembered. A cluster uses a handful; pods may name any number, and the ones that
+/// nothing is known of are then forgotten first.
 const MOST: usize = 64;
 
 /// What this node itself knows of registries.
@@ -44,6 +58,12 @@ struct Known {
     answers: u32,
     /// There was none when it was asked last.
     is_silent: bool,
+    /// The latest question that counts and had no answer, unless an answer came since.
+    silent_since_asked: Option<Instant>,
+    /// The latest failed pull, and the one before, since the last pull that succeeded.
+    failed_pulls: [Option<Instant>; 2],
+    /// A failed pull named another host: containerd reaches this registry's images elsewhere, too.
+    has_mirror: bool,
     heard: Instant,
 }
 
@@ -56,14 +76,28 @@ enum Evidence {
 }
 
 impl Outages {
-    /// The kubelet could not pull from it.
-    pub fn kubelet_failed(&mut self, registry: &str, kind: OutageKind, now: Instant, clock: SystemTime) {
-        let evidence = Evidence::Kubelet(now + KUBELETS_WORD);
-        self.known(registry, now).answers = 0;
-        self.note(registry, kind, evidence, now, clock);
+    /// A pull through containerd failed for a fault of the registry. `has_mirror` where its message
+    /// names another host.
+    pub fn pull_failed(&mut self, registry: &str, kind: OutageKind, has_mirror: bool, now: Instant, clock: SystemTime) {
+        let known = self.known(registry, now);
+        known.answers = 0;
+        known.failed_pulls = [Some(now), known.failed_pulls[0]];
+        known.has_mirror |= has_mirror;
+        self.note(registry, kind, Evidence::Kubelet(now + KUBELETS_WORD), now, clock);
     }
 
-    /// We asked, and it answered or did not. Whether that changed what is known.
+    /// A pull through containerd succeeded, which ends the outage here. Whether that changed what
+    /// is known.
+    pub fn pull_succeeded(&mut self, registry: &str, now: Instant) -> bool {
+        let Some(known) = self.registries.get_mut(registry) else { return false };
+        let was_down = known.outage(now).is_some();
+        known.down = None;
+        known.failed_pulls = [None; 2];
+        known.silent_since_asked = None;
+        was_down
+    }
+
+    /// The agent asked, and the registry answered or did not. Whether that changed what is known.
     pub fn asked(&mut self, registry: &str, answer: Result<(), OutageKind>, now: Instant, clock: SystemTime) -> bool {
         let before = self.is_down(registry, now);
         let known = self.known(registry, now);
@@ -72,6 +106,9 @@ impl Outages {
             Ok(()) => {
                 known.answered = true;
                 known.answers = known.answers.saturating_add(1);
+                known.silent_since_asked = None;
+                // The next pull may succeed, at this host or at a mirror: the kubelet tries first.
+                known.failed_pulls = [None; 2];
                 // One answer may be the one that got through.
                 if known.answers >= AGAINST_THE_KUBELET || !matches!(known.down, Some((_, Evidence::Kubelet(_)))) {
                     known.down = None;
@@ -79,12 +116,33 @@ impl Outages {
             }
             Err(kind) => {
                 known.answers = 0;
-                if known.answered {
+                if known.question_counts() {
+                    known.silent_since_asked = Some(now);
                     self.note(registry, kind, Evidence::Asked, now, clock);
                 }
             }
         }
         self.is_down(registry, now) != before
+    }
+
+    /// Whether a tag of this registry may be decided before the pod's own pull has failed: a pull
+    /// through containerd has failed here, and evidence of the last 30 s says that the next one
+    /// would fail as well. That is a question of the agent where questions count, and another
+    /// failed pull where they do not.
+    pub fn confirms_now(&self, registry: &str, now: Instant) -> bool {
+        let is_fresh = |at: Option<Instant>| at.is_some_and(|at| now.saturating_duration_since(at) < FRESH);
+        self.registries.get(registry).filter(|known| known.outage(now).is_some()).is_some_and(|known| {
+            let [latest, before] = known.failed_pulls;
+            match known.question_counts() {
+                true => latest.is_some() && is_fresh(known.silent_since_asked),
+                false => before.is_some() && is_fresh(latest),
+            }
+        })
+    }
+
+    /// Since when the registry is known to be down here, in seconds since 1970.
+    pub fn down_since(&self, registry: &str, now: Instant) -> Option<u64> {
+        self.registries.get(registry)?.outage(now).map(|outage| outage.since)
     }
 
     /// Whether this node itself found it unreachable.
@@ -111,7 +169,8 @@ impl Outages {
         self.registries.values().filter_map(|known| known.outage(now)).cloned().collect()
     }
 
-    /// Whether it is worth asking now; if so, the question counts as asked. `suspected` when a peer says that it is down.
+    /// Whether it is worth asking now; if so, the question counts as asked. `suspected` when a peer
+    /// says that it is down.
     pub fn should_ask(&mut self, registry: &str, suspected: bool, now: Instant) -> bool {
         let known = self.known(registry, now);
         let pause = if suspected || known.outage(now).is_some() { WHILE_DOWN } else { WHILE_UP };
@@ -145,7 +204,17 @@ impl Outages {
             let oldest = self.registries.iter().min_by_key(|(_, known)| least(known)).map(|(name, _)| name.clone());
             oldest.and_then(|name| self.registries.remove(&name));
         }
-        let fresh = Known { down: None, answered: false, asked: None, answers: 0, is_silent: false, heard: now };
+        let fresh = Known {
+            down: None,
+            answered: false,
+            asked: None,
+            answers: 0,
+            is_silent: false,
+            silent_since_asked: None,
+            failed_pulls: [None; 2],
+            has_mirror: false,
+            heard: now,
+        };
         let known = self.registries.entry(registry.to_owned()).or_insert(fresh);
         known.heard = now;
         known
@@ -153,6 +222,11 @@ impl Outages {
 }
 
 impl Known {
+    /// Whether a question of the agent says something about containerd's pulls.
+    fn question_counts(&self) -> bool {
+        self.answered && !self.has_mirror
+    }
+
     fn outage(&self, now: Instant) -> Option<&Outage> {
         let (outage, evidence) = self.down.as_ref()?;
         match evidence {
@@ -163,77 +237,4 @@ impl Known {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const R: &str = "r.test:5000";
-    const CLOCK: SystemTime = SystemTime::UNIX_EPOCH;
-
-    fn at(seconds: u64) -> SystemTime {
-        CLOCK + Duration::from_secs(seconds)
-    }
-
-    #[test]
-    fn what_the_kubelet_says_counts_for_a_while_and_until_the_registry_answers() {
-        let mut outages = Outages::default();
-        let now = Instant::now();
-        outages.kubelet_failed(R, OutageKind::TimedOut, now, at(100));
-        assert!(outages.is_down(R, now));
-        assert!(!outages.is_down("r.test", now), "another port is another registry");
-        outages.kubelet_failed(R, OutageKind::Refused, now + KUBELETS_WORD / 2, at(400));
-        let expected = Outage { registry: R.into(), kind: OutageKind::Refused, since: 100 };
-        assert_eq!(outages.first_hand(now + KUBELETS_WORD), [expected], "one outage since the first failure");
-        assert!(!outages.is_down(R, now + KUBELETS_WORD * 2));
-        assert!(outages.first_hand(now + KUBELETS_WORD * 2).is_empty());
-        outages.kubelet_failed(R, OutageKind::TimedOut, now, at(900));
-        assert!(!outages.asked(R, Ok(()), now, at(901)), "one answer may be the one that got through");
-        assert!(outages.asked(R, Ok(()), now, at(911)), "it is back");
-        assert!(!outages.is_down(R, now));
-    }
-
-    #[test]
-    fn no_answer_counts_only_where_there_was_one_before() {
-        let mut outages = Outages::default();
-        let now = Instant::now();
-        assert!(!outages.asked(R, Err(OutageKind::TimedOut), now, CLOCK));
-        assert!(!outages.is_down(R, now), "perhaps this agent cannot get out at all");
-        outages.asked(R, Ok(()), now, CLOCK);
-        assert!(outages.asked(R, Err(OutageKind::TimedOut), now, CLOCK));
-        assert!(outages.is_down(R, now + KUBELETS_WORD * 9), "it is asked until it answers");
-    }
-
-    #[test]
-    fn a_registry_is_asked_seldom_and_more_often_while_it_is_down() {
-        let mut outages = Outages::default();
-        let now = Instant::now();
-        assert!(outages.should_ask(R, false, now));
-        assert!(!outages.should_ask(R, false, now + WHILE_DOWN));
-        assert!(outages.should_ask(R, true, now + WHILE_DOWN), "a peer says that it is down");
-        assert!(outages.should_ask(R, false, now + WHILE_DOWN + WHILE_UP));
-        outages.kubelet_failed(R, OutageKind::Refused, now, CLOCK);
-        assert_eq!(outages.down(now), [R]);
-        assert!(outages.should_ask(R, false, now + WHILE_DOWN * 2 + WHILE_UP));
-    }
-
-    #[test]
-    fn an_answer_of_late_outweighs_what_peers_say() {
-        let mut outages = Outages::default();
-        let now = Instant::now();
-        assert!(!outages.answers(R, now));
-        assert!(outages.should_ask(R, true, now));
-        outages.asked(R, Ok(()), now, CLOCK);
-        assert!(outages.answers(R, now));
-        assert!(!outages.answers(R, now + WHILE_UP * 2), "too long ago");
-    }
-
-    #[test]
-    fn a_pod_that_names_ever_new_registries_does_not_fill_the_memory() {
-        let mut outages = Outages::default();
-        let now = Instant::now();
-        for number in 0..1000 {
-            outages.should_ask(&format!("r{number}.test"), false, now + Duration::from_secs(number));
-        }
-        assert_eq!(outages.registries.len(), MOST);
-        assert!(outages.registries.contains_key("r999.test"));
-    }
-}
+mod tests;

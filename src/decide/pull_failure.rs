@@ -1,14 +1,44 @@
-//! What is to be done about a container that waits for an image: bring it, leave it, or say why we cannot help.
+//! What is to be done about a container that waits for an image: bring it, leave it, or say why we
+//! cannot help.
 //!
-//! Who wants help stands in [`super::opt_in`], what the kubelet's words mean in [`super::cause`]. Not here: remembering what was said
-//! already ([`super::ledger`]) and who runs when ([`super::queue`]).
+//! Who wants help stands in [`super::opt_in`], what the kubelet's words mean in [`super::cause`].
+//! Not here: remembering what was said already ([`super::ledger`]) and who runs when
+//! ([`super::queue`]).
 
 use std::collections::BTreeSet;
 
 use super::cause::Cause;
 use super::opt_in::{NotHelped, Trigger};
+use super::repositories::RepositoryList;
 use crate::model::PullPolicy;
 use crate::oci::{Reference, ReferenceError};
+
+/// An image that a pod lacks.
+#[derive(Debug, Clone, Copy)]
+pub struct Failure<'a> {
+    /// The image as the pod names it.
+    pub image: &'a str,
+    /// When the kubelet pulls it.
+    pub pull_policy: PullPolicy,
+    /// The cause that counts of all that was said ([`super::ledger::Ledger::learn`]).
+    pub cause: Option<Cause>,
+    /// The kubelet's latest words, for people.
+    pub said: &'a str,
+    /// The registry is known to be down, well enough for this reference to be recovered before its
+    /// own pull has failed for that.
+    pub may_be_early: bool,
+}
+
+/// The permissions of a pod's namespace and of the policy.
+#[derive(Debug, Clone, Copy)]
+pub struct Consent<'a> {
+    /// Causes that are acted on.
+    pub salvage_on: &'a BTreeSet<Trigger>,
+    /// Also where the registry denies the image.
+    pub on_denied: bool,
+    /// What pods of the namespace may have.
+    pub repositories: &'a RepositoryList,
+}
 
 /// The decision on one container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +60,8 @@ pub enum Leave {
     CauseExcluded,
     /// The kubelet has not named the cause yet; its next attempt will.
     CauseUnknown,
+    /// The kubelet pulls too often for its own limit, and tries again within seconds.
+    KubeletLimit,
 }
 
 /// Why we cannot help a pod that asked for it.
@@ -39,45 +71,81 @@ pub enum NotActionable {
     Denied,
     /// `imagePullPolicy: Always`.
     PullsAlways,
+    /// `imagePullPolicy: Never`, which the policy does not act on.
+    PullsNever,
+    /// The namespace's list of repositories does not have the image's.
+    RepositoryNotListed,
     /// The image's name.
     Unreadable(ReferenceError),
+    /// The fault is this node's. With the kubelet's words.
+    Local(String),
+    /// The kubelet's words, which this program cannot read.
+    NotUnderstood(String),
 }
 
-/// Decides on one container whose pod is helped and which waits for `image`. `cause` is the one that counts of all that was said; a
-/// denial among them wins ([`super::ledger::Ledger::learn`]).
-pub fn decide(
-    image: &str,
-    pull_policy: PullPolicy,
-    cause: Option<Cause>,
-    on_denied: bool,
-    salvage_on: &BTreeSet<Trigger>,
-) -> Verdict {
+/// Decides on one image that a pod lacks and that pod's owners want recovered.
+pub fn decide(failure: Failure<'_>, consent: Consent<'_>) -> Verdict {
+    let Failure { image, pull_policy, cause, said, may_be_early } = failure;
+    let Consent { salvage_on, on_denied, repositories } = consent;
     let reference = match image.parse::<Reference>() {
         Ok(reference) => reference,
         Err(error) => return Verdict::Tell(NotActionable::Unreadable(error)),
     };
-    let Some(cause) = cause else { return Verdict::Leave(Leave::CauseUnknown) };
-    if cause == Cause::Denied && !on_denied {
-        return Verdict::Tell(NotActionable::Denied);
-    }
+    let cause = match cause {
+        None => return Verdict::Leave(Leave::CauseUnknown),
+        // The message tells nothing of the registry, so that the outage which is known decides.
+        Some(Cause::NotUnderstood | Cause::KubeletLimit) if may_be_early => Cause::KnownOutage,
+        Some(Cause::KubeletLimit) => return Verdict::Leave(Leave::KubeletLimit),
+        Some(Cause::NotUnderstood) => return Verdict::Tell(NotActionable::NotUnderstood(quote(said))),
+        Some(Cause::Local) => return Verdict::Tell(NotActionable::Local(quote(said))),
+        Some(Cause::Denied) if !on_denied => return Verdict::Tell(NotActionable::Denied),
+        Some(Cause::NeverPull) if !salvage_on.contains(&Trigger::Never) => {
+            return Verdict::Tell(NotActionable::PullsNever);
+        }
+        Some(cause) => cause,
+    };
     if trigger(cause).is_some_and(|trigger| !salvage_on.contains(&trigger)) {
         return Verdict::Leave(Leave::CauseExcluded);
     }
-    // A pull succeeded, and what it left is broken: with the content here, the next one finds it, whatever the policy.
+    // A pull succeeded, and what it left is broken: with the content here, the next one finds it,
+    // whatever the policy.
     if pull_policy == PullPolicy::Always && cause != Cause::MissingContent {
         return Verdict::Tell(NotActionable::PullsAlways);
+    }
+    if !repositories.allows(reference.repository()) {
+        return Verdict::Tell(NotActionable::RepositoryNotListed);
     }
     Verdict::Recover(reference, cause)
 }
 
-/// What the rules call the cause; `None` where they have no say. A denial was decided on before, by who may allow it.
+/// What the rules call the cause; `None` where they have no say, or had theirs before.
 fn trigger(cause: Cause) -> Option<Trigger> {
     match cause {
-        Cause::Unavailable(_) | Cause::KnownOutage => Some(Trigger::Unavailable),
+        Cause::Unavailable(_) | Cause::TokenServer | Cause::KnownOutage => Some(Trigger::Unavailable),
         Cause::RateLimited => Some(Trigger::RateLimited),
         Cause::NotFound => Some(Trigger::NotFound),
-        Cause::Denied | Cause::MissingContent | Cause::NeverPull => None,
+        Cause::BadBytes => Some(Trigger::BadBytes),
+        Cause::StorageDenied => Some(Trigger::StorageDenied),
+        Cause::Proxy => Some(Trigger::Proxy),
+        Cause::Denied
+        | Cause::MissingContent
+        | Cause::NeverPull
+        | Cause::KubeletLimit
+        | Cause::Local
+        | Cause::NotUnderstood => None,
     }
+}
+
+/// Most characters of the kubelet's words in an Event, whose note has room for 1024 bytes with what
+/// stands around them.
+const QUOTED: usize = 400;
+
+/// The end of a message: Go's errors have their cause there.
+fn quote(said: &str) -> String {
+    let said = said.trim();
+    let skipped = said.chars().count().saturating_sub(QUOTED);
+    let end: String = said.chars().skip(skipped).collect();
+    if skipped > 0 { format!("...{end}") } else { end }
 }
 
 impl NotActionable {
@@ -85,15 +153,32 @@ impl NotActionable {
     pub fn note(&self, image: &str) -> String {
         match self {
             Self::Denied => format!(
-                "The registry denies {image} (401 or 403). Peers may hold it, but a denial is not bypassed: check the pull secret. Where \
-                 a registry answers so for images that it lost, the namespace can say salvage-on-denied: \"true\"."
+                "The registry denies {image} (401 or 403). Peers may hold it, but a denial is not bypassed: check the pull secret, and \
+                 the kubelet's log where a credential provider should have given one (the kubelet pulls without credentials when its \
+                 provider fails). Where a registry answers so for images that it lost, the namespace can say \
+                 salvage-on-denied: \"true\"."
             ),
             Self::PullsAlways => format!(
                 "{image} has imagePullPolicy Always (the default for :latest), so the kubelet asks the registry even when the image is \
                  here, and a recovery would not help. What helps: IfNotPresent, a digest in place of the tag, or a mirror in containerd's \
                  hosts.toml that answers when the registry does not."
             ),
+            Self::PullsNever => format!(
+                "{image} has imagePullPolicy Never and is not on this node. No registry is asked for it, so none could deny it: it is \
+                 not recovered unless the policy's salvageOn has \"never\"."
+            ),
+            Self::RepositoryNotListed => format!(
+                "{image} is not recovered: its repository is not among those that the namespace's annotation \"repositories\" lists \
+                 (or the policy requires the annotation, and the namespace has none)."
+            ),
             Self::Unreadable(error) => format!("Cannot look for {image}: {error}."),
+            Self::Local(said) => format!(
+                "The pull of {image} failed on this node, not at the registry. The kubelet tries again; what has to be mended is what it \
+                 names: {said}"
+            ),
+            Self::NotUnderstood(said) => format!(
+                "The pull of {image} failed and lighterman cannot read why, so it is not recovered; please report the text: {said}"
+            ),
         }
     }
 
@@ -102,7 +187,11 @@ impl NotActionable {
         match self {
             Self::Denied => "denied",
             Self::PullsAlways => "pulls_always",
+            Self::PullsNever => "pulls_never",
+            Self::RepositoryNotListed => "repository_not_listed",
             Self::Unreadable(_) => "unreadable",
+            Self::Local(_) => "local_fault",
+            Self::NotUnderstood(_) => "not_understood",
         }
     }
 }
@@ -114,6 +203,7 @@ impl Leave {
             Self::NotHelped(reason) => reason.label(),
             Self::CauseExcluded => "cause_excluded",
             Self::CauseUnknown => "cause_unknown",
+            Self::KubeletLimit => "kubelet_limit",
         }
     }
 }
@@ -123,18 +213,38 @@ mod tests {
     use super::*;
     use crate::model::OutageKind;
 
-    const DEFAULT: [Trigger; 3] = [Trigger::Unavailable, Trigger::RateLimited, Trigger::NotFound];
     const DOWN: Cause = Cause::Unavailable(OutageKind::Refused);
 
+    fn failure(cause: Option<Cause>) -> Failure<'static> {
+        let (image, pull_policy) = ("r.test/a", PullPolicy::IfNotPresent);
+        Failure { image, pull_policy, cause, said: "what the kubelet says", may_be_early: false }
+    }
+
+    /// The verdict under the default causes.
     fn verdict(pull_policy: PullPolicy, cause: Option<Cause>, on_denied: bool) -> Verdict {
-        decide("r.test/a", pull_policy, cause, on_denied, &DEFAULT.into())
+        let consent =
+            Consent { salvage_on: &Trigger::DEFAULT.into(), on_denied, repositories: &RepositoryList::default() };
+        decide(Failure { pull_policy, ..failure(cause) }, consent)
+    }
+
+    fn verdict_on(failure: Failure<'_>, salvage_on: &[Trigger]) -> Verdict {
+        let salvage_on = salvage_on.iter().copied().collect();
+        decide(failure, Consent { salvage_on: &salvage_on, on_denied: false, repositories: &RepositoryList::Any })
     }
 
     #[test]
     fn an_image_that_a_registry_cannot_give_is_brought() {
-        for cause in
-            [DOWN, Cause::KnownOutage, Cause::RateLimited, Cause::NotFound, Cause::MissingContent, Cause::NeverPull]
-        {
+        for cause in [
+            DOWN,
+            Cause::KnownOutage,
+            Cause::TokenServer,
+            Cause::Proxy,
+            Cause::RateLimited,
+            Cause::NotFound,
+            Cause::StorageDenied,
+            Cause::BadBytes,
+            Cause::MissingContent,
+        ] {
             let brought = Verdict::Recover("r.test/a".parse().unwrap(), cause);
             assert_eq!(verdict(PullPolicy::IfNotPresent, Some(cause), false), brought);
         }
@@ -150,7 +260,7 @@ mod tests {
 
     #[test]
     fn causes_can_be_left_to_people() {
-        let decide = |cause| decide("a", PullPolicy::IfNotPresent, Some(cause), false, &[Trigger::Unavailable].into());
+        let decide = |cause| verdict_on(failure(Some(cause)), &[Trigger::Unavailable]);
         assert_eq!(decide(Cause::NotFound), Verdict::Leave(Leave::CauseExcluded));
         assert_eq!(decide(Cause::RateLimited), Verdict::Leave(Leave::CauseExcluded));
         assert!(matches!(decide(DOWN), Verdict::Recover(..)));
@@ -167,8 +277,58 @@ mod tests {
 
     #[test]
     fn an_unreadable_name_is_told_by_its_wrong_part() {
-        let told = decide("r.test/A", PullPolicy::IfNotPresent, Some(DOWN), false, &DEFAULT.into());
+        let told = verdict_on(Failure { image: "r.test/A", ..failure(Some(DOWN)) }, &Trigger::DEFAULT);
         let Verdict::Tell(told) = told else { panic!("an unreadable name was accepted") };
         assert!(told.note("r.test/A").contains("the repository"), "{}", told.note("r.test/A"));
+    }
+
+    #[test]
+    fn a_pod_that_never_pulls_gets_its_image_only_where_the_policy_says_so() {
+        let never = Failure { pull_policy: PullPolicy::Never, ..failure(Some(Cause::NeverPull)) };
+        assert_eq!(verdict_on(never, &Trigger::DEFAULT), Verdict::Tell(NotActionable::PullsNever));
+        assert!(matches!(verdict_on(never, &[Trigger::Never]), Verdict::Recover(_, Cause::NeverPull)));
+    }
+
+    #[test]
+    fn an_unlisted_repository_is_told_and_not_brought() {
+        let repositories = RepositoryList::parse("r.test/shop/*").unwrap();
+        let consent = Consent { salvage_on: &Trigger::DEFAULT.into(), on_denied: false, repositories: &repositories };
+        for (image, is_listed) in [("r.test/shop/web:1", true), ("r.test/bank/vault:1", false)] {
+            for cause in [DOWN, Cause::KnownOutage, Cause::MissingContent] {
+                let verdict = decide(Failure { image, ..failure(Some(cause)) }, consent);
+                assert_eq!(matches!(verdict, Verdict::Recover(..)), is_listed, "{image} {cause:?}");
+                assert_eq!(verdict == Verdict::Tell(NotActionable::RepositoryNotListed), !is_listed, "{image}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_local_fault_is_told_with_the_kubelets_words_and_recovers_nothing() {
+        for may_be_early in [false, true] {
+            let verdict = verdict_on(Failure { may_be_early, ..failure(Some(Cause::Local)) }, &Trigger::ALL);
+            assert_eq!(verdict, Verdict::Tell(NotActionable::Local("what the kubelet says".into())));
+        }
+    }
+
+    #[test]
+    fn words_that_cannot_be_read_are_quoted_unless_the_registry_is_known_to_be_down() {
+        let unreadable = failure(Some(Cause::NotUnderstood));
+        let told = Verdict::Tell(NotActionable::NotUnderstood("what the kubelet says".into()));
+        assert_eq!(verdict_on(unreadable, &Trigger::DEFAULT), told);
+        let limited = failure(Some(Cause::KubeletLimit));
+        assert_eq!(verdict_on(limited, &Trigger::DEFAULT), Verdict::Leave(Leave::KubeletLimit));
+        for failure in [unreadable, limited] {
+            let verdict = verdict_on(Failure { may_be_early: true, ..failure }, &Trigger::DEFAULT);
+            assert!(matches!(verdict, Verdict::Recover(_, Cause::KnownOutage)), "{verdict:?}");
+        }
+    }
+
+    #[test]
+    fn a_long_message_is_quoted_by_its_end() {
+        let said = format!("{}: the cause", "frame ".repeat(500));
+        let quoted = quote(&said);
+        assert!(quoted.starts_with("...") && quoted.ends_with(": the cause"), "{quoted}");
+        assert_eq!(quoted.chars().count(), QUOTED + 3);
+        assert_eq!(quote("  short "), "short");
     }
 }

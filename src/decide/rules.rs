@@ -24,7 +24,8 @@ impl Default for Rules {
                 denied_k8s_namespaces: ["kube-system", "kube-public", "kube-node-lease"].map(String::from).into(),
                 denied_selector: None,
                 allowed_selector: None,
-                salvage_on: [Trigger::Unavailable, Trigger::RateLimited, Trigger::NotFound].into(),
+                salvage_on: Trigger::DEFAULT.into(),
+                require_repositories: false,
             },
             budgets: Budgets {
                 concurrent_recoveries: 2,

@@ -84,7 +84,8 @@ impl Salvager {
         pods: Vec<PodRef>,
         went_on: BTreeSet<PodRef>,
     ) {
-        let note = self.tell.recovered_note(reference, recovered);
+        let down_since = self.registries.down_since(&reference.repository().registry, now());
+        let note = self.tell.recovered_note(reference, recovered, down_since);
         tracing::info!(
             %reference, digest = %recovered.root, bytes = recovered.bytes, fetched = recovered.fetched,
             there = recovered.there, took = ?recovered.took, pods = pods.len(), "recovered"

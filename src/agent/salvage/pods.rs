@@ -10,9 +10,9 @@ use std::time::Duration;
 use super::waiting::{Helped, WaitingPod};
 use super::{Done, Salvager, now};
 use crate::agent::notices::Notice;
-use crate::decide::cause::{Cause, cause, image_in_question, is_pending, waits_for_image};
+use crate::decide::cause::{Cause, cause, image_in_question, is_pending, names_another_host, waits_for_image};
 use crate::decide::opt_in::{NotHelped, OddAnnotation, OptIn, Policy};
-use crate::decide::pull_failure::{Leave, Verdict, decide};
+use crate::decide::pull_failure::{Consent, Failure, Leave, NotActionable, Verdict, decide};
 use crate::decide::queue::Joined;
 use crate::model::{ContainerView, PodRef, PodView, PullPolicy};
 use crate::oci::Reference;
@@ -102,7 +102,7 @@ impl Salvager {
         let priority = rules.policy.priority(&view, &mut odd);
         self.complain(&view, odd);
         match opt_in {
-            OptIn::Yes { on_denied } => self.help(&view, Helped { on_denied, priority }),
+            OptIn::Yes { on_denied, repositories } => self.help(&view, &Helped { on_denied, repositories, priority }),
             OptIn::No(reason) => self.do_not_help(&view, reason),
             // Its annotations changed while the API server was asked.
             OptIn::AskOwners => self.ask_permission(&view),
@@ -120,9 +120,9 @@ impl Salvager {
         self.needs_only(&pod.pod, BTreeSet::new());
     }
 
-    fn help(&mut self, pod: &PodView, helped: Helped) {
+    fn help(&mut self, pod: &PodView, helped: &Helped) {
         if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
-            waiting.helped = Some(helped);
+            waiting.helped = Some(helped.clone());
         }
         if self.learn_of_outages(pod) {
             self.look_at_outages();
@@ -136,17 +136,20 @@ impl Salvager {
         if let Some((reference, cause)) = sandbox {
             let image = reference.to_string();
             let cause = self.ledger.learn(&pod.pod, "", &image, Some(cause));
-            needed.extend(self.on_verdict(pod, "", &image, PullPolicy::IfNotPresent, cause, helped));
+            let failure = self.failure(&image, PullPolicy::IfNotPresent, cause, "");
+            needed.extend(self.on_verdict(pod, "", failure, helped));
         }
         self.needs_only(&pod.pod, needed);
     }
 
     /// One container that waits for its image; answers the image if it is to be recovered.
-    fn on_failure(&mut self, pod: &PodView, container: &ContainerView, helped: Helped) -> Option<Reference> {
+    fn on_failure(&mut self, pod: &PodView, container: &ContainerView, helped: &Helped) -> Option<Reference> {
         let (image, policy) = image_in_question(pod, container);
-        let said = container.waiting.as_ref().and_then(cause);
-        let known = self.ledger.learn(&pod.pod, &container.name, image, said);
-        let reference = self.on_verdict(pod, &container.name, image, policy, known, helped)?;
+        let waiting = container.waiting.as_ref();
+        let known = self.ledger.learn(&pod.pod, &container.name, image, waiting.and_then(cause));
+        let said = waiting.map_or("", |waiting| waiting.message.as_str());
+        let failure = self.failure(image, policy, known, said);
+        let reference = self.on_verdict(pod, &container.name, failure, helped)?;
         // The image came while the kubelet was still trying to pull it: it does not look again by itself for a while.
         if self.queue.is_here(&reference) && self.ledger.is_news(&pod.pod, &container.name, image, "nudged") {
             self.spawn_nudge(pod.pod.clone());
@@ -155,10 +158,10 @@ impl Salvager {
     }
 
     /// An image that is not here and that nobody has failed to pull yet.
-    fn on_absence(&mut self, pod: &PodView, image: &str, policy: PullPolicy, helped: Helped) -> Option<Reference> {
-        let registry = image.parse::<Reference>().ok()?.repository().registry.clone();
-        if !self.registries.is_down(&registry, now()) {
-            self.ask_registry(&registry);
+    fn on_absence(&mut self, pod: &PodView, image: &str, policy: PullPolicy, helped: &Helped) -> Option<Reference> {
+        let failure = self.failure(image, policy, Some(Cause::KnownOutage), "");
+        if !failure.may_be_early {
+            self.ask_registry(&image.parse::<Reference>().ok()?.repository().registry);
             return None;
         }
         if self.ledger.is_denied(&pod.pod, image) && !helped.on_denied {
@@ -166,26 +169,32 @@ impl Salvager {
         }
         let of_container = pod.containers.iter().find(|container| container.image == image);
         let name = of_container.map_or("", |container| container.name.as_str());
-        self.on_verdict(pod, name, image, policy, Some(Cause::KnownOutage), helped)
+        self.on_verdict(pod, name, failure, helped)
+    }
+
+    fn failure<'a>(&self, image: &'a str, policy: PullPolicy, cause: Option<Cause>, said: &'a str) -> Failure<'a> {
+        let reference = image.parse::<Reference>();
+        let may_be_early = reference.is_ok_and(|reference| self.registries.may_recover_early(&reference, now()));
+        Failure { image, pull_policy: policy, cause, said, may_be_early }
     }
 
     fn on_verdict(
         &mut self,
         pod: &PodView,
         container: &str,
-        image: &str,
-        policy: PullPolicy,
-        cause: Option<Cause>,
-        helped: Helped,
+        failure: Failure<'_>,
+        helped: &Helped,
     ) -> Option<Reference> {
         let rules = Arc::clone(&self.rules.borrow());
-        match decide(image, policy, cause, helped.on_denied, &rules.policy.salvage_on) {
+        let Helped { on_denied, ref repositories, priority } = *helped;
+        let image = failure.image;
+        match decide(failure, Consent { salvage_on: &rules.policy.salvage_on, on_denied, repositories }) {
             Verdict::Recover(reference, cause) => {
                 if self.ledger.is_news(&pod.pod, container, image, "recover") {
                     self.metrics.pod_failure_seen("recover");
                     tracing::info!(pod = %pod.pod, container, %reference, ?cause, "a pod cannot get its image");
                 }
-                self.want(&reference, pod, container, image, helped.priority);
+                self.want(&reference, pod, container, image, priority);
                 return Some(reference);
             }
             Verdict::Tell(reason) => {
@@ -194,8 +203,12 @@ impl Salvager {
                     let note = reason.note(image);
                     tracing::info!(pod = %pod.pod, container, note, "not actionable");
                     let pods = std::slice::from_ref(&pod.pod);
-                    self.notices.send(Notice::not_recovered(image, ReportKind::NotActionable, pods, &note));
-                    self.spawn_report(pod.pod.clone(), ReportKind::NotActionable, note);
+                    let kind = match reason {
+                        NotActionable::NotUnderstood(_) => ReportKind::NotUnderstood,
+                        _ => ReportKind::NotActionable,
+                    };
+                    self.notices.send(Notice::not_recovered(image, kind, pods, &note));
+                    self.spawn_report(pod.pod.clone(), kind, note);
                 }
             }
             Verdict::Leave(reason) => self.leave(pod, container, image, reason),
@@ -248,19 +261,22 @@ impl Salvager {
     }
 
     /// What the kubelet says of a pull that just failed is news about the registry. Of pods that are helped only: others could name
-    /// registries at will. Whether an outage became known by it.
+    /// registries at will. Whether the message told of a fault of a registry.
     fn learn_of_outages(&mut self, pod: &PodView) -> bool {
         let Some(waiting) = self.waiting.get_mut(&pod.pod) else { return false };
-        let mut news = false;
+        let mut has_news = false;
         let fresh = std::mem::take(&mut waiting.fresh_failures);
         for container in pod.containers.iter().filter(|container| fresh.contains(&container.name)) {
             let (image, _) = image_in_question(pod, container);
             let cause = container.waiting.as_ref().and_then(cause);
             if let (Some(Cause::Unavailable(kind)), Ok(reference)) = (cause, image.parse::<Reference>()) {
-                news |= self.registries.kubelet_failed(&reference.repository().registry, kind, now());
+                let registry = &reference.repository().registry;
+                let said = container.waiting.as_ref().map_or("", |waiting| waiting.message.as_str());
+                self.registries.pull_failed(registry, kind, names_another_host(said, registry), now());
+                has_news = true;
             }
         }
-        news
+        has_news
     }
 
     fn complain(&mut self, pod: &PodView, odd: Vec<OddAnnotation>) {

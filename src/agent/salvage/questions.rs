@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Done, Salvager, now};
-use crate::decide::cause::{cause_in, image_in_question, is_pending, missing_sandbox_image, names_image};
+use crate::decide::cause::{cause_in_event, image_in_question, is_pending, missing_sandbox_image, names_image};
 use crate::model::PodRef;
 use crate::oci::Reference;
 use crate::ports::{ClusterError, KubeletEvent};
@@ -21,15 +21,15 @@ impl Salvager {
 
     /// Looks again at the pods that are helped, or may be, and lack an image whose registry is known to be down now.
     pub(super) fn look_at_outages(&mut self) {
-        let is_down = |image: &str| {
+        let may_be_early = |image: &str| {
             let reference = image.parse::<Reference>();
-            reference.is_ok_and(|reference| self.registries.is_down(&reference.repository().registry, now()))
+            reference.is_ok_and(|reference| self.registries.may_recover_early(&reference, now()))
         };
         let mut concerned = Vec::new();
         for (pod, waiting) in self.waiting.iter().filter(|(_, waiting)| waiting.helped.is_some()) {
             let is_needed = |image: &str| waiting.needed.iter().any(|needed| image.parse().as_ref() == Ok(needed));
             let absent = self.absent_images(&waiting.view);
-            if absent.iter().any(|(image, _)| !is_needed(image) && is_down(image)) {
+            if absent.iter().any(|(image, _)| !is_needed(image) && may_be_early(image)) {
                 concerned.push(pod.clone());
             }
         }
@@ -85,7 +85,7 @@ impl Salvager {
             for container in waiting.view.containers.iter().filter(|container| about == Some(container.name.as_str())) {
                 let (image, _) = image_in_question(&waiting.view, container);
                 if names_image(&event.message, image) {
-                    self.ledger.learn(pod, &container.name, image, cause_in(&event.message));
+                    self.ledger.learn(pod, &container.name, image, cause_in_event(&event.message));
                 }
             }
         }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use crate::decide::cause::{Cause, cause, is_pending, waits_for_image};
+use crate::decide::repositories::RepositoryList;
 use crate::model::{ContainerKind, ContainerView, PodView};
 use crate::oci::Reference;
 
@@ -38,10 +39,12 @@ pub(super) struct WaitingPod {
 }
 
 /// How a pod is helped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Helped {
     /// Also where the registry denies the image.
     pub(super) on_denied: bool,
+    /// What it may have.
+    pub(super) repositories: RepositoryList,
     /// How urgent it is.
     pub(super) priority: i64,
 }

@@ -8,13 +8,13 @@ use crate::model::{ContainerKind, ContainerView, ImageVolume, Outage, OutageKind
 use crate::ports::{KubeletEvent, RegistryError, ReportKind};
 
 /// A pod that the kubelet has not come to yet.
-fn pending(name: &str, image: &str) -> PodView {
+pub(super) fn pending(name: &str, image: &str) -> PodView {
     let mut pod = failing(name, image, "");
     pod.containers[0].waiting = Some(Waiting { reason: "ContainerCreating".into(), message: String::new() });
     pod
 }
 
-fn waiting(reason: &str, message: &str) -> Option<Waiting> {
+pub(super) fn waiting(reason: &str, message: &str) -> Option<Waiting> {
     Some(Waiting { reason: reason.into(), message: message.into() })
 }
 
@@ -30,6 +30,9 @@ async fn a_new_pod_gets_its_image_before_the_kubelet_fails_once_the_registry_is_
     watch.rest().await;
     assert!(watch.outages.borrow().is_empty(), "anybody could name registries");
     watch.sees(failing("other", "r.test/other:1", REFUSED)).await;
+    watch.rest().await;
+    assert!(harbour.record_names().await.is_empty(), "one failed pull decides no tag");
+    watch.sees(failing("another", "r.test/another:1", REFUSED)).await;
     assert_eq!(watch.nudged().await, "early");
     assert!(harbour.record_names().await.contains(&IMAGE.to_owned()));
     let told = watch.outages.borrow().clone();
@@ -41,10 +44,11 @@ async fn a_new_pod_gets_its_image_before_the_kubelet_fails_once_the_registry_is_
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_peer_knows_of_a_registry_is_enough_unless_it_answers_here() {
-    for (answers_here, expected) in [(false, true), (true, false)] {
+async fn what_a_peer_knows_of_a_registry_is_enough_for_a_digest_unless_it_answers_here() {
+    for (answers_here, is_digest, expected) in [(false, true, true), (true, true, false), (false, false, false)] {
         let harbour = Harbour::new();
-        harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+        let root = harbour.peer_with(1, IMAGE, Behaviour::Honest).await.root.digest;
+        let image = if is_digest { format!("r.test/shop/checkout@{root}") } else { IMAGE.to_owned() };
         if answers_here {
             harbour.registry.put_registry("r.test");
         }
@@ -53,9 +57,10 @@ async fn what_a_peer_knows_of_a_registry_is_enough_unless_it_answers_here() {
         harbour.holders.apply(MeshEvent::Changed(peer(1), vec![ContentChange::Added(Item::Outage(outage))]));
         // Time to ask the registry.
         tokio::time::sleep(std::time::Duration::from_secs(5)).await;
-        watch.sees(pending("early", IMAGE)).await;
+        watch.sees(pending("early", &image)).await;
         watch.rest().await;
-        assert_eq!(!harbour.record_names().await.is_empty(), expected, "it answers here: {answers_here}");
+        let is_here = !harbour.record_names().await.is_empty();
+        assert_eq!(is_here, expected, "it answers here: {answers_here}, a digest: {is_digest}");
         assert!(watch.outages.borrow().is_empty(), "hearsay is not passed on as seen");
         watch.stop().await;
     }
@@ -64,7 +69,7 @@ async fn what_a_peer_knows_of_a_registry_is_enough_unless_it_answers_here() {
 #[tokio::test(start_paused = true)]
 async fn a_registry_that_answered_before_and_does_not_now_is_down() {
     let harbour = Harbour::new();
-    harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+    let root = harbour.peer_with(1, IMAGE, Behaviour::Honest).await.root.digest;
     harbour.registry.put_registry("r.test");
     let watch = Watch::start(&harbour);
     watch.sees(pending("first", "r.test/other:1")).await;
@@ -72,12 +77,18 @@ async fn a_registry_that_answered_before_and_does_not_now_is_down() {
     let down = RegistryError::Down { registry: "r.test".into(), kind: OutageKind::TimedOut };
     harbour.registry.set_failure("r.test", Some(down));
     tokio::time::sleep(std::time::Duration::from_secs(40)).await;
-    watch.sees(pending("early", IMAGE)).await;
+    watch.sees(pending("by tag", IMAGE)).await;
     watch.rest().await;
-    assert!(!harbour.record_names().await.is_empty());
+    assert!(harbour.record_names().await.is_empty(), "no pull has failed, so the kubelet tries the tag first");
+    watch.sees(pending("by digest", &format!("r.test/shop/checkout@{root}"))).await;
+    watch.rest().await;
+    assert_eq!(harbour.record_names().await.len(), 1);
+    watch.sees(failing("failed", "r.test/other:1", REFUSED)).await;
+    watch.rest().await;
+    assert!(harbour.record_names().await.contains(&IMAGE.to_owned()), "a failed pull and a question without an answer");
     assert_eq!(watch.outages.borrow().len(), 1);
     harbour.registry.set_failure("r.test", None);
-    tokio::time::sleep(std::time::Duration::from_secs(20)).await;
+    tokio::time::sleep(std::time::Duration::from_secs(30)).await;
     assert!(watch.outages.borrow().is_empty(), "it is back, and peers are told");
     watch.stop().await;
 }
@@ -116,23 +127,21 @@ async fn an_agent_that_starts_in_the_middle_finds_the_cause_in_the_pods_events()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_denial_among_the_events_wins_over_what_was_said_later() {
+async fn a_denial_among_the_events_ends_with_a_later_failure_of_the_registry() {
     let harbour = Harbour::new();
     harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
     let mut silent = failing("p", IMAGE, "");
     silent.containers[0].waiting = waiting("ImagePullBackOff", &format!("Back-off pulling image \"{IMAGE}\""));
-    for text in ["403 Forbidden", REFUSED] {
-        let message = format!("Failed to pull image \"{IMAGE}\": {text}");
-        let event = KubeletEvent { reason: "Failed".into(), container: Some("c".into()), message };
-        harbour.cluster.put_kubelet_event(&silent.pod, event);
-    }
-    let watch = Watch::start(&harbour);
+    let message = format!("Failed to pull image \"{IMAGE}\": 403 Forbidden");
+    let event = KubeletEvent { reason: "Failed".into(), container: Some("c".into()), message };
+    harbour.cluster.put_kubelet_event(&silent.pod, event);
+    let mut watch = Watch::start(&harbour);
     watch.sees(silent.clone()).await;
     tokio::time::sleep(std::time::Duration::from_secs(5)).await;
-    watch.sees(PodView { containers: failing("p", IMAGE, REFUSED).containers, ..silent }).await;
-    watch.rest().await;
     assert_eq!(reports(&harbour), [("p".to_owned(), ReportKind::NotActionable)]);
     assert!(harbour.record_names().await.is_empty());
+    watch.sees(PodView { containers: failing("p", IMAGE, REFUSED).containers, ..silent }).await;
+    assert_eq!(watch.nudged().await, "p");
     watch.stop().await;
 }
 
@@ -305,6 +314,7 @@ async fn a_kubelet_that_fails_after_the_image_has_come_is_nudged_once_more() {
     harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
     let mut watch = Watch::start(&harbour);
     watch.sees(failing("other", "r.test/other:1", REFUSED)).await;
+    watch.sees(failing("another", "r.test/another:1", REFUSED)).await;
     watch.sees(pending("queued", IMAGE)).await;
     assert_eq!(watch.nudged().await, "queued");
     watch.rest().await;

@@ -27,12 +27,13 @@ fn policy() -> Policy {
         denied_selector: None,
         allowed_selector: None,
         salvage_on: [Trigger::Unavailable].into(),
+        require_repositories: false,
     }
 }
 
 const ALLOW_IT: (&str, &str) = ("lighterman.dev/allow", "true");
 const SALVAGE: (&str, &str) = ("lighterman.dev/auto-salvage", "true");
-const YES: OptIn = OptIn::Yes { on_denied: false };
+const YES: OptIn = OptIn::Yes { on_denied: false, repositories: RepositoryList::Any };
 
 fn asked(policy: &Policy, pod: &PodView, namespace: &[(&str, &str)]) -> (OptIn, Vec<OddAnnotation>) {
     let mut odd = Vec::new();
@@ -116,10 +117,27 @@ fn owners_are_asked_only_where_the_pod_says_nothing_and_the_nearest_that_speaks_
 #[test]
 fn a_denial_is_ignored_where_the_namespace_or_the_rules_say_so() {
     let namespace = [ALLOW_IT, ("lighterman.dev/salvage-on-denied", "true")];
-    let on_denied = OptIn::Yes { on_denied: true };
+    let on_denied = OptIn::Yes { on_denied: true, repositories: RepositoryList::Any };
     assert_eq!(asked(&policy(), &pod("shop", &[SALVAGE]), &namespace).0, on_denied);
     let everywhere = Policy { salvage_on: Trigger::ALL.into(), ..policy() };
     assert_eq!(asked(&everywhere, &pod("shop", &[SALVAGE]), &[ALLOW_IT]).0, on_denied);
+}
+
+#[test]
+fn a_namespace_may_list_repositories_and_a_policy_may_require_the_list() {
+    let list = |policy: &Policy, namespace: &[(&str, &str)]| match asked(policy, &pod("shop", &[SALVAGE]), namespace) {
+        (OptIn::Yes { repositories, .. }, odd) => (repositories, odd.len()),
+        (other, _) => panic!("{other:?}"),
+    };
+    let strict = Policy { require_repositories: true, ..policy() };
+    let listed = ("tote.dev/repositories", "r.test/shop/*");
+    let unreadable = ("lighterman.dev/repositories", "r.test/shop/*,shop web");
+    let shop = RepositoryList::parse("r.test/shop/*").unwrap();
+    assert_eq!(list(&policy(), &[ALLOW_IT]), (RepositoryList::Any, 0));
+    assert_eq!(list(&strict, &[ALLOW_IT]), (RepositoryList::none(), 0));
+    assert_eq!(list(&policy(), &[ALLOW_IT, listed]), (shop.clone(), 0));
+    assert_eq!(list(&strict, &[ALLOW_IT, listed]), (shop, 0));
+    assert_eq!(list(&policy(), &[ALLOW_IT, unreadable]), (RepositoryList::none(), 1), "a mistake permits nothing");
 }
 
 #[test]

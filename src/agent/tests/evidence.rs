@@ -1,0 +1,109 @@
+//! What counts as an outage of a registry, and what a pod may have while one lasts.
+
+use super::needs::{pending, waiting};
+use super::salvaging::{REFUSED, Watch, failing, reports};
+use super::*;
+use crate::ports::ReportKind;
+
+/// Messages of faults that are no registry's, and of a registry that sent wrong bytes.
+const NO_OUTAGE: [&str; 4] = [
+    "failed to pull and unpack image \"r.test/other:1\": failed to extract layer sha256:44: unexpected EOF",
+    "rpc error: code = Unavailable desc = error reading from server: EOF",
+    "failed to pull and unpack image \"r.test/other:1\": failed commit on ref \"layer-sha256:44\": unexpected commit digest sha256:45, \
+     expected sha256:44: failed precondition",
+    "pull QPS exceeded",
+];
+
+#[tokio::test(start_paused = true)]
+async fn a_fault_of_this_node_is_no_outage_of_a_registry_and_decides_no_tag() {
+    for message in NO_OUTAGE {
+        let harbour = Harbour::new();
+        harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+        let watch = Watch::start(&harbour);
+        watch.sees(failing("one", "r.test/other:1", message)).await;
+        watch.sees(failing("two", "r.test/other:2", message)).await;
+        watch.sees(pending("early", IMAGE)).await;
+        watch.rest().await;
+        assert!(harbour.record_names().await.is_empty(), "{message}");
+        assert!(watch.outages.borrow().is_empty(), "nothing is announced: {message}");
+        watch.stop().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pull_through_containerd_ends_the_outage_and_a_recovery_does_not() {
+    let harbour = Harbour::new();
+    harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+    harbour.peer_with(2, "r.test/other:1", Behaviour::Honest).await;
+    let watch = Watch::start(&harbour);
+    watch.rest().await;
+    watch.names_in.send_replace(Some(Arc::default()));
+    for (pod, image) in [("one", "r.test/other:1"), ("two", "r.test/other:2")] {
+        watch.sees(failing(pod, image, REFUSED)).await;
+    }
+    watch.rest().await;
+    let recovered: std::collections::BTreeSet<_> = harbour.record_names().await.into_iter().collect();
+    assert!(recovered.contains("r.test/other:1"));
+    watch.names_in.send_replace(Some(Arc::new(recovered.clone())));
+    watch.rest().await;
+    assert_eq!(watch.outages.borrow().len(), 1, "the agent wrote these names itself");
+    let pulled = recovered.into_iter().chain(["r.test/pulled:1".to_owned()]).collect();
+    watch.names_in.send_replace(Some(Arc::new(pulled)));
+    watch.rest().await;
+    assert!(watch.outages.borrow().is_empty(), "a pull succeeded");
+    watch.sees(pending("early", IMAGE)).await;
+    watch.rest().await;
+    assert!(!harbour.record_names().await.contains(&IMAGE.to_owned()), "the kubelet tries first");
+    watch.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_that_cannot_be_read_is_told_once_with_its_text() {
+    let harbour = Harbour::new();
+    harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+    let watch = Watch::start(&harbour);
+    for reason in ["ErrImagePull", "ImagePullBackOff", "ErrImagePull"] {
+        let mut pod = failing("p", IMAGE, "");
+        pod.containers[0].waiting = waiting(reason, "the moon is in the wrong house");
+        watch.sees(pod).await;
+    }
+    watch.rest().await;
+    let reports = harbour.cluster.reports();
+    assert_eq!(reports.len(), 1, "{reports:?}");
+    assert_eq!(reports[0].1.kind, ReportKind::NotUnderstood);
+    assert!(reports[0].1.note.contains("the moon is in the wrong house"), "{}", reports[0].1.note);
+    assert!(harbour.record_names().await.is_empty());
+    watch.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tags_event_says_what_it_was_taken_for_since_when_and_that_the_registry_was_not_asked() {
+    let harbour = Harbour::new();
+    let root = harbour.peer_with(1, IMAGE, Behaviour::Honest).await.root.digest;
+    let mut watch = Watch::start(&harbour);
+    watch.sees(failing("p", IMAGE, REFUSED)).await;
+    assert_eq!(watch.nudged().await, "p");
+    watch.rest().await;
+    let note = harbour.cluster.reports()[0].1.note.clone();
+    for said in [root.to_string().as_str(), "its registry was not asked", "has failed since "] {
+        assert!(note.contains(said), "{said}: {note}");
+    }
+    watch.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_gets_only_what_its_namespaces_list_of_repositories_has() {
+    let harbour = Harbour::new();
+    harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+    harbour.peer_with(2, "r.test/bank/vault:1", Behaviour::Honest).await;
+    let listed = [("lighterman.dev/allow", "true"), ("lighterman.dev/repositories", "r.test/shop/*")];
+    harbour.cluster.put_namespace("shop", &listed);
+    let watch = Watch::start(&harbour);
+    watch.sees(failing("thief", "r.test/bank/vault:1", REFUSED)).await;
+    watch.sees(failing("honest", IMAGE, REFUSED)).await;
+    watch.rest().await;
+    let names = harbour.record_names().await;
+    assert!(names.contains(&IMAGE.to_owned()) && !names.iter().any(|name| name.contains("vault")), "{names:?}");
+    assert!(reports(&harbour).contains(&("thief".to_owned(), ReportKind::NotActionable)));
+    watch.stop().await;
+}

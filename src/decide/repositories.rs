@@ -1,0 +1,182 @@
+//! Which repositories the pods of a namespace may have recovered: the namespace's annotation
+//! `PREFIX/repositories`.
+//!
+//! Opt-in says that pods of a namespace are recovered; this list says what. A pod's author may name
+//! any image, and the nodes hold images of every tenant: without a list, a pod whose registry is
+//! down gets whatever its nodes hold under the repository it names.
+
+use std::fmt;
+
+use crate::oci::Repository;
+
+/// Most globs of one namespace. The API server bounds all annotations of an object to 256 KiB; a
+/// namespace uses a handful of repositories.
+const MAX_GLOBS: usize = 64;
+
+/// Longest glob: a registry's name (253 bytes and a port) and a repository's path (255 bytes).
+const MAX_GLOB: usize = 520;
+
+/// The repositories that pods of one namespace may have recovered.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum RepositoryList {
+    /// The namespace has no list and needs none.
+    #[default]
+    Any,
+    /// These, and no others. Empty where a list is required and absent, or cannot be read.
+    Only(Vec<Glob>),
+}
+
+/// A repository in full (`docker.io/library/nginx`), in which `*` stands for any characters but
+/// `/`, and `**` for any.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Glob(String);
+
+/// A list that cannot be read. It permits nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadList {
+    /// The part that is wrong, shortened.
+    pub part: String,
+}
+
+impl RepositoryList {
+    /// Reads the annotation: globs with commas between.
+    ///
+    /// # Errors
+    /// [`BadList`] names the first part that is no glob of a repository, or the first beyond 64.
+    pub fn parse(text: &str) -> Result<Self, BadList> {
+        let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+        let globs: Vec<_> = parts.take(MAX_GLOBS + 1).map(Glob::parse).collect::<Result<_, _>>()?;
+        match globs.get(MAX_GLOBS) {
+            Some(Glob(beyond)) => Err(BadList::new(beyond)),
+            None => Ok(Self::Only(globs)),
+        }
+    }
+
+    /// The list that permits nothing.
+    pub fn none() -> Self {
+        Self::Only(Vec::new())
+    }
+
+    /// Whether an image of this repository may be recovered.
+    pub fn allows(&self, repository: &Repository) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Only(globs) => {
+                let name = repository.to_string();
+                globs.iter().any(|Glob(glob)| matches(glob.as_bytes(), name.as_bytes()))
+            }
+        }
+    }
+}
+
+impl Glob {
+    fn parse(text: &str) -> Result<Self, BadList> {
+        let is_known = |c: char| c.is_ascii_alphanumeric() || "*/.-_:[]".contains(c);
+        // The registry stands in front, or `nginx` would look as if it matched Docker Hub's.
+        let is_glob = text.len() <= MAX_GLOB && text.chars().all(is_known) && (text.contains('/') || text == "**");
+        if is_glob { Ok(Self(text.to_owned())) } else { Err(BadList::new(text)) }
+    }
+}
+
+impl fmt::Display for Glob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl BadList {
+    fn new(part: &str) -> Self {
+        Self { part: part.chars().take(40).collect() }
+    }
+}
+
+/// The place behind a star, and how much of the text the star has taken.
+type Resume = Option<(usize, usize)>;
+
+/// Whether the glob matches all of the text. The work is bounded by the product of both lengths
+/// (270 000 steps): of several stars only the last one and the last double one are tried again.
+fn matches(glob: &[u8], text: &[u8]) -> bool {
+    let (mut g, mut t) = (0, 0);
+    // Where to go on when the rest does not match: behind the star, with one more byte taken by it.
+    let (mut single, mut double): (Resume, Resume) = (None, None);
+    while t < text.len() {
+        if glob[g..].starts_with(b"**") {
+            (g, double, single) = (g + 2, Some((g + 2, t)), None);
+        } else if glob.get(g) == Some(&b'*') {
+            (g, single) = (g + 1, Some((g + 1, t)));
+        } else if glob.get(g) == Some(&text[t]) {
+            (g, t) = (g + 1, t + 1);
+        } else if let Some((after, taken)) = single.filter(|(_, taken)| text[*taken] != b'/') {
+            (g, t, single) = (after, taken + 1, Some((after, taken + 1)));
+        } else if let Some((after, taken)) = double {
+            (g, t, double, single) = (after, taken + 1, Some((after, taken + 1)), None);
+        } else {
+            return false;
+        }
+    }
+    glob[g..].iter().all(|byte| *byte == b'*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oci::Reference;
+
+    fn allows(list: &str, image: &str) -> bool {
+        let reference: Reference = image.parse().unwrap();
+        RepositoryList::parse(list).unwrap().allows(reference.repository())
+    }
+
+    #[test]
+    fn a_star_stays_within_one_part_of_the_path_and_two_cross_it() {
+        for (list, image, expected) in [
+            ("r.test/shop/web", "r.test/shop/web:1", true),
+            ("r.test/shop/web", "r.test/shop/web2:1", false),
+            ("r.test/shop/*", "r.test/shop/web:1", true),
+            ("r.test/shop/*", "r.test/shop/web/debug:1", false),
+            ("r.test/shop/**", "r.test/shop/web/debug:1", true),
+            ("r.test/shop/*", "r.test/bank/vault:1", false),
+            ("r.test/*/web", "r.test/shop/web:1", true),
+            ("r.test/*/web", "r.test/a/b/web:1", false),
+            ("**/web", "r.test/a/b/web:1", true),
+            ("**/a*/web", "r.test/ax/b/ay/web:1", true),
+            ("r.test/a*b*c", "r.test/abbcbc:1", true),
+            ("r.test/shop/*", "r.test:5000/shop/web:1", false),
+            ("r.test:5000/shop/*", "r.test:5000/shop/web:1", true),
+            ("docker.io/library/*", "nginx", true),
+            ("r.test/x, docker.io/library/nginx", "nginx:1", true),
+            ("**", "r.test/bank/vault:1", true),
+            ("", "r.test/bank/vault:1", false),
+        ] {
+            assert_eq!(allows(list, image), expected, "{list} {image}");
+        }
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_read_is_an_error_that_names_the_part() {
+        for (list, part) in [("nginx", "nginx"), ("r.test/a,r.test/b c", "r.test/b c"), ("r.test/ü", "r.test/ü")] {
+            assert_eq!(RepositoryList::parse(list), Err(BadList { part: part.into() }), "{list}");
+        }
+        let many: Vec<_> = (0..=MAX_GLOBS).map(|number| format!("r.test/{number}")).collect();
+        assert!(RepositoryList::parse(&many.join(",")).is_err());
+        assert!(RepositoryList::parse(&many[1..].join(",")).is_ok());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_glob_matches_as_its_slow_definition(glob in "[ab/*]{0,8}", text in "[ab/]{0,8}") {
+            fn slow(glob: &[u8], text: &[u8]) -> bool {
+                match glob {
+                    [] => text.is_empty(),
+                    [b'*', b'*', rest @ ..] => (0..=text.len()).any(|taken| slow(rest, &text[taken..])),
+                    [b'*', rest @ ..] => {
+                        let part = text.iter().position(|byte| *byte == b'/').unwrap_or(text.len());
+                        (0..=part).any(|taken| slow(rest, &text[taken..]))
+                    }
+                    [byte, rest @ ..] => text.first() == Some(byte) && slow(rest, &text[1..]),
+                }
+            }
+            proptest::prop_assert_eq!(matches(glob.as_bytes(), text.as_bytes()), slow(glob.as_bytes(), text.as_bytes()));
+        }
+    }
+}
