@@ -267,6 +267,7 @@ impl Salvager {
         }
         self.registries.publish(now);
         self.suspect_sandboxes(now);
+        self.suspect_stalls(now);
         self.ask_kubelet_where_due(now);
         self.delete_where_due(now);
     }

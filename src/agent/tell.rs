@@ -106,6 +106,7 @@ impl Tell {
             ReportKind::Failed => " It is tried again.",
             ReportKind::NotActionable
             | ReportKind::NotUnderstood
+            | ReportKind::Stalled
             | ReportKind::Salvaged
             | ReportKind::Removed
             | ReportKind::DryRun => "",

@@ -7,6 +7,7 @@ use clap::{ArgAction, Args, ValueEnum};
 
 use crate::decide::bucket::MIN_RATE;
 use crate::decide::opt_in::Trigger;
+use crate::decide::rules::STALLED_AFTER;
 use crate::decide::selector::{Selector, SelectorError};
 use crate::decide::tag::TagPolicy;
 use crate::model::{NodeName, PeerId, Zone};
@@ -195,6 +196,10 @@ pub struct AgentArgs {
     /// The file with the secret that messages to the webhook are signed with
     #[arg(long, env = "LIGHTERMAN_WEBHOOK_SECRET_FILE", value_name = "PATH", requires = "webhook_url")]
     pub(super) webhook_secret_file: Option<PathBuf>,
+
+    /// Seconds after which a pull that has not ended counts as stalled: its image is recovered meanwhile, and the pod is told; 0 for never
+    #[arg(long, env = "LIGHTERMAN_STALLED_AFTER", value_name = "SECONDS", default_value_t = STALLED_AFTER.as_secs(), value_parser = clap::value_parser!(u64).range(..=86_400))]
+    pub(super) stalled_after: u64,
 
     /// Delete a pod that still waits 30 s after its image has come, if something makes it again; the agent needs the right to
     #[arg(long, env = "LIGHTERMAN_DELETE_PODS")]

@@ -36,6 +36,8 @@ pub enum Cause {
     Local,
     /// Nothing has failed yet, but the registry is known to be down and the image is not here.
     KnownOutage,
+    /// The kubelet has been pulling for so long that the pull counts as stalled.
+    Stalled,
     /// The message says why and this program cannot read it.
     NotUnderstood,
 }
@@ -99,6 +101,12 @@ pub fn cause(waiting: &Waiting) -> Option<Cause> {
 /// Reads the cause out of an Event of the kubelet, where the Event is about a failed pull.
 pub fn cause_in_event(message: &str) -> Option<Cause> {
     message.starts_with("Failed to pull image").then(|| message::read(message)).flatten()
+}
+
+/// Whether an Event of the kubelet says that the kubelet begins to pull the image, or to wait for
+/// its turn: the kubelet writes the Event before the pull joins its queue.
+pub fn is_pulling(message: &str, image: &str) -> bool {
+    message.starts_with("Pulling image") && names_image(message, image)
 }
 
 /// Whether a message about a failed pull names another host than the registry's own, as where
@@ -211,7 +219,7 @@ mod tests {
             Some(Cause::MissingContent) => reading == "missing-content",
             Some(Cause::KubeletLimit | Cause::Local) => reading == "local",
             Some(Cause::NotUnderstood) => reading == "unknown",
-            Some(Cause::NeverPull | Cause::KnownOutage) | None => false,
+            Some(Cause::NeverPull | Cause::KnownOutage | Cause::Stalled) | None => false,
         }
     }
 

@@ -35,8 +35,10 @@ impl Ledger {
     /// pod cannot change, until a later pull fails for another reason.
     pub fn learn(&mut self, pod: &PodRef, container: &str, image: &str, cause: Option<Cause>) -> Option<Cause> {
         let entry = self.entry(pod, container, image);
-        let says_nothing_of_the_registry =
-            matches!(cause, Some(Cause::KubeletLimit | Cause::Local | Cause::NotUnderstood | Cause::KnownOutage));
+        let says_nothing_of_the_registry = matches!(
+            cause,
+            Some(Cause::KubeletLimit | Cause::Local | Cause::NotUnderstood | Cause::KnownOutage | Cause::Stalled)
+        );
         let keeps = match entry.cause {
             Some(Cause::Denied) => says_nothing_of_the_registry,
             Some(_) => cause == Some(Cause::KubeletLimit),

@@ -6,6 +6,7 @@
 //! ([`super::queue`]).
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use super::cause::Cause;
 use super::opt_in::{NotHelped, Trigger};
@@ -77,10 +78,27 @@ pub enum NotActionable {
     RepositoryNotListed,
     /// The image's name.
     Unreadable(ReferenceError),
+    /// The pull does not end, and the tag is its registry's to decide while no pull has failed.
+    Stalled,
+    /// The image is here, and the kubelet asks the registry all the same.
+    VerifiesCredentials,
     /// The fault is this node's. With the kubelet's words.
     Local(String),
     /// The kubelet's words, which this program cannot read.
     NotUnderstood(String),
+}
+
+/// What to tell of a pull that does not end.
+pub const STALLED: &str = "The kubelet waits for a pull that does not end, and this node's later pulls wait behind it. containerd ends a \
+     pull that receives nothing for image_pull_progress_timeout (5 min by default); the pod goes on then.";
+
+/// Whether the kubelet refuses an image that is on its node: the image came, or was here, so long
+/// ago that a kubelet which only looks for the image would have started the container, and pulls of
+/// it still fail.
+///
+/// A nudged kubelet looks within a second, and a busy one needs some more to start the container.
+pub fn verifies_credentials(pull_policy: PullPolicy, since_it_came: Duration) -> bool {
+    pull_policy == PullPolicy::IfNotPresent && since_it_came >= Duration::from_secs(30)
 }
 
 /// Decides on one image that a pod lacks and that pod's owners want recovered.
@@ -99,6 +117,9 @@ pub fn decide(failure: Failure<'_>, consent: Consent<'_>) -> Verdict {
         Some(Cause::NotUnderstood) => return Verdict::Tell(NotActionable::NotUnderstood(quote(said))),
         Some(Cause::Local) => return Verdict::Tell(NotActionable::Local(quote(said))),
         Some(Cause::Denied) if !on_denied => return Verdict::Tell(NotActionable::Denied),
+        Some(Cause::Stalled) if !may_be_early && matches!(reference, Reference::Tag(..)) => {
+            return Verdict::Tell(NotActionable::Stalled);
+        }
         Some(Cause::NeverPull) if !salvage_on.contains(&Trigger::Never) => {
             return Verdict::Tell(NotActionable::PullsNever);
         }
@@ -121,7 +142,7 @@ pub fn decide(failure: Failure<'_>, consent: Consent<'_>) -> Verdict {
 /// What the rules call the cause; `None` where they have no say, or had theirs before.
 fn trigger(cause: Cause) -> Option<Trigger> {
     match cause {
-        Cause::Unavailable(_) | Cause::TokenServer | Cause::KnownOutage => Some(Trigger::Unavailable),
+        Cause::Unavailable(_) | Cause::TokenServer | Cause::KnownOutage | Cause::Stalled => Some(Trigger::Unavailable),
         Cause::RateLimited => Some(Trigger::RateLimited),
         Cause::NotFound => Some(Trigger::NotFound),
         Cause::BadBytes => Some(Trigger::BadBytes),
@@ -172,6 +193,15 @@ impl NotActionable {
                  (or the policy requires the annotation, and the namespace has none)."
             ),
             Self::Unreadable(error) => format!("Cannot look for {image}: {error}."),
+            Self::Stalled => format!(
+                "{STALLED} {image} names a tag, which its registry decides while no pull of it has failed, so peers are not asked yet. \
+                 An image that is named by its digest is brought at once."
+            ),
+            Self::VerifiesCredentials => format!(
+                "{image} is on this node, and the kubelet asks its registry all the same: from Kubernetes 1.35 on the kubelet verifies the \
+                 pod's credentials for an image that a pull secret was needed for (imagePullCredentialsVerificationPolicy in the kubelet's \
+                 configuration). The pod starts when the registry answers, or when the policy does not ask for this image."
+            ),
             Self::Local(said) => format!(
                 "The pull of {image} failed on this node, not at the registry. The kubelet tries again; what has to be mended is what it \
                  names: {said}"
@@ -190,6 +220,8 @@ impl NotActionable {
             Self::PullsNever => "pulls_never",
             Self::RepositoryNotListed => "repository_not_listed",
             Self::Unreadable(_) => "unreadable",
+            Self::Stalled => "stalled",
+            Self::VerifiesCredentials => "verifies_credentials",
             Self::Local(_) => "local_fault",
             Self::NotUnderstood(_) => "not_understood",
         }
@@ -308,6 +340,18 @@ mod tests {
             let verdict = verdict_on(Failure { may_be_early, ..failure(Some(Cause::Local)) }, &Trigger::ALL);
             assert_eq!(verdict, Verdict::Tell(NotActionable::Local("what the kubelet says".into())));
         }
+    }
+
+    #[test]
+    fn a_stalled_pull_brings_a_digest_and_leaves_a_tag_to_its_registry_until_a_pull_has_failed() {
+        let digest = format!("r.test/a@{}", crate::oci::Digest::of(b"a"));
+        let stalled = |image, may_be_early| {
+            let failure = Failure { image, may_be_early, ..failure(Some(Cause::Stalled)) };
+            verdict_on(failure, &Trigger::DEFAULT)
+        };
+        assert!(matches!(stalled(&digest, false), Verdict::Recover(_, Cause::Stalled)));
+        assert_eq!(stalled("r.test/a:1", false), Verdict::Tell(NotActionable::Stalled));
+        assert!(matches!(stalled("r.test/a:1", true), Verdict::Recover(_, Cause::Stalled)));
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! Not here: reading it from flags or a file (`crate::config`), and deciding by it ([`super::opt_in`], [`super::pull_failure`], [`super::plan`]).
 
+use std::time::Duration;
+
 use super::opt_in::{Policy, Trigger};
 use super::tag::TagPolicy;
 
@@ -86,13 +88,24 @@ pub struct ResolveSettings {
 }
 
 /// How recoveries are carried out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Manner {
     /// Only decide and report.
     pub dry_run: bool,
     /// Delete a pod that still waits although its image is here, if something will make it again.
     pub delete_pods: bool,
+    /// How long a pull may take before it counts as stalled; `None` for ever.
+    pub stalled_after: Option<Duration>,
 }
+
+impl Default for Manner {
+    fn default() -> Self {
+        Self { dry_run: false, delete_pods: false, stalled_after: Some(STALLED_AFTER) }
+    }
+}
+
+/// Longer than all but the largest images take, and less than half of the 5 min after which containerd ends a pull that receives nothing.
+pub const STALLED_AFTER: Duration = Duration::from_secs(120);
 
 #[cfg(test)]
 mod tests {

@@ -127,6 +127,8 @@ pub enum ReportKind {
     NotActionable,
     /// No peer holds the image under this name; we wait for one.
     NoProvider,
+    /// A pull does not end; the note says what the pod waits for and until when.
+    Stalled,
     /// The kubelet's words about a failed pull cannot be read; the note quotes them.
     NotUnderstood,
     /// The record of an image that nobody can mend was removed, so that the kubelet pulls it anew.
@@ -143,6 +145,7 @@ impl ReportKind {
             Self::Failed => "ImageSalvageFailed",
             Self::NotActionable => "ImageNotActionable",
             Self::NoProvider => "ImageNoProvider",
+            Self::Stalled => "ImagePullStalled",
             Self::NotUnderstood => "ImageFailureNotUnderstood",
             Self::Removed => "ImageRecordRemoved",
             Self::DryRun => "ImageSalvageDryRun",

@@ -9,6 +9,7 @@ use super::{Done, Salvager, now};
 use crate::agent::notices::Notice;
 use crate::agent::recover::{Found, RecoverError, Recovered};
 use crate::decide::cause::{image_in_question, waits_for_image};
+use crate::decide::pull_failure::{NotActionable, verifies_credentials};
 use crate::decide::queue::End;
 use crate::metrics::Outcome;
 use crate::model::{PodRef, PodView};
@@ -99,12 +100,42 @@ impl Salvager {
             }
         }
         for pod in pods {
+            if recovered.fetched == 0 && self.verifies_credentials(&pod, reference) {
+                self.tell_of_verification(&pod, reference);
+                continue;
+            }
             self.spawn_nudge(pod.clone());
             self.note_nudge(&pod, reference);
             self.note_import(&pod);
             if recovered.fetched > 0 {
                 self.spawn_report(pod, ReportKind::Salvaged, note.clone());
             }
+        }
+    }
+
+    /// Whether the pod's kubelet pulls an image that has been here for a while.
+    fn verifies_credentials(&self, pod: &PodRef, reference: &Reference) -> bool {
+        let Some(waiting) = self.waiting.get(pod) else { return false };
+        // The kubelet has to have said something since: a nudge that was lost explains the rest.
+        let Some(imported) = waiting.imported.filter(|imported| waiting.came > *imported) else { return false };
+        let since = now().saturating_duration_since(imported);
+        let view = &waiting.view;
+        view.containers.iter().filter(|container| waits_for_image(container)).any(|container| {
+            let (image, policy) = image_in_question(view, container);
+            image.parse::<Reference>().is_ok_and(|named| named == *reference) && verifies_credentials(policy, since)
+        })
+    }
+
+    /// Another nudge would not help, and nothing is deleted: a new pod would wait as well.
+    fn tell_of_verification(&mut self, pod: &PodRef, reference: &Reference) {
+        let (image, reason) = (reference.to_string(), NotActionable::VerifiesCredentials);
+        if self.ledger.is_news(pod, "", &image, reason.label()) {
+            let note = reason.note(&image);
+            tracing::warn!(%pod, %reference, "the image is here and the kubelet asks its registry all the same");
+            self.spawn_report(pod.clone(), ReportKind::NotActionable, note);
+        }
+        if let Some(waiting) = self.waiting.get_mut(pod) {
+            waiting.deletion = Deletion::Tried;
         }
     }
 

@@ -12,7 +12,7 @@ use super::{Done, Salvager, now};
 use crate::agent::notices::Notice;
 use crate::decide::cause::{Cause, cause, image_in_question, is_pending, names_another_host, waits_for_image};
 use crate::decide::opt_in::{NotHelped, OddAnnotation, OptIn, Policy};
-use crate::decide::pull_failure::{Consent, Failure, Leave, NotActionable, Verdict, decide};
+use crate::decide::pull_failure::{Consent, Failure, Leave, NotActionable, STALLED, Verdict, decide};
 use crate::decide::queue::Joined;
 use crate::model::{ContainerView, PodRef, PodView, PullPolicy};
 use crate::oci::Reference;
@@ -159,8 +159,10 @@ impl Salvager {
 
     /// An image that is not here and that nobody has failed to pull yet.
     fn on_absence(&mut self, pod: &PodView, image: &str, policy: PullPolicy, helped: &Helped) -> Option<Reference> {
-        let failure = self.failure(image, policy, Some(Cause::KnownOutage), "");
-        if !failure.may_be_early {
+        let is_stalled = self.waiting.get(&pod.pod).is_some_and(|waiting| waiting.stalled.contains(image));
+        let cause = if is_stalled { Cause::Stalled } else { Cause::KnownOutage };
+        let failure = self.failure(image, policy, Some(cause), "");
+        if !failure.may_be_early && !is_stalled {
             self.ask_registry(&image.parse::<Reference>().ok()?.repository().registry);
             return None;
         }
@@ -169,7 +171,13 @@ impl Salvager {
         }
         let of_container = pod.containers.iter().find(|container| container.image == image);
         let name = of_container.map_or("", |container| container.name.as_str());
-        self.on_verdict(pod, name, failure, helped)
+        let needed = self.on_verdict(pod, name, failure, helped)?;
+        if is_stalled && self.ledger.is_news(&pod.pod, name, image, ReportKind::Stalled.reason()) {
+            let note =
+                format!("{STALLED} {image} is brought from peers meanwhile: new pods of this node find it at once.");
+            self.spawn_report(pod.pod.clone(), ReportKind::Stalled, note);
+        }
+        Some(needed)
     }
 
     fn failure<'a>(&self, image: &'a str, policy: PullPolicy, cause: Option<Cause>, said: &'a str) -> Failure<'a> {
@@ -205,6 +213,7 @@ impl Salvager {
                     let pods = std::slice::from_ref(&pod.pod);
                     let kind = match reason {
                         NotActionable::NotUnderstood(_) => ReportKind::NotUnderstood,
+                        NotActionable::Stalled => ReportKind::Stalled,
                         _ => ReportKind::NotActionable,
                     };
                     self.notices.send(Notice::not_recovered(image, kind, pods, &note));

@@ -1,11 +1,15 @@
-//! What is asked beside the pods' own events: registries whether they are there, the kubelet's Events what ails a pod.
+//! What is asked beside the pods' own events: registries whether they are there, the kubelet's
+//! Events what ails a pod.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Done, Salvager, now};
-use crate::decide::cause::{cause_in_event, image_in_question, is_pending, missing_sandbox_image, names_image};
-use crate::model::PodRef;
+use crate::decide::cause::{
+    cause_in_event, image_in_question, is_pending, is_pulling, missing_sandbox_image, names_image,
+};
+use crate::model::{PodRef, PodView};
 use crate::oci::Reference;
 use crate::ports::{ClusterError, KubeletEvent};
 
@@ -19,7 +23,8 @@ impl Salvager {
         }
     }
 
-    /// Looks again at the pods that are helped, or may be, and lack an image whose registry is known to be down now.
+    /// Looks again at the pods that are helped, or may be, and lack an image whose registry is
+    /// known to be down now.
     pub(super) fn look_at_outages(&mut self) {
         let may_be_early = |image: &str| {
             let reference = image.parse::<Reference>();
@@ -36,7 +41,8 @@ impl Salvager {
         concerned.iter().for_each(|pod| self.look_at(pod));
     }
 
-    /// A pod none of whose containers has begun for a while may lack its sandbox's image, which shows only in its Events.
+    /// A pod none of whose containers has begun for a while may lack its sandbox's image, which
+    /// shows only in its Events.
     pub(super) fn suspect_sandboxes(&mut self, now: Instant) {
         let suspected: Vec<_> = self
             .waiting
@@ -44,6 +50,13 @@ impl Salvager {
             .filter_map(|(pod, waiting)| waiting.suspect_sandbox(now).then(|| pod.clone()))
             .collect();
         suspected.iter().for_each(|pod| self.look_at(pod));
+    }
+
+    /// A pod that waits for long without a failure may wait for a pull that does not end, which
+    /// shows in its Events.
+    pub(super) fn suspect_stalls(&mut self, now: Instant) {
+        let Some(stalled_after) = self.manner.stalled_after else { return };
+        self.waiting.values_mut().for_each(|waiting| waiting.suspect_stall(stalled_after, now));
     }
 
     pub(super) fn ask_kubelet_where_due(&mut self, now: Instant) {
@@ -73,13 +86,21 @@ impl Salvager {
             Ok(events) => events,
             Err(error) => return tracing::warn!(%pod, %error, "cannot read what the kubelet said about the pod"),
         };
-        // The oldest first: what was said last counts, and a denial whenever it was said.
+        let mut stalled = BTreeSet::new();
+        // The oldest first: the latest message counts.
         for event in &events {
             if let Some((reference, cause)) = missing_sandbox_image(&event.message)
                 && waiting.view.containers.iter().all(is_pending)
             {
                 self.ledger.learn(pod, "", &reference.to_string(), Some(cause));
                 waiting.sandbox = Some((reference, cause));
+            }
+            for image in pending_images(&waiting.view).filter(|image| names_image(&event.message, image)) {
+                // The latest Event counts: a pull that ended is no stalled one.
+                match waiting.is_late(self.manner.stalled_after, now()) && is_pulling(&event.message, image) {
+                    true => drop(stalled.insert(image.to_owned())),
+                    false => drop(stalled.remove(image)),
+                }
             }
             let about = event.container.as_deref();
             for container in waiting.view.containers.iter().filter(|container| about == Some(container.name.as_str())) {
@@ -89,6 +110,12 @@ impl Salvager {
                 }
             }
         }
+        waiting.stalled = stalled;
         self.look_at(pod);
     }
+}
+
+/// The images of containers that the kubelet has not come to.
+fn pending_images(pod: &PodView) -> impl Iterator<Item = &str> {
+    pod.containers.iter().filter(|container| is_pending(container)).map(|container| container.image.as_str())
 }

@@ -28,6 +28,10 @@ pub(super) struct WaitingPod {
     pub(super) sandbox_suspected: bool,
     /// The sandbox's image, where the kubelet's Events name it as what is missing.
     pub(super) sandbox: Option<(Reference, Cause)>,
+    /// Its pulls were looked into, because one of them may have stalled.
+    stall_suspected: bool,
+    /// Images whose pull counts as stalled.
+    pub(super) stalled: BTreeSet<String>,
     /// When the kubelet's Events are read next.
     ask_kubelet_at: Option<Instant>,
     /// Times that they were read.
@@ -84,6 +88,8 @@ impl WaitingPod {
             needed: BTreeSet::new(),
             sandbox_suspected: false,
             sandbox: None,
+            stall_suspected: false,
+            stalled: BTreeSet::new(),
             ask_kubelet_at: None,
             asked_kubelet: 0,
             imported: None,
@@ -123,6 +129,23 @@ impl WaitingPod {
         let suspect = is_late && !self.sandbox_suspected && self.view.containers.iter().all(is_pending);
         self.sandbox_suspected |= suspect;
         suspect
+    }
+
+    /// Whether it has waited for longer than a pull may take.
+    pub(super) fn is_late(&self, stalled_after: Option<Duration>, now: Instant) -> bool {
+        stalled_after.is_some_and(|after| now.saturating_duration_since(self.since) >= after)
+    }
+
+    /// Reads its Events now, once, when it has waited for a pull for so long.
+    pub(super) fn suspect_stall(&mut self, stalled_after: Duration, now: Instant) {
+        if self.is_late(Some(stalled_after), now)
+            && !self.stall_suspected
+            && self.helped.is_some()
+            && self.view.containers.iter().any(is_pending)
+        {
+            self.stall_suspected = true;
+            self.ask_kubelet_at = Some(now);
+        }
     }
 
     /// Its Events are read soon: its status does not name the cause.

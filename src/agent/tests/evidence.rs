@@ -3,7 +3,7 @@
 use super::needs::{pending, waiting};
 use super::salvaging::{REFUSED, Watch, failing, reports};
 use super::*;
-use crate::ports::ReportKind;
+use crate::ports::{KubeletEvent, ReportKind};
 
 /// Messages of faults that are no registry's, and of a registry that sent wrong bytes.
 const NO_OUTAGE: [&str; 4] = [
@@ -105,5 +105,67 @@ async fn a_pod_gets_only_what_its_namespaces_list_of_repositories_has() {
     let names = harbour.record_names().await;
     assert!(names.contains(&IMAGE.to_owned()) && !names.iter().any(|name| name.contains("vault")), "{names:?}");
     assert!(reports(&harbour).contains(&("thief".to_owned(), ReportKind::NotActionable)));
+    watch.stop().await;
+}
+
+/// An Event of the kubelet about the only container.
+fn said(message: String) -> KubeletEvent {
+    KubeletEvent { reason: "Pulling".into(), container: Some("c".into()), message }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pull_that_does_not_end_brings_a_digest_and_is_told_once() {
+    for (is_digest, expected) in [(true, true), (false, false)] {
+        let harbour = Harbour::new();
+        let root = harbour.peer_with(1, IMAGE, Behaviour::Honest).await.root.digest;
+        let image = if is_digest { format!("r.test/shop/checkout@{root}") } else { IMAGE.to_owned() };
+        let pod = pending("p", &image);
+        harbour.cluster.put_kubelet_event(&pod.pod, said(format!("Pulling image \"{image}\"")));
+        let watch = Watch::start(&harbour);
+        watch.sees(pod).await;
+        tokio::time::sleep(std::time::Duration::from_secs(110)).await;
+        assert!(harbour.record_names().await.is_empty() && reports(&harbour).is_empty(), "a pull may take a while");
+        tokio::time::sleep(std::time::Duration::from_secs(600)).await;
+        assert_eq!(!harbour.record_names().await.is_empty(), expected, "{image}");
+        let stalled = reports(&harbour).iter().filter(|(_, kind)| *kind == ReportKind::Stalled).count();
+        assert_eq!(stalled, 1, "{image}: {:?}", reports(&harbour));
+        watch.stop().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_waits_for_something_else_is_not_told_of_a_stalled_pull() {
+    let harbour = Harbour::new();
+    let root = harbour.peer_with(1, IMAGE, Behaviour::Honest).await.root.digest;
+    let image = format!("r.test/shop/checkout@{root}");
+    let pod = pending("p", &image);
+    harbour.cluster.put_kubelet_event(&pod.pod, said(format!("Pulling image \"{image}\"")));
+    harbour.cluster.put_kubelet_event(&pod.pod, said(format!("Successfully pulled image \"{image}\" in 2s")));
+    let watch = Watch::start(&harbour);
+    watch.sees(pod).await;
+    tokio::time::sleep(std::time::Duration::from_secs(600)).await;
+    assert!(harbour.record_names().await.is_empty() && reports(&harbour).is_empty());
+    watch.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kubelet_that_verifies_credentials_is_told_of_once_and_not_nudged_for_ever() {
+    let harbour = Harbour::new();
+    harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+    let mut watch = Watch::start(&harbour);
+    watch.sees(failing("p", IMAGE, REFUSED)).await;
+    assert_eq!(watch.nudged().await, "p");
+    // The image is here, and the kubelet goes on pulling.
+    for reason in ["ImagePullBackOff", "ErrImagePull"].repeat(10) {
+        tokio::time::sleep(std::time::Duration::from_secs(30)).await;
+        let mut pod = failing("p", IMAGE, REFUSED);
+        pod.containers[0].waiting = waiting(reason, REFUSED);
+        watch.sees(pod).await;
+    }
+    let told: Vec<_> = reports(&harbour).into_iter().map(|(_, kind)| kind).collect();
+    assert_eq!(told, [ReportKind::Salvaged, ReportKind::NotActionable]);
+    let note = harbour.cluster.reports()[1].1.note.clone();
+    assert!(note.contains("verifies the pod's credentials"), "{note}");
+    assert!(watch.nudges.try_recv().is_err(), "another nudge would not help");
     watch.stop().await;
 }

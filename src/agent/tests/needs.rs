@@ -260,7 +260,7 @@ async fn the_kill_switch_ends_what_is_under_way() {
 async fn a_dry_run_tells_where_the_image_could_come_from_and_moves_nothing() {
     let harbour = Harbour::new();
     harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
-    let watch = Watch::start_as(&harbour, Manner { dry_run: true, delete_pods: false });
+    let watch = Watch::start_as(&harbour, Manner { dry_run: true, ..Manner::default() });
     watch.sees(failing("p", IMAGE, REFUSED)).await;
     tokio::time::sleep(std::time::Duration::from_secs(3600)).await;
     assert_eq!(reports(&harbour), [("p".to_owned(), ReportKind::DryRun)]);
@@ -283,7 +283,7 @@ async fn a_pod_that_stays_stuck_is_deleted_only_where_that_is_allowed_and_it_is_
     ] {
         let harbour = Harbour::new();
         harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
-        let watch = Watch::start_as(&harbour, Manner { dry_run: false, delete_pods: allowed });
+        let watch = Watch::start_as(&harbour, Manner { delete_pods: allowed, ..Manner::default() });
         watch.sees(PodView { owner, is_static, ..failing("p", IMAGE, REFUSED) }).await;
         tokio::time::sleep(std::time::Duration::from_secs(1800)).await;
         assert_eq!(harbour.cluster.deleted().len(), expected);
@@ -364,7 +364,7 @@ async fn a_pod_that_runs_or_lacks_another_image_is_never_deleted() {
     ] {
         let harbour = Harbour::new();
         harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
-        let watch = Watch::start_as(&harbour, Manner { dry_run: false, delete_pods: true });
+        let watch = Watch::start_as(&harbour, Manner { delete_pods: true, ..Manner::default() });
         watch.sees(owned(failing("p", IMAGE, REFUSED), Some(more))).await;
         tokio::time::sleep(std::time::Duration::from_secs(600)).await;
         assert!(!harbour.record_names().await.is_empty());
