@@ -166,17 +166,23 @@ impl Salvager {
     }
 
     fn on_not_recovered(&mut self, reference: &Reference, error: &RecoverError, pods: Vec<PodRef>) {
-        tracing::warn!(%reference, %error, "not recovered");
         if error.end() == End::NoProvider {
             self.give_up_if_hopeless(reference, &pods);
         }
         let kind = error.report_kind();
         let note = self.tell.failed_note(error);
-        self.notices.send(Notice::not_recovered(&reference.to_string(), kind, &pods, &note));
-        for pod in pods {
+        let image = reference.to_string();
+        self.notices.send(Notice::not_recovered(&image, kind, &pods, &note));
+        let news: Vec<_> =
+            pods.iter().map(|pod| self.ledger.is_news(pod, "", &image, error.outcome().label())).collect();
+        // The log has a line for each outcome of an image that is new to a pod; each further attempt is one for those who look closer.
+        match news.contains(&true) {
+            true => tracing::warn!(%reference, %error, pods = pods.len(), "not recovered"),
+            false => tracing::debug!(%reference, %error, "not recovered again"),
+        }
+        for (pod, is_news) in pods.into_iter().zip(news) {
             // Told once per pod and image, unless it is a failure that we try again after a longer and longer wait.
-            let image = reference.to_string();
-            if kind == ReportKind::Failed || self.ledger.is_news(&pod, "", &image, error.outcome().label()) {
+            if kind == ReportKind::Failed || is_news {
                 self.spawn_report(pod, kind, note.clone());
             }
         }
