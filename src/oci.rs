@@ -17,7 +17,7 @@ pub use chain::{
 };
 pub use descriptor::{Descriptor, DescriptorError};
 pub use digest::{Digest, DigestError, Hasher, Verified, VerifyError};
-pub use document::{Document, DocumentError, Index, MAX_CHILDREN, MAX_DOCUMENT_BYTES, Manifest};
+pub use document::{Document, DocumentError, Index, MAX_CHILDREN, MAX_DOCUMENT_BYTES, MAX_INDEX_DEPTH, Manifest};
 pub use platform::Platform;
 pub use reference::{Reference, ReferenceError, Repository};
 pub use rootfs::{RootFs, RootFsError, StackedLayer};

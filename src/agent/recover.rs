@@ -3,6 +3,8 @@
 //! Who may be helped was decided before ([`crate::decide::pull_failure`]); the pods are told afterwards
 //! ([`super::salvage`]). What happens to a single blob stands in [`super::bring`].
 
+mod documents;
+
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -224,35 +226,6 @@ impl Recoverer {
             Some(_) | None => bringing.await?,
         };
         Ok((image.root, image.documents.into_iter().chain(blobs).collect()))
-    }
-
-    /// The index, if there is one, and the manifest of this platform. Each is parsed before it is kept, because what it
-    /// keeps alive is written with it.
-    async fn bring_documents(
-        &self,
-        reference: &Reference,
-        root: Digest,
-        providers: &[PeerId],
-        pin: &Pin,
-    ) -> Result<Image, RecoverError> {
-        let (document, brought) = self.bring.document(reference, root, providers, pin).await?;
-        let root = brought.descriptor.clone();
-        let index = match document {
-            Document::Manifest(manifest) => return Ok(Image { root, documents: vec![brought], manifest }),
-            Document::Index(index) => index,
-        };
-        let entry = index
-            .select(&self.platform)
-            .ok_or_else(|| RecoverError::NoPlatform { digest: root.digest, platform: self.platform.clone() })?;
-        let (document, child) = self.bring.document(reference, entry.digest, providers, pin).await?;
-        // The runtime goes by the index, and refuses a document of another shape.
-        document
-            .check_called(&entry.media_type)
-            .map_err(|source| RecoverError::Document { digest: entry.digest, source })?;
-        match (document, child) {
-            (Document::Manifest(manifest), child) => Ok(Image { root, documents: vec![brought, child], manifest }),
-            (Document::Index(_), child) => Err(RecoverError::NestedIndex { digest: child.descriptor.digest }),
-        }
     }
 
     /// What has to come.

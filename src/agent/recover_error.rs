@@ -4,7 +4,7 @@ use crate::decide::plan::OverLimit;
 use crate::decide::queue::End;
 use crate::metrics::Outcome;
 use crate::model::PeerId;
-use crate::oci::{Digest, DocumentError, Platform, Reference};
+use crate::oci::{Digest, DocumentError, MAX_INDEX_DEPTH, Platform, Reference};
 use crate::ports::{FetchError, ReportKind, StoreError};
 
 /// Why an image was not recovered.
@@ -61,10 +61,10 @@ pub enum RecoverError {
         /// What is wrong with it.
         source: DocumentError,
     },
-    /// An index inside an index, which no runtime follows either.
-    #[error("{digest} is an index inside an index")]
+    /// More indexes inside each other than are followed.
+    #[error("{digest} is an index inside {MAX_INDEX_DEPTH} others, and no more of them are followed")]
     NestedIndex {
-        /// The inner one.
+        /// The innermost one that was read.
         digest: Digest,
     },
     /// The image is not for machines like this.

@@ -12,7 +12,7 @@ use super::recover_error::{RecoverError, list};
 use crate::decide::rules::ResolveSettings;
 use crate::decide::tag::{Choice, newest};
 use crate::model::PeerId;
-use crate::oci::{Digest, Document, Platform, Reference, Repository};
+use crate::oci::{Digest, Document, MAX_INDEX_DEPTH, Platform, Reference, Repository};
 use crate::ports::{Cluster, PullSecret, Registry};
 
 /// Longest wait for a registry and for the secrets it is asked with; the recovery waits as well, and has peers to ask instead.
@@ -163,14 +163,17 @@ impl Resolver {
         struct Config {
             created: Option<String>,
         }
-        let mut document = bring.peek(root, providers).await.ok().and_then(|bytes| Document::parse(&bytes).ok())?;
-        if let Document::Index(index) = &document {
-            let child = index.select(&self.platform)?.digest;
-            let bytes = bring.peek(child, providers).await.ok()?;
-            document = Document::parse(&bytes).ok()?;
+        let mut digest = root;
+        for _ in 0..=MAX_INDEX_DEPTH {
+            let bytes = bring.peek(digest, providers).await.ok()?;
+            match Document::parse(&bytes).ok()? {
+                Document::Index(index) => digest = index.select(&self.platform)?.digest,
+                Document::Manifest(manifest) => {
+                    let config = bring.peek(manifest.config.digest, providers).await.ok()?;
+                    return serde_json::from_slice::<Config>(&config).ok()?.created?.parse().ok();
+                }
+            }
         }
-        let Document::Manifest(manifest) = document else { return None };
-        let bytes = bring.peek(manifest.config.digest, providers).await.ok()?;
-        serde_json::from_slice::<Config>(&bytes).ok()?.created?.parse().ok()
+        None
     }
 }

@@ -3,6 +3,7 @@
 mod by_hand;
 mod doubting;
 mod evidence;
+mod indexes;
 mod joining;
 mod killed;
 mod mending;

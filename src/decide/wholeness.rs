@@ -7,12 +7,12 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::oci::{Digest, Document};
+use crate::oci::{Digest, Document, MAX_INDEX_DEPTH};
 
 /// What has to be there besides a document itself. Digests only: this is kept for every document of a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Needs {
-    /// One of these manifests, with all that it needs.
+    /// One of these manifests or indexes, with all that it needs.
     OneManifest(Vec<Digest>),
     /// All of these blobs.
     Blobs {
@@ -75,30 +75,43 @@ impl Needs {
     }
 }
 
-/// What an image lacks; `None` when it is whole. `needs` knows the documents that are there and were read. An index inside an index is not
-/// followed, because no puller of ours does.
+/// What an image lacks; `None` when it is whole. `needs` knows the documents that are there and were read.
+///
+/// containerd follows an index inside an index; so does this, to [`MAX_INDEX_DEPTH`]. Each level is a set of digests: the work is bounded by
+/// the known documents times the depth, however often an index repeats another.
 pub fn lack<'a>(
     root: Digest,
     needs: impl Fn(Digest) -> Option<&'a Needs>,
     is_there: impl Fn(Digest) -> bool,
 ) -> Option<Lack> {
-    let lack_of_manifest = |needs: &Needs| match needs {
-        Needs::Blobs { config, .. } if !is_there(*config) => Some(Lack::Config),
-        Needs::Blobs { config: _, layers } => {
-            let missing = layers.iter().filter(|layer| !is_there(**layer)).count();
-            (missing > 0).then_some(Lack::Layers { missing, of: layers.len() })
-        }
-        Needs::OneManifest(_) | Needs::NoImage => Some(Lack::NoImage),
-    };
-    match needs(root) {
-        None => Some(Lack::Root),
-        Some(Needs::OneManifest(manifests)) => {
-            let lacks = manifests.iter().filter_map(|manifest| needs(*manifest)).map(lack_of_manifest);
-            // Nothing comes first, then the least that is lacking.
-            lacks.min().unwrap_or(Some(Lack::Manifest))
-        }
-        Some(needs) => lack_of_manifest(needs),
+    if needs(root).is_none() {
+        return Some(Lack::Root);
     }
+    let mut lacks = Vec::new();
+    let mut level = BTreeSet::from([root]);
+    for depth in 0..=MAX_INDEX_DEPTH {
+        let mut nested = BTreeSet::new();
+        for needs in level.iter().filter_map(|document| needs(*document)) {
+            match needs {
+                Needs::OneManifest(_) if depth == MAX_INDEX_DEPTH => lacks.push(Some(Lack::NoImage)),
+                Needs::OneManifest(children) => nested.extend(children.iter().copied()),
+                Needs::NoImage => lacks.push(Some(Lack::NoImage)),
+                Needs::Blobs { config, layers } => lacks.push(lack_of_blobs(*config, layers, &is_there)),
+            }
+        }
+        level = nested;
+    }
+    // `None` sorts first, then the least that is lacking.
+    lacks.into_iter().min().unwrap_or(Some(Lack::Manifest))
+}
+
+/// What a manifest lacks of its configuration and its layers.
+fn lack_of_blobs(config: Digest, layers: &[Digest], is_there: impl Fn(Digest) -> bool) -> Option<Lack> {
+    if !is_there(config) {
+        return Some(Lack::Config);
+    }
+    let missing = layers.iter().filter(|layer| !is_there(**layer)).count();
+    (missing > 0).then_some(Lack::Layers { missing, of: layers.len() })
 }
 
 #[cfg(test)]
@@ -171,11 +184,56 @@ mod tests {
             ("the layers are gone", vec![root(), ("arm", arm)], &["config"], Some(Lack::Layers { missing: 1, of: 1 })),
             ("no manifest", vec![root()], &["config", "a", "b"], Some(Lack::Manifest)),
             ("only the attestation", vec![root(), ("attestation", amd)], &["config", "b"], Some(Lack::Manifest)),
-            ("an index in it", vec![root(), ("arm", index(&["amd"]))], &[], Some(Lack::NoImage)),
             ("an empty index", vec![("root", index(&[]))], &[], Some(Lack::Manifest)),
         ] {
             assert_eq!(lacks(&documents, blobs), expected, "{what}");
         }
+    }
+
+    #[test]
+    fn an_index_inside_an_index_is_followed_to_its_manifest() {
+        let (arm, amd) = (manifest(CONFIG, &[("a", LAYER)]), manifest(CONFIG, &[("b", LAYER)]));
+        let documents = || vec![("root", index(&["amds", "arms"])), ("amds", index(&["amd"])), ("amd", amd.clone())];
+        assert_eq!(lacks(&documents(), &["config", "b"]), None);
+        assert_eq!(lacks(&documents(), &["config"]), Some(Lack::Layers { missing: 1, of: 1 }));
+        assert_eq!(lacks(&documents()[..2], &["config", "b"]), Some(Lack::Manifest), "the manifest is missing");
+        let both = [documents(), vec![("arms", index(&["arm"])), ("arm", arm)]].concat();
+        assert_eq!(lacks(&both, &["config", "a"]), None, "the second index is whole");
+    }
+
+    #[test]
+    fn indexes_are_followed_as_deep_as_the_bound_and_no_deeper() {
+        let names = ["root", "1", "2", "3", "4"];
+        let chain = |indexes: usize| {
+            let entries = (1..indexes).map(|depth| (names[depth - 1], index(&[names[depth]])));
+            let last = [(names[indexes - 1], index(&["image"])), ("image", manifest(CONFIG, &[]))];
+            lacks(&entries.chain(last).collect::<Vec<_>>(), &["config"])
+        };
+        assert_eq!(chain(MAX_INDEX_DEPTH), None);
+        assert_eq!(chain(MAX_INDEX_DEPTH + 1), Some(Lack::NoImage));
+    }
+
+    /// Each of 5 levels names 30 indexes of the next: 30^4 ways, 150 documents.
+    #[test]
+    fn an_index_that_is_named_often_is_looked_at_once_a_level() {
+        let names: Vec<Vec<String>> =
+            (0..5).map(|level| (0..30).map(|number| format!("{level}-{number}")).collect()).collect();
+        let of = |level: usize| index(&names[level].iter().map(String::as_str).collect::<Vec<_>>());
+        let mut documents = vec![("root", of(0))];
+        for level in 1..5 {
+            documents.extend(names[level - 1].iter().map(|name| (name.as_str(), of(level))));
+        }
+        let known: HashMap<_, _> = documents
+            .iter()
+            .map(|(name, json)| (digest(name), Needs::of(&Document::parse(json.to_string().as_bytes()).unwrap())))
+            .collect();
+        let looks = std::cell::Cell::new(0);
+        let needs = |document| {
+            looks.set(looks.get() + 1);
+            known.get(&document)
+        };
+        assert_eq!(lack(digest("root"), needs, |_| true), Some(Lack::NoImage));
+        assert!(looks.get() < 200, "{} looks", looks.get());
     }
 
     #[test]

@@ -12,6 +12,11 @@ pub const MAX_DOCUMENT_BYTES: u64 = 4 << 20;
 /// entries; at about 200 bytes an entry this is also far under [`MAX_DOCUMENT_BYTES`].
 pub const MAX_CHILDREN: usize = 1024;
 
+/// The most indexes on the way from an image's name to its manifest. containerd follows any number (`images.Manifest`). Build tools
+/// write one index. Tools that join the indexes of several builds write two, as for goauthentik and gitlab-runner. The bound is twice that:
+/// the documents of one image are then at most 4 indexes and a manifest of [`MAX_DOCUMENT_BYTES`], 20 MiB.
+pub const MAX_INDEX_DEPTH: usize = 4;
+
 /// The names of an index, OCI's first (containerd: `images.IsIndexType`).
 const INDEXES: &[&str] =
     &["application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json"];
@@ -41,7 +46,7 @@ pub enum Document {
 pub struct Index {
     /// What the document calls itself; where it does not say, OCI's name for its shape.
     pub media_type: String,
-    /// The manifests, in the document's order.
+    /// The manifests, and indexes of further manifests, in the document's order.
     pub manifests: Vec<Descriptor>,
 }
 
@@ -201,7 +206,7 @@ impl Manifest {
 }
 
 impl Index {
-    /// The manifest that runs on `here`, the best match first; entries without a platform only when no entry has one.
+    /// The manifest, or the index of manifests, that runs on `here`, the best match first; entries without a platform only when no entry has one.
     pub fn select(&self, here: &Platform) -> Option<&Descriptor> {
         let runnable = || self.manifests.iter().filter(|entry| !entry.attestation);
         let mut best: Option<(u8, &Descriptor)> = None;

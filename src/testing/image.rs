@@ -37,8 +37,17 @@ pub struct Recipe {
     pub created: Option<String>,
     /// An index names the manifest, and one for another platform that is not in the store.
     pub index: bool,
+    /// The index stands in another index, as goauthentik and gitlab-runner are published.
+    pub nested: bool,
     /// The index names an attestation, which is in the store with its blobs missing.
     pub attested: bool,
+}
+
+impl Recipe {
+    /// Indexes above the manifest: as many of [`MadeImage::blobs`] stand before the configuration.
+    pub fn indexes(&self) -> usize {
+        usize::from(self.index || self.nested) + usize::from(self.nested)
+    }
 }
 
 /// What was put into the store.
@@ -46,7 +55,8 @@ pub struct Recipe {
 pub struct MadeImage {
     /// The index or manifest.
     pub root: Descriptor,
-    /// Everything else that this platform needs: the manifest if the root is an index, the configuration, each layer once.
+    /// Everything else that this platform needs: the index in the root and the manifest if the root is an index, the configuration, each layer
+    /// once.
     pub blobs: Vec<Descriptor>,
     /// The layers as the manifest lists them, and how they stand on each other.
     pub layers: Vec<StackedLayer>,
@@ -84,14 +94,11 @@ pub async fn make_image(
 ) -> Result<MadeImage, StoreError> {
     let pin = store.pin(Duration::from_secs(600)).await?;
     let (manifest, mut blobs, layers) = put_manifest(store, &pin, recipe, seed).await?;
-    let root = match recipe.index {
-        true => {
-            let index = put_index(store, &pin, recipe, &manifest).await?;
-            blobs.insert(0, manifest);
-            index
-        }
-        false => manifest,
-    };
+    let mut root = manifest;
+    for _ in 0..recipe.indexes() {
+        let index = put_index(store, &pin, recipe, &root).await?;
+        blobs.insert(0, std::mem::replace(&mut root, index));
+    }
     for name in names {
         store.put_image(&ImageRecord { name: name.clone(), target: root.clone() }).await?;
     }

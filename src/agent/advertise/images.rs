@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use crate::agent::bring::Held;
 use crate::decide::wholeness::{Lack, Needs, lack};
 use crate::model::{Item, MAX_ITEMS};
-use crate::oci::{Digest, Document, Reference, Repository};
+use crate::oci::{Digest, Document, MAX_INDEX_DEPTH, Reference, Repository};
 use crate::ports::{BlobInfo, ContentStore, ImageRecord, StoreError};
 
 /// Most digests that are kept of all documents together, 8 MiB: four for each item that may be announced, and a layer that several
@@ -89,7 +89,7 @@ impl Images {
         Ok(looked)
     }
 
-    /// Reads the root, and the manifests of an index that are there.
+    /// Reads the root, and what is there of the manifests and indexes in it, each once.
     async fn learn(
         &mut self,
         store: &dyn ContentStore,
@@ -97,11 +97,16 @@ impl Images {
         there: &HashSet<Digest>,
         damaged: &mut HashSet<Digest>,
     ) -> Result<(), StoreError> {
-        self.learn_one(store, root, there, damaged).await?;
-        if let Some(Needs::OneManifest(manifests)) = self.known.get(&root) {
-            for manifest in manifests.clone() {
-                self.learn_one(store, manifest, there, damaged).await?;
+        let mut level = BTreeSet::from([root]);
+        for _ in 0..=MAX_INDEX_DEPTH {
+            let mut nested = BTreeSet::new();
+            for document in level {
+                self.learn_one(store, document, there, damaged).await?;
+                if let Some(Needs::OneManifest(children)) = self.known.get(&document) {
+                    nested.extend(children.iter().filter(|child| there.contains(child)));
+                }
             }
+            level = nested;
         }
         Ok(())
     }

@@ -79,6 +79,7 @@ async fn an_image_that_is_whole_for_one_platform_is_told_by_name() {
     for recipe in [
         Recipe { layers: layers.clone(), ..Recipe::default() },
         Recipe { layers: layers.clone(), index: true, attested: true, ..Recipe::default() },
+        Recipe { layers: layers.clone(), nested: true, attested: true, ..Recipe::default() },
         Recipe { layers, foreign: true, twice: true, docker: true, ..Recipe::default() },
         Recipe::default(),
     ] {
@@ -89,15 +90,18 @@ async fn an_image_that_is_whole_for_one_platform_is_told_by_name() {
 
 #[tokio::test]
 async fn an_image_that_lacks_a_blob_is_not_told_by_name_and_is_counted() {
-    let recipe = Recipe { layers: vec![300, 20], index: true, attested: true, ..Recipe::default() };
-    for lost in 0..4 {
+    let indexed = Recipe { layers: vec![300, 20], index: true, attested: true, ..Recipe::default() };
+    let nested = Recipe { nested: true, ..indexed.clone() };
+    for (recipe, blobs) in [(indexed, 4), (nested, 5)] {
+        for lost in 0..blobs {
+            let (store, image) = made(&recipe).await;
+            lose(&store, &image.blobs[lost]).await;
+            assert_eq!(told(&store).await, (vec![], 1), "without blob {lost} of {recipe:?}");
+        }
         let (store, image) = made(&recipe).await;
-        lose(&store, &image.blobs[lost]).await;
-        assert_eq!(told(&store).await, (vec![], 1), "without blob {lost}");
+        lose(&store, &image.root).await;
+        assert_eq!(told(&store).await, (vec![], 1), "without the index");
     }
-    let (store, image) = made(&recipe).await;
-    lose(&store, &image.root).await;
-    assert_eq!(told(&store).await, (vec![], 1), "without the index");
 }
 
 #[tokio::test]

@@ -290,20 +290,6 @@ async fn a_blob_that_somebody_else_is_writing_here_is_waited_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_index_inside_an_index_is_refused() {
-    let harbour = Harbour::new();
-    let store = Arc::new(MemoryStore::new());
-    let image = put_image(&*store, &[], &[5], 1).await.unwrap();
-    let architecture = Platform::of_this_node().architecture;
-    put_index(&store, &image, &architecture).await;
-    let inner = store.images().await.unwrap().remove(0).target;
-    put_index(&store, &MadeImage { root: inner.clone(), blobs: Vec::new(), layers: Vec::new() }, &architecture).await;
-    harbour.announce(1, store, Behaviour::Honest).await;
-    let refused = recover(&harbour, IMAGE).await;
-    assert!(matches!(refused, Err(RecoverError::NestedIndex { digest }) if digest == inner.digest), "{refused:?}");
-}
-
-#[tokio::test(start_paused = true)]
 async fn a_name_that_is_here_is_mended_and_never_turned_into_something_else() {
     let harbour = Harbour::new();
     let here = put_image(&*harbour.store, &[IMAGE.to_owned()], &[3000, 200], 1).await.unwrap();

@@ -19,6 +19,8 @@ fn kinds() -> Vec<(&'static str, Recipe)> {
         ("oci-index", Recipe { index: true, packing: Packing::Gzip, ..layers() }),
         ("docker-list", Recipe { docker: true, index: true, packing: Packing::Gzip, ..layers() }),
         ("attested", Recipe { index: true, attested: true, ..layers() }),
+        ("nested", Recipe { nested: true, packing: Packing::Gzip, ..layers() }),
+        ("nested-list", Recipe { docker: true, nested: true, packing: Packing::Gzip, ..layers() }),
         ("twice", Recipe { twice: true, ..layers() }),
         ("no-layers", Recipe::default()),
         ("no-layers-index", Recipe { index: true, ..Recipe::default() }),
@@ -39,7 +41,7 @@ pub(crate) async fn every_kind_of_image_is_recovered_and_survives_the_collector(
     }
     let listed = daemon.ctr("k8s.io", &["images", "ls"]);
     for (kind, recipe, name, image) in &made {
-        let config = &image.blobs[usize::from(recipe.index)];
+        let config = &image.blobs[recipe.indexes()];
         let repository = name.trim_end_matches(":1");
         for name in [name.clone(), format!("{repository}@{}", image.root.digest), config.digest.to_string()] {
             let line = listed.lines().find(|line| line.split(' ').next() == Some(&name));

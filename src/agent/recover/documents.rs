@@ -1,0 +1,51 @@
+//! From an image's name to the manifest that runs here: the documents on that way, each parsed and committed with the GC labels of its
+//! children.
+
+use super::{Image, RecoverError, Recoverer};
+use crate::model::PeerId;
+use crate::oci::{Descriptor, Digest, Document, Index, MAX_INDEX_DEPTH, Reference};
+use crate::ports::Pin;
+
+impl Recoverer {
+    /// The indexes, if there are any, and the manifest of this platform. Each is parsed before it is kept, because what it
+    /// keeps alive is written with it.
+    ///
+    /// containerd takes one entry of each index and follows it, an index inside an index too (`images.Manifest`). The bound is
+    /// [`MAX_INDEX_DEPTH`].
+    pub(super) async fn bring_documents(
+        &self,
+        reference: &Reference,
+        root: Digest,
+        providers: &[PeerId],
+        pin: &Pin,
+    ) -> Result<Image, RecoverError> {
+        let (mut document, brought) = self.bring.document(reference, root, providers, pin).await?;
+        let root = brought.descriptor.clone();
+        let mut documents = vec![brought];
+        loop {
+            let index = match document {
+                Document::Manifest(manifest) => return Ok(Image { root, documents, manifest }),
+                Document::Index(index) => index,
+            };
+            // Every document so far is an index.
+            if documents.len() > MAX_INDEX_DEPTH {
+                let innermost = documents.last().map_or(root.digest, |brought| brought.descriptor.digest);
+                return Err(RecoverError::NestedIndex { digest: innermost });
+            }
+            let entry = self.select(&root, &index)?;
+            let (child, brought) = self.bring.document(reference, entry.digest, providers, pin).await?;
+            // The runtime goes by the index, and refuses a document of another shape.
+            child
+                .check_called(&entry.media_type)
+                .map_err(|source| RecoverError::Document { digest: entry.digest, source })?;
+            documents.push(brought);
+            document = child;
+        }
+    }
+
+    /// The entry of the index that the runtime of this node takes.
+    fn select<'a>(&self, root: &Descriptor, index: &'a Index) -> Result<&'a Descriptor, RecoverError> {
+        let no_platform = || RecoverError::NoPlatform { digest: root.digest, platform: self.platform.clone() };
+        index.select(&self.platform).ok_or_else(no_platform)
+    }
+}

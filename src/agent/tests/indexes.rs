@@ -1,0 +1,74 @@
+//! Images whose name is an index: which of its manifests runs here, however deep it stands.
+
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::agent::progress::Progress;
+use crate::agent::recover::{RecoverError, Recovered};
+use crate::oci::{Descriptor, MAX_INDEX_DEPTH};
+use crate::ports::ChildKind;
+use crate::testing::image::{Recipe, make_image, put_document};
+
+async fn recover(harbour: &Harbour) -> Result<Recovered, RecoverError> {
+    let wanted = IMAGE.parse::<Reference>().unwrap().into();
+    harbour.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await
+}
+
+fn nested() -> Recipe {
+    Recipe { layers: vec![3000, 200], nested: true, ..Recipe::default() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_index_inside_an_index_is_followed_and_every_document_holds_its_children() {
+    let (harbour, theirs) = (Harbour::new(), Arc::new(MemoryStore::new()));
+    let image = make_image(&*theirs, &[IMAGE.into()], &nested(), 7).await.unwrap();
+    harbour.announce(1, theirs, Behaviour::Honest).await;
+    let recovered = recover(&harbour).await.unwrap();
+    assert_eq!((recovered.root, recovered.fetched), (image.root.digest, 6), "two indexes, a manifest, its blobs");
+    let kinds = |document: &Descriptor| -> Vec<_> {
+        let remembered = harbour.store.remembered(document.digest).unwrap();
+        remembered.children.iter().map(|child| child.kind).collect()
+    };
+    for index in [&image.root, &image.blobs[0]] {
+        assert_eq!(kinds(index), [ChildKind::Manifest, ChildKind::Manifest]);
+    }
+    assert_eq!(kinds(&image.blobs[1]), [ChildKind::Config, ChildKind::Layer, ChildKind::Layer]);
+    harbour.store.collect();
+    assert_eq!(blobs_of(&*harbour.store).await.len(), 6, "the records alone hold every blob");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_document_between_an_index_and_its_manifest_is_fetched_again() {
+    for lost in 0..3 {
+        let (harbour, theirs) = (Harbour::new(), Arc::new(MemoryStore::new()));
+        make_image(&*theirs, &[IMAGE.into()], &nested(), 7).await.unwrap();
+        harbour.announce(1, theirs, Behaviour::Honest).await;
+        let image = make_image(&*harbour.store, &[IMAGE.into()], &nested(), 7).await.unwrap();
+        harbour.store.lose(image.blobs[lost].digest);
+        let recovered = recover(&harbour).await.unwrap();
+        assert_eq!((recovered.fetched, recovered.there), (1, 5), "without blob {lost}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn indexes_are_followed_as_deep_as_the_bound_and_no_deeper() {
+    for indexes in [MAX_INDEX_DEPTH, MAX_INDEX_DEPTH + 1] {
+        let (harbour, theirs) = (Harbour::new(), Arc::new(MemoryStore::new()));
+        let mut inner = put_image(&*theirs, &[], &[5], 1).await.unwrap().root;
+        for _ in 0..indexes {
+            let index = serde_json::json!({"schemaVersion": 2, "manifests": [named(&inner)]}).to_string();
+            inner = put_document(&*theirs, IMAGE, index).await.unwrap();
+        }
+        harbour.announce(1, theirs, Behaviour::Honest).await;
+        let recovered = recover(&harbour).await;
+        match indexes > MAX_INDEX_DEPTH {
+            true => assert!(matches!(recovered, Err(RecoverError::NestedIndex { .. })), "{recovered:?}"),
+            false => assert_eq!(recovered.unwrap().fetched, indexes + 3),
+        }
+    }
+}
+
+/// The entry of an index for this platform.
+fn named(manifest: &Descriptor) -> Descriptor {
+    Descriptor { platform: Some(Platform::of_this_node()), ..manifest.clone() }
+}
