@@ -206,18 +206,19 @@ impl Manifest {
 }
 
 impl Index {
-    /// The manifest, or the index of manifests, that runs on `here`, the best match first; entries without a platform only when no entry has one.
+    /// The entry that containerd follows on `here` (`images.Manifest`, `images.LimitManifests`): the best match of those that name a platform,
+    /// else the first that names none. The platform of that one stands in its configuration, and the caller has to read it. containerd tries
+    /// no second entry, and asks no annotation, so an attestation without a platform is chosen too, and its configuration then fits nowhere.
     pub fn select(&self, here: &Platform) -> Option<&Descriptor> {
-        let runnable = || self.manifests.iter().filter(|entry| !entry.attestation);
         let mut best: Option<(u8, &Descriptor)> = None;
-        for entry in runnable() {
+        for entry in &self.manifests {
             let Some(rank) = entry.platform.as_ref().and_then(|offered| here.preference(offered)) else { continue };
             // The first of equals wins, as in containerd.
             if best.is_none_or(|(highest, _)| rank > highest) {
                 best = Some((rank, entry));
             }
         }
-        let unnamed = || runnable().all(|entry| entry.platform.is_none()).then(|| runnable().next()).flatten();
+        let unnamed = || self.manifests.iter().find(|entry| entry.platform.is_none());
         best.map(|(_, entry)| entry).or_else(unnamed)
     }
 }

@@ -4,12 +4,15 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// `platform` of a descriptor (OCI image specification, "Image Index").
+/// `platform` of a descriptor (OCI image specification, "Image Index"), and the same fields of a configuration. What a document leaves out is
+/// empty, as Go reads it: an empty system is linux, an empty architecture is no machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Platform {
     /// `amd64`, `arm64`, … as Go spells them.
+    #[serde(default)]
     pub architecture: String,
     /// `linux`.
+    #[serde(default)]
     pub os: String,
     /// `v8`, `v7`, … where the architecture has several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -145,6 +148,14 @@ mod tests {
                 best_first.iter().map(|offered| platform(here).preference(&platform(offered))).collect();
             assert!(preferences.is_sorted_by(|better, worse| better > worse), "on {here}: {preferences:?}");
         }
+    }
+
+    #[test]
+    fn a_configuration_says_its_platform_and_one_that_says_none_fits_nowhere() {
+        let of = |json: &str| serde_json::from_str::<Platform>(json).unwrap();
+        assert_eq!(of(r#"{"architecture":"amd64","os":"linux","rootfs":{}}"#), platform("linux/amd64"));
+        assert!(platform("linux/amd64").preference(&of(r#"{"architecture":"amd64"}"#)).is_some());
+        assert_eq!(platform("linux/amd64").preference(&of("{}")), None);
     }
 
     #[test]

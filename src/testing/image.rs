@@ -33,12 +33,16 @@ pub struct Recipe {
     pub twice: bool,
     /// There is a layer besides that must not be distributed, and is not in the store.
     pub foreign: bool,
+    /// The architecture that the configuration names, where that is not this machine's.
+    pub architecture: Option<String>,
     /// When the configuration says that the image was built.
     pub created: Option<String>,
     /// An index names the manifest, and one for another platform that is not in the store.
     pub index: bool,
     /// The index stands in another index, as goauthentik and gitlab-runner are published.
     pub nested: bool,
+    /// The index names no platform for the manifest, so that a runtime reads the configuration's.
+    pub unnamed: bool,
     /// The index names an attestation, which is in the store with its blobs missing.
     pub attested: bool,
 }
@@ -167,6 +171,7 @@ async fn put_manifest_of(
         diff_ids.push(digest);
     }
     let Platform { architecture, os, variant: _ } = Platform::of_this_node();
+    let architecture = recipe.architecture.as_ref().unwrap_or(&architecture);
     let mut config = json!({
         "architecture": architecture, "os": os, "author": format!("seed {seed}"), "config": {"Entrypoint": ["/data/0.bin"]},
         "rootfs": {"type": "layers", "diff_ids": diff_ids},
@@ -194,7 +199,7 @@ async fn put_index(
     let elsewhere = Platform { architecture: "s390x".into(), os: "linux".into(), variant: None };
     let mut entries = vec![
         Descriptor { digest: Digest::of(b"elsewhere"), platform: Some(elsewhere), ..manifest.clone() },
-        Descriptor { platform: Some(Platform::of_this_node()), ..manifest.clone() },
+        Descriptor { platform: (!recipe.unnamed).then(Platform::of_this_node), ..manifest.clone() },
     ];
     if recipe.attested {
         let materials = json!({"mediaType": CONFIG, "digest": Digest::of(b"materials"), "size": 9});

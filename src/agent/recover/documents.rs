@@ -3,7 +3,7 @@
 
 use super::{Image, RecoverError, Recoverer};
 use crate::model::PeerId;
-use crate::oci::{Descriptor, Digest, Document, Index, MAX_INDEX_DEPTH, Reference};
+use crate::oci::{Descriptor, Digest, Document, Index, MAX_INDEX_DEPTH, Manifest, Platform, Reference};
 use crate::ports::Pin;
 
 impl Recoverer {
@@ -22,9 +22,15 @@ impl Recoverer {
         let (mut document, brought) = self.bring.document(reference, root, providers, pin).await?;
         let root = brought.descriptor.clone();
         let mut documents = vec![brought];
+        let mut has_platform = true;
         loop {
             let index = match document {
-                Document::Manifest(manifest) => return Ok(Image { root, documents, manifest }),
+                Document::Manifest(manifest) => {
+                    if !has_platform {
+                        self.check_config(&root, &manifest, providers).await?;
+                    }
+                    return Ok(Image { root, documents, manifest });
+                }
                 Document::Index(index) => index,
             };
             // Every document so far is an index.
@@ -33,6 +39,7 @@ impl Recoverer {
                 return Err(RecoverError::NestedIndex { digest: innermost });
             }
             let entry = self.select(&root, &index)?;
+            has_platform = entry.platform.is_some();
             let (child, brought) = self.bring.document(reference, entry.digest, providers, pin).await?;
             // The runtime goes by the index, and refuses a document of another shape.
             child
@@ -43,9 +50,30 @@ impl Recoverer {
         }
     }
 
+    /// Whether the configuration of a manifest that an index names without a platform is for this node. containerd reads it then, and runs no
+    /// other entry of the index where it is not: one small blob is read, whatever the index holds.
+    async fn check_config(
+        &self,
+        root: &Descriptor,
+        manifest: &Manifest,
+        providers: &[PeerId],
+    ) -> Result<(), RecoverError> {
+        let digest = manifest.config.digest;
+        let config = self.bring.peek(digest, providers).await?;
+        let offered: Platform = serde_json::from_slice(&config)
+            .map_err(|source| RecoverError::Document { digest, source: source.into() })?;
+        match self.platform.preference(&offered) {
+            Some(_) => Ok(()),
+            None => Err(self.no_platform(root)),
+        }
+    }
+
+    fn no_platform(&self, root: &Descriptor) -> RecoverError {
+        RecoverError::NoPlatform { digest: root.digest, platform: self.platform.clone() }
+    }
+
     /// The entry of the index that the runtime of this node takes.
     fn select<'a>(&self, root: &Descriptor, index: &'a Index) -> Result<&'a Descriptor, RecoverError> {
-        let no_platform = || RecoverError::NoPlatform { digest: root.digest, platform: self.platform.clone() };
-        index.select(&self.platform).ok_or_else(no_platform)
+        index.select(&self.platform).ok_or_else(|| self.no_platform(root))
     }
 }

@@ -72,3 +72,44 @@ async fn indexes_are_followed_as_deep_as_the_bound_and_no_deeper() {
 fn named(manifest: &Descriptor) -> Descriptor {
     Descriptor { platform: Some(Platform::of_this_node()), ..manifest.clone() }
 }
+
+fn unnamed() -> Recipe {
+    Recipe { layers: vec![3000], index: true, unnamed: true, ..Recipe::default() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_entry_without_a_platform_beside_named_ones_runs_where_its_configuration_says() {
+    for recipe in [unnamed(), Recipe { nested: true, ..unnamed() }] {
+        let (harbour, theirs) = (Harbour::new(), Arc::new(MemoryStore::new()));
+        let image = make_image(&*theirs, &[IMAGE.into()], &recipe, 7).await.unwrap();
+        harbour.announce(1, theirs, Behaviour::Honest).await;
+        let recovered = recover(&harbour).await.unwrap();
+        assert_eq!(recovered.root, image.root.digest);
+        harbour.store.collect();
+        assert_eq!(blobs_of(&*harbour.store).await.len(), image.blobs.len() + 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_entry_without_a_platform_is_refused_where_its_configuration_names_another() {
+    let (harbour, theirs) = (Harbour::new(), Arc::new(MemoryStore::new()));
+    let recipe = Recipe { architecture: Some("s390x".into()), ..unnamed() };
+    let image = make_image(&*theirs, &[IMAGE.into()], &recipe, 7).await.unwrap();
+    harbour.announce(1, theirs, Behaviour::Honest).await;
+    let refused = recover(&harbour).await;
+    let root = image.root.digest;
+    assert!(matches!(refused, Err(RecoverError::NoPlatform { digest, .. }) if digest == root), "{refused:?}");
+    let layer = &image.blobs[2];
+    assert!(harbour.fetcher.served().iter().all(|(_, digest)| *digest != layer.digest), "no layer moves");
+    harbour.store.collect();
+    assert!(blobs_of(&*harbour.store).await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_manifest_by_itself_runs_whatever_its_configuration_names() {
+    let (harbour, theirs) = (Harbour::new(), Arc::new(MemoryStore::new()));
+    let recipe = Recipe { architecture: Some("s390x".into()), layers: vec![5], ..Recipe::default() };
+    make_image(&*theirs, &[IMAGE.into()], &recipe, 7).await.unwrap();
+    harbour.announce(1, theirs, Behaviour::Honest).await;
+    assert_eq!(recover(&harbour).await.unwrap().fetched, 3, "as in containerd");
+}

@@ -42,11 +42,11 @@ fn an_index_gives_the_manifest_of_this_platform() {
     assert_eq!(select(&[("arm", ARM), ("amd", AMD), ("note", ATTESTATION)]), Some(Digest::of(b"amd")));
     assert_eq!(select(&[("arm", ARM), ("note", ATTESTATION)]), None, "only other platforms");
     assert_eq!(select(&[("only", "")]), Some(Digest::of(b"only")), "no platform named at all");
-    assert_eq!(
-        select(&[("plain", ""), ("arm", ARM)]),
-        None,
-        "an unnamed entry beside named ones is not a guess to make"
-    );
+    let digest = |name: &str| Some(Digest::of(name.as_bytes()));
+    assert_eq!(select(&[("arm", ARM), ("plain", ""), ("other", "")]), digest("plain"), "the first without a platform");
+    assert_eq!(select(&[("plain", ""), ("amd", AMD)]), digest("amd"), "a named one comes first");
+    let unnamed = r#","annotations":{"vnd.docker.reference.type":"attestation-manifest"}"#;
+    assert_eq!(select(&[("note", unnamed), ("plain", "")]), digest("note"), "containerd reads no annotation");
     assert_eq!(select(&[]), None);
 }
 

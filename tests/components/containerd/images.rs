@@ -21,6 +21,7 @@ fn kinds() -> Vec<(&'static str, Recipe)> {
         ("attested", Recipe { index: true, attested: true, ..layers() }),
         ("nested", Recipe { nested: true, packing: Packing::Gzip, ..layers() }),
         ("nested-list", Recipe { docker: true, nested: true, packing: Packing::Gzip, ..layers() }),
+        ("unnamed", Recipe { index: true, unnamed: true, packing: Packing::Gzip, ..layers() }),
         ("twice", Recipe { twice: true, ..layers() }),
         ("no-layers", Recipe::default()),
         ("no-layers-index", Recipe { index: true, ..Recipe::default() }),
