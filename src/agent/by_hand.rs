@@ -196,7 +196,9 @@ fn done(holders: &Holders, recovered: Recovered) -> PullProgress {
 
 fn failed(holders: &Holders, error: &RecoverError) -> PullProgress {
     let (kind, retryable) = match error {
-        RecoverError::NoProvider { .. } | RecoverError::NotHeld { .. } => (PullFailure::NoProvider, true),
+        RecoverError::NoProvider { .. } | RecoverError::OtherPlatforms { .. } | RecoverError::NotHeld { .. } => {
+            (PullFailure::NoProvider, true)
+        }
         RecoverError::Closed { .. } => (PullFailure::Closed, false),
         RecoverError::Disagreement { .. } => (PullFailure::Disagreement, false),
         RecoverError::NotDistributable { .. }

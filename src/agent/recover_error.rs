@@ -16,6 +16,18 @@ pub enum RecoverError {
         /// What was looked for.
         reference: Reference,
     },
+    /// Peers hold the image, each of them for another platform than this node's.
+    #[error(
+        "the peers that hold {reference} hold it for other platforms: none of them has {digest}, which runs on {platform}"
+    )]
+    OtherPlatforms {
+        /// The image.
+        reference: Reference,
+        /// This node.
+        platform: Platform,
+        /// The document of this platform that none of them has.
+        digest: Digest,
+    },
     /// Peers know the tag with different contents.
     #[error("peers disagree on {reference}: {}; name the image by its digest", list(meanings))]
     Disagreement {
@@ -108,7 +120,10 @@ impl RecoverError {
     /// What the queue makes of it.
     pub fn end(&self) -> End {
         match self {
-            Self::NoProvider { .. } | Self::NotHeld { .. } | Self::Disagreement { .. } => End::NoProvider,
+            Self::NoProvider { .. }
+            | Self::OtherPlatforms { .. }
+            | Self::NotHeld { .. }
+            | Self::Disagreement { .. } => End::NoProvider,
             Self::Fetch { attempts, .. } if attempts.is_empty() => End::NoProvider,
             Self::Abandoned => End::Abandoned,
             _ => End::Failed,
@@ -133,6 +148,7 @@ impl RecoverError {
     pub(super) fn lacking(&self) -> Vec<Digest> {
         match self {
             Self::NotHeld { blobs, .. } => blobs.clone(),
+            Self::OtherPlatforms { digest, .. } => vec![*digest],
             Self::Fetch { digest, attempts } if attempts.is_empty() => vec![*digest],
             _ => Vec::new(),
         }
@@ -141,7 +157,7 @@ impl RecoverError {
     /// What is counted.
     pub fn outcome(&self) -> Outcome {
         match self {
-            Self::NoProvider { .. } => Outcome::NoProvider,
+            Self::NoProvider { .. } | Self::OtherPlatforms { .. } => Outcome::NoProvider,
             Self::NotHeld { .. } => Outcome::NotHeld,
             Self::Closed { .. } => Outcome::Closed,
             Self::NotDistributable { .. } => Outcome::Unusable,
@@ -158,7 +174,7 @@ impl RecoverError {
     /// The Event that tells the pod's owner.
     pub fn report_kind(&self) -> ReportKind {
         match self {
-            Self::NoProvider { .. } | Self::NotHeld { .. } => ReportKind::NoProvider,
+            Self::NoProvider { .. } | Self::OtherPlatforms { .. } | Self::NotHeld { .. } => ReportKind::NoProvider,
             Self::Fetch { attempts, .. } if attempts.is_empty() => ReportKind::NoProvider,
             Self::Closed { .. }
             | Self::NotDistributable { .. }

@@ -4,7 +4,7 @@
 use super::{Image, RecoverError, Recoverer};
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Document, Index, MAX_INDEX_DEPTH, Manifest, Platform, Reference};
-use crate::ports::Pin;
+use crate::ports::{FetchError, Pin};
 
 impl Recoverer {
     /// The indexes, if there are any, and the manifest of this platform. Each is parsed before it is kept, because what it
@@ -27,7 +27,7 @@ impl Recoverer {
             let index = match document {
                 Document::Manifest(manifest) => {
                     if !has_platform {
-                        self.check_config(&root, &manifest, providers).await?;
+                        self.check_config(reference, &root, &manifest, providers).await?;
                     }
                     return Ok(Image { root, documents, manifest });
                 }
@@ -40,7 +40,8 @@ impl Recoverer {
             }
             let entry = self.select(&root, &index)?;
             has_platform = entry.platform.is_some();
-            let (child, brought) = self.bring.document(reference, entry.digest, providers, pin).await?;
+            let brought = self.bring.document(reference, entry.digest, providers, pin).await;
+            let (child, brought) = brought.map_err(|error| self.of_providers(reference, providers, error))?;
             // The runtime goes by the index, and refuses a document of another shape.
             child
                 .check_called(&entry.media_type)
@@ -54,17 +55,31 @@ impl Recoverer {
     /// other entry of the index where it is not: one small blob is read, whatever the index holds.
     async fn check_config(
         &self,
+        reference: &Reference,
         root: &Descriptor,
         manifest: &Manifest,
         providers: &[PeerId],
     ) -> Result<(), RecoverError> {
         let digest = manifest.config.digest;
-        let config = self.bring.peek(digest, providers).await?;
+        let config = self.bring.peek(digest, providers).await;
+        let config = config.map_err(|error| self.of_providers(reference, providers, error))?;
         let offered: Platform = serde_json::from_slice(&config)
             .map_err(|source| RecoverError::Document { digest, source: source.into() })?;
         match self.platform.preference(&offered) {
             Some(_) => Ok(()),
             None => Err(self.no_platform(root)),
+        }
+    }
+
+    /// What it means that no provider of the image has a document that runs here: they run it on other platforms.
+    fn of_providers(&self, reference: &Reference, providers: &[PeerId], error: RecoverError) -> RecoverError {
+        match error {
+            RecoverError::Fetch { digest, attempts }
+                if !providers.is_empty() && attempts.iter().all(|error| matches!(error, FetchError::Absent { .. })) =>
+            {
+                RecoverError::OtherPlatforms { reference: reference.clone(), platform: self.platform.clone(), digest }
+            }
+            error => error,
         }
     }
 

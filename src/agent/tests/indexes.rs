@@ -2,11 +2,12 @@
 
 use tokio_util::sync::CancellationToken;
 
+use super::salvaging::{REFUSED, Watch, failing, reports};
 use super::*;
 use crate::agent::progress::Progress;
 use crate::agent::recover::{RecoverError, Recovered};
 use crate::oci::{Descriptor, MAX_INDEX_DEPTH};
-use crate::ports::ChildKind;
+use crate::ports::{ChildKind, ReportKind};
 use crate::testing::image::{Recipe, make_image, put_document};
 
 async fn recover(harbour: &Harbour) -> Result<Recovered, RecoverError> {
@@ -112,4 +113,40 @@ async fn a_manifest_by_itself_runs_whatever_its_configuration_names() {
     make_image(&*theirs, &[IMAGE.into()], &recipe, 7).await.unwrap();
     harbour.announce(1, theirs, Behaviour::Honest).await;
     assert_eq!(recover(&harbour).await.unwrap().fetched, 3, "as in containerd");
+}
+
+/// A store with an index for two platforms, and the image of one of them.
+async fn with_one_platform(ours: bool) -> Arc<MemoryStore> {
+    let (store, other) = (Arc::new(MemoryStore::new()), MemoryStore::new());
+    let (first, second): (&MemoryStore, &MemoryStore) = if ours { (&other, &store) } else { (&store, &other) };
+    let elsewhere = Platform { architecture: "s390x".into(), os: "linux".into(), variant: None };
+    let entries = [
+        Descriptor { platform: Some(elsewhere), ..put_image(first, &[], &[5], 1).await.unwrap().root },
+        named(&put_image(second, &[], &[5], 2).await.unwrap().root),
+    ];
+    let index = serde_json::json!({"schemaVersion": 2, "manifests": entries}).to_string();
+    put_document(&*store, IMAGE, index).await.unwrap();
+    store
+}
+
+#[tokio::test(start_paused = true)]
+async fn providers_of_another_platform_only_are_reported_once_and_a_right_one_is_used_at_once() {
+    let harbour = Harbour::new();
+    harbour.announce(1, with_one_platform(false).await, Behaviour::Honest).await;
+    let mut watch = Watch::start(&harbour);
+    watch.sees(failing("p", IMAGE, REFUSED)).await;
+    // Long enough for the longest wait between two tries.
+    tokio::time::sleep(std::time::Duration::from_secs(1800)).await;
+    assert_eq!(reports(&harbour), [("p".to_owned(), ReportKind::NoProvider)]);
+    let note = harbour.cluster.reports()[0].1.note.clone();
+    assert!(note.contains("other platforms") && note.contains(&Platform::of_this_node().to_string()), "{note}");
+    // One more of the wrong kind wakes nothing.
+    let tried = harbour.fetcher.served().len();
+    harbour.announce(2, with_one_platform(false).await, Behaviour::Honest).await;
+    watch.rest().await;
+    assert_eq!(harbour.fetcher.served().len(), tried);
+    harbour.announce(3, with_one_platform(true).await, Behaviour::Honest).await;
+    watch.rest().await;
+    assert_eq!(watch.nudges.try_recv().unwrap().name, "p");
+    watch.stop().await;
 }
