@@ -17,6 +17,7 @@ mod link;
 mod reader;
 mod snapshotter;
 mod staging;
+mod stray;
 mod surroundings;
 mod unpack;
 mod watch;
@@ -40,6 +41,7 @@ use link::Link;
 pub use snapshotter::Snapshotter;
 use surroundings::Lookout;
 pub use surroundings::{Surroundings, VERIFIERS, usual_socket};
+use writer::Slot;
 
 /// Which containerd, and what of it is ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -159,7 +161,7 @@ impl ContentStore for ContainerdStore {
     }
 
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
-        Ok(Box::new(self.begin_write(digest, size, pin).await?))
+        Ok(Box::new(self.begin_checked(Slot::take(self, digest)?, size, pin).await?))
     }
 
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError> {

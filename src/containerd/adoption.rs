@@ -48,7 +48,7 @@ impl fmt::Display for Ingest {
 const TRIES: usize = 3;
 
 /// What a file is called in our folder until it is removed because its bytes are wrong.
-const WRONG: &str = "wrong";
+pub(super) const WRONG: &str = "wrong";
 
 /// Of a file that is hashed because another one is where ours should be.
 const READ: usize = 1 << 20;
@@ -250,7 +250,7 @@ fn if_absent<T>(otherwise: T) -> impl FnOnce(io::Error) -> io::Result<T> {
 }
 
 /// Takes a file with wrong bytes from among the blobs. Should the right one have come there in the meantime, it is put back.
-fn set_aside(wrong: &Path, aside: &Path, digest: Digest) -> io::Result<()> {
+pub(super) fn set_aside(wrong: &Path, aside: &Path, digest: Digest) -> io::Result<()> {
     fs::rename(wrong, aside)?;
     if is_right(aside, digest)? {
         let _ = fs::hard_link(aside, wrong);
@@ -260,7 +260,7 @@ fn set_aside(wrong: &Path, aside: &Path, digest: Digest) -> io::Result<()> {
     fs::remove_file(aside)
 }
 
-fn is_right(path: &Path, digest: Digest) -> io::Result<bool> {
+pub(super) fn is_right(path: &Path, digest: Digest) -> io::Result<bool> {
     let mut file = File::open(path)?;
     let (mut hasher, mut bytes, mut size) = (Hasher::default(), vec![0; READ], 0);
     loop {

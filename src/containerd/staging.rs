@@ -17,10 +17,11 @@ use tokio::sync::Mutex;
 use super::ContainerdStore;
 use super::adoption::{Declined, Ingest};
 use super::content::blocking;
+use super::stray::Committed;
 use super::writer::{MESSAGE, Slot};
 use crate::files::{Leftover, StagingFile, is_taken, leftovers, staging_folder};
 use crate::oci::{Digest, Verified};
-use crate::ports::{BlobSink, BlobWriter, Pin, Remembered, STAGED_LIFE, Staged, StoreError};
+use crate::ports::{BlobSink, Pin, Remembered, STAGED_LIFE, Staged, StoreError};
 
 /// Our folder in the content store's root.
 pub(super) const STAGING: &str = "lighterman-staging";
@@ -162,18 +163,24 @@ impl InStaging {
         self.send(slot, proof, remembered).await
     }
 
+    /// Once more where a file with other bytes was in the way; that one is gone then.
     async fn send(&self, slot: &Arc<Slot>, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
-        let mut writer = match self.store.begin_write_in(Arc::clone(slot), self.file.size(), &self.pin).await {
-            Err(StoreError::AlreadyThere(digest)) => return self.store.add_labels(digest, remembered).await,
-            writer => writer?,
-        };
-        let mut offset = 0;
-        while offset < self.file.size() {
-            let bytes = self.file.read_at(offset, MESSAGE).await.map_err(|error| self.failed(&error))?;
-            offset += bytes.len() as u64;
-            writer.append(&[bytes]).await?;
+        for _ in 0..2 {
+            let mut writer = match self.store.begin_checked(Arc::clone(slot), self.file.size(), &self.pin).await {
+                Err(StoreError::AlreadyThere(digest)) => return self.store.add_labels(digest, remembered).await,
+                writer => writer?,
+            };
+            let mut offset = 0;
+            while offset < self.file.size() {
+                let bytes = self.file.read_at(offset, MESSAGE).await.map_err(|error| self.failed(&error))?;
+                offset += bytes.len() as u64;
+                writer.append(&[bytes]).await?;
+            }
+            if writer.finish(&proof, remembered).await? == Committed::Blob {
+                return Ok(());
+            }
         }
-        Box::new(writer).commit(proof, remembered).await
+        Err(StoreError::Other(format!("containerd keeps other bytes than were sent for {}", self.digest)))
     }
 }
 

@@ -23,7 +23,7 @@ use super::labels::additions;
 use super::link::within;
 use super::{ContainerdStore, State};
 use crate::oci::{Digest, Verified};
-use crate::ports::{BlobSink, BlobWriter, Pin, Remembered, StoreError};
+use crate::ports::{BlobSink, Pin, Remembered, StoreError};
 
 /// Every ref of ours begins so; the digest follows.
 const REF_PREFIX: &str = "lighterman-";
@@ -143,10 +143,6 @@ fn asking(action: WriteAction, digest: Digest, size: u64) -> WriteContentRequest
 }
 
 impl ContainerdStore {
-    pub(super) async fn begin_write(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Writer, StoreError> {
-        self.begin_write_in(Slot::take(self, digest)?, size, pin).await
-    }
-
     pub(super) async fn begin_write_in(&self, slot: Arc<Slot>, size: u64, pin: &Pin) -> Result<Writer, StoreError> {
         let digest = slot.digest;
         let mut pause = FIRST_PAUSE;
@@ -383,9 +379,9 @@ impl BlobSink for Writer {
     }
 }
 
-#[async_trait]
-impl BlobWriter for Writer {
-    async fn commit(mut self: Box<Self>, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
+impl Writer {
+    /// Makes the blob readable; a file that is there already takes its place unseen.
+    pub(super) async fn commit(mut self, proof: &Verified, remembered: &Remembered) -> Result<(), StoreError> {
         let digest = self.slot.digest;
         if proof.digest() != digest || proof.size() != self.written || self.size != self.written {
             let (proved, size, written) = (proof.digest(), proof.size(), self.written);

@@ -30,10 +30,11 @@ use mending::{
 };
 use removed::a_record_is_removed_when_cri_has_noticed_it;
 use staged::{
-    a_file_that_no_record_names_is_not_trusted, a_full_disk_is_told_and_leaves_room_again,
-    a_staged_blob_is_adopted_as_it_is, from_another_mount_a_staged_blob_is_sent,
-    killed_before_the_commit_it_takes_the_staged_blob_afterwards, under_another_policy_a_staged_blob_is_sent,
-    what_the_collector_takes_before_it_is_recorded_is_linked_again, what_was_staged_and_given_up_is_removed,
+    a_file_that_no_record_names_is_not_trusted, a_file_that_no_record_names_is_not_trusted_where_blobs_are_sent,
+    a_full_disk_is_told_and_leaves_room_again, a_staged_blob_is_adopted_as_it_is,
+    from_another_mount_a_staged_blob_is_sent, killed_before_the_commit_it_takes_the_staged_blob_afterwards,
+    under_another_policy_a_staged_blob_is_sent, what_the_collector_takes_before_it_is_recorded_is_linked_again,
+    what_was_staged_and_given_up_is_removed,
 };
 use surroundings::{it_tells_what_it_is, the_image_of_sandboxes_is_seen_in_them};
 use tokio::time::timeout;
@@ -88,6 +89,7 @@ on_every_version![
     from_another_mount_a_staged_blob_is_sent,
     what_the_collector_takes_before_it_is_recorded_is_linked_again,
     a_file_that_no_record_names_is_not_trusted,
+    a_file_that_no_record_names_is_not_trusted_where_blobs_are_sent,
     a_full_disk_is_told_and_leaves_room_again,
     killed_before_the_commit_it_takes_the_staged_blob_afterwards,
     whenever_a_commit_is_broken_off_nothing_is_half_recorded,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use lighterman::containerd::{ContainerdStore, Ingest};
+use lighterman::containerd::{Config, ContainerdStore, Ingest};
 use lighterman::oci::{Digest, Hasher, Verified};
 use lighterman::ports::{ContentStore, Pin, Remembered, STAGED_LIFE, Staged, StoreError};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -211,6 +211,44 @@ pub(crate) async fn a_file_that_no_record_names_is_not_trusted(version: &str) {
     }
     assert_eq!(inode(&daemon.file_of(Digest::of(&right))), there, "what is right stays");
     assert_eq!(staged_files(&daemon), Vec::<PathBuf>::new());
+}
+
+pub(crate) async fn a_file_that_no_record_names_is_not_trusted_where_blobs_are_sent(version: &str) {
+    let isolated = "[plugins.\"io.containerd.metadata.v1.bolt\"]\n  content_sharing_policy = \"isolated\"\n";
+    for settings in [isolated, ""] {
+        for is_seen in [true, false] {
+            let daemon = Daemon::start_in(version, tempfile::tempdir().unwrap(), settings).await;
+            let (seen, pin) = with_content(&daemon, "sent").await;
+            let elsewhere = Some(PathBuf::from("/nothing/is/here"));
+            let hidden = ContainerdStore::new(Config { content_root: elsewhere, ..daemon.config("sent") }).unwrap();
+            let store = if is_seen { &seen } else { &hidden };
+            let what = format!("policy {settings:?}, files seen: {is_seen}");
+            let (long, other) = (content("as long", 3_000_000), content("of another size", 2_000_000));
+            fs::write(daemon.file_of(Digest::of(&long)), content("something else", 3_000_000)).unwrap();
+            fs::write(daemon.file_of(Digest::of(&other)), "short").unwrap();
+            for bytes in [&long, &other] {
+                let digest = Digest::of(bytes);
+                let staged = store.stage(digest, bytes.len() as u64, &pin).await.unwrap();
+                write_out_of_order(&*staged, bytes).await;
+                staged.commit(proof(bytes), &Remembered::default()).await.unwrap();
+                assert_eq!(read(store, digest).await, *bytes, "{what}");
+            }
+            let direct = content("written directly", 300_000);
+            fs::write(daemon.file_of(Digest::of(&direct)), content("something else", 300_000)).unwrap();
+            let mut writer = store.create(Digest::of(&direct), 300_000, &pin).await.unwrap();
+            writer.append(std::slice::from_ref(&direct)).await.unwrap();
+            match writer.commit(proof(&direct), &Remembered::default()).await {
+                Ok(()) => assert_eq!(read(store, Digest::of(&direct)).await, direct, "{what}"),
+                // What cannot be seen is only found after the commit; the next try writes it.
+                Err(error) => {
+                    assert!(!is_seen, "{what}: {error}");
+                    assert!(store.blob(Digest::of(&direct)).await.unwrap().is_none(), "{what}");
+                    write(store, &direct, &pin, &Remembered::default()).await;
+                    assert_eq!(read(store, Digest::of(&direct)).await, direct, "{what}");
+                }
+            }
+        }
+    }
 }
 
 pub(crate) async fn a_full_disk_is_told_and_leaves_room_again(version: &str) {
