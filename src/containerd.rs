@@ -34,7 +34,7 @@ use tokio::sync::{Notify, watch as counter};
 
 use crate::oci::Digest;
 use crate::ports::{
-    BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, Staged, StoreError,
+    BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, Snapshots, Staged, StoreError,
 };
 pub use adoption::Ingest;
 use link::Link;
@@ -186,6 +186,10 @@ impl ContentStore for ContainerdStore {
 
     async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
         self.delete_image(name, target).await
+    }
+
+    async fn snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError> {
+        self.find_snapshots(chain_id).await
     }
 
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {

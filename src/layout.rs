@@ -30,7 +30,7 @@ use tokio::sync::watch;
 use crate::files::{FileReader, blob_path, room, sync_folder};
 use crate::oci::Digest;
 use crate::ports::{
-    BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, Staged, StoreError,
+    BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, Snapshots, Staged, StoreError,
 };
 use index::Index;
 use remembered::Notes;
@@ -309,6 +309,11 @@ impl ContentStore for LayoutStore {
             Ok(())
         })
         .await
+    }
+
+    /// There is no runtime.
+    async fn snapshots(&self, _: Digest) -> Result<Snapshots, StoreError> {
+        Ok(Snapshots::default())
     }
 
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {

@@ -4,6 +4,7 @@
 //! ([`super::salvage`]). What happens to a single blob stands in [`super::bring`].
 
 mod documents;
+mod give_up;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -161,18 +162,6 @@ impl Recoverer {
         let (root, settled) = self.resolver.resolve(wanted, &self.bring).await?;
         let providers = self.resolver.providers(&wanted.reference, root)?;
         Ok(Found { root, providers, settled })
-    }
-
-    /// Removes the names of an image that cannot be made whole, so that the kubelet pulls it anew. The last resort: its content is on no node.
-    ///
-    /// # Errors
-    /// As the store says.
-    pub(super) async fn give_up(&self, reference: &Reference) -> Result<bool, RecoverError> {
-        let Some(target) = self.named_here(reference).await? else { return Ok(false) };
-        for name in reference.record_names(target) {
-            self.store.remove_image(&name, target).await.map_err(RecoverError::store("removing an image record"))?;
-        }
-        Ok(true)
     }
 
     /// What this node's own record of the name points at.

@@ -105,7 +105,7 @@ impl ContainerdStore {
         let ingest = self.ingest().await?;
         let configuration = if cri { self.cri_configuration().await? } else { serde_json::Value::Null };
         let snapshotter = self.snapshotter().await?;
-        let discards_unpacked_layers = configuration["containerd"]["discardUnpackedLayers"].as_bool();
+        let discards_unpacked_layers = discards(&configuration);
         let sandbox_image = match configuration["sandboxImage"].as_str() {
             Some(image) => Some(image.to_owned()),
             None => self.image_of_newest_sandbox().await?,
@@ -136,6 +136,11 @@ impl ContainerdStore {
         let root = self.look_around().await?.content_root;
         let is_seen = |root: &Path| root.is_dir() || root.parent().is_some_and(Path::is_dir);
         Ok(root.is_some_and(|root| is_seen(&root) && !root.join("blobs/sha256").is_dir()))
+    }
+
+    /// Whether layers are dropped once they are unpacked; `None` where containerd does not tell.
+    pub(super) async fn discards_layers(&self) -> Result<Option<bool>, StoreError> {
+        Ok(if self.has_cri().await? { discards(&self.cri_configuration().await?) } else { None })
     }
 
     pub(super) async fn has_cri(&self) -> Result<bool, StoreError> {
@@ -183,6 +188,10 @@ impl ContainerdStore {
         let newest = named.max_by_key(|sandbox| sandbox.created_at.map(|at| (at.seconds, at.nanos)));
         Ok(newest.map(|sandbox| sandbox.image))
     }
+}
+
+fn discards(configuration: &serde_json::Value) -> Option<bool> {
+    configuration["containerd"]["discardUnpackedLayers"].as_bool()
 }
 
 /// containerd runs every regular file that may be executed; a folder that cannot be read holds none that we know of.

@@ -26,7 +26,7 @@ use super::snapshotter::{SUITED, Snapshotter};
 use super::writer::MESSAGE_DEADLINE;
 use super::{ContainerdStore, State};
 use crate::oci::{Digest, StackedLayer};
-use crate::ports::{Pin, StoreError, UnpackError, Unpacked, Unpacker};
+use crate::ports::{Pin, Snapshots, StoreError, UnpackError, Unpacked, Unpacker};
 
 /// Active snapshots of ours; then a number, a space and the chain ID. containerd's own begin with `extract-` too.
 const KEY_PREFIX: &str = "extract-lighterman-";
@@ -136,6 +136,18 @@ impl ContainerdStore {
             Err(status) if status.code() == Code::NotFound => Ok(false),
             Err(status) => Err(self.link.failed(&status)),
         }
+    }
+
+    /// Asks every snapshotter that runs, not only CRI's: a pod may name another runtime, with a snapshotter of its own. A snapshotter
+    /// that pulls lazily commits its snapshots under the chain ID as well.
+    pub(super) async fn find_snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError> {
+        let mut snapshotters = Vec::new();
+        for plugin in self.snapshotters().await?.iter() {
+            if self.is_unpacked(&plugin.id, chain_id).await? {
+                snapshotters.push(plugin.id.clone());
+            }
+        }
+        Ok(Snapshots { snapshotters, discards_layers: self.discards_layers().await? })
     }
 
     async fn remove_snapshot(&self, snapshotter: &str, key: &str) -> Result<(), StoreError> {

@@ -61,6 +61,11 @@ impl RootFs {
         Ok(Self { diff_ids: rootfs.diff_ids.unwrap_or_default() })
     }
 
+    /// The name of all layers together; `None` for an image without any.
+    pub fn top(&self) -> Option<Digest> {
+        self.diff_ids.iter().copied().reduce(chained)
+    }
+
     /// The manifest's layers with their names, the lowest first.
     ///
     /// # Errors
@@ -114,6 +119,7 @@ mod tests {
         let parents: Vec<_> = stacked.iter().map(|layer| layer.parent).collect();
         assert_eq!(parents, [None, Some(stacked[0].chain_id), Some(stacked[1].chain_id)]);
         assert_eq!(stacked[2].blob, layer("3"));
+        assert_eq!((config(&diff_ids).top(), config(&[]).top()), (Some(stacked[2].chain_id), None));
         assert_eq!(stacked[2].diff_id, diff_ids[2]);
     }
 

@@ -78,6 +78,13 @@ pub trait ContentStore: Send + Sync + 'static {
     /// As [`ContentStore::blob`]. A record that is gone, or that points elsewhere, is no error.
     async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError>;
 
+    /// What the runtime of this store has of an image whose layers together have this chain ID ([`crate::oci::StackedLayer::chain_id`] of the
+    /// topmost).
+    ///
+    /// # Errors
+    /// As [`ContentStore::blob`].
+    async fn snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError>;
+
     /// Holds content against collection until released, or for `life` at most, so that a killed agent leaks nothing.
     ///
     /// # Errors
@@ -199,6 +206,15 @@ pub struct ImageRecord {
     pub name: String,
     /// The index or manifest.
     pub target: Descriptor,
+}
+
+/// An image's layers outside the content store.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Snapshots {
+    /// The snapshotters that have all layers; as many at most as the runtime has.
+    pub snapshotters: Vec<String>,
+    /// Whether the runtime drops layers once they are unpacked; `None` where the runtime does not tell.
+    pub discards_layers: Option<bool>,
 }
 
 /// A file system's size.

@@ -13,11 +13,10 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use self::staged::{InMemory, Parts};
-use self::unpacked::Snapshots;
 use crate::oci::{Descriptor, Digest, Repository, Verified};
 use crate::ports::{
-    BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ContentStore, ImageRecord, Pin, Remembered, Room, Staged,
-    StoreError,
+    BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ContentStore, ImageRecord, Pin, Remembered, Room, Snapshots,
+    Staged, StoreError,
 };
 
 /// Keeps blobs, records and pins in memory. Clones are handles of one store.
@@ -37,7 +36,8 @@ struct State {
     writing: HashSet<Digest>,
     /// What staged blobs left that were not committed.
     staged: HashMap<Digest, Parts>,
-    snapshots: Snapshots,
+    snapshots: unpacked::Stacks,
+    runtime: unpacked::Runtime,
     /// How long a name takes after it can be seen.
     naming: Duration,
 }
@@ -249,6 +249,10 @@ impl ContentStore for MemoryStore {
             self.changed();
         }
         Ok(())
+    }
+
+    async fn snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError> {
+        Ok(self.snapshots_of(chain_id))
     }
 
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {

@@ -11,7 +11,8 @@ use tokio::sync::watch;
 
 use crate::oci::{Digest, Verified};
 use crate::ports::{
-    BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, Staged, StoreError,
+    BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, Snapshots, Staged,
+    StoreError,
 };
 
 /// Where the user is killed. A step is a call that changes something; the first has the number 0.
@@ -125,6 +126,10 @@ impl ContentStore for StoppingStore {
 
     async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
         self.step(self.inner.remove_image(name, target)).await
+    }
+
+    async fn snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError> {
+        self.inner.snapshots(chain_id).await
     }
 
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {

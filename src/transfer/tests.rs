@@ -37,7 +37,7 @@ use crate::model::{Credential, NodeName, Peer, PeerId};
 use crate::oci::{Chain, Cut, Digest, Verified};
 use crate::ports::{
     Admission, Admitted, BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, FetchError, Fetcher, ImageRecord,
-    LEEWAY, NoPartials, Partials, PieceFetcher, Pin, Refusal, Remembered, Room, Staged, StoreError,
+    LEEWAY, NoPartials, Partials, PieceFetcher, Pin, Refusal, Remembered, Room, Snapshots, Staged, StoreError,
 };
 use crate::wire::{self, Answer, Hello, Request, Welcome};
 
@@ -145,6 +145,9 @@ impl ContentStore for Shelf {
         unused()
     }
     async fn remove_image(&self, _: &str, _: Digest) -> Result<(), StoreError> {
+        unused()
+    }
+    async fn snapshots(&self, _: Digest) -> Result<Snapshots, StoreError> {
         unused()
     }
     async fn pin(&self, _: Duration) -> Result<Pin, StoreError> {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::watch;
 
 use super::*;
-use crate::ports::{BlobReader, Room};
+use crate::ports::{BlobReader, Room, Snapshots};
 use crate::testing::MemoryStore;
 
 /// Passes everything on but what the test breaks.
@@ -127,6 +127,10 @@ impl ContentStore for Unsound {
             }
             _ => self.sound.remove_image(name, target).await,
         }
+    }
+
+    async fn snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError> {
+        self.sound.snapshots(chain_id).await
     }
 
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {

@@ -51,6 +51,7 @@ fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
     }
     named![
         every_packing_is_unpacked_under_its_chain_id,
+        what_is_unpacked_is_found_by_its_chain_id,
         what_is_unpacked_is_left_as_it_is,
         another_image_on_the_same_layers_shares_them,
         another_diff_is_refused_and_nothing_is_left,
@@ -91,6 +92,19 @@ async fn ensure_unpacked(subject: &dyn Unpacks, expected: BTreeSet<Digest>, when
     let found = subject.unpacked().await;
     ensure(found == expected, format!("{when}: {found:?} is unpacked, and should be {expected:?}"))?;
     ensure(subject.half_unpacked().await == 0, format!("{when}: something is half unpacked"))
+}
+
+async fn what_is_unpacked_is_found_by_its_chain_id(subject: &dyn Unpacks) -> Outcome {
+    let pin = subject.store().pin(HOUR).await?;
+    let image = image(subject, "found", &[1000, 10], Packing::Gzip).await?;
+    for layer in &image.layers {
+        let before = subject.store().snapshots(layer.chain_id).await?.snapshotters;
+        ensure(before.is_empty(), format!("{} is in {before:?} before it is unpacked", layer.chain_id))?;
+        subject.unpacker().unpack(layer, &pin).await?;
+        let found = subject.store().snapshots(layer.chain_id).await?.snapshotters;
+        ensure(found.len() == 1, format!("{} is in {found:?}", layer.chain_id))?;
+    }
+    Ok(())
 }
 
 async fn every_packing_is_unpacked_under_its_chain_id(subject: &dyn Unpacks) -> Outcome {

@@ -6,13 +6,38 @@ use async_trait::async_trait;
 
 use super::{MemoryStore, State};
 use crate::oci::{Digest, StackedLayer};
-use crate::ports::{Pin, StoreError, UnpackError, Unpacked, Unpacker};
+use crate::ports::{Pin, Snapshots, StoreError, UnpackError, Unpacked, Unpacker};
 use crate::testing::image::Packing;
 
 /// Unpacked layers by their chain IDs, with the one beneath.
-pub(super) type Snapshots = HashMap<Digest, Option<Digest>>;
+pub(super) type Stacks = HashMap<Digest, Option<Digest>>;
+
+/// What this store says of its runtime.
+#[derive(Clone)]
+pub(super) struct Runtime {
+    snapshotter: String,
+    discards_layers: Option<bool>,
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        Self { snapshotter: "overlayfs".into(), discards_layers: None }
+    }
+}
 
 impl MemoryStore {
+    /// From now on layers are unpacked into a snapshotter of this name, by a runtime that says this of discarding them.
+    pub fn set_runtime(&self, snapshotter: &str, discards_layers: Option<bool>) {
+        self.state().runtime = Runtime { snapshotter: snapshotter.into(), discards_layers };
+    }
+
+    pub(super) fn snapshots_of(&self, chain_id: Digest) -> Snapshots {
+        let state = self.state();
+        let Runtime { snapshotter, discards_layers } = state.runtime.clone();
+        let snapshotters = if state.snapshots.contains_key(&chain_id) { vec![snapshotter] } else { Vec::new() };
+        Snapshots { snapshotters, discards_layers }
+    }
+
     /// The chain IDs of the layers that are unpacked here.
     pub fn unpacked(&self) -> BTreeSet<Digest> {
         self.state().snapshots.keys().copied().collect()

@@ -1,0 +1,60 @@
+//! The last resort: an image record goes, so that the kubelet pulls the image anew.
+
+use super::{RecoverError, Recoverer};
+use crate::agent::bring::Held;
+use crate::oci::{Digest, Document, MAX_INDEX_DEPTH, Reference, RootFs};
+use crate::ports::Snapshots;
+
+impl Recoverer {
+    /// Removes the names of an image that cannot be made whole, so that the kubelet pulls it anew. The last resort: its content is on no node.
+    /// False when the names stay: there are none, or a snapshotter has the image unpacked, from which pods still start without the blobs.
+    ///
+    /// # Errors
+    /// As the store says.
+    pub(in crate::agent) async fn give_up(&self, reference: &Reference) -> Result<bool, RecoverError> {
+        let Some(target) = self.named_here(reference).await? else { return Ok(false) };
+        let unpacked = self.unpacked(target).await?.snapshotters;
+        if !unpacked.is_empty() {
+            tracing::warn!(%reference, snapshotters = unpacked.join(", "), "a broken image keeps its record: it is unpacked");
+            return Ok(false);
+        }
+        for name in reference.record_names(target) {
+            self.store.remove_image(&name, target).await.map_err(RecoverError::store("removing an image record"))?;
+        }
+        Ok(true)
+    }
+
+    /// The snapshotters that have the image unpacked. None has one whose documents are not all here, because the runtime finds its snapshots
+    /// by the configuration, and makes no container without it.
+    async fn unpacked(&self, root: Digest) -> Result<Snapshots, RecoverError> {
+        let Some(config) = self.config_here(root).await? else { return Ok(Snapshots::default()) };
+        let Some(bytes) = self.read_here(config).await? else { return Ok(Snapshots::default()) };
+        let top = RootFs::parse(&bytes).ok().and_then(|rootfs| rootfs.top());
+        let Some(top) = top else { return Ok(Snapshots::default()) };
+        self.store.snapshots(top).await.map_err(RecoverError::store("looking for snapshots"))
+    }
+
+    /// The configuration of this platform, as far as the documents here tell.
+    async fn config_here(&self, root: Digest) -> Result<Option<Digest>, RecoverError> {
+        let mut digest = root;
+        for _ in 0..=MAX_INDEX_DEPTH {
+            let Some(bytes) = self.read_here(digest).await? else { return Ok(None) };
+            match Document::parse(&bytes) {
+                Ok(Document::Manifest(manifest)) => return Ok(Some(manifest.config.digest)),
+                Ok(Document::Index(index)) => match index.select(&self.platform) {
+                    Some(entry) => digest = entry.digest,
+                    None => return Ok(None),
+                },
+                Err(_) => return Ok(None),
+            }
+        }
+        Ok(None)
+    }
+
+    async fn read_here(&self, digest: Digest) -> Result<Option<bytes::Bytes>, RecoverError> {
+        match Held::read(&*self.store, digest).await.map_err(RecoverError::store("reading a document"))? {
+            Held::Whole(bytes, _) => Ok(Some(bytes)),
+            Held::Absent | Held::TooLarge(_) | Held::Damaged => Ok(None),
+        }
+    }
+}
