@@ -19,7 +19,7 @@ use crate::mesh::Mesh;
 use crate::metrics::Metrics;
 use crate::model::{ContentChange, Item, MAX_ITEMS, Outage};
 use crate::oci::Digest;
-use crate::ports::{BlobInfo, ContentStore, ImagesStatus, StoreError};
+use crate::ports::{BlobInfo, ContentStore, ImagesStatus, MAX_NAMES, StoreError};
 
 /// The store is listed again after so long without an event, because collections are silent.
 const RELIST: Duration = Duration::from_secs(60);
@@ -117,7 +117,8 @@ impl Advertiser {
         self.names.send_replace(Some(Arc::new(records.iter().map(|record| record.name.clone()).collect())));
         let looked = self.images.look(&*self.store, &blobs, &records).await?;
         self.metrics.images_incomplete(looked.incomplete);
-        let status = ImagesStatus { announced: looked.names.len(), incomplete: looked.incomplete };
+        let reasons = looked.reasons.iter().take(MAX_NAMES).map(|(reason, images)| (reason.clone(), *images)).collect();
+        let status = ImagesStatus { announced: looked.names.len(), incomplete: looked.incomplete, reasons };
         self.status.send_replace(Some(status));
         let fetching = self.fetching.borrow().iter().copied().map(Item::Fetching).collect();
         Ok(everything(&blobs, looked, &self.outages.borrow(), fetching))
@@ -144,7 +145,7 @@ impl Advertiser {
 
 /// All that is to be told, bounded.
 fn everything(blobs: &[BlobInfo], looked: Looked, outages: &[Outage], fetching: BTreeSet<Item>) -> BTreeSet<Item> {
-    let Looked { names, damaged, incomplete: _ } = looked;
+    let Looked { names, damaged, incomplete: _, reasons: _ } = looked;
     let sound = blobs.iter().map(|blob| blob.digest).filter(|digest| !damaged.contains(digest));
     let mut held: BTreeSet<_> = sound.map(Item::Blob).collect();
     held.extend(names);

@@ -38,7 +38,8 @@ pub enum RecoverError {
     },
     /// The image is known, but parts of it are on no node any more.
     #[error(
-        "{} of the blobs of {reference} are on no node (first {}); a node that unpacked a layer may have discarded it",
+        "{} of the blobs of {reference} are on no node (first {}): the nodes that run it discarded its layers, pulled them lazily or lost them; \
+         `lighterman status` on such a node says which",
         blobs.len(),
         blobs.first().map(ToString::to_string).unwrap_or_default()
     )]

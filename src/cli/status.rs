@@ -138,8 +138,10 @@ fn containerd_rows(containerd: &ContainerdStatus) -> Vec<(&'static str, Vec<Stri
 }
 
 fn images_line(images: &ImagesStatus) -> String {
-    let ImagesStatus { announced, incomplete } = images;
-    format!("{announced} announced, {incomplete} incomplete")
+    let ImagesStatus { announced, incomplete, reasons } = images;
+    let reasons: Vec<_> = reasons.iter().map(|(reason, images)| format!("{reason} {images}")).collect();
+    let reasons = if reasons.is_empty() { String::new() } else { format!(" ({})", reasons.join(", ")) };
+    format!("{announced} announced, {incomplete} incomplete{reasons}")
 }
 
 fn outage_line(outage: &OutageStatus) -> String {
@@ -198,7 +200,11 @@ mod tests {
                 image_verifiers: Some(Vec::new()),
             }),
             mesh: Some(MeshStatus { alive: 3, release: "0.1.0".into(), ..MeshStatus::default() }),
-            images: Some(ImagesStatus { announced: 41, incomplete: 1 }),
+            images: Some(ImagesStatus {
+                announced: 41,
+                incomplete: 3,
+                reasons: [("layers discarded after unpacking".into(), 2), ("layers lost".into(), 1)].into(),
+            }),
             registries_down: Some(vec![OutageStatus {
                 registry: "registry.example.com:5000".into(),
                 how: "connections are refused".into(),
@@ -239,7 +245,7 @@ mesh              3 alive, 0 suspected, 0 down, 0 banned; 0 neighbours
                   releases: 0.1.0 1
                   inventory: 0 blobs of others, 0.0 MiB; this node tells 0 items
                   lag: none
-images            41 announced, 1 incomplete
+images            41 announced, 3 incomplete (layers discarded after unpacking 2, layers lost 1)
 registries down   registry.example.com:5000: connections are refused, since 2023-11-14T22:13:20Z, seen by n2, node-10
 recoveries        r.test/shop/checkout:v1: 3.0 MiB of 12.0 MiB from n2, unpacking layer 2 of 5
                   r.test/shop/basket:v1: looking for what is missing

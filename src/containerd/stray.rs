@@ -1,11 +1,14 @@
-//! Files among containerd's blobs that no record names, where a blob is sent through the content API.
+//! Stray files: files in containerd's blob folder without a record, where a blob is sent through
+//! the content API.
 //!
-//! A commit that finds the blob's file there throws away the bytes that were sent, makes a record of the file as it is, and reports success
-//! (content/local/writer.go and metadata/content.go, `Commit`; the same in 1.7 and 2). Under the policy `isolated` nothing before the commit
-//! shows that there is such a file. Power loss and other tools leave them.
+//! A commit that finds a file of the blob's name drops the sent bytes, makes a record of the file
+//! and reports success (content/local/writer.go and metadata/content.go, `Commit`; the same in 1.7
+//! and 2). Under the policy `isolated` containerd shows no such file before the commit. Power loss
+//! and other tools leave stray files.
 //!
-//! Where the files can be seen, a file without a record is hashed before the blob is sent, and removed when its bytes are wrong. What could
-//! not be seen or removed is hashed once after the commit, and discarded by containerd itself.
+//! Where files can be seen, the agent hashes a stray file before the blob is sent, and removes a
+//! file with wrong bytes. Where they cannot be seen or removed, the agent reads the blob back once
+//! after the commit, and lets containerd discard wrong bytes.
 
 use std::io;
 use std::path::Path;
@@ -24,23 +27,23 @@ use crate::files::{blob_path, staging_folder};
 use crate::oci::{Digest, Hasher, Verified};
 use crate::ports::{BlobReader as _, BlobSink, BlobWriter, Pin, Remembered, StoreError};
 
-/// A write through the content API whose result is the blob, whatever file was there.
+/// A write through the content API that never leaves a stray file as the blob.
 pub(super) struct CheckedWriter {
     writer: Writer,
     store: ContainerdStore,
     digest: Digest,
     size: u64,
     pin: Pin,
-    /// No file with wrong bytes was in the way when the write began.
+    /// No stray file was left when the write began.
     was_clear: bool,
 }
 
-/// What a commit has made a record of.
+/// Result of a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Committed {
     /// The bytes that were sent.
     Blob,
-    /// A file with other bytes. It was discarded, and the blob can be sent again.
+    /// A stray file with other bytes, which containerd has discarded. The blob can be sent again.
     Stray,
 }
 
@@ -57,19 +60,19 @@ impl ContainerdStore {
         Ok(CheckedWriter { writer, store: self.clone(), digest, size, pin: pin.clone(), was_clear })
     }
 
-    /// Removes a file of the blob's name that no record of ours names and whose bytes are wrong. False where the file cannot be seen or removed.
+    /// Removes a stray file with wrong bytes. False where the file cannot be seen or removed.
     async fn clear(&self, digest: Digest) -> Result<bool, StoreError> {
         let Some(root) = self.content_root().await? else { return Ok(false) };
         let path = blob_path(&root, digest);
         let at = path.clone();
-        // A blob with a record is not written: its file is not looked at here.
+        // A blob with a record is not written, so its file is not hashed.
         if !blocking(move || at.exists()).await? || self.info(digest).await?.is_some() {
             return Ok(true);
         }
         match blocking(move || clear(&path, &root.join(STAGING), digest)).await? {
             Ok(()) => Ok(true),
             Err(error) => {
-                tracing::debug!(%digest, %error, "a file that no record names cannot be checked or removed");
+                tracing::debug!(%digest, %error, "a stray file cannot be checked or removed");
                 Ok(false)
             }
         }
@@ -101,21 +104,22 @@ fn clear(path: &Path, staging: &Path, digest: Digest) -> io::Result<()> {
 }
 
 impl CheckedWriter {
-    /// Commits, and says what became of it.
+    /// Commits and checks the result.
     pub(super) async fn finish(self, proof: &Verified, remembered: &Remembered) -> Result<Committed, StoreError> {
         let Self { writer, store, digest, size, pin, was_clear } = self;
         writer.commit(proof, remembered).await?;
         if was_clear && store.has_file(digest).await? || store.reads_back(digest, size).await? {
             return Ok(Committed::Blob);
         }
-        tracing::warn!(%digest, "a file among containerd's blobs, which no record named, had other bytes; it is discarded");
+        tracing::warn!(%digest, "containerd made a record of a stray file with other bytes; the file is discarded");
         store.discard_blob(digest, &pin).await?;
         Ok(Committed::Stray)
     }
 }
 
 impl ContainerdStore {
-    /// Whether the blob's file stands in the folder that is seen here. If not, the folder is another one than containerd's.
+    /// Whether the folder that is seen here has the blob's file. If not, containerd uses another
+    /// folder.
     async fn has_file(&self, digest: Digest) -> Result<bool, StoreError> {
         let Some(root) = self.content_root().await? else { return Ok(false) };
         blocking(move || blob_path(&root, digest).exists()).await
@@ -136,7 +140,7 @@ impl BlobWriter for CheckedWriter {
         match self.finish(&proof, remembered).await? {
             Committed::Blob => Ok(()),
             Committed::Stray => Err(StoreError::Other(format!(
-                "a file of the name of {digest} had other bytes; it was removed, and the next try writes the blob"
+                "a stray file of the name of {digest} had other bytes and was removed; the next try writes the blob"
             ))),
         }
     }

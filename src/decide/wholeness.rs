@@ -28,12 +28,14 @@ pub enum Needs {
 /// Why an image is of no use to anybody.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Lack {
-    /// Layers are missing, and everything else is there: what `discard_unpacked_layers` leaves, or a layer that had been unpacked for another image.
+    /// Layers are missing, and everything else is there. [`absence`] says why.
     Layers {
         /// How many are missing.
         missing: usize,
         /// How many there should be.
         of: usize,
+        /// The configuration, which names what the layers unpack to.
+        config: Digest,
     },
     /// The manifest is there without its configuration.
     Config,
@@ -48,12 +50,53 @@ pub enum Lack {
 impl fmt::Display for Lack {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Layers { missing, of } => write!(f, "{missing} of {of} layers discarded after unpacking"),
+            Self::Layers { missing, of, config: _ } => write!(f, "{missing} of {of} layers are not here"),
             Self::Config => f.write_str("its configuration is not here"),
             Self::Manifest => f.write_str("none of its manifests is here"),
             Self::Root => f.write_str("its index or manifest is not here, or damaged"),
             Self::NoImage => f.write_str("not an image that can run"),
         }
+    }
+}
+
+/// Why a node has an image without its layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Absence {
+    /// The runtime drops layers once they are unpacked (containerd's `discard_unpacked_layers`).
+    Discarded,
+    /// The snapshotter of this name fetches what a container reads, and keeps no layers in the
+    /// content store.
+    Lazy(String),
+    /// Nothing explains it: removed by a tool or by an incomplete collection, or never fetched.
+    Lost,
+}
+
+impl fmt::Display for Absence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Discarded => f.write_str("discarded after unpacking"),
+            Self::Lazy(snapshotter) => write!(f, "pulled lazily by the snapshotter {snapshotter}"),
+            Self::Lost => f.write_str("lost"),
+        }
+    }
+}
+
+/// Parts of the names of lazy snapshotters: SOCI, eStargz, Nydus, OverlayBD and GKE's image
+/// streaming. An operator chooses the name of a proxy plugin; the manuals use these names.
+const LAZY: &[&str] = &["soci", "stargz", "nydus", "overlaybd", "gcfs"];
+
+/// Why `missing` of the `of` layers of an image are not here. `snapshotters` have the image unpacked;
+/// `discards_layers` is the runtime's setting, where the runtime tells.
+pub fn absence(missing: usize, of: usize, snapshotters: &[String], discards_layers: Option<bool>) -> Absence {
+    let is_lazy = |name: &&String| LAZY.iter().any(|kind| name.contains(kind));
+    match (snapshotters.iter().find(is_lazy), discards_layers) {
+        (Some(lazy), _) => Absence::Lazy(lazy.clone()),
+        // No runtime drops a layer that is not unpacked.
+        _ if snapshotters.is_empty() => Absence::Lost,
+        (None, Some(true)) => Absence::Discarded,
+        // containerd 2 does not tell; it drops all layers of an image together.
+        (None, None) if missing == of => Absence::Discarded,
+        (None, Some(false) | None) => Absence::Lost,
     }
 }
 
@@ -75,10 +118,12 @@ impl Needs {
     }
 }
 
-/// What an image lacks; `None` when it is whole. `needs` knows the documents that are there and were read.
+/// What an image lacks; `None` when the image is whole. `needs` knows the documents that are there
+/// and were read.
 ///
-/// containerd follows an index inside an index; so does this, to [`MAX_INDEX_DEPTH`]. Each level is a set of digests: the work is bounded by
-/// the known documents times the depth, however often an index repeats another.
+/// containerd follows an index inside an index; the depth here is [`MAX_INDEX_DEPTH`]. Each level is
+/// a set of digests, so the known documents times the depth bound the work, even where an index
+/// names another one many times.
 pub fn lack<'a>(
     root: Digest,
     needs: impl Fn(Digest) -> Option<&'a Needs>,
@@ -111,7 +156,7 @@ fn lack_of_blobs(config: Digest, layers: &[Digest], is_there: impl Fn(Digest) ->
         return Some(Lack::Config);
     }
     let missing = layers.iter().filter(|layer| !is_there(**layer)).count();
-    (missing > 0).then_some(Lack::Layers { missing, of: layers.len() })
+    (missing > 0).then_some(Lack::Layers { missing, of: layers.len(), config })
 }
 
 #[cfg(test)]
@@ -155,17 +200,40 @@ mod tests {
         lack(digest("root"), |document| known.get(&document), |blob| there.contains(&blob))
     }
 
+    fn layers(missing: usize, of: usize) -> Lack {
+        Lack::Layers { missing, of, config: digest("config") }
+    }
+
+    #[test]
+    fn layers_are_absent_for_the_reason_that_the_runtime_shows() {
+        let (lazy, lost) = (|name: &str| Absence::Lazy(name.into()), Absence::Lost);
+        for (what, missing, snapshotters, discards, expected) in [
+            ("containerd 1 says so", 1, &["overlayfs"][..], Some(true), Absence::Discarded),
+            ("containerd 1 says that it keeps them", 3, &["overlayfs"], Some(false), lost.clone()),
+            ("containerd 2, all are gone", 3, &["overlayfs"], None, Absence::Discarded),
+            ("containerd 2, some are gone", 2, &["overlayfs"], None, lost.clone()),
+            ("not unpacked", 3, &[], None, lost.clone()),
+            ("not unpacked by one that discards", 3, &[], Some(true), lost),
+            ("stargz", 3, &["stargz"], Some(false), lazy("stargz")),
+            ("SOCI, under a name of its own", 3, &["overlayfs", "soci-v2"], Some(true), lazy("soci-v2")),
+            ("Nydus", 3, &["nydus"], None, lazy("nydus")),
+        ] {
+            let snapshotters: Vec<_> = snapshotters.iter().map(ToString::to_string).collect();
+            assert_eq!(absence(missing, 3, &snapshotters, discards), expected, "{what}");
+        }
+    }
+
     #[test]
     fn a_manifest_is_whole_with_its_config_and_every_layer_that_may_be_distributed() {
         let of = |layers: &[(&str, &str)], blobs: &[&str]| lacks(&[("root", manifest(CONFIG, layers))], blobs);
         let (a, b) = (("a", LAYER), ("b", LAYER));
         for (what, layers, blobs, expected) in [
             ("everything", &[a, b][..], &["config", "a", "b"][..], None),
-            ("a layer is missing", &[a, b], &["config", "a"], Some(Lack::Layers { missing: 1, of: 2 })),
-            ("all layers are missing", &[a, b], &["config"], Some(Lack::Layers { missing: 2, of: 2 })),
+            ("a layer is missing", &[a, b], &["config", "a"], Some(layers(1, 2))),
+            ("all layers are missing", &[a, b], &["config"], Some(layers(2, 2))),
             ("the config is missing", &[a], &["a"], Some(Lack::Config)),
             ("one layer twice", &[a, a], &["config", "a"], None),
-            ("one layer twice, missing", &[a, a], &["config"], Some(Lack::Layers { missing: 1, of: 1 })),
+            ("one layer twice, missing", &[a, a], &["config"], Some(layers(1, 1))),
             ("a foreign layer", &[("windows", FOREIGN), a], &["config", "a"], None),
             ("no layers at all", &[], &["config"], None),
         ] {
@@ -181,7 +249,7 @@ mod tests {
             ("one of two", vec![root(), ("arm", arm.clone())], &["config", "a"][..], None),
             ("the other", vec![root(), ("amd", amd.clone())], &["config", "b"], None),
             ("both, one whole", vec![root(), ("arm", arm.clone()), ("amd", amd.clone())], &["config", "b"], None),
-            ("the layers are gone", vec![root(), ("arm", arm)], &["config"], Some(Lack::Layers { missing: 1, of: 1 })),
+            ("the layers are gone", vec![root(), ("arm", arm)], &["config"], Some(layers(1, 1))),
             ("no manifest", vec![root()], &["config", "a", "b"], Some(Lack::Manifest)),
             ("only the attestation", vec![root(), ("attestation", amd)], &["config", "b"], Some(Lack::Manifest)),
             ("an empty index", vec![("root", index(&[]))], &[], Some(Lack::Manifest)),
@@ -195,7 +263,7 @@ mod tests {
         let (arm, amd) = (manifest(CONFIG, &[("a", LAYER)]), manifest(CONFIG, &[("b", LAYER)]));
         let documents = || vec![("root", index(&["amds", "arms"])), ("amds", index(&["amd"])), ("amd", amd.clone())];
         assert_eq!(lacks(&documents(), &["config", "b"]), None);
-        assert_eq!(lacks(&documents(), &["config"]), Some(Lack::Layers { missing: 1, of: 1 }));
+        assert_eq!(lacks(&documents(), &["config"]), Some(layers(1, 1)));
         assert_eq!(lacks(&documents()[..2], &["config", "b"]), Some(Lack::Manifest), "the manifest is missing");
         let both = [documents(), vec![("arms", index(&["arm"])), ("arm", arm)]].concat();
         assert_eq!(lacks(&both, &["config", "a"]), None, "the second index is whole");

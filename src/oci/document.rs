@@ -12,9 +12,10 @@ pub const MAX_DOCUMENT_BYTES: u64 = 4 << 20;
 /// entries; at about 200 bytes an entry this is also far under [`MAX_DOCUMENT_BYTES`].
 pub const MAX_CHILDREN: usize = 1024;
 
-/// The most indexes on the way from an image's name to its manifest. containerd follows any number (`images.Manifest`). Build tools
-/// write one index. Tools that join the indexes of several builds write two, as for goauthentik and gitlab-runner. The bound is twice that:
-/// the documents of one image are then at most 4 indexes and a manifest of [`MAX_DOCUMENT_BYTES`], 20 MiB.
+/// The most indexes on the way from an image's name to its manifest. containerd follows any number
+/// (`images.Manifest`). Build tools write one index; tools that join the indexes of several builds
+/// write two, as for goauthentik and gitlab-runner. Twice that is the bound: the documents of one
+/// image are at most 4 indexes and a manifest of [`MAX_DOCUMENT_BYTES`] each, 20 MiB.
 pub const MAX_INDEX_DEPTH: usize = 4;
 
 /// The names of an index, OCI's first (containerd: `images.IsIndexType`).
@@ -206,9 +207,12 @@ impl Manifest {
 }
 
 impl Index {
-    /// The entry that containerd follows on `here` (`images.Manifest`, `images.LimitManifests`): the best match of those that name a platform,
-    /// else the first that names none. The platform of that one stands in its configuration, and the caller has to read it. containerd tries
-    /// no second entry, and asks no annotation, so an attestation without a platform is chosen too, and its configuration then fits nowhere.
+    /// The entry that containerd follows on `here` (`images.Manifest`, `images.LimitManifests`): the
+    /// best match of the entries that name a platform, else the first entry that names none. The
+    /// caller has to read the platform of the latter in its configuration.
+    ///
+    /// containerd tries no second entry and reads no annotation: an attestation without a platform
+    /// is chosen too, and its configuration then matches no node.
     pub fn select(&self, here: &Platform) -> Option<&Descriptor> {
         let mut best: Option<(u8, &Descriptor)> = None;
         for entry in &self.manifests {

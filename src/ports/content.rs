@@ -78,8 +78,8 @@ pub trait ContentStore: Send + Sync + 'static {
     /// As [`ContentStore::blob`]. A record that is gone, or that points elsewhere, is no error.
     async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError>;
 
-    /// What the runtime of this store has of an image whose layers together have this chain ID ([`crate::oci::StackedLayer::chain_id`] of the
-    /// topmost).
+    /// What the runtime of this store has unpacked under this chain ID, which is
+    /// [`crate::oci::StackedLayer::chain_id`] of an image's topmost layer.
     ///
     /// # Errors
     /// As [`ContentStore::blob`].
@@ -213,7 +213,8 @@ pub struct ImageRecord {
 pub struct Snapshots {
     /// The snapshotters that have all layers; as many at most as the runtime has.
     pub snapshotters: Vec<String>,
-    /// Whether the runtime drops layers once they are unpacked; `None` where the runtime does not tell.
+    /// Whether the runtime drops layers once they are unpacked; `None` where the runtime does not
+    /// tell.
     pub discards_layers: Option<bool>,
 }
 

@@ -3,6 +3,7 @@
 //! The names of the fields are what `--json` prints, so they are part of what users may rely on. Not here: how the questions travel
 //! (`crate::control`) and who answers them (`crate::agent`).
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use async_trait::async_trait;
@@ -236,6 +237,8 @@ pub struct ImagesStatus {
     pub announced: usize,
     /// Images with a record here but not all of their content, so that peers are not told of them.
     pub incomplete: usize,
+    /// How many of those for which reason, at most [`MAX_NAMES`] reasons.
+    pub reasons: BTreeMap<String, usize>,
 }
 
 /// A registry that is known to be down.

@@ -59,8 +59,8 @@ impl Recipe {
 pub struct MadeImage {
     /// The index or manifest.
     pub root: Descriptor,
-    /// Everything else that this platform needs: the index in the root and the manifest if the root is an index, the configuration, each layer
-    /// once.
+    /// Everything else that this platform needs: the inner index if there is one, the manifest if
+    /// the root is an index, the configuration, each layer once.
     pub blobs: Vec<Descriptor>,
     /// The layers as the manifest lists them, and how they stand on each other.
     pub layers: Vec<StackedLayer>,

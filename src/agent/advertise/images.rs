@@ -5,10 +5,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::agent::bring::Held;
-use crate::decide::wholeness::{Lack, Needs, lack};
+use crate::decide::wholeness::{Lack, Needs, absence, lack};
 use crate::model::{Item, MAX_ITEMS};
-use crate::oci::{Digest, Document, MAX_INDEX_DEPTH, Reference, Repository};
-use crate::ports::{BlobInfo, ContentStore, ImageRecord, StoreError};
+use crate::oci::{Digest, Document, MAX_INDEX_DEPTH, Reference, Repository, RootFs};
+use crate::ports::{BlobInfo, ContentStore, ImageRecord, Snapshots, StoreError};
 
 /// Most digests that are kept of all documents together, 8 MiB: four for each item that may be announced, and a layer that several
 /// images share is one item. Images beyond that are not announced.
@@ -20,8 +20,9 @@ pub(super) struct Images {
     known: HashMap<Digest, Needs>,
     /// Digests in `known`.
     kept: usize,
-    /// Images whose lack was logged.
-    told: HashSet<Digest>,
+    /// Incomplete images and the reason of each. A reason costs a call to every snapshotter, so
+    /// the reason is kept until the image lacks something else.
+    lacking: HashMap<Digest, (Lack, String)>,
 }
 
 /// What a look at the images tells.
@@ -33,6 +34,8 @@ pub(super) struct Looked {
     pub(super) damaged: HashSet<Digest>,
     /// Images that have a record and are not whole for anybody.
     pub(super) incomplete: usize,
+    /// How many of them for which reason.
+    pub(super) reasons: BTreeMap<String, usize>,
 }
 
 /// What is known of an index or manifest, and by which names.
@@ -76,16 +79,22 @@ impl Images {
                 Some(Lack::NoImage) => {}
                 Some(lack) if has_record => {
                     lacking.insert(root);
-                    if self.told.insert(root) {
+                    if !self.lacking.get(&root).is_some_and(|(known, _)| *known == lack)
+                        && let Some(reason) = reason(store, lack).await
+                    {
                         let name = names.first().map(|(repository, _)| repository.to_string());
-                        tracing::info!(digest = %root, repository = name, reason = %lack, "an image is not announced");
+                        tracing::info!(digest = %root, repository = name, %lack, reason, "an image is not announced");
+                        self.lacking.insert(root, (lack, reason));
                     }
                 }
                 Some(_) => {}
             }
         }
         looked.incomplete = lacking.len();
-        self.told.retain(|root| lacking.contains(root));
+        self.lacking.retain(|root, _| lacking.contains(root));
+        for (_, reason) in self.lacking.values() {
+            *looked.reasons.entry(reason.clone()).or_default() += 1;
+        }
         Ok(looked)
     }
 
@@ -136,6 +145,23 @@ impl Images {
         }
         Ok(())
     }
+}
+
+/// Why the image lacks that, in the same words for the same reason. `None` when the store does not
+/// answer now.
+async fn reason(store: &dyn ContentStore, lack: Lack) -> Option<String> {
+    let Lack::Layers { missing, of, config } = lack else { return Some(lack.to_string()) };
+    let top = match Held::read(store, config).await.ok()? {
+        Held::Whole(bytes, _) => RootFs::parse(&bytes).ok().and_then(|rootfs| rootfs.top()),
+        Held::Absent | Held::TooLarge(_) | Held::Damaged => None,
+    };
+    let snapshots = match top {
+        Some(top) => store.snapshots(top).await,
+        None => Ok(Snapshots::default()),
+    };
+    let snapshots = snapshots.inspect_err(|error| tracing::debug!(%error, "snapshotters cannot be asked")).ok()?;
+    let Snapshots { snapshotters, discards_layers } = snapshots;
+    Some(format!("layers {}", absence(missing, of, &snapshotters, discards_layers)))
 }
 
 /// Digests kept of one document: its own, and those that it names.

@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use tokio::sync::mpsc;
 
 use super::*;
@@ -7,7 +9,7 @@ use crate::identity::Identity;
 use crate::mesh;
 use crate::model::OutageKind;
 use crate::oci::{Descriptor, Digest, Platform, Reference, Repository};
-use crate::ports::{ImageRecord, Remembered};
+use crate::ports::{ImageRecord, Remembered, Unpacker as _};
 use crate::testing::MemoryStore;
 use crate::testing::image::{MadeImage, Recipe, make_image, put_document};
 
@@ -37,6 +39,7 @@ fn what_is_damaged_is_not_told_and_of_too_much_the_blobs_go_first() {
         names: [name.clone()].into(),
         damaged: damaged.iter().map(|blob| blob.digest).collect(),
         incomplete: 0,
+        reasons: BTreeMap::new(),
     };
     let told = everything(&blobs[..2], looked(&[&blobs[1]]), &[], BTreeSet::new());
     assert_eq!(told, [Item::Blob(blobs[0].digest), name.clone()].into());
@@ -136,6 +139,38 @@ async fn a_name_with_another_digest_than_its_target_s_is_not_told() {
     let right = format!("r.test/shop/checkout@{}", image.root.digest);
     store.put_image(&ImageRecord { name: right.clone(), target: image.root }).await.unwrap();
     assert_eq!(told(&store).await.0, [right, NAME.to_owned()]);
+}
+
+#[tokio::test]
+async fn missing_layers_are_told_with_their_true_reason() {
+    for (snapshotter, discards, is_unpacked, expected) in [
+        ("overlayfs", Some(true), true, "layers discarded after unpacking"),
+        ("overlayfs", None, true, "layers discarded after unpacking"),
+        ("overlayfs", Some(false), true, "layers lost"),
+        ("overlayfs", Some(true), false, "layers lost"),
+        ("stargz", Some(false), true, "layers pulled lazily by the snapshotter stargz"),
+    ] {
+        let (store, image) = made(&Recipe { layers: vec![300, 20], ..Recipe::default() }).await;
+        store.set_runtime(snapshotter, discards);
+        let pin = store.pin(Duration::from_secs(60)).await.unwrap();
+        for layer in image.layers.iter().filter(|_| is_unpacked) {
+            store.unpack(layer, &pin).await.unwrap();
+        }
+        for layer in &image.layers {
+            lose(&store, &layer.blob).await;
+        }
+        let mut images = Images::default();
+        for _ in 0..2 {
+            assert_eq!(look(&mut images, &store).await.reasons, [(expected.to_owned(), 1)].into(), "{snapshotter}");
+        }
+        let looked = {
+            make_image(&store, &[NAME.into()], &Recipe { layers: vec![300, 20], ..Recipe::default() }, 7)
+                .await
+                .unwrap();
+            look(&mut images, &store).await
+        };
+        assert!(looked.reasons.is_empty(), "the layers are here again");
+    }
 }
 
 #[tokio::test]

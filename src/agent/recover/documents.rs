@@ -1,5 +1,5 @@
-//! From an image's name to the manifest that runs here: the documents on that way, each parsed and committed with the GC labels of its
-//! children.
+//! The documents between an image's name and the manifest of this platform. Each document is
+//! parsed, then committed with the GC labels of its children.
 
 use super::{Image, RecoverError, Recoverer};
 use crate::model::PeerId;
@@ -7,11 +7,10 @@ use crate::oci::{Descriptor, Digest, Document, Index, MAX_INDEX_DEPTH, Manifest,
 use crate::ports::{FetchError, Pin};
 
 impl Recoverer {
-    /// The indexes, if there are any, and the manifest of this platform. Each is parsed before it is kept, because what it
-    /// keeps alive is written with it.
+    /// Fetches the indexes, if there are any, and the manifest of this platform.
     ///
-    /// containerd takes one entry of each index and follows it, an index inside an index too (`images.Manifest`). The bound is
-    /// [`MAX_INDEX_DEPTH`].
+    /// containerd follows one entry of each index, an index inside an index too
+    /// (`images.Manifest`). The bound here is [`MAX_INDEX_DEPTH`].
     pub(super) async fn bring_documents(
         &self,
         reference: &Reference,
@@ -51,8 +50,8 @@ impl Recoverer {
         }
     }
 
-    /// Whether the configuration of a manifest that an index names without a platform is for this node. containerd reads it then, and runs no
-    /// other entry of the index where it is not: one small blob is read, whatever the index holds.
+    /// Checks the platform in the configuration of a manifest that an index names without a
+    /// platform. containerd tries no second entry, so one configuration is read for an image.
     async fn check_config(
         &self,
         reference: &Reference,
@@ -71,7 +70,8 @@ impl Recoverer {
         }
     }
 
-    /// What it means that no provider of the image has a document that runs here: they run it on other platforms.
+    /// Names the reason why no provider of the image has a document of this platform: the
+    /// providers run the image on other platforms.
     fn of_providers(&self, reference: &Reference, providers: &[PeerId], error: RecoverError) -> RecoverError {
         match error {
             RecoverError::Fetch { digest, attempts }

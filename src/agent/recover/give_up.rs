@@ -6,8 +6,9 @@ use crate::oci::{Digest, Document, MAX_INDEX_DEPTH, Reference, RootFs};
 use crate::ports::Snapshots;
 
 impl Recoverer {
-    /// Removes the names of an image that cannot be made whole, so that the kubelet pulls it anew. The last resort: its content is on no node.
-    /// False when the names stay: there are none, or a snapshotter has the image unpacked, from which pods still start without the blobs.
+    /// Removes the records of an image whose missing content is on no node, so that the kubelet
+    /// pulls the image anew. False when records stay: there are none, or a snapshotter has the
+    /// image unpacked, and pods still start from the snapshot.
     ///
     /// # Errors
     /// As the store says.
@@ -15,7 +16,7 @@ impl Recoverer {
         let Some(target) = self.named_here(reference).await? else { return Ok(false) };
         let unpacked = self.unpacked(target).await?.snapshotters;
         if !unpacked.is_empty() {
-            tracing::warn!(%reference, snapshotters = unpacked.join(", "), "a broken image keeps its record: it is unpacked");
+            tracing::warn!(%reference, snapshotters = unpacked.join(", "), "a broken image keeps its record, because a snapshotter has the image unpacked");
             return Ok(false);
         }
         for name in reference.record_names(target) {
@@ -24,8 +25,8 @@ impl Recoverer {
         Ok(true)
     }
 
-    /// The snapshotters that have the image unpacked. None has one whose documents are not all here, because the runtime finds its snapshots
-    /// by the configuration, and makes no container without it.
+    /// The snapshotters that have the image unpacked. The runtime finds a snapshot by the image's
+    /// configuration, so an image without its documents counts as not unpacked.
     async fn unpacked(&self, root: Digest) -> Result<Snapshots, RecoverError> {
         let Some(config) = self.config_here(root).await? else { return Ok(Snapshots::default()) };
         let Some(bytes) = self.read_here(config).await? else { return Ok(Snapshots::default()) };

@@ -1,4 +1,4 @@
-//! Images whose name is an index: which of its manifests runs here, however deep it stands.
+//! Images whose name is an index: which of the manifests in the index runs here, at any depth.
 
 use tokio_util::sync::CancellationToken;
 

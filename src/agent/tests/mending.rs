@@ -2,11 +2,13 @@
 
 use tokio_util::sync::CancellationToken;
 
+use super::salvaging::{Watch, failing, reports};
 use super::*;
 use crate::agent::progress::Progress;
 use crate::agent::recover::{RecoverError, Recovered};
+use crate::model::Waiting;
 use crate::oci::Repository;
-use crate::ports::Remembered;
+use crate::ports::{Remembered, ReportKind, Unpacker as _};
 use crate::testing::image::{Recipe, make_image, put_document};
 
 async fn recover(harbour: &Harbour) -> Result<Recovered, RecoverError> {
@@ -106,4 +108,31 @@ async fn an_artifact_is_refused_and_said_to_be_one() {
     let refused = recover(&harbour).await.unwrap_err();
     assert!(refused.to_string().contains("an artifact of type \"application/x.chart\""), "{refused}");
     assert!(blobs_of(&*harbour.store).await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_broken_image_that_is_unpacked_keeps_its_record_because_pods_start_from_the_snapshot() {
+    for is_unpacked in [true, false] {
+        let harbour = Harbour::new();
+        let recipe = Recipe { layers: vec![3000, 200], nested: true, ..Recipe::default() };
+        let here = make_image(&*harbour.store, &[IMAGE.to_owned()], &recipe, 1).await.unwrap();
+        let pin = harbour.store.pin(std::time::Duration::from_secs(36_000)).await.unwrap();
+        // The lower layer alone is no image.
+        for layer in here.layers.iter().take(if is_unpacked { 2 } else { 1 }) {
+            harbour.store.unpack(layer, &pin).await.unwrap();
+        }
+        harbour.store.lose(here.layers[0].blob.digest);
+        harbour.registry.put_registry("r.test");
+        let mut pod = failing("p", IMAGE, "");
+        pod.containers[0].waiting = Some(Waiting {
+            reason: "CreateContainerError".into(),
+            message: "failed to unpack: content digest sha256:00: not found".into(),
+        });
+        let watch = Watch::start(&harbour);
+        watch.sees(pod).await;
+        tokio::time::sleep(std::time::Duration::from_secs(1800)).await;
+        assert_eq!(harbour.record_names().await.is_empty(), !is_unpacked);
+        assert_eq!(reports(&harbour).iter().any(|(_, kind)| *kind == ReportKind::Removed), !is_unpacked);
+        watch.stop().await;
+    }
 }

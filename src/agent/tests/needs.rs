@@ -5,8 +5,7 @@ use super::*;
 use crate::agent::registries::Registries;
 use crate::decide::rules::Manner;
 use crate::model::{ContainerKind, ContainerView, ImageVolume, Outage, OutageKind, Owner, PodView, Waiting};
-use crate::ports::{KubeletEvent, RegistryError, ReportKind, Unpacker as _};
-use crate::testing::image::{Recipe, make_image};
+use crate::ports::{KubeletEvent, RegistryError, ReportKind};
 
 /// A pod that the kubelet has not come to yet.
 pub(super) fn pending(name: &str, image: &str) -> PodView {
@@ -432,31 +431,6 @@ async fn a_broken_image_that_nobody_can_mend_is_given_up_only_where_its_registry
         tokio::time::sleep(std::time::Duration::from_secs(600)).await;
         assert_eq!(harbour.record_names().await.is_empty(), answers);
         assert_eq!(reports(&harbour).iter().any(|(_, kind)| *kind == ReportKind::Removed), answers);
-        watch.stop().await;
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_broken_image_that_is_unpacked_keeps_its_record_because_pods_start_from_the_snapshot() {
-    for is_unpacked in [true, false] {
-        let harbour = Harbour::new();
-        let recipe = Recipe { layers: vec![3000, 200], nested: true, ..Recipe::default() };
-        let here = make_image(&*harbour.store, &[IMAGE.to_owned()], &recipe, 1).await.unwrap();
-        let pin = harbour.store.pin(std::time::Duration::from_secs(36_000)).await.unwrap();
-        // The lower layer alone is no image.
-        for layer in here.layers.iter().take(if is_unpacked { 2 } else { 1 }) {
-            harbour.store.unpack(layer, &pin).await.unwrap();
-        }
-        harbour.store.lose(here.layers[0].blob.digest);
-        harbour.registry.put_registry("r.test");
-        let mut pod = failing("p", IMAGE, "");
-        pod.containers[0].waiting =
-            waiting("CreateContainerError", "failed to unpack: content digest sha256:00: not found");
-        let watch = Watch::start(&harbour);
-        watch.sees(pod).await;
-        tokio::time::sleep(std::time::Duration::from_secs(1800)).await;
-        assert_eq!(harbour.record_names().await.is_empty(), !is_unpacked);
-        assert_eq!(reports(&harbour).iter().any(|(_, kind)| *kind == ReportKind::Removed), !is_unpacked);
         watch.stop().await;
     }
 }

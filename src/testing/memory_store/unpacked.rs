@@ -26,7 +26,8 @@ impl Default for Runtime {
 }
 
 impl MemoryStore {
-    /// From now on layers are unpacked into a snapshotter of this name, by a runtime that says this of discarding them.
+    /// Names the snapshotter that layers are unpacked into, and the runtime's setting for
+    /// discarding layers.
     pub fn set_runtime(&self, snapshotter: &str, discards_layers: Option<bool>) {
         self.state().runtime = Runtime { snapshotter: snapshotter.into(), discards_layers };
     }
