@@ -138,8 +138,8 @@ impl ContainerdStore {
         }
     }
 
-    /// Asks every snapshotter that runs, not only CRI's: a RuntimeClass may have a snapshotter of its
-    /// own. Snapshotters that pull lazily commit their snapshots under the chain ID too.
+    /// Asks every snapshotter that runs, not only CRI's: a RuntimeClass may have a snapshotter of
+    /// its own. Snapshotters that pull lazily commit their snapshots under the chain ID too.
     pub(super) async fn find_snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError> {
         let mut snapshotters = Vec::new();
         for plugin in self.snapshotters().await?.iter() {

@@ -85,8 +85,8 @@ impl fmt::Display for Absence {
 /// streaming. An operator chooses the name of a proxy plugin; the manuals use these names.
 const LAZY: &[&str] = &["soci", "stargz", "nydus", "overlaybd", "gcfs"];
 
-/// Why `missing` of the `of` layers of an image are not here. `snapshotters` have the image unpacked;
-/// `discards_layers` is the runtime's setting, where the runtime tells.
+/// Why `missing` of the `of` layers of an image are not here. `snapshotters` have the image
+/// unpacked; `discards_layers` is the runtime's setting, where the runtime tells.
 pub fn absence(missing: usize, of: usize, snapshotters: &[String], discards_layers: Option<bool>) -> Absence {
     let is_lazy = |name: &&String| LAZY.iter().any(|kind| name.contains(kind));
     match (snapshotters.iter().find(is_lazy), discards_layers) {
@@ -121,8 +121,8 @@ impl Needs {
 /// What an image lacks; `None` when the image is whole. `needs` knows the documents that are there
 /// and were read.
 ///
-/// containerd follows an index inside an index; the depth here is [`MAX_INDEX_DEPTH`]. Each level is
-/// a set of digests, so the known documents times the depth bound the work, even where an index
+/// containerd follows an index inside an index; the depth here is [`MAX_INDEX_DEPTH`]. Each level
+/// is a set of digests, so the known documents times the depth bound the work, even where an index
 /// names another one many times.
 pub fn lack<'a>(
     root: Digest,

@@ -207,9 +207,9 @@ impl Manifest {
 }
 
 impl Index {
-    /// The entry that containerd follows on `here` (`images.Manifest`, `images.LimitManifests`): the
-    /// best match of the entries that name a platform, else the first entry that names none. The
-    /// caller has to read the platform of the latter in its configuration.
+    /// The entry that containerd follows on `here` (`images.Manifest`, `images.LimitManifests`):
+    /// the best match of the entries that name a platform, else the first entry that names none.
+    /// The caller has to read the platform of the latter in its configuration.
     ///
     /// containerd tries no second entry and reads no annotation: an attestation without a platform
     /// is chosen too, and its configuration then matches no node.
@@ -224,6 +224,16 @@ impl Index {
         }
         let unnamed = || self.manifests.iter().find(|entry| entry.platform.is_none());
         best.map(|(_, entry)| entry).or_else(unnamed)
+    }
+
+    /// The entry whose documents CRI reads on `here` to compute the image's size
+    /// (`images.LimitManifests` without a filter): the best match, else the first entry that names
+    /// a platform, else the first entry. CRI lists no image without these documents, although
+    /// containers are made from the entry of [`Index::select`].
+    pub fn sized(&self, here: &Platform) -> Option<&Descriptor> {
+        let has_platform = |entry: &&Descriptor| entry.platform.is_some();
+        let best = self.select(here).filter(has_platform);
+        best.or_else(|| self.manifests.iter().find(has_platform)).or_else(|| self.manifests.first())
     }
 }
 

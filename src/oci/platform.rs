@@ -5,8 +5,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// `platform` of a descriptor (OCI image specification, "Image Index"), and the same fields of a
-/// configuration. A field that is left out is empty, as in Go: an empty system means linux, an empty
-/// architecture matches no machine.
+/// configuration. A field that is left out is empty, as in Go: an empty system means linux, an
+/// empty architecture matches no machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Platform {
     /// `amd64`, `arm64`, … as Go spells them.

@@ -42,6 +42,7 @@ pub struct Recipe {
     /// The index stands in another index, as goauthentik and gitlab-runner are published.
     pub nested: bool,
     /// The index names no platform for the manifest, so that a runtime reads the configuration's.
+    /// The other platform's manifest is in the store then, without its blobs.
     pub unnamed: bool,
     /// The index names an attestation, which is in the store with its blobs missing.
     pub attested: bool,
@@ -100,8 +101,9 @@ pub async fn make_image(
     let (manifest, mut blobs, layers) = put_manifest(store, &pin, recipe, seed).await?;
     let mut root = manifest;
     for _ in 0..recipe.indexes() {
-        let index = put_index(store, &pin, recipe, &root).await?;
+        let (index, sized) = put_index(store, &pin, recipe, &root).await?;
         blobs.insert(0, std::mem::replace(&mut root, index));
+        blobs.extend(sized.filter(|sized| blobs.iter().all(|blob| blob.digest != sized.digest)).into_iter());
     }
     for name in names {
         store.put_image(&ImageRecord { name: name.clone(), target: root.clone() }).await?;
@@ -195,23 +197,30 @@ async fn put_index(
     pin: &Pin,
     recipe: &Recipe,
     manifest: &Descriptor,
-) -> Result<Descriptor, StoreError> {
+) -> Result<(Descriptor, Option<Descriptor>), StoreError> {
     let elsewhere = Platform { architecture: "s390x".into(), os: "linux".into(), variant: None };
+    let sized = if recipe.unnamed { Some(put_bare_manifest(store, pin, b"elsewhere").await?) } else { None };
+    let other = sized.clone().unwrap_or_else(|| Descriptor { digest: Digest::of(b"elsewhere"), ..manifest.clone() });
     let mut entries = vec![
-        Descriptor { digest: Digest::of(b"elsewhere"), platform: Some(elsewhere), ..manifest.clone() },
+        Descriptor { platform: Some(elsewhere), ..other },
         Descriptor { platform: (!recipe.unnamed).then(Platform::of_this_node), ..manifest.clone() },
     ];
     if recipe.attested {
-        let materials = json!({"mediaType": CONFIG, "digest": Digest::of(b"materials"), "size": 9});
-        let document = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": materials, "layers": [materials]});
-        let document = put_blob(store, pin, MANIFEST, document.to_string().into(), Vec::new()).await?;
+        let document = put_bare_manifest(store, pin, b"materials").await?;
         let unknown = Platform { architecture: "unknown".into(), os: "unknown".into(), variant: None };
         entries.push(Descriptor { platform: Some(unknown), attestation: true, ..document });
     }
     let index_type = if recipe.docker { DOCKER_INDEX } else { INDEX };
     let index = json!({"schemaVersion": 2, "mediaType": index_type, "manifests": entries});
     let children = entries.iter().map(|entry| child(entry, ChildKind::Manifest)).collect();
-    put_blob(store, pin, index_type, index.to_string().into(), children).await
+    Ok((put_blob(store, pin, index_type, index.to_string().into(), children).await?, sized))
+}
+
+/// A manifest whose configuration and layer are in no store.
+async fn put_bare_manifest(store: &dyn ContentStore, pin: &Pin, named: &[u8]) -> Result<Descriptor, StoreError> {
+    let blob = json!({"mediaType": CONFIG, "digest": Digest::of(named), "size": 9});
+    let document = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": blob, "layers": [blob]});
+    put_blob(store, pin, MANIFEST, document.to_string().into(), Vec::new()).await
 }
 
 fn child(blob: &Descriptor, kind: ChildKind) -> Child {

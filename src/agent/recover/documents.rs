@@ -1,7 +1,7 @@
 //! The documents between an image's name and the manifest of this platform. Each document is
 //! parsed, then committed with the GC labels of its children.
 
-use super::{Image, RecoverError, Recoverer};
+use super::{Brought, Image, RecoverError, Recoverer};
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Document, Index, MAX_INDEX_DEPTH, Manifest, Platform, Reference};
 use crate::ports::{FetchError, Pin};
@@ -21,7 +21,7 @@ impl Recoverer {
         let (mut document, brought) = self.bring.document(reference, root, providers, pin).await?;
         let root = brought.descriptor.clone();
         let mut documents = vec![brought];
-        let mut has_platform = true;
+        let (mut indexes, mut has_platform) = (0, true);
         loop {
             let index = match document {
                 Document::Manifest(manifest) => {
@@ -32,12 +32,15 @@ impl Recoverer {
                 }
                 Document::Index(index) => index,
             };
-            // Every document so far is an index.
-            if documents.len() > MAX_INDEX_DEPTH {
+            indexes += 1;
+            if indexes > MAX_INDEX_DEPTH {
                 let innermost = documents.last().map_or(root.digest, |brought| brought.descriptor.digest);
                 return Err(RecoverError::NestedIndex { digest: innermost });
             }
             let entry = self.select(&root, &index)?;
+            if let Some(sized) = index.sized(&self.platform).filter(|sized| sized.digest != entry.digest) {
+                documents.extend(self.bring_sized(reference, sized, providers, pin).await?);
+            }
             has_platform = entry.platform.is_some();
             let brought = self.bring.document(reference, entry.digest, providers, pin).await;
             let (child, brought) = brought.map_err(|error| self.of_providers(reference, providers, error))?;
@@ -48,6 +51,37 @@ impl Recoverer {
             documents.push(brought);
             document = child;
         }
+    }
+
+    /// Fetches the documents of another platform that CRI reads to compute the size of an image
+    /// whose own entry names no platform. CRI reads none of their configurations and layers.
+    /// Without these documents the kubelet's own pull fails too (`get image compressed resource
+    /// size`, seen on containerd 1.7, 2.3 and 2.4).
+    async fn bring_sized(
+        &self,
+        reference: &Reference,
+        entry: &Descriptor,
+        providers: &[PeerId],
+        pin: &Pin,
+    ) -> Result<Vec<Brought>, RecoverError> {
+        let (mut documents, mut digest) = (Vec::new(), entry.digest);
+        for _ in 0..=MAX_INDEX_DEPTH {
+            let (document, brought) = match self.bring.document(reference, digest, providers, pin).await {
+                Err(RecoverError::Fetch { digest, attempts }) if is_absent(&attempts) => {
+                    return Err(RecoverError::NotHeld { reference: reference.clone(), blobs: vec![digest] });
+                }
+                brought => brought?,
+            };
+            documents.push(brought);
+            match document {
+                Document::Manifest(_) => return Ok(documents),
+                Document::Index(index) => match index.sized(&self.platform) {
+                    Some(entry) => digest = entry.digest,
+                    None => return Ok(documents),
+                },
+            }
+        }
+        Err(RecoverError::NestedIndex { digest })
     }
 
     /// Checks the platform in the configuration of a manifest that an index names without a
@@ -74,9 +108,7 @@ impl Recoverer {
     /// providers run the image on other platforms.
     fn of_providers(&self, reference: &Reference, providers: &[PeerId], error: RecoverError) -> RecoverError {
         match error {
-            RecoverError::Fetch { digest, attempts }
-                if !providers.is_empty() && attempts.iter().all(|error| matches!(error, FetchError::Absent { .. })) =>
-            {
+            RecoverError::Fetch { digest, attempts } if !providers.is_empty() && is_absent(&attempts) => {
                 RecoverError::OtherPlatforms { reference: reference.clone(), platform: self.platform.clone(), digest }
             }
             error => error,
@@ -91,4 +123,9 @@ impl Recoverer {
     fn select<'a>(&self, root: &Descriptor, index: &'a Index) -> Result<&'a Descriptor, RecoverError> {
         index.select(&self.platform).ok_or_else(|| self.no_platform(root))
     }
+}
+
+/// Whether no peer that was asked has the blob.
+fn is_absent(attempts: &[FetchError]) -> bool {
+    attempts.iter().all(|error| matches!(error, FetchError::Absent { .. }))
 }

@@ -92,6 +92,18 @@ async fn an_entry_without_a_platform_beside_named_ones_runs_where_its_configurat
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_image_that_cri_could_not_size_waits_for_the_missing_document() {
+    let (harbour, theirs) = (Harbour::new(), Arc::new(MemoryStore::new()));
+    let image = make_image(&*theirs, &[IMAGE.into()], &unnamed(), 7).await.unwrap();
+    let sized = image.blobs.last().unwrap();
+    theirs.lose(sized.digest);
+    harbour.announce(1, theirs, Behaviour::Honest).await;
+    let refused = recover(&harbour).await;
+    assert!(matches!(&refused, Err(RecoverError::NotHeld { blobs, .. }) if blobs[..] == [sized.digest]), "{refused:?}");
+    assert!(harbour.record_names().await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_entry_without_a_platform_is_refused_where_its_configuration_names_another() {
     let (harbour, theirs) = (Harbour::new(), Arc::new(MemoryStore::new()));
     let recipe = Recipe { architecture: Some("s390x".into()), ..unnamed() };

@@ -51,6 +51,16 @@ fn an_index_gives_the_manifest_of_this_platform() {
 }
 
 #[test]
+fn cri_sizes_an_image_by_an_entry_that_names_a_platform_where_there_is_one() {
+    let sized = |entries: &[(&str, &str)]| index(entries).sized(&linux_amd64()).map(|found| found.digest);
+    let digest = |name: &str| Some(Digest::of(name.as_bytes()));
+    assert_eq!(sized(&[("arm", ARM), ("amd", AMD), ("plain", "")]), digest("amd"));
+    assert_eq!(sized(&[("plain", ""), ("arm", ARM), ("note", ATTESTATION)]), digest("arm"), "of another platform");
+    assert_eq!(sized(&[("plain", ""), ("other", "")]), digest("plain"));
+    assert_eq!(sized(&[]), None);
+}
+
+#[test]
 fn what_is_no_document_is_refused() {
     let (c, l) = (descriptor("c", ""), descriptor("l", ""));
     for (what, json) in [
