@@ -1,6 +1,7 @@
 //! What pods are told: the nudge that makes the kubelet look at once, and Events for people.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::holders::Holders;
@@ -13,6 +14,15 @@ use crate::ports::{Cluster, ClusterError, PodReport, ReportKind};
 /// Tries of one nudge. Without it the pod starts too, only later: the kubelet looks by itself within a minute and a half.
 const TRIES: u32 = 3;
 
+/// The chart gives both rights only where its policies narrow them. Other policies may deny too.
+const NUDGE_DENIED: &str = "the API server denies the nudge, and is not said to again: images are recovered as before, and a pod starts when its \
+    kubelet looks by itself, within 90 s. Where the right to patch pods/status is missing: the chart gives it on Kubernetes 1.30 and later \
+    (podPolicy=always for `helm template`), or without a policy where podRightsWithoutPolicy=true accepts the risk. Where a policy or \
+    webhook of the cluster denies: exempt the annotation lighterman.dev/nudged-at";
+const DELETION_DENIED: &str = "the API server denies the deletion of a pod, and is not said to again: the kubelet starts the pod later. The chart gives \
+    the right with agent.deletePods and a policy (Kubernetes 1.30 and later; podPolicy=always for `helm template`), or with \
+    podRightsWithoutPolicy=true";
+
 /// Tries of one Event, [`REPORT_PAUSE`] apart: five minutes. The adapter holds back what one node has to say at once, so that a node
 /// full of pods takes more than three.
 const REPORT_TRIES: u32 = 30;
@@ -24,12 +34,15 @@ pub struct Tell {
     cluster: Arc<dyn Cluster>,
     holders: Holders,
     metrics: Metrics,
+    /// Denials that the log has already. A missing right denies every pod alike.
+    nudge_denied: AtomicBool,
+    deletion_denied: AtomicBool,
 }
 
 impl Tell {
     /// Speaks through this cluster.
     pub fn new(cluster: Arc<dyn Cluster>, holders: Holders, metrics: Metrics) -> Self {
-        Self { cluster, holders, metrics }
+        Self { cluster, holders, metrics, nudge_denied: AtomicBool::default(), deletion_denied: AtomicBool::default() }
     }
 
     /// Makes the kubelet look at the pod now.
@@ -41,12 +54,37 @@ impl Tell {
                 Err(error) if error.is_retryable() && attempt < TRIES => {
                     tokio::time::sleep(Duration::from_secs(1) * attempt).await;
                 }
+                Err(ClusterError::Forbidden(answer)) => {
+                    if !self.nudge_denied.swap(true, Ordering::Relaxed) {
+                        tracing::warn!(%pod, answer, "{NUDGE_DENIED}");
+                    }
+                    return self.metrics.nudged("denied");
+                }
                 Err(error) => {
                     tracing::warn!(%pod, %error, "cannot nudge the pod; the kubelet will look by itself within 90 s");
                     return self.metrics.nudged("failed");
                 }
             }
         }
+    }
+
+    /// Deletes a pod that waits although its image is here.
+    pub(super) async fn delete(&self, pod: &PodRef) {
+        let result = match self.cluster.delete(pod).await {
+            Ok(()) => "ok",
+            Err(ClusterError::Gone(_)) => "gone",
+            Err(ClusterError::Forbidden(answer)) => {
+                if !self.deletion_denied.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(%pod, answer, "{DELETION_DENIED}");
+                }
+                "denied"
+            }
+            Err(error) => {
+                tracing::warn!(%pod, %error, "cannot delete the pod; the kubelet will start it later");
+                "failed"
+            }
+        };
+        self.metrics.pod_deleted(result);
     }
 
     /// Says something on the pod. An Event that cannot be written is only logged: the log has said the same.

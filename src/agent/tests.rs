@@ -1,6 +1,7 @@
 //! The agent's flow on ports in memory: what happens to images and pods, said in sentences.
 
 mod by_hand;
+mod denied;
 mod doubting;
 mod evidence;
 mod indexes;

@@ -24,6 +24,8 @@ pub(super) enum Failure {
     NotFound(String),
     /// It changed meanwhile, or exists already.
     Conflict(String),
+    /// Another object has the name: the UID in the request is not its UID.
+    Replaced(String),
     /// The object that would result is not valid.
     Invalid(String),
     /// A right is missing; the text names it.
@@ -56,12 +58,14 @@ impl From<kube::Error> for Failure {
 impl Failure {
     fn of_status(status: &Status) -> Self {
         let text = cut(&status.message, MAX_TEXT).to_owned();
-        let causes = status.details.iter().flat_map(|details| &details.causes);
+        let causes = || status.details.iter().flat_map(|details| &details.causes);
         // Nothing can be created in a namespace that is being deleted; the answer is a 403 all the same.
-        if causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating") {
+        if causes().any(|cause| cause.reason == "NamespaceTerminating") {
             return Self::NotFound(text);
         }
         match status.code {
+            // The field, not the text: admission policies answer 422 too, with any text.
+            422 if causes().any(|cause| cause.field == "metadata.uid") => Self::Replaced(text),
             404 => Self::NotFound(text),
             409 => Self::Conflict(text),
             422 => Self::Invalid(text),
@@ -80,7 +84,7 @@ impl Failure {
             // Others write the same object so often that the API server gave up; that passes as well.
             Self::Unavailable(text) | Self::Conflict(text) => ClusterError::Unavailable(text),
             Self::Webhook(text) => ClusterError::Webhook(text),
-            Self::NotFound(_) => ClusterError::Gone(what.to_owned()),
+            Self::NotFound(_) | Self::Replaced(_) => ClusterError::Gone(what.to_owned()),
             Self::Forbidden(text) => ClusterError::Forbidden(text),
             Self::Invalid(text) | Self::Other(text) => ClusterError::Other(text),
         }
@@ -91,7 +95,7 @@ impl From<Failure> for ClaimError {
     /// A conflict is what the fence answers. A Lease that is gone was somebody else's doing as well.
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::Conflict(_) | Failure::NotFound(_) => Self::Lost,
+            Failure::Conflict(_) | Failure::NotFound(_) | Failure::Replaced(_) => Self::Lost,
             Failure::Unavailable(text)
             | Failure::Webhook(text)
             | Failure::Forbidden(text)
@@ -108,6 +112,7 @@ impl std::fmt::Display for Failure {
             | Self::Webhook(text)
             | Self::NotFound(text)
             | Self::Conflict(text)
+            | Self::Replaced(text)
             | Self::Invalid(text)
             | Self::Forbidden(text)
             | Self::Other(text) => f.write_str(text),
@@ -150,6 +155,8 @@ pub(super) fn is_name(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -192,6 +199,19 @@ mod tests {
         assert!(error.is_retryable());
         assert!(error.to_string().starts_with("an admission webhook"), "{error}");
         assert!(!error.to_string().contains("cannot be reached"), "{error}");
+    }
+
+    #[test]
+    fn an_invalid_object_is_another_one_only_where_the_uid_is_at_fault() {
+        let error = |message: &str, field: &str| {
+            let causes = json!([{ "reason": "FieldValueInvalid", "message": message, "field": field }]);
+            let status = json!({ "code": 422, "message": message, "details": { "causes": causes } });
+            Failure::of_status(&serde_json::from_value(status).unwrap()).about("pod a/b")
+        };
+        assert!(matches!(error("field is immutable", "metadata.uid"), ClusterError::Gone(_)));
+        assert!(matches!(error("field is immutable", "metadata.name"), ClusterError::Other(_)));
+        let denied = "ValidatingAdmissionPolicy 'audit' denied request: no agent sends a metadata.uid";
+        assert!(matches!(error(denied, ""), ClusterError::Other(text) if text == denied));
     }
 
     #[tokio::test(start_paused = true)]

@@ -6,24 +6,23 @@ use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use serde_json::json;
 
-use super::call::{Failure, PATIENCE, call};
+use super::call::{PATIENCE, call};
 use crate::model::PodRef;
 use crate::ports::ClusterError;
 
+/// The chart's policy permits agents to change this annotation and no other.
 const ANNOTATION: &str = "lighterman.dev/nudged-at";
 
-/// Patches the status subresource, which leaves the spec alone, so that no right to change pods is needed.
+/// Patches the status subresource, which leaves the spec alone: no right to patch pods is needed.
 ///
-/// The patch names the UID. It cannot be changed, so the API server refuses the patch (422, of `metadata.uid`) when another pod has
-/// the name by now.
+/// The patch names the UID, which is immutable. The API server answers 422 about `metadata.uid` when
+/// another pod has the name by now, and 403 when a right is missing or a policy denies.
 pub(super) async fn nudge(client: &Client, pod: &PodRef) -> Result<(), ClusterError> {
     let pods = Api::<Pod>::namespaced(client.clone(), &pod.k8s_namespace);
-    // To the nanosecond: a value that is there already would change nothing, and wake nobody.
+    // To the nanosecond: the value that the pod has already would change nothing, and the kubelet
+    // syncs changed pods. The policy permits a time of this form, in UTC.
     let now = format!("{:.9}", Timestamp::now());
     let patch = Patch::Merge(json!({ "metadata": { "uid": pod.uid, "annotations": { ANNOTATION: now } } }));
-    match call(PATIENCE, pods.patch_status(&pod.name, &PatchParams::default(), &patch)).await {
-        Ok(_) => Ok(()),
-        Err(Failure::Invalid(text)) if text.contains("metadata.uid") => Err(ClusterError::Gone(format!("pod {pod}"))),
-        Err(failure) => Err(failure.about(&format!("pod {pod}"))),
-    }
+    let answer = call(PATIENCE, pods.patch_status(&pod.name, &PatchParams::default(), &patch)).await;
+    answer.map(drop).map_err(|failure| failure.about(&format!("pod {pod}")))
 }

@@ -32,6 +32,7 @@ struct State {
     leases: BTreeMap<Digest, LeaseSnapshot>,
     versions: u64,
     away: bool,
+    denies: bool,
 }
 
 impl Default for MemoryCluster {
@@ -97,6 +98,11 @@ impl MemoryCluster {
         self.lock().away = away;
     }
 
+    /// Whether nudges and deletions are denied from now on, as where the agent lacks the rights.
+    pub fn set_denies(&self, denies: bool) {
+        self.lock().denies = denies;
+    }
+
     /// Claims in the name of one node.
     pub fn claims_of(&self, node: NodeName) -> MemoryClaims {
         MemoryClaims { cluster: self.clone(), node }
@@ -115,6 +121,11 @@ impl MemoryCluster {
     fn answering(&self) -> Result<MutexGuard<'_, State>, ClusterError> {
         let state = self.lock();
         if state.away { Err(ClusterError::Unavailable("the API server is away".into())) } else { Ok(state) }
+    }
+
+    fn permitting(&self) -> Result<MutexGuard<'_, State>, ClusterError> {
+        let state = self.answering()?;
+        if state.denies { Err(ClusterError::Forbidden("pods is forbidden".into())) } else { Ok(state) }
     }
 }
 
@@ -145,12 +156,12 @@ impl Cluster for MemoryCluster {
     }
 
     async fn delete(&self, pod: &PodRef) -> Result<(), ClusterError> {
-        self.answering()?.deleted.push(pod.clone());
+        self.permitting()?.deleted.push(pod.clone());
         Ok(())
     }
 
     async fn nudge(&self, pod: &PodRef) -> Result<(), ClusterError> {
-        drop(self.answering()?);
+        drop(self.permitting()?);
         // Nobody may be listening; a nudge is no promise.
         let _ = self.nudges.send(pod.clone());
         Ok(())

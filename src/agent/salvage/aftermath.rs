@@ -14,7 +14,7 @@ use crate::decide::queue::End;
 use crate::metrics::Outcome;
 use crate::model::{PodRef, PodView};
 use crate::oci::Reference;
-use crate::ports::{ClusterError, ReportKind};
+use crate::ports::ReportKind;
 
 /// How long a nudged pod may still wait before it is deleted, where that is allowed. A nudged kubelet needs under a second and some for
 /// unpacking; one that is stuck in its queue of pulls needs minutes.
@@ -236,17 +236,9 @@ impl Salvager {
                 continue;
             }
             waiting.deletion = Deletion::Tried;
-            let (cluster, pod, metrics) = (Arc::clone(&self.cluster), pod.clone(), self.metrics.clone());
+            let (tell, pod) = (Arc::clone(&self.tell), pod.clone());
             self.work.spawn(async move {
-                let result = match cluster.delete(&pod).await {
-                    Ok(()) => "ok",
-                    Err(ClusterError::Gone(_)) => "gone",
-                    Err(error) => {
-                        tracing::warn!(%pod, %error, "cannot delete the pod; the kubelet will start it later");
-                        "failed"
-                    }
-                };
-                metrics.pod_deleted(result);
+                tell.delete(&pod).await;
                 Done::Told
             });
         }
