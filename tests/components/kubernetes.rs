@@ -6,6 +6,7 @@ mod chart;
 mod claims;
 mod kubelet_events;
 mod owners;
+mod pod_policy;
 mod pods;
 mod policy;
 mod proxy;

@@ -29,21 +29,23 @@ pub(crate) async fn rendered(place: &Place, template: &str, values: &str) -> Vec
     serde_json::Deserializer::from_slice(&objects).into_iter().collect::<Result<_, _>>().unwrap()
 }
 
-/// Grants what the chart grants with these values. What belongs to no namespace is renamed, for other tests have theirs.
+/// Renames an object of the chart that belongs to no namespace: other tests have theirs.
+pub(crate) fn rename(place: &Place, name: &mut Value) {
+    if name.as_str().unwrap().starts_with("lighterman") {
+        *name = format!("{}-{}", name.as_str().unwrap(), place.name).into();
+    }
+}
+
+/// Grants what the chart grants with these values.
 pub(crate) async fn grant(place: &Place, values: &str) {
-    let own = |name: &mut Value| {
-        if name.as_str().unwrap().starts_with("lighterman") {
-            *name = format!("{}-{}", name.as_str().unwrap(), place.name).into();
-        }
-    };
     for mut object in rendered(place, "templates/rbac.yaml", values).await {
         let kind = object["kind"].as_str().unwrap().to_owned();
         let admin = place.admin.clone();
         if kind.starts_with("Cluster") {
-            own(&mut object["metadata"]["name"]);
+            rename(place, &mut object["metadata"]["name"]);
         }
         if kind == "ClusterRoleBinding" {
-            own(&mut object["roleRef"]["name"]);
+            rename(place, &mut object["roleRef"]["name"]);
         }
         let namespace = object["metadata"]["namespace"].as_str().map(str::to_owned);
         match (kind.as_str(), namespace) {

@@ -22,3 +22,17 @@ httpGet:
   host: {{ $address | quote }}
   {{- end }}
 {{- end }}
+
+{{- /* Of (list VALUE $): `true` where the chart makes the policy whose value is true, always or false.
+       Where VALUE is true, the cluster has to know the kind. */ -}}
+{{- define "lighterman.policy" -}}
+{{- $value := toString (index . 0) -}}
+{{- $kind := "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy" -}}
+{{- if or (eq $value "always") (and (eq $value "true") ((index . 1).Capabilities.APIVersions.Has $kind)) }}true{{ end -}}
+{{- end }}
+
+{{- /* `true` where the agents get rights to write pods: a policy narrows them, or a value accepts that
+       none does. */ -}}
+{{- define "lighterman.podRights" -}}
+{{- if or .Values.podRightsWithoutPolicy (include "lighterman.policy" (list .Values.podPolicy .)) }}true{{ end -}}
+{{- end }}

@@ -3,25 +3,24 @@
 use k8s_openapi::api::admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding};
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::ServiceAccount;
-use kube::api::{DeleteParams, PostParams};
+use kube::api::PostParams;
 use kube::{Api, Client};
 use lighterman::model::{PeerId, PodRef};
 use serde_json::json;
 
 use super::apiserver::{Place, SERVICE_ACCOUNT, make, within};
 use super::rights::client_with;
-use crate::fleet::rights::{grant, rendered};
+use crate::fleet::rights::{grant, rename, rendered};
 
-/// Puts the policy in force for this place. What belongs to no namespace is renamed, for other tests have theirs.
-async fn enforce(place: &Place) {
-    for mut object in rendered(place, "templates/policy.yaml", "tokenPolicy=always").await {
-        let name = format!("lighterman-own-token-{}", place.name);
-        object["metadata"]["name"] = name.as_str().into();
+/// Creates the policies that the chart makes with these values. The API server enforces them a moment later.
+pub(super) async fn create_policies(place: &Place, values: &str) {
+    for mut object in rendered(place, "templates/policy.yaml", values).await {
+        rename(place, &mut object["metadata"]["name"]);
         let admin = place.admin.clone();
         if object["kind"] == "ValidatingAdmissionPolicy" {
             make::<ValidatingAdmissionPolicy>(&Api::all(admin), object).await;
         } else {
-            object["spec"]["policyName"] = name.into();
+            rename(place, &mut object["spec"]["policyName"]);
             make::<ValidatingAdmissionPolicyBinding>(&Api::all(admin), object).await;
         }
     }
@@ -68,7 +67,7 @@ async fn a_pod_makes_tokens_bound_to_itself_for_a_peer_id_and_no_others() {
         let peer = PeerId::from_public_key([1; 32]).to_string();
         let audience = [peer.as_str()];
 
-        enforce(&place).await;
+        create_policies(&place, "tokenPolicy=always,podPolicy=false").await;
         // It takes the API server a moment to have it.
         while ask(&place, &agent, SERVICE_ACCOUNT, &audience, None).await.is_ok() {
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
@@ -108,10 +107,6 @@ async fn a_pod_makes_tokens_bound_to_itself_for_a_peer_id_and_no_others() {
         make(&bindings, json!({ "metadata": { "name": name }, "roleRef": of, "subjects": [subject] })).await;
         let other = client_with(&place, &place.token("other", None, None).await).await;
         ask(&place, &other, "other", &["vault"], None).await.unwrap();
-
-        let name = format!("lighterman-own-token-{}", place.name);
-        let policies = Api::<ValidatingAdmissionPolicy>::all(place.admin.clone());
-        policies.delete(&name, &DeleteParams::default()).await.unwrap();
     })
     .await;
 }

@@ -53,7 +53,7 @@ async fn make_pull_secret(place: &Place) {
 async fn the_charts_rights_suffice() {
     within(async {
         let place = Place::new().await;
-        grant(&place, "").await;
+        grant(&place, "podPolicy=always").await;
         let agent = agent(&place).await;
 
         let stop = CancellationToken::new();
@@ -134,7 +134,7 @@ fn forbidden<T>(what: &str, answer: Result<T, kube::Error>) {
 async fn nothing_more_is_allowed() {
     within(async {
         let place = Place::new().await;
-        grant(&place, "").await;
+        grant(&place, "podPolicy=always").await;
         make(
             &Api::<ServiceAccount>::namespaced(place.admin.clone(), &place.name),
             json!({ "metadata": { "name": "x" } }),
@@ -218,12 +218,38 @@ async fn pull_secrets_are_read_in_namespaces_that_were_named_and_no_others() {
 async fn pods_are_deleted_where_the_chart_says_so_and_nowhere_else() {
     within(async {
         let [may, may_not] = [Place::new().await, Place::new().await];
-        grant(&may, "agent.deletePods=true").await;
-        grant(&may_not, "").await;
+        grant(&may, "agent.deletePods=true,podPolicy=always").await;
+        grant(&may_not, "podPolicy=always").await;
         let pod = may.pod("web").await;
         refused(agent(&may_not).await.delete(&pod).await, "cannot delete resource \"pods\"");
         assert_eq!(may.pods().get("web").await.unwrap().metadata.deletion_timestamp, None);
         agent(&may).await.delete(&pod).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn rights_that_no_policy_narrows_are_given_only_where_a_value_accepts_the_risk() {
+    within(async {
+        // helm asks no cluster here, so it knows of no policies.
+        for (values, given) in [
+            ("agent.deletePods=true", false),
+            ("agent.deletePods=true,podPolicy=false,tokenPolicy=always", false),
+            ("agent.deletePods=true,podRightsWithoutPolicy=true", true),
+            ("agent.deletePods=true,podPolicy=false,podRightsWithoutPolicy=true", true),
+            ("agent.deletePods=true,podPolicy=always", true),
+        ] {
+            let place = Place::new().await;
+            grant(&place, values).await;
+            let (pod, agent) = (place.pod("web").await, agent(&place).await);
+            let (nudged, deleted) = (agent.nudge(&pod).await, agent.delete(&pod).await);
+            if given {
+                nudged.and(deleted).unwrap_or_else(|error| panic!("{values}: {error}"));
+            } else {
+                refused(nudged, "cannot patch resource \"pods/status\"");
+                refused(deleted, "cannot delete resource \"pods\"");
+            }
+        }
     })
     .await;
 }

@@ -1,0 +1,310 @@
+//! The policies by which an agent nudges and deletes pods of its own node, and changes nothing else.
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
+use kube::{Api, Client};
+use lighterman::cluster::connect;
+use lighterman::model::PodRef;
+use lighterman::ports::{Cluster, ClusterError};
+use serde_json::{Value, json};
+
+use super::apiserver::{Place, SERVICE_ACCOUNT, make, within};
+use super::policy::create_policies;
+use super::rights::client_with;
+use crate::fleet::rights::grant;
+
+const ELSEWHERE: &str = "another-node";
+
+/// Attacks that one stolen token permits on pods of every node where no policy denies them.
+fn attacks() -> [(&'static str, Value); 3] {
+    [
+        ("labels removed: the pod leaves its Service", json!({ "metadata": { "labels": { "app": null } } })),
+        (
+            "podIP replaced: another pod gets the traffic",
+            json!({ "status": { "podIP": "10.9.9.9", "podIPs": [{ "ip": "10.9.9.9" }] } }),
+        ),
+        ("phase Failed: the kubelet kills the pod", json!({ "status": { "phase": "Failed" } })),
+    ]
+}
+
+fn nudge(value: &str) -> Value {
+    json!({ "metadata": { "annotations": { "lighterman.dev/nudged-at": value } } })
+}
+
+const NOW: &str = "2026-11-30T14:16:51.123456789Z";
+
+/// A pod that runs: with an owner, a finalizer, and a status as kubelets write them.
+async fn running(place: &Place, name: &str, node: &str) -> PodRef {
+    let owner = json!({ "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "u" });
+    let pod = json!({
+        "metadata": {
+            "name": name, "generateName": "web-", "labels": { "app": "web", "tier": "front" },
+            "annotations": { "team": "shop", "owner": "a" },
+            "finalizers": ["example.com/keep"], "ownerReferences": [owner],
+        },
+        "spec": {
+            "nodeName": node, "serviceAccountName": SERVICE_ACCOUNT,
+            "containers": [{ "name": "main", "image": "reg.test/app:1" }],
+        },
+    });
+    let made = make::<Pod>(&place.pods(), pod).await;
+    let status = json!({ "status": {
+        "phase": "Running", "podIP": "10.1.2.3", "podIPs": [{ "ip": "10.1.2.3" }], "hostIP": "192.0.2.7",
+        "conditions": [{ "type": "Ready", "status": "True", "lastTransitionTime": "2026-11-30T14:00:00Z" }],
+        "containerStatuses": [{
+            "name": "main", "image": "reg.test/app:1", "imageID": "reg.test/app@sha256:00", "ready": true,
+            "restartCount": 0, "state": { "running": { "startedAt": "2026-11-30T14:00:00Z" } },
+        }],
+    } });
+    place.pods().patch_status(name, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
+    PodRef { k8s_namespace: place.name.clone(), name: name.to_owned(), uid: made.metadata.uid.unwrap() }
+}
+
+/// Patches a pod's status as `client`. An error is the status code and the text of the denial.
+async fn patch(place: &Place, client: &Client, name: &str, patch: &Value) -> Result<(), (u16, String)> {
+    patch_as(place, client, name, &PatchParams::default(), &Patch::Merge(patch)).await
+}
+
+async fn patch_as(
+    place: &Place,
+    client: &Client,
+    name: &str,
+    params: &PatchParams,
+    patch: &Patch<&Value>,
+) -> Result<(), (u16, String)> {
+    let pods = Api::<Pod>::namespaced(client.clone(), &place.name);
+    match pods.patch_status(name, params, patch).await {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) => Err((status.code, status.message.clone())),
+        Err(other) => panic!("{other}"),
+    }
+}
+
+fn forbidden(what: &str, answer: Result<(), (u16, String)>, text: &str) {
+    let (code, said) = answer.expect_err(what);
+    assert!(code == 403 && said.contains(text), "{what}: {code} {said}");
+}
+
+/// The pod without the nudge's annotation, and without fields that every write changes.
+async fn kept(place: &Place, name: &str) -> Value {
+    let mut pod = serde_json::to_value(place.pods().get(name).await.unwrap()).unwrap();
+    for field in ["resourceVersion", "managedFields"] {
+        pod["metadata"].as_object_mut().unwrap().remove(field);
+    }
+    pod["metadata"]["annotations"].as_object_mut().unwrap().remove("lighterman.dev/nudged-at");
+    pod
+}
+
+/// A place with rights and policies, and its agent's token. `None` where the API server is too old.
+async fn policed(values: &str) -> Option<(Place, String)> {
+    let place = Place::new().await;
+    if place.minor().await < 30 {
+        println!("skipped: this API server is older than ValidatingAdmissionPolicy");
+        return None;
+    }
+    grant(&place, values).await;
+    let own = place.pod("agent").await;
+    let token = place.token(SERVICE_ACCOUNT, None, Some(&own)).await;
+    create_policies(&place, values).await;
+    Some((place, token))
+}
+
+/// Returns when the API server enforces the policy about nudges, which takes a moment.
+async fn until_enforced(place: &Place, client: &Client) {
+    place.pod("probe").await;
+    while patch(place, client, "probe", &nudge("no time")).await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test]
+async fn without_the_policy_one_token_relabels_hijacks_and_kills_pods_of_every_node() {
+    within(async {
+        let place = Place::new().await;
+        grant(&place, "podRightsWithoutPolicy=true").await;
+        let own = place.pod("agent").await;
+        let client = client_with(&place, &place.token(SERVICE_ACCOUNT, None, Some(&own)).await).await;
+        running(&place, "victim", ELSEWHERE).await;
+        for (what, attack) in attacks() {
+            patch(&place, &client, "victim", &attack).await.unwrap_or_else(|error| panic!("{what}: {error:?}"));
+        }
+        let victim = serde_json::to_value(place.pods().get("victim").await.unwrap()).unwrap();
+        assert_eq!(victim["metadata"]["labels"], json!({ "tier": "front" }));
+        assert_eq!((&victim["status"]["podIP"], &victim["status"]["phase"]), (&json!("10.9.9.9"), &json!("Failed")));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_policy_permits_the_nudge_of_own_pods_and_no_other_change() {
+    within(async {
+        let Some((place, token)) = policed("podPolicy=always").await else { return };
+        let client = client_with(&place, &token).await;
+        let agent = connect(place.config_of(&token)).await.unwrap();
+        let [own, others] = [running(&place, "own", &place.name).await, running(&place, "others", ELSEWHERE).await];
+        let before = [kept(&place, "own").await, kept(&place, "others").await];
+        until_enforced(&place, &client).await;
+
+        agent.nudge(&own).await.unwrap();
+        agent.nudge(&own).await.unwrap();
+        patch(&place, &client, "own", &nudge(NOW)).await.unwrap();
+
+        for pod in ["own", "others"] {
+            for (what, attack) in attacks() {
+                forbidden(&format!("{what} ({pod})"), patch(&place, &client, pod, &attack).await, "an agent");
+            }
+        }
+        assert!(matches!(agent.nudge(&others).await, Err(ClusterError::Forbidden(text)) if text.contains("own node")));
+
+        let metadata = |metadata: Value| json!({ "metadata": metadata });
+        for (what, change, said) in [
+            ("a label added", metadata(json!({ "labels": { "a": "b" } })), "no labels"),
+            ("a condition added", json!({ "status": { "message": "m" } }), "pod's status"),
+            ("another annotation", metadata(json!({ "annotations": { "a": "b" } })), "no annotation"),
+            ("an annotation changed", metadata(json!({ "annotations": { "team": "b" } })), "no annotation"),
+            ("an annotation removed", metadata(json!({ "annotations": { "team": null } })), "no annotation"),
+            ("all annotations removed", metadata(json!({ "annotations": null })), "no annotation"),
+            ("no time", nudge("now"), "a time"),
+            ("a long value", nudge(&format!("{NOW}{NOW}")), "a time"),
+            ("a line more", nudge(&format!("{NOW}\n")), "a time"),
+            ("no finalizers", metadata(json!({ "finalizers": null })), "no finalizers"),
+            ("another finalizer", metadata(json!({ "finalizers": ["example.com/x"] })), "no finalizers"),
+            ("another generateName", metadata(json!({ "generateName": "x-" })), "generateName"),
+            ("no generateName", metadata(json!({ "generateName": null })), "generateName"),
+        ] {
+            forbidden(what, patch(&place, &client, "own", &change).await, said);
+            // A nudge in the same patch excuses nothing.
+            let mut both = change.clone();
+            if said != "a time" && !both["metadata"]["annotations"].is_null() {
+                both["metadata"]["annotations"]["lighterman.dev/nudged-at"] = NOW.into();
+                forbidden(what, patch(&place, &client, "own", &both).await, said);
+            }
+        }
+        // Where a pod has no labels, annotations or finalizers at all.
+        let label = metadata(json!({ "labels": { "a": "b" } }));
+        forbidden("the first label", patch(&place, &client, "probe", &label).await, "no labels");
+        let finalizer = metadata(json!({ "finalizers": ["example.com/x"] }));
+        forbidden("the first finalizer", patch(&place, &client, "probe", &finalizer).await, "no finalizers");
+        patch(&place, &client, "probe", &nudge(NOW)).await.unwrap();
+
+        // Other kinds of patches.
+        let label = json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "labels": { "a": "b" } } });
+        let apply = patch_as(&place, &client, "own", &PatchParams::apply("x").force(), &Patch::Apply(&label)).await;
+        forbidden("a label applied", apply, "no labels");
+        let strategic = patch_as(&place, &client, "own", &PatchParams::default(), &Patch::Strategic(&label)).await;
+        forbidden("a label merged", strategic, "no labels");
+
+        // The API server itself keeps owners and spec, whatever a patch of the status says.
+        for change in [
+            metadata(json!({ "ownerReferences": null })),
+            json!({ "spec": { "containers": [{ "name": "main", "image": "evil.test/x:1" }] } }),
+        ] {
+            patch(&place, &client, "own", &change).await.unwrap();
+        }
+        assert_eq!([kept(&place, "own").await, kept(&place, "others").await], before);
+
+        // A kubelet, or anything else with the right, goes on as before.
+        patch(&place, &place.admin, "own", &attacks()[2].1).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_policy_refuses_a_token_that_is_bound_to_no_pod_or_to_a_pod_without_node() {
+    within(async {
+        let Some((place, token)) = policed("podPolicy=always").await else { return };
+        running(&place, "own", &place.name).await;
+        until_enforced(&place, &client_with(&place, &token).await).await;
+        let unscheduled = json!({
+            "metadata": { "name": "unscheduled" },
+            "spec": { "serviceAccountName": SERVICE_ACCOUNT, "containers": [{ "name": "main", "image": "reg.test/app:1" }] },
+        });
+        let made = make::<Pod>(&place.pods(), unscheduled).await;
+        let unscheduled =
+            PodRef { k8s_namespace: place.name.clone(), name: "unscheduled".into(), uid: made.metadata.uid.unwrap() };
+        for bound in [None, Some(&unscheduled)] {
+            let client = client_with(&place, &place.token(SERVICE_ACCOUNT, None, bound).await).await;
+            for pod in ["own", "unscheduled"] {
+                forbidden(pod, patch(&place, &client, pod, &nudge(NOW)).await, "own node");
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_policy_permits_the_nudge_of_a_large_pod() {
+    within(async {
+        let Some((place, token)) = policed("podPolicy=always").await else { return };
+        until_enforced(&place, &client_with(&place, &token).await).await;
+        let containers = (0..100).map(|i| json!({ "name": format!("c{i}"), "image": "reg.test/app:1" }));
+        let containers: Vec<_> = containers.collect();
+        let annotations = (0..250).map(|i| (format!("example.com/annotation-{i}"), json!("x".repeat(500))));
+        let annotations: serde_json::Map<_, _> = annotations.collect();
+        let pod = json!({
+            "metadata": { "name": "large", "annotations": annotations },
+            "spec": { "nodeName": place.name, "containers": containers },
+        });
+        let made = make::<Pod>(&place.pods(), pod).await;
+        let waits = |i: usize| {
+            json!({
+                "name": format!("c{i}"), "image": "", "imageID": "", "ready": false, "restartCount": 0,
+                "state": { "waiting": { "reason": "ImagePullBackOff", "message": "x".repeat(500) } },
+            })
+        };
+        let status = json!({ "status": { "containerStatuses": (0..100).map(waits).collect::<Vec<_>>() } });
+        place.pods().patch_status("large", &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
+        let pod = PodRef { k8s_namespace: place.name.clone(), name: "large".into(), uid: made.metadata.uid.unwrap() };
+        connect(place.config_of(&token)).await.unwrap().nudge(&pod).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_replaced_pod_is_gone_also_where_the_new_one_runs_on_another_node() {
+    within(async {
+        let Some((place, token)) = policed("podPolicy=always,agent.deletePods=true").await else { return };
+        let agent = connect(place.config_of(&token)).await.unwrap();
+        let old = place.pod("web-0").await;
+        until_enforced(&place, &client_with(&place, &token).await).await;
+        place.delete_pod("web-0").await;
+        let new = place.pod_on("web-0", ELSEWHERE).await;
+        assert!(matches!(agent.nudge(&old).await, Err(ClusterError::Gone(_))));
+        assert!(matches!(agent.delete(&old).await, Err(ClusterError::Gone(_))));
+        assert!(matches!(agent.nudge(&new).await, Err(ClusterError::Forbidden(_))));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_policy_permits_the_deletion_of_own_pods_and_no_others() {
+    within(async {
+        let Some((place, token)) = policed("podPolicy=always,agent.deletePods=true").await else { return };
+        let agent = connect(place.config_of(&token)).await.unwrap();
+        let others = place.pod_on("others", ELSEWHERE).await;
+        // Until the API server enforces the policy, deletions of such pods succeed.
+        for attempt in 0.. {
+            let probe = place.pod_on(&format!("probe-{attempt}"), ELSEWHERE).await;
+            match agent.delete(&probe).await {
+                Ok(()) => tokio::time::sleep(Duration::from_millis(100)).await,
+                Err(ClusterError::Forbidden(text)) if text.contains("own node") => break,
+                Err(other) => panic!("{other}"),
+            }
+        }
+        assert!(matches!(agent.delete(&others).await, Err(ClusterError::Forbidden(text)) if text.contains("own node")));
+        let unbound = connect(place.config_of(&place.token(SERVICE_ACCOUNT, None, None).await)).await.unwrap();
+        let own = place.pod("own").await;
+        assert!(matches!(unbound.delete(&own).await, Err(ClusterError::Forbidden(_))));
+        for name in ["others", "own"] {
+            assert_eq!(place.pods().get(name).await.unwrap().metadata.deletion_timestamp, None, "{name}");
+        }
+        agent.delete(&own).await.unwrap();
+        assert!(place.pods().get("own").await.unwrap().metadata.deletion_timestamp.is_some());
+
+        let this = Preconditions { uid: Some(others.uid), resource_version: None };
+        place.pods().delete("others", &DeleteParams::default().preconditions(this)).await.unwrap();
+    })
+    .await;
+}
