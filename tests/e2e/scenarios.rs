@@ -5,6 +5,7 @@ mod cut_off;
 mod doors;
 mod outage;
 mod settings;
+mod stolen;
 
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,7 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("a_pod_without_opt_in_is_left_alone", not_opted_in),
     ("prometheus_scrapes_every_agent", prometheus),
     ("strangers_are_refused_at_both_doors_and_see_nothing", doors::strangers),
+    ("a_stolen_token_changes_no_pod_beyond_a_nudge_on_its_own_node", stolen::attacks),
     ("an_agent_that_is_told_to_stop_ends_in_time", termination),
 ];
 

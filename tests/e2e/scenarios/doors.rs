@@ -78,7 +78,7 @@ pub(super) fn strangers(bed: &Bed) -> Result<(), Failure> {
 }
 
 /// A token that the API server issues.
-fn token(
+pub(super) fn token(
     bed: &Bed,
     k8s_namespace: &str,
     account: &str,
