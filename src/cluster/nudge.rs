@@ -15,8 +15,8 @@ const ANNOTATION: &str = "lighterman.dev/nudged-at";
 
 /// Patches the status subresource, which leaves the spec alone: no right to patch pods is needed.
 ///
-/// The patch names the UID, which is immutable. The API server answers 422 about `metadata.uid` when
-/// another pod has the name by now, and 403 when a right is missing or a policy denies.
+/// The patch names the UID, which is immutable. The API server answers 422 about `metadata.uid`
+/// when another pod has the name by now, and 403 when a right is missing or a policy denies.
 pub(super) async fn nudge(client: &Client, pod: &PodRef) -> Result<(), ClusterError> {
     let pods = Api::<Pod>::namespaced(client.clone(), &pod.k8s_namespace);
     // To the nanosecond: the value that the pod has already would change nothing, and the kubelet

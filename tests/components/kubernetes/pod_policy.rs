@@ -1,4 +1,4 @@
-//! The policies by which an agent nudges and deletes pods of its own node, and changes nothing else.
+//! The policies by which an agent nudges and deletes pods of its own node and changes nothing else.
 
 use std::time::Duration;
 
