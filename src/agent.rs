@@ -16,6 +16,7 @@ pub mod recover;
 mod recover_error;
 pub mod registries;
 pub mod resolve;
+mod room;
 pub mod rules;
 pub mod salvage;
 pub mod status;

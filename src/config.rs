@@ -149,7 +149,8 @@ impl AgentArgs {
             max_serving,
             max_image_bytes,
             min_free_bytes,
-            min_free_percent,
+            collection_percent,
+            eviction_percent,
             grace_period,
         } = self;
         let admitting = match (admission, allow_peer.is_empty(), (tls_cert, tls_key, tls_ca)) {
@@ -230,7 +231,8 @@ impl AgentArgs {
                         concurrent_blobs,
                         max_image_bytes,
                         min_free_bytes,
-                        min_free_percent,
+                        collection_percent,
+                        eviction_percent,
                         max_download_rate,
                         max_upload_rate,
                     },

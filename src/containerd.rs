@@ -9,6 +9,7 @@ mod adoption;
 mod content;
 mod cri;
 mod discard;
+mod disks;
 mod errors;
 mod images;
 mod labels;
@@ -32,9 +33,10 @@ use async_trait::async_trait;
 use containerd_client::services::v1::version_client::VersionClient;
 use tokio::sync::{Notify, watch as counter};
 
+use crate::decide::disk::Disks;
 use crate::oci::Digest;
 use crate::ports::{
-    BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, Snapshots, Staged, StoreError,
+    BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Snapshots, Staged, StoreError,
 };
 pub use adoption::Ingest;
 use link::Link;
@@ -204,7 +206,7 @@ impl ContentStore for ContainerdStore {
         self.state.changes.subscribe()
     }
 
-    async fn room(&self) -> Result<Option<Room>, StoreError> {
-        self.room_of_root().await
+    async fn disks(&self) -> Result<Disks, StoreError> {
+        self.measure_disks().await
     }
 }

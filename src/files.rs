@@ -17,8 +17,9 @@ use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
 use tokio::task::spawn_blocking;
 
+use crate::decide::disk::FileSystem;
 use crate::oci::Digest;
-use crate::ports::{BlobReader, Room, StoreError};
+use crate::ports::{BlobReader, StoreError};
 pub use staging::{Leftover, StagingFile, is_taken, leftovers, staging_folder, sync_folder};
 
 /// The most that one read returns, whatever is asked for: the largest piece that a transfer cuts. It bounds a buffer.
@@ -29,14 +30,29 @@ pub fn blob_path(root: &Path, digest: Digest) -> PathBuf {
     root.join("blobs/sha256").join(digest.hex())
 }
 
-/// How much room the file system of `folder` has.
+/// The file system of `folder`.
 ///
 /// # Errors
 /// What the file system says.
-pub fn room(folder: &Path) -> io::Result<Room> {
+pub fn file_system(folder: &Path) -> io::Result<FileSystem> {
+    let device = std::fs::metadata(folder)?.dev();
+    Ok(FileSystem { device: Some(device), ..measured(folder)? })
+}
+
+/// The file system beneath the overlay that is mounted at `folder`; `None` where another kind is mounted. An overlay's figures are
+/// those of the file system that it writes to (Linux, `ovl_statfs`).
+///
+/// # Errors
+/// What the file system says.
+pub fn file_system_below_overlay(folder: &Path) -> io::Result<Option<FileSystem>> {
+    let is_overlay = nix::sys::statfs::statfs(folder)?.filesystem_type() == nix::sys::statfs::OVERLAYFS_SUPER_MAGIC;
+    is_overlay.then(|| measured(folder)).transpose()
+}
+
+fn measured(folder: &Path) -> io::Result<FileSystem> {
     let stat = nix::sys::statvfs::statvfs(folder)?;
     let unit = stat.fragment_size();
-    Ok(Room { free: stat.blocks_available() * unit, total: stat.blocks() * unit })
+    Ok(FileSystem { device: None, free: stat.blocks_available() * unit, total: stat.blocks() * unit })
 }
 
 /// Reads a file of at most `most` bytes that this program wrote and nobody else can have written or read.

@@ -27,10 +27,11 @@ use async_trait::async_trait;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::sync::watch;
 
-use crate::files::{FileReader, blob_path, room, sync_folder};
+use crate::decide::disk::Disks;
+use crate::files::{FileReader, blob_path, file_system, sync_folder};
 use crate::oci::Digest;
 use crate::ports::{
-    BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, Snapshots, Staged, StoreError,
+    BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Snapshots, Staged, StoreError,
 };
 use index::Index;
 use remembered::Notes;
@@ -335,8 +336,10 @@ impl ContentStore for LayoutStore {
         self.folder.changes.subscribe()
     }
 
-    async fn room(&self) -> Result<Option<Room>, StoreError> {
-        self.blocking(|folder| room(&folder.root).map(Some).map_err(|error| failed(&folder.root, &error))).await
+    async fn disks(&self) -> Result<Disks, StoreError> {
+        let measured = |folder: &Arc<Folder>| file_system(&folder.root).map_err(|error| failed(&folder.root, &error));
+        let content = self.blocking(measured).await?;
+        Ok(Disks { content: Some(content), snapshots: None })
     }
 }
 

@@ -136,7 +136,7 @@ impl Metrics {
                 r,
                 "layers_unpacked_total",
                 "Layers of recovered images by what came of unpacking them here: unpacked, or there already; failed and given_up, once for each \
-                 image whose other layers were then left to the runtime.",
+                 image whose other layers were then left to the runtime; no_room, once for each try that ended there.",
                 "result",
             ),
             store_list_failures: counter(
@@ -273,7 +273,7 @@ impl Metrics {
         self.claims.with_label_values(&[result]).inc();
     }
 
-    /// A layer was `unpacked` or `there` already, or the rest of an image was left to the runtime: `failed`, `given_up`.
+    /// A layer was `unpacked` or `there` already, or the rest of an image was left to the runtime: `failed`, `given_up`, or waits for room: `no_room`.
     pub fn layer_unpacked(&self, result: &'static str) {
         self.layers_unpacked.with_label_values(&[result]).inc();
     }

@@ -21,7 +21,7 @@ pub use cluster::{
 };
 pub use content::{
     BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Imports, Pin, Remembered,
-    Room, Snapshots, StoreError,
+    Snapshots, StoreError,
 };
 pub use control::{
     BlobAccess, ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus,

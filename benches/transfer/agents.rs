@@ -161,7 +161,8 @@ fn recoverer(
     let node: NodeName = "bench".parse()?;
     let mut rules = Rules::default();
     rules.budgets.min_free_bytes = 0;
-    rules.budgets.min_free_percent = 0;
+    rules.budgets.collection_percent = 100;
+    rules.budgets.eviction_percent = 0;
     let unpacking = match unpacks {
         Unpacks::Early => Some(Unpacking::new(Arc::clone(&store) as _, Arc::clone(&store) as _, metrics.clone())),
         Unpacks::Later => None,

@@ -205,7 +205,7 @@ fn failed(holders: &Holders, error: &RecoverError) -> PullProgress {
         | RecoverError::Document { .. }
         | RecoverError::NestedIndex { .. }
         | RecoverError::NoPlatform { .. } => (PullFailure::Unusable, false),
-        RecoverError::OverLimit(_) => (PullFailure::OverLimit, false),
+        RecoverError::OverLimit(_) | RecoverError::NoRoomToUnpack(_) => (PullFailure::OverLimit, false),
         RecoverError::Fetch { .. } => (PullFailure::FetchFailed, true),
         RecoverError::Store { .. } => (PullFailure::StoreFailed, true),
         RecoverError::Abandoned => (PullFailure::Abandoned, true),

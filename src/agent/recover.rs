@@ -21,7 +21,7 @@ use super::resolve::{Resolver, Wanted};
 use super::swarm::{Errand, Swarm};
 use super::unpack::{Unfinished, Unpacking};
 use crate::decide::plan::{Plan, plan};
-use crate::decide::reserve::{Reservation, Reservations};
+use crate::decide::reserve::Reservations;
 use crate::decide::rules::Rules;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Document, Manifest, Platform, Reference};
@@ -206,13 +206,23 @@ impl Recoverer {
         let here = watch::Sender::new(HashSet::new());
         let errand = Errand { reference, root, pin, progress, room: &room, here: &here };
         let bringing = self.bring_blobs(errand, &plan);
+        // An image that is whole and has its name may be being unpacked by the runtime just now.
+        let is_unfinished = !plan.missing.is_empty() || self.named_here(reference).await?.is_none();
+        let layers = self.layer_room(&room);
         let blobs = match &self.unpacking {
-            // An image that is whole and has its name may be being unpacked by the runtime just now.
-            Some(unpacking) if !plan.missing.is_empty() || self.named_here(reference).await?.is_none() => {
-                let image = Unfinished { reference, manifest: &image.manifest, pin, progress, here: here.subscribe() };
+            Some(unpacking) if is_unfinished => {
+                let here = here.subscribe();
+                let image = Unfinished { reference, manifest: &image.manifest, pin, progress, room: layers, here };
                 unpacking.beside(bringing, image, || PIN_LIFE.saturating_sub(since.elapsed())).await?
             }
-            Some(_) | None => bringing.await?,
+            Some(_) => bringing.await?,
+            None => {
+                let blobs = bringing.await?;
+                if is_unfinished {
+                    layers.check(&image.manifest.layers).await?;
+                }
+                blobs
+            }
         };
         Ok((image.root, image.documents.into_iter().chain(blobs).collect()))
     }
@@ -226,16 +236,6 @@ impl Recoverer {
             }
         }
         Ok(plan(manifest, |digest| there.contains(&digest)))
-    }
-
-    /// Keeps the plan within the limits, those of the disk together with every other recovery.
-    async fn reserve(&self, plan: &Plan) -> Result<Reservation, RecoverError> {
-        let budgets = self.rules.borrow().budgets;
-        plan.check_size(budgets.max_image_bytes)?;
-        let before = self.room.before_measuring();
-        let room = self.store.room().await.map_err(RecoverError::store("looking for room"))?;
-        let floor = budgets.floor(room.map_or(0, |room| room.total), plan.missing_bytes());
-        Ok(self.room.reserve(plan.missing_bytes(), before, room.map(|room| room.free), floor)?)
     }
 
     /// Nothing is fetched of an image that cannot become whole: a layer may be one that must not be given on, and a blob that nobody holds

@@ -91,6 +91,9 @@ pub enum RecoverError {
     /// A setting forbids it.
     #[error(transparent)]
     OverLimit(#[from] OverLimit),
+    /// The blobs are here and a layer cannot be unpacked.
+    #[error("the image's blobs are here, and its layers cannot be unpacked: {0}")]
+    NoRoomToUnpack(#[source] OverLimit),
     /// Every provider of a blob failed, or there is none.
     #[error("{digest} could not be fetched: {}", attempts.last().map_or("no peer holds it".to_owned(), ToString::to_string))]
     Fetch {
@@ -133,7 +136,7 @@ impl RecoverError {
 
     /// Whether what has come already is worth keeping for the next attempt.
     pub(super) fn leaves_content_for_later(&self) -> bool {
-        matches!(self, Self::Fetch { .. } | Self::Store { .. })
+        matches!(self, Self::Fetch { .. } | Self::Store { .. } | Self::NoRoomToUnpack(_))
     }
 
     /// The peers that failed, for people: at most five, none twice in a row.
@@ -165,7 +168,7 @@ impl RecoverError {
             Self::Disagreement { .. } | Self::Document { .. } | Self::NestedIndex { .. } | Self::NoPlatform { .. } => {
                 Outcome::Unusable
             }
-            Self::OverLimit(_) => Outcome::OverLimit,
+            Self::OverLimit(_) | Self::NoRoomToUnpack(_) => Outcome::OverLimit,
             Self::Fetch { .. } => Outcome::FetchFailed,
             Self::Store { .. } => Outcome::StoreFailed,
             Self::Abandoned => Outcome::Abandoned,
@@ -181,9 +184,11 @@ impl RecoverError {
             | Self::NotDistributable { .. }
             | Self::Disagreement { .. }
             | Self::NoPlatform { .. }
-            | Self::OverLimit(_) => ReportKind::NotActionable,
+            | Self::OverLimit(OverLimit::Size { .. }) => ReportKind::NotActionable,
             // A document does not change under its digest.
             Self::Document { .. } | Self::NestedIndex { .. } => ReportKind::NotActionable,
+            // Tried again, as soon as the disk has room.
+            Self::OverLimit(OverLimit::Disk { .. }) | Self::NoRoomToUnpack(_) => ReportKind::Failed,
             Self::Fetch { .. } | Self::Store { .. } | Self::Abandoned => ReportKind::Failed,
         }
     }

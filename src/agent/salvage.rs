@@ -90,6 +90,8 @@ pub struct Salvager {
     lacking: HashMap<Reference, Vec<Digest>>,
     /// Annotations that were complained about already.
     odd: HashSet<OddAnnotation>,
+    /// The disks are being looked at.
+    measuring: bool,
     /// Bounds the questions to the API server that are under way.
     asking: Arc<Semaphore>,
     /// Cancelled when the agent stops: messages are then not tried again.
@@ -125,6 +127,8 @@ enum Done {
         pods: Vec<PodRef>,
         result: Result<bool, RecoverError>,
     },
+    /// The disks were looked at, because a recovery was refused for want of room. Says whether one has room now.
+    Measured(bool),
     Answered(Answer),
     Permitted {
         pod: PodRef,
@@ -164,6 +168,7 @@ impl Salvager {
             wanted_since: HashMap::new(),
             lacking: HashMap::new(),
             odd: HashSet::new(),
+            measuring: false,
             asking: Arc::new(Semaphore::new(ASKING)),
             stopping: CancellationToken::new(),
             work: JoinSet::new(),
@@ -227,6 +232,12 @@ impl Salvager {
             Ok(Done::Recovered { reference, result }) => self.on_recovery_ended(&reference, result),
             Ok(Done::Found { reference, result }) => self.on_found(&reference, result),
             Ok(Done::GaveUp { reference, pods, result }) => self.on_given_up(&reference, pods, result),
+            Ok(Done::Measured(has_room)) => {
+                self.measuring = false;
+                if has_room {
+                    self.queue.hurry();
+                }
+            }
             Ok(Done::Answered(answer)) => match self.registries.answered(answer, now()) {
                 true => self.look_at_all(),
                 // An outage that goes on is fresh evidence for tags.
@@ -270,6 +281,17 @@ impl Salvager {
         self.suspect_stalls(now);
         self.ask_kubelet_where_due(now);
         self.delete_where_due(now);
+        self.look_for_room();
+    }
+
+    /// Free space sends no event, so it is asked for while a recovery waits for it. One question at a time: a disk may hang.
+    fn look_for_room(&mut self) {
+        if self.measuring || !self.recoverer.room.has_refused() {
+            return;
+        }
+        self.measuring = true;
+        let recoverer = Arc::clone(&self.recoverer);
+        self.work.spawn(async move { Done::Measured(recoverer.has_room_again().await) });
     }
 
     /// Only what has a provider now is started: in a large cluster somebody announces something all the time.

@@ -11,6 +11,7 @@ mod mending;
 mod needs;
 mod recovering;
 mod resolving;
+mod room;
 mod salvaging;
 mod swarming;
 mod telling;
@@ -55,7 +56,8 @@ impl Harbour {
     fn new() -> Self {
         let mut rules = Rules::default();
         rules.budgets.min_free_bytes = 0;
-        rules.budgets.min_free_percent = 0;
+        rules.budgets.collection_percent = 100;
+        rules.budgets.eviction_percent = 0;
         let cluster = MemoryCluster::default();
         cluster.put_namespace("shop", &[("lighterman.dev/allow", "true")]);
         Self {

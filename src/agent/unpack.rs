@@ -11,6 +11,9 @@ use tokio::sync::{Semaphore, watch};
 
 use super::bring::Held;
 use super::progress::Progress;
+use super::recover::RecoverError;
+use super::room::{LayerRoom, NoRoom};
+use crate::decide::plan::OverLimit;
 use crate::decide::unpacking::{Next, Stack};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Manifest, Reference, RootFs, RootFsError};
@@ -42,6 +45,8 @@ pub(super) struct Unfinished<'a> {
     pub(super) pin: &'a Pin,
     /// Is told how far it is.
     pub(super) progress: &'a Progress,
+    /// What it may take.
+    pub(super) room: LayerRoom<'a>,
     /// The blobs that are here; grows.
     pub(super) here: watch::Receiver<HashSet<Digest>>,
 }
@@ -59,6 +64,9 @@ enum Ended {
     RootFs(#[from] RootFsError),
     #[error("layer {number} of {of}, {layer}: {source}")]
     Layer { number: usize, of: usize, layer: Digest, source: UnpackError },
+    /// The runtime would have no room either, and would fail for ever.
+    #[error("layer {number} of {of}, {layer}: {source}")]
+    NoRoom { number: usize, of: usize, layer: Digest, source: OverLimit },
     #[error("keeping what was unpacked: {0}")]
     Keep(UnpackError),
     /// The blobs do not come any more. Whoever brings them says why.
@@ -74,43 +82,62 @@ impl Unpacking {
 
     /// Brings the blobs and unpacks the layers among them. Answers when both are done, or when the blobs have not come, or when they are here
     /// and unpacking has failed or takes longer than it may; that is `left` at most, which is what the pin has still to live.
-    pub(super) async fn beside<T, E>(
+    ///
+    /// # Errors
+    /// Those of the blobs, and [`RecoverError`] where the disk has no room for a layer.
+    pub(super) async fn beside<T>(
         &self,
-        bringing: impl Future<Output = Result<T, E>>,
+        bringing: impl Future<Output = Result<T, RecoverError>>,
         image: Unfinished<'_>,
         left: impl FnOnce() -> Duration,
-    ) -> Result<T, E> {
+    ) -> Result<T, RecoverError> {
         let reference = image.reference;
         let unpacking = self.run(image);
         tokio::pin!(bringing, unpacking);
         let brought = tokio::select! {
             biased;
             brought = &mut bringing => brought?,
-            () = &mut unpacking => return bringing.await,
+            unpacked = &mut unpacking => {
+                unpacked?;
+                return bringing.await;
+            }
         };
         // What is recorded has to be held until then: half of what is left is for that.
         let limit = LIMIT.min(left() / 2);
-        if tokio::time::timeout(limit, unpacking).await.is_err() {
-            self.metrics.layer_unpacked("given_up");
-            tracing::warn!(%reference, seconds = limit.as_secs(), "unpacking takes too long, and is left to the runtime");
+        match tokio::time::timeout(limit, unpacking).await {
+            Ok(unpacked) => unpacked?,
+            Err(_) => {
+                self.metrics.layer_unpacked("given_up");
+                tracing::warn!(%reference, seconds = limit.as_secs(), "unpacking takes too long, and is left to the runtime");
+            }
         }
         Ok(brought)
     }
 
-    async fn run(&self, image: Unfinished<'_>) {
+    /// Fails only where the runtime would fail too, for want of room.
+    async fn run(&self, image: Unfinished<'_>) -> Result<(), RecoverError> {
         let reference = image.reference;
         match self.unpack(image).await {
             // An adapter says so once; a recovery that failed says so itself.
             Ok(()) | Err(Ended::Unsuited(UnpackError::Unsuited(_)) | Ended::Incomplete) => {}
+            Err(Ended::NoRoom { source, .. }) => {
+                self.metrics.layer_unpacked("no_room");
+                return Err(RecoverError::NoRoomToUnpack(source));
+            }
+            Err(Ended::Layer { source: UnpackError::Store(source @ StoreError::Full(_)), .. }) => {
+                self.metrics.layer_unpacked("no_room");
+                return Err(RecoverError::Store { doing: "unpacking a layer into containerd's snapshotter", source });
+            }
             Err(error) => {
                 self.metrics.layer_unpacked("failed");
                 tracing::warn!(%reference, %error, "an image is not unpacked, which is left to the runtime");
             }
         }
+        Ok(())
     }
 
     async fn unpack(&self, image: Unfinished<'_>) -> Result<(), Ended> {
-        let Unfinished { reference, manifest, pin, progress, mut here } = image;
+        let Unfinished { reference, manifest, pin, progress, room, mut here } = image;
         self.unpacker.suits().await.map_err(Ended::Unsuited)?;
         let config = manifest.config.digest;
         here.wait_for(|here| here.contains(&config)).await.map_err(|_| Ended::Incomplete)?;
@@ -130,8 +157,18 @@ impl Unpacking {
                     let _slot = self.slots.acquire().await.expect("nobody closes the semaphore");
                     let (number, of) = stack.position();
                     progress.unpacks(number, of);
-                    let unpacked = self.unpacker.unpack(layer, pin).await;
-                    let unpacked = unpacked.map_err(|source| Ended::Layer { number, of, layer: digest, source })?;
+                    let failed = |source| Ended::Layer { number, of, layer: digest, source };
+                    let size = match self.unpacker.is_unpacked(layer).await.map_err(failed)? {
+                        true => 0,
+                        false => {
+                            room.reserve(std::slice::from_ref(&layer.blob)).await.map_err(|error| match error {
+                                NoRoom::OverLimit(source) => Ended::NoRoom { number, of, layer: digest, source },
+                                NoRoom::Store(source) => failed(source.into()),
+                            })?
+                        }
+                    };
+                    let unpacked = self.unpacker.unpack(layer, pin).await.map_err(failed)?;
+                    room.unpacked(size);
                     self.metrics.layer_unpacked(match unpacked {
                         Unpacked::Now => "unpacked",
                         Unpacked::Before => "there",

@@ -241,13 +241,17 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_MAX_IMAGE_BYTES", value_name = "BYTES", default_value_t = 0)]
     pub(super) max_image_bytes: u64,
 
-    /// Bytes that stay free on containerd's file system; keep it above the kubelet's eviction threshold
+    /// Bytes that stay free on the file systems of containerd's content and snapshots, whatever the next two flags say
     #[arg(long, env = "LIGHTERMAN_MIN_FREE_BYTES", value_name = "BYTES", default_value_t = 2 << 30)]
     pub(super) min_free_bytes: u64,
 
-    /// Percent of containerd's file system that stay free; the larger of the two counts. The kubelet evicts at 15
-    #[arg(long, env = "LIGHTERMAN_MIN_FREE_PERCENT", value_name = "PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u8).range(..=90))]
-    pub(super) min_free_percent: u8,
+    /// Percent in use from which the kubelet collects images (imageGCHighThresholdPercent); a download does not cross it, unpacked layers may
+    #[arg(long, env = "LIGHTERMAN_COLLECTION_PERCENT", value_name = "PERCENT", default_value_t = 85, value_parser = clap::value_parser!(u8).range(..=100))]
+    pub(super) collection_percent: u8,
+
+    /// Percent free below which the kubelet evicts pods (imagefs.available of evictionHard); unpacked layers do not cross it
+    #[arg(long, env = "LIGHTERMAN_EVICTION_PERCENT", value_name = "PERCENT", default_value_t = 15, value_parser = clap::value_parser!(u8).range(..=90))]
+    pub(super) eviction_percent: u8,
 
     /// Most bytes per second from peers, all together; 0 is no limit
     #[arg(long, env = "LIGHTERMAN_MAX_DOWNLOAD_RATE", value_name = "BYTES", default_value_t = 0, value_parser = rate)]

@@ -52,10 +52,12 @@ pub struct Overrides {
     pub concurrent_blobs: Option<usize>,
     /// Most bytes that one image may bring; 0 is no limit.
     pub max_image_bytes: Option<u64>,
-    /// What must stay free on the content store's file system.
+    /// Bytes that stay free on the file systems of the content store and the snapshotter.
     pub min_free_bytes: Option<u64>,
-    /// What must stay free of it in percent.
-    pub min_free_percent: Option<u8>,
+    /// Percent in use from which the kubelet collects images.
+    pub collection_percent: Option<u8>,
+    /// Percent free below which the kubelet evicts pods.
+    pub eviction_percent: Option<u8>,
     /// Most bytes per second from peers; 0 is no limit.
     pub max_download_rate: Option<u64>,
     /// Most bytes per second to peers; 0 is no limit.
@@ -88,7 +90,8 @@ struct Written {
     concurrent_blobs: Option<Spanned<Node>>,
     max_image_bytes: Option<Spanned<Node>>,
     min_free_bytes: Option<Spanned<Node>>,
-    min_free_percent: Option<Spanned<Node>>,
+    collection_percent: Option<Spanned<Node>>,
+    eviction_percent: Option<Spanned<Node>>,
     max_download_rate: Option<Spanned<Node>>,
     max_upload_rate: Option<Spanned<Node>>,
 }
@@ -117,7 +120,8 @@ impl Overrides {
             concurrent_blobs,
             max_image_bytes,
             min_free_bytes,
-            min_free_percent,
+            collection_percent,
+            eviction_percent,
             max_download_rate,
             max_upload_rate,
         } = written.unwrap_or_default();
@@ -132,7 +136,8 @@ impl Overrides {
             concurrent_blobs: read(concurrent_blobs, node::count)?,
             max_image_bytes: read(max_image_bytes, node::bytes)?,
             min_free_bytes: read(min_free_bytes, node::bytes)?,
-            min_free_percent: read(min_free_percent, node::percent)?,
+            collection_percent: read(collection_percent, |node| node::percent(node, 100))?,
+            eviction_percent: read(eviction_percent, |node| node::percent(node, 90))?,
             max_download_rate: read(max_download_rate, node::rate)?,
             max_upload_rate: read(max_upload_rate, node::rate)?,
         })
@@ -172,7 +177,8 @@ impl Overrides {
         override_with(&mut budgets.concurrent_blobs, &self.concurrent_blobs);
         override_with(&mut budgets.max_image_bytes, &self.max_image_bytes);
         override_with(&mut budgets.min_free_bytes, &self.min_free_bytes);
-        override_with(&mut budgets.min_free_percent, &self.min_free_percent);
+        override_with(&mut budgets.collection_percent, &self.collection_percent);
+        override_with(&mut budgets.eviction_percent, &self.eviction_percent);
         override_with(&mut budgets.max_download_rate, &self.max_download_rate);
         override_with(&mut budgets.max_upload_rate, &self.max_upload_rate);
         rules
@@ -192,7 +198,8 @@ impl Overrides {
             ("concurrentBlobs", self.concurrent_blobs.map(|number| number.to_string())),
             ("maxImageBytes", self.max_image_bytes.map(quantity::show)),
             ("minFreeBytes", self.min_free_bytes.map(quantity::show)),
-            ("minFreePercent", self.min_free_percent.map(|percent| percent.to_string())),
+            ("collectionPercent", self.collection_percent.map(|percent| percent.to_string())),
+            ("evictionPercent", self.eviction_percent.map(|percent| percent.to_string())),
             ("maxDownloadRate", self.max_download_rate.map(quantity::show)),
             ("maxUploadRate", self.max_upload_rate.map(quantity::show)),
         ];

@@ -12,9 +12,9 @@ use super::labels::{additions, has_children, sources};
 use super::link::within;
 use super::reader::ApiReader;
 use super::writer::MESSAGE_DEADLINE;
-use crate::files::{FileReader, blob_path, room};
+use crate::files::{FileReader, blob_path};
 use crate::oci::Digest;
-use crate::ports::{BlobInfo, BlobReader, Remembered, Room, StoreError};
+use crate::ports::{BlobInfo, BlobReader, Remembered, StoreError};
 
 impl ContainerdStore {
     pub(super) async fn find_blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
@@ -71,12 +71,6 @@ impl ContainerdStore {
         update.update_mask.get_or_insert_default().paths = paths;
         let updated = self.link.call(self.link.content().update(self.link.request(update))).await;
         updated.map(|_| ()).map_err(|status| self.link.failed_for(digest, &status))
-    }
-
-    pub(super) async fn room_of_root(&self) -> Result<Option<Room>, StoreError> {
-        let Some(root) = self.content_root().await? else { return Ok(None) };
-        let room = blocking(move || room(&root)).await?;
-        room.map(Some).map_err(|error| StoreError::Other(format!("free space for containerd's content: {error}")))
     }
 
     pub(super) async fn info(&self, digest: Digest) -> Result<Option<Info>, StoreError> {

@@ -131,6 +131,11 @@ impl ContainerdStore {
         Ok(root.filter(|root| root.join("blobs/sha256").is_dir()))
     }
 
+    /// The content store's folder, visible or not.
+    pub(super) async fn named_content_root(&self) -> Result<Option<Arc<Path>>, StoreError> {
+        Ok(self.look_around().await?.content_root)
+    }
+
     /// Its root, or the folder that it will be in (containerd 2 makes the root itself with the first blob), can be seen and has no blobs yet.
     pub(super) async fn is_without_content(&self) -> Result<bool, StoreError> {
         let root = self.look_around().await?.content_root;

@@ -72,7 +72,8 @@ impl<'a> Extraction<'a> {
 
     /// None of the calls has a deadline: to prepare is to copy on some snapshotters, to commit is to count, and to apply takes minutes.
     async fn run(&self, layer: &StackedLayer) -> Result<Unpacked, UnpackError> {
-        let failed = |status: Status| UnpackError::Store(self.store.link.failed(&status));
+        // Named by its layer, because only errors about a blob tell a full disk from others.
+        let failed = |status: Status| UnpackError::Store(self.store.link.failed_for(layer.blob.digest, &status));
         let mut snapshots = self.store.snapshots();
         let snapshotter = self.snapshotter.to_owned();
         let parent = layer.parent.map(|parent| parent.to_string()).unwrap_or_default();
@@ -129,7 +130,7 @@ impl ContainerdStore {
         }
     }
 
-    async fn is_unpacked(&self, snapshotter: &str, chain_id: Digest) -> Result<bool, StoreError> {
+    async fn has_snapshot(&self, snapshotter: &str, chain_id: Digest) -> Result<bool, StoreError> {
         let stat = StatSnapshotRequest { snapshotter: snapshotter.to_owned(), key: chain_id.to_string() };
         match self.link.call(self.snapshots().stat(self.link.request(stat))).await {
             Ok(_) => Ok(true),
@@ -193,11 +194,16 @@ impl Unpacker for ContainerdStore {
         self.suited_snapshotter().await.map(drop)
     }
 
+    async fn is_unpacked(&self, layer: &StackedLayer) -> Result<bool, UnpackError> {
+        let snapshotter = self.suited_snapshotter().await?;
+        Ok(self.has_snapshot(&snapshotter, layer.chain_id).await?)
+    }
+
     async fn unpack(&self, layer: &StackedLayer, pin: &Pin) -> Result<Unpacked, UnpackError> {
         let snapshotter = self.suited_snapshotter().await?;
         // Held before it is looked for: what is there then stays. A lease may name what is not there.
         self.hold(pin, format!("snapshots/{snapshotter}"), layer.chain_id.to_string()).await?;
-        if self.is_unpacked(&snapshotter, layer.chain_id).await? {
+        if self.has_snapshot(&snapshotter, layer.chain_id).await? {
             return Ok(Unpacked::Before);
         }
         let mut extraction = Extraction::begin(self, &snapshotter, layer.chain_id, pin)?;

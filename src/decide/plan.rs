@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use sha2::{Digest as _, Sha256};
 
+use super::disk::Volume;
 use super::trust::Standing;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Manifest};
@@ -33,17 +34,19 @@ pub enum OverLimit {
     },
     /// The disk.
     #[error(
-        "fetching {missing} bytes, beside {reserved} that other recoveries are about to write, would leave less than the {floor} that have to \
-         stay free (--min-free-bytes, --min-free-percent or the rules file, and room to unpack) of {free} free bytes"
+        "{volume} has {free} bytes free; the image needs {need} there, other recoveries {reserved}, and {floor} have to stay free \
+         (--min-free-bytes, --collection-percent, --eviction-percent or the rules file)"
     )]
     Disk {
-        /// What would have to be fetched.
-        missing: u64,
-        /// What other recoveries were allowed and have not written yet.
+        /// Which.
+        volume: Volume,
+        /// Bytes that the image takes there.
+        need: u64,
+        /// What other recoveries were promised there and have not written yet.
         reserved: u64,
         /// What is free now.
         free: u64,
-        /// The setting.
+        /// What must stay free.
         floor: u64,
     },
 }

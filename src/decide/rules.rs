@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use super::disk::Lines;
 use super::opt_in::{Policy, Trigger};
 use super::tag::TagPolicy;
 
@@ -34,8 +35,9 @@ impl Default for Rules {
                 concurrent_blobs: 16,
                 max_image_bytes: 0,
                 min_free_bytes: 2 << 30,
-                // The kubelet evicts pods at 15 % free of the image file system, and collects images at 85 % used.
-                min_free_percent: 20,
+                // The kubelet's own defaults: imageGCHighThresholdPercent, and imagefs.available of evictionHard.
+                collection_percent: 85,
+                eviction_percent: 15,
                 max_download_rate: 0,
                 max_upload_rate: 0,
             },
@@ -52,10 +54,12 @@ pub struct Budgets {
     pub concurrent_blobs: usize,
     /// Most bytes that one image may bring; 0 is no limit.
     pub max_image_bytes: u64,
-    /// What must stay free on the content store's file system.
+    /// Bytes that stay free on the file systems of the content store and the snapshotter, whatever the percentages say.
     pub min_free_bytes: u64,
-    /// What must stay free of it in percent of all of it; of the two the larger counts.
-    pub min_free_percent: u8,
+    /// Percent in use from which the kubelet collects images. A download does not cross it; unpacked layers may.
+    pub collection_percent: u8,
+    /// Percent free below which the kubelet evicts pods. Nothing crosses it.
+    pub eviction_percent: u8,
     /// Most bytes per second from peers, all together; 0 is no limit.
     pub max_download_rate: u64,
     /// Most bytes per second to peers, all together; 0 is no limit.
@@ -63,16 +67,15 @@ pub struct Budgets {
 }
 
 impl Budgets {
-    /// What must be left free of a file system of so many bytes when an image has come of which so many are missing: the floor, and what
-    /// the image becomes when it is unpacked, on the same file system as a rule. Compressed layers unpack to two or three times their size.
-    pub fn floor(&self, total: u64, missing: u64) -> u64 {
-        let percent = total / 100 * u64::from(self.min_free_percent);
-        self.min_free_bytes.max(percent).saturating_add(missing.saturating_mul(UNPACKED))
+    /// What a file system must keep free.
+    pub fn lines(&self) -> Lines {
+        Lines {
+            min_free_bytes: self.min_free_bytes,
+            collection_percent: self.collection_percent,
+            eviction_percent: self.eviction_percent,
+        }
     }
 }
-
-/// What an image takes once more when it is unpacked, in sizes of what came.
-const UNPACKED: u64 = 2;
 
 /// How references are read.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -106,18 +109,3 @@ impl Default for Manner {
 
 /// Longer than all but the largest images take, and less than half of the 5 min after which containerd ends a pull that receives nothing.
 pub const STALLED_AFTER: Duration = Duration::from_secs(120);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_floor_is_the_larger_of_two_and_leaves_room_for_unpacking() {
-        let budgets = Budgets { min_free_bytes: 1000, min_free_percent: 20, ..Rules::default().budgets };
-        assert_eq!(budgets.floor(0, 0), 1000, "a file system that cannot be seen");
-        assert_eq!(budgets.floor(4000, 0), 1000);
-        assert_eq!(budgets.floor(100_000, 0), 20_000);
-        assert_eq!(budgets.floor(100_000, 50), 20_100);
-        assert_eq!(budgets.floor(u64::MAX, u64::MAX), u64::MAX);
-    }
-}

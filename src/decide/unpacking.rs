@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::oci::{Digest, StackedLayer};
+use crate::oci::{Descriptor, Digest, StackedLayer};
 
 /// An image's layers, some of them unpacked.
 #[derive(Debug, Clone)]
@@ -45,10 +45,37 @@ impl Stack {
     }
 }
 
+/// Bytes at the end of a layer that [`unpacked_bytes`] reads.
+pub const TRAILER: usize = 4;
+
+/// How many times its size a zstd layer unpacks to, since its frame need not give the size. Layers of distributions have 2 to 4.
+const ZSTD_RATIO: u64 = 3;
+
+/// How many times its size a gzip layer of more than 4 GiB of files is taken to unpack to at most.
+const GZIP_RATIO: u64 = 4;
+
+/// The size of the archive in a layer. Its snapshot takes at least that.
+///
+/// gzip ends with the size modulo 4 GiB (RFC 1952, ISIZE). Of the possible sizes the smallest is taken that is not below the
+/// compressed one. A file of several gzip members ends with the size of the last one: where that leaves no likely size, the
+/// compressed size is taken.
+pub fn unpacked_bytes(layer: &Descriptor, trailer: [u8; TRAILER]) -> u64 {
+    let (media_type, size) = (layer.media_type.as_str(), layer.size);
+    if media_type.ends_with("zstd") {
+        return size.saturating_mul(ZSTD_RATIO);
+    }
+    if !media_type.ends_with("gzip") {
+        return size;
+    }
+    let (low, wrap) = (u64::from(u32::from_le_bytes(trailer)), 1_u64 << 32);
+    let wraps = size.saturating_sub(low).div_ceil(wrap);
+    let whole = low.saturating_add(wraps.saturating_mul(wrap));
+    if wraps == 0 || whole <= size.saturating_mul(GZIP_RATIO) { whole } else { size }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::oci::Descriptor;
 
     fn digest(name: &str) -> Digest {
         Digest::of(name.as_bytes())
@@ -107,5 +134,24 @@ mod tests {
         let all = here(&["base"]);
         stack.unpacked();
         assert_eq!(layer(stack.next(&all)), Some(digest("base")));
+    }
+
+    #[test]
+    fn a_layer_s_archive_has_the_size_that_its_gzip_trailer_gives() {
+        const MIB: u64 = 1 << 20;
+        let layer = |kind: &str, size| Descriptor {
+            media_type: format!("application/vnd.oci.image.layer.v1.tar{kind}"),
+            digest: digest("layer"),
+            size,
+            platform: None,
+            attestation: false,
+        };
+        let gzip = |size, isize: u64| unpacked_bytes(&layer("+gzip", size), (isize as u32).to_le_bytes());
+        assert_eq!(gzip(30 * MIB, 75 * MIB), 75 * MIB);
+        assert_eq!(gzip(2048 * MIB, 5000 * MIB), 5000 * MIB, "beyond what the trailer can say");
+        assert_eq!(gzip(50 * MIB, 1000), 50 * MIB, "the last of several members");
+        assert_eq!(gzip(u64::MAX, 7), u64::MAX);
+        assert_eq!(unpacked_bytes(&layer("+zstd", 10), [9; 4]), 30);
+        assert_eq!(unpacked_bytes(&layer("", 10), [9; 4]), 10);
     }
 }

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::Staged;
+use crate::decide::disk::Disks;
 use crate::oci::{Descriptor, Digest, Repository, Verified};
 
 /// A content store: containerd's, an OCI layout on disk, or one in memory.
@@ -101,11 +102,11 @@ pub trait ContentStore: Send + Sync + 'static {
     /// some stores (containerd's collector is one) take content away silently, so list again at intervals as well.
     fn changes(&self) -> watch::Receiver<u64>;
 
-    /// How much room the file system has that content is kept on; `None` where that has no meaning or cannot be seen.
+    /// The file systems that content is kept on and unpacked to, as far as they have a meaning and can be seen.
     ///
     /// # Errors
     /// As [`ContentStore::blob`].
-    async fn room(&self) -> Result<Option<Room>, StoreError>;
+    async fn disks(&self) -> Result<Disks, StoreError>;
 }
 
 /// Reads one blob; stays valid while the blob exists.
@@ -216,15 +217,6 @@ pub struct Snapshots {
     /// Whether the runtime drops layers once they are unpacked; `None` where the runtime does not
     /// tell.
     pub discards_layers: Option<bool>,
-}
-
-/// A file system's size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Room {
-    /// Bytes that can still be written without privileges.
-    pub free: u64,
-    /// Bytes of the whole file system, those that are kept for the privileged included.
-    pub total: u64,
 }
 
 /// Holds content while it is worked on. (containerd calls this a lease; here that word is Kubernetes's.)

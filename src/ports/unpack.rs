@@ -15,6 +15,12 @@ pub trait Unpacker: Send + Sync + 'static {
     /// [`UnpackError::Unsuited`], which says why not, and [`UnpackError::Store`].
     async fn suits(&self) -> Result<(), UnpackError>;
 
+    /// Whether the layer is unpacked already. Nothing holds it.
+    ///
+    /// # Errors
+    /// [`UnpackError::Unsuited`] and [`UnpackError::Store`].
+    async fn is_unpacked(&self, layer: &StackedLayer) -> Result<bool, UnpackError>;
+
     /// Unpacks a layer on top of the one beneath it, which is unpacked already. The pin holds the result, also when it was there before.
     /// It takes as long as it takes, minutes perhaps: dropping the future ends it, and what was half unpacked is removed soon after.
     ///

@@ -13,10 +13,11 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use self::staged::{InMemory, Parts};
+use crate::decide::disk::Disks;
 use crate::oci::{Descriptor, Digest, Repository, Verified};
 use crate::ports::{
-    BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ContentStore, ImageRecord, Pin, Remembered, Room, Snapshots,
-    Staged, StoreError,
+    BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ContentStore, ImageRecord, Pin, Remembered, Snapshots, Staged,
+    StoreError,
 };
 
 /// Keeps blobs, records and pins in memory. Clones are handles of one store.
@@ -38,6 +39,7 @@ struct State {
     staged: HashMap<Digest, Parts>,
     snapshots: unpacked::Stacks,
     runtime: unpacked::Runtime,
+    disks: Disks,
     /// How long a name takes after it can be seen.
     naming: Duration,
 }
@@ -274,8 +276,8 @@ impl ContentStore for MemoryStore {
         self.changes.subscribe()
     }
 
-    async fn room(&self) -> Result<Option<Room>, StoreError> {
-        Ok(None)
+    async fn disks(&self) -> Result<Disks, StoreError> {
+        Ok(self.state().disks)
     }
 }
 

@@ -9,9 +9,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::watch;
 
+use crate::decide::disk::Disks;
 use crate::oci::{Digest, Verified};
 use crate::ports::{
-    BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Room, Snapshots, Staged,
+    BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Snapshots, Staged,
     StoreError,
 };
 
@@ -144,8 +145,8 @@ impl ContentStore for StoppingStore {
         self.inner.changes()
     }
 
-    async fn room(&self) -> Result<Option<Room>, StoreError> {
-        self.inner.room().await
+    async fn disks(&self) -> Result<Disks, StoreError> {
+        self.inner.disks().await
     }
 }
 

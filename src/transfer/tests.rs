@@ -30,6 +30,7 @@ use self::rogue::{Rogue, promise};
 use super::peers::Standing;
 use super::tuning::Limits;
 use super::{Bounds, Config, Surroundings, Transfer, tls, tuning};
+use crate::decide::disk::Disks;
 use crate::decide::rules::Rules;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
@@ -37,7 +38,7 @@ use crate::model::{Credential, NodeName, Peer, PeerId};
 use crate::oci::{Chain, Cut, Digest, Verified};
 use crate::ports::{
     Admission, Admitted, BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, FetchError, Fetcher, ImageRecord,
-    LEEWAY, NoPartials, Partials, PieceFetcher, Pin, Refusal, Remembered, Room, Snapshots, Staged, StoreError,
+    LEEWAY, NoPartials, Partials, PieceFetcher, Pin, Refusal, Remembered, Snapshots, Staged, StoreError,
 };
 use crate::wire::{self, Answer, Hello, Request, Welcome};
 
@@ -159,7 +160,7 @@ impl ContentStore for Shelf {
     fn changes(&self) -> watch::Receiver<u64> {
         watch::channel(0).1
     }
-    async fn room(&self) -> Result<Option<Room>, StoreError> {
+    async fn disks(&self) -> Result<Disks, StoreError> {
         unused()
     }
 }

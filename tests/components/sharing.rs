@@ -128,7 +128,8 @@ fn recoverer(
     let (node, metrics): (NodeName, _) = ("node-a".parse().unwrap(), Metrics::new());
     let mut rules = Rules::default();
     rules.budgets.min_free_bytes = 0;
-    rules.budgets.min_free_percent = 0;
+    rules.budgets.collection_percent = 100;
+    rules.budgets.eviction_percent = 0;
     let claims = Arc::new(MemoryCluster::default().claims_of(node.clone()));
     let zone = watch::channel(None).1;
     let transfer = Arc::new(transfer);

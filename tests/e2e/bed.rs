@@ -212,11 +212,8 @@ fn without_policy(manifest: &str) -> String {
 /// The manifest with what the tests need besides: tote's annotations, and registries without TLS.
 fn for_tests(manifest: String) -> String {
     let insecure = [&registries::names()[..], &[REGISTRY.to_owned()]].concat().join(",");
-    let changed = [
-        ("LIGHTERMAN_ANNOTATION_PREFIX", "lighterman.dev,tote.dev"),
-        ("LIGHTERMAN_INSECURE_REGISTRY", &insecure),
-        ("LIGHTERMAN_MIN_FREE_PERCENT", "0"),
-    ];
+    let changed =
+        [("LIGHTERMAN_ANNOTATION_PREFIX", "lighterman.dev,tote.dev"), ("LIGHTERMAN_INSECURE_REGISTRY", &insecure)];
     changed.into_iter().fold(manifest, |text, (name, value)| set_variable(&text, name, value))
 }
 

@@ -13,6 +13,8 @@ use super::*;
 use crate::agent::progress::Progress;
 use crate::agent::recover::{RecoverError, Recovered};
 use crate::agent::unpack::Unpacking;
+use crate::decide::disk::{Disks, FileSystem};
+use crate::decide::plan::OverLimit;
 use crate::oci::StackedLayer;
 use crate::ports::{Pin, UnpackError, Unpacked, Unpacker};
 
@@ -24,6 +26,10 @@ enum Mood {
     FailsAt(usize),
     /// Is not meant for layers.
     Unsuited,
+    /// Leaves no room for the layers after the one of this number.
+    FillsAt(usize),
+    /// Finds no room for the layer of this number, whatever the disk said before.
+    FullAt(usize),
     /// Never ends with the layer of this number and those after it.
     HangsFrom(usize),
 }
@@ -48,8 +54,12 @@ impl Unpacker for Witness {
     async fn suits(&self) -> Result<(), UnpackError> {
         match self.mood {
             Mood::Unsuited => Err(UnpackError::Unsuited("the test".into())),
-            Mood::Willing | Mood::FailsAt(_) | Mood::HangsFrom(_) => Ok(()),
+            Mood::Willing | Mood::FailsAt(_) | Mood::FillsAt(_) | Mood::FullAt(_) | Mood::HangsFrom(_) => Ok(()),
         }
+    }
+
+    async fn is_unpacked(&self, layer: &StackedLayer) -> Result<bool, UnpackError> {
+        self.store.is_unpacked(layer).await
     }
 
     async fn unpack(&self, layer: &StackedLayer, pin: &Pin) -> Result<Unpacked, UnpackError> {
@@ -63,15 +73,29 @@ impl Unpacker for Witness {
         match self.mood {
             Mood::FailsAt(failing) if failing == number => Err(StoreError::Other("no".into()).into()),
             Mood::HangsFrom(hanging) if hanging <= number => std::future::pending().await,
-            Mood::Willing | Mood::Unsuited | Mood::FailsAt(_) | Mood::HangsFrom(_) => {
+            Mood::FullAt(full) if full == number => Err(StoreError::Full(layer.blob.digest).into()),
+            Mood::FillsAt(filling) if filling == number => {
+                self.store.set_disks(two_disks(200));
                 self.store.unpack(layer, pin).await
             }
+            Mood::Willing
+            | Mood::Unsuited
+            | Mood::FailsAt(_)
+            | Mood::FillsAt(_)
+            | Mood::FullAt(_)
+            | Mood::HangsFrom(_) => self.store.unpack(layer, pin).await,
         }
     }
 
     async fn keep(&self, config: Digest, top: Digest) -> Result<(), UnpackError> {
         self.store.keep(config, top).await
     }
+}
+
+/// Content on a disk with room, snapshots on one of 200 000 bytes with so many free.
+fn two_disks(free: u64) -> Disks {
+    let disk = |device, free, total| Some(FileSystem { device: Some(device), free, total });
+    Disks { content: disk(1, 1 << 30, 1 << 30), snapshots: disk(2, free, 200_000) }
 }
 
 fn witness(harbour: &Harbour, mood: Mood) -> Arc<Witness> {
@@ -142,6 +166,40 @@ async fn a_layer_that_cannot_be_unpacked_does_not_keep_the_image_from_coming() {
     harbour.store.collect();
     assert_eq!(blobs_of(&*harbour.store).await.len(), image.blobs.len() + 1);
     assert!(harbour.store.unpacked().is_empty(), "what nobody keeps is collected");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_whose_layers_have_no_room_gets_no_name_and_is_unpacked_once_there_is_room() {
+    let harbour = Harbour::new();
+    harbour.rule(|rules| rules.budgets.eviction_percent = 15);
+    let image = harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+    harbour.store.set_disks(two_disks(60_000));
+    let witness = witness(&harbour, Mood::FillsAt(1));
+    let refused = recover(&harbour, &witness).await.unwrap_err();
+    let RecoverError::NoRoomToUnpack(OverLimit::Disk { free, floor, .. }) = &refused else { panic!("{refused}") };
+    assert_eq!((*free, *floor), (200, 30_000));
+    assert!(
+        refused.to_string().contains("the file system of containerd's snapshotter has 200 bytes free"),
+        "{refused}"
+    );
+    assert!(harbour.record_names().await.is_empty());
+    assert_eq!(witness.asked.lock().unwrap().len(), 1, "the layer that fits");
+    harbour.store.set_disks(two_disks(60_000));
+    recover(&harbour, &witness).await.unwrap();
+    assert_eq!(harbour.record_names().await.len(), 2);
+    harbour.store.collect();
+    assert_eq!(harbour.store.unpacked(), names(&image).into_iter().collect());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_whose_unpacking_fills_the_disk_gets_no_name() {
+    let harbour = Harbour::new();
+    harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+    let witness = witness(&harbour, Mood::FullAt(2));
+    let refused = recover(&harbour, &witness).await.unwrap_err();
+    assert!(matches!(refused, RecoverError::Store { source: StoreError::Full(_), .. }), "{refused}");
+    assert!(refused.to_string().contains("containerd's snapshotter"), "{refused}");
+    assert!(harbour.record_names().await.is_empty());
 }
 
 #[tokio::test(start_paused = true)]

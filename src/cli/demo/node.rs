@@ -70,7 +70,8 @@ impl Node {
         };
         let mut rules = Rules::default();
         rules.budgets.min_free_bytes = 0;
-        rules.budgets.min_free_percent = 0;
+        rules.budgets.collection_percent = 100;
+        rules.budgets.eviction_percent = 0;
         let settings = Settings {
             node,
             admin_listen: loopback(),

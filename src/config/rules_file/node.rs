@@ -121,10 +121,10 @@ pub(super) fn bytes(node: &Spanned<Node>) -> Result<u64, RulesFileError> {
 }
 
 /// 0 to 90: above that nothing would ever be brought.
-pub(super) fn percent(node: &Spanned<Node>) -> Result<u8, RulesFileError> {
+pub(super) fn percent(node: &Spanned<Node>, most: u8) -> Result<u8, RulesFileError> {
     match &node.value {
-        Node::Number(percent @ 0..=90) => Ok(*percent as u8),
-        _ => refuse(node, "a percentage from 0 to 90"),
+        Node::Number(percent) if *percent <= u64::from(most) => Ok(*percent as u8),
+        _ => refuse(node, &format!("a percentage from 0 to {most}")),
     }
 }
 

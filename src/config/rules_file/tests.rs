@@ -22,6 +22,8 @@ concurrentRecoveries: 3
 concurrentBlobs: 8
 maxImageBytes: 20Gi
 minFreeBytes: 4294967296
+collectionPercent: 90
+evictionPercent: 10
 maxDownloadRate: 50Mi
 maxUploadRate: 100M
 "#;
@@ -34,7 +36,8 @@ maxUploadRate: 100M
         concurrent_blobs: 8,
         max_image_bytes: 20 << 30,
         min_free_bytes: 4 << 30,
-        min_free_percent: 20,
+        collection_percent: 90,
+        eviction_percent: 10,
         max_download_rate: 50 << 20,
         max_upload_rate: 100_000_000,
     };
@@ -45,7 +48,8 @@ maxUploadRate: 100M
     let shown: Vec<_> = said.settings().into_iter().map(|(name, value)| format!("{name}: {value}")).collect();
     assert_eq!(shown[1], "deniedNamespaces: [007, kube-system]");
     assert_eq!(shown[7..9], ["maxImageBytes: 20Gi", "minFreeBytes: 4Gi"]);
-    assert_eq!(shown.len(), 11);
+    assert_eq!(shown[9..11], ["collectionPercent: 90", "evictionPercent: 10"]);
+    assert_eq!(shown.len(), 13);
 }
 
 #[test]
@@ -76,6 +80,8 @@ fn what_is_wrong_is_named_with_its_place_and_what_is_allowed() {
         ("maxDownloadRate: 50 MB/s", 1, 18, "50Mi"),
         ("maxUploadRate: 99999999999999999999", 1, 16, "whole number of bytes"),
         ("minFreeBytes: {a: 1}", 1, 15, "a mapping is given"),
+        ("collectionPercent: 101", 1, 20, "from 0 to 100"),
+        ("evictionPercent: 91", 1, 18, "from 0 to 90"),
         ("salvageOn: []", 1, 12, "one or more of unavailable"),
         ("salvageOn: denied", 1, 12, "a list"),
         ("salvageOn:\n  - unavailable\n  - notfound\n", 3, 5, "not-found"),

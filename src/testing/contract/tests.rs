@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::watch;
 
 use super::*;
-use crate::ports::{BlobReader, Room, Snapshots};
+use crate::decide::disk::Disks;
+use crate::ports::{BlobReader, Snapshots};
 use crate::testing::MemoryStore;
 
 /// Passes everything on but what the test breaks.
@@ -145,8 +146,8 @@ impl ContentStore for Unsound {
         if self.breaks == Breaks::Counting { watch::channel(0).1 } else { self.sound.changes() }
     }
 
-    async fn room(&self) -> Result<Option<Room>, StoreError> {
-        self.sound.room().await
+    async fn disks(&self) -> Result<Disks, StoreError> {
+        self.sound.disks().await
     }
 }
 

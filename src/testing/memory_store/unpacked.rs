@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use async_trait::async_trait;
 
 use super::{MemoryStore, State};
+use crate::decide::disk::Disks;
 use crate::oci::{Digest, StackedLayer};
 use crate::ports::{Pin, Snapshots, StoreError, UnpackError, Unpacked, Unpacker};
 use crate::testing::image::Packing;
@@ -45,6 +46,13 @@ impl MemoryStore {
     }
 }
 
+impl MemoryStore {
+    /// From now on these are the file systems' figures, whatever is written.
+    pub fn set_disks(&self, disks: Disks) {
+        self.state().disks = disks;
+    }
+}
+
 impl State {
     /// Removes the snapshots that neither these nor a pin reach.
     pub(super) fn collect_snapshots(&mut self) {
@@ -67,6 +75,10 @@ impl State {
 impl Unpacker for MemoryStore {
     async fn suits(&self) -> Result<(), UnpackError> {
         Ok(())
+    }
+
+    async fn is_unpacked(&self, layer: &StackedLayer) -> Result<bool, UnpackError> {
+        Ok(self.state().snapshots.contains_key(&layer.chain_id))
     }
 
     async fn unpack(&self, layer: &StackedLayer, pin: &Pin) -> Result<Unpacked, UnpackError> {

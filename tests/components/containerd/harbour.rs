@@ -54,7 +54,8 @@ impl Harbour {
         let (me, node) = (peer_id(0), "here".parse::<NodeName>().unwrap());
         let mut rules = Rules::default();
         // Whatever the machine's disk is like.
-        (rules.budgets.min_free_bytes, rules.budgets.min_free_percent) = (0, 0);
+        (rules.budgets.min_free_bytes, rules.budgets.eviction_percent) = (0, 0);
+        rules.budgets.collection_percent = 100;
         let metrics = Metrics::new();
         let claims = Arc::new(MemoryCluster::default().claims_of(node.clone()));
         Recoverer {

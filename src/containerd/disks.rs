@@ -1,0 +1,42 @@
+//! The file systems that containerd keeps content on and unpacks it to.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::ContainerdStore;
+use super::content::blocking;
+use crate::decide::disk::{Disks, FileSystem};
+use crate::files::{file_system, file_system_below_overlay};
+use crate::ports::StoreError;
+
+impl ContainerdStore {
+    /// Both folders are looked for each time: an operator may mount a disk there while the agent runs.
+    pub(super) async fn measure_disks(&self) -> Result<Disks, StoreError> {
+        let content = self.named_content_root().await?.map(|root| root.to_path_buf());
+        let snapshots = self.snapshot_folder().await?;
+        let measured = blocking(move || measure(content, snapshots)).await?;
+        measured
+            .map_err(|error| StoreError::Other(format!("free space for containerd's content and snapshots: {error}")))
+    }
+
+    /// The folder of CRI's snapshotter, which CRI calls the image file system's mountpoint.
+    async fn snapshot_folder(&self) -> Result<Option<PathBuf>, StoreError> {
+        match self.has_cri().await? {
+            true => Ok(self.cri_image_file_system().await?.map(PathBuf::from)),
+            false => Ok(None),
+        }
+    }
+}
+
+/// Where the snapshotter's folder is not mounted, the agent's own root file system shows the figures: in a pod it is an overlay on
+/// a snapshot. devmapper and blockfile snapshots are file systems of their own, and show nothing.
+fn measure(content: Option<PathBuf>, snapshots: Option<PathBuf>) -> io::Result<Disks> {
+    let visible = |folder: Option<PathBuf>| -> io::Result<Option<FileSystem>> {
+        folder.filter(|folder| folder.is_dir()).map(|folder| file_system(&folder)).transpose()
+    };
+    let snapshots = match (visible(snapshots.clone())?, snapshots) {
+        (None, Some(_)) => file_system_below_overlay(Path::new("/"))?,
+        (visible, _) => visible,
+    };
+    Ok(Disks { content: visible(content)?, snapshots })
+}
