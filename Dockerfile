@@ -13,6 +13,8 @@ RUN triple="$(rustc -vV | sed -n 's/^host: //p')" \
 FROM scratch
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY --from=build /out/lighterman /lighterman
+# `kubectl exec POD -- lighterman status` looks for the program there.
+ENV PATH=/
 # containerd's socket and content belong to root.
 USER 0:0
 ENTRYPOINT ["/lighterman"]

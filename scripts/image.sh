@@ -50,8 +50,11 @@ gzip --no-name -9 "$work/layer.tar"
 layer=$(add application/vnd.oci.image.layer.v1.tar+gzip "$work/layer.tar.gz")
 
 cat > "$work/config" << END
-{"architecture":"$architecture","os":"linux","config":{"User":"0:0","Entrypoint":["/lighterman"],"Labels":{"org.opencontainers.image.title":"lighterman","org.opencontainers.image.version":"$version","org.opencontainers.image.licenses":"Apache-2.0"}},"rootfs":{"type":"layers","diff_ids":["$diff_id"]},"history":[{"created":"1970-01-01T00:00:00Z","created_by":"scripts/image.sh"}],"created":"1970-01-01T00:00:00Z"}
+{"architecture":"$architecture","os":"linux","config":{"User":"0:0","Env":["PATH=/"],"Entrypoint":["/lighterman"],"Labels":{"org.opencontainers.image.title":"lighterman","org.opencontainers.image.version":"$version","org.opencontainers.image.licenses":"Apache-2.0"}},"rootfs":{"type":"layers","diff_ids":["$diff_id"]},"history":[{"created":"1970-01-01T00:00:00Z","created_by":"scripts/image.sh"}],"created":"1970-01-01T00:00:00Z"}
 END
+# `kubectl exec POD -- lighterman status` looks for the program in PATH; without one containerd sets its own, which does not have /.
+path=$(sed -nE 's/.*"PATH=([^"]*)".*/\1/p' "$work/config")
+[ -n "$path" ] && [ -x "$work/root${path%/}/lighterman" ] || die "the image's PATH ($path) does not lead to the program"
 config=$(add application/vnd.oci.image.config.v1+json "$work/config")
 
 cat > "$work/manifest" << END

@@ -97,7 +97,7 @@ fn acquainted(bed: &Bed, one: &str, other: &str) -> Result<(), Failure> {
             let pod = agent_pod(bed, node)?;
             let name = pod["metadata"]["name"].as_str().unwrap_or_default();
             // The agent may be starting.
-            let asked = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "/lighterman", "status", "--json"]);
+            let asked = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "lighterman", "status", "--json"]);
             let Ok(said) = asked else { return Ok(None) };
             let status: Value = serde_json::from_str(&said).map_err(|error| format!("{error}: {said}"))?;
             let members = status["mesh"]["members"].as_array().cloned().unwrap_or_default();

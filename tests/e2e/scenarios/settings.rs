@@ -119,7 +119,7 @@ pub(super) fn dry_run(bed: &Bed) -> Result<(), Failure> {
 fn pull(bed: &Bed, node: &str, image: &str) -> Result<String, Failure> {
     let pod = agent_pod(bed, node)?;
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();
-    let pull = ["-n", "lighterman", "exec", name, "--", "/lighterman", "pull", image];
+    let pull = ["-n", "lighterman", "exec", name, "--", "lighterman", "pull", image];
     // The holder may not have told of it yet.
     let said = wait_for("the image to be had", PATIENCE, || Ok(bed.kubectl(&pull).ok()));
     let said = said.map_err(|error| format!("{error}\n{:?}", bed.kubectl(&pull)))?;
@@ -136,7 +136,7 @@ pub(super) fn by_hand(bed: &Bed) -> Result<(), Failure> {
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();
     let recorded = bed.ctl(&["ctr", node, "images", "ls", "-q"])?;
     ensure(recorded.lines().any(|line| line == image), format!("it is not recorded:\n{recorded}"))?;
-    let wrong = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "/lighterman", "pull", "a b"]);
+    let wrong = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "lighterman", "pull", "a b"]);
     ensure(wrong.is_err(), "a name that is none was accepted")
 }
 
