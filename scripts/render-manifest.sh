@@ -13,7 +13,7 @@ kind: Namespace
 metadata:
   name: lighterman
   labels:
-    # The agent uses the node's network and three folders of the node, which the other Pod Security Standards forbid.
+    # The agent uses the node's network and its root file system, which the other Pod Security Standards forbid.
     pod-security.kubernetes.io/enforce: privileged
     pod-security.kubernetes.io/warn: privileged
 END

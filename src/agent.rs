@@ -159,6 +159,7 @@ impl Agent {
             resolve,
             manner,
             probe_registries,
+            image_verifier_dir: _,
             import_past_verifiers: _,
             unpack_layers: _,
             grace: _,

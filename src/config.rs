@@ -77,6 +77,8 @@ pub struct Settings {
     pub manner: Manner,
     /// Whether registries are asked if they are there.
     pub probe_registries: bool,
+    /// The folder of containerd's image verifiers on the node.
+    pub image_verifier_dir: PathBuf,
     /// Whether images are imported although containerd has verifiers.
     pub import_past_verifiers: bool,
     /// Whether layers are unpacked as they come.
@@ -120,6 +122,7 @@ impl AgentArgs {
             containerd_socket,
             containerd_namespace,
             containerd_content_root,
+            host_root,
             annotation_prefix,
             denied_namespaces,
             denied_namespace_selector,
@@ -138,6 +141,7 @@ impl AgentArgs {
             stalled_after,
             delete_pods,
             dry_run,
+            image_verifier_dir,
             import_past_verifiers,
             unpack_layers,
             rules_file,
@@ -185,6 +189,7 @@ impl AgentArgs {
                 socket: containerd_socket,
                 containerd_namespace,
                 content_root: containerd_content_root,
+                host_root,
                 staging: Some(data_dir.join("staging")),
             },
             cluster: cluster::Config {
@@ -246,6 +251,7 @@ impl AgentArgs {
                     stalled_after: (stalled_after > 0).then(|| Duration::from_secs(stalled_after)),
                 },
                 probe_registries,
+                image_verifier_dir: image_verifier_dir.unwrap_or_else(|| containerd::VERIFIERS.into()),
                 import_past_verifiers,
                 unpack_layers,
                 grace: Duration::from_secs(grace_period),

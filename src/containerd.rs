@@ -42,7 +42,7 @@ pub use adoption::Ingest;
 use link::Link;
 pub use snapshotter::Snapshotter;
 use surroundings::Lookout;
-pub use surroundings::{Surroundings, VERIFIERS, usual_socket};
+pub use surroundings::{Surroundings, VERIFIERS, Verifiers, usual_socket};
 use writer::Slot;
 
 /// Which containerd, and what of it is ours.
@@ -55,6 +55,9 @@ pub struct Config {
     /// The root folder of its content store as this process sees it; `None` to take the path that containerd tells. Blobs
     /// whose files are not there are read through the API.
     pub content_root: Option<PathBuf>,
+    /// Where the node's root file system is for this process, if it is somewhere: `/` outside a container, its mount in one. The folders
+    /// that containerd names are then looked for below it. `None` where only some of them are mounted, at the paths that they have.
+    pub host_root: Option<PathBuf>,
     /// Where blobs are staged when that cannot be in the content store's root; its parent folder exists. Without it, they cannot be then.
     pub staging: Option<PathBuf>,
 }
@@ -117,9 +120,9 @@ impl ContainerdStore {
     /// # Errors
     /// [`ConfigError`].
     pub fn new(config: Config) -> Result<Self, ConfigError> {
-        let Config { socket, containerd_namespace, content_root, staging } = config;
+        let Config { socket, containerd_namespace, content_root, host_root, staging } = config;
         let state = State {
-            lookout: Lookout::new(content_root),
+            lookout: Lookout::new(content_root, host_root),
             ingest: tokio::sync::Mutex::new(None),
             snapshotter: tokio::sync::Mutex::new(None),
             staging,

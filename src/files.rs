@@ -3,6 +3,7 @@
 
 mod pace;
 mod reading;
+mod rooted;
 mod staging;
 
 use std::fs::{File, OpenOptions};
@@ -20,6 +21,7 @@ use tokio::task::spawn_blocking;
 use crate::decide::disk::FileSystem;
 use crate::oci::Digest;
 use crate::ports::{BlobReader, StoreError};
+pub use rooted::below_root;
 pub use staging::{Leftover, StagingFile, is_taken, leftovers, staging_folder, sync_folder};
 
 /// The most that one read returns, whatever is asked for: the largest piece that a transfer cuts. It bounds a buffer.

@@ -121,7 +121,13 @@ impl Containerd {
     /// For whoever stores there.
     pub(crate) fn config(&self) -> Config {
         let staging = Some(self.folder.join("staging"));
-        Config { socket: self.socket(), containerd_namespace: NAMESPACE.into(), content_root: None, staging }
+        Config {
+            socket: self.socket(),
+            containerd_namespace: NAMESPACE.into(),
+            content_root: None,
+            host_root: Some("/".into()),
+            staging,
+        }
     }
 
     /// The file of a blob in its content store.

@@ -67,7 +67,12 @@ impl Nodes {
         grant(&kubernetes, "").await;
         let mut started = Self { agents: Vec::new(), containerds: Vec::new(), kubernetes, wires, _place: place };
         // Nothing else is on this storage.
-        let flags = [("--min-free-bytes", "0"), ("--collection-percent", "100"), ("--eviction-percent", "0")];
+        let flags = [
+            ("--min-free-bytes", "0"),
+            ("--collection-percent", "100"),
+            ("--eviction-percent", "0"),
+            ("--host-root", "/"),
+        ];
         let agents = started._place.path().join("agents");
         std::fs::create_dir(&agents)?;
         for number in 0..nodes {

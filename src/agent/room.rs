@@ -1,4 +1,5 @@
-//! Room on this node's disks: asked for before a download, before each layer is unpacked, and again after a refusal.
+//! Room on this node's disks: asked for before a download, before each layer is unpacked, and again
+//! after a refusal.
 
 use std::sync::Arc;
 
@@ -74,8 +75,8 @@ impl LayerRoom<'_> {
         Ok(real)
     }
 
-    /// Whether the runtime has room to unpack these layers. Those that are unpacked already count too, so this may ask for more
-    /// than is needed.
+    /// Whether the runtime has room to unpack these layers. Layers that are unpacked already count
+    /// too, so the check may ask for more room than the runtime needs.
     ///
     /// # Errors
     /// [`RecoverError::NoRoomToUnpack`], and what the store says.

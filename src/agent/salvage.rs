@@ -286,7 +286,7 @@ impl Salvager {
 
     /// Free space sends no event, so it is asked for while a recovery waits for it. One question at a time: a disk may hang.
     fn look_for_room(&mut self) {
-        if self.measuring || !self.recoverer.room.has_refused() {
+        if self.measuring || self.waiting.is_empty() || !self.recoverer.room.has_refused() {
             return;
         }
         self.measuring = true;

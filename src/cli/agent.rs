@@ -1,7 +1,7 @@
 //! `lighterman agent`: the real world (containerd, the API server) around one agent, until a signal.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -17,7 +17,8 @@ use crate::agent::supervisor::Supervisor;
 use crate::agent::{Agent, World};
 use crate::cluster::{self, KubeCluster, TokenAdmission};
 use crate::config::{Admitting, Config};
-use crate::containerd::{self, ContainerdStore, Snapshotter, Surroundings, VERIFIERS, usual_socket};
+use crate::containerd::{self, ContainerdStore, Snapshotter, Surroundings, Verifiers, usual_socket};
+use crate::files::below_root;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::ports::{Admission, BlobAccess, ContainerdStatus, Imports, Notifier, StoreError};
@@ -58,8 +59,10 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let metrics = Metrics::new();
     let identity = Identity::load_or_create(&settings.key_file)?;
     if containerd.socket == Path::new(ANY_SOCKET) {
-        containerd.socket = usual_socket(Path::new("/"))?;
+        containerd.socket = usual_socket(containerd.host_root.as_deref().unwrap_or(Path::new("/")))?;
         tracing::info!(socket = %containerd.socket.display(), "containerd's socket was found");
+    } else if let Some(root) = &containerd.host_root {
+        containerd.socket = below_root(root, &containerd.socket);
     }
     let store = ContainerdStore::new(containerd)?;
     let kube = Arc::new(cluster::connect(cluster).await?);
@@ -105,6 +108,7 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let swept = Arc::clone(&kube);
     let probe = Probe {
         store: store.clone(),
+        verifiers: settings.image_verifier_dir.clone(),
         import_past_verifiers: settings.import_past_verifiers,
         unpack_layers: settings.unpack_layers,
         answering,
@@ -146,6 +150,8 @@ const LOOK_PERIOD: Duration = Duration::from_secs(60);
 /// Looks after this node's containerd.
 struct Probe {
     store: ContainerdStore,
+    /// Their folder on the node.
+    verifiers: PathBuf,
     import_past_verifiers: bool,
     unpack_layers: bool,
     answering: watch::Sender<bool>,
@@ -180,7 +186,7 @@ impl Probe {
 
     /// How containerd is set. Verifiers see what CRI pulls and not what is imported, so that an import would pass them by.
     async fn look(&self) {
-        let found: Result<Surroundings, StoreError> = self.store.surroundings(VERIFIERS.as_ref()).await;
+        let found: Result<Surroundings, StoreError> = self.store.surroundings(&self.verifiers).await;
         let found = match found {
             Ok(found) => found,
             Err(error) => return tracing::warn!(%error, "containerd does not say how it is set"),
@@ -195,11 +201,16 @@ impl Probe {
             sandbox_image,
             verifiers,
         } = found;
-        let imports = match verifiers && !self.import_past_verifiers {
-            true => Imports::Refused(format!(
-                "containerd has image verifiers ({VERIFIERS}), which an import would pass by; --import-past-verifiers allows that"
+        let folder = self.verifiers.display();
+        let imports = match verifiers {
+            Verifiers::Found if !self.import_past_verifiers => Imports::Refused(format!(
+                "containerd has image verifiers ({folder}), which an import would pass by; --import-past-verifiers allows that"
             )),
-            false => Imports::Allowed,
+            Verifiers::Unseen if !self.import_past_verifiers => Imports::Refused(format!(
+                "containerd may have image verifiers, and the agent cannot see their folder ({folder}): mount it (imageVerifierDir, or \
+                 containerdRoot=auto), or --import-past-verifiers allows what an import passes by"
+            )),
+            Verifiers::Found | Verifiers::Unseen | Verifiers::None => Imports::Allowed,
         };
         self.imports.send_if_modified(|before| {
             let changed = *before != imports;
@@ -224,7 +235,11 @@ impl Probe {
                 false => Snapshotter::Unsuited("--unpack-layers=false".into()).to_string(),
             }),
             sandbox_image,
-            image_verifiers: Some(if verifiers { vec![VERIFIERS.to_owned()] } else { Vec::new() }),
+            image_verifiers: Some(match verifiers {
+                Verifiers::None => Vec::new(),
+                Verifiers::Found => vec![folder.to_string()],
+                Verifiers::Unseen => vec![format!("{folder} cannot be seen")],
+            }),
         });
     }
 }

@@ -101,14 +101,13 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_DATA_DIR", value_name = "FOLDER", default_value = "/var/lib/lighterman")]
     pub(super) data_dir: PathBuf,
 
-    /// containerd's socket; `auto` takes the first of the usual places (containerd, k3s and RKE2, k0s, MicroK8s)
-    #[arg(
-        long,
-        env = "LIGHTERMAN_CONTAINERD_SOCKET",
-        value_name = "PATH",
-        default_value = "/run/containerd/containerd.sock"
-    )]
+    /// containerd's socket; `auto` takes the first of the usual places that answers (k3s and RKE2, k0s, MicroK8s, containerd's own)
+    #[arg(long, env = "LIGHTERMAN_CONTAINERD_SOCKET", value_name = "PATH", default_value = "auto")]
     pub(super) containerd_socket: PathBuf,
+
+    /// Where the node's root file system is mounted, to find containerd's folders below it; without it they are where containerd names them
+    #[arg(long, env = "LIGHTERMAN_HOST_ROOT", value_name = "FOLDER")]
+    pub(super) host_root: Option<PathBuf>,
 
     /// containerd's namespace for Kubernetes
     #[arg(long, env = "LIGHTERMAN_CONTAINERD_NAMESPACE", value_name = "NAME", default_value = "k8s.io")]
@@ -209,7 +208,11 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_DRY_RUN")]
     pub(super) dry_run: bool,
 
-    /// Import although containerd has image verifiers, which see pulls only
+    /// The folder of containerd's image verifiers on the node, where bin_dir of its image-verifier plugin is not the usual one
+    #[arg(long, env = "LIGHTERMAN_IMAGE_VERIFIER_DIR", value_name = "FOLDER")]
+    pub(super) image_verifier_dir: Option<PathBuf>,
+
+    /// Import although containerd has image verifiers, which see pulls only, or has a folder for them that cannot be seen
     #[arg(long, env = "LIGHTERMAN_IMPORT_PAST_VERIFIERS")]
     pub(super) import_past_verifiers: bool,
 

@@ -10,7 +10,8 @@ use crate::files::{file_system, file_system_below_overlay};
 use crate::ports::StoreError;
 
 impl ContainerdStore {
-    /// Both folders are looked for each time: an operator may mount a disk there while the agent runs.
+    /// Both folders are looked for each time: an operator may mount a disk there while the agent
+    /// runs.
     pub(super) async fn measure_disks(&self) -> Result<Disks, StoreError> {
         let content = self.named_content_root().await?.map(|root| root.to_path_buf());
         let snapshots = self.snapshot_folder().await?;
@@ -22,14 +23,15 @@ impl ContainerdStore {
     /// The folder of CRI's snapshotter, which CRI calls the image file system's mountpoint.
     async fn snapshot_folder(&self) -> Result<Option<PathBuf>, StoreError> {
         match self.has_cri().await? {
-            true => Ok(self.cri_image_file_system().await?.map(PathBuf::from)),
+            true => Ok(self.cri_image_file_system().await?.map(|folder| self.state.lookout.here(Path::new(&folder)))),
             false => Ok(None),
         }
     }
 }
 
-/// Where the snapshotter's folder is not mounted, the agent's own root file system shows the figures: in a pod it is an overlay on
-/// a snapshot. devmapper and blockfile snapshots are file systems of their own, and show nothing.
+/// Where the snapshotter's folder is not mounted, the agent's own root file system shows the
+/// figures: in a pod it is an overlay on a snapshot. devmapper and blockfile snapshots are file
+/// systems of their own, and show nothing.
 fn measure(content: Option<PathBuf>, snapshots: Option<PathBuf>) -> io::Result<Disks> {
     let visible = |folder: Option<PathBuf>| -> io::Result<Option<FileSystem>> {
         folder.filter(|folder| folder.is_dir()).map(|folder| file_system(&folder)).transpose()

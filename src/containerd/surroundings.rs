@@ -1,6 +1,8 @@
 //! What containerd tells about itself: where its content is, whether the CRI plugin runs and how it is set.
 
+use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,6 +14,7 @@ use tokio::sync::Mutex;
 use super::content::blocking;
 use super::link::MAX_MESSAGE;
 use super::{ConfigError, ContainerdStore, Ingest, Snapshotter};
+use crate::files::below_root;
 use crate::ports::StoreError;
 
 /// A node's containerd, as far as it can be seen from here.
@@ -33,35 +36,50 @@ pub struct Surroundings {
     /// The image of pods' sandboxes, as CRI writes its name: from the configuration (1.x), else from the newest sandbox there is. `None` on a
     /// 2.x that has none.
     pub sandbox_image: Option<String>,
-    /// There are programs that decide whether an image may be pulled, and an import would pass them by. Seen only where their folder can be
-    /// seen; one that was configured elsewhere than at the usual place is not.
-    pub verifiers: bool,
+    /// Programs that decide whether an image may be pulled, which an import would pass by.
+    pub verifiers: Verifiers,
 }
 
-/// Where containerd's socket usually is: its own place, k3s and RKE2, k0s, MicroK8s.
+/// What is known of the programs that containerd asks before it pulls an image. It tells only that it would ask them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verifiers {
+    /// containerd asks none: it has no such plugin (1.x), or their folder is absent or has no program in it.
+    None,
+    /// There are some.
+    Found,
+    /// It has the plugin, and the folder cannot be seen from here.
+    Unseen,
+}
+
+/// Where containerd's socket usually is: k3s and RKE2, k0s, MicroK8s, its own place. Its own comes last, because Docker on a node of
+/// another distribution brings a containerd there that is not the kubelet's.
 const SOCKETS: &[&str] = &[
-    "run/containerd/containerd.sock",
     "run/k3s/containerd/containerd.sock",
     "run/k0s/containerd.sock",
     "var/snap/microk8s/common/run/containerd.sock",
+    "run/containerd/containerd.sock",
 ];
 
-/// Where image verifiers usually are (containerd 2: `bin_dir` of `io.containerd.image-verifier.v1.bindir`).
+/// Where image verifiers are by default (containerd 2: `bin_dir` of `io.containerd.image-verifier.v1.bindir`).
 pub const VERIFIERS: &str = "/opt/containerd/image-verifier/bin";
 
-/// The first of the usual sockets that exists under `root`, which is `/` or where the node's file system is mounted.
+/// The first of the usual sockets under `root` that something listens on, else the first that is there. `root` is `/` or where the
+/// node's file system is mounted. A distribution that was removed may leave its socket.
 ///
 /// # Errors
 /// [`ConfigError::NoSocket`] with the places that were looked at.
 pub fn usual_socket(root: &Path) -> Result<PathBuf, ConfigError> {
     let is_socket = |path: &&PathBuf| path.metadata().is_ok_and(|file| file.file_type().is_socket());
-    let places: Vec<_> = SOCKETS.iter().map(|socket| root.join(socket)).collect();
-    places.iter().find(is_socket).cloned().ok_or(ConfigError::NoSocket(places))
+    let answers = |path: &&PathBuf| UnixStream::connect(path).is_ok();
+    let places: Vec<_> = SOCKETS.iter().map(|socket| below_root(root, Path::new(socket))).collect();
+    let found = places.iter().find(answers).or_else(|| places.iter().find(is_socket));
+    found.cloned().ok_or(ConfigError::NoSocket(places))
 }
 
 /// What was found, asked once per connection: a containerd that was restarted may have another configuration.
 pub(super) struct Lookout {
     configured_root: Option<PathBuf>,
+    host_root: Option<PathBuf>,
     found: Mutex<Option<Found>>,
 }
 
@@ -84,8 +102,18 @@ pub(super) struct SnapshotterPlugin {
 }
 
 impl Lookout {
-    pub(super) fn new(configured_root: Option<PathBuf>) -> Self {
-        Self { configured_root, found: Mutex::new(None) }
+    pub(super) fn new(configured_root: Option<PathBuf>, host_root: Option<PathBuf>) -> Self {
+        Self { configured_root, host_root, found: Mutex::new(None) }
+    }
+
+    /// Where a folder of the node is for this process, if it can be seen at all.
+    pub(super) fn here(&self, folder: &Path) -> PathBuf {
+        self.host_root.as_ref().map_or_else(|| folder.to_owned(), |root| below_root(root, folder))
+    }
+
+    /// What is absent here is absent on the node.
+    fn sees_everything(&self) -> bool {
+        self.host_root.is_some()
     }
 
     pub(super) async fn forget(&self) {
@@ -94,7 +122,7 @@ impl Lookout {
 }
 
 impl ContainerdStore {
-    /// Looks around. `verifiers` is the folder of image verifiers as this process sees it: [`VERIFIERS`], or where that is mounted.
+    /// Looks around. `verifiers` is the folder of image verifiers on the node: [`VERIFIERS`], unless containerd is told another.
     ///
     /// # Errors
     /// [`StoreError::Unavailable`] when containerd does not answer.
@@ -110,8 +138,12 @@ impl ContainerdStore {
             Some(image) => Some(image.to_owned()),
             None => self.image_of_newest_sandbox().await?,
         };
-        let folder = verifiers.to_owned();
-        let verifiers = asks_verifiers && blocking(move || holds_programs(&folder)).await?;
+        let lookout = &self.state.lookout;
+        let (folder, sees_everything) = (lookout.here(verifiers), lookout.sees_everything());
+        let verifiers = match asks_verifiers {
+            true => blocking(move || look_for_programs(&folder, sees_everything)).await?,
+            false => Verifiers::None,
+        };
         Ok(Surroundings {
             version,
             content_root,
@@ -169,7 +201,8 @@ impl ContainerdStore {
         let mut loaded = plugins.iter().filter(|plugin| plugin.init_err.is_none());
         let plugin = |kind: &str, id: &str| loaded.clone().find(|plugin| plugin.r#type == kind && plugin.id == id);
         let exported = plugin("io.containerd.content.v1", "content").and_then(|plugin| plugin.exports.get("root"));
-        let root = self.state.lookout.configured_root.clone().or_else(|| exported.map(PathBuf::from));
+        let here = |root: &String| self.state.lookout.here(Path::new(root));
+        let root = self.state.lookout.configured_root.clone().or_else(|| exported.map(here));
         let content_root = root.map(Arc::from);
         let cri = plugin("io.containerd.grpc.v1", "cri").is_some();
         let snapshotter = |plugin: &Plugin| SnapshotterPlugin {
@@ -199,12 +232,19 @@ fn discards(configuration: &serde_json::Value) -> Option<bool> {
     configuration["containerd"]["discardUnpackedLayers"].as_bool()
 }
 
-/// containerd runs every regular file that may be executed; a folder that cannot be read holds none that we know of.
-fn holds_programs(folder: &Path) -> bool {
-    let Ok(entries) = std::fs::read_dir(folder) else { return false };
-    let is_program =
-        |path: PathBuf| path.metadata().is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0);
-    entries.flatten().any(|entry| is_program(entry.path()))
+/// containerd runs every regular file that may be executed, and none where the folder is absent.
+fn look_for_programs(folder: &Path, sees_everything: bool) -> Verifiers {
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if sees_everything && error.kind() == io::ErrorKind::NotFound => return Verifiers::None,
+        Err(_) => return Verifiers::Unseen,
+    };
+    // A link may lead to a path that only the node has, so it counts as a program.
+    let is_program = |path: PathBuf| match path.metadata() {
+        Ok(file) => file.is_file() && file.permissions().mode() & 0o111 != 0,
+        Err(_) => path.is_symlink(),
+    };
+    if entries.flatten().any(|entry| is_program(entry.path())) { Verifiers::Found } else { Verifiers::None }
 }
 
 #[cfg(test)]
@@ -221,27 +261,33 @@ mod tests {
         assert_eq!(usual_socket(root.path()), Err(ConfigError::NoSocket(places)));
         let message = usual_socket(Path::new("/nothing/is/here")).unwrap_err().to_string();
         assert!(SOCKETS.iter().all(|socket| message.contains(&format!("/nothing/is/here/{socket}"))), "{message}");
-        let (own, k3s) = (root.path().join(SOCKETS[0]), root.path().join(SOCKETS[1]));
+        let (k3s, own) = (root.path().join(SOCKETS[0]), root.path().join(SOCKETS[3]));
         for socket in [&own, &k3s] {
             fs::create_dir_all(socket.parent().unwrap()).unwrap();
         }
-        let _k3s = UnixListener::bind(&k3s).unwrap();
-        fs::write(&own, "no socket").unwrap();
-        assert_eq!(usual_socket(root.path()), Ok(k3s));
-        fs::remove_file(&own).unwrap();
-        let _own = UnixListener::bind(&own).unwrap();
-        assert_eq!(usual_socket(root.path()), Ok(own));
+        fs::write(&k3s, "no socket").unwrap();
+        let docker = UnixListener::bind(&own).unwrap();
+        assert_eq!(usual_socket(root.path()), Ok(own.clone()));
+        fs::remove_file(&k3s).unwrap();
+        let listening = UnixListener::bind(&k3s).unwrap();
+        assert_eq!(usual_socket(root.path()), Ok(k3s.clone()), "the kubelet's, beside Docker's");
+        drop(listening);
+        assert_eq!(usual_socket(root.path()), Ok(own), "nothing listens on what k3s left");
+        drop(docker);
+        assert_eq!(usual_socket(root.path()), Ok(k3s), "nothing listens anywhere yet");
     }
 
     #[test]
     fn only_programs_are_verifiers() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(!holds_programs(&folder.path().join("absent")));
+        let look = |folder: &Path| look_for_programs(folder, false);
+        let absent = folder.path().join("absent");
+        assert_eq!((look(&absent), look_for_programs(&absent, true)), (Verifiers::Unseen, Verifiers::None));
         let file = folder.path().join("readme");
         fs::write(&file, "x").unwrap();
         fs::create_dir(folder.path().join("folder")).unwrap();
-        assert!(!holds_programs(folder.path()));
+        assert_eq!(look(folder.path()), Verifiers::None);
         fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
-        assert!(holds_programs(folder.path()));
+        assert_eq!(look(folder.path()), Verifiers::Found);
     }
 }

@@ -72,8 +72,12 @@ impl<'a> Extraction<'a> {
 
     /// None of the calls has a deadline: to prepare is to copy on some snapshotters, to commit is to count, and to apply takes minutes.
     async fn run(&self, layer: &StackedLayer) -> Result<Unpacked, UnpackError> {
-        // Named by its layer, because only errors about a blob tell a full disk from others.
-        let failed = |status: Status| UnpackError::Store(self.store.link.failed_for(layer.blob.digest, &status));
+        // Only an error about a blob tells a full disk from other faults. Absence would be that of a snapshot.
+        let link = &self.store.link;
+        let failed = |status: Status| match link.failed_for(layer.blob.digest, &status) {
+            full @ StoreError::Full(_) => UnpackError::Store(full),
+            _ => UnpackError::Store(link.failed(&status)),
+        };
         let mut snapshots = self.store.snapshots();
         let snapshotter = self.snapshotter.to_owned();
         let parent = layer.parent.map(|parent| parent.to_string()).unwrap_or_default();

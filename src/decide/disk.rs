@@ -1,8 +1,9 @@
-//! How much of a node's file systems an image may take: the figures, and the lines that they must not cross.
+//! How much of a node's file systems an image may take: the figures, and the limits.
 //!
-//! An image takes room twice. Its compressed blobs go to containerd's content store, and its layers are unpacked into a
-//! snapshotter. Both are on one file system as a rule, and on two where an operator moved one of them.
-//! Not here: asking a file system, and the account of concurrent recoveries ([`super::reserve`]).
+//! An image takes room twice. Its compressed blobs go to containerd's content store, and its layers
+//! are unpacked into a snapshotter. Both are on one file system as a rule, and on two where an
+//! operator moved one of them. Not here: asking a file system, and the account of concurrent
+//! recoveries ([`super::reserve`]).
 
 use std::fmt;
 
@@ -11,7 +12,8 @@ use super::plan::OverLimit;
 /// A file system, as `statvfs` reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileSystem {
-    /// Device number of its files. `None` where the figures come from an overlay, which has a device number of its own.
+    /// Device number of its files. `None` where the figures come from an overlay, which has a
+    /// device number of its own.
     pub device: Option<u64>,
     /// Bytes that can be written without privileges. The kubelet counts these as available.
     pub free: u64,
@@ -20,7 +22,8 @@ pub struct FileSystem {
 }
 
 impl FileSystem {
-    /// Two file systems of one size count as one where a device number is unknown: that asks for more room, never for less.
+    /// Two file systems of one size count as one where a device number is unknown: that asks for
+    /// more room, never for less.
     fn is(&self, other: &Self) -> bool {
         match (self.device, other.device) {
             (Some(one), Some(another)) => one == another,
@@ -55,8 +58,9 @@ pub struct Need {
 }
 
 impl Need {
-    /// Of an image that misses so many compressed bytes. A manifest does not give the size of unpacked layers, so this counts
-    /// the least: a layer takes as much again. The real size is read from the layer and checked before it is unpacked.
+    /// Of an image that misses so many compressed bytes. A manifest does not give the size of
+    /// unpacked layers, so this counts the least: a layer takes as much again. The real size is
+    /// read from the layer and checked before it is unpacked.
     pub fn of_missing(bytes: u64) -> Self {
         Self { download: bytes, unpack: bytes }
     }
@@ -74,7 +78,7 @@ impl Need {
     }
 }
 
-/// What a file system must keep free.
+/// Bytes and percentages that a file system keeps free.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lines {
     /// In bytes, whatever the percentages say.
@@ -86,14 +90,16 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Bytes that a download leaves free on a file system of `total` bytes: it crosses neither line.
+    /// Bytes that a download leaves free on a file system of `total` bytes: it crosses neither
+    /// line.
     pub fn after_download(&self, total: u64) -> u64 {
         let collection = share(total, 100_u8.saturating_sub(self.collection_percent));
         self.after_unpacking(total).max(collection)
     }
 
-    /// Bytes that are free when the layers are unpacked. They may cross the collection line: the kubelet then collects unused
-    /// images, as after a pull of its own. They never cross the eviction line.
+    /// Bytes that are free when the layers are unpacked. The layers may cross the collection line:
+    /// the kubelet then collects unused images, as after its own pulls. The layers never cross the
+    /// eviction line.
     pub fn after_unpacking(&self, total: u64) -> u64 {
         self.min_free_bytes.max(share(total, self.eviction_percent))
     }

@@ -1,8 +1,10 @@
-//! Room on the disk for recoveries that run at the same time: together they leave what must stay free.
+//! Room on the disk for recoveries that run at the same time: together they leave what must stay
+//! free.
 //!
-//! The file system says what is free now. What recoveries were promised and have not written yet is not in that figure; it is
-//! counted here, and so are the recoveries that were refused. Not here: asking the file system, the lines that must not be
-//! crossed ([`super::disk`]), and the size limit of one image ([`super::plan`]).
+//! `statvfs` says how much is free now. Bytes that recoveries were promised and have not written
+//! yet are missing from that figure and are counted here, as are the recoveries that were refused.
+//! Not here: asking the file system, the lines that must not be crossed ([`super::disk`]), and the
+//! size limit of one image ([`super::plan`]).
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -17,20 +19,23 @@ pub struct Reservations(Arc<Mutex<Ledger>>);
 struct Ledger {
     /// Promised and not written yet.
     outstanding: Need,
-    /// Written, or given up, since the start. Wraps after 16 EiB, which only differences are made of.
+    /// Written, or given up, since the start. Wraps after 16 EiB, which only differences are made
+    /// of.
     given_back: Need,
-    /// What was refused since room was last found.
+    /// Recoveries that were refused since room was last found.
     refused: Vec<Need>,
 }
 
-/// Refusals that are remembered: more than a node recovers images at a time. Those beyond wait for their back-off.
+/// Refusals that are remembered: more than a node recovers images at a time. A recovery beyond the
+/// bound waits for its back-off.
 const MAX_REFUSED: usize = 16;
 
-/// The moment before the free bytes are asked for. What is written between it and the answer may or may not be in the answer.
+/// The moment before the free bytes are asked for. Bytes that are written between the two may be
+/// missing from the answer.
 #[derive(Debug, Clone, Copy)]
 pub struct Before(Need);
 
-/// Room for one recovery. What was not written is given back when it is dropped.
+/// Room for one recovery. Dropping it gives back the bytes that were not written.
 #[derive(Debug)]
 pub struct Reservation {
     shared: Reservations,
@@ -44,11 +49,12 @@ impl Reservations {
         Before(lock(&self.0).given_back)
     }
 
-    /// Sets `need` aside if no line is crossed when every recovery has written what it may. `disks` is what the file systems
-    /// said after `before`.
+    /// Sets `need` aside if no line is crossed when every recovery has written what it may. `disks`
+    /// is what the file systems said after `before`.
     ///
     /// # Errors
-    /// [`OverLimit::Disk`] with the figures. Nothing is set aside then, and the refusal is remembered.
+    /// [`OverLimit::Disk`] with the figures. Nothing is set aside then, and the refusal is
+    /// remembered.
     pub fn reserve(&self, need: Need, before: Before, disks: Disks, lines: Lines) -> Result<Reservation, OverLimit> {
         let mut ledger = lock(&self.0);
         ledger.admit(need, before, disks, lines)?;
@@ -62,7 +68,8 @@ impl Reservations {
         !lock(&self.0).refused.is_empty()
     }
 
-    /// Whether one of the refused recoveries would be let in now. The refusals are then forgotten, because all are tried again.
+    /// Whether one of the refused recoveries would be let in now. The refusals are then forgotten,
+    /// because all are tried again.
     pub fn take_freed(&self, before: Before, disks: Disks, lines: Lines) -> bool {
         let mut ledger = lock(&self.0);
         let reserved = ledger.reserved(before);
@@ -73,7 +80,7 @@ impl Reservations {
         is_freed
     }
 
-    /// What is set aside and not written yet, all together.
+    /// All bytes that are set aside and not written yet.
     pub fn outstanding(&self) -> Need {
         lock(&self.0).outstanding
     }
@@ -85,7 +92,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Ledger {
-    /// What was given back since `before` counts once more: the measurement may be from before it was written.
+    /// Bytes given back since `before` count once more: the measurement may be older than their
+    /// write.
     fn reserved(&self, before: Before) -> Need {
         let since = |now: u64, then: u64| now.wrapping_sub(then);
         let given_back = Need {
@@ -103,7 +111,8 @@ impl Ledger {
         checked
     }
 
-    /// Sizes are a manifest's word; beyond all disks nothing fits any more, which is right until they are given back.
+    /// Sizes are a manifest's word; beyond all disks nothing fits any more, which is right until
+    /// they are given back.
     fn add(&mut self, need: Need) -> Need {
         let outstanding = self.outstanding;
         self.outstanding = outstanding.plus(need);
@@ -125,7 +134,8 @@ impl Ledger {
 }
 
 impl Reservation {
-    /// So many bytes of blobs are on the disk now, so the file system counts them itself. To be called after they are.
+    /// So many bytes of blobs are on the disk now, so the file system counts them itself. To be
+    /// called after they are.
     pub fn written(&self, bytes: u64) {
         self.give_back(Need { download: bytes, unpack: 0 });
     }
@@ -135,7 +145,8 @@ impl Reservation {
         self.give_back(Need { download: 0, unpack: bytes });
     }
 
-    /// Swaps the estimate for layers of `compressed` bytes for their real size, if no line is crossed then.
+    /// Swaps the estimate for layers of `compressed` bytes for their real size, if no line is
+    /// crossed then.
     ///
     /// # Errors
     /// As [`Reservations::reserve`]. The estimate stays.

@@ -6,6 +6,7 @@ mod images;
 mod killed;
 mod mending;
 mod removed;
+mod rooted;
 mod staged;
 mod surroundings;
 mod unpacking;
@@ -29,6 +30,7 @@ use mending::{
     wrong_bytes_are_replaced,
 };
 use removed::a_record_is_removed_when_cri_has_noticed_it;
+use rooted::{below_the_node_s_root_its_folders_are_found, folders_that_are_not_mounted_have_no_figures};
 use staged::{
     a_file_that_no_record_names_is_not_trusted, a_file_that_no_record_names_is_not_trusted_where_blobs_are_sent,
     a_full_disk_is_told_and_leaves_room_again, a_staged_blob_is_adopted_as_it_is,
@@ -80,6 +82,8 @@ on_every_version![
     every_kind_of_image_is_recovered_and_survives_the_collector,
     labels_that_were_missing_are_written,
     it_tells_what_it_is,
+    below_the_node_s_root_its_folders_are_found,
+    folders_that_are_not_mounted_have_no_figures,
     the_image_of_sandboxes_is_seen_in_them,
     wrong_bytes_are_replaced,
     a_blob_without_its_file_is_fetched_again,

@@ -112,6 +112,7 @@ fn settings(node: NodeName, folder: &Path, seeds: &[SocketAddr]) -> Settings {
         resolve: ResolveSettings::default(),
         manner: Manner::default(),
         probe_registries: false,
+        image_verifier_dir: folder.join("unused"),
         import_past_verifiers: false,
         unpack_layers: false,
         grace: GRACE,

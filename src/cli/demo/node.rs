@@ -86,6 +86,7 @@ impl Node {
             resolve: ResolveSettings::default(),
             manner: Manner::default(),
             probe_registries: false,
+            image_verifier_dir: folder.join("unused"),
             import_past_verifiers: false,
             unpack_layers: false,
             grace: GRACE,

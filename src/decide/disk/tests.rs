@@ -26,7 +26,8 @@ fn missing(bytes: u64, disks: Disks) -> Result<(), OverLimit> {
 
 #[test]
 fn small_and_ordinary_images_fit_in_the_band_that_the_kubelet_keeps() {
-    // The kubelet collects images from 85 % used down to 80 %. 83 % is an ordinary moment of an ordinary node.
+    // The kubelet collects images from 85 % used down to 80 %. 83 % is an ordinary moment of an
+    // ordinary node.
     let node = shared(17 * GIB, 100 * GIB);
     assert_eq!(missing(1 << 20, node), Ok(()));
     assert_eq!(missing(GIB, node), Ok(()));
@@ -118,7 +119,7 @@ prop_compose! {
 }
 
 proptest! {
-    /// Whatever is let in, all promises kept, every file system ends above the kubelet's eviction line.
+    /// After all promised writes every file system is above the kubelet's eviction line.
     #[test]
     fn what_fits_never_ends_below_the_eviction_line(
         disks in any_disks(),
@@ -140,7 +141,7 @@ proptest! {
             left.is_some_and(|left| u128::from(left) * 100 >= u128::from(disk.total) * u128::from(eviction_percent) && left >= min_free_bytes)
         };
         match snapshots {
-            // Who needs nothing of a disk is not stopped by what others were promised there.
+            // An image that needs nothing of a disk is not refused for other recoveries' sake.
             Some(snapshots) => {
                 prop_assert!(download == 0 || above(content, download + others));
                 prop_assert!(unpack == 0 || above(snapshots, unpack + others));

@@ -1,4 +1,4 @@
-//! What recoveries may take together.
+//! Concurrent recoveries on one disk.
 
 use proptest::prelude::*;
 
@@ -122,7 +122,7 @@ fn more_than_was_reserved_or_than_any_disk_has_overflows_nothing() {
     assert_eq!(all.outstanding(), Need::default());
 }
 
-/// What a recovery on a simulated disk does next; the number says which recovery.
+/// The next step of a recovery on a simulated disk. The first number selects the recovery.
 #[derive(Debug, Clone)]
 enum Move {
     Measure,

@@ -79,7 +79,7 @@ impl Daemon {
     pub(crate) fn config(&self, containerd_namespace: &str) -> Config {
         let containerd_namespace = containerd_namespace.to_owned();
         let staging = Some(self.folder.path().join("staging"));
-        Config { socket: self.socket(), containerd_namespace, content_root: None, staging }
+        Config { socket: self.socket(), containerd_namespace, content_root: None, host_root: Some("/".into()), staging }
     }
 
     pub(crate) fn store(&self, containerd_namespace: &str) -> ContainerdStore {
@@ -119,6 +119,11 @@ impl Daemon {
     /// The folder of its content store.
     pub(crate) fn content_root(&self) -> PathBuf {
         self.folder.path().join("root/io.containerd.content.v1.content")
+    }
+
+    /// Everything that it keeps.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     fn socket(&self) -> PathBuf {

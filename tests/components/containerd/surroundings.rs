@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use lighterman::containerd::{Ingest, Snapshotter, Surroundings};
+use lighterman::containerd::{Config, ContainerdStore, Ingest, Snapshotter, Surroundings, Verifiers};
 use lighterman::ports::{ContentStore, Remembered};
 
 use super::daemon::Daemon;
@@ -35,12 +35,17 @@ pub(crate) async fn it_tells_what_it_is(version: &str) {
     assert_eq!(snapshotter, Snapshotter::Suited("overlayfs".into()));
     assert_eq!(discards_unpacked_layers, (!is_2).then_some(false));
     assert_eq!(sandbox_image.is_some_and(|image| image.starts_with("registry.k8s.io/pause:")), !is_2);
-    assert!(!any);
+    assert_eq!(any, Verifiers::None);
 
     let program = verifiers.path().join("says-no");
     fs::write(&program, "#!/bin/false").unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-    assert_eq!(store.surroundings(verifiers.path()).await.unwrap().verifiers, is_2, "1.x has no verifiers");
+    let found = store.surroundings(verifiers.path()).await.unwrap().verifiers;
+    assert_eq!(found, if is_2 { Verifiers::Found } else { Verifiers::None }, "1.x has no verifiers");
+
+    let blind = ContainerdStore::new(Config { host_root: None, ..daemon.config("k8s.io") }).unwrap();
+    let unseen = blind.surroundings(Path::new("/nothing/is/here")).await.unwrap().verifiers;
+    assert_eq!(unseen, if is_2 { Verifiers::Unseen } else { Verifiers::None });
 }
 
 /// A container as CRI makes it for a sandbox: the label and the image's name are what is looked at.

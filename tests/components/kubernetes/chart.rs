@@ -56,3 +56,55 @@ async fn a_secret_with_certificates_is_mounted_where_the_agent_is_told_to_look()
     })
     .await;
 }
+
+/// The paths of the node that are mounted.
+fn host_paths(set: &Value) -> Vec<&str> {
+    let volumes = set["spec"]["template"]["spec"]["volumes"].as_array().unwrap();
+    volumes.iter().filter_map(|volume| volume["hostPath"]["path"].as_str()).collect()
+}
+
+#[tokio::test]
+async fn a_default_installation_mounts_no_folder_that_a_node_may_lack() {
+    within(async {
+        let set = only(&Place::new().await, "templates/daemonset.yaml", "").await;
+        assert_eq!(host_paths(&set), ["/", "/var/lib/lighterman"]);
+        let agent = &set["spec"]["template"]["spec"]["containers"][0];
+        let mount = named(&agent["volumeMounts"], "host").expect("the node's root");
+        assert_eq!((&mount["mountPath"], &mount["mountPropagation"]), (&json!("/host"), &json!("HostToContainer")));
+        for (name, value) in [("LIGHTERMAN_HOST_ROOT", "/host"), ("LIGHTERMAN_CONTAINERD_SOCKET", "auto")] {
+            assert_eq!(named(&agent["env"], name).map(|set| &set["value"]), Some(&json!(value)), "{name}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_named_root_mounts_its_content_store_and_the_verifiers_only_where_they_are_named() {
+    within(async {
+        let (place, template) = (Place::new().await, "templates/daemonset.yaml");
+        let content = "/data/containerd/io.containerd.content.v1.content";
+        let set = only(&place, template, "containerdRoot=/data/containerd").await;
+        assert_eq!(host_paths(&set), ["/run/containerd", content, "/var/lib/lighterman"]);
+        let agent = &set["spec"]["template"]["spec"]["containers"][0];
+        assert_eq!(named(&agent["env"], "LIGHTERMAN_HOST_ROOT"), None);
+
+        let set = only(&place, template, "containerdRoot=/data/containerd,agent.imageVerifierDir=/opt/verifiers").await;
+        assert_eq!(host_paths(&set), ["/run/containerd", content, "/opt/verifiers", "/var/lib/lighterman"]);
+        let agent = &set["spec"]["template"]["spec"]["containers"][0];
+        let told = named(&agent["env"], "LIGHTERMAN_IMAGE_VERIFIER_DIR").map(|set| &set["value"]);
+        assert_eq!(told, Some(&json!("/opt/verifiers")));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_quota_admits_pods_of_the_agents_priority_class() {
+    within(async {
+        let place = Place::new().await;
+        let quota = only(&place, "templates/quota.yaml", "priorityClassName=my-class").await;
+        let scope =
+            json!({ "matchExpressions": [{ "scopeName": "PriorityClass", "operator": "In", "values": ["my-class"] }] });
+        assert_eq!((&quota["kind"], &quota["spec"]["scopeSelector"]), (&json!("ResourceQuota"), &scope));
+    })
+    .await;
+}
