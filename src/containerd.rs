@@ -55,8 +55,9 @@ pub struct Config {
     /// The root folder of its content store as this process sees it; `None` to take the path that containerd tells. Blobs
     /// whose files are not there are read through the API.
     pub content_root: Option<PathBuf>,
-    /// Where the node's root file system is for this process, if it is somewhere: `/` outside a container, its mount in one. The folders
-    /// that containerd names are then looked for below it. `None` where only some of them are mounted, at the paths that they have.
+    /// Where the node's root file system is for this process, if it is somewhere: `/` outside a
+    /// container, its mount in one. The folders that containerd names are then looked for below it.
+    /// `None` where only some of them are mounted, at the paths that they have.
     pub host_root: Option<PathBuf>,
     /// Where blobs are staged when that cannot be in the content store's root; its parent folder exists. Without it, they cannot be then.
     pub staging: Option<PathBuf>,

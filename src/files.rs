@@ -41,8 +41,9 @@ pub fn file_system(folder: &Path) -> io::Result<FileSystem> {
     Ok(FileSystem { device: Some(device), ..measured(folder)? })
 }
 
-/// The file system beneath the overlay that is mounted at `folder`; `None` where another kind is mounted. An overlay's figures are
-/// those of the file system that it writes to (Linux, `ovl_statfs`).
+/// The file system beneath the overlay that is mounted at `folder`; `None` where another kind is
+/// mounted. An overlay's figures are those of the file system that it writes to (Linux,
+/// `ovl_statfs`).
 ///
 /// # Errors
 /// What the file system says.

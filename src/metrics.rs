@@ -273,7 +273,8 @@ impl Metrics {
         self.claims.with_label_values(&[result]).inc();
     }
 
-    /// A layer was `unpacked` or `there` already, or the rest of an image was left to the runtime: `failed`, `given_up`, or waits for room: `no_room`.
+    /// A layer was `unpacked` or `there` already, or the rest of an image was left to the runtime:
+    /// `failed`, `given_up`, or waits for room: `no_room`.
     pub fn layer_unpacked(&self, result: &'static str) {
         self.layers_unpacked.with_label_values(&[result]).inc();
     }

@@ -127,7 +127,8 @@ enum Done {
         pods: Vec<PodRef>,
         result: Result<bool, RecoverError>,
     },
-    /// The disks were looked at, because a recovery was refused for want of room. Says whether one has room now.
+    /// The disks were looked at, because a recovery was refused for want of room. Says whether one
+    /// has room now.
     Measured(bool),
     Answered(Answer),
     Permitted {
@@ -284,7 +285,8 @@ impl Salvager {
         self.look_for_room();
     }
 
-    /// Free space sends no event, so it is asked for while a recovery waits for it. One question at a time: a disk may hang.
+    /// Free space sends no event, so it is asked for while a recovery waits for it. One question at
+    /// a time: a disk may hang.
     fn look_for_room(&mut self) {
         if self.measuring || self.waiting.is_empty() || !self.recoverer.room.has_refused() {
             return;

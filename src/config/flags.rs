@@ -101,11 +101,13 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_DATA_DIR", value_name = "FOLDER", default_value = "/var/lib/lighterman")]
     pub(super) data_dir: PathBuf,
 
-    /// containerd's socket; `auto` takes the first of the usual places that answers (k3s and RKE2, k0s, MicroK8s, containerd's own)
+    /// containerd's socket; `auto` takes the first of the usual places that answers (k3s and RKE2,
+    /// k0s, MicroK8s, containerd's own)
     #[arg(long, env = "LIGHTERMAN_CONTAINERD_SOCKET", value_name = "PATH", default_value = "auto")]
     pub(super) containerd_socket: PathBuf,
 
-    /// Where the node's root file system is mounted, to find containerd's folders below it; without it they are where containerd names them
+    /// Where the node's root file system is mounted, to find containerd's folders below it; without
+    /// it they are where containerd names them
     #[arg(long, env = "LIGHTERMAN_HOST_ROOT", value_name = "FOLDER")]
     pub(super) host_root: Option<PathBuf>,
 
@@ -208,11 +210,13 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_DRY_RUN")]
     pub(super) dry_run: bool,
 
-    /// The folder of containerd's image verifiers on the node, where bin_dir of its image-verifier plugin is not the usual one
+    /// The folder of containerd's image verifiers on the node, where bin_dir of its image-verifier
+    /// plugin is not the usual one
     #[arg(long, env = "LIGHTERMAN_IMAGE_VERIFIER_DIR", value_name = "FOLDER")]
     pub(super) image_verifier_dir: Option<PathBuf>,
 
-    /// Import although containerd has image verifiers, which see pulls only, or has a folder for them that cannot be seen
+    /// Import although containerd has image verifiers, which see pulls only, or has a folder for
+    /// them that cannot be seen
     #[arg(long, env = "LIGHTERMAN_IMPORT_PAST_VERIFIERS")]
     pub(super) import_past_verifiers: bool,
 
@@ -244,15 +248,18 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_MAX_IMAGE_BYTES", value_name = "BYTES", default_value_t = 0)]
     pub(super) max_image_bytes: u64,
 
-    /// Bytes that stay free on the file systems of containerd's content and snapshots, whatever the next two flags say
+    /// Bytes that stay free on the file systems of containerd's content and snapshots, whatever the
+    /// next two flags say
     #[arg(long, env = "LIGHTERMAN_MIN_FREE_BYTES", value_name = "BYTES", default_value_t = 2 << 30)]
     pub(super) min_free_bytes: u64,
 
-    /// Percent in use from which the kubelet collects images (imageGCHighThresholdPercent); a download does not cross it, unpacked layers may
+    /// Percent in use from which the kubelet collects images (imageGCHighThresholdPercent); a
+    /// download does not cross it, unpacked layers may
     #[arg(long, env = "LIGHTERMAN_COLLECTION_PERCENT", value_name = "PERCENT", default_value_t = 85, value_parser = clap::value_parser!(u8).range(..=100))]
     pub(super) collection_percent: u8,
 
-    /// Percent free below which the kubelet evicts pods (imagefs.available of evictionHard); unpacked layers do not cross it
+    /// Percent free below which the kubelet evicts pods (imagefs.available of evictionHard);
+    /// unpacked layers do not cross it
     #[arg(long, env = "LIGHTERMAN_EVICTION_PERCENT", value_name = "PERCENT", default_value_t = 15, value_parser = clap::value_parser!(u8).range(..=90))]
     pub(super) eviction_percent: u8,
 

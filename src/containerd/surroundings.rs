@@ -40,10 +40,12 @@ pub struct Surroundings {
     pub verifiers: Verifiers,
 }
 
-/// What is known of the programs that containerd asks before it pulls an image. It tells only that it would ask them.
+/// What is known of the programs that containerd asks before it pulls an image. It tells only that
+/// it would ask them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verifiers {
-    /// containerd asks none: it has no such plugin (1.x), or their folder is absent or has no program in it.
+    /// containerd asks none: it has no such plugin (1.x), or their folder is absent or has no
+    /// program in it.
     None,
     /// There are some.
     Found,
@@ -51,8 +53,9 @@ pub enum Verifiers {
     Unseen,
 }
 
-/// Where containerd's socket usually is: k3s and RKE2, k0s, MicroK8s, its own place. Its own comes last, because Docker on a node of
-/// another distribution brings a containerd there that is not the kubelet's.
+/// Where containerd's socket usually is: k3s and RKE2, k0s, MicroK8s, its own place. Its own comes
+/// last, because Docker on a node of another distribution brings a containerd there that is not the
+/// kubelet's.
 const SOCKETS: &[&str] = &[
     "run/k3s/containerd/containerd.sock",
     "run/k0s/containerd.sock",
@@ -60,11 +63,13 @@ const SOCKETS: &[&str] = &[
     "run/containerd/containerd.sock",
 ];
 
-/// Where image verifiers are by default (containerd 2: `bin_dir` of `io.containerd.image-verifier.v1.bindir`).
+/// Where image verifiers are by default (containerd 2: `bin_dir` of
+/// `io.containerd.image-verifier.v1.bindir`).
 pub const VERIFIERS: &str = "/opt/containerd/image-verifier/bin";
 
-/// The first of the usual sockets under `root` that something listens on, else the first that is there. `root` is `/` or where the
-/// node's file system is mounted. A distribution that was removed may leave its socket.
+/// The first of the usual sockets under `root` that something listens on, else the first that is
+/// there. `root` is `/` or where the node's file system is mounted. A distribution that was removed
+/// may leave its socket.
 ///
 /// # Errors
 /// [`ConfigError::NoSocket`] with the places that were looked at.
@@ -122,7 +127,8 @@ impl Lookout {
 }
 
 impl ContainerdStore {
-    /// Looks around. `verifiers` is the folder of image verifiers on the node: [`VERIFIERS`], unless containerd is told another.
+    /// Looks around. `verifiers` is the folder of image verifiers on the node: [`VERIFIERS`],
+    /// unless containerd is told another.
     ///
     /// # Errors
     /// [`StoreError::Unavailable`] when containerd does not answer.

@@ -72,7 +72,8 @@ impl<'a> Extraction<'a> {
 
     /// None of the calls has a deadline: to prepare is to copy on some snapshotters, to commit is to count, and to apply takes minutes.
     async fn run(&self, layer: &StackedLayer) -> Result<Unpacked, UnpackError> {
-        // Only an error about a blob tells a full disk from other faults. Absence would be that of a snapshot.
+        // Only an error about a blob tells a full disk from other faults. Absence would be that of
+        // a snapshot.
         let link = &self.store.link;
         let failed = |status: Status| match link.failed_for(layer.blob.digest, &status) {
             full @ StoreError::Full(_) => UnpackError::Store(full),

@@ -35,7 +35,8 @@ impl Default for Rules {
                 concurrent_blobs: 16,
                 max_image_bytes: 0,
                 min_free_bytes: 2 << 30,
-                // The kubelet's own defaults: imageGCHighThresholdPercent, and imagefs.available of evictionHard.
+                // The kubelet's own defaults: imageGCHighThresholdPercent, and imagefs.available of
+                // evictionHard.
                 collection_percent: 85,
                 eviction_percent: 15,
                 max_download_rate: 0,
@@ -54,9 +55,11 @@ pub struct Budgets {
     pub concurrent_blobs: usize,
     /// Most bytes that one image may bring; 0 is no limit.
     pub max_image_bytes: u64,
-    /// Bytes that stay free on the file systems of the content store and the snapshotter, whatever the percentages say.
+    /// Bytes that stay free on the file systems of the content store and the snapshotter, whatever
+    /// the percentages say.
     pub min_free_bytes: u64,
-    /// Percent in use from which the kubelet collects images. A download does not cross it; unpacked layers may.
+    /// Percent in use from which the kubelet collects images. A download does not cross it;
+    /// unpacked layers may.
     pub collection_percent: u8,
     /// Percent free below which the kubelet evicts pods. Nothing crosses it.
     pub eviction_percent: u8,

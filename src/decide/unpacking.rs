@@ -48,7 +48,8 @@ impl Stack {
 /// Bytes at the end of a layer that [`unpacked_bytes`] reads.
 pub const TRAILER: usize = 4;
 
-/// How many times its size a zstd layer unpacks to, since its frame need not give the size. Layers of distributions have 2 to 4.
+/// How many times its size a zstd layer unpacks to, since its frame need not give the size. Layers
+/// of distributions have 2 to 4.
 const ZSTD_RATIO: u64 = 3;
 
 /// How many times its size a gzip layer of more than 4 GiB of files is taken to unpack to at most.
@@ -56,9 +57,9 @@ const GZIP_RATIO: u64 = 4;
 
 /// The size of the archive in a layer. Its snapshot takes at least that.
 ///
-/// gzip ends with the size modulo 4 GiB (RFC 1952, ISIZE). Of the possible sizes the smallest is taken that is not below the
-/// compressed one. A file of several gzip members ends with the size of the last one: where that leaves no likely size, the
-/// compressed size is taken.
+/// gzip ends with the size modulo 4 GiB (RFC 1952, ISIZE). Of the possible sizes the smallest is
+/// taken that is not below the compressed one. A file of several gzip members ends with the size of
+/// the last one: where that leaves no likely size, the compressed size is taken.
 pub fn unpacked_bytes(layer: &Descriptor, trailer: [u8; TRAILER]) -> u64 {
     let (media_type, size) = (layer.media_type.as_str(), layer.size);
     if media_type.ends_with("zstd") {

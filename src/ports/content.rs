@@ -102,7 +102,8 @@ pub trait ContentStore: Send + Sync + 'static {
     /// some stores (containerd's collector is one) take content away silently, so list again at intervals as well.
     fn changes(&self) -> watch::Receiver<u64>;
 
-    /// The file systems that content is kept on and unpacked to, as far as they have a meaning and can be seen.
+    /// The file systems that content is kept on and unpacked to, as far as they have a meaning and
+    /// can be seen.
     ///
     /// # Errors
     /// As [`ContentStore::blob`].
