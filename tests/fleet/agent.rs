@@ -68,7 +68,7 @@ impl Agent {
             ("--admission", "token".to_owned()),
             ("--data-dir", text(&folder)),
             ("--containerd-socket", text(&containerd.socket)),
-            ("--host-root", "/"),
+            ("--host-root", "/".to_owned()),
             ("--containerd-namespace", containerd.containerd_namespace.clone()),
         ];
         let flags = flags.iter().map(|(flag, value)| (*flag, (*value).to_owned()));
