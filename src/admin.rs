@@ -1,8 +1,8 @@
 //! The admin port: metrics and health, for probes and Prometheus, and the mesh, for people. The only listener that asks nobody who
 //! they are, so it shows nothing secret and changes nothing.
 
-mod bounded;
 mod mesh;
+mod server;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
 use crate::ports::MeshSource;
-use bounded::Bounded;
+use server::Server;
 
 /// Something that has to hold before the agent is ready.
 pub struct Check {
@@ -30,8 +30,7 @@ pub struct Check {
 
 /// The admin server, bound and not yet serving.
 pub struct Admin {
-    listener: TcpListener,
-    router: Router,
+    server: Server,
 }
 
 struct Shared {
@@ -59,8 +58,8 @@ impl Admin {
             .route("/healthz", get(|| async { "ok\n" }))
             .route("/readyz", get(ready))
             .route("/debug/mesh", get(mesh::show))
-            .with_state(Arc::new(Shared { metrics, checks, mesh: mesh::Page::new(mesh) }));
-        Ok(Self { listener, router })
+            .with_state(Arc::new(Shared { metrics: metrics.clone(), checks, mesh: mesh::Page::new(mesh) }));
+        Ok(Self { server: Server { listener, router, metrics } })
     }
 
     /// Where it really listens.
@@ -68,16 +67,12 @@ impl Admin {
     /// # Errors
     /// As the system says.
     pub fn local_addr(&self) -> std::io::Result<SocketAddr> {
-        self.listener.local_addr()
+        self.server.listener.local_addr()
     }
 
     /// Serves until stopped.
     pub async fn run(self, stop: CancellationToken) {
-        let serving = axum::serve(Bounded::new(self.listener), self.router)
-            .with_graceful_shutdown(async move { stop.cancelled().await });
-        if let Err(error) = serving.await {
-            tracing::error!(%error, "the admin port failed");
-        }
+        self.server.run(stop).await;
     }
 }
 

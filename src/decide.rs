@@ -4,6 +4,7 @@
 pub mod bucket;
 pub mod cause;
 pub mod claim;
+pub mod connection_limit;
 pub mod disk;
 pub mod gossip;
 pub mod inventory;

@@ -3,6 +3,7 @@
 
 mod door;
 mod mesh;
+mod network;
 mod register;
 
 use std::time::Duration;
@@ -11,6 +12,7 @@ use prometheus::{Encoder, Histogram, IntCounter, IntCounterVec, IntGauge, Regist
 
 use self::door::DoorMetrics;
 use self::mesh::MeshMetrics;
+use self::network::NetworkMetrics;
 use self::register::{counter, counters, gauge, histogram};
 
 /// The metrics of one agent. Cheap to clone; clones share their values.
@@ -28,6 +30,7 @@ pub struct Metrics {
     peers: IntGauge,
     mesh: MeshMetrics,
     door: DoorMetrics,
+    network: NetworkMetrics,
     nudges: IntCounterVec,
     events: IntCounterVec,
     claims: IntCounterVec,
@@ -129,6 +132,7 @@ impl Metrics {
             peers: gauge(r, "peers", "Peers that can be fetched from."),
             mesh: MeshMetrics::new(r),
             door: DoorMetrics::new(r),
+            network: NetworkMetrics::new(r),
             nudges: counters(r, "nudges_total", "Pods nudged after a recovery, by result.", "result"),
             events: counters(r, "events_total", "Kubernetes Events written, by reason.", "reason"),
             claims: counters(r, "claims_total", "Claims on a digest, by result.", "result"),

@@ -1,0 +1,162 @@
+//! The admin port over real TCP, with its default limits. Connections from 127.0.0.1 to 127.0.0.1
+//! are the node's own; those from other loopback addresses stand for pods.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpSocket;
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::admin::Admin;
+use crate::model::MeshStatus;
+use crate::ports::MeshSource;
+
+struct NoMesh;
+
+#[async_trait]
+impl MeshSource for NoMesh {
+    async fn mesh(&self) -> Option<MeshStatus> {
+        None
+    }
+}
+
+struct Port {
+    address: SocketAddr,
+    metrics: Metrics,
+    stop: CancellationToken,
+    running: JoinHandle<()>,
+}
+
+impl Port {
+    async fn open() -> Self {
+        let metrics = Metrics::new();
+        let listen = SocketAddr::from(([127, 0, 0, 1], 0));
+        let admin = Admin::bind(listen, metrics.clone(), Vec::new(), Arc::new(NoMesh)).await.unwrap();
+        let (address, stop) = (admin.local_addr().unwrap(), CancellationToken::new());
+        let running = tokio::spawn(admin.run(stop.clone()));
+        Self { address, metrics, stop, running }
+    }
+
+    async fn connect(&self, last: u8) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from(([127, 0, 0, last], 0))).unwrap();
+        socket.connect(self.address).await.unwrap()
+    }
+
+    /// The whole response to a request from 127.0.0.`last`; empty when the connection is rejected.
+    async fn get(&self, last: u8, path: &str) -> String {
+        let mut stream = self.connect(last).await;
+        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n");
+        let mut response = String::new();
+        if stream.write_all(request.as_bytes()).await.is_ok() {
+            // A rejected connection ends by a reset.
+            let _ = stream.read_to_string(&mut response).await;
+        }
+        response
+    }
+
+    fn rejected(&self, reason: &str) -> u64 {
+        let text = String::from_utf8(self.metrics.render()).unwrap();
+        let line = format!("lighterman_admin_connections_rejected_total{{reason=\"{reason}\"}} ");
+        text.lines().find_map(|have| have.strip_prefix(&line)).map_or(0, |count| count.parse().unwrap())
+    }
+
+    async fn close(self) {
+        self.stop.cancel();
+        self.running.await.unwrap();
+    }
+}
+
+/// Less than the life of one connection, so that nothing becomes free by waiting for that.
+async fn within<T>(test: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(20), test).await.expect("the test is stuck")
+}
+
+#[tokio::test]
+async fn three_hundred_idle_connections_of_a_pod_do_not_delay_a_probe_of_the_node() {
+    let port = Port::open().await;
+    within(async {
+        let mut idle = Vec::new();
+        for _ in 0..300 {
+            idle.push(port.connect(2).await);
+        }
+        assert!(port.get(1, "/healthz").await.ends_with("ok\n"));
+        assert!(port.get(3, "/metrics").await.starts_with("HTTP/1.1 200"), "other pods have places as well");
+        assert_eq!(port.rejected("address"), 300 - LIMITS.address as u64);
+    })
+    .await;
+    port.close().await;
+}
+
+#[tokio::test]
+async fn idle_connections_of_many_pods_do_not_delay_a_probe_of_the_node() {
+    let port = Port::open().await;
+    within(async {
+        let mut idle = Vec::new();
+        for last in 2..=33 {
+            for _ in 0..10 {
+                idle.push(port.connect(last).await);
+            }
+        }
+        assert!(port.get(1, "/healthz").await.ends_with("ok\n"));
+        assert_eq!(port.rejected("all"), 320 - LIMITS.elsewhere as u64);
+    })
+    .await;
+    port.close().await;
+}
+
+#[tokio::test]
+async fn a_closed_connection_makes_room_for_another_of_its_address() {
+    let port = Port::open().await;
+    within(async {
+        let mut idle = Vec::new();
+        for _ in 0..LIMITS.address {
+            idle.push(port.connect(2).await);
+        }
+        assert_eq!(port.get(2, "/healthz").await, "");
+        idle.clear();
+        while !port.get(2, "/healthz").await.ends_with("ok\n") {}
+    })
+    .await;
+    port.close().await;
+}
+
+/// Under a paused clock: time passes when nothing else can happen.
+#[tokio::test(start_paused = true)]
+async fn a_head_that_comes_byte_by_byte_ends_its_connection() {
+    let port = Port::open().await;
+    let mut stream = port.connect(2).await;
+    let mut seconds = 0;
+    let head = std::iter::once(&b"GET / HTTP/1.1\r\nx: "[..]).chain(std::iter::repeat(&b"x"[..]));
+    for byte in head {
+        if stream.write_all(byte).await.is_err() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        seconds += 1;
+        assert!(seconds < LIFE.as_secs() / 2, "the connection goes on");
+    }
+    assert!(seconds >= HEAD.as_secs());
+    port.close().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_connection_of_the_node_ends_as_well() {
+    let port = Port::open().await;
+    let mut stream = port.connect(1).await;
+    let end = tokio::time::timeout(LIFE / 2, stream.read(&mut [0])).await;
+    assert!(matches!(end.expect("the connection ends"), Ok(0) | Err(_)));
+    port.close().await;
+}
+
+#[test]
+fn the_second_address_of_the_node_is_its_own_and_a_pod_is_not() {
+    let [node, second, pod] = [[127, 0, 0, 1], [127, 0, 0, 2], [203, 0, 113, 1]].map(IpAddr::from);
+    assert!(is_of_node(node, node, true));
+    assert!(is_of_node(pod, pod, false), "whatever can be bound");
+    assert!(!is_of_node(second, node, true), "loopback is compared alone");
+    assert!(!is_of_node(pod, node, true));
+    assert!(can_bind(node) && !can_bind(pod));
+}

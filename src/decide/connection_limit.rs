@@ -1,0 +1,139 @@
+//! Which TCP connections a listener without authentication accepts. Connections from the node
+//! itself have a limit of their own, so connections from elsewhere never take the place of a
+//! kubelet's probe.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+/// Where a connection comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Origin {
+    /// From an address of this node: the kubelet, and other processes in the node's network
+    /// namespace.
+    Node,
+    /// From any other address, pods of this node included.
+    Elsewhere,
+}
+
+/// The most connections that are open at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// From this node.
+    pub node: usize,
+    /// From all other addresses together.
+    pub elsewhere: usize,
+    /// From any one address.
+    pub address: usize,
+}
+
+/// Why a connection is rejected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Rejected {
+    /// The address has its share already.
+    #[error("too many connections from this address")]
+    Address,
+    /// The limit of the connection's origin is reached.
+    #[error("too many connections")]
+    Origin,
+}
+
+/// The open connections of one listener.
+#[derive(Debug)]
+pub struct Connections {
+    limits: Limits,
+    /// Never holds a zero. At most `limits.node + limits.elsewhere` entries.
+    open: BTreeMap<(Origin, IpAddr), usize>,
+}
+
+impl Connections {
+    /// No connection is open.
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, open: BTreeMap::new() }
+    }
+
+    /// Adds a connection, which counts until [`Connections::remove`].
+    ///
+    /// # Errors
+    /// [`Rejected`]; the connection does not count then.
+    pub fn insert(&mut self, origin: Origin, address: IpAddr) -> Result<(), Rejected> {
+        let limit = match origin {
+            Origin::Node => self.limits.node,
+            Origin::Elsewhere => self.limits.elsewhere,
+        };
+        let same_origin = self.open.iter().filter(|((other, _), _)| *other == origin).map(|(_, count)| count);
+        if self.open.get(&(origin, address)).is_some_and(|count| *count >= self.limits.address) {
+            return Err(Rejected::Address);
+        }
+        if same_origin.sum::<usize>() >= limit {
+            return Err(Rejected::Origin);
+        }
+        *self.open.entry((origin, address)).or_default() += 1;
+        Ok(())
+    }
+
+    /// Removes a connection that [`Connections::insert`] accepted.
+    pub fn remove(&mut self, origin: Origin, address: IpAddr) {
+        if let Some(count) = self.open.get_mut(&(origin, address)) {
+            *count -= 1;
+            if *count == 0 {
+                self.open.remove(&(origin, address));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LIMITS: Limits = Limits { node: 4, elsewhere: 6, address: 3 };
+
+    fn address(last: u8) -> IpAddr {
+        IpAddr::from([10, 0, 0, last])
+    }
+
+    #[test]
+    fn connections_from_elsewhere_leave_the_places_of_the_node_free() {
+        let mut connections = Connections::new(LIMITS);
+        let accepted = (0..=255).filter(|last| connections.insert(Origin::Elsewhere, address(*last)).is_ok()).count();
+        assert_eq!(accepted, LIMITS.elsewhere);
+        assert_eq!(connections.insert(Origin::Elsewhere, address(9)), Err(Rejected::Origin));
+        assert_eq!(connections.insert(Origin::Node, address(1)), Ok(()));
+    }
+
+    #[test]
+    fn one_address_leaves_places_for_other_addresses() {
+        for (origin, limit) in [(Origin::Node, LIMITS.node), (Origin::Elsewhere, LIMITS.elsewhere)] {
+            let mut connections = Connections::new(LIMITS);
+            let results: Vec<_> = (0..9).map(|_| connections.insert(origin, address(1))).collect();
+            assert_eq!(results.iter().filter(|result| result.is_ok()).count(), LIMITS.address);
+            assert_eq!(results.last(), Some(&Err(Rejected::Address)));
+            assert_eq!((0..9).filter(|_| connections.insert(origin, address(2)).is_ok()).count(), limit - 3);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn closed_connections_count_no_more(steps in proptest::collection::vec((any::<bool>(), 0u8..4, any::<bool>()), 0..99)) {
+            let mut connections = Connections::new(LIMITS);
+            let mut open = Vec::new();
+            for (is_node, last, closes) in steps {
+                let origin = if is_node { Origin::Node } else { Origin::Elsewhere };
+                if closes && let Some((origin, address)) = open.pop() {
+                    connections.remove(origin, address);
+                } else if connections.insert(origin, address(last)).is_ok() {
+                    open.push((origin, address(last)));
+                }
+                for (origin, limit) in [(Origin::Node, LIMITS.node), (Origin::Elsewhere, LIMITS.elsewhere)] {
+                    prop_assert!(open.iter().filter(|(other, _)| *other == origin).count() <= limit);
+                }
+            }
+            while let Some((origin, address)) = open.pop() {
+                connections.remove(origin, address);
+            }
+            prop_assert!(connections.open.is_empty());
+        }
+    }
+}
