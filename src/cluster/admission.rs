@@ -203,7 +203,7 @@ impl TokenAdmission {
             Ask::Yes | Ask::Again if self.server.reach() == Reach::Away => return otherwise,
             Ask::Yes | Ask::Again => {}
         }
-        if !self.budget.take() {
+        if !self.budget.take(self.verdicts.count() + 1) {
             self.metrics.token_reviewed("over_budget");
             return otherwise;
         }

@@ -10,37 +10,23 @@ use tokio::time::Instant;
 
 use super::call::Failure;
 use super::server::Server;
+use crate::decide::review_budget::ReviewBudget;
 use crate::model::{Credential, PeerId};
 
 /// An API server that needs longer is not held up further; the offline verdict stands. The door waits for 5 s in all.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Reviews that may be asked for at once, and the time after which there is one more.
-///
-/// Of a thousand agents that start together each meets the others: a million reviews, if every first meeting had one. With these,
-/// 8000 in the first seconds, eight for each agent by others that chance chose, and then 50 a second from the whole cluster. An API server answers a
-/// review in a few milliseconds and has room for 200 writes at a time. A newcomer in a cluster at rest is reviewed at every door.
-const BURST: u32 = 8;
-const EACH: Duration = Duration::from_secs(20);
-
 /// What may be asked now.
-pub(super) struct Budget(Mutex<(u32, Instant)>);
+pub(super) struct Budget(Mutex<ReviewBudget>);
 
 impl Budget {
     pub(super) fn full() -> Self {
-        Self(Mutex::new((BURST, Instant::now())))
+        Self(Mutex::new(ReviewBudget::full(Instant::now().into_std())))
     }
 
-    /// Takes one, if there is one.
-    pub(super) fn take(&self) -> bool {
-        let mut budget = self.0.lock().expect("nothing panics while holding it");
-        let (left, since) = &mut *budget;
-        let gathered = u32::try_from(since.elapsed().as_secs() / EACH.as_secs()).unwrap_or(u32::MAX);
-        *since += EACH.saturating_mul(gathered);
-        *left = left.saturating_add(gathered).min(BURST);
-        let taken = *left > 0;
-        *left -= u32::from(taken);
-        taken
+    /// Takes one review, if there is one, in a cluster of so many agents.
+    pub(super) fn take(&self, agents: usize) -> bool {
+        self.0.lock().expect("nothing panics while holding it").take(agents, Instant::now().into_std())
     }
 }
 
@@ -65,21 +51,4 @@ pub(super) async fn review(
     let is_user = status.user.and_then(|found| found.username).is_some_and(|name| name == user);
     let for_peer = status.audiences.is_some_and(|audiences| audiences.contains(&audience));
     Ok(status.authenticated == Some(true) && is_user && for_peer)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn the_budget_is_a_burst_and_then_a_rate() {
-        let budget = Budget::full();
-        assert_eq!((0..100).filter(|_| budget.take()).count(), BURST as usize);
-        tokio::time::advance(EACH - Duration::from_millis(1)).await;
-        assert!(!budget.take());
-        tokio::time::advance(Duration::from_millis(1)).await;
-        assert!(budget.take() && !budget.take());
-        tokio::time::advance(EACH * 1000).await;
-        assert_eq!((0..100).filter(|_| budget.take()).count(), BURST as usize, "no more gathers");
-    }
 }

@@ -10,8 +10,9 @@ use tokio::time::Instant;
 use crate::credential::token::Claims;
 use crate::model::{NodeName, PeerId};
 
-/// As many as the door lets in: a cluster of 5000 nodes, and as many again that came back with another key.
-pub(super) const MOST: usize = 10_000;
+/// As many as the door lets in: a cluster of 16 384 nodes, and as many again that came back with another
+/// key.
+pub(super) const MOST: usize = 32_768;
 
 /// A refusal by the API server is asked for again after this; until then, and while nobody answers, it stands.
 const AGAIN: Duration = Duration::from_secs(60);
@@ -106,6 +107,11 @@ impl Verdicts {
     /// Whether this peer was good in this pod, and the API server never said no.
     pub(super) fn was_good(&self, peer: PeerId, claims: &Claims) -> bool {
         self.of(peer, claims).is_some_and(|verdict| !matches!(verdict.review, Review::Refused(_)))
+    }
+
+    /// How many peers are known: about as many as the cluster has other agents.
+    pub(super) fn count(&self) -> usize {
+        self.lock().len()
     }
 
     /// Those that are of use after a restart, and whether there are others than last time. What the API server refused is left out.

@@ -202,9 +202,9 @@ async fn the_api_server_is_asked_once_about_a_pods_token_and_its_no_counts() {
     }
     assert!(denied(agent.vouch(peer(), &stolen)).contains("the API server"), "nor by way of another member");
     assert_eq!(fake.times_reviewed(), 2);
-    let spent = (0..100).filter(|_| agent.budget.take()).count();
+    let spent = (0..100).filter(|_| agent.budget.take(1)).count();
     wait(Duration::from_secs(61)).await;
-    while agent.budget.take() {}
+    while agent.budget.take(1) {}
     assert!(denied(agent.admit(peer(), &stolen).await).contains("the API server"), "a no outlasts the budget: {spent}");
 }
 
@@ -213,7 +213,7 @@ async fn without_an_answer_or_over_the_budget_the_signature_decides() {
     let (fake, mut server) = (Arc::new(Fake::default()), JoinSet::new());
     fake.publish(vec![json!(published())]);
     let agent = agent(&fake, &mut server).await;
-    while agent.budget.take() {}
+    while agent.budget.take(1) {}
     agent.admit(peer(), &credential()).await.unwrap();
     assert_eq!(fake.times_reviewed(), 0);
     wait(Duration::from_secs(20)).await;

@@ -1,0 +1,97 @@
+//! How often one agent asks the API server about tokens (TokenReview), so that all agents together stay below a rate that does not
+//! grow with the cluster.
+
+use std::time::{Duration, Instant};
+
+/// Reviews that all agents may ask for at once, and for one agent at most. In a rollout a tenth of the agents restart together and each
+/// meets a dozen others. An API server answers a review in a few milliseconds and serves 200 writes at a time.
+const CLUSTER_BURST: usize = 4000;
+const MAX_BURST: u32 = 8;
+
+/// With fewer, two newcomers at once would not be reviewed at every agent that they greet.
+const MIN_BURST: u32 = 2;
+
+/// Reviews a second of the whole cluster after the burst.
+const CLUSTER_RATE: u32 = 50;
+
+/// An agent of a small cluster has one more review after this time: 50 a second are not needed there.
+const MIN_INTERVAL: Duration = Duration::from_secs(20);
+
+/// The reviews that one agent may ask for now.
+#[derive(Debug)]
+pub struct ReviewBudget {
+    left: u32,
+    /// Until when reviews were gathered.
+    since: Instant,
+}
+
+impl ReviewBudget {
+    /// A full budget.
+    pub fn full(now: Instant) -> Self {
+        Self { left: MAX_BURST, since: now }
+    }
+
+    /// Takes one review, if there is one, in a cluster of so many agents.
+    pub fn take(&mut self, agents: usize, now: Instant) -> bool {
+        let (burst, interval) = share(agents);
+        let elapsed = now.saturating_duration_since(self.since);
+        let gathered = u32::try_from(elapsed.as_nanos() / interval.as_nanos()).unwrap_or(u32::MAX);
+        self.since += interval.saturating_mul(gathered);
+        self.left = self.left.saturating_add(gathered).min(burst);
+        let is_taken = self.left > 0;
+        self.left -= u32::from(is_taken);
+        is_taken
+    }
+}
+
+/// One agent's burst, and the time after which it has one more review.
+fn share(agents: usize) -> (u32, Duration) {
+    let agents = agents.max(1);
+    let burst = u32::try_from(CLUSTER_BURST / agents).unwrap_or(MAX_BURST).clamp(MIN_BURST, MAX_BURST);
+    let interval = Duration::from_secs(1).saturating_mul(u32::try_from(agents).unwrap_or(u32::MAX)) / CLUSTER_RATE;
+    (burst, interval.max(MIN_INTERVAL))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn taken(budget: &mut ReviewBudget, agents: usize, now: Instant) -> usize {
+        (0..100).filter(|_| budget.take(agents, now)).count()
+    }
+
+    #[test]
+    fn a_budget_is_a_burst_and_then_a_rate() {
+        let start = Instant::now();
+        let mut budget = ReviewBudget::full(start);
+        assert_eq!(taken(&mut budget, 3, start), MAX_BURST as usize);
+        assert_eq!(taken(&mut budget, 3, start + MIN_INTERVAL - Duration::from_millis(1)), 0);
+        assert_eq!(taken(&mut budget, 3, start + MIN_INTERVAL), 1);
+        assert_eq!(taken(&mut budget, 3, start + MIN_INTERVAL * 1000), MAX_BURST as usize, "no more gathers");
+    }
+
+    #[test]
+    fn the_reviews_of_a_cluster_do_not_grow_with_its_agents() {
+        for agents in [1, 3, 500, 1000, 5000, 16_384] {
+            let (burst, interval) = share(agents);
+            let rate = agents as f64 / interval.as_secs_f64();
+            assert!(rate <= f64::from(CLUSTER_RATE) + 0.01, "{agents} agents ask {rate} times a second");
+            assert!(burst as usize * agents <= CLUSTER_BURST.max(MIN_BURST as usize * agents), "{agents}");
+        }
+    }
+
+    #[test]
+    fn a_rollout_of_five_thousand_agents_is_spread_over_minutes() {
+        // Each agent is asked for a review by twelve others in the same second, as if all restarted at once.
+        let start = Instant::now();
+        let mut budgets: Vec<_> = (0..5000).map(|_| ReviewBudget::full(start)).collect();
+        let mut most = 0;
+        for second in 0..60 {
+            let now = start + Duration::from_secs(second);
+            let asked = budgets.iter_mut().map(|budget| (0..12).filter(|_| budget.take(5000, now)).count()).sum();
+            most = most.max(if second == 0 { 0 } else { asked });
+            assert!(second > 0 || asked <= 10_000, "{asked} in the first second");
+        }
+        assert!(most <= 5000, "{most}");
+    }
+}
