@@ -16,8 +16,8 @@ mod pod;
 pub use bits::Bits;
 pub use content::{ContentChange, Item, MAX_CHANGES, MAX_ITEMS, MeshEvent, changes_digest, state_digest};
 pub use gossip::{
-    Entry, Farewell, Gossip, Head, Introduction, Mark, NameError, Profile, Question, Refutation, Release, Reply,
-    Signature, Snapshot, Suspicion, Zone,
+    Entry, Farewell, Gossip, Head, Introduction, MAX_MEMBERS, Mark, NameError, Profile, Question, Refutation, Release,
+    Reply, Signature, Snapshot, Suspicion, Zone,
 };
 pub use lease::{LeaseSnapshot, LeaseVersion};
 pub use mesh_status::{MemberState, MemberStatus, MeshStatus};

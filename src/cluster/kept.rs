@@ -17,8 +17,9 @@ use crate::model::{NodeName, PeerId};
 /// Changes with the form of the file; another one is not read.
 const VERSION: u32 = 1;
 
-/// 10 000 peers of 200 bytes (PeerId, UID, a node's name and the time), keys and a token; four times as much, for longer names.
-const MAX_BYTES: u64 = 8 << 20;
+/// 32 768 peers of 200 bytes (PeerId, UID, a node's name and the time), keys and a token; four times as
+/// much, for longer names.
+const MAX_BYTES: u64 = 32 << 20;
 
 /// A UID has 36 bytes; the longest that are read.
 const MAX_UID: usize = 64;

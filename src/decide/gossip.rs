@@ -210,6 +210,8 @@ pub struct Protocol<N> {
     refuted_at: Option<Instant>,
     /// Makes the choice of neighbours one that nobody else can foresee.
     salt: u64,
+    /// Times that an agent was no member because as many members are known as may be.
+    over_limit: u64,
 }
 
 impl<N: Notary> Protocol<N> {
@@ -244,6 +246,7 @@ impl<N: Notary> Protocol<N> {
             banned_lately: Vec::new(),
             refuted_at: None,
             salt,
+            over_limit: 0,
         }
     }
 

@@ -11,6 +11,7 @@ pub(super) struct MeshMetrics {
     members: IntGaugeVec,
     behind: IntGauge,
     neighbours: IntGauge,
+    over_limit: IntCounter,
     inventory_blobs: IntGauge,
     inventory_bytes: IntGauge,
     announced_items: IntGauge,
@@ -27,6 +28,11 @@ impl MeshMetrics {
             members: gauges(r, "mesh_members", "Other members of the mesh, by state.", "state"),
             behind: gauge(r, "mesh_behind", "Members of whose announcements some are known to be missing here."),
             neighbours: gauge(r, "mesh_neighbours", "Members that this agent is connected to."),
+            over_limit: counter(
+                r,
+                "mesh_over_limit_total",
+                "Times that an agent was no member here because 16384 members are known.",
+            ),
             inventory_blobs: gauge(r, "inventory_blobs", "Different blobs that other nodes announce."),
             inventory_bytes: gauge(r, "inventory_bytes", "Memory that the table of who holds what takes."),
             announced_items: gauge(r, "announced_items", "Blobs and image names that this node announces."),
@@ -61,6 +67,8 @@ impl Metrics {
         states.iter().for_each(|(state, members)| set(&self.mesh.members.with_label_values(&[state]), *members));
         set(&self.mesh.behind, status.members.iter().filter(|member| member.behind > 0).count());
         set(&self.mesh.neighbours, status.neighbours);
+        let before = self.mesh.over_limit.get();
+        self.mesh.over_limit.inc_by(status.over_limit.saturating_sub(before));
         set(&self.mesh.inventory_blobs, status.inventory_blobs);
         set(&self.mesh.inventory_bytes, status.inventory_bytes);
     }

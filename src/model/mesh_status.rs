@@ -32,6 +32,9 @@ pub struct MeshStatus {
     pub banned: usize,
     /// Members that this agent is connected to.
     pub neighbours: usize,
+    /// Times since the start that an agent was no member, because as many members are known as may be
+    /// ([`crate::model::MAX_MEMBERS`]).
+    pub over_limit: u64,
     /// Different blobs that others hold together.
     pub inventory_blobs: usize,
     /// What the table of who holds what takes, in bytes.

@@ -12,12 +12,12 @@ use tokio::time::Instant;
 use super::GreetError;
 use super::codes::{DONE, LEAVING, SUPERSEDED, close};
 use super::tuning::BLOBS_PER_PEER;
-use crate::model::{Credential, Peer, PeerId};
+use crate::model::{Credential, MAX_MEMBERS, Peer, PeerId};
 use crate::ports::LEEWAY;
 
-/// Peers known at most: Kubernetes is built for clusters of 5000 nodes, and a node that lost its key comes back as
+/// Peers known at most: twice the members of the mesh, because a node that lost its key comes back as
 /// another peer. A stolen credential that vouches for key after key meets this bound.
-const MAX_PEERS: usize = 10_000;
+const MAX_PEERS: usize = 2 * MAX_MEMBERS;
 
 /// Connections that one peer may have to us. It keeps one; a second appears while it greets us, and those that a
 /// restart left behind last until their idle timeout.

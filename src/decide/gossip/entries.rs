@@ -6,7 +6,7 @@ use super::conduct::ENTRIES;
 use super::follower::Receipt;
 use super::{Notary, Protocol, Verdict};
 use crate::decide::inventory::Inventory;
-use crate::model::{ContentChange, Entry, Item, MAX_CHANGES, PeerId, changes_digest};
+use crate::model::{ContentChange, Entry, Item, MAX_CHANGES, MAX_MEMBERS, PeerId, changes_digest};
 use crate::oci::{Reference, Repository};
 
 impl<N: Notary> Protocol<N> {
@@ -19,7 +19,7 @@ impl<N: Notary> Protocol<N> {
         let Some(member) = self.member(publisher) else {
             // Somebody new, if this is really its word.
             let is_its = || self.notary.is_signed(publisher, &entry.head.signed(), &entry.head.signature);
-            if self.unknown.len() < super::roster::MAX_MEMBERS && !self.unknown.contains_key(&publisher) && is_its() {
+            if self.unknown.len() < MAX_MEMBERS && !self.unknown.contains_key(&publisher) && is_its() {
                 self.unknown.insert(publisher, from);
             }
             return Verdict::Ignore("unknown_author");

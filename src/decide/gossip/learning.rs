@@ -9,7 +9,9 @@ use super::entries::{check, is_proper};
 use super::follower::Need;
 use super::{AskId, Notary, Output, Protocol, Verdict};
 use crate::decide::inventory::Inventory;
-use crate::model::{Bits, Entry, Head, Item, MAX_ITEMS, Mark, PeerId, Question, Reply, Snapshot, state_digest};
+use crate::model::{
+    Bits, Entry, Head, Item, MAX_ITEMS, MAX_MEMBERS, Mark, PeerId, Question, Reply, Snapshot, state_digest,
+};
 
 /// How long our refutation may take to be heard everywhere. Somebody who has not heard it by then never will.
 const UNHEARD: Duration = Duration::from_millis(500);
@@ -20,7 +22,7 @@ impl<N: Notary> Protocol<N> {
         let Some(Asked { of: from, question }) = self.asked.remove(&ask) else { return };
         match (question, reply) {
             (Question::Compare(_), Reply::Marks(marks)) => {
-                for mark in marks.into_iter().take(super::roster::MAX_MEMBERS + 1) {
+                for mark in marks.into_iter().take(MAX_MEMBERS + 1) {
                     self.mark(from, &mark, now);
                 }
             }
@@ -96,7 +98,7 @@ impl<N: Notary> Protocol<N> {
     /// What a neighbour knows of one member, compared with what we know.
     fn mark(&mut self, from: PeerId, mark: &Mark, now: Instant) {
         let Mark { peer, epoch, version, incarnation, sequence, down } = *mark;
-        if self.unknown.len() >= super::roster::MAX_MEMBERS {
+        if self.unknown.len() >= MAX_MEMBERS {
             return;
         }
         if peer == self.own.peer {
@@ -114,7 +116,8 @@ impl<N: Notary> Protocol<N> {
             return;
         }
         let Some(member) = self.roster.get_mut(peer) else {
-            if !down {
+            // No room for it: its introduction would be ignored.
+            if !down && !self.roster.is_full() {
                 self.unknown.insert(peer, from);
             }
             return;

@@ -90,7 +90,11 @@ impl<N: Notary> Protocol<N> {
     /// The door let this peer in: it greeted us or was greeted. For `life` it may connect.
     pub fn admitted(&mut self, peer: Peer, life: Duration, table: &mut Inventory, now: Instant) {
         let id = peer.id;
-        if id == self.own.peer || (self.roster.get(id).is_none() && self.roster.is_full()) {
+        if id == self.own.peer {
+            return;
+        }
+        if self.roster.get(id).is_none() && self.roster.is_full() {
+            self.over_limit += 1;
             return;
         }
         if self.roster.get(id).is_none() {
@@ -172,6 +176,7 @@ impl<N: Notary> Protocol<N> {
                 return Verdict::Ignore("known");
             }
             if self.member(peer).is_none() && self.roster.is_full() {
+                self.over_limit += 1;
                 return Verdict::Ignore("full");
             }
         }

@@ -6,14 +6,11 @@ use std::time::Instant;
 use super::conduct::Conduct;
 use super::follower::Follower;
 use super::links::Links;
-use crate::model::{Introduction, Mark, Peer, PeerId, Refutation};
+use crate::model::{Introduction, MAX_MEMBERS, Mark, Peer, PeerId, Refutation};
 use crate::oci::Digest;
 
 /// Buckets that two neighbours compare. At a thousand members a difference in one of them costs sixteen marks, some 700 bytes.
 pub(super) const BUCKETS: usize = 64;
-
-/// Members known at a time: Kubernetes supports 5000 nodes.
-pub(super) const MAX_MEMBERS: usize = 5000;
 
 /// One other agent.
 #[derive(Debug, Clone)]
@@ -142,11 +139,13 @@ pub(super) struct Roster {
     /// Those with something under way, a connection or a dial or a suspicion: of a thousand members a few dozen, looked at in every tick.
     watched: BTreeSet<PeerId>,
     buckets: Vec<u64>,
+    /// Members known at a time.
+    pub(super) limit: usize,
 }
 
 impl Roster {
     pub(super) fn new() -> Self {
-        Self { members: BTreeMap::new(), watched: BTreeSet::new(), buckets: vec![0; BUCKETS] }
+        Self { members: BTreeMap::new(), watched: BTreeSet::new(), buckets: vec![0; BUCKETS], limit: MAX_MEMBERS }
     }
 
     pub(super) fn get(&self, peer: PeerId) -> Option<&Member> {
@@ -169,7 +168,7 @@ impl Roster {
 
     /// Calls it for each of them; with whom nothing is any more is left out from now on.
     pub(super) fn look_after(&mut self, mut look: impl FnMut(PeerId, &mut Member)) {
-        let Self { members, watched, buckets: _ } = self;
+        let Self { members, watched, buckets: _, limit: _ } = self;
         watched.retain(|peer| {
             let Some(member) = members.get_mut(peer) else { return false };
             look(*peer, member);
@@ -183,7 +182,7 @@ impl Roster {
     }
 
     pub(super) fn is_full(&self) -> bool {
-        self.members.len() >= MAX_MEMBERS
+        self.members.len() >= self.limit
     }
 
     /// Something of what stands in its mark has changed.

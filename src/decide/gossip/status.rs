@@ -29,6 +29,7 @@ impl<N: Notary> Protocol<N> {
             neighbours: members.iter().filter(|member| member.neighbour).count(),
             inventory_blobs: table.blobs(),
             inventory_bytes: table.bytes(),
+            over_limit: self.over_limit,
             messages_in: 0,
             messages_out: 0,
             members,

@@ -213,6 +213,20 @@ fn one_whose_credential_is_over_when_it_moves_is_no_provider() {
 }
 
 #[test]
+fn an_agent_with_as_many_members_as_may_be_counts_the_others_and_blames_nobody() {
+    let mut village = Village::of(1..=5);
+    village.house(1).protocol.roster.limit = 2;
+    for number in 2..=5 {
+        village.meet(1, number);
+    }
+    village.pass(seconds(30));
+    assert_eq!(village.up(1).len(), 2);
+    let (now, house) = (village.now, village.house(1));
+    assert!(house.protocol.status(&house.table, now).over_limit > 0);
+    assert!(house.blamed.is_empty());
+}
+
+#[test]
 fn a_member_that_moves_is_told_of_again() {
     let mut village = Village::grown(1..=4);
     let (now, moved) = (village.now, ([10, 0, 9, 9], 4701).into());
