@@ -13,7 +13,7 @@
 //! agent
 //! config
 //! admin admission cluster containerd control layout mesh registry testing transfer webhook
-//! credential files http identity
+//! addresses credential files http identity
 //! ports wire metrics
 //! decide
 //! model
@@ -21,7 +21,8 @@
 //! ```
 //!
 //! Deviations from the first design: `identity` is a floor of its own, because both network adapters prove the same key and
-//! siblings must not import each other; so are `files`, because two stores read blobs from files, and `http`, because two adapters
+//! siblings must not import each other; so are `addresses`, because the admin port and the way to
+//! peers both tell this node's addresses from others, `files`, because two stores read blobs from files, and `http`, because two adapters
 //! ask servers outside the cluster, and `credential`, because what strangers show is read before anything else and has to be fuzzed
 //! without the rest; and `testing` stands among the adapters, since that is what it implements.
 
@@ -31,6 +32,8 @@ pub mod oci;
 pub mod ports;
 pub mod wire;
 
+#[cfg(feature = "agent")]
+pub mod addresses;
 #[cfg(feature = "agent")]
 pub mod admin;
 #[cfg(feature = "agent")]

@@ -6,7 +6,7 @@
 //! descriptors and memory. A firewall decides which networks reach the port at all.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::addresses::is_of_this_node;
 use crate::decide::connection_limit::{Connections, Limits, Origin, Rejected};
 use crate::metrics::Metrics;
 
@@ -41,9 +42,6 @@ const DRAIN: Duration = Duration::from_secs(1);
 /// The pause after `accept` failed, as when the process has no descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// An address that RFC 5737 reserves for documentation, so no node has it.
-const NO_NODE_HAS: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
-
 pub(super) struct Server {
     pub(super) listener: TcpListener,
     pub(super) router: Router,
@@ -62,15 +60,13 @@ impl Server {
     pub(super) async fn run(self, stop: CancellationToken) {
         let Self { listener, router, metrics } = self;
         let connections = Arc::new(Mutex::new(Connections::new(LIMITS)));
-        // With net.ipv4.ip_nonlocal_bind=1 any address can be bound, so a bind proves nothing.
-        let bind_proves = !can_bind(NO_NODE_HAS.into());
         let mut serving = JoinSet::new();
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
                 Some(_) = serving.join_next() => {}
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, peer)) => match place(&connections, &stream, peer, bind_proves) {
+                    Ok((stream, peer)) => match place(&connections, &stream, peer) {
                         Ok(place) => drop(serving.spawn(serve(stream, router.clone(), place))),
                         Err(rejected) => {
                             metrics.admin_connection_rejected(label(rejected));
@@ -98,15 +94,10 @@ impl Drop for Place {
     }
 }
 
-fn place(
-    connections: &Arc<Mutex<Connections>>,
-    stream: &TcpStream,
-    peer: SocketAddr,
-    bind_proves: bool,
-) -> Result<Place, Rejected> {
+fn place(connections: &Arc<Mutex<Connections>>, stream: &TcpStream, peer: SocketAddr) -> Result<Place, Rejected> {
     let address = peer.ip().to_canonical();
     // A connection that ended already has no local address, and nothing to be served.
-    let is_own = stream.local_addr().is_ok_and(|local| is_of_node(address, local.ip().to_canonical(), bind_proves));
+    let is_own = stream.local_addr().is_ok_and(|local| is_of_node(address, local.ip().to_canonical()));
     let origin = if is_own { Origin::Node } else { Origin::Elsewhere };
     connections.lock().unwrap_or_else(PoisonError::into_inner).insert(origin, address)?;
     Ok(Place { connections: Arc::clone(connections), origin, address })
@@ -116,12 +107,8 @@ fn place(
 /// connection to an own address from the same address, or, where `local` is the second address of
 /// its network, from the first. Loopback is left to the comparison, because every address of
 /// 127.0.0.0/8 can be bound.
-fn is_of_node(peer: IpAddr, local: IpAddr, bind_proves: bool) -> bool {
-    peer == local || (bind_proves && !peer.is_loopback() && can_bind(peer))
-}
-
-fn can_bind(address: IpAddr) -> bool {
-    UdpSocket::bind((address, 0)).is_ok()
+fn is_of_node(peer: IpAddr, local: IpAddr) -> bool {
+    peer == local || (!peer.is_loopback() && is_of_this_node(peer))
 }
 
 fn label(rejected: Rejected) -> &'static str {

@@ -1,7 +1,7 @@
 //! Finding peers: addresses are greeted at the door ([`crate::transfer`]), and who is admitted there may gossip ([`crate::mesh`]).
 //!
 //! Addresses come from DNS and from settings, from the address book of an earlier process, and from the mesh, which asks for the
-//! neighbours that it lacks. The mesh also says who is there whom this agent never met, and where: so anybody can be fetched from.
+//! neighbours that it lacks. When DNS is asked is decided by [`crate::decide::lookup`]. The mesh also says who is there whom this agent never met, and where: so anybody can be fetched from.
 //!
 //! Not here: who is admitted. Addresses are only hints; anybody may answer there.
 
@@ -9,6 +9,7 @@ mod address_book;
 mod attendance;
 mod calls;
 pub mod introduce;
+mod names;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -28,27 +29,21 @@ use self::address_book::{AddressBook, KnownPeer};
 use self::attendance::Attendance;
 use self::calls::{Call, Calls, MAX_HINTS};
 use super::holders::Holders;
+use crate::addresses::is_of_this_node;
+use crate::decide::lookup::Schedule;
 use crate::mesh::{Mesh, MeshNews};
 use crate::metrics::Metrics;
-use crate::model::{MeshStatus, Peer, PeerId, Release};
+use crate::model::{MAX_MEMBERS, MeshStatus, Peer, PeerId, Release};
 use crate::ports::MeshSource;
 use crate::transfer::{GreetError, Transfer};
 
-/// How often names are resolved and unknown addresses greeted, once the start is over. New nodes greet us themselves, and the mesh tells
-/// of them, so this only mends what went wrong.
+/// How often an agent that is short of peers greets the addresses of the last look-up again, and how
+/// often peers that are gone are forgotten.
 const PERIOD: Duration = Duration::from_secs(10);
-/// The first rounds, while a cluster starts: of two agents that start together DNS may know neither yet, and it learns of a pod within
-/// a second or two.
-const FIRST_PERIOD: Duration = Duration::from_secs(1);
-/// How long [`FIRST_PERIOD`] is kept up.
-const STARTING: Duration = Duration::from_secs(10);
 /// Addresses greeted at the same time.
 const AT_ONCE: usize = 16;
 /// Most addresses taken from DNS and settings in one round, at random; the next round takes others.
 const MAX_ADDRESSES: usize = 512;
-/// Longest wait for the resolver.
-const RESOLVE_WAIT: Duration = Duration::from_secs(5);
-
 /// The first greetings wait for up to this long, at random, so that the doors of a thousand nodes that start together are not all
 /// knocked at in the same moment...
 const LONGEST_SPREAD: Duration = Duration::from_secs(2);
@@ -72,7 +67,7 @@ const LONGEST_LIFE: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Keeps this agent connected.
 pub struct Joiner {
-    /// `host:port` of the first peers; names are resolved again each time.
+    /// `host:port` of the first peers.
     pub seeds: Vec<String>,
     /// Where known peers are kept.
     pub peers_file: PathBuf,
@@ -103,6 +98,11 @@ struct Memory {
     /// Why nobody was; each reason is logged once.
     refused: BTreeMap<SocketAddr, String>,
     last_seen: BTreeMap<PeerId, Instant>,
+    schedule: Schedule,
+    /// The log has a warning that there are more members than may be.
+    is_overflow_logged: bool,
+    /// Addresses of the last look-up that named any; at most [`MAX_ADDRESSES`].
+    listed: Vec<SocketAddr>,
 }
 
 impl Joiner {
@@ -120,9 +120,10 @@ impl Joiner {
         let mut quiet_until = began + spread(earlier.len());
         memory.calls.hint(earlier);
         let mut is_first = true;
-        let round = self.look_up(Duration::ZERO);
+        let mut looking_up = FuturesUnordered::new();
+        let mut retry = began + PERIOD;
         let counting = self.count(Duration::ZERO);
-        tokio::pin!(round, counting);
+        tokio::pin!(counting);
         let mut counts = 0;
         loop {
             let is_quiet = Instant::now() < quiet_until;
@@ -132,29 +133,32 @@ impl Joiner {
                 greetings.push(transfer.greet(call.address, call.meant).map(move |greeted| (call, greeted)));
             }
             let due = memory.attendance.due();
+            let look_up = memory.look_up_due(Instant::now());
             tokio::select! {
                 () = stop.cancelled() => break,
                 Some(peer) = joined.recv() => self.admit(peer).await,
                 Some(news) = news.recv() => self.hear(news, &mut memory).await,
                 Some((call, greeted)) = greetings.next() => self.ended(call, greeted, &mut memory).await,
-                addresses = &mut round => {
-                    let unknown = self.unknown(addresses, &memory);
+                () = sleep_until(look_up), if looking_up.is_empty() => looking_up.push(self.look_up()),
+                Some(listed) = looking_up.next() => {
+                    memory.looked_up(listed, Instant::now());
+                    let unknown = self.unknown(&memory);
                     if std::mem::take(&mut is_first) {
                         quiet_until = quiet_until.max(Instant::now() + spread(unknown.len()));
                     }
                     memory.begin_round(unknown);
-                    if self.holders.count() == 0 {
-                        // As at the start: DNS may be away, and those whom this agent knew may be back.
-                        let earlier = memory.book.addresses();
-                        memory.calls.hint(earlier);
+                }
+                () = sleep_until(retry) => {
+                    if memory.schedule.is_short() {
+                        let unknown = self.unknown(&memory);
+                        memory.begin_round(unknown);
                     }
                     self.forget_the_gone(&mut memory.last_seen, Instant::now()).await;
-                    let period = if began.elapsed() < STARTING { FIRST_PERIOD } else { PERIOD };
-                    // Spread over a fifth, so that nodes that started together do not stay in step.
-                    round.set(self.look_up(period.mul_f64(0.9 + rand::random::<f64>() / 5.0)));
+                    retry = Instant::now() + PERIOD;
                 }
                 status = &mut counting => {
                     self.metrics.mesh_counted(&status);
+                    memory.warn_of_overflow(&status);
                     memory.releases = releases(&status);
                     counts += 1;
                     if counts % COUNTS_PER_NOTE == 0 {
@@ -176,17 +180,20 @@ impl Joiner {
         }
     }
 
-    /// Where peers may be, by DNS and by settings, after a pause; in random order.
-    async fn look_up(&self, pause: Duration) -> Vec<SocketAddr> {
-        sleep(pause).await;
-        let mut addresses = BTreeSet::new();
+    /// Where other agents may be, by DNS and by settings, in random order; `None` where no name was resolved.
+    async fn look_up(&self) -> Option<Vec<SocketAddr>> {
+        let (mut addresses, mut is_answered) = (BTreeSet::new(), false);
+        let (resolv_conf, port) = (names::resolv_conf(), self.transfer.local_addr().port());
         for seed in &self.seeds {
-            addresses.extend(resolve(seed).await);
+            let resolved = names::resolve(&names::qualified(seed, &resolv_conf)).await;
+            self.metrics.names_looked_up(resolved.is_some());
+            is_answered |= resolved.is_some();
+            addresses.extend(resolved.unwrap_or_default());
         }
-        let mut addresses: Vec<_> = addresses.into_iter().collect();
+        let mut addresses: Vec<_> = addresses.into_iter().filter(|address| !is_own(*address, port)).collect();
         addresses.shuffle(&mut rand::rng());
         addresses.truncate(MAX_ADDRESSES);
-        addresses
+        is_answered.then_some(addresses)
     }
 
     async fn count(&self, pause: Duration) -> MeshStatus {
@@ -248,8 +255,9 @@ impl Joiner {
         }
     }
 
-    /// Those where nobody is known who is up.
-    fn unknown(&self, mut addresses: Vec<SocketAddr>, memory: &Memory) -> Vec<SocketAddr> {
+    /// Those of the last look-up where nobody is known who is up.
+    fn unknown(&self, memory: &Memory) -> Vec<SocketAddr> {
+        let mut addresses = memory.listed.clone();
         let up: BTreeMap<_, _> = self.holders.peers().into_iter().map(|peer| (peer.id, peer.transfer)).collect();
         let taken: BTreeSet<_> = up.values().copied().collect();
         addresses.retain(|address| {
@@ -306,6 +314,35 @@ impl Memory {
             met: BTreeMap::new(),
             refused: BTreeMap::new(),
             last_seen: BTreeMap::new(),
+            schedule: Schedule::new(Instant::now().into_std()),
+            is_overflow_logged: false,
+            listed: Vec::new(),
+        }
+    }
+
+    /// When names are looked up next.
+    fn look_up_due(&mut self, now: Instant) -> Instant {
+        self.schedule.observe(self.up.len(), now.into_std(), rand::random());
+        self.schedule.due().into()
+    }
+
+    /// Once in the life of the process; the metric counts on.
+    fn warn_of_overflow(&mut self, status: &MeshStatus) {
+        if status.over_limit > 0 && !std::mem::replace(&mut self.is_overflow_logged, true) {
+            let members = status.members.len();
+            tracing::warn!(
+                limit = MAX_MEMBERS,
+                members,
+                "the mesh has more members than an agent knows; the others are no providers here"
+            );
+        }
+    }
+
+    fn looked_up(&mut self, listed: Option<Vec<SocketAddr>>, now: Instant) {
+        self.schedule.resolved(listed.as_ref().map(Vec::len), now.into_std(), rand::random());
+        // An answer that names nobody is DNS at its start, or in trouble.
+        if let Some(listed) = listed.filter(|listed| !listed.is_empty()) {
+            self.listed = listed;
         }
     }
 
@@ -317,8 +354,22 @@ impl Memory {
         if self.met.len() > MAX_HINTS {
             self.met.clear();
         }
+        if self.myself.len() > MAX_HINTS {
+            self.myself.clear();
+        }
         self.calls.hint(unknown);
+        if self.up.is_empty() {
+            // As at the start: DNS may be away, and those whom this agent knew may be back.
+            let earlier = self.book.addresses();
+            self.calls.hint(earlier);
+        }
     }
+}
+
+/// Whether the agent of this node that listens on `port` listens there. DNS names every agent, this one
+/// included.
+fn is_own(address: SocketAddr, port: u16) -> bool {
+    address.port() == port && is_of_this_node(address.ip().to_canonical())
 }
 
 /// How long the first greetings of so many addresses wait.
@@ -333,16 +384,16 @@ fn releases(status: &MeshStatus) -> BTreeMap<String, Release> {
     members.filter_map(|member| Some((member.peer_id.clone(), member.release.parse().ok()?))).collect()
 }
 
-async fn resolve(seed: &str) -> Vec<SocketAddr> {
-    match tokio::time::timeout(RESOLVE_WAIT, tokio::net::lookup_host(seed)).await {
-        Ok(Ok(addresses)) => addresses.collect(),
-        Ok(Err(error)) => {
-            tracing::debug!(seed, %error, "cannot resolve");
-            Vec::new()
-        }
-        Err(_) => {
-            tracing::debug!(seed, "the resolver does not answer");
-            Vec::new()
-        }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_takes_its_own_address_out_of_an_answer() {
+        let at = |address: &str| address.parse::<SocketAddr>().unwrap();
+        assert!(is_own(at("127.0.0.1:4701"), 4701));
+        assert!(is_own(at("[::ffff:127.0.0.1]:4701"), 4701));
+        assert!(!is_own(at("127.0.0.1:4711"), 4701), "another agent of this machine");
+        assert!(!is_own(at("198.51.100.1:4701"), 4701), "another node");
     }
 }

@@ -9,6 +9,7 @@ use super::register::counters;
 #[derive(Clone)]
 pub(super) struct NetworkMetrics {
     admin_rejected: IntCounterVec,
+    name_look_ups: IntCounterVec,
 }
 
 impl NetworkMetrics {
@@ -20,11 +21,23 @@ impl NetworkMetrics {
                 "Connections that the admin port closed at once, by the limit that was reached: address, all.",
                 "reason",
             ),
+            name_look_ups: counters(
+                r,
+                "name_look_ups_total",
+                "Times that a name or address of first peers was resolved, by result: answered, unanswered.",
+                "result",
+            ),
         }
     }
 }
 
 impl Metrics {
+    /// A name of first peers was resolved, or no server answered.
+    pub fn names_looked_up(&self, answered: bool) {
+        let result = if answered { "answered" } else { "unanswered" };
+        self.network.name_look_ups.with_label_values(&[result]).inc();
+    }
+
     /// The admin port rejected a connection: `address`, `all`.
     pub fn admin_connection_rejected(&self, reason: &'static str) {
         self.network.admin_rejected.with_label_values(&[reason]).inc();
