@@ -25,6 +25,7 @@ pub mod swarm;
 pub mod tell;
 #[cfg(test)]
 mod tests;
+pub mod udp_watch;
 pub mod unpack;
 
 use std::net::SocketAddr;
@@ -64,6 +65,7 @@ use self::salvage::{Parts, Salvager};
 use self::status::{AgentStatus, MeshView};
 use self::supervisor::Supervisor;
 use self::swarm::Underway;
+use self::udp_watch::UdpWatch;
 use self::unpack::Unpacking;
 
 /// The outside world of one agent: its ports.
@@ -202,7 +204,9 @@ impl Agent {
         };
         let transfer = Transfer::bind_within(transfer, &identity, surroundings, rules.clone())?;
         let (store_ready_in, store_ready) = watch::channel(false);
-        let mut all_checks = vec![Check { name: "content store", holds: store_ready }];
+        let (udp_ready_in, udp_ready) = watch::channel(true);
+        let mut all_checks =
+            vec![Check { name: "content store", holds: store_ready }, Check { name: "UDP to peers", holds: udp_ready }];
         all_checks.extend(checks);
         let admin = Admin::bind(admin_listen, metrics.clone(), all_checks, Arc::clone(&mesh_view)).await?;
         let (transfer_address, admin_address) = (transfer.local_addr(), admin.local_addr()?);
@@ -299,6 +303,15 @@ impl Agent {
             metrics: metrics.clone(),
             dry_run: manner.dry_run,
         };
+        let (listed_in, listed) = watch::channel(Vec::new());
+        let udp_watch = UdpWatch {
+            transfer: transfer.clone(),
+            status: Arc::clone(&mesh_view),
+            holders: holders.clone(),
+            listed,
+            ready: udp_ready_in,
+            metrics: metrics.clone(),
+        };
         let joiner = Joiner {
             seeds,
             peers_file,
@@ -307,6 +320,7 @@ impl Agent {
             status: mesh_view,
             holders: holders.clone(),
             metrics,
+            listed: listed_in,
         };
 
         // Stopped in reverse: first nobody recovers any more, then nobody is found, and the doors close last.
@@ -317,6 +331,7 @@ impl Agent {
         supervisor.spawn("advertise", |stop| advertiser.run(stop));
         supervisor.spawn("introduce", |stop| introducer.run(stop));
         supervisor.spawn("join", |stop| joiner.run(joined, mesh_news, stop));
+        supervisor.spawn("UDP", |stop| udp_watch.run(stop));
         if let Some(rules_watch) = rules_watch {
             supervisor.spawn("rules", |stop| rules_watch.run(stop));
         }

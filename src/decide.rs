@@ -24,5 +24,6 @@ pub mod selector;
 pub mod slots;
 pub mod tag;
 pub mod trust;
+pub mod udp_path;
 pub mod unpacking;
 pub mod wholeness;

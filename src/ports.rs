@@ -25,7 +25,7 @@ pub use content::{
 };
 pub use control::{
     BlobAccess, ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus,
-    PullFailure, PullProgress, PullRequest, RecoveryStatus, RulesFileStatus, Status, StatusSource,
+    PullFailure, PullProgress, PullRequest, RecoveryStatus, RulesFileStatus, Status, StatusSource, UdpStatus,
 };
 pub use fetch::{FetchError, Fetcher};
 pub use notify::{MAX_PODS, Notification, Notifier, NotifyError};

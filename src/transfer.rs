@@ -273,6 +273,19 @@ impl Transfer {
         Ok(peer)
     }
 
+    /// Whether anything comes back over UDP from whoever listens at `address`: a handshake that is closed at once. A
+    /// connection that exists is an answer.
+    ///
+    /// # Errors
+    /// [`quinn::ConnectError`] where no packet was sent.
+    pub async fn answers(&self, address: SocketAddr) -> Result<bool, quinn::ConnectError> {
+        let address = canonical(address);
+        if self.0.peers.connected_at(address, since_1970()).is_some() {
+            return Ok(true);
+        }
+        self.0.answers(address).await
+    }
+
     /// Where a peer is that never came through this door, so that it can be fetched from: it is dialled when it is needed, and
     /// admitted then like any other. One that is known already has moved.
     pub fn know(&self, peer: &Peer) {

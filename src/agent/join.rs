@@ -9,6 +9,7 @@ mod address_book;
 mod attendance;
 mod calls;
 pub mod introduce;
+mod memory;
 mod names;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,20 +21,19 @@ use std::time::Duration;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use rand::seq::SliceRandom;
-use tokio::sync::mpsc;
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use self::address_book::{AddressBook, KnownPeer};
-use self::attendance::Attendance;
-use self::calls::{Call, Calls, MAX_HINTS};
+use self::address_book::KnownPeer;
+use self::calls::Call;
+use self::memory::Memory;
 use super::holders::Holders;
 use crate::addresses::is_of_this_node;
-use crate::decide::lookup::Schedule;
 use crate::mesh::{Mesh, MeshNews};
 use crate::metrics::Metrics;
-use crate::model::{MAX_MEMBERS, MeshStatus, Peer, PeerId, Release};
+use crate::model::{MeshStatus, Peer, PeerId, Release};
 use crate::ports::MeshSource;
 use crate::transfer::{GreetError, Transfer};
 
@@ -81,28 +81,8 @@ pub struct Joiner {
     pub holders: Holders,
     /// Where the mesh is counted.
     pub metrics: Metrics,
-}
-
-/// What is remembered from one round to the next.
-struct Memory {
-    calls: Calls,
-    book: AddressBook,
-    writing: Option<JoinHandle<bool>>,
-    attendance: Attendance,
-    up: BTreeSet<PeerId>,
-    releases: BTreeMap<String, Release>,
-    /// Addresses of this agent itself.
-    myself: BTreeSet<SocketAddr>,
-    /// Who was met where. Their own word for it may be another address.
-    met: BTreeMap<SocketAddr, PeerId>,
-    /// Why nobody was; each reason is logged once.
-    refused: BTreeMap<SocketAddr, String>,
-    last_seen: BTreeMap<PeerId, Instant>,
-    schedule: Schedule,
-    /// The log has a warning that there are more members than may be.
-    is_overflow_logged: bool,
-    /// Addresses of the last look-up that named any; at most [`MAX_ADDRESSES`].
-    listed: Vec<SocketAddr>,
+    /// Where the addresses of the last look-up go.
+    pub listed: watch::Sender<Vec<SocketAddr>>,
 }
 
 impl Joiner {
@@ -142,6 +122,7 @@ impl Joiner {
                 () = sleep_until(look_up), if looking_up.is_empty() => looking_up.push(self.look_up()),
                 Some(listed) = looking_up.next() => {
                     memory.looked_up(listed, Instant::now());
+                    self.listed.send_replace(memory.listed.clone());
                     let unknown = self.unknown(&memory);
                     if std::mem::take(&mut is_first) {
                         quiet_until = quiet_until.max(Instant::now() + spread(unknown.len()));
@@ -297,71 +278,6 @@ impl Joiner {
         let alive = self.holders.peers().into_iter().map(|peer| KnownPeer::new(&peer, release(&peer), now)).collect();
         if let Some((path, text)) = memory.book.update(alive) {
             memory.writing = Some(spawn_blocking(move || address_book::store(&path, &text)));
-        }
-    }
-}
-
-impl Memory {
-    fn new(peers_file: PathBuf) -> Self {
-        Self {
-            calls: Calls::default(),
-            book: AddressBook::open(peers_file),
-            writing: None,
-            attendance: Attendance::default(),
-            up: BTreeSet::new(),
-            releases: BTreeMap::new(),
-            myself: BTreeSet::new(),
-            met: BTreeMap::new(),
-            refused: BTreeMap::new(),
-            last_seen: BTreeMap::new(),
-            schedule: Schedule::new(Instant::now().into_std()),
-            is_overflow_logged: false,
-            listed: Vec::new(),
-        }
-    }
-
-    /// When names are looked up next.
-    fn look_up_due(&mut self, now: Instant) -> Instant {
-        self.schedule.observe(self.up.len(), now.into_std(), rand::random());
-        self.schedule.due().into()
-    }
-
-    /// Once in the life of the process; the metric counts on.
-    fn warn_of_overflow(&mut self, status: &MeshStatus) {
-        if status.over_limit > 0 && !std::mem::replace(&mut self.is_overflow_logged, true) {
-            let members = status.members.len();
-            tracing::warn!(
-                limit = MAX_MEMBERS,
-                members,
-                "the mesh has more members than an agent knows; the others are no providers here"
-            );
-        }
-    }
-
-    fn looked_up(&mut self, listed: Option<Vec<SocketAddr>>, now: Instant) {
-        self.schedule.resolved(listed.as_ref().map(Vec::len), now.into_std(), rand::random());
-        // An answer that names nobody is DNS at its start, or in trouble.
-        if let Some(listed) = listed.filter(|listed| !listed.is_empty()) {
-            self.listed = listed;
-        }
-    }
-
-    fn begin_round(&mut self, unknown: Vec<SocketAddr>) {
-        // Nodes come and go and DNS can say anything: begun anew rather than let grow, which costs a line and a greeting for each.
-        if self.refused.len() > MAX_HINTS {
-            self.refused.clear();
-        }
-        if self.met.len() > MAX_HINTS {
-            self.met.clear();
-        }
-        if self.myself.len() > MAX_HINTS {
-            self.myself.clear();
-        }
-        self.calls.hint(unknown);
-        if self.up.is_empty() {
-            // As at the start: DNS may be away, and those whom this agent knew may be back.
-            let earlier = self.book.addresses();
-            self.calls.hint(earlier);
         }
     }
 }

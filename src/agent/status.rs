@@ -74,6 +74,7 @@ impl StatusSource for AgentStatus {
             version: Some(env!("CARGO_PKG_VERSION").into()),
             containerd: self.containerd.as_ref().map(|told| told.borrow().clone()),
             mesh: self.mesh.mesh().await,
+            udp: Some(self.holders.udp().status()),
             images: self.images.borrow().clone(),
             registries_down: Some(self.registries_down()),
             recoveries: Some(self.recoveries()),

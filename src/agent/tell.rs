@@ -9,7 +9,7 @@ use super::recover::{RecoverError, Recovered};
 use crate::metrics::Metrics;
 use crate::model::{PeerId, PodRef};
 use crate::oci::{Digest, Reference};
-use crate::ports::{Cluster, ClusterError, PodReport, ReportKind};
+use crate::ports::{Cluster, ClusterError, PodReport, ReportKind, UdpStatus};
 
 /// Tries of one nudge. Without it the pod starts too, only later: the kubelet looks by itself within a minute and a half.
 const TRIES: u32 = 3;
@@ -149,7 +149,24 @@ impl Tell {
             | ReportKind::Removed
             | ReportKind::DryRun => "",
         };
-        format!("{error}.{nodes}{next}")
+        let udp = match error.report_kind() {
+            ReportKind::NoProvider | ReportKind::Failed => self.udp_note(),
+            ReportKind::NotActionable | ReportKind::Salvaged | ReportKind::Removed | ReportKind::DryRun => {
+                String::new()
+            }
+        };
+        format!("{error}.{nodes}{udp}{next}")
+    }
+
+    /// Names a firewall, where one keeps this node from fetching anything of any peer.
+    fn udp_note(&self) -> String {
+        let UdpStatus { blocked_since, port, nodes } = self.holders.udp().status();
+        blocked_since.map_or_else(String::new, |_| {
+            format!(
+                " UDP port {port} is blocked: {nodes} nodes answer this node over TCP and none over UDP, so the peers are not at \
+                 fault. Open UDP port {port} between all nodes."
+            )
+        })
     }
 }
 

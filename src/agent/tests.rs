@@ -15,6 +15,7 @@ mod room;
 mod salvaging;
 mod swarming;
 mod telling;
+mod udp;
 mod unpacking;
 
 use std::sync::Arc;

@@ -10,7 +10,7 @@ use super::socket::{SocketArgs, printable, with_advice};
 use crate::agent::tell::human_bytes;
 use crate::model::MeshStatus;
 use crate::ports::{
-    ContainerdStatus, ImagesStatus, LayerStatus, OutageStatus, RecoveryStatus, RulesFileStatus, Status,
+    ContainerdStatus, ImagesStatus, LayerStatus, OutageStatus, RecoveryStatus, RulesFileStatus, Status, UdpStatus,
 };
 
 /// Flags of `lighterman status`.
@@ -72,11 +72,13 @@ const WIDTH: usize = 17;
 
 /// A name and a line, or several lines, for each thing that is known.
 fn table(status: &Status) -> String {
-    let Status { node, peer_id, version, containerd, mesh, images, registries_down, recoveries, rules_file } = status;
+    let Status { node, peer_id, version, containerd, mesh, udp, images, registries_down, recoveries, rules_file } =
+        status;
     let word = |text: &Option<String>| vec![text.clone().unwrap_or_else(unknown)];
     let mut rows = vec![("node", word(node)), ("PeerId", word(peer_id)), ("version", word(version))];
     rows.extend(containerd_rows(&containerd.clone().unwrap_or_default()));
     rows.push(("mesh", mesh.as_ref().map_or_else(nothing_known, MeshStatus::summary)));
+    rows.push(("UDP to peers", vec![udp.as_ref().map_or_else(unknown, udp_line)]));
     rows.push(("images", images.as_ref().map_or_else(nothing_known, |images| vec![images_line(images)])));
     rows.push(("registries down", lines(registries_down.as_deref(), outage_line)));
     rows.push(("recoveries", lines(recoveries.as_deref(), recovery_line)));
@@ -135,6 +137,17 @@ fn containerd_rows(containerd: &ContainerdStatus) -> Vec<(&'static str, Vec<Stri
         ("sandbox image", vec![sandbox_image.clone().unwrap_or_else(unknown)]),
         ("image verifiers", lines(image_verifiers.as_deref(), String::clone)),
     ]
+}
+
+fn udp_line(udp: &UdpStatus) -> String {
+    let UdpStatus { blocked_since, port, nodes } = udp;
+    match blocked_since {
+        None => "not blocked".into(),
+        Some(since) => format!(
+            "port {port} is blocked since {}: {nodes} nodes answer over TCP and none over UDP, so nothing is fetched",
+            time(*since)
+        ),
+    }
 }
 
 fn images_line(images: &ImagesStatus) -> String {
@@ -200,6 +213,7 @@ mod tests {
                 image_verifiers: Some(Vec::new()),
             }),
             mesh: Some(MeshStatus { alive: 3, release: "0.1.0".into(), ..MeshStatus::default() }),
+            udp: Some(UdpStatus { blocked_since: Some(1_700_000_000), port: 4701, nodes: 3 }),
             images: Some(ImagesStatus {
                 announced: 41,
                 incomplete: 3,
@@ -245,6 +259,7 @@ mesh              3 alive, 0 suspected, 0 down, 0 banned; 0 neighbours
                   releases: 0.1.0 1
                   inventory: 0 blobs of others, 0.0 MiB; this node tells 0 items
                   lag: none
+UDP to peers      port 4701 is blocked since 2023-11-14T22:13:20Z: 3 nodes answer over TCP and none over UDP, so nothing is fetched
 images            41 announced, 3 incomplete (layers discarded after unpacking 2, layers lost 1)
 registries down   registry.example.com:5000: connections are refused, since 2023-11-14T22:13:20Z, seen by n2, node-10
 recoveries        r.test/shop/checkout:v1: 3.0 MiB of 12.0 MiB from n2, unpacking layer 2 of 5
@@ -260,7 +275,7 @@ rules file        /etc/lighterman/rules.yaml, in force since 2023-11-14T22:13:20
     #[test]
     fn what_is_not_known_is_said_to_be_unknown() {
         let table = table(&Status::default());
-        assert_eq!(table.lines().filter(|line| line.ends_with(" unknown")).count(), 15, "{table}");
+        assert_eq!(table.lines().filter(|line| line.ends_with(" unknown")).count(), 16, "{table}");
         assert!(table.ends_with("rules file        none is watched\n"), "{table}");
     }
 }

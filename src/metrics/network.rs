@@ -1,15 +1,16 @@
 //! The network around the agent: its open ports, its name look-ups, and what stands between it and its
 //! peers.
 
-use prometheus::{IntCounterVec, Registry};
+use prometheus::{IntCounterVec, IntGauge, Registry};
 
 use super::Metrics;
-use super::register::counters;
+use super::register::{counters, gauge};
 
 #[derive(Clone)]
 pub(super) struct NetworkMetrics {
     admin_rejected: IntCounterVec,
     name_look_ups: IntCounterVec,
+    udp_blocked: IntGauge,
 }
 
 impl NetworkMetrics {
@@ -27,11 +28,21 @@ impl NetworkMetrics {
                 "Times that a name or address of first peers was resolved, by result: answered, unanswered.",
                 "result",
             ),
+            udp_blocked: gauge(
+                r,
+                "udp_blocked",
+                "1 while other nodes answer this one over TCP and none over UDP, so that nothing can be fetched.",
+            ),
         }
     }
 }
 
 impl Metrics {
+    /// Other nodes answer over TCP and none over UDP, or UDP is open.
+    pub fn udp_blocked(&self, is_blocked: bool) {
+        self.network.udp_blocked.set(is_blocked.into());
+    }
+
     /// A name of first peers was resolved, or no server answered.
     pub fn names_looked_up(&self, answered: bool) {
         let result = if answered { "answered" } else { "unanswered" };

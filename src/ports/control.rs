@@ -166,6 +166,9 @@ pub struct Status {
     /// The other agents.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mesh: Option<MeshStatus>,
+    /// Whether other agents answer over UDP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub udp: Option<UdpStatus>,
     /// What this node tells the others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub images: Option<ImagesStatus>,
@@ -178,6 +181,20 @@ pub struct Status {
     /// The watched file, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rules_file: Option<RulesFileStatus>,
+}
+
+/// Whether other agents answer over UDP, which carries blobs.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct UdpStatus {
+    /// Since when none of those that were asked did while some answered over TCP, in seconds since 1970; absent
+    /// where UDP is not blocked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blocked_since: Option<u64>,
+    /// The UDP port, where it is blocked; zero otherwise.
+    pub port: u16,
+    /// Nodes that answer over TCP and not over UDP.
+    pub nodes: usize,
 }
 
 /// What is known of containerd.

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use quinn::{Connection, ConnectionError};
+use quinn::{ConnectError, Connection, ConnectionError};
 use tokio::time::timeout;
 
 use super::codes::{DONE, PROTOCOL, REFUSED, close};
@@ -116,6 +116,20 @@ impl Shared {
                 Err(unreachable(false, format!("no answer to our introduction in {:?}", self.limits.welcome())))
             }
         }
+    }
+
+    /// Whether anything comes back from there.
+    pub(super) async fn answers(&self, address: SocketAddr) -> Result<bool, ConnectError> {
+        let connecting = self.endpoint.connect_with(self.client.clone(), address, "lighterman")?;
+        Ok(match timeout(self.limits.dial, connecting).await {
+            Ok(Ok(connection)) => {
+                close(&connection, DONE, b"probe");
+                true
+            }
+            // A refusal, or another protocol.
+            Ok(Err(error)) => error != ConnectionError::TimedOut,
+            Err(_) => false,
+        })
     }
 
     async fn introduce(

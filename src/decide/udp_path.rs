@@ -1,0 +1,224 @@
+//! Whether UDP is blocked between this node and its peers while TCP is open. Blobs come over QUIC
+//! (UDP) and gossip over TCP, so such a firewall leaves a mesh in which every member lives and no
+//! image can be fetched.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+/// Other nodes that have to be silent over UDP and answer over TCP, where there are as many. One
+/// may have a fault of its own.
+const WITNESSES: usize = 3;
+
+/// Probes without an answer, so that one lost handshake says nothing where there is one other node.
+const TRIES: u32 = 3;
+
+/// Between two probes while they are answered. A probe is one handshake.
+const CALM: Duration = Duration::from_secs(20);
+
+/// Between two probes while they are not answered. With a handshake's timeout of 3 s three of them
+/// take 15 s, so a block is found within 24 s and these 15 s.
+const SUSPICIOUS: Duration = Duration::from_secs(2);
+
+/// Between two probes while UDP is blocked.
+const BLOCKED: Duration = Duration::from_secs(10);
+
+/// Addresses without an answer that are kept.
+const MAX_SILENT: usize = 16;
+
+/// What one probe of one other node found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Probe {
+    /// An answer over UDP.
+    Answered,
+    /// Nothing came back over UDP; whether a TCP connection could be opened.
+    Silent {
+        /// It could.
+        tcp: bool,
+    },
+}
+
+/// UDP is blocked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Blocked {
+    /// When the first of the probes without an answer ended.
+    pub since: Instant,
+    /// Nodes that answer over TCP and not over UDP.
+    pub nodes: usize,
+}
+
+/// The probes since the last answer.
+#[derive(Debug, Clone)]
+pub struct UdpPath {
+    due: Instant,
+    since: Option<Instant>,
+    tries: u32,
+    /// The last finding about each address: whether TCP was open.
+    silent: BTreeMap<SocketAddr, bool>,
+    blocked: Option<Blocked>,
+}
+
+impl UdpPath {
+    /// Nothing is known. `chance` is random, in 0..1.
+    pub fn new(now: Instant, chance: f64) -> Self {
+        Self { due: now + CALM.mul_f64(chance), since: None, tries: 0, silent: BTreeMap::new(), blocked: None }
+    }
+
+    /// When the next probe is due.
+    pub fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// The targets that give the most news: those that were not silent yet, if there are any.
+    pub fn prefer(&self, targets: &[SocketAddr]) -> Vec<SocketAddr> {
+        let fresh: Vec<_> = targets.iter().filter(|target| !self.silent.contains_key(target)).copied().collect();
+        if fresh.is_empty() { targets.to_vec() } else { fresh }
+    }
+
+    /// There was nothing to probe.
+    pub fn skipped(&mut self, now: Instant, chance: f64) {
+        self.due = now + spread(CALM, chance);
+    }
+
+    /// A probe ended. `targets` are the other nodes that could have been probed.
+    pub fn probed(&mut self, target: SocketAddr, probe: Probe, targets: usize, now: Instant, chance: f64) {
+        match probe {
+            Probe::Answered => {
+                (self.since, self.tries, self.blocked) = (None, 0, None);
+                self.silent.clear();
+            }
+            Probe::Silent { tcp } => {
+                self.since.get_or_insert(now);
+                self.tries = self.tries.saturating_add(1);
+                if self.silent.len() < MAX_SILENT || self.silent.contains_key(&target) {
+                    self.silent.insert(target, tcp);
+                }
+                self.blocked = self.judge(targets);
+            }
+        }
+        let pause = match (self.blocked, self.since) {
+            (Some(_), _) => BLOCKED,
+            (None, Some(_)) if self.silent.len() < MAX_SILENT => SUSPICIOUS,
+            // Many are silent over TCP as well: the nodes are gone, or the network is.
+            _ => CALM,
+        };
+        self.due = now + spread(pause, chance);
+    }
+
+    /// Whether UDP is blocked, as far as is known now.
+    pub fn blocked(&self) -> Option<Blocked> {
+        self.blocked
+    }
+
+    fn judge(&self, targets: usize) -> Option<Blocked> {
+        let nodes = self.silent.values().filter(|tcp| **tcp).count();
+        let is_enough = self.tries >= TRIES && nodes >= WITNESSES.min(targets.max(1));
+        self.since.filter(|_| is_enough).map(|since| Blocked { since, nodes })
+    }
+}
+
+/// Within a fifth of the pause on either side, so that nodes do not probe in step.
+fn spread(pause: Duration, chance: f64) -> Duration {
+    pause.mul_f64(0.8 + 0.4 * chance)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How long a probe without an answer takes.
+    const DIAL: Duration = Duration::from_secs(3);
+
+    fn at(last: u8) -> SocketAddr {
+        SocketAddr::from(([10, 0, 0, last], 4701))
+    }
+
+    /// Probes the targets in turn for so long; `answers` is what each of them does.
+    fn probe(
+        path: &mut UdpPath,
+        from: Instant,
+        time: Duration,
+        targets: &[SocketAddr],
+        answers: impl Fn(SocketAddr) -> Probe,
+    ) -> Option<Instant> {
+        let mut now = from;
+        for round in 0.. {
+            now = now.max(path.due());
+            if now > from + time {
+                break;
+            }
+            let preferred = path.prefer(targets);
+            let target = preferred[round % preferred.len()];
+            let found = answers(target);
+            if found != Probe::Answered {
+                now += DIAL;
+            }
+            path.probed(target, found, targets.len(), now, 1.0);
+            if path.blocked().is_some() {
+                return Some(now);
+            }
+        }
+        None
+    }
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn blocked_udp_is_found_within_a_minute_in_clusters_of_any_size() {
+        for nodes in [1, 2, 3, 50] {
+            let targets: Vec<_> = (0..nodes).map(at).collect();
+            let start = Instant::now();
+            let mut path = UdpPath::new(start, 1.0);
+            assert_eq!(probe(&mut path, start, 10 * MINUTE, &targets, |_| Probe::Answered), None);
+            // The last answer came just now, so the whole pause lies ahead.
+            let cut = start + 10 * MINUTE;
+            path.probed(targets[0], Probe::Answered, targets.len(), cut, 1.0);
+            let found = probe(&mut path, cut, MINUTE, &targets, |_| Probe::Silent { tcp: true });
+            assert!(found.is_some_and(|found| found <= cut + MINUTE), "{nodes} other nodes");
+        }
+    }
+
+    #[test]
+    fn one_silent_node_among_others_is_no_block() {
+        let targets: Vec<_> = (0..4).map(at).collect();
+        let mut path = UdpPath::new(Instant::now(), 0.5);
+        let answers = |target| if target == at(0) { Probe::Silent { tcp: true } } else { Probe::Answered };
+        assert_eq!(probe(&mut path, Instant::now(), 60 * MINUTE, &targets, answers), None);
+    }
+
+    #[test]
+    fn nodes_that_are_silent_over_tcp_as_well_are_no_block() {
+        let targets: Vec<_> = (0..4).map(at).collect();
+        let mut path = UdpPath::new(Instant::now(), 0.5);
+        let found = probe(&mut path, Instant::now(), 60 * MINUTE, &targets, |_| Probe::Silent { tcp: false });
+        assert_eq!(found, None);
+    }
+
+    #[test]
+    fn an_answer_ends_a_block() {
+        let (mut path, now) = (UdpPath::new(Instant::now(), 0.5), Instant::now());
+        for _ in 0..TRIES {
+            path.probed(at(1), Probe::Silent { tcp: true }, 1, now, 0.5);
+        }
+        assert_eq!(path.blocked(), Some(Blocked { since: now, nodes: 1 }));
+        assert!(path.due() <= now + BLOCKED.mul_f64(1.2));
+        path.probed(at(1), Probe::Answered, 1, now, 0.5);
+        assert_eq!(path.blocked(), None);
+    }
+
+    #[test]
+    fn two_lost_handshakes_with_the_only_other_node_are_no_block() {
+        let (mut path, now) = (UdpPath::new(Instant::now(), 0.5), Instant::now());
+        for _ in 1..TRIES {
+            path.probed(at(1), Probe::Silent { tcp: true }, 1, now, 0.5);
+        }
+        assert_eq!(path.blocked(), None);
+    }
+
+    #[test]
+    fn addresses_without_an_answer_are_bounded() {
+        let (mut path, now) = (UdpPath::new(Instant::now(), 0.5), Instant::now());
+        (0..=255).for_each(|last| path.probed(at(last), Probe::Silent { tcp: false }, 256, now, 0.5));
+        assert_eq!(path.silent.len(), MAX_SILENT);
+    }
+}
