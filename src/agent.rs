@@ -16,6 +16,7 @@ pub mod recover;
 mod recover_error;
 pub mod registries;
 pub mod resolve;
+pub mod retain;
 mod room;
 pub mod rules;
 pub mod salvage;
@@ -37,13 +38,14 @@ use crate::admin::{Admin, Check};
 use crate::config::Settings;
 use crate::control::{self, Control};
 use crate::decide::reserve::Reservations;
+use crate::decide::retain::RetainLayers;
 use crate::identity::Identity;
 use crate::mesh::{self, Table};
 use crate::metrics::Metrics;
 use crate::oci::Platform;
 use crate::ports::{
-    Admission, Claims, Cluster, ContainerdStatus, ContentStore, Imports, MeshSource, Notifier, PodEvent, Registry,
-    Unpacker,
+    Admission, Claims, Cluster, ContainerdStatus, ContentStore, Imports, LayerLeases, MeshSource, Notifier, PodEvent,
+    Registry, Unpacker,
 };
 use crate::transfer::{self, Surroundings, Transfer};
 
@@ -60,6 +62,7 @@ use self::progress::Board;
 use self::recover::Recoverer;
 use self::registries::Registries;
 use self::resolve::Resolver;
+use self::retain::{PodImages, Retainer};
 use self::rules::RulesWatch;
 use self::salvage::{Parts, Salvager};
 use self::status::{AgentStatus, MeshView};
@@ -74,6 +77,8 @@ pub struct World {
     pub store: Arc<dyn ContentStore>,
     /// Unpacks what is kept there; `None` where that is not wanted, or means nothing.
     pub unpacker: Option<Arc<dyn Unpacker>>,
+    /// Leases on layers; `None` for a store that never discards layers.
+    pub layer_leases: Option<Arc<dyn LayerLeases>>,
     /// Pods and their namespaces.
     pub cluster: Arc<dyn Cluster>,
     /// Leases.
@@ -129,6 +134,8 @@ pub enum StartError {
 /// cluster coming up), after which the sender waits.
 const PEERS_QUEUED: usize = 64;
 const MESH_NEWS_QUEUED: usize = 64;
+/// Pod events on their way past the task that looks at images: the watch's own channel holds the burst.
+const PODS_PASSED_ON: usize = 8;
 /// Pulls by hand that wait to be looked at, which takes no time.
 const PULLS_QUEUED: usize = 4;
 
@@ -164,11 +171,13 @@ impl Agent {
             image_verifier_dir: _,
             import_past_verifiers: _,
             unpack_layers: _,
+            retain,
             grace: _,
         } = settings;
         let World {
             store,
             unpacker,
+            layer_leases,
             cluster,
             claims,
             admission,
@@ -264,6 +273,13 @@ impl Agent {
         let (names_in, names_here) = watch::channel(None);
         let registries = Registries::new(holders.clone(), registry, probe_registries, first_hand_in, metrics.clone());
         let (images_in, images) = watch::channel(None);
+        let (retained_in, retained) = watch::channel(None);
+        let retaining = layer_leases.filter(|_| retain.layers != RetainLayers::None).map(|leases| {
+            let (used_in, used) = watch::channel(Arc::default());
+            let pod_images = PodImages::new(Arc::clone(&cluster), rules.clone(), used_in);
+            let retainer = Retainer::new(Arc::clone(&store), leases, retain, used, metrics.clone(), retained_in);
+            (pod_images, retainer)
+        });
         let salvager = Salvager::new(Parts {
             recoverer,
             board: board.clone(),
@@ -292,6 +308,7 @@ impl Agent {
             board: board.clone(),
             containerd,
             images,
+            retained,
             first_hand,
             rules_file: rules_status,
         };
@@ -340,6 +357,15 @@ impl Agent {
         if let Some(messenger) = messenger {
             supervisor.spawn("webhook", |stop| messenger.run(stop));
         }
+        let pods = match retaining {
+            Some((pod_images, retainer)) => {
+                let (passed_on, passed) = mpsc::channel(PODS_PASSED_ON);
+                supervisor.spawn("retain layers", |stop| retainer.run(stop));
+                supervisor.spawn("pod images", |stop| pod_images.run(pods, passed_on, stop));
+                passed
+            }
+            None => pods,
+        };
         supervisor.spawn("salvage", |stop| salvager.run(pods, stop));
         Ok(Self { supervisor, holders, board, transfer: transfer_address, admin: admin_address })
     }

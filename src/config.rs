@@ -12,6 +12,7 @@ use std::time::Duration;
 
 pub use self::flags::{AdmissionKind, AgentArgs};
 use crate::decide::opt_in::Policy;
+use crate::decide::retain::RetainOptions;
 use crate::decide::rules::{Budgets, Manner, ResolveSettings, Rules};
 use crate::model::{NodeName, PeerId, Zone};
 use crate::{admission, cluster, containerd, mesh, registry, transfer, webhook};
@@ -83,6 +84,8 @@ pub struct Settings {
     pub import_past_verifiers: bool,
     /// Whether layers are unpacked as they come.
     pub unpack_layers: bool,
+    /// Which layers are retained.
+    pub retain: RetainOptions,
     /// How long stopping may take.
     pub grace: Duration,
 }
@@ -144,6 +147,8 @@ impl AgentArgs {
             image_verifier_dir,
             import_past_verifiers,
             unpack_layers,
+            retain_layers,
+            retain_bytes,
             rules_file,
             max_download_rate,
             max_upload_rate,
@@ -254,6 +259,7 @@ impl AgentArgs {
                 image_verifier_dir: image_verifier_dir.unwrap_or_else(|| containerd::VERIFIERS.into()),
                 import_past_verifiers,
                 unpack_layers,
+                retain: RetainOptions { layers: retain_layers.into(), bytes: retain_bytes },
                 grace: Duration::from_secs(grace_period),
             },
         })
@@ -274,6 +280,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::decide::retain::{RetainBytes, RetainLayers};
 
     #[derive(Parser)]
     struct Command {
@@ -303,6 +310,19 @@ mod tests {
             [("certificate", &files[..4]), ("certificate", &peer), ("token", &files), ("token", &peer), ("static", &[])]
         {
             assert!(with(kind, more).is_err(), "{kind} {more:?}");
+        }
+    }
+
+    #[test]
+    fn retained_bytes_are_a_quantity_or_a_share_of_the_disk() {
+        let retain = |flags: &[&str]| config(flags).unwrap().settings.retain;
+        let share = RetainOptions { layers: RetainLayers::OptedIn, bytes: RetainBytes::Percent(20) };
+        assert_eq!(retain(&[]), share);
+        let flags = ["--retain-layers", "all", "--retain-bytes", "20Gi"];
+        assert_eq!(retain(&flags), RetainOptions { layers: RetainLayers::All, bytes: RetainBytes::Bytes(20 << 30) });
+        for wrong in ["91%", "%", "-1", "20 %", "much"] {
+            let flags = ["agent", "--node-name", "here", "--pod-name", "a", "--retain-bytes", wrong];
+            assert!(Command::try_parse_from(flags).is_err(), "{wrong}");
         }
     }
 

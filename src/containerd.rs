@@ -16,6 +16,7 @@ mod labels;
 mod leases;
 mod link;
 mod reader;
+mod retain;
 mod snapshotter;
 mod staging;
 mod stray;
@@ -31,12 +32,13 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_client::services::v1::version_client::VersionClient;
-use tokio::sync::{Notify, watch as counter};
+use tokio::sync::{Notify, broadcast, watch as counter};
 
 use crate::decide::disk::Disks;
 use crate::oci::Digest;
 use crate::ports::{
-    BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Snapshots, Staged, StoreError,
+    BlobInfo, BlobReader, BlobWriter, ContentEvent, ContentStore, ImageRecord, Pin, Remembered, Snapshots, Staged,
+    StoreError,
 };
 pub use adoption::Ingest;
 use link::Link;
@@ -100,6 +102,8 @@ struct State {
     /// See [`Config::staging`].
     staging: Option<PathBuf>,
     changes: counter::Sender<u64>,
+    /// What the changes are, for receivers that must act at once.
+    events: broadcast::Sender<ContentEvent>,
     /// Blobs that are being written through this store.
     writing: Mutex<HashSet<Digest>>,
     /// Keys of layers that are being unpacked through this store.
@@ -128,6 +132,7 @@ impl ContainerdStore {
             snapshotter: tokio::sync::Mutex::new(None),
             staging,
             changes: counter::Sender::new(0),
+            events: broadcast::Sender::new(retain::EVENTS_QUEUED),
             writing: Mutex::new(HashSet::new()),
             extracting: Mutex::new(HashSet::new()),
             beginning: tokio::sync::Mutex::new(()),

@@ -18,6 +18,7 @@ pub mod pull_failure;
 pub mod queue;
 pub mod repositories;
 pub mod reserve;
+pub mod retain;
 pub mod review_budget;
 pub mod rules;
 pub mod selector;

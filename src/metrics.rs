@@ -2,6 +2,7 @@
 //! peer or an image.
 
 mod door;
+mod layers;
 mod mesh;
 mod network;
 mod register;
@@ -11,6 +12,7 @@ use std::time::Duration;
 use prometheus::{Encoder, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
 
 use self::door::DoorMetrics;
+use self::layers::LayerMetrics;
 use self::mesh::MeshMetrics;
 use self::network::NetworkMetrics;
 use self::register::{counter, counters, gauge, histogram};
@@ -36,6 +38,7 @@ pub struct Metrics {
     claims: IntCounterVec,
     layers_unpacked: IntCounterVec,
     store_list_failures: IntCounter,
+    layers: LayerMetrics,
     registries_down: IntGauge,
     odd_annotations: IntCounter,
     records_removed: IntCounter,
@@ -148,6 +151,7 @@ impl Metrics {
                 "store_list_failures_total",
                 "Times that the content store could not be listed.",
             ),
+            layers: LayerMetrics::new(r),
             registries_down: gauge(r, "registries_down", "Registries that this node itself found unreachable."),
             odd_annotations: counter(
                 r,

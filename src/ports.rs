@@ -12,6 +12,7 @@ mod fetch;
 mod notify;
 mod pieces;
 mod registry;
+mod retain;
 mod unpack;
 
 pub use admission::{Admission, Admitted, LEEWAY, Refusal};
@@ -25,7 +26,8 @@ pub use content::{
 };
 pub use control::{
     BlobAccess, ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus,
-    PullFailure, PullProgress, PullRequest, RecoveryStatus, RulesFileStatus, Status, StatusSource, UdpStatus,
+    PullFailure, PullProgress, PullRequest, RecoveryStatus, RetainedStatus, RulesFileStatus, Status, StatusSource,
+    UdpStatus,
 };
 pub use fetch::{FetchError, Fetcher};
 pub use notify::{MAX_PODS, Notification, Notifier, NotifyError};
@@ -33,4 +35,5 @@ pub use pieces::{
     Following, Heard, NoPartials, Partial, Partials, PieceError, PieceFetcher, PieceSink, STAGED_LIFE, Staged,
 };
 pub use registry::{Registry, RegistryError};
+pub use retain::{ContentEvent, LayerLease, LayerLeases};
 pub use unpack::{UnpackError, Unpacked, Unpacker};

@@ -14,7 +14,7 @@ use crate::mesh::Mesh;
 use crate::model::{MeshStatus, NodeName, Outage, OutageKind, PeerId};
 use crate::ports::{
     ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus, RecoveryStatus,
-    RulesFileStatus, Status, StatusSource,
+    RetainedStatus, RulesFileStatus, Status, StatusSource,
 };
 
 /// What peers say about registries, taken into account: each of them may name many, and a person reads few.
@@ -59,6 +59,8 @@ pub struct AgentStatus {
     pub containerd: Option<watch::Receiver<ContainerdStatus>>,
     /// What was last announced; `None` inside before the first time.
     pub images: watch::Receiver<Option<ImagesStatus>>,
+    /// Retained layers; `None` inside where none are to be.
+    pub retained: watch::Receiver<Option<RetainedStatus>>,
     /// The registries that this node itself cannot reach.
     pub first_hand: watch::Receiver<Vec<Outage>>,
     /// The rules file; `None` when there is none to watch.
@@ -76,6 +78,7 @@ impl StatusSource for AgentStatus {
             mesh: self.mesh.mesh().await,
             udp: Some(self.holders.udp().status()),
             images: self.images.borrow().clone(),
+            retained: self.retained.borrow().clone(),
             registries_down: Some(self.registries_down()),
             recoveries: Some(self.recoveries()),
             rules_file: self.rules_file.as_ref().map(|file| file.borrow().clone()),
@@ -146,6 +149,7 @@ mod tests {
             board: Board::default(),
             containerd: None,
             images: watch::channel(None).1,
+            retained: watch::channel(None).1,
             first_hand: watch::channel(Vec::new()).1,
             rules_file: None,
         }

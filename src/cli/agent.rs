@@ -92,6 +92,7 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let world = World {
         store: Arc::new(store.clone()),
         unpacker: settings.unpack_layers.then(|| Arc::new(store.clone()) as _),
+        layer_leases: Some(Arc::new(store.clone())),
         cluster: Arc::clone(&kube) as _,
         claims: Arc::clone(&kube) as _,
         admission,

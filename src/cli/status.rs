@@ -10,7 +10,8 @@ use super::socket::{SocketArgs, printable, with_advice};
 use crate::agent::tell::human_bytes;
 use crate::model::MeshStatus;
 use crate::ports::{
-    ContainerdStatus, ImagesStatus, LayerStatus, OutageStatus, RecoveryStatus, RulesFileStatus, Status, UdpStatus,
+    ContainerdStatus, ImagesStatus, LayerStatus, OutageStatus, RecoveryStatus, RetainedStatus, RulesFileStatus, Status,
+    UdpStatus,
 };
 
 /// Flags of `lighterman status`.
@@ -72,14 +73,26 @@ const WIDTH: usize = 17;
 
 /// A name and a line, or several lines, for each thing that is known.
 fn table(status: &Status) -> String {
-    let Status { node, peer_id, version, containerd, mesh, udp, images, registries_down, recoveries, rules_file } =
-        status;
+    let Status {
+        node,
+        peer_id,
+        version,
+        containerd,
+        mesh,
+        udp,
+        images,
+        retained,
+        registries_down,
+        recoveries,
+        rules_file,
+    } = status;
     let word = |text: &Option<String>| vec![text.clone().unwrap_or_else(unknown)];
     let mut rows = vec![("node", word(node)), ("PeerId", word(peer_id)), ("version", word(version))];
     rows.extend(containerd_rows(&containerd.clone().unwrap_or_default()));
     rows.push(("mesh", mesh.as_ref().map_or_else(nothing_known, MeshStatus::summary)));
     rows.push(("UDP to peers", vec![udp.as_ref().map_or_else(unknown, udp_line)]));
     rows.push(("images", images.as_ref().map_or_else(nothing_known, |images| vec![images_line(images)])));
+    rows.push(("retained layers", vec![retained.as_ref().map_or_else(|| "none are to be".into(), retained_line)]));
     rows.push(("registries down", lines(registries_down.as_deref(), outage_line)));
     rows.push(("recoveries", lines(recoveries.as_deref(), recovery_line)));
     rows.push(("rules file", rules_file.as_ref().map_or_else(|| vec!["none is watched".into()], rules_file_lines)));
@@ -157,6 +170,15 @@ fn images_line(images: &ImagesStatus) -> String {
     format!("{announced} announced, {incomplete} incomplete{reasons}")
 }
 
+fn retained_line(retained: &RetainedStatus) -> String {
+    let RetainedStatus { bytes, budget, images, wanted, lacking } = retained;
+    format!(
+        "{} of {} at most, of {images} images; {lacking} of the {wanted} images that are to have all layers lack some",
+        human_bytes(*bytes),
+        human_bytes(*budget)
+    )
+}
+
 fn outage_line(outage: &OutageStatus) -> String {
     let OutageStatus { registry, how, since, said_by } = outage;
     format!("{registry}: {how}, since {}, seen by {}", time(*since), said_by.join(", "))
@@ -219,6 +241,7 @@ mod tests {
                 incomplete: 3,
                 reasons: [("layers discarded after unpacking".into(), 2), ("layers lost".into(), 1)].into(),
             }),
+            retained: Some(RetainedStatus { bytes: 3 << 20, budget: 12 << 20, images: 2, wanted: 3, lacking: 1 }),
             registries_down: Some(vec![OutageStatus {
                 registry: "registry.example.com:5000".into(),
                 how: "connections are refused".into(),
@@ -261,6 +284,7 @@ mesh              3 alive, 0 suspected, 0 down, 0 banned; 0 neighbours
                   lag: none
 UDP to peers      port 4701 is blocked since 2023-11-14T22:13:20Z: 3 nodes answer over TCP and none over UDP, so nothing is fetched
 images            41 announced, 3 incomplete (layers discarded after unpacking 2, layers lost 1)
+retained layers   3.0 MiB of 12.0 MiB at most, of 2 images; 1 of the 3 images that are to have all layers lack some
 registries down   registry.example.com:5000: connections are refused, since 2023-11-14T22:13:20Z, seen by n2, node-10
 recoveries        r.test/shop/checkout:v1: 3.0 MiB of 12.0 MiB from n2, unpacking layer 2 of 5
                   r.test/shop/basket:v1: looking for what is missing

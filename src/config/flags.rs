@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, ValueEnum};
 
+use super::rules_file::quantity;
 use crate::decide::bucket::MIN_RATE;
 use crate::decide::opt_in::Trigger;
+use crate::decide::retain::{RetainBytes, RetainLayers};
 use crate::decide::rules::STALLED_AFTER;
 use crate::decide::selector::{Selector, SelectorError};
 use crate::decide::tag::TagPolicy;
@@ -224,6 +226,14 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_UNPACK_LAYERS", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     pub(super) unpack_layers: bool,
 
+    /// Whose layers are kept where containerd discards them after unpacking: images that opted-in namespaces run, all, none
+    #[arg(long, env = "LIGHTERMAN_RETAIN_LAYERS", value_name = "WHOSE", value_enum, default_value_t = RetainKind::OptedIn)]
+    pub(super) retain_layers: RetainKind,
+
+    /// Most bytes of such layers, or percent of containerd's file system (20Gi, 20%); the least recently used image goes first
+    #[arg(long, env = "LIGHTERMAN_RETAIN_BYTES", value_name = "BYTES|PERCENT", default_value = "20%", value_parser = retain_bytes)]
+    pub(super) retain_bytes: RetainBytes,
+
     /// A file that may override policy and budgets while the agent runs; see the README
     #[arg(long, env = "LIGHTERMAN_RULES_FILE", value_name = "PATH")]
     pub(super) rules_file: Option<PathBuf>,
@@ -287,12 +297,42 @@ pub enum AdmissionKind {
     Static,
 }
 
+/// Whose layers are retained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RetainKind {
+    /// Those of images that pods of opted-in namespaces run or ran.
+    OptedIn,
+    /// Those of every image.
+    All,
+    /// No layers.
+    None,
+}
+
+impl From<RetainKind> for RetainLayers {
+    fn from(kind: RetainKind) -> Self {
+        match kind {
+            RetainKind::OptedIn => Self::OptedIn,
+            RetainKind::All => Self::All,
+            RetainKind::None => Self::None,
+        }
+    }
+}
+
 /// A selector, or none where the text is empty: the chart sets every variable.
 #[derive(Debug, Clone)]
 pub(super) struct Choice<T>(pub(super) Option<T>);
 
 fn selector(text: &str) -> Result<Choice<Selector>, SelectorError> {
     Ok(Choice((!text.is_empty()).then(|| text.parse()).transpose()?))
+}
+
+fn retain_bytes(text: &str) -> Result<RetainBytes, String> {
+    let percent = text.strip_suffix('%').map(|digits| digits.parse::<u8>().ok().filter(|percent| *percent <= 90));
+    match (percent, quantity::parse(text)) {
+        (Some(Some(percent)), _) => Ok(RetainBytes::Percent(percent)),
+        (None, Some(bytes)) => Ok(RetainBytes::Bytes(bytes)),
+        _ => Err(format!("must be {} or a percentage up to 90%", quantity::ALLOWED)),
+    }
 }
 
 fn rate(text: &str) -> Result<u64, String> {

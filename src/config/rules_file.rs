@@ -4,7 +4,7 @@
 //! Not here: watching it (`crate::agent::rules`).
 
 mod node;
-mod quantity;
+pub(super) mod quantity;
 #[cfg(test)]
 mod tests;
 

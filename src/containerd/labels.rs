@@ -33,6 +33,12 @@ pub(super) fn has_children(labels: &HashMap<String, String>) -> bool {
     labels.keys().any(|key| key.starts_with(REFERENCE))
 }
 
+/// Whether a manifest's labels name layers, as `l.N`, or as a number above the configuration's 0, which containerd wrote before 1.3.
+pub(super) fn has_layers(labels: &HashMap<String, String>) -> bool {
+    let is_layer = |name: &str| name.starts_with("l.") || name.parse::<u32>().is_ok_and(|number| number > 0);
+    labels.keys().any(|key| key.strip_prefix(REFERENCE).and_then(|rest| rest.strip_prefix('.')).is_some_and(is_layer))
+}
+
 /// What the labels keep alive: containerd's type of resource, and its ID.
 pub(super) fn kept_alive(labels: &HashMap<String, String>) -> Vec<(String, String)> {
     let kept = labels.iter().filter_map(|(key, id)| {
@@ -186,6 +192,15 @@ mod tests {
         let expected =
             [("content", "sha256:aa"), ("snapshots/native", "sha256:cc"), ("snapshots/overlayfs", "sha256:bb")];
         assert_eq!(kept, expected.map(|(kind, id)| (kind.to_owned(), id.to_owned())));
+    }
+
+    #[test]
+    fn labels_that_discarding_leaves_name_no_layer() {
+        let discarded = references(&[("config", "c")]);
+        assert!(has_children(&discarded) && !has_layers(&discarded));
+        assert!(!has_layers(&references(&[("0", "c"), ("m.0", "m")])));
+        assert!(has_layers(&references(&[("config", "c"), ("l.0", "a")])));
+        assert!(has_layers(&references(&[("0", "c"), ("1", "a")])));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::ContainerdStore;
 use crate::ports::{Pin, StoreError};
 
 /// After this time the collector takes the lease itself away.
-const EXPIRES: &str = "containerd.io/gc.expire";
+pub(super) const EXPIRES: &str = "containerd.io/gc.expire";
 /// Tells a person who looks at the leases whose it is.
 const OURS: &str = "lighterman.dev/pin";
 

@@ -10,7 +10,8 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::ContainerdStore;
-use crate::ports::{STAGED_LIFE, StoreError};
+use super::retain::content_event;
+use crate::ports::{ContentEvent, STAGED_LIFE, StoreError};
 
 /// A containerd that restarts is back in a second; one that stays away is asked for at a rate that costs nothing.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -59,6 +60,7 @@ impl ContainerdStore {
         *connected = true;
         // Whatever happened before: the caller lists everything once the counter moves.
         self.changed();
+        self.publish(ContentEvent::Missed);
         self.sweep().await;
         // At once, and then as often as something can become too old.
         let mut sweeping = interval(STAGED_LIFE);
@@ -74,12 +76,18 @@ impl ContainerdStore {
             }
         }
         .into_inner();
+        // The first event is what answered. Only now is the subscription known to stand.
+        self.changed();
+        self.publish(ContentEvent::Missed);
         loop {
-            // The first event is what answered; which ones they are does not matter.
-            self.changed();
             tokio::select! {
                 event = events.message() => {
-                    event.map_err(failed)?.ok_or_else(|| StoreError::Unavailable("containerd ended its events".into()))?;
+                    let event = event.map_err(failed)?;
+                    let event = event.ok_or_else(|| StoreError::Unavailable("containerd ended its events".into()))?;
+                    if let Some(event) = content_event(&event) {
+                        self.publish(event);
+                    }
+                    self.changed();
                 }
                 () = self.state.abandoned.notified() => self.sweep().await,
                 _ = sweeping.tick() => self.tidy().await,

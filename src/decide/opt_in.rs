@@ -164,6 +164,16 @@ impl Policy {
         }
     }
 
+    /// Whether the namespace itself opted in: what it says, without its workloads.
+    pub fn namespace_opted_in(
+        &self,
+        name: &str,
+        labels: &BTreeMap<String, String>,
+        annotations: &BTreeMap<String, String>,
+    ) -> bool {
+        !self.denies(name, labels) && self.value(annotations, ALLOW, &mut Vec::new()) == Some(Some(true))
+    }
+
     /// How urgent the pod is: what it says itself, else its PriorityClass.
     pub fn priority(&self, pod: &PodView, odd: &mut Vec<OddAnnotation>) -> i64 {
         let Some((key, value)) = self.first_set(&pod.annotations, PRIORITY) else { return pod.priority.into() };

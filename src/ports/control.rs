@@ -172,6 +172,9 @@ pub struct Status {
     /// What this node tells the others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub images: Option<ImagesStatus>,
+    /// Layers that are retained; absent where none are to be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retained: Option<RetainedStatus>,
     /// Registries that are known to be down; an empty list when none is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registries_down: Option<Vec<OutageStatus>>,
@@ -256,6 +259,22 @@ pub struct ImagesStatus {
     pub incomplete: usize,
     /// How many of those for which reason, at most [`MAX_NAMES`] reasons.
     pub reasons: BTreeMap<String, usize>,
+}
+
+/// Layers that outlive their unpacking because the agent has leases on them.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RetainedStatus {
+    /// Bytes of these layers.
+    pub bytes: u64,
+    /// Limit of these bytes.
+    pub budget: u64,
+    /// Images with such layers.
+    pub images: usize,
+    /// Images here that are to have all their layers.
+    pub wanted: usize,
+    /// How many of those lack a layer, so that other nodes cannot run them from here.
+    pub lacking: usize,
 }
 
 /// A registry that is known to be down.

@@ -5,6 +5,7 @@
 mod holding;
 mod reading;
 mod records;
+pub mod retaining;
 mod staging;
 #[cfg(test)]
 mod tests;

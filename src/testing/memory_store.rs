@@ -1,5 +1,6 @@
 //! A content store in memory.
 
+mod leases;
 mod staged;
 mod unpacked;
 
@@ -9,15 +10,16 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
 use tokio::time::Instant;
 
+use self::leases::Labels;
 use self::staged::{InMemory, Parts};
 use crate::decide::disk::Disks;
 use crate::oci::{Descriptor, Digest, Repository, Verified};
 use crate::ports::{
-    BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ContentStore, ImageRecord, Pin, Remembered, Snapshots, Staged,
-    StoreError,
+    BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ContentEvent, ContentStore, ImageRecord, Pin, Remembered,
+    Snapshots, Staged, StoreError,
 };
 
 /// Keeps blobs, records and pins in memory. Clones are handles of one store.
@@ -25,6 +27,7 @@ use crate::ports::{
 pub struct MemoryStore {
     state: Arc<Mutex<State>>,
     changes: Arc<watch::Sender<u64>>,
+    events: broadcast::Sender<ContentEvent>,
 }
 
 #[derive(Clone, Default)]
@@ -53,12 +56,14 @@ struct Blob {
     top: Option<Digest>,
 }
 
-#[derive(Clone)]
+#[derive(Clone, Default)]
 struct Held {
     /// `None` when it is further away than a clock can tell.
     until: Option<Instant>,
     blobs: HashSet<Digest>,
     snapshots: HashSet<Digest>,
+    /// Of a lease on layers: what it says of itself. What its layers name is not held.
+    labels: Option<Labels>,
 }
 
 impl MemoryStore {
@@ -84,7 +89,9 @@ impl MemoryStore {
         state.pins.retain(|_, held| held.until.is_none_or(|until| until > now));
         let mut kept = HashSet::new();
         let mut open: Vec<Digest> = state.images.values().map(|target| target.digest).collect();
-        open.extend(state.pins.values().flat_map(|held| &held.blobs));
+        let (flat, deep): (Vec<_>, Vec<_>) = state.pins.values().partition(|held| held.labels.is_some());
+        open.extend(deep.into_iter().flat_map(|held| &held.blobs));
+        let layers: HashSet<_> = flat.into_iter().flat_map(|held| held.blobs.iter().copied()).collect();
         while let Some(digest) = open.pop() {
             if let Some(blob) = state.blobs.get(&digest)
                 && kept.insert(digest)
@@ -92,7 +99,7 @@ impl MemoryStore {
                 open.extend(blob.children.iter().map(|child| child.digest));
             }
         }
-        state.blobs.retain(|digest, _| kept.contains(digest));
+        state.blobs.retain(|digest, _| kept.contains(digest) || layers.contains(digest));
         state.collect_snapshots();
         drop(state);
         self.changed();
@@ -125,7 +132,8 @@ impl MemoryStore {
     }
 
     fn with(state: State) -> Self {
-        Self { state: Arc::new(Mutex::new(state)), changes: Arc::new(watch::Sender::new(0)) }
+        let events = broadcast::Sender::new(leases::EVENTS_QUEUED);
+        Self { state: Arc::new(Mutex::new(state)), changes: Arc::new(watch::Sender::new(0)), events }
     }
 
     /// One writer at a time.
@@ -237,6 +245,7 @@ impl ContentStore for MemoryStore {
             state.naming
         };
         self.changed();
+        self.publish(ContentEvent::Records);
         if !naming.is_zero() {
             tokio::time::sleep(naming).await;
         }
@@ -249,6 +258,7 @@ impl ContentStore for MemoryStore {
             state.images.remove(name);
             drop(state);
             self.changed();
+            self.publish(ContentEvent::Records);
         }
         Ok(())
     }
@@ -262,7 +272,7 @@ impl ContentStore for MemoryStore {
         state.pins_made += 1;
         let pin = Pin(format!("pin-{}", state.pins_made));
         let until = Instant::now().checked_add(life);
-        state.pins.insert(pin.0.clone(), Held { until, blobs: HashSet::new(), snapshots: HashSet::new() });
+        state.pins.insert(pin.0.clone(), Held { until, ..Held::default() });
         Ok(pin)
     }
 
@@ -336,6 +346,7 @@ impl BlobWriter for Writer {
         blob.remember(remembered);
         self.store.state().blobs.insert(self.digest, blob);
         self.store.changed();
+        self.store.publish(ContentEvent::Committed { digest: self.digest, size: written });
         Ok(())
     }
 }
@@ -349,7 +360,8 @@ impl Drop for Writer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ports::Unpacker;
+    use crate::ports::{LayerLeases, Unpacker};
+    use crate::testing::contract::retaining::{Retains, retains_as_promised};
     use crate::testing::contract::unpacking::{Unpacks, unpacks_as_promised};
     use crate::testing::contract::{Subject, Unfinished, keeps_the_contract};
 
@@ -382,6 +394,17 @@ mod tests {
     #[tokio::test]
     async fn the_store_in_memory_keeps_the_contract() {
         keeps_the_contract("MemoryStore", async || InMemory(MemoryStore::new())).await;
+    }
+
+    impl Retains for InMemory {
+        fn leases(&self) -> Arc<dyn LayerLeases> {
+            Arc::new(self.0.clone())
+        }
+    }
+
+    #[tokio::test]
+    async fn the_store_in_memory_retains_as_promised() {
+        retains_as_promised("MemoryStore", async || InMemory(MemoryStore::new())).await;
     }
 
     #[async_trait]

@@ -1,6 +1,7 @@
 //! The store on real containerds: 1.6, 1.7 and 2, each with its own daemon, folders and socket.
 
 pub(crate) mod daemon;
+mod discarding;
 mod harbour;
 mod images;
 mod killed;

@@ -16,6 +16,7 @@ use crate::admission::StaticAdmission;
 use crate::agent::supervisor::{Ended, Supervisor};
 use crate::agent::{Agent, World};
 use crate::config::{Settings, loopback};
+use crate::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use crate::decide::rules::Manner;
 use crate::identity::Identity;
 use crate::model::{Credential, MeshStatus};
@@ -74,6 +75,7 @@ impl Fleet {
         let world = World {
             store: Arc::new(MemoryStore::new()),
             unpacker: None,
+            layer_leases: None,
             cluster: Arc::new(self.cluster.clone()),
             claims: Arc::new(self.cluster.claims_of(node.clone())),
             admission,
@@ -115,6 +117,7 @@ fn settings(node: NodeName, folder: &Path, seeds: &[SocketAddr]) -> Settings {
         image_verifier_dir: folder.join("unused"),
         import_past_verifiers: false,
         unpack_layers: false,
+        retain: RetainOptions { layers: RetainLayers::None, bytes: RetainBytes::Percent(0) },
         grace: GRACE,
     }
 }

@@ -15,6 +15,7 @@ use crate::agent::progress::Board;
 use crate::agent::supervisor::{Ended, Supervisor};
 use crate::agent::{Agent, World};
 use crate::config::{Settings, loopback};
+use crate::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use crate::decide::rules::{Manner, ResolveSettings, Rules};
 use crate::identity::Identity;
 use crate::layout::LayoutStore;
@@ -58,6 +59,7 @@ impl Node {
             store: Arc::clone(&store) as _,
             // Nothing runs from a folder.
             unpacker: None,
+            layer_leases: None,
             cluster: Arc::new(cluster.clone()),
             claims: Arc::new(cluster.claims_of(name.parse()?)),
             admission: Arc::new(StaticAdmission::new(admitted.iter().copied())),
@@ -89,6 +91,7 @@ impl Node {
             image_verifier_dir: folder.join("unused"),
             import_past_verifiers: false,
             unpack_layers: false,
+            retain: RetainOptions { layers: RetainLayers::None, bytes: RetainBytes::Percent(0) },
             grace: GRACE,
         };
         let transfer = transfer::Config { listen: loopback(), gossip_port: 0, node: name.parse()?, max_serving: 16 };

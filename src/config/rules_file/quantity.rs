@@ -1,7 +1,7 @@
 //! Sizes and rates as Kubernetes writes them: 50Mi, 2Gi, 100M.
 
 /// What [`parse`] takes, for messages.
-pub(super) const ALLOWED: &str =
+pub(in crate::config) const ALLOWED: &str =
     "a whole number of bytes below 16Ei, also with k, M, G, T, Ki, Mi, Gi or Ti behind it (50Mi),";
 
 const UNITS: [(&str, u64); 8] = [
@@ -16,7 +16,7 @@ const UNITS: [(&str, u64); 8] = [
 ];
 
 /// Bytes; `None` for anything but digits and one of the units, and for what does not fit 64 bits.
-pub(super) fn parse(text: &str) -> Option<u64> {
+pub(in crate::config) fn parse(text: &str) -> Option<u64> {
     let unit = UNITS.iter().find_map(|(unit, factor)| Some((text.strip_suffix(unit)?, *factor)));
     let (digits, factor) = unit.unwrap_or((text, 1));
     // `u64::from_str` would take a sign as well.

@@ -1,0 +1,304 @@
+//! Retains the layers of images on a node whose containerd discards layers after unpacking.
+//!
+//! containerd commits a manifest before it downloads a layer, so the manifest's event is the moment to act: the image's lease then names
+//! every layer, also those that have not come yet, and no layer depends on the agent's speed. A lease for blobs of unknown images is
+//! therefore not needed. Events are the fast path; a list of everything, every [`TICK`] and after image records changed, is the truth.
+//!
+//! What is to be retained is decided in [`crate::decide::retain`]; which images opted-in namespaces run is found by [`PodImages`].
+
+mod here;
+mod pods;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures::{StreamExt, TryStreamExt, stream};
+use tokio::sync::{broadcast, watch};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use self::here::Here;
+pub use self::pods::PodImages;
+use crate::decide::retain::{
+    Action, Candidate, Facts, LEASE_LIFE, Leased, RetainOptions, actions, allowed, bytes, interest,
+};
+use crate::metrics::Metrics;
+use crate::oci::{Digest, Reference};
+use crate::ports::{ContentEvent, ContentStore, LayerLeases, Pin, RetainedStatus, Room, StoreError};
+
+/// Interval of the complete list. Free space and removed images are noticed within it; a list takes milliseconds.
+const TICK: Duration = Duration::from_secs(10);
+
+/// Delay of the list after the pods' images changed: pods come in bursts.
+const SETTLE: Duration = Duration::from_millis(200);
+
+/// Delay until containerd has labelled a new manifest with its repository, which precedes the download of its layers.
+const LABELLED: Duration = Duration::from_millis(100);
+
+/// Delay after the store failed.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Layers named at the same time. containerd writes one after the other; more would only queue there.
+const NAMED_AT_ONCE: usize = 4;
+
+/// Retains layers of one store.
+pub struct Retainer {
+    store: Arc<dyn ContentStore>,
+    leases: Arc<dyn LayerLeases>,
+    options: RetainOptions,
+    /// Images that pods of opted-in namespaces name.
+    used: watch::Receiver<Arc<BTreeSet<Reference>>>,
+    metrics: Metrics,
+    status: watch::Sender<Option<RetainedStatus>>,
+    here: Here,
+    held: BTreeMap<Digest, Held>,
+    /// Leases that another one of the same image replaces.
+    replaced: Vec<Pin>,
+    /// The leases in `held` are those of the store.
+    listed: bool,
+    room: Option<Room>,
+    /// Whether the lack of layers was logged.
+    warned: bool,
+}
+
+/// The lease of one image.
+struct Held {
+    pin: Pin,
+    expires: SystemTime,
+    layers: BTreeSet<Digest>,
+}
+
+impl Retainer {
+    /// Builds the task. `run` starts it.
+    pub fn new(
+        store: Arc<dyn ContentStore>,
+        leases: Arc<dyn LayerLeases>,
+        options: RetainOptions,
+        used: watch::Receiver<Arc<BTreeSet<Reference>>>,
+        metrics: Metrics,
+        status: watch::Sender<Option<RetainedStatus>>,
+    ) -> Self {
+        Self {
+            store,
+            leases,
+            options,
+            used,
+            metrics,
+            status,
+            here: Here::default(),
+            held: BTreeMap::new(),
+            replaced: Vec::new(),
+            listed: false,
+            room: None,
+            warned: false,
+        }
+    }
+
+    /// Retains until stopped. The leases stay: the next agent finds them.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut events = self.leases.content_events();
+        let mut due = Instant::now();
+        loop {
+            // Events first: a layer that is committed now is collected when its pull ends.
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                event = events.recv() => due = due.min(match event {
+                    Ok(ContentEvent::Committed { digest, size }) => self.on_committed(digest, size).await,
+                    // Before containerd 2.1 this is the first event of a pull, whose lease ends with its record.
+                    Ok(ContentEvent::Records) => Instant::now(),
+                    Ok(ContentEvent::Missed) | Err(broadcast::error::RecvError::Lagged(_)) => {
+                        self.listed = false;
+                        Instant::now()
+                    }
+                    // The store sends as long as it exists.
+                    Err(broadcast::error::RecvError::Closed) => return stop.cancelled().await,
+                }),
+                Ok(()) = self.used.changed() => due = due.min(Instant::now() + SETTLE),
+                () = sleep_until(due) => due = Instant::now() + self.list().await,
+            }
+        }
+    }
+
+    /// Takes the lease on an image when its manifest comes, and again when a layer comes that no lease names. Answers when to list.
+    async fn on_committed(&mut self, digest: Digest, size: u64) -> Instant {
+        let now = SystemTime::now();
+        let is_manifest = match self.here.committed(&*self.store, digest, size, now).await {
+            Ok(is_manifest) => is_manifest,
+            Err(error) => return self.failed("reading a manifest", &error),
+        };
+        let held = |manifest| self.held.get(&manifest).is_some_and(|held| held.layers.contains(&digest));
+        if !is_manifest && self.here.images_with(digest).all(held) {
+            return Instant::now() + TICK;
+        }
+        match self.settle(now).await {
+            Ok(()) => Instant::now() + if is_manifest { LABELLED } else { TICK },
+            Err(error) => self.failed("taking a lease", &error),
+        }
+    }
+
+    fn failed(&mut self, doing: &str, error: &StoreError) -> Instant {
+        tracing::warn!(%error, doing, "layers are not retained now; trying again");
+        self.listed = false;
+        Instant::now() + RETRY
+    }
+
+    /// Compares everything. Answers the delay until the next time.
+    async fn list(&mut self) -> Duration {
+        let now = SystemTime::now();
+        match self.compare(now).await {
+            Ok(()) => TICK,
+            Err(error) => {
+                self.failed("listing content", &error);
+                RETRY
+            }
+        }
+    }
+
+    async fn compare(&mut self, now: SystemTime) -> Result<(), StoreError> {
+        if !self.listed {
+            self.list_leases().await?;
+        }
+        let used = Arc::clone(&self.used.borrow_and_update());
+        self.here.list(&*self.store, &*self.leases, &used, now).await?;
+        self.room = self.store.room().await?;
+        self.settle(now).await?;
+        self.show();
+        Ok(())
+    }
+
+    /// What an agent before this one leased. Of two leases of one image the younger stays.
+    async fn list_leases(&mut self) -> Result<(), StoreError> {
+        (self.held, self.replaced) = (BTreeMap::new(), Vec::new());
+        for lease in self.leases.layer_leases().await? {
+            self.here.remember_use(lease.manifest, lease.last_use);
+            let held = Held { pin: lease.pin, expires: lease.expires, layers: lease.layers };
+            match self.held.get_mut(&lease.manifest) {
+                Some(older) if older.expires < held.expires => {
+                    self.replaced.push(std::mem::replace(older, held).pin);
+                }
+                Some(_) => self.replaced.push(held.pin),
+                None => drop(self.held.insert(lease.manifest, held)),
+            }
+        }
+        self.listed = true;
+        Ok(())
+    }
+
+    /// Decides and acts.
+    async fn settle(&mut self, now: SystemTime) -> Result<(), StoreError> {
+        if !self.listed {
+            return Ok(());
+        }
+        self.here.find_sources(&*self.store).await?;
+        let candidates = self.candidates(now);
+        let leased = self.leased();
+        let retained = bytes(leased.values().map(|lease| &lease.layers));
+        let room = self.room.map(|room| (room.free, room.total));
+        let budget = self.budget();
+        let allowed = allowed(budget, retained, room);
+        let mut steps = actions(&candidates, &leased, allowed, now).into_iter().peekable();
+        while let Some(step) = steps.next() {
+            // Where the disk is short, the last release waits for the collector: the next measurement then shows what came of it.
+            let is_last_release = !matches!(steps.peek(), Some(Action::Release(_)));
+            self.act(step, allowed < budget && is_last_release, now).await?;
+        }
+        for pin in std::mem::take(&mut self.replaced) {
+            self.leases.end_lease(pin, false).await?;
+        }
+        Ok(())
+    }
+
+    fn candidates(&self, now: SystemTime) -> Vec<Candidate> {
+        self.here.candidates(|facts: &Facts| interest(self.options.layers, facts, now))
+    }
+
+    /// The leases with those of their layers that are here or on their way.
+    fn leased(&self) -> BTreeMap<Digest, Leased> {
+        let sized = |(manifest, held): (&Digest, &Held)| {
+            let layers = held.layers.iter().filter_map(|layer| Some((*layer, self.here.size_in(*manifest, *layer)?)));
+            (*manifest, Leased { layers: layers.collect(), expires: held.expires })
+        };
+        self.held.iter().map(sized).collect()
+    }
+
+    fn budget(&self) -> u64 {
+        self.options.bytes.on(self.room.map(|room| room.total))
+    }
+
+    async fn act(&mut self, action: Action, collect: bool, now: SystemTime) -> Result<(), StoreError> {
+        match action {
+            Action::Release(manifest) => {
+                if let Some(held) = self.held.remove(&manifest) {
+                    tracing::info!(%manifest, layers = held.layers.len(), "layers are released");
+                    self.leases.end_lease(held.pin, collect).await?;
+                }
+            }
+            Action::Retain(manifest, layers) => {
+                if !self.held.contains_key(&manifest) {
+                    let held = self.new_lease(manifest, now).await?;
+                    tracing::info!(%manifest, layers = layers.len(), "layers are retained");
+                    self.held.insert(manifest, held);
+                }
+                self.name(manifest, layers).await?;
+            }
+            Action::Renew(manifest) => {
+                let fresh = self.new_lease(manifest, now).await?;
+                let Some(old) = self.held.insert(manifest, fresh) else { return Ok(()) };
+                self.name(manifest, old.layers).await?;
+                self.leases.end_lease(old.pin, false).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn new_lease(&self, manifest: Digest, now: SystemTime) -> Result<Held, StoreError> {
+        let expires = now + LEASE_LIFE;
+        let pin = self.leases.lease_layers(manifest, self.here.last_use(manifest), expires).await?;
+        Ok(Held { pin, expires, layers: BTreeSet::new() })
+    }
+
+    /// Names the layers in the image's lease, the smallest first: those come first.
+    async fn name(&mut self, manifest: Digest, layers: BTreeSet<Digest>) -> Result<(), StoreError> {
+        let Some(held) = self.held.get_mut(&manifest) else { return Ok(()) };
+        let pin = held.pin.clone();
+        let mut ordered: Vec<_> = layers.into_iter().collect();
+        ordered.sort_by_key(|layer| self.here.size_in(manifest, *layer));
+        let leases = &self.leases;
+        let naming = ordered.into_iter().map(|layer| {
+            let pin = &pin;
+            async move { leases.add_layer(pin, layer).await.map(|()| layer) }
+        });
+        let named: Vec<_> = stream::iter(naming).buffer_unordered(NAMED_AT_ONCE).try_collect().await?;
+        held.layers.extend(named);
+        Ok(())
+    }
+
+    fn show(&mut self) {
+        let leased = self.leased();
+        let now = SystemTime::now();
+        let (wanted, lacking) = self.here.lacking(|facts: &Facts| interest(self.options.layers, facts, now));
+        let status = RetainedStatus {
+            bytes: bytes(leased.values().map(|lease| &lease.layers)),
+            budget: self.budget(),
+            images: leased.len(),
+            wanted,
+            lacking,
+        };
+        self.metrics.layers_retained(status.bytes, status.images, status.lacking);
+        let is_most = lacking * 2 > wanted;
+        if is_most && !self.warned {
+            tracing::warn!(
+                lacking,
+                wanted,
+                "containerd discarded layers of most images that opted-in namespaces run here; other nodes cannot fetch these \
+                 images from this one before their next pull"
+            );
+        }
+        self.warned = is_most;
+        self.status.send_replace(Some(status));
+    }
+}

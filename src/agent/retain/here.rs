@@ -1,0 +1,231 @@
+//! The images of this node, as retention looks at them: manifests with their layers, records that lead to them, and their users.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::time::SystemTime;
+
+use crate::agent::bring::Held;
+use crate::decide::retain::{Candidate, Facts, Interest};
+use crate::oci::{Digest, Document, MAX_DOCUMENT_BYTES, Reference, Repository};
+use crate::ports::{ContentStore, LayerLeases, StoreError};
+
+/// Most manifests and indexes that are kept, with 30 layers each 6 MiB: a node has a few hundred. Images beyond that are not retained.
+const MAX_DOCUMENTS: usize = 4096;
+
+/// What is known of this node's images.
+#[derive(Default)]
+pub(super) struct Here {
+    documents: HashMap<Digest, Contents>,
+    images: BTreeMap<Digest, Facts>,
+    /// Blobs that are here.
+    present: HashSet<Digest>,
+    /// Repositories that opted-in namespaces use, without the registry's port: the label of a pull has none.
+    repositories: BTreeSet<(String, String)>,
+}
+
+/// What a document names.
+enum Contents {
+    /// An index: its manifests, without attestations.
+    Index(Vec<Digest>),
+    /// The layers of an image with their sizes, without those that must not be distributed.
+    Manifest(BTreeMap<Digest, u64>),
+    /// Anything else.
+    Other,
+}
+
+impl Contents {
+    fn of(bytes: &[u8]) -> Self {
+        match Document::parse(bytes) {
+            Ok(Document::Index(index)) => {
+                let manifests = index.manifests.iter().filter(|entry| !entry.attestation);
+                Self::Index(manifests.map(|entry| entry.digest).collect())
+            }
+            Ok(Document::Manifest(manifest)) if !manifest.is_artifact() => {
+                let layers = manifest.layers.iter().filter(|layer| !layer.is_foreign());
+                Self::Manifest(layers.map(|layer| (layer.digest, layer.size)).collect())
+            }
+            Ok(Document::Manifest(_)) | Err(_) => Self::Other,
+        }
+    }
+}
+
+impl Here {
+    /// Takes in a blob that was committed just now; answers whether it is an image's manifest.
+    pub(super) async fn committed(
+        &mut self,
+        store: &dyn ContentStore,
+        digest: Digest,
+        size: u64,
+        now: SystemTime,
+    ) -> Result<bool, StoreError> {
+        self.present.insert(digest);
+        let of_images: Vec<_> = self.images_with(digest).collect();
+        let is_layer = !of_images.is_empty();
+        for manifest in of_images {
+            self.images.entry(manifest).or_default().last_arrival = Some(now);
+        }
+        if is_layer || size > MAX_DOCUMENT_BYTES {
+            return Ok(false);
+        }
+        self.learn(store, digest).await?;
+        let is_manifest = matches!(self.documents.get(&digest), Some(Contents::Manifest(_)));
+        if is_manifest {
+            self.images.entry(digest).or_default().last_arrival = Some(now);
+        }
+        Ok(is_manifest)
+    }
+
+    /// Lists everything.
+    pub(super) async fn list(
+        &mut self,
+        store: &dyn ContentStore,
+        leases: &dyn LayerLeases,
+        used: &BTreeSet<Reference>,
+        now: SystemTime,
+    ) -> Result<(), StoreError> {
+        let records = store.images().await?;
+        let blobs = store.blobs().await?;
+        self.present = blobs.iter().map(|blob| blob.digest).collect();
+        self.documents.retain(|digest, _| self.present.contains(digest));
+        self.repositories = used.iter().map(|reference| portless(reference.repository())).collect();
+        let roots = records.iter().map(|record| record.target.digest);
+        for digest in roots.chain(blobs.iter().filter(|blob| blob.has_children).map(|blob| blob.digest)) {
+            self.learn(store, digest).await?;
+        }
+        let names: BTreeSet<_> = used.iter().map(ToString::to_string).collect();
+        let mut recorded: BTreeMap<Digest, bool> = BTreeMap::new();
+        for record in &records {
+            for manifest in self.manifests_of(record.target.digest) {
+                *recorded.entry(manifest).or_default() |= names.contains(&record.name);
+            }
+        }
+        self.update(&recorded, now);
+        for (manifest, facts) in self.images.iter_mut().filter(|(_, facts)| facts.recorded.is_some()) {
+            facts.keeps_layers = leases.keeps_layers(*manifest).await?;
+        }
+        Ok(())
+    }
+
+    fn update(&mut self, recorded: &BTreeMap<Digest, bool>, now: SystemTime) {
+        for (manifest, contents) in &self.documents {
+            if matches!(contents, Contents::Manifest(_)) {
+                self.images.entry(*manifest).or_default();
+            }
+        }
+        self.images.retain(|manifest, _| self.documents.contains_key(manifest));
+        for (manifest, facts) in &mut self.images {
+            match recorded.get(manifest) {
+                Some(used) => {
+                    facts.recorded = facts.recorded.or(Some(now));
+                    facts.used = *used;
+                    facts.last_use = if *used { Some(now) } else { facts.last_use };
+                }
+                None => {
+                    if facts.recorded.take().is_some() {
+                        (facts.last_arrival, facts.last_use) = (None, None);
+                    }
+                    facts.used = false;
+                }
+            }
+        }
+    }
+
+    /// Asks for the repositories of manifests that no record names yet.
+    pub(super) async fn find_sources(&mut self, store: &dyn ContentStore) -> Result<(), StoreError> {
+        let pulled = |facts: &Facts| facts.recorded.is_none() && facts.last_arrival.is_some();
+        for (manifest, facts) in self.images.iter_mut().filter(|(_, facts)| pulled(facts)) {
+            let sources = store.blob(*manifest).await?.map(|blob| blob.sources).unwrap_or_default();
+            facts.expected = sources.iter().any(|source| self.repositories.contains(&portless(source)));
+        }
+        Ok(())
+    }
+
+    /// What an earlier agent knew.
+    pub(super) fn remember_use(&mut self, manifest: Digest, last_use: Option<SystemTime>) {
+        let facts = self.images.entry(manifest).or_default();
+        facts.last_use = facts.last_use.max(last_use);
+    }
+
+    pub(super) fn last_use(&self, manifest: Digest) -> Option<SystemTime> {
+        self.images.get(&manifest)?.last_use
+    }
+
+    /// The images that have this layer.
+    pub(super) fn images_with(&self, layer: Digest) -> impl Iterator<Item = Digest> {
+        self.documents.iter().filter_map(move |(manifest, contents)| match contents {
+            Contents::Manifest(layers) if layers.contains_key(&layer) => Some(*manifest),
+            _ => None,
+        })
+    }
+
+    /// The images of interest with the layers that count.
+    pub(super) fn candidates(&self, interest: impl Fn(&Facts) -> Option<Interest>) -> Vec<Candidate> {
+        let candidate = |(manifest, facts): (&Digest, &Facts)| {
+            let interest = interest(facts)?;
+            let layers = self.counted(*manifest).collect::<BTreeMap<_, _>>();
+            (!layers.is_empty()).then_some(Candidate { manifest: *manifest, layers, interest })
+        };
+        self.images.iter().filter_map(candidate).collect()
+    }
+
+    /// Bytes of a layer that a lease of the image names, if it counts.
+    pub(super) fn size_in(&self, manifest: Digest, layer: Digest) -> Option<u64> {
+        self.counted(manifest).find(|(digest, _)| *digest == layer).map(|(_, size)| size)
+    }
+
+    /// While an image is pulled, all of its layers count. Afterwards those that are here do: containerd does not download what an
+    /// earlier image unpacked.
+    fn counted(&self, manifest: Digest) -> impl Iterator<Item = (Digest, u64)> {
+        let is_pulled = self.images.get(&manifest).is_some_and(|facts| facts.recorded.is_none());
+        self.layers(manifest).filter(move |(layer, _)| is_pulled || self.present.contains(layer))
+    }
+
+    fn layers(&self, manifest: Digest) -> impl Iterator<Item = (Digest, u64)> {
+        let layers = match self.documents.get(&manifest) {
+            Some(Contents::Manifest(layers)) => Some(layers),
+            _ => None,
+        };
+        layers.into_iter().flatten().map(|(layer, size)| (*layer, *size))
+    }
+
+    /// How many images with a record are wanted, and how many of those lack a layer.
+    pub(super) fn lacking(&self, interest: impl Fn(&Facts) -> Option<Interest>) -> (usize, usize) {
+        // The interest in an image whose labels keep its layers is the same; its lease alone is not needed.
+        let is_wanted = |facts: &Facts| {
+            facts.recorded.is_some() && interest(&Facts { keeps_layers: false, ..*facts }) == Some(Interest::Wanted)
+        };
+        let wanted: Vec<_> = self.images.iter().filter(|(_, facts)| is_wanted(facts)).collect();
+        let lacks = |manifest| self.layers(manifest).any(|(layer, _)| !self.present.contains(&layer));
+        (wanted.len(), wanted.iter().filter(|(manifest, _)| lacks(**manifest)).count())
+    }
+
+    /// The manifests that an image record leads to: of an index those that are here, which after a pull is this platform's.
+    fn manifests_of(&self, root: Digest) -> Vec<Digest> {
+        match self.documents.get(&root) {
+            Some(Contents::Manifest(_)) => vec![root],
+            Some(Contents::Index(manifests)) => {
+                let here = |digest: &&Digest| matches!(self.documents.get(*digest), Some(Contents::Manifest(_)));
+                manifests.iter().filter(here).copied().collect()
+            }
+            Some(Contents::Other) | None => Vec::new(),
+        }
+    }
+
+    async fn learn(&mut self, store: &dyn ContentStore, digest: Digest) -> Result<(), StoreError> {
+        if self.documents.contains_key(&digest) || self.documents.len() >= MAX_DOCUMENTS {
+            return Ok(());
+        }
+        match Held::read(store, digest).await {
+            Ok(Held::Whole(bytes, _)) => drop(self.documents.insert(digest, Contents::of(&bytes))),
+            Ok(Held::Absent | Held::TooLarge(_) | Held::Damaged) => {}
+            Err(error) if error.is_retryable() => return Err(error),
+            Err(error) => tracing::debug!(%digest, %error, "a manifest cannot be read"),
+        }
+        Ok(())
+    }
+}
+
+fn portless(repository: &Repository) -> (String, String) {
+    let Repository { registry, path } = repository;
+    let host = registry.rsplit_once(':').map_or(&**registry, |(host, _)| host);
+    (host.to_owned(), path.clone())
+}

@@ -1,0 +1,164 @@
+//! The images that pods of opted-in namespaces name. Stands in the way of pod events to the pod controller, and passes each on.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+
+use crate::decide::rules::Rules;
+use crate::model::{PodRef, PodView};
+use crate::oci::Reference;
+use crate::ports::{Cluster, ClusterError, NamespaceView, PodEvent};
+
+/// A namespace's opt-in is asked for again when a pod comes to it after this time.
+const FRESH: Duration = Duration::from_secs(60);
+
+/// And without a new pod after this time: 10 namespaces of each of 5000 nodes are then 83 requests per second.
+const STALE: Duration = Duration::from_secs(600);
+
+/// Interval of looking for namespaces to ask about. An API server that does not answer is asked again after it.
+const TICK: Duration = Duration::from_secs(10);
+
+/// Questions to the API server at the same time.
+const ASKING: usize = 4;
+
+/// Follows the pods of this node.
+pub struct PodImages {
+    cluster: Arc<dyn Cluster>,
+    rules: watch::Receiver<Arc<Rules>>,
+    used: watch::Sender<Arc<BTreeSet<Reference>>>,
+    /// The images of each pod that has not ended.
+    pods: BTreeMap<PodRef, BTreeSet<Reference>>,
+    namespaces: BTreeMap<String, Namespace>,
+    asking: JoinSet<(String, Result<Arc<NamespaceView>, ClusterError>)>,
+}
+
+#[derive(Default)]
+struct Namespace {
+    view: Option<Arc<NamespaceView>>,
+    /// When it was asked for last.
+    asked: Option<Instant>,
+    is_asked: bool,
+    /// A pod came since.
+    is_due: bool,
+}
+
+impl PodImages {
+    /// Builds the task. `used` receives the images.
+    pub fn new(
+        cluster: Arc<dyn Cluster>,
+        rules: watch::Receiver<Arc<Rules>>,
+        used: watch::Sender<Arc<BTreeSet<Reference>>>,
+    ) -> Self {
+        Self { cluster, rules, used, pods: BTreeMap::new(), namespaces: BTreeMap::new(), asking: JoinSet::new() }
+    }
+
+    /// Passes events on until stopped.
+    pub async fn run(
+        mut self,
+        mut from: mpsc::Receiver<PodEvent>,
+        to: mpsc::Sender<PodEvent>,
+        stop: CancellationToken,
+    ) {
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                event = from.recv() => {
+                    // The watch ends only when the agent does.
+                    let Some(event) = event else { return stop.cancelled().await };
+                    self.follow(&event);
+                    let sent = stop.run_until_cancelled(to.send(event)).await;
+                    if sent.is_none_or(|sent| sent.is_err()) {
+                        return stop.cancelled().await;
+                    }
+                }
+                Some(answered) = self.asking.join_next() => self.on_answer(answered),
+                Ok(()) = self.rules.changed() => {}
+                _ = tick.tick() => {}
+            }
+            self.ask();
+            self.publish();
+        }
+    }
+
+    fn follow(&mut self, event: &PodEvent) {
+        match event {
+            PodEvent::Seen(pod) if pod.ending => drop(self.pods.remove(&pod.pod)),
+            PodEvent::Seen(pod) => {
+                if self.pods.insert(pod.pod.clone(), images(pod)).is_none() {
+                    self.namespaces.entry(pod.pod.k8s_namespace.clone()).or_default().is_due = true;
+                }
+            }
+            PodEvent::Gone(pod) => drop(self.pods.remove(pod)),
+            PodEvent::Synced(pods) => {
+                let exist: BTreeSet<_> = pods.iter().collect();
+                self.pods.retain(|pod, _| exist.contains(pod));
+            }
+        }
+        let used: BTreeSet<_> = self.pods.keys().map(|pod| &pod.k8s_namespace).collect();
+        self.namespaces.retain(|name, _| used.contains(name));
+    }
+
+    fn ask(&mut self) {
+        for (name, namespace) in &mut self.namespaces {
+            let limit = match (namespace.is_due, &namespace.view) {
+                (_, None) => TICK,
+                (true, Some(_)) => FRESH,
+                (false, Some(_)) => STALE,
+            };
+            let is_due = namespace.asked.is_none_or(|at| at.elapsed() >= limit);
+            if namespace.is_asked || !is_due || self.asking.len() >= ASKING {
+                continue;
+            }
+            (namespace.is_asked, namespace.is_due, namespace.asked) = (true, false, Some(Instant::now()));
+            let (name, cluster) = (name.clone(), Arc::clone(&self.cluster));
+            self.asking.spawn(async move {
+                let answer = cluster.namespace(&name).await;
+                (name, answer)
+            });
+        }
+    }
+
+    /// Without an answer the last one counts.
+    fn on_answer(
+        &mut self,
+        answered: Result<(String, Result<Arc<NamespaceView>, ClusterError>), tokio::task::JoinError>,
+    ) {
+        let (name, answer) = answered.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+        let Some(namespace) = self.namespaces.get_mut(&name) else { return };
+        namespace.is_asked = false;
+        match answer {
+            Ok(view) => namespace.view = Some(view),
+            Err(error) => tracing::debug!(namespace = name, %error, "cannot read whether a namespace opted in"),
+        }
+    }
+
+    fn publish(&self) {
+        let rules = self.rules.borrow();
+        let opted_in = |name: &String| {
+            let view = self.namespaces.get(name).and_then(|namespace| namespace.view.as_ref());
+            view.is_some_and(|view| rules.policy.namespace_opted_in(name, &view.labels, &view.annotations))
+        };
+        let pods = self.pods.iter().filter(|(pod, _)| opted_in(&pod.k8s_namespace));
+        let used: BTreeSet<_> = pods.flat_map(|(_, images)| images).cloned().collect();
+        self.used.send_if_modified(|before| {
+            let changed = **before != used;
+            if changed {
+                *before = Arc::new(used);
+            }
+            changed
+        });
+    }
+}
+
+fn images(pod: &PodView) -> BTreeSet<Reference> {
+    let containers = pod.containers.iter().map(|container| &container.image);
+    let volumes = pod.image_volumes.iter().map(|volume| &volume.image);
+    containers.chain(volumes).filter_map(|image| image.parse().ok()).collect()
+}

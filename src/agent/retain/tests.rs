@@ -1,0 +1,259 @@
+use std::sync::Arc;
+
+use tokio::time::timeout;
+use tokio_util::sync::DropGuard;
+
+use super::*;
+use crate::decide::retain::{RetainBytes, RetainLayers};
+use crate::decide::rules::Rules;
+use crate::model::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy};
+use crate::oci::Descriptor;
+use crate::ports::{Child, ChildKind, ImageRecord, PodEvent, Remembered};
+use crate::testing::image::{MadeImage, put_image};
+use crate::testing::{MemoryCluster, MemoryStore};
+
+/// For whatever a test waits for; the clock is paused, so it passes at once when nothing happens any more.
+const DEADLINE: Duration = Duration::from_secs(3600);
+
+/// A node whose runtime discards layers.
+struct Node {
+    store: MemoryStore,
+    used: watch::Sender<Arc<BTreeSet<Reference>>>,
+    options: RetainOptions,
+    metrics: Metrics,
+}
+
+struct Running {
+    status: watch::Receiver<Option<RetainedStatus>>,
+    _stop: DropGuard,
+}
+
+impl Node {
+    fn new(layers: RetainLayers, bytes: u64) -> Self {
+        let options = RetainOptions { layers, bytes: RetainBytes::Bytes(bytes) };
+        Self { store: MemoryStore::new(), used: watch::Sender::default(), options, metrics: Metrics::new() }
+    }
+
+    /// Pods of opted-in namespaces name these images, and no others.
+    fn uses(&self, names: &[&str]) {
+        self.used.send_replace(Arc::new(names.iter().map(|name| name.parse().unwrap()).collect()));
+    }
+
+    /// Starts the agent, which has looked once when this returns.
+    async fn start(&self) -> Running {
+        let (status_in, mut status) = watch::channel(None);
+        let stop = CancellationToken::new();
+        let leases = Arc::new(self.store.clone());
+        let used = self.used.subscribe();
+        let retainer =
+            Retainer::new(Arc::new(self.store.clone()), leases, self.options, used, self.metrics.clone(), status_in);
+        tokio::spawn(retainer.run(stop.clone()));
+        timeout(DEADLINE, status.wait_for(Option::is_some)).await.unwrap().unwrap();
+        Running { status, _stop: stop.drop_guard() }
+    }
+
+    /// What a pull with `discard_unpacked_layers` does, in containerd's order: manifest, configuration, layers, record; then its own lease ends.
+    async fn pull(&self, name: &str, layers: &[u64], seed: u64) -> MadeImage {
+        let registry = MemoryStore::new();
+        let image = put_image(&registry, &["r.test/x:1".into()], layers, seed).await.unwrap();
+        let pin = self.store.pin(DEADLINE).await.unwrap();
+        let reference: Reference = name.parse().unwrap();
+        let source = Some(reference.repository().clone());
+        let config = image.blobs[0].digest;
+        let children = vec![Child { digest: config, kind: ChildKind::Config }];
+        self.copy(&registry, &image.root, &pin, Remembered { source: source.clone(), children }).await;
+        for blob in &image.blobs {
+            self.copy(&registry, blob, &pin, Remembered { source: source.clone(), children: Vec::new() }).await;
+        }
+        self.store.put_image(&ImageRecord { name: reference.to_string(), target: image.root.clone() }).await.unwrap();
+        self.store.release(pin).await.unwrap();
+        self.store.collect();
+        image
+    }
+
+    async fn copy(&self, from: &MemoryStore, blob: &Descriptor, pin: &Pin, remembered: Remembered) {
+        let mut reader = from.open(blob.digest).await.unwrap();
+        let bytes = reader.read_at(0, 64 << 20).await.unwrap();
+        let mut hasher = crate::oci::Hasher::default();
+        hasher.update(&bytes);
+        let proof = hasher.verify(blob.digest, blob.size).unwrap();
+        match self.store.create(blob.digest, blob.size, pin).await {
+            Ok(mut writer) => {
+                writer.append(&[bytes]).await.unwrap();
+                writer.commit(proof, &remembered).await.unwrap();
+            }
+            Err(StoreError::AlreadyThere(_)) => {}
+            Err(error) => panic!("{error}"),
+        }
+        // The agent takes its turn after every commit; that it has, its quiet queue shows.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+
+    /// How many layers of the image are here when everything was collected that nothing holds.
+    async fn layers_here(&self, image: &MadeImage) -> usize {
+        self.store.collect();
+        let mut here = 0;
+        for layer in &image.layers {
+            here += usize::from(self.store.blob(layer.blob.digest).await.unwrap().is_some());
+        }
+        here
+    }
+
+    fn counted(&self, line: &str) -> bool {
+        String::from_utf8(self.metrics.render()).unwrap().lines().any(|have| have == line)
+    }
+}
+
+impl Running {
+    async fn shows(&mut self, is_so: impl FnMut(&RetainedStatus) -> bool) {
+        let mut is_so = is_so;
+        let seen = self.status.wait_for(|status| status.as_ref().is_some_and(&mut is_so));
+        timeout(DEADLINE, seen).await.expect("the status never shows it").unwrap();
+    }
+}
+
+const IMAGE: &str = "r.test:5000/shop/web:1";
+
+#[tokio::test(start_paused = true)]
+async fn layers_of_an_image_that_a_pod_waits_for_survive_its_pull() {
+    let node = Node::new(RetainLayers::OptedIn, 1 << 20);
+    node.uses(&[IMAGE]);
+    let mut agent = node.start().await;
+    let image = node.pull(IMAGE, &[3000, 200, 10], 1).await;
+    assert_eq!(node.layers_here(&image).await, 3);
+    agent.shows(|status| (status.images, status.wanted, status.lacking) == (1, 1, 0)).await;
+    assert_eq!(node.layers_here(&image).await, 3);
+    assert!(node.counted("lighterman_retained_images 1"));
+    assert!(node.counted("lighterman_images_lacking_layers 0"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_an_agent_the_layers_are_gone() {
+    let node = Node::new(RetainLayers::OptedIn, 1 << 20);
+    let image = node.pull(IMAGE, &[3000, 200], 1).await;
+    assert_eq!(node.layers_here(&image).await, 0);
+    node.uses(&[IMAGE]);
+    let mut agent = node.start().await;
+    agent.shows(|status| (status.images, status.wanted, status.lacking) == (0, 1, 1)).await;
+    assert!(node.counted("lighterman_images_lacking_layers 1"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_that_no_opted_in_pod_names_is_let_go() {
+    let node = Node::new(RetainLayers::OptedIn, 1 << 20);
+    let mut agent = node.start().await;
+    let image = node.pull(IMAGE, &[3000], 1).await;
+    assert_eq!(node.layers_here(&image).await, 1, "its pod may follow");
+    agent.shows(|status| status.images == 1).await;
+    tokio::time::advance(Duration::from_secs(1)).await;
+    let image_of_all = Node::new(RetainLayers::All, 1 << 20);
+    let _agent = image_of_all.start().await;
+    let image = image_of_all.pull(IMAGE, &[3000], 1).await;
+    assert_eq!(image_of_all.layers_here(&image).await, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn layers_are_released_with_the_image() {
+    let node = Node::new(RetainLayers::OptedIn, 1 << 20);
+    node.uses(&[IMAGE]);
+    let mut agent = node.start().await;
+    let image = node.pull(IMAGE, &[3000, 200], 1).await;
+    agent.shows(|status| status.images == 1).await;
+    node.store.remove_image(IMAGE, image.root.digest).await.unwrap();
+    agent.shows(|status| status.images == 0).await;
+    assert_eq!(node.layers_here(&image).await, 0);
+    assert_eq!(node.store.pins(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_image_displaces_the_one_that_is_not_used_any_more() {
+    let node = Node::new(RetainLayers::OptedIn, 10_000);
+    let (old, new) = ("r.test/shop/old:1", "r.test/shop/new:1");
+    node.uses(&[old]);
+    let mut agent = node.start().await;
+    let first = node.pull(old, &[4000], 1).await;
+    agent.shows(|status| status.images == 1).await;
+    node.uses(&[new]);
+    agent.shows(|status| status.wanted == 0).await;
+    assert_eq!(node.layers_here(&first).await, 1, "its bytes are not needed");
+    let second = node.pull(new, &[7000], 2).await;
+    assert_eq!((node.layers_here(&first).await, node.layers_here(&second).await), (0, 1));
+    agent.shows(|status| status.images == 1 && status.bytes <= status.budget).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_over_the_budget_is_not_retained() {
+    let node = Node::new(RetainLayers::All, 5000);
+    let _agent = node.start().await;
+    let image = node.pull(IMAGE, &[4000, 4000], 1).await;
+    assert_eq!(node.layers_here(&image).await, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_next_agent_finds_the_leases_of_the_one_before() {
+    let node = Node::new(RetainLayers::OptedIn, 1 << 20);
+    node.uses(&[IMAGE]);
+    let mut agent = node.start().await;
+    let image = node.pull(IMAGE, &[3000, 200], 1).await;
+    agent.shows(|status| status.images == 1).await;
+    drop(agent);
+    // The API server is away: no pod is known. The image was used, and stays.
+    node.uses(&[]);
+    let mut next = node.start().await;
+    next.shows(|status| status.images == 1).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!((node.layers_here(&image).await, node.store.pins()), (2, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_whose_labels_keep_its_layers_needs_no_lease() {
+    let node = Node::new(RetainLayers::All, 1 << 20);
+    let mut agent = node.start().await;
+    let image = put_image(&node.store, &[IMAGE.into()], &[3000, 200], 1).await.unwrap();
+    agent.shows(|status| (status.wanted, status.lacking, status.images) == (1, 0, 0)).await;
+    assert_eq!(node.layers_here(&image).await, 2);
+    assert_eq!(node.store.pins(), 0);
+}
+
+fn pod(namespace: &str, name: &str, image: &str) -> PodView {
+    PodView {
+        pod: PodRef { k8s_namespace: namespace.into(), name: name.into(), uid: format!("uid of {name}") },
+        annotations: BTreeMap::new(),
+        containers: vec![ContainerView {
+            name: "main".into(),
+            kind: ContainerKind::Ordinary,
+            image: image.into(),
+            pull_policy: PullPolicy::IfNotPresent,
+            waiting: None,
+        }],
+        image_volumes: Vec::new(),
+        owner: None,
+        is_static: false,
+        priority: 0,
+        pull_secrets: Vec::new(),
+        ending: false,
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn images_of_opted_in_namespaces_are_published_and_events_pass() {
+    let cluster = MemoryCluster::default();
+    cluster.put_namespace("shop", &[("lighterman.dev/allow", "true")]);
+    cluster.put_namespace("bank", &[]);
+    let (used_in, mut used) = watch::channel(Arc::default());
+    let rules = watch::channel(Arc::new(Rules::default())).1;
+    let (events, from) = tokio::sync::mpsc::channel(1);
+    let (to, mut passed) = tokio::sync::mpsc::channel(1);
+    let stop = CancellationToken::new();
+    let _stopped = stop.clone().drop_guard();
+    tokio::spawn(PodImages::new(Arc::new(cluster), rules, used_in).run(from, to, stop));
+    let (shop, bank) = (pod("shop", "web", "nginx"), pod("bank", "vault", "secret:1"));
+    for event in [PodEvent::Seen(Box::new(bank)), PodEvent::Seen(Box::new(shop.clone()))] {
+        events.send(event.clone()).await.unwrap();
+        assert_eq!(timeout(DEADLINE, passed.recv()).await.unwrap(), Some(event));
+    }
+    let nginx: BTreeSet<Reference> = ["nginx".parse().unwrap()].into();
+    timeout(DEADLINE, used.wait_for(|used| **used == nginx)).await.unwrap().unwrap();
+    events.send(PodEvent::Gone(shop.pod)).await.unwrap();
+    timeout(DEADLINE, used.wait_for(|used| used.is_empty())).await.unwrap().unwrap();
+}

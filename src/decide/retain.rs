@@ -1,0 +1,215 @@
+//! Which images keep their layers on a node whose containerd discards layers after unpacking.
+//!
+//! A lease per image holds the layers. A lease may name a layer that is still being pulled, so an image is accepted as a whole, with the
+//! sizes of its manifest, when its manifest is known. Every order of actions that this module gives keeps the sum of the leased layers
+//! within the budget: releases precede leases. Not here: reading manifests, and asking for opt-in.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, SystemTime};
+
+use crate::oci::Digest;
+
+#[cfg(test)]
+mod tests;
+
+/// Life of a lease. An agent that was uninstalled leaves nothing behind after this time, and an agent may be down for half of it
+/// without losing a layer.
+pub const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
+
+/// Time for which a pulled image waits for a pod of an opted-in namespace. The kubelet pulls for a pod that the agent sees at the same
+/// moment, and the API server answers within seconds or is down; then 15 min cover the upgrade of a control plane.
+const OPT_IN_WAIT: Duration = Duration::from_secs(15 * 60);
+
+/// Time without a new layer after which a pull is taken for aborted. containerd's own lease still holds the layers of a pull that
+/// goes on, and its next layer makes the image a candidate again.
+const PULL_IDLE: Duration = Duration::from_secs(10 * 60);
+
+/// Free space, in percent of the disk, below which retained layers are released. The kubelet collects images at 85 % used and looks
+/// every 5 min: one percent earlier keeps retained layers from costing a node its images.
+pub const MIN_FREE_PERCENT: u64 = 16;
+
+/// Budget where the size of the disk is unknown.
+const BYTES_OF_UNKNOWN_DISK: u64 = 10 << 30;
+
+/// Whose layers are retained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RetainLayers {
+    /// Images that pods of opted-in namespaces run or ran.
+    #[default]
+    OptedIn,
+    /// Every image.
+    All,
+    /// No image.
+    None,
+}
+
+/// Limit of all retained layers of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RetainBytes {
+    /// Bytes.
+    Bytes(u64),
+    /// Percent of containerd's file system.
+    Percent(u8),
+}
+
+/// What is fixed at start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RetainOptions {
+    /// Whose layers.
+    pub layers: RetainLayers,
+    /// At most so many bytes.
+    pub bytes: RetainBytes,
+}
+
+impl RetainBytes {
+    /// Bytes on a disk of `total` bytes.
+    pub fn on(self, total: Option<u64>) -> u64 {
+        match (self, total) {
+            (Self::Bytes(bytes), _) => bytes,
+            (Self::Percent(percent), Some(total)) => total / 100 * u64::from(percent),
+            (Self::Percent(0), None) => 0,
+            (Self::Percent(_), None) => BYTES_OF_UNKNOWN_DISK,
+        }
+    }
+}
+
+/// What is known of one image and its users.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Facts {
+    /// Since when an image record leads to the manifest.
+    pub recorded: Option<SystemTime>,
+    /// A pod of an opted-in namespace names a record of the image.
+    pub used: bool,
+    /// No record, and a pod of an opted-in namespace names an image of the repository that the manifest came from.
+    pub expected: bool,
+    /// Last time that a pod of an opted-in namespace named the image.
+    pub last_use: Option<SystemTime>,
+    /// Last arrival of the manifest or a layer. `None` once a record was removed.
+    pub last_arrival: Option<SystemTime>,
+    /// The manifest's labels keep the layers for containerd: a lease would add nothing.
+    pub keeps_layers: bool,
+}
+
+/// Why an image is a candidate. A greater interest is retained first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Interest {
+    /// It was pulled, and for which pod is unknown. It never displaces another image.
+    Unknown,
+    /// It was used, last at this time.
+    Idle(SystemTime),
+    /// It is used, or about to be.
+    Wanted,
+}
+
+/// Interest in an image; `None` when its layers are not to be retained.
+pub fn interest(setting: RetainLayers, facts: &Facts, now: SystemTime) -> Option<Interest> {
+    let Facts { recorded, used, expected, last_use, last_arrival, keeps_layers } = *facts;
+    let within = |since: SystemTime, limit| now.duration_since(since).is_ok_and(|passed| passed < limit) || since > now;
+    if setting == RetainLayers::None || keeps_layers {
+        return None;
+    }
+    let Some(recorded) = recorded else {
+        let is_pulled = last_arrival.is_some_and(|at| within(at, PULL_IDLE));
+        let wanted = expected || setting == RetainLayers::All;
+        return is_pulled.then_some(if wanted { Interest::Wanted } else { Interest::Unknown });
+    };
+    match (used || setting == RetainLayers::All, last_use) {
+        (true, _) => Some(Interest::Wanted),
+        (false, Some(at)) => Some(Interest::Idle(at)),
+        (false, None) => within(recorded, OPT_IN_WAIT).then_some(Interest::Unknown),
+    }
+}
+
+/// One image that may keep its layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Candidate {
+    /// The manifest of this platform.
+    pub manifest: Digest,
+    /// Its layers with their sizes in bytes, each once.
+    pub layers: BTreeMap<Digest, u64>,
+    /// Why it is one.
+    pub interest: Interest,
+}
+
+/// The lease of one image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leased {
+    /// Layers that the lease names, with their sizes in bytes.
+    pub layers: BTreeMap<Digest, u64>,
+    /// When containerd drops the lease.
+    pub expires: SystemTime,
+}
+
+/// A step towards what is to be retained.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Delete the image's lease.
+    Release(Digest),
+    /// Name these layers in the image's lease, which is made when absent.
+    Retain(Digest, BTreeSet<Digest>),
+    /// Replace the image's lease by one of a full life: containerd cannot extend a lease.
+    Renew(Digest),
+}
+
+/// Bytes that may be retained now. Below the line of free space, what is retained shrinks by what is missing.
+pub fn allowed(budget: u64, retained: u64, room: Option<(u64, u64)>) -> u64 {
+    let Some((free, total)) = room else { return budget };
+    let line = total / 100 * MIN_FREE_PERCENT;
+    match free >= line {
+        true => budget,
+        false => budget.min(retained.saturating_sub(line - free)),
+    }
+}
+
+/// Bytes of these layers, each digest counted once.
+pub fn bytes<'a>(layers: impl IntoIterator<Item = &'a BTreeMap<Digest, u64>>) -> u64 {
+    let distinct: BTreeMap<_, _> = layers.into_iter().flatten().collect();
+    distinct.values().fold(0, |sum, size| sum.saturating_add(**size))
+}
+
+/// The images to retain, of `allowed` bytes at most: the most wanted first, and of equals those that have a lease. An image that does
+/// not fit is left out as a whole, because a peer can run it only with every layer.
+pub fn choose(
+    candidates: &[Candidate],
+    leases: &BTreeMap<Digest, Leased>,
+    allowed: u64,
+) -> BTreeMap<Digest, BTreeMap<Digest, u64>> {
+    let mut ordered: Vec<_> = candidates.iter().collect();
+    ordered.sort_by_key(|it| (Reverse(it.interest), Reverse(leases.contains_key(&it.manifest)), it.manifest));
+    let (mut chosen, mut counted, mut sum) = (BTreeMap::new(), BTreeSet::new(), 0_u64);
+    for Candidate { manifest, layers, interest: _ } in ordered {
+        let new = layers.iter().filter(|(layer, _)| !counted.contains(*layer));
+        let after = new.fold(sum, |sum, (_, size)| sum.saturating_add(*size));
+        if after <= allowed {
+            sum = after;
+            counted.extend(layers.keys().copied());
+            chosen.insert(*manifest, layers.clone());
+        }
+    }
+    chosen
+}
+
+/// The steps from `leases` to what is chosen, in the order in which they are to be taken.
+pub fn actions(
+    candidates: &[Candidate],
+    leases: &BTreeMap<Digest, Leased>,
+    allowed: u64,
+    now: SystemTime,
+) -> Vec<Action> {
+    let chosen = choose(candidates, leases, allowed);
+    let released = leases.keys().filter(|manifest| !chosen.contains_key(*manifest)).copied().map(Action::Release);
+    let mut steps: Vec<_> = released.collect();
+    for (manifest, layers) in chosen {
+        let lease = leases.get(&manifest);
+        if lease.is_some_and(|lease| lease.expires.duration_since(now).is_ok_and(|left| left < LEASE_LIFE / 2)) {
+            steps.push(Action::Renew(manifest));
+        }
+        let named = |layer: &Digest| lease.is_some_and(|lease| lease.layers.contains_key(layer));
+        let missing: BTreeSet<_> = layers.into_keys().filter(|layer| !named(layer)).collect();
+        if !missing.is_empty() {
+            steps.push(Action::Retain(manifest, missing));
+        }
+    }
+    steps
+}

@@ -1,0 +1,84 @@
+//! Leases by which layers outlive their unpacking, and the events that say when to take one.
+
+use std::collections::BTreeSet;
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+use tokio::sync::broadcast;
+
+use super::{Pin, StoreError};
+use crate::oci::Digest;
+
+/// The lease that retains layers of one image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerLease {
+    /// The lease.
+    pub pin: Pin,
+    /// The manifest whose layers it names.
+    pub manifest: Digest,
+    /// Last use of the image before the lease was made, where it was used at all.
+    pub last_use: Option<SystemTime>,
+    /// When the store drops the lease.
+    pub expires: SystemTime,
+    /// The layers that it names, present or not.
+    pub layers: BTreeSet<Digest>,
+}
+
+/// What happens to a store's content, sent at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ContentEvent {
+    /// A blob was committed. The writer's own lease still holds it. containerd sends this from 2.1 on.
+    Committed {
+        /// The blob.
+        digest: Digest,
+        /// Its bytes.
+        size: u64,
+    },
+    /// An image record was written or removed.
+    Records,
+    /// Events may have been missed: list everything.
+    Missed,
+}
+
+/// Leases on layers, in a store whose collector removes what no lease and no image record holds.
+#[async_trait]
+pub trait LayerLeases: Send + Sync + 'static {
+    /// Every lease of this kind, also those of an agent before this one.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] and [`StoreError::Other`].
+    async fn layer_leases(&self) -> Result<Vec<LayerLease>, StoreError>;
+
+    /// Makes a lease that names no layer yet. Listed again, it has this manifest, last use and end, to the second.
+    ///
+    /// # Errors
+    /// As [`LayerLeases::layer_leases`].
+    async fn lease_layers(
+        &self,
+        manifest: Digest,
+        last_use: Option<SystemTime>,
+        expires: SystemTime,
+    ) -> Result<Pin, StoreError>;
+
+    /// Names a layer in the lease. The layer need not be there: committed later, it is held from its first moment. What the layer's own
+    /// labels name is not held.
+    ///
+    /// # Errors
+    /// [`StoreError::Other`] when the lease is gone, and as [`LayerLeases::layer_leases`].
+    async fn add_layer(&self, pin: &Pin, layer: Digest) -> Result<(), StoreError>;
+
+    /// Deletes the lease. With `collect` the call returns when the store has removed what nothing else holds.
+    ///
+    /// # Errors
+    /// As [`LayerLeases::layer_leases`]. A lease that is gone is no error.
+    async fn end_lease(&self, pin: Pin, collect: bool) -> Result<(), StoreError>;
+
+    /// Whether the manifest's labels hold its layers, so that they stay as long as its image record. `false` when it is not there.
+    ///
+    /// # Errors
+    /// As [`LayerLeases::layer_leases`].
+    async fn keeps_layers(&self, manifest: Digest) -> Result<bool, StoreError>;
+
+    /// The events from now on. A receiver that is too slow is told that it lagged.
+    fn content_events(&self) -> broadcast::Receiver<ContentEvent>;
+}

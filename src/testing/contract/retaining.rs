@@ -1,0 +1,146 @@
+//! What every [`LayerLeases`] promises, as checks that run on each of them.
+
+use std::time::SystemTime;
+
+use super::*;
+use crate::ports::LayerLeases;
+
+/// A store with leases on layers, under test.
+pub trait Retains: Subject {
+    /// The leases of the store.
+    fn leases(&self) -> Arc<dyn LayerLeases>;
+}
+
+/// Runs every check on a store of its own and panics with all that failed.
+///
+/// # Panics
+/// When a promise is broken; the message names the check.
+pub async fn retains_as_promised<S: Retains>(name: &str, make: impl AsyncFn() -> S) {
+    let mut broken = Vec::new();
+    for (check, run) in checks() {
+        let subject = make().await;
+        match tokio::time::timeout(DEADLINE, run(&subject)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(failure)) => broken.push(format!("{check}: {failure}")),
+            Err(_) => broken.push(format!("{check}: not done after {} s", DEADLINE.as_secs())),
+        }
+    }
+    assert!(broken.is_empty(), "{name} breaks the contract:\n{}", broken.join("\n"));
+}
+
+type Check = for<'a> fn(&'a dyn Retains) -> Pinned<Box<dyn Future<Output = Outcome> + 'a>>;
+
+fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
+    macro_rules! named {
+        ($($check:ident),* $(,)?) => {
+            [$((stringify!($check), (|subject| Box::pin($check(subject))) as Check)),*]
+        };
+    }
+    named![
+        a_lease_holds_a_layer_that_comes_after_it,
+        a_lease_holds_nothing_that_its_layer_names,
+        an_ended_lease_holds_nothing,
+        a_lease_is_listed_with_what_it_was_made_with,
+        an_expired_lease_holds_nothing,
+        only_leases_on_layers_are_listed,
+        labels_say_whether_a_manifest_keeps_its_layers,
+    ]
+}
+
+fn in_an_hour() -> SystemTime {
+    SystemTime::now() + HOUR
+}
+
+/// Committed under a pin that is then released, as a pull does it.
+async fn pull(subject: &dyn Retains, blob: &Blob, children: &[(&Blob, ChildKind)]) -> Outcome {
+    let store = subject.store();
+    let pin = store.pin(HOUR).await?;
+    blob.write(&*store, &pin, children).await?;
+    Ok(store.release(pin).await?)
+}
+
+async fn a_lease_holds_a_layer_that_comes_after_it(subject: &dyn Retains) -> Outcome {
+    let (leases, store) = (subject.leases(), subject.store());
+    let [manifest, layer, other] = ["manifest", "layer", "other"].map(|seed| Blob::of(seed, 400));
+    let lease = leases.lease_layers(manifest.digest, None, in_an_hour()).await?;
+    leases.add_layer(&lease, layer.digest).await?;
+    leases.add_layer(&lease, layer.digest).await?;
+    subject.collect().await;
+    pull(subject, &layer, &[]).await?;
+    pull(subject, &other, &[]).await?;
+    subject.collect().await;
+    ensure(layer.is_in(&*store).await?, "the layer that the lease names was collected")?;
+    ensure(!other.is_in(&*store).await?, "a layer that no lease names is still here")
+}
+
+async fn a_lease_holds_nothing_that_its_layer_names(subject: &dyn Retains) -> Outcome {
+    let (leases, store) = (subject.leases(), subject.store());
+    let (parent, child) = (Blob::of("names", 400), Blob::of("named", 300));
+    let pin = store.pin(HOUR).await?;
+    child.write(&*store, &pin, &[]).await?;
+    parent.write(&*store, &pin, &[(&child, ChildKind::Layer)]).await?;
+    let lease = leases.lease_layers(parent.digest, None, in_an_hour()).await?;
+    leases.add_layer(&lease, parent.digest).await?;
+    store.release(pin).await?;
+    subject.collect().await;
+    ensure(parent.is_in(&*store).await?, "what the lease names was collected")?;
+    ensure(!child.is_in(&*store).await?, "what its labels name is held as well")
+}
+
+async fn an_ended_lease_holds_nothing(subject: &dyn Retains) -> Outcome {
+    let (leases, store) = (subject.leases(), subject.store());
+    let layer = Blob::of("ended", 400);
+    let lease = leases.lease_layers(layer.digest, None, in_an_hour()).await?;
+    leases.add_layer(&lease, layer.digest).await?;
+    pull(subject, &layer, &[]).await?;
+    leases.end_lease(lease.clone(), true).await?;
+    ensure(!layer.is_in(&*store).await?, "the call returned before the layer was collected")?;
+    ensure(leases.add_layer(&lease, layer.digest).await.is_err(), "an ended lease takes a layer")?;
+    leases.end_lease(lease, false).await?;
+    ensure(leases.layer_leases().await?.is_empty(), "an ended lease is listed")
+}
+
+async fn a_lease_is_listed_with_what_it_was_made_with(subject: &dyn Retains) -> Outcome {
+    let leases = subject.leases();
+    let (manifest, expires) = (Digest::of(b"its manifest"), in_an_hour());
+    let last_use = SystemTime::now() - HOUR;
+    let layers: BTreeSet<_> = [Digest::of(b"a"), Digest::of(b"b")].into();
+    let lease = leases.lease_layers(manifest, Some(last_use), expires).await?;
+    for layer in &layers {
+        leases.add_layer(&lease, *layer).await?;
+    }
+    let listed = leases.layer_leases().await?;
+    let [found] = &*listed else { return ensure(false, format!("one lease is listed as {listed:?}")) };
+    let is_near = |one: SystemTime, other: SystemTime| {
+        one.duration_since(other).or_else(|_| other.duration_since(one)).is_ok_and(|apart| apart.as_secs() < 1)
+    };
+    ensure(found.pin == lease && found.manifest == manifest && found.layers == layers, format!("{found:?}"))?;
+    ensure(is_near(found.expires, expires), format!("{found:?} expires at {expires:?}"))?;
+    ensure(found.last_use.is_some_and(|at| is_near(at, last_use)), format!("{found:?} was used at {last_use:?}"))
+}
+
+async fn an_expired_lease_holds_nothing(subject: &dyn Retains) -> Outcome {
+    let (leases, store) = (subject.leases(), subject.store());
+    let layer = Blob::of("expired", 400);
+    let lease = leases.lease_layers(layer.digest, None, SystemTime::now()).await?;
+    leases.add_layer(&lease, layer.digest).await?;
+    pull(subject, &layer, &[]).await?;
+    subject.collect().await;
+    ensure(!layer.is_in(&*store).await?, "a lease outlives its end")
+}
+
+async fn only_leases_on_layers_are_listed(subject: &dyn Retains) -> Outcome {
+    subject.store().pin(HOUR).await?;
+    ensure(subject.leases().layer_leases().await?.is_empty(), "a pin of a recovery is listed")
+}
+
+async fn labels_say_whether_a_manifest_keeps_its_layers(subject: &dyn Retains) -> Outcome {
+    let (leases, store) = (subject.leases(), subject.store());
+    let [manifest, config, layer] = ["keeper", "its config", "its layer"].map(|seed| Blob::of(seed, 200));
+    let pin = store.pin(HOUR).await?;
+    ensure(!leases.keeps_layers(manifest.digest).await?, "an absent manifest keeps layers")?;
+    manifest.write(&*store, &pin, &[(&config, ChildKind::Config)]).await?;
+    ensure(!leases.keeps_layers(manifest.digest).await?, "a manifest without labels of layers keeps them")?;
+    store.remember(manifest.digest, &remembered(&[(&layer, ChildKind::Layer)])).await?;
+    ensure(leases.keeps_layers(manifest.digest).await?, "a manifest whose labels name a layer does not keep it")
+}
