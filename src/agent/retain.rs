@@ -21,12 +21,12 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use self::here::Here;
-pub use self::pods::PodImages;
+pub use self::pods::{PodImages, UsedImages};
 use crate::decide::retain::{
     Action, Candidate, Facts, LEASE_LIFE, Leased, RetainOptions, actions, allowed, bytes, interest,
 };
 use crate::metrics::Metrics;
-use crate::oci::{Digest, Reference};
+use crate::oci::Digest;
 use crate::ports::{ContentEvent, ContentStore, LayerLeases, Pin, RetainedStatus, Room, StoreError};
 
 /// Interval of the complete list. Free space and removed images are noticed within it; a list takes milliseconds.
@@ -49,8 +49,7 @@ pub struct Retainer {
     store: Arc<dyn ContentStore>,
     leases: Arc<dyn LayerLeases>,
     options: RetainOptions,
-    /// Images that pods of opted-in namespaces name.
-    used: watch::Receiver<Arc<BTreeSet<Reference>>>,
+    used: watch::Receiver<Arc<UsedImages>>,
     metrics: Metrics,
     status: watch::Sender<Option<RetainedStatus>>,
     here: Here,
@@ -69,6 +68,8 @@ struct Held {
     pin: Pin,
     expires: SystemTime,
     layers: BTreeSet<Digest>,
+    /// It says that the image was used.
+    says_used: bool,
 }
 
 impl Retainer {
@@ -77,7 +78,7 @@ impl Retainer {
         store: Arc<dyn ContentStore>,
         leases: Arc<dyn LayerLeases>,
         options: RetainOptions,
-        used: watch::Receiver<Arc<BTreeSet<Reference>>>,
+        used: watch::Receiver<Arc<UsedImages>>,
         metrics: Metrics,
         status: watch::Sender<Option<RetainedStatus>>,
     ) -> Self {
@@ -175,7 +176,8 @@ impl Retainer {
         (self.held, self.replaced) = (BTreeMap::new(), Vec::new());
         for lease in self.leases.layer_leases().await? {
             self.here.remember_use(lease.manifest, lease.last_use);
-            let held = Held { pin: lease.pin, expires: lease.expires, layers: lease.layers };
+            let says_used = lease.last_use.is_some();
+            let held = Held { pin: lease.pin, expires: lease.expires, layers: lease.layers, says_used };
             match self.held.get_mut(&lease.manifest) {
                 Some(older) if older.expires < held.expires => {
                     self.replaced.push(std::mem::replace(older, held).pin);
@@ -209,6 +211,10 @@ impl Retainer {
         for pin in std::mem::take(&mut self.replaced) {
             self.leases.end_lease(pin, false).await?;
         }
+        if allowed < budget {
+            // What was released is collected by now. Without a new measurement the next decision would release the same bytes again.
+            self.room = self.store.room().await?;
+        }
         Ok(())
     }
 
@@ -220,7 +226,7 @@ impl Retainer {
     fn leased(&self) -> BTreeMap<Digest, Leased> {
         let sized = |(manifest, held): (&Digest, &Held)| {
             let layers = held.layers.iter().filter_map(|layer| Some((*layer, self.here.size_in(*manifest, *layer)?)));
-            (*manifest, Leased { layers: layers.collect(), expires: held.expires })
+            (*manifest, Leased { layers: layers.collect(), expires: held.expires, says_used: held.says_used })
         };
         self.held.iter().map(sized).collect()
     }
@@ -257,8 +263,9 @@ impl Retainer {
 
     async fn new_lease(&self, manifest: Digest, now: SystemTime) -> Result<Held, StoreError> {
         let expires = now + LEASE_LIFE;
-        let pin = self.leases.lease_layers(manifest, self.here.last_use(manifest), expires).await?;
-        Ok(Held { pin, expires, layers: BTreeSet::new() })
+        let last_use = self.here.last_use(manifest);
+        let pin = self.leases.lease_layers(manifest, last_use, expires).await?;
+        Ok(Held { pin, expires, layers: BTreeSet::new(), says_used: last_use.is_some() })
     }
 
     /// Names the layers in the image's lease, the smallest first: those come first.

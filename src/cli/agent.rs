@@ -223,7 +223,7 @@ impl Probe {
             changed
         });
         if discards_unpacked_layers == Some(true) {
-            tracing::debug!("containerd discards layers that it unpacked: this node has little to give");
+            tracing::debug!("containerd discards layers that it unpacked");
         }
         self.told.send_replace(ContainerdStatus {
             version: Some(version),

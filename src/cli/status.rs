@@ -136,7 +136,7 @@ fn containerd_rows(containerd: &ContainerdStatus) -> Vec<(&'static str, Vec<Stri
     } = containerd;
     let read = blobs_read.map_or_else(unknown, |way| way.to_string());
     let layers = match discards_unpacked_layers {
-        Some(true) => "thrown away (discard_unpacked_layers): this node has few layers to give".into(),
+        Some(true) => "discarded (discard_unpacked_layers), but for those retained".into(),
         Some(false) => "kept".into(),
         None => unknown(),
     };
@@ -273,7 +273,7 @@ containerd        2.1.9
 content root      /var/lib/containerd/io.containerd.content.v1.content
 blobs are read    from its files
 blobs come in     linked
-unpacked layers   thrown away (discard_unpacked_layers): this node has few layers to give
+unpacked layers   discarded (discard_unpacked_layers), but for those retained
 unpacked here     overlayfs
 sandbox image     registry.k8s.io/pause:3.10
 image verifiers   none

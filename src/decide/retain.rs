@@ -17,9 +17,9 @@ mod tests;
 /// without losing a layer.
 pub const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
 
-/// Time for which a pulled image waits for a pod of an opted-in namespace. The kubelet pulls for a pod that the agent sees at the same
-/// moment, and the API server answers within seconds or is down; then 15 min cover the upgrade of a control plane.
-const OPT_IN_WAIT: Duration = Duration::from_secs(15 * 60);
+/// Time for which a pulled image waits for a pod. The agent sees a pod when the kubelet does, which then starts the pull; a minute
+/// covers a pod watch that reconnects (its longest pause is 30 s). An image whose namespace gave no answer waits for the answer.
+const POD_WAIT: Duration = Duration::from_secs(60);
 
 /// Time without a new layer after which a pull is taken for aborted. containerd's own lease still holds the layers of a pull that
 /// goes on, and its next layer makes the image a candidate again.
@@ -81,6 +81,8 @@ pub struct Facts {
     pub recorded: Option<SystemTime>,
     /// A pod of an opted-in namespace names a record of the image.
     pub used: bool,
+    /// A pod names a record of the image, and whether its namespace opted in is unknown.
+    pub undecided: bool,
     /// No record, and a pod of an opted-in namespace names an image of the repository that the manifest came from.
     pub expected: bool,
     /// Last time that a pod of an opted-in namespace named the image.
@@ -104,7 +106,7 @@ pub enum Interest {
 
 /// Interest in an image; `None` when its layers are not to be retained.
 pub fn interest(setting: RetainLayers, facts: &Facts, now: SystemTime) -> Option<Interest> {
-    let Facts { recorded, used, expected, last_use, last_arrival, keeps_layers } = *facts;
+    let Facts { recorded, used, undecided, expected, last_use, last_arrival, keeps_layers } = *facts;
     let within = |since: SystemTime, limit| now.duration_since(since).is_ok_and(|passed| passed < limit) || since > now;
     if setting == RetainLayers::None || keeps_layers {
         return None;
@@ -117,7 +119,7 @@ pub fn interest(setting: RetainLayers, facts: &Facts, now: SystemTime) -> Option
     match (used || setting == RetainLayers::All, last_use) {
         (true, _) => Some(Interest::Wanted),
         (false, Some(at)) => Some(Interest::Idle(at)),
-        (false, None) => within(recorded, OPT_IN_WAIT).then_some(Interest::Unknown),
+        (false, None) => (undecided || within(recorded, POD_WAIT)).then_some(Interest::Unknown),
     }
 }
 
@@ -130,6 +132,8 @@ pub struct Candidate {
     pub layers: BTreeMap<Digest, u64>,
     /// Why it is one.
     pub interest: Interest,
+    /// Last time that a pod of an opted-in namespace named the image.
+    pub last_use: Option<SystemTime>,
 }
 
 /// The lease of one image.
@@ -139,6 +143,8 @@ pub struct Leased {
     pub layers: BTreeMap<Digest, u64>,
     /// When containerd drops the lease.
     pub expires: SystemTime,
+    /// The lease says that the image was used. The next agent goes by it.
+    pub says_used: bool,
 }
 
 /// A step towards what is to be retained.
@@ -148,7 +154,7 @@ pub enum Action {
     Release(Digest),
     /// Name these layers in the image's lease, which is made when absent.
     Retain(Digest, BTreeSet<Digest>),
-    /// Replace the image's lease by one of a full life: containerd cannot extend a lease.
+    /// Replace the image's lease by one of a full life and with the last use: containerd cannot change a lease.
     Renew(Digest),
 }
 
@@ -178,7 +184,7 @@ pub fn choose(
     let mut ordered: Vec<_> = candidates.iter().collect();
     ordered.sort_by_key(|it| (Reverse(it.interest), Reverse(leases.contains_key(&it.manifest)), it.manifest));
     let (mut chosen, mut counted, mut sum) = (BTreeMap::new(), BTreeSet::new(), 0_u64);
-    for Candidate { manifest, layers, interest: _ } in ordered {
+    for Candidate { manifest, layers, interest: _, last_use: _ } in ordered {
         let new = layers.iter().filter(|(layer, _)| !counted.contains(*layer));
         let after = new.fold(sum, |sum, (_, size)| sum.saturating_add(*size));
         if after <= allowed {
@@ -200,9 +206,12 @@ pub fn actions(
     let chosen = choose(candidates, leases, allowed);
     let released = leases.keys().filter(|manifest| !chosen.contains_key(*manifest)).copied().map(Action::Release);
     let mut steps: Vec<_> = released.collect();
+    let was_used: BTreeSet<_> = candidates.iter().filter(|it| it.last_use.is_some()).map(|it| it.manifest).collect();
     for (manifest, layers) in chosen {
         let lease = leases.get(&manifest);
-        if lease.is_some_and(|lease| lease.expires.duration_since(now).is_ok_and(|left| left < LEASE_LIFE / 2)) {
+        let is_old = |lease: &Leased| lease.expires.duration_since(now).unwrap_or_default() < LEASE_LIFE / 2;
+        let is_news = |lease: &Leased| was_used.contains(&manifest) && !lease.says_used;
+        if lease.is_some_and(|lease| is_old(lease) || is_news(lease)) {
             steps.push(Action::Renew(manifest));
         }
         let named = |layer: &Digest| lease.is_some_and(|lease| lease.layers.contains_key(layer));

@@ -216,7 +216,7 @@ pub struct ContainerdStatus {
     /// How staged blobs come into it: `linked`, or `copied: ` and why, which is slower.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ingest: Option<String>,
-    /// Whether it throws layers away once they are unpacked; such a node has little to give.
+    /// Whether it discards layers once they are unpacked. containerd 2 does not say.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discards_unpacked_layers: Option<bool>,
     /// The snapshotter that layers are unpacked into as they come, or `left to containerd: ` and why.

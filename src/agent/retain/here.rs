@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::SystemTime;
 
+use super::UsedImages;
 use crate::agent::bring::Held;
 use crate::decide::retain::{Candidate, Facts, Interest};
 use crate::oci::{Digest, Document, MAX_DOCUMENT_BYTES, Reference, Repository};
@@ -20,6 +21,13 @@ pub(super) struct Here {
     present: HashSet<Digest>,
     /// Repositories that opted-in namespaces use, without the registry's port: the label of a pull has none.
     repositories: BTreeSet<(String, String)>,
+}
+
+/// The pods that name records of an image.
+#[derive(Default)]
+struct Named {
+    opted_in: bool,
+    undecided: bool,
 }
 
 /// What a document names.
@@ -79,23 +87,26 @@ impl Here {
         &mut self,
         store: &dyn ContentStore,
         leases: &dyn LayerLeases,
-        used: &BTreeSet<Reference>,
+        used: &UsedImages,
         now: SystemTime,
     ) -> Result<(), StoreError> {
         let records = store.images().await?;
         let blobs = store.blobs().await?;
         self.present = blobs.iter().map(|blob| blob.digest).collect();
         self.documents.retain(|digest, _| self.present.contains(digest));
-        self.repositories = used.iter().map(|reference| portless(reference.repository())).collect();
+        self.repositories = used.opted_in.iter().map(|reference| portless(reference.repository())).collect();
         let roots = records.iter().map(|record| record.target.digest);
         for digest in roots.chain(blobs.iter().filter(|blob| blob.has_children).map(|blob| blob.digest)) {
             self.learn(store, digest).await?;
         }
-        let names: BTreeSet<_> = used.iter().map(ToString::to_string).collect();
-        let mut recorded: BTreeMap<Digest, bool> = BTreeMap::new();
+        let names = |images: &BTreeSet<Reference>| images.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
+        let (opted_in, undecided) = (names(&used.opted_in), names(&used.undecided));
+        let mut recorded: BTreeMap<Digest, Named> = BTreeMap::new();
         for record in &records {
             for manifest in self.manifests_of(record.target.digest) {
-                *recorded.entry(manifest).or_default() |= names.contains(&record.name);
+                let named = recorded.entry(manifest).or_default();
+                named.opted_in |= opted_in.contains(&record.name);
+                named.undecided |= undecided.contains(&record.name);
             }
         }
         self.update(&recorded, now);
@@ -105,7 +116,7 @@ impl Here {
         Ok(())
     }
 
-    fn update(&mut self, recorded: &BTreeMap<Digest, bool>, now: SystemTime) {
+    fn update(&mut self, recorded: &BTreeMap<Digest, Named>, now: SystemTime) {
         for (manifest, contents) in &self.documents {
             if matches!(contents, Contents::Manifest(_)) {
                 self.images.entry(*manifest).or_default();
@@ -114,16 +125,16 @@ impl Here {
         self.images.retain(|manifest, _| self.documents.contains_key(manifest));
         for (manifest, facts) in &mut self.images {
             match recorded.get(manifest) {
-                Some(used) => {
+                Some(Named { opted_in, undecided }) => {
                     facts.recorded = facts.recorded.or(Some(now));
-                    facts.used = *used;
-                    facts.last_use = if *used { Some(now) } else { facts.last_use };
+                    (facts.used, facts.undecided) = (*opted_in, *undecided);
+                    facts.last_use = if *opted_in { Some(now) } else { facts.last_use };
                 }
                 None => {
                     if facts.recorded.take().is_some() {
                         (facts.last_arrival, facts.last_use) = (None, None);
                     }
-                    facts.used = false;
+                    (facts.used, facts.undecided) = (false, false);
                 }
             }
         }
@@ -162,7 +173,8 @@ impl Here {
         let candidate = |(manifest, facts): (&Digest, &Facts)| {
             let interest = interest(facts)?;
             let layers = self.counted(*manifest).collect::<BTreeMap<_, _>>();
-            (!layers.is_empty()).then_some(Candidate { manifest: *manifest, layers, interest })
+            let last_use = facts.last_use;
+            (!layers.is_empty()).then_some(Candidate { manifest: *manifest, layers, interest, last_use })
         };
         self.images.iter().filter_map(candidate).collect()
     }

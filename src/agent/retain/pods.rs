@@ -26,11 +26,20 @@ const TICK: Duration = Duration::from_secs(10);
 /// Questions to the API server at the same time.
 const ASKING: usize = 4;
 
+/// Images that pods of this node name.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct UsedImages {
+    /// By pods of namespaces that opted in.
+    pub opted_in: BTreeSet<Reference>,
+    /// By pods of namespaces for which the API server gave no answer yet.
+    pub undecided: BTreeSet<Reference>,
+}
+
 /// Follows the pods of this node.
 pub struct PodImages {
     cluster: Arc<dyn Cluster>,
     rules: watch::Receiver<Arc<Rules>>,
-    used: watch::Sender<Arc<BTreeSet<Reference>>>,
+    used: watch::Sender<Arc<UsedImages>>,
     /// The images of each pod that has not ended.
     pods: BTreeMap<PodRef, BTreeSet<Reference>>,
     namespaces: BTreeMap<String, Namespace>,
@@ -52,7 +61,7 @@ impl PodImages {
     pub fn new(
         cluster: Arc<dyn Cluster>,
         rules: watch::Receiver<Arc<Rules>>,
-        used: watch::Sender<Arc<BTreeSet<Reference>>>,
+        used: watch::Sender<Arc<UsedImages>>,
     ) -> Self {
         Self { cluster, rules, used, pods: BTreeMap::new(), namespaces: BTreeMap::new(), asking: JoinSet::new() }
     }
@@ -141,12 +150,16 @@ impl PodImages {
 
     fn publish(&self) {
         let rules = self.rules.borrow();
-        let opted_in = |name: &String| {
-            let view = self.namespaces.get(name).and_then(|namespace| namespace.view.as_ref());
-            view.is_some_and(|view| rules.policy.namespace_opted_in(name, &view.labels, &view.annotations))
-        };
-        let pods = self.pods.iter().filter(|(pod, _)| opted_in(&pod.k8s_namespace));
-        let used: BTreeSet<_> = pods.flat_map(|(_, images)| images).cloned().collect();
+        let mut used = UsedImages::default();
+        for (PodRef { k8s_namespace: name, .. }, images) in &self.pods {
+            match self.namespaces.get(name).and_then(|namespace| namespace.view.as_ref()) {
+                None => used.undecided.extend(images.iter().cloned()),
+                Some(view) if rules.policy.namespace_opted_in(name, &view.labels, &view.annotations) => {
+                    used.opted_in.extend(images.iter().cloned());
+                }
+                Some(_) => {}
+            }
+        }
         self.used.send_if_modified(|before| {
             let changed = **before != used;
             if changed {

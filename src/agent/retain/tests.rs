@@ -7,7 +7,7 @@ use super::*;
 use crate::decide::retain::{RetainBytes, RetainLayers};
 use crate::decide::rules::Rules;
 use crate::model::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy};
-use crate::oci::Descriptor;
+use crate::oci::{Descriptor, Reference};
 use crate::ports::{Child, ChildKind, ImageRecord, PodEvent, Remembered};
 use crate::testing::image::{MadeImage, put_image};
 use crate::testing::{MemoryCluster, MemoryStore};
@@ -18,7 +18,7 @@ const DEADLINE: Duration = Duration::from_secs(3600);
 /// A node whose runtime discards layers.
 struct Node {
     store: MemoryStore,
-    used: watch::Sender<Arc<BTreeSet<Reference>>>,
+    used: watch::Sender<Arc<UsedImages>>,
     options: RetainOptions,
     metrics: Metrics,
 }
@@ -36,7 +36,8 @@ impl Node {
 
     /// Pods of opted-in namespaces name these images, and no others.
     fn uses(&self, names: &[&str]) {
-        self.used.send_replace(Arc::new(names.iter().map(|name| name.parse().unwrap()).collect()));
+        let opted_in = names.iter().map(|name| name.parse().unwrap()).collect();
+        self.used.send_replace(Arc::new(UsedImages { opted_in, ..UsedImages::default() }));
     }
 
     /// Starts the agent, which has looked once when this returns.
@@ -139,17 +140,21 @@ async fn without_an_agent_the_layers_are_gone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_image_that_no_opted_in_pod_names_is_let_go() {
+async fn layers_of_an_image_whose_pod_is_unknown_wait_for_the_pod() {
     let node = Node::new(RetainLayers::OptedIn, 1 << 20);
     let mut agent = node.start().await;
     let image = node.pull(IMAGE, &[3000], 1).await;
-    assert_eq!(node.layers_here(&image).await, 1, "its pod may follow");
-    agent.shows(|status| status.images == 1).await;
-    tokio::time::advance(Duration::from_secs(1)).await;
-    let image_of_all = Node::new(RetainLayers::All, 1 << 20);
-    let _agent = image_of_all.start().await;
-    let image = image_of_all.pull(IMAGE, &[3000], 1).await;
-    assert_eq!(image_of_all.layers_here(&image).await, 1);
+    agent.shows(|status| (status.images, status.wanted) == (1, 0)).await;
+    assert_eq!(node.layers_here(&image).await, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_all_images_are_retained_no_pod_is_needed() {
+    let node = Node::new(RetainLayers::All, 1 << 20);
+    let mut agent = node.start().await;
+    let image = node.pull(IMAGE, &[3000], 1).await;
+    agent.shows(|status| (status.images, status.wanted) == (1, 1)).await;
+    assert_eq!(node.layers_here(&image).await, 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -196,6 +201,9 @@ async fn the_next_agent_finds_the_leases_of_the_one_before() {
     let mut agent = node.start().await;
     let image = node.pull(IMAGE, &[3000, 200], 1).await;
     agent.shows(|status| status.images == 1).await;
+    agent.shows(|status| status.wanted == 1).await;
+    let lease = node.store.layer_leases().await.unwrap();
+    assert!(lease[0].last_use.is_some(), "the next agent would take the image for one without a pod");
     drop(agent);
     // The API server is away: no pod is known. The image was used, and stays.
     node.uses(&[]);
@@ -240,7 +248,7 @@ async fn images_of_opted_in_namespaces_are_published_and_events_pass() {
     let cluster = MemoryCluster::default();
     cluster.put_namespace("shop", &[("lighterman.dev/allow", "true")]);
     cluster.put_namespace("bank", &[]);
-    let (used_in, mut used) = watch::channel(Arc::default());
+    let (used_in, mut used) = watch::channel(Arc::<UsedImages>::default());
     let rules = watch::channel(Arc::new(Rules::default())).1;
     let (events, from) = tokio::sync::mpsc::channel(1);
     let (to, mut passed) = tokio::sync::mpsc::channel(1);
@@ -253,7 +261,8 @@ async fn images_of_opted_in_namespaces_are_published_and_events_pass() {
         assert_eq!(timeout(DEADLINE, passed.recv()).await.unwrap(), Some(event));
     }
     let nginx: BTreeSet<Reference> = ["nginx".parse().unwrap()].into();
-    timeout(DEADLINE, used.wait_for(|used| **used == nginx)).await.unwrap().unwrap();
+    let only_nginx = |used: &Arc<UsedImages>| used.opted_in == nginx && used.undecided.is_empty();
+    timeout(DEADLINE, used.wait_for(only_nginx)).await.unwrap().unwrap();
     events.send(PodEvent::Gone(shop.pod)).await.unwrap();
-    timeout(DEADLINE, used.wait_for(|used| used.is_empty())).await.unwrap().unwrap();
+    timeout(DEADLINE, used.wait_for(|used| used.opted_in.is_empty())).await.unwrap().unwrap();
 }

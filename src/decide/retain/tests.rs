@@ -17,11 +17,11 @@ fn layers(sizes: &[(&str, u64)]) -> BTreeMap<Digest, u64> {
 }
 
 fn candidate(name: &str, interest: Interest, sizes: &[(&str, u64)]) -> Candidate {
-    Candidate { manifest: digest(name), layers: layers(sizes), interest }
+    Candidate { manifest: digest(name), layers: layers(sizes), interest, last_use: None }
 }
 
 fn leased(sizes: &[(&str, u64)]) -> Leased {
-    Leased { layers: layers(sizes), expires: at(0) + LEASE_LIFE }
+    Leased { layers: layers(sizes), expires: at(0) + LEASE_LIFE, says_used: false }
 }
 
 fn chosen(candidates: &[Candidate], leases: &BTreeMap<Digest, Leased>, allowed: u64) -> BTreeSet<Digest> {
@@ -95,6 +95,15 @@ fn a_lease_is_renewed_at_half_of_its_life() {
 }
 
 #[test]
+fn a_lease_is_renewed_once_when_its_image_is_used() {
+    let mut lease = leased(&[("a", 1)]);
+    let images = [Candidate { last_use: Some(at(0)), ..candidate("i", Interest::Wanted, &[("a", 1)]) }];
+    assert_eq!(actions(&images, &[(digest("i"), lease.clone())].into(), 10, at(0)), [Action::Renew(digest("i"))]);
+    lease.says_used = true;
+    assert_eq!(actions(&images, &[(digest("i"), lease)].into(), 10, at(0)), []);
+}
+
+#[test]
 fn retained_layers_yield_to_the_disk() {
     let total = 1000;
     assert_eq!(allowed(300, 200, None), 300);
@@ -118,6 +127,7 @@ fn an_image_is_of_interest_from_its_manifest_to_the_end_of_its_record() {
     let pulled = Facts { last_arrival: Some(at(0)), ..Facts::default() };
     let expected = Facts { expected: true, ..pulled };
     let recorded = Facts { recorded: Some(at(0)), ..pulled };
+    let undecided = Facts { undecided: true, ..recorded };
     let used = Facts { used: true, last_use: Some(at(50)), ..recorded };
     let idle = Facts { used: false, ..used };
     let removed = Facts { recorded: None, last_arrival: None, ..used };
@@ -127,8 +137,9 @@ fn an_image_is_of_interest_from_its_manifest_to_the_end_of_its_record() {
         ("an aborted pull", pulled, OptedIn, 600, None),
         ("a pull that a pod waits for", expected, OptedIn, 599, Some(Interest::Wanted)),
         ("a pull, of all", pulled, All, 599, Some(Interest::Wanted)),
-        ("an image whose pod may follow", recorded, OptedIn, 899, Some(Interest::Unknown)),
-        ("an image without a pod", recorded, OptedIn, 900, None),
+        ("an image whose pod may follow", recorded, OptedIn, 59, Some(Interest::Unknown)),
+        ("an image without a pod", recorded, OptedIn, 60, None),
+        ("an image whose namespace did not answer", undecided, OptedIn, 9999, Some(Interest::Unknown)),
         ("an image without a pod, of all", recorded, All, 900, Some(Interest::Wanted)),
         ("an image that is used", used, OptedIn, 9999, Some(Interest::Wanted)),
         ("an image that was used", idle, OptedIn, 9999, Some(Interest::Idle(at(50)))),
@@ -177,7 +188,7 @@ fn most_over_budget(moments: Vec<Moment>, budget: u64) -> u64 {
             .into_iter()
             .map(|(n, interest)| {
                 let manifest = digest(&format!("manifest {n}"));
-                (manifest, Candidate { manifest, layers: layers_of(n), interest })
+                (manifest, Candidate { manifest, layers: layers_of(n), interest, last_use: None })
             })
             .collect();
         let candidates: Vec<_> = candidates.into_values().collect();
@@ -189,7 +200,8 @@ fn most_over_budget(moments: Vec<Moment>, budget: u64) -> u64 {
                 Action::Renew(manifest) => leases.get_mut(&manifest).unwrap().expires = now + LEASE_LIFE,
                 Action::Retain(manifest, new) => {
                     let candidate = candidates.iter().find(|it| it.manifest == manifest).unwrap();
-                    let fresh = Leased { layers: BTreeMap::new(), expires: now + LEASE_LIFE };
+                    let expires = now + LEASE_LIFE;
+                    let fresh = Leased { layers: BTreeMap::new(), expires, says_used: false };
                     let lease = leases.entry(manifest).or_insert(fresh);
                     lease.layers.extend(new.into_iter().map(|layer| (layer, candidate.layers[&layer])));
                 }

@@ -13,11 +13,11 @@ use axum::routing::get;
 use containerd_client::tonic::Request;
 use containerd_client::tonic::client::Grpc;
 use containerd_client::tonic::codegen::http::uri::PathAndQuery;
-use lighterman::agent::retain::Retainer;
+use lighterman::agent::retain::{Retainer, UsedImages};
 use lighterman::containerd::ContainerdStore;
 use lighterman::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use lighterman::metrics::Metrics;
-use lighterman::oci::{Digest, Reference};
+use lighterman::oci::Digest;
 use lighterman::ports::{ContentStore, LayerLeases, RetainedStatus};
 use lighterman::testing::MemoryStore;
 use lighterman::testing::contract::retaining::{Retains, retains_as_promised};
@@ -140,7 +140,7 @@ struct Node {
     daemon: Daemon,
     socket: PathBuf,
     store: ContainerdStore,
-    used: watch::Sender<Arc<BTreeSet<Reference>>>,
+    used: watch::Sender<Arc<UsedImages>>,
     _stop: DropGuard,
 }
 
@@ -161,7 +161,8 @@ impl Node {
     }
 
     fn uses(&self, names: &[&String]) {
-        self.used.send_replace(Arc::new(names.iter().map(|name| name.parse().unwrap()).collect()));
+        let opted_in = names.iter().map(|name| name.parse().unwrap()).collect();
+        self.used.send_replace(Arc::new(UsedImages { opted_in, ..UsedImages::default() }));
     }
 
     async fn retain(&self, bytes: u64) -> Agent {
