@@ -273,13 +273,8 @@ impl Agent {
         let (names_in, names_here) = watch::channel(None);
         let registries = Registries::new(holders.clone(), registry, probe_registries, first_hand_in, metrics.clone());
         let (images_in, images) = watch::channel(None);
-        let (retained_in, retained) = watch::channel(None);
-        let retaining = layer_leases.filter(|_| retain.layers != RetainLayers::None).map(|leases| {
-            let (used_in, used) = watch::channel(Arc::default());
-            let pod_images = PodImages::new(Arc::clone(&cluster), rules.clone(), used_in);
-            let retainer = Retainer::new(Arc::clone(&store), leases, retain, used, metrics.clone(), retained_in);
-            (pod_images, retainer)
-        });
+        let retained_store = Arc::clone(&store);
+        let retained_cluster = Arc::clone(&cluster);
         let salvager = Salvager::new(Parts {
             recoverer,
             board: board.clone(),
@@ -290,6 +285,14 @@ impl Agent {
             rules: rules.clone(),
             manner,
             metrics: metrics.clone(),
+        });
+        let (retained_in, retained) = watch::channel(None);
+        let retaining = layer_leases.filter(|_| retain.layers != RetainLayers::None).map(|leases| {
+            let (used_in, used) = watch::channel(Arc::default());
+            let pod_images = PodImages::new(retained_cluster, rules.clone(), used_in);
+            let retainer = Retainer::new(retained_store, leases, retain, used, metrics.clone(), retained_in);
+            let retainer = if retain.fetch { retainer.with_peers(salvager.recoverer()) } else { retainer };
+            (pod_images, retainer)
         });
         let advertiser = Advertiser::new(
             store,

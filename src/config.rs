@@ -149,6 +149,7 @@ impl AgentArgs {
             unpack_layers,
             retain_layers,
             retain_bytes,
+            retain_fetch,
             rules_file,
             max_download_rate,
             max_upload_rate,
@@ -259,7 +260,7 @@ impl AgentArgs {
                 image_verifier_dir: image_verifier_dir.unwrap_or_else(|| containerd::VERIFIERS.into()),
                 import_past_verifiers,
                 unpack_layers,
-                retain: RetainOptions { layers: retain_layers.into(), bytes: retain_bytes },
+                retain: RetainOptions { layers: retain_layers.into(), bytes: retain_bytes, fetch: retain_fetch },
                 grace: Duration::from_secs(grace_period),
             },
         })
@@ -316,10 +317,11 @@ mod tests {
     #[test]
     fn retained_bytes_are_a_quantity_or_a_share_of_the_disk() {
         let retain = |flags: &[&str]| config(flags).unwrap().settings.retain;
-        let share = RetainOptions { layers: RetainLayers::OptedIn, bytes: RetainBytes::Percent(20) };
+        let share = RetainOptions { layers: RetainLayers::OptedIn, bytes: RetainBytes::Percent(20), fetch: true };
         assert_eq!(retain(&[]), share);
-        let flags = ["--retain-layers", "all", "--retain-bytes", "20Gi"];
-        assert_eq!(retain(&flags), RetainOptions { layers: RetainLayers::All, bytes: RetainBytes::Bytes(20 << 30) });
+        let flags = ["--retain-layers", "all", "--retain-bytes", "20Gi", "--retain-fetch", "false"];
+        let all = RetainOptions { layers: RetainLayers::All, bytes: RetainBytes::Bytes(20 << 30), fetch: false };
+        assert_eq!(retain(&flags), all);
         for wrong in ["91%", "%", "-1", "20 %", "much"] {
             let flags = ["agent", "--node-name", "here", "--pod-name", "a", "--retain-bytes", wrong];
             assert!(Command::try_parse_from(flags).is_err(), "{wrong}");

@@ -1,15 +1,19 @@
 //! Retains the layers of images on a node whose containerd discards layers after unpacking.
 //!
-//! containerd commits a manifest before it downloads a layer, so the manifest's event is the moment to act: the image's lease then names
-//! every layer, also those that have not come yet, and no layer depends on the agent's speed. A lease for blobs of unknown images is
-//! therefore not needed. Events are the fast path; a list of everything, every [`TICK`] and after image records changed, is the truth.
+//! containerd commits a manifest before the download of the first layer. At the manifest's event
+//! the agent takes the image's lease and names every layer, also layers that have not come yet, so
+//! no layer depends on the agent's speed. A lease for blobs of unknown images is therefore not
+//! needed. Events are the fast path. A list of everything, every [`TICK`] and after image records
+//! changed, is the truth.
 //!
-//! What is to be retained is decided in [`crate::decide::retain`]; which images opted-in namespaces run is found by [`PodImages`].
+//! [`crate::decide::retain`] decides which images are retained. [`PodImages`] finds the images that
+//! opted-in namespaces run.
 
+mod fill;
 mod here;
 mod pods;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -20,28 +24,33 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use self::fill::Filler;
 use self::here::Here;
 pub use self::pods::{PodImages, UsedImages};
+use super::recover::Recoverer;
 use crate::decide::retain::{
-    Action, Candidate, Facts, LEASE_LIFE, Leased, RetainOptions, actions, allowed, bytes, interest,
+    Action, Candidate, Facts, LEASE_LIFE, Leased, RetainOptions, actions, allowed, bytes, interest, min_free,
 };
 use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::ports::{ContentEvent, ContentStore, LayerLeases, Pin, RetainedStatus, Room, StoreError};
 
-/// Interval of the complete list. Free space and removed images are noticed within it; a list takes milliseconds.
+/// Interval of the complete list, and so the delay until scarce free space is noticed. A list takes
+/// milliseconds.
 const TICK: Duration = Duration::from_secs(10);
 
 /// Delay of the list after the pods' images changed: pods come in bursts.
 const SETTLE: Duration = Duration::from_millis(200);
 
-/// Delay until containerd has labelled a new manifest with its repository, which precedes the download of its layers.
+/// Delay until containerd has labelled a new manifest with the repository. The label precedes the
+/// download of the layers.
 const LABELLED: Duration = Duration::from_millis(100);
 
 /// Delay after the store failed.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// Layers named at the same time. containerd writes one after the other; more would only queue there.
+/// Layers named at the same time. containerd writes one after the other; more would only queue
+/// there.
 const NAMED_AT_ONCE: usize = 4;
 
 /// Retains layers of one store.
@@ -59,6 +68,8 @@ pub struct Retainer {
     /// The leases in `held` are those of the store.
     listed: bool,
     room: Option<Room>,
+    /// Fetches layers that are missing here; `None` where that is not wanted.
+    filler: Option<Filler>,
     /// Whether the lack of layers was logged.
     warned: bool,
 }
@@ -68,7 +79,7 @@ struct Held {
     pin: Pin,
     expires: SystemTime,
     layers: BTreeSet<Digest>,
-    /// It says that the image was used.
+    /// Its labels say that the image was used.
     says_used: bool,
 }
 
@@ -94,8 +105,15 @@ impl Retainer {
             replaced: Vec::new(),
             listed: false,
             room: None,
+            filler: None,
             warned: false,
         }
+    }
+
+    /// Fetches layers that are missing here from peers as well.
+    #[must_use]
+    pub fn with_peers(self, recoverer: Arc<Recoverer>) -> Self {
+        Self { filler: Some(Filler::new(recoverer)), ..self }
     }
 
     /// Retains until stopped. The leases stay: the next agent finds them.
@@ -109,7 +127,8 @@ impl Retainer {
                 () = stop.cancelled() => return,
                 event = events.recv() => due = due.min(match event {
                     Ok(ContentEvent::Committed { digest, size }) => self.on_committed(digest, size).await,
-                    // Before containerd 2.1 this is the first event of a pull, whose lease ends with its record.
+                    // Before containerd 2.1 this is a pull's first event. The pull's lease ends
+                    // right after the record.
                     Ok(ContentEvent::Records) => Instant::now(),
                     Ok(ContentEvent::Missed) | Err(broadcast::error::RecvError::Lagged(_)) => {
                         self.listed = false;
@@ -119,12 +138,17 @@ impl Retainer {
                     Err(broadcast::error::RecvError::Closed) => return stop.cancelled().await,
                 }),
                 Ok(()) = self.used.changed() => due = due.min(Instant::now() + SETTLE),
+                () = filled(&mut self.filler) => {
+                    self.here.expect_no_more();
+                    due = Instant::now();
+                }
                 () = sleep_until(due) => due = Instant::now() + self.list().await,
             }
         }
     }
 
-    /// Takes the lease on an image when its manifest comes, and again when a layer comes that no lease names. Answers when to list.
+    /// Takes the lease on an image when the manifest comes, and again when a layer comes that no
+    /// lease names. Returns the time of the next list.
     async fn on_committed(&mut self, digest: Digest, size: u64) -> Instant {
         let now = SystemTime::now();
         let is_manifest = match self.here.committed(&*self.store, digest, size, now).await {
@@ -147,7 +171,7 @@ impl Retainer {
         Instant::now() + RETRY
     }
 
-    /// Compares everything. Answers the delay until the next time.
+    /// Compares everything. Returns the delay until the next list.
     async fn list(&mut self) -> Duration {
         let now = SystemTime::now();
         match self.compare(now).await {
@@ -167,11 +191,36 @@ impl Retainer {
         self.here.list(&*self.store, &*self.leases, &used, now).await?;
         self.room = self.store.room().await?;
         self.settle(now).await?;
+        self.fill(now).await?;
         self.show();
         Ok(())
     }
 
-    /// What an agent before this one leased. Of two leases of one image the younger stays.
+    /// Begins to fetch the layers that one image lacks, where the budget and the disk have room
+    /// beside all retained layers.
+    async fn fill(&mut self, now: SystemTime) -> Result<(), StoreError> {
+        let leased = self.leased();
+        let retained = bytes(leased.values().map(|lease| &lease.layers));
+        let room = self.room.map(|room| (room.free, room.total));
+        let allowed = allowed(self.budget(), retained, room);
+        let line = room.map_or(0, |(_, total)| min_free(total));
+        let fits = |missing: u64| {
+            let on_disk = room.is_none_or(|(free, _)| free.saturating_sub(missing) >= line);
+            on_disk && retained.saturating_add(missing) <= allowed
+        };
+        let Some(filler) = &mut self.filler else { return Ok(()) };
+        let lacking = self.here.lacking_images(|facts: &Facts| interest(self.options.layers, facts, now));
+        let Some(image) = filler.choose(lacking.filter(|image| fits(bytes([&image.layers])))) else { return Ok(()) };
+        self.here.expect_all(image.manifest);
+        self.settle(now).await?;
+        match (self.held.get(&image.manifest), &mut self.filler) {
+            (Some(held), Some(filler)) => filler.start(image, held.pin.clone(), line),
+            _ => self.here.expect_no_more(),
+        }
+        Ok(())
+    }
+
+    /// Reads the leases of an earlier agent. Of two leases of one image the younger stays.
     async fn list_leases(&mut self) -> Result<(), StoreError> {
         (self.held, self.replaced) = (BTreeMap::new(), Vec::new());
         for lease in self.leases.layer_leases().await? {
@@ -204,7 +253,8 @@ impl Retainer {
         let allowed = allowed(budget, retained, room);
         let mut steps = actions(&candidates, &leased, allowed, now).into_iter().peekable();
         while let Some(step) = steps.next() {
-            // Where the disk is short, the last release waits for the collector: the next measurement then shows what came of it.
+            // Where the disk is short, the last release waits for the collector: the next
+            // measurement then shows the freed space.
             let is_last_release = !matches!(steps.peek(), Some(Action::Release(_)));
             self.act(step, allowed < budget && is_last_release, now).await?;
         }
@@ -212,7 +262,8 @@ impl Retainer {
             self.leases.end_lease(pin, false).await?;
         }
         if allowed < budget {
-            // What was released is collected by now. Without a new measurement the next decision would release the same bytes again.
+            // The collector has run. Without a new measurement the next decision would release the
+            // same bytes again.
             self.room = self.store.room().await?;
         }
         Ok(())
@@ -251,6 +302,8 @@ impl Retainer {
                 }
                 self.name(manifest, layers).await?;
             }
+            // The fetch under way writes into this lease.
+            Action::Renew(manifest) if self.filler.as_ref().and_then(Filler::running) == Some(manifest) => {}
             Action::Renew(manifest) => {
                 let fresh = self.new_lease(manifest, now).await?;
                 let Some(old) = self.held.insert(manifest, fresh) else { return Ok(()) };
@@ -307,5 +360,13 @@ impl Retainer {
         }
         self.warned = is_most;
         self.status.send_replace(Some(status));
+    }
+}
+
+/// The end of a fetch; never, where none runs.
+async fn filled(filler: &mut Option<Filler>) {
+    match filler {
+        Some(filler) => filler.ended().await,
+        None => std::future::pending().await,
     }
 }

@@ -11,6 +11,7 @@ mod mending;
 mod needs;
 mod recovering;
 mod resolving;
+mod retaining;
 mod room;
 mod salvaging;
 mod swarming;

@@ -234,6 +234,10 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_RETAIN_BYTES", value_name = "BYTES|PERCENT", default_value = "20%", value_parser = retain_bytes)]
     pub(super) retain_bytes: RetainBytes,
 
+    /// Fetch such layers from peers where an image here lacks them, one image at a time (true, false)
+    #[arg(long, env = "LIGHTERMAN_RETAIN_FETCH", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    pub(super) retain_fetch: bool,
+
     /// A file that may override policy and budgets while the agent runs; see the README
     #[arg(long, env = "LIGHTERMAN_RULES_FILE", value_name = "PATH")]
     pub(super) rules_file: Option<PathBuf>,

@@ -1,4 +1,4 @@
-//! Leases on layers, and containerd's events as their cause.
+//! Leases on layers, and the events of containerd.
 
 use std::collections::HashMap;
 use std::time::SystemTime;
@@ -17,18 +17,19 @@ use super::leases::EXPIRES;
 use crate::oci::Digest;
 use crate::ports::{ContentEvent, LayerLease, LayerLeases, Pin, StoreError};
 
-/// Events that a receiver may be behind: a pull of the largest manifest (1024 children) and its records. A receiver further behind
-/// lists everything.
+/// Events that a receiver may be behind: a pull of the largest manifest (1024 children) and its
+/// records. A receiver further behind lists everything.
 pub(super) const EVENTS_QUEUED: usize = 2048;
 
-/// The manifest whose layers the lease names. Leases of this kind are found by it.
+/// The manifest whose layers the lease names. The agent finds leases of this kind by this label.
 const RETAINS: &str = "lighterman.dev/retains";
 /// Last use of the image before the lease was made.
 const LAST_USE: &str = "lighterman.dev/last-use";
-/// containerd then holds exactly the resources that the lease names, and nothing that their labels name (core/metadata/gc.go).
+/// containerd then holds the resources that the lease names, and nothing that their labels name
+/// (core/metadata/gc.go).
 const FLAT: &str = "containerd.io/gc.flat";
 
-/// What the event means for retention; `None` for one that means nothing.
+/// The event in retention's terms; `None` for other events.
 pub(super) fn content_event(event: &Envelope) -> Option<ContentEvent> {
     if event.topic.starts_with("/images/") {
         return Some(ContentEvent::Records);
@@ -41,7 +42,7 @@ pub(super) fn content_event(event: &Envelope) -> Option<ContentEvent> {
 }
 
 impl ContainerdStore {
-    /// Without a receiver the event is dropped, which is right.
+    /// Without a receiver the event is dropped.
     pub(super) fn publish(&self, event: ContentEvent) {
         let _ = self.state.events.send(event);
     }
@@ -50,7 +51,7 @@ impl ContainerdStore {
         let request = self.link.request(ListResourcesRequest { id: pin.0.clone() });
         match self.link.call(self.link.leases().list_resources(request)).await {
             Ok(answer) => Ok(answer.resources.iter().filter_map(|resource| resource.id.parse().ok()).collect()),
-            // It expired between the two calls.
+            // The lease expired between the two calls.
             Err(status) if status.code() == Code::NotFound => Ok(Vec::new()),
             Err(status) => Err(self.link.failed(&status)),
         }
@@ -89,7 +90,7 @@ impl LayerLeases for ContainerdStore {
         let mut labels = HashMap::from([
             (EXPIRES.to_owned(), text(expires)?),
             (RETAINS.to_owned(), manifest.to_string()),
-            // containerd looks for the key alone; an empty value is dropped by some of its clients.
+            // containerd reads the key alone; some clients drop an empty value.
             (FLAT.to_owned(), "true".to_owned()),
         ]);
         if let Some(last_use) = last_use {

@@ -1,8 +1,9 @@
 //! Which images keep their layers on a node whose containerd discards layers after unpacking.
 //!
-//! A lease per image holds the layers. A lease may name a layer that is still being pulled, so an image is accepted as a whole, with the
-//! sizes of its manifest, when its manifest is known. Every order of actions that this module gives keeps the sum of the leased layers
-//! within the budget: releases precede leases. Not here: reading manifests, and asking for opt-in.
+//! One lease per image holds the layers. A lease may name a layer that is still being pulled, so an
+//! image is accepted as a whole, with the sizes in the manifest. Releases precede leases: after
+//! every action the leased layers are within the budget. Not here: reading manifests, and asking
+//! for opt-in.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,26 +14,28 @@ use crate::oci::Digest;
 #[cfg(test)]
 mod tests;
 
-/// Life of a lease. An agent that was uninstalled leaves nothing behind after this time, and an agent may be down for half of it
-/// without losing a layer.
+/// Life of a lease. An uninstalled agent leaves nothing behind after this time. An agent may be
+/// down for half of this time without losing a layer.
 pub const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
 
-/// Time for which a pulled image waits for a pod. The agent sees a pod when the kubelet does, which then starts the pull; a minute
-/// covers a pod watch that reconnects (its longest pause is 30 s). An image whose namespace gave no answer waits for the answer.
+/// Time for which a pulled image waits for a pod. The agent sees a pod when the kubelet does, which
+/// then starts the pull; a minute covers a pod watch that reconnects (its longest pause is 30 s).
+/// An image whose namespace gave no answer waits for the answer.
 const POD_WAIT: Duration = Duration::from_secs(60);
 
-/// Time without a new layer after which a pull is taken for aborted. containerd's own lease still holds the layers of a pull that
-/// goes on, and its next layer makes the image a candidate again.
+/// Time without a new layer after which a pull is taken for aborted. containerd's own lease still
+/// holds the layers of a pull that goes on, and its next layer makes the image a candidate again.
 const PULL_IDLE: Duration = Duration::from_secs(10 * 60);
 
-/// Free space, in percent of the disk, below which retained layers are released. The kubelet collects images at 85 % used and looks
-/// every 5 min: one percent earlier keeps retained layers from costing a node its images.
-pub const MIN_FREE_PERCENT: u64 = 16;
+/// Free space, in percent of the disk, below which retained layers are released. The kubelet
+/// collects images at 85 % used and looks every 5 min: one percent earlier keeps retained layers
+/// from costing a node its images.
+const MIN_FREE_PERCENT: u64 = 16;
 
 /// Budget where the size of the disk is unknown.
 const BYTES_OF_UNKNOWN_DISK: u64 = 10 << 30;
 
-/// Whose layers are retained.
+/// The images that keep layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum RetainLayers {
     /// Images that pods of opted-in namespaces run or ran.
@@ -53,13 +56,15 @@ pub enum RetainBytes {
     Percent(u8),
 }
 
-/// What is fixed at start.
+/// Options of retention, fixed at start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RetainOptions {
     /// Whose layers.
     pub layers: RetainLayers,
     /// At most so many bytes.
     pub bytes: RetainBytes,
+    /// Whether layers that are missing here are fetched from peers.
+    pub fetch: bool,
 }
 
 impl RetainBytes {
@@ -74,7 +79,7 @@ impl RetainBytes {
     }
 }
 
-/// What is known of one image and its users.
+/// Facts about one image and the pods that name the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Facts {
     /// Since when an image record leads to the manifest.
@@ -83,7 +88,7 @@ pub struct Facts {
     pub used: bool,
     /// A pod names a record of the image, and whether its namespace opted in is unknown.
     pub undecided: bool,
-    /// No record, and a pod of an opted-in namespace names an image of the repository that the manifest came from.
+    /// No record, and a pod of an opted-in namespace names an image of the manifest's repository.
     pub expected: bool,
     /// Last time that a pod of an opted-in namespace named the image.
     pub last_use: Option<SystemTime>,
@@ -96,15 +101,15 @@ pub struct Facts {
 /// Why an image is a candidate. A greater interest is retained first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Interest {
-    /// It was pulled, and for which pod is unknown. It never displaces another image.
+    /// The image was pulled for an unknown pod. Such an image never displaces another image.
     Unknown,
-    /// It was used, last at this time.
+    /// A pod used the image, last at this time.
     Idle(SystemTime),
-    /// It is used, or about to be.
+    /// A pod uses the image, or waits for the pull.
     Wanted,
 }
 
-/// Interest in an image; `None` when its layers are not to be retained.
+/// Interest in an image; `None` when the layers are not to be retained.
 pub fn interest(setting: RetainLayers, facts: &Facts, now: SystemTime) -> Option<Interest> {
     let Facts { recorded, used, undecided, expected, last_use, last_arrival, keeps_layers } = *facts;
     let within = |since: SystemTime, limit| now.duration_since(since).is_ok_and(|passed| passed < limit) || since > now;
@@ -128,9 +133,9 @@ pub fn interest(setting: RetainLayers, facts: &Facts, now: SystemTime) -> Option
 pub struct Candidate {
     /// The manifest of this platform.
     pub manifest: Digest,
-    /// Its layers with their sizes in bytes, each once.
+    /// The layers with their sizes in bytes, each once.
     pub layers: BTreeMap<Digest, u64>,
-    /// Why it is one.
+    /// The reason.
     pub interest: Interest,
     /// Last time that a pod of an opted-in namespace named the image.
     pub last_use: Option<SystemTime>,
@@ -154,18 +159,25 @@ pub enum Action {
     Release(Digest),
     /// Name these layers in the image's lease, which is made when absent.
     Retain(Digest, BTreeSet<Digest>),
-    /// Replace the image's lease by one of a full life and with the last use: containerd cannot change a lease.
+    /// Replace the image's lease by a lease with a full life and the last use: containerd cannot
+    /// change a lease.
     Renew(Digest),
 }
 
-/// Bytes that may be retained now. Below the line of free space, what is retained shrinks by what is missing.
+/// Bytes that may be retained now. Below the line of free space, retained layers shrink by the
+/// missing bytes.
 pub fn allowed(budget: u64, retained: u64, room: Option<(u64, u64)>) -> u64 {
     let Some((free, total)) = room else { return budget };
-    let line = total / 100 * MIN_FREE_PERCENT;
+    let line = min_free(total);
     match free >= line {
         true => budget,
         false => budget.min(retained.saturating_sub(line - free)),
     }
+}
+
+/// Bytes of a disk that stay free of retained layers.
+pub fn min_free(total: u64) -> u64 {
+    total / 100 * MIN_FREE_PERCENT
 }
 
 /// Bytes of these layers, each digest counted once.
@@ -174,8 +186,9 @@ pub fn bytes<'a>(layers: impl IntoIterator<Item = &'a BTreeMap<Digest, u64>>) ->
     distinct.values().fold(0, |sum, size| sum.saturating_add(**size))
 }
 
-/// The images to retain, of `allowed` bytes at most: the most wanted first, and of equals those that have a lease. An image that does
-/// not fit is left out as a whole, because a peer can run it only with every layer.
+/// The images to retain, of `allowed` bytes at most: the most wanted first, and of equals the
+/// images with a lease. An image that does not fit is left out as a whole, because no peer can run
+/// an image without every layer.
 pub fn choose(
     candidates: &[Candidate],
     leases: &BTreeMap<Digest, Leased>,

@@ -27,7 +27,7 @@ impl LayerMetrics {
 }
 
 impl Metrics {
-    /// The agent's leases hold so many bytes of layers, of so many images; so many images lack a layer.
+    /// Bytes and images that the agent's leases hold, and images that lack a layer.
     pub fn layers_retained(&self, bytes: u64, images: usize, lacking: usize) {
         let number = |count| i64::try_from(count).unwrap_or(i64::MAX);
         self.layers.bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));

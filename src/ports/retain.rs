@@ -16,22 +16,23 @@ pub struct LayerLease {
     pub pin: Pin,
     /// The manifest whose layers it names.
     pub manifest: Digest,
-    /// Last use of the image before the lease was made, where it was used at all.
+    /// Last use of the image before the lease was made; `None` for an image that no pod used.
     pub last_use: Option<SystemTime>,
     /// When the store drops the lease.
     pub expires: SystemTime,
-    /// The layers that it names, present or not.
+    /// The layers that the lease names, present or not.
     pub layers: BTreeSet<Digest>,
 }
 
-/// What happens to a store's content, sent at once.
+/// Change of a store's content, sent at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ContentEvent {
-    /// A blob was committed. The writer's own lease still holds it. containerd sends this from 2.1 on.
+    /// A blob was committed. The writer's own lease still holds it. containerd sends this from 2.1
+    /// on.
     Committed {
         /// The blob.
         digest: Digest,
-        /// Its bytes.
+        /// Size in bytes.
         size: u64,
     },
     /// An image record was written or removed.
@@ -40,7 +41,8 @@ pub enum ContentEvent {
     Missed,
 }
 
-/// Leases on layers, in a store whose collector removes what no lease and no image record holds.
+/// Leases on layers, in a store whose collector removes content that no lease and no image record
+/// holds.
 #[async_trait]
 pub trait LayerLeases: Send + Sync + 'static {
     /// Every lease of this kind, also those of an agent before this one.
@@ -49,7 +51,8 @@ pub trait LayerLeases: Send + Sync + 'static {
     /// [`StoreError::Unavailable`] and [`StoreError::Other`].
     async fn layer_leases(&self) -> Result<Vec<LayerLease>, StoreError>;
 
-    /// Makes a lease that names no layer yet. Listed again, it has this manifest, last use and end, to the second.
+    /// Makes a lease that names no layer yet. The list of leases shows this manifest, last use and
+    /// end, to the second.
     ///
     /// # Errors
     /// As [`LayerLeases::layer_leases`].
@@ -60,25 +63,27 @@ pub trait LayerLeases: Send + Sync + 'static {
         expires: SystemTime,
     ) -> Result<Pin, StoreError>;
 
-    /// Names a layer in the lease. The layer need not be there: committed later, it is held from its first moment. What the layer's own
-    /// labels name is not held.
+    /// Names a layer in the lease. The layer may be absent: a layer that is committed later is held
+    /// from the first moment. Content that the layer's own labels name is not held.
     ///
     /// # Errors
     /// [`StoreError::Other`] when the lease is gone, and as [`LayerLeases::layer_leases`].
     async fn add_layer(&self, pin: &Pin, layer: Digest) -> Result<(), StoreError>;
 
-    /// Deletes the lease. With `collect` the call returns when the store has removed what nothing else holds.
+    /// Deletes the lease. With `collect` the call returns after the collector removed content that
+    /// nothing else holds.
     ///
     /// # Errors
     /// As [`LayerLeases::layer_leases`]. A lease that is gone is no error.
     async fn end_lease(&self, pin: Pin, collect: bool) -> Result<(), StoreError>;
 
-    /// Whether the manifest's labels hold its layers, so that they stay as long as its image record. `false` when it is not there.
+    /// Whether the manifest's labels hold the layers for as long as the image record exists.
+    /// `false` for an absent manifest.
     ///
     /// # Errors
     /// As [`LayerLeases::layer_leases`].
     async fn keeps_layers(&self, manifest: Digest) -> Result<bool, StoreError>;
 
-    /// The events from now on. A receiver that is too slow is told that it lagged.
+    /// The events from now on. A slow receiver gets `Lagged`.
     fn content_events(&self) -> broadcast::Receiver<ContentEvent>;
 }

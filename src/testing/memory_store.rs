@@ -62,7 +62,7 @@ struct Held {
     until: Option<Instant>,
     blobs: HashSet<Digest>,
     snapshots: HashSet<Digest>,
-    /// Of a lease on layers: what it says of itself. What its layers name is not held.
+    /// Labels of a lease on layers. Such a lease holds no content that a layer names.
     labels: Option<Labels>,
 }
 

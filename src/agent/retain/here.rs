@@ -1,25 +1,34 @@
-//! The images of this node, as retention looks at them: manifests with their layers, records that lead to them, and their users.
+//! The images of this node: manifests with their layers, the records that lead to them, and the
+//! pods that use them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::SystemTime;
 
 use super::UsedImages;
+use super::fill::Lacking;
 use crate::agent::bring::Held;
 use crate::decide::retain::{Candidate, Facts, Interest};
 use crate::oci::{Digest, Document, MAX_DOCUMENT_BYTES, Reference, Repository};
 use crate::ports::{ContentStore, LayerLeases, StoreError};
 
-/// Most manifests and indexes that are kept, with 30 layers each 6 MiB: a node has a few hundred. Images beyond that are not retained.
+/// Most manifests and indexes that are kept: 6 MiB at 30 layers each. A node has a few hundred.
+/// Further images are not retained.
 const MAX_DOCUMENTS: usize = 4096;
 
-/// What is known of this node's images.
+/// Knowledge of this node's images.
 #[derive(Default)]
 pub(super) struct Here {
     documents: HashMap<Digest, Contents>,
     images: BTreeMap<Digest, Facts>,
     /// Blobs that are here.
     present: HashSet<Digest>,
-    /// Repositories that opted-in namespaces use, without the registry's port: the label of a pull has none.
+    /// A name of each image, and the target of this name's record. The name that an opted-in pod
+    /// uses has precedence.
+    names: HashMap<Digest, (Reference, Digest)>,
+    /// The image whose missing layers are being fetched.
+    filling: Option<Digest>,
+    /// Repositories that opted-in namespaces use, without the registry's port: containerd's label
+    /// drops the port.
     repositories: BTreeSet<(String, String)>,
 }
 
@@ -30,9 +39,9 @@ struct Named {
     undecided: bool,
 }
 
-/// What a document names.
+/// Children of a document.
 enum Contents {
-    /// An index: its manifests, without attestations.
+    /// The manifests of an index, without attestations.
     Index(Vec<Digest>),
     /// The layers of an image with their sizes, without those that must not be distributed.
     Manifest(BTreeMap<Digest, u64>),
@@ -57,7 +66,7 @@ impl Contents {
 }
 
 impl Here {
-    /// Takes in a blob that was committed just now; answers whether it is an image's manifest.
+    /// Records a blob that was committed just now. Returns `true` for an image's manifest.
     pub(super) async fn committed(
         &mut self,
         store: &dyn ContentStore,
@@ -102,11 +111,18 @@ impl Here {
         let names = |images: &BTreeSet<Reference>| images.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
         let (opted_in, undecided) = (names(&used.opted_in), names(&used.undecided));
         let mut recorded: BTreeMap<Digest, Named> = BTreeMap::new();
+        self.names.clear();
         for record in &records {
+            let name = record.name.parse::<Reference>().ok().filter(|name| name.to_string() == record.name);
             for manifest in self.manifests_of(record.target.digest) {
                 let named = recorded.entry(manifest).or_default();
                 named.opted_in |= opted_in.contains(&record.name);
                 named.undecided |= undecided.contains(&record.name);
+                if let Some(name) = name.clone().filter(|_| opted_in.contains(&record.name)) {
+                    self.names.insert(manifest, (name, record.target.digest));
+                } else if let Some(name) = name.clone() {
+                    self.names.entry(manifest).or_insert((name, record.target.digest));
+                }
             }
         }
         self.update(&recorded, now);
@@ -150,7 +166,7 @@ impl Here {
         Ok(())
     }
 
-    /// What an earlier agent knew.
+    /// Records the last use that an earlier agent's lease names.
     pub(super) fn remember_use(&mut self, manifest: Digest, last_use: Option<SystemTime>) {
         let facts = self.images.entry(manifest).or_default();
         facts.last_use = facts.last_use.max(last_use);
@@ -179,16 +195,17 @@ impl Here {
         self.images.iter().filter_map(candidate).collect()
     }
 
-    /// Bytes of a layer that a lease of the image names, if it counts.
+    /// Bytes of a layer that a lease of the image names; `None` for a layer that does not count.
     pub(super) fn size_in(&self, manifest: Digest, layer: Digest) -> Option<u64> {
         self.counted(manifest).find(|(digest, _)| *digest == layer).map(|(_, size)| size)
     }
 
-    /// While an image is pulled, all of its layers count. Afterwards those that are here do: containerd does not download what an
-    /// earlier image unpacked.
+    /// All layers of an image count during the pull. Afterwards only present layers count:
+    /// containerd does not download a layer that was unpacked for an earlier image.
     fn counted(&self, manifest: Digest) -> impl Iterator<Item = (Digest, u64)> {
         let is_pulled = self.images.get(&manifest).is_some_and(|facts| facts.recorded.is_none());
-        self.layers(manifest).filter(move |(layer, _)| is_pulled || self.present.contains(layer))
+        let all = is_pulled || self.filling == Some(manifest);
+        self.layers(manifest).filter(move |(layer, _)| all || self.present.contains(layer))
     }
 
     fn layers(&self, manifest: Digest) -> impl Iterator<Item = (Digest, u64)> {
@@ -201,7 +218,8 @@ impl Here {
 
     /// How many images with a record are wanted, and how many of those lack a layer.
     pub(super) fn lacking(&self, interest: impl Fn(&Facts) -> Option<Interest>) -> (usize, usize) {
-        // The interest in an image whose labels keep its layers is the same; its lease alone is not needed.
+        // An image whose labels keep the layers is as wanted as any other; only the lease is not
+        // needed.
         let is_wanted = |facts: &Facts| {
             facts.recorded.is_some() && interest(&Facts { keeps_layers: false, ..*facts }) == Some(Interest::Wanted)
         };
@@ -210,7 +228,31 @@ impl Here {
         (wanted.len(), wanted.iter().filter(|(manifest, _)| lacks(**manifest)).count())
     }
 
-    /// The manifests that an image record leads to: of an index those that are here, which after a pull is this platform's.
+    /// The images that are wanted and lack layers which a lease would hold.
+    pub(super) fn lacking_images(
+        &self,
+        interest: impl Fn(&Facts) -> Option<Interest>,
+    ) -> impl Iterator<Item = Lacking> {
+        self.images.iter().filter_map(move |(manifest, facts)| {
+            let is_wanted = facts.recorded.is_some() && interest(facts) == Some(Interest::Wanted);
+            let (reference, root) = self.names.get(manifest).filter(|_| is_wanted)?.clone();
+            let layers: BTreeMap<_, _> = self.layers(*manifest).filter(|(it, _)| !self.present.contains(it)).collect();
+            (!layers.is_empty()).then_some(Lacking { manifest: *manifest, reference, root, layers })
+        })
+    }
+
+    /// From now on all layers of the image count, because they are being fetched.
+    pub(super) fn expect_all(&mut self, manifest: Digest) {
+        self.filling = Some(manifest);
+    }
+
+    /// Nothing is being fetched.
+    pub(super) fn expect_no_more(&mut self) {
+        self.filling = None;
+    }
+
+    /// The manifests that an image record leads to. Of an index only present manifests: a pull
+    /// brings this platform's.
     fn manifests_of(&self, root: Digest) -> Vec<Digest> {
         match self.documents.get(&root) {
             Some(Contents::Manifest(_)) => vec![root],

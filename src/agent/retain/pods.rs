@@ -1,4 +1,5 @@
-//! The images that pods of opted-in namespaces name. Stands in the way of pod events to the pod controller, and passes each on.
+//! The images that pods of opted-in namespaces name. Pod events pass through this task to the pod
+//! controller.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -14,13 +15,14 @@ use crate::model::{PodRef, PodView};
 use crate::oci::Reference;
 use crate::ports::{Cluster, ClusterError, NamespaceView, PodEvent};
 
-/// A namespace's opt-in is asked for again when a pod comes to it after this time.
+/// A namespace's opt-in is asked for again when a new pod comes after this time.
 const FRESH: Duration = Duration::from_secs(60);
 
-/// And without a new pod after this time: 10 namespaces of each of 5000 nodes are then 83 requests per second.
+/// The same without a new pod: 10 namespaces on each of 5000 nodes make 83 requests per second.
 const STALE: Duration = Duration::from_secs(600);
 
-/// Interval of looking for namespaces to ask about. An API server that does not answer is asked again after it.
+/// Interval of looking for namespaces to ask about, and retry delay after the API server gave no
+/// answer.
 const TICK: Duration = Duration::from_secs(10);
 
 /// Questions to the API server at the same time.
@@ -49,7 +51,7 @@ pub struct PodImages {
 #[derive(Default)]
 struct Namespace {
     view: Option<Arc<NamespaceView>>,
-    /// When it was asked for last.
+    /// Time of the last question.
     asked: Option<Instant>,
     is_asked: bool,
     /// A pod came since.

@@ -12,49 +12,60 @@ use crate::ports::{Child, ChildKind, ImageRecord, PodEvent, Remembered};
 use crate::testing::image::{MadeImage, put_image};
 use crate::testing::{MemoryCluster, MemoryStore};
 
-/// For whatever a test waits for; the clock is paused, so it passes at once when nothing happens any more.
+/// Deadline of every wait. The clock is paused, so the deadline passes at once when nothing happens
+/// any more.
 const DEADLINE: Duration = Duration::from_secs(3600);
 
 /// A node whose runtime discards layers.
-struct Node {
-    store: MemoryStore,
+pub(in crate::agent) struct Node {
+    pub(in crate::agent) store: MemoryStore,
     used: watch::Sender<Arc<UsedImages>>,
     options: RetainOptions,
     metrics: Metrics,
 }
 
-struct Running {
+pub(in crate::agent) struct Running {
     status: watch::Receiver<Option<RetainedStatus>>,
     _stop: DropGuard,
 }
 
 impl Node {
-    fn new(layers: RetainLayers, bytes: u64) -> Self {
-        let options = RetainOptions { layers, bytes: RetainBytes::Bytes(bytes) };
+    pub(in crate::agent) fn new(layers: RetainLayers, bytes: u64) -> Self {
+        let options = RetainOptions { layers, bytes: RetainBytes::Bytes(bytes), fetch: true };
         Self { store: MemoryStore::new(), used: watch::Sender::default(), options, metrics: Metrics::new() }
     }
 
     /// Pods of opted-in namespaces name these images, and no others.
-    fn uses(&self, names: &[&str]) {
+    pub(in crate::agent) fn uses(&self, names: &[&str]) {
         let opted_in = names.iter().map(|name| name.parse().unwrap()).collect();
         self.used.send_replace(Arc::new(UsedImages { opted_in, ..UsedImages::default() }));
     }
 
     /// Starts the agent, which has looked once when this returns.
     async fn start(&self) -> Running {
+        self.start_with(None).await
+    }
+
+    /// The same, with a way to peers.
+    pub(in crate::agent) async fn start_with(&self, recoverer: Option<Arc<Recoverer>>) -> Running {
         let (status_in, mut status) = watch::channel(None);
         let stop = CancellationToken::new();
         let leases = Arc::new(self.store.clone());
         let used = self.used.subscribe();
         let retainer =
             Retainer::new(Arc::new(self.store.clone()), leases, self.options, used, self.metrics.clone(), status_in);
+        let retainer = match recoverer {
+            Some(recoverer) => retainer.with_peers(recoverer),
+            None => retainer,
+        };
         tokio::spawn(retainer.run(stop.clone()));
         timeout(DEADLINE, status.wait_for(Option::is_some)).await.unwrap().unwrap();
         Running { status, _stop: stop.drop_guard() }
     }
 
-    /// What a pull with `discard_unpacked_layers` does, in containerd's order: manifest, configuration, layers, record; then its own lease ends.
-    async fn pull(&self, name: &str, layers: &[u64], seed: u64) -> MadeImage {
+    /// A pull with `discard_unpacked_layers`, in containerd's order: manifest, configuration,
+    /// layers, record, end of the pull's lease.
+    pub(in crate::agent) async fn pull(&self, name: &str, layers: &[u64], seed: u64) -> MadeImage {
         let registry = MemoryStore::new();
         let image = put_image(&registry, &["r.test/x:1".into()], layers, seed).await.unwrap();
         let pin = self.store.pin(DEADLINE).await.unwrap();
@@ -86,12 +97,12 @@ impl Node {
             Err(StoreError::AlreadyThere(_)) => {}
             Err(error) => panic!("{error}"),
         }
-        // The agent takes its turn after every commit; that it has, its quiet queue shows.
+        // The paused clock moves when the agent has handled the event.
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 
     /// How many layers of the image are here when everything was collected that nothing holds.
-    async fn layers_here(&self, image: &MadeImage) -> usize {
+    pub(in crate::agent) async fn layers_here(&self, image: &MadeImage) -> usize {
         self.store.collect();
         let mut here = 0;
         for layer in &image.layers {
@@ -106,7 +117,7 @@ impl Node {
 }
 
 impl Running {
-    async fn shows(&mut self, is_so: impl FnMut(&RetainedStatus) -> bool) {
+    pub(in crate::agent) async fn shows(&mut self, is_so: impl FnMut(&RetainedStatus) -> bool) {
         let mut is_so = is_so;
         let seen = self.status.wait_for(|status| status.as_ref().is_some_and(&mut is_so));
         timeout(DEADLINE, seen).await.expect("the status never shows it").unwrap();
@@ -180,7 +191,7 @@ async fn a_new_image_displaces_the_one_that_is_not_used_any_more() {
     agent.shows(|status| status.images == 1).await;
     node.uses(&[new]);
     agent.shows(|status| status.wanted == 0).await;
-    assert_eq!(node.layers_here(&first).await, 1, "its bytes are not needed");
+    assert_eq!(node.layers_here(&first).await, 1, "no other image needs the bytes");
     let second = node.pull(new, &[7000], 2).await;
     assert_eq!((node.layers_here(&first).await, node.layers_here(&second).await), (0, 1));
     agent.shows(|status| status.images == 1 && status.bytes <= status.budget).await;
@@ -205,7 +216,7 @@ async fn the_next_agent_finds_the_leases_of_the_one_before() {
     let lease = node.store.layer_leases().await.unwrap();
     assert!(lease[0].last_use.is_some(), "the next agent would take the image for one without a pod");
     drop(agent);
-    // The API server is away: no pod is known. The image was used, and stays.
+    // The API server is away, so no pod is known. The image was used, and stays.
     node.uses(&[]);
     let mut next = node.start().await;
     next.shows(|status| status.images == 1).await;

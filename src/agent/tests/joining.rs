@@ -117,7 +117,7 @@ fn settings(node: NodeName, folder: &Path, seeds: &[SocketAddr]) -> Settings {
         image_verifier_dir: folder.join("unused"),
         import_past_verifiers: false,
         unpack_layers: false,
-        retain: RetainOptions { layers: RetainLayers::None, bytes: RetainBytes::Percent(0) },
+        retain: RetainOptions { layers: RetainLayers::None, bytes: RetainBytes::Percent(0), fetch: false },
         grace: GRACE,
     }
 }

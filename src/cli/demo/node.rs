@@ -91,7 +91,7 @@ impl Node {
             image_verifier_dir: folder.join("unused"),
             import_past_verifiers: false,
             unpack_layers: false,
-            retain: RetainOptions { layers: RetainLayers::None, bytes: RetainBytes::Percent(0) },
+            retain: RetainOptions { layers: RetainLayers::None, bytes: RetainBytes::Percent(0), fetch: false },
             grace: GRACE,
         };
         let transfer = transfer::Config { listen: loopback(), gossip_port: 0, node: name.parse()?, max_serving: 16 };

@@ -167,7 +167,7 @@ fn some_interest() -> impl Strategy<Value = Interest> {
     ]
 }
 
-/// What a node sees one after the other: images with their interest, free space, and the time that passed.
+/// One moment of a node: images with their interest, free space, and the time that passed.
 type Moment = (Vec<(u64, Interest)>, Option<(u64, u64)>, u64);
 
 fn moments() -> impl Strategy<Value = Vec<Moment>> {
@@ -177,12 +177,13 @@ fn moments() -> impl Strategy<Value = Vec<Moment>> {
     proptest::collection::vec(moment, 1..12)
 }
 
-/// Plays the moments and takes every action, one after the other. Answers the most bytes over the budget after any action.
+/// Plays the moments and takes every action. Returns the most bytes over the budget after any
+/// action.
 fn most_over_budget(moments: Vec<Moment>, budget: u64) -> u64 {
     let (mut leases, mut over, mut now) = (BTreeMap::<Digest, Leased>::new(), 0, at(0));
     for (images, room, passed) in moments {
         now += Duration::from_secs(passed);
-        // containerd drops what expired.
+        // containerd drops expired leases.
         leases.retain(|_, lease| lease.expires > now);
         let candidates: BTreeMap<_, _> = images
             .into_iter()

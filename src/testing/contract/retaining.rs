@@ -1,4 +1,4 @@
-//! What every [`LayerLeases`] promises, as checks that run on each of them.
+//! The promises of every [`LayerLeases`], as checks that run on each implementation.
 
 use std::time::SystemTime;
 
@@ -11,7 +11,7 @@ pub trait Retains: Subject {
     fn leases(&self) -> Arc<dyn LayerLeases>;
 }
 
-/// Runs every check on a store of its own and panics with all that failed.
+/// Runs every check on a fresh store and panics with every failure.
 ///
 /// # Panics
 /// When a promise is broken; the message names the check.
@@ -51,7 +51,7 @@ fn in_an_hour() -> SystemTime {
     SystemTime::now() + HOUR
 }
 
-/// Committed under a pin that is then released, as a pull does it.
+/// Commits the blob under a pin and releases the pin, as a pull does.
 async fn pull(subject: &dyn Retains, blob: &Blob, children: &[(&Blob, ChildKind)]) -> Outcome {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
@@ -84,7 +84,7 @@ async fn a_lease_holds_nothing_that_its_layer_names(subject: &dyn Retains) -> Ou
     store.release(pin).await?;
     subject.collect().await;
     ensure(parent.is_in(&*store).await?, "what the lease names was collected")?;
-    ensure(!child.is_in(&*store).await?, "what its labels name is held as well")
+    ensure(!child.is_in(&*store).await?, "content that its labels name is held as well")
 }
 
 async fn an_ended_lease_holds_nothing(subject: &dyn Retains) -> Outcome {

@@ -11,10 +11,10 @@ use super::{Held, MemoryStore};
 use crate::oci::Digest;
 use crate::ports::{ChildKind, ContentEvent, ContentStore, LayerLease, LayerLeases, Pin, StoreError};
 
-/// A test commits far fewer blobs before its receiver reads.
+/// A test commits far fewer blobs before the receiver reads.
 pub(super) const EVENTS_QUEUED: usize = 256;
 
-/// What a lease on layers says of itself.
+/// Labels of a lease on layers.
 #[derive(Clone)]
 pub(super) struct Labels {
     manifest: Digest,

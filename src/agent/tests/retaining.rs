@@ -1,0 +1,43 @@
+//! Layers that a node discarded before the agent ran, fetched from peers.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::agent::retain::tests::Node;
+use crate::decide::retain::RetainLayers;
+
+const LAYERS: [u64; 3] = [3000, 200, 10];
+
+/// A node that pulled the image before the agent ran, and a harbour with the node's store.
+async fn after_a_pull(budget: u64) -> (Node, Harbour, MadeImage) {
+    let (node, mut harbour) = (Node::new(RetainLayers::OptedIn, budget), Harbour::new());
+    let image = node.pull(IMAGE, &LAYERS, 7).await;
+    node.uses(&[IMAGE]);
+    harbour.store = Arc::new(node.store.clone());
+    assert_eq!(node.layers_here(&image).await, 0);
+    (node, harbour, image)
+}
+
+#[tokio::test(start_paused = true)]
+async fn layers_discarded_before_the_agent_ran_come_from_a_peer() {
+    let (node, harbour, image) = after_a_pull(1 << 20).await;
+    harbour.peer_with_layers(1, IMAGE, &LAYERS, Behaviour::Honest).await;
+    let mut agent = node.start_with(Some(Arc::new(harbour.recoverer()))).await;
+    agent.shows(|status| (status.images, status.wanted, status.lacking) == (1, 1, 0)).await;
+    assert_eq!(node.layers_here(&image).await, 3);
+    node.store.remove_image(IMAGE, image.root.digest).await.unwrap();
+    agent.shows(|status| status.images == 0).await;
+    assert_eq!(node.layers_here(&image).await, 0, "they go with the image");
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_layer_is_fetched_over_the_budget_or_from_another_repository() {
+    for (budget, name) in [(1000, IMAGE), (1 << 20, "r.test/bank/checkout:v1")] {
+        let (node, harbour, image) = after_a_pull(budget).await;
+        harbour.peer_with_layers(1, name, &LAYERS, Behaviour::Honest).await;
+        let _agent = node.start_with(Some(Arc::new(harbour.recoverer()))).await;
+        tokio::time::sleep(std::time::Duration::from_secs(3600)).await;
+        assert_eq!(node.layers_here(&image).await, 0, "{budget} {name}");
+        assert_eq!(node.store.pins(), 0);
+    }
+}
