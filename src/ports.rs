@@ -35,5 +35,5 @@ pub use pieces::{
     Following, Heard, NoPartials, Partial, Partials, PieceError, PieceFetcher, PieceSink, STAGED_LIFE, Staged,
 };
 pub use registry::{Registry, RegistryError};
-pub use retain::{ContentEvent, LayerLease, LayerLeases};
+pub use retain::{ContentEvent, LayerLease, LayerLeases, Origin};
 pub use unpack::{UnpackError, Unpacked, Unpacker};

@@ -127,9 +127,7 @@ impl Retainer {
                 () = stop.cancelled() => return,
                 event = events.recv() => due = due.min(match event {
                     Ok(ContentEvent::Committed { digest, size }) => self.on_committed(digest, size).await,
-                    // Before containerd 2.1 this is a pull's first event. The pull's lease ends
-                    // right after the record.
-                    Ok(ContentEvent::Records) => Instant::now(),
+                    Ok(ContentEvent::Records) => self.on_records().await,
                     Ok(ContentEvent::Missed) | Err(broadcast::error::RecvError::Lagged(_)) => {
                         self.listed = false;
                         Instant::now()
@@ -162,6 +160,20 @@ impl Retainer {
         match self.settle(now).await {
             Ok(()) => Instant::now() + if is_manifest { LABELLED } else { TICK },
             Err(error) => self.failed("taking a lease", &error),
+        }
+    }
+
+    /// Takes the lease on an image that no event announced. Before containerd 2.1 the record is a
+    /// pull's first event, and the pull's own lease ends right after: no time for a list.
+    async fn on_records(&mut self) -> Instant {
+        let now = SystemTime::now();
+        match self.here.recorded(&*self.store, now).await {
+            Ok(false) => Instant::now(),
+            Ok(true) => match self.settle(now).await {
+                Ok(()) => Instant::now(),
+                Err(error) => self.failed("taking a lease", &error),
+            },
+            Err(error) => self.failed("reading a manifest", &error),
         }
     }
 
@@ -244,7 +256,7 @@ impl Retainer {
         if !self.listed {
             return Ok(());
         }
-        self.here.find_sources(&*self.store).await?;
+        self.here.find_sources(&*self.leases).await?;
         let candidates = self.candidates(now);
         let leased = self.leased();
         let retained = bytes(leased.values().map(|lease| &lease.layers));

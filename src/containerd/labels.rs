@@ -3,13 +3,13 @@
 use std::collections::{BTreeSet, HashMap};
 
 use crate::oci::Repository;
-use crate::ports::{ChildKind, Remembered};
+use crate::ports::{ChildKind, Origin, Remembered};
 
 /// containerd's collector follows labels that begin so (`gc.ref.content`, then nothing, `.` or `/`).
 const REFERENCE: &str = "containerd.io/gc.ref.content";
 /// Then the registry; the value lists repositories, sorted, with commas between (containerd: `appendDistributionSourceLabel`).
-/// containerd's own pull leaves the registry's port out, so that what stands there is read by nothing here: content that was pulled from
-/// `10.0.0.1:6401` is no content of `10.0.0.1`.
+/// containerd's own pull leaves the registry's port out, so that what stands there is a hint and no permission: content that was
+/// pulled from `10.0.0.1:6401` is no content of `10.0.0.1`.
 const SOURCE: &str = "containerd.io/distribution.source.";
 /// The same, written by this program alone, with the registry as the reference names it.
 const OWN_SOURCE: &str = "lighterman.dev/source.";
@@ -31,6 +31,12 @@ pub(super) fn sources(labels: &HashMap<String, String>) -> Vec<Repository> {
 /// Whether the labels name content that the collector leaves.
 pub(super) fn has_children(labels: &HashMap<String, String>) -> bool {
     labels.keys().any(|key| key.starts_with(REFERENCE))
+}
+
+/// The repositories that containerd's own pull noted, the registry's port left out.
+pub(super) fn origins(labels: &HashMap<String, String>) -> Vec<Origin> {
+    let of_registry = labels.iter().filter_map(|(key, paths)| Some((key.strip_prefix(SOURCE)?, paths)));
+    of_registry.flat_map(|(registry, paths)| paths.split(',').map(move |path| Origin::new(registry, path))).collect()
 }
 
 /// Whether a manifest's labels name layers, as `l.N`, or as a number above the configuration's 0, which containerd wrote before 1.3.

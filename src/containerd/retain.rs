@@ -12,10 +12,10 @@ use prost::Message;
 use tokio::sync::broadcast;
 
 use super::ContainerdStore;
-use super::labels::has_layers;
+use super::labels::{has_layers, origins};
 use super::leases::EXPIRES;
 use crate::oci::Digest;
-use crate::ports::{ContentEvent, LayerLease, LayerLeases, Pin, StoreError};
+use crate::ports::{ContentEvent, LayerLease, LayerLeases, Origin, Pin, StoreError};
 
 /// Events that a receiver may be behind: a pull of the largest manifest (1024 children) and its
 /// records. A receiver further behind lists everything.
@@ -112,6 +112,10 @@ impl LayerLeases for ContainerdStore {
 
     async fn keeps_layers(&self, manifest: Digest) -> Result<bool, StoreError> {
         Ok(self.info(manifest).await?.is_some_and(|info| has_layers(&info.labels)))
+    }
+
+    async fn origins(&self, manifest: Digest) -> Result<Vec<Origin>, StoreError> {
+        Ok(self.info(manifest).await?.map(|info| origins(&info.labels)).unwrap_or_default())
     }
 
     fn content_events(&self) -> broadcast::Receiver<ContentEvent> {

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use tokio::sync::broadcast;
 
 use super::{Pin, StoreError};
-use crate::oci::Digest;
+use crate::oci::{Digest, Repository};
 
 /// The lease that retains layers of one image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +39,30 @@ pub enum ContentEvent {
     Records,
     /// Events may have been missed: list everything.
     Missed,
+}
+
+/// A repository that the runtime noted at a pull. containerd drops the registry's port, so an origin
+/// is a hint about a manifest and never a permission.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Origin {
+    /// The registry without the port.
+    host: String,
+    /// The path of the repository.
+    path: String,
+}
+
+impl Origin {
+    /// The origin that a pull from this repository leaves.
+    pub fn of(repository: &Repository) -> Self {
+        Self::new(&repository.registry, &repository.path)
+    }
+
+    /// The origin of a registry, with or without the port, and a path.
+    pub fn new(registry: &str, path: &str) -> Self {
+        let has_port = |(_, port): &(&str, &str)| port.bytes().all(|byte| byte.is_ascii_digit());
+        let host = registry.rsplit_once(':').filter(has_port).map_or(registry, |(host, _)| host);
+        Self { host: host.to_owned(), path: path.to_owned() }
+    }
 }
 
 /// Leases on layers, in a store whose collector removes content that no lease and no image record
@@ -83,6 +107,12 @@ pub trait LayerLeases: Send + Sync + 'static {
     /// # Errors
     /// As [`LayerLeases::layer_leases`].
     async fn keeps_layers(&self, manifest: Digest) -> Result<bool, StoreError>;
+
+    /// The repositories that the manifest was pulled from, as far as the runtime noted them.
+    ///
+    /// # Errors
+    /// As [`LayerLeases::layer_leases`].
+    async fn origins(&self, manifest: Digest) -> Result<Vec<Origin>, StoreError>;
 
     /// The events from now on. A slow receiver gets `Lagged`.
     fn content_events(&self) -> broadcast::Receiver<ContentEvent>;

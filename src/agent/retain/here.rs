@@ -8,8 +8,8 @@ use super::UsedImages;
 use super::fill::Lacking;
 use crate::agent::bring::Held;
 use crate::decide::retain::{Candidate, Facts, Interest};
-use crate::oci::{Digest, Document, MAX_DOCUMENT_BYTES, Reference, Repository};
-use crate::ports::{ContentStore, LayerLeases, StoreError};
+use crate::oci::{Digest, Document, MAX_DOCUMENT_BYTES, Reference};
+use crate::ports::{ContentStore, LayerLeases, Origin, StoreError};
 
 /// Most manifests and indexes that are kept: 6 MiB at 30 layers each. A node has a few hundred.
 /// Further images are not retained.
@@ -29,7 +29,7 @@ pub(super) struct Here {
     filling: Option<Digest>,
     /// Repositories that opted-in namespaces use, without the registry's port: containerd's label
     /// drops the port.
-    repositories: BTreeSet<(String, String)>,
+    repositories: BTreeSet<Origin>,
 }
 
 /// The pods that name records of an image.
@@ -91,6 +91,30 @@ impl Here {
         Ok(is_manifest)
     }
 
+    /// Reads the manifests of new image records. Returns whether there was any.
+    pub(super) async fn recorded(&mut self, store: &dyn ContentStore, now: SystemTime) -> Result<bool, StoreError> {
+        let mut any = false;
+        for record in store.images().await? {
+            let root = record.target.digest;
+            if self.documents.contains_key(&root) {
+                continue;
+            }
+            self.learn(store, root).await?;
+            let manifests = match self.documents.get(&root) {
+                Some(Contents::Index(manifests)) => manifests.clone(),
+                _ => Vec::new(),
+            };
+            for manifest in manifests {
+                self.learn(store, manifest).await?;
+            }
+            for manifest in self.manifests_of(root) {
+                self.images.entry(manifest).or_default().last_arrival = Some(now);
+                any = true;
+            }
+        }
+        Ok(any)
+    }
+
     /// Lists everything.
     pub(super) async fn list(
         &mut self,
@@ -103,7 +127,7 @@ impl Here {
         let blobs = store.blobs().await?;
         self.present = blobs.iter().map(|blob| blob.digest).collect();
         self.documents.retain(|digest, _| self.present.contains(digest));
-        self.repositories = used.opted_in.iter().map(|reference| portless(reference.repository())).collect();
+        self.repositories = used.opted_in.iter().map(|reference| Origin::of(reference.repository())).collect();
         let roots = records.iter().map(|record| record.target.digest);
         for digest in roots.chain(blobs.iter().filter(|blob| blob.has_children).map(|blob| blob.digest)) {
             self.learn(store, digest).await?;
@@ -157,11 +181,11 @@ impl Here {
     }
 
     /// Asks for the repositories of manifests that no record names yet.
-    pub(super) async fn find_sources(&mut self, store: &dyn ContentStore) -> Result<(), StoreError> {
+    pub(super) async fn find_sources(&mut self, leases: &dyn LayerLeases) -> Result<(), StoreError> {
         let pulled = |facts: &Facts| facts.recorded.is_none() && facts.last_arrival.is_some();
         for (manifest, facts) in self.images.iter_mut().filter(|(_, facts)| pulled(facts)) {
-            let sources = store.blob(*manifest).await?.map(|blob| blob.sources).unwrap_or_default();
-            facts.expected = sources.iter().any(|source| self.repositories.contains(&portless(source)));
+            let origins = leases.origins(*manifest).await?;
+            facts.expected = origins.iter().any(|origin| self.repositories.contains(origin));
         }
         Ok(())
     }
@@ -276,10 +300,4 @@ impl Here {
         }
         Ok(())
     }
-}
-
-fn portless(repository: &Repository) -> (String, String) {
-    let Repository { registry, path } = repository;
-    let host = registry.rsplit_once(':').map_or(&**registry, |(host, _)| host);
-    (host.to_owned(), path.clone())
 }

@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use super::*;
-use crate::ports::LayerLeases;
+use crate::ports::{LayerLeases, Origin};
 
 /// A store with leases on layers, under test.
 pub trait Retains: Subject {
@@ -44,6 +44,7 @@ fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
         an_expired_lease_holds_nothing,
         only_leases_on_layers_are_listed,
         labels_say_whether_a_manifest_keeps_its_layers,
+        an_origin_has_no_port,
     ]
 }
 
@@ -143,4 +144,16 @@ async fn labels_say_whether_a_manifest_keeps_its_layers(subject: &dyn Retains) -
     ensure(!leases.keeps_layers(manifest.digest).await?, "a manifest without labels of layers keeps them")?;
     store.remember(manifest.digest, &remembered(&[(&layer, ChildKind::Layer)])).await?;
     ensure(leases.keeps_layers(manifest.digest).await?, "a manifest whose labels name a layer does not keep it")
+}
+
+async fn an_origin_has_no_port(subject: &dyn Retains) -> Outcome {
+    let (leases, store) = (subject.leases(), subject.store());
+    let manifest = Blob::of("with an origin", 200);
+    let pin = store.pin(HOUR).await?;
+    ensure(leases.origins(manifest.digest).await?.is_empty(), "an absent manifest has an origin")?;
+    manifest.write(&*store, &pin, &[]).await?;
+    let source = Some(Repository { registry: "10.0.0.1:5000".into(), path: "team/app".into() });
+    store.remember(manifest.digest, &Remembered { source, children: Vec::new() }).await?;
+    let found = leases.origins(manifest.digest).await?;
+    ensure(found == [Origin::new("10.0.0.1", "team/app")], format!("{found:?}"))
 }

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::{Held, MemoryStore};
 use crate::oci::Digest;
-use crate::ports::{ChildKind, ContentEvent, ContentStore, LayerLease, LayerLeases, Pin, StoreError};
+use crate::ports::{ChildKind, ContentEvent, ContentStore, LayerLease, LayerLeases, Origin, Pin, StoreError};
 
 /// A test commits far fewer blobs before the receiver reads.
 pub(super) const EVENTS_QUEUED: usize = 256;
@@ -75,6 +75,12 @@ impl LayerLeases for MemoryStore {
         let state = self.state();
         let children = state.blobs.get(&manifest).map(|blob| &blob.children);
         Ok(children.is_some_and(|children| children.iter().any(|child| child.kind == ChildKind::Layer)))
+    }
+
+    async fn origins(&self, manifest: Digest) -> Result<Vec<Origin>, StoreError> {
+        let state = self.state();
+        let sources = state.blobs.get(&manifest).into_iter().flat_map(|blob| &blob.sources);
+        Ok(sources.map(Origin::of).collect())
     }
 
     fn content_events(&self) -> broadcast::Receiver<ContentEvent> {
