@@ -41,8 +41,8 @@ pub enum ContentEvent {
     Missed,
 }
 
-/// A repository that the runtime noted at a pull. containerd drops the registry's port, so an origin
-/// is a hint about a manifest and never a permission.
+/// A repository that the runtime noted at a pull. containerd drops the registry's port, so an
+/// origin is a hint about a manifest and never a permission.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Origin {
     /// The registry without the port.
