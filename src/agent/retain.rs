@@ -28,12 +28,13 @@ use self::fill::Filler;
 use self::here::Here;
 pub use self::pods::{PodImages, UsedImages};
 use super::recover::Recoverer;
+use crate::decide::disk::FileSystem;
 use crate::decide::retain::{
     Action, Candidate, Facts, LEASE_LIFE, Leased, RetainOptions, actions, allowed, bytes, interest, min_free,
 };
 use crate::metrics::Metrics;
 use crate::oci::Digest;
-use crate::ports::{ContentEvent, ContentStore, LayerLeases, Pin, RetainedStatus, Room, StoreError};
+use crate::ports::{ContentEvent, ContentStore, LayerLeases, Pin, RetainedStatus, StoreError};
 
 /// Interval of the complete list, and so the delay until scarce free space is noticed. A list takes
 /// milliseconds.
@@ -67,7 +68,7 @@ pub struct Retainer {
     replaced: Vec<Pin>,
     /// The leases in `held` are those of the store.
     listed: bool,
-    room: Option<Room>,
+    room: Option<FileSystem>,
     /// Fetches layers that are missing here; `None` where that is not wanted.
     filler: Option<Filler>,
     /// Whether the lack of layers was logged.
@@ -201,7 +202,7 @@ impl Retainer {
         }
         let used = Arc::clone(&self.used.borrow_and_update());
         self.here.list(&*self.store, &*self.leases, &used, now).await?;
-        self.room = self.store.room().await?;
+        self.room = self.store.disks().await?.content;
         self.settle(now).await?;
         self.fill(now).await?;
         self.show();
@@ -276,7 +277,7 @@ impl Retainer {
         if allowed < budget {
             // The collector has run. Without a new measurement the next decision would release the
             // same bytes again.
-            self.room = self.store.room().await?;
+            self.room = self.store.disks().await?.content;
         }
         Ok(())
     }

@@ -151,9 +151,12 @@ impl Tell {
         };
         let udp = match error.report_kind() {
             ReportKind::NoProvider | ReportKind::Failed => self.udp_note(),
-            ReportKind::NotActionable | ReportKind::Salvaged | ReportKind::Removed | ReportKind::DryRun => {
-                String::new()
-            }
+            ReportKind::NotActionable
+            | ReportKind::NotUnderstood
+            | ReportKind::Stalled
+            | ReportKind::Salvaged
+            | ReportKind::Removed
+            | ReportKind::DryRun => String::new(),
         };
         format!("{error}.{nodes}{udp}{next}")
     }

@@ -149,7 +149,7 @@ impl ContainerdStore {
     pub(super) async fn find_snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError> {
         let mut snapshotters = Vec::new();
         for plugin in self.snapshotters().await?.iter() {
-            if self.is_unpacked(&plugin.id, chain_id).await? {
+            if self.has_snapshot(&plugin.id, chain_id).await? {
                 snapshotters.push(plugin.id.clone());
             }
         }

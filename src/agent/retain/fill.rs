@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use crate::agent::progress::Progress;
 use crate::agent::recover::{RecoverError, Recoverer};
 use crate::agent::swarm::{Errand, Swarm};
+use crate::decide::disk::{Lines, Need};
 use crate::decide::plan::Plan;
 use crate::oci::{Descriptor, Digest, Reference};
 use crate::ports::{Imports, Pin};
@@ -113,8 +114,11 @@ async fn fetch(recoverer: &Recoverer, image: &Lacking, pin: &Pin, line: u64) -> 
     let Lacking { manifest: _, reference, root, layers } = image;
     let bytes = layers.values().fold(0_u64, |sum, size| sum.saturating_add(*size));
     let before = recoverer.room.before_measuring();
-    let room = recoverer.store.room().await.map_err(RecoverError::store("looking for room"))?;
-    let room = recoverer.room.reserve(bytes, before, room.map(|room| room.free), line)?;
+    let disks = recoverer.store.disks().await.map_err(RecoverError::store("looking for room"))?;
+    // These layers are unpacked already: they take room in the content store alone.
+    let need = Need { download: bytes, unpack: 0 };
+    let lines = Lines { min_free_bytes: line, collection_percent: 100, eviction_percent: 0 };
+    let room = recoverer.room.reserve(need, before, disks, lines)?;
     let (progress, here) = (Progress::default(), watch::Sender::new(HashSet::new()));
     let errand = Errand { reference, root: *root, pin, progress: &progress, room: &room, here: &here };
     let blob = |(digest, size): (&Digest, &u64)| Descriptor {

@@ -85,7 +85,7 @@ async fn a_denied_deletion_is_logged_once_and_tried_once_for_each_pod() {
     let harbour = Harbour::new();
     harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
     harbour.cluster.set_denies(true);
-    let watch = Watch::start_as(&harbour, Manner { dry_run: false, delete_pods: true });
+    let watch = Watch::start_as(&harbour, Manner { delete_pods: true, ..Manner::default() });
     let owner = Owner { api_version: "apps/v1".into(), kind: "ReplicaSet".into(), name: "web".into(), uid: "o".into() };
     for name in ["p", "q"] {
         watch.sees(PodView { owner: Some(owner.clone()), ..failing(name, IMAGE, REFUSED) }).await;
