@@ -158,7 +158,7 @@ make_k8s() {
 make_coredns() {
   mkdir bin
   gobuild "$TESTBED/coredns" -ldflags '-s -w' -o "$PWD/bin/coredns" .
-  bin/coredns -version | head -1 | tee versions
+  bin/coredns -version | sed -n 1p | tee versions # (head would end the pipe early, and coredns by SIGPIPE)
 }
 make_helm() {
   mkdir bin
