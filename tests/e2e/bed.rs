@@ -87,18 +87,9 @@ impl Bed {
             self.ctl(&["ctr", node, "images", "import", &image])?;
         }
         let text = fs::read_to_string(root.join("manifests/lighterman.yaml")).map_err(|error| error.to_string())?;
-        let is_old = self.kubectl(&["get", "--raw", "/version"])?.contains("v1.20.");
-        let text = if is_old { without_policy(&text) } else { text };
         let manifest = self.run.join("lighterman.yaml");
         fs::write(&manifest, for_tests(text)).map_err(|error| error.to_string())?;
         self.kubectl(&["apply", "-f", &manifest.to_string_lossy()])?;
-        if is_old {
-            // The test bed's DNS does not know headless Services of a Kubernetes this old.
-            let addresses: Result<Vec<_>, Failure> =
-                NODES.iter().map(|(node, _)| Ok(format!("{}:4701", self.env(&format!("NODE_{node}_IP"))?))).collect();
-            let join = format!("LIGHTERMAN_JOIN={}", addresses?.join(","));
-            self.kubectl(&["-n", "lighterman", "set", "env", "daemonset/lighterman", &join])?;
-        }
         let rollout = ["-n", "lighterman", "rollout", "status", "daemonset/lighterman", "--timeout=90s"];
         self.kubectl(&rollout).map(drop).map_err(|error| format!("{error}\n{}", self.agents_story()))
     }
@@ -201,12 +192,6 @@ impl Drop for Bed {
             eprintln!("{error}");
         }
     }
-}
-
-/// The manifest for a Kubernetes that does not know ValidatingAdmissionPolicy, as the README says.
-fn without_policy(manifest: &str) -> String {
-    let documents = manifest.split("\n---\n").filter(|document| !document.contains("kind: ValidatingAdmissionPolicy"));
-    documents.collect::<Vec<_>>().join("\n---\n")
 }
 
 /// The manifest with what the tests need besides: tote's annotations, and registries without TLS.

@@ -45,9 +45,9 @@ fn testbed() -> PathBuf {
     set("LIGHTERMAN_TESTBED").unwrap_or_else(|| cache().join("testbed"))
 }
 
-/// A Kubernetes program of the testbed: the current release, or the older one where that could not be built.
+/// A Kubernetes program of the testbed, or etcd.
 pub(crate) fn program(name: &str) -> PathBuf {
-    let places = ["k8s/bin", "k8s-1.20/bin", "bin"].map(|folder| testbed().join(folder).join(name));
+    let places = ["k8s/bin", "bin"].map(|folder| testbed().join(folder).join(name));
     let found = places.iter().find(|path| path.exists());
     found.unwrap_or_else(|| panic!("{name} is not in {}: run `make testbed`", testbed().display())).clone()
 }

@@ -77,15 +77,6 @@ in_net() { local side=$1; shift; nsenter --net="/run/netns/$TAG-$side" "$@"; }
 in_node() { local node=$1; shift; nsenter --net="/run/netns/$TAG-$node" --mount="/proc/$(< "$R/pid/$node.mounts")/ns/mnt" "$@"; }
 kubectl() { KUBECACHEDIR="$R/kubectl-cache" in_net hub "$K8S/kubectl" --kubeconfig "$R/admin.kubeconfig" "$@"; }
 
-# The Kubernetes to use: LIGHTERMAN_K8S=1.20 or current; otherwise the current one if it is there
-k8s_bin() {
-  case ${LIGHTERMAN_K8S:-} in
-    1.20) echo "$P/k8s-1.20/bin" ;;
-    '') if [ -x "$P/k8s/bin/kubelet" ] || [ ! -x "$P/k8s-1.20/bin/kubelet" ]; then echo "$P/k8s/bin"; else echo "$P/k8s-1.20/bin"; fi ;;
-    *) echo "$P/k8s/bin" ;;
-  esac
-}
-
 # load RUNDIR: for scripts that act on a running testbed
 load() {
   R=$(realpath -m "$1")

@@ -2,7 +2,6 @@
 # setup.sh: everything the testbed runs, into the cache folder. Nothing to do: 0 s. Needs root, Debian bookworm or later, the
 # Debian archive and a Go module proxy as the machine already knows them. Starts nothing.
 #   LIGHTERMAN_CACHE=DIR   the cache folder's parent (default: $XDG_CACHE_HOME/lighterman)
-#   LIGHTERMAN_K8S=1.20    build Kubernetes 1.20 from Debian's source instead of the current one
 # A part is done again when its function here, or a go.sum it builds from, has changed.
 . "$(dirname "$0")/lib.sh"
 [ "$(id -u)" = 0 ] || die "run as root"
@@ -173,25 +172,15 @@ flock -n 9 || { say "another setup.sh is at work; waiting"; flock 9; }
 rm -rf "${WORK:?}/apt"
 host_packages
 for p in containerd-1.6 containerd-1.7 containerd-2 tools; do need $p; done
-if [ "${LIGHTERMAN_K8S:-}" = 1.20 ]; then
-  . "$TESTBED/kubernetes-1.20.sh"
-  need k8s-1.20 "$TESTBED/kubernetes-1.20.sh"
-else
-  find_go
-  part k8s "$TESTBED/kubernetes/go.sum"
-  if [ -z "$MADE" ]; then
-    say "the current Kubernetes cannot be built here; falling back to 1.20 from Debian's source"
-    . "$TESTBED/kubernetes-1.20.sh"
-    need k8s-1.20 "$TESTBED/kubernetes-1.20.sh"
-  fi
-  part coredns "$TESTBED/coredns/go.sum" "$TESTBED/coredns/main.go"
-  part helm
-  [ -n "$MADE" ] || say "no helm then; only tests of the chart need it"
-fi
+find_go
+need k8s "$TESTBED/kubernetes/go.sum"
+need coredns "$TESTBED/coredns/go.sum" "$TESTBED/coredns/main.go"
+part helm
+[ -n "$MADE" ] || say "no helm then; only tests of the chart need it"
 [ ! -f "$P/versions.txt" ] || exit 0
 rm -rf "$WORK"
 mkdir -p "$P/bin"
-for f in "$P"/{tools,coredns,helm}/bin/* "$(k8s_bin)/kubectl"; do [ ! -x "$f" ] || ln -sfn "$f" "$P/bin/"; done
+for f in "$P"/{tools,coredns,helm}/bin/* "$P/k8s/bin/kubectl"; do [ ! -x "$f" ] || ln -sfn "$f" "$P/bin/"; done
 for d in "$P"/*/versions; do sed "s|^|$(basename "$(dirname "$d")"): |" "$d"; done > "$P/versions.txt"
 cat "$P/versions.txt"
 say "ready: $(du -sh "$P" | cut -f1) in $P"

@@ -10,13 +10,12 @@
 #   LIGHTERMAN_ZONES="n1=a n2=b"       label topology.kubernetes.io/zone
 #   LIGHTERMAN_DISCARD_LAYERS="n1 n2"  nodes whose containerd drops layers after unpacking
 #   LIGHTERMAN_PATIENCE=3              wait that many times longer for everything (slow machines)
-#   LIGHTERMAN_K8S=1.20                the old Kubernetes, if setup.sh built it
 . "$(dirname "$0")/lib.sh"
 [ $# -ge 2 ] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ "$(id -u)" = 0 ] || die "run as root: it needs namespaces and mounts"
 R=$(realpath -m "$1")
 shift
-K8S=$(k8s_bin)
+K8S=$P/k8s/bin
 [ -f "$P/versions.txt" ] && [ -x "$K8S/kubelet" ] || die "nothing to run in $P: run setup.sh first"
 [[ $R != *[^A-Za-z0-9/._-]* ]] || die "RUNDIR must be a plain path: $R"
 [[ $R/ != /run/* ]] || die "RUNDIR must not be under /run, which every node has for itself: $R"
@@ -258,7 +257,6 @@ for n in "${NODES[@]}"; do
 C
   echo "nameserver 10.96.0.10" > "$d/resolv.conf"
   for s in $SYSCTLS; do echo "${s#*=}" > "$d/sysctl/$(tr / . <<< "${s%%=*}")"; done
-  # The kubelet of 1.20 does not know the last three fields and says so
   cat > "$d/kubelet.yaml" << C
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -280,8 +278,8 @@ makeIPTablesUtilChains: false
 imageGCHighThresholdPercent: 100
 evictionHard: { memory.available: 50Mi }
 syncFrequency: ${LIGHTERMAN_SYNC_FREQUENCY:-1m}
-$([ "${K8S%/k8s-1.20/bin}" != "$K8S" ] || echo "failCgroupV1: false
-containerRuntimeEndpoint: unix:///run/containerd/containerd.sock")
+failCgroupV1: false
+containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
 C
   define "$n.mounts" "$n" << C
 exec nsenter --net=/run/netns/$TAG-$n unshare --mount --propagation private $R/run/$n.mounted
@@ -310,10 +308,6 @@ export PATH=$bin:$P/tools/bin:/usr/sbin:/usr/bin:/sbin:/bin
 exec $node $K8S/kubelet --config=$d/kubelet.yaml --kubeconfig=$pki/$n.kubeconfig --hostname-override=$n --node-ip=$ip ${ZONE[$n]:+--node-labels=topology.kubernetes.io/zone=${ZONE[$n]}}
 C
 done
-if [[ $K8S == */k8s-1.20/bin ]]; then # flags that the current ones no longer have
-  sed -i 's|--leader-elect=false|& --port=0|' "$R/run/controller-manager" "$R/run/scheduler"
-  for n in "${NODES[@]}"; do sed -i 's|--kubeconfig=|--container-runtime=remote --container-runtime-endpoint=unix:///run/containerd/containerd.sock &|' "$R/run/$n.kubelet"; done
-fi
 
 # ---- start, in the order in which they need one another
 {
