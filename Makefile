@@ -84,7 +84,7 @@ lint: check-scripts check-flags check-manifest ## everything that is checked wit
 	scripts/cargo-deny.sh
 
 .PHONY: testbed
-testbed: ## Kubernetes and containerds for the tests, into the cache folder (10 minutes, once)
+testbed: ## Kubernetes and containerds for the tests, into the cache folder (a quarter of an hour, once)
 	tests/testbed/setup.sh
 
 .PHONY: test-fast

@@ -1,4 +1,4 @@
-//! A content store that is a node's containerd, of any version from 1.6 on.
+//! A content store that is a node's containerd, of any version from 1.7 on.
 //!
 //! Everything goes through containerd's own API; only blobs are read from its files, and large ones linked among them, where they can be seen.
 //! What the port calls a pin is a lease here, and what it remembers are labels.

@@ -93,8 +93,8 @@ impl Containerd {
         let text = CONFIGURATION.replace("{folder}", &folder.to_string_lossy()).replace("{disabled}", disabled);
         std::fs::write(&configuration, text)?;
         let arguments = ["--config", &configuration.to_string_lossy()];
-        let daemon = Daemon::start(&component("containerd-2/bin/containerd")?, &arguments, folder.join("log"))?;
-        let started = Self { ctr: component("containerd-2/bin/ctr")?, folder, daemon };
+        let daemon = Daemon::start(&component("containerd-2.3/bin/containerd")?, &arguments, folder.join("log"))?;
+        let started = Self { ctr: component("containerd-2.3/bin/ctr")?, folder, daemon };
         started.daemon.wait_until(|| started.ctr(&["version"]).is_ok())?;
         Ok(started)
     }

@@ -1,4 +1,4 @@
-//! The store on real containerds: 1.6, 1.7 and 2, each with its own daemon, folders and socket.
+//! The store on real containerds: 1.7, 2.3 and 2.4, each with its own daemon, folders and socket.
 
 pub(crate) mod daemon;
 mod discarding;
@@ -54,9 +54,9 @@ const HOUR: Duration = Duration::from_secs(3600);
 /// One test for each behaviour and version, so that a failure names both.
 macro_rules! on_every_version {
     ($($behaviour:ident),* $(,)?) => {
-        on_every_version!(@ containerd_1_6 "containerd-1.6" $($behaviour)*);
         on_every_version!(@ containerd_1_7 "containerd-1.7" $($behaviour)*);
-        on_every_version!(@ containerd_2 "containerd-2" $($behaviour)*);
+        on_every_version!(@ containerd_2_3 "containerd-2.3" $($behaviour)*);
+        on_every_version!(@ containerd_2_4 "containerd-2.4" $($behaviour)*);
     };
     (@ $module:ident $version:literal $($behaviour:ident)*) => {
         mod $module {

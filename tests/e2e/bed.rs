@@ -14,7 +14,7 @@ use crate::api::Cluster;
 use crate::registries;
 
 /// The nodes, by what their containerd is.
-pub(crate) const NODES: [(&str, &str); 3] = [("n16", "1.6"), ("n17", "1.7"), ("n2", "2")];
+pub(crate) const NODES: [(&str, &str); 3] = [("n17", "1.7"), ("n23", "2.3"), ("n24", "2.4")];
 
 /// A cluster that is up. Dropped, it is taken down.
 pub(crate) struct Bed {

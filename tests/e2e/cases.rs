@@ -55,8 +55,8 @@ pub(crate) enum Nodes {
     One,
     /// Every node, as a case of its own: where containerd's versions differ.
     Each,
-    /// This one, whose containerd alone can do it.
-    Only(&'static str),
+    /// These, each as a case of its own: the containerd of the others cannot do it.
+    Only(&'static [&'static str]),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! The whole system on real parts: three nodes with containerd 1.6, 1.7 and 2.x, a control plane, a registry, and the agents as the
+//! The whole system on real parts: three nodes with containerd 1.7, 2.3 and 2.4, a control plane, a registry, and the agents as the
 //! DaemonSet that users apply. `make test` sets everything up; one cluster serves all tests.
 //!
 //! First the cases, side by side; then the scenarios, one after the other, because they share a registry that is stopped and agents that

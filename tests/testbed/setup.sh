@@ -1,8 +1,9 @@
 #!/bin/bash
 # setup.sh: everything the testbed runs, into the cache folder. Nothing to do: 0 s. Needs root, Debian bookworm or later, the
 # Debian archive and a Go module proxy as the machine already knows them. Starts nothing.
-#   LIGHTERMAN_CACHE=DIR   the cache folder's parent (default: $XDG_CACHE_HOME/lighterman)
-# A part is done again when its function here, or a go.sum it builds from, has changed.
+#   LIGHTERMAN_CACHE=DIR               the cache folder's parent (default: $XDG_CACHE_HOME/lighterman)
+#   LIGHTERMAN_CONTAINERD_EXTRA=2.0    build these containerds as well
+# A part is done again when its function here, or a go.sum it builds from, has changed; one without a function is removed.
 . "$(dirname "$0")/lib.sh"
 [ "$(id -u)" = 0 ] || die "run as root"
 export DEBIAN_FRONTEND=noninteractive
@@ -94,10 +95,8 @@ unpack() { # unpack SUITE PACKAGE...: into ./root, one line each in ./versions
 }
 
 containerd_of() { unpack "$1" containerd; mkdir bin; cp root/usr/bin/{containerd,containerd-shim-runc-v2,ctr} bin/; rm -r root; bin/containerd --version; }
-make_containerd-1.6() { containerd_of bookworm; }
 make_containerd-1.7() { containerd_of trixie; }
-make_containerd-2() { containerd_of forky; } # a suite that moves: `versions` tells what it was
-# These run on bookworm's libc too. runc does not from trixie on, so bookworm's serves every containerd.
+# It runs on bookworm's libc too. runc does not from trixie on, so bookworm's serves every containerd.
 make_tools() {
   unpack bookworm runc containernetworking-plugins busybox-static
   unpack trixie etcd-server docker-registry prometheus
@@ -108,11 +107,16 @@ make_tools() {
   bin/runc --version; bin/etcd --version; bin/docker-registry --version; bin/prometheus --version
 }
 
-# ---- Go: the machine's if it will do (a recent one can fetch the version go.mod asks for), else Debian's newest
-go_wanted() { sed -n 's/^go //p' "$TESTBED/kubernetes/go.mod"; }
+# ---- Go: the machine's if it will do (a recent one can fetch the version that is asked for), else Debian's newest
+CONTAINERD_GO=1.26.8 # the go.mod of containerd 2.3.7; those of the other versions ask for less
+go_wanted() { { echo $CONTAINERD_GO; sed -n 's/^go //p' "$TESTBED"/*/go.mod; } | sort -V | tail -n 1; }
 go_suits() { # go_suits COMMAND
-  local v
-  v=$(cd "$TESTBED/kubernetes" && GOTOOLCHAIN=${GOTOOLCHAIN:-auto} GOFLAGS='' GOWORK=off "$1" version 2> /dev/null) && version_at_least "$(awk '{ print substr($3, 3) }' <<< "$v")" "$(go_wanted)"
+  local dir v
+  dir=$(mktemp -d)
+  printf 'module testbed\n\ngo %s\n' "$(go_wanted)" > "$dir/go.mod"
+  v=$(cd "$dir" && GOTOOLCHAIN=${GOTOOLCHAIN:-auto} GOFLAGS='' GOWORK=off "$1" version 2> /dev/null) || v=
+  rm -r "$dir"
+  version_at_least "$(awk '{ print substr($3, 3) }' <<< "$v")" "$(go_wanted)"
 }
 # goroot_from ROOT: the Go of Debian's unpacked packages as ./goroot. Debian keeps it in two folders joined by links.
 goroot_from() {
@@ -137,12 +141,28 @@ find_go() {
     go_suits "$GO" || die "no Go $(go_wanted) or later: neither the machine's nor Debian forky's is recent enough"
   fi
 }
-gobuild() { # gobuild MODULE-FOLDER ARGS...: as go.sum says, out of the machine's own caches
-  local dir=$1
-  shift
+go_in() { # go_in MODULE-FOLDER SUBCOMMAND ARGS...: with caches of its own, none of the user's settings
+  local dir=$1 cmd=$2
+  shift 2
   (cd "$dir" && env GOFLAGS= GOWORK=off GOTOOLCHAIN="${GOTOOLCHAIN:-auto}" GOPATH="$WORK/gopath" GOCACHE="$WORK/gocache" \
-    GOMODCACHE="$WORK/gomod" CGO_ENABLED=0 nice -n 10 "$GO" build -modcacherw -trimpath "$@")
+    GOMODCACHE="$WORK/gomod" GOBIN="$WORK/gobin" CGO_ENABLED=0 nice -n 10 "$GO" "$cmd" -modcacherw "$@")
 }
+# containerd_built VERSION: from its Go module, with the tags of upstream's static release.
+# `go install` refuses a module with exclude lines, as 2.0 has: a module of our own requires it instead.
+containerd_built() {
+  local m=github.com/containerd/containerd/v2 tags='urfave_cli_no_docs static_build' set
+  set="-s -w -X $m/version.Version=v$1"
+  mkdir module bin
+  echo 'module testbed' > module/go.mod
+  go_in module get "$m/cmd/containerd@v$1" "$m/cmd/ctr@v$1" "$m/cmd/containerd-shim-runc-v2@v$1"
+  go_in module build -trimpath -tags "$tags osusergo netgo" -ldflags "$set" -o "$PWD/bin/" "$m/cmd/containerd" "$m/cmd/ctr"
+  go_in module build -trimpath -tags "$tags no_grpc" -ldflags "$set" -o "$PWD/bin/" "$m/cmd/containerd-shim-runc-v2"
+  rm -r module
+  bin/containerd --version | tee versions
+}
+make_containerd-2.0() { containerd_built 2.0.14; } # only when asked for
+make_containerd-2.3() { containerd_built 2.3.7; }  # long-term support
+make_containerd-2.4() { containerd_built 2.4.2; }
 make_k8s() {
   local v set='' m
   v=$(sed -nE 's|^(require)?[[:space:]]k8s.io/kubernetes (v[^ ]+).*|\2|p' "$TESTBED/kubernetes/go.mod")
@@ -150,19 +170,19 @@ make_k8s() {
     set+=" -X $m.gitVersion=$v -X $m.gitMajor=1 -X $m.gitMinor=$(cut -d. -f2 <<< "$v") -X $m.gitTreeState=clean"
   done
   mkdir bin
-  gobuild "$TESTBED/kubernetes" -tags grpcnotrace -ldflags "-s -w$set" -o "$PWD/bin/" \
+  go_in "$TESTBED/kubernetes" build -trimpath -tags grpcnotrace -ldflags "-s -w$set" -o "$PWD/bin/" \
     k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kube-scheduler,kubelet,kubectl}
   bin/kubelet --version | tee versions
 }
 make_coredns() {
   mkdir bin
-  gobuild "$TESTBED/coredns" -ldflags '-s -w' -o "$PWD/bin/coredns" .
+  go_in "$TESTBED/coredns" build -trimpath -ldflags '-s -w' -o "$PWD/bin/coredns" .
   bin/coredns -version | sed -n 1p | tee versions # (head would end the pipe early, and coredns by SIGPIPE)
 }
 make_helm() {
   mkdir bin
-  env GOFLAGS= GOWORK=off GOTOOLCHAIN="${GOTOOLCHAIN:-auto}" GOPATH="$WORK/gopath" GOCACHE="$WORK/gocache" GOMODCACHE="$WORK/gomod" \
-    GOBIN="$PWD/bin" CGO_ENABLED=0 nice -n 10 "$GO" install -modcacherw -trimpath -ldflags '-s -w' helm.sh/helm/v3/cmd/helm@latest
+  go_in . install -trimpath -ldflags '-s -w' helm.sh/helm/v3/cmd/helm@latest
+  mv "$WORK/gobin/helm" bin/
   bin/helm version --short | tee versions
 }
 
@@ -171,8 +191,16 @@ exec 9> "$P/.lock"
 flock -n 9 || { say "another setup.sh is at work; waiting"; flock 9; }
 rm -rf "${WORK:?}/apt"
 host_packages
-for p in containerd-1.6 containerd-1.7 containerd-2 tools; do need $p; done
+for stamp in "$P"/.stamps/*; do
+  p=${stamp##*/}
+  [ ! -f "$stamp" ] || declare -F "make_$p" > /dev/null || rm -rf "${P:?}/$p" "$stamp" "$P/log/$p.log" "$P/versions.txt"
+done
+for p in containerd-1.7 tools; do need $p; done
 find_go
+for v in 2.3 2.4 ${LIGHTERMAN_CONTAINERD_EXTRA:-}; do
+  declare -F "make_containerd-$v" > /dev/null || die "LIGHTERMAN_CONTAINERD_EXTRA: no make_containerd-$v in $0"
+  need "containerd-$v"
+done
 need k8s "$TESTBED/kubernetes/go.sum"
 need coredns "$TESTBED/coredns/go.sum" "$TESTBED/coredns/main.go"
 part helm

@@ -10,7 +10,7 @@
 [ $# -ge 1 ] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 R=$(realpath -m "$1")
 shift
-[ $# -gt 0 ] || set -- n16=1.6 n17=1.7 n2=2
+[ $# -gt 0 ] || set -- n17=1.7 n23=2.3 n24=2.4
 code=0
 trap 'code=$?; trap - EXIT; "$TESTBED/down.sh" "$R"; [ $code = 0 ] || echo "smoke.sh: FAILED" >&2; exit $code' EXIT
 "$TESTBED/up.sh" "$R" "$@"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# up.sh RUNDIR NAME=1.6|1.7|2 ...: a Kubernetes cluster on this machine, one real node per NAME with that containerd.
+# up.sh RUNDIR NAME=1.7|2.3|2.4 ...: a Kubernetes cluster on this machine, one real node per NAME with that containerd.
 # Returns when every node is Ready; RUNDIR/env then says how to reach everything (KEY=VALUE lines). down.sh RUNDIR ends it.
 #
 # The hub is a network namespace with a bridge, 10.77.0.1/24: etcd, the control plane (:443, also as 10.96.0.1), CoreDNS
@@ -247,7 +247,7 @@ for n in "${NODES[@]}"; do
   mkdir -p "$d"/{root,run,kubelet,cni,lighterman,pods,containers,etc/certs.d,net.d,opt,manifests,sysctl}
   for registry in 10.77.0.1:5000 registry.test:5000; do
     mkdir "$d/etc/certs.d/$registry"
-    # (a bare `server = "http://..."` is tried as https by 1.6 and 1.7; a [host] section is not)
+    # (a bare `server = "http://..."` is tried as https by 1.7; a [host] section is not)
     printf 'server = "http://%s"\n[host."http://%s"]\ncapabilities = ["pull", "resolve"]\n' $registry $registry > "$d/etc/certs.d/$registry/hosts.toml"
   done
   containerd_config "$n" > "$d/etc/config.toml"

@@ -59,7 +59,7 @@ async fn end_pins(daemon: &Daemon, containerd_namespace: &str) {
 
 #[tokio::test]
 async fn whenever_it_is_killed_nothing_is_half_recorded_and_the_next_start_finishes() {
-    let mut daemon = Daemon::start("containerd-2").await;
+    let mut daemon = Daemon::start("containerd-2.3").await;
     let harbour = Harbour::new();
     let recipe = Recipe { layers: vec![1_500_000, 3000], index: true, ..Recipe::default() };
     let image = harbour.offers(NAME, &recipe, 1).await;
@@ -88,7 +88,7 @@ async fn whenever_it_is_killed_nothing_is_half_recorded_and_the_next_start_finis
 
 #[tokio::test]
 async fn whenever_it_is_killed_and_nobody_goes_on_everything_is_collected() {
-    let daemon = Daemon::start("containerd-2").await;
+    let daemon = Daemon::start("containerd-2.3").await;
     let harbour = Harbour::new();
     let recipe = Recipe { layers: vec![1_500_000, 3000], index: true, ..Recipe::default() };
     let image = harbour.offers(NAME, &recipe, 1).await;

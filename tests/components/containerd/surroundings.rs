@@ -26,7 +26,7 @@ pub(crate) async fn it_tells_what_it_is(version: &str) {
         sandbox_image,
         verifiers: any,
     } = store.surroundings(verifiers.path()).await.unwrap();
-    let is_2 = version == "containerd-2";
+    let is_2 = version != "containerd-1.7";
     let number = version.trim_start_matches("containerd-");
     assert!(told.trim_start_matches('v').starts_with(number), "{told}");
     assert!(content_root.unwrap().join("blobs/sha256").is_dir());
@@ -61,7 +61,7 @@ pub(crate) async fn the_image_of_sandboxes_is_seen_in_them(version: &str) {
         daemon.make_container("sandboxes", id, image).await;
     }
     match version {
-        "containerd-2" => assert_eq!((before.as_str(), seen().await.as_str()), ("", "example.org/pause:2")),
-        _ => assert_eq!(seen().await, before, "the configuration tells"),
+        "containerd-1.7" => assert_eq!(seen().await, before, "the configuration tells"),
+        _ => assert_eq!((before.as_str(), seen().await.as_str()), ("", "example.org/pause:2")),
     }
 }

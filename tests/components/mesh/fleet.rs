@@ -34,7 +34,7 @@ pub(super) struct Fleet {
 impl Fleet {
     /// Everything but the agents themselves, which do not run yet. For threads of the switch.
     pub(super) async fn new(wires: Wires, agents: usize) -> Self {
-        let (place, containerd) = tokio::join!(Place::at(SWITCH), Daemon::start("containerd-2"));
+        let (place, containerd) = tokio::join!(Place::at(SWITCH), Daemon::start("containerd-2.3"));
         grant(&place, "").await;
         let mut fleet = Self { wires, agents: Vec::new(), containerd, place, folder: tempfile::tempdir().unwrap() };
         for number in 0..agents {

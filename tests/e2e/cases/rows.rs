@@ -36,7 +36,7 @@ pub(crate) const ROWS: &[Case] = &[
     Case { name: "sidecar", wants: Wants::Sidecar, ..CASE },
     Case { name: "ephemeral_container", wants: Wants::Ephemeral, ..EACH },
     Case { name: "static_pod", wants: Wants::StaticPod, ..EACH },
-    Case { name: "image_volume", wants: Wants::Volume, nodes: Nodes::Only("n2"), ..CASE },
+    Case { name: "image_volume", wants: Wants::Volume, nodes: Nodes::Only(&["n23", "n24"]), ..CASE },
     Case { name: "beside_a_container_that_nobody_can_help", wants: Wants::OneOfTwo, ..CASE },
     Case { name: "two_pods_of_one_image", wants: Wants::TwoPods, ..CASE },
     Case { name: "pull_policy_never", policy: "Never", ..CASE },

@@ -31,7 +31,7 @@ impl Turn {
                 let chosen = match case.nodes {
                     Nodes::One => number == place % NODES.len(),
                     Nodes::Each => true,
-                    Nodes::Only(only) => *node == only,
+                    Nodes::Only(only) => only.contains(node),
                 };
                 if chosen {
                     let (holder, _) = NODES[(number + 1) % NODES.len()];
@@ -147,8 +147,8 @@ impl Stage {
 /// Gives images to a node, recorded under these names and not unpacked.
 pub(crate) fn import(bed: &Bed, node: &str, images: &[(String, &Image)]) -> Result<(), Failure> {
     let [whole, partial] = write_layouts(images, bed.folder(), node)?;
-    // The other way of importing that containerd 2 has sorts the platforms out by itself.
-    let local: &[&str] = if node == "n2" { &["--local"] } else { &[] };
+    // By default containerd 2 imports through its transfer service, which chooses the platforms by itself.
+    let local: &[&str] = if node == "n17" { &[] } else { &["--local"] };
     for (layout, platforms) in [(whole, &["--all-platforms"][..]), (partial, &[])] {
         if let Some(layout) = layout {
             let command = ["ctr", node, "images", "import", "--no-unpack"];
