@@ -5,6 +5,7 @@
 
 mod documents;
 mod give_up;
+mod planning;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -20,7 +21,7 @@ pub use super::recover_error::RecoverError;
 use super::resolve::{Resolver, Wanted};
 use super::swarm::{Errand, Swarm};
 use super::unpack::{Unfinished, Unpacking};
-use crate::decide::plan::{Plan, plan};
+use crate::decide::plan::Plan;
 use crate::decide::reserve::Reservations;
 use crate::decide::rules::Rules;
 use crate::model::PeerId;
@@ -120,7 +121,7 @@ impl Recoverer {
         let hold = Hold { pin: &pin, since: Instant::now() };
         let reference = &wanted.reference;
         let work = async {
-            let image = self.bring_image(reference, root, &providers, hold, progress);
+            let image = self.bring_image(wanted, root, &providers, hold, progress);
             tokio::pin!(image);
             // Beside it, and never waited for: the image may be here before the API server has answered.
             tokio::select! {
@@ -192,14 +193,15 @@ impl Recoverer {
     /// same work beside us.
     async fn bring_image(
         &self,
-        reference: &Reference,
+        wanted: &Wanted,
         root: Digest,
         providers: &[PeerId],
         Hold { pin, since }: Hold<'_>,
         progress: &Progress,
     ) -> Result<(Descriptor, Vec<Brought>), RecoverError> {
+        let reference = &wanted.reference;
         let image = self.bring_documents(reference, root, providers, pin).await?;
-        let plan = self.plan(&image.manifest).await?;
+        let plan = self.plan(&image.manifest, wanted.in_doubt, pin).await?;
         self.check_held(reference, &plan)?;
         let room = self.reserve(&plan).await?;
         progress.expect(&plan);
@@ -225,17 +227,6 @@ impl Recoverer {
             }
         };
         Ok((image.root, image.documents.into_iter().chain(blobs).collect()))
-    }
-
-    /// What has to come.
-    async fn plan(&self, manifest: &Manifest) -> Result<Plan, RecoverError> {
-        let mut there = std::collections::HashSet::new();
-        for blob in std::iter::once(&manifest.config).chain(&manifest.layers) {
-            if self.store.blob(blob.digest).await.map_err(RecoverError::store("looking for blobs"))?.is_some() {
-                there.insert(blob.digest);
-            }
-        }
-        Ok(plan(manifest, |digest| there.contains(&digest)))
     }
 
     /// Nothing is fetched of an image that cannot become whole: a layer may be one that must not be given on, and a blob that nobody holds

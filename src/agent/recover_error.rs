@@ -23,13 +23,16 @@ pub enum RecoverError {
     OtherPlatforms {
         /// The image.
         reference: Reference,
-        /// This node.
-        platform: Platform,
+        /// This node. Boxed, because the other fields are large, and every result has room for them.
+        platform: Box<Platform>,
         /// The document of this platform that none of them has.
         digest: Digest,
     },
     /// Peers know the tag with different contents.
-    #[error("peers disagree on {reference}: {}; name the image by its digest", list(meanings))]
+    #[error(
+        "peers disagree on {reference}: {}; name the image by its digest, or wait until the peers agree",
+        list(meanings)
+    )]
     Disagreement {
         /// The tag.
         reference: Reference,
@@ -130,7 +133,17 @@ impl RecoverError {
             | Self::Disagreement { .. } => End::NoProvider,
             Self::Fetch { attempts, .. } if attempts.is_empty() => End::NoProvider,
             Self::Abandoned => End::Abandoned,
-            _ => End::Failed,
+            // An Event that sounds final is final: these are not tried again until a setting changes.
+            Self::Closed { .. }
+            | Self::NotDistributable { .. }
+            | Self::Document { .. }
+            | Self::NestedIndex { .. }
+            | Self::NoPlatform { .. }
+            | Self::OverLimit(OverLimit::Size { .. }) => End::Final,
+            Self::OverLimit(OverLimit::Disk { .. })
+            | Self::NoRoomToUnpack(_)
+            | Self::Fetch { .. }
+            | Self::Store { .. } => End::Failed,
         }
     }
 

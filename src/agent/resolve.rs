@@ -28,11 +28,13 @@ pub struct Wanted {
     pub reference: Reference,
     /// Secrets that its pods pull with, by namespace and name. Read only where that was allowed.
     pub pull_secrets: Vec<(String, String)>,
+    /// The kubelet found content of the image missing or damaged: blobs that are here are not trusted.
+    pub in_doubt: bool,
 }
 
 impl From<Reference> for Wanted {
     fn from(reference: Reference) -> Self {
-        Self { reference, pull_secrets: Vec::new() }
+        Self { reference, pull_secrets: Vec::new(), in_doubt: false }
     }
 }
 

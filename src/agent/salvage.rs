@@ -340,7 +340,8 @@ impl Salvager {
                 waiting.view.pull_secrets.iter().map(|name| (pod.k8s_namespace.clone(), name.clone()))
             })
             .collect();
-        Wanted { reference, pull_secrets: secrets.into_iter().collect() }
+        let in_doubt = self.waiting.values().any(|waiting| waiting.finds_content_missing(&reference));
+        Wanted { reference, pull_secrets: secrets.into_iter().collect(), in_doubt }
     }
 }
 

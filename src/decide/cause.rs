@@ -124,10 +124,12 @@ pub fn names_another_host(message: &str, registry: &str) -> bool {
 }
 
 /// The image that a sandbox could not be made for want of, and why. The pod shows nothing but an
-/// Event of reason `FailedCreatePodSandBox`; its message says `failed to get sandbox image "IMAGE":
-/// ...` on containerd 1.6 to 2.1.
+/// Event of reason `FailedCreatePodSandBox`. containerd up to 2.2 writes `failed to get sandbox image
+/// "IMAGE"` in front of the failed pull, containerd from 2.3 on the failed pull alone.
 pub fn missing_sandbox_image(message: &str) -> Option<(Reference, Cause)> {
-    let (_, rest) = message.split_once("sandbox image \"")?;
+    let said = message.strip_prefix("Failed to create pod sandbox")?;
+    let frames = ["failed to get sandbox image \"", "failed to pull image \""];
+    let (_, rest) = frames.iter().find_map(|frame| said.split_once(frame))?;
     let (image, rest) = rest.split_once('"')?;
     Some((image.parse().ok()?, message::read(rest)?))
 }
@@ -347,7 +349,15 @@ mod tests {
              \"r.test/pause:3.8\": failed to pull image \"r.test/pause:3.8\": failed to pull and unpack image \"r.test/pause:3.8\": {refused}"
         );
         let expected = ("r.test/pause:3.8".parse().unwrap(), Cause::Unavailable(OutageKind::Refused));
-        assert_eq!(missing_sandbox_image(&message), Some(expected));
+        assert_eq!(missing_sandbox_image(&message), Some(expected.clone()));
+        let since_2_3 = format!(
+            "Failed to create pod sandbox: rpc error: code = Unknown desc = failed to pull image \"r.test/pause:3.8\": failed to pull and \
+             unpack image \"r.test/pause:3.8\": {refused}"
+        );
+        assert_eq!(missing_sandbox_image(&since_2_3), Some(expected));
+        let of_a_container =
+            format!("Failed to pull image \"r.test/app:1\": failed to pull image \"r.test/app:1\": {refused}");
+        assert_eq!(missing_sandbox_image(&of_a_container), None);
         let other =
             "Failed to create pod sandbox: plugin type=\"bridge\" failed (add): no IP addresses: connection refused";
         assert_eq!(missing_sandbox_image(other), None);

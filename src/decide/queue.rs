@@ -81,6 +81,8 @@ pub enum End {
     NoProvider,
     /// It failed and is tried again.
     Failed,
+    /// It cannot succeed while settings and the image are what they are. A change of settings starts it again.
+    Final,
     /// It was stopped because nobody waited for it. If somebody does again, it starts anew.
     Abandoned,
 }
@@ -254,6 +256,8 @@ impl History {
                 State::Settling { until }
             }
             End::Abandoned => State::Ready,
+            // A tag may name something else by then.
+            End::Final => State::BackingOff { until: now + REMEMBERED, for_a_provider: false },
             End::NoProvider | End::Failed => {
                 let wait = backoff(self.failures).mul_f64(0.5 + jitter.clamp(0.0, 1.0) / 2.0);
                 self.failures = self.failures.saturating_add(1);

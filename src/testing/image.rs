@@ -103,7 +103,7 @@ pub async fn make_image(
     for _ in 0..recipe.indexes() {
         let (index, sized) = put_index(store, &pin, recipe, &root).await?;
         blobs.insert(0, std::mem::replace(&mut root, index));
-        blobs.extend(sized.filter(|sized| blobs.iter().all(|blob| blob.digest != sized.digest)).into_iter());
+        blobs.extend(sized.filter(|sized| blobs.iter().all(|blob| blob.digest != sized.digest)));
     }
     for name in names {
         store.put_image(&ImageRecord { name: name.clone(), target: root.clone() }).await?;

@@ -79,7 +79,7 @@ impl Images {
                 Some(Lack::NoImage) => {}
                 Some(lack) if has_record => {
                     lacking.insert(root);
-                    if !self.lacking.get(&root).is_some_and(|(known, _)| *known == lack)
+                    if self.lacking.get(&root).is_none_or(|(known, _)| *known != lack)
                         && let Some(reason) = reason(store, lack).await
                     {
                         let name = names.first().map(|(repository, _)| repository.to_string());

@@ -2,7 +2,7 @@
 //!
 //! What is small is hashed before it is used: documents, configurations, little layers. Larger layers are not, because to read gigabytes
 //! again for every image that shares them costs more than it saves. A store leaves out those whose size is wrong; one that is damaged inside
-//! shows when containerd unpacks it, as `CreateContainerError`.
+//! shows when containerd unpacks it, and is then hashed ([`super::super::recover`], `planning`).
 
 use bytes::Bytes;
 

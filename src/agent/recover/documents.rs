@@ -109,7 +109,11 @@ impl Recoverer {
     fn of_providers(&self, reference: &Reference, providers: &[PeerId], error: RecoverError) -> RecoverError {
         match error {
             RecoverError::Fetch { digest, attempts } if !providers.is_empty() && is_absent(&attempts) => {
-                RecoverError::OtherPlatforms { reference: reference.clone(), platform: self.platform.clone(), digest }
+                RecoverError::OtherPlatforms {
+                    reference: reference.clone(),
+                    platform: Box::new(self.platform.clone()),
+                    digest,
+                }
             }
             error => error,
         }

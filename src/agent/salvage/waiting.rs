@@ -171,6 +171,11 @@ impl WaitingPod {
         if now.saturating_duration_since(self.since) < GIVE_UP_AFTER {
             return false;
         }
+        self.finds_content_missing(reference)
+    }
+
+    /// Whether the kubelet says that content of the image is missing or damaged.
+    pub(super) fn finds_content_missing(&self, reference: &Reference) -> bool {
         let mut waiting =
             self.view.containers.iter().filter(|container| container.image.parse().as_ref() == Ok(reference));
         waiting.any(|container| container.waiting.as_ref().and_then(cause) == Some(Cause::MissingContent))

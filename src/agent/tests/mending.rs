@@ -6,6 +6,7 @@ use super::salvaging::{Watch, failing, reports};
 use super::*;
 use crate::agent::progress::Progress;
 use crate::agent::recover::{RecoverError, Recovered};
+use crate::agent::resolve::Wanted;
 use crate::model::Waiting;
 use crate::oci::Repository;
 use crate::ports::{Remembered, ReportKind, Unpacker as _};
@@ -32,11 +33,16 @@ fn indexed() -> Recipe {
 
 /// Whether every blob of the image is here after a collection, with the right bytes.
 async fn is_whole(store: &MemoryStore, image: &MadeImage) -> bool {
+    is_whole_of(store, image, 1 << 20).await
+}
+
+/// The same of an image whose blobs have this many bytes at most.
+async fn is_whole_of(store: &MemoryStore, image: &MadeImage, longest: usize) -> bool {
     store.collect();
     let mut whole = true;
     for blob in image.blobs.iter().chain([&image.root]) {
         let bytes = match store.open(blob.digest).await {
-            Ok(mut reader) => reader.read_at(0, 1 << 20).await.unwrap(),
+            Ok(mut reader) => reader.read_at(0, longest).await.unwrap(),
             Err(_) => return false,
         };
         whole &= Digest::of(&bytes) == blob.digest;
@@ -55,6 +61,37 @@ async fn a_small_blob_with_wrong_bytes_is_replaced_and_nothing_else_is_fetched()
         assert!(is_whole(&harbour.store, &image).await, "{}", blob.media_type);
         assert_eq!(harbour.store.pins(), 0);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_large_layer_with_wrong_bytes_is_replaced_where_the_kubelet_found_it_damaged() {
+    let recipe = Recipe { layers: vec![5 << 20, 200], ..Recipe::default() };
+    for (in_doubt, expected) in [(true, 1), (false, 0)] {
+        let (harbour, image) = on_both_sides(&recipe).await;
+        let layer = image.blobs.iter().find(|blob| blob.size > 4 << 20).unwrap();
+        harbour.store.spoil(layer.digest);
+        let wanted = Wanted { in_doubt, ..IMAGE.parse::<Reference>().unwrap().into() };
+        let recovered =
+            harbour.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await.unwrap();
+        assert_eq!(recovered.fetched, expected, "in doubt: {in_doubt}");
+        if in_doubt {
+            assert_eq!(recovered.bytes, layer.size);
+            assert!(is_whole_of(&harbour.store, &image, 8 << 20).await);
+            assert_eq!(harbour.store.pins(), 0);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_damaged_layer_that_no_peer_has_stays() {
+    let harbour = Harbour::new();
+    let recipe = Recipe { layers: vec![5 << 20, 200], ..Recipe::default() };
+    let image = make_image(&*harbour.store, &[IMAGE.into()], &recipe, 7).await.unwrap();
+    let layer = image.blobs.iter().find(|blob| blob.size > 4 << 20).unwrap();
+    harbour.store.spoil(layer.digest);
+    let wanted = Wanted { in_doubt: true, ..IMAGE.parse::<Reference>().unwrap().into() };
+    let _ = harbour.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await;
+    assert!(harbour.store.blob(layer.digest).await.unwrap().is_some());
 }
 
 #[tokio::test(start_paused = true)]

@@ -363,3 +363,16 @@ proptest! {
         prop_assert!(starts.values().all(|&starts| starts <= MOST_IN_AN_HOUR), "{starts:?}");
     }
 }
+
+#[test]
+fn what_cannot_succeed_is_tried_again_when_settings_change_and_not_when_a_provider_appears() {
+    let mut queue = Queue::new(1);
+    let now = Instant::now();
+    queue.want(&image("a"), &pod("p"), 0);
+    queue.start_next(now);
+    queue.ended(&image("a"), End::Final, now, 0.5);
+    queue.providers_changed(|_| true);
+    assert_eq!(queue.start_next(now + MAX_BACKOFF * 2), None, "an Event that sounds final is final");
+    queue.hurry();
+    assert_eq!(queue.start_next(now + MAX_BACKOFF * 2), Some(image("a")));
+}

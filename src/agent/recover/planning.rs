@@ -1,0 +1,65 @@
+//! Which blobs of an image have to come: those that are absent, and those that are here with wrong bytes.
+
+use std::collections::HashSet;
+
+use super::{RecoverError, Recoverer};
+use crate::decide::plan::{Plan, plan};
+use crate::oci::{Descriptor, Digest, Hasher, MAX_DOCUMENT_BYTES, Manifest};
+use crate::ports::{ContentStore, Pin, StoreError};
+
+/// Bytes hashed at a time: a millisecond's work, after which other tasks have their turn.
+const CHUNK: usize = 1 << 20;
+
+impl Recoverer {
+    /// Plans a manifest. Small blobs are hashed when they are used. Large layers are hashed here, and only `in_doubt`: to read
+    /// gigabytes for every image that shares them would cost more than it saves.
+    pub(super) async fn plan(&self, manifest: &Manifest, in_doubt: bool, pin: &Pin) -> Result<Plan, RecoverError> {
+        let mut there = HashSet::new();
+        for blob in std::iter::once(&manifest.config).chain(&manifest.layers) {
+            let is_here =
+                self.store.blob(blob.digest).await.map_err(RecoverError::store("looking for blobs"))?.is_some();
+            if is_here && !(in_doubt && self.discards_damaged(blob, pin).await?) {
+                there.insert(blob.digest);
+            }
+        }
+        Ok(plan(manifest, |digest| there.contains(&digest)))
+    }
+
+    /// Discards a large layer whose bytes are wrong, where a peer has the right ones. Whether the layer has to come.
+    async fn discards_damaged(&self, blob: &Descriptor, pin: &Pin) -> Result<bool, RecoverError> {
+        let digest = blob.digest;
+        if blob.size <= MAX_DOCUMENT_BYTES {
+            return Ok(false);
+        }
+        if is_whole(&*self.store, digest, blob.size).await.map_err(RecoverError::store("hashing a layer"))? {
+            return Ok(false);
+        }
+        if self.resolver.holders.sources(digest).is_empty() {
+            tracing::warn!(%digest, "a layer in the content store has wrong bytes, and no peer has the right ones");
+            return Ok(false);
+        }
+        tracing::warn!(%digest, "a layer in the content store has wrong bytes; a peer's replace them");
+        self.store.discard(digest, pin).await.map_err(RecoverError::store("discarding a damaged layer"))?;
+        Ok(true)
+    }
+}
+
+/// Whether all bytes of a blob are here and hash to the digest.
+async fn is_whole(store: &dyn ContentStore, digest: Digest, size: u64) -> Result<bool, StoreError> {
+    let mut reader = match store.open(digest).await {
+        Ok(reader) => reader,
+        Err(StoreError::Absent(_)) => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    let mut hasher = Hasher::default();
+    while hasher.size() < size {
+        match reader.read_at(hasher.size(), CHUNK).await {
+            Ok(bytes) if bytes.is_empty() => break,
+            Ok(bytes) => hasher.update(&bytes),
+            Err(StoreError::Absent(_)) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        tokio::task::yield_now().await;
+    }
+    Ok(hasher.verify(digest, size).is_ok())
+}
