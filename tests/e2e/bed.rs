@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
 
 use crate::api::Cluster;
-use crate::registries;
+use crate::registries::{self, Registries};
 
 /// The nodes, by what their containerd is.
 pub(crate) const NODES: [(&str, &str); 3] = [("n17", "1.7"), ("n23", "2.3"), ("n24", "2.4")];
@@ -23,6 +23,7 @@ pub(crate) struct Bed {
     keep: bool,
     /// Until it is up there is none.
     cluster: Option<Cluster>,
+    registries: Registries,
 }
 
 /// What a command said when it failed, or what was waited for in vain.
@@ -35,7 +36,8 @@ impl Bed {
         // Short, because Unix sockets are made below it.
         let run = std::env::temp_dir().join(format!("lm-e2e-{}", std::process::id()));
         let keep = std::env::var_os("LIGHTERMAN_KEEP").is_some();
-        let mut bed = Self { scripts: root.join("tests/testbed"), run, keep, cluster: None };
+        let mut bed =
+            Self { scripts: root.join("tests/testbed"), run, keep, cluster: None, registries: Registries::default() };
         let nodes = NODES.map(|(name, containerd)| format!("{name}={containerd}"));
         let mut up = Command::new(bed.scripts.join("up.sh"));
         up.arg(&bed.run).args(nodes).env("LIGHTERMAN_ZONES", "");
@@ -56,8 +58,8 @@ impl Bed {
     }
 
     /// Registries that do not help, and containerds that speak plain HTTP with them.
-    fn break_registries(&self) -> Result<(), Failure> {
-        registries::serve()?;
+    fn break_registries(&mut self) -> Result<(), Failure> {
+        self.registries = Registries::serve()?;
         for (node, _) in NODES {
             let config = self.env(&format!("NODE_{node}_CONFIG"))?;
             for registry in registries::names() {
@@ -68,6 +70,11 @@ impl Bed {
             }
         }
         Ok(())
+    }
+
+    /// The scripted registries.
+    pub(crate) fn registries(&self) -> &Registries {
+        &self.registries
     }
 
     /// The API server.

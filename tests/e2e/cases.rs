@@ -128,6 +128,10 @@ pub(crate) enum Opted {
     DeniedNamespace,
     /// The pod, in a namespace that also allows images which the registry denies.
     EvenIfDenied,
+    /// The pod, in a namespace whose list of repositories has the image's.
+    Listed,
+    /// The pod, in a namespace that lists other repositories only.
+    ListsOthers,
     /// Pod and namespace, by tote's names.
     Tote,
 }
@@ -145,10 +149,19 @@ pub(crate) enum Here {
 pub(crate) enum Then {
     /// The container runs, in the pod that was made, and an Event on it says that the image came from peers.
     Runs,
+    /// As `Runs`, and the fault counts as no outage of the registry.
+    RunsWithoutOutage,
     /// It does not, nothing was brought, and exactly one Event with this reason has all of these words (in any case).
     Told(&'static str, &'static [&'static str]),
     /// It does not, nothing was brought, and no Event of ours says anything.
     Untouched,
+}
+
+impl Then {
+    /// Whether the container is to run.
+    fn runs(self) -> bool {
+        matches!(self, Self::Runs | Self::RunsWithoutOutage)
+    }
 }
 
 impl Case {

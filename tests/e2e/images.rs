@@ -78,6 +78,13 @@ pub(crate) struct Image {
     every_platform: bool,
 }
 
+impl Image {
+    /// Its content, by digest.
+    pub(crate) fn blobs(&self) -> &BTreeMap<String, Vec<u8>> {
+        &self.blobs
+    }
+}
+
 /// Makes images around one shell.
 pub(crate) struct Maker {
     shell: Vec<u8>,

@@ -33,6 +33,8 @@ impl Opted {
             Self::ClosedNamespace => "e2e-closed",
             Self::DeniedNamespace => "kube-public",
             Self::EvenIfDenied => "e2e-even-if-denied",
+            Self::Listed => "e2e-listed",
+            Self::ListsOthers => "e2e-lists-others",
             Self::Tote => "e2e-tote",
             Self::Nobody | Self::Pod | Self::Owner | Self::SaysYes => "e2e-allowed",
             Self::OwnerButPodIgnores | Self::PodButIgnores => "e2e-allowed",
@@ -41,7 +43,12 @@ impl Opted {
 
     fn of_pod(self) -> Value {
         match self {
-            Self::Pod | Self::ClosedNamespace | Self::DeniedNamespace | Self::EvenIfDenied => {
+            Self::Pod
+            | Self::ClosedNamespace
+            | Self::DeniedNamespace
+            | Self::EvenIfDenied
+            | Self::Listed
+            | Self::ListsOthers => {
                 json!({"lighterman.dev/auto-salvage": "true"})
             }
             Self::Owner | Self::Nobody => json!({}),
@@ -61,7 +68,7 @@ impl Opted {
 }
 
 /// The namespaces and their annotations.
-pub(crate) fn namespaces() -> [Value; 5] {
+pub(crate) fn namespaces() -> [Value; 7] {
     let namespace = |name: &str, annotations: Value| {
         let metadata = json!({"name": name, "annotations": annotations});
         json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
@@ -73,6 +80,14 @@ pub(crate) fn namespaces() -> [Value; 5] {
         namespace(
             "e2e-even-if-denied",
             json!({"lighterman.dev/allow": "true", "lighterman.dev/salvage-on-denied": "true"}),
+        ),
+        namespace(
+            "e2e-listed",
+            json!({"lighterman.dev/allow": "true", "lighterman.dev/repositories": "10.77.0.1:5001/namespace-lists-**"}),
+        ),
+        namespace(
+            "e2e-lists-others",
+            json!({"lighterman.dev/allow": "true", "lighterman.dev/repositories": "10.77.0.1:5001/others/*, r.test/**"}),
         ),
         namespace("e2e-tote", json!({"tote.dev/allow": "true"})),
     ]

@@ -11,6 +11,10 @@ const NO_PLATFORM: Then = Then::Told("ImageNotActionable", &["no manifest for li
 const DENIED: Then = Then::Told("ImageNotActionable", &["denies"]);
 const LAYER_ELSEWHERE: Then = Then::Told("ImageNotActionable", &["layer"]);
 const ALWAYS: Then = Then::Told("ImageNotActionable", &["always"]);
+const NEVER: Then = Then::Told("ImageNotActionable", &["salvageon", "never"]);
+const NOT_LISTED: Then = Then::Told("ImageNotActionable", &["repositories"]);
+const QUOTED_400: Then = Then::Told("ImageFailureNotUnderstood", &["400 bad request"]);
+const QUOTED_402: Then = Then::Told("ImageFailureNotUnderstood", &["402 payment required"]);
 const INDEX: Recipe = Recipe { root: Root::Index, ..PLAIN };
 const TWO_PLATFORMS: Recipe = Recipe { root: Root::WholeIndex, ..PLAIN };
 const OTHER_PLATFORM: Recipe = Recipe { root: Root::OtherPlatform, ..PLAIN };
@@ -25,6 +29,8 @@ const DISCARDED: Recipe = Recipe { own: Own::Discarded, ..PLAIN };
 const BY_OWNER: Case = Case { opted: Opted::Owner, ..CASE };
 /// Nobody is helped, and nobody is told.
 const LEFT: Case = Case { then: Then::Untouched, ..CASE };
+/// The fault is no outage of the registry.
+const NO_OUTAGE: Case = Case { then: Then::RunsWithoutOutage, ..CASE };
 /// Where containerd's versions differ.
 const EACH: Case = Case { nodes: Nodes::Each, ..CASE };
 
@@ -39,7 +45,7 @@ pub(crate) const ROWS: &[Case] = &[
     Case { name: "image_volume", wants: Wants::Volume, nodes: Nodes::Only(&["n23", "n24"]), ..CASE },
     Case { name: "beside_a_container_that_nobody_can_help", wants: Wants::OneOfTwo, ..CASE },
     Case { name: "two_pods_of_one_image", wants: Wants::TwoPods, ..CASE },
-    Case { name: "pull_policy_never", policy: "Never", ..CASE },
+    Case { name: "pull_policy_never", policy: "Never", then: NEVER, ..CASE },
     Case { name: "pull_policy_always", policy: "Always", then: ALWAYS, ..CASE },
     // What the image is like.
     Case { name: "oci_index", recipe: INDEX, ..EACH },
@@ -72,7 +78,26 @@ pub(crate) const ROWS: &[Case] = &[
     Case { name: "registry_answers_401", world: World::Unauthorized, then: DENIED, ..CASE },
     Case { name: "registry_answers_403", world: World::Forbids, then: DENIED, ..CASE },
     Case { name: "denied_but_the_namespace_wants_it", world: World::Forbids, opted: Opted::EvenIfDenied, ..CASE },
+    Case { name: "registry_answers_400", world: World::Answers(400), then: QUOTED_400, ..CASE },
+    Case { name: "registry_answers_402", world: World::Answers(402), then: QUOTED_402, ..CASE },
+    Case { name: "registry_answers_407", world: World::Answers(407), ..NO_OUTAGE },
+    Case { name: "registry_answers_408", world: World::Answers(408), ..CASE },
+    Case { name: "registry_answers_410", world: World::Answers(410), ..NO_OUTAGE },
+    Case { name: "registry_answers_451", world: World::Answers(451), ..NO_OUTAGE },
+    Case { name: "registry_answers_507", world: World::Answers(507), ..CASE },
+    Case { name: "registry_answers_520", world: World::Answers(520), ..CASE },
+    Case { name: "registry_answers_522", world: World::Answers(522), ..CASE },
+    Case { name: "wrong_bytes", world: World::WrongBytes, ..NO_OUTAGE },
+    Case { name: "cut_in_mid_body", world: World::CutsLayers, ..NO_OUTAGE },
+    Case { name: "plain_http_on_a_tls_port", world: World::PlainHttp, ..CASE },
+    Case { name: "malformed_answer", world: World::Malformed, ..CASE },
+    Case { name: "token_server_sends_a_page", world: World::TokenPage, ..NO_OUTAGE },
+    Case { name: "token_server_answers_400", world: World::TokenRefuses, ..NO_OUTAGE },
+    Case { name: "token_server_answers_500", world: World::TokenFails, ..NO_OUTAGE },
+    Case { name: "storage_answers_403", world: World::StorageForbids, ..NO_OUTAGE },
     // Who opted in.
+    Case { name: "namespace_lists_the_repository", opted: Opted::Listed, ..CASE },
+    Case { name: "namespace_lists_other_repositories", opted: Opted::ListsOthers, then: NOT_LISTED, ..CASE },
     Case { name: "opted_in_on_a_deployment", wants: OwnedBy(Deployment), ..BY_OWNER },
     Case { name: "opted_in_on_a_stateful_set", wants: OwnedBy(StatefulSet), ..BY_OWNER },
     Case { name: "opted_in_on_a_daemon_set", wants: OwnedBy(DaemonSet), ..BY_OWNER },

@@ -73,7 +73,7 @@ impl Turn {
 
     /// An image that is to be brought to the same node afterwards: once it is there, the agent has looked at what came before.
     fn witness(&self) -> Option<String> {
-        (self.case.then != Then::Runs).then(|| format!("{}/{}/witness:v1", World::Refuses.registry(), self.id))
+        (!self.case.then.runs()).then(|| format!("{}/{}/witness:v1", World::Refuses.registry(), self.id))
     }
 }
 
@@ -94,6 +94,9 @@ impl Stage {
         let maker = Maker::new(&bed.busybox())?;
         let made = turns.iter().map(|turn| (turn.id.clone(), maker.make(turn.case.recipe, &turn.id)));
         let images: BTreeMap<_, _> = made.collect();
+        for turn in turns {
+            bed.registries().publish(&format!("{}/app:v1", turn.id), &images[&turn.id]);
+        }
         let witness = maker.make(PLAIN, "witness");
         for (node, _) in NODES {
             let mut given = Vec::new();
@@ -186,7 +189,13 @@ impl Act<'_> {
 
     fn end(&self) -> Result<(), Failure> {
         match self.turn.case.then {
-            Then::Runs => self.runs(),
+            Then::Runs => self.runs().map(drop),
+            Then::RunsWithoutOutage => {
+                let note = self.runs()?;
+                // The Event gives the beginning of an outage that this node has found.
+                let blames = note.contains("has failed since");
+                if blames { Err(format!("the fault counts as an outage: {note}")) } else { Ok(()) }
+            }
             Then::Told(reason, words) => {
                 let told = |objects: &Objects| self.notes(objects, reason).into_iter().next();
                 let note = self.bed.cluster().wait(&format!("an Event {reason}"), PATIENCE, told)?;
@@ -210,7 +219,8 @@ impl Act<'_> {
         }
     }
 
-    fn runs(&self) -> Result<(), Failure> {
+    /// Waits until the container runs; the note of the Event about it.
+    fn runs(&self) -> Result<String, Failure> {
         let wants = self.turn.case.wants;
         let many = if wants == Wants::TwoPods { 2 } else { 1 };
         let started = |objects: &Objects| {
@@ -230,7 +240,7 @@ impl Act<'_> {
         })?;
         let repository = self.turn.id.as_str();
         let is_named = note.contains(repository) || self.turn.case.asks == Asks::LongName;
-        if is_named { Ok(()) } else { Err(format!("the Event does not name the image: {note}")) }
+        if is_named { Ok(note) } else { Err(format!("the Event does not name the image: {note}")) }
     }
 
     /// Twice, so that what is to be said once had a second occasion.
