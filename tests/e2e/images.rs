@@ -46,6 +46,8 @@ pub(crate) enum Own {
     Foreign,
     /// Not there, as after unpacking with `discard_unpacked_layers`.
     Discarded,
+    /// A gzip file that ends half-way; its digest is that of the half.
+    CutShort,
     /// There is no layer at all, not even the first.
     None,
 }
@@ -145,7 +147,7 @@ impl Making {
         let repeats = match self.recipe.own {
             Own::None => 0,
             Own::Twice => 2,
-            Own::Ordinary | Own::Foreign | Own::Discarded => 1,
+            Own::Ordinary | Own::Foreign | Own::Discarded | Own::CutShort => 1,
         };
         if repeats > 0 {
             diffs.push(Digest::of(shell).to_string());
@@ -154,11 +156,14 @@ impl Making {
         for _ in 0..repeats {
             diffs.push(Digest::of(&own).to_string());
             let packing = self.recipe.packing;
-            let packed = match packing {
+            let mut packed = match packing {
                 Packing::Tar => own.clone(),
                 Packing::Gzip => gzip(&own),
                 Packing::Zstd => zstd(&own),
             };
+            if self.recipe.own == Own::CutShort {
+                packed.truncate(packed.len() / 2);
+            }
             layers.push(self.blob(&self.layer_type(packing, self.recipe.own == Own::Foreign), packed));
         }
         let own_layer = (repeats > 0).then(|| layers.last().map(|layer| text(&layer["digest"]))).flatten();

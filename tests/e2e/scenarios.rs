@@ -3,6 +3,7 @@
 mod broken;
 mod cut_off;
 mod doors;
+mod false_outages;
 mod outage;
 mod settings;
 mod stolen;
@@ -37,6 +38,7 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("a_dry_run_says_what_it_would_do_and_moves_nothing", settings::dry_run),
     ("a_pod_without_opt_in_is_left_alone", not_opted_in),
     ("prometheus_scrapes_every_agent", prometheus),
+    ("a_fault_that_is_no_outage_makes_no_pod_run_what_a_tag_named_before", false_outages::run_no_old_image),
     ("strangers_are_refused_at_both_doors_and_see_nothing", doors::strangers),
     ("a_stolen_token_changes_no_pod_beyond_a_nudge_on_its_own_node", stolen::attacks),
     ("an_agent_that_is_told_to_stop_ends_in_time", termination),

@@ -116,7 +116,7 @@ pub(super) fn dry_run(bed: &Bed) -> Result<(), Failure> {
 }
 
 /// Has the node's agent pull the image, and answers what it said.
-fn pull(bed: &Bed, node: &str, image: &str) -> Result<String, Failure> {
+pub(super) fn pull(bed: &Bed, node: &str, image: &str) -> Result<String, Failure> {
     let pod = agent_pod(bed, node)?;
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();
     let pull = ["-n", "lighterman", "exec", name, "--", "lighterman", "pull", image];

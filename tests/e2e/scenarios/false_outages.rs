@@ -1,0 +1,229 @@
+//! Faults that are no outage of a registry, and a hiccup that is over. While containerd can reach the
+//! registry, a pod of a moved tag runs the digest that the registry has now, although peers have the
+//! image that the tag named before.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::{ensure, settings};
+use crate::bed::{Bed, Failure, NODES, wait_for};
+use crate::images::{Image, Maker, Own, PLAIN, Recipe};
+use crate::pods::{PATIENCE, Space};
+use crate::registries::World;
+
+/// Tries of each kind: each node once.
+const TRIES: usize = NODES.len();
+
+/// From the end of the mirror's hiccup until pods of moved tags are made. Evidence of an outage
+/// decides tags for 30 s.
+const AFTER_HICCUP: Duration = Duration::from_secs(40);
+
+/// One try: the pods are on `node`, two other nodes have the old image.
+struct Try<'a> {
+    space: &'a Space<'a>,
+    maker: &'a Maker,
+    number: usize,
+    node: &'static str,
+    others: [&'static str; 2],
+}
+
+/// An image whose tag names other content in the registry than at the nodes.
+struct Moved {
+    image: String,
+    old: Image,
+    new: Image,
+}
+
+pub(super) fn run_no_old_image(bed: &Bed) -> Result<(), Failure> {
+    let space = Space::new(bed, "e2e-false-outages")?;
+    let maker = Maker::new(&bed.busybox())?;
+    let tries: Vec<_> = (0..TRIES)
+        .map(|number| {
+            let node = |offset: usize| NODES[(number + offset) % NODES.len()].0;
+            Try { space: &space, maker: &maker, number, node: node(0), others: [node(1), node(2)] }
+        })
+        .collect();
+    let mut outcomes: Vec<_> = tries.iter().map(|a_try| ("broken image", a_try.after_a_broken_image())).collect();
+    outcomes.extend(tries.iter().map(|a_try| ("killed containerd", a_try.after_a_killed_containerd())));
+    outcomes.push(("hiccup of a mirror", after_a_hiccup(bed, &tries)));
+    let (mut old_images, mut errors) = (0, Vec::new());
+    for (kind, outcome) in outcomes {
+        match outcome {
+            Ok(count) => old_images += count,
+            Err(error) => errors.push(format!("{kind}: {error}")),
+        }
+    }
+    println!("\nfigure old_image_with_registry_up {old_images}");
+    ensure(errors.is_empty(), errors.join("\n"))?;
+    ensure(old_images == 0, format!("{old_images} pods run the old image with the registry up"))
+}
+
+/// A mirror is down until two pods of each node have failed. Their registries have no other host.
+fn after_a_hiccup(bed: &Bed, tries: &[Try<'_>]) -> Result<usize, Failure> {
+    let mut moved = Vec::new();
+    for a_try in tries {
+        a_try.write_hosts()?;
+        for tag in 0..3 {
+            moved.push((a_try, a_try.moved(&a_try.mirrored(), &format!("mirrored-{tag}"))?));
+        }
+    }
+    let hiccup = Hiccup::now(bed)?;
+    for a_try in tries {
+        for pod in a_try.failing_pods() {
+            let image = format!("{}/failing/{pod}:v1", a_try.mirrored());
+            a_try.space.pod(&pod, a_try.node, &image, true)?;
+        }
+    }
+    for a_try in tries {
+        a_try.failing_pods().iter().try_for_each(|pod| a_try.space.wait_failing(pod))?;
+    }
+    // What the failing pods find when the mirror is back: their images, no image, and on the third
+    // node the pods are gone.
+    for pod in tries[0].failing_pods() {
+        bed.registries().publish(&format!("failing/{pod}:v1"), &tries[0].maker.make(PLAIN, &pod));
+    }
+    for pod in tries[2].failing_pods() {
+        bed.kubectl(&["-n", &tries[2].space.name, "delete", "pod", &pod, "--wait=false"])?;
+    }
+    drop(hiccup);
+    // The passing of this time is what the scenario is about.
+    std::thread::sleep(AFTER_HICCUP);
+    for (a_try, moved) in &moved {
+        a_try.space.pod(&moved.pod(), a_try.node, &moved.image, true)?;
+    }
+    let old: Result<Vec<_>, _> = moved.iter().map(|(a_try, moved)| a_try.runs_old(moved)).collect();
+    Ok(old?.into_iter().filter(|is_old| *is_old).count())
+}
+
+impl Try<'_> {
+    fn bed(&self) -> &Bed {
+        self.space.bed
+    }
+
+    /// A layer cannot be unpacked; the registry is in order.
+    fn after_a_broken_image(&self) -> Result<usize, Failure> {
+        let moved = self.moved(&World::Serves.registry(), "broken")?;
+        let (name, pod) = (format!("broken/image-{}:v1", self.number), format!("broken-{}", self.number));
+        let broken = self.maker.make(Recipe { own: Own::CutShort, ..PLAIN }, &pod);
+        self.bed().registries().publish(&name, &broken);
+        self.space.pod(&pod, self.node, &format!("{}/{name}", World::Serves.registry()), true)?;
+        self.wait_failed(&pod, &["failed to extract layer"])?;
+        self.space.pod(&moved.pod(), self.node, &moved.image, true)?;
+        self.runs_old(&moved).map(usize::from)
+    }
+
+    /// containerd is killed while the registry stalls in a layer.
+    fn after_a_killed_containerd(&self) -> Result<usize, Failure> {
+        let moved = self.moved(&World::Serves.registry(), "killed")?;
+        let (name, pod) = (format!("stalls/image-{}:v1", self.number), format!("stalled-{}", self.number));
+        let stalled = self.maker.make(PLAIN, &pod);
+        self.bed().registries().publish(&name, &stalled);
+        self.space.pod(&pod, self.node, &format!("{}/{name}", World::Serves.registry()), true)?;
+        let layer = stalled.own_layer.as_deref().ok_or("the image has no layer")?;
+        wait_for("the layer to be fetched", PATIENCE, || {
+            Ok((self.bed().registries().fetches(World::Serves, layer) > 0).then_some(()))
+        })?;
+        self.bed().ctl(&["node", self.node, "containerd-kill"])?;
+        self.bed().ctl(&["node", self.node, "containerd-start"])?;
+        self.wait_failed(&pod, &["error reading from server", "transport is closing", "connection refused"])?;
+        self.space.pod(&moved.pod(), self.node, &moved.image, true)?;
+        self.runs_old(&moved).map(usize::from)
+    }
+
+    /// An image that both other nodes have, and whose tag then moves in the registry.
+    fn moved(&self, registry: &str, kind: &str) -> Result<Moved, Failure> {
+        let name = format!("moved/{kind}-{}:v1", self.number);
+        let image = format!("{registry}/{name}");
+        let [old, new] = ["old", "new"].map(|age| self.maker.make(PLAIN, &format!("{name}-{age}")));
+        self.bed().registries().publish(&name, &old);
+        let [holder, third] = self.others;
+        let pod = format!("holder-{kind}-{}", self.number);
+        self.space.pod(&pod, holder, &image, true)?;
+        self.space.wait_running(&pod)?;
+        // The third node's agent has found it through the mesh, so the announcement is out.
+        settings::pull(self.bed(), third, &image)?;
+        self.bed().registries().publish(&name, &new);
+        Ok(Moved { image, old, new })
+    }
+
+    /// Whether the pod of the moved tag runs the old image.
+    fn runs_old(&self, moved: &Moved) -> Result<bool, Failure> {
+        let pod = self.space.wait_running(&moved.pod())?;
+        let id = pod["status"]["containerStatuses"][0]["imageID"].as_str().unwrap_or_default();
+        let is = |image: &Image| id.contains(&image.root) || id.contains(&image.config);
+        if is(&moved.old) {
+            let salvaged = self.space.events(&moved.pod(), "ImageSalvaged")?;
+            println!("  {} runs its old image on {}: {salvaged:?}", moved.image, self.node);
+            return Ok(true);
+        }
+        if is(&moved.new) { Ok(false) } else { Err(format!("{} runs {id}", moved.image)) }
+    }
+
+    /// Waits for an Event of the kubelet about a failed pull with one of these texts.
+    fn wait_failed(&self, pod: &str, texts: &[&str]) -> Result<(), Failure> {
+        let note = wait_for(&format!("pod {pod} to fail with {texts:?}"), PATIENCE, || {
+            let notes = self.space.events(pod, "Failed")?;
+            Ok(notes.into_iter().find(|note| texts.iter().any(|text| note.contains(text))))
+        })
+        .map_err(|error| format!("{error}\n{:?}", self.space.events(pod, "Failed")))?;
+        println!("  {}: {note}", self.node);
+        Ok(())
+    }
+
+    /// A registry that only a mirror serves.
+    fn mirrored(&self) -> String {
+        format!("mirrored-{}.test", self.number)
+    }
+
+    fn failing_pods(&self) -> [String; 2] {
+        [1, 2].map(|pod| format!("failing-{}-{pod}", self.number))
+    }
+
+    /// Tells every containerd the mirror.
+    fn write_hosts(&self) -> Result<(), Failure> {
+        let (registry, mirror) = (self.mirrored(), World::Mirror.registry());
+        let hosts = format!(
+            "server = \"https://{registry}\"\n[host.\"http://{mirror}\"]\ncapabilities = [\"pull\", \"resolve\"]\n"
+        );
+        for (node, _) in NODES {
+            let config = self.bed().env(&format!("NODE_{node}_CONFIG"))?;
+            let folder = Path::new(&config).join("certs.d").join(&registry);
+            let written =
+                std::fs::create_dir_all(&folder).and_then(|()| std::fs::write(folder.join("hosts.toml"), &hosts));
+            written.map_err(|error| format!("{}: {error}", folder.display()))?;
+        }
+        Ok(())
+    }
+}
+
+impl Moved {
+    fn pod(&self) -> String {
+        let name = self.image.split_once("/moved/").map_or("", |(_, name)| name);
+        format!("moved-{}", name.trim_end_matches(":v1"))
+    }
+}
+
+/// Connections to the mirror are refused while it lives.
+struct Hiccup<'a>(&'a Bed);
+
+impl<'a> Hiccup<'a> {
+    fn now(bed: &'a Bed) -> Result<Self, Failure> {
+        let hiccup = Self(bed);
+        hiccup.change("-I").map(|()| hiccup)
+    }
+
+    fn change(&self, operation: &str) -> Result<(), Failure> {
+        let port = World::Mirror.port().to_string();
+        let rule = ["-p", "tcp", "--dport", port.as_str(), "-j", "REJECT", "--reject-with", "tcp-reset"];
+        let command = ["in", "hub", "iptables", "-w", operation, "INPUT"];
+        self.0.ctl(&[&command[..], &rule].concat()).map(drop)
+    }
+}
+
+impl Drop for Hiccup<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.change("-D") {
+            eprintln!("{error}");
+        }
+    }
+}
