@@ -12,7 +12,7 @@ use crate::bed::Failure;
 use crate::images::Image;
 use server::{Delivery, Reply, Request, Response};
 
-/// What is wrong with the registry that an image names.
+/// The fault of the registry that an image names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum World {
     /// Connections are refused.
@@ -21,7 +21,7 @@ pub(crate) enum World {
     Unauthorized,
     /// 403 for every client.
     Forbids,
-    /// 404: it has lost everything.
+    /// 404: every image is lost.
     Lost,
     /// 429, always.
     Limits,
@@ -29,7 +29,7 @@ pub(crate) enum World {
     Fails,
     /// This status, to every request. The status is one of [`STATUSES`].
     Answers(u16),
-    /// 200 and a page for people, as gateways and captive portals send it.
+    /// 200 and a page for people, as gateways and captive portals do.
     Html,
     /// Layers have the right length and other bytes.
     WrongBytes,
@@ -48,7 +48,7 @@ pub(crate) enum World {
     /// The manifest needs a token and is served; the storage of blobs answers 403.
     StorageForbids,
     /// Nothing is wrong: every published image is served. A layer of a repository below `stalls/`
-    /// stops half-way at its first request, and comes slowly at later ones.
+    /// stops half-way at the first request, and comes slowly at later ones.
     Serves,
     /// As `Serves`, for registries that containerd reaches through this mirror only.
     Mirror,
@@ -67,7 +67,6 @@ const STATUSES: [(u16, &str); 9] = [
     (522, "Origin Connection Time-out"),
 ];
 
-/// Images as JSON documents and archives; what a registry's clients accept.
 const JSON: &str = "application/json";
 const BLOB: &str = "application/octet-stream";
 const PAGE: &str = "<!DOCTYPE html><html><body>Please sign in to use this network.</body></html>";
@@ -96,7 +95,7 @@ impl World {
         OTHERS.into_iter().chain(STATUSES.map(|(status, _)| Self::Answers(status)))
     }
 
-    /// Its registry, as images name it.
+    /// The registry's name in images.
     pub(crate) fn registry(self) -> String {
         format!("{ADDRESS}:{}", self.port())
     }
@@ -127,7 +126,7 @@ impl World {
     /// The script: the reply to a request.
     fn reply(self, request: &Request, content: &Content) -> Reply {
         let response = match self {
-            // Not served at all.
+            // No server listens there.
             Self::Refuses => return Reply::Raw(b""),
             Self::Malformed => return Reply::Raw(b"\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00\x04\x03"),
             Self::Unauthorized => error("401 Unauthorized", "UNAUTHORIZED", "authentication required")
@@ -171,8 +170,8 @@ impl World {
         Reply::Response(response)
     }
 
-    /// A registry that asks for a token and names itself as the token server, which answers this.
-    /// Blobs are redirected to a storage that refuses them.
+    /// A registry with a token server of its own, which answers `token`. Requests for blobs are
+    /// redirected to a storage that refuses them.
     fn with_token(self, request: &Request, content: &Content, token: Response) -> Response {
         let host = self.registry();
         if request.path == "/token" {
@@ -297,8 +296,8 @@ impl Registries {
 /// The hub's address.
 const ADDRESS: &str = "10.77.0.1";
 
-/// Another port of the same host, where connections are refused as well: its registry has nothing in
-/// common with the others but the address.
+/// Another port of the same host, where connections are refused as well. A registry
+/// there shares nothing but the address.
 pub(crate) const INVENTED_PORT: u16 = 5099;
 
 /// The registries with which containerd and the agents are told to speak plain HTTP.

@@ -28,7 +28,7 @@ impl Request {
     }
 }
 
-/// What a script does with a request.
+/// The script's reaction to a request.
 #[derive(Debug)]
 pub(crate) enum Reply {
     Response(Response),
@@ -84,7 +84,7 @@ pub(crate) fn serve(address: &str, script: impl Fn(Request) -> Reply + Send + Sy
     Ok(())
 }
 
-/// Reads one request, sends its reply, and ends the connection.
+/// Reads one request, sends the reply, and ends the connection.
 fn respond(connection: &TcpStream, script: &dyn Fn(Request) -> Reply) -> io::Result<()> {
     connection.set_read_timeout(Some(Duration::from_secs(10)))?;
     let mut first = [0];

@@ -1,5 +1,5 @@
-//! Faults that are no outage of a registry, and a hiccup that is over. While containerd can reach the
-//! registry, a pod of a moved tag runs the digest that the registry has now, although peers have the
+//! Faults that are no outage of a registry, and a hiccup that is over. While containerd can reach
+//! the registry, a pod of a moved tag runs the digest that the registry has now. Peers have the
 //! image that the tag named before.
 
 use std::path::Path;
@@ -75,10 +75,10 @@ fn after_a_hiccup(bed: &Bed, tries: &[Try<'_>]) -> Result<usize, Failure> {
         }
     }
     for a_try in tries {
-        a_try.failing_pods().iter().try_for_each(|pod| a_try.space.wait_failing(pod))?;
+        a_try.failing_pods().iter().try_for_each(|pod| a_try.wait_failed(pod, &["failed to do request"]))?;
     }
-    // What the failing pods find when the mirror is back: their images, no image, and on the third
-    // node the pods are gone.
+    // When the mirror is back, the pods of the first node find their images and those of the second
+    // find none. On the third node the pods are deleted.
     for pod in tries[0].failing_pods() {
         bed.registries().publish(&format!("failing/{pod}:v1"), &tries[0].maker.make(PLAIN, &pod));
     }
@@ -90,6 +90,9 @@ fn after_a_hiccup(bed: &Bed, tries: &[Try<'_>]) -> Result<usize, Failure> {
     std::thread::sleep(AFTER_HICCUP);
     for (a_try, moved) in &moved {
         a_try.space.pod(&moved.pod(), a_try.node, &moved.image, true)?;
+    }
+    for pod in tries[..2].iter().flat_map(Try::failing_pods) {
+        println!("  {pod}: {:?}", tries[0].space.events(&pod, "Failed")?);
     }
     let old: Result<Vec<_>, _> = moved.iter().map(|(a_try, moved)| a_try.runs_old(moved)).collect();
     Ok(old?.into_iter().filter(|is_old| *is_old).count())
@@ -140,7 +143,7 @@ impl Try<'_> {
         let pod = format!("holder-{kind}-{}", self.number);
         self.space.pod(&pod, holder, &image, true)?;
         self.space.wait_running(&pod)?;
-        // The third node's agent has found it through the mesh, so the announcement is out.
+        // The third node's agent finds the image through the mesh, so the announcement is out.
         settings::pull(self.bed(), third, &image)?;
         self.bed().registries().publish(&name, &new);
         Ok(Moved { image, old, new })
