@@ -194,6 +194,10 @@ fn error(text: &str, step: Step, named_url: bool) -> Cause {
     if has(&["unexpected commit", "short read", "digest mismatch"]) || step == Step::Commit && has_word(&lower, "eof") {
         return Cause::BadBytes;
     }
+    // A page in place of the manifest. containerd 1.7 finds the wrong type only while it unpacks.
+    if has(&["unexpected media type"]) {
+        return Cause::NotFound;
+    }
     if step == Step::Unpack {
         return Cause::Local;
     }

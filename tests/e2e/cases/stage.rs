@@ -62,7 +62,7 @@ impl Turn {
                 (name.clone(), name)
             }
             Asks::LongName => {
-                let name = format!("{registry}/{}/{}:{}", "l".repeat(100), "n".repeat(99), "t".repeat(128));
+                let name = format!("{registry}/{id:l<100}/{}:{}", "n".repeat(99), "t".repeat(128));
                 (name.clone(), name)
             }
             Asks::OtherRegistry => {
