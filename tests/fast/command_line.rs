@@ -58,11 +58,17 @@ fn help_and_version_are_no_errors() {
     assert!(help.contains("Examples:") && help.contains("Exit codes:"), "{help}");
 }
 
+/// An agent whose containerd is named, so that none is looked for on this machine.
+fn agent_on(data: &str) -> [&str; 9] {
+    let socket = "/run/containerd/containerd.sock";
+    ["agent", "--node-name", "n1", "--pod-name", "p", "--containerd-socket", socket, "--data-dir", data]
+}
+
 #[test]
 fn an_agent_that_cannot_start_says_why_and_exits_with_1() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().to_string_lossy().into_owned();
-    let output = lighterman(&["agent", "--node-name", "n1", "--pod-name", "p", "--data-dir", &data]);
+    let output = lighterman(&agent_on(&data));
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("not inside a cluster"), "{text}");
@@ -72,7 +78,7 @@ fn an_agent_that_cannot_start_says_why_and_exits_with_1() {
 fn a_setting_that_containerd_cannot_have_exits_with_64() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().to_string_lossy().into_owned();
-    let agent = ["agent", "--node-name", "n1", "--pod-name", "p", "--data-dir", &data];
+    let agent = agent_on(&data);
     let output = lighterman(&[&agent[..], &["--containerd-namespace", "no namespace"]].concat());
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(64), "{text}");
