@@ -31,7 +31,7 @@ pub enum RepositoryList {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Glob(String);
 
-/// A list that cannot be read. It permits nothing.
+/// A list that cannot be read, and so permits nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BadList {
     /// The part that is wrong, shortened.

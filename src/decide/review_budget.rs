@@ -1,10 +1,11 @@
-//! How often one agent asks the API server about tokens (TokenReview), so that all agents together stay below a rate that does not
-//! grow with the cluster.
+//! How often one agent asks the API server about tokens (TokenReview), so that all agents together
+//! stay below a rate that does not grow with the cluster.
 
 use std::time::{Duration, Instant};
 
-/// Reviews that all agents may ask for at once, and for one agent at most. In a rollout a tenth of the agents restart together and each
-/// meets a dozen others. An API server answers a review in a few milliseconds and serves 200 writes at a time.
+/// Reviews that all agents may ask for at once, and for one agent at most. In a rollout a tenth of
+/// the agents restart together and each meets a dozen others. An API server answers a review in a
+/// few milliseconds and serves 200 writes at a time.
 const CLUSTER_BURST: usize = 4000;
 const MAX_BURST: u32 = 8;
 
@@ -14,7 +15,8 @@ const MIN_BURST: u32 = 2;
 /// Reviews a second of the whole cluster after the burst.
 const CLUSTER_RATE: u32 = 50;
 
-/// An agent of a small cluster has one more review after this time: 50 a second are not needed there.
+/// An agent of a small cluster has one more review after this time: 50 a second are not needed
+/// there.
 const MIN_INTERVAL: Duration = Duration::from_secs(20);
 
 /// The reviews that one agent may ask for now.
@@ -82,7 +84,8 @@ mod tests {
 
     #[test]
     fn a_rollout_of_five_thousand_agents_is_spread_over_minutes() {
-        // Each agent is asked for a review by twelve others in the same second, as if all restarted at once.
+        // Each agent is asked for a review by twelve others in the same second, as if all restarted
+        // at once.
         let start = Instant::now();
         let mut budgets: Vec<_> = (0..5000).map(|_| ReviewBudget::full(start)).collect();
         let mut most = 0;

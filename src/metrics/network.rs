@@ -1,5 +1,5 @@
-//! The network around the agent: its open ports, its name look-ups, and what stands between it and its
-//! peers.
+//! The network around the agent: its open ports, its name look-ups, and what stands between it and
+//! its peers.
 
 use prometheus::{IntCounterVec, IntGauge, Registry};
 

@@ -1,4 +1,5 @@
-//! Which blobs of an image have to come: those that are absent, and those that are here with wrong bytes.
+//! Which blobs of an image have to come: those that are absent, and those that are here with wrong
+//! bytes.
 
 use std::collections::HashSet;
 
@@ -11,8 +12,9 @@ use crate::ports::{ContentStore, Pin, StoreError};
 const CHUNK: usize = 1 << 20;
 
 impl Recoverer {
-    /// Plans a manifest. Small blobs are hashed when they are used. Large layers are hashed here, and only `in_doubt`: to read
-    /// gigabytes for every image that shares them would cost more than it saves.
+    /// Plans a manifest. Small blobs are hashed when they are used. Large layers are hashed here,
+    /// and only `in_doubt`: to read gigabytes for every image that shares them would cost more than
+    /// it saves.
     pub(super) async fn plan(&self, manifest: &Manifest, in_doubt: bool, pin: &Pin) -> Result<Plan, RecoverError> {
         let mut there = HashSet::new();
         for blob in std::iter::once(&manifest.config).chain(&manifest.layers) {
@@ -25,7 +27,8 @@ impl Recoverer {
         Ok(plan(manifest, |digest| there.contains(&digest)))
     }
 
-    /// Discards a large layer whose bytes are wrong, where a peer has the right ones. Whether the layer has to come.
+    /// Discards a large layer whose bytes are wrong, where a peer has the right ones. Whether the
+    /// layer has to come.
     async fn discards_damaged(&self, blob: &Descriptor, pin: &Pin) -> Result<bool, RecoverError> {
         let digest = blob.digest;
         if blob.size <= MAX_DOCUMENT_BYTES {

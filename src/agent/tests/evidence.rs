@@ -1,4 +1,4 @@
-//! What counts as an outage of a registry, and what a pod may have while one lasts.
+//! Evidence of a registry's outage, and the images that a pod may have while one lasts.
 
 use super::needs::{pending, waiting};
 use super::salvaging::{REFUSED, Watch, failing, reports};

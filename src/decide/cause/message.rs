@@ -14,7 +14,7 @@ use crate::model::OutageKind;
 /// and passes pull errors on whole; the longest one seen has 800.
 const MAX_MESSAGE: usize = 8192;
 
-/// What one message says; `None` while it names no cause, as the kubelet's `Back-off pulling image
+/// The cause that one message names; `None` while it names none, as the kubelet's `Back-off pulling image
 /// "..."` without more.
 pub(super) fn read(message: &str) -> Option<Cause> {
     let mut end = message.len().min(MAX_MESSAGE);
@@ -30,8 +30,8 @@ pub(super) fn read(message: &str) -> Option<Cause> {
 }
 
 /// Which of several errors counts. A denial wins: it is never bypassed because another host failed
-/// as well. A line that is not understood comes last: it may be the body that a registry sent with its
-/// status.
+/// as well. A line that is not understood comes last: it may be the body that a registry sent with
+/// its status.
 fn weight(cause: Cause) -> u8 {
     match cause {
         Cause::Denied => 0,
