@@ -5,10 +5,12 @@
 use std::path::Path;
 use std::time::Duration;
 
+use serde_json::json;
+
 use super::{ensure, settings};
 use crate::bed::{Bed, Failure, NODES, wait_for};
 use crate::images::{Image, Maker, Own, PLAIN, Recipe};
-use crate::pods::{PATIENCE, Space};
+use crate::pods::{PATIENCE, Space, pod_spec};
 use crate::registries::World;
 
 /// Tries of each kind: each node once.
@@ -89,7 +91,7 @@ fn after_a_hiccup(bed: &Bed, tries: &[Try<'_>]) -> Result<usize, Failure> {
     // The passing of this time is what the scenario is about.
     std::thread::sleep(AFTER_HICCUP);
     for (a_try, moved) in &moved {
-        a_try.space.pod(&moved.pod(), a_try.node, &moved.image, true)?;
+        a_try.run(moved)?;
     }
     for pod in tries[..2].iter().flat_map(Try::failing_pods) {
         println!("  {pod}: {:?}", tries[0].space.events(&pod, "Failed")?);
@@ -111,7 +113,7 @@ impl Try<'_> {
         self.bed().registries().publish(&name, &broken);
         self.space.pod(&pod, self.node, &format!("{}/{name}", World::Serves.registry()), true)?;
         self.wait_failed(&pod, &["failed to extract layer"])?;
-        self.space.pod(&moved.pod(), self.node, &moved.image, true)?;
+        self.run(&moved)?;
         self.runs_old(&moved).map(usize::from)
     }
 
@@ -129,7 +131,7 @@ impl Try<'_> {
         self.bed().ctl(&["node", self.node, "containerd-kill"])?;
         self.bed().ctl(&["node", self.node, "containerd-start"])?;
         self.wait_failed(&pod, &["error reading from server", "transport is closing", "connection refused"])?;
-        self.space.pod(&moved.pod(), self.node, &moved.image, true)?;
+        self.run(&moved)?;
         self.runs_old(&moved).map(usize::from)
     }
 
@@ -147,6 +149,20 @@ impl Try<'_> {
         settings::pull(self.bed(), third, &image)?;
         self.bed().registries().publish(&name, &new);
         Ok(Moved { image, old, new })
+    }
+
+    /// Makes the pod of the moved tag. The kubelet looks for the image only after an init container
+    /// has ended, so an agent that recovers the tag too early has the time to do so.
+    fn run(&self, moved: &Moved) -> Result<(), Failure> {
+        let mut spec = pod_spec(&moved.image, Some(self.node));
+        spec["initContainers"] = json!([{
+            "name": "first", "image": "local.test/pause:1", "imagePullPolicy": "IfNotPresent",
+            "command": ["/busybox", "sleep", "5"],
+        }]);
+        let metadata = json!({
+            "name": moved.pod(), "namespace": self.space.name, "annotations": {"lighterman.dev/auto-salvage": "true"},
+        });
+        self.bed().apply(&json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}))
     }
 
     /// Whether the pod of the moved tag runs the old image.
