@@ -62,6 +62,10 @@ pub(crate) enum Root {
     WholeIndex,
     /// An index that names another platform only, with its content.
     OtherPlatform,
+    /// An index whose only entry is an index, as goauthentik and gitlab-runner publish theirs.
+    Nested,
+    /// An index whose only entry names no platform: containerd reads the configuration.
+    Unnamed,
 }
 
 /// An image that was made.
@@ -119,9 +123,18 @@ impl Maker {
                 let other = making.manifest(&self.shell, seed, "arm64", true).descriptor;
                 making.index(&[other])
             }
+            Root::Nested => {
+                let inner = making.index(&[descriptor]);
+                making.index(&[inner])
+            }
+            Root::Unnamed => {
+                let mut unnamed = descriptor;
+                unnamed.as_object_mut().map(|entry| entry.remove("platform"));
+                making.index(&[unnamed])
+            }
         };
         let root = text(&target["digest"]);
-        let every_platform = matches!(recipe.root, Root::WholeIndex | Root::OtherPlatform);
+        let every_platform = !matches!(recipe.root, Root::Manifest | Root::Index);
         Image { root, own_layer, config, target, blobs: making.blobs, every_platform }
     }
 }

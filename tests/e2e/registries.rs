@@ -55,13 +55,16 @@ pub(crate) enum World {
 }
 
 /// The statuses of [`World::Answers`] with their reason phrases.
-const STATUSES: [(u16, &str); 9] = [
+const STATUSES: [(u16, &str); 12] = [
     (400, "Bad Request"),
     (402, "Payment Required"),
     (407, "Proxy Authentication Required"),
     (408, "Request Timeout"),
     (410, "Gone"),
     (451, "Unavailable For Legal Reasons"),
+    (502, "Bad Gateway"),
+    (503, "Service Unavailable"),
+    (504, "Gateway Timeout"),
     (507, "Insufficient Storage"),
     (520, "Web Server Returned an Unknown Error"),
     (522, "Origin Connection Time-out"),

@@ -18,6 +18,8 @@ const QUOTED_402: Then = Then::Told("ImageFailureNotUnderstood", &["402 payment 
 const INDEX: Recipe = Recipe { root: Root::Index, ..PLAIN };
 const TWO_PLATFORMS: Recipe = Recipe { root: Root::WholeIndex, ..PLAIN };
 const OTHER_PLATFORM: Recipe = Recipe { root: Root::OtherPlatform, ..PLAIN };
+const NESTED: Recipe = Recipe { root: Root::Nested, ..PLAIN };
+const UNNAMED: Recipe = Recipe { root: Root::Unnamed, ..PLAIN };
 const DOCKER: Recipe = Recipe { docker: true, ..PLAIN };
 const DOCKER_LIST: Recipe = Recipe { root: Root::Index, ..DOCKER };
 const ZSTD: Recipe = Recipe { packing: Packing::Zstd, ..PLAIN };
@@ -50,6 +52,8 @@ pub(crate) const ROWS: &[Case] = &[
     // What the image is like.
     Case { name: "oci_index", recipe: INDEX, ..EACH },
     Case { name: "oci_index_of_two_whole_platforms", recipe: TWO_PLATFORMS, ..CASE },
+    Case { name: "index_in_an_index", recipe: NESTED, ..EACH },
+    Case { name: "index_entry_without_a_platform", recipe: UNNAMED, ..EACH },
     Case { name: "docker_manifest_list", recipe: DOCKER_LIST, ..EACH },
     Case { name: "docker_schema_2", recipe: DOCKER, ..EACH },
     Case { name: "index_of_another_platform", recipe: OTHER_PLATFORM, then: NO_PLATFORM, ..CASE },
@@ -84,6 +88,9 @@ pub(crate) const ROWS: &[Case] = &[
     Case { name: "registry_answers_408", world: World::Answers(408), ..CASE },
     Case { name: "registry_answers_410", world: World::Answers(410), ..NO_OUTAGE },
     Case { name: "registry_answers_451", world: World::Answers(451), ..NO_OUTAGE },
+    Case { name: "registry_answers_502", world: World::Answers(502), ..CASE },
+    Case { name: "registry_answers_503", world: World::Answers(503), ..CASE },
+    Case { name: "registry_answers_504", world: World::Answers(504), ..CASE },
     Case { name: "registry_answers_507", world: World::Answers(507), ..CASE },
     Case { name: "registry_answers_520", world: World::Answers(520), ..CASE },
     Case { name: "registry_answers_522", world: World::Answers(522), ..CASE },
