@@ -68,6 +68,11 @@ impl Tell {
         }
     }
 
+    /// Whether the API server has denied a nudge since this agent started.
+    pub(super) fn nudges_are_denied(&self) -> bool {
+        self.nudge_denied.load(Ordering::Relaxed)
+    }
+
     /// Deletes a pod that waits although its image is here.
     pub(super) async fn delete(&self, pod: &PodRef) {
         let result = match self.cluster.delete(pod).await {

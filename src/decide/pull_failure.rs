@@ -97,8 +97,10 @@ pub const STALLED: &str = "The kubelet waits for a pull that does not end, and t
 /// it still fail.
 ///
 /// A nudged kubelet looks within a second, and a busy one needs some more to start the container.
-pub fn verifies_credentials(pull_policy: PullPolicy, since_it_came: Duration) -> bool {
-    pull_policy == PullPolicy::IfNotPresent && since_it_came >= Duration::from_secs(30)
+/// Where the API server denies nudges, the kubelet looks at its own sync: within 90 s.
+pub fn verifies_credentials(pull_policy: PullPolicy, since_it_came: Duration, nudges_denied: bool) -> bool {
+    let looks_within = Duration::from_secs(if nudges_denied { 90 } else { 0 });
+    pull_policy == PullPolicy::IfNotPresent && since_it_came >= looks_within + Duration::from_secs(30)
 }
 
 /// Decides on one image that a pod lacks and that pod's owners want recovered.
@@ -250,6 +252,15 @@ mod tests {
     fn failure(cause: Option<Cause>) -> Failure<'static> {
         let (image, pull_policy) = ("r.test/a", PullPolicy::IfNotPresent);
         Failure { image, pull_policy, cause, said: "what the kubelet says", may_be_early: false }
+    }
+
+    #[test]
+    fn a_kubelet_that_was_not_nudged_has_until_its_own_sync_to_look() {
+        let verifies =
+            |seconds, denied| verifies_credentials(PullPolicy::IfNotPresent, Duration::from_secs(seconds), denied);
+        assert!(!verifies(29, false) && verifies(30, false));
+        assert!(!verifies(119, true) && verifies(120, true));
+        assert!(!verifies_credentials(PullPolicy::Always, Duration::from_secs(600), false));
     }
 
     /// The verdict under the default causes.

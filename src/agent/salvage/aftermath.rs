@@ -122,7 +122,8 @@ impl Salvager {
         let view = &waiting.view;
         view.containers.iter().filter(|container| waits_for_image(container)).any(|container| {
             let (image, policy) = image_in_question(view, container);
-            image.parse::<Reference>().is_ok_and(|named| named == *reference) && verifies_credentials(policy, since)
+            image.parse::<Reference>().is_ok_and(|named| named == *reference)
+                && verifies_credentials(policy, since, self.tell.nudges_are_denied())
         })
     }
 

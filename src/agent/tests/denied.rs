@@ -7,6 +7,7 @@ use std::time::Duration;
 use tracing::subscriber::DefaultGuard;
 use tracing_subscriber::fmt::MakeWriter;
 
+use super::needs::waiting;
 use super::salvaging::{REFUSED, Watch, failing, reports};
 use super::*;
 use crate::decide::rules::Manner;
@@ -76,6 +77,24 @@ async fn a_denied_nudge_fails_no_recovery_and_is_logged_once() {
     let mut nudged = [watch.nudged().await, watch.nudged().await];
     nudged.sort();
     assert_eq!(nudged, ["p", "q"]);
+    watch.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kubelet_that_was_not_nudged_is_not_taken_for_one_that_verifies_credentials() {
+    let harbour = Harbour::new();
+    harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+    harbour.cluster.set_denies(true);
+    let watch = Watch::start(&harbour);
+    watch.sees(failing("p", IMAGE, REFUSED)).await;
+    watch.rest().await;
+    // The kubelet begins to back off just after the image came, and looks again at its own sync.
+    let mut backing_off = failing("p", IMAGE, REFUSED);
+    backing_off.containers[0].waiting = waiting("ImagePullBackOff", REFUSED);
+    watch.sees(backing_off).await;
+    tokio::time::sleep(Duration::from_secs(89)).await;
+    assert!(harbour.counted(r#"lighterman_recoveries_total{outcome="already_here"} 1"#));
+    assert_eq!(reports(&harbour), [("p".to_owned(), ReportKind::Salvaged)]);
     watch.stop().await;
 }
 
