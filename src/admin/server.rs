@@ -22,8 +22,8 @@ use crate::addresses::is_of_this_node;
 use crate::decide::connection_limit::{Connections, Limits, Origin, Rejected};
 use crate::metrics::Metrics;
 
-/// Elsewhere: a few Prometheus servers and people with curl, and many times that. Node: at most two
-/// probes at a time, and collectors of metrics in the node's network. One address has its two
+/// Elsewhere: a few Prometheus servers and people with curl, and many times that. Node: at most
+/// two probes at a time, and collectors of metrics in the node's network. One address has its two
 /// scrapes and several shells. A connection costs some 20 KiB.
 const LIMITS: Limits = Limits { node: 32, elsewhere: 128, address: 16 };
 

@@ -21,17 +21,17 @@ use crate::transfer::Transfer;
 /// A TCP connection to a node of the same cluster is open within milliseconds.
 const TCP_WAIT: Duration = Duration::from_secs(2);
 
-/// What is known now, for those who report it. Clones share it.
+/// The state of UDP for status, Events and readiness. Clones share one state.
 #[derive(Debug, Clone, Default)]
 pub struct UdpState(Arc<Mutex<UdpStatus>>);
 
 impl UdpState {
-    /// What is known now.
+    /// The state at the moment.
     pub fn status(&self) -> UdpStatus {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Replaces what is known; what was known before.
+    /// Replaces the state, and returns the one before.
     pub(super) fn replace(&self, status: UdpStatus) -> UdpStatus {
         std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), status)
     }

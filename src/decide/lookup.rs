@@ -1,11 +1,11 @@
-//! When an agent resolves the names of its peers. The mesh tells of every member, so DNS is needed
-//! at the start, and by an agent that is short of peers. Each look-up of 5000 agents is two queries
-//! for the cluster's DNS servers.
+//! When an agent resolves the names of its peers. The mesh tells of every member, so DNS is
+//! needed at the start, and by an agent that is short of peers. Each look-up of 5000 agents is
+//! two queries for the cluster's DNS servers.
 
 use std::time::{Duration, Instant};
 
-/// An agent with this many peers is not short of peers: the mesh tells it of all others. As many as
-/// one round of greetings meets.
+/// An agent with this many peers is not short of peers: the mesh tells it of all others. As many
+/// as one round of greetings meets.
 pub const ENOUGH: usize = 8;
 
 /// The first pauses. The DNS server learns of a new pod within a second or two.
@@ -20,8 +20,8 @@ const FIRST_ROUNDS: u32 = 10;
 /// records.
 const LAST: Duration = Duration::from_secs(900);
 
-/// A shortage begins for all agents of a network at once; their first look-ups are spread over this
-/// time.
+/// A shortage begins for all agents of a network at once; their first look-ups are spread over
+/// this time.
 const SPREAD: Duration = Duration::from_secs(10);
 
 /// When names are resolved next.
@@ -31,8 +31,8 @@ pub struct Schedule {
     /// Other addresses in the last answer; `None` before there is one, and where DNS gave none.
     listed: Option<usize>,
     peers: usize,
-    /// Look-ups since the agent last had enough peers for [`LAST`]. A peer that comes and goes does
-    /// not shorten the pauses.
+    /// Look-ups since the agent last had enough peers for [`LAST`]. A peer that comes and goes
+    /// does not shorten the pauses.
     rounds: u32,
     /// When the last look-up ended; before the first one, the start.
     last: Instant,
@@ -94,8 +94,8 @@ fn pause(rounds: u32) -> Duration {
     FIRST.saturating_mul(1 << rounds.saturating_sub(FIRST_ROUNDS).min(10)).min(LAST)
 }
 
-/// Within a fifth of the pause on either side, so that agents which started together do not stay in
-/// step.
+/// Within a fifth of the pause on either side, so that agents which started together do not stay
+/// in step.
 fn spread(pause: Duration, chance: f64) -> Duration {
     pause.mul_f64(0.8 + 0.4 * chance)
 }

@@ -10,14 +10,15 @@ use std::time::{Duration, Instant};
 /// may have a fault of its own.
 const WITNESSES: usize = 3;
 
-/// Probes without an answer, so that one lost handshake says nothing where there is one other node.
+/// Probes without an answer, so that one lost handshake says nothing where there is one other
+/// node.
 const TRIES: u32 = 3;
 
 /// Between two probes while they are answered. A probe is one handshake.
 const CALM: Duration = Duration::from_secs(20);
 
-/// Between two probes while they are not answered. With a handshake's timeout of 3 s three of them
-/// take 15 s, so a block is found within 24 s and these 15 s.
+/// Between two probes while they are not answered. With a handshake's timeout of 3 s three of
+/// them take 15 s, so a block is found within 24 s and these 15 s.
 const SUSPICIOUS: Duration = Duration::from_secs(2);
 
 /// Between two probes while UDP is blocked.
@@ -26,7 +27,7 @@ const BLOCKED: Duration = Duration::from_secs(10);
 /// Addresses without an answer that are kept.
 const MAX_SILENT: usize = 16;
 
-/// What one probe of one other node found.
+/// The finding of one probe of one other node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Probe {
     /// An answer over UDP.

@@ -45,7 +45,8 @@ impl Port {
         socket.connect(self.address).await.unwrap()
     }
 
-    /// The whole response to a request from 127.0.0.`last`; empty when the connection is rejected.
+    /// The whole response to a request from 127.0.0.`last`; empty when the connection is
+    /// rejected.
     async fn get(&self, last: u8, path: &str) -> String {
         let mut stream = self.connect(last).await;
         let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n");

@@ -1,4 +1,4 @@
-//! What the joiner remembers from one round of greetings to the next.
+//! The joiner's state between two rounds of greetings.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -13,7 +13,7 @@ use super::calls::{Calls, MAX_HINTS};
 use crate::decide::lookup::Schedule;
 use crate::model::{MAX_MEMBERS, MeshStatus, PeerId, Release};
 
-/// What is remembered from one round to the next.
+/// The joiner's state between two rounds.
 pub(super) struct Memory {
     pub(super) calls: Calls,
     pub(super) book: AddressBook,
@@ -23,9 +23,9 @@ pub(super) struct Memory {
     pub(super) releases: BTreeMap<String, Release>,
     /// Addresses of this agent itself.
     pub(super) myself: BTreeSet<SocketAddr>,
-    /// Who was met where. Their own word for it may be another address.
+    /// The peers met at each address. A peer may give itself another address.
     pub(super) met: BTreeMap<SocketAddr, PeerId>,
-    /// Why nobody was; each reason is logged once.
+    /// The last reason for which no peer was met at an address. Each reason is logged once.
     pub(super) refused: BTreeMap<SocketAddr, String>,
     pub(super) last_seen: BTreeMap<PeerId, Instant>,
     pub(super) schedule: Schedule,
@@ -74,14 +74,15 @@ impl Memory {
 
     pub(super) fn looked_up(&mut self, listed: Option<Vec<SocketAddr>>, now: Instant) {
         self.schedule.resolved(listed.as_ref().map(Vec::len), now.into_std(), rand::random());
-        // An answer that names nobody is DNS at its start, or in trouble.
+        // A DNS server that starts, or is in trouble, may answer without addresses.
         if let Some(listed) = listed.filter(|listed| !listed.is_empty()) {
             self.listed = listed;
         }
     }
 
     pub(super) fn begin_round(&mut self, unknown: Vec<SocketAddr>) {
-        // Nodes come and go and DNS can say anything: begun anew rather than let grow, which costs a line and a greeting for each.
+        // Nodes come and go and DNS can answer anything. A table that is full begins anew, at the
+        // cost of a line in the log and a greeting for each address.
         if self.refused.len() > MAX_HINTS {
             self.refused.clear();
         }
@@ -93,7 +94,7 @@ impl Memory {
         }
         self.calls.hint(unknown);
         if self.up.is_empty() {
-            // As at the start: DNS may be away, and those whom this agent knew may be back.
+            // As at the start: DNS may be away, and peers of the address book may be back.
             let earlier = self.book.addresses();
             self.calls.hint(earlier);
         }

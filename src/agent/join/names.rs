@@ -8,13 +8,13 @@ use std::time::Duration;
 const RESOLVE_WAIT: Duration = Duration::from_secs(5);
 
 /// The kubelet writes three search domains and the node's own, below 2 KiB by the limit of 2048
-/// characters that Kubernetes sets. What is longer is not read as one of these.
+/// characters that Kubernetes sets. A longer file is not read.
 const MAX_RESOLV_CONF: u64 = 16 << 10;
 
 /// `HOST:PORT` as it is resolved. The name of a Service ends with `.svc` where the chart does not
-/// know the cluster domain, and a resolver tries such a name below each search domain, twice for A
-/// and AAAA. The kubelet gives every pod a search domain `svc.DOMAIN`, so the full name is known:
-/// it ends with a dot, and costs one look-up.
+/// know the cluster domain, and a resolver tries such a name below each search domain, twice for
+/// A and AAAA. The kubelet gives every pod a search domain `svc.DOMAIN`, so the full name is
+/// known: it ends with a dot, and costs one look-up.
 pub(super) fn qualified(seed: &str, resolv_conf: &str) -> String {
     let full = seed.rsplit_once(':').and_then(|(host, port)| {
         host.strip_suffix(".svc")?;
