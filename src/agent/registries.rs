@@ -98,6 +98,11 @@ impl Registries {
         self.is_down(&registry, now) != before
     }
 
+    /// Whether the registry answered this agent at least once.
+    pub(super) fn has_answered(&self, registry: &str) -> bool {
+        self.outages.has_answered(registry)
+    }
+
     /// A question to the registry, if one is worth asking now.
     pub(super) fn question(
         &mut self,

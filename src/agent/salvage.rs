@@ -39,6 +39,9 @@ const TICK: Duration = Duration::from_secs(2);
 /// Questions to the API server at a time: a node full of pods is a hundred questions, most of which one answer serves.
 const ASKING: usize = 4;
 
+/// Registries asked at a time because images of this node name them. A cluster uses a handful.
+const MAX_REGISTRIES: usize = 16;
+
 /// What salvaging needs of the rest of the agent.
 pub struct Parts {
     /// Brings images.
@@ -269,7 +272,18 @@ impl Salvager {
                 self.registries.pull_succeeded(&name.repository().registry, now());
             }
         }
+        self.ask_registries_of(here.as_deref());
         self.names_before = here;
+    }
+
+    /// Asks each registry of this node's images until it has answered once: only then does a later silence say that it is down.
+    fn ask_registries_of(&mut self, names: Option<&BTreeSet<String>>) {
+        let references = names.into_iter().flatten().filter_map(|name| name.parse::<Reference>().ok());
+        let registries: BTreeSet<_> = references.map(|reference| reference.repository().registry.clone()).collect();
+        let unknown = registries.into_iter().filter(|registry| !self.registries.has_answered(registry));
+        for registry in unknown.take(MAX_REGISTRIES).collect::<Vec<_>>() {
+            self.ask_registry(&registry);
+        }
     }
 
     fn on_tick(&mut self) {

@@ -159,6 +159,11 @@ impl Outages {
         })
     }
 
+    /// Whether the registry answered this agent at least once, so that a later silence counts.
+    pub fn has_answered(&self, registry: &str) -> bool {
+        self.registries.get(registry).is_some_and(|known| known.answered)
+    }
+
     /// Whether it did not answer us when it was asked last.
     pub fn is_silent(&self, registry: &str) -> bool {
         self.registries.get(registry).is_some_and(|known| known.is_silent)

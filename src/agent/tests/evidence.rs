@@ -3,7 +3,7 @@
 use super::needs::{pending, waiting};
 use super::salvaging::{REFUSED, Watch, failing, reports};
 use super::*;
-use crate::ports::{KubeletEvent, ReportKind};
+use crate::ports::{KubeletEvent, RegistryError, ReportKind};
 
 /// Messages of faults that are no registry's, and of a registry that sent wrong bytes.
 const NO_OUTAGE: [&str; 4] = [
@@ -168,4 +168,25 @@ async fn a_kubelet_that_verifies_credentials_is_told_of_once_and_not_nudged_for_
     assert!(note.contains("verifies the pod's credentials"), "{note}");
     assert!(watch.nudges.try_recv().is_err(), "another nudge would not help");
     watch.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_registry_of_images_that_are_here_is_asked_before_it_fails_so_that_its_silence_counts() {
+    for has_images in [true, false] {
+        let harbour = Harbour::new();
+        harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+        harbour.registry.put_registry("r.test");
+        let watch = Watch::start(&harbour);
+        let names = if has_images { vec!["r.test/here:1".to_owned()] } else { Vec::new() };
+        watch.names_in.send_replace(Some(Arc::new(names.into_iter().collect())));
+        watch.rest().await;
+        let down = RegistryError::Down { registry: "r.test".into(), kind: crate::model::OutageKind::TimedOut };
+        harbour.registry.set_failure("r.test", Some(down));
+        tokio::time::sleep(std::time::Duration::from_secs(60)).await;
+        watch.sees(failing("failed", "r.test/other:1", REFUSED)).await;
+        watch.sees(pending("early", IMAGE)).await;
+        tokio::time::sleep(std::time::Duration::from_secs(15)).await;
+        assert_eq!(harbour.record_names().await.contains(&IMAGE.to_owned()), has_images);
+        watch.stop().await;
+    }
 }
