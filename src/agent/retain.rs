@@ -3,7 +3,7 @@
 //! containerd commits a manifest before the download of the first layer. At the manifest's event
 //! the agent takes the image's lease and names every layer, also layers that have not come yet, so
 //! no layer depends on the agent's speed. A lease for blobs of unknown images is therefore not
-//! needed. Events are the fast path. A list of everything, every [`TICK`] and after image records
+//! needed. Events are the fast path. A list of everything, every `TICK` and after image records
 //! changed, is the truth.
 //!
 //! [`crate::decide::retain`] decides which images are retained. [`PodImages`] finds the images that

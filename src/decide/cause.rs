@@ -1,6 +1,6 @@
 //! What the kubelet's words say about a missing image: why it is missing, and which image that is.
 //!
-//! The grammar of the messages stands in [`message`].
+//! The grammar of the messages stands in `message`.
 
 mod message;
 
