@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::waiting::{Helped, WaitingPod};
 use super::{Done, Salvager, now};
 use crate::agent::notices::Notice;
+use crate::agent::registries::Registries;
 use crate::decide::cause::{Cause, cause, image_in_question, is_pending, names_another_host, waits_for_image};
 use crate::decide::opt_in::{NotHelped, OddAnnotation, OptIn, Policy};
 use crate::decide::pull_failure::{Consent, Failure, Leave, NotActionable, STALLED, Verdict, decide};
@@ -113,6 +114,9 @@ impl Salvager {
         if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
             waiting.do_not_help();
         }
+        if self.learn_of_outages(pod, Registries::has_answered) {
+            self.look_at_outages();
+        }
         for container in pod.containers.iter().filter(|container| waits_for_image(container)) {
             let (image, _) = image_in_question(pod, container);
             self.leave(pod, &container.name, image, Leave::NotHelped(reason));
@@ -124,7 +128,7 @@ impl Salvager {
         if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
             waiting.helped = Some(helped.clone());
         }
-        if self.learn_of_outages(pod) {
+        if self.learn_of_outages(pod, |_, _| true) {
             self.look_at_outages();
         }
         let failing = pod.containers.iter().filter(|container| waits_for_image(container));
@@ -269,9 +273,11 @@ impl Salvager {
         absent.into_iter().map(|image| (image, PullPolicy::IfNotPresent)).collect()
     }
 
-    /// What the kubelet says of a pull that just failed is news about the registry. Of pods that are helped only: others could name
-    /// registries at will. Whether the message told of a fault of a registry.
-    fn learn_of_outages(&mut self, pod: &PodView) -> bool {
+    /// Learns from the kubelet's words about a pull that just failed. Whether they told of a fault of a registry.
+    ///
+    /// Any pod's failed pull is evidence. A pod that is not helped may name any registry, so only registries that `counts` accepts are
+    /// learnt of from it: those that have answered this agent.
+    fn learn_of_outages(&mut self, pod: &PodView, counts: impl Fn(&Registries, &str) -> bool) -> bool {
         let Some(waiting) = self.waiting.get_mut(&pod.pod) else { return false };
         let mut has_news = false;
         let fresh = std::mem::take(&mut waiting.fresh_failures);
@@ -280,6 +286,9 @@ impl Salvager {
             let cause = container.waiting.as_ref().and_then(cause);
             if let (Some(Cause::Unavailable(kind)), Ok(reference)) = (cause, image.parse::<Reference>()) {
                 let registry = &reference.repository().registry;
+                if !counts(&self.registries, registry) {
+                    continue;
+                }
                 let said = container.waiting.as_ref().map_or("", |waiting| waiting.message.as_str());
                 self.registries.pull_failed(registry, kind, names_another_host(said, registry), now());
                 has_news = true;

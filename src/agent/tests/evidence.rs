@@ -183,7 +183,9 @@ async fn a_registry_of_images_that_are_here_is_asked_before_it_fails_so_that_its
         let down = RegistryError::Down { registry: "r.test".into(), kind: crate::model::OutageKind::TimedOut };
         harbour.registry.set_failure("r.test", Some(down));
         tokio::time::sleep(std::time::Duration::from_secs(60)).await;
-        watch.sees(failing("failed", "r.test/other:1", REFUSED)).await;
+        // The failed pull of a pod that did not opt in is evidence as well.
+        let stranger = failing("stranger", "r.test/other:1", REFUSED);
+        watch.sees(crate::model::PodView { annotations: Default::default(), ..stranger }).await;
         watch.sees(pending("early", IMAGE)).await;
         tokio::time::sleep(std::time::Duration::from_secs(15)).await;
         assert_eq!(harbour.record_names().await.contains(&IMAGE.to_owned()), has_images);

@@ -35,6 +35,11 @@ pub(super) fn packets_vanish(bed: &Bed) -> Result<(), Failure> {
     let image = format!("{REGISTRY}/shop/early:v1");
     space.pod("holder", holder, &image, true)?;
     space.wait_running("holder")?;
+    // An image of the registry is here, so the agent has asked the registry while it answered: its
+    // silence then decides tags together with the first failed pull.
+    bed.push_image("shop/ordinary:v1", &[1])?;
+    space.pod("ordinary", node, &format!("{REGISTRY}/shop/ordinary:v1"), true)?;
+    space.wait_running("ordinary")?;
     let known_outages = || bed.metric(node, "lighterman_registries_down");
     let before = known_outages()?;
 
