@@ -88,8 +88,9 @@ impl Resolver {
             meanings: counts.iter().map(|(digest, peers)| (*digest, *peers)).collect(),
         })?;
         let peers = counts.get(&chosen).copied().unwrap_or_default();
+        let nodes = if peers == 1 { "node" } else { "nodes" };
         let mut settled =
-            format!("The tag was taken for this digest because {peers} nodes have it so; its registry was not asked.");
+            format!("The tag was taken for this digest, as on {peers} other {nodes}; its registry was not asked.");
         if counts.len() > 1 {
             let meanings: Vec<_> = counts.iter().map(|(digest, peers)| (*digest, *peers)).collect();
             let policy = self.settings.tag_policy.name();
