@@ -200,7 +200,8 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_WEBHOOK_SECRET_FILE", value_name = "PATH", requires = "webhook_url")]
     pub(super) webhook_secret_file: Option<PathBuf>,
 
-    /// Seconds after which a pull that has not ended counts as stalled: its image is recovered meanwhile, and the pod is told; 0 for never
+    /// Seconds after which a pull that has not ended counts as stalled; 0 for never. An image named by digest is recovered meanwhile,
+    /// a tag once its registry is known to be down, and the pod gets an Event
     #[arg(long, env = "LIGHTERMAN_STALLED_AFTER", value_name = "SECONDS", default_value_t = STALLED_AFTER.as_secs(), value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub(super) stalled_after: u64,
 

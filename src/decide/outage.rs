@@ -128,14 +128,16 @@ impl Outages {
     /// Whether a tag of this registry may be decided before the pod's own pull has failed: a pull
     /// through containerd has failed here, and evidence of the last 30 s says that the next one
     /// would fail as well. That is a question of the agent where questions count, and another
-    /// failed pull where they do not.
+    /// failed pull where they do not. The failed pull is at most 10 min old: its registry may have
+    /// been well since.
     pub fn confirms_now(&self, registry: &str, now: Instant) -> bool {
-        let is_fresh = |at: Option<Instant>| at.is_some_and(|at| now.saturating_duration_since(at) < FRESH);
+        let is_within =
+            |at: Option<Instant>, age: Duration| at.is_some_and(|at| now.saturating_duration_since(at) < age);
         self.registries.get(registry).filter(|known| known.outage(now).is_some()).is_some_and(|known| {
             let [latest, before] = known.failed_pulls;
             match known.question_counts() {
-                true => latest.is_some() && is_fresh(known.silent_since_asked),
-                false => before.is_some() && is_fresh(latest),
+                true => is_within(latest, KUBELETS_WORD) && is_within(known.silent_since_asked, FRESH),
+                false => is_within(before, KUBELETS_WORD) && is_within(latest, FRESH),
             }
         })
     }

@@ -63,6 +63,23 @@ fn one_failed_pull_decides_no_tag_and_two_do_so_for_30_s() {
 }
 
 #[test]
+fn a_failed_pull_of_long_ago_decides_no_tag() {
+    let now = Instant::now();
+    let later = now + KUBELETS_WORD;
+    // By a question without an answer.
+    let mut outages = Outages::default();
+    outages.asked(R, Ok(()), now, CLOCK);
+    outages.pull_failed(R, OutageKind::Refused, false, now, CLOCK);
+    outages.asked(R, Err(OutageKind::Refused), later, CLOCK);
+    assert!(outages.is_down(R, later) && !outages.confirms_now(R, later));
+    // By another failed pull.
+    let mut outages = Outages::default();
+    outages.pull_failed(R, OutageKind::Refused, false, now, CLOCK);
+    outages.pull_failed(R, OutageKind::Refused, false, later, CLOCK);
+    assert!(outages.is_down(R, later) && !outages.confirms_now(R, later));
+}
+
+#[test]
 fn a_question_decides_a_tag_only_with_a_failed_pull_and_outweighs_older_ones() {
     let mut outages = Outages::default();
     let now = Instant::now();
@@ -98,47 +115,56 @@ enum Step {
     IsSilent,
 }
 
-fn steps() -> impl proptest::strategy::Strategy<Value = Vec<(u64, Step)>> {
+/// Steps, each after so many seconds, with the seconds until the tag is decided.
+fn steps() -> impl proptest::strategy::Strategy<Value = Vec<(u64, Step, u64)>> {
     use proptest::prelude::*;
     let step = prop_oneof![
-        any::<bool>().prop_map(|names_mirror| Step::PullFails { names_mirror }),
-        Just(Step::PullSucceeds),
-        Just(Step::Answers),
-        Just(Step::IsSilent),
+        4 => any::<bool>().prop_map(|names_mirror| Step::PullFails { names_mirror }),
+        1 => Just(Step::PullSucceeds),
+        1 => Just(Step::Answers),
+        2 => Just(Step::IsSilent),
     ];
-    proptest::collection::vec((0..60_u64, step), 1..24)
+    // Long enough now and then for a failed pull to be too old.
+    let wait = prop_oneof![4 => 0..60_u64, 1 => 500..900_u64];
+    proptest::collection::vec((wait, step, 0..60_u64), 1..24)
 }
 
 proptest::proptest! {
     #[test]
-    fn no_tag_is_decided_without_a_failed_pull_and_evidence_of_the_last_30_s(steps in steps()) {
+    fn no_tag_is_decided_without_a_recent_failed_pull_and_evidence_of_the_last_30_s(steps in steps()) {
         let mut outages = Outages::default();
         let mut now = Instant::now();
-        let (mut failed_pulls, mut evidence) = (0, None::<Instant>);
-        for (wait, step) in steps {
+        let mut failed_pulls = Vec::<Instant>::new();
+        for (wait, step, delay) in steps {
             now += Duration::from_secs(wait);
-            match step {
+            let evidence = match step {
                 Step::PullFails { names_mirror } => {
                     outages.pull_failed(R, OutageKind::Refused, names_mirror, now, CLOCK);
-                    failed_pulls += 1;
-                    evidence = Some(now);
+                    failed_pulls.push(now);
+                    true
                 }
                 Step::PullSucceeds => {
                     outages.pull_succeeded(R, now);
-                    (failed_pulls, evidence) = (0, None);
+                    failed_pulls.clear();
+                    false
                 }
-                Step::Answers => drop(outages.asked(R, Ok(()), now, CLOCK)),
+                Step::Answers => {
+                    outages.asked(R, Ok(()), now, CLOCK);
+                    failed_pulls.clear();
+                    false
+                }
                 Step::IsSilent => {
                     outages.asked(R, Err(OutageKind::TimedOut), now, CLOCK);
-                    evidence = Some(now);
+                    true
                 }
+            };
+            let decided = now + Duration::from_secs(delay);
+            if outages.confirms_now(R, decided) {
+                proptest::prop_assert!(evidence && decided - now < FRESH);
+                proptest::prop_assert!(failed_pulls.iter().any(|at| decided - *at < KUBELETS_WORD));
+                proptest::prop_assert!(outages.is_down(R, decided));
             }
-            if outages.confirms_now(R, now) {
-                proptest::prop_assert!(failed_pulls > 0);
-                proptest::prop_assert!(evidence.is_some_and(|at| now - at < FRESH));
-                proptest::prop_assert!(outages.is_down(R, now));
-                proptest::prop_assert!(!matches!(step, Step::PullSucceeds | Step::Answers));
-            }
+            now = decided;
         }
     }
 }
