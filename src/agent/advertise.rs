@@ -7,7 +7,7 @@ mod images;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +38,9 @@ pub struct Besides {
     pub fetching: watch::Receiver<BTreeSet<Digest>>,
 }
 
+/// The target of each image record of this node, by the record's name; `None` before the first list.
+pub type NamesHere = Option<Arc<BTreeMap<String, Digest>>>;
+
 /// Keeps what peers know about this node true.
 pub struct Advertiser {
     store: Arc<dyn ContentStore>,
@@ -46,13 +49,13 @@ pub struct Advertiser {
     ready: watch::Sender<bool>,
     outages: watch::Receiver<Vec<Outage>>,
     fetching: watch::Receiver<BTreeSet<Digest>>,
-    names: watch::Sender<Option<Arc<BTreeSet<String>>>>,
+    names: watch::Sender<NamesHere>,
     status: watch::Sender<Option<ImagesStatus>>,
     images: Images,
 }
 
 impl Advertiser {
-    /// Lists `store` and tells `mesh`. `ready` says whether the store answers; it is part of readiness. `names` takes the names of the images that are here, `status` how
+    /// Lists `store` and tells `mesh`. `ready` says whether the store answers; it is part of readiness. `names` takes the image records that are here, `status` how
     /// many of them are told.
     pub fn new(
         store: Arc<dyn ContentStore>,
@@ -60,7 +63,7 @@ impl Advertiser {
         metrics: Metrics,
         ready: watch::Sender<bool>,
         besides: Besides,
-        names: watch::Sender<Option<Arc<BTreeSet<String>>>>,
+        names: watch::Sender<NamesHere>,
         status: watch::Sender<Option<ImagesStatus>>,
     ) -> Self {
         let Besides { outages, fetching } = besides;
@@ -114,7 +117,8 @@ impl Advertiser {
     async fn list(&mut self) -> Result<BTreeSet<Item>, StoreError> {
         let blobs = self.store.blobs().await?;
         let records = self.store.images().await?;
-        self.names.send_replace(Some(Arc::new(records.iter().map(|record| record.name.clone()).collect())));
+        let targets = records.iter().map(|record| (record.name.clone(), record.target.digest));
+        self.names.send_replace(Some(Arc::new(targets.collect())));
         let looked = self.images.look(&*self.store, &blobs, &records).await?;
         self.metrics.images_incomplete(looked.incomplete);
         let reasons = looked.reasons.iter().take(MAX_NAMES).map(|(reason, images)| (reason.clone(), *images)).collect();

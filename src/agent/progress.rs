@@ -145,10 +145,10 @@ impl Board {
         self.lock().ended.iter().rev().find(|(ended, _)| ended == reference).map(|(_, result)| result.clone())
     }
 
-    /// Whether an image record of this name was written by a recovery lately, and not by a pull.
-    pub(super) fn wrote(&self, name: &Reference) -> bool {
+    /// Whether a recovery wrote the image record of this name with this target lately, rather than a pull.
+    pub(super) fn wrote(&self, name: &Reference, target: Digest) -> bool {
         let is_of = |reference: &Reference, root: Digest| {
-            reference == name || *name == Reference::Digest(reference.repository().clone(), root)
+            root == target && (reference == name || *name == Reference::Digest(reference.repository().clone(), root))
         };
         let recoveries = self.lock();
         let is_ended = |(reference, result): &(Reference, Result<Recovered, String>)| {

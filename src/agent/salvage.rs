@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::pods::Permission;
 use self::waiting::WaitingPod;
+use super::advertise::NamesHere;
 use super::notices::Notices;
 use super::progress::{Board, Progress};
 use super::recover::{Found, RecoverError, Recovered, Recoverer};
@@ -54,8 +55,8 @@ pub struct Parts {
     pub registries: Registries,
     /// Messages to the outside.
     pub notices: Notices,
-    /// The names of the images that are here, once that is known.
-    pub names_here: watch::Receiver<Option<Arc<BTreeSet<String>>>>,
+    /// The image records that are here, once that is known.
+    pub names_here: watch::Receiver<NamesHere>,
     /// What is in force now.
     pub rules: watch::Receiver<Arc<Rules>>,
     /// What is fixed for the life of the agent.
@@ -71,9 +72,9 @@ pub struct Salvager {
     cluster: Arc<dyn Cluster>,
     registries: Registries,
     notices: Notices,
-    names_here: watch::Receiver<Option<Arc<BTreeSet<String>>>>,
-    /// The names that were here when they were looked at last.
-    names_before: Option<Arc<BTreeSet<String>>>,
+    names_here: watch::Receiver<NamesHere>,
+    /// The records that were here when they were looked at last.
+    names_before: NamesHere,
     tell: Arc<Tell>,
     rules: watch::Receiver<Arc<Rules>>,
     manner: Manner,
@@ -263,13 +264,16 @@ impl Salvager {
         self.look_at_all();
     }
 
-    /// An image that appeared without a recovery was pulled through containerd, so its registry can be reached from here.
+    /// A record that is new, or that has another target than before, without a recovery: containerd pulled the image, so
+    /// containerd reaches its registry.
     fn on_names(&mut self) {
         let here = self.names_here.borrow_and_update().clone();
         if let (Some(before), Some(here)) = (&self.names_before, &here) {
-            let new: Vec<Reference> = here.difference(before).filter_map(|name| name.parse().ok()).collect();
-            for name in new.iter().filter(|name| !self.board.wrote(name)) {
-                self.registries.pull_succeeded(&name.repository().registry, now());
+            for (name, target) in here.iter().filter(|(name, target)| before.get(*name) != Some(*target)) {
+                let Ok(name) = name.parse::<Reference>() else { continue };
+                if !self.board.wrote(&name, *target) {
+                    self.registries.pull_succeeded(&name.repository().registry, now());
+                }
             }
         }
         self.ask_registries_of(here.as_deref());
@@ -277,8 +281,8 @@ impl Salvager {
     }
 
     /// Asks each registry of this node's images until it has answered once: only then does a later silence say that it is down.
-    fn ask_registries_of(&mut self, names: Option<&BTreeSet<String>>) {
-        let references = names.into_iter().flatten().filter_map(|name| name.parse::<Reference>().ok());
+    fn ask_registries_of(&mut self, here: Option<&BTreeMap<String, Digest>>) {
+        let references = here.into_iter().flat_map(BTreeMap::keys).filter_map(|name| name.parse::<Reference>().ok());
         let registries: BTreeSet<_> = references.map(|reference| reference.repository().registry.clone()).collect();
         let unknown = registries.into_iter().filter(|registry| !self.registries.has_answered(registry));
         for registry in unknown.take(MAX_REGISTRIES).collect::<Vec<_>>() {

@@ -264,7 +264,7 @@ impl Salvager {
         let of_containers = containers.map(|container| (&container.image, container.pull_policy));
         let of_volumes = pod.image_volumes.iter().map(|volume| (&volume.image, volume.pull_policy));
         let is_absent =
-            |image: &str| image.parse::<Reference>().is_ok_and(|reference| !here.contains(&reference.to_string()));
+            |image: &str| image.parse::<Reference>().is_ok_and(|reference| !here.contains_key(&reference.to_string()));
         let absent: BTreeSet<_> = of_containers
             .chain(of_volumes)
             .filter(|(image, policy)| *policy == PullPolicy::IfNotPresent && is_absent(image))

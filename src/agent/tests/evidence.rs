@@ -1,5 +1,7 @@
 //! Evidence of a registry's outage, and the images that a pod may have while one lasts.
 
+use std::collections::BTreeMap;
+
 use super::needs::{pending, waiting};
 use super::salvaging::{REFUSED, Watch, failing, reports};
 use super::*;
@@ -32,6 +34,24 @@ async fn a_fault_of_this_node_is_no_outage_of_a_registry_and_decides_no_tag() {
 
 #[tokio::test(start_paused = true)]
 async fn a_pull_through_containerd_ends_the_outage_and_a_recovery_does_not() {
+    outage_ends_with(|mut records| {
+        records.insert("r.test/pulled:1".to_owned(), Digest::of(b"pulled"));
+        records
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pull_that_moves_a_recovered_tag_ends_the_outage() {
+    outage_ends_with(|mut records| {
+        records.insert("r.test/other:1".to_owned(), Digest::of(b"moved"));
+        records
+    })
+    .await;
+}
+
+/// Recovers an image in an outage, which does not end the outage; then containerd's records become what `pulled` makes of them.
+async fn outage_ends_with(pulled: impl FnOnce(BTreeMap<String, Digest>) -> BTreeMap<String, Digest>) {
     let harbour = Harbour::new();
     harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
     harbour.peer_with(2, "r.test/other:1", Behaviour::Honest).await;
@@ -42,13 +62,13 @@ async fn a_pull_through_containerd_ends_the_outage_and_a_recovery_does_not() {
         watch.sees(failing(pod, image, REFUSED)).await;
     }
     watch.rest().await;
-    let recovered: std::collections::BTreeSet<_> = harbour.record_names().await.into_iter().collect();
-    assert!(recovered.contains("r.test/other:1"));
+    let records = harbour.store.images().await.unwrap();
+    let recovered: BTreeMap<_, _> = records.into_iter().map(|record| (record.name, record.target.digest)).collect();
+    assert!(recovered.contains_key("r.test/other:1"));
     watch.names_in.send_replace(Some(Arc::new(recovered.clone())));
     watch.rest().await;
     assert_eq!(watch.outages.borrow().len(), 1, "the agent wrote these names itself");
-    let pulled = recovered.into_iter().chain(["r.test/pulled:1".to_owned()]).collect();
-    watch.names_in.send_replace(Some(Arc::new(pulled)));
+    watch.names_in.send_replace(Some(Arc::new(pulled(recovered))));
     watch.rest().await;
     assert!(watch.outages.borrow().is_empty(), "a pull succeeded");
     watch.sees(pending("early", IMAGE)).await;
@@ -178,7 +198,8 @@ async fn a_registry_of_images_that_are_here_is_asked_before_it_fails_so_that_its
         harbour.registry.put_registry("r.test");
         let watch = Watch::start(&harbour);
         let names = if has_images { vec!["r.test/here:1".to_owned()] } else { Vec::new() };
-        watch.names_in.send_replace(Some(Arc::new(names.into_iter().collect())));
+        let records = names.into_iter().map(|name| (name, Digest::of(b"here"))).collect();
+        watch.names_in.send_replace(Some(Arc::new(records)));
         watch.rest().await;
         let down = RegistryError::Down { registry: "r.test".into(), kind: crate::model::OutageKind::TimedOut };
         harbour.registry.set_failure("r.test", Some(down));

@@ -105,7 +105,7 @@ async fn an_image_that_is_here_or_that_is_always_pulled_is_not_brought_early() {
     watch.rest().await;
     assert!(harbour.record_names().await.is_empty());
     assert!(reports(&harbour).iter().all(|(pod, _)| pod == "other"), "nothing has failed, so nothing is said");
-    watch.names_in.send_replace(Some(Arc::new([IMAGE.to_owned()].into())));
+    watch.names_in.send_replace(Some(Arc::new([(IMAGE.to_owned(), Digest::of(b"index"))].into())));
     watch.sees(pending("here", IMAGE)).await;
     watch.rest().await;
     assert!(harbour.record_names().await.is_empty(), "the kubelet will find it");

@@ -1,6 +1,5 @@
 //! Pods of this node, from their failure to the nudge.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio::sync::{broadcast, mpsc};
@@ -8,6 +7,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::agent::advertise::NamesHere;
 use crate::agent::notices::Notices;
 use crate::agent::progress::Board;
 use crate::agent::registries::Registries;
@@ -24,7 +24,7 @@ pub(super) struct Watch {
     pods: mpsc::Sender<PodEvent>,
     pub(super) nudges: broadcast::Receiver<PodRef>,
     /// The images that the node is said to have.
-    pub(super) names_in: watch::Sender<Option<Arc<BTreeSet<String>>>>,
+    pub(super) names_in: watch::Sender<NamesHere>,
     /// What it found out about registries itself.
     pub(super) outages: watch::Receiver<Vec<Outage>>,
     stop: CancellationToken,
