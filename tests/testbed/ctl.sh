@@ -10,7 +10,7 @@
 #   apiserver stop|start
 #   dns stop|start                  start it after the API server, which it asks what there is
 #   node NODE containerd-stop|containerd-start|containerd-kill|kubelet-stop|kubelet-start|link-down|link-up
-#   prometheus CONFIG PORT | prometheus stop     in the hub's network, on 10.77.0.1:PORT
+#   prometheus CONFIG PORT | prometheus stop     in the hub's network, on the hub's address and PORT
 #   logs COMPONENT                  what it said so far; without COMPONENT: their names
 #   status                          what runs
 . "$(dirname "$0")/lib.sh"
@@ -86,8 +86,8 @@ case $cmd in
     case ${1:-} in
       stop) stop registry ;;
       start) restart_from registry 10 in_net hub curl -sf "http://$REGISTRY/v2/" ;;
-      drop) in_net hub iptables -w -C "${rule[@]}" 2> /dev/null || in_net hub iptables -w -I "${rule[@]}" ;;
-      undrop) in_net hub iptables -w -D "${rule[@]}" 2> /dev/null || true ;;
+      drop) for tables in iptables ip6tables; do in_net hub $tables -w -C "${rule[@]}" 2> /dev/null || in_net hub $tables -w -I "${rule[@]}"; done ;;
+      undrop) for tables in iptables ip6tables; do in_net hub $tables -w -D "${rule[@]}" 2> /dev/null || true; done ;;
       *) usage 2 >&2 ;;
     esac
     ;;
@@ -101,7 +101,7 @@ case $cmd in
   dns)
     case ${1:-} in
       stop) stop coredns ;;
-      start) restart_from coredns 20 in_net hub "$P/tools/bin/busybox" nslookup -type=a kubernetes.default.svc.cluster.local 10.96.0.10 ;;
+      start) restart_from coredns 20 dns_answers "$DNS_IP" ;;
       *) usage 2 >&2 ;;
     esac
     ;;
@@ -124,9 +124,9 @@ case $cmd in
     [ "${1:-}" != stop ] || exit 0
     config=$(realpath "${1:?CONFIG}")
     define prometheus hub << C
-exec nsenter --net=/run/netns/$HUB_NETNS $P/tools/bin/prometheus --config.file=$config --web.listen-address=10.77.0.1:${2:?PORT} --storage.tsdb.path=$R/prometheus
+exec nsenter --net=/run/netns/$HUB_NETNS $P/tools/bin/prometheus --config.file=$config --web.listen-address=${REGISTRY%:*}:${2:?PORT} --storage.tsdb.path=$R/prometheus
 C
-    restart_from prometheus 20 in_net hub curl -sf "http://10.77.0.1:$2/-/ready"
+    restart_from prometheus 20 in_net hub curl -sf "http://${REGISTRY%:*}:$2/-/ready"
     ;;
   logs) if [ $# = 0 ]; then (cd "$R/log" && ls); else cat "$R/log/$1.log"; fi ;;
   status)

@@ -75,6 +75,12 @@ define() {
 # ip(8)'s own `netns exec` would mount a fresh /sys without the cgroups, and runc would fail
 in_net() { local side=$1; shift; nsenter --net="/run/netns/$TAG-$side" "$@"; }
 in_node() { local node=$1; shift; nsenter --net="/run/netns/$TAG-$node" --mount="/proc/$(< "$R/pid/$node.mounts")/ns/mnt" "$@"; }
+# dns_answers ADDRESS: the server there answers about the API server by an address of its own family
+dns_answers() {
+  local type=a
+  [[ $1 != *:* ]] || type=aaaa
+  in_net hub "$P/tools/bin/busybox" nslookup -type=$type kubernetes.default.svc.cluster.local "$1"
+}
 kubectl() { KUBECACHEDIR="$R/kubectl-cache" in_net hub "$K8S/kubectl" --kubeconfig "$R/admin.kubeconfig" "$@"; }
 
 # load RUNDIR: for scripts that act on a running testbed

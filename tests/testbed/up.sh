@@ -6,6 +6,8 @@
 # (10.96.0.10:53) and a registry (:5000, plain http). A node is a network namespace (10.77.0.11 and up, its pods in 10.78.N.0/24)
 # and a mount namespace in which /var/lib/containerd, /run and so on are its own: a DaemonSet finds the paths of an ordinary node.
 #
+#   LIGHTERMAN_FAMILY=ipv4             or ipv6: all of it at fd77::1, fd96::1, fd96::10, fd77::11 and up, fd78:0:0:N::/64, and no
+#                                      IPv4 but loopback's; or dual: both, IPv4 first
 #   LIGHTERMAN_SYNC_FREQUENCY=1m       the kubelets' sync period
 #   LIGHTERMAN_ZONES="n1=a n2=b"       label topology.kubernetes.io/zone
 #   LIGHTERMAN_DISCARD_LAYERS="n1 n2"  nodes whose containerd drops layers after unpacking
@@ -37,7 +39,8 @@ for spec in "$@"; do
 done
 for z in ${LIGHTERMAN_ZONES:-}; do ZONE[${z%%=*}]=${z#*=}; done
 [ ${#NODES[@]} -le 200 ] || die "200 nodes at most"
-ip_of() { local i; for i in "${!NODES[@]}"; do [ "${NODES[i]}" != "$1" ] || echo "10.77.0.$((11 + i))"; done; }
+# shellcheck source=tests/testbed/family.sh
+. "$TESTBED/family.sh"
 
 mkdir -p "$R"/{run,pid,log,pki}
 TAG=lm$(printf '%s %s %s' "$R" $$ "$EPOCHREALTIME" | sha256sum | head -c 6)
@@ -76,13 +79,13 @@ await() {
     printf '%s\n' basicConstraints=CA:FALSE keyUsage=digitalSignature extendedKeyUsage=serverAuth,clientAuth ${3:+"subjectAltName=$3"} > "$1.ext"
     openssl x509 -req -in "$1.csr" -CA ca.crt -CAkey ca.key -CAcreateserial -days 3650 -extfile "$1.ext" -out "$1.crt"
   }
-  cert apiserver /CN=kube-apiserver "DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc,DNS:kubernetes.default.svc.cluster.local,DNS:localhost,IP:10.96.0.1,IP:10.77.0.1,IP:127.0.0.1"
+  cert apiserver /CN=kube-apiserver "DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc,DNS:kubernetes.default.svc.cluster.local,DNS:localhost,$(printf 'IP:%s,' "${API_IPS[@]}" "${HUB_IPS[@]}")IP:127.0.0.1"
   cert apiserver-kubelet-client /O=system:masters/CN=kube-apiserver-kubelet-client
   cert admin /O=system:masters/CN=kubernetes-admin
   cert controller-manager /CN=system:kube-controller-manager
   cert scheduler /CN=system:kube-scheduler
   cert coredns /O=system:masters/CN=coredns
-  for n in "${NODES[@]}"; do cert "$n" "/O=system:nodes/CN=system:node:$n" "DNS:$n,IP:$(ip_of "$n")"; done
+  for n in "${NODES[@]}"; do cert "$n" "/O=system:nodes/CN=system:node:$n" "DNS:$n$(printf ',IP:%s' $(ips_of "$n"))"; done
   openssl genrsa -out sa.key 2048 # RSA, as everywhere: verifiers see RS256
   openssl rsa -in sa.key -pubout -out sa.pub
 ) || { FAILED=openssl WHY="no certificates"; exit 1; }
@@ -93,7 +96,7 @@ kind: Config
 current-context: testbed
 clusters:
   - name: testbed
-    cluster: { server: "https://10.77.0.1:443", certificate-authority-data: $(base64 -w0 "$R/pki/ca.crt") }
+    cluster: { server: "https://$(in_url "$HUB_IP"):443", certificate-authority-data: $(base64 -w0 "$R/pki/ca.crt") }
 users:
   - name: $1
     user: { client-certificate-data: $(base64 -w0 "$R/pki/$1.crt"), client-key-data: $(base64 -w0 "$R/pki/$1.key") }
@@ -110,26 +113,24 @@ HUB=$TAG-hub
 ip netns add "$HUB"
 ip -n "$HUB" link set lo up
 ip -n "$HUB" link add br0 type bridge
-ip -n "$HUB" addr add 10.77.0.1/24 dev br0
-ip -n "$HUB" addr add 10.96.0.1/32 dev br0  # the Service kubernetes.default: there is no kube-proxy
-ip -n "$HUB" addr add 10.96.0.10/32 dev br0 # the Service kube-dns
+for ip in "${HUB_IPS[@]}"; do add_address "$HUB" "$(node_link "$ip")" br0; done
+# The Services kubernetes.default and kube-dns: there is no kube-proxy
+for ip in "${API_IPS[@]}" "${DNS_IPS[@]}"; do add_address "$HUB" "$(whole_address "$ip")" br0; done
 ip -n "$HUB" link set br0 up
 cgroup_make "$HUB"
 for n in "${NODES[@]}"; do
-  ns=$TAG-$n ip=$(ip_of "$n")
+  ns=$TAG-$n
   ip netns add "$ns"
   ip -n "$ns" link set lo up
   ip -n "$HUB" link add "v-$n" type veth peer name eth0 netns "$ns"
   ip -n "$HUB" link set "v-$n" master br0 up
-  ip -n "$ns" addr add "$ip/24" dev eth0
+  for ip in $(ips_of "$n"); do add_address "$ns" "$(node_link "$ip")" eth0; done
   ip -n "$ns" link set eth0 up
   # No default route: whatever asks for the outside world is told at once that there is none
-  ip -n "$ns" route add 10.96.0.0/24 via 10.77.0.1
-  ip -n "$HUB" route add "10.78.${ip##*.}.0/24" via "$ip"
-  for m in "${NODES[@]}"; do
-    [ "$m" = "$n" ] || { other=$(ip_of "$m"); ip -n "$ns" route add "10.78.${other##*.}.0/24" via "$other"; }
-  done
+  routes_of "$n" | while read -r network gateway; do ip -n "$ns" route add "$network" via "$gateway"; done
+  for ip in $(ips_of "$n"); do ip -n "$HUB" route add "$(pods_of "$ip")" via "$ip"; done
   in_net "$n" sh -c 'echo 1 > /proc/sys/net/ipv4/ip_forward'
+  [ "$FAMILY" = ipv4 ] || in_net "$n" sh -c 'echo 1 > /proc/sys/net/ipv6/conf/all/forwarding'
   cgroup_make "$ns"
 done
 
@@ -139,16 +140,16 @@ pki=$R/pki
 fsync=--unsafe-no-fsync
 "$P/tools/bin/etcd" --help 2>&1 | grep -q -- $fsync || fsync= # since 3.5
 define etcd hub << C
-exec $hub $P/tools/bin/etcd --name hub --data-dir $R/etcd $fsync --listen-client-urls http://127.0.0.1:2379 --advertise-client-urls http://127.0.0.1:2379 \\
-  --listen-peer-urls http://127.0.0.1:2380 --initial-advertise-peer-urls http://127.0.0.1:2380 --initial-cluster hub=http://127.0.0.1:2380
+exec $hub $P/tools/bin/etcd --name hub --data-dir $R/etcd $fsync --listen-client-urls http://$LOOPBACK:2379 --advertise-client-urls http://$LOOPBACK:2379 \\
+  --listen-peer-urls http://$LOOPBACK:2380 --initial-advertise-peer-urls http://$LOOPBACK:2380 --initial-cluster hub=http://$LOOPBACK:2380
 C
 define apiserver hub << C
-exec $hub $K8S/kube-apiserver --etcd-servers=http://127.0.0.1:2379 --bind-address=0.0.0.0 --secure-port=443 --advertise-address=10.77.0.1 \\
+exec $hub $K8S/kube-apiserver --etcd-servers=http://$LOOPBACK:2379 --bind-address=$ANY --secure-port=443 --advertise-address=$HUB_IP \\
   --tls-cert-file=$pki/apiserver.crt --tls-private-key-file=$pki/apiserver.key --client-ca-file=$pki/ca.crt \\
   --kubelet-client-certificate=$pki/apiserver-kubelet-client.crt --kubelet-client-key=$pki/apiserver-kubelet-client.key \\
   --kubelet-certificate-authority=$pki/ca.crt --kubelet-preferred-address-types=InternalIP \\
   --service-account-issuer=https://kubernetes.default.svc.cluster.local --service-account-key-file=$pki/sa.pub --service-account-signing-key-file=$pki/sa.key \\
-  --service-cluster-ip-range=10.96.0.0/24 --authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction --allow-privileged=true
+  --service-cluster-ip-range=$(joined "${SERVICES[@]}") --authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction --allow-privileged=true
 C
 define controller-manager hub << C
 exec $hub $K8S/kube-controller-manager --kubeconfig=$pki/controller-manager.kubeconfig --bind-address=127.0.0.1 --leader-elect=false \\
@@ -162,16 +163,16 @@ cat > "$R/registry.yml" << C
 version: 0.1
 log: { level: info, accesslog: { disabled: false } }
 storage: { filesystem: { rootdirectory: $R/registry }, delete: { enabled: true } }
-http: { addr: "10.77.0.1:5000" }
+http: { addr: "$REGISTRY_LISTEN" }
 C
 define registry hub << C
 exec $hub env OTEL_TRACES_EXPORTER=none $P/tools/bin/docker-registry serve $R/registry.yml
 C
 # Names outside the cluster do not exist, but for those in RUNDIR/hosts (read again every second)
-echo "10.77.0.1 registry.test" > "$R/hosts"
+printf '%s registry.test\n' "${HUB_IPS[@]}" > "$R/hosts"
 cat > "$R/Corefile" << C
-cluster.local 10.in-addr.arpa {
-  bind 10.96.0.10
+cluster.local ${REVERSE_ZONES[*]} {
+  bind ${DNS_IPS[*]}
   errors
   kubernetes {
     kubeconfig $pki/coredns.kubeconfig
@@ -179,7 +180,7 @@ cluster.local 10.in-addr.arpa {
   }
 }
 . {
-  bind 10.96.0.10
+  bind ${DNS_IPS[*]}
   errors
   hosts $R/hosts {
     ttl 1
@@ -243,29 +244,30 @@ done
 # The kubelet sets these kernel settings where they differ, for the whole machine: let it read what it wants to see
 SYSCTLS="vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000"
 for n in "${NODES[@]}"; do
-  d=$R/$n ip=$(ip_of "$n") bin=${CONTAINERD[$n]}/bin
+  d=$R/$n bin=${CONTAINERD[$n]}/bin
   mkdir -p "$d"/{root,run,kubelet,cni,lighterman,pods,containers,etc/certs.d,net.d,opt,manifests,sysctl}
-  for registry in 10.77.0.1:5000 registry.test:5000; do
+  for registry in registry.test "${HUB_IPS[@]}"; do
+    registry=$(in_url "$registry"):5000
     mkdir "$d/etc/certs.d/$registry"
     # (a bare `server = "http://..."` is tried as https by 1.7; a [host] section is not)
-    printf 'server = "http://%s"\n[host."http://%s"]\ncapabilities = ["pull", "resolve"]\n' $registry $registry > "$d/etc/certs.d/$registry/hosts.toml"
+    printf 'server = "http://%s"\n[host."http://%s"]\ncapabilities = ["pull", "resolve"]\n' "$registry" "$registry" > "$d/etc/certs.d/$registry/hosts.toml"
   done
   containerd_config "$n" > "$d/etc/config.toml"
   cat > "$d/net.d/10-bridge.conflist" << C
 {"cniVersion": "0.4.0", "name": "pods", "plugins": [{"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true,
-  "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.78.${ip##*.}.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}
+  "ipam": {"type": "host-local", "ranges": [$(ranges_of "$n")], "routes": [$(joined "${DEFAULTS[@]}")]}}]}
 C
-  echo "nameserver 10.96.0.10" > "$d/resolv.conf"
+  printf 'nameserver %s\n' "${DNS_IPS[@]}" > "$d/resolv.conf"
   for s in $SYSCTLS; do echo "${s#*=}" > "$d/sysctl/$(tr / . <<< "${s%%=*}")"; done
   cat > "$d/kubelet.yaml" << C
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
-address: $ip
+address: "$(ip_of "$n")"
 authentication: { anonymous: { enabled: false }, webhook: { enabled: true }, x509: { clientCAFile: $pki/ca.crt } }
 authorization: { mode: Webhook }
 tlsCertFile: $pki/$n.crt
 tlsPrivateKeyFile: $pki/$n.key
-clusterDNS: [10.96.0.10]
+clusterDNS: ["${DNS_IPS[0]}"]
 clusterDomain: cluster.local
 resolvConf: $d/resolv.conf
 staticPodPath: $d/manifests
@@ -305,7 +307,7 @@ exec $node $bin/containerd --config /etc/containerd/config.toml
 C
   define "$n.kubelet" "$n" << C
 export PATH=$bin:$P/tools/bin:/usr/sbin:/usr/bin:/sbin:/bin
-exec $node $K8S/kubelet --config=$d/kubelet.yaml --kubeconfig=$pki/$n.kubeconfig --hostname-override=$n --node-ip=$ip ${ZONE[$n]:+--node-labels=topology.kubernetes.io/zone=${ZONE[$n]}}
+exec $node $K8S/kubelet --config=$d/kubelet.yaml --kubeconfig=$pki/$n.kubeconfig --hostname-override=$n --node-ip=$(joined $(ips_of "$n")) ${ZONE[$n]:+--node-labels=topology.kubernetes.io/zone=${ZONE[$n]}}
 C
 done
 
@@ -315,11 +317,15 @@ done
   echo "HUB_NETNS=$HUB"
   echo "KUBECONFIG=$R/admin.kubeconfig"
   echo "KUBECTL=$K8S/kubectl"
-  echo "REGISTRY=10.77.0.1:5000"
+  echo "FAMILY=$FAMILY"
+  echo "HUB_IP=$HUB_IP"
+  echo "DNS_IP=${DNS_IPS[0]}"
+  echo "REGISTRY=$(in_url "$HUB_IP"):5000"
   echo "NODES=$(IFS=,; echo "${NODES[*]}")"
   for n in "${NODES[@]}"; do
     echo "NODE_${n}_NETNS=$TAG-$n"
     echo "NODE_${n}_IP=$(ip_of "$n")"
+    echo "NODE_${n}_IPS=$(joined $(ips_of "$n"))"
     echo "NODE_${n}_SOCKET=$R/$n/run/containerd.sock"
     echo "NODE_${n}_CTR=${CONTAINERD[$n]}/bin/ctr"
     echo "NODE_${n}_CONTAINERD=$("${CONTAINERD[$n]}/bin/containerd" --version | awk '{ sub("^v", "", $3); print $3 }')"
@@ -335,7 +341,7 @@ start etcd
 start registry
 for n in "${NODES[@]}"; do start "$n.mounts"; done
 "$TESTBED/mkimage.sh" "$R/pause.tar" local.test/pause:1 --file "$P/tools/bin/busybox:/busybox" --entrypoint '/busybox,sh,-c,while /busybox sleep 3600; do :; done' > "$R/log/pause.json"
-await etcd 20 in_net hub curl -sf http://127.0.0.1:2379/health
+await etcd 20 in_net hub curl -sf http://$LOOPBACK:2379/health
 start apiserver
 for n in "${NODES[@]}"; do await "$n.mounts" 10 test -f "$R/$n/mounted"; start "$n.containerd"; done
 for n in "${NODES[@]}"; do
@@ -348,19 +354,18 @@ start controller-manager
 start scheduler
 start coredns
 for n in "${NODES[@]}"; do start "$n.kubelet"; done
-# 10.96.0.10 becomes a Service, so that nobody else is given it
+# The address of DNS becomes a Service, so that nobody else is given it
 kubectl create -f - > "$R/log/services.log" 2>&1 << C || { FAILED=services WHY="cannot create kube-dns"; exit 1; }
 apiVersion: v1
 kind: Service
 metadata: { name: kube-dns, namespace: kube-system }
-spec: { clusterIP: 10.96.0.10, ports: [{ name: dns, port: 53, protocol: UDP }, { name: dns-tcp, port: 53, protocol: TCP }] }
+spec: { clusterIP: "${DNS_IPS[0]}", ports: [{ name: dns, port: 53, protocol: UDP }, { name: dns-tcp, port: 53, protocol: TCP }] }
 C
 await controller-manager 30 kubectl get serviceaccount/default configmap/kube-root-ca.crt
 ready() { [ "$(kubectl get node "$1" -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}')" = True ]; }
 for n in "${NODES[@]}"; do await "$n.kubelet" 60 ready "$n"; done
 for c in scheduler registry coredns; do await $c 10 alive $c; done
-await registry 10 in_net hub curl -sf http://10.77.0.1:5000/v2/
-dns_answers() { in_net hub "$P/tools/bin/busybox" nslookup -type=a kubernetes.default.svc.cluster.local 10.96.0.10; }
-await coredns 20 dns_answers
+await registry 10 in_net hub curl -sf "http://$(in_url "$HUB_IP"):5000/v2/"
+await coredns 20 dns_answers "${DNS_IPS[0]}"
 mv "$R/env.new" "$R/env"
 say "up: ${#NODES[@]} nodes Ready, Kubernetes $("$K8S/kubelet" --version | awk '{ print $2 }'), tag $TAG, $R/env"
