@@ -45,7 +45,7 @@ pub enum ContentEvent {
 /// origin is a hint about a manifest and never a permission.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Origin {
-    /// The registry without the port.
+    /// The registry without the port, and without the brackets of an IPv6 address.
     host: String,
     /// The path of the repository.
     path: String,
@@ -59,9 +59,16 @@ impl Origin {
 
     /// The origin of a registry, with or without the port, and a path.
     pub fn new(registry: &str, path: &str) -> Self {
-        let has_port = |(_, port): &(&str, &str)| port.bytes().all(|byte| byte.is_ascii_digit());
-        let host = registry.rsplit_once(':').filter(has_port).map_or(registry, |(host, _)| host);
-        Self { host: host.to_owned(), path: path.to_owned() }
+        Self { host: without_port(registry).to_owned(), path: path.to_owned() }
+    }
+}
+
+/// containerd notes `[fd00::1]:5000` as `fd00::1` (Go's `URL.Hostname`). More than one colon outside of
+/// brackets is an address without a port.
+fn without_port(registry: &str) -> &str {
+    match registry.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, _)) => address,
+        None => registry.split_once(':').filter(|(_, port)| !port.contains(':')).map_or(registry, |(host, _)| host),
     }
 }
 
@@ -116,4 +123,25 @@ pub trait LayerLeases: Send + Sync + 'static {
 
     /// The events from now on. A slow receiver gets `Lagged`.
     fn content_events(&self) -> broadcast::Receiver<ContentEvent>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_origin_has_neither_the_port_nor_the_brackets_of_its_registry() {
+        let origin = |registry| Origin::new(registry, "team/app");
+        for (registry, noted) in [
+            ("registry.test:5000", "registry.test"),
+            ("registry.test", "registry.test"),
+            ("10.0.0.1:5000", "10.0.0.1"),
+            // As containerd 2.3.7 and 2.4.2 note them.
+            ("[fd77::1]:5000", "fd77::1"),
+            ("[fd77::1]", "fd77::1"),
+            ("fd77::1", "fd77::1"),
+        ] {
+            assert_eq!(origin(registry), Origin { host: noted.into(), path: "team/app".into() }, "{registry}");
+        }
+    }
 }
