@@ -15,6 +15,16 @@ pub fn is_of_this_node(address: IpAddr) -> bool {
     can_bind(address) && !no_node_has.copied().any(can_bind)
 }
 
+/// Whether peers on other links can be told to connect there. A link-local address means another
+/// host on each link.
+pub fn is_address_for_peers(address: IpAddr) -> bool {
+    let is_link_local = match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    };
+    !address.is_unspecified() && !address.is_multicast() && !is_link_local
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -23,5 +33,12 @@ mod tests {
     fn only_addresses_of_this_machine_are_of_this_node() {
         assert!(is_of_this_node([127, 0, 0, 1].into()));
         assert!(!is_of_this_node([198, 51, 100, 1].into()), "TEST-NET-2");
+    }
+
+    #[test]
+    fn an_address_of_one_link_is_none_for_peers() {
+        let is_for_peers = |address: &str| is_address_for_peers(address.parse().unwrap());
+        assert!(["10.0.0.1", "127.0.0.1", "fd77::11", "2001:db8::1", "::1"].into_iter().all(is_for_peers));
+        assert!(!["169.254.1.1", "fe80::1", "0.0.0.0", "::", "224.0.0.1", "ff02::1"].into_iter().any(is_for_peers));
     }
 }

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use self::flags::{AdmissionKind, AgentArgs};
+use crate::addresses::is_address_for_peers;
 use crate::decide::opt_in::Policy;
 use crate::decide::retain::RetainOptions;
 use crate::decide::rules::{Budgets, Manner, ResolveSettings, Rules};
@@ -182,8 +183,8 @@ impl AgentArgs {
         if admission == AdmissionKind::Token && pod_name.is_empty() {
             return conflict("--admission token needs --pod-name, which the token is bound to");
         }
-        if advertise_address.is_some_and(|address| address.is_unspecified() || address.is_multicast()) {
-            return conflict("--advertise-address is one address of this node");
+        if advertise_address.is_some_and(|address| !is_address_for_peers(address)) {
+            return conflict("--advertise-address is one address of this node, and not of one link alone");
         }
         if annotation_prefix.iter().any(|prefix| prefix.is_empty() || prefix.contains('/')) {
             return conflict("--annotation-prefix is a list of DNS names without a slash");
@@ -341,6 +342,6 @@ mod tests {
     fn peers_are_told_an_address_that_they_can_dial() {
         let advertise = |address| config(&["--advertise-address", address]).map(|config| config.settings.advertise);
         assert_eq!(advertise("10.0.0.1").unwrap(), Some([10, 0, 0, 1].into()));
-        assert!(advertise("0.0.0.0").is_err() && advertise("::").is_err());
+        assert!(advertise("0.0.0.0").is_err() && advertise("::").is_err() && advertise("fe80::1").is_err());
     }
 }

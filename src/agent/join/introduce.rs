@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::addresses::is_of_this_node;
+use crate::addresses::{is_address_for_peers, is_of_this_node};
 use crate::mesh::Mesh;
 use crate::model::{Credential, Zone};
 use crate::ports::{Admission, Cluster, ClusterError};
@@ -134,7 +134,7 @@ fn at(address: IpAddr, port: u16) -> SocketAddr {
 /// so that no peer can send the others elsewhere; and one that it still has is kept, so that two peers that see two do not make it
 /// change all the time.
 fn where_we_are(before: Option<IpAddr>, seen: Option<IpAddr>, is_ours: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
-    let ours = |address: &IpAddr| !address.is_unspecified() && !address.is_multicast() && is_ours(*address);
+    let ours = |address: &IpAddr| is_address_for_peers(*address) && is_ours(*address);
     before.filter(ours).or_else(|| seen.map(|address| address.to_canonical()).filter(ours))
 }
 
@@ -163,6 +163,10 @@ mod tests {
         let everything = |_: IpAddr| true;
         assert_eq!(where_we_are(None, Some(IpAddr::from([0, 0, 0, 0])), everything), None);
         assert_eq!(where_we_are(None, "::ffff:10.0.0.1".parse().ok(), everything), Some(address(1)));
+        assert_eq!(where_we_are(None, "fe80::1".parse().ok(), everything), None, "of one link");
+        let (v4, v6) = (address(1), IpAddr::from([0xfd77, 0, 0, 0, 0, 0, 0, 0x11]));
+        assert_eq!(where_we_are(None, Some(v6), everything), Some(v6));
+        assert_eq!(where_we_are(Some(v4), Some(v6), everything), Some(v4), "a node of both families keeps one");
     }
 
     #[test]
