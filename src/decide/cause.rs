@@ -257,6 +257,8 @@ mod tests {
             ("r.test", "https://mirror.test/v2/a/manifests/1", true),
             ("docker.io", "https://registry-1.docker.io/v2/library/nginx/manifests/1", false),
             ("r.test", "https://auth.test/token?service=r.test", false),
+            ("[fd77::1]:5000", "http://[fd77::1]:5000/v2/a/manifests/1", false),
+            ("[fd77::1]:5000", "http://[fd77::2]:5000/v2/a/manifests/1", true),
         ] {
             let message = format!("failed to do request: Head \"{url}\": EOF");
             assert_eq!(names_another_host(&message, registry), expected, "{url}");
@@ -284,8 +286,8 @@ mod tests {
         }
 
         #[test]
-        fn an_images_own_name_never_changes_the_reading(name in "[a-z]{1,8}(/(denied|unauthorized|eof|timeout|403|429|toomanyrequests)){1,3}") {
-            let message = format!("failed to pull and unpack image \"r.test/{name}:1\": failed to resolve image: r.test/{name}:1: not found");
+        fn an_images_own_name_never_changes_the_reading(host in "r\\.test|\\[2001:db8::403\\]:5000", name in "[a-z]{1,8}(/(denied|unauthorized|eof|timeout|403|429|toomanyrequests)){1,3}") {
+            let message = format!("failed to pull and unpack image \"{host}/{name}:1\": failed to resolve image: {host}/{name}:1: not found");
             proptest::prop_assert_eq!(cause(&waiting("ErrImagePull", &message)), Some(Cause::NotFound));
         }
     }
