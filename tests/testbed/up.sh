@@ -249,8 +249,8 @@ for n in "${NODES[@]}"; do
   for registry in registry.test "${HUB_IPS[@]}"; do
     registry=$(in_url "$registry"):5000
     mkdir "$d/etc/certs.d/$registry"
-    # (a bare `server = "http://..."` is tried as https by 1.7; a [host] section is not)
-    printf 'server = "http://%s"\n[host."http://%s"]\ncapabilities = ["pull", "resolve"]\n' "$registry" "$registry" > "$d/etc/certs.d/$registry/hosts.toml"
+    # (a bare `server = "http://..."` is tried as https by 1.7, and 1.7 reads no [host] section whose name has a bracket in it)
+    printf 'server = "http://%s"\nhost."http://%s".capabilities = ["pull", "resolve"]\n' "$registry" "$registry" > "$d/etc/certs.d/$registry/hosts.toml"
   done
   containerd_config "$n" > "$d/etc/config.toml"
   cat > "$d/net.d/10-bridge.conflist" << C
