@@ -15,6 +15,15 @@ pub fn is_of_this_node(address: IpAddr) -> bool {
     can_bind(address) && !no_node_has.copied().any(can_bind)
 }
 
+/// Whether the kernel has IPv6 and an interface has an IPv6 address. With
+/// `net.ipv6.conf.all.disable_ipv6` no interface has one, loopback included; `[::]` can be bound
+/// then, and libp2p finds nothing to listen on.
+pub fn has_ipv6() -> bool {
+    let is_empty = |list: String| list.trim().is_empty();
+    let has_none = std::fs::read_to_string("/proc/net/if_inet6").is_ok_and(is_empty);
+    !has_none && UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).is_ok()
+}
+
 /// Whether peers on other links can be told to connect there. A link-local address means another
 /// host on each link.
 pub fn is_address_for_peers(address: IpAddr) -> bool {

@@ -12,6 +12,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -39,6 +40,25 @@ struct Shared {
     mesh: mesh::Page,
 }
 
+/// Connections that the kernel completes before they are accepted. The limit of connections is
+/// smaller, and the server accepts at once.
+const BACKLOG: i32 = 128;
+
+/// `[::]` takes IPv4 as well, whatever `net.ipv6.bindv6only` of the node says: the kubelet of a
+/// dual-stack node probes at its IPv4 address.
+fn listener(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(!address.ip().is_unspecified())?;
+    }
+    // An agent that is started again is not kept out by connections of the one before.
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
 impl Admin {
     /// Binds the port.
     ///
@@ -50,8 +70,7 @@ impl Admin {
         checks: Vec<Check>,
         mesh: Arc<dyn MeshSource>,
     ) -> std::io::Result<Self> {
-        let listener = TcpListener::bind(listen)
-            .await
+        let listener = listener(listen)
             .map_err(|error| std::io::Error::new(error.kind(), format!("admin port {listen}: {error}")))?;
         let router = Router::new()
             .route("/metrics", get(render))

@@ -23,6 +23,7 @@ pub mod review_budget;
 pub mod rules;
 pub mod selector;
 pub mod slots;
+pub mod subnet;
 pub mod tag;
 pub mod trust;
 pub mod udp_path;

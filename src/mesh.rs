@@ -189,7 +189,7 @@ async fn start_within(
     let port = bind(&mut swarm, listen).await?;
     if listen.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
         // libp2p's IPv6 listeners take no IPv4, unlike everybody else's.
-        listen_on(&mut swarm, SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port)).await?;
+        bind(&mut swarm, SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port)).await?;
     }
     let own = Own { peer: identity.peer_id(), epoch: epoch(), node, release: release() };
     let keys = Keys::new(identity.keypair(), admission);

@@ -24,8 +24,8 @@ use crate::metrics::Metrics;
 
 /// Elsewhere: a few Prometheus servers and people with curl, and many times that. Node: at most
 /// two probes at a time, and collectors of metrics in the node's network. One address has its two
-/// scrapes and several shells. A connection costs some 20 KiB.
-const LIMITS: Limits = Limits { node: 32, elsewhere: 128, address: 16 };
+/// scrapes and several shells, one IPv6 subnet half of all. A connection costs some 20 KiB.
+const LIMITS: Limits = Limits { node: 32, elsewhere: 128, address: 16, subnet: 64 };
 
 /// A request's head arrives within this time. Clients of the node or the cluster send it at once.
 const HEAD: Duration = Duration::from_secs(5);
@@ -114,6 +114,7 @@ fn is_of_node(peer: IpAddr, local: IpAddr) -> bool {
 fn label(rejected: Rejected) -> &'static str {
     match rejected {
         Rejected::Address => "address",
+        Rejected::Subnet => "subnet",
         Rejected::Origin => "all",
     }
 }

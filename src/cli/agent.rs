@@ -1,6 +1,6 @@
 //! `lighterman agent`: the real world (containerd, the API server) around one agent, until a signal.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{EXIT_USAGE, runtime};
+use crate::addresses::has_ipv6;
 use crate::admin::Check;
 use crate::admission::{CertificateAdmission, CertificateError, StaticAdmission};
 use crate::agent::supervisor::Supervisor;
@@ -50,7 +51,7 @@ pub(super) fn run(config: Config) -> ExitCode {
 async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let Config { mut transfer, mut mesh, mut containerd, cluster, registry, webhook, admitting, mut settings } = config;
     for listen in [&mut transfer.listen, &mut mesh.listen, &mut settings.admin_listen] {
-        *listen = on_this_kernel(*listen);
+        *listen = on_this_node(*listen);
     }
     // Before anything else, so that an early signal is not lost.
     let mut terminate = signal(SignalKind::terminate())?;
@@ -133,10 +134,10 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// `[::]` means "everywhere"; on a kernel without IPv6 that is `0.0.0.0`.
-fn on_this_kernel(listen: SocketAddr) -> SocketAddr {
+/// `[::]` means "everywhere"; on a node without IPv6 that is `0.0.0.0`.
+fn on_this_node(listen: SocketAddr) -> SocketAddr {
     let everywhere = listen.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
-    if everywhere && UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).is_err() {
+    if everywhere && !has_ipv6() {
         return SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), listen.port());
     }
     listen

@@ -5,6 +5,8 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use super::subnet::Subnet;
+
 /// Where a connection comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
@@ -24,6 +26,9 @@ pub struct Limits {
     pub elsewhere: usize,
     /// From any one address.
     pub address: usize,
+    /// From any one IPv6 subnet, whose hosts may choose among 2^64 addresses. Well above
+    /// `address`: nodes and the pods of a node have a subnet in common.
+    pub subnet: usize,
 }
 
 /// Why a connection is rejected.
@@ -32,6 +37,9 @@ pub enum Rejected {
     /// The address has its share already.
     #[error("too many connections from this address")]
     Address,
+    /// The subnet has its share already.
+    #[error("too many connections from this IPv6 subnet")]
+    Subnet,
     /// The limit of the connection's origin is reached.
     #[error("too many connections")]
     Origin,
@@ -60,11 +68,18 @@ impl Connections {
             Origin::Node => self.limits.node,
             Origin::Elsewhere => self.limits.elsewhere,
         };
-        let same_origin = self.open.iter().filter(|((other, _), _)| *other == origin).map(|(_, count)| count);
         if self.open.get(&(origin, address)).is_some_and(|count| *count >= self.limits.address) {
             return Err(Rejected::Address);
         }
-        if same_origin.sum::<usize>() >= limit {
+        let (mut of_subnet, mut of_origin) = (0, 0);
+        for ((_, other), count) in self.open.iter().filter(|((other, _), _)| *other == origin) {
+            of_origin += count;
+            of_subnet += if Subnet::of(*other) == Subnet::of(address) { *count } else { 0 };
+        }
+        if of_subnet >= self.limits.subnet {
+            return Err(Rejected::Subnet);
+        }
+        if of_origin >= limit {
             return Err(Rejected::Origin);
         }
         *self.open.entry((origin, address)).or_default() += 1;
@@ -88,7 +103,7 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits { node: 4, elsewhere: 6, address: 3 };
+    const LIMITS: Limits = Limits { node: 4, elsewhere: 6, address: 3, subnet: 5 };
 
     fn address(last: u8) -> IpAddr {
         IpAddr::from([10, 0, 0, last])
@@ -112,6 +127,18 @@ mod tests {
             assert_eq!(results.last(), Some(&Err(Rejected::Address)));
             assert_eq!((0..9).filter(|_| connections.insert(origin, address(2)).is_ok()).count(), limit - 3);
         }
+    }
+
+    #[test]
+    fn an_ipv6_subnet_leaves_places_for_other_subnets() {
+        let mut connections = Connections::new(LIMITS);
+        let mut connect = |prefix: u16, host: u16| {
+            connections.insert(Origin::Elsewhere, [0xfd77, 0, 0, prefix, 0, 0, 0, host].into())
+        };
+        let results: Vec<_> = (0..99).map(|host| connect(1, host)).collect();
+        assert_eq!(results.iter().filter(|result| result.is_ok()).count(), LIMITS.subnet);
+        assert_eq!(results.last(), Some(&Err(Rejected::Subnet)));
+        assert_eq!(connect(2, 1), Ok(()));
     }
 
     proptest! {

@@ -16,6 +16,7 @@ pub(super) use self::node::AllBut;
 use self::node::{Doors, Node, Setting};
 use self::raw::Raw;
 use super::*;
+use crate::addresses::has_ipv6;
 use crate::mesh::stack::BehaviourEvent;
 use crate::model::{Gossip, Item, MAX_ITEMS};
 use crate::oci::{Digest, Repository};
@@ -257,8 +258,12 @@ async fn a_port_that_is_taken_is_named() {
 
 #[tokio::test]
 async fn all_interfaces_can_be_listened_on() {
-    let listen = SocketAddr::from(([0, 0, 0, 0], 0));
-    let node = Node::start_silent(Setting { listen, ..Setting::default() }).await;
-    assert_eq!(node.address.ip(), listen.ip());
-    assert_ne!(node.address.port(), 0);
+    // Without IPv6 the agent listens on 0.0.0.0.
+    let kinds = if has_ipv6() { &["0.0.0.0:0", "[::]:0"][..] } else { &["0.0.0.0:0"] };
+    for everywhere in kinds {
+        let listen: SocketAddr = everywhere.parse().unwrap();
+        let node = Node::start_silent(Setting { listen, ..Setting::default() }).await;
+        assert_eq!(node.address.ip(), listen.ip());
+        assert_ne!(node.address.port(), 0);
+    }
 }

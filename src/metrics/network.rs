@@ -19,7 +19,7 @@ impl NetworkMetrics {
             admin_rejected: counters(
                 r,
                 "admin_connections_rejected_total",
-                "Connections that the admin port closed at once, by the limit that was reached: address, all.",
+                "Connections that the admin port closed at once, by the limit that was reached: address, subnet, all.",
                 "reason",
             ),
             name_look_ups: counters(
@@ -49,7 +49,7 @@ impl Metrics {
         self.network.name_look_ups.with_label_values(&[result]).inc();
     }
 
-    /// The admin port rejected a connection: `address`, `all`.
+    /// The admin port rejected a connection: `address`, `subnet`, `all`.
     pub fn admin_connection_rejected(&self, reason: &'static str) {
         self.network.admin_rejected.with_label_values(&[reason]).inc();
     }

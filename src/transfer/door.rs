@@ -15,6 +15,7 @@ use super::peers::Standing;
 use super::tls::peer_of;
 use super::tuning::MAX_STREAMS;
 use super::{Shared, admission_result, canonical, peer_from, printable};
+use crate::decide::subnet::Subnet;
 use crate::model::{Peer, PeerId};
 use crate::ports::{Admitted, LEEWAY, Refusal};
 use crate::wire::{self, Hello, Welcome};
@@ -26,6 +27,10 @@ const STRANGERS: usize = 32;
 /// Strangers from one address at a time, so that a single pod cannot occupy the door. An agent needs one, or two when it
 /// greets and fetches at once; the rest is for several agents on one machine, as in a demonstration.
 const STRANGERS_PER_ADDRESS: usize = 8;
+
+/// Strangers from one IPv6 subnet at a time, whose hosts may choose among 2^64 addresses. A quarter of the places is left to other
+/// subnets: pods and nodes have different ones as a rule. Nodes of one subnet that start together share the rest.
+const STRANGERS_PER_SUBNET: usize = STRANGERS * 3 / 4;
 
 /// With more strangers than this, an address has to prove itself by a round trip (RFC 9000, section 8.1.2) before it
 /// costs us anything.
@@ -48,7 +53,12 @@ impl Door {
     pub(super) fn enter(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
         let mut inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
         let from_there = inside.get(&address).copied().unwrap_or(0);
-        if from_there >= STRANGERS_PER_ADDRESS || inside.values().sum::<usize>() >= STRANGERS {
+        let is_near = |other: IpAddr| Subnet::of(other) == Subnet::of(address);
+        let from_subnet: usize = inside.iter().filter(|(other, _)| is_near(**other)).map(|(_, count)| count).sum();
+        if from_there >= STRANGERS_PER_ADDRESS || from_subnet >= STRANGERS_PER_SUBNET {
+            return None;
+        }
+        if inside.values().sum::<usize>() >= STRANGERS {
             return None;
         }
         inside.insert(address, from_there + 1);
@@ -230,6 +240,17 @@ mod tests {
         places.push(enter(2).unwrap());
         places.remove(0);
         assert!(enter(1).is_some(), "a place that was left is free");
+    }
+
+    #[test]
+    fn one_ipv6_subnet_cannot_occupy_the_door() {
+        let door = Arc::new(Door::default());
+        let enter = |subnet: u16, host: u16| door.enter(IpAddr::from([0xfd77, 0, 0, subnet, 0, 0, 0, host]));
+        let mut places: Vec<_> = (0..99).filter_map(|host| enter(1, host)).collect();
+        assert_eq!(places.len(), STRANGERS_PER_SUBNET);
+        places.push(enter(2, 1).unwrap());
+        places.remove(0);
+        assert!(enter(1, 200).is_some(), "a place that was left is free");
     }
 
     #[test]

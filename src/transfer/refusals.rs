@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::decide::subnet::Subnet;
+
 /// An address is told of once in it, for each reason. An agent that is refused tries again several times in a minute.
 const SPAN: Duration = Duration::from_secs(60);
 
@@ -17,6 +19,9 @@ const SPAN: Duration = Duration::from_secs(60);
 /// the kubelet keeps of a container's log: the day before can still be read. A cluster in which more agents are refused than this has
 /// one reason for all.
 const MOST: usize = 64;
+
+/// Of these, lines about one IPv6 subnet, whose hosts may choose among 2^64 addresses: the nodes of other subnets still get theirs.
+const MOST_OF_SUBNET: usize = MOST / 2;
 
 /// The refusals that were told.
 #[derive(Default)]
@@ -39,7 +44,9 @@ impl Refusals {
         if told.since.is_none_or(|since| now >= since + SPAN) {
             *told = Told { since: Some(now), refusals: HashSet::new() };
         }
-        told.refusals.len() < MOST && told.refusals.insert((address, reason))
+        let is_near = |other: IpAddr| Subnet::of(other) == Subnet::of(address);
+        let of_subnet = told.refusals.iter().filter(|(other, _)| is_near(*other)).count();
+        of_subnet < MOST_OF_SUBNET && told.refusals.len() < MOST && told.refusals.insert((address, reason))
     }
 }
 
@@ -63,6 +70,15 @@ mod tests {
         assert!(!refusals.is_news(address(1), "denied"));
         advance(Duration::from_millis(1)).await;
         assert!(refusals.is_news(address(1), "denied"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_ipv6_subnet_leaves_lines_for_others() {
+        let refusals = Refusals::default();
+        let is_news =
+            |subnet: u16, host: u16| refusals.is_news(IpAddr::from([0xfd77, 0, 0, subnet, 0, 0, 0, host]), "denied");
+        assert_eq!((0..200).filter(|host| is_news(1, *host)).count(), MOST_OF_SUBNET);
+        assert!(is_news(2, 1));
     }
 
     #[tokio::test(start_paused = true)]

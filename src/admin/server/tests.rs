@@ -9,6 +9,7 @@ use tokio::net::TcpSocket;
 use tokio::task::JoinHandle;
 
 use super::*;
+use crate::addresses::has_ipv6;
 use crate::admin::Admin;
 use crate::model::MeshStatus;
 use crate::ports::MeshSource;
@@ -150,6 +151,17 @@ async fn an_idle_connection_of_the_node_ends_as_well() {
     let end = tokio::time::timeout(LIFE / 2, stream.read(&mut [0])).await;
     assert!(matches!(end.expect("the connection ends"), Ok(0) | Err(_)));
     port.close().await;
+}
+
+#[tokio::test]
+async fn the_unspecified_ipv6_address_accepts_ipv4_too() {
+    let listener = crate::admin::listener("[::]:0".parse().unwrap()).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let families = [IpAddr::from([127, 0, 0, 1]), std::net::Ipv6Addr::LOCALHOST.into()];
+    for address in families.into_iter().take(1 + usize::from(has_ipv6())) {
+        let (connected, accepted) = tokio::join!(TcpStream::connect((address, port)), listener.accept());
+        assert_eq!(accepted.unwrap().1.ip().to_canonical(), connected.unwrap().local_addr().unwrap().ip());
+    }
 }
 
 #[test]
