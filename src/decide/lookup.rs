@@ -2,6 +2,7 @@
 //! needed at the start, and by an agent that is short of peers. Each look-up of 5000 agents is
 //! two queries for the cluster's DNS servers.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// An agent with this many peers is not short of peers: the mesh tells it of all others. As many
@@ -28,7 +29,7 @@ const SPREAD: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 pub struct Schedule {
     due: Instant,
-    /// Other addresses in the last answer; `None` before there is one, and where DNS gave none.
+    /// Other agents in the last answer; `None` before there is one, and where DNS gave none.
     listed: Option<usize>,
     peers: usize,
     /// Look-ups since the agent last had enough peers for [`LAST`]. A peer that comes and goes
@@ -78,7 +79,7 @@ impl Schedule {
         }
     }
 
-    /// A look-up ended with so many addresses of others; `None` where no server answered.
+    /// A look-up ended and listed so many others ([`agents`]); `None` where no server answered.
     pub fn resolved(&mut self, listed: Option<usize>, now: Instant, chance: f64) {
         self.listed = listed.filter(|others| *others > 0).or(self.listed);
         self.rounds = self.rounds.saturating_add(1);
@@ -87,6 +88,13 @@ impl Schedule {
         self.enough_since = if is_short { None } else { Some(self.enough_since.unwrap_or(now)) };
         self.due = now + spread(if is_short { pause(self.rounds) } else { LAST }, chance);
     }
+}
+
+/// How many agents have these addresses. A node of dual stack is listed once for each family, so
+/// the larger family counts.
+pub fn agents(addresses: &[SocketAddr]) -> usize {
+    let ipv6 = addresses.iter().filter(|address| address.is_ipv6()).count();
+    ipv6.max(addresses.len() - ipv6)
 }
 
 /// The pause after so many look-ups of one shortage.

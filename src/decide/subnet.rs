@@ -1,13 +1,13 @@
-//! The subnet of an address, as limits count it.
+//! Subnets of addresses, for limits.
 
 use std::net::{IpAddr, Ipv6Addr};
 
 /// A host on an IPv6 link may take any address of the link's prefix, which has 64 bits (RFC 4291,
-/// section 2.5.1), and a new one for each connection.
+/// section 2.5.1), and another for each connection.
 const PREFIX: u32 = 64;
 
-/// The addresses among which one host may choose: an IPv6 prefix of 64 bits. An IPv4 address is a
-/// subnet of its own.
+/// The addresses among which a host may choose: an IPv6 prefix of 64 bits, or a
+/// single IPv4 address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Subnet(IpAddr);
 

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::address_book::AddressBook;
 use super::attendance::Attendance;
 use super::calls::{Calls, MAX_HINTS};
-use crate::decide::lookup::Schedule;
+use crate::decide::lookup::{self, Schedule};
 use crate::model::{MAX_MEMBERS, MeshStatus, PeerId, Release};
 
 /// The joiner's state between two rounds.
@@ -73,7 +73,7 @@ impl Memory {
     }
 
     pub(super) fn looked_up(&mut self, listed: Option<Vec<SocketAddr>>, now: Instant) {
-        self.schedule.resolved(listed.as_ref().map(Vec::len), now.into_std(), rand::random());
+        self.schedule.resolved(listed.as_deref().map(lookup::agents), now.into_std(), rand::random());
         // A DNS server that starts, or is in trouble, may answer without addresses.
         if let Some(listed) = listed.filter(|listed| !listed.is_empty()) {
             self.listed = listed;
