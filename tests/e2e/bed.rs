@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -21,6 +21,7 @@ pub(crate) struct Bed {
     scripts: PathBuf,
     run: PathBuf,
     keep: bool,
+    nodes: Vec<String>,
     /// Until it is up there is none.
     cluster: Option<Cluster>,
     registries: Registries,
@@ -32,25 +33,37 @@ pub(crate) type Failure = String;
 impl Bed {
     /// Starts the cluster and the agents in it.
     pub(crate) fn up() -> Result<Self, Failure> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        // Short, because Unix sockets are made below it.
-        let run = std::env::temp_dir().join(format!("lm-e2e-{}", std::process::id()));
-        let keep = std::env::var_os("LIGHTERMAN_KEEP").is_some();
-        let mut bed =
-            Self { scripts: root.join("tests/testbed"), run, keep, cluster: None, registries: Registries::default() };
-        let nodes = NODES.map(|(name, containerd)| format!("{name}={containerd}"));
-        let mut up = Command::new(bed.scripts.join("up.sh"));
-        up.arg(&bed.run).args(nodes).env("LIGHTERMAN_ZONES", "");
-        print!("{}", output(&mut up)?);
-        bed.enter_hub()?;
-        bed.cluster = Some(Cluster::connect(Path::new(&bed.env("KUBECONFIG")?))?);
+        let mut bed = Self::start("", &NODES, &[("LIGHTERMAN_ZONES", "")])?;
+        // As on nodes that are hardened so: no interface has an IPv6 address, loopback included.
+        bed.ctl(&["in", NODES[0].0, "sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"])?;
         bed.break_registries()?;
-        bed.deploy(root)?;
+        bed.import_agents()?;
+        bed.deploy(&for_tests(shipped_manifest()?))?;
         Ok(bed)
     }
 
-    /// The whole process goes into the hub's network, where the API server and the registries are. Called before there are other threads,
-    /// which inherit it.
+    /// Starts a cluster of these nodes without agents. The variables are those of `up.sh`.
+    pub(crate) fn start(suffix: &str, nodes: &[(&str, &str)], variables: &[(&str, &str)]) -> Result<Self, Failure> {
+        // Short, because Unix sockets are made below it.
+        let run = std::env::temp_dir().join(format!("lm-e2e-{}{suffix}", std::process::id()));
+        let mut bed = Self {
+            scripts: Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/testbed"),
+            run,
+            keep: std::env::var_os("LIGHTERMAN_KEEP").is_some(),
+            nodes: nodes.iter().map(|(name, _)| (*name).to_owned()).collect(),
+            cluster: None,
+            registries: Registries::default(),
+        };
+        let nodes = nodes.iter().map(|(name, containerd)| format!("{name}={containerd}"));
+        let mut up = Command::new(bed.scripts.join("up.sh"));
+        up.arg(&bed.run).args(nodes).envs(variables.iter().copied());
+        print!("{}", output(&mut up)?);
+        bed.enter_hub()?;
+        bed.cluster = Some(Cluster::connect(Path::new(&bed.env("KUBECONFIG")?))?);
+        Ok(bed)
+    }
+
+    /// The calling thread goes into the hub's network, where the API server and the registries are. Threads made later inherit it.
     fn enter_hub(&self) -> Result<(), Failure> {
         let path = format!("/run/netns/{}", self.env("HUB_NETNS")?);
         let entered = File::open(&path).and_then(|file| setns(file, CloneFlags::CLONE_NEWNET).map_err(Into::into));
@@ -85,18 +98,19 @@ impl Bed {
         self.cluster.as_ref().expect("the test bed is up")
     }
 
-    /// The agents, as users install them: the image into each containerd, then the manifest.
-    fn deploy(&self, root: &Path) -> Result<(), Failure> {
+    /// The agents' image into each containerd.
+    pub(crate) fn import_agents(&self) -> Result<(), Failure> {
         let image = std::env::var("LIGHTERMAN_IMAGE").map_err(
             |_| "LIGHTERMAN_IMAGE does not name the agent's image: run `make test`, or `make image` and set it",
         )?;
-        for (node, _) in NODES {
-            self.ctl(&["ctr", node, "images", "import", &image])?;
-        }
-        let text = fs::read_to_string(root.join("manifests/lighterman.yaml")).map_err(|error| error.to_string())?;
-        let manifest = self.run.join("lighterman.yaml");
-        fs::write(&manifest, for_tests(text)).map_err(|error| error.to_string())?;
-        self.kubectl(&["apply", "-f", &manifest.to_string_lossy()])?;
+        self.nodes.iter().try_for_each(|node| self.ctl(&["ctr", node, "images", "import", &image]).map(drop))
+    }
+
+    /// The agents, as users install them: by the manifest.
+    pub(crate) fn deploy(&self, manifest: &str) -> Result<(), Failure> {
+        let file = self.run.join("lighterman.yaml");
+        fs::write(&file, manifest).map_err(|error| error.to_string())?;
+        self.kubectl(&["apply", "-f", &file.to_string_lossy()])?;
         let rollout = ["-n", "lighterman", "rollout", "status", "daemonset/lighterman", "--timeout=90s"];
         self.kubectl(&rollout).map(drop).map_err(|error| format!("{error}\n{}", self.agents_story()))
     }
@@ -122,32 +136,29 @@ impl Bed {
 
     /// Makes an image with a shell and these random layers (MiB), and pushes it; answers its manifest's digest.
     pub(crate) fn push_image(&self, name: &str, layers: &[u32]) -> Result<String, Failure> {
+        let made = self.push_made(name, layers, &[])?;
+        made["manifest"].as_str().map(str::to_owned).ok_or_else(|| format!("no manifest in {made}"))
+    }
+
+    /// The same with further options of `mkimage.sh`; answers what that prints.
+    pub(crate) fn push_made(&self, name: &str, layers: &[u32], options: &[&str]) -> Result<Value, Failure> {
         let tar = self.run.join("image.tar");
         let busybox = self.busybox();
         let mut make = Command::new(self.scripts.join("mkimage.sh"));
-        make.arg(&tar).arg(format!("{REGISTRY}/{name}"));
+        make.arg(&tar).arg(format!("{}/{name}", self.env("REGISTRY")?));
         make.arg("--file").arg(format!("{}:/bin/busybox", busybox.display()));
-        make.args(["--entrypoint", "/bin/busybox,sleep,99999"]);
+        make.args(["--entrypoint", "/bin/busybox,sleep,99999"]).args(options);
         for size in layers {
             make.args(["--random", &size.to_string()]);
         }
-        let made: Value = serde_json::from_str(&output(&mut make)?).map_err(|error| error.to_string())?;
+        let made = serde_json::from_str(&output(&mut make)?).map_err(|error| error.to_string())?;
         self.ctl(&["push", &tar.to_string_lossy(), name])?;
-        made["manifest"].as_str().map(str::to_owned).ok_or_else(|| format!("no manifest in {made}"))
+        Ok(made)
     }
 
     /// A shell that needs nothing but itself.
     pub(crate) fn busybox(&self) -> PathBuf {
-        self.cache().join("bin/busybox")
-    }
-
-    fn cache(&self) -> PathBuf {
-        let set = std::env::var_os("LIGHTERMAN_TESTBED").map(PathBuf::from);
-        set.unwrap_or_else(|| {
-            let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-            let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
-            cache.unwrap_or_else(home).join("lighterman/testbed")
-        })
+        cache().join("bin/busybox")
     }
 
     /// The folder of this run, for files that a command inside needs.
@@ -164,17 +175,22 @@ impl Bed {
 
     /// A metric of one node's agent, by its whole name with labels; 0 where it has not been counted yet.
     pub(crate) fn metric(&self, node: &str, name: &str) -> Result<f64, Failure> {
-        let address = format!("{}:4702", self.env(&format!("NODE_{node}_IP"))?);
+        let ip: IpAddr = self.env(&format!("NODE_{node}_IP"))?.parse().map_err(|error| format!("{node}: {error}"))?;
+        let text = self.ask_admin(SocketAddr::new(ip, 4702), "/metrics")?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
+        Ok(value.unwrap_or(0.0))
+    }
+
+    /// What an admin port answers.
+    pub(crate) fn ask_admin(&self, address: SocketAddr, path: &str) -> Result<String, Failure> {
         let text = (|| {
-            let mut connection = TcpStream::connect(&address)?;
+            let mut connection = TcpStream::connect(address)?;
             connection.set_read_timeout(Some(Duration::from_secs(10)))?;
-            write!(connection, "GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+            write!(connection, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
             let mut text = String::new();
             connection.read_to_string(&mut text).map(|_| text)
         })();
-        let text = text.map_err(|error: std::io::Error| format!("{address}: {error}"))?;
-        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
-        Ok(value.unwrap_or(0.0))
+        text.map_err(|error: std::io::Error| format!("{address}: {error}"))
     }
 
     /// Everything that the agents and the failing pods have to say.
@@ -201,6 +217,22 @@ impl Drop for Bed {
     }
 }
 
+/// The folder into which `setup.sh` builds.
+pub(crate) fn cache() -> PathBuf {
+    let set = std::env::var_os("LIGHTERMAN_TESTBED").map(PathBuf::from);
+    set.unwrap_or_else(|| {
+        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+        let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
+        cache.unwrap_or_else(home).join("lighterman/testbed")
+    })
+}
+
+/// The manifest that users apply.
+pub(crate) fn shipped_manifest() -> Result<String, Failure> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("manifests/lighterman.yaml");
+    fs::read_to_string(&file).map_err(|error| format!("{}: {error}", file.display()))
+}
+
 /// The manifest with what the tests need besides: tote's annotations, and registries without TLS.
 fn for_tests(manifest: String) -> String {
     let insecure = [&registries::names()[..], &[REGISTRY.to_owned()]].concat().join(",");
@@ -210,7 +242,7 @@ fn for_tests(manifest: String) -> String {
 }
 
 /// Sets a variable of the agents, whether the manifest has it or not.
-fn set_variable(manifest: &str, name: &str, value: &str) -> String {
+pub(crate) fn set_variable(manifest: &str, name: &str, value: &str) -> String {
     let mut lines: Vec<_> = manifest.lines().collect();
     let is_named = |line: &&str| line.trim() == format!("- name: {name}");
     if let Some(place) = lines.iter().position(is_named) {

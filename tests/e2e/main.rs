@@ -2,11 +2,12 @@
 //! DaemonSet that users apply. `make test` sets everything up; one cluster serves all tests.
 //!
 //! First the cases, side by side; then the scenarios, one after the other, because they share a registry that is stopped and agents that
-//! are killed. One row: `cargo test --test e2e -- case::init_container`.
+//! are killed. Then a cluster for each address family (`families`). One row: `cargo test --test e2e -- case::init_container`.
 
 mod api;
 mod bed;
 mod cases;
+mod families;
 mod figures;
 mod images;
 mod pods;
@@ -20,6 +21,7 @@ use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 
 use bed::{Bed, Failure};
 use cases::{Stage, Turn};
+use scenarios::Scenario;
 
 /// Cases at the same time: they wait most of the time, but every pod costs a kubelet half a second of processor.
 const SIDE_BY_SIDE: usize = 8;
@@ -44,9 +46,21 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let scenarios = perform(&arguments, bed.as_ref());
+    let scenarios = perform(&arguments, bed.as_ref(), scenarios::ALL);
     drop(bed);
-    if cases.has_failed() { cases.exit_code() } else { scenarios.exit_code() }
+    let mut conclusions = vec![cases, scenarios];
+    for family in families::ALL {
+        let needed = family.scenarios.iter().any(|(name, _)| selected_turn(name));
+        match needed.then(|| family.up()).transpose() {
+            Ok(bed) => conclusions.push(perform(&arguments, bed.map(Arc::new).as_ref(), family.scenarios)),
+            Err(error) => {
+                eprintln!("the test bed of family {} does not come up: {error}", family.name);
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    let failed = conclusions.into_iter().find(Conclusion::has_failed);
+    failed.map_or(ExitCode::SUCCESS, |failed| failed.exit_code())
 }
 
 fn play(arguments: &Arguments, bed: Option<&Arc<Bed>>, turns: Vec<(String, Arc<Turn>)>) -> Result<Conclusion, Failure> {
@@ -68,9 +82,10 @@ fn play(arguments: &Arguments, bed: Option<&Arc<Bed>>, turns: Vec<(String, Arc<T
     Ok(conclusion)
 }
 
-fn perform(arguments: &Arguments, bed: Option<&Arc<Bed>>) -> Conclusion {
-    let trials = scenarios::ALL.iter().map(|(name, scenario)| {
+fn perform(arguments: &Arguments, bed: Option<&Arc<Bed>>, scenarios: &[(&'static str, Scenario)]) -> Conclusion {
+    let trials = scenarios.iter().map(|(name, scenario)| {
         let bed = bed.cloned();
+        let scenario = *scenario;
         Trial::test(*name, move || {
             let bed = bed.as_deref().ok_or("no test bed")?;
             scenario(bed).map_err(Failed::from)

@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::bed::{Bed, Failure, NODES, REGISTRY, wait_for};
 use crate::pods::{PATIENCE, Space, is_running, pod_spec, waiting_reason};
 
-type Scenario = fn(&Bed) -> Result<(), Failure>;
+pub(crate) type Scenario = fn(&Bed) -> Result<(), Failure>;
 
 /// Every scenario under its name, in the order they run.
 pub(crate) const ALL: &[(&str, Scenario)] = &[
@@ -45,10 +45,10 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
 ];
 
 /// Stops the registry while it lives.
-struct RegistryDown<'a>(&'a Bed);
+pub(crate) struct RegistryDown<'a>(&'a Bed);
 
 impl<'a> RegistryDown<'a> {
-    fn now(bed: &'a Bed) -> Result<Self, Failure> {
+    pub(crate) fn now(bed: &'a Bed) -> Result<Self, Failure> {
         bed.ctl(&["registry", "stop"])?;
         Ok(Self(bed))
     }
@@ -62,7 +62,7 @@ impl Drop for RegistryDown<'_> {
     }
 }
 
-fn ensure(holds: bool, otherwise: impl Into<String>) -> Result<(), Failure> {
+pub(crate) fn ensure(holds: bool, otherwise: impl Into<String>) -> Result<(), Failure> {
     if holds { Ok(()) } else { Err(otherwise.into()) }
 }
 
@@ -185,7 +185,7 @@ fn is_whole(bed: &Bed, node: &str, image: &str) -> Result<(), Failure> {
     )
 }
 
-fn agent_pod(bed: &Bed, node: &str) -> Result<serde_json::Value, Failure> {
+pub(crate) fn agent_pod(bed: &Bed, node: &str) -> Result<serde_json::Value, Failure> {
     let selector = format!("spec.nodeName={node}");
     let pods = bed.get(&["-n", "lighterman", "pods", "--field-selector", &selector])?;
     pods["items"].get(0).cloned().ok_or_else(|| format!("no agent on {node}"))
