@@ -41,6 +41,7 @@ use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{ContentChange, Credential, MeshStatus, NodeName, Peer, PeerId, Release, Zone};
 use crate::ports::Admission;
+use crate::wire::Versions;
 pub use table::Table;
 pub use task::MeshTask;
 
@@ -171,7 +172,18 @@ pub async fn start(
     admission: Arc<dyn Admission>,
     metrics: Metrics,
 ) -> Result<(Mesh, MeshTask, SocketAddr), MeshError> {
-    start_within(config, node, identity, table, admission, metrics, Limits::DEFAULT).await
+    start_within(config, node, identity, table, admission, metrics, Terms::DEFAULT).await
+}
+
+/// What is the same for all agents of a release; tests set it otherwise.
+#[derive(Debug, Clone, Copy)]
+struct Terms {
+    limits: Limits,
+    versions: Versions,
+}
+
+impl Terms {
+    const DEFAULT: Self = Self { limits: Limits::DEFAULT, versions: Versions::GOSSIP };
 }
 
 async fn start_within(
@@ -181,11 +193,11 @@ async fn start_within(
     table: Table,
     admission: Arc<dyn Admission>,
     metrics: Metrics,
-    limits: Limits,
+    terms: Terms,
 ) -> Result<(Mesh, MeshTask, SocketAddr), MeshError> {
     let Config { listen } = config;
     let connections = TaskTracker::new();
-    let mut swarm = stack::build(&identity.keypair(), &connections, &metrics)?;
+    let mut swarm = stack::build(&identity.keypair(), &connections, &metrics, terms.versions)?;
     let port = bind(&mut swarm, listen).await?;
     if listen.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
         // libp2p's IPv6 listeners take no IPv4, unlike everybody else's.
@@ -195,7 +207,7 @@ async fn start_within(
     let keys = Keys::new(identity.keypair(), admission);
     let protocol = gossip::Protocol::new(own, keys, rand::random(), Instant::now());
     let (sender, commands) = mpsc::channel(MAX_COMMANDS);
-    let task = MeshTask::new(swarm, connections, commands, protocol, table, metrics, limits);
+    let task = MeshTask::new(swarm, connections, commands, protocol, table, metrics, terms);
     Ok((Mesh { commands: sender }, task, SocketAddr::new(listen.ip(), port)))
 }
 

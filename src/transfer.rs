@@ -53,7 +53,7 @@ use crate::metrics::Metrics;
 use crate::model::{NodeName, NodeNameError, Peer, PeerId};
 use crate::oci::Chain;
 use crate::ports::{Admission, Admitted, ContentStore, Partials, Refusal};
-use crate::wire::Hello;
+use crate::wire::{Format, Hello, Versions};
 
 /// What is set from outside.
 #[derive(Debug, Clone)]
@@ -107,6 +107,7 @@ struct Shared {
     me: PeerId,
     node: NodeName,
     gossip_port: u16,
+    versions: Versions,
     local: SocketAddr,
     endpoint: Endpoint,
     client: quinn::ClientConfig,
@@ -136,6 +137,7 @@ struct Shared {
 struct Bounds {
     limits: Limits,
     rules: InForce,
+    versions: Versions,
 }
 
 impl Transfer {
@@ -147,7 +149,7 @@ impl Transfer {
     /// # Panics
     /// Outside of a tokio runtime with I/O and time: the endpoint lives on the one that calls this.
     pub fn bind(config: Config, identity: &Identity, surroundings: Surroundings) -> Result<Self, BindError> {
-        let bounds = Bounds { limits: Limits::DEFAULT, rules: None };
+        let bounds = Bounds { limits: Limits::DEFAULT, rules: None, versions: Versions::TRANSFER };
         Self::bind_with(config, identity, surroundings, bounds)
     }
 
@@ -165,7 +167,26 @@ impl Transfer {
         surroundings: Surroundings,
         rules: watch::Receiver<Arc<Rules>>,
     ) -> Result<Self, BindError> {
-        let bounds = Bounds { limits: Limits::DEFAULT, rules: Some(rules) };
+        let bounds = Bounds { limits: Limits::DEFAULT, rules: Some(rules), versions: Versions::TRANSFER };
+        Self::bind_with(config, identity, surroundings, bounds)
+    }
+
+    /// As [`Transfer::bind_within`], as a release with other versions would: for tests of two releases side by side.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    ///
+    /// # Panics
+    /// As [`Transfer::bind`].
+    #[cfg(any(test, feature = "testing"))]
+    pub fn bind_with_versions(
+        config: Config,
+        identity: &Identity,
+        surroundings: Surroundings,
+        rules: watch::Receiver<Arc<Rules>>,
+        versions: Versions,
+    ) -> Result<Self, BindError> {
+        let bounds = Bounds { limits: Limits::DEFAULT, rules: Some(rules), versions };
         Self::bind_with(config, identity, surroundings, bounds)
     }
 
@@ -177,8 +198,8 @@ impl Transfer {
     ) -> Result<Self, BindError> {
         let Config { listen, gossip_port, node, max_serving } = config;
         let Surroundings { admission, store, partials, metrics, joined } = surroundings;
-        let Bounds { limits, rules } = bounds;
-        let tls = tls::Tls::new(identity)?;
+        let Bounds { limits, rules, versions } = bounds;
+        let tls = tls::Tls::new(identity, versions)?;
         let listening = || {
             let socket = socket::bind(listen)?;
             let server = tuning::server(&tls);
@@ -190,6 +211,7 @@ impl Transfer {
             me: identity.peer_id(),
             node,
             gossip_port,
+            versions,
             local,
             endpoint,
             client: tuning::client(&tls),
@@ -333,6 +355,11 @@ const SWEEP: Duration = Duration::from_secs(5);
 const FAREWELL: Duration = Duration::from_secs(1);
 
 impl Shared {
+    /// The format of messages on a connection. [`Shared::dial`] and [`Shared::meet`] have closed those without one.
+    fn format_on(&self, connection: &quinn::Connection) -> Format {
+        tls::format_of(connection, self.versions).unwrap_or(self.versions.current())
+    }
+
     /// Decides about a connection attempt before it costs anything.
     fn knock(self: &Arc<Self>, incoming: Incoming, connections: &mut JoinSet<()>, stop: &CancellationToken) {
         if self.door.is_crowded() && !incoming.remote_address_validated() {

@@ -7,7 +7,7 @@ use std::fmt::Debug;
 
 use libfuzzer_sys::fuzz_target;
 use lighterman::model::{Availability, Gossip, Question, Reply};
-use lighterman::wire::{self, Answer, Hello, MAJOR, MINOR, Message, Request, VERSION, Welcome};
+use lighterman::wire::{self, Answer, Hello, Message, Request, Welcome};
 
 fuzz_target!(|input: &[u8]| {
     let Some((kind, body)) = input.split_first() else { return };
@@ -28,10 +28,11 @@ fn check<M: Message + Debug + PartialEq>(bytes: &[u8]) {
     // As it stands: the header is the stranger's as well.
     let _ = wire::decode::<M>(bytes);
     let length = u32::try_from(bytes.len()).expect("inputs are short");
-    let framed = |version: u16| [&length.to_be_bytes()[..], &version.to_be_bytes(), bytes].concat();
+    let current = M::VERSIONS.current().version();
+    let framed = |minor: u8| [&length.to_be_bytes()[..], &[current.major, minor], bytes].concat();
     // From a later release.
-    let _ = wire::decode::<M>(&framed(u16::from_be_bytes([MAJOR, MINOR + 1])));
-    let frame = framed(VERSION);
+    let _ = wire::decode::<M>(&framed(current.minor + 1));
+    let frame = framed(current.minor);
     let Ok(message) = wire::decode::<M>(&frame) else { return };
     assert!(bytes.len() <= M::LIMIT, "longer than its kind may be");
     let again = wire::encode(&message).expect("what was accepted can be sent on");

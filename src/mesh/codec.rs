@@ -6,27 +6,47 @@
 use std::io;
 
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use libp2p::StreamProtocol;
 use libp2p::request_response;
 use tracing::error;
 
 use crate::model::{Question, Reply};
-use crate::wire::{self, HEADER, Message, WireError};
+use crate::wire::{self, FIRST_MAJOR, Format, HEADER, Message, Versions, WireError};
 
-/// The stream's protocol. The frames carry the version of what is in them.
-pub(super) const PROTOCOL: StreamProtocol = StreamProtocol::new("/lighterman/mesh/2");
+/// The stream's protocol: a MAJOR of gossip. libp2p negotiates the first in our order that the other side speaks.
+#[derive(Debug, Clone)]
+pub(super) struct MeshProtocol {
+    name: String,
+    format: Format,
+}
+
+impl MeshProtocol {
+    /// Of messages in this format.
+    pub(super) fn of(format: Format) -> Self {
+        let name = match format.version().major {
+            FIRST_MAJOR => "/lighterman/mesh/2".to_owned(),
+            major => format!("/lighterman/mesh/{major}"),
+        };
+        Self { name, format }
+    }
+}
+
+impl AsRef<str> for MeshProtocol {
+    fn as_ref(&self) -> &str {
+        &self.name
+    }
+}
 
 /// Reads to the end of the stream, which the other side closes after its message, but never more than the largest one.
-#[derive(Clone, Default)]
-pub(super) struct MeshCodec;
+#[derive(Clone)]
+pub(super) struct MeshCodec(pub(super) Versions);
 
 impl request_response::Codec for MeshCodec {
-    type Protocol = StreamProtocol;
-    /// A [`Question`] in its frame.
+    type Protocol = MeshProtocol;
+    /// A [`Question`] in its frame; one that is sent is in the current format here.
     type Request = Vec<u8>;
     type Response = Reply;
 
-    async fn read_request<T>(&mut self, _: &StreamProtocol, io: &mut T) -> io::Result<Vec<u8>>
+    async fn read_request<T>(&mut self, _: &MeshProtocol, io: &mut T) -> io::Result<Vec<u8>>
     where
         T: AsyncRead + Unpin + Send,
     {
@@ -34,28 +54,32 @@ impl request_response::Codec for MeshCodec {
         read_frame(io, Question::LIMIT).await
     }
 
-    async fn read_response<T>(&mut self, _: &StreamProtocol, io: &mut T) -> io::Result<Reply>
+    async fn read_response<T>(&mut self, _: &MeshProtocol, io: &mut T) -> io::Result<Reply>
     where
         T: AsyncRead + Unpin + Send,
     {
         let frame = read_frame(io, Reply::LIMIT).await?;
-        wire::decode(&frame).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+        wire::decode_in(&frame, self.0).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
     }
 
-    async fn write_request<T>(&mut self, _: &StreamProtocol, io: &mut T, question: Vec<u8>) -> io::Result<()>
+    async fn write_request<T>(&mut self, protocol: &MeshProtocol, io: &mut T, question: Vec<u8>) -> io::Result<()>
     where
         T: AsyncWrite + Unpin + Send,
     {
-        io.write_all(&question).await
+        if !protocol.format.is_previous() {
+            return io.write_all(&question).await;
+        }
+        let question = wire::decode_in::<Question>(&question, self.0).map_err(io::Error::other)?;
+        io.write_all(&wire::encode_in(&question, protocol.format).map_err(io::Error::other)?).await
     }
 
-    async fn write_response<T>(&mut self, _: &StreamProtocol, io: &mut T, reply: Reply) -> io::Result<()>
+    async fn write_response<T>(&mut self, protocol: &MeshProtocol, io: &mut T, reply: Reply) -> io::Result<()>
     where
         T: AsyncWrite + Unpin + Send,
     {
-        let encoded = wire::encode(&reply).or_else(|error| {
+        let encoded = wire::encode_in(&reply, protocol.format).or_else(|error| {
             error!(%error, "a reply cannot be sent");
-            wire::encode(&Reply::Busy)
+            wire::encode_in(&Reply::Busy, protocol.format)
         });
         io.write_all(&encoded.map_err(io::Error::other)?).await
     }
@@ -81,33 +105,54 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn a_question_and_a_reply_pass() {
+    const TODAY: MeshCodec = MeshCodec(Versions::GOSSIP);
+
+    fn protocol() -> MeshProtocol {
+        MeshProtocol::of(Versions::GOSSIP.current())
+    }
+
+    async fn passes(from: &mut MeshCodec, to: &mut MeshCodec, sent: &MeshProtocol, received: &MeshProtocol) {
         let question = Question::Compare(vec![1, 2, 3]);
+        let encoded = wire::encode_in(&question, from.0.current()).unwrap();
         let mut stream = Cursor::new(Vec::new());
-        MeshCodec.write_request(&PROTOCOL, &mut stream, wire::encode(&question).unwrap()).await.unwrap();
-        let asked = MeshCodec.read_request(&PROTOCOL, &mut Cursor::new(stream.into_inner())).await.unwrap();
-        assert_eq!(wire::decode::<Question>(&asked).unwrap(), question);
+        from.write_request(sent, &mut stream, encoded).await.unwrap();
+        let asked = to.read_request(received, &mut Cursor::new(stream.into_inner())).await.unwrap();
+        assert_eq!(wire::decode_in::<Question>(&asked, to.0).unwrap(), question);
 
         let reply = Reply::Entries(Vec::new());
         let mut stream = Cursor::new(Vec::new());
-        MeshCodec.write_response(&PROTOCOL, &mut stream, reply.clone()).await.unwrap();
-        let answer = MeshCodec.read_response(&PROTOCOL, &mut Cursor::new(stream.into_inner())).await.unwrap();
+        from.write_response(sent, &mut stream, reply.clone()).await.unwrap();
+        let answer = to.read_response(received, &mut Cursor::new(stream.into_inner())).await.unwrap();
         assert_eq!(answer, reply);
+    }
+
+    #[tokio::test]
+    async fn a_question_and_a_reply_pass() {
+        passes(&mut TODAY.clone(), &mut TODAY.clone(), &protocol(), &protocol()).await;
+    }
+
+    #[tokio::test]
+    async fn a_question_and_a_reply_pass_between_neighbouring_majors() {
+        let versions = Versions::GOSSIP.after_next_major();
+        let (mut next, previous) = (MeshCodec(versions), MeshProtocol::of(versions.previous().unwrap()));
+        assert_eq!(previous.as_ref(), protocol().as_ref());
+        passes(&mut next, &mut TODAY.clone(), &previous, &protocol()).await;
+        passes(&mut TODAY.clone(), &mut next, &protocol(), &previous).await;
     }
 
     #[tokio::test]
     async fn neither_side_reads_more_than_its_message_may_have() {
         let mut endless = futures::io::repeat(0);
-        let question = MeshCodec.read_request(&PROTOCOL, &mut endless).await.unwrap();
+        let question = TODAY.clone().read_request(&protocol(), &mut endless).await.unwrap();
         assert_eq!(question.len(), HEADER + Question::LIMIT + 1);
-        assert!(MeshCodec.read_response(&PROTOCOL, &mut endless).await.is_err());
+        assert!(TODAY.clone().read_response(&protocol(), &mut endless).await.is_err());
     }
 
     #[tokio::test]
     async fn nonsense_is_told_apart_from_a_broken_stream() {
-        let error = MeshCodec.read_response(&PROTOCOL, &mut Cursor::new(vec![0xff; 20])).await.unwrap_err();
-        assert!(matches!(wire_error(&error), Some(WireError::Version { major: 0xff, .. })), "{error}");
+        let mut nonsense = Cursor::new(vec![0xff; 20]);
+        let error = TODAY.clone().read_response(&protocol(), &mut nonsense).await.unwrap_err();
+        assert!(matches!(wire_error(&error), Some(WireError::Version { .. })), "{error}");
         assert!(wire_error(&io::Error::from(io::ErrorKind::ConnectionReset)).is_none());
     }
 }

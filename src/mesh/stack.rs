@@ -1,6 +1,5 @@
 //! The libp2p stack: TCP, noise, yamux; and what runs on each connection, with every bound that libp2p lets us set.
 
-use std::collections::HashSet;
 use std::error::Error;
 use std::fmt::Display;
 use std::time::Duration;
@@ -19,12 +18,12 @@ use libp2p::{SwarmBuilder, noise, ping, tcp, yamux};
 use tokio_util::task::TaskTracker;
 
 use super::MeshError;
-use super::codec::{MeshCodec, PROTOCOL};
+use super::codec::{MeshCodec, MeshProtocol};
 use super::counted::Counted;
 use crate::decide::gossip::PROBE;
 use crate::metrics::Metrics;
 use crate::oci::Digest;
-use crate::wire::MAX_GOSSIP;
+use crate::wire::{FIRST_MAJOR, Format, MAX_GOSSIP, Versions};
 
 /// What runs on each connection. The first two decide whether it may exist; they stand first because gossipsub keeps
 /// something of every connection that reaches it.
@@ -37,9 +36,12 @@ pub(super) struct Behaviour {
     pub(super) questions: request_response::Behaviour<MeshCodec>,
 }
 
-/// Where everything is published.
-pub(super) fn topic() -> IdentTopic {
-    IdentTopic::new("lighterman/inventory/2")
+/// Where everything is published in this format.
+pub(super) fn topic(format: Format) -> IdentTopic {
+    IdentTopic::new(match format.version().major {
+        FIRST_MAJOR => "lighterman/inventory/2".to_owned(),
+        major => format!("lighterman/inventory/{major}"),
+    })
 }
 
 /// Handshakes under way from outside. Strangers can use them up, for [`HANDSHAKE`] each; then we still dial.
@@ -93,7 +95,12 @@ const KEPT: usize = 10;
 const KNOWN: Duration = Duration::from_secs(150);
 
 /// Makes the stack; its tasks run under `tasks` and end when the swarm is dropped.
-pub(super) fn build(keypair: &Keypair, tasks: &TaskTracker, metrics: &Metrics) -> Result<Swarm<Behaviour>, MeshError> {
+pub(super) fn build(
+    keypair: &Keypair,
+    tasks: &TaskTracker,
+    metrics: &Metrics,
+    versions: Versions,
+) -> Result<Swarm<Behaviour>, MeshError> {
     let failed = |error: &dyn Display| MeshError::Stack(error.to_string());
     let (tasks, metrics) = (tasks.clone(), metrics.clone());
     let transport = |keypair: &Keypair| -> Result<_, Box<dyn Error + Send + Sync>> {
@@ -110,7 +117,7 @@ pub(super) fn build(keypair: &Keypair, tasks: &TaskTracker, metrics: &Metrics) -
         .with_tokio()
         .with_other_transport(transport)
         .map_err(|error| failed(&error))?
-        .with_behaviour(|_| behaviour())
+        .with_behaviour(|_| behaviour(versions))
         .map_err(|error| failed(&error))?
         .with_swarm_config(|_| {
             libp2p::swarm::Config::with_executor(move |task| drop(tasks.spawn(task)))
@@ -121,7 +128,7 @@ pub(super) fn build(keypair: &Keypair, tasks: &TaskTracker, metrics: &Metrics) -
         .build())
 }
 
-fn behaviour() -> Result<Behaviour, Box<dyn Error + Send + Sync>> {
+fn behaviour(versions: Versions) -> Result<Behaviour, Box<dyn Error + Send + Sync>> {
     let limits = ConnectionLimits::default()
         .with_max_pending_incoming(Some(MAX_INCOMING))
         .with_max_established_incoming(Some(MAX_DIALLED_BY_OTHERS))
@@ -133,12 +140,13 @@ fn behaviour() -> Result<Behaviour, Box<dyn Error + Send + Sync>> {
     let questions = request_response::Config::default()
         .with_request_timeout(ANSWER)
         .with_max_concurrent_streams(MAX_QUESTION_STREAMS);
+    let protocols = versions.formats().map(|format| (MeshProtocol::of(format), ProtocolSupport::Full));
     Ok(Behaviour {
         limits: connection_limits::Behaviour::new(limits),
         admitted: allow_block_list::Behaviour::default(),
         ping: ping::Behaviour::new(ping),
-        gossip: gossip()?,
-        questions: request_response::Behaviour::new([(PROTOCOL, ProtocolSupport::Full)], questions),
+        gossip: gossip(versions)?,
+        questions: request_response::Behaviour::with_codec(MeshCodec(versions), protocols, questions),
     })
 }
 
@@ -163,13 +171,17 @@ fn gossip_config() -> Result<gossipsub::Config, gossipsub::ConfigBuilderError> {
         .build()
 }
 
-fn gossip() -> Result<gossipsub::Behaviour<IdentityTransform, WhitelistSubscriptionFilter>, Box<dyn Error + Send + Sync>>
-{
-    // Peers may subscribe to our topic and to none of their own invention.
-    let filter = WhitelistSubscriptionFilter(HashSet::from([topic().hash()]));
+fn gossip(
+    versions: Versions,
+) -> Result<gossipsub::Behaviour<IdentityTransform, WhitelistSubscriptionFilter>, Box<dyn Error + Send + Sync>> {
+    // Peers may subscribe to our topics and to none of their own invention.
+    let topics: Vec<_> = versions.formats().map(topic).collect();
+    let filter = WhitelistSubscriptionFilter(topics.iter().map(IdentTopic::hash).collect());
     let mut gossip =
         gossipsub::Behaviour::new_with_subscription_filter(MessageAuthenticity::Anonymous, gossip_config()?, filter)?;
-    gossip.subscribe(&topic())?;
+    for topic in &topics {
+        gossip.subscribe(topic)?;
+    }
     Ok(gossip)
 }
 
@@ -185,7 +197,7 @@ mod tests {
 
     #[test]
     fn others_choose_at_most_half_of_our_connections() {
-        let mut limits = behaviour().unwrap().limits;
+        let mut limits = behaviour(Versions::GOSSIP).unwrap().limits;
         let nowhere = Multiaddr::empty();
         let endpoint = ConnectedPoint::Listener { local_addr: nowhere.clone(), send_back_addr: nowhere.clone() };
         for number in 0..=64 {

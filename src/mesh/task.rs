@@ -4,7 +4,7 @@ mod events;
 mod exchange;
 mod neighbours;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -19,16 +19,16 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use self::neighbours::Neighbours;
-use super::allowance::Limits;
 use super::keys::Keys;
 use super::stack::Behaviour;
 use super::table::Table;
-use super::{Command, MeshNews, multiaddr};
+use super::{Command, MeshNews, Terms, multiaddr};
 use crate::decide::gossip::{LinkId, Output, Protocol, TICK};
 use crate::decide::inventory::Inventory;
 use crate::identity::libp2p_peer_id;
 use crate::metrics::Metrics;
 use crate::model::{MeshStatus, Peer, PeerId};
+use crate::wire::Versions;
 
 /// News that wait for the agent. Past that, libp2p waits too. All of them are small.
 const MAX_NEWS: usize = 64;
@@ -52,6 +52,9 @@ pub struct MeshTask {
     outbox: VecDeque<MeshNews>,
     messages_in: u64,
     messages_out: u64,
+    versions: Versions,
+    /// Peers that were reported for speaking other ones; at most `MAX_MEMBERS`.
+    other_versions: HashSet<libp2p::PeerId>,
 }
 
 impl MeshTask {
@@ -62,8 +65,9 @@ impl MeshTask {
         protocol: Protocol<Keys>,
         table: Table,
         metrics: Metrics,
-        limits: Limits,
+        terms: Terms,
     ) -> Self {
+        let Terms { limits, versions } = terms;
         Self {
             swarm,
             connections,
@@ -79,6 +83,8 @@ impl MeshTask {
             outbox: VecDeque::new(),
             messages_in: 0,
             messages_out: 0,
+            versions,
+            other_versions: HashSet::new(),
         }
     }
 

@@ -3,6 +3,7 @@
 mod hostile;
 mod node;
 mod raw;
+mod versions;
 
 use std::collections::BTreeSet;
 

@@ -60,6 +60,12 @@ pub enum FetchError {
         /// For what.
         digest: Digest,
     },
+    /// It speaks another MAJOR of the transfer protocol, and was asked what needs equal ones.
+    #[error("peer {peer} speaks another MAJOR of the transfer protocol")]
+    OtherMajor {
+        /// Who was asked.
+        peer: PeerId,
+    },
     /// It serves as many as it can at the moment.
     #[error("peer {peer} is busy")]
     Busy {
@@ -127,6 +133,7 @@ impl FetchError {
             Self::Unreachable { peer, .. }
             | Self::NotAdmitted { peer, .. }
             | Self::Absent { peer, .. }
+            | Self::OtherMajor { peer }
             | Self::Busy { peer }
             | Self::StoreFailed { peer }
             | Self::Stalled { peer, .. }
@@ -143,6 +150,7 @@ impl FetchError {
             Self::Unreachable { .. } => "unreachable",
             Self::NotAdmitted { .. } => "not_admitted",
             Self::Absent { .. } => "absent",
+            Self::OtherMajor { .. } => "other_major",
             Self::Busy { .. } => "busy",
             Self::Stalled { .. } => "stalled",
             Self::StoreFailed { .. } => "store_failed",

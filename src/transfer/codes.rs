@@ -20,6 +20,8 @@ pub(super) const REFUSED: VarInt = VarInt::from_u32(1);
 pub(super) const PROTOCOL: VarInt = VarInt::from_u32(2);
 /// The peer has newer connections.
 pub(super) const SUPERSEDED: VarInt = VarInt::from_u32(3);
+/// The peer speaks no MAJOR of the transfer protocol that this agent speaks; the close carries this agent's versions as text.
+pub(super) const OTHER_VERSION: VarInt = VarInt::from_u32(4);
 
 /// On a stream: our store failed.
 pub(super) const STORE_FAILED: VarInt = VarInt::from_u32(16);
@@ -29,3 +31,5 @@ pub(super) const GONE: VarInt = VarInt::from_u32(17);
 pub(super) const TOO_SLOW: VarInt = VarInt::from_u32(18);
 /// On a stream: not one request.
 pub(super) const MALFORMED: VarInt = VarInt::from_u32(19);
+/// On a stream: the request needs equal MAJORs, and this agent's is newer.
+pub(super) const OTHER_MAJOR: VarInt = VarInt::from_u32(20);

@@ -10,15 +10,15 @@ use quinn::{Connection, Incoming, SendStream, VarInt};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::codes::{DONE, PROTOCOL, REFUSED, close};
+use super::codes::{DONE, OTHER_VERSION, PROTOCOL, REFUSED, close};
 use super::peers::Standing;
-use super::tls::peer_of;
+use super::tls::{format_of, peer_of};
 use super::tuning::MAX_STREAMS;
 use super::{Shared, admission_result, canonical, peer_from, printable};
 use crate::decide::subnet::Subnet;
 use crate::model::{Peer, PeerId};
 use crate::ports::{Admitted, LEEWAY, Refusal};
-use crate::wire::{self, Hello, Welcome};
+use crate::wire::{self, Format, Hello, Versions, Welcome};
 
 /// Strangers at a time. One costs a handshake's CPU and some ten KiB; a thousand nodes that start together come through
 /// in a few seconds, since the others try again.
@@ -90,6 +90,11 @@ enum Turned {
     Handshake(String),
     #[error("no introduction: {0}")]
     NoHello(String),
+    #[error(
+        "peer {0} speaks no version of the transfer protocol that this agent speaks ({1}); \
+         upgrade the older of the two, as agents are compatible across one MAJOR only"
+    )]
+    OtherVersion(PeerId, Versions),
     #[error("peer {0}: {1}")]
     Refused(PeerId, Refusal),
     #[error("peer {0} left: {1}")]
@@ -118,12 +123,16 @@ impl Shared {
     }
 
     fn log_turned(&self, address: SocketAddr, turned: &Turned) {
-        let is_news = |refusal| self.refusals.is_news(address.ip(), admission_result(Err(refusal)));
+        let is_news = match turned {
+            Turned::Refused(_, refusal) => self.refusals.is_news(address.ip(), admission_result(Err(refusal))),
+            Turned::OtherVersion(..) => self.refusals.is_news(address.ip(), "other_version"),
+            _ => false,
+        };
         match turned {
-            Turned::Refused(_, refusal) if is_news(refusal) => {
-                tracing::warn!(%address, reason = %turned, "peer refused");
+            _ if is_news => tracing::warn!(%address, reason = %turned, "peer refused"),
+            Turned::Refused(..) | Turned::OtherVersion(..) => {
+                tracing::debug!(%address, reason = %turned, "peer refused")
             }
-            Turned::Refused(..) => tracing::debug!(%address, reason = %turned, "peer refused"),
             _ => tracing::debug!(%address, reason = %turned, "stranger turned away"),
         }
     }
@@ -134,10 +143,14 @@ impl Shared {
             let accepted = incoming.accept().map_err(|error| Turned::Handshake(error.to_string()))?;
             let connection = accepted.await.map_err(|error| Turned::Handshake(error.to_string()))?;
             let id = peer_of(&connection).ok_or_else(|| Turned::Handshake("no peer's certificate".into()))?;
-            self.hear(&connection).await.map(|(hello, send)| (id, hello, send, connection))
+            let Some(format) = format_of(&connection, self.versions) else {
+                close(&connection, OTHER_VERSION, self.versions.to_string().as_bytes());
+                return Err(Turned::OtherVersion(id, self.versions));
+            };
+            self.hear(&connection).await.map(|(hello, send)| (id, hello, Greeted { send, format }, connection))
         };
         let late = |_| Turned::NoHello(format!("not in {:?}", self.limits.hello));
-        let (id, hello, send, connection) = timeout(self.limits.hello, introduction).await.map_err(late)??;
+        let (id, hello, greeted, connection) = timeout(self.limits.hello, introduction).await.map_err(late)??;
         let decided = timeout(self.limits.decide, self.decide(id, address, &hello)).await;
         let decided = decided.unwrap_or_else(|_| Err(Refusal::CannotTell("it takes too long".into())));
         self.metrics.admission_decided(admission_result(decided.as_ref().map(|(_, _, admitted)| admitted)));
@@ -145,13 +158,13 @@ impl Shared {
             Ok((peer, ours, _)) => {
                 connection.set_max_concurrent_bi_streams(VarInt::from_u32(MAX_STREAMS));
                 // It is a peer now, but it may leave no room for the answer.
-                let welcomed = timeout(self.limits.hello, welcome(send, ours)).await;
+                let welcomed = timeout(self.limits.hello, greeted.welcome(ours)).await;
                 let welcomed = welcomed.unwrap_or_else(|_| Err("it does not take our answer".into()));
                 welcomed.map_err(|error| Turned::Left(id, error))?;
                 Ok((peer, connection))
             }
             Err(refusal) => {
-                self.turn_away(&connection, send, &refusal).await;
+                self.turn_away(&connection, greeted, &refusal).await;
                 Err(Turned::Refused(id, refusal))
             }
         }
@@ -161,7 +174,7 @@ impl Shared {
     async fn hear(&self, connection: &Connection) -> Result<(Hello, SendStream), Turned> {
         let stream = connection.accept_bi().await;
         let (send, mut recv) = stream.map_err(|error| Turned::NoHello(error.to_string()))?;
-        match wire::read::<Hello>(&mut recv).await {
+        match wire::read_in::<Hello>(&mut recv, self.versions).await {
             Ok(hello) => Ok((hello, send)),
             Err(error) => {
                 close(connection, PROTOCOL, printable(&error.to_string()).as_bytes());
@@ -209,10 +222,11 @@ impl Shared {
     }
 
     /// The answer goes first; the connection's end, which would discard what is not delivered yet, waits for it.
-    async fn turn_away(&self, connection: &Connection, mut send: SendStream, refusal: &Refusal) {
+    async fn turn_away(&self, connection: &Connection, greeted: Greeted, refusal: &Refusal) {
         let reason = printable(&refusal.to_string());
+        let Greeted { mut send, format } = greeted;
         let answer = async {
-            wire::write(&mut send, &Welcome::Refused(reason.clone())).await.ok()?;
+            wire::write_in(&mut send, &Welcome::Refused(reason.clone()), format).await.ok()?;
             send.finish().ok()?;
             send.stopped().await.ok()
         };
@@ -222,9 +236,19 @@ impl Shared {
     }
 }
 
-async fn welcome(mut send: SendStream, ours: Hello) -> Result<(), String> {
-    wire::write(&mut send, &Welcome::Admitted(ours)).await.map_err(|error| error.to_string())?;
-    send.finish().map_err(|error| error.to_string())
+/// The way of the answer to a `Hello`.
+struct Greeted {
+    send: SendStream,
+    /// Of the connection.
+    format: Format,
+}
+
+impl Greeted {
+    async fn welcome(mut self, ours: Hello) -> Result<(), String> {
+        let welcome = Welcome::Admitted(ours);
+        wire::write_in(&mut self.send, &welcome, self.format).await.map_err(|error| error.to_string())?;
+        self.send.finish().map_err(|error| error.to_string())
+    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 mod following;
 mod list;
 mod pieces;
+mod ranges;
 mod wanted;
 
 use std::net::SocketAddr;
@@ -54,17 +55,28 @@ impl Fetcher for Transfer {
 #[async_trait]
 impl PieceFetcher for Transfer {
     async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut, heard: Heard<'_>) -> Result<Chain, FetchError> {
-        let listed = self.0.list(Wanted { peer, digest, size: cut.size() }, cut, heard).await;
+        let wanted = Wanted { peer, digest, size: cut.size() };
+        let listed = match self.0.list(wanted, cut, heard).await {
+            Err(FetchError::OtherMajor { .. }) => self.0.list_by_ranges(wanted, cut, heard).await,
+            listed => listed,
+        };
         listed.inspect_err(|error| self.0.metrics.fetch_failed(error.label()))
     }
 
     async fn follow(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Box<dyn Following>, FetchError> {
-        let followed = self.0.follow(Wanted { peer, digest, size: cut.size() }, cut).await;
+        let wanted = Wanted { peer, digest, size: cut.size() };
+        let followed = match self.0.follow(wanted, cut).await {
+            Err(FetchError::OtherMajor { .. }) => self.0.follow_by_have(wanted, cut).await,
+            followed => followed,
+        };
         followed.inspect_err(|error| self.0.metrics.fetch_failed(error.label()))
     }
 
     async fn pieces(&self, order: &Order, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
-        let fetched = self.0.fetch_pieces(order, sink).await;
+        let fetched = match self.0.fetch_pieces(order, sink).await {
+            Err(FetchError::OtherMajor { .. }) => self.0.fetch_ranges(order, sink).await,
+            fetched => fetched,
+        };
         fetched.inspect_err(|error| self.0.metrics.fetch_failed(error.label()))
     }
 
@@ -230,12 +242,17 @@ impl Shared {
         request: &Request,
     ) -> Result<(Answer, RecvStream), FetchError> {
         let wanted = Wanted { peer, digest, size: 0 };
+        let format = self.format_on(line);
+        if format.is_previous() && request.needs_equal_majors() {
+            return Err(FetchError::OtherMajor { peer });
+        }
         let asked = async {
             let (mut send, mut recv) = line.open_bi().await.map_err(|error| wanted.lost(&error))?;
-            wire::write(&mut send, request).await.map_err(|error| wanted.no_answer(line, error))?;
+            wire::write_in(&mut send, request, format).await.map_err(|error| wanted.no_answer(line, error))?;
             // It was just opened, so it can be finished.
             let _ = send.finish();
-            let answer = wire::read::<Answer>(&mut recv).await.map_err(|error| wanted.no_answer(line, error))?;
+            let answer = wire::read_in::<Answer>(&mut recv, self.versions).await;
+            let answer = answer.map_err(|error| wanted.no_answer(line, error))?;
             Ok((answer, recv))
         };
         let answered = timeout(self.limits.answer, asked).await;
@@ -255,7 +272,9 @@ fn not_met(peer: PeerId, error: GreetError) -> FetchError {
             FetchError::NotAdmitted { peer, reason: format!("this agent says of {address}: {refusal}") }
         }
         GreetError::Protocol { reason, .. } => FetchError::Protocol { peer, reason },
-        error @ GreetError::NoCredential(_) => FetchError::NotAdmitted { peer, reason: error.to_string() },
+        error @ (GreetError::NoCredential(_) | GreetError::OtherVersion { .. }) => {
+            FetchError::NotAdmitted { peer, reason: error.to_string() }
+        }
         error @ (GreetError::Myself(_) | GreetError::AnotherKey { .. }) => {
             FetchError::Unreachable { peer, silent: false, reason: error.to_string() }
         }

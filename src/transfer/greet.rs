@@ -5,13 +5,13 @@ use std::net::{IpAddr, SocketAddr};
 use quinn::{ConnectError, Connection, ConnectionError};
 use tokio::time::timeout;
 
-use super::codes::{DONE, PROTOCOL, REFUSED, close};
+use super::codes::{DONE, OTHER_VERSION, PROTOCOL, REFUSED, close};
 use super::peers::Standing;
-use super::tls::peer_of;
+use super::tls::{format_of, peer_of};
 use super::{Shared, admission_result, peer_from, printable};
 use crate::model::{Credential, NodeNameError, Peer, PeerId};
 use crate::ports::{Admitted, Refusal};
-use crate::wire::{self, Hello, Welcome, WireError};
+use crate::wire::{self, Format, Hello, Versions, Welcome, WireError};
 
 /// Why nobody was met at an address.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -59,6 +59,21 @@ pub enum GreetError {
         /// Our admission's words.
         refusal: Refusal,
     },
+    /// It speaks no MAJOR of the transfer protocol that we speak.
+    #[error(
+        "peer {peer} at {address} speaks version {theirs} of the transfer protocol and this agent {ours}; \
+         upgrade the older of the two, as agents are compatible across one MAJOR only"
+    )]
+    OtherVersion {
+        /// Who.
+        peer: PeerId,
+        /// Where.
+        address: SocketAddr,
+        /// What it says that it speaks.
+        theirs: String,
+        /// What this agent speaks.
+        ours: Versions,
+    },
     /// We have nothing to show.
     #[error("this agent has no credential to show: {0}")]
     NoCredential(Refusal),
@@ -105,7 +120,11 @@ impl Shared {
             close(&connection, DONE, b"another was expected");
             return Err(GreetError::AnotherKey { address, expected, found });
         }
-        match timeout(self.limits.welcome(), self.introduce(address, found, &connection)).await {
+        let Some(format) = format_of(&connection, self.versions) else {
+            let theirs = self.versions_of(&connection).await;
+            return Err(GreetError::OtherVersion { peer: found, address, theirs, ours: self.versions });
+        };
+        match timeout(self.limits.welcome(), self.introduce(address, found, &connection, format)).await {
             Ok(Ok((peer, standing))) => Ok((peer, connection, standing)),
             Ok(Err(error)) => {
                 close(&connection, close_code(&error), b"not welcome");
@@ -132,14 +151,27 @@ impl Shared {
         })
     }
 
+    /// What the listener says that it speaks, when it closes a connection without a common MAJOR.
+    async fn versions_of(&self, connection: &Connection) -> String {
+        let said = match timeout(self.limits.dial, connection.closed()).await {
+            Ok(ConnectionError::ApplicationClosed(end)) if end.error_code == OTHER_VERSION => {
+                printable(&String::from_utf8_lossy(&end.reason))
+            }
+            _ => String::new(),
+        };
+        close(connection, DONE, b"no common version");
+        if said.is_empty() { "another".to_owned() } else { said }
+    }
+
     async fn introduce(
         &self,
         address: SocketAddr,
         peer: PeerId,
         connection: &Connection,
+        format: Format,
     ) -> Result<(Peer, Standing), GreetError> {
         let credential = self.admission.credential().await.map_err(GreetError::NoCredential)?;
-        let theirs = match self.exchange(address, connection, credential).await {
+        let theirs = match self.exchange(address, connection, format, credential).await {
             Ok(Welcome::Admitted(hello)) => hello,
             Ok(Welcome::Refused(reason)) => {
                 return Err(GreetError::Refused { peer, address, reason: printable(&reason) });
@@ -160,13 +192,14 @@ impl Shared {
         &self,
         address: SocketAddr,
         connection: &Connection,
+        format: Format,
         credential: Credential,
     ) -> Result<Welcome, WireError> {
         let (mut send, mut recv) = connection.open_bi().await.map_err(std::io::Error::from)?;
-        wire::write(&mut send, &self.hello(credential, address.ip())).await?;
+        wire::write_in(&mut send, &self.hello(credential, address.ip()), format).await?;
         // It was just opened, so it can be finished.
         let _ = send.finish();
-        wire::read(&mut recv).await
+        wire::read_in(&mut recv, self.versions).await
     }
 
     /// What we say of ourselves to whom we see at this address.

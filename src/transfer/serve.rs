@@ -21,20 +21,22 @@ use tokio_util::sync::CancellationToken;
 
 use self::pieces::Welcome;
 use super::Shared;
-use super::codes::{GONE, MALFORMED, STORE_FAILED, TOO_SLOW};
+use super::codes::{GONE, MALFORMED, OTHER_MAJOR, STORE_FAILED, TOO_SLOW};
 use super::tuning::{MAX_FOLLOWED, MAX_STREAMS, READ};
 use super::uploads::NoPlace;
 use crate::decide::bucket::CHUNK;
 use crate::model::PeerId;
 use crate::oci::Digest;
 use crate::ports::{BlobReader, StoreError};
-use crate::wire::{self, Answer, Request, WireError};
+use crate::wire::{self, Answer, Format, Request, Versions, WireError};
 
 /// The way of one answer.
 struct Stream {
     send: SendStream,
     /// Tells how much is on its way.
     connection: Connection,
+    /// Of the connection's messages.
+    format: Format,
     /// For as many as may be followed on this connection.
     followed: Arc<Semaphore>,
     /// The agent stops.
@@ -46,6 +48,8 @@ struct Stream {
 enum ServeError {
     #[error("not one request: {0}")]
     Malformed(String),
+    #[error("the request needs equal MAJORs of the transfer protocol")]
+    OtherMajor,
     #[error("the content store: {0}")]
     Store(#[from] StoreError),
     #[error("the reader does not take it")]
@@ -59,6 +63,7 @@ impl ServeError {
     fn code(&self) -> VarInt {
         match self {
             Self::Malformed(_) => MALFORMED,
+            Self::OtherMajor => OTHER_MAJOR,
             Self::Store(StoreError::Absent(_)) => GONE,
             Self::Store(_) => STORE_FAILED,
             Self::TooSlow | Self::Left(_) => TOO_SLOW,
@@ -84,13 +89,14 @@ impl Shared {
     pub(super) async fn attend(self: &Arc<Self>, peer: PeerId, connection: &Connection, stop: CancellationToken) {
         let mut streams = JoinSet::new();
         let followed = Arc::new(Semaphore::new(MAX_FOLLOWED));
+        let format = self.format_on(connection);
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
                 accepted = connection.accept_bi(), if streams.len() < MAX_STREAMS as usize => match accepted {
                     Ok((send, recv)) => {
                         let (connection, followed, stop) = (connection.clone(), followed.clone(), stop.clone());
-                        let stream = Stream { send, connection, followed, stop };
+                        let stream = Stream { send, connection, format, followed, stop };
                         drop(streams.spawn(self.clone().serve(peer, stream, recv)));
                     }
                     // Nobody is left to be served: the streams are aborted when the set is dropped.
@@ -105,7 +111,10 @@ impl Shared {
     }
 
     async fn serve(self: Arc<Self>, peer: PeerId, mut stream: Stream, mut recv: RecvStream) {
-        let served = match timeout(self.limits.hello, read_request(&mut recv)).await {
+        let served = match timeout(self.limits.hello, read_request(&mut recv, self.versions)).await {
+            Ok(Ok(request)) if stream.format.is_previous() && request.needs_equal_majors() => {
+                Err(ServeError::OtherMajor)
+            }
             Ok(Ok(Request::Have(digest))) => self.tell(digest, &mut stream).await,
             Ok(Ok(Request::Get { digest, offset, length })) => self.send(digest, offset, length, &mut stream).await,
             Ok(Ok(Request::Pieces { digest, choice, most })) => {
@@ -124,7 +133,7 @@ impl Shared {
                 tracing::debug!(%peer, %digest, "collected while being served")
             }
             ServeError::Store(_) | ServeError::Malformed(_) => tracing::warn!(%peer, %error, "request not served"),
-            ServeError::TooSlow | ServeError::Left(_) => {
+            ServeError::TooSlow | ServeError::Left(_) | ServeError::OtherMajor => {
                 tracing::debug!(%peer, %error, "request not served to its end")
             }
         }
@@ -154,7 +163,7 @@ impl Shared {
         let Some(end) = offset.checked_add(length).filter(|end| *end <= size) else {
             return self.answer_only(stream, &Answer::Invalid { size }).await;
         };
-        self.answer(&mut stream.send, &Answer::Blob { size }).await?;
+        self.answer(stream, &Answer::Blob { size }).await?;
         self.pump(reader, offset, end, &mut stream.send).await?;
         self.finish(stream).await
     }
@@ -216,14 +225,14 @@ impl Shared {
     }
 
     /// Waited for, as a reader may leave no room even for this.
-    async fn answer(&self, send: &mut SendStream, answer: &Answer) -> Result<(), ServeError> {
-        let written = timeout(self.limits.reader, wire::write(send, answer)).await;
+    async fn answer(&self, Stream { send, format, .. }: &mut Stream, answer: &Answer) -> Result<(), ServeError> {
+        let written = timeout(self.limits.reader, wire::write_in(send, answer, *format)).await;
         written.map_err(|_| ServeError::TooSlow)?.map_err(broken)
     }
 
     /// An answer that nothing follows.
     async fn answer_only(&self, stream: &mut Stream, message: &Answer) -> Result<(), ServeError> {
-        self.answer(&mut stream.send, message).await?;
+        self.answer(stream, message).await?;
         self.finish(stream).await
     }
 
@@ -248,8 +257,8 @@ fn slow_store() -> StoreError {
 }
 
 /// A request, and nothing after it.
-async fn read_request(recv: &mut RecvStream) -> Result<Request, ServeError> {
-    let request = wire::read(recv).await.map_err(broken)?;
+async fn read_request(recv: &mut RecvStream, versions: Versions) -> Result<Request, ServeError> {
+    let request = wire::read_in(recv, versions).await.map_err(broken)?;
     match recv.read_chunk(1, true).await {
         Ok(None) => Ok(request),
         Ok(Some(_)) => Err(ServeError::Malformed("something follows the request".into())),

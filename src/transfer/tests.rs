@@ -12,6 +12,7 @@ mod rates;
 mod rogue;
 mod stopping;
 mod uploads;
+mod versions;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -40,7 +41,7 @@ use crate::ports::{
     Admission, Admitted, BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, FetchError, Fetcher, ImageRecord,
     LEEWAY, NoPartials, Partials, PieceFetcher, Pin, Refusal, Remembered, Snapshots, Staged, StoreError,
 };
-use crate::wire::{self, Answer, Hello, Request, Welcome};
+use crate::wire::{self, Answer, Hello, Request, Versions, Welcome};
 
 /// Waits that are expected to run out in a test; the others keep [`Limits::DEFAULT`], so that a slow machine fails
 /// nothing.
@@ -237,7 +238,13 @@ impl Node {
         admission: impl Admission + 'static,
         limits: Limits,
     ) -> Self {
-        Self::start_within(listen, identity, shelf, admission, Bounds { limits, rules: None })
+        Self::start_within(
+            listen,
+            identity,
+            shelf,
+            admission,
+            Bounds { limits, rules: None, versions: Versions::TRANSFER },
+        )
     }
 
     fn start_within(
@@ -252,7 +259,7 @@ impl Node {
 
     /// With blobs that are being fetched.
     fn start_sharing(shelf: Shelf, partials: impl Partials) -> Self {
-        let bounds = Bounds { limits: Limits::DEFAULT, rules: None };
+        let bounds = Bounds { limits: Limits::DEFAULT, rules: None, versions: Versions::TRANSFER };
         let partials = Arc::new(partials);
         Self::start_among("127.0.0.1:0", &Identity::generate(), shelf, Guests::default(), partials, bounds)
     }
@@ -340,7 +347,7 @@ fn blob(size: usize) -> Bytes {
 
 /// An endpoint with an agent's certificate and none of its manners.
 fn bare_endpoint(identity: &Identity) -> Endpoint {
-    let tls = tls::Tls::new(identity).unwrap();
+    let tls = tls::Tls::new(identity, Versions::TRANSFER).unwrap();
     let mut endpoint = Endpoint::server(tuning::server(&tls), "127.0.0.1:0".parse().unwrap()).unwrap();
     endpoint.set_default_client_config(tuning::client(&tls));
     endpoint

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use libp2p_tls::certificate;
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
@@ -22,10 +22,32 @@ use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, PeerInc
 
 use crate::identity::{Identity, peer_of_certificate};
 use crate::model::PeerId;
+use crate::wire::{FIRST_MAJOR, Format, Versions};
 
-/// Our own, so that neither libp2p nor HTTP/3 is mistaken for us; changes when the TLS part of the protocol does.
-/// Messages have their own version.
-const ALPN: &[u8] = b"lighterman/1";
+/// The ALPN name of a MAJOR of the transfer protocol. The listener chooses the newest that both ends
+/// speak, so both know the format of `Hello` before it is sent.
+fn alpn(format: Format) -> Vec<u8> {
+    match format.version().major {
+        FIRST_MAJOR => b"lighterman/1".to_vec(),
+        major => format!("lighterman/{major}").into_bytes(),
+    }
+}
+
+/// The ALPN name that is left when the ends have no MAJOR in common. TLS's own refusal could not say
+/// which versions the listener speaks; closing such a connection can.
+const NO_COMMON_MAJOR: &[u8] = b"lighterman/versions";
+
+/// The ALPN names of these versions, the preferred one first.
+fn protocols(versions: Versions) -> Vec<Vec<u8>> {
+    versions.formats().map(alpn).chain([NO_COMMON_MAJOR.to_vec()]).collect()
+}
+
+/// The format that both ends of a connection agreed on; `None` where they have no MAJOR in common.
+pub(super) fn format_of(connection: &quinn::Connection, versions: Versions) -> Option<Format> {
+    let handshake = connection.handshake_data()?.downcast::<HandshakeData>().ok()?;
+    let chosen = handshake.protocol?;
+    versions.formats().find(|format| alpn(*format) == chosen)
+}
 
 /// The certificate could not be made, or rustls does not take it.
 #[derive(Debug, thiserror::Error)]
@@ -46,9 +68,9 @@ pub(super) struct Tls {
 
 impl Tls {
     /// One certificate for the endpoint's life; its key is made here and never stored.
-    pub(super) fn new(identity: &Identity) -> Result<Self, TlsError> {
+    pub(super) fn new(identity: &Identity, versions: Versions) -> Result<Self, TlsError> {
         let (certificate, key) = certificate::generate(&identity.keypair())?;
-        let (client, server) = configs(&certificate, &key)?;
+        let (client, server) = configs(&certificate, &key, versions)?;
         let no_aes = |_| rustls::Error::General("AES-128-GCM, which QUIC begins with, is missing".into());
         Ok(Self {
             client: Arc::new(client.try_into().map_err(no_aes)?),
@@ -60,6 +82,7 @@ impl Tls {
 fn configs(
     certificate: &CertificateDer<'static>,
     key: &PrivateKeyDer<'static>,
+    versions: Versions,
 ) -> Result<(rustls::ClientConfig, rustls::ServerConfig), rustls::Error> {
     let provider = Arc::new(provider());
     let verifier = Arc::new(Libp2pVerifier);
@@ -73,7 +96,7 @@ fn configs(
         .dangerous()
         .with_custom_certificate_verifier(verifier.clone())
         .with_client_cert_resolver(shown.clone());
-    client.alpn_protocols = vec![ALPN.to_vec()];
+    client.alpn_protocols = protocols(versions);
     client.enable_sni = false;
     // Every connection proves both keys anew: a resumed session would outlive a peer's admission.
     client.resumption = Resumption::disabled();
@@ -82,7 +105,7 @@ fn configs(
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
         .with_cert_resolver(shown);
-    server.alpn_protocols = vec![ALPN.to_vec()];
+    server.alpn_protocols = protocols(versions);
     server.session_storage = Arc::new(NoServerSessionStorage {});
     server.send_tls13_tickets = 0;
     Ok((client, server))
@@ -221,7 +244,7 @@ mod tests {
     #[test]
     fn the_cheapest_cipher_is_preferred_and_nothing_is_resumed_or_logged() {
         let (certificate, key) = certificate::generate(&Identity::generate().keypair()).unwrap();
-        let (client, server) = configs(&certificate, &key).unwrap();
+        let (client, server) = configs(&certificate, &key, Versions::TRANSFER).unwrap();
         let first = client.crypto_provider().cipher_suites[0].suite();
         assert_eq!(first, rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
         assert_eq!((server.send_tls13_tickets, server.session_storage.can_cache()), (0, false));
@@ -250,7 +273,7 @@ mod tests {
 
     fn pair() -> (rustls::ClientConfig, rustls::ServerConfig) {
         let (certificate, key) = certificate::generate(&Identity::generate().keypair()).unwrap();
-        configs(&certificate, &key).unwrap()
+        configs(&certificate, &key, Versions::TRANSFER).unwrap()
     }
 
     #[test]
@@ -266,7 +289,7 @@ mod tests {
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(Libp2pVerifier))
             .with_no_client_auth();
-        anonymous.alpn_protocols = vec![ALPN.to_vec()];
+        anonymous.alpn_protocols = protocols(Versions::TRANSFER);
         assert_eq!(shake(anonymous, pair().1), Err(rustls::Error::NoCertificatesPresented));
     }
 
@@ -283,7 +306,7 @@ mod tests {
     fn a_certificate_without_its_key_is_refused() {
         let (stolen, _) = certificate::generate(&Identity::generate().keypair()).unwrap();
         let (_, other_key) = certificate::generate(&Identity::generate().keypair()).unwrap();
-        let (client, server) = configs(&stolen, &other_key).unwrap();
+        let (client, server) = configs(&stolen, &other_key, Versions::TRANSFER).unwrap();
         assert!(shake(client, pair().1).is_err(), "a dialler's");
         assert!(shake(pair().0, server).is_err(), "a listener's");
     }

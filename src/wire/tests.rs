@@ -5,6 +5,9 @@ use crate::model::{
 };
 use crate::oci::Repository;
 
+const MAJOR: u8 = Versions::TRANSFER.current().version().major;
+const MINOR: u8 = Versions::TRANSFER.current().version().minor;
+
 fn peer(number: u8) -> PeerId {
     PeerId::from_public_key([number; 32])
 }
@@ -74,17 +77,78 @@ fn a_truncated_message_is_refused_at_every_length() {
 }
 
 #[test]
-fn another_major_is_named() {
+fn a_refused_major_is_named_with_its_protocol_both_versions_and_the_remedy() {
     let mut frame = encode(&Answer::Absent).unwrap();
-    frame[4] = MAJOR + 1;
-    frame[5] = 9;
-    let error = decode::<Answer>(&frame).unwrap_err();
-    assert!(matches!(error, WireError::Version { major, minor: 9 } if major == MAJOR + 1));
-    assert_eq!(error.to_string(), format!("protocol version {}.9 (this agent speaks {MAJOR}.{MINOR})", MAJOR + 1));
+    (frame[4], frame[5]) = (MAJOR + 1, 9);
+    let error = decode::<Answer>(&frame).unwrap_err().to_string();
+    let said =
+        format!("version {}.9 of the transfer protocol and this agent {MAJOR}.{MINOR}; upgrade this agent", MAJOR + 1);
+    assert!(error.contains(&said), "{error}");
+
+    let ours = Versions::GOSSIP.after_next_major();
+    let mut frame = encode_in(&Question::Part, ours.current()).unwrap();
+    (frame[4], frame[5]) = (1, 2);
+    let error = decode_in::<Question>(&frame, ours).unwrap_err().to_string();
+    let said = format!("version 1.2 of the gossip protocol and this agent {ours}; upgrade that peer");
+    assert!(error.contains(&said), "{error}");
+    assert!(ours.to_string().contains(" and "), "both MAJORs are named: {ours}");
+}
+
+/// [`Answer`] after a change of MAJOR that moves a variant and adds one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+enum AnswerOfNextMajor {
+    Absent,
+    Blob { size: u64 },
+    Elsewhere(PeerId),
+}
+
+impl Message for AnswerOfNextMajor {
+    const LIMIT: usize = Answer::LIMIT;
+    const VERSIONS: Versions = Versions::TRANSFER.after_next_major();
+    type Previous = Answer;
+}
+
+impl From<AnswerOfNextMajor> for Answer {
+    fn from(answer: AnswerOfNextMajor) -> Self {
+        match answer {
+            AnswerOfNextMajor::Blob { size } => Self::Blob { size },
+            AnswerOfNextMajor::Absent | AnswerOfNextMajor::Elsewhere(_) => Self::Absent,
+        }
+    }
+}
+
+impl TryFrom<Answer> for AnswerOfNextMajor {
+    type Error = String;
+
+    fn try_from(answer: Answer) -> Result<Self, String> {
+        match answer {
+            Answer::Blob { size } => Ok(Self::Blob { size }),
+            Answer::Absent => Ok(Self::Absent),
+            other => Err(format!("{other:?} is gone")),
+        }
+    }
+}
+
+#[test]
+fn a_message_of_the_previous_major_is_converted_both_ways() {
+    let previous = AnswerOfNextMajor::VERSIONS.previous().unwrap();
+    let sent = encode_in(&AnswerOfNextMajor::Elsewhere(peer(1)), previous).unwrap();
+    assert_eq!(decode::<Answer>(&sent).unwrap(), Answer::Absent, "an agent of the previous MAJOR reads it");
+    let received = encode(&Answer::Blob { size: 5 }).unwrap();
+    assert_eq!(decode::<AnswerOfNextMajor>(&received).unwrap(), AnswerOfNextMajor::Blob { size: 5 });
+    let (relayed, is_newer) = decode_for_relay::<AnswerOfNextMajor>(&received, AnswerOfNextMajor::VERSIONS).unwrap();
+    assert_eq!((encode_in(&relayed, previous).unwrap(), is_newer), (received, false), "a relay keeps its bytes");
+}
+
+#[test]
+fn a_message_that_the_next_major_has_no_word_for_is_nobodys_fault() {
+    let received = encode(&Answer::Busy).unwrap();
+    let error = decode::<AnswerOfNextMajor>(&received).unwrap_err();
+    assert!(matches!(error, WireError::Unknown { theirs: Version { major: MAJOR, .. }, .. }), "{error}");
 }
 
 /// [`Answer`] as a later release may have it: a field more, a variant more.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 enum NextAnswer {
     Blob { size: u64, modified: u64 },
     _Partial { size: u64 },
@@ -97,11 +161,20 @@ enum NextAnswer {
 
 impl Message for NextAnswer {
     const LIMIT: usize = Answer::LIMIT;
+    const VERSIONS: Versions = Versions::TRANSFER;
+    type Previous = Self;
+}
+
+/// A frame as a release with the next MINOR writes it.
+fn encode_next<M: Message>(message: &M) -> Vec<u8> {
+    let mut frame = encode(message).unwrap();
+    frame[5] = MINOR + 1;
+    frame
 }
 
 #[test]
 fn what_the_next_release_appends_is_passed_over() {
-    let frame = encode_as(&NextAnswer::Blob { size: 5, modified: u64::MAX }, MINOR + 1).unwrap();
+    let frame = encode_next(&NextAnswer::Blob { size: 5, modified: u64::MAX });
     assert_eq!(decode::<Answer>(&frame).unwrap(), Answer::Blob { size: 5 });
     let mut ours = frame;
     ours[5] = MINOR;
@@ -110,8 +183,8 @@ fn what_the_next_release_appends_is_passed_over() {
 
 #[test]
 fn what_only_the_next_release_knows_is_nobodys_fault() {
-    let frame = encode_as(&NextAnswer::Elsewhere(peer(1)), MINOR + 1).unwrap();
-    assert!(matches!(decode::<Answer>(&frame), Err(WireError::Unknown { minor, .. }) if minor == MINOR + 1));
+    let frame = encode_next(&NextAnswer::Elsewhere(peer(1)));
+    assert!(matches!(decode::<Answer>(&frame), Err(WireError::Unknown { theirs, .. }) if theirs.minor == MINOR + 1));
     let mut ours = frame.clone();
     ours[5] = MINOR;
     assert!(matches!(decode::<Answer>(&ours), Err(WireError::Malformed(_))), "our own release knows no such thing");
@@ -119,7 +192,7 @@ fn what_only_the_next_release_knows_is_nobodys_fault() {
 
 #[test]
 fn a_broken_message_of_the_next_release_is_broken() {
-    let mut frame = encode_as(&entry(2), MINOR + 1).unwrap();
+    let mut frame = encode_next(&entry(2));
     frame.pop();
     let length = u32::try_from(frame.len() - HEADER).unwrap();
     frame[..4].copy_from_slice(&length.to_be_bytes());
@@ -128,13 +201,13 @@ fn a_broken_message_of_the_next_release_is_broken() {
 
 #[tokio::test]
 async fn a_later_release_is_understood_on_a_stream_as_well() {
-    let frame = encode_as(&NextAnswer::Blob { size: 5, modified: 1 }, MINOR + 1).unwrap();
+    let frame = encode_next(&NextAnswer::Blob { size: 5, modified: 1 });
     assert_eq!(read::<Answer>(&mut frame.as_slice()).await.unwrap(), Answer::Blob { size: 5 });
 }
 
 #[tokio::test]
 async fn an_oversized_message_is_refused_before_its_body_is_read() {
-    let header = [[0xff; 4].as_slice(), &VERSION.to_be_bytes()].concat();
+    let header = [[0xff; 4].as_slice(), &[MAJOR, MINOR]].concat();
     let mut frame = header.as_slice();
     assert!(matches!(read::<Request>(&mut frame).await, Err(WireError::TooLong { .. })));
     assert!(matches!(encode(&entry(4096)), Err(WireError::TooLong { .. })), "nor is one sent");

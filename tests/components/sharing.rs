@@ -16,12 +16,13 @@ use lighterman::decide::reserve::Reservations;
 use lighterman::decide::rules::{ResolveSettings, Rules};
 use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
-use lighterman::model::{Availability, Item, MeshEvent, NodeName, PeerId};
+use lighterman::model::{Availability, Item, MeshEvent, NodeName, Peer, PeerId};
 use lighterman::oci::{Cut, Platform, Reference};
 use lighterman::ports::{FetchError, Imports, NoPartials, Partials, PieceFetcher};
-use lighterman::testing::image::put_image;
+use lighterman::testing::image::{MadeImage, put_image};
 use lighterman::testing::{MemoryCluster, MemoryRegistry, MemoryStore};
 use lighterman::transfer::{Config, Surroundings, Transfer};
+use lighterman::wire::Versions;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -42,19 +43,16 @@ async fn a_peer_hears_of_a_layers_pieces_as_they_come_and_then_of_the_whole() {
 
     let full = Arc::new(MemoryStore::new());
     let image = put_image(&*full, &[IMAGE.into()], &[LAYER], 7).await.unwrap();
-    let holder = start(&holds, all, &full, Arc::new(NoPartials), RATE, &stop);
+    let today = Versions::TRANSFER;
+    let holder = start(&holds, all, &full, Arc::new(NoPartials), (RATE, today), &stop);
     let (store, underway) = (Arc::new(MemoryStore::new()), Underway::default());
-    let fetcher = start(&fetches, all, &store, Arc::new(underway.clone()), 0, &stop);
-    let follower = start(&follows, all, &Arc::new(MemoryStore::new()), Arc::new(NoPartials), 0, &stop);
+    let fetcher = start(&fetches, all, &store, Arc::new(underway.clone()), (0, today), &stop);
+    let follower = start(&follows, all, &Arc::new(MemoryStore::new()), Arc::new(NoPartials), (0, today), &stop);
     follower.greet(fetcher.local_addr(), Some(has_some)).await.unwrap();
 
     let peer = fetcher.greet(holder.local_addr(), Some(holds_it)).await.unwrap();
     let holders = Holders::default();
-    holders.apply(MeshEvent::Up(peer));
-    let blobs = image.blobs.iter().map(|blob| Item::Blob(blob.digest)).chain([Item::Blob(image.root.digest)]);
-    let Reference::Tag(repository, tag) = IMAGE.parse().unwrap() else { unreachable!("it has a tag") };
-    let items = blobs.chain([Item::Image(repository, Some(tag), image.root.digest)]).collect();
-    holders.apply(MeshEvent::Snapshot(holds_it, items));
+    announce(&holders, peer, &image);
     let recoverer = recoverer(has_some, store, fetcher, holders, underway);
 
     let layer = image.blobs.iter().find(|blob| blob.size >= LAYER).expect("the layer").clone();
@@ -88,12 +86,46 @@ async fn a_peer_hears_of_a_layers_pieces_as_they_come_and_then_of_the_whole() {
     stop.cancel();
 }
 
+#[tokio::test]
+async fn an_image_is_recovered_from_a_peer_of_another_major_in_either_direction() {
+    let (today, next) = (Versions::TRANSFER, Versions::TRANSFER.after_next_major());
+    for (provides, fetches, who) in [(today, next, "the newer fetches"), (next, today, "the older fetches")] {
+        let [one, other] = [(); 2].map(|()| Identity::generate());
+        let all = [one.peer_id(), other.peer_id(), other.peer_id()];
+        let stop = CancellationToken::new();
+        let full = Arc::new(MemoryStore::new());
+        let image = put_image(&*full, &[IMAGE.into()], &[LAYER, 700], 7).await.unwrap();
+        let provider = start(&one, all, &full, Arc::new(NoPartials), (0, provides), &stop);
+        let (store, underway) = (Arc::new(MemoryStore::new()), Underway::default());
+        let fetcher = start(&other, all, &store, Arc::new(underway.clone()), (0, fetches), &stop);
+        let peer = fetcher.greet(provider.local_addr(), Some(one.peer_id())).await.unwrap();
+        let holders = Holders::default();
+        announce(&holders, peer, &image);
+        let recoverer = recoverer(other.peer_id(), store, fetcher, holders, underway);
+        let (wanted, progress) = (IMAGE.parse::<Reference>().unwrap().into(), Progress::default());
+        let recovery = recoverer.recover(&wanted, &progress, &stop);
+        let recovered = tokio::time::timeout(Duration::from_secs(120), recovery).await.expect("it is stuck");
+        assert_eq!(recovered.unwrap().bytes, image.bytes(), "{who}");
+        stop.cancel();
+    }
+}
+
+/// Applies what the mesh says of a peer that has all of the image.
+fn announce(holders: &Holders, peer: Peer, image: &MadeImage) {
+    let id = peer.id;
+    holders.apply(MeshEvent::Up(peer));
+    let blobs = image.blobs.iter().map(|blob| Item::Blob(blob.digest)).chain([Item::Blob(image.root.digest)]);
+    let Reference::Tag(repository, tag) = IMAGE.parse().unwrap() else { unreachable!("it has a tag") };
+    let items = blobs.chain([Item::Image(repository, Some(tag), image.root.digest)]).collect();
+    holders.apply(MeshEvent::Snapshot(id, items));
+}
+
 fn start(
     identity: &Identity,
     admits: [PeerId; 3],
     store: &Arc<MemoryStore>,
     partials: Arc<dyn Partials>,
-    max_upload_rate: u64,
+    (max_upload_rate, versions): (u64, Versions),
     stop: &CancellationToken,
 ) -> Transfer {
     let config = Config {
@@ -113,7 +145,7 @@ fn start(
         joined: mpsc::channel(4).0,
     };
     let in_force = watch::channel(Arc::new(rules)).1;
-    let transfer = Transfer::bind_within(config, identity, surroundings, in_force).unwrap();
+    let transfer = Transfer::bind_with_versions(config, identity, surroundings, in_force, versions).unwrap();
     tokio::spawn(transfer.clone().run(stop.clone()));
     transfer
 }

@@ -12,8 +12,8 @@ use crate::decide::gossip::{AskId, Verdict};
 use crate::identity::{libp2p_peer_id, peer_id_of};
 use crate::mesh::codec::wire_error;
 use crate::mesh::stack::{ANSWER, topic};
-use crate::model::{Gossip, PeerId, Question, Reply};
-use crate::wire::{self, WireError};
+use crate::model::{Gossip, MAX_MEMBERS, PeerId, Question, Reply};
+use crate::wire::{self, Format, WireError};
 
 /// A question that waits for its answer.
 pub(super) struct Asked {
@@ -26,12 +26,28 @@ type QuestionEvent = request_response::Event<Vec<u8>, Reply>;
 
 impl MeshTask {
     pub(super) fn publish(&mut self, message: &Gossip) {
-        let encoded = match wire::encode(message) {
+        let versions = self.versions;
+        self.publish_in(versions.current(), message);
+        if let Some(previous) = versions.previous().filter(|previous| self.has_neighbour_of(*previous)) {
+            self.publish_in(previous, message);
+        }
+    }
+
+    /// Whether a neighbour reads this MAJOR and not the current one. An agent without such a neighbour does not publish for those
+    /// farther away: they get what it says by asking a neighbour.
+    fn has_neighbour_of(&self, previous: Format) -> bool {
+        let (current, previous) = (topic(self.versions.current()).hash(), topic(previous).hash());
+        let mut neighbours = self.swarm.behaviour().gossip.all_peers();
+        neighbours.any(|(_, topics)| topics.contains(&&previous) && !topics.contains(&&current))
+    }
+
+    fn publish_in(&mut self, format: Format, message: &Gossip) {
+        let encoded = match wire::encode_in(message, format) {
             Ok(encoded) => encoded,
             // Who misses it asks.
             Err(error) => return error!(%error, "a message cannot be published"),
         };
-        match self.swarm.behaviour_mut().gossip.publish(topic(), encoded) {
+        match self.swarm.behaviour_mut().gossip.publish(topic(format), encoded) {
             Ok(_) => self.messages_out += 1,
             // Nobody to tell; newcomers ask. Or it was said before, by us or by somebody who relayed it.
             Err(PublishError::NoPeersSubscribedToTopic | PublishError::Duplicate) => {}
@@ -67,7 +83,7 @@ impl MeshTask {
             self.nonsense(from, TOO_MANY, now);
             return MessageAcceptance::Ignore;
         }
-        let (message, is_newer) = match wire::decode_for_relay::<Gossip>(data) {
+        let (message, is_newer) = match wire::decode_for_relay::<Gossip>(data, self.versions) {
             Ok(read) => read,
             Err(error) if self.misread(from, &error, now) => return MessageAcceptance::Reject,
             Err(_) => return MessageAcceptance::Ignore,
@@ -123,7 +139,8 @@ impl MeshTask {
         let now = Instant::now();
         let to = libp2p_peer_id(peer);
         let is_connected = self.links.values().any(|(_, owner)| *owner == peer);
-        let encoded = wire::encode(question).inspect_err(|error| error!(%error, "a question cannot be asked"));
+        let encoded = wire::encode_in(question, self.versions.current());
+        let encoded = encoded.inspect_err(|error| error!(%error, "a question cannot be asked"));
         // libp2p would dial who is not connected.
         let Some(encoded) = encoded.ok().filter(|_| is_connected) else {
             return self.protocol.unanswered(ask, now);
@@ -146,6 +163,16 @@ impl MeshTask {
                     self.call(|protocol, table| protocol.answered(ask, response, table, now));
                     self.table.moved();
                 }
+            }
+            Event::OutboundFailure { peer, request_id, error: OutboundFailure::UnsupportedProtocols, .. } => {
+                self.let_be("other_version");
+                if self.other_versions.len() < MAX_MEMBERS && self.other_versions.insert(peer) {
+                    warn!(
+                        %peer, versions = %self.versions,
+                        "peer speaks no version of the gossip protocol that this agent speaks; upgrade the older of the two"
+                    );
+                }
+                self.unanswered(request_id, &"no common version of the gossip protocol", now);
             }
             Event::OutboundFailure { peer, request_id, error, .. } => {
                 if let (OutboundFailure::Io(error), Some(from)) = (&error, peer_id_of(&peer))
@@ -180,7 +207,7 @@ impl MeshTask {
         if !self.neighbours.may_ask(from, now) {
             return self.nonsense(from, TOO_MANY, now);
         }
-        let reply = match wire::decode::<Question>(question) {
+        let reply = match wire::decode_in::<Question>(question, self.versions) {
             Ok(question) if self.neighbours.begin(from, id, &question, now) => {
                 let Self { protocol, table, .. } = self;
                 table.read(|inventory| protocol.asked(from, question, inventory, now))

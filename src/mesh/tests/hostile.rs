@@ -7,7 +7,10 @@ use super::raw::introduction_of;
 use super::*;
 use crate::mesh::allowance::Rate;
 use crate::model::Question;
-use crate::wire::{self, MAJOR, MINOR, Message};
+use crate::wire::{self, Message};
+
+const MAJOR: u8 = Versions::GOSSIP.current().version().major;
+const MINOR: u8 = Versions::GOSSIP.current().version().minor;
 
 #[tokio::test]
 async fn a_stranger_is_thrown_out_before_any_stream_is_open() {

@@ -121,6 +121,7 @@ pub(super) struct Setting {
     pub(super) listen: SocketAddr,
     pub(super) admission: AllBut,
     pub(super) limits: Limits,
+    pub(super) versions: Versions,
     pub(super) doors: Doors,
 }
 
@@ -131,6 +132,7 @@ impl Default for Setting {
             listen: ([127, 0, 0, 1], 0).into(),
             admission: AllBut::default(),
             limits: Limits::DEFAULT,
+            versions: Versions::GOSSIP,
             doors: Doors::default(),
         }
     }
@@ -149,7 +151,7 @@ impl Node {
 
     /// One that does not introduce itself yet.
     pub(super) async fn start_silent(setting: Setting) -> Self {
-        let Setting { identity, listen, admission, limits, doors } = setting;
+        let Setting { identity, listen, admission, limits, versions, doors } = setting;
         let (metrics, table) = (Metrics::new(), Table::default());
         let (mesh, task, address) = start_within(
             Config { listen },
@@ -158,7 +160,7 @@ impl Node {
             table.clone(),
             Arc::new(admission),
             metrics.clone(),
-            limits,
+            Terms { limits, versions },
         )
         .await
         .unwrap();

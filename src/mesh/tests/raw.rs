@@ -26,7 +26,8 @@ impl Raw {
     /// One that lets this node connect.
     pub(super) async fn start(node: &Node) -> Self {
         let identity = Identity::generate();
-        let mut swarm = stack::build(&identity.keypair(), &TaskTracker::new(), &Metrics::new()).unwrap();
+        let mut swarm =
+            stack::build(&identity.keypair(), &TaskTracker::new(), &Metrics::new(), Versions::GOSSIP).unwrap();
         let port = bind(&mut swarm, ([127, 0, 0, 1], 0).into()).await.unwrap();
         swarm.behaviour_mut().admitted.allow_peer(libp2p_peer_id(node.id()));
         let keys = Keys::new(identity.keypair(), Arc::new(AllBut::default()));
@@ -93,7 +94,7 @@ impl Raw {
     }
 
     pub(super) fn publish(&mut self, payload: Vec<u8>) {
-        self.swarm.behaviour_mut().gossip.publish(stack::topic(), payload).unwrap();
+        self.swarm.behaviour_mut().gossip.publish(stack::topic(Versions::GOSSIP.current()), payload).unwrap();
     }
 
     pub(super) fn ask(&mut self, node: &Node, question: Vec<u8>) {

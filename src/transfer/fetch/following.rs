@@ -13,17 +13,26 @@ use crate::ports::{FetchError, Following};
 use crate::transfer::Shared;
 use crate::transfer::peers::Line;
 use crate::transfer::tuning::NEWS_LEAST;
-use crate::wire::{self, Request, WireError};
+use crate::wire::{self, Request, Versions, WireError};
 
 impl Shared {
     pub(super) async fn follow(&self, wanted: Wanted, cut: Cut) -> Result<Box<dyn Following>, FetchError> {
         let request = Request::Follow(wanted.digest);
         let (answer, recv, line) = self.ask(wanted.peer, wanted.digest, &request).await?;
         let stage = if wanted.granted(&answer)? { Stage::Whole } else { Stage::First };
-        let listener = Listener { wanted, cut, recv, line, stage, next_at: Instant::now() };
+        Ok(self.listen(wanted, cut, recv, line, stage))
+    }
+
+    /// Of a peer that has all of the blob.
+    pub(super) fn listen_to_whole(&self, wanted: Wanted, cut: Cut, recv: RecvStream, line: Line) -> Box<dyn Following> {
+        self.listen(wanted, cut, recv, line, Stage::Whole)
+    }
+
+    fn listen(&self, wanted: Wanted, cut: Cut, recv: RecvStream, line: Line, stage: Stage) -> Box<dyn Following> {
+        let listener = Listener { wanted, cut, recv, line, stage, next_at: Instant::now(), versions: self.versions };
         // A word that was read in part is kept in here when whoever waited for it waits no more.
         let words = unfold(listener, |mut listener| async move { Some((listener.word().await, listener)) });
-        Ok(Box::new(Words(words.boxed())))
+        Box::new(Words(words.boxed()))
     }
 }
 
@@ -45,6 +54,7 @@ struct Listener {
     stage: Stage,
     /// When the next word is read.
     next_at: Instant,
+    versions: Versions,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -76,7 +86,7 @@ impl Listener {
         let word = loop {
             sleep_until(self.next_at).await;
             self.next_at = Instant::now() + NEWS_LEAST;
-            match wire::read::<Availability>(&mut self.recv).await {
+            match wire::read_in::<Availability>(&mut self.recv, self.versions).await {
                 Ok(word) => break word,
                 // Of a later release, and as if it had not been said.
                 Err(WireError::Unknown { .. }) => {}

@@ -32,7 +32,7 @@ impl Shared {
     /// is asked.
     ///
     /// The first piece may wait for its turn at the other end, as long as any other bytes may take.
-    async fn unpack(
+    pub(super) async fn unpack(
         &self,
         mut unpacking: Unpacking<'_>,
         recv: &mut RecvStream,
@@ -70,7 +70,7 @@ impl Shared {
 }
 
 /// The stream of pieces as it comes.
-struct Unpacking<'a> {
+pub(super) struct Unpacking<'a> {
     order: &'a Order,
     wanted: Wanted,
     /// Those of the choice that have not come.
@@ -93,6 +93,12 @@ impl<'a> Unpacking<'a> {
     fn of(order: &'a Order, wanted: Wanted) -> Self {
         let batch = Vec::with_capacity(BATCH_CHUNKS);
         Self { order, wanted, missing: order.choice.clone(), part: Part::Number([0; 4], 0), batch, held: 0 }
+    }
+
+    /// Of a stream that has the bytes of one piece and no number. The order is for this piece alone.
+    pub(super) fn of_range(order: &'a Order, wanted: Wanted, piece: u32) -> Self {
+        let part = Part::Piece(piece, order.cut.length(piece as usize));
+        Self { missing: Vec::new(), part, ..Self::of(order, wanted) }
     }
 
     async fn take(&mut self, shared: &Shared, mut chunk: Bytes, sink: &mut dyn PieceSink) -> Result<(), FetchError> {

@@ -5,7 +5,7 @@ use quinn::{ConnectionError, ReadError, ReadExactError};
 use crate::model::PeerId;
 use crate::oci::{Digest, VerifyError};
 use crate::ports::FetchError;
-use crate::transfer::codes::{GONE, REFUSED, STORE_FAILED, TOO_SLOW};
+use crate::transfer::codes::{GONE, OTHER_MAJOR, REFUSED, STORE_FAILED, TOO_SLOW};
 use crate::transfer::peers::Line;
 use crate::transfer::printable;
 use crate::wire::{Answer, WireError};
@@ -47,6 +47,7 @@ impl Wanted {
         match error {
             ReadError::ConnectionLost(error) => self.lost(error),
             ReadError::Reset(GONE) => FetchError::Absent { peer: self.peer, digest: self.digest },
+            ReadError::Reset(OTHER_MAJOR) => FetchError::OtherMajor { peer: self.peer },
             ReadError::Reset(STORE_FAILED) => FetchError::StoreFailed { peer: self.peer },
             ReadError::Reset(TOO_SLOW) => unreachable("it says that this agent reads too slowly"),
             other => FetchError::Protocol { peer: self.peer, reason: other.to_string() },

@@ -15,7 +15,7 @@ impl Shared {
     pub(super) async fn send_list(&self, digest: Digest, stream: &mut Stream) -> Result<(), ServeError> {
         if let Some(partial) = self.partials.partial(digest) {
             let chain = partial.chain();
-            self.answer(&mut stream.send, &Answer::Partial { size: chain.cut().size() }).await?;
+            self.answer(stream, &Answer::Partial { size: chain.cut().size() }).await?;
             self.send_states(chain.states(), stream).await?;
             return self.finish(stream).await;
         }
@@ -27,7 +27,7 @@ impl Shared {
         let Some(listed) = self.chains.of(digest, Cut::usual(size)) else {
             return self.answer_only(stream, &Answer::Busy).await;
         };
-        self.answer(&mut stream.send, &Answer::Blob { size }).await?;
+        self.answer(stream, &Answer::Blob { size }).await?;
         match listed {
             Listed::Known(chain) => self.send_states(chain.states(), stream).await?,
             Listed::Making(making) => self.send_as_made(making, stream).await?,

@@ -114,7 +114,7 @@ impl Shared {
             Source::Part(_) => Answer::Partial { size },
         };
         // It may have its slot already.
-        let answered = timeout(MOVES, self.answer(&mut stream.send, &granted)).await;
+        let answered = timeout(MOVES, self.answer(stream, &granted)).await;
         answered.map_err(|_| ServeError::TooSlow)??;
         let turn = async {
             upload.turn().await?;

@@ -33,7 +33,7 @@ impl Shared {
         let (mut changes, mut told, size) = (partial.changes(), partial.held(), partial.chain().cut().size());
         // Not held while nothing changes: a reader may take its time, and what is fetched no more costs memory and space on the disk.
         drop(partial);
-        self.answer(&mut stream.send, &Answer::Partial { size }).await?;
+        self.answer(stream, &Answer::Partial { size }).await?;
         self.say(&Availability::These(told.clone()), stream).await?;
         loop {
             let changed = async {
@@ -65,7 +65,7 @@ impl Shared {
     }
 
     async fn say(&self, word: &Availability, stream: &mut Stream) -> Result<(), ServeError> {
-        let said = timeout(self.limits.reader, wire::write(&mut stream.send, word)).await;
+        let said = timeout(self.limits.reader, wire::write_in(&mut stream.send, word, stream.format)).await;
         said.map_err(|_| ServeError::TooSlow)?.map_err(broken)
     }
 }

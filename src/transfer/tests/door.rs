@@ -99,7 +99,8 @@ async fn streams_beside_the_introduction_are_not_served() {
 async fn garbage_and_oversized_introductions_end_the_connection() {
     within(async {
         let listener = Node::start(Shelf::default());
-        let version = wire::VERSION.to_be_bytes();
+        let current = Versions::TRANSFER.current().version();
+        let version = [current.major, current.minor];
         let garbage = [&[0, 0, 0, 4], &version[..], &[0xff; 4]].concat();
         let oversized = [&[0, 1, 0, 0], &version[..], &[0; 4096]].concat();
         let other_version = [0, 0, 0, 0, 9, 9].to_vec();

@@ -115,7 +115,8 @@ async fn a_peer_that_does_not_answer_is_given_up() {
 
 #[tokio::test]
 async fn an_answer_that_is_none_breaks_the_protocol() {
-    let version = wire::VERSION.to_be_bytes();
+    let current = Versions::TRANSFER.current().version();
+    let version = [current.major, current.minor];
     let garbage = [&[0, 0, 0, 1], &version[..], &[0xff]].concat();
     let oversized = [&[0xff, 0, 0, 0], &version[..], &[0]].concat();
     for bytes in [garbage, oversized, Vec::new()] {

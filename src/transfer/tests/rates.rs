@@ -15,7 +15,7 @@ struct Limited {
 impl Limited {
     fn start(shelf: Shelf, down: u64, up: u64, limits: Limits) -> Self {
         let (sender, receiver) = watch::channel(rules(down, up));
-        let bounds = Bounds { limits, rules: Some(receiver) };
+        let bounds = Bounds { limits, rules: Some(receiver), versions: Versions::TRANSFER };
         let node = Node::start_within("127.0.0.1:0", &Identity::generate(), shelf, Guests::default(), bounds);
         Self { node, rules: sender }
     }

@@ -1,0 +1,124 @@
+//! The versions of the protocols between agents.
+//!
+//! Gossip and transfer have a MAJOR each, because a change of one is no reason to end the other. An
+//! agent speaks the current MAJOR of a protocol and the one before. Both names of a MAJOR that
+//! agents negotiate by (TLS's ALPN, libp2p's protocol and topic) follow from its number.
+
+use std::fmt;
+
+/// A protocol between agents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// Over libp2p: members, and which content each of them has.
+    Gossip,
+    /// Over QUIC: admission, and blobs.
+    Transfer,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Gossip => "gossip",
+            Self::Transfer => "transfer",
+        })
+    }
+}
+
+/// A version of a protocol, as each frame carries it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    /// Changes when an agent of the MAJOR before could not read a message.
+    pub major: u8,
+    /// Changes when a message gets a field at its end, or an enum a variant.
+    pub minor: u8,
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// The versions of one protocol that an agent reads and writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Versions {
+    protocol: Protocol,
+    current: Version,
+    /// `None` while the current MAJOR is the first that was released.
+    previous: Option<Version>,
+}
+
+impl Versions {
+    /// Of the messages of `crate::model` that members of the mesh exchange.
+    pub const GOSSIP: Self =
+        Self { protocol: Protocol::Gossip, current: Version { major: FIRST_MAJOR, minor: 0 }, previous: None };
+
+    /// Of the messages of [`super`] and of `Availability`.
+    pub const TRANSFER: Self =
+        Self { protocol: Protocol::Transfer, current: Version { major: FIRST_MAJOR, minor: 0 }, previous: None };
+
+    /// The protocol.
+    pub const fn protocol(self) -> Protocol {
+        self.protocol
+    }
+
+    /// The format of messages to peers of the same MAJOR.
+    pub const fn current(self) -> Format {
+        Format { version: self.current, is_previous: false }
+    }
+
+    /// The format of messages to peers of the MAJOR before.
+    pub fn previous(self) -> Option<Format> {
+        self.previous.map(|version| Format { version, is_previous: true })
+    }
+
+    /// Both formats, the preferred one first.
+    pub fn formats(self) -> impl Iterator<Item = Format> {
+        std::iter::once(self.current()).chain(self.previous())
+    }
+
+    /// The format of messages of this MAJOR.
+    pub fn format(self, major: u8) -> Option<Format> {
+        self.formats().find(|format| format.version.major == major)
+    }
+
+    /// The versions of a release after the next change of MAJOR, for tests of two releases side by
+    /// side: its messages are today's.
+    #[cfg(any(test, feature = "testing"))]
+    pub const fn after_next_major(self) -> Self {
+        let current = Version { major: self.current.major + 1, minor: 0 };
+        Self { protocol: self.protocol, current, previous: Some(self.current) }
+    }
+}
+
+impl fmt::Display for Versions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.previous {
+            Some(previous) => write!(f, "{} and {previous}", self.current),
+            None => self.current.fmt(f),
+        }
+    }
+}
+
+/// The first MAJOR of either protocol that was released. The names that it is negotiated by are
+/// older than the rule that they carry the MAJOR's number.
+pub const FIRST_MAJOR: u8 = 4;
+
+/// The format of a message: one of an agent's [`Versions`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Format {
+    version: Version,
+    is_previous: bool,
+}
+
+impl Format {
+    /// The version in the frame.
+    pub const fn version(self) -> Version {
+        self.version
+    }
+
+    /// Whether it is the MAJOR before the agent's own.
+    pub const fn is_previous(self) -> bool {
+        self.is_previous
+    }
+}
