@@ -5,6 +5,7 @@ mod pace;
 mod reading;
 mod rooted;
 mod staging;
+mod versioned;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -23,6 +24,7 @@ use crate::oci::Digest;
 use crate::ports::{BlobReader, StoreError};
 pub use rooted::below_root;
 pub use staging::{Leftover, StagingFile, is_taken, leftovers, staging_folder, sync_folder};
+pub use versioned::read_versioned;
 
 /// The most that one read returns, whatever is asked for: the largest piece that a transfer cuts. It bounds a buffer.
 const MAX_READ: usize = 8 << 20;

@@ -1,5 +1,8 @@
 //! The agent's key: one ed25519 key for gossip and for bulk transfer, kept on the node; and whose key a TLS certificate proves.
 //!
+//! The file is the 32 bytes of the secret key (RFC 8032, section 5.1.5) and nothing else. It has no version: a release that needs
+//! more keeps it in a file of another name, which an older release does not look for.
+//!
 //! Not here: who is admitted (that is [`crate::ports::Admission`]'s).
 
 use std::io::{self, Write};
@@ -160,6 +163,22 @@ mod tests {
         let found = Identity::load_or_create(&path).unwrap();
         assert_eq!(made.peer_id(), found.peer_id());
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn the_file_is_as_released_agents_read_and_write_it() {
+        // RFC 8032, section 7.1, test 1: a secret key and its public key.
+        const SECRET: [u8; 32] = *b"\x9d\x61\xb1\x9d\xef\xfd\x5a\x60\xba\x84\x4a\xf4\x92\xec\x2c\xc4\
+            \x44\x49\xc5\x69\x7b\x32\x69\x19\x70\x3b\xac\x03\x1c\xae\x7f\x60";
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("identity.key");
+        let mut options = std::fs::OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600).open(&path).unwrap().write_all(&SECRET).unwrap();
+        let found = Identity::load_or_create(&path).unwrap();
+        assert_eq!(found.peer_id().public_key()[..4], [0xd7, 0x5a, 0x98, 0x01]);
+        let again = folder.path().join("again.key");
+        found.store(&again).unwrap();
+        assert_eq!(std::fs::read(&again).unwrap(), SECRET);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What admission keeps on the node, so that agents that know each other go on while the API server is away, also over a restart.
 //!
 //! A file with mode 0600 in a folder of root's. It is believed as far as its age allows and never more; one that cannot be read, or
-//! that others could have read or written, counts as none, and the agent starts all the same.
+//! that others could have read or written, counts as none, and the agent starts all the same. One of another version is kept aside
+//! ([`read_versioned`]): a rollback does not cost the file.
 
 use std::io;
 use std::path::Path;
@@ -11,10 +12,10 @@ use serde::{Deserialize, Serialize};
 
 use super::jwks::Published;
 use super::verdicts::{MOST, Verdict};
-use crate::files::{read_private, write_private};
+use crate::files::{read_versioned, write_private};
 use crate::model::{NodeName, PeerId};
 
-/// Changes with the form of the file; another one is not read.
+/// Changes with the meaning of a field. A new field needs no new version: older builds pass over it, and newer ones do without it.
 const VERSION: u32 = 1;
 
 /// 32 768 peers of 200 bytes (PeerId, UID, a node's name and the time), keys and a token; four times as
@@ -111,10 +112,9 @@ impl Kept {
 }
 
 fn read(path: &Path) -> io::Result<Kept> {
-    let text = read_private(path, MAX_BYTES)?;
+    let text = read_versioned(path, MAX_BYTES, VERSION)?;
     // Not the parser's words, which repeat what it found: there is a token in it.
-    let kept = serde_json::from_slice::<Kept>(&text).ok().filter(|kept| kept.version == VERSION);
-    kept.ok_or_else(|| io::Error::other("it is damaged, or another version's"))
+    serde_json::from_slice(&text).map_err(|_| io::Error::other("it is damaged"))
 }
 
 #[cfg(test)]
@@ -144,6 +144,37 @@ mod tests {
         let mut found = Kept::load(&path);
         assert_eq!(serde_json::to_value(&found).unwrap(), serde_json::to_value(kept()).unwrap());
         assert_eq!(found.peers(), kept().peers());
+    }
+
+    /// As the first release wrote it.
+    const GOLDEN: &str = include_str!("golden/admission-1.json");
+
+    #[test]
+    fn the_file_is_as_released_agents_read_and_write_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("admission.json");
+        kept().store(&path).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), GOLDEN.trim_end(), "other builds read this");
+        write_private(&path, GOLDEN.as_bytes()).unwrap();
+        assert_eq!(serde_json::to_value(Kept::load(&path)).unwrap(), serde_json::to_value(kept()).unwrap());
+        let newer = GOLDEN.replace(r#""version":1"#, r#""version":1,"added":{"later":[1]}"#);
+        let newer = newer.replace(r#""node":"node-3""#, r#""node":"node-3","added":"later""#);
+        write_private(&path, newer.as_bytes()).unwrap();
+        assert_eq!(Kept::load(&path).peers(), kept().peers(), "fields of a later build are passed over");
+    }
+
+    #[test]
+    fn a_file_of_a_later_version_survives_a_rollback() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("admission.json");
+        let later = r#"{"version":2,"peers":"elsewhere"}"#;
+        write_private(&path, later.as_bytes()).unwrap();
+        assert!(Kept::load(&path).peers().is_empty());
+        kept().store(&path).unwrap();
+        assert_eq!(Kept::load(&path).peers(), kept().peers(), "this build goes on with a file of its own");
+        let aside = folder.path().join("admission.json.version-2");
+        assert_eq!(std::fs::read_to_string(&aside).unwrap(), later);
+        assert_eq!(std::fs::metadata(&aside).unwrap().permissions().mode() & 0o777, 0o600);
     }
 
     #[test]

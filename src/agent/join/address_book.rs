@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use crate::files::{read_private, write_private};
+use crate::files::{read_versioned, write_private};
 use crate::model::{NodeName, Peer, PeerId, Release, Zone};
 
 /// Peers kept. One that answers is enough; when nine of ten nodes have gone, 25 are left.
@@ -28,7 +28,7 @@ const KEPT_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
 /// The file is written again for the sake of [`KnownPeer::last_seen`] alone after so long.
 const STALE: Duration = Duration::from_secs(3600);
 
-/// Changes with the file's form; another one is not read.
+/// Changes with the meaning of a field. A new field needs no new version: older builds pass over it, and newer ones do without it.
 const VERSION: u32 = 1;
 
 /// One peer.
@@ -169,7 +169,7 @@ fn is_worth_writing(written: &[KnownPeer], peers: &[KnownPeer]) -> bool {
 }
 
 fn read(path: &Path, now: u64) -> io::Result<Vec<KnownPeer>> {
-    match read_private(path, MAX_BYTES) {
+    match read_versioned(path, MAX_BYTES, VERSION) {
         Ok(text) => decode(&text, now).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),
@@ -178,10 +178,7 @@ fn read(path: &Path, now: u64) -> io::Result<Vec<KnownPeer>> {
 
 /// What a file holds that is still of use.
 fn decode(text: &[u8], now: u64) -> Result<Vec<KnownPeer>, String> {
-    let File { version, peers } = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-    if version != VERSION {
-        return Err(format!("it has version {version}, not {VERSION}"));
-    }
+    let File { version: _, peers } = serde_json::from_slice(text).map_err(|error| error.to_string())?;
     if peers.len() > MAX_KNOWN {
         return Err(format!("it has {} peers, more than {MAX_KNOWN}", peers.len()));
     }

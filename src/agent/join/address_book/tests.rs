@@ -142,7 +142,6 @@ fn a_file_that_makes_no_sense_is_not_used() {
     }
     let as_text = String::from_utf8(good).unwrap();
     for (from, to) in [
-        ("\"version\": 1", "\"version\": 2"),
         ("12D3KooW", "12D3KooX"),
         ("10.0.0.1:4701", "10.0.0.1"),
         ("node-00001", "Node\\n"),
@@ -154,6 +153,33 @@ fn a_file_that_makes_no_sense_is_not_used() {
     }
     let many: Vec<_> = (0..=MAX_KNOWN as u16).map(|number| known(number, None, NOW)).collect();
     assert!(decode(&text(&many), NOW).is_err());
+}
+
+/// As the first release wrote it.
+const GOLDEN: &str = include_str!("../golden/peers-1.json");
+
+#[test]
+fn the_file_is_as_released_agents_read_and_write_it() {
+    let peers = [known(1, Some("z"), NOW), KnownPeer { release: None, ..known(2, None, NOW) }];
+    assert_eq!(String::from_utf8(text(&peers)).unwrap(), GOLDEN.trim_end(), "other builds read this");
+    assert_eq!(decode(GOLDEN.as_bytes(), NOW).unwrap(), peers);
+    let newer = GOLDEN.replace("\"version\": 1", "\"version\": 1, \"added\": {\"later\": 1}");
+    let newer = newer.replace("\"node\"", "\"added\": [\"later\"], \"node\"");
+    assert_eq!(decode(newer.as_bytes(), NOW).unwrap(), peers, "fields of a later build are passed over");
+}
+
+#[test]
+fn a_file_of_a_later_version_survives_a_rollback() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("peers.json");
+    let later = br#"{"version": 2, "peers": {"by": "zone"}}"#;
+    store(&path, later);
+    let mut rolled_back = book(&path);
+    assert!(rolled_back.peers.is_empty());
+    let (to, written) = rolled_back.update(vec![known(1, None, now())]).expect("there is something new");
+    assert!(store(&to, &written));
+    assert_eq!(book(&path).peers.len(), 1, "this build goes on with a file of its own");
+    assert_eq!(std::fs::read(folder.path().join("peers.json.version-2")).unwrap(), later);
 }
 
 #[test]
