@@ -30,7 +30,8 @@ FIGURE_SOURCES ?= 'cargo bench --locked --bench transfer' \
   'cargo test --locked --release --no-default-features --features testing --test simulation -- --nocapture'
 
 # Where tests and measurements find what was built.
-BUILT = LIGHTERMAN_BIN='$(BIN)' LIGHTERMAN_IMAGE='$(IMAGE)' LIGHTERMAN_TESTBED='$(CACHE)/testbed'
+BUILT = LIGHTERMAN_BIN='$(BIN)' LIGHTERMAN_IMAGE='$(IMAGE)' LIGHTERMAN_TESTBED='$(CACHE)/testbed' \
+  LIGHTERMAN_PREVIOUS='$(CACHE)/previous/$(file < tests/e2e/previous-commit)'
 
 .PHONY: help
 help: ## this list
@@ -87,6 +88,10 @@ lint: check-scripts check-flags check-manifest ## everything that is checked wit
 testbed: ## Kubernetes and containerds for the tests, into the cache folder (a quarter of an hour, once)
 	tests/testbed/setup.sh
 
+.PHONY: previous
+previous: ## the agent of an earlier commit, into the cache folder, to run beside this tree's (once for each commit)
+	@LIGHTERMAN_CACHE='$(CACHE)' scripts/previous.sh
+
 .PHONY: test-fast
 test-fast: ## the tests that need nothing
 	cargo test --locked $(FAST_TESTS)
@@ -100,7 +105,7 @@ need-root:
 	@[ "$$(id -u)" = 0 ] || { echo 'make test needs root, for network namespaces and containerds of its own; make test-fast does not' >&2; exit 1; }
 
 .PHONY: test
-test: need-root deps testbed build image ## all tests, on real components
+test: need-root deps testbed previous build image ## all tests, on real components
 	@scripts/check-flags.sh '$(BIN)'
 	$(BUILT) cargo test --locked
 

@@ -2,6 +2,7 @@
 # image.sh OUT.tar: the container image as an OCI image layout, made without a container engine from
 #   BIN=FILE        the static binary
 #   CA_BUNDLE=FILE  certificate authorities, for registries (default: the machine's)
+#   IMAGE_TAG=TAG   the tag (default: the package's version)
 # Import it with `ctr --namespace k8s.io images import OUT.tar`, or push it with any tool that reads OCI layouts.
 # The same input gives the same bytes (as long as gzip is the same).
 . "$(dirname "$0")/lib.sh"
@@ -9,7 +10,8 @@ out=${1:?usage: image.sh OUT.tar}
 bin=${BIN:?set BIN to the static binary}
 ca=${CA_BUNDLE:-/etc/ssl/certs/ca-certificates.crt}
 version=$(package_version)
-name=lighterman.dev/lighterman:$version
+tag=${IMAGE_TAG:-$version}
+name=lighterman.dev/lighterman:$tag
 
 [ -x "$bin" ] || die "$bin is not there: \`make build\` makes it"
 [ -r "$ca" ] || die "$ca cannot be read: install ca-certificates, or set CA_BUNDLE"
@@ -64,7 +66,7 @@ manifest=$(add application/vnd.oci.image.manifest.v1+json "$work/manifest")
 
 # containerd takes the name from its own annotation, others from the specification's, which has room for the tag only.
 cat > "$work/layout/index.json" << END
-{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[{$manifest,"platform":{"architecture":"$architecture","os":"linux"},"annotations":{"io.containerd.image.name":"$name","org.opencontainers.image.ref.name":"$version"}}]}
+{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[{$manifest,"platform":{"architecture":"$architecture","os":"linux"},"annotations":{"io.containerd.image.name":"$name","org.opencontainers.image.ref.name":"$tag"}}]}
 END
 echo '{"imageLayoutVersion":"1.0.0"}' > "$work/layout/oci-layout"
 

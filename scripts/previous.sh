@@ -1,0 +1,39 @@
+#!/bin/bash
+# previous.sh [COMMIT]: builds the agent of an earlier commit, which a test runs beside the agent of this tree.
+# COMMIT is 40 hexadecimal digits; the default is in tests/e2e/previous-commit.
+# The cache folder then has previous/COMMIT/image.tar, whose tag is `previous`, and previous/COMMIT/lighterman.yaml, the manifest
+# of that commit. A later run finds both and builds nothing.
+# A repository without the commit (a shallow clone) is no failure: nothing is built, and the test says that it was ignored.
+. "$(dirname "$0")/lib.sh"
+commit=${1:-$(cat tests/e2e/previous-commit)}
+[[ $commit =~ ^[0-9a-f]{40}$ ]] || die "which commit? not '$commit'"
+home=$CACHE/previous
+folder=$home/$commit
+mkdir -p "$home"
+# Two runs at a time would build in the same folders.
+exec 9> "$home/lock"
+flock 9
+
+is_built() { [ -f "$folder/image.tar" ] && [ -f "$folder/lighterman.yaml" ]; }
+if is_built; then
+  say "previous.sh: $folder is there"
+  exit
+fi
+if ! git cat-file -e "$commit^{commit}" 2> /dev/null; then
+  say "previous.sh: SKIPPED, this repository has no commit $commit; \`git fetch --unshallow\` brings it into a shallow clone"
+  exit
+fi
+
+say "previous.sh: building $commit, once ..."
+source=$home/source target=$home/target
+rm -rf "$source"
+mkdir -p "$source" "$folder"
+git archive "$commit" | tar --extract --directory "$source"
+triple=$(rustc -vV | sed -n 's/^host: //p')
+# Unoptimised and without debug information, which takes half of a release build's time. Static, as the image has no loader.
+(cd "$source" && RUSTFLAGS='-C target-feature=+crt-static' CARGO_TARGET_DIR=$target CARGO_INCREMENTAL=0 CARGO_PROFILE_DEV_DEBUG=0 \
+  cargo build --quiet --locked --bin lighterman --target "$triple")
+BIN=$target/$triple/debug/lighterman IMAGE_TAG=previous scripts/image.sh "$folder/image.tar"
+cp "$source/manifests/lighterman.yaml" "$folder/lighterman.yaml"
+# The next pinned commit has other dependencies as a rule, and the folder has more than a GiB.
+rm -rf "$source" "$target"
