@@ -38,7 +38,7 @@ impl Bed {
         bed.ctl(&["in", NODES[0].0, "sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"])?;
         bed.break_registries()?;
         bed.import_agents()?;
-        bed.deploy(&for_tests(shipped_manifest()?))?;
+        bed.deploy(&bed.for_tests(shipped_manifest()?))?;
         Ok(bed)
     }
 
@@ -108,11 +108,24 @@ impl Bed {
 
     /// The agents, as users install them: by the manifest.
     pub(crate) fn deploy(&self, manifest: &str) -> Result<(), Failure> {
-        let file = self.run.join("lighterman.yaml");
-        fs::write(&file, manifest).map_err(|error| error.to_string())?;
-        self.kubectl(&["apply", "-f", &file.to_string_lossy()])?;
+        self.install(manifest)?;
         let rollout = ["-n", "lighterman", "rollout", "status", "daemonset/lighterman", "--timeout=90s"];
         self.kubectl(&rollout).map(drop).map_err(|error| format!("{error}\n{}", self.agents_story()))
+    }
+
+    /// A manifest of the agents with what the tests need besides: tote's annotations, and registries without TLS.
+    pub(crate) fn for_tests(&self, manifest: String) -> String {
+        let insecure = [&registries::names()[..], &[REGISTRY.to_owned()]].concat().join(",");
+        let changed =
+            [("LIGHTERMAN_ANNOTATION_PREFIX", "lighterman.dev,tote.dev"), ("LIGHTERMAN_INSECURE_REGISTRY", &insecure)];
+        changed.into_iter().fold(manifest, |text, (name, value)| set_variable(&text, name, value))
+    }
+
+    /// Applies a manifest.
+    pub(crate) fn install(&self, manifest: &str) -> Result<(), Failure> {
+        let file = self.run.join("lighterman.yaml");
+        fs::write(&file, manifest).map_err(|error| error.to_string())?;
+        self.kubectl(&["apply", "-f", &file.to_string_lossy()]).map(drop)
     }
 
     pub(crate) fn ctl(&self, arguments: &[&str]) -> Result<String, Failure> {
@@ -158,7 +171,7 @@ impl Bed {
 
     /// A shell that needs nothing but itself.
     pub(crate) fn busybox(&self) -> PathBuf {
-        cache().join("bin/busybox")
+        testbed().join("bin/busybox")
     }
 
     /// The folder of this run, for files that a command inside needs.
@@ -218,27 +231,21 @@ impl Drop for Bed {
 }
 
 /// The folder into which `setup.sh` builds.
+pub(crate) fn testbed() -> PathBuf {
+    std::env::var_os("LIGHTERMAN_TESTBED").map_or_else(|| cache().join("testbed"), PathBuf::from)
+}
+
+/// Where scripts keep what they built, as `scripts/lib.sh` has it.
 pub(crate) fn cache() -> PathBuf {
-    let set = std::env::var_os("LIGHTERMAN_TESTBED").map(PathBuf::from);
-    set.unwrap_or_else(|| {
-        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-        let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
-        cache.unwrap_or_else(home).join("lighterman/testbed")
-    })
+    let set = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let home = || set("HOME").unwrap_or_default().join(".cache");
+    set("LIGHTERMAN_CACHE").unwrap_or_else(|| set("XDG_CACHE_HOME").unwrap_or_else(home).join("lighterman"))
 }
 
 /// The manifest that users apply.
 pub(crate) fn shipped_manifest() -> Result<String, Failure> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("manifests/lighterman.yaml");
     fs::read_to_string(&file).map_err(|error| format!("{}: {error}", file.display()))
-}
-
-/// The manifest with what the tests need besides: tote's annotations, and registries without TLS.
-fn for_tests(manifest: String) -> String {
-    let insecure = [&registries::names()[..], &[REGISTRY.to_owned()]].concat().join(",");
-    let changed =
-        [("LIGHTERMAN_ANNOTATION_PREFIX", "lighterman.dev,tote.dev"), ("LIGHTERMAN_INSECURE_REGISTRY", &insecure)];
-    changed.into_iter().fold(manifest, |text, (name, value)| set_variable(&text, name, value))
 }
 
 /// Sets a variable of the agents, whether the manifest has it or not.

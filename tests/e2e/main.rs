@@ -86,10 +86,15 @@ fn perform(arguments: &Arguments, bed: Option<&Arc<Bed>>, scenarios: &[(&'static
     let trials = scenarios.iter().map(|(name, scenario)| {
         let bed = bed.cloned();
         let scenario = *scenario;
-        Trial::test(*name, move || {
+        let ignored = scenarios::ignored(name);
+        if let Some(reason) = ignored.as_deref().filter(|_| is_selected(arguments, name)) {
+            eprintln!("{name} is ignored: {reason}");
+        }
+        let trial = Trial::test(*name, move || {
             let bed = bed.as_deref().ok_or("no test bed")?;
             scenario(bed).map_err(Failed::from)
-        })
+        });
+        trial.with_ignored_flag(ignored.is_some())
     });
     let arguments = Arguments { test_threads: Some(1), ..arguments.clone() };
     libtest_mimic::run(&arguments, trials.collect())

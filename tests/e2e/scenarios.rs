@@ -7,6 +7,7 @@ mod false_outages;
 mod outage;
 mod settings;
 mod stolen;
+mod versions;
 
 use std::time::{Duration, Instant};
 
@@ -42,7 +43,15 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("strangers_are_refused_at_both_doors_and_see_nothing", doors::strangers),
     ("a_stolen_token_changes_no_pod_beyond_a_nudge_on_its_own_node", stolen::attacks),
     ("an_agent_that_is_told_to_stop_ends_in_time", termination),
+    (VERSIONS, versions::side_by_side),
 ];
+
+const VERSIONS: &str = "two_builds_recover_from_each_other_in_an_outage_and_change_places_over_the_same_files";
+
+/// Why this scenario cannot be played here, where something is missing that `make test` may be without.
+pub(crate) fn ignored(name: &str) -> Option<String> {
+    if name == VERSIONS { versions::ignored() } else { None }
+}
 
 /// Stops the registry while it lives.
 pub(crate) struct RegistryDown<'a>(&'a Bed);

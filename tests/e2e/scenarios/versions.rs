@@ -1,0 +1,219 @@
+//! Two builds side by side in an outage: one node runs the agent of an earlier commit, the others run
+//! this tree's. Then two nodes exchange their builds and keep their data folders.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::{RegistryDown, agent_pod, ensure};
+use crate::bed::{Bed, Failure, NODES, REGISTRY, shipped_manifest, wait_for};
+use crate::pods::{PATIENCE, Space};
+
+/// The commit that `scripts/previous.sh` builds.
+const COMMIT: &str = include_str!("../previous-commit");
+
+/// The tag of the image that is built from that commit.
+const TAG: &str = "previous";
+
+/// The image that `scripts/previous.sh` made, and the manifest of its commit.
+struct Previous {
+    image: PathBuf,
+    manifest: PathBuf,
+}
+
+impl Previous {
+    fn find() -> Result<Self, Failure> {
+        let set = std::env::var_os("LIGHTERMAN_PREVIOUS").map(PathBuf::from);
+        let folder = set.unwrap_or_else(|| crate::bed::cache().join("previous").join(COMMIT.trim()));
+        let (image, manifest) = (folder.join("image.tar"), folder.join("lighterman.yaml"));
+        match image.is_file() && manifest.is_file() {
+            true => Ok(Self { image, manifest }),
+            false => Err(format!(
+                "{} has no build of commit {}: scripts/previous.sh makes it from the repository's history, which a shallow clone lacks",
+                folder.display(),
+                COMMIT.trim()
+            )),
+        }
+    }
+}
+
+/// Why the scenario cannot be played here.
+pub(super) fn ignored() -> Option<String> {
+    Previous::find().err()
+}
+
+/// A build of the agent.
+#[derive(Clone, Copy, PartialEq)]
+enum Build {
+    Previous,
+    Current,
+}
+
+/// The builds of the cluster's agents. Dropped, all agents are of this tree again.
+struct Builds<'a> {
+    bed: &'a Bed,
+    previous: Previous,
+}
+
+impl<'a> Builds<'a> {
+    fn of(bed: &'a Bed) -> Result<Self, Failure> {
+        let previous = Previous::find()?;
+        for (node, _) in NODES {
+            bed.ctl(&["ctr", node, "images", "import", &previous.image.to_string_lossy()])?;
+        }
+        Ok(Self { bed, previous })
+    }
+
+    /// Upgrades or rolls back one node, as a person would: applies the manifest of that build with
+    /// `OnDelete`, and deletes the node's agent.
+    fn install(&self, build: Build, node: &str) -> Result<(), Failure> {
+        let bed = self.bed;
+        let manifest = match build {
+            Build::Previous => with_tag(&read(&self.previous.manifest)?, TAG),
+            Build::Current => shipped_manifest()?,
+        };
+        bed.install(&bed.for_tests(on_delete(&manifest)))?;
+        let old = agent_pod(bed, node)?;
+        let name = old["metadata"]["name"].as_str().unwrap_or_default();
+        bed.kubectl(&["-n", "lighterman", "delete", "pod", name, "--timeout=60s"])?;
+        wait_for(&format!("the agent of the other build on {node}"), PATIENCE, || {
+            let pod = agent_pod(bed, node).ok().filter(|pod| pod["metadata"]["uid"] != old["metadata"]["uid"]);
+            Ok(pod.filter(|pod| is_of(pod, build) && pod["status"]["containerStatuses"][0]["ready"] == true).map(drop))
+        })
+        .map_err(|error| format!("{error}\n{}", bed.agents_story()))?;
+        // An agent that starts does not serve metrics at once.
+        wait_for("every agent to see the others", PATIENCE, || {
+            let mut seen = NODES.iter().map(|(node, _)| bed.metric(node, "lighterman_peers").unwrap_or(0.0));
+            Ok(seen.all(|peers| peers == (NODES.len() - 1) as f64).then_some(()))
+        })
+        .map_err(|error| format!("{error}\n{}", bed.agents_story()))
+    }
+}
+
+impl Drop for Builds<'_> {
+    fn drop(&mut self) {
+        for (node, _) in NODES {
+            let is_previous = agent_pod(self.bed, node).is_ok_and(|pod| is_of(&pod, Build::Previous));
+            if let Err(error) = if is_previous { self.install(Build::Current, node) } else { Ok(()) } {
+                eprintln!("{error}");
+            }
+        }
+        let restored = shipped_manifest().and_then(|manifest| self.bed.install(&self.bed.for_tests(manifest)));
+        if let Err(error) = restored {
+            eprintln!("{error}");
+        }
+    }
+}
+
+fn is_of(pod: &Value, build: Build) -> bool {
+    let image = pod["spec"]["containers"][0]["image"].as_str().unwrap_or_default();
+    image.ends_with(&format!(":{TAG}")) == (build == Build::Previous)
+}
+
+fn read(path: &Path) -> Result<String, Failure> {
+    fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// A manifest whose agents run the image with this tag.
+fn with_tag(manifest: &str, tag: &str) -> String {
+    let name = "image: \"lighterman.dev/lighterman:";
+    let change = |line: &str| match line.split_once(name) {
+        Some((indent, _)) => format!("{indent}{name}{tag}\""),
+        None => line.to_owned(),
+    };
+    manifest.lines().map(change).collect::<Vec<_>>().join("\n")
+}
+
+/// A manifest whose agents are replaced when they are deleted.
+fn on_delete(manifest: &str) -> String {
+    let depth = |line: &str| line.len() - line.trim_start().len();
+    let (mut lines, mut within) = (Vec::new(), None);
+    for line in manifest.lines() {
+        if within.is_some_and(|outer| depth(line) > outer) {
+            continue;
+        }
+        within = None;
+        lines.push(line.to_owned());
+        if line.trim() == "updateStrategy:" {
+            within = Some(depth(line));
+            lines.push(format!("{}type: OnDelete", " ".repeat(depth(line) + 2)));
+        }
+    }
+    lines.join("\n")
+}
+
+/// The files that an agent reads when it starts.
+struct Kept {
+    key: Vec<u8>,
+}
+
+impl Kept {
+    fn on(bed: &Bed, node: &str) -> Result<Self, Failure> {
+        let folder = PathBuf::from(bed.env(&format!("NODE_{node}_STATE"))?);
+        let key = fs::read(folder.join("identity.key")).map_err(|error| format!("the key of {node}: {error}"))?;
+        for name in ["admission.json", "peers.json"] {
+            wait_for(&format!("{name} on {node}"), PATIENCE, || Ok(folder.join(name).is_file().then_some(())))?;
+        }
+        Ok(Self { key })
+    }
+
+    /// The key is the same, and the agent that started last has used the files.
+    fn survived(&self, bed: &Bed, node: &str) -> Result<(), Failure> {
+        ensure(Self::on(bed, node)?.key == self.key, format!("the agent on {node} has another key"))?;
+        let folder = PathBuf::from(bed.env(&format!("NODE_{node}_STATE"))?);
+        let names = fs::read_dir(&folder).map_err(|error| error.to_string())?;
+        let names: Vec<_> = names.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        ensure(!names.iter().any(|name| name.contains(".version-")), format!("a file was set aside: {names:?}"))?;
+        let pod = agent_pod(bed, node)?;
+        let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+        let log = bed.kubectl(&["-n", "lighterman", "logs", name])?;
+        let unused = log.lines().find(|line| line.contains("not used") || line.contains("are not used"));
+        ensure(unused.is_none(), format!("a file of {node} is of no use to the other build: {unused:?}"))
+    }
+}
+
+/// An image that only this node has, in a pod that runs there.
+fn held(space: &Space<'_>, name: &str, node: &str) -> Result<String, Failure> {
+    space.bed.push_image(&format!("versions/{name}:v1"), &[9, 1])?;
+    let image = format!("{REGISTRY}/versions/{name}:v1");
+    space.pod(&format!("holds-{name}"), node, &image, true)?;
+    space.wait_running(&format!("holds-{name}"))?;
+    Ok(image)
+}
+
+fn recovered(space: &Space<'_>, name: &str, image: &str, node: &str) -> Result<(), Failure> {
+    space.pod(name, node, image, true)?;
+    space.wait_running(name)?;
+    let note = space.wait_salvaged(name)?;
+    println!("  {name}: {note}");
+    Ok(())
+}
+
+pub(super) fn side_by_side(bed: &Bed) -> Result<(), Failure> {
+    let (one, other) = (NODES[0].0, NODES[1].0);
+    let builds = Builds::of(bed)?;
+    let space = Space::new(bed, "e2e-versions")?;
+    builds.install(Build::Previous, one)?;
+    let kept = (Kept::on(bed, one)?, Kept::on(bed, other)?);
+    let [first, second] = ["first", "second"].map(|turn| {
+        let of_one = held(&space, &format!("{turn}-of-{one}"), one);
+        of_one.and_then(|of_one| Ok((of_one, held(&space, &format!("{turn}-of-{other}"), other)?)))
+    });
+    let (first, second) = (first?, second?);
+
+    let _down = RegistryDown::now(bed)?;
+    recovered(&space, "current-from-previous", &first.0, other)?;
+    recovered(&space, "previous-from-current", &first.1, one)?;
+
+    // In the middle of the outage, over the same data folders.
+    builds.install(Build::Current, one)?;
+    builds.install(Build::Previous, other)?;
+    kept.0.survived(bed, one)?;
+    kept.1.survived(bed, other)?;
+    recovered(&space, "rolled-back-from-upgraded", &second.0, other)?;
+    recovered(&space, "upgraded-from-rolled-back", &second.1, one)?;
+
+    builds.install(Build::Current, other)?;
+    kept.1.survived(bed, other)
+}
