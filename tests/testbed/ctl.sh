@@ -10,6 +10,7 @@
 #   apiserver stop|start
 #   dns stop|start                  start it after the API server, which it asks what there is
 #   node NODE containerd-stop|containerd-start|containerd-kill|kubelet-stop|kubelet-start|link-down|link-up
+#   node NODE disk-fill PERCENT     of the file system at /var/lib/containerd (LIGHTERMAN_DISK), so that so much is in use
 #   prometheus CONFIG PORT | prometheus stop     in the hub's network, on the hub's address and PORT
 #   logs COMPONENT                  what it said so far; without COMPONENT: their names
 #   status                          what runs
@@ -115,6 +116,12 @@ case $cmd in
       kubelet-stop) stop "$1.kubelet" ;;
       kubelet-start) restart_from "$1.kubelet" 30 in_net "$1" curl -sf http://127.0.0.1:10248/healthz ;;
       link-down) ip -n "$HUB_NETNS" link set "v-$1" down ;;
+      disk-fill)
+        # The file takes blocks and no time: nothing is written into them.
+        in_node "$1" sh -c 'mountpoint -q /var/lib/containerd && cd /var/lib/containerd && rm -f fill &&
+          set -- $1 $(df -B1 --output=size,used . | tail -n 1) && fallocate -l $(($2 / 100 * $1 - $3)) fill && sync -f fill && df . >&2' \
+          sh "${3:?PERCENT}"
+        ;;
       link-up) ip -n "$HUB_NETNS" link set "v-$1" up ;;
       *) usage 2 >&2 ;;
     esac

@@ -11,6 +11,10 @@
 #   LIGHTERMAN_SYNC_FREQUENCY=1m       the kubelets' sync period
 #   LIGHTERMAN_ZONES="n1=a n2=b"       label topology.kubernetes.io/zone
 #   LIGHTERMAN_DISCARD_LAYERS="n1 n2"  nodes whose containerd drops layers after unpacking
+#   LIGHTERMAN_DISK="n1 n2"            nodes whose /var/lib/containerd is a file system of its own (40 GiB, sparse), with
+#                                      the kubelet's default lines for it; `ctl.sh RUN node n1 disk-fill 83` fills it
+#   LIGHTERMAN_READ_ONLY_OPT="n1 n2"   nodes whose /opt is empty and read-only, as on GKE's Container-Optimized OS
+#   LIGHTERMAN_CRITICAL_QUOTA=1        pods of the system priority classes need a ResourceQuota, as on GKE
 #   LIGHTERMAN_PATIENCE=3              wait that many times longer for everything (slow machines)
 . "$(dirname "$0")/lib.sh"
 [ $# -ge 2 ] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -20,6 +24,7 @@ shift
 K8S=$P/k8s/bin
 [ -f "$P/versions.txt" ] && [ -x "$K8S/kubelet" ] || die "nothing to run in $P: run setup.sh first"
 [[ $R != *[^A-Za-z0-9/._-]* ]] || die "RUNDIR must be a plain path: $R"
+[ -z "${LIGHTERMAN_READ_ONLY_OPT:-}" ] || [[ $P/ != /opt/* && $R/ != /opt/* ]] || die "an empty /opt would hide $P or $R"
 [[ $R/ != /run/* ]] || die "RUNDIR must not be under /run, which every node has for itself: $R"
 if [ -f "$R/tag" ]; then
   TAG=$(< "$R/tag")
@@ -41,6 +46,7 @@ for z in ${LIGHTERMAN_ZONES:-}; do ZONE[${z%%=*}]=${z#*=}; done
 [ ${#NODES[@]} -le 200 ] || die "200 nodes at most"
 # shellcheck source=tests/testbed/family.sh
 . "$TESTBED/family.sh"
+listed() { [[ " $2 " == *" $1 "* ]]; } # listed NODE "n1 n2"
 
 mkdir -p "$R"/{run,pid,log,pki}
 TAG=lm$(printf '%s %s %s' "$R" $$ "$EPOCHREALTIME" | sha256sum | head -c 6)
@@ -138,6 +144,22 @@ done
 hub="nsenter --net=/run/netns/$HUB"
 pki=$R/pki
 fsync=--unsafe-no-fsync
+admission=
+if [ -n "${LIGHTERMAN_CRITICAL_QUOTA:-}" ]; then
+  admission=--admission-control-config-file=$R/admission.yaml
+  cat > "$R/admission.yaml" << C
+apiVersion: apiserver.config.k8s.io/v1
+kind: AdmissionConfiguration
+plugins:
+  - name: ResourceQuota
+    configuration:
+      apiVersion: apiserver.config.k8s.io/v1
+      kind: ResourceQuotaConfiguration
+      limitedResources:
+        - resource: pods
+          matchScopes: [{ scopeName: PriorityClass, operator: In, values: [system-node-critical, system-cluster-critical] }]
+C
+fi
 "$P/tools/bin/etcd" --help 2>&1 | grep -q -- $fsync || fsync= # since 3.5
 define etcd hub << C
 exec $hub $P/tools/bin/etcd --name hub --data-dir $R/etcd $fsync --listen-client-urls http://$LOOPBACK:2379 --advertise-client-urls http://$LOOPBACK:2379 \\
@@ -149,7 +171,7 @@ exec $hub $K8S/kube-apiserver --etcd-servers=http://$LOOPBACK:2379 --bind-addres
   --kubelet-client-certificate=$pki/apiserver-kubelet-client.crt --kubelet-client-key=$pki/apiserver-kubelet-client.key \\
   --kubelet-certificate-authority=$pki/ca.crt --kubelet-preferred-address-types=InternalIP \\
   --service-account-issuer=https://kubernetes.default.svc.cluster.local --service-account-key-file=$pki/sa.pub --service-account-signing-key-file=$pki/sa.key \\
-  --service-cluster-ip-range=$(joined "${SERVICES[@]}") --authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction --allow-privileged=true
+  --service-cluster-ip-range=$(joined "${SERVICES[@]}") --authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction --allow-privileged=true $admission
 C
 define controller-manager hub << C
 exec $hub $K8S/kube-controller-manager --kubeconfig=$pki/controller-manager.kubeconfig --bind-address=127.0.0.1 --leader-elect=false \\
@@ -196,7 +218,7 @@ C
 # containerd 2 reads another version of its configuration, in which the CRI plugin is two
 containerd_config() { # containerd_config NODE
   local n=$1 images='io.containerd.grpc.v1.cri' runtime='io.containerd.grpc.v1.cri' version=2 sandbox='' pinned='' bin="bin_dir = \"$P/tools/cni\"" discard=false
-  [[ " ${LIGHTERMAN_DISCARD_LAYERS:-} " != *" $n "* ]] || discard=true
+  ! listed "$n" "${LIGHTERMAN_DISCARD_LAYERS:-}" || discard=true
   if "${CONTAINERD[$n]}/bin/containerd" --version | grep -qE ' v?[2-9]\.[0-9]'; then
     version=3 images='io.containerd.cri.v1.images' runtime='io.containerd.cri.v1.runtime' bin="bin_dirs = [\"$P/tools/cni\"]"
     pinned="[plugins.'$images'.pinned_images]"$'\n''sandbox = "local.test/pause:1"'
@@ -259,6 +281,17 @@ for n in "${NODES[@]}"; do
 C
   printf 'nameserver %s\n' "${DNS_IPS[@]}" > "$d/resolv.conf"
   for s in $SYSCTLS; do echo "${s#*=}" > "$d/sysctl/$(tr / . <<< "${s%%=*}")"; done
+  mounts='' collect=100 evict='memory.available: 50Mi'
+  if listed "$n" "${LIGHTERMAN_DISK:-}"; then
+    # Nothing is reserved for root, so that "available" is what is not in use. The loop device ends with the mount namespace.
+    truncate -s 40G "$d/disk.img"
+    mkfs.ext4 -q -F -m 0 "$d/disk.img" > "$R/log/$n.mkfs.log" 2>&1
+    mounts="mount -o loop $d/disk.img /var/lib/containerd" collect=85 evict+=', imagefs.available: 15%'
+  fi
+  if listed "$n" "${LIGHTERMAN_READ_ONLY_OPT:-}"; then
+    mkdir "$d/empty"
+    mounts+=$'\n'"mount --bind $d/empty /opt && mount -o remount,bind,ro /opt"
+  fi
   cat > "$d/kubelet.yaml" << C
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -277,8 +310,8 @@ enforceNodeAllocatable: []
 failSwapOn: false
 oomScoreAdj: 0
 makeIPTablesUtilChains: false
-imageGCHighThresholdPercent: 100
-evictionHard: { memory.available: 50Mi }
+imageGCHighThresholdPercent: $collect
+evictionHard: { $evict }
 syncFrequency: ${LIGHTERMAN_SYNC_FREQUENCY:-1m}
 failCgroupV1: false
 containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
@@ -292,6 +325,7 @@ mount -t tmpfs -o mode=755 tmpfs /run # /run/netns, /run/nri, /run/xtables.lock:
 mkdir -p /run/containerd /run/netns /run/lock
 mount --bind $d/run /run/containerd
 for p in $(echo $PRIVATE); do mount --bind $d/\${p#*:} \${p%%:*}; done
+$mounts
 for s in $d/sysctl/*; do mount --bind \$s /proc/sys/\$(basename \$s | tr . /) || true; done
 resolv=\$(readlink -m /etc/resolv.conf) # where systemd-resolved keeps it, it went with /run
 [ -f \$resolv ] || { mkdir -p \${resolv%/*}; touch \$resolv; }
