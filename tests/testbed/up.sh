@@ -221,6 +221,7 @@ containerd_config() { # containerd_config NODE
   ! listed "$n" "${LIGHTERMAN_DISCARD_LAYERS:-}" || discard=true
   if "${CONTAINERD[$n]}/bin/containerd" --version | grep -qE ' v?[2-9]\.[0-9]'; then
     version=3 images='io.containerd.cri.v1.images' runtime='io.containerd.cri.v1.runtime' bin="bin_dirs = [\"$P/tools/cni\"]"
+    ! "${CONTAINERD[$n]}/bin/containerd" --version | grep -qE ' v?2\.0\.' || bin="bin_dir = \"$P/tools/cni\"" # a list since 2.1
     pinned="[plugins.'$images'.pinned_images]"$'\n''sandbox = "local.test/pause:1"'
     discard="[plugins.'$images']"$'\n'"discard_unpacked_layers = $discard"
   else
