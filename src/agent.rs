@@ -9,6 +9,7 @@ pub mod by_hand;
 pub mod doubting;
 pub mod holders;
 pub mod join;
+pub mod layer_notice;
 pub mod lead;
 pub mod notices;
 pub mod progress;
@@ -56,6 +57,7 @@ use self::doubting::Doubting;
 use self::holders::Holders;
 use self::join::Joiner;
 use self::join::introduce::Introducer;
+use self::layer_notice::LayerWatch;
 use self::lead::Lead;
 use self::notices::{Messenger, Notices};
 use self::progress::Board;
@@ -289,10 +291,18 @@ impl Agent {
         let (retained_in, retained) = watch::channel(None);
         let retaining = layer_leases.filter(|_| retain.layers != RetainLayers::None).map(|leases| {
             let (used_in, used) = watch::channel(Arc::default());
+            let layer_watch = LayerWatch {
+                node: node.clone(),
+                cluster: Arc::clone(&retained_cluster),
+                retained: retained.clone(),
+                images: images.clone(),
+                fetches: retain.fetch,
+                metrics: metrics.clone(),
+            };
             let pod_images = PodImages::new(retained_cluster, rules.clone(), used_in);
             let retainer = Retainer::new(retained_store, leases, retain, used, metrics.clone(), retained_in);
             let retainer = if retain.fetch { retainer.with_peers(salvager.recoverer()) } else { retainer };
-            (pod_images, retainer)
+            (pod_images, retainer, layer_watch)
         });
         let advertiser = Advertiser::new(
             store,
@@ -361,8 +371,9 @@ impl Agent {
             supervisor.spawn("webhook", |stop| messenger.run(stop));
         }
         let pods = match retaining {
-            Some((pod_images, retainer)) => {
+            Some((pod_images, retainer, layer_watch)) => {
                 let (passed_on, passed) = mpsc::channel(PODS_PASSED_ON);
+                supervisor.spawn("layer notice", |stop| layer_watch.run(stop));
                 supervisor.spawn("retain layers", |stop| retainer.run(stop));
                 supervisor.spawn("pod images", |stop| pod_images.run(pods, passed_on, stop));
                 passed

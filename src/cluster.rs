@@ -17,6 +17,7 @@ mod kubelet_events;
 mod metadata;
 mod mirrors;
 mod namespaces;
+mod node_events;
 mod nudge;
 mod own_token;
 mod owners;
@@ -40,7 +41,9 @@ use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigErro
 use tokio::sync::watch;
 
 use crate::model::{NodeName, Owner, PodRef, Zone};
-use crate::ports::{Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, PodReport, PullSecret};
+use crate::ports::{
+    Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, NodeReport, PodReport, PullSecret,
+};
 
 /// How we show ourselves to the API server, in its logs and in `managedFields`.
 const USER_AGENT: &str = concat!("lighterman/", env!("CARGO_PKG_VERSION"));
@@ -191,5 +194,9 @@ impl Cluster for KubeCluster {
 
     async fn report(&self, pod: &PodRef, report: &PodReport) -> Result<(), ClusterError> {
         self.events.report(pod, &self.mirrors.kubelets_uid(pod), report).await
+    }
+
+    async fn report_on_node(&self, report: &NodeReport) -> Result<(), ClusterError> {
+        node_events::report(&self.client, &self.own.node, report).await
     }
 }

@@ -8,6 +8,7 @@ pub mod connection_limit;
 pub mod disk;
 pub mod gossip;
 pub mod inventory;
+pub mod layer_notice;
 pub mod ledger;
 pub mod lookup;
 pub mod opt_in;

@@ -18,7 +18,8 @@ mod unpack;
 pub use admission::{Admission, Admitted, LEEWAY, Refusal};
 pub use claims::{ClaimError, Claims};
 pub use cluster::{
-    Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, PodEvent, PodReport, PullSecret, ReportKind,
+    Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, NodeReport, NodeReportKind, PodEvent, PodReport,
+    PullSecret, ReportKind,
 };
 pub use content::{
     BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Imports, Pin, Remembered,

@@ -71,8 +71,6 @@ pub struct Retainer {
     room: Option<FileSystem>,
     /// Fetches layers that are missing here; `None` where that is not wanted.
     filler: Option<Filler>,
-    /// Whether the lack of layers was logged.
-    warned: bool,
 }
 
 /// The lease of one image.
@@ -107,7 +105,6 @@ impl Retainer {
             listed: false,
             room: None,
             filler: None,
-            warned: false,
         }
     }
 
@@ -362,16 +359,6 @@ impl Retainer {
             lacking,
         };
         self.metrics.layers_retained(status.bytes, status.images, status.lacking);
-        let is_most = lacking * 2 > wanted;
-        if is_most && !self.warned {
-            tracing::warn!(
-                lacking,
-                wanted,
-                "containerd discarded layers of most images that opted-in namespaces run here; other nodes cannot fetch these \
-                 images from this one before their next pull"
-            );
-        }
-        self.warned = is_most;
         self.status.send_replace(Some(status));
     }
 }

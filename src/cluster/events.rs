@@ -26,10 +26,10 @@ use crate::ports::{ClusterError, PodReport, ReportKind};
 const SAME: Duration = Duration::from_secs(10 * 60);
 
 /// The limit that the newer API sets for notes (`NoteLengthLimit`); the older one has none.
-const MAX_NOTE: usize = 1024;
+pub(super) const MAX_NOTE: usize = 1024;
 
 /// The longest name of an object (RFC 1123 subdomain).
-const MAX_NAME: usize = 253;
+pub(super) const MAX_NAME: usize = 253;
 
 /// A node's Events that are remembered, to count repetitions: four reasons for each of 110 pods, rounded up. When there are more, the
 /// one unused for longest is forgotten, and would be said again.
@@ -41,7 +41,7 @@ const MOST: usize = 512;
 const BURST: u32 = 10;
 const REFILL: Duration = Duration::from_secs(2);
 
-const COMPONENT: &str = "lighterman";
+pub(super) const COMPONENT: &str = "lighterman";
 
 pub(super) struct Events {
     client: Client,

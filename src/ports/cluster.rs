@@ -105,6 +105,12 @@ pub trait Cluster: Send + Sync + 'static {
     /// # Errors
     /// [`ClusterError`].
     async fn report(&self, pod: &PodRef, report: &PodReport) -> Result<(), ClusterError>;
+
+    /// Writes an Event on the agent's own node, or renews the one of this reason that is there.
+    ///
+    /// # Errors
+    /// [`ClusterError`].
+    async fn report_on_node(&self, report: &NodeReport) -> Result<(), ClusterError>;
 }
 
 /// An Event on a pod.
@@ -114,6 +120,31 @@ pub struct PodReport {
     pub kind: ReportKind,
     /// A sentence for people: what, from whom, what to do. At most 1024 bytes are kept (Kubernetes' limit for notes).
     pub note: String,
+}
+
+/// An Event on the agent's own node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeReport {
+    /// Becomes the Event's reason.
+    pub kind: NodeReportKind,
+    /// A sentence for people. At most 1024 bytes are kept.
+    pub note: String,
+}
+
+/// The reasons of Events on a node. A node has one Event of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum NodeReportKind {
+    /// Most images of the node lack layers, so that other nodes cannot get these images from here.
+    ImagesLackLayers,
+}
+
+impl NodeReportKind {
+    /// The Event's reason.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::ImagesLackLayers => "ImagesLackLayers",
+        }
+    }
 }
 
 /// The reasons of our Events. They are part of what users may rely on.

@@ -10,7 +10,8 @@ use tokio::sync::broadcast;
 use crate::model::{LeaseSnapshot, LeaseVersion, NodeName, Owner, PodRef, Zone};
 use crate::oci::Digest;
 use crate::ports::{
-    Annotations, ClaimError, Claims, Cluster, ClusterError, KubeletEvent, NamespaceView, PodReport, PullSecret,
+    Annotations, ClaimError, Claims, Cluster, ClusterError, KubeletEvent, NamespaceView, NodeReport, PodReport,
+    PullSecret,
 };
 
 /// The cluster. Clones share it.
@@ -29,6 +30,7 @@ struct State {
     zone: Option<Zone>,
     deleted: Vec<PodRef>,
     reports: Vec<(PodRef, PodReport)>,
+    node_reports: Vec<NodeReport>,
     leases: BTreeMap<Digest, LeaseSnapshot>,
     versions: u64,
     away: bool,
@@ -91,6 +93,11 @@ impl MemoryCluster {
     /// What was said on pods so far.
     pub fn reports(&self) -> Vec<(PodRef, PodReport)> {
         self.lock().reports.clone()
+    }
+
+    /// The Events on nodes so far.
+    pub fn node_reports(&self) -> Vec<NodeReport> {
+        self.lock().node_reports.clone()
     }
 
     /// Whether calls fail from now on, as when the API server is away.
@@ -169,6 +176,11 @@ impl Cluster for MemoryCluster {
 
     async fn report(&self, pod: &PodRef, report: &PodReport) -> Result<(), ClusterError> {
         self.answering()?.reports.push((pod.clone(), report.clone()));
+        Ok(())
+    }
+
+    async fn report_on_node(&self, report: &NodeReport) -> Result<(), ClusterError> {
+        self.answering()?.node_reports.push(report.clone());
         Ok(())
     }
 }

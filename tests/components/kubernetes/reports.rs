@@ -3,7 +3,8 @@
 use k8s_openapi::api::core::v1::Event;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams};
-use lighterman::ports::{Cluster, ClusterError, PodReport, ReportKind};
+use lighterman::model::NodeName;
+use lighterman::ports::{Cluster, ClusterError, NodeReport, NodeReportKind, PodReport, ReportKind};
 
 use super::apiserver::{Place, within};
 
@@ -84,6 +85,26 @@ async fn a_long_note_is_cut_and_a_flood_is_held_back() {
             }
         }
         assert!(held_back > 0);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_node_has_one_event_of_a_reason_that_the_next_report_renews() {
+    within(async {
+        let place = Place::new().await;
+        let node: NodeName = place.name.parse().unwrap();
+        let on_node = |note: &str| NodeReport { kind: NodeReportKind::ImagesLackLayers, note: note.to_owned() };
+        let all = Api::<Event>::namespaced(place.admin.clone(), "default");
+        let of_node = ListParams::default().fields(&format!("involvedObject.kind=Node,involvedObject.name={node}"));
+        // The second agent is the first one after a restart.
+        for note in ["3 of 4", "4 of 5"] {
+            place.agent().await.report_on_node(&on_node(note)).await.unwrap();
+            let [event] = all.list(&of_node).await.unwrap().items.try_into().expect("one Event");
+            assert_eq!(event.message.as_deref(), Some(note));
+            assert_eq!(event.involved_object.uid.as_deref(), Some(node.as_str()), "kubectl describe looks for it");
+            assert_eq!((event.reason.as_deref(), event.type_.as_deref()), (Some("ImagesLackLayers"), Some("Warning")));
+        }
     })
     .await;
 }

@@ -12,7 +12,9 @@ use lighterman::cluster::{Keep, KubeCluster, TokenAdmission, connect};
 use lighterman::metrics::Metrics;
 use lighterman::model::{Owner, PeerId};
 use lighterman::oci::Digest;
-use lighterman::ports::{Admission, Claims, Cluster, ClusterError, PodEvent, PodReport, ReportKind};
+use lighterman::ports::{
+    Admission, Claims, Cluster, ClusterError, NodeReport, NodeReportKind, PodEvent, PodReport, ReportKind,
+};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -89,6 +91,8 @@ async fn the_charts_rights_suffice() {
         for _ in 0..2 {
             let report = PodReport { kind: ReportKind::Salvaged, note: "here it is".to_owned() };
             agent.report(&pod, &report).await.unwrap();
+            let report = NodeReport { kind: NodeReportKind::ImagesLackLayers, note: "3 of 4".to_owned() };
+            agent.report_on_node(&report).await.unwrap();
         }
 
         let (digest, now) = (Digest::of(b""), SystemTime::now());
