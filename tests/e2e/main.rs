@@ -2,11 +2,13 @@
 //! DaemonSet that users apply. `make test` sets everything up; one cluster serves all tests.
 //!
 //! First the cases, side by side; then the scenarios, one after the other, because they share a registry that is stopped and agents that
-//! are killed. Then a cluster for each address family (`families`). One row: `cargo test --test e2e -- case::init_container`.
+//! are killed. Then clusters of their own: nodes that discard layers (`discarding`), and each address family (`families`).
+//! One row: `cargo test --test e2e -- case::init_container`.
 
 mod api;
 mod bed;
 mod cases;
+mod discarding;
 mod families;
 mod figures;
 mod images;
@@ -49,6 +51,14 @@ fn main() -> ExitCode {
     let scenarios = perform(&arguments, bed.as_ref(), scenarios::ALL);
     drop(bed);
     let mut conclusions = vec![cases, scenarios];
+    let needed = discarding::ALL.iter().any(|(name, _)| selected_turn(name));
+    match needed.then(discarding::up).transpose() {
+        Ok(bed) => conclusions.push(perform(&arguments, bed.map(Arc::new).as_ref(), discarding::ALL)),
+        Err(error) => {
+            eprintln!("the test bed of nodes that discard layers does not come up: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
     for family in families::ALL {
         let needed = family.scenarios.iter().any(|(name, _)| selected_turn(name));
         match needed.then(|| family.up()).transpose() {

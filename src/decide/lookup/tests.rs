@@ -137,7 +137,8 @@ proptest! {
 
 #[test]
 fn a_node_that_is_listed_with_an_address_of_each_family_is_one_agent() {
-    let addresses = |listed: &[&str]| listed.iter().map(|address| address.parse().unwrap()).collect::<Vec<SocketAddr>>();
+    let addresses =
+        |listed: &[&str]| listed.iter().map(|address| address.parse().unwrap()).collect::<Vec<SocketAddr>>();
     let dual = addresses(&["10.0.0.1:1", "10.0.0.2:1", "[fd77::1]:1", "[fd77::2]:1"]);
     assert_eq!(agents(&dual), 2);
     assert_eq!(agents(&addresses(&["10.0.0.1:1", "[fd77::1]:1", "[fd77::2]:1"])), 2, "one node has IPv6 alone");

@@ -1,0 +1,202 @@
+//! A second cluster, where every node's containerd deletes layers after unpacking. Its nodes are
+//! like those of GKE in other respects too: `/opt` is read-only, containerd's disk is at 83 % in
+//! use, and pods of the system priority classes need a ResourceQuota.
+//!
+//! Images of the namespace [`FRESH`] were pulled before any agent ran.
+
+mod recovered;
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::bed::{Bed, Failure, REGISTRY, set_variable, shipped_manifest, testbed, wait_for};
+use crate::pods::{Space, is_running, pod_spec};
+use crate::scenarios::{RegistryDown, Scenario, ensure};
+
+/// The scenarios, in the order they run.
+pub(crate) const ALL: &[(&str, Scenario)] = &[
+    ("discarding::a_default_installation_recovers_an_image_on_nodes_like_those_of_gke", gke_like),
+    ("discarding::one_event_on_a_node_says_that_most_of_its_images_lack_layers", node_event),
+    ("discarding::an_image_whose_layers_every_node_discarded_is_recovered", recovered::every_image),
+];
+
+/// Nodes by the version of containerd. Figures without a target are reported for the third.
+const NODES: [(&str, &str); 3] = [("n23", "2.3"), ("n24", "2.4"), ("n17", "1.7")];
+
+/// Where `setup.sh` built containerd 2.0, a figure is reported for this node too.
+const EXTRA: (&str, &str) = ("n20", "2.0");
+
+/// The kubelet's ordinary band is 80 to 85 % in use.
+const PERCENT_IN_USE: &str = "83";
+
+/// The namespace of images that were pulled before any agent ran.
+const FRESH: &str = "e2e-fresh";
+
+/// The nodes of this bed.
+fn nodes() -> Vec<(&'static str, &'static str)> {
+    let extra = testbed().join("containerd-2.0/bin/containerd").exists().then_some(EXTRA);
+    NODES.into_iter().chain(extra).collect()
+}
+
+/// Starts the cluster, has each node pull an image, and fills the disks.
+pub(crate) fn up() -> Result<Bed, Failure> {
+    let names: Vec<_> = nodes().iter().map(|(name, _)| *name).collect();
+    let all = names.join(" ");
+    let variables = ["LIGHTERMAN_DISCARD_LAYERS", "LIGHTERMAN_DISK", "LIGHTERMAN_READ_ONLY_OPT"];
+    let mut variables: Vec<_> = variables.iter().map(|name| (*name, &*all)).collect();
+    variables.extend([("LIGHTERMAN_ZONES", ""), ("LIGHTERMAN_CRITICAL_QUOTA", "1")]);
+    let bed = Bed::start("d", &nodes(), &variables)?;
+    bed.import_agents()?;
+    let fresh = Space::new(&bed, FRESH)?;
+    let mut pulled = Vec::new();
+    for node in &names {
+        let image = Image::push(&bed, &format!("fresh/{node}:v1"))?;
+        fresh.pod(&format!("on-{node}"), node, &image.by_tag, true)?;
+        pulled.push((node, image));
+    }
+    for (node, image) in pulled {
+        fresh.wait_running(&format!("on-{node}"))?;
+        collect(&bed, node)?;
+        let left = image.layers_on(&bed, node)?;
+        ensure(left == 0, format!("containerd on {node} keeps {left} layers: it does not discard them"))?;
+        bed.ctl(&["node", node, "disk-fill", PERCENT_IN_USE])?;
+    }
+    // The pods and their images stay.
+    std::mem::forget(fresh);
+    Ok(bed)
+}
+
+/// The agents, installed anew by the shipped manifest with these variables besides.
+fn install(bed: &Bed, variables: &[(&str, &str)]) -> Result<(), Failure> {
+    let manifest = shipped_manifest()?;
+    let manifest = variables.iter().fold(manifest, |text, (name, value)| set_variable(&text, name, value));
+    bed.kubectl(&[
+        "-n",
+        "lighterman",
+        "delete",
+        "daemonset",
+        "lighterman",
+        "--ignore-not-found",
+        "--cascade=foreground",
+    ])?;
+    bed.deploy(&manifest)
+}
+
+/// An image in the bed's registry, none of whose layers is in another image.
+struct Image {
+    by_tag: String,
+    by_digest: String,
+    layers: Vec<String>,
+}
+
+impl Image {
+    fn push(bed: &Bed, name: &str) -> Result<Self, Failure> {
+        // containerd downloads no layer that is unpacked already, so the layer of the shell has to
+        // differ.
+        let own = bed.folder().join("own");
+        std::fs::write(&own, name).map_err(|error| error.to_string())?;
+        let made = bed.push_made(name, &[3, 2, 1], &["--file", &format!("{}:/own", own.display())])?;
+        let text = |value: &Value| value.as_str().map(str::to_owned).ok_or_else(|| format!("no digest in {made}"));
+        let repository = name.split(':').next().unwrap_or(name);
+        let layers = made["layers"].as_array().into_iter().flatten();
+        Ok(Self {
+            by_tag: format!("{REGISTRY}/{name}"),
+            by_digest: format!("{REGISTRY}/{repository}@{}", text(&made["manifest"])?),
+            layers: layers.map(|layer| text(&layer["digest"])).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// How many of its layers the node's containerd has.
+    fn layers_on(&self, bed: &Bed, node: &str) -> Result<usize, Failure> {
+        let listed = bed.ctl(&["ctr", node, "content", "ls", "-q"])?;
+        Ok(self.layers.iter().filter(|layer| listed.lines().any(|line| line == **layer)).count())
+    }
+}
+
+/// Has the node's containerd collect everything that nothing holds. A lease that is deleted
+/// synchronously makes the collector run to its end.
+fn collect(bed: &Bed, node: &str) -> Result<(), Failure> {
+    bed.ctl(&["ctr", node, "leases", "create", "--id", "e2e"])?;
+    bed.ctl(&["ctr", node, "leases", "rm", "--sync", "e2e"]).map(drop)
+}
+
+/// Percent in use of containerd's disk, and whether the kubelet reports disk pressure.
+fn disk(bed: &Bed, node: &str) -> Result<(u64, bool), Failure> {
+    let df = bed.ctl(&["in", "--mount", node, "df", "-B1", "--output=size,used", "/var/lib/containerd"])?;
+    let numbers: Vec<u64> = df.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    let [size, used] = numbers[..] else { return Err(format!("on {node}: {df}")) };
+    let object = bed.get(&["node", node])?;
+    let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    let pressure = conditions.iter().any(|it| it["type"] == "DiskPressure" && it["status"] == "True");
+    Ok((used * 100 / size, pressure))
+}
+
+/// Default values and no other preparation: the agents become ready, and an image comes while the
+/// registry is down.
+fn gke_like(bed: &Bed) -> Result<(), Failure> {
+    let outcome = try_gke_like(bed);
+    println!("\nfigure default_install_gke_like {}", u8::from(outcome.is_ok()));
+    outcome
+}
+
+fn try_gke_like(bed: &Bed) -> Result<(), Failure> {
+    let space = Space::new(bed, "e2e-gke")?;
+    let ((holder, _), (node, _)) = (NODES[0], NODES[1]);
+    is_like_gke(bed, &space, node)?;
+    install(bed, &[])?;
+    let image = Image::push(bed, "gke/app:v1")?;
+    space.pod("holder", holder, &image.by_tag, true)?;
+    space.wait_running("holder")?;
+    let _down = RegistryDown::now(bed)?;
+    collect(bed, holder)?;
+    space.pod("wants", node, &image.by_tag, true)?;
+    space.wait_running("wants")?;
+    println!("  {}", space.wait_salvaged("wants")?);
+    for node in [holder, node] {
+        let (percent, pressure) = disk(bed, node)?;
+        ensure(!pressure, format!("{node} has disk pressure at {percent} %"))?;
+    }
+    ensure(is_running(&space.get_pod("holder")?), "the holder's pod does not run any more")
+}
+
+/// The bed has what makes installations on GKE fail.
+fn is_like_gke(bed: &Bed, space: &Space, node: &str) -> Result<(), Failure> {
+    let mut spec = pod_spec("local.test/pause:1", Some(node));
+    spec["priorityClassName"] = "system-node-critical".into();
+    let critical = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "critical", "namespace": space.name}, "spec": spec});
+    let refused = bed.apply(&critical).err().unwrap_or_default();
+    ensure(refused.contains("insufficient quota"), format!("a critical pod needs no quota: {refused}"))?;
+    let written = bed.ctl(&["in", "--mount", node, "mkdir", "/opt/containerd"]);
+    ensure(written.is_err_and(|error| error.contains("Read-only")), "/opt can be written to")?;
+    let (percent, _) = disk(bed, node)?;
+    ensure(percent >= 82, format!("the disk is at {percent} %"))
+}
+
+/// Where no layer can be fetched, every node of this bed lacks layers of the image that was pulled
+/// before the agents ran. A registry that speaks plain HTTP is of no use to agents with default
+/// values.
+fn node_event(bed: &Bed) -> Result<(), Failure> {
+    if bed.kubectl(&["-n", "lighterman", "get", "daemonset", "lighterman"]).is_err() {
+        install(bed, &[])?;
+    }
+    for (node, _) in NODES {
+        let selector = format!("involvedObject.kind=Node,involvedObject.name={node},reason=ImagesLackLayers");
+        let note = wait_for(&format!("the Event on node {node}"), IN_THE_BACKGROUND, || {
+            let events = bed.get(&["-n", "default", "events", "--field-selector", &selector])?;
+            let items = events["items"].as_array().cloned().unwrap_or_default();
+            ensure(items.len() < 2, format!("{} Events on {node}", items.len()))?;
+            Ok(items.first().and_then(|event| event["message"].as_str().map(str::to_owned)))
+        })?;
+        println!("  {note}");
+        for part in [node, "discarded after unpacking", "discard_unpacked_layers = false"] {
+            ensure(note.contains(part), format!("the Event does not contain {part}: {note}"))?;
+        }
+        let described = bed.kubectl(&["describe", "node", node])?;
+        ensure(described.contains("ImagesLackLayers"), format!("kubectl describe does not show it:\n{described}"))?;
+    }
+    Ok(())
+}
+
+/// Long enough for what agents do in the background: the Event on a node comes after a minute.
+const IN_THE_BACKGROUND: Duration = Duration::from_secs(240);
