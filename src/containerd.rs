@@ -16,6 +16,7 @@ mod labels;
 mod leases;
 mod link;
 mod reader;
+mod renewal;
 mod retain;
 mod snapshotter;
 mod staging;
@@ -42,6 +43,7 @@ use crate::ports::{
 };
 pub use adoption::Ingest;
 use link::Link;
+use renewal::Renewals;
 pub use snapshotter::Snapshotter;
 use surroundings::Lookout;
 pub use surroundings::{Surroundings, VERIFIERS, Verifiers, usual_socket};
@@ -106,6 +108,8 @@ struct State {
     events: broadcast::Sender<ContentEvent>,
     /// Blobs that are being written through this store.
     writing: Mutex<HashSet<Digest>>,
+    /// Leases behind pins that were renewed.
+    renewals: Renewals,
     /// Keys of layers that are being unpacked through this store.
     extracting: Mutex<HashSet<String>>,
     /// Held while a write begins and while an abandoned one is aborted, so that no abort hits a write that has just begun.
@@ -134,6 +138,7 @@ impl ContainerdStore {
             changes: counter::Sender::new(0),
             events: broadcast::Sender::new(retain::EVENTS_QUEUED),
             writing: Mutex::new(HashSet::new()),
+            renewals: Renewals::default(),
             extracting: Mutex::new(HashSet::new()),
             beginning: tokio::sync::Mutex::new(()),
             abandoned: Notify::new(),
@@ -172,6 +177,8 @@ impl ContentStore for ContainerdStore {
     }
 
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
+        // By name, so that a renewal during the write carries the blob over.
+        self.hold(pin, "content".into(), digest.to_string()).await?;
         Ok(Box::new(self.begin_checked(Slot::take(self, digest)?, size, pin).await?))
     }
 
@@ -205,6 +212,10 @@ impl ContentStore for ContainerdStore {
 
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
         self.create_lease(life).await
+    }
+
+    async fn renew(&self, pin: &Pin, life: Duration) -> Result<(), StoreError> {
+        self.replace_lease(pin, life).await
     }
 
     async fn release(&self, pin: Pin) -> Result<(), StoreError> {

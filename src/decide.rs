@@ -14,6 +14,7 @@ pub mod lookup;
 pub mod opt_in;
 pub mod outage;
 pub mod pieces;
+pub mod pin_term;
 pub mod plan;
 pub mod pull_failure;
 pub mod queue;

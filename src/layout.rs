@@ -321,6 +321,11 @@ impl ContentStore for LayoutStore {
         self.blocking(move |folder| folder.pin(life)).await
     }
 
+    async fn renew(&self, pin: &Pin, life: Duration) -> Result<(), StoreError> {
+        let pin = pin.clone();
+        self.blocking(move |folder| folder.renew(&folder.changing(), &pin, life)).await
+    }
+
     async fn release(&self, pin: Pin) -> Result<(), StoreError> {
         self.blocking(move |folder| {
             let changing = folder.changing();

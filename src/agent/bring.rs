@@ -30,7 +30,7 @@ const ROUNDS: u32 = 20;
 /// Wait for a store that is busy with the same blob.
 const BUSY_WAIT: Duration = Duration::from_millis(1500);
 
-/// Waits for a store that is busy with the same blob: an hour, as long as a pin holds. Two images of this node share a layer, and the
+/// Waits for a store that is busy with the same blob: an hour. Two images of this node share a layer, and the
 /// recovery that writes it may be on a slow link; when that one ends, in whichever way, the store is free.
 const BUSY_WAITS: u32 = 2400;
 

@@ -5,6 +5,7 @@
 
 mod documents;
 mod give_up;
+mod pinned;
 mod planning;
 
 use std::collections::{BTreeMap, HashSet};
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use self::pinned::Pinned;
 use super::bring::{Bring, Brought};
 use super::lead::Lead;
 use super::progress::Progress;
@@ -26,12 +28,7 @@ use crate::decide::reserve::Reservations;
 use crate::decide::rules::Rules;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Document, Manifest, Platform, Reference};
-use crate::ports::{ChildKind, ContentStore, ImageRecord, Imports, Pin};
-
-/// How long content is held against the collector should this agent die: longer than the largest image takes over
-/// a slow link, short enough that the disk of a broken node is not kept full. A failed attempt leaves its pin to expire, so
-/// that the next one finds what had already come.
-const PIN_LIFE: Duration = Duration::from_secs(3600);
+use crate::ports::{ChildKind, ContentStore, ImageRecord, Imports};
 
 /// Longest wait for a runtime to say whether images may be imported; the first look takes milliseconds where it answers at all.
 const IMPORTS_WAIT: Duration = Duration::from_secs(10);
@@ -88,13 +85,6 @@ pub struct Found {
     pub settled: Option<String>,
 }
 
-/// What holds the content of a recovery, and since when.
-#[derive(Clone, Copy)]
-struct Hold<'a> {
-    pin: &'a Pin,
-    since: Instant,
-}
-
 /// The documents of an image, the root first, and what runs here.
 struct Image {
     root: Descriptor,
@@ -117,11 +107,10 @@ impl Recoverer {
         let found = stop.run_until_cancelled(self.find(wanted)).await.unwrap_or(Err(RecoverError::Abandoned));
         let Found { root, providers, settled } = found?;
         progress.found(root, providers.len());
-        let pin = self.store.pin(PIN_LIFE).await.map_err(RecoverError::store("pinning"))?;
-        let hold = Hold { pin: &pin, since: Instant::now() };
+        let pinned = Pinned::new(Arc::clone(&self.store)).await?;
         let reference = &wanted.reference;
         let work = async {
-            let image = self.bring_image(wanted, root, &providers, hold, progress);
+            let image = self.bring_image(wanted, root, &providers, &pinned, progress);
             tokio::pin!(image);
             // Beside it, and never waited for: the image may be here before the API server has answered.
             tokio::select! {
@@ -131,6 +120,7 @@ impl Recoverer {
                 () = self.lead.announce(reference, root), if self.bring.zone().is_none() => image.await,
             }
         };
+        let work = pinned.during(reference, work);
         let brought = stop.run_until_cancelled(work).await.unwrap_or(Err(RecoverError::Abandoned));
         let result = match brought {
             // Not stopped any more: a kubelet that finds the first of the names may start the pod before the second is written.
@@ -142,9 +132,7 @@ impl Recoverer {
         };
         if !result.as_ref().is_err_and(RecoverError::leaves_content_for_later) {
             // From here on the image record holds the content, or nobody wants it. Unreleased, the pin would expire by itself.
-            if let Err(error) = self.store.release(pin).await {
-                tracing::warn!(%reference, %error, "the pin is left to expire");
-            }
+            pinned.release(reference).await;
         }
         result.map(|brought| Recovered { settled, ..summarise(root, &brought, began.elapsed()) })
     }
@@ -196,10 +184,10 @@ impl Recoverer {
         wanted: &Wanted,
         root: Digest,
         providers: &[PeerId],
-        Hold { pin, since }: Hold<'_>,
+        pinned: &Pinned,
         progress: &Progress,
     ) -> Result<(Descriptor, Vec<Brought>), RecoverError> {
-        let reference = &wanted.reference;
+        let (reference, pin) = (&wanted.reference, pinned.pin());
         let image = self.bring_documents(reference, root, providers, pin).await?;
         let plan = self.plan(&image.manifest, wanted.in_doubt, pin).await?;
         self.check_held(reference, &plan)?;
@@ -215,7 +203,7 @@ impl Recoverer {
             Some(unpacking) if is_unfinished => {
                 let here = here.subscribe();
                 let image = Unfinished { reference, manifest: &image.manifest, pin, progress, room: layers, here };
-                unpacking.beside(bringing, image, || PIN_LIFE.saturating_sub(since.elapsed())).await?
+                unpacking.beside(bringing, image, || pinned.left()).await?
             }
             Some(_) => bringing.await?,
             None => {

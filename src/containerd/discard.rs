@@ -5,7 +5,7 @@
 //! `Commit`; the same in 1.6, 1.7 and 2). So the record is deleted, and then the collector is made to run, which removes the file. Snapshots
 //! that were unpacked from the blob are not touched: nothing of theirs is in it.
 
-use containerd_client::services::v1::{AddResourceRequest, DeleteContentRequest, Resource};
+use containerd_client::services::v1::DeleteContentRequest;
 use containerd_client::tonic::Code;
 
 use super::ContainerdStore;
@@ -29,13 +29,6 @@ impl ContainerdStore {
         }
         self.collect().await?;
         self.is_gone(digest).await
-    }
-
-    pub(super) async fn hold(&self, pin: &Pin, kind: String, id: String) -> Result<(), StoreError> {
-        let resource = Some(Resource { id, r#type: kind });
-        let request = self.link.request(AddResourceRequest { id: pin.0.clone(), resource });
-        let added = self.link.call(self.link.leases().add_resource(request)).await;
-        added.map(|_| ()).map_err(|status| self.link.failed(&status))
     }
 
     /// Another containerd namespace that has the blob keeps the file, and there it is wrong as well.

@@ -45,7 +45,17 @@ impl ContainerdStore {
     }
 
     pub(super) async fn delete_lease(&self, pin: &Pin, sync: bool) -> Result<(), StoreError> {
-        let request = self.link.request(DeleteRequest { id: pin.0.clone(), sync });
+        let (last, former) = self.state.renewals.end(pin);
+        for lease in former {
+            self.delete(lease, false).await?;
+        }
+        self.delete(last, sync).await?;
+        self.changed();
+        Ok(())
+    }
+
+    pub(super) async fn delete(&self, id: String, sync: bool) -> Result<(), StoreError> {
+        let request = self.link.request(DeleteRequest { id, sync });
         let mut leases = self.link.leases();
         let deleted = match sync {
             true => self.link.call_within(COLLECT_DEADLINE, leases.delete(request)).await,
@@ -53,10 +63,7 @@ impl ContainerdStore {
         };
         match deleted {
             Err(status) if status.code() != Code::NotFound => Err(self.link.failed(&status)),
-            _ => {
-                self.changed();
-                Ok(())
-            }
+            _ => Ok(()),
         }
     }
 }

@@ -57,7 +57,8 @@ impl<'a> Extraction<'a> {
         chain_id: Digest,
         pin: &Pin,
     ) -> Result<Self, StoreError> {
-        let lease = pin.0.parse().map_err(|_| StoreError::Other(format!("the pin {} is gone", pin.0)))?;
+        let lease = store.state.renewals.lease(pin)?;
+        let lease = lease.parse().map_err(|_| StoreError::Other(format!("the pin {} is gone", pin.0)))?;
         let key = format!("{KEY_PREFIX}{:032x} {chain_id}", rand::random::<u128>());
         store.state.being_extracted().insert(key.clone());
         Ok(Self { store, snapshotter, lease, key, leaves_something: true })

@@ -173,7 +173,7 @@ impl ContainerdStore {
     pub(super) async fn open_write(&self, slot: &Slot, size: u64, pin: &Pin) -> Result<Stream, StoreError> {
         let digest = slot.digest;
         let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
-        let lease: MetadataValue<Ascii> = pin.0.parse().map_err(|_| gone())?;
+        let lease: MetadataValue<Ascii> = self.state.renewals.lease(pin)?.parse().map_err(|_| gone())?;
         let _alone = self.state.beginning.lock().await;
         self.abort(digest).await?;
         slot.leaves(true);

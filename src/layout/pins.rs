@@ -1,6 +1,6 @@
 //! Pins: one file each, which says until when it holds and, line by line, what.
 //!
-//! Only appended to, so that a kill costs at most the last line, of a blob that was not begun yet. Not synced: a pin serves
+//! Only appended to but for a renewal, so that a kill costs at most the last line, of a blob that was not begun yet. Not synced: a pin serves
 //! a process that is alive, and a power cut ends that too.
 
 use std::fs::{self, OpenOptions};
@@ -22,6 +22,22 @@ impl Folder {
         let _changing = self.changing();
         fs::write(&path, format!("{until}\n")).map_err(|error| failed(&path, &error))?;
         Ok(pin)
+    }
+
+    /// Writes a later end into the pin's file. The rename keeps a pin whole over a kill. A kill
+    /// before the rename leaves a second pin, which ends by itself.
+    pub(super) fn renew(&self, _changing: &MutexGuard<'_, ()>, pin: &Pin, life: Duration) -> Result<(), StoreError> {
+        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
+        let path = self.pin_path(pin).ok_or_else(gone)?;
+        let text = fs::read_to_string(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => gone(),
+            _ => failed(&path, &error),
+        })?;
+        let held = text.split_once('\n').map_or("", |(_, held)| held);
+        let until = since_epoch().saturating_add(life).as_secs();
+        let staged = self.path(PINS).join(format!("{:032x}", rand::random::<u128>()));
+        fs::write(&staged, format!("{until}\n{held}")).map_err(|error| failed(&staged, &error))?;
+        fs::rename(&staged, &path).map_err(|error| failed(&path, &error))
     }
 
     /// Lets the pin hold a blob that is there or will be.

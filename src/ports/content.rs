@@ -92,6 +92,15 @@ pub trait ContentStore: Send + Sync + 'static {
     /// As [`ContentStore::blob`].
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError>;
 
+    /// Holds the pin's content for `life` from now on: what it holds already, what is being written
+    /// under it, and what comes. A killed agent leaks nothing after `life`, as with
+    /// [`ContentStore::pin`].
+    ///
+    /// # Errors
+    /// As [`ContentStore::blob`], and [`StoreError::Other`] when the pin has ended. The pin then
+    /// holds its content until its former end at least.
+    async fn renew(&self, pin: &Pin, life: Duration) -> Result<(), StoreError>;
+
     /// Lets go. What no image record reaches any more is collected sooner or later.
     ///
     /// # Errors

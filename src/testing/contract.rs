@@ -96,6 +96,8 @@ fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
         holding::a_pin_holds_what_was_written_under_it,
         holding::a_pin_holds_what_it_found_there,
         holding::a_pin_ends_by_itself,
+        holding::a_renewed_pin_holds_what_it_held_and_what_comes,
+        holding::a_renewed_pin_ends_by_itself,
         holding::releasing_twice_is_no_error,
         holding::remembering_adds_and_never_loses,
         holding::what_a_record_reaches_is_kept,

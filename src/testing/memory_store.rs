@@ -276,6 +276,12 @@ impl ContentStore for MemoryStore {
         Ok(pin)
     }
 
+    async fn renew(&self, pin: &Pin, life: Duration) -> Result<(), StoreError> {
+        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
+        self.state().pins.get_mut(&pin.0).ok_or_else(gone)?.until = Instant::now().checked_add(life);
+        Ok(())
+    }
+
     async fn release(&self, pin: Pin) -> Result<(), StoreError> {
         self.state().pins.remove(&pin.0);
         self.changed();

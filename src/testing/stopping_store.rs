@@ -137,6 +137,10 @@ impl ContentStore for StoppingStore {
         self.step(self.inner.pin(life)).await
     }
 
+    async fn renew(&self, pin: &Pin, life: Duration) -> Result<(), StoreError> {
+        self.step(self.inner.renew(pin, life)).await
+    }
+
     async fn release(&self, pin: Pin) -> Result<(), StoreError> {
         self.step(self.inner.release(pin)).await
     }

@@ -155,6 +155,9 @@ impl ContentStore for Shelf {
     async fn pin(&self, _: Duration) -> Result<Pin, StoreError> {
         unused()
     }
+    async fn renew(&self, _: &Pin, _: Duration) -> Result<(), StoreError> {
+        unused()
+    }
     async fn release(&self, _: Pin) -> Result<(), StoreError> {
         unused()
     }

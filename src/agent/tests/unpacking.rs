@@ -227,6 +227,30 @@ async fn what_takes_too_long_to_unpack_is_recorded_all_the_same() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_recovery_of_more_than_an_hour_keeps_its_content_and_the_time_to_unpack_it() {
+    let harbour = Harbour::new();
+    let image = harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+    let witness = witness(&harbour, Mood::HangsFrom(1));
+    // Another recovery writes a layer, on a slow link.
+    let (store, layer) = (Arc::clone(&harbour.store), image.layers[2].blob.clone());
+    let pin = store.pin(Duration::from_secs(86_400)).await.unwrap();
+    let other = store.create(layer.digest, layer.size, &pin).await.unwrap();
+    let elsewhere = async {
+        tokio::time::sleep(Duration::from_secs(3550)).await;
+        drop(other);
+        tokio::time::sleep(Duration::from_secs(100)).await;
+        store.collect();
+    };
+    let began = tokio::time::Instant::now();
+    let (recovered, ()) = tokio::join!(recover(&harbour, &witness), elsewhere);
+    let took = began.elapsed();
+    assert!(took > Duration::from_secs(3550 + 590), "unpacking was given up early: {took:?}");
+    harbour.store.collect();
+    assert_eq!(recovered.unwrap().fetched, 5);
+    assert_eq!(blobs_of(&*harbour.store).await.len(), 5);
+}
+
+#[tokio::test(start_paused = true)]
 async fn two_images_are_unpacked_at_a_time_and_a_third_waits() {
     let harbour = Harbour::new();
     let images = ["registry.example/one:v1", "registry.example/two:v1", "registry.example/three:v1"];

@@ -40,6 +40,46 @@ pub(super) async fn a_pin_ends_by_itself(subject: &mut dyn Subject) -> Outcome {
     ensure(!blob.is_in(store.as_ref()).await?, "a pin outlives its life")
 }
 
+pub(super) async fn a_renewed_pin_holds_what_it_held_and_what_comes(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    // containerd collects by itself after a hundred changes of its metadata, counted anew from here.
+    subject.collect().await;
+    let pin = store.pin(Duration::ZERO).await?;
+    let blob = |what: &str| Blob::of(&format!("renewed {what}"), 500);
+    let (before, half, after) = (blob("before"), blob("half"), blob("after"));
+    before.write(store.as_ref(), &pin, &[]).await?;
+    let staged = store.stage(half.digest, half.size(), &pin).await?;
+    store.renew(&pin, HOUR).await?;
+    subject.collect().await;
+    ensure(before.is_in(store.as_ref()).await?, "what was written before the renewal was collected")?;
+    staged.write_at(0, std::slice::from_ref(&half.bytes)).await?;
+    staged.commit(half.proof()?, &Remembered::default()).await?;
+    after.write(store.as_ref(), &pin, &[]).await?;
+    store.renew(&pin, HOUR).await?;
+    subject.collect().await;
+    let found = listed(store.as_ref()).await?;
+    ensure(found == digests(&[&before, &half, &after]), format!("after two renewals {found:?} are left"))?;
+    store.release(pin).await?;
+    subject.collect().await;
+    ensure(listed(store.as_ref()).await?.is_empty(), "a renewed pin holds content after its release")
+}
+
+pub(super) async fn a_renewed_pin_ends_by_itself(subject: &mut dyn Subject) -> Outcome {
+    let store = subject.store();
+    subject.collect().await;
+    let pin = store.pin(Duration::ZERO).await?;
+    let blob = Blob::of("renewed and forgotten", 500);
+    blob.write(store.as_ref(), &pin, &[]).await?;
+    store.renew(&pin, Duration::ZERO).await?;
+    let unfinished = store.stage(Blob::of("renewed and unfinished", 500).digest, 500, &pin).await?;
+    subject.restart(Unfinished::Staged(unfinished)).await;
+    subject.collect().await;
+    let store = subject.store();
+    ensure(!blob.is_in(store.as_ref()).await?, "a renewed pin outlives its life")?;
+    let renewed = store.renew(&pin, HOUR).await;
+    ensure(renewed.is_err(), "a pin that has ended can be renewed")
+}
+
 pub(super) async fn releasing_twice_is_no_error(subject: &mut dyn Subject) -> Outcome {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;

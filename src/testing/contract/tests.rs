@@ -51,6 +51,8 @@ enum Breaks {
     Abandoning,
     /// What is remembered about the staged.
     Labels,
+    /// The renewal of pins.
+    Renewing,
 }
 
 impl Unsound {
@@ -136,6 +138,13 @@ impl ContentStore for Unsound {
 
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
         self.sound.pin(life).await
+    }
+
+    async fn renew(&self, pin: &Pin, life: Duration) -> Result<(), StoreError> {
+        match self.breaks {
+            Breaks::Renewing => Ok(()),
+            _ => self.sound.renew(pin, life).await,
+        }
     }
 
     async fn release(&self, pin: Pin) -> Result<(), StoreError> {
@@ -231,6 +240,7 @@ async fn a_broken_store_is_found_out() {
         ),
         (Breaks::Abandoning, &["what_is_abandoned_is_not_taken_up_again: "]),
         (Breaks::Labels, &["what_is_remembered_of_the_staged_can_be_seen: "]),
+        (Breaks::Renewing, &["a_renewed_pin_holds_what_it_held_and_what_comes: ", "a_renewed_pin_ends_by_itself: "]),
     ] {
         let broken =
             broken_promises(async || Unsound { sound: MemoryStore::new(), breaks, staged: Arc::default() }).await;

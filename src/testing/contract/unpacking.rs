@@ -58,6 +58,7 @@ fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
         a_layer_that_is_not_here_is_an_error_and_nothing_is_left,
         a_layer_needs_the_one_beneath,
         a_pin_holds_what_was_unpacked_under_it,
+        a_renewed_pin_holds_what_was_unpacked_under_it,
         a_pin_holds_what_it_found_unpacked,
         what_is_kept_lives_as_long_as_its_image,
         only_a_configuration_that_is_there_keeps,
@@ -181,6 +182,21 @@ async fn a_pin_holds_what_was_unpacked_under_it(subject: &dyn Unpacks) -> Outcom
     unpack_all(subject, &image, &pin, Unpacked::Now).await?;
     subject.collect().await;
     ensure_unpacked(subject, names(&image.layers), "pinned").await?;
+    store.release(pin).await?;
+    subject.collect().await;
+    ensure_unpacked(subject, BTreeSet::new(), "released").await
+}
+
+async fn a_renewed_pin_holds_what_was_unpacked_under_it(subject: &dyn Unpacks) -> Outcome {
+    let store = subject.store();
+    let image = image(subject, "renewed", &[1000, 10], Packing::Gzip).await?;
+    // containerd collects by itself after a hundred changes of its metadata, counted anew from here.
+    subject.collect().await;
+    let pin = store.pin(Duration::ZERO).await?;
+    unpack_all(subject, &image, &pin, Unpacked::Now).await?;
+    store.renew(&pin, HOUR).await?;
+    subject.collect().await;
+    ensure_unpacked(subject, names(&image.layers), "renewed").await?;
     store.release(pin).await?;
     subject.collect().await;
     ensure_unpacked(subject, BTreeSet::new(), "released").await
