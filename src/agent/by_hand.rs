@@ -78,7 +78,8 @@ impl ByHand {
         tracing::info!(%reference, dry_run, ?last, "pulled by hand");
         // Refused when nobody listens any more.
         let _ = progress.send(last).await;
-        stop.run_until_cancelled(self.recoverer.lead.retire(&reference)).await;
+        // Also when the agent stops: the Lease is a read and a delete away, which end within seconds.
+        self.recoverer.lead.retire(&reference).await;
     }
 
     /// Answers the last thing to say.

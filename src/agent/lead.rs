@@ -3,7 +3,7 @@
 //! Nobody waits for it. A claim that is lost, stolen or out of reach changes nothing about the content that is fetched, and
 //! peers' pulls are never serialised by it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -22,8 +22,9 @@ pub struct Lead {
     metrics: Metrics,
     node: NodeName,
     me: PeerId,
-    /// What is held now, or may be because its write was not answered; at most one for each running recovery.
-    held: Mutex<HashMap<Reference, Digest>>,
+    /// What is held now, or may be because its write was not answered; for each running recovery
+    /// the image's claim, the zone's, or both where the zone became known meanwhile.
+    held: Mutex<HashMap<Reference, HashSet<Digest>>>,
 }
 
 impl Lead {
@@ -83,7 +84,12 @@ impl Lead {
         let read = self.claims.read(digest).await?;
         let step = step(read.as_ref(), &self.node, now);
         if step != Step::Leave {
-            self.held.lock().unwrap_or_else(PoisonError::into_inner).insert(reference.clone(), digest);
+            self.held
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .entry(reference.clone())
+                .or_default()
+                .insert(digest);
         }
         match step {
             Step::Create => self.claims.create(digest, now).await?,
@@ -93,13 +99,13 @@ impl Lead {
         Ok(true)
     }
 
-    /// Gives the claim of an ended recovery back, if there is one.
+    /// Releases the claims of a recovery that ended.
     pub(super) async fn retire(&self, reference: &Reference) {
         let held = self.held.lock().unwrap_or_else(PoisonError::into_inner).remove(reference);
-        if let Some(digest) = held
-            && let Err(error) = self.claims.release(digest).await
-        {
-            tracing::debug!(%digest, %error, "the claim is left to expire");
+        for digest in held.into_iter().flatten() {
+            if let Err(error) = self.claims.release(digest).await {
+                tracing::debug!(%digest, %error, "the claim is left to expire");
+            }
         }
     }
 }

@@ -3,11 +3,12 @@
 //! Who sends is settled by a claim, as everything that must happen once. It is advice here as well: without an API server every node sends,
 //! and a receiver tells the copies by their id.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::holders::Holders;
@@ -22,6 +23,10 @@ const QUEUED: usize = 64;
 
 /// What was said about an image once is not said again by any node within this time: nodes of one outage recover the same image for hours.
 const ONCE_IN: Duration = Duration::from_secs(3600);
+
+/// Leases of sent messages that this agent releases itself; those beyond are swept. A message waits
+/// for the receiver, so a node sends some a minute at most.
+const MAX_SENT: usize = 256;
 
 /// Tries of one message, at 1, 2, 4, ... seconds: half a minute besides what the receiver takes.
 const TRIES: u32 = 6;
@@ -87,6 +92,10 @@ pub struct Messenger {
     node: NodeName,
     metrics: Metrics,
     notices: mpsc::Receiver<Notice>,
+    /// The claim on the message under way, also while its write is not answered.
+    claimed: Option<Digest>,
+    /// The claims on messages that were sent, the oldest first, and when each is released.
+    sent: VecDeque<(Instant, Digest)>,
 }
 
 impl Messenger {
@@ -100,19 +109,57 @@ impl Messenger {
     ) -> (Self, Notices) {
         let (queue, notices) = mpsc::channel(QUEUED);
         let sender = Notices { queue: Some(queue), metrics: metrics.clone() };
-        (Self { notifier, claims, holders, node, metrics, notices }, sender)
+        let (claimed, sent) = (None, VecDeque::new());
+        (Self { notifier, claims, holders, node, metrics, notices, claimed, sent }, sender)
     }
 
-    /// Sends until stopped.
+    /// Sends until stopped. The claim on a message that was not sent is released then, so that
+    /// another node sends it. Claims on messages that were sent stay until the hour is over.
     pub async fn run(mut self, stop: CancellationToken) {
-        while let Some(Some(notice)) = stop.run_until_cancelled(self.notices.recv()).await {
-            if stop.run_until_cancelled(self.deliver(notice)).await.is_none() {
-                return;
+        loop {
+            let due = self.sent.front().map(|(due, _)| *due);
+            let went_on = stop.run_until_cancelled(async {
+                tokio::select! {
+                    notice = self.notices.recv() => match notice {
+                        Some(notice) => self.deliver(notice).await,
+                        // The senders end when the agent does.
+                        None => std::future::pending().await,
+                    },
+                    () = sleep_until(due) => self.release_oldest().await,
+                }
+            });
+            if went_on.await.is_none() {
+                break;
             }
+        }
+        if let Some(claimed) = self.claimed.take() {
+            self.release(claimed).await;
         }
     }
 
-    async fn deliver(&self, notice: Notice) {
+    async fn release_oldest(&mut self) {
+        if let Some((_, subject)) = self.sent.pop_front() {
+            self.release(subject).await;
+        }
+    }
+
+    async fn release(&self, subject: Digest) {
+        if let Err(error) = self.claims.release(subject).await {
+            tracing::debug!(%error, "the claim on a message is left to expire");
+        }
+    }
+
+    /// The claim says for an hour that the message was sent.
+    fn was_sent(&mut self, subject: Digest) {
+        self.claimed = None;
+        self.sent.retain(|(_, sent)| *sent != subject);
+        if self.sent.len() == MAX_SENT {
+            self.sent.pop_front();
+        }
+        self.sent.push_back((Instant::now() + ONCE_IN, subject));
+    }
+
+    async fn deliver(&mut self, notice: Notice) {
         let now = SystemTime::now();
         let subject = subject(&notice);
         if !self.is_first(subject, now).await {
@@ -121,16 +168,18 @@ impl Messenger {
         let notification = self.notification(notice, subject, now);
         for attempt in 0..TRIES {
             match self.notifier.notify(&notification).await {
-                Ok(()) => return self.metrics.notified("sent"),
+                Ok(()) => {
+                    self.was_sent(subject);
+                    return self.metrics.notified("sent");
+                }
                 Err(error) if error.is_retryable() && attempt + 1 < TRIES => {
                     tokio::time::sleep(Duration::from_secs(1 << attempt).mul_f64(0.5 + rand::random::<f64>())).await;
                 }
                 Err(error) => {
                     tracing::warn!(image = notification.image, reason = notification.reason, %error, "a message is lost");
                     // The next one about it may get through, from here or from another node.
-                    if let Err(error) = self.claims.release(subject).await {
-                        tracing::debug!(%error, "the claim on a message is left to expire");
-                    }
+                    self.release(subject).await;
+                    self.claimed = None;
                     return self.metrics.notified("failed");
                 }
             }
@@ -138,21 +187,29 @@ impl Messenger {
     }
 
     /// Whether no other node has said the same of late.
-    async fn is_first(&self, subject: Digest, now: SystemTime) -> bool {
-        let claimed = async {
-            match self.claims.read(subject).await? {
-                None => self.claims.create(subject, now).await,
-                Some(lease) if is_recent(lease.renewed, now) => Err(ClaimError::Lost),
-                Some(lease) => self.claims.update(subject, &lease.version, now).await,
-            }
-        };
-        match claimed.await {
+    async fn is_first(&mut self, subject: Digest, now: SystemTime) -> bool {
+        match self.claim(subject, now).await {
             Ok(()) => true,
-            Err(ClaimError::Lost) => false,
+            Err(ClaimError::Lost) => {
+                self.claimed = None;
+                false
+            }
             Err(ClaimError::Unavailable(reason)) => {
                 tracing::debug!(reason, "a message is sent without a claim on it");
                 true
             }
+        }
+    }
+
+    async fn claim(&mut self, subject: Digest, now: SystemTime) -> Result<(), ClaimError> {
+        let read = self.claims.read(subject).await?;
+        if read.as_ref().is_some_and(|lease| is_recent(lease.renewed, now)) {
+            return Err(ClaimError::Lost);
+        }
+        self.claimed = Some(subject);
+        match read {
+            None => self.claims.create(subject, now).await,
+            Some(lease) => self.claims.update(subject, &lease.version, now).await,
         }
     }
 
@@ -179,6 +236,13 @@ impl Messenger {
 
 fn is_recent(renewed: Option<SystemTime>, now: SystemTime) -> bool {
     renewed.is_some_and(|at| now.duration_since(at).is_ok_and(|age| age < ONCE_IN))
+}
+
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// What a message is about, as something that a claim can be on.

@@ -122,7 +122,7 @@ impl Retainer {
             // Events first: a layer that is committed now is collected when its pull ends.
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return,
+                () = stop.cancelled() => break,
                 event = events.recv() => due = due.min(match event {
                     Ok(ContentEvent::Committed { digest, size }) => self.on_committed(digest, size).await,
                     Ok(ContentEvent::Records) => self.on_records().await,
@@ -131,7 +131,10 @@ impl Retainer {
                         Instant::now()
                     }
                     // The store sends as long as it exists.
-                    Err(broadcast::error::RecvError::Closed) => return stop.cancelled().await,
+                    Err(broadcast::error::RecvError::Closed) => {
+                        stop.cancelled().await;
+                        break;
+                    }
                 }),
                 Ok(()) = self.used.changed() => due = due.min(Instant::now() + SETTLE),
                 () = filled(&mut self.filler) => {
@@ -140,6 +143,9 @@ impl Retainer {
                 }
                 () = sleep_until(due) => due = Instant::now() + self.list().await,
             }
+        }
+        if let Some(filler) = self.filler {
+            filler.stop().await;
         }
     }
 

@@ -215,7 +215,12 @@ impl Salvager {
         }
         self.stopping.cancel();
         self.running.values().for_each(|running| running.stop.cancel());
-        while self.work.join_next().await.is_some() {}
+        // Recoveries end at once now. Each may hold a Lease, and its release ends within seconds.
+        while let Some(done) = self.work.join_next().await {
+            if let Ok(Done::Recovered { reference, .. }) = done {
+                self.spawn_retire(reference);
+            }
+        }
     }
 
     fn on_event(&mut self, event: PodEvent) {

@@ -44,8 +44,8 @@ pub(super) struct Lacking {
 /// Fetches one image's layers at a time.
 pub(super) struct Filler {
     recoverer: Arc<Recoverer>,
-    /// The image under way.
-    running: Option<Digest>,
+    /// The image under way: its manifest, and the name that its claims are held under.
+    running: Option<(Digest, Reference)>,
     work: JoinSet<Result<(), RecoverError>>,
     not_before: Instant,
     failed: HashMap<Digest, Instant>,
@@ -80,16 +80,28 @@ impl Filler {
     /// Begins to fetch into the lease. `line` bytes of the disk stay free.
     pub(super) fn start(&mut self, image: Lacking, pin: Pin, line: u64) {
         tracing::info!(image = %image.reference, layers = image.layers.len(), "layers that are missing here are fetched from peers");
-        self.running = Some(image.manifest);
+        self.running = Some((image.manifest, image.reference.clone()));
         let recoverer = Arc::clone(&self.recoverer);
-        self.work.spawn(async move { fetch(&recoverer, &image, &pin, line).await });
+        self.work.spawn(async move {
+            let fetched = fetch(&recoverer, &image, &pin, line).await;
+            recoverer.lead.retire(&image.reference).await;
+            fetched
+        });
+    }
+
+    /// Ends the fetch under way and releases its claims.
+    pub(super) async fn stop(mut self) {
+        self.work.shutdown().await;
+        if let Some((_, reference)) = self.running {
+            self.recoverer.lead.retire(&reference).await;
+        }
     }
 
     /// Waits for the end of the fetch under way; for ever without a fetch.
     pub(super) async fn ended(&mut self) {
         let Some(ended) = self.work.join_next().await else { return std::future::pending().await };
         let result = ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
-        let Some(manifest) = self.running.take() else { return std::future::pending().await };
+        let Some((manifest, _)) = self.running.take() else { return std::future::pending().await };
         self.not_before = Instant::now() + pause();
         if let Err(error) = result {
             tracing::info!(%manifest, %error, "layers that are missing here did not come; they are tried again later");
@@ -101,7 +113,7 @@ impl Filler {
 
     /// The image under way.
     pub(super) fn running(&self) -> Option<Digest> {
-        self.running
+        self.running.as_ref().map(|(manifest, _)| *manifest)
     }
 }
 

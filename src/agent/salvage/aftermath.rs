@@ -245,7 +245,7 @@ impl Salvager {
         }
     }
 
-    fn spawn_retire(&mut self, reference: Reference) {
+    pub(super) fn spawn_retire(&mut self, reference: Reference) {
         let recoverer = Arc::clone(&self.recoverer);
         self.work.spawn(async move {
             recoverer.lead.retire(&reference).await;

@@ -41,3 +41,32 @@ async fn no_layer_is_fetched_over_the_budget_or_from_another_repository() {
         assert_eq!(node.store.pins(), 0);
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_zones_lease_of_missing_layers_is_released_when_they_come_to_an_end_or_the_agent_does() {
+    let (node, mut harbour, _image) = after_a_pull(1 << 20).await;
+    harbour.zone = Some("a".parse().unwrap());
+    let peers_store = Arc::new(MemoryStore::new());
+    put_image(&*peers_store, &[IMAGE.into()], &LAYERS, 7).await.unwrap();
+    let announce = || harbour.announce_in(Some("b".parse().unwrap()), 1, Arc::clone(&peers_store), Behaviour::Hangs);
+    announce().await;
+    let agent = node.start_with(Some(Arc::new(harbour.recoverer()))).await;
+    let second = std::time::Duration::from_secs(1);
+    for ends_by_itself in [true, false] {
+        let mut seconds = 0;
+        while harbour.cluster.leases().1.len() == 0 {
+            tokio::time::sleep(second).await;
+            seconds += 1;
+            assert!(seconds < 7200, "no Lease");
+        }
+        if ends_by_itself {
+            harbour.holders.apply(MeshEvent::Down(peer(1)));
+            tokio::time::sleep(60 * second).await;
+            assert_eq!(harbour.cluster.leases().1.len(), 0);
+            announce().await;
+        }
+    }
+    drop(agent);
+    tokio::time::sleep(second).await;
+    assert_eq!(harbour.cluster.leases().1.len(), 0);
+}

@@ -13,6 +13,7 @@ use crate::agent::progress::Board;
 use crate::agent::registries::Registries;
 use crate::agent::salvage::{Parts, Salvager};
 use crate::agent::tell::Tell;
+use crate::decide::claim::zone_claim;
 use crate::decide::rules::Manner;
 use crate::model::{ContainerKind, ContainerView, Outage, PodRef, PodView, PullPolicy, Waiting};
 use crate::ports::{Claims, PodEvent, ReportKind};
@@ -286,6 +287,25 @@ async fn the_node_that_leads_is_named_by_a_lease_until_its_recovery_ends() {
     watch.rest().await;
     assert_eq!(claims.read(image.root.digest).await.unwrap(), None);
     watch.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_stops_in_a_recovery_releases_its_lease() {
+    for zone in [None, Some("a".parse::<Zone>().unwrap())] {
+        let harbour = Harbour { zone: zone.clone(), ..Harbour::new() };
+        let store = Arc::new(MemoryStore::new());
+        let image = put_image(&*store, &[IMAGE.into()], &[3000, 200, 10], 7).await.unwrap();
+        // The documents come, and no piece of a layer.
+        harbour.announce_in(Some("b".parse().unwrap()), 1, store, Behaviour::HangsAfter(0)).await;
+        let claim = zone.map_or(image.root.digest, |zone| zone_claim(image.root.digest, &zone));
+        let watch = Watch::start(&harbour);
+        watch.sees(failing("p", IMAGE, REFUSED)).await;
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        let claims = harbour.cluster.claims_of("somebody".parse().unwrap());
+        assert!(claims.read(claim).await.unwrap().is_some(), "a Lease");
+        watch.stop().await;
+        assert_eq!(claims.read(claim).await.unwrap(), None);
+    }
 }
 
 #[tokio::test(start_paused = true)]

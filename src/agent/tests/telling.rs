@@ -107,3 +107,45 @@ async fn a_receiver_that_is_away_for_long_costs_a_bounded_queue() {
     assert!(harbour.counted(r#"lighterman_notifications_total{result="dropped"} 36"#), "64 wait");
     node.stop().await;
 }
+
+/// The Leases of the cluster are on messages alone here.
+fn leases(harbour: &Harbour) -> usize {
+    harbour.cluster.leases().1.len()
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_stops_before_its_message_is_sent_leaves_the_message_to_another() {
+    let (harbour, receiver) = (Harbour::new(), Arc::new(MemoryNotifier::default()));
+    receiver.set_failure(Some(NotifyError::Unavailable("503".into())));
+    let stopped = Node::start(&harbour, "a", &receiver);
+    stopped.tells(IMAGE);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(leases(&harbour), 1);
+    stopped.stop().await;
+    assert_eq!(leases(&harbour), 0);
+    receiver.set_failure(None);
+    let other = Node::start(&harbour, "b", &receiver);
+    other.tells(IMAGE);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(receiver.sent().len(), 1);
+    other.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_lease_of_a_sent_message_stays_for_an_hour_and_is_released_then() {
+    let (harbour, receiver) = (Harbour::new(), Arc::new(MemoryNotifier::default()));
+    let [first, second] = ["a", "b"].map(|name| Node::start(&harbour, name, &receiver));
+    first.tells(IMAGE);
+    tokio::time::sleep(Duration::from_secs(3590)).await;
+    second.tells(IMAGE);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!((receiver.sent().len(), leases(&harbour)), (1, 1));
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(leases(&harbour), 0);
+    // An agent that stops within the hour leaves the Lease, or its successor would repeat the message.
+    first.tells(IMAGE);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    first.stop().await;
+    assert_eq!((receiver.sent().len(), leases(&harbour)), (2, 1));
+    second.stop().await;
+}
