@@ -17,6 +17,7 @@ pub mod pieces;
 pub mod pin_term;
 pub mod plan;
 pub mod pull_failure;
+pub mod pod_keys;
 pub mod queue;
 pub mod repositories;
 pub mod reserve;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::credential::token::Claims;
+use crate::decide::pod_keys::PodKeys;
 use crate::model::{NodeName, PeerId};
 
 /// As many as the door lets in: a cluster of 16 384 nodes, and as many again that came back with another
@@ -18,10 +19,17 @@ pub(super) const MOST: usize = 32_768;
 const AGAIN: Duration = Duration::from_secs(60);
 
 pub(super) struct Verdicts {
-    table: Mutex<HashMap<PeerId, Verdict>>,
+    table: Mutex<Table>,
     /// How long one is of use after its end.
     grace: Duration,
     changed: AtomicBool,
+}
+
+#[derive(Default)]
+struct Table {
+    verdicts: HashMap<PeerId, Verdict>,
+    /// The keys of each pod. One pod's tokens for key after key do not fill the table.
+    pods: PodKeys,
 }
 
 /// What was found.
@@ -57,7 +65,9 @@ pub(super) enum Ask {
 
 impl Verdicts {
     pub(super) fn new(kept: impl IntoIterator<Item = (PeerId, Verdict)>, grace: Duration) -> Self {
-        Self { table: Mutex::new(kept.into_iter().take(MOST).collect()), grace, changed: AtomicBool::new(false) }
+        let mut table = Table::default();
+        kept.into_iter().take(MOST).for_each(|(peer, verdict)| table.insert(peer, verdict));
+        Self { table: Mutex::new(table), grace, changed: AtomicBool::new(false) }
     }
 
     /// Whether the API server has to be asked about a good token.
@@ -73,17 +83,17 @@ impl Verdicts {
     /// Remembers a good token. What the API server said about the same pod stays.
     pub(super) fn remember(&self, peer: PeerId, claims: &Claims, now: Duration) {
         let mut table = self.lock();
-        if let Some(known) = table.get_mut(&peer).filter(|known| known.pod_uid == claims.pod_uid) {
+        if let Some(known) = table.verdicts.get_mut(&peer).filter(|known| known.pod_uid == claims.pod_uid) {
             known.until = known.until.max(claims.expires);
             return;
         }
         // One that another member relayed may be older than what is known.
-        if table.get(&peer).is_some_and(|known| known.until > claims.expires) {
+        if table.verdicts.get(&peer).is_some_and(|known| known.until > claims.expires) {
             return;
         }
-        if table.len() >= MOST && !table.contains_key(&peer) {
-            table.retain(|_, verdict| verdict.until.saturating_add(self.grace) >= now);
-            if table.len() >= MOST {
+        if table.verdicts.len() >= MOST && !table.verdicts.contains_key(&peer) {
+            table.retain(|verdict| verdict.until.saturating_add(self.grace) >= now);
+            if table.verdicts.len() >= MOST {
                 return;
             }
         }
@@ -95,11 +105,9 @@ impl Verdicts {
     pub(super) fn reviewed(&self, peer: PeerId, claims: &Claims, passed: bool) {
         let mut table = self.lock();
         let review = if passed { Review::Passed } else { Review::Refused(Instant::now()) };
-        match table.get_mut(&peer) {
+        match table.verdicts.get_mut(&peer) {
             Some(known) if known.pod_uid == claims.pod_uid => known.review = review,
-            Some(known) if !passed => {
-                *known = Verdict { review, ..Verdict::of(claims) };
-            }
+            Some(_) if !passed => table.insert(peer, Verdict { review, ..Verdict::of(claims) }),
             _ => {}
         }
     }
@@ -111,14 +119,14 @@ impl Verdicts {
 
     /// How many peers are known: about as many as the cluster has other agents.
     pub(super) fn count(&self) -> usize {
-        self.lock().len()
+        self.lock().verdicts.len()
     }
 
     /// Those that are of use after a restart, and whether there are others than last time. What the API server refused is left out.
     pub(super) fn to_keep(&self, now: Duration) -> Vec<(PeerId, Verdict)> {
         let mut table = self.lock();
-        table.retain(|_, verdict| verdict.until.saturating_add(self.grace) >= now);
-        let good = table.iter().filter(|(_, verdict)| !matches!(verdict.review, Review::Refused(_)));
+        table.retain(|verdict| verdict.until.saturating_add(self.grace) >= now);
+        let good = table.verdicts.iter().filter(|(_, verdict)| !matches!(verdict.review, Review::Refused(_)));
         good.map(|(peer, verdict)| (*peer, verdict.clone())).collect()
     }
 
@@ -128,11 +136,34 @@ impl Verdicts {
     }
 
     fn of(&self, peer: PeerId, claims: &Claims) -> Option<Verdict> {
-        self.lock().get(&peer).filter(|known| known.pod_uid == claims.pod_uid).cloned()
+        self.lock().verdicts.get(&peer).filter(|known| known.pod_uid == claims.pod_uid).cloned()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<PeerId, Verdict>> {
+    fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().expect("nothing panics while holding it")
+    }
+}
+
+impl Table {
+    fn insert(&mut self, peer: PeerId, verdict: Verdict) {
+        let pod = verdict.pod_uid.clone();
+        if let Some(before) = self.verdicts.insert(peer, verdict).filter(|before| before.pod_uid != pod) {
+            self.pods.forget(&before.pod_uid, peer);
+        }
+        if let Some(displaced) = self.pods.shown(&pod, peer) {
+            self.verdicts.remove(&displaced);
+        }
+    }
+
+    fn retain(&mut self, is_kept: impl Fn(&Verdict) -> bool) {
+        let Self { verdicts, pods } = self;
+        verdicts.retain(|peer, verdict| {
+            let is_kept = is_kept(verdict);
+            if !is_kept {
+                pods.forget(&verdict.pod_uid, *peer);
+            }
+            is_kept
+        });
     }
 }
 
@@ -167,14 +198,30 @@ mod tests {
     fn what_is_remembered_is_bounded_and_makes_room_when_it_is_of_no_use_any_more() {
         let verdicts = Verdicts::new([], GRACE);
         let at = Duration::from_secs;
-        (0..=MOST).for_each(|n| verdicts.remember(peer(n), &claims("p", 1000), at(0)));
+        (0..=MOST).for_each(|n| verdicts.remember(peer(n), &claims(&format!("p{n}"), 1000), at(0)));
         assert!(verdicts.have_changed() && !verdicts.have_changed());
-        assert!(verdicts.was_good(peer(0), &claims("p", 1000)) && !verdicts.was_good(peer(MOST), &claims("p", 1000)));
-        verdicts.remember(peer(MOST), &claims("p", 2000), at(1100));
-        assert!(!verdicts.was_good(peer(MOST), &claims("p", 2000)), "all are of use for the length of grace");
-        verdicts.remember(peer(MOST), &claims("p", 2000), at(1101));
-        assert!(verdicts.was_good(peer(MOST), &claims("p", 2000)));
+        let last = format!("p{MOST}");
+        assert!(
+            verdicts.was_good(peer(0), &claims("p0", 1000)) && !verdicts.was_good(peer(MOST), &claims(&last, 1000))
+        );
+        verdicts.remember(peer(MOST), &claims(&last, 2000), at(1100));
+        assert!(!verdicts.was_good(peer(MOST), &claims(&last, 2000)), "all are of use for the length of grace");
+        verdicts.remember(peer(MOST), &claims(&last, 2000), at(1101));
+        assert!(verdicts.was_good(peer(MOST), &claims(&last, 2000)));
         assert_eq!(verdicts.to_keep(at(1101)).len(), 1);
+    }
+
+    #[test]
+    fn the_tokens_of_one_pod_for_key_after_key_take_the_room_of_two() {
+        let verdicts = Verdicts::new([], GRACE);
+        verdicts.remember(peer(0), &claims("other", 1000), Duration::ZERO);
+        (1..1000).for_each(|n| verdicts.remember(peer(n), &claims("stolen", 1000), Duration::ZERO));
+        assert_eq!(verdicts.count(), 3);
+        assert!(verdicts.was_good(peer(0), &claims("other", 1000)));
+        assert_eq!(verdicts.to_keep(Duration::from_secs(1101)).len(), 0);
+        verdicts.remember(peer(1), &claims("stolen", 2000), Duration::ZERO);
+        verdicts.remember(peer(2), &claims("stolen", 2000), Duration::ZERO);
+        assert_eq!(verdicts.count(), 2, "verdicts that ended take no room of their pod");
     }
 
     #[test]

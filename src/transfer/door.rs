@@ -193,7 +193,8 @@ impl Shared {
         let peer = peer_from(id, address, hello, node).map_err(|error| Refusal::Denied(error.to_string()))?;
         // Before anything is remembered: without a credential of our own the peer could not admit us.
         let ours = self.hello(self.admission.credential().await?, address.ip());
-        let standing = Standing { credential: hello.credential.clone(), until: admitted.until };
+        let standing =
+            Standing { credential: hello.credential.clone(), until: admitted.until, pod: admitted.pod.clone() };
         self.peers.remember(&peer, standing).map_err(|full| Refusal::CannotTell(full.to_string()))?;
         self.seen.send_replace(Some(hello.seen));
         // Told before the peer is: when it dials our gossip next, the list of those let in has it. A receiver that is
@@ -205,10 +206,10 @@ impl Shared {
     /// Ends what peers dialled whose verdict is over, unless the credential that they showed is still good, as it may be on grace. They
     /// may come back and show another.
     pub(super) fn end_verdicts(&self, now: Duration) {
-        for (peer, Standing { credential, until }) in self.peers.overdue(now) {
+        for (peer, Standing { credential, until, pod: _ }) in self.peers.overdue(now) {
             match self.admission.vouch(peer, &credential) {
                 Ok(admitted) if admitted.until > now => {
-                    self.peers.stands(peer, Standing { credential, until: admitted.until });
+                    self.peers.stands(peer, Standing { credential, until: admitted.until, pod: admitted.pod });
                 }
                 // It is being asked for; once more as long is enough for that.
                 Err(Refusal::CannotTell(_)) if now < until + LEEWAY + LEEWAY => {}

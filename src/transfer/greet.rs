@@ -180,12 +180,12 @@ impl Shared {
         };
         let decided = self.admission.admit(peer, &theirs.credential).await;
         self.metrics.admission_decided(admission_result(decided.as_ref()));
-        let Admitted { node, until, .. } =
+        let Admitted { node, pod, until, on_grace: _ } =
             decided.map_err(|refusal| GreetError::NotAdmitted { peer, address, refusal })?;
         let broken = |error: NodeNameError| GreetError::Protocol { peer, address, reason: error.to_string() };
         self.seen.send_replace(Some(theirs.seen));
         let met = peer_from(peer, address, &theirs, node).map_err(broken)?;
-        Ok((met, Standing { credential: theirs.credential, until }))
+        Ok((met, Standing { credential: theirs.credential, until, pod }))
     }
 
     async fn exchange(

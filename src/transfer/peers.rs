@@ -12,11 +12,12 @@ use tokio::time::Instant;
 use super::GreetError;
 use super::codes::{DONE, LEAVING, SUPERSEDED, close};
 use super::tuning::BLOBS_PER_PEER;
+use crate::decide::pod_keys::PodKeys;
 use crate::model::{Credential, MAX_MEMBERS, Peer, PeerId};
 use crate::ports::LEEWAY;
 
 /// Peers known at most: twice the members of the mesh, because a node that lost its key comes back as
-/// another peer. A stolen credential that vouches for key after key meets this bound.
+/// another peer.
 const MAX_PEERS: usize = 2 * MAX_MEMBERS;
 
 /// Connections that one peer may have to us. It keeps one; a second appears while it greets us, and those that a
@@ -27,6 +28,8 @@ const MAX_INBOUND: usize = 4;
 #[derive(Default)]
 pub(super) struct Peers {
     table: Mutex<HashMap<PeerId, Entry>>,
+    /// A stolen credential that vouches for key after key meets this bound. Locked within `table`.
+    pods: Mutex<PodKeys>,
 }
 
 /// What a peer was admitted by.
@@ -36,6 +39,8 @@ pub(super) struct Standing {
     pub(super) credential: Credential,
     /// When the verdict is over, since 1970.
     pub(super) until: Duration,
+    /// The UID of the pod that the credential is bound to; `None` where it is bound to none.
+    pub(super) pod: Option<String>,
 }
 
 struct Entry {
@@ -54,21 +59,46 @@ impl Peers {
     /// Remembers an admitted peer, or where it is now.
     pub(super) fn remember(&self, peer: &Peer, standing: Standing) -> Result<(), Full> {
         let mut table = lock(&self.table);
+        if !table.contains_key(&peer.id) && table.len() >= MAX_PEERS {
+            return Err(Full);
+        }
+        self.displace(&mut table, peer.id, &standing);
         if let Some(entry) = table.get_mut(&peer.id) {
             entry.peer = peer.clone();
             entry.stands(standing);
-        } else if table.len() < MAX_PEERS {
+        } else {
             let entry = Entry { peer: peer.clone(), standing, inbound: VecDeque::new(), outbound: Arc::default() };
             table.insert(peer.id, entry);
-        } else {
-            return Err(Full);
         }
         Ok(())
     }
 
+    /// Drops the key that no longer counts now that this one was shown.
+    fn displace(&self, table: &mut HashMap<PeerId, Entry>, peer: PeerId, standing: &Standing) {
+        let Some(pod) = standing.pod.as_deref() else { return };
+        let mut pods = lock(&self.pods);
+        let known = table.get(&peer).map(|entry| &entry.standing);
+        let before = known.and_then(|known| known.pod.as_deref());
+        if before != Some(pod) {
+            // The entry keeps the credential that lasts longer, with its pod.
+            if known.is_some_and(|known| known.until > standing.until) {
+                return;
+            }
+            if let Some(before) = before {
+                pods.forget(before, peer);
+            }
+        }
+        if let Some(displaced) = pods.shown(pod, peer)
+            && let Some(entry) = table.remove(&displaced)
+        {
+            tracing::debug!(peer = %displaced, pod, "two other keys of its pod were shown since; the peer is forgotten");
+            entry.close(b"its pod has other keys");
+        }
+    }
+
     /// Remembers where a peer is that was not met.
     pub(super) fn know(&self, peer: &Peer) -> Result<(), Full> {
-        self.remember(peer, Standing { credential: Credential::default(), until: Duration::ZERO })
+        self.remember(peer, Standing { credential: Credential::default(), until: Duration::ZERO, pod: None })
     }
 
     /// When the verdict about the peer is over, since 1970; zero where there is none.
@@ -78,7 +108,11 @@ impl Peers {
 
     /// The peer has shown something again. What counts is what lasts longest, for all its connections.
     pub(super) fn stands(&self, peer: PeerId, standing: Standing) {
-        if let Some(entry) = lock(&self.table).get_mut(&peer) {
+        let mut table = lock(&self.table);
+        if table.contains_key(&peer) {
+            self.displace(&mut table, peer, &standing);
+        }
+        if let Some(entry) = table.get_mut(&peer) {
             entry.stands(standing);
         }
     }
@@ -151,6 +185,9 @@ impl Peers {
     /// Drops the peer, its address and its connections.
     pub(super) fn forget(&self, peer: PeerId) {
         if let Some(entry) = lock(&self.table).remove(&peer) {
+            if let Some(pod) = &entry.standing.pod {
+                lock(&self.pods).forget(pod, peer);
+            }
             entry.close(b"forgotten");
         }
     }
@@ -171,7 +208,8 @@ impl Peers {
 impl Entry {
     fn stands(&mut self, standing: Standing) {
         if standing.until >= self.standing.until {
-            self.standing = standing;
+            let pod = standing.pod.or(self.standing.pod.take());
+            self.standing = Standing { pod, ..standing };
         }
     }
 

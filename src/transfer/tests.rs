@@ -175,6 +175,8 @@ struct Guests {
     list: Option<HashSet<PeerId>>,
     /// For so long from now on.
     life: Arc<Mutex<Duration>>,
+    /// The pods that keys belong to.
+    pods: HashMap<PeerId, String>,
     /// What is said of a peer whose verdict is over.
     again: Arc<Mutex<Result<(), Refusal>>>,
     renewals: watch::Sender<u64>,
@@ -183,7 +185,13 @@ struct Guests {
 impl Default for Guests {
     fn default() -> Self {
         let life = Arc::new(Mutex::new(Duration::from_secs(3600)));
-        Self { list: None, life, again: Arc::new(Mutex::new(Ok(()))), renewals: watch::Sender::default() }
+        Self {
+            list: None,
+            life,
+            pods: HashMap::new(),
+            again: Arc::new(Mutex::new(Ok(()))),
+            renewals: watch::Sender::default(),
+        }
     }
 }
 
@@ -192,9 +200,14 @@ impl Guests {
         Self { list: Some(peers.into_iter().collect()), ..Self::default() }
     }
 
-    fn verdict(&self) -> Admitted {
+    fn verdict(&self, peer: PeerId) -> Admitted {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
-        Admitted { node: None, pod: None, until: now + *self.life.lock().unwrap(), on_grace: false }
+        Admitted {
+            node: None,
+            pod: self.pods.get(&peer).cloned(),
+            until: now + *self.life.lock().unwrap(),
+            on_grace: false,
+        }
     }
 }
 
@@ -208,10 +221,10 @@ impl Admission for Guests {
     }
     async fn admit(&self, peer: PeerId, _: &Credential) -> Result<Admitted, Refusal> {
         let admitted = self.list.as_ref().is_none_or(|list| list.contains(&peer));
-        if admitted { Ok(self.verdict()) } else { Err(Refusal::Denied("not on the list".into())) }
+        if admitted { Ok(self.verdict(peer)) } else { Err(Refusal::Denied("not on the list".into())) }
     }
-    fn vouch(&self, _: PeerId, _: &Credential) -> Result<Admitted, Refusal> {
-        self.again.lock().unwrap().clone().map(|()| self.verdict())
+    fn vouch(&self, peer: PeerId, _: &Credential) -> Result<Admitted, Refusal> {
+        self.again.lock().unwrap().clone().map(|()| self.verdict(peer))
     }
 }
 
@@ -367,5 +380,5 @@ fn hello() -> Hello {
 
 /// Of a peer that was not met.
 fn standing() -> Standing {
-    Standing { credential: Credential::default(), until: Duration::MAX }
+    Standing { credential: Credential::default(), until: Duration::MAX, pod: None }
 }

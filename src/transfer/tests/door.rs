@@ -321,6 +321,71 @@ async fn a_forgotten_peer_is_disconnected_and_may_come_back() {
 async fn a_peers_oldest_connection_makes_room_for_its_fifth() {
     within(async {
         let listener = Node::start(Shelf::default());
+#[tokio::test]
+async fn a_pod_that_shows_key_after_key_keeps_two_and_displaces_no_other_pod() {
+    within(async {
+        let keys: Vec<_> = (0..10).map(|_| Identity::generate()).collect();
+        let (agent, other) = (&keys[0], Identity::generate());
+        let mut guests = Guests::default();
+        guests.pods.extend(keys.iter().map(|key| (key.peer_id(), "stolen".to_owned())));
+        guests.pods.insert(other.peer_id(), "other".to_owned());
+        let holder = Node::start_with(&Identity::generate(), Shelf::default(), guests, Limits::DEFAULT);
+        let address = holder.address();
+        let others = introduce(&bare_endpoint(&other), address).await;
+        let mut connections = Vec::new();
+        for key in &keys {
+            let endpoint = bare_endpoint(key);
+            let connection = introduce(&endpoint, address).await;
+            connections.push((endpoint, connection));
+            assert!(holder.transfer.peers().len() <= 3, "two keys of one pod, and the other pod's");
+        }
+        for (_, connection) in &connections[..8] {
+            assert_closed_with(connection, DONE, "its pod showed two keys since").await;
+        }
+        assert!(connections[8..].iter().all(|(_, connection)| connection.close_reason().is_none()));
+        assert!(others.close_reason().is_none(), "another pod's agent");
+        // The agent of the pod dials again.
+        introduce(&bare_endpoint(agent), address).await;
+        let known: HashSet<_> = holder.transfer.peers().into_iter().map(|peer| peer.id).collect();
+        assert_eq!(known, [agent.peer_id(), keys[9].peer_id(), other.peer_id()].into());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_agent_whose_pod_is_made_anew_keeps_its_key_and_the_old_pod_takes_no_room() {
+    within(async {
+        let holder = Node::start(Shelf::default());
+        let peers = &holder.transfer.0.peers;
+        let peer = |key: u8| Peer {
+            id: PeerId::from_public_key([key; 32]),
+            node: "there".parse().unwrap(),
+            zone: None,
+            transfer: "127.0.0.1:1".parse().unwrap(),
+            gossip: "127.0.0.1:1".parse().unwrap(),
+        };
+        let in_pod = |pod: &str, until: u64| Standing {
+            pod: Some(pod.to_owned()),
+            until: Duration::from_secs(until),
+            ..standing()
+        };
+        peers.remember(&peer(1), in_pod("old", 1)).unwrap();
+        peers.remember(&peer(1), in_pod("new", 2)).unwrap();
+        // A relayed or late credential of the old pod lasts less long and changes nothing.
+        peers.remember(&peer(1), in_pod("old", 1)).unwrap();
+        peers.remember(&peer(2), in_pod("old", 2)).unwrap();
+        peers.remember(&peer(3), in_pod("old", 2)).unwrap();
+        assert_eq!(peers.all().len(), 3, "the first key is the new pod's");
+        peers.forget(peer(2).id);
+        peers.remember(&peer(4), in_pod("old", 2)).unwrap();
+        assert_eq!(peers.all().len(), 3, "a forgotten key takes no room");
+        peers.remember(&peer(5), in_pod("old", 2)).unwrap();
+        let known: HashSet<_> = peers.all().into_iter().map(|peer| peer.id).collect();
+        assert_eq!(known, [1, 4, 5].map(|key| peer(key).id).into());
+    })
+    .await;
+}
+
         let endpoint = bare_endpoint(&Identity::generate());
         let first = introduce(&endpoint, listener.address()).await;
         let mut others = Vec::new();
