@@ -6,6 +6,7 @@
 pub mod advertise;
 pub mod bring;
 pub mod by_hand;
+pub mod clock_watch;
 pub mod doubting;
 pub mod holders;
 pub mod join;
@@ -53,6 +54,7 @@ use crate::transfer::{self, Surroundings, Transfer};
 use self::advertise::{Advertiser, Besides};
 use self::bring::Bring;
 use self::by_hand::ByHand;
+use self::clock_watch::ClockWatch;
 use self::doubting::Doubting;
 use self::holders::Holders;
 use self::join::Joiner;
@@ -276,7 +278,7 @@ impl Agent {
         let registries = Registries::new(holders.clone(), registry, probe_registries, first_hand_in, metrics.clone());
         let (images_in, images) = watch::channel(None);
         let retained_store = Arc::clone(&store);
-        let retained_cluster = Arc::clone(&cluster);
+        let (retained_cluster, node_cluster) = (Arc::clone(&cluster), Arc::clone(&cluster));
         let salvager = Salvager::new(Parts {
             recoverer,
             board: board.clone(),
@@ -313,6 +315,13 @@ impl Agent {
             names_in,
             images_in,
         );
+        let (clock_in, clock) = watch::channel(None);
+        let clock_watch = ClockWatch {
+            cluster: node_cluster,
+            node: node.clone(),
+            status: clock_in,
+            metrics: metrics.clone(),
+        };
         let status = AgentStatus {
             node,
             me,
@@ -320,6 +329,7 @@ impl Agent {
             holders: holders.clone(),
             board: board.clone(),
             containerd,
+            clock,
             images,
             retained,
             first_hand,
@@ -362,6 +372,7 @@ impl Agent {
         supervisor.spawn("introduce", |stop| introducer.run(stop));
         supervisor.spawn("join", |stop| joiner.run(joined, mesh_news, stop));
         supervisor.spawn("UDP", |stop| udp_watch.run(stop));
+        supervisor.spawn("clock", |stop| clock_watch.run(stop));
         if let Some(rules_watch) = rules_watch {
             supervisor.spawn("rules", |stop| rules_watch.run(stop));
         }

@@ -9,6 +9,7 @@ mod admission;
 mod cached;
 mod call;
 mod claims;
+mod clock;
 mod delete;
 mod events;
 mod jwks;
@@ -33,13 +34,14 @@ pub use admission::{Keep, TokenAdmission};
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use kube::Client;
 use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
 use tokio::sync::watch;
 
+use crate::decide::clock_skew::ClockSample;
 use crate::model::{NodeName, Owner, PodRef, Zone};
 use crate::ports::{
     Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, NodeReport, PodReport, PullSecret,
@@ -198,5 +200,13 @@ impl Cluster for KubeCluster {
 
     async fn report_on_node(&self, report: &NodeReport) -> Result<(), ClusterError> {
         node_events::report(&self.client, &self.own.node, report).await
+    }
+
+    async fn node_created(&self, node: &NodeName) -> Result<SystemTime, ClusterError> {
+        zone::created(&self.client, node).await
+    }
+
+    async fn clock(&self) -> Result<ClockSample, ClusterError> {
+        clock::clock(&self.client).await
     }
 }

@@ -4,6 +4,7 @@
 pub mod bucket;
 pub mod cause;
 pub mod claim;
+pub mod clock_skew;
 pub mod connection_limit;
 pub mod disk;
 pub mod gossip;

@@ -26,9 +26,9 @@ pub use content::{
     Snapshots, StoreError,
 };
 pub use control::{
-    BlobAccess, ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus,
-    PullFailure, PullProgress, PullRequest, RecoveryStatus, RetainedStatus, RulesFileStatus, Status, StatusSource,
-    UdpStatus,
+    BlobAccess, ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource,
+    OutageStatus, PullFailure, PullProgress, PullRequest, RecoveryStatus, RetainedStatus, RulesFileStatus, Status,
+    StatusSource, UdpStatus,
 };
 pub use fetch::{FetchError, Fetcher};
 pub use notify::{MAX_PODS, Notification, Notifier, NotifyError};

@@ -13,8 +13,8 @@ use super::progress::Board;
 use crate::mesh::Mesh;
 use crate::model::{MeshStatus, NodeName, Outage, OutageKind, PeerId};
 use crate::ports::{
-    ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus, RecoveryStatus,
-    RetainedStatus, RulesFileStatus, Status, StatusSource,
+    ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus,
+    RecoveryStatus, RetainedStatus, RulesFileStatus, Status, StatusSource,
 };
 
 /// What peers say about registries, taken into account: each of them may name many, and a person reads few.
@@ -57,6 +57,8 @@ pub struct AgentStatus {
     pub board: Board,
     /// What containerd told, as far as it did; `None` with another store.
     pub containerd: Option<watch::Receiver<ContainerdStatus>>,
+    /// This node's clock; `None` inside before the first comparison.
+    pub clock: watch::Receiver<Option<ClockStatus>>,
     /// What was last announced; `None` inside before the first time.
     pub images: watch::Receiver<Option<ImagesStatus>>,
     /// Retained layers; `None` inside where none are to be.
@@ -77,6 +79,7 @@ impl StatusSource for AgentStatus {
             containerd: self.containerd.as_ref().map(|told| told.borrow().clone()),
             mesh: self.mesh.mesh().await,
             udp: Some(self.holders.udp().status()),
+            clock: self.clock.borrow().clone(),
             images: self.images.borrow().clone(),
             retained: self.retained.borrow().clone(),
             registries_down: Some(self.registries_down()),
@@ -148,6 +151,7 @@ mod tests {
             holders: Holders::default(),
             board: Board::default(),
             containerd: None,
+            clock: watch::channel(None).1,
             images: watch::channel(None).1,
             retained: watch::channel(None).1,
             first_hand: watch::channel(Vec::new()).1,

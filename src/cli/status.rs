@@ -10,8 +10,8 @@ use super::socket::{SocketArgs, printable, with_advice};
 use crate::agent::tell::human_bytes;
 use crate::model::MeshStatus;
 use crate::ports::{
-    ContainerdStatus, ImagesStatus, LayerStatus, OutageStatus, RecoveryStatus, RetainedStatus, RulesFileStatus, Status,
-    UdpStatus,
+    ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, OutageStatus, RecoveryStatus, RetainedStatus,
+    RulesFileStatus, Status, UdpStatus,
 };
 
 /// Flags of `lighterman status`.
@@ -80,6 +80,7 @@ fn table(status: &Status) -> String {
         containerd,
         mesh,
         udp,
+        clock,
         images,
         retained,
         registries_down,
@@ -91,6 +92,7 @@ fn table(status: &Status) -> String {
     rows.extend(containerd_rows(&containerd.clone().unwrap_or_default()));
     rows.push(("mesh", mesh.as_ref().map_or_else(nothing_known, MeshStatus::summary)));
     rows.push(("UDP to peers", vec![udp.as_ref().map_or_else(unknown, udp_line)]));
+    rows.push(("clock", vec![clock.as_ref().map_or_else(unknown, clock_line)]));
     rows.push(("images", images.as_ref().map_or_else(nothing_known, |images| vec![images_line(images)])));
     rows.push(("retained layers", vec![retained.as_ref().map_or_else(|| "none are to be".into(), retained_line)]));
     rows.push(("registries down", lines(registries_down.as_deref(), outage_line)));
@@ -161,6 +163,18 @@ fn udp_line(udp: &UdpStatus) -> String {
             time(*since)
         ),
     }
+}
+
+fn clock_line(clock: &ClockStatus) -> String {
+    let ClockStatus { ahead_seconds, too_far, measured } = clock;
+    let measured = time(*measured);
+    let off = match ahead_seconds {
+        0 => return format!("as the API server's at {measured}"),
+        1.. => format!("{ahead_seconds} s ahead of"),
+        ..0 => format!("{} s behind", ahead_seconds.unsigned_abs()),
+    };
+    let consequence = if *too_far { "; peers may refuse each other's credentials" } else { "" };
+    format!("{off} the API server's at {measured}{consequence}")
 }
 
 fn images_line(images: &ImagesStatus) -> String {
@@ -236,6 +250,7 @@ mod tests {
             }),
             mesh: Some(MeshStatus { alive: 3, release: "0.1.0".into(), ..MeshStatus::default() }),
             udp: Some(UdpStatus { blocked_since: Some(1_700_000_000), port: 4701, nodes: 3 }),
+            clock: Some(ClockStatus { ahead_seconds: -42, too_far: true, measured: 1_700_000_000 }),
             images: Some(ImagesStatus {
                 announced: 41,
                 incomplete: 3,
@@ -283,6 +298,7 @@ mesh              3 alive, 0 suspected, 0 down, 0 banned; 0 neighbours
                   inventory: 0 blobs of others, 0.0 MiB; this node tells 0 items
                   lag: none
 UDP to peers      port 4701 is blocked since 2023-11-14T22:13:20Z: 3 nodes answer over TCP and none over UDP, so nothing is fetched
+clock             42 s behind the API server's at 2023-11-14T22:13:20Z; peers may refuse each other's credentials
 images            41 announced, 3 incomplete (layers discarded after unpacking 2, layers lost 1)
 retained layers   3.0 MiB of 12.0 MiB at most, of 2 images; 1 of the 3 images that are to have all layers lack some
 registries down   registry.example.com:5000: connections are refused, since 2023-11-14T22:13:20Z, seen by n2, node-10
@@ -299,7 +315,7 @@ rules file        /etc/lighterman/rules.yaml, in force since 2023-11-14T22:13:20
     #[test]
     fn what_is_not_known_is_said_to_be_unknown() {
         let table = table(&Status::default());
-        assert_eq!(table.lines().filter(|line| line.ends_with(" unknown")).count(), 16, "{table}");
+        assert_eq!(table.lines().filter(|line| line.ends_with(" unknown")).count(), 17, "{table}");
         assert!(table.ends_with("rules file        none is watched\n"), "{table}");
     }
 }

@@ -131,7 +131,7 @@ impl Events {
 }
 
 /// As kubelets name theirs: the pod's name and the time. A long name is cut to leave room; what is left must not end with a dot or dash.
-fn event_name(pod: &str, now: Timestamp) -> String {
+pub(super) fn event_name(pod: &str, now: Timestamp) -> String {
     let suffix = format!(".{:x}", now.as_nanosecond());
     let pod = cut(pod, MAX_NAME - suffix.len()).trim_end_matches(['.', '-']);
     format!("{pod}{suffix}")

@@ -1,4 +1,6 @@
-//! The zone of the agent's own node.
+//! Nodes: the zone of the agent's own, and the age of any.
+
+use std::time::SystemTime;
 
 use k8s_openapi::api::core::v1::Node;
 use kube::{Api, Client};
@@ -17,4 +19,12 @@ pub(super) async fn zone(client: &Client, node: &NodeName) -> Result<Option<Zone
     let label = found.labels.unwrap_or_default().remove(LABEL);
     // A label can be empty; then there is no zone.
     Ok(label.and_then(|zone| zone.try_into().ok()))
+}
+
+/// The creation time, from the metadata of one node by its name.
+pub(super) async fn created(client: &Client, node: &NodeName) -> Result<SystemTime, ClusterError> {
+    let found = metadata(&Api::<Node>::all(client.clone()), node.as_str(), None).await;
+    let found = found.map_err(|failure| failure.about(&format!("node {node}")))?;
+    let created = found.creation_timestamp.map(|time| time.0.into());
+    created.ok_or_else(|| ClusterError::Other(format!("node {node} has no creation time")))
 }

@@ -11,6 +11,7 @@ pub(super) struct NetworkMetrics {
     admin_rejected: IntCounterVec,
     name_look_ups: IntCounterVec,
     udp_blocked: IntGauge,
+    clock_skew: IntGauge,
 }
 
 impl NetworkMetrics {
@@ -33,6 +34,11 @@ impl NetworkMetrics {
                 "udp_blocked",
                 "1 while other nodes answer this one over TCP and none over UDP, so that nothing can be fetched.",
             ),
+            clock_skew: gauge(
+                r,
+                "clock_skew_seconds",
+                "Seconds that this node's clock is ahead of the API server's for certain; below zero it is behind.",
+            ),
         }
     }
 }
@@ -41,6 +47,11 @@ impl Metrics {
     /// Other nodes answer over TCP and none over UDP, or UDP is open.
     pub fn udp_blocked(&self, is_blocked: bool) {
         self.network.udp_blocked.set(is_blocked.into());
+    }
+
+    /// This node's clock was compared with the API server's.
+    pub fn clock_compared(&self, ahead_seconds: i64) {
+        self.network.clock_skew.set(ahead_seconds);
     }
 
     /// A name of first peers was resolved, or no server answered.

@@ -7,8 +7,7 @@ use tokio::sync::watch;
 
 use crate::model::{Credential, NodeName, PeerId};
 
-/// Two nodes' clocks, and the API server's, may differ by so much: a verdict is void this long after its end.
-pub const LEEWAY: Duration = Duration::from_secs(60);
+pub use crate::decide::clock_skew::LEEWAY;
 
 /// A verdict: this key is an agent of this cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]

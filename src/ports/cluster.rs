@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 
-use crate::model::{Owner, PodRef, PodView, Zone};
+use crate::decide::clock_skew::ClockSample;
+use crate::model::{NodeName, Owner, PodRef, PodView, Zone};
 
 /// What the watch of this node's pods yields.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,6 +113,18 @@ pub trait Cluster: Send + Sync + 'static {
     /// # Errors
     /// [`ClusterError`].
     async fn report_on_node(&self, report: &NodeReport) -> Result<(), ClusterError>;
+
+    /// The creation time of a Node object.
+    ///
+    /// # Errors
+    /// [`ClusterError::Gone`] where there is no such node.
+    async fn node_created(&self, node: &NodeName) -> Result<SystemTime, ClusterError>;
+
+    /// The API server's clock beside this node's, by one small request.
+    ///
+    /// # Errors
+    /// [`ClusterError`].
+    async fn clock(&self) -> Result<ClockSample, ClusterError>;
 }
 
 /// An Event on a pod.
@@ -136,6 +150,10 @@ pub struct NodeReport {
 pub enum NodeReportKind {
     /// Most images of the node lack layers, so that other nodes cannot get these images from here.
     ImagesLackLayers,
+    /// The node's clock is too far from the API server's.
+    ClockSkew,
+    /// The node had the key of another node, and has a new one.
+    KeyReplaced,
 }
 
 impl NodeReportKind {
@@ -143,6 +161,8 @@ impl NodeReportKind {
     pub fn reason(self) -> &'static str {
         match self {
             Self::ImagesLackLayers => "ImagesLackLayers",
+            Self::ClockSkew => "LightermanClockSkew",
+            Self::KeyReplaced => "LightermanKeyReplaced",
         }
     }
 }

@@ -169,6 +169,9 @@ pub struct Status {
     /// Whether other agents answer over UDP.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub udp: Option<UdpStatus>,
+    /// This node's clock.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clock: Option<ClockStatus>,
     /// What this node tells the others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub images: Option<ImagesStatus>,
@@ -198,6 +201,18 @@ pub struct UdpStatus {
     pub port: u16,
     /// Nodes that answer over TCP and not over UDP.
     pub nodes: usize,
+}
+
+/// This node's clock, compared with the API server's.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ClockStatus {
+    /// Seconds that this node's clock is ahead for certain; below zero it is behind.
+    pub ahead_seconds: i64,
+    /// So far that peers may refuse each other's credentials.
+    pub too_far: bool,
+    /// The time of the comparison, in seconds since 1970, by this node's clock.
+    pub measured: u64,
 }
 
 /// What is known of containerd.

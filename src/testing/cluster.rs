@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use tokio::sync::broadcast;
 
+use crate::decide::clock_skew::ClockSample;
 use crate::model::{LeaseSnapshot, LeaseVersion, NodeName, Owner, PodRef, Zone};
 use crate::oci::Digest;
 use crate::ports::{
@@ -31,6 +32,9 @@ struct State {
     deleted: Vec<PodRef>,
     reports: Vec<(PodRef, PodReport)>,
     node_reports: Vec<NodeReport>,
+    nodes: BTreeMap<NodeName, SystemTime>,
+    /// Seconds that nodes' clocks are ahead of this cluster's.
+    clocks_ahead: i64,
     leases: BTreeMap<Digest, LeaseSnapshot>,
     versions: u64,
     away: bool,
@@ -98,6 +102,16 @@ impl MemoryCluster {
     /// The Events on nodes so far.
     pub fn node_reports(&self) -> Vec<NodeReport> {
         self.lock().node_reports.clone()
+    }
+
+    /// Makes a node, so many seconds after 1970.
+    pub fn put_node(&self, node: NodeName, created: u64) {
+        self.lock().nodes.insert(node, SystemTime::UNIX_EPOCH + Duration::from_secs(created));
+    }
+
+    /// Sets the clocks of all nodes ahead of this cluster's, by so many seconds.
+    pub fn set_clocks_ahead(&self, seconds: i64) {
+        self.lock().clocks_ahead = seconds;
     }
 
     /// Whether calls fail from now on, as when the API server is away.
@@ -182,6 +196,18 @@ impl Cluster for MemoryCluster {
     async fn report_on_node(&self, report: &NodeReport) -> Result<(), ClusterError> {
         self.answering()?.node_reports.push(report.clone());
         Ok(())
+    }
+
+    async fn node_created(&self, node: &NodeName) -> Result<SystemTime, ClusterError> {
+        let created = self.answering()?.nodes.get(node).copied();
+        created.ok_or_else(|| ClusterError::Gone(format!("node {node}")))
+    }
+
+    async fn clock(&self) -> Result<ClockSample, ClusterError> {
+        let ahead = self.answering()?.clocks_ahead;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let date = now.as_secs().saturating_add_signed(-ahead);
+        Ok(ClockSample { sent: now, took: Duration::ZERO, received: now, date: Duration::from_secs(date) })
     }
 }
 

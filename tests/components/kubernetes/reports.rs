@@ -1,4 +1,4 @@
-//! Events on pods.
+//! Events on pods and on the agent's own node.
 
 use k8s_openapi::api::core::v1::Event;
 use kube::Api;
@@ -105,6 +105,25 @@ async fn a_node_has_one_event_of_a_reason_that_the_next_report_renews() {
             assert_eq!(event.involved_object.uid.as_deref(), Some(node.as_str()), "kubectl describe looks for it");
             assert_eq!((event.reason.as_deref(), event.type_.as_deref()), (Some("ImagesLackLayers"), Some("Warning")));
         }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_report_on_the_node_is_an_event_of_its_node_object() {
+    within(async {
+        let place = Place::new().await;
+        let note = "the clock is 90 s behind".to_owned();
+        place.agent().await.report_on_node(&NodeReport { kind: NodeReportKind::ClockSkew, note }).await.unwrap();
+        // Events of objects without a namespace are in this one.
+        let all = Api::<Event>::namespaced(place.admin.clone(), "default");
+        let of_node =
+            ListParams::default().fields(&format!("involvedObject.kind=Node,involvedObject.name={}", place.name));
+        let [event] = all.list(&of_node).await.unwrap().items.try_into().expect("one Event");
+        assert_eq!(event.reason.as_deref(), Some("LightermanClockSkew"));
+        assert_eq!(event.type_.as_deref(), Some("Warning"));
+        assert_eq!(event.message.as_deref(), Some("the clock is 90 s behind"));
+        assert_eq!(event.involved_object.uid.as_deref(), Some(&*place.name), "as the kubelet has it");
     })
     .await;
 }

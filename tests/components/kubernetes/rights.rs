@@ -73,6 +73,11 @@ async fn the_charts_rights_suffice() {
         agent.namespace(&place.name).await.unwrap();
         // There is no such node, which only who may ask is told.
         assert!(matches!(agent.zone().await, Err(ClusterError::Gone(_))));
+        let created = agent.node_created(&place.name.parse().unwrap()).await;
+        assert!(matches!(created, Err(ClusterError::Gone(_))), "{created:?}");
+        agent.clock().await.unwrap();
+        let note = "two nodes had one key".to_owned();
+        agent.report_on_node(&NodeReport { kind: NodeReportKind::KeyReplaced, note }).await.unwrap();
         for (api_version, kind) in [
             ("apps/v1", "DaemonSet"),
             ("apps/v1", "Deployment"),

@@ -1,0 +1,178 @@
+//! Compares this node's clock with the API server's. Where the clock is too far off, metric,
+//! status, one warning in the log and one Event on the node say so.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::decide::clock_skew::{ClockChange, ClockSkew, LEEWAY};
+use crate::metrics::Metrics;
+use crate::model::NodeName;
+use crate::ports::{ClockStatus, Cluster, NodeReport, NodeReportKind};
+
+/// Tries of one Event, at the pace of the comparisons: an hour and a half or more.
+const REPORT_TRIES: u32 = 20;
+
+/// Asks the API server's clock.
+pub struct ClockWatch {
+    /// The API server.
+    pub cluster: Arc<dyn Cluster>,
+    /// This node.
+    pub node: NodeName,
+    /// The last comparison; `None` inside before the first.
+    pub status: watch::Sender<Option<ClockStatus>>,
+    /// Has the difference.
+    pub metrics: Metrics,
+}
+
+impl ClockWatch {
+    /// Runs until stopped.
+    pub async fn run(self, stop: CancellationToken) {
+        let mut skew = ClockSkew::new(Instant::now().into_std(), rand::random());
+        let mut unsaid = None;
+        loop {
+            let due = sleep_until(skew.due().into());
+            if stop.run_until_cancelled(due).await.is_none() {
+                return;
+            }
+            if stop.run_until_cancelled(self.compare(&mut skew, &mut unsaid)).await.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// One comparison. `unsaid` is the Event that could not be written yet, with the tries.
+    async fn compare(&self, skew: &mut ClockSkew, unsaid: &mut Option<(NodeReport, u32)>) {
+        let sample = match self.cluster.clock().await {
+            Ok(sample) => sample,
+            Err(error) => {
+                tracing::debug!(%error, "the API server's clock is not known");
+                return skew.unanswered(Instant::now().into_std(), rand::random());
+            }
+        };
+        let change = skew.answered(&sample, Instant::now().into_std(), rand::random());
+        self.publish(skew, sample.received);
+        match change {
+            Some(ClockChange::TooFar(seconds)) => *unsaid = Some((self.too_far(seconds), 0)),
+            Some(ClockChange::Right) => {
+                *unsaid = None;
+                tracing::info!(node = %self.node, "the node's clock is right again");
+            }
+            None => {}
+        }
+        if let Some((report, tries)) = unsaid {
+            *tries += 1;
+            let written = self.cluster.report_on_node(report).await;
+            let is_last = *tries == REPORT_TRIES || written.as_ref().is_err_and(|error| !error.is_retryable());
+            if let Err(error) = &written {
+                tracing::debug!(%error, tries, "the Event about the clock is not written");
+            }
+            if written.is_ok() || is_last {
+                *unsaid = None;
+            }
+        }
+    }
+
+    fn publish(&self, skew: &ClockSkew, received: Duration) {
+        let Some((seconds, too_far)) = skew.state() else { return };
+        let ahead_seconds = seconds.round() as i64;
+        self.metrics.clock_compared(ahead_seconds);
+        self.status.send_replace(Some(ClockStatus { ahead_seconds, too_far, measured: received.as_secs() }));
+    }
+
+    fn too_far(&self, seconds: f64) -> NodeReport {
+        let side = if seconds > 0.0 { "ahead of" } else { "behind" };
+        let (off, leeway) = (seconds.abs().round(), LEEWAY.as_secs());
+        tracing::warn!(
+            node = %self.node,
+            seconds = seconds.round(),
+            "the node's clock is {off} s {side} the API server's; agents refuse each other's credentials beyond {leeway} s, \
+             and no image is fetched then: correct the node's time service"
+        );
+        let note = format!(
+            "The clock of node {} is {off} s {side} the API server's. lighterman's agents refuse each other's credentials when \
+             clocks differ by more than {leeway} s, and this node then neither fetches images nor gives them. Correct the node's \
+             time service (NTP).",
+            self.node
+        );
+        NodeReport { kind: NodeReportKind::ClockSkew, note }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::MemoryCluster;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    struct Watched {
+        cluster: MemoryCluster,
+        status: watch::Receiver<Option<ClockStatus>>,
+        metrics: Metrics,
+        stop: CancellationToken,
+    }
+
+    fn start(cluster: MemoryCluster) -> Watched {
+        let (status_in, status) = watch::channel(None);
+        let (metrics, stop) = (Metrics::new(), CancellationToken::new());
+        let node = "n1".parse().unwrap();
+        let watch =
+            ClockWatch { cluster: Arc::new(cluster.clone()), node, status: status_in, metrics: metrics.clone() };
+        tokio::spawn(watch.run(stop.clone()));
+        Watched { cluster, status, metrics, stop }
+    }
+
+    impl Watched {
+        fn shows(&self) -> (i64, bool) {
+            let status = self.status.borrow().clone().expect("a comparison");
+            (status.ahead_seconds, status.too_far)
+        }
+
+        fn counted(&self, line: &str) -> bool {
+            String::from_utf8(self.metrics.render()).unwrap().lines().any(|have| have == line)
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wrong_clock_is_said_once_on_the_node_and_shown_until_it_is_right() {
+        let watched = start(MemoryCluster::default());
+        tokio::time::sleep(HOUR).await;
+        assert_eq!((watched.shows(), watched.cluster.node_reports().len()), ((0, false), 0));
+        watched.cluster.set_clocks_ahead(90);
+        tokio::time::sleep(3 * HOUR).await;
+        let (ahead, too_far) = watched.shows();
+        assert!((88..=90).contains(&ahead) && too_far, "{ahead}");
+        assert!(watched.counted(&format!("lighterman_clock_skew_seconds {ahead}")));
+        let reports = watched.cluster.node_reports();
+        assert_eq!(reports.len(), 1, "{reports:?}");
+        assert_eq!(reports[0].kind, NodeReportKind::ClockSkew);
+        assert!(reports[0].note.contains("s ahead of the API server's"), "{}", reports[0].note);
+        watched.cluster.set_clocks_ahead(0);
+        tokio::time::sleep(HOUR).await;
+        assert_eq!(watched.shows(), (0, false));
+        watched.cluster.set_clocks_ahead(-3600);
+        tokio::time::sleep(HOUR).await;
+        assert_eq!(watched.cluster.node_reports().len(), 2);
+        watched.stop.cancel();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_clock_that_cannot_be_compared_keeps_the_last_finding_and_ends_nothing() {
+        let watched = start(MemoryCluster::default());
+        watched.cluster.set_away(true);
+        tokio::time::sleep(HOUR).await;
+        assert_eq!(*watched.status.borrow(), None);
+        watched.cluster.set_clocks_ahead(-90);
+        watched.cluster.set_away(false);
+        tokio::time::sleep(HOUR).await;
+        assert!(watched.shows().1);
+        watched.cluster.set_away(true);
+        tokio::time::sleep(HOUR).await;
+        assert!(watched.shows().1);
+        watched.stop.cancel();
+    }
+}

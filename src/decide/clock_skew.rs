@@ -1,0 +1,211 @@
+//! How far this node's clock is from the API server's, and when that has to be said.
+//!
+//! An HTTP answer's `Date` has whole seconds, and the answer travels, so one answer gives bounds of
+//! the difference and not the difference. The part that is certain counts: the bound next to zero.
+
+use std::time::{Duration, Instant};
+
+/// Two nodes' clocks, and the API server's, may differ by so much: a verdict is void this long
+/// after the end that the credential names.
+pub const LEEWAY: Duration = Duration::from_secs(60);
+
+/// A difference that is said. A node that is behind the API server by more than [`LEEWAY`] refuses
+/// fresh tokens of peers. Certificates of `agent.admission=certificate` have the time of the node
+/// that made them, and two nodes may be off in opposite directions, hence half. Claims suffer
+/// earlier: a Lease holds for 15 s, and a node further ahead takes the Leases of others for
+/// expired. A second holder of a claim does no harm, so 15 s are no reason for a warning.
+pub const TOO_FAR: Duration = Duration::from_secs(LEEWAY.as_secs() / 2);
+
+/// A difference below which all is said to be well again: far enough below the other, so that a
+/// clock at the limit is not reported twice.
+const WELL: Duration = Duration::from_secs(20);
+
+/// Answers in a row that have to agree. One may be a clock that was set while the answer came.
+const AGREE: u32 = 2;
+
+/// Between two questions. A clock without time service loses or gains a second in hours to days; a
+/// wrong one is set at the start of a node. A thousand agents ask three times in two seconds.
+const CALM: Duration = Duration::from_secs(600);
+
+/// Between two questions where the last answer and the state disagree, and after a failure.
+const SOON: Duration = Duration::from_secs(30);
+
+/// The clock stepped while the answer came when this clock and the monotonic clock differ by so
+/// much.
+const STEP: Duration = Duration::from_secs(1);
+
+/// One answer of the API server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClockSample {
+    /// This node's clock when the question was sent, since 1970.
+    pub sent: Duration,
+    /// The time from then to the answer, by the monotonic clock.
+    pub took: Duration,
+    /// This node's clock when the answer was here, since 1970.
+    pub received: Duration,
+    /// The API server's clock, since 1970, cut to whole seconds.
+    pub date: Duration,
+}
+
+impl ClockSample {
+    /// Seconds that this node's clock is ahead (above zero) or behind (below zero) for certain;
+    /// `None` where this node's clock stepped meanwhile.
+    pub fn certain_seconds(&self) -> Option<f64> {
+        let elapsed = self.received.checked_sub(self.sent)?;
+        if elapsed.abs_diff(self.took) > STEP {
+            return None;
+        }
+        let seconds = |time: Duration| time.as_secs_f64() - self.date.as_secs_f64();
+        let (least, most) = (seconds(self.sent) - 1.0, seconds(self.received));
+        Some(if least > 0.0 { least } else { most.min(0.0) })
+    }
+}
+
+/// A change of state.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum ClockChange {
+    /// The clock is too far off, by so many seconds ahead (below zero: behind).
+    TooFar(f64),
+    /// The clock is right again.
+    Right,
+}
+
+/// The difference of the clocks over time.
+#[derive(Debug, Clone)]
+pub struct ClockSkew {
+    due: Instant,
+    seconds: Option<f64>,
+    is_too_far: bool,
+    /// Answers in a row against the state.
+    against: u32,
+}
+
+impl ClockSkew {
+    /// Asks first within a few seconds. `jitter` from 0 to 1.
+    pub fn new(now: Instant, jitter: f64) -> Self {
+        Self { due: now + SOON.mul_f64(jitter), seconds: None, is_too_far: false, against: 0 }
+    }
+
+    /// The time of the next question.
+    pub fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// The last certain difference in seconds, and whether that is too far; `None` before the first
+    /// answer.
+    pub fn state(&self) -> Option<(f64, bool)> {
+        self.seconds.map(|seconds| (seconds, self.is_too_far))
+    }
+
+    /// No answer came, or none that says anything.
+    pub fn unanswered(&mut self, now: Instant, jitter: f64) {
+        self.due = now + SOON.mul_f64(0.5 + jitter);
+    }
+
+    /// An answer came.
+    pub fn answered(&mut self, sample: &ClockSample, now: Instant, jitter: f64) -> Option<ClockChange> {
+        let Some(seconds) = sample.certain_seconds() else {
+            self.unanswered(now, jitter);
+            return None;
+        };
+        self.seconds = Some(seconds);
+        let off = seconds.abs();
+        let disagrees = match self.is_too_far {
+            true => off < WELL.as_secs_f64(),
+            false => off > TOO_FAR.as_secs_f64(),
+        };
+        self.against = if disagrees { self.against + 1 } else { 0 };
+        let change = (self.against >= AGREE).then(|| {
+            self.is_too_far = !self.is_too_far;
+            self.against = 0;
+            if self.is_too_far { ClockChange::TooFar(seconds) } else { ClockChange::Right }
+        });
+        let pause = if self.against > 0 { SOON } else { CALM };
+        self.due = now + pause.mul_f64(0.5 + jitter);
+        change
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const NOW: u64 = 1_790_000_000;
+
+    /// An answer that took so many milliseconds, with this node's clock so many seconds ahead.
+    fn sample(ahead: f64, took: u64) -> ClockSample {
+        let server = 0.4 + NOW as f64;
+        let sent = Duration::from_secs_f64(server + ahead);
+        let took = Duration::from_millis(took);
+        // The server writes the date half-way.
+        let date = Duration::from_secs_f64(server + took.as_secs_f64() / 2.0);
+        ClockSample { sent, took, received: sent + took, date: Duration::from_secs(date.as_secs()) }
+    }
+
+    fn answer(skew: &mut ClockSkew, ahead: f64) -> Option<ClockChange> {
+        skew.answered(&sample(ahead, 5), Instant::now(), 0.5)
+    }
+
+    #[test]
+    fn a_clock_that_is_off_is_reported_once_and_reported_right_once() {
+        let mut skew = ClockSkew::new(Instant::now(), 0.0);
+        assert_eq!(skew.state(), None);
+        assert_eq!([0.0, 1.0, -29.0].map(|ahead| answer(&mut skew, ahead)), [None; 3]);
+        assert_eq!(answer(&mut skew, 90.0), None, "one answer says nothing");
+        assert_eq!(answer(&mut skew, 0.0), None);
+        assert_eq!(answer(&mut skew, -90.0), None);
+        assert!(matches!(answer(&mut skew, -90.0), Some(ClockChange::TooFar(seconds)) if seconds < -88.0));
+        assert!(skew.state().unwrap().1);
+        assert_eq!([-90.0, -25.0, 28.0, 0.0].map(|ahead| answer(&mut skew, ahead)), [None; 4], "not yet well");
+        assert_eq!(answer(&mut skew, 0.0), Some(ClockChange::Right));
+        assert_eq!(answer(&mut skew, 0.0), None);
+    }
+
+    #[test]
+    fn a_clock_that_swings_around_the_limit_is_reported_once() {
+        let mut skew = ClockSkew::new(Instant::now(), 0.0);
+        let changes = (0..100).filter_map(|n| answer(&mut skew, if n % 4 < 2 { 33.0 } else { 27.0 })).count();
+        assert_eq!(changes, 1);
+    }
+
+    #[test]
+    fn a_clock_that_steps_during_the_question_and_a_slow_answer_say_nothing() {
+        let mut stepped = sample(0.0, 5);
+        stepped.received += Duration::from_secs(3600);
+        assert_eq!(stepped.certain_seconds(), None);
+        stepped.received = stepped.sent - Duration::from_secs(1);
+        assert_eq!(stepped.certain_seconds(), None);
+        assert_eq!(sample(20.0, 60_000).certain_seconds(), Some(0.0), "an answer that took a minute");
+    }
+
+    #[test]
+    fn questions_are_ten_minutes_apart_and_half_a_minute_where_the_answer_disagrees() {
+        let (now, mut skew) = (Instant::now(), ClockSkew::new(Instant::now(), 0.0));
+        for (ahead, pause) in [(0.0, CALM), (90.0, SOON), (90.0, CALM), (90.0, CALM), (0.0, SOON)] {
+            skew.answered(&sample(ahead, 5), now, 0.5);
+            assert_eq!(skew.due(), now + pause, "{ahead}");
+        }
+        skew.unanswered(now, 0.5);
+        assert_eq!(skew.due(), now + SOON);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_certain_is_never_more_than_the_truth(
+            ahead in -100.0_f64..100.0, took in 0_u64..10_000, at in 0.0_f64..1.0, fraction in 0.0_f64..1.0,
+        ) {
+            let took = Duration::from_millis(took);
+            let server = NOW as f64 + fraction;
+            let sent = Duration::from_secs_f64(server + ahead);
+            let date = Duration::from_secs((server + took.as_secs_f64() * at).floor() as u64);
+            let sample = ClockSample { sent, took, received: sent + took, date };
+            let certain = sample.certain_seconds().unwrap();
+            prop_assert!(certain.abs() <= ahead.abs() + 1e-6, "{} of {}", certain, ahead);
+            prop_assert!(certain == 0.0 || certain.signum() == ahead.signum());
+            let slack = 1.0 + took.as_secs_f64();
+            prop_assert!(certain.abs() >= ahead.abs() - slack - 1e-6, "{} of {}", certain, ahead);
+        }
+    }
+}
