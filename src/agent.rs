@@ -22,6 +22,7 @@ pub mod retain;
 mod room;
 pub mod rules;
 pub mod salvage;
+pub mod shared_key;
 pub mod status;
 pub mod supervisor;
 pub mod swarm;
@@ -69,6 +70,7 @@ use self::resolve::Resolver;
 use self::retain::{PodImages, Retainer};
 use self::rules::RulesWatch;
 use self::salvage::{Parts, Salvager};
+use self::shared_key::SharedKeyWatch;
 use self::status::{AgentStatus, MeshView};
 use self::supervisor::Supervisor;
 use self::swarm::Underway;
@@ -164,7 +166,7 @@ impl Agent {
             seeds,
             advertise,
             zone,
-            key_file: _,
+            key_file,
             peers_file,
             rules,
             rules_file,
@@ -317,10 +319,18 @@ impl Agent {
         );
         let (clock_in, clock) = watch::channel(None);
         let clock_watch = ClockWatch {
-            cluster: node_cluster,
+            cluster: Arc::clone(&node_cluster),
             node: node.clone(),
             status: clock_in,
             metrics: metrics.clone(),
+        };
+        let (shared_key_in, introduced) = watch::channel(None);
+        let shared_key_watch = SharedKeyWatch {
+            cluster: node_cluster,
+            node: node.clone(),
+            key_file,
+            connected: transfer.shared_key(),
+            introduced,
         };
         let status = AgentStatus {
             node,
@@ -361,6 +371,7 @@ impl Agent {
             holders: holders.clone(),
             metrics,
             listed: listed_in,
+            shared_key: shared_key_in,
         };
 
         // Stopped in reverse: first nobody recovers any more, then nobody is found, and the doors close last.
@@ -373,6 +384,7 @@ impl Agent {
         supervisor.spawn("join", |stop| joiner.run(joined, mesh_news, stop));
         supervisor.spawn("UDP", |stop| udp_watch.run(stop));
         supervisor.spawn("clock", |stop| clock_watch.run(stop));
+        supervisor.spawn("shared key", |stop| shared_key_watch.run(stop));
         if let Some(rules_watch) = rules_watch {
             supervisor.spawn("rules", |stop| rules_watch.run(stop));
         }

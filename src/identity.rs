@@ -5,7 +5,7 @@
 //!
 //! Not here: who is admitted (that is [`crate::ports::Admission`]'s).
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,15 @@ use libp2p_tls::certificate;
 use rustls::CertificateError;
 use rustls::pki_types::CertificateDer;
 
-use crate::model::PeerId;
+use crate::decide::shared_key::{KeyOrigin, key_origin};
+use crate::model::{NodeName, PeerId};
+
+/// Beside the key file: the name of the node that the key was made for. A disk image that was made
+/// after an agent had run brings the key to other nodes, and the name tells them.
+const NODE_RECORD: &str = "node";
+
+/// The longest name of a node (RFC 1123 subdomain) and a line end.
+const MAX_RECORD: u64 = 254;
 
 /// A key and the name that follows from it.
 #[derive(Clone)]
@@ -54,6 +62,52 @@ impl Identity {
         Self { key: ed25519::Keypair::generate() }
     }
 
+    /// The key of this node: the one at `path`, or a new one where there is none or where the one
+    /// there was made for another node. The file `identity.node` beside `identity.key` has the
+    /// node's name.
+    ///
+    /// Releases before that file ignore it, so the key survives a rollback, and a key of theirs is
+    /// kept.
+    ///
+    /// # Errors
+    /// [`IdentityError`]; an unusable key file is never replaced.
+    pub fn of_node(path: &Path, node: &NodeName) -> Result<Self, IdentityError> {
+        let identity = Self::load_or_create(path)?;
+        let recorded = recorded_node(path).map_err(|source| IdentityError::Io { path: path.to_owned(), source })?;
+        match key_origin(recorded.as_deref(), node) {
+            KeyOrigin::Own => Ok(identity),
+            KeyOrigin::Unknown => {
+                record_node(path, node).map_err(|source| IdentityError::Io { path: path.to_owned(), source })?;
+                Ok(identity)
+            }
+            KeyOrigin::Copied => {
+                let made = Self::replace(path, node)?;
+                tracing::warn!(
+                    file = %path.display(),
+                    made_for = recorded.as_deref().unwrap_or_default().trim(),
+                    %node,
+                    peer = %made.peer_id(),
+                    "the key was made for another node, as on a disk that was copied; this node has a new key"
+                );
+                Ok(made)
+            }
+        }
+    }
+
+    /// Makes a new key for this node in place of the one at `path`.
+    ///
+    /// # Errors
+    /// [`IdentityError::Io`].
+    pub fn replace(path: &Path, node: &NodeName) -> Result<Self, IdentityError> {
+        let at = |source| IdentityError::Io { path: path.to_owned(), source };
+        let identity = Self::generate();
+        // The key first: after a kill in between the next start makes one more key. The other order
+        // would leave another node's key with this node's name.
+        identity.store(path).map_err(at)?;
+        record_node(path, node).map_err(at)?;
+        Ok(identity)
+    }
+
     /// Reads the key at `path`, or makes one and keeps it there with mode 0600.
     ///
     /// A kill in between leaves no half-written key: the file appears whole, by a rename.
@@ -83,15 +137,7 @@ impl Identity {
     }
 
     fn store(&self, path: &Path) -> io::Result<()> {
-        let folder = path.parent().ok_or_else(|| io::Error::other("has no parent folder"))?;
-        std::fs::create_dir_all(folder)?;
-        let staged = path.with_extension("new");
-        let _ = std::fs::remove_file(&staged);
-        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&staged)?;
-        file.write_all(self.key.secret().as_ref())?;
-        file.sync_all()?;
-        std::fs::rename(&staged, path)?;
-        std::fs::File::open(folder)?.sync_all()
+        write_whole(path, self.key.secret().as_ref())
     }
 
     /// The name that others know this key by.
@@ -103,6 +149,34 @@ impl Identity {
     pub fn keypair(&self) -> Keypair {
         self.key.clone().into()
     }
+}
+
+/// The content of the file beside the key; `None` without one, and for what is no text.
+fn recorded_node(key: &Path) -> io::Result<Option<String>> {
+    let file = match std::fs::File::open(key.with_extension(NODE_RECORD)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file?,
+    };
+    let mut bytes = Vec::new();
+    file.take(MAX_RECORD).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8(bytes).ok())
+}
+
+fn record_node(key: &Path, node: &NodeName) -> io::Result<()> {
+    write_whole(&key.with_extension(NODE_RECORD), format!("{node}\n").as_bytes())
+}
+
+/// The file appears whole, by a rename, with mode 0600.
+fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let folder = path.parent().ok_or_else(|| io::Error::other("has no parent folder"))?;
+    std::fs::create_dir_all(folder)?;
+    let staged = path.with_extension("new");
+    let _ = std::fs::remove_file(&staged);
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&staged)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    std::fs::rename(&staged, path)?;
+    std::fs::File::open(folder)?.sync_all()
 }
 
 /// Our name of a peer, from libp2p's; `None` when its key is not ed25519.
@@ -179,6 +253,49 @@ mod tests {
         let again = folder.path().join("again.key");
         found.store(&again).unwrap();
         assert_eq!(std::fs::read(&again).unwrap(), SECRET);
+    }
+
+    #[test]
+    fn a_key_that_was_copied_to_another_node_is_replaced_there_and_kept_here() {
+        let (golden, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (first, second): (NodeName, NodeName) = ("n1".parse().unwrap(), "n2".parse().unwrap());
+        let [here, there] = [&golden, &other].map(|folder| folder.path().join("identity.key"));
+        let made = Identity::of_node(&here, &first).unwrap();
+        for file in ["identity.key", "identity.node"] {
+            std::fs::copy(golden.path().join(file), other.path().join(file)).unwrap();
+        }
+        let copied = Identity::of_node(&there, &second).unwrap();
+        assert_ne!(copied.peer_id(), made.peer_id());
+        for _ in 0..2 {
+            assert_eq!(Identity::of_node(&here, &first).unwrap().peer_id(), made.peer_id());
+            assert_eq!(Identity::of_node(&there, &second).unwrap().peer_id(), copied.peer_id(), "once");
+        }
+        assert_eq!(std::fs::metadata(&there).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_key_of_a_release_without_the_record_survives_an_upgrade_and_a_rollback() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, node) = (folder.path().join("identity.key"), "n1".parse().unwrap());
+        let old = Identity::load_or_create(&path).unwrap().peer_id();
+        assert_eq!(Identity::of_node(&path, &node).unwrap().peer_id(), old, "upgraded");
+        assert_eq!(Identity::load_or_create(&path).unwrap().peer_id(), old, "rolled back");
+        assert_eq!(Identity::of_node(&path, &node).unwrap().peer_id(), old, "upgraded again");
+        std::fs::write(path.with_extension("node"), b"\xff\0").unwrap();
+        assert_eq!(Identity::of_node(&path, &node).unwrap().peer_id(), old, "a damaged record says nothing");
+        assert_eq!(std::fs::read(path.with_extension("node")).unwrap(), b"n1\n");
+    }
+
+    #[test]
+    fn a_kill_between_key_and_record_leaves_no_other_nodes_key_under_this_nodes_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, node) = (folder.path().join("identity.key"), "n2".parse().unwrap());
+        let copied = Identity::of_node(&path, &"n1".parse().unwrap()).unwrap().peer_id();
+        // The new key is there, and the record is still the other node's.
+        Identity::generate().store(&path).unwrap();
+        let made = Identity::of_node(&path, &node).unwrap().peer_id();
+        assert_ne!(made, copied);
+        assert_eq!(Identity::of_node(&path, &node).unwrap().peer_id(), made);
     }
 
     #[test]

@@ -77,6 +77,8 @@ pub enum MeshNews {
     Down(PeerId),
     /// It should be greeted at its door; then it is admitted, or reported as out of reach.
     Greet(Peer),
+    /// This node's agent has this agent's key.
+    SharedKey(NodeName),
 }
 
 /// What the agent asks of the mesh. Cheap to clone.

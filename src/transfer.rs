@@ -119,6 +119,7 @@ struct Shared {
     peers: Peers,
     /// Where a peer last saw us.
     seen: watch::Sender<Option<IpAddr>>,
+    shared_key: watch::Sender<Option<NodeName>>,
     door: Arc<Door>,
     refusals: Refusals,
     /// Whole blobs.
@@ -222,6 +223,7 @@ impl Transfer {
             joined,
             peers: Peers::default(),
             seen: watch::Sender::new(None),
+            shared_key: watch::Sender::new(None),
             door: Arc::default(),
             refusals: Refusals::default(),
             serving: Semaphore::new(max_serving),
@@ -334,6 +336,11 @@ impl Transfer {
     /// Where a peer last said that it sees this agent. It was admitted, and may be wrong all the same.
     pub fn seen(&self) -> watch::Receiver<Option<IpAddr>> {
         self.0.seen.subscribe()
+    }
+
+    /// The node whose agent last proved this agent's own key.
+    pub fn shared_key(&self) -> watch::Receiver<Option<NodeName>> {
+        self.0.shared_key.subscribe()
     }
 
     /// The list of states of a blob that was fetched and proved here, so that it needs not be made again for those who ask for it.

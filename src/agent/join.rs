@@ -33,7 +33,7 @@ use super::holders::Holders;
 use crate::addresses::is_of_this_node;
 use crate::mesh::{Mesh, MeshNews};
 use crate::metrics::Metrics;
-use crate::model::{MeshStatus, Peer, PeerId, Release};
+use crate::model::{MeshStatus, NodeName, Peer, PeerId, Release};
 use crate::ports::MeshSource;
 use crate::transfer::{GreetError, Transfer};
 
@@ -83,6 +83,8 @@ pub struct Joiner {
     pub metrics: Metrics,
     /// Where the addresses of the last look-up go.
     pub listed: watch::Sender<Vec<SocketAddr>>,
+    /// The node whose agent has this agent's key, from gossip.
+    pub shared_key: watch::Sender<Option<NodeName>>,
 }
 
 impl Joiner {
@@ -206,6 +208,7 @@ impl Joiner {
                     self.mesh.declined(peer.id).await;
                 }
             }
+            MeshNews::SharedKey(node) => drop(self.shared_key.send_replace(Some(node))),
         }
         self.metrics.peers_connected(self.holders.count());
     }

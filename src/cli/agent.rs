@@ -58,7 +58,7 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let grace = settings.grace;
     let metrics = Metrics::new();
-    let identity = Identity::load_or_create(&settings.key_file)?;
+    let identity = Identity::of_node(&settings.key_file, &settings.node)?;
     if containerd.socket == Path::new(ANY_SOCKET) {
         containerd.socket = usual_socket(containerd.host_root.as_deref().unwrap_or(Path::new("/")))?;
         tracing::info!(socket = %containerd.socket.display(), "containerd's socket was found");

@@ -154,6 +154,8 @@ pub enum Output {
     Up(Peer),
     /// It cannot, and why.
     Down(PeerId, &'static str),
+    /// This node's agent has this agent's key: its introduction was signed with it.
+    SharedKey(NodeName),
     /// It did what no honest peer does.
     Blame {
         /// Who.

@@ -183,6 +183,7 @@ impl MeshTask {
                     debug!(%peer, reason, "peer is down");
                     self.tell(MeshNews::Down(peer));
                 }
+                Output::SharedKey(node) => self.outbox.push_back(MeshNews::SharedKey(node)),
                 Output::Blame { peer, fault, banned } => self.blame(peer, fault, banned),
             }
         }

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 pub(super) use self::node::AllBut;
-use self::node::{Doors, Node, Setting};
+use self::node::{Doors, Node, Setting, soon};
 use self::raw::Raw;
 use super::*;
 use crate::addresses::has_ipv6;
@@ -266,5 +266,46 @@ async fn all_interfaces_can_be_listened_on() {
         let node = Node::start_silent(Setting { listen, ..Setting::default() }).await;
         assert_eq!(node.address.ip(), listen.ip());
         assert_ne!(node.address.port(), 0);
+    }
+}
+
+#[tokio::test]
+async fn two_nodes_with_one_key_hear_of_each_other_and_the_one_that_keeps_it_is_followed_again() {
+    // Gossip reaches a second connection of one PeerId only after the first has closed, so the two are
+    // neighbours of two different nodes, as in a cluster of many.
+    let [near_older, near_younger] = [Doors::default(), Doors::default()];
+    let named = |name: &str, identity: Identity, doors: &Doors| Setting {
+        name: name.parse().unwrap(),
+        identity,
+        doors: doors.clone(),
+        ..Setting::default()
+    };
+    let key = Identity::generate();
+    let [first, second] = [Node::start(&near_older).await, Node::start(&near_younger).await];
+    near_older.open(&second.mesh, second.peer());
+    near_younger.open(&first.mesh, first.peer());
+    near_older.greet(first.id(), second.id()).await;
+    first.until_up(second.id()).await;
+
+    let mut older = Node::start_as(named("older", key.clone(), &near_older)).await;
+    near_older.part(key.peer_id(), second.id());
+    near_older.greet(key.peer_id(), first.id()).await;
+    older.announce(blob("before")).await;
+    second.until_holds(key.peer_id(), blob("before")).await;
+
+    let mut younger = Node::start_as(named("younger", key.clone(), &near_younger)).await;
+    near_younger.part(key.peer_id(), first.id());
+    near_younger.greet(key.peer_id(), second.id()).await;
+    for (node, other) in [(&mut older, "younger"), (&mut younger, "older")] {
+        let found = soon(other, node.shared_key.wait_for(Option::is_some)).await.unwrap();
+        assert_eq!(found.as_ref().unwrap().as_str(), other);
+    }
+    // The younger one starts again with a new key.
+    younger.stop().await;
+    let younger = Node::start_as(named("younger", Identity::generate(), &near_younger)).await;
+    near_younger.greet(younger.id(), second.id()).await;
+    older.announce(blob("after")).await;
+    for node in [&first, &second, &younger] {
+        node.until_holds(key.peer_id(), blob("after")).await;
     }
 }

@@ -16,7 +16,7 @@ use super::tls::{format_of, peer_of};
 use super::tuning::MAX_STREAMS;
 use super::{Shared, admission_result, canonical, peer_from, printable};
 use crate::decide::subnet::Subnet;
-use crate::model::{Peer, PeerId};
+use crate::model::{Credential, NodeName, Peer, PeerId};
 use crate::ports::{Admitted, LEEWAY, Refusal};
 use crate::wire::{self, Format, Hello, Versions, Welcome};
 
@@ -99,6 +99,8 @@ enum Turned {
     Refused(PeerId, Refusal),
     #[error("peer {0} left: {1}")]
     Left(PeerId, String),
+    #[error("node {0} has the key of this node")]
+    SharedKey(NodeName),
 }
 
 impl Shared {
@@ -151,6 +153,9 @@ impl Shared {
         };
         let late = |_| Turned::NoHello(format!("not in {:?}", self.limits.hello));
         let (id, hello, greeted, connection) = timeout(self.limits.hello, introduction).await.map_err(late)??;
+        if let Some(node) = self.other_node_with_this_key(id, &hello) {
+            return Err(self.meet_shared_key(node, address, &connection, greeted).await);
+        }
         let decided = timeout(self.limits.decide, self.decide(id, address, &hello)).await;
         let decided = decided.unwrap_or_else(|_| Err(Refusal::CannotTell("it takes too long".into())));
         self.metrics.admission_decided(admission_result(decided.as_ref().map(|(_, _, admitted)| admitted)));
@@ -168,6 +173,34 @@ impl Shared {
                 Err(Turned::Refused(id, refusal))
             }
         }
+    }
+
+    /// The node whose agent proved this agent's own key. This agent's own dials name this node.
+    pub(super) fn other_node_with_this_key(&self, id: PeerId, hello: &Hello) -> Option<NodeName> {
+        let node = hello.node.parse().ok()?;
+        (id == self.me && node != self.node).then_some(node)
+    }
+
+    /// Tells the other agent this node's name, and no credential. The other agent needs the name to
+    /// find out which of the two nodes makes a new key; it proved the key, so it may have it.
+    async fn meet_shared_key(
+        &self,
+        node: NodeName,
+        address: SocketAddr,
+        connection: &Connection,
+        greeted: Greeted,
+    ) -> Turned {
+        self.shared_key.send_replace(Some(node.clone()));
+        let answer = async {
+            let ours = self.hello(Credential::default(), address.ip());
+            let Greeted { mut send, format } = greeted;
+            wire::write_in(&mut send, &Welcome::Admitted(ours), format).await.ok()?;
+            send.finish().ok()?;
+            send.stopped().await.ok()
+        };
+        let _ = timeout(self.limits.dial, answer).await;
+        close(connection, REFUSED, b"another node has this key");
+        Turned::SharedKey(node)
     }
 
     /// The one message that a stranger may send. Whatever else it sends instead ends the connection.

@@ -275,7 +275,7 @@ fn not_met(peer: PeerId, error: GreetError) -> FetchError {
         error @ (GreetError::NoCredential(_) | GreetError::OtherVersion { .. }) => {
             FetchError::NotAdmitted { peer, reason: error.to_string() }
         }
-        error @ (GreetError::Myself(_) | GreetError::AnotherKey { .. }) => {
+        error @ (GreetError::Myself(_) | GreetError::SharedKey { .. } | GreetError::AnotherKey { .. }) => {
             FetchError::Unreachable { peer, silent: false, reason: error.to_string() }
         }
     }

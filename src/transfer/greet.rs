@@ -9,7 +9,7 @@ use super::codes::{DONE, OTHER_VERSION, PROTOCOL, REFUSED, close};
 use super::peers::Standing;
 use super::tls::{format_of, peer_of};
 use super::{Shared, admission_result, peer_from, printable};
-use crate::model::{Credential, NodeNameError, Peer, PeerId};
+use crate::model::{Credential, NodeName, NodeNameError, Peer, PeerId};
 use crate::ports::{Admitted, Refusal};
 use crate::wire::{self, Format, Hello, Versions, Welcome, WireError};
 
@@ -19,6 +19,14 @@ pub enum GreetError {
     /// The address leads back to this agent.
     #[error("{0} is this agent itself")]
     Myself(SocketAddr),
+    /// Another node's agent has this agent's key.
+    #[error("node {node} at {address} has the key of this node, as after a copy of a node's disk")]
+    SharedKey {
+        /// The dialled address.
+        address: SocketAddr,
+        /// The name that the other agent gives.
+        node: NodeName,
+    },
     /// Nobody answers, or not in our protocol.
     #[error("{address} cannot be reached: {reason}")]
     Unreachable {
@@ -113,8 +121,12 @@ impl Shared {
             .map_err(|error| unreachable(error == ConnectionError::TimedOut, error.to_string()))?;
         let found = peer_of(&connection).ok_or_else(|| unreachable(false, "it has no peer's certificate".into()))?;
         if found == self.me {
+            let node = timeout(self.limits.welcome(), self.node_behind_own_key(address, &connection)).await;
             close(&connection, DONE, b"myself");
-            return Err(GreetError::Myself(address));
+            return Err(match node.ok().flatten() {
+                Some(node) => GreetError::SharedKey { address, node },
+                None => GreetError::Myself(address),
+            });
         }
         if let Some(expected) = expect.filter(|expected| *expected != found) {
             close(&connection, DONE, b"another was expected");
@@ -161,6 +173,18 @@ impl Shared {
         };
         close(connection, DONE, b"no common version");
         if said.is_empty() { "another".to_owned() } else { said }
+    }
+
+    /// The name of the other node at an address where this agent's own key answers; `None` where
+    /// the address leads back here. This agent's own door refuses a `Hello` of this node. An agent
+    /// that cannot make sense of the `Hello` is taken for this one, as before.
+    async fn node_behind_own_key(&self, address: SocketAddr, connection: &Connection) -> Option<NodeName> {
+        let format = format_of(connection, self.versions)?;
+        let answer = self.exchange(address, connection, format, Credential::default()).await.ok()?;
+        let Welcome::Admitted(hello) = answer else { return None };
+        let node = self.other_node_with_this_key(self.me, &hello)?;
+        self.shared_key.send_replace(Some(node.clone()));
+        Some(node)
     }
 
     async fn introduce(

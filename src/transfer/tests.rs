@@ -288,12 +288,20 @@ impl Node {
         partials: Arc<dyn Partials>,
         bounds: Bounds,
     ) -> Self {
-        let config = Config {
-            listen: listen.parse().unwrap(),
-            gossip_port: 4001,
-            node: "node-a".parse().unwrap(),
-            max_serving: 4,
-        };
+        Self::start_named("node-a", listen, identity, shelf, admission, partials, bounds)
+    }
+
+    fn start_named(
+        node: &str,
+        listen: &str,
+        identity: &Identity,
+        shelf: Shelf,
+        admission: impl Admission + 'static,
+        partials: Arc<dyn Partials>,
+        bounds: Bounds,
+    ) -> Self {
+        let (listen, node) = (listen.parse().unwrap(), node.parse().unwrap());
+        let config = Config { listen, gossip_port: 4001, node, max_serving: 4 };
         let (sender, joined) = mpsc::channel(16);
         let metrics = Metrics::new();
         let surroundings = Surroundings {

@@ -291,6 +291,7 @@ impl Mesh {
                 Output::Deny(peer) => self.allow(node, peer, false),
                 Output::Up(peer) => self.judge(node, peer.id, Judged::Up),
                 Output::Down(peer, why) => self.judge(node, peer, Judged::Down(why)),
+                Output::SharedKey(_) => {}
                 Output::Blame { peer, fault, banned } => {
                     self.judge(node, peer, Judged::Blamed(fault, banned.is_some()));
                 }

@@ -184,6 +184,9 @@ impl<N: Notary> Protocol<N> {
             return Verdict::Reject("forged");
         }
         if peer == self.own.peer {
+            if profile.node != self.own.node {
+                self.output(Output::SharedKey(profile.node.clone()));
+            }
             self.meet_my_past(&introduction, now);
             return Verdict::Ignore("own");
         }

@@ -175,7 +175,9 @@ async fn an_agent_that_is_slow_to_listen_can_still_speak_and_misses_nothing() {
     let task = tokio::spawn(task.run(sender, stop.clone()));
     mesh.introduce(Credential::default(), address, address, None).await;
     let (ups, doors) = (Arc::default(), Doors::default());
-    let node = Node { identity, mesh, address, metrics: Metrics::new(), table, doors, ups, stop, task };
+    let (name, shared_key) = ("slow".parse().unwrap(), watch::channel(None).1);
+    let metrics = Metrics::new();
+    let node = Node { name, identity, mesh, address, metrics, table, doors, ups, shared_key, stop, task };
     let mut crowd = Raw::admitted_by(&node).await;
     // More than the task keeps, each of them news.
     let members = 100;

@@ -103,6 +103,7 @@ impl Doors {
 
 /// One agent's mesh, with what the rest of an agent does for it.
 pub(super) struct Node {
+    pub(super) name: NodeName,
     pub(super) identity: Identity,
     pub(super) mesh: Mesh,
     pub(super) address: SocketAddr,
@@ -111,12 +112,15 @@ pub(super) struct Node {
     pub(super) doors: Doors,
     /// Who came up, in order.
     pub(super) ups: Arc<Mutex<Vec<PeerId>>>,
+    /// The node whose agent has the same key.
+    pub(super) shared_key: watch::Receiver<Option<NodeName>>,
     pub(super) stop: CancellationToken,
     pub(super) task: JoinHandle<()>,
 }
 
 /// How a node is started.
 pub(super) struct Setting {
+    pub(super) name: NodeName,
     pub(super) identity: Identity,
     pub(super) listen: SocketAddr,
     pub(super) admission: AllBut,
@@ -128,6 +132,7 @@ pub(super) struct Setting {
 impl Default for Setting {
     fn default() -> Self {
         Self {
+            name: "node".parse().unwrap(),
             identity: Identity::generate(),
             listen: ([127, 0, 0, 1], 0).into(),
             admission: AllBut::default(),
@@ -151,11 +156,12 @@ impl Node {
 
     /// One that does not introduce itself yet.
     pub(super) async fn start_silent(setting: Setting) -> Self {
-        let Setting { identity, listen, admission, limits, versions, doors } = setting;
+        let Setting { name, identity, listen, admission, limits, versions, doors } = setting;
+        let (shared_in, shared_key) = watch::channel(None);
         let (metrics, table) = (Metrics::new(), Table::default());
         let (mesh, task, address) = start_within(
             Config { listen },
-            "node".parse().unwrap(),
+            name.clone(),
             &identity,
             table.clone(),
             Arc::new(admission),
@@ -174,11 +180,12 @@ impl Node {
                     MeshNews::Up(peer) => told.lock().unwrap().push(peer.id),
                     MeshNews::Down(_) => {}
                     MeshNews::Greet(peer) => known.greet(me, peer.id).await,
+                    MeshNews::SharedKey(node) => drop(shared_in.send_replace(Some(node))),
                 }
             }
         });
         let task = tokio::spawn(task.run(sender, stop.clone()));
-        Self { identity, mesh, address, metrics, table, doors, ups, stop, task }
+        Self { name, identity, mesh, address, metrics, table, doors, ups, shared_key, stop, task }
     }
 
     /// Joins, with the address where it says that it can be dialled.
@@ -192,8 +199,7 @@ impl Node {
     }
 
     pub(super) fn peer(&self) -> Peer {
-        let node = "node".parse().unwrap();
-        Peer { id: self.id(), node, zone: None, transfer: self.address, gossip: self.address }
+        Peer { id: self.id(), node: self.name.clone(), zone: None, transfer: self.address, gossip: self.address }
     }
 
     /// Waits until the table says something.

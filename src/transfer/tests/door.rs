@@ -283,6 +283,31 @@ async fn greeting_oneself_is_noticed() {
 }
 
 #[tokio::test]
+async fn two_nodes_with_one_key_find_each_other_whoever_dials_and_are_no_peers() {
+    within(async {
+        let key = Identity::generate();
+        let start = |name: &str| {
+            let bounds = Bounds { limits: Limits::DEFAULT, rules: None };
+            let admission = Guests::default();
+            Node::start_named(name, "127.0.0.1:0", &key, Shelf::default(), admission, Arc::new(NoPartials), bounds)
+        };
+        let (listener, dialler) = (start("first"), start("second"));
+        let [at_listener, at_dialler] = [&listener, &dialler].map(|node| node.transfer.shared_key());
+        let error = dialler.transfer.greet(listener.address(), None).await.unwrap_err();
+        assert!(matches!(&error, GreetError::SharedKey { node, .. } if node.as_str() == "first"), "{error}");
+        let name = |found: &watch::Receiver<Option<NodeName>>| found.borrow().as_ref().map(ToString::to_string);
+        assert_eq!((name(&at_listener), name(&at_dialler)), (Some("second".into()), Some("first".into())));
+        assert!(listener.transfer.peers().is_empty() && dialler.transfer.peers().is_empty());
+
+        let alone = Node::start(Shelf::default());
+        let error = alone.transfer.greet(alone.address(), None).await.unwrap_err();
+        assert!(matches!(error, GreetError::Myself(_)), "{error}");
+        assert_eq!(name(&alone.transfer.shared_key()), None, "an agent that dials itself");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn another_agent_with_the_same_key_is_refused() {
     within(async {
         let key = Identity::generate();
@@ -296,31 +321,6 @@ async fn another_agent_with_the_same_key_is_refused() {
     .await;
 }
 
-#[tokio::test]
-async fn a_forgotten_peer_is_disconnected_and_may_come_back() {
-    within(async {
-        let blob = blob(10);
-        let (holder, mut fetcher) = (Node::start(Shelf::with(&blob)), Node::start(Shelf::default()));
-        fetcher.meet(holder.address()).await;
-        let outsider = bare_endpoint(&Identity::generate());
-        let inbound = introduce(&outsider, fetcher.address()).await;
-        let joined = fetcher.joined.recv().await.unwrap();
-        fetcher.transfer.forget(joined.id);
-        inbound.closed().await;
-        fetcher.transfer.forget(holder.id);
-        assert!(fetcher.transfer.peers().is_empty());
-        let error = fetcher.fetch(holder.id, Digest::of(&blob), 10).await.unwrap_err();
-        assert!(matches!(error, FetchError::Unreachable { .. }), "{error}");
-        holder.meet(fetcher.address()).await;
-        fetcher.fetch(holder.id, Digest::of(&blob), 10).await.unwrap();
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn a_peers_oldest_connection_makes_room_for_its_fifth() {
-    within(async {
-        let listener = Node::start(Shelf::default());
 #[tokio::test]
 async fn a_pod_that_shows_key_after_key_keeps_two_and_displaces_no_other_pod() {
     within(async {
@@ -386,6 +386,31 @@ async fn an_agent_whose_pod_is_made_anew_keeps_its_key_and_the_old_pod_takes_no_
     .await;
 }
 
+#[tokio::test]
+async fn a_forgotten_peer_is_disconnected_and_may_come_back() {
+    within(async {
+        let blob = blob(10);
+        let (holder, mut fetcher) = (Node::start(Shelf::with(&blob)), Node::start(Shelf::default()));
+        fetcher.meet(holder.address()).await;
+        let outsider = bare_endpoint(&Identity::generate());
+        let inbound = introduce(&outsider, fetcher.address()).await;
+        let joined = fetcher.joined.recv().await.unwrap();
+        fetcher.transfer.forget(joined.id);
+        inbound.closed().await;
+        fetcher.transfer.forget(holder.id);
+        assert!(fetcher.transfer.peers().is_empty());
+        let error = fetcher.fetch(holder.id, Digest::of(&blob), 10).await.unwrap_err();
+        assert!(matches!(error, FetchError::Unreachable { .. }), "{error}");
+        holder.meet(fetcher.address()).await;
+        fetcher.fetch(holder.id, Digest::of(&blob), 10).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peers_oldest_connection_makes_room_for_its_fifth() {
+    within(async {
+        let listener = Node::start(Shelf::default());
         let endpoint = bare_endpoint(&Identity::generate());
         let first = introduce(&endpoint, listener.address()).await;
         let mut others = Vec::new();

@@ -289,6 +289,7 @@ impl Village {
             Output::Deny(peer) => drop(self.house(number).allowed.remove(&peer)),
             Output::Up(peer) => drop(self.house(number).up.insert(peer.id)),
             Output::Down(peer, _) => drop(self.house(number).up.remove(&peer)),
+            Output::SharedKey(_) => {}
             Output::Blame { peer, fault, banned } => self.house(number).blamed.push((peer, fault, banned.is_some())),
         }
     }

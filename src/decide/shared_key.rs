@@ -1,0 +1,85 @@
+//! Two nodes with one key: a disk image that was made after an agent had run on it gives all
+//! nodes the same `identity.key`, and so the same PeerId.
+//!
+//! A node that holds the key of another one is found at the start, by the name that stands beside
+//! the key file. Key files of releases before that record have no name, so two nodes may keep one
+//! key until their agents find each other. Then the node that the cluster has known for less time
+//! makes a new key. Both agents compare the same two creation times of the API server, so exactly
+//! one of them gives up, without a word between the two.
+
+use std::time::SystemTime;
+
+use crate::model::NodeName;
+
+/// A node with the key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyHolder {
+    /// The name, which is unique in a cluster.
+    pub node: NodeName,
+    /// The creation time of the Node object.
+    pub created: SystemTime,
+}
+
+/// Whether this node is the one that makes a new key. Nodes of one second are told apart by their
+/// names.
+pub fn gives_up(own: &KeyHolder, other: &KeyHolder) -> bool {
+    (own.created, &own.node) > (other.created, &other.node)
+}
+
+/// The meaning of the name beside a key file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyOrigin {
+    /// The key was made on this node, or adopted by this node.
+    Own,
+    /// No name: a release before the record made the key. The key is kept, and the name is
+    /// written.
+    Unknown,
+    /// Another node's name: the disk was copied, or the node was renamed. In both cases other
+    /// agents know the key as another node's.
+    Copied,
+}
+
+/// Reads the name beside the key of a node. A name that cannot be read says nothing.
+pub fn key_origin(recorded: Option<&str>, node: &NodeName) -> KeyOrigin {
+    match recorded.map(str::trim).and_then(|recorded| recorded.parse::<NodeName>().ok()) {
+        Some(recorded) if recorded == *node => KeyOrigin::Own,
+        Some(_) => KeyOrigin::Copied,
+        None => KeyOrigin::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn of_two_nodes_with_one_key_exactly_one_gives_up_and_it_is_not_the_older_one(
+            (a, b) in ("[a-c]{1,3}", "[a-c]{1,3}").prop_filter("names are unique", |(a, b)| a != b),
+            (of_a, of_b) in (0_u64..3, 0_u64..3),
+        ) {
+            let holder = |node: &str, created| KeyHolder {
+                node: node.parse().unwrap(),
+                created: SystemTime::UNIX_EPOCH + Duration::from_secs(created),
+            };
+            let (a, b) = (holder(&a, of_a), holder(&b, of_b));
+            prop_assert_ne!(gives_up(&a, &b), gives_up(&b, &a));
+            prop_assert!(of_a >= of_b || !gives_up(&a, &b));
+            prop_assert!(!gives_up(&a, &a), "a node does not give up to itself");
+        }
+    }
+
+    #[test]
+    fn only_another_nodes_name_says_that_a_key_was_copied() {
+        let node: NodeName = "n1".parse().unwrap();
+        assert_eq!(key_origin(Some("n1\n"), &node), KeyOrigin::Own);
+        assert_eq!(key_origin(Some("n10\n"), &node), KeyOrigin::Copied);
+        for unreadable in [None, Some(""), Some("\0\0\0"), Some("n1 n2"), Some("a\nb")] {
+            assert_eq!(key_origin(unreadable, &node), KeyOrigin::Unknown, "{unreadable:?}");
+        }
+    }
+}
