@@ -58,7 +58,7 @@ use self::by_hand::ByHand;
 use self::clock_watch::ClockWatch;
 use self::doubting::Doubting;
 use self::holders::Holders;
-use self::join::Joiner;
+use self::join::{Joiner, SystemResolver};
 use self::join::introduce::Introducer;
 use self::layer_notice::LayerWatch;
 use self::lead::Lead;
@@ -364,6 +364,7 @@ impl Agent {
         };
         let joiner = Joiner {
             seeds,
+            resolver: Arc::new(SystemResolver),
             peers_file,
             transfer: transfer.clone(),
             mesh,

@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use self::address_book::KnownPeer;
 use self::calls::Call;
 use self::memory::Memory;
+pub use self::names::{Resolver, SystemResolver};
 use super::holders::Holders;
 use crate::addresses::is_of_this_node;
 use crate::mesh::{Mesh, MeshNews};
@@ -69,6 +70,8 @@ const LONGEST_LIFE: Duration = Duration::from_secs(365 * 24 * 3600);
 pub struct Joiner {
     /// `host:port` of the first peers.
     pub seeds: Vec<String>,
+    /// Resolves their names.
+    pub resolver: Arc<dyn Resolver>,
     /// Where known peers are kept.
     pub peers_file: PathBuf,
     /// The door.
@@ -166,9 +169,9 @@ impl Joiner {
     /// Where other agents may be, by DNS and by settings, in random order; `None` where no name was resolved.
     async fn look_up(&self) -> Option<Vec<SocketAddr>> {
         let (mut addresses, mut is_answered) = (BTreeSet::new(), false);
-        let (resolv_conf, port) = (names::resolv_conf(), self.transfer.local_addr().port());
+        let (resolv_conf, port) = (self.resolver.resolv_conf(), self.transfer.local_addr().port());
         for seed in &self.seeds {
-            let resolved = names::resolve(&names::qualified(seed, &resolv_conf)).await;
+            let resolved = self.resolver.resolve(&names::qualified(seed, &resolv_conf)).await;
             self.metrics.names_looked_up(resolved.is_some());
             is_answered |= resolved.is_some();
             addresses.extend(resolved.unwrap_or_default());

@@ -2,6 +2,7 @@
 
 mod by_hand;
 mod denied;
+mod dns;
 mod doubting;
 mod evidence;
 mod indexes;

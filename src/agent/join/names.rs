@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use async_trait::async_trait;
+
 /// Longest wait for the resolver.
 const RESOLVE_WAIT: Duration = Duration::from_secs(5);
 
@@ -25,24 +27,39 @@ pub(super) fn qualified(seed: &str, resolv_conf: &str) -> String {
     full.unwrap_or_else(|| seed.to_owned())
 }
 
-/// This pod's resolver file; empty where there is none.
-pub(super) fn resolv_conf() -> String {
-    let path = Path::new("/etc/resolv.conf");
-    let is_short = std::fs::metadata(path).is_ok_and(|file| file.len() <= MAX_RESOLV_CONF);
-    if is_short { std::fs::read_to_string(path).unwrap_or_default() } else { String::new() }
+/// Resolves the names of first peers.
+#[async_trait]
+pub trait Resolver: Send + Sync + 'static {
+    /// This pod's resolver file; empty where there is none.
+    fn resolv_conf(&self) -> String;
+
+    /// The addresses of `HOST:PORT`; `None` where no server gave an answer.
+    async fn resolve(&self, name: &str) -> Option<Vec<SocketAddr>>;
 }
 
-/// The addresses of `HOST:PORT`; `None` where no server gave an answer.
-pub(super) async fn resolve(seed: &str) -> Option<Vec<SocketAddr>> {
-    match tokio::time::timeout(RESOLVE_WAIT, tokio::net::lookup_host(seed)).await {
-        Ok(Ok(addresses)) => Some(addresses.collect()),
-        Ok(Err(error)) => {
-            tracing::debug!(seed, %error, "cannot resolve");
-            None
-        }
-        Err(_) => {
-            tracing::debug!(seed, "the resolver does not answer");
-            None
+/// The resolver of the system's C library.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SystemResolver;
+
+#[async_trait]
+impl Resolver for SystemResolver {
+    fn resolv_conf(&self) -> String {
+        let path = Path::new("/etc/resolv.conf");
+        let is_short = std::fs::metadata(path).is_ok_and(|file| file.len() <= MAX_RESOLV_CONF);
+        if is_short { std::fs::read_to_string(path).unwrap_or_default() } else { String::new() }
+    }
+
+    async fn resolve(&self, name: &str) -> Option<Vec<SocketAddr>> {
+        match tokio::time::timeout(RESOLVE_WAIT, tokio::net::lookup_host(name)).await {
+            Ok(Ok(addresses)) => Some(addresses.collect()),
+            Ok(Err(error)) => {
+                tracing::debug!(name, %error, "cannot resolve");
+                None
+            }
+            Err(_) => {
+                tracing::debug!(name, "the resolver does not answer");
+                None
+            }
         }
     }
 }

@@ -52,7 +52,6 @@ fn an_agent_of_a_converged_mesh_sends_at_most_twelve_queries_an_hour() {
         assert!(look_ups > 0, "two halves of a cluster find each other again");
         most = most.max(look_ups * QUERIES);
     }
-    println!("figure dns_queries_per_agent_hour {most}");
     assert!(most <= 12, "{most}");
 }
 
