@@ -31,6 +31,7 @@ pub mod tell;
 mod tests;
 pub mod udp_watch;
 pub mod unpack;
+pub mod ways;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -58,8 +59,8 @@ use self::by_hand::ByHand;
 use self::clock_watch::ClockWatch;
 use self::doubting::Doubting;
 use self::holders::Holders;
-use self::join::{Joiner, SystemResolver};
 use self::join::introduce::Introducer;
+use self::join::{Joiner, SystemResolver};
 use self::layer_notice::LayerWatch;
 use self::lead::Lead;
 use self::notices::{Messenger, Notices};
@@ -76,6 +77,7 @@ use self::supervisor::Supervisor;
 use self::swarm::Underway;
 use self::udp_watch::UdpWatch;
 use self::unpack::Unpacking;
+use self::ways::{OverMesh, Ways};
 
 /// The outside world of one agent: its ports.
 pub struct World {
@@ -218,6 +220,7 @@ impl Agent {
             joined: joined_in,
         };
         let transfer = Transfer::bind_within(transfer, &identity, surroundings, rules.clone())?;
+        let mesh_task = mesh_task.serving(Arc::new(OverMesh(transfer.clone())));
         let (store_ready_in, store_ready) = watch::channel(false);
         let (udp_ready_in, udp_ready) = watch::channel(true);
         let mut all_checks =
@@ -253,7 +256,10 @@ impl Agent {
             bring: Arc::new(Bring::new(
                 me,
                 Arc::clone(&store),
-                Arc::new(Doubting { transfer: transfer.clone(), mesh: mesh.clone() }),
+                Arc::new(Ways::new(
+                    Doubting { transfer: transfer.clone(), mesh: mesh.clone(), udp: holders.udp().clone() },
+                    metrics.clone(),
+                )),
                 holders.clone(),
                 underway.clone(),
                 zone_here,

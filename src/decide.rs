@@ -33,4 +33,5 @@ pub mod tag;
 pub mod trust;
 pub mod udp_path;
 pub mod unpacking;
+pub mod way;
 pub mod wholeness;

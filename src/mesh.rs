@@ -4,6 +4,8 @@
 //! elsewhere, at the QUIC door; here only the PeerIds that came in there may connect at all, and a stranger's connection ends after
 //! its handshake, before any stream is open.
 //!
+//! Ranges of small blobs pass here too, for nodes between which UDP is blocked ([`RangeServer`]).
+//!
 //! What agents say, believe, ask and answer is [`crate::decide::gossip`]'s; this module only does what it says: it turns libp2p's
 //! events, the agent's calls and the clock into calls of that protocol, and what comes of them into libp2p's. What it adds is what
 //! only an adapter can: bounds on connections, streams, queues and time, and how much one neighbour may send before anything of it is
@@ -18,13 +20,15 @@ mod allowance;
 mod codec;
 mod counted;
 mod keys;
+mod ranges;
 mod stack;
 mod table;
 mod task;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use futures::StreamExt;
@@ -41,7 +45,8 @@ use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{ContentChange, Credential, MeshStatus, NodeName, Peer, PeerId, Release, Zone};
 use crate::ports::Admission;
-use crate::wire::Versions;
+use crate::wire::{Request, Versions};
+pub use ranges::{Range, RangeError, RangeServer};
 pub use table::Table;
 pub use task::MeshTask;
 
@@ -87,6 +92,7 @@ pub enum MeshNews {
 #[derive(Debug, Clone)]
 pub struct Mesh {
     commands: mpsc::Sender<Command>,
+    connected: Connected,
 }
 
 /// A call of [`Mesh`], on its way to the task.
@@ -100,6 +106,26 @@ enum Command {
     Announce(Vec<ContentChange>),
     Introduce { credential: Credential, transfer: SocketAddr, gossip: SocketAddr, zone: Option<Zone> },
     Status(oneshot::Sender<MeshStatus>),
+    Range(PeerId, Request, oneshot::Sender<Result<Range, RangeError>>),
+}
+
+/// The neighbours: the peers with an open connection.
+#[derive(Debug, Clone, Default)]
+struct Connected(Arc<RwLock<BTreeSet<PeerId>>>);
+
+impl Connected {
+    fn contains(&self, peer: PeerId) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).contains(&peer)
+    }
+
+    fn set(&self, peer: PeerId, is_connected: bool) {
+        let mut peers = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if is_connected {
+            peers.insert(peer)
+        } else {
+            peers.remove(&peer)
+        };
+    }
 }
 
 /// Calls that wait for the task. It takes them even while nobody takes its news, so this need only span one turn of its loop.
@@ -153,6 +179,22 @@ impl Mesh {
         let (answer, status) = oneshot::channel();
         self.send(Command::Status(answer)).await;
         status.await.ok()
+    }
+
+    /// Whether there is a connection to this peer.
+    pub fn is_connected(&self, peer: PeerId) -> bool {
+        self.connected.contains(peer)
+    }
+
+    /// Sends a request for a range to a neighbour, and returns its answer. The caller bounds the
+    /// number of requests.
+    ///
+    /// # Errors
+    /// [`RangeError`].
+    pub async fn range(&self, peer: PeerId, request: Request) -> Result<Range, RangeError> {
+        let (answer, range) = oneshot::channel();
+        self.send(Command::Range(peer, request, answer)).await;
+        range.await.unwrap_or_else(|_| Err(RangeError::NoAnswer("the mesh has ended".into())))
     }
 
     async fn send(&self, command: Command) {
@@ -209,8 +251,9 @@ async fn start_within(
     let keys = Keys::new(identity.keypair(), admission);
     let protocol = gossip::Protocol::new(own, keys, rand::random(), Instant::now());
     let (sender, commands) = mpsc::channel(MAX_COMMANDS);
-    let task = MeshTask::new(swarm, connections, commands, protocol, table, metrics, terms);
-    Ok((Mesh { commands: sender }, task, SocketAddr::new(listen.ip(), port)))
+    let connected = Connected::default();
+    let task = MeshTask::new(swarm, connections, commands, protocol, table, metrics, terms, connected.clone());
+    Ok((Mesh { commands: sender, connected }, task, SocketAddr::new(listen.ip(), port)))
 }
 
 /// What this agent runs.

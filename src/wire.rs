@@ -23,6 +23,7 @@
 //! Signatures are over bytes that no codec makes (`crate::model`, `signed`), so a relay in another format keeps them valid.
 
 mod error;
+mod following;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
@@ -40,6 +41,7 @@ pub use self::error::WireError;
 pub use self::version::{FIRST_MAJOR, Format, Protocol, Version, Versions};
 use crate::model::{Availability, Credential, Gossip, MAX_ITEMS, Question, Reply};
 use crate::oci::{Digest, MAX_PIECES};
+pub use following::split;
 
 /// What an agent sends to another in one frame.
 pub trait Message: Clone + Serialize + DeserializeOwned {

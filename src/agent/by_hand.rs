@@ -207,7 +207,7 @@ fn failed(holders: &Holders, error: &RecoverError) -> PullProgress {
         | RecoverError::NestedIndex { .. }
         | RecoverError::NoPlatform { .. } => (PullFailure::Unusable, false),
         RecoverError::OverLimit(_) | RecoverError::NoRoomToUnpack(_) => (PullFailure::OverLimit, false),
-        RecoverError::Fetch { .. } => (PullFailure::FetchFailed, true),
+        RecoverError::NeedsUdp { .. } | RecoverError::Fetch { .. } => (PullFailure::FetchFailed, true),
         RecoverError::Store { .. } => (PullFailure::StoreFailed, true),
         RecoverError::Abandoned => (PullFailure::Abandoned, true),
     };

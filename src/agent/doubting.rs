@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
+use super::udp_watch::UdpState;
 use crate::mesh::Mesh;
 use crate::model::{Order, PeerId};
 use crate::oci::{Chain, Cut, Digest, Verified};
@@ -17,12 +18,16 @@ pub struct Doubting {
     pub transfer: Transfer,
     /// Who is told.
     pub mesh: Mesh,
+    /// While UDP is blocked, silence over UDP says nothing about a peer.
+    pub udp: UdpState,
 }
 
 impl Doubting {
     async fn told<T>(&self, fetched: Result<T, FetchError>) -> Result<T, FetchError> {
         // Whoever answers anything lives, and is busy, or will not have us.
-        if let Err(FetchError::Unreachable { peer, silent: true, .. }) = &fetched {
+        if let Err(FetchError::Unreachable { peer, silent: true, .. }) = &fetched
+            && !self.udp.is_blocked()
+        {
             self.mesh.doubt(*peer).await;
         }
         fetched

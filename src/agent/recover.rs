@@ -26,6 +26,7 @@ use super::unpack::{Unfinished, Unpacking};
 use crate::decide::plan::Plan;
 use crate::decide::reserve::Reservations;
 use crate::decide::rules::Rules;
+use crate::decide::way::check_image;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Document, Manifest, Platform, Reference};
 use crate::ports::{ChildKind, ContentStore, ImageRecord, Imports};
@@ -191,6 +192,7 @@ impl Recoverer {
         let image = self.bring_documents(reference, root, providers, pin).await?;
         let plan = self.plan(&image.manifest, wanted.in_doubt, pin).await?;
         self.check_held(reference, &plan)?;
+        self.check_way(reference, &plan)?;
         let room = self.reserve(&plan).await?;
         progress.expect(&plan);
         let here = watch::Sender::new(HashSet::new());
@@ -229,6 +231,14 @@ impl Recoverer {
             true => Ok(()),
             false => Err(RecoverError::NotHeld { reference: reference.clone(), blobs: lacking }),
         }
+    }
+
+    /// While UDP is blocked only small images come, over TCP. Nothing of another image is fetched.
+    fn check_way(&self, reference: &Reference, plan: &Plan) -> Result<(), RecoverError> {
+        if !self.resolver.holders.udp().is_blocked() {
+            return Ok(());
+        }
+        check_image(&plan.missing).map_err(|source| RecoverError::NeedsUdp { reference: reference.clone(), source })
     }
 
     /// Every blob of the plan, in pieces from everybody. Those that are there are held too, or the collector might take them now.

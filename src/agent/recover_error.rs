@@ -2,6 +2,7 @@
 
 use crate::decide::plan::OverLimit;
 use crate::decide::queue::End;
+use crate::decide::way::TooLarge;
 use crate::metrics::Outcome;
 use crate::model::PeerId;
 use crate::oci::{Digest, DocumentError, MAX_INDEX_DEPTH, Platform, Reference};
@@ -94,6 +95,14 @@ pub enum RecoverError {
     /// A setting forbids it.
     #[error(transparent)]
     OverLimit(#[from] OverLimit),
+    /// UDP is blocked, and the image is too large for TCP.
+    #[error("{reference} has to come over UDP, which is blocked: {source}")]
+    NeedsUdp {
+        /// The image.
+        reference: Reference,
+        /// What is too large.
+        source: TooLarge,
+    },
     /// The blobs are here and a layer cannot be unpacked.
     #[error("the image's blobs are here, and its layers cannot be unpacked: {0}")]
     NoRoomToUnpack(#[source] OverLimit),
@@ -142,6 +151,7 @@ impl RecoverError {
             | Self::OverLimit(OverLimit::Size { .. }) => End::Final,
             Self::OverLimit(OverLimit::Disk { .. })
             | Self::NoRoomToUnpack(_)
+            | Self::NeedsUdp { .. }
             | Self::Fetch { .. }
             | Self::Store { .. } => End::Failed,
         }
@@ -182,7 +192,7 @@ impl RecoverError {
                 Outcome::Unusable
             }
             Self::OverLimit(_) | Self::NoRoomToUnpack(_) => Outcome::OverLimit,
-            Self::Fetch { .. } => Outcome::FetchFailed,
+            Self::NeedsUdp { .. } | Self::Fetch { .. } => Outcome::FetchFailed,
             Self::Store { .. } => Outcome::StoreFailed,
             Self::Abandoned => Outcome::Abandoned,
         }
@@ -202,7 +212,7 @@ impl RecoverError {
             Self::Document { .. } | Self::NestedIndex { .. } => ReportKind::NotActionable,
             // Tried again, as soon as the disk has room.
             Self::OverLimit(OverLimit::Disk { .. }) | Self::NoRoomToUnpack(_) => ReportKind::Failed,
-            Self::Fetch { .. } | Self::Store { .. } | Self::Abandoned => ReportKind::Failed,
+            Self::NeedsUdp { .. } | Self::Fetch { .. } | Self::Store { .. } | Self::Abandoned => ReportKind::Failed,
         }
     }
 }

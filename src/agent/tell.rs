@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::holders::Holders;
 use super::recover::{RecoverError, Recovered};
+use crate::decide::way::{MAX_BLOB, MAX_IMAGE};
 use crate::metrics::Metrics;
 use crate::model::{PeerId, PodRef};
 use crate::oci::{Digest, Reference};
@@ -172,7 +173,10 @@ impl Tell {
         blocked_since.map_or_else(String::new, |_| {
             format!(
                 " UDP port {port} is blocked: {nodes} nodes answer this node over TCP and none over UDP, so the peers are not at \
-                 fault. Open UDP port {port} between all nodes."
+                 fault. Open UDP port {port} between all nodes. Until then, images come over TCP that have at most {} missing, no layer \
+                 above {}.",
+                human_bytes(MAX_IMAGE),
+                human_bytes(MAX_BLOB)
             )
         })
     }

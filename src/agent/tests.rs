@@ -19,6 +19,7 @@ mod swarming;
 mod telling;
 mod udp;
 mod unpacking;
+mod ways;
 
 use std::sync::Arc;
 

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::holders::Holders;
 use crate::decide::udp_path::{Probe, UdpPath};
+use crate::decide::way::{MAX_BLOB, MAX_IMAGE};
 use crate::metrics::Metrics;
 use crate::ports::{MeshSource, UdpStatus};
 use crate::transfer::Transfer;
@@ -29,6 +30,11 @@ impl UdpState {
     /// The state at the moment.
     pub fn status(&self) -> UdpStatus {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether UDP is blocked.
+    pub fn is_blocked(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).blocked_since.is_some()
     }
 
     /// Replaces the state, and returns the one before.
@@ -137,7 +143,9 @@ impl UdpWatch {
             (false, true) => tracing::warn!(
                 port,
                 nodes,
-                "other nodes answer over TCP and none over UDP: a firewall blocks UDP, so no image can be fetched from peers"
+                largest_blob = MAX_BLOB,
+                largest_image = MAX_IMAGE,
+                "other nodes answer over TCP and none over UDP: a firewall blocks UDP, so only small images come from peers, over TCP"
             ),
             (true, false) => tracing::info!("other nodes answer over UDP again"),
             _ => {}

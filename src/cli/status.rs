@@ -8,6 +8,7 @@ use clap::Args;
 use super::runtime;
 use super::socket::{SocketArgs, printable, with_advice};
 use crate::agent::tell::human_bytes;
+use crate::decide::way::MAX_BLOB;
 use crate::model::MeshStatus;
 use crate::ports::{
     ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, OutageStatus, RecoveryStatus, RetainedStatus,
@@ -159,8 +160,9 @@ fn udp_line(udp: &UdpStatus) -> String {
     match blocked_since {
         None => "not blocked".into(),
         Some(since) => format!(
-            "port {port} is blocked since {}: {nodes} nodes answer over TCP and none over UDP, so nothing is fetched",
-            time(*since)
+            "port {port} is blocked since {}: {nodes} nodes answer over TCP and none over UDP, so only images with layers up to {} MiB are fetched",
+            time(*since),
+            MAX_BLOB >> 20
         ),
     }
 }
@@ -297,7 +299,7 @@ mesh              3 alive, 0 suspected, 0 down, 0 banned; 0 neighbours
                   releases: 0.1.0 1
                   inventory: 0 blobs of others, 0.0 MiB; this node tells 0 items
                   lag: none
-UDP to peers      port 4701 is blocked since 2023-11-14T22:13:20Z: 3 nodes answer over TCP and none over UDP, so nothing is fetched
+UDP to peers      port 4701 is blocked since 2023-11-14T22:13:20Z: 3 nodes answer over TCP and none over UDP, so only images with layers up to 64 MiB are fetched
 clock             42 s behind the API server's at 2023-11-14T22:13:20Z; peers may refuse each other's credentials
 images            41 announced, 3 incomplete (layers discarded after unpacking 2, layers lost 1)
 retained layers   3.0 MiB of 12.0 MiB at most, of 2 images; 1 of the 3 images that are to have all layers lack some

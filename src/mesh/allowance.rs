@@ -18,6 +18,8 @@ pub(super) struct Limits {
     pub(super) bytes: Rate,
     /// Questions.
     pub(super) questions: Rate,
+    /// Requests for ranges of blobs.
+    pub(super) ranges: Rate,
 }
 
 impl Limits {
@@ -30,6 +32,8 @@ impl Limits {
         bytes: Rate { burst: (96 << 20) as f64, per_second: (16 << 20) as f64 },
         // A neighbour that was cut off asks for each of 256 members' entries, two at a time; what it misses after that it asks for again.
         questions: Rate { burst: 256.0, per_second: 64.0 },
+        // Eight images of the largest size at once, then 8.6 Gbit/s in ranges of 256 KiB.
+        ranges: Rate { burst: 8_192.0, per_second: 4_096.0 },
     };
 }
 

@@ -92,7 +92,7 @@ pub(super) fn wire_error(error: &io::Error) -> Option<&WireError> {
 
 /// At most one byte more than a message of this limit can have. The buffer grows with what arrives, so a length that was only claimed
 /// allocates nothing.
-async fn read_frame(io: &mut (impl AsyncRead + Unpin), limit: usize) -> io::Result<Vec<u8>> {
+pub(super) async fn read_frame(io: &mut (impl AsyncRead + Unpin), limit: usize) -> io::Result<Vec<u8>> {
     let mut frame = Vec::new();
     io.take((HEADER + limit + 1) as u64).read_to_end(&mut frame).await?;
     Ok(frame)

@@ -20,7 +20,9 @@ use tokio_util::task::TaskTracker;
 use super::MeshError;
 use super::codec::{MeshCodec, MeshProtocol};
 use super::counted::Counted;
+use super::ranges::{self, RangeCodec};
 use crate::decide::gossip::PROBE;
+use crate::decide::way::MAX_RANGES_OF_A_PEER;
 use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::wire::{FIRST_MAJOR, Format, MAX_GOSSIP, Versions};
@@ -34,6 +36,7 @@ pub(super) struct Behaviour {
     pub(super) ping: ping::Behaviour,
     pub(super) gossip: gossipsub::Behaviour<IdentityTransform, WhitelistSubscriptionFilter>,
     pub(super) questions: request_response::Behaviour<MeshCodec>,
+    pub(super) ranges: request_response::Behaviour<RangeCodec>,
 }
 
 /// Where everything is published in this format.
@@ -78,8 +81,19 @@ pub(super) const MAX_SNAPSHOTS_OF_ALL: usize = 8;
 /// Streams of questions on one connection: those of either side.
 const MAX_QUESTION_STREAMS: usize = 2 * MAX_ANSWERING;
 
-/// Streams on one connection: ping, gossip and questions need twenty at most, and negotiation a few more.
-const MAX_STREAMS: usize = 32;
+/// How long a request for a range may take. A rate limit leaves a transfer 32 KiB/s or more, at
+/// which 256 KiB take 8 s; the rest is for the provider's content store.
+pub(super) const RANGE_TIME: Duration = Duration::from_secs(15);
+
+/// Requests for ranges that are answered at a time, of all neighbours together. They hold 2 MiB.
+pub(super) const MAX_SERVED_RANGES: usize = 8;
+
+/// Streams of ranges on one connection: those of either side, and as many again whose end the other
+/// side has not seen yet.
+const MAX_RANGE_STREAMS: usize = 4 * MAX_RANGES_OF_A_PEER;
+
+/// Streams on one connection: ping, gossip, questions and ranges need 28 at most, and negotiation a few more.
+const MAX_STREAMS: usize = 40;
 
 /// Messages that wait for one slow peer: what 256 nodes say within a second. Typically a MiB, at most 16. What does not fit is lost to
 /// it, and it asks.
@@ -140,6 +154,9 @@ fn behaviour(versions: Versions) -> Result<Behaviour, Box<dyn Error + Send + Syn
     let questions = request_response::Config::default()
         .with_request_timeout(ANSWER)
         .with_max_concurrent_streams(MAX_QUESTION_STREAMS);
+    let ranged = request_response::Config::default()
+        .with_request_timeout(RANGE_TIME)
+        .with_max_concurrent_streams(MAX_RANGE_STREAMS);
     let protocols = versions.formats().map(|format| (MeshProtocol::of(format), ProtocolSupport::Full));
     Ok(Behaviour {
         limits: connection_limits::Behaviour::new(limits),
@@ -147,6 +164,7 @@ fn behaviour(versions: Versions) -> Result<Behaviour, Box<dyn Error + Send + Syn
         ping: ping::Behaviour::new(ping),
         gossip: gossip(versions)?,
         questions: request_response::Behaviour::with_codec(MeshCodec(versions), protocols, questions),
+        ranges: request_response::Behaviour::new([(ranges::protocol(), ProtocolSupport::Full)], ranged),
     })
 }
 

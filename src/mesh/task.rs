@@ -3,6 +3,7 @@
 mod events;
 mod exchange;
 mod neighbours;
+mod ranges;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -19,10 +20,11 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use self::neighbours::Neighbours;
+use self::ranges::Ranges;
 use super::keys::Keys;
 use super::stack::Behaviour;
 use super::table::Table;
-use super::{Command, MeshNews, Terms, multiaddr};
+use super::{Command, Connected, MeshNews, Terms, multiaddr};
 use crate::decide::gossip::{LinkId, Output, Protocol, TICK};
 use crate::decide::inventory::Inventory;
 use crate::identity::libp2p_peer_id;
@@ -49,6 +51,8 @@ pub struct MeshTask {
     dials: HashMap<ConnectionId, PeerId>,
     /// Questions that wait for an answer.
     asked: HashMap<OutboundRequestId, exchange::Asked>,
+    ranges: Ranges,
+    connected: Connected,
     outbox: VecDeque<MeshNews>,
     messages_in: u64,
     messages_out: u64,
@@ -58,6 +62,7 @@ pub struct MeshTask {
 }
 
 impl MeshTask {
+    #[expect(clippy::too_many_arguments, reason = "each is a part of the task, and one place calls it")]
     pub(super) fn new(
         swarm: Swarm<Behaviour>,
         connections: TaskTracker,
@@ -66,6 +71,7 @@ impl MeshTask {
         table: Table,
         metrics: Metrics,
         terms: Terms,
+        connected: Connected,
     ) -> Self {
         let Terms { limits, versions } = terms;
         Self {
@@ -80,6 +86,8 @@ impl MeshTask {
             next_link: 0,
             dials: HashMap::new(),
             asked: HashMap::new(),
+            ranges: Ranges::default(),
+            connected,
             outbox: VecDeque::new(),
             messages_in: 0,
             messages_out: 0,
@@ -109,6 +117,7 @@ impl MeshTask {
                     }
                 }
                 event = self.swarm.select_next_some(), if self.has_room() => self.event(event),
+                Some(served) = self.ranges.served() => self.respond(served),
                 // While libp2p waits for us, nobody can be heard, so no time passes for the protocol either.
                 _ = ticks.tick(), if self.has_room() => self.tick(),
             }
@@ -138,6 +147,7 @@ impl MeshTask {
                 self.protocol.introduce(credential, transfer, gossip, zone, now);
             }
             // Refused only when the one who asked is gone.
+            Command::Range(peer, request, answer) => self.request_range(peer, &request, answer),
             Command::Status(answer) => drop(answer.send(self.status(now))),
         }
     }
@@ -145,6 +155,7 @@ impl MeshTask {
     fn tick(&mut self) {
         let now = Instant::now();
         self.expire(now);
+        self.ranges.expire(now);
         self.neighbours.forget_the_gone(now);
         self.call(|protocol, table| protocol.tick(table, now));
     }

@@ -2,6 +2,7 @@
 
 mod hostile;
 mod node;
+mod ranges;
 mod raw;
 mod versions;
 

@@ -1,10 +1,10 @@
 //! The network around the agent: its open ports, its name look-ups, and what stands between it and
 //! its peers.
 
-use prometheus::{IntCounterVec, IntGauge, Registry};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, Registry};
 
 use super::Metrics;
-use super::register::{counters, gauge};
+use super::register::{counter, counters, gauge};
 
 #[derive(Clone)]
 pub(super) struct NetworkMetrics {
@@ -12,6 +12,7 @@ pub(super) struct NetworkMetrics {
     name_look_ups: IntCounterVec,
     udp_blocked: IntGauge,
     clock_skew: IntGauge,
+    fetched_over_tcp: IntCounter,
 }
 
 impl NetworkMetrics {
@@ -32,7 +33,12 @@ impl NetworkMetrics {
             udp_blocked: gauge(
                 r,
                 "udp_blocked",
-                "1 while other nodes answer this one over TCP and none over UDP, so that nothing can be fetched.",
+                "1 while other nodes answer this one over TCP and none over UDP, so that only small images are fetched.",
+            ),
+            fetched_over_tcp: counter(
+                r,
+                "fetched_over_tcp_bytes_total",
+                "Blob bytes received over the mesh's TCP connections because UDP is blocked; part of fetched_bytes.",
             ),
             clock_skew: gauge(
                 r,
@@ -52,6 +58,11 @@ impl Metrics {
     /// This node's clock was compared with the API server's.
     pub fn clock_compared(&self, ahead_seconds: i64) {
         self.network.clock_skew.set(ahead_seconds);
+    }
+
+    /// Bytes of a blob came over the mesh.
+    pub fn fetched_over_tcp(&self, bytes: u64) {
+        self.network.fetched_over_tcp.inc_by(bytes);
     }
 
     /// A name of first peers was resolved, or no server answered.

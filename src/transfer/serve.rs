@@ -1,9 +1,11 @@
 //! Serving: one request a stream, one answer, and for a blob its bytes as fast as the reader takes them.
 //!
-//! Here: what is asked, and whole blobs, which are small as a rule. Beneath: pieces, lists of states, and telling which pieces there are.
+//! Here: what is asked, and whole blobs, which are small as a rule. Beneath: pieces, lists of states, telling which pieces there are, and
+//! ranges for requests that came over the mesh.
 
 mod list;
 mod pieces;
+mod ranges;
 mod telling;
 
 use std::future::ready;

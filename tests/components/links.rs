@@ -1,6 +1,6 @@
 //! Transfers over links that the kernel shapes: who sets the pace, our limit or the link, and what a link that breaks looks like.
 
-mod pair;
+pub(crate) mod pair;
 
 use std::time::Instant;
 

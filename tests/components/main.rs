@@ -10,3 +10,4 @@ mod links;
 mod mesh;
 mod registry;
 mod sharing;
+mod udp;

@@ -111,6 +111,7 @@ async fn queries_of_an_hour(listed: u8, up: u8) -> usize {
         holders,
         metrics,
         listed: watch::channel(Vec::new()).0,
+        shared_key: watch::channel(None).0,
     };
     let stop = CancellationToken::new();
     let running = tokio::spawn(joiner.run(joined, news, stop.clone()));

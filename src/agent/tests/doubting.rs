@@ -10,6 +10,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::*;
 use crate::admission::StaticAdmission;
 use crate::agent::doubting::Doubting;
+use crate::agent::udp_watch::UdpState;
 use crate::config::loopback;
 use crate::identity::Identity;
 use crate::mesh::{self, Mesh, MeshNews, Table};
@@ -87,7 +88,7 @@ async fn whom_a_fetch_cannot_reach() {
     let mut changes = ours.holders.changes();
     changes.wait_for(|_| ours.holders.of_blob(blob) == [peer]).await.unwrap();
 
-    let fetcher = Doubting { transfer: ours.transfer.clone(), mesh: ours.mesh.clone() };
+    let fetcher = Doubting { transfer: ours.transfer.clone(), mesh: ours.mesh.clone(), udp: UdpState::default() };
     ours.transfer.know(&theirs.peer);
     let failed = fetcher.fetch(peer, blob, 1, &mut Nowhere).await;
     assert!(matches!(failed, Err(FetchError::Absent { .. })), "{failed:?}");

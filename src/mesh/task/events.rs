@@ -49,12 +49,14 @@ impl MeshTask {
         let link = self.next_link;
         self.next_link += 1;
         self.links.insert(connection, (link, peer));
+        self.connected.set(peer, true);
         self.protocol.opened(link, peer, now);
     }
 
     /// A connection is over for the protocol, once, whether it closed or is being closed.
     pub(super) fn ended(&mut self, connection: ConnectionId) {
         if let Some((link, peer)) = self.links.remove(&connection) {
+            self.connected.set(peer, self.links.values().any(|(_, owner)| *owner == peer));
             self.protocol.closed(link, peer, Instant::now());
         }
     }
@@ -72,6 +74,7 @@ impl MeshTask {
             },
             BehaviourEvent::Gossip(event) => self.gossip_event(event, now),
             BehaviourEvent::Questions(event) => self.question_event(event, now),
+            BehaviourEvent::Ranges(event) => self.range_event(event, now),
             // They only decide and have nothing to tell.
             BehaviourEvent::Limits(never) | BehaviourEvent::Admitted(never) => match never {},
         }

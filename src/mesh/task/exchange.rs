@@ -110,7 +110,7 @@ impl MeshTask {
     }
 
     /// Counts a message that cannot be read. True when its sender is to blame.
-    fn misread(&mut self, from: PeerId, error: &WireError, now: Instant) -> bool {
+    pub(super) fn misread(&mut self, from: PeerId, error: &WireError, now: Instant) -> bool {
         debug!(%from, %error, "a message cannot be read");
         let fault = match error {
             WireError::TooLong { .. } => "oversized",
@@ -129,7 +129,7 @@ impl MeshTask {
         false
     }
 
-    fn nonsense(&mut self, from: PeerId, fault: &'static str, now: Instant) {
+    pub(super) fn nonsense(&mut self, from: PeerId, fault: &'static str, now: Instant) {
         self.metrics.gossip_refused(fault);
         self.protocol.nonsense(from, fault, now);
     }
@@ -240,4 +240,4 @@ impl MeshTask {
 }
 
 /// More than an honest neighbour sends.
-const TOO_MANY: &str = "too_many";
+pub(super) const TOO_MANY: &str = "too_many";

@@ -14,6 +14,7 @@ struct Neighbour {
     messages: Allowance,
     bytes: Allowance,
     questions: Allowance,
+    ranges: Allowance,
     /// What is being answered, and whether that is a snapshot.
     answering: HashMap<InboundRequestId, bool>,
 }
@@ -41,6 +42,11 @@ impl Neighbours {
         self.entry(peer, now).questions.take(1.0, now)
     }
 
+    /// Whether it may send this request for a range.
+    pub(super) fn may_request(&mut self, peer: PeerId, now: Instant) -> bool {
+        self.entry(peer, now).ranges.take(1.0, now)
+    }
+
     /// Begins to answer it, unless as many of its questions are being answered as may be.
     pub(super) fn begin(&mut self, peer: PeerId, id: InboundRequestId, question: &Question, now: Instant) -> bool {
         let is_snapshot = matches!(question, Question::Snapshot(_));
@@ -66,18 +72,19 @@ impl Neighbours {
 
     /// Forgets those that have sent little for a while.
     pub(super) fn forget_the_gone(&mut self, now: Instant) {
-        self.known.retain(|_, Neighbour { messages, bytes, questions, answering }| {
-            let rested = messages.is_full(now) && bytes.is_full(now) && questions.is_full(now);
+        self.known.retain(|_, Neighbour { messages, bytes, questions, ranges, answering }| {
+            let rested = [messages, bytes, questions, ranges].into_iter().all(|allowance| allowance.is_full(now));
             !rested || !answering.is_empty()
         });
     }
 
     fn entry(&mut self, peer: PeerId, now: Instant) -> &mut Neighbour {
-        let Limits { messages, bytes, questions } = self.limits;
+        let Limits { messages, bytes, questions, ranges } = self.limits;
         self.known.entry(peer).or_insert_with(|| Neighbour {
             messages: Allowance::new(messages, now),
             bytes: Allowance::new(bytes, now),
             questions: Allowance::new(questions, now),
+            ranges: Allowance::new(ranges, now),
             answering: HashMap::new(),
         })
     }

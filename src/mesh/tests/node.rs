@@ -156,6 +156,11 @@ impl Node {
 
     /// One that does not introduce itself yet.
     pub(super) async fn start_silent(setting: Setting) -> Self {
+        Self::start_serving(setting, None).await
+    }
+
+    /// The same with a server of ranges.
+    pub(super) async fn start_serving(setting: Setting, server: Option<Arc<dyn RangeServer>>) -> Self {
         let Setting { name, identity, listen, admission, limits, versions, doors } = setting;
         let (shared_in, shared_key) = watch::channel(None);
         let (metrics, table) = (Metrics::new(), Table::default());
@@ -170,6 +175,7 @@ impl Node {
         )
         .await
         .unwrap();
+        let task = server.into_iter().fold(task, MeshTask::serving);
         let (sender, mut news) = mpsc::channel(4);
         let stop = CancellationToken::new();
         let ups = Arc::new(Mutex::new(Vec::new()));

@@ -101,6 +101,11 @@ impl Raw {
         self.swarm.behaviour_mut().questions.send_request(&libp2p_peer_id(node.id()), question);
     }
 
+    /// Sends a request for a range.
+    pub(super) fn request(&mut self, node: &Node, request: Vec<u8>) {
+        self.swarm.behaviour_mut().ranges.send_request(&libp2p_peer_id(node.id()), request);
+    }
+
     /// Drives it until an event is the one.
     pub(super) async fn until<T>(
         &mut self,

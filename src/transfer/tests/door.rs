@@ -287,7 +287,7 @@ async fn two_nodes_with_one_key_find_each_other_whoever_dials_and_are_no_peers()
     within(async {
         let key = Identity::generate();
         let start = |name: &str| {
-            let bounds = Bounds { limits: Limits::DEFAULT, rules: None };
+            let bounds = Bounds { limits: Limits::DEFAULT, rules: None, versions: Versions::TRANSFER };
             let admission = Guests::default();
             Node::start_named(name, "127.0.0.1:0", &key, Shelf::default(), admission, Arc::new(NoPartials), bounds)
         };

@@ -25,7 +25,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 /// The holder's address and the fetcher's. The namespaces have no way out.
-const ADDRESSES: [&str; 2] = ["10.99.0.1", "10.99.0.2"];
+pub(crate) const ADDRESSES: [&str; 2] = ["10.99.0.1", "10.99.0.2"];
 
 /// Both go when dropped.
 pub(crate) struct Link([String; 2]);
@@ -50,13 +50,21 @@ impl Link {
         link
     }
 
+    /// A firewall drops every UDP packet that comes in at either end, or does so no longer.
+    pub(crate) fn block_udp(&self, is_blocked: bool) {
+        for end in &self.0 {
+            let operation = if is_blocked { "-I" } else { "-D" };
+            run(&["ip", "netns", "exec", end, "iptables", "-w", operation, "INPUT", "-p", "udp", "-j", "DROP"]);
+        }
+    }
+
     /// Nothing passes any more, and nobody is told.
     pub(crate) fn cut(&self) {
         run(&["ip", "netns", "exec", &self.0[0], "tc", "qdisc", "replace", "dev", "wire", "root", "blackhole"]);
     }
 
     /// Makes a thread part of one end; what it starts is, too.
-    fn enter(&self, end: usize) {
+    pub(crate) fn enter(&self, end: usize) {
         let namespace = File::open(format!("/var/run/netns/{}", self.0[end])).unwrap();
         setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
     }

@@ -1,0 +1,189 @@
+//! A whole agent with a store in memory, in a thread and a network namespace of its own.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc as threads;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use lighterman::admission::StaticAdmission;
+use lighterman::agent::holders::Holders;
+use lighterman::agent::supervisor::Supervisor;
+use lighterman::agent::{Agent, World};
+use lighterman::config::Settings;
+use lighterman::control::Client;
+use lighterman::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
+use lighterman::decide::rules::{Manner, ResolveSettings, Rules};
+use lighterman::identity::Identity;
+use lighterman::metrics::Metrics;
+use lighterman::model::PeerId;
+use lighterman::oci::{Digest, Reference};
+use lighterman::ports::{Imports, PullProgress};
+use lighterman::testing::{MemoryCluster, MemoryRegistry, MemoryStore};
+use lighterman::{mesh, transfer};
+use tokio::runtime::Builder;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::links::pair::{ADDRESSES, Link};
+
+const PORT: u16 = 4701;
+
+/// The keys and the cluster that both agents share.
+pub(super) struct Site {
+    folder: tempfile::TempDir,
+    identities: [Identity; 2],
+    cluster: MemoryCluster,
+}
+
+impl Site {
+    pub(super) fn new() -> Self {
+        let (folder, identities) = (tempfile::tempdir().unwrap(), [Identity::generate(), Identity::generate()]);
+        Self { folder, identities, cluster: MemoryCluster::default() }
+    }
+}
+
+/// A running agent.
+pub(super) struct Node {
+    pub(super) name: String,
+    pub(super) peer: PeerId,
+    pub(super) store: Arc<MemoryStore>,
+    holders: Holders,
+    metrics: Metrics,
+    socket: PathBuf,
+    shutdown: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Node {
+    /// Starts the agent at one end of the link.
+    pub(super) fn start(link: &Arc<Link>, site: &Site, end: usize) -> Self {
+        let (name, store, metrics) = (format!("node-{end}"), Arc::new(MemoryStore::new()), Metrics::new());
+        let folder = site.folder.path().join(&name);
+        std::fs::create_dir(&folder).unwrap();
+        let settings = settings(&name, &folder, end);
+        let world = world(site, &name, &store);
+        let (identity, socket) = (site.identities[end].clone(), settings.control_socket.clone());
+        let peer = identity.peer_id();
+        let ((tell, told), (shutdown, stopping)) = (threads::channel(), oneshot::channel::<()>());
+        let (link, counts, node) = (Arc::clone(link), metrics.clone(), name.clone());
+        let thread = thread::spawn(move || {
+            link.enter(end);
+            let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+            runtime.block_on(async {
+                let listen = listen(end);
+                let transfer =
+                    transfer::Config { listen, gossip_port: 0, node: node.parse().unwrap(), max_serving: 16 };
+                let mesh = mesh::Config { listen };
+                let (pods_in, pods) = mpsc::channel(1);
+                let world = World { pods, ..world };
+                let supervisor = Supervisor::default();
+                let agent = Agent::start(settings, transfer, mesh, identity, world, counts, supervisor).await;
+                let Agent { supervisor, holders, .. } = agent.unwrap();
+                tell.send(holders).unwrap();
+                supervisor.run(async { drop(stopping.await) }, Duration::from_secs(10)).await.unwrap();
+                drop(pods_in);
+            });
+        });
+        let holders = told.recv().unwrap();
+        Self { name, peer, store, holders, metrics, socket, shutdown: Some(shutdown), thread: Some(thread) }
+    }
+
+    /// Waits until the other agent is a peer.
+    pub(super) async fn knows(&self, peer: PeerId) {
+        self.until(|holders| holders.peers().iter().any(|known| known.id == peer)).await;
+    }
+
+    /// Waits until the other agent is a provider of the blob.
+    pub(super) async fn knows_of(&self, blob: Digest, peer: PeerId) {
+        self.until(|holders| holders.of_blob(blob).contains(&peer)).await;
+    }
+
+    /// Waits until the other agent is no peer any more.
+    pub(super) async fn loses(&self, peer: PeerId) {
+        self.until(|holders| holders.peers().iter().all(|known| known.id != peer)).await;
+    }
+
+    async fn until(&self, holds: impl Fn(&Holders) -> bool) {
+        let mut changes = self.holders.changes();
+        changes.wait_for(|_| holds(&self.holders)).await.unwrap();
+    }
+
+    /// No channel reports the state, so the test polls.
+    pub(super) async fn until_udp_is_blocked(&self, is_blocked: bool) {
+        while self.holders.udp().is_blocked() != is_blocked {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Pulls an image by hand when a provider is known, and returns the last message.
+    pub(super) async fn pull(&self, image: &str) -> PullProgress {
+        let reference: Reference = image.parse().unwrap();
+        let Reference::Tag(repository, tag) = &reference else { panic!("{image} has a tag") };
+        self.until(|holders| !holders.of_tag(repository, tag).is_empty()).await;
+        let mut pulling = Client::new(&self.socket).pull(&reference, false).await.unwrap();
+        loop {
+            match pulling.next().await.unwrap() {
+                last @ (PullProgress::Done { .. } | PullProgress::Failed { .. }) => return last,
+                _ => {}
+            }
+        }
+    }
+
+    /// A metric without labels; 0 where the metric is absent.
+    pub(super) fn counted(&self, metric: &str) -> u64 {
+        let text = String::from_utf8(self.metrics.render()).unwrap();
+        text.lines().find_map(|line| line.strip_prefix(metric)?.trim().parse().ok()).unwrap_or_default()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        drop(self.shutdown.take());
+        // A panic was printed already.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+fn listen(end: usize) -> std::net::SocketAddr {
+    (ADDRESSES[end].parse::<std::net::IpAddr>().unwrap(), PORT).into()
+}
+
+fn world(site: &Site, name: &str, store: &Arc<MemoryStore>) -> World {
+    World {
+        store: store.clone(),
+        unpacker: None,
+        layer_leases: None,
+        cluster: Arc::new(site.cluster.clone()),
+        claims: Arc::new(site.cluster.claims_of(name.parse().unwrap())),
+        admission: Arc::new(StaticAdmission::new(site.identities.iter().map(Identity::peer_id))),
+        registry: Arc::new(MemoryRegistry::default()),
+        notifier: None,
+        imports: watch::channel(Imports::Allowed).1,
+        containerd: None,
+        pods: mpsc::channel(1).1,
+        checks: Vec::new(),
+    }
+}
+
+fn settings(name: &str, folder: &Path, end: usize) -> Settings {
+    Settings {
+        node: name.parse().unwrap(),
+        admin_listen: (ADDRESSES[end].parse::<std::net::IpAddr>().unwrap(), 0).into(),
+        seeds: vec![listen(1 - end).to_string()],
+        advertise: None,
+        zone: None,
+        key_file: folder.join("unused"),
+        peers_file: folder.join("peers.json"),
+        rules: Rules::default(),
+        rules_file: None,
+        control_socket: folder.join("agent.sock"),
+        resolve: ResolveSettings::default(),
+        manner: Manner::default(),
+        probe_registries: false,
+        image_verifier_dir: folder.join("unused"),
+        import_past_verifiers: false,
+        unpack_layers: false,
+        retain: RetainOptions { layers: RetainLayers::None, bytes: RetainBytes::Percent(0), fetch: false },
+        grace: Duration::from_secs(10),
+    }
+}
