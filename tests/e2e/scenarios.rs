@@ -4,6 +4,7 @@ mod broken;
 mod cut_off;
 mod doors;
 mod false_outages;
+mod network;
 mod outage;
 mod settings;
 mod stolen;
@@ -33,6 +34,8 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("a_pod_made_while_packets_vanish_does_not_wait_for_those_before_it", outage::packets_vanish),
     ("without_api_server_dns_and_registry_an_image_reaches_a_pod_that_waits_for_it", cut_off::recovered),
     ("agents_that_restart_without_api_server_and_dns_know_each_other_and_bring_an_image", cut_off::restarted),
+    ("a_small_image_comes_over_tcp_to_a_node_whose_firewall_drops_udp", network::udp_dropped),
+    ("an_agent_asks_dns_for_one_qualified_name", network::dns_queries),
     ("the_kill_switch_in_the_rules_file_is_in_force_within_seconds", settings::kill_switch),
     ("an_image_without_layers_is_pulled_by_hand", settings::by_hand),
     ("an_image_pulled_by_hand_is_unpacked_and_cri_makes_containers_of_it", settings::unpacked),
