@@ -184,15 +184,27 @@ impl Answer {
     /// [`Failure::TooLong`], or [`Failure::Unreachable`] when the connection ends before it.
     pub async fn read(mut self, most: usize) -> Result<Bytes, Failure> {
         let mut read = BytesMut::new();
-        while let Some(frame) = self.body.frame().await {
-            // What is no data is a trailer.
-            let Ok(data) = frame.map_err(Failure::of_http)?.into_data() else { continue };
+        while let Some(data) = self.chunk().await? {
             if read.len() + data.len() > most {
                 return Err(Failure::TooLong(most));
             }
             read.extend_from_slice(&data);
         }
         Ok(read.freeze())
+    }
+
+    /// The next bytes of the body, 32 KiB at most; `None` at the end of the body.
+    ///
+    /// # Errors
+    /// [`Failure::Unreachable`] when the connection ends before the body.
+    pub async fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
+        while let Some(frame) = self.body.frame().await {
+            // A frame without data is a trailer.
+            if let Ok(data) = frame.map_err(Failure::of_http)?.into_data() {
+                return Ok(Some(data));
+            }
+        }
+        Ok(None)
     }
 }
 

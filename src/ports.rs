@@ -35,6 +35,6 @@ pub use notify::{MAX_PODS, Notification, Notifier, NotifyError};
 pub use pieces::{
     Following, Heard, NoPartials, Partial, Partials, PieceError, PieceFetcher, PieceSink, STAGED_LIFE, Staged,
 };
-pub use registry::{Registry, RegistryError};
+pub use registry::{BlobError, Registry, RegistryError};
 pub use retain::{ContentEvent, LayerLease, LayerLeases, Origin};
 pub use unpack::{UnpackError, Unpacked, Unpacker};

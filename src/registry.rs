@@ -1,6 +1,6 @@
-//! Registries over HTTPS: whether one is there, and what a tag means in it now.
+//! Registries over HTTPS: whether one is there, what a tag means in it now, and blobs that a node discarded.
 //!
-//! Not for content, which comes from peers, and not containerd's own view of a registry: mirrors, certificates and host names of
+//! Not for the content of recoveries, which comes from peers, and not containerd's own view of a registry: mirrors, certificates and host names of
 //! `hosts.toml` are not read, names resolve as this process resolves them, and proxies of the environment are not used. Where nodes
 //! reach a registry only through those, its ping fails.
 //!
@@ -8,7 +8,8 @@
 //!
 //! # Trust
 //! A ping sends no secret and believes no answer, so it takes any certificate: the node's containerd may trust authorities that we
-//! do not know. A tag's meaning decides what runs, and secrets are sent for it, so there the certificate has to be right.
+//! do not know. A tag's meaning decides what runs, and secrets are sent for it, so there the certificate has to be right. So it has for a
+//! blob: its bytes are checked, but secrets are sent for it too.
 //!
 //! Registries that the configuration calls insecure are spoken to as Docker and containerd speak to theirs: TLS with any certificate
 //! where there is TLS, else plain HTTP. So are registries on loopback, with whom nobody can interfere who is not on the machine
@@ -19,6 +20,7 @@
 //! A secret goes to the registry that it is kept for, or to the token server that this registry names, and there only over TLS with
 //! a right certificate, unless the registry itself is insecure. No secret follows a redirect.
 
+mod blob;
 mod challenge;
 mod credentials;
 mod resolve;
@@ -33,8 +35,8 @@ use url::{Host, Url};
 
 use crate::http::{self, Certificates, Failure, Request};
 use crate::model::OutageKind;
-use crate::oci::{Digest, Reference, Repository};
-use crate::ports::{PullSecret, Registry, RegistryError};
+use crate::oci::{Digest, Reference, Repository, Verified};
+use crate::ports::{BlobError, BlobSink, PullSecret, Registry, RegistryError};
 use resolve::Question;
 
 /// What the client is told.
@@ -46,8 +48,11 @@ pub struct Config {
     pub ca_file: Option<PathBuf>,
     /// How long a ping may take in all.
     pub ping_limit: Duration,
-    /// How long resolving a tag may take in all, tokens included.
+    /// How long resolving a tag may take in all, tokens included. The same holds until the first
+    /// byte of a blob.
     pub resolve_limit: Duration,
+    /// Longest wait for the next bytes of a blob.
+    pub stall_limit: Duration,
 }
 
 impl Default for Config {
@@ -55,7 +60,9 @@ impl Default for Config {
     /// take several requests to two servers.
     fn default() -> Self {
         let (ping_limit, resolve_limit) = (Duration::from_secs(5), Duration::from_secs(15));
-        Self { insecure: Vec::new(), ca_file: None, ping_limit, resolve_limit }
+        // A storage that fetches the blob from a colder one pauses for seconds.
+        let stall_limit = Duration::from_secs(30);
+        Self { insecure: Vec::new(), ca_file: None, ping_limit, resolve_limit, stall_limit }
     }
 }
 
@@ -78,6 +85,7 @@ pub struct RegistryClient {
     loopback_is_insecure: bool,
     ping_limit: Duration,
     resolve_limit: Duration,
+    stall_limit: Duration,
 }
 
 /// Where a registry is, and how far it is trusted.
@@ -93,12 +101,12 @@ impl RegistryClient {
     /// # Errors
     /// [`ConfigError`].
     pub fn new(config: Config) -> Result<Self, ConfigError> {
-        let Config { insecure, ca_file, ping_limit, resolve_limit } = config;
+        let Config { insecure, ca_file, ping_limit, resolve_limit, stall_limit } = config;
         if let Some(wrong) = insecure.iter().find(|name| !Repository::is_registry(name)) {
             return Err(ConfigError::NotARegistry(wrong.clone()));
         }
         let http = http::Client::new(ca_file.as_deref())?;
-        Ok(Self { http, insecure, loopback_is_insecure: true, ping_limit, resolve_limit })
+        Ok(Self { http, insecure, loopback_is_insecure: true, ping_limit, resolve_limit, stall_limit })
     }
 
     async fn place(&self, registry: &str) -> Result<Place, Failure> {
@@ -158,10 +166,33 @@ impl Registry for RegistryClient {
         }
         let resolved = async {
             let place = self.place(registry).await.map_err(|failure| resolve::error(registry, failure))?;
-            Question::new(&self.http, place, repository, tag).resolve(secrets).await
+            Question::about_tag(&self.http, place, repository, tag).resolve(secrets).await
         };
         let late = |_| Err(RegistryError::Down { registry: registry.clone(), kind: OutageKind::TimedOut });
         timeout(self.resolve_limit, resolved).await.unwrap_or_else(late)
+    }
+
+    async fn fetch_blob(
+        &self,
+        repository: &Repository,
+        digest: Digest,
+        size: u64,
+        secrets: &[PullSecret],
+        sink: &mut dyn BlobSink,
+    ) -> Result<Verified, BlobError> {
+        let registry = &repository.registry;
+        let meant = Reference::Digest(repository.clone(), digest);
+        if meant.to_string().parse() != Ok(meant) {
+            let reason = "the name that is asked for is no image's".to_owned();
+            return Err(BlobError::WrongBytes { registry: registry.clone(), reason });
+        }
+        let opened = async {
+            let place = self.place(registry).await.map_err(|failure| resolve::error(registry, failure))?;
+            Question::about_blob(&self.http, place, repository, digest).open(secrets).await
+        };
+        let late = |_| Err(BlobError::Down { registry: registry.clone(), kind: OutageKind::TimedOut });
+        let answer = timeout(self.resolve_limit, opened).await.unwrap_or_else(late)?;
+        blob::Incoming::new(registry, digest, size, self.stall_limit).receive(answer, sink).await
     }
 }
 

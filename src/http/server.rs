@@ -30,6 +30,10 @@ pub(crate) enum Reply {
     Bytes(Vec<u8>),
     /// Nothing, for ever.
     Silence,
+    /// These bytes, and then nothing for ever.
+    Stall(Vec<u8>),
+    /// These bytes one by one, a hundred in a second at most.
+    Trickle(Vec<u8>),
 }
 
 /// A reply with this status, these headers and a body of this type.
@@ -163,6 +167,16 @@ async fn talk(
     keeps.lock().unwrap().push(seen.clone());
     match answer(&seen) {
         Reply::Silence => std::future::pending().await,
+        Reply::Stall(bytes) => {
+            let _ = stream.write_all(&bytes).await;
+            std::future::pending().await
+        }
+        Reply::Trickle(bytes) => {
+            for byte in bytes {
+                let _ = stream.write_all(&[byte]).await;
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        }
         Reply::Bytes(bytes) => {
             let _ = stream.write_all(&bytes).await;
             let _ = stream.shutdown().await;

@@ -1,10 +1,13 @@
-//! Asking a registry: whether it is there, and what a tag means now. Never for content; that comes from peers.
+//! Asking a registry: whether it is there, what a tag means now, and for layers that a node discarded. The content of a
+//! recovery comes from peers.
+
+use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::PullSecret;
+use super::{BlobSink, PullSecret, StoreError};
 use crate::model::OutageKind;
-use crate::oci::{Digest, Repository};
+use crate::oci::{Digest, Repository, Verified};
 
 /// Asks registries. Every answer is bounded in size and time.
 #[async_trait]
@@ -25,6 +28,58 @@ pub trait Registry: Send + Sync + 'static {
         tag: &str,
         secrets: &[PullSecret],
     ) -> Result<Digest, RegistryError>;
+
+    /// Streams a blob of `size` bytes into `sink`, in order, and proves the digest. Credentials are
+    /// tried as in [`Registry::resolve`]. After an error the bytes in `sink` must be thrown away.
+    ///
+    /// # Errors
+    /// [`BlobError`].
+    async fn fetch_blob(
+        &self,
+        repository: &Repository,
+        digest: Digest,
+        size: u64,
+        secrets: &[PullSecret],
+        sink: &mut dyn BlobSink,
+    ) -> Result<Verified, BlobError>;
+}
+
+/// Why a blob did not come from a registry.
+#[derive(Debug, thiserror::Error)]
+pub enum BlobError {
+    /// The registry accepts none of the credentials, and no request without any.
+    #[error("{0} denies the blob")]
+    Denied(String),
+    /// The registry does not have the blob.
+    #[error("{0} does not have the blob")]
+    Gone(String),
+    /// 429.
+    #[error("{registry} limits the rate")]
+    RateLimited {
+        /// The registry.
+        registry: String,
+        /// The pause that the registry asks for.
+        retry_after: Option<Duration>,
+    },
+    /// The registry, its token server or its storage failed.
+    #[error("{registry} failed: {kind}")]
+    Down {
+        /// The registry.
+        registry: String,
+        /// How.
+        kind: OutageKind,
+    },
+    /// The registry sent something else than the blob.
+    #[error("{registry} sent something else than the blob: {reason}")]
+    WrongBytes {
+        /// The registry.
+        registry: String,
+        /// The difference.
+        reason: String,
+    },
+    /// The sink failed.
+    #[error("writing the blob: {0}")]
+    Sink(#[from] StoreError),
 }
 
 /// Why a registry did not say.
@@ -55,4 +110,16 @@ pub enum RegistryError {
         /// What is wrong with it.
         reason: String,
     },
+}
+
+impl From<RegistryError> for BlobError {
+    fn from(error: RegistryError) -> Self {
+        match error {
+            RegistryError::Down { registry, kind } => Self::Down { registry, kind },
+            RegistryError::RateLimited(registry) => Self::RateLimited { registry, retry_after: None },
+            RegistryError::Denied(registry) => Self::Denied(registry),
+            RegistryError::NotFound(registry) => Self::Gone(registry),
+            RegistryError::Nonsense { registry, reason } => Self::WrongBytes { registry, reason },
+        }
+    }
 }

@@ -1,5 +1,5 @@
-//! One question to one registry: which digest does this tag have? Without a secret first; when the registry asks who we are, as
-//! each of those that the pull secrets have for it, and last as nobody.
+//! One question to one registry: which digest does this tag have, or the content of a blob. Without a secret first; when the
+//! registry asks who we are, as each of those that the pull secrets have for it, and last as nobody.
 
 use bytes::Bytes;
 use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION};
@@ -30,19 +30,40 @@ const MAX_TOKEN_ANSWER: usize = 64 << 10;
 /// Whom a token server is told that we are, where it asks.
 const CLIENT_ID: &str = "lighterman";
 
-/// A tag of a repository, and where to ask.
+/// A tag or a blob of a repository, and where to ask.
 pub(super) struct Question<'a> {
     http: &'a Client,
     place: Place,
     repository: &'a Repository,
-    manifest: Url,
+    url: Url,
 }
 
 /// What the registry says.
-enum Said {
-    Digest(Digest),
+pub(super) enum Said<T> {
+    Given(T),
     /// 401, and what it wants to see; `None` when that is nothing that we have.
     WhoAreYou(Option<Challenge>),
+}
+
+/// Asks one question with these credentials, and reads the answer.
+pub(super) trait Ask {
+    type Given: Send;
+
+    fn ask(
+        question: &Question<'_>,
+        authorization: Option<&HeaderValue>,
+    ) -> impl Future<Output = Result<Said<Self::Given>, RegistryError>> + Send;
+}
+
+/// The digest of a tag.
+struct Meaning;
+
+impl Ask for Meaning {
+    type Given = Digest;
+
+    async fn ask(question: &Question<'_>, authorization: Option<&HeaderValue>) -> Result<Said<Digest>, RegistryError> {
+        question.ask_for_digest(authorization).await
+    }
 }
 
 /// What becomes of a failed request to a registry, or to the token server or redirect that stands for it.
@@ -58,25 +79,38 @@ pub(super) fn error(registry: &str, failure: Failure) -> RegistryError {
 
 impl<'a> Question<'a> {
     /// Both names are well-formed: they go into a URL.
-    pub(super) fn new(http: &'a Client, place: Place, repository: &'a Repository, tag: &str) -> Self {
-        let mut manifest = place.base.clone();
-        manifest.set_path(&format!("/v2/{}/manifests/{tag}", repository.path));
-        Self { http, place, repository, manifest }
+    pub(super) fn about_tag(http: &'a Client, place: Place, repository: &'a Repository, tag: &str) -> Self {
+        let mut url = place.base.clone();
+        url.set_path(&format!("/v2/{}/manifests/{tag}", repository.path));
+        Self { http, place, repository, url }
+    }
+
+    /// The repository's name is well-formed.
+    pub(super) fn about_blob(http: &'a Client, place: Place, repository: &'a Repository, digest: Digest) -> Self {
+        let mut url = place.base.clone();
+        url.set_path(&format!("/v2/{}/blobs/{digest}", repository.path));
+        Self { http, place, repository, url }
+    }
+
+    /// # Errors
+    /// As [`Question::answer`].
+    pub(super) async fn resolve(&self, secrets: &[PullSecret]) -> Result<Digest, RegistryError> {
+        self.answer::<Meaning>(secrets).await
     }
 
     /// # Errors
     /// What the first of our identities was told that was not simply denied: a registry that lets somebody in knows best.
-    pub(super) async fn resolve(&self, secrets: &[PullSecret]) -> Result<Digest, RegistryError> {
-        let challenge = match self.ask(None).await? {
-            Said::Digest(digest) => return Ok(digest),
+    pub(super) async fn answer<A: Ask>(&self, secrets: &[PullSecret]) -> Result<A::Given, RegistryError> {
+        let challenge = match A::ask(self, None).await? {
+            Said::Given(given) => return Ok(given),
             Said::WhoAreYou(None) => return Err(self.denied()),
             Said::WhoAreYou(Some(challenge)) => challenge,
         };
         let credentials = credentials::for_repository(secrets, self.repository);
         let mut told = None;
         for credential in credentials.iter().map(Some).chain([None]) {
-            match self.ask_as(&challenge, credential).await {
-                Ok(digest) => return Ok(digest),
+            match self.ask_as::<A>(&challenge, credential).await {
+                Ok(given) => return Ok(given),
                 Err(RegistryError::Denied(_)) => {}
                 Err(down @ RegistryError::Down { .. }) => return Err(down),
                 Err(other) => drop(told.get_or_insert(other)),
@@ -85,32 +119,32 @@ impl<'a> Question<'a> {
         Err(told.unwrap_or_else(|| self.denied()))
     }
 
-    async fn ask_as(&self, challenge: &Challenge, who: Option<&Credential>) -> Result<Digest, RegistryError> {
+    async fn ask_as<A: Ask>(&self, challenge: &Challenge, who: Option<&Credential>) -> Result<A::Given, RegistryError> {
         let authorization = match challenge {
             Challenge::Basic => who.and_then(Credential::basic).ok_or_else(|| self.denied())?,
             Challenge::Bearer { realm, service, scope } => {
                 self.token(realm, service.as_deref(), scope.as_deref(), who).await?
             }
         };
-        match self.ask(Some(&authorization)).await? {
-            Said::Digest(digest) => Ok(digest),
+        match A::ask(self, Some(&authorization)).await? {
+            Said::Given(given) => Ok(given),
             Said::WhoAreYou(_) => Err(self.denied()),
         }
     }
 
     /// HEAD, which registries that count pulls do not count; GET where HEAD does not say.
-    async fn ask(&self, authorization: Option<&HeaderValue>) -> Result<Said, RegistryError> {
-        let (head, redirected) = self.follow(Method::HEAD, authorization).await?;
+    async fn ask_for_digest(&self, authorization: Option<&HeaderValue>) -> Result<Said<Digest>, RegistryError> {
+        let (head, redirected) = self.follow(Method::HEAD, MANIFESTS, authorization).await?;
         match head.status {
             StatusCode::OK => {
                 if let Some(digest) = self.digest_named(&head.headers)? {
-                    return Ok(Said::Digest(digest));
+                    return Ok(Said::Given(digest));
                 }
             }
             StatusCode::METHOD_NOT_ALLOWED => {}
             _ => return self.not_given(&head, redirected),
         }
-        let (answer, redirected) = self.follow(Method::GET, authorization).await?;
+        let (answer, redirected) = self.follow(Method::GET, MANIFESTS, authorization).await?;
         if answer.status != StatusCode::OK {
             return self.not_given(&answer, redirected);
         }
@@ -122,7 +156,7 @@ impl<'a> Question<'a> {
         let digest = Digest::of(&content);
         match named {
             Some(named) if named != digest => Err(self.nonsense("a manifest with another's digest")),
-            _ => Ok(Said::Digest(digest)),
+            _ => Ok(Said::Given(digest)),
         }
     }
 
@@ -137,7 +171,7 @@ impl<'a> Question<'a> {
     }
 
     /// What any status but 200 means.
-    fn not_given(&self, answer: &Answer, redirected: bool) -> Result<Said, RegistryError> {
+    pub(super) fn not_given<T>(&self, answer: &Answer, redirected: bool) -> Result<Said<T>, RegistryError> {
         match answer.status.as_u16() {
             // Nobody but the registry itself may ask who we are.
             401 if !redirected => Ok(Said::WhoAreYou(challenge::chosen(&answer.headers))),
@@ -159,16 +193,17 @@ impl<'a> Question<'a> {
         }
     }
 
-    /// Asks for the manifest, and where it is redirected to. The second value says whether it was: then no secret was sent there.
-    async fn follow(
+    /// Asks for the manifest or blob, and where it is redirected to. The second value says whether it was: then no secret was sent there.
+    pub(super) async fn follow(
         &self,
         method: Method,
+        accept: &'static str,
         mut authorization: Option<&HeaderValue>,
     ) -> Result<(Answer, bool), RegistryError> {
-        let mut url = self.manifest.clone();
+        let mut url = self.url.clone();
         for redirects in 0..=MAX_REDIRECTS {
             let mut request = Request::new(method.clone(), &url, self.certificates(&url));
-            request.headers.insert(ACCEPT, HeaderValue::from_static(MANIFESTS));
+            request.headers.insert(ACCEPT, HeaderValue::from_static(accept));
             if let Some(value) = authorization.take() {
                 request.headers.insert(AUTHORIZATION, value.clone());
             }
@@ -243,6 +278,11 @@ impl<'a> Question<'a> {
 
     async fn read(&self, answer: Answer, most: usize) -> Result<Bytes, RegistryError> {
         answer.read(most).await.map_err(|failure| self.error(failure))
+    }
+
+    /// The registry's name.
+    pub(super) fn registry(&self) -> String {
+        self.repository.registry.clone()
     }
 
     fn error(&self, failure: Failure) -> RegistryError {

@@ -1,6 +1,7 @@
 //! Registries and token servers of the tests are on loopback. Where a test is about registries that are not insecure, loopback is
 //! not treated as such.
 
+mod blobs;
 mod trust;
 
 use std::io::Write;
@@ -20,7 +21,7 @@ fn client() -> RegistryClient {
 }
 
 fn impatient() -> RegistryClient {
-    RegistryClient { ping_limit: IMPATIENCE, resolve_limit: IMPATIENCE, ..client() }
+    RegistryClient { ping_limit: IMPATIENCE, resolve_limit: IMPATIENCE, stall_limit: IMPATIENCE, ..client() }
 }
 
 /// Treats loopback as any other host, and trusts these certificates.
@@ -29,7 +30,7 @@ fn strict(certificates: &[&str], insecure: &[&str]) -> RegistryClient {
     file.write_all(certificates.concat().as_bytes()).unwrap();
     let ca_file = (!certificates.is_empty()).then(|| file.path().to_owned());
     let insecure = insecure.iter().map(|&name| name.to_owned()).collect();
-    let config = Config { insecure, ca_file, ping_limit: PATIENCE, resolve_limit: PATIENCE };
+    let config = Config { insecure, ca_file, ping_limit: PATIENCE, resolve_limit: PATIENCE, ..Config::default() };
     RegistryClient { loopback_is_insecure: false, ..RegistryClient::new(config).unwrap() }
 }
 

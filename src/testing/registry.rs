@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use bytes::Bytes;
 
 use crate::model::OutageKind;
-use crate::oci::{Digest, Repository};
-use crate::ports::{PullSecret, Registry, RegistryError};
+use crate::oci::{Digest, Hasher, Repository, Verified};
+use crate::ports::{BlobError, BlobSink, PullSecret, Registry, RegistryError};
 
 /// All the registries that there are; the names of others do not resolve.
 #[derive(Default)]
@@ -18,9 +19,13 @@ pub struct MemoryRegistry {
 #[derive(Default)]
 struct Played {
     tags: BTreeMap<(String, String), Tag>,
+    blobs: BTreeMap<Digest, Bytes>,
+    /// `Some` where blobs are for owners of this secret.
+    blob_secret: Option<PullSecret>,
     failure: Option<RegistryError>,
     pings: usize,
     resolves: usize,
+    blob_requests: usize,
 }
 
 struct Tag {
@@ -43,6 +48,28 @@ impl MemoryRegistry {
     /// Makes a tag that only owners of this secret may see, or moves it; its registry as well.
     pub fn put_private_tag(&self, repository: &Repository, tag: &str, digest: Digest, secret: PullSecret) {
         self.put(repository, tag, Tag { digest, secret: Some(secret) });
+    }
+
+    /// Puts a blob into every repository of a registry.
+    pub fn put_blob(&self, registry: &str, bytes: Bytes) {
+        self.lock().entry(registry.to_owned()).or_default().blobs.insert(Digest::of(&bytes), bytes);
+    }
+
+    /// From now on the registry sends other bytes of the same length for the blob.
+    pub fn corrupt_blob(&self, registry: &str, digest: Digest) {
+        if let Some(bytes) = self.lock().get_mut(registry).and_then(|played| played.blobs.get_mut(&digest)) {
+            *bytes = vec![0; bytes.len()].into();
+        }
+    }
+
+    /// From now on only owners of this secret get blobs of the registry.
+    pub fn make_blobs_private(&self, registry: &str, secret: PullSecret) {
+        self.lock().entry(registry.to_owned()).or_default().blob_secret = Some(secret);
+    }
+
+    /// How many times a registry that exists was asked for a blob.
+    pub fn blob_requests(&self, registry: &str) -> usize {
+        self.lock().get(registry).map_or(0, |played| played.blob_requests)
     }
 
     /// What every question to this registry gets from now on; `None` for right answers. A ping fails only when the registry is down.
@@ -107,6 +134,37 @@ impl Registry for MemoryRegistry {
             }
             Some(Tag { digest, .. }) => Ok(*digest),
         }
+    }
+
+    async fn fetch_blob(
+        &self,
+        repository: &Repository,
+        digest: Digest,
+        size: u64,
+        secrets: &[PullSecret],
+        sink: &mut dyn BlobSink,
+    ) -> Result<Verified, BlobError> {
+        let bytes = self.blob(&repository.registry, digest, secrets)?;
+        let mut hasher = Hasher::default();
+        hasher.update(&bytes);
+        sink.append(&[bytes]).await?;
+        let wrong = |error| BlobError::WrongBytes { registry: repository.registry.clone(), reason: format!("{error}") };
+        hasher.verify(digest, size).map_err(wrong)
+    }
+}
+
+impl MemoryRegistry {
+    fn blob(&self, registry: &str, digest: Digest, secrets: &[PullSecret]) -> Result<Bytes, RegistryError> {
+        let mut played = self.lock();
+        let played = played.get_mut(registry).ok_or_else(|| no_such_host(registry))?;
+        played.blob_requests += 1;
+        if let Some(failure) = &played.failure {
+            return Err(failure.clone());
+        }
+        if played.blob_secret.as_ref().is_some_and(|secret| !secrets.contains(secret)) {
+            return Err(RegistryError::Denied(registry.to_owned()));
+        }
+        played.blobs.get(&digest).cloned().ok_or_else(|| RegistryError::NotFound(registry.to_owned()))
     }
 }
 

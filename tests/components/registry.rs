@@ -15,7 +15,7 @@ use hyper::Method;
 use lighterman::http::{Certificates, Client, Request};
 use lighterman::model::OutageKind;
 use lighterman::oci::{Digest, Repository};
-use lighterman::ports::{PullSecret, Registry, RegistryError};
+use lighterman::ports::{BlobError, BlobSink, PullSecret, Registry, RegistryError, StoreError};
 use lighterman::registry::{Config, RegistryClient};
 use serde_json::json;
 use tempfile::TempDir;
@@ -30,18 +30,22 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const HTPASSWD: &str = "user:$2b$04$abcdefghijklmnopqrstuu7govE5p0NSk1WUEk5C2Qm3hpPC6VJ66\n";
 
 /// What a registry serves, and what it needs besides.
-struct Folder(TempDir);
+pub(crate) struct Folder(TempDir);
 
 /// Killed when dropped, also by a test that panics.
-struct Running {
-    name: String,
+pub(crate) struct Running {
+    pub(crate) name: String,
     process: Child,
 }
 
 impl Folder {
+    pub(crate) fn empty() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
     /// With one image in it, `team/app:v1`.
     async fn with_image() -> (Self, Digest) {
-        let folder = Self(tempfile::tempdir().unwrap());
+        let folder = Self::empty();
         let digest = push(&folder.serve("")).await;
         (folder, digest)
     }
@@ -51,7 +55,7 @@ impl Folder {
     }
 
     /// Starts a registry with further settings, of which those of `http` come first and indented.
-    fn serve(&self, settings: &str) -> Running {
+    pub(crate) fn serve(&self, settings: &str) -> Running {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);
@@ -108,23 +112,33 @@ fn client() -> RegistryClient {
     RegistryClient::new(Config { ping_limit: PATIENCE, resolve_limit: PATIENCE, ..Config::default() }).unwrap()
 }
 
-/// An image without layers.
-async fn push(registry: &Running) -> Digest {
-    let http = Client::new(None).unwrap();
-    let send = async |method: Method, url: &Url, kind: &'static str, body: Bytes| {
-        let mut request = Request::new(method, url, Certificates::Any);
-        request.headers.insert("content-type", kind.parse().unwrap());
-        request.body = body;
-        http.send(request).await.unwrap()
-    };
-    let config = Bytes::from_static(b"{}");
+async fn send(method: Method, url: &Url, kind: &str, body: Bytes) -> lighterman::http::Answer {
+    let mut request = Request::new(method, url, Certificates::Any);
+    request.headers.insert("content-type", kind.parse().unwrap());
+    request.body = body;
+    Client::new(None).unwrap().send(request).await.unwrap()
+}
+
+/// Puts a blob into the repository `team/app`.
+pub(crate) async fn push_blob(registry: &Running, bytes: Bytes) {
     let base = Url::parse(&format!("http://{}/v2/team/app/", registry.name)).unwrap();
     let begun = send(Method::POST, &base.join("blobs/uploads/").unwrap(), "text/plain", Bytes::new()).await;
     let mut upload = base.join(begun.headers["location"].to_str().unwrap()).unwrap();
-    upload.query_pairs_mut().append_pair("digest", &Digest::of(&config).to_string());
-    let uploaded = send(Method::PUT, &upload, "application/octet-stream", config.clone()).await;
+    upload.query_pairs_mut().append_pair("digest", &Digest::of(&bytes).to_string());
+    let uploaded = send(Method::PUT, &upload, "application/octet-stream", bytes).await;
     assert_eq!(uploaded.status, StatusCode::CREATED);
+}
 
+/// Puts a manifest, whose blobs are there, into the repository `team/app`.
+pub(crate) async fn push_manifest(registry: &Running, tag: &str, kind: &str, bytes: Bytes) {
+    let url = Url::parse(&format!("http://{}/v2/team/app/manifests/{tag}", registry.name)).unwrap();
+    assert_eq!(send(Method::PUT, &url, kind, bytes).await.status, StatusCode::CREATED);
+}
+
+/// An image without layers.
+async fn push(registry: &Running) -> Digest {
+    let config = Bytes::from_static(b"{}");
+    push_blob(registry, config.clone()).await;
     let kind = "application/vnd.oci.image.manifest.v1+json";
     let config = json!({
         "mediaType": "application/vnd.oci.image.config.v1+json",
@@ -132,8 +146,7 @@ async fn push(registry: &Running) -> Digest {
     });
     let manifest = json!({ "schemaVersion": 2, "mediaType": kind, "config": config, "layers": [] }).to_string();
     let digest = Digest::of(manifest.as_bytes());
-    let tagged = send(Method::PUT, &base.join("manifests/v1").unwrap(), kind, manifest.into()).await;
-    assert_eq!(tagged.status, StatusCode::CREATED);
+    push_manifest(registry, "v1", kind, manifest.into()).await;
     digest
 }
 
@@ -191,6 +204,60 @@ async fn a_registry_with_a_token_server_wants_its_token() {
     assert_eq!(client.resolve(&app, "v1", &[registry.secret("pass:word")]).await, Ok(digest));
     assert_eq!(client.resolve(&app, "v1", &[registry.secret("wrong")]).await, registry.denied());
     assert_eq!(client.resolve(&app, "v1", &[]).await, registry.denied(), "nobody gets a token without rights");
+}
+
+/// Keeps what is written.
+struct Kept(Vec<u8>);
+
+#[async_trait::async_trait]
+impl BlobSink for Kept {
+    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
+        chunks.iter().for_each(|chunk| self.0.extend_from_slice(chunk));
+        Ok(())
+    }
+}
+
+/// Whether the right bytes come from the registry with these secrets.
+async fn fetched(registry: &Running, blob: &Bytes, secrets: &[PullSecret]) -> Result<bool, BlobError> {
+    let (mut kept, size) = (Kept(Vec::new()), blob.len() as u64);
+    client().fetch_blob(&registry.app(), Digest::of(blob), size, secrets, &mut kept).await?;
+    Ok(kept.0 == *blob)
+}
+
+#[tokio::test]
+async fn a_layer_comes_from_an_open_registry_and_from_a_closed_one_with_its_password() {
+    let (folder, layer) = (Folder::empty(), Bytes::from(vec![7; 3 << 20]));
+    let open = folder.serve("");
+    push_blob(&open, layer.clone()).await;
+    assert!(fetched(&open, &layer, &[]).await.unwrap());
+    let gone = fetched(&open, &Bytes::from_static(b"never pushed"), &[]).await;
+    assert!(matches!(gone, Err(BlobError::Gone(_))), "{gone:?}");
+    let (app, size) = (open.app(), layer.len() as u64);
+    drop(open);
+    let down = client().fetch_blob(&app, Digest::of(&layer), size, &[], &mut Kept(Vec::new())).await;
+    assert!(matches!(down, Err(BlobError::Down { kind: OutageKind::Refused, .. })), "{down:?}");
+
+    let htpasswd = folder.path("htpasswd");
+    std::fs::write(&htpasswd, HTPASSWD).unwrap();
+    let closed = folder.serve(&format!("auth: {{ htpasswd: {{ realm: tests, path: {htpasswd} }} }}\n"));
+    let denied = fetched(&closed, &layer, &[closed.secret("wrong")]).await;
+    assert!(matches!(denied, Err(BlobError::Denied(_))), "{denied:?}");
+    assert!(fetched(&closed, &layer, &[closed.secret("wrong"), closed.secret("pass:word")]).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_layer_comes_from_a_registry_with_a_token_server() {
+    let (folder, layer) = (Folder::empty(), Bytes::from(vec![7; 1 << 20]));
+    push_blob(&folder.serve(""), layer.clone()).await;
+    let bundle = folder.path("tokens.crt");
+    let (realm, _serving) = token_server(Path::new(&bundle)).await;
+    let settings = format!(
+        "auth: {{ token: {{ realm: \"{realm}\", service: tests, issuer: tests, rootcertbundle: {bundle} }} }}\n"
+    );
+    let registry = folder.serve(&settings);
+    assert!(fetched(&registry, &layer, &[registry.secret("pass:word")]).await.unwrap());
+    let denied = fetched(&registry, &layer, &[]).await;
+    assert!(matches!(denied, Err(BlobError::Denied(_))), "{denied:?}");
 }
 
 /// Gives the user a token for what is asked, nobody one for nothing, and others none. Writes its certificate to `bundle`.
