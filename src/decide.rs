@@ -7,6 +7,7 @@ pub mod claim;
 pub mod clock_skew;
 pub mod connection_limit;
 pub mod disk;
+pub mod fill;
 pub mod gossip;
 pub mod inventory;
 pub mod layer_notice;

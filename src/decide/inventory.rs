@@ -98,6 +98,11 @@ impl Inventory {
         self.content.blob(digest).map(|holders| self.who(holders)).unwrap_or_default()
     }
 
+    /// How many peers hold a blob.
+    pub fn count_holders(&self, digest: Digest) -> usize {
+        self.content.blob(digest).map_or(0, |holders| holders.within(self.peers.up()).count())
+    }
+
     /// The peers that are fetching a blob, and serve what they have of it.
     pub fn fetching(&self, digest: Digest) -> Vec<PeerId> {
         self.content.fetching(digest).map(|fetching| self.who(fetching)).unwrap_or_default()

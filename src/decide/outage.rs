@@ -166,6 +166,12 @@ impl Outages {
         self.registries.get(registry).is_some_and(|known| known.answered)
     }
 
+    /// The registries that answered this agent at least once and are not known to be down.
+    pub fn healthy(&self, now: Instant) -> impl Iterator<Item = &str> {
+        let healthy = move |known: &Known| known.answered && known.outage(now).is_none();
+        self.registries.iter().filter(move |(_, known)| healthy(known)).map(|(registry, _)| registry.as_str())
+    }
+
     /// Whether it did not answer us when it was asked last.
     pub fn is_silent(&self, registry: &str) -> bool {
         self.registries.get(registry).is_some_and(|known| known.is_silent)

@@ -203,3 +203,17 @@ fn a_pod_that_names_ever_new_registries_does_not_fill_the_memory() {
     assert_eq!(outages.registries.len(), MOST);
     assert!(outages.registries.contains_key("r999.test"));
 }
+
+#[test]
+fn a_registry_is_healthy_that_has_answered_and_is_not_down() {
+    let mut outages = Outages::default();
+    let now = Instant::now();
+    let healthy = |outages: &Outages| outages.healthy(now).map(str::to_owned).collect::<Vec<_>>();
+    assert!(outages.asked("mirrored.test", Err(OutageKind::NoSuchHost), now, CLOCK) || healthy(&outages).is_empty());
+    outages.asked(R, Ok(()), now, CLOCK);
+    assert_eq!(healthy(&outages), [R]);
+    outages.asked(R, Err(OutageKind::TimedOut), now, CLOCK);
+    assert!(healthy(&outages).is_empty());
+    outages.pull_succeeded(R, now);
+    assert_eq!(healthy(&outages), [R]);
+}

@@ -1,0 +1,313 @@
+//! Where the layers that an image lacks come from, and when they are fetched.
+//!
+//! Peers have precedence. The image's registry is asked only while healthy, and so seldom that a
+//! cluster whose nodes all discarded their layers does not load the registry: the first nodes fetch
+//! an image from there, and all other nodes fetch the image from these nodes.
+//!
+//! # Load on a registry
+//! A node fetches one image at a time, at a limited rate. Before each fetch from a registry the
+//! node draws a pause, uniform between zero and twice the mean. The mean grows with the nodes that
+//! have the image (5 s each) and with the members of the cluster (1 s each). So in a cluster of any
+//! size a fetch of the same image begins every 5 s on average, and a fetch of any
+//! image every second. An image of 200 MB takes 25 s at 8 MiB/s, and peers learn of the layers some
+//! seconds later: a registry sends this image about seven times in all, to one node or to 5000.
+//! A thousand images of 200 MB, each on other nodes, cost a registry 200 MB/s for a quarter of an
+//! hour.
+//!
+//! Nothing here marks an outage or a denial for pods. Not here: which layers are to be retained
+//! ([`super::retain`]), and which registries are healthy ([`super::outage`]).
+
+use std::collections::{BTreeSet, HashMap};
+use std::time::{Duration, Instant};
+
+pub use self::words::{Failure, FetchFrom, Lack, Source};
+use crate::oci::Digest;
+
+#[cfg(test)]
+mod tests;
+mod words;
+
+/// Bytes per second from registries, by default: 7 % of a 1 Gbit/s link, and 1 GB in two minutes.
+pub const RATE: u64 = 8 << 20;
+
+/// Mean time between two fetches of the same image from its registry, in the whole cluster.
+const SAME_IMAGE: Duration = Duration::from_secs(5);
+
+/// Mean time between two fetches of any images from registries, in the whole cluster.
+const ANY_IMAGE: Duration = Duration::from_secs(1);
+
+/// Mean pause of a node between two images from peers, for each member. Peers share the load of
+/// their copies, so the pause has a bound.
+const PEERS: Duration = Duration::from_secs(1);
+
+/// The longest of these means.
+const PEERS_AT_MOST: Duration = Duration::from_secs(60);
+
+/// Delay of the first fetch from a registry after the start: the pauses need the members and their
+/// inventories, which come within seconds after an agent joins.
+const SETTLE: Duration = Duration::from_secs(20);
+
+/// Pause of an image after its peers failed, or after this node's store or disk did.
+const AGAIN: Duration = Duration::from_secs(30 * 60);
+
+/// Pause of an image after its registry denied it or did not have it. A new pull secret of a pod
+/// ends the pause. Rights that change at the registry are found twice a day, which costs a registry
+/// one request for each such image and node.
+const REFUSED: Duration = Duration::from_secs(12 * 3600);
+
+/// Pause of an image after its registry sent wrong bytes, which a cache in between may have, or
+/// denied the image while a secret could not be read, which the API server may permit again.
+const UNSURE: Duration = Duration::from_secs(3600);
+
+/// First pause of a registry that failed or limits the rate; doubled by each further failure.
+const BACK_OFF: Duration = Duration::from_secs(120);
+
+/// The longest of these pauses.
+const LONGEST_BACK_OFF: Duration = Duration::from_secs(3600);
+
+/// Longest pause that a registry may ask for: the window of Docker Hub's limit.
+const LONGEST_WISH: Duration = Duration::from_secs(6 * 3600);
+
+/// Images and registries that are remembered, each. A node has a few hundred images. Beyond the
+/// bound a failed image is tried again after the usual pauses.
+const MOST: usize = 1024;
+
+/// A pull secret, by namespace and name.
+pub type SecretName = (String, String);
+
+/// An image that lacks layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Incomplete {
+    /// The manifest.
+    pub manifest: Digest,
+    /// The registry that the image's name has.
+    pub registry: String,
+    /// Pull secrets that pods name beside the image.
+    pub secrets: BTreeSet<SecretName>,
+    /// Peers that know the image under this name have every missing layer.
+    pub is_held: bool,
+    /// Nodes that have the manifest, this node included.
+    pub nodes: usize,
+    /// The registry has answered this agent, and no outage is known here or at a peer.
+    pub is_healthy: bool,
+    /// The budget and the disk have room for the layers.
+    pub fits: bool,
+}
+
+/// The fetches of one node: one at a time, and what the earlier ones came to.
+#[derive(Debug)]
+pub struct Fills {
+    from: FetchFrom,
+    started: Instant,
+    running: Option<Digest>,
+    /// The pause before the next image from peers.
+    peers: Pause,
+    /// The image that is fetched from its registry next, unless peers have the layers before.
+    plan: Option<(Digest, Pause)>,
+    /// Images that did not come from peers, and images that this node could not write.
+    postponed: HashMap<Digest, Postponed>,
+    /// Images that their registry does not give.
+    refused: HashMap<Digest, Refused>,
+    registries: HashMap<String, BackOff>,
+}
+
+/// A pause whose length is a share of twice a mean. The mean may change meanwhile: an agent sees
+/// the members of its cluster some time after the start.
+#[derive(Debug, Clone, Copy)]
+struct Pause {
+    since: Instant,
+    /// From 0 to 1.
+    share: f64,
+}
+
+#[derive(Debug)]
+struct Postponed {
+    until: Instant,
+    /// The registry may be asked meanwhile.
+    peers_only: bool,
+}
+
+#[derive(Debug)]
+struct Refused {
+    reason: Lack,
+    /// The secrets that pods named then.
+    secrets: BTreeSet<SecretName>,
+    until: Instant,
+}
+
+#[derive(Debug)]
+struct BackOff {
+    failures: u32,
+    until: Instant,
+}
+
+impl Pause {
+    fn is_over(self, mean: Duration, now: Instant) -> bool {
+        now.saturating_duration_since(self.since) >= mean.mul_f64(2.0 * self.share.clamp(0.0, 1.0))
+    }
+}
+
+impl Fills {
+    /// Nothing is fetched yet. `random` is from 0 to 1.
+    pub fn new(from: FetchFrom, now: Instant, random: f64) -> Self {
+        Self {
+            from,
+            started: now,
+            running: None,
+            peers: Pause { since: now, share: random },
+            plan: None,
+            postponed: HashMap::new(),
+            refused: HashMap::new(),
+            registries: HashMap::new(),
+        }
+    }
+
+    /// The image under way.
+    pub fn running(&self) -> Option<Digest> {
+        self.running
+    }
+
+    /// The image to fetch now, which counts as under way from then on. `members` are the agents of
+    /// the cluster, this one included; `random` yields numbers from 0 to 1.
+    pub fn next(
+        &mut self,
+        images: &[Incomplete],
+        members: usize,
+        now: Instant,
+        mut random: impl FnMut() -> f64,
+    ) -> Option<(Digest, Source)> {
+        self.forget(now);
+        if self.running.is_some() || self.from == FetchFrom::None {
+            return None;
+        }
+        let held: Vec<_> = images.iter().filter(|image| self.can_come_from_peers(image)).collect();
+        let mean = times(PEERS, members).min(PEERS_AT_MOST);
+        let (source, manifest) = match pick(&held, random()) {
+            Some(image) if self.peers.is_over(mean, now) => (Source::Peers, image.manifest),
+            _ => (Source::Registry, self.planned(images, members, now, random)?),
+        };
+        self.running = Some(manifest);
+        Some((manifest, source))
+    }
+
+    /// The planned image, if its pause is over. A plan ends when the image has come, peers have it,
+    /// or its registry is not to be asked.
+    fn planned(
+        &mut self,
+        images: &[Incomplete],
+        members: usize,
+        now: Instant,
+        mut random: impl FnMut() -> f64,
+    ) -> Option<Digest> {
+        let able: Vec<_> = images.iter().filter(|image| self.can_come_from_registry(image, now)).collect();
+        let plan = self.plan.filter(|(manifest, _)| able.iter().any(|image| image.manifest == *manifest));
+        let (manifest, pause) = match plan {
+            Some(plan) => plan,
+            None => (pick(&able, random())?.manifest, Pause { since: now, share: random() }),
+        };
+        self.plan = Some((manifest, pause));
+        let nodes = able.iter().find(|image| image.manifest == manifest)?.nodes;
+        let mean = times(SAME_IMAGE, nodes).max(times(ANY_IMAGE, members));
+        let is_settled = now.saturating_duration_since(self.started) >= SETTLE;
+        if !is_settled || !pause.is_over(mean, now) {
+            return None;
+        }
+        self.plan = None;
+        Some(manifest)
+    }
+
+    /// The end of the fetch under way. `random` is from 0 to 1.
+    pub fn ended(&mut self, image: &Incomplete, result: Result<Source, Failure>, now: Instant, random: f64) {
+        self.running = None;
+        self.peers = Pause { since: now, share: random };
+        let manifest = image.manifest;
+        match result {
+            Ok(Source::Peers) => {}
+            Ok(Source::Registry) => drop(self.registries.remove(&image.registry)),
+            Err(failure @ (Failure::Peers | Failure::Local | Failure::Yielded)) => {
+                let peers_only = failure == Failure::Peers;
+                insert(&mut self.postponed, manifest, Postponed { until: now + AGAIN, peers_only });
+            }
+            Err(Failure::Denied { unread: true }) => self.refuse(image, Lack::UnreadableSecret, now + UNSURE),
+            Err(Failure::Denied { unread: false }) => self.refuse(image, Lack::KubeletCredentials, now + REFUSED),
+            Err(Failure::Gone) => self.refuse(image, Lack::Gone, now + REFUSED),
+            Err(Failure::WrongBytes) => self.refuse(image, Lack::Pending, now + UNSURE),
+            Err(Failure::Down) => self.back_off(&image.registry, Duration::ZERO, now),
+            Err(Failure::RateLimited(wish)) => self.back_off(&image.registry, wish.unwrap_or_default(), now),
+        }
+    }
+
+    /// Why the image lacks layers.
+    pub fn reason(&self, image: &Incomplete) -> Lack {
+        if self.running == Some(image.manifest) {
+            return Lack::Fetching;
+        }
+        if self.from == FetchFrom::None {
+            return Lack::NotFetched;
+        }
+        if !image.fits {
+            return Lack::NoRoom;
+        }
+        match self.refusal(image) {
+            Some(refused) if !self.can_come_from_peers(image) => refused.reason,
+            _ => Lack::Pending,
+        }
+    }
+
+    fn can_come_from_peers(&self, image: &Incomplete) -> bool {
+        image.fits && image.is_held && !self.postponed.contains_key(&image.manifest)
+    }
+
+    fn can_come_from_registry(&self, image: &Incomplete, now: Instant) -> bool {
+        self.from == FetchFrom::Registry
+            && image.fits
+            && image.is_healthy
+            && self.postponed.get(&image.manifest).is_none_or(|postponed| postponed.peers_only)
+            && !self.can_come_from_peers(image)
+            && self.refusal(image).is_none()
+            && self.registries.get(&image.registry).is_none_or(|registry| registry.until <= now)
+    }
+
+    /// Why the registry is not asked for the image. A secret that no pod named then may be the
+    /// right one.
+    fn refusal(&self, image: &Incomplete) -> Option<&Refused> {
+        self.refused.get(&image.manifest).filter(|refused| image.secrets.is_subset(&refused.secrets))
+    }
+
+    fn refuse(&mut self, image: &Incomplete, reason: Lack, until: Instant) {
+        insert(&mut self.refused, image.manifest, Refused { reason, secrets: image.secrets.clone(), until });
+    }
+
+    /// Leaves the registry alone, for all of its images. `wish` is the pause that the registry asks
+    /// for.
+    fn back_off(&mut self, registry: &str, wish: Duration, now: Instant) {
+        let failures = self.registries.get(registry).map_or(0, |before| before.failures);
+        // Five doublings reach the longest pause.
+        let pause = BACK_OFF.saturating_mul(1 << failures.min(5)).min(LONGEST_BACK_OFF);
+        let until = now + pause.max(wish.min(LONGEST_WISH));
+        insert(&mut self.registries, registry.to_owned(), BackOff { failures: failures.saturating_add(1), until });
+    }
+
+    /// A registry's failures count until the registry was left alone for as long as it may wish.
+    fn forget(&mut self, now: Instant) {
+        self.postponed.retain(|_, postponed| postponed.until > now);
+        self.refused.retain(|_, refused| refused.until > now);
+        self.registries.retain(|_, registry| registry.until + LONGEST_WISH > now);
+    }
+}
+
+fn insert<K: std::hash::Hash + Eq, V>(map: &mut HashMap<K, V>, key: K, value: V) {
+    if map.len() < MOST || map.contains_key(&key) {
+        map.insert(key, value);
+    }
+}
+
+/// The image at this share of the list, from 0 to 1.
+fn pick<'a>(images: &[&'a Incomplete], share: f64) -> Option<&'a Incomplete> {
+    let index = (share.clamp(0.0, 1.0) * images.len() as f64) as usize;
+    images.get(index.min(images.len().saturating_sub(1))).copied()
+}
+
+fn times(duration: Duration, count: usize) -> Duration {
+    duration.saturating_mul(u32::try_from(count).unwrap_or(u32::MAX))
+}

@@ -1,0 +1,302 @@
+use proptest::prelude::*;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use super::*;
+
+const SECOND: Duration = Duration::from_secs(1);
+const HOUR: Duration = Duration::from_secs(3600);
+
+fn image(name: &str) -> Incomplete {
+    Incomplete {
+        manifest: Digest::of(name.as_bytes()),
+        registry: "r.test".into(),
+        secrets: BTreeSet::new(),
+        is_held: false,
+        nodes: 1,
+        is_healthy: true,
+        fits: true,
+    }
+}
+
+fn secrets(names: &[&str]) -> BTreeSet<SecretName> {
+    names.iter().map(|name| ("shop".to_owned(), (*name).to_owned())).collect()
+}
+
+fn fills(now: Instant) -> Fills {
+    Fills::new(FetchFrom::Registry, now, 1.0)
+}
+
+/// The fetch that begins for one node without members, with the longest pauses.
+fn begins(fills: &mut Fills, image: &Incomplete, now: Instant) -> Option<Source> {
+    fills.next(std::slice::from_ref(image), 1, now, || 1.0).map(|(_, source)| source)
+}
+
+/// The first fetch that begins within these seconds, and the second of its begin.
+fn first(fills: &mut Fills, image: &Incomplete, from: Instant, seconds: u64) -> Option<(u64, Source)> {
+    (0..seconds).find_map(|second| Some((second, begins(fills, image, from + SECOND * second as u32)?)))
+}
+
+#[test]
+fn peers_have_precedence_over_a_healthy_registry() {
+    let start = Instant::now();
+    let held = Incomplete { is_held: true, ..image("a") };
+    assert_eq!(first(&mut fills(start), &held, start, 600), Some((2, Source::Peers)));
+    assert_eq!(first(&mut fills(start), &image("a"), start, 600), Some((20, Source::Registry)));
+}
+
+#[test]
+fn a_registry_is_asked_only_while_healthy_with_room_and_by_the_setting() {
+    let start = Instant::now();
+    let fetched = |from, image: &Incomplete| first(&mut Fills::new(from, start, 0.0), image, start, 7200);
+    let (lone, held) = (image("a"), Incomplete { is_held: true, ..image("a") });
+    for never in [Incomplete { is_healthy: false, ..image("a") }, Incomplete { fits: false, ..held.clone() }] {
+        assert_eq!(fetched(FetchFrom::Registry, &never), None, "{never:?}");
+    }
+    assert_eq!(fetched(FetchFrom::Peers, &lone), None);
+    assert_eq!(fetched(FetchFrom::Peers, &held), Some((0, Source::Peers)));
+    assert_eq!((fetched(FetchFrom::None, &lone), fetched(FetchFrom::None, &held)), (None, None));
+}
+
+#[test]
+fn one_image_is_fetched_at_a_time() {
+    let start = Instant::now();
+    let (mut fills, later) = (fills(start), start + HOUR);
+    assert_eq!(begins(&mut fills, &Incomplete { is_held: true, ..image("a") }, later), Some(Source::Peers));
+    assert_eq!(begins(&mut fills, &Incomplete { is_held: true, ..image("b") }, later + HOUR), None);
+    assert_eq!(fills.reason(&image("a")), Lack::Fetching);
+    fills.ended(&image("a"), Ok(Source::Peers), later, 0.0);
+    assert_eq!(begins(&mut fills, &Incomplete { is_held: true, ..image("b") }, later), Some(Source::Peers));
+}
+
+#[test]
+fn the_registry_follows_where_peers_failed_and_nothing_where_the_disk_failed() {
+    let start = Instant::now();
+    let held = Incomplete { is_held: true, ..image("a") };
+    for (failure, next) in [(Failure::Peers, Some(Source::Registry)), (Failure::Local, None)] {
+        let mut fills = fills(start);
+        let now = start + HOUR;
+        assert_eq!(begins(&mut fills, &held, now), Some(Source::Peers));
+        fills.ended(&held, Err(failure), now, 0.0);
+        assert_eq!(first(&mut fills, &held, now, 600).map(|(_, source)| source), next, "{failure:?}");
+        if next.is_none() {
+            assert_eq!(begins(&mut fills, &held, now + AGAIN), Some(Source::Peers));
+        }
+    }
+}
+
+#[test]
+fn a_denied_image_is_counted_and_asked_for_again_with_a_new_secret_or_after_half_a_day() {
+    let start = Instant::now();
+    let denied = |unread, image: &Incomplete| {
+        let mut fills = fills(start);
+        assert_eq!(first(&mut fills, image, start, 60), Some((20, Source::Registry)));
+        fills.ended(image, Err(Failure::Denied { unread }), start, 0.0);
+        fills
+    };
+    let with_secret = Incomplete { secrets: secrets(&["old"]), ..image("a") };
+    let mut fills = denied(false, &with_secret);
+    assert_eq!(fills.reason(&with_secret), Lack::KubeletCredentials);
+    assert_eq!(fills.reason(&Incomplete { is_held: true, ..with_secret.clone() }), Lack::Pending);
+    assert_eq!(fills.reason(&image("a")), Lack::KubeletCredentials, "a pod that ended brings no new secret");
+    let minutes = (30..700_u32).map(|minute| start + 60 * SECOND * minute);
+    assert_eq!(minutes.clone().find_map(|at| begins(&mut fills, &with_secret, at)), None);
+    let renewed = Incomplete { secrets: secrets(&["old", "new"]), ..image("a") };
+    assert_eq!(first(&mut fills, &renewed, start + HOUR, 60), Some((10, Source::Registry)));
+
+    let mut fills = denied(true, &with_secret);
+    assert_eq!(fills.reason(&with_secret), Lack::UnreadableSecret);
+    assert_eq!(first(&mut fills, &with_secret, start + HOUR, 60), Some((10, Source::Registry)));
+    fills.ended(&with_secret, Err(Failure::Denied { unread: false }), start + HOUR, 0.0);
+    assert_eq!(first(&mut fills, &with_secret, start + 12 * HOUR, 60), None);
+    assert_eq!(first(&mut fills, &with_secret, start + 13 * HOUR, 60), Some((10, Source::Registry)));
+}
+
+#[test]
+fn a_failing_registry_is_left_alone_for_ever_longer_with_all_its_images() {
+    let start = Instant::now();
+    let (mut fills, mut now) = (fills(start), start + HOUR);
+    let other = Incomplete { registry: "other.test".into(), ..image("c") };
+    let mut pauses = Vec::new();
+    for _ in 0..7 {
+        let (waited, source) = first(&mut fills, &image("b"), now, 7200).unwrap();
+        now += SECOND * waited as u32;
+        pauses.push(waited);
+        fills.ended(&image("b"), Err(Failure::Down), now, 0.0);
+        assert_eq!(source, Source::Registry);
+    }
+    // Ten seconds are the pause before any fetch.
+    assert_eq!(pauses, [10, 130, 250, 490, 970, 1930, 3610]);
+    assert_eq!(first(&mut fills, &other, now, 60), Some((10, Source::Registry)));
+    fills.ended(&other, Ok(Source::Registry), now, 0.0);
+    assert_eq!(first(&mut fills, &image("a"), now, 3000), None);
+    let (waited, _) = first(&mut fills, &image("a"), now, 7200).unwrap();
+    fills.ended(&image("a"), Ok(Source::Registry), now, 0.0);
+    fills.ended(&image("a"), Err(Failure::Down), now + SECOND * waited as u32, 0.0);
+    let after = first(&mut fills, &image("a"), now + SECOND * waited as u32, 600).unwrap().0;
+    assert_eq!(after, 130, "success ends the series");
+}
+
+#[test]
+fn a_pause_that_a_registry_asks_for_is_kept_within_a_bound() {
+    let start = Instant::now();
+    for (wish, pause) in [(None, 130), (Some(1), 130), (Some(1000), 1010), (Some(u64::MAX), 6 * 3600 + 10)] {
+        let mut fills = fills(start);
+        let now = start + HOUR;
+        let wish = wish.map(Duration::from_secs);
+        fills.ended(&image("a"), Err(Failure::RateLimited(wish)), now, 0.0);
+        assert_eq!(first(&mut fills, &image("a"), now, 8 * 3600), Some((pause, Source::Registry)));
+    }
+}
+
+#[test]
+fn every_reason_has_a_label_of_its_own() {
+    let labels: BTreeSet<_> = Lack::ALL.iter().map(|reason| reason.label()).collect();
+    let texts: BTreeSet<_> = Lack::ALL.iter().map(ToString::to_string).collect();
+    assert_eq!((labels.len(), texts.len()), (Lack::ALL.len(), Lack::ALL.len()));
+}
+
+/// A cluster in steps of ten seconds, as the agent looks.
+struct Cluster {
+    random: SmallRng,
+    nodes: Vec<Node>,
+    now: Instant,
+    /// Begun fetches from the registry.
+    asked: usize,
+}
+
+struct Node {
+    fills: Fills,
+    lacking: Vec<Incomplete>,
+    /// The fetch under way, and its end.
+    running: Option<(Incomplete, Source, Instant)>,
+}
+
+const STEP: Duration = Duration::from_secs(10);
+
+/// Download of 200 MB at the default rate.
+const DOWNLOAD: Duration = Duration::from_secs(25);
+
+impl Cluster {
+    /// Every node lacks the images that `images` yields for its number.
+    fn new(nodes: usize, images: impl Fn(usize) -> Vec<Incomplete>) -> Self {
+        let (mut random, now) = (SmallRng::seed_from_u64(7), Instant::now());
+        let node = |number| Node {
+            fills: Fills::new(FetchFrom::Registry, now, random.random()),
+            lacking: images(number),
+            running: None,
+        };
+        Self { nodes: (0..nodes).map(node).collect(), random, now, asked: 0 }
+    }
+
+    fn step(&mut self) {
+        self.now += STEP;
+        let (now, members, random) = (self.now, self.nodes.len(), &mut self.random);
+        let mut came = BTreeSet::new();
+        for node in &mut self.nodes {
+            if let Some((image, source, _)) = node.running.take_if(|(_, _, ends)| *ends <= now) {
+                node.fills.ended(&image, Ok(source), now, random.random());
+                node.lacking.retain(|other| other.manifest != image.manifest);
+                came.insert(image.manifest);
+            }
+        }
+        for node in &mut self.nodes {
+            node.lacking.iter_mut().for_each(|image| image.is_held |= came.contains(&image.manifest));
+            let Some((manifest, source)) = node.fills.next(&node.lacking, members, now, || random.random()) else {
+                continue;
+            };
+            let image = node.lacking.iter().find(|image| image.manifest == manifest).unwrap().clone();
+            let takes = if source == Source::Registry { DOWNLOAD } else { STEP };
+            self.asked += usize::from(source == Source::Registry);
+            node.running = Some((image, source, now + takes));
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        self.nodes.iter().all(|node| node.lacking.is_empty())
+    }
+}
+
+#[test]
+fn three_nodes_have_the_layers_of_five_images_within_three_minutes() {
+    let names = ["a", "b", "c", "d", "e"];
+    let mut cluster = Cluster::new(3, |_| names.map(|name| Incomplete { nodes: 3, ..image(name) }).to_vec());
+    let steps = (1..=100).find(|_| {
+        cluster.step();
+        cluster.is_done()
+    });
+    assert!(steps.unwrap() <= 18, "{steps:?} steps of ten seconds");
+    assert!(cluster.asked <= 10, "{} fetches from the registry", cluster.asked);
+}
+
+#[test]
+fn a_registry_sends_an_image_a_few_times_to_a_cluster_of_five_thousand() {
+    let mut cluster = Cluster::new(5000, |_| vec![Incomplete { nodes: 5000, ..image("a") }]);
+    let steps = (1..=200).find(|_| {
+        cluster.step();
+        cluster.is_done()
+    });
+    println!("figure registry_fetches_of_one_image_5000_nodes {}", cluster.asked);
+    assert!(cluster.asked <= 12, "{} fetches from the registry", cluster.asked);
+    assert!(steps.is_some(), "not all nodes have the image");
+}
+
+#[test]
+fn five_thousand_nodes_with_images_of_their_own_begin_one_fetch_per_second() {
+    let of_its_own = |number: usize| (0..3).map(|one| image(&format!("{number} {one}"))).collect();
+    let mut cluster = Cluster::new(5000, of_its_own);
+    let steps = 100;
+    (0..steps).for_each(|_| cluster.step());
+    let seconds = steps as usize * STEP.as_secs() as usize;
+    println!("figure registry_fetches_per_1000_s_5000_nodes {}", cluster.asked);
+    assert!(cluster.asked <= seconds * 11 / 10, "{} fetches in {seconds} s", cluster.asked);
+    assert!(cluster.asked >= seconds / 4, "{} fetches in {seconds} s", cluster.asked);
+}
+
+proptest! {
+    /// After any history a registry is asked for an image only where each condition holds.
+    #[test]
+    fn no_history_leads_to_a_forbidden_request(
+        from in prop::sample::select(vec![FetchFrom::None, FetchFrom::Peers, FetchFrom::Registry]),
+        steps in prop::collection::vec((0_u64..40_000, 0_usize..16, 0_usize..10, 0.0..1.0_f64), 1..60),
+    ) {
+        let mut now = Instant::now();
+        let mut fills = Fills::new(from, now, 0.5);
+        let failures = [
+            Failure::Peers, Failure::Local, Failure::Yielded, Failure::Denied { unread: false }, Failure::Denied { unread: true },
+            Failure::Gone, Failure::WrongBytes, Failure::RateLimited(None), Failure::Down,
+        ];
+        let mut denied: Option<Instant> = None;
+        for (seconds, bits, end, random) in steps {
+            now += Duration::from_secs(seconds);
+            let one = Incomplete {
+                is_held: bits & 1 > 0,
+                is_healthy: bits & 2 > 0,
+                fits: bits & 4 > 0,
+                ..image("one")
+            };
+            let other = Incomplete { is_held: bits & 8 > 0, ..image("other") };
+            let images = [one, other];
+            let Some((manifest, source)) = fills.next(&images, 1 + bits, now, || random) else { continue };
+            let chosen = images.iter().find(|image| image.manifest == manifest).unwrap();
+            prop_assert!(chosen.fits && from != FetchFrom::None);
+            match source {
+                Source::Peers => prop_assert!(chosen.is_held),
+                Source::Registry => {
+                    prop_assert!(chosen.is_healthy && from == FetchFrom::Registry);
+                    if chosen.manifest == image("one").manifest {
+                        prop_assert!(denied.is_none_or(|at| now - at >= REFUSED));
+                    }
+                }
+            }
+            prop_assert_eq!(fills.next(&images, 1, now + HOUR, || random), None);
+            // Peers deny nothing.
+            let possible = if source == Source::Peers { &failures[..2] } else { &failures[1..] };
+            let result = possible.get(end).map_or(Ok(source), |failure| Err(*failure));
+            if matches!(result, Err(Failure::Denied { unread: false })) && chosen.manifest == image("one").manifest {
+                denied = Some(now);
+            }
+            fills.ended(chosen, result, now, random);
+        }
+    }
+}
