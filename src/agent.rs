@@ -41,6 +41,7 @@ use tokio::sync::{mpsc, watch};
 use crate::admin::{Admin, Check};
 use crate::config::Settings;
 use crate::control::{self, Control};
+use crate::decide::fill::FetchFrom;
 use crate::decide::reserve::Reservations;
 use crate::decide::retain::RetainLayers;
 use crate::identity::Identity;
@@ -306,12 +307,18 @@ impl Agent {
                 cluster: Arc::clone(&retained_cluster),
                 retained: retained.clone(),
                 images: images.clone(),
-                fetches: retain.fetch,
+                fetches: retain.fetch != FetchFrom::None && !manner.dry_run,
                 metrics: metrics.clone(),
             };
             let pod_images = PodImages::new(retained_cluster, rules.clone(), used_in);
             let retainer = Retainer::new(retained_store, leases, retain, used, metrics.clone(), retained_in);
-            let retainer = if retain.fetch { retainer.with_peers(salvager.recoverer()) } else { retainer };
+            let retainer = match retain.fetch {
+                FetchFrom::None => retainer,
+                _ if manner.dry_run => retainer,
+                FetchFrom::Peers | FetchFrom::Registry => {
+                    retainer.with_sources(salvager.recoverer(), salvager.healthy_registries())
+                }
+            };
             (pod_images, retainer, layer_watch)
         });
         let advertiser = Advertiser::new(

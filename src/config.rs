@@ -151,6 +151,7 @@ impl AgentArgs {
             retain_layers,
             retain_bytes,
             retain_fetch,
+            retain_fetch_rate,
             rules_file,
             max_download_rate,
             max_upload_rate,
@@ -261,7 +262,12 @@ impl AgentArgs {
                 image_verifier_dir: image_verifier_dir.unwrap_or_else(|| containerd::VERIFIERS.into()),
                 import_past_verifiers,
                 unpack_layers,
-                retain: RetainOptions { layers: retain_layers.into(), bytes: retain_bytes, fetch: retain_fetch },
+                retain: RetainOptions {
+                    layers: retain_layers.into(),
+                    bytes: retain_bytes,
+                    fetch: retain_fetch.into(),
+                    fetch_rate: retain_fetch_rate,
+                },
                 grace: Duration::from_secs(grace_period),
             },
         })
@@ -282,6 +288,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::decide::fill::FetchFrom;
     use crate::decide::retain::{RetainBytes, RetainLayers};
 
     #[derive(Parser)]
@@ -318,11 +325,25 @@ mod tests {
     #[test]
     fn retained_bytes_are_a_quantity_or_a_share_of_the_disk() {
         let retain = |flags: &[&str]| config(flags).unwrap().settings.retain;
-        let share = RetainOptions { layers: RetainLayers::OptedIn, bytes: RetainBytes::Percent(20), fetch: true };
-        assert_eq!(retain(&[]), share);
-        let flags = ["--retain-layers", "all", "--retain-bytes", "20Gi", "--retain-fetch", "false"];
-        let all = RetainOptions { layers: RetainLayers::All, bytes: RetainBytes::Bytes(20 << 30), fetch: false };
+        let usual = RetainOptions {
+            layers: RetainLayers::OptedIn,
+            bytes: RetainBytes::Percent(20),
+            fetch: FetchFrom::Registry,
+            fetch_rate: 8 << 20,
+        };
+        assert_eq!(retain(&[]), usual);
+        let flags =
+            ["--retain-layers", "all", "--retain-bytes", "20Gi", "--retain-fetch", "none", "--retain-fetch-rate", "0"];
+        let all = RetainOptions {
+            layers: RetainLayers::All,
+            bytes: RetainBytes::Bytes(20 << 30),
+            fetch: FetchFrom::None,
+            fetch_rate: 0,
+        };
         assert_eq!(retain(&flags), all);
+        for (word, fetch) in [("true", FetchFrom::Peers), ("false", FetchFrom::None), ("peers", FetchFrom::Peers)] {
+            assert_eq!(retain(&["--retain-fetch", word]).fetch, fetch, "{word}");
+        }
         for wrong in ["91%", "%", "-1", "20 %", "much"] {
             let flags = ["agent", "--node-name", "here", "--pod-name", "a", "--retain-bytes", wrong];
             assert!(Command::try_parse_from(flags).is_err(), "{wrong}");

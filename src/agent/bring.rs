@@ -113,6 +113,11 @@ impl Bring {
         sources
     }
 
+    /// Moves whenever a recovery waits for a blob that is being written already.
+    pub(super) fn awaited(&self) -> watch::Receiver<Option<Digest>> {
+        self.underway.awaited()
+    }
+
     /// This node's zone, once it is known.
     pub(super) fn zone(&self) -> Option<Zone> {
         self.zone.borrow().clone()
@@ -228,6 +233,7 @@ impl Bring {
                 // Another recovery of this node fetches the same blob: whoever is first, we profit.
                 Err(StoreError::Busy(_)) if waits < BUSY_WAITS => {
                     waits += 1;
+                    self.underway.await_blob(digest);
                     let _ = tokio::time::timeout(BUSY_WAIT, ended.changed()).await;
                 }
                 Err(error) => return Err(RecoverError::store("opening a blob for writing")(error)),

@@ -53,6 +53,11 @@ impl Holders {
         self.table.read(|table| table.holders(digest))
     }
 
+    /// How many peers hold the blob.
+    pub fn count_of_blob(&self, digest: Digest) -> usize {
+        self.table.read(|table| table.count_holders(digest))
+    }
+
     /// Everybody who holds the blob or is fetching it.
     pub fn sources(&self, digest: Digest) -> Vec<Source> {
         self.table.read(|table| {

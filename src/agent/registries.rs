@@ -21,6 +21,7 @@ pub struct Registries {
     /// Whether registries are asked at all.
     asking: bool,
     first_hand: watch::Sender<Vec<Outage>>,
+    healthy: watch::Sender<Arc<BTreeSet<String>>>,
     metrics: Metrics,
 }
 
@@ -39,7 +40,21 @@ impl Registries {
         first_hand: watch::Sender<Vec<Outage>>,
         metrics: Metrics,
     ) -> Self {
-        Self { outages: Outages::default(), holders, registry, asking, first_hand, metrics }
+        Self {
+            outages: Outages::default(),
+            holders,
+            registry,
+            asking,
+            first_hand,
+            healthy: watch::Sender::default(),
+            metrics,
+        }
+    }
+
+    /// The registries that have answered this agent and that neither this node nor a peer found down. A single peer is
+    /// believed here, because background fetches alone go by this.
+    pub fn healthy(&self) -> watch::Receiver<Arc<BTreeSet<String>>> {
+        self.healthy.subscribe()
     }
 
     /// Whether the registry counts as down: this node found the registry unreachable; or it did not just have an answer, and
@@ -144,6 +159,15 @@ impl Registries {
     /// Tells the peers what changed, also by time alone.
     pub(super) fn publish(&self, now: Instant) {
         let first_hand = self.outages.first_hand(now);
+        let healthy = self.outages.healthy(now).filter(|registry| self.holders.outages_of(registry).is_empty());
+        let healthy: BTreeSet<_> = healthy.map(str::to_owned).collect();
+        self.healthy.send_if_modified(|before| {
+            let changed = **before != healthy;
+            if changed {
+                *before = Arc::new(healthy);
+            }
+            changed
+        });
         self.metrics.registries_down(first_hand.len());
         self.first_hand.send_if_modified(|told| {
             let changed = *told != first_hand;

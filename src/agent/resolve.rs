@@ -148,7 +148,8 @@ impl Resolver {
         }
     }
 
-    async fn secrets(&self, wanted: &Wanted) -> Vec<PullSecret> {
+    /// The pull secrets that could be read.
+    pub(super) async fn secrets(&self, wanted: &Wanted) -> Vec<PullSecret> {
         let allowed = |namespace: &str| self.settings.pull_secret_namespaces.iter().any(|name| name == namespace);
         let mut secrets = Vec::new();
         for (namespace, name) in wanted.pull_secrets.iter().filter(|(name, _)| allowed(name)).take(MAX_SECRETS) {

@@ -10,6 +10,7 @@
 //! opted-in namespaces run.
 
 mod fill;
+mod from_registry;
 mod here;
 mod pods;
 #[cfg(test)]
@@ -29,8 +30,9 @@ use self::here::Here;
 pub use self::pods::{PodImages, UsedImages};
 use super::recover::Recoverer;
 use crate::decide::disk::FileSystem;
+use crate::decide::fill::Lack;
 use crate::decide::retain::{
-    Action, Candidate, Facts, LEASE_LIFE, Leased, RetainOptions, actions, allowed, bytes, interest, min_free,
+    Action, Candidate, Facts, LEASE_LIFE, Leased, RetainOptions, actions, allowed, bytes, interest,
 };
 use crate::metrics::Metrics;
 use crate::oci::Digest;
@@ -71,6 +73,8 @@ pub struct Retainer {
     room: Option<FileSystem>,
     /// Fetches layers that are missing here; `None` where that is not wanted.
     filler: Option<Filler>,
+    /// Why images lack layers, as far as the filler knows.
+    reasons: BTreeMap<Lack, usize>,
 }
 
 /// The lease of one image.
@@ -105,13 +109,15 @@ impl Retainer {
             listed: false,
             room: None,
             filler: None,
+            reasons: BTreeMap::new(),
         }
     }
 
-    /// Fetches layers that are missing here from peers as well.
+    /// Fetches layers that are missing here as well: from peers, and from registries that are
+    /// `healthy`, as far as the options permit.
     #[must_use]
-    pub fn with_peers(self, recoverer: Arc<Recoverer>) -> Self {
-        Self { filler: Some(Filler::new(recoverer)), ..self }
+    pub fn with_sources(self, recoverer: Arc<Recoverer>, healthy: watch::Receiver<Arc<BTreeSet<String>>>) -> Self {
+        Self { filler: Some(Filler::new(recoverer, healthy, &self.options, self.metrics.clone())), ..self }
     }
 
     /// Retains until stopped. The leases stay: the next agent finds them.
@@ -209,30 +215,6 @@ impl Retainer {
         self.settle(now).await?;
         self.fill(now).await?;
         self.show();
-        Ok(())
-    }
-
-    /// Begins to fetch the layers that one image lacks, where the budget and the disk have room
-    /// beside all retained layers.
-    async fn fill(&mut self, now: SystemTime) -> Result<(), StoreError> {
-        let leased = self.leased();
-        let retained = bytes(leased.values().map(|lease| &lease.layers));
-        let room = self.room.map(|room| (room.free, room.total));
-        let allowed = allowed(self.budget(), retained, room);
-        let line = room.map_or(0, |(_, total)| min_free(total));
-        let fits = |missing: u64| {
-            let on_disk = room.is_none_or(|(free, _)| free.saturating_sub(missing) >= line);
-            on_disk && retained.saturating_add(missing) <= allowed
-        };
-        let Some(filler) = &mut self.filler else { return Ok(()) };
-        let lacking = self.here.lacking_images(|facts: &Facts| interest(self.options.layers, facts, now));
-        let Some(image) = filler.choose(lacking.filter(|image| fits(bytes([&image.layers])))) else { return Ok(()) };
-        self.here.expect_all(image.manifest);
-        self.settle(now).await?;
-        match (self.held.get(&image.manifest), &mut self.filler) {
-            (Some(held), Some(filler)) => filler.start(image, held.pin.clone(), line),
-            _ => self.here.expect_no_more(),
-        }
         Ok(())
     }
 
@@ -357,14 +339,21 @@ impl Retainer {
         let leased = self.leased();
         let now = SystemTime::now();
         let (wanted, lacking) = self.here.lacking(|facts: &Facts| interest(self.options.layers, facts, now));
+        let mut reasons = self.reasons.clone();
+        let known = reasons.values().sum();
+        let others = lacking.saturating_sub(known);
+        if others > 0 {
+            *reasons.entry(Lack::NotFetched).or_default() += others;
+        }
         let status = RetainedStatus {
             bytes: bytes(leased.values().map(|lease| &lease.layers)),
             budget: self.budget(),
             images: leased.len(),
             wanted,
             lacking,
+            lacking_reasons: reasons.iter().map(|(reason, images)| (reason.to_string(), *images)).collect(),
         };
-        self.metrics.layers_retained(status.bytes, status.images, status.lacking);
+        self.metrics.layers_retained(status.bytes, status.images, status.lacking, &reasons);
         self.status.send_replace(Some(status));
     }
 }

@@ -43,6 +43,10 @@ const ASKING: usize = 4;
 /// Registries asked at a time because images of this node name them. A cluster uses a handful.
 const MAX_REGISTRIES: usize = 16;
 
+/// Interval of asking registries of this node's images that have never answered. A registry that
+/// only mirrors serve never answers: with three of these a node makes 18 requests in an hour.
+const ASK_UNKNOWN: Duration = Duration::from_secs(600);
+
 /// What salvaging needs of the rest of the agent.
 pub struct Parts {
     /// Brings images.
@@ -75,6 +79,8 @@ pub struct Salvager {
     names_here: watch::Receiver<NamesHere>,
     /// The records that were here when they were looked at last.
     names_before: NamesHere,
+    /// When the registries that have never answered are asked again.
+    ask_unknown_at: Instant,
     tell: Arc<Tell>,
     rules: watch::Receiver<Arc<Rules>>,
     manner: Manner,
@@ -160,6 +166,7 @@ impl Salvager {
             notices,
             names_here,
             names_before: None,
+            ask_unknown_at: now() + ASK_UNKNOWN,
             tell: Arc::new(tell),
             rules,
             manner,
@@ -183,6 +190,11 @@ impl Salvager {
     /// What brings the images, for whoever else asks for one.
     pub fn recoverer(&self) -> Arc<Recoverer> {
         Arc::clone(&self.recoverer)
+    }
+
+    /// The registries that may be asked for layers in the background.
+    pub fn healthy_registries(&self) -> watch::Receiver<Arc<BTreeSet<String>>> {
+        self.registries.healthy()
     }
 
     /// Runs until stopped. What is being recovered then is abandoned cleanly.
@@ -299,6 +311,11 @@ impl Salvager {
         let now = now();
         for registry in self.registries.down(now) {
             self.ask_registry(&registry);
+        }
+        if now >= self.ask_unknown_at {
+            self.ask_unknown_at = now + ASK_UNKNOWN;
+            let here = self.names_before.clone();
+            self.ask_registries_of(here.as_deref());
         }
         self.registries.publish(now);
         self.suspect_sandboxes(now);

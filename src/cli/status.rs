@@ -187,9 +187,11 @@ fn images_line(images: &ImagesStatus) -> String {
 }
 
 fn retained_line(retained: &RetainedStatus) -> String {
-    let RetainedStatus { bytes, budget, images, wanted, lacking } = retained;
+    let RetainedStatus { bytes, budget, images, wanted, lacking, lacking_reasons } = retained;
+    let reasons: Vec<_> = lacking_reasons.iter().map(|(reason, images)| format!("{reason} {images}")).collect();
+    let reasons = if reasons.is_empty() { String::new() } else { format!(" ({})", reasons.join(", ")) };
     format!(
-        "{} of {} at most, of {images} images; {lacking} of the {wanted} images that are to have all layers lack some",
+        "{} of {} at most, of {images} images; {lacking} of the {wanted} images that are to have all layers lack some{reasons}",
         human_bytes(*bytes),
         human_bytes(*budget)
     )
@@ -258,7 +260,14 @@ mod tests {
                 incomplete: 3,
                 reasons: [("layers discarded after unpacking".into(), 2), ("layers lost".into(), 1)].into(),
             }),
-            retained: Some(RetainedStatus { bytes: 3 << 20, budget: 12 << 20, images: 2, wanted: 3, lacking: 1 }),
+            retained: Some(RetainedStatus {
+                bytes: 3 << 20,
+                budget: 12 << 20,
+                images: 2,
+                wanted: 3,
+                lacking: 1,
+                lacking_reasons: [("only the kubelet's credential plugin can pull them".to_owned(), 1)].into(),
+            }),
             registries_down: Some(vec![OutageStatus {
                 registry: "registry.example.com:5000".into(),
                 how: "connections are refused".into(),
@@ -302,7 +311,7 @@ mesh              3 alive, 0 suspected, 0 down, 0 banned; 0 neighbours
 UDP to peers      port 4701 is blocked since 2023-11-14T22:13:20Z: 3 nodes answer over TCP and none over UDP, so only images with layers up to 64 MiB are fetched
 clock             42 s behind the API server's at 2023-11-14T22:13:20Z; peers may refuse each other's credentials
 images            41 announced, 3 incomplete (layers discarded after unpacking 2, layers lost 1)
-retained layers   3.0 MiB of 12.0 MiB at most, of 2 images; 1 of the 3 images that are to have all layers lack some
+retained layers   3.0 MiB of 12.0 MiB at most, of 2 images; 1 of the 3 images that are to have all layers lack some (only the kubelet's credential plugin can pull them 1)
 registries down   registry.example.com:5000: connections are refused, since 2023-11-14T22:13:20Z, seen by n2, node-10
 recoveries        r.test/shop/checkout:v1: 3.0 MiB of 12.0 MiB from n2, unpacking layer 2 of 5
                   r.test/shop/basket:v1: looking for what is missing

@@ -7,6 +7,7 @@ use clap::{ArgAction, Args, ValueEnum};
 
 use super::rules_file::quantity;
 use crate::decide::bucket::MIN_RATE;
+use crate::decide::fill::{FetchFrom, RATE};
 use crate::decide::opt_in::Trigger;
 use crate::decide::retain::{RetainBytes, RetainLayers};
 use crate::decide::rules::STALLED_AFTER;
@@ -172,7 +173,7 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_ASK_REGISTRY")]
     pub(super) ask_registry: bool,
 
-    /// Namespaces whose pods' pull secrets may be read to ask with; the agent needs the right to (separate with commas)
+    /// Namespaces whose pods' pull secrets may be read, to ask with and to fetch discarded layers with; the agent needs the right to (separate with commas)
     #[arg(long, env = "LIGHTERMAN_PULL_SECRET_NAMESPACES", value_name = "NAMES", value_delimiter = ',')]
     pub(super) pull_secret_namespaces: Vec<String>,
 
@@ -235,9 +236,14 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_RETAIN_BYTES", value_name = "BYTES|PERCENT", default_value = "20%", value_parser = retain_bytes)]
     pub(super) retain_bytes: RetainBytes,
 
-    /// Fetch such layers from peers where an image here lacks them, one image at a time (true, false)
-    #[arg(long, env = "LIGHTERMAN_RETAIN_FETCH", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
-    pub(super) retain_fetch: bool,
+    /// Where such layers are fetched from when an image here lacks them, one image at a time: none, peers, registry (from peers, else from
+    /// the image's registry while that answers); true is peers, false is none
+    #[arg(long, env = "LIGHTERMAN_RETAIN_FETCH", value_name = "WHERE", value_enum, default_value_t = FetchKind::Registry)]
+    pub(super) retain_fetch: FetchKind,
+
+    /// Most bytes per second of such layers from registries; 0 is no limit
+    #[arg(long, env = "LIGHTERMAN_RETAIN_FETCH_RATE", value_name = "BYTES", default_value_t = RATE, value_parser = rate)]
+    pub(super) retain_fetch_rate: u64,
 
     /// A file that may override policy and budgets while the agent runs; see the README
     #[arg(long, env = "LIGHTERMAN_RULES_FILE", value_name = "PATH")]
@@ -319,6 +325,29 @@ impl From<RetainKind> for RetainLayers {
             RetainKind::OptedIn => Self::OptedIn,
             RetainKind::All => Self::All,
             RetainKind::None => Self::None,
+        }
+    }
+}
+
+/// Where missing layers are fetched from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FetchKind {
+    /// From nowhere.
+    #[value(alias = "false")]
+    None,
+    /// From peers.
+    #[value(alias = "true")]
+    Peers,
+    /// From peers, else from the image's registry.
+    Registry,
+}
+
+impl From<FetchKind> for FetchFrom {
+    fn from(kind: FetchKind) -> Self {
+        match kind {
+            FetchKind::None => Self::None,
+            FetchKind::Peers => Self::Peers,
+            FetchKind::Registry => Self::Registry,
         }
     }
 }

@@ -9,6 +9,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
+use super::fill::FetchFrom;
 use crate::oci::Digest;
 
 #[cfg(test)]
@@ -63,8 +64,10 @@ pub struct RetainOptions {
     pub layers: RetainLayers,
     /// At most so many bytes.
     pub bytes: RetainBytes,
-    /// Whether layers that are missing here are fetched from peers.
-    pub fetch: bool,
+    /// Where layers that are missing here are fetched from.
+    pub fetch: FetchFrom,
+    /// Most bytes per second from registries; 0 is no limit.
+    pub fetch_rate: u64,
 }
 
 impl RetainBytes {

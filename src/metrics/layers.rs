@@ -1,15 +1,22 @@
 //! Layers that are retained where containerd discards them.
 
-use prometheus::{IntGauge, Registry};
+use std::collections::BTreeMap;
+
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
 use super::Metrics;
-use super::register::gauge;
+use super::register::{counter, counters, gauge, gauges};
+use crate::decide::fill::{Failure, Lack, Source};
 
 #[derive(Clone)]
 pub(super) struct LayerMetrics {
     bytes: IntGauge,
     images: IntGauge,
     lacking: IntGauge,
+    lacking_reasons: IntGaugeVec,
+    fetches_from_peers: IntCounterVec,
+    fetches_from_registries: IntCounterVec,
+    registry_bytes: IntCounter,
 }
 
 impl LayerMetrics {
@@ -22,16 +29,57 @@ impl LayerMetrics {
                 "images_lacking_layers",
                 "Images of this node that are to keep their layers and lack one, so that other nodes cannot fetch them from here.",
             ),
+            lacking_reasons: gauges(
+                r,
+                "images_lacking_layers_by_reason",
+                "The same images, by why they lack a layer now.",
+                "reason",
+            ),
+            fetches_from_peers: counters(
+                r,
+                "layer_fetches_from_peers_total",
+                "Images whose missing layers were fetched from peers in the background, by outcome.",
+                "outcome",
+            ),
+            fetches_from_registries: counters(
+                r,
+                "layer_fetches_from_registries_total",
+                "Images whose missing layers were fetched from their registry in the background, by outcome.",
+                "outcome",
+            ),
+            registry_bytes: counter(
+                r,
+                "layer_registry_bytes_total",
+                "Bytes of missing layers that came from registries in the background.",
+            ),
         }
     }
 }
 
 impl Metrics {
-    /// Bytes and images that the agent's leases hold, and images that lack a layer.
-    pub fn layers_retained(&self, bytes: u64, images: usize, lacking: usize) {
+    /// Bytes and images that the agent's leases hold, and images that lack a layer, also by reason.
+    pub fn layers_retained(&self, bytes: u64, images: usize, lacking: usize, reasons: &BTreeMap<Lack, usize>) {
         let number = |count| i64::try_from(count).unwrap_or(i64::MAX);
         self.layers.bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
         self.layers.images.set(number(images));
         self.layers.lacking.set(number(lacking));
+        for reason in Lack::ALL {
+            let count = reasons.get(&reason).copied().unwrap_or_default();
+            self.layers.lacking_reasons.with_label_values(&[reason.label()]).set(number(count));
+        }
+    }
+
+    /// The fetch of one image's missing layers ended.
+    pub fn layer_fetch_ended(&self, source: Source, result: Result<(), Failure>) {
+        let fetches = match source {
+            Source::Peers => &self.layers.fetches_from_peers,
+            Source::Registry => &self.layers.fetches_from_registries,
+        };
+        fetches.with_label_values(&[result.map_or_else(Failure::label, |()| "fetched")]).inc();
+    }
+
+    /// So many bytes of a missing layer came from a registry.
+    pub fn layer_came_from_registry(&self, bytes: u64) {
+        self.layers.registry_bytes.inc_by(bytes);
     }
 }

@@ -290,6 +290,8 @@ pub struct RetainedStatus {
     pub wanted: usize,
     /// How many of those lack a layer, so that other nodes cannot run them from here.
     pub lacking: usize,
+    /// Why they lack a layer now: images by reason.
+    pub lacking_reasons: BTreeMap<String, usize>,
 }
 
 /// A registry that is known to be down.

@@ -6,6 +6,7 @@ mod harbour;
 mod images;
 mod killed;
 mod mending;
+mod refilling;
 mod removed;
 mod rooted;
 mod staged;

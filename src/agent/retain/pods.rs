@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
+use crate::decide::fill::SecretName;
 use crate::decide::rules::Rules;
 use crate::model::{PodRef, PodView};
 use crate::oci::Reference;
@@ -35,6 +36,8 @@ pub struct UsedImages {
     pub opted_in: BTreeSet<Reference>,
     /// By pods of namespaces for which the API server gave no answer yet.
     pub undecided: BTreeSet<Reference>,
+    /// Pull secrets of the pods that name an image, of whichever namespace.
+    pub pull_secrets: BTreeMap<Reference, BTreeSet<SecretName>>,
 }
 
 /// Follows the pods of this node.
@@ -43,9 +46,15 @@ pub struct PodImages {
     rules: watch::Receiver<Arc<Rules>>,
     used: watch::Sender<Arc<UsedImages>>,
     /// The images of each pod that has not ended.
-    pods: BTreeMap<PodRef, BTreeSet<Reference>>,
+    pods: BTreeMap<PodRef, Named>,
     namespaces: BTreeMap<String, Namespace>,
     asking: JoinSet<(String, Result<Arc<NamespaceView>, ClusterError>)>,
+}
+
+/// What a pod names.
+struct Named {
+    images: BTreeSet<Reference>,
+    pull_secrets: Vec<String>,
 }
 
 #[derive(Default)]
@@ -102,7 +111,8 @@ impl PodImages {
         match event {
             PodEvent::Seen(pod) if pod.ending => drop(self.pods.remove(&pod.pod)),
             PodEvent::Seen(pod) => {
-                if self.pods.insert(pod.pod.clone(), images(pod)).is_none() {
+                let named = Named { images: images(pod), pull_secrets: pod.pull_secrets.clone() };
+                if self.pods.insert(pod.pod.clone(), named).is_none() {
                     self.namespaces.entry(pod.pod.k8s_namespace.clone()).or_default().is_due = true;
                 }
             }
@@ -153,7 +163,11 @@ impl PodImages {
     fn publish(&self) {
         let rules = self.rules.borrow();
         let mut used = UsedImages::default();
-        for (PodRef { k8s_namespace: name, .. }, images) in &self.pods {
+        for (PodRef { k8s_namespace: name, .. }, Named { images, pull_secrets }) in &self.pods {
+            for image in images.iter().filter(|_| !pull_secrets.is_empty()) {
+                let secrets = pull_secrets.iter().map(|secret| (name.clone(), secret.clone()));
+                used.pull_secrets.entry(image.clone()).or_default().extend(secrets);
+            }
             match self.namespaces.get(name).and_then(|namespace| namespace.view.as_ref()) {
                 None => used.undecided.extend(images.iter().cloned()),
                 Some(view) if rules.policy.namespace_opted_in(name, &view.labels, &view.annotations) => {

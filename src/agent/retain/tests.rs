@@ -4,6 +4,7 @@ use tokio::time::timeout;
 use tokio_util::sync::DropGuard;
 
 use super::*;
+use crate::decide::fill::{FetchFrom, RATE};
 use crate::decide::retain::{RetainBytes, RetainLayers};
 use crate::decide::rules::Rules;
 use crate::model::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy};
@@ -20,7 +21,9 @@ const DEADLINE: Duration = Duration::from_secs(3600);
 pub(in crate::agent) struct Node {
     pub(in crate::agent) store: MemoryStore,
     used: watch::Sender<Arc<UsedImages>>,
-    options: RetainOptions,
+    /// Registries that are healthy; none at first.
+    pub(in crate::agent) healthy: watch::Sender<Arc<BTreeSet<String>>>,
+    pub(in crate::agent) options: RetainOptions,
     metrics: Metrics,
 }
 
@@ -31,14 +34,29 @@ pub(in crate::agent) struct Running {
 
 impl Node {
     pub(in crate::agent) fn new(layers: RetainLayers, bytes: u64) -> Self {
-        let options = RetainOptions { layers, bytes: RetainBytes::Bytes(bytes), fetch: true };
-        Self { store: MemoryStore::new(), used: watch::Sender::default(), options, metrics: Metrics::new() }
+        let (bytes, fetch) = (RetainBytes::Bytes(bytes), FetchFrom::default());
+        Self {
+            store: MemoryStore::new(),
+            used: watch::Sender::default(),
+            healthy: watch::Sender::default(),
+            options: RetainOptions { layers, bytes, fetch, fetch_rate: RATE },
+            metrics: Metrics::new(),
+        }
     }
 
     /// Pods of opted-in namespaces name these images, and no others.
     pub(in crate::agent) fn uses(&self, names: &[&str]) {
         let opted_in = names.iter().map(|name| name.parse().unwrap()).collect();
         self.used.send_replace(Arc::new(UsedImages { opted_in, ..UsedImages::default() }));
+    }
+
+    /// A pod of an opted-in namespace names the image and this pull secret.
+    pub(in crate::agent) fn uses_with_secret(&self, name: &str, (namespace, secret): (&str, &str)) {
+        let image: Reference = name.parse().unwrap();
+        let secrets = [(namespace.to_owned(), secret.to_owned())].into();
+        let pull_secrets = [(image.clone(), secrets)].into();
+        let used = UsedImages { opted_in: [image].into(), pull_secrets, ..UsedImages::default() };
+        self.used.send_replace(Arc::new(used));
     }
 
     /// Starts the agent, which has looked once when this returns.
@@ -55,7 +73,7 @@ impl Node {
         let retainer =
             Retainer::new(Arc::new(self.store.clone()), leases, self.options, used, self.metrics.clone(), status_in);
         let retainer = match recoverer {
-            Some(recoverer) => retainer.with_peers(recoverer),
+            Some(recoverer) => retainer.with_sources(recoverer, self.healthy.subscribe()),
             None => retainer,
         };
         tokio::spawn(retainer.run(stop.clone()));
@@ -111,7 +129,7 @@ impl Node {
         here
     }
 
-    fn counted(&self, line: &str) -> bool {
+    pub(in crate::agent) fn counted(&self, line: &str) -> bool {
         String::from_utf8(self.metrics.render()).unwrap().lines().any(|have| have == line)
     }
 }
@@ -266,14 +284,17 @@ async fn images_of_opted_in_namespaces_are_published_and_events_pass() {
     let stop = CancellationToken::new();
     let _stopped = stop.clone().drop_guard();
     tokio::spawn(PodImages::new(Arc::new(cluster), rules, used_in).run(from, to, stop));
-    let (shop, bank) = (pod("shop", "web", "nginx"), pod("bank", "vault", "secret:1"));
+    let (mut shop, bank) = (pod("shop", "web", "nginx"), pod("bank", "vault", "secret:1"));
+    shop.pull_secrets = vec!["key".into()];
     for event in [PodEvent::Seen(Box::new(bank)), PodEvent::Seen(Box::new(shop.clone()))] {
         events.send(event.clone()).await.unwrap();
         assert_eq!(timeout(DEADLINE, passed.recv()).await.unwrap(), Some(event));
     }
     let nginx: BTreeSet<Reference> = ["nginx".parse().unwrap()].into();
     let only_nginx = |used: &Arc<UsedImages>| used.opted_in == nginx && used.undecided.is_empty();
-    timeout(DEADLINE, used.wait_for(only_nginx)).await.unwrap().unwrap();
+    let published = timeout(DEADLINE, used.wait_for(only_nginx)).await.unwrap().unwrap().pull_secrets.clone();
+    let key = BTreeSet::from([("shop".to_owned(), "key".to_owned())]);
+    assert_eq!(published, [("nginx".parse().unwrap(), key)].into());
     events.send(PodEvent::Gone(shop.pod)).await.unwrap();
     timeout(DEADLINE, used.wait_for(|used| used.opted_in.is_empty())).await.unwrap().unwrap();
 }

@@ -27,6 +27,8 @@ struct List {
     told: watch::Sender<BTreeSet<Digest>>,
     /// Moves when one has come, or was given up.
     ended: watch::Sender<u64>,
+    /// The blob that a recovery waits for because it is being written already.
+    awaited: watch::Sender<Option<Digest>>,
     waiting: Arc<Semaphore>,
 }
 
@@ -36,6 +38,7 @@ impl Default for Underway {
             blobs: Mutex::default(),
             told: watch::Sender::new(BTreeSet::new()),
             ended: watch::Sender::new(0),
+            awaited: watch::Sender::new(None),
             waiting: Arc::new(Semaphore::new(MAX_WAITING)),
         }))
     }
@@ -50,6 +53,16 @@ impl Underway {
     /// Moves whenever a blob has come, or was given up.
     pub(in crate::agent) fn ended(&self) -> watch::Receiver<u64> {
         self.0.ended.subscribe()
+    }
+
+    /// A recovery waits for this blob, which is being written already.
+    pub(in crate::agent) fn await_blob(&self, digest: Digest) {
+        self.0.awaited.send_replace(Some(digest));
+    }
+
+    /// Moves whenever a recovery begins to wait for a blob, and every 1.5 s while it waits.
+    pub(in crate::agent) fn awaited(&self) -> watch::Receiver<Option<Digest>> {
+        self.0.awaited.subscribe()
     }
 
     /// The store lets one recovery at a time write a blob, so there is no other of this digest.

@@ -213,3 +213,21 @@ async fn a_registry_of_images_that_are_here_is_asked_before_it_fails_so_that_its
         watch.stop().await;
     }
 }
+
+const HOUR: std::time::Duration = std::time::Duration::from_secs(3600);
+
+#[tokio::test(start_paused = true)]
+async fn a_registry_that_has_never_answered_is_asked_again_every_ten_minutes() {
+    let harbour = Harbour::new();
+    harbour.registry.put_registry("r.test");
+    let down = RegistryError::Down { registry: "r.test".into(), kind: crate::model::OutageKind::TimedOut };
+    harbour.registry.set_failure("r.test", Some(down));
+    let watch = Watch::start(&harbour);
+    watch.names_in.send_replace(Some(Arc::new([(IMAGE.to_owned(), Digest::of(b"here"))].into())));
+    tokio::time::sleep(HOUR - std::time::Duration::from_secs(10)).await;
+    assert_eq!(harbour.registry.pings("r.test"), 6);
+    assert!(watch.outages.borrow().is_empty(), "its silence says nothing");
+    harbour.registry.set_failure("r.test", None);
+    tokio::time::sleep(2 * HOUR).await;
+    assert_eq!(harbour.registry.pings("r.test"), 7, "one answer is enough");
+}

@@ -16,6 +16,7 @@ use crate::admission::StaticAdmission;
 use crate::agent::supervisor::{Ended, Supervisor};
 use crate::agent::{Agent, World};
 use crate::config::{Settings, loopback};
+use crate::decide::fill::FetchFrom;
 use crate::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use crate::decide::rules::Manner;
 use crate::identity::Identity;
@@ -117,7 +118,12 @@ fn settings(node: NodeName, folder: &Path, seeds: &[SocketAddr]) -> Settings {
         image_verifier_dir: folder.join("unused"),
         import_past_verifiers: false,
         unpack_layers: false,
-        retain: RetainOptions { layers: RetainLayers::None, bytes: RetainBytes::Percent(0), fetch: false },
+        retain: RetainOptions {
+            layers: RetainLayers::None,
+            bytes: RetainBytes::Percent(0),
+            fetch: FetchFrom::None,
+            fetch_rate: 0,
+        },
         grace: GRACE,
     }
 }

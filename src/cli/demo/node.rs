@@ -15,6 +15,7 @@ use crate::agent::progress::Board;
 use crate::agent::supervisor::{Ended, Supervisor};
 use crate::agent::{Agent, World};
 use crate::config::{Settings, loopback};
+use crate::decide::fill::FetchFrom;
 use crate::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use crate::decide::rules::{Manner, ResolveSettings, Rules};
 use crate::identity::Identity;
@@ -91,7 +92,12 @@ impl Node {
             image_verifier_dir: folder.join("unused"),
             import_past_verifiers: false,
             unpack_layers: false,
-            retain: RetainOptions { layers: RetainLayers::None, bytes: RetainBytes::Percent(0), fetch: false },
+            retain: RetainOptions {
+                layers: RetainLayers::None,
+                bytes: RetainBytes::Percent(0),
+                fetch: FetchFrom::None,
+                fetch_rate: 0,
+            },
             grace: GRACE,
         };
         let transfer = transfer::Config { listen: loopback(), gossip_port: 0, node: name.parse()?, max_serving: 16 };

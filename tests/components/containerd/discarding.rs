@@ -16,6 +16,7 @@ use containerd_client::tonic::client::Grpc;
 use containerd_client::tonic::codegen::http::uri::PathAndQuery;
 use lighterman::agent::retain::{Retainer, UsedImages};
 use lighterman::containerd::ContainerdStore;
+use lighterman::decide::fill::FetchFrom;
 use lighterman::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use lighterman::metrics::Metrics;
 use lighterman::oci::Digest;
@@ -30,6 +31,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic_prost::ProstCodec;
 
 use super::daemon::Daemon;
+use super::refilling::discarded_layers_come_from_the_registry;
 use super::{HOUR, OnContainerd, PATIENCE, fresh};
 
 /// Setting of these platforms. containerd 2.0 to 2.4 do not migrate the first table of a file of
@@ -115,7 +117,7 @@ async fn send(content: &MemoryStore, digest: Digest) -> Response {
 }
 
 /// Calls CRI's `PullImage`, as the kubelet does.
-async fn pull(socket: &Path, name: &str) {
+pub(super) async fn pull(socket: &Path, name: &str) {
     #[derive(Clone, PartialEq, prost::Message)]
     struct PullRequest {
         #[prost(message, optional, tag = "1")]
@@ -140,11 +142,11 @@ async fn pull(socket: &Path, name: &str) {
 }
 
 /// A node: a containerd that discards layers, and the task that follows its events.
-struct Node {
-    daemon: Daemon,
-    socket: PathBuf,
-    store: ContainerdStore,
-    used: watch::Sender<Arc<UsedImages>>,
+pub(super) struct Node {
+    pub(super) daemon: Daemon,
+    pub(super) socket: PathBuf,
+    pub(super) store: ContainerdStore,
+    pub(super) used: watch::Sender<Arc<UsedImages>>,
     _stop: DropGuard,
 }
 
@@ -155,7 +157,7 @@ struct Agent {
 }
 
 impl Node {
-    async fn start(version: &str) -> Self {
+    pub(super) async fn start(version: &str) -> Self {
         let daemon = Daemon::start_in(version, tempfile::tempdir().unwrap(), DISCARDS).await;
         let (socket, store) = (daemon.config("").socket, daemon.store("k8s.io"));
         let (stop, mut changes) = (CancellationToken::new(), store.changes());
@@ -164,13 +166,14 @@ impl Node {
         Self { daemon, socket, store, used: watch::Sender::default(), _stop: stop.drop_guard() }
     }
 
-    fn uses(&self, names: &[&String]) {
+    pub(super) fn uses(&self, names: &[&String]) {
         let opted_in = names.iter().map(|name| name.parse().unwrap()).collect();
         self.used.send_replace(Arc::new(UsedImages { opted_in, ..UsedImages::default() }));
     }
 
     async fn retain(&self, bytes: u64) -> Agent {
-        let options = RetainOptions { layers: RetainLayers::OptedIn, bytes: RetainBytes::Bytes(bytes), fetch: false };
+        let (layers, bytes) = (RetainLayers::OptedIn, RetainBytes::Bytes(bytes));
+        let options = RetainOptions { layers, bytes, fetch: FetchFrom::None, fetch_rate: 0 };
         let ((status_in, mut status), stop) = (watch::channel(None), CancellationToken::new());
         let (store, leases) = (Arc::new(self.store.clone()), Arc::new(self.store.clone()));
         let retainer = Retainer::new(store, leases, options, self.used.subscribe(), Metrics::new(), status_in);
@@ -180,7 +183,7 @@ impl Node {
     }
 
     /// Forces a collection and counts the layers of the image that are left.
-    async fn layers_left(&self, image: &MadeImage) -> usize {
+    pub(super) async fn layers_left(&self, image: &MadeImage) -> usize {
         let pin = self.store.pin(HOUR).await.unwrap();
         self.store.release_and_collect(pin).await.unwrap();
         let mut left = 0;
@@ -339,4 +342,5 @@ on_versions_with_the_event![
     retained_layers_go_with_their_image,
     the_next_agent_goes_on_with_the_leases,
     leased_bytes_stay_within_the_budget,
+    discarded_layers_come_from_the_registry,
 ];
