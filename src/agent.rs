@@ -50,7 +50,7 @@ use crate::metrics::Metrics;
 use crate::oci::Platform;
 use crate::ports::{
     Admission, Claims, Cluster, ContainerdStatus, ContentStore, Imports, LayerLeases, MeshSource, Notifier, PodEvent,
-    Registry, Unpacker,
+    PullConnections, Registry, Unpacker,
 };
 use crate::transfer::{self, Surroundings, Transfer};
 
@@ -96,6 +96,8 @@ pub struct World {
     pub admission: Arc<dyn Admission>,
     /// The registries that images come from.
     pub registry: Arc<dyn Registry>,
+    /// containerd's TCP connections; `None` with another store.
+    pub connections: Option<Arc<dyn PullConnections>>,
     /// Where to tell people outside the cluster, if anywhere.
     pub notifier: Option<Arc<dyn Notifier>>,
     /// Whether anything may be brought into the store.
@@ -191,6 +193,7 @@ impl Agent {
             claims,
             admission,
             registry,
+            connections,
             notifier,
             imports,
             containerd,
@@ -293,6 +296,7 @@ impl Agent {
             board: board.clone(),
             cluster,
             registries,
+            connections,
             notices,
             names_here,
             rules: rules.clone(),

@@ -143,6 +143,7 @@ impl AgentArgs {
             webhook_url,
             webhook_secret_file,
             stalled_after,
+            end_stalled_pulls,
             delete_pods,
             dry_run,
             image_verifier_dir,
@@ -186,6 +187,9 @@ impl AgentArgs {
         }
         if advertise_address.is_some_and(|address| !is_address_for_peers(address)) {
             return conflict("--advertise-address is one address of this node, and not of one link alone");
+        }
+        if end_stalled_pulls && stalled_after == 0 {
+            return conflict("--end-stalled-pulls needs --stalled-after");
         }
         if annotation_prefix.iter().any(|prefix| prefix.is_empty() || prefix.contains('/')) {
             return conflict("--annotation-prefix is a list of DNS names without a slash");
@@ -257,6 +261,7 @@ impl AgentArgs {
                     dry_run,
                     delete_pods,
                     stalled_after: (stalled_after > 0).then(|| Duration::from_secs(stalled_after)),
+                    end_stalled_pulls,
                 },
                 probe_registries,
                 image_verifier_dir: image_verifier_dir.unwrap_or_else(|| containerd::VERIFIERS.into()),
@@ -348,6 +353,13 @@ mod tests {
             let flags = ["agent", "--node-name", "here", "--pod-name", "a", "--retain-bytes", wrong];
             assert!(Command::try_parse_from(flags).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn stalled_pulls_are_ended_only_where_a_pull_can_stall() {
+        assert!(!config(&[]).unwrap().settings.manner.end_stalled_pulls);
+        assert!(config(&["--end-stalled-pulls"]).unwrap().settings.manner.end_stalled_pulls);
+        assert!(config(&["--end-stalled-pulls", "--stalled-after", "0"]).is_err());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! It unpacks layers too, where the CRI plugin would look for them. Not here: any other runtime than containerd.
 
 mod adoption;
+mod connections;
 mod content;
 mod cri;
 mod discard;

@@ -28,6 +28,7 @@ pub mod review_budget;
 pub mod rules;
 pub mod selector;
 pub mod shared_key;
+pub mod silence;
 pub mod slots;
 pub mod subnet;
 pub mod tag;

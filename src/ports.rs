@@ -6,6 +6,7 @@
 mod admission;
 mod claims;
 mod cluster;
+mod connections;
 mod content;
 mod control;
 mod fetch;
@@ -21,6 +22,7 @@ pub use cluster::{
     Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, NodeReport, NodeReportKind, PodEvent, PodReport,
     PullSecret, ReportKind,
 };
+pub use connections::{ConnectionsError, PullConnections};
 pub use content::{
     BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Imports, Pin, Remembered,
     Snapshots, StoreError,

@@ -6,6 +6,7 @@
 mod aftermath;
 mod pods;
 mod questions;
+mod stalls;
 mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -17,6 +18,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use self::pods::Permission;
+use self::stalls::{EndedConnections, StallWatch};
 use self::waiting::WaitingPod;
 use super::advertise::NamesHere;
 use super::notices::Notices;
@@ -32,7 +34,7 @@ use crate::decide::rules::{Manner, Rules};
 use crate::metrics::Metrics;
 use crate::model::PodRef;
 use crate::oci::{Digest, Reference};
-use crate::ports::{Cluster, ClusterError, KubeletEvent, PodEvent};
+use crate::ports::{Cluster, ClusterError, KubeletEvent, PodEvent, PullConnections};
 
 /// How often what only time changes is looked at: registries that were down, what the kubelet may have said meanwhile.
 const TICK: Duration = Duration::from_secs(2);
@@ -57,6 +59,8 @@ pub struct Parts {
     pub cluster: Arc<dyn Cluster>,
     /// Registries as this node knows them.
     pub registries: Registries,
+    /// containerd's TCP connections; `None` with another store.
+    pub connections: Option<Arc<dyn PullConnections>>,
     /// Messages to the outside.
     pub notices: Notices,
     /// The image records that are here, once that is known.
@@ -75,6 +79,8 @@ pub struct Salvager {
     board: Board,
     cluster: Arc<dyn Cluster>,
     registries: Registries,
+    connections: Option<Arc<dyn PullConnections>>,
+    stall_watch: StallWatch,
     notices: Notices,
     names_here: watch::Receiver<NamesHere>,
     /// The records that were here when they were looked at last.
@@ -149,13 +155,16 @@ enum Done {
         pod: PodRef,
         said: Result<Vec<KubeletEvent>, ClusterError>,
     },
+    /// Silent connections of containerd were looked for.
+    ConnectionsEnded(EndedConnections),
     Told,
 }
 
 impl Salvager {
     /// Puts the parts together; nothing runs yet.
     pub fn new(parts: Parts) -> Self {
-        let Parts { recoverer, board, cluster, registries, notices, names_here, rules, manner, metrics } = parts;
+        let Parts { recoverer, board, cluster, registries, connections, notices, names_here, rules, manner, metrics } =
+            parts;
         let tell = Tell::new(Arc::clone(&cluster), recoverer.resolver.holders.clone(), metrics.clone());
         let concurrency = rules.borrow().budgets.concurrent_recoveries;
         Self {
@@ -163,6 +172,8 @@ impl Salvager {
             board,
             cluster,
             registries,
+            connections,
+            stall_watch: StallWatch::default(),
             notices,
             names_here,
             names_before: None,
@@ -267,6 +278,7 @@ impl Salvager {
             },
             Ok(Done::Permitted { pod, said }) => self.on_permission(&pod, said),
             Ok(Done::KubeletSaid { pod, said }) => self.on_kubelet_said(&pod, said),
+            Ok(Done::ConnectionsEnded(outcome)) => self.on_connections_ended(outcome),
             Ok(Done::Told) => {}
             // A bug of ours: let the supervisor see it rather than lose an image silently.
             Err(error) => std::panic::resume_unwind(error.into_panic()),
@@ -320,6 +332,7 @@ impl Salvager {
         self.registries.publish(now);
         self.suspect_sandboxes(now);
         self.suspect_stalls(now);
+        self.end_stalled_pulls(now);
         self.ask_kubelet_where_due(now);
         self.delete_where_due(now);
         self.look_for_room();

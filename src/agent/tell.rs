@@ -151,6 +151,7 @@ impl Tell {
             ReportKind::NotActionable
             | ReportKind::NotUnderstood
             | ReportKind::Stalled
+            | ReportKind::PullEnded
             | ReportKind::Salvaged
             | ReportKind::Removed
             | ReportKind::DryRun => "",
@@ -160,6 +161,7 @@ impl Tell {
             ReportKind::NotActionable
             | ReportKind::NotUnderstood
             | ReportKind::Stalled
+            | ReportKind::PullEnded
             | ReportKind::Salvaged
             | ReportKind::Removed
             | ReportKind::DryRun => String::new(),

@@ -15,6 +15,7 @@ mod resolving;
 mod retaining;
 mod room;
 mod salvaging;
+mod stalls;
 mod swarming;
 mod telling;
 mod udp;

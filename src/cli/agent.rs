@@ -98,6 +98,7 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         claims: Arc::clone(&kube) as _,
         admission,
         registry: Arc::new(RegistryClient::new(registry)?),
+        connections: Some(Arc::new(store.clone())),
         notifier,
         imports: imports.subscribe(),
         containerd: Some(told.subscribe()),

@@ -206,6 +206,11 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_STALLED_AFTER", value_name = "SECONDS", default_value_t = STALLED_AFTER.as_secs(), value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub(super) stalled_after: u64,
 
+    /// End containerd's connections that are silent for --stalled-after while a pod waits, so that the stalled pull fails and the
+    /// node's later pulls go on; a registry that sends nothing for so long before its first byte is then never pulled from
+    #[arg(long, env = "LIGHTERMAN_END_STALLED_PULLS")]
+    pub(super) end_stalled_pulls: bool,
+
     /// Delete a pod that still waits 30 s after its image has come, if something makes it again; the agent needs the right to
     #[arg(long, env = "LIGHTERMAN_DELETE_PODS")]
     pub(super) delete_pods: bool,

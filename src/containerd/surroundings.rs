@@ -116,6 +116,11 @@ impl Lookout {
         self.host_root.as_ref().map_or_else(|| folder.to_owned(), |root| below_root(root, folder))
     }
 
+    /// Where the node's root file system is for this process, if it can be seen.
+    pub(super) fn host_root(&self) -> Option<PathBuf> {
+        self.host_root.clone()
+    }
+
     /// What is absent here is absent on the node.
     fn sees_everything(&self) -> bool {
         self.host_root.is_some()

@@ -89,8 +89,13 @@ pub enum NotActionable {
 }
 
 /// What to tell of a pull that does not end.
+///
+/// containerd 2 counts the bytes of a pull by what its store has of a blob, which is written in
+/// pieces of 1 MiB, and never ends a pull of which no piece is being followed (seen on 2.3.7:
+/// `checkProgress` with no active request).
 pub const STALLED: &str = "The kubelet waits for a pull that does not end, and this node's later pulls wait behind it. containerd ends a \
-     pull that receives nothing for image_pull_progress_timeout (5 min by default); the pod goes on then.";
+     pull that receives nothing for image_pull_progress_timeout (5 min by default), and the pod goes on then; containerd 2 never ends \
+     one that stalls within the first MiB of a layer. agent.endStalledPulls ends a silent pull sooner.";
 
 /// Whether the kubelet refuses an image that is on its node: the image came, or was here, so long
 /// ago that a kubelet which only looks for the image would have started the container, and pulls of

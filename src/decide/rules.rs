@@ -102,11 +102,13 @@ pub struct Manner {
     pub delete_pods: bool,
     /// How long a pull may take before it counts as stalled; `None` for ever.
     pub stalled_after: Option<Duration>,
+    /// End containerd's connections that are silent for as long while a pod waits.
+    pub end_stalled_pulls: bool,
 }
 
 impl Default for Manner {
     fn default() -> Self {
-        Self { dry_run: false, delete_pods: false, stalled_after: Some(STALLED_AFTER) }
+        Self { dry_run: false, delete_pods: false, stalled_after: Some(STALLED_AFTER), end_stalled_pulls: false }
     }
 }
 

@@ -13,6 +13,7 @@ pub(super) struct NetworkMetrics {
     udp_blocked: IntGauge,
     clock_skew: IntGauge,
     fetched_over_tcp: IntCounter,
+    stalled_connections: IntCounterVec,
 }
 
 impl NetworkMetrics {
@@ -45,6 +46,12 @@ impl NetworkMetrics {
                 "clock_skew_seconds",
                 "Seconds that this node's clock is ahead of the API server's for certain; below zero it is behind.",
             ),
+            stalled_connections: counters(
+                r,
+                "stalled_connections_total",
+                "Silent connections of containerd that the agent ended or could not end, by result: ended, failed.",
+                "result",
+            ),
         }
     }
 }
@@ -63,6 +70,11 @@ impl Metrics {
     /// Bytes of a blob came over the mesh.
     pub fn fetched_over_tcp(&self, bytes: u64) {
         self.network.fetched_over_tcp.inc_by(bytes);
+    }
+
+    /// A silent connection of containerd was `ended`, or that `failed`.
+    pub fn stalled_connection(&self, result: &'static str) {
+        self.network.stalled_connections.with_label_values(&[result]).inc();
     }
 
     /// A name of first peers was resolved, or no server answered.

@@ -180,6 +180,8 @@ pub enum ReportKind {
     NoProvider,
     /// A pull does not end; the note says what the pod waits for and until when.
     Stalled,
+    /// A stalled pull was ended by ending containerd's connection; the note names the connection.
+    PullEnded,
     /// The kubelet's words about a failed pull cannot be read; the note quotes them.
     NotUnderstood,
     /// The record of an image that nobody can mend was removed, so that the kubelet pulls it anew.
@@ -197,6 +199,7 @@ impl ReportKind {
             Self::NotActionable => "ImageNotActionable",
             Self::NoProvider => "ImageNoProvider",
             Self::Stalled => "ImagePullStalled",
+            Self::PullEnded => "ImagePullEnded",
             Self::NotUnderstood => "ImageFailureNotUnderstood",
             Self::Removed => "ImageRecordRemoved",
             Self::DryRun => "ImageSalvageDryRun",

@@ -81,6 +81,7 @@ impl Fleet {
             claims: Arc::new(self.cluster.claims_of(node.clone())),
             admission,
             registry: Arc::new(MemoryRegistry::default()),
+            connections: None,
             notifier: None,
             imports: watch::channel(Imports::Allowed).1,
             containerd: None,

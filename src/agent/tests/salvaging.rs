@@ -16,7 +16,7 @@ use crate::agent::tell::Tell;
 use crate::decide::claim::zone_claim;
 use crate::decide::rules::Manner;
 use crate::model::{ContainerKind, ContainerView, Outage, PodRef, PodView, PullPolicy, Waiting};
-use crate::ports::{Claims, PodEvent, ReportKind};
+use crate::ports::{Claims, PodEvent, PullConnections, ReportKind};
 
 pub(super) const REFUSED: &str = "dial tcp 10.0.0.1:443: connect: connection refused";
 
@@ -38,6 +38,10 @@ impl Watch {
     }
 
     pub(super) fn start_as(harbour: &Harbour, manner: Manner) -> Self {
+        Self::start_with(harbour, manner, None)
+    }
+
+    pub(super) fn start_with(harbour: &Harbour, manner: Manner, connections: Option<Arc<dyn PullConnections>>) -> Self {
         let (names_in, names_here) = watch::channel(Some(Arc::default()));
         let (outages_in, outages) = watch::channel(Vec::new());
         let registry = Arc::clone(&harbour.registry) as _;
@@ -46,6 +50,7 @@ impl Watch {
             board: Board::default(),
             cluster: Arc::new(harbour.cluster.clone()),
             registries: Registries::new(harbour.holders.clone(), registry, true, outages_in, harbour.metrics.clone()),
+            connections,
             notices: Notices::nowhere(harbour.metrics.clone()),
             names_here,
             rules: harbour.rules.subscribe(),

@@ -65,6 +65,7 @@ impl Node {
             claims: Arc::new(cluster.claims_of(name.parse()?)),
             admission: Arc::new(StaticAdmission::new(admitted.iter().copied())),
             registry: Arc::new(MemoryRegistry::default()),
+            connections: None,
             notifier: None,
             imports: watch::channel(Imports::Allowed).1,
             containerd: None,

@@ -290,7 +290,15 @@ fn transport(lower: &str) -> Option<OutageKind> {
         ),
         (
             OutageKind::TimedOut,
-            &["timed out", "timeout", "deadline exceeded", "context canceled", "client connection lost"],
+            &[
+                "timed out",
+                "timeout",
+                "deadline exceeded",
+                "context canceled",
+                "client connection lost",
+                // ECONNABORTED: the agent ended a connection that was silent (SOCK_DESTROY).
+                "software caused connection abort",
+            ],
         ),
         (
             OutageKind::Refused,

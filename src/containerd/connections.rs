@@ -1,0 +1,59 @@
+//! containerd's TCP connections, told from all others by the cgroup.
+//!
+//! The kernel notes the cgroup of the process that makes a socket, and lists sockets with that
+//! cgroup. So the agent needs neither the node's process IDs nor the right to trace: the process
+//! files that are read here are readable for every user.
+
+mod cgroup;
+mod sock_diag;
+
+use std::io;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use containerd_client::services::v1::introspection_client::IntrospectionClient;
+use tokio::task::spawn_blocking;
+
+use super::ContainerdStore;
+use crate::decide::silence::{Connection, Connections};
+use crate::ports::{ConnectionsError, PullConnections};
+
+#[async_trait]
+impl PullConnections for ContainerdStore {
+    async fn connections(&self) -> Result<Connections, ConnectionsError> {
+        let pid = self.pid().await?;
+        let Some(root) = self.state.lookout.host_root() else {
+            return Err(ConnectionsError::NotTold("the node's root file system is not mounted".into()));
+        };
+        blocking(move || {
+            let cgroup = cgroup::of_containerd(&root, pid).map_err(ConnectionsError::NotTold)?;
+            Ok(sock_diag::list(cgroup)?)
+        })
+        .await
+    }
+
+    async fn end(&self, connection: &Connection) -> Result<bool, ConnectionsError> {
+        let connection = *connection;
+        blocking(move || Ok(sock_diag::destroy(&connection)?)).await
+    }
+}
+
+impl ContainerdStore {
+    /// containerd's process ID, in the node's own numbers.
+    async fn pid(&self) -> Result<u64, ConnectionsError> {
+        let mut client = IntrospectionClient::new(self.link.channel());
+        let answer = self.link.call(client.server(())).await.map_err(|status| self.link.failed(&status))?;
+        Ok(answer.pid)
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ConnectionsError> + Send + 'static,
+) -> Result<T, ConnectionsError> {
+    spawn_blocking(work).await.unwrap_or_else(|panicked| Err(io::Error::other(panicked).into()))
+}
+
+/// A path of the node that this process sees below `root`.
+fn below(root: &std::path::Path, path: &str) -> PathBuf {
+    root.join(path.trim_start_matches('/'))
+}

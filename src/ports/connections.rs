@@ -1,0 +1,38 @@
+//! The TCP connections on which containerd waits for registries.
+
+use async_trait::async_trait;
+
+use crate::decide::silence::{Connection, Connections};
+
+/// Lists and ends containerd's TCP connections.
+#[async_trait]
+pub trait PullConnections: Send + Sync {
+    /// Lists the connections of containerd, and of nothing else on the node.
+    ///
+    /// # Errors
+    /// [`ConnectionsError`].
+    async fn connections(&self) -> Result<Connections, ConnectionsError>;
+
+    /// Ends a connection like a fault of the network: containerd's next read fails, and the other
+    /// end receives a reset. Returns `false` where the connection had ended.
+    ///
+    /// # Errors
+    /// [`ConnectionsError`].
+    async fn end(&self, connection: &Connection) -> Result<bool, ConnectionsError>;
+}
+
+/// Why connections could not be listed or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectionsError {
+    /// containerd's connections cannot be told from those of other programs here. The text names
+    /// the remedy.
+    #[error("containerd's connections cannot be told from others: {0}")]
+    NotTold(String),
+    /// containerd does not name the process ID.
+    #[error("containerd does not name its process: {0}")]
+    Containerd(#[from] super::StoreError),
+    /// The kernel refuses (`EPERM`: the agent needs NET_ADMIN; `EOPNOTSUPP`: the kernel lacks
+    /// `CONFIG_INET_DIAG_DESTROY`).
+    #[error("the kernel: {0} (it takes NET_ADMIN, the node's network and CONFIG_INET_DIAG_DESTROY)")]
+    Kernel(#[from] std::io::Error),
+}
