@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::api::Cluster;
 use crate::registries::{self, Registries};
+use crate::stalls;
 
 /// The nodes, by what their containerd is.
 pub(crate) const NODES: [(&str, &str); 3] = [("n17", "1.7"), ("n23", "2.3"), ("n24", "2.4")];
@@ -25,20 +26,31 @@ pub(crate) struct Bed {
     /// Until it is up there is none.
     cluster: Option<Cluster>,
     registries: Registries,
+    /// Nodes of their own for registries that stall, where they are needed.
+    stalls: Vec<(&'static str, String)>,
 }
 
 /// What a command said when it failed, or what was waited for in vain.
 pub(crate) type Failure = String;
 
 impl Bed {
-    /// Starts the cluster and the agents in it.
-    pub(crate) fn up() -> Result<Self, Failure> {
-        let mut bed = Self::start("", &NODES, &[("LIGHTERMAN_ZONES", "")])?;
+    /// Starts the cluster and the agents in it. `stalls`: with the nodes for registries that stall.
+    pub(crate) fn up(stalls: bool) -> Result<Self, Failure> {
+        let stalled = if stalls { Vec::from(stalls::nodes()) } else { Vec::new() };
+        let mut nodes = NODES.to_vec();
+        nodes.extend(stalled.iter().map(|(node, containerd)| (*node, containerd.as_str())));
+        let variables = [
+            ("LIGHTERMAN_ZONES", ""),
+            ("LIGHTERMAN_PULL_TIMEOUT", &stalls::pull_timeout()),
+            ("LIGHTERMAN_PARALLEL_PULLS", &format!("{}={}", stalls::ENDING, stalls::PARALLEL)),
+            ("LIGHTERMAN_PROXIES", &registries::proxies()),
+        ];
+        let mut bed = Self::start("", &nodes, &variables)?;
         // As on nodes that are hardened so: no interface has an IPv6 address, loopback included.
         bed.ctl(&["in", NODES[0].0, "sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"])?;
         bed.break_registries()?;
         bed.import_agents()?;
-        bed.deploy(&bed.for_tests(shipped_manifest()?))?;
+        bed.deploy(&bed.for_tests(shipped_manifest()?)?)?;
         Ok(bed)
     }
 
@@ -73,7 +85,7 @@ impl Bed {
     /// Registries that do not help, and containerds that speak plain HTTP with them.
     fn break_registries(&mut self) -> Result<(), Failure> {
         self.registries = Registries::serve()?;
-        for (node, _) in NODES {
+        for node in &self.nodes {
             let config = self.env(&format!("NODE_{node}_CONFIG"))?;
             for registry in registries::names() {
                 let folder = Path::new(&config).join("certs.d").join(&registry);
@@ -81,8 +93,24 @@ impl Bed {
                 let written = fs::create_dir_all(&folder).and_then(|()| fs::write(folder.join("hosts.toml"), hosts));
                 written.map_err(|error| format!("{}: {error}", folder.display()))?;
             }
+            let config = Path::new(&config);
+            let authority = registries::authority()?;
+            fs::write(config.join("e2e-ca.pem"), authority).map_err(|error| error.to_string())?;
+            for registry in registries::trusted() {
+                let folder = config.join("certs.d").join(&registry);
+                let hosts = format!(
+                    "server = \"https://{registry}\"\n[host.\"https://{registry}\"]\nca = \"/etc/containerd/e2e-ca.pem\"\n"
+                );
+                let written = fs::create_dir_all(&folder).and_then(|()| fs::write(folder.join("hosts.toml"), hosts));
+                written.map_err(|error| format!("{}: {error}", folder.display()))?;
+            }
         }
         Ok(())
+    }
+
+    /// All nodes.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = &str> {
+        self.nodes.iter().map(String::as_str)
     }
 
     /// The scripted registries.
@@ -103,22 +131,31 @@ impl Bed {
         let image = std::env::var("LIGHTERMAN_IMAGE").map_err(
             |_| "LIGHTERMAN_IMAGE does not name the agent's image: run `make test`, or `make image` and set it",
         )?;
-        self.nodes.iter().try_for_each(|node| self.ctl(&["ctr", node, "images", "import", &image]).map(drop))
+        self.nodes().try_for_each(|node| self.ctl(&["ctr", node, "images", "import", &image]).map(drop))
     }
 
     /// The agents, as users install them: by the manifest.
     pub(crate) fn deploy(&self, manifest: &str) -> Result<(), Failure> {
         self.install(manifest)?;
-        let rollout = ["-n", "lighterman", "rollout", "status", "daemonset/lighterman", "--timeout=90s"];
-        self.kubectl(&rollout).map(drop).map_err(|error| format!("{error}\n{}", self.agents_story()))
+        let agents = if self.has_ending_agent() { &["lighterman", ENDING_AGENT][..] } else { &["lighterman"] };
+        agents.iter().try_for_each(|name| {
+            let name = format!("daemonset/{name}");
+            let rollout = ["-n", "lighterman", "rollout", "status", &name, "--timeout=90s"];
+            self.kubectl(&rollout).map(drop).map_err(|error| format!("{error}\n{}", self.agents_story()))
+        })
     }
 
     /// A manifest of the agents with what the tests need besides: tote's annotations, and registries without TLS.
-    pub(crate) fn for_tests(&self, manifest: String) -> String {
+    pub(crate) fn for_tests(&self, manifest: String) -> Result<String, Failure> {
         let insecure = [&registries::names()[..], &[REGISTRY.to_owned()]].concat().join(",");
         let changed =
             [("LIGHTERMAN_ANNOTATION_PREFIX", "lighterman.dev,tote.dev"), ("LIGHTERMAN_INSECURE_REGISTRY", &insecure)];
-        changed.into_iter().fold(manifest, |text, (name, value)| set_variable(&text, name, value))
+        let manifest = changed.into_iter().fold(manifest, |text, (name, value)| set_variable(&text, name, value));
+        if self.has_ending_agent() { with_ending_agent(&manifest) } else { Ok(manifest) }
+    }
+
+    fn has_ending_agent(&self) -> bool {
+        self.nodes().any(|node| node == stalls::ENDING)
     }
 
     /// Applies a manifest.
@@ -246,6 +283,30 @@ pub(crate) fn cache() -> PathBuf {
 pub(crate) fn shipped_manifest() -> Result<String, Failure> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("manifests/lighterman.yaml");
     fs::read_to_string(&file).map_err(|error| format!("{}: {error}", file.display()))
+}
+
+/// The DaemonSet of the node whose agent ends stalled pulls.
+const ENDING_AGENT: &str = "lighterman-ending";
+
+/// A second DaemonSet, whose agent ends stalled pulls, on one node; the first leaves that node alone.
+fn with_ending_agent(manifest: &str) -> Result<String, Failure> {
+    const ANYWHERE: &str = "      nodeSelector:\n        kubernetes.io/os: linux\n";
+    let documents: Vec<_> = manifest.split("\n---\n").collect();
+    let is_daemon_set = |document: &&&str| document.lines().any(|line| line == "kind: DaemonSet");
+    let agents = documents.iter().find(is_daemon_set).ok_or("the manifest has no DaemonSet")?;
+    if !agents.contains(ANYWHERE) {
+        return Err("the DaemonSet's nodeSelector is another one".into());
+    }
+    let node = stalls::ENDING;
+    let there = format!("      nodeSelector:\n        kubernetes.io/hostname: {node}\n");
+    let ending =
+        agents.replacen("  name: lighterman\n", &format!("  name: {ENDING_AGENT}\n"), 1).replace(ANYWHERE, &there);
+    let ending = set_variable(&ending, "LIGHTERMAN_END_STALLED_PULLS", "true");
+    let terms = format!("[{{matchExpressions: [{{key: kubernetes.io/hostname, operator: NotIn, values: [{node}]}}]}}]");
+    let elsewhere = format!(
+        "{ANYWHERE}      affinity: {{nodeAffinity: {{requiredDuringSchedulingIgnoredDuringExecution: {{nodeSelectorTerms: {terms}}}}}}}\n"
+    );
+    Ok(format!("{}\n---\n{ending}\n", manifest.trim_end().replace(ANYWHERE, &elsewhere)))
 }
 
 /// Sets a variable of the agents, whether the manifest has it or not.

@@ -15,6 +15,7 @@ mod images;
 mod pods;
 mod registries;
 mod scenarios;
+mod stalls;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -32,9 +33,11 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let selected_turn = |name: &str| !arguments.list && is_selected(&arguments, name);
     let turns: Vec<_> = Turn::all().into_iter().map(|(name, turn)| (name, Arc::new(turn))).collect();
-    let needed =
-        turns.iter().any(|(name, _)| selected_turn(name)) || scenarios::ALL.iter().any(|(name, _)| selected_turn(name));
-    let bed = match needed.then(Bed::up).transpose() {
+    let stalls = stalls::ALL.iter().any(|(name, _)| selected_turn(name));
+    let needed = stalls
+        || turns.iter().any(|(name, _)| selected_turn(name))
+        || scenarios::ALL.iter().any(|(name, _)| selected_turn(name));
+    let bed = match needed.then(|| Bed::up(stalls)).transpose() {
         Ok(bed) => bed.map(Arc::new),
         Err(error) => {
             eprintln!("the test bed does not come up: {error}");
@@ -84,8 +87,14 @@ fn play(arguments: &Arguments, bed: Option<&Arc<Bed>>, turns: Vec<(String, Arc<T
             stage.play(bed, &turn).map_err(Failed::from)
         })
     });
-    let arguments = Arguments { test_threads: Some(SIDE_BY_SIDE), ..arguments.clone() };
-    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    // They wait for minutes on nodes of their own: begun first, they end before the others do.
+    let stalled = stalls::ALL.iter().map(|(name, row)| {
+        let bed = bed.cloned();
+        Trial::test(*name, move || row(bed.as_deref().ok_or("no test bed")?).map_err(Failed::from))
+    });
+    let side_by_side = SIDE_BY_SIDE + stalls::ALL.len();
+    let arguments = Arguments { test_threads: Some(side_by_side), ..arguments.clone() };
+    let conclusion = libtest_mimic::run(&arguments, stalled.chain(trials).collect());
     if let Some((bed, stage)) = bed.zip(stage) {
         figures::of_cases(bed, stage.score());
     }

@@ -2,15 +2,18 @@
 //! of its own, so that rows which need different faults run side by side.
 
 mod server;
+mod tls;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::bed::Failure;
 use crate::images::Image;
 use server::{Delivery, Reply, Request, Response};
+pub(crate) use tls::{Fault, authority};
 
 /// The fault of the registry that an image names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +55,38 @@ pub(crate) enum World {
     Serves,
     /// As `Serves`, for registries that containerd reaches through this mirror only.
     Mirror,
+    /// Stalls by the first part of the repository's path: `layer` late in each layer, `manifest`
+    /// before the response to a GET of the manifest. `crawl` sends each layer within [`CRAWL`],
+    /// without a longer pause than the others are silent for. `late` sends the first byte of a layer
+    /// after [`LATE`], and at once when asked again.
+    Stalls,
+    /// A TLS server that containerd refuses.
+    Tls(Fault),
+    /// A TLS server, where containerd is told to speak plain HTTP.
+    TlsForPlain,
+    /// Behind a proxy that answers 407.
+    ProxyDemands,
+    /// Behind a proxy that answers 403.
+    ProxyForbids,
+    /// Behind a proxy that refuses connections.
+    ProxyDown,
 }
+
+/// How long a crawling layer takes: longer than the agents' default of two minutes, and the ten
+/// seconds between two looks, leave alone.
+const CRAWL: Duration = Duration::from_secs(160);
+
+/// As long as a crawling layer; the server is busy meanwhile.
+const LATE: Duration = Duration::from_secs(180);
+
+/// The proxy of all containerds for TLS.
+pub(crate) const PROXY: &str = "10.77.0.1:3128";
+
+/// Their proxy for plain HTTP, which does not run.
+pub(crate) const DEAD_PROXY: &str = "10.77.0.1:3129";
+
+/// A host that only the proxy knows.
+const PROXIED: &str = "proxied.test";
 
 /// The statuses of [`World::Answers`] with their reason phrases.
 const STATUSES: [(u16, &str); 12] = [
@@ -76,7 +110,7 @@ const PAGE: &str = "<!DOCTYPE html><html><body>Please sign in to use this networ
 
 impl World {
     fn all() -> impl Iterator<Item = Self> {
-        const OTHERS: [World; 17] = [
+        const OTHERS: [World; 22] = [
             World::Refuses,
             World::Unauthorized,
             World::Forbids,
@@ -94,13 +128,29 @@ impl World {
             World::StorageForbids,
             World::Serves,
             World::Mirror,
+            World::Stalls,
+            World::TlsForPlain,
+            World::ProxyDemands,
+            World::ProxyForbids,
+            World::ProxyDown,
         ];
-        OTHERS.into_iter().chain(STATUSES.map(|(status, _)| Self::Answers(status)))
+        let statuses = STATUSES.map(|(status, _)| Self::Answers(status));
+        OTHERS.into_iter().chain(statuses).chain(Fault::ALL.map(Self::Tls))
     }
 
     /// The registry's name in images.
     pub(crate) fn registry(self) -> String {
-        format!("{ADDRESS}:{}", self.port())
+        format!("{}:{}", if self.is_proxied() { PROXIED } else { ADDRESS }, self.port())
+    }
+
+    /// Whether containerd reaches the registry through a proxy.
+    fn is_proxied(self) -> bool {
+        matches!(self, Self::ProxyDemands | Self::ProxyForbids | Self::ProxyDown)
+    }
+
+    /// Whether containerd is told to speak plain HTTP.
+    fn is_plain(self) -> bool {
+        !matches!(self, Self::PlainHttp | Self::Tls(_) | Self::ProxyDemands | Self::ProxyForbids)
     }
 
     pub(crate) fn port(self) -> u16 {
@@ -123,14 +173,25 @@ impl World {
             Self::StorageForbids => 5308,
             Self::Serves => 5310,
             Self::Mirror => 5311,
+            Self::Stalls => 5312,
+            Self::Tls(fault) => fault.port(),
+            Self::TlsForPlain => 5605,
+            Self::ProxyDemands => 5607,
+            Self::ProxyForbids => 5608,
+            Self::ProxyDown => 5609,
         }
     }
 
     /// The script: the reply to a request.
     fn reply(self, request: &Request, content: &Content) -> Reply {
         let response = match self {
-            // No server listens there.
-            Self::Refuses => return Reply::Raw(b""),
+            // No server of this kind listens there.
+            Self::Refuses | Self::Tls(_) | Self::TlsForPlain | Self::ProxyDown => return Reply::Raw(b""),
+            // Asked of the proxy: `CONNECT`.
+            Self::ProxyDemands => Response::new("407 Proxy Authentication Required", "text/plain", "")
+                .with_header("Proxy-Authenticate: Basic realm=\"proxy\"".into()),
+            Self::ProxyForbids => Response::new("403 Forbidden", "text/plain", "blocked by policy"),
+            Self::Stalls => return stalls(request, content.serve(request)),
             Self::Malformed => return Reply::Raw(b"\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00\x04\x03"),
             Self::Unauthorized => error("401 Unauthorized", "UNAUTHORIZED", "authentication required")
                 .with_header("WWW-Authenticate: Basic realm=\"test\"".into()),
@@ -208,6 +269,23 @@ fn with_layers(response: Response, delivery: Delivery) -> Response {
     if is_layer(&response) { Response { delivery, ..response } } else { response }
 }
 
+fn stalls(request: &Request, response: Response) -> Reply {
+    let length = response.body.len();
+    let path = request.path.as_str();
+    let is_manifest = request.method == "GET" && path.contains("/manifests/");
+    if path.starts_with("/v2/manifest/") && is_manifest {
+        return Reply::Silence;
+    }
+    let delivery = match path {
+        // Beyond the first MiB of the first layer: containerd 2 ends no pull that stalls before.
+        _ if path.starts_with("/v2/layer/") => Delivery::Stall(length / 4 * 3),
+        _ if path.starts_with("/v2/crawl/") => Delivery::Trickle(length / server::pieces(CRAWL)),
+        _ if path.starts_with("/v2/late/") && request.count == 1 => Delivery::Late(LATE),
+        _ => Delivery::Whole,
+    };
+    Reply::Response(with_layers(response, delivery))
+}
+
 fn wrong_bytes(mut response: Response) -> Response {
     if is_layer(&response)
         && let Some(last) = response.body.last_mut()
@@ -258,7 +336,14 @@ impl Registries {
     /// Starts all of them. The caller is in the hub's network namespace.
     pub(crate) fn serve() -> Result<Self, Failure> {
         let registries = Self::default();
-        for world in World::all().filter(|world| *world != World::Refuses) {
+        tls::serve(ADDRESS, World::TlsForPlain.port())?;
+        let without = [World::Refuses, World::TlsForPlain];
+        let listen = |world: &World| !(world.is_proxied() || matches!(world, World::Tls(_)) || without.contains(world));
+        server::serve(PROXY, move |request| {
+            let asked = World::all().find(|world| request.method == "CONNECT" && request.path == world.registry());
+            asked.map_or(Reply::Raw(b""), |world| world.reply(&request, &Content::default()))
+        })?;
+        for world in World::all().filter(listen) {
             let shared = registries.clone();
             server::serve(&world.registry(), move |mut request| {
                 let mut content = shared.content();
@@ -305,6 +390,17 @@ pub(crate) const INVENTED_PORT: u16 = 5099;
 
 /// The registries with which containerd and the agents are told to speak plain HTTP.
 pub(crate) fn names() -> Vec<String> {
-    let spoken = World::all().filter(|world| *world != World::PlainHttp);
+    let spoken = World::all().filter(|world| world.is_plain());
     spoken.map(World::registry).chain([format!("{ADDRESS}:{INVENTED_PORT}")]).collect()
+}
+
+/// The TLS registries whose authority containerd is told.
+pub(crate) fn trusted() -> Vec<String> {
+    Fault::ALL.into_iter().filter(|fault| fault.is_trusted()).map(|fault| World::Tls(fault).registry()).collect()
+}
+
+/// The environment of containerds: proxies for every name but those of other rows.
+pub(crate) fn proxies() -> String {
+    let direct = "10.0.0.0/8,127.0.0.0/8,::/0,localhost,docker.io,nowhere.test,registry.test";
+    format!("HTTPS_PROXY=http://{PROXY} HTTP_PROXY=http://{DEAD_PROXY} NO_PROXY={direct}")
 }

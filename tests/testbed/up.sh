@@ -15,6 +15,9 @@
 #                                      the kubelet's default lines for it; `ctl.sh RUN node n1 disk-fill 83` fills it
 #   LIGHTERMAN_READ_ONLY_OPT="n1 n2"   nodes whose /opt is empty and read-only, as on GKE's Container-Optimized OS
 #   LIGHTERMAN_CRITICAL_QUOTA=1        pods of the system priority classes need a ResourceQuota, as on GKE
+#   LIGHTERMAN_PULL_TIMEOUT="n1=150s"  containerd's image_pull_progress_timeout
+#   LIGHTERMAN_PARALLEL_PULLS="n1=3"   images that the kubelet pulls at the same time
+#   LIGHTERMAN_PROXIES="HTTPS_PROXY=URL NO_PROXY=..."  the environment of all containerds
 #   LIGHTERMAN_PATIENCE=3              wait that many times longer for everything (slow machines)
 . "$(dirname "$0")/lib.sh"
 [ $# -ge 2 ] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -266,6 +269,8 @@ for p in $PRIVATE; do
 done
 # The kubelet sets these kernel settings where they differ, for the whole machine: let it read what it wants to see
 SYSCTLS="vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000"
+v2=/sys/fs/cgroup
+cgroup_v2 || v2=/sys/fs/cgroup/unified
 for n in "${NODES[@]}"; do
   d=$R/$n bin=${CONTAINERD[$n]}/bin
   mkdir -p "$d"/{root,run,kubelet,cni,lighterman,pods,containers,etc/certs.d,net.d,opt,manifests,sysctl}
@@ -317,6 +322,12 @@ syncFrequency: ${LIGHTERMAN_SYNC_FREQUENCY:-1m}
 failCgroupV1: false
 containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
 C
+  for s in ${LIGHTERMAN_PULL_TIMEOUT:-}; do
+    [ "${s%%=*}" != "$n" ] || sed -i "s/^\[plugins\.'io\.containerd\.\(grpc\.v1\.cri\|cri\.v1\.images\)'\]\$/&\nimage_pull_progress_timeout = \"${s#*=}\"/" "$d/etc/config.toml"
+  done
+  for s in ${LIGHTERMAN_PARALLEL_PULLS:-}; do
+    [ "${s%%=*}" != "$n" ] || printf 'serializeImagePulls: false\nmaxParallelImagePulls: %s\n' "${s#*=}" >> "$d/kubelet.yaml"
+  done
   define "$n.mounts" "$n" << C
 exec nsenter --net=/run/netns/$TAG-$n unshare --mount --propagation private $R/run/$n.mounted
 C
@@ -338,6 +349,12 @@ C
   node="nsenter --net=/run/netns/$TAG-$n --mount=/proc/\$(cat $R/pid/$n.mounts)/ns/mnt"
   define "$n.containerd" "$n" << C
 export PATH=$bin:$P/tools/bin:/usr/sbin:/usr/bin:/sbin:/bin
+$(for s in ${LIGHTERMAN_PROXIES:-}; do echo "export $s"; done)
+# A cgroup of its own in the tree of v2, as a service of systemd has it
+if [ -f $v2/cgroup.procs ]; then
+  mkdir -p $v2/$TAG-$n/containerd
+  echo \$\$ > $v2/$TAG-$n/containerd/cgroup.procs
+fi
 exec $node $bin/containerd --config /etc/containerd/config.toml
 C
   define "$n.kubelet" "$n" << C

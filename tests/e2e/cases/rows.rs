@@ -4,7 +4,7 @@ use super::Owner::{CronJob, DaemonSet, Deployment, Job, StatefulSet};
 use super::Wants::OwnedBy;
 use super::{Asks, CASE, Case, Here, Nodes, Opted, Then, Wants};
 use crate::images::{Own, PLAIN, Packing, Recipe, Root};
-use crate::registries::World;
+use crate::registries::{Fault, World};
 
 const NO_PROVIDER: Then = Then::Told("ImageNoProvider", &[]);
 const NO_PLATFORM: Then = Then::Told("ImageNotActionable", &["no manifest for linux/amd64"]);
@@ -102,6 +102,15 @@ pub(crate) const ROWS: &[Case] = &[
     Case { name: "token_server_answers_400", world: World::TokenRefuses, ..NO_OUTAGE },
     Case { name: "token_server_answers_500", world: World::TokenFails, ..NO_OUTAGE },
     Case { name: "storage_answers_403", world: World::StorageForbids, ..NO_OUTAGE },
+    // What stands between containerd and the registry.
+    Case { name: "tls_authority_unknown", world: World::Tls(Fault::SelfSigned), ..EACH },
+    Case { name: "tls_certificate_expired", world: World::Tls(Fault::Expired), ..CASE },
+    Case { name: "tls_certificate_of_another_host", world: World::Tls(Fault::OtherHost), ..CASE },
+    Case { name: "tls_alert", world: World::Tls(Fault::Alert), ..CASE },
+    Case { name: "tls_on_a_plain_http_port", world: World::TlsForPlain, ..CASE },
+    Case { name: "proxy_answers_407", world: World::ProxyDemands, nodes: Nodes::Each, ..NO_OUTAGE },
+    Case { name: "proxy_answers_403", world: World::ProxyForbids, nodes: Nodes::Each, ..NO_OUTAGE },
+    Case { name: "proxy_is_down", world: World::ProxyDown, ..NO_OUTAGE },
     // Who opted in.
     Case { name: "namespace_lists_the_repository", opted: Opted::Listed, ..CASE },
     Case { name: "namespace_lists_other_repositories", opted: Opted::ListsOthers, then: NOT_LISTED, ..CASE },

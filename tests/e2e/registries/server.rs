@@ -34,6 +34,8 @@ pub(crate) enum Reply {
     Response(Response),
     /// Bytes in place of HTTP, then the end of the connection.
     Raw(&'static [u8]),
+    /// Nothing, until the client ends the connection.
+    Silence,
 }
 
 /// An HTTP response, and how its body is sent.
@@ -56,6 +58,16 @@ pub(crate) enum Delivery {
     Stall(usize),
     /// Pieces of so many bytes, with a pause of 50 ms after each.
     Trickle(usize),
+    /// Nothing for so long, then everything.
+    Late(Duration),
+}
+
+/// The pause after each piece of a trickle.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// The pieces of a trickle that takes so long.
+pub(crate) fn pieces(time: Duration) -> usize {
+    (time.as_millis() / PAUSE.as_millis()) as usize
 }
 
 impl Response {
@@ -108,8 +120,14 @@ fn respond(connection: &TcpStream, script: &dyn Fn(Request) -> Reply) -> io::Res
     let request = Request { method: method.to_owned(), path: path.to_owned(), headers, count: 0 };
     match script(request) {
         Reply::Raw(bytes) => (&*connection).write_all(bytes),
+        Reply::Silence => wait_for_end(connection),
         Reply::Response(response) => send(connection, &response, method == "HEAD"),
     }
+}
+
+fn wait_for_end(mut connection: &TcpStream) -> io::Result<()> {
+    connection.set_read_timeout(None)?;
+    io::copy(&mut connection, &mut io::sink()).map(drop)
 }
 
 fn send(mut connection: &TcpStream, response: &Response, is_head: bool) -> io::Result<()> {
@@ -128,13 +146,16 @@ fn send(mut connection: &TcpStream, response: &Response, is_head: bool) -> io::R
         }
         Delivery::Stall(bytes) => {
             connection.write_all(first(bytes))?;
-            connection.set_read_timeout(None)?;
-            io::copy(&mut connection, &mut io::sink()).map(drop)
+            wait_for_end(connection)
         }
         Delivery::Trickle(bytes) => body.chunks((*bytes).max(1)).try_for_each(|piece| {
             connection.write_all(piece)?;
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(PAUSE);
             Ok(())
         }),
+        Delivery::Late(time) => {
+            std::thread::sleep(*time);
+            connection.write_all(body)
+        }
     }
 }

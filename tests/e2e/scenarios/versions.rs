@@ -73,7 +73,7 @@ impl<'a> Builds<'a> {
             Build::Previous => with_tag(&read(&self.previous.manifest)?, TAG),
             Build::Current => shipped_manifest()?,
         };
-        bed.install(&bed.for_tests(on_delete(&manifest)))?;
+        bed.install(&bed.for_tests(on_delete(&manifest))?)?;
         let old = agent_pod(bed, node)?;
         let name = old["metadata"]["name"].as_str().unwrap_or_default();
         bed.kubectl(&["-n", "lighterman", "delete", "pod", name, "--timeout=60s"])?;
@@ -99,7 +99,7 @@ impl Drop for Builds<'_> {
                 eprintln!("{error}");
             }
         }
-        let restored = shipped_manifest().and_then(|manifest| self.bed.install(&self.bed.for_tests(manifest)));
+        let restored = shipped_manifest().and_then(|manifest| self.bed.install(&self.bed.for_tests(manifest)?));
         if let Err(error) = restored {
             eprintln!("{error}");
         }

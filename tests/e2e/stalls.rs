@@ -1,0 +1,202 @@
+//! Registries that stall, on nodes of their own: a stalled pull blocks the node's later pulls.
+//!
+//! Both nodes use the agents' default of two minutes. On one the agent ends the stalled pulls. On
+//! the other containerd does, and there `image_pull_progress_timeout` is 150 s to save time;
+//! `LIGHTERMAN_DEFAULT_PULL_TIMEOUT=1` keeps the default of 5 minutes.
+//! `LIGHTERMAN_STALLED_CONTAINERDS` names other versions for both (`1.7,2.4`).
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::bed::{Bed, Failure, NODES, wait_for};
+use crate::cases::import;
+use crate::images::{Image, Maker, PLAIN};
+use crate::pods::{Space, is_running};
+use crate::registries::World;
+
+type Row = fn(&Bed) -> Result<(), Failure>;
+
+/// Every row with a name.
+pub(crate) const ALL: &[(&str, Row)] = &[
+    ("case::stalled_pulls_end_where_the_setting_says_so_and_a_crawling_one_goes_on", ended),
+    ("case::a_stalled_pull_is_told_once_and_goes_on_when_containerd_ends_it", told),
+];
+
+/// Where the agent ends stalled pulls.
+pub(crate) const ENDING: &str = "ending";
+
+/// Where containerd does.
+const WAITING: &str = "waiting";
+
+/// Pulls at the same time on the first node: all that stall, and the one that crawls.
+pub(crate) const PARALLEL: usize = 4;
+
+/// As long as containerd's default, a retry of the kubelet and a slow machine.
+const PATIENCE: Duration = Duration::from_secs(480);
+
+/// The nodes, by what their containerd is.
+pub(crate) fn nodes() -> [(&'static str, String); 2] {
+    let set = std::env::var("LIGHTERMAN_STALLED_CONTAINERDS").unwrap_or_else(|_| "2.3,1.7".into());
+    let (first, second) = set.split_once(',').unwrap_or((&set, &set));
+    [(ENDING, first.to_owned()), (WAITING, second.to_owned())]
+}
+
+/// containerd's timeout, for up.sh.
+pub(crate) fn pull_timeout() -> String {
+    match std::env::var_os("LIGHTERMAN_DEFAULT_PULL_TIMEOUT") {
+        Some(_) => String::new(),
+        None => format!("{WAITING}=150s"),
+    }
+}
+
+/// One image of a row.
+struct Pull<'a> {
+    space: &'a Space<'a>,
+    name: &'static str,
+    image: Image,
+    reference: String,
+}
+
+impl<'a> Pull<'a> {
+    /// Publishes an image, and imports that on the provider if there is one.
+    fn new(
+        space: &'a Space<'a>,
+        name: &'static str,
+        (world, path): (World, &str),
+        provider: Option<&str>,
+    ) -> Result<Self, Failure> {
+        let image = Maker::new(&space.bed.busybox())?.make(PLAIN, &format!("{}-{name}", space.name));
+        let repository = format!("{path}/{}", space.name);
+        space.bed.registries().publish(&format!("{repository}:v1"), &image);
+        let reference = format!("{}/{repository}:v1", world.registry());
+        if let Some(provider) = provider {
+            import(space.bed, provider, &[(reference.clone(), &image)])?;
+        }
+        Ok(Self { space, name, image, reference })
+    }
+
+    fn start(&self, node: &str) -> Result<(), Failure> {
+        self.space.pod(self.name, node, &self.reference, true)
+    }
+
+    fn start_by_digest(&self, node: &str) -> Result<(), Failure> {
+        let by_digest = format!("{}@{}", self.reference.trim_end_matches(":v1"), self.image.root);
+        self.space.pod(self.name, node, &by_digest, true)
+    }
+
+    /// Waits until containerd asks the stalling registry for a path with this part.
+    fn wait_asked(&self, part: &str) -> Result<(), Failure> {
+        wait_for(&format!("a GET of {part}"), PATIENCE, || Ok((self.fetches(part) > 0).then_some(())))
+    }
+
+    /// GET requests to the stalling registry.
+    fn fetches(&self, part: &str) -> usize {
+        self.space.bed.registries().fetches(World::Stalls, part)
+    }
+
+    fn layer(&self) -> &str {
+        self.image.own_layer.as_deref().unwrap_or_default()
+    }
+
+    fn events(&self, reason: &str) -> Result<Vec<String>, Failure> {
+        self.space.events(self.name, reason)
+    }
+
+    /// The only Event with this reason.
+    fn one(&self, reason: &str) -> Result<String, Failure> {
+        wait_for(&format!("{reason} on {}", self.name), PATIENCE, || Ok(self.events(reason)?.pop()))?;
+        let mut notes = self.events(reason)?;
+        match notes.len() {
+            1 => Ok(notes.remove(0)),
+            _ => Err(format!("one {reason} was to be seen on {}, not {notes:#?}", self.name)),
+        }
+    }
+
+    fn wait_running(&self) -> Result<Value, Failure> {
+        let limit = PATIENCE;
+        let what = format!("{} to run", self.name);
+        let running = self.space.bed.cluster().wait(&what, limit, |objects| {
+            objects.pod(&self.space.name, self.name).filter(|pod| is_running(pod)).cloned()
+        });
+        running.map_err(|error| format!("{error}\n{}", self.space.bed.agents_story()))
+    }
+}
+
+fn ensure(holds: bool, otherwise: impl Into<String>) -> Result<(), Failure> {
+    if holds { Ok(()) } else { Err(otherwise.into()) }
+}
+
+fn counted(bed: &Bed, node: &str, result: &str) -> Result<f64, Failure> {
+    bed.metric(node, &format!("lighterman_stalled_connections_total{{result=\"{result}\"}}"))
+}
+
+/// The setting is on: what is silent ends, what crawls goes on, and the queue moves.
+fn ended(bed: &Bed) -> Result<(), Failure> {
+    let (space, provider) = (Space::new(bed, "e2e-stalls-ended")?, Some(NODES[0].0));
+    let layer = Pull::new(&space, "layer", (World::Stalls, "layer"), provider)?;
+    let manifest = Pull::new(&space, "manifest", (World::Stalls, "manifest"), provider)?;
+    let crawl = Pull::new(&space, "crawl", (World::Stalls, "crawl"), None)?;
+    let late = Pull::new(&space, "late", (World::Stalls, "late"), None)?;
+    let queued = Pull::new(&space, "queued", (World::Serves, "queued"), None)?;
+    // All images share a first layer. containerd fetches a layer once at a time, so that without
+    // this one here the other pulls would wait for the first.
+    let shell = Maker::new(&bed.busybox())?.make(PLAIN, "shell");
+    import(bed, ENDING, &[(format!("{}/shell:v1", World::Serves.registry()), &shell)])?;
+    let began = Instant::now();
+    layer.start_by_digest(ENDING)?;
+    [&manifest, &crawl, &late].into_iter().try_for_each(|pull| pull.start(ENDING))?;
+    layer.wait_asked(layer.layer())?;
+    manifest.wait_asked("/v2/manifest/")?;
+    crawl.wait_asked(crawl.layer())?;
+    late.wait_asked(late.layer())?;
+    // All places are taken: this pull waits in the kubelet's queue.
+    queued.start(ENDING)?;
+    queued.wait_running()?;
+    println!("\nfigure stalled_queue_freed_s {:.1}", began.elapsed().as_secs_f64());
+    let note = layer.one("ImagePullEnded")?;
+    println!("  {note}");
+    ensure(note.contains(World::Stalls.registry().as_str()), format!("the Event does not name the registry: {note}"))?;
+    for pull in [&layer, &manifest] {
+        pull.wait_running()?;
+        space.wait_salvaged(pull.name)?;
+        println!("  {}: {:?}", pull.name, pull.events("Failed")?);
+    }
+    crawl.wait_running()?;
+    println!("figure crawling_pull_s {:.1}", began.elapsed().as_secs_f64());
+    ensure(crawl.events("Failed")?.is_empty(), "the crawling pull failed")?;
+    ensure(crawl.fetches(crawl.layer()) == 1, "the crawling layer was fetched again")?;
+    // Why the setting is off by default: a response that would have come is lost.
+    late.wait_running()?;
+    println!("  late: {:?}, fetched {} times", late.events("Failed")?, late.fetches(late.layer()));
+    ensure(!late.events("Failed")?.is_empty(), "a pull goes on that was silent for three minutes")?;
+    let (ended, failed) = (counted(bed, ENDING, "ended")?, counted(bed, ENDING, "failed")?);
+    println!("figure stalled_connections_ended {ended}");
+    ensure(ended >= 2.0 && failed == 0.0, format!("{ended} connections were ended, and {failed} looks failed"))
+}
+
+/// The default: one Event, an image that is here, and pods that run when containerd gives up.
+fn told(bed: &Bed) -> Result<(), Failure> {
+    let space = Space::new(bed, "e2e-stalls-told")?;
+    let layer = Pull::new(&space, "layer", (World::Stalls, "layer"), Some(NODES[1].0))?;
+    let behind = Pull::new(&space, "behind", (World::Serves, "behind"), None)?;
+    let began = Instant::now();
+    layer.start_by_digest(WAITING)?;
+    layer.wait_asked(layer.layer())?;
+    behind.start(WAITING)?;
+    let note = layer.one("ImagePullStalled")?;
+    println!("\nfigure stalled_event_s {:.1}\n  {note}", began.elapsed().as_secs_f64());
+    for words in [layer.image.root.as_str(), "image_pull_progress_timeout", "endStalledPulls"] {
+        ensure(note.contains(words), format!("the Event does not say {words}: {note}"))?;
+    }
+    layer.one("ImageSalvaged")?;
+    ensure(!is_running(&space.get_pod("behind")?), "a later pull was not blocked")?;
+    layer.wait_running()?;
+    behind.wait_running()?;
+    println!("figure stalled_pull_to_running_s {:.1}", began.elapsed().as_secs_f64());
+    println!("  {:?}", layer.events("Failed")?);
+    layer.one("ImagePullStalled")?;
+    ensure(layer.events("ImagePullEnded")?.is_empty(), "a pull was ended that the settings leave alone")?;
+    let ended = counted(bed, WAITING, "ended")?;
+    ensure(ended == 0.0, format!("{ended} connections were ended"))
+}
