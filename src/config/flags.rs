@@ -1,15 +1,18 @@
 //! The flags of the agent, each with its variable, its unit and its default. What they come to is [`super::Config`].
 
+mod retain;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, ValueEnum};
 
+use self::retain::{FetchKind, RetainKind};
 use super::rules_file::quantity;
 use crate::decide::bucket::MIN_RATE;
-use crate::decide::fill::{FetchFrom, RATE};
+use crate::decide::fill::RATE;
 use crate::decide::opt_in::Trigger;
-use crate::decide::retain::{RetainBytes, RetainLayers};
+use crate::decide::retain::RetainBytes;
 use crate::decide::rules::STALLED_AFTER;
 use crate::decide::selector::{Selector, SelectorError};
 use crate::decide::tag::TagPolicy;
@@ -206,8 +209,9 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_STALLED_AFTER", value_name = "SECONDS", default_value_t = STALLED_AFTER.as_secs(), value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub(super) stalled_after: u64,
 
-    /// End containerd's connections that are silent for --stalled-after while a pod waits, so that the stalled pull fails and the
-    /// node's later pulls go on; a registry that sends nothing for so long before its first byte is then never pulled from
+    /// End containerd's connections that are silent for --stalled-after while a pod waits: the
+    /// stalled pull fails, and the node's later pulls go on. A pull from a registry that is
+    /// silent for as long before the first byte fails as well
     #[arg(long, env = "LIGHTERMAN_END_STALLED_PULLS")]
     pub(super) end_stalled_pulls: bool,
 
@@ -311,50 +315,6 @@ pub enum AdmissionKind {
     Certificate,
     /// A list of PeerIds.
     Static,
-}
-
-/// Whose layers are retained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum RetainKind {
-    /// Those of images that pods of opted-in namespaces run or ran.
-    OptedIn,
-    /// Those of every image.
-    All,
-    /// No layers.
-    None,
-}
-
-impl From<RetainKind> for RetainLayers {
-    fn from(kind: RetainKind) -> Self {
-        match kind {
-            RetainKind::OptedIn => Self::OptedIn,
-            RetainKind::All => Self::All,
-            RetainKind::None => Self::None,
-        }
-    }
-}
-
-/// Where missing layers are fetched from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum FetchKind {
-    /// From nowhere.
-    #[value(alias = "false")]
-    None,
-    /// From peers.
-    #[value(alias = "true")]
-    Peers,
-    /// From peers, else from the image's registry.
-    Registry,
-}
-
-impl From<FetchKind> for FetchFrom {
-    fn from(kind: FetchKind) -> Self {
-        match kind {
-            FetchKind::None => Self::None,
-            FetchKind::Peers => Self::Peers,
-            FetchKind::Registry => Self::Registry,
-        }
-    }
 }
 
 /// A selector, or none where the text is empty: the chart sets every variable.

@@ -12,17 +12,18 @@ pub enum WireError {
     Version {
         /// The version of its frame.
         theirs: Version,
-        /// What this agent speaks.
+        /// The versions of this agent.
         ours: Versions,
     },
-    /// The sender is of another release and says what this one has no words for. Nobody is to blame: it is as if it had said nothing.
+    /// The sender is of another release, and the message has no meaning in this one. The sender did
+    /// nothing wrong; the receiver ignores the message.
     #[error("a {} message of version {theirs} means nothing to this agent ({ours}): {reason}", .ours.protocol())]
     Unknown {
         /// The version of its frame.
         theirs: Version,
-        /// What this agent speaks.
+        /// The versions of this agent.
         ours: Versions,
-        /// What could not be read.
+        /// The decoder's error.
         reason: String,
     },
     /// Longer than its kind may be.

@@ -1,8 +1,9 @@
 //! The bodies of all messages as released agents write them, byte for byte. A line of
 //! `golden/PROTOCOL-MAJOR` has a message's name and the hexadecimal digits of its body.
 //!
-//! Released agents would see a change that fails here, so the change needs a MINOR or a MAJOR. After
-//! a new MAJOR the file of the MAJOR before stays, and [`Message::Previous`] reads its messages.
+//! Released agents would see a change that fails here, so the change needs a MINOR or a MAJOR.
+//! After a new MAJOR the file of the MAJOR before stays, and [`Message::Previous`] reads its
+//! messages.
 
 use std::collections::BTreeMap;
 use std::fmt::{Debug, Write};

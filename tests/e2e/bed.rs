@@ -26,8 +26,6 @@ pub(crate) struct Bed {
     /// Until it is up there is none.
     cluster: Option<Cluster>,
     registries: Registries,
-    /// Nodes of their own for registries that stall, where they are needed.
-    stalls: Vec<(&'static str, String)>,
 }
 
 /// What a command said when it failed, or what was waited for in vain.

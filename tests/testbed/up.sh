@@ -11,8 +11,7 @@
 #   LIGHTERMAN_SYNC_FREQUENCY=1m       the kubelets' sync period
 #   LIGHTERMAN_ZONES="n1=a n2=b"       label topology.kubernetes.io/zone
 #   LIGHTERMAN_DISCARD_LAYERS="n1 n2"  nodes whose containerd drops layers after unpacking
-#   LIGHTERMAN_DISK="n1 n2"            nodes whose /var/lib/containerd is a file system of its own (40 GiB, sparse), with
-#                                      the kubelet's default lines for it; `ctl.sh RUN node n1 disk-fill 83` fills it
+#   LIGHTERMAN_DISK="n1 n2"            nodes with 40 GiB (sparse) of their own for containerd, and the kubelet's default lines for it
 #   LIGHTERMAN_READ_ONLY_OPT="n1 n2"   nodes whose /opt is empty and read-only, as on GKE's Container-Optimized OS
 #   LIGHTERMAN_CRITICAL_QUOTA=1        pods of the system priority classes need a ResourceQuota, as on GKE
 #   LIGHTERMAN_PULL_TIMEOUT="n1=150s"  containerd's image_pull_progress_timeout
@@ -159,8 +158,7 @@ plugins:
       apiVersion: apiserver.config.k8s.io/v1
       kind: ResourceQuotaConfiguration
       limitedResources:
-        - resource: pods
-          matchScopes: [{ scopeName: PriorityClass, operator: In, values: [system-node-critical, system-cluster-critical] }]
+        - { resource: pods, matchScopes: [{ scopeName: PriorityClass, operator: In, values: [system-node-critical, system-cluster-critical] }] }
 C
 fi
 "$P/tools/bin/etcd" --help 2>&1 | grep -q -- $fsync || fsync= # since 3.5

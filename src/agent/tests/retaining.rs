@@ -78,7 +78,7 @@ async fn the_zones_lease_of_missing_layers_is_released_when_they_come_to_an_end_
     let second = std::time::Duration::from_secs(1);
     for ends_by_itself in [true, false] {
         let mut seconds = 0;
-        while harbour.cluster.leases().1.len() == 0 {
+        while harbour.cluster.leases().1.is_empty() {
             tokio::time::sleep(second).await;
             seconds += 1;
             assert!(seconds < 7200, "no Lease");

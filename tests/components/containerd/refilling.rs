@@ -32,7 +32,7 @@ async fn push(registry: &Running) -> (String, MadeImage) {
     let name = format!("{}/team/app:v1", registry.name);
     let layers = [1 << 10, 4 << 20, 20_000, 300_000, 1 << 20, 1 << 10, 2 << 20, 5000].to_vec();
     let recipe = Recipe { layers, packing: Packing::Gzip, ..Recipe::default() };
-    let image = make_image(&content, &[name.clone()], &recipe, 300).await.unwrap();
+    let image = make_image(&content, std::slice::from_ref(&name), &recipe, 300).await.unwrap();
     let bytes = async |digest| content.open(digest).await.unwrap().read_at(0, 64 << 20).await.unwrap();
     for blob in &image.blobs {
         push_blob(registry, bytes(blob.digest).await).await;

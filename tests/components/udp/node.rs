@@ -12,6 +12,7 @@ use lighterman::agent::supervisor::Supervisor;
 use lighterman::agent::{Agent, World};
 use lighterman::config::Settings;
 use lighterman::control::Client;
+use lighterman::decide::fill::FetchFrom;
 use lighterman::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use lighterman::decide::rules::{Manner, ResolveSettings, Rules};
 use lighterman::identity::Identity;
@@ -157,6 +158,7 @@ fn world(site: &Site, name: &str, store: &Arc<MemoryStore>) -> World {
         claims: Arc::new(site.cluster.claims_of(name.parse().unwrap())),
         admission: Arc::new(StaticAdmission::new(site.identities.iter().map(Identity::peer_id))),
         registry: Arc::new(MemoryRegistry::default()),
+        connections: None,
         notifier: None,
         imports: watch::channel(Imports::Allowed).1,
         containerd: None,
@@ -183,7 +185,12 @@ fn settings(name: &str, folder: &Path, end: usize) -> Settings {
         image_verifier_dir: folder.join("unused"),
         import_past_verifiers: false,
         unpack_layers: false,
-        retain: RetainOptions { layers: RetainLayers::None, bytes: RetainBytes::Percent(0), fetch: false },
+        retain: RetainOptions {
+            layers: RetainLayers::None,
+            bytes: RetainBytes::Percent(0),
+            fetch: FetchFrom::None,
+            fetch_rate: 0,
+        },
         grace: Duration::from_secs(10),
     }
 }

@@ -1,5 +1,5 @@
-//! Two builds side by side in an outage: one node runs the agent of an earlier commit, the others run
-//! this tree's. Then two nodes exchange their builds and keep their data folders.
+//! Two builds side by side in an outage: one node runs the agent of an earlier commit, the others
+//! run this tree's. Then two nodes exchange their builds and keep their data folders.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,0 +1,50 @@
+//! The words of the flags about retained layers.
+
+use clap::ValueEnum;
+
+use crate::decide::fill::FetchFrom;
+use crate::decide::retain::RetainLayers;
+
+/// Whose layers are retained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(in crate::config) enum RetainKind {
+    /// Those of images that pods of opted-in namespaces run or ran.
+    OptedIn,
+    /// Those of every image.
+    All,
+    /// No layers.
+    None,
+}
+
+impl From<RetainKind> for RetainLayers {
+    fn from(kind: RetainKind) -> Self {
+        match kind {
+            RetainKind::OptedIn => Self::OptedIn,
+            RetainKind::All => Self::All,
+            RetainKind::None => Self::None,
+        }
+    }
+}
+
+/// Where missing layers are fetched from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(in crate::config) enum FetchKind {
+    /// From nowhere.
+    #[value(alias = "false")]
+    None,
+    /// From peers.
+    #[value(alias = "true")]
+    Peers,
+    /// From peers, else from the image's registry.
+    Registry,
+}
+
+impl From<FetchKind> for FetchFrom {
+    fn from(kind: FetchKind) -> Self {
+        match kind {
+            FetchKind::None => Self::None,
+            FetchKind::Peers => Self::Peers,
+            FetchKind::Registry => Self::Registry,
+        }
+    }
+}
