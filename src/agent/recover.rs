@@ -238,7 +238,8 @@ impl Recoverer {
         if !self.resolver.holders.udp().is_blocked() {
             return Ok(());
         }
-        check_image(&plan.missing).map_err(|source| RecoverError::NeedsUdp { reference: reference.clone(), source })
+        let refused = |source| RecoverError::NeedsUdp { reference: reference.clone(), source: Box::new(source) };
+        check_image(&plan.missing).map_err(refused)
     }
 
     /// Every blob of the plan, in pieces from everybody. Those that are there are held too, or the collector might take them now.

@@ -100,8 +100,8 @@ pub enum RecoverError {
     NeedsUdp {
         /// The image.
         reference: Reference,
-        /// What is too large.
-        source: TooLarge,
+        /// The blob or image that is too large. Boxed, so that results stay small.
+        source: Box<TooLarge>,
     },
     /// The blobs are here and a layer cannot be unpacked.
     #[error("the image's blobs are here, and its layers cannot be unpacked: {0}")]

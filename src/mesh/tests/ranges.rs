@@ -136,12 +136,11 @@ async fn requests_that_are_no_range_or_too_long_or_too_many_are_blamed() {
     let a = serving(Setting { limits, ..Setting::default() }, Blobs::of(&[])).await;
     let mut culprit = Raw::known_to(&a).await;
     let digest = Digest::of(b"");
-    let malformed = || format!("peer_faults_total{{fault=\"malformed\"}} ");
     for (count, request) in
         [(1, wire::encode(&get(digest, 0, RANGE + 1)).unwrap()), (2, wire::encode(&Request::Follow(digest)).unwrap())]
     {
         culprit.request(&a, request);
-        let line = format!("{}{count}\n", malformed());
+        let line = format!("peer_faults_total{{fault=\"malformed\"}} {count}\n");
         culprit.while_driven(a.until_counted("malformed", |a| a.has_counted(&line))).await;
     }
     culprit.request(&a, vec![0; 1000]);

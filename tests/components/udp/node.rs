@@ -123,9 +123,9 @@ impl Node {
         self.until(|holders| !holders.of_tag(repository, tag).is_empty()).await;
         let mut pulling = Client::new(&self.socket).pull(&reference, false).await.unwrap();
         loop {
-            match pulling.next().await.unwrap() {
-                last @ (PullProgress::Done { .. } | PullProgress::Failed { .. }) => return last,
-                _ => {}
+            let last = pulling.next().await.unwrap();
+            if matches!(last, PullProgress::Done { .. } | PullProgress::Failed { .. }) {
+                return last;
             }
         }
     }
