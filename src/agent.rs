@@ -13,6 +13,7 @@ pub mod join;
 pub mod layer_notice;
 pub mod lead;
 pub mod notices;
+pub mod own_image;
 pub mod progress;
 pub mod recover;
 mod recover_error;
@@ -65,6 +66,7 @@ use self::join::{Joiner, SystemResolver};
 use self::layer_notice::LayerWatch;
 use self::lead::Lead;
 use self::notices::{Messenger, Notices};
+use self::own_image::{OwnImage, OwnImagePorts};
 use self::progress::Board;
 use self::recover::Recoverer;
 use self::registries::Registries;
@@ -88,6 +90,8 @@ pub struct World {
     pub unpacker: Option<Arc<dyn Unpacker>>,
     /// Leases on layers; `None` for a store that never discards layers.
     pub layer_leases: Option<Arc<dyn LayerLeases>>,
+    /// The agent's own DaemonSet; `None` where its images are left to the kubelet.
+    pub own_image: Option<OwnImagePorts>,
     /// Pods and their namespaces.
     pub cluster: Arc<dyn Cluster>,
     /// Leases.
@@ -182,6 +186,7 @@ impl Agent {
             image_verifier_dir: _,
             import_past_verifiers: _,
             unpack_layers: _,
+            own_image: _,
             retain,
             grace: _,
         } = settings;
@@ -189,6 +194,7 @@ impl Agent {
             store,
             unpacker,
             layer_leases,
+            own_image,
             cluster,
             claims,
             admission,
@@ -303,6 +309,10 @@ impl Agent {
             manner,
             metrics: metrics.clone(),
         });
+        let (own_in, own_image_status) = watch::channel(None);
+        let own_image = own_image.map(|ports| {
+            OwnImage::new(ports, salvager.recoverer(), board.clone(), metrics.clone(), manner.dry_run, own_in)
+        });
         let (retained_in, retained) = watch::channel(None);
         let retaining = layer_leases.filter(|_| retain.layers != RetainLayers::None).map(|leases| {
             let (used_in, used) = watch::channel(Arc::default());
@@ -315,6 +325,10 @@ impl Agent {
                 metrics: metrics.clone(),
             };
             let pod_images = PodImages::new(retained_cluster, rules.clone(), used_in);
+            let pod_images = match &own_image {
+                Some(own_image) => pod_images.with_own(own_image.named()),
+                None => pod_images,
+            };
             let retainer = Retainer::new(retained_store, leases, retain, used, metrics.clone(), retained_in);
             let retainer = match retain.fetch {
                 FetchFrom::None => retainer,
@@ -359,6 +373,7 @@ impl Agent {
             clock,
             images,
             retained,
+            own_image: own_image_status,
             first_hand,
             rules_file: rules_status,
         };
@@ -410,6 +425,9 @@ impl Agent {
         supervisor.spawn("pulls by hand", |stop| by_hand.run(pulls, stop));
         if let Some(messenger) = messenger {
             supervisor.spawn("webhook", |stop| messenger.run(stop));
+        }
+        if let Some(own_image) = own_image {
+            supervisor.spawn("own image", |stop| own_image.run(stop));
         }
         let pods = match retaining {
             Some((pod_images, retainer, layer_watch)) => {

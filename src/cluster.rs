@@ -20,6 +20,7 @@ mod mirrors;
 mod namespaces;
 mod node_events;
 mod nudge;
+mod own_image;
 mod own_token;
 mod owners;
 mod pods;
@@ -106,6 +107,7 @@ pub struct KubeCluster {
     namespaces: namespaces::Namespaces,
     owners: owners::Owners,
     mirrors: mirrors::Mirrors,
+    own_pod: own_image::OwnPod,
     events: events::Events,
 }
 
@@ -155,6 +157,7 @@ impl KubeCluster {
             namespaces: namespaces::Namespaces::new(client.clone()),
             owners: owners::Owners::new(client.clone()),
             mirrors: mirrors::Mirrors::default(),
+            own_pod: own_image::OwnPod::default(),
             events: events::Events::new(client.clone(), own.node.clone()),
             synced: watch::Sender::new(false),
             client,

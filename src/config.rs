@@ -85,6 +85,8 @@ pub struct Settings {
     pub import_past_verifiers: bool,
     /// Whether layers are unpacked as they come.
     pub unpack_layers: bool,
+    /// Whether the agent fetches and protects the images of its own DaemonSet.
+    pub own_image: bool,
     /// Which layers are retained.
     pub retain: RetainOptions,
     /// How long stopping may take.
@@ -149,6 +151,7 @@ impl AgentArgs {
             image_verifier_dir,
             import_past_verifiers,
             unpack_layers,
+            own_image,
             retain_layers,
             retain_bytes,
             retain_fetch,
@@ -267,6 +270,7 @@ impl AgentArgs {
                 image_verifier_dir: image_verifier_dir.unwrap_or_else(|| containerd::VERIFIERS.into()),
                 import_past_verifiers,
                 unpack_layers,
+                own_image,
                 retain: RetainOptions {
                     layers: retain_layers.into(),
                     bytes: retain_bytes,

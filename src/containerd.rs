@@ -16,6 +16,7 @@ mod images;
 mod labels;
 mod leases;
 mod link;
+mod protect;
 mod reader;
 mod renewal;
 mod retain;

@@ -15,6 +15,7 @@ pub mod ledger;
 pub mod lookup;
 pub mod opt_in;
 pub mod outage;
+pub mod own_image;
 pub mod pieces;
 pub mod pin_term;
 pub mod plan;

@@ -5,6 +5,7 @@ mod door;
 mod layers;
 mod mesh;
 mod network;
+mod own_image;
 mod register;
 
 use std::time::Duration;
@@ -15,6 +16,7 @@ use self::door::DoorMetrics;
 use self::layers::LayerMetrics;
 use self::mesh::MeshMetrics;
 use self::network::NetworkMetrics;
+use self::own_image::OwnImageMetrics;
 use self::register::{counter, counters, gauge, histogram};
 
 /// The metrics of one agent. Cheap to clone; clones share their values.
@@ -39,6 +41,7 @@ pub struct Metrics {
     layers_unpacked: IntCounterVec,
     store_list_failures: IntCounter,
     layers: LayerMetrics,
+    own_image: OwnImageMetrics,
     registries_down: IntGauge,
     odd_annotations: IntCounter,
     records_removed: IntCounter,
@@ -152,6 +155,7 @@ impl Metrics {
                 "Times that the content store could not be listed.",
             ),
             layers: LayerMetrics::new(r),
+            own_image: OwnImageMetrics::new(r),
             registries_down: gauge(r, "registries_down", "Registries that this node itself found unreachable."),
             odd_annotations: counter(
                 r,

@@ -11,6 +11,7 @@ mod content;
 mod control;
 mod fetch;
 mod notify;
+mod own_image;
 mod pieces;
 mod registry;
 mod retain;
@@ -29,11 +30,12 @@ pub use content::{
 };
 pub use control::{
     BlobAccess, ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource,
-    OutageStatus, PullFailure, PullProgress, PullRequest, RecoveryStatus, RetainedStatus, RulesFileStatus, Status,
-    StatusSource, UdpStatus,
+    NextImageStatus, OutageStatus, OwnImageStatus, PullFailure, PullProgress, PullRequest, RecoveryStatus,
+    RetainedStatus, RulesFileStatus, Status, StatusSource, UdpStatus,
 };
 pub use fetch::{FetchError, Fetcher};
 pub use notify::{MAX_PODS, Notification, Notifier, NotifyError};
+pub use own_image::{OwnDaemonSet, ProtectedImages};
 pub use pieces::{
     Following, Heard, NoPartials, Partial, Partials, PieceError, PieceFetcher, PieceSink, STAGED_LIFE, Staged,
 };

@@ -30,11 +30,13 @@ pub struct Wanted {
     pub pull_secrets: Vec<(String, String)>,
     /// The kubelet found content of the image missing or damaged: blobs that are here are not trusted.
     pub in_doubt: bool,
+    /// The content that the registry named just now, where it was asked already.
+    pub root: Option<Digest>,
 }
 
 impl From<Reference> for Wanted {
     fn from(reference: Reference) -> Self {
-        Self { reference, pull_secrets: Vec::new(), in_doubt: false }
+        Self { reference, pull_secrets: Vec::new(), in_doubt: false, root: None }
     }
 }
 
@@ -60,6 +62,9 @@ impl Resolver {
         wanted: &Wanted,
         bring: &Bring,
     ) -> Result<(Digest, Option<String>), RecoverError> {
+        if let Some(root) = wanted.root {
+            return Ok((root, None));
+        }
         let (repository, tag) = match &wanted.reference {
             Reference::Digest(_, digest) => return Ok((*digest, None)),
             Reference::Tag(repository, tag) => (repository, tag),
@@ -131,20 +136,22 @@ impl Resolver {
     /// What the source registry says the tag is; `None` when it does not say. A denial is no verdict here: we may lack the secrets that
     /// the kubelet has.
     async fn ask_registry(&self, wanted: &Wanted, repository: &Repository, tag: &str) -> Option<Digest> {
+        let said = self.ask(wanted, repository, tag).await;
+        said.inspect_err(|error| {
+            tracing::info!(reference = %wanted.reference, %error, "the registry does not say what the tag is; peers are asked");
+        })
+        .ok()
+    }
+
+    /// The digest that the source registry says the tag has now, or why it does not say.
+    pub(super) async fn ask(&self, wanted: &Wanted, repository: &Repository, tag: &str) -> Result<Digest, String> {
         let asked = async {
             let secrets = self.secrets(wanted).await;
             self.registry.resolve(repository, tag, &secrets).await
         };
         match tokio::time::timeout(REGISTRY_WAIT, asked).await {
-            Ok(Ok(digest)) => Some(digest),
-            Ok(Err(error)) => {
-                tracing::info!(reference = %wanted.reference, %error, "the registry does not say what the tag is; peers are asked");
-                None
-            }
-            Err(_) => {
-                tracing::info!(reference = %wanted.reference, "the registry takes too long; peers are asked");
-                None
-            }
+            Ok(said) => said.map_err(|error| error.to_string()),
+            Err(_) => Err(format!("no answer within {} s", REGISTRY_WAIT.as_secs())),
         }
     }
 

@@ -394,7 +394,7 @@ impl Salvager {
             })
             .collect();
         let in_doubt = self.waiting.values().any(|waiting| waiting.finds_content_missing(&reference));
-        Wanted { reference, pull_secrets: secrets.into_iter().collect(), in_doubt }
+        Wanted { reference, pull_secrets: secrets.into_iter().collect(), in_doubt, root: None }
     }
 }
 

@@ -14,7 +14,7 @@ use crate::mesh::Mesh;
 use crate::model::{MeshStatus, NodeName, Outage, OutageKind, PeerId};
 use crate::ports::{
     ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus,
-    RecoveryStatus, RetainedStatus, RulesFileStatus, Status, StatusSource,
+    OwnImageStatus, RecoveryStatus, RetainedStatus, RulesFileStatus, Status, StatusSource,
 };
 
 /// What peers say about registries, taken into account: each of them may name many, and a person reads few.
@@ -63,6 +63,8 @@ pub struct AgentStatus {
     pub images: watch::Receiver<Option<ImagesStatus>>,
     /// Retained layers; `None` inside where none are to be.
     pub retained: watch::Receiver<Option<RetainedStatus>>,
+    /// Images of the agent's own DaemonSet; `None` inside where the agent does not look after them.
+    pub own_image: watch::Receiver<Option<OwnImageStatus>>,
     /// The registries that this node itself cannot reach.
     pub first_hand: watch::Receiver<Vec<Outage>>,
     /// The rules file; `None` when there is none to watch.
@@ -82,6 +84,7 @@ impl StatusSource for AgentStatus {
             clock: self.clock.borrow().clone(),
             images: self.images.borrow().clone(),
             retained: self.retained.borrow().clone(),
+            own_image: self.own_image.borrow().clone(),
             registries_down: Some(self.registries_down()),
             recoveries: Some(self.recoveries()),
             rules_file: self.rules_file.as_ref().map(|file| file.borrow().clone()),
@@ -154,6 +157,7 @@ mod tests {
             clock: watch::channel(None).1,
             images: watch::channel(None).1,
             retained: watch::channel(None).1,
+            own_image: watch::channel(None).1,
             first_hand: watch::channel(Vec::new()).1,
             rules_file: None,
         }

@@ -10,6 +10,7 @@ mod joining;
 mod killed;
 mod mending;
 mod needs;
+mod own_image;
 mod recovering;
 mod resolving;
 mod retaining;

@@ -14,6 +14,7 @@ use super::{EXIT_USAGE, runtime};
 use crate::addresses::has_ipv6;
 use crate::admin::Check;
 use crate::admission::{CertificateAdmission, CertificateError, StaticAdmission};
+use crate::agent::own_image::OwnImagePorts;
 use crate::agent::supervisor::Supervisor;
 use crate::agent::{Agent, World};
 use crate::cluster::{self, KubeCluster, TokenAdmission};
@@ -94,6 +95,9 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         store: Arc::new(store.clone()),
         unpacker: settings.unpack_layers.then(|| Arc::new(store.clone()) as _),
         layer_leases: Some(Arc::new(store.clone())),
+        own_image: settings
+            .own_image
+            .then(|| OwnImagePorts { daemonset: Arc::clone(&kube) as _, protected: Arc::new(store.clone()) }),
         cluster: Arc::clone(&kube) as _,
         claims: Arc::clone(&kube) as _,
         admission,

@@ -11,8 +11,8 @@ use crate::agent::tell::human_bytes;
 use crate::decide::way::MAX_BLOB;
 use crate::model::MeshStatus;
 use crate::ports::{
-    ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, OutageStatus, RecoveryStatus, RetainedStatus,
-    RulesFileStatus, Status, UdpStatus,
+    ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, NextImageStatus, OutageStatus, OwnImageStatus,
+    RecoveryStatus, RetainedStatus, RulesFileStatus, Status, UdpStatus,
 };
 
 /// Flags of `lighterman status`.
@@ -84,6 +84,7 @@ fn table(status: &Status) -> String {
         clock,
         images,
         retained,
+        own_image,
         registries_down,
         recoveries,
         rules_file,
@@ -96,6 +97,7 @@ fn table(status: &Status) -> String {
     rows.push(("clock", vec![clock.as_ref().map_or_else(unknown, clock_line)]));
     rows.push(("images", images.as_ref().map_or_else(nothing_known, |images| vec![images_line(images)])));
     rows.push(("retained layers", vec![retained.as_ref().map_or_else(|| "none are to be".into(), retained_line)]));
+    rows.push(("own image", own_image.as_ref().map_or_else(|| vec!["is left to the kubelet".into()], own_image_lines)));
     rows.push(("registries down", lines(registries_down.as_deref(), outage_line)));
     rows.push(("recoveries", lines(recoveries.as_deref(), recovery_line)));
     rows.push(("rules file", rules_file.as_ref().map_or_else(|| vec!["none is watched".into()], rules_file_lines)));
@@ -197,6 +199,16 @@ fn retained_line(retained: &RetainedStatus) -> String {
     )
 }
 
+fn own_image_lines(own: &OwnImageStatus) -> Vec<String> {
+    let OwnImageStatus { current, next, is_template_known } = own;
+    let next_line = |NextImageStatus { image, missing }: &NextImageStatus| match missing {
+        None => format!("next {image}: fetched"),
+        Some(reason) => format!("next {image}: needed, {reason}"),
+    };
+    let unread = (!is_template_known).then(|| "next unknown: the DaemonSet was not read yet".into());
+    current.iter().map(|image| format!("current {image}")).chain(next.iter().map(next_line)).chain(unread).collect()
+}
+
 fn outage_line(outage: &OutageStatus) -> String {
     let OutageStatus { registry, how, since, said_by } = outage;
     format!("{registry}: {how}, since {}, seen by {}", time(*since), said_by.join(", "))
@@ -268,6 +280,17 @@ mod tests {
                 lacking: 1,
                 lacking_reasons: [("only the kubelet's credential plugin can pull them".to_owned(), 1)].into(),
             }),
+            own_image: Some(OwnImageStatus {
+                current: vec!["r.test/lighterman:v1".into()],
+                next: vec![
+                    NextImageStatus {
+                        image: "r.test/lighterman:v2".into(),
+                        missing: Some("no peer provides it".into()),
+                    },
+                    NextImageStatus { image: "r.test/init:v2".into(), missing: None },
+                ],
+                is_template_known: true,
+            }),
             registries_down: Some(vec![OutageStatus {
                 registry: "registry.example.com:5000".into(),
                 how: "connections are refused".into(),
@@ -312,6 +335,9 @@ UDP to peers      port 4701 is blocked since 2023-11-14T22:13:20Z: 3 nodes answe
 clock             42 s behind the API server's at 2023-11-14T22:13:20Z; peers may refuse each other's credentials
 images            41 announced, 3 incomplete (layers discarded after unpacking 2, layers lost 1)
 retained layers   3.0 MiB of 12.0 MiB at most, of 2 images; 1 of the 3 images that are to have all layers lack some (only the kubelet's credential plugin can pull them 1)
+own image         current r.test/lighterman:v1
+                  next r.test/lighterman:v2: needed, no peer provides it
+                  next r.test/init:v2: fetched
 registries down   registry.example.com:5000: connections are refused, since 2023-11-14T22:13:20Z, seen by n2, node-10
 recoveries        r.test/shop/checkout:v1: 3.0 MiB of 12.0 MiB from n2, unpacking layer 2 of 5
                   r.test/shop/basket:v1: looking for what is missing
@@ -321,6 +347,13 @@ rules file        /etc/lighterman/rules.yaml, in force since 2023-11-14T22:13:20
                   maxUploadRate: 50Mi
 ";
         assert_eq!(table(&status), expected);
+    }
+
+    #[test]
+    fn a_daemonset_that_was_never_read_is_said_to_be_unknown() {
+        let own = OwnImageStatus { current: vec!["r.test/lighterman:v1".into()], ..OwnImageStatus::default() };
+        let lines = ["current r.test/lighterman:v1", "next unknown: the DaemonSet was not read yet"];
+        assert_eq!(own_image_lines(&own), lines);
     }
 
     #[test]

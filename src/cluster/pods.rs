@@ -49,6 +49,7 @@ impl KubeCluster {
             };
             let Some(event) = translate(event, &mut listed) else { continue };
             self.mirrors.follow(&event);
+            self.own_pod.follow(&self.own, &event);
             let done = matches!(event, PodEvent::Synced(_));
             if out.send(event).await.is_err() {
                 return;

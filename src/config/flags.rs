@@ -237,6 +237,11 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_UNPACK_LAYERS", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     pub(super) unpack_layers: bool,
 
+    /// Fetch the next image of the agents' DaemonSet from peers before this node's turn in a rollout, and keep it and the current one
+    /// from the kubelet's image collection (true, false)
+    #[arg(long, env = "LIGHTERMAN_OWN_IMAGE", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    pub(super) own_image: bool,
+
     /// Whose layers are kept where containerd discards them after unpacking: images that opted-in namespaces run, all, none
     #[arg(long, env = "LIGHTERMAN_RETAIN_LAYERS", value_name = "WHOSE", value_enum, default_value_t = RetainKind::OptedIn)]
     pub(super) retain_layers: RetainKind,

@@ -86,7 +86,7 @@ impl ContainerdStore {
         Ok(self.link.namespace() == CRI_NAMESPACE && self.has_cri().await?)
     }
 
-    async fn get_image(&self, name: &str) -> Result<Option<Image>, Status> {
+    pub(super) async fn get_image(&self, name: &str) -> Result<Option<Image>, Status> {
         let request = self.link.request(GetImageRequest { name: name.to_owned() });
         Ok(self.link.call(self.link.images().get(request)).await?.image)
     }

@@ -178,6 +178,9 @@ pub struct Status {
     /// Layers that are retained; absent where none are to be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retained: Option<RetainedStatus>,
+    /// Images of the agent's own DaemonSet; absent where the agent does not look after them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub own_image: Option<OwnImageStatus>,
     /// Registries that are known to be down; an empty list when none is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registries_down: Option<Vec<OutageStatus>>,
@@ -292,6 +295,29 @@ pub struct RetainedStatus {
     pub lacking: usize,
     /// Why they lack a layer now: images by reason.
     pub lacking_reasons: BTreeMap<String, usize>,
+}
+
+/// Images of the agent's own DaemonSet on this node.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct OwnImageStatus {
+    /// Images of the agent's pod.
+    pub current: Vec<String>,
+    /// Images of the DaemonSet's template that the pod does not name.
+    pub next: Vec<NextImageStatus>,
+    /// The API server named the template at least once.
+    pub is_template_known: bool,
+}
+
+/// An image that the next pod of this node will need.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct NextImageStatus {
+    /// The image.
+    pub image: String,
+    /// Why the image is not on this node yet; absent once it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub missing: Option<String>,
 }
 
 /// A registry that is known to be down.

@@ -45,6 +45,8 @@ pub struct PodImages {
     cluster: Arc<dyn Cluster>,
     rules: watch::Receiver<Arc<Rules>>,
     used: watch::Sender<Arc<UsedImages>>,
+    /// The images of the agent's own DaemonSet. They count as images of an opted-in namespace.
+    own: watch::Receiver<Arc<BTreeSet<Reference>>>,
     /// The images of each pod that has not ended.
     pods: BTreeMap<PodRef, Named>,
     namespaces: BTreeMap<String, Namespace>,
@@ -74,7 +76,14 @@ impl PodImages {
         rules: watch::Receiver<Arc<Rules>>,
         used: watch::Sender<Arc<UsedImages>>,
     ) -> Self {
-        Self { cluster, rules, used, pods: BTreeMap::new(), namespaces: BTreeMap::new(), asking: JoinSet::new() }
+        let (own, namespaces) = (watch::channel(Arc::default()).1, BTreeMap::new());
+        Self { cluster, rules, used, own, pods: BTreeMap::new(), namespaces, asking: JoinSet::new() }
+    }
+
+    /// Counts the images of the agent's own DaemonSet as well.
+    #[must_use]
+    pub fn with_own(self, own: watch::Receiver<Arc<BTreeSet<Reference>>>) -> Self {
+        Self { own, ..self }
     }
 
     /// Passes events on until stopped.
@@ -100,6 +109,7 @@ impl PodImages {
                 }
                 Some(answered) = self.asking.join_next() => self.on_answer(answered),
                 Ok(()) = self.rules.changed() => {}
+                Ok(()) = self.own.changed() => {}
                 _ = tick.tick() => {}
             }
             self.ask();
@@ -162,7 +172,7 @@ impl PodImages {
 
     fn publish(&self) {
         let rules = self.rules.borrow();
-        let mut used = UsedImages::default();
+        let mut used = UsedImages { opted_in: (**self.own.borrow()).clone(), ..UsedImages::default() };
         for (PodRef { k8s_namespace: name, .. }, Named { images, pull_secrets }) in &self.pods {
             for image in images.iter().filter(|_| !pull_secrets.is_empty()) {
                 let secrets = pull_secrets.iter().map(|secret| (name.clone(), secret.clone()));

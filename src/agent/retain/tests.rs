@@ -298,3 +298,19 @@ async fn images_of_opted_in_namespaces_are_published_and_events_pass() {
     events.send(PodEvent::Gone(shop.pod)).await.unwrap();
     timeout(DEADLINE, used.wait_for(|used| used.opted_in.is_empty())).await.unwrap().unwrap();
 }
+
+#[tokio::test(start_paused = true)]
+async fn images_of_the_agents_own_daemonset_count_without_an_opt_in() {
+    let (used_in, mut used) = watch::channel(Arc::<UsedImages>::default());
+    let rules = watch::channel(Arc::new(Rules::default())).1;
+    let own = watch::Sender::<Arc<BTreeSet<Reference>>>::default();
+    let ((_events, from), (to, _passed)) = (tokio::sync::mpsc::channel(1), tokio::sync::mpsc::channel(1));
+    let stop = CancellationToken::new();
+    let _stopped = stop.clone().drop_guard();
+    let images = PodImages::new(Arc::new(MemoryCluster::default()), rules, used_in).with_own(own.subscribe());
+    tokio::spawn(images.run(from, to, stop));
+    let image: Reference = "r.test/lighterman:v2".parse().unwrap();
+    own.send_replace(Arc::new([image.clone()].into()));
+    let counted = used.wait_for(|used| used.opted_in.contains(&image) && used.undecided.is_empty());
+    timeout(DEADLINE, counted).await.expect("the own image does not count").unwrap();
+}

@@ -77,6 +77,7 @@ impl Fleet {
             store: Arc::new(MemoryStore::new()),
             unpacker: None,
             layer_leases: None,
+            own_image: None,
             cluster: Arc::new(self.cluster.clone()),
             claims: Arc::new(self.cluster.claims_of(node.clone())),
             admission,
@@ -119,6 +120,7 @@ fn settings(node: NodeName, folder: &Path, seeds: &[SocketAddr]) -> Settings {
         image_verifier_dir: folder.join("unused"),
         import_past_verifiers: false,
         unpack_layers: false,
+        own_image: false,
         retain: RetainOptions {
             layers: RetainLayers::None,
             bytes: RetainBytes::Percent(0),

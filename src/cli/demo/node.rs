@@ -61,6 +61,7 @@ impl Node {
             // Nothing runs from a folder.
             unpacker: None,
             layer_leases: None,
+            own_image: None,
             cluster: Arc::new(cluster.clone()),
             claims: Arc::new(cluster.claims_of(name.parse()?)),
             admission: Arc::new(StaticAdmission::new(admitted.iter().copied())),
@@ -93,6 +94,7 @@ impl Node {
             image_verifier_dir: folder.join("unused"),
             import_past_verifiers: false,
             unpack_layers: false,
+            own_image: false,
             retain: RetainOptions {
                 layers: RetainLayers::None,
                 bytes: RetainBytes::Percent(0),

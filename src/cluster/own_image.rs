@@ -1,0 +1,165 @@
+//! The DaemonSet that this agent belongs to, by the owner of the agent's own pod.
+
+use std::sync::{Mutex, MutexGuard};
+
+use async_trait::async_trait;
+use k8s_openapi::api::apps::v1::DaemonSet;
+use kube::Api;
+use kube::api::GetParams;
+
+use super::call::{Failure, PATIENCE, call, is_name};
+use super::{KubeCluster, Own};
+use crate::decide::own_image::{MAX_IMAGES, OwnImages};
+use crate::model::{ContainerKind, Owner, PodView};
+use crate::oci::Reference;
+use crate::ports::{ClusterError, OwnDaemonSet, PodEvent};
+
+/// The agent's own pod, as the watch of this node's pods showed it last.
+#[derive(Default)]
+pub(super) struct OwnPod(Mutex<Option<Seen>>);
+
+#[derive(Clone)]
+struct Seen {
+    images: OwnImages,
+    owner: Option<Owner>,
+}
+
+impl OwnPod {
+    pub(super) fn follow(&self, own: &Own, event: &PodEvent) {
+        if let PodEvent::Seen(view) = event
+            && is_own(own, view)
+        {
+            *self.lock() = Some(Seen::of(view));
+        }
+    }
+
+    fn seen(&self) -> Option<Seen> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Seen>> {
+        self.0.lock().expect("nothing panics while holding it")
+    }
+}
+
+fn is_own(Own { node: _, k8s_namespace, pod_name, pod_uid, service_account: _ }: &Own, view: &PodView) -> bool {
+    let pod = &view.pod;
+    pod.k8s_namespace == *k8s_namespace && pod.name == *pod_name && pod_uid.as_ref().is_none_or(|uid| *uid == pod.uid)
+}
+
+impl Seen {
+    fn of(view: &PodView) -> Self {
+        // An ephemeral container is a person's, and ends with this pod.
+        let containers = view.containers.iter().filter(|container| container.kind != ContainerKind::Ephemeral);
+        let images = containers.filter_map(|container| container.image.parse().ok()).take(MAX_IMAGES);
+        let secrets = view.pull_secrets.iter().map(|name| (view.pod.k8s_namespace.clone(), name.clone()));
+        let images = OwnImages { current: images.collect(), template: None, pull_secrets: secrets.collect() };
+        Self { images, owner: view.owner.clone() }
+    }
+}
+
+#[async_trait]
+impl OwnDaemonSet for KubeCluster {
+    async fn own_images(&self) -> Result<OwnImages, ClusterError> {
+        let Some(Seen { images, owner }) = self.own_pod.seen() else { return Ok(OwnImages::default()) };
+        let Some(owner) = owner.filter(is_daemonset) else { return Ok(images) };
+        let name = format!("DaemonSet {}/{}", self.own.k8s_namespace, owner.name);
+        match self.daemonset(&owner).await {
+            Ok(daemonset) => Ok(OwnImages { template: daemonset.map(template), ..images }),
+            Err(failure) => Err(failure.about(&name)),
+        }
+    }
+}
+
+fn is_daemonset(owner: &Owner) -> bool {
+    owner.kind == "DaemonSet" && owner.api_version.starts_with("apps/") && is_name(&owner.name)
+}
+
+impl KubeCluster {
+    /// From the API server's watch cache. `None` where the owner is gone, or another DaemonSet has
+    /// its name: this pod then has no next image.
+    async fn daemonset(&self, owner: &Owner) -> Result<Option<DaemonSet>, Failure> {
+        let daemonsets = Api::<DaemonSet>::namespaced(self.client.clone(), &self.own.k8s_namespace);
+        match call(PATIENCE, daemonsets.get_with(&owner.name, &GetParams::any())).await {
+            Ok(found) => Ok(Some(found).filter(|found| found.metadata.uid.as_ref() == Some(&owner.uid))),
+            Err(Failure::NotFound(_)) => Ok(None),
+            Err(failure) => Err(failure),
+        }
+    }
+}
+
+fn template(daemonset: DaemonSet) -> std::collections::BTreeSet<Reference> {
+    let pod = daemonset.spec.and_then(|spec| spec.template.spec).unwrap_or_default();
+    let containers = pod.init_containers.into_iter().flatten().chain(pod.containers);
+    let images = containers.filter_map(|container| container.image?.parse().ok());
+    images.take(MAX_IMAGES).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::cluster::project::project;
+
+    fn pod(name: &str, uid: &str) -> PodEvent {
+        let owner =
+            json!({"apiVersion": "apps/v1", "kind": "DaemonSet", "name": "lighterman", "uid": "d", "controller": true});
+        let pod = json!({
+            "metadata": {"name": name, "namespace": "lighterman", "uid": uid, "ownerReferences": [owner]},
+            "spec": {
+                "initContainers": [{"name": "i", "image": "r.test/init:1"}],
+                "containers": [{"name": "agent", "image": "r.test/lighterman:v1"}],
+                "ephemeralContainers": [{"name": "debug", "image": "r.test/shell:1"}],
+                "imagePullSecrets": [{"name": "key"}],
+            },
+        });
+        PodEvent::Seen(Box::new(project(serde_json::from_value(pod).unwrap()).unwrap()))
+    }
+
+    fn own(uid: Option<&str>) -> Own {
+        Own {
+            node: "n1".parse().unwrap(),
+            k8s_namespace: "lighterman".into(),
+            pod_name: "lighterman-abcde".into(),
+            pod_uid: uid.map(str::to_owned),
+            service_account: "lighterman".into(),
+        }
+    }
+
+    #[test]
+    fn the_own_pods_images_and_secrets_are_taken_and_no_persons_debug_image() {
+        let seen = OwnPod::default();
+        seen.follow(&own(Some("a")), &pod("lighterman-abcde", "a"));
+        let Seen { images, owner } = seen.seen().unwrap();
+        let names: Vec<_> = images.current.iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["r.test/init:1", "r.test/lighterman:v1"]);
+        assert_eq!(images.pull_secrets, [("lighterman".to_owned(), "key".to_owned())]);
+        assert_eq!((images.template, owner.filter(is_daemonset).unwrap().name), (None, "lighterman".to_owned()));
+    }
+
+    #[test]
+    fn another_pod_of_the_daemonset_is_not_the_own_pod() {
+        let seen = OwnPod::default();
+        seen.follow(&own(Some("a")), &pod("lighterman-other", "a"));
+        seen.follow(&own(Some("a")), &pod("lighterman-abcde", "b"));
+        assert!(seen.seen().is_none());
+        seen.follow(&own(None), &pod("lighterman-abcde", "b"));
+        assert!(seen.seen().is_some(), "without a UID the name counts");
+    }
+
+    #[test]
+    fn a_template_names_init_containers_too_and_a_bounded_number() {
+        let many: Vec<_> =
+            (0..40).map(|n| json!({"name": format!("c{n}"), "image": format!("r.test/c:{n:02}")})).collect();
+        let daemonset = |containers| {
+            let pod = json!({"initContainers": [{"name": "i", "image": "r.test/init:1"}], "containers": containers});
+            let spec = json!({"selector": {}, "template": {"spec": pod}});
+            serde_json::from_value(json!({"metadata": {}, "spec": spec})).unwrap()
+        };
+        let names = |daemonset| template(daemonset).iter().map(ToString::to_string).collect::<Vec<_>>();
+        let agent = json!([{"name": "agent", "image": "r.test/lighterman:v2"}, {"name": "none"}, {"name": "bad", "image": "A B"}]);
+        assert_eq!(names(daemonset(agent)), ["r.test/init:1", "r.test/lighterman:v2"]);
+        assert_eq!(names(daemonset(json!(many))).len(), MAX_IMAGES);
+    }
+}

@@ -1,0 +1,151 @@
+//! Decisions about the images of the agent's own DaemonSet.
+//!
+//! An agent cannot recover its own next image once its turn in a rollout has come: the old pod is
+//! gone by then. So the agent fetches the image before its turn. The kubelet must not collect
+//! images that no container uses between two pods, so the agent protects the current images and
+//! the next ones.
+//!
+//! A digest may come from any peer. The registry alone decides a tag: where the registry does not
+//! answer, the tag is left to the kubelet.
+//!
+//! Lists of repositories in namespaces do not count here. They bound what authors of pods may have;
+//! the author of this DaemonSet is root on every node already. Peers provide the image under the
+//! very repository that the DaemonSet names, as for any recovery.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use crate::oci::Reference;
+
+#[cfg(test)]
+mod tests;
+
+/// Most images of one pod that count, of the template and of the agent's pod each. The chart's pod
+/// has one container; init containers and injected sidecars make a handful.
+pub const MAX_IMAGES: usize = 16;
+
+/// Reads of the DaemonSet per second in the whole cluster, served by the API server's watch cache:
+/// a GET by name, some 20 KB with `managedFields` and `kubectl`'s annotation, so 400 KB/s at most.
+/// A watch would cost more: the DaemonSet's status changes with every pod of a rollout, twice for
+/// each of 5000 nodes, and each change would go to each of 5000 watches.
+const READS_PER_SECOND: u32 = 20;
+
+/// Shortest mean interval between two reads of one agent. Below 600 agents, a rollout of one node
+/// at a time takes about as long for each node.
+const SHORTEST: Duration = Duration::from_secs(30);
+
+/// The images of this agent's DaemonSet.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct OwnImages {
+    /// Named by the agent's own pod; empty before the pod was seen.
+    pub current: BTreeSet<Reference>,
+    /// Named by the DaemonSet's template, init containers included; `None` where the API server did
+    /// not say, or no DaemonSet owns the pod.
+    pub template: Option<BTreeSet<Reference>>,
+    /// The pod's pull secrets, by namespace and name.
+    pub pull_secrets: Vec<(String, String)>,
+}
+
+impl OwnImages {
+    /// Everything that stays on this node.
+    pub fn named(&self) -> BTreeSet<Reference> {
+        self.current.iter().chain(self.template.iter().flatten()).cloned().collect()
+    }
+
+    /// Images of the template that have no record on this node.
+    pub fn missing(&self, recorded: &BTreeSet<Reference>) -> BTreeSet<Reference> {
+        self.template.iter().flatten().filter(|image| !recorded.contains(image)).cloned().collect()
+    }
+}
+
+/// Image records of this node that the kubelet does not collect.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Protection {
+    /// With this program's mark.
+    pub ours: BTreeSet<Reference>,
+    /// Without the mark.
+    pub others: BTreeSet<Reference>,
+}
+
+impl Protection {
+    /// Every protected name.
+    pub fn all(&self) -> BTreeSet<Reference> {
+        self.ours.union(&self.others).cloned().collect()
+    }
+}
+
+/// A change of what the kubelet leaves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Keep {
+    /// Protect the image record of this name.
+    Protect(Reference),
+    /// End the protection that this agent, or one before it, gave.
+    Release(Reference),
+}
+
+/// Protects what is named, and releases what is no longer named. Nothing is released before pod and
+/// template are both known: the next image of a DaemonSet that cannot be read is not known.
+pub fn keep(own: &OwnImages, recorded: &BTreeSet<Reference>, protection: &Protection) -> Vec<Keep> {
+    let named = own.named();
+    let is_known = own.template.is_some() && !own.current.is_empty();
+    let protected = protection.all();
+    let protect = named.iter().filter(|image| recorded.contains(image) && !protected.contains(image));
+    let release = protection.ours.iter().filter(|image| is_known && !named.contains(image));
+    protect.cloned().map(Keep::Protect).chain(release.cloned().map(Keep::Release)).collect()
+}
+
+/// Facts about a missing image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Situation {
+    /// Recoveries are switched off, or the agent only reports.
+    pub is_switched_off: bool,
+    /// Images may be imported into this node's containerd.
+    pub may_import: bool,
+    /// A peer provides the image; for a tag, any content of this tag.
+    pub is_provided: bool,
+    /// The last attempt failed so recently that another one is not due.
+    pub is_backing_off: bool,
+}
+
+/// Decision about a missing image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Fetch the image from peers.
+    Fetch,
+    /// Ask the registry for the tag's digest, and fetch this digest from peers.
+    AskRegistry,
+    /// Do nothing now.
+    Wait(Cause),
+}
+
+/// Why a missing image is not fetched now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// The kill switch, or a dry run.
+    SwitchedOff,
+    /// containerd may not take imports.
+    NoImports,
+    /// No peer provides the image yet.
+    NoProvider,
+    /// The last attempt failed.
+    BackingOff,
+}
+
+/// Decides about one missing image.
+pub fn step(image: &Reference, situation: Situation) -> Step {
+    let Situation { is_switched_off, may_import, is_provided, is_backing_off } = situation;
+    match image {
+        _ if is_switched_off => Step::Wait(Cause::SwitchedOff),
+        _ if !may_import => Step::Wait(Cause::NoImports),
+        _ if !is_provided => Step::Wait(Cause::NoProvider),
+        _ if is_backing_off => Step::Wait(Cause::BackingOff),
+        Reference::Digest(..) => Step::Fetch,
+        Reference::Tag(..) => Step::AskRegistry,
+    }
+}
+
+/// Mean interval between two reads of the DaemonSet, where so many agents read it.
+pub fn read_interval(agents: usize) -> Duration {
+    let agents = u32::try_from(agents).unwrap_or(u32::MAX);
+    (Duration::from_secs(1) / READS_PER_SECOND * agents).max(SHORTEST)
+}

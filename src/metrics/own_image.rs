@@ -1,0 +1,38 @@
+//! Images of the agent's own DaemonSet.
+
+use prometheus::{IntGauge, Registry};
+
+use super::Metrics;
+use super::register::gauge;
+
+#[derive(Clone)]
+pub(super) struct OwnImageMetrics {
+    missing: IntGauge,
+    protected: IntGauge,
+}
+
+impl OwnImageMetrics {
+    pub(super) fn new(r: &Registry) -> Self {
+        Self {
+            missing: gauge(
+                r,
+                "own_images_missing",
+                "Images of the agent's DaemonSet that are not on this node, so that its next pod here has to pull them.",
+            ),
+            protected: gauge(
+                r,
+                "own_images_protected",
+                "Images of the agent's DaemonSet that the kubelet does not collect on this node.",
+            ),
+        }
+    }
+}
+
+impl Metrics {
+    /// Images of the DaemonSet's template that this node lacks, and images that are protected.
+    pub fn own_images(&self, missing: usize, protected: usize) {
+        let number = |count| i64::try_from(count).unwrap_or(i64::MAX);
+        self.own_image.missing.set(number(missing));
+        self.own_image.protected.set(number(protected));
+    }
+}
