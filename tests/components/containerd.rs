@@ -6,6 +6,7 @@ mod harbour;
 mod images;
 mod killed;
 mod mending;
+mod protected;
 mod refilling;
 mod removed;
 mod rooted;
@@ -30,6 +31,11 @@ use lighterman::testing::contract::{Subject, Unfinished, keeps_the_contract};
 use mending::{
     a_blob_without_its_file_is_fetched_again, a_blob_without_its_file_that_cannot_be_seen_is_fetched_again,
     wrong_bytes_are_replaced,
+};
+use protected::{
+    a_pin_by_another_program_is_neither_marked_nor_ended,
+    a_protected_image_is_pinned_for_the_kubelet_until_it_is_released,
+    a_protection_that_a_pull_took_away_is_missed_and_given_again, a_record_that_is_gone_is_not_protected_and_not_made,
 };
 use removed::a_record_is_removed_when_cri_has_noticed_it;
 use rooted::{below_the_node_s_root_its_folders_are_found, folders_that_are_not_mounted_have_no_figures};
@@ -81,6 +87,10 @@ on_every_version![
     changes_are_noticed_after_a_restart,
     a_record_is_written_when_cri_has_noticed_it,
     a_record_is_removed_when_cri_has_noticed_it,
+    a_protected_image_is_pinned_for_the_kubelet_until_it_is_released,
+    a_pin_by_another_program_is_neither_marked_nor_ended,
+    a_record_that_is_gone_is_not_protected_and_not_made,
+    a_protection_that_a_pull_took_away_is_missed_and_given_again,
     every_kind_of_image_is_recovered_and_survives_the_collector,
     labels_that_were_missing_are_written,
     it_tells_what_it_is,

@@ -5,6 +5,7 @@ mod apiserver;
 mod chart;
 mod claims;
 mod kubelet_events;
+mod own_image;
 mod owners;
 mod pod_policy;
 mod pods;

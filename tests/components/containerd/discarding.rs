@@ -56,14 +56,14 @@ async fn it_retains_as_promised(version: &str) {
 }
 
 /// A registry that serves what is in a store; any repository has every blob.
-struct LoopbackRegistry {
+pub(super) struct LoopbackRegistry {
     content: MemoryStore,
     address: String,
     made: AtomicUsize,
 }
 
 impl LoopbackRegistry {
-    async fn start() -> Self {
+    pub(super) async fn start() -> Self {
         let content = MemoryStore::new();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -76,13 +76,19 @@ impl LoopbackRegistry {
     }
 
     /// An image of eight gzipped layers, 1 KiB to 4 MiB; no two images share one.
-    async fn push(&self) -> (String, MadeImage) {
+    pub(super) async fn push(&self) -> (String, MadeImage) {
+        let name = format!("{}/app/{}:1", self.address, self.made.load(Ordering::Relaxed));
+        let image = self.push_as(&name).await;
+        (name, image)
+    }
+
+    /// The same under this name, which may exist.
+    pub(super) async fn push_as(&self, name: &str) -> MadeImage {
         let number = self.made.fetch_add(1, Ordering::Relaxed);
-        let name = format!("{}/app/{number}:1", self.address);
         let layers = [1 << 10, 4 << 20, 20_000, 300_000, 1 << 20, 1 << 10, 2 << 20, 5000].to_vec();
         let recipe = Recipe { layers, packing: Packing::Gzip, index: true, ..Recipe::default() };
         let seed = 100 + number as u64;
-        (name.clone(), make_image(&self.content, &[name], &recipe, seed).await.unwrap())
+        make_image(&self.content, &[name.to_owned()], &recipe, seed).await.unwrap()
     }
 }
 

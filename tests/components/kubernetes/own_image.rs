@@ -1,0 +1,104 @@
+//! The DaemonSet that the agent belongs to, read with the rights that the chart grants.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::core::v1::Pod;
+use kube::Api;
+use kube::api::{DeleteParams, Patch, PatchParams};
+use lighterman::cluster::{KubeCluster, connect};
+use lighterman::decide::own_image::OwnImages;
+use lighterman::ports::OwnDaemonSet;
+use serde_json::{Value, json};
+
+use super::apiserver::{Place, SERVICE_ACCOUNT, address, make, requests, within};
+use super::watch::Watch;
+use crate::fleet::rights::grant;
+
+fn template(image: &str) -> Value {
+    let spec = json!({
+        "restartPolicy": "Always",
+        "initContainers": [{ "name": "init", "image": "reg.test/init:1" }],
+        "containers": [{ "name": "agent", "image": image }],
+    });
+    json!({ "metadata": { "labels": { "app": "lighterman" } }, "spec": spec })
+}
+
+/// Makes the DaemonSet of this place; answers its UID.
+async fn daemonset(place: &Place, image: &str) -> String {
+    let spec = json!({ "selector": { "matchLabels": { "app": "lighterman" } }, "template": template(image) });
+    let object = json!({ "metadata": { "name": "lighterman" }, "spec": spec });
+    let made = make::<DaemonSet>(&daemonsets(place), object).await;
+    made.metadata.uid.unwrap()
+}
+
+fn daemonsets(place: &Place) -> Api<DaemonSet> {
+    Api::namespaced(place.admin.clone(), &place.name)
+}
+
+/// The agent's own pod, which the DaemonSet of this UID owns, and an agent with a token of its own.
+async fn agent(place: &Place, uid: &str) -> Arc<KubeCluster> {
+    let owner =
+        json!({ "apiVersion": "apps/v1", "kind": "DaemonSet", "name": "lighterman", "uid": uid, "controller": true });
+    let pod = json!({
+        "metadata": { "name": "agent", "ownerReferences": [owner] },
+        "spec": {
+            "nodeName": place.name, "serviceAccountName": SERVICE_ACCOUNT,
+            "containers": [{ "name": "agent", "image": "reg.test/lighterman:v1" }],
+        },
+    });
+    make::<Pod>(&place.pods(), pod).await;
+    let token = place.token(SERVICE_ACCOUNT, None, None).await;
+    Arc::new(connect(place.config_with(address().port(), &token)).await.unwrap())
+}
+
+fn names(images: &OwnImages) -> (Vec<String>, Option<Vec<String>>) {
+    let OwnImages { current, template, pull_secrets: _ } = images;
+    let text = |images: &std::collections::BTreeSet<_>| images.iter().map(ToString::to_string).collect();
+    (text(current), template.as_ref().map(text))
+}
+
+/// The API server's watch cache follows etcd by some milliseconds.
+async fn becomes(agent: &KubeCluster, template: Option<&[&str]>) {
+    let template: Option<Vec<_>> = template.map(|images| images.iter().map(ToString::to_string).collect());
+    while names(&agent.own_images().await.unwrap()) != (vec!["reg.test/lighterman:v1".to_owned()], template.clone()) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn the_template_of_the_own_daemonset_is_read_with_the_charts_rights() {
+    within(async {
+        let place = Place::new().await;
+        grant(&place, "podPolicy=always").await;
+        let uid = daemonset(&place, "reg.test/lighterman:v1").await;
+        let agent = agent(&place, &uid).await;
+        assert_eq!(agent.own_images().await.unwrap(), OwnImages::default(), "the own pod was not seen yet");
+        let mut watch = Watch::start(Arc::clone(&agent));
+        watch.pod(|view| view.pod.name == "agent").await;
+        becomes(&agent, Some(&["reg.test/init:1", "reg.test/lighterman:v1"])).await;
+
+        let next = Patch::Strategic(json!({ "spec": { "template": template("reg.test/lighterman:v2") } }));
+        daemonsets(&place).patch("lighterman", &PatchParams::default(), &next).await.unwrap();
+        becomes(&agent, Some(&["reg.test/init:1", "reg.test/lighterman:v2"])).await;
+
+        // From the watch cache, by name: no list, no watch, no quorum read.
+        let path = format!("/apis/apps/v1/namespaces/{}/daemonsets", place.name);
+        let asked: Vec<_> = requests()
+            .into_iter()
+            .filter(|(by, uri)| by.starts_with("lighterman/") && uri.starts_with(&path))
+            .collect();
+        assert!(!asked.is_empty());
+        for (_, uri) in asked {
+            assert_eq!(uri, format!("{path}/lighterman?&resourceVersion=0"));
+        }
+
+        daemonsets(&place).delete("lighterman", &DeleteParams::default()).await.unwrap();
+        becomes(&agent, None).await;
+        daemonset(&place, "reg.test/lighterman:v3").await;
+        becomes(&agent, None).await;
+        watch.end().await;
+    })
+    .await;
+}
