@@ -6,6 +6,7 @@ mod doors;
 mod false_outages;
 mod network;
 mod outage;
+mod own_image;
 mod settings;
 mod stolen;
 mod versions;
@@ -45,6 +46,7 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("a_fault_that_is_no_outage_makes_no_pod_run_what_a_tag_named_before", false_outages::run_no_old_image),
     ("strangers_are_refused_at_both_doors_and_see_nothing", doors::strangers),
     ("a_stolen_token_changes_no_pod_beyond_a_nudge_on_its_own_node", stolen::attacks),
+    ("agents_are_upgraded_in_an_outage_with_an_image_that_one_node_has", own_image::upgraded_in_an_outage),
     ("an_agent_that_is_told_to_stop_ends_in_time", termination),
     (VERSIONS, versions::side_by_side),
 ];
