@@ -50,8 +50,12 @@ impl<'a> FromRegistry<'a> {
     pub(super) async fn fetch(mut self, names: BTreeSet<SecretName>) -> Result<(), Failure> {
         let Lacking { manifest: _, reference, root: _, layers } = self.image;
         let named = names.len();
-        let wanted =
-            Wanted { reference: reference.clone(), pull_secrets: names.into_iter().collect(), in_doubt: false };
+        let wanted = Wanted {
+            reference: reference.clone(),
+            pull_secrets: names.into_iter().collect(),
+            in_doubt: false,
+            root: None,
+        };
         let secrets = self.recoverer.resolver.secrets(&wanted).await;
         let unread = secrets.len() < named;
         let mut awaited = self.recoverer.bring.awaited();

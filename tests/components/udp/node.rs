@@ -159,6 +159,7 @@ fn world(site: &Site, name: &str, store: &Arc<MemoryStore>) -> World {
         admission: Arc::new(StaticAdmission::new(site.identities.iter().map(Identity::peer_id))),
         registry: Arc::new(MemoryRegistry::default()),
         connections: None,
+        own_image: None,
         notifier: None,
         imports: watch::channel(Imports::Allowed).1,
         containerd: None,
@@ -185,6 +186,7 @@ fn settings(name: &str, folder: &Path, end: usize) -> Settings {
         image_verifier_dir: folder.join("unused"),
         import_past_verifiers: false,
         unpack_layers: false,
+        own_image: false,
         retain: RetainOptions {
             layers: RetainLayers::None,
             bytes: RetainBytes::Percent(0),
