@@ -33,6 +33,7 @@ mod tests;
 pub mod udp_watch;
 pub mod unpack;
 pub mod ways;
+mod world;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -49,10 +50,7 @@ use crate::identity::Identity;
 use crate::mesh::{self, Table};
 use crate::metrics::Metrics;
 use crate::oci::Platform;
-use crate::ports::{
-    Admission, Claims, Cluster, ContainerdStatus, ContentStore, Imports, LayerLeases, MeshSource, Notifier, PodEvent,
-    PullConnections, Registry, Unpacker,
-};
+use crate::ports::MeshSource;
 use crate::transfer::{self, Surroundings, Transfer};
 
 use self::advertise::{Advertiser, Besides};
@@ -66,7 +64,7 @@ use self::join::{Joiner, SystemResolver};
 use self::layer_notice::LayerWatch;
 use self::lead::Lead;
 use self::notices::{Messenger, Notices};
-use self::own_image::{OwnImage, OwnImagePorts};
+use self::own_image::OwnImage;
 use self::progress::Board;
 use self::recover::Recoverer;
 use self::registries::Registries;
@@ -81,38 +79,7 @@ use self::swarm::Underway;
 use self::udp_watch::UdpWatch;
 use self::unpack::Unpacking;
 use self::ways::{OverMesh, Ways};
-
-/// The outside world of one agent: its ports.
-pub struct World {
-    /// Where content is kept.
-    pub store: Arc<dyn ContentStore>,
-    /// Unpacks what is kept there; `None` where that is not wanted, or means nothing.
-    pub unpacker: Option<Arc<dyn Unpacker>>,
-    /// Leases on layers; `None` for a store that never discards layers.
-    pub layer_leases: Option<Arc<dyn LayerLeases>>,
-    /// The agent's own DaemonSet; `None` where its images are left to the kubelet.
-    pub own_image: Option<OwnImagePorts>,
-    /// Pods and their namespaces.
-    pub cluster: Arc<dyn Cluster>,
-    /// Leases.
-    pub claims: Arc<dyn Claims>,
-    /// Who may join.
-    pub admission: Arc<dyn Admission>,
-    /// The registries that images come from.
-    pub registry: Arc<dyn Registry>,
-    /// containerd's TCP connections; `None` with another store.
-    pub connections: Option<Arc<dyn PullConnections>>,
-    /// Where to tell people outside the cluster, if anywhere.
-    pub notifier: Option<Arc<dyn Notifier>>,
-    /// Whether anything may be brought into the store.
-    pub imports: watch::Receiver<Imports>,
-    /// What containerd told of itself; `None` with another store.
-    pub containerd: Option<watch::Receiver<ContainerdStatus>>,
-    /// The pods of this node.
-    pub pods: mpsc::Receiver<PodEvent>,
-    /// What has to hold besides the content store's answer before the agent is ready.
-    pub checks: Vec<Check>,
-}
+pub use self::world::{StartError, World};
 
 /// An agent that was put together and listens, but runs only with its supervisor.
 pub struct Agent {
@@ -126,23 +93,6 @@ pub struct Agent {
     pub transfer: SocketAddr,
     /// Where it answers probes.
     pub admin: SocketAddr,
-}
-
-/// The agent could not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The port for blobs.
-    #[error(transparent)]
-    Transfer(#[from] transfer::BindError),
-    /// The port for gossip.
-    #[error(transparent)]
-    Mesh(#[from] mesh::MeshError),
-    /// The admin port.
-    #[error(transparent)]
-    Admin(#[from] std::io::Error),
-    /// The socket for people on this node.
-    #[error(transparent)]
-    Control(#[from] control::BindError),
 }
 
 /// Bounds of the channels between tasks: enough for one burst (110 pods of a node listed at once; every peer of a large

@@ -1,0 +1,62 @@
+//! What an agent is put together from: its ports, and why it could not start.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, watch};
+
+use super::own_image::OwnImagePorts;
+use crate::admin::Check;
+use crate::ports::{
+    Admission, Claims, Cluster, ContainerdStatus, ContentStore, Imports, LayerLeases, Notifier, PodEvent,
+    PullConnections, Registry, Unpacker,
+};
+use crate::{control, mesh, transfer};
+
+/// The outside world of one agent: its ports.
+pub struct World {
+    /// Where content is kept.
+    pub store: Arc<dyn ContentStore>,
+    /// Unpacks what is kept there; `None` where that is not wanted, or means nothing.
+    pub unpacker: Option<Arc<dyn Unpacker>>,
+    /// Leases on layers; `None` for a store that never discards layers.
+    pub layer_leases: Option<Arc<dyn LayerLeases>>,
+    /// The agent's own DaemonSet; `None` where its images are left to the kubelet.
+    pub own_image: Option<OwnImagePorts>,
+    /// Pods and their namespaces.
+    pub cluster: Arc<dyn Cluster>,
+    /// Leases.
+    pub claims: Arc<dyn Claims>,
+    /// Who may join.
+    pub admission: Arc<dyn Admission>,
+    /// The registries that images come from.
+    pub registry: Arc<dyn Registry>,
+    /// containerd's TCP connections; `None` with another store.
+    pub connections: Option<Arc<dyn PullConnections>>,
+    /// Where to tell people outside the cluster, if anywhere.
+    pub notifier: Option<Arc<dyn Notifier>>,
+    /// Whether anything may be brought into the store.
+    pub imports: watch::Receiver<Imports>,
+    /// What containerd told of itself; `None` with another store.
+    pub containerd: Option<watch::Receiver<ContainerdStatus>>,
+    /// The pods of this node.
+    pub pods: mpsc::Receiver<PodEvent>,
+    /// What has to hold besides the content store's answer before the agent is ready.
+    pub checks: Vec<Check>,
+}
+
+/// The agent could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The port for blobs.
+    #[error(transparent)]
+    Transfer(#[from] transfer::BindError),
+    /// The port for gossip.
+    #[error(transparent)]
+    Mesh(#[from] mesh::MeshError),
+    /// The admin port.
+    #[error(transparent)]
+    Admin(#[from] std::io::Error),
+    /// The socket for people on this node.
+    #[error(transparent)]
+    Control(#[from] control::BindError),
+}
