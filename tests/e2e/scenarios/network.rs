@@ -159,7 +159,8 @@ pub(super) fn dns_queries(bed: &Bed) -> Result<(), Failure> {
     };
     let converged =
         |peers: f64| Ok::<_, Failure>(bed.metric(node, "lighterman_peers").is_ok_and(|known| known == peers));
-    let others = NODES.len() as f64 - 1.0;
+    // The nodes of the stall rows have agents as well.
+    let agents = bed.nodes().count() as f64;
     let deadline = Instant::now() + PATIENCE;
     let counted = loop {
         queries.take_for(Duration::from_secs(2));
@@ -168,7 +169,7 @@ pub(super) fn dns_queries(bed: &Bed) -> Result<(), Failure> {
         let sent = queries.of(address).len();
         queries.take_for(Duration::from_secs(2));
         let is_still = look_ups().is_ok_and(|after| after == before) && queries.of(address).len() == sent;
-        if is_still && before >= 1.0 && converged(others)? {
+        if is_still && before >= 1.0 && converged(agents - 1.0)? {
             break before;
         }
         ensure(Instant::now() < deadline, "the new agent does not come to rest")?;
@@ -186,10 +187,7 @@ pub(super) fn dns_queries(bed: &Bed) -> Result<(), Failure> {
     let Some(window) = window else { return Ok(()) };
     queries.names.clear();
     queries.take_for(Duration::from_secs(window.into()));
-    let per_hour = queries.names.len() as f64 / NODES.len() as f64 * 3600.0 / f64::from(window);
-    println!(
-        "figure dns_queries_per_agent_hour_wire {per_hour:.1} ({window} s after convergence, {} agents)",
-        NODES.len()
-    );
+    let per_hour = queries.names.len() as f64 / agents * 3600.0 / f64::from(window);
+    println!("figure dns_queries_per_agent_hour_wire {per_hour:.1} ({window} s after convergence, {agents} agents)");
     Ok(())
 }

@@ -85,7 +85,7 @@ impl<'a> Builds<'a> {
         // An agent that starts does not serve metrics at once.
         wait_for("every agent to see the others", PATIENCE, || {
             let mut seen = NODES.iter().map(|(node, _)| bed.metric(node, "lighterman_peers").unwrap_or(0.0));
-            Ok(seen.all(|peers| peers == (NODES.len() - 1) as f64).then_some(()))
+            Ok(seen.all(|peers| peers == bed.nodes().count() as f64 - 1.0).then_some(()))
         })
         .map_err(|error| format!("{error}\n{}", bed.agents_story()))
     }
