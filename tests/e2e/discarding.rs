@@ -39,7 +39,7 @@ fn nodes() -> Vec<(&'static str, &'static str)> {
     NODES.into_iter().chain(extra).collect()
 }
 
-/// Starts the cluster, has each node pull an image, and fills the disks.
+/// Starts the cluster, has each node pull two images, and fills the disks.
 pub(crate) fn up() -> Result<Bed, Failure> {
     let names: Vec<_> = nodes().iter().map(|(name, _)| *name).collect();
     let all = names.join(" ");
@@ -50,13 +50,15 @@ pub(crate) fn up() -> Result<Bed, Failure> {
     bed.import_agents()?;
     let fresh = Space::new(&bed, FRESH)?;
     let mut pulled = Vec::new();
-    for node in &names {
-        let image = Image::push(&bed, &format!("fresh/{node}:v1"))?;
-        fresh.pod(&format!("on-{node}"), node, &image.by_tag, true)?;
-        pulled.push((node, image));
+    // Two images on each node: with one, the agent's own image would be half of the node's images,
+    // and half is not most.
+    for (node, name) in names.iter().flat_map(|node| [(node, (*node).to_owned()), (node, format!("{node}-too"))]) {
+        let image = Image::push(&bed, &format!("fresh/{name}:v1"))?;
+        fresh.pod(&format!("on-{name}"), node, &image.by_tag, true)?;
+        pulled.push((node, name, image));
     }
-    for (node, image) in pulled {
-        fresh.wait_running(&format!("on-{node}"))?;
+    for (node, name, image) in pulled {
+        fresh.wait_running(&format!("on-{name}"))?;
         collect(&bed, node)?;
         let left = image.layers_on(&bed, node)?;
         ensure(left == 0, format!("containerd on {node} keeps {left} layers: it does not discard them"))?;
