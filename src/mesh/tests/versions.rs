@@ -39,8 +39,8 @@ async fn what_a_newer_agent_announces_reaches_an_older_one_that_it_never_meets()
     far.until_up(today.id()).await;
     far.announce(blob("newer")).await;
     today.announce(blob("older")).await;
-    // A relay passes on the older agent's entry as it is. The older agent does not read the topic of
-    // the newer entry, and asks for the entry when it compares its state with its neighbour's.
+    // A relay passes on the older agent's entry as it is. The older agent does not read the topic
+    // of the newer entry, and asks for the entry when it compares its state with its neighbour's.
     far.until_holds(today.id(), blob("older")).await;
     today.until_holds(far.id(), blob("newer")).await;
 }
