@@ -281,6 +281,8 @@ impl Salvager {
         let Some(waiting) = self.waiting.get_mut(&pod.pod) else { return false };
         let mut has_news = false;
         let fresh = std::mem::take(&mut waiting.fresh_failures);
+        // Permission may take seconds to ask for, and evidence is as old as the pod's status.
+        let seen = waiting.came;
         for container in pod.containers.iter().filter(|container| fresh.contains(&container.name)) {
             let (image, _) = image_in_question(pod, container);
             let cause = container.waiting.as_ref().and_then(cause);
@@ -290,7 +292,7 @@ impl Salvager {
                     continue;
                 }
                 let said = container.waiting.as_ref().map_or("", |waiting| waiting.message.as_str());
-                self.registries.pull_failed(registry, kind, names_another_host(said, registry), now());
+                self.registries.pull_failed(registry, kind, names_another_host(said, registry), seen);
                 has_news = true;
             }
         }
