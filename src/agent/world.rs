@@ -1,4 +1,4 @@
-//! What an agent is put together from: its ports, and why it could not start.
+//! The parts that an agent is put together from, and the errors of its start.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::{control, mesh, transfer};
 pub struct World {
     /// Where content is kept.
     pub store: Arc<dyn ContentStore>,
-    /// Unpacks what is kept there; `None` where that is not wanted, or means nothing.
+    /// Unpacks layers of the store; `None` where a setting or the store rules that out.
     pub unpacker: Option<Arc<dyn Unpacker>>,
     /// Leases on layers; `None` for a store that never discards layers.
     pub layer_leases: Option<Arc<dyn LayerLeases>>,
@@ -26,7 +26,7 @@ pub struct World {
     pub cluster: Arc<dyn Cluster>,
     /// Leases.
     pub claims: Arc<dyn Claims>,
-    /// Who may join.
+    /// Admission of peers.
     pub admission: Arc<dyn Admission>,
     /// The registries that images come from.
     pub registry: Arc<dyn Registry>,
@@ -36,11 +36,11 @@ pub struct World {
     pub notifier: Option<Arc<dyn Notifier>>,
     /// Whether anything may be brought into the store.
     pub imports: watch::Receiver<Imports>,
-    /// What containerd told of itself; `None` with another store.
+    /// containerd's version and settings, as containerd tells them; `None` with another store.
     pub containerd: Option<watch::Receiver<ContainerdStatus>>,
     /// The pods of this node.
     pub pods: mpsc::Receiver<PodEvent>,
-    /// What has to hold besides the content store's answer before the agent is ready.
+    /// Conditions of readiness besides the content store's answer.
     pub checks: Vec<Check>,
 }
 

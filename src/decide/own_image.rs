@@ -8,7 +8,7 @@
 //! A digest may come from any peer. The registry alone decides a tag: where the registry does not
 //! answer, the tag is left to the kubelet.
 //!
-//! Lists of repositories in namespaces do not count here. They bound what authors of pods may have;
+//! Lists of repositories in namespaces do not count here. Lists bound the images of pods' authors;
 //! the author of this DaemonSet is root on every node already. Peers provide the image under the
 //! very repository that the DaemonSet names, as for any recovery.
 

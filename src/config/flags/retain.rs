@@ -5,14 +5,14 @@ use clap::ValueEnum;
 use crate::decide::fill::FetchFrom;
 use crate::decide::retain::RetainLayers;
 
-/// Whose layers are retained.
+/// The images whose layers are retained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(in crate::config) enum RetainKind {
-    /// Those of images that pods of opted-in namespaces run or ran.
+    /// Images that pods of opted-in namespaces run or ran.
     OptedIn,
-    /// Those of every image.
+    /// Every image.
     All,
-    /// No layers.
+    /// No image.
     None,
 }
 
