@@ -91,6 +91,11 @@ impl Registries {
         self.publish(now);
     }
 
+    /// A pull through containerd failed with an answer of the registry, or of a mirror.
+    pub(super) fn pull_answered(&mut self, registry: &str) {
+        self.outages.pull_answered(registry);
+    }
+
     /// A pull through containerd succeeded: the registry, or a mirror of it, can be reached from here.
     pub(super) fn pull_succeeded(&mut self, registry: &str, now: Instant) {
         if self.outages.pull_succeeded(registry, now) {

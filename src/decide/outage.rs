@@ -27,6 +27,12 @@ const KUBELETS_WORD: Duration = Duration::from_secs(10 * 60);
 /// outage lasts.
 const FRESH: Duration = Duration::from_secs(30);
 
+/// Age by which a pod's status may lag behind the failed pull that the status reports. The kubelet
+/// writes the failure of a repeated pull into the status when the kubelet next syncs the pod, and
+/// syncs a pod with a failed container after 10 s and up to half of that more (`backOffPeriod` and
+/// `workerBackOffPeriodJitterFactor` in kubelet's `pod_workers.go`).
+const STATUS_LAG: Duration = Duration::from_secs(15);
+
 /// Between two questions to a registry that is down: recoveries should stop soon after it is back.
 const WHILE_DOWN: Duration = Duration::from_secs(10);
 
@@ -60,7 +66,8 @@ struct Known {
     is_silent: bool,
     /// The latest question that counts and had no answer, unless an answer came since.
     silent_since_asked: Option<Instant>,
-    /// The latest failed pull, and the one before, since the last pull that succeeded.
+    /// When a status reported the latest failed pull, and the one before, since the last pull that
+    /// had an answer.
     failed_pulls: [Option<Instant>; 2],
     /// A failed pull named another host: containerd reaches this registry's images elsewhere, too.
     has_mirror: bool,
@@ -76,8 +83,8 @@ enum Evidence {
 }
 
 impl Outages {
-    /// A pull through containerd failed for a fault of the registry. `has_mirror` where its message
-    /// names another host.
+    /// A pull through containerd failed for a fault of the registry, as a pod's status of `now`
+    /// says. `has_mirror` where the message names another host.
     pub fn pull_failed(&mut self, registry: &str, kind: OutageKind, has_mirror: bool, now: Instant, clock: SystemTime) {
         let known = self.known(registry, now);
         known.answers = 0;
@@ -95,6 +102,15 @@ impl Outages {
         known.failed_pulls = [None; 2];
         known.silent_since_asked = None;
         was_down
+    }
+
+    /// A pull through containerd failed with an answer of the registry or of a mirror, such as 404.
+    /// The outage of other hosts may go on, and digests are recovered as before. The next pull may
+    /// succeed, so the kubelet decides tags first.
+    pub fn pull_answered(&mut self, registry: &str) {
+        if let Some(known) = self.registries.get_mut(registry) {
+            known.failed_pulls = [None; 2];
+        }
     }
 
     /// The agent asked, and the registry answered or did not. Whether that changed what is known.
@@ -137,7 +153,7 @@ impl Outages {
             let [latest, before] = known.failed_pulls;
             match known.question_counts() {
                 true => is_within(latest, KUBELETS_WORD) && is_within(known.silent_since_asked, FRESH),
-                false => is_within(before, KUBELETS_WORD) && is_within(latest, FRESH),
+                false => is_within(before, KUBELETS_WORD) && is_within(latest, FRESH - STATUS_LAG),
             }
         })
     }

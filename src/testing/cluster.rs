@@ -39,6 +39,8 @@ struct State {
     versions: u64,
     away: bool,
     denies: bool,
+    /// Wait before each answer about a namespace.
+    namespace_delay: Duration,
 }
 
 impl Default for MemoryCluster {
@@ -119,6 +121,11 @@ impl MemoryCluster {
         self.lock().away = away;
     }
 
+    /// Delays every answer about a namespace from now on, as a slow API server does.
+    pub fn delay_namespaces(&self, delay: Duration) {
+        self.lock().namespace_delay = delay;
+    }
+
     /// Whether nudges and deletions are denied from now on, as where the agent lacks the rights.
     pub fn set_denies(&self, denies: bool) {
         self.lock().denies = denies;
@@ -153,6 +160,8 @@ impl MemoryCluster {
 #[async_trait]
 impl Cluster for MemoryCluster {
     async fn namespace(&self, name: &str) -> Result<Arc<NamespaceView>, ClusterError> {
+        let delay = self.lock().namespace_delay;
+        tokio::time::sleep(delay).await;
         let state = self.answering()?;
         state.namespaces.get(name).cloned().ok_or_else(|| ClusterError::Gone(format!("namespace {name}")))
     }

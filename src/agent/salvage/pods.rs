@@ -286,14 +286,16 @@ impl Salvager {
         for container in pod.containers.iter().filter(|container| fresh.contains(&container.name)) {
             let (image, _) = image_in_question(pod, container);
             let cause = container.waiting.as_ref().and_then(cause);
-            if let (Some(Cause::Unavailable(kind)), Ok(reference)) = (cause, image.parse::<Reference>()) {
-                let registry = &reference.repository().registry;
-                if !counts(&self.registries, registry) {
-                    continue;
+            let Ok(reference) = image.parse::<Reference>() else { continue };
+            let registry = &reference.repository().registry;
+            match cause {
+                Some(Cause::Unavailable(kind)) if counts(&self.registries, registry) => {
+                    let said = container.waiting.as_ref().map_or("", |waiting| waiting.message.as_str());
+                    self.registries.pull_failed(registry, kind, names_another_host(said, registry), seen);
+                    has_news = true;
                 }
-                let said = container.waiting.as_ref().map_or("", |waiting| waiting.message.as_str());
-                self.registries.pull_failed(registry, kind, names_another_host(said, registry), seen);
-                has_news = true;
+                Some(Cause::NotFound | Cause::Denied) => self.registries.pull_answered(registry),
+                _ => {}
             }
         }
         has_news

@@ -50,6 +50,50 @@ async fn a_pull_that_moves_a_recovered_tag_ends_the_outage() {
     .await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_tag_is_not_recovered_early_after_a_mirror_answered_a_pull() {
+    let absent =
+        "failed to pull and unpack image \"r.test/other:2\": failed to resolve image: r.test/other:2: not found";
+    for (is_answered, is_early) in [(false, true), (true, false)] {
+        let harbour = Harbour::new();
+        harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+        let watch = Watch::start(&harbour);
+        watch.names_in.send_replace(Some(Arc::default()));
+        watch.sees(failing("one", "r.test/other:1", REFUSED)).await;
+        watch.sees(failing("two", "r.test/other:2", REFUSED)).await;
+        watch.rest().await;
+        if is_answered {
+            watch.sees(failing("two", "r.test/other:2", absent)).await;
+            watch.rest().await;
+        }
+        watch.sees(pending("early", IMAGE)).await;
+        watch.rest().await;
+        assert_eq!(harbour.record_names().await.contains(&IMAGE.to_owned()), is_early);
+        assert_eq!(watch.outages.borrow().len(), 1, "other hosts of the registry may still be down");
+        watch.stop().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_pull_is_as_old_as_the_status_even_when_the_api_server_answers_late() {
+    for (delay, is_early) in [(1, true), (20, false)] {
+        let harbour = Harbour::new();
+        harbour.peer_with(1, IMAGE, Behaviour::Honest).await;
+        let watch = Watch::start(&harbour);
+        watch.names_in.send_replace(Some(Arc::default()));
+        harbour.cluster.delay_namespaces(std::time::Duration::from_secs(delay));
+        watch.sees(failing("one", "r.test/other:1", REFUSED)).await;
+        watch.sees(failing("two", "r.test/other:2", REFUSED)).await;
+        tokio::time::sleep(std::time::Duration::from_secs(delay)).await;
+        harbour.cluster.delay_namespaces(std::time::Duration::ZERO);
+        watch.rest().await;
+        watch.sees(pending("early", IMAGE)).await;
+        watch.rest().await;
+        assert_eq!(harbour.record_names().await.contains(&IMAGE.to_owned()), is_early, "{delay} s");
+        watch.stop().await;
+    }
+}
+
 /// Recovers an image in an outage, which does not end the outage; then containerd's records become what `pulled` makes of them.
 async fn outage_ends_with(pulled: impl FnOnce(BTreeMap<String, Digest>) -> BTreeMap<String, Digest>) {
     let harbour = Harbour::new();

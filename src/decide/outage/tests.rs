@@ -51,15 +51,31 @@ fn a_successful_pull_ends_the_outage() {
 }
 
 #[test]
-fn one_failed_pull_decides_no_tag_and_two_do_so_for_30_s() {
+fn one_failed_pull_decides_no_tag_and_two_do_so_until_the_later_may_be_30_s_old() {
     let mut outages = Outages::default();
     let now = Instant::now();
     outages.pull_failed(R, OutageKind::Refused, false, now, CLOCK);
     assert!(outages.is_down(R, now) && !outages.confirms_now(R, now));
     outages.pull_failed(R, OutageKind::Refused, false, now + FRESH * 3, CLOCK);
-    assert!(outages.confirms_now(R, now + FRESH * 4 - Duration::from_secs(1)));
-    assert!(!outages.confirms_now(R, now + FRESH * 4), "the kubelet tries first");
+    // The pull may have failed 15 s before its status was seen.
+    let too_old = now + FRESH * 3 + FRESH - STATUS_LAG;
+    assert!(outages.confirms_now(R, too_old - Duration::from_secs(1)));
+    assert!(!outages.confirms_now(R, too_old), "the kubelet tries first");
     assert!(outages.is_down(R, now + FRESH * 4), "a digest needs no fresh evidence");
+}
+
+#[test]
+fn failed_pulls_before_an_answer_decide_no_tag() {
+    let mut outages = Outages::default();
+    let now = Instant::now();
+    outages.pull_failed(R, OutageKind::Refused, true, now, CLOCK);
+    outages.pull_failed(R, OutageKind::Refused, true, now, CLOCK);
+    assert!(outages.confirms_now(R, now));
+    outages.pull_answered(R);
+    assert!(!outages.confirms_now(R, now), "the kubelet tries first");
+    assert!(outages.is_down(R, now), "another host than the one that answered may still be down");
+    outages.pull_answered("unknown.test");
+    assert_eq!(outages.registries.len(), 1, "an answer needs no memory");
 }
 
 #[test]
@@ -111,6 +127,7 @@ fn a_question_never_counts_where_containerd_pulls_from_another_host() {
 enum Step {
     PullFails { names_mirror: bool },
     PullSucceeds,
+    PullIsAnswered,
     Answers,
     IsSilent,
 }
@@ -121,6 +138,7 @@ fn steps() -> impl proptest::strategy::Strategy<Value = Vec<(u64, Step, u64)>> {
     let step = prop_oneof![
         4 => any::<bool>().prop_map(|names_mirror| Step::PullFails { names_mirror }),
         1 => Just(Step::PullSucceeds),
+        1 => Just(Step::PullIsAnswered),
         1 => Just(Step::Answers),
         2 => Just(Step::IsSilent),
     ];
@@ -145,6 +163,11 @@ proptest::proptest! {
                 }
                 Step::PullSucceeds => {
                     outages.pull_succeeded(R, now);
+                    failed_pulls.clear();
+                    false
+                }
+                Step::PullIsAnswered => {
+                    outages.pull_answered(R);
                     failed_pulls.clear();
                     false
                 }

@@ -102,11 +102,13 @@ fn after_a_hiccup(bed: &Bed, tries: &[Try<'_>]) -> Result<usize, Failure> {
         }
     }
     drop(hiccup);
+    println!("  {}: the mirror is back", jiff::Timestamp::now());
     // The passing of this time is what the scenario is about.
     std::thread::sleep(AFTER_HICCUP);
     for (a_try, moved) in &moved {
         a_try.run(moved)?;
     }
+    println!("  {}: the pods of moved tags are made", jiff::Timestamp::now());
     for pod in tries[..NODES.len() - 1].iter().flat_map(Try::failing_pods) {
         println!("  {pod}: {:?}", tries[0].space.events(&pod, "Failed")?);
     }
@@ -185,11 +187,40 @@ impl Try<'_> {
         let id = pod["status"]["containerStatuses"][0]["imageID"].as_str().unwrap_or_default();
         let is = |image: &Image| id.contains(&image.root) || id.contains(&image.config);
         if is(&moved.old) {
-            let salvaged = self.space.events(&moved.pod(), "ImageSalvaged")?;
-            println!("  {} runs its old image on {}: {salvaged:?}", moved.image, self.node);
+            println!("  {} runs its old image on {}:\n{}", moved.image, self.node, self.story(moved)?);
             return Ok(true);
         }
         if is(&moved.new) { Ok(false) } else { Err(format!("{} runs {id}", moved.image)) }
+    }
+
+    /// The Events about the moved pod and the failing pods with their times, and the agents' lines
+    /// about the registry. All times are those of one machine.
+    fn story(&self, moved: &Moved) -> Result<String, Failure> {
+        let pods: Vec<_> = self.failing_pods().into_iter().chain([moved.pod()]).collect();
+        let events = self.bed().get(&["-n", &self.space.name, "events"])?;
+        let events = events["items"].as_array().into_iter().flatten();
+        let mut lines: Vec<_> = events
+            .filter_map(|event| {
+                let pod = event["involvedObject"]["name"].as_str().filter(|name| pods.iter().any(|pod| pod == name))?;
+                let text = |key: &str| event[key].as_str().unwrap_or_default().to_owned();
+                let (first, last) = (text("firstTimestamp"), text("lastTimestamp"));
+                let times = format!("{first}..{last} {} {}", event["eventTime"], event["count"]);
+                Some(format!("    {times} {pod} {}: {}", text("reason"), text("message")))
+            })
+            .collect();
+        lines.sort();
+        let log = self.bed().kubectl(&[
+            "-n",
+            "lighterman",
+            "logs",
+            "-l",
+            "app.kubernetes.io/name=lighterman",
+            "--prefix",
+            "--tail=-1",
+        ])?;
+        let registry = moved.image.split('/').next().unwrap_or_default();
+        lines.extend(log.lines().filter(|line| line.contains(registry)).map(|line| format!("    {line}")));
+        Ok(lines.join("\n"))
     }
 
     /// Waits for an Event of the kubelet about a failed pull with one of these texts.
