@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 
 use criterion::Criterion;
 use lighterman::decide::inventory::Inventory;
-use lighterman::decide::pieces::{Candidate, End, Neighbour, Pool};
-use lighterman::decide::slots::Slots;
+use lighterman::decide::piece_picker::{FollowChange, PiecePicker, Provider, RequestEnd};
+use lighterman::decide::upload_slots::UploadSlots;
 use lighterman::model::{
-    Availability, Bits, ContentChange, Entry, Gossip, Head, Item, MAX_CHANGES, Peer, PeerId, Signature,
+    Bits, Gossip, InventoryChange, InventoryItem, LogEntry, LogHead, MAX_CHANGES, Peer, PeerId, PieceMapUpdate,
+    Signature,
 };
-use lighterman::oci::{Chain, ChainBuilder, Cut, Digest, Hasher, Repository};
+use lighterman::oci::{Digest, HashChain, HashChainBuilder, Hasher, PieceLayout, Repository};
 use lighterman::wire;
 use rand::rngs::SmallRng;
 use rand::{Rng, RngCore, SeedableRng};
@@ -25,11 +26,11 @@ const SAMPLES: usize = 30;
 
 fn main() {
     let mut criterion = Criterion::default().sample_size(SAMPLES).configure_from_args();
-    chain(&mut criterion);
+    hash_chain(&mut criterion);
     inventory(&mut criterion);
     codec(&mut criterion);
-    pool(&mut criterion);
-    slots(&mut criterion);
+    piece_picker(&mut criterion);
+    serving_slots(&mut criterion);
     criterion.final_summary();
 }
 
@@ -72,12 +73,12 @@ const BLOB: usize = 16 << 20;
 const PORTION: usize = 1400;
 
 /// A blob's chain as it is hashed, and its pieces checked alone, beside SHA-256 by itself.
-fn chain(criterion: &mut Criterion) {
+fn hash_chain(criterion: &mut Criterion) {
     let mut blob = vec![0; BLOB];
     SmallRng::seed_from_u64(1).fill_bytes(&mut blob);
-    let cut = Cut::usual(BLOB as u64);
+    let layout = PieceLayout::for_size(BLOB as u64);
     let build = || {
-        let mut builder = ChainBuilder::new(cut);
+        let mut builder = HashChainBuilder::new(layout);
         blob.chunks(PORTION).for_each(|portion| builder.update(portion));
         builder.finish()
     };
@@ -89,24 +90,24 @@ fn chain(criterion: &mut Criterion) {
     measure(criterion, "chain_build_ns_per_kib", BLOB >> 10, || {
         black_box(build());
     });
-    let chain: Chain = build().expect("as long as the cut says");
-    let pieces: Vec<_> = blob.chunks(usize::try_from(cut.length(0)).expect("fits in memory")).collect();
+    let chain: HashChain = build().expect("as long as the cut says");
+    let pieces: Vec<_> = blob.chunks(usize::try_from(layout.piece_length(0)).expect("fits in memory")).collect();
     measure(criterion, "chain_check_ns_per_kib", BLOB >> 10, || {
         for (number, piece) in pieces.iter().enumerate() {
             let mut hasher = chain.hasher(number);
             piece.chunks(PORTION).for_each(|portion| hasher.update(portion));
-            assert!(hasher.fits(&chain));
+            assert!(hasher.is_valid_for(&chain));
         }
     });
 }
 
 /// Nodes of a large cluster, the images each holds, and the images there are: some 24 000 different blobs and names.
 const PEERS: usize = 1000;
-const HELD: usize = 300;
+const IMAGES_PER_PEER: usize = 300;
 const IMAGES: usize = 1700;
 
 /// Parts of an image: an index, a manifest, a config, nine layers, and a name with a tag and one without.
-const PARTS: usize = 14;
+const ITEMS_PER_IMAGE: usize = 14;
 
 /// The table of who holds what, of a thousand nodes with 300 images each.
 fn inventory(criterion: &mut Criterion) {
@@ -116,32 +117,32 @@ fn inventory(criterion: &mut Criterion) {
     let mut inventory = Inventory::default();
     for peer in &peers {
         inventory.up(peer.clone());
-        let held = rand::seq::index::sample(&mut rng, IMAGES, HELD);
+        let held = rand::seq::index::sample(&mut rng, IMAGES, IMAGES_PER_PEER);
         inventory.replace(peer.id, held.into_iter().flat_map(|image| images[image].clone()));
     }
-    println!("inventory: {} peers x {HELD} images, {} different items", peers.len(), inventory.items());
+    println!("inventory: {} peers x {IMAGES_PER_PEER} images, {} different items", peers.len(), inventory.items());
     // An image comes and goes again, at another node each time.
     let new = image(IMAGES);
-    let added: Vec<_> = new.iter().cloned().map(ContentChange::Added).collect();
-    let removed: Vec<_> = new.iter().cloned().map(ContentChange::Removed).collect();
+    let added: Vec<_> = new.iter().cloned().map(InventoryChange::Added).collect();
+    let removed: Vec<_> = new.iter().cloned().map(InventoryChange::Removed).collect();
     let mut turn = peers.iter().cycle();
-    measure(criterion, "inventory_update_ns", 2 * PARTS, || {
+    measure(criterion, "inventory_update_ns", 2 * ITEMS_PER_IMAGE, || {
         let Some(peer) = turn.next() else { return };
         inventory.change(peer.id, added.clone());
         inventory.change(peer.id, removed.clone());
     });
     let mut asked = images.iter().cycle();
     measure(criterion, "inventory_lookup_ns", 1, || {
-        if let Some([.., Item::Blob(digest), _, _]) = asked.next().map(Vec::as_slice) {
-            black_box(inventory.holders(*digest));
+        if let Some([.., InventoryItem::Blob(digest), _, _]) = asked.next().map(Vec::as_slice) {
+            black_box(inventory.blob_providers(*digest));
         }
     });
     let (repository, root) = (repository(7), blob(7, 0));
     measure(criterion, "inventory_providers_ns", 1, || {
-        black_box(inventory.providers(&repository, root));
+        black_box(inventory.image_providers(&repository, root));
     });
     measure(criterion, "inventory_replace_ns", 1, || {
-        inventory.replace(peers[0].id, images[..HELD].iter().flatten().cloned());
+        inventory.replace(peers[0].id, images[..IMAGES_PER_PEER].iter().flatten().cloned());
     });
 }
 
@@ -154,11 +155,11 @@ fn repository(image: usize) -> Repository {
 }
 
 /// The parts of an image, its last layer and its names last.
-fn image(number: usize) -> Vec<Item> {
-    let mut parts: Vec<_> = (0..PARTS - 2).map(|part| Item::Blob(blob(number, part))).collect();
+fn image(number: usize) -> Vec<InventoryItem> {
+    let mut parts: Vec<_> = (0..ITEMS_PER_IMAGE - 2).map(|part| InventoryItem::Blob(blob(number, part))).collect();
     let root = blob(number, 0);
-    parts.push(Item::Image(repository(number), Some(format!("v1.{number}.0")), root));
-    parts.push(Item::Image(repository(number), None, root));
+    parts.push(InventoryItem::Image(repository(number), Some(format!("v1.{number}.0")), root));
+    parts.push(InventoryItem::Image(repository(number), None, root));
     parts
 }
 
@@ -174,8 +175,8 @@ fn peer(number: usize) -> Peer {
 
 /// An entry of a log with as many changes as it may have, and what a peer has of a blob of 20 GiB.
 fn codec(criterion: &mut Criterion) {
-    let changes: Vec<_> = (0..).flat_map(image).map(ContentChange::Added).take(MAX_CHANGES).collect();
-    let head = Head {
+    let changes: Vec<_> = (0..).flat_map(image).map(InventoryChange::Added).take(MAX_CHANGES).collect();
+    let head = LogHead {
         publisher: peer(0).id,
         epoch: 1_700_000_000_000,
         sequence: 1000,
@@ -183,12 +184,12 @@ fn codec(criterion: &mut Criterion) {
         state: Digest::of(b"state"),
         signature: Signature([1; 32], [2; 32]),
     };
-    let entry = Gossip::Entry(Entry { head, changes });
+    let entry = Gossip::Entry(LogEntry { head, changes });
     both_ways(criterion, "entry", &entry);
     let mut bits = Bits::none_of(2560);
     let mut rng = SmallRng::seed_from_u64(1);
     (0..2560).filter(|_| rng.random()).for_each(|piece| bits.set(piece));
-    both_ways(criterion, "availability", &Availability::These(bits));
+    both_ways(criterion, "availability", &PieceMapUpdate::Map(bits));
 }
 
 fn both_ways<M: wire::Message>(criterion: &mut Criterion, name: &str, message: &M) {
@@ -203,21 +204,21 @@ fn both_ways<M: wire::Message>(criterion: &mut Criterion, name: &str, message: &
 }
 
 /// Pieces of an image of 10 GiB from forty peers, half of which have all of it and half every second piece.
-fn pool(criterion: &mut Criterion) {
+fn piece_picker(criterion: &mut Criterion) {
     measure_some(criterion, "pool_next_ns", || {
-        let fetched = fetch();
+        let fetched = pick_all_pieces();
         (fetched.deciding, fetched.decisions)
     });
     measure_some(criterion, "pool_piece_ns", || {
         let began = Instant::now();
-        let fetched = fetch();
+        let fetched = pick_all_pieces();
         (began.elapsed(), fetched.pieces)
     });
 }
 
 /// What is asked of the pool until everything is there.
 #[derive(Default)]
-struct Fetched {
+struct FetchCost {
     /// In [`Pool::next`].
     deciding: Duration,
     decisions: usize,
@@ -227,56 +228,61 @@ struct Fetched {
 /// Layers, in GiB.
 const LAYERS: [u64; 4] = [4, 3, 2, 1];
 
-fn fetch() -> Fetched {
+fn pick_all_pieces() -> FetchCost {
     let mut now = Instant::now();
-    let mut pool = Pool::new(None, 1);
+    let mut pool = PiecePicker::new(None, 1);
     let holders: Vec<_> = (0..40)
-        .map(|number| Candidate { peer: peer(number).id, zone: None, whole: number % 2 == 0, standing: 0 })
+        .map(|number| Provider { peer: peer(number).id, zone: None, is_whole: number % 2 == 0, standing: 0 })
         .collect();
     for (number, gib) in LAYERS.into_iter().enumerate() {
-        let (digest, cut) = (blob(0, number), Cut::usual(gib << 30));
-        pool.add(digest, cut);
-        pool.lists(digest);
-        pool.candidates(digest, &holders);
+        let (digest, layout) = (blob(0, number), PieceLayout::for_size(gib << 30));
+        pool.add_blob(digest, layout);
+        pool.mark_hash_chain_ready(digest);
+        pool.set_providers(digest, &holders);
     }
-    for neighbour in pool.neighbours(now) {
-        let Neighbour::Follow { peer, digest } = neighbour else { continue };
-        let is_whole = holders.iter().any(|holder| holder.peer == peer && holder.whole);
+    for neighbour in pool.take_follow_changes(now) {
+        let FollowChange::Follow { peer, digest } = neighbour else { continue };
+        let is_whole = holders.iter().any(|holder| holder.peer == peer && holder.is_whole);
         let mut half = Bits::none_of(512);
         (0..512).step_by(2).for_each(|piece| half.set(piece));
-        pool.hears(peer, digest, &if is_whole { Availability::Whole } else { Availability::These(half) }, now);
+        pool.record_piece_map(
+            peer,
+            digest,
+            &if is_whole { PieceMapUpdate::HaveAll } else { PieceMapUpdate::Map(half) },
+            now,
+        );
     }
-    let mut fetched = Fetched::default();
-    let mut under_way = VecDeque::new();
-    while !pool.is_done() {
+    let mut fetched = FetchCost::default();
+    let mut in_flight = VecDeque::new();
+    while !pool.is_complete() {
         let began = Instant::now();
-        let ask = pool.next(now);
+        let request = pool.next_request(now);
         fetched.deciding += began.elapsed();
         fetched.decisions += 1;
-        if let Some(ask) = ask {
-            under_way.push_back(ask);
+        if let Some(request) = request {
+            in_flight.push_back(request);
             continue;
         }
-        // Nothing more to ask: the oldest is answered.
-        let Some(ask) = under_way.pop_front() else { break };
-        for piece in ask.order.choice.iter().take(ask.order.most.into()) {
+        // Nothing more to request: the oldest is answered.
+        let Some(request) = in_flight.pop_front() else { break };
+        for piece in request.request.pieces.iter().take(request.request.limit.into()) {
             now += Duration::from_millis(1);
-            pool.begins(ask.id, *piece, now);
-            pool.brings(ask.id, ask.order.cut.length(*piece as usize), now);
-            pool.has(ask.id, *piece, now);
-            pool.fits(ask.order.peer, ask.order.digest);
+            pool.begin_piece(request.id, *piece, now);
+            pool.record_bytes(request.id, request.request.layout.piece_length(*piece as usize), now);
+            pool.complete_piece(request.id, *piece, now);
+            pool.record_verified_piece(request.request.peer, request.request.digest);
             fetched.pieces += 1;
         }
-        pool.ends(ask.id, End::Done, now);
-        pool.cancels();
+        pool.end_request(request.id, RequestEnd::Done, now);
+        pool.take_cancellations();
     }
-    assert!(pool.is_done(), "{} pieces came", fetched.pieces);
+    assert!(pool.is_complete(), "{} pieces came", fetched.pieces);
     fetched
 }
 
 /// A turn at a node that a thousand requests of 250 peers wait for.
-fn slots(criterion: &mut Criterion) {
-    let mut slots = Slots::new(8, 16);
+fn serving_slots(criterion: &mut Criterion) {
+    let mut slots = UploadSlots::new(8, 16);
     let peers: Vec<_> = (0..250).map(|number| peer(number).id).collect();
     let mut asking = HashMap::new();
     for number in 0..1000 {
@@ -284,9 +290,9 @@ fn slots(criterion: &mut Criterion) {
         asking.insert(slots.enqueue(peer, digest, 100).expect("there is room"), (peer, digest));
     }
     measure(criterion, "slots_turn_ns", 1, || {
-        let Some(ticket) = slots.turn() else { return };
-        slots.sent(ticket, 8 << 20);
-        slots.done(ticket);
+        let Some(ticket) = slots.start_next() else { return };
+        slots.record_sent(ticket, 8 << 20);
+        slots.remove(ticket);
         if let Some((peer, digest)) = asking.remove(&ticket)
             && let Ok(ticket) = slots.enqueue(peer, digest, 100)
         {

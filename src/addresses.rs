@@ -3,15 +3,15 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 
 /// Reserved for documentation (RFC 5737 and RFC 3849), so no node has them.
-const NO_NODE_HAS: [IpAddr; 2] =
+const DOCUMENTATION_ADDRESSES: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))];
 
 /// Whether this node has the address: only then can a socket have it. Every address of 127.0.0.0/8
 /// is the node's. Where `ip_nonlocal_bind` is set any address can be bound, so a bind proves
 /// nothing and the answer is no.
-pub fn is_of_this_node(address: IpAddr) -> bool {
+pub fn is_local_address(address: IpAddr) -> bool {
     let can_bind = |address: IpAddr| UdpSocket::bind((address, 0)).is_ok();
-    let no_node_has = NO_NODE_HAS.iter().filter(|other| other.is_ipv4() == address.is_ipv4());
+    let no_node_has = DOCUMENTATION_ADDRESSES.iter().filter(|other| other.is_ipv4() == address.is_ipv4());
     can_bind(address) && !no_node_has.copied().any(can_bind)
 }
 
@@ -39,13 +39,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_addresses_of_this_machine_are_of_this_node() {
-        assert!(is_of_this_node([127, 0, 0, 1].into()));
-        assert!(!is_of_this_node([198, 51, 100, 1].into()), "TEST-NET-2");
+    fn only_addresses_of_this_machine_are_local() {
+        assert!(is_local_address([127, 0, 0, 1].into()));
+        assert!(!is_local_address([198, 51, 100, 1].into()), "TEST-NET-2");
     }
 
     #[test]
-    fn an_address_of_one_link_is_none_for_peers() {
+    fn a_link_local_address_is_not_for_peers() {
         let is_for_peers = |address: &str| is_address_for_peers(address.parse().unwrap());
         assert!(["10.0.0.1", "127.0.0.1", "fd77::11", "2001:db8::1", "::1"].into_iter().all(is_for_peers));
         assert!(!["169.254.1.1", "fe80::1", "0.0.0.0", "::", "224.0.0.1", "ff02::1"].into_iter().any(is_for_peers));

@@ -19,25 +19,25 @@ use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
 use crate::ports::MeshSource;
-use server::Server;
+use server::LimitedServer;
 
 /// Something that has to hold before the agent is ready.
-pub struct Check {
+pub struct ReadinessCheck {
     /// Shown when it does not hold.
     pub name: &'static str,
     /// Whether it holds now.
-    pub holds: watch::Receiver<bool>,
+    pub passes: watch::Receiver<bool>,
 }
 
 /// The admin server, bound and not yet serving.
-pub struct Admin {
-    server: Server,
+pub struct AdminServer {
+    server: LimitedServer,
 }
 
-struct Shared {
+struct AdminState {
     metrics: Metrics,
-    checks: Vec<Check>,
-    mesh: mesh::Page,
+    checks: Vec<ReadinessCheck>,
+    mesh: mesh::MeshPage,
 }
 
 /// Connections that the kernel completes before they are accepted. The limit of connections is
@@ -59,7 +59,7 @@ fn listener(address: SocketAddr) -> std::io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-impl Admin {
+impl AdminServer {
     /// Binds the port.
     ///
     /// # Errors
@@ -67,18 +67,18 @@ impl Admin {
     pub async fn bind(
         listen: SocketAddr,
         metrics: Metrics,
-        checks: Vec<Check>,
+        checks: Vec<ReadinessCheck>,
         mesh: Arc<dyn MeshSource>,
     ) -> std::io::Result<Self> {
         let listener = listener(listen)
             .map_err(|error| std::io::Error::new(error.kind(), format!("admin port {listen}: {error}")))?;
         let router = Router::new()
-            .route("/metrics", get(render))
+            .route("/metrics", get(serve_metrics))
             .route("/healthz", get(|| async { "ok\n" }))
-            .route("/readyz", get(ready))
-            .route("/debug/mesh", get(mesh::show))
-            .with_state(Arc::new(Shared { metrics: metrics.clone(), checks, mesh: mesh::Page::new(mesh) }));
-        Ok(Self { server: Server { listener, router, metrics } })
+            .route("/readyz", get(serve_readiness))
+            .route("/debug/mesh", get(mesh::serve_mesh))
+            .with_state(Arc::new(AdminState { metrics: metrics.clone(), checks, mesh: mesh::MeshPage::new(mesh) }));
+        Ok(Self { server: LimitedServer { listener, router, metrics } })
     }
 
     /// Where it really listens.
@@ -95,12 +95,13 @@ impl Admin {
     }
 }
 
-async fn render(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
+async fn serve_metrics(State(shared): State<Arc<AdminState>>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], shared.metrics.render())
 }
 
-async fn ready(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
-    let missing: Vec<_> = shared.checks.iter().filter(|check| !*check.holds.borrow()).map(|check| check.name).collect();
+async fn serve_readiness(State(shared): State<Arc<AdminState>>) -> impl IntoResponse {
+    let missing: Vec<_> =
+        shared.checks.iter().filter(|check| !*check.passes.borrow()).map(|check| check.name).collect();
     if missing.is_empty() {
         (StatusCode::OK, "ready\n".to_owned())
     } else {

@@ -4,7 +4,7 @@
 //! [`crate::cluster`]'s.
 
 mod certificate;
-mod list;
+mod static_list;
 
-pub use certificate::{CertificateAdmission, CertificateError, Files};
-pub use list::StaticAdmission;
+pub use certificate::{CertificateAdmission, CertificateFiles, CertificateFilesError};
+pub use static_list::StaticAdmission;

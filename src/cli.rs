@@ -121,13 +121,13 @@ pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 }
 
 /// Most threads of a runtime. A fetched byte costs some 2 ns with its hash, so that six of them fill 25 Gbit/s.
-const MOST_WORKERS: usize = 8;
+const MAX_WORKERS: usize = 8;
 
 /// Threads that drive everything but what may block. Half of the processors that this process may use: the others are for what the node is
 /// there for, and threads that seldom have anything to do cost more to wake than they bring (a swarm of eight agents on two processors, links of
 /// 100 Mbit/s: the last one is done after 1.31 times size / bandwidth with one thread each, 1.47 to 1.55 with two).
 fn workers(processors: usize) -> usize {
-    (processors / 2).clamp(1, MOST_WORKERS)
+    (processors / 2).clamp(1, MAX_WORKERS)
 }
 
 #[cfg(test)]

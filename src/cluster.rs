@@ -5,33 +5,33 @@
 //! only when asked to, pull secrets are read and pods deleted. Not here: what any of it means (that is [`crate::decide`]'s), and
 //! admission by a plain list of PeerIds.
 
-mod admission;
-mod cached;
-mod call;
+mod admission_file;
+mod api_error;
+mod api_server;
 mod claims;
 mod clock;
-mod delete;
 mod events;
 mod jwks;
-mod kept;
 mod kubelet_events;
 mod metadata;
-mod mirrors;
+mod mirror_pods;
 mod namespaces;
 mod node_events;
+mod node_metadata;
 mod nudge;
 mod own_image;
 mod own_token;
 mod owners;
-mod pods;
-mod project;
-mod review;
+mod pod_deletion;
+mod pod_view;
+mod pod_watch;
+mod response_cache;
 mod secrets;
-mod server;
-mod verdicts;
-mod zone;
+mod token_admission;
+mod token_review;
+mod verdict_cache;
 
-pub use admission::{Keep, TokenAdmission};
+pub use token_admission::{TokenAdmission, TokenAdmissionOptions};
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -53,10 +53,10 @@ const USER_AGENT: &str = concat!("lighterman/", env!("CARGO_PKG_VERSION"));
 
 /// Silence after which a connection counts as dead. A healthy watch is never silent for so long: the API server sends a
 /// bookmark every minute. Without this a watch whose server lost power would look quiet for five minutes.
-const SILENCE: Duration = Duration::from_secs(90);
+const READ_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// To connect, and to get a request out. A caller's own limit is shorter; this one frees the connection behind it.
-const HANDSHAKE: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Which cluster, and who this agent is in it.
 #[derive(Debug, Clone)]
@@ -101,19 +101,19 @@ pub enum ConnectError {
 /// The API server, as this agent uses it.
 pub struct KubeCluster {
     client: Client,
-    own: Own,
+    agent_pod: AgentPod,
     start_jitter: Duration,
     synced: watch::Sender<bool>,
     namespaces: namespaces::Namespaces,
     owners: owners::Owners,
-    mirrors: mirrors::Mirrors,
-    own_pod: own_image::OwnPod,
-    events: events::Events,
+    mirror_pods: mirror_pods::MirrorPods,
+    own_pod: own_image::OwnPodTracker,
+    events: events::EventRecorder,
 }
 
 /// Who this agent is.
 #[derive(Debug, Clone)]
-struct Own {
+struct AgentPod {
     node: NodeName,
     k8s_namespace: String,
     pod_name: String,
@@ -135,9 +135,9 @@ pub async fn connect(config: Config) -> Result<KubeCluster, ConnectError> {
         }
         None => kube::Config::incluster_env().map_err(ConnectError::InCluster)?,
     };
-    settings.connect_timeout = Some(HANDSHAKE);
-    settings.write_timeout = Some(HANDSHAKE);
-    settings.read_timeout = Some(SILENCE);
+    settings.connect_timeout = Some(CONNECT_TIMEOUT);
+    settings.write_timeout = Some(CONNECT_TIMEOUT);
+    settings.read_timeout = Some(READ_TIMEOUT);
     // Else the time that a pooled connection lay idle would count as silence.
     settings.reset_reader_on_write = true;
     // kube would try fifteen times, up to a quarter of an hour apart; every caller here decides for itself.
@@ -147,21 +147,21 @@ pub async fn connect(config: Config) -> Result<KubeCluster, ConnectError> {
     // kube takes the process's provider, and rustls has two to choose from (src/transfer/tls.rs). A second call changes nothing.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let client = Client::try_from(settings).map_err(|error| ConnectError::Client(Box::new(error)))?;
-    let own = Own { node, k8s_namespace, pod_name, pod_uid, service_account };
+    let own = AgentPod { node, k8s_namespace, pod_name, pod_uid, service_account };
     Ok(KubeCluster::new(client, own, start_jitter))
 }
 
 impl KubeCluster {
-    fn new(client: Client, own: Own, start_jitter: Duration) -> Self {
+    fn new(client: Client, own: AgentPod, start_jitter: Duration) -> Self {
         Self {
             namespaces: namespaces::Namespaces::new(client.clone()),
             owners: owners::Owners::new(client.clone()),
-            mirrors: mirrors::Mirrors::default(),
-            own_pod: own_image::OwnPod::default(),
-            events: events::Events::new(client.clone(), own.node.clone()),
+            mirror_pods: mirror_pods::MirrorPods::default(),
+            own_pod: own_image::OwnPodTracker::default(),
+            events: events::EventRecorder::new(client.clone(), own.node.clone()),
             synced: watch::Sender::new(false),
             client,
-            own,
+            agent_pod: own,
             start_jitter,
         }
     }
@@ -174,15 +174,15 @@ impl Cluster for KubeCluster {
     }
 
     async fn owners(&self, k8s_namespace: &str, owner: &Owner) -> Result<Vec<Arc<Annotations>>, ClusterError> {
-        self.owners.upwards(k8s_namespace, owner).await
+        self.owners.ancestor_annotations(k8s_namespace, owner).await
     }
 
     async fn zone(&self) -> Result<Option<Zone>, ClusterError> {
-        zone::zone(&self.client, &self.own.node).await
+        node_metadata::zone(&self.client, &self.agent_pod.node).await
     }
 
     async fn kubelet_events(&self, pod: &PodRef) -> Result<Vec<KubeletEvent>, ClusterError> {
-        kubelet_events::kubelet_events(&self.client, pod, &self.mirrors.kubelets_uid(pod)).await
+        kubelet_events::kubelet_events(&self.client, pod, &self.mirror_pods.kubelet_uid(pod)).await
     }
 
     async fn pull_secret(&self, k8s_namespace: &str, name: &str) -> Result<PullSecret, ClusterError> {
@@ -190,7 +190,7 @@ impl Cluster for KubeCluster {
     }
 
     async fn delete(&self, pod: &PodRef) -> Result<(), ClusterError> {
-        delete::delete(&self.client, pod).await
+        pod_deletion::delete_pod(&self.client, pod).await
     }
 
     async fn nudge(&self, pod: &PodRef) -> Result<(), ClusterError> {
@@ -198,18 +198,18 @@ impl Cluster for KubeCluster {
     }
 
     async fn report(&self, pod: &PodRef, report: &PodReport) -> Result<(), ClusterError> {
-        self.events.report(pod, &self.mirrors.kubelets_uid(pod), report).await
+        self.events.report(pod, &self.mirror_pods.kubelet_uid(pod), report).await
     }
 
     async fn report_on_node(&self, report: &NodeReport) -> Result<(), ClusterError> {
-        node_events::report(&self.client, &self.own.node, report).await
+        node_events::report(&self.client, &self.agent_pod.node, report).await
     }
 
     async fn node_created(&self, node: &NodeName) -> Result<SystemTime, ClusterError> {
-        zone::created(&self.client, node).await
+        node_metadata::creation_time(&self.client, node).await
     }
 
     async fn clock(&self) -> Result<ClockSample, ClusterError> {
-        clock::clock(&self.client).await
+        clock::sample_clock(&self.client).await
     }
 }

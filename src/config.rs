@@ -3,7 +3,7 @@
 //! The chart's values, these flags and the README name the same things; `scripts/check-flags.sh` compares the first two.
 
 mod flags;
-pub mod rules_file;
+pub mod policy_file;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -12,9 +12,9 @@ use std::time::Duration;
 
 pub use self::flags::{AdmissionKind, AgentArgs};
 use crate::addresses::is_address_for_peers;
-use crate::decide::opt_in::Policy;
+use crate::decide::opt_in::OptInPolicy;
+use crate::decide::policy::{Budgets, Policy, RecoveryOptions, ResolveOptions};
 use crate::decide::retain::RetainOptions;
-use crate::decide::rules::{Budgets, Manner, ResolveSettings, Rules};
 use crate::model::{NodeName, PeerId, Zone};
 use crate::{admission, cluster, containerd, mesh, registry, transfer, webhook};
 
@@ -34,20 +34,20 @@ pub struct Config {
     /// Where to tell people outside the cluster, if anywhere.
     pub webhook: Option<webhook::Config>,
     /// Who may join.
-    pub admitting: Admitting,
+    pub admission: AdmissionMode,
     /// The agent itself.
     pub settings: Settings,
 }
 
 /// By what peers are admitted.
 #[derive(Debug, Clone)]
-pub enum Admitting {
+pub enum AdmissionMode {
     /// ServiceAccount tokens.
-    Token(cluster::Keep),
+    Token(cluster::TokenAdmissionOptions),
     /// Certificates.
-    Certificate(admission::Files),
+    Certificate(admission::CertificateFiles),
     /// These, and no others.
-    Listed(Vec<PeerId>),
+    Static(Vec<PeerId>),
 }
 
 /// What the agent itself is told.
@@ -58,7 +58,7 @@ pub struct Settings {
     /// The admin port.
     pub admin_listen: SocketAddr,
     /// Where first peers may be, as `host:port`.
-    pub seeds: Vec<String>,
+    pub join_addresses: Vec<String>,
     /// This node's address as peers are told it, if it was set.
     pub advertise: Option<IpAddr>,
     /// This node's zone, if it was set.
@@ -68,15 +68,15 @@ pub struct Settings {
     /// Where known peers are kept.
     pub peers_file: PathBuf,
     /// Who is helped and what it may cost, unless the rules file says otherwise.
-    pub rules: Rules,
+    pub policy: Policy,
     /// What may override that.
-    pub rules_file: Option<PathBuf>,
+    pub policy_file: Option<PathBuf>,
     /// Where people on this node reach the agent.
     pub control_socket: PathBuf,
     /// How references are read.
-    pub resolve: ResolveSettings,
+    pub resolve: ResolveOptions,
     /// How recoveries are carried out.
-    pub manner: Manner,
+    pub options: RecoveryOptions,
     /// Whether registries are asked if they are there.
     pub probe_registries: bool,
     /// The folder of containerd's image verifiers on the node.
@@ -170,15 +170,15 @@ impl AgentArgs {
             grace_period,
         } = self;
         let admitting = match (admission, allow_peer.is_empty(), (tls_cert, tls_key, tls_ca)) {
-            (AdmissionKind::Static, false, (None, None, None)) => Admitting::Listed(allow_peer),
+            (AdmissionKind::Static, false, (None, None, None)) => AdmissionMode::Static(allow_peer),
             (AdmissionKind::Static, true, _) => return conflict("--admission static needs --allow-peer"),
             (_, false, _) => return conflict("--allow-peer needs --admission static"),
-            (AdmissionKind::Token, _, (None, None, None)) => Admitting::Token(cluster::Keep {
+            (AdmissionKind::Token, _, (None, None, None)) => AdmissionMode::Token(cluster::TokenAdmissionOptions {
                 file: Some(data_dir.join("admission.json")),
                 grace: Duration::from_secs(admission_grace),
             }),
             (AdmissionKind::Certificate, _, (Some(certificate), Some(key), Some(authority))) => {
-                Admitting::Certificate(admission::Files { certificate, key, authority, name: tls_name })
+                AdmissionMode::Certificate(admission::CertificateFiles { certificate, key, authority, name: tls_name })
             }
             (AdmissionKind::Certificate, ..) => {
                 return conflict("--admission certificate needs --tls-cert, --tls-key and --tls-ca");
@@ -227,23 +227,23 @@ impl AgentArgs {
                 secret_file: webhook_secret_file,
                 ca_file,
             }),
-            admitting,
+            admission: admitting,
             settings: Settings {
                 node: node_name,
                 admin_listen,
-                seeds: join,
+                join_addresses: join,
                 advertise: advertise_address,
                 zone,
                 key_file: data_dir.join("identity.key"),
                 peers_file: data_dir.join("peers.json"),
-                rules: Rules {
-                    policy: Policy {
+                policy: Policy {
+                    opt_in: OptInPolicy {
                         kill_switch,
                         annotation_prefixes: annotation_prefix,
                         denied_k8s_namespaces: denied_namespaces.into_iter().collect::<BTreeSet<_>>(),
                         denied_selector: denied_namespace_selector.0,
                         allowed_selector: allowed_namespace_selector.0,
-                        salvage_on: salvage_on.into_iter().collect::<BTreeSet<_>>(),
+                        recover_on: salvage_on.into_iter().collect::<BTreeSet<_>>(),
                         require_repositories,
                     },
                     budgets: Budgets {
@@ -257,17 +257,17 @@ impl AgentArgs {
                         max_upload_rate,
                     },
                 },
-                rules_file,
+                policy_file: rules_file,
                 control_socket: data_dir.join("agent.sock"),
-                resolve: ResolveSettings { tag_policy, ask_registry, any_repository, pull_secret_namespaces },
-                manner: Manner {
+                resolve: ResolveOptions { tag_policy, ask_registry, any_repository, pull_secret_namespaces },
+                options: RecoveryOptions {
                     dry_run,
                     delete_pods,
                     stalled_after: (stalled_after > 0).then(|| Duration::from_secs(stalled_after)),
                     end_stalled_pulls,
                 },
                 probe_registries,
-                image_verifier_dir: image_verifier_dir.unwrap_or_else(|| containerd::VERIFIERS.into()),
+                image_verifier_dir: image_verifier_dir.unwrap_or_else(|| containerd::IMAGE_VERIFIER_DIR.into()),
                 import_past_verifiers,
                 unpack_layers,
                 own_image,
@@ -312,18 +312,18 @@ mod tests {
     }
 
     #[test]
-    fn without_flags_the_usual_rules_are_in_force() {
-        assert_eq!(config(&[]).unwrap().settings.rules, Rules::default());
+    fn the_default_policy_applies_without_flags() {
+        assert_eq!(config(&[]).unwrap().settings.policy, Policy::default());
     }
 
     #[test]
     fn each_kind_of_admission_has_its_own_flags_and_no_others() {
         let files = ["--tls-cert", "/c", "--tls-key", "/k", "--tls-ca", "/a"];
-        let with = |kind: &str, more: &[&str]| config(&[&["--admission", kind], more].concat()).map(|it| it.admitting);
+        let with = |kind: &str, more: &[&str]| config(&[&["--admission", kind], more].concat()).map(|it| it.admission);
         let peer = ["--allow-peer", "12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"];
-        assert!(matches!(with("certificate", &files), Ok(Admitting::Certificate(it)) if it.name == "lighterman"));
-        assert!(matches!(with("static", &peer), Ok(Admitting::Listed(it)) if it.len() == 1));
-        assert!(matches!(with("token", &[]), Ok(Admitting::Token(it)) if it.grace == Duration::from_secs(86_400)));
+        assert!(matches!(with("certificate", &files), Ok(AdmissionMode::Certificate(it)) if it.name == "lighterman"));
+        assert!(matches!(with("static", &peer), Ok(AdmissionMode::Static(it)) if it.len() == 1));
+        assert!(matches!(with("token", &[]), Ok(AdmissionMode::Token(it)) if it.grace == Duration::from_secs(86_400)));
         for (kind, more) in
             [("certificate", &files[..4]), ("certificate", &peer), ("token", &files), ("token", &peer), ("static", &[])]
         {
@@ -361,22 +361,22 @@ mod tests {
 
     #[test]
     fn stalled_pulls_are_ended_only_where_a_pull_can_stall() {
-        assert!(!config(&[]).unwrap().settings.manner.end_stalled_pulls);
-        assert!(config(&["--end-stalled-pulls"]).unwrap().settings.manner.end_stalled_pulls);
+        assert!(!config(&[]).unwrap().settings.options.end_stalled_pulls);
+        assert!(config(&["--end-stalled-pulls"]).unwrap().settings.options.end_stalled_pulls);
         assert!(config(&["--end-stalled-pulls", "--stalled-after", "0"]).is_err());
     }
 
     #[test]
-    fn lists_and_selectors_are_read() {
+    fn lists_and_selectors_are_parsed() {
         let flags = ["--annotation-prefix", "lighterman.dev,tote.dev", "--allowed-namespace-selector", "component=cni"];
-        let policy = config(&flags).unwrap().settings.rules.policy;
+        let policy = config(&flags).unwrap().settings.policy.opt_in;
         assert_eq!(policy.annotation_prefixes, ["lighterman.dev", "tote.dev"]);
         assert_eq!(policy.allowed_selector, Some("component=cni".parse().unwrap()));
         assert!(config(&["--annotation-prefix", "lighterman.dev/allow"]).is_err());
     }
 
     #[test]
-    fn peers_are_told_an_address_that_they_can_dial() {
+    fn the_advertised_address_must_be_dialable() {
         let advertise = |address| config(&["--advertise-address", address]).map(|config| config.settings.advertise);
         assert_eq!(advertise("10.0.0.1").unwrap(), Some([10, 0, 0, 1].into()));
         assert!(advertise("0.0.0.0").is_err() && advertise("::").is_err() && advertise("fe80::1").is_err());

@@ -6,26 +6,26 @@
 //! It unpacks layers too, where the CRI plugin would look for them. Not here: any other runtime than containerd.
 
 mod adoption;
+mod client;
 mod connections;
 mod content;
 mod cri;
 mod discard;
 mod disks;
 mod errors;
+mod events;
+mod image_protection;
 mod images;
+mod introspection;
 mod labels;
+mod layer_leases;
+mod lease_renewal;
 mod leases;
-mod link;
-mod protect;
 mod reader;
-mod renewal;
-mod retain;
 mod snapshotter;
-mod staging;
+mod staged_blob;
 mod stray;
-mod surroundings;
 mod unpack;
-mod watch;
 mod writer;
 
 use std::collections::HashSet;
@@ -40,16 +40,16 @@ use tokio::sync::{Notify, broadcast, watch as counter};
 use crate::decide::disk::Disks;
 use crate::oci::Digest;
 use crate::ports::{
-    BlobInfo, BlobReader, BlobWriter, ContentEvent, ContentStore, ImageRecord, Pin, Remembered, Snapshots, Staged,
-    StoreError,
+    BlobInfo, BlobMetadata, BlobReader, BlobWriter, ContentEvent, ContentStore, ImageRecord, Pin, Snapshots,
+    StagedBlob, StoreError,
 };
-pub use adoption::Ingest;
-use link::Link;
-use renewal::Renewals;
+pub use adoption::IngestMode;
+use client::ContainerdClient;
+use introspection::Introspection;
+pub use introspection::{ContainerdInfo, IMAGE_VERIFIER_DIR, ImageVerifiers, find_socket};
+use lease_renewal::Renewals;
 pub use snapshotter::Snapshotter;
-use surroundings::Lookout;
-pub use surroundings::{Surroundings, VERIFIERS, Verifiers, usual_socket};
-use writer::Slot;
+use writer::IngestSlot;
 
 /// Which containerd, and what of it is ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,14 +93,14 @@ fn listed(paths: &[PathBuf]) -> String {
 /// [`ContentStore::changes`] to tell what others do, and for what dropped writers leave to be removed soon.
 #[derive(Clone)]
 pub struct ContainerdStore {
-    link: Link,
+    link: ContainerdClient,
     state: Arc<State>,
 }
 
 struct State {
-    lookout: Lookout,
+    introspection: Introspection,
     /// How blobs come in, once it was tried.
-    ingest: tokio::sync::Mutex<Option<Ingest>>,
+    ingest_mode: tokio::sync::Mutex<Option<IngestMode>>,
     /// What layers are unpacked into, once it was asked.
     snapshotter: tokio::sync::Mutex<Option<Snapshotter>>,
     /// See [`Config::staging`].
@@ -115,11 +115,11 @@ struct State {
     /// Keys of layers that are being unpacked through this store.
     extracting: Mutex<HashSet<String>>,
     /// Held while a write begins and while an abandoned one is aborted, so that no abort hits a write that has just begun.
-    beginning: tokio::sync::Mutex<()>,
+    begin_lock: tokio::sync::Mutex<()>,
     /// A writer, or an unpacking, was dropped and left something.
     abandoned: Notify,
     /// Held from reading labels until adding some: two callers must not choose the same label for different children.
-    remembering: tokio::sync::Mutex<()>,
+    label_lock: tokio::sync::Mutex<()>,
 }
 
 /// Probes ask every few seconds, and one that waits longer counts as failed anyway.
@@ -133,20 +133,20 @@ impl ContainerdStore {
     pub fn new(config: Config) -> Result<Self, ConfigError> {
         let Config { socket, containerd_namespace, content_root, host_root, staging } = config;
         let state = State {
-            lookout: Lookout::new(content_root, host_root),
-            ingest: tokio::sync::Mutex::new(None),
+            introspection: Introspection::new(content_root, host_root),
+            ingest_mode: tokio::sync::Mutex::new(None),
             snapshotter: tokio::sync::Mutex::new(None),
             staging,
             changes: counter::Sender::new(0),
-            events: broadcast::Sender::new(retain::EVENTS_QUEUED),
+            events: broadcast::Sender::new(layer_leases::EVENTS_QUEUED),
             writing: Mutex::new(HashSet::new()),
             renewals: Renewals::default(),
             extracting: Mutex::new(HashSet::new()),
-            beginning: tokio::sync::Mutex::new(()),
+            begin_lock: tokio::sync::Mutex::new(()),
             abandoned: Notify::new(),
-            remembering: tokio::sync::Mutex::new(()),
+            label_lock: tokio::sync::Mutex::new(()),
         };
-        Ok(Self { link: Link::new(socket, &containerd_namespace)?, state: Arc::new(state) })
+        Ok(Self { link: ContainerdClient::new(socket, &containerd_namespace)?, state: Arc::new(state) })
     }
 
     /// Whether containerd answers, and its version.
@@ -156,7 +156,7 @@ impl ContainerdStore {
     pub async fn ready(&self) -> Result<String, StoreError> {
         let mut client = VersionClient::new(self.link.channel());
         let answer = self.link.call_within(READY_DEADLINE, client.version(())).await;
-        answer.map(|answer| answer.version).map_err(|status| self.link.failed(&status))
+        answer.map(|answer| answer.version).map_err(|status| self.link.store_error(&status))
     }
 
     fn changed(&self) {
@@ -180,15 +180,15 @@ impl ContentStore for ContainerdStore {
 
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
         // By name, so that a renewal during the write carries the blob over.
-        self.hold(pin, "content".into(), digest.to_string()).await?;
-        Ok(Box::new(self.begin_checked(Slot::take(self, digest)?, size, pin).await?))
+        self.add_to_pin(pin, "content".into(), digest.to_string()).await?;
+        Ok(Box::new(self.begin_checked_write(IngestSlot::take(self, digest)?, size, pin).await?))
     }
 
-    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
+    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
         Ok(Arc::new(self.begin_staged(digest, size, pin).await?))
     }
 
-    async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
+    async fn add_metadata(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError> {
         self.add_labels(digest, remembered).await
     }
 

@@ -1,11 +1,11 @@
 //! Blobs that are files: what a layout on disk and containerd's content folder have in common. And small files that are this
 //! program's alone.
 
-mod pace;
-mod reading;
-mod rooted;
+mod cached_read;
+mod host_path;
+mod slow_disk;
 mod staging;
-mod versioned;
+mod versioned_file;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -22,9 +22,9 @@ use tokio::task::spawn_blocking;
 use crate::decide::disk::FileSystem;
 use crate::oci::Digest;
 use crate::ports::{BlobReader, StoreError};
-pub use rooted::below_root;
-pub use staging::{Leftover, StagingFile, is_taken, leftovers, staging_folder, sync_folder};
-pub use versioned::read_versioned;
+pub use host_path::below_root;
+pub use staging::{Leftover, StagingFile, create_staging_folder, is_locked, leftovers, sync_folder};
+pub use versioned_file::read_versioned;
 
 /// The most that one read returns, whatever is asked for: the largest piece that a transfer cuts. It bounds a buffer.
 const MAX_READ: usize = 8 << 20;
@@ -40,7 +40,7 @@ pub fn blob_path(root: &Path, digest: Digest) -> PathBuf {
 /// What the file system says.
 pub fn file_system(folder: &Path) -> io::Result<FileSystem> {
     let device = std::fs::metadata(folder)?.dev();
-    Ok(FileSystem { device: Some(device), ..measured(folder)? })
+    Ok(FileSystem { device: Some(device), ..measure(folder)? })
 }
 
 /// The file system beneath the overlay that is mounted at `folder`; `None` where another kind is
@@ -51,10 +51,10 @@ pub fn file_system(folder: &Path) -> io::Result<FileSystem> {
 /// What the file system says.
 pub fn file_system_below_overlay(folder: &Path) -> io::Result<Option<FileSystem>> {
     let is_overlay = nix::sys::statfs::statfs(folder)?.filesystem_type() == nix::sys::statfs::OVERLAYFS_SUPER_MAGIC;
-    is_overlay.then(|| measured(folder)).transpose()
+    is_overlay.then(|| measure(folder)).transpose()
 }
 
-fn measured(folder: &Path) -> io::Result<FileSystem> {
+fn measure(folder: &Path) -> io::Result<FileSystem> {
     let stat = nix::sys::statvfs::statvfs(folder)?;
     let unit = stat.fragment_size();
     Ok(FileSystem { device: None, free: stat.blocks_available() * unit, total: stat.blocks() * unit })
@@ -138,5 +138,5 @@ impl BlobReader for FileReader {
 async fn read_within(file: &Arc<File>, size: u64, offset: u64, most: usize) -> io::Result<Bytes> {
     let rest = usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX);
     let length = most.min(rest).min(MAX_READ);
-    if length == 0 { Ok(Bytes::new()) } else { reading::read_exact_at(file, offset, length).await }
+    if length == 0 { Ok(Bytes::new()) } else { cached_read::read_exact_at(file, offset, length).await }
 }

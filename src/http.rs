@@ -5,7 +5,7 @@
 //! How long a request may take is the caller's business, who awaits it under a timeout.
 
 #[cfg(test)]
-pub(crate) mod server;
+pub(crate) mod test_server;
 mod tls;
 
 use std::error::Error;
@@ -33,7 +33,7 @@ use url::{Host, Url};
 use crate::model::OutageKind;
 pub use tls::TrustError;
 
-const AGENT: &str = concat!("lighterman/", env!("CARGO_PKG_VERSION"));
+const USER_AGENT_VALUE: &str = concat!("lighterman/", env!("CARGO_PKG_VERSION"));
 
 /// The most bytes of an answer's head. Common servers send at most 8 to 16 KiB; tokens in a header reach a few more.
 const MAX_HEAD: usize = 32 << 10;
@@ -45,7 +45,7 @@ const MAX_HEADERS: usize = 100;
 const MAX_ADDRESSES: usize = 8;
 
 /// An address that says nothing does not hold up the next one for longer (RFC 8305, "Connection Attempt Delay").
-const NEXT_ADDRESS: Duration = Duration::from_millis(250);
+const CONNECTION_ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
 /// Which certificates an `https` server may show.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,7 +80,7 @@ impl<'a> Request<'a> {
 
 /// No answer, or none that can be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Failure {
+pub enum HttpError {
     /// Nobody was reached, or the connection ended before the answer did.
     #[error("{kind} ({reason})")]
     Unreachable {
@@ -91,13 +91,13 @@ pub enum Failure {
     },
     /// The server is there and speaks only to clients that have a certificate.
     #[error("it asks for a client certificate")]
-    WantsCertificate,
+    ClientCertificateRequired,
     /// Something else than HTTP/1.1, or a head that is too large.
     #[error("the answer is not HTTP: {0}")]
     NotHttp(String),
     /// The body is longer than what the caller would read.
     #[error("the answer has more than {0} bytes")]
-    TooLong(usize),
+    BodyTooLong(usize),
 }
 
 /// Asks servers. Keeps nothing but whom it trusts.
@@ -107,7 +107,7 @@ pub struct Client {
 }
 
 /// The head of an answer; the body is read when asked for, the connection ends when this is dropped.
-pub struct Answer {
+pub struct HttpResponse {
     /// The status.
     pub status: StatusCode,
     /// At most a hundred.
@@ -125,43 +125,44 @@ impl Client {
     /// # Errors
     /// [`TrustError`] when the file cannot be used.
     pub fn new(ca_file: Option<&Path>) -> Result<Self, TrustError> {
-        Ok(Self { verified: tls::verified(ca_file)?, any: tls::any() })
+        Ok(Self { verified: tls::verified_connector(ca_file)?, any: tls::unverified_connector() })
     }
 
     /// Sends the request and gives the answer's head.
     ///
     /// # Errors
     /// [`Failure`]. Any status is an answer.
-    pub async fn send(&self, request: Request<'_>) -> Result<Answer, Failure> {
+    pub async fn send(&self, request: Request<'_>) -> Result<HttpResponse, HttpError> {
         let Request { method, url, headers, body, certificates } = request;
         let stream = self.connect(url, certificates).await?;
         let mut builder = http1::Builder::new();
         builder.max_headers(MAX_HEADERS).max_buf_size(MAX_HEAD);
-        let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(Failure::of_http)?;
+        let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(HttpError::from_hyper)?;
         let mut connections = JoinSet::new();
         // Its error is the request's or the body's as well.
         connections.spawn(async move { drop(connection.await) });
 
         let mut message = hyper::Request::new(Full::new(body));
         *message.method_mut() = method;
-        *message.uri_mut() = url[url::Position::BeforePath..url::Position::AfterQuery].parse().map_err(not_sent)?;
+        *message.uri_mut() =
+            url[url::Position::BeforePath..url::Position::AfterQuery].parse().map_err(invalid_request)?;
         *message.headers_mut() = headers;
         let host = &url[url::Position::BeforeHost..url::Position::AfterPort];
-        message.headers_mut().insert(HOST, HeaderValue::from_str(host).map_err(not_sent)?);
-        message.headers_mut().insert(USER_AGENT, HeaderValue::from_static(AGENT));
-        let (head, body) = sender.send_request(message).await.map_err(Failure::of_http)?.into_parts();
-        Ok(Answer { status: head.status, headers: head.headers, body, _connection: connections })
+        message.headers_mut().insert(HOST, HeaderValue::from_str(host).map_err(invalid_request)?);
+        message.headers_mut().insert(USER_AGENT, HeaderValue::from_static(USER_AGENT_VALUE));
+        let (head, body) = sender.send_request(message).await.map_err(HttpError::from_hyper)?.into_parts();
+        Ok(HttpResponse { status: head.status, headers: head.headers, body, _connection: connections })
     }
 
     /// Connects, with the TLS handshake where the URL asks for TLS, and hangs up.
     ///
     /// # Errors
     /// [`Failure`].
-    pub async fn greet(&self, url: &Url, certificates: Certificates) -> Result<(), Failure> {
+    pub async fn probe(&self, url: &Url, certificates: Certificates) -> Result<(), HttpError> {
         self.connect(url, certificates).await.map(drop)
     }
 
-    async fn connect(&self, url: &Url, certificates: Certificates) -> Result<Box<dyn Stream>, Failure> {
+    async fn connect(&self, url: &Url, certificates: Certificates) -> Result<Box<dyn Stream>, HttpError> {
         let (Some(host), Some(port)) = (url.host(), url.port_or_known_default()) else {
             return Err(unreachable(OutageKind::NoSuchHost, "the URL names no host"));
         };
@@ -172,21 +173,21 @@ impl Client {
             (_, Certificates::Verified) => &self.verified,
             (_, Certificates::Any) => &self.any,
         };
-        let stream = connector.connect(name, stream).await.map_err(|error| Failure::of_io(&error))?;
+        let stream = connector.connect(name, stream).await.map_err(|error| HttpError::from_io(&error))?;
         Ok(Box::new(stream))
     }
 }
 
-impl Answer {
+impl HttpResponse {
     /// The whole body, of at most `most` bytes.
     ///
     /// # Errors
     /// [`Failure::TooLong`], or [`Failure::Unreachable`] when the connection ends before it.
-    pub async fn read(mut self, most: usize) -> Result<Bytes, Failure> {
+    pub async fn read(mut self, most: usize) -> Result<Bytes, HttpError> {
         let mut read = BytesMut::new();
         while let Some(data) = self.chunk().await? {
             if read.len() + data.len() > most {
-                return Err(Failure::TooLong(most));
+                return Err(HttpError::BodyTooLong(most));
             }
             read.extend_from_slice(&data);
         }
@@ -197,10 +198,10 @@ impl Answer {
     ///
     /// # Errors
     /// [`Failure::Unreachable`] when the connection ends before the body.
-    pub async fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
+    pub async fn chunk(&mut self) -> Result<Option<Bytes>, HttpError> {
         while let Some(frame) = self.body.frame().await {
             // A frame without data is a trailer.
-            if let Ok(data) = frame.map_err(Failure::of_http)?.into_data() {
+            if let Ok(data) = frame.map_err(HttpError::from_hyper)?.into_data() {
                 return Ok(Some(data));
             }
         }
@@ -210,19 +211,19 @@ impl Answer {
 
 /// Connects to the first address that answers. Both families take turns, so that one which leads nowhere does not use up the
 /// addresses, and each begins a little after the one before it.
-async fn dial(host: Host<&str>, port: u16) -> Result<TcpStream, Failure> {
+async fn dial(host: Host<&str>, port: u16) -> Result<TcpStream, HttpError> {
     let addresses: Vec<SocketAddr> = match host {
         Host::Ipv4(address) => vec![(address, port).into()],
         Host::Ipv6(address) => vec![(address, port).into()],
         Host::Domain(name) => match lookup_host((name, port)).await {
-            Ok(found) => alternate(found.collect()),
+            Ok(found) => interleave_families(found.collect()),
             Err(error) => return Err(unreachable(OutageKind::NoSuchHost, error)),
         },
     };
     let mut attempts: FuturesUnordered<_> = (0_u32..)
         .zip(addresses.into_iter().take(MAX_ADDRESSES))
-        .map(|(turn, address)| async move {
-            sleep(NEXT_ADDRESS * turn).await;
+        .map(|(position, address)| async move {
+            sleep(CONNECTION_ATTEMPT_DELAY * position).await;
             TcpStream::connect(address).await
         })
         .collect();
@@ -230,14 +231,14 @@ async fn dial(host: Host<&str>, port: u16) -> Result<TcpStream, Failure> {
     while let Some(attempt) = attempts.next().await {
         match attempt {
             Ok(stream) => return Ok(stream),
-            Err(error) => failure = Failure::of_io(&error),
+            Err(error) => failure = HttpError::from_io(&error),
         }
     }
     Err(failure)
 }
 
 /// The resolver's order within each family, the families in turn.
-fn alternate(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+fn interleave_families(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let first_is_v6 = addresses.first().is_some_and(SocketAddr::is_ipv6);
     let (first, second): (Vec<_>, Vec<_>) = addresses.into_iter().partition(|address| address.is_ipv6() == first_is_v6);
     let (mut first, mut second) = (first.into_iter(), second.into_iter());
@@ -252,31 +253,31 @@ fn alternate(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     }
 }
 
-fn unreachable(kind: OutageKind, reason: impl ToString) -> Failure {
-    Failure::Unreachable { kind, reason: reason.to_string() }
+fn unreachable(kind: OutageKind, reason: impl ToString) -> HttpError {
+    HttpError::Unreachable { kind, reason: reason.to_string() }
 }
 
 /// Nothing that a parsed URL can hold; said rather than assumed.
-fn not_sent(error: impl Error) -> Failure {
-    Failure::NotHttp(error.to_string())
+fn invalid_request(error: impl Error) -> HttpError {
+    HttpError::NotHttp(error.to_string())
 }
 
-impl Failure {
-    fn of_io(error: &io::Error) -> Self {
+impl HttpError {
+    fn from_io(error: &io::Error) -> Self {
         match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
             // TLS 1.3 has a word for it; servers of 1.2 use the other.
             Some(rustls::Error::AlertReceived(
                 AlertDescription::CertificateRequired | AlertDescription::BadCertificate,
-            )) => Self::WantsCertificate,
+            )) => Self::ClientCertificateRequired,
             Some(failed) => unreachable(OutageKind::Tls, failed),
             None if error.kind() == io::ErrorKind::TimedOut => unreachable(OutageKind::TimedOut, error),
             None => unreachable(OutageKind::Refused, error),
         }
     }
 
-    fn of_http(error: hyper::Error) -> Self {
+    fn from_hyper(error: hyper::Error) -> Self {
         match error.source().and_then(|source| source.downcast_ref::<io::Error>()) {
-            Some(failed) => Self::of_io(failed),
+            Some(failed) => Self::from_io(failed),
             None if error.is_parse() => Self::NotHttp(error.to_string()),
             // Somebody accepted and hung up, as a load balancer does that has nobody behind it.
             None => unreachable(OutageKind::Refused, error),

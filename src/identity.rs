@@ -71,7 +71,7 @@ impl Identity {
     ///
     /// # Errors
     /// [`IdentityError`]; an unusable key file is never replaced.
-    pub fn of_node(path: &Path, node: &NodeName) -> Result<Self, IdentityError> {
+    pub fn load_or_create_for_node(path: &Path, node: &NodeName) -> Result<Self, IdentityError> {
         let identity = Self::load_or_create(path)?;
         let recorded = recorded_node(path).map_err(|source| IdentityError::Io { path: path.to_owned(), source })?;
         match key_origin(recorded.as_deref(), node) {
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_kept_and_found_again() {
+    fn a_created_key_is_loaded_at_the_next_start() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state/identity.key");
         let made = Identity::load_or_create(&path).unwrap();
@@ -260,15 +260,15 @@ mod tests {
         let (golden, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let (first, second): (NodeName, NodeName) = ("n1".parse().unwrap(), "n2".parse().unwrap());
         let [here, there] = [&golden, &other].map(|folder| folder.path().join("identity.key"));
-        let made = Identity::of_node(&here, &first).unwrap();
+        let made = Identity::load_or_create_for_node(&here, &first).unwrap();
         for file in ["identity.key", "identity.node"] {
             std::fs::copy(golden.path().join(file), other.path().join(file)).unwrap();
         }
-        let copied = Identity::of_node(&there, &second).unwrap();
+        let copied = Identity::load_or_create_for_node(&there, &second).unwrap();
         assert_ne!(copied.peer_id(), made.peer_id());
         for _ in 0..2 {
-            assert_eq!(Identity::of_node(&here, &first).unwrap().peer_id(), made.peer_id());
-            assert_eq!(Identity::of_node(&there, &second).unwrap().peer_id(), copied.peer_id(), "once");
+            assert_eq!(Identity::load_or_create_for_node(&here, &first).unwrap().peer_id(), made.peer_id());
+            assert_eq!(Identity::load_or_create_for_node(&there, &second).unwrap().peer_id(), copied.peer_id(), "once");
         }
         assert_eq!(std::fs::metadata(&there).unwrap().permissions().mode() & 0o777, 0o600);
     }
@@ -278,11 +278,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (path, node) = (folder.path().join("identity.key"), "n1".parse().unwrap());
         let old = Identity::load_or_create(&path).unwrap().peer_id();
-        assert_eq!(Identity::of_node(&path, &node).unwrap().peer_id(), old, "upgraded");
+        assert_eq!(Identity::load_or_create_for_node(&path, &node).unwrap().peer_id(), old, "upgraded");
         assert_eq!(Identity::load_or_create(&path).unwrap().peer_id(), old, "rolled back");
-        assert_eq!(Identity::of_node(&path, &node).unwrap().peer_id(), old, "upgraded again");
+        assert_eq!(Identity::load_or_create_for_node(&path, &node).unwrap().peer_id(), old, "upgraded again");
         std::fs::write(path.with_extension("node"), b"\xff\0").unwrap();
-        assert_eq!(Identity::of_node(&path, &node).unwrap().peer_id(), old, "a damaged record says nothing");
+        assert_eq!(
+            Identity::load_or_create_for_node(&path, &node).unwrap().peer_id(),
+            old,
+            "a damaged record says nothing"
+        );
         assert_eq!(std::fs::read(path.with_extension("node")).unwrap(), b"n1\n");
     }
 
@@ -290,12 +294,12 @@ mod tests {
     fn a_kill_between_key_and_record_leaves_no_other_nodes_key_under_this_nodes_name() {
         let folder = tempfile::tempdir().unwrap();
         let (path, node) = (folder.path().join("identity.key"), "n2".parse().unwrap());
-        let copied = Identity::of_node(&path, &"n1".parse().unwrap()).unwrap().peer_id();
+        let copied = Identity::load_or_create_for_node(&path, &"n1".parse().unwrap()).unwrap().peer_id();
         // The new key is there, and the record is still the other node's.
         Identity::generate().store(&path).unwrap();
-        let made = Identity::of_node(&path, &node).unwrap().peer_id();
+        let made = Identity::load_or_create_for_node(&path, &node).unwrap().peer_id();
         assert_ne!(made, copied);
-        assert_eq!(Identity::of_node(&path, &node).unwrap().peer_id(), made);
+        assert_eq!(Identity::load_or_create_for_node(&path, &node).unwrap().peer_id(), made);
     }
 
     #[test]
@@ -318,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn both_libraries_know_the_key_by_the_same_name() {
+    fn both_libraries_derive_the_same_peer_id_from_a_key() {
         let identity = Identity::generate();
         let theirs = identity.keypair().public().to_peer_id();
         assert_eq!(theirs.to_string(), identity.peer_id().to_string());

@@ -11,9 +11,9 @@
 
 mod collect;
 mod index;
+mod metadata;
 mod pins;
-mod remembered;
-mod staged;
+mod staged_blob;
 mod writer;
 
 use std::collections::HashSet;
@@ -31,12 +31,12 @@ use crate::decide::disk::Disks;
 use crate::files::{FileReader, blob_path, file_system, sync_folder};
 use crate::oci::Digest;
 use crate::ports::{
-    BlobInfo, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Snapshots, Staged, StoreError,
+    BlobInfo, BlobMetadata, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Snapshots, StagedBlob, StoreError,
 };
-use index::Index;
-use remembered::Notes;
-use staged::InFolder;
-use writer::Writer;
+use index::IndexFile;
+use metadata::MetadataFile;
+use staged_blob::LayoutStagedBlob;
+use writer::LayoutWriter;
 
 /// An OCI image layout on disk.
 #[derive(Clone)]
@@ -48,7 +48,7 @@ pub struct LayoutStore {
 struct Folder {
     root: PathBuf,
     /// Held while index, pins or remembered things change, and while collecting: what was pinned cannot be missed.
-    changing: Mutex<()>,
+    lock: Mutex<()>,
     writing: Mutex<HashSet<Digest>>,
     changes: watch::Sender<u64>,
     _owned: Flock<File>,
@@ -78,7 +78,7 @@ const INDEX_FILE: &str = "index.json";
 const BLOBS: &str = "blobs/sha256";
 const INGEST: &str = "ingest";
 const PINS: &str = "pins";
-const REMEMBERED: &str = "remembered";
+const METADATA: &str = "remembered";
 
 impl LayoutStore {
     /// Takes the folder, makes a layout of it if it is empty, and removes what a process that was killed left half-done.
@@ -100,12 +100,12 @@ impl LayoutStore {
         prepare(root).map_err(at)?;
         let folder = Folder {
             root: root.to_owned(),
-            changing: Mutex::new(()),
+            lock: Mutex::new(()),
             writing: Mutex::new(HashSet::new()),
             changes: watch::Sender::new(0),
             _owned: owned,
         };
-        folder.collect(&folder.changing()).map_err(|error| at(io::Error::other(error)))?;
+        folder.collect(&folder.lock()).map_err(|error| at(io::Error::other(error)))?;
         Ok(Self { folder: Arc::new(folder) })
     }
 
@@ -114,7 +114,7 @@ impl LayoutStore {
     /// # Errors
     /// [`StoreError::Other`] when the folder cannot be read or changed.
     pub async fn collect(&self) -> Result<(), StoreError> {
-        self.blocking(|folder| folder.collect(&folder.changing())).await
+        self.blocking(|folder| folder.collect(&folder.lock())).await
     }
 
     /// Runs file operations where they may block.
@@ -135,10 +135,10 @@ fn prepare(root: &Path) -> io::Result<()> {
         replace(&root.join(LAYOUT_FILE), br#"{"imageLayoutVersion":"1.0.0"}"#)?;
     }
     if !root.join(INDEX_FILE).try_exists()? {
-        replace(&root.join(INDEX_FILE), Index::empty().as_slice())?;
+        replace(&root.join(INDEX_FILE), IndexFile::empty().as_slice())?;
     }
-    staged::sweep_unstaged(&root.join(INGEST))?;
-    for folder in [BLOBS, INGEST, PINS, REMEMBERED] {
+    staged_blob::sweep_unstaged(&root.join(INGEST))?;
+    for folder in [BLOBS, INGEST, PINS, METADATA] {
         fs::create_dir_all(root.join(folder))?;
     }
     sync_folder(root)
@@ -155,7 +155,7 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 }
 
 /// Says which file a failure is about.
-fn failed(path: &Path, error: &io::Error) -> StoreError {
+fn io_error(path: &Path, error: &io::Error) -> StoreError {
     StoreError::Other(format!("{}: {error}", path.display()))
 }
 
@@ -164,9 +164,9 @@ impl Folder {
         self.root.join(part)
     }
 
-    fn changing(&self) -> MutexGuard<'_, ()> {
+    fn lock(&self) -> MutexGuard<'_, ()> {
         // It guards files, and each of those is replaced whole: a panic leaves nothing half-changed.
-        self.changing.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn changed(&self) {
@@ -178,22 +178,22 @@ impl Folder {
         match fs::metadata(&path) {
             Ok(metadata) => self.info(digest, metadata.len()).map(Some),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(failed(&path, &error)),
+            Err(error) => Err(io_error(&path, &error)),
         }
     }
 
     fn info(&self, digest: Digest, size: u64) -> Result<BlobInfo, StoreError> {
-        let Notes { sources, children } = self.remembered(digest)?;
+        let MetadataFile { sources, children } = self.metadata(digest)?;
         Ok(BlobInfo { digest, size, sources: sources.into_iter().collect(), has_children: !children.is_empty() })
     }
 
-    fn must_hold(&self, digest: Digest) -> Result<(), StoreError> {
+    fn require_blob(&self, digest: Digest) -> Result<(), StoreError> {
         self.blob(digest)?.map(|_| ()).ok_or(StoreError::Absent(digest))
     }
 
     fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
         let path = self.path(BLOBS);
-        let unreadable = |error| failed(&path, &error);
+        let unreadable = |error| io_error(&path, &error);
         let mut blobs = Vec::new();
         for entry in fs::read_dir(&path).map_err(unreadable)? {
             let entry = entry.map_err(unreadable)?;
@@ -225,40 +225,40 @@ impl ContentStore for LayoutStore {
         match FileReader::open(&self.folder.root, digest).await {
             Ok(reader) => Ok(Box::new(reader)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StoreError::Absent(digest)),
-            Err(error) => Err(failed(&blob_path(&self.folder.root, digest), &error)),
+            Err(error) => Err(io_error(&blob_path(&self.folder.root, digest), &error)),
         }
     }
 
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
         let pin = pin.clone();
         let writer = self.blocking(move |folder| {
-            folder.hold(&folder.changing(), &pin, digest)?;
+            folder.add_to_pin(&folder.lock(), &pin, digest)?;
             if folder.blob(digest)?.is_some() {
-                return Err(StoreError::AlreadyThere(digest));
+                return Err(StoreError::AlreadyExists(digest));
             }
-            Writer::begin(folder.clone(), digest, size)
+            LayoutWriter::begin(folder.clone(), digest, size)
         });
         Ok(Box::new(writer.await?))
     }
 
-    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
+    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
         let pin = pin.clone();
         let staged = self.blocking(move |folder| {
-            folder.hold(&folder.changing(), &pin, digest)?;
+            folder.add_to_pin(&folder.lock(), &pin, digest)?;
             if folder.blob(digest)?.is_some() {
-                return Err(StoreError::AlreadyThere(digest));
+                return Err(StoreError::AlreadyExists(digest));
             }
-            InFolder::begin(folder, digest, size)
+            LayoutStagedBlob::begin(folder, digest, size)
         });
         Ok(Arc::new(staged.await?))
     }
 
-    async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
+    async fn add_metadata(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError> {
         let remembered = remembered.clone();
         self.blocking(move |folder| {
-            let changing = folder.changing();
-            folder.must_hold(digest)?;
-            folder.remember(&changing, digest, &remembered)
+            let changing = folder.lock();
+            folder.require_blob(digest)?;
+            folder.add_metadata(&changing, digest, &remembered)
         })
         .await
     }
@@ -266,13 +266,13 @@ impl ContentStore for LayoutStore {
     async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
         let pin = pin.clone();
         self.blocking(move |folder| {
-            let changing = folder.changing();
-            for child in folder.remembered(digest)?.children {
-                folder.hold(&changing, &pin, child)?;
+            let changing = folder.lock();
+            for child in folder.metadata(digest)?.children {
+                folder.add_to_pin(&changing, &pin, child)?;
             }
             let path = blob_path(&folder.root, digest);
             match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(&path, &error)),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_error(&path, &error)),
                 _ => folder.changed(),
             }
             Ok(())
@@ -281,15 +281,15 @@ impl ContentStore for LayoutStore {
     }
 
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
-        self.blocking(|folder| Ok(Index::read(folder)?.records())).await
+        self.blocking(|folder| Ok(IndexFile::read(folder)?.records())).await
     }
 
     async fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
         let record = record.clone();
         self.blocking(move |folder| {
-            let changing = folder.changing();
-            folder.must_hold(record.target.digest)?;
-            let mut index = Index::read(folder)?;
+            let changing = folder.lock();
+            folder.require_blob(record.target.digest)?;
+            let mut index = IndexFile::read(folder)?;
             index.put(&record);
             index.write(&changing, folder)?;
             folder.changed();
@@ -301,8 +301,8 @@ impl ContentStore for LayoutStore {
     async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
         let name = name.to_owned();
         self.blocking(move |folder| {
-            let changing = folder.changing();
-            let mut index = Index::read(folder)?;
+            let changing = folder.lock();
+            let mut index = IndexFile::read(folder)?;
             if index.remove(&name, target) {
                 index.write(&changing, folder)?;
                 folder.changed();
@@ -323,12 +323,12 @@ impl ContentStore for LayoutStore {
 
     async fn renew(&self, pin: &Pin, life: Duration) -> Result<(), StoreError> {
         let pin = pin.clone();
-        self.blocking(move |folder| folder.renew(&folder.changing(), &pin, life)).await
+        self.blocking(move |folder| folder.renew(&folder.lock(), &pin, life)).await
     }
 
     async fn release(&self, pin: Pin) -> Result<(), StoreError> {
         self.blocking(move |folder| {
-            let changing = folder.changing();
+            let changing = folder.lock();
             folder.release(&changing, &pin)?;
             folder.collect(&changing)?;
             folder.changed();
@@ -342,7 +342,7 @@ impl ContentStore for LayoutStore {
     }
 
     async fn disks(&self) -> Result<Disks, StoreError> {
-        let measured = |folder: &Arc<Folder>| file_system(&folder.root).map_err(|error| failed(&folder.root, &error));
+        let measured = |folder: &Arc<Folder>| file_system(&folder.root).map_err(|error| io_error(&folder.root, &error));
         let content = self.blocking(measured).await?;
         Ok(Disks { content: Some(content), snapshots: None })
     }

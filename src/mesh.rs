@@ -16,13 +16,13 @@
 //! each other), gossipsub's signatures (what is passed on carries its author's, which outlives a relay), peer exchange and scores
 //! (the protocol blames), QUIC (see above).
 
-mod allowance;
 mod codec;
-mod counted;
-mod keys;
+mod gossip_crypto;
+mod metered_stream;
+mod neighbour_budget;
 mod ranges;
+mod shared_inventory;
 mod stack;
-mod table;
 mod task;
 
 use std::collections::BTreeSet;
@@ -38,16 +38,16 @@ use libp2p::swarm::SwarmEvent;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
-use self::allowance::Limits;
-use self::keys::Keys;
-use crate::decide::gossip::{self, Own};
+use self::gossip_crypto::GossipCrypto;
+use self::neighbour_budget::NeighbourRateLimits;
+use crate::decide::gossip::{self, LocalAgent};
 use crate::identity::Identity;
 use crate::metrics::Metrics;
-use crate::model::{ContentChange, Credential, MeshStatus, NodeName, Peer, PeerId, Release, Zone};
+use crate::model::{Credential, InventoryChange, MeshStatus, NodeName, Peer, PeerId, Release, Zone};
 use crate::ports::Admission;
 use crate::wire::{Request, Versions};
-pub use ranges::{Range, RangeError, RangeServer};
-pub use table::Table;
+pub use ranges::{RangeError, RangeResponse, RangeServer};
+pub use shared_inventory::SharedInventory;
 pub use task::MeshTask;
 
 /// What the mesh needs to know.
@@ -75,13 +75,13 @@ pub enum MeshError {
 
 /// What the mesh tells the agent. Who holds what it writes into the [`Table`].
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum MeshNews {
+pub enum MembershipEvent {
     /// This peer can be fetched from, from now on or at another address.
     Up(Peer),
     /// It cannot any more.
     Down(PeerId),
     /// It should be greeted at its door; then it is admitted, or reported as out of reach.
-    Greet(Peer),
+    Handshake(Peer),
     /// This node's agent has this agent's key.
     SharedKey(NodeName),
 }
@@ -92,28 +92,28 @@ pub enum MeshNews {
 #[derive(Debug, Clone)]
 pub struct Mesh {
     commands: mpsc::Sender<Command>,
-    connected: Connected,
+    connected: ConnectedPeers,
 }
 
 /// A call of [`Mesh`], on its way to the task.
 #[derive(Debug)]
 enum Command {
     Admit(Peer, Duration),
-    Dismiss(PeerId),
+    RevokeAdmission(PeerId),
     Unreachable(PeerId),
-    Declined(PeerId),
-    Doubt(PeerId),
-    Announce(Vec<ContentChange>),
+    Rejected(PeerId),
+    Suspect(PeerId),
+    Announce(Vec<InventoryChange>),
     Introduce { credential: Credential, transfer: SocketAddr, gossip: SocketAddr, zone: Option<Zone> },
     Status(oneshot::Sender<MeshStatus>),
-    Range(PeerId, Request, oneshot::Sender<Result<Range, RangeError>>),
+    Range(PeerId, Request, oneshot::Sender<Result<RangeResponse, RangeError>>),
 }
 
 /// The neighbours: the peers with an open connection.
 #[derive(Debug, Clone, Default)]
-struct Connected(Arc<RwLock<BTreeSet<PeerId>>>);
+struct ConnectedPeers(Arc<RwLock<BTreeSet<PeerId>>>);
 
-impl Connected {
+impl ConnectedPeers {
     fn contains(&self, peer: PeerId) -> bool {
         self.0.read().unwrap_or_else(PoisonError::into_inner).contains(&peer)
     }
@@ -138,27 +138,27 @@ impl Mesh {
     }
 
     /// Lets this peer connect no more and ends its connections, until it is admitted again.
-    pub async fn dismiss(&self, peer: PeerId) {
-        self.send(Command::Dismiss(peer)).await;
+    pub async fn revoke_admission(&self, peer: PeerId) {
+        self.send(Command::RevokeAdmission(peer)).await;
     }
 
     /// Nothing came back from this peer's door.
-    pub async fn unreachable(&self, peer: PeerId) {
+    pub async fn report_unreachable(&self, peer: PeerId) {
         self.send(Command::Unreachable(peer)).await;
     }
 
     /// This peer was not met at its door, but somebody answered there.
-    pub async fn declined(&self, peer: PeerId) {
-        self.send(Command::Declined(peer)).await;
+    pub async fn report_rejection(&self, peer: PeerId) {
+        self.send(Command::Rejected(peer)).await;
     }
 
     /// Nothing came back from it to fetch from.
-    pub async fn doubt(&self, peer: PeerId) {
-        self.send(Command::Doubt(peer)).await;
+    pub async fn suspect(&self, peer: PeerId) {
+        self.send(Command::Suspect(peer)).await;
     }
 
     /// This node's content changed. What changes nothing is not announced, so that it does no harm to say it twice.
-    pub async fn announce(&self, changes: Vec<ContentChange>) {
+    pub async fn announce(&self, changes: Vec<InventoryChange>) {
         self.send(Command::Announce(changes)).await;
     }
 
@@ -191,7 +191,7 @@ impl Mesh {
     ///
     /// # Errors
     /// [`RangeError`].
-    pub async fn range(&self, peer: PeerId, request: Request) -> Result<Range, RangeError> {
+    pub async fn request_range(&self, peer: PeerId, request: Request) -> Result<RangeResponse, RangeError> {
         let (answer, range) = oneshot::channel();
         self.send(Command::Range(peer, request, answer)).await;
         range.await.unwrap_or_else(|_| Err(RangeError::NoAnswer("the mesh has ended".into())))
@@ -212,32 +212,32 @@ pub async fn start(
     config: Config,
     node: NodeName,
     identity: &Identity,
-    table: Table,
+    table: SharedInventory,
     admission: Arc<dyn Admission>,
     metrics: Metrics,
 ) -> Result<(Mesh, MeshTask, SocketAddr), MeshError> {
-    start_within(config, node, identity, table, admission, metrics, Terms::DEFAULT).await
+    start_with_options(config, node, identity, table, admission, metrics, MeshOptions::DEFAULT).await
 }
 
 /// What is the same for all agents of a release; tests set it otherwise.
 #[derive(Debug, Clone, Copy)]
-struct Terms {
-    limits: Limits,
+struct MeshOptions {
+    rate_limits: NeighbourRateLimits,
     versions: Versions,
 }
 
-impl Terms {
-    const DEFAULT: Self = Self { limits: Limits::DEFAULT, versions: Versions::GOSSIP };
+impl MeshOptions {
+    const DEFAULT: Self = Self { rate_limits: NeighbourRateLimits::DEFAULT, versions: Versions::GOSSIP };
 }
 
-async fn start_within(
+async fn start_with_options(
     config: Config,
     node: NodeName,
     identity: &Identity,
-    table: Table,
+    table: SharedInventory,
     admission: Arc<dyn Admission>,
     metrics: Metrics,
-    terms: Terms,
+    terms: MeshOptions,
 ) -> Result<(Mesh, MeshTask, SocketAddr), MeshError> {
     let Config { listen } = config;
     let connections = TaskTracker::new();
@@ -247,11 +247,11 @@ async fn start_within(
         // libp2p's IPv6 listeners take no IPv4, unlike everybody else's.
         bind(&mut swarm, SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port)).await?;
     }
-    let own = Own { peer: identity.peer_id(), epoch: epoch(), node, release: release() };
-    let keys = Keys::new(identity.keypair(), admission);
+    let own = LocalAgent { peer: identity.peer_id(), epoch: epoch(), node, release: release() };
+    let keys = GossipCrypto::new(identity.keypair(), admission);
     let protocol = gossip::Protocol::new(own, keys, rand::random(), Instant::now());
     let (sender, commands) = mpsc::channel(MAX_COMMANDS);
-    let connected = Connected::default();
+    let connected = ConnectedPeers::default();
     let task = MeshTask::new(swarm, connections, commands, protocol, table, metrics, terms, connected.clone());
     Ok((Mesh { commands: sender, connected }, task, SocketAddr::new(listen.ip(), port)))
 }
@@ -262,7 +262,7 @@ fn release() -> Release {
 }
 
 /// Longest wait for the system's list of interfaces, which libp2p reads when it listens on all of them.
-const BIND: Duration = Duration::from_secs(5);
+const BIND_TIMEOUT: Duration = Duration::from_secs(5);
 
 async fn bind(swarm: &mut libp2p::Swarm<stack::Behaviour>, address: SocketAddr) -> Result<u16, MeshError> {
     // libp2p listens with SO_REUSEPORT, and would share the port with an agent that still runs: each would get some of
@@ -288,7 +288,9 @@ async fn listen_on(swarm: &mut libp2p::Swarm<stack::Behaviour>, address: SocketA
             }
         }
     };
-    tokio::time::timeout(BIND, bound).await.map_err(|_| failed("no interface has an address of this kind".into()))
+    tokio::time::timeout(BIND_TIMEOUT, bound)
+        .await
+        .map_err(|_| failed("no interface has an address of this kind".into()))
 }
 
 fn multiaddr(address: SocketAddr) -> Multiaddr {

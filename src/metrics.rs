@@ -1,7 +1,7 @@
 //! Every metric that an agent exports. Methods are named after what happened; no label is unbounded: never a digest, a pod, a
 //! peer or an image.
 
-mod door;
+mod admission;
 mod layers;
 mod mesh;
 mod network;
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use prometheus::{Encoder, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
 
-use self::door::DoorMetrics;
+use self::admission::AdmissionMetrics;
 use self::layers::LayerMetrics;
 use self::mesh::MeshMetrics;
 use self::network::NetworkMetrics;
@@ -33,7 +33,7 @@ pub struct Metrics {
     peer_faults: IntCounterVec,
     peers: IntGauge,
     mesh: MeshMetrics,
-    door: DoorMetrics,
+    admission: AdmissionMetrics,
     network: NetworkMetrics,
     nudges: IntCounterVec,
     events: IntCounterVec,
@@ -43,18 +43,18 @@ pub struct Metrics {
     layers: LayerMetrics,
     own_image: OwnImageMetrics,
     registries_down: IntGauge,
-    odd_annotations: IntCounter,
+    invalid_annotations: IntCounter,
     records_removed: IntCounter,
     event_to_first_byte_seconds: Histogram,
     import_to_running_seconds: Histogram,
     deletions: IntCounterVec,
     notifications: IntCounterVec,
-    rules_file_valid: IntGauge,
+    policy_file_valid: IntGauge,
 }
 
 /// How a recovery ended; the label `outcome`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub enum RecoveryOutcome {
     /// The image is here.
     Recovered,
     /// It was here already, whole, and only the pod had to be nudged.
@@ -62,9 +62,9 @@ pub enum Outcome {
     /// Nobody holds it.
     NoProvider,
     /// Parts of it are on no node.
-    NotHeld,
+    BlobsWithoutProvider,
     /// Nothing may be imported here.
-    Closed,
+    ImportsRefused,
     /// It was only decided, as a dry run asks.
     DryRun,
     /// Providers failed, all of them.
@@ -79,15 +79,15 @@ pub enum Outcome {
     Abandoned,
 }
 
-impl Outcome {
+impl RecoveryOutcome {
     /// The label's value.
     pub fn label(self) -> &'static str {
         match self {
             Self::Recovered => "recovered",
             Self::AlreadyHere => "already_here",
             Self::NoProvider => "no_provider",
-            Self::NotHeld => "not_held",
-            Self::Closed => "closed",
+            Self::BlobsWithoutProvider => "not_held",
+            Self::ImportsRefused => "closed",
             Self::DryRun => "dry_run",
             Self::FetchFailed => "fetch_failed",
             Self::StoreFailed => "store_failed",
@@ -137,7 +137,7 @@ impl Metrics {
             ),
             peers: gauge(r, "peers", "Peers that can be fetched from."),
             mesh: MeshMetrics::new(r),
-            door: DoorMetrics::new(r),
+            admission: AdmissionMetrics::new(r),
             network: NetworkMetrics::new(r),
             nudges: counters(r, "nudges_total", "Pods nudged after a recovery, by result.", "result"),
             events: counters(r, "events_total", "Kubernetes Events written, by reason.", "reason"),
@@ -157,7 +157,7 @@ impl Metrics {
             layers: LayerMetrics::new(r),
             own_image: OwnImageMetrics::new(r),
             registries_down: gauge(r, "registries_down", "Registries that this node itself found unreachable."),
-            odd_annotations: counter(
+            invalid_annotations: counter(
                 r,
                 "odd_annotations_total",
                 "Annotations of ours with a value that means nothing.",
@@ -184,7 +184,7 @@ impl Metrics {
                 "result",
             ),
             notifications: counters(r, "notifications_total", "Messages for the webhook, by result.", "result"),
-            rules_file_valid,
+            policy_file_valid: rules_file_valid,
             registry,
         }
     }
@@ -195,8 +195,8 @@ impl Metrics {
     }
 
     /// An annotation of ours has a value that means nothing; once for each key and value.
-    pub fn odd_annotation_seen(&self) {
-        self.odd_annotations.inc();
+    pub fn invalid_annotation_seen(&self) {
+        self.invalid_annotations.inc();
     }
 
     /// The record of a broken image was removed.
@@ -205,12 +205,12 @@ impl Metrics {
     }
 
     /// The first byte of a missing blob came so long after the event that made it wanted.
-    pub fn first_byte_came(&self, after: Duration) {
+    pub fn first_byte_received(&self, after: Duration) {
         self.event_to_first_byte_seconds.observe(after.as_secs_f64());
     }
 
     /// A pod that waited for an image went on so long after it was usable.
-    pub fn pod_went_on(&self, after: Duration) {
+    pub fn pod_started(&self, after: Duration) {
         self.import_to_running_seconds.observe(after.as_secs_f64());
     }
 
@@ -230,11 +230,11 @@ impl Metrics {
     }
 
     /// A recovery ended.
-    pub fn recovery_ended(&self, outcome: Outcome, took: Duration) {
+    pub fn recovery_ended(&self, outcome: RecoveryOutcome, took: Duration) {
         self.recoveries_running.dec();
         self.recoveries.with_label_values(&[outcome.label()]).inc();
         // Of those that brought something: the others end at once, or when somebody gives up.
-        if outcome == Outcome::Recovered {
+        if outcome == RecoveryOutcome::Recovered {
             self.recovery_seconds.observe(took.as_secs_f64());
         }
     }
@@ -297,8 +297,8 @@ impl Metrics {
     }
 
     /// The rules file was read: what it says now is in force, or is not.
-    pub fn rules_file_read(&self, in_force: bool) {
-        self.rules_file_valid.set(in_force.into());
+    pub fn policy_file_read(&self, in_force: bool) {
+        self.policy_file_valid.set(in_force.into());
     }
 
     /// Everything in Prometheus' text format.
@@ -323,10 +323,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_happened_shows_in_the_text() {
+    fn recorded_values_appear_in_the_text_format() {
         let metrics = Metrics::new();
         metrics.recovery_started();
-        metrics.recovery_ended(Outcome::Recovered, Duration::from_secs(2));
+        metrics.recovery_ended(RecoveryOutcome::Recovered, Duration::from_secs(2));
         metrics.fetched(5);
         let text = String::from_utf8(metrics.render()).unwrap();
         for line in [

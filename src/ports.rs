@@ -7,38 +7,39 @@ mod admission;
 mod claims;
 mod cluster;
 mod connections;
-mod content;
+mod content_store;
 mod control;
-mod fetch;
-mod notify;
+mod fetcher;
+mod layer_leases;
+mod notifier;
 mod own_image;
 mod pieces;
 mod registry;
-mod retain;
-mod unpack;
+mod unpacker;
 
-pub use admission::{Admission, Admitted, LEEWAY, Refusal};
+pub use admission::{Admission, AdmittedPeer, LEEWAY, Rejection};
 pub use claims::{ClaimError, Claims};
 pub use cluster::{
     Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, NodeReport, NodeReportKind, PodEvent, PodReport,
-    PullSecret, ReportKind,
+    PodReportKind, PullSecret,
 };
 pub use connections::{ConnectionsError, PullConnections};
-pub use content::{
-    BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Imports, Pin, Remembered,
-    Snapshots, StoreError,
+pub use content_store::{
+    BlobInfo, BlobMetadata, BlobReader, BlobSink, BlobWriter, Child, ChildKind, ContentStore, ImageRecord,
+    ImportPermission, Pin, Snapshots, StoreError,
 };
 pub use control::{
-    BlobAccess, ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource,
-    NextImageStatus, OutageStatus, OwnImageStatus, PullFailure, PullProgress, PullRequest, RecoveryStatus,
-    RetainedStatus, RulesFileStatus, Status, StatusSource, UdpStatus,
+    BlobAccess, ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, MAX_NAMES, MAX_STATUS_MEMBERS, MeshSource,
+    NextImageStatus, OutageStatus, OwnImageStatus, PolicyFileStatus, PullFailure, PullProgress, PullRequest,
+    RecoveryStatus, RetentionStatus, Status, StatusSource, UdpStatus,
 };
-pub use fetch::{FetchError, Fetcher};
-pub use notify::{MAX_PODS, Notification, Notifier, NotifyError};
+pub use fetcher::{FetchError, Fetcher};
+pub use layer_leases::{ContentEvent, LayerLease, LayerLeases, Origin};
+pub use notifier::{MAX_PODS, Notification, Notifier, NotifyError};
 pub use own_image::{OwnDaemonSet, ProtectedImages};
 pub use pieces::{
-    Following, Heard, NoPartials, Partial, Partials, PieceError, PieceFetcher, PieceSink, STAGED_LIFE, Staged,
+    NoPartialBlobs, PartialBlob, PartialBlobs, PieceError, PieceFetcher, PieceMapUpdates, PieceSink, STAGED_BLOB_LIFE,
+    StagedBlob, StateSink,
 };
-pub use registry::{BlobError, Registry, RegistryError};
-pub use retain::{ContentEvent, LayerLease, LayerLeases, Origin};
-pub use unpack::{UnpackError, Unpacked, Unpacker};
+pub use registry::{Registry, RegistryError, RegistryFetchError};
+pub use unpacker::{UnpackError, UnpackOutcome, Unpacker};

@@ -33,11 +33,11 @@ use hyper::Method;
 use tokio::time::timeout;
 use url::{Host, Url};
 
-use crate::http::{self, Certificates, Failure, Request};
+use crate::http::{self, Certificates, HttpError, Request};
 use crate::model::OutageKind;
-use crate::oci::{Digest, Reference, Repository, Verified};
-use crate::ports::{BlobError, BlobSink, PullSecret, Registry, RegistryError};
-use resolve::Question;
+use crate::oci::{BlobProof, Digest, Reference, Repository};
+use crate::ports::{BlobSink, PullSecret, Registry, RegistryError, RegistryFetchError};
+use resolve::RegistryRequest;
 
 /// What the client is told.
 #[derive(Debug, Clone)]
@@ -89,7 +89,7 @@ pub struct RegistryClient {
 }
 
 /// Where a registry is, and how far it is trusted.
-struct Place {
+struct RegistryEndpoint {
     /// `https://host:port/`, or `http` where that is all there is.
     base: Url,
     insecure: bool,
@@ -109,22 +109,23 @@ impl RegistryClient {
         Ok(Self { http, insecure, loopback_is_insecure: true, ping_limit, resolve_limit, stall_limit })
     }
 
-    async fn place(&self, registry: &str) -> Result<Place, Failure> {
-        let no_host = || Failure::Unreachable { kind: OutageKind::NoSuchHost, reason: "not a registry's name".into() };
+    async fn endpoint(&self, registry: &str) -> Result<RegistryEndpoint, HttpError> {
+        let no_host =
+            || HttpError::Unreachable { kind: OutageKind::NoSuchHost, reason: "not a registry's name".into() };
         let base = base_url("https", registry).ok_or_else(no_host)?;
         let named = self.insecure.iter().any(|name| name.eq_ignore_ascii_case(registry));
         let insecure = named || (self.loopback_is_insecure && is_loopback(&base));
         if insecure {
-            let spoken = self.http.greet(&base, Certificates::Any).await;
-            if let Err(Failure::Unreachable { kind: OutageKind::Tls | OutageKind::Refused, .. }) = spoken {
-                return Ok(Place { base: base_url("http", registry).ok_or_else(no_host)?, insecure });
+            let probed = self.http.probe(&base, Certificates::Any).await;
+            if let Err(HttpError::Unreachable { kind: OutageKind::Tls | OutageKind::Refused, .. }) = probed {
+                return Ok(RegistryEndpoint { base: base_url("http", registry).ok_or_else(no_host)?, insecure });
             }
         }
-        Ok(Place { base, insecure })
+        Ok(RegistryEndpoint { base, insecure })
     }
 
-    async fn ask_if_there(&self, registry: &str) -> Result<hyper::StatusCode, Failure> {
-        let mut url = self.place(registry).await?.base;
+    async fn ping_status(&self, registry: &str) -> Result<hyper::StatusCode, HttpError> {
+        let mut url = self.endpoint(registry).await?.base;
         url.set_path("/v2/");
         let answer = self.http.send(Request::new(Method::GET, &url, Certificates::Any)).await?;
         Ok(answer.status)
@@ -135,15 +136,15 @@ impl RegistryClient {
 impl Registry for RegistryClient {
     async fn ping(&self, registry: &str) -> Result<(), RegistryError> {
         let down = |kind| Err(RegistryError::Down { registry: registry.to_owned(), kind });
-        match timeout(self.ping_limit, self.ask_if_there(registry)).await {
+        match timeout(self.ping_limit, self.ping_status(registry)).await {
             Err(_) => down(OutageKind::TimedOut),
             Ok(Ok(status)) if status.is_server_error() => down(OutageKind::ServerError),
             // containerd may have the certificate that we lack.
-            Ok(Ok(_) | Err(Failure::WantsCertificate)) => Ok(()),
+            Ok(Ok(_) | Err(HttpError::ClientCertificateRequired)) => Ok(()),
             Ok(Err(failure)) => {
                 tracing::debug!(registry, %failure, "no answer to a ping");
                 match failure {
-                    Failure::Unreachable { kind, .. } => down(kind),
+                    HttpError::Unreachable { kind, .. } => down(kind),
                     // There is a server, and it is broken.
                     _ => down(OutageKind::ServerError),
                 }
@@ -159,14 +160,15 @@ impl Registry for RegistryClient {
     ) -> Result<Digest, RegistryError> {
         let registry = &repository.registry;
         // Both become part of a URL, and may have come from a peer.
-        let meant = Reference::Tag(repository.clone(), tag.to_owned());
-        if meant.to_string().parse() != Ok(meant) {
+        let requested = Reference::Tag(repository.clone(), tag.to_owned());
+        if requested.to_string().parse() != Ok(requested) {
             let reason = "the name that is asked for is no image's".to_owned();
-            return Err(RegistryError::Nonsense { registry: registry.clone(), reason });
+            return Err(RegistryError::InvalidResponse { registry: registry.clone(), reason });
         }
         let resolved = async {
-            let place = self.place(registry).await.map_err(|failure| resolve::error(registry, failure))?;
-            Question::about_tag(&self.http, place, repository, tag).resolve(secrets).await
+            let endpoint =
+                self.endpoint(registry).await.map_err(|failure| resolve::registry_error(registry, failure))?;
+            RegistryRequest::for_tag(&self.http, endpoint, repository, tag).resolve(secrets).await
         };
         let late = |_| Err(RegistryError::Down { registry: registry.clone(), kind: OutageKind::TimedOut });
         timeout(self.resolve_limit, resolved).await.unwrap_or_else(late)
@@ -179,20 +181,21 @@ impl Registry for RegistryClient {
         size: u64,
         secrets: &[PullSecret],
         sink: &mut dyn BlobSink,
-    ) -> Result<Verified, BlobError> {
+    ) -> Result<BlobProof, RegistryFetchError> {
         let registry = &repository.registry;
-        let meant = Reference::Digest(repository.clone(), digest);
-        if meant.to_string().parse() != Ok(meant) {
+        let requested = Reference::Digest(repository.clone(), digest);
+        if requested.to_string().parse() != Ok(requested) {
             let reason = "the name that is asked for is no image's".to_owned();
-            return Err(BlobError::WrongBytes { registry: registry.clone(), reason });
+            return Err(RegistryFetchError::WrongBytes { registry: registry.clone(), reason });
         }
         let opened = async {
-            let place = self.place(registry).await.map_err(|failure| resolve::error(registry, failure))?;
-            Question::about_blob(&self.http, place, repository, digest).open(secrets).await
+            let endpoint =
+                self.endpoint(registry).await.map_err(|failure| resolve::registry_error(registry, failure))?;
+            RegistryRequest::for_blob(&self.http, endpoint, repository, digest).open_blob(secrets).await
         };
-        let late = |_| Err(BlobError::Down { registry: registry.clone(), kind: OutageKind::TimedOut });
+        let late = |_| Err(RegistryFetchError::Down { registry: registry.clone(), kind: OutageKind::TimedOut });
         let answer = timeout(self.resolve_limit, opened).await.unwrap_or_else(late)?;
-        blob::Incoming::new(registry, digest, size, self.stall_limit).receive(answer, sink).await
+        blob::BlobReceiver::new(registry, digest, size, self.stall_limit).receive(answer, sink).await
     }
 }
 

@@ -17,4 +17,4 @@ pub use fetcher::{Behaviour, MemoryFetcher};
 pub use memory_store::MemoryStore;
 pub use notifier::MemoryNotifier;
 pub use registry::MemoryRegistry;
-pub use stopping_store::{KilledAt, StoppingStore};
+pub use stopping_store::{KillPoint, StoppingStore};

@@ -8,22 +8,22 @@
 //!
 //! Not here: who holds what, which peer to ask, and when to try again.
 
-mod chains;
-mod codes;
+mod acceptor;
+mod close_codes;
 mod congestion;
-mod door;
+mod dial;
 mod fetch;
-mod greet;
+mod hash_chain_cache;
 mod peers;
-mod refusals;
+mod rate_limiter;
+mod rejection_log;
 mod serve;
 mod socket;
 #[cfg(test)]
 mod tests;
-mod throttle;
 mod tls;
 mod tuning;
-mod uploads;
+mod upload_queue;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -37,22 +37,22 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 pub use congestion::DelayBounded;
-pub use greet::GreetError;
+pub use dial::DialError;
 pub use tls::TlsError;
 
-use self::chains::Chains;
-use self::door::Door;
-use self::peers::Peers;
-use self::refusals::Refusals;
-use self::throttle::{InForce, Throttle};
-use self::tuning::Limits;
-use self::uploads::Uploads;
-use crate::decide::rules::Rules;
+use self::acceptor::HandshakeLimiter;
+use self::hash_chain_cache::HashChainCache;
+use self::peers::PeerTable;
+use self::rate_limiter::{PolicyReceiver, RateLimiter};
+use self::rejection_log::RejectionLog;
+use self::tuning::Timeouts;
+use self::upload_queue::UploadQueue;
+use crate::decide::policy::Policy;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{NodeName, NodeNameError, Peer, PeerId};
-use crate::oci::Chain;
-use crate::ports::{Admission, Admitted, ContentStore, Partials, Refusal};
+use crate::oci::HashChain;
+use crate::ports::{Admission, AdmittedPeer, ContentStore, PartialBlobs, Rejection};
 use crate::wire::{Format, Hello, Versions};
 
 /// What is set from outside.
@@ -70,17 +70,17 @@ pub struct Config {
 }
 
 /// What a transfer works with.
-pub struct Surroundings {
+pub struct TransferDependencies {
     /// Decides about peers.
     pub admission: Arc<dyn Admission>,
     /// The blobs that are served.
     pub store: Arc<dyn ContentStore>,
     /// Those that are being fetched, whose pieces are served.
-    pub partials: Arc<dyn Partials>,
+    pub partials: Arc<dyn PartialBlobs>,
     /// Where bytes and failures are counted.
     pub metrics: Metrics,
     /// Hears of peers that dialled us and were admitted, before they are told so; the same peer comes again each time it connects.
-    pub joined: mpsc::Sender<Peer>,
+    pub admitted_peers: mpsc::Sender<Peer>,
 }
 
 /// The transfer could not start.
@@ -104,40 +104,40 @@ pub enum BindError {
 pub struct Transfer(Arc<Shared>);
 
 struct Shared {
-    me: PeerId,
+    own_id: PeerId,
     node: NodeName,
     gossip_port: u16,
     versions: Versions,
-    local: SocketAddr,
+    local_address: SocketAddr,
     endpoint: Endpoint,
     client: quinn::ClientConfig,
     admission: Arc<dyn Admission>,
     store: Arc<dyn ContentStore>,
-    partials: Arc<dyn Partials>,
+    partials: Arc<dyn PartialBlobs>,
     metrics: Metrics,
-    joined: mpsc::Sender<Peer>,
-    peers: Peers,
+    admitted_peers: mpsc::Sender<Peer>,
+    peers: PeerTable,
     /// Where a peer last saw us.
-    seen: watch::Sender<Option<IpAddr>>,
+    observed_address: watch::Sender<Option<IpAddr>>,
     shared_key: watch::Sender<Option<NodeName>>,
-    door: Arc<Door>,
-    refusals: Refusals,
+    handshakes: Arc<HandshakeLimiter>,
+    rejection_log: RejectionLog,
     /// Whole blobs.
-    serving: Semaphore,
+    serve_permits: Semaphore,
     /// Pieces.
-    uploads: Uploads,
-    chains: Chains,
-    limits: Limits,
+    uploads: UploadQueue,
+    hash_chains: HashChainCache,
+    timeouts: Timeouts,
     /// Everything that comes.
-    down: Throttle,
+    download_limiter: RateLimiter,
     /// Everything that goes.
-    up: Throttle,
+    upload_limiter: RateLimiter,
 }
 
 /// What a transfer keeps to.
-struct Bounds {
-    limits: Limits,
-    rules: InForce,
+struct TransferOptions {
+    timeouts: Timeouts,
+    policy: PolicyReceiver,
     versions: Versions,
 }
 
@@ -149,9 +149,9 @@ impl Transfer {
     ///
     /// # Panics
     /// Outside of a tokio runtime with I/O and time: the endpoint lives on the one that calls this.
-    pub fn bind(config: Config, identity: &Identity, surroundings: Surroundings) -> Result<Self, BindError> {
-        let bounds = Bounds { limits: Limits::DEFAULT, rules: None, versions: Versions::TRANSFER };
-        Self::bind_with(config, identity, surroundings, bounds)
+    pub fn bind(config: Config, identity: &Identity, surroundings: TransferDependencies) -> Result<Self, BindError> {
+        let bounds = TransferOptions { timeouts: Timeouts::DEFAULT, policy: None, versions: Versions::TRANSFER };
+        Self::bind_with_options(config, identity, surroundings, bounds)
     }
 
     /// As [`Transfer::bind`], but what comes and what goes keeps to the rates of these rules, and to others as soon as they are sent.
@@ -162,14 +162,14 @@ impl Transfer {
     ///
     /// # Panics
     /// As [`Transfer::bind`].
-    pub fn bind_within(
+    pub fn bind_with_policy(
         config: Config,
         identity: &Identity,
-        surroundings: Surroundings,
-        rules: watch::Receiver<Arc<Rules>>,
+        surroundings: TransferDependencies,
+        rules: watch::Receiver<Arc<Policy>>,
     ) -> Result<Self, BindError> {
-        let bounds = Bounds { limits: Limits::DEFAULT, rules: Some(rules), versions: Versions::TRANSFER };
-        Self::bind_with(config, identity, surroundings, bounds)
+        let bounds = TransferOptions { timeouts: Timeouts::DEFAULT, policy: Some(rules), versions: Versions::TRANSFER };
+        Self::bind_with_options(config, identity, surroundings, bounds)
     }
 
     /// As [`Transfer::bind_within`], as a release with other versions would: for tests of two releases side by side.
@@ -183,23 +183,23 @@ impl Transfer {
     pub fn bind_with_versions(
         config: Config,
         identity: &Identity,
-        surroundings: Surroundings,
-        rules: watch::Receiver<Arc<Rules>>,
+        surroundings: TransferDependencies,
+        rules: watch::Receiver<Arc<Policy>>,
         versions: Versions,
     ) -> Result<Self, BindError> {
-        let bounds = Bounds { limits: Limits::DEFAULT, rules: Some(rules), versions };
-        Self::bind_with(config, identity, surroundings, bounds)
+        let bounds = TransferOptions { timeouts: Timeouts::DEFAULT, policy: Some(rules), versions };
+        Self::bind_with_options(config, identity, surroundings, bounds)
     }
 
-    fn bind_with(
+    fn bind_with_options(
         config: Config,
         identity: &Identity,
-        surroundings: Surroundings,
-        bounds: Bounds,
+        surroundings: TransferDependencies,
+        bounds: TransferOptions,
     ) -> Result<Self, BindError> {
         let Config { listen, gossip_port, node, max_serving } = config;
-        let Surroundings { admission, store, partials, metrics, joined } = surroundings;
-        let Bounds { limits, rules, versions } = bounds;
+        let TransferDependencies { admission, store, partials, metrics, admitted_peers: joined } = surroundings;
+        let TransferOptions { timeouts, policy: rules, versions } = bounds;
         let tls = tls::Tls::new(identity, versions)?;
         let listening = || {
             let socket = socket::bind(listen)?;
@@ -207,71 +207,71 @@ impl Transfer {
             let endpoint = Endpoint::new(tuning::endpoint(), Some(server), socket, Arc::new(TokioRuntime))?;
             Ok((endpoint.local_addr()?, endpoint))
         };
-        let (local, endpoint) = listening().map_err(|source| BindError::Socket { address: listen, source })?;
+        let (local_address, endpoint) = listening().map_err(|source| BindError::Socket { address: listen, source })?;
         Ok(Self(Arc::new(Shared {
-            me: identity.peer_id(),
+            own_id: identity.peer_id(),
             node,
             gossip_port,
             versions,
-            local,
+            local_address,
             endpoint,
             client: tuning::client(&tls),
             admission,
             store,
             partials,
             metrics,
-            joined,
-            peers: Peers::default(),
-            seen: watch::Sender::new(None),
+            admitted_peers: joined,
+            peers: PeerTable::default(),
+            observed_address: watch::Sender::new(None),
             shared_key: watch::Sender::new(None),
-            door: Arc::default(),
-            refusals: Refusals::default(),
-            serving: Semaphore::new(max_serving),
-            uploads: Uploads::new(max_serving),
-            chains: Chains::new(limits.reader),
-            limits,
-            down: Throttle::new(rules.clone(), |budgets| budgets.max_download_rate),
-            up: Throttle::new(rules, |budgets| budgets.max_upload_rate),
+            handshakes: Arc::default(),
+            rejection_log: RejectionLog::default(),
+            serve_permits: Semaphore::new(max_serving),
+            uploads: UploadQueue::new(max_serving),
+            hash_chains: HashChainCache::new(timeouts.slow_reader),
+            timeouts,
+            download_limiter: RateLimiter::new(rules.clone(), |budgets| budgets.max_download_rate),
+            upload_limiter: RateLimiter::new(rules, |budgets| budgets.max_upload_rate),
         })))
     }
 
     /// The address that the socket has; its port is known even when 0 was asked for.
     pub fn local_addr(&self) -> SocketAddr {
-        self.0.local
+        self.0.local_address
     }
 
     /// Lets peers in and serves them until `stop`, then lets streams end for a few seconds and closes what is left.
     pub async fn run(self, stop: CancellationToken) {
         let shared = self.0;
         let mut connections = JoinSet::new();
-        let mut sweep = interval(SWEEP);
+        let mut sweep = interval(SWEEP_INTERVAL);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut renewed = shared.admission.renewed();
+        let mut renewed = shared.admission.credential_changes();
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
                 incoming = shared.endpoint.accept() => match incoming {
-                    Some(incoming) => shared.knock(incoming, &mut connections, &stop),
+                    Some(incoming) => shared.accept(incoming, &mut connections, &stop),
                     None => break,
                 },
                 Some(ended) = connections.join_next() => report_panic(ended),
                 Ok(()) = renewed.changed() => shared.peers.retire_outbound(),
                 _ = sweep.tick() => {
-                    shared.peers.sweep(shared.limits.unused);
-                    shared.end_verdicts(since_1970());
+                    shared.peers.close_unused(shared.timeouts.idle_connection);
+                    shared.close_expired(since_1970());
                 }
             }
         }
         shared.endpoint.set_server_config(None);
         let drained = async { while connections.join_next().await.is_some() {} };
-        if timeout(shared.limits.drain, drained).await.is_err() {
+        if timeout(shared.timeouts.drain, drained).await.is_err() {
             tracing::info!(connections = connections.len(), "stopping in the middle of serving");
         }
-        shared.peers.leave();
-        shared.endpoint.close(codes::DONE, codes::LEAVING);
+        shared.peers.close_all();
+        shared.endpoint.close(close_codes::DONE, close_codes::AGENT_STOPS);
         connections.shutdown().await;
         // So that peers hear of it; they need not.
-        let _ = timeout(FAREWELL, shared.endpoint.wait_idle()).await;
+        let _ = timeout(CLOSE_TIMEOUT, shared.endpoint.wait_idle()).await;
     }
 
     /// Meets whoever is at `address`, and keeps the connection and the address. With `expect`, nobody else will do. A
@@ -279,20 +279,20 @@ impl Transfer {
     ///
     /// # Errors
     /// [`GreetError`].
-    pub async fn greet(&self, address: SocketAddr, expect: Option<PeerId>) -> Result<Peer, GreetError> {
+    pub async fn dial(&self, address: SocketAddr, expect: Option<PeerId>) -> Result<Peer, DialError> {
         let address = canonical(address);
         let known = self.0.peers.connected_at(address, since_1970());
         if let Some(peer) = known.filter(|peer| expect.is_none_or(|expected| expected == peer.id)) {
             return Ok(peer);
         }
-        let (peer, connection, standing) = self.0.dial(address, expect).await?;
-        self.0.peers.remember(&peer, standing).map_err(|full| GreetError::NotAdmitted {
+        let (peer, connection, admission) = self.0.dial(address, expect).await?;
+        self.0.peers.insert(&peer, admission).map_err(|full| DialError::NotAdmitted {
             peer: peer.id,
             address,
-            refusal: Refusal::CannotTell(full.to_string()),
+            refusal: Rejection::Undecided(full.to_string()),
         })?;
         if let Some((_, outbound)) = self.0.peers.find(peer.id) {
-            outbound.keep(connection);
+            outbound.insert(connection);
         }
         Ok(peer)
     }
@@ -302,18 +302,18 @@ impl Transfer {
     ///
     /// # Errors
     /// [`quinn::ConnectError`] where no packet was sent.
-    pub async fn answers(&self, address: SocketAddr) -> Result<bool, quinn::ConnectError> {
+    pub async fn probe(&self, address: SocketAddr) -> Result<bool, quinn::ConnectError> {
         let address = canonical(address);
         if self.0.peers.connected_at(address, since_1970()).is_some() {
             return Ok(true);
         }
-        self.0.answers(address).await
+        self.0.probe(address).await
     }
 
     /// Where a peer is that never came through this door, so that it can be fetched from: it is dialled when it is needed, and
     /// admitted then like any other. One that is known already has moved.
-    pub fn know(&self, peer: &Peer) {
-        if let Err(full) = self.0.peers.know(peer) {
+    pub fn add_peer_address(&self, peer: &Peer) {
+        if let Err(full) = self.0.peers.insert_address(peer) {
             tracing::debug!(peer = %peer.id, %full, "not remembered");
         }
     }
@@ -334,8 +334,8 @@ impl Transfer {
     }
 
     /// Where a peer last said that it sees this agent. It was admitted, and may be wrong all the same.
-    pub fn seen(&self) -> watch::Receiver<Option<IpAddr>> {
-        self.0.seen.subscribe()
+    pub fn observed_address(&self) -> watch::Receiver<Option<IpAddr>> {
+        self.0.observed_address.subscribe()
     }
 
     /// The node whose agent last proved this agent's own key.
@@ -344,22 +344,22 @@ impl Transfer {
     }
 
     /// The list of states of a blob that was fetched and proved here, so that it needs not be made again for those who ask for it.
-    pub fn knows_chain(&self, chain: Arc<Chain>) {
-        self.0.chains.know(chain);
+    pub fn add_hash_chain(&self, chain: Arc<HashChain>) {
+        self.0.hash_chains.insert(chain);
     }
 
     /// Drops the peer's address and its connections; what is fetched from it ends as unreachable. It may come back
     /// through the door.
-    pub fn forget(&self, peer: PeerId) {
-        self.0.peers.forget(peer);
+    pub fn remove_peer(&self, peer: PeerId) {
+        self.0.peers.remove(peer);
     }
 }
 
 /// How often unused connections are looked for.
-const SWEEP: Duration = Duration::from_secs(5);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// For the last packets: closing needs one way, and up to three timeouts when packets are lost.
-const FAREWELL: Duration = Duration::from_secs(1);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Shared {
     /// The format of messages on a connection. [`Shared::dial`] and [`Shared::meet`] have closed those without one.
@@ -368,14 +368,14 @@ impl Shared {
     }
 
     /// Decides about a connection attempt before it costs anything.
-    fn knock(self: &Arc<Self>, incoming: Incoming, connections: &mut JoinSet<()>, stop: &CancellationToken) {
-        if self.door.is_crowded() && !incoming.remote_address_validated() {
+    fn accept(self: &Arc<Self>, incoming: Incoming, connections: &mut JoinSet<()>, stop: &CancellationToken) {
+        if self.handshakes.is_retry_required() && !incoming.remote_address_validated() {
             // It can be: the address is not validated yet.
             let _ = incoming.retry();
             return;
         }
-        match self.door.enter(canonical(incoming.remote_address()).ip()) {
-            Some(place) => drop(connections.spawn(self.clone().host(incoming, place, stop.clone()))),
+        match self.handshakes.try_acquire(canonical(incoming.remote_address()).ip()) {
+            Some(permit) => drop(connections.spawn(self.clone().handle_connection(incoming, permit, stop.clone()))),
             None => incoming.refuse(),
         }
     }
@@ -396,25 +396,30 @@ fn since_1970() -> Duration {
 }
 
 /// What is known of a peer after its introduction: the credential's word on the node's name goes before its own.
-fn peer_from(id: PeerId, address: SocketAddr, hello: &Hello, vouched: Option<NodeName>) -> Result<Peer, NodeNameError> {
-    let node = vouched.map_or_else(|| hello.node.parse(), Ok)?;
+fn peer_from(
+    id: PeerId,
+    address: SocketAddr,
+    hello: &Hello,
+    verified_node: Option<NodeName>,
+) -> Result<Peer, NodeNameError> {
+    let node = verified_node.map_or_else(|| hello.node.parse(), Ok)?;
     let mut gossip = address;
     gossip.set_port(hello.gossip_port);
     Ok(Peer { id, node, zone: None, transfer: address, gossip })
 }
 
 /// A peer's words, fit for a log line and a reason: no control characters, and no longer than a sentence.
-fn printable(words: &str) -> String {
-    words.chars().filter(|c| !c.is_control()).take(256).collect()
+fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(256).collect()
 }
 
 /// The metric's label.
-fn admission_result(decided: Result<&Admitted, &Refusal>) -> &'static str {
+fn admission_result(decided: Result<&AdmittedPeer, &Rejection>) -> &'static str {
     match decided {
-        Ok(admitted) if admitted.on_grace => "on_grace",
+        Ok(admitted) if admitted.is_in_grace => "on_grace",
         Ok(_) => "admitted",
-        Err(Refusal::Denied(_)) => "denied",
-        Err(Refusal::CannotTell(_)) => "cannot_tell",
+        Err(Rejection::Denied(_)) => "denied",
+        Err(Rejection::Undecided(_)) => "cannot_tell",
     }
 }
 

@@ -29,7 +29,7 @@ use crate::http::{self, Certificates, Request};
 use crate::ports::{Notification, Notifier, NotifyError};
 
 /// Receivers are told to answer first and work later; the caller's queue must not stand behind one that hangs.
-const LIMIT: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Half of what HMAC-SHA256 can use, and more than anybody guesses.
 const MIN_SECRET: usize = 16;
@@ -90,7 +90,7 @@ pub struct Webhook {
     http: http::Client,
     url: Url,
     secret_file: Option<PathBuf>,
-    limit: Duration,
+    deadline: Duration,
 }
 
 impl Webhook {
@@ -106,9 +106,9 @@ impl Webhook {
             return Err(ConfigError::Url);
         }
         if let Some(path) = &secret_file {
-            secret(path).await?;
+            read_secret(path).await?;
         }
-        Ok(Self { http: http::Client::new(ca_file.as_deref())?, url, secret_file, limit: LIMIT })
+        Ok(Self { http: http::Client::new(ca_file.as_deref())?, url, secret_file, deadline: TIMEOUT })
     }
 
     async fn send(&self, notification: &Notification) -> Result<(), NotifyError> {
@@ -124,7 +124,7 @@ impl Webhook {
         request.headers.insert("x-lighterman-timestamp", HeaderValue::from(now));
         if let Some(path) = &self.secret_file {
             // A file that is being replaced may be whole a moment later; unsigned is never sent instead.
-            let secret = secret(path).await.map_err(|error| unavailable(&error))?;
+            let secret = read_secret(path).await.map_err(|error| unavailable(&error))?;
             let signature = HeaderValue::from_str(&signature(&secret, now, &body)).map_err(|error| refused(&error))?;
             request.headers.insert("x-lighterman-signature", signature);
         }
@@ -142,13 +142,13 @@ impl Webhook {
 #[async_trait]
 impl Notifier for Webhook {
     async fn notify(&self, notification: &Notification) -> Result<(), NotifyError> {
-        let late = |_| Err(NotifyError::Unavailable(format!("no answer within {} s", self.limit.as_secs())));
-        timeout(self.limit, self.send(notification)).await.unwrap_or_else(late)
+        let late = |_| Err(NotifyError::Unavailable(format!("no answer within {} s", self.deadline.as_secs())));
+        timeout(self.deadline, self.send(notification)).await.unwrap_or_else(late)
     }
 }
 
 /// Reads the secret. Every message does: there are few, and a file that was replaced counts at once.
-async fn secret(path: &Path) -> Result<Vec<u8>, SecretError> {
+async fn read_secret(path: &Path) -> Result<Vec<u8>, SecretError> {
     let unreadable = |source| SecretError::Io { path: path.to_owned(), source };
     let file = tokio::fs::File::open(path).await.map_err(unreadable)?;
     let mut bytes = Vec::new();

@@ -23,7 +23,7 @@
 //! Signatures are over bytes that no codec makes (`crate::model`, `signed`), so a relay in another format keeps them valid.
 
 mod error;
-mod following;
+mod frame;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
@@ -38,10 +38,10 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 pub use self::error::WireError;
-pub use self::version::{FIRST_MAJOR, Format, Protocol, Version, Versions};
-use crate::model::{Availability, Credential, Gossip, MAX_ITEMS, Question, Reply};
+pub use self::version::{FIRST_MAJOR, Format, ProtocolKind, Version, Versions};
+use crate::model::{Credential, Gossip, MAX_ITEMS, PieceMapUpdate, SyncReply, SyncRequest};
 use crate::oci::{Digest, MAX_PIECES};
-pub use following::split;
+pub use frame::split;
 
 /// What an agent sends to another in one frame.
 pub trait Message: Clone + Serialize + DeserializeOwned {
@@ -65,7 +65,7 @@ pub struct Hello {
     /// The TCP port where it gossips; the address is the connection's.
     pub gossip_port: u16,
     /// The address that it sees the other side at.
-    pub seen: IpAddr,
+    pub observed_address: IpAddr,
 }
 
 /// The answer to [`Hello`].
@@ -74,7 +74,7 @@ pub enum Welcome {
     /// Admitted; the listener introduces itself in turn.
     Admitted(Hello),
     /// Not admitted; the connection is closed after this.
-    Refused(String),
+    Rejected(String),
 }
 
 /// What may be asked on a stream of an admitted connection. One request a stream.
@@ -96,12 +96,12 @@ pub enum Request {
         /// Which blob.
         digest: Digest,
         /// Those that are welcome, the most welcome first; at most [`crate::model::MAX_CHOICE`].
-        choice: Vec<u32>,
+        pieces: Vec<u32>,
         /// How many of them.
-        most: u8,
+        limit: u8,
     },
     /// Send the states between its pieces.
-    Chain(Digest),
+    HashChain(Digest),
     /// Tell which pieces of it are there, and go on telling as they come.
     Follow(Digest),
 }
@@ -112,7 +112,7 @@ impl Request {
     pub fn needs_equal_majors(&self) -> bool {
         match self {
             Self::Have(_) | Self::Get { .. } => false,
-            Self::Pieces { .. } | Self::Chain(_) | Self::Follow(_) => true,
+            Self::Pieces { .. } | Self::HashChain(_) | Self::Follow(_) => true,
         }
     }
 }
@@ -271,7 +271,7 @@ pub async fn write_in<M: Message>(
 /// What one decode may allocate, over all kinds of message: twice the largest limit below. bincode counts what it reads as it is in
 /// memory, so a length inside a message cannot ask for more either; an integer that was sent in one byte counts eight. The worst
 /// message that is honest consists of [`crate::model::Mark`]s, at 65 counted for 37 sent.
-const MAX_DECODE: usize = 2 * Reply::LIMIT;
+const MAX_DECODE: usize = 2 * SyncReply::LIMIT;
 
 /// What later releases may append to a message; what is longer is padding.
 const MAX_APPENDED: usize = 256;
@@ -349,7 +349,7 @@ impl Message for Request {
     type Previous = Self;
 }
 
-impl Message for Availability {
+impl Message for PieceMapUpdate {
     /// A bit for each of [`MAX_PIECES`], or [`crate::model::MAX_NEWS`] numbers of up to five bytes.
     const LIMIT: usize = MAX_PIECES as usize / 8 + 64;
     const VERSIONS: Versions = Versions::TRANSFER;
@@ -374,14 +374,14 @@ impl Message for Gossip {
 /// The largest message of gossipsub, its framing included: what libp2p sets by default.
 pub const MAX_GOSSIP: usize = 64 << 10;
 
-impl Message for Question {
+impl Message for SyncRequest {
     /// The keys of 5000 members, as many as Kubernetes supports nodes; a list of hashes is shorter.
     const LIMIT: usize = 5000 * 32 + 64;
     const VERSIONS: Versions = Versions::GOSSIP;
     type Previous = Self;
 }
 
-impl Message for Reply {
+impl Message for SyncReply {
     /// [`MAX_ITEMS`] of 128 bytes on average: a blob's has 34 and its holders, an image's rarely over 120.
     const LIMIT: usize = MAX_ITEMS * 128;
     const VERSIONS: Versions = Versions::GOSSIP;

@@ -4,17 +4,17 @@
 //! Small clusters run always. The large one, which the figures are of, runs in release builds alone.
 
 mod simulation {
-    mod agenda;
     mod calibration;
     mod content;
+    mod event_queue;
     mod fuzz;
+    mod joining;
     mod large;
-    mod liars;
     mod liveness;
+    mod lying_members;
     mod mesh;
     mod partition;
     mod releases;
-    mod size;
-    mod starting;
+    mod setup;
     mod swarm;
 }

@@ -5,10 +5,10 @@ use std::time::Duration;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeVal;
 
-use crate::report::Failure;
+use crate::report::BenchError;
 
 /// Time in user code and in the kernel.
-pub(crate) fn spent(who: UsageWho) -> Result<Duration, Failure> {
+pub(crate) fn spent(who: UsageWho) -> Result<Duration, BenchError> {
     let usage = getrusage(who)?;
     let duration = |time: TimeVal| {
         Duration::from_secs(time.tv_sec().cast_unsigned()) + Duration::from_micros(time.tv_usec().cast_unsigned())
@@ -17,7 +17,7 @@ pub(crate) fn spent(who: UsageWho) -> Result<Duration, Failure> {
 }
 
 /// The same of another process that still runs: proc_pid_stat(5), fields 14 and 15, in hundredths of a second.
-pub(crate) fn spent_by(pid: u32) -> Result<Duration, Failure> {
+pub(crate) fn spent_by(pid: u32) -> Result<Duration, BenchError> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The second field is a name in parentheses and may hold anything.
     let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
@@ -26,7 +26,7 @@ pub(crate) fn spent_by(pid: u32) -> Result<Duration, Failure> {
 }
 
 /// The processor as the kernel calls it, and whether it hashes SHA-256 in hardware.
-pub(crate) fn model() -> Result<(String, bool), Failure> {
+pub(crate) fn model() -> Result<(String, bool), BenchError> {
     let info = std::fs::read_to_string("/proc/cpuinfo")?;
     let field = |name: &str| {
         let line = info.lines().find(|line| line.starts_with(name));
@@ -36,7 +36,7 @@ pub(crate) fn model() -> Result<(String, bool), Failure> {
 }
 
 /// What all of this runs on, in a line, and how busy it is with other things.
-pub(crate) fn machine() -> Result<String, Failure> {
+pub(crate) fn machine() -> Result<String, BenchError> {
     let (model, _) = model()?;
     let cores = std::thread::available_parallelism()?;
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
@@ -54,7 +54,7 @@ pub(crate) struct Ticks {
 
 impl Ticks {
     /// Until now: proc_stat(5).
-    pub(crate) fn now() -> Result<Self, Failure> {
+    pub(crate) fn now() -> Result<Self, BenchError> {
         let stat = std::fs::read_to_string("/proc/stat")?;
         let line = stat.lines().find_map(|line| line.strip_prefix("cpu ")).ok_or("no processors in /proc/stat")?;
         let ticks: Result<Vec<u64>, _> = line.split_whitespace().map(str::parse).collect();
@@ -70,7 +70,7 @@ impl Ticks {
 }
 
 /// The most memory that a process has had resident so far, in MiB.
-pub(crate) fn peak_mib(pid: u32) -> Result<f64, Failure> {
+pub(crate) fn peak_mib(pid: u32) -> Result<f64, BenchError> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
     Ok(peak.ok_or("no VmHWM")?.parse::<f64>()? / 1024.0)

@@ -12,7 +12,7 @@ use lighterman::oci::{Digest, Reference};
 use lighterman::testing::image::MadeImage;
 
 use crate::cpu;
-use crate::report::Failure;
+use crate::report::BenchError;
 
 /// Killed when dropped, also by a benchmark that fails.
 struct Daemon {
@@ -24,7 +24,7 @@ struct Daemon {
 const START_DEADLINE: Duration = Duration::from_secs(60);
 
 impl Daemon {
-    fn start(program: &Path, arguments: &[&str], log: PathBuf) -> Result<Self, Failure> {
+    fn start(program: &Path, arguments: &[&str], log: PathBuf) -> Result<Self, BenchError> {
         let output = File::create(&log)?;
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
@@ -32,7 +32,7 @@ impl Daemon {
         Ok(Self { process, log })
     }
 
-    fn wait_until(&self, is_ready: impl Fn() -> bool) -> Result<(), Failure> {
+    fn wait_until(&self, is_ready: impl Fn() -> bool) -> Result<(), BenchError> {
         let began = Instant::now();
         while !is_ready() {
             if began.elapsed() > START_DEADLINE {
@@ -78,16 +78,16 @@ pub(crate) struct Containerd {
 
 impl Containerd {
     /// Without CRI: nobody creates containers here.
-    pub(crate) fn start(folder: PathBuf) -> Result<Self, Failure> {
+    pub(crate) fn start(folder: PathBuf) -> Result<Self, BenchError> {
         Self::start_without(folder, "\"io.containerd.grpc.v1.cri\", ")
     }
 
     /// With CRI, which says what images are unpacked into.
-    pub(crate) fn start_with_cri(folder: PathBuf) -> Result<Self, Failure> {
+    pub(crate) fn start_with_cri(folder: PathBuf) -> Result<Self, BenchError> {
         Self::start_without(folder, "")
     }
 
-    fn start_without(folder: PathBuf, disabled: &str) -> Result<Self, Failure> {
+    fn start_without(folder: PathBuf, disabled: &str) -> Result<Self, BenchError> {
         std::fs::create_dir(&folder)?;
         let configuration = folder.join("config.toml");
         let text = CONFIGURATION.replace("{folder}", &folder.to_string_lossy()).replace("{disabled}", disabled);
@@ -109,7 +109,7 @@ impl Containerd {
     }
 
     /// Runs containerd's own client and gives what it prints.
-    pub(crate) fn ctr(&self, arguments: &[&str]) -> Result<String, Failure> {
+    pub(crate) fn ctr(&self, arguments: &[&str]) -> Result<String, BenchError> {
         let mut ctr = Command::new(&self.ctr);
         let output = ctr.arg("-a").arg(self.socket()).args(["-n", NAMESPACE]).args(arguments).output()?;
         if !output.status.success() {
@@ -136,9 +136,9 @@ impl Containerd {
     }
 
     /// The record names the right manifest, and all that it names is there.
-    pub(crate) fn check(&self, reference: &Reference, image: &MadeImage) -> Result<(), Failure> {
+    pub(crate) fn check(&self, reference: &Reference, image: &MadeImage) -> Result<(), BenchError> {
         let name = format!("name=={reference}");
-        let (digest, parts) = (image.root.digest.to_string(), image.blobs.len());
+        let (digest, parts) = (image.target.digest.to_string(), image.blobs.len());
         let checked = self.ctr(&["images", "check", &name])?;
         if checked.contains(&digest) && checked.contains(&format!(" complete ({parts}/{parts})")) {
             return Ok(());
@@ -147,7 +147,7 @@ impl Containerd {
     }
 
     /// Removes every image, and what a command that failed left without a name.
-    pub(crate) fn empty(&self) -> Result<(), Failure> {
+    pub(crate) fn empty(&self) -> Result<(), BenchError> {
         let content = ["content", "ls", "-q"];
         let remove = |command: &[&str], listed: String| match listed.lines().collect::<Vec<_>>()[..] {
             [] => Ok(String::new()),
@@ -161,14 +161,14 @@ impl Containerd {
     }
 
     /// As it tells it itself.
-    pub(crate) fn version(&self) -> Result<String, Failure> {
+    pub(crate) fn version(&self) -> Result<String, BenchError> {
         let told = self.ctr(&["version"])?;
         let server = told.split_once("Server:").map_or("", |(_, server)| server);
         let version = server.lines().find_map(|line| line.trim().strip_prefix("Version:"));
         Ok(format!("containerd {}", version.unwrap_or("of unknown version").trim()))
     }
 
-    pub(crate) fn cpu(&self) -> Result<Duration, Failure> {
+    pub(crate) fn cpu(&self) -> Result<Duration, BenchError> {
         cpu::spent_by(self.daemon.process.id())
     }
 }
@@ -188,7 +188,7 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    pub(crate) fn start(folder: &Path) -> Result<Self, Failure> {
+    pub(crate) fn start(folder: &Path) -> Result<Self, BenchError> {
         // The kernel picks a port that is free; nobody is likely to take it in between.
         let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
         let text = REGISTRY.replace("{folder}", &folder.to_string_lossy()).replace("{address}", &address.to_string());
@@ -201,19 +201,19 @@ impl Registry {
     }
 
     /// As it tells it itself, which is its path, its module and the version.
-    pub(crate) fn version() -> Result<String, Failure> {
+    pub(crate) fn version() -> Result<String, BenchError> {
         let output = Command::new(component("bin/docker-registry")?).arg("--version").output()?;
         let told = String::from_utf8(output.stdout)?;
         Ok(format!("registry {}", told.split_whitespace().last().unwrap_or("of unknown version")))
     }
 
-    pub(crate) fn cpu(&self) -> Result<Duration, Failure> {
+    pub(crate) fn cpu(&self) -> Result<Duration, BenchError> {
         cpu::spent_by(self.daemon.process.id())
     }
 }
 
 /// A program of the test bed.
-fn component(path: &str) -> Result<PathBuf, Failure> {
+fn component(path: &str) -> Result<PathBuf, BenchError> {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let home_cache = || variable("HOME").unwrap_or_default().join(".cache");
     let cache = || {

@@ -3,21 +3,21 @@
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-use lighterman::oci::{Cut, Descriptor, Reference};
+use lighterman::oci::{Descriptor, PieceLayout, Reference};
 use lighterman::ports::PullProgress;
 use lighterman::testing::image::MadeImage;
 use rand::RngCore;
 use tokio::sync::oneshot;
 
 use crate::nodes::{Nodes, name_of, pull, spread, with_nodes};
-use crate::place::Place;
-use crate::report::{Failure, figure, median, note};
+use crate::report::{BenchError, figure, median, note};
+use crate::storage::Storage;
 
 const NODES: usize = 3;
-const HONEST: usize = 0;
+const HONEST_PROVIDER: usize = 0;
 /// The one that dies, or lies.
-const VICTIM: usize = 1;
-const WANTS: usize = 2;
+const FAULTY_PROVIDER: usize = 1;
+const FETCHER: usize = 2;
 
 /// Of every link, in each direction: the one that wants the image cannot take more than one provider can send.
 const MBIT_S: u32 = 200;
@@ -32,14 +32,14 @@ const ROUNDS: u64 = 3;
 /// The image on every node, twice, and the containerds.
 const NEEDED: u64 = 3 << 30;
 
-pub(crate) fn killed() -> Result<(), Failure> {
-    with_nodes(Place::memory(NEEDED)?, NODES, async |nodes| {
-        nodes.shape(MBIT_S)?;
+pub(crate) fn killed() -> Result<(), BenchError> {
+    with_nodes(Storage::memory(NEEDED)?, NODES, async |nodes| {
+        nodes.limit_rate(MBIT_S)?;
         let (mut added, mut undisturbed) = (Vec::new(), Vec::new());
         // The first one warms up.
         for round in 0..=ROUNDS {
             let quiet = recover(nodes, 2 * round).await?.as_secs_f64();
-            let killed = recover_while_one_dies(nodes, 2 * round + 1).await?.as_secs_f64();
+            let killed = recover_while_a_provider_dies(nodes, 2 * round + 1).await?.as_secs_f64();
             note(&format!("undisturbed {quiet:.2} s, with one killed {killed:.2} s"));
             added.extend((round > 0).then_some(killed - quiet));
             undisturbed.extend((round > 0).then_some(quiet));
@@ -56,55 +56,55 @@ pub(crate) fn killed() -> Result<(), Failure> {
     })
 }
 
-async fn provide(nodes: &Nodes, seed: u64) -> Result<(Reference, MadeImage), Failure> {
+async fn provide(nodes: &Nodes, seed: u64) -> Result<(Reference, MadeImage), BenchError> {
     let reference = name_of("faults", seed)?;
-    nodes.put(HONEST, &reference, &[LAYER], seed).await?;
-    let image = nodes.put(VICTIM, &reference, &[LAYER], seed).await?;
-    nodes.find(&reference, [WANTS], &[HONEST, VICTIM]).await?;
+    nodes.put_image_on(HONEST_PROVIDER, &reference, &[LAYER], seed).await?;
+    let image = nodes.put_image_on(FAULTY_PROVIDER, &reference, &[LAYER], seed).await?;
+    nodes.wait_providers(&reference, [FETCHER], &[HONEST_PROVIDER, FAULTY_PROVIDER]).await?;
     Ok((reference, image))
 }
 
-async fn recover(nodes: &Nodes, seed: u64) -> Result<Duration, Failure> {
+async fn recover(nodes: &Nodes, seed: u64) -> Result<Duration, BenchError> {
     let (reference, image) = provide(nodes, seed).await?;
-    let took = pull(&nodes.agents[WANTS], &reference, |_| ()).await?;
-    nodes.check([WANTS], &reference, &image)?;
-    nodes.empty()?;
+    let took = pull(&nodes.agents[FETCHER], &reference, |_| ()).await?;
+    nodes.check([FETCHER], &reference, &image)?;
+    nodes.remove_images()?;
     Ok(took)
 }
 
-async fn recover_while_one_dies(nodes: &mut Nodes, seed: u64) -> Result<Duration, Failure> {
+async fn recover_while_a_provider_dies(nodes: &mut Nodes, seed: u64) -> Result<Duration, BenchError> {
     let (reference, image) = provide(nodes, seed).await?;
-    let (others, wants) = nodes.agents.split_at_mut(WANTS);
+    let (others, wants) = nodes.agents.split_at_mut(FETCHER);
     let (now, told) = oneshot::channel::<()>();
     let mut now = Some(now);
-    let hear = |progress: &PullProgress| match progress {
+    let on_progress = |progress: &PullProgress| match progress {
         // The other end hears that this one is gone.
         PullProgress::Bytes { done, total } if *done as f64 >= KILLED_AT * *total as f64 => drop(now.take()),
         _ => {}
     };
     let killing = async {
         let _ = told.await;
-        others[VICTIM].kill();
+        others[FAULTY_PROVIDER].kill();
     };
-    let (took, ()) = tokio::join!(pull(&wants[0], &reference, hear), killing);
+    let (took, ()) = tokio::join!(pull(&wants[0], &reference, on_progress), killing);
     let took = took?;
-    nodes.agents[VICTIM].start(&nodes.wires);
-    nodes.find(&reference, [WANTS], &[VICTIM]).await?;
-    nodes.check([WANTS], &reference, &image)?;
-    nodes.empty()?;
+    nodes.agents[FAULTY_PROVIDER].start(&nodes.network);
+    nodes.wait_providers(&reference, [FETCHER], &[FAULTY_PROVIDER]).await?;
+    nodes.check([FETCHER], &reference, &image)?;
+    nodes.remove_images()?;
     Ok(took)
 }
 
-pub(crate) fn liar() -> Result<(), Failure> {
-    with_nodes(Place::memory(NEEDED)?, NODES, async |nodes| {
-        nodes.shape(MBIT_S)?;
+pub(crate) fn liar() -> Result<(), BenchError> {
+    with_nodes(Storage::memory(NEEDED)?, NODES, async |nodes| {
+        nodes.limit_rate(MBIT_S)?;
         let mut pieces = Vec::new();
         for round in 0..ROUNDS {
             pieces.push(recover_beside_a_liar(nodes, 100 + round).await?);
             // What was found out about it is forgotten with the process.
-            nodes.agents[WANTS].kill();
-            nodes.agents[WANTS].start(&nodes.wires);
-            nodes.are_ready().await?;
+            nodes.agents[FETCHER].kill();
+            nodes.agents[FETCHER].start(&nodes.network);
+            nodes.wait_ready().await?;
         }
         let on = format!(
             "of two providers of {} MiB one whose file has been written over since; all that it sent, what was under way and parts included; {}",
@@ -117,25 +117,25 @@ pub(crate) fn liar() -> Result<(), Failure> {
 }
 
 /// How many pieces the liar has sent.
-async fn recover_beside_a_liar(nodes: &Nodes, seed: u64) -> Result<f64, Failure> {
+async fn recover_beside_a_liar(nodes: &Nodes, seed: u64) -> Result<f64, BenchError> {
     let (reference, image) = provide(nodes, seed).await?;
     let layer = image.blobs.iter().max_by_key(|blob| blob.size).ok_or("an image without blobs")?;
     damage(nodes, layer)?;
-    let sent = async || nodes.metric(VICTIM, "lighterman_served_bytes_total").await;
+    let sent = async || nodes.metric(FAULTY_PROVIDER, "lighterman_served_bytes_total").await;
     let before = sent().await?;
-    let took = pull(&nodes.agents[WANTS], &reference, |_| ()).await?;
-    let pieces = (sent().await? - before) / Cut::usual(layer.size).length(0) as f64;
-    nodes.check([WANTS], &reference, &image)?;
-    let faults = nodes.metric(WANTS, r#"lighterman_peer_faults_total{fault="lied"}"#).await?;
+    let took = pull(&nodes.agents[FETCHER], &reference, |_| ()).await?;
+    let pieces = (sent().await? - before) / PieceLayout::for_size(layer.size).piece_length(0) as f64;
+    nodes.check([FETCHER], &reference, &image)?;
+    let faults = nodes.metric(FETCHER, r#"lighterman_peer_faults_total{fault="lied"}"#).await?;
     let seconds = took.as_secs_f64();
     note(&format!("recovered in {seconds:.2} s; the liar sent {pieces:.2} pieces; held against it {faults} times"));
-    nodes.empty()?;
+    nodes.remove_images()?;
     Ok(pieces)
 }
 
 /// Writes something else over the whole file, which containerd does not notice.
-fn damage(nodes: &Nodes, layer: &Descriptor) -> Result<(), Failure> {
-    let file = std::fs::File::options().write(true).open(nodes.containerds[VICTIM].file_of(layer.digest))?;
+fn damage(nodes: &Nodes, layer: &Descriptor) -> Result<(), BenchError> {
+    let file = std::fs::File::options().write(true).open(nodes.containerds[FAULTY_PROVIDER].file_of(layer.digest))?;
     let mut wrong = vec![0; 1 << 20];
     for offset in (0..layer.size).step_by(wrong.len()) {
         rand::rng().fill_bytes(&mut wrong);

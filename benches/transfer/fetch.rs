@@ -12,40 +12,40 @@ use futures::future::try_join_all;
 use lighterman::admission::StaticAdmission;
 use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
-use lighterman::model::{Order, PeerId};
-use lighterman::oci::{Chain, ChainBuilder, Cut, Digest, Hasher, PieceHasher, Proving};
-use lighterman::ports::{ContentStore, NoPartials, PieceError, PieceFetcher, PieceSink, Remembered, StoreError};
+use lighterman::model::{PeerId, PieceRequest};
+use lighterman::oci::{Digest, HashChain, HashChainBuilder, Hasher, PieceHasher, PieceLayout, PieceVerifier};
+use lighterman::ports::{BlobMetadata, ContentStore, NoPartialBlobs, PieceError, PieceFetcher, PieceSink, StoreError};
 use lighterman::testing::MemoryStore;
-use lighterman::transfer::{Config, Surroundings, Transfer};
+use lighterman::transfer::{Config, Transfer, TransferDependencies};
 use nix::sys::resource::UsageWho;
 use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::bare;
+use crate::bare_quinn;
 use crate::cpu;
-use crate::frames::Frames;
-use crate::report::{Failure, figure, mb_s, median, note};
+use crate::loopback::LoopbackNetwork;
+use crate::report::{BenchError, figure, mb_s, median, note};
 
 const SIZE: usize = 256 << 20;
 const PAIRS: usize = 9;
 
 /// Orders to one peer at a time, and pieces in each.
-const IN_FLIGHT: usize = 4;
-const RUN: u32 = 8;
+const REQUESTS_IN_FLIGHT: usize = 4;
+const PIECES_PER_REQUEST: u32 = 8;
 
 /// What moving the blob once took.
-pub(crate) struct Run {
+pub(crate) struct TransferCost {
     pub(crate) seconds: f64,
     /// Processor time of both sides, and of the receiving one.
     pub(crate) both: Duration,
     pub(crate) receiver: Duration,
 }
 
-impl Run {
+impl TransferCost {
     /// Runs `work` on this thread, which is the receiver's only one.
-    pub(crate) fn of(work: impl FnOnce() -> Result<(), Failure>) -> Result<Self, Failure> {
+    pub(crate) fn of(work: impl FnOnce() -> Result<(), BenchError>) -> Result<Self, BenchError> {
         let before = (cpu::spent(UsageWho::RUSAGE_SELF)?, cpu::spent(UsageWho::RUSAGE_THREAD)?);
         let began = Instant::now();
         work()?;
@@ -57,14 +57,14 @@ impl Run {
 }
 
 /// Makes the figures of one network; `suffix` ends their names.
-pub(crate) fn run(frames: &Frames, suffix: &str) -> Result<(), Failure> {
+pub(crate) fn run(frames: &LoopbackNetwork, suffix: &str) -> Result<(), BenchError> {
     let mut bytes = vec![0; SIZE];
     SmallRng::seed_from_u64(1).fill_bytes(&mut bytes);
     let blob = Bytes::from(bytes);
     let hashed = hash(&blob)?;
 
-    let (setting, bare) = bare::fastest(&blob)?;
-    let ours = Ours::start(&blob)?;
+    let (setting, bare) = bare_quinn::fastest(&blob)?;
+    let ours = VerifiedFetch::start(&blob)?;
     let (mut fetched, mut streamed) = (Vec::new(), Vec::new());
     ours.run()?;
     bare.run(&blob)?;
@@ -76,7 +76,7 @@ pub(crate) fn run(frames: &Frames, suffix: &str) -> Result<(), Failure> {
     }
 
     let ratio = median(fetched.iter().zip(&streamed).map(|(ours, bare)| bare.seconds / ours.seconds));
-    let speed = |runs: &[Run]| median(runs.iter().map(|run| mb_s(SIZE as u64, run.seconds)));
+    let speed = |runs: &[TransferCost]| median(runs.iter().map(|run| mb_s(SIZE as u64, run.seconds)));
     let (ours_mb_s, bare_mb_s) = (speed(&fetched), speed(&streamed));
     let packets = bare.packets();
     let on = format!("{frames}, AES-128-GCM, packets of {packets} bytes, one current-thread runtime a side, 256 MiB");
@@ -104,10 +104,10 @@ pub(crate) fn run(frames: &Frames, suffix: &str) -> Result<(), Failure> {
 
 /// GB/s that nobody hashes without the processor's own instructions for it: twice what sha2's software does on a machine whose SHA-NI does
 /// 1.76.
-const SOFTWARE: f64 = 0.8;
+const SOFTWARE_HASH_GB_S: f64 = 0.8;
 
 /// The hash by itself, GB/s.
-fn hash(blob: &Bytes) -> Result<f64, Failure> {
+fn hash(blob: &Bytes) -> Result<f64, BenchError> {
     let once = || {
         let began = Instant::now();
         // In pieces of what a packet brings, as the fetcher gets them.
@@ -118,7 +118,7 @@ fn hash(blob: &Bytes) -> Result<f64, Failure> {
     };
     let speed = median((0..5).map(|_| once()));
     let (model, sha_ni) = cpu::model()?;
-    let sha_ni = match (sha_ni, speed > SOFTWARE) {
+    let sha_ni = match (sha_ni, speed > SOFTWARE_HASH_GB_S) {
         (true, true) => "SHA-NI is there and used",
         (true, false) => "SHA-NI is there, but this is as slow as without",
         (false, _) => "no SHA-NI",
@@ -128,30 +128,30 @@ fn hash(blob: &Bytes) -> Result<f64, Failure> {
 }
 
 /// The processor time that a byte takes.
-fn per_byte(runs: &[Run]) -> String {
+fn per_byte(runs: &[TransferCost]) -> String {
     let nanoseconds =
-        |time: fn(&Run) -> Duration| median(runs.iter().map(|run| time(run).as_nanos() as f64 / SIZE as f64));
+        |time: fn(&TransferCost) -> Duration| median(runs.iter().map(|run| time(run).as_nanos() as f64 / SIZE as f64));
     let (both, receiver) = (nanoseconds(|run| run.both), nanoseconds(|run| run.receiver));
     format!("CPU {both:.2} ns a byte, {receiver:.2} of it the receiver's")
 }
 
 /// A transfer that serves on a thread of its own, and one that fetches on this thread.
-struct Ours {
+struct VerifiedFetch {
     runtime: Runtime,
     fetcher: Transfer,
     peer: PeerId,
-    chain: Arc<Chain>,
+    chain: Arc<HashChain>,
     stop: CancellationToken,
     serving: Option<JoinHandle<()>>,
 }
 
-impl Ours {
-    fn start(blob: &Bytes) -> Result<Self, Failure> {
+impl VerifiedFetch {
+    fn start(blob: &Bytes) -> Result<Self, BenchError> {
         let stop = CancellationToken::new();
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let (server, client) = (Identity::generate(), Identity::generate());
         let (peer, me) = (server.peer_id(), client.peer_id());
-        let store = runtime.block_on(holding(blob))?;
+        let store = runtime.block_on(store_with(blob))?;
         let serving_runtime = Builder::new_current_thread().enable_all().build()?;
         let served = {
             let _inside = serving_runtime.enter();
@@ -164,45 +164,46 @@ impl Ours {
             let _inside = runtime.enter();
             bind(&client, peer, MemoryStore::new())?
         };
-        let mut builder = ChainBuilder::new(Cut::usual(blob.len() as u64));
+        let mut builder = HashChainBuilder::new(PieceLayout::for_size(blob.len() as u64));
         builder.update(blob);
         let chain = Arc::new(builder.finish().ok_or("the blob is as long as it is")?);
         let ours = Self { runtime, fetcher, peer, chain, stop, serving };
-        ours.runtime.block_on(ours.fetcher.greet(address, Some(peer)))?;
+        ours.runtime.block_on(ours.fetcher.dial(address, Some(peer)))?;
         Ok(ours)
     }
 
     /// Asks as the scheduler does: several orders at a time, each for a run of pieces that nobody else was asked for.
-    fn run(&self) -> Result<Run, Failure> {
-        Run::of(|| {
-            let proving = Mutex::new(Proving::new(self.chain.clone()));
+    fn run(&self) -> Result<TransferCost, BenchError> {
+        TransferCost::of(|| {
+            let proving = Mutex::new(PieceVerifier::new(self.chain.clone()));
             let next = AtomicU32::new(0);
-            let asking = (0..IN_FLIGHT).map(|_| self.ask(&proving, &next));
+            let asking = (0..REQUESTS_IN_FLIGHT).map(|_| self.request_pieces(&proving, &next));
             self.runtime.block_on(try_join_all(asking))?;
-            let proof = proving.into_inner().map_err(|_| "a fetch panicked")?.verified().ok_or("pieces are missing")?;
+            let proof = proving.into_inner().map_err(|_| "a fetch panicked")?.proof().ok_or("pieces are missing")?;
             if proof.digest() == self.chain.digest() { Ok(()) } else { Err("another blob was proved".into()) }
         })
     }
 
     /// Orders until there is nothing left to ask for.
-    async fn ask(&self, proving: &Mutex<Proving>, next: &AtomicU32) -> Result<(), Failure> {
-        let cut = self.chain.cut();
-        let pieces = u32::try_from(cut.pieces())?;
+    async fn request_pieces(&self, proving: &Mutex<PieceVerifier>, next: &AtomicU32) -> Result<(), BenchError> {
+        let cut = self.chain.layout();
+        let pieces = u32::try_from(cut.piece_count())?;
         loop {
-            let first = next.fetch_add(RUN, Ordering::Relaxed);
+            let first = next.fetch_add(PIECES_PER_REQUEST, Ordering::Relaxed);
             if first >= pieces {
                 return Ok(());
             }
-            let choice: Vec<u32> = (first..pieces.min(first + RUN)).collect();
+            let choice: Vec<u32> = (first..pieces.min(first + PIECES_PER_REQUEST)).collect();
             let most = u8::try_from(choice.len())?;
-            let order = Order { peer: self.peer, digest: self.chain.digest(), cut, choice, most };
-            let mut sink = Hashing { proving, hasher: None };
-            self.fetcher.pieces(&order, &mut sink).await?;
+            let order =
+                PieceRequest { peer: self.peer, digest: self.chain.digest(), layout: cut, pieces: choice, limit: most };
+            let mut sink = HashingSink { proving, hasher: None };
+            self.fetcher.fetch_pieces(&order, &mut sink).await?;
         }
     }
 }
 
-impl Drop for Ours {
+impl Drop for VerifiedFetch {
     fn drop(&mut self) {
         self.stop.cancel();
         if let Some(serving) = self.serving.take() {
@@ -212,7 +213,7 @@ impl Drop for Ours {
     }
 }
 
-fn bind(identity: &Identity, other: PeerId, store: MemoryStore) -> Result<Transfer, Failure> {
+fn bind(identity: &Identity, other: PeerId, store: MemoryStore) -> Result<Transfer, BenchError> {
     let config = Config {
         listen: "127.0.0.1:0".parse()?,
         // Nobody gossips here.
@@ -222,12 +223,13 @@ fn bind(identity: &Identity, other: PeerId, store: MemoryStore) -> Result<Transf
     };
     let admission = Arc::new(StaticAdmission::new([other]));
     let joined = mpsc::channel(4).0;
-    let (store, partials) = (Arc::new(store), Arc::new(NoPartials));
-    let surroundings = Surroundings { admission, store, partials, metrics: Metrics::new(), joined };
+    let (store, partials) = (Arc::new(store), Arc::new(NoPartialBlobs));
+    let surroundings =
+        TransferDependencies { admission, store, partials, metrics: Metrics::new(), admitted_peers: joined };
     Ok(Transfer::bind(config, identity, surroundings)?)
 }
 
-async fn holding(blob: &Bytes) -> Result<MemoryStore, Failure> {
+async fn store_with(blob: &Bytes) -> Result<MemoryStore, BenchError> {
     let store = MemoryStore::new();
     let pin = store.pin(Duration::from_secs(3600)).await?;
     let (digest, size) = (Digest::of(blob), blob.len() as u64);
@@ -235,26 +237,26 @@ async fn holding(blob: &Bytes) -> Result<MemoryStore, Failure> {
     hasher.update(blob);
     let mut writer = store.create(digest, size, &pin).await?;
     writer.append(std::slice::from_ref(blob)).await?;
-    writer.commit(hasher.verify(digest, size)?, &Remembered::default()).await?;
+    writer.commit(hasher.verify(digest, size)?, &BlobMetadata::default()).await?;
     Ok(store)
 }
 
 /// Hashes the bytes and drops them.
-struct Hashing<'a> {
-    proving: &'a Mutex<Proving>,
+struct HashingSink<'a> {
+    proving: &'a Mutex<PieceVerifier>,
     hasher: Option<PieceHasher>,
 }
 
-impl Hashing<'_> {
-    fn proving(&self) -> MutexGuard<'_, Proving> {
+impl HashingSink<'_> {
+    fn proving(&self) -> MutexGuard<'_, PieceVerifier> {
         self.proving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[async_trait]
-impl PieceSink for Hashing<'_> {
+impl PieceSink for HashingSink<'_> {
     fn begin(&mut self, piece: u32) {
-        let hasher = self.proving().chain().hasher(piece as usize);
+        let hasher = self.proving().hash_chain().hasher(piece as usize);
         self.hasher = Some(hasher);
     }
 
@@ -265,7 +267,7 @@ impl PieceSink for Hashing<'_> {
     }
 
     async fn end(&mut self) -> Result<(), PieceError> {
-        let hasher = self.hasher.take().ok_or(PieceError::Unfit)?;
-        if self.proving().take(hasher) { Ok(()) } else { Err(PieceError::Unfit) }
+        let hasher = self.hasher.take().ok_or(PieceError::Mismatch)?;
+        if self.proving().record(hasher) { Ok(()) } else { Err(PieceError::Mismatch) }
     }
 }

@@ -2,24 +2,30 @@
 
 use std::array;
 
-use lighterman::decide::rules::Rules;
+use lighterman::decide::policy::Policy;
 
-use crate::frames::Frames;
-use crate::place::Place;
-use crate::report::{Failure, figure, mb_s, median, note};
-use crate::rig::{Cost, LAYERS, Rig, Way};
+use crate::image_bench::{Cost, ImageBench, LAYERS, TransferMethod};
+use crate::loopback::LoopbackNetwork;
+use crate::report::{BenchError, figure, mb_s, median, note};
+use crate::storage::Storage;
 
 const ROUNDS: usize = 3;
 
-const WAYS: [Way; 5] = [Way::Ours, Way::ExportImport, Way::RegistryFetch, Way::OursApiOnly, Way::ExportImportUnpack];
+const METHODS: [TransferMethod; 5] = [
+    TransferMethod::Ours,
+    TransferMethod::ExportImport,
+    TransferMethod::RegistryFetch,
+    TransferMethod::OursApiOnly,
+    TransferMethod::ExportImportUnpack,
+];
 
 /// Makes all figures of one place and network; `suffix` ends their names.
-pub(crate) fn run(place: Place, frames: &Frames, suffix: &str) -> Result<(), Failure> {
-    let rig = Rig::start(place)?;
+pub(crate) fn run(place: Storage, frames: &LoopbackNetwork, suffix: &str) -> Result<(), BenchError> {
+    let rig = ImageBench::start(place)?;
     // The first run of each way starts connections and fills caches, and is not counted.
-    let mut costs: [Vec<Cost>; WAYS.len()] = array::from_fn(|_| Vec::new());
+    let mut costs: [Vec<Cost>; METHODS.len()] = array::from_fn(|_| Vec::new());
     for round in 0..=ROUNDS {
-        for (way, costs) in WAYS.into_iter().zip(&mut costs) {
+        for (way, costs) in METHODS.into_iter().zip(&mut costs) {
             let cost = rig.run(way)?;
             note(&format!("round {round} of {ROUNDS}: {way:?}: {:.2} s", cost.seconds));
             if round > 0 {
@@ -30,21 +36,21 @@ pub(crate) fn run(place: Place, frames: &Frames, suffix: &str) -> Result<(), Fai
     let bytes = rig.image.bytes();
     let on = format!(
         "{}, {}, 1 GiB in {} layers, {frames}, AES-128-GCM, {} blobs at once, a multi-thread runtime a side, {ROUNDS} rounds",
-        rig.place,
+        rig.storage,
         rig.versions()?,
         LAYERS.len(),
-        Rules::default().budgets.concurrent_blobs
+        Policy::default().budgets.concurrent_blobs
     );
     let [ours, export_import, registry_fetch, api_only, unpack] = &costs;
-    let beside = |name: &str, way: Way, baseline: &[Cost]| {
+    let beside = |name: &str, way: TransferMethod, baseline: &[Cost]| {
         let ratio = median(baseline.iter().zip(ours).map(|(baseline, ours)| baseline.seconds / ours.seconds));
         let (ours, baseline) = (describe(bytes, ours), describe(bytes, baseline));
         let command = way.command().unwrap_or_default();
         figure(&format!("{name}{suffix}"), ratio, &format!("{on}; ours {ours}; baseline {baseline}: {command}"));
     };
-    beside("image_vs_export_import", Way::ExportImport, export_import);
-    beside("image_vs_export_import_unpack", Way::ExportImportUnpack, unpack);
-    beside("image_vs_registry_fetch", Way::RegistryFetch, registry_fetch);
+    beside("image_vs_export_import", TransferMethod::ExportImport, export_import);
+    beside("image_vs_export_import_unpack", TransferMethod::ExportImportUnpack, unpack);
+    beside("image_vs_registry_fetch", TransferMethod::RegistryFetch, registry_fetch);
     for (name, what, costs) in [
         ("image_ours_mb_s", "from the source's files into the destination's content folder", ours),
         ("image_ours_api_only_mb_s", "through the content API at both ends", api_only),

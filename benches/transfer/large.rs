@@ -2,11 +2,11 @@
 
 use crate::cpu::peak_mib;
 use crate::nodes::{name_of, pull, with_nodes};
-use crate::place::Place;
-use crate::report::{Failure, figure, mb_s, note};
+use crate::report::{BenchError, figure, mb_s, note};
+use crate::storage::Storage;
 
-const HAS: usize = 0;
-const WANTS: usize = 1;
+const PROVIDER: usize = 0;
+const FETCHER: usize = 1;
 
 /// 10 GiB. The largest is made in memory.
 const LAYERS: [u64; 10] = [1 << 30; 10];
@@ -14,17 +14,17 @@ const LAYERS: [u64; 10] = [1 << 30; 10];
 /// The image on both nodes, a layer that is on its way through the content API, and the containerds.
 const NEEDED: u64 = 23 << 30;
 
-pub(crate) fn run() -> Result<(), Failure> {
-    with_nodes(Place::disk(NEEDED)?, 2, async |nodes| {
+pub(crate) fn run() -> Result<(), BenchError> {
+    with_nodes(Storage::disk(NEEDED)?, 2, async |nodes| {
         note("making an image of 10 GiB");
         let reference = name_of("large", 1)?;
-        let image = nodes.put(HAS, &reference, &LAYERS, 1).await?;
-        nodes.find(&reference, [WANTS], &[HAS]).await?;
+        let image = nodes.put_image_on(PROVIDER, &reference, &LAYERS, 1).await?;
+        nodes.wait_providers(&reference, [FETCHER], &[PROVIDER]).await?;
         let peak = |node: usize| peak_mib(nodes.agents[node].id().ok_or("it does not run")?);
-        let (idle, idle_serving) = (peak(WANTS)?, peak(HAS)?);
-        let took = pull(&nodes.agents[WANTS], &reference, |_| ()).await?.as_secs_f64();
-        let (recovering, serving) = (peak(WANTS)?, peak(HAS)?);
-        nodes.check([WANTS], &reference, &image)?;
+        let (idle, idle_serving) = (peak(FETCHER)?, peak(PROVIDER)?);
+        let took = pull(&nodes.agents[FETCHER], &reference, |_| ()).await?.as_secs_f64();
+        let (recovering, serving) = (peak(FETCHER)?, peak(PROVIDER)?);
+        nodes.check([FETCHER], &reference, &image)?;
         let on = format!(
             "VmHWM of the agent, from {idle:.1} before; the serving one {serving:.1}, from {idle_serving:.1}; {took:.0} s, {:.0} MB/s, stores on disk",
             mb_s(image.bytes(), took),

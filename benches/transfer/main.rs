@@ -4,57 +4,59 @@
 //! beginnings of their names; `-NAME` leaves one out.
 
 mod agents;
-mod bare;
+mod api_writes;
+mod bare_quinn;
 mod cpu;
 mod daemon;
 mod faults;
 mod fetch;
 #[path = "../../tests/fleet/mod.rs"]
 mod fleet;
-mod frames;
 mod image;
+mod image_bench;
 mod large;
 mod links;
-mod missing;
+mod loopback;
+mod missing_layer;
 mod nodes;
-mod place;
+mod quinn_setting;
 mod report;
-mod rig;
-mod setting;
+mod storage;
 mod swarm;
 mod unpack;
-mod writes;
 
 use std::process::ExitCode;
 
-use frames::{ETHERNET, Frames, JUMBO};
-use place::Place;
-use report::{Failure, note};
+use loopback::{ETHERNET, JUMBO, LoopbackNetwork};
+use report::{BenchError, note};
+use storage::Storage;
 
-type Make = fn() -> Result<(), Failure>;
+type Benchmark = fn() -> Result<(), BenchError>;
 
 /// Figures that need the same things. One that fails does not keep the others from being made.
-const GROUPS: [(&str, Make); 15] = [
+const GROUPS: [(&str, Benchmark); 15] = [
     ("fetch", || within(ETHERNET, |frames| fetch::run(frames, ""))),
     ("fetch_jumbo", || within(JUMBO, |frames| fetch::run(frames, "_jumbo"))),
     ("links_loopback", || within(ETHERNET, |_| links::loopback())),
     ("links_controllers", links::controllers),
     ("links_far", links::far),
-    ("image_memory", || within(ETHERNET, |frames| image::run(Place::memory(rig::NEEDED)?, frames, ""))),
-    ("image_memory_jumbo", || within(JUMBO, |frames| image::run(Place::memory(rig::NEEDED)?, frames, "_jumbo"))),
-    ("image_disk", || within(ETHERNET, |frames| image::run(Place::disk(rig::NEEDED)?, frames, "_disk"))),
+    ("image_memory", || within(ETHERNET, |frames| image::run(Storage::memory(image_bench::NEEDED)?, frames, ""))),
+    ("image_memory_jumbo", || {
+        within(JUMBO, |frames| image::run(Storage::memory(image_bench::NEEDED)?, frames, "_jumbo"))
+    }),
+    ("image_disk", || within(ETHERNET, |frames| image::run(Storage::disk(image_bench::NEEDED)?, frames, "_disk"))),
     ("unpack", || within(ETHERNET, unpack::run)),
-    ("missing", missing::run),
+    ("missing", missing_layer::run),
     ("killed", faults::killed),
     ("liar", faults::liar),
     ("swarm", swarm::run),
-    ("writes", writes::run),
+    ("writes", api_writes::run),
     ("large", large::run),
 ];
 
 /// Makes them where loopback has frames of so many bytes.
-fn within(bytes: u32, make: impl FnOnce(&Frames) -> Result<(), Failure>) -> Result<(), Failure> {
-    make(&Frames::of(bytes)?)
+fn within(bytes: u32, make: impl FnOnce(&LoopbackNetwork) -> Result<(), BenchError>) -> Result<(), BenchError> {
+    make(&LoopbackNetwork::with_mtu(bytes)?)
 }
 
 fn main() -> ExitCode {
@@ -77,7 +79,7 @@ fn main() -> ExitCode {
     let mut failed = false;
     // Before the first thread is started, as a thread's mounts are its own.
     if wanted.iter().any(|(name, _)| !name.starts_with("fetch") && !name.starts_with("links"))
-        && let Err(error) = place::leave_others_mounts()
+        && let Err(error) = storage::unshare_mounts()
     {
         note(&error.to_string());
         failed = true;

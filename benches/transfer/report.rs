@@ -1,7 +1,7 @@
 //! What is printed.
 
 /// Why figures could not be made; written for the person who reads it.
-pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type BenchError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Tells what goes on, apart from the figures.
 pub(crate) fn note(text: &str) {

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use futures::future::try_join_all;
 
 use crate::cpu::Ticks;
-use crate::frames::JUMBO;
+use crate::loopback::JUMBO;
 use crate::nodes::{Nodes, name_of, pull, spread, with_nodes};
-use crate::place::Place;
-use crate::report::{Failure, figure, median, note};
+use crate::report::{BenchError, figure, median, note};
+use crate::storage::Storage;
 
 const NODES: usize = 8;
 
@@ -27,9 +27,9 @@ const RUNS: u64 = 3;
 const LEAST_IDLE: f64 = 0.2;
 
 /// After so long agents close connections that nobody uses.
-const UNUSED: Duration = Duration::from_secs(40);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(40);
 
-struct Run {
+struct SwarmRun {
     /// Of size / bandwidth.
     worst: f64,
     median: f64,
@@ -38,30 +38,30 @@ struct Run {
     copies: f64,
 }
 
-pub(crate) fn run() -> Result<(), Failure> {
-    with_nodes(Place::memory(NEEDED)?, NODES, async |nodes| {
-        nodes.shape(MBIT_S)?;
+pub(crate) fn run() -> Result<(), BenchError> {
+    with_nodes(Storage::memory(NEEDED)?, NODES, async |nodes| {
+        nodes.limit_rate(MBIT_S)?;
         let one = measure(nodes, "swarm8_worst_sb", MBIT_S, &[256 << 20], "one layer of 256 MiB").await;
         let eight = measure(nodes, "swarm8_worst_sb_8_layers", MBIT_S, &[32 << 20; 8], "8 layers of 32 MiB").await;
-        nodes.shape(SLOWER_MBIT_S)?;
+        nodes.limit_rate(SLOWER_MBIT_S)?;
         let slower = "one layer of 256 MiB, slower links";
         let slower = measure(nodes, "swarm8_worst_sb_75mbit", SLOWER_MBIT_S, &[256 << 20], slower).await;
-        nodes.shape(MBIT_S)?;
+        nodes.limit_rate(MBIT_S)?;
         // Whoever nobody fetches from for half a minute is dialled anew.
-        nodes.frames(JUMBO)?;
-        tokio::time::sleep(UNUSED).await;
+        nodes.set_mtu(JUMBO)?;
+        tokio::time::sleep(IDLE_TIMEOUT).await;
         let jumbo = "one layer of 256 MiB, frames of 9000 bytes";
         let jumbo = measure(nodes, "swarm8_worst_sb_jumbo", MBIT_S, &[256 << 20], jumbo).await;
         [one, eight, slower, jumbo].into_iter().collect()
     })
 }
 
-async fn measure(nodes: &Nodes, name: &str, mbit_s: u32, layers: &[u64], what: &str) -> Result<(), Failure> {
+async fn measure(nodes: &Nodes, name: &str, mbit_s: u32, layers: &[u64], what: &str) -> Result<(), BenchError> {
     let mut runs = Vec::new();
     // The first one warms up.
     for seed in 0..=RUNS {
         let run = recover_everywhere(nodes, mbit_s, layers, 100 * layers.len() as u64 + seed).await?;
-        let Run { worst, median, idle, copies } = run;
+        let SwarmRun { worst, median, idle, copies } = run;
         let idle = 100.0 * idle;
         note(&format!(
             "{what}: worst {worst:.3}, median {median:.3}, idle {idle:.0} %, the first sent {copies:.2} copies"
@@ -86,22 +86,22 @@ async fn measure(nodes: &Nodes, name: &str, mbit_s: u32, layers: &[u64], what: &
     Ok(())
 }
 
-async fn recover_everywhere(nodes: &Nodes, mbit_s: u32, layers: &[u64], seed: u64) -> Result<Run, Failure> {
+async fn recover_everywhere(nodes: &Nodes, mbit_s: u32, layers: &[u64], seed: u64) -> Result<SwarmRun, BenchError> {
     let reference = name_of("swarm", seed)?;
-    let image = nodes.put(0, &reference, layers, seed).await?;
-    nodes.find(&reference, 1..NODES, &[0]).await?;
-    let (before, carried) = (Ticks::now()?, nodes.wires.carried()[0]);
+    let image = nodes.put_image_on(0, &reference, layers, seed).await?;
+    nodes.wait_providers(&reference, 1..NODES, &[0]).await?;
+    let (before, carried) = (Ticks::now()?, nodes.network.link_bytes()[0]);
     let began = Instant::now();
     let pulls = (1..NODES).map(async |node| {
         pull(&nodes.agents[node], &reference, |_| ()).await?;
-        Ok::<_, Failure>(began.elapsed().as_secs_f64())
+        Ok::<_, BenchError>(began.elapsed().as_secs_f64())
     });
     let seconds = try_join_all(pulls).await?;
     let idle = Ticks::now()?.idle_since(before);
-    let copies = nodes.wires.carried()[0].since(carried).sent as f64 / image.bytes() as f64;
+    let copies = nodes.network.link_bytes()[0].since(carried).sent as f64 / image.bytes() as f64;
     nodes.check(1..NODES, &reference, &image)?;
-    nodes.empty()?;
+    nodes.remove_images()?;
     let unit = image.bytes() as f64 * 8.0 / (f64::from(mbit_s) * 1e6);
     let worst = seconds.iter().copied().fold(0.0, f64::max) / unit;
-    Ok(Run { worst, median: median(seconds) / unit, idle, copies })
+    Ok(SwarmRun { worst, median: median(seconds) / unit, idle, copies })
 }

@@ -10,11 +10,11 @@ use lighterman::testing::image::{MadeImage, put_gzip_layers};
 use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use tokio::runtime::Builder;
 
-use crate::agents::{Agents, Sight, Unpacks};
+use crate::agents::{AgentPair, ContentAccess, UnpackMode};
 use crate::daemon::Containerd;
-use crate::frames::Frames;
-use crate::place::Place;
-use crate::report::{Failure, figure, median, note};
+use crate::loopback::LoopbackNetwork;
+use crate::report::{BenchError, figure, median, note};
+use crate::storage::Storage;
 
 const ROUNDS: usize = 3;
 
@@ -27,18 +27,18 @@ const FILE: usize = 256 << 10;
 /// The image in two containerds, unpacked in one of them, and what is being written.
 const NEEDED: u64 = 4 << 30;
 
-const WAYS: [(Unpacks, &str); 2] = [(Unpacks::Early, "_early"), (Unpacks::Later, "")];
+const MODES: [(UnpackMode, &str); 2] = [(UnpackMode::DuringRecovery, "_early"), (UnpackMode::AfterRecovery, "")];
 
 /// What one recovery took, in seconds.
-struct Took {
+struct UnpackTimes {
     /// From the decision to the record.
     to_record: f64,
     /// From the record until everything is unpacked.
     to_usable: f64,
 }
 
-pub(crate) fn run(frames: &Frames) -> Result<(), Failure> {
-    let place = Place::disk(NEEDED)?;
+pub(crate) fn run(frames: &LoopbackNetwork) -> Result<(), BenchError> {
+    let place = Storage::disk(NEEDED)?;
     let source = Containerd::start(place.path().join("a"))?;
     let destination = Containerd::start_with_cri(place.path().join("b"))?;
     let reference: Reference = "bench.test/unpack:1".parse()?;
@@ -46,15 +46,15 @@ pub(crate) fn run(frames: &Frames) -> Result<(), Failure> {
     let packed = LAYERS.iter().enumerate().map(|(number, size)| layer(number, *size)).collect::<Result<Vec<_>, _>>()?;
     let image = Builder::new_current_thread().enable_all().build()?.block_on(async {
         let store = ContainerdStore::new(source.config())?;
-        Ok::<_, Failure>(put_gzip_layers(&store, &reference.to_string(), packed).await?)
+        Ok::<_, BenchError>(put_gzip_layers(&store, &reference.to_string(), packed).await?)
     })?;
-    let agents = WAYS.map(|(unpacks, _)| Agents::start(&source, &destination, Sight::Files, unpacks));
+    let agents = MODES.map(|(unpacks, _)| AgentPair::start(&source, &destination, ContentAccess::Files, unpacks));
     let [early, later] = agents;
     let agents = [early?, later?];
-    let mut took: [Vec<Took>; WAYS.len()] = Default::default();
+    let mut took: [Vec<UnpackTimes>; MODES.len()] = Default::default();
     // The first run of each way starts connections and fills caches, and is not counted.
     for round in 0..=ROUNDS {
-        for ((agents, (_, name)), took) in agents.iter().zip(WAYS).zip(&mut took) {
+        for ((agents, (_, name)), took) in agents.iter().zip(MODES).zip(&mut took) {
             place.settle()?;
             let once = recover(agents, &destination, &reference, &image)?;
             note(&format!("round {round} of {ROUNDS}{name}: {:.2} s and {:.2} s", once.to_record, once.to_usable));
@@ -69,7 +69,7 @@ pub(crate) fn run(frames: &Frames) -> Result<(), Failure> {
         destination.version()?,
         LAYERS.len(),
     );
-    for ((_, name), took) in WAYS.iter().zip(&took) {
+    for ((_, name), took) in MODES.iter().zip(&took) {
         figure(&format!("import_to_usable_s{name}"), median(took.iter().map(|took| took.to_usable)), &on);
         let total = median(took.iter().map(|took| took.to_record + took.to_usable));
         figure(&format!("recover_to_usable_s{name}"), total, &on);
@@ -79,15 +79,15 @@ pub(crate) fn run(frames: &Frames) -> Result<(), Failure> {
 
 /// The baseline's unpacking is containerd's own client's, which has the same services do what CRI has them do. It leaves what it finds unpacked.
 fn recover(
-    agents: &Agents,
+    agents: &AgentPair,
     destination: &Containerd,
     reference: &Reference,
     image: &MadeImage,
-) -> Result<Took, Failure> {
+) -> Result<UnpackTimes, BenchError> {
     let began = Instant::now();
     agents.recover(reference)?;
     let to_record = began.elapsed().as_secs_f64();
-    destination.ctr(&["snapshots", "unpack", &image.root.digest.to_string()])?;
+    destination.ctr(&["snapshots", "unpack", &image.target.digest.to_string()])?;
     let to_usable = began.elapsed().as_secs_f64() - to_record;
     destination.check(reference, image)?;
     let top = image.layers.last().ok_or("an image without layers")?.chain_id.to_string();
@@ -97,12 +97,12 @@ fn recover(
     destination.empty()?;
     match destination.ctr(&["snapshots", "ls"])?.contains("sha256:") {
         true => Err("what was unpacked is still there without its image".into()),
-        false => Ok(Took { to_record, to_usable }),
+        false => Ok(UnpackTimes { to_record, to_usable }),
     }
 }
 
 /// A layer of files with hexadecimal digits, of which gzip leaves somewhat more than half, as it does of programs.
-fn layer(number: usize, size: usize) -> Result<(bytes::Bytes, Digest), Failure> {
+fn layer(number: usize, size: usize) -> Result<(bytes::Bytes, Digest), BenchError> {
     let mut random = SmallRng::seed_from_u64(number as u64);
     let mut archive = tar::Builder::new(Vec::with_capacity(size + size / 64));
     let mut half = vec![0; FILE / 2];

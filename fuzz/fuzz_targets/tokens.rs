@@ -46,15 +46,15 @@ fuzz_target!(|input: &[u8]| {
 fn check(token: &str) {
     let expectations = Expectations { k8s_namespace: "lighterman".into(), service_account: "agent".into() };
     let peer = PeerId::from_public_key([7; 32]);
-    let but_for_its_end = verify_but_for_its_end(token, peer, &KEYS, &expectations, NOW);
+    let ignoring_expiry = verify_but_for_its_end(token, peer, &KEYS, &expectations, NOW);
     let verdict = verify(token, peer, &KEYS, &expectations, NOW);
-    if let Ok(claims) = &but_for_its_end {
+    if let Ok(claims) = &ignoring_expiry {
         assert!(!claims.pod_uid.is_empty() && claims.pod_uid.len() <= 253, "it is kept, and written to disk");
         assert!(claims.expires <= NOW + LEEWAY + MAX_LIFE + LEEWAY, "it lives too long");
         assert_eq!(verdict.is_ok(), claims.expires + LEEWAY >= NOW);
         let other = PeerId::from_public_key([8; 32]);
         let elsewhere = verify(token, other, &KEYS, &expectations, NOW);
-        assert!(elsewhere.is_err() || token_names(token, other), "another key's token admits");
+        assert!(elsewhere.is_err() || has_audience(token, other), "another key's token admits");
     } else {
         assert!(verdict.is_err());
     }
@@ -62,7 +62,7 @@ fn check(token: &str) {
 }
 
 /// A token may have several audiences.
-fn token_names(token: &str, peer: PeerId) -> bool {
+fn has_audience(token: &str, peer: PeerId) -> bool {
     let claims = jsonwebtoken::dangerous::insecure_decode::<Value>(token).expect("it was read before");
     claims.claims["aud"].to_string().contains(&peer.to_string())
 }

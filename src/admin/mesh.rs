@@ -12,51 +12,51 @@ use axum::response::{IntoResponse, Response};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use super::Shared;
+use super::AdminState;
 use crate::model::MeshStatus;
 use crate::ports::MeshSource;
 
 /// The mesh is asked at most once in so long for each of its members, however many ask here, and all of them are sent the same bytes: a few
 /// nodes can be watched closely, and a thousand cost little. A connection ends after 30 s, so that what is in memory for
 /// those who read slowly is at most 30 s / 5 ms entries of 300 bytes, 2 MiB, or seven answers: 10 MiB in a cluster of 5000 nodes.
-const FRESH_EACH: Duration = Duration::from_millis(5);
-const FRESH_LEAST: Duration = Duration::from_millis(100);
-const FRESH_MOST: Duration = Duration::from_secs(5);
+const CACHE_PER_MEMBER: Duration = Duration::from_millis(5);
+const MIN_CACHE: Duration = Duration::from_millis(100);
+const MAX_CACHE: Duration = Duration::from_secs(5);
 
 const JSON: &str = "application/json";
 const TEXT: &str = "text/plain; charset=utf-8";
 
 /// What was last found out.
-pub(super) struct Page {
+pub(super) struct MeshPage {
     source: Arc<dyn MeshSource>,
-    last: Mutex<Option<Answer>>,
+    cached: Mutex<Option<CachedStatus>>,
 }
 
-struct Answer {
+struct CachedStatus {
     at: Instant,
     status: MeshStatus,
     json: Option<Bytes>,
     table: Option<Bytes>,
 }
 
-fn fresh(status: &MeshStatus) -> Duration {
+fn cache_lifetime(status: &MeshStatus) -> Duration {
     let members = u32::try_from(status.members.len()).unwrap_or(u32::MAX);
-    FRESH_EACH.saturating_mul(members).clamp(FRESH_LEAST, FRESH_MOST)
+    CACHE_PER_MEMBER.saturating_mul(members).clamp(MIN_CACHE, MAX_CACHE)
 }
 
-impl Page {
+impl MeshPage {
     pub(super) fn new(source: Arc<dyn MeshSource>) -> Self {
-        Self { source, last: Mutex::default() }
+        Self { source, cached: Mutex::default() }
     }
 
     /// The bytes to send; `None` when the mesh does not answer.
     async fn bytes(&self, as_table: bool) -> Option<Bytes> {
-        let mut last = self.last.lock().await;
-        if last.as_ref().is_none_or(|answer| answer.at.elapsed() >= fresh(&answer.status)) {
+        let mut last = self.cached.lock().await;
+        if last.as_ref().is_none_or(|answer| answer.at.elapsed() >= cache_lifetime(&answer.status)) {
             let status = self.source.mesh().await;
-            *last = status.map(|status| Answer { at: Instant::now(), status, json: None, table: None });
+            *last = status.map(|status| CachedStatus { at: Instant::now(), status, json: None, table: None });
         }
-        let Answer { at: _, status, json, table } = last.as_mut()?;
+        let CachedStatus { at: _, status, json, table } = last.as_mut()?;
         let bytes = match as_table {
             true => table.get_or_insert_with(|| (status.summary().join("\n") + "\n\n" + &status.table()).into()),
             false => json.get_or_insert_with(|| serde_json::to_vec(status).expect("names and numbers are JSON").into()),
@@ -65,7 +65,11 @@ impl Page {
     }
 }
 
-pub(super) async fn show(State(shared): State<Arc<Shared>>, RawQuery(query): RawQuery, headers: HeaderMap) -> Response {
+pub(super) async fn serve_mesh(
+    State(shared): State<Arc<AdminState>>,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
+) -> Response {
     let Some(as_table) = wants_table(query.as_deref(), &headers) else {
         return (StatusCode::BAD_REQUEST, "format is json or table\n").into_response();
     };
@@ -97,10 +101,10 @@ mod tests {
 
     use super::*;
 
-    struct Counting(AtomicUsize);
+    struct CountingMesh(AtomicUsize);
 
     #[async_trait]
-    impl MeshSource for Counting {
+    impl MeshSource for CountingMesh {
         async fn mesh(&self) -> Option<MeshStatus> {
             let asked = self.0.fetch_add(1, Ordering::Relaxed);
             // The third time it does not answer.
@@ -109,18 +113,18 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_mesh_is_asked_seldom_however_often_it_is_looked_at() {
-        let page = Page::new(Arc::new(Counting(AtomicUsize::new(0))));
-        let alive = async |page: &Page| {
+    async fn the_mesh_status_is_cached_however_often_it_is_requested() {
+        let page = MeshPage::new(Arc::new(CountingMesh(AtomicUsize::new(0))));
+        let alive = async |page: &MeshPage| {
             let json: MeshStatus = serde_json::from_slice(&page.bytes(false).await?).unwrap();
             Some(json.alive)
         };
         assert_eq!(alive(&page).await, Some(0));
         assert!(page.bytes(true).await.unwrap().starts_with(b"0 alive, "));
         assert_eq!(alive(&page).await, Some(0));
-        tokio::time::advance(FRESH_LEAST).await;
+        tokio::time::advance(MIN_CACHE).await;
         assert_eq!(alive(&page).await, Some(1));
-        tokio::time::advance(FRESH_LEAST).await;
+        tokio::time::advance(MIN_CACHE).await;
         assert_eq!(alive(&page).await, None, "rather nothing than what is old");
         assert_eq!(alive(&page).await, Some(3));
     }

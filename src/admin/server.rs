@@ -18,64 +18,64 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::addresses::is_of_this_node;
-use crate::decide::connection_limit::{Connections, Limits, Origin, Rejected};
+use crate::addresses::is_local_address;
+use crate::decide::connection_limit::{ConnectionLimits, ConnectionRejection, OpenConnections, Origin};
 use crate::metrics::Metrics;
 
 /// Elsewhere: a few Prometheus servers and people with curl, and many times that. Node: at most
 /// two probes at a time, and collectors of metrics in the node's network. One address has its two
 /// scrapes and several shells, one IPv6 subnet half of all. A connection costs some 20 KiB.
-const LIMITS: Limits = Limits { node: 32, elsewhere: 128, address: 16, subnet: 64 };
+const LIMITS: ConnectionLimits = ConnectionLimits { node: 32, elsewhere: 128, address: 16, subnet: 64 };
 
 /// A request's head arrives within this time. Clients of the node or the cluster send it at once.
-const HEAD: Duration = Duration::from_secs(5);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A connection lasts at most this long. Any scrape takes well under a second.
-const LIFE: Duration = Duration::from_secs(30);
+const MAX_LIFETIME: Duration = Duration::from_secs(30);
 
 /// Heads of probes and scrapes have some 500 bytes; this is the least that hyper takes.
-const MAX_HEAD: usize = 8 << 10;
+const MAX_HEAD_BYTES: usize = 8 << 10;
 
 /// Responses that are being written when the agent stops have this long.
-const DRAIN: Duration = Duration::from_secs(1);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The pause after `accept` failed, as when the process has no descriptors left.
-const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+const ACCEPT_BACKOFF: Duration = Duration::from_secs(1);
 
-pub(super) struct Server {
+pub(super) struct LimitedServer {
     pub(super) listener: TcpListener,
     pub(super) router: Router,
     pub(super) metrics: Metrics,
 }
 
 /// A place among the open connections, free again when dropped.
-struct Place {
-    connections: Arc<Mutex<Connections>>,
+struct ConnectionPermit {
+    connections: Arc<Mutex<OpenConnections>>,
     origin: Origin,
     address: IpAddr,
 }
 
-impl Server {
+impl LimitedServer {
     /// Serves until stopped.
     pub(super) async fn run(self, stop: CancellationToken) {
         let Self { listener, router, metrics } = self;
-        let connections = Arc::new(Mutex::new(Connections::new(LIMITS)));
+        let connections = Arc::new(Mutex::new(OpenConnections::new(LIMITS)));
         let mut serving = JoinSet::new();
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
                 Some(_) = serving.join_next() => {}
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, peer)) => match place(&connections, &stream, peer) {
+                    Ok((stream, peer)) => match acquire_permit(&connections, &stream, peer) {
                         Ok(place) => drop(serving.spawn(serve(stream, router.clone(), place))),
                         Err(rejected) => {
-                            metrics.admin_connection_rejected(label(rejected));
+                            metrics.admin_connection_rejected(rejection_label(rejected));
                             tracing::debug!(%peer, reason = %rejected, "the admin port rejects a connection");
                         }
                     },
                     Err(error) => {
                         tracing::warn!(%error, "the admin port cannot accept a connection");
-                        stop.run_until_cancelled(tokio::time::sleep(ACCEPT_PAUSE)).await;
+                        stop.run_until_cancelled(tokio::time::sleep(ACCEPT_BACKOFF)).await;
                     }
                 },
             }
@@ -83,24 +83,28 @@ impl Server {
         drop(listener);
         let drained = async { while serving.join_next().await.is_some() {} };
         // The rest is cancelled.
-        let _ = tokio::time::timeout(DRAIN, drained).await;
+        let _ = tokio::time::timeout(DRAIN_TIMEOUT, drained).await;
         serving.shutdown().await;
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner).remove(self.origin, self.address);
     }
 }
 
-fn place(connections: &Arc<Mutex<Connections>>, stream: &TcpStream, peer: SocketAddr) -> Result<Place, Rejected> {
+fn acquire_permit(
+    connections: &Arc<Mutex<OpenConnections>>,
+    stream: &TcpStream,
+    peer: SocketAddr,
+) -> Result<ConnectionPermit, ConnectionRejection> {
     let address = peer.ip().to_canonical();
     // A connection that ended already has no local address, and nothing to be served.
     let is_own = stream.local_addr().is_ok_and(|local| is_of_node(address, local.ip().to_canonical()));
     let origin = if is_own { Origin::Node } else { Origin::Elsewhere };
     connections.lock().unwrap_or_else(PoisonError::into_inner).insert(origin, address)?;
-    Ok(Place { connections: Arc::clone(connections), origin, address })
+    Ok(ConnectionPermit { connections: Arc::clone(connections), origin, address })
 }
 
 /// Whether the address `peer` of a connection to `local` is one of this node's. Linux answers a
@@ -108,27 +112,27 @@ fn place(connections: &Arc<Mutex<Connections>>, stream: &TcpStream, peer: Socket
 /// its network, from the first. Loopback is left to the comparison, because every address of
 /// 127.0.0.0/8 can be bound.
 fn is_of_node(peer: IpAddr, local: IpAddr) -> bool {
-    peer == local || (!peer.is_loopback() && is_of_this_node(peer))
+    peer == local || (!peer.is_loopback() && is_local_address(peer))
 }
 
-fn label(rejected: Rejected) -> &'static str {
+fn rejection_label(rejected: ConnectionRejection) -> &'static str {
     match rejected {
-        Rejected::Address => "address",
-        Rejected::Subnet => "subnet",
-        Rejected::Origin => "all",
+        ConnectionRejection::Address => "address",
+        ConnectionRejection::Subnet => "subnet",
+        ConnectionRejection::Origin => "all",
     }
 }
 
 /// One request. A client opens another connection for the next one, so that idle clients hold no
 /// place.
-async fn serve(stream: TcpStream, router: Router, _place: Place) {
+async fn serve(stream: TcpStream, router: Router, _place: ConnectionPermit) {
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD)
-        .max_buf_size(MAX_HEAD)
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(MAX_HEAD_BYTES)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    let ended = tokio::time::timeout(LIFE, served).await;
+    let ended = tokio::time::timeout(MAX_LIFETIME, served).await;
     if let Err(error) = ended.map_err(io::Error::from).and_then(|served| served.map_err(io::Error::other)) {
         tracing::debug!(%error, "a connection to the admin port ended early");
     }

@@ -17,22 +17,24 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 
-use crate::credential::certificate::{Authority, AuthorityError, Flaw, LIFE, MAX_BYTES, credential, statement, verify};
+use crate::credential::certificate::{
+    Authority, AuthorityError, CertificateRejection, MAX_BYTES, STATEMENT_LIFE, encode_credential, statement, verify,
+};
 use crate::model::{Credential, PeerId};
-use crate::ports::{Admission, Admitted, Refusal};
+use crate::ports::{Admission, AdmittedPeer, Rejection};
 
 /// How often the files are looked at: the kubelet brings a changed Secret within a minute or so anyway.
-const LOOK: Duration = Duration::from_secs(30);
+const RELOAD_INTERVAL: Duration = Duration::from_secs(30);
 
 /// A statement is signed anew when it is so old: the other half of its life is left for a peer that is hard to reach.
-const SIGN_AGAIN: Duration = LIFE.checked_div(2).expect("two is not zero");
+const RESIGN_AFTER: Duration = STATEMENT_LIFE.checked_div(2).expect("two is not zero");
 
 /// A chain, a bundle of authorities or a key; the largest of them have some ten KiB.
 const MAX_FILE: u64 = 256 << 10;
 
 /// Where everything is, and what agents' certificates must be for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Files {
+pub struct CertificateFiles {
     /// The agent's certificate and those between it and the authority's, PEM.
     pub certificate: PathBuf,
     /// Its private key, PEM; readable by its owner alone.
@@ -45,7 +47,7 @@ pub struct Files {
 
 /// The files cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum CertificateError {
+pub enum CertificateFilesError {
     /// One cannot be read.
     #[error("{path}: {source}")]
     Io {
@@ -72,20 +74,20 @@ pub enum CertificateError {
     },
     /// No agent would admit this one.
     #[error("peers would not admit this agent: {0}")]
-    Useless(#[from] Flaw),
+    Rejected(#[from] CertificateRejection),
 }
 
 /// Admits owners of certificates of one authority.
 pub struct CertificateAdmission {
     peer: PeerId,
-    files: Files,
-    now: RwLock<Arc<Material>>,
+    files: CertificateFiles,
+    current: RwLock<Arc<SignedCredential>>,
     renewals: watch::Sender<u64>,
 }
 
 /// What the files held, and the statement that was signed with it.
-struct Material {
-    read: Bytes,
+struct SignedCredential {
+    read: FileContents,
     authority: Authority,
     credential: Credential,
     issued: Duration,
@@ -93,7 +95,7 @@ struct Material {
 
 /// The files as they are on disk.
 #[derive(PartialEq, Eq)]
-struct Bytes {
+struct FileContents {
     certificate: Vec<u8>,
     key: Vec<u8>,
     authority: Vec<u8>,
@@ -104,16 +106,16 @@ impl CertificateAdmission {
     ///
     /// # Errors
     /// [`CertificateError`]; files that go bad later change nothing before the last statement ends.
-    pub fn open(files: Files, peer: PeerId) -> Result<Self, CertificateError> {
-        let material = Material::sign(Bytes::read(&files)?, &files, peer, now())?;
-        Ok(Self { peer, files, now: RwLock::new(Arc::new(material)), renewals: watch::Sender::default() })
+    pub fn open(files: CertificateFiles, peer: PeerId) -> Result<Self, CertificateFilesError> {
+        let material = SignedCredential::sign(FileContents::read(&files)?, &files, peer, now())?;
+        Ok(Self { peer, files, current: RwLock::new(Arc::new(material)), renewals: watch::Sender::default() })
     }
 
     /// Looks at the files, and signs again, until `stop`.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
-        while stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
+        while stop.run_until_cancelled(tokio::time::sleep(RELOAD_INTERVAL)).await.is_some() {
             let looking = self.clone();
-            match spawn_blocking(move || looking.look(now())).await {
+            match spawn_blocking(move || looking.reload(now())).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "the certificate's files cannot be used; the last ones stay"),
                 Err(error) => tracing::error!(%error, "looking at the certificate's files failed"),
@@ -121,52 +123,52 @@ impl CertificateAdmission {
         }
     }
 
-    fn look(&self, now: Duration) -> Result<(), CertificateError> {
-        let (read, before) = (Bytes::read(&self.files)?, self.material());
-        if read == before.read && now < before.issued + SIGN_AGAIN {
+    fn reload(&self, now: Duration) -> Result<(), CertificateFilesError> {
+        let (read, before) = (FileContents::read(&self.files)?, self.signed_credential());
+        if read == before.read && now < before.issued + RESIGN_AFTER {
             return Ok(());
         }
-        let material = Material::sign(read, &self.files, self.peer, now)?;
-        *self.now.write().expect("nothing panics while holding it") = Arc::new(material);
+        let material = SignedCredential::sign(read, &self.files, self.peer, now)?;
+        *self.current.write().expect("nothing panics while holding it") = Arc::new(material);
         self.renewals.send_modify(|renewals| *renewals += 1);
         Ok(())
     }
 
-    fn material(&self) -> Arc<Material> {
-        self.now.read().expect("nothing panics while holding it").clone()
+    fn signed_credential(&self) -> Arc<SignedCredential> {
+        self.current.read().expect("nothing panics while holding it").clone()
     }
 }
 
 #[async_trait]
 impl Admission for CertificateAdmission {
-    async fn credential(&self) -> Result<Credential, Refusal> {
-        let material = self.material();
-        if now() > material.issued + LIFE {
-            return Err(Refusal::CannotTell("this agent's certificate cannot be used any more".to_owned()));
+    async fn credential(&self) -> Result<Credential, Rejection> {
+        let material = self.signed_credential();
+        if now() > material.issued + STATEMENT_LIFE {
+            return Err(Rejection::Undecided("this agent's certificate cannot be used any more".to_owned()));
         }
         Ok(material.credential.clone())
     }
 
-    fn renewed(&self) -> watch::Receiver<u64> {
+    fn credential_changes(&self) -> watch::Receiver<u64> {
         self.renewals.subscribe()
     }
 
-    async fn admit(&self, peer: PeerId, credential: &Credential) -> Result<Admitted, Refusal> {
-        self.vouch(peer, credential)
+    async fn admit(&self, peer: PeerId, credential: &Credential) -> Result<AdmittedPeer, Rejection> {
+        self.admit_relayed(peer, credential)
     }
 
-    fn vouch(&self, peer: PeerId, credential: &Credential) -> Result<Admitted, Refusal> {
-        let decided = verify(credential.expose(), peer, &self.material().authority, now());
-        let until = decided.map_err(|flaw| Refusal::Denied(flaw.to_string()))?;
-        Ok(Admitted { node: None, pod: None, until, on_grace: false })
+    fn admit_relayed(&self, peer: PeerId, credential: &Credential) -> Result<AdmittedPeer, Rejection> {
+        let decided = verify(credential.expose(), peer, &self.signed_credential().authority, now());
+        let valid_until = decided.map_err(|flaw| Rejection::Denied(flaw.to_string()))?;
+        Ok(AdmittedPeer { node: None, pod: None, valid_until, is_in_grace: false })
     }
 }
 
-impl Bytes {
-    fn read(files: &Files) -> Result<Self, CertificateError> {
+impl FileContents {
+    fn read(files: &CertificateFiles) -> Result<Self, CertificateFilesError> {
         let mode = std::fs::metadata(&files.key).map_err(at(&files.key))?.permissions().mode() & 0o777;
         if mode & 0o077 != 0 {
-            return Err(CertificateError::Exposed { path: files.key.clone(), mode });
+            return Err(CertificateFilesError::Exposed { path: files.key.clone(), mode });
         }
         let [certificate, key, authority] = [&files.certificate, &files.key, &files.authority].map(|path| {
             let mut bytes = Vec::new();
@@ -179,9 +181,14 @@ impl Bytes {
     }
 }
 
-impl Material {
+impl SignedCredential {
     /// Signs for `peer`, and makes sure that peers will agree.
-    fn sign(read: Bytes, files: &Files, peer: PeerId, now: Duration) -> Result<Self, CertificateError> {
+    fn sign(
+        read: FileContents,
+        files: &CertificateFiles,
+        peer: PeerId,
+        now: Duration,
+    ) -> Result<Self, CertificateFilesError> {
         let certificates = |path: &Path, bytes: &[u8]| {
             let all = CertificateDer::pem_slice_iter(bytes).collect::<Result<Vec<_>, _>>();
             let all = all.map_err(|error| malformed(path, format!("not certificates in PEM: {error}")))?;
@@ -197,21 +204,21 @@ impl Material {
         let key = any_supported_type(&key).map_err(|_| no_key(()))?;
         let signer = key.choose_scheme(&authority.schemes()).ok_or_else(|| no_key(()))?;
         let signature = signer.sign(&statement(peer, now)).map_err(|_| no_key(()))?;
-        let credential = credential(now, signer.scheme(), &signature, &chain);
+        let credential = encode_credential(now, signer.scheme(), &signature, &chain);
         if credential.expose().len() > MAX_BYTES {
-            return Err(Flaw::TooLong.into());
+            return Err(CertificateRejection::TooLong.into());
         }
         verify(credential.expose(), peer, &authority, now)?;
         Ok(Self { read, authority, credential, issued: now })
     }
 }
 
-fn at(path: &Path) -> impl Fn(io::Error) -> CertificateError {
-    move |source| CertificateError::Io { path: path.to_owned(), source }
+fn at(path: &Path) -> impl Fn(io::Error) -> CertificateFilesError {
+    move |source| CertificateFilesError::Io { path: path.to_owned(), source }
 }
 
-fn malformed(path: &Path, reason: String) -> CertificateError {
-    CertificateError::Malformed { path: path.to_owned(), reason }
+fn malformed(path: &Path, reason: String) -> CertificateFilesError {
+    CertificateFilesError::Malformed { path: path.to_owned(), reason }
 }
 
 fn now() -> Duration {

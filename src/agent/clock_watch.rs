@@ -32,38 +32,38 @@ impl ClockWatch {
     /// Runs until stopped.
     pub async fn run(self, stop: CancellationToken) {
         let mut skew = ClockSkew::new(Instant::now().into_std(), rand::random());
-        let mut unsaid = None;
+        let mut pending_report = None;
         loop {
             let due = sleep_until(skew.due().into());
             if stop.run_until_cancelled(due).await.is_none() {
                 return;
             }
-            if stop.run_until_cancelled(self.compare(&mut skew, &mut unsaid)).await.is_none() {
+            if stop.run_until_cancelled(self.compare(&mut skew, &mut pending_report)).await.is_none() {
                 return;
             }
         }
     }
 
     /// One comparison. `unsaid` is the Event that could not be written yet, with the tries.
-    async fn compare(&self, skew: &mut ClockSkew, unsaid: &mut Option<(NodeReport, u32)>) {
+    async fn compare(&self, skew: &mut ClockSkew, pending_report: &mut Option<(NodeReport, u32)>) {
         let sample = match self.cluster.clock().await {
             Ok(sample) => sample,
             Err(error) => {
                 tracing::debug!(%error, "the API server's clock is not known");
-                return skew.unanswered(Instant::now().into_std(), rand::random());
+                return skew.record_failure(Instant::now().into_std(), rand::random());
             }
         };
-        let change = skew.answered(&sample, Instant::now().into_std(), rand::random());
+        let change = skew.record_sample(&sample, Instant::now().into_std(), rand::random());
         self.publish(skew, sample.received);
         match change {
-            Some(ClockChange::TooFar(seconds)) => *unsaid = Some((self.too_far(seconds), 0)),
-            Some(ClockChange::Right) => {
-                *unsaid = None;
+            Some(ClockChange::Skewed(seconds)) => *pending_report = Some((self.too_far(seconds), 0)),
+            Some(ClockChange::Corrected) => {
+                *pending_report = None;
                 tracing::info!(node = %self.node, "the node's clock is right again");
             }
             None => {}
         }
-        if let Some((report, tries)) = unsaid {
+        if let Some((report, tries)) = pending_report {
             *tries += 1;
             let written = self.cluster.report_on_node(report).await;
             let is_last = *tries == REPORT_TRIES || written.as_ref().is_err_and(|error| !error.is_retryable());
@@ -71,7 +71,7 @@ impl ClockWatch {
                 tracing::debug!(%error, tries, "the Event about the clock is not written");
             }
             if written.is_ok() || is_last {
-                *unsaid = None;
+                *pending_report = None;
             }
         }
     }
@@ -109,51 +109,51 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
-    struct Watched {
+    struct ClockTestNode {
         cluster: MemoryCluster,
         status: watch::Receiver<Option<ClockStatus>>,
         metrics: Metrics,
         stop: CancellationToken,
     }
 
-    fn start(cluster: MemoryCluster) -> Watched {
+    fn start(cluster: MemoryCluster) -> ClockTestNode {
         let (status_in, status) = watch::channel(None);
         let (metrics, stop) = (Metrics::new(), CancellationToken::new());
         let node = "n1".parse().unwrap();
         let watch =
             ClockWatch { cluster: Arc::new(cluster.clone()), node, status: status_in, metrics: metrics.clone() };
         tokio::spawn(watch.run(stop.clone()));
-        Watched { cluster, status, metrics, stop }
+        ClockTestNode { cluster, status, metrics, stop }
     }
 
-    impl Watched {
-        fn shows(&self) -> (i64, bool) {
+    impl ClockTestNode {
+        fn skew(&self) -> (i64, bool) {
             let status = self.status.borrow().clone().expect("a comparison");
             (status.ahead_seconds, status.too_far)
         }
 
-        fn counted(&self, line: &str) -> bool {
+        fn has_metric(&self, line: &str) -> bool {
             String::from_utf8(self.metrics.render()).unwrap().lines().any(|have| have == line)
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_wrong_clock_is_said_once_on_the_node_and_shown_until_it_is_right() {
+    async fn a_wrong_clock_is_reported_once_on_the_node_and_shown_until_it_is_right() {
         let watched = start(MemoryCluster::default());
         tokio::time::sleep(HOUR).await;
-        assert_eq!((watched.shows(), watched.cluster.node_reports().len()), ((0, false), 0));
+        assert_eq!((watched.skew(), watched.cluster.node_reports().len()), ((0, false), 0));
         watched.cluster.set_clocks_ahead(90);
         tokio::time::sleep(3 * HOUR).await;
-        let (ahead, too_far) = watched.shows();
+        let (ahead, too_far) = watched.skew();
         assert!((88..=90).contains(&ahead) && too_far, "{ahead}");
-        assert!(watched.counted(&format!("lighterman_clock_skew_seconds {ahead}")));
+        assert!(watched.has_metric(&format!("lighterman_clock_skew_seconds {ahead}")));
         let reports = watched.cluster.node_reports();
         assert_eq!(reports.len(), 1, "{reports:?}");
         assert_eq!(reports[0].kind, NodeReportKind::ClockSkew);
         assert!(reports[0].note.contains("s ahead of the API server's"), "{}", reports[0].note);
         watched.cluster.set_clocks_ahead(0);
         tokio::time::sleep(HOUR).await;
-        assert_eq!(watched.shows(), (0, false));
+        assert_eq!(watched.skew(), (0, false));
         watched.cluster.set_clocks_ahead(-3600);
         tokio::time::sleep(HOUR).await;
         assert_eq!(watched.cluster.node_reports().len(), 2);
@@ -161,18 +161,18 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_clock_that_cannot_be_compared_keeps_the_last_finding_and_ends_nothing() {
+    async fn a_clock_that_cannot_be_compared_keeps_the_last_result() {
         let watched = start(MemoryCluster::default());
-        watched.cluster.set_away(true);
+        watched.cluster.set_unavailable(true);
         tokio::time::sleep(HOUR).await;
         assert_eq!(*watched.status.borrow(), None);
         watched.cluster.set_clocks_ahead(-90);
-        watched.cluster.set_away(false);
+        watched.cluster.set_unavailable(false);
         tokio::time::sleep(HOUR).await;
-        assert!(watched.shows().1);
-        watched.cluster.set_away(true);
+        assert!(watched.skew().1);
+        watched.cluster.set_unavailable(true);
         tokio::time::sleep(HOUR).await;
-        assert!(watched.shows().1);
+        assert!(watched.skew().1);
         watched.stop.cancel();
     }
 }

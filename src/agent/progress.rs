@@ -4,25 +4,25 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use super::recover::Recovered;
-use crate::decide::plan::Plan;
+use super::recover::RecoveredImage;
+use crate::decide::plan::FetchPlan;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Reference};
 
 /// The progress of one recovery, blob by blob.
 #[derive(Debug, Default)]
-pub struct Progress(Mutex<State>);
+pub struct Progress(Mutex<ProgressState>);
 
 #[derive(Debug, Default)]
-struct State {
-    found: Option<(Digest, usize)>,
+struct ProgressState {
+    resolved: Option<(Digest, usize)>,
     /// How many of the blobs were here.
-    there: usize,
+    present: usize,
     /// Once it is known what has to come.
     blobs: Option<BTreeMap<Digest, BlobProgress>>,
     first_byte: Option<Instant>,
-    unpacks: Option<(usize, usize)>,
-    named: bool,
+    unpacking: Option<(usize, usize)>,
+    is_recorded: bool,
 }
 
 /// How far one blob is.
@@ -43,14 +43,14 @@ impl Progress {
     }
 
     /// The image's index or manifest and how many peers have it, once that is known.
-    pub fn image(&self) -> Option<(Digest, usize)> {
-        self.lock().found
+    pub fn resolved(&self) -> Option<(Digest, usize)> {
+        self.lock().resolved
     }
 
     /// How many blobs have to come and how many were here, once that is known.
     pub fn planned(&self) -> Option<(usize, usize)> {
         let state = self.lock();
-        state.blobs.as_ref().map(|blobs| (blobs.len(), state.there))
+        state.blobs.as_ref().map(|blobs| (blobs.len(), state.present))
     }
 
     /// When the first byte of a config or layer came.
@@ -60,42 +60,42 @@ impl Progress {
 
     /// The layer that is being unpacked, or was last, counted from 1, and how many there are; `None` before the first.
     pub fn unpacking(&self) -> Option<(usize, usize)> {
-        self.lock().unpacks
+        self.lock().unpacking
     }
 
     /// This layer of so many is being unpacked.
-    pub(super) fn unpacks(&self, layer: usize, of: usize) {
-        self.lock().unpacks = Some((layer, of));
+    pub(super) fn set_unpacking(&self, layer: usize, of: usize) {
+        self.lock().unpacking = Some((layer, of));
     }
 
     /// The image is whole here and is being named.
-    pub(super) fn name(&self) {
-        self.lock().named = true;
+    pub(super) fn mark_recorded(&self) {
+        self.lock().is_recorded = true;
     }
 
     /// Whether the runtime may know the image by now.
-    pub(super) fn is_named(&self) -> bool {
-        self.lock().named
+    pub(super) fn is_recorded(&self) -> bool {
+        self.lock().is_recorded
     }
 
     /// What the reference means, and how many peers have it.
-    pub(super) fn found(&self, root: Digest, providers: usize) {
-        self.lock().found = Some((root, providers));
+    pub(super) fn set_resolved(&self, digest: Digest, providers: usize) {
+        self.lock().resolved = Some((digest, providers));
     }
 
     /// Bytes that have come, and all that have to. Saturating, because sizes come from a manifest that anybody may have written.
-    pub fn sums(&self) -> (u64, u64) {
+    pub fn byte_totals(&self) -> (u64, u64) {
         let blobs = self.blobs();
         let sum = |of: fn(&BlobProgress) -> u64| blobs.values().map(of).fold(0, u64::saturating_add);
         (sum(|blob| blob.done), sum(|blob| blob.size))
     }
 
     /// These blobs will come.
-    pub(super) fn expect(&self, plan: &Plan) {
+    pub(super) fn set_plan(&self, plan: &FetchPlan) {
         let expected =
             |blob: &Descriptor| (blob.digest, BlobProgress { size: blob.size, done: 0, from: BTreeSet::new() });
         let mut state = self.lock();
-        state.there = plan.there.len();
+        state.present = plan.present.len();
         state.blobs = Some(plan.missing.iter().map(expected).collect());
     }
 
@@ -106,7 +106,7 @@ impl Progress {
     }
 
     /// So much of a blob is here, from these.
-    pub(super) fn at(&self, digest: Digest, done: u64, from: impl Iterator<Item = PeerId>) {
+    pub(super) fn update_blob(&self, digest: Digest, done: u64, from: impl Iterator<Item = PeerId>) {
         if done > 0 {
             self.lock().first_byte.get_or_insert_with(Instant::now);
         }
@@ -116,48 +116,48 @@ impl Progress {
         });
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, ProgressState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The recoveries of one agent: those under way and the last that ended. Clones share it.
 #[derive(Clone, Default)]
-pub struct Board(Arc<Mutex<Recoveries>>);
+pub struct RecoveryTracker(Arc<Mutex<Recoveries>>);
 
 #[derive(Default)]
 struct Recoveries {
     running: BTreeMap<Reference, Arc<Progress>>,
-    ended: VecDeque<(Reference, Result<Recovered, String>)>,
+    ended: VecDeque<(Reference, Result<RecoveredImage, String>)>,
 }
 
 /// Ended recoveries that are remembered; older ones are in the log.
-const REMEMBERED: usize = 16;
+const MAX_ENDED: usize = 16;
 
-impl Board {
+impl RecoveryTracker {
     /// The recoveries under way.
     pub fn running(&self) -> BTreeMap<Reference, Arc<Progress>> {
         self.lock().running.clone()
     }
 
     /// How the latest recovery of this image ended, if it is still remembered.
-    pub fn ended(&self, reference: &Reference) -> Option<Result<Recovered, String>> {
+    pub fn ended(&self, reference: &Reference) -> Option<Result<RecoveredImage, String>> {
         self.lock().ended.iter().rev().find(|(ended, _)| ended == reference).map(|(_, result)| result.clone())
     }
 
     /// Whether a recovery wrote the image record of this name with this target lately, rather than a pull.
-    pub(super) fn wrote(&self, name: &Reference, target: Digest) -> bool {
+    pub(super) fn has_recorded(&self, name: &Reference, target: Digest) -> bool {
         let is_of = |reference: &Reference, root: Digest| {
             root == target && (reference == name || *name == Reference::Digest(reference.repository().clone(), root))
         };
         let recoveries = self.lock();
-        let is_ended = |(reference, result): &(Reference, Result<Recovered, String>)| {
-            result.as_ref().is_ok_and(|recovered| is_of(reference, recovered.root))
+        let is_ended = |(reference, result): &(Reference, Result<RecoveredImage, String>)| {
+            result.as_ref().is_ok_and(|recovered| is_of(reference, recovered.digest))
         };
-        let is_named = |(reference, progress): (&Reference, &Arc<Progress>)| {
-            progress.is_named() && progress.image().is_some_and(|(root, _)| is_of(reference, root))
+        let is_recording = |(reference, progress): (&Reference, &Arc<Progress>)| {
+            progress.is_recorded() && progress.resolved().is_some_and(|(root, _)| is_of(reference, root))
         };
-        recoveries.ended.iter().any(is_ended) || recoveries.running.iter().any(is_named)
+        recoveries.ended.iter().any(is_ended) || recoveries.running.iter().any(is_recording)
     }
 
     pub(super) fn begin(&self, reference: &Reference) -> Arc<Progress> {
@@ -166,10 +166,10 @@ impl Board {
         progress
     }
 
-    pub(super) fn end(&self, reference: &Reference, result: Result<Recovered, String>) {
+    pub(super) fn end(&self, reference: &Reference, result: Result<RecoveredImage, String>) {
         let mut recoveries = self.lock();
         recoveries.running.remove(reference);
-        if recoveries.ended.len() == REMEMBERED {
+        if recoveries.ended.len() == MAX_ENDED {
             recoveries.ended.pop_front();
         }
         recoveries.ended.push_back((reference.clone(), result));

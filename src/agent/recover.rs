@@ -3,10 +3,10 @@
 //! Who may be helped was decided before ([`crate::decide::pull_failure`]); the pods are told afterwards
 //! ([`super::salvage`]). What happens to a single blob stands in [`super::bring`].
 
+mod broken_record;
 mod documents;
-mod give_up;
-mod pinned;
 mod planning;
+mod recovery_pin;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -15,81 +15,81 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use self::pinned::Pinned;
-use super::bring::{Bring, Brought};
-use super::lead::Lead;
+use self::recovery_pin::RecoveryPin;
+use super::blob_fetcher::{BlobFetcher, FetchedBlob};
+use super::claim_coordinator::ClaimCoordinator;
+use super::layer_unpacker::{LayerUnpacker, UnnamedImage};
 use super::progress::Progress;
 pub use super::recover_error::RecoverError;
-use super::resolve::{Resolver, Wanted};
-use super::swarm::{Errand, Swarm};
-use super::unpack::{Unfinished, Unpacking};
-use crate::decide::plan::Plan;
-use crate::decide::reserve::Reservations;
-use crate::decide::rules::Rules;
-use crate::decide::way::check_image;
+use super::reference_resolver::{RecoveryRequest, ReferenceResolver};
+use super::swarm::{FetchJob, Swarm};
+use crate::decide::disk_reservations::Reservations;
+use crate::decide::plan::FetchPlan;
+use crate::decide::policy::Policy;
+use crate::decide::transport_choice::check_image;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Document, Manifest, Platform, Reference};
-use crate::ports::{ChildKind, ContentStore, ImageRecord, Imports};
+use crate::ports::{ChildKind, ContentStore, ImageRecord, ImportPermission};
 
 /// Longest wait for a runtime to say whether images may be imported; the first look takes milliseconds where it answers at all.
-const IMPORTS_WAIT: Duration = Duration::from_secs(10);
+const IMPORTS_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Recovers images on this node.
 pub struct Recoverer {
     /// Where content is kept.
     pub store: Arc<dyn ContentStore>,
     /// Reads references.
-    pub resolver: Resolver,
+    pub resolver: ReferenceResolver,
     /// Gets single blobs.
-    pub bring: Arc<Bring>,
+    pub blob_fetcher: Arc<BlobFetcher>,
     /// Names the node that leads.
-    pub lead: Arc<Lead>,
+    pub claims: Arc<ClaimCoordinator>,
     /// What one recovery may cost, as of now.
-    pub rules: watch::Receiver<Arc<Rules>>,
+    pub policy: watch::Receiver<Arc<Policy>>,
     /// What runs here.
     pub platform: Platform,
     /// Room on the disk, shared by the recoveries of this node.
-    pub room: Reservations,
+    pub reservations: Reservations,
     /// Whether anything may be brought into this store.
-    pub imports: watch::Receiver<Imports>,
+    pub imports: watch::Receiver<ImportPermission>,
     /// Unpacks layers before the runtime would; `None` where that is the runtime's business alone.
-    pub unpacking: Option<Unpacking>,
+    pub layer_unpacker: Option<LayerUnpacker>,
 }
 
 /// An image that is here now.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Recovered {
+pub struct RecoveredImage {
     /// Its index or manifest.
-    pub root: Digest,
+    pub digest: Digest,
     /// Bytes that came.
     pub bytes: u64,
     /// Blobs that came.
     pub fetched: usize,
     /// Blobs that were here before.
-    pub there: usize,
+    pub present: usize,
     /// How many bytes each provider sent.
     pub providers: BTreeMap<PeerId, u64>,
     /// From the decision until the runtime knew the image.
     pub took: Duration,
     /// What to tell where a tag was decided without its registry.
-    pub settled: Option<String>,
+    pub tag_note: Option<String>,
 }
 
 /// Where an image is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Found {
+pub struct ResolvedImage {
     /// Its index or manifest.
-    pub root: Digest,
+    pub digest: Digest,
     /// The peers that hold it under the name that was asked for.
     pub providers: Vec<PeerId>,
     /// What to tell where a tag was decided without its registry.
-    pub settled: Option<String>,
+    pub tag_note: Option<String>,
 }
 
 /// The documents of an image, the root first, and what runs here.
-struct Image {
-    root: Descriptor,
-    documents: Vec<Brought>,
+struct ImageDocuments {
+    target: Descriptor,
+    documents: Vec<FetchedBlob>,
     manifest: Manifest,
 }
 
@@ -100,142 +100,158 @@ impl Recoverer {
     /// [`RecoverError`], which says whether to try again and what to tell.
     pub async fn recover(
         &self,
-        wanted: &Wanted,
+        request: &RecoveryRequest,
         progress: &Progress,
         stop: &CancellationToken,
-    ) -> Result<Recovered, RecoverError> {
+    ) -> Result<RecoveredImage, RecoverError> {
         let began = Instant::now();
-        let found = stop.run_until_cancelled(self.find(wanted)).await.unwrap_or(Err(RecoverError::Abandoned));
-        let Found { root, providers, settled } = found?;
-        progress.found(root, providers.len());
-        let pinned = Pinned::new(Arc::clone(&self.store)).await?;
-        let reference = &wanted.reference;
+        let found = stop.run_until_cancelled(self.find(request)).await.unwrap_or(Err(RecoverError::Abandoned));
+        let ResolvedImage { digest, providers, tag_note } = found?;
+        progress.set_resolved(digest, providers.len());
+        let pinned = RecoveryPin::new(Arc::clone(&self.store)).await?;
+        let reference = &request.reference;
         let work = async {
-            let image = self.bring_image(wanted, root, &providers, &pinned, progress);
+            let image = self.fetch_image(request, digest, &providers, &pinned, progress);
             tokio::pin!(image);
             // Beside it, and never waited for: the image may be here before the API server has answered.
             tokio::select! {
                 biased;
                 image = &mut image => image,
                 // Where there are zones, those who fetch from others claim to.
-                () = self.lead.announce(reference, root), if self.bring.zone().is_none() => image.await,
+                () = self.claims.try_claim_image(reference, digest), if self.blob_fetcher.zone().is_none() => image.await,
             }
         };
-        let work = pinned.during(reference, work);
-        let brought = stop.run_until_cancelled(work).await.unwrap_or(Err(RecoverError::Abandoned));
-        let result = match brought {
+        let work = pinned.renew_during(reference, work);
+        let fetched = stop.run_until_cancelled(work).await.unwrap_or(Err(RecoverError::Abandoned));
+        let result = match fetched {
             // Not stopped any more: a kubelet that finds the first of the names may start the pod before the second is written.
-            Ok((root, brought)) => {
-                progress.name();
-                self.record(reference, &root).await.map(|()| brought)
+            Ok((root, fetched)) => {
+                progress.mark_recorded();
+                self.record(reference, &root).await.map(|()| fetched)
             }
             Err(error) => Err(error),
         };
-        if !result.as_ref().is_err_and(RecoverError::leaves_content_for_later) {
+        if !result.as_ref().is_err_and(RecoverError::is_content_reusable) {
             // From here on the image record holds the content, or nobody wants it. Unreleased, the pin would expire by itself.
             pinned.release(reference).await;
         }
-        result.map(|brought| Recovered { settled, ..summarise(root, &brought, began.elapsed()) })
+        result.map(|fetched| RecoveredImage { tag_note, ..summarise(digest, &fetched, began.elapsed()) })
     }
 
     /// What a recovery would begin with: which content the reference means, and who has it. Nothing is written.
     ///
     /// # Errors
     /// [`RecoverError`] where a recovery would not begin.
-    pub async fn find(&self, wanted: &Wanted) -> Result<Found, RecoverError> {
+    pub async fn find(&self, request: &RecoveryRequest) -> Result<ResolvedImage, RecoverError> {
         self.check_imports().await?;
         // What this node calls so already is what its pods run: it is mended, never turned into something else.
-        if let Some(root) = self.named_here(&wanted.reference).await? {
-            let providers = self.resolver.providers(&wanted.reference, root).unwrap_or_default();
-            return Ok(Found { root, providers, settled: None });
+        if let Some(digest) = self.recorded_target(&request.reference).await? {
+            let providers = self.resolver.providers(&request.reference, digest).unwrap_or_default();
+            return Ok(ResolvedImage { digest, providers, tag_note: None });
         }
-        let (root, settled) = self.resolver.resolve(wanted, &self.bring).await?;
-        let providers = self.resolver.providers(&wanted.reference, root)?;
-        Ok(Found { root, providers, settled })
+        let (digest, tag_note) = self.resolver.resolve(request, &self.blob_fetcher).await?;
+        let providers = self.resolver.providers(&request.reference, digest)?;
+        Ok(ResolvedImage { digest, providers, tag_note })
     }
 
     /// What this node's own record of the name points at.
-    async fn named_here(&self, reference: &Reference) -> Result<Option<Digest>, RecoverError> {
+    async fn recorded_target(&self, reference: &Reference) -> Result<Option<Digest>, RecoverError> {
         let name = reference.to_string();
         let records = self.store.images().await.map_err(RecoverError::store("listing images"))?;
         // containerd 1.7 records whatever a registry answered, also a page for people. That names no image.
-        let named =
-            records.into_iter().find(|record| record.name == name && Document::is_called(&record.target.media_type));
+        let named = records
+            .into_iter()
+            .find(|record| record.name == name && Document::is_document_type(&record.target.media_type));
         Ok(named.map(|record| record.target.digest))
     }
 
     /// Waits a moment where it is not known yet, as when the agent has just started: what is not known is not allowed.
     async fn check_imports(&self) -> Result<(), RecoverError> {
         let mut imports = self.imports.clone();
-        let known = imports.wait_for(|imports| *imports != Imports::NotKnown);
-        let refused = match tokio::time::timeout(IMPORTS_WAIT, known).await {
+        let known = imports.wait_for(|imports| *imports != ImportPermission::Unknown);
+        let refused = match tokio::time::timeout(IMPORTS_TIMEOUT, known).await {
             Ok(Ok(imports)) => match &*imports {
-                Imports::Refused(reason) => Some(reason.clone()),
-                Imports::Allowed | Imports::NotKnown => None,
+                ImportPermission::Refused(reason) => Some(reason.clone()),
+                ImportPermission::Allowed | ImportPermission::Unknown => None,
             },
             Ok(Err(_)) | Err(_) => Some("the runtime has not said yet whether it verifies images".to_owned()),
         };
-        refused.map_or(Ok(()), |reason| Err(RecoverError::Closed { reason }))
+        refused.map_or(Ok(()), |reason| Err(RecoverError::ImportsRefused { reason }))
     }
 
     /// All of the image but its names, its layers unpacked where that can be done here: with a name and without that, the runtime would do the
     /// same work beside us.
-    async fn bring_image(
+    async fn fetch_image(
         &self,
-        wanted: &Wanted,
+        request: &RecoveryRequest,
         root: Digest,
         providers: &[PeerId],
-        pinned: &Pinned,
+        pinned: &RecoveryPin,
         progress: &Progress,
-    ) -> Result<(Descriptor, Vec<Brought>), RecoverError> {
-        let (reference, pin) = (&wanted.reference, pinned.pin());
-        let image = self.bring_documents(reference, root, providers, pin).await?;
-        let plan = self.plan(&image.manifest, wanted.in_doubt, pin).await?;
-        self.check_held(reference, &plan)?;
-        self.check_way(reference, &plan)?;
-        let room = self.reserve(&plan).await?;
-        progress.expect(&plan);
-        let here = watch::Sender::new(HashSet::new());
-        let errand = Errand { reference, root, pin, progress, room: &room, here: &here };
-        let bringing = self.bring_blobs(errand, &plan);
+    ) -> Result<(Descriptor, Vec<FetchedBlob>), RecoverError> {
+        let (reference, pin) = (&request.reference, pinned.pin());
+        let image = self.fetch_documents(reference, root, providers, pin).await?;
+        let plan = self.plan(&image.manifest, request.verify_layers, pin).await?;
+        self.check_providers(reference, &plan)?;
+        self.check_transport(reference, &plan)?;
+        let reservation = self.reserve(&plan).await?;
+        progress.set_plan(&plan);
+        let complete_blobs = watch::Sender::new(HashSet::new());
+        let job = FetchJob {
+            reference,
+            image_digest: root,
+            pin,
+            progress,
+            reservation: &reservation,
+            complete_blobs: &complete_blobs,
+        };
+        let fetching = self.fetch_blobs(job, &plan);
         // An image that is whole and has its name may be being unpacked by the runtime just now.
-        let is_unfinished = !plan.missing.is_empty() || self.named_here(reference).await?.is_none();
-        let layers = self.layer_room(&room);
-        let blobs = match &self.unpacking {
+        let is_unfinished = !plan.missing.is_empty() || self.recorded_target(reference).await?.is_none();
+        let layers = self.layer_reservation(&reservation);
+        let blobs = match &self.layer_unpacker {
             Some(unpacking) if is_unfinished => {
-                let here = here.subscribe();
-                let image = Unfinished { reference, manifest: &image.manifest, pin, progress, room: layers, here };
-                unpacking.beside(bringing, image, || pinned.left()).await?
+                let complete_blobs = complete_blobs.subscribe();
+                let image = UnnamedImage {
+                    reference,
+                    manifest: &image.manifest,
+                    pin,
+                    progress,
+                    reservation: layers,
+                    complete_blobs,
+                };
+                unpacking.fetch_and_unpack(fetching, image, || pinned.remaining()).await?
             }
-            Some(_) => bringing.await?,
+            Some(_) => fetching.await?,
             None => {
-                let blobs = bringing.await?;
+                let blobs = fetching.await?;
                 if is_unfinished {
-                    layers.check(&image.manifest.layers).await?;
+                    layers.check_unpack(&image.manifest.layers).await?;
                 }
                 blobs
             }
         };
-        Ok((image.root, image.documents.into_iter().chain(blobs).collect()))
+        Ok((image.target, image.documents.into_iter().chain(blobs).collect()))
     }
 
     /// Nothing is fetched of an image that cannot become whole: a layer may be one that must not be given on, and a blob that nobody holds
     /// may be one that every node unpacked and discarded.
-    fn check_held(&self, reference: &Reference, plan: &Plan) -> Result<(), RecoverError> {
+    fn check_providers(&self, reference: &Reference, plan: &FetchPlan) -> Result<(), RecoverError> {
         if let Some(layer) = plan.withheld.first() {
             return Err(RecoverError::NotDistributable { reference: reference.clone(), layer: layer.digest });
         }
-        let is_held = |blob: &&Descriptor| !self.resolver.holders.sources(blob.digest).is_empty();
-        let lacking: Vec<_> = plan.missing.iter().filter(|blob| !is_held(blob)).map(|blob| blob.digest).collect();
-        match lacking.is_empty() {
+        let has_provider = |blob: &&Descriptor| !self.resolver.inventory.all_providers(blob.digest).is_empty();
+        let unprovided: Vec<_> =
+            plan.missing.iter().filter(|blob| !has_provider(blob)).map(|blob| blob.digest).collect();
+        match unprovided.is_empty() {
             true => Ok(()),
-            false => Err(RecoverError::NotHeld { reference: reference.clone(), blobs: lacking }),
+            false => Err(RecoverError::BlobsWithoutProvider { reference: reference.clone(), blobs: unprovided }),
         }
     }
 
     /// While UDP is blocked only small images come, over TCP. Nothing of another image is fetched.
-    fn check_way(&self, reference: &Reference, plan: &Plan) -> Result<(), RecoverError> {
-        if !self.resolver.holders.udp().is_blocked() {
+    fn check_transport(&self, reference: &Reference, plan: &FetchPlan) -> Result<(), RecoverError> {
+        if !self.resolver.inventory.udp().is_blocked() {
             return Ok(());
         }
         let refused = |source| RecoverError::NeedsUdp { reference: reference.clone(), source: Box::new(source) };
@@ -243,15 +259,15 @@ impl Recoverer {
     }
 
     /// Every blob of the plan, in pieces from everybody. Those that are there are held too, or the collector might take them now.
-    async fn bring_blobs(&self, errand: Errand<'_>, plan: &Plan) -> Result<Vec<Brought>, RecoverError> {
-        let at_once = self.rules.borrow().budgets.concurrent_blobs;
-        let swarm = Swarm::new(&self.bring, &self.lead, errand, at_once);
-        swarm.fetch(plan.there.iter().chain(&plan.missing)).await
+    async fn fetch_blobs(&self, job: FetchJob<'_>, plan: &FetchPlan) -> Result<Vec<FetchedBlob>, RecoverError> {
+        let max_blobs = self.policy.borrow().budgets.concurrent_blobs;
+        let swarm = Swarm::new(&self.blob_fetcher, &self.claims, job, max_blobs);
+        swarm.fetch(plan.present.iter().chain(&plan.missing)).await
     }
 
     /// Names the image, at the very end: a record is a promise that everything is there.
     async fn record(&self, reference: &Reference, root: &Descriptor) -> Result<(), RecoverError> {
-        if self.named_here(reference).await?.is_some_and(|named| named != root.digest) {
+        if self.recorded_target(reference).await?.is_some_and(|named| named != root.digest) {
             // The kubelet's own pull was faster, and the registry's word is newer than the peers'.
             tracing::info!(%reference, "the name was given to other content meanwhile; it stays");
             return Ok(());
@@ -273,17 +289,17 @@ pub(super) fn child_kind(document: &Document, position: usize) -> ChildKind {
     }
 }
 
-fn summarise(root: Digest, brought: &[Brought], took: Duration) -> Recovered {
+fn summarise(digest: Digest, blobs: &[FetchedBlob], took: Duration) -> RecoveredImage {
     let mut recovered =
-        Recovered { root, bytes: 0, fetched: 0, there: 0, providers: BTreeMap::new(), took, settled: None };
-    for Brought { descriptor: _, from } in brought {
+        RecoveredImage { digest, bytes: 0, fetched: 0, present: 0, providers: BTreeMap::new(), took, tag_note: None };
+    for FetchedBlob { descriptor: _, from } in blobs {
         match from {
             Some(shares) => {
                 recovered.fetched += 1;
                 recovered.bytes += shares.values().sum::<u64>();
                 shares.iter().for_each(|(peer, bytes)| *recovered.providers.entry(*peer).or_default() += bytes);
             }
-            None => recovered.there += 1,
+            None => recovered.present += 1,
         }
     }
     recovered

@@ -1,12 +1,12 @@
 //! Why an image was not recovered: whether to try again, what to count, what to tell.
 
 use crate::decide::plan::OverLimit;
-use crate::decide::queue::End;
-use crate::decide::way::TooLarge;
-use crate::metrics::Outcome;
+use crate::decide::recovery_queue::RecoveryEnd;
+use crate::decide::transport_choice::TooLarge;
+use crate::metrics::RecoveryOutcome;
 use crate::model::PeerId;
 use crate::oci::{Digest, DocumentError, MAX_INDEX_DEPTH, Platform, Reference};
-use crate::ports::{FetchError, ReportKind, StoreError};
+use crate::ports::{FetchError, PodReportKind, StoreError};
 
 /// Why an image was not recovered.
 #[derive(Debug, thiserror::Error)]
@@ -32,13 +32,13 @@ pub enum RecoverError {
     /// Peers know the tag with different contents.
     #[error(
         "peers disagree on {reference}: {}; name the image by its digest, or wait until the peers agree",
-        list(meanings)
+        format_digest_counts(digests)
     )]
-    Disagreement {
+    TagDisagreement {
         /// The tag.
         reference: Reference,
         /// Each digest, and how many peers say so.
-        meanings: Vec<(Digest, usize)>,
+        digests: Vec<(Digest, usize)>,
     },
     /// The image is known, but parts of it are on no node any more.
     #[error(
@@ -47,7 +47,7 @@ pub enum RecoverError {
         blobs.len(),
         blobs.first().map(ToString::to_string).unwrap_or_default()
     )]
-    NotHeld {
+    BlobsWithoutProvider {
         /// The image.
         reference: Reference,
         /// What nobody holds.
@@ -66,7 +66,7 @@ pub enum RecoverError {
     },
     /// Nothing may be brought into this node's store.
     #[error("nothing is imported on this node: {reason}")]
-    Closed {
+    ImportsRefused {
         /// Why, and what to set.
         reason: String,
     },
@@ -134,36 +134,36 @@ impl RecoverError {
     }
 
     /// What the queue makes of it.
-    pub fn end(&self) -> End {
+    pub fn queue_end(&self) -> RecoveryEnd {
         match self {
             Self::NoProvider { .. }
             | Self::OtherPlatforms { .. }
-            | Self::NotHeld { .. }
-            | Self::Disagreement { .. } => End::NoProvider,
-            Self::Fetch { attempts, .. } if attempts.is_empty() => End::NoProvider,
-            Self::Abandoned => End::Abandoned,
+            | Self::BlobsWithoutProvider { .. }
+            | Self::TagDisagreement { .. } => RecoveryEnd::NoProvider,
+            Self::Fetch { attempts, .. } if attempts.is_empty() => RecoveryEnd::NoProvider,
+            Self::Abandoned => RecoveryEnd::Abandoned,
             // An Event that sounds final is final: these are not tried again until a setting changes.
-            Self::Closed { .. }
+            Self::ImportsRefused { .. }
             | Self::NotDistributable { .. }
             | Self::Document { .. }
             | Self::NestedIndex { .. }
             | Self::NoPlatform { .. }
-            | Self::OverLimit(OverLimit::Size { .. }) => End::Final,
+            | Self::OverLimit(OverLimit::Size { .. }) => RecoveryEnd::Final,
             Self::OverLimit(OverLimit::Disk { .. })
             | Self::NoRoomToUnpack(_)
             | Self::NeedsUdp { .. }
             | Self::Fetch { .. }
-            | Self::Store { .. } => End::Failed,
+            | Self::Store { .. } => RecoveryEnd::Failed,
         }
     }
 
     /// Whether what has come already is worth keeping for the next attempt.
-    pub(super) fn leaves_content_for_later(&self) -> bool {
+    pub(super) fn is_content_reusable(&self) -> bool {
         matches!(self, Self::Fetch { .. } | Self::Store { .. } | Self::NoRoomToUnpack(_))
     }
 
     /// The peers that failed, for people: at most five, none twice in a row.
-    pub fn peers_asked(&self) -> Vec<PeerId> {
+    pub fn failed_peers(&self) -> Vec<PeerId> {
         let Self::Fetch { attempts, .. } = self else { return Vec::new() };
         let mut peers: Vec<_> = attempts.iter().filter_map(FetchError::peer).collect();
         peers.dedup();
@@ -172,9 +172,9 @@ impl RecoverError {
     }
 
     /// The blobs that no node holds, where that is what is wrong.
-    pub(super) fn lacking(&self) -> Vec<Digest> {
+    pub(super) fn unprovided_blobs(&self) -> Vec<Digest> {
         match self {
-            Self::NotHeld { blobs, .. } => blobs.clone(),
+            Self::BlobsWithoutProvider { blobs, .. } => blobs.clone(),
             Self::OtherPlatforms { digest, .. } => vec![*digest],
             Self::Fetch { digest, attempts } if attempts.is_empty() => vec![*digest],
             _ => Vec::new(),
@@ -182,43 +182,46 @@ impl RecoverError {
     }
 
     /// What is counted.
-    pub fn outcome(&self) -> Outcome {
+    pub fn outcome(&self) -> RecoveryOutcome {
         match self {
-            Self::NoProvider { .. } | Self::OtherPlatforms { .. } => Outcome::NoProvider,
-            Self::NotHeld { .. } => Outcome::NotHeld,
-            Self::Closed { .. } => Outcome::Closed,
-            Self::NotDistributable { .. } => Outcome::Unusable,
-            Self::Disagreement { .. } | Self::Document { .. } | Self::NestedIndex { .. } | Self::NoPlatform { .. } => {
-                Outcome::Unusable
-            }
-            Self::OverLimit(_) | Self::NoRoomToUnpack(_) => Outcome::OverLimit,
-            Self::NeedsUdp { .. } | Self::Fetch { .. } => Outcome::FetchFailed,
-            Self::Store { .. } => Outcome::StoreFailed,
-            Self::Abandoned => Outcome::Abandoned,
+            Self::NoProvider { .. } | Self::OtherPlatforms { .. } => RecoveryOutcome::NoProvider,
+            Self::BlobsWithoutProvider { .. } => RecoveryOutcome::BlobsWithoutProvider,
+            Self::ImportsRefused { .. } => RecoveryOutcome::ImportsRefused,
+            Self::NotDistributable { .. } => RecoveryOutcome::Unusable,
+            Self::TagDisagreement { .. }
+            | Self::Document { .. }
+            | Self::NestedIndex { .. }
+            | Self::NoPlatform { .. } => RecoveryOutcome::Unusable,
+            Self::OverLimit(_) | Self::NoRoomToUnpack(_) => RecoveryOutcome::OverLimit,
+            Self::NeedsUdp { .. } | Self::Fetch { .. } => RecoveryOutcome::FetchFailed,
+            Self::Store { .. } => RecoveryOutcome::StoreFailed,
+            Self::Abandoned => RecoveryOutcome::Abandoned,
         }
     }
 
     /// The Event that tells the pod's owner.
-    pub fn report_kind(&self) -> ReportKind {
+    pub fn report_kind(&self) -> PodReportKind {
         match self {
-            Self::NoProvider { .. } | Self::OtherPlatforms { .. } | Self::NotHeld { .. } => ReportKind::NoProvider,
-            Self::Fetch { attempts, .. } if attempts.is_empty() => ReportKind::NoProvider,
-            Self::Closed { .. }
+            Self::NoProvider { .. } | Self::OtherPlatforms { .. } | Self::BlobsWithoutProvider { .. } => {
+                PodReportKind::NoProvider
+            }
+            Self::Fetch { attempts, .. } if attempts.is_empty() => PodReportKind::NoProvider,
+            Self::ImportsRefused { .. }
             | Self::NotDistributable { .. }
-            | Self::Disagreement { .. }
+            | Self::TagDisagreement { .. }
             | Self::NoPlatform { .. }
-            | Self::OverLimit(OverLimit::Size { .. }) => ReportKind::NotActionable,
+            | Self::OverLimit(OverLimit::Size { .. }) => PodReportKind::NotRecoverable,
             // A document does not change under its digest.
-            Self::Document { .. } | Self::NestedIndex { .. } => ReportKind::NotActionable,
+            Self::Document { .. } | Self::NestedIndex { .. } => PodReportKind::NotRecoverable,
             // Tried again, as soon as the disk has room.
-            Self::OverLimit(OverLimit::Disk { .. }) | Self::NoRoomToUnpack(_) => ReportKind::Failed,
-            Self::NeedsUdp { .. } | Self::Fetch { .. } | Self::Store { .. } | Self::Abandoned => ReportKind::Failed,
+            Self::OverLimit(OverLimit::Disk { .. }) | Self::NoRoomToUnpack(_) => PodReportKind::Failed,
+            Self::NeedsUdp { .. } | Self::Fetch { .. } | Self::Store { .. } | Self::Abandoned => PodReportKind::Failed,
         }
     }
 }
 
 /// Contents and on how many nodes, the first four.
-pub(super) fn list(meanings: &[(Digest, usize)]) -> String {
+pub(super) fn format_digest_counts(meanings: &[(Digest, usize)]) -> String {
     let each: Vec<_> = meanings.iter().take(4).map(|(digest, peers)| format!("{digest} on {peers}")).collect();
     each.join(", ")
 }

@@ -7,14 +7,14 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::watch;
 
-use super::by_hand::names;
-use super::holders::Holders;
-use super::progress::Board;
+use super::inventory_view::PeerInventory;
+use super::manual_pull::node_names;
+use super::progress::RecoveryTracker;
 use crate::mesh::Mesh;
 use crate::model::{MeshStatus, NodeName, Outage, OutageKind, PeerId};
 use crate::ports::{
-    ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, MAX_MEMBERS, MAX_NAMES, MeshSource, OutageStatus,
-    OwnImageStatus, RecoveryStatus, RetainedStatus, RulesFileStatus, Status, StatusSource,
+    ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, MAX_NAMES, MAX_STATUS_MEMBERS, MeshSource, OutageStatus,
+    OwnImageStatus, PolicyFileStatus, RecoveryStatus, RetentionStatus, Status, StatusSource,
 };
 
 /// What peers say about registries, taken into account: each of them may name many, and a person reads few.
@@ -39,7 +39,7 @@ impl MeshSource for MeshView {
 
 fn bounded(mut status: MeshStatus) -> MeshStatus {
     status.members.sort();
-    status.members.truncate(MAX_MEMBERS);
+    status.members.truncate(MAX_STATUS_MEMBERS);
     status
 }
 
@@ -52,9 +52,9 @@ pub struct AgentStatus {
     /// Who else is there.
     pub mesh: Arc<dyn MeshSource>,
     /// Who holds what.
-    pub holders: Holders,
+    pub inventory: PeerInventory,
     /// Recoveries.
-    pub board: Board,
+    pub tracker: RecoveryTracker,
     /// What containerd told, as far as it did; `None` with another store.
     pub containerd: Option<watch::Receiver<ContainerdStatus>>,
     /// This node's clock; `None` inside before the first comparison.
@@ -62,13 +62,13 @@ pub struct AgentStatus {
     /// What was last announced; `None` inside before the first time.
     pub images: watch::Receiver<Option<ImagesStatus>>,
     /// Retained layers; `None` inside where none are to be.
-    pub retained: watch::Receiver<Option<RetainedStatus>>,
+    pub retained: watch::Receiver<Option<RetentionStatus>>,
     /// Images of the agent's own DaemonSet; `None` inside where the agent does not look after them.
     pub own_image: watch::Receiver<Option<OwnImageStatus>>,
     /// The registries that this node itself cannot reach.
-    pub first_hand: watch::Receiver<Vec<Outage>>,
+    pub observed_outages: watch::Receiver<Vec<Outage>>,
     /// The rules file; `None` when there is none to watch.
-    pub rules_file: Option<watch::Receiver<RulesFileStatus>>,
+    pub policy_file: Option<watch::Receiver<PolicyFileStatus>>,
 }
 
 #[async_trait]
@@ -80,14 +80,14 @@ impl StatusSource for AgentStatus {
             version: Some(env!("CARGO_PKG_VERSION").into()),
             containerd: self.containerd.as_ref().map(|told| told.borrow().clone()),
             mesh: self.mesh.mesh().await,
-            udp: Some(self.holders.udp().status()),
+            udp: Some(self.inventory.udp().status()),
             clock: self.clock.borrow().clone(),
             images: self.images.borrow().clone(),
             retained: self.retained.borrow().clone(),
             own_image: self.own_image.borrow().clone(),
             registries_down: Some(self.registries_down()),
             recoveries: Some(self.recoveries()),
-            rules_file: self.rules_file.as_ref().map(|file| file.borrow().clone()),
+            rules_file: self.policy_file.as_ref().map(|file| file.borrow().clone()),
         }
     }
 }
@@ -102,29 +102,36 @@ impl AgentStatus {
             *since = outage.since.min(*since);
             said_by.extend(nodes);
         };
-        for outage in self.first_hand.borrow().iter() {
+        for outage in self.observed_outages.borrow().iter() {
             note(outage.clone(), vec![self.node.to_string()]);
         }
-        for (outage, peers) in self.holders.outages(MAX_OUTAGES) {
-            note(outage, peers.into_iter().map(|peer| self.holders.node_of(peer)).collect());
+        for (outage, peers) in self.inventory.outages(MAX_OUTAGES) {
+            note(outage, peers.into_iter().map(|peer| self.inventory.node_of(peer)).collect());
         }
-        let told = known.into_iter().take(MAX_REGISTRIES);
-        told.map(|((registry, kind), (since, said_by))| OutageStatus {
-            registry,
-            how: kind.to_string(),
-            since,
-            said_by: said_by.into_iter().take(MAX_NAMES).collect(),
-        })
-        .collect()
+        let listed = known.into_iter().take(MAX_REGISTRIES);
+        listed
+            .map(|((registry, kind), (since, said_by))| OutageStatus {
+                registry,
+                how: kind.to_string(),
+                since,
+                said_by: said_by.into_iter().take(MAX_NAMES).collect(),
+            })
+            .collect()
     }
 
     fn recoveries(&self) -> Vec<RecoveryStatus> {
-        let running = self.board.running().into_iter();
+        let running = self.tracker.running().into_iter();
         let recovery = |(reference, progress): (crate::oci::Reference, std::sync::Arc<super::progress::Progress>)| {
-            let (done, total) = progress.sums();
+            let (done, total) = progress.byte_totals();
             let from: BTreeSet<_> = progress.blobs().into_values().flat_map(|blob| blob.from).collect();
             let unpacking = progress.unpacking().map(|(layer, of)| LayerStatus { layer, of });
-            RecoveryStatus { image: reference.to_string(), done, total, unpacking, from: names(&self.holders, from).0 }
+            RecoveryStatus {
+                image: reference.to_string(),
+                done,
+                total,
+                unpacking,
+                from: node_names(&self.inventory, from).0,
+            }
         };
         running.map(recovery).collect()
     }
@@ -133,14 +140,14 @@ impl AgentStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decide::plan::Plan;
-    use crate::model::{Item, MeshEvent, Peer};
+    use crate::decide::plan::FetchPlan;
+    use crate::model::{InventoryItem, MeshEvent, Peer};
     use crate::oci::{Descriptor, Digest};
 
-    struct Silent;
+    struct UnansweredMesh;
 
     #[async_trait]
-    impl MeshSource for Silent {
+    impl MeshSource for UnansweredMesh {
         async fn mesh(&self) -> Option<MeshStatus> {
             None
         }
@@ -150,31 +157,31 @@ mod tests {
         AgentStatus {
             node: "n1".parse().unwrap(),
             me: PeerId::from_public_key([9; 32]),
-            mesh: Arc::new(Silent),
-            holders: Holders::default(),
-            board: Board::default(),
+            mesh: Arc::new(UnansweredMesh),
+            inventory: PeerInventory::default(),
+            tracker: RecoveryTracker::default(),
             containerd: None,
             clock: watch::channel(None).1,
             images: watch::channel(None).1,
             retained: watch::channel(None).1,
             own_image: watch::channel(None).1,
-            first_hand: watch::channel(Vec::new()).1,
-            rules_file: None,
+            observed_outages: watch::channel(Vec::new()).1,
+            policy_file: None,
         }
     }
 
     fn peer(agent: &AgentStatus, number: u8, outages: &[(&str, OutageKind, u64)]) {
         let (id, address) = (PeerId::from_public_key([number; 32]), "127.0.0.1:1".parse().unwrap());
         let node = format!("n{number}").parse().unwrap();
-        agent.holders.apply(MeshEvent::Up(Peer { id, node, zone: None, transfer: address, gossip: address }));
+        agent.inventory.apply(MeshEvent::Up(Peer { id, node, zone: None, transfer: address, gossip: address }));
         let outage = |(registry, kind, since): &(&str, OutageKind, u64)| {
-            Item::Outage(Outage { registry: (*registry).into(), kind: *kind, since: *since })
+            InventoryItem::Outage(Outage { registry: (*registry).into(), kind: *kind, since: *since })
         };
-        agent.holders.apply(MeshEvent::Snapshot(id, outages.iter().map(outage).collect()));
+        agent.inventory.apply(MeshEvent::Snapshot(id, outages.iter().map(outage).collect()));
     }
 
     #[tokio::test]
-    async fn a_registry_is_down_since_the_first_who_says_so() {
+    async fn a_registry_is_down_since_the_earliest_outage_that_a_node_reports() {
         let agent = agent();
         peer(&agent, 3, &[("r.test", OutageKind::Refused, 300), ("a.test", OutageKind::Tls, 5)]);
         peer(&agent, 2, &[("r.test", OutageKind::Refused, 200)]);
@@ -193,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn members_are_told_by_node_and_not_without_end() {
+    fn members_are_sorted_by_node_and_bounded() {
         let member = |number: usize| crate::model::MemberStatus {
             node: format!("n{number:05}"),
             ..crate::model::MemberStatus::default()
@@ -207,15 +214,15 @@ mod tests {
     async fn a_recovery_is_shown_while_it_runs() {
         let agent = agent();
         let reference = "r.test/a:1".parse().unwrap();
-        let progress = agent.board.begin(&reference);
+        let progress = agent.tracker.begin(&reference);
         let digest = Digest::of(b"");
         let blob = Descriptor { media_type: String::new(), digest, size: 7, platform: None, attestation: false };
-        progress.expect(&Plan { there: Vec::new(), missing: vec![blob], withheld: Vec::new() });
-        progress.unpacks(1, 2);
+        progress.set_plan(&FetchPlan { present: Vec::new(), missing: vec![blob], withheld: Vec::new() });
+        progress.set_unpacking(1, 2);
         let unpacking = Some(LayerStatus { layer: 1, of: 2 });
         let expected = RecoveryStatus { image: "r.test/a:1".into(), done: 0, total: 7, unpacking, from: Vec::new() };
         assert_eq!(agent.status().await.recoveries, Some(vec![expected]));
-        agent.board.end(&reference, Err("gone".into()));
+        agent.tracker.end(&reference, Err("gone".into()));
         assert_eq!(agent.status().await.recoveries, Some(Vec::new()));
     }
 }

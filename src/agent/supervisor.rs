@@ -13,10 +13,10 @@ use tokio_util::sync::CancellationToken;
 pub struct Supervisor {
     tasks: JoinSet<()>,
     /// In the order of their start; a task that has ended is no longer here.
-    running: Vec<Running>,
+    running: Vec<RunningTask>,
 }
 
-struct Running {
+struct RunningTask {
     id: Id,
     name: &'static str,
     stop: CancellationToken,
@@ -25,7 +25,7 @@ struct Running {
 /// A task ended although nobody asked it to.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("task {task} {how}")]
-pub struct Ended {
+pub struct TaskEnded {
     /// Its name.
     pub task: &'static str,
     /// `returned early`, or what its panic said.
@@ -40,14 +40,14 @@ impl Supervisor {
     {
         let stop = CancellationToken::new();
         let id = self.tasks.spawn(task(stop.clone())).id();
-        self.running.push(Running { id, name, stop });
+        self.running.push(RunningTask { id, name, stop });
     }
 
     /// Runs until `shutdown` resolves or a task ends, then stops the tasks one by one, the last started first.
     ///
     /// # Errors
     /// [`Ended`] when a task ended by itself.
-    pub async fn run(mut self, shutdown: impl Future<Output = ()>, grace: Duration) -> Result<(), Ended> {
+    pub async fn run(mut self, shutdown: impl Future<Output = ()>, grace: Duration) -> Result<(), TaskEnded> {
         let result = tokio::select! {
             () = shutdown => Ok(()),
             ended = self.next_ended() => Err(ended),
@@ -59,26 +59,26 @@ impl Supervisor {
         result
     }
 
-    async fn next_ended(&mut self) -> Ended {
+    async fn next_ended(&mut self) -> TaskEnded {
         match self.tasks.join_next_with_id().await {
             Some(joined) => self.ended(joined),
             None => std::future::pending().await,
         }
     }
 
-    fn ended(&mut self, joined: Result<(Id, ()), JoinError>) -> Ended {
+    fn ended(&mut self, joined: Result<(Id, ()), JoinError>) -> TaskEnded {
         let (id, how) = match joined {
             Ok((id, ())) => (id, "returned early".to_owned()),
             Err(error) => (error.id(), error.to_string()),
         };
         let position = self.running.iter().position(|running| running.id == id);
         let task = position.map_or("unknown", |position| self.running.remove(position).name);
-        Ended { task, how }
+        TaskEnded { task, how }
     }
 
     async fn stop(mut self, grace: Duration) {
         let deadline = Instant::now() + grace;
-        while let Some(Running { id, name, stop }) = self.running.pop() {
+        while let Some(RunningTask { id, name, stop }) = self.running.pop() {
             stop.cancel();
             let began = Instant::now();
             if tokio::time::timeout_at(deadline, self.join(id)).await.is_err() {
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_first_to_end_ends_all_and_is_named() {
+    async fn the_first_task_to_end_stops_all_tasks_and_is_named() {
         let mut supervisor = Supervisor::default();
         supervisor.spawn("steady", |stop| async move { stop.cancelled().await });
         supervisor.spawn("hasty", |_| async {});
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_panic_is_an_end_like_any_other() {
+    async fn a_panic_counts_as_an_ended_task() {
         let mut supervisor = Supervisor::default();
         supervisor.spawn("clumsy", |_| async { panic!("oops") });
         let ended = supervisor.run(std::future::pending(), Duration::from_secs(1)).await.unwrap_err();

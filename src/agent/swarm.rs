@@ -1,19 +1,19 @@
 //! The missing blobs of one image, in pieces, from everybody who has some of them.
 //!
-//! Which piece is asked of whom is decided in [`crate::decide::pieces`]; here its orders are carried out, each in a task of its own, so that
+//! Which piece is asked of whom is decided in [`crate::decide::piece_picker`]; here its orders are carried out, each in a task of its own, so that
 //! hashing and writing spread over the cores. What is here is served while the rest comes ([`Underway`]). Not here: documents, which
 //! come whole ([`super::bring`]), and who may be helped.
 
-mod early;
-mod incoming;
-mod lists;
-mod sink;
-mod sources;
+mod blob_download;
+mod chain_prefixes;
+mod dispute;
+mod download_sink;
+mod downloads;
+mod providers;
 mod tasks;
 #[cfg(test)]
 mod tests;
-mod underway;
-mod zones;
+mod zone_election;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,45 +22,45 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
-use self::incoming::Incoming;
-use self::tasks::Done;
-pub use self::underway::Underway;
-pub(super) use self::zones::Zones;
-use super::bring::{Attempts, Bring, Brought};
-use super::lead::Lead;
+use self::blob_download::BlobDownload;
+pub use self::downloads::Downloads;
+use self::tasks::TaskResult;
+pub(super) use self::zone_election::ZoneElection;
+use super::blob_fetcher::{Attempts, BlobFetcher, FetchedBlob};
+use super::claim_coordinator::ClaimCoordinator;
 use super::progress::Progress;
 use super::recover_error::RecoverError;
-use crate::decide::pieces::{AskId, MAX_ASKS, Neighbour, Pool};
-use crate::decide::reserve::Reservation;
+use crate::decide::disk_reservations::Reservation;
+use crate::decide::piece_picker::{FollowChange, MAX_IN_FLIGHT, PiecePicker, PieceRequestId};
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Reference};
 use crate::ports::{FetchError, Pin};
 
 /// Without a piece for so long, and with nobody who could be asked for one, a recovery ends; its own back-off then takes over, and finds
 /// what has come. As long as peers that are busy were waited for before there were pieces.
-const STUCK: Duration = Duration::from_secs(30);
+const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What changes in the inventory is gathered for so long.
-const SETTLE: Duration = Duration::from_millis(100);
+const REFRESH_DELAY: Duration = Duration::from_millis(100);
 
 /// Who had no list is asked for one again after so long.
-const LISTLESS: Duration = Duration::from_secs(1);
+const HASH_CHAIN_RETRY: Duration = Duration::from_secs(1);
 
 /// How often whoever watches is told how far it is.
-const REPORT: Duration = Duration::from_millis(100);
+const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What the tasks of one swarm share.
-struct Shared {
-    pool: Mutex<Pool>,
+struct SwarmShared {
+    picker: Mutex<PiecePicker>,
     /// A piece has come.
-    moved: Notify,
+    piece_received: Notify,
     /// Pieces that may wait in memory because others write at their place; this node's, not this image's.
-    waiting: Arc<Semaphore>,
+    buffer_permits: Arc<Semaphore>,
 }
 
-impl Shared {
-    fn pool(&self) -> MutexGuard<'_, Pool> {
-        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+impl SwarmShared {
+    fn picker(&self) -> MutexGuard<'_, PiecePicker> {
+        self.picker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -70,117 +70,126 @@ fn now() -> Instant {
 }
 
 /// What the blobs are for.
-pub(super) struct Errand<'a> {
+pub(super) struct FetchJob<'a> {
     /// The image's name.
     pub(super) reference: &'a Reference,
     /// Its index or manifest.
-    pub(super) root: Digest,
+    pub(super) image_digest: Digest,
     /// Holds what has come.
     pub(super) pin: &'a Pin,
     /// Is told how far it is.
     pub(super) progress: &'a Progress,
     /// The room that was set aside.
-    pub(super) room: &'a Reservation,
+    pub(super) reservation: &'a Reservation,
     /// Is told of each blob that is whole here.
-    pub(super) here: &'a watch::Sender<HashSet<Digest>>,
+    pub(super) complete_blobs: &'a watch::Sender<HashSet<Digest>>,
 }
 
 /// One image's blobs on their way.
 pub(super) struct Swarm<'a> {
-    bring: Arc<Bring>,
+    blob_fetcher: Arc<BlobFetcher>,
     reference: &'a Reference,
     pin: &'a Pin,
     progress: &'a Progress,
-    room: &'a Reservation,
-    here: &'a watch::Sender<HashSet<Digest>>,
-    shared: Arc<Shared>,
-    tasks: JoinSet<Done>,
+    reservation: &'a Reservation,
+    complete_blobs: &'a watch::Sender<HashSet<Digest>>,
+    shared: Arc<SwarmShared>,
+    tasks: JoinSet<TaskResult>,
     /// Blobs that nothing was done about yet.
-    waiting: VecDeque<Descriptor>,
+    queued: VecDeque<Descriptor>,
     /// Blobs that may be under way at a time.
-    at_once: usize,
-    coming: HashMap<Digest, Coming>,
-    asks: HashMap<AskId, (PeerId, Digest, AbortHandle)>,
-    follows: HashMap<(PeerId, Digest), AbortHandle>,
-    brought: Vec<Brought>,
+    max_downloads: usize,
+    active: HashMap<Digest, ActiveBlob>,
+    requests: HashMap<PieceRequestId, (PeerId, Digest, AbortHandle)>,
+    followed_providers: HashMap<(PeerId, Digest), AbortHandle>,
+    fetched: Vec<FetchedBlob>,
     /// When to ask those again who had nothing yet.
-    look_again: Option<Instant>,
-    lead: Arc<Lead>,
+    refresh_at: Option<Instant>,
+    claims: Arc<ClaimCoordinator>,
     /// Where this node's zone is known.
-    zones: Option<Zones>,
+    zone_election: Option<ZoneElection>,
 }
 
 /// A blob under way.
-struct Coming {
+struct ActiveBlob {
     blob: Descriptor,
-    stage: Stage,
+    stage: BlobStage,
     attempts: Attempts,
     /// Bytes that were reported as written.
     written: u64,
     /// Bytes that came from this node's zone.
-    near: u64,
+    same_zone_bytes: u64,
     /// When some of it last came, or of its list, or its place was made.
-    moved: Instant,
+    last_progress: Instant,
 }
 
-enum Stage {
+enum BlobStage {
     /// Its place in the store is being made, or waited for.
     Preparing,
-    Fetching(Fetching),
+    Fetching(FetchingStage),
     /// All of it is here and proved.
-    Committing(Arc<Incoming>),
+    Committing(Arc<BlobDownload>),
 }
 
-struct Fetching {
-    incoming: Arc<Incoming>,
+struct FetchingStage {
+    download: Arc<BlobDownload>,
     /// Who was asked for a list and has not answered, since when.
-    listing: HashMap<PeerId, Instant>,
+    chain_requests: HashMap<PeerId, Instant>,
     /// Who has no list for us now; until when it is not asked again.
-    listless: HashMap<PeerId, Instant>,
+    no_chain_until: HashMap<PeerId, Instant>,
     /// Pieces are being compared with the list.
-    checking: bool,
+    is_verifying: bool,
     /// Whose pieces did not fit; it is being found out who is wrong, of some of them.
-    accused: HashSet<PeerId>,
+    accused_peers: HashSet<PeerId>,
     /// How many of them.
-    settling: usize,
+    open_disputes: usize,
 }
 
-impl Fetching {
-    fn new(incoming: Arc<Incoming>) -> Self {
+impl FetchingStage {
+    fn new(incoming: Arc<BlobDownload>) -> Self {
         Self {
-            incoming,
-            listing: HashMap::new(),
-            listless: HashMap::new(),
-            checking: false,
-            accused: HashSet::new(),
-            settling: 0,
+            download: incoming,
+            chain_requests: HashMap::new(),
+            no_chain_until: HashMap::new(),
+            is_verifying: false,
+            accused_peers: HashSet::new(),
+            open_disputes: 0,
         }
     }
 }
 
 impl<'a> Swarm<'a> {
-    pub(super) fn new(bring: &Arc<Bring>, lead: &Arc<Lead>, errand: Errand<'a>, at_once: usize) -> Self {
-        let Errand { reference, root, pin, progress, room, here } = errand;
-        let (zone, waiting) = (bring.zone(), bring.underway.waiting());
-        let pool = Pool::new(zone.clone(), rand::random());
+    pub(super) fn new(
+        blob_fetcher: &Arc<BlobFetcher>,
+        claims: &Arc<ClaimCoordinator>,
+        job: FetchJob<'a>,
+        at_once: usize,
+    ) -> Self {
+        let FetchJob { reference, image_digest: root, pin, progress, reservation: room, complete_blobs: here } = job;
+        let (zone, waiting) = (blob_fetcher.zone(), blob_fetcher.downloads.buffer_permits());
+        let pool = PiecePicker::new(zone.clone(), rand::random());
         Self {
-            bring: Arc::clone(bring),
+            blob_fetcher: Arc::clone(blob_fetcher),
             reference,
             pin,
             progress,
-            room,
-            here,
-            shared: Arc::new(Shared { pool: Mutex::new(pool), moved: Notify::new(), waiting }),
+            reservation: room,
+            complete_blobs: here,
+            shared: Arc::new(SwarmShared {
+                picker: Mutex::new(pool),
+                piece_received: Notify::new(),
+                buffer_permits: waiting,
+            }),
             tasks: JoinSet::new(),
-            waiting: VecDeque::new(),
-            at_once: at_once.max(1),
-            coming: HashMap::new(),
-            asks: HashMap::new(),
-            follows: HashMap::new(),
-            brought: Vec::new(),
-            look_again: None,
-            zones: lead.zones(zone, root),
-            lead: Arc::clone(lead),
+            queued: VecDeque::new(),
+            max_downloads: at_once.max(1),
+            active: HashMap::new(),
+            requests: HashMap::new(),
+            followed_providers: HashMap::new(),
+            fetched: Vec::new(),
+            refresh_at: None,
+            zone_election: claims.zones(zone, root),
+            claims: Arc::clone(claims),
         }
     }
 
@@ -191,155 +200,164 @@ impl<'a> Swarm<'a> {
     pub(super) async fn fetch(
         mut self,
         blobs: impl Iterator<Item = &Descriptor>,
-    ) -> Result<Vec<Brought>, RecoverError> {
-        self.waiting = blobs.cloned().collect();
-        let mut known = self.bring.holders.changes();
-        let mut report = tokio::time::interval(REPORT);
+    ) -> Result<Vec<FetchedBlob>, RecoverError> {
+        self.queued = blobs.cloned().collect();
+        let mut inventory_changes = self.blob_fetcher.inventory.changes();
+        let mut report = tokio::time::interval(REPORT_INTERVAL);
         report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            self.prepare();
-            self.mind_zones();
-            self.ask();
-            if self.coming.is_empty() && self.waiting.is_empty() {
-                return Ok(std::mem::take(&mut self.brought));
+            self.start_queued();
+            self.update_zone_leader();
+            self.send_requests();
+            if self.active.is_empty() && self.queued.is_empty() {
+                return Ok(std::mem::take(&mut self.fetched));
             }
-            self.check_stuck()?;
-            let zones = self.zones.as_ref().and_then(Zones::wake_at);
-            let wake = self.shared.pool().wake_at().into_iter().chain(self.look_again).chain(zones).min();
+            self.fail_if_stalled()?;
+            let zones = self.zone_election.as_ref().and_then(ZoneElection::wake_at);
+            let wake = self.shared.picker().wake_at().into_iter().chain(self.refresh_at).chain(zones).min();
             tokio::select! {
                 Some(done) = self.tasks.join_next() => match done {
-                    Ok(done) => self.take(done)?,
+                    Ok(done) => self.handle(done)?,
                     // A bug of ours: let the supervisor see it.
                     Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
                     Err(_) => {}
                 },
-                () = self.shared.moved.notified() => self.look(),
-                Ok(()) = known.changed() => self.look_again_in(SETTLE),
-                () = until(wake) => if self.look_again.is_some_and(|at| at <= now()) {
-                    self.look_again = None;
-                    self.look_around();
+                () = self.shared.piece_received.notified() => self.advance_all(),
+                Ok(()) = inventory_changes.changed() => self.refresh_within(REFRESH_DELAY),
+                () = sleep_until_some(wake) => if self.refresh_at.is_some_and(|at| at <= now()) {
+                    self.refresh_at = None;
+                    self.refresh_providers();
                 },
                 _ = report.tick() => {
-                    self.report();
-                    self.ask_for_lists();
+                    self.report_progress();
+                    self.request_hash_chains();
                 }
             }
         }
     }
 
     /// Begins with as many blobs as may be under way.
-    fn prepare(&mut self) {
-        while self.coming.len() < self.at_once
-            && let Some(blob) = self.waiting.pop_front()
+    fn start_queued(&mut self) {
+        while self.active.len() < self.max_downloads
+            && let Some(blob) = self.queued.pop_front()
         {
             let attempts = Attempts::new(blob.digest);
             self.spawn_prepare(&blob);
-            let coming = Coming { stage: Stage::Preparing, attempts, written: 0, near: 0, moved: now(), blob };
-            self.coming.insert(coming.blob.digest, coming);
+            let coming = ActiveBlob {
+                stage: BlobStage::Preparing,
+                attempts,
+                written: 0,
+                same_zone_bytes: 0,
+                last_progress: now(),
+                blob,
+            };
+            self.active.insert(coming.blob.digest, coming);
         }
     }
 
     /// Follows whom the pool wants to hear, and asks what it wants asked.
-    fn ask(&mut self) {
+    fn send_requests(&mut self) {
         let now = now();
-        let neighbours = self.shared.pool().neighbours(now);
+        let neighbours = self.shared.picker().take_follow_changes(now);
         for neighbour in neighbours {
             match neighbour {
-                Neighbour::Follow { peer, digest } => self.spawn_follow(peer, digest),
-                Neighbour::Leave { peer, digest } => {
-                    self.follows.remove(&(peer, digest)).iter().for_each(AbortHandle::abort);
+                FollowChange::Follow { peer, digest } => self.spawn_follow(peer, digest),
+                FollowChange::Unfollow { peer, digest } => {
+                    self.followed_providers.remove(&(peer, digest)).iter().for_each(AbortHandle::abort);
                 }
             }
         }
         // As many as a pool has under way at most.
-        for _ in 0..MAX_ASKS {
-            let Some(ask) = self.shared.pool().next(now) else { break };
-            self.spawn_ask(ask);
+        for _ in 0..MAX_IN_FLIGHT {
+            let Some(ask) = self.shared.picker().next_request(now) else { break };
+            self.spawn_request(ask);
         }
-        let superseded = self.shared.pool().cancels();
+        let superseded = self.shared.picker().take_cancellations();
         for ask in superseded {
-            if let Some((_, _, task)) = self.asks.remove(&ask) {
+            if let Some((_, _, task)) = self.requests.remove(&ask) {
                 task.abort();
             }
         }
     }
 
     /// Pieces have come: some blobs may be whole now, or have something to be checked.
-    fn look(&mut self) {
-        let digests: Vec<_> = self.coming.keys().copied().collect();
+    fn advance_all(&mut self) {
+        let digests: Vec<_> = self.active.keys().copied().collect();
         digests.into_iter().for_each(|digest| self.advance(digest));
     }
 
     /// What can be done next about a blob.
     fn advance(&mut self, digest: Digest) {
-        let Some(coming) = self.coming.get_mut(&digest) else { return };
-        let Stage::Fetching(fetching) = &mut coming.stage else { return };
-        let incoming = Arc::clone(&fetching.incoming);
-        if let Some(proof) = incoming.verified() {
-            coming.stage = Stage::Committing(Arc::clone(&incoming));
+        let Some(coming) = self.active.get_mut(&digest) else { return };
+        let BlobStage::Fetching(fetching) = &mut coming.stage else { return };
+        let incoming = Arc::clone(&fetching.download);
+        if let Some(proof) = incoming.proof() {
+            coming.stage = BlobStage::Committing(Arc::clone(&incoming));
             self.spawn_commit(incoming, proof);
-        } else if !fetching.checking
-            && fetching.settling == 0
-            && incoming.list().is_some()
-            && !incoming.unchecked().is_empty()
+        } else if !fetching.is_verifying
+            && fetching.open_disputes == 0
+            && incoming.hash_chain().is_some()
+            && !incoming.unverified().is_empty()
         {
-            fetching.checking = true;
-            self.spawn_check(incoming);
-        } else if !fetching.checking && incoming.list().is_none() {
-            let is_alone = self.bring.sources(&coming.attempts).len() == 1;
-            if incoming.next_trial(is_alone).is_some() {
-                fetching.checking = true;
-                self.spawn_try(incoming, is_alone);
+            fetching.is_verifying = true;
+            self.spawn_verification(incoming);
+        } else if !fetching.is_verifying && incoming.hash_chain().is_none() {
+            let is_alone = self.blob_fetcher.providers(&coming.attempts).len() == 1;
+            if incoming.next_prefix_check(is_alone).is_some() {
+                fetching.is_verifying = true;
+                self.spawn_prefix_checks(incoming, is_alone);
             }
         }
     }
 
-    fn report(&mut self) {
-        for coming in self.coming.values_mut() {
+    fn report_progress(&mut self) {
+        for coming in self.active.values_mut() {
             let (incoming, list_gets_on) = match &coming.stage {
-                Stage::Preparing => continue,
-                Stage::Fetching(Fetching { incoming, listing, .. }) => (incoming, incoming.gets_on(listing, now())),
-                Stage::Committing(incoming) => (incoming, false),
+                BlobStage::Preparing => continue,
+                BlobStage::Fetching(FetchingStage { download: incoming, chain_requests: listing, .. }) => {
+                    (incoming, incoming.record_prefix_progress(listing, now()))
+                }
+                BlobStage::Committing(incoming) => (incoming, false),
             };
-            let from = incoming.from();
+            let from = incoming.bytes_by_peer();
             let came = from.values().sum::<u64>().min(coming.blob.size);
             if came > coming.written || list_gets_on {
-                coming.moved = now();
+                coming.last_progress = now();
             }
-            if let Some(zones) = &mut self.zones {
-                let ours = |peer: &PeerId| zones.is_ours(self.bring.holders.zone_of(*peer).as_ref());
+            if let Some(zones) = &mut self.zone_election {
+                let ours = |peer: &PeerId| zones.is_own_zone(self.blob_fetcher.inventory.zone_of(*peer).as_ref());
                 let near: u64 = from.iter().filter(|(peer, _)| ours(peer)).map(|(_, bytes)| bytes).sum();
-                if near > std::mem::replace(&mut coming.near, near) {
-                    zones.crossing().came(now());
+                if near > std::mem::replace(&mut coming.same_zone_bytes, near) {
+                    zones.leader().record_zone_progress(now());
                 }
             }
-            self.progress.at(coming.blob.digest, came, from.into_keys());
+            self.progress.update_blob(coming.blob.digest, came, from.into_keys());
             // From here on the file system counts it.
-            self.room.written(came.saturating_sub(coming.written));
+            self.reservation.record_written(came.saturating_sub(coming.written));
             coming.written = coming.written.max(came);
         }
     }
 
     /// Fails when nothing can come any more: nobody is left who could send a blob, or nobody sends anything for long.
-    fn check_stuck(&mut self) -> Result<(), RecoverError> {
+    fn fail_if_stalled(&mut self) -> Result<(), RecoverError> {
         let now = now();
         // Another zone will be asked, and is not yet.
-        let is_waiting = self.zones.as_mut().is_some_and(|zones| !zones.crossing().may_cross(now));
-        let is_hopeless = |coming: &&mut Coming| {
-            let Stage::Fetching(fetching) = &coming.stage else { return false };
+        let is_waiting = self.zone_election.as_mut().is_some_and(|zones| !zones.leader().update_is_leading(now));
+        let is_hopeless = |coming: &&mut ActiveBlob| {
+            let BlobStage::Fetching(fetching) = &coming.stage else { return false };
             let digest = coming.blob.digest;
-            let is_asked = fetching.checking || self.asks.values().any(|(_, asked, _)| *asked == digest);
-            let is_asking = !fetching.listing.is_empty() || fetching.settling > 0;
-            let is_late = !is_waiting && now.saturating_duration_since(coming.moved) > STUCK;
-            !is_asked && (is_late || (!is_asking && self.bring.sources(&coming.attempts).is_empty()))
+            let is_asked = fetching.is_verifying || self.requests.values().any(|(_, asked, _)| *asked == digest);
+            let is_asking = !fetching.chain_requests.is_empty() || fetching.open_disputes > 0;
+            let is_late = !is_waiting && now.saturating_duration_since(coming.last_progress) > STALL_TIMEOUT;
+            !is_asked && (is_late || (!is_asking && self.blob_fetcher.providers(&coming.attempts).is_empty()))
         };
-        let Some(coming) = self.coming.values_mut().find(is_hopeless) else { return Ok(()) };
+        let Some(coming) = self.active.values_mut().find(is_hopeless) else { return Ok(()) };
         // The blob stays among those that are coming, so that it is closed with them.
         let mut attempts = std::mem::replace(&mut coming.attempts, Attempts::new(coming.blob.digest));
-        if let Stage::Fetching(Fetching { listing, .. }) = &coming.stage {
+        if let BlobStage::Fetching(FetchingStage { chain_requests: listing, .. }) = &coming.stage {
             for (peer, since) in listing {
                 let seconds = now.saturating_duration_since(*since).as_secs();
-                attempts.failed(*peer, FetchError::Stalled { peer: *peer, digest: coming.blob.digest, seconds });
+                attempts.record(*peer, FetchError::Stalled { peer: *peer, digest: coming.blob.digest, seconds });
             }
         }
         Err(attempts.into_error())
@@ -348,17 +366,19 @@ impl<'a> Swarm<'a> {
 
 impl Drop for Swarm<'_> {
     fn drop(&mut self) {
-        for coming in self.coming.values() {
-            if let Stage::Fetching(Fetching { incoming, .. }) | Stage::Committing(incoming) = &coming.stage {
+        for coming in self.active.values() {
+            if let BlobStage::Fetching(FetchingStage { download: incoming, .. }) | BlobStage::Committing(incoming) =
+                &coming.stage
+            {
                 // Whoever follows is told that no more comes.
-                self.bring.underway.end(incoming);
+                self.blob_fetcher.downloads.remove(incoming);
             }
         }
     }
 }
 
 /// Until then; for ever when there is no such moment.
-async fn until(moment: Option<Instant>) {
+async fn sleep_until_some(moment: Option<Instant>) {
     match moment {
         Some(moment) => tokio::time::sleep_until(moment.into()).await,
         None => std::future::pending().await,

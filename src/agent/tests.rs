@@ -1,66 +1,66 @@
 //! The agent's flow on ports in memory: what happens to images and pods, said in sentences.
 
-mod by_hand;
-mod denied;
-mod dns;
-mod doubting;
-mod evidence;
+mod blocked_udp;
+mod denied_rights;
+mod disk_space;
+mod dns_queries;
 mod indexes;
-mod joining;
-mod killed;
-mod mending;
-mod needs;
+mod killed_recovery;
+mod layer_unpacking;
+mod manual_pull;
+mod membership;
+mod notifications;
+mod outage_evidence;
 mod own_image;
-mod recovering;
-mod resolving;
-mod retaining;
-mod room;
-mod salvaging;
-mod stalls;
-mod swarming;
-mod telling;
-mod udp;
-mod unpacking;
-mod ways;
+mod pod_controller;
+mod pod_needs;
+mod recovery;
+mod reference_resolution;
+mod repair;
+mod retained_layers;
+mod stalled_pulls;
+mod swarm;
+mod tcp_fallback;
+mod unreachable_providers;
 
 use std::sync::Arc;
 
-use super::bring::Bring;
-use super::holders::Holders;
-use super::lead::Lead;
+use super::blob_fetcher::BlobFetcher;
+use super::claim_coordinator::ClaimCoordinator;
+use super::inventory_view::PeerInventory;
 use super::recover::Recoverer;
-use super::resolve::Resolver;
-use super::swarm::Underway;
-use crate::decide::reserve::Reservations;
-use crate::decide::rules::{ResolveSettings, Rules};
+use super::reference_resolver::ReferenceResolver;
+use super::swarm::Downloads;
+use crate::decide::disk_reservations::Reservations;
+use crate::decide::policy::{Policy, ResolveOptions};
 use crate::metrics::Metrics;
-use crate::model::{ContentChange, Item, MeshEvent, NodeName, Peer, PeerId, Zone};
+use crate::model::{InventoryChange, InventoryItem, MeshEvent, NodeName, Peer, PeerId, Zone};
 use crate::oci::{Digest, Platform, Reference};
-use crate::ports::{ContentStore, ImageRecord, Imports, StoreError};
+use crate::ports::{ContentStore, ImageRecord, ImportPermission, StoreError};
 use crate::testing::image::{MadeImage, put_image};
 use crate::testing::{Behaviour, MemoryCluster, MemoryFetcher, MemoryRegistry, MemoryStore};
 use tokio::sync::watch;
 
 /// One node with peers around it.
-struct Harbour {
+struct TestNode {
     store: Arc<MemoryStore>,
     fetcher: Arc<MemoryFetcher>,
-    holders: Holders,
+    inventory: PeerInventory,
     cluster: MemoryCluster,
     registry: Arc<MemoryRegistry>,
-    underway: Underway,
+    downloads: Downloads,
     zone: Option<Zone>,
     metrics: Metrics,
-    rules: watch::Sender<Arc<Rules>>,
-    imports: watch::Sender<Imports>,
-    resolve: ResolveSettings,
+    policy: watch::Sender<Arc<Policy>>,
+    imports: watch::Sender<ImportPermission>,
+    resolve: ResolveOptions,
 }
 
 const IMAGE: &str = "r.test/shop/checkout:v1";
 
-impl Harbour {
+impl TestNode {
     fn new() -> Self {
-        let mut rules = Rules::default();
+        let mut rules = Policy::default();
         rules.budgets.min_free_bytes = 0;
         rules.budgets.collection_percent = 100;
         rules.budgets.eviction_percent = 0;
@@ -69,55 +69,67 @@ impl Harbour {
         Self {
             store: Arc::new(MemoryStore::new()),
             fetcher: Arc::default(),
-            holders: Holders::default(),
+            inventory: PeerInventory::default(),
             cluster,
             registry: Arc::default(),
-            underway: Underway::default(),
+            downloads: Downloads::default(),
             zone: None,
             metrics: Metrics::new(),
-            rules: watch::Sender::new(Arc::new(rules)),
-            imports: watch::Sender::new(Imports::Allowed),
-            resolve: ResolveSettings::default(),
+            policy: watch::Sender::new(Arc::new(rules)),
+            imports: watch::Sender::new(ImportPermission::Allowed),
+            resolve: ResolveOptions::default(),
         }
     }
 
     /// Changes what is in force.
-    fn rule(&self, change: impl FnOnce(&mut Rules)) {
-        self.rules.send_modify(|rules| change(Arc::make_mut(rules)));
+    fn change_policy(&self, change: impl FnOnce(&mut Policy)) {
+        self.policy.send_modify(|rules| change(Arc::make_mut(rules)));
     }
 
     /// A peer with a store of its own that holds an image under this name, and says so.
-    async fn peer_with(&self, number: u8, name: &str, behaviour: Behaviour) -> MadeImage {
-        self.peer_with_layers(number, name, &[3000, 200, 10], behaviour).await
+    async fn add_provider(&self, number: u8, name: &str, behaviour: Behaviour) -> MadeImage {
+        self.add_provider_with_layers(number, name, &[3000, 200, 10], behaviour).await
     }
 
     /// The same, with layers of these sizes.
-    async fn peer_with_layers(&self, number: u8, name: &str, layers: &[u64], behaviour: Behaviour) -> MadeImage {
+    async fn add_provider_with_layers(
+        &self,
+        number: u8,
+        name: &str,
+        layers: &[u64],
+        behaviour: Behaviour,
+    ) -> MadeImage {
         let store = Arc::new(MemoryStore::new());
         let reference: Reference = name.parse().unwrap();
         let image = put_image(&*store, &[reference.to_string()], layers, 7).await.unwrap();
-        self.announce(number, store, behaviour).await;
+        self.announce_store(number, store, behaviour).await;
         image
     }
 
     /// Everything in the store, as the peer's agent would announce it.
-    async fn announce(&self, number: u8, store: Arc<MemoryStore>, behaviour: Behaviour) {
-        self.announce_in(None, number, store, behaviour).await;
+    async fn announce_store(&self, number: u8, store: Arc<MemoryStore>, behaviour: Behaviour) {
+        self.announce_store_in_zone(None, number, store, behaviour).await;
     }
 
     /// The same, by a peer in a zone.
-    async fn announce_in(&self, zone: Option<Zone>, number: u8, store: Arc<MemoryStore>, behaviour: Behaviour) {
-        let mut items: Vec<_> = blobs_of(&*store).await.into_iter().map(Item::Blob).collect();
+    async fn announce_store_in_zone(
+        &self,
+        zone: Option<Zone>,
+        number: u8,
+        store: Arc<MemoryStore>,
+        behaviour: Behaviour,
+    ) {
+        let mut items: Vec<_> = blobs_of(&*store).await.into_iter().map(InventoryItem::Blob).collect();
         for record in store.images().await.unwrap() {
             if let Ok(Reference::Tag(repository, tag)) = record.name.parse() {
-                items.push(Item::Image(repository, Some(tag), record.target.digest));
+                items.push(InventoryItem::Image(repository, Some(tag), record.target.digest));
             }
         }
         let id = peer(number);
         let address = "127.0.0.1:1".parse().unwrap();
         let node: NodeName = format!("node-{number}").parse().unwrap();
-        self.holders.apply(MeshEvent::Up(Peer { id, node, zone, transfer: address, gossip: address }));
-        self.holders.apply(MeshEvent::Snapshot(id, items));
+        self.inventory.apply(MeshEvent::Up(Peer { id, node, zone, transfer: address, gossip: address }));
+        self.inventory.apply(MeshEvent::Snapshot(id, items));
         self.fetcher.put_peer(id, store, behaviour);
     }
 
@@ -131,28 +143,28 @@ impl Harbour {
         let claims = Arc::new(self.cluster.claims_of(node.clone()));
         Recoverer {
             store: Arc::clone(&store),
-            resolver: Resolver {
-                holders: self.holders.clone(),
+            resolver: ReferenceResolver {
+                inventory: self.inventory.clone(),
                 registry: Arc::clone(&self.registry) as _,
                 cluster: Arc::new(self.cluster.clone()),
                 platform: Platform::of_this_node(),
-                settings: self.resolve.clone(),
+                options: self.resolve.clone(),
             },
-            bring: Arc::new(Bring::new(
+            blob_fetcher: Arc::new(BlobFetcher::new(
                 me,
                 store,
                 Arc::clone(&self.fetcher) as _,
-                self.holders.clone(),
-                self.underway.clone(),
+                self.inventory.clone(),
+                self.downloads.clone(),
                 watch::channel(self.zone.clone()).1,
                 self.metrics.clone(),
             )),
-            lead: Arc::new(Lead::new(claims, self.holders.clone(), self.metrics.clone(), node, me)),
-            rules: self.rules.subscribe(),
+            claims: Arc::new(ClaimCoordinator::new(claims, self.inventory.clone(), self.metrics.clone(), node, me)),
+            policy: self.policy.subscribe(),
             platform: Platform::of_this_node(),
-            room: Reservations::default(),
+            reservations: Reservations::default(),
             imports: self.imports.subscribe(),
-            unpacking: None,
+            layer_unpacker: None,
         }
     }
 
@@ -163,7 +175,7 @@ impl Harbour {
         names
     }
 
-    fn counted(&self, line: &str) -> bool {
+    fn has_metric(&self, line: &str) -> bool {
         String::from_utf8(self.metrics.render()).unwrap().lines().any(|have| have == line)
     }
 }

@@ -12,15 +12,15 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::holders::Holders;
-use crate::decide::udp_path::{Probe, UdpPath};
-use crate::decide::way::{MAX_BLOB, MAX_IMAGE};
+use super::inventory_view::PeerInventory;
+use crate::decide::transport_choice::{MAX_BLOB, MAX_IMAGE};
+use crate::decide::udp_path::{UdpPath, UdpProbe};
 use crate::metrics::Metrics;
 use crate::ports::{MeshSource, UdpStatus};
 use crate::transfer::Transfer;
 
 /// A TCP connection to a node of the same cluster is open within milliseconds.
-const TCP_WAIT: Duration = Duration::from_secs(2);
+const TCP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The state of UDP for status, Events and readiness. Clones share one state.
 #[derive(Debug, Clone, Default)]
@@ -48,11 +48,11 @@ pub struct UdpWatch {
     /// Opens the handshakes.
     pub transfer: Transfer,
     /// Names the neighbours, which are connected over TCP.
-    pub status: Arc<dyn MeshSource>,
+    pub mesh_status: Arc<dyn MeshSource>,
     /// Has the addresses of the neighbours, and the state.
-    pub holders: Holders,
+    pub inventory: PeerInventory,
     /// Addresses where other agents may be, for an agent without neighbours.
-    pub listed: watch::Receiver<Vec<SocketAddr>>,
+    pub bootstrap_addresses: watch::Receiver<Vec<SocketAddr>>,
     /// The readiness check: UDP is not blocked.
     pub ready: watch::Sender<bool>,
     /// Counts.
@@ -61,7 +61,7 @@ pub struct UdpWatch {
 
 /// Where another agent is: over UDP, and over TCP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Target {
+struct ProbeTarget {
     udp: SocketAddr,
     tcp: SocketAddr,
 }
@@ -75,47 +75,52 @@ impl UdpWatch {
             if stop.run_until_cancelled(due).await.is_none() {
                 return;
             }
-            if stop.run_until_cancelled(self.probe_one(&mut path)).await.is_none() {
+            if stop.run_until_cancelled(self.probe_peer(&mut path)).await.is_none() {
                 return;
             }
             self.publish(&path);
         }
     }
 
-    async fn probe_one(&self, path: &mut UdpPath) {
+    async fn probe_peer(&self, path: &mut UdpPath) {
         let targets = self.targets().await;
         let over_udp: Vec<_> = targets.iter().map(|target| target.udp).collect();
         let preferred = path.prefer(&over_udp);
         let chosen = preferred.choose(&mut rand::rng());
         let Some(target) = chosen.and_then(|udp| targets.iter().find(|target| target.udp == *udp)) else {
-            return path.skipped(Instant::now().into_std(), rand::random());
+            return path.record_skipped_probe(Instant::now().into_std(), rand::random());
         };
-        let probe = match self.transfer.answers(target.udp).await {
-            Ok(true) => Probe::Answered,
-            Ok(false) => Probe::Silent { tcp: is_open(target.tcp).await },
+        let probe = match self.transfer.probe(target.udp).await {
+            Ok(true) => UdpProbe::Answered,
+            Ok(false) => UdpProbe::Silent { tcp: is_open(target.tcp).await },
             Err(error) => {
                 tracing::debug!(address = %target.udp, %error, "cannot be probed");
-                return path.skipped(Instant::now().into_std(), rand::random());
+                return path.record_skipped_probe(Instant::now().into_std(), rand::random());
             }
         };
-        path.probed(target.udp, probe, targets.len(), Instant::now().into_std(), rand::random());
+        path.record_probe(target.udp, probe, targets.len(), Instant::now().into_std(), rand::random());
     }
 
     /// The neighbours, or without any the addresses of the last look-up; in both cases a few
     /// hundred at most.
-    async fn targets(&self) -> Vec<Target> {
-        let members = self.status.mesh().await.map(|status| status.members).unwrap_or_default();
+    async fn targets(&self) -> Vec<ProbeTarget> {
+        let members = self.mesh_status.mesh().await.map(|status| status.members).unwrap_or_default();
         let neighbours: BTreeSet<_> =
             members.into_iter().filter(|member| member.neighbour).map(|member| member.peer_id).collect();
-        let peers = if neighbours.is_empty() { Vec::new() } else { self.holders.peers() };
+        let peers = if neighbours.is_empty() { Vec::new() } else { self.inventory.peers() };
         let mut targets: Vec<_> = peers
             .into_iter()
             .filter(|peer| neighbours.contains(&peer.id.to_string()))
-            .map(|peer| Target { udp: peer.transfer, tcp: peer.gossip })
+            .map(|peer| ProbeTarget { udp: peer.transfer, tcp: peer.gossip })
             .collect();
         if targets.is_empty() {
             // Gossip's TCP port has the number of the UDP port.
-            targets = self.listed.borrow().iter().map(|address| Target { udp: *address, tcp: *address }).collect();
+            targets = self
+                .bootstrap_addresses
+                .borrow()
+                .iter()
+                .map(|address| ProbeTarget { udp: *address, tcp: *address })
+                .collect();
         }
         targets.sort_unstable();
         targets.dedup();
@@ -136,7 +141,7 @@ impl UdpWatch {
             }
         };
         let (is_blocked, nodes, port) = (status.blocked_since.is_some(), status.nodes, status.port);
-        let was_blocked = self.holders.udp().replace(status).blocked_since.is_some();
+        let was_blocked = self.inventory.udp().replace(status).blocked_since.is_some();
         self.ready.send_replace(!is_blocked);
         self.metrics.udp_blocked(is_blocked);
         match (was_blocked, is_blocked) {
@@ -155,5 +160,5 @@ impl UdpWatch {
 
 /// Whether a TCP connection can be opened. The other side sees a handshake that does not begin.
 async fn is_open(address: SocketAddr) -> bool {
-    timeout(TCP_WAIT, TcpStream::connect(address)).await.is_ok_and(|connected| connected.is_ok())
+    timeout(TCP_TIMEOUT, TcpStream::connect(address)).await.is_ok_and(|connected| connected.is_ok())
 }

@@ -12,18 +12,18 @@ use tokio_util::sync::CancellationToken;
 
 use super::{EXIT_USAGE, runtime};
 use crate::addresses::has_ipv6;
-use crate::admin::Check;
-use crate::admission::{CertificateAdmission, CertificateError, StaticAdmission};
+use crate::admin::ReadinessCheck;
+use crate::admission::{CertificateAdmission, CertificateFilesError, StaticAdmission};
 use crate::agent::own_image::OwnImagePorts;
 use crate::agent::supervisor::Supervisor;
-use crate::agent::{Agent, World};
+use crate::agent::{Agent, AgentPorts};
 use crate::cluster::{self, KubeCluster, TokenAdmission};
-use crate::config::{Admitting, Config};
-use crate::containerd::{self, ContainerdStore, Snapshotter, Surroundings, Verifiers, usual_socket};
+use crate::config::{AdmissionMode, Config};
+use crate::containerd::{self, ContainerdInfo, ContainerdStore, ImageVerifiers, Snapshotter, find_socket};
 use crate::files::below_root;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
-use crate::ports::{Admission, BlobAccess, ContainerdStatus, Imports, Notifier, StoreError};
+use crate::ports::{Admission, BlobAccess, ContainerdStatus, ImportPermission, Notifier, StoreError};
 use crate::registry::{self, RegistryClient};
 use crate::webhook::{self, Webhook};
 
@@ -31,17 +31,17 @@ use crate::webhook::{self, Webhook};
 const POD_EVENTS_QUEUED: usize = 128;
 
 /// The value of `--containerd-socket` that takes the first of the usual places.
-const ANY_SOCKET: &str = "auto";
+const AUTO_SOCKET: &str = "auto";
 
 /// Runs the agent until SIGTERM or SIGINT.
 pub(super) fn run(config: Config) -> ExitCode {
-    let ran = runtime().map_err(Into::into).and_then(|runtime| runtime.block_on(serve(config)));
+    let ran = runtime().map_err(Into::into).and_then(|runtime| runtime.block_on(run_agent(config)));
     match ran {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!(error = %chain(&*error), "the agent ends");
+            tracing::error!(error = %error_chain(&*error), "the agent ends");
             let is_settings = error.is::<containerd::ConfigError>()
-                || error.is::<CertificateError>()
+                || error.is::<CertificateFilesError>()
                 || error.is::<registry::ConfigError>()
                 || error.is::<webhook::ConfigError>();
             if is_settings { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
@@ -49,19 +49,28 @@ pub(super) fn run(config: Config) -> ExitCode {
     }
 }
 
-async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
-    let Config { mut transfer, mut mesh, mut containerd, cluster, registry, webhook, admitting, mut settings } = config;
+async fn run_agent(config: Config) -> Result<(), Box<dyn std::error::Error>> {
+    let Config {
+        mut transfer,
+        mut mesh,
+        mut containerd,
+        cluster,
+        registry,
+        webhook,
+        admission: admitting,
+        mut settings,
+    } = config;
     for listen in [&mut transfer.listen, &mut mesh.listen, &mut settings.admin_listen] {
-        *listen = on_this_node(*listen);
+        *listen = listen_address(*listen);
     }
     // Before anything else, so that an early signal is not lost.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let grace = settings.grace;
     let metrics = Metrics::new();
-    let identity = Identity::of_node(&settings.key_file, &settings.node)?;
-    if containerd.socket == Path::new(ANY_SOCKET) {
-        containerd.socket = usual_socket(containerd.host_root.as_deref().unwrap_or(Path::new("/")))?;
+    let identity = Identity::load_or_create_for_node(&settings.key_file, &settings.node)?;
+    if containerd.socket == Path::new(AUTO_SOCKET) {
+        containerd.socket = find_socket(containerd.host_root.as_deref().unwrap_or(Path::new("/")))?;
         tracing::info!(socket = %containerd.socket.display(), "containerd's socket was found");
     } else if let Some(root) = &containerd.host_root {
         containerd.socket = below_root(root, &containerd.socket);
@@ -69,29 +78,30 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let store = ContainerdStore::new(containerd)?;
     let kube = Arc::new(cluster::connect(cluster).await?);
     let answering = watch::Sender::new(false);
-    let (imports, told) = (watch::Sender::new(Imports::NotKnown), watch::Sender::new(ContainerdStatus::default()));
+    let (imports, told) =
+        (watch::Sender::new(ImportPermission::Unknown), watch::Sender::new(ContainerdStatus::default()));
     let (pods_in, pods) = mpsc::channel(POD_EVENTS_QUEUED);
     let mut supervisor = Supervisor::default();
-    let me = identity.peer_id();
+    let local_peer = identity.peer_id();
     let admission: Arc<dyn Admission> = match admitting {
-        Admitting::Token(keep) => {
-            let admission = Arc::new(TokenAdmission::new(&kube, me, keep, metrics.clone()));
+        AdmissionMode::Token(keep) => {
+            let admission = Arc::new(TokenAdmission::new(&kube, local_peer, keep, metrics.clone()));
             let running = Arc::clone(&admission);
             supervisor.spawn("token", |stop| async move { running.run(stop).await });
             admission
         }
-        Admitting::Certificate(files) => {
-            let admission = Arc::new(CertificateAdmission::open(files, me)?);
+        AdmissionMode::Certificate(files) => {
+            let admission = Arc::new(CertificateAdmission::open(files, local_peer)?);
             supervisor.spawn("certificate", |stop| Arc::clone(&admission).run(stop));
             admission
         }
-        Admitting::Listed(peers) => Arc::new(StaticAdmission::new(peers)),
+        AdmissionMode::Static(peers) => Arc::new(StaticAdmission::new(peers)),
     };
     let notifier: Option<Arc<dyn Notifier>> = match webhook {
         Some(webhook) => Some(Arc::new(Webhook::new(webhook).await?)),
         None => None,
     };
-    let world = World {
+    let world = AgentPorts {
         store: Arc::new(store.clone()),
         unpacker: settings.unpack_layers.then(|| Arc::new(store.clone()) as _),
         layer_leases: Some(Arc::new(store.clone())),
@@ -102,31 +112,31 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         claims: Arc::clone(&kube) as _,
         admission,
         registry: Arc::new(RegistryClient::new(registry)?),
-        connections: Some(Arc::new(store.clone())),
+        pull_connections: Some(Arc::new(store.clone())),
         notifier,
         imports: imports.subscribe(),
         containerd: Some(told.subscribe()),
         pods,
-        checks: vec![
-            Check { name: "containerd", holds: answering.subscribe() },
-            Check { name: "pod watch", holds: kube.synced() },
+        readiness_checks: vec![
+            ReadinessCheck { name: "containerd", passes: answering.subscribe() },
+            ReadinessCheck { name: "pod watch", passes: kube.synced() },
         ],
     };
     let swept = Arc::clone(&kube);
-    let probe = Probe {
+    let probe = ContainerdProbe {
         store: store.clone(),
         verifiers: settings.image_verifier_dir.clone(),
         import_past_verifiers: settings.import_past_verifiers,
         unpack_layers: settings.unpack_layers,
-        answering,
+        ready: answering,
         imports,
-        told,
+        status: told,
     };
     supervisor.spawn("containerd", |stop| store.run(stop));
     supervisor.spawn("probe", |stop| probe.run(stop));
-    supervisor.spawn("sweep", |stop| sweep(swept, stop));
+    supervisor.spawn("sweep", |stop| delete_abandoned_claims(swept, stop));
     let agent = Agent::start(settings, transfer, mesh, identity, world, metrics, supervisor).await?;
-    let Agent { mut supervisor, holders: _, board: _, transfer: _, admin: _ } = agent;
+    let Agent { mut supervisor, inventory: _, tracker: _, transfer: _, admin: _ } = agent;
     supervisor.spawn("pods", |stop| async move { kube.watch_pods(pods_in, stop).await });
     let shutdown = async move {
         tokio::select! {
@@ -140,7 +150,7 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// `[::]` means "everywhere"; on a node without IPv6 that is `0.0.0.0`.
-fn on_this_node(listen: SocketAddr) -> SocketAddr {
+fn listen_address(listen: SocketAddr) -> SocketAddr {
     let everywhere = listen.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
     if everywhere && !has_ipv6() {
         return SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), listen.port());
@@ -152,21 +162,21 @@ fn on_this_node(listen: SocketAddr) -> SocketAddr {
 const PROBE_PERIOD: Duration = Duration::from_secs(5);
 
 /// How often it is asked how it is set: a restart may have changed that, and programs that verify images may be put on a node.
-const LOOK_PERIOD: Duration = Duration::from_secs(60);
+const SURROUNDINGS_PERIOD: Duration = Duration::from_secs(60);
 
 /// Looks after this node's containerd.
-struct Probe {
+struct ContainerdProbe {
     store: ContainerdStore,
     /// Their folder on the node.
     verifiers: PathBuf,
     import_past_verifiers: bool,
     unpack_layers: bool,
-    answering: watch::Sender<bool>,
-    imports: watch::Sender<Imports>,
-    told: watch::Sender<ContainerdStatus>,
+    ready: watch::Sender<bool>,
+    imports: watch::Sender<ImportPermission>,
+    status: watch::Sender<ContainerdStatus>,
 }
 
-impl Probe {
+impl ContainerdProbe {
     async fn run(self, stop: CancellationToken) {
         let mut last = None;
         let mut looked: Option<Instant> = None;
@@ -179,11 +189,11 @@ impl Probe {
                 }
                 looked = None;
             }
-            if now.is_ok() && looked.is_none_or(|at| at.elapsed() >= LOOK_PERIOD) {
-                self.look().await;
+            if now.is_ok() && looked.is_none_or(|at| at.elapsed() >= SURROUNDINGS_PERIOD) {
+                self.probe_surroundings().await;
                 looked = Some(Instant::now());
             }
-            self.answering.send_replace(now.is_ok());
+            self.ready.send_replace(now.is_ok());
             last = Some(now);
             if stop.run_until_cancelled(tokio::time::sleep(PROBE_PERIOD)).await.is_none() {
                 return;
@@ -192,13 +202,13 @@ impl Probe {
     }
 
     /// How containerd is set. Verifiers see what CRI pulls and not what is imported, so that an import would pass them by.
-    async fn look(&self) {
-        let found: Result<Surroundings, StoreError> = self.store.surroundings(&self.verifiers).await;
+    async fn probe_surroundings(&self) {
+        let found: Result<ContainerdInfo, StoreError> = self.store.inspect(&self.verifiers).await;
         let found = match found {
             Ok(found) => found,
             Err(error) => return tracing::warn!(%error, "containerd does not say how it is set"),
         };
-        let Surroundings {
+        let ContainerdInfo {
             version,
             content_root,
             ingest,
@@ -210,19 +220,21 @@ impl Probe {
         } = found;
         let folder = self.verifiers.display();
         let imports = match verifiers {
-            Verifiers::Found if !self.import_past_verifiers => Imports::Refused(format!(
+            ImageVerifiers::Found if !self.import_past_verifiers => ImportPermission::Refused(format!(
                 "containerd has image verifiers ({folder}), which an import would pass by; --import-past-verifiers allows that"
             )),
-            Verifiers::Unseen if !self.import_past_verifiers => Imports::Refused(format!(
+            ImageVerifiers::Unseen if !self.import_past_verifiers => ImportPermission::Refused(format!(
                 "containerd may have image verifiers, and the agent cannot see their folder ({folder}): mount it (imageVerifierDir, or \
                  containerdRoot=auto), or --import-past-verifiers allows what an import passes by"
             )),
-            Verifiers::Found | Verifiers::Unseen | Verifiers::None => Imports::Allowed,
+            ImageVerifiers::Found | ImageVerifiers::Unseen | ImageVerifiers::None => ImportPermission::Allowed,
         };
         self.imports.send_if_modified(|before| {
             let changed = *before != imports;
             match &imports {
-                Imports::Refused(reason) if changed => tracing::warn!(reason, "nothing is imported on this node"),
+                ImportPermission::Refused(reason) if changed => {
+                    tracing::warn!(reason, "nothing is imported on this node")
+                }
                 _ => {}
             }
             *before = imports;
@@ -231,7 +243,7 @@ impl Probe {
         if discards_unpacked_layers == Some(true) {
             tracing::debug!("containerd discards layers that it unpacked");
         }
-        self.told.send_replace(ContainerdStatus {
+        self.status.send_replace(ContainerdStatus {
             version: Some(version),
             blobs_read: Some(if content_root.is_some() { BlobAccess::Files } else { BlobAccess::ContentApi }),
             content_root: content_root.map(|root| root.display().to_string()),
@@ -239,13 +251,13 @@ impl Probe {
             discards_unpacked_layers,
             unpacking: Some(match self.unpack_layers {
                 true => snapshotter.to_string(),
-                false => Snapshotter::Unsuited("--unpack-layers=false".into()).to_string(),
+                false => Snapshotter::Unsupported("--unpack-layers=false".into()).to_string(),
             }),
             sandbox_image,
             image_verifiers: Some(match verifiers {
-                Verifiers::None => Vec::new(),
-                Verifiers::Found => vec![folder.to_string()],
-                Verifiers::Unseen => vec![format!("{folder} cannot be seen")],
+                ImageVerifiers::None => Vec::new(),
+                ImageVerifiers::Found => vec![folder.to_string()],
+                ImageVerifiers::Unseen => vec![format!("{folder} cannot be seen")],
             }),
         });
     }
@@ -254,11 +266,11 @@ impl Probe {
 /// How often claims that nobody gave back are swept: they are small, and rare.
 const SWEEP_PERIOD: Duration = Duration::from_secs(3600);
 
-async fn sweep(kube: Arc<KubeCluster>, stop: CancellationToken) {
+async fn delete_abandoned_claims(kube: Arc<KubeCluster>, stop: CancellationToken) {
     // Half to one and a half of the period, so that the nodes do not list together.
     let pause = || tokio::time::sleep(SWEEP_PERIOD.mul_f64(0.5 + rand::random::<f64>()));
     while stop.run_until_cancelled(pause()).await.is_some() {
-        match kube.sweep(SystemTime::now()).await {
+        match kube.delete_abandoned_claims(SystemTime::now()).await {
             Ok(0) => {}
             Ok(swept) => tracing::info!(swept, "claims that nobody gave back were deleted"),
             Err(error) => tracing::debug!(%error, "claims are not swept now"),
@@ -267,7 +279,7 @@ async fn sweep(kube: Arc<KubeCluster>, stop: CancellationToken) {
 }
 
 /// An error with its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+fn error_chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     std::iter::once(error.to_string()).chain(causes.map(ToString::to_string)).collect::<Vec<_>>().join(": ")
 }

@@ -4,7 +4,7 @@
 
 mod kubelet;
 mod node;
-mod show;
+mod output;
 
 use std::io::Write;
 use std::net::TcpListener;
@@ -18,11 +18,11 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use self::kubelet::Kubelet;
-use self::node::Node;
-use self::show::Show;
+use self::node::DemoNode;
+use self::output::DemoOutput;
 use super::runtime;
-use crate::agent::recover::Recovered;
-use crate::agent::tell::human_bytes;
+use crate::agent::pod_notifier::human_bytes;
+use crate::agent::recover::RecoveredImage;
 use crate::config::loopback;
 use crate::identity::Identity;
 use crate::layout::LayoutStore;
@@ -53,7 +53,7 @@ pub struct DemoArgs {
 
 /// What the demo found out, for machines.
 #[derive(Debug, Serialize)]
-struct Outcome {
+struct DemoOutcome {
     /// Whether the pod's image came and the pod started.
     recovered: bool,
     /// Bytes that travelled.
@@ -67,7 +67,7 @@ struct Outcome {
 }
 
 /// The demo could not show what it is there to show.
-type Failure = Box<dyn std::error::Error + Send + Sync>;
+type DemoError = Box<dyn std::error::Error + Send + Sync>;
 
 /// After this long something is broken: an image of 8 GiB at a tenth of the usual speed.
 const DEADLINE: Duration = Duration::from_secs(300);
@@ -75,12 +75,12 @@ const DEADLINE: Duration = Duration::from_secs(300);
 /// Runs the demo.
 pub(super) fn run(args: DemoArgs) -> ExitCode {
     let json = args.json;
-    let told = runtime().map_err(Failure::from).and_then(|runtime| runtime.block_on(tell(args)));
-    let outcome = match told {
+    let result = runtime().map_err(DemoError::from).and_then(|runtime| runtime.block_on(run_demo(args)));
+    let outcome = match result {
         Ok(outcome) => outcome,
         Err(error) => {
             eprintln!("lighterman demo: {error}");
-            Outcome { recovered: false, bytes: 0, seconds: 0.0, providers: Vec::new(), verified: false }
+            DemoOutcome { recovered: false, bytes: 0, seconds: 0.0, providers: Vec::new(), verified: false }
         }
     };
     if json {
@@ -90,9 +90,9 @@ pub(super) fn run(args: DemoArgs) -> ExitCode {
     if outcome.recovered && outcome.verified { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-async fn tell(args: DemoArgs) -> Result<Outcome, Failure> {
+async fn run_demo(args: DemoArgs) -> Result<DemoOutcome, DemoError> {
     let DemoArgs { nodes: count, image_size, json, folder } = args;
-    let show = Show::new(json);
+    let show = DemoOutput::new(json);
     let folder = tempfile::Builder::new().prefix("lighterman-demo-").tempdir_in(&folder)?;
 
     show.step(&format!("Starting {count} agents, each with a key, a content store on disk and two ports on loopback."));
@@ -106,15 +106,15 @@ async fn tell(args: DemoArgs) -> Result<Outcome, Failure> {
         ));
     }
     show.step("Each admits the others by key, connects and takes their inventories.");
-    within("the agents to find each other", async { nodes[0].connected_to(nodes.len() - 1).await }).await?;
+    within("the agents to find each other", async { nodes[0].wait_for_peers(nodes.len() - 1).await }).await?;
 
     let registry = closed_port()?;
     let reference: Reference = format!("{registry}/shop/checkout:v1").parse()?;
     let image = put_on_first(&nodes[0], &reference, image_size).await?;
-    let digest = image.root.digest;
+    let digest = image.target.digest;
     show.step(&format!("{} holds {reference}:", nodes[0].name));
     show.detail(&format!("{digest}, {} layers, {}", image.blobs.len() - 1, human_bytes(image.bytes())));
-    within("the inventory to be told", nodes[1].knows(&reference, digest)).await?;
+    within("the inventory to be told", nodes[1].wait_for_provider(&reference, digest)).await?;
 
     show.step(&format!("A pod on {} needs it. Its kubelet tries the registry:", nodes[1].name));
     let pods = nodes[1].take_pods().ok_or("the node has its kubelet already")?;
@@ -138,7 +138,7 @@ async fn tell(args: DemoArgs) -> Result<Outcome, Failure> {
         None => return Err("the pod runs, but nothing was recovered".into()),
     };
     show.step(&format!("The pod runs, {:.2} s after the failed pull.", took.as_secs_f64()));
-    let providers = tell_recovered(&show, &nodes, &recovered);
+    let providers = show_recovery(&show, &nodes, &recovered);
     for (_, report) in cluster.reports() {
         show.detail(&format!("Event {}: {}", report.kind.reason(), report.note));
     }
@@ -150,33 +150,33 @@ async fn tell(args: DemoArgs) -> Result<Outcome, Failure> {
     for node in nodes.drain(..).rev() {
         node.stop().await?;
     }
-    Ok(Outcome { recovered: true, bytes: recovered.bytes, seconds: took.as_secs_f64(), providers, verified })
+    Ok(DemoOutcome { recovered: true, bytes: recovered.bytes, seconds: took.as_secs_f64(), providers, verified })
 }
 
-async fn start_nodes(count: u32, folder: &Path, cluster: &MemoryCluster) -> Result<Vec<Node>, Failure> {
+async fn start_nodes(count: u32, folder: &Path, cluster: &MemoryCluster) -> Result<Vec<DemoNode>, DemoError> {
     let identities: Vec<_> = (0..count).map(|_| Identity::generate()).collect();
     let admitted: Vec<_> = identities.iter().map(Identity::peer_id).collect();
-    let mut nodes: Vec<Node> = Vec::new();
+    let mut nodes: Vec<DemoNode> = Vec::new();
     for (number, identity) in (1..).zip(identities) {
-        let seeds = nodes.first().map(|first| first.transfer.to_string()).into_iter().collect();
+        let join_addresses = nodes.first().map(|first| first.transfer.to_string()).into_iter().collect();
         let name = format!("node-{number}");
-        nodes.push(Node::start(&name, &folder.join(&name), identity, &admitted, seeds, cluster).await?);
+        nodes.push(DemoNode::start(&name, &folder.join(&name), identity, &admitted, join_addresses, cluster).await?);
     }
     Ok(nodes)
 }
 
 /// Several layers of unequal size, as real images have.
-async fn put_on_first(node: &Node, reference: &Reference, size: u64) -> Result<MadeImage, StoreError> {
+async fn put_on_first(node: &DemoNode, reference: &Reference, size: u64) -> Result<MadeImage, StoreError> {
     let layers = [size / 2, size / 4, size / 8, size / 16, size / 16];
     let image = put_image(&*node.store, &[reference.to_string()], &layers, rand::random()).await?;
     // Known by its digest as well, as after a pull.
-    for name in reference.record_names(image.root.digest) {
-        node.store.put_image(&crate::ports::ImageRecord { name, target: image.root.clone() }).await?;
+    for name in reference.record_names(image.target.digest) {
+        node.store.put_image(&crate::ports::ImageRecord { name, target: image.target.clone() }).await?;
     }
     Ok(image)
 }
 
-fn tell_recovered(show: &Show, nodes: &[Node], recovered: &Recovered) -> Vec<String> {
+fn show_recovery(show: &DemoOutput, nodes: &[DemoNode], recovered: &RecoveredImage) -> Vec<String> {
     let rate = recovered.bytes as f64 / 1e6 / recovered.took.as_secs_f64().max(1e-9);
     show.detail(&format!(
         "{} in {} blobs travelled in {:.2} s: {rate:.0} MB/s, encrypted, each blob hashed on the way and synced to disk",
@@ -195,7 +195,7 @@ fn tell_recovered(show: &Show, nodes: &[Node], recovered: &Recovered) -> Vec<Str
 }
 
 async fn verify(store: &dyn ContentStore, image: &MadeImage) -> Result<bool, StoreError> {
-    for blob in std::iter::once(&image.root).chain(&image.blobs) {
+    for blob in std::iter::once(&image.target).chain(&image.blobs) {
         let mut reader = store.open(blob.digest).await?;
         let mut hasher = Hasher::default();
         loop {
@@ -217,7 +217,7 @@ fn closed_port() -> std::io::Result<std::net::SocketAddr> {
     TcpListener::bind(loopback())?.local_addr()
 }
 
-async fn within<T>(what: &str, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+async fn within<T>(what: &str, work: impl Future<Output = Result<T, DemoError>>) -> Result<T, DemoError> {
     match tokio::time::timeout(DEADLINE, work).await {
         Ok(result) => result,
         Err(_) => Err(format!("waited {} s for {what}", DEADLINE.as_secs()).into()),
@@ -242,7 +242,7 @@ fn parse_size(text: &str) -> Result<u64, String> {
 }
 
 /// For messages about a digest that should be there.
-fn missing(digest: Digest) -> Failure {
+fn missing_blob(digest: Digest) -> DemoError {
     format!("{digest} is not where it should be").into()
 }
 
@@ -251,7 +251,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_read_as_people_write_them() {
+    fn sizes_are_parsed_with_binary_units() {
         assert_eq!(parse_size("1"), Ok(1));
         assert_eq!(parse_size("4KiB"), Ok(4096));
         assert_eq!(parse_size("256MiB"), Ok(256 << 20));

@@ -1,6 +1,6 @@
 //! `lighterman pull REF`: an image from peers, by hand. The agent of this node does it; here it is asked and watched.
 
-mod show;
+mod output;
 #[cfg(test)]
 mod tests;
 
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use self::show::Show;
+use self::output::PullOutput;
 use super::runtime;
 use super::socket::{SocketArgs, printable, with_advice};
 use crate::control::{Client, ClientError};
@@ -55,10 +55,10 @@ Exit codes: 0 the image is here (or, with --dry-run, could be had), 1 it is not,
 /// Asks for the image and shows how it goes.
 pub(super) fn run(args: PullArgs) -> ExitCode {
     let PullArgs { reference, dry_run, socket, timeout, json } = args;
-    let mut show = Show::new(&reference, dry_run, json);
+    let mut show = PullOutput::new(&reference, dry_run, json);
     let client = socket.client();
     let work = async {
-        let pulled = pull(&client, &reference, dry_run, |progress| show.tell(progress));
+        let pulled = pull(&client, &reference, dry_run, |progress| show.show(progress));
         tokio::time::timeout(Duration::from_secs(timeout), pulled).await
     };
     let pulled = match runtime() {
@@ -82,12 +82,12 @@ async fn pull(
     client: &Client,
     reference: &Reference,
     dry_run: bool,
-    mut tell: impl FnMut(&PullProgress),
+    mut report: impl FnMut(&PullProgress),
 ) -> Result<PullProgress, ClientError> {
     let mut pulling = client.pull(reference, dry_run).await?;
     loop {
         let progress = pulling.next().await?;
-        tell(&progress);
+        report(&progress);
         if progress.is_last(dry_run) {
             return Ok(progress);
         }

@@ -28,8 +28,8 @@ pub(super) fn with_advice(error: &ClientError) -> String {
              With another --data-dir, name the socket with --socket."
         }
         ClientError::NotAllowed(_) => "It is for root alone: use sudo, or kubectl exec into the agent's pod.",
-        ClientError::Silent(_) => "Its log says more.",
-        ClientError::Refused(_) => {
+        ClientError::TimedOut(_) => "Its log says more.",
+        ClientError::Rejected(_) => {
             "If this binary and the agent are of different releases, use the agent's own: kubectl exec."
         }
         ClientError::Broken(_) => "The agent may have been stopped; try again when it runs.",
@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_terminal_is_given_no_orders() {
+    fn control_characters_are_replaced_before_printing() {
         assert_eq!(printable("a\u{1b}[2Jb\n\u{9b}c"), "a\u{fffd}[2Jb\u{fffd}\u{fffd}c");
     }
 }

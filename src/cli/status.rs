@@ -7,12 +7,12 @@ use clap::Args;
 
 use super::runtime;
 use super::socket::{SocketArgs, printable, with_advice};
-use crate::agent::tell::human_bytes;
-use crate::decide::way::MAX_BLOB;
+use crate::agent::pod_notifier::human_bytes;
+use crate::decide::transport_choice::MAX_BLOB;
 use crate::model::MeshStatus;
 use crate::ports::{
     ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, NextImageStatus, OutageStatus, OwnImageStatus,
-    RecoveryStatus, RetainedStatus, RulesFileStatus, Status, UdpStatus,
+    PolicyFileStatus, RecoveryStatus, RetentionStatus, Status, UdpStatus,
 };
 
 /// Flags of `lighterman status`.
@@ -44,11 +44,11 @@ Exit codes: 0 the agent answered, 1 it did not, 64 wrong flags.";
 pub(super) fn run(args: StatusArgs) -> ExitCode {
     let StatusArgs { json, peers, socket } = args;
     let client = socket.client();
-    let asked = match runtime() {
+    let response = match runtime() {
         Ok(runtime) => runtime.block_on(client.status()).map_err(|error| with_advice(&error)),
         Err(error) => Err(format!("no threads: {error}")),
     };
-    let status = match asked {
+    let status = match response {
         Ok(status) => status,
         Err(error) => {
             eprintln!("lighterman: {}", printable(&error));
@@ -92,15 +92,15 @@ fn table(status: &Status) -> String {
     let word = |text: &Option<String>| vec![text.clone().unwrap_or_else(unknown)];
     let mut rows = vec![("node", word(node)), ("PeerId", word(peer_id)), ("version", word(version))];
     rows.extend(containerd_rows(&containerd.clone().unwrap_or_default()));
-    rows.push(("mesh", mesh.as_ref().map_or_else(nothing_known, MeshStatus::summary)));
+    rows.push(("mesh", mesh.as_ref().map_or_else(unknown_lines, MeshStatus::summary)));
     rows.push(("UDP to peers", vec![udp.as_ref().map_or_else(unknown, udp_line)]));
     rows.push(("clock", vec![clock.as_ref().map_or_else(unknown, clock_line)]));
-    rows.push(("images", images.as_ref().map_or_else(nothing_known, |images| vec![images_line(images)])));
+    rows.push(("images", images.as_ref().map_or_else(unknown_lines, |images| vec![images_line(images)])));
     rows.push(("retained layers", vec![retained.as_ref().map_or_else(|| "none are to be".into(), retained_line)]));
     rows.push(("own image", own_image.as_ref().map_or_else(|| vec!["is left to the kubelet".into()], own_image_lines)));
     rows.push(("registries down", lines(registries_down.as_deref(), outage_line)));
     rows.push(("recoveries", lines(recoveries.as_deref(), recovery_line)));
-    rows.push(("rules file", rules_file.as_ref().map_or_else(|| vec!["none is watched".into()], rules_file_lines)));
+    rows.push(("rules file", rules_file.as_ref().map_or_else(|| vec!["none is watched".into()], policy_file_lines)));
     let mut text = String::new();
     for (name, lines) in rows {
         for (number, line) in lines.iter().enumerate() {
@@ -115,14 +115,14 @@ fn unknown() -> String {
     "unknown".into()
 }
 
-fn nothing_known() -> Vec<String> {
+fn unknown_lines() -> Vec<String> {
     vec![unknown()]
 }
 
 /// One line for each, `none` for none.
 fn lines<T>(known: Option<&[T]>, line: impl Fn(&T) -> String) -> Vec<String> {
     match known {
-        None => nothing_known(),
+        None => unknown_lines(),
         Some([]) => vec!["none".into()],
         Some(all) => all.iter().map(line).collect(),
     }
@@ -188,8 +188,8 @@ fn images_line(images: &ImagesStatus) -> String {
     format!("{announced} announced, {incomplete} incomplete{reasons}")
 }
 
-fn retained_line(retained: &RetainedStatus) -> String {
-    let RetainedStatus { bytes, budget, images, wanted, lacking, lacking_reasons } = retained;
+fn retained_line(retained: &RetentionStatus) -> String {
+    let RetentionStatus { bytes, budget, images, wanted, lacking, lacking_reasons } = retained;
     let reasons: Vec<_> = lacking_reasons.iter().map(|(reason, images)| format!("{reason} {images}")).collect();
     let reasons = if reasons.is_empty() { String::new() } else { format!(" ({})", reasons.join(", ")) };
     format!(
@@ -227,8 +227,8 @@ fn recovery_line(recovery: &RecoveryStatus) -> String {
     format!("{image}: {} of {}{from}{unpacking}", human_bytes(*done), human_bytes(*total))
 }
 
-fn rules_file_lines(file: &RulesFileStatus) -> Vec<String> {
-    let RulesFileStatus { path, error, in_force_since, sets } = file;
+fn policy_file_lines(file: &PolicyFileStatus) -> Vec<String> {
+    let PolicyFileStatus { path, error, in_force_since, sets } = file;
     let since =
         in_force_since.map_or_else(|| "the flags are in force".into(), |at| format!("in force since {}", time(at)));
     let mut lines = vec![format!("{path}, {since}")];
@@ -249,7 +249,7 @@ mod tests {
     use crate::ports::BlobAccess;
 
     #[test]
-    fn what_is_known_stands_in_a_table() {
+    fn a_complete_status_is_printed_as_a_table() {
         let status = Status {
             node: Some("n1".into()),
             peer_id: Some("12D3KooWme".into()),
@@ -272,7 +272,7 @@ mod tests {
                 incomplete: 3,
                 reasons: [("layers discarded after unpacking".into(), 2), ("layers lost".into(), 1)].into(),
             }),
-            retained: Some(RetainedStatus {
+            retained: Some(RetentionStatus {
                 bytes: 3 << 20,
                 budget: 12 << 20,
                 images: 2,
@@ -307,7 +307,7 @@ mod tests {
                 },
                 RecoveryStatus { image: "r.test/shop/basket:v1".into(), ..RecoveryStatus::default() },
             ]),
-            rules_file: Some(RulesFileStatus {
+            rules_file: Some(PolicyFileStatus {
                 path: "/etc/lighterman/rules.yaml".into(),
                 error: Some("line 2, column 18: 0 is given".into()),
                 in_force_since: Some(1_700_000_000),
@@ -350,14 +350,14 @@ rules file        /etc/lighterman/rules.yaml, in force since 2023-11-14T22:13:20
     }
 
     #[test]
-    fn a_daemonset_that_was_never_read_is_said_to_be_unknown() {
+    fn an_unread_daemonset_is_printed_as_unknown() {
         let own = OwnImageStatus { current: vec!["r.test/lighterman:v1".into()], ..OwnImageStatus::default() };
         let lines = ["current r.test/lighterman:v1", "next unknown: the DaemonSet was not read yet"];
         assert_eq!(own_image_lines(&own), lines);
     }
 
     #[test]
-    fn what_is_not_known_is_said_to_be_unknown() {
+    fn absent_fields_are_printed_as_unknown() {
         let table = table(&Status::default());
         assert_eq!(table.lines().filter(|line| line.ends_with(" unknown")).count(), 17, "{table}");
         assert!(table.ends_with("rules file        none is watched\n"), "{table}");

@@ -10,19 +10,19 @@ use kube::Api;
 use kube::api::{DeleteParams, ListParams, PostParams, Preconditions};
 
 use super::KubeCluster;
-use super::call::{Failure, call};
+use super::api_error::{ApiError, call};
 use crate::model::{LeaseSnapshot, LeaseVersion};
 use crate::oci::Digest;
 use crate::ports::{ClaimError, Claims};
 
 /// A claim is advice; whoever cannot have it in this time goes on without.
-const PATIENCE: Duration = Duration::from_secs(2);
+const CLAIM_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What `kubectl get leases` shows a person; [`crate::decide`] goes by the time of renewal.
 const LEASE_SECONDS: i32 = 15;
 
 /// After this, nobody works under a Lease any more, whatever the clocks of two nodes disagree about.
-const ABANDONED: Duration = Duration::from_secs(3600);
+const ABANDONED_AFTER: Duration = Duration::from_secs(3600);
 
 /// Leases read and deleted by one sweep. A cold image costs a handful, of which most are released; what one sweep leaves, another
 /// node's takes. A page of 500 is a few hundred kilobytes.
@@ -36,10 +36,10 @@ impl KubeCluster {
     ///
     /// # Errors
     /// [`ClaimError::Unavailable`]; some may have been deleted.
-    pub async fn sweep(&self, now: SystemTime) -> Result<usize, ClaimError> {
+    pub async fn delete_abandoned_claims(&self, now: SystemTime) -> Result<usize, ClaimError> {
         let (key, value) = LABEL;
         let ours = ListParams::default().labels(&format!("{key}={value}")).limit(SWEEP_READS);
-        let leases = call(PATIENCE, self.leases().list(&ours)).await?;
+        let leases = call(CLAIM_TIMEOUT, self.leases().list(&ours)).await?;
         let mut deleted = 0;
         for lease in leases.items.into_iter().filter(|lease| is_abandoned(lease, now)).take(SWEEP_DELETES) {
             deleted += usize::from(self.delete_lease(lease).await?);
@@ -51,23 +51,23 @@ impl KubeCluster {
     async fn delete_lease(&self, lease: Lease) -> Result<bool, ClaimError> {
         let ObjectMeta { name: Some(name), uid, resource_version, .. } = lease.metadata else { return Ok(false) };
         let only_this = DeleteParams::default().preconditions(Preconditions { resource_version, uid });
-        match call(PATIENCE, self.leases().delete(&name, &only_this)).await {
+        match call(CLAIM_TIMEOUT, self.leases().delete(&name, &only_this)).await {
             Ok(_) => Ok(true),
-            Err(Failure::NotFound(_) | Failure::Conflict(_)) => Ok(false),
+            Err(ApiError::NotFound(_) | ApiError::Conflict(_)) => Ok(false),
             Err(failure) => Err(failure.into()),
         }
     }
 
     async fn lease(&self, digest: Digest) -> Result<Option<Lease>, ClaimError> {
-        Ok(call(PATIENCE, self.leases().get_opt(&name(digest))).await?)
+        Ok(call(CLAIM_TIMEOUT, self.leases().get_opt(&lease_name(digest))).await?)
     }
 
     fn leases(&self) -> Api<Lease> {
-        Api::namespaced(self.client.clone(), &self.own.k8s_namespace)
+        Api::namespaced(self.client.clone(), &self.agent_pod.k8s_namespace)
     }
 
     /// The Lease as this agent holds it, to take the place of `read`.
-    fn held(&self, digest: Digest, read: Option<&LeaseVersion>, now: SystemTime) -> Result<Lease, ClaimError> {
+    fn build_lease(&self, digest: Digest, read: Option<&LeaseVersion>, now: SystemTime) -> Result<Lease, ClaimError> {
         let (resource_version, uid) = match read {
             Some(read) => {
                 read.0.split_once('/').map(|(v, u)| (Some(v.to_owned()), Some(u.to_owned()))).ok_or(ClaimError::Lost)?
@@ -78,14 +78,14 @@ impl KubeCluster {
         let (key, value) = LABEL;
         Ok(Lease {
             metadata: ObjectMeta {
-                name: Some(name(digest)),
+                name: Some(lease_name(digest)),
                 labels: Some([(key.to_owned(), value.to_owned())].into()),
                 resource_version,
                 uid,
                 ..ObjectMeta::default()
             },
             spec: Some(LeaseSpec {
-                holder_identity: Some(self.own.node.to_string()),
+                holder_identity: Some(self.agent_pod.node.to_string()),
                 lease_duration_seconds: Some(LEASE_SECONDS),
                 renew_time: Some(MicroTime(renewed)),
                 ..LeaseSpec::default()
@@ -102,27 +102,27 @@ impl Claims for KubeCluster {
             LeaseSnapshot {
                 holder: spec.holder_identity,
                 renewed: spec.renew_time.map(|MicroTime(time)| time.into()),
-                version: version(lease.metadata),
+                version: lease_version(lease.metadata),
             }
         }))
     }
 
     async fn create(&self, digest: Digest, now: SystemTime) -> Result<(), ClaimError> {
-        let lease = self.held(digest, None, now)?;
-        call(PATIENCE, self.leases().create(&PostParams::default(), &lease)).await?;
+        let lease = self.build_lease(digest, None, now)?;
+        call(CLAIM_TIMEOUT, self.leases().create(&PostParams::default(), &lease)).await?;
         Ok(())
     }
 
     async fn update(&self, digest: Digest, read: &LeaseVersion, now: SystemTime) -> Result<(), ClaimError> {
-        let lease = self.held(digest, Some(read), now)?;
-        call(PATIENCE, self.leases().replace(&name(digest), &PostParams::default(), &lease)).await?;
+        let lease = self.build_lease(digest, Some(read), now)?;
+        call(CLAIM_TIMEOUT, self.leases().replace(&lease_name(digest), &PostParams::default(), &lease)).await?;
         Ok(())
     }
 
     async fn release(&self, digest: Digest) -> Result<(), ClaimError> {
         let Some(lease) = self.lease(digest).await? else { return Ok(()) };
         let holder = lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref());
-        if holder == Some(self.own.node.as_str()) {
+        if holder == Some(self.agent_pod.node.as_str()) {
             self.delete_lease(lease).await?;
         }
         Ok(())
@@ -131,12 +131,12 @@ impl Claims for KubeCluster {
 
 /// What fences an update: the resource version, and the UID. A Lease can be made by an update, so the version alone would let one that
 /// was deleted since come back.
-fn version(read: ObjectMeta) -> LeaseVersion {
+fn lease_version(read: ObjectMeta) -> LeaseVersion {
     LeaseVersion(format!("{}/{}", read.resource_version.unwrap_or_default(), read.uid.unwrap_or_default()))
 }
 
 /// Half of the digest is plenty to tell images apart, and the name stays readable in `kubectl get leases`.
-fn name(digest: Digest) -> String {
+fn lease_name(digest: Digest) -> String {
     format!("lighterman-{}", &digest.hex()[..32])
 }
 
@@ -144,5 +144,5 @@ fn is_abandoned(lease: &Lease, now: SystemTime) -> bool {
     let renewed = lease.spec.as_ref().and_then(|spec| spec.renew_time.as_ref()).map(|time| time.0);
     // One that was never renewed counts from its creation.
     let since = renewed.or(lease.metadata.creation_timestamp.as_ref().map(|time| time.0));
-    since.is_some_and(|since| now.duration_since(since.into()).is_ok_and(|age| age > ABANDONED))
+    since.is_some_and(|since| now.duration_since(since.into()).is_ok_and(|age| age > ABANDONED_AFTER))
 }

@@ -10,24 +10,24 @@ use kube::Client;
 use kube::client::Body;
 use tokio::time::{Instant, timeout};
 
-use super::call::{Failure, PATIENCE};
+use super::api_error::{ApiError, REQUEST_TIMEOUT};
 use crate::decide::clock_skew::ClockSample;
 use crate::ports::ClusterError;
 
 /// The smallest answer that any authenticated client may ask for. A cluster that forbids this
 /// answers 403, with a date as well.
-const QUESTION: &str = "/version";
+const VERSION_PATH: &str = "/version";
 
-pub(super) async fn clock(client: &Client) -> Result<ClockSample, ClusterError> {
-    let about = |failure: Failure| failure.about("the API server's version");
-    let request = Request::get(QUESTION).body(Body::empty());
+pub(super) async fn sample_clock(client: &Client) -> Result<ClockSample, ClusterError> {
+    let about = |failure: ApiError| failure.into_cluster_error("the API server's version");
+    let request = Request::get(VERSION_PATH).body(Body::empty());
     let request = request.map_err(|error| ClusterError::Other(error.to_string()))?;
     let (sent, began) = (now(), Instant::now());
-    let answer = timeout(PATIENCE, client.send(request)).await;
+    let answer = timeout(REQUEST_TIMEOUT, client.send(request)).await;
     let (took, received) = (began.elapsed(), now());
-    let silent = |_| Failure::Unavailable(format!("no answer within {} s", PATIENCE.as_secs()));
-    let answer = answer.map_err(silent).and_then(|answer| answer.map_err(Failure::from)).map_err(about)?;
-    let date = answer.headers().get(DATE).and_then(date);
+    let timed_out = |_| ApiError::Unavailable(format!("no answer within {} s", REQUEST_TIMEOUT.as_secs()));
+    let answer = answer.map_err(timed_out).and_then(|answer| answer.map_err(ApiError::from)).map_err(about)?;
+    let date = answer.headers().get(DATE).and_then(parse_date);
     let date = date.ok_or_else(|| ClusterError::Other("the API server's answer has no date".to_owned()))?;
     Ok(ClockSample { sent, took, received, date })
 }
@@ -37,7 +37,7 @@ fn now() -> Duration {
 }
 
 /// Since 1970.
-fn date(header: &HeaderValue) -> Option<Duration> {
+fn parse_date(header: &HeaderValue) -> Option<Duration> {
     let time = rfc2822::DateTimeParser::new().parse_timestamp(header.to_str().ok()?).ok()?;
     Some(Duration::from_secs(time.as_second().try_into().ok()?))
 }
@@ -47,8 +47,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_date_of_an_answer_is_read_and_nonsense_is_not() {
-        let read = |text: &str| date(&HeaderValue::from_str(text).unwrap());
+    fn the_date_header_is_parsed_and_invalid_dates_are_ignored() {
+        let read = |text: &str| parse_date(&HeaderValue::from_str(text).unwrap());
         assert_eq!(read("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::from_secs(784_111_777)));
         for text in ["", "now", "Sun, 06 Nov 1894 08:49:37 GMT", "784111777"] {
             assert_eq!(read(text), None, "{text}");

@@ -16,14 +16,14 @@ use kube::{Api, Client};
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::call::{Failure, PATIENCE, call, cut};
+use super::api_error::{ApiError, REQUEST_TIMEOUT, call, truncate};
 use crate::model::{NodeName, PodRef};
 use crate::oci::Digest;
-use crate::ports::{ClusterError, PodReport, ReportKind};
+use crate::ports::{ClusterError, PodReport, PodReportKind};
 
 /// The same words about the same pod within this time are counted on the first Event, not said again. (Kubernetes' own recorders
 /// take ten minutes too; the API server forgets Events after an hour.)
-const SAME: Duration = Duration::from_secs(10 * 60);
+const DEDUP_WINDOW: Duration = Duration::from_secs(10 * 60);
 
 /// The limit that the newer API sets for notes (`NoteLengthLimit`); the older one has none.
 pub(super) const MAX_NOTE: usize = 1024;
@@ -33,52 +33,52 @@ pub(super) const MAX_NAME: usize = 253;
 
 /// A node's Events that are remembered, to count repetitions: four reasons for each of 110 pods, rounded up. When there are more, the
 /// one unused for longest is forgotten, and would be said again.
-const MOST: usize = 512;
+const MAX_RECORDED_EVENTS: usize = 512;
 
 /// Events written at once, and then one in every [`REFILL`]. That is a hundredth of what each kubelet may write
 /// (`eventRecordQPS` 50): in an outage that hits a node with 110 pods all of them are told within 200 s, and a thousand such
 /// nodes together write 500 a second.
 const BURST: u32 = 10;
-const REFILL: Duration = Duration::from_secs(2);
+const REFILL_INTERVAL: Duration = Duration::from_secs(2);
 
 pub(super) const COMPONENT: &str = "lighterman";
 
-pub(super) struct Events {
+pub(super) struct EventRecorder {
     client: Client,
     node: NodeName,
-    ledger: Mutex<Ledger>,
+    correlator: Mutex<EventCorrelator>,
 }
 
-impl Events {
+impl EventRecorder {
     pub(super) fn new(client: Client, node: NodeName) -> Self {
-        Self { client, node, ledger: Mutex::new(Ledger::new(Instant::now())) }
+        Self { client, node, correlator: Mutex::new(EventCorrelator::new(Instant::now())) }
     }
 
     /// `uid` is the one that the kubelet knows the pod by.
     pub(super) async fn report(&self, pod: &PodRef, uid: &str, report: &PodReport) -> Result<(), ClusterError> {
-        let note = cut(&report.note, MAX_NOTE);
-        let key = Key { pod_uid: pod.uid.clone(), kind: report.kind, note: Digest::of(note.as_bytes()) };
-        let wall = Timestamp::now();
-        let name = event_name(&pod.name, wall);
-        let step = self.ledger().enter(key.clone(), name, Instant::now());
-        let written = match step {
-            Step::Counted => return Ok(()),
-            Step::HeldBack => {
-                let pace = format!("one in {} s", REFILL.as_secs());
+        let note = truncate(&report.note, MAX_NOTE);
+        let key = EventKey { pod_uid: pod.uid.clone(), kind: report.kind, note: Digest::of(note.as_bytes()) };
+        let timestamp = Timestamp::now();
+        let name = event_name(&pod.name, timestamp);
+        let decision = self.correlator().record(key.clone(), name, Instant::now());
+        let written = match decision {
+            EventDecision::CountOnly => return Ok(()),
+            EventDecision::RateLimited => {
+                let pace = format!("one in {} s", REFILL_INTERVAL.as_secs());
                 return Err(ClusterError::Unavailable(format!(
                     "too many Events at once; they are held back to {pace}"
                 )));
             }
-            Step::First { name } => self.create(pod, uid, report.kind, note, name, wall).await,
-            Step::Again { name, count } => match self.count(pod, &name, count, wall).await {
+            EventDecision::Create { name } => self.create(pod, uid, report.kind, note, name, timestamp).await,
+            EventDecision::UpdateCount { name, count } => match self.update_count(pod, &name, count, timestamp).await {
                 // Events are forgotten after an hour, sooner on some clusters.
-                Err(Failure::NotFound(_)) => self.create(pod, uid, report.kind, note, name, wall).await,
+                Err(ApiError::NotFound(_)) => self.create(pod, uid, report.kind, note, name, timestamp).await,
                 counted => counted,
             },
         };
         written.map_err(|failure| {
-            self.ledger().forget(&key);
-            failure.about(&format!("namespace {}", pod.k8s_namespace))
+            self.correlator().forget(&key);
+            failure.into_cluster_error(&format!("namespace {}", pod.k8s_namespace))
         })
     }
 
@@ -86,11 +86,11 @@ impl Events {
         &self,
         pod: &PodRef,
         uid: &str,
-        kind: ReportKind,
+        kind: PodReportKind,
         note: &str,
         name: String,
         now: Timestamp,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), ApiError> {
         let text = |text: &str| Some(text.to_owned());
         let event = Event {
             metadata: ObjectMeta { name: Some(name), namespace: text(&pod.k8s_namespace), ..ObjectMeta::default() },
@@ -113,94 +113,98 @@ impl Events {
             count: Some(1),
             ..Event::default()
         };
-        call(PATIENCE, self.api(pod).create(&PostParams::default(), &event)).await.map(drop)
+        call(REQUEST_TIMEOUT, self.api(pod).create(&PostParams::default(), &event)).await.map(drop)
     }
 
-    async fn count(&self, pod: &PodRef, name: &str, count: i32, now: Timestamp) -> Result<(), Failure> {
+    async fn update_count(&self, pod: &PodRef, name: &str, count: i32, now: Timestamp) -> Result<(), ApiError> {
         let patch = Patch::Merge(json!({ "count": count, "lastTimestamp": Time(now) }));
-        call(PATIENCE, self.api(pod).patch(name, &PatchParams::default(), &patch)).await.map(drop)
+        call(REQUEST_TIMEOUT, self.api(pod).patch(name, &PatchParams::default(), &patch)).await.map(drop)
     }
 
     fn api(&self, pod: &PodRef) -> Api<Event> {
         Api::namespaced(self.client.clone(), &pod.k8s_namespace)
     }
 
-    fn ledger(&self) -> std::sync::MutexGuard<'_, Ledger> {
-        self.ledger.lock().expect("nothing panics while holding it")
+    fn correlator(&self) -> std::sync::MutexGuard<'_, EventCorrelator> {
+        self.correlator.lock().expect("nothing panics while holding it")
     }
 }
 
 /// As kubelets name theirs: the pod's name and the time. A long name is cut to leave room; what is left must not end with a dot or dash.
 pub(super) fn event_name(pod: &str, now: Timestamp) -> String {
     let suffix = format!(".{:x}", now.as_nanosecond());
-    let pod = cut(pod, MAX_NAME - suffix.len()).trim_end_matches(['.', '-']);
+    let pod = truncate(pod, MAX_NAME - suffix.len()).trim_end_matches(['.', '-']);
     format!("{pod}{suffix}")
 }
 
 /// What was said lately and how much more may be said now. Pure: `now` is an argument.
-struct Ledger {
-    said: HashMap<Key, Said>,
+struct EventCorrelator {
+    recorded: HashMap<EventKey, RecordedEvent>,
     tokens: u32,
     filled: Instant,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Key {
+struct EventKey {
     pod_uid: String,
-    kind: ReportKind,
+    kind: PodReportKind,
     note: Digest,
 }
 
-struct Said {
+struct RecordedEvent {
     name: String,
     count: i32,
     last: Instant,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Step {
+enum EventDecision {
     /// Make an Event of this name.
-    First { name: String },
+    Create { name: String },
     /// It is there: set its count.
-    Again { name: String, count: i32 },
+    UpdateCount { name: String, count: i32 },
     /// It is there, and its count can wait for the next repetition.
-    Counted,
+    CountOnly,
     /// Nothing may be written now.
-    HeldBack,
+    RateLimited,
 }
 
-impl Ledger {
+impl EventCorrelator {
     fn new(now: Instant) -> Self {
-        Self { said: HashMap::new(), tokens: BURST, filled: now }
+        Self { recorded: HashMap::new(), tokens: BURST, filled: now }
     }
 
-    fn enter(&mut self, key: Key, name: String, now: Instant) -> Step {
+    fn record(&mut self, key: EventKey, name: String, now: Instant) -> EventDecision {
         let may_write = self.take_token(now);
-        if let Some(said) = self.said.get_mut(&key).filter(|said| now.duration_since(said.last) < SAME) {
+        if let Some(said) = self.recorded.get_mut(&key).filter(|said| now.duration_since(said.last) < DEDUP_WINDOW) {
             said.count = said.count.saturating_add(1);
             said.last = now;
-            return if may_write { Step::Again { name: said.name.clone(), count: said.count } } else { Step::Counted };
+            return if may_write {
+                EventDecision::UpdateCount { name: said.name.clone(), count: said.count }
+            } else {
+                EventDecision::CountOnly
+            };
         }
         if !may_write {
-            return Step::HeldBack;
+            return EventDecision::RateLimited;
         }
-        if self.said.len() >= MOST {
-            let oldest = self.said.iter().min_by_key(|(_, said)| said.last).map(|(key, _)| key.clone());
-            oldest.and_then(|key| self.said.remove(&key));
+        if self.recorded.len() >= MAX_RECORDED_EVENTS {
+            let oldest = self.recorded.iter().min_by_key(|(_, said)| said.last).map(|(key, _)| key.clone());
+            oldest.and_then(|key| self.recorded.remove(&key));
         }
-        self.said.insert(key, Said { name: name.clone(), count: 1, last: now });
-        Step::First { name }
+        self.recorded.insert(key, RecordedEvent { name: name.clone(), count: 1, last: now });
+        EventDecision::Create { name }
     }
 
     /// What was entered was not written after all; the next report begins anew.
-    fn forget(&mut self, key: &Key) {
-        self.said.remove(key);
+    fn forget(&mut self, key: &EventKey) {
+        self.recorded.remove(key);
     }
 
     fn take_token(&mut self, now: Instant) -> bool {
-        while self.tokens < BURST && now.duration_since(self.filled) >= REFILL {
+        while self.tokens < BURST && now.duration_since(self.filled) >= REFILL_INTERVAL {
             self.tokens += 1;
-            self.filled += REFILL;
+            self.filled += REFILL_INTERVAL;
         }
         if self.tokens == BURST {
             self.filled = now;
@@ -215,81 +219,82 @@ impl Ledger {
 mod tests {
     use super::*;
 
-    fn key(pod: usize, note: &str) -> Key {
-        Key { pod_uid: pod.to_string(), kind: ReportKind::NoProvider, note: Digest::of(note.as_bytes()) }
+    fn key(pod: usize, note: &str) -> EventKey {
+        EventKey { pod_uid: pod.to_string(), kind: PodReportKind::NoProvider, note: Digest::of(note.as_bytes()) }
     }
 
-    fn first(name: &str) -> Step {
-        Step::First { name: name.into() }
+    fn first(name: &str) -> EventDecision {
+        EventDecision::Create { name: name.into() }
     }
 
     #[test]
     fn repetitions_are_counted_on_the_first_event() {
         let start = Instant::now();
-        let mut ledger = Ledger::new(start);
-        let mut say = |note, name: &str, after| ledger.enter(key(1, note), name.into(), start + after);
+        let mut ledger = EventCorrelator::new(start);
+        let mut say = |note, name: &str, after| ledger.record(key(1, note), name.into(), start + after);
         assert_eq!(say("none", "a", Duration::ZERO), first("a"));
-        assert_eq!(say("none", "b", SAME / 2), Step::Again { name: "a".into(), count: 2 });
-        assert_eq!(say("other words", "c", SAME / 2), first("c"));
+        assert_eq!(say("none", "b", DEDUP_WINDOW / 2), EventDecision::UpdateCount { name: "a".into(), count: 2 });
+        assert_eq!(say("other words", "c", DEDUP_WINDOW / 2), first("c"));
         // Ten minutes since it was said last, not first.
-        assert_eq!(say("none", "d", SAME), Step::Again { name: "a".into(), count: 3 });
-        assert_eq!(say("none", "e", SAME * 2), first("e"));
+        assert_eq!(say("none", "d", DEDUP_WINDOW), EventDecision::UpdateCount { name: "a".into(), count: 3 });
+        assert_eq!(say("none", "e", DEDUP_WINDOW * 2), first("e"));
     }
 
     #[test]
-    fn an_outage_with_110_pods_is_told_at_a_bounded_pace() {
+    fn an_outage_with_110_pods_is_reported_at_a_bounded_rate() {
         let start = Instant::now();
-        let mut ledger = Ledger::new(start);
-        let mut say = |pod| ledger.enter(key(pod, "none"), String::new(), start);
-        let written = (0..110).filter(|&pod| say(pod) != Step::HeldBack).count();
+        let mut ledger = EventCorrelator::new(start);
+        let mut say = |pod| ledger.record(key(pod, "none"), String::new(), start);
+        let written = (0..110).filter(|&pod| say(pod) != EventDecision::RateLimited).count();
         assert_eq!(written, BURST as usize);
-        assert_eq!(say(0), Step::Counted, "a repetition is not lost");
+        assert_eq!(say(0), EventDecision::CountOnly, "a repetition is not lost");
         let mut told = written;
         let mut waited = Duration::ZERO;
         while told < 110 {
-            waited += REFILL;
-            told += usize::from(ledger.enter(key(told, "none"), String::new(), start + waited) == first(""));
+            waited += REFILL_INTERVAL;
+            told += usize::from(ledger.record(key(told, "none"), String::new(), start + waited) == first(""));
         }
         assert_eq!(waited, Duration::from_secs(200));
     }
 
     #[test]
-    fn a_count_that_waited_is_in_the_next_one() {
+    fn a_deferred_count_is_part_of_the_next_update() {
         let start = Instant::now();
-        let mut ledger = Ledger::new(start);
+        let mut ledger = EventCorrelator::new(start);
         for pod in 0..BURST as usize {
-            ledger.enter(key(pod, "none"), "a".into(), start);
+            ledger.record(key(pod, "none"), "a".into(), start);
         }
-        assert_eq!(ledger.enter(key(0, "none"), "b".into(), start), Step::Counted);
-        let next = ledger.enter(key(0, "none"), "b".into(), start + REFILL);
-        assert_eq!(next, Step::Again { name: "a".into(), count: 3 });
+        assert_eq!(ledger.record(key(0, "none"), "b".into(), start), EventDecision::CountOnly);
+        let next = ledger.record(key(0, "none"), "b".into(), start + REFILL_INTERVAL);
+        assert_eq!(next, EventDecision::UpdateCount { name: "a".into(), count: 3 });
     }
 
     #[test]
     fn an_idle_hour_saves_up_no_more_than_a_burst() {
         let start = Instant::now();
-        let mut ledger = Ledger::new(start);
+        let mut ledger = EventCorrelator::new(start);
         let later = start + Duration::from_secs(3600);
-        let written =
-            (0..100).filter(|&pod| ledger.enter(key(pod, ""), String::new(), later) != Step::HeldBack).count();
+        let written = (0..100)
+            .filter(|&pod| ledger.record(key(pod, ""), String::new(), later) != EventDecision::RateLimited)
+            .count();
         assert_eq!(written, BURST as usize);
     }
 
     #[test]
-    fn what_is_remembered_is_bounded() {
+    fn the_number_of_recorded_events_is_bounded() {
         let start = Instant::now();
-        let mut ledger = Ledger::new(start);
-        for pod in 0..MOST + 10 {
-            let now = start + REFILL * u32::try_from(pod).unwrap() / 10;
+        let mut ledger = EventCorrelator::new(start);
+        for pod in 0..MAX_RECORDED_EVENTS + 10 {
+            let now = start + REFILL_INTERVAL * u32::try_from(pod).unwrap() / 10;
             ledger.tokens = BURST;
-            ledger.enter(key(pod, ""), String::new(), now);
+            ledger.record(key(pod, ""), String::new(), now);
         }
-        assert_eq!(ledger.said.len(), MOST);
-        assert!(!ledger.said.contains_key(&key(9, "")) && ledger.said.contains_key(&key(10, "")));
+        assert_eq!(ledger.recorded.len(), MAX_RECORDED_EVENTS);
+        assert!(!ledger.recorded.contains_key(&key(9, "")) && ledger.recorded.contains_key(&key(10, "")));
     }
 
     #[test]
-    fn an_events_name_is_one_that_kubernetes_takes() {
+    fn an_event_name_is_valid_in_kubernetes() {
         let now = Timestamp::from_second(1_700_000_000).unwrap();
         assert_eq!(event_name("web-0", now), "web-0.17979cfe362a0000");
         let long = format!("{}.{}", "a".repeat(235), "b".repeat(17));

@@ -7,14 +7,14 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::ListParams;
 use kube::{Api, Client};
 
-use super::call::{PATIENCE, call, cut};
-use super::project::MAX_TEXT;
+use super::api_error::{REQUEST_TIMEOUT, call, truncate};
+use super::pod_view::MAX_TEXT;
 use crate::model::PodRef;
 use crate::ports::{ClusterError, KubeletEvent};
 
 /// A kubelet writes at most 25 Events about one object at once and then one in 5 min, and the API server forgets them after an hour:
 /// 37. The API server answers in the order of their names, so that a limit would leave off the newest.
-const MOST: u32 = 100;
+const MAX_EVENTS: u32 = 100;
 
 /// `uid` is the one that the kubelet knows the pod by. The oldest first.
 ///
@@ -28,11 +28,11 @@ pub(super) async fn kubelet_events(
     let PodRef { k8s_namespace, name, .. } = pod;
     let of_pod =
         format!("involvedObject.namespace={k8s_namespace},involvedObject.name={name},involvedObject.uid={uid}");
-    let selection = ListParams::default().fields(&format!("{of_pod},source=kubelet")).limit(MOST);
-    let found = call(PATIENCE, events.list(&selection)).await;
-    let mut found = found.map_err(|failure| failure.about(&format!("pod {pod}")))?.items;
+    let selection = ListParams::default().fields(&format!("{of_pod},source=kubelet")).limit(MAX_EVENTS);
+    let found = call(REQUEST_TIMEOUT, events.list(&selection)).await;
+    let mut found = found.map_err(|failure| failure.into_cluster_error(&format!("pod {pod}")))?.items;
     found.sort_by_key(last_seen);
-    Ok(found.into_iter().map(view).collect())
+    Ok(found.into_iter().map(event_view).collect())
 }
 
 /// When it was said last. Old and new recorders fill in different fields.
@@ -43,16 +43,16 @@ fn last_seen(event: &Event) -> Option<Timestamp> {
     micro.into_iter().flatten().map(|time| time.0).chain(whole.into_iter().flatten().map(|time| time.0)).max()
 }
 
-fn view(event: Event) -> KubeletEvent {
+fn event_view(event: Event) -> KubeletEvent {
     KubeletEvent {
-        reason: cut(event.reason.as_deref().unwrap_or_default(), MAX_TEXT).to_owned(),
-        container: event.involved_object.field_path.as_deref().and_then(container),
-        message: cut(event.message.as_deref().unwrap_or_default(), MAX_TEXT).to_owned(),
+        reason: truncate(event.reason.as_deref().unwrap_or_default(), MAX_TEXT).to_owned(),
+        container: event.involved_object.field_path.as_deref().and_then(container_of_field_path),
+        message: truncate(event.message.as_deref().unwrap_or_default(), MAX_TEXT).to_owned(),
     }
 }
 
 /// The container's name in a path such as `spec.containers{web}`.
-fn container(field_path: &str) -> Option<String> {
+fn container_of_field_path(field_path: &str) -> Option<String> {
     let (list, name) = field_path.strip_suffix('}')?.split_once('{')?;
     let lists = ["spec.containers", "spec.initContainers", "spec.ephemeralContainers"];
     // A container's name is a DNS label.
@@ -65,7 +65,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn the_container_stands_in_the_field_path() {
+    fn the_container_name_is_read_from_the_field_path() {
         for (field_path, name) in [
             ("spec.containers{web}", Some("web")),
             ("spec.initContainers{migrate}", Some("migrate")),
@@ -77,7 +77,7 @@ mod tests {
             ("", None),
             (&format!("spec.containers{{{}}}", "x".repeat(64)), None),
         ] {
-            assert_eq!(container(field_path).as_deref(), name, "{field_path}");
+            assert_eq!(container_of_field_path(field_path).as_deref(), name, "{field_path}");
         }
     }
 
@@ -98,8 +98,8 @@ mod tests {
     }
 
     #[test]
-    fn long_texts_are_not_kept() {
+    fn a_long_event_message_is_truncated() {
         let event = Event { message: Some("é".repeat(MAX_TEXT)), ..Event::default() };
-        assert_eq!(view(event).message.len(), MAX_TEXT);
+        assert_eq!(event_view(event).message.len(), MAX_TEXT);
     }
 }

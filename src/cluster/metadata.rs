@@ -7,25 +7,25 @@ use kube::Api;
 use kube::api::GetParams;
 use serde::de::DeserializeOwned;
 
-use super::call::{Failure, PATIENCE, call};
+use super::api_error::{ApiError, REQUEST_TIMEOUT, call};
 
 /// From the API server's watch cache, which costs etcd nothing. The cache may be behind what made the caller ask: that an object is not
 /// there, or is another than the one with this UID, is believed of etcd alone.
-pub(super) async fn metadata<K>(api: &Api<K>, name: &str, uid: Option<&str>) -> Result<ObjectMeta, Failure>
+pub(super) async fn metadata<K>(api: &Api<K>, name: &str, uid: Option<&str>) -> Result<ObjectMeta, ApiError>
 where
     K: Clone + Debug + DeserializeOwned,
 {
     let ask = async |how: GetParams| {
-        let found = call(PATIENCE, api.get_metadata_with(name, &how)).await?.metadata;
+        let found = call(REQUEST_TIMEOUT, api.get_metadata_with(name, &how)).await?.metadata;
         match uid {
             Some(uid) if found.uid.as_deref() != Some(uid) => {
-                Err(Failure::NotFound("another object has its name".to_owned()))
+                Err(ApiError::NotFound("another object has its name".to_owned()))
             }
             _ => Ok(found),
         }
     };
     match ask(GetParams::any()).await {
-        Err(Failure::NotFound(_)) => ask(GetParams::default()).await,
+        Err(ApiError::NotFound(_)) => ask(GetParams::default()).await,
         answer => answer,
     }
 }

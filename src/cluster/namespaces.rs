@@ -6,34 +6,34 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::Namespace;
 use kube::{Api, Client};
 
-use super::cached::Cached;
 use super::metadata::metadata;
-use super::project::bounded;
+use super::pod_view::bounded_pairs;
+use super::response_cache::ResponseCache;
 use crate::ports::{ClusterError, NamespaceView};
 
 /// A changed annotation counts after this; the pods of one failing Deployment meanwhile share one request.
-const FRESH: Duration = Duration::from_secs(5);
+const CACHE_TTL: Duration = Duration::from_secs(5);
 
 /// Namespaces of the pods of one node: a few dozen.
-const MOST: usize = 1024;
+const MAX_NAMESPACES: usize = 1024;
 
 pub(super) struct Namespaces {
     client: Client,
-    cached: Cached<String, Arc<NamespaceView>>,
+    cache: ResponseCache<String, Arc<NamespaceView>>,
 }
 
 impl Namespaces {
     pub(super) fn new(client: Client) -> Self {
-        Self { client, cached: Cached::new(FRESH, MOST) }
+        Self { client, cache: ResponseCache::new(CACHE_TTL, MAX_NAMESPACES) }
     }
 
     pub(super) async fn namespace(&self, k8s_namespace: &str) -> Result<Arc<NamespaceView>, ClusterError> {
-        let ask = async {
+        let fetch = async {
             let found = metadata(&Api::<Namespace>::all(self.client.clone()), k8s_namespace, None).await?;
-            let labels = bounded(found.labels.unwrap_or_default());
-            Ok(Arc::new(NamespaceView { labels, annotations: bounded(found.annotations.unwrap_or_default()) }))
+            let labels = bounded_pairs(found.labels.unwrap_or_default());
+            Ok(Arc::new(NamespaceView { labels, annotations: bounded_pairs(found.annotations.unwrap_or_default()) }))
         };
-        let answer = self.cached.get(k8s_namespace.to_owned(), ask).await;
-        answer.map_err(|failure| failure.about(&format!("namespace {k8s_namespace}")))
+        let answer = self.cache.get(k8s_namespace.to_owned(), fetch).await;
+        answer.map_err(|failure| failure.into_cluster_error(&format!("namespace {k8s_namespace}")))
     }
 }

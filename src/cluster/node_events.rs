@@ -10,7 +10,7 @@ use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::json;
 
-use super::call::{Failure, PATIENCE, call, cut};
+use super::api_error::{ApiError, REQUEST_TIMEOUT, call, truncate};
 use super::events::{COMPONENT, MAX_NAME, MAX_NOTE};
 use crate::model::NodeName;
 use crate::ports::{ClusterError, NodeReport};
@@ -23,7 +23,7 @@ const NAMESPACE: &str = "default";
 pub(super) async fn report(client: &Client, node: &NodeName, report: &NodeReport) -> Result<(), ClusterError> {
     let api = Api::<Event>::namespaced(client.clone(), NAMESPACE);
     let NodeReport { kind, note } = report;
-    let (name, note, now) = (event_name(node, kind.reason()), cut(note, MAX_NOTE), Timestamp::now());
+    let (name, note, now) = (event_name(node, kind.reason()), truncate(note, MAX_NOTE), Timestamp::now());
     let text = |text: &str| Some(text.to_owned());
     let event = Event {
         metadata: ObjectMeta { name: text(&name), namespace: text(NAMESPACE), ..ObjectMeta::default() },
@@ -45,20 +45,20 @@ pub(super) async fn report(client: &Client, node: &NodeName, report: &NodeReport
         count: Some(1),
         ..Event::default()
     };
-    let written = match call(PATIENCE, api.create(&PostParams::default(), &event)).await {
-        Err(Failure::Conflict(_)) => {
+    let written = match call(REQUEST_TIMEOUT, api.create(&PostParams::default(), &event)).await {
+        Err(ApiError::Conflict(_)) => {
             let patch = Patch::Merge(json!({ "message": note, "lastTimestamp": Time(now) }));
-            call(PATIENCE, api.patch(&name, &PatchParams::default(), &patch)).await
+            call(REQUEST_TIMEOUT, api.patch(&name, &PatchParams::default(), &patch)).await
         }
         created => created,
     };
-    written.map(drop).map_err(|failure| failure.about(&format!("namespace {NAMESPACE}")))
+    written.map(drop).map_err(|failure| failure.into_cluster_error(&format!("namespace {NAMESPACE}")))
 }
 
 /// The name of the node's only Event of this reason. A long node name is cut; what is left must not
 /// end with a dot or dash.
 fn event_name(node: &NodeName, reason: &str) -> String {
     let suffix = format!(".lighterman.{}", reason.to_ascii_lowercase());
-    let node = cut(node.as_str(), MAX_NAME - suffix.len()).trim_end_matches(['.', '-']);
+    let node = truncate(node.as_str(), MAX_NAME - suffix.len()).trim_end_matches(['.', '-']);
     format!("{node}{suffix}")
 }

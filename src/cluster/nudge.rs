@@ -6,7 +6,7 @@ use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use serde_json::json;
 
-use super::call::{PATIENCE, call};
+use super::api_error::{REQUEST_TIMEOUT, call};
 use crate::model::PodRef;
 use crate::ports::ClusterError;
 
@@ -23,6 +23,6 @@ pub(super) async fn nudge(client: &Client, pod: &PodRef) -> Result<(), ClusterEr
     // syncs changed pods. The policy permits a time of this form, in UTC.
     let now = format!("{:.9}", Timestamp::now());
     let patch = Patch::Merge(json!({ "metadata": { "uid": pod.uid, "annotations": { ANNOTATION: now } } }));
-    let answer = call(PATIENCE, pods.patch_status(&pod.name, &PatchParams::default(), &patch)).await;
-    answer.map(drop).map_err(|failure| failure.about(&format!("pod {pod}")))
+    let answer = call(REQUEST_TIMEOUT, pods.patch_status(&pod.name, &PatchParams::default(), &patch)).await;
+    answer.map(drop).map_err(|failure| failure.into_cluster_error(&format!("pod {pod}")))
 }

@@ -7,8 +7,8 @@ use k8s_openapi::api::apps::v1::DaemonSet;
 use kube::Api;
 use kube::api::GetParams;
 
-use super::call::{Failure, PATIENCE, call, is_name};
-use super::{KubeCluster, Own};
+use super::api_error::{ApiError, REQUEST_TIMEOUT, call, is_object_name};
+use super::{AgentPod, KubeCluster};
 use crate::decide::own_image::{MAX_IMAGES, OwnImages};
 use crate::model::{ContainerKind, Owner, PodView};
 use crate::oci::Reference;
@@ -16,39 +16,42 @@ use crate::ports::{ClusterError, OwnDaemonSet, PodEvent};
 
 /// The agent's own pod, as the watch of this node's pods showed it last.
 #[derive(Default)]
-pub(super) struct OwnPod(Mutex<Option<Seen>>);
+pub(super) struct OwnPodTracker(Mutex<Option<OwnPodSnapshot>>);
 
 #[derive(Clone)]
-struct Seen {
+struct OwnPodSnapshot {
     images: OwnImages,
     owner: Option<Owner>,
 }
 
-impl OwnPod {
-    pub(super) fn follow(&self, own: &Own, event: &PodEvent) {
-        if let PodEvent::Seen(view) = event
-            && is_own(own, view)
+impl OwnPodTracker {
+    pub(super) fn apply_event(&self, own: &AgentPod, event: &PodEvent) {
+        if let PodEvent::Applied(view) = event
+            && is_agent_pod(own, view)
         {
-            *self.lock() = Some(Seen::of(view));
+            *self.lock() = Some(OwnPodSnapshot::from_view(view));
         }
     }
 
-    fn seen(&self) -> Option<Seen> {
+    fn snapshot(&self) -> Option<OwnPodSnapshot> {
         self.lock().clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Seen>> {
+    fn lock(&self) -> MutexGuard<'_, Option<OwnPodSnapshot>> {
         self.0.lock().expect("nothing panics while holding it")
     }
 }
 
-fn is_own(Own { node: _, k8s_namespace, pod_name, pod_uid, service_account: _ }: &Own, view: &PodView) -> bool {
+fn is_agent_pod(
+    AgentPod { node: _, k8s_namespace, pod_name, pod_uid, service_account: _ }: &AgentPod,
+    view: &PodView,
+) -> bool {
     let pod = &view.pod;
     pod.k8s_namespace == *k8s_namespace && pod.name == *pod_name && pod_uid.as_ref().is_none_or(|uid| *uid == pod.uid)
 }
 
-impl Seen {
-    fn of(view: &PodView) -> Self {
+impl OwnPodSnapshot {
+    fn from_view(view: &PodView) -> Self {
         // An ephemeral container is a person's, and ends with this pod.
         let containers = view.containers.iter().filter(|container| container.kind != ContainerKind::Ephemeral);
         let images = containers.filter_map(|container| container.image.parse().ok()).take(MAX_IMAGES);
@@ -61,34 +64,34 @@ impl Seen {
 #[async_trait]
 impl OwnDaemonSet for KubeCluster {
     async fn own_images(&self) -> Result<OwnImages, ClusterError> {
-        let Some(Seen { images, owner }) = self.own_pod.seen() else { return Ok(OwnImages::default()) };
+        let Some(OwnPodSnapshot { images, owner }) = self.own_pod.snapshot() else { return Ok(OwnImages::default()) };
         let Some(owner) = owner.filter(is_daemonset) else { return Ok(images) };
-        let name = format!("DaemonSet {}/{}", self.own.k8s_namespace, owner.name);
+        let name = format!("DaemonSet {}/{}", self.agent_pod.k8s_namespace, owner.name);
         match self.daemonset(&owner).await {
-            Ok(daemonset) => Ok(OwnImages { template: daemonset.map(template), ..images }),
-            Err(failure) => Err(failure.about(&name)),
+            Ok(daemonset) => Ok(OwnImages { template: daemonset.map(template_images), ..images }),
+            Err(failure) => Err(failure.into_cluster_error(&name)),
         }
     }
 }
 
 fn is_daemonset(owner: &Owner) -> bool {
-    owner.kind == "DaemonSet" && owner.api_version.starts_with("apps/") && is_name(&owner.name)
+    owner.kind == "DaemonSet" && owner.api_version.starts_with("apps/") && is_object_name(&owner.name)
 }
 
 impl KubeCluster {
     /// From the API server's watch cache. `None` where the owner is gone, or another DaemonSet has
     /// its name: this pod then has no next image.
-    async fn daemonset(&self, owner: &Owner) -> Result<Option<DaemonSet>, Failure> {
-        let daemonsets = Api::<DaemonSet>::namespaced(self.client.clone(), &self.own.k8s_namespace);
-        match call(PATIENCE, daemonsets.get_with(&owner.name, &GetParams::any())).await {
+    async fn daemonset(&self, owner: &Owner) -> Result<Option<DaemonSet>, ApiError> {
+        let daemonsets = Api::<DaemonSet>::namespaced(self.client.clone(), &self.agent_pod.k8s_namespace);
+        match call(REQUEST_TIMEOUT, daemonsets.get_with(&owner.name, &GetParams::any())).await {
             Ok(found) => Ok(Some(found).filter(|found| found.metadata.uid.as_ref() == Some(&owner.uid))),
-            Err(Failure::NotFound(_)) => Ok(None),
+            Err(ApiError::NotFound(_)) => Ok(None),
             Err(failure) => Err(failure),
         }
     }
 }
 
-fn template(daemonset: DaemonSet) -> std::collections::BTreeSet<Reference> {
+fn template_images(daemonset: DaemonSet) -> std::collections::BTreeSet<Reference> {
     let pod = daemonset.spec.and_then(|spec| spec.template.spec).unwrap_or_default();
     let containers = pod.init_containers.into_iter().flatten().chain(pod.containers);
     let images = containers.filter_map(|container| container.image?.parse().ok());
@@ -100,7 +103,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::cluster::project::project;
+    use crate::cluster::pod_view::pod_view;
 
     fn pod(name: &str, uid: &str) -> PodEvent {
         let owner =
@@ -114,11 +117,11 @@ mod tests {
                 "imagePullSecrets": [{"name": "key"}],
             },
         });
-        PodEvent::Seen(Box::new(project(serde_json::from_value(pod).unwrap()).unwrap()))
+        PodEvent::Applied(Box::new(pod_view(serde_json::from_value(pod).unwrap()).unwrap()))
     }
 
-    fn own(uid: Option<&str>) -> Own {
-        Own {
+    fn own(uid: Option<&str>) -> AgentPod {
+        AgentPod {
             node: "n1".parse().unwrap(),
             k8s_namespace: "lighterman".into(),
             pod_name: "lighterman-abcde".into(),
@@ -128,10 +131,10 @@ mod tests {
     }
 
     #[test]
-    fn the_own_pods_images_and_secrets_are_taken_and_no_persons_debug_image() {
-        let seen = OwnPod::default();
-        seen.follow(&own(Some("a")), &pod("lighterman-abcde", "a"));
-        let Seen { images, owner } = seen.seen().unwrap();
+    fn the_agent_pods_images_and_secrets_are_read_without_ephemeral_containers() {
+        let seen = OwnPodTracker::default();
+        seen.apply_event(&own(Some("a")), &pod("lighterman-abcde", "a"));
+        let OwnPodSnapshot { images, owner } = seen.snapshot().unwrap();
         let names: Vec<_> = images.current.iter().map(ToString::to_string).collect();
         assert_eq!(names, ["r.test/init:1", "r.test/lighterman:v1"]);
         assert_eq!(images.pull_secrets, [("lighterman".to_owned(), "key".to_owned())]);
@@ -139,17 +142,17 @@ mod tests {
     }
 
     #[test]
-    fn another_pod_of_the_daemonset_is_not_the_own_pod() {
-        let seen = OwnPod::default();
-        seen.follow(&own(Some("a")), &pod("lighterman-other", "a"));
-        seen.follow(&own(Some("a")), &pod("lighterman-abcde", "b"));
-        assert!(seen.seen().is_none());
-        seen.follow(&own(None), &pod("lighterman-abcde", "b"));
-        assert!(seen.seen().is_some(), "without a UID the name counts");
+    fn another_pod_of_the_daemonset_is_not_the_agent_pod() {
+        let seen = OwnPodTracker::default();
+        seen.apply_event(&own(Some("a")), &pod("lighterman-other", "a"));
+        seen.apply_event(&own(Some("a")), &pod("lighterman-abcde", "b"));
+        assert!(seen.snapshot().is_none());
+        seen.apply_event(&own(None), &pod("lighterman-abcde", "b"));
+        assert!(seen.snapshot().is_some(), "without a UID the name counts");
     }
 
     #[test]
-    fn a_template_names_init_containers_too_and_a_bounded_number() {
+    fn template_images_include_init_containers_and_are_bounded() {
         let many: Vec<_> =
             (0..40).map(|n| json!({"name": format!("c{n}"), "image": format!("r.test/c:{n:02}")})).collect();
         let daemonset = |containers| {
@@ -157,7 +160,7 @@ mod tests {
             let spec = json!({"selector": {}, "template": {"spec": pod}});
             serde_json::from_value(json!({"metadata": {}, "spec": spec})).unwrap()
         };
-        let names = |daemonset| template(daemonset).iter().map(ToString::to_string).collect::<Vec<_>>();
+        let names = |daemonset| template_images(daemonset).iter().map(ToString::to_string).collect::<Vec<_>>();
         let agent = json!([{"name": "agent", "image": "r.test/lighterman:v2"}, {"name": "none"}, {"name": "bad", "image": "A B"}]);
         assert_eq!(names(daemonset(agent)), ["r.test/init:1", "r.test/lighterman:v2"]);
         assert_eq!(names(daemonset(json!(many))).len(), MAX_IMAGES);

@@ -10,9 +10,9 @@ use kube::api::PostParams;
 use kube::core::request::Error;
 use tokio::time::Instant;
 
-use super::Own;
-use super::call::Failure;
-use super::kept::KeptToken;
+use super::AgentPod;
+use super::admission_file::StoredToken;
+use super::api_error::ApiError;
 use crate::credential::token::MAX_LIFE;
 use crate::model::{Credential, PeerId};
 
@@ -21,50 +21,56 @@ use crate::model::{Credential, PeerId};
 const MIN_LIFE: Duration = Duration::from_secs(600);
 
 /// A token, and until when it is worth showing, by this machine's own monotonic clock.
-pub(super) struct Token {
+pub(super) struct AgentToken {
     pub(super) credential: Credential,
-    at: Instant,
+    obtained_at: Instant,
     /// What was left of its life then; or how long it had been over.
-    left: Duration,
-    over: Duration,
+    remaining: Duration,
+    overdue: Duration,
     /// Its end by the other clock, since 1970.
-    until: Duration,
+    expires: Duration,
 }
 
-impl Token {
+impl AgentToken {
     /// One that was asked for at `asked`, which was `asked_at` since 1970, for so long.
-    pub(super) fn new(token: String, asked: Instant, asked_at: Duration, life: Duration) -> Self {
+    pub(super) fn new(token: String, sent: Instant, sent_at: Duration, life: Duration) -> Self {
         let credential = Credential::new(token);
-        Self { credential, at: asked, left: life, over: Duration::ZERO, until: asked_at + life }
+        Self { credential, obtained_at: sent, remaining: life, overdue: Duration::ZERO, expires: sent_at + life }
     }
 
     /// The one that was kept, if it is this key's and this pod's.
-    pub(super) fn found_again(kept: KeptToken, peer: PeerId, own: &Own, now: Duration) -> Option<Self> {
+    pub(super) fn from_stored(kept: StoredToken, peer: PeerId, own: &AgentPod, now: Duration) -> Option<Self> {
         let until = Duration::from_secs(kept.until);
         let (left, over) = (until.saturating_sub(now), now.saturating_sub(until));
-        let is_own = kept.peer == peer.to_string() && kept.pod == pod_of(own) && left <= MAX_LIFE;
-        is_own.then(|| Self { credential: Credential::new(kept.token), at: Instant::now(), left, over, until })
+        let is_own = kept.peer == peer.to_string() && kept.pod == pod_key(own) && left <= MAX_LIFE;
+        is_own.then(|| Self {
+            credential: Credential::new(kept.token),
+            obtained_at: Instant::now(),
+            remaining: left,
+            overdue: over,
+            expires: until,
+        })
     }
 
-    pub(super) fn to_keep(&self, peer: PeerId, own: &Own) -> KeptToken {
+    pub(super) fn to_stored(&self, peer: PeerId, own: &AgentPod) -> StoredToken {
         let token = self.credential.expose().to_owned();
-        KeptToken { peer: peer.to_string(), pod: pod_of(own), token, until: self.until.as_secs() }
+        StoredToken { peer: peer.to_string(), pod: pod_key(own), token, until: self.expires.as_secs() }
     }
 
     /// Since when it has been over, if it is.
-    pub(super) fn over(&self) -> Option<Duration> {
-        (self.at.elapsed() + self.over).checked_sub(self.left)
+    pub(super) fn expired_for(&self) -> Option<Duration> {
+        (self.obtained_at.elapsed() + self.overdue).checked_sub(self.remaining)
     }
 }
 
 /// The UID, or the name where it is not told.
-fn pod_of(own: &Own) -> String {
+fn pod_key(own: &AgentPod) -> String {
     own.pod_uid.clone().unwrap_or_else(|| own.pod_name.clone())
 }
 
 /// Asks for a token for this key, bound to this pod.
-pub(super) fn request(own: &Own, peer: PeerId) -> Result<Request<Vec<u8>>, Error> {
-    let question = TokenRequest {
+pub(super) fn token_request(own: &AgentPod, peer: PeerId) -> Result<Request<Vec<u8>>, Error> {
+    let payload = TokenRequest {
         spec: TokenRequestSpec {
             audiences: vec![peer.to_string()],
             bound_object_ref: Some(BoundObjectReference {
@@ -78,17 +84,17 @@ pub(super) fn request(own: &Own, peer: PeerId) -> Result<Request<Vec<u8>>, Error
         ..TokenRequest::default()
     };
     let accounts = ServiceAccount::url_path(&(), Some(&own.k8s_namespace));
-    let body = serde_json::to_vec(&question).map_err(Error::SerializeBody)?;
+    let body = serde_json::to_vec(&payload).map_err(Error::SerializeBody)?;
     kube::core::Request::new(accounts).create_subresource("token", &own.service_account, &PostParams::default(), body)
 }
 
 /// What the API server granted, and for how long.
-pub(super) fn granted(answer: &str) -> Result<(String, Duration), Failure> {
+pub(super) fn parse_granted(answer: &str) -> Result<(String, Duration), ApiError> {
     let granted = serde_json::from_str::<TokenRequest>(answer).ok();
     let granted = granted.and_then(|granted| Some((granted.status?.token, granted.spec.expiration_seconds)));
     // The answer holds a token, so its text goes nowhere.
     let (token, seconds) =
-        granted.ok_or_else(|| Failure::Other("the API server's answer holds no token".to_owned()))?;
+        granted.ok_or_else(|| ApiError::Other("the API server's answer holds no token".to_owned()))?;
     let seconds = seconds.and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or(MAX_LIFE.as_secs());
     Ok((token, Duration::from_secs(seconds).clamp(MIN_LIFE, MAX_LIFE)))
 }

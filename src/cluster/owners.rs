@@ -11,19 +11,19 @@ use k8s_openapi::api::core::v1::ReplicationController;
 use kube::api::{ApiResource, DynamicObject};
 use kube::{Api, Client};
 
-use super::cached::Cached;
-use super::call::{Failure, is_name};
+use super::api_error::{ApiError, is_object_name};
 use super::metadata::metadata;
-use super::project::{bounded, controller};
+use super::pod_view::{bounded_pairs, controlling_owner};
+use super::response_cache::ResponseCache;
 use crate::model::Owner;
 use crate::ports::{Annotations, ClusterError};
 
 /// A changed annotation counts after this, longer than a namespace's: whoever opts in one workload rolls it out anew, which makes
 /// another ReplicaSet and another question.
-const FRESH: Duration = Duration::from_secs(30);
+const CACHE_TTL: Duration = Duration::from_secs(30);
 
 /// Owners of the pods of one node: two for each of 110 pods, rounded up.
-const MOST: usize = 512;
+const MAX_OWNERS: usize = 512;
 
 /// Kubernetes' own kinds are two on top of each other (CronJob and Job, Deployment and ReplicaSet). References can be written by
 /// anybody and lead in a circle.
@@ -32,21 +32,21 @@ const MAX_DEPTH: usize = 4;
 pub(super) struct Owners {
     client: Client,
     /// By namespace and reference, so that another object of the same name is another question.
-    cached: Cached<(String, Owner), Arc<Found>>,
+    cache: ResponseCache<(String, Owner), Arc<OwnerMetadata>>,
 }
 
-struct Found {
+struct OwnerMetadata {
     annotations: Arc<Annotations>,
     owner: Option<Owner>,
 }
 
 impl Owners {
     pub(super) fn new(client: Client) -> Self {
-        Self { client, cached: Cached::new(FRESH, MOST) }
+        Self { client, cache: ResponseCache::new(CACHE_TTL, MAX_OWNERS) }
     }
 
     /// The owner's annotations and those of the owners above it, the nearest first.
-    pub(super) async fn upwards(
+    pub(super) async fn ancestor_annotations(
         &self,
         k8s_namespace: &str,
         owner: &Owner,
@@ -54,32 +54,42 @@ impl Owners {
         let mut annotations = Vec::new();
         let mut next = Some(owner.clone());
         while let Some(owner) = next.take().filter(|_| annotations.len() < MAX_DEPTH) {
-            let Some(resource) = resource(&owner) else { break };
-            let ask = self.ask(k8s_namespace, &owner, &resource);
-            match self.cached.get((k8s_namespace.to_owned(), owner.clone()), ask).await {
+            let Some(resource) = api_resource(&owner) else { break };
+            let fetch = self.fetch_owner(k8s_namespace, &owner, &resource);
+            match self.cache.get((k8s_namespace.to_owned(), owner.clone()), fetch).await {
                 Ok(found) => {
                     annotations.push(found.annotations.clone());
                     next.clone_from(&found.owner);
                 }
-                Err(Failure::NotFound(_)) => break,
-                Err(failure) => return Err(failure.about(&format!("{} {k8s_namespace}/{}", owner.kind, owner.name))),
+                Err(ApiError::NotFound(_)) => break,
+                Err(failure) => {
+                    return Err(failure.into_cluster_error(&format!("{} {k8s_namespace}/{}", owner.kind, owner.name)));
+                }
             }
         }
         Ok(annotations)
     }
 
-    async fn ask(&self, k8s_namespace: &str, owner: &Owner, resource: &ApiResource) -> Result<Arc<Found>, Failure> {
+    async fn fetch_owner(
+        &self,
+        k8s_namespace: &str,
+        owner: &Owner,
+        resource: &ApiResource,
+    ) -> Result<Arc<OwnerMetadata>, ApiError> {
         let owners = Api::<DynamicObject>::namespaced_with(self.client.clone(), k8s_namespace, resource);
         let found = metadata(&owners, &owner.name, Some(&owner.uid)).await?;
-        let owner = controller(found.owner_references.unwrap_or_default());
-        Ok(Arc::new(Found { annotations: Arc::new(bounded(found.annotations.unwrap_or_default())), owner }))
+        let owner = controlling_owner(found.owner_references.unwrap_or_default());
+        Ok(Arc::new(OwnerMetadata {
+            annotations: Arc::new(bounded_pairs(found.annotations.unwrap_or_default())),
+            owner,
+        }))
     }
 }
 
 /// Where the owner is to be had; `None` when it is of no kind that makes pods, or of no name that an object can have.
 ///
 /// Objects of an older version of the same group are the same objects.
-fn resource(owner: &Owner) -> Option<ApiResource> {
+fn api_resource(owner: &Owner) -> Option<ApiResource> {
     let group = owner.api_version.split_once('/').map_or("", |(group, _)| group);
     let resource = match (group, owner.kind.as_str()) {
         ("apps", "DaemonSet") => ApiResource::erase::<DaemonSet>(&()),
@@ -91,7 +101,7 @@ fn resource(owner: &Owner) -> Option<ApiResource> {
         ("", "ReplicationController") => ApiResource::erase::<ReplicationController>(&()),
         _ => return None,
     };
-    is_name(&owner.name).then_some(resource)
+    is_object_name(&owner.name).then_some(resource)
 }
 
 #[cfg(test)]
@@ -99,10 +109,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_kinds_that_make_pods_are_asked_for() {
+    fn only_owners_of_kinds_that_create_pods_are_fetched() {
         let path = |api_version: &str, kind: &str, name: &str| {
             let [api_version, kind, name] = [api_version, kind, name].map(str::to_owned);
-            let found = resource(&Owner { api_version, kind, name, uid: "u".to_owned() })?;
+            let found = api_resource(&Owner { api_version, kind, name, uid: "u".to_owned() })?;
             Some(format!("{} {}", found.api_version, found.plural))
         };
         for (api_version, kind, found) in [

@@ -12,7 +12,7 @@ use kube::core::Request;
 use kube::{Client, Resource};
 use serde_json::{Value, json};
 
-use super::call::{PATIENCE, call, is_name};
+use super::api_error::{REQUEST_TIMEOUT, call, is_object_name};
 use crate::ports::{ClusterError, PullSecret};
 
 /// Credentials of one registry are a few KiB at most (a cloud's key, encoded twice), so this is a dozen registries. A Secret may hold 1 MiB.
@@ -20,13 +20,15 @@ const MAX_BYTES: usize = 64 << 10;
 
 pub(super) async fn pull_secret(client: &Client, k8s_namespace: &str, name: &str) -> Result<PullSecret, ClusterError> {
     let what = format!("secret {k8s_namespace}/{name}");
-    if !is_name(name) {
+    if !is_object_name(name) {
         return Err(ClusterError::Gone(what));
     }
     // Not from the watch cache: a password that has just been replaced is no use.
     let request = Request::new(Secret::url_path(&(), Some(k8s_namespace))).get(name, &GetParams::default());
     let request = request.map_err(|error| ClusterError::Other(format!("{what}: {error}")))?;
-    let answer = call(PATIENCE, client.request_text(request)).await.map_err(|failure| failure.about(&what))?;
+    let answer = call(REQUEST_TIMEOUT, client.request_text(request))
+        .await
+        .map_err(|failure| failure.into_cluster_error(&what))?;
     let secret = serde_json::from_str::<Secret>(&answer)
         .map_err(|_| ClusterError::Other(format!("{what}: the API server's answer is no Secret")))?;
     docker_config(secret).map_err(|reason| ClusterError::Other(format!("{what} {reason}")))
@@ -36,9 +38,9 @@ pub(super) async fn pull_secret(client: &Client, k8s_namespace: &str, name: &str
 fn docker_config(secret: Secret) -> Result<PullSecret, &'static str> {
     let mut data = secret.data.unwrap_or_default();
     match secret.type_.as_deref() {
-        Some("kubernetes.io/dockerconfigjson") => take(&mut data, ".dockerconfigjson").map(PullSecret),
+        Some("kubernetes.io/dockerconfigjson") => take_key(&mut data, ".dockerconfigjson").map(PullSecret),
         Some("kubernetes.io/dockercfg") => {
-            let auths = take(&mut data, ".dockercfg")?;
+            let auths = take_key(&mut data, ".dockercfg")?;
             match serde_json::from_slice(&auths) {
                 Ok(auths @ Value::Object(_)) => Ok(PullSecret(json!({ "auths": auths }).to_string().into_bytes())),
                 _ => Err("holds a .dockercfg that is no JSON object"),
@@ -48,7 +50,7 @@ fn docker_config(secret: Secret) -> Result<PullSecret, &'static str> {
     }
 }
 
-fn take(data: &mut BTreeMap<String, ByteString>, key: &str) -> Result<Vec<u8>, &'static str> {
+fn take_key(data: &mut BTreeMap<String, ByteString>, key: &str) -> Result<Vec<u8>, &'static str> {
     match data.remove(key) {
         Some(ByteString(bytes)) if bytes.len() <= MAX_BYTES => Ok(bytes),
         Some(_) => Err("is larger than 64 KiB"),
@@ -76,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_refused_with_a_reason() {
+    fn a_secret_of_another_type_or_shape_is_refused_with_a_reason() {
         let (json, old) = ("kubernetes.io/dockerconfigjson", "kubernetes.io/dockercfg");
         for (type_, key, content, reason) in [
             ("Opaque", ".dockerconfigjson", &b"{}"[..], "is no pull secret"),

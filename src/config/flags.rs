@@ -8,14 +8,14 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, ValueEnum};
 
 use self::retain::{FetchKind, RetainKind};
-use super::rules_file::quantity;
-use crate::decide::bucket::MIN_RATE;
+use super::policy_file::quantity;
 use crate::decide::fill::RATE;
 use crate::decide::opt_in::Trigger;
+use crate::decide::policy::STALLED_AFTER;
 use crate::decide::retain::RetainBytes;
-use crate::decide::rules::STALLED_AFTER;
 use crate::decide::selector::{Selector, SelectorError};
 use crate::decide::tag::TagPolicy;
+use crate::decide::token_bucket::MIN_RATE;
 use crate::model::{NodeName, PeerId, Zone};
 
 /// Flags of `lighterman agent`. Each can be set as `LIGHTERMAN_<FLAG>` in the environment; a flag wins.
@@ -147,11 +147,11 @@ pub struct AgentArgs {
 
     /// Further namespaces that are left alone, by their labels (as in: tier=secret,!shared)
     #[arg(long, env = "LIGHTERMAN_DENIED_NAMESPACE_SELECTOR", value_name = "SELECTOR", default_value = "", hide_default_value = true, value_parser = selector)]
-    pub(super) denied_namespace_selector: Choice<Selector>,
+    pub(super) denied_namespace_selector: OptionalFlag<Selector>,
 
     /// Namespaces that may opt in although they are denied, by their labels
     #[arg(long, env = "LIGHTERMAN_ALLOWED_NAMESPACE_SELECTOR", value_name = "SELECTOR", default_value = "", hide_default_value = true, value_parser = selector)]
-    pub(super) allowed_namespace_selector: Choice<Selector>,
+    pub(super) allowed_namespace_selector: OptionalFlag<Selector>,
 
     /// Causes that are acted on (separate with commas): unavailable, rate-limited, not-found, bad-bytes (the registry sends wrong
     /// bytes), storage-denied (403 of its storage), proxy (a proxy refuses), denied (401 or 403), never (imagePullPolicy Never)
@@ -324,10 +324,10 @@ pub enum AdmissionKind {
 
 /// A selector, or none where the text is empty: the chart sets every variable.
 #[derive(Debug, Clone)]
-pub(super) struct Choice<T>(pub(super) Option<T>);
+pub(super) struct OptionalFlag<T>(pub(super) Option<T>);
 
-fn selector(text: &str) -> Result<Choice<Selector>, SelectorError> {
-    Ok(Choice((!text.is_empty()).then(|| text.parse()).transpose()?))
+fn selector(text: &str) -> Result<OptionalFlag<Selector>, SelectorError> {
+    Ok(OptionalFlag((!text.is_empty()).then(|| text.parse()).transpose()?))
 }
 
 fn retain_bytes(text: &str) -> Result<RetainBytes, String> {

@@ -15,24 +15,24 @@ use containerd_client::services::v1::introspection_client::IntrospectionClient;
 use tokio::task::spawn_blocking;
 
 use super::ContainerdStore;
-use crate::decide::silence::{Connection, Connections};
+use crate::decide::stalled_connections::{TcpConnection, TcpConnections};
 use crate::ports::{ConnectionsError, PullConnections};
 
 #[async_trait]
 impl PullConnections for ContainerdStore {
-    async fn connections(&self) -> Result<Connections, ConnectionsError> {
+    async fn connections(&self) -> Result<TcpConnections, ConnectionsError> {
         let pid = self.pid().await?;
-        let Some(root) = self.state.lookout.host_root() else {
-            return Err(ConnectionsError::NotTold("the node's root file system is not mounted".into()));
+        let Some(root) = self.state.introspection.host_root() else {
+            return Err(ConnectionsError::Indistinguishable("the node's root file system is not mounted".into()));
         };
         blocking(move || {
-            let cgroup = cgroup::of_containerd(&root, pid).map_err(ConnectionsError::NotTold)?;
+            let cgroup = cgroup::containerd_cgroup(&root, pid).map_err(ConnectionsError::Indistinguishable)?;
             Ok(sock_diag::list(cgroup)?)
         })
         .await
     }
 
-    async fn end(&self, connection: &Connection) -> Result<bool, ConnectionsError> {
+    async fn end(&self, connection: &TcpConnection) -> Result<bool, ConnectionsError> {
         let connection = *connection;
         blocking(move || Ok(sock_diag::destroy(&connection)?)).await
     }
@@ -42,7 +42,7 @@ impl ContainerdStore {
     /// containerd's process ID, in the node's own numbers.
     async fn pid(&self) -> Result<u64, ConnectionsError> {
         let mut client = IntrospectionClient::new(self.link.channel());
-        let answer = self.link.call(client.server(())).await.map_err(|status| self.link.failed(&status))?;
+        let answer = self.link.call(client.server(())).await.map_err(|status| self.link.store_error(&status))?;
         Ok(answer.pid)
     }
 }

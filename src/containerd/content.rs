@@ -8,13 +8,13 @@ use containerd_client::tonic::{Code, Status};
 use tokio::task::spawn_blocking;
 
 use super::ContainerdStore;
-use super::labels::{additions, has_children, sources};
-use super::link::within;
+use super::client::with_deadline;
+use super::labels::{has_children, missing_labels, sources};
 use super::reader::ApiReader;
 use super::writer::MESSAGE_DEADLINE;
 use crate::files::{FileReader, blob_path};
 use crate::oci::Digest;
-use crate::ports::{BlobInfo, BlobReader, Remembered, StoreError};
+use crate::ports::{BlobInfo, BlobMetadata, BlobReader, StoreError};
 
 impl ContainerdStore {
     pub(super) async fn find_blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
@@ -22,24 +22,24 @@ impl ContainerdStore {
         let file = match self.content_root().await? {
             Some(root) => {
                 let (digest, size) = (blob.digest, blob.size);
-                blocking(move || File::of(&root, digest, size)).await?
+                blocking(move || BlobFile::of(&root, digest, size)).await?
             }
-            None => File::Unseen,
+            None => BlobFile::NotVisible,
         };
         let whole = match file {
-            File::Whole => true,
-            File::OfAnotherSize => false,
-            File::Unseen => self.is_readable(&blob).await?,
+            BlobFile::Whole => true,
+            BlobFile::OtherSize => false,
+            BlobFile::NotVisible => self.is_readable(&blob).await?,
         };
         Ok(whole.then_some(blob))
     }
 
     pub(super) async fn list_blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
-        let failed = |status: Status| self.link.failed(&status);
+        let failed = |status: Status| self.link.store_error(&status);
         let request = self.link.request(ListContentRequest { filters: Vec::new() });
         let mut answers = self.link.call(self.link.content().list(request)).await.map_err(failed)?;
         let mut blobs = Vec::new();
-        while let Some(answer) = within(MESSAGE_DEADLINE, answers.message()).await.map_err(failed)? {
+        while let Some(answer) = with_deadline(MESSAGE_DEADLINE, answers.message()).await.map_err(failed)? {
             blobs.extend(answer.info.iter().filter_map(blob_info));
         }
         self.without_damaged(blobs).await
@@ -58,10 +58,10 @@ impl ContainerdStore {
     }
 
     /// Adds labels and touches no other.
-    pub(super) async fn add_labels(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
-        let _alone = self.state.remembering.lock().await;
+    pub(super) async fn add_labels(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError> {
+        let _alone = self.state.label_lock.lock().await;
         let info = self.info(digest).await?.ok_or(StoreError::Absent(digest))?;
-        let labels = additions(&info.labels, remembered);
+        let labels = missing_labels(&info.labels, remembered);
         if labels.is_empty() {
             return Ok(());
         }
@@ -70,7 +70,7 @@ impl ContainerdStore {
         let mut update = UpdateRequest { info: Some(info), update_mask: None };
         update.update_mask.get_or_insert_default().paths = paths;
         let updated = self.link.call(self.link.content().update(self.link.request(update))).await;
-        updated.map(|_| ()).map_err(|status| self.link.failed_for(digest, &status))
+        updated.map(|_| ()).map_err(|status| self.link.blob_error(digest, &status))
     }
 
     pub(super) async fn info(&self, digest: Digest) -> Result<Option<Info>, StoreError> {
@@ -78,7 +78,7 @@ impl ContainerdStore {
         match self.link.call(self.link.content().info(request)).await {
             Ok(answer) => Ok(answer.info),
             Err(status) if status.code() == Code::NotFound => Ok(None),
-            Err(status) => Err(self.link.failed_for(digest, &status)),
+            Err(status) => Err(self.link.blob_error(digest, &status)),
         }
     }
 
@@ -88,10 +88,10 @@ impl ContainerdStore {
         let look = move || {
             let (mut whole, mut unseen) = (Vec::new(), Vec::new());
             for blob in blobs {
-                match File::of(&root, blob.digest, blob.size) {
-                    File::Whole => whole.push(blob),
-                    File::Unseen => unseen.push(blob),
-                    File::OfAnotherSize => {}
+                match BlobFile::of(&root, blob.digest, blob.size) {
+                    BlobFile::Whole => whole.push(blob),
+                    BlobFile::NotVisible => unseen.push(blob),
+                    BlobFile::OtherSize => {}
                 }
             }
             (whole, unseen)
@@ -123,21 +123,21 @@ impl ContainerdStore {
 }
 
 /// What a look at a blob's file tells.
-enum File {
+enum BlobFile {
     /// It has the size that containerd's record gives. Its bytes were not looked at.
     Whole,
     /// It has another one.
-    OfAnotherSize,
+    OtherSize,
     /// It is not there, or the folder is not containerd's.
-    Unseen,
+    NotVisible,
 }
 
-impl File {
+impl BlobFile {
     fn of(root: &Path, digest: Digest, size: u64) -> Self {
         match std::fs::metadata(blob_path(root, digest)) {
             Ok(file) if file.len() == size => Self::Whole,
-            Ok(_) => Self::OfAnotherSize,
-            Err(_) => Self::Unseen,
+            Ok(_) => Self::OtherSize,
+            Err(_) => Self::NotVisible,
         }
     }
 }

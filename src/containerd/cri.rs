@@ -83,20 +83,20 @@ const MAX_ANSWER: usize = 1 << 20;
 impl ContainerdStore {
     /// The plugin's configuration as it is in force; `Null` where there is no CRI plugin.
     pub(super) async fn cri_configuration(&self) -> Result<Value, StoreError> {
-        match self.ask_cri("/runtime.v1.RuntimeService/Status", StatusRequest { verbose: true }).await {
+        match self.call_cri("/runtime.v1.RuntimeService/Status", StatusRequest { verbose: true }).await {
             Ok(StatusResponse { info }) => {
                 let configuration = info.get("config").and_then(|json| serde_json::from_str(json).ok());
                 Ok(configuration.unwrap_or_default())
             }
             Err(status) if status.code() == Code::Unimplemented => Ok(Value::Null),
-            Err(status) => Err(self.link.failed(&status)),
+            Err(status) => Err(self.link.store_error(&status)),
         }
     }
 
     /// The folder that images are unpacked into.
     pub(super) async fn cri_image_file_system(&self) -> Result<Option<String>, StoreError> {
-        let asked = self.ask_cri("/runtime.v1.ImageService/ImageFsInfo", ImageFsInfoRequest {}).await;
-        let ImageFsInfoResponse { image_filesystems } = asked.map_err(|status| self.link.failed(&status))?;
+        let asked = self.call_cri("/runtime.v1.ImageService/ImageFsInfo", ImageFsInfoRequest {}).await;
+        let ImageFsInfoResponse { image_filesystems } = asked.map_err(|status| self.link.store_error(&status))?;
         let first = image_filesystems.into_iter().next().and_then(|usage| usage.fs_id);
         Ok(first.map(|id| id.mountpoint).filter(|mountpoint| !mountpoint.is_empty()))
     }
@@ -104,11 +104,11 @@ impl ContainerdStore {
     /// What the kubelet asks before it has an image pulled.
     pub(super) async fn cri_has_image(&self, name: &str) -> Result<bool, Status> {
         let question = ImageStatusRequest { image: Some(ImageSpec { image: name.to_owned() }) };
-        let ImageStatusResponse { image } = self.ask_cri("/runtime.v1.ImageService/ImageStatus", question).await?;
+        let ImageStatusResponse { image } = self.call_cri("/runtime.v1.ImageService/ImageStatus", question).await?;
         Ok(image.is_some())
     }
 
-    async fn ask_cri<Q, A>(&self, method: &'static str, question: Q) -> Result<A, Status>
+    async fn call_cri<Q, A>(&self, method: &'static str, question: Q) -> Result<A, Status>
     where
         Q: prost::Message + 'static,
         A: prost::Message + Default + 'static,

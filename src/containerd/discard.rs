@@ -10,7 +10,7 @@ use containerd_client::tonic::Code;
 
 use super::ContainerdStore;
 use super::content::blocking;
-use super::labels::kept_alive;
+use super::labels::gc_references;
 use crate::files::blob_path;
 use crate::oci::Digest;
 use crate::ports::{Pin, StoreError};
@@ -19,20 +19,20 @@ impl ContainerdStore {
     /// What only this blob keeps alive must outlive the collection: the pin takes it first.
     pub(super) async fn discard_blob(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
         let Some(info) = self.info(digest).await? else { return Ok(()) };
-        for (kind, id) in kept_alive(&info.labels) {
-            self.hold(pin, kind, id).await?;
+        for (kind, id) in gc_references(&info.labels) {
+            self.add_to_pin(pin, kind, id).await?;
         }
         let delete = self.link.request(DeleteContentRequest { digest: digest.to_string() });
         match self.link.call(self.link.content().delete(delete)).await {
-            Err(status) if status.code() != Code::NotFound => return Err(self.link.failed_for(digest, &status)),
+            Err(status) if status.code() != Code::NotFound => return Err(self.link.blob_error(digest, &status)),
             _ => {}
         }
         self.collect().await?;
-        self.is_gone(digest).await
+        self.ensure_file_removed(digest).await
     }
 
     /// Another containerd namespace that has the blob keeps the file, and there it is wrong as well.
-    async fn is_gone(&self, digest: Digest) -> Result<(), StoreError> {
+    async fn ensure_file_removed(&self, digest: Digest) -> Result<(), StoreError> {
         let Some(root) = self.content_root().await? else { return Ok(()) };
         let path = blob_path(&root, digest);
         if blocking(move || path.exists()).await? {

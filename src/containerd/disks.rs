@@ -23,7 +23,10 @@ impl ContainerdStore {
     /// The folder of CRI's snapshotter, which CRI calls the image file system's mountpoint.
     async fn snapshot_folder(&self) -> Result<Option<PathBuf>, StoreError> {
         match self.has_cri().await? {
-            true => Ok(self.cri_image_file_system().await?.map(|folder| self.state.lookout.here(Path::new(&folder)))),
+            true => Ok(self
+                .cri_image_file_system()
+                .await?
+                .map(|folder| self.state.introspection.host_path(Path::new(&folder)))),
             false => Ok(None),
         }
     }

@@ -9,7 +9,7 @@ use crate::oci::Digest;
 use crate::ports::StoreError;
 
 /// Codes first; containerd has none for two things that matter, and for those its words are all there is.
-pub(super) fn explain(socket: &Path, digest: Option<Digest>, status: &Status) -> StoreError {
+pub(super) fn classify(socket: &Path, digest: Option<Digest>, status: &Status) -> StoreError {
     let text = format!("containerd at {}: {}", socket.display(), status.message());
     if let Some(digest) = digest {
         // `ref … locked for …`: another stream writes the same ref. (content/local/locks.go, with the code Unavailable.)
@@ -23,7 +23,7 @@ pub(super) fn explain(socket: &Path, digest: Option<Digest>, status: &Status) ->
         }
         match status.code() {
             Code::NotFound => return StoreError::Absent(digest),
-            Code::AlreadyExists => return StoreError::AlreadyThere(digest),
+            Code::AlreadyExists => return StoreError::AlreadyExists(digest),
             _ => {}
         }
     }
@@ -42,15 +42,15 @@ mod tests {
 
     fn explained(status: &Status) -> (StoreError, StoreError) {
         let socket = Path::new("/run/c.sock");
-        (explain(socket, Some(Digest::of(b"")), status), explain(socket, None, status))
+        (classify(socket, Some(Digest::of(b"")), status), classify(socket, None, status))
     }
 
     #[test]
-    fn codes_mean_what_the_port_calls_them() {
+    fn grpc_codes_map_to_store_errors() {
         assert!(matches!(explained(&Status::not_found("content")), (StoreError::Absent(_), StoreError::Other(_))));
         assert!(matches!(
             explained(&Status::already_exists("content")),
-            (StoreError::AlreadyThere(_), StoreError::Other(_))
+            (StoreError::AlreadyExists(_), StoreError::Other(_))
         ));
         assert!(matches!(explained(&Status::failed_precondition("unexpected digest")).0, StoreError::Other(_)));
         assert!(matches!(explained(&Status::resource_exhausted("full")).0, StoreError::Full(_)));
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn words_decide_where_codes_do_not() {
+    fn error_messages_classify_faults_without_a_code() {
         let locked = Status::unavailable("ref k8s.io/1/lighterman-x locked for 2s (since y): unavailable");
         assert!(matches!(explained(&locked).0, StoreError::Busy(_)));
         let full = Status::unknown("write /var/lib/containerd/…/data: no space left on device");

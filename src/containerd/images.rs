@@ -15,21 +15,21 @@ use crate::oci::{Descriptor, Digest};
 use crate::ports::{ImageRecord, StoreError};
 
 /// The CRI plugin sets it when it has noticed a record. Right after that the kubelet finds the image.
-const NOTICED: &str = "io.cri-containerd.image";
-const NOTICED_VALUE: &str = "managed";
+const CRI_IMAGE_LABEL: &str = "io.cri-containerd.image";
+const CRI_IMAGE_LABEL_VALUE: &str = "managed";
 /// The only namespace that the CRI plugin looks at.
 const CRI_NAMESPACE: &str = "k8s.io";
 
 /// The plugin takes a millisecond (measured), and longer when the node is busy; nobody should wait more than that for an image that is here.
 const NOTICE_DEADLINE: Duration = Duration::from_secs(2);
-const FIRST_LOOK: Duration = Duration::from_millis(1);
-const LAST_LOOKS: Duration = Duration::from_millis(50);
+const FIRST_POLL: Duration = Duration::from_millis(1);
+const LONGEST_POLL: Duration = Duration::from_millis(50);
 
 impl ContainerdStore {
     pub(super) async fn list_images(&self) -> Result<Vec<ImageRecord>, StoreError> {
         let request = self.link.request(ListImagesRequest { filters: Vec::new() });
         let listed = self.link.call(self.link.images().list(request)).await;
-        let images = listed.map_err(|status| self.link.failed(&status))?.images;
+        let images = listed.map_err(|status| self.link.store_error(&status))?.images;
         Ok(images.into_iter().filter_map(record).collect())
     }
 
@@ -41,9 +41,9 @@ impl ContainerdStore {
             Err(status) if status.code() == Code::AlreadyExists => self.update_image(record).await,
             created => created,
         };
-        written.map_err(|status| self.link.failed(&status))?;
+        written.map_err(|status| self.link.store_error(&status))?;
         self.changed();
-        if self.is_seen_by_cri().await? && !self.noticed(&record.name).await? {
+        if self.is_visible_to_cri().await? && !self.wait_listed_by_cri(&record.name).await? {
             tracing::warn!(
                 image = record.name,
                 waited_s = NOTICE_DEADLINE.as_secs(),
@@ -56,7 +56,7 @@ impl ContainerdStore {
     /// containerd 1 knows no condition, so the record is read first: one that another process moves between the two calls is lost there, and
     /// pulled again. containerd 2 checks the target itself.
     pub(super) async fn delete_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
-        let failed = |status: Status| self.link.failed(&status);
+        let failed = |status: Status| self.link.store_error(&status);
         let points_there = |image: Image| record(image).is_some_and(|record| record.target.digest == target);
         let found = match self.get_image(name).await {
             Err(status) if status.code() == Code::NotFound => return Ok(()),
@@ -72,7 +72,7 @@ impl ContainerdStore {
             deleted => deleted.map_err(failed)?,
         };
         self.changed();
-        if self.is_seen_by_cri().await? && !self.forgotten(name).await? {
+        if self.is_visible_to_cri().await? && !self.wait_dropped_by_cri(name).await? {
             tracing::warn!(
                 image = name,
                 waited_s = NOTICE_DEADLINE.as_secs(),
@@ -82,7 +82,7 @@ impl ContainerdStore {
         Ok(())
     }
 
-    async fn is_seen_by_cri(&self) -> Result<bool, StoreError> {
+    async fn is_visible_to_cri(&self) -> Result<bool, StoreError> {
         Ok(self.link.namespace() == CRI_NAMESPACE && self.has_cri().await?)
     }
 
@@ -100,37 +100,37 @@ impl ContainerdStore {
     /// The plugin's label is taken away, so that it comes back when the plugin has noticed the new target. Others stay.
     async fn update_image(&self, record: &ImageRecord) -> Result<(), Status> {
         let mut update = UpdateImageRequest { image: Some(image(record)), update_mask: None, source_date_epoch: None };
-        update.update_mask.get_or_insert_default().paths = vec!["target".into(), format!("labels.{NOTICED}")];
+        update.update_mask.get_or_insert_default().paths = vec!["target".into(), format!("labels.{CRI_IMAGE_LABEL}")];
         self.link.call(self.link.images().update(self.link.request(update))).await.map(|_| ())
     }
 
     /// Whether the CRI plugin has put its label on the record and answers for the image: it writes the label a little before its own list.
-    async fn noticed(&self, name: &str) -> Result<bool, StoreError> {
+    async fn wait_listed_by_cri(&self, name: &str) -> Result<bool, StoreError> {
         let is_noticed = || async {
             let image = self.get_image(name).await?.unwrap_or_default();
-            let labelled = image.labels.get(NOTICED).is_some_and(|value| value == NOTICED_VALUE);
+            let labelled = image.labels.get(CRI_IMAGE_LABEL).is_some_and(|value| value == CRI_IMAGE_LABEL_VALUE);
             Ok(labelled && self.cri_has_image(name).await?)
         };
-        soon(is_noticed).await.map_err(|status| self.link.failed(&status))
+        poll_until(is_noticed).await.map_err(|status| self.link.store_error(&status))
     }
 
     /// Whether the CRI plugin, which keeps a list of its own, answers that the image is not there.
-    async fn forgotten(&self, name: &str) -> Result<bool, StoreError> {
+    async fn wait_dropped_by_cri(&self, name: &str) -> Result<bool, StoreError> {
         let is_forgotten = || async { Ok(!self.cri_has_image(name).await?) };
-        soon(is_forgotten).await.map_err(|status| self.link.failed(&status))
+        poll_until(is_forgotten).await.map_err(|status| self.link.store_error(&status))
     }
 }
 
 /// Whether it becomes so within [`NOTICE_DEADLINE`].
-async fn soon<F: Future<Output = Result<bool, Status>>>(is_so: impl Fn() -> F) -> Result<bool, Status> {
+async fn poll_until<F: Future<Output = Result<bool, Status>>>(is_so: impl Fn() -> F) -> Result<bool, Status> {
     let deadline = Instant::now() + NOTICE_DEADLINE;
-    let mut pause = FIRST_LOOK;
+    let mut pause = FIRST_POLL;
     while Instant::now() < deadline {
         if is_so().await? {
             return Ok(true);
         }
         sleep(pause).await;
-        pause = (pause * 2).min(LAST_LOOKS);
+        pause = (pause * 2).min(LONGEST_POLL);
     }
     Ok(false)
 }

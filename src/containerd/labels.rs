@@ -3,10 +3,10 @@
 use std::collections::{BTreeSet, HashMap};
 
 use crate::oci::Repository;
-use crate::ports::{ChildKind, Origin, Remembered};
+use crate::ports::{BlobMetadata, ChildKind, Origin};
 
 /// containerd's collector follows labels that begin so (`gc.ref.content`, then nothing, `.` or `/`).
-const REFERENCE: &str = "containerd.io/gc.ref.content";
+const GC_REF_CONTENT: &str = "containerd.io/gc.ref.content";
 /// Then the registry; the value lists repositories, sorted, with commas between (containerd: `appendDistributionSourceLabel`).
 /// containerd's own pull leaves the registry's port out, so that what stands there is a hint and no permission: content that was
 /// pulled from `10.0.0.1:6401` is no content of `10.0.0.1`.
@@ -17,7 +17,7 @@ const OWN_SOURCE: &str = "lighterman.dev/source.";
 const MAX_LABEL: usize = 4096;
 
 /// Then the snapshotter, and perhaps `/` and more; the value is the snapshot that the collector leaves.
-pub(super) const SNAPSHOT: &str = "containerd.io/gc.ref.snapshot.";
+pub(super) const GC_REF_SNAPSHOT: &str = "containerd.io/gc.ref.snapshot.";
 
 /// The repositories that this program noted, in ascending order. What no reference could name is left out: nobody asks for it. An image
 /// that containerd pulled has a record with its whole name.
@@ -30,7 +30,7 @@ pub(super) fn sources(labels: &HashMap<String, String>) -> Vec<Repository> {
 
 /// Whether the labels name content that the collector leaves.
 pub(super) fn has_children(labels: &HashMap<String, String>) -> bool {
-    labels.keys().any(|key| key.starts_with(REFERENCE))
+    labels.keys().any(|key| key.starts_with(GC_REF_CONTENT))
 }
 
 /// The repositories that containerd's own pull noted, the registry's port left out.
@@ -42,26 +42,28 @@ pub(super) fn origins(labels: &HashMap<String, String>) -> Vec<Origin> {
 /// Whether a manifest's labels name layers, as `l.N`, or as a number above the configuration's 0, which containerd wrote before 1.3.
 pub(super) fn has_layers(labels: &HashMap<String, String>) -> bool {
     let is_layer = |name: &str| name.starts_with("l.") || name.parse::<u32>().is_ok_and(|number| number > 0);
-    labels.keys().any(|key| key.strip_prefix(REFERENCE).and_then(|rest| rest.strip_prefix('.')).is_some_and(is_layer))
+    labels
+        .keys()
+        .any(|key| key.strip_prefix(GC_REF_CONTENT).and_then(|rest| rest.strip_prefix('.')).is_some_and(is_layer))
 }
 
 /// What the labels keep alive: containerd's type of resource, and its ID.
-pub(super) fn kept_alive(labels: &HashMap<String, String>) -> Vec<(String, String)> {
+pub(super) fn gc_references(labels: &HashMap<String, String>) -> Vec<(String, String)> {
     let kept = labels.iter().filter_map(|(key, id)| {
-        if key.starts_with(REFERENCE) {
+        if key.starts_with(GC_REF_CONTENT) {
             return Some(("content".to_owned(), id.clone()));
         }
-        let snapshotter = key.strip_prefix(SNAPSHOT)?.split('/').next()?;
+        let snapshotter = key.strip_prefix(GC_REF_SNAPSHOT)?.split('/').next()?;
         Some((format!("snapshots/{snapshotter}"), id.clone()))
     });
     kept.collect()
 }
 
 /// The labels to set so that `existing` remembers this too. Existing ones are never given another meaning: what they say stays true.
-pub(super) fn additions(existing: &HashMap<String, String>, remembered: &Remembered) -> HashMap<String, String> {
+pub(super) fn missing_labels(existing: &HashMap<String, String>, remembered: &BlobMetadata) -> HashMap<String, String> {
     let mut added = HashMap::new();
     let mut known: BTreeSet<String> =
-        existing.iter().filter(|(key, _)| key.starts_with(REFERENCE)).map(|(_, digest)| digest.clone()).collect();
+        existing.iter().filter(|(key, _)| key.starts_with(GC_REF_CONTENT)).map(|(_, digest)| digest.clone()).collect();
     let mut ordinals: HashMap<&str, usize> = HashMap::new();
     for child in &remembered.children {
         let prefix = match child.kind {
@@ -74,7 +76,7 @@ pub(super) fn additions(existing: &HashMap<String, String>, remembered: &Remembe
         let digest = child.digest.to_string();
         if known.insert(digest.clone()) {
             let taken = |key: &String| existing.contains_key(key) || added.contains_key(key);
-            let key = (*ordinal..).map(|number| reference(prefix, number)).find(|key| !taken(key));
+            let key = (*ordinal..).map(|number| gc_ref_key(prefix, number)).find(|key| !taken(key));
             added.extend(key.map(|key| (key, digest)));
         }
         *ordinal += 1;
@@ -85,11 +87,11 @@ pub(super) fn additions(existing: &HashMap<String, String>, remembered: &Remembe
     added
 }
 
-fn reference(prefix: &str, number: usize) -> String {
+fn gc_ref_key(prefix: &str, number: usize) -> String {
     match (prefix, number) {
-        ("config", 0) => format!("{REFERENCE}.config"),
-        ("config", _) => format!("{REFERENCE}.config.{number}"),
-        _ => format!("{REFERENCE}.{prefix}{number}"),
+        ("config", 0) => format!("{GC_REF_CONTENT}.config"),
+        ("config", _) => format!("{GC_REF_CONTENT}.config.{number}"),
+        _ => format!("{GC_REF_CONTENT}.{prefix}{number}"),
     }
 }
 
@@ -115,14 +117,14 @@ mod tests {
         Digest::of(name.as_bytes())
     }
 
-    fn remembers(children: &[(&str, ChildKind)]) -> Remembered {
+    fn metadata(children: &[(&str, ChildKind)]) -> BlobMetadata {
         let child = |&(name, kind): &(&str, ChildKind)| Child { digest: digest(name), kind };
-        Remembered { source: None, children: children.iter().map(child).collect() }
+        BlobMetadata { source: None, children: children.iter().map(child).collect() }
     }
 
-    fn from(path: &str) -> Remembered {
+    fn metadata_from(path: &str) -> BlobMetadata {
         let source = Repository { registry: "10.0.0.1:5000".into(), path: path.into() };
-        Remembered { source: Some(source), children: Vec::new() }
+        BlobMetadata { source: Some(source), children: Vec::new() }
     }
 
     fn labels(pairs: &[(&str, &str)]) -> HashMap<String, String> {
@@ -131,49 +133,52 @@ mod tests {
 
     /// Labels whose values are the digests of these names, under the collector's prefix.
     fn references(pairs: &[(&str, &str)]) -> HashMap<String, String> {
-        let pair = |&(key, name): &(&str, &str)| (format!("{REFERENCE}.{key}"), digest(name).to_string());
+        let pair = |&(key, name): &(&str, &str)| (format!("{GC_REF_CONTENT}.{key}"), digest(name).to_string());
         pairs.iter().map(pair).collect()
     }
 
     #[test]
     fn children_are_numbered_as_containerd_s_own_pull_numbers_them() {
         use ChildKind::{Config, Layer, Manifest};
-        let manifest = remembers(&[("c", Config), ("a", Layer), ("b", Layer)]);
-        assert_eq!(additions(&labels(&[]), &manifest), references(&[("config", "c"), ("l.0", "a"), ("l.1", "b")]));
-        let index = remembers(&[("x", Manifest), ("y", Manifest)]);
-        assert_eq!(additions(&labels(&[]), &index), references(&[("m.0", "x"), ("m.1", "y")]));
+        let manifest = metadata(&[("c", Config), ("a", Layer), ("b", Layer)]);
+        assert_eq!(missing_labels(&labels(&[]), &manifest), references(&[("config", "c"), ("l.0", "a"), ("l.1", "b")]));
+        let index = metadata(&[("x", Manifest), ("y", Manifest)]);
+        assert_eq!(missing_labels(&labels(&[]), &index), references(&[("m.0", "x"), ("m.1", "y")]));
     }
 
     #[test]
-    fn what_is_known_is_not_written_again() {
-        let twice = remembers(&[("a", ChildKind::Layer), ("a", ChildKind::Layer), ("b", ChildKind::Layer)]);
+    fn existing_labels_are_not_written_again() {
+        let twice = metadata(&[("a", ChildKind::Layer), ("a", ChildKind::Layer), ("b", ChildKind::Layer)]);
         assert_eq!(
-            additions(&labels(&[]), &twice),
+            missing_labels(&labels(&[]), &twice),
             references(&[("l.0", "a"), ("l.2", "b")]),
             "one image, one layer twice"
         );
         let existing = references(&[("l.7", "a"), ("l.8", "b")]);
-        assert_eq!(additions(&existing, &twice), labels(&[]));
+        assert_eq!(missing_labels(&existing, &twice), labels(&[]));
     }
 
     #[test]
-    fn no_label_that_is_there_is_given_another_child() {
+    fn an_existing_label_is_never_overwritten() {
         let existing = references(&[("l.0", "theirs"), ("l.1", "too"), ("config", "other")]);
-        let ours = remembers(&[("c", ChildKind::Config), ("a", ChildKind::Layer), ("b", ChildKind::Layer)]);
-        assert_eq!(additions(&existing, &ours), references(&[("config.1", "c"), ("l.2", "a"), ("l.3", "b")]));
+        let ours = metadata(&[("c", ChildKind::Config), ("a", ChildKind::Layer), ("b", ChildKind::Layer)]);
+        assert_eq!(missing_labels(&existing, &ours), references(&[("config.1", "c"), ("l.2", "a"), ("l.3", "b")]));
     }
 
     #[test]
-    fn a_source_joins_those_of_its_registry() {
+    fn a_source_is_appended_to_the_label_of_its_registry() {
         let (key, own) = ("containerd.io/distribution.source.10.0.0.1:5000", "lighterman.dev/source.10.0.0.1:5000");
         let app = "team/app";
-        assert_eq!(additions(&labels(&[]), &from(app)), labels(&[(key, app), (own, app)]));
-        assert_eq!(additions(&labels(&[(key, "x,b")]), &from(app)), labels(&[(key, "b,team/app,x"), (own, app)]));
-        assert_eq!(additions(&labels(&[(key, "b,team/app"), (own, app)]), &from(app)), labels(&[]));
+        assert_eq!(missing_labels(&labels(&[]), &metadata_from(app)), labels(&[(key, app), (own, app)]));
+        assert_eq!(
+            missing_labels(&labels(&[(key, "x,b")]), &metadata_from(app)),
+            labels(&[(key, "b,team/app,x"), (own, app)])
+        );
+        assert_eq!(missing_labels(&labels(&[(key, "b,team/app"), (own, app)]), &metadata_from(app)), labels(&[]));
     }
 
     #[test]
-    fn sources_read_back_and_what_is_none_is_left_out() {
+    fn sources_are_parsed_and_malformed_ones_are_skipped() {
         let labels = labels(&[
             ("lighterman.dev/source.docker.io", "library/nginx,team/app"),
             ("lighterman.dev/source.10.0.0.1:5000", "team/app,,UPPER,team/app"),
@@ -186,14 +191,14 @@ mod tests {
     }
 
     #[test]
-    fn what_a_blob_keeps_alive_is_content_and_snapshots() {
+    fn gc_references_name_content_and_snapshots() {
         let labels = labels(&[
             ("containerd.io/gc.ref.content.config", "sha256:aa"),
             ("containerd.io/gc.ref.snapshot.overlayfs", "sha256:bb"),
             ("containerd.io/gc.ref.snapshot.native/x", "sha256:cc"),
             ("containerd.io/distribution.source.docker.io", "library/nginx"),
         ]);
-        let mut kept = kept_alive(&labels);
+        let mut kept = gc_references(&labels);
         kept.sort();
         let expected =
             [("content", "sha256:aa"), ("snapshots/native", "sha256:cc"), ("snapshots/overlayfs", "sha256:bb")];
@@ -201,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_that_discarding_leaves_name_no_layer() {
+    fn labels_left_after_discarding_name_no_layer() {
         let discarded = references(&[("config", "c")]);
         assert!(has_children(&discarded) && !has_layers(&discarded));
         assert!(!has_layers(&references(&[("0", "c"), ("m.0", "m")])));
@@ -210,10 +215,10 @@ mod tests {
     }
 
     #[test]
-    fn a_source_for_which_there_is_no_room_is_left_out() {
+    fn a_source_beyond_the_label_size_limit_is_dropped() {
         let keys = ["containerd.io/distribution.source.10.0.0.1:5000", "lighterman.dev/source.10.0.0.1:5000"];
         let full: HashMap<_, _> =
             keys.map(|key| (key.to_owned(), "p".repeat(MAX_LABEL - key.len() - 4))).into_iter().collect();
-        assert_eq!(additions(&full, &from("team/app")), labels(&[]));
+        assert_eq!(missing_labels(&full, &metadata_from("team/app")), labels(&[]));
     }
 }

@@ -12,7 +12,7 @@ use crate::ports::{Pin, StoreError};
 /// After this time the collector takes the lease itself away.
 pub(super) const EXPIRES: &str = "containerd.io/gc.expire";
 /// Tells a person who looks at the leases whose it is.
-const OURS: &str = "lighterman.dev/pin";
+const PIN_LABEL: &str = "lighterman.dev/pin";
 
 /// Deleting with collection: the collector walks all of containerd's metadata and removes files.
 const COLLECT_DEADLINE: Duration = Duration::from_secs(60);
@@ -23,9 +23,10 @@ impl ContainerdStore {
         let until = SystemTime::now().checked_add(life).ok_or(()).map_err(unusable)?;
         let until = jiff::Timestamp::try_from(until).map_err(|_| ()).map_err(unusable)?;
         let id = format!("lighterman-{:032x}", rand::random::<u128>());
-        let labels = HashMap::from([(EXPIRES.to_owned(), until.to_string()), (OURS.to_owned(), "agent".to_owned())]);
+        let labels =
+            HashMap::from([(EXPIRES.to_owned(), until.to_string()), (PIN_LABEL.to_owned(), "agent".to_owned())]);
         let request = self.link.request(CreateRequest { id: id.clone(), labels });
-        self.link.call(self.link.leases().create(request)).await.map_err(|status| self.link.failed(&status))?;
+        self.link.call(self.link.leases().create(request)).await.map_err(|status| self.link.store_error(&status))?;
         Ok(Pin(id))
     }
 
@@ -47,14 +48,14 @@ impl ContainerdStore {
     pub(super) async fn delete_lease(&self, pin: &Pin, sync: bool) -> Result<(), StoreError> {
         let (last, former) = self.state.renewals.end(pin);
         for lease in former {
-            self.delete(lease, false).await?;
+            self.delete_lease_by_id(lease, false).await?;
         }
-        self.delete(last, sync).await?;
+        self.delete_lease_by_id(last, sync).await?;
         self.changed();
         Ok(())
     }
 
-    pub(super) async fn delete(&self, id: String, sync: bool) -> Result<(), StoreError> {
+    pub(super) async fn delete_lease_by_id(&self, id: String, sync: bool) -> Result<(), StoreError> {
         let request = self.link.request(DeleteRequest { id, sync });
         let mut leases = self.link.leases();
         let deleted = match sync {
@@ -62,7 +63,7 @@ impl ContainerdStore {
             false => self.link.call(leases.delete(request)).await,
         };
         match deleted {
-            Err(status) if status.code() != Code::NotFound => Err(self.link.failed(&status)),
+            Err(status) if status.code() != Code::NotFound => Err(self.link.store_error(&status)),
             _ => Ok(()),
         }
     }

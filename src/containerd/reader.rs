@@ -5,7 +5,7 @@ use bytes::Bytes;
 use containerd_client::services::v1::{ReadContentRequest, ReadContentResponse};
 use containerd_client::tonic::Streaming;
 
-use super::link::{Link, within};
+use super::client::{ContainerdClient, with_deadline};
 use super::writer::MESSAGE_DEADLINE;
 use crate::oci::Digest;
 use crate::ports::{BlobReader, StoreError};
@@ -15,7 +15,7 @@ use crate::ports::{BlobReader, StoreError};
 const WINDOW: u64 = 8 << 20;
 
 pub(super) struct ApiReader {
-    link: Link,
+    client: ContainerdClient,
     digest: Digest,
     size: u64,
     window: Option<Window>,
@@ -33,8 +33,8 @@ struct Window {
 }
 
 impl ApiReader {
-    pub(super) fn new(link: Link, digest: Digest, size: u64) -> Self {
-        Self { link, digest, size, window: None }
+    pub(super) fn new(link: ContainerdClient, digest: Digest, size: u64) -> Self {
+        Self { client: link, digest, size, window: None }
     }
 
     async fn window_at(&mut self, offset: u64) -> Result<Window, StoreError> {
@@ -47,8 +47,8 @@ impl ApiReader {
                     offset: offset.cast_signed(),
                     size: size.cast_signed(),
                 };
-                let answer = self.link.call(self.link.content().read(self.link.request(request))).await;
-                let messages = answer.map_err(|status| self.link.failed_for(self.digest, &status))?;
+                let answer = self.client.call(self.client.content().read(self.client.request(request))).await;
+                let messages = answer.map_err(|status| self.client.blob_error(self.digest, &status))?;
                 Ok(Window { messages, next: offset, end: offset + size, left: Bytes::new() })
             }
         }
@@ -67,10 +67,11 @@ impl BlobReader for ApiReader {
         }
         let mut window = self.window_at(offset).await?;
         while window.left.is_empty() {
-            let received = within(MESSAGE_DEADLINE, window.messages.message()).await;
-            let message = received.map_err(|status| self.link.failed_for(self.digest, &status))?.ok_or_else(|| {
-                StoreError::Other(format!("containerd ends {} at {} of {}", self.digest, window.next, self.size))
-            })?;
+            let received = with_deadline(MESSAGE_DEADLINE, window.messages.message()).await;
+            let message =
+                received.map_err(|status| self.client.blob_error(self.digest, &status))?.ok_or_else(|| {
+                    StoreError::Other(format!("containerd ends {} at {} of {}", self.digest, window.next, self.size))
+                })?;
             // In order, so there is nothing to check: `offset` counts from the start of the answer, not of the blob.
             window.left = message.data.into();
         }

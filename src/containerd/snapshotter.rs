@@ -6,27 +6,27 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::ContainerdStore;
-use super::surroundings::SnapshotterPlugin;
+use super::introspection::SnapshotterPlugin;
 use crate::ports::StoreError;
 
 /// Those that keep whole layers on this machine, made by applying one on top of the other. Others (stargz, nydus, soci, overlaybd) have ways
 /// of their own to a layer's files, and what was unpacked plainly would only be in theirs. erofs takes its layers from a differ of its own.
-pub(super) const SUITED: &[&str] = &["overlayfs", "native", "btrfs", "zfs", "devmapper", "blockfile"];
+pub(super) const SUPPORTED: &[&str] = &["overlayfs", "native", "btrfs", "zfs", "devmapper", "blockfile"];
 
 /// The snapshotter that CRI uses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Snapshotter {
     /// Layers can be unpacked into this one.
-    Suited(String),
+    Supported(String),
     /// None that layers can be unpacked into. Says why.
-    Unsuited(String),
+    Unsupported(String),
 }
 
 impl fmt::Display for Snapshotter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Suited(name) => f.write_str(name),
-            Self::Unsuited(why) => write!(f, "left to containerd: {why}"),
+            Self::Supported(name) => f.write_str(name),
+            Self::Unsupported(why) => write!(f, "left to containerd: {why}"),
         }
     }
 }
@@ -39,19 +39,19 @@ impl ContainerdStore {
             return Ok(known.clone());
         }
         let found = match self.cri_snapshotter().await? {
-            Some(name) if !SUITED.contains(&&*name) => {
-                Snapshotter::Unsuited(format!("the snapshotter {name} is not one that keeps plain layers on this node"))
-            }
+            Some(name) if !SUPPORTED.contains(&&*name) => Snapshotter::Unsupported(format!(
+                "the snapshotter {name} is not one that keeps plain layers on this node"
+            )),
             Some(name) if self.snapshotters().await?.iter().all(|plugin| plugin.id != name) => {
-                Snapshotter::Unsuited(format!("the snapshotter {name} does not run"))
+                Snapshotter::Unsupported(format!("the snapshotter {name} does not run"))
             }
-            Some(name) => Snapshotter::Suited(name),
-            None if !self.has_cri().await? => Snapshotter::Unsuited("the CRI plugin does not run".into()),
-            None => Snapshotter::Unsuited("the CRI plugin does not tell its snapshotter".into()),
+            Some(name) => Snapshotter::Supported(name),
+            None if !self.has_cri().await? => Snapshotter::Unsupported("the CRI plugin does not run".into()),
+            None => Snapshotter::Unsupported("the CRI plugin does not tell its snapshotter".into()),
         };
         match &found {
-            Snapshotter::Suited(name) => tracing::debug!(name, "layers can be unpacked into CRI's snapshotter"),
-            Snapshotter::Unsuited(why) => tracing::debug!(why, "layers are not unpacked before CRI does it"),
+            Snapshotter::Supported(name) => tracing::debug!(name, "layers can be unpacked into CRI's snapshotter"),
+            Snapshotter::Unsupported(why) => tracing::debug!(why, "layers are not unpacked before CRI does it"),
         }
         Ok(known.insert(found).clone())
     }
@@ -61,27 +61,27 @@ impl ContainerdStore {
         if !self.has_cri().await? {
             return Ok(None);
         }
-        if let Some(name) = configured(&self.cri_configuration().await?["containerd"]) {
+        if let Some(name) = configured_snapshotter(&self.cri_configuration().await?["containerd"]) {
             return Ok(Some(name));
         }
         let Some(mountpoint) = self.cri_image_file_system().await? else { return Ok(None) };
-        Ok(of_folder(Path::new(&mountpoint), &self.snapshotters().await?))
+        Ok(snapshotter_of_folder(Path::new(&mountpoint), &self.snapshotters().await?))
     }
 }
 
 /// The default runtime may have a snapshotter of its own (from 1.7 on); pods that ask for another runtime are not thought of.
-fn configured(containerd: &Value) -> Option<String> {
+fn configured_snapshotter(containerd: &Value) -> Option<String> {
     let runtime = containerd["defaultRuntimeName"].as_str().unwrap_or_default();
     let named = [&containerd["runtimes"][runtime]["snapshotter"], &containerd["snapshotter"]];
     named.into_iter().filter_map(Value::as_str).find(|name| !name.is_empty()).map(str::to_owned)
 }
 
 /// Where a plugin that does not tell its folder is: containerd makes one of its full name.
-const FOLDER: &str = "io.containerd.snapshotter.v1.";
+const FOLDER_PREFIX: &str = "io.containerd.snapshotter.v1.";
 
-fn of_folder(folder: &Path, plugins: &[SnapshotterPlugin]) -> Option<String> {
+fn snapshotter_of_folder(folder: &Path, plugins: &[SnapshotterPlugin]) -> Option<String> {
     let told = plugins.iter().find(|plugin| plugin.root.as_deref() == Some(folder)).map(|plugin| plugin.id.as_str());
-    let named = || folder.file_name()?.to_str()?.strip_prefix(FOLDER);
+    let named = || folder.file_name()?.to_str()?.strip_prefix(FOLDER_PREFIX);
     told.or_else(named).map(str::to_owned)
 }
 
@@ -92,19 +92,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_default_runtime_s_own_snapshotter_counts_before_the_general_one() {
+    fn the_default_runtime_s_snapshotter_precedes_the_general_setting() {
         let both = |own: &str| {
             json!({"snapshotter": "overlayfs", "defaultRuntimeName": "runc", "runtimes":
                 {"runc": {"snapshotter": own}, "kata": {"snapshotter": "devmapper"}}})
         };
-        assert_eq!(configured(&both("")).as_deref(), Some("overlayfs"));
-        assert_eq!(configured(&both("native")).as_deref(), Some("native"));
-        assert_eq!(configured(&json!({"defaultRuntimeName": "runc", "runtimes": {"runc": {}}})), None);
-        assert_eq!(configured(&Value::Null), None);
+        assert_eq!(configured_snapshotter(&both("")).as_deref(), Some("overlayfs"));
+        assert_eq!(configured_snapshotter(&both("native")).as_deref(), Some("native"));
+        assert_eq!(configured_snapshotter(&json!({"defaultRuntimeName": "runc", "runtimes": {"runc": {}}})), None);
+        assert_eq!(configured_snapshotter(&Value::Null), None);
     }
 
     #[test]
-    fn a_folder_is_that_of_the_plugin_which_tells_it_or_has_its_name() {
+    fn a_folder_maps_to_the_plugin_that_exports_or_names_the_folder() {
         let plugin = |id: &str, root: Option<&str>| SnapshotterPlugin { id: id.into(), root: root.map(Into::into) };
         let plugins = [plugin("native", None), plugin("overlayfs", Some("/data/layers")), plugin("btrfs", Some("/b"))];
         for (folder, name) in [
@@ -114,7 +114,7 @@ mod tests {
             ("/elsewhere", None),
             ("", None),
         ] {
-            assert_eq!(of_folder(Path::new(folder), &plugins).as_deref(), name, "{folder}");
+            assert_eq!(snapshotter_of_folder(Path::new(folder), &plugins).as_deref(), name, "{folder}");
         }
     }
 }

@@ -18,29 +18,29 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::ContainerdStore;
-use super::adoption::{WRONG, is_right, set_aside};
+use super::adoption::{WRONG_EXTENSION, has_digest, remove_wrong_file};
 use super::content::blocking;
 use super::reader::ApiReader;
-use super::staging::STAGING;
-use super::writer::{MESSAGE, Slot, Writer};
-use crate::files::{blob_path, staging_folder};
-use crate::oci::{Digest, Hasher, Verified};
-use crate::ports::{BlobReader as _, BlobSink, BlobWriter, Pin, Remembered, StoreError};
+use super::staged_blob::STAGING_FOLDER;
+use super::writer::{ApiWriter, IngestSlot, MESSAGE_SIZE};
+use crate::files::{blob_path, create_staging_folder};
+use crate::oci::{BlobProof, Digest, Hasher};
+use crate::ports::{BlobMetadata, BlobReader as _, BlobSink, BlobWriter, Pin, StoreError};
 
 /// A write through the content API that never leaves a stray file as the blob.
 pub(super) struct CheckedWriter {
-    writer: Writer,
+    writer: ApiWriter,
     store: ContainerdStore,
     digest: Digest,
     size: u64,
     pin: Pin,
     /// No stray file was left when the write began.
-    was_clear: bool,
+    is_stray_free: bool,
 }
 
 /// Result of a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Committed {
+pub(super) enum CommitOutcome {
     /// The bytes that were sent.
     Blob,
     /// A stray file with other bytes, which containerd has discarded. The blob can be sent again.
@@ -48,20 +48,20 @@ pub(super) enum Committed {
 }
 
 impl ContainerdStore {
-    pub(super) async fn begin_checked(
+    pub(super) async fn begin_checked_write(
         &self,
-        slot: Arc<Slot>,
+        slot: Arc<IngestSlot>,
         size: u64,
         pin: &Pin,
     ) -> Result<CheckedWriter, StoreError> {
         let digest = slot.digest();
-        let was_clear = self.clear(digest).await?;
-        let writer = self.begin_write_in(slot, size, pin).await?;
-        Ok(CheckedWriter { writer, store: self.clone(), digest, size, pin: pin.clone(), was_clear })
+        let was_clear = self.remove_stray(digest).await?;
+        let writer = self.begin_write(slot, size, pin).await?;
+        Ok(CheckedWriter { writer, store: self.clone(), digest, size, pin: pin.clone(), is_stray_free: was_clear })
     }
 
     /// Removes a stray file with wrong bytes. False where the file cannot be seen or removed.
-    async fn clear(&self, digest: Digest) -> Result<bool, StoreError> {
+    async fn remove_stray(&self, digest: Digest) -> Result<bool, StoreError> {
         let Some(root) = self.content_root().await? else { return Ok(false) };
         let path = blob_path(&root, digest);
         let at = path.clone();
@@ -69,7 +69,7 @@ impl ContainerdStore {
         if !blocking(move || at.exists()).await? || self.info(digest).await?.is_some() {
             return Ok(true);
         }
-        match blocking(move || clear(&path, &root.join(STAGING), digest)).await? {
+        match blocking(move || remove_wrong_stray(&path, &root.join(STAGING_FOLDER), digest)).await? {
             Ok(()) => Ok(true),
             Err(error) => {
                 tracing::debug!(%digest, %error, "a stray file cannot be checked or removed");
@@ -79,11 +79,11 @@ impl ContainerdStore {
     }
 
     /// Whether containerd reads the blob's own bytes back.
-    async fn reads_back(&self, digest: Digest, size: u64) -> Result<bool, StoreError> {
+    async fn is_intact(&self, digest: Digest, size: u64) -> Result<bool, StoreError> {
         let mut reader = ApiReader::new(self.link.clone(), digest, size);
         let mut hasher = Hasher::default();
         while hasher.size() < size {
-            match reader.read_at(hasher.size(), MESSAGE).await {
+            match reader.read_at(hasher.size(), MESSAGE_SIZE).await {
                 Ok(bytes) if bytes.is_empty() => return Ok(false),
                 Ok(bytes) => hasher.update(&bytes),
                 Err(error) if error.is_retryable() => return Err(error),
@@ -95,25 +95,29 @@ impl ContainerdStore {
     }
 }
 
-fn clear(path: &Path, staging: &Path, digest: Digest) -> io::Result<()> {
-    if is_right(path, digest)? {
+fn remove_wrong_stray(path: &Path, staging: &Path, digest: Digest) -> io::Result<()> {
+    if has_digest(path, digest)? {
         return Ok(());
     }
-    staging_folder(staging)?;
-    set_aside(path, &staging.join(digest.hex()).with_extension(WRONG), digest)
+    create_staging_folder(staging)?;
+    remove_wrong_file(path, &staging.join(digest.hex()).with_extension(WRONG_EXTENSION), digest)
 }
 
 impl CheckedWriter {
     /// Commits and checks the result.
-    pub(super) async fn finish(self, proof: &Verified, remembered: &Remembered) -> Result<Committed, StoreError> {
-        let Self { writer, store, digest, size, pin, was_clear } = self;
+    pub(super) async fn finish(
+        self,
+        proof: &BlobProof,
+        remembered: &BlobMetadata,
+    ) -> Result<CommitOutcome, StoreError> {
+        let Self { writer, store, digest, size, pin, is_stray_free: was_clear } = self;
         writer.commit(proof, remembered).await?;
-        if was_clear && store.has_file(digest).await? || store.reads_back(digest, size).await? {
-            return Ok(Committed::Blob);
+        if was_clear && store.has_file(digest).await? || store.is_intact(digest, size).await? {
+            return Ok(CommitOutcome::Blob);
         }
         tracing::warn!(%digest, "containerd made a record of a stray file with other bytes; the file is discarded");
         store.discard_blob(digest, &pin).await?;
-        Ok(Committed::Stray)
+        Ok(CommitOutcome::Stray)
     }
 }
 
@@ -135,11 +139,11 @@ impl BlobSink for CheckedWriter {
 
 #[async_trait]
 impl BlobWriter for CheckedWriter {
-    async fn commit(self: Box<Self>, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
+    async fn commit(self: Box<Self>, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
         let digest = self.digest;
         match self.finish(&proof, remembered).await? {
-            Committed::Blob => Ok(()),
-            Committed::Stray => Err(StoreError::Other(format!(
+            CommitOutcome::Blob => Ok(()),
+            CommitOutcome::Stray => Err(StoreError::Other(format!(
                 "a stray file of the name of {digest} had other bytes and was removed; the next try writes the blob"
             ))),
         }

@@ -20,13 +20,13 @@ use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{Code, Request, Status};
 use containerd_client::types;
 
-use super::labels::SNAPSHOT;
-use super::link::{MAX_MESSAGE, within};
-use super::snapshotter::{SUITED, Snapshotter};
+use super::client::{MAX_MESSAGE, with_deadline};
+use super::labels::GC_REF_SNAPSHOT;
+use super::snapshotter::{SUPPORTED, Snapshotter};
 use super::writer::MESSAGE_DEADLINE;
 use super::{ContainerdStore, State};
 use crate::oci::{Digest, StackedLayer};
-use crate::ports::{Pin, Snapshots, StoreError, UnpackError, Unpacked, Unpacker};
+use crate::ports::{Pin, Snapshots, StoreError, UnpackError, UnpackOutcome, Unpacker};
 
 /// Active snapshots of ours; then a number, a space and the chain ID. containerd's own begin with `extract-` too.
 const KEY_PREFIX: &str = "extract-lighterman-";
@@ -38,13 +38,13 @@ struct Extraction<'a> {
     lease: MetadataValue<Ascii>,
     key: String,
     /// containerd may have an active snapshot of this key.
-    leaves_something: bool,
+    has_leftover: bool,
 }
 
 impl Drop for Extraction<'_> {
     fn drop(&mut self) {
         self.store.state.being_extracted().remove(&self.key);
-        if self.leaves_something {
+        if self.has_leftover {
             self.store.state.abandoned.notify_one();
         }
     }
@@ -61,7 +61,7 @@ impl<'a> Extraction<'a> {
         let lease = lease.parse().map_err(|_| StoreError::Other(format!("the pin {} is gone", pin.0)))?;
         let key = format!("{KEY_PREFIX}{:032x} {chain_id}", rand::random::<u128>());
         store.state.being_extracted().insert(key.clone());
-        Ok(Self { store, snapshotter, lease, key, leaves_something: true })
+        Ok(Self { store, snapshotter, lease, key, has_leftover: true })
     }
 
     /// A message that belongs to the pin.
@@ -72,13 +72,13 @@ impl<'a> Extraction<'a> {
     }
 
     /// None of the calls has a deadline: to prepare is to copy on some snapshotters, to commit is to count, and to apply takes minutes.
-    async fn run(&self, layer: &StackedLayer) -> Result<Unpacked, UnpackError> {
+    async fn run(&self, layer: &StackedLayer) -> Result<UnpackOutcome, UnpackError> {
         // Only an error about a blob tells a full disk from other faults. Absence would be that of
         // a snapshot.
         let link = &self.store.link;
-        let failed = |status: Status| match link.failed_for(layer.blob.digest, &status) {
+        let failed = |status: Status| match link.blob_error(layer.blob.digest, &status) {
             full @ StoreError::Full(_) => UnpackError::Store(full),
-            _ => UnpackError::Store(link.failed(&status)),
+            _ => UnpackError::Store(link.store_error(&status)),
         };
         let mut snapshots = self.store.snapshots();
         let snapshotter = self.snapshotter.to_owned();
@@ -101,7 +101,7 @@ impl<'a> Extraction<'a> {
         let applied = DiffClient::new(self.store.link.channel()).apply(self.request(apply)).await.map_err(failed)?;
         let actual = applied.into_inner().applied.unwrap_or_default().digest;
         if actual != layer.diff_id.to_string() {
-            return Err(UnpackError::OtherDiff { expected: layer.diff_id, actual });
+            return Err(UnpackError::DiffIdMismatch { expected: layer.diff_id, actual });
         }
         let commit = CommitSnapshotRequest {
             snapshotter,
@@ -110,9 +110,9 @@ impl<'a> Extraction<'a> {
             labels: HashMap::new(),
         };
         match snapshots.commit(self.request(commit)).await {
-            Ok(_) => Ok(Unpacked::Now),
+            Ok(_) => Ok(UnpackOutcome::Unpacked),
             // CRI was faster. The pin holds theirs.
-            Err(status) if status.code() == Code::AlreadyExists => Ok(Unpacked::Before),
+            Err(status) if status.code() == Code::AlreadyExists => Ok(UnpackOutcome::AlreadyUnpacked),
             Err(status) => Err(failed(status)),
         }
     }
@@ -129,10 +129,10 @@ impl ContainerdStore {
         SnapshotsClient::new(self.link.channel()).max_decoding_message_size(MAX_MESSAGE)
     }
 
-    async fn suited_snapshotter(&self) -> Result<String, UnpackError> {
+    async fn supported_snapshotter(&self) -> Result<String, UnpackError> {
         match self.snapshotter().await? {
-            Snapshotter::Suited(name) => Ok(name),
-            Snapshotter::Unsuited(why) => Err(UnpackError::Unsuited(why)),
+            Snapshotter::Supported(name) => Ok(name),
+            Snapshotter::Unsupported(why) => Err(UnpackError::Unsupported(why)),
         }
     }
 
@@ -141,7 +141,7 @@ impl ContainerdStore {
         match self.link.call(self.snapshots().stat(self.link.request(stat))).await {
             Ok(_) => Ok(true),
             Err(status) if status.code() == Code::NotFound => Ok(false),
-            Err(status) => Err(self.link.failed(&status)),
+            Err(status) => Err(self.link.store_error(&status)),
         }
     }
 
@@ -160,7 +160,7 @@ impl ContainerdStore {
     async fn remove_snapshot(&self, snapshotter: &str, key: &str) -> Result<(), StoreError> {
         let remove = RemoveSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
         match self.link.call(self.snapshots().remove(self.link.request(remove))).await {
-            Err(status) if status.code() != Code::NotFound => Err(self.link.failed(&status)),
+            Err(status) if status.code() != Code::NotFound => Err(self.link.store_error(&status)),
             _ => Ok(()),
         }
     }
@@ -168,7 +168,7 @@ impl ContainerdStore {
     /// Removes every half unpacked layer of ours that nobody here is unpacking: dropped, or left by a process that was killed.
     pub(super) async fn sweep_snapshots(&self) -> Result<(), StoreError> {
         // All that may ever have been CRI's, whether or not CRI answers now.
-        for plugin in self.snapshotters().await?.iter().filter(|plugin| SUITED.contains(&&*plugin.id)) {
+        for plugin in self.snapshotters().await?.iter().filter(|plugin| SUPPORTED.contains(&&*plugin.id)) {
             for key in self.active_snapshots(&plugin.id).await? {
                 let is_extracted = self.state.being_extracted().contains(&key);
                 if !is_extracted {
@@ -181,12 +181,12 @@ impl ContainerdStore {
 
     /// The keys of ours.
     async fn active_snapshots(&self, snapshotter: &str) -> Result<Vec<String>, StoreError> {
-        let failed = |status: Status| self.link.failed(&status);
+        let failed = |status: Status| self.link.store_error(&status);
         let filters = vec![format!("kind==active,name~=\"^{KEY_PREFIX}\"")];
         let list = ListSnapshotsRequest { snapshotter: snapshotter.to_owned(), filters };
         let mut answers = self.link.call(self.snapshots().list(self.link.request(list))).await.map_err(failed)?;
         let mut keys = Vec::new();
-        while let Some(answer) = within(MESSAGE_DEADLINE, answers.message()).await.map_err(failed)? {
+        while let Some(answer) = with_deadline(MESSAGE_DEADLINE, answers.message()).await.map_err(failed)? {
             // Whatever a containerd makes of the filter.
             keys.extend(answer.info.into_iter().map(|info| info.name).filter(|name| name.starts_with(KEY_PREFIX)));
         }
@@ -196,27 +196,27 @@ impl ContainerdStore {
 
 #[async_trait]
 impl Unpacker for ContainerdStore {
-    async fn suits(&self) -> Result<(), UnpackError> {
-        self.suited_snapshotter().await.map(drop)
+    async fn ensure_supported(&self) -> Result<(), UnpackError> {
+        self.supported_snapshotter().await.map(drop)
     }
 
     async fn is_unpacked(&self, layer: &StackedLayer) -> Result<bool, UnpackError> {
-        let snapshotter = self.suited_snapshotter().await?;
+        let snapshotter = self.supported_snapshotter().await?;
         Ok(self.has_snapshot(&snapshotter, layer.chain_id).await?)
     }
 
-    async fn unpack(&self, layer: &StackedLayer, pin: &Pin) -> Result<Unpacked, UnpackError> {
-        let snapshotter = self.suited_snapshotter().await?;
+    async fn unpack(&self, layer: &StackedLayer, pin: &Pin) -> Result<UnpackOutcome, UnpackError> {
+        let snapshotter = self.supported_snapshotter().await?;
         // Held before it is looked for: what is there then stays. A lease may name what is not there.
-        self.hold(pin, format!("snapshots/{snapshotter}"), layer.chain_id.to_string()).await?;
+        self.add_to_pin(pin, format!("snapshots/{snapshotter}"), layer.chain_id.to_string()).await?;
         if self.has_snapshot(&snapshotter, layer.chain_id).await? {
-            return Ok(Unpacked::Before);
+            return Ok(UnpackOutcome::AlreadyUnpacked);
         }
         let mut extraction = Extraction::begin(self, &snapshotter, layer.chain_id, pin)?;
         let unpacked = extraction.run(layer).await;
-        extraction.leaves_something = match &unpacked {
-            Ok(Unpacked::Now) => false,
-            Ok(Unpacked::Before) | Err(_) => {
+        extraction.has_leftover = match &unpacked {
+            Ok(UnpackOutcome::Unpacked) => false,
+            Ok(UnpackOutcome::AlreadyUnpacked) | Err(_) => {
                 let removed = self.remove_snapshot(&snapshotter, &extraction.key).await;
                 removed
                     .inspect_err(|error| tracing::debug!(%error, "a half unpacked layer is left to be swept"))
@@ -226,13 +226,13 @@ impl Unpacker for ContainerdStore {
         unpacked
     }
 
-    async fn keep(&self, config: Digest, top: Digest) -> Result<(), UnpackError> {
-        let key = format!("{SNAPSHOT}{}", self.suited_snapshotter().await?);
+    async fn keep_snapshot(&self, config: Digest, top: Digest) -> Result<(), UnpackError> {
+        let key = format!("{GC_REF_SNAPSHOT}{}", self.supported_snapshotter().await?);
         let paths = vec![format!("labels.{key}")];
         let info = Info { digest: config.to_string(), labels: [(key, top.to_string())].into(), ..Info::default() };
         let mut update = UpdateRequest { info: Some(info), update_mask: None };
         update.update_mask.get_or_insert_default().paths = paths;
         let updated = self.link.call(self.link.content().update(self.link.request(update))).await;
-        updated.map(|_| ()).map_err(|status| UnpackError::Store(self.link.failed_for(config, &status)))
+        updated.map(|_| ()).map_err(|status| UnpackError::Store(self.link.blob_error(config, &status)))
     }
 }

@@ -19,18 +19,18 @@ use tokio::sync::mpsc;
 use tokio::time::sleep;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::labels::additions;
-use super::link::within;
+use super::client::with_deadline;
+use super::labels::missing_labels;
 use super::{ContainerdStore, State};
-use crate::oci::{Digest, Verified};
-use crate::ports::{BlobSink, Pin, Remembered, StoreError};
+use crate::oci::{BlobProof, Digest};
+use crate::ports::{BlobMetadata, BlobSink, Pin, StoreError};
 
 /// Every ref of ours begins so; the digest follows.
 const REF_PREFIX: &str = "lighterman-";
 
 /// The data in one message. containerd refuses messages over 16 MiB; 4 and 8 were no faster (measured on 1.6), and each costs its size in
 /// memory three times over.
-pub(super) const MESSAGE: usize = 1 << 20;
+pub(super) const MESSAGE_SIZE: usize = 1 << 20;
 
 /// Messages that wait to be sent, so that containerd always has one to go on with. They bound a writer's memory, together with
 /// the one being filled and what is in the connection's buffer.
@@ -47,8 +47,8 @@ const LAST_PAUSE: Duration = Duration::from_millis(1024);
 /// Committing syncs the file. What the kernel has not written by then is bounded by its dirty limits, a fifth of memory: some gigabytes at 50 MB/s.
 const COMMIT_DEADLINE: Duration = Duration::from_secs(120);
 
-pub(super) struct Writer {
-    slot: Arc<Slot>,
+pub(super) struct ApiWriter {
+    slot: Arc<IngestSlot>,
     size: u64,
     /// Bytes taken so far, sent or not.
     written: u64,
@@ -61,16 +61,16 @@ pub(super) struct Writer {
 }
 
 /// The right to write a blob, given back when dropped.
-pub(super) struct Slot {
+pub(super) struct IngestSlot {
     store: ContainerdStore,
     digest: Digest,
     /// containerd may keep something for the ref.
-    leaves_something: AtomicBool,
+    has_leftover: AtomicBool,
 }
 
-impl Slot {
+impl IngestSlot {
     pub(super) fn take(store: &ContainerdStore, digest: Digest) -> Result<Arc<Self>, StoreError> {
-        let slot = || Arc::new(Self { store: store.clone(), digest, leaves_something: AtomicBool::new(false) });
+        let slot = || Arc::new(Self { store: store.clone(), digest, has_leftover: AtomicBool::new(false) });
         store.state.being_written().insert(digest).then(slot).ok_or(StoreError::Busy(digest))
     }
 
@@ -78,15 +78,15 @@ impl Slot {
         self.digest
     }
 
-    fn leaves(&self, something: bool) {
-        self.leaves_something.store(something, Ordering::Relaxed);
+    fn set_leftover(&self, something: bool) {
+        self.has_leftover.store(something, Ordering::Relaxed);
     }
 }
 
-impl Drop for Slot {
+impl Drop for IngestSlot {
     fn drop(&mut self) {
         self.store.state.being_written().remove(&self.digest);
-        if *self.leaves_something.get_mut() {
+        if *self.has_leftover.get_mut() {
             self.store.state.abandoned.notify_one();
         }
     }
@@ -99,14 +99,14 @@ impl State {
 }
 
 /// A write that was begun.
-pub(super) struct Stream {
+pub(super) struct WriteStream {
     messages: mpsc::Sender<WriteContentRequest>,
     answers: Streaming<WriteContentResponse>,
     /// Bytes that containerd says it has. It has all, or none: what it had of a ref of ours was aborted before.
     pub(super) offered: u64,
 }
 
-impl Stream {
+impl WriteStream {
     /// Declined, containerd goes on with the file that an attempt before may have left: aborting one to which a copy was offered leaves it.
     /// Zero bytes now, and the next zero offset empties it.
     async fn decline(&mut self, ask: WriteContentRequest) -> Result<(), Status> {
@@ -114,7 +114,7 @@ impl Stream {
             let _ = self.messages.send(ask).await;
             self.answers.message().await?.ok_or_else(|| Status::unavailable("the stream ended"))
         };
-        within(MESSAGE_DEADLINE, decline).await.map(|_| ())
+        with_deadline(MESSAGE_DEADLINE, decline).await.map(|_| ())
     }
 
     /// Accepts what is offered, with these labels.
@@ -124,15 +124,18 @@ impl Stream {
         size: u64,
         labels: HashMap<String, String>,
     ) -> Result<(), Status> {
-        let accept =
-            WriteContentRequest { offset: size.cast_signed(), labels, ..asking(WriteAction::Commit, digest, size) };
+        let accept = WriteContentRequest {
+            offset: size.cast_signed(),
+            labels,
+            ..write_request(WriteAction::Commit, digest, size)
+        };
         let _ = self.messages.send(accept).await;
         let accepted = async { self.answers.message().await?.ok_or_else(|| Status::unavailable("the stream ended")) };
-        within(COMMIT_DEADLINE, accepted).await.map(|_| ())
+        with_deadline(COMMIT_DEADLINE, accepted).await.map(|_| ())
     }
 }
 
-fn asking(action: WriteAction, digest: Digest, size: u64) -> WriteContentRequest {
+fn write_request(action: WriteAction, digest: Digest, size: u64) -> WriteContentRequest {
     WriteContentRequest {
         action: action.into(),
         r#ref: ref_of(digest),
@@ -143,7 +146,12 @@ fn asking(action: WriteAction, digest: Digest, size: u64) -> WriteContentRequest
 }
 
 impl ContainerdStore {
-    pub(super) async fn begin_write_in(&self, slot: Arc<Slot>, size: u64, pin: &Pin) -> Result<Writer, StoreError> {
+    pub(super) async fn begin_write(
+        &self,
+        slot: Arc<IngestSlot>,
+        size: u64,
+        pin: &Pin,
+    ) -> Result<ApiWriter, StoreError> {
         let digest = slot.digest;
         let mut pause = FIRST_PAUSE;
         let stream = loop {
@@ -152,8 +160,8 @@ impl ContainerdStore {
             if stream.offered == 0 {
                 break stream;
             }
-            let declined = stream.decline(asking(WriteAction::Write, digest, size)).await;
-            match declined.map_err(|status| self.link.failed_for(digest, &status)) {
+            let declined = stream.decline(write_request(WriteAction::Write, digest, size)).await;
+            match declined.map_err(|status| self.link.blob_error(digest, &status)) {
                 Ok(()) => break stream,
                 // The offer came before containerd had noticed that the last stream on the ref is gone.
                 Err(StoreError::Busy(_)) if pause <= LAST_PAUSE => sleep(pause).await,
@@ -161,24 +169,24 @@ impl ContainerdStore {
             }
             pause *= 2;
         };
-        let filling = Vec::with_capacity(MESSAGE.min(usize::try_from(size).unwrap_or(MESSAGE)));
-        let Stream { messages, answers, offered: _ } = stream;
-        Ok(Writer { slot, size, written: 0, confirmed: 0, filling, messages, answers })
+        let filling = Vec::with_capacity(MESSAGE_SIZE.min(usize::try_from(size).unwrap_or(MESSAGE_SIZE)));
+        let WriteStream { messages, answers, offered: _ } = stream;
+        Ok(ApiWriter { slot, size, written: 0, confirmed: 0, filling, messages, answers })
     }
 
     /// Begins a write that the pin holds; what was written to the ref before is thrown away.
     ///
     /// # Errors
     /// [`StoreError::AlreadyThere`] when the whole blob is there; the pin holds it then.
-    pub(super) async fn open_write(&self, slot: &Slot, size: u64, pin: &Pin) -> Result<Stream, StoreError> {
+    pub(super) async fn open_write(&self, slot: &IngestSlot, size: u64, pin: &Pin) -> Result<WriteStream, StoreError> {
         let digest = slot.digest;
         let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
         let lease: MetadataValue<Ascii> = self.state.renewals.lease(pin)?.parse().map_err(|_| gone())?;
-        let _alone = self.state.beginning.lock().await;
+        let _alone = self.state.begin_lock.lock().await;
         self.abort(digest).await?;
-        slot.leaves(true);
-        let locked = |status: &Status| matches!(self.link.failed_for(digest, status), StoreError::Busy(_));
-        let open = || once_settled(locked, || self.open_stream(digest, size, Some(&lease)));
+        slot.set_leftover(true);
+        let locked = |status: &Status| matches!(self.link.blob_error(digest, status), StoreError::Busy(_));
+        let open = || retry_until_settled(locked, || self.open_stream(digest, size, Some(&lease)));
         let mut opened = open().await;
         if opened.as_ref().is_err_and(|status| status.code() == Code::AlreadyExists)
             && self.find_blob(digest).await?.is_none()
@@ -191,8 +199,8 @@ impl ContainerdStore {
             Ok(stream) => Ok(stream),
             Err(status) if status.code() == Code::NotFound => Err(gone()),
             Err(status) => {
-                slot.leaves(status.code() != Code::AlreadyExists);
-                Err(self.link.failed_for(digest, &status))
+                slot.set_leftover(status.code() != Code::AlreadyExists);
+                Err(self.link.blob_error(digest, &status))
             }
         }
     }
@@ -204,9 +212,9 @@ impl ContainerdStore {
         digest: Digest,
         size: u64,
         lease: Option<&MetadataValue<Ascii>>,
-    ) -> Result<Stream, Status> {
+    ) -> Result<WriteStream, Status> {
         let (messages, waiting) = mpsc::channel(IN_FLIGHT);
-        messages.try_send(asking(WriteAction::Stat, digest, size)).expect("an empty channel has room");
+        messages.try_send(write_request(WriteAction::Stat, digest, size)).expect("an empty channel has room");
         let mut request = self.link.request(ReceiverStream::new(waiting));
         if let Some(lease) = lease {
             request.metadata_mut().insert("containerd-lease", lease.clone());
@@ -215,25 +223,25 @@ impl ContainerdStore {
         let opened = async {
             let mut answers = self.link.content().write(request).await?.into_inner();
             let answer = answers.message().await?.ok_or_else(|| Status::unavailable("the stream ended"))?;
-            Ok(Stream { messages, answers, offered: answer.offset.cast_unsigned() })
+            Ok(WriteStream { messages, answers, offered: answer.offset.cast_unsigned() })
         };
-        within(MESSAGE_DEADLINE, opened).await
+        with_deadline(MESSAGE_DEADLINE, opened).await
     }
 
     /// What comes of a write that is over: nothing is left at its ref when containerd made the blob, or had it.
-    pub(super) async fn settle_commit(
+    pub(super) async fn finish_commit(
         &self,
-        slot: &Slot,
+        slot: &IngestSlot,
         committed: Result<(), Status>,
-        remembered: &Remembered,
+        remembered: &BlobMetadata,
     ) -> Result<(), StoreError> {
         match committed {
             Ok(()) => {}
             // Somebody else, the kubelet perhaps, was faster. The lease holds it, but the labels that came along were dropped.
             Err(status) if status.code() == Code::AlreadyExists => self.add_labels(slot.digest, remembered).await?,
-            Err(status) => return Err(self.link.failed_for(slot.digest, &status)),
+            Err(status) => return Err(self.link.blob_error(slot.digest, &status)),
         }
-        slot.leaves(false);
+        slot.set_leftover(false);
         self.changed();
         Ok(())
     }
@@ -246,8 +254,8 @@ impl ContainerdStore {
         };
         // The last stream made a file in the folder while that was being removed. containerd undoes the abort then.
         let refilled = |status: &Status| status.code() == Code::Unknown;
-        match once_settled(refilled, abort).await {
-            Err(status) if status.code() != Code::NotFound => Err(self.link.failed_for(digest, &status)),
+        match retry_until_settled(refilled, abort).await {
+            Err(status) if status.code() != Code::NotFound => Err(self.link.blob_error(digest, &status)),
             _ => Ok(()),
         }
     }
@@ -257,9 +265,9 @@ impl ContainerdStore {
         let filters = vec![format!("ref~=\"^{REF_PREFIX}\"")];
         let request = self.link.request(ListStatusesRequest { filters });
         let listed = self.link.call(self.link.content().list_statuses(request)).await;
-        for status in listed.map_err(|status| self.link.failed(&status))?.statuses {
+        for status in listed.map_err(|status| self.link.store_error(&status))?.statuses {
             let Some(Ok(digest)) = status.r#ref.strip_prefix(REF_PREFIX).map(str::parse) else { continue };
-            let _alone = self.state.beginning.lock().await;
+            let _alone = self.state.begin_lock.lock().await;
             let is_written = self.state.being_written().contains(&digest);
             if !is_written {
                 self.abort(digest).await?;
@@ -270,7 +278,7 @@ impl ContainerdStore {
 }
 
 /// Tries again while containerd has not noticed yet that the last stream on the ref is gone.
-async fn once_settled<T, F: Future<Output = Result<T, Status>>>(
+async fn retry_until_settled<T, F: Future<Output = Result<T, Status>>>(
     unsettled: impl Fn(&Status) -> bool,
     attempt: impl Fn() -> F,
 ) -> Result<T, Status> {
@@ -288,7 +296,7 @@ fn ref_of(digest: Digest) -> String {
     format!("{REF_PREFIX}{digest}")
 }
 
-impl Writer {
+impl ApiWriter {
     /// Sends what has been filled, as soon as there is room, and takes the answers that have come meanwhile.
     async fn send(&mut self, action: WriteAction, labels: HashMap<String, String>) -> Result<(), StoreError> {
         let data = std::mem::take(&mut self.filling);
@@ -318,12 +326,12 @@ impl Writer {
                 }
             }
         };
-        let sent = within(MESSAGE_DEADLINE, sending).await;
-        sent.map_err(|status| self.slot.store.link.failed_for(self.slot.digest, &status))
+        let sent = with_deadline(MESSAGE_DEADLINE, sending).await;
+        sent.map_err(|status| self.slot.store.link.blob_error(self.slot.digest, &status))
     }
 
     /// Waits until containerd has all bytes, has hashed and synced them, and has made the blob.
-    async fn confirmed(&mut self) -> Result<(), Status> {
+    async fn wait_committed(&mut self) -> Result<(), Status> {
         let committing = async {
             loop {
                 let answer = self.answers.message().await?;
@@ -334,7 +342,7 @@ impl Writer {
                 }
             }
         };
-        within(COMMIT_DEADLINE, committing).await
+        with_deadline(COMMIT_DEADLINE, committing).await
     }
 }
 
@@ -344,8 +352,8 @@ fn confirm(confirmed: &mut u64, answer: Option<WriteContentResponse>) -> Result<
     let offset = answer.offset.cast_unsigned();
     let step = offset.checked_sub(*confirmed);
     let whole = match answer.action() {
-        WriteAction::Commit => step.is_some_and(|step| step <= MESSAGE as u64),
-        _ => step == Some(MESSAGE as u64),
+        WriteAction::Commit => step.is_some_and(|step| step <= MESSAGE_SIZE as u64),
+        _ => step == Some(MESSAGE_SIZE as u64),
     };
     if !whole {
         return Err(Status::data_loss(format!("it is at byte {offset} after {confirmed}")));
@@ -355,17 +363,17 @@ fn confirm(confirmed: &mut u64, answer: Option<WriteContentResponse>) -> Result<
 }
 
 #[async_trait]
-impl BlobSink for Writer {
+impl BlobSink for ApiWriter {
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
         for chunk in chunks {
             let mut rest = &chunk[..];
             while !rest.is_empty() {
                 // Full ones go when there is more: the last one goes with the commit.
-                if self.filling.len() == MESSAGE {
+                if self.filling.len() == MESSAGE_SIZE {
                     self.send(WriteAction::Write, HashMap::new()).await?;
-                    self.filling.reserve_exact(MESSAGE);
+                    self.filling.reserve_exact(MESSAGE_SIZE);
                 }
-                let (now, later) = rest.split_at(rest.len().min(MESSAGE - self.filling.len()));
+                let (now, later) = rest.split_at(rest.len().min(MESSAGE_SIZE - self.filling.len()));
                 self.filling.extend_from_slice(now);
                 self.written += now.len() as u64;
                 rest = later;
@@ -379,9 +387,9 @@ impl BlobSink for Writer {
     }
 }
 
-impl Writer {
+impl ApiWriter {
     /// Makes the blob readable; a file that is there already takes its place unseen.
-    pub(super) async fn commit(mut self, proof: &Verified, remembered: &Remembered) -> Result<(), StoreError> {
+    pub(super) async fn commit(mut self, proof: &BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
         let digest = self.slot.digest;
         if proof.digest() != digest || proof.size() != self.written || self.size != self.written {
             let (proved, size, written) = (proof.digest(), proof.size(), self.written);
@@ -389,8 +397,8 @@ impl Writer {
                 "the proof is for {size} bytes of {proved}, written were {written} of {digest}"
             )));
         }
-        self.send(WriteAction::Commit, additions(&HashMap::new(), remembered)).await?;
-        let committed = self.confirmed().await;
-        self.slot.store.settle_commit(&self.slot, committed, remembered).await
+        self.send(WriteAction::Commit, missing_labels(&HashMap::new(), remembered)).await?;
+        let committed = self.wait_committed().await;
+        self.slot.store.finish_commit(&self.slot, committed, remembered).await
     }
 }

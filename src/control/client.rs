@@ -13,12 +13,12 @@ use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Ask, Refused};
+use super::{ErrorBody, PullBody};
 use crate::oci::Reference;
 use crate::ports::{PullProgress, Status};
 
 /// Until the agent begins to answer. It answers at once, unless it is stopped or out of processor time.
-const ANSWER_WAIT: Duration = Duration::from_secs(10);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A status that names 512 peers and as many registries, several times over.
 const MAX_STATUS: usize = 4 << 20;
@@ -43,10 +43,10 @@ pub enum ClientError {
     NotAllowed(PathBuf),
     /// It took the question and does not answer.
     #[error("the agent at {0} does not answer")]
-    Silent(PathBuf),
+    TimedOut(PathBuf),
     /// It does not do what it was asked.
     #[error("the agent refuses: {0}")]
-    Refused(String),
+    Rejected(String),
     /// It went away in the middle, or what it says makes no sense.
     #[error("the agent's answer broke off: {0}")]
     Broken(String),
@@ -63,9 +63,9 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub async fn status(&self) -> Result<Status, ClientError> {
-        let (answer, _connection) = self.ask(Method::GET, "/v1/status", Bytes::new()).await?;
-        let body = tokio::time::timeout(ANSWER_WAIT, Limited::new(answer.into_body(), MAX_STATUS).collect()).await;
-        let body = body.map_err(|_| ClientError::Silent(self.socket.clone()))?.map_err(broken)?;
+        let (answer, _connection) = self.request(Method::GET, "/v1/status", Bytes::new()).await?;
+        let body = tokio::time::timeout(RESPONSE_TIMEOUT, Limited::new(answer.into_body(), MAX_STATUS).collect()).await;
+        let body = body.map_err(|_| ClientError::TimedOut(self.socket.clone()))?.map_err(broken)?;
         serde_json::from_slice(&body.to_bytes()).map_err(broken)
     }
 
@@ -73,32 +73,32 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn pull(&self, reference: &Reference, dry_run: bool) -> Result<Pulling, ClientError> {
-        let ask = Ask { reference: reference.to_string(), dry_run };
-        let body = serde_json::to_vec(&ask).map_err(broken)?;
-        let (answer, connection) = self.ask(Method::POST, "/v1/pull", body.into()).await?;
-        Ok(Pulling { body: answer.into_body(), read: Vec::new(), _connection: connection })
+    pub async fn pull(&self, reference: &Reference, dry_run: bool) -> Result<PullStream, ClientError> {
+        let pull_body = PullBody { reference: reference.to_string(), dry_run };
+        let body = serde_json::to_vec(&pull_body).map_err(broken)?;
+        let (answer, connection) = self.request(Method::POST, "/v1/pull", body.into()).await?;
+        Ok(PullStream { body: answer.into_body(), read: Vec::new(), _connection: connection })
     }
 
-    async fn ask(
+    async fn request(
         &self,
         method: Method,
         path: &str,
         body: Bytes,
     ) -> Result<(Response<Incoming>, AbortOnDropHandle<()>), ClientError> {
-        let asked = tokio::time::timeout(ANSWER_WAIT, self.ask_once(method, path, body)).await;
-        let (answer, connection) = asked.map_err(|_| ClientError::Silent(self.socket.clone()))??;
+        let response = tokio::time::timeout(RESPONSE_TIMEOUT, self.send_request(method, path, body)).await;
+        let (answer, connection) = response.map_err(|_| ClientError::TimedOut(self.socket.clone()))??;
         if answer.status() == StatusCode::OK {
             return Ok((answer, connection));
         }
         let status = answer.status();
         let body = Limited::new(answer.into_body(), MAX_LINE).collect();
-        let body = tokio::time::timeout(ANSWER_WAIT, body).await.ok().and_then(Result::ok);
-        let said = body.and_then(|body| serde_json::from_slice::<Refused>(&body.to_bytes()).ok());
-        Err(ClientError::Refused(said.map_or_else(|| status.to_string(), |refused| refused.error)))
+        let body = tokio::time::timeout(RESPONSE_TIMEOUT, body).await.ok().and_then(Result::ok);
+        let said = body.and_then(|body| serde_json::from_slice::<ErrorBody>(&body.to_bytes()).ok());
+        Err(ClientError::Rejected(said.map_or_else(|| status.to_string(), |refused| refused.error)))
     }
 
-    async fn ask_once(
+    async fn send_request(
         &self,
         method: Method,
         path: &str,
@@ -123,14 +123,14 @@ fn broken(error: impl std::fmt::Display) -> ClientError {
 }
 
 /// A pull under way.
-pub struct Pulling {
+pub struct PullStream {
     body: Incoming,
     /// Read, and not yet a whole line.
     read: Vec<u8>,
     _connection: AbortOnDropHandle<()>,
 }
 
-impl Pulling {
+impl PullStream {
     /// The next thing that happened. The caller knows the last one ([`PullProgress::is_last`]) and asks no further.
     ///
     /// # Errors

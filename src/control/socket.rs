@@ -10,17 +10,17 @@ use socket2::{Domain, SockAddr, Type};
 use tokio::net::{UnixListener, UnixStream};
 
 /// As many as are served at a time may wait besides.
-const BACKLOG: i32 = super::CONNECTIONS as i32;
+const BACKLOG: i32 = super::MAX_CONNECTIONS as i32;
 
 /// The socket cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// Another agent of this node answers there.
     #[error("another agent answers at {0}; two agents must not share a data folder")]
-    Taken(PathBuf),
+    InUse(PathBuf),
     /// Something else has its name, which is left alone.
     #[error("{0} is there and is no socket; remove it, or choose another path")]
-    NoSocket(PathBuf),
+    NotASocket(PathBuf),
     /// The system refuses.
     #[error("the control socket {path}: {source}")]
     Io {
@@ -32,23 +32,23 @@ pub enum BindError {
 }
 
 /// A listening socket that removes its file when it is dropped.
-pub(super) struct Socket {
+pub(super) struct ControlSocket {
     pub(super) listener: UnixListener,
     path: PathBuf,
     /// Device and inode, so that a file that somebody else has put there since is left alone.
     file: (u64, u64),
 }
 
-impl Socket {
+impl ControlSocket {
     pub(super) async fn bind(path: PathBuf) -> Result<Self, BindError> {
         remove_stale(&path).await?;
-        let bound = bind_for_the_owner(&path);
+        let bound = bind_owner_only(&path);
         let (listener, file) = bound.map_err(|source| BindError::Io { path: path.clone(), source })?;
         Ok(Self { listener, path, file })
     }
 }
 
-impl Drop for Socket {
+impl Drop for ControlSocket {
     fn drop(&mut self) {
         if inode(&self.path).is_ok_and(|file| file == self.file) {
             // Left behind, it is replaced by the next agent.
@@ -63,18 +63,18 @@ async fn remove_stale(path: &Path) -> Result<(), BindError> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),
-        Ok(file) if !file.file_type().is_socket() => return Err(BindError::NoSocket(path.to_owned())),
+        Ok(file) if !file.file_type().is_socket() => return Err(BindError::NotASocket(path.to_owned())),
         Ok(_) => {}
     }
     match UnixStream::connect(path).await {
-        Ok(_) => Err(BindError::Taken(path.to_owned())),
+        Ok(_) => Err(BindError::InUse(path.to_owned())),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(failed),
         Err(error) => Err(failed(error)),
     }
 }
 
 /// Nobody can connect before it listens, and by then its mode is right.
-fn bind_for_the_owner(path: &Path) -> io::Result<(UnixListener, (u64, u64))> {
+fn bind_owner_only(path: &Path) -> io::Result<(UnixListener, (u64, u64))> {
     let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
     socket.bind(&SockAddr::unix(path)?)?;

@@ -12,17 +12,17 @@ use tokio::task::JoinHandle;
 use super::*;
 use crate::ports::Status;
 
-struct Known(Status);
+struct FixedStatus(Status);
 
 #[async_trait]
-impl StatusSource for Known {
+impl StatusSource for FixedStatus {
     async fn status(&self) -> Status {
         self.0.clone()
     }
 }
 
 /// A served socket in a folder of its own.
-struct Served {
+struct TestControlServer {
     folder: TempDir,
     pulls: mpsc::Receiver<PullRequest>,
     stop: CancellationToken,
@@ -37,12 +37,12 @@ fn status() -> Status {
     Status { node: Some("n1".into()), ..Status::default() }
 }
 
-async fn bind(path: &Path) -> (Result<Control, BindError>, mpsc::Receiver<PullRequest>) {
+async fn bind(path: &Path) -> (Result<ControlServer, BindError>, mpsc::Receiver<PullRequest>) {
     let (pulls_in, pulls) = mpsc::channel(4);
-    (Control::bind(Config { socket: path.to_owned() }, Arc::new(Known(status())), pulls_in).await, pulls)
+    (ControlServer::bind(Config { socket: path.to_owned() }, Arc::new(FixedStatus(status())), pulls_in).await, pulls)
 }
 
-impl Served {
+impl TestControlServer {
     async fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (control, pulls) = bind(&socket(&folder)).await;
@@ -80,8 +80,8 @@ fn failed() -> PullProgress {
 }
 
 #[tokio::test]
-async fn the_socket_is_for_its_owner_alone_and_goes_with_the_agent() {
-    let served = Served::start().await;
+async fn the_socket_is_private_to_its_owner_and_removed_with_the_agent() {
+    let served = TestControlServer::start().await;
     let file = std::fs::metadata(socket(&served.folder)).unwrap();
     assert!(file.file_type().is_socket());
     assert_eq!(file.permissions().mode() & 0o777, 0o600);
@@ -91,7 +91,7 @@ async fn the_socket_is_for_its_owner_alone_and_goes_with_the_agent() {
 }
 
 #[tokio::test]
-async fn what_a_dead_agent_left_is_replaced_and_a_living_one_is_left_alone() {
+async fn the_socket_of_a_dead_agent_is_replaced_and_that_of_a_running_agent_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let path = socket(&folder);
     drop(UnixListener::bind(&path).unwrap());
@@ -99,23 +99,23 @@ async fn what_a_dead_agent_left_is_replaced_and_a_living_one_is_left_alone() {
     let (first, _pulls) = bind(&path).await;
     let first = first.unwrap();
     let (second, _) = bind(&path).await;
-    assert!(matches!(second.err(), Some(BindError::Taken(taken)) if taken == path));
+    assert!(matches!(second.err(), Some(BindError::InUse(taken)) if taken == path));
     drop(first);
     assert!(!path.exists());
 }
 
 #[tokio::test]
-async fn a_file_that_is_no_socket_is_refused_and_kept() {
+async fn a_file_that_is_no_socket_is_rejected_and_kept() {
     let folder = tempfile::tempdir().unwrap();
     let path = socket(&folder);
     std::fs::write(&path, "precious").unwrap();
     let (refused, _) = bind(&path).await;
-    assert!(matches!(refused.err(), Some(BindError::NoSocket(_))));
+    assert!(matches!(refused.err(), Some(BindError::NotASocket(_))));
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
 }
 
 #[tokio::test]
-async fn a_socket_that_another_agent_has_made_since_is_not_removed() {
+async fn a_socket_of_a_later_agent_is_not_removed() {
     let folder = tempfile::tempdir().unwrap();
     let path = socket(&folder);
     let (first, _pulls) = bind(&path).await;
@@ -126,15 +126,15 @@ async fn a_socket_that_another_agent_has_made_since_is_not_removed() {
 }
 
 #[tokio::test]
-async fn a_path_that_the_kernel_cannot_take_is_named() {
+async fn a_path_over_the_length_limit_of_the_kernel_is_named_in_the_error() {
     let long = Path::new("/tmp").join("x".repeat(120));
     let (refused, _) = bind(&long).await;
     assert!(refused.err().unwrap().to_string().contains("xxx"));
 }
 
 #[tokio::test]
-async fn a_client_is_served_while_another_one_pulls() {
-    let mut served = Served::start().await;
+async fn a_client_is_served_while_another_client_pulls() {
+    let mut served = TestControlServer::start().await;
     let reference: Reference = "r.test/a:1".parse().unwrap();
     let mut first = served.client().pull(&reference, true).await.unwrap();
     let mut second = served.client().pull(&reference, false).await.unwrap();
@@ -148,8 +148,8 @@ async fn a_client_is_served_while_another_one_pulls() {
 }
 
 #[tokio::test]
-async fn to_hang_up_closes_the_request() {
-    let mut served = Served::start().await;
+async fn a_client_that_disconnects_closes_its_pull() {
+    let mut served = TestControlServer::start().await;
     let pulling = served.client().pull(&"r.test/a:1".parse().unwrap(), false).await.unwrap();
     let request = served.pulls.recv().await.unwrap();
     drop(pulling);
@@ -157,16 +157,16 @@ async fn to_hang_up_closes_the_request() {
 }
 
 #[tokio::test]
-async fn an_agent_that_ends_without_a_word_is_noticed() {
-    let mut served = Served::start().await;
+async fn a_client_notices_an_agent_that_ends_without_an_outcome() {
+    let mut served = TestControlServer::start().await;
     let mut pulling = served.client().pull(&"r.test/a:1".parse().unwrap(), false).await.unwrap();
     drop(served.pulls.recv().await.unwrap());
     assert!(matches!(pulling.next().await, Err(ClientError::Broken(_))));
 }
 
 #[tokio::test]
-async fn what_makes_no_sense_is_refused_with_a_reason() {
-    let served = Served::start().await;
+async fn a_malformed_request_is_rejected_with_a_reason() {
+    let served = TestControlServer::start().await;
     let large = format!(r#"{{"reference": "{}"}}"#, "a".repeat(MAX_BODY));
     for (answer, status, said) in [
         (served.post("{").await, "400", "EOF"),
@@ -184,15 +184,15 @@ async fn what_makes_no_sense_is_refused_with_a_reason() {
 }
 
 #[tokio::test]
-async fn an_agent_that_takes_nothing_says_so() {
-    let Served { folder, pulls, .. } = Served::start().await;
+async fn an_agent_that_accepts_no_pulls_answers_with_an_error() {
+    let TestControlServer { folder, pulls, .. } = TestControlServer::start().await;
     drop(pulls);
     let refused = Client::new(&socket(&folder)).pull(&"r.test/a:1".parse().unwrap(), false).await.err().unwrap();
-    assert!(matches!(&refused, ClientError::Refused(said) if said.contains("no requests")), "{refused}");
+    assert!(matches!(&refused, ClientError::Rejected(said) if said.contains("no requests")), "{refused}");
 }
 
 #[tokio::test]
-async fn without_an_agent_the_client_says_where_it_looked() {
+async fn a_client_without_an_agent_names_the_path_of_the_socket() {
     let folder = tempfile::tempdir().unwrap();
     let path = socket(&folder);
     for _ in ["nothing there", "left by a dead agent"] {
@@ -203,11 +203,11 @@ async fn without_an_agent_the_client_says_where_it_looked() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn clients_that_say_nothing_or_half_of_it_make_room_for_others() {
+async fn silent_clients_and_half_requests_make_room_for_other_clients() {
     for half in ["", "GET /v1/sta", "POST /v1/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{"] {
-        let served = Served::start().await;
+        let served = TestControlServer::start().await;
         let mut slow = Vec::new();
-        for _ in 0..CONNECTIONS {
+        for _ in 0..MAX_CONNECTIONS {
             let mut stream = UnixStream::connect(socket(&served.folder)).await.unwrap();
             stream.write_all(half.as_bytes()).await.unwrap();
             slow.push(stream);
@@ -217,22 +217,22 @@ async fn clients_that_say_nothing_or_half_of_it_make_room_for_others() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_that_stops_reading_is_given_up() {
-    let mut served = Served::start().await;
+async fn a_client_that_stops_reading_is_disconnected() {
+    let mut served = TestControlServer::start().await;
     let mut silent = UnixStream::connect(socket(&served.folder)).await.unwrap();
     let body = r#"{"reference":"a"}"#;
     let request = format!("POST /v1/pull HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len());
     silent.write_all(request.as_bytes()).await.unwrap();
-    let told = served.pulls.recv().await.unwrap().progress;
+    let progress = served.pulls.recv().await.unwrap().progress;
     // More than any buffer in between takes, until nobody listens.
-    let flood = async { while told.send(bytes(1)).await.is_ok() {} };
-    tokio::time::timeout(2 * patient::PATIENCE, flood).await.expect("to be given up");
+    let flood = async { while progress.send(bytes(1)).await.is_ok() {} };
+    tokio::time::timeout(2 * write_timeout::WRITE_TIMEOUT, flood).await.expect("to be given up");
     drop(silent);
 }
 
 #[tokio::test]
-async fn a_client_hears_how_it_ended_when_the_agent_stops() {
-    let mut served = Served::start().await;
+async fn a_client_receives_the_outcome_when_the_agent_stops() {
+    let mut served = TestControlServer::start().await;
     let mut pulling = served.client().pull(&"r.test/a:1".parse().unwrap(), false).await.unwrap();
     let request = served.pulls.recv().await.unwrap();
     served.stop.cancel();

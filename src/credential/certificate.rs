@@ -24,7 +24,7 @@ const CONTEXT: &[u8] = b"lighterman admission by certificate, version 1\0";
 const KIND: &str = "certificate-1";
 
 /// How long a statement is good: as long as a ServiceAccount token.
-pub const LIFE: Duration = Duration::from_secs(3600);
+pub const STATEMENT_LIFE: Duration = Duration::from_secs(3600);
 
 /// Certificates in a chain: the agent's own and three below the authority's. Each costs a signature to verify.
 pub const MAX_CHAIN: usize = 4;
@@ -43,7 +43,7 @@ pub struct Authority {
 
 /// Why a certificate does not admit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Flaw {
+pub enum CertificateRejection {
     /// Nothing.
     #[error("no certificate was shown")]
     Absent,
@@ -98,7 +98,12 @@ impl Authority {
     }
 
     /// The chain leads to us, is valid now, and is an agent's.
-    fn check_chain(&self, own: &EndEntityCert<'_>, above: &[CertificateDer<'_>], now: Duration) -> Result<(), Flaw> {
+    fn check_chain(
+        &self,
+        own: &EndEntityCert<'_>,
+        above: &[CertificateDer<'_>],
+        now: Duration,
+    ) -> Result<(), CertificateRejection> {
         let trusted = |usage| {
             let now = UnixTime::since_unix_epoch(now);
             own.verify_for_usage(self.algorithms.all, &self.anchors, above, now, usage, None, None).map(drop)
@@ -109,7 +114,7 @@ impl Authority {
             decided => decided,
         };
         trusted.map_err(|error| {
-            Flaw::Chain(match error {
+            CertificateRejection::Chain(match error {
                 webpki::Error::CertExpired { .. } => "it has expired",
                 webpki::Error::CertNotValidYet { .. } => "it is not valid yet",
                 webpki::Error::UnknownIssuer => "another authority issued it",
@@ -117,7 +122,7 @@ impl Authority {
                 _ => "it does not lead to the authority",
             })
         })?;
-        own.verify_is_valid_for_subject_name(&self.name).map_err(|_| Flaw::Name)
+        own.verify_is_valid_for_subject_name(&self.name).map_err(|_| CertificateRejection::Name)
     }
 }
 
@@ -127,7 +132,7 @@ pub fn statement(peer: PeerId, issued: Duration) -> Vec<u8> {
 }
 
 /// The credential, from its parts.
-pub fn credential(
+pub fn encode_credential(
     issued: Duration,
     scheme: SignatureScheme,
     signature: &[u8],
@@ -138,54 +143,63 @@ pub fn credential(
 }
 
 /// A credential's parts.
-struct Shown {
+struct ParsedCredential {
     issued: Duration,
     scheme: SignatureScheme,
     signature: Vec<u8>,
-    own: CertificateDer<'static>,
-    above: Vec<CertificateDer<'static>>,
+    leaf: CertificateDer<'static>,
+    intermediates: Vec<CertificateDer<'static>>,
 }
 
-fn parse(text: &str) -> Result<Shown, Flaw> {
+fn parse_credential(text: &str) -> Result<ParsedCredential, CertificateRejection> {
     match text.len() {
-        0 => return Err(Flaw::Absent),
+        0 => return Err(CertificateRejection::Absent),
         1..=MAX_BYTES => {}
-        _ => return Err(Flaw::TooLong),
+        _ => return Err(CertificateRejection::TooLong),
     }
     let mut parts = text.split('.');
-    let mut next = || parts.next().ok_or(Flaw::Malformed);
+    let mut next = || parts.next().ok_or(CertificateRejection::Malformed);
     if next()? != KIND {
-        return Err(Flaw::Malformed);
+        return Err(CertificateRejection::Malformed);
     }
-    let issued = Duration::from_secs(next()?.parse().map_err(|_| Flaw::Malformed)?);
-    let scheme = SignatureScheme::from(next()?.parse::<u16>().map_err(|_| Flaw::Malformed)?);
-    let bytes = |part: &str| BASE64.decode(part).map_err(|_| Flaw::Malformed);
+    let issued = Duration::from_secs(next()?.parse().map_err(|_| CertificateRejection::Malformed)?);
+    let scheme = SignatureScheme::from(next()?.parse::<u16>().map_err(|_| CertificateRejection::Malformed)?);
+    let bytes = |part: &str| BASE64.decode(part).map_err(|_| CertificateRejection::Malformed);
     let signature = bytes(next()?)?;
     let own = CertificateDer::from(bytes(next()?)?);
     // One more than is allowed, so that what is longer is seen.
     let above = parts.take(MAX_CHAIN).map(|part| Ok(bytes(part)?.into())).collect::<Result<Vec<_>, _>>()?;
-    if above.len() == MAX_CHAIN { Err(Flaw::TooLong) } else { Ok(Shown { issued, scheme, signature, own, above }) }
+    if above.len() == MAX_CHAIN {
+        Err(CertificateRejection::TooLong)
+    } else {
+        Ok(ParsedCredential { issued, scheme, signature, leaf: own, intermediates: above })
+    }
 }
 
 /// Whether `text` admits `peer`; until when, since 1970. A certificate that ends sooner is noticed with the next statement.
 ///
 /// # Errors
 /// The first [`Flaw`] found.
-pub fn verify(text: &str, peer: PeerId, authority: &Authority, now: Duration) -> Result<Duration, Flaw> {
-    let Shown { issued, scheme, signature, own, above } = parse(text)?;
-    let until = issued.saturating_add(LIFE);
+pub fn verify(
+    text: &str,
+    peer: PeerId,
+    authority: &Authority,
+    now: Duration,
+) -> Result<Duration, CertificateRejection> {
+    let ParsedCredential { issued, scheme, signature, leaf: own, intermediates: above } = parse_credential(text)?;
+    let until = issued.saturating_add(STATEMENT_LIFE);
     if until.saturating_add(LEEWAY) < now {
-        return Err(Flaw::Expired);
+        return Err(CertificateRejection::Expired);
     }
     if issued > now.saturating_add(LEEWAY) {
-        return Err(Flaw::TooEarly);
+        return Err(CertificateRejection::TooEarly);
     }
-    let own = EndEntityCert::try_from(&own).map_err(|_| Flaw::Malformed)?;
+    let own = EndEntityCert::try_from(&own).map_err(|_| CertificateRejection::Malformed)?;
     authority.check_chain(&own, &above, now)?;
     let statement = statement(peer, issued);
     let named = authority.algorithms.mapping.iter().find(|(known, _)| *known == scheme);
     let signed = named.is_some_and(|(_, algorithms)| {
         algorithms.iter().any(|algorithm| own.verify_signature(*algorithm, &statement, &signature).is_ok())
     });
-    if signed { Ok(until) } else { Err(Flaw::Signature) }
+    if signed { Ok(until) } else { Err(CertificateRejection::Signature) }
 }

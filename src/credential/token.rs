@@ -26,16 +26,16 @@ const MAX_BYTES: usize = 16 << 10;
 
 /// The keys that a cluster signs its tokens with, and the name that it signs in.
 #[derive(Debug, Clone)]
-pub struct Keys {
+pub struct ClusterKeys {
     /// The `iss` of its tokens.
     pub issuer: String,
     /// A handful: the one that it signs with, and those before it.
-    pub keys: Vec<Key>,
+    pub keys: Vec<ClusterKey>,
 }
 
 /// One of them, tied to the one algorithm that it is for.
 #[derive(Debug, Clone)]
-pub struct Key {
+pub struct ClusterKey {
     id: String,
     algorithm: Algorithm,
     key: DecodingKey,
@@ -72,14 +72,14 @@ pub struct Claims {
 
 impl Claims {
     /// Whether the token has ended, as far as clocks can be trusted.
-    pub fn is_over(&self, now: Duration) -> bool {
+    pub fn is_expired(&self, now: Duration) -> bool {
         self.expires.saturating_add(LEEWAY) < now
     }
 }
 
 /// Why a token does not admit. Nothing of the token is repeated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Flaw {
+pub enum TokenRejection {
     /// Nothing.
     #[error("no token was shown")]
     Absent,
@@ -121,7 +121,7 @@ pub enum Flaw {
     Unbound,
 }
 
-impl Key {
+impl ClusterKey {
     /// Takes a published key, unless it is of a kind that nothing here verifies, or is not for signatures.
     ///
     /// A symmetric key is never taken: whoever could read it could sign. ES512 (P-521), which API servers can be set to, is not taken
@@ -159,78 +159,78 @@ impl Key {
 pub fn verify(
     token: &str,
     peer: PeerId,
-    keys: &Keys,
+    keys: &ClusterKeys,
     expectations: &Expectations,
     now: Duration,
-) -> Result<Claims, Flaw> {
-    let claims = verify_but_for_its_end(token, peer, keys, expectations, now)?;
-    if claims.is_over(now) { Err(Flaw::Expired) } else { Ok(claims) }
+) -> Result<Claims, TokenRejection> {
+    let claims = verify_ignoring_expiry(token, peer, keys, expectations, now)?;
+    if claims.is_expired(now) { Err(TokenRejection::Expired) } else { Ok(claims) }
 }
 
 /// As [`verify`], but a token that has ended is no less good: the caller looks at [`Claims::is_over`].
 ///
 /// # Errors
 /// Any [`Flaw`] but [`Flaw::Expired`].
-pub fn verify_but_for_its_end(
+pub fn verify_ignoring_expiry(
     token: &str,
     peer: PeerId,
-    keys: &Keys,
+    keys: &ClusterKeys,
     expectations: &Expectations,
     now: Duration,
-) -> Result<Claims, Flaw> {
-    let Payload { iss, sub, aud, exp, iat, nbf, kubernetes } = open(token, &keys.keys)?;
+) -> Result<Claims, TokenRejection> {
+    let Payload { iss, sub, aud, exp, iat, nbf, kubernetes } = verify_signature(token, &keys.keys)?;
     if iss != keys.issuer {
-        return Err(Flaw::Issuer);
+        return Err(TokenRejection::Issuer);
     }
     if !aud.contains(&peer.to_string()) {
-        return Err(Flaw::Audience);
+        return Err(TokenRejection::Audience);
     }
     if sub != expectations.user() {
-        return Err(Flaw::Subject);
+        return Err(TokenRejection::Subject);
     }
     let (now, leeway) = (now.as_secs(), LEEWAY.as_secs());
     if nbf.unwrap_or(iat).max(iat) > now.saturating_add(leeway) {
-        return Err(Flaw::TooEarly);
+        return Err(TokenRejection::TooEarly);
     }
     if exp.saturating_sub(iat) > MAX_LIFE.as_secs() + leeway {
-        return Err(Flaw::LivesTooLong);
+        return Err(TokenRejection::LivesTooLong);
     }
-    let Kubernetes { namespace, serviceaccount, pod, node } = kubernetes.ok_or(Flaw::Unbound)?;
+    let Kubernetes { namespace, serviceaccount, pod, node } = kubernetes.ok_or(TokenRejection::Unbound)?;
     if namespace != expectations.k8s_namespace || serviceaccount.name != expectations.service_account {
-        return Err(Flaw::Subject);
+        return Err(TokenRejection::Subject);
     }
     let is_one = |name: &str| (1..=MAX_NAME).contains(&name.len());
-    let pod = pod.filter(|pod| is_one(&pod.name) && is_one(&pod.uid)).ok_or(Flaw::Unbound)?;
-    let node = node.map(|node| NodeName::try_from(node.name)).transpose().map_err(|_| Flaw::Malformed)?;
+    let pod = pod.filter(|pod| is_one(&pod.name) && is_one(&pod.uid)).ok_or(TokenRejection::Unbound)?;
+    let node = node.map(|node| NodeName::try_from(node.name)).transpose().map_err(|_| TokenRejection::Malformed)?;
     Ok(Claims { pod_name: pod.name, pod_uid: pod.uid, node, expires: Duration::from_secs(exp) })
 }
 
 /// Checks the signature; what the token says is looked at afterwards only.
-fn open(token: &str, keys: &[Key]) -> Result<Payload, Flaw> {
+fn verify_signature(token: &str, keys: &[ClusterKey]) -> Result<Payload, TokenRejection> {
     match token.len() {
-        0 => return Err(Flaw::Absent),
+        0 => return Err(TokenRejection::Absent),
         1..=MAX_BYTES => {}
-        _ => return Err(Flaw::TooLong),
+        _ => return Err(TokenRejection::TooLong),
     }
     // An algorithm that is unknown here, `none` among them, makes the header malformed.
-    let header = decode_header(token).map_err(|_| Flaw::Malformed)?;
+    let header = decode_header(token).map_err(|_| TokenRejection::Malformed)?;
     // No extension that must be understood is (RFC 7515, section 4.1.11).
     if header.crit.is_some() {
-        return Err(Flaw::Malformed);
+        return Err(TokenRejection::Malformed);
     }
-    let id = header.kid.ok_or(Flaw::UnknownKey)?;
-    let key = keys.iter().find(|key| key.id == id).ok_or(Flaw::UnknownKey)?;
+    let id = header.kid.ok_or(TokenRejection::UnknownKey)?;
+    let key = keys.iter().find(|key| key.id == id).ok_or(TokenRejection::UnknownKey)?;
     // The key decides which algorithm is right, never the token.
     if header.alg != key.algorithm {
-        return Err(Flaw::Algorithm);
+        return Err(TokenRejection::Algorithm);
     }
     let mut signature_only = Validation::new(key.algorithm);
     signature_only.required_spec_claims.clear();
     signature_only.validate_exp = false;
     signature_only.validate_aud = false;
     let opened = decode::<Payload>(token, &key.key, &signature_only).map_err(|error| match error.kind() {
-        ErrorKind::InvalidSignature => Flaw::Signature,
-        _ => Flaw::Malformed,
+        ErrorKind::InvalidSignature => TokenRejection::Signature,
+        _ => TokenRejection::Malformed,
     })?;
     Ok(opened.claims)
 }
@@ -251,18 +251,18 @@ struct Payload {
 #[derive(Deserialize)]
 struct Kubernetes {
     namespace: String,
-    serviceaccount: Named,
-    pod: Option<Bound>,
-    node: Option<Named>,
+    serviceaccount: NamedObject,
+    pod: Option<BoundPod>,
+    node: Option<NamedObject>,
 }
 
 #[derive(Deserialize)]
-struct Named {
+struct NamedObject {
     name: String,
 }
 
 #[derive(Deserialize)]
-struct Bound {
+struct BoundPod {
     name: String,
     uid: String,
 }

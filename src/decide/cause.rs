@@ -2,9 +2,9 @@
 //!
 //! The grammar of the messages stands in `message`.
 
-mod message;
+mod kubelet_message;
 
-use crate::model::{ContainerView, OutageKind, PodView, PullPolicy, Waiting};
+use crate::model::{ContainerView, OutageKind, PodView, PullPolicy, WaitingState};
 use crate::oci::Reference;
 
 /// Why the kubelet has no image, as far as its words tell.
@@ -50,7 +50,7 @@ pub enum Cause {
 pub fn waits_for_image(container: &ContainerView) -> bool {
     container.waiting.as_ref().is_some_and(|waiting| match waiting.reason.as_str() {
         "ErrImagePull" | "ImagePullBackOff" | "RegistryUnavailable" | "ErrImageNeverPull" => true,
-        "CreateContainerError" => finds_content_missing(&waiting.message),
+        "CreateContainerError" => is_missing_content(&waiting.message),
         _ => false,
     })
 }
@@ -64,7 +64,7 @@ pub fn is_pending(container: &ContainerView) -> bool {
 
 /// The image that a waiting container waits for, and when the kubelet pulls it: its own, or that of
 /// a volume, when the message is about that.
-pub fn image_in_question<'a>(pod: &'a PodView, container: &'a ContainerView) -> (&'a str, PullPolicy) {
+pub fn failing_image<'a>(pod: &'a PodView, container: &'a ContainerView) -> (&'a str, PullPolicy) {
     let message = container.waiting.as_ref().map_or("", |waiting| waiting.message.as_str());
     let is_about = |image: &str| names_image(message, image);
     let volume = pod.image_volumes.iter().find(|volume| is_about(&volume.image));
@@ -85,22 +85,22 @@ pub fn names_image(message: &str, image: &str) -> bool {
 }
 
 /// Reads the cause out of the kubelet's words; `None` while they do not name one.
-pub fn cause(waiting: &Waiting) -> Option<Cause> {
+pub fn classify(waiting: &WaitingState) -> Option<Cause> {
     match waiting.reason.as_str() {
         "ErrImageNeverPull" => Some(Cause::NeverPull),
-        "CreateContainerError" => finds_content_missing(&waiting.message).then_some(Cause::MissingContent),
+        "CreateContainerError" => is_missing_content(&waiting.message).then_some(Cause::MissingContent),
         // The runtime itself named the cause; its words say how.
-        "RegistryUnavailable" => match message::read(&waiting.message) {
+        "RegistryUnavailable" => match kubelet_message::classify(&waiting.message) {
             None | Some(Cause::NotUnderstood) => Some(Cause::Unavailable(OutageKind::Refused)),
             said => said,
         },
-        _ => message::read(&waiting.message),
+        _ => kubelet_message::classify(&waiting.message),
     }
 }
 
 /// Reads the cause out of an Event of the kubelet, where the Event is about a failed pull.
-pub fn cause_in_event(message: &str) -> Option<Cause> {
-    message.starts_with("Failed to pull image").then(|| message::read(message)).flatten()
+pub fn classify_event(message: &str) -> Option<Cause> {
+    message.starts_with("Failed to pull image").then(|| kubelet_message::classify(message)).flatten()
 }
 
 /// Whether an Event of the kubelet says that the kubelet begins to pull the image, or to wait for
@@ -131,15 +131,15 @@ pub fn missing_sandbox_image(message: &str) -> Option<(Reference, Cause)> {
     let frames = ["failed to get sandbox image \"", "failed to pull image \""];
     let (_, rest) = frames.iter().find_map(|frame| said.split_once(frame))?;
     let (image, rest) = rest.split_once('"')?;
-    Some((image.parse().ok()?, message::read(rest)?))
+    Some((image.parse().ok()?, kubelet_message::classify(rest)?))
 }
 
 /// Whether a container cannot be created because content of its image is missing or damaged. The
 /// same reason covers everything else that keeps a container from being created.
-fn finds_content_missing(text: &str) -> bool {
+fn is_missing_content(text: &str) -> bool {
     let is_about_content =
         ["unpack", "content", "rootfs", "failed to get image"].iter().any(|word| text.contains(word));
-    is_about_content && message::read(text) == Some(Cause::MissingContent)
+    is_about_content && kubelet_message::classify(text) == Some(Cause::MissingContent)
 }
 
 #[cfg(test)]
@@ -147,17 +147,17 @@ mod tests {
     use super::*;
     use crate::model::{ContainerKind, ImageVolume, PodRef};
 
-    fn waiting(reason: &str, message: &str) -> Waiting {
-        Waiting { reason: reason.into(), message: message.into() }
+    fn waiting(reason: &str, message: &str) -> WaitingState {
+        WaitingState { reason: reason.into(), message: message.into() }
     }
 
-    fn container(image: &str, waiting: Waiting) -> ContainerView {
+    fn container(image: &str, waiting: WaitingState) -> ContainerView {
         let (name, kind) = ("c".to_owned(), ContainerKind::Ordinary);
         ContainerView { name, kind, image: image.into(), pull_policy: PullPolicy::Always, waiting: Some(waiting) }
     }
 
     #[test]
-    fn the_cause_is_read_from_what_kubelets_really_say() {
+    fn real_kubelet_messages_are_classified() {
         let down = |kind| Some(Cause::Unavailable(kind));
         for (message, expected) in [
             (
@@ -203,12 +203,12 @@ mod tests {
             ("the moon is in the wrong house", Some(Cause::NotUnderstood)),
             ("", None),
         ] {
-            assert_eq!(cause(&waiting("ErrImagePull", message)), expected, "{message}");
+            assert_eq!(classify(&waiting("ErrImagePull", message)), expected, "{message}");
         }
     }
 
     /// Whether the reading of a row of `messages.tsv` covers the cause.
-    fn is_reading(reading: &str, cause: Option<Cause>) -> bool {
+    fn matches_column(reading: &str, cause: Option<Cause>) -> bool {
         match cause {
             Some(Cause::Unavailable(_)) => reading == "unavailable",
             Some(Cause::TokenServer) => reading == "token-server",
@@ -226,23 +226,23 @@ mod tests {
     }
 
     #[test]
-    fn every_message_of_the_table_is_read() {
+    fn every_message_of_the_table_is_classified() {
         let rows = include_str!("cause/messages.tsv").lines().filter(|line| !line.starts_with('#'));
         let (mut read, mut wrong) = (0, Vec::new());
         for row in rows {
             let columns: Vec<_> = row.splitn(5, '\t').collect();
             let [reading, version, reason, _, message] = columns[..] else { panic!("five columns: {row}") };
             let waiting = waiting(reason, message);
-            match cause(&waiting) {
-                cause if is_reading(reading, cause) => read += 1,
+            match classify(&waiting) {
+                cause if matches_column(reading, cause) => read += 1,
                 cause => wrong.push(format!("{version} {reading}, read as {cause:?}: {message}")),
             }
-            let backing_off = Waiting {
+            let backing_off = WaitingState {
                 reason: "ImagePullBackOff".into(),
                 message: format!("Back-off pulling image \"a:1\": {reason}: {message}"),
             };
             let is_pull = reason == "ErrImagePull";
-            assert!(!is_pull || cause(&backing_off) == cause(&waiting), "the same while backing off: {message}");
+            assert!(!is_pull || classify(&backing_off) == classify(&waiting), "the same while backing off: {message}");
         }
         println!("figure messages_read_of_table {read}/{}", read + wrong.len());
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -275,25 +275,25 @@ mod tests {
             ("Container image \"r/a:1\" already present on machine", None),
             ("Error: ErrImagePull", None),
         ] {
-            assert_eq!(cause_in_event(message), expected, "{message}");
+            assert_eq!(classify_event(message), expected, "{message}");
         }
     }
 
     proptest::proptest! {
         #[test]
-        fn no_message_makes_the_reading_fail(message in ".{0,300}", reason in "[A-Za-z]{0,20}") {
-            let _ = cause(&waiting(&reason, &message));
+        fn no_message_makes_the_classification_panic(message in ".{0,300}", reason in "[A-Za-z]{0,20}") {
+            let _ = classify(&waiting(&reason, &message));
         }
 
         #[test]
-        fn an_images_own_name_never_changes_the_reading(host in "r\\.test|\\[2001:db8::403\\]:5000", name in "[a-z]{1,8}(/(denied|unauthorized|eof|timeout|403|429|toomanyrequests)){1,3}") {
+        fn the_name_of_an_image_never_changes_the_cause(host in "r\\.test|\\[2001:db8::403\\]:5000", name in "[a-z]{1,8}(/(denied|unauthorized|eof|timeout|403|429|toomanyrequests)){1,3}") {
             let message = format!("failed to pull and unpack image \"{host}/{name}:1\": failed to resolve image: {host}/{name}:1: not found");
-            proptest::prop_assert_eq!(cause(&waiting("ErrImagePull", &message)), Some(Cause::NotFound));
+            proptest::prop_assert_eq!(classify(&waiting("ErrImagePull", &message)), Some(Cause::NotFound));
         }
     }
 
     #[test]
-    fn only_image_failures_are_looked_at() {
+    fn only_image_failures_count_as_waiting_for_an_image() {
         for (reason, message, expected) in [
             ("ErrImagePull", "", true),
             ("ImagePullBackOff", "", true),
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failing_image_volume_is_told_from_the_containers_own_image() {
+    fn a_failing_image_volume_is_distinguished_from_the_image_of_the_container() {
         let volume =
             ImageVolume { name: "model".into(), image: "r.test/model:1".into(), pull_policy: PullPolicy::IfNotPresent };
         let pod = PodView {
@@ -329,7 +329,7 @@ mod tests {
             is_static: false,
             priority: 0,
             pull_secrets: Vec::new(),
-            ending: false,
+            is_ending: false,
         };
         for (image, message, expected) in [
             ("r.test/app:1", "failed to pull and unpack image \"r.test/model:1\": refused", "r.test/model:1"),
@@ -339,7 +339,7 @@ mod tests {
             ("r.test/model:1", "Back-off pulling image \"r.test/model:1\"", "r.test/model:1"),
         ] {
             let container = container(image, waiting("ErrImagePull", message));
-            assert_eq!(image_in_question(&pod, &container).0, expected, "{message}");
+            assert_eq!(failing_image(&pod, &container).0, expected, "{message}");
         }
     }
 

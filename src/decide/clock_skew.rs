@@ -14,25 +14,25 @@ pub const LEEWAY: Duration = Duration::from_secs(60);
 /// that made them, and two nodes may be off in opposite directions, hence half. Claims suffer
 /// earlier: a Lease holds for 15 s, and a node further ahead takes the Leases of others for
 /// expired. A second holder of a claim does no harm, so 15 s are no reason for a warning.
-pub const TOO_FAR: Duration = Duration::from_secs(LEEWAY.as_secs() / 2);
+pub const MAX_SKEW: Duration = Duration::from_secs(LEEWAY.as_secs() / 2);
 
 /// A difference below which all is said to be well again: far enough below the other, so that a
 /// clock at the limit is not reported twice.
-const WELL: Duration = Duration::from_secs(20);
+const CLEARED_BELOW: Duration = Duration::from_secs(20);
 
 /// Answers in a row that have to agree. One may be a clock that was set while the answer came.
-const AGREE: u32 = 2;
+const SAMPLES_TO_CHANGE: u32 = 2;
 
 /// Between two questions. A clock without time service loses or gains a second in hours to days; a
 /// wrong one is set at the start of a node. A thousand agents ask three times in two seconds.
-const CALM: Duration = Duration::from_secs(600);
+const INTERVAL: Duration = Duration::from_secs(600);
 
 /// Between two questions where the last answer and the state disagree, and after a failure.
-const SOON: Duration = Duration::from_secs(30);
+const RETRY_INTERVAL: Duration = Duration::from_secs(30);
 
 /// The clock stepped while the answer came when this clock and the monotonic clock differ by so
 /// much.
-const STEP: Duration = Duration::from_secs(1);
+const MAX_STEP: Duration = Duration::from_secs(1);
 
 /// One answer of the API server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +52,7 @@ impl ClockSample {
     /// `None` where this node's clock stepped meanwhile.
     pub fn certain_seconds(&self) -> Option<f64> {
         let elapsed = self.received.checked_sub(self.sent)?;
-        if elapsed.abs_diff(self.took) > STEP {
+        if elapsed.abs_diff(self.took) > MAX_STEP {
             return None;
         }
         let seconds = |time: Duration| time.as_secs_f64() - self.date.as_secs_f64();
@@ -65,9 +65,9 @@ impl ClockSample {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ClockChange {
     /// The clock is too far off, by so many seconds ahead (below zero: behind).
-    TooFar(f64),
+    Skewed(f64),
     /// The clock is right again.
-    Right,
+    Corrected,
 }
 
 /// The difference of the clocks over time.
@@ -75,15 +75,15 @@ pub enum ClockChange {
 pub struct ClockSkew {
     due: Instant,
     seconds: Option<f64>,
-    is_too_far: bool,
+    is_skewed: bool,
     /// Answers in a row against the state.
-    against: u32,
+    contradicting_samples: u32,
 }
 
 impl ClockSkew {
     /// Asks first within a few seconds. `jitter` from 0 to 1.
     pub fn new(now: Instant, jitter: f64) -> Self {
-        Self { due: now + SOON.mul_f64(jitter), seconds: None, is_too_far: false, against: 0 }
+        Self { due: now + RETRY_INTERVAL.mul_f64(jitter), seconds: None, is_skewed: false, contradicting_samples: 0 }
     }
 
     /// The time of the next question.
@@ -94,33 +94,33 @@ impl ClockSkew {
     /// The last certain difference in seconds, and whether that is too far; `None` before the first
     /// answer.
     pub fn state(&self) -> Option<(f64, bool)> {
-        self.seconds.map(|seconds| (seconds, self.is_too_far))
+        self.seconds.map(|seconds| (seconds, self.is_skewed))
     }
 
     /// No answer came, or none that says anything.
-    pub fn unanswered(&mut self, now: Instant, jitter: f64) {
-        self.due = now + SOON.mul_f64(0.5 + jitter);
+    pub fn record_failure(&mut self, now: Instant, jitter: f64) {
+        self.due = now + RETRY_INTERVAL.mul_f64(0.5 + jitter);
     }
 
     /// An answer came.
-    pub fn answered(&mut self, sample: &ClockSample, now: Instant, jitter: f64) -> Option<ClockChange> {
+    pub fn record_sample(&mut self, sample: &ClockSample, now: Instant, jitter: f64) -> Option<ClockChange> {
         let Some(seconds) = sample.certain_seconds() else {
-            self.unanswered(now, jitter);
+            self.record_failure(now, jitter);
             return None;
         };
         self.seconds = Some(seconds);
         let off = seconds.abs();
-        let disagrees = match self.is_too_far {
-            true => off < WELL.as_secs_f64(),
-            false => off > TOO_FAR.as_secs_f64(),
+        let disagrees = match self.is_skewed {
+            true => off < CLEARED_BELOW.as_secs_f64(),
+            false => off > MAX_SKEW.as_secs_f64(),
         };
-        self.against = if disagrees { self.against + 1 } else { 0 };
-        let change = (self.against >= AGREE).then(|| {
-            self.is_too_far = !self.is_too_far;
-            self.against = 0;
-            if self.is_too_far { ClockChange::TooFar(seconds) } else { ClockChange::Right }
+        self.contradicting_samples = if disagrees { self.contradicting_samples + 1 } else { 0 };
+        let change = (self.contradicting_samples >= SAMPLES_TO_CHANGE).then(|| {
+            self.is_skewed = !self.is_skewed;
+            self.contradicting_samples = 0;
+            if self.is_skewed { ClockChange::Skewed(seconds) } else { ClockChange::Corrected }
         });
-        let pause = if self.against > 0 { SOON } else { CALM };
+        let pause = if self.contradicting_samples > 0 { RETRY_INTERVAL } else { INTERVAL };
         self.due = now + pause.mul_f64(0.5 + jitter);
         change
     }
@@ -145,21 +145,21 @@ mod tests {
     }
 
     fn answer(skew: &mut ClockSkew, ahead: f64) -> Option<ClockChange> {
-        skew.answered(&sample(ahead, 5), Instant::now(), 0.5)
+        skew.record_sample(&sample(ahead, 5), Instant::now(), 0.5)
     }
 
     #[test]
-    fn a_clock_that_is_off_is_reported_once_and_reported_right_once() {
+    fn a_skewed_clock_is_reported_once_and_its_correction_once() {
         let mut skew = ClockSkew::new(Instant::now(), 0.0);
         assert_eq!(skew.state(), None);
         assert_eq!([0.0, 1.0, -29.0].map(|ahead| answer(&mut skew, ahead)), [None; 3]);
         assert_eq!(answer(&mut skew, 90.0), None, "one answer says nothing");
         assert_eq!(answer(&mut skew, 0.0), None);
         assert_eq!(answer(&mut skew, -90.0), None);
-        assert!(matches!(answer(&mut skew, -90.0), Some(ClockChange::TooFar(seconds)) if seconds < -88.0));
+        assert!(matches!(answer(&mut skew, -90.0), Some(ClockChange::Skewed(seconds)) if seconds < -88.0));
         assert!(skew.state().unwrap().1);
         assert_eq!([-90.0, -25.0, 28.0, 0.0].map(|ahead| answer(&mut skew, ahead)), [None; 4], "not yet well");
-        assert_eq!(answer(&mut skew, 0.0), Some(ClockChange::Right));
+        assert_eq!(answer(&mut skew, 0.0), Some(ClockChange::Corrected));
         assert_eq!(answer(&mut skew, 0.0), None);
     }
 
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_steps_during_the_question_and_a_slow_answer_say_nothing() {
+    fn a_clock_step_during_the_request_and_a_slow_answer_prove_no_skew() {
         let mut stepped = sample(0.0, 5);
         stepped.received += Duration::from_secs(3600);
         assert_eq!(stepped.certain_seconds(), None);
@@ -181,19 +181,21 @@ mod tests {
     }
 
     #[test]
-    fn questions_are_ten_minutes_apart_and_half_a_minute_where_the_answer_disagrees() {
+    fn requests_are_ten_minutes_apart_and_half_a_minute_after_a_contradicting_answer() {
         let (now, mut skew) = (Instant::now(), ClockSkew::new(Instant::now(), 0.0));
-        for (ahead, pause) in [(0.0, CALM), (90.0, SOON), (90.0, CALM), (90.0, CALM), (0.0, SOON)] {
-            skew.answered(&sample(ahead, 5), now, 0.5);
+        for (ahead, pause) in
+            [(0.0, INTERVAL), (90.0, RETRY_INTERVAL), (90.0, INTERVAL), (90.0, INTERVAL), (0.0, RETRY_INTERVAL)]
+        {
+            skew.record_sample(&sample(ahead, 5), now, 0.5);
             assert_eq!(skew.due(), now + pause, "{ahead}");
         }
-        skew.unanswered(now, 0.5);
-        assert_eq!(skew.due(), now + SOON);
+        skew.record_failure(now, 0.5);
+        assert_eq!(skew.due(), now + RETRY_INTERVAL);
     }
 
     proptest! {
         #[test]
-        fn what_is_certain_is_never_more_than_the_truth(
+        fn the_certain_skew_never_exceeds_the_real_skew(
             ahead in -100.0_f64..100.0, took in 0_u64..10_000, at in 0.0_f64..1.0, fraction in 0.0_f64..1.0,
         ) {
             let took = Duration::from_millis(took);

@@ -19,7 +19,7 @@ pub enum Origin {
 
 /// The most connections that are open at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct ConnectionLimits {
     /// From this node.
     pub node: usize,
     /// From all other addresses together.
@@ -33,7 +33,7 @@ pub struct Limits {
 
 /// Why a connection is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Rejected {
+pub enum ConnectionRejection {
     /// The address has its share already.
     #[error("too many connections from this address")]
     Address,
@@ -47,29 +47,29 @@ pub enum Rejected {
 
 /// The open connections of one listener.
 #[derive(Debug)]
-pub struct Connections {
-    limits: Limits,
+pub struct OpenConnections {
+    limits: ConnectionLimits,
     /// Never holds a zero. At most `limits.node + limits.elsewhere` entries.
     open: BTreeMap<(Origin, IpAddr), usize>,
 }
 
-impl Connections {
+impl OpenConnections {
     /// No connection is open.
-    pub fn new(limits: Limits) -> Self {
+    pub fn new(limits: ConnectionLimits) -> Self {
         Self { limits, open: BTreeMap::new() }
     }
 
-    /// Adds a connection, which counts until [`Connections::remove`].
+    /// Adds a connection, which counts until [`OpenConnections::remove`].
     ///
     /// # Errors
-    /// [`Rejected`]; the connection does not count then.
-    pub fn insert(&mut self, origin: Origin, address: IpAddr) -> Result<(), Rejected> {
+    /// [`ConnectionRejection`]; the connection does not count then.
+    pub fn insert(&mut self, origin: Origin, address: IpAddr) -> Result<(), ConnectionRejection> {
         let limit = match origin {
             Origin::Node => self.limits.node,
             Origin::Elsewhere => self.limits.elsewhere,
         };
         if self.open.get(&(origin, address)).is_some_and(|count| *count >= self.limits.address) {
-            return Err(Rejected::Address);
+            return Err(ConnectionRejection::Address);
         }
         let (mut of_subnet, mut of_origin) = (0, 0);
         for ((_, other), count) in self.open.iter().filter(|((other, _), _)| *other == origin) {
@@ -77,16 +77,16 @@ impl Connections {
             of_subnet += if Subnet::of(*other) == Subnet::of(address) { *count } else { 0 };
         }
         if of_subnet >= self.limits.subnet {
-            return Err(Rejected::Subnet);
+            return Err(ConnectionRejection::Subnet);
         }
         if of_origin >= limit {
-            return Err(Rejected::Origin);
+            return Err(ConnectionRejection::Origin);
         }
         *self.open.entry((origin, address)).or_default() += 1;
         Ok(())
     }
 
-    /// Removes a connection that [`Connections::insert`] accepted.
+    /// Removes a connection that [`OpenConnections::insert`] accepted.
     pub fn remove(&mut self, origin: Origin, address: IpAddr) {
         if let Some(count) = self.open.get_mut(&(origin, address)) {
             *count -= 1;
@@ -103,48 +103,48 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits { node: 4, elsewhere: 6, address: 3, subnet: 5 };
+    const LIMITS: ConnectionLimits = ConnectionLimits { node: 4, elsewhere: 6, address: 3, subnet: 5 };
 
     fn address(last: u8) -> IpAddr {
         IpAddr::from([10, 0, 0, last])
     }
 
     #[test]
-    fn connections_from_elsewhere_leave_the_places_of_the_node_free() {
-        let mut connections = Connections::new(LIMITS);
+    fn remote_connections_leave_the_slots_of_the_node_free() {
+        let mut connections = OpenConnections::new(LIMITS);
         let accepted = (0..=255).filter(|last| connections.insert(Origin::Elsewhere, address(*last)).is_ok()).count();
         assert_eq!(accepted, LIMITS.elsewhere);
-        assert_eq!(connections.insert(Origin::Elsewhere, address(9)), Err(Rejected::Origin));
+        assert_eq!(connections.insert(Origin::Elsewhere, address(9)), Err(ConnectionRejection::Origin));
         assert_eq!(connections.insert(Origin::Node, address(1)), Ok(()));
     }
 
     #[test]
-    fn one_address_leaves_places_for_other_addresses() {
+    fn an_address_at_its_limit_leaves_slots_for_other_addresses() {
         for (origin, limit) in [(Origin::Node, LIMITS.node), (Origin::Elsewhere, LIMITS.elsewhere)] {
-            let mut connections = Connections::new(LIMITS);
+            let mut connections = OpenConnections::new(LIMITS);
             let results: Vec<_> = (0..9).map(|_| connections.insert(origin, address(1))).collect();
             assert_eq!(results.iter().filter(|result| result.is_ok()).count(), LIMITS.address);
-            assert_eq!(results.last(), Some(&Err(Rejected::Address)));
+            assert_eq!(results.last(), Some(&Err(ConnectionRejection::Address)));
             assert_eq!((0..9).filter(|_| connections.insert(origin, address(2)).is_ok()).count(), limit - 3);
         }
     }
 
     #[test]
-    fn an_ipv6_subnet_leaves_places_for_other_subnets() {
-        let mut connections = Connections::new(LIMITS);
+    fn an_ipv6_subnet_at_its_limit_leaves_slots_for_other_subnets() {
+        let mut connections = OpenConnections::new(LIMITS);
         let mut connect = |prefix: u16, host: u16| {
             connections.insert(Origin::Elsewhere, [0xfd77, 0, 0, prefix, 0, 0, 0, host].into())
         };
         let results: Vec<_> = (0..99).map(|host| connect(1, host)).collect();
         assert_eq!(results.iter().filter(|result| result.is_ok()).count(), LIMITS.subnet);
-        assert_eq!(results.last(), Some(&Err(Rejected::Subnet)));
+        assert_eq!(results.last(), Some(&Err(ConnectionRejection::Subnet)));
         assert_eq!(connect(2, 1), Ok(()));
     }
 
     proptest! {
         #[test]
-        fn closed_connections_count_no_more(steps in proptest::collection::vec((any::<bool>(), 0u8..4, any::<bool>()), 0..99)) {
-            let mut connections = Connections::new(LIMITS);
+        fn closed_connections_are_not_counted(steps in proptest::collection::vec((any::<bool>(), 0u8..4, any::<bool>()), 0..99)) {
+            let mut connections = OpenConnections::new(LIMITS);
             let mut open = Vec::new();
             for (is_node, last, closes) in steps {
                 let origin = if is_node { Origin::Node } else { Origin::Elsewhere };

@@ -3,7 +3,7 @@
 //! An image takes room twice. Its compressed blobs go to containerd's content store, and its layers
 //! are unpacked into a snapshotter. Both are on one file system as a rule, and on two where an
 //! operator moved one of them. Not here: asking a file system, and the account of concurrent
-//! recoveries ([`super::reserve`]).
+//! recoveries ([`super::disk_reservations`]).
 
 use std::fmt;
 
@@ -24,7 +24,7 @@ pub struct FileSystem {
 impl FileSystem {
     /// Two file systems of one size count as one where a device number is unknown: that asks for
     /// more room, never for less.
-    fn is(&self, other: &Self) -> bool {
+    fn is_same_as(&self, other: &Self) -> bool {
         match (self.device, other.device) {
             (Some(one), Some(another)) => one == another,
             _ => self.total == other.total,
@@ -43,21 +43,21 @@ pub struct Disks {
 
 impl Disks {
     /// Nothing is visible, so nothing is checked.
-    pub fn are_unseen(&self) -> bool {
+    pub fn are_unknown(&self) -> bool {
         self.content.is_none() && self.snapshots.is_none()
     }
 }
 
 /// Bytes that an image takes, or that recoveries were promised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Need {
+pub struct DiskNeed {
     /// In the content store.
     pub download: u64,
     /// In the snapshotter.
     pub unpack: u64,
 }
 
-impl Need {
+impl DiskNeed {
     /// Of an image that misses so many compressed bytes. A manifest does not give the size of
     /// unpacked layers, so this counts the least: a layer takes as much again. The real size is
     /// read from the layer and checked before it is unpacked.
@@ -65,7 +65,7 @@ impl Need {
         Self { download: bytes, unpack: bytes }
     }
 
-    pub(super) fn is_nothing(self) -> bool {
+    pub(super) fn is_zero(self) -> bool {
         self == Self::default()
     }
 
@@ -80,7 +80,7 @@ impl Need {
 
 /// Bytes and percentages that a file system keeps free.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Lines {
+pub struct DiskFloors {
     /// In bytes, whatever the percentages say.
     pub min_free_bytes: u64,
     /// Percent in use from which the kubelet collects images (`imageGCHighThresholdPercent`).
@@ -89,24 +89,24 @@ pub struct Lines {
     pub eviction_percent: u8,
 }
 
-impl Lines {
+impl DiskFloors {
     /// Bytes that a download leaves free on a file system of `total` bytes: it crosses neither
     /// line.
-    pub fn after_download(&self, total: u64) -> u64 {
-        let collection = share(total, 100_u8.saturating_sub(self.collection_percent));
-        self.after_unpacking(total).max(collection)
+    pub fn download_floor(&self, total: u64) -> u64 {
+        let collection = percent_of(total, 100_u8.saturating_sub(self.collection_percent));
+        self.unpack_floor(total).max(collection)
     }
 
     /// Bytes that are free when the layers are unpacked. The layers may cross the collection line:
     /// the kubelet then collects unused images, as after its own pulls. The layers never cross the
     /// eviction line.
-    pub fn after_unpacking(&self, total: u64) -> u64 {
-        self.min_free_bytes.max(share(total, self.eviction_percent))
+    pub fn unpack_floor(&self, total: u64) -> u64 {
+        self.min_free_bytes.max(percent_of(total, self.eviction_percent))
     }
 }
 
 /// Rounded up. The kubelet's line is exact, and one byte below it evicts.
-fn share(total: u64, percent: u8) -> u64 {
+fn percent_of(total: u64, percent: u8) -> u64 {
     let exact = (u128::from(total) * u128::from(percent)).div_ceil(100);
     u64::try_from(exact).unwrap_or(u64::MAX)
 }
@@ -136,8 +136,8 @@ impl fmt::Display for Volume {
 ///
 /// # Errors
 /// [`OverLimit::Disk`] with the figures of the file system that lacks room.
-pub fn check(need: Need, reserved: Need, disks: Disks, lines: Lines) -> Result<(), OverLimit> {
-    if need.is_nothing() {
+pub fn check(need: DiskNeed, reserved: DiskNeed, disks: Disks, lines: DiskFloors) -> Result<(), OverLimit> {
+    if need.is_zero() {
         return Ok(());
     }
     let (content, snapshots) = match disks {
@@ -145,19 +145,20 @@ pub fn check(need: Need, reserved: Need, disks: Disks, lines: Lines) -> Result<(
         // containerd keeps both below one root unless it is told otherwise.
         Disks { content: Some(one), snapshots: None } | Disks { content: None, snapshots: Some(one) } => (one, None),
         Disks { content: Some(content), snapshots: Some(snapshots) } => {
-            (content, Some(snapshots).filter(|snapshots| !snapshots.is(&content)))
+            (content, Some(snapshots).filter(|snapshots| !snapshots.is_same_as(&content)))
         }
     };
-    let (floor_of, volume) = (Lines::after_download, if snapshots.is_none() { Volume::Both } else { Volume::Content });
+    let (floor_of, volume) =
+        (DiskFloors::download_floor, if snapshots.is_none() { Volume::Both } else { Volume::Content });
     fits(volume, content, need.download, reserved.download, floor_of(&lines, content.total))?;
     match snapshots {
         Some(snapshots) => {
-            let floor = lines.after_unpacking(snapshots.total);
+            let floor = lines.unpack_floor(snapshots.total);
             fits(Volume::Snapshots, snapshots, need.unpack, reserved.unpack, floor)
         }
         None => {
-            let sum = |need: Need| need.download.saturating_add(need.unpack);
-            fits(Volume::Both, content, sum(need), sum(reserved), lines.after_unpacking(content.total))
+            let sum = |need: DiskNeed| need.download.saturating_add(need.unpack);
+            fits(Volume::Both, content, sum(need), sum(reserved), lines.unpack_floor(content.total))
         }
     }
 }

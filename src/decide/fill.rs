@@ -20,12 +20,12 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
-pub use self::words::{Failure, FetchFrom, Lack, Source};
+pub use self::outcome::{FetchFrom, FillFailure, FillSource, UnfilledReason};
 use crate::oci::Digest;
 
+mod outcome;
 #[cfg(test)]
 mod tests;
-mod words;
 
 /// Bytes per second from registries, by default: 7 % of a 1 Gbit/s link, and 1 GB in two minutes.
 pub const RATE: u64 = 8 << 20;
@@ -41,43 +41,43 @@ const ANY_IMAGE: Duration = Duration::from_secs(1);
 const PEERS: Duration = Duration::from_secs(1);
 
 /// The longest of these means.
-const PEERS_AT_MOST: Duration = Duration::from_secs(60);
+const MAX_PEERS: Duration = Duration::from_secs(60);
 
 /// Delay of the first fetch from a registry after the start: the pauses need the members and their
 /// inventories, which come within seconds after an agent joins.
-const SETTLE: Duration = Duration::from_secs(20);
+const START_DELAY: Duration = Duration::from_secs(20);
 
 /// Pause of an image after its peers failed, or after this node's store or disk did.
-const AGAIN: Duration = Duration::from_secs(30 * 60);
+const PEER_RETRY_DELAY: Duration = Duration::from_secs(30 * 60);
 
 /// Pause of an image after its registry denied it or did not have it. A new pull secret of a pod
 /// ends the pause. Rights that change at the registry are found twice a day, which costs a registry
 /// one request for each such image and node.
-const REFUSED: Duration = Duration::from_secs(12 * 3600);
+const REFUSAL_RETRY_DELAY: Duration = Duration::from_secs(12 * 3600);
 
 /// Pause of an image after its registry sent wrong bytes, which a cache in between may have, or
 /// denied the image while a secret could not be read, which the API server may permit again.
-const UNSURE: Duration = Duration::from_secs(3600);
+const WRONG_BYTES_RETRY_DELAY: Duration = Duration::from_secs(3600);
 
 /// First pause of a registry that failed or limits the rate; doubled by each further failure.
-const BACK_OFF: Duration = Duration::from_secs(120);
+const MIN_BACK_OFF: Duration = Duration::from_secs(120);
 
 /// The longest of these pauses.
-const LONGEST_BACK_OFF: Duration = Duration::from_secs(3600);
+const MAX_BACK_OFF: Duration = Duration::from_secs(3600);
 
 /// Longest pause that a registry may ask for: the window of Docker Hub's limit.
-const LONGEST_WISH: Duration = Duration::from_secs(6 * 3600);
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(6 * 3600);
 
 /// Images and registries that are remembered, each. A node has a few hundred images. Beyond the
 /// bound a failed image is tried again after the usual pauses.
-const MOST: usize = 1024;
+const MAX_ENTRIES: usize = 1024;
 
 /// A pull secret, by namespace and name.
 pub type SecretName = (String, String);
 
 /// An image that lacks layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Incomplete {
+pub struct IncompleteImage {
     /// The manifest.
     pub manifest: Digest,
     /// The registry that the image's name has.
@@ -85,7 +85,7 @@ pub struct Incomplete {
     /// Pull secrets that pods name beside the image.
     pub secrets: BTreeSet<SecretName>,
     /// Peers that know the image under this name have every missing layer.
-    pub is_held: bool,
+    pub has_providers: bool,
     /// Nodes that have the manifest, this node included.
     pub nodes: usize,
     /// The registry has answered this agent, and no outage is known here or at a peer.
@@ -96,65 +96,65 @@ pub struct Incomplete {
 
 /// The fetches of one node: one at a time, and what the earlier ones came to.
 #[derive(Debug)]
-pub struct Fills {
+pub struct FillScheduler {
     from: FetchFrom,
     started: Instant,
-    running: Option<Digest>,
+    in_flight: Option<Digest>,
     /// The pause before the next image from peers.
-    peers: Pause,
+    peer_pause: RandomPause,
     /// The image that is fetched from its registry next, unless peers have the layers before.
-    plan: Option<(Digest, Pause)>,
+    plan: Option<(Digest, RandomPause)>,
     /// Images that did not come from peers, and images that this node could not write.
-    postponed: HashMap<Digest, Postponed>,
+    postponed: HashMap<Digest, Postponement>,
     /// Images that their registry does not give.
-    refused: HashMap<Digest, Refused>,
-    registries: HashMap<String, BackOff>,
+    refused: HashMap<Digest, RegistryRefusal>,
+    registries: HashMap<String, RegistryBackOff>,
 }
 
 /// A pause whose length is a share of twice a mean. The mean may change meanwhile: an agent sees
 /// the members of its cluster some time after the start.
 #[derive(Debug, Clone, Copy)]
-struct Pause {
+struct RandomPause {
     since: Instant,
     /// From 0 to 1.
     share: f64,
 }
 
 #[derive(Debug)]
-struct Postponed {
+struct Postponement {
     until: Instant,
     /// The registry may be asked meanwhile.
     peers_only: bool,
 }
 
 #[derive(Debug)]
-struct Refused {
-    reason: Lack,
+struct RegistryRefusal {
+    reason: UnfilledReason,
     /// The secrets that pods named then.
     secrets: BTreeSet<SecretName>,
     until: Instant,
 }
 
 #[derive(Debug)]
-struct BackOff {
+struct RegistryBackOff {
     failures: u32,
     until: Instant,
 }
 
-impl Pause {
+impl RandomPause {
     fn is_over(self, mean: Duration, now: Instant) -> bool {
         now.saturating_duration_since(self.since) >= mean.mul_f64(2.0 * self.share.clamp(0.0, 1.0))
     }
 }
 
-impl Fills {
+impl FillScheduler {
     /// Nothing is fetched yet. `random` is from 0 to 1.
     pub fn new(from: FetchFrom, now: Instant, random: f64) -> Self {
         Self {
             from,
             started: now,
-            running: None,
-            peers: Pause { since: now, share: random },
+            in_flight: None,
+            peer_pause: RandomPause { since: now, share: random },
             plan: None,
             postponed: HashMap::new(),
             refused: HashMap::new(),
@@ -163,38 +163,38 @@ impl Fills {
     }
 
     /// The image under way.
-    pub fn running(&self) -> Option<Digest> {
-        self.running
+    pub fn in_flight(&self) -> Option<Digest> {
+        self.in_flight
     }
 
     /// The image to fetch now, which counts as under way from then on. `members` are the agents of
     /// the cluster, this one included; `random` yields numbers from 0 to 1.
-    pub fn next(
+    pub fn start_next(
         &mut self,
-        images: &[Incomplete],
+        images: &[IncompleteImage],
         members: usize,
         now: Instant,
         mut random: impl FnMut() -> f64,
-    ) -> Option<(Digest, Source)> {
-        self.forget(now);
-        if self.running.is_some() || self.from == FetchFrom::None {
+    ) -> Option<(Digest, FillSource)> {
+        self.drop_expired(now);
+        if self.in_flight.is_some() || self.from == FetchFrom::None {
             return None;
         }
         let held: Vec<_> = images.iter().filter(|image| self.can_come_from_peers(image)).collect();
-        let mean = times(PEERS, members).min(PEERS_AT_MOST);
+        let mean = times(PEERS, members).min(MAX_PEERS);
         let (source, manifest) = match pick(&held, random()) {
-            Some(image) if self.peers.is_over(mean, now) => (Source::Peers, image.manifest),
-            _ => (Source::Registry, self.planned(images, members, now, random)?),
+            Some(image) if self.peer_pause.is_over(mean, now) => (FillSource::Peers, image.manifest),
+            _ => (FillSource::Registry, self.take_planned(images, members, now, random)?),
         };
-        self.running = Some(manifest);
+        self.in_flight = Some(manifest);
         Some((manifest, source))
     }
 
     /// The planned image, if its pause is over. A plan ends when the image has come, peers have it,
     /// or its registry is not to be asked.
-    fn planned(
+    fn take_planned(
         &mut self,
-        images: &[Incomplete],
+        images: &[IncompleteImage],
         members: usize,
         now: Instant,
         mut random: impl FnMut() -> f64,
@@ -203,12 +203,12 @@ impl Fills {
         let plan = self.plan.filter(|(manifest, _)| able.iter().any(|image| image.manifest == *manifest));
         let (manifest, pause) = match plan {
             Some(plan) => plan,
-            None => (pick(&able, random())?.manifest, Pause { since: now, share: random() }),
+            None => (pick(&able, random())?.manifest, RandomPause { since: now, share: random() }),
         };
         self.plan = Some((manifest, pause));
         let nodes = able.iter().find(|image| image.manifest == manifest)?.nodes;
         let mean = times(SAME_IMAGE, nodes).max(times(ANY_IMAGE, members));
-        let is_settled = now.saturating_duration_since(self.started) >= SETTLE;
+        let is_settled = now.saturating_duration_since(self.started) >= START_DELAY;
         if !is_settled || !pause.is_over(mean, now) {
             return None;
         }
@@ -217,93 +217,119 @@ impl Fills {
     }
 
     /// The end of the fetch under way. `random` is from 0 to 1.
-    pub fn ended(&mut self, image: &Incomplete, result: Result<Source, Failure>, now: Instant, random: f64) {
-        self.running = None;
-        self.peers = Pause { since: now, share: random };
+    pub fn record_end(
+        &mut self,
+        image: &IncompleteImage,
+        result: Result<FillSource, FillFailure>,
+        now: Instant,
+        random: f64,
+    ) {
+        self.in_flight = None;
+        self.peer_pause = RandomPause { since: now, share: random };
         let manifest = image.manifest;
         match result {
-            Ok(Source::Peers) => {}
-            Ok(Source::Registry) => drop(self.registries.remove(&image.registry)),
-            Err(failure @ (Failure::Peers | Failure::Local | Failure::Yielded)) => {
-                let peers_only = failure == Failure::Peers;
-                insert(&mut self.postponed, manifest, Postponed { until: now + AGAIN, peers_only });
+            Ok(FillSource::Peers) => {}
+            Ok(FillSource::Registry) => drop(self.registries.remove(&image.registry)),
+            Err(failure @ (FillFailure::Peers | FillFailure::Local | FillFailure::NeededByRecovery)) => {
+                let peers_only = failure == FillFailure::Peers;
+                insert_bounded(
+                    &mut self.postponed,
+                    manifest,
+                    Postponement { until: now + PEER_RETRY_DELAY, peers_only },
+                );
             }
-            Err(Failure::Denied { unread: true }) => self.refuse(image, Lack::UnreadableSecret, now + UNSURE),
-            Err(Failure::Denied { unread: false }) => self.refuse(image, Lack::KubeletCredentials, now + REFUSED),
-            Err(Failure::Gone) => self.refuse(image, Lack::Gone, now + REFUSED),
-            Err(Failure::WrongBytes) => self.refuse(image, Lack::Pending, now + UNSURE),
-            Err(Failure::Down) => self.back_off(&image.registry, Duration::ZERO, now),
-            Err(Failure::RateLimited(wish)) => self.back_off(&image.registry, wish.unwrap_or_default(), now),
+            Err(FillFailure::Denied { unread: true }) => {
+                self.record_refusal(image, UnfilledReason::UnreadableSecret, now + WRONG_BYTES_RETRY_DELAY)
+            }
+            Err(FillFailure::Denied { unread: false }) => {
+                self.record_refusal(image, UnfilledReason::KubeletCredentials, now + REFUSAL_RETRY_DELAY)
+            }
+            Err(FillFailure::Gone) => self.record_refusal(image, UnfilledReason::Gone, now + REFUSAL_RETRY_DELAY),
+            Err(FillFailure::WrongBytes) => {
+                self.record_refusal(image, UnfilledReason::Pending, now + WRONG_BYTES_RETRY_DELAY)
+            }
+            Err(FillFailure::Down) => self.record_registry_failure(&image.registry, Duration::ZERO, now),
+            Err(FillFailure::RateLimited(wish)) => {
+                self.record_registry_failure(&image.registry, wish.unwrap_or_default(), now)
+            }
         }
     }
 
     /// Why the image lacks layers.
-    pub fn reason(&self, image: &Incomplete) -> Lack {
-        if self.running == Some(image.manifest) {
-            return Lack::Fetching;
+    pub fn unfilled_reason(&self, image: &IncompleteImage) -> UnfilledReason {
+        if self.in_flight == Some(image.manifest) {
+            return UnfilledReason::Fetching;
         }
         if self.from == FetchFrom::None {
-            return Lack::NotFetched;
+            return UnfilledReason::NotFetched;
         }
         if !image.fits {
-            return Lack::NoRoom;
+            return UnfilledReason::NoRoom;
         }
-        match self.refusal(image) {
+        match self.registry_refusal(image) {
             Some(refused) if !self.can_come_from_peers(image) => refused.reason,
-            _ => Lack::Pending,
+            _ => UnfilledReason::Pending,
         }
     }
 
-    fn can_come_from_peers(&self, image: &Incomplete) -> bool {
-        image.fits && image.is_held && !self.postponed.contains_key(&image.manifest)
+    fn can_come_from_peers(&self, image: &IncompleteImage) -> bool {
+        image.fits && image.has_providers && !self.postponed.contains_key(&image.manifest)
     }
 
-    fn can_come_from_registry(&self, image: &Incomplete, now: Instant) -> bool {
+    fn can_come_from_registry(&self, image: &IncompleteImage, now: Instant) -> bool {
         self.from == FetchFrom::Registry
             && image.fits
             && image.is_healthy
             && self.postponed.get(&image.manifest).is_none_or(|postponed| postponed.peers_only)
             && !self.can_come_from_peers(image)
-            && self.refusal(image).is_none()
+            && self.registry_refusal(image).is_none()
             && self.registries.get(&image.registry).is_none_or(|registry| registry.until <= now)
     }
 
     /// Why the registry is not asked for the image. A secret that no pod named then may be the
     /// right one.
-    fn refusal(&self, image: &Incomplete) -> Option<&Refused> {
+    fn registry_refusal(&self, image: &IncompleteImage) -> Option<&RegistryRefusal> {
         self.refused.get(&image.manifest).filter(|refused| image.secrets.is_subset(&refused.secrets))
     }
 
-    fn refuse(&mut self, image: &Incomplete, reason: Lack, until: Instant) {
-        insert(&mut self.refused, image.manifest, Refused { reason, secrets: image.secrets.clone(), until });
+    fn record_refusal(&mut self, image: &IncompleteImage, reason: UnfilledReason, until: Instant) {
+        insert_bounded(
+            &mut self.refused,
+            image.manifest,
+            RegistryRefusal { reason, secrets: image.secrets.clone(), until },
+        );
     }
 
     /// Leaves the registry alone, for all of its images. `wish` is the pause that the registry asks
     /// for.
-    fn back_off(&mut self, registry: &str, wish: Duration, now: Instant) {
+    fn record_registry_failure(&mut self, registry: &str, wish: Duration, now: Instant) {
         let failures = self.registries.get(registry).map_or(0, |before| before.failures);
         // Five doublings reach the longest pause.
-        let pause = BACK_OFF.saturating_mul(1 << failures.min(5)).min(LONGEST_BACK_OFF);
-        let until = now + pause.max(wish.min(LONGEST_WISH));
-        insert(&mut self.registries, registry.to_owned(), BackOff { failures: failures.saturating_add(1), until });
+        let pause = MIN_BACK_OFF.saturating_mul(1 << failures.min(5)).min(MAX_BACK_OFF);
+        let until = now + pause.max(wish.min(MAX_RETRY_AFTER));
+        insert_bounded(
+            &mut self.registries,
+            registry.to_owned(),
+            RegistryBackOff { failures: failures.saturating_add(1), until },
+        );
     }
 
     /// A registry's failures count until the registry was left alone for as long as it may wish.
-    fn forget(&mut self, now: Instant) {
+    fn drop_expired(&mut self, now: Instant) {
         self.postponed.retain(|_, postponed| postponed.until > now);
         self.refused.retain(|_, refused| refused.until > now);
-        self.registries.retain(|_, registry| registry.until + LONGEST_WISH > now);
+        self.registries.retain(|_, registry| registry.until + MAX_RETRY_AFTER > now);
     }
 }
 
-fn insert<K: std::hash::Hash + Eq, V>(map: &mut HashMap<K, V>, key: K, value: V) {
-    if map.len() < MOST || map.contains_key(&key) {
+fn insert_bounded<K: std::hash::Hash + Eq, V>(map: &mut HashMap<K, V>, key: K, value: V) {
+    if map.len() < MAX_ENTRIES || map.contains_key(&key) {
         map.insert(key, value);
     }
 }
 
 /// The image at this share of the list, from 0 to 1.
-fn pick<'a>(images: &[&'a Incomplete], share: f64) -> Option<&'a Incomplete> {
+fn pick<'a>(images: &[&'a IncompleteImage], share: f64) -> Option<&'a IncompleteImage> {
     let index = (share.clamp(0.0, 1.0) * images.len() as f64) as usize;
     images.get(index.min(images.len().saturating_sub(1))).copied()
 }

@@ -17,27 +17,27 @@
 //! it is dead everywhere, and by its own word, with a larger incarnation, alive again. What it holds is hidden meanwhile and not
 //! forgotten, so that it need not be told again.
 //!
-//! Not here: who is admitted (a credential is judged by [`Notary::vouch`]), who holds what (`Inventory`), and how gossip spreads.
+//! Not here: who is admitted (a credential is judged by [`CredentialVerifier::verify_credential`]), who holds what (`Inventory`), and how gossip spreads.
 
-#[cfg(feature = "testing")]
-mod acquaint;
-mod answering;
-mod asking;
-mod conduct;
+mod connections;
 mod entries;
 mod follower;
-mod learning;
-mod links;
 mod liveness;
-mod log;
+mod local_log;
 mod membership;
-mod neighbouring;
-mod neighbours;
-mod recent;
-mod roster;
+mod membership_table;
+mod neighbour_choice;
+mod peer_score;
+mod recent_entries;
+mod reply_handler;
+mod request_handler;
+mod requests;
 mod status;
 #[cfg(test)]
 mod tests;
+mod topology;
+#[cfg(feature = "testing")]
+mod warm_start;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -48,30 +48,31 @@ use rand::{Rng, SeedableRng};
 
 use crate::decide::inventory::Inventory;
 use crate::model::{
-    ContentChange, Credential, Gossip, Introduction, Mark, NodeName, Peer, PeerId, Question, Release, Signature, Zone,
+    Credential, Gossip, Introduction, InventoryChange, MemberSummary, NodeName, Peer, PeerId, Release, Signature,
+    SyncRequest, Zone,
 };
-use asking::Asked;
-use log::Log;
-use recent::Recent;
-use roster::{Member, Roster};
+use local_log::LocalLog;
+use membership_table::{Member, MembershipTable};
+use recent_entries::RecentEntries;
+use requests::PendingRequest;
 
 /// How often the clock is looked at.
 pub const TICK: Duration = Duration::from_millis(250);
 
-/// How often the driver has a neighbour answer a ping; each answer is [`Protocol::heard`].
-pub const PROBE: Duration = Duration::from_millis(750);
+/// How often the driver has a neighbour answer a ping; each answer is [`Protocol::record_ping_answer`].
+pub const PING_INTERVAL: Duration = Duration::from_millis(750);
 
 /// Ticks from one batch of entries to the next: changes are gathered for up to a second.
-const GATHER: u32 = 4;
+const TICKS_PER_BATCH: u32 = 4;
 
 /// After the first neighbour answers, gossip reaches it by then: it has told its subscription and was grafted at a heartbeat.
-const GRAFTED: Duration = Duration::from_millis(1500);
+const GRAFT_DELAY: Duration = Duration::from_millis(1500);
 
 /// Between two comparisons with some neighbour, less up to a fifth at random.
-const COMPARE: Duration = Duration::from_secs(10);
+const COMPARE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// What the protocol needs of cryptography.
-pub trait Notary {
+pub trait CredentialVerifier {
     /// Signs with this agent's key.
     fn sign(&self, message: &[u8]) -> Signature;
     /// Whether the owner of this key signed it.
@@ -79,13 +80,17 @@ pub trait Notary {
     /// Whether the credential admits the key.
     ///
     /// # Errors
-    /// [`Doubt`] where it does not, or that cannot be told.
-    fn vouch(&self, peer: PeerId, credential: &Credential) -> Result<Vouched, Doubt>;
+    /// [`CredentialRejection`] where it does not, or that cannot be told.
+    fn verify_credential(
+        &self,
+        peer: PeerId,
+        credential: &Credential,
+    ) -> Result<VerifiedCredential, CredentialRejection>;
 }
 
 /// A key is an agent's of this cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Vouched {
+pub struct VerifiedCredential {
     /// Its node, where the credential says so; that wins over what the agent says.
     pub node: Option<NodeName>,
     /// The UID of the pod that the credential is bound to, where it is.
@@ -96,16 +101,16 @@ pub struct Vouched {
 
 /// Why nobody vouches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Doubt {
+pub enum CredentialRejection {
     /// The credential is not good for this key.
-    Denied,
+    Rejected,
     /// It cannot be decided now.
-    CannotTell,
+    Undecided,
 }
 
 /// This agent.
 #[derive(Debug, Clone)]
-pub struct Own {
+pub struct LocalAgent {
     /// Its key.
     pub peer: PeerId,
     /// Larger than that of every earlier process of this node.
@@ -117,14 +122,14 @@ pub struct Own {
 }
 
 /// One connection, as the driver numbers them. Never used twice.
-pub type LinkId = u64;
+pub type MeshConnectionId = u64;
 
-/// One question, from [`Output::Ask`] until it is answered or not.
-pub type AskId = u64;
+/// One question, from [`Output::Request`] until it is answered or not.
+pub type SyncRequestId = u64;
 
 /// What to do with a message of somebody's gossip.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum GossipVerdict {
     /// Pass it on.
     Accept,
     /// Do not pass it on; nobody is to blame.
@@ -138,14 +143,14 @@ pub enum Verdict {
 pub enum Output {
     /// Give this to the neighbours, who pass it on.
     Publish(Gossip),
-    /// Ask a neighbour, and report [`Protocol::answered`] or [`Protocol::unanswered`].
-    Ask(AskId, PeerId, Question),
-    /// Meet this peer at its door; then [`Protocol::admitted`] or [`Protocol::unreachable`] follows.
-    Greet(Peer),
-    /// Connect to a peer that was admitted; then [`Protocol::opened`] or [`Protocol::unreachable`] follows.
+    /// Ask a neighbour, and report [`Protocol::receive_reply`] or [`Protocol::record_request_failure`].
+    Request(SyncRequestId, PeerId, SyncRequest),
+    /// Meet this peer at its door; then [`Protocol::admit`] or [`Protocol::dial_failed`] follows.
+    Handshake(Peer),
+    /// Connect to a peer that was admitted; then [`Protocol::connection_opened`] or [`Protocol::dial_failed`] follows.
     Dial(Peer),
     /// Close this connection.
-    Close(LinkId, PeerId),
+    Close(MeshConnectionId, PeerId),
     /// From now on this peer may connect.
     Allow(PeerId),
     /// From now on it may not, and its connections end.
@@ -157,7 +162,7 @@ pub enum Output {
     /// This node's agent has this agent's key: its introduction was signed with it.
     SharedKey(NodeName),
     /// It did what no honest peer does.
-    Blame {
+    Fault {
         /// Who.
         peer: PeerId,
         /// What: a metric's label.
@@ -167,7 +172,7 @@ pub enum Output {
     },
 }
 
-/// What others are told of this agent besides [`Own`].
+/// What others are told of this agent besides [`LocalAgent`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Presence {
     credential: Credential,
@@ -179,8 +184,8 @@ struct Presence {
 /// One agent's side of the mesh.
 #[derive(Debug, Clone)]
 pub struct Protocol<N> {
-    notary: N,
-    own: Own,
+    verifier: N,
+    local: LocalAgent,
     presence: Option<Presence>,
     /// Our own word, as others were last given it.
     introduction: Option<Introduction>,
@@ -189,9 +194,9 @@ pub struct Protocol<N> {
     incarnation: u64,
     /// When it is said again that we live: somebody has not heard it.
     refute_at: Option<Instant>,
-    log: Log,
-    recent: Recent,
-    roster: Roster,
+    log: LocalLog,
+    recent: RecentEntries,
+    roster: MembershipTable,
     outputs: VecDeque<Output>,
     rng: SmallRng,
     ticks: u32,
@@ -199,16 +204,16 @@ pub struct Protocol<N> {
     /// Members of whose logs something is missing.
     behind: BTreeSet<PeerId>,
     /// Members whose word is newer than what is known of them, and the neighbours that have it.
-    unknown: BTreeMap<PeerId, PeerId>,
-    asked: BTreeMap<AskId, Asked>,
-    asks: AskId,
+    missing_introductions: BTreeMap<PeerId, PeerId>,
+    in_flight: BTreeMap<SyncRequestId, PendingRequest>,
+    last_request: SyncRequestId,
     /// Who should be a neighbour; stale after a change of the members.
-    chosen: Vec<PeerId>,
+    chosen_neighbours: Vec<PeerId>,
     chosen_is_stale: bool,
     /// When one that is held for dead is looked for.
-    heal_at: Instant,
+    dead_probe_at: Instant,
     /// Banned since the last tick: their content is hidden then.
-    banned_lately: Vec<PeerId>,
+    recently_banned: Vec<PeerId>,
     refuted_at: Option<Instant>,
     /// Makes the choice of neighbours one that nobody else can foresee.
     salt: u64,
@@ -216,36 +221,36 @@ pub struct Protocol<N> {
     over_limit: u64,
 }
 
-impl<N: Notary> Protocol<N> {
+impl<N: CredentialVerifier> Protocol<N> {
     /// An agent that knows nobody and holds nothing. `seed` is random.
-    pub fn new(own: Own, notary: N, seed: u64, now: Instant) -> Self {
-        let log = Log::new(own.peer, own.epoch);
+    pub fn new(own: LocalAgent, notary: N, seed: u64, now: Instant) -> Self {
+        let log = LocalLog::new(own.peer, own.epoch);
         let mut rng = SmallRng::seed_from_u64(seed);
-        let spread = COMPARE.mul_f64(rng.random());
+        let spread = COMPARE_INTERVAL.mul_f64(rng.random());
         let salt = rng.random();
         Self {
-            notary,
-            own,
+            verifier: notary,
+            local: own,
             presence: None,
             introduction: None,
             introduce_at: None,
             incarnation: 0,
             refute_at: None,
             log,
-            recent: Recent::default(),
-            roster: Roster::new(),
+            recent: RecentEntries::default(),
+            roster: MembershipTable::new(),
             outputs: VecDeque::new(),
-            ticks: rng.random_range(0..GATHER),
+            ticks: rng.random_range(0..TICKS_PER_BATCH),
             rng,
             compare_at: now + spread,
             behind: BTreeSet::new(),
-            unknown: BTreeMap::new(),
-            asked: BTreeMap::new(),
-            asks: 0,
-            chosen: Vec::new(),
+            missing_introductions: BTreeMap::new(),
+            in_flight: BTreeMap::new(),
+            last_request: 0,
+            chosen_neighbours: Vec::new(),
             chosen_is_stale: true,
-            heal_at: now + spread,
-            banned_lately: Vec::new(),
+            dead_probe_at: now + spread,
+            recently_banned: Vec::new(),
             refuted_at: None,
             salt,
             over_limit: 0,
@@ -261,61 +266,67 @@ impl<N: Notary> Protocol<N> {
     /// A quarter of a second has passed.
     pub fn tick(&mut self, table: &mut Inventory, now: Instant) {
         self.ticks = self.ticks.wrapping_add(1);
-        self.watch_neighbours(table, now);
-        self.refute_again(now);
-        if self.ticks.is_multiple_of(GATHER) {
+        self.check_neighbours(table, now);
+        self.refute_if_due(now);
+        if self.ticks.is_multiple_of(TICKS_PER_BATCH) {
             // In this order: an entry that comes before its author's introduction is lost, and they go different ways.
             self.publish_changes();
-            self.say_again(now);
-            self.keep_members(table, now);
-            self.keep_neighbours(now);
+            self.publish_introduction_if_due(now);
+            self.expire_members(table, now);
+            self.maintain_neighbours(now);
         }
-        self.compare_sometimes(now);
-        self.ask(now);
+        self.compare_if_due(now);
+        self.request_missing(now);
     }
 
     /// What this node holds has changed; it is told within a second. Answers how many items were left out because of limits.
-    pub fn announce(&mut self, changes: Vec<ContentChange>) -> usize {
+    pub fn announce(&mut self, changes: Vec<InventoryChange>) -> usize {
         self.log.record(changes)
     }
 
     /// A neighbour passed this on.
-    pub fn gossip(&mut self, from: PeerId, message: Gossip, table: &mut Inventory, now: Instant) -> Verdict {
-        let verdict = self.take(from, message, table, now);
-        self.after_gossip(from, verdict, now)
-    }
-
-    /// The same, in the words of a later release: what is improper here may be proper there, and nobody is blamed for it.
-    pub fn gossip_of_later_release(
+    pub fn receive_gossip(
         &mut self,
         from: PeerId,
         message: Gossip,
         table: &mut Inventory,
         now: Instant,
-    ) -> Verdict {
-        let verdict = match self.take(from, message, table, now) {
-            Verdict::Reject("malformed") => Verdict::Ignore("later_release"),
+    ) -> GossipVerdict {
+        let verdict = self.dispatch_gossip(from, message, table, now);
+        self.finish_gossip(from, verdict, now)
+    }
+
+    /// The same, in the words of a later release: what is improper here may be proper there, and nobody is blamed for it.
+    pub fn receive_gossip_of_later_release(
+        &mut self,
+        from: PeerId,
+        message: Gossip,
+        table: &mut Inventory,
+        now: Instant,
+    ) -> GossipVerdict {
+        let verdict = match self.dispatch_gossip(from, message, table, now) {
+            GossipVerdict::Reject("malformed") => GossipVerdict::Ignore("later_release"),
             verdict => verdict,
         };
-        self.after_gossip(from, verdict, now)
+        self.finish_gossip(from, verdict, now)
     }
 
     /// Who brought it is blamed, if anybody is, and what it lets us miss is asked for.
-    fn after_gossip(&mut self, from: PeerId, verdict: Verdict, now: Instant) -> Verdict {
-        if let Verdict::Reject(fault) = verdict {
-            self.nonsense(from, fault, now);
+    fn finish_gossip(&mut self, from: PeerId, verdict: GossipVerdict, now: Instant) -> GossipVerdict {
+        if let GossipVerdict::Reject(fault) = verdict {
+            self.record_fault(from, fault, now);
         }
-        self.ask(now);
+        self.request_missing(now);
         verdict
     }
 
-    fn take(&mut self, from: PeerId, message: Gossip, table: &mut Inventory, now: Instant) -> Verdict {
+    fn dispatch_gossip(&mut self, from: PeerId, message: Gossip, table: &mut Inventory, now: Instant) -> GossipVerdict {
         match message {
-            Gossip::Entry(entry) => self.entry(from, entry, table, now),
-            Gossip::Introduction(introduction) => self.introduction(introduction, table, now),
-            Gossip::Suspicion(suspicion) => self.suspicion(suspicion, table, now),
-            Gossip::Refutation(refutation) => self.refutation(refutation, table, now),
-            Gossip::Farewell(farewell) => self.farewell(farewell, table, now),
+            Gossip::Entry(entry) => self.receive_entry(from, entry, table, now),
+            Gossip::Introduction(introduction) => self.receive_introduction(introduction, table, now),
+            Gossip::Suspicion(suspicion) => self.receive_suspicion(suspicion, table, now),
+            Gossip::Refutation(refutation) => self.receive_refutation(refutation, table, now),
+            Gossip::Leave(farewell) => self.receive_leave(farewell, table, now),
         }
     }
 
@@ -323,22 +334,22 @@ impl<N: Notary> Protocol<N> {
     pub fn leave(&mut self) {
         self.publish_changes();
         let mut farewell =
-            crate::model::Farewell { peer: self.own.peer, epoch: self.log.epoch(), signature: [0; 64].into() };
-        farewell.signature = self.notary.sign(&farewell.signed());
-        self.output(Output::Publish(Gossip::Farewell(farewell)));
+            crate::model::LeaveNotice { peer: self.local.peer, epoch: self.log.epoch(), signature: [0; 64].into() };
+        farewell.signature = self.verifier.sign(&farewell.signed_bytes());
+        self.push_output(Output::Publish(Gossip::Leave(farewell)));
     }
 
     fn publish_changes(&mut self) {
         if self.introduction.is_none() || self.introduce_at.is_some() {
             return;
         }
-        for entry in self.log.entries(|message| self.notary.sign(message)) {
+        for entry in self.log.take_entries(|message| self.verifier.sign(message)) {
             self.recent.push(entry.clone());
-            self.output(Output::Publish(Gossip::Entry(entry)));
+            self.push_output(Output::Publish(Gossip::Entry(entry)));
         }
     }
 
-    fn output(&mut self, output: Output) {
+    fn push_output(&mut self, output: Output) {
         self.outputs.push_back(output);
     }
 
@@ -351,22 +362,22 @@ impl<N: Notary> Protocol<N> {
     }
 
     /// Where we ourselves stand.
-    fn own_mark(&self) -> Option<Mark> {
+    fn own_mark(&self) -> Option<MemberSummary> {
         let profile = &self.introduction.as_ref()?.profile;
-        Some(Mark {
-            peer: self.own.peer,
+        Some(MemberSummary {
+            peer: self.local.peer,
             epoch: profile.epoch,
             version: profile.version,
             incarnation: self.incarnation,
             sequence: self.log.sequence(),
-            down: false,
+            is_dead: false,
         })
     }
 }
 
 /// The wait after so many failures in a row: 1 s, doubling to 30 s, less up to half by `jitter` (random, in 0..1), so that a
 /// restarted node is not asked by everybody at once.
-fn pause(failures: u32, jitter: f64) -> Duration {
+fn back_off(failures: u32, jitter: f64) -> Duration {
     let seconds = 1u32.checked_shl(failures).map_or(30, |doubled| doubled.clamp(1, 30));
     Duration::from_secs(seconds.into()).mul_f64(0.5 + jitter / 2.0)
 }

@@ -15,12 +15,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::mem::size_of;
 
 use self::content::Content;
-use self::peers::Peers;
-use self::providers::{Bitmap, Number, Providers};
-use crate::model::{Bits, ContentChange, Item, MAX_ITEMS, MeshEvent, NodeName, Outage, OutageKind, Peer, PeerId, Zone};
+use self::peers::InventoryPeers;
+use self::providers::{Bitmap, PeerNumber, Providers};
+use crate::model::{
+    Bits, InventoryChange, InventoryItem, MAX_ITEMS, MeshEvent, NodeName, Outage, OutageKind, Peer, PeerId, Zone,
+};
 use crate::oci::{Digest, Repository};
 
-/// Most peers that [`Inventory::shared`] answers for at once.
+/// Most peers that [`Inventory::shared_items`] answers for at once.
 pub const MAX_SHARED: usize = 256;
 
 /// What is known of the content of peers. Questions are answered from those that are up, unless they say otherwise.
@@ -28,7 +30,7 @@ pub const MAX_SHARED: usize = 256;
 /// Peers are not bounded here: whoever admits them bounds them, and forgets those that do not come back.
 #[derive(Debug, Clone, Default)]
 pub struct Inventory {
-    peers: Peers,
+    peers: InventoryPeers,
     content: Content,
 }
 
@@ -48,70 +50,70 @@ impl Inventory {
 
     /// A peer counts from now on: what was known of it before counts again. Of one that is up already, only where it is changes.
     pub fn up(&mut self, peer: Peer) {
-        self.peers.show(peer);
+        self.peers.mark_up(peer);
     }
 
     /// A peer's content no longer counts but stays known, so that it need not be told again when the peer comes back. Costs the same
     /// however much it holds.
     pub fn hide(&mut self, peer: PeerId) {
-        self.peers.hide(peer);
+        self.peers.mark_hidden(peer);
     }
 
     /// Nothing of a peer is kept.
     pub fn forget(&mut self, peer: PeerId) {
-        if let Some(number) = self.peers.find(peer) {
+        if let Some(number) = self.peers.number_of(peer) {
             self.clear(number);
-            self.peers.free(peer);
+            self.peers.remove(peer);
         }
     }
 
     /// What a peer holds, replacing what was known; whether it is up or hidden. A peer never heard of is hidden until it is up.
     ///
     /// Returns how many items were dropped because of [`MAX_ITEMS`].
-    pub fn replace(&mut self, peer: PeerId, items: impl IntoIterator<Item = Item>) -> usize {
-        let number = self.peers.number(peer);
+    pub fn replace(&mut self, peer: PeerId, items: impl IntoIterator<Item = InventoryItem>) -> usize {
+        let number = self.peers.number_or_insert(peer);
         self.clear(number);
-        self.change(peer, items.into_iter().map(ContentChange::Added))
+        self.change(peer, items.into_iter().map(InventoryChange::Added))
     }
 
     /// What changed at a peer, whether it is up or hidden. A peer never heard of held nothing, and is hidden until it is up.
     ///
     /// Returns how many items were dropped because of [`MAX_ITEMS`].
-    pub fn change(&mut self, peer: PeerId, changes: impl IntoIterator<Item = ContentChange>) -> usize {
-        let number = self.peers.number(peer);
+    pub fn change(&mut self, peer: PeerId, changes: impl IntoIterator<Item = InventoryChange>) -> usize {
+        let number = self.peers.number_or_insert(peer);
         let Some(known) = self.peers.get_mut(number) else { return 0 };
         let mut dropped = 0;
         for change in changes {
             match change {
-                ContentChange::Added(item) if known.items == MAX_ITEMS => {
-                    dropped += usize::from(!self.content.holds(number, &item));
+                InventoryChange::Added(item) if known.items == MAX_ITEMS => {
+                    dropped += usize::from(!self.content.contains(number, &item));
                 }
-                ContentChange::Added(item) => known.items += usize::from(self.content.add(number, item)),
-                ContentChange::Removed(item) => known.items -= usize::from(self.content.remove(number, item)),
+                InventoryChange::Added(item) => known.items += usize::from(self.content.insert(number, item)),
+                InventoryChange::Removed(item) => known.items -= usize::from(self.content.remove(number, item)),
             }
         }
         dropped
     }
 
     /// The peers that hold a blob.
-    pub fn holders(&self, digest: Digest) -> Vec<PeerId> {
-        self.content.blob(digest).map(|holders| self.who(holders)).unwrap_or_default()
+    pub fn blob_providers(&self, digest: Digest) -> Vec<PeerId> {
+        self.content.blob(digest).map(|holders| self.up_peers_of(holders)).unwrap_or_default()
     }
 
     /// How many peers hold a blob.
-    pub fn count_holders(&self, digest: Digest) -> usize {
+    pub fn count_blob_providers(&self, digest: Digest) -> usize {
         self.content.blob(digest).map_or(0, |holders| holders.within(self.peers.up()).count())
     }
 
     /// The peers that are fetching a blob, and serve what they have of it.
-    pub fn fetching(&self, digest: Digest) -> Vec<PeerId> {
-        self.content.fetching(digest).map(|fetching| self.who(fetching)).unwrap_or_default()
+    pub fn partial_providers(&self, digest: Digest) -> Vec<PeerId> {
+        self.content.partial_providers(digest).map(|fetching| self.up_peers_of(fetching)).unwrap_or_default()
     }
 
     /// The peers that hold an image's index or manifest *and* know it under this very repository.
     ///
     /// A digest alone is not a permission: it would let anybody fetch any image by inventing a registry.
-    pub fn providers(&self, repository: &Repository, root: Digest) -> Vec<PeerId> {
+    pub fn image_providers(&self, repository: &Repository, root: Digest) -> Vec<PeerId> {
         let Some(holders) = self.content.blob(root) else { return Vec::new() };
         let mut knowing = Bitmap::default();
         for named in self.content.names_of(repository, root) {
@@ -135,12 +137,12 @@ impl Inventory {
     pub fn outages(&self, registry: &str) -> Vec<(&Outage, Vec<PeerId>)> {
         let first = Outage { registry: registry.to_owned(), kind: OutageKind::NoSuchHost, since: 0 };
         let of_registry = self.content.outages_from(&first).take_while(|(outage, _)| outage.registry == registry);
-        self.said(of_registry).collect()
+        self.reported_outages(of_registry).collect()
     }
 
     /// Everything that peers say about registries that they cannot reach, by registry.
     pub fn all_outages(&self) -> impl Iterator<Item = (&Outage, Vec<PeerId>)> {
-        self.said(self.content.outages())
+        self.reported_outages(self.content.outages())
     }
 
     /// The peers that are up.
@@ -165,26 +167,26 @@ impl Inventory {
 
     /// How many different blobs the peers hold together. Walks the whole table.
     pub fn blobs(&self) -> usize {
-        self.content.blobs().filter(|holders| self.is_up(holders)).count()
+        self.content.blobs().filter(|holders| self.is_any_up(holders)).count()
     }
 
     /// Everything that any of these peers holds, hidden ones too, in the order of [`Item`], with one bit per peer in the order given:
     /// what a relay answers to those who missed it. Walks the whole table.
     ///
     /// Name each peer once. Those beyond the first [`MAX_SHARED`] are left out.
-    pub fn shared(&self, peers: &[PeerId]) -> Vec<(Item, Bits)> {
+    pub fn shared_items(&self, peers: &[PeerId]) -> Vec<(InventoryItem, Bits)> {
         let peers = &peers[..peers.len().min(MAX_SHARED)];
         let mut asked = Bitmap::default();
         // By number; those of numbers that were not asked for are never looked at.
         let mut places = Vec::new();
         for (place, peer) in peers.iter().enumerate() {
-            if let Some(number) = self.peers.find(*peer) {
+            if let Some(number) = self.peers.number_of(*peer) {
                 asked.insert(number);
                 places.resize(places.len().max(number as usize + 1), 0);
                 places[number as usize] = place;
             }
         }
-        self.content.choose(|providers| {
+        self.content.select_items(|providers| {
             let mut found = providers.within(&asked).peekable();
             found.peek()?;
             let mut bits = Bits::none_of(peers.len());
@@ -204,25 +206,25 @@ impl Inventory {
     }
 
     /// Forgets all that a peer holds, not the peer.
-    fn clear(&mut self, number: Number) {
+    fn clear(&mut self, number: PeerNumber) {
         let Some(known) = self.peers.get_mut(number).filter(|known| known.items > 0) else { return };
         known.items = 0;
         self.content.clear(number);
     }
 
-    fn who(&self, providers: &Providers) -> Vec<PeerId> {
+    fn up_peers_of(&self, providers: &Providers) -> Vec<PeerId> {
         self.peers.ids(providers.within(self.peers.up()))
     }
 
-    fn is_up(&self, providers: &Providers) -> bool {
+    fn is_any_up(&self, providers: &Providers) -> bool {
         providers.within(self.peers.up()).next().is_some()
     }
 
-    fn said<'a>(
+    fn reported_outages<'a>(
         &self,
         outages: impl Iterator<Item = (&'a Outage, &'a Providers)>,
     ) -> impl Iterator<Item = (&'a Outage, Vec<PeerId>)> {
-        outages.map(|(outage, providers)| (outage, self.who(providers))).filter(|(_, peers)| !peers.is_empty())
+        outages.map(|(outage, providers)| (outage, self.up_peers_of(providers))).filter(|(_, peers)| !peers.is_empty())
     }
 }
 

@@ -7,34 +7,34 @@ use crate::model::NodeName;
 
 /// A state has to last this long. Pods and their namespaces become known one after the other, and
 /// an image lacks layers for a moment while its pull ends.
-const SETTLE: Duration = Duration::from_secs(60);
+const MIN_DURATION: Duration = Duration::from_secs(60);
 
 /// Shortest time between two reports. The API server forgets Events after an hour.
-const PAUSE: Duration = Duration::from_secs(3600);
+const MIN_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// Images of a node that are to have all their layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Layers {
+pub struct LayerCounts {
     /// The number of these images.
-    pub wanted: usize,
+    pub expected: usize,
     /// How many of those lack a layer.
     pub lacking: usize,
 }
 
-impl Layers {
+impl LayerCounts {
     /// Whether most of the images lack layers.
-    pub fn is_most(self) -> bool {
-        self.lacking.saturating_mul(2) > self.wanted
+    pub fn is_mostly_lacking(self) -> bool {
+        self.lacking.saturating_mul(2) > self.expected
     }
 }
 
 /// A change of the state that is to be reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Notice {
+pub enum LayerReport {
     /// From now on most of the images lack layers.
-    Lacking(Layers),
+    Lacking(LayerCounts),
     /// From now on most of the images have all layers.
-    Complete(Layers),
+    Complete(LayerCounts),
 }
 
 /// The state as it was reported last.
@@ -49,30 +49,30 @@ pub struct LayerNotice {
 
 impl LayerNotice {
     /// Takes the numbers of the moment. Returns the notice that is due.
-    pub fn observe(&mut self, layers: Layers, now: Instant) -> Option<Notice> {
-        let is_lacking = layers.is_most();
+    pub fn observe(&mut self, layers: LayerCounts, now: Instant) -> Option<LayerReport> {
+        let is_lacking = layers.is_mostly_lacking();
         if is_lacking == self.is_lacking {
             self.differs_since = None;
             return None;
         }
         let since = *self.differs_since.get_or_insert(now);
-        let is_early = is_lacking && self.reported.is_some_and(|at| now.duration_since(at) < PAUSE);
-        if now.duration_since(since) < SETTLE || is_early {
+        let is_early = is_lacking && self.reported.is_some_and(|at| now.duration_since(at) < MIN_INTERVAL);
+        if now.duration_since(since) < MIN_DURATION || is_early {
             return None;
         }
         (self.is_lacking, self.differs_since) = (is_lacking, None);
         if !is_lacking {
-            return Some(Notice::Complete(layers));
+            return Some(LayerReport::Complete(layers));
         }
         self.reported = Some(now);
-        Some(Notice::Lacking(layers))
+        Some(LayerReport::Lacking(layers))
     }
 }
 
 /// The Event's text. `reasons` counts all incomplete images of the node, `fetches` is the setting
 /// `retainFetch`.
-pub fn note(node: &NodeName, layers: Layers, reasons: &BTreeMap<String, usize>, fetches: bool) -> String {
-    let Layers { wanted, lacking } = layers;
+pub fn event_text(node: &NodeName, layers: LayerCounts, reasons: &BTreeMap<String, usize>, fetches: bool) -> String {
+    let LayerCounts { expected: wanted, lacking } = layers;
     let reasons: Vec<_> = reasons.iter().map(|(reason, images)| format!("{reason} {images}")).collect();
     let why = match reasons.is_empty() {
         true => String::new(),
@@ -93,12 +93,12 @@ pub fn note(node: &NodeName, layers: Layers, reasons: &BTreeMap<String, usize>, 
 mod tests {
     use super::*;
 
-    fn layers(lacking: usize, wanted: usize) -> Layers {
-        Layers { wanted, lacking }
+    fn layers(lacking: usize, wanted: usize) -> LayerCounts {
+        LayerCounts { expected: wanted, lacking }
     }
 
     /// The notices of these numbers, one every 10 s.
-    fn notices(notice: &mut LayerNotice, from: Instant, numbers: &[Layers]) -> Vec<Notice> {
+    fn notices(notice: &mut LayerNotice, from: Instant, numbers: &[LayerCounts]) -> Vec<LayerReport> {
         let at = |tick: usize| from + Duration::from_secs(10) * u32::try_from(tick).unwrap();
         let observed = numbers.iter().enumerate().map(|(tick, layers)| notice.observe(*layers, at(tick)));
         observed.collect::<Vec<_>>().into_iter().flatten().collect()
@@ -108,7 +108,7 @@ mod tests {
     fn a_lasting_lack_is_reported_once() {
         let mut notice = LayerNotice::default();
         let numbers = [layers(3, 4); 1000];
-        assert_eq!(notices(&mut notice, Instant::now(), &numbers), [Notice::Lacking(layers(3, 4))]);
+        assert_eq!(notices(&mut notice, Instant::now(), &numbers), [LayerReport::Lacking(layers(3, 4))]);
     }
 
     #[test]
@@ -127,12 +127,16 @@ mod tests {
     #[test]
     fn a_lack_that_comes_back_is_reported_again_after_an_hour() {
         let (mut notice, start) = (LayerNotice::default(), Instant::now());
-        let minutes = |count: usize, layers: Layers| vec![layers; count * 6];
+        let minutes = |count: usize, layers: LayerCounts| vec![layers; count * 6];
         let back_and_forth = [minutes(2, layers(1, 1)), minutes(2, layers(0, 1)), minutes(58, layers(1, 1))].concat();
-        let expected = [Notice::Lacking(layers(1, 1)), Notice::Complete(layers(0, 1)), Notice::Lacking(layers(1, 1))];
+        let expected = [
+            LayerReport::Lacking(layers(1, 1)),
+            LayerReport::Complete(layers(0, 1)),
+            LayerReport::Lacking(layers(1, 1)),
+        ];
         assert_eq!(notices(&mut notice, start, &back_and_forth), expected);
         let last = notice.reported.unwrap();
-        assert!(last >= start + SETTLE + PAUSE, "{:?}", last - start);
+        assert!(last >= start + MIN_DURATION + MIN_INTERVAL, "{:?}", last - start);
     }
 
     #[test]
@@ -140,7 +144,7 @@ mod tests {
         let minute = |minute: usize| [layers(usize::from(minute.is_multiple_of(4) || minute % 4 == 1), 1); 6];
         let day: Vec<_> = (0..24 * 60).flat_map(minute).collect();
         let reports = notices(&mut LayerNotice::default(), Instant::now(), &day);
-        let lacks = reports.iter().filter(|notice| matches!(notice, Notice::Lacking(_))).count();
+        let lacks = reports.iter().filter(|notice| matches!(notice, LayerReport::Lacking(_))).count();
         assert!((2..=24).contains(&lacks), "{lacks}");
     }
 
@@ -148,7 +152,7 @@ mod tests {
     fn the_text_names_the_node_the_images_the_reason_and_the_remedy() {
         let node = "n23".parse().unwrap();
         let reasons = BTreeMap::from([("layers discarded after unpacking".to_owned(), 11)]);
-        let text = note(&node, layers(11, 14), &reasons, true);
+        let text = event_text(&node, layers(11, 14), &reasons, true);
         for part in [
             "11 of the 14 images on n23",
             "discarded after unpacking 11",
@@ -157,7 +161,7 @@ mod tests {
         ] {
             assert!(text.contains(part), "{text}");
         }
-        assert!(note(&node, layers(1, 1), &BTreeMap::new(), false).contains("set retainFetch"));
+        assert!(event_text(&node, layers(1, 1), &BTreeMap::new(), false).contains("set retainFetch"));
         assert!(text.len() <= 1024, "the API server's limit: {}", text.len());
     }
 }

@@ -11,7 +11,7 @@ use crate::model::PodView;
 
 /// Which namespaces and pods are helped.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Policy {
+pub struct OptInPolicy {
     /// Nothing is recovered at all.
     pub kill_switch: bool,
     /// What stands before `/allow` and `/auto-salvage`; several for people who come from elsewhere. The first that is set counts.
@@ -23,7 +23,7 @@ pub struct Policy {
     /// Namespaces that may opt in although they are denied, by their labels: an outage may include the CNI's own image.
     pub allowed_selector: Option<Selector>,
     /// Causes that are acted on.
-    pub salvage_on: BTreeSet<Trigger>,
+    pub recover_on: BTreeSet<Trigger>,
     /// Pods of a namespace without a list of repositories get nothing.
     pub require_repositories: bool,
 }
@@ -71,14 +71,14 @@ pub enum OptIn {
         repositories: RepositoryList,
     },
     /// It is not.
-    No(NotHelped),
+    No(OptOutReason),
     /// The pod itself says nothing; its owners may.
-    AskOwners,
+    NeedsOwners,
 }
 
 /// Why a pod is not helped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NotHelped {
+pub enum OptOutReason {
     /// The kill switch is on.
     KillSwitch,
     /// Its namespace is denied.
@@ -91,22 +91,22 @@ pub enum NotHelped {
 
 /// An annotation of ours whose value means nothing.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct OddAnnotation {
+pub struct InvalidAnnotation {
     /// The whole key.
     pub key: String,
     /// The value, shortened.
     pub value: String,
 }
 
-impl Policy {
+impl OptInPolicy {
     /// Why the pod is not helped, as far as that can be told without knowing its namespace.
-    pub fn refusal(&self, pod: &PodView) -> Option<NotHelped> {
+    pub fn opt_out_reason(&self, pod: &PodView) -> Option<OptOutReason> {
         if self.kill_switch {
-            Some(NotHelped::KillSwitch)
+            Some(OptOutReason::KillSwitch)
         } else if self.allowed_selector.is_none() && self.denied_k8s_namespaces.contains(&pod.pod.k8s_namespace) {
-            Some(NotHelped::DeniedNamespace)
+            Some(OptOutReason::DeniedNamespace)
         } else if self.is_ignored(pod) {
-            Some(NotHelped::Ignored)
+            Some(OptOutReason::Ignored)
         } else {
             None
         }
@@ -122,50 +122,50 @@ impl Policy {
     /// Whether the pod is helped. `owners` are the annotations of its owners, the nearest first, once they were asked for.
     ///
     /// Values that mean nothing are added to `odd`.
-    pub fn opt_in(
+    pub fn evaluate(
         &self,
         pod: &PodView,
         namespace_labels: &BTreeMap<String, String>,
         namespace: &Annotations,
         owners: Option<&[&Annotations]>,
-        odd: &mut Vec<OddAnnotation>,
+        odd: &mut Vec<InvalidAnnotation>,
     ) -> OptIn {
-        if let Some(reason) = self.refusal(pod) {
+        if let Some(reason) = self.opt_out_reason(pod) {
             return OptIn::No(reason);
         }
         if self.denies(&pod.pod.k8s_namespace, namespace_labels) {
-            return OptIn::No(NotHelped::DeniedNamespace);
+            return OptIn::No(OptOutReason::DeniedNamespace);
         }
         if self.value(namespace, ALLOW, odd) != Some(Some(true)) {
-            return OptIn::No(NotHelped::NotOptedIn);
+            return OptIn::No(OptOutReason::NotOptedIn);
         }
         let mut said = self.value(&pod.annotations, AUTO_SALVAGE, odd);
         if said.is_none() && pod.owner.is_some() {
-            let Some(owners) = owners else { return OptIn::AskOwners };
+            let Some(owners) = owners else { return OptIn::NeedsOwners };
             said = owners.iter().find_map(|annotations| self.value(annotations, AUTO_SALVAGE, odd));
         }
         if said != Some(Some(true)) {
-            return OptIn::No(NotHelped::NotOptedIn);
+            return OptIn::No(OptOutReason::NotOptedIn);
         }
-        let on_denied = self.salvage_on.contains(&Trigger::Denied)
+        let on_denied = self.recover_on.contains(&Trigger::Denied)
             || self.value(namespace, SALVAGE_ON_DENIED, odd) == Some(Some(true));
         OptIn::Yes { on_denied, repositories: self.repositories(namespace, odd) }
     }
 
     /// What the namespace's list says. One that cannot be read permits nothing.
-    fn repositories(&self, namespace: &Annotations, odd: &mut Vec<OddAnnotation>) -> RepositoryList {
+    fn repositories(&self, namespace: &Annotations, odd: &mut Vec<InvalidAnnotation>) -> RepositoryList {
         match self.first_set(namespace, REPOSITORIES) {
             None if self.require_repositories => RepositoryList::none(),
             None => RepositoryList::Any,
             Some((key, value)) => RepositoryList::parse(value).unwrap_or_else(|bad| {
-                odd.push(OddAnnotation::new(key, &bad.part));
+                odd.push(InvalidAnnotation::new(key, &bad.part));
                 RepositoryList::none()
             }),
         }
     }
 
     /// Whether the namespace itself opted in: what it says, without its workloads.
-    pub fn namespace_opted_in(
+    pub fn is_namespace_opted_in(
         &self,
         name: &str,
         labels: &BTreeMap<String, String>,
@@ -175,10 +175,10 @@ impl Policy {
     }
 
     /// How urgent the pod is: what it says itself, else its PriorityClass.
-    pub fn priority(&self, pod: &PodView, odd: &mut Vec<OddAnnotation>) -> i64 {
+    pub fn priority(&self, pod: &PodView, odd: &mut Vec<InvalidAnnotation>) -> i64 {
         let Some((key, value)) = self.first_set(&pod.annotations, PRIORITY) else { return pod.priority.into() };
         value.parse::<i32>().map(Into::into).unwrap_or_else(|_| {
-            odd.push(OddAnnotation::new(key, value));
+            odd.push(InvalidAnnotation::new(key, value));
             pod.priority.into()
         })
     }
@@ -190,13 +190,13 @@ impl Policy {
     }
 
     /// `None` where it is not set, `Some(None)` where its value means nothing.
-    fn value(&self, annotations: &Annotations, name: &str, odd: &mut Vec<OddAnnotation>) -> Option<Option<bool>> {
+    fn value(&self, annotations: &Annotations, name: &str, odd: &mut Vec<InvalidAnnotation>) -> Option<Option<bool>> {
         let (key, value) = self.first_set(annotations, name)?;
         Some(match value {
             "true" => Some(true),
             "false" => Some(false),
             _ => {
-                odd.push(OddAnnotation::new(key, value));
+                odd.push(InvalidAnnotation::new(key, value));
                 None
             }
         })
@@ -210,14 +210,14 @@ impl Policy {
     }
 }
 
-impl OddAnnotation {
+impl InvalidAnnotation {
     fn new(key: String, value: &str) -> Self {
         // Enough to recognise it by, in a line of the log.
         Self { key, value: value.chars().take(40).collect() }
     }
 }
 
-impl NotHelped {
+impl OptOutReason {
     /// For the metric.
     pub fn label(self) -> &'static str {
         match self {

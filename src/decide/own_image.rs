@@ -32,7 +32,7 @@ const READS_PER_SECOND: u32 = 20;
 
 /// Shortest mean interval between two reads of one agent. Below 600 agents, a rollout of one node
 /// at a time takes about as long for each node.
-const SHORTEST: Duration = Duration::from_secs(30);
+const MIN_READ_INTERVAL: Duration = Duration::from_secs(30);
 
 /// The images of this agent's DaemonSet.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -76,7 +76,7 @@ impl Protection {
 
 /// A change of what the kubelet leaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Keep {
+pub enum ProtectionChange {
     /// Protect the image record of this name.
     Protect(Reference),
     /// End the protection that this agent, or one before it, gave.
@@ -85,42 +85,46 @@ pub enum Keep {
 
 /// Protects what is named, and releases what is no longer named. Nothing is released before pod and
 /// template are both known: the next image of a DaemonSet that cannot be read is not known.
-pub fn keep(own: &OwnImages, recorded: &BTreeSet<Reference>, protection: &Protection) -> Vec<Keep> {
+pub fn protection_changes(
+    own: &OwnImages,
+    recorded: &BTreeSet<Reference>,
+    protection: &Protection,
+) -> Vec<ProtectionChange> {
     let named = own.named();
     let is_known = own.template.is_some() && !own.current.is_empty();
     let protected = protection.all();
     let protect = named.iter().filter(|image| recorded.contains(image) && !protected.contains(image));
     let release = protection.ours.iter().filter(|image| is_known && !named.contains(image));
-    protect.cloned().map(Keep::Protect).chain(release.cloned().map(Keep::Release)).collect()
+    protect.cloned().map(ProtectionChange::Protect).chain(release.cloned().map(ProtectionChange::Release)).collect()
 }
 
 /// Facts about a missing image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Situation {
+pub struct OwnImageSituation {
     /// Recoveries are switched off, or the agent only reports.
     pub is_switched_off: bool,
     /// Images may be imported into this node's containerd.
     pub may_import: bool,
     /// A peer provides the image; for a tag, any content of this tag.
-    pub is_provided: bool,
+    pub has_provider: bool,
     /// The last attempt failed so recently that another one is not due.
     pub is_backing_off: bool,
 }
 
 /// Decision about a missing image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub enum OwnImageStep {
     /// Fetch the image from peers.
     Fetch,
     /// Ask the registry for the tag's digest, and fetch this digest from peers.
     AskRegistry,
     /// Do nothing now.
-    Wait(Cause),
+    Wait(OwnImageWait),
 }
 
 /// Why a missing image is not fetched now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
+pub enum OwnImageWait {
     /// The kill switch, or a dry run.
     SwitchedOff,
     /// containerd may not take imports.
@@ -132,20 +136,20 @@ pub enum Cause {
 }
 
 /// Decides about one missing image.
-pub fn step(image: &Reference, situation: Situation) -> Step {
-    let Situation { is_switched_off, may_import, is_provided, is_backing_off } = situation;
+pub fn own_image_step(image: &Reference, situation: OwnImageSituation) -> OwnImageStep {
+    let OwnImageSituation { is_switched_off, may_import, has_provider: is_provided, is_backing_off } = situation;
     match image {
-        _ if is_switched_off => Step::Wait(Cause::SwitchedOff),
-        _ if !may_import => Step::Wait(Cause::NoImports),
-        _ if !is_provided => Step::Wait(Cause::NoProvider),
-        _ if is_backing_off => Step::Wait(Cause::BackingOff),
-        Reference::Digest(..) => Step::Fetch,
-        Reference::Tag(..) => Step::AskRegistry,
+        _ if is_switched_off => OwnImageStep::Wait(OwnImageWait::SwitchedOff),
+        _ if !may_import => OwnImageStep::Wait(OwnImageWait::NoImports),
+        _ if !is_provided => OwnImageStep::Wait(OwnImageWait::NoProvider),
+        _ if is_backing_off => OwnImageStep::Wait(OwnImageWait::BackingOff),
+        Reference::Digest(..) => OwnImageStep::Fetch,
+        Reference::Tag(..) => OwnImageStep::AskRegistry,
     }
 }
 
 /// Mean interval between two reads of the DaemonSet, where so many agents read it.
 pub fn read_interval(agents: usize) -> Duration {
     let agents = u32::try_from(agents).unwrap_or(u32::MAX);
-    (Duration::from_secs(1) / READS_PER_SECOND * agents).max(SHORTEST)
+    (Duration::from_secs(1) / READS_PER_SECOND * agents).max(MIN_READ_INTERVAL)
 }

@@ -11,29 +11,29 @@ const TRIES_PER_LIFE: u32 = 32;
 pub struct PinTerm {
     life: Duration,
     until: Instant,
-    failed: Option<Instant>,
+    failed_at: Option<Instant>,
 }
 
 impl PinTerm {
     /// A pin that was made, or is about to be made, at `now`.
     pub fn new(life: Duration, now: Instant) -> Self {
-        Self { life, until: now + life, failed: None }
+        Self { life, until: now + life, failed_at: None }
     }
 
     /// The time of the next renewal.
     pub fn due(&self) -> Instant {
         let half = self.until - self.life / 2;
-        self.failed.map_or(half, |failed| half.max(failed + self.life / TRIES_PER_LIFE))
+        self.failed_at.map_or(half, |failed| half.max(failed + self.life / TRIES_PER_LIFE))
     }
 
     /// A renewal that began at `now` succeeded.
-    pub fn renewed(&mut self, now: Instant) {
+    pub fn record_renewal(&mut self, now: Instant) {
         *self = Self::new(self.life, now);
     }
 
     /// A renewal failed at `now`. True for the first failure since the last success.
-    pub fn failed(&mut self, now: Instant) -> bool {
-        self.failed.replace(now).is_none()
+    pub fn record_failure(&mut self, now: Instant) -> bool {
+        self.failed_at.replace(now).is_none()
     }
 
     /// The time until the pin ends.
@@ -53,7 +53,7 @@ mod tests {
         let start = Instant::now();
         let mut term = PinTerm::new(LIFE, start);
         assert_eq!((term.due(), term.left(start)), (start + LIFE / 2, LIFE));
-        term.renewed(term.due());
+        term.record_renewal(term.due());
         assert_eq!((term.due(), term.left(start + LIFE)), (start + LIFE, LIFE / 2));
         assert_eq!(term.left(start + 2 * LIFE), Duration::ZERO);
     }
@@ -64,11 +64,11 @@ mod tests {
         let mut term = PinTerm::new(LIFE, start);
         let mut reports = Vec::new();
         while term.due() < start + LIFE {
-            reports.push(term.failed(term.due()));
+            reports.push(term.record_failure(term.due()));
         }
         assert_eq!(reports.len(), 16);
         assert!(reports[0] && !reports[1..].contains(&true), "{reports:?}");
-        term.renewed(start + LIFE);
-        assert!(term.failed(term.due()), "the first failure after a success");
+        term.record_renewal(start + LIFE);
+        assert!(term.record_failure(term.due()), "the first failure after a success");
     }
 }

@@ -5,15 +5,15 @@ use std::collections::HashSet;
 use sha2::{Digest as _, Sha256};
 
 use super::disk::Volume;
-use super::trust::Standing;
+use super::peer_faults::Standing;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Manifest};
 
 /// What a manifest asks this node to have.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
+pub struct FetchPlan {
     /// Blobs that are here; they are held while the others come.
-    pub there: Vec<Descriptor>,
+    pub present: Vec<Descriptor>,
     /// Blobs to fetch: the configuration, without which no layer can be unpacked, then the largest first, so that the last one to finish is
     /// a small one.
     pub missing: Vec<Descriptor>,
@@ -52,7 +52,7 @@ pub enum OverLimit {
 }
 
 /// Splits a manifest's config and layers into what is there and what is missing. A layer that is named twice counts once.
-pub fn plan(manifest: &Manifest, is_there: impl Fn(Digest) -> bool) -> Plan {
+pub fn plan(manifest: &Manifest, is_there: impl Fn(Digest) -> bool) -> FetchPlan {
     let mut seen = HashSet::new();
     let (there, mut missing): (Vec<_>, Vec<_>) = std::iter::once(&manifest.config)
         .chain(&manifest.layers)
@@ -61,16 +61,16 @@ pub fn plan(manifest: &Manifest, is_there: impl Fn(Digest) -> bool) -> Plan {
         .partition(|blob| is_there(blob.digest));
     let withheld = missing.extract_if(.., |blob| blob.is_foreign()).collect();
     missing.sort_by_key(|blob| (blob.digest != manifest.config.digest, std::cmp::Reverse(blob.size)));
-    Plan { there, missing, withheld }
+    FetchPlan { present: there, missing, withheld }
 }
 
-impl Plan {
+impl FetchPlan {
     /// Bytes to fetch; saturating, because sizes come from a manifest that anybody may have written.
     pub fn missing_bytes(&self) -> u64 {
         self.missing.iter().fold(0, |sum, blob| sum.saturating_add(blob.size))
     }
 
-    /// Whether the image may bring so much; what the disk has room for is checked by [`super::reserve`]. `limit` is in bytes, 0 is none.
+    /// Whether the image may bring so much; what the disk has room for is checked by [`super::disk_reservations`]. `limit` is in bytes, 0 is none.
     ///
     /// # Errors
     /// [`OverLimit::Size`] with the figures and the setting that forbids it.
@@ -119,25 +119,25 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_missing_is_fetched_the_configuration_and_then_the_largest_first() {
+    fn missing_blobs_are_fetched_the_config_first_and_then_the_largest() {
         let manifest = manifest(vec![blob("base", 100), blob("small", 1), blob("big", 50), blob("small", 1)]);
         let plan = plan(&manifest, |digest| digest == Digest::of(b"base"));
-        assert_eq!(plan.there, [blob("base", 100)]);
+        assert_eq!(plan.present, [blob("base", 100)]);
         assert_eq!(plan.missing, [blob("config", 10), blob("big", 50), blob("small", 1)]);
         assert_eq!(plan.missing_bytes(), 61);
     }
 
     #[test]
-    fn layers_that_must_not_be_distributed_are_not_asked_for() {
+    fn layers_that_must_not_be_distributed_are_not_fetched() {
         let mut foreign = blob("windows", 9);
         foreign.media_type = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip".into();
         let plan = |is_there| plan(&manifest(vec![foreign.clone()]), move |_| is_there);
         assert_eq!((plan(false).missing, plan(false).withheld), (vec![blob("config", 10)], vec![foreign.clone()]));
-        assert_eq!((plan(true).there.len(), plan(true).withheld), (2, Vec::new()), "it may have come from elsewhere");
+        assert_eq!((plan(true).present.len(), plan(true).withheld), (2, Vec::new()), "it may have come from elsewhere");
     }
 
     #[test]
-    fn the_size_limit_names_its_setting_and_counts_what_is_missing() {
+    fn the_size_limit_names_its_setting_and_counts_missing_bytes() {
         let manifest = manifest(vec![blob("base", 1 << 40), blob("layer", 990)]);
         let plan = plan(&manifest, |digest| digest == Digest::of(b"base"));
         assert_eq!(plan.check_size(0), Ok(()));
@@ -147,7 +147,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn what_passes_the_size_limit_is_within_it(
+        fn an_image_that_passes_the_size_limit_is_within_the_limit(
             sizes in proptest::collection::vec(proptest::prelude::any::<u64>(), 0..6),
             limit in proptest::prelude::any::<u64>(),
         ) {
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn blobs_spread_over_providers_and_those_that_lied_come_last() {
+    fn blobs_spread_over_providers_and_lying_providers_come_last() {
         let providers: Vec<_> = (1..=4).map(peer).collect();
         let first = |name: &str| {
             order_providers(peer(9), Digest::of(name.as_bytes()), providers.clone(), |_| Standing::Good)[0]

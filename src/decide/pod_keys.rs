@@ -12,7 +12,7 @@ use std::collections::{HashMap, VecDeque};
 use crate::model::PeerId;
 
 /// Keys of one pod that count at a time.
-const KEYS: usize = 2;
+const MAX_KEYS: usize = 2;
 
 /// Keys by the UID of their pod. The owner forgets a key that it drops for another reason, so there
 /// are as many keys here as in the owner's table at most.
@@ -23,18 +23,18 @@ pub struct PodKeys {
 
 impl PodKeys {
     /// A token of this pod was shown with this key. Answers the key that no longer counts.
-    pub fn shown(&mut self, pod: &str, peer: PeerId) -> Option<PeerId> {
+    pub fn record(&mut self, pod: &str, peer: PeerId) -> Option<PeerId> {
         let keys = match self.pods.get_mut(pod) {
             Some(keys) => keys,
             None => self.pods.entry(pod.to_owned()).or_default(),
         };
         keys.retain(|key| *key != peer);
         keys.push_back(peer);
-        if keys.len() > KEYS { keys.pop_front() } else { None }
+        if keys.len() > MAX_KEYS { keys.pop_front() } else { None }
     }
 
     /// The key was dropped, or belongs to another pod now.
-    pub fn forget(&mut self, pod: &str, peer: PeerId) {
+    pub fn remove(&mut self, pod: &str, peer: PeerId) {
         if let Some(keys) = self.pods.get_mut(pod) {
             keys.retain(|key| *key != peer);
             if keys.is_empty() {
@@ -55,40 +55,40 @@ mod tests {
     }
 
     #[test]
-    fn a_third_key_of_a_pod_displaces_the_one_that_was_shown_least_recently() {
+    fn a_third_key_of_a_pod_displaces_the_least_recently_shown_key() {
         let mut keys = PodKeys::default();
-        assert_eq!((keys.shown("p", peer(1)), keys.shown("p", peer(2))), (None, None));
-        assert_eq!(keys.shown("p", peer(1)), None, "known");
-        assert_eq!(keys.shown("p", peer(3)), Some(peer(2)));
-        assert_eq!(keys.shown("q", peer(4)), None, "another pod");
+        assert_eq!((keys.record("p", peer(1)), keys.record("p", peer(2))), (None, None));
+        assert_eq!(keys.record("p", peer(1)), None, "known");
+        assert_eq!(keys.record("p", peer(3)), Some(peer(2)));
+        assert_eq!(keys.record("q", peer(4)), None, "another pod");
     }
 
     #[test]
     fn a_pod_whose_keys_are_forgotten_takes_no_room() {
         let mut keys = PodKeys::default();
-        keys.shown("p", peer(1));
-        keys.forget("p", peer(2));
-        keys.forget("q", peer(1));
-        keys.forget("p", peer(1));
+        keys.record("p", peer(1));
+        keys.remove("p", peer(2));
+        keys.remove("q", peer(1));
+        keys.remove("p", peer(1));
         assert!(keys.pods.is_empty());
     }
 
     proptest! {
         #[test]
-        fn the_table_of_an_owner_that_drops_what_it_is_told_has_two_keys_of_each_pod(
+        fn a_table_that_drops_every_displaced_key_has_at_most_two_keys_of_each_pod(
             shown in prop::collection::vec((0_u8..4, 0_u8..12), 0..200),
         ) {
             let (mut keys, mut table) = (PodKeys::default(), HashMap::new());
             for (pod, key) in shown {
                 if let Some(before) = table.insert(peer(key), pod.to_string()).filter(|before| *before != pod.to_string()) {
-                    keys.forget(&before, peer(key));
+                    keys.remove(&before, peer(key));
                 }
-                if let Some(displaced) = keys.shown(&pod.to_string(), peer(key)) {
+                if let Some(displaced) = keys.record(&pod.to_string(), peer(key)) {
                     prop_assert_ne!(displaced, peer(key));
                     prop_assert_eq!(table.remove(&displaced), Some(pod.to_string()));
                 }
                 for pod in 0..4_u8 {
-                    prop_assert!(table.values().filter(|of| **of == pod.to_string()).count() <= KEYS);
+                    prop_assert!(table.values().filter(|of| **of == pod.to_string()).count() <= MAX_KEYS);
                 }
                 prop_assert_eq!(keys.pods.values().map(VecDeque::len).sum::<usize>(), table.len());
             }

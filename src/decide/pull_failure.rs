@@ -2,29 +2,29 @@
 //! cannot help.
 //!
 //! Who wants help stands in [`super::opt_in`], what the kubelet's words mean in [`super::cause`].
-//! Not here: remembering what was said already ([`super::ledger`]) and who runs when
-//! ([`super::queue`]).
+//! Not here: remembering what was said already ([`super::container_records`]) and who runs when
+//! ([`super::recovery_queue`]).
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::cause::Cause;
-use super::opt_in::{NotHelped, Trigger};
+use super::opt_in::{OptOutReason, Trigger};
 use super::repositories::RepositoryList;
 use crate::model::PullPolicy;
 use crate::oci::{Reference, ReferenceError};
 
 /// An image that a pod lacks.
 #[derive(Debug, Clone, Copy)]
-pub struct Failure<'a> {
+pub struct FailedPull<'a> {
     /// The image as the pod names it.
     pub image: &'a str,
     /// When the kubelet pulls it.
     pub pull_policy: PullPolicy,
-    /// The cause that counts of all that was said ([`super::ledger::Ledger::learn`]).
+    /// The cause that counts of all that was said ([`super::container_records::ContainerRecords::record_cause`]).
     pub cause: Option<Cause>,
     /// The kubelet's latest words, for people.
-    pub said: &'a str,
+    pub message: &'a str,
     /// The registry is known to be down, well enough for this reference to be recovered before its
     /// own pull has failed for that.
     pub may_be_early: bool,
@@ -34,7 +34,7 @@ pub struct Failure<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct Consent<'a> {
     /// Causes that are acted on.
-    pub salvage_on: &'a BTreeSet<Trigger>,
+    pub recover_on: &'a BTreeSet<Trigger>,
     /// Also where the registry denies the image.
     pub on_denied: bool,
     /// What pods of the namespace may have.
@@ -43,20 +43,20 @@ pub struct Consent<'a> {
 
 /// The decision on one container.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub enum PullVerdict {
     /// Bring this image.
     Recover(Reference, Cause),
     /// Nothing to do, and nothing to say: not ours.
-    Leave(Leave),
+    Ignore(IgnoreReason),
     /// Its owner wants our help, and we cannot give it. Worth an Event, once.
-    Tell(NotActionable),
+    Report(NotRecoverable),
 }
 
 /// Why a waiting container is none of our business.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Leave {
+pub enum IgnoreReason {
     /// Its pod is not helped.
-    NotHelped(NotHelped),
+    OptedOut(OptOutReason),
     /// The rules do not act on this cause.
     CauseExcluded,
     /// The kubelet has not named the cause yet; its next attempt will.
@@ -67,7 +67,7 @@ pub enum Leave {
 
 /// Why we cannot help a pod that asked for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum NotActionable {
+pub enum NotRecoverable {
     /// 401 or 403 from the registry.
     Denied,
     /// `imagePullPolicy: Always`.
@@ -103,47 +103,47 @@ pub const STALLED: &str = "The kubelet waits for a pull that does not end, and t
 ///
 /// A nudged kubelet looks within a second, and a busy one needs some more to start the container.
 /// Where the API server denies nudges, the kubelet looks at its own sync: within 90 s.
-pub fn verifies_credentials(pull_policy: PullPolicy, since_it_came: Duration, nudges_denied: bool) -> bool {
+pub fn is_verifying_credentials(pull_policy: PullPolicy, since_it_came: Duration, nudges_denied: bool) -> bool {
     let looks_within = Duration::from_secs(if nudges_denied { 90 } else { 0 });
     pull_policy == PullPolicy::IfNotPresent && since_it_came >= looks_within + Duration::from_secs(30)
 }
 
 /// Decides on one image that a pod lacks and that pod's owners want recovered.
-pub fn decide(failure: Failure<'_>, consent: Consent<'_>) -> Verdict {
-    let Failure { image, pull_policy, cause, said, may_be_early } = failure;
-    let Consent { salvage_on, on_denied, repositories } = consent;
+pub fn decide(failure: FailedPull<'_>, consent: Consent<'_>) -> PullVerdict {
+    let FailedPull { image, pull_policy, cause, message: said, may_be_early } = failure;
+    let Consent { recover_on: salvage_on, on_denied, repositories } = consent;
     let reference = match image.parse::<Reference>() {
         Ok(reference) => reference,
-        Err(error) => return Verdict::Tell(NotActionable::Unreadable(error)),
+        Err(error) => return PullVerdict::Report(NotRecoverable::Unreadable(error)),
     };
     let cause = match cause {
-        None => return Verdict::Leave(Leave::CauseUnknown),
+        None => return PullVerdict::Ignore(IgnoreReason::CauseUnknown),
         // The message tells nothing of the registry, so that the outage which is known decides.
         Some(Cause::NotUnderstood | Cause::KubeletLimit) if may_be_early => Cause::KnownOutage,
-        Some(Cause::KubeletLimit) => return Verdict::Leave(Leave::KubeletLimit),
-        Some(Cause::NotUnderstood) => return Verdict::Tell(NotActionable::NotUnderstood(quote(said))),
-        Some(Cause::Local) => return Verdict::Tell(NotActionable::Local(quote(said))),
-        Some(Cause::Denied) if !on_denied => return Verdict::Tell(NotActionable::Denied),
+        Some(Cause::KubeletLimit) => return PullVerdict::Ignore(IgnoreReason::KubeletLimit),
+        Some(Cause::NotUnderstood) => return PullVerdict::Report(NotRecoverable::NotUnderstood(quote(said))),
+        Some(Cause::Local) => return PullVerdict::Report(NotRecoverable::Local(quote(said))),
+        Some(Cause::Denied) if !on_denied => return PullVerdict::Report(NotRecoverable::Denied),
         Some(Cause::Stalled) if !may_be_early && matches!(reference, Reference::Tag(..)) => {
-            return Verdict::Tell(NotActionable::Stalled);
+            return PullVerdict::Report(NotRecoverable::Stalled);
         }
         Some(Cause::NeverPull) if !salvage_on.contains(&Trigger::Never) => {
-            return Verdict::Tell(NotActionable::PullsNever);
+            return PullVerdict::Report(NotRecoverable::PullsNever);
         }
         Some(cause) => cause,
     };
     if trigger(cause).is_some_and(|trigger| !salvage_on.contains(&trigger)) {
-        return Verdict::Leave(Leave::CauseExcluded);
+        return PullVerdict::Ignore(IgnoreReason::CauseExcluded);
     }
     // A pull succeeded, and what it left is broken: with the content here, the next one finds it,
     // whatever the policy.
     if pull_policy == PullPolicy::Always && cause != Cause::MissingContent {
-        return Verdict::Tell(NotActionable::PullsAlways);
+        return PullVerdict::Report(NotRecoverable::PullsAlways);
     }
     if !repositories.allows(reference.repository()) {
-        return Verdict::Tell(NotActionable::RepositoryNotListed);
+        return PullVerdict::Report(NotRecoverable::RepositoryNotListed);
     }
-    Verdict::Recover(reference, cause)
+    PullVerdict::Recover(reference, cause)
 }
 
 /// What the rules call the cause; `None` where they have no say, or had theirs before.
@@ -166,19 +166,19 @@ fn trigger(cause: Cause) -> Option<Trigger> {
 
 /// Most characters of the kubelet's words in an Event, whose note has room for 1024 bytes with what
 /// stands around them.
-const QUOTED: usize = 400;
+const MAX_QUOTED: usize = 400;
 
 /// The end of a message: Go's errors have their cause there.
 fn quote(said: &str) -> String {
     let said = said.trim();
-    let skipped = said.chars().count().saturating_sub(QUOTED);
+    let skipped = said.chars().count().saturating_sub(MAX_QUOTED);
     let end: String = said.chars().skip(skipped).collect();
     if skipped > 0 { format!("...{end}") } else { end }
 }
 
-impl NotActionable {
+impl NotRecoverable {
     /// What to tell the pod's owner: what is wrong, and what would help.
-    pub fn note(&self, image: &str) -> String {
+    pub fn event_text(&self, image: &str) -> String {
         match self {
             Self::Denied => format!(
                 "The registry denies {image} (401 or 403). Peers may hold it, but a denial is not bypassed: check the pull secret, and \
@@ -235,11 +235,11 @@ impl NotActionable {
     }
 }
 
-impl Leave {
+impl IgnoreReason {
     /// For the metric.
     pub fn label(self) -> &'static str {
         match self {
-            Self::NotHelped(reason) => reason.label(),
+            Self::OptedOut(reason) => reason.label(),
             Self::CauseExcluded => "cause_excluded",
             Self::CauseUnknown => "cause_unknown",
             Self::KubeletLimit => "kubelet_limit",
@@ -254,34 +254,34 @@ mod tests {
 
     const DOWN: Cause = Cause::Unavailable(OutageKind::Refused);
 
-    fn failure(cause: Option<Cause>) -> Failure<'static> {
+    fn failure(cause: Option<Cause>) -> FailedPull<'static> {
         let (image, pull_policy) = ("r.test/a", PullPolicy::IfNotPresent);
-        Failure { image, pull_policy, cause, said: "what the kubelet says", may_be_early: false }
+        FailedPull { image, pull_policy, cause, message: "what the kubelet says", may_be_early: false }
     }
 
     #[test]
     fn a_kubelet_that_was_not_nudged_has_until_its_own_sync_to_look() {
         let verifies =
-            |seconds, denied| verifies_credentials(PullPolicy::IfNotPresent, Duration::from_secs(seconds), denied);
+            |seconds, denied| is_verifying_credentials(PullPolicy::IfNotPresent, Duration::from_secs(seconds), denied);
         assert!(!verifies(29, false) && verifies(30, false));
         assert!(!verifies(119, true) && verifies(120, true));
-        assert!(!verifies_credentials(PullPolicy::Always, Duration::from_secs(600), false));
+        assert!(!is_verifying_credentials(PullPolicy::Always, Duration::from_secs(600), false));
     }
 
     /// The verdict under the default causes.
-    fn verdict(pull_policy: PullPolicy, cause: Option<Cause>, on_denied: bool) -> Verdict {
+    fn verdict(pull_policy: PullPolicy, cause: Option<Cause>, on_denied: bool) -> PullVerdict {
         let consent =
-            Consent { salvage_on: &Trigger::DEFAULT.into(), on_denied, repositories: &RepositoryList::default() };
-        decide(Failure { pull_policy, ..failure(cause) }, consent)
+            Consent { recover_on: &Trigger::DEFAULT.into(), on_denied, repositories: &RepositoryList::default() };
+        decide(FailedPull { pull_policy, ..failure(cause) }, consent)
     }
 
-    fn verdict_on(failure: Failure<'_>, salvage_on: &[Trigger]) -> Verdict {
+    fn verdict_on(failure: FailedPull<'_>, salvage_on: &[Trigger]) -> PullVerdict {
         let salvage_on = salvage_on.iter().copied().collect();
-        decide(failure, Consent { salvage_on: &salvage_on, on_denied: false, repositories: &RepositoryList::Any })
+        decide(failure, Consent { recover_on: &salvage_on, on_denied: false, repositories: &RepositoryList::Any })
     }
 
     #[test]
-    fn an_image_that_a_registry_cannot_give_is_brought() {
+    fn an_image_that_its_registry_cannot_serve_is_recovered() {
         for cause in [
             DOWN,
             Cause::KnownOutage,
@@ -293,93 +293,96 @@ mod tests {
             Cause::BadBytes,
             Cause::MissingContent,
         ] {
-            let brought = Verdict::Recover("r.test/a".parse().unwrap(), cause);
+            let brought = PullVerdict::Recover("r.test/a".parse().unwrap(), cause);
             assert_eq!(verdict(PullPolicy::IfNotPresent, Some(cause), false), brought);
         }
-        assert_eq!(verdict(PullPolicy::IfNotPresent, None, false), Verdict::Leave(Leave::CauseUnknown));
+        assert_eq!(verdict(PullPolicy::IfNotPresent, None, false), PullVerdict::Ignore(IgnoreReason::CauseUnknown));
     }
 
     #[test]
-    fn a_denial_is_told_unless_the_namespace_wants_it_ignored() {
+    fn a_denial_is_reported_unless_the_namespace_ignores_denials() {
         let denied = Some(Cause::Denied);
-        assert_eq!(verdict(PullPolicy::IfNotPresent, denied, false), Verdict::Tell(NotActionable::Denied));
-        assert!(matches!(verdict(PullPolicy::IfNotPresent, denied, true), Verdict::Recover(_, Cause::Denied)));
+        assert_eq!(verdict(PullPolicy::IfNotPresent, denied, false), PullVerdict::Report(NotRecoverable::Denied));
+        assert!(matches!(verdict(PullPolicy::IfNotPresent, denied, true), PullVerdict::Recover(_, Cause::Denied)));
     }
 
     #[test]
-    fn causes_can_be_left_to_people() {
+    fn excluded_causes_are_ignored() {
         let decide = |cause| verdict_on(failure(Some(cause)), &[Trigger::Unavailable]);
-        assert_eq!(decide(Cause::NotFound), Verdict::Leave(Leave::CauseExcluded));
-        assert_eq!(decide(Cause::RateLimited), Verdict::Leave(Leave::CauseExcluded));
-        assert!(matches!(decide(DOWN), Verdict::Recover(..)));
-        assert!(matches!(decide(Cause::MissingContent), Verdict::Recover(..)), "nobody's registry is to blame");
+        assert_eq!(decide(Cause::NotFound), PullVerdict::Ignore(IgnoreReason::CauseExcluded));
+        assert_eq!(decide(Cause::RateLimited), PullVerdict::Ignore(IgnoreReason::CauseExcluded));
+        assert!(matches!(decide(DOWN), PullVerdict::Recover(..)));
+        assert!(matches!(decide(Cause::MissingContent), PullVerdict::Recover(..)), "nobody's registry is to blame");
     }
 
     #[test]
-    fn what_is_always_pulled_is_not_brought_unless_its_content_is_broken_here() {
+    fn an_image_with_policy_always_is_recovered_only_when_its_local_content_is_broken() {
         for cause in [DOWN, Cause::KnownOutage, Cause::NotFound] {
-            assert_eq!(verdict(PullPolicy::Always, Some(cause), false), Verdict::Tell(NotActionable::PullsAlways));
+            assert_eq!(
+                verdict(PullPolicy::Always, Some(cause), false),
+                PullVerdict::Report(NotRecoverable::PullsAlways)
+            );
         }
-        assert!(matches!(verdict(PullPolicy::Always, Some(Cause::MissingContent), false), Verdict::Recover(..)));
+        assert!(matches!(verdict(PullPolicy::Always, Some(Cause::MissingContent), false), PullVerdict::Recover(..)));
     }
 
     #[test]
-    fn an_unreadable_name_is_told_by_its_wrong_part() {
-        let told = verdict_on(Failure { image: "r.test/A", ..failure(Some(DOWN)) }, &Trigger::DEFAULT);
-        let Verdict::Tell(told) = told else { panic!("an unreadable name was accepted") };
-        assert!(told.note("r.test/A").contains("the repository"), "{}", told.note("r.test/A"));
+    fn an_unreadable_name_is_reported_with_its_wrong_part() {
+        let told = verdict_on(FailedPull { image: "r.test/A", ..failure(Some(DOWN)) }, &Trigger::DEFAULT);
+        let PullVerdict::Report(told) = told else { panic!("an unreadable name was accepted") };
+        assert!(told.event_text("r.test/A").contains("the repository"), "{}", told.event_text("r.test/A"));
     }
 
     #[test]
-    fn a_pod_that_never_pulls_gets_its_image_only_where_the_policy_says_so() {
-        let never = Failure { pull_policy: PullPolicy::Never, ..failure(Some(Cause::NeverPull)) };
-        assert_eq!(verdict_on(never, &Trigger::DEFAULT), Verdict::Tell(NotActionable::PullsNever));
-        assert!(matches!(verdict_on(never, &[Trigger::Never]), Verdict::Recover(_, Cause::NeverPull)));
+    fn an_image_with_policy_never_is_recovered_only_where_the_trigger_is_set() {
+        let never = FailedPull { pull_policy: PullPolicy::Never, ..failure(Some(Cause::NeverPull)) };
+        assert_eq!(verdict_on(never, &Trigger::DEFAULT), PullVerdict::Report(NotRecoverable::PullsNever));
+        assert!(matches!(verdict_on(never, &[Trigger::Never]), PullVerdict::Recover(_, Cause::NeverPull)));
     }
 
     #[test]
-    fn an_unlisted_repository_is_told_and_not_brought() {
+    fn an_image_of_an_unlisted_repository_is_reported_and_not_recovered() {
         let repositories = RepositoryList::parse("r.test/shop/*").unwrap();
-        let consent = Consent { salvage_on: &Trigger::DEFAULT.into(), on_denied: false, repositories: &repositories };
+        let consent = Consent { recover_on: &Trigger::DEFAULT.into(), on_denied: false, repositories: &repositories };
         for (image, is_listed) in [("r.test/shop/web:1", true), ("r.test/bank/vault:1", false)] {
             for cause in [DOWN, Cause::KnownOutage, Cause::MissingContent] {
-                let verdict = decide(Failure { image, ..failure(Some(cause)) }, consent);
-                assert_eq!(matches!(verdict, Verdict::Recover(..)), is_listed, "{image} {cause:?}");
-                assert_eq!(verdict == Verdict::Tell(NotActionable::RepositoryNotListed), !is_listed, "{image}");
+                let verdict = decide(FailedPull { image, ..failure(Some(cause)) }, consent);
+                assert_eq!(matches!(verdict, PullVerdict::Recover(..)), is_listed, "{image} {cause:?}");
+                assert_eq!(verdict == PullVerdict::Report(NotRecoverable::RepositoryNotListed), !is_listed, "{image}");
             }
         }
     }
 
     #[test]
-    fn a_local_fault_is_told_with_the_kubelets_words_and_recovers_nothing() {
+    fn a_local_fault_is_reported_with_the_message_of_the_kubelet_and_recovers_nothing() {
         for may_be_early in [false, true] {
-            let verdict = verdict_on(Failure { may_be_early, ..failure(Some(Cause::Local)) }, &Trigger::ALL);
-            assert_eq!(verdict, Verdict::Tell(NotActionable::Local("what the kubelet says".into())));
+            let verdict = verdict_on(FailedPull { may_be_early, ..failure(Some(Cause::Local)) }, &Trigger::ALL);
+            assert_eq!(verdict, PullVerdict::Report(NotRecoverable::Local("what the kubelet says".into())));
         }
     }
 
     #[test]
-    fn a_stalled_pull_brings_a_digest_and_leaves_a_tag_to_its_registry_until_a_pull_has_failed() {
+    fn a_stalled_pull_recovers_a_digest_and_leaves_a_tag_to_its_registry_until_a_pull_has_failed() {
         let digest = format!("r.test/a@{}", crate::oci::Digest::of(b"a"));
         let stalled = |image, may_be_early| {
-            let failure = Failure { image, may_be_early, ..failure(Some(Cause::Stalled)) };
+            let failure = FailedPull { image, may_be_early, ..failure(Some(Cause::Stalled)) };
             verdict_on(failure, &Trigger::DEFAULT)
         };
-        assert!(matches!(stalled(&digest, false), Verdict::Recover(_, Cause::Stalled)));
-        assert_eq!(stalled("r.test/a:1", false), Verdict::Tell(NotActionable::Stalled));
-        assert!(matches!(stalled("r.test/a:1", true), Verdict::Recover(_, Cause::Stalled)));
+        assert!(matches!(stalled(&digest, false), PullVerdict::Recover(_, Cause::Stalled)));
+        assert_eq!(stalled("r.test/a:1", false), PullVerdict::Report(NotRecoverable::Stalled));
+        assert!(matches!(stalled("r.test/a:1", true), PullVerdict::Recover(_, Cause::Stalled)));
     }
 
     #[test]
-    fn words_that_cannot_be_read_are_quoted_unless_the_registry_is_known_to_be_down() {
+    fn an_unreadable_message_is_quoted_unless_the_registry_is_known_to_be_down() {
         let unreadable = failure(Some(Cause::NotUnderstood));
-        let told = Verdict::Tell(NotActionable::NotUnderstood("what the kubelet says".into()));
+        let told = PullVerdict::Report(NotRecoverable::NotUnderstood("what the kubelet says".into()));
         assert_eq!(verdict_on(unreadable, &Trigger::DEFAULT), told);
         let limited = failure(Some(Cause::KubeletLimit));
-        assert_eq!(verdict_on(limited, &Trigger::DEFAULT), Verdict::Leave(Leave::KubeletLimit));
+        assert_eq!(verdict_on(limited, &Trigger::DEFAULT), PullVerdict::Ignore(IgnoreReason::KubeletLimit));
         for failure in [unreadable, limited] {
-            let verdict = verdict_on(Failure { may_be_early: true, ..failure }, &Trigger::DEFAULT);
-            assert!(matches!(verdict, Verdict::Recover(_, Cause::KnownOutage)), "{verdict:?}");
+            let verdict = verdict_on(FailedPull { may_be_early: true, ..failure }, &Trigger::DEFAULT);
+            assert!(matches!(verdict, PullVerdict::Recover(_, Cause::KnownOutage)), "{verdict:?}");
         }
     }
 
@@ -388,7 +391,7 @@ mod tests {
         let said = format!("{}: the cause", "frame ".repeat(500));
         let quoted = quote(&said);
         assert!(quoted.starts_with("...") && quoted.ends_with(": the cause"), "{quoted}");
-        assert_eq!(quoted.chars().count(), QUOTED + 3);
+        assert_eq!(quoted.chars().count(), MAX_QUOTED + 3);
         assert_eq!(quote("  short "), "short");
     }
 }

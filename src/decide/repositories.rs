@@ -33,7 +33,7 @@ pub struct Glob(String);
 
 /// A list that cannot be read, and so permits nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BadList {
+pub struct RepositoryListError {
     /// The part that is wrong, shortened.
     pub part: String,
 }
@@ -42,12 +42,12 @@ impl RepositoryList {
     /// Reads the annotation: globs with commas between.
     ///
     /// # Errors
-    /// [`BadList`] names the first part that is no glob of a repository, or the first beyond 64.
-    pub fn parse(text: &str) -> Result<Self, BadList> {
+    /// [`RepositoryListError`] names the first part that is no glob of a repository, or the first beyond 64.
+    pub fn parse(text: &str) -> Result<Self, RepositoryListError> {
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
         let globs: Vec<_> = parts.take(MAX_GLOBS + 1).map(Glob::parse).collect::<Result<_, _>>()?;
         match globs.get(MAX_GLOBS) {
-            Some(Glob(beyond)) => Err(BadList::new(beyond)),
+            Some(Glob(beyond)) => Err(RepositoryListError::new(beyond)),
             None => Ok(Self::Only(globs)),
         }
     }
@@ -70,11 +70,11 @@ impl RepositoryList {
 }
 
 impl Glob {
-    fn parse(text: &str) -> Result<Self, BadList> {
+    fn parse(text: &str) -> Result<Self, RepositoryListError> {
         let is_known = |c: char| c.is_ascii_alphanumeric() || "*/.-_:[]".contains(c);
         // The registry stands in front, or `nginx` would look as if it matched Docker Hub's.
         let is_glob = text.len() <= MAX_GLOB && text.chars().all(is_known) && (text.contains('/') || text == "**");
-        if is_glob { Ok(Self(text.to_owned())) } else { Err(BadList::new(text)) }
+        if is_glob { Ok(Self(text.to_owned())) } else { Err(RepositoryListError::new(text)) }
     }
 }
 
@@ -84,21 +84,21 @@ impl fmt::Display for Glob {
     }
 }
 
-impl BadList {
+impl RepositoryListError {
     fn new(part: &str) -> Self {
         Self { part: part.chars().take(40).collect() }
     }
 }
 
 /// The place behind a star, and how much of the text the star has taken.
-type Resume = Option<(usize, usize)>;
+type StarPosition = Option<(usize, usize)>;
 
 /// Whether the glob matches all of the text. The work is bounded by the product of both lengths
 /// (270 000 steps): of several stars only the last one and the last double one are tried again.
 fn matches(glob: &[u8], text: &[u8]) -> bool {
     let (mut g, mut t) = (0, 0);
     // Where to go on when the rest does not match: behind the star, with one more byte taken by it.
-    let (mut single, mut double): (Resume, Resume) = (None, None);
+    let (mut single, mut double): (StarPosition, StarPosition) = (None, None);
     while t < text.len() {
         if glob[g..].starts_with(b"**") {
             (g, double, single) = (g + 2, Some((g + 2, t)), None);
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_star_stays_within_one_part_of_the_path_and_two_cross_it() {
+    fn a_star_stays_within_a_path_component_and_a_double_star_does_not() {
         for (list, image, expected) in [
             ("r.test/shop/web", "r.test/shop/web:1", true),
             ("r.test/shop/web", "r.test/shop/web2:1", false),
@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn a_list_that_cannot_be_read_is_an_error_that_names_the_part() {
         for (list, part) in [("nginx", "nginx"), ("r.test/a,r.test/b c", "r.test/b c"), ("r.test/ü", "r.test/ü")] {
-            assert_eq!(RepositoryList::parse(list), Err(BadList { part: part.into() }), "{list}");
+            assert_eq!(RepositoryList::parse(list), Err(RepositoryListError { part: part.into() }), "{list}");
         }
         let many: Vec<_> = (0..=MAX_GLOBS).map(|number| format!("r.test/{number}")).collect();
         assert!(RepositoryList::parse(&many.join(",")).is_err());

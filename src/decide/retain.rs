@@ -17,7 +17,7 @@ mod tests;
 
 /// Life of a lease. An uninstalled agent leaves nothing behind after this time. An agent may be
 /// down for half of this time without losing a layer.
-pub const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
+pub const LEASE_DURATION: Duration = Duration::from_secs(24 * 3600);
 
 /// Time for which a pulled image waits for a pod. The agent sees a pod when the kubelet does, which
 /// then starts the pull; a minute covers a pod watch that reconnects (its longest pause is 30 s).
@@ -72,7 +72,7 @@ pub struct RetainOptions {
 
 impl RetainBytes {
     /// Bytes on a disk of `total` bytes.
-    pub fn on(self, total: Option<u64>) -> u64 {
+    pub fn limit_on(self, total: Option<u64>) -> u64 {
         match (self, total) {
             (Self::Bytes(bytes), _) => bytes,
             (Self::Percent(percent), Some(total)) => total / 100 * u64::from(percent),
@@ -84,7 +84,7 @@ impl RetainBytes {
 
 /// Facts about one image and the pods that name the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Facts {
+pub struct RetainFacts {
     /// Since when an image record leads to the manifest.
     pub recorded: Option<SystemTime>,
     /// A pod of an opted-in namespace names a record of the image.
@@ -103,7 +103,7 @@ pub struct Facts {
 
 /// Why an image is a candidate. A greater interest is retained first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Interest {
+pub enum RetainInterest {
     /// The image was pulled for an unknown pod. Such an image never displaces another image.
     Unknown,
     /// A pod used the image, last at this time.
@@ -113,8 +113,8 @@ pub enum Interest {
 }
 
 /// Interest in an image; `None` when the layers are not to be retained.
-pub fn interest(setting: RetainLayers, facts: &Facts, now: SystemTime) -> Option<Interest> {
-    let Facts { recorded, used, undecided, expected, last_use, last_arrival, keeps_layers } = *facts;
+pub fn interest(setting: RetainLayers, facts: &RetainFacts, now: SystemTime) -> Option<RetainInterest> {
+    let RetainFacts { recorded, used, undecided, expected, last_use, last_arrival, keeps_layers } = *facts;
     let within = |since: SystemTime, limit| now.duration_since(since).is_ok_and(|passed| passed < limit) || since > now;
     if setting == RetainLayers::None || keeps_layers {
         return None;
@@ -122,42 +122,42 @@ pub fn interest(setting: RetainLayers, facts: &Facts, now: SystemTime) -> Option
     let Some(recorded) = recorded else {
         let is_pulled = last_arrival.is_some_and(|at| within(at, PULL_IDLE));
         let wanted = expected || setting == RetainLayers::All;
-        return is_pulled.then_some(if wanted { Interest::Wanted } else { Interest::Unknown });
+        return is_pulled.then_some(if wanted { RetainInterest::Wanted } else { RetainInterest::Unknown });
     };
     match (used || setting == RetainLayers::All, last_use) {
-        (true, _) => Some(Interest::Wanted),
-        (false, Some(at)) => Some(Interest::Idle(at)),
-        (false, None) => (undecided || within(recorded, POD_WAIT)).then_some(Interest::Unknown),
+        (true, _) => Some(RetainInterest::Wanted),
+        (false, Some(at)) => Some(RetainInterest::Idle(at)),
+        (false, None) => (undecided || within(recorded, POD_WAIT)).then_some(RetainInterest::Unknown),
     }
 }
 
 /// One image that may keep its layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Candidate {
+pub struct RetainCandidate {
     /// The manifest of this platform.
     pub manifest: Digest,
     /// The layers with their sizes in bytes, each once.
     pub layers: BTreeMap<Digest, u64>,
     /// The reason.
-    pub interest: Interest,
+    pub interest: RetainInterest,
     /// Last time that a pod of an opted-in namespace named the image.
     pub last_use: Option<SystemTime>,
 }
 
 /// The lease of one image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Leased {
+pub struct LayerLease {
     /// Layers that the lease names, with their sizes in bytes.
     pub layers: BTreeMap<Digest, u64>,
     /// When containerd drops the lease.
     pub expires: SystemTime,
     /// The lease says that the image was used. The next agent goes by it.
-    pub says_used: bool,
+    pub is_marked_used: bool,
 }
 
 /// A step towards what is to be retained.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
+pub enum LeaseAction {
     /// Delete the image's lease.
     Release(Digest),
     /// Name these layers in the image's lease, which is made when absent.
@@ -169,7 +169,7 @@ pub enum Action {
 
 /// Bytes that may be retained now. Below the line of free space, retained layers shrink by the
 /// missing bytes.
-pub fn allowed(budget: u64, retained: u64, room: Option<(u64, u64)>) -> u64 {
+pub fn allowed_bytes(budget: u64, retained: u64, room: Option<(u64, u64)>) -> u64 {
     let Some((free, total)) = room else { return budget };
     let line = min_free(total);
     match free >= line {
@@ -184,7 +184,7 @@ pub fn min_free(total: u64) -> u64 {
 }
 
 /// Bytes of these layers, each digest counted once.
-pub fn bytes<'a>(layers: impl IntoIterator<Item = &'a BTreeMap<Digest, u64>>) -> u64 {
+pub fn distinct_bytes<'a>(layers: impl IntoIterator<Item = &'a BTreeMap<Digest, u64>>) -> u64 {
     let distinct: BTreeMap<_, _> = layers.into_iter().flatten().collect();
     distinct.values().fold(0, |sum, size| sum.saturating_add(**size))
 }
@@ -193,14 +193,14 @@ pub fn bytes<'a>(layers: impl IntoIterator<Item = &'a BTreeMap<Digest, u64>>) ->
 /// images with a lease. An image that does not fit is left out as a whole, because no peer can run
 /// an image without every layer.
 pub fn choose(
-    candidates: &[Candidate],
-    leases: &BTreeMap<Digest, Leased>,
+    candidates: &[RetainCandidate],
+    leases: &BTreeMap<Digest, LayerLease>,
     allowed: u64,
 ) -> BTreeMap<Digest, BTreeMap<Digest, u64>> {
     let mut ordered: Vec<_> = candidates.iter().collect();
     ordered.sort_by_key(|it| (Reverse(it.interest), Reverse(leases.contains_key(&it.manifest)), it.manifest));
     let (mut chosen, mut counted, mut sum) = (BTreeMap::new(), BTreeSet::new(), 0_u64);
-    for Candidate { manifest, layers, interest: _, last_use: _ } in ordered {
+    for RetainCandidate { manifest, layers, interest: _, last_use: _ } in ordered {
         let new = layers.iter().filter(|(layer, _)| !counted.contains(*layer));
         let after = new.fold(sum, |sum, (_, size)| sum.saturating_add(*size));
         if after <= allowed {
@@ -214,26 +214,26 @@ pub fn choose(
 
 /// The steps from `leases` to what is chosen, in the order in which they are to be taken.
 pub fn actions(
-    candidates: &[Candidate],
-    leases: &BTreeMap<Digest, Leased>,
+    candidates: &[RetainCandidate],
+    leases: &BTreeMap<Digest, LayerLease>,
     allowed: u64,
     now: SystemTime,
-) -> Vec<Action> {
+) -> Vec<LeaseAction> {
     let chosen = choose(candidates, leases, allowed);
-    let released = leases.keys().filter(|manifest| !chosen.contains_key(*manifest)).copied().map(Action::Release);
+    let released = leases.keys().filter(|manifest| !chosen.contains_key(*manifest)).copied().map(LeaseAction::Release);
     let mut steps: Vec<_> = released.collect();
     let was_used: BTreeSet<_> = candidates.iter().filter(|it| it.last_use.is_some()).map(|it| it.manifest).collect();
     for (manifest, layers) in chosen {
         let lease = leases.get(&manifest);
-        let is_old = |lease: &Leased| lease.expires.duration_since(now).unwrap_or_default() < LEASE_LIFE / 2;
-        let is_news = |lease: &Leased| was_used.contains(&manifest) && !lease.says_used;
+        let is_old = |lease: &LayerLease| lease.expires.duration_since(now).unwrap_or_default() < LEASE_DURATION / 2;
+        let is_news = |lease: &LayerLease| was_used.contains(&manifest) && !lease.is_marked_used;
         if lease.is_some_and(|lease| is_old(lease) || is_news(lease)) {
-            steps.push(Action::Renew(manifest));
+            steps.push(LeaseAction::Renew(manifest));
         }
         let named = |layer: &Digest| lease.is_some_and(|lease| lease.layers.contains_key(layer));
         let missing: BTreeSet<_> = layers.into_keys().filter(|layer| !named(layer)).collect();
         if !missing.is_empty() {
-            steps.push(Action::Retain(manifest, missing));
+            steps.push(LeaseAction::Retain(manifest, missing));
         }
     }
     steps

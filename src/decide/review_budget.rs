@@ -34,8 +34,8 @@ impl ReviewBudget {
     }
 
     /// Takes one review, if there is one, in a cluster of so many agents.
-    pub fn take(&mut self, agents: usize, now: Instant) -> bool {
-        let (burst, interval) = share(agents);
+    pub fn try_take(&mut self, agents: usize, now: Instant) -> bool {
+        let (burst, interval) = share_of_cluster(agents);
         let elapsed = now.saturating_duration_since(self.since);
         let gathered = u32::try_from(elapsed.as_nanos() / interval.as_nanos()).unwrap_or(u32::MAX);
         self.since += interval.saturating_mul(gathered);
@@ -47,7 +47,7 @@ impl ReviewBudget {
 }
 
 /// One agent's burst, and the time after which it has one more review.
-fn share(agents: usize) -> (u32, Duration) {
+fn share_of_cluster(agents: usize) -> (u32, Duration) {
     let agents = agents.max(1);
     let burst = u32::try_from(CLUSTER_BURST / agents).unwrap_or(MAX_BURST).clamp(MIN_BURST, MAX_BURST);
     let interval = Duration::from_secs(1).saturating_mul(u32::try_from(agents).unwrap_or(u32::MAX)) / CLUSTER_RATE;
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     fn taken(budget: &mut ReviewBudget, agents: usize, now: Instant) -> usize {
-        (0..100).filter(|_| budget.take(agents, now)).count()
+        (0..100).filter(|_| budget.try_take(agents, now)).count()
     }
 
     #[test]
@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn the_reviews_of_a_cluster_do_not_grow_with_its_agents() {
         for agents in [1, 3, 500, 1000, 5000, 16_384] {
-            let (burst, interval) = share(agents);
+            let (burst, interval) = share_of_cluster(agents);
             let rate = agents as f64 / interval.as_secs_f64();
             assert!(rate <= f64::from(CLUSTER_RATE) + 0.01, "{agents} agents ask {rate} times a second");
             assert!(burst as usize * agents <= CLUSTER_BURST.max(MIN_BURST as usize * agents), "{agents}");
@@ -91,7 +91,7 @@ mod tests {
         let mut most = 0;
         for second in 0..60 {
             let now = start + Duration::from_secs(second);
-            let asked = budgets.iter_mut().map(|budget| (0..12).filter(|_| budget.take(5000, now)).count()).sum();
+            let asked = budgets.iter_mut().map(|budget| (0..12).filter(|_| budget.try_take(5000, now)).count()).sum();
             most = most.max(if second == 0 { 0 } else { asked });
             assert!(second > 0 || asked <= 10_000, "{asked} in the first second");
         }

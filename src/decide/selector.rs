@@ -14,11 +14,11 @@ pub struct Selector(Vec<Requirement>);
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Requirement {
     key: String,
-    test: Test,
+    operator: LabelOperator,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Test {
+enum LabelOperator {
     Exists,
     Absent,
     In(Vec<String>),
@@ -36,18 +36,18 @@ pub struct SelectorError {
 impl Selector {
     /// Whether every requirement holds. A selector is never empty, so there is none that everything matches by mistake.
     pub fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
-        self.0.iter().all(|requirement| requirement.holds(labels))
+        self.0.iter().all(|requirement| requirement.matches(labels))
     }
 }
 
 impl Requirement {
-    fn holds(&self, labels: &BTreeMap<String, String>) -> bool {
+    fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
         let value = labels.get(&self.key);
-        match &self.test {
-            Test::Exists => value.is_some(),
-            Test::Absent => value.is_none(),
-            Test::In(values) => value.is_some_and(|value| values.contains(value)),
-            Test::NotIn(values) => value.is_none_or(|value| !values.contains(value)),
+        match &self.operator {
+            LabelOperator::Exists => value.is_some(),
+            LabelOperator::Absent => value.is_none(),
+            LabelOperator::In(values) => value.is_some_and(|value| values.contains(value)),
+            LabelOperator::NotIn(values) => value.is_none_or(|value| !values.contains(value)),
         }
     }
 
@@ -55,10 +55,10 @@ impl Requirement {
         let part = part.trim();
         let requirement = |key: &str, test| {
             let key = key.trim();
-            is_key(key).then(|| Self { key: key.to_owned(), test })
+            is_key(key).then(|| Self { key: key.to_owned(), operator: test })
         };
         if let Some(key) = part.strip_prefix('!') {
-            return requirement(key, Test::Absent);
+            return requirement(key, LabelOperator::Absent);
         }
         if let Some((head, list)) = part.strip_suffix(')').and_then(|part| part.split_once('(')) {
             let values: Vec<_> = list.split(',').map(|value| value.trim().to_owned()).collect();
@@ -67,18 +67,18 @@ impl Requirement {
             }
             let (key, operator) = head.trim().rsplit_once(char::is_whitespace)?;
             return match operator {
-                "in" => requirement(key, Test::In(values)),
-                "notin" => requirement(key, Test::NotIn(values)),
+                "in" => requirement(key, LabelOperator::In(values)),
+                "notin" => requirement(key, LabelOperator::NotIn(values)),
                 _ => None,
             };
         }
-        let Some(at) = part.find('=') else { return requirement(part, Test::Exists) };
+        let Some(at) = part.find('=') else { return requirement(part, LabelOperator::Exists) };
         let (key, value) = (&part[..at], part[at + 1..].trim_start_matches('=').trim());
         let one = vec![value.to_owned()];
         match key.strip_suffix('!') {
             _ if !is_value(value) => None,
-            Some(key) => requirement(key, Test::NotIn(one)),
-            None => requirement(key, Test::In(one)),
+            Some(key) => requirement(key, LabelOperator::NotIn(one)),
+            None => requirement(key, LabelOperator::In(one)),
         }
     }
 }
@@ -96,13 +96,13 @@ impl FromStr for Selector {
 
 impl fmt::Display for Selector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (position, Requirement { key, test }) in self.0.iter().enumerate() {
+        for (position, Requirement { key, operator: test }) in self.0.iter().enumerate() {
             f.write_str(if position > 0 { "," } else { "" })?;
             match test {
-                Test::Exists => write!(f, "{key}")?,
-                Test::Absent => write!(f, "!{key}")?,
-                Test::In(values) => write!(f, "{key} in ({})", values.join(","))?,
-                Test::NotIn(values) => write!(f, "{key} notin ({})", values.join(","))?,
+                LabelOperator::Exists => write!(f, "{key}")?,
+                LabelOperator::Absent => write!(f, "!{key}")?,
+                LabelOperator::In(values) => write!(f, "{key} in ({})", values.join(","))?,
+                LabelOperator::NotIn(values) => write!(f, "{key} notin ({})", values.join(","))?,
             }
         }
         Ok(())
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_selector_is_refused_by_the_part_that_is_wrong() {
+    fn an_invalid_selector_is_rejected_with_its_wrong_part() {
         for (text, part) in [
             ("", ""),
             ("a,,b", ""),
@@ -184,7 +184,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_read_is_written_so_that_it_reads_the_same(text in "[a-c!=, ()in]{0,24}") {
+        fn a_parsed_selector_round_trips_through_its_text(text in "[a-c!=, ()in]{0,24}") {
             if let Ok(selector) = text.parse::<Selector>() {
                 prop_assert_eq!(selector.to_string().parse::<Selector>().unwrap(), selector);
             }

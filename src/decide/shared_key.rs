@@ -13,7 +13,7 @@ use crate::model::NodeName;
 
 /// A node with the key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KeyHolder {
+pub struct KeyOwner {
     /// The name, which is unique in a cluster.
     pub node: NodeName,
     /// The creation time of the Node object.
@@ -22,7 +22,7 @@ pub struct KeyHolder {
 
 /// Whether this node is the one that makes a new key. Nodes of one second are told apart by their
 /// names.
-pub fn gives_up(own: &KeyHolder, other: &KeyHolder) -> bool {
+pub fn must_replace_key(own: &KeyOwner, other: &KeyOwner) -> bool {
     (own.created, &own.node) > (other.created, &other.node)
 }
 
@@ -58,23 +58,23 @@ mod tests {
 
     proptest! {
         #[test]
-        fn of_two_nodes_with_one_key_exactly_one_gives_up_and_it_is_not_the_older_one(
+        fn exactly_the_younger_of_two_nodes_with_a_shared_key_replaces_the_key(
             (a, b) in ("[a-c]{1,3}", "[a-c]{1,3}").prop_filter("names are unique", |(a, b)| a != b),
             (of_a, of_b) in (0_u64..3, 0_u64..3),
         ) {
-            let holder = |node: &str, created| KeyHolder {
+            let holder = |node: &str, created| KeyOwner {
                 node: node.parse().unwrap(),
                 created: SystemTime::UNIX_EPOCH + Duration::from_secs(created),
             };
             let (a, b) = (holder(&a, of_a), holder(&b, of_b));
-            prop_assert_ne!(gives_up(&a, &b), gives_up(&b, &a));
-            prop_assert!(of_a >= of_b || !gives_up(&a, &b));
-            prop_assert!(!gives_up(&a, &a), "a node does not give up to itself");
+            prop_assert_ne!(must_replace_key(&a, &b), must_replace_key(&b, &a));
+            prop_assert!(of_a >= of_b || !must_replace_key(&a, &b));
+            prop_assert!(!must_replace_key(&a, &a), "a node does not give up to itself");
         }
     }
 
     #[test]
-    fn only_another_nodes_name_says_that_a_key_was_copied() {
+    fn a_key_counts_as_copied_only_beside_the_name_of_another_node() {
         let node: NodeName = "n1".parse().unwrap();
         assert_eq!(key_origin(Some("n1\n"), &node), KeyOrigin::Own);
         assert_eq!(key_origin(Some("n10\n"), &node), KeyOrigin::Copied);

@@ -19,19 +19,19 @@ pub enum TagPolicy {
 
 /// What a policy makes of the peers' answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Choice {
+pub enum TagChoice {
     /// Nobody knows the tag.
     Unknown,
     /// This one.
-    One(Digest),
+    Digest(Digest),
     /// The policy does not choose among these.
     Disagreement,
     /// The policy asks when each was built: [`newest`].
-    ByAge,
+    NeedsBuildTimes,
 }
 
 /// Contents of one tag that are compared by age. Each costs a peer three small reads; more are a sign of something else.
-pub const MAX_AGED: usize = 8;
+pub const MAX_COMPARED_BY_AGE: usize = 8;
 
 impl TagPolicy {
     /// All of them.
@@ -47,16 +47,16 @@ impl TagPolicy {
     }
 
     /// `meanings`: each content that carries the tag, and on how many nodes.
-    pub fn choose(self, meanings: &BTreeMap<Digest, usize>) -> Choice {
-        let Some(first) = meanings.keys().next() else { return Choice::Unknown };
+    pub fn choose(self, meanings: &BTreeMap<Digest, usize>) -> TagChoice {
+        let Some(first) = meanings.keys().next() else { return TagChoice::Unknown };
         if meanings.len() == 1 {
-            return Choice::One(*first);
+            return TagChoice::Digest(*first);
         }
         match self {
-            Self::Unanimous => Choice::Disagreement,
-            Self::MostCommon => the_largest(meanings).map_or(Choice::Disagreement, Choice::One),
-            Self::Newest if meanings.len() > MAX_AGED => Choice::Disagreement,
-            Self::Newest => Choice::ByAge,
+            Self::Unanimous => TagChoice::Disagreement,
+            Self::MostCommon => unique_maximum(meanings).map_or(TagChoice::Disagreement, TagChoice::Digest),
+            Self::Newest if meanings.len() > MAX_COMPARED_BY_AGE => TagChoice::Disagreement,
+            Self::Newest => TagChoice::NeedsBuildTimes,
         }
     }
 }
@@ -75,11 +75,11 @@ impl FromStr for TagPolicy {
 pub fn newest<Age: Ord>(built: &BTreeMap<Digest, Option<Age>>) -> Option<Digest> {
     let aged: Option<BTreeMap<Digest, &Age>> =
         built.iter().map(|(digest, age)| Some((*digest, age.as_ref()?))).collect();
-    the_largest(&aged?)
+    unique_maximum(&aged?)
 }
 
 /// The one with the largest value; `None` on a tie.
-fn the_largest<Value: Ord>(values: &BTreeMap<Digest, Value>) -> Option<Digest> {
+fn unique_maximum<Value: Ord>(values: &BTreeMap<Digest, Value>) -> Option<Digest> {
     let (digest, largest) = values.iter().max_by_key(|(_, value)| *value)?;
     (values.values().filter(|value| *value == largest).count() == 1).then_some(*digest)
 }
@@ -97,10 +97,10 @@ mod tests {
     }
 
     #[test]
-    fn what_all_agree_on_needs_no_policy() {
+    fn a_tag_without_disagreement_needs_no_policy() {
         for policy in TagPolicy::ALL {
-            assert_eq!(policy.choose(&meanings(&[3])), Choice::One(digest(0)));
-            assert_eq!(policy.choose(&meanings(&[])), Choice::Unknown);
+            assert_eq!(policy.choose(&meanings(&[3])), TagChoice::Digest(digest(0)));
+            assert_eq!(policy.choose(&meanings(&[])), TagChoice::Unknown);
             assert_eq!(policy.name().parse(), Ok(policy));
         }
         assert!("majority".parse::<TagPolicy>().unwrap_err().contains("most-common"));
@@ -109,15 +109,15 @@ mod tests {
     #[test]
     fn a_disagreement_is_settled_only_by_a_policy_that_can() {
         let split = meanings(&[2, 5, 1]);
-        assert_eq!(TagPolicy::Unanimous.choose(&split), Choice::Disagreement);
-        assert_eq!(TagPolicy::MostCommon.choose(&split), Choice::One(digest(1)));
-        assert_eq!(TagPolicy::MostCommon.choose(&meanings(&[5, 5, 1])), Choice::Disagreement, "a tie");
-        assert_eq!(TagPolicy::Newest.choose(&split), Choice::ByAge);
-        assert_eq!(TagPolicy::Newest.choose(&meanings(&[1; MAX_AGED + 1])), Choice::Disagreement);
+        assert_eq!(TagPolicy::Unanimous.choose(&split), TagChoice::Disagreement);
+        assert_eq!(TagPolicy::MostCommon.choose(&split), TagChoice::Digest(digest(1)));
+        assert_eq!(TagPolicy::MostCommon.choose(&meanings(&[5, 5, 1])), TagChoice::Disagreement, "a tie");
+        assert_eq!(TagPolicy::Newest.choose(&split), TagChoice::NeedsBuildTimes);
+        assert_eq!(TagPolicy::Newest.choose(&meanings(&[1; MAX_COMPARED_BY_AGE + 1])), TagChoice::Disagreement);
     }
 
     #[test]
-    fn the_newest_is_found_only_where_all_say_when_they_were_built() {
+    fn the_newest_content_is_found_only_where_every_image_has_a_build_time() {
         let built = |ages: &[Option<u64>]| ages.iter().enumerate().map(|(n, age)| (digest(n), *age)).collect();
         assert_eq!(newest::<u64>(&built(&[Some(1), Some(9), Some(4)])), Some(digest(1)));
         assert_eq!(newest::<u64>(&built(&[Some(1), None])), None);

@@ -12,24 +12,24 @@ const WITNESSES: usize = 3;
 
 /// Probes without an answer, so that one lost handshake says nothing where there is one other
 /// node.
-const TRIES: u32 = 3;
+const MIN_FAILED_PROBES: u32 = 3;
 
 /// Between two probes while they are answered. A probe is one handshake.
-const CALM: Duration = Duration::from_secs(20);
+const PROBE_INTERVAL: Duration = Duration::from_secs(20);
 
 /// Between two probes while they are not answered. With a handshake's timeout of 3 s three of
 /// them take 15 s, so a block is found within 24 s and these 15 s.
-const SUSPICIOUS: Duration = Duration::from_secs(2);
+const PROBE_INTERVAL_SUSPICIOUS: Duration = Duration::from_secs(2);
 
 /// Between two probes while UDP is blocked.
-const BLOCKED: Duration = Duration::from_secs(10);
+const PROBE_INTERVAL_BLOCKED: Duration = Duration::from_secs(10);
 
 /// Addresses without an answer that are kept.
 const MAX_SILENT: usize = 16;
 
 /// The finding of one probe of one other node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Probe {
+pub enum UdpProbe {
     /// An answer over UDP.
     Answered,
     /// Nothing came back over UDP; whether a TCP connection could be opened.
@@ -41,7 +41,7 @@ pub enum Probe {
 
 /// UDP is blocked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Blocked {
+pub struct UdpBlock {
     /// When the first of the probes without an answer ended.
     pub since: Instant,
     /// Nodes that answer over TCP and not over UDP.
@@ -52,17 +52,23 @@ pub struct Blocked {
 #[derive(Debug, Clone)]
 pub struct UdpPath {
     due: Instant,
-    since: Option<Instant>,
-    tries: u32,
+    silent_since: Option<Instant>,
+    failed_probes: u32,
     /// The last finding about each address: whether TCP was open.
     silent: BTreeMap<SocketAddr, bool>,
-    blocked: Option<Blocked>,
+    blocked: Option<UdpBlock>,
 }
 
 impl UdpPath {
     /// Nothing is known. `chance` is random, in 0..1.
     pub fn new(now: Instant, chance: f64) -> Self {
-        Self { due: now + CALM.mul_f64(chance), since: None, tries: 0, silent: BTreeMap::new(), blocked: None }
+        Self {
+            due: now + PROBE_INTERVAL.mul_f64(chance),
+            silent_since: None,
+            failed_probes: 0,
+            silent: BTreeMap::new(),
+            blocked: None,
+        }
     }
 
     /// When the next probe is due.
@@ -77,44 +83,44 @@ impl UdpPath {
     }
 
     /// There was nothing to probe.
-    pub fn skipped(&mut self, now: Instant, chance: f64) {
-        self.due = now + spread(CALM, chance);
+    pub fn record_skipped_probe(&mut self, now: Instant, chance: f64) {
+        self.due = now + spread(PROBE_INTERVAL, chance);
     }
 
     /// A probe ended. `targets` are the other nodes that could have been probed.
-    pub fn probed(&mut self, target: SocketAddr, probe: Probe, targets: usize, now: Instant, chance: f64) {
+    pub fn record_probe(&mut self, target: SocketAddr, probe: UdpProbe, targets: usize, now: Instant, chance: f64) {
         match probe {
-            Probe::Answered => {
-                (self.since, self.tries, self.blocked) = (None, 0, None);
+            UdpProbe::Answered => {
+                (self.silent_since, self.failed_probes, self.blocked) = (None, 0, None);
                 self.silent.clear();
             }
-            Probe::Silent { tcp } => {
-                self.since.get_or_insert(now);
-                self.tries = self.tries.saturating_add(1);
+            UdpProbe::Silent { tcp } => {
+                self.silent_since.get_or_insert(now);
+                self.failed_probes = self.failed_probes.saturating_add(1);
                 if self.silent.len() < MAX_SILENT || self.silent.contains_key(&target) {
                     self.silent.insert(target, tcp);
                 }
-                self.blocked = self.judge(targets);
+                self.blocked = self.evaluate(targets);
             }
         }
-        let pause = match (self.blocked, self.since) {
-            (Some(_), _) => BLOCKED,
-            (None, Some(_)) if self.silent.len() < MAX_SILENT => SUSPICIOUS,
+        let pause = match (self.blocked, self.silent_since) {
+            (Some(_), _) => PROBE_INTERVAL_BLOCKED,
+            (None, Some(_)) if self.silent.len() < MAX_SILENT => PROBE_INTERVAL_SUSPICIOUS,
             // Many are silent over TCP as well: the nodes are gone, or the network is.
-            _ => CALM,
+            _ => PROBE_INTERVAL,
         };
         self.due = now + spread(pause, chance);
     }
 
     /// Whether UDP is blocked, as far as is known now.
-    pub fn blocked(&self) -> Option<Blocked> {
+    pub fn blocked(&self) -> Option<UdpBlock> {
         self.blocked
     }
 
-    fn judge(&self, targets: usize) -> Option<Blocked> {
+    fn evaluate(&self, targets: usize) -> Option<UdpBlock> {
         let nodes = self.silent.values().filter(|tcp| **tcp).count();
-        let is_enough = self.tries >= TRIES && nodes >= WITNESSES.min(targets.max(1));
-        self.since.filter(|_| is_enough).map(|since| Blocked { since, nodes })
+        let is_enough = self.failed_probes >= MIN_FAILED_PROBES && nodes >= WITNESSES.min(targets.max(1));
+        self.silent_since.filter(|_| is_enough).map(|since| UdpBlock { since, nodes })
     }
 }
 
@@ -140,7 +146,7 @@ mod tests {
         from: Instant,
         time: Duration,
         targets: &[SocketAddr],
-        answers: impl Fn(SocketAddr) -> Probe,
+        answers: impl Fn(SocketAddr) -> UdpProbe,
     ) -> Option<Instant> {
         let mut now = from;
         for round in 0.. {
@@ -151,10 +157,10 @@ mod tests {
             let preferred = path.prefer(targets);
             let target = preferred[round % preferred.len()];
             let found = answers(target);
-            if found != Probe::Answered {
+            if found != UdpProbe::Answered {
                 now += DIAL;
             }
-            path.probed(target, found, targets.len(), now, 1.0);
+            path.record_probe(target, found, targets.len(), now, 1.0);
             if path.blocked().is_some() {
                 return Some(now);
             }
@@ -170,20 +176,20 @@ mod tests {
             let targets: Vec<_> = (0..nodes).map(at).collect();
             let start = Instant::now();
             let mut path = UdpPath::new(start, 1.0);
-            assert_eq!(probe(&mut path, start, 10 * MINUTE, &targets, |_| Probe::Answered), None);
+            assert_eq!(probe(&mut path, start, 10 * MINUTE, &targets, |_| UdpProbe::Answered), None);
             // The last answer came just now, so the whole pause lies ahead.
             let cut = start + 10 * MINUTE;
-            path.probed(targets[0], Probe::Answered, targets.len(), cut, 1.0);
-            let found = probe(&mut path, cut, MINUTE, &targets, |_| Probe::Silent { tcp: true });
+            path.record_probe(targets[0], UdpProbe::Answered, targets.len(), cut, 1.0);
+            let found = probe(&mut path, cut, MINUTE, &targets, |_| UdpProbe::Silent { tcp: true });
             assert!(found.is_some_and(|found| found <= cut + MINUTE), "{nodes} other nodes");
         }
     }
 
     #[test]
-    fn one_silent_node_among_others_is_no_block() {
+    fn a_single_silent_node_among_others_is_no_block() {
         let targets: Vec<_> = (0..4).map(at).collect();
         let mut path = UdpPath::new(Instant::now(), 0.5);
-        let answers = |target| if target == at(0) { Probe::Silent { tcp: true } } else { Probe::Answered };
+        let answers = |target| if target == at(0) { UdpProbe::Silent { tcp: true } } else { UdpProbe::Answered };
         assert_eq!(probe(&mut path, Instant::now(), 60 * MINUTE, &targets, answers), None);
     }
 
@@ -191,27 +197,27 @@ mod tests {
     fn nodes_that_are_silent_over_tcp_as_well_are_no_block() {
         let targets: Vec<_> = (0..4).map(at).collect();
         let mut path = UdpPath::new(Instant::now(), 0.5);
-        let found = probe(&mut path, Instant::now(), 60 * MINUTE, &targets, |_| Probe::Silent { tcp: false });
+        let found = probe(&mut path, Instant::now(), 60 * MINUTE, &targets, |_| UdpProbe::Silent { tcp: false });
         assert_eq!(found, None);
     }
 
     #[test]
     fn an_answer_ends_a_block() {
         let (mut path, now) = (UdpPath::new(Instant::now(), 0.5), Instant::now());
-        for _ in 0..TRIES {
-            path.probed(at(1), Probe::Silent { tcp: true }, 1, now, 0.5);
+        for _ in 0..MIN_FAILED_PROBES {
+            path.record_probe(at(1), UdpProbe::Silent { tcp: true }, 1, now, 0.5);
         }
-        assert_eq!(path.blocked(), Some(Blocked { since: now, nodes: 1 }));
-        assert!(path.due() <= now + BLOCKED.mul_f64(1.2));
-        path.probed(at(1), Probe::Answered, 1, now, 0.5);
+        assert_eq!(path.blocked(), Some(UdpBlock { since: now, nodes: 1 }));
+        assert!(path.due() <= now + PROBE_INTERVAL_BLOCKED.mul_f64(1.2));
+        path.record_probe(at(1), UdpProbe::Answered, 1, now, 0.5);
         assert_eq!(path.blocked(), None);
     }
 
     #[test]
     fn two_lost_handshakes_with_the_only_other_node_are_no_block() {
         let (mut path, now) = (UdpPath::new(Instant::now(), 0.5), Instant::now());
-        for _ in 1..TRIES {
-            path.probed(at(1), Probe::Silent { tcp: true }, 1, now, 0.5);
+        for _ in 1..MIN_FAILED_PROBES {
+            path.record_probe(at(1), UdpProbe::Silent { tcp: true }, 1, now, 0.5);
         }
         assert_eq!(path.blocked(), None);
     }
@@ -219,7 +225,7 @@ mod tests {
     #[test]
     fn addresses_without_an_answer_are_bounded() {
         let (mut path, now) = (UdpPath::new(Instant::now(), 0.5), Instant::now());
-        (0..=255).for_each(|last| path.probed(at(last), Probe::Silent { tcp: false }, 256, now, 0.5));
+        (0..=255).for_each(|last| path.record_probe(at(last), UdpProbe::Silent { tcp: false }, 256, now, 0.5));
         assert_eq!(path.silent.len(), MAX_SILENT);
     }
 }

@@ -4,9 +4,9 @@
 //! the mode 0600; once it is sealed, nothing of this process can write to it any more, whatever names it is given. What it is a part of, and
 //! where it goes, is for the stores to know.
 
+mod extents;
 mod folder;
-mod parts;
-mod taking;
+mod lock;
 
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -20,12 +20,12 @@ use std::time::Instant;
 use bytes::Bytes;
 use tokio::task::spawn_blocking;
 
-use self::parts::{parts, write_all_at};
-use self::taking::take;
-use super::pace::Pace;
+use self::extents::{data_extents, write_all_at};
+use self::lock::open_or_create;
 use super::read_within;
+use super::slow_disk::SlowDiskDetector;
 
-pub use self::folder::{Leftover, is_taken, leftovers, staging_folder, sync_folder};
+pub use self::folder::{Leftover, create_staging_folder, is_locked, leftovers, sync_folder};
 
 /// While it is written, nobody else needs it; sealed, everybody may read it, as containerd has it with its blobs (content/local/writer.go).
 const UNSEALED: u32 = 0o600;
@@ -40,12 +40,12 @@ const SYNC_STEP: u64 = 64 << 20;
 pub struct StagingFile {
     path: PathBuf,
     size: u64,
-    left: Vec<Range<u64>>,
+    resumed_ranges: Vec<Range<u64>>,
     /// Locked against other processes as long as this is held. It also tells at the end whether the disk has taken everything: what went wrong
     /// while another handle was synced is told to each handle once.
-    reading: Arc<File>,
+    reader: Arc<File>,
     phase: RwLock<Phase>,
-    pace: Pace,
+    slow_disk: SlowDiskDetector,
     unsynced: AtomicU64,
     syncing: AtomicBool,
 }
@@ -64,15 +64,15 @@ impl StagingFile {
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`] when another process has it; what the file system says.
     pub fn open(path: &Path, size: u64) -> io::Result<Self> {
-        let (reading, writing) = take(path, size)?;
-        let left = parts(&reading, size)?;
+        let (reading, writing) = open_or_create(path, size)?;
+        let left = data_extents(&reading, size)?;
         Ok(Self {
             path: path.to_owned(),
             size,
-            left,
-            reading: Arc::new(reading),
+            resumed_ranges: left,
+            reader: Arc::new(reading),
             phase: RwLock::new(Phase::Open(writing)),
-            pace: Pace::default(),
+            slow_disk: SlowDiskDetector::default(),
             unsynced: AtomicU64::new(0),
             syncing: AtomicBool::new(false),
         })
@@ -90,8 +90,8 @@ impl StagingFile {
 
     /// The parts that were not holes when it was taken up: sorted, not empty, not touching. A file system tells them in blocks, or not at all,
     /// and then it is one part.
-    pub fn left(&self) -> Vec<Range<u64>> {
-        self.left.clone()
+    pub fn resumed_ranges(&self) -> Vec<Range<u64>> {
+        self.resumed_ranges.clone()
     }
 
     /// Writes at an offset. Inline: a batch of 256 KiB and more goes to memory faster than to another thread (measured); where it turns out that
@@ -104,24 +104,24 @@ impl StagingFile {
         if offset.saturating_add(written) > self.size {
             return Err(io::Error::other(format!("{written} bytes at {offset} of {}", self.size)));
         }
-        if self.pace.is_slow(Instant::now()) {
+        if self.slow_disk.is_slow(Instant::now()) {
             let (file, chunks) = (Arc::clone(self), chunks.to_vec());
-            blocking(move || file.write_now(offset, &chunks)).await?;
+            blocking(move || file.write_inline(offset, &chunks)).await?;
         } else {
-            self.write_now(offset, chunks)?;
+            self.write_inline(offset, chunks)?;
         }
         self.sync_early(written);
         Ok(())
     }
 
-    fn write_now(&self, offset: u64, chunks: &[Bytes]) -> io::Result<()> {
+    fn write_inline(&self, offset: u64, chunks: &[Bytes]) -> io::Result<()> {
         let start = Instant::now();
         // Not waited for: whoever holds it alone is sealing.
         let Ok(phase) = self.phase.try_read() else { return Err(closed()) };
         let Phase::Open(file) = &*phase else { return Err(closed()) };
         write_all_at(file, offset, chunks)?;
         let now = Instant::now();
-        self.pace.note(now - start, now);
+        self.slow_disk.record(now - start, now);
         Ok(())
     }
 
@@ -151,7 +151,7 @@ impl StagingFile {
     /// # Errors
     /// What the file system says.
     pub async fn read_at(&self, offset: u64, most: usize) -> io::Result<Bytes> {
-        read_within(&self.reading, self.size, offset, most).await
+        read_within(&self.reader, self.size, offset, most).await
     }
 
     /// Takes the writable handle away, makes the file read-only, and returns when it is on disk. Again, it does what is still to do. Blocks.
@@ -159,13 +159,13 @@ impl StagingFile {
     /// # Errors
     /// What the file system says. A file that the disk did not take whole stays unusable.
     pub fn seal(&self) -> io::Result<()> {
-        let mut phase = self.phase_alone();
+        let mut phase = self.phase_mut();
         if matches!(*phase, Phase::Broken) {
             return Err(io::Error::other("what was written is not on disk"));
         }
         *phase = Phase::Sealed;
-        self.reading.set_permissions(Permissions::from_mode(SEALED))?;
-        let synced = self.reading.sync_all();
+        self.reader.set_permissions(Permissions::from_mode(SEALED))?;
+        let synced = self.reader.sync_all();
         if synced.is_err() {
             // The kernel forgets what it could not write: a second sync would succeed, and so would a look at what it has in memory.
             *phase = Phase::Broken;
@@ -179,15 +179,15 @@ impl StagingFile {
     ///
     /// # Errors
     /// What the file system says; [`io::ErrorKind::NotFound`] when nothing has that name.
-    pub fn is_also(&self, path: &Path) -> io::Result<bool> {
-        let (this, that) = (self.reading.metadata()?, fs::symlink_metadata(path)?);
-        Ok(same(&this, &that))
+    pub fn is_linked_at(&self, path: &Path) -> io::Result<bool> {
+        let (this, that) = (self.reader.metadata()?, fs::symlink_metadata(path)?);
+        Ok(is_same_file(&this, &that))
     }
 
     /// Closes it for good and removes its name, if that is still its own. Blocks.
     pub fn remove(&self) {
-        *self.phase_alone() = Phase::Broken;
-        if self.is_also(&self.path).unwrap_or(false) {
+        *self.phase_mut() = Phase::Broken;
+        if self.is_linked_at(&self.path).unwrap_or(false) {
             // What cannot be removed is swept later.
             let _ = fs::remove_file(&self.path);
         }
@@ -197,7 +197,7 @@ impl StagingFile {
         self.phase.read().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn phase_alone(&self) -> RwLockWriteGuard<'_, Phase> {
+    fn phase_mut(&self) -> RwLockWriteGuard<'_, Phase> {
         self.phase.write().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
@@ -206,7 +206,7 @@ fn closed() -> io::Error {
     io::Error::other("it is not being written any more")
 }
 
-fn same(this: &fs::Metadata, that: &fs::Metadata) -> bool {
+fn is_same_file(this: &fs::Metadata, that: &fs::Metadata) -> bool {
     (this.dev(), this.ino()) == (that.dev(), that.ino())
 }
 

@@ -36,7 +36,7 @@ pub enum TrustError {
 }
 
 /// Accepts servers that prove their name.
-pub(super) fn verified(ca_file: Option<&Path>) -> Result<TlsConnector, TrustError> {
+pub(super) fn verified_connector(ca_file: Option<&Path>) -> Result<TlsConnector, TrustError> {
     let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     if let Some(path) = ca_file {
         let pem = |source| TrustError::Pem { path: path.to_owned(), source };
@@ -53,9 +53,9 @@ pub(super) fn verified(ca_file: Option<&Path>) -> Result<TlsConnector, TrustErro
 }
 
 /// Accepts whoever speaks TLS.
-pub(super) fn any() -> TlsConnector {
+pub(super) fn unverified_connector() -> TlsConnector {
     let provider = provider();
-    let verifier = Arc::new(AnyServer(Arc::clone(&provider)));
+    let verifier = Arc::new(AcceptAnyCertificate(Arc::clone(&provider)));
     let config = builder(provider).dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth();
     connector(config)
 }
@@ -85,9 +85,9 @@ fn connector(mut config: ClientConfig) -> TlsConnector {
 
 /// Checks nothing: see [`super::Certificates::Any`].
 #[derive(Debug)]
-struct AnyServer(Arc<CryptoProvider>);
+struct AcceptAnyCertificate(Arc<CryptoProvider>);
 
-impl ServerCertVerifier for AnyServer {
+impl ServerCertVerifier for AcceptAnyCertificate {
     fn verify_server_cert(
         &self,
         _certificate: &CertificateDer<'_>,

@@ -5,8 +5,8 @@ use std::fs;
 use std::io::Read;
 use std::sync::MutexGuard;
 
-use super::index::Index;
-use super::{Folder, failed};
+use super::index::IndexFile;
+use super::{Folder, io_error};
 use crate::files::blob_path;
 use crate::oci::{Digest, Document, MAX_DOCUMENT_BYTES};
 use crate::ports::StoreError;
@@ -14,23 +14,23 @@ use crate::ports::StoreError;
 impl Folder {
     /// Everything under `blobs/` was pinned before it came there, and no pin can be made, grow or go while `changing` is held.
     pub(super) fn collect(&self, changing: &MutexGuard<'_, ()>) -> Result<(), StoreError> {
-        let mut open: Vec<Digest> = Index::read(self)?.targets().collect();
-        open.extend(self.pinned(changing)?);
+        let mut open: Vec<Digest> = IndexFile::read(self)?.targets().collect();
+        open.extend(self.pinned_digests(changing)?);
         let mut kept = HashSet::new();
         while let Some(digest) = open.pop() {
             if kept.insert(digest) {
-                open.extend(self.children(digest)?);
+                open.extend(self.referenced_digests(digest)?);
             }
         }
         let mut removed = false;
         for blob in self.blobs()? {
             if !kept.contains(&blob.digest) {
                 let path = blob_path(&self.root, blob.digest);
-                fs::remove_file(&path).map_err(|error| failed(&path, &error))?;
+                fs::remove_file(&path).map_err(|error| io_error(&path, &error))?;
                 removed = true;
             }
         }
-        self.forget_others(changing, &kept)?;
+        self.remove_other_metadata(changing, &kept)?;
         if removed {
             self.changed();
         }
@@ -38,8 +38,8 @@ impl Folder {
     }
 
     /// What was remembered, and what the blob names itself if it is a document: other tools remember nothing here.
-    fn children(&self, digest: Digest) -> Result<HashSet<Digest>, StoreError> {
-        let mut children: HashSet<_> = self.remembered(digest)?.children.into_iter().collect();
+    fn referenced_digests(&self, digest: Digest) -> Result<HashSet<Digest>, StoreError> {
+        let mut children: HashSet<_> = self.metadata(digest)?.children.into_iter().collect();
         if let Some(document) = self.document(digest) {
             children.extend(document.children().map(|child| child.digest));
         }

@@ -4,7 +4,7 @@ use std::sync::MutexGuard;
 
 use serde_json::{Map, Value, json};
 
-use super::{Folder, INDEX_FILE, failed, replace};
+use super::{Folder, INDEX_FILE, io_error, replace};
 use crate::oci::{Descriptor, Digest};
 use crate::ports::{ImageRecord, StoreError};
 
@@ -16,12 +16,12 @@ const NAME: &str = "org.opencontainers.image.ref.name";
 const MAX_INDEX_BYTES: u64 = 50 << 20;
 
 /// The index as other tools may have written it: what is not understood is kept.
-pub(super) struct Index {
+pub(super) struct IndexFile {
     document: Map<String, Value>,
     entries: Vec<Value>,
 }
 
-impl Index {
+impl IndexFile {
     /// The file of a layout without images.
     pub(super) fn empty() -> Vec<u8> {
         let document = json!({
@@ -34,7 +34,7 @@ impl Index {
 
     pub(super) fn read(folder: &Folder) -> Result<Self, StoreError> {
         let path = folder.path(INDEX_FILE);
-        let unreadable = |error| failed(&path, &error);
+        let unreadable = |error| io_error(&path, &error);
         let unusable = |reason: &str| StoreError::Other(format!("{}: {reason}", path.display()));
         if std::fs::metadata(&path).map_err(unreadable)?.len() > MAX_INDEX_BYTES {
             return Err(unusable("too large for an image index"));
@@ -53,7 +53,7 @@ impl Index {
         self.document.insert("manifests".into(), Value::Array(self.entries));
         let bytes = Value::Object(self.document).to_string();
         let path = folder.path(INDEX_FILE);
-        replace(&path, bytes.as_bytes()).map_err(|error| failed(&path, &error))
+        replace(&path, bytes.as_bytes()).map_err(|error| io_error(&path, &error))
     }
 
     /// The images that have a name.

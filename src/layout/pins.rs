@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::MutexGuard;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::{Folder, PINS, failed};
+use super::{Folder, PINS, io_error};
 use crate::oci::Digest;
 use crate::ports::{Pin, StoreError};
 
@@ -19,8 +19,8 @@ impl Folder {
         let until = since_epoch().saturating_add(life).as_secs();
         let path = self.path(PINS).join(&pin.0);
         // A collector that sees it before it says until when takes it for an old one, hence the lock.
-        let _changing = self.changing();
-        fs::write(&path, format!("{until}\n")).map_err(|error| failed(&path, &error))?;
+        let _changing = self.lock();
+        fs::write(&path, format!("{until}\n")).map_err(|error| io_error(&path, &error))?;
         Ok(pin)
     }
 
@@ -31,17 +31,22 @@ impl Folder {
         let path = self.pin_path(pin).ok_or_else(gone)?;
         let text = fs::read_to_string(&path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => gone(),
-            _ => failed(&path, &error),
+            _ => io_error(&path, &error),
         })?;
         let held = text.split_once('\n').map_or("", |(_, held)| held);
         let until = since_epoch().saturating_add(life).as_secs();
         let staged = self.path(PINS).join(format!("{:032x}", rand::random::<u128>()));
-        fs::write(&staged, format!("{until}\n{held}")).map_err(|error| failed(&staged, &error))?;
-        fs::rename(&staged, &path).map_err(|error| failed(&path, &error))
+        fs::write(&staged, format!("{until}\n{held}")).map_err(|error| io_error(&staged, &error))?;
+        fs::rename(&staged, &path).map_err(|error| io_error(&path, &error))
     }
 
     /// Lets the pin hold a blob that is there or will be.
-    pub(super) fn hold(&self, _changing: &MutexGuard<'_, ()>, pin: &Pin, digest: Digest) -> Result<(), StoreError> {
+    pub(super) fn add_to_pin(
+        &self,
+        _changing: &MutexGuard<'_, ()>,
+        pin: &Pin,
+        digest: Digest,
+    ) -> Result<(), StoreError> {
         let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
         let path = self.pin_path(pin).ok_or_else(gone)?;
         let appended = OpenOptions::new()
@@ -50,32 +55,32 @@ impl Folder {
             .and_then(|mut file| file.write_all(format!("{digest}\n").as_bytes()));
         appended.map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => gone(),
-            _ => failed(&path, &error),
+            _ => io_error(&path, &error),
         })
     }
 
     pub(super) fn release(&self, _changing: &MutexGuard<'_, ()>, pin: &Pin) -> Result<(), StoreError> {
         let Some(path) = self.pin_path(pin) else { return Ok(()) };
         match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(&path, &error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error(&path, &error)),
             _ => Ok(()),
         }
     }
 
     /// What is held. Pins that have ended are removed.
-    pub(super) fn pinned(&self, _changing: &MutexGuard<'_, ()>) -> Result<Vec<Digest>, StoreError> {
+    pub(super) fn pinned_digests(&self, _changing: &MutexGuard<'_, ()>) -> Result<Vec<Digest>, StoreError> {
         let folder = self.path(PINS);
         let now = since_epoch().as_secs();
         let mut held = Vec::new();
-        for entry in fs::read_dir(&folder).map_err(|error| failed(&folder, &error))? {
-            let path = entry.map_err(|error| failed(&folder, &error))?.path();
-            let text = fs::read_to_string(&path).map_err(|error| failed(&path, &error))?;
+        for entry in fs::read_dir(&folder).map_err(|error| io_error(&folder, &error))? {
+            let path = entry.map_err(|error| io_error(&folder, &error))?.path();
+            let text = fs::read_to_string(&path).map_err(|error| io_error(&path, &error))?;
             let mut lines = text.lines();
             let until = lines.next().and_then(|line| line.parse::<u64>().ok());
             if until.is_some_and(|until| until > now) {
                 held.extend(lines.filter_map(|line| line.parse::<Digest>().ok()));
             } else {
-                fs::remove_file(&path).map_err(|error| failed(&path, &error))?;
+                fs::remove_file(&path).map_err(|error| io_error(&path, &error))?;
             }
         }
         Ok(held)

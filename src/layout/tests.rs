@@ -5,15 +5,15 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::oci::{Descriptor, Hasher, Repository};
-use crate::ports::{Child, ChildKind, STAGED_LIFE};
-use crate::testing::contract::{Subject, Unfinished, keeps_the_contract};
+use crate::ports::{Child, ChildKind, STAGED_BLOB_LIFE};
+use crate::testing::contract::{StoreUnderTest, UnfinishedWrite, assert_contract};
 
-struct OnDisk {
+struct LayoutUnderTest {
     root: TempDir,
     store: LayoutStore,
 }
 
-impl OnDisk {
+impl LayoutUnderTest {
     fn new() -> Self {
         let root = tempfile::tempdir().unwrap();
         Self { store: LayoutStore::open(root.path()).unwrap(), root }
@@ -23,7 +23,7 @@ impl OnDisk {
         serde_json::from_slice(&fs::read(self.root.path().join(file)).unwrap()).unwrap()
     }
 
-    async fn write(&self, bytes: &[u8], pin: &Pin, remembered: &Remembered) -> Descriptor {
+    async fn write(&self, bytes: &[u8], pin: &Pin, remembered: &BlobMetadata) -> Descriptor {
         let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
         let mut hasher = Hasher::default();
         hasher.update(bytes);
@@ -47,7 +47,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 #[async_trait]
-impl Subject for OnDisk {
+impl StoreUnderTest for LayoutUnderTest {
     fn store(&self) -> Arc<dyn ContentStore> {
         Arc::new(self.store.clone())
     }
@@ -57,7 +57,7 @@ impl Subject for OnDisk {
     }
 
     /// What a kill leaves is what the folder shows at that moment.
-    async fn restart(&mut self, unfinished: Unfinished) {
+    async fn restart(&mut self, unfinished: UnfinishedWrite) {
         let left = tempfile::tempdir().unwrap();
         copy(self.root.path(), left.path());
         drop(unfinished);
@@ -66,15 +66,15 @@ impl Subject for OnDisk {
 }
 
 #[tokio::test]
-async fn a_layout_on_disk_keeps_the_contract() {
-    keeps_the_contract("LayoutStore", async || OnDisk::new()).await;
+async fn the_layout_store_passes_the_contract() {
+    assert_contract("LayoutStore", async || LayoutUnderTest::new()).await;
 }
 
 #[tokio::test]
-async fn a_record_stands_in_the_index_with_its_full_name() {
-    let disk = OnDisk::new();
+async fn an_image_record_is_listed_in_the_index_by_full_name() {
+    let disk = LayoutUnderTest::new();
     let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
-    let target = disk.write(b"{}", &pin, &Remembered::default()).await;
+    let target = disk.write(b"{}", &pin, &BlobMetadata::default()).await;
     let name = "docker.io/library/nginx:1.27";
     disk.store.put_image(&ImageRecord { name: name.into(), target: target.clone() }).await.unwrap();
 
@@ -89,8 +89,8 @@ async fn a_record_stands_in_the_index_with_its_full_name() {
 }
 
 #[tokio::test]
-async fn what_other_tools_put_there_is_kept_as_it_is() {
-    let disk = OnDisk::new();
+async fn content_of_other_tools_is_preserved() {
+    let disk = LayoutUnderTest::new();
     let put = |bytes: &[u8]| {
         let digest = Digest::of(bytes);
         fs::write(blob_path(disk.root.path(), digest), bytes).unwrap();
@@ -107,7 +107,7 @@ async fn what_other_tools_put_there_is_kept_as_it_is() {
     fs::write(disk.root.path().join("index.json"), index.to_string()).unwrap();
 
     let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
-    let target = disk.write(b"ours", &pin, &Remembered::default()).await;
+    let target = disk.write(b"ours", &pin, &BlobMetadata::default()).await;
     disk.store.put_image(&ImageRecord { name: "example.org/ours:1".into(), target }).await.unwrap();
     disk.store.release(pin).await.unwrap();
 
@@ -119,13 +119,13 @@ async fn what_other_tools_put_there_is_kept_as_it_is() {
 }
 
 #[tokio::test]
-async fn every_source_is_remembered_until_the_blob_is_collected() {
-    let disk = OnDisk::new();
+async fn source_repositories_are_kept_until_the_blob_is_collected() {
+    let disk = LayoutUnderTest::new();
     let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
     let from = |path: &str| Some(Repository { registry: "example.org".into(), path: path.into() });
     let child = Child { digest: Digest::of(b"child"), kind: ChildKind::Layer };
-    let blob = disk.write(b"blob", &pin, &Remembered { source: from("one"), children: vec![child] }).await;
-    disk.store.remember(blob.digest, &Remembered { source: from("two"), children: vec![] }).await.unwrap();
+    let blob = disk.write(b"blob", &pin, &BlobMetadata { source: from("one"), children: vec![child] }).await;
+    disk.store.add_metadata(blob.digest, &BlobMetadata { source: from("two"), children: vec![] }).await.unwrap();
 
     let notes = format!("remembered/{}.json", blob.digest.hex());
     let sources = disk.json(&notes)["sources"].clone();
@@ -139,44 +139,44 @@ async fn every_source_is_remembered_until_the_blob_is_collected() {
 
 #[tokio::test]
 async fn a_killed_writer_s_file_is_swept_when_the_folder_is_opened_again() {
-    let mut disk = OnDisk::new();
+    let mut disk = LayoutUnderTest::new();
     let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
     let mut unfinished = disk.store.create(Digest::of(b"whole"), 5, &pin).await.unwrap();
     unfinished.append(&[Bytes::from_static(b"who")]).await.unwrap();
-    let ingest = |disk: &OnDisk| fs::read_dir(disk.root.path().join("ingest")).unwrap().count();
+    let ingest = |disk: &LayoutUnderTest| fs::read_dir(disk.root.path().join("ingest")).unwrap().count();
     assert_eq!(ingest(&disk), 1);
-    disk.restart(Unfinished::Written(unfinished)).await;
+    disk.restart(UnfinishedWrite::Written(unfinished)).await;
     assert_eq!(ingest(&disk), 0);
 }
 
 #[tokio::test]
 async fn a_dropped_writer_removes_its_file() {
-    let disk = OnDisk::new();
+    let disk = LayoutUnderTest::new();
     let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
     drop(disk.store.create(Digest::of(b"whole"), 5, &pin).await.unwrap());
     assert_eq!(fs::read_dir(disk.root.path().join("ingest")).unwrap().count(), 0);
 }
 
 #[tokio::test]
-async fn what_was_staged_is_kept_for_its_time_and_no_longer() {
-    let mut disk = OnDisk::new();
+async fn a_staging_file_is_removed_after_the_lifetime() {
+    let mut disk = LayoutUnderTest::new();
     let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
-    let staged = async |disk: &OnDisk, bytes: &'static [u8]| {
+    let staged = async |disk: &LayoutUnderTest, bytes: &'static [u8]| {
         let staged = disk.store.stage(Digest::of(bytes), bytes.len() as u64, &pin).await.unwrap();
         staged.write_at(0, &[Bytes::from_static(bytes)]).await.unwrap();
         staged
     };
-    let age = |disk: &OnDisk, bytes: &[u8], by: Duration| {
+    let age = |disk: &LayoutUnderTest, bytes: &[u8], by: Duration| {
         let path = disk.root.path().join("ingest").join(Digest::of(bytes).hex() + ".staged");
         let file = fs::File::options().write(true).open(path).unwrap();
         file.set_modified(std::time::SystemTime::now() - by).unwrap();
     };
-    let names = |disk: &OnDisk| {
+    let names = |disk: &LayoutUnderTest| {
         let entries = fs::read_dir(disk.root.path().join("ingest")).unwrap();
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect::<HashSet<_>>()
     };
     let named = |all: &[&[u8]]| all.iter().map(|bytes| Digest::of(bytes).hex() + ".staged").collect::<HashSet<_>>();
-    let (old, held) = (STAGED_LIFE + Duration::from_secs(60), staged(&disk, b"held").await);
+    let (old, held) = (STAGED_BLOB_LIFE + Duration::from_secs(60), staged(&disk, b"held").await);
     drop(staged(&disk, b"young").await);
     drop(staged(&disk, b"old").await);
     age(&disk, b"old", old);
@@ -185,22 +185,22 @@ async fn what_was_staged_is_kept_for_its_time_and_no_longer() {
     assert_eq!(names(&disk), named(&[b"held", b"young", b"next"]), "when something else is staged");
 
     age(&disk, b"next", old);
-    age(&disk, b"young", STAGED_LIFE - Duration::from_secs(60));
+    age(&disk, b"young", STAGED_BLOB_LIFE - Duration::from_secs(60));
     drop(held);
-    let OnDisk { root, store } = disk;
+    let LayoutUnderTest { root, store } = disk;
     drop(store);
-    disk = OnDisk { store: LayoutStore::open(root.path()).unwrap(), root };
+    disk = LayoutUnderTest { store: LayoutStore::open(root.path()).unwrap(), root };
     assert_eq!(names(&disk), named(&[b"young"]), "when the folder is opened");
-    assert_eq!(staged(&disk, b"young").await.left().first(), Some(&(0..5)));
+    assert_eq!(staged(&disk, b"young").await.resumed_ranges().first(), Some(&(0..5)));
 }
 
 #[test]
 fn a_folder_has_one_owner() {
-    let disk = OnDisk::new();
+    let disk = LayoutUnderTest::new();
     let error = LayoutStore::open(disk.root.path()).map(|_| ()).expect_err("there are two owners");
     assert!(matches!(&error, LayoutError::InUse(root) if root == disk.root.path()), "{error}");
     assert!(error.to_string().contains(disk.root.path().to_str().unwrap()));
-    let OnDisk { root, store } = disk;
+    let LayoutUnderTest { root, store } = disk;
     drop(store);
     LayoutStore::open(root.path()).unwrap();
 }
@@ -215,7 +215,7 @@ fn a_folder_with_something_else_in_it_is_left_alone() {
 
 #[tokio::test]
 async fn a_pin_s_name_is_never_a_path() {
-    let disk = OnDisk::new();
+    let disk = LayoutUnderTest::new();
     let created = disk.store.create(Digest::of(b"x"), 1, &Pin("../index.json".into())).await.map(|_| ());
     assert!(matches!(created, Err(StoreError::Other(_))));
     disk.store.release(Pin("../index.json".into())).await.unwrap();

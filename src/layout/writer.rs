@@ -9,55 +9,55 @@ use std::sync::{Arc, MutexGuard};
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{BLOBS, Folder, INGEST, failed};
+use super::{BLOBS, Folder, INGEST, io_error};
 use crate::files::{blob_path, sync_folder};
-use crate::oci::{Digest, Verified};
-use crate::ports::{BlobSink, BlobWriter, Remembered, StoreError};
+use crate::oci::{BlobProof, Digest};
+use crate::ports::{BlobMetadata, BlobSink, BlobWriter, StoreError};
 
 /// The right to write a blob, given back when dropped.
-pub(super) struct Slot {
+pub(super) struct WriteSlot {
     folder: Arc<Folder>,
     digest: Digest,
 }
 
-impl Slot {
+impl WriteSlot {
     pub(super) fn take(folder: &Arc<Folder>, digest: Digest) -> Result<Self, StoreError> {
         let slot = || Self { folder: Arc::clone(folder), digest };
         folder.writing().insert(digest).then(slot).ok_or(StoreError::Busy(digest))
     }
 }
 
-impl Drop for Slot {
+impl Drop for WriteSlot {
     fn drop(&mut self) {
         self.folder.writing().remove(&self.digest);
     }
 }
 
-pub(super) struct Writer {
+pub(super) struct LayoutWriter {
     folder: Arc<Folder>,
     digest: Digest,
     size: u64,
     file: File,
     written: u64,
     /// Given back after the file was removed: fields are dropped after [`Drop::drop`].
-    _slot: Slot,
+    _slot: WriteSlot,
 }
 
-impl Writer {
+impl LayoutWriter {
     pub(super) fn begin(folder: Arc<Folder>, digest: Digest, size: u64) -> Result<Self, StoreError> {
-        let slot = Slot::take(&folder, digest)?;
+        let slot = WriteSlot::take(&folder, digest)?;
         match File::create(folder.staging_path(digest)) {
             Ok(file) => Ok(Self { folder, digest, size, file, written: 0, _slot: slot }),
-            Err(error) => Err(folder.not_written(digest, &error)),
+            Err(error) => Err(folder.write_error(digest, &error)),
         }
     }
 
     /// On disk first, then what is remembered, then in its place: at no moment is there a blob that lacks either.
-    fn finish(&self, remembered: &Remembered) -> Result<(), StoreError> {
-        let not_written = |error| self.folder.not_written(self.digest, &error);
+    fn finish(&self, remembered: &BlobMetadata) -> Result<(), StoreError> {
+        let not_written = |error| self.folder.write_error(self.digest, &error);
         self.file.sync_all().map_err(not_written)?;
-        let changing = self.folder.changing();
-        self.folder.remember(&changing, self.digest, remembered)?;
+        let changing = self.folder.lock();
+        self.folder.add_metadata(&changing, self.digest, remembered)?;
         fs::rename(self.folder.staging_path(self.digest), blob_path(&self.folder.root, self.digest))
             .map_err(not_written)?;
         sync_folder(&self.folder.path(BLOBS)).map_err(not_written)
@@ -73,25 +73,25 @@ impl Folder {
         self.path(INGEST).join(digest.hex())
     }
 
-    pub(super) fn not_written(&self, digest: Digest, error: &io::Error) -> StoreError {
+    pub(super) fn write_error(&self, digest: Digest, error: &io::Error) -> StoreError {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full(digest),
             // What a dropped one had begun to write is not over yet.
             io::ErrorKind::WouldBlock => StoreError::Busy(digest),
-            _ => failed(&self.staging_path(digest), error),
+            _ => io_error(&self.staging_path(digest), error),
         }
     }
 }
 
 #[async_trait]
-impl BlobSink for Writer {
+impl BlobSink for LayoutWriter {
     /// Inline: a batch of 256 KiB and more goes to the page cache faster than to another thread (measured).
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
         self.written += chunks.iter().map(|chunk| chunk.len() as u64).sum::<u64>();
         if self.written > self.size {
             return Err(StoreError::Other(format!("more than {} bytes for {}", self.size, self.digest)));
         }
-        write_all(&mut self.file, chunks).map_err(|error| self.folder.not_written(self.digest, &error))
+        write_all(&mut self.file, chunks).map_err(|error| self.folder.write_error(self.digest, &error))
     }
 }
 
@@ -113,8 +113,8 @@ fn write_all(file: &mut File, chunks: &[Bytes]) -> io::Result<()> {
 }
 
 #[async_trait]
-impl BlobWriter for Writer {
-    async fn commit(self: Box<Self>, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
+impl BlobWriter for LayoutWriter {
+    async fn commit(self: Box<Self>, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
         if proof.digest() != self.digest || proof.size() != self.written {
             return Err(StoreError::Other(format!(
                 "the proof is for {} bytes of {}, written were {} of {}",
@@ -134,7 +134,7 @@ impl BlobWriter for Writer {
     }
 }
 
-impl Drop for Writer {
+impl Drop for LayoutWriter {
     fn drop(&mut self) {
         // Gone already when it was committed; what cannot be removed is swept when the folder is opened again.
         let _ = fs::remove_file(self.folder.staging_path(self.digest));

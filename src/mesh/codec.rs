@@ -9,7 +9,7 @@ use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::request_response;
 use tracing::error;
 
-use crate::model::{Question, Reply};
+use crate::model::{SyncReply, SyncRequest};
 use crate::wire::{self, FIRST_MAJOR, Format, HEADER, Message, Versions, WireError};
 
 /// The stream's protocol: a MAJOR of gossip. libp2p negotiates the first in our order that the other side speaks.
@@ -44,21 +44,21 @@ impl request_response::Codec for MeshCodec {
     type Protocol = MeshProtocol;
     /// A [`Question`] in its frame; one that is sent is in the current format here.
     type Request = Vec<u8>;
-    type Response = Reply;
+    type Response = SyncReply;
 
     async fn read_request<T>(&mut self, _: &MeshProtocol, io: &mut T) -> io::Result<Vec<u8>>
     where
         T: AsyncRead + Unpin + Send,
     {
         // libp2p tells nobody that reading failed, so one that is too long is handed on as far as it was read, to be refused there.
-        read_frame(io, Question::LIMIT).await
+        read_frame(io, SyncRequest::LIMIT).await
     }
 
-    async fn read_response<T>(&mut self, _: &MeshProtocol, io: &mut T) -> io::Result<Reply>
+    async fn read_response<T>(&mut self, _: &MeshProtocol, io: &mut T) -> io::Result<SyncReply>
     where
         T: AsyncRead + Unpin + Send,
     {
-        let frame = read_frame(io, Reply::LIMIT).await?;
+        let frame = read_frame(io, SyncReply::LIMIT).await?;
         wire::decode_in(&frame, self.0).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
     }
 
@@ -69,17 +69,17 @@ impl request_response::Codec for MeshCodec {
         if !protocol.format.is_previous() {
             return io.write_all(&question).await;
         }
-        let question = wire::decode_in::<Question>(&question, self.0).map_err(io::Error::other)?;
+        let question = wire::decode_in::<SyncRequest>(&question, self.0).map_err(io::Error::other)?;
         io.write_all(&wire::encode_in(&question, protocol.format).map_err(io::Error::other)?).await
     }
 
-    async fn write_response<T>(&mut self, protocol: &MeshProtocol, io: &mut T, reply: Reply) -> io::Result<()>
+    async fn write_response<T>(&mut self, protocol: &MeshProtocol, io: &mut T, reply: SyncReply) -> io::Result<()>
     where
         T: AsyncWrite + Unpin + Send,
     {
         let encoded = wire::encode_in(&reply, protocol.format).or_else(|error| {
             error!(%error, "a reply cannot be sent");
-            wire::encode_in(&Reply::Busy, protocol.format)
+            wire::encode_in(&SyncReply::Busy, protocol.format)
         });
         io.write_all(&encoded.map_err(io::Error::other)?).await
     }
@@ -112,14 +112,14 @@ mod tests {
     }
 
     async fn passes(from: &mut MeshCodec, to: &mut MeshCodec, sent: &MeshProtocol, received: &MeshProtocol) {
-        let question = Question::Compare(vec![1, 2, 3]);
+        let question = SyncRequest::Compare(vec![1, 2, 3]);
         let encoded = wire::encode_in(&question, from.0.current()).unwrap();
         let mut stream = Cursor::new(Vec::new());
         from.write_request(sent, &mut stream, encoded).await.unwrap();
         let asked = to.read_request(received, &mut Cursor::new(stream.into_inner())).await.unwrap();
-        assert_eq!(wire::decode_in::<Question>(&asked, to.0).unwrap(), question);
+        assert_eq!(wire::decode_in::<SyncRequest>(&asked, to.0).unwrap(), question);
 
-        let reply = Reply::Entries(Vec::new());
+        let reply = SyncReply::Entries(Vec::new());
         let mut stream = Cursor::new(Vec::new());
         from.write_response(sent, &mut stream, reply.clone()).await.unwrap();
         let answer = to.read_response(received, &mut Cursor::new(stream.into_inner())).await.unwrap();
@@ -141,15 +141,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn neither_side_reads_more_than_its_message_may_have() {
+    async fn a_request_and_a_response_are_read_up_to_their_limits() {
         let mut endless = futures::io::repeat(0);
         let question = TODAY.clone().read_request(&protocol(), &mut endless).await.unwrap();
-        assert_eq!(question.len(), HEADER + Question::LIMIT + 1);
+        assert_eq!(question.len(), HEADER + SyncRequest::LIMIT + 1);
         assert!(TODAY.clone().read_response(&protocol(), &mut endless).await.is_err());
     }
 
     #[tokio::test]
-    async fn nonsense_is_told_apart_from_a_broken_stream() {
+    async fn a_malformed_message_is_distinguished_from_a_broken_stream() {
         let mut nonsense = Cursor::new(vec![0xff; 20]);
         let error = TODAY.clone().read_response(&protocol(), &mut nonsense).await.unwrap_err();
         assert!(matches!(wire_error(&error), Some(WireError::Version { .. })), "{error}");

@@ -13,7 +13,7 @@ use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::{StreamProtocol, request_response};
 
 use super::codec::read_frame;
-use crate::decide::way::RANGE;
+use crate::decide::transport_choice::RANGE;
 use crate::model::PeerId;
 use crate::wire::{self, Answer, HEADER, Message, Request, WireError};
 
@@ -28,14 +28,14 @@ pub(super) fn protocol() -> StreamProtocol {
 
 /// An answer, and the bytes after the answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Range {
+pub struct RangeResponse {
     /// As on QUIC.
     pub answer: Answer,
     /// The bytes of the range or the states of the chain; empty where the answer has none.
     pub bytes: Bytes,
 }
 
-impl From<Answer> for Range {
+impl From<Answer> for RangeResponse {
     fn from(answer: Answer) -> Self {
         Self { answer, bytes: Bytes::new() }
     }
@@ -45,7 +45,7 @@ impl From<Answer> for Range {
 #[async_trait]
 pub trait RangeServer: Send + Sync + 'static {
     /// Answers one request. At most [`RANGE`] bytes follow an answer.
-    async fn serve(&self, peer: PeerId, request: Request) -> Range;
+    async fn serve(&self, peer: PeerId, request: Request) -> RangeResponse;
 }
 
 /// A range did not come.
@@ -66,18 +66,18 @@ pub enum RangeError {
 ///
 /// # Errors
 /// [`WireError`] where no answer is at the beginning, or the response is too long.
-fn parse(response: Vec<u8>) -> Result<Range, WireError> {
-    if response.len() > LONGEST {
-        return Err(WireError::TooLong { length: response.len(), limit: LONGEST });
+fn parse(response: Vec<u8>) -> Result<RangeResponse, WireError> {
+    if response.len() > MAX_RESPONSE_BYTES {
+        return Err(WireError::TooLong { length: response.len(), limit: MAX_RESPONSE_BYTES });
     }
     let (answer, rest) = wire::split::<Answer>(&response)?;
     let begin = response.len() - rest.len();
     let bytes = Bytes::from(response).slice(begin..);
-    Ok(Range { answer, bytes })
+    Ok(RangeResponse { answer, bytes })
 }
 
 /// Bytes of a response at most.
-const LONGEST: usize = HEADER + Answer::LIMIT + RANGE as usize;
+const MAX_RESPONSE_BYTES: usize = HEADER + Answer::LIMIT + RANGE as usize;
 
 /// Reads to the end of the stream, but never more than the longest message.
 #[derive(Clone, Default)]
@@ -87,7 +87,7 @@ impl request_response::Codec for RangeCodec {
     type Protocol = StreamProtocol;
     /// A frame with a [`Request`]. The task counts requests before decoding.
     type Request = Vec<u8>;
-    type Response = Range;
+    type Response = RangeResponse;
 
     async fn read_request<T>(&mut self, _: &StreamProtocol, io: &mut T) -> io::Result<Vec<u8>>
     where
@@ -96,12 +96,12 @@ impl request_response::Codec for RangeCodec {
         read_frame(io, Request::LIMIT).await
     }
 
-    async fn read_response<T>(&mut self, _: &StreamProtocol, io: &mut T) -> io::Result<Range>
+    async fn read_response<T>(&mut self, _: &StreamProtocol, io: &mut T) -> io::Result<RangeResponse>
     where
         T: AsyncRead + Unpin + Send,
     {
         let mut response = Vec::new();
-        io.take(LONGEST as u64 + 1).read_to_end(&mut response).await?;
+        io.take(MAX_RESPONSE_BYTES as u64 + 1).read_to_end(&mut response).await?;
         parse(response).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
     }
 
@@ -112,11 +112,11 @@ impl request_response::Codec for RangeCodec {
         io.write_all(&request).await
     }
 
-    async fn write_response<T>(&mut self, _: &StreamProtocol, io: &mut T, range: Range) -> io::Result<()>
+    async fn write_response<T>(&mut self, _: &StreamProtocol, io: &mut T, range: RangeResponse) -> io::Result<()>
     where
         T: AsyncWrite + Unpin + Send,
     {
-        let Range { answer, bytes } = range;
+        let RangeResponse { answer, bytes } = range;
         io.write_all(&wire::encode(&answer).map_err(io::Error::other)?).await?;
         io.write_all(&bytes).await
     }
@@ -129,11 +129,11 @@ mod tests {
 
     use super::*;
 
-    async fn read(response: Vec<u8>) -> io::Result<Range> {
+    async fn read(response: Vec<u8>) -> io::Result<RangeResponse> {
         RangeCodec.read_response(&protocol(), &mut Cursor::new(response)).await
     }
 
-    async fn written(range: Range) -> Vec<u8> {
+    async fn written(range: RangeResponse) -> Vec<u8> {
         let mut stream = Cursor::new(Vec::new());
         RangeCodec.write_response(&protocol(), &mut stream, range).await.unwrap();
         stream.into_inner()
@@ -142,7 +142,7 @@ mod tests {
     #[tokio::test]
     async fn a_response_carries_an_answer_and_the_bytes_after_it() {
         for bytes in [Bytes::new(), Bytes::from_static(b"layer"), vec![7; RANGE as usize].into()] {
-            let range = Range { answer: Answer::Blob { size: u64::MAX }, bytes };
+            let range = RangeResponse { answer: Answer::Blob { size: u64::MAX }, bytes };
             assert_eq!(read(written(range.clone()).await).await.unwrap(), range);
         }
     }
@@ -154,7 +154,7 @@ mod tests {
             assert!(read(whole[..end].to_vec()).await.is_err(), "{end} bytes");
         }
         let mut long = written(Answer::Blob { size: 1 }.into()).await;
-        long.resize(LONGEST + 1, 0);
+        long.resize(MAX_RESPONSE_BYTES + 1, 0);
         assert!(read(long).await.is_err());
         assert!(RangeCodec.read_response(&protocol(), &mut futures::io::repeat(0)).await.is_err());
     }

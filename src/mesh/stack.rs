@@ -19,10 +19,10 @@ use tokio_util::task::TaskTracker;
 
 use super::MeshError;
 use super::codec::{MeshCodec, MeshProtocol};
-use super::counted::Counted;
+use super::metered_stream::MeteredStream;
 use super::ranges::{self, RangeCodec};
-use crate::decide::gossip::PROBE;
-use crate::decide::way::MAX_RANGES_OF_A_PEER;
+use crate::decide::gossip::PING_INTERVAL;
+use crate::decide::transport_choice::MAX_RANGES_OF_A_PEER;
 use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::wire::{FIRST_MAJOR, Format, MAX_GOSSIP, Versions};
@@ -48,7 +48,7 @@ pub(super) fn topic(format: Format) -> IdentTopic {
 }
 
 /// Handshakes under way from outside. Strangers can use them up, for [`HANDSHAKE`] each; then we still dial.
-const MAX_INCOMING: u32 = 64;
+const MAX_PENDING_INBOUND: u32 = 64;
 
 /// Connections to one peer: one dialled by either side, and two more whose closing hangs because the network swallows it.
 const MAX_PER_PEER: u32 = 4;
@@ -58,13 +58,13 @@ const MAX_PER_PEER: u32 = 4;
 const MAX_CONNECTIONS: u32 = 128;
 
 /// Connections that others dialled: half, so that others alone cannot choose all our neighbours.
-const MAX_DIALLED_BY_OTHERS: u32 = MAX_CONNECTIONS / 2;
+const MAX_INBOUND: u32 = MAX_CONNECTIONS / 2;
 
 /// How long TCP and noise together may take; across zones they take milliseconds.
-const HANDSHAKE: Duration = Duration::from_secs(5);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a question may take: a reply of 8 MiB at most, at 10 Mbit/s.
-pub(super) const ANSWER: Duration = Duration::from_secs(10);
+pub(super) const QUESTION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// No connection lasts as long. (libp2p halves what exceeds its clock, and logs each time.)
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 86_400);
@@ -76,14 +76,14 @@ pub(super) const MAX_ANSWERING: usize = 8;
 pub(super) const MAX_SNAPSHOTS: usize = 2;
 
 /// Of those of all peers together: 64 MiB for readers however slow. Whoever is told to come back asks another neighbour.
-pub(super) const MAX_SNAPSHOTS_OF_ALL: usize = 8;
+pub(super) const MAX_SNAPSHOTS_IN_ALL: usize = 8;
 
 /// Streams of questions on one connection: those of either side.
 const MAX_QUESTION_STREAMS: usize = 2 * MAX_ANSWERING;
 
 /// How long a request for a range may take. A rate limit leaves a transfer 32 KiB/s or more, at
 /// which 256 KiB take 8 s; the rest is for the provider's content store.
-pub(super) const RANGE_TIME: Duration = Duration::from_secs(15);
+pub(super) const RANGE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Requests for ranges that are answered at a time, of all neighbours together. They hold 2 MiB.
 pub(super) const MAX_SERVED_RANGES: usize = 8;
@@ -100,13 +100,13 @@ const MAX_STREAMS: usize = 40;
 const MAX_QUEUED: usize = 256;
 
 /// Heartbeats for which others are told what came, so that who missed it asks: 6 s.
-const TOLD: usize = 6;
+const HISTORY_GOSSIP: usize = 6;
 
 /// Heartbeats for which it is kept for who asks: an answer may take some seconds.
-const KEPT: usize = 10;
+const HISTORY_LENGTH: usize = 10;
 
 /// How long a message is known as a duplicate. One that is older than this comes from nobody's queue.
-const KNOWN: Duration = Duration::from_secs(150);
+const DUPLICATE_CACHE_TIME: Duration = Duration::from_secs(150);
 
 /// Makes the stack; its tasks run under `tasks` and end when the swarm is dropped.
 pub(super) fn build(
@@ -122,7 +122,7 @@ pub(super) fn build(
         multiplexing.set_max_num_streams(MAX_STREAMS);
         let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
         Ok(tcp
-            .map(move |stream, _| Counted::new(stream, metrics.clone()))
+            .map(move |stream, _| MeteredStream::new(stream, metrics.clone()))
             .upgrade(Version::V1Lazy)
             .authenticate(noise::Config::new(keypair)?)
             .multiplex(multiplexing))
@@ -138,24 +138,24 @@ pub(super) fn build(
                 // A connection that gossip does not use at the moment still carries pings, which tell us that the peer lives.
                 .with_idle_connection_timeout(FOREVER)
         })
-        .with_connection_timeout(HANDSHAKE)
+        .with_connection_timeout(HANDSHAKE_TIMEOUT)
         .build())
 }
 
 fn behaviour(versions: Versions) -> Result<Behaviour, Box<dyn Error + Send + Sync>> {
     let limits = ConnectionLimits::default()
-        .with_max_pending_incoming(Some(MAX_INCOMING))
-        .with_max_established_incoming(Some(MAX_DIALLED_BY_OTHERS))
+        .with_max_pending_incoming(Some(MAX_PENDING_INBOUND))
+        .with_max_established_incoming(Some(MAX_INBOUND))
         .with_max_established(Some(MAX_CONNECTIONS))
         .with_max_established_per_peer(Some(MAX_PER_PEER));
     // The protocol counts silence itself. libp2p's own time-out hides the first failure, and then waits up to 10 s for
     // another stream.
-    let ping = ping::Config::new().with_interval(PROBE).with_timeout(Duration::from_secs(10));
+    let ping = ping::Config::new().with_interval(PING_INTERVAL).with_timeout(Duration::from_secs(10));
     let questions = request_response::Config::default()
-        .with_request_timeout(ANSWER)
+        .with_request_timeout(QUESTION_TIMEOUT)
         .with_max_concurrent_streams(MAX_QUESTION_STREAMS);
     let ranged = request_response::Config::default()
-        .with_request_timeout(RANGE_TIME)
+        .with_request_timeout(RANGE_TIMEOUT)
         .with_max_concurrent_streams(MAX_RANGE_STREAMS);
     let protocols = versions.formats().map(|format| (MeshProtocol::of(format), ProtocolSupport::Full));
     Ok(Behaviour {
@@ -175,7 +175,7 @@ fn gossip_config() -> Result<gossipsub::Config, gossipsub::ConfigBuilderError> {
         .validate_messages()
         // The same message has the same name, whoever sends it.
         .message_id_fn(|message| MessageId::from(&Digest::of(&message.data).as_bytes()[..20]))
-        .duplicate_cache_time(KNOWN)
+        .duplicate_cache_time(DUPLICATE_CACHE_TIME)
         .flood_publish(false)
         .max_transmit_size(MAX_GOSSIP)
         .heartbeat_interval(Duration::from_secs(1))
@@ -183,8 +183,8 @@ fn gossip_config() -> Result<gossipsub::Config, gossipsub::ConfigBuilderError> {
         .mesh_n(6)
         .mesh_n_low(4)
         .mesh_n_high(12)
-        .history_gossip(TOLD)
-        .history_length(KEPT)
+        .history_gossip(HISTORY_GOSSIP)
+        .history_length(HISTORY_LENGTH)
         .connection_handler_queue_len(MAX_QUEUED)
         .build()
 }
@@ -214,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn others_choose_at_most_half_of_our_connections() {
+    fn inbound_connections_take_at_most_half_of_all_connections() {
         let mut limits = behaviour(Versions::GOSSIP).unwrap().limits;
         let nowhere = Multiaddr::empty();
         let endpoint = ConnectedPoint::Listener { local_addr: nowhere.clone(), send_back_addr: nowhere.clone() };
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_published_goes_to_a_few_and_not_to_all_who_are_connected() {
+    fn a_published_message_is_not_flooded_to_all_neighbours() {
         let config = gossip_config().unwrap();
         assert!(!config.flood_publish());
     }

@@ -20,12 +20,12 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use self::neighbours::Neighbours;
-use self::ranges::Ranges;
-use super::keys::Keys;
+use self::ranges::RangeRequests;
+use super::gossip_crypto::GossipCrypto;
+use super::shared_inventory::SharedInventory;
 use super::stack::Behaviour;
-use super::table::Table;
-use super::{Command, Connected, MeshNews, Terms, multiaddr};
-use crate::decide::gossip::{LinkId, Output, Protocol, TICK};
+use super::{Command, ConnectedPeers, MembershipEvent, MeshOptions, multiaddr};
+use crate::decide::gossip::{MeshConnectionId, Output, Protocol, TICK};
 use crate::decide::inventory::Inventory;
 use crate::identity::libp2p_peer_id;
 use crate::metrics::Metrics;
@@ -33,27 +33,27 @@ use crate::model::{MeshStatus, Peer, PeerId};
 use crate::wire::Versions;
 
 /// News that wait for the agent. Past that, libp2p waits too. All of them are small.
-const MAX_NEWS: usize = 64;
+const MAX_PENDING_EVENTS: usize = 64;
 
 /// Drives the mesh while it runs.
 pub struct MeshTask {
     swarm: Swarm<Behaviour>,
     connections: TaskTracker,
     commands: mpsc::Receiver<Command>,
-    protocol: Protocol<Keys>,
-    table: Table,
+    protocol: Protocol<GossipCrypto>,
+    table: SharedInventory,
     metrics: Metrics,
     neighbours: Neighbours,
     /// Open connections, as the protocol knows them.
-    links: HashMap<ConnectionId, (LinkId, PeerId)>,
-    next_link: LinkId,
+    links: HashMap<ConnectionId, (MeshConnectionId, PeerId)>,
+    next_link: MeshConnectionId,
     /// Dials under way.
     dials: HashMap<ConnectionId, PeerId>,
     /// Questions that wait for an answer.
-    asked: HashMap<OutboundRequestId, exchange::Asked>,
-    ranges: Ranges,
-    connected: Connected,
-    outbox: VecDeque<MeshNews>,
+    open_questions: HashMap<OutboundRequestId, exchange::OpenQuestion>,
+    ranges: RangeRequests,
+    connected: ConnectedPeers,
+    pending_events: VecDeque<MembershipEvent>,
     messages_in: u64,
     messages_out: u64,
     versions: Versions,
@@ -67,13 +67,13 @@ impl MeshTask {
         swarm: Swarm<Behaviour>,
         connections: TaskTracker,
         commands: mpsc::Receiver<Command>,
-        protocol: Protocol<Keys>,
-        table: Table,
+        protocol: Protocol<GossipCrypto>,
+        table: SharedInventory,
         metrics: Metrics,
-        terms: Terms,
-        connected: Connected,
+        terms: MeshOptions,
+        connected: ConnectedPeers,
     ) -> Self {
-        let Terms { limits, versions } = terms;
+        let MeshOptions { rate_limits: limits, versions } = terms;
         Self {
             swarm,
             connections,
@@ -85,10 +85,10 @@ impl MeshTask {
             links: HashMap::new(),
             next_link: 0,
             dials: HashMap::new(),
-            asked: HashMap::new(),
-            ranges: Ranges::default(),
+            open_questions: HashMap::new(),
+            ranges: RangeRequests::default(),
             connected,
-            outbox: VecDeque::new(),
+            pending_events: VecDeque::new(),
             messages_in: 0,
             messages_out: 0,
             versions,
@@ -99,25 +99,25 @@ impl MeshTask {
     /// Runs until `stop`, or until nobody takes the news any more; then leaves within one and a half seconds.
     ///
     /// Calls of [`super::Mesh`] are taken even while `news` is full, so one task may make calls and take news in turn.
-    pub async fn run(mut self, news: mpsc::Sender<MeshNews>, stop: CancellationToken) {
+    pub async fn run(mut self, events: mpsc::Sender<MembershipEvent>, stop: CancellationToken) {
         let mut ticks = tokio::time::interval(TICK);
         // After a stall there is nothing to catch up with: ticks stand for chances that peers had to be heard.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            self.perform();
+            self.perform_outputs();
             tokio::select! {
                 () = stop.cancelled() => break,
-                permit = news.reserve(), if !self.outbox.is_empty() => match (permit, self.outbox.pop_front()) {
-                    (Ok(permit), Some(told)) => permit.send(told),
+                permit = events.reserve(), if !self.pending_events.is_empty() => match (permit, self.pending_events.pop_front()) {
+                    (Ok(permit), Some(event)) => permit.send(event),
                     _ => break,
                 },
                 command = self.commands.recv(), if !self.commands.is_closed() || !self.commands.is_empty() => {
                     if let Some(command) = command {
-                        self.command(command);
+                        self.handle_command(command);
                     }
                 }
-                event = self.swarm.select_next_some(), if self.has_room() => self.event(event),
-                Some(served) = self.ranges.served() => self.respond(served),
+                event = self.swarm.select_next_some(), if self.has_room() => self.handle_event(event),
+                Some(served) = self.ranges.next_response() => self.send_range_response(served),
                 // While libp2p waits for us, nobody can be heard, so no time passes for the protocol either.
                 _ = ticks.tick(), if self.has_room() => self.tick(),
             }
@@ -126,17 +126,21 @@ impl MeshTask {
     }
 
     fn has_room(&self) -> bool {
-        self.outbox.len() < MAX_NEWS
+        self.pending_events.len() < MAX_PENDING_EVENTS
     }
 
-    fn command(&mut self, command: Command) {
+    fn handle_command(&mut self, command: Command) {
         let now = Instant::now();
         match command {
-            Command::Admit(peer, life) => self.call(|protocol, table| protocol.admitted(peer, life, table, now)),
-            Command::Dismiss(peer) => self.call(|protocol, table| protocol.dismissed(peer, table, now)),
-            Command::Unreachable(peer) => self.call(|protocol, table| protocol.unreachable(peer, table, now)),
-            Command::Declined(peer) => self.protocol.declined(peer, now),
-            Command::Doubt(peer) => self.call(|protocol, table| protocol.doubted(peer, table, now)),
+            Command::Admit(peer, life) => self.with_inventory(|protocol, table| protocol.admit(peer, life, table, now)),
+            Command::RevokeAdmission(peer) => {
+                self.with_inventory(|protocol, table| protocol.remove_peer(peer, table, now))
+            }
+            Command::Unreachable(peer) => self.with_inventory(|protocol, table| protocol.dial_failed(peer, table, now)),
+            Command::Rejected(peer) => self.protocol.rejected_by_peer(peer, now),
+            Command::Suspect(peer) => {
+                self.with_inventory(|protocol, table| protocol.suspect_provider(peer, table, now))
+            }
             Command::Announce(changes) => {
                 let left_out = self.protocol.announce(changes);
                 if left_out > 0 {
@@ -156,30 +160,30 @@ impl MeshTask {
         let now = Instant::now();
         self.expire(now);
         self.ranges.expire(now);
-        self.neighbours.forget_the_gone(now);
-        self.call(|protocol, table| protocol.tick(table, now));
+        self.neighbours.evict_idle(now);
+        self.with_inventory(|protocol, table| protocol.tick(table, now));
     }
 
     fn status(&self, now: Instant) -> MeshStatus {
         let mut status = self.table.read(|table| self.protocol.status(table, now));
         (status.messages_in, status.messages_out) = (self.messages_in, self.messages_out);
-        self.metrics.announcing(status.items);
+        self.metrics.items_announced(status.items);
         status
     }
 
     /// Calls the protocol, which has the table meanwhile.
-    fn call<T>(&mut self, call: impl FnOnce(&mut Protocol<Keys>, &mut Inventory) -> T) -> T {
+    fn with_inventory<T>(&mut self, call: impl FnOnce(&mut Protocol<GossipCrypto>, &mut Inventory) -> T) -> T {
         let Self { protocol, table, .. } = self;
-        table.lend(|inventory| call(protocol, inventory))
+        table.modify(|inventory| call(protocol, inventory))
     }
 
     /// Does everything that the protocol wants done.
-    fn perform(&mut self) {
+    fn perform_outputs(&mut self) {
         while let Some(output) = self.protocol.next() {
             match output {
                 Output::Publish(message) => self.publish(&message),
-                Output::Ask(ask, peer, question) => self.put(ask, peer, &question),
-                Output::Greet(peer) => self.outbox.push_back(MeshNews::Greet(peer)),
+                Output::Request(ask, peer, question) => self.send_question(ask, peer, &question),
+                Output::Handshake(peer) => self.pending_events.push_back(MembershipEvent::Handshake(peer)),
                 Output::Dial(peer) => self.dial(&peer),
                 Output::Close(link, peer) => self.close(link, peer),
                 Output::Allow(peer) => {
@@ -188,24 +192,24 @@ impl MeshTask {
                 Output::Deny(peer) => self.deny(peer),
                 Output::Up(peer) => {
                     debug!(peer = %peer.id, node = %peer.node, address = %peer.transfer, "peer is up");
-                    self.tell(MeshNews::Up(peer));
+                    self.emit(MembershipEvent::Up(peer));
                 }
                 Output::Down(peer, reason) => {
                     debug!(%peer, reason, "peer is down");
-                    self.tell(MeshNews::Down(peer));
+                    self.emit(MembershipEvent::Down(peer));
                 }
-                Output::SharedKey(node) => self.outbox.push_back(MeshNews::SharedKey(node)),
-                Output::Blame { peer, fault, banned } => self.blame(peer, fault, banned),
+                Output::SharedKey(node) => self.pending_events.push_back(MembershipEvent::SharedKey(node)),
+                Output::Fault { peer, fault, banned } => self.record_fault(peer, fault, banned),
             }
         }
     }
 
-    fn tell(&mut self, news: MeshNews) {
-        self.table.moved();
-        self.outbox.push_back(news);
+    fn emit(&mut self, event: MembershipEvent) {
+        self.table.mark_changed();
+        self.pending_events.push_back(event);
     }
 
-    fn blame(&self, peer: PeerId, fault: &'static str, banned: Option<Duration>) {
+    fn record_fault(&self, peer: PeerId, fault: &'static str, banned: Option<Duration>) {
         debug!(%peer, fault, "peer is at fault");
         self.metrics.peer_at_fault(fault);
         if let Some(banned) = banned {
@@ -227,15 +231,15 @@ impl MeshTask {
             Ok(()) => drop(self.dials.insert(connection, peer.id)),
             Err(error) => {
                 debug!(peer = %peer.id, %error, "dial refused");
-                self.call(|protocol, table| protocol.unreachable(peer.id, table, Instant::now()));
+                self.with_inventory(|protocol, table| protocol.dial_failed(peer.id, table, Instant::now()));
             }
         }
     }
 
-    fn close(&mut self, link: LinkId, peer: PeerId) {
+    fn close(&mut self, link: MeshConnectionId, peer: PeerId) {
         let connection = self.links.iter().find(|(_, open)| **open == (link, peer)).map(|(connection, _)| *connection);
         if let Some(connection) = connection {
-            self.end(connection);
+            self.close_connection(connection);
         }
     }
 
@@ -243,14 +247,14 @@ impl MeshTask {
         self.swarm.behaviour_mut().admitted.disallow_peer(libp2p_peer_id(peer));
         let links = self.links.iter().filter(|(_, (_, owner))| *owner == peer);
         for connection in links.map(|(connection, _)| *connection).collect::<Vec<_>>() {
-            self.end(connection);
+            self.close_connection(connection);
         }
     }
 
     /// Closes a connection, which is over for us at once: the network may swallow the closing too.
-    fn end(&mut self, connection: ConnectionId) {
+    fn close_connection(&mut self, connection: ConnectionId) {
         self.swarm.close_connection(connection);
-        self.ended(connection);
+        self.connection_ended(connection);
     }
 
     /// Takes leave, so that peers need not find out from our silence.
@@ -264,7 +268,7 @@ impl MeshTask {
         }
         // Nothing tells when it has been sent.
         if self.swarm.connected_peers().next().is_some() {
-            let _ = tokio::time::timeout(PARTING, async { while self.swarm.next().await.is_some() {} }).await;
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, async { while self.swarm.next().await.is_some() {} }).await;
         }
         let connected: Vec<_> = self.swarm.connected_peers().copied().collect();
         for peer in connected {
@@ -276,13 +280,13 @@ impl MeshTask {
                 self.swarm.select_next_some().await;
             }
         };
-        let _ = tokio::time::timeout(PARTING, gone).await;
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, gone).await;
         // Ends the tasks of all connections.
         drop(self.swarm);
         self.connections.close();
-        let _ = tokio::time::timeout(PARTING, self.connections.wait()).await;
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, self.connections.wait()).await;
     }
 }
 
 /// For each third of leaving; a peer that does not take it in this time would not later.
-const PARTING: Duration = Duration::from_millis(450);
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(450);

@@ -6,7 +6,7 @@ use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
 use super::Metrics;
 use super::register::{counter, counters, gauge, gauges};
-use crate::decide::fill::{Failure, Lack, Source};
+use crate::decide::fill::{FillFailure, FillSource, UnfilledReason};
 
 #[derive(Clone)]
 pub(super) struct LayerMetrics {
@@ -58,28 +58,34 @@ impl LayerMetrics {
 
 impl Metrics {
     /// Bytes and images that the agent's leases hold, and images that lack a layer, also by reason.
-    pub fn layers_retained(&self, bytes: u64, images: usize, lacking: usize, reasons: &BTreeMap<Lack, usize>) {
+    pub fn layers_retained(
+        &self,
+        bytes: u64,
+        images: usize,
+        lacking: usize,
+        reasons: &BTreeMap<UnfilledReason, usize>,
+    ) {
         let number = |count| i64::try_from(count).unwrap_or(i64::MAX);
         self.layers.bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
         self.layers.images.set(number(images));
         self.layers.lacking.set(number(lacking));
-        for reason in Lack::ALL {
+        for reason in UnfilledReason::ALL {
             let count = reasons.get(&reason).copied().unwrap_or_default();
             self.layers.lacking_reasons.with_label_values(&[reason.label()]).set(number(count));
         }
     }
 
     /// The fetch of one image's missing layers ended.
-    pub fn layer_fetch_ended(&self, source: Source, result: Result<(), Failure>) {
+    pub fn layer_fetch_ended(&self, source: FillSource, result: Result<(), FillFailure>) {
         let fetches = match source {
-            Source::Peers => &self.layers.fetches_from_peers,
-            Source::Registry => &self.layers.fetches_from_registries,
+            FillSource::Peers => &self.layers.fetches_from_peers,
+            FillSource::Registry => &self.layers.fetches_from_registries,
         };
-        fetches.with_label_values(&[result.map_or_else(Failure::label, |()| "fetched")]).inc();
+        fetches.with_label_values(&[result.map_or_else(FillFailure::label, |()| "fetched")]).inc();
     }
 
     /// So many bytes of a missing layer came from a registry.
-    pub fn layer_came_from_registry(&self, bytes: u64) {
+    pub fn registry_layer_bytes_received(&self, bytes: u64) {
         self.layers.registry_bytes.inc_by(bytes);
     }
 }

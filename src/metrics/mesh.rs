@@ -74,7 +74,7 @@ impl Metrics {
     }
 
     /// So many items are announced now.
-    pub fn announcing(&self, items: usize) {
+    pub fn items_announced(&self, items: usize) {
         self.mesh.announced_items.set(i64::try_from(items).unwrap_or(i64::MAX));
     }
 
@@ -99,7 +99,7 @@ impl Metrics {
     }
 
     /// A message of the mesh was refused.
-    pub fn gossip_refused(&self, reason: &'static str) {
+    pub fn gossip_rejected(&self, reason: &'static str) {
         self.mesh.rejected.with_label_values(&[reason]).inc();
     }
 }

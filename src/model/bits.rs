@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bit_stands_where_it_is_said_to_and_nothing_beyond_the_end() {
+    fn a_bit_is_read_where_it_was_set_and_bits_beyond_the_end_are_unset() {
         let mut bits = Bits::none_of(10);
         [0, 3, 9, 16].into_iter().for_each(|bit| bits.set(bit));
         assert_eq!(bits, Bits(vec![0b1001, 0b10, 1]));

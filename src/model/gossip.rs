@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Bits, ContentChange, Credential, Item, NodeName, PeerId};
+use super::{Bits, Credential, InventoryChange, InventoryItem, NodeName, PeerId};
 use crate::oci::Digest;
 
 /// An ed25519 signature (RFC 8032): R and S.
@@ -39,7 +39,7 @@ pub struct Release(String);
 #[error("{0:?} is no name (1 to {1} of A-Z a-z 0-9 - _ . +)")]
 pub struct NameError(String, usize);
 
-macro_rules! name {
+macro_rules! name_type {
     ($type:ident, $limit:ident) => {
         impl $type {
             /// The name as text.
@@ -81,8 +81,8 @@ macro_rules! name {
     };
 }
 
-name!(Zone, MAX_ZONE);
-name!(Release, MAX_RELEASE);
+name_type!(Zone, MAX_ZONE);
+name_type!(Release, MAX_RELEASE);
 
 /// What an agent says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,7 +118,7 @@ pub struct Introduction {
 
 /// Where a publisher's log stands after one of its entries.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Head {
+pub struct LogHead {
     /// Whose log.
     pub publisher: PeerId,
     /// As in [`Profile::epoch`]; everything of an earlier one is void.
@@ -135,24 +135,24 @@ pub struct Head {
 
 /// What changed at its publisher.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Entry {
+pub struct LogEntry {
     /// Which entry, and the proof of it.
-    pub head: Head,
+    pub head: LogHead,
     /// At most [`crate::model::MAX_CHANGES`].
-    pub changes: Vec<ContentChange>,
+    pub changes: Vec<InventoryChange>,
 }
 
 /// "This neighbour of mine does not answer."
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Suspicion {
     /// Who is silent.
-    pub accused: PeerId,
+    pub suspect: PeerId,
     /// Which process of it.
     pub epoch: u64,
     /// How often it had refuted before.
     pub incarnation: u64,
     /// Who says so.
-    pub by: PeerId,
+    pub witness: PeerId,
     /// Over [`Suspicion::signed`], by that one.
     pub signature: Signature,
 }
@@ -172,7 +172,7 @@ pub struct Refutation {
 
 /// "I am leaving."
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Farewell {
+pub struct LeaveNotice {
     /// Who.
     pub peer: PeerId,
     /// Which process of it.
@@ -185,7 +185,7 @@ pub struct Farewell {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Gossip {
     /// What somebody holds has changed.
-    Entry(Entry),
+    Entry(LogEntry),
     /// Somebody is new, moved, or shows a new credential.
     Introduction(Introduction),
     /// Somebody does not answer.
@@ -193,12 +193,12 @@ pub enum Gossip {
     /// But it lives.
     Refutation(Refutation),
     /// Somebody leaves.
-    Farewell(Farewell),
+    Leave(LeaveNotice),
 }
 
 /// Where one member stands, as somebody knows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mark {
+pub struct MemberSummary {
     /// Which member.
     pub peer: PeerId,
     /// The epoch of its process.
@@ -210,12 +210,12 @@ pub struct Mark {
     /// Up to where its log is known.
     pub sequence: u64,
     /// It is held for dead.
-    pub down: bool,
+    pub is_dead: bool,
 }
 
 /// What one neighbour asks another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Question {
+pub enum SyncRequest {
     /// Which marks differ from mine? One hash for each bucket of members.
     Compare(Vec<u64>),
     /// Who are these?
@@ -232,35 +232,35 @@ pub enum Question {
     /// What do these hold?
     Snapshot(Vec<PeerId>),
     /// I close our connection and live on. Nothing is asked; any reply will do.
-    Part,
+    Disconnect,
 }
 
 /// What the neighbour answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Reply {
+pub enum SyncReply {
     /// The marks of those buckets that differ.
-    Marks(Vec<Mark>),
+    Summaries(Vec<MemberSummary>),
     /// Those that are known, and what they last refuted.
     Introductions(Vec<Introduction>, Vec<Refutation>),
     /// In order, without a gap, as far as they are kept and fit.
-    Entries(Vec<Entry>),
+    Entries(Vec<LogEntry>),
     /// Of those that are known, as many as fit.
-    Snapshot(Snapshot),
+    Snapshot(InventorySnapshot),
     /// Not now.
     Busy,
 }
 
 /// What several members hold. An item that many of them hold stands once.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Snapshot {
+pub struct InventorySnapshot {
     /// Where their logs stand.
-    pub heads: Vec<Head>,
+    pub heads: Vec<LogHead>,
     /// In order; a bit for each head, in the heads' order.
-    pub items: Vec<(Item, Bits)>,
+    pub items: Vec<(InventoryItem, Bits)>,
 }
 
 /// What comes before every signed text, so that a signature for one purpose is none for another.
-fn begin(purpose: &str) -> Vec<u8> {
+fn purpose_prefix(purpose: &str) -> Vec<u8> {
     let mut text = b"lighterman/mesh/1/".to_vec();
     text.extend_from_slice(purpose.as_bytes());
     text.push(0);
@@ -268,23 +268,23 @@ fn begin(purpose: &str) -> Vec<u8> {
 }
 
 /// A text with its length, so that two texts in a row cannot be read in another way.
-fn put(text: &mut Vec<u8>, part: &str) {
+fn push_text(text: &mut Vec<u8>, part: &str) {
     text.extend_from_slice(&(part.len() as u64).to_be_bytes());
     text.extend_from_slice(part.as_bytes());
 }
 
-fn signed(purpose: &str, peers: &[PeerId], numbers: &[u64]) -> Vec<u8> {
-    let mut text = begin(purpose);
+fn signed_text(purpose: &str, peers: &[PeerId], numbers: &[u64]) -> Vec<u8> {
+    let mut text = purpose_prefix(purpose);
     peers.iter().for_each(|peer| text.extend_from_slice(peer.public_key()));
     numbers.iter().for_each(|number| text.extend_from_slice(&number.to_be_bytes()));
     text
 }
 
-impl Head {
+impl LogHead {
     /// What its publisher signs.
-    pub fn signed(&self) -> Vec<u8> {
+    pub fn signed_bytes(&self) -> Vec<u8> {
         let Self { publisher, epoch, sequence, changes, state, signature: _ } = self;
-        let mut text = signed("head", &[*publisher], &[*epoch, *sequence]);
+        let mut text = signed_text("head", &[*publisher], &[*epoch, *sequence]);
         text.extend_from_slice(changes.as_bytes());
         text.extend_from_slice(state.as_bytes());
         text
@@ -293,41 +293,41 @@ impl Head {
 
 impl Introduction {
     /// What its subject signs.
-    pub fn signed(&self) -> Vec<u8> {
+    pub fn signed_bytes(&self) -> Vec<u8> {
         let Self { profile, credential, signature: _ } = self;
         let Profile { peer, epoch, version, node, zone, release, transfer, gossip } = profile;
-        let mut text = signed("introduction", &[*peer], &[*epoch, *version]);
-        put(&mut text, node.as_str());
-        put(&mut text, zone.as_ref().map_or("", Zone::as_str));
-        put(&mut text, release.as_str());
-        put(&mut text, &transfer.to_string());
-        put(&mut text, &gossip.to_string());
-        put(&mut text, credential.expose());
+        let mut text = signed_text("introduction", &[*peer], &[*epoch, *version]);
+        push_text(&mut text, node.as_str());
+        push_text(&mut text, zone.as_ref().map_or("", Zone::as_str));
+        push_text(&mut text, release.as_str());
+        push_text(&mut text, &transfer.to_string());
+        push_text(&mut text, &gossip.to_string());
+        push_text(&mut text, credential.expose());
         text
     }
 }
 
 impl Suspicion {
     /// What the one who suspects signs.
-    pub fn signed(&self) -> Vec<u8> {
-        let Self { accused, epoch, incarnation, by, signature: _ } = self;
-        signed("suspicion", &[*accused, *by], &[*epoch, *incarnation])
+    pub fn signed_bytes(&self) -> Vec<u8> {
+        let Self { suspect: accused, epoch, incarnation, witness: by, signature: _ } = self;
+        signed_text("suspicion", &[*accused, *by], &[*epoch, *incarnation])
     }
 }
 
 impl Refutation {
     /// What the accused signs.
-    pub fn signed(&self) -> Vec<u8> {
+    pub fn signed_bytes(&self) -> Vec<u8> {
         let Self { peer, epoch, incarnation, signature: _ } = self;
-        signed("refutation", &[*peer], &[*epoch, *incarnation])
+        signed_text("refutation", &[*peer], &[*epoch, *incarnation])
     }
 }
 
-impl Farewell {
+impl LeaveNotice {
     /// What the one who leaves signs.
-    pub fn signed(&self) -> Vec<u8> {
+    pub fn signed_bytes(&self) -> Vec<u8> {
         let Self { peer, epoch, signature: _ } = self;
-        signed("farewell", &[*peer], &[*epoch])
+        signed_text("farewell", &[*peer], &[*epoch])
     }
 }
 

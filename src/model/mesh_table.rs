@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_few_lines_say_how_the_mesh_is() {
+    fn the_summary_counts_members_zones_releases_and_lag() {
         let expected = [
             "2 alive, 1 suspected, 1 down, 1 banned; 1 neighbours",
             "zones: eu-1b 2, eu-1a 1, none 1",

@@ -170,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_peer_id_reads_as_libp2p_writes_it() {
+    fn a_peer_id_is_parsed_and_printed_in_libp2p_form() {
         // From the libp2p specification's example of an ed25519 identity.
         let text = "12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA";
         let id: PeerId = text.parse().unwrap();
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn other_names_are_no_peer_ids() {
+    fn texts_other_than_ed25519_peer_ids_are_rejected() {
         for text in ["", "12D3KooW", "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N", "0OIl", &"1".repeat(4096)] {
             assert_eq!(text.parse::<PeerId>(), Err(PeerIdError), "{text:?}");
         }

@@ -40,7 +40,7 @@ pub struct PodView {
     /// Names of the Secrets in the pod's namespace that its images are pulled with.
     pub pull_secrets: Vec<String>,
     /// The pod is being deleted, or has ended: nothing that we do would help it.
-    pub ending: bool,
+    pub is_ending: bool,
 }
 
 /// A volume whose content is an image (`spec.volumes[].image`).
@@ -79,7 +79,7 @@ pub struct ContainerView {
     /// When the kubelet pulls.
     pub pull_policy: PullPolicy,
     /// Why it waits, when it does. Without a reason where the kubelet has not said anything about it yet.
-    pub waiting: Option<Waiting>,
+    pub waiting: Option<WaitingState>,
 }
 
 /// Which list of the pod's spec a container stands in.
@@ -106,7 +106,7 @@ pub enum PullPolicy {
 
 /// `state.waiting` of a container's status.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Waiting {
+pub struct WaitingState {
     /// A word such as `ErrImagePull`.
     pub reason: String,
     /// What the kubelet said about it; older kubelets leave the cause out while backing off.

@@ -114,14 +114,14 @@ impl<'de> Deserialize<'de> for Digest {
 ///
 /// It can be made nowhere else, so a function that asks for one cannot be called with unchecked content.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Verified {
+pub struct BlobProof {
     digest: Digest,
     size: u64,
 }
 
-impl Verified {
+impl BlobProof {
     /// For whoever has just proved it.
-    pub(super) fn proved(digest: Digest, size: u64) -> Self {
+    pub(super) fn new(digest: Digest, size: u64) -> Self {
         Self { digest, size }
     }
 
@@ -195,7 +195,7 @@ impl Hasher {
     ///
     /// # Errors
     /// [`VerifyError`] when the size or the digest differ.
-    pub fn verify(self, expected: Digest, expected_size: u64) -> Result<Verified, VerifyError> {
+    pub fn verify(self, expected: Digest, expected_size: u64) -> Result<BlobProof, VerifyError> {
         if self.size != expected_size {
             return Err(VerifyError::Size { expected, expected_size, actual_size: self.size });
         }
@@ -204,7 +204,7 @@ impl Hasher {
         if actual != expected {
             return Err(VerifyError::Digest { expected, actual });
         }
-        Ok(Verified { digest: actual, size })
+        Ok(BlobProof { digest: actual, size })
     }
 }
 
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn other_algorithms_are_named_in_the_refusal() {
+    fn unsupported_algorithms_are_named_in_the_error() {
         for (text, algorithm) in
             [("sha512:00", "sha512"), ("blake3:00", "blake3"), ("multihash+base58:Qm", "multihash+base58")]
         {
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_digests_are_refused() {
+    fn malformed_digests_are_rejected() {
         let long = format!("{EMPTY}0");
         let upper = EMPTY.to_uppercase().replace("SHA256", "sha256");
         for text in
@@ -253,7 +253,7 @@ mod tests {
             bytes.chunks(2).for_each(|chunk| hasher.update(chunk));
             hasher.verify(wanted, 5)
         };
-        assert_eq!(hash(b"cargo").unwrap(), Verified { digest: wanted, size: 5 });
+        assert_eq!(hash(b"cargo").unwrap(), BlobProof { digest: wanted, size: 5 });
         assert!(matches!(hash(b"carg"), Err(VerifyError::Size { actual_size: 4, .. })), "short");
         assert!(matches!(hash(b"cargoo"), Err(VerifyError::Size { actual_size: 6, .. })), "long");
         assert!(matches!(hash(b"argo!"), Err(VerifyError::Digest { .. })), "other bytes");

@@ -75,7 +75,7 @@ pub enum DocumentError {
     Malformed(#[from] serde_json::Error),
     /// Neither a list of manifests nor a configuration with layers, or both at once.
     #[error("neither an image index nor an image manifest")]
-    NeitherOrBoth,
+    UnknownShape,
     /// More entries than [`MAX_CHILDREN`].
     #[error("{0} entries in a manifest are over the limit of {MAX_CHILDREN}")]
     TooManyChildren(usize),
@@ -135,18 +135,18 @@ impl Document {
                 let media_type = raw.media_type.unwrap_or_else(|| MANIFESTS[0].into());
                 Self::Manifest(Manifest { media_type, artifact_type: raw.artifact_type, config, layers })
             }
-            _ => return Err(DocumentError::NeitherOrBoth),
+            _ => return Err(DocumentError::UnknownShape),
         };
         let children = document.children().count();
         if children > MAX_CHILDREN {
             return Err(DocumentError::TooManyChildren(children));
         }
-        document.check_called(document.media_type())?;
+        document.check_media_type(document.media_type())?;
         Ok(document)
     }
 
     /// Whether this is the media type of an index or a manifest.
-    pub fn is_called(media_type: &str) -> bool {
+    pub fn is_document_type(media_type: &str) -> bool {
         INDEXES.contains(&media_type) || MANIFESTS.contains(&media_type)
     }
 
@@ -154,7 +154,7 @@ impl Document {
     ///
     /// # Errors
     /// [`DocumentError::MediaType`].
-    pub fn check_called(&self, media_type: &str) -> Result<(), DocumentError> {
+    pub fn check_media_type(&self, media_type: &str) -> Result<(), DocumentError> {
         let (shape, names) = match self {
             Self::Index(_) => ("an image index", INDEXES),
             Self::Manifest(_) => ("an image manifest", MANIFESTS),
@@ -230,7 +230,7 @@ impl Index {
     /// (`images.LimitManifests` without a filter): the best match, else the first entry that names
     /// a platform, else the first entry. CRI lists no image without these documents, although
     /// containers are made from the entry of [`Index::select`].
-    pub fn sized(&self, here: &Platform) -> Option<&Descriptor> {
+    pub fn select_for_size(&self, here: &Platform) -> Option<&Descriptor> {
         let has_platform = |entry: &&Descriptor| entry.platform.is_some();
         let best = self.select(here).filter(has_platform);
         best.or_else(|| self.manifests.iter().find(has_platform)).or_else(|| self.manifests.first())

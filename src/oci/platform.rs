@@ -39,12 +39,12 @@ impl Platform {
     /// not count there.
     pub fn preference(&self, offered: &Platform) -> Option<u8> {
         let offered = offered.normalised();
-        let place = self.normalised().runs().position(|platform| platform == offered)?;
+        let place = self.normalised().compatible_platforms().position(|platform| platform == offered)?;
         Some(u8::MAX.saturating_sub(place.try_into().unwrap_or(u8::MAX)))
     }
 
     /// What runs on a machine like this, the best first (containerd: `platformVector`). `self` is normalised.
-    fn runs(&self) -> impl Iterator<Item = Platform> {
+    fn compatible_platforms(&self) -> impl Iterator<Item = Platform> {
         let number = |variant: &str| variant.strip_prefix('v').and_then(|number| number.parse::<u8>().ok());
         let variant = self.variant.as_deref().unwrap_or_default();
         let lower: Vec<(&str, u8)> = match self.architecture.as_str() {
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_says_its_platform_and_one_that_says_none_fits_nowhere() {
+    fn a_configuration_without_a_platform_matches_no_node() {
         let of = |json: &str| serde_json::from_str::<Platform>(json).unwrap();
         assert_eq!(of(r#"{"architecture":"amd64","os":"linux","rootfs":{}}"#), platform("linux/amd64"));
         assert!(platform("linux/amd64").preference(&of(r#"{"architecture":"amd64"}"#)).is_some());
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_operating_system_s_version_says_is_not_read() {
+    fn os_version_and_os_features_are_ignored() {
         let json = r#"{"architecture":"amd64","os":"linux","os.version":"9","os.features":["x"]}"#;
         let offered: Platform = serde_json::from_str(json).unwrap();
         assert_eq!(offered, platform("linux/amd64"));

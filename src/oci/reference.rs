@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_reference_is_refused_with_a_reason() {
+    fn malformed_references_are_rejected_with_a_reason() {
         let long = format!("a.b/{}", "c".repeat(252));
         let tag = format!("a:{}", "t".repeat(129));
         for text in [
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_hold_to_the_character() {
+    fn length_limits_are_exact() {
         let name = |length: usize| format!("a.b/{}", "c".repeat(length - 4));
         // What is left out counts as well: `docker.io/library/` stands before a short name.
         let short = |length: usize| "c".repeat(length - "docker.io/library/".len());
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn algorithms_that_nothing_here_computes_are_named() {
+    fn unsupported_digest_algorithms_are_named_in_the_error() {
         for algorithm in ["sha512", "sha384", "blake3", "md5"] {
             let refused = format!("a.b/c:1@{algorithm}:{HEX}{HEX}").parse::<Reference>().unwrap_err().to_string();
             assert!(refused.contains(&format!("{algorithm:?} is not supported")), "{refused}");
@@ -316,14 +316,14 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn a_reference_that_was_read_reads_back_the_same(text in ".{0,64}|([a-z0-9.:_-]{1,8}/){0,3}[a-z0-9._-]{1,8}(:[a-z0-9._-]{1,8})?") {
+        fn a_parsed_reference_prints_and_parses_to_itself(text in ".{0,64}|([a-z0-9.:_-]{1,8}/){0,3}[a-z0-9._-]{1,8}(:[a-z0-9._-]{1,8})?") {
             if let Ok(reference) = text.parse::<Reference>() {
                 proptest::prop_assert_eq!(reference.to_string().parse(), Ok(reference));
             }
         }
 
         #[test]
-        fn every_reference_of_the_grammar_is_read_and_reads_back(
+        fn every_reference_of_the_grammar_is_parsed_and_printed(
             host in "(localhost|[a-z0-9]{1,8}(-[a-z0-9]{1,8})?\\.[A-Za-z]{2,5}|\\[fd00::[1-9a-f]{1,4}\\])",
             port in proptest::option::of(0..=u16::MAX),
             path in "[a-z0-9]{1,6}((\\.|_|__|-{1,3})[a-z0-9]{1,6}){0,2}(/[a-z0-9]{1,6}){0,3}",

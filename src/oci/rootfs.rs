@@ -62,8 +62,8 @@ impl RootFs {
     }
 
     /// The name of all layers together; `None` for an image without any.
-    pub fn top(&self) -> Option<Digest> {
-        self.diff_ids.iter().copied().reduce(chained)
+    pub fn top_chain_id(&self) -> Option<Digest> {
+        self.diff_ids.iter().copied().reduce(chain_id_of)
     }
 
     /// The manifest's layers with their names, the lowest first.
@@ -76,7 +76,7 @@ impl RootFs {
         }
         let mut parent = None;
         let stacked = layers.iter().zip(&self.diff_ids).map(|(blob, diff_id)| {
-            let chain_id = parent.map_or(*diff_id, |beneath| chained(beneath, *diff_id));
+            let chain_id = parent.map_or(*diff_id, |beneath| chain_id_of(beneath, *diff_id));
             StackedLayer { blob: blob.clone(), diff_id: *diff_id, parent: parent.replace(chain_id), chain_id }
         });
         Ok(stacked.collect())
@@ -84,7 +84,7 @@ impl RootFs {
 }
 
 /// OCI image specification, "Image configuration", section "Layer ChainID".
-fn chained(beneath: Digest, diff_id: Digest) -> Digest {
+fn chain_id_of(beneath: Digest, diff_id: Digest) -> Digest {
     Digest::from_bytes(Sha256::digest(format!("{beneath} {diff_id}")).into())
 }
 
@@ -104,7 +104,7 @@ mod tests {
 
     /// Computed once with sha256sum: `printf '%s %s' CHAIN DIFF | sha256sum`.
     #[test]
-    fn a_layer_s_name_is_made_of_all_that_are_beneath_it() {
+    fn a_chain_id_depends_on_every_layer_beneath() {
         let diff_ids = ["a", "b", "c"].map(|name| Digest::of(name.as_bytes()));
         let stacked = config(&diff_ids).stack(&[layer("1"), layer("2"), layer("3")]).unwrap();
         let names: Vec<_> = stacked.iter().map(|layer| layer.chain_id.to_string()).collect();
@@ -119,19 +119,19 @@ mod tests {
         let parents: Vec<_> = stacked.iter().map(|layer| layer.parent).collect();
         assert_eq!(parents, [None, Some(stacked[0].chain_id), Some(stacked[1].chain_id)]);
         assert_eq!(stacked[2].blob, layer("3"));
-        assert_eq!((config(&diff_ids).top(), config(&[]).top()), (Some(stacked[2].chain_id), None));
+        assert_eq!((config(&diff_ids).top_chain_id(), config(&[]).top_chain_id()), (Some(stacked[2].chain_id), None));
         assert_eq!(stacked[2].diff_id, diff_ids[2]);
     }
 
     #[test]
-    fn the_same_layer_has_another_name_in_another_place() {
+    fn a_layer_has_different_chain_ids_at_different_positions() {
         let diff_id = Digest::of(b"a");
         let stacked = config(&[diff_id, diff_id]).stack(&[layer("1"), layer("1")]).unwrap();
         assert_ne!(stacked[0].chain_id, stacked[1].chain_id);
     }
 
     #[test]
-    fn as_many_layers_as_the_manifest_has_are_needed() {
+    fn a_layer_count_mismatch_is_rejected() {
         let one = config(&[Digest::of(b"a")]);
         assert!(matches!(one.stack(&[]), Err(RootFsError::Count { diff_ids: 1, layers: 0 })));
         assert!(config(&[]).stack(&[]).unwrap().is_empty());
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_configuration_is_refused() {
+    fn malformed_configurations_are_rejected() {
         for text in ["", "{}", r#"{"rootfs":{"diff_ids":["sha512:00"]}}"#, r#"{"rootfs":{"diff_ids":"x"}}"#] {
             assert!(matches!(RootFs::parse(text.as_bytes()), Err(RootFsError::Malformed(_))), "{text}");
         }

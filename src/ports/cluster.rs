@@ -13,9 +13,9 @@ use crate::model::{NodeName, Owner, PodRef, PodView, Zone};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PodEvent {
     /// A pod as it is now; new, changed or listed again.
-    Seen(Box<PodView>),
+    Applied(Box<PodView>),
     /// A pod that no longer exists.
-    Gone(PodRef),
+    Deleted(PodRef),
     /// Every pod that exists has been seen at least once; pods that were known before and are not in this list are gone.
     Synced(Vec<PodRef>),
 }
@@ -131,7 +131,7 @@ pub trait Cluster: Send + Sync + 'static {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodReport {
     /// What happened; becomes the Event's reason.
-    pub kind: ReportKind,
+    pub kind: PodReportKind,
     /// A sentence for people: what, from whom, what to do. At most 1024 bytes are kept (Kubernetes' limit for notes).
     pub note: String,
 }
@@ -169,13 +169,13 @@ impl NodeReportKind {
 
 /// The reasons of our Events. They are part of what users may rely on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ReportKind {
+pub enum PodReportKind {
     /// The image is here now and the pod can start.
-    Salvaged,
+    Recovered,
     /// It was tried and did not work; it will be tried again.
     Failed,
     /// Nothing that we do would help, or may be done; says why and what would.
-    NotActionable,
+    NotRecoverable,
     /// No peer holds the image under this name; we wait for one.
     NoProvider,
     /// A pull does not end; the note says what the pod waits for and until when.
@@ -183,32 +183,32 @@ pub enum ReportKind {
     /// A stalled pull was ended by ending containerd's connection; the note names the connection.
     PullEnded,
     /// The kubelet's words about a failed pull cannot be read; the note quotes them.
-    NotUnderstood,
+    Unclassified,
     /// The record of an image that nobody can mend was removed, so that the kubelet pulls it anew.
-    Removed,
+    RecordRemoved,
     /// A dry run found where the image could come from.
     DryRun,
 }
 
-impl ReportKind {
+impl PodReportKind {
     /// The Event's reason.
     pub fn reason(self) -> &'static str {
         match self {
-            Self::Salvaged => "ImageSalvaged",
+            Self::Recovered => "ImageSalvaged",
             Self::Failed => "ImageSalvageFailed",
-            Self::NotActionable => "ImageNotActionable",
+            Self::NotRecoverable => "ImageNotActionable",
             Self::NoProvider => "ImageNoProvider",
             Self::Stalled => "ImagePullStalled",
             Self::PullEnded => "ImagePullEnded",
-            Self::NotUnderstood => "ImageFailureNotUnderstood",
-            Self::Removed => "ImageRecordRemoved",
+            Self::Unclassified => "ImageFailureNotUnderstood",
+            Self::RecordRemoved => "ImageRecordRemoved",
             Self::DryRun => "ImageSalvageDryRun",
         }
     }
 
     /// Whether `kubectl` shows it as a warning.
     pub fn is_warning(self) -> bool {
-        !matches!(self, Self::Salvaged | Self::DryRun)
+        !matches!(self, Self::Recovered | Self::DryRun)
     }
 }
 

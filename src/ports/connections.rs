@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 
-use crate::decide::silence::{Connection, Connections};
+use crate::decide::stalled_connections::{TcpConnection, TcpConnections};
 
 /// Lists and ends containerd's TCP connections.
 #[async_trait]
@@ -11,14 +11,14 @@ pub trait PullConnections: Send + Sync {
     ///
     /// # Errors
     /// [`ConnectionsError`].
-    async fn connections(&self) -> Result<Connections, ConnectionsError>;
+    async fn connections(&self) -> Result<TcpConnections, ConnectionsError>;
 
     /// Ends a connection like a fault of the network: containerd's next read fails, and the other
     /// end receives a reset. Returns `false` where the connection had ended.
     ///
     /// # Errors
     /// [`ConnectionsError`].
-    async fn end(&self, connection: &Connection) -> Result<bool, ConnectionsError>;
+    async fn end(&self, connection: &TcpConnection) -> Result<bool, ConnectionsError>;
 }
 
 /// Why connections could not be listed or ended.
@@ -27,7 +27,7 @@ pub enum ConnectionsError {
     /// containerd's connections cannot be told from those of other programs here. The text names
     /// the remedy.
     #[error("containerd's connections cannot be told from others: {0}")]
-    NotTold(String),
+    Indistinguishable(String),
     /// containerd does not name the process ID.
     #[error("containerd does not name its process: {0}")]
     Containerd(#[from] super::StoreError),

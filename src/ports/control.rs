@@ -18,7 +18,7 @@ pub const MAX_NAMES: usize = 32;
 
 /// Members of the mesh that a status names: as many nodes as Kubernetes is built for. At some 300 bytes each that is 1.5 MiB, and 3 MiB
 /// with names of the longest kind.
-pub const MAX_MEMBERS: usize = 5000;
+pub const MAX_STATUS_MEMBERS: usize = 5000;
 
 /// An image that somebody asks for by hand.
 #[derive(Debug)]
@@ -177,7 +177,7 @@ pub struct Status {
     pub images: Option<ImagesStatus>,
     /// Layers that are retained; absent where none are to be.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub retained: Option<RetainedStatus>,
+    pub retained: Option<RetentionStatus>,
     /// Images of the agent's own DaemonSet; absent where the agent does not look after them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub own_image: Option<OwnImageStatus>,
@@ -189,7 +189,7 @@ pub struct Status {
     pub recoveries: Option<Vec<RecoveryStatus>>,
     /// The watched file, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub rules_file: Option<RulesFileStatus>,
+    pub rules_file: Option<PolicyFileStatus>,
 }
 
 /// Whether other agents answer over UDP, which carries blobs.
@@ -282,7 +282,7 @@ pub struct ImagesStatus {
 /// Layers that outlive their unpacking because the agent has leases on them.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub struct RetainedStatus {
+pub struct RetentionStatus {
     /// Bytes of these layers.
     pub bytes: u64,
     /// Limit of these bytes.
@@ -364,7 +364,7 @@ pub struct LayerStatus {
 /// The watched file of rules.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub struct RulesFileStatus {
+pub struct PolicyFileStatus {
     /// Where it is.
     pub path: String,
     /// Why it is not in force as it is now; then what was read before stays.
@@ -382,7 +382,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_known_is_not_written_and_reads_back_as_unknown() {
+    fn unknown_status_fields_are_omitted_and_read_back_as_unknown() {
         let status = Status { node: Some("n1".into()), registries_down: Some(Vec::new()), ..Status::default() };
         let text = serde_json::to_string(&status).unwrap();
         assert_eq!(text, r#"{"node":"n1","registriesDown":[]}"#);

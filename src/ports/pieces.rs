@@ -7,9 +7,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use super::{FetchError, Remembered, StoreError};
-use crate::model::{Availability, Bits, Order, PeerId};
-use crate::oci::{Chain, Cut, Digest, State, Verified};
+use super::{BlobMetadata, FetchError, StoreError};
+use crate::model::{Bits, PeerId, PieceMapUpdate, PieceRequest};
+use crate::oci::{BlobProof, Digest, HashChain, HashState, PieceLayout};
 
 /// Fetches pieces from peers that were admitted.
 #[async_trait]
@@ -19,13 +19,24 @@ pub trait PieceFetcher: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`FetchError`]. The list is a claim.
-    async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut, heard: Heard<'_>) -> Result<Chain, FetchError>;
+    async fn fetch_hash_chain(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        cut: PieceLayout,
+        heard: StateSink<'_>,
+    ) -> Result<HashChain, FetchError>;
 
     /// Begins to hear which pieces the peer has.
     ///
     /// # Errors
     /// [`FetchError`]; [`FetchError::Absent`] when it has nothing of the blob.
-    async fn follow(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Box<dyn Following>, FetchError>;
+    async fn follow(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        cut: PieceLayout,
+    ) -> Result<Box<dyn PieceMapUpdates>, FetchError>;
 
     /// Gives pieces to `sink` as they come. Ends when the peer has sent all that it will: up to `most`, fewer or none where it does not have them.
     ///
@@ -33,23 +44,23 @@ pub trait PieceFetcher: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`FetchError`]; pieces that ended before it count.
-    async fn pieces(&self, order: &Order, sink: &mut dyn PieceSink) -> Result<(), FetchError>;
+    async fn fetch_pieces(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError>;
 
     /// The list of a blob that was proved and is in the store now, for those who will ask this node for it.
-    fn keep(&self, chain: Arc<Chain>);
+    fn keep_hash_chain(&self, chain: Arc<HashChain>);
 }
 
 /// Gets the next states of a list.
-pub type Heard<'a> = &'a mut (dyn FnMut(&[State]) + Send);
+pub type StateSink<'a> = &'a mut (dyn FnMut(&[HashState]) + Send);
 
 /// What a peer has of a blob, as it changes.
 #[async_trait]
-pub trait Following: Send {
+pub trait PieceMapUpdates: Send {
     /// The next word; the first says what there is, later ones what came. Waits as long as nothing changes.
     ///
     /// # Errors
     /// [`FetchError`] when the peer has gone, or gave up fetching.
-    async fn next(&mut self) -> Result<Availability, FetchError>;
+    async fn next(&mut self) -> Result<PieceMapUpdate, FetchError>;
 }
 
 /// Where pieces go. Called from one task; its time is not counted against the peer.
@@ -76,7 +87,7 @@ pub trait PieceSink: Send {
 pub enum PieceError {
     /// Its bytes do not fit the list.
     #[error("the piece does not fit")]
-    Unfit,
+    Mismatch,
     /// Our own store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -88,10 +99,10 @@ pub enum PieceError {
 /// It outlives the process where the store can keep it: after a kill the next [`super::ContentStore::stage`] finds what was written, and says so. Dropped, it
 /// stays for a while too; whatever is not taken up again within [`STAGED_LIFE`] is removed.
 #[async_trait]
-pub trait Staged: Send + Sync {
+pub trait StagedBlob: Send + Sync {
     /// The parts that were written before this process began, as far as that is known; of some of their bytes it may not be true. Sorted, not empty,
     /// not touching. Nothing about their content is known: each piece has to be checked.
-    fn left(&self) -> Vec<Range<u64>>;
+    fn resumed_ranges(&self) -> Vec<Range<u64>>;
 
     /// Writes at an offset. Ranges written at the same time do not overlap.
     ///
@@ -111,30 +122,30 @@ pub trait Staged: Send + Sync {
     ///
     /// # Errors
     /// [`StoreError::Other`] when the proof is for another blob; as [`super::BlobWriter::commit`].
-    async fn commit(&self, proof: Verified, remembered: &Remembered) -> Result<(), StoreError>;
+    async fn commit(&self, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError>;
 
     /// Throws away what was written; it is not to be taken up again.
     async fn abandon(&self);
 }
 
 /// How long what was staged and not committed is kept for a later try: as long as a recovery's pin.
-pub const STAGED_LIFE: std::time::Duration = std::time::Duration::from_secs(3600);
+pub const STAGED_BLOB_LIFE: std::time::Duration = std::time::Duration::from_secs(3600);
 
 /// The blobs that are being fetched here, for others who want them.
-pub trait Partials: Send + Sync + 'static {
+pub trait PartialBlobs: Send + Sync + 'static {
     /// The blob, if it is being fetched and something of it can be served. Each time another view of it: whoever holds one knows by
     /// [`Partial::changes`], not by its own view, that it is fetched no more.
-    fn partial(&self, digest: Digest) -> Option<Arc<dyn Partial>>;
+    fn partial(&self, digest: Digest) -> Option<Arc<dyn PartialBlob>>;
 }
 
 /// A blob that is being fetched. Every piece in it was found to fit its list.
 #[async_trait]
-pub trait Partial: Send + Sync {
+pub trait PartialBlob: Send + Sync {
     /// The list that its pieces fit.
-    fn chain(&self) -> Arc<Chain>;
+    fn hash_chain(&self) -> Arc<HashChain>;
 
     /// The pieces that are there.
-    fn held(&self) -> Bits;
+    fn piece_map(&self) -> Bits;
 
     /// Moves when pieces came. Its sender is gone when the blob is not fetched any more: it is in the store then, or nowhere.
     fn changes(&self) -> watch::Receiver<u64>;
@@ -148,10 +159,10 @@ pub trait Partial: Send + Sync {
 
 /// Nothing is being fetched: for agents that only serve.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct NoPartials;
+pub struct NoPartialBlobs;
 
-impl Partials for NoPartials {
-    fn partial(&self, _: Digest) -> Option<Arc<dyn Partial>> {
+impl PartialBlobs for NoPartialBlobs {
+    fn partial(&self, _: Digest) -> Option<Arc<dyn PartialBlob>> {
         None
     }
 }

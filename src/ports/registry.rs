@@ -7,7 +7,7 @@ use async_trait::async_trait;
 
 use super::{BlobSink, PullSecret, StoreError};
 use crate::model::OutageKind;
-use crate::oci::{Digest, Repository, Verified};
+use crate::oci::{BlobProof, Digest, Repository};
 
 /// Asks registries. Every answer is bounded in size and time.
 #[async_trait]
@@ -41,12 +41,12 @@ pub trait Registry: Send + Sync + 'static {
         size: u64,
         secrets: &[PullSecret],
         sink: &mut dyn BlobSink,
-    ) -> Result<Verified, BlobError>;
+    ) -> Result<BlobProof, RegistryFetchError>;
 }
 
 /// Why a blob did not come from a registry.
 #[derive(Debug, thiserror::Error)]
-pub enum BlobError {
+pub enum RegistryFetchError {
     /// The registry accepts none of the credentials, and no request without any.
     #[error("{0} denies the blob")]
     Denied(String),
@@ -104,7 +104,7 @@ pub enum RegistryError {
     NotFound(String),
     /// It answers, but not as a registry does (an HTML page, a digest that is none, too much of anything).
     #[error("{registry} answers nonsense: {reason}")]
-    Nonsense {
+    InvalidResponse {
         /// Which one.
         registry: String,
         /// What is wrong with it.
@@ -112,14 +112,14 @@ pub enum RegistryError {
     },
 }
 
-impl From<RegistryError> for BlobError {
+impl From<RegistryError> for RegistryFetchError {
     fn from(error: RegistryError) -> Self {
         match error {
             RegistryError::Down { registry, kind } => Self::Down { registry, kind },
             RegistryError::RateLimited(registry) => Self::RateLimited { registry, retry_after: None },
             RegistryError::Denied(registry) => Self::Denied(registry),
             RegistryError::NotFound(registry) => Self::Gone(registry),
-            RegistryError::Nonsense { registry, reason } => Self::WrongBytes { registry, reason },
+            RegistryError::InvalidResponse { registry, reason } => Self::WrongBytes { registry, reason },
         }
     }
 }

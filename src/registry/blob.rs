@@ -8,56 +8,61 @@ use hyper::header::{CONTENT_LENGTH, HeaderMap, HeaderValue, RETRY_AFTER};
 use hyper::{Method, StatusCode};
 use tokio::time::{Instant, timeout};
 
-use super::resolve::{self, Ask, Question, Said};
-use crate::http::Answer;
+use super::resolve::{self, QueryReply, RegistryQuery, RegistryRequest};
+use crate::http::HttpResponse;
 use crate::model::OutageKind;
-use crate::oci::{Digest, Hasher, Verified};
-use crate::ports::{BlobError, BlobSink, PullSecret, RegistryError};
+use crate::oci::{BlobProof, Digest, Hasher};
+use crate::ports::{BlobSink, PullSecret, RegistryError, RegistryFetchError};
 
 /// Bytes per second below which a registry counts as stalled, as between peers: the waits for a
 /// blob add up to no more than its size at this rate, and one longest wait.
-const SLOWEST: u64 = 64 << 10;
+const MIN_BLOB_RATE: u64 = 64 << 10;
 
 /// Bytes that are gathered before they are written. hyper yields 32 KiB at most.
-const BATCH: usize = 256 << 10;
+const WRITE_BATCH: usize = 256 << 10;
 
 /// The blob as its registry, or the storage behind the registry, sends it.
-struct Content;
+struct BlobQuery;
 
-enum Opened {
-    Content(Answer),
+enum BlobResponse {
+    Content(HttpResponse),
     RateLimited(Option<Duration>),
 }
 
-impl Ask for Content {
-    type Given = Opened;
+impl RegistryQuery for BlobQuery {
+    type Output = BlobResponse;
 
-    async fn ask(question: &Question<'_>, authorization: Option<&HeaderValue>) -> Result<Said<Opened>, RegistryError> {
-        let (answer, redirected) = question.follow(Method::GET, "*/*", authorization).await?;
+    async fn execute(
+        request: &RegistryRequest<'_>,
+        authorization: Option<&HeaderValue>,
+    ) -> Result<QueryReply<BlobResponse>, RegistryError> {
+        let (answer, redirected) = request.send_following_redirects(Method::GET, "*/*", authorization).await?;
         match answer.status {
-            StatusCode::OK => Ok(Said::Given(Opened::Content(answer))),
-            StatusCode::TOO_MANY_REQUESTS => Ok(Said::Given(Opened::RateLimited(retry_after(&answer.headers)))),
-            StatusCode::GONE => Err(RegistryError::NotFound(question.registry())),
+            StatusCode::OK => Ok(QueryReply::Success(BlobResponse::Content(answer))),
+            StatusCode::TOO_MANY_REQUESTS => {
+                Ok(QueryReply::Success(BlobResponse::RateLimited(retry_after(&answer.headers))))
+            }
+            StatusCode::GONE => Err(RegistryError::NotFound(request.registry())),
             // The registry authorised the request. The storage refuses the signature of the URL, or
             // the node's address: no other credential helps.
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if redirected => {
-                Err(RegistryError::Down { registry: question.registry(), kind: OutageKind::ServerError })
+                Err(RegistryError::Down { registry: request.registry(), kind: OutageKind::ServerError })
             }
-            _ => question.not_given(&answer, redirected),
+            _ => request.unsuccessful_reply(&answer, redirected),
         }
     }
 }
 
-impl Question<'_> {
+impl RegistryRequest<'_> {
     /// The answer that carries the blob.
     ///
     /// # Errors
     /// [`BlobError`] but for the sink's.
-    pub(super) async fn open(&self, secrets: &[PullSecret]) -> Result<Answer, BlobError> {
-        match self.answer::<Content>(secrets).await {
-            Ok(Opened::Content(answer)) => Ok(answer),
-            Ok(Opened::RateLimited(retry_after)) => {
-                Err(BlobError::RateLimited { registry: self.registry(), retry_after })
+    pub(super) async fn open_blob(&self, secrets: &[PullSecret]) -> Result<HttpResponse, RegistryFetchError> {
+        match self.send_with_credentials::<BlobQuery>(secrets).await {
+            Ok(BlobResponse::Content(answer)) => Ok(answer),
+            Ok(BlobResponse::RateLimited(retry_after)) => {
+                Err(RegistryFetchError::RateLimited { registry: self.registry(), retry_after })
             }
             Err(error) => Err(error.into()),
         }
@@ -65,69 +70,73 @@ impl Question<'_> {
 }
 
 /// Receives one blob.
-pub(super) struct Incoming<'a> {
+pub(super) struct BlobReceiver<'a> {
     registry: &'a str,
     digest: Digest,
     size: u64,
     /// Longest wait for the next bytes.
     stall_limit: Duration,
     /// Time that may still be waited. Time in the sink does not count: the sink may keep a rate.
-    patience: Duration,
+    remaining_wait: Duration,
 }
 
-impl<'a> Incoming<'a> {
+impl<'a> BlobReceiver<'a> {
     pub(super) fn new(registry: &'a str, digest: Digest, size: u64, stall_limit: Duration) -> Self {
-        let patience = stall_limit + Duration::from_secs(size / SLOWEST);
-        Self { registry, digest, size, stall_limit, patience }
+        let remaining_wait = stall_limit + Duration::from_secs(size / MIN_BLOB_RATE);
+        Self { registry, digest, size, stall_limit, remaining_wait }
     }
 
     /// Writes the body into the sink, and proves its digest.
     ///
     /// # Errors
     /// [`BlobError::Down`], [`BlobError::WrongBytes`] and [`BlobError::Sink`].
-    pub(super) async fn receive(mut self, answer: Answer, sink: &mut dyn BlobSink) -> Result<Verified, BlobError> {
-        if let Some(length) = declared(&answer.headers).filter(|length| *length != self.size) {
-            return Err(self.wrong(format!("{length} bytes instead of {}", self.size)));
+    pub(super) async fn receive(
+        mut self,
+        answer: HttpResponse,
+        sink: &mut dyn BlobSink,
+    ) -> Result<BlobProof, RegistryFetchError> {
+        if let Some(length) = content_length(&answer.headers).filter(|length| *length != self.size) {
+            return Err(self.wrong_bytes(format!("{length} bytes instead of {}", self.size)));
         }
         let (mut answer, mut hasher) = (answer, Hasher::default());
         let mut batch: Vec<Bytes> = Vec::new();
-        let mut gathered = 0;
+        let mut batch_bytes = 0;
         while let Some(chunk) = self.next(&mut answer).await? {
             if chunk.len() as u64 > self.size - hasher.size() {
-                return Err(self.wrong(format!("more than {} bytes", self.size)));
+                return Err(self.wrong_bytes(format!("more than {} bytes", self.size)));
             }
             hasher.update(&chunk);
-            gathered += chunk.len();
+            batch_bytes += chunk.len();
             batch.push(chunk);
-            if gathered >= BATCH {
+            if batch_bytes >= WRITE_BATCH {
                 sink.append(&batch).await?;
                 batch.clear();
-                gathered = 0;
+                batch_bytes = 0;
             }
         }
         if !batch.is_empty() {
             sink.append(&batch).await?;
         }
-        hasher.verify(self.digest, self.size).map_err(|error| self.wrong(error.to_string()))
+        hasher.verify(self.digest, self.size).map_err(|error| self.wrong_bytes(error.to_string()))
     }
 
-    async fn next(&mut self, answer: &mut Answer) -> Result<Option<Bytes>, BlobError> {
+    async fn next(&mut self, answer: &mut HttpResponse) -> Result<Option<Bytes>, RegistryFetchError> {
         let began = Instant::now();
-        let chunk = timeout(self.patience.min(self.stall_limit), answer.chunk()).await;
-        self.patience = self.patience.saturating_sub(began.elapsed());
+        let chunk = timeout(self.remaining_wait.min(self.stall_limit), answer.chunk()).await;
+        self.remaining_wait = self.remaining_wait.saturating_sub(began.elapsed());
         match chunk {
             Ok(Ok(chunk)) => Ok(chunk),
-            Ok(Err(failure)) => Err(resolve::error(self.registry, failure).into()),
-            Err(_) => Err(BlobError::Down { registry: self.registry.to_owned(), kind: OutageKind::TimedOut }),
+            Ok(Err(failure)) => Err(resolve::registry_error(self.registry, failure).into()),
+            Err(_) => Err(RegistryFetchError::Down { registry: self.registry.to_owned(), kind: OutageKind::TimedOut }),
         }
     }
 
-    fn wrong(&self, reason: String) -> BlobError {
-        BlobError::WrongBytes { registry: self.registry.to_owned(), reason }
+    fn wrong_bytes(&self, reason: String) -> RegistryFetchError {
+        RegistryFetchError::WrongBytes { registry: self.registry.to_owned(), reason }
     }
 }
 
-fn declared(headers: &HeaderMap) -> Option<u64> {
+fn content_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
@@ -145,18 +154,18 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 mod tests {
     use super::*;
 
-    fn said(text: &str) -> Option<Duration> {
+    fn parsed(text: &str) -> Option<Duration> {
         retry_after(&HeaderMap::from_iter([(RETRY_AFTER, HeaderValue::from_str(text).unwrap())]))
     }
 
     #[test]
-    fn a_pause_is_seconds_or_a_date() {
-        assert_eq!(said("120"), Some(Duration::from_secs(120)));
+    fn a_retry_after_header_holds_seconds_or_a_date() {
+        assert_eq!(parsed("120"), Some(Duration::from_secs(120)));
         let later = jiff::Timestamp::now() + Duration::from_secs(3600);
-        let pause = said(&later.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string()).unwrap();
+        let pause = parsed(&later.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string()).unwrap();
         assert!(pause > Duration::from_secs(3500) && pause <= Duration::from_secs(3600), "{pause:?}");
         for none in ["Sun, 06 Nov 1994 08:49:37 GMT", "-1", "soon", "", "99999999999999999999999"] {
-            assert_eq!(said(none), None, "{none}");
+            assert_eq!(parsed(none), None, "{none}");
         }
     }
 }

@@ -19,22 +19,23 @@ pub(super) enum Challenge {
 }
 
 /// The challenge that we answer: a token where the registry takes one. Other schemes (Negotiate, Digest) are not known here.
-pub(super) fn chosen(headers: &HeaderMap) -> Option<Challenge> {
+pub(super) fn preferred_challenge(headers: &HeaderMap) -> Option<Challenge> {
     let texts = headers.get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
-    let known: Vec<_> = texts.flat_map(|text| Scanner { rest: text }.challenges()).filter_map(known).collect();
+    let known: Vec<_> =
+        texts.flat_map(|text| Scanner { rest: text }.challenges()).filter_map(parse_challenge).collect();
     let token = known.iter().position(|challenge| matches!(challenge, Challenge::Bearer { .. }));
     known.into_iter().nth(token.unwrap_or(0))
 }
 
 /// One challenge as it is written: a scheme and its parameters.
 #[derive(Debug, Default)]
-struct Written {
+struct RawChallenge {
     scheme: String,
     parameters: Vec<(String, String)>,
 }
 
-fn known(written: Written) -> Option<Challenge> {
-    let Written { scheme, parameters } = written;
+fn parse_challenge(written: RawChallenge) -> Option<Challenge> {
+    let RawChallenge { scheme, parameters } = written;
     let get = |wanted: &str| {
         let found = parameters.iter().find(|(name, _)| name.eq_ignore_ascii_case(wanted));
         found.map(|(_, value)| value.clone()).filter(|value| !value.is_empty())
@@ -52,8 +53,8 @@ struct Scanner<'a> {
 }
 
 impl Scanner<'_> {
-    fn challenges(mut self) -> Vec<Written> {
-        let mut found: Vec<Written> = Vec::new();
+    fn challenges(mut self) -> Vec<RawChallenge> {
+        let mut found: Vec<RawChallenge> = Vec::new();
         loop {
             self.rest = self.rest.trim_start_matches([' ', '\t', ',']);
             if self.rest.is_empty() {
@@ -66,7 +67,7 @@ impl Scanner<'_> {
                     let value = self.value();
                     challenge.parameters.push((word, value));
                 }
-                (None, _) if !word.is_empty() => found.push(Written { scheme: word, parameters: Vec::new() }),
+                (None, _) if !word.is_empty() => found.push(RawChallenge { scheme: word, parameters: Vec::new() }),
                 _ => self.skip(),
             }
         }
@@ -120,7 +121,7 @@ mod tests {
         for text in texts {
             headers.append(WWW_AUTHENTICATE, HeaderValue::from_str(text).unwrap());
         }
-        chosen(&headers)
+        preferred_challenge(&headers)
     }
 
     fn bearer(realm: &str, service: Option<&str>, scope: Option<&str>) -> Option<Challenge> {
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_preferred_to_a_password_wherever_it_stands() {
+    fn a_bearer_challenge_is_preferred_to_a_basic_challenge() {
         let token = bearer("https://a/token", Some("reg"), Some("repository:x/y:pull,push"));
         let written = r#"Bearer realm="https://a/token",service="reg",scope="repository:x/y:pull,push""#;
         assert_eq!(of(&[written]), token);
@@ -140,25 +141,25 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_answered_is_no_challenge() {
+    fn an_unsupported_challenge_is_ignored() {
         for text in
             ["", "Bearer", r#"Bearer service="reg""#, "Negotiate", r#"Digest realm="x""#, "=", "\"", "realm=\"x"]
         {
             assert_eq!(of(&[text]), None, "{text:?}");
         }
-        assert_eq!(chosen(&HeaderMap::new()), None);
+        assert_eq!(preferred_challenge(&HeaderMap::new()), None);
     }
 
     proptest! {
         #[test]
-        fn any_text_can_be_quoted(realm in "[ -~]{1,40}", service in "[ -~]{1,40}") {
+        fn any_quoted_parameter_is_read_back(realm in "[ -~]{1,40}", service in "[ -~]{1,40}") {
             let quote = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"");
             let written = format!("Bearer realm=\"{}\", service=\"{}\"", quote(&realm), quote(&service));
             prop_assert_eq!(of(&[&written]), bearer(&realm, Some(&service), None));
         }
 
         #[test]
-        fn no_header_is_too_strange(text in "[ -~\t]{0,200}") {
+        fn any_header_is_scanned_without_a_panic(text in "[ -~\t]{0,200}") {
             of(&[&text]);
         }
     }

@@ -22,11 +22,11 @@ const MAX_SECRET: usize = 1 << 20;
 
 /// The most credentials that are tried for one question. Each costs two requests and, when wrong, a failed login; pods have one or
 /// two pull secrets.
-const MOST: usize = 8;
+const MAX_CREDENTIALS: usize = 8;
 
 /// What proves who we are. Not shown by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
-pub(super) enum Credential {
+pub(super) enum RegistryCredential {
     Password {
         user: String,
         password: String,
@@ -35,9 +35,9 @@ pub(super) enum Credential {
     IdentityToken(String),
 }
 
-impl Credential {
+impl RegistryCredential {
     /// The header of basic authentication, where there is a password.
-    pub(super) fn basic(&self) -> Option<HeaderValue> {
+    pub(super) fn basic_header(&self) -> Option<HeaderValue> {
         let Self::Password { user, password } = self else { return None };
         let mut value =
             HeaderValue::from_str(&format!("Basic {}", STANDARD.encode(format!("{user}:{password}")))).ok()?;
@@ -52,10 +52,10 @@ pub(super) fn is_docker_hub(host: &str) -> bool {
 }
 
 /// The credentials for a repository: the secrets in their order, within one the longest path first; each once, [`MOST`] at most.
-pub(super) fn for_repository(secrets: &[PullSecret], repository: &Repository) -> Vec<Credential> {
+pub(super) fn for_repository(secrets: &[PullSecret], repository: &Repository) -> Vec<RegistryCredential> {
     let mut found = Vec::new();
     for credential in secrets.iter().flat_map(|secret| matching(secret, repository)) {
-        if found.len() < MOST && !found.contains(&credential) {
+        if found.len() < MAX_CREDENTIALS && !found.contains(&credential) {
             found.push(credential);
         }
     }
@@ -63,87 +63,87 @@ pub(super) fn for_repository(secrets: &[PullSecret], repository: &Repository) ->
 }
 
 #[derive(Deserialize)]
-struct File {
+struct DockerConfig {
     #[serde(default)]
     auths: BTreeMap<String, serde_json::Value>,
 }
 
 #[derive(Deserialize)]
-struct Entry {
+struct AuthEntry {
     auth: Option<String>,
     username: Option<String>,
     password: Option<String>,
     identitytoken: Option<String>,
 }
 
-fn matching(PullSecret(bytes): &PullSecret, repository: &Repository) -> Vec<Credential> {
+fn matching(PullSecret(bytes): &PullSecret, repository: &Repository) -> Vec<RegistryCredential> {
     if bytes.len() > MAX_SECRET {
         return Vec::new();
     }
-    let Ok(File { auths }) = serde_json::from_slice(bytes) else { return Vec::new() };
+    let Ok(DockerConfig { auths }) = serde_json::from_slice(bytes) else { return Vec::new() };
     let mut fitting: Vec<_> = auths
         .into_iter()
         .filter_map(|(key, entry)| {
-            let key = Key::read(&key);
-            let credential = serde_json::from_value::<Entry>(entry).ok()?.credential()?;
-            key.fits(repository).then(|| (Reverse(key.precision()), credential))
+            let key = AuthKey::read(&key);
+            let credential = serde_json::from_value::<AuthEntry>(entry).ok()?.credential()?;
+            key.is_for(repository).then(|| (Reverse(key.precision()), credential))
         })
         .collect();
     fitting.sort_by_key(|(precision, _)| *precision);
     fitting.into_iter().map(|(_, credential)| credential).collect()
 }
 
-impl Entry {
-    fn credential(self) -> Option<Credential> {
+impl AuthEntry {
+    fn credential(self) -> Option<RegistryCredential> {
         let Self { auth, username, password, identitytoken } = self;
         let given = |text: Option<String>| text.filter(|text| !text.is_empty());
         if let Some(token) = given(identitytoken) {
-            return Some(Credential::IdentityToken(token));
+            return Some(RegistryCredential::IdentityToken(token));
         }
         // `kubectl create secret` writes both forms; the kubelet, too, believes `auth`.
         if let Some(auth) = given(auth) {
-            return decoded(&auth);
+            return decode_auth(&auth);
         }
-        Some(Credential::Password { user: given(username)?, password: given(password)? })
+        Some(RegistryCredential::Password { user: given(username)?, password: given(password)? })
     }
 }
 
 /// base64 of `user:password`, with padding or without, and with the line end that `base64` adds.
-fn decoded(auth: &str) -> Option<Credential> {
+fn decode_auth(auth: &str) -> Option<RegistryCredential> {
     let auth = auth.trim().trim_end_matches('=');
     let engine = base64::engine::general_purpose::STANDARD_NO_PAD;
     let text = String::from_utf8(engine.decode(auth).ok()?).ok()?;
     let (user, password) = text.split_once(':')?;
     let password = password.trim_end_matches(['\0', '\r', '\n']);
-    (!user.is_empty()).then(|| Credential::Password { user: user.to_owned(), password: password.to_owned() })
+    (!user.is_empty()).then(|| RegistryCredential::Password { user: user.to_owned(), password: password.to_owned() })
 }
 
 /// A key of `auths`.
-struct Key<'a> {
+struct AuthKey<'a> {
     host: &'a str,
     port: Option<&'a str>,
     path: Vec<&'a str>,
 }
 
-impl<'a> Key<'a> {
+impl<'a> AuthKey<'a> {
     fn read(text: &'a str) -> Self {
         let text = text.trim();
         let text = ["https://", "http://"].iter().find_map(|scheme| text.strip_prefix(scheme)).unwrap_or(text);
-        let (place, path) = text.split_once('/').unwrap_or((text, ""));
+        let (authority, path) = text.split_once('/').unwrap_or((text, ""));
         let mut path: Vec<_> = path.split('/').filter(|component| !component.is_empty()).collect();
         if matches!(path.first(), Some(&("v1" | "v2"))) {
             path.remove(0);
         }
-        let (host, port) = split_port(place);
+        let (host, port) = split_port(authority);
         Self { host, port, path }
     }
 
-    fn fits(&self, repository: &Repository) -> bool {
+    fn is_for(&self, repository: &Repository) -> bool {
         let components = repository.path.split('/');
         let (host, port) = split_port(&repository.registry);
         let hub = is_docker_hub(self.host) && is_docker_hub(host);
         self.port == port
-            && (hub || host_fits(self.host, host))
+            && (hub || is_host_match(self.host, host))
             && self.path.len() <= components.clone().count()
             && self.path.iter().zip(components).all(|(key, component)| *key == component)
     }
@@ -155,24 +155,24 @@ impl<'a> Key<'a> {
 }
 
 /// The colons of an IPv6 address stand within brackets.
-fn split_port(place: &str) -> (&str, Option<&str>) {
-    match place.rsplit_once(':') {
+fn split_port(authority: &str) -> (&str, Option<&str>) {
+    match authority.rsplit_once(':') {
         Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
-        _ => (place, None),
+        _ => (authority, None),
     }
 }
 
 /// Label by label, so that `*.example.com` is not for `example.com`, nor for `a.b.example.com`.
-fn host_fits(pattern: &str, host: &str) -> bool {
+fn is_host_match(pattern: &str, host: &str) -> bool {
     let (pattern, host) = (pattern.to_ascii_lowercase(), host.to_ascii_lowercase());
     if !pattern.contains('*') {
         return pattern == host;
     }
     let (patterns, labels): (Vec<_>, Vec<_>) = (pattern.split('.').collect(), host.split('.').collect());
-    patterns.len() == labels.len() && patterns.iter().zip(labels).all(|(pattern, label)| label_fits(pattern, label))
+    patterns.len() == labels.len() && patterns.iter().zip(labels).all(|(pattern, label)| is_label_match(pattern, label))
 }
 
-fn label_fits(pattern: &str, label: &str) -> bool {
+fn is_label_match(pattern: &str, label: &str) -> bool {
     let Some((begin, rest)) = pattern.split_once('*') else { return pattern == label };
     let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
     let inner = label.strip_prefix(begin).and_then(|label| label.strip_suffix(end));

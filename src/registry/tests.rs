@@ -9,33 +9,34 @@ use std::io::Write;
 use serde_json::json;
 
 use super::*;
-use crate::http::server::{Reply, Seen, Server, reply};
+use crate::http::test_server::{HttpTestServer, ReceivedRequest, Reply, reply};
 
 /// For whatever is to be answered; a slow machine must not fail a test.
-const PATIENCE: Duration = Duration::from_secs(60);
+const LONG_TIMEOUT: Duration = Duration::from_secs(60);
 /// For what will never be.
-const IMPATIENCE: Duration = Duration::from_millis(100);
+const SHORT_TIMEOUT: Duration = Duration::from_millis(100);
 
 fn client() -> RegistryClient {
-    RegistryClient::new(Config { ping_limit: PATIENCE, resolve_limit: PATIENCE, ..Config::default() }).unwrap()
+    RegistryClient::new(Config { ping_limit: LONG_TIMEOUT, resolve_limit: LONG_TIMEOUT, ..Config::default() }).unwrap()
 }
 
-fn impatient() -> RegistryClient {
-    RegistryClient { ping_limit: IMPATIENCE, resolve_limit: IMPATIENCE, stall_limit: IMPATIENCE, ..client() }
+fn client_with_short_timeouts() -> RegistryClient {
+    RegistryClient { ping_limit: SHORT_TIMEOUT, resolve_limit: SHORT_TIMEOUT, stall_limit: SHORT_TIMEOUT, ..client() }
 }
 
 /// Treats loopback as any other host, and trusts these certificates.
-fn strict(certificates: &[&str], insecure: &[&str]) -> RegistryClient {
+fn client_trusting(certificates: &[&str], insecure: &[&str]) -> RegistryClient {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(certificates.concat().as_bytes()).unwrap();
     let ca_file = (!certificates.is_empty()).then(|| file.path().to_owned());
     let insecure = insecure.iter().map(|&name| name.to_owned()).collect();
-    let config = Config { insecure, ca_file, ping_limit: PATIENCE, resolve_limit: PATIENCE, ..Config::default() };
+    let config =
+        Config { insecure, ca_file, ping_limit: LONG_TIMEOUT, resolve_limit: LONG_TIMEOUT, ..Config::default() };
     RegistryClient { loopback_is_insecure: false, ..RegistryClient::new(config).unwrap() }
 }
 
-fn app(server: &Server) -> Repository {
-    Repository { registry: server.name(), path: "team/app".into() }
+fn app(server: &HttpTestServer) -> Repository {
+    Repository { registry: server.host_port(), path: "team/app".into() }
 }
 
 fn secret(key: &str, user: &str) -> PullSecret {
@@ -58,47 +59,51 @@ fn digest() -> Digest {
 }
 
 /// A HEAD's answer that names the manifest.
-fn named() -> Reply {
+fn digest_reply() -> Reply {
     reply(200, &[("Docker-Content-Digest", &digest().to_string())], b"")
 }
 
-fn down<T>(server: &Server, kind: OutageKind) -> Result<T, RegistryError> {
-    Err(RegistryError::Down { registry: server.name(), kind })
+fn down<T>(server: &HttpTestServer, kind: OutageKind) -> Result<T, RegistryError> {
+    Err(RegistryError::Down { registry: server.host_port(), kind })
 }
 
 /// The reason for which an answer is nonsense.
-fn nonsense(answer: Result<Digest, RegistryError>) -> String {
+fn invalid_response_reason(answer: Result<Digest, RegistryError>) -> String {
     match answer {
-        Err(RegistryError::Nonsense { reason, .. }) => reason,
+        Err(RegistryError::InvalidResponse { reason, .. }) => reason,
         other => panic!("{other:?} is not nonsense"),
     }
 }
 
-async fn resolve(client: &RegistryClient, server: &Server, secrets: &[PullSecret]) -> Result<Digest, RegistryError> {
+async fn resolve(
+    client: &RegistryClient,
+    server: &HttpTestServer,
+    secrets: &[PullSecret],
+) -> Result<Digest, RegistryError> {
     client.resolve(&app(server), "v1", secrets).await
 }
 
 #[tokio::test]
-async fn a_registry_is_there_when_anything_answers_that_is_not_broken() {
+async fn a_registry_is_up_unless_its_status_is_a_server_error() {
     let client = client();
     for (status, there) in
         [(200, true), (301, true), (401, true), (403, true), (404, true), (429, true), (500, false), (503, false)]
     {
-        let server = Server::start(move |_| reply(status, &[("Content-Type", "text/html")], b"<html>")).await;
+        let server = HttpTestServer::start(move |_| reply(status, &[("Content-Type", "text/html")], b"<html>")).await;
         let expected = if there { Ok(()) } else { down(&server, OutageKind::ServerError) };
-        assert_eq!(client.ping(&server.name()).await, expected, "{status}");
-        assert_eq!(server.asked(), ["GET /v2/"], "one request, no redirect followed");
+        assert_eq!(client.ping(&server.host_port()).await, expected, "{status}");
+        assert_eq!(server.request_lines(), ["GET /v2/"], "one request, no redirect followed");
     }
 }
 
 #[tokio::test]
-async fn a_ping_says_how_a_registry_is_away() {
-    let silent = Server::start(|_| Reply::Silence).await;
-    assert_eq!(impatient().ping(&silent.name()).await, down(&silent, OutageKind::TimedOut));
-    let strange = Server::start(|_| Reply::Bytes(b"SSH-2.0-x\r\n".to_vec())).await;
-    assert_eq!(client().ping(&strange.name()).await, down(&strange, OutageKind::ServerError));
-    let hangs_up = Server::start(|_| Reply::Bytes(Vec::new())).await;
-    assert_eq!(client().ping(&hangs_up.name()).await, down(&hangs_up, OutageKind::Refused));
+async fn a_ping_reports_the_outage_kind_of_a_registry() {
+    let silent = HttpTestServer::start(|_| Reply::Silence).await;
+    assert_eq!(client_with_short_timeouts().ping(&silent.host_port()).await, down(&silent, OutageKind::TimedOut));
+    let strange = HttpTestServer::start(|_| Reply::Bytes(b"SSH-2.0-x\r\n".to_vec())).await;
+    assert_eq!(client().ping(&strange.host_port()).await, down(&strange, OutageKind::ServerError));
+    let hangs_up = HttpTestServer::start(|_| Reply::Bytes(Vec::new())).await;
+    assert_eq!(client().ping(&hangs_up.host_port()).await, down(&hangs_up, OutageKind::Refused));
     for name in ["registry.invalid", "", "a b", "user@host", "host/path", "host:99999"] {
         let expected = RegistryError::Down { registry: name.into(), kind: OutageKind::NoSuchHost };
         assert_eq!(client().ping(name).await, Err(expected), "{name:?}");
@@ -106,7 +111,7 @@ async fn a_ping_says_how_a_registry_is_away() {
 }
 
 #[test]
-fn dockers_own_registry_is_elsewhere_than_its_name_says() {
+fn docker_io_is_reached_at_registry_1_docker_io() {
     let url = |registry| base_url("https", registry).map(String::from);
     assert_eq!(url("docker.io").as_deref(), Some("https://registry-1.docker.io/"));
     assert_eq!(url("reg.test:5000").as_deref(), Some("https://reg.test:5000/"));
@@ -115,45 +120,45 @@ fn dockers_own_registry_is_elsewhere_than_its_name_says() {
 
 #[tokio::test]
 async fn a_tag_is_resolved_without_its_manifest_where_the_registry_names_the_digest() {
-    let server = Server::start(|_| named()).await;
-    assert_eq!(resolve(&client(), &server, &[secret(&server.name(), "user")]).await, Ok(digest()));
-    let seen = server.seen();
-    assert_eq!(server.asked(), ["HEAD /v2/team/app/manifests/v1"]);
+    let server = HttpTestServer::start(|_| digest_reply()).await;
+    assert_eq!(resolve(&client(), &server, &[secret(&server.host_port(), "user")]).await, Ok(digest()));
+    let seen = server.requests();
+    assert_eq!(server.request_lines(), ["HEAD /v2/team/app/manifests/v1"]);
     assert!(seen[0].header("accept").unwrap().starts_with("application/vnd.oci.image.index.v1+json"));
     assert_eq!(seen[0].header("authorization"), None, "nobody asked who we are");
 }
 
 #[tokio::test]
-async fn without_a_named_digest_the_manifest_itself_is_hashed() {
+async fn the_manifest_is_hashed_when_no_header_names_its_digest() {
     for status in [200, 405] {
-        let answer = move |seen: &Seen| match seen.asked.starts_with("HEAD") {
+        let answer = move |seen: &ReceivedRequest| match seen.request_line.starts_with("HEAD") {
             true => reply(status, &[], b""),
             false => reply(200, &[("Content-Type", "application/json")], &manifest()),
         };
-        let server = Server::start(answer).await;
+        let server = HttpTestServer::start(answer).await;
         assert_eq!(resolve(&client(), &server, &[]).await, Ok(digest()));
-        assert_eq!(server.asked().len(), 2);
+        assert_eq!(server.request_lines().len(), 2);
     }
 }
 
 #[tokio::test]
-async fn statuses_have_their_meaning() {
+async fn each_status_of_a_tag_maps_to_its_error() {
     for status in [401, 403, 404, 429, 503] {
-        let server = Server::start(move |_| reply(status, &[], b"")).await;
-        let registry = server.name();
+        let server = HttpTestServer::start(move |_| reply(status, &[], b"")).await;
+        let registry = server.host_port();
         let expected = match status {
             404 => RegistryError::NotFound(registry),
             429 => RegistryError::RateLimited(registry),
             503 => RegistryError::Down { registry, kind: OutageKind::ServerError },
             _ => RegistryError::Denied(registry),
         };
-        assert_eq!(resolve(&client(), &server, &[secret(&server.name(), "user")]).await, Err(expected));
-        assert_eq!(server.asked().len(), 1, "{status}");
+        assert_eq!(resolve(&client(), &server, &[secret(&server.host_port(), "user")]).await, Err(expected));
+        assert_eq!(server.request_lines().len(), 1, "{status}");
     }
 }
 
 #[tokio::test]
-async fn answers_that_no_registry_gives_are_nonsense() {
+async fn responses_that_no_registry_sends_are_invalid() {
     let long = format!("{}0", digest());
     let sha512 = format!("sha512:{}", "0".repeat(128));
     let another = Digest::of(b"another").to_string();
@@ -176,33 +181,33 @@ async fn answers_that_no_registry_gives_are_nonsense() {
         ("a redirect that is nowhere", 301, with("Location", "file:///etc/passwd"), Vec::new()),
         ("redirects without end", 307, with("Location", "?again"), Vec::new()),
     ] {
-        let server = Server::start(move |seen| {
+        let server = HttpTestServer::start(move |seen| {
             let headers: Vec<_> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
             // 405 is how a HEAD is sent on to GET.
-            let get = seen.asked.starts_with("GET");
+            let get = seen.request_line.starts_with("GET");
             reply(if get && status == 405 { 200 } else { status }, &headers, &body)
         });
         let server = server.await;
-        let reason = nonsense(resolve(&client(), &server, &[]).await);
+        let reason = invalid_response_reason(resolve(&client(), &server, &[]).await);
         assert!(reason.contains(what), "{what}: {reason}");
-        assert!(server.asked().len() <= 5, "{what}");
+        assert!(server.request_lines().len() <= 5, "{what}");
     }
 }
 
 #[tokio::test]
-async fn a_registry_that_says_nothing_is_given_up() {
-    let silent = Server::start(|_| Reply::Silence).await;
-    assert_eq!(resolve(&impatient(), &silent, &[]).await, down(&silent, OutageKind::TimedOut));
+async fn a_silent_registry_times_out() {
+    let silent = HttpTestServer::start(|_| Reply::Silence).await;
+    assert_eq!(resolve(&client_with_short_timeouts(), &silent, &[]).await, down(&silent, OutageKind::TimedOut));
 }
 
 #[tokio::test]
-async fn names_that_would_change_the_question_are_not_asked() {
-    let server = Server::start(|_| named()).await;
-    let registry = server.name();
+async fn names_that_would_change_the_url_are_not_sent() {
+    let server = HttpTestServer::start(|_| digest_reply()).await;
+    let registry = server.host_port();
     for (path, tag) in [("team/app", "v1?x"), ("team/app", ""), ("team/app", "../v1"), ("../app", "v1"), ("a?b", "v1")]
     {
         let repository = Repository { registry: registry.clone(), path: path.into() };
-        nonsense(client().resolve(&repository, tag, &[]).await);
+        invalid_response_reason(client().resolve(&repository, tag, &[]).await);
     }
-    assert_eq!(server.asked().len(), 0);
+    assert_eq!(server.request_lines().len(), 0);
 }

@@ -37,8 +37,8 @@ struct State {
     clocks_ahead: i64,
     leases: BTreeMap<Digest, LeaseSnapshot>,
     versions: u64,
-    away: bool,
-    denies: bool,
+    is_unavailable: bool,
+    is_forbidden: bool,
     /// Wait before each answer about a namespace.
     namespace_delay: Duration,
 }
@@ -117,8 +117,8 @@ impl MemoryCluster {
     }
 
     /// Whether calls fail from now on, as when the API server is away.
-    pub fn set_away(&self, away: bool) {
-        self.lock().away = away;
+    pub fn set_unavailable(&self, away: bool) {
+        self.lock().is_unavailable = away;
     }
 
     /// Delays every answer about a namespace from now on, as a slow API server does.
@@ -127,8 +127,8 @@ impl MemoryCluster {
     }
 
     /// Whether nudges and deletions are denied from now on, as where the agent lacks the rights.
-    pub fn set_denies(&self, denies: bool) {
-        self.lock().denies = denies;
+    pub fn set_forbidden(&self, denies: bool) {
+        self.lock().is_forbidden = denies;
     }
 
     /// Claims in the name of one node.
@@ -146,14 +146,14 @@ impl MemoryCluster {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn answering(&self) -> Result<MutexGuard<'_, State>, ClusterError> {
+    fn available_state(&self) -> Result<MutexGuard<'_, State>, ClusterError> {
         let state = self.lock();
-        if state.away { Err(ClusterError::Unavailable("the API server is away".into())) } else { Ok(state) }
+        if state.is_unavailable { Err(ClusterError::Unavailable("the API server is away".into())) } else { Ok(state) }
     }
 
-    fn permitting(&self) -> Result<MutexGuard<'_, State>, ClusterError> {
-        let state = self.answering()?;
-        if state.denies { Err(ClusterError::Forbidden("pods is forbidden".into())) } else { Ok(state) }
+    fn permitted_state(&self) -> Result<MutexGuard<'_, State>, ClusterError> {
+        let state = self.available_state()?;
+        if state.is_forbidden { Err(ClusterError::Forbidden("pods is forbidden".into())) } else { Ok(state) }
     }
 }
 
@@ -162,58 +162,58 @@ impl Cluster for MemoryCluster {
     async fn namespace(&self, name: &str) -> Result<Arc<NamespaceView>, ClusterError> {
         let delay = self.lock().namespace_delay;
         tokio::time::sleep(delay).await;
-        let state = self.answering()?;
+        let state = self.available_state()?;
         state.namespaces.get(name).cloned().ok_or_else(|| ClusterError::Gone(format!("namespace {name}")))
     }
 
     async fn owners(&self, k8s_namespace: &str, owner: &Owner) -> Result<Vec<Arc<Annotations>>, ClusterError> {
-        let state = self.answering()?;
+        let state = self.available_state()?;
         Ok(state.owners.get(&(k8s_namespace.to_owned(), owner.clone())).cloned().unwrap_or_default())
     }
 
     async fn zone(&self) -> Result<Option<Zone>, ClusterError> {
-        Ok(self.answering()?.zone.clone())
+        Ok(self.available_state()?.zone.clone())
     }
 
     async fn kubelet_events(&self, pod: &PodRef) -> Result<Vec<KubeletEvent>, ClusterError> {
-        Ok(self.answering()?.kubelet_events.get(pod).cloned().unwrap_or_default())
+        Ok(self.available_state()?.kubelet_events.get(pod).cloned().unwrap_or_default())
     }
 
     async fn pull_secret(&self, k8s_namespace: &str, name: &str) -> Result<PullSecret, ClusterError> {
-        let secrets = &self.answering()?.pull_secrets;
+        let secrets = &self.available_state()?.pull_secrets;
         let secret = secrets.get(&(k8s_namespace.to_owned(), name.to_owned())).cloned();
         secret.ok_or_else(|| ClusterError::Gone(format!("secret {k8s_namespace}/{name}")))
     }
 
     async fn delete(&self, pod: &PodRef) -> Result<(), ClusterError> {
-        self.permitting()?.deleted.push(pod.clone());
+        self.permitted_state()?.deleted.push(pod.clone());
         Ok(())
     }
 
     async fn nudge(&self, pod: &PodRef) -> Result<(), ClusterError> {
-        drop(self.permitting()?);
+        drop(self.permitted_state()?);
         // Nobody may be listening; a nudge is no promise.
         let _ = self.nudges.send(pod.clone());
         Ok(())
     }
 
     async fn report(&self, pod: &PodRef, report: &PodReport) -> Result<(), ClusterError> {
-        self.answering()?.reports.push((pod.clone(), report.clone()));
+        self.available_state()?.reports.push((pod.clone(), report.clone()));
         Ok(())
     }
 
     async fn report_on_node(&self, report: &NodeReport) -> Result<(), ClusterError> {
-        self.answering()?.node_reports.push(report.clone());
+        self.available_state()?.node_reports.push(report.clone());
         Ok(())
     }
 
     async fn node_created(&self, node: &NodeName) -> Result<SystemTime, ClusterError> {
-        let created = self.answering()?.nodes.get(node).copied();
+        let created = self.available_state()?.nodes.get(node).copied();
         created.ok_or_else(|| ClusterError::Gone(format!("node {node}")))
     }
 
     async fn clock(&self) -> Result<ClockSample, ClusterError> {
-        let ahead = self.answering()?.clocks_ahead;
+        let ahead = self.available_state()?.clocks_ahead;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let date = now.as_secs().saturating_add_signed(-ahead);
         Ok(ClockSample { sent: now, took: Duration::ZERO, received: now, date: Duration::from_secs(date) })
@@ -228,8 +228,8 @@ pub struct MemoryClaims {
 }
 
 impl MemoryClaims {
-    fn answering(&self) -> Result<MutexGuard<'_, State>, ClaimError> {
-        self.cluster.answering().map_err(|error| ClaimError::Unavailable(error.to_string()))
+    fn available_state(&self) -> Result<MutexGuard<'_, State>, ClaimError> {
+        self.cluster.available_state().map_err(|error| ClaimError::Unavailable(error.to_string()))
     }
 
     fn write(&self, state: &mut State, digest: Digest, now: SystemTime) {
@@ -243,11 +243,11 @@ impl MemoryClaims {
 #[async_trait]
 impl Claims for MemoryClaims {
     async fn read(&self, digest: Digest) -> Result<Option<LeaseSnapshot>, ClaimError> {
-        Ok(self.answering()?.leases.get(&digest).cloned())
+        Ok(self.available_state()?.leases.get(&digest).cloned())
     }
 
     async fn create(&self, digest: Digest, now: SystemTime) -> Result<(), ClaimError> {
-        let mut state = self.answering()?;
+        let mut state = self.available_state()?;
         if state.leases.contains_key(&digest) {
             return Err(ClaimError::Lost);
         }
@@ -256,7 +256,7 @@ impl Claims for MemoryClaims {
     }
 
     async fn update(&self, digest: Digest, read: &LeaseVersion, now: SystemTime) -> Result<(), ClaimError> {
-        let mut state = self.answering()?;
+        let mut state = self.available_state()?;
         if state.leases.get(&digest).is_none_or(|lease| lease.version != *read) {
             return Err(ClaimError::Lost);
         }
@@ -265,7 +265,7 @@ impl Claims for MemoryClaims {
     }
 
     async fn release(&self, digest: Digest) -> Result<(), ClaimError> {
-        let mut state = self.answering()?;
+        let mut state = self.available_state()?;
         if state.leases.get(&digest).is_some_and(|lease| lease.holder.as_deref() == Some(self.node.as_str())) {
             state.leases.remove(&digest);
         }

@@ -2,7 +2,7 @@
 //!
 //! A check that fails says so in a value instead of panicking, so that a test can show that a broken store is found out.
 
-mod holding;
+mod pinning;
 mod reading;
 mod records;
 pub mod retaining;
@@ -21,14 +21,14 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use crate::oci::{Descriptor, Digest, Hasher, Repository, Verified};
+use crate::oci::{BlobProof, Descriptor, Digest, Hasher, Repository};
 use crate::ports::{
-    BlobInfo, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered, Staged, StoreError,
+    BlobInfo, BlobMetadata, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, StagedBlob, StoreError,
 };
 
 /// A store under test, with what a test needs besides the port.
 #[async_trait]
-pub trait Subject: Send + Sync {
+pub trait StoreUnderTest: Send + Sync {
     /// The store.
     fn store(&self) -> Arc<dyn ContentStore>;
 
@@ -36,28 +36,28 @@ pub trait Subject: Send + Sync {
     async fn collect(&self);
 
     /// Ends the process that has the store and begins another on what it left. `unfinished` gets no chance to tidy up.
-    async fn restart(&mut self, unfinished: Unfinished);
+    async fn restart(&mut self, unfinished: UnfinishedWrite);
 }
 
 /// What a process was writing when it ended; there to be dropped.
-pub enum Unfinished {
+pub enum UnfinishedWrite {
     /// From its beginning to its end.
     Written(Box<dyn BlobWriter>),
     /// In pieces.
-    Staged(Arc<dyn Staged>),
+    Staged(Arc<dyn StagedBlob>),
 }
 
 /// Runs every check on a store of its own and panics with all that failed.
 ///
 /// # Panics
 /// When the store breaks a promise; the message names the check.
-pub async fn keeps_the_contract<S: Subject>(name: &str, make: impl AsyncFn() -> S) {
-    let broken = broken_promises(make).await;
+pub async fn assert_contract<S: StoreUnderTest>(name: &str, make: impl AsyncFn() -> S) {
+    let broken = contract_violations(make).await;
     assert!(broken.is_empty(), "{name} breaks the contract:\n{}", broken.join("\n"));
 }
 
 /// Runs every check on a store of its own; one line for each that failed, which begins with its name.
-pub async fn broken_promises<S: Subject>(make: impl AsyncFn() -> S) -> Vec<String> {
+pub async fn contract_violations<S: StoreUnderTest>(make: impl AsyncFn() -> S) -> Vec<String> {
     let mut broken = Vec::new();
     for (name, check) in checks() {
         let mut subject = make().await;
@@ -73,7 +73,7 @@ pub async fn broken_promises<S: Subject>(make: impl AsyncFn() -> S) -> Vec<Strin
 /// For one check: the longest moves some 4 MiB and collects three times, which takes the slowest store a few seconds.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-type Check = for<'a> fn(&'a mut dyn Subject) -> Pinned<Box<dyn Future<Output = Outcome> + 'a>>;
+type Check = for<'a> fn(&'a mut dyn StoreUnderTest) -> Pinned<Box<dyn Future<Output = CheckResult> + 'a>>;
 
 /// The checks with their names.
 macro_rules! named {
@@ -86,72 +86,72 @@ fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
     named![
         reading::an_absent_blob_is_none,
         reading::a_committed_blob_reads_back_at_any_offset,
-        reading::what_is_listed_is_what_is_there,
+        reading::the_list_contains_exactly_the_whole_blobs,
         writing::a_dropped_writer_leaves_nothing,
         writing::a_proof_of_another_blob_is_refused,
         writing::a_blob_of_another_length_is_refused,
         writing::a_blob_has_one_writer_at_a_time,
-        writing::after_a_kill_only_whole_blobs_are_there,
+        writing::only_whole_blobs_survive_a_kill,
         writing::changes_are_counted,
-        holding::a_pin_holds_what_was_written_under_it,
-        holding::a_pin_holds_what_it_found_there,
-        holding::a_pin_ends_by_itself,
-        holding::a_renewed_pin_holds_what_it_held_and_what_comes,
-        holding::a_renewed_pin_ends_by_itself,
-        holding::releasing_twice_is_no_error,
-        holding::remembering_adds_and_never_loses,
-        holding::what_a_record_reaches_is_kept,
-        holding::what_is_remembered_can_be_seen,
-        holding::what_is_discarded_can_be_written_again,
+        pinning::a_pin_protects_blobs_written_under_the_pin,
+        pinning::a_pin_protects_blobs_that_existed_before,
+        pinning::a_pin_expires,
+        pinning::a_renewed_pin_protects_earlier_and_later_blobs,
+        pinning::a_renewed_pin_expires,
+        pinning::a_second_release_is_no_error,
+        pinning::added_metadata_replaces_nothing,
+        pinning::blobs_reachable_from_a_record_are_kept,
+        pinning::metadata_of_a_written_blob_is_listed,
+        pinning::a_discarded_blob_can_be_written_again,
         records::a_record_needs_its_target,
-        records::a_record_replaces_the_one_of_its_name,
-        records::a_record_is_removed_if_it_points_there,
-        records::records_written_at_once_are_all_there,
+        records::a_record_replaces_the_record_of_the_same_name,
+        records::a_record_is_removed_only_with_the_right_target,
+        records::concurrent_record_writes_all_succeed,
         staging::pieces_in_any_order_make_the_blob,
-        staging::what_is_staged_is_not_there_yet,
-        staging::what_is_staged_needs_its_own_proof,
-        staging::nothing_is_written_after_the_commit,
-        staging::what_was_staged_and_dropped_is_taken_up_again,
-        staging::what_was_staged_before_a_kill_is_taken_up_again,
-        staging::what_is_abandoned_is_not_taken_up_again,
-        staging::a_blob_is_staged_once_and_not_when_it_is_there,
-        staging::a_pin_holds_what_was_staged_under_it,
-        staging::what_is_remembered_of_the_staged_can_be_seen,
+        staging::a_staged_blob_is_invisible_before_the_commit,
+        staging::a_staged_blob_rejects_the_proof_of_another_blob,
+        staging::writes_after_the_commit_are_rejected,
+        staging::a_dropped_staged_blob_is_resumed,
+        staging::a_staged_blob_is_resumed_after_a_kill,
+        staging::an_abandoned_staged_blob_is_not_resumed,
+        staging::a_blob_is_staged_once_and_only_while_absent,
+        staging::a_pin_protects_blobs_staged_under_the_pin,
+        staging::metadata_of_a_staged_blob_is_listed,
     ]
 }
 
 /// A check's result.
-type Outcome = Result<(), Broken>;
+type CheckResult = Result<(), Violation>;
 
 /// What the store did instead of what it promises.
-struct Broken(String);
+struct Violation(String);
 
-impl fmt::Display for Broken {
+impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl From<StoreError> for Broken {
+impl From<StoreError> for Violation {
     fn from(error: StoreError) -> Self {
         Self(format!("a call failed: {error}"))
     }
 }
 
-fn ensure(kept: bool, otherwise: impl fmt::Display) -> Outcome {
-    if kept { Ok(()) } else { Err(Broken(otherwise.to_string())) }
+fn ensure(kept: bool, otherwise: impl fmt::Display) -> CheckResult {
+    if kept { Ok(()) } else { Err(Violation(otherwise.to_string())) }
 }
 
 /// Long enough for a check's own pins; the collector must leave them alone however slow the machine is.
 const HOUR: Duration = Duration::from_secs(3600);
 
 /// Content that no other check uses, so that stores which share a backend do not meet each other's blobs.
-struct Blob {
+struct TestBlob {
     bytes: Bytes,
     digest: Digest,
 }
 
-impl Blob {
+impl TestBlob {
     /// `size` bytes that follow from `seed`.
     fn of(seed: &str, size: usize) -> Self {
         let first = Digest::of(seed.as_bytes());
@@ -173,14 +173,14 @@ impl Blob {
         self.bytes.len() as u64
     }
 
-    fn proof(&self) -> Result<Verified, Broken> {
+    fn proof(&self) -> Result<BlobProof, Violation> {
         let mut hasher = Hasher::default();
         hasher.update(&self.bytes);
-        hasher.verify(self.digest, self.size()).map_err(|error| Broken(error.to_string()))
+        hasher.verify(self.digest, self.size()).map_err(|error| Violation(error.to_string()))
     }
 
     /// Writes it in one go.
-    async fn write(&self, store: &dyn ContentStore, pin: &Pin, children: &[(&Blob, ChildKind)]) -> Outcome {
+    async fn write(&self, store: &dyn ContentStore, pin: &Pin, children: &[(&TestBlob, ChildKind)]) -> CheckResult {
         let mut writer = store.create(self.digest, self.size(), pin).await?;
         writer.append(std::slice::from_ref(&self.bytes)).await?;
         Ok(writer.commit(self.proof()?, &remembered(children)).await?)
@@ -194,12 +194,12 @@ impl Blob {
         ImageRecord { name: name.into(), target }
     }
 
-    async fn is_in(&self, store: &dyn ContentStore) -> Result<bool, Broken> {
+    async fn is_in(&self, store: &dyn ContentStore) -> Result<bool, Violation> {
         Ok(store.blob(self.digest).await?.is_some())
     }
 
     /// Whether all of it can be read, and nothing else.
-    async fn reads_back_from(&self, store: &dyn ContentStore) -> Outcome {
+    async fn check_content(&self, store: &dyn ContentStore) -> CheckResult {
         let mut reader = store.open(self.digest).await?;
         ensure(reader.size() == self.size(), format!("{} bytes are said to be {}", self.size(), reader.size()))?;
         let mut offset = 0;
@@ -216,16 +216,16 @@ impl Blob {
     }
 }
 
-fn remembered(children: &[(&Blob, ChildKind)]) -> Remembered {
-    let child = |&(blob, kind): &(&Blob, ChildKind)| Child { digest: blob.digest, kind };
-    Remembered { source: None, children: children.iter().map(child).collect() }
+fn remembered(children: &[(&TestBlob, ChildKind)]) -> BlobMetadata {
+    let child = |&(blob, kind): &(&TestBlob, ChildKind)| Child { digest: blob.digest, kind };
+    BlobMetadata { source: None, children: children.iter().map(child).collect() }
 }
 
 /// The digests that the store lists.
-async fn listed(store: &dyn ContentStore) -> Result<BTreeSet<Digest>, Broken> {
+async fn listed(store: &dyn ContentStore) -> Result<BTreeSet<Digest>, Violation> {
     Ok(store.blobs().await?.into_iter().map(|blob| blob.digest).collect())
 }
 
-fn digests(blobs: &[&Blob]) -> BTreeSet<Digest> {
+fn digests(blobs: &[&TestBlob]) -> BTreeSet<Digest> {
     blobs.iter().map(|blob| blob.digest).collect()
 }

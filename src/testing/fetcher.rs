@@ -8,8 +8,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::model::PeerId;
-use crate::oci::{Digest, Hasher, Verified};
-use crate::ports::{BlobSink, ContentStore, FetchError, Fetcher, NoPartials, Partial, Partials, StoreError};
+use crate::oci::{BlobProof, Digest, Hasher};
+use crate::ports::{
+    BlobSink, ContentStore, FetchError, Fetcher, NoPartialBlobs, PartialBlob, PartialBlobs, StoreError,
+};
 
 mod pieces;
 
@@ -19,62 +21,62 @@ pub enum Behaviour {
     /// Sends what its store holds.
     Honest,
     /// Sends as many bytes, but others.
-    Lies,
+    Corrupts,
     /// Refuses so many requests before it serves.
     BusyFor(u32),
     /// Cannot be reached.
-    Gone,
+    Unreachable,
     /// Takes the request and never sends a byte.
     Hangs,
     /// Sends what its store holds, but a list of states in which one is wrong: the one after this piece.
-    ForgesList(u32),
+    ForgesChain(u32),
     /// Sends other bytes for this piece of every blob, and true lists.
-    SpoilsPiece(u32),
+    CorruptsPiece(u32),
     /// Sends so many pieces, and from then on nothing.
     HangsAfter(u32),
     /// Its files of blobs of several pieces were written over: it sends other bytes of them, and finds that out when it makes their lists.
-    Rotten,
+    DiskCorrupted,
     /// Sends what its store holds; of a list the first states at once, and the rest after twenty seconds.
-    ListsSlowly,
+    SendsChainSlowly,
     /// Sends what its store holds; of a list a state every ten seconds.
-    DripsList,
+    DripsChain,
 }
 
 /// A peer that is played.
-struct Played {
+struct FakePeer {
     store: Arc<dyn ContentStore>,
-    partials: Arc<dyn Partials>,
+    partials: Arc<dyn PartialBlobs>,
     behaviour: Behaviour,
 }
 
 /// Fetches from stores in memory.
 #[derive(Default)]
 pub struct MemoryFetcher {
-    peers: Mutex<HashMap<PeerId, Played>>,
-    asked: Mutex<Vec<PeerId>>,
+    peers: Mutex<HashMap<PeerId, FakePeer>>,
+    requests: Mutex<Vec<PeerId>>,
     served: Mutex<Vec<(PeerId, Digest)>>,
-    lists_asked: AtomicUsize,
-    spoilt: AtomicUsize,
+    chain_requests: AtomicUsize,
+    corrupt_pieces: AtomicUsize,
 }
 
 impl MemoryFetcher {
     /// Adds a peer, or changes it.
     pub fn put_peer(&self, peer: PeerId, store: Arc<dyn ContentStore>, behaviour: Behaviour) {
-        self.play(peer, Played { store, partials: Arc::new(NoPartials), behaviour });
+        self.insert_peer(peer, FakePeer { store, partials: Arc::new(NoPartialBlobs), behaviour });
     }
 
     /// Adds an honest peer that is fetching blobs itself.
-    pub fn put_fetching_peer(&self, peer: PeerId, store: Arc<dyn ContentStore>, partials: Arc<dyn Partials>) {
-        self.play(peer, Played { store, partials, behaviour: Behaviour::Honest });
+    pub fn put_fetching_peer(&self, peer: PeerId, store: Arc<dyn ContentStore>, partials: Arc<dyn PartialBlobs>) {
+        self.insert_peer(peer, FakePeer { store, partials, behaviour: Behaviour::Honest });
     }
 
-    fn play(&self, peer: PeerId, played: Played) {
+    fn insert_peer(&self, peer: PeerId, played: FakePeer) {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer, played);
     }
 
     /// How many times a peer was asked for a blob's bytes.
-    pub fn times_asked(&self, peer: PeerId) -> usize {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner).iter().filter(|&&asked| asked == peer).count()
+    pub fn request_count(&self, peer: PeerId) -> usize {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).iter().filter(|&&asked| asked == peer).count()
     }
 
     /// Every blob that was sent rightly, and by whom, in order.
@@ -83,12 +85,12 @@ impl MemoryFetcher {
     }
 
     /// What the peer has of a blob that it is fetching.
-    fn partial(&self, peer: PeerId, digest: Digest) -> Option<Arc<dyn Partial>> {
+    fn partial(&self, peer: PeerId, digest: Digest) -> Option<Arc<dyn PartialBlob>> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner).get(&peer)?.partials.partial(digest)
     }
 
     /// Counts a piece against what a peer sends before it hangs.
-    fn may_send(&self, peer: PeerId) -> bool {
+    fn record_piece(&self, peer: PeerId) -> bool {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         match peers.get_mut(&peer).map(|played| &mut played.behaviour) {
             Some(Behaviour::HangsAfter(0)) => false,
@@ -101,29 +103,29 @@ impl MemoryFetcher {
     }
 
     /// How many times anybody was asked for a list of states.
-    pub fn lists_asked(&self) -> usize {
-        self.lists_asked.load(Ordering::Relaxed)
+    pub fn chain_request_count(&self) -> usize {
+        self.chain_requests.load(Ordering::Relaxed)
     }
 
     /// How many pieces were sent with other bytes.
-    pub fn spoilt(&self) -> usize {
-        self.spoilt.load(Ordering::Relaxed)
+    pub fn corrupt_piece_count(&self) -> usize {
+        self.corrupt_pieces.load(Ordering::Relaxed)
     }
 
-    fn note_asked(&self, peer: PeerId) {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(peer);
+    fn record_request(&self, peer: PeerId) {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).push(peer);
     }
 
-    fn note_served(&self, peer: PeerId, digest: Digest) {
+    fn record_served(&self, peer: PeerId, digest: Digest) {
         self.served.lock().unwrap_or_else(PoisonError::into_inner).push((peer, digest));
     }
 
     fn peer(&self, peer: PeerId) -> Result<(Arc<dyn ContentStore>, Behaviour), FetchError> {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         let unreachable = FetchError::Unreachable { peer, silent: true, reason: "connection refused".into() };
-        let Some(Played { store, behaviour, .. }) = peers.get_mut(&peer) else { return Err(unreachable) };
+        let Some(FakePeer { store, behaviour, .. }) = peers.get_mut(&peer) else { return Err(unreachable) };
         match behaviour {
-            Behaviour::Gone => return Err(unreachable),
+            Behaviour::Unreachable => return Err(unreachable),
             Behaviour::BusyFor(0) => *behaviour = Behaviour::Honest,
             Behaviour::BusyFor(times) => {
                 *times -= 1;
@@ -143,8 +145,8 @@ impl Fetcher for MemoryFetcher {
         digest: Digest,
         size: u64,
         sink: &mut dyn BlobSink,
-    ) -> Result<Verified, FetchError> {
-        self.note_asked(peer);
+    ) -> Result<BlobProof, FetchError> {
+        self.record_request(peer);
         let (store, behaviour) = self.peer(peer)?;
         if behaviour == Behaviour::Hangs {
             std::future::pending::<()>().await;
@@ -160,14 +162,14 @@ impl Fetcher for MemoryFetcher {
             if bytes.is_empty() {
                 break;
             }
-            if behaviour == Behaviour::Lies {
+            if behaviour == Behaviour::Corrupts {
                 bytes = Bytes::from(bytes.iter().map(|byte| !byte).collect::<Vec<_>>());
             }
             hasher.update(&bytes);
             sink.append(&[bytes]).await?;
         }
         let proof = hasher.verify(digest, size).map_err(|source| FetchError::Corrupt { peer, source })?;
-        self.note_served(peer, digest);
+        self.record_served(peer, digest);
         Ok(proof)
     }
 

@@ -1,6 +1,6 @@
 //! Makes images: real layers (tar files with random content), a configuration and a manifest, in any content store.
 
-mod packing;
+mod compression;
 
 use std::time::Duration;
 
@@ -8,9 +8,9 @@ use bytes::Bytes;
 use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use serde_json::json;
 
-pub use self::packing::Packing;
+pub use self::compression::Compression;
 use crate::oci::{Descriptor, Digest, Hasher, Platform, RootFs, StackedLayer};
-use crate::ports::{Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered, StoreError};
+use crate::ports::{BlobMetadata, Child, ChildKind, ContentStore, ImageRecord, Pin, StoreError};
 
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
@@ -26,7 +26,7 @@ pub struct Recipe {
     /// Docker's media types instead of OCI's.
     pub docker: bool,
     /// How layers are packed.
-    pub packing: Packing,
+    pub compression: Compression,
     /// The layers' sizes in bytes, roughly.
     pub layers: Vec<u64>,
     /// The first layer stands in the manifest a second time.
@@ -59,7 +59,7 @@ impl Recipe {
 #[derive(Debug, Clone)]
 pub struct MadeImage {
     /// The index or manifest.
-    pub root: Descriptor,
+    pub target: Descriptor,
     /// Everything else that this platform needs: the inner index if there is one, the manifest if
     /// the root is an index, the configuration, each layer once.
     pub blobs: Vec<Descriptor>,
@@ -70,7 +70,7 @@ pub struct MadeImage {
 impl MadeImage {
     /// Bytes of all blobs.
     pub fn bytes(&self) -> u64 {
-        self.root.size + self.blobs.iter().map(|blob| blob.size).sum::<u64>()
+        self.target.size + self.blobs.iter().map(|blob| blob.size).sum::<u64>()
     }
 }
 
@@ -109,7 +109,7 @@ pub async fn make_image(
         store.put_image(&ImageRecord { name: name.clone(), target: root.clone() }).await?;
     }
     store.release(pin).await?;
-    Ok(MadeImage { root, blobs, layers })
+    Ok(MadeImage { target: root, blobs, layers })
 }
 
 /// Puts an image of layers that were packed elsewhere, with gzip, into the store under a name: each as it is packed, and the digest of what it
@@ -123,16 +123,16 @@ pub async fn put_gzip_layers(
     packed: Vec<(Bytes, Digest)>,
 ) -> Result<MadeImage, StoreError> {
     let pin = store.pin(Duration::from_secs(600)).await?;
-    let recipe = Recipe { packing: Packing::Gzip, ..Recipe::default() };
+    let recipe = Recipe { compression: Compression::Gzip, ..Recipe::default() };
     let (mut layers, mut diff_ids) = (Vec::new(), Vec::new());
     for (packed, diff_id) in packed {
-        layers.push(put_blob(store, &pin, recipe.packing.layer_type(recipe.docker), packed, Vec::new()).await?);
+        layers.push(put_blob(store, &pin, recipe.compression.layer_type(recipe.docker), packed, Vec::new()).await?);
         diff_ids.push(diff_id);
     }
     let (root, blobs, layers) = put_manifest_of(store, &pin, &recipe, (layers, diff_ids), 0).await?;
     store.put_image(&ImageRecord { name: name.into(), target: root.clone() }).await?;
     store.release(pin).await?;
-    Ok(MadeImage { root, blobs, layers })
+    Ok(MadeImage { target: root, blobs, layers })
 }
 
 async fn put_manifest(
@@ -141,13 +141,13 @@ async fn put_manifest(
     recipe: &Recipe,
     seed: u64,
 ) -> Result<(Descriptor, Vec<Descriptor>, Vec<StackedLayer>), StoreError> {
-    let layer_type = recipe.packing.layer_type(recipe.docker);
+    let layer_type = recipe.compression.layer_type(recipe.docker);
     let mut random = SmallRng::seed_from_u64(seed);
     let (mut layers, mut diff_ids) = (Vec::new(), Vec::new());
     for (position, size) in recipe.layers.iter().enumerate() {
         let archive = layer(position, *size, &mut random);
         diff_ids.push(Digest::of(&archive));
-        layers.push(put_blob(store, pin, layer_type, recipe.packing.pack(archive), Vec::new()).await?);
+        layers.push(put_blob(store, pin, layer_type, recipe.compression.compress(archive), Vec::new()).await?);
     }
     put_manifest_of(store, pin, recipe, (layers, diff_ids), seed).await
 }
@@ -248,7 +248,7 @@ async fn put_blob(
     children: Vec<Child>,
 ) -> Result<Descriptor, StoreError> {
     let (digest, size) = (Digest::of(&bytes), bytes.len() as u64);
-    let remembered = Remembered { source: None, children };
+    let remembered = BlobMetadata { source: None, children };
     match store.create(digest, size, pin).await {
         Ok(mut writer) => {
             let mut hasher = Hasher::default();
@@ -259,7 +259,7 @@ async fn put_blob(
             let proof = hasher.verify(digest, size).map_err(|error| StoreError::Other(error.to_string()))?;
             writer.commit(proof, &remembered).await?;
         }
-        Err(StoreError::AlreadyThere(_)) => store.remember(digest, &remembered).await?,
+        Err(StoreError::AlreadyExists(_)) => store.add_metadata(digest, &remembered).await?,
         Err(error) => return Err(error),
     }
     Ok(Descriptor { media_type: media_type.into(), digest, size, platform: None, attestation: false })

@@ -1,8 +1,8 @@
 //! A content store in memory.
 
-mod leases;
-mod staged;
-mod unpacked;
+mod layer_leases;
+mod snapshots;
+mod staged_blob;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -13,13 +13,13 @@ use bytes::Bytes;
 use tokio::sync::{broadcast, watch};
 use tokio::time::Instant;
 
-use self::leases::Labels;
-use self::staged::{InMemory, Parts};
+use self::layer_leases::LayerLeaseLabels;
+use self::staged_blob::{MemoryStagedBlob, StagedBytes};
 use crate::decide::disk::Disks;
-use crate::oci::{Descriptor, Digest, Repository, Verified};
+use crate::oci::{BlobProof, Descriptor, Digest, Repository};
 use crate::ports::{
-    BlobInfo, BlobReader, BlobSink, BlobWriter, Child, ContentEvent, ContentStore, ImageRecord, Pin, Remembered,
-    Snapshots, Staged, StoreError,
+    BlobInfo, BlobMetadata, BlobReader, BlobSink, BlobWriter, Child, ContentEvent, ContentStore, ImageRecord, Pin,
+    Snapshots, StagedBlob, StoreError,
 };
 
 /// Keeps blobs, records and pins in memory. Clones are handles of one store.
@@ -32,23 +32,23 @@ pub struct MemoryStore {
 
 #[derive(Clone, Default)]
 struct State {
-    blobs: HashMap<Digest, Blob>,
+    blobs: HashMap<Digest, MemoryBlob>,
     images: BTreeMap<String, Descriptor>,
     /// By their names.
-    pins: HashMap<String, Held>,
+    pins: HashMap<String, PinState>,
     pins_made: u64,
     writing: HashSet<Digest>,
     /// What staged blobs left that were not committed.
-    staged: HashMap<Digest, Parts>,
-    snapshots: unpacked::Stacks,
-    runtime: unpacked::Runtime,
+    staged: HashMap<Digest, StagedBytes>,
+    snapshots: snapshots::SnapshotParents,
+    runtime: snapshots::Runtime,
     disks: Disks,
     /// How long a name takes after it can be seen.
-    naming: Duration,
+    record_delay: Duration,
 }
 
 #[derive(Clone)]
-struct Blob {
+struct MemoryBlob {
     bytes: Bytes,
     sources: BTreeSet<Repository>,
     children: Vec<Child>,
@@ -57,13 +57,13 @@ struct Blob {
 }
 
 #[derive(Clone, Default)]
-struct Held {
+struct PinState {
     /// `None` when it is further away than a clock can tell.
     until: Option<Instant>,
     blobs: HashSet<Digest>,
     snapshots: HashSet<Digest>,
     /// Labels of a lease on layers. Such a lease holds no content that a layer names.
-    labels: Option<Labels>,
+    labels: Option<LayerLeaseLabels>,
 }
 
 impl MemoryStore {
@@ -73,8 +73,8 @@ impl MemoryStore {
     }
 
     /// From now on others see a name so long before whoever gives it hears that it is given.
-    pub fn name_slowly(&self, time: Duration) {
-        self.state().naming = time;
+    pub fn set_record_delay(&self, time: Duration) {
+        self.state().record_delay = time;
     }
 
     /// What the next process finds: all that is there now, and nobody who writes.
@@ -106,14 +106,14 @@ impl MemoryStore {
     }
 
     /// What is remembered about a blob that is there; of its sources the first in order.
-    pub fn remembered(&self, digest: Digest) -> Option<Remembered> {
+    pub fn metadata(&self, digest: Digest) -> Option<BlobMetadata> {
         let state = self.state();
         let blob = state.blobs.get(&digest)?;
-        Some(Remembered { source: blob.sources.first().cloned(), children: blob.children.clone() })
+        Some(BlobMetadata { source: blob.sources.first().cloned(), children: blob.children.clone() })
     }
 
     /// Changes a byte of a blob that is there and not empty, as a failing disk does it.
-    pub fn spoil(&self, digest: Digest) {
+    pub fn corrupt(&self, digest: Digest) {
         if let Some(blob) = self.state().blobs.get_mut(&digest) {
             let mut bytes = blob.bytes.to_vec();
             bytes.iter_mut().take(1).for_each(|byte| *byte = !*byte);
@@ -122,7 +122,7 @@ impl MemoryStore {
     }
 
     /// Loses a blob, and nothing that says it is there.
-    pub fn lose(&self, digest: Digest) {
+    pub fn remove_blob(&self, digest: Digest) {
         self.state().blobs.remove(&digest);
     }
 
@@ -132,7 +132,7 @@ impl MemoryStore {
     }
 
     fn with(state: State) -> Self {
-        let events = broadcast::Sender::new(leases::EVENTS_QUEUED);
+        let events = broadcast::Sender::new(layer_leases::EVENTS_QUEUED);
         Self { state: Arc::new(Mutex::new(state)), changes: Arc::new(watch::Sender::new(0)), events }
     }
 
@@ -142,7 +142,7 @@ impl MemoryStore {
         let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
         state.pins.get_mut(&pin.0).ok_or_else(gone)?.blobs.insert(digest);
         if state.blobs.contains_key(&digest) {
-            return Err(StoreError::AlreadyThere(digest));
+            return Err(StoreError::AlreadyExists(digest));
         }
         if !state.writing.insert(digest) {
             return Err(StoreError::Busy(digest));
@@ -165,8 +165,8 @@ impl Default for MemoryStore {
     }
 }
 
-impl Blob {
-    fn remember(&mut self, more: &Remembered) {
+impl MemoryBlob {
+    fn add_metadata(&mut self, more: &BlobMetadata) {
         self.sources.extend(more.source.clone());
         for child in &more.children {
             if !self.children.contains(child) {
@@ -198,22 +198,22 @@ impl ContentStore for MemoryStore {
     async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError> {
         let state = self.state();
         let blob = state.blobs.get(&digest).ok_or(StoreError::Absent(digest))?;
-        Ok(Box::new(Reader(blob.bytes.clone())))
+        Ok(Box::new(MemoryReader(blob.bytes.clone())))
     }
 
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
         drop(self.begin(digest, pin)?);
-        Ok(Box::new(Writer { store: self.clone(), digest, size, bytes: Vec::new() }))
+        Ok(Box::new(MemoryWriter { store: self.clone(), digest, size, bytes: Vec::new() }))
     }
 
-    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
+    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
         let mut state = self.begin(digest, pin)?;
         let parts = state.staged.remove(&digest).filter(|parts| parts.size() == size);
-        Ok(Arc::new(InMemory::new(self.clone(), digest, parts.unwrap_or_else(|| Parts::of(size)))))
+        Ok(Arc::new(MemoryStagedBlob::new(self.clone(), digest, parts.unwrap_or_else(|| StagedBytes::of(size)))))
     }
 
-    async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
-        self.state().blobs.get_mut(&digest).ok_or(StoreError::Absent(digest))?.remember(remembered);
+    async fn add_metadata(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError> {
+        self.state().blobs.get_mut(&digest).ok_or(StoreError::Absent(digest))?.add_metadata(remembered);
         Ok(())
     }
 
@@ -242,7 +242,7 @@ impl ContentStore for MemoryStore {
                 return Err(StoreError::Absent(record.target.digest));
             }
             state.images.insert(record.name.clone(), record.target.clone());
-            state.naming
+            state.record_delay
         };
         self.changed();
         self.publish(ContentEvent::Records);
@@ -272,7 +272,7 @@ impl ContentStore for MemoryStore {
         state.pins_made += 1;
         let pin = Pin(format!("pin-{}", state.pins_made));
         let until = Instant::now().checked_add(life);
-        state.pins.insert(pin.0.clone(), Held { until, ..Held::default() });
+        state.pins.insert(pin.0.clone(), PinState { until, ..PinState::default() });
         Ok(pin)
     }
 
@@ -298,10 +298,10 @@ impl ContentStore for MemoryStore {
 }
 
 /// Holds the bytes themselves, so a blob that is collected can still be read by those who opened it.
-struct Reader(Bytes);
+struct MemoryReader(Bytes);
 
 #[async_trait]
-impl BlobReader for Reader {
+impl BlobReader for MemoryReader {
     fn size(&self) -> u64 {
         self.0.len() as u64
     }
@@ -313,7 +313,7 @@ impl BlobReader for Reader {
     }
 }
 
-struct Writer {
+struct MemoryWriter {
     store: MemoryStore,
     digest: Digest,
     size: u64,
@@ -321,7 +321,7 @@ struct Writer {
 }
 
 #[async_trait]
-impl BlobSink for Writer {
+impl BlobSink for MemoryWriter {
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
         chunks.iter().for_each(|chunk| self.bytes.extend_from_slice(chunk));
         if self.bytes.len() as u64 > self.size {
@@ -332,8 +332,8 @@ impl BlobSink for Writer {
 }
 
 #[async_trait]
-impl BlobWriter for Writer {
-    async fn commit(mut self: Box<Self>, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
+impl BlobWriter for MemoryWriter {
+    async fn commit(mut self: Box<Self>, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
         let written = self.bytes.len() as u64;
         if proof.digest() != self.digest || proof.size() != written {
             let (proved, size) = (proof.digest(), proof.size());
@@ -348,8 +348,8 @@ impl BlobWriter for Writer {
             return Err(StoreError::Other(format!("bytes for {} hash to {actual}", self.digest)));
         }
         let bytes = std::mem::take(&mut self.bytes).into();
-        let mut blob = Blob { bytes, sources: BTreeSet::new(), children: Vec::new(), top: None };
-        blob.remember(remembered);
+        let mut blob = MemoryBlob { bytes, sources: BTreeSet::new(), children: Vec::new(), top: None };
+        blob.add_metadata(remembered);
         self.store.state().blobs.insert(self.digest, blob);
         self.store.changed();
         self.store.publish(ContentEvent::Committed { digest: self.digest, size: written });
@@ -357,7 +357,7 @@ impl BlobWriter for Writer {
     }
 }
 
-impl Drop for Writer {
+impl Drop for MemoryWriter {
     fn drop(&mut self) {
         self.store.state().writing.remove(&self.digest);
     }
@@ -367,14 +367,14 @@ impl Drop for Writer {
 mod tests {
     use super::*;
     use crate::ports::{LayerLeases, Unpacker};
-    use crate::testing::contract::retaining::{Retains, retains_as_promised};
-    use crate::testing::contract::unpacking::{Unpacks, unpacks_as_promised};
-    use crate::testing::contract::{Subject, Unfinished, keeps_the_contract};
+    use crate::testing::contract::retaining::{LeasingStore, assert_layer_lease_contract};
+    use crate::testing::contract::unpacking::{UnpackingStore, assert_unpacking_contract};
+    use crate::testing::contract::{StoreUnderTest, UnfinishedWrite, assert_contract};
 
-    struct InMemory(MemoryStore);
+    struct MemoryStoreUnderTest(MemoryStore);
 
     #[async_trait]
-    impl Subject for InMemory {
+    impl StoreUnderTest for MemoryStoreUnderTest {
         fn store(&self) -> Arc<dyn ContentStore> {
             Arc::new(self.0.clone())
         }
@@ -384,9 +384,9 @@ mod tests {
         }
 
         /// What is staged is left by the drop, as by a kill.
-        async fn restart(&mut self, unfinished: Unfinished) {
+        async fn restart(&mut self, unfinished: UnfinishedWrite) {
             let unfinished = match unfinished {
-                Unfinished::Staged(staged) => {
+                UnfinishedWrite::Staged(staged) => {
                     drop(staged);
                     None
                 }
@@ -398,23 +398,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_store_in_memory_keeps_the_contract() {
-        keeps_the_contract("MemoryStore", async || InMemory(MemoryStore::new())).await;
+    async fn the_memory_store_passes_the_contract() {
+        assert_contract("MemoryStore", async || MemoryStoreUnderTest(MemoryStore::new())).await;
     }
 
-    impl Retains for InMemory {
+    impl LeasingStore for MemoryStoreUnderTest {
         fn leases(&self) -> Arc<dyn LayerLeases> {
             Arc::new(self.0.clone())
         }
     }
 
     #[tokio::test]
-    async fn the_store_in_memory_retains_as_promised() {
-        retains_as_promised("MemoryStore", async || InMemory(MemoryStore::new())).await;
+    async fn the_memory_store_passes_the_layer_lease_contract() {
+        assert_layer_lease_contract("MemoryStore", async || MemoryStoreUnderTest(MemoryStore::new())).await;
     }
 
     #[async_trait]
-    impl Unpacks for InMemory {
+    impl UnpackingStore for MemoryStoreUnderTest {
         fn unpacker(&self) -> Arc<dyn Unpacker> {
             Arc::new(self.0.clone())
         }
@@ -430,12 +430,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_store_in_memory_unpacks_as_promised() {
-        unpacks_as_promised("MemoryStore", async || InMemory(MemoryStore::new())).await;
+    async fn the_memory_store_passes_the_unpacking_contract() {
+        assert_unpacking_contract("MemoryStore", async || MemoryStoreUnderTest(MemoryStore::new())).await;
     }
 
     #[tokio::test]
-    async fn bytes_that_were_not_the_hashed_ones_are_refused() {
+    async fn bytes_that_differ_from_the_hashed_bytes_are_rejected() {
         let store = MemoryStore::new();
         let pin = store.pin(Duration::from_secs(1)).await.unwrap();
         let digest = Digest::of(b"cargo");
@@ -444,7 +444,7 @@ mod tests {
         let proof = hasher.verify(digest, 5).unwrap();
         let mut writer = store.create(digest, 5, &pin).await.unwrap();
         writer.append(&[Bytes::from_static(b"ogrAc")]).await.unwrap();
-        assert!(matches!(writer.commit(proof, &Remembered::default()).await, Err(StoreError::Other(_))));
+        assert!(matches!(writer.commit(proof, &BlobMetadata::default()).await, Err(StoreError::Other(_))));
         assert_eq!(store.blob(digest).await.unwrap(), None);
     }
 }

@@ -7,17 +7,17 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::model::OutageKind;
-use crate::oci::{Digest, Hasher, Repository, Verified};
-use crate::ports::{BlobError, BlobSink, PullSecret, Registry, RegistryError};
+use crate::oci::{BlobProof, Digest, Hasher, Repository};
+use crate::ports::{BlobSink, PullSecret, Registry, RegistryError, RegistryFetchError};
 
 /// All the registries that there are; the names of others do not resolve.
 #[derive(Default)]
 pub struct MemoryRegistry {
-    played: Mutex<BTreeMap<String, Played>>,
+    registries: Mutex<BTreeMap<String, FakeRegistry>>,
 }
 
 #[derive(Default)]
-struct Played {
+struct FakeRegistry {
     tags: BTreeMap<(String, String), Tag>,
     blobs: BTreeMap<Digest, Bytes>,
     /// `Some` where blobs are for owners of this secret.
@@ -93,8 +93,8 @@ impl MemoryRegistry {
         tags.insert((repository.path.clone(), tag.to_owned()), meaning);
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Played>> {
-        self.played.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, FakeRegistry>> {
+        self.registries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -143,12 +143,15 @@ impl Registry for MemoryRegistry {
         size: u64,
         secrets: &[PullSecret],
         sink: &mut dyn BlobSink,
-    ) -> Result<Verified, BlobError> {
+    ) -> Result<BlobProof, RegistryFetchError> {
         let bytes = self.blob(&repository.registry, digest, secrets)?;
         let mut hasher = Hasher::default();
         hasher.update(&bytes);
         sink.append(&[bytes]).await?;
-        let wrong = |error| BlobError::WrongBytes { registry: repository.registry.clone(), reason: format!("{error}") };
+        let wrong = |error| RegistryFetchError::WrongBytes {
+            registry: repository.registry.clone(),
+            reason: format!("{error}"),
+        };
         hasher.verify(digest, size).map_err(wrong)
     }
 }

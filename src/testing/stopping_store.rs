@@ -10,15 +10,15 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use crate::decide::disk::Disks;
-use crate::oci::{Digest, Verified};
+use crate::oci::{BlobProof, Digest};
 use crate::ports::{
-    BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, ImageRecord, Pin, Remembered, Snapshots, Staged,
+    BlobInfo, BlobMetadata, BlobReader, BlobSink, BlobWriter, ContentStore, ImageRecord, Pin, Snapshots, StagedBlob,
     StoreError,
 };
 
 /// Where the user is killed. A step is a call that changes something; the first has the number 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KilledAt {
+pub enum KillPoint {
     /// Before the step is taken.
     Before(usize),
     /// After it, and before its answer comes.
@@ -31,16 +31,22 @@ pub enum KilledAt {
 pub struct StoppingStore {
     inner: Arc<dyn ContentStore>,
     steps: Arc<AtomicUsize>,
-    killed_at: KilledAt,
+    kill_point: KillPoint,
     reached: watch::Sender<bool>,
     /// What a kill takes away from whoever still has it.
-    staged: Arc<Mutex<Vec<Weak<Stage>>>>,
+    staged: Arc<Mutex<Vec<Weak<StoppingStagedBlob>>>>,
 }
 
 impl StoppingStore {
     /// A store in front of another.
-    pub fn new(inner: Arc<dyn ContentStore>, killed_at: KilledAt) -> Self {
-        Self { inner, steps: Arc::default(), killed_at, reached: watch::Sender::new(false), staged: Arc::default() }
+    pub fn new(inner: Arc<dyn ContentStore>, killed_at: KillPoint) -> Self {
+        Self {
+            inner,
+            steps: Arc::default(),
+            kill_point: killed_at,
+            reached: watch::Sender::new(false),
+            staged: Arc::default(),
+        }
     }
 
     /// Waits until the step has come.
@@ -52,9 +58,9 @@ impl StoppingStore {
 
     async fn step<T>(&self, work: impl Future<Output = T>) -> T {
         let step = self.steps.fetch_add(1, Ordering::SeqCst);
-        let (last, after) = match self.killed_at {
-            KilledAt::Before(last) => (last, false),
-            KilledAt::After(last) => (last, true),
+        let (last, after) = match self.kill_point {
+            KillPoint::Before(last) => (last, false),
+            KillPoint::After(last) => (last, true),
         };
         if step < last {
             let done = work.await;
@@ -99,18 +105,18 @@ impl ContentStore for StoppingStore {
 
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
         let writer = self.step(self.inner.create(digest, size, pin)).await?;
-        Ok(Box::new(Writer { inner: writer, store: self.clone() }))
+        Ok(Box::new(StoppingWriter { inner: writer, store: self.clone() }))
     }
 
-    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
+    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
         let staged = self.step(self.inner.stage(digest, size, pin)).await?;
-        let stage = Arc::new(Stage { inner: Mutex::new(Some(staged)), store: self.clone() });
+        let stage = Arc::new(StoppingStagedBlob { inner: Mutex::new(Some(staged)), store: self.clone() });
         self.staged.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&stage));
         Ok(stage)
     }
 
-    async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
-        self.step(self.inner.remember(digest, remembered)).await
+    async fn add_metadata(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError> {
+        self.step(self.inner.add_metadata(digest, remembered)).await
     }
 
     async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
@@ -154,43 +160,43 @@ impl ContentStore for StoppingStore {
     }
 }
 
-struct Writer {
+struct StoppingWriter {
     inner: Box<dyn BlobWriter>,
     store: StoppingStore,
 }
 
 #[async_trait]
-impl BlobSink for Writer {
+impl BlobSink for StoppingWriter {
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
         self.store.step(self.inner.append(chunks)).await
     }
 }
 
 #[async_trait]
-impl BlobWriter for Writer {
-    async fn commit(self: Box<Self>, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
+impl BlobWriter for StoppingWriter {
+    async fn commit(self: Box<Self>, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
         let Self { inner, store } = *self;
         store.step(inner.commit(proof, remembered)).await
     }
 }
 
-struct Stage {
+struct StoppingStagedBlob {
     /// Until the kill.
-    inner: Mutex<Option<Arc<dyn Staged>>>,
+    inner: Mutex<Option<Arc<dyn StagedBlob>>>,
     store: StoppingStore,
 }
 
-impl Stage {
+impl StoppingStagedBlob {
     fn close(&self) {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
-    fn open(&self) -> Option<Arc<dyn Staged>> {
+    fn open(&self) -> Option<Arc<dyn StagedBlob>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whoever goes on after the kill, goes on for ever.
-    async fn inner(&self) -> Arc<dyn Staged> {
+    async fn inner(&self) -> Arc<dyn StagedBlob> {
         match self.open() {
             Some(inner) => inner,
             None => std::future::pending().await,
@@ -199,9 +205,9 @@ impl Stage {
 }
 
 #[async_trait]
-impl Staged for Stage {
-    fn left(&self) -> Vec<Range<u64>> {
-        self.open().map(|inner| inner.left()).unwrap_or_default()
+impl StagedBlob for StoppingStagedBlob {
+    fn resumed_ranges(&self) -> Vec<Range<u64>> {
+        self.open().map(|inner| inner.resumed_ranges()).unwrap_or_default()
     }
 
     async fn write_at(&self, offset: u64, chunks: &[Bytes]) -> Result<(), StoreError> {
@@ -213,7 +219,7 @@ impl Staged for Stage {
         self.inner().await.read_at(offset, most).await
     }
 
-    async fn commit(&self, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
+    async fn commit(&self, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
         let inner = self.inner().await;
         self.store.step(async move { inner.commit(proof, remembered).await }).await
     }

@@ -15,17 +15,17 @@ use quinn_proto::RttEstimator;
 /// By how much a round trip may grow. Twice what a port of a switch or of a router holds as a rule (50 ms and less), where loss says so sooner: with
 /// 20 ms the last of eight nodes that share an image on two processors is done after 1.28 to 1.41 times what its link needs, instead of 1.13 (in frames of 9000
 /// bytes; probably a wait for a processor is taken for a queue). Short against the 750 ms that the mesh gives a neighbour to answer
-/// ([`crate::decide::gossip::PROBE`]), also when the answer waits as long.
-const QUEUE: Duration = Duration::from_millis(100);
-const _: () = assert!(3 * QUEUE.as_millis() < crate::decide::gossip::PROBE.as_millis());
+/// ([`crate::decide::gossip::PING_INTERVAL`]), also when the answer waits as long.
+const MAX_QUEUE_DELAY: Duration = Duration::from_millis(100);
+const _: () = assert!(3 * MAX_QUEUE_DELAY.as_millis() < crate::decide::gossip::PING_INTERVAL.as_millis());
 
 /// Smaller windows are not made smaller for it: then the queue is not their own, or the way has become another one. About what CUBIC begins with
 /// in packets of 1452 bytes, and two of the largest.
-const LEAST_WINDOW: u64 = 16 << 10;
+const MIN_WINDOW: u64 = 16 << 10;
 
 /// What a connection begins with, in packets (RFC 6928; RFC 9002, section 7.2, bounds them to 14 720 bytes in all). quinn counts them before it knows
 /// what the path carries: of the largest packets that would be one at a time, each of which waits for a late acknowledgement.
-const FIRST_PACKETS: u64 = 10;
+const INITIAL_WINDOW_PACKETS: u64 = 10;
 
 /// Makes the controllers of new connections.
 #[derive(Debug, Default)]
@@ -47,8 +47,8 @@ impl ControllerFactory for DelayBounded {
         Box::new(DelayBoundedCubic {
             cubic,
             config,
-            round_trip: Duration::ZERO,
-            heeds_from: now,
+            smoothed_rtt: Duration::ZERO,
+            reacts_from: now,
             closing: Arc::default(),
         })
     }
@@ -56,7 +56,7 @@ impl ControllerFactory for DelayBounded {
 
 /// To be called when a connection is about to be closed: else its end is held back like data where as much is under way as may be, and
 /// then forgotten, and the peer waits until it takes us for dead. (Mended in quinn after 0.11.19: quinn-rs/quinn#2785. This ends with it.)
-pub(super) fn release(connection: &Connection) {
+pub(super) fn lift_window(connection: &Connection) {
     if let Ok(controller) = connection.congestion_state().into_any().downcast::<DelayBoundedCubic>() {
         controller.closing.store(true, Ordering::Relaxed);
     }
@@ -67,19 +67,19 @@ struct DelayBoundedCubic {
     /// What it was made from, until it slows down first.
     config: Option<Arc<CubicConfig>>,
     /// Smoothed, as it was last.
-    round_trip: Duration,
+    smoothed_rtt: Duration,
     /// Packets sent before were under way, or waited, when it slowed down last; what they say is known.
-    heeds_from: Instant,
+    reacts_from: Instant,
     /// Nothing is held back any more. Its copies, of which the connection has one, share this.
     closing: Arc<AtomicBool>,
 }
 
 impl DelayBoundedCubic {
     /// An acknowledgement of what was sent at `sent` came when a round trip took so long, and at least so long ever.
-    fn heed(&mut self, now: Instant, sent: Instant, round_trip: Duration, least: Duration) {
-        self.round_trip = round_trip;
-        let is_long = round_trip > least.saturating_add(QUEUE);
-        if is_long && sent > self.heeds_from && self.window() > LEAST_WINDOW {
+    fn on_rtt_sample(&mut self, now: Instant, sent: Instant, round_trip: Duration, least: Duration) {
+        self.smoothed_rtt = round_trip;
+        let is_long = round_trip > least.saturating_add(MAX_QUEUE_DELAY);
+        if is_long && sent > self.reacts_from && self.window() > MIN_WINDOW {
             self.on_congestion_event(now, sent, false, 0);
         }
     }
@@ -91,7 +91,7 @@ impl Controller for DelayBoundedCubic {
     }
 
     fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
-        self.heed(now, sent, rtt.get(), rtt.min());
+        self.on_rtt_sample(now, sent, rtt.get(), rtt.min());
         self.cubic.on_ack(now, sent, bytes, app_limited, rtt);
     }
 
@@ -102,17 +102,17 @@ impl Controller for DelayBoundedCubic {
     fn on_congestion_event(&mut self, now: Instant, sent: Instant, is_persistent_congestion: bool, lost_bytes: u64) {
         self.cubic.on_congestion_event(now, sent, is_persistent_congestion, lost_bytes);
         // What is sent until the queue is shorter still finds it long.
-        self.heeds_from = now + self.round_trip;
+        self.reacts_from = now + self.smoothed_rtt;
         self.config = None;
     }
 
     fn on_mtu_update(&mut self, new_mtu: u16) {
-        let first = FIRST_PACKETS * u64::from(new_mtu);
+        let first = INITIAL_WINDOW_PACKETS * u64::from(new_mtu);
         match &self.config {
             Some(config) if self.cubic.window() < first => {
                 let mut config = CubicConfig::clone(config);
                 config.initial_window(first);
-                self.cubic = Arc::new(config).build(self.heeds_from, new_mtu);
+                self.cubic = Arc::new(config).build(self.reacts_from, new_mtu);
             }
             _ => self.cubic.on_mtu_update(new_mtu),
         }
@@ -127,9 +127,9 @@ impl Controller for DelayBoundedCubic {
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
-        let Self { cubic, config, round_trip, heeds_from, closing } = self;
+        let Self { cubic, config, smoothed_rtt: round_trip, reacts_from: heeds_from, closing } = self;
         let (cubic, config, closing) = (cubic.clone_box(), config.clone(), closing.clone());
-        Box::new(Self { cubic, config, round_trip: *round_trip, heeds_from: *heeds_from, closing })
+        Box::new(Self { cubic, config, smoothed_rtt: *round_trip, reacts_from: *heeds_from, closing })
     }
 
     fn initial_window(&self) -> u64 {
@@ -153,83 +153,83 @@ mod tests {
     fn controller() -> (DelayBoundedCubic, Instant) {
         let (mut cubic, now) = (CubicConfig::default(), Instant::now());
         cubic.initial_window(1 << 20);
-        (made(Arc::new(DelayBounded::new(cubic)), now), now + Duration::from_secs(1))
+        (build_controller(Arc::new(DelayBounded::new(cubic)), now), now + Duration::from_secs(1))
     }
 
-    fn made(factory: Arc<DelayBounded>, now: Instant) -> DelayBoundedCubic {
+    fn build_controller(factory: Arc<DelayBounded>, now: Instant) -> DelayBoundedCubic {
         *factory.build(now, 1200).into_any().downcast().expect("it makes these")
     }
 
     /// The window after a packet of `sent` was acknowledged when round trips took so long.
-    fn after(controller: &mut DelayBoundedCubic, sent: Instant, round_trip: Duration) -> u64 {
-        controller.heed(sent + round_trip, sent, round_trip, NO_QUEUE);
+    fn window_after_ack(controller: &mut DelayBoundedCubic, sent: Instant, round_trip: Duration) -> u64 {
+        controller.on_rtt_sample(sent + round_trip, sent, round_trip, NO_QUEUE);
         controller.window()
     }
 
     #[test]
-    fn a_queue_that_a_switch_has_is_left_to_loss() {
+    fn a_queue_within_a_switchs_size_does_not_shrink_the_window() {
         let (mut controller, now) = controller();
-        assert_eq!(after(&mut controller, now, NO_QUEUE), 1 << 20);
-        assert_eq!(after(&mut controller, now, SHORT_QUEUE), 1 << 20);
+        assert_eq!(window_after_ack(&mut controller, now, NO_QUEUE), 1 << 20);
+        assert_eq!(window_after_ack(&mut controller, now, SHORT_QUEUE), 1 << 20);
     }
 
     #[test]
-    fn a_long_queue_slows_it_down_like_a_loss() {
+    fn a_long_queue_shrinks_the_window_like_a_loss() {
         let (mut controller, now) = controller();
         let (mut lost, _) = self::controller();
         lost.on_congestion_event(now + LONG_QUEUE, now, false, 1452);
-        let slower = after(&mut controller, now, LONG_QUEUE);
+        let slower = window_after_ack(&mut controller, now, LONG_QUEUE);
         assert!(slower < 1 << 20 && slower == lost.window(), "{slower} and {}", lost.window());
     }
 
     #[test]
-    fn the_same_queue_slows_it_down_once() {
+    fn one_queue_shrinks_the_window_once() {
         let (mut controller, now) = controller();
-        let once = after(&mut controller, now, LONG_QUEUE);
+        let once = window_after_ack(&mut controller, now, LONG_QUEUE);
         let slowed = now + LONG_QUEUE;
         // Sent before it had slowed down, or while what it had sent before still waited.
         for sent in [now, slowed, slowed + LONG_QUEUE] {
-            assert_eq!(after(&mut controller, sent, LONG_QUEUE), once);
+            assert_eq!(window_after_ack(&mut controller, sent, LONG_QUEUE), once);
         }
-        let again = after(&mut controller, slowed + LONG_QUEUE + NO_QUEUE, LONG_QUEUE);
+        let again = window_after_ack(&mut controller, slowed + LONG_QUEUE + NO_QUEUE, LONG_QUEUE);
         assert!(again < once, "{again}");
     }
 
     #[test]
-    fn what_a_loss_slowed_down_is_not_slowed_down_for_its_queue_too() {
+    fn a_window_that_a_loss_shrank_is_not_shrunk_for_the_same_queue() {
         let (mut controller, now) = controller();
-        after(&mut controller, now, SHORT_QUEUE);
+        window_after_ack(&mut controller, now, SHORT_QUEUE);
         controller.on_congestion_event(now + SHORT_QUEUE, now, false, 1452);
         let slowed = controller.window();
-        assert_eq!(after(&mut controller, now + SHORT_QUEUE + NO_QUEUE, LONG_QUEUE), slowed);
+        assert_eq!(window_after_ack(&mut controller, now + SHORT_QUEUE + NO_QUEUE, LONG_QUEUE), slowed);
     }
 
     #[test]
-    fn a_small_window_stays_whatever_the_queue() {
+    fn a_window_below_the_minimum_is_not_shrunk_by_a_queue() {
         let (mut controller, now) = controller();
         let mut sent = now;
         let mut windows: Vec<_> = (0..100)
             .map(|_| {
                 sent += 3 * LONG_QUEUE;
-                after(&mut controller, sent, LONG_QUEUE)
+                window_after_ack(&mut controller, sent, LONG_QUEUE)
             })
             .collect();
         assert!(windows.is_sorted_by(|one, next| one >= next), "{windows:?}");
         windows.dedup();
         // CUBIC takes three tenths at a time.
-        assert!((LEAST_WINDOW * 7 / 10..=LEAST_WINDOW).contains(windows.last().unwrap()), "{windows:?}");
+        assert!((MIN_WINDOW * 7 / 10..=MIN_WINDOW).contains(windows.last().unwrap()), "{windows:?}");
     }
 
     #[test]
-    fn a_copy_has_the_window_of_the_one_it_is_made_of() {
+    fn a_cloned_controller_has_the_same_window() {
         let (mut controller, now) = controller();
-        let slower = after(&mut controller, now, LONG_QUEUE);
+        let slower = window_after_ack(&mut controller, now, LONG_QUEUE);
         assert_eq!(controller.clone_box().window(), slower);
     }
 
     #[test]
     fn a_connection_begins_with_ten_packets_of_what_its_path_carries() {
-        let mut new = made(Arc::default(), Instant::now());
+        let mut new = build_controller(Arc::default(), Instant::now());
         let mut windows = vec![new.window()];
         for mtu in [1452, 6500, 1200] {
             new.on_mtu_update(mtu);
@@ -239,16 +239,16 @@ mod tests {
     }
 
     #[test]
-    fn one_that_has_slowed_down_does_not_begin_anew_with_larger_packets() {
+    fn a_shrunk_window_is_not_reset_by_a_larger_mtu() {
         let (now, sent) = (Instant::now(), Instant::now() + LONG_QUEUE);
-        let mut slowed = made(Arc::default(), now);
+        let mut slowed = build_controller(Arc::default(), now);
         slowed.on_congestion_event(sent, sent, false, 1200);
         slowed.on_mtu_update(6500);
         assert_eq!(slowed.window(), 13_000, "the two packets that there always may be");
     }
 
     #[test]
-    fn a_copy_can_let_go_of_the_one_it_is_made_of() {
+    fn a_cloned_controller_lifts_the_window_of_the_original() {
         let (controller, _) = controller();
         let copy: Box<DelayBoundedCubic> = controller.clone_box().into_any().downcast().expect("it is one");
         copy.closing.store(true, Ordering::Relaxed);

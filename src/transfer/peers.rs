@@ -9,8 +9,8 @@ use quinn::Connection;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-use super::GreetError;
-use super::codes::{DONE, LEAVING, SUPERSEDED, close};
+use super::DialError;
+use super::close_codes::{AGENT_STOPS, DONE, SUPERSEDED, close};
 use super::tuning::BLOBS_PER_PEER;
 use crate::decide::pod_keys::PodKeys;
 use crate::model::{Credential, MAX_MEMBERS, Peer, PeerId};
@@ -26,26 +26,26 @@ const MAX_INBOUND: usize = 4;
 
 /// The table of peers.
 #[derive(Default)]
-pub(super) struct Peers {
-    table: Mutex<HashMap<PeerId, Entry>>,
+pub(super) struct PeerTable {
+    table: Mutex<HashMap<PeerId, PeerEntry>>,
     /// A stolen credential that vouches for key after key meets this bound. Locked within `table`.
     pods: Mutex<PodKeys>,
 }
 
 /// What a peer was admitted by.
 #[derive(Clone)]
-pub(super) struct Standing {
+pub(super) struct PeerAdmission {
     /// As the peer showed it.
     pub(super) credential: Credential,
     /// When the verdict is over, since 1970.
-    pub(super) until: Duration,
+    pub(super) valid_until: Duration,
     /// The UID of the pod that the credential is bound to; `None` where it is bound to none.
     pub(super) pod: Option<String>,
 }
 
-struct Entry {
+struct PeerEntry {
     peer: Peer,
-    standing: Standing,
+    admission: PeerAdmission,
     inbound: VecDeque<Connection>,
     outbound: Arc<Outbound>,
 }
@@ -53,42 +53,42 @@ struct Entry {
 /// The table is full.
 #[derive(Debug, thiserror::Error)]
 #[error("{MAX_PEERS} peers are known already")]
-pub(super) struct Full;
+pub(super) struct PeerTableFull;
 
-impl Peers {
+impl PeerTable {
     /// Remembers an admitted peer, or where it is now.
-    pub(super) fn remember(&self, peer: &Peer, standing: Standing) -> Result<(), Full> {
+    pub(super) fn insert(&self, peer: &Peer, admission: PeerAdmission) -> Result<(), PeerTableFull> {
         let mut table = lock(&self.table);
         if !table.contains_key(&peer.id) && table.len() >= MAX_PEERS {
-            return Err(Full);
+            return Err(PeerTableFull);
         }
-        self.displace(&mut table, peer.id, &standing);
+        self.evict_superseded_key(&mut table, peer.id, &admission);
         if let Some(entry) = table.get_mut(&peer.id) {
             entry.peer = peer.clone();
-            entry.stands(standing);
+            entry.extend_admission(admission);
         } else {
-            let entry = Entry { peer: peer.clone(), standing, inbound: VecDeque::new(), outbound: Arc::default() };
+            let entry = PeerEntry { peer: peer.clone(), admission, inbound: VecDeque::new(), outbound: Arc::default() };
             table.insert(peer.id, entry);
         }
         Ok(())
     }
 
     /// Drops the key that no longer counts now that this one was shown.
-    fn displace(&self, table: &mut HashMap<PeerId, Entry>, peer: PeerId, standing: &Standing) {
-        let Some(pod) = standing.pod.as_deref() else { return };
+    fn evict_superseded_key(&self, table: &mut HashMap<PeerId, PeerEntry>, peer: PeerId, admission: &PeerAdmission) {
+        let Some(pod) = admission.pod.as_deref() else { return };
         let mut pods = lock(&self.pods);
-        let known = table.get(&peer).map(|entry| &entry.standing);
+        let known = table.get(&peer).map(|entry| &entry.admission);
         let before = known.and_then(|known| known.pod.as_deref());
         if before != Some(pod) {
             // The entry keeps the credential that lasts longer, with its pod.
-            if known.is_some_and(|known| known.until > standing.until) {
+            if known.is_some_and(|known| known.valid_until > admission.valid_until) {
                 return;
             }
             if let Some(before) = before {
-                pods.forget(before, peer);
+                pods.remove(before, peer);
             }
         }
-        if let Some(displaced) = pods.shown(pod, peer)
+        if let Some(displaced) = pods.record(pod, peer)
             && let Some(entry) = table.remove(&displaced)
         {
             tracing::debug!(peer = %displaced, pod, "two other keys of its pod were shown since; the peer is forgotten");
@@ -97,35 +97,36 @@ impl Peers {
     }
 
     /// Remembers where a peer is that was not met.
-    pub(super) fn know(&self, peer: &Peer) -> Result<(), Full> {
-        self.remember(peer, Standing { credential: Credential::default(), until: Duration::ZERO, pod: None })
+    pub(super) fn insert_address(&self, peer: &Peer) -> Result<(), PeerTableFull> {
+        self.insert(peer, PeerAdmission { credential: Credential::default(), valid_until: Duration::ZERO, pod: None })
     }
 
     /// When the verdict about the peer is over, since 1970; zero where there is none.
     pub(super) fn admitted_until(&self, peer: PeerId) -> Duration {
-        lock(&self.table).get(&peer).map(|entry| entry.standing.until).unwrap_or_default()
+        lock(&self.table).get(&peer).map(|entry| entry.admission.valid_until).unwrap_or_default()
     }
 
     /// The peer has shown something again. What counts is what lasts longest, for all its connections.
-    pub(super) fn stands(&self, peer: PeerId, standing: Standing) {
+    pub(super) fn record_admission(&self, peer: PeerId, admission: PeerAdmission) {
         let mut table = lock(&self.table);
         if table.contains_key(&peer) {
-            self.displace(&mut table, peer, &standing);
+            self.evict_superseded_key(&mut table, peer, &admission);
         }
         if let Some(entry) = table.get_mut(&peer) {
-            entry.stands(standing);
+            entry.extend_admission(admission);
         }
     }
 
     /// The peers with connections to us whose verdict is over by more than clocks may differ.
-    pub(super) fn overdue(&self, now: Duration) -> Vec<(PeerId, Standing)> {
+    pub(super) fn expired(&self, now: Duration) -> Vec<(PeerId, PeerAdmission)> {
         let table = lock(&self.table);
-        let is_over = |entry: &&Entry| entry.standing.until.saturating_add(LEEWAY) < now && !entry.inbound.is_empty();
-        table.values().filter(is_over).map(|entry| (entry.peer.id, entry.standing.clone())).collect()
+        let is_over =
+            |entry: &&PeerEntry| entry.admission.valid_until.saturating_add(LEEWAY) < now && !entry.inbound.is_empty();
+        table.values().filter(is_over).map(|entry| (entry.peer.id, entry.admission.clone())).collect()
     }
 
     /// Closes what the peer dialled.
-    pub(super) fn end_inbound(&self, peer: PeerId) {
+    pub(super) fn close_inbound(&self, peer: PeerId) {
         if let Some(entry) = lock(&self.table).get_mut(&peer) {
             for connection in entry.inbound.drain(..) {
                 close(&connection, DONE, b"the credential has ended");
@@ -141,7 +142,7 @@ impl Peers {
     }
 
     /// Counts a connection that the peer dialled; its oldest one makes room.
-    pub(super) fn keep_inbound(&self, peer: PeerId, connection: &Connection) {
+    pub(super) fn add_inbound(&self, peer: PeerId, connection: &Connection) {
         let mut table = lock(&self.table);
         let Some(entry) = table.get_mut(&peer) else {
             // Forgotten between its admission and now.
@@ -156,7 +157,7 @@ impl Peers {
     }
 
     /// A connection that the peer dialled has ended.
-    pub(super) fn drop_inbound(&self, peer: PeerId, connection: &Connection) {
+    pub(super) fn remove_inbound(&self, peer: PeerId, connection: &Connection) {
         if let Some(entry) = lock(&self.table).get_mut(&peer) {
             entry.inbound.retain(|other| other.stable_id() != connection.stable_id());
         }
@@ -170,8 +171,8 @@ impl Peers {
     /// The peer to which we have a connection at this address, if the verdict about it lasts.
     pub(super) fn connected_at(&self, address: SocketAddr, now: Duration) -> Option<Peer> {
         let table = lock(&self.table);
-        let mut at = table.values().filter(|entry| entry.peer.transfer == address && entry.standing.until > now);
-        at.find(|entry| entry.outbound.line().is_some()).map(|entry| entry.peer.clone())
+        let mut at = table.values().filter(|entry| entry.peer.transfer == address && entry.admission.valid_until > now);
+        at.find(|entry| entry.outbound.connection().is_some()).map(|entry| entry.peer.clone())
     }
 
     pub(super) fn get(&self, peer: PeerId) -> Option<Peer> {
@@ -183,33 +184,33 @@ impl Peers {
     }
 
     /// Drops the peer, its address and its connections.
-    pub(super) fn forget(&self, peer: PeerId) {
+    pub(super) fn remove(&self, peer: PeerId) {
         if let Some(entry) = lock(&self.table).remove(&peer) {
-            if let Some(pod) = &entry.standing.pod {
-                lock(&self.pods).forget(pod, peer);
+            if let Some(pod) = &entry.admission.pod {
+                lock(&self.pods).remove(pod, peer);
             }
             entry.close(b"forgotten");
         }
     }
 
     /// Closes every connection.
-    pub(super) fn leave(&self) {
-        lock(&self.table).values().for_each(|entry| entry.close(LEAVING));
+    pub(super) fn close_all(&self) {
+        lock(&self.table).values().for_each(|entry| entry.close(AGENT_STOPS));
     }
 
     /// Closes our connections that nobody has used for a while.
-    pub(super) fn sweep(&self, unused: Duration) {
+    pub(super) fn close_unused(&self, unused: Duration) {
         for entry in lock(&self.table).values() {
             entry.outbound.close_if_unused(unused);
         }
     }
 }
 
-impl Entry {
-    fn stands(&mut self, standing: Standing) {
-        if standing.until >= self.standing.until {
-            let pod = standing.pod.or(self.standing.pod.take());
-            self.standing = Standing { pod, ..standing };
+impl PeerEntry {
+    fn extend_admission(&mut self, admission: PeerAdmission) {
+        if admission.valid_until >= self.admission.valid_until {
+            let pod = admission.pod.or(self.admission.pod.take());
+            self.admission = PeerAdmission { pod, ..admission };
         }
     }
 
@@ -221,42 +222,42 @@ impl Entry {
 
 /// A connection that we dialled. Whoever uses it holds a clone of the `Arc` around it, which is how it is known to be
 /// in use.
-pub(super) type Line = Arc<Connection>;
+pub(super) type SharedConnection = Arc<Connection>;
 
 /// The one connection that we dial to a peer.
 pub(super) struct Outbound {
-    line: Mutex<Option<(Line, Instant)>>,
+    connection: Mutex<Option<(SharedConnection, Instant)>>,
     /// Held while dialling, so that everybody else waits for the outcome; counts the dials that failed and keeps the
     /// last error.
-    pub(super) dialling: tokio::sync::Mutex<()>,
-    failed: Mutex<(u64, Option<GreetError>)>,
+    pub(super) dial_lock: tokio::sync::Mutex<()>,
+    dial_failures: Mutex<(u64, Option<DialError>)>,
     /// One permit for each blob that comes at a time.
-    pub(super) blobs: Semaphore,
+    pub(super) fetch_permits: Semaphore,
 }
 
 impl Default for Outbound {
     fn default() -> Self {
         Self {
-            line: Mutex::default(),
-            dialling: tokio::sync::Mutex::default(),
-            failed: Mutex::default(),
-            blobs: Semaphore::new(BLOBS_PER_PEER),
+            connection: Mutex::default(),
+            dial_lock: tokio::sync::Mutex::default(),
+            dial_failures: Mutex::default(),
+            fetch_permits: Semaphore::new(BLOBS_PER_PEER),
         }
     }
 }
 
 impl Outbound {
     /// The live connection.
-    pub(super) fn line(&self) -> Option<Line> {
-        let mut slot = lock(&self.line);
+    pub(super) fn connection(&self) -> Option<SharedConnection> {
+        let mut slot = lock(&self.connection);
         let (line, used) = slot.as_mut().filter(|(line, _)| line.close_reason().is_none())?;
         *used = Instant::now();
         Some(line.clone())
     }
 
     /// Takes a new connection, unless there is a live one: then that one is kept and the new one closed.
-    pub(super) fn keep(&self, connection: Connection) -> Line {
-        let mut slot = lock(&self.line);
+    pub(super) fn insert(&self, connection: Connection) -> SharedConnection {
+        let mut slot = lock(&self.connection);
         if let Some((line, _)) = slot.as_ref().filter(|(line, _)| line.close_reason().is_none()) {
             close(&connection, DONE, b"there is another");
             return line.clone();
@@ -268,37 +269,37 @@ impl Outbound {
 
     /// How many dials have failed.
     pub(super) fn failures(&self) -> u64 {
-        lock(&self.failed).0
+        lock(&self.dial_failures).0
     }
 
     /// Why the last dial failed, if one did since `seen` were counted: those who waited for it share its outcome
     /// instead of dialling one after the other.
-    pub(super) fn failed_since(&self, seen: u64) -> Option<GreetError> {
-        let failed = lock(&self.failed);
+    pub(super) fn failed_since(&self, seen: u64) -> Option<DialError> {
+        let failed = lock(&self.dial_failures);
         failed.1.clone().filter(|_| failed.0 != seen)
     }
 
-    pub(super) fn fail(&self, error: GreetError) {
-        let mut failed = lock(&self.failed);
+    pub(super) fn record_failure(&self, error: DialError) {
+        let mut failed = lock(&self.dial_failures);
         *failed = (failed.0 + 1, Some(error));
     }
 
     /// Forgets the connection without closing it for those who use it.
     fn retire(&self) {
-        let retired = lock(&self.line).take().filter(|(line, _)| Arc::strong_count(line) == 1);
+        let retired = lock(&self.connection).take().filter(|(line, _)| Arc::strong_count(line) == 1);
         if let Some((line, _)) = retired {
             close(&line, DONE, b"another credential");
         }
     }
 
     fn close(&self, reason: &[u8]) {
-        if let Some((line, _)) = lock(&self.line).take() {
+        if let Some((line, _)) = lock(&self.connection).take() {
             close(&line, DONE, reason);
         }
     }
 
     fn close_if_unused(&self, unused: Duration) {
-        let mut slot = lock(&self.line);
+        let mut slot = lock(&self.connection);
         let Some((line, used)) = slot.as_mut() else { return };
         if Arc::strong_count(line) > 1 {
             *used = Instant::now();

@@ -3,10 +3,10 @@
 //! Here: what is asked, and whole blobs, which are small as a rule. Beneath: pieces, lists of states, telling which pieces there are, and
 //! ranges for requests that came over the mesh.
 
-mod list;
+mod hash_chain;
+mod mesh_ranges;
+mod piece_map;
 mod pieces;
-mod ranges;
-mod telling;
 
 use std::future::ready;
 use std::io::ErrorKind;
@@ -21,26 +21,26 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use self::pieces::Welcome;
+use self::pieces::RequestedPieces;
 use super::Shared;
-use super::codes::{GONE, MALFORMED, OTHER_MAJOR, STORE_FAILED, TOO_SLOW};
-use super::tuning::{MAX_FOLLOWED, MAX_STREAMS, READ};
-use super::uploads::NoPlace;
-use crate::decide::bucket::CHUNK;
+use super::close_codes::{BLOB_REMOVED, MALFORMED, OTHER_MAJOR, STORE_FAILED, TOO_SLOW};
+use super::tuning::{MAX_FOLLOWED, MAX_STREAMS, READ_BYTES};
+use super::upload_queue::NoUploadSlot;
+use crate::decide::token_bucket::CHUNK;
 use crate::model::PeerId;
 use crate::oci::Digest;
 use crate::ports::{BlobReader, StoreError};
 use crate::wire::{self, Answer, Format, Request, Versions, WireError};
 
 /// The way of one answer.
-struct Stream {
+struct ResponseStream {
     send: SendStream,
     /// Tells how much is on its way.
     connection: Connection,
     /// Of the connection's messages.
     format: Format,
     /// For as many as may be followed on this connection.
-    followed: Arc<Semaphore>,
+    follow_permits: Arc<Semaphore>,
     /// The agent stops.
     stop: CancellationToken,
 }
@@ -66,15 +66,15 @@ impl ServeError {
         match self {
             Self::Malformed(_) => MALFORMED,
             Self::OtherMajor => OTHER_MAJOR,
-            Self::Store(StoreError::Absent(_)) => GONE,
+            Self::Store(StoreError::Absent(_)) => BLOB_REMOVED,
             Self::Store(_) => STORE_FAILED,
             Self::TooSlow | Self::Left(_) => TOO_SLOW,
         }
     }
 }
 
-impl From<NoPlace> for ServeError {
-    fn from(_: NoPlace) -> Self {
+impl From<NoUploadSlot> for ServeError {
+    fn from(_: NoUploadSlot) -> Self {
         Self::TooSlow
     }
 }
@@ -88,17 +88,22 @@ impl From<WriteError> for ServeError {
 impl Shared {
     /// Serves an admitted peer until its connection ends. When the agent stops, streams that are being served may end
     /// first; the caller bounds that.
-    pub(super) async fn attend(self: &Arc<Self>, peer: PeerId, connection: &Connection, stop: CancellationToken) {
+    pub(super) async fn serve_connection(
+        self: &Arc<Self>,
+        peer: PeerId,
+        connection: &Connection,
+        stop: CancellationToken,
+    ) {
         let mut streams = JoinSet::new();
-        let followed = Arc::new(Semaphore::new(MAX_FOLLOWED));
+        let follow_permits = Arc::new(Semaphore::new(MAX_FOLLOWED));
         let format = self.format_on(connection);
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
                 accepted = connection.accept_bi(), if streams.len() < MAX_STREAMS as usize => match accepted {
                     Ok((send, recv)) => {
-                        let (connection, followed, stop) = (connection.clone(), followed.clone(), stop.clone());
-                        let stream = Stream { send, connection, format, followed, stop };
+                        let (connection, follow_permits, stop) = (connection.clone(), follow_permits.clone(), stop.clone());
+                        let stream = ResponseStream { send, connection, format, follow_permits, stop };
                         drop(streams.spawn(self.clone().serve(peer, stream, recv)));
                     }
                     // Nobody is left to be served: the streams are aborted when the set is dropped.
@@ -112,20 +117,22 @@ impl Shared {
         }
     }
 
-    async fn serve(self: Arc<Self>, peer: PeerId, mut stream: Stream, mut recv: RecvStream) {
-        let served = match timeout(self.limits.hello, read_request(&mut recv, self.versions)).await {
+    async fn serve(self: Arc<Self>, peer: PeerId, mut stream: ResponseStream, mut recv: RecvStream) {
+        let served = match timeout(self.timeouts.hello, read_request(&mut recv, self.versions)).await {
             Ok(Ok(request)) if stream.format.is_previous() && request.needs_equal_majors() => {
                 Err(ServeError::OtherMajor)
             }
-            Ok(Ok(Request::Have(digest))) => self.tell(digest, &mut stream).await,
-            Ok(Ok(Request::Get { digest, offset, length })) => self.send(digest, offset, length, &mut stream).await,
-            Ok(Ok(Request::Pieces { digest, choice, most })) => {
-                self.send_pieces(peer, Welcome { digest, choice, most }, &mut stream).await
+            Ok(Ok(Request::Have(digest))) => self.serve_have(digest, &mut stream).await,
+            Ok(Ok(Request::Get { digest, offset, length })) => {
+                self.serve_get(digest, offset, length, &mut stream).await
             }
-            Ok(Ok(Request::Chain(digest))) => self.send_list(digest, &mut stream).await,
-            Ok(Ok(Request::Follow(digest))) => self.tell_pieces(digest, &mut stream).await,
+            Ok(Ok(Request::Pieces { digest, pieces: choice, limit: most })) => {
+                self.serve_pieces(peer, RequestedPieces { digest, pieces: choice, limit: most }, &mut stream).await
+            }
+            Ok(Ok(Request::HashChain(digest))) => self.serve_hash_chain(digest, &mut stream).await,
+            Ok(Ok(Request::Follow(digest))) => self.serve_follow(digest, &mut stream).await,
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(ServeError::Malformed(format!("not in {:?}", self.limits.hello))),
+            Err(_) => Err(ServeError::Malformed(format!("not in {:?}", self.timeouts.hello))),
         };
         let Err(error) = served else { return };
         // Either may have ended already.
@@ -141,45 +148,52 @@ impl Shared {
         }
     }
 
-    async fn tell(&self, digest: Digest, stream: &mut Stream) -> Result<(), ServeError> {
-        match self.asked_of_the_store(self.store.blob(digest)).await {
-            Ok(Some(blob)) => self.answer_only(stream, &Answer::Blob { size: blob.size }).await,
-            Ok(None) => self.answer_only(stream, &Answer::Absent).await,
-            Err(error) => self.admit_failure(stream, error).await,
+    async fn serve_have(&self, digest: Digest, stream: &mut ResponseStream) -> Result<(), ServeError> {
+        match self.with_store_timeout(self.store.blob(digest)).await {
+            Ok(Some(blob)) => self.answer_and_finish(stream, &Answer::Blob { size: blob.size }).await,
+            Ok(None) => self.answer_and_finish(stream, &Answer::Absent).await,
+            Err(error) => self.answer_store_failure(stream, error).await,
         }
     }
 
-    async fn send(&self, digest: Digest, offset: u64, length: u64, stream: &mut Stream) -> Result<(), ServeError> {
+    async fn serve_get(
+        &self,
+        digest: Digest,
+        offset: u64,
+        length: u64,
+        stream: &mut ResponseStream,
+    ) -> Result<(), ServeError> {
         // Taken before the store is asked, held until the reader has everything.
-        let serving = self.serving.try_acquire().ok();
-        let place = if length > CHUNK { self.up.try_place().map(Some) } else { Some(None) };
-        let (Some(_serving), Some(_place)) = (serving, place) else {
-            return self.answer_only(stream, &Answer::Busy).await;
+        let serving = self.serve_permits.try_acquire().ok();
+        let permit = if length > CHUNK { self.upload_limiter.try_acquire_permit().map(Some) } else { Some(None) };
+        let (Some(_serving), Some(_permit)) = (serving, permit) else {
+            return self.answer_and_finish(stream, &Answer::Busy).await;
         };
-        let reader = match self.asked_of_the_store(self.store.open(digest)).await {
+        let reader = match self.with_store_timeout(self.store.open(digest)).await {
             Ok(reader) => reader,
-            Err(StoreError::Absent(_)) => return self.answer_only(stream, &Answer::Absent).await,
-            Err(error) => return self.admit_failure(stream, error).await,
+            Err(StoreError::Absent(_)) => return self.answer_and_finish(stream, &Answer::Absent).await,
+            Err(error) => return self.answer_store_failure(stream, error).await,
         };
         let size = reader.size();
         let Some(end) = offset.checked_add(length).filter(|end| *end <= size) else {
-            return self.answer_only(stream, &Answer::Invalid { size }).await;
+            return self.answer_and_finish(stream, &Answer::Invalid { size }).await;
         };
         self.answer(stream, &Answer::Blob { size }).await?;
-        self.pump(reader, offset, end, &mut stream.send).await?;
+        self.send_range(reader, offset, end, &mut stream.send).await?;
         self.finish(stream).await
     }
 
     /// Bytes from `at` to `end`, one read ahead of the writing, so that disk and network work at the same time.
-    async fn pump(
+    async fn send_range(
         &self,
         mut reader: Box<dyn BlobReader>,
         mut at: u64,
         end: u64,
         send: &mut SendStream,
     ) -> Result<(), ServeError> {
-        let most = |at: u64| usize::try_from(end - at).unwrap_or(READ).min(READ);
-        let mut chunk = timeout(self.limits.reader, reader.read_at(at, most(at))).await.map_err(|_| slow_store())??;
+        let limit = |at: u64| usize::try_from(end - at).unwrap_or(READ_BYTES).min(READ_BYTES);
+        let mut chunk =
+            timeout(self.timeouts.slow_reader, reader.read_at(at, limit(at))).await.map_err(|_| store_timeout())??;
         while at < end {
             let length = chunk.len() as u64;
             if length == 0 || length > end - at {
@@ -189,78 +203,86 @@ impl Shared {
             }
             at += length;
             let ahead = if at < end {
-                Either::Left(reader.read_at(at, most(at)))
+                Either::Left(reader.read_at(at, limit(at)))
             } else {
                 Either::Right(ready(Ok(Bytes::new())))
             };
-            let (written, read) = join(self.write(chunk, send), timeout(self.limits.reader, ahead)).await;
+            let (written, read) =
+                join(self.write_limited(chunk, send), timeout(self.timeouts.slow_reader, ahead)).await;
             written?;
             self.metrics.served(length);
-            chunk = read.map_err(|_| slow_store())??;
+            chunk = read.map_err(|_| store_timeout())??;
         }
         Ok(())
     }
 
     /// What was read at a time; in smaller chunks under a limit, so that the reader sees something all the while. The time that
     /// we wait ourselves is not the reader's.
-    async fn write(&self, mut read: Bytes, send: &mut SendStream) -> Result<(), ServeError> {
-        let mut patience = self.limits.reader;
+    async fn write_limited(&self, mut read: Bytes, send: &mut SendStream) -> Result<(), ServeError> {
+        let mut time_left = self.timeouts.slow_reader;
         while !read.is_empty() {
-            let chunk =
-                if self.up.is_limited() { read.split_to(read.len().min(CHUNK as usize)) } else { take(&mut read) };
-            self.up.pass(chunk.len() as u64).await;
+            let chunk = if self.upload_limiter.is_limited() {
+                read.split_to(read.len().min(CHUNK as usize))
+            } else {
+                take(&mut read)
+            };
+            self.upload_limiter.acquire_bytes(chunk.len() as u64).await;
             let began = Instant::now();
-            timeout(patience, send.write_chunk(chunk)).await.map_err(|_| ServeError::TooSlow)??;
-            patience = patience.saturating_sub(began.elapsed());
+            timeout(time_left, send.write_chunk(chunk)).await.map_err(|_| ServeError::TooSlow)??;
+            time_left = time_left.saturating_sub(began.elapsed());
         }
         Ok(())
     }
 
-    async fn asked_of_the_store<T>(&self, asked: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-        timeout(self.limits.answer, asked).await.unwrap_or_else(|_| Err(slow_store()))
+    async fn with_store_timeout<T>(&self, asked: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+        timeout(self.timeouts.answer, asked).await.unwrap_or_else(|_| Err(store_timeout()))
     }
 
     /// The peer is told that it is not its fault, and our log why.
-    async fn admit_failure(&self, stream: &mut Stream, error: StoreError) -> Result<(), ServeError> {
-        self.answer_only(stream, &Answer::Failed).await?;
+    async fn answer_store_failure(&self, stream: &mut ResponseStream, error: StoreError) -> Result<(), ServeError> {
+        self.answer_and_finish(stream, &Answer::Failed).await?;
         Err(error.into())
     }
 
     /// Waited for, as a reader may leave no room even for this.
-    async fn answer(&self, Stream { send, format, .. }: &mut Stream, answer: &Answer) -> Result<(), ServeError> {
-        let written = timeout(self.limits.reader, wire::write_in(send, answer, *format)).await;
-        written.map_err(|_| ServeError::TooSlow)?.map_err(broken)
+    async fn answer(
+        &self,
+        ResponseStream { send, format, .. }: &mut ResponseStream,
+        answer: &Answer,
+    ) -> Result<(), ServeError> {
+        let written = timeout(self.timeouts.slow_reader, wire::write_in(send, answer, *format)).await;
+        written.map_err(|_| ServeError::TooSlow)?.map_err(wire_failure)
     }
 
     /// An answer that nothing follows.
-    async fn answer_only(&self, stream: &mut Stream, message: &Answer) -> Result<(), ServeError> {
+    async fn answer_and_finish(&self, stream: &mut ResponseStream, message: &Answer) -> Result<(), ServeError> {
         self.answer(stream, message).await?;
         self.finish(stream).await
     }
 
     /// Waits until the reader has it all. That is up to a whole window, which takes a slow link minutes: whoever takes a read's worth
     /// in the time that it has for one is waited for on.
-    async fn finish(&self, Stream { send, connection, .. }: &mut Stream) -> Result<(), ServeError> {
+    async fn finish(&self, ResponseStream { send, connection, .. }: &mut ResponseStream) -> Result<(), ServeError> {
         send.finish().map_err(|error| ServeError::Left(error.to_string()))?;
         let sent = || connection.stats().udp_tx.bytes;
         loop {
             let before = sent();
-            match timeout(self.limits.reader, send.stopped()).await {
+            match timeout(self.timeouts.slow_reader, send.stopped()).await {
                 Ok(delivered) => return delivered.map(drop).map_err(|error| ServeError::Left(error.to_string())),
-                Err(_) if sent() - before < READ as u64 => return Err(ServeError::TooSlow),
+                Err(_) if sent() - before < READ_BYTES as u64 => return Err(ServeError::TooSlow),
                 Err(_) => {}
             }
         }
     }
 }
 
-fn slow_store() -> StoreError {
+fn store_timeout() -> StoreError {
     StoreError::Unavailable("no answer in time".into())
 }
 
 /// A request, and nothing after it.
 async fn read_request(recv: &mut RecvStream, versions: Versions) -> Result<Request, ServeError> {
-    let request = wire::read_in(recv, versions).await.map_err(broken)?;
+    let request = wire::read_in(recv, versions).await.map_err(wire_failure)?;
     match recv.read_chunk(1, true).await {
         Ok(None) => Ok(request),
         Ok(Some(_)) => Err(ServeError::Malformed("something follows the request".into())),
@@ -268,7 +290,7 @@ async fn read_request(recv: &mut RecvStream, versions: Versions) -> Result<Reque
     }
 }
 
-fn broken(error: WireError) -> ServeError {
+fn wire_failure(error: WireError) -> ServeError {
     match error {
         WireError::Io(io) if io.kind() != ErrorKind::UnexpectedEof => ServeError::Left(io.to_string()),
         other => ServeError::Malformed(other.to_string()),

@@ -1,17 +1,17 @@
 //! Real endpoints on loopback. Peers that misbehave are written here, on the same TLS.
 
+mod acceptor;
 mod certificates;
 mod content;
-mod door;
 mod faults;
-mod following;
-mod lists;
+mod hash_chain;
+mod piece_faults;
+mod piece_map;
 mod pieces;
-mod pieces_faults;
 mod rates;
 mod rogue;
 mod stopping;
-mod uploads;
+mod upload_queue;
 mod versions;
 
 use std::collections::{HashMap, HashSet};
@@ -27,19 +27,20 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use self::rogue::{Rogue, promise};
-use super::peers::Standing;
-use super::tuning::Limits;
-use super::{Bounds, Config, Surroundings, Transfer, tls, tuning};
+use self::rogue::{Rogue, answer_blob};
+use super::peers::PeerAdmission;
+use super::tuning::Timeouts;
+use super::{Config, Transfer, TransferDependencies, TransferOptions, tls, tuning};
 use crate::decide::disk::Disks;
-use crate::decide::rules::Rules;
+use crate::decide::policy::Policy;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{Credential, NodeName, Peer, PeerId};
-use crate::oci::{Chain, Cut, Digest, Verified};
+use crate::oci::{BlobProof, Digest, HashChain, PieceLayout};
 use crate::ports::{
-    Admission, Admitted, BlobInfo, BlobReader, BlobSink, BlobWriter, ContentStore, FetchError, Fetcher, ImageRecord,
-    LEEWAY, NoPartials, Partials, PieceFetcher, Pin, Refusal, Remembered, Snapshots, Staged, StoreError,
+    Admission, AdmittedPeer, BlobInfo, BlobMetadata, BlobReader, BlobSink, BlobWriter, ContentStore, FetchError,
+    Fetcher, ImageRecord, LEEWAY, NoPartialBlobs, PartialBlobs, PieceFetcher, Pin, Rejection, Snapshots, StagedBlob,
+    StoreError,
 };
 use crate::wire::{self, Answer, Hello, Request, Versions, Welcome};
 
@@ -48,13 +49,13 @@ use crate::wire::{self, Answer, Hello, Request, Versions, Welcome};
 const BRIEF: Duration = Duration::from_millis(400);
 
 /// Far more than any test needs, far less than an endless wait.
-async fn within<T>(test: impl Future<Output = T>) -> T {
+async fn with_deadline<T>(test: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test is stuck")
 }
 
 /// A store that only reads, and can lie or fail.
 #[derive(Default)]
-struct Shelf {
+struct TestStore {
     blobs: HashMap<Digest, Bytes>,
     /// Reads at or after this offset fail.
     fails_at: Option<u64>,
@@ -66,17 +67,17 @@ struct Shelf {
     reads: Arc<AtomicUsize>,
 }
 
-impl Shelf {
+impl TestStore {
     fn with(blob: &Bytes) -> Self {
         Self { blobs: HashMap::from([(Digest::of(blob), blob.clone())]), ..Self::default() }
     }
 
-    fn works(&self) -> Result<(), StoreError> {
+    fn check_works(&self) -> Result<(), StoreError> {
         if self.broken { Err(StoreError::Other("the disk is gone".into())) } else { Ok(()) }
     }
 }
 
-struct Reading {
+struct TestBlobReader {
     blob: Bytes,
     digest: Digest,
     fails_at: Option<u64>,
@@ -85,7 +86,7 @@ struct Reading {
 }
 
 #[async_trait]
-impl BlobReader for Reading {
+impl BlobReader for TestBlobReader {
     fn size(&self) -> u64 {
         self.blob.len() as u64
     }
@@ -109,9 +110,9 @@ fn unused<T>() -> Result<T, StoreError> {
 }
 
 #[async_trait]
-impl ContentStore for Shelf {
+impl ContentStore for TestStore {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
-        self.works()?;
+        self.check_works()?;
         Ok(self.blobs.get(&digest).map(|blob| BlobInfo {
             digest,
             size: blob.len() as u64,
@@ -120,10 +121,10 @@ impl ContentStore for Shelf {
         }))
     }
     async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError> {
-        self.works()?;
+        self.check_works()?;
         let blob = self.blobs.get(&digest).ok_or(StoreError::Absent(digest))?.clone();
         let (open, reads) = (self.open.clone(), self.reads.clone());
-        Ok(Box::new(Reading { blob, digest, fails_at: self.fails_at, open, reads }))
+        Ok(Box::new(TestBlobReader { blob, digest, fails_at: self.fails_at, open, reads }))
     }
     async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
         unused()
@@ -131,10 +132,10 @@ impl ContentStore for Shelf {
     async fn create(&self, _: Digest, _: u64, _: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
         unused()
     }
-    async fn stage(&self, _: Digest, _: u64, _: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
+    async fn stage(&self, _: Digest, _: u64, _: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
         unused()
     }
-    async fn remember(&self, _: Digest, _: &Remembered) -> Result<(), StoreError> {
+    async fn add_metadata(&self, _: Digest, _: &BlobMetadata) -> Result<(), StoreError> {
         unused()
     }
     async fn discard(&self, _: Digest, _: &Pin) -> Result<(), StoreError> {
@@ -171,173 +172,186 @@ impl ContentStore for Shelf {
 
 /// Admits everybody, or those on a list.
 #[derive(Clone)]
-struct Guests {
-    list: Option<HashSet<PeerId>>,
+struct TestAdmission {
+    allowed: Option<HashSet<PeerId>>,
     /// For so long from now on.
     life: Arc<Mutex<Duration>>,
     /// The pods that keys belong to.
     pods: HashMap<PeerId, String>,
     /// What is said of a peer whose verdict is over.
-    again: Arc<Mutex<Result<(), Refusal>>>,
+    recheck: Arc<Mutex<Result<(), Rejection>>>,
     renewals: watch::Sender<u64>,
 }
 
-impl Default for Guests {
+impl Default for TestAdmission {
     fn default() -> Self {
         let life = Arc::new(Mutex::new(Duration::from_secs(3600)));
         Self {
-            list: None,
+            allowed: None,
             life,
             pods: HashMap::new(),
-            again: Arc::new(Mutex::new(Ok(()))),
+            recheck: Arc::new(Mutex::new(Ok(()))),
             renewals: watch::Sender::default(),
         }
     }
 }
 
-impl Guests {
+impl TestAdmission {
     fn only(peers: impl IntoIterator<Item = PeerId>) -> Self {
-        Self { list: Some(peers.into_iter().collect()), ..Self::default() }
+        Self { allowed: Some(peers.into_iter().collect()), ..Self::default() }
     }
 
-    fn verdict(&self, peer: PeerId) -> Admitted {
+    fn verdict(&self, peer: PeerId) -> AdmittedPeer {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
-        Admitted {
+        AdmittedPeer {
             node: None,
             pod: self.pods.get(&peer).cloned(),
-            until: now + *self.life.lock().unwrap(),
-            on_grace: false,
+            valid_until: now + *self.life.lock().unwrap(),
+            is_in_grace: false,
         }
     }
 }
 
 #[async_trait]
-impl Admission for Guests {
-    async fn credential(&self) -> Result<Credential, Refusal> {
+impl Admission for TestAdmission {
+    async fn credential(&self) -> Result<Credential, Rejection> {
         Ok(Credential::default())
     }
-    fn renewed(&self) -> watch::Receiver<u64> {
+    fn credential_changes(&self) -> watch::Receiver<u64> {
         self.renewals.subscribe()
     }
-    async fn admit(&self, peer: PeerId, _: &Credential) -> Result<Admitted, Refusal> {
-        let admitted = self.list.as_ref().is_none_or(|list| list.contains(&peer));
-        if admitted { Ok(self.verdict(peer)) } else { Err(Refusal::Denied("not on the list".into())) }
+    async fn admit(&self, peer: PeerId, _: &Credential) -> Result<AdmittedPeer, Rejection> {
+        let admitted = self.allowed.as_ref().is_none_or(|list| list.contains(&peer));
+        if admitted { Ok(self.verdict(peer)) } else { Err(Rejection::Denied("not on the list".into())) }
     }
-    fn vouch(&self, peer: PeerId, _: &Credential) -> Result<Admitted, Refusal> {
-        self.again.lock().unwrap().clone().map(|()| self.verdict(peer))
+    fn admit_relayed(&self, peer: PeerId, _: &Credential) -> Result<AdmittedPeer, Rejection> {
+        self.recheck.lock().unwrap().clone().map(|()| self.verdict(peer))
     }
 }
 
 /// A running agent's transfer.
-struct Node {
+struct TransferTestNode {
     transfer: Transfer,
     id: PeerId,
     metrics: Metrics,
-    joined: mpsc::Receiver<Peer>,
+    admitted_peers: mpsc::Receiver<Peer>,
     stop: CancellationToken,
     run: JoinHandle<()>,
 }
 
-impl Node {
-    fn start(shelf: Shelf) -> Self {
-        Self::start_with(&Identity::generate(), shelf, Guests::default(), Limits::DEFAULT)
+impl TransferTestNode {
+    fn start(store: TestStore) -> Self {
+        Self::start_with(&Identity::generate(), store, TestAdmission::default(), Timeouts::DEFAULT)
     }
 
-    fn start_with(identity: &Identity, shelf: Shelf, admission: impl Admission + 'static, limits: Limits) -> Self {
-        Self::start_at("127.0.0.1:0", identity, shelf, admission, limits)
+    fn start_with(
+        identity: &Identity,
+        store: TestStore,
+        admission: impl Admission + 'static,
+        limits: Timeouts,
+    ) -> Self {
+        Self::start_at("127.0.0.1:0", identity, store, admission, limits)
     }
 
     fn start_at(
         listen: &str,
         identity: &Identity,
-        shelf: Shelf,
+        store: TestStore,
         admission: impl Admission + 'static,
-        limits: Limits,
+        limits: Timeouts,
     ) -> Self {
-        Self::start_within(
+        Self::start_with_options(
             listen,
             identity,
-            shelf,
+            store,
             admission,
-            Bounds { limits, rules: None, versions: Versions::TRANSFER },
+            TransferOptions { timeouts: limits, policy: None, versions: Versions::TRANSFER },
         )
     }
 
-    fn start_within(
+    fn start_with_options(
         listen: &str,
         identity: &Identity,
-        shelf: Shelf,
+        store: TestStore,
         admission: impl Admission + 'static,
-        bounds: Bounds,
+        bounds: TransferOptions,
     ) -> Self {
-        Self::start_among(listen, identity, shelf, admission, Arc::new(NoPartials), bounds)
+        Self::start_with_partials(listen, identity, store, admission, Arc::new(NoPartialBlobs), bounds)
     }
 
     /// With blobs that are being fetched.
-    fn start_sharing(shelf: Shelf, partials: impl Partials) -> Self {
-        let bounds = Bounds { limits: Limits::DEFAULT, rules: None, versions: Versions::TRANSFER };
+    fn start_partial(store: TestStore, partials: impl PartialBlobs) -> Self {
+        let bounds = TransferOptions { timeouts: Timeouts::DEFAULT, policy: None, versions: Versions::TRANSFER };
         let partials = Arc::new(partials);
-        Self::start_among("127.0.0.1:0", &Identity::generate(), shelf, Guests::default(), partials, bounds)
+        Self::start_with_partials(
+            "127.0.0.1:0",
+            &Identity::generate(),
+            store,
+            TestAdmission::default(),
+            partials,
+            bounds,
+        )
     }
 
-    fn start_among(
+    fn start_with_partials(
         listen: &str,
         identity: &Identity,
-        shelf: Shelf,
+        store: TestStore,
         admission: impl Admission + 'static,
-        partials: Arc<dyn Partials>,
-        bounds: Bounds,
+        partials: Arc<dyn PartialBlobs>,
+        bounds: TransferOptions,
     ) -> Self {
-        Self::start_named("node-a", listen, identity, shelf, admission, partials, bounds)
+        Self::start_named("node-a", listen, identity, store, admission, partials, bounds)
     }
 
     fn start_named(
         node: &str,
         listen: &str,
         identity: &Identity,
-        shelf: Shelf,
+        store: TestStore,
         admission: impl Admission + 'static,
-        partials: Arc<dyn Partials>,
-        bounds: Bounds,
+        partials: Arc<dyn PartialBlobs>,
+        bounds: TransferOptions,
     ) -> Self {
         let (listen, node) = (listen.parse().unwrap(), node.parse().unwrap());
         let config = Config { listen, gossip_port: 4001, node, max_serving: 4 };
-        let (sender, joined) = mpsc::channel(16);
+        let (sender, admitted_peers) = mpsc::channel(16);
         let metrics = Metrics::new();
-        let surroundings = Surroundings {
+        let surroundings = TransferDependencies {
             admission: Arc::new(admission),
-            store: Arc::new(shelf),
+            store: Arc::new(store),
             partials,
             metrics: metrics.clone(),
-            joined: sender,
+            admitted_peers: sender,
         };
-        let bound = Transfer::bind_with(config, identity, surroundings, bounds);
+        let bound = Transfer::bind_with_options(config, identity, surroundings, bounds);
         let (transfer, stop) = (bound.unwrap(), CancellationToken::new());
         let run = tokio::spawn(transfer.clone().run(stop.clone()));
-        Self { transfer, id: identity.peer_id(), metrics, joined, stop, run }
+        Self { transfer, id: identity.peer_id(), metrics, admitted_peers, stop, run }
     }
 
     fn address(&self) -> SocketAddr {
         self.transfer.local_addr()
     }
 
-    async fn meet(&self, other: SocketAddr) -> Peer {
-        self.transfer.greet(other, None).await.unwrap()
+    async fn dial(&self, other: SocketAddr) -> Peer {
+        self.transfer.dial(other, None).await.unwrap()
     }
 
     /// Fetches into memory; what arrived of a failed fetch is not looked at.
     /// A peer's list, whose states were all heard before.
-    async fn list(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Chain, FetchError> {
+    async fn hash_chain(&self, peer: PeerId, digest: Digest, cut: PieceLayout) -> Result<HashChain, FetchError> {
         let mut heard = Vec::new();
-        let list = self.transfer.chain(peer, digest, cut, &mut |states| heard.extend_from_slice(states)).await?;
+        let list =
+            self.transfer.fetch_hash_chain(peer, digest, cut, &mut |states| heard.extend_from_slice(states)).await?;
         assert_eq!(heard, list.states());
         Ok(list)
     }
 
-    async fn fetch(&self, peer: PeerId, digest: Digest, size: u64) -> Result<(Verified, Vec<u8>), FetchError> {
-        let mut basket = Basket::default();
-        let verified = self.transfer.fetch(peer, digest, size, &mut basket).await?;
-        Ok((verified, basket.0))
+    async fn fetch(&self, peer: PeerId, digest: Digest, size: u64) -> Result<(BlobProof, Vec<u8>), FetchError> {
+        let mut sink = VecSink::default();
+        let verified = self.transfer.fetch(peer, digest, size, &mut sink).await?;
+        Ok((verified, sink.0))
     }
 
     fn metric(&self, line: &str) -> bool {
@@ -346,10 +360,10 @@ impl Node {
 }
 
 #[derive(Default)]
-struct Basket(Vec<u8>);
+struct VecSink(Vec<u8>);
 
 #[async_trait]
-impl BlobSink for Basket {
+impl BlobSink for VecSink {
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
         chunks.iter().for_each(|chunk| self.0.extend_from_slice(chunk));
         Ok(())
@@ -357,8 +371,8 @@ impl BlobSink for Basket {
 }
 
 /// Rules that set nothing but these rates, in bytes per second.
-pub(super) fn rules(max_download_rate: u64, max_upload_rate: u64) -> Arc<Rules> {
-    let mut rules = Rules::default();
+pub(super) fn rates_policy(max_download_rate: u64, max_upload_rate: u64) -> Arc<Policy> {
+    let mut rules = Policy::default();
     rules.budgets.max_download_rate = max_download_rate;
     rules.budgets.max_upload_rate = max_upload_rate;
     Arc::new(rules)
@@ -382,11 +396,11 @@ fn hello() -> Hello {
         credential: Credential::default(),
         node: "rogue".into(),
         gossip_port: 1,
-        seen: std::net::Ipv4Addr::LOCALHOST.into(),
+        observed_address: std::net::Ipv4Addr::LOCALHOST.into(),
     }
 }
 
 /// Of a peer that was not met.
-fn standing() -> Standing {
-    Standing { credential: Credential::default(), until: Duration::MAX, pod: None }
+fn unbounded_admission() -> PeerAdmission {
+    PeerAdmission { credential: Credential::default(), valid_until: Duration::MAX, pod: None }
 }

@@ -21,10 +21,10 @@ pub(super) const BATCH_CHUNKS: usize = 768;
 pub(super) const PIECE_BATCH: usize = 128 << 10;
 
 /// Bytes of a state in a list.
-pub(super) const STATE: usize = 32;
+pub(super) const STATE_BYTES: usize = 32;
 
 /// Bytes read from the store at a time; one such read is ahead of the one being sent.
-pub(super) const READ: usize = 256 << 10;
+pub(super) const READ_BYTES: usize = 256 << 10;
 
 /// Blobs whose pieces a peer may follow on a connection: the layers of five recoveries at a time, a dozen each. Each costs a task that sleeps and
 /// a bit a piece, 16 KiB at most.
@@ -40,15 +40,15 @@ pub(super) const SLOTS_PER_BLOB: usize = 8;
 
 /// An upload that moves less than [`READ`] in this time does not count as one. 2 Mbit/s: a node that uploads at 1 Gbit/s to as many as it has slots for
 /// moves 30 times as much to each.
-pub(super) const MOVES: Duration = Duration::from_secs(1);
+pub(super) const UPLOAD_STALL: Duration = Duration::from_secs(1);
 
 /// News of pieces gather so long before they are told: a sixth of the shortest time after which whoever waits for a piece asks
 /// somebody else too, and twenty messages a second and follower at most.
-pub(super) const NEWS_EVERY: Duration = Duration::from_millis(50);
+pub(super) const PIECE_MAP_INTERVAL: Duration = Duration::from_millis(50);
 
 /// From one word of a peer to the next that is read, however fast it talks: five times as often as an honest one does. What it says meanwhile waits in
 /// the stream's window, and then at its own end.
-pub(super) const NEWS_LEAST: Duration = Duration::from_millis(10);
+pub(super) const MIN_PIECE_MAP_INTERVAL: Duration = Duration::from_millis(10);
 
 /// 10 Gbit/s for 1.6 ms, a zone's round trip with some queueing, and several streams of a connection bring pieces at a time. At 1 Gbit/s over 20 ms one
 /// stream takes 0.56 of the link with this (with BBR 0.51, and 0.66 with 4 MiB, 0.69 with 8); on loopback 2, 4 and 8 MiB are equally fast (`links_far` and `links_loopback` of the
@@ -88,49 +88,49 @@ const KEEP_ALIVE: Duration = Duration::from_secs(1);
 
 /// In milliseconds; five keep-alives lost, each of which was sent again several times meanwhile. The wait begins anew with the first of
 /// them, so a dead peer is noticed within six seconds: before [`Limits::stall`], which would have to assume that it lives.
-const IDLE: u32 = 5000;
+const IDLE_TIMEOUT_MS: u32 = 5000;
 
 /// How long we wait, for what.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
+pub(super) struct Timeouts {
     /// For the handshake of a connection that we dial. Four lost packets at [`INITIAL_RTT`].
     pub(super) dial: Duration,
     /// For a stranger's handshake and its `Hello`.
     pub(super) hello: Duration,
     /// For our admission to decide about a stranger (it may ask the API server).
-    pub(super) decide: Duration,
+    pub(super) admission: Duration,
     /// For the answer to a request: the other end's store may have to spin up a disk.
     pub(super) answer: Duration,
     /// For the next [`FLOOR`] bytes of a blob.
     pub(super) stall: Duration,
     /// For a reader to take [`READ`] bytes. A fetcher gives up below [`FLOOR`] in [`Limits::stall`], which makes four
     /// times 10 s; only one that does not read at all, or reads slower than it would itself put up with, gets here.
-    pub(super) reader: Duration,
+    pub(super) slow_reader: Duration,
     /// A pooled connection that nobody used for so long is closed.
-    pub(super) unused: Duration,
+    pub(super) idle_connection: Duration,
     /// For streams being served to end when the agent stops.
     pub(super) drain: Duration,
 }
 
 /// A sender of fewer bytes than this per [`Limits::stall`] is given up: 6.5 KB/s, at which a 30 MB layer would take
 /// more than an hour.
-pub(super) const FLOOR: u64 = 64 << 10;
+pub(super) const MIN_BYTES_PER_STALL: u64 = 64 << 10;
 
-impl Limits {
+impl Timeouts {
     pub(super) const DEFAULT: Self = Self {
         dial: Duration::from_secs(3),
         hello: Duration::from_secs(5),
-        decide: Duration::from_secs(5),
+        admission: Duration::from_secs(5),
         answer: Duration::from_secs(10),
         stall: Duration::from_secs(10),
-        reader: Duration::from_secs(45),
-        unused: Duration::from_secs(30),
+        slow_reader: Duration::from_secs(45),
+        idle_connection: Duration::from_secs(30),
         drain: Duration::from_secs(3),
     };
 
     /// For an answer at the door: all that it may take there.
-    pub(super) fn welcome(&self) -> Duration {
-        self.hello + self.decide
+    pub(super) fn handshake(&self) -> Duration {
+        self.hello + self.admission
     }
 }
 
@@ -194,7 +194,7 @@ fn common() -> TransportConfig {
     transport
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
-        .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE))))
+        .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT_MS))))
         .initial_rtt(INITIAL_RTT)
         .mtu_discovery_config(Some(mtu))
         .congestion_controller_factory(Arc::new(DelayBounded::default()));

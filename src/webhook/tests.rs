@@ -3,7 +3,7 @@ use std::fs;
 use sha2::{Digest as _, Sha256};
 
 use super::*;
-use crate::http::server::{Reply, Server, reply};
+use crate::http::test_server::{HttpTestServer, Reply, reply};
 
 const SECRET: &[u8] = b"0123456789abcdef";
 
@@ -26,11 +26,11 @@ fn notification() -> Notification {
 /// With a short limit for what never answers, and a long one for what does.
 async fn webhook(url: String, secret_file: Option<&Path>, limit: Duration) -> Webhook {
     let config = Config { url, secret_file: secret_file.map(Path::to_owned), ca_file: None };
-    Webhook { limit, ..Webhook::new(config).await.unwrap() }
+    Webhook { deadline: limit, ..Webhook::new(config).await.unwrap() }
 }
 
-async fn to(server: &Server, secret_file: Option<&Path>) -> Webhook {
-    webhook(format!("http://{}/hook?key=k", server.name()), secret_file, Duration::from_secs(60)).await
+async fn webhook_to(server: &HttpTestServer, secret_file: Option<&Path>) -> Webhook {
+    webhook(format!("http://{}/hook?key=k", server.host_port()), secret_file, Duration::from_secs(60)).await
 }
 
 fn secret_file(content: &[u8]) -> tempfile::NamedTempFile {
@@ -57,11 +57,11 @@ fn the_signature_is_what_other_tools_compute() {
 
 #[tokio::test]
 async fn a_message_is_posted_with_a_signature_over_its_time_and_body() {
-    let server = Server::start(|_| reply(204, &[], b"")).await;
+    let server = HttpTestServer::start(|_| reply(204, &[], b"")).await;
     let secret = secret_file(&[SECRET, b"\n"].concat());
-    to(&server, Some(secret.path())).await.notify(&notification()).await.unwrap();
-    let seen = server.seen().remove(0);
-    assert_eq!(seen.asked, "POST /hook?key=k");
+    webhook_to(&server, Some(secret.path())).await.notify(&notification()).await.unwrap();
+    let seen = server.requests().remove(0);
+    assert_eq!(seen.request_line, "POST /hook?key=k");
     assert_eq!(seen.header("content-type"), Some("application/json"));
     assert_eq!(seen.header("user-agent"), Some(concat!("lighterman/", env!("CARGO_PKG_VERSION"))));
     assert_eq!(seen.header("x-lighterman-id"), Some("id-1"));
@@ -73,14 +73,14 @@ async fn a_message_is_posted_with_a_signature_over_its_time_and_body() {
 }
 
 #[tokio::test]
-async fn without_a_secret_nothing_is_signed() {
-    let server = Server::start(|_| reply(200, &[], b"")).await;
-    to(&server, None).await.notify(&notification()).await.unwrap();
-    assert_eq!(server.seen()[0].header("x-lighterman-signature"), None);
+async fn a_message_without_a_secret_is_not_signed() {
+    let server = HttpTestServer::start(|_| reply(200, &[], b"")).await;
+    webhook_to(&server, None).await.notify(&notification()).await.unwrap();
+    assert_eq!(server.requests()[0].header("x-lighterman-signature"), None);
 }
 
 #[tokio::test]
-async fn an_answer_says_whether_to_send_again() {
+async fn a_status_code_decides_whether_the_message_is_retried() {
     for (status, retryable) in [
         (200, None),
         (202, None),
@@ -94,73 +94,73 @@ async fn an_answer_says_whether_to_send_again() {
         (404, Some(false)),
         (410, Some(false)),
     ] {
-        let server = Server::start(move |_| reply(status, &[("Location", "/elsewhere")], b"")).await;
-        let outcome = to(&server, None).await.notify(&notification()).await;
+        let server = HttpTestServer::start(move |_| reply(status, &[("Location", "/elsewhere")], b"")).await;
+        let outcome = webhook_to(&server, None).await.notify(&notification()).await;
         assert_eq!(outcome.map_err(|error| error.is_retryable()).err(), retryable, "{status}");
-        assert_eq!(server.asked(), ["POST /hook?key=k"], "once, and there only");
+        assert_eq!(server.request_lines(), ["POST /hook?key=k"], "once, and there only");
     }
 }
 
 #[tokio::test]
-async fn a_receiver_that_takes_the_message_may_say_what_it_likes() {
+async fn the_body_of_a_success_response_is_ignored() {
     let endless = b"HTTP/1.1 200 x\r\ncontent-length: 99999999999\r\n\r\n".to_vec();
     for bytes in [endless, b"HTTP/1.1 200 x\r\ntransfer-encoding: chunked\r\n\r\nno chunk".to_vec()] {
-        let server = Server::start(move |_| Reply::Bytes(bytes.clone())).await;
-        to(&server, None).await.notify(&notification()).await.unwrap();
+        let server = HttpTestServer::start(move |_| Reply::Bytes(bytes.clone())).await;
+        webhook_to(&server, None).await.notify(&notification()).await.unwrap();
     }
 }
 
 #[tokio::test]
-async fn a_receiver_that_does_not_answer_may_be_sent_it_again() {
-    let silent = Server::start(|_| Reply::Silence).await;
-    let url = format!("http://{}/hook?key=k", silent.name());
+async fn a_message_to_a_silent_receiver_is_retryable() {
+    let silent = HttpTestServer::start(|_| Reply::Silence).await;
+    let url = format!("http://{}/hook?key=k", silent.host_port());
     let impatient = webhook(url, None, Duration::from_millis(100)).await;
     assert!(impatient.notify(&notification()).await.unwrap_err().is_retryable());
 
-    let (stranger, _) = Server::start_tls(|_| reply(200, &[], b"")).await;
+    let (untrusted, _) = HttpTestServer::start_tls(|_| reply(200, &[], b"")).await;
     for url in [
         "https://webhook.invalid/key".to_owned(),
-        format!("https://{}/key", silent.name()),
-        format!("https://{}/key", stranger.name()),
+        format!("https://{}/key", silent.host_port()),
+        format!("https://{}/key", untrusted.host_port()),
     ] {
         let error = webhook(url, None, Duration::from_millis(500)).await.notify(&notification()).await.unwrap_err();
         assert!(error.is_retryable(), "{error}");
         assert!(!error.to_string().contains("key"), "the URL may be a secret: {error}");
     }
-    assert_eq!(stranger.asked().len(), 0);
+    assert_eq!(untrusted.request_lines().len(), 0);
 }
 
 #[tokio::test]
-async fn a_certificate_of_our_own_authority_is_believed() {
-    let (server, certificate) = Server::start_tls(|_| reply(200, &[], b"")).await;
+async fn a_certificate_of_a_configured_authority_is_accepted() {
+    let (server, certificate) = HttpTestServer::start_tls(|_| reply(200, &[], b"")).await;
     let ca_file = secret_file(certificate.as_bytes());
-    let url = format!("https://{}/", server.name());
+    let url = format!("https://{}/", server.host_port());
     let config = Config { url, secret_file: None, ca_file: Some(ca_file.path().to_owned()) };
     Webhook::new(config).await.unwrap().notify(&notification()).await.unwrap();
-    assert_eq!(server.asked(), ["POST /"]);
+    assert_eq!(server.request_lines(), ["POST /"]);
 }
 
 #[tokio::test]
-async fn a_replaced_secret_signs_the_next_message_and_a_lost_one_none() {
-    let server = Server::start(|_| reply(200, &[], b"")).await;
+async fn a_replaced_secret_signs_the_next_message_and_a_lost_secret_prevents_sending() {
+    let server = HttpTestServer::start(|_| reply(200, &[], b"")).await;
     let file = secret_file(SECRET);
-    let webhook = to(&server, Some(file.path())).await;
+    let webhook = webhook_to(&server, Some(file.path())).await;
     webhook.notify(&notification()).await.unwrap();
     let another = b"another secret of more than 16 bytes";
     fs::write(file.path(), another).unwrap();
     webhook.notify(&notification()).await.unwrap();
-    for (seen, secret) in server.seen().iter().zip([SECRET, another]) {
+    for (seen, secret) in server.requests().iter().zip([SECRET, another]) {
         let signed = [seen.header("x-lighterman-timestamp").unwrap().as_bytes(), b".", &seen.body].concat();
         let expected = format!("sha256={}", hmac_sha256(secret, &signed));
         assert_eq!(seen.header("x-lighterman-signature"), Some(expected.as_str()));
     }
     fs::remove_file(file.path()).unwrap();
     assert!(webhook.notify(&notification()).await.unwrap_err().is_retryable());
-    assert_eq!(server.asked().len(), 2);
+    assert_eq!(server.request_lines().len(), 2);
 }
 
 #[tokio::test]
-async fn a_secret_has_the_length_of_one() {
+async fn a_secret_outside_the_length_limits_is_rejected() {
     for (content, kept) in [
         (b"0123456789abcde".to_vec(), None),
         (b"0123456789abcde\n".to_vec(), None),
@@ -174,13 +174,13 @@ async fn a_secret_has_the_length_of_one() {
         (Vec::new(), None),
     ] {
         let file = secret_file(&content);
-        let read = secret(file.path()).await.ok();
+        let read = read_secret(file.path()).await.ok();
         assert_eq!(read.map(|read| read.len()), kept, "{} bytes", content.len());
     }
 }
 
 #[tokio::test]
-async fn a_url_that_is_none_is_refused_and_not_shown() {
+async fn an_invalid_url_is_rejected_and_not_shown() {
     for url in ["", "hook", "ftp://host/key", "https://user:key@host/", "https:///", "mailto:key@host"] {
         let config = Config { url: url.into(), secret_file: None, ca_file: None };
         assert!(!format!("{config:?}").contains("key"));

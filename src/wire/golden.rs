@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use super::*;
 use crate::model::{
-    Bits, ContentChange, Entry, Farewell, Head, Introduction, Item, Mark, Outage, OutageKind, PeerId, Profile,
-    Refutation, Signature, Snapshot, Suspicion,
+    Bits, Introduction, InventoryChange, InventoryItem, InventorySnapshot, LeaveNotice, LogEntry, LogHead,
+    MemberSummary, Outage, OutageKind, PeerId, Profile, Refutation, Signature, Suspicion,
 };
 use crate::oci::Repository;
 
@@ -23,7 +23,7 @@ struct Golden {
     wrong: Vec<String>,
 }
 
-fn file(protocol: Protocol, format: Format) -> PathBuf {
+fn file(protocol: ProtocolKind, format: Format) -> PathBuf {
     let name = format!("src/wire/golden/{protocol}-{}", format.version().major);
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
@@ -68,20 +68,20 @@ fn hello() -> Hello {
         credential: Credential::new("e30.e30.c2ln".into()),
         node: "node-1".into(),
         gossip_port: 4701,
-        seen: [10, 0, 0, 7].into(),
+        observed_address: [10, 0, 0, 7].into(),
     }
 }
 
 fn transfer(golden: &mut Golden) {
     let digest = Digest::of(b"blob");
     golden.compare("hello", &hello());
-    golden.compare("hello_ipv6", &Hello { seen: "fd00::7".parse().unwrap(), ..hello() });
+    golden.compare("hello_ipv6", &Hello { observed_address: "fd00::7".parse().unwrap(), ..hello() });
     golden.compare("welcome_admitted", &Welcome::Admitted(hello()));
-    golden.compare("welcome_refused", &Welcome::Refused("no".into()));
+    golden.compare("welcome_refused", &Welcome::Rejected("no".into()));
     golden.compare("request_have", &Request::Have(digest));
     golden.compare("request_get", &Request::Get { digest, offset: 1 << 40, length: 300 });
-    golden.compare("request_pieces", &Request::Pieces { digest, choice: vec![511, 0, 7], most: 2 });
-    golden.compare("request_chain", &Request::Chain(digest));
+    golden.compare("request_pieces", &Request::Pieces { digest, pieces: vec![511, 0, 7], limit: 2 });
+    golden.compare("request_chain", &Request::HashChain(digest));
     golden.compare("request_follow", &Request::Follow(digest));
     golden.compare("answer_blob", &Answer::Blob { size: 1 << 33 });
     golden.compare("answer_partial", &Answer::Partial { size: 251 });
@@ -89,29 +89,30 @@ fn transfer(golden: &mut Golden) {
     golden.compare("answer_busy", &Answer::Busy);
     golden.compare("answer_invalid", &Answer::Invalid { size: 1 });
     golden.compare("answer_failed", &Answer::Failed);
-    golden.compare("availability_these", &Availability::These(Bits(vec![0b101, 0xff])));
-    golden.compare("availability_also", &Availability::Also(vec![3, 300]));
-    golden.compare("availability_whole", &Availability::Whole);
+    golden.compare("availability_these", &PieceMapUpdate::Map(Bits(vec![0b101, 0xff])));
+    golden.compare("availability_also", &PieceMapUpdate::Have(vec![3, 300]));
+    golden.compare("availability_whole", &PieceMapUpdate::HaveAll);
 }
 
 fn signature() -> Signature {
     Signature([7; 32], [8; 32])
 }
 
-fn head() -> Head {
+fn head() -> LogHead {
     let (changes, state) = (Digest::of(b"changes"), Digest::of(b"state"));
-    Head { publisher: peer(1), epoch: 1 << 50, sequence: 300, changes, state, signature: signature() }
+    LogHead { publisher: peer(1), epoch: 1 << 50, sequence: 300, changes, state, signature: signature() }
 }
 
-fn items() -> Vec<Item> {
+fn items() -> Vec<InventoryItem> {
     let repository = Repository { registry: "registry.example:5000".into(), path: "team/app".into() };
     let digest = Digest::of(b"image");
-    let outage = |kind| Item::Outage(Outage { registry: "registry.example".into(), kind, since: 1_800_000_000 });
+    let outage =
+        |kind| InventoryItem::Outage(Outage { registry: "registry.example".into(), kind, since: 1_800_000_000 });
     let mut items = vec![
-        Item::Blob(digest),
-        Item::Image(repository.clone(), Some("v1".into()), digest),
-        Item::Image(repository, None, digest),
-        Item::Fetching(digest),
+        InventoryItem::Blob(digest),
+        InventoryItem::Image(repository.clone(), Some("v1".into()), digest),
+        InventoryItem::Image(repository, None, digest),
+        InventoryItem::Fetching(digest),
     ];
     items.extend(
         [OutageKind::NoSuchHost, OutageKind::Refused, OutageKind::TimedOut, OutageKind::Tls, OutageKind::ServerError]
@@ -120,9 +121,12 @@ fn items() -> Vec<Item> {
     items
 }
 
-fn entry() -> Entry {
-    let changes = items().into_iter().map(ContentChange::Added);
-    Entry { head: head(), changes: changes.chain([ContentChange::Removed(Item::Blob(Digest::of(b"old")))]).collect() }
+fn entry() -> LogEntry {
+    let changes = items().into_iter().map(InventoryChange::Added);
+    LogEntry {
+        head: head(),
+        changes: changes.chain([InventoryChange::Removed(InventoryItem::Blob(Digest::of(b"old")))]).collect(),
+    }
 }
 
 fn introduction() -> Introduction {
@@ -151,29 +155,29 @@ fn gossip(golden: &mut Golden) {
         "gossip_introduction_no_zone",
         &Gossip::Introduction(Introduction { profile: no_zone, ..introduction() }),
     );
-    let suspicion = Suspicion { accused: peer(2), epoch: 5, incarnation: 3, by: peer(1), signature: signature() };
+    let suspicion = Suspicion { suspect: peer(2), epoch: 5, incarnation: 3, witness: peer(1), signature: signature() };
     golden.compare("gossip_suspicion", &Gossip::Suspicion(suspicion));
     golden.compare("gossip_refutation", &Gossip::Refutation(refutation()));
-    let farewell = Farewell { peer: peer(3), epoch: 9, signature: signature() };
-    golden.compare("gossip_farewell", &Gossip::Farewell(farewell));
+    let farewell = LeaveNotice { peer: peer(3), epoch: 9, signature: signature() };
+    golden.compare("gossip_farewell", &Gossip::Leave(farewell));
 
-    golden.compare("question_compare", &Question::Compare(vec![1, u64::MAX]));
-    golden.compare("question_introductions", &Question::Introductions(vec![peer(1), peer(2)]));
-    golden.compare("question_entries", &Question::Entries { publisher: peer(1), epoch: 5, after: 299 });
-    golden.compare("question_snapshot", &Question::Snapshot(vec![peer(1)]));
-    golden.compare("question_part", &Question::Part);
+    golden.compare("question_compare", &SyncRequest::Compare(vec![1, u64::MAX]));
+    golden.compare("question_introductions", &SyncRequest::Introductions(vec![peer(1), peer(2)]));
+    golden.compare("question_entries", &SyncRequest::Entries { publisher: peer(1), epoch: 5, after: 299 });
+    golden.compare("question_snapshot", &SyncRequest::Snapshot(vec![peer(1)]));
+    golden.compare("question_part", &SyncRequest::Disconnect);
 
-    let mark = Mark { peer: peer(1), epoch: 5, version: 2, incarnation: 1, sequence: 300, down: true };
-    golden.compare("reply_marks", &Reply::Marks(vec![mark]));
-    golden.compare("reply_introductions", &Reply::Introductions(vec![introduction()], vec![refutation()]));
-    golden.compare("reply_entries", &Reply::Entries(vec![entry()]));
+    let mark = MemberSummary { peer: peer(1), epoch: 5, version: 2, incarnation: 1, sequence: 300, is_dead: true };
+    golden.compare("reply_marks", &SyncReply::Summaries(vec![mark]));
+    golden.compare("reply_introductions", &SyncReply::Introductions(vec![introduction()], vec![refutation()]));
+    golden.compare("reply_entries", &SyncReply::Entries(vec![entry()]));
     let items = items().into_iter().map(|item| (item, Bits(vec![1]))).collect();
-    golden.compare("reply_snapshot", &Reply::Snapshot(Snapshot { heads: vec![head()], items }));
-    golden.compare("reply_busy", &Reply::Busy);
+    golden.compare("reply_snapshot", &SyncReply::Snapshot(InventorySnapshot { heads: vec![head()], items }));
+    golden.compare("reply_busy", &SyncReply::Busy);
 }
 
 #[test]
-fn every_message_has_the_bytes_that_released_agents_read_and_write() {
+fn every_message_encodes_as_released_agents_read_and_write_it() {
     let mut golden = Golden::default();
     transfer(&mut golden);
     gossip(&mut golden);

@@ -1,7 +1,7 @@
 use super::*;
 use crate::model::{
-    Bits, ContentChange, Entry, Farewell, Head, Introduction, Item, MAX_CHANGES, Mark, PeerId, Profile, Signature,
-    Snapshot,
+    Bits, Introduction, InventoryChange, InventoryItem, InventorySnapshot, LeaveNotice, LogEntry, LogHead, MAX_CHANGES,
+    MemberSummary, PeerId, Profile, Signature,
 };
 use crate::oci::Repository;
 
@@ -12,36 +12,36 @@ fn peer(number: u8) -> PeerId {
     PeerId::from_public_key([number; 32])
 }
 
-fn blob(number: usize) -> Item {
-    Item::Blob(Digest::of(&number.to_le_bytes()))
+fn blob(number: usize) -> InventoryItem {
+    InventoryItem::Blob(Digest::of(&number.to_le_bytes()))
 }
 
-fn head(number: u8) -> Head {
+fn head(number: u8) -> LogHead {
     let digest = Digest::of(b"");
     let signature = Signature([7; 32], [8; 32]);
-    Head { publisher: peer(number), epoch: u64::MAX, sequence: u64::MAX, changes: digest, state: digest, signature }
+    LogHead { publisher: peer(number), epoch: u64::MAX, sequence: u64::MAX, changes: digest, state: digest, signature }
 }
 
 fn entry(changes: usize) -> Gossip {
-    Gossip::Entry(Entry { head: head(1), changes: (0..changes).map(|n| ContentChange::Added(blob(n))).collect() })
+    Gossip::Entry(LogEntry { head: head(1), changes: (0..changes).map(|n| InventoryChange::Added(blob(n))).collect() })
 }
 
 #[test]
 fn a_message_reads_back_as_it_was_written() {
-    let farewell = Gossip::Farewell(Farewell { peer: peer(1), epoch: 3, signature: Signature([1; 32], [2; 32]) });
+    let farewell = Gossip::Leave(LeaveNotice { peer: peer(1), epoch: 3, signature: Signature([1; 32], [2; 32]) });
     for message in [entry(3), farewell] {
         assert_eq!(decode::<Gossip>(&encode(&message).unwrap()).unwrap(), message);
     }
-    let question = Question::Entries { publisher: peer(1), epoch: 1, after: 2 };
-    assert_eq!(decode::<Question>(&encode(&question).unwrap()).unwrap(), question);
-    assert_eq!(decode::<Reply>(&encode(&Reply::Busy).unwrap()).unwrap(), Reply::Busy);
+    let question = SyncRequest::Entries { publisher: peer(1), epoch: 1, after: 2 };
+    assert_eq!(decode::<SyncRequest>(&encode(&question).unwrap()).unwrap(), question);
+    assert_eq!(decode::<SyncReply>(&encode(&SyncReply::Busy).unwrap()).unwrap(), SyncReply::Busy);
 }
 
 #[test]
 fn the_largest_entry_and_introduction_fit_into_one_gossip_message() {
     let repository = Repository { registry: "r".repeat(120), path: "p".repeat(134) };
-    let change = ContentChange::Added(Item::Image(repository, Some("t".repeat(128)), Digest::of(b"")));
-    encode(&Gossip::Entry(Entry { head: head(1), changes: vec![change; MAX_CHANGES] })).unwrap();
+    let change = InventoryChange::Added(InventoryItem::Image(repository, Some("t".repeat(128)), Digest::of(b"")));
+    encode(&Gossip::Entry(LogEntry { head: head(1), changes: vec![change; MAX_CHANGES] })).unwrap();
     let address = "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535".parse().unwrap();
     let profile = Profile {
         peer: peer(1),
@@ -58,11 +58,11 @@ fn the_largest_entry_and_introduction_fit_into_one_gossip_message() {
 }
 
 #[test]
-fn the_fullest_words_about_pieces_fit() {
-    let choice = vec![u32::MAX; crate::model::MAX_CHOICE];
-    encode(&Request::Pieces { digest: Digest::of(b""), choice, most: u8::MAX }).unwrap();
-    encode(&Availability::Also(vec![u32::MAX; crate::model::MAX_NEWS])).unwrap();
-    encode(&Availability::These(Bits::none_of(crate::oci::MAX_PIECES as usize))).unwrap();
+fn the_largest_piece_request_and_piece_maps_fit() {
+    let choice = vec![u32::MAX; crate::model::MAX_REQUEST_PIECES];
+    encode(&Request::Pieces { digest: Digest::of(b""), pieces: choice, limit: u8::MAX }).unwrap();
+    encode(&PieceMapUpdate::Have(vec![u32::MAX; crate::model::MAX_HAVE_PIECES])).unwrap();
+    encode(&PieceMapUpdate::Map(Bits::none_of(crate::oci::MAX_PIECES as usize))).unwrap();
 }
 
 #[test]
@@ -86,9 +86,9 @@ fn a_refused_major_is_named_with_its_protocol_both_versions_and_the_remedy() {
     assert!(error.contains(&said), "{error}");
 
     let ours = Versions::GOSSIP.after_next_major();
-    let mut frame = encode_in(&Question::Part, ours.current()).unwrap();
+    let mut frame = encode_in(&SyncRequest::Disconnect, ours.current()).unwrap();
     (frame[4], frame[5]) = (1, 2);
-    let error = decode_in::<Question>(&frame, ours).unwrap_err().to_string();
+    let error = decode_in::<SyncRequest>(&frame, ours).unwrap_err().to_string();
     let said = format!("version 1.2 of the gossip protocol and this agent {ours}; upgrade that peer");
     assert!(error.contains(&said), "{error}");
     assert!(ours.to_string().contains(" and "), "both MAJORs are named: {ours}");
@@ -141,7 +141,7 @@ fn a_message_of_the_previous_major_is_converted_both_ways() {
 }
 
 #[test]
-fn a_message_that_the_next_major_has_no_word_for_is_nobodys_fault() {
+fn a_message_without_a_counterpart_in_the_next_major_is_no_fault() {
     let received = encode(&Answer::Busy).unwrap();
     let error = decode::<AnswerOfNextMajor>(&received).unwrap_err();
     assert!(matches!(error, WireError::Unknown { theirs: Version { major: MAJOR, .. }, .. }), "{error}");
@@ -173,7 +173,7 @@ fn encode_next<M: Message>(message: &M) -> Vec<u8> {
 }
 
 #[test]
-fn what_the_next_release_appends_is_passed_over() {
+fn a_field_that_a_later_release_appends_is_ignored() {
     let frame = encode_next(&NextAnswer::Blob { size: 5, modified: u64::MAX });
     assert_eq!(decode::<Answer>(&frame).unwrap(), Answer::Blob { size: 5 });
     let mut ours = frame;
@@ -182,7 +182,7 @@ fn what_the_next_release_appends_is_passed_over() {
 }
 
 #[test]
-fn what_only_the_next_release_knows_is_nobodys_fault() {
+fn a_variant_that_a_later_release_adds_is_no_fault() {
     let frame = encode_next(&NextAnswer::Elsewhere(peer(1)));
     assert!(matches!(decode::<Answer>(&frame), Err(WireError::Unknown { theirs, .. }) if theirs.minor == MINOR + 1));
     let mut ours = frame.clone();
@@ -191,7 +191,7 @@ fn what_only_the_next_release_knows_is_nobodys_fault() {
 }
 
 #[test]
-fn a_broken_message_of_the_next_release_is_broken() {
+fn a_malformed_message_of_a_later_release_is_malformed() {
     let mut frame = encode_next(&entry(2));
     frame.pop();
     let length = u32::try_from(frame.len() - HEADER).unwrap();
@@ -200,7 +200,7 @@ fn a_broken_message_of_the_next_release_is_broken() {
 }
 
 #[tokio::test]
-async fn a_later_release_is_understood_on_a_stream_as_well() {
+async fn a_message_of_a_later_release_is_read_from_a_stream() {
     let frame = encode_next(&NextAnswer::Blob { size: 5, modified: 1 });
     assert_eq!(read::<Answer>(&mut frame.as_slice()).await.unwrap(), Answer::Blob { size: 5 });
 }
@@ -216,38 +216,38 @@ async fn an_oversized_message_is_refused_before_its_body_is_read() {
 #[test]
 fn a_length_inside_a_message_allocates_nothing() {
     // Variant-length integer 0xfd announces eight bytes: a list of 2^63 marks.
-    let mut frame = encode(&Reply::Marks(Vec::new())).unwrap();
+    let mut frame = encode(&SyncReply::Summaries(Vec::new())).unwrap();
     frame.truncate(HEADER + 1);
     frame.extend_from_slice(&[0xfd, 0, 0, 0, 0, 0, 0, 0, 0x80]);
     let length = u32::try_from(frame.len() - HEADER).unwrap();
     frame[..4].copy_from_slice(&length.to_be_bytes());
-    assert!(matches!(decode::<Reply>(&frame), Err(WireError::Malformed(_))));
+    assert!(matches!(decode::<SyncReply>(&frame), Err(WireError::Malformed(_))));
 }
 
 #[test]
 fn the_fullest_reply_of_the_smallest_parts_can_be_decoded() {
-    let mark = Mark { peer: peer(1), epoch: 0, version: 0, incarnation: 0, sequence: 0, down: false };
-    let most = (Reply::LIMIT - 16) / 37;
-    let reply = Reply::Marks(vec![mark; most]);
-    assert_eq!(decode::<Reply>(&encode(&reply).unwrap()).unwrap(), reply);
+    let mark = MemberSummary { peer: peer(1), epoch: 0, version: 0, incarnation: 0, sequence: 0, is_dead: false };
+    let most = (SyncReply::LIMIT - 16) / 37;
+    let reply = SyncReply::Summaries(vec![mark; most]);
+    assert_eq!(decode::<SyncReply>(&encode(&reply).unwrap()).unwrap(), reply);
 }
 
 #[test]
 fn the_largest_inventory_fits_into_one_snapshot() {
     let tag = "t".repeat(40);
     let repository = Repository { registry: "registry.example.com".into(), path: "p".repeat(25) };
-    let holders = Bits(vec![1]);
+    let bits = Bits(vec![1]);
     let item = |number: usize| {
-        (Item::Image(repository.clone(), Some(tag.clone()), Digest::of(&number.to_le_bytes())), holders.clone())
+        (InventoryItem::Image(repository.clone(), Some(tag.clone()), Digest::of(&number.to_le_bytes())), bits.clone())
     };
     let items: Vec<_> = (0..MAX_ITEMS).map(item).collect();
-    let reply = Reply::Snapshot(Snapshot { heads: vec![head(0)], items });
-    assert_eq!(decode::<Reply>(&encode(&reply).unwrap()).unwrap(), reply);
+    let reply = SyncReply::Snapshot(InventorySnapshot { heads: vec![head(0)], items });
+    assert_eq!(decode::<SyncReply>(&encode(&reply).unwrap()).unwrap(), reply);
 }
 
 proptest::proptest! {
     #[test]
-    fn no_bytes_make_it_panic(
+    fn decoding_never_panics(
         bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..256),
         minor in MINOR..=MINOR + 1,
     ) {
@@ -257,7 +257,7 @@ proptest::proptest! {
             frame[..4].copy_from_slice(&length.to_be_bytes());
             frame[4..HEADER].copy_from_slice(&[MAJOR, minor]);
         }
-        let _ = (decode::<Gossip>(&frame), decode::<Question>(&frame), decode::<Reply>(&frame));
+        let _ = (decode::<Gossip>(&frame), decode::<SyncRequest>(&frame), decode::<SyncReply>(&frame));
         let _ = (decode::<Request>(&frame), decode::<Answer>(&frame), decode::<Hello>(&frame), decode::<Welcome>(&frame));
     }
 }

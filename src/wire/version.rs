@@ -8,14 +8,14 @@ use std::fmt;
 
 /// A protocol between agents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Protocol {
+pub enum ProtocolKind {
     /// Over libp2p: members, and which content each of them has.
     Gossip,
     /// Over QUIC: admission, and blobs.
     Transfer,
 }
 
-impl fmt::Display for Protocol {
+impl fmt::Display for ProtocolKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Gossip => "gossip",
@@ -42,7 +42,7 @@ impl fmt::Display for Version {
 /// The versions of one protocol that an agent reads and writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Versions {
-    protocol: Protocol,
+    protocol: ProtocolKind,
     current: Version,
     /// `None` while the current MAJOR is the first that was released.
     previous: Option<Version>,
@@ -51,14 +51,14 @@ pub struct Versions {
 impl Versions {
     /// Of the messages of `crate::model` that members of the mesh exchange.
     pub const GOSSIP: Self =
-        Self { protocol: Protocol::Gossip, current: Version { major: FIRST_MAJOR, minor: 0 }, previous: None };
+        Self { protocol: ProtocolKind::Gossip, current: Version { major: FIRST_MAJOR, minor: 0 }, previous: None };
 
     /// Of the messages of [`super`] and of `Availability`.
     pub const TRANSFER: Self =
-        Self { protocol: Protocol::Transfer, current: Version { major: FIRST_MAJOR, minor: 0 }, previous: None };
+        Self { protocol: ProtocolKind::Transfer, current: Version { major: FIRST_MAJOR, minor: 0 }, previous: None };
 
     /// The protocol.
-    pub const fn protocol(self) -> Protocol {
+    pub const fn protocol(self) -> ProtocolKind {
         self.protocol
     }
 

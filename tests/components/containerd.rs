@@ -1,17 +1,17 @@
 //! The store on real containerds: 1.7, 2.3 and 2.4, each with its own daemon, folders and socket.
 
+mod crashes;
 pub(crate) mod daemon;
+mod daemon_info;
 mod discarding;
-mod harbour;
+mod host_root;
 mod images;
-mod killed;
-mod mending;
-mod protected;
-mod refilling;
-mod removed;
-mod rooted;
-mod staged;
-mod surroundings;
+mod layer_refill;
+mod protection;
+mod record_removal;
+mod repair;
+mod staging;
+mod test_node;
 mod unpacking;
 
 use std::path::PathBuf;
@@ -21,41 +21,43 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use crashes::a_commit_aborted_at_any_point_leaves_no_partial_record;
 use daemon::Daemon;
+use daemon_info::{the_sandbox_image_is_read_from_containers, version_and_settings_of_containerd_are_read};
+use host_root::{folders_below_the_root_of_a_node_are_found, unmounted_folders_have_no_disk_figures};
 use images::{every_kind_of_image_is_recovered_and_survives_the_collector, labels_that_were_missing_are_written};
-use killed::whenever_a_commit_is_broken_off_nothing_is_half_recorded;
 use lighterman::containerd::{Config, ContainerdStore};
 use lighterman::oci::{Descriptor, Digest, Hasher, Repository};
-use lighterman::ports::{BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, Remembered, StoreError};
-use lighterman::testing::contract::{Subject, Unfinished, keeps_the_contract};
-use mending::{
-    a_blob_without_its_file_is_fetched_again, a_blob_without_its_file_that_cannot_be_seen_is_fetched_again,
-    wrong_bytes_are_replaced,
-};
-use protected::{
+use lighterman::ports::{BlobMetadata, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, StoreError};
+use lighterman::testing::contract::{StoreUnderTest, UnfinishedWrite, assert_contract};
+use protection::{
     a_pin_by_another_program_is_neither_marked_nor_ended,
     a_protected_image_is_pinned_for_the_kubelet_until_it_is_released,
-    a_protection_that_a_pull_took_away_is_missed_and_given_again, a_record_that_is_gone_is_not_protected_and_not_made,
+    a_protection_removed_by_a_pull_is_noticed_and_restored, an_absent_record_is_neither_protected_nor_created,
 };
-use removed::a_record_is_removed_when_cri_has_noticed_it;
-use rooted::{below_the_node_s_root_its_folders_are_found, folders_that_are_not_mounted_have_no_figures};
-use staged::{
+use record_removal::a_record_is_removed_when_cri_has_noticed_it;
+use repair::{
+    a_blob_without_its_file_is_fetched_again, a_blob_without_its_file_is_fetched_again_without_access_to_files,
+    wrong_bytes_are_replaced,
+};
+use staging::{
+    a_blob_collected_before_its_commit_is_linked_again,
+    a_containerd_killed_before_the_commit_adopts_the_staged_blob_afterwards,
     a_file_that_no_record_names_is_not_trusted, a_file_that_no_record_names_is_not_trusted_where_blobs_are_sent,
-    a_full_disk_is_told_and_leaves_room_again, a_staged_blob_is_adopted_as_it_is,
-    from_another_mount_a_staged_blob_is_sent, killed_before_the_commit_it_takes_the_staged_blob_afterwards,
-    under_another_policy_a_staged_blob_is_sent, what_the_collector_takes_before_it_is_recorded_is_linked_again,
-    what_was_staged_and_given_up_is_removed,
+    a_full_disk_is_reported_and_its_space_is_freed, a_staged_blob_is_adopted_as_it_is,
+    a_staged_blob_on_another_mount_is_sent, a_staged_blob_under_the_isolated_policy_is_sent,
+    abandoned_staging_files_are_removed,
 };
-use surroundings::{it_tells_what_it_is, the_image_of_sandboxes_is_seen_in_them};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use unpacking::{
-    a_layer_that_was_given_up_is_removed, a_recovered_image_is_unpacked_when_it_gets_its_name, it_unpacks_as_promised,
-    only_cri_s_own_snapshotter_is_unpacked_into, what_a_killed_process_had_half_unpacked_goes,
+    a_recovered_image_is_unpacked_before_its_record_is_written, an_abandoned_layer_is_removed,
+    layers_are_unpacked_only_into_the_snapshotter_of_cri, partial_snapshots_of_a_killed_process_are_removed,
+    the_unpacker_keeps_the_contract,
 };
 
 /// For whatever a test waits for; a slow machine must not fail it.
-const PATIENCE: Duration = Duration::from_secs(30);
+const WAIT_DEADLINE: Duration = Duration::from_secs(30);
 const HOUR: Duration = Duration::from_secs(3600);
 
 /// One test for each behaviour and version, so that a failure names both.
@@ -76,62 +78,62 @@ macro_rules! on_every_version {
 }
 
 on_every_version![
-    it_keeps_the_contract,
-    it_keeps_the_contract_where_its_files_cannot_be_seen,
-    killed_in_mid_write_it_keeps_nothing_of_the_blob_and_comes_back,
-    what_dropped_writers_leave_is_removed,
-    what_a_killed_agent_left_is_removed_at_the_next_start,
-    labels_of_others_survive,
-    a_blob_of_another_namespace_is_written_here_all_the_same,
-    what_others_do_is_noticed,
+    the_store_keeps_the_contract,
+    the_store_keeps_the_contract_without_access_to_files,
+    a_containerd_killed_in_mid_write_keeps_nothing_of_the_blob,
+    ingests_of_dropped_writers_are_aborted,
+    ingests_of_a_killed_agent_are_aborted_at_the_next_start,
+    labels_of_other_clients_survive,
+    a_blob_of_another_namespace_is_written_again,
+    changes_by_other_clients_are_noticed,
     changes_are_noticed_after_a_restart,
     a_record_is_written_when_cri_has_noticed_it,
     a_record_is_removed_when_cri_has_noticed_it,
     a_protected_image_is_pinned_for_the_kubelet_until_it_is_released,
     a_pin_by_another_program_is_neither_marked_nor_ended,
-    a_record_that_is_gone_is_not_protected_and_not_made,
-    a_protection_that_a_pull_took_away_is_missed_and_given_again,
+    an_absent_record_is_neither_protected_nor_created,
+    a_protection_removed_by_a_pull_is_noticed_and_restored,
     every_kind_of_image_is_recovered_and_survives_the_collector,
     labels_that_were_missing_are_written,
-    it_tells_what_it_is,
-    below_the_node_s_root_its_folders_are_found,
-    folders_that_are_not_mounted_have_no_figures,
-    the_image_of_sandboxes_is_seen_in_them,
+    version_and_settings_of_containerd_are_read,
+    folders_below_the_root_of_a_node_are_found,
+    unmounted_folders_have_no_disk_figures,
+    the_sandbox_image_is_read_from_containers,
     wrong_bytes_are_replaced,
     a_blob_without_its_file_is_fetched_again,
-    a_blob_without_its_file_that_cannot_be_seen_is_fetched_again,
+    a_blob_without_its_file_is_fetched_again_without_access_to_files,
     a_staged_blob_is_adopted_as_it_is,
-    under_another_policy_a_staged_blob_is_sent,
-    from_another_mount_a_staged_blob_is_sent,
-    what_the_collector_takes_before_it_is_recorded_is_linked_again,
+    a_staged_blob_under_the_isolated_policy_is_sent,
+    a_staged_blob_on_another_mount_is_sent,
+    a_blob_collected_before_its_commit_is_linked_again,
     a_file_that_no_record_names_is_not_trusted,
     a_file_that_no_record_names_is_not_trusted_where_blobs_are_sent,
-    a_full_disk_is_told_and_leaves_room_again,
-    killed_before_the_commit_it_takes_the_staged_blob_afterwards,
-    whenever_a_commit_is_broken_off_nothing_is_half_recorded,
-    what_was_staged_and_given_up_is_removed,
-    it_unpacks_as_promised,
-    a_recovered_image_is_unpacked_when_it_gets_its_name,
-    a_layer_that_was_given_up_is_removed,
-    what_a_killed_process_had_half_unpacked_goes,
-    only_cri_s_own_snapshotter_is_unpacked_into,
+    a_full_disk_is_reported_and_its_space_is_freed,
+    a_containerd_killed_before_the_commit_adopts_the_staged_blob_afterwards,
+    a_commit_aborted_at_any_point_leaves_no_partial_record,
+    abandoned_staging_files_are_removed,
+    the_unpacker_keeps_the_contract,
+    a_recovered_image_is_unpacked_before_its_record_is_written,
+    an_abandoned_layer_is_removed,
+    partial_snapshots_of_a_killed_process_are_removed,
+    layers_are_unpacked_only_into_the_snapshotter_of_cri,
 ];
 
-struct OnContainerd {
+struct ContainerdSubject {
     config: Config,
     store: ContainerdStore,
 }
 
 /// A store in a containerd namespace of its own.
-fn fresh(config: Config) -> OnContainerd {
-    static MADE: AtomicUsize = AtomicUsize::new(0);
-    let containerd_namespace = format!("test-{}", MADE.fetch_add(1, Ordering::Relaxed));
+fn fresh(config: Config) -> ContainerdSubject {
+    static NEXT_NAMESPACE: AtomicUsize = AtomicUsize::new(0);
+    let containerd_namespace = format!("test-{}", NEXT_NAMESPACE.fetch_add(1, Ordering::Relaxed));
     let config = Config { containerd_namespace, ..config };
-    OnContainerd { store: ContainerdStore::new(config.clone()).unwrap(), config }
+    ContainerdSubject { store: ContainerdStore::new(config.clone()).unwrap(), config }
 }
 
 #[async_trait]
-impl Subject for OnContainerd {
+impl StoreUnderTest for ContainerdSubject {
     fn store(&self) -> Arc<dyn ContentStore> {
         Arc::new(self.store.clone())
     }
@@ -143,21 +145,21 @@ impl Subject for OnContainerd {
     }
 
     /// Nobody aborts what the dropped writer left: [`ContainerdStore::run`] does not run here.
-    async fn restart(&mut self, unfinished: Unfinished) {
+    async fn restart(&mut self, unfinished: UnfinishedWrite) {
         drop(unfinished);
         self.store = ContainerdStore::new(self.config.clone()).unwrap();
     }
 }
 
-async fn it_keeps_the_contract(version: &str) {
+async fn the_store_keeps_the_contract(version: &str) {
     let daemon = Daemon::start(version).await;
-    keeps_the_contract(version, async || fresh(daemon.config(""))).await;
+    assert_contract(version, async || fresh(daemon.config(""))).await;
 }
 
-async fn it_keeps_the_contract_where_its_files_cannot_be_seen(version: &str) {
+async fn the_store_keeps_the_contract_without_access_to_files(version: &str) {
     let daemon = Daemon::start(version).await;
     let elsewhere = Some(PathBuf::from("/nothing/is/here"));
-    keeps_the_contract(version, async || fresh(Config { content_root: elsewhere.clone(), ..daemon.config("") })).await;
+    assert_contract(version, async || fresh(Config { content_root: elsewhere.clone(), ..daemon.config("") })).await;
 }
 
 /// Different in each place, so that what lands in the wrong one is seen.
@@ -168,7 +170,7 @@ pub(crate) fn content(seed: &str, size: usize) -> Bytes {
     bytes.into()
 }
 
-pub(crate) async fn write(store: &ContainerdStore, bytes: &Bytes, pin: &Pin, remembered: &Remembered) -> Descriptor {
+pub(crate) async fn write(store: &ContainerdStore, bytes: &Bytes, pin: &Pin, remembered: &BlobMetadata) -> Descriptor {
     let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
     let mut hasher = Hasher::default();
     hasher.update(bytes);
@@ -191,29 +193,29 @@ async fn read(store: &ContainerdStore, digest: Digest) -> Vec<u8> {
     }
 }
 
-async fn killed_in_mid_write_it_keeps_nothing_of_the_blob_and_comes_back(version: &str) {
+async fn a_containerd_killed_in_mid_write_keeps_nothing_of_the_blob(version: &str) {
     let mut daemon = Daemon::start(version).await;
     let store = daemon.store("killed");
     let pin = store.pin(HOUR).await.unwrap();
-    let kept = write(&store, &content("kept", 3 << 20), &pin, &Remembered::default()).await;
+    let kept = write(&store, &content("kept", 3 << 20), &pin, &BlobMetadata::default()).await;
     let bytes = content("interrupted", 12 << 20);
     let digest = Digest::of(&bytes);
     let mut writer = store.create(digest, bytes.len() as u64, &pin).await.unwrap();
     writer.append(&[bytes.slice(..6 << 20)]).await.unwrap();
 
     daemon.kill();
-    let failed = timeout(PATIENCE, append_until_it_fails(writer.as_mut(), &bytes)).await.unwrap();
+    let failed = timeout(WAIT_DEADLINE, append_until_it_fails(writer.as_mut(), &bytes)).await.unwrap();
     assert!(matches!(failed, StoreError::Unavailable(_)), "{failed:?}");
     drop(writer);
-    let absent = timeout(PATIENCE, store.blob(kept.digest)).await.unwrap();
+    let absent = timeout(WAIT_DEADLINE, store.blob(kept.digest)).await.unwrap();
     let Err(StoreError::Unavailable(text)) = absent else { panic!("{absent:?}") };
     assert!(text.contains("containerd.sock"), "{text}");
-    assert!(timeout(PATIENCE, store.ready()).await.unwrap().is_err());
+    assert!(timeout(WAIT_DEADLINE, store.ready()).await.unwrap().is_err());
 
-    daemon.start_again().await;
+    daemon.restart().await;
     assert_eq!(store.blob(digest).await.unwrap(), None);
     assert_eq!(read(&store, kept.digest).await, content("kept", 3 << 20));
-    let whole = write(&store, &bytes, &pin, &Remembered::default()).await;
+    let whole = write(&store, &bytes, &pin, &BlobMetadata::default()).await;
     assert_eq!(read(&store, whole.digest).await, bytes);
 }
 
@@ -228,63 +230,63 @@ async fn append_until_it_fails(writer: &mut dyn BlobWriter, bytes: &Bytes) -> St
 }
 
 /// Waits until containerd has no write under way.
-async fn nothing_is_being_written(daemon: &Daemon, containerd_namespace: &str) {
+async fn wait_no_ingests(daemon: &Daemon, containerd_namespace: &str) {
     let waiting = async {
         while daemon.ctr(containerd_namespace, &["content", "active"]).contains("lighterman-") {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    timeout(PATIENCE, waiting).await.expect("a write that nobody goes on with is still there");
+    timeout(WAIT_DEADLINE, waiting).await.expect("a write that nobody goes on with is still there");
 }
 
-async fn begin(store: &ContainerdStore, pin: &Pin) -> Box<dyn BlobWriter> {
+async fn begin_ingest(store: &ContainerdStore, pin: &Pin) -> Box<dyn BlobWriter> {
     let bytes = content("begun", 5 << 20);
     let mut writer = store.create(Digest::of(&bytes), bytes.len() as u64, pin).await.unwrap();
     writer.append(&[bytes.slice(..4 << 20)]).await.unwrap();
     writer
 }
 
-async fn what_dropped_writers_leave_is_removed(version: &str) {
+async fn ingests_of_dropped_writers_are_aborted(version: &str) {
     let daemon = Daemon::start(version).await;
     let store = daemon.store("dropped");
     let stop = CancellationToken::new();
     let running = tokio::spawn(store.clone().run(stop.clone()));
     let pin = store.pin(HOUR).await.unwrap();
-    let writer = begin(&store, &pin).await;
+    let writer = begin_ingest(&store, &pin).await;
     assert!(daemon.ctr("dropped", &["content", "active"]).contains("lighterman-"), "the test sees nothing");
     drop(writer);
-    nothing_is_being_written(&daemon, "dropped").await;
+    wait_no_ingests(&daemon, "dropped").await;
     stop.cancel();
-    timeout(PATIENCE, running).await.expect("it ends when it is told to").unwrap();
+    timeout(WAIT_DEADLINE, running).await.expect("it ends when it is told to").unwrap();
 }
 
-async fn what_a_killed_agent_left_is_removed_at_the_next_start(version: &str) {
+async fn ingests_of_a_killed_agent_are_aborted_at_the_next_start(version: &str) {
     let daemon = Daemon::start(version).await;
     let killed = daemon.store("left");
     let pin = killed.pin(HOUR).await.unwrap();
-    drop(begin(&killed, &pin).await);
+    drop(begin_ingest(&killed, &pin).await);
     assert!(daemon.ctr("left", &["content", "active"]).contains("lighterman-"), "the test sees nothing");
 
     let stop = CancellationToken::new();
     let _stopped = stop.clone().drop_guard();
     tokio::spawn(daemon.store("left").run(stop));
-    nothing_is_being_written(&daemon, "left").await;
+    wait_no_ingests(&daemon, "left").await;
 }
 
-async fn labels_of_others_survive(version: &str) {
+async fn labels_of_other_clients_survive(version: &str) {
     let daemon = Daemon::start(version).await;
     let store = daemon.store("labels");
     let pin = store.pin(HOUR).await.unwrap();
     let repository = |path: &str| Some(Repository { registry: "10.0.0.1:5000".into(), path: path.into() });
     let layer = |name: &str| Child { digest: Digest::of(name.as_bytes()), kind: ChildKind::Layer };
-    let first = Remembered { source: repository("team/app"), children: vec![layer("a")] };
+    let first = BlobMetadata { source: repository("team/app"), children: vec![layer("a")] };
     let blob = write(&store, &content("labelled", 100), &pin, &first).await;
     let theirs = format!("containerd.io/gc.ref.content.l.1={}", Digest::of(b"theirs"));
     let by_digest = blob.digest.to_string();
     daemon.ctr("labels", &["content", "label", &by_digest, &theirs, "made.by=somebody"]);
 
-    let more = Remembered { source: repository("other/app"), children: vec![layer("a"), layer("b")] };
-    store.remember(blob.digest, &more).await.unwrap();
+    let more = BlobMetadata { source: repository("other/app"), children: vec![layer("a"), layer("b")] };
+    store.add_metadata(blob.digest, &more).await.unwrap();
     let listed = daemon.ctr("labels", &["content", "ls"]);
     for label in [
         format!("containerd.io/gc.ref.content.l.0={}", Digest::of(b"a")),
@@ -298,33 +300,33 @@ async fn labels_of_others_survive(version: &str) {
 }
 
 /// Under the default content policy containerd would adopt the other namespace's copy at the commit, if nothing were written.
-async fn a_blob_of_another_namespace_is_written_here_all_the_same(version: &str) {
+async fn a_blob_of_another_namespace_is_written_again(version: &str) {
     let daemon = Daemon::start(version).await;
     let (here, there) = (daemon.store("here"), daemon.store("there"));
     let bytes = content("in both", (3 << 20) + 1);
     let pin = there.pin(HOUR).await.unwrap();
-    let blob = write(&there, &bytes, &pin, &Remembered::default()).await;
+    let blob = write(&there, &bytes, &pin, &BlobMetadata::default()).await;
     assert_eq!(here.blob(blob.digest).await.unwrap(), None, "it is not ours yet");
     let pin = here.pin(HOUR).await.unwrap();
     // An attempt before was given up, and containerd keeps what it wrote: the copy that it offered hides it from the abort.
     let mut writer = here.create(blob.digest, blob.size, &pin).await.unwrap();
     writer.append(&[bytes.slice(..3 << 20)]).await.unwrap();
     drop(writer);
-    write(&here, &bytes, &pin, &Remembered::default()).await;
+    write(&here, &bytes, &pin, &BlobMetadata::default()).await;
     assert_eq!(read(&here, blob.digest).await, bytes);
 }
 
-async fn what_others_do_is_noticed(version: &str) {
+async fn changes_by_other_clients_are_noticed(version: &str) {
     let daemon = Daemon::start(version).await;
     let (store, others) = (daemon.store("events"), daemon.store("events"));
     let stop = CancellationToken::new();
     let _stopped = stop.clone().drop_guard();
     let mut changes = store.changes();
     tokio::spawn(store.clone().run(stop));
-    timeout(PATIENCE, changes.changed()).await.expect("being connected counts as a change").unwrap();
+    timeout(WAIT_DEADLINE, changes.changed()).await.expect("being connected counts as a change").unwrap();
 
     let pin = others.pin(HOUR).await.unwrap();
-    let target = write(&others, &content("noticed", 100), &pin, &Remembered::default()).await;
+    let target = write(&others, &content("noticed", 100), &pin, &BlobMetadata::default()).await;
     // The subscription may stand a moment after the connection: again and again, until it does.
     let waiting = async {
         for n in 0.. {
@@ -335,7 +337,7 @@ async fn what_others_do_is_noticed(version: &str) {
             }
         }
     };
-    timeout(PATIENCE, waiting).await.expect("records of others are not noticed");
+    timeout(WAIT_DEADLINE, waiting).await.expect("records of others are not noticed");
 }
 
 async fn changes_are_noticed_after_a_restart(version: &str) {
@@ -345,21 +347,21 @@ async fn changes_are_noticed_after_a_restart(version: &str) {
     let _stopped = stop.clone().drop_guard();
     let mut changes = store.changes();
     tokio::spawn(store.clone().run(stop));
-    timeout(PATIENCE, changes.changed()).await.expect("being connected counts as a change").unwrap();
+    timeout(WAIT_DEADLINE, changes.changed()).await.expect("being connected counts as a change").unwrap();
     daemon.kill();
     changes.mark_unchanged();
-    daemon.start_again().await;
-    timeout(PATIENCE, changes.changed()).await.expect("it has not come back").unwrap();
+    daemon.restart().await;
+    timeout(WAIT_DEADLINE, changes.changed()).await.expect("it has not come back").unwrap();
 }
 
 /// What the CRI plugin reads of an image before it takes notice: the manifest and the configuration. It unpacks nothing.
 async fn image(store: &ContainerdStore, pin: &Pin, architecture: &str) -> (Descriptor, Digest) {
-    let layer = write(store, &content(architecture, 1000), pin, &Remembered::default()).await;
+    let layer = write(store, &content(architecture, 1000), pin, &BlobMetadata::default()).await;
     let config = format!(
         r#"{{"architecture":"{architecture}","os":"linux","config":{{}},"rootfs":{{"type":"layers","diff_ids":["{}"]}}}}"#,
         layer.digest
     );
-    let config = write(store, &config.into(), pin, &Remembered::default()).await;
+    let config = write(store, &config.into(), pin, &BlobMetadata::default()).await;
     let manifest = format!(
         r#"{{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json",
         "config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{}","size":{}}},
@@ -370,7 +372,7 @@ async fn image(store: &ContainerdStore, pin: &Pin, architecture: &str) -> (Descr
         Child { digest: config.digest, kind: ChildKind::Config },
         Child { digest: layer.digest, kind: ChildKind::Layer },
     ];
-    (write(store, &manifest.into(), pin, &Remembered { source: None, children }).await, config.digest)
+    (write(store, &manifest.into(), pin, &BlobMetadata { source: None, children }).await, config.digest)
 }
 
 async fn a_record_is_written_when_cri_has_noticed_it(version: &str) {

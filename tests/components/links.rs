@@ -7,18 +7,18 @@ use std::time::Instant;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::future::try_join_all;
-use lighterman::decide::bucket::Bucket;
+use lighterman::decide::token_bucket::TokenBucket;
 use lighterman::oci::Digest;
 use lighterman::ports::{BlobSink, FetchError, Fetcher, StoreError};
 use lighterman::transfer::Transfer;
 
-use pair::{Holder, Link, Rates, across};
+use pair::{Provider, Rates, VethLink, across};
 
 /// Counts nothing and keeps nothing; the fetch proves the content.
-struct Nothing;
+struct DiscardingSink;
 
 #[async_trait]
-impl BlobSink for Nothing {
+impl BlobSink for DiscardingSink {
     async fn append(&mut self, _: &[Bytes]) -> Result<(), StoreError> {
         Ok(())
     }
@@ -30,10 +30,10 @@ fn blobs(count: u8, size: usize) -> Vec<Bytes> {
 }
 
 /// Fetches them all at once; answers the bytes per second.
-async fn fetch_all(transfer: &Transfer, holder: &Holder, blobs: &[Bytes]) -> Result<f64, FetchError> {
+async fn fetch_all(transfer: &Transfer, provider: &Provider, blobs: &[Bytes]) -> Result<f64, FetchError> {
     let began = Instant::now();
     try_join_all(blobs.iter().map(async |blob| {
-        transfer.fetch(holder.peer, Digest::of(blob), blob.len() as u64, &mut Nothing).await.map(drop)
+        transfer.fetch(provider.peer, Digest::of(blob), blob.len() as u64, &mut DiscardingSink).await.map(drop)
     }))
     .await?;
     let bytes: usize = blobs.iter().map(Bytes::len).sum();
@@ -41,18 +41,18 @@ async fn fetch_all(transfer: &Transfer, holder: &Holder, blobs: &[Bytes]) -> Res
 }
 
 #[test]
-fn on_a_fast_link_our_limit_holds_in_either_direction() {
+fn the_configured_rate_holds_on_a_fast_link_in_either_direction() {
     const RATE: u64 = 2 << 20;
     for (direction, rates) in
-        [("down", Rates { fetcher_down: RATE, holder_up: 0 }), ("up", Rates { fetcher_down: 0, holder_up: RATE })]
+        [("down", Rates { fetcher_down: RATE, provider_up: 0 }), ("up", Rates { fetcher_down: 0, provider_up: RATE })]
     {
         let blobs = blobs(6, 2 << 20);
         let bytes = blobs.iter().map(Bytes::len).sum::<usize>() as f64;
         let wanted = blobs.clone();
-        let achieved = across("400mbit", rates, &blobs, async move |transfer, holder, _| {
-            fetch_all(transfer, holder, &wanted).await.unwrap()
+        let achieved = across("400mbit", rates, &blobs, async move |transfer, provider, _| {
+            fetch_all(transfer, provider, &wanted).await.unwrap()
         });
-        let capacity = Bucket::new(RATE, Instant::now()).capacity() as f64;
+        let capacity = TokenBucket::new(RATE, Instant::now()).capacity() as f64;
         // What the bucket holds at first passes at once, all the rest at the rate.
         let most = RATE as f64 * bytes / (bytes - capacity);
         assert!(achieved <= most, "{direction}: {achieved:.0} bytes a second where {most:.0} are the most");
@@ -62,12 +62,12 @@ fn on_a_fast_link_our_limit_holds_in_either_direction() {
 }
 
 #[test]
-fn on_a_slow_link_the_link_decides_and_nobody_stalls() {
-    let rates = Rates { fetcher_down: 64 << 20, holder_up: 64 << 20 };
+fn a_slow_link_sets_the_pace_and_stalls_no_transfer() {
+    let rates = Rates { fetcher_down: 64 << 20, provider_up: 64 << 20 };
     let blobs = blobs(6, 1 << 20);
     let wanted = blobs.clone();
-    let achieved = across("8mbit", rates, &blobs, async move |transfer, holder, _| {
-        fetch_all(transfer, holder, &wanted).await.unwrap()
+    let achieved = across("8mbit", rates, &blobs, async move |transfer, provider, _| {
+        fetch_all(transfer, provider, &wanted).await.unwrap()
     });
     println!("figure link_used {:.3} (6 blobs of 1 MiB at once, limit 64 MiB/s, link 8 Mbit/s)", achieved * 8.0 / 8e6);
 }
@@ -76,26 +76,26 @@ fn on_a_slow_link_the_link_decides_and_nobody_stalls() {
 fn blobs_of_one_peer_do_not_starve_each_other_on_a_slow_link() {
     let blobs = blobs(10, 5 << 20);
     let wanted = blobs.clone();
-    across("20mbit", Rates::default(), &blobs, async move |transfer, holder, _| {
-        fetch_all(transfer, holder, &wanted).await.unwrap()
+    across("20mbit", Rates::default(), &blobs, async move |transfer, provider, _| {
+        fetch_all(transfer, provider, &wanted).await.unwrap()
     });
 }
 
 #[test]
-fn blobs_of_one_peer_do_not_starve_each_other_under_our_limit() {
+fn blobs_of_one_peer_do_not_starve_each_other_under_the_configured_rate() {
     let blobs = blobs(10, 16 << 20);
     let wanted = blobs.clone();
-    across("4gbit", Rates { fetcher_down: 8 << 20, holder_up: 0 }, &blobs, async move |transfer, holder, _| {
-        fetch_all(transfer, holder, &wanted).await.unwrap()
+    across("4gbit", Rates { fetcher_down: 8 << 20, provider_up: 0 }, &blobs, async move |transfer, provider, _| {
+        fetch_all(transfer, provider, &wanted).await.unwrap()
     });
 }
 
 #[test]
 fn a_peer_whose_link_breaks_is_unreachable_before_it_counts_as_stalled() {
     /// Cuts the link when the first bytes have come.
-    struct Cutting<'a>(&'a Link);
+    struct LinkCuttingSink<'a>(&'a VethLink);
     #[async_trait]
-    impl BlobSink for Cutting<'_> {
+    impl BlobSink for LinkCuttingSink<'_> {
         async fn append(&mut self, _: &[Bytes]) -> Result<(), StoreError> {
             self.0.cut();
             Ok(())
@@ -103,8 +103,8 @@ fn a_peer_whose_link_breaks_is_unreachable_before_it_counts_as_stalled() {
     }
     let blobs = blobs(1, 64 << 20);
     let (digest, size) = (Digest::of(&blobs[0]), 64 << 20);
-    let error = across("100mbit", Rates::default(), &blobs, async move |transfer, holder, link| {
-        transfer.fetch(holder.peer, digest, size, &mut Cutting(link)).await.unwrap_err()
+    let error = across("100mbit", Rates::default(), &blobs, async move |transfer, provider, link| {
+        transfer.fetch(provider.peer, digest, size, &mut LinkCuttingSink(link)).await.unwrap_err()
     });
     assert!(matches!(error, FetchError::Unreachable { .. }), "{error}");
 }

@@ -8,6 +8,6 @@ mod fleet;
 mod kubernetes;
 mod links;
 mod mesh;
+mod piece_sharing;
 mod registry;
-mod sharing;
-mod udp;
+mod udp_blocked;

@@ -2,20 +2,20 @@
 //! who is gone, and what that costs. The figures stand on lines of their own for `make figures`; none of them is asserted.
 
 mod fleet;
+mod mesh_view;
 mod usage;
-mod view;
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lighterman::ports::{ContentStore, Remembered};
+use lighterman::ports::{BlobMetadata, ContentStore};
 use lighterman::testing::image::put_image;
 use tokio::runtime::Builder;
 use tokio::time::sleep;
 
 use crate::containerd::{content, write};
 use crate::fleet::agent::Agent;
-use crate::fleet::wires::{self, Carried, Wires};
+use crate::fleet::network::{self, AgentNetwork, LinkBytes};
 use fleet::Fleet;
 use usage::{processor_time, resident_mib};
 
@@ -31,44 +31,44 @@ const IDLE: Duration = Duration::from_secs(30);
 const DEADLINE: Duration = Duration::from_secs(1200);
 
 #[test]
-fn thirty_agents_find_each_other_and_forget_who_is_gone() {
-    let wires = Wires::new(AGENTS);
+fn thirty_agents_find_each_other_and_drop_dead_peers() {
+    let wires = AgentNetwork::new(AGENTS);
     let playing = thread::spawn(move || {
         wires.enter_switch();
         let runtime = Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async { tokio::time::timeout(DEADLINE, play(wires)).await.expect("the test is stuck") });
+        runtime.block_on(async { tokio::time::timeout(DEADLINE, run_all(wires)).await.expect("the test is stuck") });
     });
     playing.join().unwrap();
 }
 
-async fn play(wires: Wires) {
+async fn run_all(wires: AgentNetwork) {
     let mut fleet = Fleet::new(wires, AGENTS).await;
     println!();
-    all_started_at_once_find_each_other(&mut fleet).await;
+    agents_started_at_once_find_each_other(&mut fleet).await;
     sleep(SETTLE).await;
-    let idle = idling_costs_little(&fleet).await;
-    an_image_that_one_gets_is_known_to_all(&fleet).await;
-    announcements_reach_all(&fleet, idle).await;
-    one_that_dies_is_forgotten_and_comes_back(&mut fleet).await;
-    five_that_die_are_forgotten_and_come_back(&mut fleet).await;
-    one_whose_link_is_down_is_forgotten_and_comes_back(&fleet).await;
+    let idle = idle_agents_cost_little(&fleet).await;
+    an_image_of_one_node_reaches_every_inventory(&fleet).await;
+    announcements_reach_every_agent(&fleet, idle).await;
+    a_killed_agent_is_dropped_and_returns(&mut fleet).await;
+    five_killed_agents_are_dropped_and_return(&mut fleet).await;
+    an_agent_whose_link_is_down_is_dropped_and_returns(&fleet).await;
 }
 
-async fn all_started_at_once_find_each_other(fleet: &mut Fleet) {
+async fn agents_started_at_once_find_each_other(fleet: &mut Fleet) {
     let began = Instant::now();
     fleet.start(0..AGENTS);
-    fleet.knows_all().await;
+    fleet.wait_converged().await;
     let context = format!("{AGENTS} processes started at once, until all know all");
     println!("figure mesh_start_s_30 {:.2} ({context})", began.elapsed().as_secs_f64());
 }
 
 /// Bytes per second on an agent's link, in both directions together, as all agents have them on average.
-async fn idling_costs_little(fleet: &Fleet) -> f64 {
-    let ids: Vec<_> = fleet.living().filter_map(Agent::id).collect();
+async fn idle_agents_cost_little(fleet: &Fleet) -> f64 {
+    let ids: Vec<_> = fleet.running().filter_map(Agent::id).collect();
     let times = || ids.iter().map(|id| processor_time(*id)).collect::<Vec<_>>();
-    let (times_before, carried_before, began) = (times(), fleet.wires.carried(), Instant::now());
+    let (times_before, carried_before, began) = (times(), fleet.network.link_bytes(), Instant::now());
     sleep(IDLE).await;
-    let (times_after, carried_after, seconds) = (times(), fleet.wires.carried(), began.elapsed().as_secs_f64());
+    let (times_after, carried_after, seconds) = (times(), fleet.network.link_bytes(), began.elapsed().as_secs_f64());
 
     let resident = sorted(ids.iter().map(|id| resident_mib(*id)));
     println!(
@@ -84,7 +84,7 @@ async fn idling_costs_little(fleet: &Fleet) -> f64 {
         last(&busy)
     );
     let rates = carried_after.iter().zip(carried_before).map(|(after, before)| {
-        let Carried { sent, received, packets: _ } = after.since(before);
+        let LinkBytes { sent, received, packets: _ } = after.since(before);
         (sent + received) as f64 / seconds
     });
     let rates = sorted(rates);
@@ -95,21 +95,21 @@ async fn idling_costs_little(fleet: &Fleet) -> f64 {
     mean
 }
 
-async fn an_image_that_one_gets_is_known_to_all(fleet: &Fleet) {
+async fn an_image_of_one_node_reaches_every_inventory(fleet: &Fleet) {
     const PROVIDER: usize = 7;
     let image = "reg.test/late/app:1";
     put_image(&fleet.agents[PROVIDER].store, &[image.to_owned()], &[2000, 2000], 7).await.unwrap();
     let began = Instant::now();
-    fleet.finds(image, PROVIDER).await;
+    fleet.wait_provider(image, PROVIDER).await;
     let context = "from containerd's record to the last of 29 that would fetch it there";
     println!("figure mesh_content_known_s_30 {:.2} ({context})", began.elapsed().as_secs_f64());
-    fleet.knows_all().await;
+    fleet.wait_converged().await;
 }
 
 /// What all agents together have said and heard.
 struct Traffic {
     at: Instant,
-    carried: Vec<Carried>,
+    link_bytes: Vec<LinkBytes>,
     announcements: u64,
     messages: u64,
 }
@@ -119,24 +119,24 @@ impl Traffic {
         let views = fleet.views().await;
         Self {
             at: Instant::now(),
-            carried: fleet.wires.carried(),
+            link_bytes: fleet.network.link_bytes(),
             announcements: views.iter().map(|(_, view)| view.sequence).sum(),
             messages: views.iter().map(|(_, view)| view.messages_in).sum(),
         }
     }
 
     fn received_since(&self, before: &Self) -> u64 {
-        self.carried.iter().zip(&before.carried).map(|(after, before)| after.since(*before).received).sum()
+        self.link_bytes.iter().zip(&before.link_bytes).map(|(after, before)| after.since(*before).received).sum()
     }
 }
 
 /// Announcements of one blob each, so that their number is known: what the simulation's bytes per message are compared with. `idle` is
 /// what an agent sends and receives in a second without them.
-async fn announcements_reach_all(fleet: &Fleet, idle: f64) {
+async fn announcements_reach_every_agent(fleet: &Fleet, idle: f64) {
     const PUBLISHERS: usize = 10;
     const ROUNDS: usize = 12;
     /// Changes are gathered for a second, after containerd's events have been waited for.
-    const APART: Duration = Duration::from_millis(1500);
+    const INTERVAL: Duration = Duration::from_millis(1500);
     sleep(SETTLE).await;
     let before = Traffic::of(fleet).await;
     for round in 0..ROUNDS {
@@ -144,11 +144,11 @@ async fn announcements_reach_all(fleet: &Fleet, idle: f64) {
             let bytes = content(&format!("round {round} {}", agent.node), 1000);
             // Never released: what the collector took would be missed a minute later only.
             let pin = agent.store.pin(DEADLINE).await.unwrap();
-            write(&agent.store, &bytes, &pin, &Remembered::default()).await;
+            write(&agent.store, &bytes, &pin, &BlobMetadata::default()).await;
         }
-        sleep(APART).await;
+        sleep(INTERVAL).await;
     }
-    fleet.knows_all().await;
+    fleet.wait_converged().await;
     let after = Traffic::of(fleet).await;
 
     let received = after.received_since(&before) as f64;
@@ -164,16 +164,16 @@ async fn announcements_reach_all(fleet: &Fleet, idle: f64) {
     println!("figure mesh_bytes_per_message_real {:.0} ({context})", (received - quiet) / messages as f64);
 }
 
-async fn one_that_dies_is_forgotten_and_comes_back(fleet: &mut Fleet) {
+async fn a_killed_agent_is_dropped_and_returns(fleet: &mut Fleet) {
     let mut times = Vec::new();
     // A seed among them.
     for number in [1, 8, 14, 21, 29] {
         let began = Instant::now();
         fleet.kill(&[number]);
-        fleet.has_dropped(&[number]).await;
+        fleet.wait_dropped(&[number]).await;
         times.push(began.elapsed().as_secs_f64());
         fleet.start([number]);
-        fleet.knows_all().await;
+        fleet.wait_converged().await;
     }
     let times = sorted(times);
     let context = format!(
@@ -184,16 +184,16 @@ async fn one_that_dies_is_forgotten_and_comes_back(fleet: &mut Fleet) {
     println!("figure dead_peer_forgotten_s {:.2} ({context})", median(&times));
 }
 
-async fn five_that_die_are_forgotten_and_come_back(fleet: &mut Fleet) {
+async fn five_killed_agents_are_dropped_and_return(fleet: &mut Fleet) {
     let five = [2, 9, 15, 22, 28];
     let began = Instant::now();
     fleet.kill(&five);
-    fleet.has_dropped(&five).await;
+    fleet.wait_dropped(&five).await;
     println!("figure five_dead_peers_forgotten_s {:.2} (SIGKILL to five at once)", began.elapsed().as_secs_f64());
 
     let before = Traffic::of(fleet).await;
     fleet.start(five);
-    fleet.knows_all().await;
+    fleet.wait_converged().await;
     let back = before.at.elapsed().as_secs_f64();
     println!("figure five_restarted_known_s {back:.2} (started at once, until all {AGENTS} know all)");
     let after = Traffic::of(fleet).await;
@@ -204,15 +204,15 @@ async fn five_that_die_are_forgotten_and_come_back(fleet: &mut Fleet) {
     );
 }
 
-async fn one_whose_link_is_down_is_forgotten_and_comes_back(fleet: &Fleet) {
+async fn an_agent_whose_link_is_down_is_dropped_and_returns(fleet: &Fleet) {
     let mut times = Vec::new();
     for number in [5, 17, 26] {
         let began = Instant::now();
         set_link(number, "down");
-        fleet.has_dropped(&[number]).await;
+        fleet.wait_dropped(&[number]).await;
         times.push(began.elapsed().as_secs_f64());
         set_link(number, "up");
-        fleet.knows_all().await;
+        fleet.wait_converged().await;
     }
     let times = sorted(times);
     let context = format!(
@@ -225,7 +225,7 @@ async fn one_whose_link_is_down_is_forgotten_and_comes_back(fleet: &Fleet) {
 
 /// Takes the mesh's link of one agent down, or up again.
 fn set_link(agent: usize, state: &str) {
-    wires::ip(&[], &[format!("link set mesh-{agent} {state}")]);
+    network::ip(&[], &[format!("link set mesh-{agent} {state}")]);
 }
 
 fn sorted(numbers: impl IntoIterator<Item = f64>) -> Vec<f64> {

@@ -15,7 +15,7 @@ use hyper::Method;
 use lighterman::http::{Certificates, Client, Request};
 use lighterman::model::OutageKind;
 use lighterman::oci::{Digest, Repository};
-use lighterman::ports::{BlobError, BlobSink, PullSecret, Registry, RegistryError, StoreError};
+use lighterman::ports::{BlobSink, PullSecret, Registry, RegistryError, RegistryFetchError, StoreError};
 use lighterman::registry::{Config, RegistryClient};
 use serde_json::json;
 use tempfile::TempDir;
@@ -24,21 +24,21 @@ use url::Url;
 use crate::containerd::daemon::testbed;
 
 /// For whatever a test waits for; a slow machine must not fail it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// bcrypt of `pass:word`, made with crypt(3).
 const HTPASSWD: &str = "user:$2b$04$abcdefghijklmnopqrstuu7govE5p0NSk1WUEk5C2Qm3hpPC6VJ66\n";
 
 /// What a registry serves, and what it needs besides.
-pub(crate) struct Folder(TempDir);
+pub(crate) struct RegistryFolder(TempDir);
 
 /// Killed when dropped, also by a test that panics.
-pub(crate) struct Running {
+pub(crate) struct RegistryProcess {
     pub(crate) name: String,
     process: Child,
 }
 
-impl Folder {
+impl RegistryFolder {
     pub(crate) fn empty() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
@@ -55,7 +55,7 @@ impl Folder {
     }
 
     /// Starts a registry with further settings, of which those of `http` come first and indented.
-    pub(crate) fn serve(&self, settings: &str) -> Running {
+    pub(crate) fn serve(&self, settings: &str) -> RegistryProcess {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);
@@ -75,25 +75,25 @@ impl Folder {
             .stderr(log)
             .spawn()
             .expect("the registry runs: `make testbed` brings it");
-        let running = Running { name: address.to_string(), process };
+        let running = RegistryProcess { name: address.to_string(), process };
         let begun = Instant::now();
         while TcpStream::connect(address).is_err() {
             let log = || std::fs::read_to_string(self.path("log")).unwrap_or_default();
-            assert!(begun.elapsed() < PATIENCE, "the registry does not start:\n{}", log());
+            assert!(begun.elapsed() < WAIT_DEADLINE, "the registry does not start:\n{}", log());
             std::thread::sleep(Duration::from_millis(20));
         }
         running
     }
 }
 
-impl Drop for Running {
+impl Drop for RegistryProcess {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
 }
 
-impl Running {
+impl RegistryProcess {
     fn app(&self) -> Repository {
         Repository { registry: self.name.clone(), path: "team/app".into() }
     }
@@ -109,10 +109,11 @@ impl Running {
 }
 
 fn client() -> RegistryClient {
-    RegistryClient::new(Config { ping_limit: PATIENCE, resolve_limit: PATIENCE, ..Config::default() }).unwrap()
+    RegistryClient::new(Config { ping_limit: WAIT_DEADLINE, resolve_limit: WAIT_DEADLINE, ..Config::default() })
+        .unwrap()
 }
 
-async fn send(method: Method, url: &Url, kind: &str, body: Bytes) -> lighterman::http::Answer {
+async fn send(method: Method, url: &Url, kind: &str, body: Bytes) -> lighterman::http::HttpResponse {
     let mut request = Request::new(method, url, Certificates::Any);
     request.headers.insert("content-type", kind.parse().unwrap());
     request.body = body;
@@ -120,7 +121,7 @@ async fn send(method: Method, url: &Url, kind: &str, body: Bytes) -> lighterman:
 }
 
 /// Puts a blob into the repository `team/app`.
-pub(crate) async fn push_blob(registry: &Running, bytes: Bytes) {
+pub(crate) async fn push_blob(registry: &RegistryProcess, bytes: Bytes) {
     let base = Url::parse(&format!("http://{}/v2/team/app/", registry.name)).unwrap();
     let begun = send(Method::POST, &base.join("blobs/uploads/").unwrap(), "text/plain", Bytes::new()).await;
     let mut upload = base.join(begun.headers["location"].to_str().unwrap()).unwrap();
@@ -130,13 +131,13 @@ pub(crate) async fn push_blob(registry: &Running, bytes: Bytes) {
 }
 
 /// Puts a manifest, whose blobs are there, into the repository `team/app`.
-pub(crate) async fn push_manifest(registry: &Running, tag: &str, kind: &str, bytes: Bytes) {
+pub(crate) async fn push_manifest(registry: &RegistryProcess, tag: &str, kind: &str, bytes: Bytes) {
     let url = Url::parse(&format!("http://{}/v2/team/app/manifests/{tag}", registry.name)).unwrap();
     assert_eq!(send(Method::PUT, &url, kind, bytes).await.status, StatusCode::CREATED);
 }
 
 /// An image without layers.
-async fn push(registry: &Running) -> Digest {
+async fn push(registry: &RegistryProcess) -> Digest {
     let config = Bytes::from_static(b"{}");
     push_blob(registry, config.clone()).await;
     let kind = "application/vnd.oci.image.manifest.v1+json";
@@ -151,8 +152,8 @@ async fn push(registry: &Running) -> Digest {
 }
 
 #[tokio::test]
-async fn an_open_registry_says_what_its_tags_mean_until_it_is_gone() {
-    let (folder, digest) = Folder::with_image().await;
+async fn an_open_registry_resolves_its_tags_until_it_is_down() {
+    let (folder, digest) = RegistryFolder::with_image().await;
     let registry = folder.serve("");
     let client = client();
     assert_eq!(client.ping(&registry.name).await, Ok(()));
@@ -169,8 +170,8 @@ async fn an_open_registry_says_what_its_tags_mean_until_it_is_gone() {
 }
 
 #[tokio::test]
-async fn a_registry_with_passwords_and_tls_wants_the_right_one() {
-    let (folder, digest) = Folder::with_image().await;
+async fn a_registry_with_passwords_and_tls_requires_the_right_password() {
+    let (folder, digest) = RegistryFolder::with_image().await;
     let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
     let [htpasswd, certificate, key] = ["htpasswd", "tls.crt", "tls.key"].map(|name| folder.path(name));
     std::fs::write(&htpasswd, HTPASSWD).unwrap();
@@ -191,8 +192,8 @@ async fn a_registry_with_passwords_and_tls_wants_the_right_one() {
 }
 
 #[tokio::test]
-async fn a_registry_with_a_token_server_wants_its_token() {
-    let (folder, digest) = Folder::with_image().await;
+async fn a_registry_with_a_token_server_requires_its_token() {
+    let (folder, digest) = RegistryFolder::with_image().await;
     let (realm, _serving) = token_server(Path::new(&folder.path("tokens.crt"))).await;
     let bundle = folder.path("tokens.crt");
     let settings = format!(
@@ -207,10 +208,10 @@ async fn a_registry_with_a_token_server_wants_its_token() {
 }
 
 /// Keeps what is written.
-struct Kept(Vec<u8>);
+struct BufferSink(Vec<u8>);
 
 #[async_trait::async_trait]
-impl BlobSink for Kept {
+impl BlobSink for BufferSink {
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
         chunks.iter().for_each(|chunk| self.0.extend_from_slice(chunk));
         Ok(())
@@ -218,36 +219,40 @@ impl BlobSink for Kept {
 }
 
 /// Whether the right bytes come from the registry with these secrets.
-async fn fetched(registry: &Running, blob: &Bytes, secrets: &[PullSecret]) -> Result<bool, BlobError> {
-    let (mut kept, size) = (Kept(Vec::new()), blob.len() as u64);
+async fn fetches_blob(
+    registry: &RegistryProcess,
+    blob: &Bytes,
+    secrets: &[PullSecret],
+) -> Result<bool, RegistryFetchError> {
+    let (mut kept, size) = (BufferSink(Vec::new()), blob.len() as u64);
     client().fetch_blob(&registry.app(), Digest::of(blob), size, secrets, &mut kept).await?;
     Ok(kept.0 == *blob)
 }
 
 #[tokio::test]
-async fn a_layer_comes_from_an_open_registry_and_from_a_closed_one_with_its_password() {
-    let (folder, layer) = (Folder::empty(), Bytes::from(vec![7; 3 << 20]));
+async fn a_layer_is_fetched_from_an_open_registry_and_from_a_closed_registry_with_its_password() {
+    let (folder, layer) = (RegistryFolder::empty(), Bytes::from(vec![7; 3 << 20]));
     let open = folder.serve("");
     push_blob(&open, layer.clone()).await;
-    assert!(fetched(&open, &layer, &[]).await.unwrap());
-    let gone = fetched(&open, &Bytes::from_static(b"never pushed"), &[]).await;
-    assert!(matches!(gone, Err(BlobError::Gone(_))), "{gone:?}");
+    assert!(fetches_blob(&open, &layer, &[]).await.unwrap());
+    let gone = fetches_blob(&open, &Bytes::from_static(b"never pushed"), &[]).await;
+    assert!(matches!(gone, Err(RegistryFetchError::Gone(_))), "{gone:?}");
     let (app, size) = (open.app(), layer.len() as u64);
     drop(open);
-    let down = client().fetch_blob(&app, Digest::of(&layer), size, &[], &mut Kept(Vec::new())).await;
-    assert!(matches!(down, Err(BlobError::Down { kind: OutageKind::Refused, .. })), "{down:?}");
+    let down = client().fetch_blob(&app, Digest::of(&layer), size, &[], &mut BufferSink(Vec::new())).await;
+    assert!(matches!(down, Err(RegistryFetchError::Down { kind: OutageKind::Refused, .. })), "{down:?}");
 
     let htpasswd = folder.path("htpasswd");
     std::fs::write(&htpasswd, HTPASSWD).unwrap();
     let closed = folder.serve(&format!("auth: {{ htpasswd: {{ realm: tests, path: {htpasswd} }} }}\n"));
-    let denied = fetched(&closed, &layer, &[closed.secret("wrong")]).await;
-    assert!(matches!(denied, Err(BlobError::Denied(_))), "{denied:?}");
-    assert!(fetched(&closed, &layer, &[closed.secret("wrong"), closed.secret("pass:word")]).await.unwrap());
+    let denied = fetches_blob(&closed, &layer, &[closed.secret("wrong")]).await;
+    assert!(matches!(denied, Err(RegistryFetchError::Denied(_))), "{denied:?}");
+    assert!(fetches_blob(&closed, &layer, &[closed.secret("wrong"), closed.secret("pass:word")]).await.unwrap());
 }
 
 #[tokio::test]
-async fn a_layer_comes_from_a_registry_with_a_token_server() {
-    let (folder, layer) = (Folder::empty(), Bytes::from(vec![7; 1 << 20]));
+async fn a_layer_is_fetched_from_a_registry_with_a_token_server() {
+    let (folder, layer) = (RegistryFolder::empty(), Bytes::from(vec![7; 1 << 20]));
     push_blob(&folder.serve(""), layer.clone()).await;
     let bundle = folder.path("tokens.crt");
     let (realm, _serving) = token_server(Path::new(&bundle)).await;
@@ -255,9 +260,9 @@ async fn a_layer_comes_from_a_registry_with_a_token_server() {
         "auth: {{ token: {{ realm: \"{realm}\", service: tests, issuer: tests, rootcertbundle: {bundle} }} }}\n"
     );
     let registry = folder.serve(&settings);
-    assert!(fetched(&registry, &layer, &[registry.secret("pass:word")]).await.unwrap());
-    let denied = fetched(&registry, &layer, &[]).await;
-    assert!(matches!(denied, Err(BlobError::Denied(_))), "{denied:?}");
+    assert!(fetches_blob(&registry, &layer, &[registry.secret("pass:word")]).await.unwrap());
+    let denied = fetches_blob(&registry, &layer, &[]).await;
+    assert!(matches!(denied, Err(RegistryFetchError::Denied(_))), "{denied:?}");
 }
 
 /// Gives the user a token for what is asked, nobody one for nothing, and others none. Writes its certificate to `bundle`.

@@ -17,18 +17,18 @@ use kube::{Client, Config};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use crate::bed::Failure;
+use crate::test_bed::TestError;
 
 /// A connection to the API server, and what is known of its pods and Events.
 pub(crate) struct Cluster {
     runtime: Runtime,
     client: Client,
-    seen: Arc<Seen>,
+    seen: Arc<WatchCache>,
 }
 
 /// What the watches have shown, by kind, Kubernetes namespace and name.
 #[derive(Default)]
-struct Seen {
+struct WatchCache {
     objects: Mutex<Objects>,
     changed: Condvar,
 }
@@ -72,7 +72,7 @@ impl Objects {
 
 impl Cluster {
     /// Connects as the kubeconfig says, and begins to watch.
-    pub(crate) fn connect(kubeconfig: &Path) -> Result<Self, Failure> {
+    pub(crate) fn connect(kubeconfig: &Path) -> Result<Self, TestError> {
         // The library that is tested decides which provider there is; a second call changes nothing.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let runtime = Runtime::new().map_err(|error| error.to_string())?;
@@ -83,9 +83,9 @@ impl Cluster {
                 .map_err(|error| error.to_string())
                 .and_then(|c| Client::try_from(c).map_err(|error| error.to_string()))
         })?;
-        let seen = Arc::<Seen>::default();
+        let seen = Arc::<WatchCache>::default();
         for kind in ["Pod", "Event"] {
-            runtime.spawn(follow(client.clone(), kind, seen.clone()));
+            runtime.spawn(watch_objects(client.clone(), kind, seen.clone()));
         }
         Ok(Self { runtime, client, seen })
     }
@@ -96,7 +96,7 @@ impl Cluster {
         what: &str,
         limit: Duration,
         mut look: impl FnMut(&Objects) -> Option<T>,
-    ) -> Result<T, Failure> {
+    ) -> Result<T, TestError> {
         let deadline = Instant::now() + limit;
         let mut objects = self.seen.lock();
         loop {
@@ -118,7 +118,7 @@ impl Cluster {
     }
 
     /// Makes an object, or makes it so.
-    pub(crate) fn apply(&self, object: &Value) -> Result<(), Failure> {
+    pub(crate) fn apply(&self, object: &Value) -> Result<(), TestError> {
         let name = object["metadata"]["name"].as_str().ok_or("an object without a name")?;
         let patch = Patch::Apply(object);
         let parameters = PatchParams::apply("e2e").force();
@@ -130,7 +130,7 @@ impl Cluster {
     }
 
     /// Changes a part of a pod that has an address of its own, such as `ephemeralcontainers`.
-    pub(crate) fn patch_part(&self, pod: &Value, part: &str, patch: &Value) -> Result<(), Failure> {
+    pub(crate) fn patch_part(&self, pod: &Value, part: &str, patch: &Value) -> Result<(), TestError> {
         let name = pod["metadata"]["name"].as_str().ok_or("a pod without a name")?;
         let api = self.api(pod)?;
         let (parameters, patch) = (PatchParams::default(), Patch::Strategic(patch));
@@ -141,7 +141,7 @@ impl Cluster {
     }
 
     /// Changes annotations of an object.
-    pub(crate) fn annotate(&self, object: &Value, annotations: &Value) -> Result<(), Failure> {
+    pub(crate) fn annotate(&self, object: &Value, annotations: &Value) -> Result<(), TestError> {
         let name = object["metadata"]["name"].as_str().ok_or("an object without a name")?;
         let (parameters, patch) =
             (PatchParams::default(), Patch::Merge(json!({"metadata": {"annotations": annotations}})));
@@ -153,7 +153,7 @@ impl Cluster {
     }
 
     /// Takes an object away without waiting for what it would like to do first; one that is gone is gone.
-    pub(crate) fn delete(&self, object: &Value) -> Result<(), Failure> {
+    pub(crate) fn delete(&self, object: &Value) -> Result<(), TestError> {
         let name = object["metadata"]["name"].as_str().ok_or("an object without a name")?;
         let api = self.api(object)?;
         match self.runtime.block_on(api.delete(name, &DeleteParams::default().grace_period(0))) {
@@ -163,7 +163,7 @@ impl Cluster {
         }
     }
 
-    fn api(&self, object: &Value) -> Result<Api<DynamicObject>, Failure> {
+    fn api(&self, object: &Value) -> Result<Api<DynamicObject>, TestError> {
         let text = |field: &str| object[field].as_str().map(str::to_owned).ok_or(format!("an object without {field}"));
         let types = TypeMeta { api_version: text("apiVersion")?, kind: text("kind")? };
         let kind = GroupVersionKind::try_from(&types).map_err(|error| error.to_string())?;
@@ -175,7 +175,7 @@ impl Cluster {
     }
 }
 
-impl Seen {
+impl WatchCache {
     fn lock(&self) -> MutexGuard<'_, Objects> {
         // A test that failed while it looked has changed nothing.
         self.objects.lock().unwrap_or_else(PoisonError::into_inner)
@@ -184,7 +184,7 @@ impl Seen {
 
 /// Keeps one kind of object up to date. An object that went away while the watch was interrupted stays; nothing here waits for
 /// an object to be gone.
-async fn follow(client: Client, kind: &str, seen: Arc<Seen>) {
+async fn watch_objects(client: Client, kind: &str, seen: Arc<WatchCache>) {
     let api = Api::<DynamicObject>::all_with(client, &ApiResource::from_gvk(&GroupVersionKind::gvk("", "v1", kind)));
     let mut changes = pin!(watcher(api, watcher::Config::default()).default_backoff());
     while let Some(change) = changes.next().await {

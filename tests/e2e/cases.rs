@@ -5,13 +5,13 @@
 
 mod objects;
 mod rows;
-mod stage;
+mod runner;
 
 use crate::images::{PLAIN, Recipe};
-use crate::registries::World;
+use crate::registries::ScriptedRegistry;
 
 pub(crate) use rows::ROWS;
-pub(crate) use stage::{Stage, Turn, import};
+pub(crate) use runner::{CaseOnNode, CaseRunner, import};
 
 /// One row. What it does not say is as in [`CASE`].
 #[derive(Debug, Clone, Copy)]
@@ -20,33 +20,33 @@ pub(crate) struct Case {
     /// Where the pod is; the image is held by another node, with another containerd.
     pub(crate) nodes: Nodes,
     /// What the registry does that the image names.
-    pub(crate) world: World,
+    pub(crate) registry: ScriptedRegistry,
     pub(crate) recipe: Recipe,
     /// How the pod names the image.
-    pub(crate) asks: Asks,
+    pub(crate) reference_form: ReferenceForm,
     /// Where in the pod.
-    pub(crate) wants: Wants,
+    pub(crate) image_use: ImageUse,
     /// `imagePullPolicy`.
     pub(crate) policy: &'static str,
     /// Who wrote which annotation.
-    pub(crate) opted: Opted,
+    pub(crate) opt_in: OptInForm,
     /// What the pod's node has of the image.
-    pub(crate) here: Here,
-    pub(crate) then: Then,
+    pub(crate) local_content: LocalContent,
+    pub(crate) expectation: Expectation,
 }
 
 /// An opted-in pod with one container, whose image another node holds while connections to its registry are refused.
 pub(crate) const CASE: Case = Case {
     name: "",
     nodes: Nodes::One,
-    world: World::Refuses,
+    registry: ScriptedRegistry::Refuses,
     recipe: PLAIN,
-    asks: Asks::Tag,
-    wants: Wants::Container,
+    reference_form: ReferenceForm::Tag,
+    image_use: ImageUse::Container,
     policy: "IfNotPresent",
-    opted: Opted::Pod,
-    here: Here::Nothing,
-    then: Then::Runs,
+    opt_in: OptInForm::Pod,
+    local_content: LocalContent::Nothing,
+    expectation: Expectation::Runs,
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +60,7 @@ pub(crate) enum Nodes {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Asks {
+pub(crate) enum ReferenceForm {
     /// `registry:port/repository:tag`.
     Tag,
     Digest,
@@ -80,7 +80,7 @@ pub(crate) enum Asks {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wants {
+pub(crate) enum ImageUse {
     Container,
     InitContainer,
     /// An init container that goes on running.
@@ -96,11 +96,11 @@ pub(crate) enum Wants {
     /// Two pods.
     TwoPods,
     /// A pod that is made by another object.
-    OwnedBy(Owner),
+    OwnedBy(OwnerKind),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Owner {
+pub(crate) enum OwnerKind {
     Deployment,
     StatefulSet,
     DaemonSet,
@@ -109,7 +109,7 @@ pub(crate) enum Owner {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Opted {
+pub(crate) enum OptInForm {
     /// The pod, in a namespace that allows it.
     Pod,
     /// Not the pod but what owns it.
@@ -119,9 +119,9 @@ pub(crate) enum Opted {
     /// The pod, and it also says `ignore`.
     PodButIgnores,
     /// The pod says "yes", which is not "true".
-    SaysYes,
+    ValueYes,
     /// Nobody.
-    Nobody,
+    None,
     /// The pod, in a namespace that does not allow it.
     ClosedNamespace,
     /// The pod, in a namespace that allows it and that the agents' settings deny.
@@ -131,13 +131,13 @@ pub(crate) enum Opted {
     /// The pod, in a namespace whose list of repositories has the image's.
     Listed,
     /// The pod, in a namespace that lists other repositories only.
-    ListsOthers,
+    OthersListed,
     /// Pod and namespace, by tote's names.
     Tote,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Here {
+pub(crate) enum LocalContent {
     Nothing,
     /// All of it, recorded, but for its own layer.
     NoLayer,
@@ -146,18 +146,18 @@ pub(crate) enum Here {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Then {
+pub(crate) enum Expectation {
     /// The container runs, in the pod that was made, and an Event on it says that the image came from peers.
     Runs,
     /// As `Runs`, and the fault counts as no outage of the registry.
     RunsWithoutOutage,
     /// It does not, nothing was brought, and exactly one Event with this reason has all of these words (in any case).
-    Told(&'static str, &'static [&'static str]),
+    Event(&'static str, &'static [&'static str]),
     /// It does not, nothing was brought, and no Event of ours says anything.
-    Untouched,
+    NoEvent,
 }
 
-impl Then {
+impl Expectation {
     /// Whether the container is to run.
     fn runs(self) -> bool {
         matches!(self, Self::Runs | Self::RunsWithoutOutage)

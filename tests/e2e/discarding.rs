@@ -10,14 +10,14 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::bed::{Bed, Failure, REGISTRY, set_variable, shipped_manifest, testbed, wait_for};
-use crate::pods::{Space, is_running, pod_spec};
+use crate::pods::{TestNamespace, is_running, pod_spec};
 use crate::scenarios::{RegistryDown, Scenario, ensure};
+use crate::test_bed::{REGISTRY, TestBed, TestError, set_variable, shipped_manifest, testbed, wait_for};
 
 /// The scenarios, in the order they run.
 pub(crate) const ALL: &[(&str, Scenario)] = &[
-    ("discarding::a_default_installation_recovers_an_image_on_nodes_like_those_of_gke", gke_like),
-    ("discarding::one_event_on_a_node_says_that_most_of_its_images_lack_layers", node_event),
+    ("discarding::a_default_installation_recovers_an_image_on_gke_like_nodes", recovers_like_gke),
+    ("discarding::a_single_event_reports_a_node_whose_images_mostly_lack_layers", node_event),
     ("discarding::an_image_whose_layers_every_node_discarded_is_recovered", recovered::every_image),
 ];
 
@@ -31,7 +31,7 @@ const EXTRA: (&str, &str) = ("n20", "2.0");
 const PERCENT_IN_USE: &str = "83";
 
 /// The namespace of images that were pulled before any agent ran.
-const FRESH: &str = "e2e-fresh";
+const NAMESPACE_BEFORE_AGENTS: &str = "e2e-fresh";
 
 /// The nodes of this bed.
 fn nodes() -> Vec<(&'static str, &'static str)> {
@@ -40,20 +40,20 @@ fn nodes() -> Vec<(&'static str, &'static str)> {
 }
 
 /// Starts the cluster, has each node pull two images, and fills the disks.
-pub(crate) fn up() -> Result<Bed, Failure> {
+pub(crate) fn up() -> Result<TestBed, TestError> {
     let names: Vec<_> = nodes().iter().map(|(name, _)| *name).collect();
     let all = names.join(" ");
     let variables = ["LIGHTERMAN_DISCARD_LAYERS", "LIGHTERMAN_DISK", "LIGHTERMAN_READ_ONLY_OPT"];
     let mut variables: Vec<_> = variables.iter().map(|name| (*name, &*all)).collect();
     variables.extend([("LIGHTERMAN_ZONES", ""), ("LIGHTERMAN_CRITICAL_QUOTA", "1")]);
-    let bed = Bed::start("d", &nodes(), &variables)?;
+    let bed = TestBed::start("d", &nodes(), &variables)?;
     bed.import_agents()?;
-    let fresh = Space::new(&bed, FRESH)?;
+    let fresh = TestNamespace::new(&bed, NAMESPACE_BEFORE_AGENTS)?;
     let mut pulled = Vec::new();
     // Two images on each node: with one, the agent's own image would be half of the node's images,
     // and half is not most.
     for (node, name) in names.iter().flat_map(|node| [(node, (*node).to_owned()), (node, format!("{node}-too"))]) {
-        let image = Image::push(&bed, &format!("fresh/{name}:v1"))?;
+        let image = DiscardedImage::push(&bed, &format!("fresh/{name}:v1"))?;
         fresh.pod(&format!("on-{name}"), node, &image.by_tag, true)?;
         pulled.push((node, name, image));
     }
@@ -70,7 +70,7 @@ pub(crate) fn up() -> Result<Bed, Failure> {
 }
 
 /// The agents, installed anew by the shipped manifest with these variables besides.
-fn install(bed: &Bed, variables: &[(&str, &str)]) -> Result<(), Failure> {
+fn install(bed: &TestBed, variables: &[(&str, &str)]) -> Result<(), TestError> {
     let manifest = shipped_manifest()?;
     let manifest = variables.iter().fold(manifest, |text, (name, value)| set_variable(&text, name, value));
     bed.kubectl(&[
@@ -86,19 +86,19 @@ fn install(bed: &Bed, variables: &[(&str, &str)]) -> Result<(), Failure> {
 }
 
 /// An image in the bed's registry, none of whose layers is in another image.
-struct Image {
+struct DiscardedImage {
     by_tag: String,
     by_digest: String,
     layers: Vec<String>,
 }
 
-impl Image {
-    fn push(bed: &Bed, name: &str) -> Result<Self, Failure> {
+impl DiscardedImage {
+    fn push(bed: &TestBed, name: &str) -> Result<Self, TestError> {
         // containerd downloads no layer that is unpacked already, so the layer of the shell has to
         // differ.
         let own = bed.folder().join("own");
         std::fs::write(&own, name).map_err(|error| error.to_string())?;
-        let made = bed.push_made(name, &[3, 2, 1], &["--file", &format!("{}:/own", own.display())])?;
+        let made = bed.push_image_with(name, &[3, 2, 1], &["--file", &format!("{}:/own", own.display())])?;
         let text = |value: &Value| value.as_str().map(str::to_owned).ok_or_else(|| format!("no digest in {made}"));
         let repository = name.split(':').next().unwrap_or(name);
         let layers = made["layers"].as_array().into_iter().flatten();
@@ -110,7 +110,7 @@ impl Image {
     }
 
     /// How many of its layers the node's containerd has.
-    fn layers_on(&self, bed: &Bed, node: &str) -> Result<usize, Failure> {
+    fn layers_on(&self, bed: &TestBed, node: &str) -> Result<usize, TestError> {
         let listed = bed.ctl(&["ctr", node, "content", "ls", "-q"])?;
         Ok(self.layers.iter().filter(|layer| listed.lines().any(|line| line == **layer)).count())
     }
@@ -118,13 +118,13 @@ impl Image {
 
 /// Has the node's containerd collect everything that nothing holds. A lease that is deleted
 /// synchronously makes the collector run to its end.
-fn collect(bed: &Bed, node: &str) -> Result<(), Failure> {
+fn collect(bed: &TestBed, node: &str) -> Result<(), TestError> {
     bed.ctl(&["ctr", node, "leases", "create", "--id", "e2e"])?;
     bed.ctl(&["ctr", node, "leases", "rm", "--sync", "e2e"]).map(drop)
 }
 
 /// Percent in use of containerd's disk, and whether the kubelet reports disk pressure.
-fn disk(bed: &Bed, node: &str) -> Result<(u64, bool), Failure> {
+fn disk(bed: &TestBed, node: &str) -> Result<(u64, bool), TestError> {
     let df = bed.ctl(&["in", "--mount", node, "df", "-B1", "--output=size,used", "/var/lib/containerd"])?;
     let numbers: Vec<u64> = df.split_whitespace().filter_map(|word| word.parse().ok()).collect();
     let [size, used] = numbers[..] else { return Err(format!("on {node}: {df}")) };
@@ -136,34 +136,34 @@ fn disk(bed: &Bed, node: &str) -> Result<(u64, bool), Failure> {
 
 /// Default values and no other preparation: the agents become ready, and an image comes while the
 /// registry is down.
-fn gke_like(bed: &Bed) -> Result<(), Failure> {
+fn recovers_like_gke(bed: &TestBed) -> Result<(), TestError> {
     let outcome = try_gke_like(bed);
     println!("\nfigure default_install_gke_like {}", u8::from(outcome.is_ok()));
     outcome
 }
 
-fn try_gke_like(bed: &Bed) -> Result<(), Failure> {
-    let space = Space::new(bed, "e2e-gke")?;
-    let ((holder, _), (node, _)) = (NODES[0], NODES[1]);
-    is_like_gke(bed, &space, node)?;
+fn try_gke_like(bed: &TestBed) -> Result<(), TestError> {
+    let space = TestNamespace::new(bed, "e2e-gke")?;
+    let ((provider, _), (node, _)) = (NODES[0], NODES[1]);
+    assert_like_gke(bed, &space, node)?;
     install(bed, &[])?;
-    let image = Image::push(bed, "gke/app:v1")?;
-    space.pod("holder", holder, &image.by_tag, true)?;
-    space.wait_running("holder")?;
+    let image = DiscardedImage::push(bed, "gke/app:v1")?;
+    space.pod("provider", provider, &image.by_tag, true)?;
+    space.wait_running("provider")?;
     let _down = RegistryDown::now(bed)?;
-    collect(bed, holder)?;
+    collect(bed, provider)?;
     space.pod("wants", node, &image.by_tag, true)?;
     space.wait_running("wants")?;
-    println!("  {}", space.wait_salvaged("wants")?);
-    for node in [holder, node] {
+    println!("  {}", space.wait_recovered("wants")?);
+    for node in [provider, node] {
         let (percent, pressure) = disk(bed, node)?;
         ensure(!pressure, format!("{node} has disk pressure at {percent} %"))?;
     }
-    ensure(is_running(&space.get_pod("holder")?), "the holder's pod does not run any more")
+    ensure(is_running(&space.get_pod("provider")?), "the provider's pod does not run any more")
 }
 
 /// The bed has what makes installations on GKE fail.
-fn is_like_gke(bed: &Bed, space: &Space, node: &str) -> Result<(), Failure> {
+fn assert_like_gke(bed: &TestBed, space: &TestNamespace, node: &str) -> Result<(), TestError> {
     let mut spec = pod_spec("local.test/pause:1", Some(node));
     spec["priorityClassName"] = "system-node-critical".into();
     let critical = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "critical", "namespace": space.name}, "spec": spec});
@@ -178,13 +178,13 @@ fn is_like_gke(bed: &Bed, space: &Space, node: &str) -> Result<(), Failure> {
 /// Where no layer can be fetched, every node of this bed lacks layers of the image that was pulled
 /// before the agents ran. A registry that speaks plain HTTP is of no use to agents with default
 /// values.
-fn node_event(bed: &Bed) -> Result<(), Failure> {
+fn node_event(bed: &TestBed) -> Result<(), TestError> {
     if bed.kubectl(&["-n", "lighterman", "get", "daemonset", "lighterman"]).is_err() {
         install(bed, &[])?;
     }
     for (node, _) in NODES {
         let selector = format!("involvedObject.kind=Node,involvedObject.name={node},reason=ImagesLackLayers");
-        let note = wait_for(&format!("the Event on node {node}"), IN_THE_BACKGROUND, || {
+        let note = wait_for(&format!("the Event on node {node}"), BACKGROUND_DEADLINE, || {
             let events = bed.get(&["-n", "default", "events", "--field-selector", &selector])?;
             let items = events["items"].as_array().cloned().unwrap_or_default();
             ensure(items.len() < 2, format!("{} Events on {node}", items.len()))?;
@@ -201,4 +201,4 @@ fn node_event(bed: &Bed) -> Result<(), Failure> {
 }
 
 /// Long enough for what agents do in the background: the Event on a node comes after a minute.
-const IN_THE_BACKGROUND: Duration = Duration::from_secs(240);
+const BACKGROUND_DEADLINE: Duration = Duration::from_secs(240);

@@ -1,9 +1,9 @@
 //! What the agents measured themselves, on lines of their own for `make figures`. Nothing is asserted here.
 
-use crate::bed::{Bed, NODES};
+use crate::test_bed::{NODES, TestBed};
 
 /// After the cases, before an agent is restarted and forgets.
-pub(crate) fn of_cases(bed: &Bed, (ended_well, played): (usize, usize)) {
+pub(crate) fn of_cases(bed: &TestBed, (ended_well, played): (usize, usize)) {
     if played == 0 {
         return;
     }

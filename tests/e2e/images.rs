@@ -11,7 +11,7 @@ use lighterman::oci::Digest;
 use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use serde_json::{Value, json};
 
-use crate::bed::Failure;
+use crate::test_bed::TestError;
 
 /// What an image is to be like.
 #[derive(Debug, Clone, Copy)]
@@ -21,14 +21,14 @@ pub(crate) struct Recipe {
     /// How its own layer is packed.
     pub(crate) packing: Packing,
     /// What is special about its own layer.
-    pub(crate) own: Own,
+    pub(crate) layer: LayerVariant,
     /// What names it.
-    pub(crate) root: Root,
+    pub(crate) target_kind: TargetKind,
 }
 
 /// An OCI image of two layers.
 pub(crate) const PLAIN: Recipe =
-    Recipe { docker: false, packing: Packing::Gzip, own: Own::Ordinary, root: Root::Manifest };
+    Recipe { docker: false, packing: Packing::Gzip, layer: LayerVariant::Ordinary, target_kind: TargetKind::Manifest };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Packing {
@@ -38,7 +38,7 @@ pub(crate) enum Packing {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Own {
+pub(crate) enum LayerVariant {
     Ordinary,
     /// Named twice in the manifest.
     Twice,
@@ -53,13 +53,13 @@ pub(crate) enum Own {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Root {
+pub(crate) enum TargetKind {
     /// A manifest.
     Manifest,
     /// An index that names another platform as well, of which nothing is there, and an attestation about each.
     Index,
     /// An index that names another platform as well, with its content.
-    WholeIndex,
+    CompleteIndex,
     /// An index that names another platform only, with its content.
     OtherPlatform,
     /// An index whose only entry is an index, as goauthentik and gitlab-runner publish theirs.
@@ -72,7 +72,7 @@ pub(crate) enum Root {
 #[derive(Debug)]
 pub(crate) struct Image {
     /// What its name resolves to.
-    pub(crate) root: String,
+    pub(crate) digest: String,
     /// Its own layer, when it has one.
     pub(crate) own_layer: Option<String>,
     pub(crate) config: String,
@@ -92,50 +92,50 @@ impl Image {
 }
 
 /// Makes images around one shell.
-pub(crate) struct Maker {
+pub(crate) struct ImageBuilder {
     shell: Vec<u8>,
 }
 
-impl Maker {
+impl ImageBuilder {
     /// With this program as `/bin/busybox`.
-    pub(crate) fn new(busybox: &Path) -> Result<Self, Failure> {
+    pub(crate) fn new(busybox: &Path) -> Result<Self, TestError> {
         let program = std::fs::read(busybox).map_err(|error| format!("{}: {error}", busybox.display()))?;
         Ok(Self { shell: archive("bin/busybox", &program) })
     }
 
     /// Makes an image; the same seed makes the same one.
-    pub(crate) fn make(&self, recipe: Recipe, seed: &str) -> Image {
-        let mut making = Making { recipe, blobs: BTreeMap::new() };
+    pub(crate) fn build(&self, recipe: Recipe, seed: &str) -> Image {
+        let mut making = ImageContent { recipe, blobs: BTreeMap::new() };
         let Manifest { descriptor, own_layer, config } = making.manifest(&self.shell, seed, "amd64", true);
-        let target = match recipe.root {
-            Root::Manifest => descriptor,
-            Root::Index => {
+        let target = match recipe.target_kind {
+            TargetKind::Manifest => descriptor,
+            TargetKind::Index => {
                 let other = making.manifest(&self.shell, seed, "arm64", false).descriptor;
                 let notes = [&descriptor, &other].map(|about| making.attestation(about));
                 making.index(&[&[descriptor, other][..], &notes].concat())
             }
-            Root::WholeIndex => {
+            TargetKind::CompleteIndex => {
                 let other = making.manifest(&self.shell, seed, "arm64", true).descriptor;
                 making.index(&[descriptor, other])
             }
-            Root::OtherPlatform => {
+            TargetKind::OtherPlatform => {
                 making.blobs.clear();
                 let other = making.manifest(&self.shell, seed, "arm64", true).descriptor;
                 making.index(&[other])
             }
-            Root::Nested => {
+            TargetKind::Nested => {
                 let inner = making.index(&[descriptor]);
                 making.index(&[inner])
             }
-            Root::Unnamed => {
+            TargetKind::Unnamed => {
                 let mut unnamed = descriptor;
                 unnamed.as_object_mut().map(|entry| entry.remove("platform"));
                 making.index(&[unnamed])
             }
         };
         let root = text(&target["digest"]);
-        let every_platform = !matches!(recipe.root, Root::Manifest | Root::Index);
-        Image { root, own_layer, config, target, blobs: making.blobs, every_platform }
+        let every_platform = !matches!(recipe.target_kind, TargetKind::Manifest | TargetKind::Index);
+        Image { digest: root, own_layer, config, target, blobs: making.blobs, every_platform }
     }
 }
 
@@ -145,22 +145,22 @@ struct Manifest {
     config: String,
 }
 
-struct Making {
+struct ImageContent {
     recipe: Recipe,
     blobs: BTreeMap<String, Vec<u8>>,
 }
 
-impl Making {
+impl ImageContent {
     /// A manifest for this architecture. Its content is kept or not.
     fn manifest(&mut self, shell: &[u8], seed: &str, architecture: &str, keep: bool) -> Manifest {
         let before = self.blobs.clone();
         let mut diffs = Vec::new();
         let mut layers = Vec::new();
-        let own = archive(&format!("data/{architecture}"), &noise(&format!("{seed}/{architecture}")));
-        let repeats = match self.recipe.own {
-            Own::None => 0,
-            Own::Twice => 2,
-            Own::Ordinary | Own::Foreign | Own::Discarded | Own::CutShort => 1,
+        let own = archive(&format!("data/{architecture}"), &random_bytes(&format!("{seed}/{architecture}")));
+        let repeats = match self.recipe.layer {
+            LayerVariant::None => 0,
+            LayerVariant::Twice => 2,
+            LayerVariant::Ordinary | LayerVariant::Foreign | LayerVariant::Discarded | LayerVariant::CutShort => 1,
         };
         if repeats > 0 {
             diffs.push(Digest::of(shell).to_string());
@@ -174,13 +174,13 @@ impl Making {
                 Packing::Gzip => gzip(&own),
                 Packing::Zstd => zstd(&own),
             };
-            if self.recipe.own == Own::CutShort {
+            if self.recipe.layer == LayerVariant::CutShort {
                 packed.truncate(packed.len() / 2);
             }
-            layers.push(self.blob(&self.layer_type(packing, self.recipe.own == Own::Foreign), packed));
+            layers.push(self.blob(&self.layer_type(packing, self.recipe.layer == LayerVariant::Foreign), packed));
         }
         let own_layer = (repeats > 0).then(|| layers.last().map(|layer| text(&layer["digest"]))).flatten();
-        if matches!(self.recipe.own, Own::Foreign | Own::Discarded) {
+        if matches!(self.recipe.layer, LayerVariant::Foreign | LayerVariant::Discarded) {
             self.blobs.remove(own_layer.as_deref().unwrap_or_default());
         }
         let config = json!({
@@ -258,8 +258,8 @@ pub(crate) fn write_layouts(
     images: &[(String, &Image)],
     folder: &Path,
     stem: &str,
-) -> Result<[Option<String>; 2], Failure> {
-    let write = |every_platform: bool| -> Result<Option<String>, Failure> {
+) -> Result<[Option<String>; 2], TestError> {
+    let write = |every_platform: bool| -> Result<Option<String>, TestError> {
         let chosen: Vec<_> = images.iter().filter(|(_, image)| image.every_platform == every_platform).collect();
         if chosen.is_empty() {
             return Ok(None);
@@ -306,7 +306,7 @@ fn archive(path: &str, content: &[u8]) -> Vec<u8> {
 }
 
 /// What does not compress.
-fn noise(seed: &str) -> Vec<u8> {
+fn random_bytes(seed: &str) -> Vec<u8> {
     let mut bytes = vec![0; 100_000];
     let mut start = [0; 32];
     start.copy_from_slice(Digest::of(seed.as_bytes()).as_bytes());

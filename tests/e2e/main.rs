@@ -5,67 +5,68 @@
 //! are killed. Then clusters of their own: nodes that discard layers (`discarding`), and each address family (`families`).
 //! One row: `cargo test --test e2e -- case::init_container`.
 
+mod address_families;
 mod api;
-mod bed;
 mod cases;
 mod discarding;
-mod families;
 mod figures;
 mod images;
 mod pods;
 mod registries;
 mod scenarios;
 mod stalls;
+mod test_bed;
 
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 
-use bed::{Bed, Failure};
-use cases::{Stage, Turn};
+use cases::{CaseOnNode, CaseRunner};
 use scenarios::Scenario;
+use test_bed::{TestBed, TestError};
 
 /// Cases at the same time: they wait most of the time, but every pod costs a kubelet half a second of processor.
-const SIDE_BY_SIDE: usize = 8;
+const CASES_IN_PARALLEL: usize = 8;
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let selected_turn = |name: &str| !arguments.list && is_selected(&arguments, name);
-    let turns: Vec<_> = Turn::all().into_iter().map(|(name, turn)| (name, Arc::new(turn))).collect();
+    let cases_on_nodes: Vec<_> =
+        CaseOnNode::all().into_iter().map(|(name, case_on_node)| (name, Arc::new(case_on_node))).collect();
     let stalls = stalls::ALL.iter().any(|(name, _)| selected_turn(name));
     let needed = stalls
-        || turns.iter().any(|(name, _)| selected_turn(name))
+        || cases_on_nodes.iter().any(|(name, _)| selected_turn(name))
         || scenarios::ALL.iter().any(|(name, _)| selected_turn(name));
-    let bed = match needed.then(|| Bed::up(stalls)).transpose() {
+    let bed = match needed.then(|| TestBed::up(stalls)).transpose() {
         Ok(bed) => bed.map(Arc::new),
         Err(error) => {
             eprintln!("the test bed does not come up: {error}");
             return ExitCode::FAILURE;
         }
     };
-    let cases = match play(&arguments, bed.as_ref(), turns) {
+    let cases = match run_cases(&arguments, bed.as_ref(), cases_on_nodes) {
         Ok(conclusion) => conclusion,
         Err(error) => {
             eprintln!("the images of the cases cannot be given out: {error}");
             return ExitCode::FAILURE;
         }
     };
-    let scenarios = perform(&arguments, bed.as_ref(), scenarios::ALL);
+    let scenarios = run_scenarios(&arguments, bed.as_ref(), scenarios::ALL);
     drop(bed);
     let mut conclusions = vec![cases, scenarios];
     let needed = discarding::ALL.iter().any(|(name, _)| selected_turn(name));
     match needed.then(discarding::up).transpose() {
-        Ok(bed) => conclusions.push(perform(&arguments, bed.map(Arc::new).as_ref(), discarding::ALL)),
+        Ok(bed) => conclusions.push(run_scenarios(&arguments, bed.map(Arc::new).as_ref(), discarding::ALL)),
         Err(error) => {
             eprintln!("the test bed of nodes that discard layers does not come up: {error}");
             return ExitCode::FAILURE;
         }
     }
-    for family in families::ALL {
+    for family in address_families::ALL {
         let needed = family.scenarios.iter().any(|(name, _)| selected_turn(name));
         match needed.then(|| family.up()).transpose() {
-            Ok(bed) => conclusions.push(perform(&arguments, bed.map(Arc::new).as_ref(), family.scenarios)),
+            Ok(bed) => conclusions.push(run_scenarios(&arguments, bed.map(Arc::new).as_ref(), family.scenarios)),
             Err(error) => {
                 eprintln!("the test bed of family {} does not come up: {error}", family.name);
                 return ExitCode::FAILURE;
@@ -76,15 +77,22 @@ fn main() -> ExitCode {
     failed.map_or(ExitCode::SUCCESS, |failed| failed.exit_code())
 }
 
-fn play(arguments: &Arguments, bed: Option<&Arc<Bed>>, turns: Vec<(String, Arc<Turn>)>) -> Result<Conclusion, Failure> {
-    let selected: Vec<_> =
-        turns.iter().filter(|(name, _)| is_selected(arguments, name)).map(|(_, turn)| &**turn).collect();
-    let stage = bed.map(|bed| Stage::set(bed, &selected)).transpose()?.map(Arc::new);
-    let trials = turns.into_iter().map(|(name, turn)| {
+fn run_cases(
+    arguments: &Arguments,
+    bed: Option<&Arc<TestBed>>,
+    cases_on_nodes: Vec<(String, Arc<CaseOnNode>)>,
+) -> Result<Conclusion, TestError> {
+    let selected: Vec<_> = cases_on_nodes
+        .iter()
+        .filter(|(name, _)| is_selected(arguments, name))
+        .map(|(_, case_on_node)| &**case_on_node)
+        .collect();
+    let stage = bed.map(|bed| CaseRunner::prepare(bed, &selected)).transpose()?.map(Arc::new);
+    let trials = cases_on_nodes.into_iter().map(|(name, case_on_node)| {
         let (bed, stage) = (bed.cloned(), stage.clone());
         Trial::test(name, move || {
             let (bed, stage) = bed.as_deref().zip(stage.as_deref()).ok_or("no test bed")?;
-            stage.play(bed, &turn).map_err(Failed::from)
+            stage.run(bed, &case_on_node).map_err(Failed::from)
         })
     });
     // They wait for minutes on nodes of their own: begun first, they end before the others do.
@@ -92,7 +100,7 @@ fn play(arguments: &Arguments, bed: Option<&Arc<Bed>>, turns: Vec<(String, Arc<T
         let bed = bed.cloned();
         Trial::test(*name, move || row(bed.as_deref().ok_or("no test bed")?).map_err(Failed::from))
     });
-    let side_by_side = SIDE_BY_SIDE + stalls::ALL.len();
+    let side_by_side = CASES_IN_PARALLEL + stalls::ALL.len();
     let arguments = Arguments { test_threads: Some(side_by_side), ..arguments.clone() };
     let conclusion = libtest_mimic::run(&arguments, stalled.chain(trials).collect());
     if let Some((bed, stage)) = bed.zip(stage) {
@@ -101,7 +109,11 @@ fn play(arguments: &Arguments, bed: Option<&Arc<Bed>>, turns: Vec<(String, Arc<T
     Ok(conclusion)
 }
 
-fn perform(arguments: &Arguments, bed: Option<&Arc<Bed>>, scenarios: &[(&'static str, Scenario)]) -> Conclusion {
+fn run_scenarios(
+    arguments: &Arguments,
+    bed: Option<&Arc<TestBed>>,
+    scenarios: &[(&'static str, Scenario)],
+) -> Conclusion {
     let trials = scenarios.iter().map(|(name, scenario)| {
         let bed = bed.cloned();
         let scenario = *scenario;

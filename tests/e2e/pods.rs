@@ -4,20 +4,20 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::bed::{Bed, Failure, wait_for};
+use crate::test_bed::{TestBed, TestError, wait_for};
 
 /// Long enough for a slow machine; no test measures by it.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const WAIT_DEADLINE: Duration = Duration::from_secs(120);
 
 /// A namespace of its own for each test, gone with it.
-pub(crate) struct Space<'a> {
-    pub(crate) bed: &'a Bed,
+pub(crate) struct TestNamespace<'a> {
+    pub(crate) bed: &'a TestBed,
     pub(crate) name: String,
 }
 
-impl<'a> Space<'a> {
+impl<'a> TestNamespace<'a> {
     /// A namespace that allows salvage.
-    pub(crate) fn new(bed: &'a Bed, name: &str) -> Result<Self, Failure> {
+    pub(crate) fn new(bed: &'a TestBed, name: &str) -> Result<Self, TestError> {
         bed.apply(&json!({"apiVersion": "v1", "kind": "Namespace",
             "metadata": {"name": name, "annotations": {"lighterman.dev/allow": "true"}}}))?;
         let space = Self { bed, name: name.to_owned() };
@@ -26,14 +26,14 @@ impl<'a> Space<'a> {
     }
 
     /// The ServiceAccount is made by a controller; a pod that comes first is refused.
-    pub(crate) fn wait_usable(bed: &Bed, name: &str) -> Result<(), Failure> {
-        wait_for("the namespace's ServiceAccount", PATIENCE, || {
+    pub(crate) fn wait_usable(bed: &TestBed, name: &str) -> Result<(), TestError> {
+        wait_for("the namespace's ServiceAccount", WAIT_DEADLINE, || {
             Ok(bed.kubectl(&["-n", name, "get", "serviceaccount", "default"]).ok().map(drop))
         })
     }
 
     /// A pod of this image on this node.
-    pub(crate) fn pod(&self, name: &str, node: &str, image: &str, opted_in: bool) -> Result<(), Failure> {
+    pub(crate) fn pod(&self, name: &str, node: &str, image: &str, opted_in: bool) -> Result<(), TestError> {
         let annotations = if opted_in { json!({"lighterman.dev/auto-salvage": "true"}) } else { json!({}) };
         self.bed.apply(&json!({
             "apiVersion": "v1", "kind": "Pod",
@@ -43,7 +43,7 @@ impl<'a> Space<'a> {
     }
 
     /// An opted-in pod as most are, with a ServiceAccount's token mounted.
-    pub(crate) fn usual_pod(&self, name: &str, node: &str, image: &str) -> Result<(), Failure> {
+    pub(crate) fn pod_with_token(&self, name: &str, node: &str, image: &str) -> Result<(), TestError> {
         let mut spec = pod_spec(image, Some(node));
         spec["automountServiceAccountToken"] = true.into();
         self.bed.apply(&json!({
@@ -55,22 +55,22 @@ impl<'a> Space<'a> {
         }))
     }
 
-    pub(crate) fn get_pod(&self, name: &str) -> Result<Value, Failure> {
+    pub(crate) fn get_pod(&self, name: &str) -> Result<Value, TestError> {
         self.bed.get(&["-n", &self.name, "pod", name])
     }
 
     /// Waits until the pod runs, without a restart (a sandbox that dies looks healthy for a second).
-    pub(crate) fn wait_running(&self, name: &str) -> Result<Value, Failure> {
-        let running = wait_for(&format!("pod {name} to run"), PATIENCE, || {
+    pub(crate) fn wait_running(&self, name: &str) -> Result<Value, TestError> {
+        let running = wait_for(&format!("pod {name} to run"), WAIT_DEADLINE, || {
             let pod = self.get_pod(name)?;
             Ok(is_running(&pod).then_some(pod))
         });
-        running.map_err(|error| format!("{error}\n{}", self.bed.agents_story()))
+        running.map_err(|error| format!("{error}\n{}", self.bed.diagnostics()))
     }
 
     /// Waits until the kubelet has failed to pull, in whichever of its words.
-    pub(crate) fn wait_failing(&self, name: &str) -> Result<(), Failure> {
-        wait_for(&format!("pod {name} to fail to pull"), PATIENCE, || {
+    pub(crate) fn wait_failing(&self, name: &str) -> Result<(), TestError> {
+        wait_for(&format!("pod {name} to fail to pull"), WAIT_DEADLINE, || {
             let pod = self.get_pod(name)?;
             let reason = waiting_reason(&pod);
             // It may have been helped already.
@@ -79,14 +79,14 @@ impl<'a> Space<'a> {
     }
 
     /// Waits for the Event that says the image came from peers; answers its note.
-    pub(crate) fn wait_salvaged(&self, pod: &str) -> Result<String, Failure> {
-        wait_for(&format!("the Event on pod {pod}"), PATIENCE, || {
+    pub(crate) fn wait_recovered(&self, pod: &str) -> Result<String, TestError> {
+        wait_for(&format!("the Event on pod {pod}"), WAIT_DEADLINE, || {
             Ok(self.events(pod, "ImageSalvaged")?.into_iter().next())
         })
     }
 
     /// The notes of the Events with this reason on a pod.
-    pub(crate) fn events(&self, pod: &str, reason: &str) -> Result<Vec<String>, Failure> {
+    pub(crate) fn events(&self, pod: &str, reason: &str) -> Result<Vec<String>, TestError> {
         let selector = format!("involvedObject.name={pod},reason={reason}");
         let events = self.bed.get(&["-n", &self.name, "events", "--field-selector", &selector])?;
         let items = events["items"].as_array().cloned().unwrap_or_default();
@@ -94,7 +94,7 @@ impl<'a> Space<'a> {
     }
 }
 
-impl Drop for Space<'_> {
+impl Drop for TestNamespace<'_> {
     fn drop(&mut self) {
         let _ = self.bed.kubectl(&["delete", "namespace", &self.name, "--wait=false"]);
         let _ = self.bed.kubectl(&["-n", &self.name, "delete", "pods", "--all", "--grace-period=0", "--force"]);

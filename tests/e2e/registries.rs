@@ -10,14 +10,14 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::bed::Failure;
 use crate::images::Image;
+use crate::test_bed::TestError;
 use server::{Delivery, Reply, Request, Response};
-pub(crate) use tls::{Fault, authority};
+pub(crate) use tls::{TlsFault, authority_pem};
 
 /// The fault of the registry that an image names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum World {
+pub(crate) enum ScriptedRegistry {
     /// Connections are refused.
     Refuses,
     /// 401 for every client.
@@ -25,9 +25,9 @@ pub(crate) enum World {
     /// 403 for every client.
     Forbids,
     /// 404: every image is lost.
-    Lost,
+    NotFound,
     /// 429, always.
-    Limits,
+    RateLimits,
     /// 500.
     Fails,
     /// This status, to every request. The status is one of [`STATUSES`].
@@ -61,7 +61,7 @@ pub(crate) enum World {
     /// after [`LATE`], and at once when asked again.
     Stalls,
     /// A TLS server that containerd refuses.
-    Tls(Fault),
+    Tls(TlsFault),
     /// A TLS server, where containerd is told to speak plain HTTP.
     TlsForPlain,
     /// Behind a proxy that answers 407.
@@ -108,38 +108,38 @@ const JSON: &str = "application/json";
 const BLOB: &str = "application/octet-stream";
 const PAGE: &str = "<!DOCTYPE html><html><body>Please sign in to use this network.</body></html>";
 
-impl World {
+impl ScriptedRegistry {
     fn all() -> impl Iterator<Item = Self> {
-        const OTHERS: [World; 22] = [
-            World::Refuses,
-            World::Unauthorized,
-            World::Forbids,
-            World::Lost,
-            World::Limits,
-            World::Fails,
-            World::Html,
-            World::WrongBytes,
-            World::CutsLayers,
-            World::PlainHttp,
-            World::Malformed,
-            World::TokenPage,
-            World::TokenRefuses,
-            World::TokenFails,
-            World::StorageForbids,
-            World::Serves,
-            World::Mirror,
-            World::Stalls,
-            World::TlsForPlain,
-            World::ProxyDemands,
-            World::ProxyForbids,
-            World::ProxyDown,
+        const WITHOUT_PARAMETER: [ScriptedRegistry; 22] = [
+            ScriptedRegistry::Refuses,
+            ScriptedRegistry::Unauthorized,
+            ScriptedRegistry::Forbids,
+            ScriptedRegistry::NotFound,
+            ScriptedRegistry::RateLimits,
+            ScriptedRegistry::Fails,
+            ScriptedRegistry::Html,
+            ScriptedRegistry::WrongBytes,
+            ScriptedRegistry::CutsLayers,
+            ScriptedRegistry::PlainHttp,
+            ScriptedRegistry::Malformed,
+            ScriptedRegistry::TokenPage,
+            ScriptedRegistry::TokenRefuses,
+            ScriptedRegistry::TokenFails,
+            ScriptedRegistry::StorageForbids,
+            ScriptedRegistry::Serves,
+            ScriptedRegistry::Mirror,
+            ScriptedRegistry::Stalls,
+            ScriptedRegistry::TlsForPlain,
+            ScriptedRegistry::ProxyDemands,
+            ScriptedRegistry::ProxyForbids,
+            ScriptedRegistry::ProxyDown,
         ];
         let statuses = STATUSES.map(|(status, _)| Self::Answers(status));
-        OTHERS.into_iter().chain(statuses).chain(Fault::ALL.map(Self::Tls))
+        WITHOUT_PARAMETER.into_iter().chain(statuses).chain(TlsFault::ALL.map(Self::Tls))
     }
 
     /// The registry's name in images.
-    pub(crate) fn registry(self) -> String {
+    pub(crate) fn host(self) -> String {
         format!("{}:{}", if self.is_proxied() { PROXIED } else { ADDRESS }, self.port())
     }
 
@@ -158,8 +158,8 @@ impl World {
             Self::Refuses => 5001,
             Self::Unauthorized => 5401,
             Self::Forbids => 5403,
-            Self::Lost => 5404,
-            Self::Limits => 5429,
+            Self::NotFound => 5404,
+            Self::RateLimits => 5429,
             Self::Fails => 5500,
             Self::Answers(status) => 5000 + status,
             Self::Html => 5200,
@@ -191,13 +191,15 @@ impl World {
             Self::ProxyDemands => Response::new("407 Proxy Authentication Required", "text/plain", "")
                 .with_header("Proxy-Authenticate: Basic realm=\"proxy\"".into()),
             Self::ProxyForbids => Response::new("403 Forbidden", "text/plain", "blocked by policy"),
-            Self::Stalls => return stalls(request, content.serve(request)),
+            Self::Stalls => return stalling_reply(request, content.serve(request)),
             Self::Malformed => return Reply::Raw(b"\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00\x04\x03"),
             Self::Unauthorized => error("401 Unauthorized", "UNAUTHORIZED", "authentication required")
                 .with_header("WWW-Authenticate: Basic realm=\"test\"".into()),
             Self::Forbids => error("403 Forbidden", "DENIED", "requested access is denied"),
-            Self::Lost => error("404 Not Found", "MANIFEST_UNKNOWN", "manifest unknown"),
-            Self::Limits => error("429 Too Many Requests", "TOOMANYREQUESTS", "You have reached your pull rate limit."),
+            Self::NotFound => error("404 Not Found", "MANIFEST_UNKNOWN", "manifest unknown"),
+            Self::RateLimits => {
+                error("429 Too Many Requests", "TOOMANYREQUESTS", "You have reached your pull rate limit.")
+            }
             Self::Fails => Response::new("500 Internal Server Error", "text/plain", "out of order"),
             Self::Answers(status) => {
                 let phrase = STATUSES.iter().find(|(listed, _)| *listed == status).map_or("", |(_, phrase)| phrase);
@@ -237,7 +239,7 @@ impl World {
     /// A registry with a token server of its own, which answers `token`. Requests for blobs are
     /// redirected to a storage that refuses them.
     fn with_token(self, request: &Request, content: &Content, token: Response) -> Response {
-        let host = self.registry();
+        let host = self.host();
         if request.path == "/token" {
             return token;
         }
@@ -269,7 +271,7 @@ fn with_layers(response: Response, delivery: Delivery) -> Response {
     if is_layer(&response) { Response { delivery, ..response } } else { response }
 }
 
-fn stalls(request: &Request, response: Response) -> Reply {
+fn stalling_reply(request: &Request, response: Response) -> Reply {
     let length = response.body.len();
     let path = request.path.as_str();
     let is_manifest = request.method == "GET" && path.contains("/manifests/");
@@ -279,7 +281,7 @@ fn stalls(request: &Request, response: Response) -> Reply {
     let delivery = match path {
         // Beyond the first MiB of the first layer: containerd 2 ends no pull that stalls before.
         _ if path.starts_with("/v2/layer/") => Delivery::Stall(length / 4 * 3),
-        _ if path.starts_with("/v2/crawl/") => Delivery::Trickle(length / server::pieces(CRAWL)),
+        _ if path.starts_with("/v2/crawl/") => Delivery::Trickle(length / server::chunks_in(CRAWL)),
         _ if path.starts_with("/v2/late/") && request.count == 1 => Delivery::Late(LATE),
         _ => Delivery::Whole,
     };
@@ -334,18 +336,21 @@ pub(crate) struct Registries {
 
 impl Registries {
     /// Starts all of them. The caller is in the hub's network namespace.
-    pub(crate) fn serve() -> Result<Self, Failure> {
+    pub(crate) fn serve() -> Result<Self, TestError> {
         let registries = Self::default();
-        tls::serve(ADDRESS, World::TlsForPlain.port())?;
-        let without = [World::Refuses, World::TlsForPlain];
-        let listen = |world: &World| !(world.is_proxied() || matches!(world, World::Tls(_)) || without.contains(world));
+        tls::serve(ADDRESS, ScriptedRegistry::TlsForPlain.port())?;
+        let not_served = [ScriptedRegistry::Refuses, ScriptedRegistry::TlsForPlain];
+        let listen = |world: &ScriptedRegistry| {
+            !(world.is_proxied() || matches!(world, ScriptedRegistry::Tls(_)) || not_served.contains(world))
+        };
         server::serve(PROXY, move |request| {
-            let asked = World::all().find(|world| request.method == "CONNECT" && request.path == world.registry());
+            let asked =
+                ScriptedRegistry::all().find(|world| request.method == "CONNECT" && request.path == world.host());
             asked.map_or(Reply::Raw(b""), |world| world.reply(&request, &Content::default()))
         })?;
-        for world in World::all().filter(listen) {
+        for world in ScriptedRegistry::all().filter(listen) {
             let shared = registries.clone();
-            server::serve(&world.registry(), move |mut request| {
+            server::serve(&world.host(), move |mut request| {
                 let mut content = shared.content();
                 let key = (world.port(), request.method.clone(), request.path.clone());
                 let count = content.counts.entry(key).or_default();
@@ -361,12 +366,12 @@ impl Registries {
     /// exists moves.
     pub(crate) fn publish(&self, name: &str, image: &Image) {
         let mut content = self.content();
-        content.tags.insert(name.to_owned(), image.root.clone());
+        content.tags.insert(name.to_owned(), image.digest.clone());
         content.blobs.extend(image.blobs().iter().map(|(digest, blob)| (digest.clone(), blob.clone())));
     }
 
     /// GET requests to this registry for a path with this part.
-    pub(crate) fn fetches(&self, world: World, part: &str) -> usize {
+    pub(crate) fn fetches(&self, world: ScriptedRegistry, part: &str) -> usize {
         let content = self.content();
         let counts = content
             .counts
@@ -390,13 +395,17 @@ pub(crate) const INVENTED_PORT: u16 = 5099;
 
 /// The registries with which containerd and the agents are told to speak plain HTTP.
 pub(crate) fn names() -> Vec<String> {
-    let spoken = World::all().filter(|world| world.is_plain());
-    spoken.map(World::registry).chain([format!("{ADDRESS}:{INVENTED_PORT}")]).collect()
+    let spoken = ScriptedRegistry::all().filter(|world| world.is_plain());
+    spoken.map(ScriptedRegistry::host).chain([format!("{ADDRESS}:{INVENTED_PORT}")]).collect()
 }
 
 /// The TLS registries whose authority containerd is told.
 pub(crate) fn trusted() -> Vec<String> {
-    Fault::ALL.into_iter().filter(|fault| fault.is_trusted()).map(|fault| World::Tls(fault).registry()).collect()
+    TlsFault::ALL
+        .into_iter()
+        .filter(|fault| fault.is_trusted())
+        .map(|fault| ScriptedRegistry::Tls(fault).host())
+        .collect()
 }
 
 /// The environment of containerds: proxies for every name but those of other rows.

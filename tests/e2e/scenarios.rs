@@ -1,57 +1,60 @@
 //! What users rely on, a function each: whatever needs the cluster for itself.
 
-mod broken;
-mod cut_off;
-mod doors;
+mod control_plane_outage;
 mod false_outages;
+mod interruptions;
 mod network;
-mod outage;
 mod own_image;
+mod registry_outage;
 mod settings;
-mod stolen;
+mod stolen_token;
+mod unauthenticated_peers;
 mod versions;
 
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::bed::{Bed, Failure, NODES, REGISTRY, wait_for};
-use crate::pods::{PATIENCE, Space, is_running, pod_spec, waiting_reason};
+use crate::pods::{TestNamespace, WAIT_DEADLINE, is_running, pod_spec, waiting_reason};
+use crate::test_bed::{NODES, REGISTRY, TestBed, TestError, wait_for};
 
-pub(crate) type Scenario = fn(&Bed) -> Result<(), Failure>;
+pub(crate) type Scenario = fn(&TestBed) -> Result<(), TestError>;
 
 /// Every scenario under its name, in the order they run.
 pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("a_daemonsets_image_reaches_the_next_node_while_the_registry_is_down", daemonset),
     ("images_by_tag_and_by_digest_reach_every_containerd", tag_and_digest),
-    ("a_recovered_image_survives_a_forced_collection_and_a_restart_of_containerd", collection),
-    ("an_agent_killed_in_mid_transfer_leaves_nothing_half_recorded_and_the_next_one_finishes", broken::killed),
+    ("a_recovered_image_survives_a_forced_collection_and_a_restart_of_containerd", collected_and_restarted),
+    ("an_agent_killed_in_mid_transfer_leaves_no_partial_record_and_the_next_agent_finishes", interruptions::killed),
     (
-        "an_agent_killed_again_and_again_leaves_nothing_half_recorded_and_the_last_one_finishes",
-        broken::killed_at_random,
+        "an_agent_killed_repeatedly_leaves_no_partial_record_and_the_last_agent_finishes",
+        interruptions::killed_at_random,
     ),
-    ("a_pod_deleted_in_mid_transfer_ends_the_recovery_and_another_begins_it_again", broken::deleted),
-    ("a_missing_sandbox_image_is_recovered", outage::sandbox_image),
-    ("a_pod_made_while_packets_vanish_does_not_wait_for_those_before_it", outage::packets_vanish),
-    ("without_api_server_dns_and_registry_an_image_reaches_a_pod_that_waits_for_it", cut_off::recovered),
-    ("agents_that_restart_without_api_server_and_dns_know_each_other_and_bring_an_image", cut_off::restarted),
-    ("a_small_image_comes_over_tcp_to_a_node_whose_firewall_drops_udp", network::udp_dropped),
-    ("an_agent_asks_dns_for_one_qualified_name", network::dns_queries),
-    ("the_kill_switch_in_the_rules_file_is_in_force_within_seconds", settings::kill_switch),
-    ("an_image_without_layers_is_pulled_by_hand", settings::by_hand),
-    ("an_image_pulled_by_hand_is_unpacked_and_cri_makes_containers_of_it", settings::unpacked),
-    ("a_dry_run_says_what_it_would_do_and_moves_nothing", settings::dry_run),
-    ("a_pod_without_opt_in_is_left_alone", not_opted_in),
+    ("a_pod_deleted_in_mid_transfer_ends_its_recovery_and_another_pod_restarts_it", interruptions::deleted),
+    ("a_missing_sandbox_image_is_recovered", registry_outage::sandbox_image),
+    ("a_pod_created_while_packets_are_dropped_does_not_wait_for_earlier_pods", registry_outage::dropped_packets),
+    ("an_image_reaches_a_waiting_pod_without_api_server_dns_and_registry", control_plane_outage::recovered),
+    ("agents_restarted_without_api_server_and_dns_connect_and_recover_an_image", control_plane_outage::restarted),
+    ("a_small_image_is_fetched_over_tcp_by_a_node_whose_firewall_drops_udp", network::udp_dropped),
+    ("an_agent_queries_dns_for_one_qualified_name", network::dns_queries),
+    ("the_kill_switch_in_the_policy_file_is_in_force_within_seconds", settings::kill_switch),
+    ("an_image_without_layers_is_pulled_manually", settings::manual_pull),
+    ("a_manually_pulled_image_is_unpacked_and_used_by_cri", settings::unpacked),
+    ("a_dry_run_reports_its_plan_and_fetches_nothing", settings::dry_run),
+    ("a_pod_without_opt_in_is_not_recovered", not_opted_in),
     ("prometheus_scrapes_every_agent", prometheus),
-    ("a_fault_that_is_no_outage_makes_no_pod_run_what_a_tag_named_before", false_outages::run_no_old_image),
-    ("strangers_are_refused_at_both_doors_and_see_nothing", doors::strangers),
-    ("a_stolen_token_changes_no_pod_beyond_a_nudge_on_its_own_node", stolen::attacks),
+    ("a_fault_that_is_no_outage_starts_no_pod_with_an_old_image", false_outages::run_no_old_image),
+    (
+        "unauthenticated_peers_are_rejected_over_quic_and_libp2p_and_receive_nothing",
+        unauthenticated_peers::unauthenticated_peers,
+    ),
+    ("a_stolen_token_changes_no_pod_beyond_a_nudge_on_its_own_node", stolen_token::stolen_token),
     ("agents_are_upgraded_in_an_outage_with_an_image_that_one_node_has", own_image::upgraded_in_an_outage),
-    ("an_agent_that_is_told_to_stop_ends_in_time", termination),
+    ("a_terminated_agent_ends_within_its_grace_period", termination),
     (VERSIONS, versions::side_by_side),
 ];
 
-const VERSIONS: &str = "two_builds_recover_from_each_other_in_an_outage_and_change_places_over_the_same_files";
+const VERSIONS: &str = "two_builds_recover_from_each_other_in_an_outage_and_swap_nodes_over_the_same_files";
 
 /// Why this scenario cannot be played here, where something is missing that `make test` may be without.
 pub(crate) fn ignored(name: &str) -> Option<String> {
@@ -59,10 +62,10 @@ pub(crate) fn ignored(name: &str) -> Option<String> {
 }
 
 /// Stops the registry while it lives.
-pub(crate) struct RegistryDown<'a>(&'a Bed);
+pub(crate) struct RegistryDown<'a>(&'a TestBed);
 
 impl<'a> RegistryDown<'a> {
-    pub(crate) fn now(bed: &'a Bed) -> Result<Self, Failure> {
+    pub(crate) fn now(bed: &'a TestBed) -> Result<Self, TestError> {
         bed.ctl(&["registry", "stop"])?;
         Ok(Self(bed))
     }
@@ -76,12 +79,12 @@ impl Drop for RegistryDown<'_> {
     }
 }
 
-pub(crate) fn ensure(holds: bool, otherwise: impl Into<String>) -> Result<(), Failure> {
+pub(crate) fn ensure(holds: bool, otherwise: impl Into<String>) -> Result<(), TestError> {
     if holds { Ok(()) } else { Err(otherwise.into()) }
 }
 
-fn daemonset(bed: &Bed) -> Result<(), Failure> {
-    let space = Space::new(bed, "e2e-daemonset")?;
+fn daemonset(bed: &TestBed) -> Result<(), TestError> {
+    let space = TestNamespace::new(bed, "e2e-daemonset")?;
     bed.push_image("shop/web:v1", &[24, 8])?;
     let image = format!("{REGISTRY}/shop/web:v1");
     let mut spec = pod_spec(&image, None);
@@ -97,7 +100,7 @@ fn daemonset(bed: &Bed) -> Result<(), Failure> {
         },
     }))?;
     bed.kubectl(&["label", "node", NODES[0].0, "e2e-web=yes", "--overwrite"])?;
-    let pod_on = |node: &str| -> Result<Option<serde_json::Value>, Failure> {
+    let pod_on = |node: &str| -> Result<Option<serde_json::Value>, TestError> {
         let pods = bed.get(&[
             "-n",
             &space.name,
@@ -109,32 +112,33 @@ fn daemonset(bed: &Bed) -> Result<(), Failure> {
         ])?;
         Ok(pods["items"].get(0).cloned())
     };
-    wait_for("the first node to run it", PATIENCE, || Ok(pod_on(NODES[0].0)?.filter(is_running)))?;
+    wait_for("the first node to run it", WAIT_DEADLINE, || Ok(pod_on(NODES[0].0)?.filter(is_running)))?;
 
     let _down = RegistryDown::now(bed)?;
     for (node, _) in &NODES[1..] {
         bed.kubectl(&["label", "node", node, "e2e-web=yes", "--overwrite"])?;
-        let failing = wait_for("the kubelet to fail", PATIENCE, || {
+        let failing = wait_for("the kubelet to fail", WAIT_DEADLINE, || {
             Ok(pod_on(node)?.filter(|pod| waiting_reason(pod).contains("Pull") || is_running(pod)))
         })?;
         let failed = Instant::now();
-        let running = wait_for(&format!("the pod on {node} to run"), PATIENCE, || Ok(pod_on(node)?.filter(is_running)))
-            .map_err(|error| format!("{error}\n{}", bed.agents_story()))?;
+        let running =
+            wait_for(&format!("the pod on {node} to run"), WAIT_DEADLINE, || Ok(pod_on(node)?.filter(is_running)))
+                .map_err(|error| format!("{error}\n{}", bed.diagnostics()))?;
         // It may have been too quick to be seen failing; then there is nothing to measure. On a line of its own, for `make figures`.
         if !is_running(&failing) {
             println!("\nfigure e2e_failed_pull_to_running_s_{node} {:.2}", failed.elapsed().as_secs_f64());
         }
         ensure(failing["metadata"]["uid"] == running["metadata"]["uid"], "the pod was deleted and made again")?;
         let name = running["metadata"]["name"].as_str().unwrap_or_default().to_owned();
-        let note = space.wait_salvaged(&name)?;
+        let note = space.wait_recovered(&name)?;
         println!("  {note}");
         ensure(note.contains(&image), format!("the Event does not name the image: {note}"))?;
     }
     bed.kubectl(&["label", "nodes", "--all", "e2e-web-"]).map(drop)
 }
 
-fn tag_and_digest(bed: &Bed) -> Result<(), Failure> {
-    let space = Space::new(bed, "e2e-names")?;
+fn tag_and_digest(bed: &TestBed) -> Result<(), TestError> {
+    let space = TestNamespace::new(bed, "e2e-names")?;
     // Every containerd gives to and takes from another one: the source moves on with each row. Each row has an image of its own: a layer
     // that a node has unpacked before is not fetched again by a pull, and then the node has nothing of it to give.
     for (source, by_what) in [(0, "tag"), (1, "digest"), (2, "tag")] {
@@ -144,41 +148,41 @@ fn tag_and_digest(bed: &Bed) -> Result<(), Failure> {
             "tag" => format!("{REGISTRY}/{name}:v2"),
             _ => format!("{REGISTRY}/{name}@{digest}"),
         };
-        let (holder, _) = NODES[source];
-        let holding = format!("holder-{source}");
-        space.pod(&holding, holder, image, true)?;
+        let (provider, _) = NODES[source];
+        let holding = format!("provider-{source}");
+        space.pod(&holding, provider, image, true)?;
         space.wait_running(&holding)?;
         let _down = RegistryDown::now(bed)?;
-        for (node, _) in NODES.iter().filter(|(node, _)| *node != holder) {
-            let pod = format!("by-{by_what}-from-{holder}-{node}");
+        for (node, _) in NODES.iter().filter(|(node, _)| *node != provider) {
+            let pod = format!("by-{by_what}-from-{provider}-{node}");
             space.pod(&pod, node, image, true)?;
             space.wait_running(&pod)?;
-            space.wait_salvaged(&pod)?;
-            println!("  by {by_what}: {holder} -> {node}");
+            space.wait_recovered(&pod)?;
+            println!("  by {by_what}: {provider} -> {node}");
         }
     }
     Ok(())
 }
 
-fn collection(bed: &Bed) -> Result<(), Failure> {
-    let space = Space::new(bed, "e2e-collection")?;
+fn collected_and_restarted(bed: &TestBed) -> Result<(), TestError> {
+    let space = TestNamespace::new(bed, "e2e-collection")?;
     bed.push_image("shop/db:v3", &[5, 4])?;
     let image = format!("{REGISTRY}/shop/db:v3");
-    space.pod("holder", NODES[2].0, &image, true)?;
-    space.wait_running("holder")?;
+    space.pod("provider", NODES[2].0, &image, true)?;
+    space.wait_running("provider")?;
     let _down = RegistryDown::now(bed)?;
     for (node, _) in &NODES[..2] {
         let first = format!("first-{node}");
         space.pod(&first, node, &image, true)?;
         space.wait_running(&first)?;
-        space.wait_salvaged(&first)?;
+        space.wait_recovered(&first)?;
         // The agent's pin is released by now, or expires; a lease that is deleted synchronously makes the collector run to its end.
         bed.ctl(&["ctr", node, "leases", "create", "--id", "e2e"])?;
         bed.ctl(&["ctr", node, "leases", "rm", "--sync", "e2e"])?;
-        is_whole(bed, node, &image)?;
+        assert_complete(bed, node, &image)?;
         bed.ctl(&["node", node, "containerd-kill"])?;
         bed.ctl(&["node", node, "containerd-start"])?;
-        is_whole(bed, node, &image)?;
+        assert_complete(bed, node, &image)?;
         let again = format!("again-{node}");
         space.pod(&again, node, &image, true)?;
         space.wait_running(&again)?;
@@ -191,7 +195,7 @@ fn collection(bed: &Bed) -> Result<(), Failure> {
 }
 
 /// containerd's own opinion: every blob of the image is there, for this platform.
-fn is_whole(bed: &Bed, node: &str, image: &str) -> Result<(), Failure> {
+fn assert_complete(bed: &TestBed, node: &str, image: &str) -> Result<(), TestError> {
     let table = bed.ctl(&["ctr", node, "images", "check", &format!("name=={image}")])?;
     ensure(
         table.lines().any(|line| line.starts_with(image) && line.contains("complete (")),
@@ -199,37 +203,41 @@ fn is_whole(bed: &Bed, node: &str, image: &str) -> Result<(), Failure> {
     )
 }
 
-pub(crate) fn agent_pod(bed: &Bed, node: &str) -> Result<serde_json::Value, Failure> {
+pub(crate) fn agent_pod(bed: &TestBed, node: &str) -> Result<serde_json::Value, TestError> {
     let selector = format!("spec.nodeName={node}");
     let pods = bed.get(&["-n", "lighterman", "pods", "--field-selector", &selector])?;
     pods["items"].get(0).cloned().ok_or_else(|| format!("no agent on {node}"))
 }
 
-fn agent_restarts(bed: &Bed, node: &str) -> Result<u64, Failure> {
+fn agent_restarts(bed: &TestBed, node: &str) -> Result<u64, TestError> {
     Ok(agent_pod(bed, node)?["status"]["containerStatuses"][0]["restartCount"].as_u64().unwrap_or(0))
 }
 
 /// SIGKILL to the agent's own process, as containerd knows it.
-fn kill_agent(bed: &Bed, node: &str) -> Result<(), Failure> {
+fn kill_agent(bed: &TestBed, node: &str) -> Result<(), TestError> {
     let pod = agent_pod(bed, node)?;
     let id = pod["status"]["containerStatuses"][0]["containerID"].as_str().unwrap_or_default();
     let id = id.strip_prefix("containerd://").ok_or("the agent's container has no ID")?;
     bed.ctl(&["ctr", node, "tasks", "kill", "--signal", "SIGKILL", id]).map(drop)
 }
 
-fn not_opted_in(bed: &Bed) -> Result<(), Failure> {
-    let space = Space::new(bed, "e2e-alone")?;
+fn not_opted_in(bed: &TestBed) -> Result<(), TestError> {
+    let space = TestNamespace::new(bed, "e2e-alone")?;
     bed.push_image("shop/quiet:v5", &[1])?;
     let image = format!("{REGISTRY}/shop/quiet:v5");
-    space.pod("holder", NODES[0].0, &image, true)?;
-    space.wait_running("holder")?;
+    space.pod("provider", NODES[0].0, &image, true)?;
+    space.wait_running("provider")?;
     let _down = RegistryDown::now(bed)?;
     let node = NODES[1].0;
     let counted = |what: &str| bed.metric(node, &format!("lighterman_pod_image_failures_total{{verdict=\"{what}\"}}"));
     let before = counted("not_opted_in")?;
     space.pod("quiet", node, &image, false)?;
     space.wait_failing("quiet")?;
-    wait_for("the agent to have looked at it", PATIENCE, || Ok((counted("not_opted_in")? > before).then_some(())))?;
+    wait_for(
+        "the agent to have looked at it",
+        WAIT_DEADLINE,
+        || Ok((counted("not_opted_in")? > before).then_some(())),
+    )?;
     // A pod beside it that did opt in gets the image, so the agent was able to; and the first one still has no word of it.
     let other = NODES[2].0;
     space.pod("loud", other, &image, true)?;
@@ -242,10 +250,10 @@ fn not_opted_in(bed: &Bed) -> Result<(), Failure> {
     ensure(!is_running(&space.get_pod("quiet")?), "it runs")
 }
 
-fn prometheus(bed: &Bed) -> Result<(), Failure> {
+fn prometheus(bed: &TestBed) -> Result<(), TestError> {
     let targets: Result<Vec<_>, _> = NODES
         .iter()
-        .map(|(node, _)| Ok::<_, Failure>(format!("{}:4702", bed.env(&format!("NODE_{node}_IP"))?)))
+        .map(|(node, _)| Ok::<_, TestError>(format!("{}:4702", bed.env(&format!("NODE_{node}_IP"))?)))
         .collect();
     let config = json!({
         "global": {"scrape_interval": "1s"},
@@ -254,17 +262,17 @@ fn prometheus(bed: &Bed) -> Result<(), Failure> {
     let file = bed.folder().join("prometheus.yml");
     std::fs::write(&file, config.to_string()).map_err(|error| error.to_string())?;
     bed.ctl(&["prometheus", &file.to_string_lossy(), "9090"])?;
-    let ask = |query: &str| -> Result<f64, Failure> {
+    let ask = |query: &str| -> Result<f64, TestError> {
         let url = "http://10.77.0.1:9090/api/v1/query";
         let text = bed.ctl(&["in", "hub", "curl", "-sSf", "-G", url, "--data-urlencode", &format!("query={query}")])?;
         let answer: serde_json::Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
         Ok(answer["data"]["result"][0]["value"][1].as_str().and_then(|value| value.parse().ok()).unwrap_or(0.0))
     };
     let nodes = NODES.len() as f64;
-    wait_for("every agent to be scraped", PATIENCE, || Ok((ask("sum(up)")? == nodes).then_some(())))?;
+    wait_for("every agent to be scraped", WAIT_DEADLINE, || Ok((ask("sum(up)")? == nodes).then_some(())))?;
     // The nodes of the stall rows have agents as well.
     let others = bed.nodes().count() as f64 - 1.0;
-    wait_for("each to see all others", PATIENCE, || Ok((ask("min(lighterman_peers)")? == others).then_some(())))?;
+    wait_for("each to see all others", WAIT_DEADLINE, || Ok((ask("min(lighterman_peers)")? == others).then_some(())))?;
     for query in ["sum(lighterman_served_bytes_total)", "min(lighterman_announced_items)"] {
         let value = ask(query)?;
         ensure(value > 0.0, format!("{query} is {value}"))?;
@@ -272,7 +280,7 @@ fn prometheus(bed: &Bed) -> Result<(), Failure> {
     bed.ctl(&["prometheus", "stop"]).map(drop)
 }
 
-fn termination(bed: &Bed) -> Result<(), Failure> {
+fn termination(bed: &TestBed) -> Result<(), TestError> {
     let node = NODES[1].0;
     let pod = agent_pod(bed, node)?;
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();

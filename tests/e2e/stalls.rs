@@ -9,18 +9,18 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::bed::{Bed, Failure, NODES, wait_for};
 use crate::cases::import;
-use crate::images::{Image, Maker, PLAIN};
-use crate::pods::{Space, is_running};
-use crate::registries::World;
+use crate::images::{Image, ImageBuilder, PLAIN};
+use crate::pods::{TestNamespace, is_running};
+use crate::registries::ScriptedRegistry;
+use crate::test_bed::{NODES, TestBed, TestError, wait_for};
 
-type Row = fn(&Bed) -> Result<(), Failure>;
+type StallCase = fn(&TestBed) -> Result<(), TestError>;
 
 /// Every row with a name.
-pub(crate) const ALL: &[(&str, Row)] = &[
-    ("case::stalled_pulls_end_where_the_setting_says_so_and_a_crawling_one_goes_on", ended),
-    ("case::a_stalled_pull_is_told_once_and_goes_on_when_containerd_ends_it", told),
+pub(crate) const ALL: &[(&str, StallCase)] = &[
+    ("case::stalled_pulls_are_ended_by_the_setting_and_a_crawling_pull_continues", ended),
+    ("case::a_stalled_pull_is_reported_once_and_its_pod_runs_when_containerd_ends_it", reported),
 ];
 
 /// Where the agent ends stalled pulls.
@@ -33,7 +33,7 @@ const WAITING: &str = "waiting";
 pub(crate) const PARALLEL: usize = 4;
 
 /// As long as containerd's default, a retry of the kubelet and a slow machine.
-const PATIENCE: Duration = Duration::from_secs(480);
+const WAIT_DEADLINE: Duration = Duration::from_secs(480);
 
 /// The nodes, by what their containerd is.
 pub(crate) fn nodes() -> [(&'static str, String); 2] {
@@ -52,7 +52,7 @@ pub(crate) fn pull_timeout() -> String {
 
 /// One image of a row.
 struct Pull<'a> {
-    space: &'a Space<'a>,
+    space: &'a TestNamespace<'a>,
     name: &'static str,
     image: Image,
     reference: String,
@@ -61,51 +61,51 @@ struct Pull<'a> {
 impl<'a> Pull<'a> {
     /// Publishes an image, and imports that on the provider if there is one.
     fn new(
-        space: &'a Space<'a>,
+        space: &'a TestNamespace<'a>,
         name: &'static str,
-        (world, path): (World, &str),
+        (world, path): (ScriptedRegistry, &str),
         provider: Option<&str>,
-    ) -> Result<Self, Failure> {
-        let image = Maker::new(&space.bed.busybox())?.make(PLAIN, &format!("{}-{name}", space.name));
+    ) -> Result<Self, TestError> {
+        let image = ImageBuilder::new(&space.bed.busybox())?.build(PLAIN, &format!("{}-{name}", space.name));
         let repository = format!("{path}/{}", space.name);
         space.bed.registries().publish(&format!("{repository}:v1"), &image);
-        let reference = format!("{}/{repository}:v1", world.registry());
+        let reference = format!("{}/{repository}:v1", world.host());
         if let Some(provider) = provider {
             import(space.bed, provider, &[(reference.clone(), &image)])?;
         }
         Ok(Self { space, name, image, reference })
     }
 
-    fn start(&self, node: &str) -> Result<(), Failure> {
+    fn start(&self, node: &str) -> Result<(), TestError> {
         self.space.pod(self.name, node, &self.reference, true)
     }
 
-    fn start_by_digest(&self, node: &str) -> Result<(), Failure> {
-        let by_digest = format!("{}@{}", self.reference.trim_end_matches(":v1"), self.image.root);
+    fn start_by_digest(&self, node: &str) -> Result<(), TestError> {
+        let by_digest = format!("{}@{}", self.reference.trim_end_matches(":v1"), self.image.digest);
         self.space.pod(self.name, node, &by_digest, true)
     }
 
     /// Waits until containerd asks the stalling registry for a path with this part.
-    fn wait_asked(&self, part: &str) -> Result<(), Failure> {
-        wait_for(&format!("a GET of {part}"), PATIENCE, || Ok((self.fetches(part) > 0).then_some(())))
+    fn wait_asked(&self, part: &str) -> Result<(), TestError> {
+        wait_for(&format!("a GET of {part}"), WAIT_DEADLINE, || Ok((self.fetches(part) > 0).then_some(())))
     }
 
     /// GET requests to the stalling registry.
     fn fetches(&self, part: &str) -> usize {
-        self.space.bed.registries().fetches(World::Stalls, part)
+        self.space.bed.registries().fetches(ScriptedRegistry::Stalls, part)
     }
 
     fn layer(&self) -> &str {
         self.image.own_layer.as_deref().unwrap_or_default()
     }
 
-    fn events(&self, reason: &str) -> Result<Vec<String>, Failure> {
+    fn events(&self, reason: &str) -> Result<Vec<String>, TestError> {
         self.space.events(self.name, reason)
     }
 
     /// The only Event with this reason.
-    fn one(&self, reason: &str) -> Result<String, Failure> {
-        wait_for(&format!("{reason} on {}", self.name), PATIENCE, || Ok(self.events(reason)?.pop()))?;
+    fn wait_only_event(&self, reason: &str) -> Result<String, TestError> {
+        wait_for(&format!("{reason} on {}", self.name), WAIT_DEADLINE, || Ok(self.events(reason)?.pop()))?;
         let mut notes = self.events(reason)?;
         match notes.len() {
             1 => Ok(notes.remove(0)),
@@ -113,36 +113,36 @@ impl<'a> Pull<'a> {
         }
     }
 
-    fn wait_running(&self) -> Result<Value, Failure> {
-        let limit = PATIENCE;
+    fn wait_running(&self) -> Result<Value, TestError> {
+        let limit = WAIT_DEADLINE;
         let what = format!("{} to run", self.name);
         let running = self.space.bed.cluster().wait(&what, limit, |objects| {
             objects.pod(&self.space.name, self.name).filter(|pod| is_running(pod)).cloned()
         });
-        running.map_err(|error| format!("{error}\n{}", self.space.bed.agents_story()))
+        running.map_err(|error| format!("{error}\n{}", self.space.bed.diagnostics()))
     }
 }
 
-fn ensure(holds: bool, otherwise: impl Into<String>) -> Result<(), Failure> {
+fn ensure(holds: bool, otherwise: impl Into<String>) -> Result<(), TestError> {
     if holds { Ok(()) } else { Err(otherwise.into()) }
 }
 
-fn counted(bed: &Bed, node: &str, result: &str) -> Result<f64, Failure> {
+fn counted(bed: &TestBed, node: &str, result: &str) -> Result<f64, TestError> {
     bed.metric(node, &format!("lighterman_stalled_connections_total{{result=\"{result}\"}}"))
 }
 
 /// The setting is on: what is silent ends, what crawls goes on, and the queue moves.
-fn ended(bed: &Bed) -> Result<(), Failure> {
-    let (space, provider) = (Space::new(bed, "e2e-stalls-ended")?, Some(NODES[0].0));
-    let layer = Pull::new(&space, "layer", (World::Stalls, "layer"), provider)?;
-    let manifest = Pull::new(&space, "manifest", (World::Stalls, "manifest"), provider)?;
-    let crawl = Pull::new(&space, "crawl", (World::Stalls, "crawl"), None)?;
-    let late = Pull::new(&space, "late", (World::Stalls, "late"), None)?;
-    let queued = Pull::new(&space, "queued", (World::Serves, "queued"), None)?;
+fn ended(bed: &TestBed) -> Result<(), TestError> {
+    let (space, provider) = (TestNamespace::new(bed, "e2e-stalls-ended")?, Some(NODES[0].0));
+    let layer = Pull::new(&space, "layer", (ScriptedRegistry::Stalls, "layer"), provider)?;
+    let manifest = Pull::new(&space, "manifest", (ScriptedRegistry::Stalls, "manifest"), provider)?;
+    let crawl = Pull::new(&space, "crawl", (ScriptedRegistry::Stalls, "crawl"), None)?;
+    let late = Pull::new(&space, "late", (ScriptedRegistry::Stalls, "late"), None)?;
+    let queued = Pull::new(&space, "queued", (ScriptedRegistry::Serves, "queued"), None)?;
     // All images share a first layer. containerd fetches a layer once at a time, so that without
     // this one here the other pulls would wait for the first.
-    let shell = Maker::new(&bed.busybox())?.make(PLAIN, "shell");
-    import(bed, ENDING, &[(format!("{}/shell:v1", World::Serves.registry()), &shell)])?;
+    let shell = ImageBuilder::new(&bed.busybox())?.build(PLAIN, "shell");
+    import(bed, ENDING, &[(format!("{}/shell:v1", ScriptedRegistry::Serves.host()), &shell)])?;
     let began = Instant::now();
     layer.start_by_digest(ENDING)?;
     [&manifest, &crawl, &late].into_iter().try_for_each(|pull| pull.start(ENDING))?;
@@ -154,12 +154,15 @@ fn ended(bed: &Bed) -> Result<(), Failure> {
     queued.start(ENDING)?;
     queued.wait_running()?;
     println!("\nfigure stalled_queue_freed_s {:.1}", began.elapsed().as_secs_f64());
-    let note = layer.one("ImagePullEnded")?;
+    let note = layer.wait_only_event("ImagePullEnded")?;
     println!("  {note}");
-    ensure(note.contains(World::Stalls.registry().as_str()), format!("the Event does not name the registry: {note}"))?;
+    ensure(
+        note.contains(ScriptedRegistry::Stalls.host().as_str()),
+        format!("the Event does not name the registry: {note}"),
+    )?;
     for pull in [&layer, &manifest] {
         pull.wait_running()?;
-        space.wait_salvaged(pull.name)?;
+        space.wait_recovered(pull.name)?;
         println!("  {}: {:?}", pull.name, pull.events("Failed")?);
     }
     crawl.wait_running()?;
@@ -176,26 +179,26 @@ fn ended(bed: &Bed) -> Result<(), Failure> {
 }
 
 /// The default: one Event, an image that is here, and pods that run when containerd gives up.
-fn told(bed: &Bed) -> Result<(), Failure> {
-    let space = Space::new(bed, "e2e-stalls-told")?;
-    let layer = Pull::new(&space, "layer", (World::Stalls, "layer"), Some(NODES[1].0))?;
-    let behind = Pull::new(&space, "behind", (World::Serves, "behind"), None)?;
+fn reported(bed: &TestBed) -> Result<(), TestError> {
+    let space = TestNamespace::new(bed, "e2e-stalls-told")?;
+    let layer = Pull::new(&space, "layer", (ScriptedRegistry::Stalls, "layer"), Some(NODES[1].0))?;
+    let behind = Pull::new(&space, "behind", (ScriptedRegistry::Serves, "behind"), None)?;
     let began = Instant::now();
     layer.start_by_digest(WAITING)?;
     layer.wait_asked(layer.layer())?;
     behind.start(WAITING)?;
-    let note = layer.one("ImagePullStalled")?;
+    let note = layer.wait_only_event("ImagePullStalled")?;
     println!("\nfigure stalled_event_s {:.1}\n  {note}", began.elapsed().as_secs_f64());
-    for words in [layer.image.root.as_str(), "image_pull_progress_timeout", "endStalledPulls"] {
+    for words in [layer.image.digest.as_str(), "image_pull_progress_timeout", "endStalledPulls"] {
         ensure(note.contains(words), format!("the Event does not say {words}: {note}"))?;
     }
-    layer.one("ImageSalvaged")?;
+    layer.wait_only_event("ImageSalvaged")?;
     ensure(!is_running(&space.get_pod("behind")?), "a later pull was not blocked")?;
     layer.wait_running()?;
     behind.wait_running()?;
     println!("figure stalled_pull_to_running_s {:.1}", began.elapsed().as_secs_f64());
     println!("  {:?}", layer.events("Failed")?);
-    layer.one("ImagePullStalled")?;
+    layer.wait_only_event("ImagePullStalled")?;
     ensure(layer.events("ImagePullEnded")?.is_empty(), "a pull was ended that the settings leave alone")?;
     let ended = counted(bed, WAITING, "ended")?;
     ensure(ended == 0.0, format!("{ended} connections were ended"))

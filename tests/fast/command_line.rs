@@ -65,7 +65,7 @@ fn agent_on(data: &str) -> [&str; 9] {
 }
 
 #[test]
-fn an_agent_that_cannot_start_says_why_and_exits_with_1() {
+fn an_agent_that_cannot_start_prints_the_reason_and_exits_with_1() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().to_string_lossy().into_owned();
     let output = lighterman(&agent_on(&data));
@@ -75,7 +75,7 @@ fn an_agent_that_cannot_start_says_why_and_exits_with_1() {
 }
 
 #[test]
-fn a_setting_that_containerd_cannot_have_exits_with_64() {
+fn an_invalid_containerd_namespace_exits_with_64() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().to_string_lossy().into_owned();
     let agent = agent_on(&data);
@@ -86,7 +86,7 @@ fn a_setting_that_containerd_cannot_have_exits_with_64() {
 }
 
 #[test]
-fn without_an_agent_people_are_told_where_to_look() {
+fn commands_without_an_agent_name_the_socket_and_a_remedy() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("agent.sock").to_string_lossy().into_owned();
     for arguments in [&["pull", "nginx"][..], &["pull", "nginx", "--dry-run", "--json"], &["status"]] {
@@ -99,7 +99,7 @@ fn without_an_agent_people_are_told_where_to_look() {
 }
 
 #[test]
-fn the_demo_moves_an_image_and_proves_it() {
+fn the_demo_recovers_an_image_and_verifies_its_digest() {
     let output = lighterman(&["--log", "warn", "demo", "--image-size", "3MiB", "--json"]);
     let story = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(0), "{story}");

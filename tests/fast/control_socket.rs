@@ -5,16 +5,16 @@ use std::process::Output;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use lighterman::control::{Config, Control};
+use lighterman::control::{Config, ControlServer};
 use lighterman::model::{MemberStatus, MeshStatus};
 use lighterman::ports::{PullFailure, PullProgress, PullRequest, Status, StatusSource};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-struct Known;
+struct FixedStatus;
 
 #[async_trait]
-impl StatusSource for Known {
+impl StatusSource for FixedStatus {
     async fn status(&self) -> Status {
         let member = |node: &str| MemberStatus { node: node.into(), ..MemberStatus::default() };
         let mesh = MeshStatus { down: 2, members: vec![member("n2"), member("n\u{1b}3")], ..MeshStatus::default() };
@@ -29,7 +29,8 @@ async fn lighterman(arguments: &[&str], steps: Vec<PullProgress>) -> Output {
     let folder = tempfile::tempdir().unwrap();
     let socket: PathBuf = folder.path().join("agent.sock");
     let (pulls_in, mut pulls) = mpsc::channel::<PullRequest>(1);
-    let control = Control::bind(Config { socket: socket.clone() }, Arc::new(Known), pulls_in).await.unwrap();
+    let control =
+        ControlServer::bind(Config { socket: socket.clone() }, Arc::new(FixedStatus), pulls_in).await.unwrap();
     let stop = CancellationToken::new();
     let stopping = stop.clone();
     let serving = tokio::spawn(control.run(stop.clone()));
@@ -72,7 +73,7 @@ fn steps() -> Vec<PullProgress> {
 }
 
 #[tokio::test]
-async fn a_pull_without_a_terminal_is_told_in_lines() {
+async fn a_pull_without_a_terminal_prints_lines() {
     let output = lighterman(&["pull", IMAGE], steps()).await;
     let expected = format!(
         "{IMAGE} is sha256:{}, held by n2\n2 blobs, 10.0 MiB to fetch\n 10 % of 10.0 MiB\n100 % of 10.0 MiB\n\
@@ -83,7 +84,7 @@ async fn a_pull_without_a_terminal_is_told_in_lines() {
 }
 
 #[tokio::test]
-async fn with_json_every_step_is_one_object() {
+async fn json_output_has_one_object_for_each_step() {
     let output = lighterman(&["pull", IMAGE, "--json"], steps()).await;
     let told: Vec<PullProgress> =
         text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -91,7 +92,7 @@ async fn with_json_every_step_is_one_object() {
 }
 
 #[tokio::test]
-async fn a_failure_names_the_image_and_what_to_do() {
+async fn a_failure_names_the_image_and_a_remedy() {
     let message = "nobody has it (asked: \u{1b}[2Jn2)".to_owned();
     let failed = PullProgress::Failed { kind: PullFailure::NoProvider, message, retryable: true };
     let output = lighterman(&["pull", IMAGE], vec![failed]).await;
@@ -102,7 +103,7 @@ async fn a_failure_names_the_image_and_what_to_do() {
 }
 
 #[tokio::test]
-async fn a_pull_that_takes_too_long_is_given_up() {
+async fn a_pull_past_its_deadline_is_aborted() {
     // The agent says nothing more, and does not hang up.
     let output = lighterman(&["pull", IMAGE, "--timeout", "1"], steps()[..1].to_vec()).await;
     assert_eq!(output.status.code(), Some(1));
@@ -116,11 +117,11 @@ async fn a_status_is_a_table_or_json() {
     assert_eq!(output.status.code(), Some(0));
     assert!(text(&output.stdout).starts_with("node              n1\n"), "{}", text(&output.stdout));
     let output = lighterman(&["status", "--json"], Vec::new()).await;
-    assert_eq!(serde_json::from_slice::<Status>(&output.stdout).unwrap(), Known.status().await);
+    assert_eq!(serde_json::from_slice::<Status>(&output.stdout).unwrap(), FixedStatus.status().await);
 }
 
 #[tokio::test]
-async fn the_peers_stand_in_a_table_of_their_own() {
+async fn peers_are_printed_as_a_separate_table() {
     let output = lighterman(&["status", "--peers"], Vec::new()).await;
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let table = text(&output.stdout);
@@ -129,7 +130,7 @@ async fn the_peers_stand_in_a_table_of_their_own() {
 }
 
 #[tokio::test]
-async fn without_an_agent_there_is_no_status() {
+async fn a_status_without_an_agent_exits_with_1() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("agent.sock");
     let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_lighterman"));

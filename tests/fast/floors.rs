@@ -54,7 +54,7 @@ fn production(path: &Path) -> String {
 }
 
 /// What follows `crate::` anywhere, groups such as `use crate::{a, b::c}` included.
-fn uses(code: &str) -> Vec<String> {
+fn used_modules(code: &str) -> Vec<String> {
     let name = |text: &str| text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
     code.split("crate::")
         .skip(1)
@@ -87,7 +87,7 @@ fn modules_use_only_the_floors_beneath_their_own() {
     for path in source_files() {
         let module = module_of(&path);
         let Some(&floor) = floors.get(&module) else { continue };
-        for used in uses(&production(&path)) {
+        for used in used_modules(&production(&path)) {
             let beneath = floors.get(&used).is_some_and(|&other| other > floor);
             if used != module && !beneath {
                 wrong.push(format!("{} uses {used}", path.display()));
@@ -98,15 +98,15 @@ fn modules_use_only_the_floors_beneath_their_own() {
 }
 
 #[test]
-fn the_reader_of_uses_sees_groups() {
+fn the_parser_of_use_lines_reads_groups() {
     assert_eq!(
-        uses("use crate::{mesh, transfer::{a, b}, oci};\nlet x = crate::wire::encode();"),
+        used_modules("use crate::{mesh, transfer::{a, b}, oci};\nlet x = crate::wire::encode();"),
         ["mesh", "transfer", "oci", "wire"]
     );
 }
 
 #[test]
-fn only_one_place_encodes_messages_and_only_config_reads_the_environment() {
+fn only_wire_encodes_messages_and_only_config_reads_the_environment() {
     for path in source_files() {
         let code = production(&path);
         let module = module_of(&path);
@@ -116,7 +116,7 @@ fn only_one_place_encodes_messages_and_only_config_reads_the_environment() {
 }
 
 #[test]
-fn decisions_know_no_clock_and_no_runtime() {
+fn decisions_use_no_clock_and_no_runtime() {
     for path in source_files().iter().filter(|path| ["decide", "model", "oci"].contains(&module_of(path).as_str())) {
         let code = production(path);
         for forbidden in ["Instant::now", "SystemTime::now", "tokio::", "async fn", "std::fs", "std::net::Tcp"] {
@@ -126,7 +126,7 @@ fn decisions_know_no_clock_and_no_runtime() {
 }
 
 #[test]
-fn source_files_stay_readable() {
+fn source_files_stay_below_the_line_limit() {
     let too_long: Vec<_> = source_files()
         .into_iter()
         .map(|path| (fs::read_to_string(&path).unwrap().lines().count(), path))

@@ -15,14 +15,14 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::apiserver::{Place, SERVICE_ACCOUNT, make};
-use super::wires::{Wires, admin_address, mesh_address};
+use super::apiserver::{KubeNamespace, SERVICE_ACCOUNT, create};
+use super::network::{AgentNetwork, admin_address, mesh_address};
 
 /// How many agents are found by address; the others are found through them.
 const SEEDS: usize = 3;
 
 /// An agent that does not answer in this time is asked again.
-const ANSWER_WAIT: Duration = Duration::from_secs(2);
+const RESPONSE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// One node's agent, running or not.
 pub(crate) struct Agent {
@@ -37,7 +37,7 @@ pub(crate) struct Agent {
 impl Agent {
     /// The objects and files that a node's agent finds. It does not run yet. `flags` are those that are not the same for every fleet.
     pub(crate) async fn new(
-        place: &Place,
+        place: &KubeNamespace,
         number: usize,
         folder: &Path,
         zone: Option<String>,
@@ -47,7 +47,7 @@ impl Agent {
         let node = format!("node-{number}");
         let labels = json!({ "topology.kubernetes.io/zone": zone });
         let labels = zone.map_or(json!({}), |_| labels);
-        make::<Node>(&Api::all(place.admin.clone()), json!({ "metadata": { "name": node, "labels": labels } })).await;
+        create::<Node>(&Api::all(place.admin.clone()), json!({ "metadata": { "name": node, "labels": labels } })).await;
         let pod = place.pod_on(&format!("agent-{number}"), &node).await;
         let token = place.token(SERVICE_ACCOUNT, None, Some(&pod)).await;
         let kubernetes = place.config_of(&token);
@@ -77,7 +77,7 @@ impl Agent {
         Self { store, node, number, folder, arguments, process: None }
     }
 
-    pub(crate) fn start(&mut self, wires: &Wires) {
+    pub(crate) fn start(&mut self, wires: &AgentNetwork) {
         let log = File::options().create(true).append(true).open(self.folder.join("log")).unwrap();
         let mut command = wires.command(self.number, &binary());
         command.arg("agent").args(&self.arguments).stdin(Stdio::null());
@@ -108,7 +108,7 @@ impl Agent {
             let (head, body) = answer.split_once("\r\n\r\n")?;
             head.starts_with("HTTP/1.1 200 ").then(|| body.to_owned())
         };
-        tokio::time::timeout(ANSWER_WAIT, got).await.ok()?
+        tokio::time::timeout(RESPONSE_DEADLINE, got).await.ok()?
     }
 
     /// Its control socket.
@@ -117,14 +117,14 @@ impl Agent {
     }
 
     /// Whether it would fetch the image from this node.
-    pub(crate) async fn finds(&self, image: &Reference, provider: &str) -> bool {
+    pub(crate) async fn would_fetch_from(&self, image: &Reference, provider: &str) -> bool {
         let Ok(mut asked) = self.control().pull(image, true).await else { return false };
         let answer = asked.next().await;
         matches!(answer, Ok(PullProgress::Resolved { providers, .. }) if providers.iter().any(|node| node == provider))
     }
 
     /// The end of what it said.
-    pub(crate) fn story(&self) -> String {
+    pub(crate) fn log_tail(&self) -> String {
         let log = std::fs::read_to_string(self.folder.join("log")).unwrap_or_default();
         let lines: Vec<_> = log.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")

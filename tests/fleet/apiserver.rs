@@ -53,7 +53,7 @@ pub(crate) fn program(name: &str) -> PathBuf {
 }
 
 /// `$1` etcd, `$2` kube-apiserver, `$3` folder, `$4` etcd's port, `$5` its peers' port, `$6` the API server's, `$7` its address.
-const RUN: &str = r#"
+const RUN_SCRIPT: &str = r#"
 trap '' INT
 cd "$3"
 "$1" --data-dir=etcd --unsafe-no-fsync --listen-client-urls="http://127.0.0.1:$4" --advertise-client-urls="http://127.0.0.1:$4" \
@@ -95,7 +95,7 @@ impl ApiServer {
         fs::write(folder.join("audit.yaml"), policy.to_string()).unwrap();
         let ports = free_ports();
         let shell = Command::new("sh")
-            .args(["-c", RUN, "sh"])
+            .args(["-c", RUN_SCRIPT, "sh"])
             .args([&etcd, &apiserver, &folder])
             .args(ports.map(|port| port.to_string()))
             .arg(address.to_string())
@@ -143,21 +143,21 @@ fn free_ports() -> [u16; 3] {
 }
 
 /// A Kubernetes namespace, node and agent of one test. The node's name is the namespace's, so that no other test has it.
-pub(crate) struct Place {
+pub(crate) struct KubeNamespace {
     pub(crate) name: String,
     pub(crate) admin: Client,
     pub(crate) server: Arc<ApiServer>,
     folder: tempfile::TempDir,
 }
 
-impl Place {
+impl KubeNamespace {
     /// With servers of its own at this address of the network that the runtime's threads are in. They end with it.
-    pub(crate) async fn at(address: Ipv4Addr) -> Self {
-        Self::on(tokio::task::spawn_blocking(move || ApiServer::start(address)).await.unwrap().into()).await
+    pub(crate) async fn with_own_server(address: Ipv4Addr) -> Self {
+        Self::on_server(tokio::task::spawn_blocking(move || ApiServer::start(address)).await.unwrap().into()).await
     }
 
     /// With these servers.
-    pub(crate) async fn on(server: Arc<ApiServer>) -> Self {
+    pub(crate) async fn on_server(server: Arc<ApiServer>) -> Self {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let admin = client(&server.kubeconfig(server.address.port(), ADMIN_TOKEN)).await;
         let ready = || kube::core::Request::new("").get("readyz", &kube::api::GetParams::default()).unwrap();
@@ -166,9 +166,9 @@ impl Place {
         }
         let name = format!("test-{}", NEXT.fetch_add(1, Ordering::Relaxed));
         let namespace = json!({ "metadata": { "name": name, "annotations": { "lighterman.dev/enabled": "true" } } });
-        make::<Namespace>(&Api::all(admin.clone()), namespace).await;
+        create::<Namespace>(&Api::all(admin.clone()), namespace).await;
         let accounts = Api::namespaced(admin.clone(), &name);
-        make::<ServiceAccount>(&accounts, json!({ "metadata": { "name": SERVICE_ACCOUNT } })).await;
+        create::<ServiceAccount>(&accounts, json!({ "metadata": { "name": SERVICE_ACCOUNT } })).await;
         Self { name, admin, server, folder: tempfile::tempdir().unwrap() }
     }
 
@@ -210,7 +210,7 @@ impl Place {
                 "containers": [{ "name": "main", "image": "reg.test/app:1" }],
             },
         });
-        let made = make::<Pod>(&self.pods(), pod).await;
+        let made = create::<Pod>(&self.pods(), pod).await;
         PodRef { k8s_namespace: self.name.clone(), name: name.to_owned(), uid: made.metadata.uid.unwrap() }
     }
 
@@ -243,7 +243,7 @@ async fn client(kubeconfig: &str) -> Client {
 }
 
 /// Creates an object from its JSON.
-pub(crate) async fn make<K>(api: &Api<K>, object: Value) -> K
+pub(crate) async fn create<K>(api: &Api<K>, object: Value) -> K
 where
     K: Clone + std::fmt::Debug + serde::Serialize + serde::de::DeserializeOwned,
 {

@@ -4,5 +4,5 @@
 
 pub(crate) mod agent;
 pub(crate) mod apiserver;
-pub(crate) mod rights;
-pub(crate) mod wires;
+pub(crate) mod network;
+pub(crate) mod rbac;

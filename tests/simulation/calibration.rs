@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use super::content::{mean, received};
+use super::content::{mean, received_since};
 use super::mesh::{Mesh, shares};
-use super::size::seed;
+use super::setup::seed;
 
 const AGENTS: usize = 30;
 const PUBLISHERS: usize = 10;
@@ -18,9 +18,9 @@ pub(super) fn bytes_per_message() -> f64 {
     let mut mesh = Mesh::converged(AGENTS, 30, 2, seed() + 30);
     let (before, watched) = (mesh.traffic(), APART * (ROUNDS as u32 + 1));
     mesh.run_for(watched);
-    let idle = mean(&received(&mesh, &before));
+    let idle = mean(&received_since(&mesh, &before));
 
-    let heard = |mesh: &Mesh| mesh.nodes.iter().map(|node| node.heard).sum::<u64>();
+    let heard = |mesh: &Mesh| mesh.nodes.iter().map(|node| node.messages_received).sum::<u64>();
     let (before, heard_before) = (mesh.traffic(), heard(&mesh));
     for round in 0..ROUNDS {
         for publisher in 0..PUBLISHERS {
@@ -32,7 +32,7 @@ pub(super) fn bytes_per_message() -> f64 {
         mesh.run_for(APART - Duration::from_millis(10) * PUBLISHERS as u32);
     }
     mesh.run_for(APART);
-    let traffic = received(&mesh, &before);
+    let traffic = received_since(&mesh, &before);
     let messages = (heard(&mesh) - heard_before) as f64 / AGENTS as f64;
     let bytes = mean(&traffic).saturating_sub(idle) as f64 / messages;
     let context =
@@ -42,7 +42,7 @@ pub(super) fn bytes_per_message() -> f64 {
 }
 
 #[test]
-fn a_message_costs_what_its_copies_weigh() {
+fn a_message_costs_the_bytes_of_its_copies() {
     // A head and one blob are 270 bytes, 400 with all headers. Each agent has four to a dozen connections, a message comes over each of them
     // once at most, and its name, in seven heartbeats, over some.
     let bytes = bytes_per_message();

@@ -6,33 +6,33 @@ use rand::Rng;
 use rand::seq::IndexedRandom;
 
 use super::mesh::{ItemNumber, Mesh, NodeNumber, Traffic, shares};
-use super::size::{figure, kbit_s, mib, small};
+use super::setup::{figure, kbit_s, mib, small};
 
 /// Far longer than it may take; whether it was soon enough is a figure.
-pub(super) const PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const WAIT_DEADLINE: Duration = Duration::from_secs(120);
 
 #[test]
-fn an_image_that_one_node_gets_is_known_to_all() {
+fn an_image_of_one_node_reaches_every_inventory() {
     an_image_on_one_node(&mut small(1));
 }
 
 #[test]
-fn an_image_that_all_nodes_get_is_known_to_all() {
+fn an_image_of_all_nodes_reaches_every_inventory() {
     an_image_on_every_node(&mut small(2));
 }
 
 #[test]
-fn what_comes_and_goes_in_a_quiet_cluster_is_known_to_all() {
+fn changes_in_a_quiet_cluster_reach_every_inventory() {
     a_quiet_time(&mut small(3), Duration::from_secs(60));
 }
 
 /// Asserts that all inventories settle on what is so, and says how long that took.
-pub(super) fn settled(mesh: &mut Mesh, what: &str) -> Duration {
+pub(super) fn wait_converged(mesh: &mut Mesh, what: &str) -> Duration {
     let observers = mesh.running();
-    let time = mesh.settle(PATIENCE, &observers);
+    let time = mesh.wait_converged(WAIT_DEADLINE, &observers);
     let time = time.unwrap_or_else(|| panic!("{what}: {}", mesh.first_difference()));
     let observers = sample(mesh);
-    mesh.assert_true(&observers);
+    mesh.assert_inventories_exact(&observers);
     time
 }
 
@@ -43,7 +43,7 @@ fn sample(mesh: &mut Mesh) -> Vec<NodeNumber> {
 }
 
 /// What has been received since then.
-pub(super) fn received(mesh: &Mesh, before: &[Traffic]) -> Vec<Traffic> {
+pub(super) fn received_since(mesh: &Mesh, before: &[Traffic]) -> Vec<Traffic> {
     mesh.traffic().iter().zip(before).map(|(now, before)| now.since(before)).collect()
 }
 
@@ -56,7 +56,7 @@ pub(super) fn an_image_on_one_node(mesh: &mut Mesh) -> Duration {
     let parts = mesh.catalogue.parts(image).to_vec();
     let node = mesh.rng.random_range(0..mesh.nodes.len());
     mesh.change(node, &parts, &[]);
-    let time = settled(mesh, "an image on one node");
+    let time = wait_converged(mesh, "an image on one node");
     println!("  an image that one node gets: {:.2} s", time.as_secs_f64());
     time
 }
@@ -67,8 +67,8 @@ const ROLLOUT: Duration = Duration::from_secs(30);
 pub(super) fn an_image_on_every_node(mesh: &mut Mesh) -> Duration {
     let image = mesh.catalogue.new_image();
     let parts = mesh.catalogue.parts(image).to_vec();
-    let (before, told, began) = (mesh.traffic(), mesh.told, mesh.now);
-    let heard = mesh.nodes.iter().map(|node| node.heard).sum::<u64>();
+    let (before, told, began) = (mesh.traffic(), mesh.published_by_kind, mesh.now);
+    let heard = mesh.nodes.iter().map(|node| node.messages_received).sum::<u64>();
     let mut moments: Vec<_> = (0..mesh.nodes.len()).map(|node| (mesh.rng.random_range(0.0..1.0), node)).collect();
     moments.sort_by(|one, other| f64::total_cmp(&one.0, &other.0));
     for (moment, node) in moments {
@@ -76,14 +76,14 @@ pub(super) fn an_image_on_every_node(mesh: &mut Mesh) -> Duration {
         mesh.run_for(Duration::from_micros(at.saturating_sub(mesh.now)));
         mesh.change(node, &parts, &[]);
     }
-    let time = settled(mesh, "an image on every node");
-    let received = received(mesh, &before);
+    let time = wait_converged(mesh, "an image on every node");
+    let received = received_since(mesh, &before);
     let took = Duration::from_micros(mesh.now - began);
-    let heard = mesh.nodes.iter().map(|node| node.heard).sum::<u64>() - heard;
+    let heard = mesh.nodes.iter().map(|node| node.messages_received).sum::<u64>() - heard;
     let context = format!(
         "received by a node on average while all get one image within 30 s, and until all know; {}; {} entries, {heard} heard",
         shares(&received),
-        mesh.told[0] - told[0],
+        mesh.published_by_kind[0] - told[0],
     );
     figure(mesh, "mesh_burst_kbit_s_1000", kbit_s(mean(&received), took), &context);
     println!("  an image that all nodes get: {:.2} s after the last", time.as_secs_f64());
@@ -91,7 +91,7 @@ pub(super) fn an_image_on_every_node(mesh: &mut Mesh) -> Duration {
 }
 
 /// A node changes ten items so often: a hundred an hour.
-const EVERY: Duration = Duration::from_secs(360);
+const CHANGE_INTERVAL: Duration = Duration::from_secs(360);
 
 pub(super) fn a_quiet_time(mesh: &mut Mesh, time: Duration) {
     let pool: Vec<ItemNumber> = (0..40)
@@ -101,16 +101,16 @@ pub(super) fn a_quiet_time(mesh: &mut Mesh, time: Duration) {
             mesh.catalogue.parts(image)[1..10].to_vec()
         })
         .collect();
-    let (before, told, began) = (mesh.traffic(), mesh.told, mesh.now);
-    let changes = (mesh.nodes.len() as f64 * time.as_secs_f64() / EVERY.as_secs_f64()) as u32;
+    let (before, told, began) = (mesh.traffic(), mesh.published_by_kind, mesh.now);
+    let changes = (mesh.nodes.len() as f64 * time.as_secs_f64() / CHANGE_INTERVAL.as_secs_f64()) as u32;
     for _ in 0..changes {
         mesh.run_for(time / changes);
         let node = mesh.rng.random_range(0..mesh.nodes.len());
         let ten: Vec<_> = pool.choose_multiple(&mut mesh.rng, 10).copied().collect();
-        let (gone, come): (Vec<_>, Vec<_>) = ten.into_iter().partition(|item| mesh.nodes[node].held.contains(item));
+        let (gone, come): (Vec<_>, Vec<_>) = ten.into_iter().partition(|item| mesh.nodes[node].items.contains(item));
         mesh.change(node, &come, &gone);
     }
-    let received = received(mesh, &before);
+    let received = received_since(mesh, &before);
     let took = Duration::from_micros(mesh.now - began);
     let rates: Vec<_> = received.iter().map(|traffic| kbit_s(traffic.total(), took)).collect();
     let worst = rates.iter().copied().fold(0.0, f64::max);
@@ -120,16 +120,16 @@ pub(super) fn a_quiet_time(mesh: &mut Mesh, time: Duration) {
         "received by a node on average, worst {worst:.1}; {:.1} neighbours; {}; told {:?}",
         neighbours.sum::<usize>() as f64 / mesh.nodes.len() as f64,
         shares(&received),
-        std::array::from_fn::<_, 5, _>(|kind| mesh.told[kind] - told[kind]),
+        std::array::from_fn::<_, 5, _>(|kind| mesh.published_by_kind[kind] - told[kind]),
     );
     figure(mesh, "mesh_idle_kbit_s_1000", average, &context);
-    settled(mesh, "a quiet time");
+    wait_converged(mesh, "a quiet time");
 }
 
-pub(super) fn a_table_is_small(mesh: &Mesh) {
+pub(super) fn an_inventory_is_small(mesh: &Mesh) {
     let Some(agent) = &mesh.nodes[0].agent else { panic!("node 0 runs") };
-    let bytes = agent.table.bytes();
-    let items: usize = mesh.nodes.iter().map(|node| node.held.len()).sum();
-    let context = format!("{} items of {} nodes, {} different ones", items, mesh.nodes.len(), agent.table.items());
+    let bytes = agent.inventory.bytes();
+    let items: usize = mesh.nodes.iter().map(|node| node.items.len()).sum();
+    let context = format!("{} items of {} nodes, {} different ones", items, mesh.nodes.len(), agent.inventory.items());
     figure(mesh, "inventory_mib_1000", mib(bytes), &context);
 }

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use rand::Rng;
 
-use super::content::settled;
+use super::content::wait_converged;
 use super::mesh::Mesh;
-use super::size::seed;
+use super::setup::seed;
 
 /// Up to a dozen all are neighbours of all; of thirty, few are.
 const SIZES: [usize; 4] = [12, 12, 12, 30];
@@ -15,7 +15,7 @@ const SIZES: [usize; 4] = [12, 12, 12, 30];
 const RUNS: u64 = if cfg!(debug_assertions) { 4 } else { 20 };
 
 #[test]
-fn whatever_happens_all_agree_in_the_end_and_nobody_believes_what_was_never_said() {
+fn inventories_converge_after_random_events_and_hold_nothing_unannounced() {
     let seed = seed();
     for run in 0..RUNS {
         let seed = seed + 1000 + run;
@@ -25,16 +25,16 @@ fn whatever_happens_all_agree_in_the_end_and_nobody_believes_what_was_never_said
         // The headless Service names everybody.
         mesh.nodes.iter_mut().for_each(|node| node.seeds = (0..nodes).collect());
         for _ in 0..60 {
-            something_happens(&mut mesh);
+            random_event(&mut mesh);
             mesh.assert_nothing_invented();
         }
-        mesh.nodes.iter_mut().for_each(|node| (node.side, node.silent) = (0, false));
+        mesh.nodes.iter_mut().for_each(|node| (node.partition, node.is_link_down) = (0, false));
         mesh.resend();
-        settled(&mut mesh, "in the end");
+        wait_converged(&mut mesh, "in the end");
     }
 }
 
-fn something_happens(mesh: &mut Mesh) {
+fn random_event(mesh: &mut Mesh) {
     let nodes = mesh.nodes.len();
     let node = mesh.rng.random_range(0..nodes);
     let seconds = mesh.rng.random_range(0.0..4.0);
@@ -42,23 +42,23 @@ fn something_happens(mesh: &mut Mesh) {
         0 => mesh.kill(node),
         1 if mesh.nodes[node].agent.is_some() => mesh.leave(node),
         2..=4 if mesh.nodes[node].agent.is_none() => mesh.start(node, &Vec::from_iter(0..nodes)),
-        5 => mesh.nodes[node].silent = !mesh.nodes[node].silent,
-        6 => mesh.nodes[node].side ^= 1,
-        7 => mesh.nodes[node].awake_at = mesh.now + (seconds * 1e6) as u64,
+        5 => mesh.nodes[node].is_link_down = !mesh.nodes[node].is_link_down,
+        6 => mesh.nodes[node].partition ^= 1,
+        7 => mesh.nodes[node].starved_until = mesh.now + (seconds * 1e6) as u64,
         8 => {
-            mesh.nodes.iter_mut().for_each(|node| (node.side, node.silent) = (0, false));
+            mesh.nodes.iter_mut().for_each(|node| (node.partition, node.is_link_down) = (0, false));
             mesh.resend();
         }
-        _ => changes(mesh, node),
+        _ => add_or_remove_image(mesh, node),
     }
     mesh.run_for(Duration::from_secs_f64(seconds));
 }
 
 /// A whole image comes or goes.
-fn changes(mesh: &mut Mesh, node: usize) {
+fn add_or_remove_image(mesh: &mut Mesh, node: usize) {
     let image = mesh.rng.random_range(0..20);
     let parts = mesh.catalogue.parts(image).to_vec();
-    let gone = parts.iter().all(|part| mesh.nodes[node].held.contains(part));
+    let gone = parts.iter().all(|part| mesh.nodes[node].items.contains(part));
     // Bases are shared with other images, and stay.
     let own: Vec<_> =
         parts.iter().enumerate().filter(|(place, _)| !(10..12).contains(place)).map(|(_, part)| *part).collect();

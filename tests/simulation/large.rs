@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::mesh::Mesh;
-use super::size::{figure, seed};
-use super::{content, liars, liveness, partition, starting};
+use super::setup::{figure, seed};
+use super::{content, joining, liveness, lying_members, partition};
 
 /// Different images; with 12 blobs each, ten of its own, there are 20 000 different ones.
 const IMAGES: usize = 2000;
@@ -13,13 +13,13 @@ const IMAGES_EACH: usize = 300;
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes in a release build")]
-fn a_thousand_nodes() {
+fn a_thousand_nodes_converge_after_every_kind_of_event() {
     let nodes = std::env::var("LIGHTERMAN_SIM_NODES").map_or(1000, |text| text.parse().expect("a number of nodes"));
     let began = std::time::Instant::now();
     let done = |what: &str| println!("  [{:.0} s: {what}]", began.elapsed().as_secs_f64());
     let mut mesh = Mesh::converged(nodes, IMAGES, IMAGES_EACH, seed());
     done("converged");
-    content::a_table_is_small(&mesh);
+    content::an_inventory_is_small(&mesh);
     content::a_quiet_time(&mut mesh, Duration::from_secs(120));
     done("quiet");
     let one = content::an_image_on_one_node(&mut mesh);
@@ -27,26 +27,26 @@ fn a_thousand_nodes() {
     done("burst");
     let context = "from the last change to the last inventory; one node gets an image, or all within 30 s, the worse";
     figure(&mesh, "mesh_converge_s_1000", one.max(all).as_secs_f64(), context);
-    liveness::one_is_killed(&mut mesh);
+    liveness::a_node_is_killed(&mut mesh);
     done("kills");
-    liveness::many_are_killed(&mut mesh);
+    liveness::many_nodes_are_killed(&mut mesh);
     done("many killed");
     liveness::a_link_goes_down(&mut mesh);
     done("links");
-    liveness::one_is_starved(&mut mesh);
+    liveness::a_node_is_starved(&mut mesh);
     done("starved");
-    starting::a_newcomer(&mut mesh);
+    joining::a_new_node(&mut mesh);
     done("newcomer");
     partition::two_halves(&mut mesh);
     done("partition");
     liveness::a_rolling_restart(&mut mesh);
     done("restarts");
-    liars::false_suspicions(&mut mesh);
-    liars::a_forger(&mut mesh);
+    lying_members::false_suspicions(&mut mesh);
+    lying_members::a_forger(&mut mesh);
     done("liars");
     drop(mesh);
     // Of what nodes hold, little: everybody asking for the snapshots of everybody takes a machine an hour to simulate.
     let mut mesh = Mesh::new(nodes, IMAGES, 10, seed());
-    starting::all_at_once(&mut mesh);
+    joining::nodes_start_at_once(&mut mesh);
     done("started");
 }

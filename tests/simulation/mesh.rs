@@ -4,37 +4,39 @@
 //! Not modelled: processor time (but for a node that is starved on purpose), bandwidth (but for the time that large replies take), and
 //! noise, TLS and tokens (but for their bytes).
 
-mod bytes;
 mod catalogue;
+mod connection_attempts;
+mod connections;
 mod converged;
-mod links;
-mod meeting;
+mod credentials;
+mod expectations;
+mod gossipsub;
+mod message_sizes;
 mod node;
-mod notary;
-mod router;
-mod truth;
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use lighterman::decide::gossip::{AskId, LinkId, Output, PROBE, Protocol, TICK, Verdict};
+use lighterman::decide::gossip::{
+    GossipVerdict, MeshConnectionId, Output, PING_INTERVAL, Protocol, SyncRequestId, TICK,
+};
 use lighterman::decide::inventory::Inventory;
-use lighterman::model::{Gossip, PeerId, Question, Reply};
+use lighterman::model::{Gossip, PeerId, SyncReply, SyncRequest};
 use lighterman::oci::Digest;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use super::agenda::Agenda;
+use super::event_queue::EventQueue;
 use catalogue::Catalogue;
 pub(crate) use catalogue::ItemNumber;
-use links::Link;
-use node::Node;
+use connections::Connection;
+use credentials::SimulatedKey;
+pub(crate) use credentials::credential;
+pub(crate) use expectations::shares;
+use gossipsub::MessageNumber;
+pub(crate) use gossipsub::NodeNumber;
+use node::SimulatedNode;
 pub(crate) use node::Traffic;
-use notary::Key;
-pub(crate) use notary::credential;
-use router::MessageNumber;
-pub(crate) use router::NodeNumber;
-pub(crate) use truth::shares;
 
 /// Since the simulation's start, in microseconds.
 pub(crate) type Micros = u64;
@@ -48,7 +50,7 @@ pub(crate) fn micros(duration: Duration) -> Micros {
 const HEARTBEAT: Micros = 1_000_000;
 
 /// A ServiceAccount token is renewed when four fifths of its hour are over, as kubelet renews its own.
-const RENEWAL: Micros = 48 * 60 * 1_000_000;
+const TOKEN_RENEWAL: Micros = 48 * 60 * 1_000_000;
 
 /// What goes over a connection.
 #[derive(Debug, Clone)]
@@ -56,11 +58,11 @@ pub(crate) enum Frame {
     /// gossipsub: a message.
     Message(MessageNumber),
     /// gossipsub: IHAVE.
-    Have(Rc<[MessageNumber]>),
+    IHave(Rc<[MessageNumber]>),
     /// gossipsub: IWANT.
-    Want(Rc<[MessageNumber]>),
+    IWant(Rc<[MessageNumber]>),
     /// gossipsub: IDONTWANT.
-    Unwanted(MessageNumber),
+    IDontWant(MessageNumber),
     /// gossipsub: the topic is subscribed.
     Subscribe,
     /// gossipsub: GRAFT.
@@ -72,9 +74,9 @@ pub(crate) enum Frame {
     /// Its answer.
     Pong,
     /// A question, on a stream of its own.
-    Ask(AskId, Rc<Question>),
+    Request(SyncRequestId, Rc<SyncRequest>),
     /// Its answer.
-    Answer(AskId, Rc<Reply>),
+    Response(SyncRequestId, Rc<SyncReply>),
     /// The connection's end: FIN or RST.
     Closed,
 }
@@ -84,35 +86,35 @@ pub(crate) enum Frame {
 enum Event {
     Tick(NodeNumber, u32),
     Heartbeat(NodeNumber, u32),
-    Renew(NodeNumber, u32),
-    Ping(LinkId, usize),
-    Arrive(LinkId, usize, Frame),
-    TimedOut(NodeNumber, u32, AskId),
-    Meeting(meeting::Meeting),
+    RenewToken(NodeNumber, u32),
+    Ping(MeshConnectionId, usize),
+    Arrive(MeshConnectionId, usize, Frame),
+    TimedOut(NodeNumber, u32, SyncRequestId),
+    Connection(connection_attempts::ConnectionAttempt),
     Join(NodeNumber, u32),
 }
 
 /// A message of gossipsub, and what it weighs.
-struct Published {
+struct PublishedMessage {
     gossip: Gossip,
     bytes: usize,
 }
 
 /// A member's inventory lost another, or somebody was blamed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Judgement {
+pub(crate) struct Observation {
     pub(crate) at: Micros,
-    pub(crate) by: NodeNumber,
-    pub(crate) of: NodeNumber,
-    pub(crate) verdict: Judged,
+    pub(crate) observer: NodeNumber,
+    pub(crate) subject: NodeNumber,
+    pub(crate) change: ObservedChange,
 }
 
 /// What was said of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Judged {
+pub(crate) enum ObservedChange {
     Up,
     Down(&'static str),
-    Blamed(&'static str, bool),
+    Faulted(&'static str, bool),
     /// A message passed on by it was refused.
     Rejected(&'static str),
 }
@@ -122,16 +124,16 @@ pub(crate) struct Mesh {
     pub(crate) now: Micros,
     began: Instant,
     pub(crate) rng: SmallRng,
-    agenda: Agenda<Event>,
-    pub(crate) nodes: Vec<Node>,
+    events: EventQueue<Event>,
+    pub(crate) nodes: Vec<SimulatedNode>,
     numbers: std::collections::HashMap<PeerId, NodeNumber>,
-    links: Vec<Link>,
-    published: Vec<Published>,
+    connections: Vec<Connection>,
+    published: Vec<PublishedMessage>,
     names: std::collections::HashMap<Digest, MessageNumber>,
     pub(crate) catalogue: Catalogue,
-    pub(crate) judgements: Vec<Judgement>,
+    pub(crate) observations: Vec<Observation>,
     /// How many messages of each kind were published.
-    pub(crate) told: [usize; 5],
+    pub(crate) published_by_kind: [usize; 5],
 }
 
 impl Mesh {
@@ -139,21 +141,22 @@ impl Mesh {
     pub(crate) fn new(nodes: usize, images: usize, images_each: usize, seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
         let catalogue = Catalogue::new(images, &mut rng);
-        let nodes: Vec<_> = (0..nodes).map(|number| Node::new(number, catalogue.pick(images_each, &mut rng))).collect();
+        let nodes: Vec<_> =
+            (0..nodes).map(|number| SimulatedNode::new(number, catalogue.pick(images_each, &mut rng))).collect();
         let numbers = nodes.iter().enumerate().map(|(number, node)| (node.peer.id, number)).collect();
         Self {
             now: 0,
             began: Instant::now(),
             rng,
-            agenda: Agenda::new(),
+            events: EventQueue::new(),
             nodes,
             numbers,
-            links: Vec::new(),
+            connections: Vec::new(),
             published: Vec::new(),
             names: std::collections::HashMap::new(),
             catalogue,
-            judgements: Vec::new(),
-            told: [0; 5],
+            observations: Vec::new(),
+            published_by_kind: [0; 5],
         }
     }
 
@@ -161,7 +164,7 @@ impl Mesh {
     pub(crate) fn add_node(&mut self, images: usize) -> NodeNumber {
         let number = self.nodes.len();
         let held = self.catalogue.pick(images, &mut self.rng);
-        self.nodes.push(Node::new(number, held));
+        self.nodes.push(SimulatedNode::new(number, held));
         self.numbers.insert(self.nodes[number].peer.id, number);
         number
     }
@@ -179,24 +182,24 @@ impl Mesh {
     /// Lets time pass.
     pub(crate) fn run_for(&mut self, time: Duration) {
         let end = self.now + micros(time);
-        while let Some((at, event)) = self.agenda.next(end) {
+        while let Some((at, event)) = self.events.next(end) {
             self.now = at;
-            self.happen(event);
+            self.handle_event(event);
         }
         self.now = end;
     }
 
-    /// Lets time pass until it is so, for at most `patience`; how long that took, or `None` when it did not come.
+    /// Lets time pass until it is so, for at most `deadline`; how long that took, or `None` when it did not come.
     ///
     /// It is looked at 20 times a second, so the answer is that much too large at most.
     pub(crate) fn run_until(
         &mut self,
-        patience: Duration,
+        deadline: Duration,
         mut is_so: impl FnMut(&mut Self) -> bool,
     ) -> Option<Duration> {
         let began = self.now;
         while !is_so(self) {
-            if self.now - began > micros(patience) {
+            if self.now - began > micros(deadline) {
                 return None;
             }
             self.run_for(Duration::from_millis(50));
@@ -205,7 +208,7 @@ impl Mesh {
     }
 
     fn schedule(&mut self, at: Micros, event: Event) {
-        self.agenda.note(at, event);
+        self.events.schedule(at, event);
     }
 
     fn jitter(&mut self, most: Micros) -> Micros {
@@ -213,38 +216,38 @@ impl Mesh {
     }
 
     /// Whether this process still runs; a starved one gets the event later.
-    fn is_due(&mut self, node: NodeNumber, life: u32) -> Option<bool> {
+    fn may_run(&mut self, node: NodeNumber, life: u32) -> Option<bool> {
         let node = &self.nodes[node];
-        (node.life == life && node.agent.is_some()).then_some(node.awake_at <= self.now)
+        (node.generation == life && node.agent.is_some()).then_some(node.starved_until <= self.now)
     }
 
-    fn happen(&mut self, event: Event) {
+    fn handle_event(&mut self, event: Event) {
         let (node, life) = match &event {
-            Event::Tick(node, life) | Event::Heartbeat(node, life) | Event::Renew(node, life) => (*node, *life),
+            Event::Tick(node, life) | Event::Heartbeat(node, life) | Event::RenewToken(node, life) => (*node, *life),
             Event::TimedOut(node, life, _) | Event::Join(node, life) => (*node, *life),
-            Event::Ping(link, side) => self.links[*link as usize].end(*side),
+            Event::Ping(link, side) => self.connections[*link as usize].end(*side),
             Event::Arrive(link, side, frame) => {
                 if self.is_lost(*link, *side, frame) {
                     return;
                 }
-                self.links[*link as usize].end(*side)
+                self.connections[*link as usize].end(*side)
             }
-            Event::Meeting(meeting) => meeting.at(),
+            Event::Connection(meeting) => meeting.at(),
         };
-        match self.is_due(node, life) {
-            Some(true) => self.act(node, life, event),
+        match self.may_run(node, life) {
+            Some(true) => self.run_event(node, life, event),
             Some(false) => {
-                let later = self.nodes[node].awake_at;
+                let later = self.nodes[node].starved_until;
                 self.schedule(later, event);
             }
-            None => self.nobody(event),
+            None => self.handle_undeliverable(event),
         }
     }
 
-    fn act(&mut self, node: NodeNumber, life: u32, event: Event) {
+    fn run_event(&mut self, node: NodeNumber, life: u32, event: Event) {
         match event {
             Event::Tick(..) => {
-                self.tell(node, |protocol, table, now| protocol.tick(table, now));
+                self.with_protocol(node, |protocol, table, now| protocol.tick(table, now));
                 self.schedule(self.now + micros(TICK), Event::Tick(node, life));
             }
             Event::Heartbeat(..) => {
@@ -253,55 +256,55 @@ impl Mesh {
                 self.send_all(node, sending.unwrap_or_default());
                 self.schedule(self.now + HEARTBEAT, Event::Heartbeat(node, life));
             }
-            Event::Renew(..) => {
+            Event::RenewToken(..) => {
                 self.introduce(node);
-                self.schedule(self.now + RENEWAL, Event::Renew(node, life));
+                self.schedule(self.now + TOKEN_RENEWAL, Event::RenewToken(node, life));
             }
             Event::Ping(link, side) => self.send(link, side, Frame::Ping),
-            Event::Arrive(link, side, frame) => self.arrive(link, side, node, frame),
-            Event::TimedOut(_, _, ask) => self.give_up(node, ask),
-            Event::Meeting(meeting) => self.meet(meeting),
+            Event::Arrive(link, side, frame) => self.receive_frame(link, side, node, frame),
+            Event::TimedOut(_, _, ask) => self.time_out(node, ask),
+            Event::Connection(meeting) => self.advance(meeting),
             Event::Join(..) => self.join(node, life),
         }
     }
 
     /// Reports something to a node's protocol, and does what it wants done.
-    pub(crate) fn tell<R>(
+    pub(crate) fn with_protocol<R>(
         &mut self,
         node: NodeNumber,
-        report: impl FnOnce(&mut Protocol<Key>, &mut Inventory, Instant) -> R,
+        report: impl FnOnce(&mut Protocol<SimulatedKey>, &mut Inventory, Instant) -> R,
     ) -> Option<R> {
         let now = self.instant();
         let agent = self.nodes[node].agent.as_mut()?;
-        let result = report(&mut agent.protocol, &mut agent.table, now);
-        self.follow(node);
+        let result = report(&mut agent.protocol, &mut agent.inventory, now);
+        self.perform_outputs(node);
         Some(result)
     }
 
     /// Does what a node's protocol wants done.
-    fn follow(&mut self, node: NodeNumber) {
+    fn perform_outputs(&mut self, node: NodeNumber) {
         while let Some(output) = self.nodes[node].agent.as_mut().and_then(|agent| agent.protocol.next()) {
             match output {
                 Output::Publish(gossip) => self.publish(node, gossip),
-                Output::Ask(ask, peer, question) => self.ask(node, ask, peer, question),
-                Output::Greet(peer) => self.greet(node, peer.id, false),
+                Output::Request(ask, peer, question) => self.send_request(node, ask, peer, question),
+                Output::Handshake(peer) => self.connect_quic(node, peer.id, false),
                 Output::Dial(peer) => self.dial(node, peer.id),
                 Output::Close(link, _) => self.close(link, node),
                 Output::Allow(peer) => self.allow(node, peer, true),
                 Output::Deny(peer) => self.allow(node, peer, false),
-                Output::Up(peer) => self.judge(node, peer.id, Judged::Up),
-                Output::Down(peer, why) => self.judge(node, peer, Judged::Down(why)),
+                Output::Up(peer) => self.observe(node, peer.id, ObservedChange::Up),
+                Output::Down(peer, why) => self.observe(node, peer, ObservedChange::Down(why)),
                 Output::SharedKey(_) => {}
-                Output::Blame { peer, fault, banned } => {
-                    self.judge(node, peer, Judged::Blamed(fault, banned.is_some()));
+                Output::Fault { peer, fault, banned } => {
+                    self.observe(node, peer, ObservedChange::Faulted(fault, banned.is_some()));
                 }
             }
         }
     }
 
-    fn judge(&mut self, by: NodeNumber, peer: PeerId, verdict: Judged) {
+    fn observe(&mut self, by: NodeNumber, peer: PeerId, verdict: ObservedChange) {
         if let Some(of) = self.number(peer) {
-            self.judgements.push(Judgement { at: self.now, by, of, verdict });
+            self.observations.push(Observation { at: self.now, observer: by, subject: of, change: verdict });
         }
     }
 
@@ -312,15 +315,15 @@ impl Mesh {
             Gossip::Introduction(_) => 1,
             Gossip::Suspicion(_) => 2,
             Gossip::Refutation(_) => 3,
-            Gossip::Farewell(_) => 4,
+            Gossip::Leave(_) => 4,
         };
-        self.told[kind] += 1;
+        self.published_by_kind[kind] += 1;
         let next = MessageNumber::try_from(self.published.len()).expect("fewer messages than 2^32");
         // Messages of the same content have the same name.
-        let number = *self.names.entry(bytes::name_of(&gossip)).or_insert(next);
+        let number = *self.names.entry(message_sizes::message_id(&gossip)).or_insert(next);
         if number == next {
-            let bytes = bytes::of_gossip(&gossip);
-            self.published.push(Published { gossip, bytes });
+            let bytes = message_sizes::of_gossip(&gossip);
+            self.published.push(PublishedMessage { gossip, bytes });
         }
         let Some(agent) = &mut self.nodes[node].agent else { return };
         let sending = agent.router.publish(number, &mut self.rng);
@@ -328,34 +331,40 @@ impl Mesh {
     }
 
     /// A gossipsub message came.
-    fn hear(&mut self, node: NodeNumber, from: NodeNumber, message: MessageNumber) {
+    fn receive_gossip(&mut self, node: NodeNumber, from: NodeNumber, message: MessageNumber) {
         let published = &self.published[message as usize];
-        let large = bytes::message(published.bytes) > router::LARGE;
+        let large = message_sizes::message(published.bytes) > gossipsub::IDONTWANT_THRESHOLD;
         let Some(agent) = &mut self.nodes[node].agent else { return };
-        let Some(declining) = agent.router.received(message, from, large) else { return };
+        let Some(declining) = agent.router.handle_message(message, from, large) else { return };
         self.send_all(node, declining);
         let gossip = self.published[message as usize].gossip.clone();
-        if matches!(gossip, Gossip::Farewell(_)) && !self.nodes[node].knows_farewells {
+        if matches!(gossip, Gossip::Leave(_)) && !self.nodes[node].supports_leave {
             return;
         }
         let sender = self.nodes[from].peer.id;
-        self.nodes[node].heard += 1;
-        let verdict = self.tell(node, |protocol, table, now| protocol.gossip(sender, gossip, table, now));
+        self.nodes[node].messages_received += 1;
+        let verdict =
+            self.with_protocol(node, |protocol, table, now| protocol.receive_gossip(sender, gossip, table, now));
         match verdict {
-            Some(Verdict::Accept) => {
+            Some(GossipVerdict::Accept) => {
                 let Some(agent) = &mut self.nodes[node].agent else { return };
-                let sending = agent.router.accepted(message, from);
+                let sending = agent.router.forward(message, from);
                 self.send_all(node, sending);
             }
-            Some(Verdict::Reject(why)) => {
-                self.judgements.push(Judgement { at: self.now, by: node, of: from, verdict: Judged::Rejected(why) });
+            Some(GossipVerdict::Reject(why)) => {
+                self.observations.push(Observation {
+                    at: self.now,
+                    observer: node,
+                    subject: from,
+                    change: ObservedChange::Rejected(why),
+                });
             }
-            Some(Verdict::Ignore(_)) | None => {}
+            Some(GossipVerdict::Ignore(_)) | None => {}
         }
     }
 
     /// After this a connection is asked again whether it lives.
-    fn probe_again(&mut self, link: LinkId, side: usize) {
-        self.schedule(self.now + micros(PROBE), Event::Ping(link, side));
+    fn schedule_probe(&mut self, link: MeshConnectionId, side: usize) {
+        self.schedule(self.now + micros(PING_INTERVAL), Event::Ping(link, side));
     }
 }

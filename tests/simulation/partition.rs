@@ -4,19 +4,19 @@ use std::time::Duration;
 
 use rand::Rng;
 
-use super::content::{mean, received, settled};
+use super::content::{mean, received_since, wait_converged};
 use super::mesh::{Mesh, shares};
-use super::size::{figure, mib, small};
+use super::setup::{figure, mib, small};
 
 #[test]
-fn two_halves_agree_again_after_they_were_apart() {
+fn two_halves_converge_after_a_partition() {
     two_halves(&mut small(4));
 }
 
 pub(super) fn two_halves(mesh: &mut Mesh) {
     let nodes = mesh.nodes.len();
     for node in 0..nodes {
-        mesh.nodes[node].side = u8::from(mesh.rng.random::<bool>());
+        mesh.nodes[node].partition = u8::from(mesh.rng.random::<bool>());
     }
     mesh.run_for(Duration::from_secs(20));
     for _ in 0..nodes.div_ceil(20) {
@@ -29,25 +29,25 @@ pub(super) fn two_halves(mesh: &mut Mesh) {
     let mut lingering = 0;
     for observer in 0..nodes {
         for other in (0..nodes).filter(|other| *other != observer) {
-            if mesh.nodes[observer].side == mesh.nodes[other].side {
-                assert!(mesh.holds_for_alive(observer, other), "node {observer} of node {other}");
+            if mesh.nodes[observer].partition == mesh.nodes[other].partition {
+                assert!(mesh.considers_alive(observer, other), "node {observer} of node {other}");
             } else {
-                lingering += usize::from(mesh.holds_for_alive(observer, other));
+                lingering += usize::from(mesh.considers_alive(observer, other));
             }
         }
     }
     // Whom nobody on the other side was connected to is not missed there before somebody dials it.
     assert!(lingering * 20 < nodes * nodes, "{lingering} of the other side are still believed in");
-    mesh.nodes.iter_mut().for_each(|node| node.side = 0);
-    let (before, told) = (mesh.traffic(), mesh.told);
+    mesh.nodes.iter_mut().for_each(|node| node.partition = 0);
+    let (before, told) = (mesh.traffic(), mesh.published_by_kind);
     mesh.resend();
-    let time = settled(mesh, "two halves");
-    let received = received(mesh, &before);
+    let time = wait_converged(mesh, "two halves");
+    let received = received_since(mesh, &before);
     let context = format!(
         "after 60 s apart ({lingering} wrongly believed in), until all agree; {:.1} MiB received by a node on average: {}; told {:?}",
         mib(mean(&received) as usize),
         shares(&received),
-        std::array::from_fn::<_, 5, _>(|kind| mesh.told[kind] - told[kind]),
+        std::array::from_fn::<_, 5, _>(|kind| mesh.published_by_kind[kind] - told[kind]),
     );
     figure(mesh, "mesh_heal_s_1000", time.as_secs_f64(), &context);
 }

@@ -6,34 +6,34 @@
 //! once, know the holder, and hear of each other as fetching after 0.5 to 1.5 s. News are gathered for 50 ms. Disks, hashing, losses and
 //! links that differ are left out: it ranks rules, and does not foretell times.
 
-mod acting;
-mod lease;
+mod events;
+mod lease_server;
 mod network;
 mod node;
-mod world;
+mod simulation;
 
-use super::size::seed;
-use node::Kind;
-use world::{Setting, World};
+use super::setup::seed;
+use node::NodeBehaviour;
+use simulation::{Setting, SwarmSimulation};
 
 /// What came of a run, in units of the time that a link needs for it once.
 struct Outcome {
     worst: f64,
     median: f64,
-    world: World,
+    world: SwarmSimulation,
 }
 
-fn outcome(mut world: World) -> Outcome {
+fn run_to_end(mut world: SwarmSimulation) -> Outcome {
     let began = std::time::Instant::now();
-    let all = world.run_until(300.0, World::is_done);
+    let all = world.run_until(300.0, SwarmSimulation::is_done);
     let unit = world.unit();
-    let nodes = world.nodes.iter().skip(1).filter(|node| node.is_alive && node.kind != Kind::Liar);
+    let nodes = world.nodes.iter().skip(1).filter(|node| node.is_alive && node.behaviour != NodeBehaviour::Liar);
     let mut times: Vec<_> =
         nodes.clone().map(|node| node.done_at.map_or(f64::INFINITY, |at| at as f64 / unit)).collect();
     times.sort_by(f64::total_cmp);
     assert!(all, "not done: {} of {} nodes", times.iter().filter(|time| time.is_infinite()).count(), times.len());
     let wasted: u64 = world.nodes.iter().map(|node| node.wasted).sum();
-    let course = world.course.iter().map(|bytes| {
+    let course = world.useful_bytes.iter().map(|bytes| {
         let most = world.setting.bandwidth as f64 / 2.0 * times.len() as f64;
         format!("{:.0}", *bytes as f64 / most * 100.0)
     });
@@ -52,46 +52,46 @@ fn outcome(mut world: World) -> Outcome {
 }
 
 #[test]
-fn eight_nodes_are_done_when_their_links_have_hardly_carried_it_once() {
-    let of = outcome(World::new(Setting::usual(9, seed())));
+fn eight_nodes_finish_in_little_more_than_one_blob_time() {
+    let of = run_to_end(SwarmSimulation::new(Setting::usual(9, seed())));
     println!("figure swarm8_model_worst_sb {:.3} (median {:.3}; 8 nodes fetch 256 MiB of one)", of.worst, of.median);
     assert!(of.worst <= 1.12, "{}", of.worst);
 }
 
 #[test]
 fn fifty_nodes_take_little_longer_than_eight() {
-    let of = outcome(World::new(Setting::usual(51, seed())));
+    let of = run_to_end(SwarmSimulation::new(Setting::usual(51, seed())));
     assert!(of.worst <= 1.25, "{}", of.worst);
 }
 
 #[test]
-fn all_are_done_though_the_seed_dies_once_the_swarm_has_everything() {
-    let mut world = World::new(Setting::usual(21, seed() + 1));
-    let is_there = |world: &World| {
-        let pieces = world.cut.pieces();
-        (0..pieces).all(|piece| world.nodes[1..].iter().any(|node| node.held.get(piece)))
+fn all_nodes_finish_after_the_seed_dies_with_every_piece_in_the_swarm() {
+    let mut world = SwarmSimulation::new(Setting::usual(21, seed() + 1));
+    let is_there = |world: &SwarmSimulation| {
+        let pieces = world.cut.piece_count();
+        (0..pieces).all(|piece| world.nodes[1..].iter().any(|node| node.pieces.get(piece)))
     };
     assert!(world.run_until(60.0, is_there));
     world.kill(0);
-    outcome(world);
+    run_to_end(world);
 }
 
 #[test]
-fn a_node_that_drips_and_one_that_lies_hold_nobody_up_for_ever() {
-    let mut world = World::new(Setting::usual(21, seed() + 2));
-    world.nodes[1].kind = Kind::Drips;
-    world.nodes[2].kind = Kind::Liar;
-    outcome(world);
+fn a_slow_node_and_a_lying_node_stall_no_download() {
+    let mut world = SwarmSimulation::new(Setting::usual(21, seed() + 2));
+    world.nodes[1].behaviour = NodeBehaviour::Drips;
+    world.nodes[2].behaviour = NodeBehaviour::Liar;
+    run_to_end(world);
 }
 
 /// How often the image crossed into each zone that had none.
-fn cross_zone_copies(world: &World) -> f64 {
-    world.crossed as f64 / (world.setting.size * (world.setting.zones as u64 - 1)) as f64
+fn cross_zone_copies(world: &SwarmSimulation) -> f64 {
+    world.cross_zone_bytes as f64 / (world.setting.size * (world.setting.zones as u64 - 1)) as f64
 }
 
 #[test]
-fn in_three_zones_few_copies_cross_and_few_leases_are_written() {
-    let world = outcome(World::new(Setting { zones: 3, ..Setting::usual(31, seed() + 3) })).world;
+fn three_zones_transfer_few_copies_and_write_few_leases() {
+    let world = run_to_end(SwarmSimulation::new(Setting { zones: 3, ..Setting::usual(31, seed() + 3) })).world;
     println!(
         "  {:.2} copies crossed into each other zone; {} Lease writes",
         cross_zone_copies(&world),
@@ -102,11 +102,11 @@ fn in_three_zones_few_copies_cross_and_few_leases_are_written() {
 }
 
 #[test]
-fn all_others_are_done_though_one_in_twenty_dies_on_the_way() {
-    let mut world = World::new(Setting::usual(101, seed() + 4));
-    world.run_until(5.0, World::is_done);
+fn the_remaining_nodes_finish_although_one_in_twenty_dies() {
+    let mut world = SwarmSimulation::new(Setting::usual(101, seed() + 4));
+    world.run_until(5.0, SwarmSimulation::is_done);
     (1..=5).for_each(|node| world.kill(20 * node));
-    let of = outcome(world);
+    let of = run_to_end(world);
     assert!(of.worst <= 1.3, "{}", of.worst);
 }
 
@@ -123,7 +123,7 @@ fn figure(name: &str) -> String {
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes in a release build")]
 fn a_thousand_nodes_take_little_longer_than_one() {
-    let of = outcome(World::new(Setting::usual(large() + 1, seed())));
+    let of = run_to_end(SwarmSimulation::new(Setting::usual(large() + 1, seed())));
     let copies = of.world.nodes[0].bytes_sent as f64 / of.world.setting.size as f64;
     println!(
         "{} {:.3} ({} nodes fetch 256 MiB of one over 200 Mbit/s; known to be fetching after 0.5-1.5 s)",
@@ -138,8 +138,8 @@ fn a_thousand_nodes_take_little_longer_than_one() {
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes in a release build")]
-fn few_copies_cross_zones_and_few_leases_are_written_by_a_thousand_nodes() {
-    let world = outcome(World::new(Setting { zones: 3, ..Setting::usual(large() + 1, seed()) })).world;
+fn a_thousand_nodes_transfer_few_copies_across_zones_and_write_few_leases() {
+    let world = run_to_end(SwarmSimulation::new(Setting { zones: 3, ..Setting::usual(large() + 1, seed()) })).world;
     let (copies, writes) = (cross_zone_copies(&world), world.server.writes);
     println!("{} {copies:.2} (into each of two zones that have none)", figure("swarm1000_cross_zone_copies"));
     println!("{} {writes}", figure("lease_writes_per_image_1000"));

@@ -8,10 +8,10 @@ use quinn::{Connection, Endpoint, VarInt};
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinSet;
 
-use crate::bare::{bind, receive, serve};
+use crate::bare_quinn::{bind, receive, serve};
 use crate::cpu;
-use crate::report::{Failure, figure, mb_s, median};
-use crate::setting::OURS;
+use crate::quinn_setting::AGENT_SETTING;
+use crate::report::{BenchError, figure, mb_s, median};
 
 /// What each of the two connections brings at a time.
 const BYTES: usize = 128 << 20;
@@ -19,16 +19,16 @@ const BYTES: usize = 128 << 20;
 const CONNECTIONS: usize = 2;
 
 /// The two connections, over so many endpoints a side.
-struct Both {
+struct TwoConnections {
     /// Each side has as many threads as there are cores, as the agent's runtime has.
     runtimes: [Runtime; 2],
     connections: Vec<Connection>,
     endpoints: Vec<Endpoint>,
 }
 
-pub(super) fn run(rounds: usize) -> Result<(), Failure> {
+pub(super) fn run(rounds: usize) -> Result<(), BenchError> {
     let blob = Bytes::from(vec![0x5a; BYTES]);
-    let tried = [(1, Both::start(1, &blob)?), (2, Both::start(2, &blob)?)];
+    let tried = [(1, TwoConnections::start(1, &blob)?), (2, TwoConnections::start(2, &blob)?)];
     let mut runs = [const { Vec::new() }; 2];
     // The first round warms up.
     for round in 0..=rounds {
@@ -50,9 +50,9 @@ pub(super) fn run(rounds: usize) -> Result<(), Failure> {
     Ok(())
 }
 
-impl Both {
-    fn start(endpoints: usize, blob: &Bytes) -> Result<Self, Failure> {
-        let (server, client) = OURS.configs()?;
+impl TwoConnections {
+    fn start(endpoints: usize, blob: &Bytes) -> Result<Self, BenchError> {
+        let (server, client) = AGENT_SETTING.configs()?;
         let runtime = || Builder::new_multi_thread().enable_all().build();
         let runtimes = [runtime()?, runtime()?];
         let mut both = Self { runtimes, connections: Vec::new(), endpoints: Vec::new() };
@@ -60,30 +60,30 @@ impl Both {
         for _ in 0..endpoints {
             let sender = {
                 let _inside = both.runtimes[0].enter();
-                bind(&OURS, Some(server.clone()))?
+                bind(&AGENT_SETTING, Some(server.clone()))?
             };
             let _inside = both.runtimes[1].enter();
-            ends.push((bind(&OURS, None)?, sender.local_addr()?));
+            ends.push((bind(&AGENT_SETTING, None)?, sender.local_addr()?));
             let blob = blob.clone();
             both.runtimes[0].spawn(async move {
                 while let Some(incoming) = sender.accept().await {
                     let (Ok(connection), blob) = (incoming.await, blob.clone()) else { break };
                     // It ends when the connection does.
-                    tokio::spawn(async move { serve(&connection, &blob, OURS.chunk << 10).await.is_ok() });
+                    tokio::spawn(async move { serve(&connection, &blob, AGENT_SETTING.chunk << 10).await.is_ok() });
                 }
             });
         }
         for number in 0..CONNECTIONS {
             let (endpoint, address) = &ends[number % endpoints];
             let connecting =
-                async { Ok::<_, Failure>(endpoint.connect_with(client.clone(), *address, "bench")?.await?) };
+                async { Ok::<_, BenchError>(endpoint.connect_with(client.clone(), *address, "bench")?.await?) };
             both.connections.push(both.runtimes[1].block_on(connecting)?);
         }
         both.endpoints = ends.into_iter().map(|(endpoint, _)| endpoint).collect();
         Ok(both)
     }
 
-    fn run(&self) -> Result<(f64, Duration), Failure> {
+    fn run(&self) -> Result<(f64, Duration), BenchError> {
         let before = cpu::spent(UsageWho::RUSAGE_SELF)?;
         let began = Instant::now();
         self.runtimes[1].block_on(async {
@@ -96,13 +96,13 @@ impl Both {
                     return Err("not all bytes came".into());
                 }
             }
-            Ok::<_, Failure>(())
+            Ok::<_, BenchError>(())
         })?;
         Ok((began.elapsed().as_secs_f64(), cpu::spent(UsageWho::RUSAGE_SELF)? - before))
     }
 }
 
-impl Drop for Both {
+impl Drop for TwoConnections {
     fn drop(&mut self) {
         self.connections.iter().for_each(|connection| connection.close(VarInt::from_u32(0), b"done"));
         for endpoint in &self.endpoints {

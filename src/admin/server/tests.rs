@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::addresses::has_ipv6;
-use crate::admin::Admin;
+use crate::admin::AdminServer;
 use crate::model::MeshStatus;
 use crate::ports::MeshSource;
 
@@ -23,18 +23,18 @@ impl MeshSource for NoMesh {
     }
 }
 
-struct Port {
+struct TestAdminServer {
     address: SocketAddr,
     metrics: Metrics,
     stop: CancellationToken,
     running: JoinHandle<()>,
 }
 
-impl Port {
+impl TestAdminServer {
     async fn open() -> Self {
         let metrics = Metrics::new();
         let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-        let admin = Admin::bind(listen, metrics.clone(), Vec::new(), Arc::new(NoMesh)).await.unwrap();
+        let admin = AdminServer::bind(listen, metrics.clone(), Vec::new(), Arc::new(NoMesh)).await.unwrap();
         let (address, stop) = (admin.local_addr().unwrap(), CancellationToken::new());
         let running = tokio::spawn(admin.run(stop.clone()));
         Self { address, metrics, stop, running }
@@ -78,7 +78,7 @@ async fn within<T>(test: impl Future<Output = T>) -> T {
 
 #[tokio::test]
 async fn three_hundred_idle_connections_of_a_pod_do_not_delay_a_probe_of_the_node() {
-    let port = Port::open().await;
+    let port = TestAdminServer::open().await;
     within(async {
         let mut idle = Vec::new();
         for _ in 0..300 {
@@ -94,7 +94,7 @@ async fn three_hundred_idle_connections_of_a_pod_do_not_delay_a_probe_of_the_nod
 
 #[tokio::test]
 async fn idle_connections_of_many_pods_do_not_delay_a_probe_of_the_node() {
-    let port = Port::open().await;
+    let port = TestAdminServer::open().await;
     within(async {
         let mut idle = Vec::new();
         for last in 2..=33 {
@@ -111,7 +111,7 @@ async fn idle_connections_of_many_pods_do_not_delay_a_probe_of_the_node() {
 
 #[tokio::test]
 async fn a_closed_connection_makes_room_for_another_of_its_address() {
-    let port = Port::open().await;
+    let port = TestAdminServer::open().await;
     within(async {
         let mut idle = Vec::new();
         for _ in 0..LIMITS.address {
@@ -128,7 +128,7 @@ async fn a_closed_connection_makes_room_for_another_of_its_address() {
 /// Under a paused clock: time passes when nothing else can happen.
 #[tokio::test(start_paused = true)]
 async fn a_head_that_comes_byte_by_byte_ends_its_connection() {
-    let port = Port::open().await;
+    let port = TestAdminServer::open().await;
     let mut stream = port.connect(2).await;
     let mut seconds = 0;
     let head = std::iter::once(&b"GET / HTTP/1.1\r\nx: "[..]).chain(std::iter::repeat(&b"x"[..]));
@@ -138,17 +138,17 @@ async fn a_head_that_comes_byte_by_byte_ends_its_connection() {
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
         seconds += 1;
-        assert!(seconds < LIFE.as_secs() / 2, "the connection goes on");
+        assert!(seconds < MAX_LIFETIME.as_secs() / 2, "the connection goes on");
     }
-    assert!(seconds >= HEAD.as_secs());
+    assert!(seconds >= HEAD_TIMEOUT.as_secs());
     port.close().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_idle_connection_of_the_node_ends_as_well() {
-    let port = Port::open().await;
+    let port = TestAdminServer::open().await;
     let mut stream = port.connect(1).await;
-    let end = tokio::time::timeout(LIFE / 2, stream.read(&mut [0])).await;
+    let end = tokio::time::timeout(MAX_LIFETIME / 2, stream.read(&mut [0])).await;
     assert!(matches!(end.expect("the connection ends"), Ok(0) | Err(_)));
     port.close().await;
 }

@@ -52,12 +52,17 @@ fn write(path: &Path, text: &str) {
 }
 
 /// The files of an agent.
-fn files(folder: &TempDir, chain: &str, key: &KeyPair, authority: &Issuer) -> Files {
+fn files(folder: &TempDir, chain: &str, key: &KeyPair, authority: &Issuer) -> CertificateFiles {
     let at = |name: &str| folder.path().join(name);
     write(&at("tls.crt"), chain);
     write(&at("tls.key"), &key.serialize_pem());
     write(&at("ca.crt"), &authority.certificate.pem());
-    Files { certificate: at("tls.crt"), key: at("tls.key"), authority: at("ca.crt"), name: "lighterman".into() }
+    CertificateFiles {
+        certificate: at("tls.crt"),
+        key: at("tls.key"),
+        authority: at("ca.crt"),
+        name: "lighterman".into(),
+    }
 }
 
 /// An agent with a good certificate.
@@ -68,11 +73,11 @@ fn agent(authority: &Issuer, n: u8) -> (TempDir, CertificateAdmission) {
 }
 
 /// Why an agent with these certificates would not be admitted.
-fn useless(params: CertificateParams, signer: &Issuer, authority: &Issuer) -> Flaw {
+fn rejection_of(params: CertificateParams, signer: &Issuer, authority: &Issuer) -> CertificateRejection {
     let (folder, key) = (tempfile::tempdir().unwrap(), KeyPair::generate().unwrap());
     let files = files(&folder, &signer.issue(params, &key), &key, authority);
     match CertificateAdmission::open(files, peer(1)) {
-        Err(CertificateError::Useless(flaw)) => flaw,
+        Err(CertificateFilesError::Rejected(flaw)) => flaw,
         other => panic!("{:?}", other.map(drop)),
     }
 }
@@ -83,13 +88,16 @@ async fn an_agent_with_a_certificate_of_the_authority_is_admitted_by_its_own_key
     let ((_one, a), (_other, b)) = (agent(&authority, 1), agent(&authority, 2));
     let credential = a.credential().await.unwrap();
     let admitted = b.admit(peer(1), &credential).await.unwrap();
-    assert!(admitted.until > now() && admitted.until <= now() + LIFE && !admitted.on_grace);
-    assert_eq!(b.vouch(peer(1), &credential), Ok(admitted));
-    assert_eq!(b.vouch(peer(3), &credential), Err(Refusal::Denied(Flaw::Signature.to_string())));
+    assert!(admitted.valid_until > now() && admitted.valid_until <= now() + STATEMENT_LIFE && !admitted.is_in_grace);
+    assert_eq!(b.admit_relayed(peer(1), &credential), Ok(admitted));
+    assert_eq!(
+        b.admit_relayed(peer(3), &credential),
+        Err(Rejection::Denied(CertificateRejection::Signature.to_string()))
+    );
 }
 
 #[test]
-fn every_usual_kind_of_key_and_either_purpose_will_do() {
+fn every_usual_kind_of_key_and_either_purpose_is_accepted() {
     let authority = Issuer::root();
     let purpose = |purpose| {
         let mut params = for_name("lighterman");
@@ -104,37 +112,40 @@ fn every_usual_kind_of_key_and_either_purpose_will_do() {
         CertificateAdmission::open(files, peer(1)).unwrap();
     }
     let mail = purpose(ExtendedKeyUsagePurpose::EmailProtection);
-    assert!(matches!(useless(mail, &authority, &authority), Flaw::Chain("it is for another purpose")));
+    assert!(matches!(
+        rejection_of(mail, &authority, &authority),
+        CertificateRejection::Chain("it is for another purpose")
+    ));
 }
 
 #[test]
-fn another_authority_another_name_and_an_expired_certificate_are_refused() {
+fn another_authority_another_name_and_an_expired_certificate_are_rejected() {
     let authority = Issuer::root();
-    let flaw = useless(for_name("lighterman"), &Issuer::root(), &authority);
-    assert!(matches!(flaw, Flaw::Chain(_)), "{flaw}");
-    assert_eq!(useless(for_name("web.shop.svc"), &authority, &authority), Flaw::Name);
+    let flaw = rejection_of(for_name("lighterman"), &Issuer::root(), &authority);
+    assert!(matches!(flaw, CertificateRejection::Chain(_)), "{flaw}");
+    assert_eq!(rejection_of(for_name("web.shop.svc"), &authority, &authority), CertificateRejection::Name);
     let mut over = for_name("lighterman");
     (over.not_before, over.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1));
-    assert_eq!(useless(over, &authority, &authority), Flaw::Chain("it has expired"));
+    assert_eq!(rejection_of(over, &authority, &authority), CertificateRejection::Chain("it has expired"));
 }
 
 #[test]
-fn a_copied_statement_is_worth_nothing_after_an_hour_and_one_from_the_future_nothing_at_all() {
+fn a_statement_is_rejected_after_an_hour_and_before_its_time() {
     let authority = Issuer::root();
     let (_folder, agent) = agent(&authority, 1);
-    let material = agent.material();
+    let material = agent.signed_credential();
     let at = |seconds: i64| {
         let now = Duration::from_secs(material.issued.as_secs().strict_add_signed(seconds));
         verify(material.credential.expose(), peer(1), &material.authority, now)
     };
     assert!(at(3660).is_ok() && at(-60).is_ok(), "clocks may differ by a minute");
-    assert_eq!(at(3661), Err(Flaw::Expired));
-    assert_eq!(at(-62), Err(Flaw::TooEarly));
+    assert_eq!(at(3661), Err(CertificateRejection::Expired));
+    assert_eq!(at(-62), Err(CertificateRejection::TooEarly));
     // Nor can its time be changed.
     let later = material.issued.as_secs() + 3600;
     let text = material.credential.expose().replacen(&material.issued.as_secs().to_string(), &later.to_string(), 1);
     let later = Duration::from_secs(later);
-    assert_eq!(verify(&text, peer(1), &material.authority, later), Err(Flaw::Signature));
+    assert_eq!(verify(&text, peer(1), &material.authority, later), Err(CertificateRejection::Signature));
 }
 
 #[test]
@@ -151,17 +162,17 @@ fn a_chain_is_bounded() {
         CertificateAdmission::open(files(&folder, &(own + &chain), &key, &root), peer(1))
     };
     open(&issuers[..3]).unwrap();
-    assert!(matches!(open(&issuers), Err(CertificateError::Useless(Flaw::TooLong))));
+    assert!(matches!(open(&issuers), Err(CertificateFilesError::Rejected(CertificateRejection::TooLong))));
 }
 
 #[test]
-fn what_is_no_credential_is_refused() {
+fn a_malformed_credential_is_rejected() {
     let authority = Issuer::root();
     let (_folder, agent) = agent(&authority, 1);
-    let good = agent.material().credential.expose().to_owned();
-    let judge = |text: &str| verify(text, peer(1), &agent.material().authority, now());
-    assert_eq!(judge(""), Err(Flaw::Absent));
-    assert_eq!(judge(&"a".repeat(MAX_BYTES + 1)), Err(Flaw::TooLong));
+    let good = agent.signed_credential().credential.expose().to_owned();
+    let check = |text: &str| verify(text, peer(1), &agent.signed_credential().authority, now());
+    assert_eq!(check(""), Err(CertificateRejection::Absent));
+    assert_eq!(check(&"a".repeat(MAX_BYTES + 1)), Err(CertificateRejection::TooLong));
     for garbage in [
         "x",
         "a.b.c",
@@ -170,47 +181,50 @@ fn what_is_no_credential_is_refused() {
         "é",
         &good.replace("certificate-1", "certificate-2"),
     ] {
-        assert!(judge(garbage).is_err(), "{garbage}");
+        assert!(check(garbage).is_err(), "{garbage}");
     }
     let hello = crate::wire::Hello {
         credential: Credential::new("a".repeat(MAX_BYTES)),
         node: "n".repeat(253),
         gossip_port: 1,
-        seen: [0xffff_u16; 8].into(),
+        observed_address: [0xffff_u16; 8].into(),
     };
     crate::wire::encode(&hello).expect("the longest credential and the longest name have room in an introduction");
 }
 
 #[test]
-fn a_key_that_others_can_read_is_not_used_and_files_that_are_none_are_named() {
+fn a_key_that_others_can_read_is_not_used_and_the_error_names_a_bad_file() {
     let authority = Issuer::root();
     let (folder, agent) = agent(&authority, 1);
     let files = agent.files.clone();
     std::fs::set_permissions(&files.key, std::fs::Permissions::from_mode(0o640)).unwrap();
     let open = || CertificateAdmission::open(files.clone(), peer(1)).map(drop).unwrap_err();
-    assert!(matches!(open(), CertificateError::Exposed { mode: 0o640, .. }));
+    assert!(matches!(open(), CertificateFilesError::Exposed { mode: 0o640, .. }));
     write(&files.key, "no key");
     let said = open().to_string();
     assert!(said.contains("tls.key") && !said.contains("no key:"), "{said}");
     std::fs::remove_file(folder.path().join("ca.crt")).unwrap();
-    assert!(matches!(open(), CertificateError::Io { path, .. } if path == files.authority));
+    assert!(matches!(open(), CertificateFilesError::Io { path, .. } if path == files.authority));
 }
 
 #[tokio::test]
-async fn a_replaced_certificate_is_used_and_a_wrong_one_is_not() {
+async fn a_replaced_certificate_is_used_and_a_wrong_certificate_is_not() {
     let authority = Issuer::root();
     let (folder, agent) = agent(&authority, 1);
-    let (first, renewed) = (agent.credential().await.unwrap(), agent.renewed());
-    agent.look(now()).unwrap();
+    let (first, renewed) = (agent.credential().await.unwrap(), agent.credential_changes());
+    agent.reload(now()).unwrap();
     assert!(!renewed.has_changed().unwrap(), "nothing is new");
     let key = KeyPair::generate().unwrap();
     write(&folder.path().join("tls.key"), &key.serialize_pem());
-    assert!(matches!(agent.look(now()), Err(CertificateError::Useless(Flaw::Signature))), "half replaced");
+    assert!(
+        matches!(agent.reload(now()), Err(CertificateFilesError::Rejected(CertificateRejection::Signature))),
+        "half replaced"
+    );
     assert!(!renewed.has_changed().unwrap() && agent.credential().await.unwrap() == first);
     write(&folder.path().join("tls.crt"), &authority.issue(for_name("lighterman"), &key));
-    agent.look(now()).unwrap();
+    agent.reload(now()).unwrap();
     assert!(renewed.has_changed().unwrap() && agent.credential().await.unwrap() != first);
     let second = agent.credential().await.unwrap();
-    agent.look(now() + SIGN_AGAIN).unwrap();
+    agent.reload(now() + RESIGN_AFTER).unwrap();
     assert_ne!(agent.credential().await.unwrap(), second, "signed again in time");
 }

@@ -1,7 +1,7 @@
 //! The documents between an image's name and the manifest of this platform. Each document is
 //! parsed, then committed with the GC labels of its children.
 
-use super::{Brought, Image, RecoverError, Recoverer};
+use super::{FetchedBlob, ImageDocuments, RecoverError, Recoverer};
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Document, Index, MAX_INDEX_DEPTH, Manifest, Platform, Reference};
 use crate::ports::{FetchError, Pin};
@@ -11,16 +11,16 @@ impl Recoverer {
     ///
     /// containerd follows one entry of each index, an index inside an index too
     /// (`images.Manifest`). The bound here is [`MAX_INDEX_DEPTH`].
-    pub(super) async fn bring_documents(
+    pub(super) async fn fetch_documents(
         &self,
         reference: &Reference,
         root: Digest,
         providers: &[PeerId],
         pin: &Pin,
-    ) -> Result<Image, RecoverError> {
-        let (mut document, brought) = self.bring.document(reference, root, providers, pin).await?;
-        let root = brought.descriptor.clone();
-        let mut documents = vec![brought];
+    ) -> Result<ImageDocuments, RecoverError> {
+        let (mut document, fetched) = self.blob_fetcher.document(reference, root, providers, pin).await?;
+        let root = fetched.descriptor.clone();
+        let mut documents = vec![fetched];
         let (mut indexes, mut has_platform) = (0, true);
         loop {
             let index = match document {
@@ -28,7 +28,7 @@ impl Recoverer {
                     if !has_platform {
                         self.check_config(reference, &root, &manifest, providers).await?;
                     }
-                    return Ok(Image { root, documents, manifest });
+                    return Ok(ImageDocuments { target: root, documents, manifest });
                 }
                 Document::Index(index) => index,
             };
@@ -38,17 +38,17 @@ impl Recoverer {
                 return Err(RecoverError::NestedIndex { digest: innermost });
             }
             let entry = self.select(&root, &index)?;
-            if let Some(sized) = index.sized(&self.platform).filter(|sized| sized.digest != entry.digest) {
-                documents.extend(self.bring_sized(reference, sized, providers, pin).await?);
+            if let Some(sized) = index.select_for_size(&self.platform).filter(|sized| sized.digest != entry.digest) {
+                documents.extend(self.fetch_sized_documents(reference, sized, providers, pin).await?);
             }
             has_platform = entry.platform.is_some();
-            let brought = self.bring.document(reference, entry.digest, providers, pin).await;
-            let (child, brought) = brought.map_err(|error| self.of_providers(reference, providers, error))?;
+            let fetched = self.blob_fetcher.document(reference, entry.digest, providers, pin).await;
+            let (child, fetched) = fetched.map_err(|error| self.name_other_platforms(reference, providers, error))?;
             // The runtime goes by the index, and refuses a document of another shape.
             child
-                .check_called(&entry.media_type)
+                .check_media_type(&entry.media_type)
                 .map_err(|source| RecoverError::Document { digest: entry.digest, source })?;
-            documents.push(brought);
+            documents.push(fetched);
             document = child;
         }
     }
@@ -57,25 +57,28 @@ impl Recoverer {
     /// whose own entry names no platform. CRI reads none of their configurations and layers.
     /// Without these documents the kubelet's own pull fails too (`get image compressed resource
     /// size`, seen on containerd 1.7, 2.3 and 2.4).
-    async fn bring_sized(
+    async fn fetch_sized_documents(
         &self,
         reference: &Reference,
         entry: &Descriptor,
         providers: &[PeerId],
         pin: &Pin,
-    ) -> Result<Vec<Brought>, RecoverError> {
+    ) -> Result<Vec<FetchedBlob>, RecoverError> {
         let (mut documents, mut digest) = (Vec::new(), entry.digest);
         for _ in 0..=MAX_INDEX_DEPTH {
-            let (document, brought) = match self.bring.document(reference, digest, providers, pin).await {
-                Err(RecoverError::Fetch { digest, attempts }) if is_absent(&attempts) => {
-                    return Err(RecoverError::NotHeld { reference: reference.clone(), blobs: vec![digest] });
+            let (document, fetched) = match self.blob_fetcher.document(reference, digest, providers, pin).await {
+                Err(RecoverError::Fetch { digest, attempts }) if is_absent_everywhere(&attempts) => {
+                    return Err(RecoverError::BlobsWithoutProvider {
+                        reference: reference.clone(),
+                        blobs: vec![digest],
+                    });
                 }
                 brought => brought?,
             };
-            documents.push(brought);
+            documents.push(fetched);
             match document {
                 Document::Manifest(_) => return Ok(documents),
-                Document::Index(index) => match index.sized(&self.platform) {
+                Document::Index(index) => match index.select_for_size(&self.platform) {
                     Some(entry) => digest = entry.digest,
                     None => return Ok(documents),
                 },
@@ -94,8 +97,8 @@ impl Recoverer {
         providers: &[PeerId],
     ) -> Result<(), RecoverError> {
         let digest = manifest.config.digest;
-        let config = self.bring.peek(digest, providers).await;
-        let config = config.map_err(|error| self.of_providers(reference, providers, error))?;
+        let config = self.blob_fetcher.peek(digest, providers).await;
+        let config = config.map_err(|error| self.name_other_platforms(reference, providers, error))?;
         let offered: Platform = serde_json::from_slice(&config)
             .map_err(|source| RecoverError::Document { digest, source: source.into() })?;
         match self.platform.preference(&offered) {
@@ -106,9 +109,9 @@ impl Recoverer {
 
     /// Names the reason why no provider of the image has a document of this platform: the
     /// providers run the image on other platforms.
-    fn of_providers(&self, reference: &Reference, providers: &[PeerId], error: RecoverError) -> RecoverError {
+    fn name_other_platforms(&self, reference: &Reference, providers: &[PeerId], error: RecoverError) -> RecoverError {
         match error {
-            RecoverError::Fetch { digest, attempts } if !providers.is_empty() && is_absent(&attempts) => {
+            RecoverError::Fetch { digest, attempts } if !providers.is_empty() && is_absent_everywhere(&attempts) => {
                 RecoverError::OtherPlatforms {
                     reference: reference.clone(),
                     platform: Box::new(self.platform.clone()),
@@ -130,6 +133,6 @@ impl Recoverer {
 }
 
 /// Whether no peer that was asked has the blob.
-fn is_absent(attempts: &[FetchError]) -> bool {
+fn is_absent_everywhere(attempts: &[FetchError]) -> bool {
     attempts.iter().all(|error| matches!(error, FetchError::Absent { .. }))
 }

@@ -4,32 +4,37 @@
 use std::collections::HashSet;
 
 use super::{RecoverError, Recoverer};
-use crate::decide::plan::{Plan, plan};
+use crate::decide::plan::{FetchPlan, plan};
 use crate::oci::{Descriptor, Digest, Hasher, MAX_DOCUMENT_BYTES, Manifest};
 use crate::ports::{ContentStore, Pin, StoreError};
 
 /// Bytes hashed at a time: a millisecond's work, after which other tasks have their turn.
-const CHUNK: usize = 1 << 20;
+const HASH_CHUNK: usize = 1 << 20;
 
 impl Recoverer {
     /// Plans a manifest. Small blobs are hashed when they are used. Large layers are hashed here,
     /// and only `in_doubt`: to read gigabytes for every image that shares them would cost more than
     /// it saves.
-    pub(super) async fn plan(&self, manifest: &Manifest, in_doubt: bool, pin: &Pin) -> Result<Plan, RecoverError> {
-        let mut there = HashSet::new();
+    pub(super) async fn plan(
+        &self,
+        manifest: &Manifest,
+        verify_layers: bool,
+        pin: &Pin,
+    ) -> Result<FetchPlan, RecoverError> {
+        let mut present = HashSet::new();
         for blob in std::iter::once(&manifest.config).chain(&manifest.layers) {
             let is_here =
                 self.store.blob(blob.digest).await.map_err(RecoverError::store("looking for blobs"))?.is_some();
-            if is_here && !(in_doubt && self.discards_damaged(blob, pin).await?) {
-                there.insert(blob.digest);
+            if is_here && !(verify_layers && self.discard_if_damaged(blob, pin).await?) {
+                present.insert(blob.digest);
             }
         }
-        Ok(plan(manifest, |digest| there.contains(&digest)))
+        Ok(plan(manifest, |digest| present.contains(&digest)))
     }
 
     /// Discards a large layer whose bytes are wrong, where a peer has the right ones. Whether the
     /// layer has to come.
-    async fn discards_damaged(&self, blob: &Descriptor, pin: &Pin) -> Result<bool, RecoverError> {
+    async fn discard_if_damaged(&self, blob: &Descriptor, pin: &Pin) -> Result<bool, RecoverError> {
         let digest = blob.digest;
         if blob.size <= MAX_DOCUMENT_BYTES {
             return Ok(false);
@@ -37,7 +42,7 @@ impl Recoverer {
         if is_whole(&*self.store, digest, blob.size).await.map_err(RecoverError::store("hashing a layer"))? {
             return Ok(false);
         }
-        if self.resolver.holders.sources(digest).is_empty() {
+        if self.resolver.inventory.all_providers(digest).is_empty() {
             tracing::warn!(%digest, "a layer in the content store has wrong bytes, and no peer has the right ones");
             return Ok(false);
         }
@@ -56,7 +61,7 @@ async fn is_whole(store: &dyn ContentStore, digest: Digest, size: u64) -> Result
     };
     let mut hasher = Hasher::default();
     while hasher.size() < size {
-        match reader.read_at(hasher.size(), CHUNK).await {
+        match reader.read_at(hasher.size(), HASH_CHUNK).await {
             Ok(bytes) if bytes.is_empty() => break,
             Ok(bytes) => hasher.update(&bytes),
             Err(StoreError::Absent(_)) => return Ok(false),

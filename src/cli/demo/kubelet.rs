@@ -7,8 +7,8 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio::sync::{broadcast, mpsc};
 
-use super::{Failure, missing};
-use crate::model::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy, Waiting};
+use super::{DemoError, missing_blob};
+use crate::model::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy, WaitingState};
 use crate::oci::Reference;
 use crate::ports::{ContentStore, PodEvent};
 
@@ -32,7 +32,7 @@ impl Kubelet {
     }
 
     /// Connects to the registry; there is none, so what the system says is the failure.
-    pub(super) async fn try_to_pull(&self, registry: SocketAddr) -> Result<String, Failure> {
+    pub(super) async fn try_to_pull(&self, registry: SocketAddr) -> Result<String, DemoError> {
         match TcpStream::connect(registry).await {
             Ok(_) => Err(format!("somebody listens at {registry}, where nobody should").into()),
             Err(error) => {
@@ -48,31 +48,31 @@ impl Kubelet {
     }
 
     /// What the API server would tell the agent that watches this node.
-    pub(super) async fn report_failure(&self, message: &str) -> Result<(), Failure> {
-        let waiting = Waiting { reason: "ErrImagePull".into(), message: message.into() };
-        self.tell(Some(waiting)).await
+    pub(super) async fn report_failure(&self, message: &str) -> Result<(), DemoError> {
+        let waiting = WaitingState { reason: "ErrImagePull".into(), message: message.into() };
+        self.send_pod(Some(waiting)).await
     }
 
     /// Waits for nudges; starts the pod when its image is there under its exact name.
-    pub(super) async fn run_until_started(&mut self) -> Result<(), Failure> {
+    pub(super) async fn run_until_started(&mut self) -> Result<(), DemoError> {
         loop {
             let nudged = self.nudges.recv().await?;
-            if nudged == self.pod && self.finds_image().await? {
-                return self.tell(None).await;
+            if nudged == self.pod && self.has_image().await? {
+                return self.send_pod(None).await;
             }
         }
     }
 
-    async fn finds_image(&self) -> Result<bool, Failure> {
+    async fn has_image(&self) -> Result<bool, DemoError> {
         let name = self.image.to_string();
         let Some(record) = self.store.images().await?.into_iter().find(|record| record.name == name) else {
             return Ok(false);
         };
         let target = record.target.digest;
-        self.store.blob(target).await?.map(|_| true).ok_or_else(|| missing(target))
+        self.store.blob(target).await?.map(|_| true).ok_or_else(|| missing_blob(target))
     }
 
-    async fn tell(&self, waiting: Option<Waiting>) -> Result<(), Failure> {
+    async fn send_pod(&self, waiting: Option<WaitingState>) -> Result<(), DemoError> {
         let container = ContainerView {
             name: "checkout".into(),
             kind: ContainerKind::Ordinary,
@@ -90,8 +90,8 @@ impl Kubelet {
             is_static: false,
             priority: 0,
             pull_secrets: Vec::new(),
-            ending: false,
+            is_ending: false,
         };
-        Ok(self.watch.send(PodEvent::Seen(Box::new(view))).await?)
+        Ok(self.watch.send(PodEvent::Applied(Box::new(view))).await?)
     }
 }

@@ -8,55 +8,55 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
-use super::Failure;
+use super::DemoError;
 use crate::admission::StaticAdmission;
-use crate::agent::holders::Holders;
-use crate::agent::progress::Board;
-use crate::agent::supervisor::{Ended, Supervisor};
-use crate::agent::{Agent, World};
+use crate::agent::inventory_view::PeerInventory;
+use crate::agent::progress::RecoveryTracker;
+use crate::agent::supervisor::{Supervisor, TaskEnded};
+use crate::agent::{Agent, AgentPorts};
 use crate::config::{Settings, loopback};
 use crate::decide::fill::FetchFrom;
+use crate::decide::policy::{Policy, RecoveryOptions, ResolveOptions};
 use crate::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
-use crate::decide::rules::{Manner, ResolveSettings, Rules};
 use crate::identity::Identity;
 use crate::layout::LayoutStore;
 use crate::metrics::Metrics;
 use crate::model::PeerId;
 use crate::oci::{Digest, Reference};
-use crate::ports::{Imports, PodEvent};
+use crate::ports::{ImportPermission, PodEvent};
 use crate::testing::{MemoryCluster, MemoryRegistry};
 use crate::{mesh, transfer};
 
 const GRACE: Duration = Duration::from_secs(5);
 
 /// A node that runs.
-pub(super) struct Node {
+pub(super) struct DemoNode {
     pub(super) name: String,
     pub(super) peer: PeerId,
     pub(super) store: Arc<LayoutStore>,
-    pub(super) board: Board,
+    pub(super) board: RecoveryTracker,
     pub(super) transfer: SocketAddr,
     pub(super) admin: SocketAddr,
-    holders: Holders,
+    inventory: PeerInventory,
     pods: Option<mpsc::Sender<PodEvent>>,
     shutdown: oneshot::Sender<()>,
-    running: JoinHandle<Result<(), Ended>>,
+    running: JoinHandle<Result<(), TaskEnded>>,
 }
 
-impl Node {
+impl DemoNode {
     pub(super) async fn start(
         name: &str,
         folder: &Path,
         identity: Identity,
         admitted: &[PeerId],
-        seeds: Vec<String>,
+        join_addresses: Vec<String>,
         cluster: &MemoryCluster,
-    ) -> Result<Self, Failure> {
+    ) -> Result<Self, DemoError> {
         let node = name.parse()?;
         let peer = identity.peer_id();
         let store = Arc::new(LayoutStore::open(folder)?);
         let (pods_in, pods) = mpsc::channel(8);
-        let world = World {
+        let world = AgentPorts {
             store: Arc::clone(&store) as _,
             // Nothing runs from a folder.
             unpacker: None,
@@ -66,30 +66,30 @@ impl Node {
             claims: Arc::new(cluster.claims_of(name.parse()?)),
             admission: Arc::new(StaticAdmission::new(admitted.iter().copied())),
             registry: Arc::new(MemoryRegistry::default()),
-            connections: None,
+            pull_connections: None,
             notifier: None,
-            imports: watch::channel(Imports::Allowed).1,
+            imports: watch::channel(ImportPermission::Allowed).1,
             containerd: None,
             pods,
-            checks: Vec::new(),
+            readiness_checks: Vec::new(),
         };
-        let mut rules = Rules::default();
+        let mut rules = Policy::default();
         rules.budgets.min_free_bytes = 0;
         rules.budgets.collection_percent = 100;
         rules.budgets.eviction_percent = 0;
         let settings = Settings {
             node,
             admin_listen: loopback(),
-            seeds,
+            join_addresses,
             advertise: None,
             zone: None,
             key_file: folder.join("unused"),
             peers_file: folder.join("peers.json"),
-            rules,
-            rules_file: None,
+            policy: rules,
+            policy_file: None,
             control_socket: folder.join("agent.sock"),
-            resolve: ResolveSettings::default(),
-            manner: Manner::default(),
+            resolve: ResolveOptions::default(),
+            options: RecoveryOptions::default(),
             probe_registries: false,
             image_verifier_dir: folder.join("unused"),
             import_past_verifiers: false,
@@ -107,7 +107,7 @@ impl Node {
         let mesh = mesh::Config { listen: loopback() };
         let agent =
             Agent::start(settings, transfer, mesh, identity, world, Metrics::new(), Supervisor::default()).await?;
-        let Agent { supervisor, holders, board, transfer, admin } = agent;
+        let Agent { supervisor, inventory: holders, tracker: board, transfer, admin } = agent;
         let (shutdown, stopping) = oneshot::channel();
         let running = tokio::spawn(supervisor.run(async { drop(stopping.await) }, GRACE));
         Ok(Self {
@@ -117,7 +117,7 @@ impl Node {
             board,
             transfer,
             admin,
-            holders,
+            inventory: holders,
             pods: Some(pods_in),
             shutdown,
             running,
@@ -130,25 +130,25 @@ impl Node {
     }
 
     /// Waits until so many peers are connected.
-    pub(super) async fn connected_to(&self, peers: usize) -> Result<(), Failure> {
-        self.until(|holders| holders.peers().len() >= peers).await
+    pub(super) async fn wait_for_peers(&self, peers: usize) -> Result<(), DemoError> {
+        self.wait_until(|holders| holders.peers().len() >= peers).await
     }
 
     /// Waits until somebody is known to hold the image.
-    pub(super) async fn knows(&self, reference: &Reference, digest: Digest) -> Result<(), Failure> {
-        self.until(|holders| !holders.of_image(reference.repository(), digest).is_empty()).await
+    pub(super) async fn wait_for_provider(&self, reference: &Reference, digest: Digest) -> Result<(), DemoError> {
+        self.wait_until(|holders| !holders.image_providers(reference.repository(), digest).is_empty()).await
     }
 
-    async fn until(&self, holds: impl Fn(&Holders) -> bool) -> Result<(), Failure> {
-        let mut changes = self.holders.changes();
-        while !holds(&self.holders) {
+    async fn wait_until(&self, holds: impl Fn(&PeerInventory) -> bool) -> Result<(), DemoError> {
+        let mut changes = self.inventory.changes();
+        while !holds(&self.inventory) {
             changes.changed().await?;
         }
         Ok(())
     }
 
     /// Stops the agent and waits for it.
-    pub(super) async fn stop(self) -> Result<(), Failure> {
+    pub(super) async fn stop(self) -> Result<(), DemoError> {
         // Gone already if a task of the agent ended; then the join says so.
         let _ = self.shutdown.send(());
         Ok(self.running.await??)

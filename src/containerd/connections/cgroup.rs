@@ -20,7 +20,7 @@ const MAX_PROCESSES: usize = 32_768;
 ///
 /// # Errors
 /// The reason why the cgroup does not tell containerd's sockets from those of other programs.
-pub(super) fn of_containerd(root: &Path, pid: u64) -> Result<u64, String> {
+pub(super) fn containerd_cgroup(root: &Path, pid: u64) -> Result<u64, String> {
     let name = read(root, &format!("proc/{pid}/comm")).unwrap_or_default();
     if !is_containerd(&name) {
         return Err(format!("process {pid} of the node is not containerd (its name is {:?})", name.trim()));
@@ -104,7 +104,7 @@ mod tests {
             let processes = [(7, "containerd", cgroup), (8, "containerd-shim", cgroup), (9, "kubelet", "/k.service")];
             let root = node(tree, &processes);
             let expected = fs::metadata(root.path().join(tree).join(&cgroup[1..])).unwrap().ino();
-            assert_eq!(of_containerd(root.path(), 7), Ok(expected));
+            assert_eq!(containerd_cgroup(root.path(), 7), Ok(expected));
         }
     }
 
@@ -114,12 +114,13 @@ mod tests {
         let root = node(TREES[0], &[(7, "containerd", seen)]);
         let folder = root.path().join("sys/fs/cgroup/system.slice/containerd.service");
         fs::create_dir_all(&folder).unwrap();
-        assert_eq!(of_containerd(root.path(), 7), Ok(fs::metadata(folder).unwrap().ino()));
+        assert_eq!(containerd_cgroup(root.path(), 7), Ok(fs::metadata(folder).unwrap().ino()));
     }
 
     #[test]
-    fn a_cgroup_that_does_not_tell_containerd_from_others_is_refused_with_the_reason() {
-        let refused = |processes: &[(u64, &str, &str)]| of_containerd(node(TREES[0], processes).path(), 7).unwrap_err();
+    fn a_shared_or_root_cgroup_is_rejected_with_the_reason() {
+        let refused =
+            |processes: &[(u64, &str, &str)]| containerd_cgroup(node(TREES[0], processes).path(), 7).unwrap_err();
         assert!(refused(&[(7, "containerd", "/")]).contains("root cgroup"));
         let shared = refused(&[(7, "containerd", "/k3s.service"), (8, "k3s-server", "/k3s.service")]);
         assert!(shared.contains("k3s-server"), "{shared}");

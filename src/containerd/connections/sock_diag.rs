@@ -12,7 +12,7 @@ use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use netlink_sys::{Socket, SocketAddr as NetlinkAddress};
 use nix::errno::Errno;
 
-use crate::decide::silence::{Connection, Connections};
+use crate::decide::stalled_connections::{TcpConnection, TcpConnections};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
@@ -28,7 +28,7 @@ const IPPROTO_TCP: u8 = 6;
 const ESTABLISHED: u8 = 1;
 const LISTEN: u8 = 10;
 /// `INET_DIAG_INFO`: `struct tcp_info`.
-const INFO: u16 = 2;
+const TCP_INFO: u16 = 2;
 /// `INET_DIAG_CGROUP_ID`, from Linux 5.9 on.
 const CGROUP_ID: u16 = 21;
 
@@ -42,8 +42,8 @@ const MESSAGE: usize = 72;
 const MAX_ANSWERS: usize = 6_600;
 
 /// Lists the TCP sockets of this network that were made in a cgroup.
-pub(super) fn list(cgroup: u64) -> io::Result<Connections> {
-    let mut connections = Connections::default();
+pub(super) fn list(cgroup: u64) -> io::Result<TcpConnections> {
+    let mut connections = TcpConnections::default();
     for family in [AF_INET, AF_INET6] {
         let socket = connect()?;
         socket.send(&request(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, family, 1 << ESTABLISHED | 1 << LISTEN, &[0; 48]), 0)?;
@@ -63,12 +63,12 @@ pub(super) fn list(cgroup: u64) -> io::Result<Connections> {
 }
 
 /// Ends a connection; `false` where the socket is gone.
-pub(super) fn destroy(connection: &Connection) -> io::Result<bool> {
+pub(super) fn destroy(connection: &TcpConnection) -> io::Result<bool> {
     let family = if connection.local.is_ipv4() { AF_INET } else { AF_INET6 };
     let socket = connect()?;
     socket.send(&request(SOCK_DESTROY, NLM_F_ACK, family, u32::MAX, &socket_id(connection)), 0)?;
     let (answer, _) = socket.recv_from_full()?;
-    match read(&answer, 0, &mut Connections::default()) {
+    match read(&answer, 0, &mut TcpConnections::default()) {
         Ok(_) => Ok(true),
         Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => Ok(false),
         Err(error) => Err(error),
@@ -92,15 +92,15 @@ fn request(kind: u16, flags: u16, family: u8, states: u32, socket_id: &[u8; 48])
     bytes.extend((flags | NLM_F_REQUEST).to_ne_bytes());
     // Sequence number and port: one request a socket.
     bytes.extend([0; 8]);
-    bytes.extend([family, IPPROTO_TCP, 1 << (INFO - 1), 0]);
+    bytes.extend([family, IPPROTO_TCP, 1 << (TCP_INFO - 1), 0]);
     bytes.extend(states.to_ne_bytes());
     bytes.extend(socket_id);
     bytes
 }
 
 /// `struct inet_diag_sockid`: ports, addresses of 16 bytes, interface, cookie.
-fn socket_id(connection: &Connection) -> [u8; 48] {
-    let Connection { local, remote, cookie, silent_for: _, unread: _ } = connection;
+fn socket_id(connection: &TcpConnection) -> [u8; 48] {
+    let TcpConnection { local, remote, cookie, silent_for: _, unread: _ } = connection;
     let mut id = [0; 48];
     for (index, end) in [local, remote].into_iter().enumerate() {
         id[2 * index..][..2].copy_from_slice(&end.port().to_be_bytes());
@@ -117,7 +117,7 @@ fn socket_id(connection: &Connection) -> [u8; 48] {
 }
 
 /// Reads one answer of the kernel, which holds several messages. Returns whether it was the last.
-fn read(mut answer: &[u8], cgroup: u64, connections: &mut Connections) -> io::Result<bool> {
+fn read(mut answer: &[u8], cgroup: u64, connections: &mut TcpConnections) -> io::Result<bool> {
     while answer.len() >= HEADER {
         let length = word(answer, 0) as usize;
         let message = answer.get(HEADER..length).ok_or_else(|| io::Error::other("a message of netlink is cut off"))?;
@@ -136,7 +136,7 @@ fn read(mut answer: &[u8], cgroup: u64, connections: &mut Connections) -> io::Re
 }
 
 /// Adds a socket of this cgroup. A kernel that does not name the cgroup lists none of them.
-fn add(message: &[u8], cgroup: u64, connections: &mut Connections) {
+fn add(message: &[u8], cgroup: u64, connections: &mut TcpConnections) {
     let Some((socket, attributes)) = message.split_at_checked(MESSAGE) else { return };
     let attributes = Attributes(attributes);
     let is_own = |value: &[u8]| value.get(..8).is_some_and(|id| id == cgroup.to_ne_bytes());
@@ -157,9 +157,9 @@ fn add(message: &[u8], cgroup: u64, connections: &mut Connections) {
         connections.listening.insert(end(0).port());
         return;
     }
-    let mut info = attributes.filter(|(kind, _)| *kind == INFO);
+    let mut info = attributes.filter(|(kind, _)| *kind == TCP_INFO);
     let Some(silent_for) = info.next().and_then(|(_, info)| silence(info)) else { return };
-    connections.established.push(Connection {
+    connections.established.push(TcpConnection {
         local: end(0),
         remote: end(1),
         cookie: u64::from(word(socket, 44)) | u64::from(word(socket, 48)) << 32,
@@ -210,7 +210,7 @@ mod tests {
     }
 
     /// An answer about one socket, as the kernel writes it.
-    fn answer(connection: &Connection, state: u8, cgroup: u64) -> Vec<u8> {
+    fn answer(connection: &TcpConnection, state: u8, cgroup: u64) -> Vec<u8> {
         let family = if connection.local.is_ipv4() { AF_INET } else { AF_INET6 };
         let mut message = vec![family, state, 0, 0];
         message.extend(socket_id(connection));
@@ -221,7 +221,7 @@ mod tests {
         let millis = (connection.silent_for.as_millis() as u32).to_ne_bytes();
         info[44..48].copy_from_slice(&(u32::MAX).to_ne_bytes());
         info[52..56].copy_from_slice(&millis);
-        message.extend(attribute(INFO, &info));
+        message.extend(attribute(TCP_INFO, &info));
         message.extend(attribute(CGROUP_ID, &cgroup.to_ne_bytes()));
         let mut bytes = Vec::new();
         bytes.extend(((HEADER + message.len()) as u32).to_ne_bytes());
@@ -231,9 +231,9 @@ mod tests {
         bytes
     }
 
-    fn connection(local: &str, remote: &str) -> Connection {
+    fn connection(local: &str, remote: &str) -> TcpConnection {
         let (local, remote) = (local.parse().unwrap(), remote.parse().unwrap());
-        Connection { local, remote, cookie: 0x1_0000_0002, silent_for: Duration::from_millis(1500), unread: 3 }
+        TcpConnection { local, remote, cookie: 0x1_0000_0002, silent_for: Duration::from_millis(1500), unread: 3 }
     }
 
     #[test]
@@ -244,22 +244,22 @@ mod tests {
         bytes.extend(answer(&connection("10.0.0.7:40002", "192.0.2.2:443"), ESTABLISHED, 78));
         bytes.extend(answer(&v6, ESTABLISHED, 77));
         bytes.extend(answer(&connection("127.0.0.1:35000", "0.0.0.0:0"), LISTEN, 77));
-        let mut connections = Connections::default();
+        let mut connections = TcpConnections::default();
         assert!(!read(&bytes, 77, &mut connections).unwrap());
-        assert_eq!(connections, Connections { established: vec![v4, v6], listening: [35_000].into() });
+        assert_eq!(connections, TcpConnections { established: vec![v4, v6], listening: [35_000].into() });
     }
 
     #[test]
     fn a_cut_off_answer_and_an_error_are_reported() {
         let bytes = answer(&connection("10.0.0.7:40000", "192.0.2.1:443"), ESTABLISHED, 77);
         for length in HEADER..bytes.len() {
-            assert!(read(&bytes[..length], 77, &mut Connections::default()).is_err(), "{length}");
+            assert!(read(&bytes[..length], 77, &mut TcpConnections::default()).is_err(), "{length}");
         }
         let mut refused = 20u32.to_ne_bytes().to_vec();
         refused.extend(NLMSG_ERROR.to_ne_bytes());
         refused.extend([0; 10]);
         refused.extend((-(Errno::EPERM as i32)).to_ne_bytes());
-        let error = read(&refused, 77, &mut Connections::default()).unwrap_err();
+        let error = read(&refused, 77, &mut TcpConnections::default()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
     }
 }

@@ -8,7 +8,7 @@ MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQguFkVRw5go2jMZuGO
 ZqdwHKdLtBT8bwaDnbrgZ5SE8pShRANCAASfxlFTq16+ccY8M4alpmsX+uoHZyqp
 qRRuVjMIiX3+ZHOChHC+s3o+bTAeqgAJd2jROCb4Jkqm9Pvg0W5m2wFR
 -----END PRIVATE KEY-----";
-const STRANGER: &str = "-----BEGIN PRIVATE KEY-----
+const OTHER_CLUSTER: &str = "-----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgz1JdwfVfqx65uglu
 dMVDnTyc7wl+9FDIz8M4RzrnbPShRANCAASQgYVYJuigkVAM4i3gOamfF6U9KnZc
 YSoSx2BVShOPncRWqO5WCHI+jMFbxhanK/9WuykwMuttxzWCA28K5Y9i
@@ -32,12 +32,12 @@ pub(crate) fn published() -> Jwk {
     jwk
 }
 
-fn keys() -> Keys {
-    Keys { issuer: ISSUER.to_owned(), keys: vec![Key::from_jwk(&published()).unwrap()] }
+fn keys() -> ClusterKeys {
+    ClusterKeys { issuer: ISSUER.to_owned(), keys: vec![ClusterKey::from_jwk(&published()).unwrap()] }
 }
 
 /// As API servers of today issue it.
-pub(crate) fn good() -> Value {
+pub(crate) fn good_claims() -> Value {
     json!({
         "iss": ISSUER,
         "sub": "system:serviceaccount:lighterman:agent",
@@ -60,14 +60,14 @@ pub(crate) fn sign(claims: &Value) -> String {
     encode(&header(Algorithm::ES256), claims, &signer(CLUSTER)).unwrap()
 }
 
-fn judge(token: &str) -> Result<Claims, Flaw> {
+fn check(token: &str) -> Result<Claims, TokenRejection> {
     let expectations = Expectations { k8s_namespace: "lighterman".into(), service_account: "agent".into() };
     verify(token, peer(), &keys(), &expectations, Duration::from_secs(NOW))
 }
 
 /// A good token but for one claim, given as a JSON pointer; `null` takes the claim away.
-fn judge_with(pointer: &str, value: Value) -> Result<Claims, Flaw> {
-    let mut claims = good();
+fn check_with(pointer: &str, value: Value) -> Result<Claims, TokenRejection> {
+    let mut claims = good_claims();
     let (parent, name) = pointer.rsplit_once('/').unwrap();
     let parent = claims.pointer_mut(parent).unwrap().as_object_mut().unwrap();
     if value.is_null() {
@@ -75,14 +75,14 @@ fn judge_with(pointer: &str, value: Value) -> Result<Claims, Flaw> {
     } else {
         parent.insert(name.to_owned(), value)
     };
-    judge(&sign(&claims))
+    check(&sign(&claims))
 }
 
 #[test]
-fn a_token_made_for_this_peer_admits_it() {
+fn a_token_made_for_this_peer_admits_the_peer() {
     let node = Some("node-1".parse().unwrap());
     assert_eq!(
-        judge(&sign(&good())),
+        check(&sign(&good_claims())),
         Ok(Claims {
             pod_name: "agent-x".into(),
             pod_uid: "p-1".into(),
@@ -91,103 +91,106 @@ fn a_token_made_for_this_peer_admits_it() {
         })
     );
     // Older API servers do not tell the node.
-    assert_eq!(judge_with("/kubernetes.io/node", Value::Null).unwrap().node, None);
+    assert_eq!(check_with("/kubernetes.io/node", Value::Null).unwrap().node, None);
     // A single audience may stand alone.
-    assert!(judge_with("/aud", peer().to_string().into()).is_ok());
+    assert!(check_with("/aud", peer().to_string().into()).is_ok());
 }
 
 #[test]
-fn a_claim_that_is_not_as_expected_refuses() {
+fn a_token_with_an_unexpected_claim_is_rejected() {
     let other_peer = PeerId::from_public_key([8; 32]).to_string();
     for (claim, value, flaw) in [
-        ("/iss", json!("https://other.test"), Flaw::Issuer),
-        ("/iss", Value::Null, Flaw::Malformed),
-        ("/aud", json!([other_peer]), Flaw::Audience),
-        ("/aud", json!("https://kubernetes.default.svc"), Flaw::Audience),
-        ("/aud", json!([]), Flaw::Audience),
-        ("/aud", Value::Null, Flaw::Malformed),
-        ("/sub", json!("system:serviceaccount:lighterman:other"), Flaw::Subject),
-        ("/sub", json!("system:serviceaccount:other:agent"), Flaw::Subject),
-        ("/kubernetes.io/namespace", json!("other"), Flaw::Subject),
-        ("/kubernetes.io/serviceaccount/name", json!("other"), Flaw::Subject),
-        ("/exp", json!(NOW - 61), Flaw::Expired),
-        ("/exp", Value::Null, Flaw::Malformed),
-        ("/nbf", json!(NOW + 61), Flaw::TooEarly),
-        ("/iat", json!(NOW + 61), Flaw::TooEarly),
-        ("/iat", json!(NOW - 161), Flaw::LivesTooLong),
-        ("/exp", json!(u64::MAX), Flaw::LivesTooLong),
-        ("/kubernetes.io", Value::Null, Flaw::Unbound),
-        ("/kubernetes.io/pod", Value::Null, Flaw::Unbound),
-        ("/kubernetes.io/pod/uid", json!(""), Flaw::Unbound),
-        ("/kubernetes.io/node/name", json!("No Node"), Flaw::Malformed),
+        ("/iss", json!("https://other.test"), TokenRejection::Issuer),
+        ("/iss", Value::Null, TokenRejection::Malformed),
+        ("/aud", json!([other_peer]), TokenRejection::Audience),
+        ("/aud", json!("https://kubernetes.default.svc"), TokenRejection::Audience),
+        ("/aud", json!([]), TokenRejection::Audience),
+        ("/aud", Value::Null, TokenRejection::Malformed),
+        ("/sub", json!("system:serviceaccount:lighterman:other"), TokenRejection::Subject),
+        ("/sub", json!("system:serviceaccount:other:agent"), TokenRejection::Subject),
+        ("/kubernetes.io/namespace", json!("other"), TokenRejection::Subject),
+        ("/kubernetes.io/serviceaccount/name", json!("other"), TokenRejection::Subject),
+        ("/exp", json!(NOW - 61), TokenRejection::Expired),
+        ("/exp", Value::Null, TokenRejection::Malformed),
+        ("/nbf", json!(NOW + 61), TokenRejection::TooEarly),
+        ("/iat", json!(NOW + 61), TokenRejection::TooEarly),
+        ("/iat", json!(NOW - 161), TokenRejection::LivesTooLong),
+        ("/exp", json!(u64::MAX), TokenRejection::LivesTooLong),
+        ("/kubernetes.io", Value::Null, TokenRejection::Unbound),
+        ("/kubernetes.io/pod", Value::Null, TokenRejection::Unbound),
+        ("/kubernetes.io/pod/uid", json!(""), TokenRejection::Unbound),
+        ("/kubernetes.io/node/name", json!("No Node"), TokenRejection::Malformed),
     ] {
-        assert_eq!(judge_with(claim, value.clone()), Err(flaw), "{claim} {value}");
+        assert_eq!(check_with(claim, value.clone()), Err(flaw), "{claim} {value}");
     }
 }
 
 #[test]
 fn clocks_may_differ_by_a_minute() {
     for (claim, value) in [("/exp", NOW - 60), ("/nbf", NOW + 60), ("/iat", NOW - 160)] {
-        assert!(judge_with(claim, value.into()).is_ok(), "{claim}");
+        assert!(check_with(claim, value.into()).is_ok(), "{claim}");
     }
 }
 
 #[test]
-fn only_the_clusters_signature_counts() {
-    let stranger = encode(&header(Algorithm::ES256), &good(), &signer(STRANGER)).unwrap();
-    assert_eq!(judge(&stranger), Err(Flaw::Signature));
+fn a_token_without_the_clusters_signature_is_rejected() {
+    let stranger = encode(&header(Algorithm::ES256), &good_claims(), &signer(OTHER_CLUSTER)).unwrap();
+    assert_eq!(check(&stranger), Err(TokenRejection::Signature));
 
-    let mut changed = sign(&good());
+    let mut changed = sign(&good_claims());
     changed.replace_range(changed.len() - 8..changed.len() - 4, "AAAA");
-    assert_eq!(judge(&changed), Err(Flaw::Signature));
+    assert_eq!(check(&changed), Err(TokenRejection::Signature));
 
     let mut unknown = header(Algorithm::ES256);
     unknown.kid = Some("k2".to_owned());
-    assert_eq!(judge(&encode(&unknown, &good(), &signer(CLUSTER)).unwrap()), Err(Flaw::UnknownKey));
+    assert_eq!(check(&encode(&unknown, &good_claims(), &signer(CLUSTER)).unwrap()), Err(TokenRejection::UnknownKey));
     unknown.kid = None;
-    assert_eq!(judge(&encode(&unknown, &good(), &signer(CLUSTER)).unwrap()), Err(Flaw::UnknownKey));
+    assert_eq!(check(&encode(&unknown, &good_claims(), &signer(CLUSTER)).unwrap()), Err(TokenRejection::UnknownKey));
 }
 
 #[test]
-fn an_unsigned_token_is_refused() {
-    let good = sign(&good());
+fn an_unsigned_token_is_rejected() {
+    let good = sign(&good_claims());
     let (_, rest) = good.split_once('.').unwrap();
     let (claims, signature) = rest.split_once('.').unwrap();
     // {"alg":"none","kid":"k1"}
     let none = "eyJhbGciOiJub25lIiwia2lkIjoiazEifQ";
-    assert_eq!(judge(&format!("{none}.{claims}.")), Err(Flaw::Malformed));
-    assert_eq!(judge(&format!("{none}.{claims}.{signature}")), Err(Flaw::Malformed));
+    assert_eq!(check(&format!("{none}.{claims}.")), Err(TokenRejection::Malformed));
+    assert_eq!(check(&format!("{none}.{claims}.{signature}")), Err(TokenRejection::Malformed));
     let (header, _) = good.split_once('.').unwrap();
-    assert_eq!(judge(&format!("{header}.{claims}.")), Err(Flaw::Signature));
+    assert_eq!(check(&format!("{header}.{claims}.")), Err(TokenRejection::Signature));
 }
 
 #[test]
-fn a_public_key_is_no_shared_secret() {
+fn a_public_key_is_not_accepted_as_a_shared_secret() {
     // Everybody knows the public key; a verifier that lets the token choose HMAC would take a signature made with it.
     let public = keys().keys[0].key.as_bytes().to_vec();
     for secret in [public.as_slice(), CLUSTER.as_bytes()] {
-        let forged = encode(&header(Algorithm::HS256), &good(), &EncodingKey::from_secret(secret)).unwrap();
-        assert_eq!(judge(&forged), Err(Flaw::Algorithm));
+        let forged = encode(&header(Algorithm::HS256), &good_claims(), &EncodingKey::from_secret(secret)).unwrap();
+        assert_eq!(check(&forged), Err(TokenRejection::Algorithm));
     }
 }
 
 #[test]
-fn what_is_no_token_is_refused() {
-    assert_eq!(judge(""), Err(Flaw::Absent));
-    let good = sign(&good());
+fn a_malformed_token_is_rejected() {
+    assert_eq!(check(""), Err(TokenRejection::Absent));
+    let good = sign(&good_claims());
     for garbage in ["x", "..", "a.b.c", &good[..good.len() / 2], &format!("{good}.{good}"), "é.é.é", " "] {
-        assert_eq!(judge(garbage), Err(Flaw::Malformed), "{garbage:?}");
+        assert_eq!(check(garbage), Err(TokenRejection::Malformed), "{garbage:?}");
     }
-    assert_eq!(judge(&"a".repeat(MAX_BYTES + 1)), Err(Flaw::TooLong));
-    assert_eq!(judge(&"a".repeat(MAX_BYTES)), Err(Flaw::Malformed));
+    assert_eq!(check(&"a".repeat(MAX_BYTES + 1)), Err(TokenRejection::TooLong));
+    assert_eq!(check(&"a".repeat(MAX_BYTES)), Err(TokenRejection::Malformed));
     let mut critical = header(Algorithm::ES256);
     critical.crit = Some(vec!["b64".to_owned()]);
-    assert_eq!(judge(&encode(&critical, &self::good(), &signer(CLUSTER)).unwrap()), Err(Flaw::Malformed));
+    assert_eq!(
+        check(&encode(&critical, &self::good_claims(), &signer(CLUSTER)).unwrap()),
+        Err(TokenRejection::Malformed)
+    );
 }
 
 proptest::proptest! {
     #[test]
-    fn no_text_makes_it_panic(text in ".{0,64}|([A-Za-z0-9_-]{0,40}\\.){2}[A-Za-z0-9_-]{0,40}") {
-        proptest::prop_assert!(judge(&text).is_err());
+    fn token_verification_never_panics(text in ".{0,64}|([A-Za-z0-9_-]{0,40}\\.){2}[A-Za-z0-9_-]{0,40}") {
+        proptest::prop_assert!(check(&text).is_err());
     }
 }

@@ -3,12 +3,12 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::decide::rules::Rules;
+use crate::decide::policy::Policy;
 
 const GIB: u64 = 1 << 30;
 
-fn defaults() -> Lines {
-    Rules::default().budgets.lines()
+fn defaults() -> DiskFloors {
+    Policy::default().budgets.disk_floors()
 }
 
 fn disk(device: u64, free: u64, total: u64) -> FileSystem {
@@ -21,7 +21,7 @@ fn shared(free: u64, total: u64) -> Disks {
 }
 
 fn missing(bytes: u64, disks: Disks) -> Result<(), OverLimit> {
-    check(Need::of_missing(bytes), Need::default(), disks, defaults())
+    check(DiskNeed::of_missing(bytes), DiskNeed::default(), disks, defaults())
 }
 
 #[test]
@@ -38,11 +38,12 @@ fn small_and_ordinary_images_fit_in_the_band_that_the_kubelet_keeps() {
 }
 
 #[test]
-fn unpacked_layers_may_cross_the_collection_line_and_the_download_may_not() {
+fn unpacked_layers_may_pass_the_collection_threshold_and_a_download_may_not() {
     // As k3s has it: the kubelet collects at 85 % used and evicts at 5 % free.
-    let lines = Lines { min_free_bytes: 0, collection_percent: 85, eviction_percent: 5 };
+    let lines = DiskFloors { min_free_bytes: 0, collection_percent: 85, eviction_percent: 5 };
     let check = |download, unpack, free| {
-        check(Need { download, unpack }, Need::default(), shared(free, 1000), lines).map_err(|error| error.to_string())
+        check(DiskNeed { download, unpack }, DiskNeed::default(), shared(free, 1000), lines)
+            .map_err(|error| error.to_string())
     };
     assert_eq!(check(50, 100, 200), Ok(()));
     assert_eq!(check(50, 101, 200), Err(
@@ -53,7 +54,7 @@ fn unpacked_layers_may_cross_the_collection_line_and_the_download_may_not() {
 }
 
 #[test]
-fn two_file_systems_are_checked_each_for_itself_and_the_short_one_is_named() {
+fn two_file_systems_are_checked_separately_and_the_error_names_the_full_file_system() {
     let disks = |content, snapshots| Disks {
         content: Some(disk(1, content, 100 * GIB)),
         snapshots: Some(disk(2, snapshots, 20 * GIB)),
@@ -68,7 +69,7 @@ fn two_file_systems_are_checked_each_for_itself_and_the_short_one_is_named() {
 }
 
 #[test]
-fn a_file_system_that_only_an_overlay_shows_is_told_apart_by_its_size() {
+fn a_file_system_seen_through_an_overlay_is_identified_by_its_size() {
     let overlay = |free, total| Some(FileSystem { device: None, free, total });
     let content = Some(disk(1, 17 * GIB, 100 * GIB));
     assert!(
@@ -79,13 +80,13 @@ fn a_file_system_that_only_an_overlay_shows_is_told_apart_by_its_size() {
 }
 
 #[test]
-fn one_visible_file_system_stands_for_both_and_none_forbids_nothing() {
+fn a_single_visible_file_system_counts_for_both_and_no_visible_file_system_limits_nothing() {
     let one = Some(disk(1, 17 * GIB, 100 * GIB));
     for disks in [Disks { content: one, snapshots: None }, Disks { content: None, snapshots: one }] {
         assert_eq!((missing(GIB, disks), missing(GIB + 1, disks).is_err()), (Ok(()), true));
     }
     assert_eq!(missing(u64::MAX, Disks::default()), Ok(()));
-    assert!(Disks::default().are_unseen());
+    assert!(Disks::default().are_unknown());
 }
 
 #[test]
@@ -95,11 +96,11 @@ fn an_image_that_misses_nothing_fits_on_a_full_disk() {
 
 #[test]
 fn the_larger_of_bytes_and_percent_stays_free() {
-    let lines = Lines { min_free_bytes: 1000, collection_percent: 80, eviction_percent: 15 };
-    assert_eq!((lines.after_download(100), lines.after_unpacking(100)), (1000, 1000));
-    assert_eq!((lines.after_download(100_000), lines.after_unpacking(100_000)), (20_000, 15_000));
-    assert_eq!(lines.after_unpacking(10_001), 1501, "no byte below the line");
-    assert!(lines.after_download(u64::MAX) < u64::MAX);
+    let lines = DiskFloors { min_free_bytes: 1000, collection_percent: 80, eviction_percent: 15 };
+    assert_eq!((lines.download_floor(100), lines.unpack_floor(100)), (1000, 1000));
+    assert_eq!((lines.download_floor(100_000), lines.unpack_floor(100_000)), (20_000, 15_000));
+    assert_eq!(lines.unpack_floor(10_001), 1501, "no byte below the line");
+    assert!(lines.download_floor(u64::MAX) < u64::MAX);
 }
 
 prop_compose! {
@@ -121,15 +122,15 @@ prop_compose! {
 proptest! {
     /// After all promised writes every file system is above the kubelet's eviction line.
     #[test]
-    fn what_fits_never_ends_below_the_eviction_line(
+    fn an_admitted_image_never_ends_below_the_eviction_threshold(
         disks in any_disks(),
         download in 0_u64..1 << 46, unpack in 0_u64..1 << 46, others in 0_u64..1 << 40,
         min_free_bytes in 0_u64..1 << 34, collection_percent in 60_u8..=100, eviction_percent in 0_u8..=40,
     ) {
-        let lines = Lines { min_free_bytes, collection_percent, eviction_percent };
-        let reserved = Need { download: others, unpack: others };
+        let lines = DiskFloors { min_free_bytes, collection_percent, eviction_percent };
+        let reserved = DiskNeed { download: others, unpack: others };
         prop_assume!(download + unpack > 0);
-        if check(Need { download, unpack }, reserved, disks, lines).is_err() {
+        if check(DiskNeed { download, unpack }, reserved, disks, lines).is_err() {
             return Ok(());
         }
         let (content, snapshots) = match disks {

@@ -7,12 +7,12 @@ use super::*;
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
 
-fn image(name: &str) -> Incomplete {
-    Incomplete {
+fn image(name: &str) -> IncompleteImage {
+    IncompleteImage {
         manifest: Digest::of(name.as_bytes()),
         registry: "r.test".into(),
         secrets: BTreeSet::new(),
-        is_held: false,
+        has_providers: false,
         nodes: 1,
         is_healthy: true,
         fits: true,
@@ -23,137 +23,151 @@ fn secrets(names: &[&str]) -> BTreeSet<SecretName> {
     names.iter().map(|name| ("shop".to_owned(), (*name).to_owned())).collect()
 }
 
-fn fills(now: Instant) -> Fills {
-    Fills::new(FetchFrom::Registry, now, 1.0)
+fn fills(now: Instant) -> FillScheduler {
+    FillScheduler::new(FetchFrom::Registry, now, 1.0)
 }
 
 /// The fetch that begins for one node without members, with the longest pauses.
-fn begins(fills: &mut Fills, image: &Incomplete, now: Instant) -> Option<Source> {
-    fills.next(std::slice::from_ref(image), 1, now, || 1.0).map(|(_, source)| source)
+fn begins(fills: &mut FillScheduler, image: &IncompleteImage, now: Instant) -> Option<FillSource> {
+    fills.start_next(std::slice::from_ref(image), 1, now, || 1.0).map(|(_, source)| source)
 }
 
 /// The first fetch that begins within these seconds, and the second of its begin.
-fn first(fills: &mut Fills, image: &Incomplete, from: Instant, seconds: u64) -> Option<(u64, Source)> {
+fn first(fills: &mut FillScheduler, image: &IncompleteImage, from: Instant, seconds: u64) -> Option<(u64, FillSource)> {
     (0..seconds).find_map(|second| Some((second, begins(fills, image, from + SECOND * second as u32)?)))
 }
 
 #[test]
 fn peers_have_precedence_over_a_healthy_registry() {
     let start = Instant::now();
-    let held = Incomplete { is_held: true, ..image("a") };
-    assert_eq!(first(&mut fills(start), &held, start, 600), Some((2, Source::Peers)));
-    assert_eq!(first(&mut fills(start), &image("a"), start, 600), Some((20, Source::Registry)));
+    let held = IncompleteImage { has_providers: true, ..image("a") };
+    assert_eq!(first(&mut fills(start), &held, start, 600), Some((2, FillSource::Peers)));
+    assert_eq!(first(&mut fills(start), &image("a"), start, 600), Some((20, FillSource::Registry)));
 }
 
 #[test]
-fn a_registry_is_asked_only_while_healthy_with_room_and_by_the_setting() {
+fn a_registry_is_used_only_while_healthy_with_room_and_by_the_setting() {
     let start = Instant::now();
-    let fetched = |from, image: &Incomplete| first(&mut Fills::new(from, start, 0.0), image, start, 7200);
-    let (lone, held) = (image("a"), Incomplete { is_held: true, ..image("a") });
-    for never in [Incomplete { is_healthy: false, ..image("a") }, Incomplete { fits: false, ..held.clone() }] {
+    let fetched = |from, image: &IncompleteImage| first(&mut FillScheduler::new(from, start, 0.0), image, start, 7200);
+    let (lone, held) = (image("a"), IncompleteImage { has_providers: true, ..image("a") });
+    for never in [IncompleteImage { is_healthy: false, ..image("a") }, IncompleteImage { fits: false, ..held.clone() }]
+    {
         assert_eq!(fetched(FetchFrom::Registry, &never), None, "{never:?}");
     }
     assert_eq!(fetched(FetchFrom::Peers, &lone), None);
-    assert_eq!(fetched(FetchFrom::Peers, &held), Some((0, Source::Peers)));
+    assert_eq!(fetched(FetchFrom::Peers, &held), Some((0, FillSource::Peers)));
     assert_eq!((fetched(FetchFrom::None, &lone), fetched(FetchFrom::None, &held)), (None, None));
 }
 
 #[test]
-fn one_image_is_fetched_at_a_time() {
+fn only_a_single_image_is_fetched_at_a_time() {
     let start = Instant::now();
     let (mut fills, later) = (fills(start), start + HOUR);
-    assert_eq!(begins(&mut fills, &Incomplete { is_held: true, ..image("a") }, later), Some(Source::Peers));
-    assert_eq!(begins(&mut fills, &Incomplete { is_held: true, ..image("b") }, later + HOUR), None);
-    assert_eq!(fills.reason(&image("a")), Lack::Fetching);
-    fills.ended(&image("a"), Ok(Source::Peers), later, 0.0);
-    assert_eq!(begins(&mut fills, &Incomplete { is_held: true, ..image("b") }, later), Some(Source::Peers));
+    assert_eq!(
+        begins(&mut fills, &IncompleteImage { has_providers: true, ..image("a") }, later),
+        Some(FillSource::Peers)
+    );
+    assert_eq!(begins(&mut fills, &IncompleteImage { has_providers: true, ..image("b") }, later + HOUR), None);
+    assert_eq!(fills.unfilled_reason(&image("a")), UnfilledReason::Fetching);
+    fills.record_end(&image("a"), Ok(FillSource::Peers), later, 0.0);
+    assert_eq!(
+        begins(&mut fills, &IncompleteImage { has_providers: true, ..image("b") }, later),
+        Some(FillSource::Peers)
+    );
 }
 
 #[test]
 fn the_registry_follows_where_peers_failed_and_nothing_where_the_disk_failed() {
     let start = Instant::now();
-    let held = Incomplete { is_held: true, ..image("a") };
-    for (failure, next) in [(Failure::Peers, Some(Source::Registry)), (Failure::Local, None)] {
+    let held = IncompleteImage { has_providers: true, ..image("a") };
+    for (failure, next) in [(FillFailure::Peers, Some(FillSource::Registry)), (FillFailure::Local, None)] {
         let mut fills = fills(start);
         let now = start + HOUR;
-        assert_eq!(begins(&mut fills, &held, now), Some(Source::Peers));
-        fills.ended(&held, Err(failure), now, 0.0);
+        assert_eq!(begins(&mut fills, &held, now), Some(FillSource::Peers));
+        fills.record_end(&held, Err(failure), now, 0.0);
         assert_eq!(first(&mut fills, &held, now, 600).map(|(_, source)| source), next, "{failure:?}");
         if next.is_none() {
-            assert_eq!(begins(&mut fills, &held, now + AGAIN), Some(Source::Peers));
+            assert_eq!(begins(&mut fills, &held, now + PEER_RETRY_DELAY), Some(FillSource::Peers));
         }
     }
 }
 
 #[test]
-fn a_denied_image_is_counted_and_asked_for_again_with_a_new_secret_or_after_half_a_day() {
+fn a_denied_image_is_counted_and_requested_again_with_a_new_secret_or_after_half_a_day() {
     let start = Instant::now();
-    let denied = |unread, image: &Incomplete| {
+    let denied = |unread, image: &IncompleteImage| {
         let mut fills = fills(start);
-        assert_eq!(first(&mut fills, image, start, 60), Some((20, Source::Registry)));
-        fills.ended(image, Err(Failure::Denied { unread }), start, 0.0);
+        assert_eq!(first(&mut fills, image, start, 60), Some((20, FillSource::Registry)));
+        fills.record_end(image, Err(FillFailure::Denied { unread }), start, 0.0);
         fills
     };
-    let with_secret = Incomplete { secrets: secrets(&["old"]), ..image("a") };
+    let with_secret = IncompleteImage { secrets: secrets(&["old"]), ..image("a") };
     let mut fills = denied(false, &with_secret);
-    assert_eq!(fills.reason(&with_secret), Lack::KubeletCredentials);
-    assert_eq!(fills.reason(&Incomplete { is_held: true, ..with_secret.clone() }), Lack::Pending);
-    assert_eq!(fills.reason(&image("a")), Lack::KubeletCredentials, "a pod that ended brings no new secret");
+    assert_eq!(fills.unfilled_reason(&with_secret), UnfilledReason::KubeletCredentials);
+    assert_eq!(
+        fills.unfilled_reason(&IncompleteImage { has_providers: true, ..with_secret.clone() }),
+        UnfilledReason::Pending
+    );
+    assert_eq!(
+        fills.unfilled_reason(&image("a")),
+        UnfilledReason::KubeletCredentials,
+        "a pod that ended brings no new secret"
+    );
     let minutes = (30..700_u32).map(|minute| start + 60 * SECOND * minute);
     assert_eq!(minutes.clone().find_map(|at| begins(&mut fills, &with_secret, at)), None);
-    let renewed = Incomplete { secrets: secrets(&["old", "new"]), ..image("a") };
-    assert_eq!(first(&mut fills, &renewed, start + HOUR, 60), Some((10, Source::Registry)));
+    let renewed = IncompleteImage { secrets: secrets(&["old", "new"]), ..image("a") };
+    assert_eq!(first(&mut fills, &renewed, start + HOUR, 60), Some((10, FillSource::Registry)));
 
     let mut fills = denied(true, &with_secret);
-    assert_eq!(fills.reason(&with_secret), Lack::UnreadableSecret);
-    assert_eq!(first(&mut fills, &with_secret, start + HOUR, 60), Some((10, Source::Registry)));
-    fills.ended(&with_secret, Err(Failure::Denied { unread: false }), start + HOUR, 0.0);
+    assert_eq!(fills.unfilled_reason(&with_secret), UnfilledReason::UnreadableSecret);
+    assert_eq!(first(&mut fills, &with_secret, start + HOUR, 60), Some((10, FillSource::Registry)));
+    fills.record_end(&with_secret, Err(FillFailure::Denied { unread: false }), start + HOUR, 0.0);
     assert_eq!(first(&mut fills, &with_secret, start + 12 * HOUR, 60), None);
-    assert_eq!(first(&mut fills, &with_secret, start + 13 * HOUR, 60), Some((10, Source::Registry)));
+    assert_eq!(first(&mut fills, &with_secret, start + 13 * HOUR, 60), Some((10, FillSource::Registry)));
 }
 
 #[test]
-fn a_failing_registry_is_left_alone_for_ever_longer_with_all_its_images() {
+fn the_back_off_of_a_failing_registry_grows_and_covers_all_its_images() {
     let start = Instant::now();
     let (mut fills, mut now) = (fills(start), start + HOUR);
-    let other = Incomplete { registry: "other.test".into(), ..image("c") };
+    let other = IncompleteImage { registry: "other.test".into(), ..image("c") };
     let mut pauses = Vec::new();
     for _ in 0..7 {
         let (waited, source) = first(&mut fills, &image("b"), now, 7200).unwrap();
         now += SECOND * waited as u32;
         pauses.push(waited);
-        fills.ended(&image("b"), Err(Failure::Down), now, 0.0);
-        assert_eq!(source, Source::Registry);
+        fills.record_end(&image("b"), Err(FillFailure::Down), now, 0.0);
+        assert_eq!(source, FillSource::Registry);
     }
     // Ten seconds are the pause before any fetch.
     assert_eq!(pauses, [10, 130, 250, 490, 970, 1930, 3610]);
-    assert_eq!(first(&mut fills, &other, now, 60), Some((10, Source::Registry)));
-    fills.ended(&other, Ok(Source::Registry), now, 0.0);
+    assert_eq!(first(&mut fills, &other, now, 60), Some((10, FillSource::Registry)));
+    fills.record_end(&other, Ok(FillSource::Registry), now, 0.0);
     assert_eq!(first(&mut fills, &image("a"), now, 3000), None);
     let (waited, _) = first(&mut fills, &image("a"), now, 7200).unwrap();
-    fills.ended(&image("a"), Ok(Source::Registry), now, 0.0);
-    fills.ended(&image("a"), Err(Failure::Down), now + SECOND * waited as u32, 0.0);
+    fills.record_end(&image("a"), Ok(FillSource::Registry), now, 0.0);
+    fills.record_end(&image("a"), Err(FillFailure::Down), now + SECOND * waited as u32, 0.0);
     let after = first(&mut fills, &image("a"), now + SECOND * waited as u32, 600).unwrap().0;
     assert_eq!(after, 130, "success ends the series");
 }
 
 #[test]
-fn a_pause_that_a_registry_asks_for_is_kept_within_a_bound() {
+fn a_retry_after_of_a_registry_is_respected_up_to_a_bound() {
     let start = Instant::now();
     for (wish, pause) in [(None, 130), (Some(1), 130), (Some(1000), 1010), (Some(u64::MAX), 6 * 3600 + 10)] {
         let mut fills = fills(start);
         let now = start + HOUR;
         let wish = wish.map(Duration::from_secs);
-        fills.ended(&image("a"), Err(Failure::RateLimited(wish)), now, 0.0);
-        assert_eq!(first(&mut fills, &image("a"), now, 8 * 3600), Some((pause, Source::Registry)));
+        fills.record_end(&image("a"), Err(FillFailure::RateLimited(wish)), now, 0.0);
+        assert_eq!(first(&mut fills, &image("a"), now, 8 * 3600), Some((pause, FillSource::Registry)));
     }
 }
 
 #[test]
 fn every_reason_has_a_label_of_its_own() {
-    let labels: BTreeSet<_> = Lack::ALL.iter().map(|reason| reason.label()).collect();
-    let texts: BTreeSet<_> = Lack::ALL.iter().map(ToString::to_string).collect();
-    assert_eq!((labels.len(), texts.len()), (Lack::ALL.len(), Lack::ALL.len()));
+    let labels: BTreeSet<_> = UnfilledReason::ALL.iter().map(|reason| reason.label()).collect();
+    let texts: BTreeSet<_> = UnfilledReason::ALL.iter().map(ToString::to_string).collect();
+    assert_eq!((labels.len(), texts.len()), (UnfilledReason::ALL.len(), UnfilledReason::ALL.len()));
 }
 
 /// A cluster in steps of ten seconds, as the agent looks.
@@ -162,14 +176,14 @@ struct Cluster {
     nodes: Vec<Node>,
     now: Instant,
     /// Begun fetches from the registry.
-    asked: usize,
+    registry_fetches: usize,
 }
 
 struct Node {
-    fills: Fills,
-    lacking: Vec<Incomplete>,
+    fills: FillScheduler,
+    lacking: Vec<IncompleteImage>,
     /// The fetch under way, and its end.
-    running: Option<(Incomplete, Source, Instant)>,
+    running: Option<(IncompleteImage, FillSource, Instant)>,
 }
 
 const STEP: Duration = Duration::from_secs(10);
@@ -179,14 +193,14 @@ const DOWNLOAD: Duration = Duration::from_secs(25);
 
 impl Cluster {
     /// Every node lacks the images that `images` yields for its number.
-    fn new(nodes: usize, images: impl Fn(usize) -> Vec<Incomplete>) -> Self {
+    fn new(nodes: usize, images: impl Fn(usize) -> Vec<IncompleteImage>) -> Self {
         let (mut random, now) = (SmallRng::seed_from_u64(7), Instant::now());
         let node = |number| Node {
-            fills: Fills::new(FetchFrom::Registry, now, random.random()),
+            fills: FillScheduler::new(FetchFrom::Registry, now, random.random()),
             lacking: images(number),
             running: None,
         };
-        Self { nodes: (0..nodes).map(node).collect(), random, now, asked: 0 }
+        Self { nodes: (0..nodes).map(node).collect(), random, now, registry_fetches: 0 }
     }
 
     fn step(&mut self) {
@@ -195,19 +209,20 @@ impl Cluster {
         let mut came = BTreeSet::new();
         for node in &mut self.nodes {
             if let Some((image, source, _)) = node.running.take_if(|(_, _, ends)| *ends <= now) {
-                node.fills.ended(&image, Ok(source), now, random.random());
+                node.fills.record_end(&image, Ok(source), now, random.random());
                 node.lacking.retain(|other| other.manifest != image.manifest);
                 came.insert(image.manifest);
             }
         }
         for node in &mut self.nodes {
-            node.lacking.iter_mut().for_each(|image| image.is_held |= came.contains(&image.manifest));
-            let Some((manifest, source)) = node.fills.next(&node.lacking, members, now, || random.random()) else {
+            node.lacking.iter_mut().for_each(|image| image.has_providers |= came.contains(&image.manifest));
+            let Some((manifest, source)) = node.fills.start_next(&node.lacking, members, now, || random.random())
+            else {
                 continue;
             };
             let image = node.lacking.iter().find(|image| image.manifest == manifest).unwrap().clone();
-            let takes = if source == Source::Registry { DOWNLOAD } else { STEP };
-            self.asked += usize::from(source == Source::Registry);
+            let takes = if source == FillSource::Registry { DOWNLOAD } else { STEP };
+            self.registry_fetches += usize::from(source == FillSource::Registry);
             node.running = Some((image, source, now + takes));
         }
     }
@@ -220,24 +235,24 @@ impl Cluster {
 #[test]
 fn three_nodes_have_the_layers_of_five_images_within_three_minutes() {
     let names = ["a", "b", "c", "d", "e"];
-    let mut cluster = Cluster::new(3, |_| names.map(|name| Incomplete { nodes: 3, ..image(name) }).to_vec());
+    let mut cluster = Cluster::new(3, |_| names.map(|name| IncompleteImage { nodes: 3, ..image(name) }).to_vec());
     let steps = (1..=100).find(|_| {
         cluster.step();
         cluster.is_done()
     });
     assert!(steps.unwrap() <= 18, "{steps:?} steps of ten seconds");
-    assert!(cluster.asked <= 10, "{} fetches from the registry", cluster.asked);
+    assert!(cluster.registry_fetches <= 10, "{} fetches from the registry", cluster.registry_fetches);
 }
 
 #[test]
 fn a_registry_sends_an_image_a_few_times_to_a_cluster_of_five_thousand() {
-    let mut cluster = Cluster::new(5000, |_| vec![Incomplete { nodes: 5000, ..image("a") }]);
+    let mut cluster = Cluster::new(5000, |_| vec![IncompleteImage { nodes: 5000, ..image("a") }]);
     let steps = (1..=200).find(|_| {
         cluster.step();
         cluster.is_done()
     });
-    println!("figure registry_fetches_of_one_image_5000_nodes {}", cluster.asked);
-    assert!(cluster.asked <= 12, "{} fetches from the registry", cluster.asked);
+    println!("figure registry_fetches_of_one_image_5000_nodes {}", cluster.registry_fetches);
+    assert!(cluster.registry_fetches <= 12, "{} fetches from the registry", cluster.registry_fetches);
     assert!(steps.is_some(), "not all nodes have the image");
 }
 
@@ -248,9 +263,9 @@ fn five_thousand_nodes_with_images_of_their_own_begin_one_fetch_per_second() {
     let steps = 100;
     (0..steps).for_each(|_| cluster.step());
     let seconds = steps as usize * STEP.as_secs() as usize;
-    println!("figure registry_fetches_per_1000_s_5000_nodes {}", cluster.asked);
-    assert!(cluster.asked <= seconds * 11 / 10, "{} fetches in {seconds} s", cluster.asked);
-    assert!(cluster.asked >= seconds / 4, "{} fetches in {seconds} s", cluster.asked);
+    println!("figure registry_fetches_per_1000_s_5000_nodes {}", cluster.registry_fetches);
+    assert!(cluster.registry_fetches <= seconds * 11 / 10, "{} fetches in {seconds} s", cluster.registry_fetches);
+    assert!(cluster.registry_fetches >= seconds / 4, "{} fetches in {seconds} s", cluster.registry_fetches);
 }
 
 proptest! {
@@ -261,42 +276,42 @@ proptest! {
         steps in prop::collection::vec((0_u64..40_000, 0_usize..16, 0_usize..10, 0.0..1.0_f64), 1..60),
     ) {
         let mut now = Instant::now();
-        let mut fills = Fills::new(from, now, 0.5);
+        let mut fills = FillScheduler::new(from, now, 0.5);
         let failures = [
-            Failure::Peers, Failure::Local, Failure::Yielded, Failure::Denied { unread: false }, Failure::Denied { unread: true },
-            Failure::Gone, Failure::WrongBytes, Failure::RateLimited(None), Failure::Down,
+            FillFailure::Peers, FillFailure::Local, FillFailure::NeededByRecovery, FillFailure::Denied { unread: false }, FillFailure::Denied { unread: true },
+            FillFailure::Gone, FillFailure::WrongBytes, FillFailure::RateLimited(None), FillFailure::Down,
         ];
         let mut denied: Option<Instant> = None;
         for (seconds, bits, end, random) in steps {
             now += Duration::from_secs(seconds);
-            let one = Incomplete {
-                is_held: bits & 1 > 0,
+            let one = IncompleteImage {
+                has_providers: bits & 1 > 0,
                 is_healthy: bits & 2 > 0,
                 fits: bits & 4 > 0,
                 ..image("one")
             };
-            let other = Incomplete { is_held: bits & 8 > 0, ..image("other") };
+            let other = IncompleteImage { has_providers: bits & 8 > 0, ..image("other") };
             let images = [one, other];
-            let Some((manifest, source)) = fills.next(&images, 1 + bits, now, || random) else { continue };
+            let Some((manifest, source)) = fills.start_next(&images, 1 + bits, now, || random) else { continue };
             let chosen = images.iter().find(|image| image.manifest == manifest).unwrap();
             prop_assert!(chosen.fits && from != FetchFrom::None);
             match source {
-                Source::Peers => prop_assert!(chosen.is_held),
-                Source::Registry => {
+                FillSource::Peers => prop_assert!(chosen.has_providers),
+                FillSource::Registry => {
                     prop_assert!(chosen.is_healthy && from == FetchFrom::Registry);
                     if chosen.manifest == image("one").manifest {
-                        prop_assert!(denied.is_none_or(|at| now - at >= REFUSED));
+                        prop_assert!(denied.is_none_or(|at| now - at >= REFUSAL_RETRY_DELAY));
                     }
                 }
             }
-            prop_assert_eq!(fills.next(&images, 1, now + HOUR, || random), None);
+            prop_assert_eq!(fills.start_next(&images, 1, now + HOUR, || random), None);
             // Peers deny nothing.
-            let possible = if source == Source::Peers { &failures[..2] } else { &failures[1..] };
+            let possible = if source == FillSource::Peers { &failures[..2] } else { &failures[1..] };
             let result = possible.get(end).map_or(Ok(source), |failure| Err(*failure));
-            if matches!(result, Err(Failure::Denied { unread: false })) && chosen.manifest == image("one").manifest {
+            if matches!(result, Err(FillFailure::Denied { unread: false })) && chosen.manifest == image("one").manifest {
                 denied = Some(now);
             }
-            fills.ended(chosen, result, now, random);
+            fills.record_end(chosen, result, now, random);
         }
     }
 }

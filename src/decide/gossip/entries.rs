@@ -2,78 +2,93 @@
 
 use std::time::Instant;
 
-use super::conduct::ENTRIES;
-use super::follower::Receipt;
-use super::{Notary, Protocol, Verdict};
+use super::follower::EntryReceipt;
+use super::peer_score::ENTRY_LIMIT;
+use super::{CredentialVerifier, GossipVerdict, Protocol};
 use crate::decide::inventory::Inventory;
-use crate::model::{ContentChange, Entry, Item, MAX_CHANGES, MAX_MEMBERS, PeerId, changes_digest};
+use crate::model::{InventoryChange, InventoryItem, LogEntry, MAX_CHANGES, MAX_MEMBERS, PeerId, changes_digest};
 use crate::oci::{Reference, Repository};
 
-impl<N: Notary> Protocol<N> {
+impl<N: CredentialVerifier> Protocol<N> {
     /// Somebody's entry, by gossip.
-    pub(super) fn entry(&mut self, from: PeerId, entry: Entry, table: &mut Inventory, now: Instant) -> Verdict {
+    pub(super) fn receive_entry(
+        &mut self,
+        from: PeerId,
+        entry: LogEntry,
+        table: &mut Inventory,
+        now: Instant,
+    ) -> GossipVerdict {
         let (publisher, epoch) = (entry.head.publisher, entry.head.epoch);
-        if publisher == self.own.peer {
-            return Verdict::Ignore("own");
+        if publisher == self.local.peer {
+            return GossipVerdict::Ignore("own");
         }
         let Some(member) = self.member(publisher) else {
             // Somebody new, if this is really its word.
-            let is_its = || self.notary.is_signed(publisher, &entry.head.signed(), &entry.head.signature);
-            if self.unknown.len() < MAX_MEMBERS && !self.unknown.contains_key(&publisher) && is_its() {
-                self.unknown.insert(publisher, from);
+            let is_its = || self.verifier.is_signed(publisher, &entry.head.signed_bytes(), &entry.head.signature);
+            if self.missing_introductions.len() < MAX_MEMBERS
+                && !self.missing_introductions.contains_key(&publisher)
+                && is_its()
+            {
+                self.missing_introductions.insert(publisher, from);
             }
-            return Verdict::Ignore("unknown_author");
+            return GossipVerdict::Ignore("unknown_author");
         };
-        if member.conduct.is_banned(now) || !member.is_vouched(now) {
-            return Verdict::Ignore("not_admitted");
+        if member.score.is_banned(now) || !member.has_valid_credential(now) {
+            return GossipVerdict::Ignore("not_admitted");
         }
         if epoch != member.epoch() {
             if epoch > member.epoch() {
-                self.unknown.entry(publisher).or_insert(from);
+                self.missing_introductions.entry(publisher).or_insert(from);
             }
-            return Verdict::Ignore("other_epoch");
+            return GossipVerdict::Ignore("other_epoch");
         }
         // Before anything is computed: old entries can be had by everybody, and sent in as many frames as one likes.
-        if member.log.has(&entry.head) {
-            return Verdict::Ignore("late");
+        if member.log.contains(&entry.head) {
+            return GossipVerdict::Ignore("late");
         }
-        if let Err(fault) = check(&entry) {
-            return Verdict::Reject(fault);
+        if let Err(fault) = validate_entry(&entry) {
+            return GossipVerdict::Reject(fault);
         }
-        if !self.notary.is_signed(publisher, &entry.head.signed(), &entry.head.signature) {
-            return Verdict::Reject("forged");
+        if !self.verifier.is_signed(publisher, &entry.head.signed_bytes(), &entry.head.signature) {
+            return GossipVerdict::Reject("forged");
         }
-        let Some(member) = self.roster.get_mut(publisher) else { return Verdict::Ignore("unknown_author") };
+        let Some(member) = self.roster.get_mut(publisher) else { return GossipVerdict::Ignore("unknown_author") };
         // Only news count, or whoever plays old entries again would use up the publisher's allowance. And nobody is blamed: a neighbour may
         // have held them back. What is too much is asked for later, as fast as we like.
-        if member.log.is_news(&entry.head) && !member.conduct.entries.take(&ENTRIES, now) {
-            return Verdict::Ignore("too_many");
+        if member.log.is_new(&entry.head) && !member.score.entries.try_take(&ENTRY_LIMIT, now) {
+            return GossipVerdict::Ignore("too_many");
         }
-        self.take_entry(from, entry, table, now)
+        self.apply_entry(from, entry, table, now)
     }
 
-    pub(super) fn take_entry(&mut self, from: PeerId, entry: Entry, table: &mut Inventory, now: Instant) -> Verdict {
+    pub(super) fn apply_entry(
+        &mut self,
+        from: PeerId,
+        entry: LogEntry,
+        table: &mut Inventory,
+        now: Instant,
+    ) -> GossipVerdict {
         let publisher = entry.head.publisher;
-        let Some(member) = self.roster.get_mut(publisher) else { return Verdict::Ignore("unknown_author") };
+        let Some(member) = self.roster.get_mut(publisher) else { return GossipVerdict::Ignore("unknown_author") };
         match member.log.receive(entry, from, now) {
-            Receipt::Next(entries) => {
-                self.apply(publisher, entries, table);
-                Verdict::Accept
+            EntryReceipt::Next(entries) => {
+                self.apply_changes(publisher, entries, table);
+                GossipVerdict::Accept
             }
-            Receipt::Held => {
+            EntryReceipt::Buffered => {
                 self.behind.insert(publisher);
-                Verdict::Accept
+                GossipVerdict::Accept
             }
-            Receipt::Late => Verdict::Ignore("late"),
-            Receipt::Contradiction => {
-                self.nonsense(publisher, "contradiction", now);
+            EntryReceipt::Duplicate => GossipVerdict::Ignore("late"),
+            EntryReceipt::Contradiction => {
+                self.record_fault(publisher, "contradiction", now);
                 // Both are signed: whoever has the other one sees it, too. Who has banned the publisher passes nothing more of it on.
-                Verdict::Accept
+                GossipVerdict::Accept
             }
         }
     }
 
-    pub(super) fn apply(&mut self, publisher: PeerId, entries: Vec<Entry>, table: &mut Inventory) {
+    pub(super) fn apply_changes(&mut self, publisher: PeerId, entries: Vec<LogEntry>, table: &mut Inventory) {
         let mut dropped = 0;
         for entry in entries {
             self.recent.push(entry.clone());
@@ -87,29 +102,29 @@ impl<N: Notary> Protocol<N> {
                 self.behind.remove(&publisher);
             }
         }
-        self.roster.touched(publisher);
+        self.roster.update_bucket(publisher);
     }
 }
 
 /// What can be said of an entry without knowing its publisher.
-pub(super) fn check(entry: &Entry) -> Result<(), &'static str> {
-    let Entry { head, changes } = entry;
+pub(super) fn validate_entry(entry: &LogEntry) -> Result<(), &'static str> {
+    let LogEntry { head, changes } = entry;
     if head.sequence == 0 || changes.len() > MAX_CHANGES || head.changes != changes_digest(changes) {
         return Err("malformed");
     }
-    let is_change_proper = |change: &ContentChange| match change {
-        ContentChange::Added(item) | ContentChange::Removed(item) => is_proper(item),
+    let is_change_proper = |change: &InventoryChange| match change {
+        InventoryChange::Added(item) | InventoryChange::Removed(item) => is_valid_item(item),
     };
     if changes.iter().all(is_change_proper) { Ok(()) } else { Err("malformed") }
 }
 
 /// Whether an image's name is one that CRI would write, which also bounds its length.
-pub(super) fn is_proper(item: &Item) -> bool {
+pub(super) fn is_valid_item(item: &InventoryItem) -> bool {
     let reference = match item {
-        Item::Blob(_) | Item::Fetching(_) => return true,
-        Item::Outage(outage) => return Repository::is_registry(&outage.registry),
-        Item::Image(repository, Some(tag), _) => Reference::Tag(repository.clone(), tag.clone()),
-        Item::Image(repository, None, digest) => Reference::Digest(repository.clone(), *digest),
+        InventoryItem::Blob(_) | InventoryItem::Fetching(_) => return true,
+        InventoryItem::Outage(outage) => return Repository::is_registry(&outage.registry),
+        InventoryItem::Image(repository, Some(tag), _) => Reference::Tag(repository.clone(), tag.clone()),
+        InventoryItem::Image(repository, None, digest) => Reference::Digest(repository.clone(), *digest),
     };
     reference.to_string().parse() == Ok(reference)
 }

@@ -6,38 +6,41 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 use rand::seq::IteratorRandom;
 
-use super::conduct::WORDS;
-use super::roster::{Life, Member};
-use super::{Doubt, GRAFTED, LinkId, Notary, Output, Presence, Protocol, Verdict, Vouched};
+use super::membership_table::{Liveness, Member};
+use super::peer_score::INTRODUCTION_LIMIT;
+use super::{
+    CredentialRejection, CredentialVerifier, GRAFT_DELAY, GossipVerdict, MeshConnectionId, Output, Presence, Protocol,
+    VerifiedCredential,
+};
 use crate::decide::inventory::Inventory;
 use crate::model::{Credential, Gossip, Introduction, Peer, PeerId, Profile, Zone};
 
 /// How long a member stays one while it cannot be told whether its credential is still good.
-const UNDECIDED: Duration = Duration::from_secs(60);
+const UNDECIDED_GRACE: Duration = Duration::from_secs(60);
 
 /// How long a member that is held for dead is known, so that it need not introduce itself and tell everything anew: longer than a
 /// node's restart.
 const RETENTION: Duration = Duration::from_secs(600);
 
 /// How long one that answered may take to refute what others said of it; it learns of that as soon as it is connected to anybody.
-const UNREFUTED: Duration = Duration::from_secs(10);
+const REFUTATION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the side with the larger key leaves the dial to the other, to have one connection rather than two.
-const COURTESY: Duration = Duration::from_secs(1);
+const DIAL_DELAY: Duration = Duration::from_secs(1);
 
 /// Of one that could not be reached so often in a row, another one takes the place, and nothing is fetched from it.
-pub(super) const GIVEN_UP: u32 = 3;
+pub(super) const MAX_FAILED_DIALS: u32 = 3;
 
 /// Members that have not introduced themselves yet; an honest one does within seconds.
-const MAX_STRANGERS: usize = 256;
+const MAX_UNINTRODUCED: usize = 256;
 
 /// Keys of one pod that are believed at a time: the one that it has, and one from before its key file was lost.
-const KEYS_OF_A_POD: usize = 2;
+const MAX_KEYS_OF_POD: usize = 2;
 
 /// "As long as anybody asks": a life that never ends would overflow an instant.
 const LONGEST_LIFE: Duration = Duration::from_secs(10 * 365 * 86_400);
 
-impl<N: Notary> Protocol<N> {
+impl<N: CredentialVerifier> Protocol<N> {
     /// What others need to know of this agent; without it nothing is said. Said anew when it changed.
     pub fn introduce(
         &mut self,
@@ -50,47 +53,47 @@ impl<N: Notary> Protocol<N> {
         let presence = Presence { credential, transfer, gossip, zone };
         if self.presence.as_ref() != Some(&presence) {
             self.presence = Some(presence);
-            self.say(now);
+            self.publish_introduction(now);
         }
     }
 
     /// Tells who we are, in a new version.
-    fn say(&mut self, now: Instant) {
+    fn publish_introduction(&mut self, now: Instant) {
         let Some(Presence { credential, transfer, gossip, zone }) = self.presence.clone() else { return };
         let version = self.introduction.as_ref().map_or(0, |before| before.profile.version) + 1;
         let profile = Profile {
-            peer: self.own.peer,
+            peer: self.local.peer,
             epoch: self.log.epoch(),
             version,
-            node: self.own.node.clone(),
+            node: self.local.node.clone(),
             zone,
-            release: self.own.release.clone(),
+            release: self.local.release.clone(),
             transfer,
             gossip,
         };
         let mut introduction = Introduction { profile, credential, signature: [0; 64].into() };
-        introduction.signature = self.notary.sign(&introduction.signed());
+        introduction.signature = self.verifier.sign(&introduction.signed_bytes());
         self.introduction = Some(introduction.clone());
         self.introduce_at = None;
         if self.roster.neighbours().next().is_some() {
-            self.output(Output::Publish(Gossip::Introduction(introduction)));
+            self.push_output(Output::Publish(Gossip::Introduction(introduction)));
         } else {
-            self.introduce_at = Some(now + GRAFTED);
+            self.introduce_at = Some(now + GRAFT_DELAY);
         }
     }
 
     /// Repeats it where nobody could hear it.
-    pub(super) fn say_again(&mut self, now: Instant) {
+    pub(super) fn publish_introduction_if_due(&mut self, now: Instant) {
         let heard = self.roster.neighbours().next().is_some();
         if heard && self.introduce_at.is_some_and(|at| at <= now) {
-            self.say(now);
+            self.publish_introduction(now);
         }
     }
 
     /// The door let this peer in: it greeted us or was greeted. For `life` it may connect.
-    pub fn admitted(&mut self, peer: Peer, life: Duration, table: &mut Inventory, now: Instant) {
+    pub fn admit(&mut self, peer: Peer, life: Duration, table: &mut Inventory, now: Instant) {
         let id = peer.id;
-        if id == self.own.peer {
+        if id == self.local.peer {
             return;
         }
         if self.roster.get(id).is_none() && self.roster.is_full() {
@@ -98,119 +101,127 @@ impl<N: Notary> Protocol<N> {
             return;
         }
         if self.roster.get(id).is_none() {
-            self.make_room_for_a_stranger(table, now);
+            self.evict_unintroduced(table, now);
         }
-        let mine = self.own.peer;
+        let mine = self.local.peer;
         let member = self.roster.members.entry(id).or_insert_with(|| Member::new(peer.clone()));
-        if member.conduct.is_banned(now) {
-            member.links.greeted();
+        if member.score.is_banned(now) {
+            member.connections.end_handshake();
             return;
         }
-        let was_trying = member.links.is_trying();
-        member.links.greeted();
-        member.links.try_from(if was_trying || mine < id { now } else { now + COURTESY });
+        let was_trying = member.connections.is_dialling();
+        member.connections.end_handshake();
+        member.connections.allow_dial_from(if was_trying || mine < id { now } else { now + DIAL_DELAY });
         if member.introduction.is_none() {
             member.peer = peer;
         }
-        member.answers(mine, now);
+        member.record_answer(mine, now);
         let was_admitted = member.is_admitted(now);
         member.admitted_until = Some(now + life.min(LONGEST_LIFE));
         if !was_admitted {
-            self.output(Output::Allow(id));
+            self.push_output(Output::Allow(id));
         }
-        self.roster.touched(id);
-        self.judge(id, table, now);
+        self.roster.update_bucket(id);
+        self.mark_up_if_valid(id, table, now);
         self.chosen_is_stale = true;
-        self.keep_neighbours(now);
+        self.maintain_neighbours(now);
     }
 
     /// It could not be greeted or dialled.
-    pub fn unreachable(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
+    pub fn dial_failed(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
         let jitter = self.jitter();
         let Some(member) = self.roster.get_mut(peer) else { return };
-        let was_lost = member.links.failed(now, jitter);
-        if was_lost || (member.is_up && member.links.attempts() >= GIVEN_UP) {
-            self.accuse(peer, "cannot be dialled any more", table, now);
+        let was_lost = member.connections.record_failed_dial(now, jitter);
+        if was_lost || (member.is_up && member.connections.failed_dials() >= MAX_FAILED_DIALS) {
+            self.suspect(peer, "cannot be dialled any more", table, now);
         }
         self.chosen_is_stale = true;
     }
 
     /// It answered, and would not have us or be had.
-    pub fn declined(&mut self, peer: PeerId, now: Instant) {
+    pub fn rejected_by_peer(&mut self, peer: PeerId, now: Instant) {
         let jitter = self.jitter();
         if let Some(member) = self.roster.get_mut(peer) {
-            member.links.declined(now, jitter);
+            member.connections.record_rejection(now, jitter);
         }
         self.chosen_is_stale = true;
     }
 
     /// It may connect no more, for a reason that the driver knows.
-    pub fn dismissed(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
+    pub fn remove_peer(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
         if self.roster.get(peer).is_some() {
-            self.take_down(peer, "dismissed", table);
-            self.drop_member(peer, table, now);
+            self.mark_down(peer, "dismissed", table);
+            self.remove_member(peer, table, now);
         }
     }
 
     /// A connection with an allowed peer is open, whoever dialled.
-    pub fn opened(&mut self, link: LinkId, peer: PeerId, now: Instant) {
+    pub fn connection_opened(&mut self, link: MeshConnectionId, peer: PeerId, now: Instant) {
         match self.roster.get_mut(peer) {
             Some(member) if member.is_admitted(now) => {
-                member.links.opened(link);
+                member.connections.insert(link);
                 self.roster.watch(peer);
             }
-            _ => self.output(Output::Close(link, peer)),
+            _ => self.push_output(Output::Close(link, peer)),
         }
     }
 
     /// Somebody's introduction, by gossip.
-    pub(super) fn introduction(&mut self, introduction: Introduction, table: &mut Inventory, now: Instant) -> Verdict {
+    pub(super) fn receive_introduction(
+        &mut self,
+        introduction: Introduction,
+        table: &mut Inventory,
+        now: Instant,
+    ) -> GossipVerdict {
         let profile = &introduction.profile;
         let peer = profile.peer;
-        if peer != self.own.peer {
-            if self.member(peer).is_some_and(|member| member.conduct.is_banned(now)) {
-                return Verdict::Ignore("banned");
+        if peer != self.local.peer {
+            if self.member(peer).is_some_and(|member| member.score.is_banned(now)) {
+                return GossipVerdict::Ignore("banned");
             }
             let known = self.member(peer).map_or((0, 0), Member::version);
             if (profile.epoch, profile.version) <= known {
-                return Verdict::Ignore("known");
+                return GossipVerdict::Ignore("known");
             }
             if self.member(peer).is_none() && self.roster.is_full() {
                 self.over_limit += 1;
-                return Verdict::Ignore("full");
+                return GossipVerdict::Ignore("full");
             }
         }
-        if !self.notary.is_signed(peer, &introduction.signed(), &introduction.signature) {
-            return Verdict::Reject("forged");
+        if !self.verifier.is_signed(peer, &introduction.signed_bytes(), &introduction.signature) {
+            return GossipVerdict::Reject("forged");
         }
-        if peer == self.own.peer {
-            if profile.node != self.own.node {
-                self.output(Output::SharedKey(profile.node.clone()));
+        if peer == self.local.peer {
+            if profile.node != self.local.node {
+                self.push_output(Output::SharedKey(profile.node.clone()));
             }
-            self.meet_my_past(&introduction, now);
-            return Verdict::Ignore("own");
+            self.supersede_earlier_process(&introduction, now);
+            return GossipVerdict::Ignore("own");
         }
-        let is_within = self.roster.get_mut(peer).is_none_or(|member| member.conduct.words.take(&WORDS, now));
+        let is_within = self
+            .roster
+            .get_mut(peer)
+            .is_none_or(|member| member.score.introductions.try_take(&INTRODUCTION_LIMIT, now));
         if !is_within {
-            return Verdict::Ignore("too_many");
+            return GossipVerdict::Ignore("too_many");
         }
-        match self.notary.vouch(peer, &introduction.credential) {
+        match self.verifier.verify_credential(peer, &introduction.credential) {
             Ok(vouched) if self.has_newer_keys(&introduction.profile, vouched.pod.as_deref()) => {
-                Verdict::Ignore("newer_keys")
+                GossipVerdict::Ignore("newer_keys")
             }
             Ok(vouched) => {
-                self.learn(introduction, vouched, table, now);
-                self.unknown.remove(&peer);
-                Verdict::Accept
+                self.apply_introduction(introduction, vouched, table, now);
+                self.missing_introductions.remove(&peer);
+                GossipVerdict::Accept
             }
             // It may have expired on its way, or clocks differ.
-            Err(Doubt::Denied) => Verdict::Ignore("not_admitted"),
-            Err(Doubt::CannotTell) => Verdict::Ignore("undecided"),
+            Err(CredentialRejection::Rejected) => GossipVerdict::Ignore("not_admitted"),
+            Err(CredentialRejection::Undecided) => GossipVerdict::Ignore("undecided"),
         }
     }
 
     /// Our own word of an earlier process whose clock was ahead: nobody would believe what we say now.
-    fn meet_my_past(&mut self, introduction: &Introduction, now: Instant) {
+    fn supersede_earlier_process(&mut self, introduction: &Introduction, now: Instant) {
         let epoch = introduction.profile.epoch;
         let ahead = epoch > self.log.epoch()
             || (epoch == self.log.epoch()
@@ -218,60 +229,66 @@ impl<N: Notary> Protocol<N> {
         // Not simply the next: another process of ours may have come to the same one before.
         let leap = self.rng.random_range(1..1_000_000);
         if ahead && let Some(next) = epoch.checked_add(leap) {
-            self.log.begin_again(next);
+            self.log.restart(next);
             self.introduction = None;
             self.incarnation = 0;
-            self.say(now);
+            self.publish_introduction(now);
         }
     }
 
-    fn learn(&mut self, introduction: Introduction, vouched: Vouched, table: &mut Inventory, now: Instant) {
+    fn apply_introduction(
+        &mut self,
+        introduction: Introduction,
+        vouched: VerifiedCredential,
+        table: &mut Inventory,
+        now: Instant,
+    ) {
         let Profile { peer: id, epoch, version: _, node, zone, release: _, transfer, gossip } =
             introduction.profile.clone();
-        let Vouched { node: vouched_node, pod, life } = vouched;
+        let VerifiedCredential { node: vouched_node, pod, life } = vouched;
         let peer = Peer { id, node: vouched_node.unwrap_or(node), zone, transfer, gossip };
-        self.make_room_for(&peer, pod.as_deref(), table, now);
+        self.evict_older_keys_of_pod(&peer, pod.as_deref(), table, now);
         let member = self.roster.members.entry(id).or_insert_with(|| Member::new(peer.clone()));
         let new_process = member.epoch() != epoch;
         let moved = member.peer != peer;
         if new_process {
-            self.take_down(id, "started again", table);
+            self.mark_down(id, "started again", table);
             self.behind.remove(&id);
             table.forget(id);
         }
         let Some(member) = self.roster.get_mut(id) else { return };
         member.introduction = Some(introduction);
         member.pod = pod;
-        member.vouched_until = Some(now + life.min(LONGEST_LIFE));
+        member.credential_until = Some(now + life.min(LONGEST_LIFE));
         member.peer = peer;
         if new_process {
             (member.log, member.refutation) = Default::default();
-            member.accusers.clear();
-            member.life = Life::Alive;
-            member.links.try_from(now);
+            member.suspected_by.clear();
+            member.liveness = Liveness::Alive;
+            member.connections.allow_dial_from(now);
         }
         self.chosen_is_stale |= moved || new_process;
         if moved && std::mem::take(&mut member.is_up) {
             // Told again, with where it is now.
-            self.judge(id, table, now);
+            self.mark_up_if_valid(id, table, now);
             if self.member(id).is_some_and(|member| !member.is_up) {
                 table.hide(id);
-                self.output(Output::Down(id, "its credential has expired"));
+                self.push_output(Output::Down(id, "its credential has expired"));
             }
         }
-        self.judge(id, table, now);
-        self.roster.touched(id);
+        self.mark_up_if_valid(id, table, now);
+        self.roster.update_bucket(id);
     }
 
     /// Those who came in at the door and never introduced themselves may be few: whoever can have credentials for key after key would
     /// take the place of all others.
-    fn make_room_for_a_stranger(&mut self, table: &mut Inventory, now: Instant) {
+    fn evict_unintroduced(&mut self, table: &mut Inventory, now: Instant) {
         let is_stranger = |member: &&Member| member.introduction.is_none();
         let strangers = self.roster.members.values().filter(is_stranger);
-        if strangers.clone().count() >= MAX_STRANGERS
+        if strangers.clone().count() >= MAX_UNINTRODUCED
             && let Some(peer) = strangers.map(|member| member.peer.id).choose(&mut self.rng)
         {
-            self.drop_member(peer, table, now);
+            self.remove_member(peer, table, now);
         }
     }
 
@@ -279,66 +296,67 @@ impl<N: Notary> Protocol<N> {
     fn has_newer_keys(&self, profile: &Profile, pod: Option<&str>) -> bool {
         let of_pod = |member: &&Member| pod.is_some() && member.pod.as_deref() == pod && member.peer.id != profile.peer;
         let newer = |member: &&Member| (member.epoch(), member.peer.id) > (profile.epoch, profile.peer);
-        self.roster.members.values().filter(of_pod).filter(newer).count() >= KEYS_OF_A_POD
+        self.roster.members.values().filter(of_pod).filter(newer).count() >= MAX_KEYS_OF_POD
     }
 
     /// Whoever has a pod's rights can have credentials for one key after another: only the last few of one pod count.
-    fn make_room_for(&mut self, peer: &Peer, pod: Option<&str>, table: &mut Inventory, now: Instant) {
+    fn evict_older_keys_of_pod(&mut self, peer: &Peer, pod: Option<&str>, table: &mut Inventory, now: Instant) {
         let (id, Some(pod)) = (peer.id, pod) else { return };
         let of_pod = self.roster.members.values().filter(|member| member.pod.as_deref() == Some(pod));
         let mut others: Vec<_> =
             of_pod.filter(|member| member.peer.id != id).map(|member| (member.epoch(), member.peer.id)).collect();
         others.sort_unstable();
-        let too_many = (others.len() + 1).saturating_sub(KEYS_OF_A_POD);
+        let too_many = (others.len() + 1).saturating_sub(MAX_KEYS_OF_POD);
         for (_, other) in others.into_iter().take(too_many) {
             if let Some(banned) =
-                self.member(other).map(|member| &member.conduct).filter(|conduct| conduct.is_banned(now))
+                self.member(other).map(|member| &member.score).filter(|conduct| conduct.is_banned(now))
             {
                 // A newer key of the same pod is no way out of a ban.
                 let conduct = banned.clone();
                 let heir = self.roster.members.entry(id).or_insert_with(|| Member::new(peer.clone()));
-                heir.conduct = conduct;
+                heir.score = conduct;
             }
-            self.take_down(other, "its pod has newer keys", table);
-            self.drop_member(other, table, now);
+            self.mark_down(other, "its pod has newer keys", table);
+            self.remove_member(other, table, now);
         }
     }
 
     /// Up, if nothing speaks against it.
-    pub(super) fn judge(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
-        let me = self.own.peer;
+    pub(super) fn mark_up_if_valid(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
+        let me = self.local.peer;
         let Some(member) = self.roster.get_mut(peer) else { return };
-        let good = member.is_vouched(now)
-            && !member.is_down()
-            && !member.accusers.contains(&me)
-            && !member.conduct.is_banned(now);
+        let good = member.has_valid_credential(now)
+            && !member.is_dead()
+            && !member.suspected_by.contains(&me)
+            && !member.score.is_banned(now);
         if good && !member.is_up {
             member.is_up = true;
             table.up(member.peer.clone());
             let output = Output::Up(member.peer.clone());
-            self.output(output);
+            self.push_output(output);
         }
     }
 
     /// Nothing of it counts from now on.
-    pub(super) fn take_down(&mut self, peer: PeerId, reason: &'static str, table: &mut Inventory) {
+    pub(super) fn mark_down(&mut self, peer: PeerId, reason: &'static str, table: &mut Inventory) {
         let Some(member) = self.roster.get_mut(peer) else { return };
         if std::mem::take(&mut member.is_up) {
             table.hide(peer);
-            self.output(Output::Down(peer, reason));
+            self.push_output(Output::Down(peer, reason));
         }
     }
 
     /// Everything about it is forgotten.
-    fn drop_member(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
-        self.output(Output::Deny(peer));
+    fn remove_member(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
+        self.push_output(Output::Deny(peer));
         self.roster.remove(peer);
         self.behind.remove(&peer);
-        self.unknown.remove(&peer);
-        let asked: Vec<_> = self.asked.iter().filter(|(_, asked)| asked.of == peer).map(|(ask, _)| *ask).collect();
+        self.missing_introductions.remove(&peer);
+        let asked: Vec<_> =
+            self.in_flight.iter().filter(|(_, asked)| asked.peer == peer).map(|(ask, _)| *ask).collect();
         for ask in asked {
-            if let Some(asked) = self.asked.remove(&ask) {
-                self.in_vain(asked.question, now);
+            if let Some(asked) = self.in_flight.remove(&ask) {
+                self.reschedule(asked.question, now);
             }
         }
         self.chosen_is_stale = true;
@@ -346,7 +364,7 @@ impl<N: Notary> Protocol<N> {
     }
 
     /// Lets go of those whose credential is over, who are banned, and who have been dead for long.
-    pub(super) fn keep_members(&mut self, table: &mut Inventory, now: Instant) {
+    pub(super) fn expire_members(&mut self, table: &mut Inventory, now: Instant) {
         let mut ended = Vec::new();
         let mut gone = Vec::new();
         let mut returning = Vec::new();
@@ -355,65 +373,67 @@ impl<N: Notary> Protocol<N> {
             if !member.is_up {
                 returning.push(*peer);
             }
-            if member.introduction.is_some() && !member.is_vouched(now) {
+            if member.introduction.is_some() && !member.has_valid_credential(now) {
                 ended.push(*peer);
             }
-            if matches!(member.life, Life::Doubted(since) if now.duration_since(since) > UNREFUTED)
-                && !member.links.any()
+            if matches!(member.liveness, Liveness::Contested(since) if now.duration_since(since) > REFUTATION_TIMEOUT)
+                && !member.connections.is_connected()
             {
                 doubtful.push(*peer);
             }
-            let dead = matches!(member.life, Life::Down(since) if now.duration_since(since) > RETENTION);
+            let dead = matches!(member.liveness, Liveness::Dead(since) if now.duration_since(since) > RETENTION);
             let nobody = member.introduction.is_none() && !member.is_admitted(now);
             // One that is banned is remembered until the ban is over.
-            if (dead || nobody || !may_return(member, now)) && !member.conduct.is_banned(now) {
+            if (dead || nobody || !may_renew_credential(member, now)) && !member.score.is_banned(now) {
                 gone.push(*peer);
             }
         }
         for peer in ended {
-            self.vouch_again(peer, table, now);
+            self.reverify_credential(peer, table, now);
         }
         for peer in doubtful {
-            self.bury(peer, "has not refuted that it is dead", table, now);
+            self.mark_dead(peer, "has not refuted that it is dead", table, now);
         }
         // A ban may be over.
         for peer in returning {
-            self.judge(peer, table, now);
+            self.mark_up_if_valid(peer, table, now);
         }
         for peer in gone {
-            self.take_down(peer, "forgotten", table);
-            self.drop_member(peer, table, now);
+            self.mark_down(peer, "forgotten", table);
+            self.remove_member(peer, table, now);
         }
     }
 
     /// What it showed is over. While the means to get anything newer are away, that may be good for longer.
-    fn vouch_again(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
+    fn reverify_credential(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
         let Some(member) = self.roster.get_mut(peer) else { return };
         let Some(introduction) = &member.introduction else { return };
-        match self.notary.vouch(peer, &introduction.credential) {
+        match self.verifier.verify_credential(peer, &introduction.credential) {
             Ok(vouched) => {
-                member.vouched_until = Some(now + vouched.life.min(LONGEST_LIFE));
+                member.credential_until = Some(now + vouched.life.min(LONGEST_LIFE));
                 member.undecided_since = None;
-                return self.judge(peer, table, now);
+                return self.mark_up_if_valid(peer, table, now);
             }
             // What it takes to decide is being asked for.
-            Err(Doubt::CannotTell) if now.duration_since(*member.undecided_since.get_or_insert(now)) < UNDECIDED => {
-                member.vouched_until = Some(now + Duration::from_secs(1));
+            Err(CredentialRejection::Undecided)
+                if now.duration_since(*member.undecided_since.get_or_insert(now)) < UNDECIDED_GRACE =>
+            {
+                member.credential_until = Some(now + Duration::from_secs(1));
                 return;
             }
             Err(_) => member.undecided_since = None,
         }
-        let links = member.links.drop_all();
+        let links = member.connections.take_all();
         let was_admitted = member.admitted_until.take().is_some();
         self.outputs.extend(links.into_iter().map(|link| Output::Close(link, peer)));
         if was_admitted {
-            self.output(Output::Deny(peer));
+            self.push_output(Output::Deny(peer));
         }
-        self.take_down(peer, "its credential has expired", table);
+        self.mark_down(peer, "its credential has expired", table);
     }
 }
 
 /// Whether its credential may still be renewed: a member whose agent could not get a new one for a while.
-fn may_return(member: &Member, now: Instant) -> bool {
-    member.vouched_until.is_none_or(|until| now < until + RETENTION) || member.is_admitted(now)
+fn may_renew_credential(member: &Member, now: Instant) -> bool {
+    member.credential_until.is_none_or(|until| now < until + RETENTION) || member.is_admitted(now)
 }

@@ -2,12 +2,12 @@
 
 use std::time::Instant;
 
-use super::roster::Member;
-use super::{Notary, Protocol};
+use super::membership_table::Member;
+use super::{CredentialVerifier, Protocol};
 use crate::decide::inventory::Inventory;
 use crate::model::{MemberState, MemberStatus, MeshStatus};
 
-impl<N: Notary> Protocol<N> {
+impl<N: CredentialVerifier> Protocol<N> {
     /// For people. What the driver counts (messages) is left at zero.
     pub fn status(&self, table: &Inventory, now: Instant) -> MeshStatus {
         let introduced = self.roster.members.values().filter(|member| member.introduction.is_some());
@@ -15,9 +15,9 @@ impl<N: Notary> Protocol<N> {
         members.sort();
         let in_state = |state| members.iter().filter(|member| member.state == state).count();
         MeshStatus {
-            node: self.own.node.to_string(),
-            peer_id: self.own.peer.to_string(),
-            release: self.own.release.to_string(),
+            node: self.local.node.to_string(),
+            peer_id: self.local.peer.to_string(),
+            release: self.local.release.to_string(),
             zone: self.presence.as_ref().and_then(|presence| Some(presence.zone.as_ref()?.to_string())),
             epoch: self.log.epoch(),
             sequence: self.log.sequence(),
@@ -39,9 +39,9 @@ impl<N: Notary> Protocol<N> {
 
 fn of_member(member: &Member, table: &Inventory, now: Instant) -> MemberStatus {
     let Member { peer, introduction, .. } = member;
-    let state = match member.is_down() {
+    let state = match member.is_dead() {
         true => MemberState::Down,
-        false if member.accusers.is_empty() && member.is_up => MemberState::Alive,
+        false if member.suspected_by.is_empty() && member.is_up => MemberState::Alive,
         false => MemberState::Suspected,
     };
     MemberStatus {
@@ -51,10 +51,10 @@ fn of_member(member: &Member, table: &Inventory, now: Instant) -> MemberStatus {
         release: introduction.as_ref().map(|known| known.profile.release.to_string()).unwrap_or_default(),
         address: peer.transfer.to_string(),
         state,
-        neighbour: member.links.proved(),
+        neighbour: member.connections.is_answering(),
         items: table.items_of(peer.id),
-        sequence: member.log.at(),
+        sequence: member.log.sequence(),
         behind: member.log.behind(),
-        banned_s: member.conduct.banned_for(now).map(|left| left.as_secs()),
+        banned_s: member.score.banned_for(now).map(|left| left.as_secs()),
     }
 }

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::mem::size_of;
 
 use super::hash_table_bytes;
-use super::providers::{Number, Providers};
-use crate::model::{Item, Outage};
+use super::providers::{PeerNumber, Providers};
+use crate::model::{InventoryItem, Outage};
 use crate::oci::{Digest, Repository};
 
 /// Everything that any peer holds.
@@ -16,7 +16,7 @@ pub(super) struct Content {
     /// By what each node saw, so the same registry may stand here several times: each node has its own moment.
     outages: BTreeMap<Outage, Providers>,
     /// Blobs that are under way.
-    fetching: BTreeMap<Digest, Providers>,
+    partial: BTreeMap<Digest, Providers>,
 }
 
 /// The names of one image in one repository stand side by side.
@@ -25,7 +25,7 @@ type Name = (Repository, Digest, Option<String>);
 impl Content {
     /// How many different things there are.
     pub(super) fn len(&self) -> usize {
-        self.blobs.len() + self.names.len() + self.outages.len() + self.fetching.len()
+        self.blobs.len() + self.names.len() + self.outages.len() + self.partial.len()
     }
 
     pub(super) fn blobs(&self) -> impl Iterator<Item = &Providers> {
@@ -37,8 +37,8 @@ impl Content {
     }
 
     /// By whom the blob is being fetched.
-    pub(super) fn fetching(&self, digest: Digest) -> Option<&Providers> {
-        self.fetching.get(&digest)
+    pub(super) fn partial_providers(&self, digest: Digest) -> Option<&Providers> {
+        self.partial.get(&digest)
     }
 
     /// Every name of an image in this repository.
@@ -66,20 +66,20 @@ impl Content {
     }
 
     /// False when it is known.
-    pub(super) fn add(&mut self, number: Number, item: Item) -> bool {
+    pub(super) fn insert(&mut self, number: PeerNumber, item: InventoryItem) -> bool {
         let providers = match item {
-            Item::Blob(digest) => self.blobs.entry(digest).or_default(),
-            Item::Image(repository, tag, digest) => self.names.entry((repository, digest, tag)).or_default(),
-            Item::Outage(outage) => self.outages.entry(outage).or_default(),
-            Item::Fetching(digest) => self.fetching.entry(digest).or_default(),
+            InventoryItem::Blob(digest) => self.blobs.entry(digest).or_default(),
+            InventoryItem::Image(repository, tag, digest) => self.names.entry((repository, digest, tag)).or_default(),
+            InventoryItem::Outage(outage) => self.outages.entry(outage).or_default(),
+            InventoryItem::Fetching(digest) => self.partial.entry(digest).or_default(),
         };
         providers.insert(number)
     }
 
     /// False when it is not known.
-    pub(super) fn remove(&mut self, number: Number, item: Item) -> bool {
+    pub(super) fn remove(&mut self, number: PeerNumber, item: InventoryItem) -> bool {
         match item {
-            Item::Blob(digest) => {
+            InventoryItem::Blob(digest) => {
                 let Some(providers) = self.blobs.get_mut(&digest) else { return false };
                 let removed = providers.remove(number);
                 if providers.is_empty() {
@@ -87,29 +87,33 @@ impl Content {
                 }
                 removed
             }
-            Item::Image(repository, tag, digest) => remove(&mut self.names, &(repository, digest, tag), number),
-            Item::Outage(outage) => remove(&mut self.outages, &outage, number),
-            Item::Fetching(digest) => remove(&mut self.fetching, &digest, number),
+            InventoryItem::Image(repository, tag, digest) => {
+                remove(&mut self.names, &(repository, digest, tag), number)
+            }
+            InventoryItem::Outage(outage) => remove(&mut self.outages, &outage, number),
+            InventoryItem::Fetching(digest) => remove(&mut self.partial, &digest, number),
         }
     }
 
-    pub(super) fn holds(&self, number: Number, item: &Item) -> bool {
+    pub(super) fn contains(&self, number: PeerNumber, item: &InventoryItem) -> bool {
         let providers = match item {
-            Item::Blob(digest) => self.blobs.get(digest),
-            Item::Image(repository, tag, digest) => self.names.get(&(repository.clone(), *digest, tag.clone())),
-            Item::Outage(outage) => self.outages.get(outage),
-            Item::Fetching(digest) => self.fetching.get(digest),
+            InventoryItem::Blob(digest) => self.blobs.get(digest),
+            InventoryItem::Image(repository, tag, digest) => {
+                self.names.get(&(repository.clone(), *digest, tag.clone()))
+            }
+            InventoryItem::Outage(outage) => self.outages.get(outage),
+            InventoryItem::Fetching(digest) => self.partial.get(digest),
         };
         providers.is_some_and(|providers| providers.contains(number))
     }
 
     /// Removes all that a number holds. Walks everything.
-    pub(super) fn clear(&mut self, number: Number) {
+    pub(super) fn clear(&mut self, number: PeerNumber) {
         let without = |providers: &mut Providers| !providers.remove(number) || !providers.is_empty();
         self.blobs.retain(|_, providers| without(providers));
         self.names.retain(|_, providers| without(providers));
         self.outages.retain(|_, providers| without(providers));
-        self.fetching.retain(|_, providers| without(providers));
+        self.partial.retain(|_, providers| without(providers));
         // The room of a peer that held very much goes with it.
         if self.blobs.capacity() > 4 * self.blobs.len() {
             self.blobs.shrink_to(2 * self.blobs.len());
@@ -117,7 +121,7 @@ impl Content {
     }
 
     /// What is chosen by who holds it, in the order of [`Item`].
-    pub(super) fn choose<T>(&self, mut chosen: impl FnMut(&Providers) -> Option<T>) -> Vec<(Item, T)> {
+    pub(super) fn select_items<T>(&self, mut chosen: impl FnMut(&Providers) -> Option<T>) -> Vec<(InventoryItem, T)> {
         let blobs = self.blobs.iter().filter_map(|(digest, providers)| Some((*digest, chosen(providers)?)));
         let mut blobs: Vec<_> = blobs.collect();
         blobs.sort_unstable_by_key(|(digest, _)| *digest);
@@ -126,34 +130,32 @@ impl Content {
         names.sort_unstable_by(|((r, d, t), _), ((repository, digest, tag), _)| {
             (r, t, d).cmp(&(repository, tag, digest))
         });
-        let mut items: Vec<_> = blobs.into_iter().map(|(digest, found)| (Item::Blob(digest), found)).collect();
-        items.extend(
-            names.into_iter().map(|((repository, digest, tag), found)| {
-                (Item::Image(repository.clone(), tag.clone(), *digest), found)
-            }),
-        );
+        let mut items: Vec<_> = blobs.into_iter().map(|(digest, found)| (InventoryItem::Blob(digest), found)).collect();
+        items.extend(names.into_iter().map(|((repository, digest, tag), found)| {
+            (InventoryItem::Image(repository.clone(), tag.clone(), *digest), found)
+        }));
         let outages = self.outages.iter().filter_map(|(outage, providers)| Some((outage, chosen(providers)?)));
-        items.extend(outages.map(|(outage, found)| (Item::Outage(outage.clone()), found)));
-        let fetching = self.fetching.iter().filter_map(|(digest, providers)| Some((digest, chosen(providers)?)));
-        items.extend(fetching.map(|(digest, found)| (Item::Fetching(*digest), found)));
+        items.extend(outages.map(|(outage, found)| (InventoryItem::Outage(outage.clone()), found)));
+        let fetching = self.partial.iter().filter_map(|(digest, providers)| Some((digest, chosen(providers)?)));
+        items.extend(fetching.map(|(digest, found)| (InventoryItem::Fetching(*digest), found)));
         items
     }
 
     /// Estimated bytes on the heap.
     pub(super) fn bytes(&self) -> usize {
         let sets = self.blobs.values().chain(self.names.values()).chain(self.outages.values());
-        let sets = sets.chain(self.fetching.values());
+        let sets = sets.chain(self.partial.values());
         let names = self.names.keys().map(|(repository, _, tag)| {
             repository.registry.len() + repository.path.len() + tag.as_ref().map_or(0, String::len)
         });
         let texts = names.chain(self.outages.keys().map(|outage| outage.registry.len()));
-        let trees = tree_bytes(&self.names) + tree_bytes(&self.outages) + tree_bytes(&self.fetching);
+        let trees = tree_bytes(&self.names) + tree_bytes(&self.outages) + tree_bytes(&self.partial);
         let tables = hash_table_bytes(&self.blobs) + trees;
         tables + sets.map(Providers::bytes).sum::<usize>() + texts.sum::<usize>()
     }
 }
 
-fn remove<K: Ord>(held: &mut BTreeMap<K, Providers>, key: &K, number: Number) -> bool {
+fn remove<K: Ord>(held: &mut BTreeMap<K, Providers>, key: &K, number: PeerNumber) -> bool {
     let Some(providers) = held.get_mut(key) else { return false };
     let removed = providers.remove(number);
     if providers.is_empty() {

@@ -4,22 +4,22 @@ use std::collections::HashMap;
 use std::mem::size_of;
 
 use super::hash_table_bytes;
-use super::providers::{Bitmap, Number};
+use super::providers::{Bitmap, PeerNumber};
 use crate::model::{Peer, PeerId};
 
 /// Every peer of which something is known.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Peers {
-    numbers: HashMap<PeerId, Number>,
-    /// By [`Number`]; `None` is free to be given out again.
-    known: Vec<Option<Known>>,
+pub(super) struct InventoryPeers {
+    numbers: HashMap<PeerId, PeerNumber>,
+    /// By [`PeerNumber`]; `None` is free to be given out again.
+    slots: Vec<Option<InventoryPeer>>,
     /// The numbers of those that are up.
     up: Bitmap,
 }
 
 /// What is known of a peer apart from its content.
 #[derive(Debug, Clone)]
-pub(super) struct Known {
+pub(super) struct InventoryPeer {
     id: PeerId,
     /// While it is up. Apart, because an answer of many peers reads their ids alone.
     peer: Option<Box<Peer>>,
@@ -27,50 +27,50 @@ pub(super) struct Known {
     pub(super) items: usize,
 }
 
-impl Peers {
+impl InventoryPeers {
     /// The peer's number; a peer that has none gets the lowest that is free, and does not count yet.
-    pub(super) fn number(&mut self, id: PeerId) -> Number {
-        if let Some(number) = self.find(id) {
+    pub(super) fn number_or_insert(&mut self, id: PeerId) -> PeerNumber {
+        if let Some(number) = self.number_of(id) {
             return number;
         }
-        let free = self.known.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.known.push(None);
-            self.known.len() - 1
+        let free = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
         });
-        let number = Number::try_from(free).expect("fewer peers than 2^32");
+        let number = PeerNumber::try_from(free).expect("fewer peers than 2^32");
         self.numbers.insert(id, number);
-        self.known[free] = Some(Known { id, peer: None, items: 0 });
+        self.slots[free] = Some(InventoryPeer { id, peer: None, items: 0 });
         number
     }
 
-    pub(super) fn find(&self, id: PeerId) -> Option<Number> {
+    pub(super) fn number_of(&self, id: PeerId) -> Option<PeerNumber> {
         self.numbers.get(&id).copied()
     }
 
-    fn get(&self, number: Number) -> Option<&Known> {
-        self.known.get(number as usize)?.as_ref()
+    fn get(&self, number: PeerNumber) -> Option<&InventoryPeer> {
+        self.slots.get(number as usize)?.as_ref()
     }
 
-    pub(super) fn get_mut(&mut self, number: Number) -> Option<&mut Known> {
-        self.known.get_mut(number as usize)?.as_mut()
+    pub(super) fn get_mut(&mut self, number: PeerNumber) -> Option<&mut InventoryPeer> {
+        self.slots.get_mut(number as usize)?.as_mut()
     }
 
     /// The peer of this id, if it is up.
     pub(super) fn get_up(&self, id: PeerId) -> Option<(&Peer, usize)> {
-        let known = self.get(self.find(id)?)?;
+        let known = self.get(self.number_of(id)?)?;
         Some((known.peer.as_deref()?, known.items))
     }
 
-    pub(super) fn show(&mut self, peer: Peer) {
-        let number = self.number(peer.id);
+    pub(super) fn mark_up(&mut self, peer: Peer) {
+        let number = self.number_or_insert(peer.id);
         self.up.insert(number);
         if let Some(known) = self.get_mut(number) {
             known.peer = Some(Box::new(peer));
         }
     }
 
-    pub(super) fn hide(&mut self, id: PeerId) {
-        let Some(number) = self.find(id) else { return };
+    pub(super) fn mark_hidden(&mut self, id: PeerId) {
+        let Some(number) = self.number_of(id) else { return };
         self.up.remove(number);
         if let Some(known) = self.get_mut(number) {
             known.peer = None;
@@ -78,12 +78,12 @@ impl Peers {
     }
 
     /// Frees the number. Nothing in the table may bear it any more.
-    pub(super) fn free(&mut self, id: PeerId) {
+    pub(super) fn remove(&mut self, id: PeerId) {
         let Some(number) = self.numbers.remove(&id) else { return };
         self.up.remove(number);
-        self.known[number as usize] = None;
-        let used = self.known.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
-        self.known.truncate(used);
+        self.slots[number as usize] = None;
+        let used = self.slots.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
+        self.slots.truncate(used);
     }
 
     /// The numbers of those that are up.
@@ -93,16 +93,16 @@ impl Peers {
 
     /// Those that are up, by number.
     pub(super) fn all_up(&self) -> impl Iterator<Item = &Peer> {
-        self.known.iter().flatten().filter_map(|known| known.peer.as_deref())
+        self.slots.iter().flatten().filter_map(|known| known.peer.as_deref())
     }
 
-    pub(super) fn ids(&self, numbers: impl Iterator<Item = Number>) -> Vec<PeerId> {
+    pub(super) fn ids(&self, numbers: impl Iterator<Item = PeerNumber>) -> Vec<PeerId> {
         numbers.filter_map(|number| Some(self.get(number)?.id)).collect()
     }
 
     pub(super) fn bytes(&self) -> usize {
         let peers: usize = self.all_up().map(|peer| size_of::<Peer>() + peer.node.as_str().len()).sum();
-        let known = self.known.capacity() * size_of::<Option<Known>>();
+        let known = self.slots.capacity() * size_of::<Option<InventoryPeer>>();
         hash_table_bytes(&self.numbers) + known + self.up.bytes() + peers
     }
 }

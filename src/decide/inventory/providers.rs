@@ -3,7 +3,7 @@
 use std::mem::size_of;
 
 /// Stands for a peer in the table. Numbers are small, because those of forgotten peers are given out again.
-pub(super) type Number = u32;
+pub(super) type PeerNumber = u32;
 
 /// One bit for each number, without zeros at the end.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -11,8 +11,8 @@ pub(super) struct Bitmap(Vec<u64>);
 
 impl Bitmap {
     /// False when it was there.
-    pub(super) fn insert(&mut self, number: Number) -> bool {
-        let (word, bit) = place(number);
+    pub(super) fn insert(&mut self, number: PeerNumber) -> bool {
+        let (word, bit) = word_and_bit(number);
         if word >= self.0.len() {
             // Exactly: a table has many of these, and each grows once for every 64 peers.
             self.0.reserve_exact(word + 1 - self.0.len());
@@ -24,19 +24,19 @@ impl Bitmap {
     }
 
     /// False when it was not there.
-    pub(super) fn remove(&mut self, number: Number) -> bool {
+    pub(super) fn remove(&mut self, number: PeerNumber) -> bool {
         if !self.contains(number) {
             return false;
         }
-        let (word, bit) = place(number);
+        let (word, bit) = word_and_bit(number);
         self.0[word] &= !bit;
         let used = self.0.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1);
         self.0.truncate(used);
         true
     }
 
-    pub(super) fn contains(&self, number: Number) -> bool {
-        let (word, bit) = place(number);
+    pub(super) fn contains(&self, number: PeerNumber) -> bool {
+        let (word, bit) = word_and_bit(number);
         self.0.get(word).is_some_and(|word| word & bit != 0)
     }
 
@@ -51,12 +51,12 @@ impl Bitmap {
     }
 
     /// All, in ascending order.
-    fn numbers(&self) -> impl Iterator<Item = Number> {
+    fn numbers(&self) -> impl Iterator<Item = PeerNumber> {
         ones(self.0.iter().copied())
     }
 
     /// The numbers that are also in `mask`, in ascending order.
-    fn within<'a>(&'a self, mask: &'a Self) -> impl Iterator<Item = Number> + 'a {
+    fn within<'a>(&'a self, mask: &'a Self) -> impl Iterator<Item = PeerNumber> + 'a {
         ones(self.0.iter().zip(&mask.0).map(|(word, mask)| word & mask))
     }
 
@@ -65,8 +65,8 @@ impl Bitmap {
     }
 }
 
-impl Extend<Number> for Bitmap {
-    fn extend<T: IntoIterator<Item = Number>>(&mut self, numbers: T) {
+impl Extend<PeerNumber> for Bitmap {
+    fn extend<T: IntoIterator<Item = PeerNumber>>(&mut self, numbers: T) {
         for number in numbers {
             self.insert(number);
         }
@@ -77,7 +77,7 @@ impl Extend<Number> for Bitmap {
 /// that a thousand nodes share 128.
 #[derive(Debug, Clone)]
 pub(super) enum Providers {
-    Few(Vec<Number>),
+    Few(Vec<PeerNumber>),
     Many(Bitmap),
 }
 
@@ -89,12 +89,12 @@ impl Default for Providers {
 
 impl Providers {
     /// False when it was there.
-    pub(super) fn insert(&mut self, number: Number) -> bool {
+    pub(super) fn insert(&mut self, number: PeerNumber) -> bool {
         match self {
             Self::Few(list) => {
                 let Err(at) = list.binary_search(&number) else { return false };
                 let last = list.last().map_or(number, |last| number.max(*last));
-                if (list.len() + 1) * size_of::<Number>() > (place(last).0 + 1) * size_of::<u64>() {
+                if (list.len() + 1) * size_of::<PeerNumber>() > (word_and_bit(last).0 + 1) * size_of::<u64>() {
                     let mut many = Bitmap::default();
                     // The highest first, so that it grows once.
                     many.extend([last, number]);
@@ -113,7 +113,7 @@ impl Providers {
                 let words = bitmap.0.len();
                 let inserted = bitmap.insert(number);
                 if bitmap.0.len() > words {
-                    self.settle();
+                    self.shrink_if_sparse();
                 }
                 inserted
             }
@@ -121,7 +121,7 @@ impl Providers {
     }
 
     /// False when it was not there.
-    pub(super) fn remove(&mut self, number: Number) -> bool {
+    pub(super) fn remove(&mut self, number: PeerNumber) -> bool {
         match self {
             Self::Few(list) => {
                 let Ok(at) = list.binary_search(&number) else { return false };
@@ -131,7 +131,7 @@ impl Providers {
             Self::Many(bitmap) => {
                 let removed = bitmap.remove(number);
                 if removed {
-                    self.settle();
+                    self.shrink_if_sparse();
                 }
                 removed
             }
@@ -139,7 +139,7 @@ impl Providers {
     }
 
     /// Becomes a list again where that takes half as much or less, so that it does not change to and fro.
-    fn settle(&mut self) {
+    fn shrink_if_sparse(&mut self) {
         if let Self::Many(bitmap) = self
             && bitmap.is_sparse()
         {
@@ -147,7 +147,7 @@ impl Providers {
         }
     }
 
-    pub(super) fn contains(&self, number: Number) -> bool {
+    pub(super) fn contains(&self, number: PeerNumber) -> bool {
         match self {
             Self::Few(list) => list.binary_search(&number).is_ok(),
             Self::Many(bitmap) => bitmap.contains(number),
@@ -162,7 +162,7 @@ impl Providers {
     }
 
     /// The numbers that are also in `mask`, in ascending order.
-    pub(super) fn within<'a>(&'a self, mask: &'a Bitmap) -> impl Iterator<Item = Number> + 'a {
+    pub(super) fn within<'a>(&'a self, mask: &'a Bitmap) -> impl Iterator<Item = PeerNumber> + 'a {
         let (few, many) = match self {
             Self::Few(list) => (list.as_slice(), None),
             Self::Many(bitmap) => (Default::default(), Some(bitmap)),
@@ -173,19 +173,19 @@ impl Providers {
 
     pub(super) fn bytes(&self) -> usize {
         match self {
-            Self::Few(list) => list.capacity() * size_of::<Number>(),
+            Self::Few(list) => list.capacity() * size_of::<PeerNumber>(),
             Self::Many(bitmap) => bitmap.bytes(),
         }
     }
 }
 
 /// The word of a number's bit, and the bit in it.
-fn place(number: Number) -> (usize, u64) {
+fn word_and_bit(number: PeerNumber) -> (usize, u64) {
     (number as usize / 64, 1 << (number % 64))
 }
 
 /// The numbers whose bits are set in these words.
-fn ones(words: impl Iterator<Item = u64>) -> impl Iterator<Item = Number> {
+fn ones(words: impl Iterator<Item = u64>) -> impl Iterator<Item = PeerNumber> {
     (0..).step_by(64).zip(words).flat_map(|(first, mut word)| {
         std::iter::from_fn(move || {
             let lowest = (word != 0).then(|| word.trailing_zeros())?;
@@ -205,7 +205,7 @@ mod tests {
 
     #[test]
     fn a_set_takes_the_smaller_form() {
-        let set = |numbers: &[Number]| {
+        let set = |numbers: &[PeerNumber]| {
             let mut set = Providers::default();
             numbers.iter().for_each(|number| assert!(set.insert(*number)));
             set
@@ -221,7 +221,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_its_form_it_is_the_set_of_what_was_put_in(
+        fn a_provider_set_equals_a_plain_set_in_either_form(
             steps in proptest::collection::vec((prop_oneof![4 => 0..20u32, 1 => 0..400u32], 0..3u8), 0..200),
             mask in proptest::collection::btree_set(0..400u32, 0..200),
         ) {

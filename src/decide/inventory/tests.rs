@@ -30,15 +30,15 @@ fn repository(path: &str) -> Repository {
     Repository { registry: "registry.test".into(), path: path.into() }
 }
 
-fn tagged(path: &str, tag: &str, digest: Digest) -> Item {
-    Item::Image(repository(path), Some(tag.into()), digest)
+fn tagged(path: &str, tag: &str, digest: Digest) -> InventoryItem {
+    InventoryItem::Image(repository(path), Some(tag.into()), digest)
 }
 
-fn outage(registry: &str, since: u64) -> Item {
-    Item::Outage(Outage { registry: registry.into(), kind: OutageKind::TimedOut, since })
+fn outage(registry: &str, since: u64) -> InventoryItem {
+    InventoryItem::Outage(Outage { registry: registry.into(), kind: OutageKind::TimedOut, since })
 }
 
-fn inventory(of: impl IntoIterator<Item = (u8, Vec<Item>)>) -> Inventory {
+fn inventory(of: impl IntoIterator<Item = (u8, Vec<InventoryItem>)>) -> Inventory {
     let mut inventory = Inventory::default();
     for (number, items) in of {
         inventory.apply(MeshEvent::Up(peer(number)));
@@ -48,40 +48,42 @@ fn inventory(of: impl IntoIterator<Item = (u8, Vec<Item>)>) -> Inventory {
 }
 
 #[test]
-fn a_blob_is_held_by_whoever_says_so() {
-    let mut inventory =
-        inventory([(1, vec![Item::Blob(blob("a"))]), (2, vec![Item::Blob(blob("a")), Item::Blob(blob("b"))])]);
-    assert_eq!(inventory.holders(blob("a")), [id(1), id(2)]);
-    assert_eq!(inventory.holders(blob("b")), [id(2)]);
+fn a_blob_has_the_providers_that_announced_the_blob() {
+    let mut inventory = inventory([
+        (1, vec![InventoryItem::Blob(blob("a"))]),
+        (2, vec![InventoryItem::Blob(blob("a")), InventoryItem::Blob(blob("b"))]),
+    ]);
+    assert_eq!(inventory.blob_providers(blob("a")), [id(1), id(2)]);
+    assert_eq!(inventory.blob_providers(blob("b")), [id(2)]);
     assert_eq!((inventory.blobs(), inventory.items_of(id(2))), (2, 2));
     assert_eq!(inventory.node_of(id(2)).unwrap().as_str(), "node-2");
-    inventory.apply(MeshEvent::Changed(id(2), vec![ContentChange::Removed(Item::Blob(blob("a")))]));
-    assert_eq!(inventory.holders(blob("a")), [id(1)]);
+    inventory.apply(MeshEvent::Changed(id(2), vec![InventoryChange::Removed(InventoryItem::Blob(blob("a")))]));
+    assert_eq!(inventory.blob_providers(blob("a")), [id(1)]);
 }
 
 #[test]
-fn a_provider_holds_the_image_and_knows_it_by_the_same_repository() {
+fn an_image_provider_has_the_blob_and_a_record_in_the_same_repository() {
     let root = blob("index");
     let inventory = inventory([
-        (1, vec![Item::Blob(root), tagged("team/app", "v1", root)]),
-        (2, vec![Item::Blob(root), tagged("other/app", "v1", root)]),
+        (1, vec![InventoryItem::Blob(root), tagged("team/app", "v1", root)]),
+        (2, vec![InventoryItem::Blob(root), tagged("other/app", "v1", root)]),
         (3, vec![tagged("team/app", "v1", root)]),
-        (4, vec![Item::Blob(root), Item::Image(repository("team/app"), None, root)]),
-        (5, vec![Item::Blob(root), tagged("team/app", "v1", blob("another"))]),
+        (4, vec![InventoryItem::Blob(root), InventoryItem::Image(repository("team/app"), None, root)]),
+        (5, vec![InventoryItem::Blob(root), tagged("team/app", "v1", blob("another"))]),
     ]);
-    assert_eq!(inventory.providers(&repository("team/app"), root), [id(1), id(4)]);
-    assert_eq!(inventory.providers(&repository("other/app"), root), [id(2)]);
+    assert_eq!(inventory.image_providers(&repository("team/app"), root), [id(1), id(4)]);
+    assert_eq!(inventory.image_providers(&repository("other/app"), root), [id(2)]);
     let elsewhere = Repository { registry: "invented.test".into(), path: "team/app".into() };
-    assert_eq!(inventory.providers(&elsewhere, root), [], "a registry that somebody invented");
+    assert_eq!(inventory.image_providers(&elsewhere, root), [], "a registry that somebody invented");
 }
 
 #[test]
 fn a_tag_that_peers_disagree_about_shows_every_side() {
     let (old, new) = (blob("old"), blob("new"));
     let inventory = inventory([
-        (1, vec![Item::Blob(new), tagged("app", "v1", new)]),
-        (2, vec![Item::Blob(new), tagged("app", "v1", new), tagged("app", "v0", old)]),
-        (3, vec![Item::Blob(old), tagged("app", "v1", old)]),
+        (1, vec![InventoryItem::Blob(new), tagged("app", "v1", new)]),
+        (2, vec![InventoryItem::Blob(new), tagged("app", "v1", new), tagged("app", "v0", old)]),
+        (3, vec![InventoryItem::Blob(old), tagged("app", "v1", old)]),
         (4, vec![tagged("app", "v1", blob("not held by the one who names it"))]),
     ]);
     let sides = inventory.tag(&repository("app"), "v1");
@@ -90,83 +92,83 @@ fn a_tag_that_peers_disagree_about_shows_every_side() {
 }
 
 #[test]
-fn a_peer_that_is_down_holds_nothing_until_it_comes_back_with_what_it_had() {
-    let items = vec![Item::Blob(blob("a")), tagged("app", "v1", blob("a"))];
+fn a_down_peer_provides_nothing_until_its_return() {
+    let items = vec![InventoryItem::Blob(blob("a")), tagged("app", "v1", blob("a"))];
     let mut inventory = inventory([(1, items.clone()), (2, items)]);
     inventory.apply(MeshEvent::Down(id(1)));
-    assert_eq!(inventory.holders(blob("a")), [id(2)]);
+    assert_eq!(inventory.blob_providers(blob("a")), [id(2)]);
     assert_eq!(inventory.peers(), [&peer(2)]);
     inventory.apply(MeshEvent::Down(id(2)));
     assert_eq!((inventory.blobs(), inventory.items_of(id(2)), inventory.node_of(id(2))), (0, 0, None));
     assert_eq!(inventory.items(), 2, "known, and counting for nobody");
     inventory.apply(MeshEvent::Up(peer(2)));
-    assert_eq!(inventory.providers(&repository("app"), blob("a")), [id(2)]);
+    assert_eq!(inventory.image_providers(&repository("app"), blob("a")), [id(2)]);
     assert_eq!((inventory.blobs(), inventory.items_of(id(2))), (1, 2));
 }
 
 #[test]
-fn of_a_peer_that_is_forgotten_nothing_is_left_to_whoever_gets_its_number() {
-    let items = vec![Item::Blob(blob("a")), tagged("app", "v1", blob("a")), outage("r.test", 5)];
+fn a_forgotten_peer_leaves_nothing_to_the_next_peer_with_its_number() {
+    let items = vec![InventoryItem::Blob(blob("a")), tagged("app", "v1", blob("a")), outage("r.test", 5)];
     let mut inventory = inventory([(1, items), (2, vec![])]);
     inventory.forget(id(1));
     assert_eq!((inventory.items(), inventory.peers()), (0, vec![&peer(2)]));
     inventory.apply(MeshEvent::Up(peer(3)));
-    assert_eq!((inventory.peers.find(id(3)), inventory.items_of(id(3))), (Some(0), 0));
+    assert_eq!((inventory.peers.number_of(id(3)), inventory.items_of(id(3))), (Some(0), 0));
     inventory.forget(id(2));
     inventory.forget(id(3));
-    assert_eq!((inventory.peers.find(id(2)), inventory.peers()), (None, vec![]));
+    assert_eq!((inventory.peers.number_of(id(2)), inventory.peers()), (None, vec![]));
 }
 
 #[test]
-fn news_of_a_peer_that_is_not_up_counts_when_it_is() {
+fn changes_of_a_down_peer_count_once_the_peer_is_up() {
     let mut inventory = Inventory::default();
-    inventory.apply(MeshEvent::Snapshot(id(1), vec![Item::Blob(blob("a"))]));
-    inventory.apply(MeshEvent::Changed(id(1), vec![ContentChange::Added(Item::Blob(blob("b")))]));
+    inventory.apply(MeshEvent::Snapshot(id(1), vec![InventoryItem::Blob(blob("a"))]));
+    inventory.apply(MeshEvent::Changed(id(1), vec![InventoryChange::Added(InventoryItem::Blob(blob("b")))]));
     inventory.apply(MeshEvent::Down(id(2)));
     assert_eq!((inventory.blobs(), inventory.peers().len(), inventory.items()), (0, 0, 2));
     inventory.apply(MeshEvent::Up(peer(1)));
-    assert_eq!((inventory.holders(blob("a")), inventory.holders(blob("b"))), (vec![id(1)], vec![id(1)]));
+    assert_eq!((inventory.blob_providers(blob("a")), inventory.blob_providers(blob("b"))), (vec![id(1)], vec![id(1)]));
 }
 
 #[test]
 fn a_peer_that_moves_keeps_its_content() {
-    let mut inventory = inventory([(1, vec![Item::Blob(blob("a"))])]);
+    let mut inventory = inventory([(1, vec![InventoryItem::Blob(blob("a"))])]);
     let moved = Peer { gossip: ([127, 0, 0, 2], 1).into(), ..peer(1) };
     inventory.apply(MeshEvent::Up(moved.clone()));
     assert_eq!(inventory.peers(), [&moved]);
-    assert_eq!(inventory.holders(blob("a")), [id(1)]);
+    assert_eq!(inventory.blob_providers(blob("a")), [id(1)]);
 }
 
 #[test]
 fn no_peer_makes_us_keep_more_than_the_limit() {
-    let numbered = |number: usize| Item::Blob(Digest::of(&number.to_le_bytes()));
+    let numbered = |number: usize| InventoryItem::Blob(Digest::of(&number.to_le_bytes()));
     let mut inventory = inventory([(1, (0..MAX_ITEMS).map(numbered).collect())]);
-    let more = [numbered(0), numbered(MAX_ITEMS), tagged("app", "v1", blob("a"))].map(ContentChange::Added).to_vec();
+    let more = [numbered(0), numbered(MAX_ITEMS), tagged("app", "v1", blob("a"))].map(InventoryChange::Added).to_vec();
     assert_eq!(inventory.apply(MeshEvent::Changed(id(1), more)), 2, "what it holds already is not dropped again");
     assert_eq!((inventory.items_of(id(1)), inventory.blobs()), (MAX_ITEMS, MAX_ITEMS));
-    let swap = vec![ContentChange::Removed(numbered(0)), ContentChange::Added(numbered(MAX_ITEMS))];
+    let swap = vec![InventoryChange::Removed(numbered(0)), InventoryChange::Added(numbered(MAX_ITEMS))];
     assert_eq!(inventory.apply(MeshEvent::Changed(id(1), swap)), 0, "there is room again");
-    assert_eq!(inventory.holders(Digest::of(&MAX_ITEMS.to_le_bytes())), [id(1)]);
+    assert_eq!(inventory.blob_providers(Digest::of(&MAX_ITEMS.to_le_bytes())), [id(1)]);
 }
 
 #[test]
-fn what_is_shared_has_a_bit_for_each_peer_in_the_order_asked() {
+fn shared_items_have_a_bit_for_each_peer_in_the_requested_order() {
     let mut inventory = inventory([
-        (1, vec![Item::Blob(blob("a")), outage("r.test", 5)]),
-        (2, vec![Item::Blob(blob("a")), tagged("app", "v1", blob("a"))]),
-        (3, vec![Item::Blob(blob("b"))]),
+        (1, vec![InventoryItem::Blob(blob("a")), outage("r.test", 5)]),
+        (2, vec![InventoryItem::Blob(blob("a")), tagged("app", "v1", blob("a"))]),
+        (3, vec![InventoryItem::Blob(blob("b"))]),
     ]);
     inventory.hide(id(1));
-    let shared = inventory.shared(&[id(2), id(9), id(1)]);
+    let shared = inventory.shared_items(&[id(2), id(9), id(1)]);
     let expected = [
-        (Item::Blob(blob("a")), Bits(vec![0b101])),
+        (InventoryItem::Blob(blob("a")), Bits(vec![0b101])),
         (tagged("app", "v1", blob("a")), Bits(vec![0b001])),
         (outage("r.test", 5), Bits(vec![0b100])),
     ];
     assert_eq!(shared, expected);
     let many: Vec<_> = [id(9); MAX_SHARED].into_iter().chain([id(3)]).collect();
-    assert_eq!(inventory.shared(&many), [], "more than are answered for at once");
-    assert_eq!(inventory.shared(&many[1..])[0].1, Bits([vec![0; 31], vec![0x80]].concat()));
+    assert_eq!(inventory.shared_items(&many), [], "more than are answered for at once");
+    assert_eq!(inventory.shared_items(&many[1..])[0].1, Bits([vec![0; 31], vec![0x80]].concat()));
 }
 
 /// The size that the table is made for: 300 of 2000 images on each of 1000 nodes, ten blobs an image.
@@ -175,7 +177,7 @@ fn a_thousand_nodes_of_three_hundred_images_need_little_memory() {
     let image = |image: usize| {
         let blobs = (0..10).map(move |layer| Digest::of(&(image * 10 + layer).to_le_bytes()));
         let name = tagged(&format!("team-{}/application-{image}", image % 40), "v1.2.3", blobs.clone().next().unwrap());
-        blobs.map(Item::Blob).chain([name]).collect::<Vec<_>>()
+        blobs.map(InventoryItem::Blob).chain([name]).collect::<Vec<_>>()
     };
     let images: Vec<_> = (0..2000).map(image).collect();
     let mut random = SmallRng::seed_from_u64(4);
@@ -191,88 +193,88 @@ fn a_thousand_nodes_of_three_hundred_images_need_little_memory() {
     assert!(inventory.bytes() < 40 << 20, "{} bytes", inventory.bytes());
 }
 
-fn any_item() -> impl Strategy<Value = Item> {
+fn any_item() -> impl Strategy<Value = InventoryItem> {
     (0..5u8, 0..3u8, 0..2u8, proptest::option::of(0..2u8)).prop_map(|(kind, digest, path, tag)| {
         let named = repository(&format!("app-{path}"));
         match kind {
-            0 | 1 => Item::Blob(Digest::of(&[digest])),
-            2 | 3 => Item::Image(named, tag.map(|tag| format!("v{tag}")), Digest::of(&[digest])),
+            0 | 1 => InventoryItem::Blob(Digest::of(&[digest])),
+            2 | 3 => InventoryItem::Image(named, tag.map(|tag| format!("v{tag}")), Digest::of(&[digest])),
             _ => outage(&format!("r-{path}.test"), digest.into()),
         }
     })
 }
 
-fn any_change() -> impl Strategy<Value = ContentChange> {
-    prop_oneof![2 => any_item().prop_map(ContentChange::Added), 1 => any_item().prop_map(ContentChange::Removed)]
+fn any_change() -> impl Strategy<Value = InventoryChange> {
+    prop_oneof![2 => any_item().prop_map(InventoryChange::Added), 1 => any_item().prop_map(InventoryChange::Removed)]
 }
 
 /// Enough for either form of a set of peers.
 const PEERS: u8 = 6;
 
 #[derive(Debug, Clone)]
-enum Step {
+enum InventoryStep {
     Up(u8),
     Hide(u8),
     Forget(u8),
-    Replace(u8, Vec<Item>),
-    Change(u8, Vec<ContentChange>),
+    Replace(u8, Vec<InventoryItem>),
+    Change(u8, Vec<InventoryChange>),
 }
 
-fn any_step() -> impl Strategy<Value = Step> {
+fn any_step() -> impl Strategy<Value = InventoryStep> {
     let items = || proptest::collection::vec(any_item(), 0..8);
     let changes = || proptest::collection::vec(any_change(), 0..8);
     prop_oneof![
-        2 => (0..PEERS).prop_map(Step::Up),
-        1 => (0..PEERS).prop_map(Step::Hide),
-        1 => (0..PEERS).prop_map(Step::Forget),
-        2 => (0..PEERS, items()).prop_map(|(number, items)| Step::Replace(number, items)),
-        4 => (0..PEERS, changes()).prop_map(|(number, changes)| Step::Change(number, changes)),
+        2 => (0..PEERS).prop_map(InventoryStep::Up),
+        1 => (0..PEERS).prop_map(InventoryStep::Hide),
+        1 => (0..PEERS).prop_map(InventoryStep::Forget),
+        2 => (0..PEERS, items()).prop_map(|(number, items)| InventoryStep::Replace(number, items)),
+        4 => (0..PEERS, changes()).prop_map(|(number, changes)| InventoryStep::Change(number, changes)),
     ]
 }
 
 /// The same in the plainest form: a set of items for each peer, and who counts.
 #[derive(Default)]
-struct Plain {
-    held: BTreeMap<PeerId, BTreeSet<Item>>,
+struct PlainInventory {
+    held: BTreeMap<PeerId, BTreeSet<InventoryItem>>,
     up: BTreeSet<PeerId>,
 }
 
-impl Plain {
-    fn step(&mut self, step: Step) {
+impl PlainInventory {
+    fn step(&mut self, step: InventoryStep) {
         match step {
-            Step::Up(number) => {
+            InventoryStep::Up(number) => {
                 self.up.insert(id(number));
             }
-            Step::Hide(number) => {
+            InventoryStep::Hide(number) => {
                 self.up.remove(&id(number));
             }
-            Step::Forget(number) => {
+            InventoryStep::Forget(number) => {
                 self.up.remove(&id(number));
                 self.held.remove(&id(number));
             }
-            Step::Replace(number, items) => drop(self.held.insert(id(number), items.into_iter().collect())),
-            Step::Change(number, changes) => {
+            InventoryStep::Replace(number, items) => drop(self.held.insert(id(number), items.into_iter().collect())),
+            InventoryStep::Change(number, changes) => {
                 let held = self.held.entry(id(number)).or_default();
                 for change in changes {
                     match change {
-                        ContentChange::Added(item) => held.insert(item),
-                        ContentChange::Removed(item) => held.remove(&item),
+                        InventoryChange::Added(item) => held.insert(item),
+                        InventoryChange::Removed(item) => held.remove(&item),
                     };
                 }
             }
         }
     }
 
-    fn holds(&self, peer: PeerId, item: &Item) -> bool {
+    fn holds(&self, peer: PeerId, item: &InventoryItem) -> bool {
         self.held.get(&peer).is_some_and(|held| held.contains(item))
     }
 
     /// Those that are up and of which this is so.
-    fn who(&self, holds: impl Fn(PeerId) -> bool) -> BTreeSet<PeerId> {
+    fn up_peers_where(&self, holds: impl Fn(PeerId) -> bool) -> BTreeSet<PeerId> {
         self.up.iter().copied().filter(|peer| holds(*peer)).collect()
     }
 
-    fn all(&self, counting: impl Fn(&PeerId) -> bool) -> BTreeSet<Item> {
+    fn all(&self, counting: impl Fn(&PeerId) -> bool) -> BTreeSet<InventoryItem> {
         let held = self.held.iter().filter(|(peer, _)| counting(peer));
         held.flat_map(|(_, items)| items.iter().cloned()).collect()
     }
@@ -285,35 +287,35 @@ fn set(peers: Vec<PeerId>) -> BTreeSet<PeerId> {
     set
 }
 
-fn assert_same_answers(inventory: &Inventory, plain: &Plain) {
+fn assert_same_answers(inventory: &Inventory, plain: &PlainInventory) {
     let digests = [0u8, 1, 2].map(|digest| Digest::of(&[digest]));
     for digest in digests {
-        let blob = Item::Blob(digest);
-        assert_eq!(set(inventory.holders(digest)), plain.who(|peer| plain.holds(peer, &blob)));
+        let blob = InventoryItem::Blob(digest);
+        assert_eq!(set(inventory.blob_providers(digest)), plain.up_peers_where(|peer| plain.holds(peer, &blob)));
         for named in ["app-0", "app-1"].map(repository) {
-            let names =
-                [None, Some("v0"), Some("v1")].map(|tag| Item::Image(named.clone(), tag.map(str::to_owned), digest));
+            let names = [None, Some("v0"), Some("v1")]
+                .map(|tag| InventoryItem::Image(named.clone(), tag.map(str::to_owned), digest));
             let knows = |peer| plain.holds(peer, &blob) && names.iter().any(|name| plain.holds(peer, name));
-            assert_eq!(set(inventory.providers(&named, digest)), plain.who(knows));
+            assert_eq!(set(inventory.image_providers(&named, digest)), plain.up_peers_where(knows));
             for (tag, name) in ["v0", "v1"].into_iter().zip(&names[1..]) {
                 let side = inventory.tag(&named, tag).remove(&digest);
-                let voices = plain.who(|peer| plain.holds(peer, &blob) && plain.holds(peer, name));
+                let voices = plain.up_peers_where(|peer| plain.holds(peer, &blob) && plain.holds(peer, name));
                 assert_eq!(side.map(set), (!voices.is_empty()).then_some(voices));
             }
         }
     }
     let counting = plain.all(|peer| plain.up.contains(peer));
-    assert_eq!(inventory.blobs(), counting.iter().filter(|item| matches!(item, Item::Blob(_))).count());
-    let outages: Vec<_> = counting.into_iter().filter(|item| matches!(item, Item::Outage(_))).collect();
-    let said = |(outage, peers): (&Outage, _)| (Item::Outage(outage.clone()), set(peers));
+    assert_eq!(inventory.blobs(), counting.iter().filter(|item| matches!(item, InventoryItem::Blob(_))).count());
+    let outages: Vec<_> = counting.into_iter().filter(|item| matches!(item, InventoryItem::Outage(_))).collect();
+    let said = |(outage, peers): (&Outage, _)| (InventoryItem::Outage(outage.clone()), set(peers));
     let expected: Vec<_> =
-        outages.into_iter().map(|item| (item.clone(), plain.who(|peer| plain.holds(peer, &item)))).collect();
+        outages.into_iter().map(|item| (item.clone(), plain.up_peers_where(|peer| plain.holds(peer, &item)))).collect();
     assert_eq!(inventory.all_outages().map(said).collect::<Vec<_>>(), expected);
     let of_each: Vec<_> = ["r-0.test", "r-1.test"].into_iter().flat_map(|r| inventory.outages(r)).map(said).collect();
     assert_eq!(of_each, expected);
 }
 
-fn assert_same_content(inventory: &Inventory, plain: &Plain) {
+fn assert_same_content(inventory: &Inventory, plain: &PlainInventory) {
     let empty = BTreeSet::new();
     assert_eq!(set(inventory.peers().iter().map(|peer| peer.id).collect()), plain.up);
     for id in (0..PEERS).map(id) {
@@ -324,27 +326,27 @@ fn assert_same_content(inventory: &Inventory, plain: &Plain) {
     }
     assert_eq!(inventory.items(), plain.all(|_| true).len());
     let asked = [4, 2, 0, 5].map(id);
-    let bits = |item: &Item| {
+    let bits = |item: &InventoryItem| {
         let mut bits = Bits::none_of(asked.len());
         asked.iter().enumerate().filter(|(_, peer)| plain.holds(**peer, item)).for_each(|(place, _)| bits.set(place));
         bits
     };
     let expected = plain.all(|peer| asked.contains(peer)).into_iter().map(|item| (item.clone(), bits(&item)));
-    assert_eq!(inventory.shared(&asked), expected.collect::<Vec<_>>());
+    assert_eq!(inventory.shared_items(&asked), expected.collect::<Vec<_>>());
 }
 
 proptest! {
     #[test]
-    fn whatever_happens_every_answer_is_that_of_plain_sets(steps in proptest::collection::vec(any_step(), 0..60)) {
-        let (mut inventory, mut plain) = (Inventory::default(), Plain::default());
+    fn every_answer_after_any_order_of_steps_equals_that_of_plain_sets(steps in proptest::collection::vec(any_step(), 0..60)) {
+        let (mut inventory, mut plain) = (Inventory::default(), PlainInventory::default());
         for step in steps {
             plain.step(step.clone());
             match step {
-                Step::Up(number) => inventory.up(peer(number)),
-                Step::Hide(number) => inventory.hide(id(number)),
-                Step::Forget(number) => inventory.forget(id(number)),
-                Step::Replace(number, items) => prop_assert_eq!(inventory.replace(id(number), items), 0),
-                Step::Change(number, changes) => prop_assert_eq!(inventory.change(id(number), changes), 0),
+                InventoryStep::Up(number) => inventory.up(peer(number)),
+                InventoryStep::Hide(number) => inventory.hide(id(number)),
+                InventoryStep::Forget(number) => inventory.forget(id(number)),
+                InventoryStep::Replace(number, items) => prop_assert_eq!(inventory.replace(id(number), items), 0),
+                InventoryStep::Change(number, changes) => prop_assert_eq!(inventory.change(id(number), changes), 0),
             }
             assert_same_answers(&inventory, &plain);
             assert_same_content(&inventory, &plain);

@@ -15,80 +15,93 @@ fn pod(k8s_namespace: &str, annotations: &[(&str, &str)]) -> PodView {
         is_static: false,
         priority: 7,
         pull_secrets: Vec::new(),
-        ending: false,
+        is_ending: false,
     }
 }
 
-fn policy() -> Policy {
-    Policy {
+fn policy() -> OptInPolicy {
+    OptInPolicy {
         kill_switch: false,
         annotation_prefixes: vec!["lighterman.dev".into(), "tote.dev".into()],
         denied_k8s_namespaces: ["kube-system".to_owned()].into(),
         denied_selector: None,
         allowed_selector: None,
-        salvage_on: [Trigger::Unavailable].into(),
+        recover_on: [Trigger::Unavailable].into(),
         require_repositories: false,
     }
 }
 
-const ALLOW_IT: (&str, &str) = ("lighterman.dev/allow", "true");
-const SALVAGE: (&str, &str) = ("lighterman.dev/auto-salvage", "true");
+const ALLOW_ANNOTATION: (&str, &str) = ("lighterman.dev/allow", "true");
+const RECOVER_ANNOTATION: (&str, &str) = ("lighterman.dev/auto-salvage", "true");
 const YES: OptIn = OptIn::Yes { on_denied: false, repositories: RepositoryList::Any };
 
-fn asked(policy: &Policy, pod: &PodView, namespace: &[(&str, &str)]) -> (OptIn, Vec<OddAnnotation>) {
+fn evaluate(policy: &OptInPolicy, pod: &PodView, namespace: &[(&str, &str)]) -> (OptIn, Vec<InvalidAnnotation>) {
     let mut odd = Vec::new();
-    (policy.opt_in(pod, &map(&[]), &map(namespace), None, &mut odd), odd)
+    (policy.evaluate(pod, &map(&[]), &map(namespace), None, &mut odd), odd)
 }
 
 #[test]
 fn both_the_namespace_and_the_pod_must_opt_in_with_exactly_true() {
     let verdict = |namespace: &[(&str, &str)], annotations: &[(&str, &str)]| {
-        let (opt_in, odd) = asked(&policy(), &pod("shop", annotations), namespace);
+        let (opt_in, odd) = evaluate(&policy(), &pod("shop", annotations), namespace);
         (opt_in, odd.len())
     };
-    let no = OptIn::No(NotHelped::NotOptedIn);
-    assert_eq!(verdict(&[ALLOW_IT], &[SALVAGE]), (YES, 0));
-    assert_eq!(verdict(&[], &[SALVAGE]), (no.clone(), 0));
-    assert_eq!(verdict(&[ALLOW_IT], &[]), (no.clone(), 0));
-    assert_eq!(verdict(&[ALLOW_IT], &[("lighterman.dev/auto-salvage", "false")]), (no.clone(), 0));
+    let no = OptIn::No(OptOutReason::NotOptedIn);
+    assert_eq!(verdict(&[ALLOW_ANNOTATION], &[RECOVER_ANNOTATION]), (YES, 0));
+    assert_eq!(verdict(&[], &[RECOVER_ANNOTATION]), (no.clone(), 0));
+    assert_eq!(verdict(&[ALLOW_ANNOTATION], &[]), (no.clone(), 0));
+    assert_eq!(verdict(&[ALLOW_ANNOTATION], &[("lighterman.dev/auto-salvage", "false")]), (no.clone(), 0));
     for wrong in ["True", "yes", "1", "", " true"] {
-        assert_eq!(verdict(&[("lighterman.dev/allow", wrong)], &[SALVAGE]), (no.clone(), 1), "{wrong:?}");
-        assert_eq!(verdict(&[ALLOW_IT], &[("lighterman.dev/auto-salvage", wrong)]), (no.clone(), 1), "{wrong:?}");
+        assert_eq!(verdict(&[("lighterman.dev/allow", wrong)], &[RECOVER_ANNOTATION]), (no.clone(), 1), "{wrong:?}");
+        assert_eq!(
+            verdict(&[ALLOW_ANNOTATION], &[("lighterman.dev/auto-salvage", wrong)]),
+            (no.clone(), 1),
+            "{wrong:?}"
+        );
     }
 }
 
 #[test]
-fn people_who_come_from_elsewhere_keep_their_annotations() {
+fn annotations_with_a_prefix_of_another_tool_are_accepted() {
     let theirs = pod("shop", &[("tote.dev/auto-salvage", "true")]);
-    assert_eq!(asked(&policy(), &theirs, &[("tote.dev/allow", "true")]).0, YES);
+    assert_eq!(evaluate(&policy(), &theirs, &[("tote.dev/allow", "true")]).0, YES);
     let both = [("tote.dev/allow", "true"), ("lighterman.dev/allow", "false")];
-    assert_eq!(asked(&policy(), &theirs, &both).0, OptIn::No(NotHelped::NotOptedIn), "the first prefix counts");
+    assert_eq!(evaluate(&policy(), &theirs, &both).0, OptIn::No(OptOutReason::NotOptedIn), "the first prefix counts");
 }
 
 #[test]
-fn the_kill_switch_denied_namespaces_and_the_pods_own_no_come_first() {
-    let verdict = |policy: &Policy, pod: &PodView| asked(policy, pod, &[ALLOW_IT]).0;
-    let off = Policy { kill_switch: true, ..policy() };
-    assert_eq!(verdict(&off, &pod("shop", &[SALVAGE])), OptIn::No(NotHelped::KillSwitch));
-    assert_eq!(verdict(&policy(), &pod("kube-system", &[SALVAGE])), OptIn::No(NotHelped::DeniedNamespace));
+fn the_kill_switch_denied_namespaces_and_the_ignore_annotation_of_the_pod_come_first() {
+    let verdict = |policy: &OptInPolicy, pod: &PodView| evaluate(policy, pod, &[ALLOW_ANNOTATION]).0;
+    let off = OptInPolicy { kill_switch: true, ..policy() };
+    assert_eq!(verdict(&off, &pod("shop", &[RECOVER_ANNOTATION])), OptIn::No(OptOutReason::KillSwitch));
+    assert_eq!(
+        verdict(&policy(), &pod("kube-system", &[RECOVER_ANNOTATION])),
+        OptIn::No(OptOutReason::DeniedNamespace)
+    );
     for value in ["true", "yes", ""] {
-        let ignored = pod("shop", &[SALVAGE, ("lighterman.dev/ignore", value)]);
-        assert_eq!(verdict(&policy(), &ignored), OptIn::No(NotHelped::Ignored), "{value:?}");
+        let ignored = pod("shop", &[RECOVER_ANNOTATION, ("lighterman.dev/ignore", value)]);
+        assert_eq!(verdict(&policy(), &ignored), OptIn::No(OptOutReason::Ignored), "{value:?}");
     }
-    assert_eq!(verdict(&policy(), &pod("shop", &[SALVAGE, ("lighterman.dev/ignore", "false")])), YES);
+    assert_eq!(verdict(&policy(), &pod("shop", &[RECOVER_ANNOTATION, ("lighterman.dev/ignore", "false")])), YES);
 }
 
 #[test]
 fn a_denied_namespace_can_be_allowed_by_its_labels_and_others_denied_by_theirs() {
-    let policy = Policy {
+    let policy = OptInPolicy {
         denied_selector: Some("tier=secret".parse().unwrap()),
         allowed_selector: Some("component=cni".parse().unwrap()),
         ..policy()
     };
     let verdict = |name: &str, labels: &[(&str, &str)]| {
-        policy.opt_in(&pod(name, &[SALVAGE]), &map(labels), &map(&[ALLOW_IT]), None, &mut Vec::new())
+        policy.evaluate(
+            &pod(name, &[RECOVER_ANNOTATION]),
+            &map(labels),
+            &map(&[ALLOW_ANNOTATION]),
+            None,
+            &mut Vec::new(),
+        )
     };
-    let denied = OptIn::No(NotHelped::DeniedNamespace);
+    let denied = OptIn::No(OptOutReason::DeniedNamespace);
     assert_eq!(verdict("kube-system", &[]), denied);
     assert_eq!(verdict("kube-system", &[("component", "cni")]), YES);
     assert_eq!(verdict("shop", &[("tier", "secret")]), denied);
@@ -96,48 +109,56 @@ fn a_denied_namespace_can_be_allowed_by_its_labels_and_others_denied_by_theirs()
 }
 
 #[test]
-fn owners_are_asked_only_where_the_pod_says_nothing_and_the_nearest_that_speaks_decides() {
+fn owners_are_read_only_for_a_pod_without_annotation_and_the_nearest_annotated_owner_decides() {
     let owner =
         Owner { api_version: "apps/v1".into(), kind: "ReplicaSet".into(), name: "web-1".into(), uid: "o".into() };
     let owned = |annotations: &[(&str, &str)]| PodView { owner: Some(owner.clone()), ..pod("shop", annotations) };
     let verdict = |pod: &PodView, owners: Option<&[&Annotations]>| {
-        policy().opt_in(pod, &map(&[]), &map(&[ALLOW_IT]), owners, &mut Vec::new())
+        policy().evaluate(pod, &map(&[]), &map(&[ALLOW_ANNOTATION]), owners, &mut Vec::new())
     };
-    let (silent, yes, no) = (map(&[]), map(&[SALVAGE]), map(&[("lighterman.dev/auto-salvage", "false")]));
-    assert_eq!(verdict(&owned(&[]), None), OptIn::AskOwners);
-    assert_eq!(verdict(&owned(&[SALVAGE]), None), YES);
-    assert_eq!(verdict(&owned(&[("lighterman.dev/auto-salvage", "false")]), None), OptIn::No(NotHelped::NotOptedIn));
+    let (silent, yes, no) = (map(&[]), map(&[RECOVER_ANNOTATION]), map(&[("lighterman.dev/auto-salvage", "false")]));
+    assert_eq!(verdict(&owned(&[]), None), OptIn::NeedsOwners);
+    assert_eq!(verdict(&owned(&[RECOVER_ANNOTATION]), None), YES);
+    assert_eq!(verdict(&owned(&[("lighterman.dev/auto-salvage", "false")]), None), OptIn::No(OptOutReason::NotOptedIn));
     assert_eq!(verdict(&owned(&[]), Some(&[&silent, &yes])), YES);
-    assert_eq!(verdict(&owned(&[]), Some(&[&no, &yes])), OptIn::No(NotHelped::NotOptedIn));
-    assert_eq!(verdict(&owned(&[]), Some(&[])), OptIn::No(NotHelped::NotOptedIn));
-    let unallowed = policy().opt_in(&owned(&[]), &map(&[]), &map(&[]), None, &mut Vec::new());
-    assert_eq!(unallowed, OptIn::No(NotHelped::NotOptedIn), "nobody is asked for a namespace that did not allow it");
+    assert_eq!(verdict(&owned(&[]), Some(&[&no, &yes])), OptIn::No(OptOutReason::NotOptedIn));
+    assert_eq!(verdict(&owned(&[]), Some(&[])), OptIn::No(OptOutReason::NotOptedIn));
+    let unallowed = policy().evaluate(&owned(&[]), &map(&[]), &map(&[]), None, &mut Vec::new());
+    assert_eq!(unallowed, OptIn::No(OptOutReason::NotOptedIn), "nobody is asked for a namespace that did not allow it");
 }
 
 #[test]
-fn a_denial_is_ignored_where_the_namespace_or_the_rules_say_so() {
-    let namespace = [ALLOW_IT, ("lighterman.dev/salvage-on-denied", "true")];
+fn a_denial_is_ignored_where_the_namespace_or_the_policy_says_so() {
+    let namespace = [ALLOW_ANNOTATION, ("lighterman.dev/salvage-on-denied", "true")];
     let on_denied = OptIn::Yes { on_denied: true, repositories: RepositoryList::Any };
-    assert_eq!(asked(&policy(), &pod("shop", &[SALVAGE]), &namespace).0, on_denied);
-    let everywhere = Policy { salvage_on: Trigger::ALL.into(), ..policy() };
-    assert_eq!(asked(&everywhere, &pod("shop", &[SALVAGE]), &[ALLOW_IT]).0, on_denied);
+    assert_eq!(evaluate(&policy(), &pod("shop", &[RECOVER_ANNOTATION]), &namespace).0, on_denied);
+    let everywhere = OptInPolicy { recover_on: Trigger::ALL.into(), ..policy() };
+    assert_eq!(evaluate(&everywhere, &pod("shop", &[RECOVER_ANNOTATION]), &[ALLOW_ANNOTATION]).0, on_denied);
 }
 
 #[test]
 fn a_namespace_may_list_repositories_and_a_policy_may_require_the_list() {
-    let list = |policy: &Policy, namespace: &[(&str, &str)]| match asked(policy, &pod("shop", &[SALVAGE]), namespace) {
+    let list = |policy: &OptInPolicy, namespace: &[(&str, &str)]| match evaluate(
+        policy,
+        &pod("shop", &[RECOVER_ANNOTATION]),
+        namespace,
+    ) {
         (OptIn::Yes { repositories, .. }, odd) => (repositories, odd.len()),
         (other, _) => panic!("{other:?}"),
     };
-    let strict = Policy { require_repositories: true, ..policy() };
+    let strict = OptInPolicy { require_repositories: true, ..policy() };
     let listed = ("tote.dev/repositories", "r.test/shop/*");
     let unreadable = ("lighterman.dev/repositories", "r.test/shop/*,shop web");
     let shop = RepositoryList::parse("r.test/shop/*").unwrap();
-    assert_eq!(list(&policy(), &[ALLOW_IT]), (RepositoryList::Any, 0));
-    assert_eq!(list(&strict, &[ALLOW_IT]), (RepositoryList::none(), 0));
-    assert_eq!(list(&policy(), &[ALLOW_IT, listed]), (shop.clone(), 0));
-    assert_eq!(list(&strict, &[ALLOW_IT, listed]), (shop, 0));
-    assert_eq!(list(&policy(), &[ALLOW_IT, unreadable]), (RepositoryList::none(), 1), "a mistake permits nothing");
+    assert_eq!(list(&policy(), &[ALLOW_ANNOTATION]), (RepositoryList::Any, 0));
+    assert_eq!(list(&strict, &[ALLOW_ANNOTATION]), (RepositoryList::none(), 0));
+    assert_eq!(list(&policy(), &[ALLOW_ANNOTATION, listed]), (shop.clone(), 0));
+    assert_eq!(list(&strict, &[ALLOW_ANNOTATION, listed]), (shop, 0));
+    assert_eq!(
+        list(&policy(), &[ALLOW_ANNOTATION, unreadable]),
+        (RepositoryList::none(), 1),
+        "a mistake permits nothing"
+    );
 }
 
 #[test]
@@ -147,7 +168,7 @@ fn a_pods_priority_is_its_annotations_or_its_classes() {
     assert_eq!(priority(&[]), 7);
     assert_eq!(priority(&[("lighterman.dev/priority", "-3")]), -3);
     assert_eq!(priority(&[("lighterman.dev/priority", "high")]), 7);
-    assert_eq!(odd, [OddAnnotation { key: "lighterman.dev/priority".into(), value: "high".into() }]);
+    assert_eq!(odd, [InvalidAnnotation { key: "lighterman.dev/priority".into(), value: "high".into() }]);
 }
 
 #[test]

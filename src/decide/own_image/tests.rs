@@ -19,14 +19,14 @@ fn ours(texts: &[&str]) -> Protection {
     Protection { ours: images(texts), others: BTreeSet::new() }
 }
 
-const GOOD: Situation =
-    Situation { is_switched_off: false, may_import: true, is_provided: true, is_backing_off: false };
+const GOOD: OwnImageSituation =
+    OwnImageSituation { is_switched_off: false, may_import: true, has_provider: true, is_backing_off: false };
 
 #[test]
-fn a_digest_is_fetched_from_peers_and_a_tag_is_asked_of_its_registry() {
-    assert_eq!(step(&image(DIGEST), GOOD), Step::Fetch);
-    assert_eq!(step(&image(":v2"), GOOD), Step::AskRegistry);
-    assert_eq!(step(&image(&format!(":v2{DIGEST}")), GOOD), Step::Fetch, "the digest counts");
+fn a_digest_is_fetched_from_peers_and_a_tag_is_resolved_at_its_registry() {
+    assert_eq!(own_image_step(&image(DIGEST), GOOD), OwnImageStep::Fetch);
+    assert_eq!(own_image_step(&image(":v2"), GOOD), OwnImageStep::AskRegistry);
+    assert_eq!(own_image_step(&image(&format!(":v2{DIGEST}")), GOOD), OwnImageStep::Fetch, "the digest counts");
 }
 
 #[test]
@@ -34,26 +34,26 @@ fn no_situation_lets_a_tag_be_fetched_without_its_registry() {
     for bits in 0..16_u8 {
         let is = |bit: u8| bits & (1 << bit) != 0;
         let situation =
-            Situation { is_switched_off: is(0), may_import: is(1), is_provided: is(2), is_backing_off: is(3) };
-        assert_ne!(step(&image(":v2"), situation), Step::Fetch, "{situation:?}");
+            OwnImageSituation { is_switched_off: is(0), may_import: is(1), has_provider: is(2), is_backing_off: is(3) };
+        assert_ne!(own_image_step(&image(":v2"), situation), OwnImageStep::Fetch, "{situation:?}");
     }
 }
 
 #[test]
 fn a_limit_or_a_lack_of_providers_makes_the_image_wait() {
     for (situation, cause) in [
-        (Situation { is_switched_off: true, ..GOOD }, Cause::SwitchedOff),
-        (Situation { may_import: false, ..GOOD }, Cause::NoImports),
-        (Situation { is_provided: false, ..GOOD }, Cause::NoProvider),
-        (Situation { is_backing_off: true, ..GOOD }, Cause::BackingOff),
+        (OwnImageSituation { is_switched_off: true, ..GOOD }, OwnImageWait::SwitchedOff),
+        (OwnImageSituation { may_import: false, ..GOOD }, OwnImageWait::NoImports),
+        (OwnImageSituation { has_provider: false, ..GOOD }, OwnImageWait::NoProvider),
+        (OwnImageSituation { is_backing_off: true, ..GOOD }, OwnImageWait::BackingOff),
         // The operator's word comes first: nothing else would help.
         (
-            Situation { is_switched_off: true, may_import: false, is_provided: false, is_backing_off: true },
-            Cause::SwitchedOff,
+            OwnImageSituation { is_switched_off: true, may_import: false, has_provider: false, is_backing_off: true },
+            OwnImageWait::SwitchedOff,
         ),
     ] {
         for name in [DIGEST, ":v2"] {
-            assert_eq!(step(&image(name), situation), Step::Wait(cause), "{name} {situation:?}");
+            assert_eq!(own_image_step(&image(name), situation), OwnImageStep::Wait(cause), "{name} {situation:?}");
         }
     }
 }
@@ -73,26 +73,29 @@ fn no_image_is_missing_while_the_template_is_not_known() {
 #[test]
 fn the_current_and_the_next_image_are_protected_once_they_are_here() {
     let own = own(&[":v1"], Some(&[":v2"]));
-    assert_eq!(keep(&own, &images(&[":v1"]), &ours(&[])), [Keep::Protect(image(":v1"))]);
+    assert_eq!(protection_changes(&own, &images(&[":v1"]), &ours(&[])), [ProtectionChange::Protect(image(":v1"))]);
     let both = images(&[":v1", ":v2", ":v0"]);
-    assert_eq!(keep(&own, &both, &ours(&[":v1"])), [Keep::Protect(image(":v2"))]);
-    assert_eq!(keep(&own, &both, &ours(&[":v1", ":v2"])), []);
+    assert_eq!(protection_changes(&own, &both, &ours(&[":v1"])), [ProtectionChange::Protect(image(":v2"))]);
+    assert_eq!(protection_changes(&own, &both, &ours(&[":v1", ":v2"])), []);
 }
 
 #[test]
 fn an_image_that_neither_pod_nor_template_names_is_released() {
     let (here, protected) = (images(&[":v1", ":v2"]), ours(&[":v1", ":v2"]));
-    assert_eq!(keep(&own(&[":v2"], Some(&[":v2"])), &here, &protected), [Keep::Release(image(":v1"))]);
+    assert_eq!(
+        protection_changes(&own(&[":v2"], Some(&[":v2"])), &here, &protected),
+        [ProtectionChange::Release(image(":v1"))]
+    );
     // After a rollback the template names the first image again, and the pod still runs the second.
-    assert_eq!(keep(&own(&[":v2"], Some(&[":v1"])), &here, &protected), []);
+    assert_eq!(protection_changes(&own(&[":v2"], Some(&[":v1"])), &here, &protected), []);
 }
 
 #[test]
 fn nothing_is_released_before_pod_and_template_are_known() {
     let (here, protected) = (images(&[":v1", ":v2"]), ours(&[":v1", ":v2"]));
-    assert_eq!(keep(&own(&[":v1"], None), &here, &protected), [], "an API server that is down");
-    assert_eq!(keep(&own(&[], Some(&[":v3"])), &here, &protected), [], "a pod that was not seen yet");
-    assert_eq!(keep(&own(&[], None), &here, &protected), []);
+    assert_eq!(protection_changes(&own(&[":v1"], None), &here, &protected), [], "an API server that is down");
+    assert_eq!(protection_changes(&own(&[], Some(&[":v3"])), &here, &protected), [], "a pod that was not seen yet");
+    assert_eq!(protection_changes(&own(&[], None), &here, &protected), []);
 }
 
 #[test]
@@ -106,5 +109,5 @@ fn a_large_cluster_reads_the_daemonset_at_the_rate_of_a_small_one() {
 #[test]
 fn a_protection_by_another_program_is_neither_marked_nor_ended() {
     let protection = Protection { ours: BTreeSet::new(), others: images(&[":v1", ":v2"]) };
-    assert_eq!(keep(&own(&[":v2"], Some(&[":v2"])), &images(&[":v1", ":v2"]), &protection), []);
+    assert_eq!(protection_changes(&own(&[":v2"], Some(&[":v2"])), &images(&[":v1", ":v2"]), &protection), []);
 }

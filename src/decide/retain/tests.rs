@@ -16,15 +16,15 @@ fn layers(sizes: &[(&str, u64)]) -> BTreeMap<Digest, u64> {
     sizes.iter().map(|(name, size)| (digest(name), *size)).collect()
 }
 
-fn candidate(name: &str, interest: Interest, sizes: &[(&str, u64)]) -> Candidate {
-    Candidate { manifest: digest(name), layers: layers(sizes), interest, last_use: None }
+fn candidate(name: &str, interest: RetainInterest, sizes: &[(&str, u64)]) -> RetainCandidate {
+    RetainCandidate { manifest: digest(name), layers: layers(sizes), interest, last_use: None }
 }
 
-fn leased(sizes: &[(&str, u64)]) -> Leased {
-    Leased { layers: layers(sizes), expires: at(0) + LEASE_LIFE, says_used: false }
+fn leased(sizes: &[(&str, u64)]) -> LayerLease {
+    LayerLease { layers: layers(sizes), expires: at(0) + LEASE_DURATION, is_marked_used: false }
 }
 
-fn chosen(candidates: &[Candidate], leases: &BTreeMap<Digest, Leased>, allowed: u64) -> BTreeSet<Digest> {
+fn chosen(candidates: &[RetainCandidate], leases: &BTreeMap<Digest, LayerLease>, allowed: u64) -> BTreeSet<Digest> {
     choose(candidates, leases, allowed).into_keys().collect()
 }
 
@@ -35,9 +35,9 @@ fn of(names: &[&str]) -> BTreeSet<Digest> {
 #[test]
 fn the_least_recently_used_image_goes_first() {
     let images = [
-        candidate("old", Interest::Idle(at(1)), &[("a", 40)]),
-        candidate("young", Interest::Idle(at(2)), &[("b", 40)]),
-        candidate("running", Interest::Wanted, &[("c", 40)]),
+        candidate("old", RetainInterest::Idle(at(1)), &[("a", 40)]),
+        candidate("young", RetainInterest::Idle(at(2)), &[("b", 40)]),
+        candidate("running", RetainInterest::Wanted, &[("c", 40)]),
     ];
     assert_eq!(chosen(&images, &BTreeMap::new(), 120), of(&["old", "young", "running"]));
     assert_eq!(chosen(&images, &BTreeMap::new(), 119), of(&["young", "running"]));
@@ -47,25 +47,25 @@ fn the_least_recently_used_image_goes_first() {
 #[test]
 fn a_pull_for_an_unknown_pod_displaces_no_image() {
     let leases = [(digest("idle"), leased(&[("a", 60)]))].into();
-    let idle = candidate("idle", Interest::Idle(at(1)), &[("a", 60)]);
-    let unknown = candidate("pulled", Interest::Unknown, &[("b", 60)]);
+    let idle = candidate("idle", RetainInterest::Idle(at(1)), &[("a", 60)]);
+    let unknown = candidate("pulled", RetainInterest::Unknown, &[("b", 60)]);
     assert_eq!(chosen(&[idle.clone(), unknown], &leases, 100), of(&["idle"]));
-    let expected = candidate("pulled", Interest::Wanted, &[("b", 60)]);
+    let expected = candidate("pulled", RetainInterest::Wanted, &[("b", 60)]);
     assert_eq!(chosen(&[idle, expected], &leases, 100), of(&["pulled"]));
 }
 
 #[test]
 fn a_shared_layer_counts_once_and_an_image_is_retained_whole_or_not() {
-    let first = candidate("1", Interest::Wanted, &[("base", 80), ("x", 10)]);
-    let second = candidate("2", Interest::Wanted, &[("base", 80), ("y", 10)]);
+    let first = candidate("1", RetainInterest::Wanted, &[("base", 80), ("x", 10)]);
+    let second = candidate("2", RetainInterest::Wanted, &[("base", 80), ("y", 10)]);
     assert_eq!(chosen(&[first.clone(), second.clone()], &BTreeMap::new(), 100), of(&["1", "2"]));
     assert_eq!(chosen(&[first, second], &BTreeMap::new(), 99).len(), 1);
 }
 
 #[test]
-fn of_equal_images_those_with_a_lease_stay() {
+fn an_image_with_a_lease_stays_among_equal_images() {
     let names = ["p", "q", "r", "s"];
-    let images = names.map(|name| candidate(name, Interest::Wanted, &[(name, 50)]));
+    let images = names.map(|name| candidate(name, RetainInterest::Wanted, &[(name, 50)]));
     for name in names {
         let leases = [(digest(name), leased(&[(name, 50)]))].into();
         assert_eq!(chosen(&images, &leases, 50), of(&[name]));
@@ -73,81 +73,87 @@ fn of_equal_images_those_with_a_lease_stay() {
 }
 
 #[test]
-fn a_release_precedes_what_needs_its_bytes() {
+fn a_release_precedes_the_lease_that_needs_its_bytes() {
     let leases = [(digest("z"), leased(&[("old", 80)])), (digest("gone"), leased(&[("g", 5)]))].into();
     let images = [
-        candidate("z", Interest::Idle(at(1)), &[("old", 80)]),
-        candidate("new", Interest::Wanted, &[("n1", 50), ("n2", 20)]),
+        candidate("z", RetainInterest::Idle(at(1)), &[("old", 80)]),
+        candidate("new", RetainInterest::Wanted, &[("n1", 50), ("n2", 20)]),
     ];
     let steps = actions(&images, &leases, 100, at(0));
     let releases: BTreeSet<_> =
-        [Action::Release(digest("z")), Action::Release(digest("gone"))].map(|it| format!("{it:?}")).into();
+        [LeaseAction::Release(digest("z")), LeaseAction::Release(digest("gone"))].map(|it| format!("{it:?}")).into();
     assert_eq!(steps[..2].iter().map(|step| format!("{step:?}")).collect::<BTreeSet<_>>(), releases);
-    assert_eq!(steps[2..], [Action::Retain(digest("new"), of(&["n1", "n2"]))]);
+    assert_eq!(steps[2..], [LeaseAction::Retain(digest("new"), of(&["n1", "n2"]))]);
 }
 
 #[test]
 fn a_lease_is_renewed_at_half_of_its_life() {
     let leases = [(digest("i"), leased(&[("a", 1)]))].into();
-    let images = [candidate("i", Interest::Wanted, &[("a", 1)])];
+    let images = [candidate("i", RetainInterest::Wanted, &[("a", 1)])];
     assert_eq!(actions(&images, &leases, 10, at(12 * 3600)), []);
-    assert_eq!(actions(&images, &leases, 10, at(12 * 3600 + 1)), [Action::Renew(digest("i"))]);
+    assert_eq!(actions(&images, &leases, 10, at(12 * 3600 + 1)), [LeaseAction::Renew(digest("i"))]);
 }
 
 #[test]
 fn a_lease_is_renewed_once_when_its_image_is_used() {
     let mut lease = leased(&[("a", 1)]);
-    let images = [Candidate { last_use: Some(at(0)), ..candidate("i", Interest::Wanted, &[("a", 1)]) }];
-    assert_eq!(actions(&images, &[(digest("i"), lease.clone())].into(), 10, at(0)), [Action::Renew(digest("i"))]);
-    lease.says_used = true;
+    let images = [RetainCandidate { last_use: Some(at(0)), ..candidate("i", RetainInterest::Wanted, &[("a", 1)]) }];
+    assert_eq!(actions(&images, &[(digest("i"), lease.clone())].into(), 10, at(0)), [LeaseAction::Renew(digest("i"))]);
+    lease.is_marked_used = true;
     assert_eq!(actions(&images, &[(digest("i"), lease)].into(), 10, at(0)), []);
 }
 
 #[test]
 fn retained_layers_yield_to_the_disk() {
     let total = 1000;
-    assert_eq!(allowed(300, 200, None), 300);
-    assert_eq!(allowed(300, 200, Some((160, total))), 300, "at the line");
-    assert_eq!(allowed(300, 200, Some((100, total))), 140, "60 bytes are missing");
-    assert_eq!(allowed(100, 200, Some((159, total))), 100);
-    assert_eq!(allowed(300, 20, Some((0, total))), 0);
+    assert_eq!(allowed_bytes(300, 200, None), 300);
+    assert_eq!(allowed_bytes(300, 200, Some((160, total))), 300, "at the line");
+    assert_eq!(allowed_bytes(300, 200, Some((100, total))), 140, "60 bytes are missing");
+    assert_eq!(allowed_bytes(100, 200, Some((159, total))), 100);
+    assert_eq!(allowed_bytes(300, 20, Some((0, total))), 0);
 }
 
 #[test]
 fn the_budget_is_bytes_or_a_share_of_the_disk() {
-    assert_eq!(RetainBytes::Bytes(7).on(Some(1000)), 7);
-    assert_eq!(RetainBytes::Percent(20).on(Some(1000)), 200);
-    assert_eq!(RetainBytes::Percent(20).on(None), 10 << 30);
-    assert_eq!(RetainBytes::Percent(0).on(None), 0);
+    assert_eq!(RetainBytes::Bytes(7).limit_on(Some(1000)), 7);
+    assert_eq!(RetainBytes::Percent(20).limit_on(Some(1000)), 200);
+    assert_eq!(RetainBytes::Percent(20).limit_on(None), 10 << 30);
+    assert_eq!(RetainBytes::Percent(0).limit_on(None), 0);
 }
 
 #[test]
 fn an_image_is_of_interest_from_its_manifest_to_the_end_of_its_record() {
     use RetainLayers::{All, None as Nothing, OptedIn};
-    let pulled = Facts { last_arrival: Some(at(0)), ..Facts::default() };
-    let expected = Facts { expected: true, ..pulled };
-    let recorded = Facts { recorded: Some(at(0)), ..pulled };
-    let undecided = Facts { undecided: true, ..recorded };
-    let used = Facts { used: true, last_use: Some(at(50)), ..recorded };
-    let idle = Facts { used: false, ..used };
-    let removed = Facts { recorded: None, last_arrival: None, ..used };
-    let kept = Facts { keeps_layers: true, ..used };
+    let pulled = RetainFacts { last_arrival: Some(at(0)), ..RetainFacts::default() };
+    let expected = RetainFacts { expected: true, ..pulled };
+    let recorded = RetainFacts { recorded: Some(at(0)), ..pulled };
+    let undecided = RetainFacts { undecided: true, ..recorded };
+    let used = RetainFacts { used: true, last_use: Some(at(50)), ..recorded };
+    let idle = RetainFacts { used: false, ..used };
+    let removed = RetainFacts { recorded: None, last_arrival: None, ..used };
+    let kept = RetainFacts { keeps_layers: true, ..used };
     for (what, facts, setting, seconds, interest) in [
-        ("a pull", pulled, OptedIn, 599, Some(Interest::Unknown)),
+        ("a pull", pulled, OptedIn, 599, Some(RetainInterest::Unknown)),
         ("an aborted pull", pulled, OptedIn, 600, None),
-        ("a pull that a pod waits for", expected, OptedIn, 599, Some(Interest::Wanted)),
-        ("a pull, of all", pulled, All, 599, Some(Interest::Wanted)),
-        ("an image whose pod may follow", recorded, OptedIn, 59, Some(Interest::Unknown)),
+        ("a pull that a pod waits for", expected, OptedIn, 599, Some(RetainInterest::Wanted)),
+        ("a pull, of all", pulled, All, 599, Some(RetainInterest::Wanted)),
+        ("an image whose pod may follow", recorded, OptedIn, 59, Some(RetainInterest::Unknown)),
         ("an image without a pod", recorded, OptedIn, 60, None),
-        ("an image whose namespace did not answer", undecided, OptedIn, 9999, Some(Interest::Unknown)),
-        ("an image without a pod, of all", recorded, All, 900, Some(Interest::Wanted)),
-        ("an image that is used", used, OptedIn, 9999, Some(Interest::Wanted)),
-        ("an image that was used", idle, OptedIn, 9999, Some(Interest::Idle(at(50)))),
+        ("an image whose namespace did not answer", undecided, OptedIn, 9999, Some(RetainInterest::Unknown)),
+        ("an image without a pod, of all", recorded, All, 900, Some(RetainInterest::Wanted)),
+        ("an image that is used", used, OptedIn, 9999, Some(RetainInterest::Wanted)),
+        ("an image that was used", idle, OptedIn, 9999, Some(RetainInterest::Idle(at(50)))),
         ("an image that was removed", removed, OptedIn, 60, None),
         ("an image that was removed, of all", removed, All, 60, None),
         ("an image whose labels keep its layers", kept, OptedIn, 60, None),
         ("none", used, Nothing, 60, None),
-        ("a clock that went back", Facts { last_arrival: Some(at(99)), ..pulled }, OptedIn, 0, Some(Interest::Unknown)),
+        (
+            "a clock that went back",
+            RetainFacts { last_arrival: Some(at(99)), ..pulled },
+            OptedIn,
+            0,
+            Some(RetainInterest::Unknown),
+        ),
     ] {
         assert_eq!(super::interest(setting, &facts, at(seconds)), interest, "{what}");
     }
@@ -159,16 +165,16 @@ fn layers_of(n: u64) -> BTreeMap<Digest, u64> {
     numbers.map(|layer| (digest(&format!("layer {layer}")), layer * layer * 7 % 90)).collect()
 }
 
-fn some_interest() -> impl Strategy<Value = Interest> {
+fn some_interest() -> impl Strategy<Value = RetainInterest> {
     prop_oneof![
-        Just(Interest::Unknown),
-        Just(Interest::Wanted),
-        (0_u64..9).prop_map(|second| Interest::Idle(at(second)))
+        Just(RetainInterest::Unknown),
+        Just(RetainInterest::Wanted),
+        (0_u64..9).prop_map(|second| RetainInterest::Idle(at(second)))
     ]
 }
 
 /// One moment of a node: images with their interest, free space, and the time that passed.
-type Moment = (Vec<(u64, Interest)>, Option<(u64, u64)>, u64);
+type Moment = (Vec<(u64, RetainInterest)>, Option<(u64, u64)>, u64);
 
 fn moments() -> impl Strategy<Value = Vec<Moment>> {
     let image = (0_u64..24, some_interest());
@@ -180,7 +186,7 @@ fn moments() -> impl Strategy<Value = Vec<Moment>> {
 /// Plays the moments and takes every action. Returns the most bytes over the budget after any
 /// action.
 fn most_over_budget(moments: Vec<Moment>, budget: u64) -> u64 {
-    let (mut leases, mut over, mut now) = (BTreeMap::<Digest, Leased>::new(), 0, at(0));
+    let (mut leases, mut over, mut now) = (BTreeMap::<Digest, LayerLease>::new(), 0, at(0));
     for (images, room, passed) in moments {
         now += Duration::from_secs(passed);
         // containerd drops expired leases.
@@ -189,28 +195,28 @@ fn most_over_budget(moments: Vec<Moment>, budget: u64) -> u64 {
             .into_iter()
             .map(|(n, interest)| {
                 let manifest = digest(&format!("manifest {n}"));
-                (manifest, Candidate { manifest, layers: layers_of(n), interest, last_use: None })
+                (manifest, RetainCandidate { manifest, layers: layers_of(n), interest, last_use: None })
             })
             .collect();
         let candidates: Vec<_> = candidates.into_values().collect();
-        let retained = bytes(leases.values().map(|lease| &lease.layers));
-        let allowed = allowed(budget, retained, room);
+        let retained = distinct_bytes(leases.values().map(|lease| &lease.layers));
+        let allowed = allowed_bytes(budget, retained, room);
         for action in actions(&candidates, &leases, allowed, now) {
             match action {
-                Action::Release(manifest) => drop(leases.remove(&manifest)),
-                Action::Renew(manifest) => leases.get_mut(&manifest).unwrap().expires = now + LEASE_LIFE,
-                Action::Retain(manifest, new) => {
+                LeaseAction::Release(manifest) => drop(leases.remove(&manifest)),
+                LeaseAction::Renew(manifest) => leases.get_mut(&manifest).unwrap().expires = now + LEASE_DURATION,
+                LeaseAction::Retain(manifest, new) => {
                     let candidate = candidates.iter().find(|it| it.manifest == manifest).unwrap();
-                    let expires = now + LEASE_LIFE;
-                    let fresh = Leased { layers: BTreeMap::new(), expires, says_used: false };
+                    let expires = now + LEASE_DURATION;
+                    let fresh = LayerLease { layers: BTreeMap::new(), expires, is_marked_used: false };
                     let lease = leases.entry(manifest).or_insert(fresh);
                     lease.layers.extend(new.into_iter().map(|layer| (layer, candidate.layers[&layer])));
                 }
             }
-            let retained = bytes(leases.values().map(|lease| &lease.layers));
+            let retained = distinct_bytes(leases.values().map(|lease| &lease.layers));
             over = over.max(retained.saturating_sub(budget));
         }
-        assert!(bytes(leases.values().map(|lease| &lease.layers)) <= allowed, "the disk needs the rest");
+        assert!(distinct_bytes(leases.values().map(|lease| &lease.layers)) <= allowed, "the disk needs the rest");
     }
     over
 }
@@ -224,7 +230,7 @@ proptest! {
 }
 
 #[test]
-fn the_figure_of_bytes_over_the_budget() {
+fn five_hundred_histories_print_the_figure_of_bytes_over_the_budget() {
     use proptest::strategy::ValueTree;
     use proptest::test_runner::TestRunner;
     let mut runner = TestRunner::deterministic();

@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use nix::unistd::{AccessFlags, access};
 
-use super::taking::open;
+use super::lock::open;
 
 /// Makes sure that the folder is there and can be written to; nobody else gets into one that is made here. Blocks.
 ///
 /// # Errors
 /// What the file system says.
-pub fn staging_folder(path: &Path) -> io::Result<()> {
+pub fn create_staging_folder(path: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
         // It may have been mounted read-only since it was made.
@@ -67,7 +67,7 @@ pub fn leftovers(folder: &Path) -> io::Result<Vec<Leftover>> {
 ///
 /// # Errors
 /// What the file system says.
-pub fn is_taken(path: &Path) -> io::Result<bool> {
+pub fn is_locked(path: &Path) -> io::Result<bool> {
     match open(path, OpenOptions::new().read(true))?.try_lock() {
         Ok(()) => Ok(false),
         Err(TryLockError::WouldBlock) => Ok(true),

@@ -13,18 +13,18 @@ fn mode(path: &Path) -> u32 {
 const MIB: u64 = 1 << 20;
 
 #[tokio::test]
-async fn parts_are_found_again_where_they_were_written_and_take_no_other_room() {
+async fn written_extents_are_found_again_and_holes_take_no_space() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("blob");
     let file = arc(&path, 64 * MIB + 5);
-    assert_eq!(file.left(), []);
+    assert_eq!(file.resumed_ranges(), []);
     let (head, tail) = (Bytes::from(vec![1; 10_000]), Bytes::from(vec![2; 5]));
     file.write_at(64 * MIB, std::slice::from_ref(&tail)).await.unwrap();
     file.write_at(8 * MIB, &[Bytes::new(), head.slice(..1), Bytes::new(), head.slice(1..)]).await.unwrap();
     drop(file);
 
     let file = arc(&path, 64 * MIB + 5);
-    let left = file.left();
+    let left = file.resumed_ranges();
     assert_eq!(left.len(), 2, "{left:?}");
     for written in [8 * MIB..8 * MIB + 10_000, 64 * MIB..64 * MIB + 5] {
         let around = left.iter().find(|part| part.start <= written.start && written.end <= part.end);
@@ -49,7 +49,7 @@ async fn more_chunks_than_one_call_takes_are_written_in_their_order() {
 }
 
 #[tokio::test]
-async fn nothing_is_written_beyond_the_end() {
+async fn writes_beyond_the_end_are_rejected() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("blob");
     let file = arc(&path, 10);
@@ -61,7 +61,7 @@ async fn nothing_is_written_beyond_the_end() {
 }
 
 #[tokio::test]
-async fn what_is_sealed_is_never_written_again() {
+async fn a_sealed_file_is_never_written_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("blob");
     let file = arc(&path, 5);
@@ -76,20 +76,20 @@ async fn what_is_sealed_is_never_written_again() {
 
     // A process that was killed between sealing and linking goes on here; one that was killed later does not write to what it linked.
     let file = arc(&path, 5);
-    assert_eq!((file.left().first(), mode(&path)), (Some(&(0..5)), 0o600));
+    assert_eq!((file.resumed_ranges().first(), mode(&path)), (Some(&(0..5)), 0o600));
     file.seal().unwrap();
     drop(file);
     let linked = folder.path().join("linked");
     fs::hard_link(&path, &linked).unwrap();
     let file = arc(&path, 5);
-    assert_eq!(file.left(), []);
-    assert!(!file.is_also(&linked).unwrap());
+    assert_eq!(file.resumed_ranges(), []);
+    assert!(!file.is_linked_at(&linked).unwrap());
     file.write_at(0, &[Bytes::from_static(b"wrong")]).await.unwrap();
     assert_eq!(fs::read(&linked).unwrap(), b"right");
 }
 
 #[test]
-fn what_does_not_fit_is_not_taken_up() {
+fn an_unsuitable_leftover_is_replaced() {
     let folder = tempfile::tempdir().unwrap();
     let elsewhere = folder.path().join("elsewhere");
     fs::write(&elsewhere, "precious").unwrap();
@@ -104,13 +104,13 @@ fn what_does_not_fit_is_not_taken_up() {
     symlink(&elsewhere, &link).unwrap();
     for (path, size) in [(&shorter, 9), (&others, 8), (&link, 8)] {
         let file = StagingFile::open(path, size).unwrap();
-        assert_eq!((file.left(), mode(path)), (vec![], 0o600), "{}", path.display());
+        assert_eq!((file.resumed_ranges(), mode(path)), (vec![], 0o600), "{}", path.display());
     }
     assert_eq!(fs::read(&elsewhere).unwrap(), b"precious");
 }
 
 #[test]
-fn one_process_has_it_at_a_time() {
+fn a_staging_file_has_one_owner_at_a_time() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("blob");
     let first = StagingFile::open(&path, 5).unwrap();
@@ -120,11 +120,11 @@ fn one_process_has_it_at_a_time() {
     assert!(!path.exists());
     let third = StagingFile::open(&path, 5).unwrap();
     first.remove();
-    assert!(third.is_also(&path).unwrap(), "only its own name is removed");
+    assert!(third.is_linked_at(&path).unwrap(), "only its own name is removed");
 }
 
 #[tokio::test]
-async fn a_file_that_is_given_up_can_still_be_read_and_not_be_written() {
+async fn a_removed_staging_file_can_be_read_but_not_written() {
     let folder = tempfile::tempdir().unwrap();
     let file = arc(&folder.path().join("blob"), 4);
     file.write_at(0, &[Bytes::from_static(b"read")]).await.unwrap();
@@ -135,10 +135,10 @@ async fn a_file_that_is_given_up_can_still_be_read_and_not_be_written() {
 }
 
 #[tokio::test]
-async fn a_disk_that_makes_writers_wait_is_written_from_another_thread() {
+async fn a_slow_disk_is_written_from_a_blocking_thread() {
     let folder = tempfile::tempdir().unwrap();
     let file = arc(&folder.path().join("blob"), 4);
-    file.pace.note(std::time::Duration::from_secs(3600), Instant::now() + std::time::Duration::from_secs(3600));
+    file.slow_disk.record(std::time::Duration::from_secs(3600), Instant::now() + std::time::Duration::from_secs(3600));
     let writing = Arc::clone(&file);
     // This thread is the runtime's only one and cannot be where it waits: the first poll must not have written.
     let mut write = Box::pin(async move { writing.write_at(0, &[Bytes::from_static(b"slow")]).await });

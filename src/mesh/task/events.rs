@@ -10,20 +10,20 @@ use crate::identity::peer_id_of;
 use crate::mesh::stack::BehaviourEvent;
 
 impl MeshTask {
-    pub(super) fn event(&mut self, event: SwarmEvent<BehaviourEvent>) {
+    pub(super) fn handle_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
         let now = Instant::now();
         match event {
             SwarmEvent::ConnectionEstablished { peer_id, connection_id, .. } => {
-                self.opened(&peer_id, connection_id, now);
+                self.connection_opened(&peer_id, connection_id, now);
             }
             SwarmEvent::ConnectionClosed { peer_id, connection_id, cause, .. } => {
                 debug!(peer = %peer_id, ?cause, "connection closed");
-                self.ended(connection_id);
+                self.connection_ended(connection_id);
             }
             SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
                 debug!(peer = ?peer_id, %error, "dial failed");
                 if let Some(peer) = self.dials.remove(&connection_id) {
-                    self.call(|protocol, table| protocol.unreachable(peer, table, now));
+                    self.with_inventory(|protocol, table| protocol.dial_failed(peer, table, now));
                 }
             }
             SwarmEvent::IncomingConnectionError { send_back_addr, peer_id, error, .. } => {
@@ -38,7 +38,7 @@ impl MeshTask {
         }
     }
 
-    fn opened(&mut self, peer_id: &libp2p::PeerId, connection: ConnectionId, now: Instant) {
+    fn connection_opened(&mut self, peer_id: &libp2p::PeerId, connection: ConnectionId, now: Instant) {
         self.dials.remove(&connection);
         // Others do not get so far, unless they were denied while their handshake went on.
         let is_allowed = self.swarm.behaviour().admitted.allowed_peers().contains(peer_id);
@@ -50,14 +50,14 @@ impl MeshTask {
         self.next_link += 1;
         self.links.insert(connection, (link, peer));
         self.connected.set(peer, true);
-        self.protocol.opened(link, peer, now);
+        self.protocol.connection_opened(link, peer, now);
     }
 
     /// A connection is over for the protocol, once, whether it closed or is being closed.
-    pub(super) fn ended(&mut self, connection: ConnectionId) {
+    pub(super) fn connection_ended(&mut self, connection: ConnectionId) {
         if let Some((link, peer)) = self.links.remove(&connection) {
             self.connected.set(peer, self.links.values().any(|(_, owner)| *owner == peer));
-            self.protocol.closed(link, peer, Instant::now());
+            self.protocol.connection_closed(link, peer, Instant::now());
         }
     }
 
@@ -67,7 +67,7 @@ impl MeshTask {
                 // One that is being closed may still speak; it counts no more.
                 Ok(_) => {
                     if let Some(&(link, peer)) = self.links.get(&event.connection) {
-                        self.call(|protocol, table| protocol.heard(link, peer, table, now));
+                        self.with_inventory(|protocol, table| protocol.record_ping_answer(link, peer, table, now));
                     }
                 }
                 Err(error) => debug!(peer = %event.peer, %error, "ping failed"),

@@ -8,28 +8,28 @@ use libp2p::request_response::{self, InboundRequestId, OutboundFailure, Outbound
 use tracing::{debug, error, warn};
 
 use super::MeshTask;
-use crate::decide::gossip::{AskId, Verdict};
+use crate::decide::gossip::{GossipVerdict, SyncRequestId};
 use crate::identity::{libp2p_peer_id, peer_id_of};
 use crate::mesh::codec::wire_error;
-use crate::mesh::stack::{ANSWER, topic};
-use crate::model::{Gossip, MAX_MEMBERS, PeerId, Question, Reply};
+use crate::mesh::stack::{QUESTION_TIMEOUT, topic};
+use crate::model::{Gossip, MAX_MEMBERS, PeerId, SyncReply, SyncRequest};
 use crate::wire::{self, Format, WireError};
 
 /// A question that waits for its answer.
-pub(super) struct Asked {
-    ask: AskId,
-    until: Instant,
+pub(super) struct OpenQuestion {
+    question_id: SyncRequestId,
+    deadline: Instant,
 }
 
 /// What an event of ours about questions is about.
-type QuestionEvent = request_response::Event<Vec<u8>, Reply>;
+type QuestionEvent = request_response::Event<Vec<u8>, SyncReply>;
 
 impl MeshTask {
     pub(super) fn publish(&mut self, message: &Gossip) {
         let versions = self.versions;
-        self.publish_in(versions.current(), message);
+        self.publish_in_format(versions.current(), message);
         if let Some(previous) = versions.previous().filter(|previous| self.has_neighbour_of(*previous)) {
-            self.publish_in(previous, message);
+            self.publish_in_format(previous, message);
         }
     }
 
@@ -41,7 +41,7 @@ impl MeshTask {
         neighbours.any(|(_, topics)| topics.contains(&&previous) && !topics.contains(&&current))
     }
 
-    fn publish_in(&mut self, format: Format, message: &Gossip) {
+    fn publish_in_format(&mut self, format: Format, message: &Gossip) {
         let encoded = match wire::encode_in(message, format) {
             Ok(encoded) => encoded,
             // Who misses it asks.
@@ -60,7 +60,7 @@ impl MeshTask {
             gossipsub::Event::Message { propagation_source, message_id, message } => {
                 self.messages_in += 1;
                 let acceptance = match peer_id_of(&propagation_source) {
-                    Some(from) => self.judge(from, &message.data, now),
+                    Some(from) => self.validate(from, &message.data, now),
                     None => MessageAcceptance::Reject,
                 };
                 let accepted = matches!(acceptance, MessageAcceptance::Accept);
@@ -78,64 +78,64 @@ impl MeshTask {
     }
 
     /// Judges a message, for us and for those to whom it would be passed on.
-    fn judge(&mut self, from: PeerId, data: &[u8], now: Instant) -> MessageAcceptance {
-        if !self.neighbours.may_say(from, data.len(), now) {
-            self.nonsense(from, TOO_MANY, now);
+    fn validate(&mut self, from: PeerId, data: &[u8], now: Instant) -> MessageAcceptance {
+        if !self.neighbours.try_take_message(from, data.len(), now) {
+            self.report_fault(from, TOO_MANY_FAULT, now);
             return MessageAcceptance::Ignore;
         }
         let (message, is_newer) = match wire::decode_for_relay::<Gossip>(data, self.versions) {
             Ok(read) => read,
-            Err(error) if self.misread(from, &error, now) => return MessageAcceptance::Reject,
+            Err(error) if self.record_unreadable(from, &error, now) => return MessageAcceptance::Reject,
             Err(_) => return MessageAcceptance::Ignore,
         };
-        let verdict = self.call(|protocol, table| match is_newer {
-            false => protocol.gossip(from, message, table, now),
-            true => protocol.gossip_of_later_release(from, message, table, now),
+        let verdict = self.with_inventory(|protocol, table| match is_newer {
+            false => protocol.receive_gossip(from, message, table, now),
+            true => protocol.receive_gossip_of_later_release(from, message, table, now),
         });
         match verdict {
-            Verdict::Accept => {
-                self.table.moved();
+            GossipVerdict::Accept => {
+                self.table.mark_changed();
                 MessageAcceptance::Accept
             }
-            Verdict::Ignore(reason) => {
+            GossipVerdict::Ignore(reason) => {
                 debug!(%from, reason, "message ignored");
                 MessageAcceptance::Ignore
             }
-            Verdict::Reject(reason) => {
+            GossipVerdict::Reject(reason) => {
                 debug!(%from, reason, "message refused");
-                self.metrics.gossip_refused(reason);
+                self.metrics.gossip_rejected(reason);
                 MessageAcceptance::Reject
             }
         }
     }
 
     /// Counts a message that cannot be read. True when its sender is to blame.
-    pub(super) fn misread(&mut self, from: PeerId, error: &WireError, now: Instant) -> bool {
+    pub(super) fn record_unreadable(&mut self, from: PeerId, error: &WireError, now: Instant) -> bool {
         debug!(%from, %error, "a message cannot be read");
         let fault = match error {
             WireError::TooLong { .. } => "oversized",
             WireError::Malformed(_) => "malformed",
             // Of another release, or cut off by the network.
-            WireError::Version { .. } => return self.let_be("other_version"),
-            WireError::Unknown { .. } => return self.let_be("unknown"),
+            WireError::Version { .. } => return self.record_ignored("other_version"),
+            WireError::Unknown { .. } => return self.record_ignored("unknown"),
             WireError::Io(_) => return false,
         };
-        self.nonsense(from, fault, now);
+        self.report_fault(from, fault, now);
         true
     }
 
-    fn let_be(&self, reason: &'static str) -> bool {
-        self.metrics.gossip_refused(reason);
+    fn record_ignored(&self, reason: &'static str) -> bool {
+        self.metrics.gossip_rejected(reason);
         false
     }
 
-    pub(super) fn nonsense(&mut self, from: PeerId, fault: &'static str, now: Instant) {
-        self.metrics.gossip_refused(fault);
-        self.protocol.nonsense(from, fault, now);
+    pub(super) fn report_fault(&mut self, from: PeerId, fault: &'static str, now: Instant) {
+        self.metrics.gossip_rejected(fault);
+        self.protocol.record_fault(from, fault, now);
     }
 
     /// Asks a neighbour.
-    pub(super) fn put(&mut self, ask: AskId, peer: PeerId, question: &Question) {
+    pub(super) fn send_question(&mut self, ask: SyncRequestId, peer: PeerId, question: &SyncRequest) {
         let now = Instant::now();
         let to = libp2p_peer_id(peer);
         let is_connected = self.links.values().any(|(_, owner)| *owner == peer);
@@ -143,11 +143,14 @@ impl MeshTask {
         let encoded = encoded.inspect_err(|error| error!(%error, "a question cannot be asked"));
         // libp2p would dial who is not connected.
         let Some(encoded) = encoded.ok().filter(|_| is_connected) else {
-            return self.protocol.unanswered(ask, now);
+            return self.protocol.record_request_failure(ask, now);
         };
         let request = self.swarm.behaviour_mut().questions.send_request(&to, encoded);
         // A little longer than libp2p itself waits.
-        self.asked.insert(request, Asked { ask, until: now + ANSWER + ANSWER / 5 });
+        self.open_questions.insert(
+            request,
+            OpenQuestion { question_id: ask, deadline: now + QUESTION_TIMEOUT + QUESTION_TIMEOUT / 5 },
+        );
     }
 
     pub(super) fn question_event(&mut self, event: QuestionEvent, now: Instant) {
@@ -159,13 +162,13 @@ impl MeshTask {
                 }
             }
             Event::Message { message: Message::Response { request_id, response }, .. } => {
-                if let Some(Asked { ask, .. }) = self.asked.remove(&request_id) {
-                    self.call(|protocol, table| protocol.answered(ask, response, table, now));
-                    self.table.moved();
+                if let Some(OpenQuestion { question_id: ask, .. }) = self.open_questions.remove(&request_id) {
+                    self.with_inventory(|protocol, table| protocol.receive_reply(ask, response, table, now));
+                    self.table.mark_changed();
                 }
             }
             Event::OutboundFailure { peer, request_id, error: OutboundFailure::UnsupportedProtocols, .. } => {
-                self.let_be("other_version");
+                self.record_ignored("other_version");
                 if self.other_versions.len() < MAX_MEMBERS && self.other_versions.insert(peer) {
                     warn!(
                         %peer, versions = %self.versions,
@@ -178,19 +181,19 @@ impl MeshTask {
                 if let (OutboundFailure::Io(error), Some(from)) = (&error, peer_id_of(&peer))
                     && let Some(error) = wire_error(error)
                 {
-                    self.misread(from, error, now);
+                    self.record_unreadable(from, error, now);
                 }
                 self.unanswered(request_id, &error, now);
             }
             Event::InboundFailure { peer, request_id, error, .. } => {
                 debug!(%peer, %error, "question not answered");
                 if let Some(from) = peer_id_of(&peer) {
-                    self.neighbours.end(from, request_id);
+                    self.neighbours.finish_answer(from, request_id);
                 }
             }
             Event::ResponseSent { peer, request_id, .. } => {
                 if let Some(from) = peer_id_of(&peer) {
-                    self.neighbours.end(from, request_id);
+                    self.neighbours.finish_answer(from, request_id);
                 }
             }
         }
@@ -201,38 +204,39 @@ impl MeshTask {
         from: PeerId,
         id: InboundRequestId,
         question: &[u8],
-        channel: ResponseChannel<Reply>,
+        channel: ResponseChannel<SyncReply>,
         now: Instant,
     ) {
-        if !self.neighbours.may_ask(from, now) {
-            return self.nonsense(from, TOO_MANY, now);
+        if !self.neighbours.try_take_question(from, now) {
+            return self.report_fault(from, TOO_MANY_FAULT, now);
         }
-        let reply = match wire::decode_in::<Question>(question, self.versions) {
-            Ok(question) if self.neighbours.begin(from, id, &question, now) => {
+        let reply = match wire::decode_in::<SyncRequest>(question, self.versions) {
+            Ok(question) if self.neighbours.try_begin_answer(from, id, &question, now) => {
                 let Self { protocol, table, .. } = self;
-                table.read(|inventory| protocol.asked(from, question, inventory, now))
+                table.read(|inventory| protocol.answer(from, question, inventory, now))
             }
-            Err(error) if self.misread(from, &error, now) => return,
-            _ => Reply::Busy,
+            Err(error) if self.record_unreadable(from, &error, now) => return,
+            _ => SyncReply::Busy,
         };
         self.reply(channel, reply);
     }
 
-    fn reply(&mut self, channel: ResponseChannel<Reply>, reply: Reply) {
+    fn reply(&mut self, channel: ResponseChannel<SyncReply>, reply: SyncReply) {
         // Refused only when the one who asked is gone.
         drop(self.swarm.behaviour_mut().questions.send_response(channel, reply));
     }
 
     fn unanswered(&mut self, request: OutboundRequestId, error: &dyn Display, now: Instant) {
-        if let Some(Asked { ask, .. }) = self.asked.remove(&request) {
+        if let Some(OpenQuestion { question_id: ask, .. }) = self.open_questions.remove(&request) {
             debug!(%error, "no answer");
-            self.protocol.unanswered(ask, now);
+            self.protocol.record_request_failure(ask, now);
         }
     }
 
     /// Gives up questions that libp2p lost: over a connection whose closing hangs it neither sends one nor lets it time out.
     pub(super) fn expire(&mut self, now: Instant) {
-        let lost: Vec<_> = self.asked.iter().filter(|(_, asked)| asked.until <= now).map(|(id, _)| *id).collect();
+        let lost: Vec<_> =
+            self.open_questions.iter().filter(|(_, asked)| asked.deadline <= now).map(|(id, _)| *id).collect();
         for request in lost {
             self.unanswered(request, &"asked over a dead connection", now);
         }
@@ -240,4 +244,4 @@ impl MeshTask {
 }
 
 /// More than an honest neighbour sends.
-pub(super) const TOO_MANY: &str = "too_many";
+pub(super) const TOO_MANY_FAULT: &str = "too_many";

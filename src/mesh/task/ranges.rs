@@ -11,44 +11,44 @@ use tokio::task::JoinSet;
 use tracing::{debug, error};
 
 use super::MeshTask;
-use super::exchange::TOO_MANY;
-use crate::decide::way::{MAX_RANGES_OF_A_PEER, RANGE};
+use super::exchange::TOO_MANY_FAULT;
+use crate::decide::transport_choice::{MAX_RANGES_OF_A_PEER, RANGE};
 use crate::identity::{libp2p_peer_id, peer_id_of};
 use crate::mesh::codec::wire_error;
-use crate::mesh::ranges::{Range, RangeError, RangeServer};
-use crate::mesh::stack::{MAX_SERVED_RANGES, RANGE_TIME};
+use crate::mesh::ranges::{RangeError, RangeResponse, RangeServer};
+use crate::mesh::stack::{MAX_SERVED_RANGES, RANGE_TIMEOUT};
 use crate::model::PeerId;
 use crate::wire::{self, Answer, Request, WireError};
 
 /// The open requests.
 #[derive(Default)]
-pub(super) struct Ranges {
+pub(super) struct RangeRequests {
     server: Option<Arc<dyn RangeServer>>,
-    serving: JoinSet<Served>,
+    serving: JoinSet<ReadyResponse>,
     /// Requests of neighbours until their responses are sent, at most [`MAX_SERVED_RANGES`].
-    open: HashMap<InboundRequestId, (PeerId, Instant)>,
+    answering: HashMap<InboundRequestId, (PeerId, Instant)>,
     /// Requests of this agent, whose number the callers bound.
-    wanted: HashMap<OutboundRequestId, Wanted>,
+    pending: HashMap<OutboundRequestId, PendingRange>,
 }
 
 /// A request of this agent.
-struct Wanted {
-    answer: oneshot::Sender<Result<Range, RangeError>>,
-    until: Instant,
+struct PendingRange {
+    answer: oneshot::Sender<Result<RangeResponse, RangeError>>,
+    deadline: Instant,
 }
 
 /// A range that was read, and the way back.
-pub(super) struct Served {
-    channel: ResponseChannel<Range>,
-    range: Range,
+pub(super) struct ReadyResponse {
+    channel: ResponseChannel<RangeResponse>,
+    response: RangeResponse,
 }
 
 /// An event of libp2p about ranges.
-type RangeEvent = request_response::Event<Vec<u8>, Range>;
+type RangeEvent = request_response::Event<Vec<u8>, RangeResponse>;
 
-impl Ranges {
+impl RangeRequests {
     /// The next range that was read; pending while none is being read.
-    pub(super) async fn served(&mut self) -> Option<Served> {
+    pub(super) async fn next_response(&mut self) -> Option<ReadyResponse> {
         match self.serving.join_next().await {
             Some(Ok(served)) => Some(served),
             Some(Err(error)) => {
@@ -62,22 +62,23 @@ impl Ranges {
 
     /// Ends requests that libp2p lost. libp2p reports nothing of a connection whose closing hangs.
     pub(super) fn expire(&mut self, now: Instant) {
-        let lost: Vec<_> = self.wanted.iter().filter(|(_, wanted)| wanted.until <= now).map(|(id, _)| *id).collect();
+        let lost: Vec<_> =
+            self.pending.iter().filter(|(_, wanted)| wanted.deadline <= now).map(|(id, _)| *id).collect();
         for id in lost {
             self.fail(id, RangeError::NoAnswer("the time is over".into()));
         }
-        self.open.retain(|_, (_, since)| now.saturating_duration_since(*since) < 2 * RANGE_TIME);
+        self.answering.retain(|_, (_, since)| now.saturating_duration_since(*since) < 2 * RANGE_TIMEOUT);
     }
 
     /// A peer may request the next range before libp2p reports here that the last one was sent, so
     /// twice [`MAX_RANGES_OF_A_PEER`] may be open.
     fn has_room(&self, peer: PeerId) -> bool {
-        let of_peer = self.open.values().filter(|(owner, _)| *owner == peer).count();
-        of_peer < 2 * MAX_RANGES_OF_A_PEER && self.open.len() < MAX_SERVED_RANGES
+        let of_peer = self.answering.values().filter(|(owner, _)| *owner == peer).count();
+        of_peer < 2 * MAX_RANGES_OF_A_PEER && self.answering.len() < MAX_SERVED_RANGES
     }
 
     fn fail(&mut self, id: OutboundRequestId, error: RangeError) {
-        if let Some(Wanted { answer, .. }) = self.wanted.remove(&id) {
+        if let Some(PendingRange { answer, .. }) = self.pending.remove(&id) {
             // Refused only when the caller is gone.
             let _ = answer.send(Err(error));
         }
@@ -87,7 +88,7 @@ impl Ranges {
 impl MeshTask {
     /// Answers requests for ranges by this server. Without one the answer is that no blob is here.
     #[must_use]
-    pub fn serving(mut self, server: Arc<dyn RangeServer>) -> Self {
+    pub fn with_range_server(mut self, server: Arc<dyn RangeServer>) -> Self {
         self.ranges.server = Some(server);
         self
     }
@@ -100,7 +101,7 @@ impl MeshTask {
         &mut self,
         peer: PeerId,
         request: &Request,
-        answer: oneshot::Sender<Result<Range, RangeError>>,
+        answer: oneshot::Sender<Result<RangeResponse, RangeError>>,
     ) {
         // libp2p would dial a peer that is not connected.
         let encoded = match wire::encode(request) {
@@ -110,8 +111,8 @@ impl MeshTask {
         };
         let id = self.swarm.behaviour_mut().ranges.send_request(&libp2p_peer_id(peer), encoded);
         // A little longer than libp2p itself waits.
-        let until = Instant::now() + RANGE_TIME + RANGE_TIME / 5;
-        self.ranges.wanted.insert(id, Wanted { answer, until });
+        let deadline = Instant::now() + RANGE_TIMEOUT + RANGE_TIMEOUT / 5;
+        self.ranges.pending.insert(id, PendingRange { answer, deadline });
     }
 
     pub(super) fn range_event(&mut self, event: RangeEvent, now: Instant) {
@@ -124,7 +125,7 @@ impl MeshTask {
                 }
             }
             Event::Message { message: Message::Response { request_id, response }, .. } => {
-                if let Some(Wanted { answer, .. }) = self.ranges.wanted.remove(&request_id) {
+                if let Some(PendingRange { answer, .. }) = self.ranges.pending.remove(&request_id) {
                     let _ = answer.send(Ok(response));
                 }
             }
@@ -139,9 +140,9 @@ impl MeshTask {
             }
             Event::InboundFailure { peer, request_id, error, .. } => {
                 debug!(%peer, %error, "range not sent");
-                self.ranges.open.remove(&request_id);
+                self.ranges.answering.remove(&request_id);
             }
-            Event::ResponseSent { request_id, .. } => drop(self.ranges.open.remove(&request_id)),
+            Event::ResponseSent { request_id, .. } => drop(self.ranges.answering.remove(&request_id)),
         }
     }
 
@@ -150,43 +151,43 @@ impl MeshTask {
         from: PeerId,
         id: InboundRequestId,
         request: &[u8],
-        channel: ResponseChannel<Range>,
+        channel: ResponseChannel<RangeResponse>,
         now: Instant,
     ) {
-        if !self.neighbours.may_request(from, now) {
-            return self.nonsense(from, TOO_MANY, now);
+        if !self.neighbours.try_take_range(from, now) {
+            return self.report_fault(from, TOO_MANY_FAULT, now);
         }
         let request = match wire::decode::<Request>(request) {
-            Ok(request) if is_served(&request) => request,
-            Ok(_) => return self.nonsense(from, "malformed", now),
+            Ok(request) if is_range_request(&request) => request,
+            Ok(_) => return self.report_fault(from, "malformed", now),
             Err(error) => {
-                self.misread(from, &error, now);
+                self.record_unreadable(from, &error, now);
                 return;
             }
         };
         let Some(server) = self.ranges.server.clone() else {
-            return self.respond(Served { channel, range: Answer::Absent.into() });
+            return self.send_range_response(ReadyResponse { channel, response: Answer::Absent.into() });
         };
         if !self.ranges.has_room(from) {
-            return self.respond(Served { channel, range: Answer::Busy.into() });
+            return self.send_range_response(ReadyResponse { channel, response: Answer::Busy.into() });
         }
-        self.ranges.open.insert(id, (from, now));
+        self.ranges.answering.insert(id, (from, now));
         self.ranges.serving.spawn(async move {
             let range = server.serve(from, request).await;
-            Served { channel, range }
+            ReadyResponse { channel, response: range }
         });
     }
 
-    pub(super) fn respond(&mut self, Served { channel, range }: Served) {
+    pub(super) fn send_range_response(&mut self, ReadyResponse { channel, response: range }: ReadyResponse) {
         // Refused only when the connection is gone.
         drop(self.swarm.behaviour_mut().ranges.send_response(channel, range));
     }
 }
 
 /// Whether neighbours may request this over the mesh.
-fn is_served(request: &Request) -> bool {
+fn is_range_request(request: &Request) -> bool {
     match request {
-        Request::Have(_) | Request::Chain(_) => true,
+        Request::Have(_) | Request::HashChain(_) => true,
         Request::Get { length, .. } => *length <= RANGE,
         Request::Pieces { .. } | Request::Follow(_) => false,
     }

@@ -1,4 +1,4 @@
-//! One agent's mesh with what the rest of an agent does for it, and the doors between them.
+//! One agent's mesh with what the rest of an agent does for it, and the network between them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -11,9 +11,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::super::*;
 use crate::decide::inventory::Inventory;
-use crate::model::Item;
+use crate::model::InventoryItem;
 use crate::oci::Digest;
-use crate::ports::{Admitted, Refusal};
+use crate::ports::{AdmittedPeer, Rejection};
 
 /// Far more than any step here takes on a busy machine; what never happens ends a test anyway.
 pub(super) const DEADLINE: Duration = Duration::from_secs(60);
@@ -21,97 +21,97 @@ pub(super) const DEADLINE: Duration = Duration::from_secs(60);
 /// For how long the door of these tests admits: longer than any of them.
 pub(super) const LIFE: Duration = Duration::from_secs(3600);
 
-pub(super) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+pub(super) async fn within_deadline<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, future).await.unwrap_or_else(|_| panic!("in time: {what}"))
 }
 
 /// Vouches for everybody but some.
 #[derive(Default)]
-pub(in crate::mesh) struct AllBut(pub(in crate::mesh) BTreeSet<PeerId>);
+pub(in crate::mesh) struct DenyListAdmission(pub(in crate::mesh) BTreeSet<PeerId>);
 
-impl AllBut {
+impl DenyListAdmission {
     /// When its verdicts end: in some thousand years.
     pub(in crate::mesh) const UNTIL: Duration = Duration::from_secs(1 << 37);
 }
 
 #[async_trait]
-impl Admission for AllBut {
-    async fn credential(&self) -> Result<Credential, Refusal> {
+impl Admission for DenyListAdmission {
+    async fn credential(&self) -> Result<Credential, Rejection> {
         Ok(Credential::default())
     }
 
-    fn renewed(&self) -> watch::Receiver<u64> {
+    fn credential_changes(&self) -> watch::Receiver<u64> {
         watch::channel(0).1
     }
 
-    async fn admit(&self, peer: PeerId, credential: &Credential) -> Result<Admitted, Refusal> {
-        self.vouch(peer, credential)
+    async fn admit(&self, peer: PeerId, credential: &Credential) -> Result<AdmittedPeer, Rejection> {
+        self.admit_relayed(peer, credential)
     }
 
-    fn vouch(&self, peer: PeerId, _: &Credential) -> Result<Admitted, Refusal> {
+    fn admit_relayed(&self, peer: PeerId, _: &Credential) -> Result<AdmittedPeer, Rejection> {
         if self.0.contains(&peer) {
-            return Err(Refusal::Denied("one of those".into()));
+            return Err(Rejection::Denied("one of those".into()));
         }
-        Ok(Admitted { node: None, pod: None, until: Self::UNTIL, on_grace: false })
+        Ok(AdmittedPeer { node: None, pod: None, valid_until: Self::UNTIL, is_in_grace: false })
     }
 }
 
 /// Stands for everybody's QUIC door: who may meet whom, and is admitted by both sides then.
 #[derive(Clone, Default)]
-pub(super) struct Doors(Arc<Mutex<BTreeMap<PeerId, Door>>>);
+pub(super) struct TestNetwork(Arc<Mutex<BTreeMap<PeerId, TestEndpoint>>>);
 
 #[derive(Clone)]
-struct Door {
+struct TestEndpoint {
     mesh: Mesh,
     peer: Peer,
     /// Whom it can never meet.
-    never: BTreeSet<PeerId>,
+    blocked: BTreeSet<PeerId>,
 }
 
-impl Doors {
-    pub(super) fn open(&self, mesh: &Mesh, peer: Peer) {
-        self.0.lock().unwrap().insert(peer.id, Door { mesh: mesh.clone(), peer, never: BTreeSet::new() });
+impl TestNetwork {
+    pub(super) fn add(&self, mesh: &Mesh, peer: Peer) {
+        self.0.lock().unwrap().insert(peer.id, TestEndpoint { mesh: mesh.clone(), peer, blocked: BTreeSet::new() });
     }
 
     /// These two can never meet.
-    pub(super) fn part(&self, a: PeerId, b: PeerId) {
-        let mut doors = self.0.lock().unwrap();
+    pub(super) fn block(&self, a: PeerId, b: PeerId) {
+        let mut network = self.0.lock().unwrap();
         for (one, other) in [(a, b), (b, a)] {
-            doors.get_mut(&one).unwrap().never.insert(other);
+            network.get_mut(&one).unwrap().blocked.insert(other);
         }
     }
 
-    pub(super) fn close(&self, peer: PeerId) {
+    pub(super) fn remove(&self, peer: PeerId) {
         self.0.lock().unwrap().remove(&peer);
     }
 
-    pub(super) async fn greet(&self, from: PeerId, to: PeerId) {
+    pub(super) async fn connect(&self, from: PeerId, to: PeerId) {
         let (ours, theirs) = {
-            let doors = self.0.lock().unwrap();
-            (doors.get(&from).cloned(), doors.get(&to).cloned())
+            let network = self.0.lock().unwrap();
+            (network.get(&from).cloned(), network.get(&to).cloned())
         };
         let Some(ours) = ours else { return };
-        match theirs.filter(|_| !ours.never.contains(&to)) {
+        match theirs.filter(|_| !ours.blocked.contains(&to)) {
             Some(theirs) => {
                 theirs.mesh.admit(ours.peer, LIFE).await;
                 ours.mesh.admit(theirs.peer, LIFE).await;
             }
-            None => ours.mesh.unreachable(to).await,
+            None => ours.mesh.report_unreachable(to).await,
         }
     }
 }
 
 /// One agent's mesh, with what the rest of an agent does for it.
-pub(super) struct Node {
+pub(super) struct MeshTestNode {
     pub(super) name: NodeName,
     pub(super) identity: Identity,
     pub(super) mesh: Mesh,
     pub(super) address: SocketAddr,
     pub(super) metrics: Metrics,
-    pub(super) table: Table,
-    pub(super) doors: Doors,
+    pub(super) table: SharedInventory,
+    pub(super) network: TestNetwork,
     /// Who came up, in order.
-    pub(super) ups: Arc<Mutex<Vec<PeerId>>>,
+    pub(super) peers_up: Arc<Mutex<Vec<PeerId>>>,
     /// The node whose agent has the same key.
     pub(super) shared_key: watch::Receiver<Option<NodeName>>,
     pub(super) stop: CancellationToken,
@@ -119,84 +119,84 @@ pub(super) struct Node {
 }
 
 /// How a node is started.
-pub(super) struct Setting {
+pub(super) struct NodeOptions {
     pub(super) name: NodeName,
     pub(super) identity: Identity,
     pub(super) listen: SocketAddr,
-    pub(super) admission: AllBut,
-    pub(super) limits: Limits,
+    pub(super) admission: DenyListAdmission,
+    pub(super) limits: NeighbourRateLimits,
     pub(super) versions: Versions,
-    pub(super) doors: Doors,
+    pub(super) network: TestNetwork,
 }
 
-impl Default for Setting {
+impl Default for NodeOptions {
     fn default() -> Self {
         Self {
             name: "node".parse().unwrap(),
             identity: Identity::generate(),
             listen: ([127, 0, 0, 1], 0).into(),
-            admission: AllBut::default(),
-            limits: Limits::DEFAULT,
+            admission: DenyListAdmission::default(),
+            limits: NeighbourRateLimits::DEFAULT,
             versions: Versions::GOSSIP,
-            doors: Doors::default(),
+            network: TestNetwork::default(),
         }
     }
 }
 
-impl Node {
-    pub(super) async fn start(doors: &Doors) -> Self {
-        Self::start_as(Setting { doors: doors.clone(), ..Setting::default() }).await
+impl MeshTestNode {
+    pub(super) async fn start(network: &TestNetwork) -> Self {
+        Self::start_with(NodeOptions { network: network.clone(), ..NodeOptions::default() }).await
     }
 
-    pub(super) async fn start_as(setting: Setting) -> Self {
-        let node = Self::start_silent(setting).await;
+    pub(super) async fn start_with(setting: NodeOptions) -> Self {
+        let node = Self::start_unannounced(setting).await;
         node.introduce(node.address).await;
         node
     }
 
     /// One that does not introduce itself yet.
-    pub(super) async fn start_silent(setting: Setting) -> Self {
+    pub(super) async fn start_unannounced(setting: NodeOptions) -> Self {
         Self::start_serving(setting, None).await
     }
 
     /// The same with a server of ranges.
-    pub(super) async fn start_serving(setting: Setting, server: Option<Arc<dyn RangeServer>>) -> Self {
-        let Setting { name, identity, listen, admission, limits, versions, doors } = setting;
+    pub(super) async fn start_serving(setting: NodeOptions, server: Option<Arc<dyn RangeServer>>) -> Self {
+        let NodeOptions { name, identity, listen, admission, limits, versions, network } = setting;
         let (shared_in, shared_key) = watch::channel(None);
-        let (metrics, table) = (Metrics::new(), Table::default());
-        let (mesh, task, address) = start_within(
+        let (metrics, table) = (Metrics::new(), SharedInventory::default());
+        let (mesh, task, address) = start_with_options(
             Config { listen },
             name.clone(),
             &identity,
             table.clone(),
             Arc::new(admission),
             metrics.clone(),
-            Terms { limits, versions },
+            MeshOptions { rate_limits: limits, versions },
         )
         .await
         .unwrap();
-        let task = server.into_iter().fold(task, MeshTask::serving);
+        let task = server.into_iter().fold(task, MeshTask::with_range_server);
         let (sender, mut news) = mpsc::channel(4);
         let stop = CancellationToken::new();
-        let ups = Arc::new(Mutex::new(Vec::new()));
-        let (me, told, known) = (identity.peer_id(), Arc::clone(&ups), doors.clone());
+        let peers_up = Arc::new(Mutex::new(Vec::new()));
+        let (me, up_events, known) = (identity.peer_id(), Arc::clone(&peers_up), network.clone());
         tokio::spawn(async move {
             while let Some(news) = news.recv().await {
                 match news {
-                    MeshNews::Up(peer) => told.lock().unwrap().push(peer.id),
-                    MeshNews::Down(_) => {}
-                    MeshNews::Greet(peer) => known.greet(me, peer.id).await,
-                    MeshNews::SharedKey(node) => drop(shared_in.send_replace(Some(node))),
+                    MembershipEvent::Up(peer) => up_events.lock().unwrap().push(peer.id),
+                    MembershipEvent::Down(_) => {}
+                    MembershipEvent::Handshake(peer) => known.connect(me, peer.id).await,
+                    MembershipEvent::SharedKey(node) => drop(shared_in.send_replace(Some(node))),
                 }
             }
         });
         let task = tokio::spawn(task.run(sender, stop.clone()));
-        Self { name, identity, mesh, address, metrics, table, doors, ups, shared_key, stop, task }
+        Self { name, identity, mesh, address, metrics, table, network, peers_up, shared_key, stop, task }
     }
 
     /// Joins, with the address where it says that it can be dialled.
     pub(super) async fn introduce(&self, gossip: SocketAddr) {
-        self.doors.open(&self.mesh, Peer { gossip, ..self.peer() });
+        self.network.add(&self.mesh, Peer { gossip, ..self.peer() });
         self.mesh.introduce(Credential::default(), self.address, gossip, None).await;
     }
 
@@ -211,7 +211,7 @@ impl Node {
     /// Waits until the table says something.
     pub(super) async fn until(&self, what: &str, so: impl Fn(&Inventory) -> bool) {
         let mut changes = self.table.changes();
-        soon(what, changes.wait_for(|_| self.table.read(&so))).await.unwrap();
+        within_deadline(what, changes.wait_for(|_| self.table.read(&so))).await.unwrap();
     }
 
     pub(super) async fn until_up(&self, peer: PeerId) {
@@ -222,26 +222,26 @@ impl Node {
         self.until("everybody is down", |table| table.peers().is_empty()).await;
     }
 
-    pub(super) async fn until_holds(&self, peer: PeerId, digest: Digest) {
-        self.until("the blob is announced", |table| table.holders(digest).contains(&peer)).await;
+    pub(super) async fn until_provides(&self, peer: PeerId, digest: Digest) {
+        self.until("the blob is announced", |table| table.blob_providers(digest).contains(&peer)).await;
     }
 
     pub(super) fn items_of(&self, peer: PeerId) -> usize {
         self.table.read(|table| table.items_of(peer))
     }
 
-    pub(super) fn holders(&self, digest: Digest) -> Vec<PeerId> {
-        self.table.read(|table| table.holders(digest))
+    pub(super) fn providers(&self, digest: Digest) -> Vec<PeerId> {
+        self.table.read(|table| table.blob_providers(digest))
     }
 
     pub(super) async fn announce(&self, digest: Digest) {
-        self.mesh.announce(vec![ContentChange::Added(Item::Blob(digest))]).await;
+        self.mesh.announce(vec![InventoryChange::Added(InventoryItem::Blob(digest))]).await;
     }
 
     pub(super) async fn stop(self) -> (Identity, SocketAddr) {
-        self.doors.close(self.id());
+        self.network.remove(self.id());
         self.stop.cancel();
-        soon("the mesh stops", self.task).await.unwrap();
+        within_deadline("the mesh stops", self.task).await.unwrap();
         (self.identity, self.address)
     }
 
@@ -249,17 +249,17 @@ impl Node {
         String::from_utf8(self.metrics.render()).unwrap().contains(line)
     }
 
-    pub(super) fn has_refused(&self, reason: &str) -> bool {
+    pub(super) fn has_counted_rejection(&self, reason: &str) -> bool {
         self.has_counted(&format!("gossip_rejected_total{{reason=\"{reason}\"}}"))
     }
 
-    pub(super) fn has_blamed(&self, fault: &str) -> bool {
+    pub(super) fn has_counted_fault(&self, fault: &str) -> bool {
         self.has_counted(&format!("peer_faults_total{{fault=\"{fault}\"}}"))
     }
 
-    /// Nothing is told of a count, so it is looked at again and again.
+    /// Nothing is up_events of a count, so it is looked at again and again.
     pub(super) async fn until_counted(&self, what: &str, has: impl Fn(&Self) -> bool) {
-        soon(what, async {
+        within_deadline(what, async {
             while !has(self) {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }

@@ -7,21 +7,21 @@ use bytes::Bytes;
 use libp2p::request_response::{self, OutboundFailure};
 use tokio::sync::Semaphore;
 
-use super::node::soon;
+use super::node::within_deadline;
 use super::*;
-use crate::decide::way::{MAX_RANGES_OF_A_PEER, RANGE};
-use crate::mesh::allowance::Rate;
+use crate::decide::transport_choice::{MAX_RANGES_OF_A_PEER, RANGE};
+use crate::mesh::neighbour_budget::RateLimit;
 use crate::mesh::stack::MAX_SERVED_RANGES;
 use crate::oci::Digest;
 use crate::wire::{self, Answer, Request};
 
 /// Serves these blobs, one request for each permit.
-struct Blobs {
+struct TestRangeServer {
     blobs: HashMap<Digest, Bytes>,
     permits: Arc<Semaphore>,
 }
 
-impl Blobs {
+impl TestRangeServer {
     fn of(blobs: &[Bytes]) -> Arc<Self> {
         Self::with(blobs, Semaphore::MAX_PERMITS)
     }
@@ -33,22 +33,22 @@ impl Blobs {
 }
 
 #[async_trait]
-impl RangeServer for Blobs {
-    async fn serve(&self, _: PeerId, request: Request) -> Range {
+impl RangeServer for TestRangeServer {
+    async fn serve(&self, _: PeerId, request: Request) -> RangeResponse {
         self.permits.acquire().await.unwrap().forget();
         let Request::Get { digest, offset, length } = request else { return Answer::Failed.into() };
         let Some(blob) = self.blobs.get(&digest) else { return Answer::Absent.into() };
         let range = usize::try_from(offset).unwrap()..usize::try_from(offset + length).unwrap();
-        Range { answer: Answer::Blob { size: blob.len() as u64 }, bytes: blob.slice(range) }
+        RangeResponse { answer: Answer::Blob { size: blob.len() as u64 }, bytes: blob.slice(range) }
     }
 }
 
-async fn provider(doors: &Doors, server: Arc<dyn RangeServer>) -> Node {
-    serving(Setting { doors: doors.clone(), ..Setting::default() }, server).await
+async fn provider(network: &TestNetwork, server: Arc<dyn RangeServer>) -> MeshTestNode {
+    serving(NodeOptions { network: network.clone(), ..NodeOptions::default() }, server).await
 }
 
-async fn serving(setting: Setting, server: Arc<dyn RangeServer>) -> Node {
-    let node = Node::start_serving(setting, Some(server)).await;
+async fn serving(setting: NodeOptions, server: Arc<dyn RangeServer>) -> MeshTestNode {
+    let node = MeshTestNode::start_serving(setting, Some(server)).await;
     node.introduce(node.address).await;
     node
 }
@@ -63,39 +63,43 @@ fn content(length: u64) -> Bytes {
 
 #[tokio::test]
 async fn a_neighbour_sends_the_range_of_a_blob_that_was_requested() {
-    let doors = Doors::default();
+    let network = TestNetwork::default();
     let blob = content(RANGE + 1000);
-    let (a, b) = (Node::start(&doors).await, provider(&doors, Blobs::of(std::slice::from_ref(&blob))).await);
-    doors.greet(a.id(), b.id()).await;
+    let (a, b) = (
+        MeshTestNode::start(&network).await,
+        provider(&network, TestRangeServer::of(std::slice::from_ref(&blob))).await,
+    );
+    network.connect(a.id(), b.id()).await;
     a.until_up(b.id()).await;
     assert!(a.mesh.is_connected(b.id()) && !a.mesh.is_connected(a.id()));
     let digest = Digest::of(&blob);
     for (offset, length) in [(0, RANGE), (RANGE, 1000), (500, 0)] {
-        let range = soon("a range", a.mesh.range(b.id(), get(digest, offset, length))).await.unwrap();
+        let range =
+            within_deadline("a range", a.mesh.request_range(b.id(), get(digest, offset, length))).await.unwrap();
         assert_eq!(range.answer, Answer::Blob { size: blob.len() as u64 });
         assert_eq!(range.bytes, blob.slice(offset as usize..(offset + length) as usize));
     }
-    let absent = soon("no range", a.mesh.range(b.id(), get(Digest::of(b"none"), 0, 1))).await;
+    let absent = within_deadline("no range", a.mesh.request_range(b.id(), get(Digest::of(b"none"), 0, 1))).await;
     assert_eq!(absent.unwrap(), Answer::Absent.into());
-    let nothing = soon("an agent without a server", b.mesh.range(a.id(), get(digest, 0, 1))).await;
+    let nothing = within_deadline("an agent without a server", b.mesh.request_range(a.id(), get(digest, 0, 1))).await;
     assert_eq!(nothing.unwrap(), Answer::Absent.into());
 }
 
 #[tokio::test]
 async fn a_peer_without_a_connection_is_not_dialled_for_a_range() {
-    let a = Node::start(&Doors::default()).await;
+    let a = MeshTestNode::start(&TestNetwork::default()).await;
     let other = Identity::generate().peer_id();
-    let asked = soon("an answer", a.mesh.range(other, get(Digest::of(b""), 0, 0))).await;
+    let asked = within_deadline("an answer", a.mesh.request_range(other, get(Digest::of(b""), 0, 0))).await;
     assert_eq!(asked, Err(RangeError::NotConnected));
 }
 
 #[tokio::test]
 async fn a_peer_that_was_not_admitted_gets_no_range() {
     let blob = content(10);
-    let node = provider(&Doors::default(), Blobs::of(std::slice::from_ref(&blob))).await;
-    let mut stranger = Raw::start(&node).await;
+    let node = provider(&TestNetwork::default(), TestRangeServer::of(std::slice::from_ref(&blob))).await;
+    let mut stranger = RawPeer::start(&node).await;
     stranger.dial(&node);
-    stranger.request(&node, wire::encode(&get(Digest::of(&blob), 0, 10)).unwrap());
+    stranger.send_range_request(&node, wire::encode(&get(Digest::of(&blob), 0, 10)).unwrap());
     let failure = stranger.until("the request fails", range_failure).await;
     assert!(matches!(failure, OutboundFailure::ConnectionClosed | OutboundFailure::DialFailure), "{failure:?}");
 }
@@ -113,55 +117,58 @@ fn range_failure(event: SwarmEvent<BehaviourEvent>) -> Option<OutboundFailure> {
 }
 
 #[tokio::test]
-async fn a_peer_that_was_dismissed_gets_no_further_range() {
-    let doors = Doors::default();
+async fn a_peer_whose_admission_is_revoked_gets_no_further_range() {
+    let network = TestNetwork::default();
     let blob = content(10);
-    let (a, b) = (Node::start(&doors).await, provider(&doors, Blobs::of(std::slice::from_ref(&blob))).await);
-    doors.greet(a.id(), b.id()).await;
+    let (a, b) = (
+        MeshTestNode::start(&network).await,
+        provider(&network, TestRangeServer::of(std::slice::from_ref(&blob))).await,
+    );
+    network.connect(a.id(), b.id()).await;
     a.until_up(b.id()).await;
     b.until_up(a.id()).await;
     let request = || get(Digest::of(&blob), 0, 10);
-    assert_eq!(soon("a range", a.mesh.range(b.id(), request())).await.unwrap().bytes, blob);
-    doors.close(b.id());
-    b.mesh.dismiss(a.id()).await;
+    assert_eq!(within_deadline("a range", a.mesh.request_range(b.id(), request())).await.unwrap().bytes, blob);
+    network.remove(b.id());
+    b.mesh.revoke_admission(a.id()).await;
     b.until_alone().await;
-    let refused = soon("an end", a.mesh.range(b.id(), request())).await;
+    let refused = within_deadline("an end", a.mesh.request_range(b.id(), request())).await;
     assert!(matches!(refused, Err(RangeError::NotConnected | RangeError::NoAnswer(_))), "{refused:?}");
 }
 
 #[tokio::test]
-async fn requests_that_are_no_range_or_too_long_or_too_many_are_blamed() {
-    let ranges = Rate { burst: 4.0, per_second: 0.0 };
-    let limits = Limits { ranges, ..Limits::DEFAULT };
-    let a = serving(Setting { limits, ..Setting::default() }, Blobs::of(&[])).await;
-    let mut culprit = Raw::known_to(&a).await;
+async fn invalid_long_or_too_many_range_requests_are_faults() {
+    let ranges = RateLimit { burst: 4.0, per_second: 0.0 };
+    let limits = NeighbourRateLimits { ranges, ..NeighbourRateLimits::DEFAULT };
+    let a = serving(NodeOptions { limits, ..NodeOptions::default() }, TestRangeServer::of(&[])).await;
+    let mut culprit = RawPeer::known_to(&a).await;
     let digest = Digest::of(b"");
     for (count, request) in
         [(1, wire::encode(&get(digest, 0, RANGE + 1)).unwrap()), (2, wire::encode(&Request::Follow(digest)).unwrap())]
     {
-        culprit.request(&a, request);
+        culprit.send_range_request(&a, request);
         let line = format!("peer_faults_total{{fault=\"malformed\"}} {count}\n");
         culprit.while_driven(a.until_counted("malformed", |a| a.has_counted(&line))).await;
     }
-    culprit.request(&a, vec![0; 1000]);
-    culprit.while_driven(a.until_counted("another version", |a| a.has_refused("other_version"))).await;
+    culprit.send_range_request(&a, vec![0; 1000]);
+    culprit.while_driven(a.until_counted("another version", |a| a.has_counted_rejection("other_version"))).await;
     for _ in 0..2 {
-        culprit.request(&a, wire::encode(&get(digest, 0, 1)).unwrap());
+        culprit.send_range_request(&a, wire::encode(&get(digest, 0, 1)).unwrap());
     }
-    culprit.while_driven(a.until_counted("too many", |a| a.has_blamed("too_many"))).await;
+    culprit.while_driven(a.until_counted("too many", |a| a.has_counted_fault("too_many"))).await;
 }
 
 #[tokio::test]
 async fn a_provider_reads_a_bounded_number_of_ranges_at_a_time() {
     let blob = content(10);
-    let server = Blobs::with(std::slice::from_ref(&blob), 0);
+    let server = TestRangeServer::with(std::slice::from_ref(&blob), 0);
     let permits = Arc::clone(&server.permits);
-    let a = provider(&Doors::default(), server).await;
-    let mut greedy = Raw::known_to(&a).await;
+    let a = provider(&TestNetwork::default(), server).await;
+    let mut greedy = RawPeer::known_to(&a).await;
     let most = 2 * MAX_RANGES_OF_A_PEER;
     assert!(most <= MAX_SERVED_RANGES);
     for _ in 0..=most {
-        greedy.request(&a, wire::encode(&get(Digest::of(&blob), 0, 10)).unwrap());
+        greedy.send_range_request(&a, wire::encode(&get(Digest::of(&blob), 0, 10)).unwrap());
     }
     assert_eq!(greedy.until("the one too many is refused", response).await, Answer::Busy.into());
     permits.add_permits(most);
@@ -170,7 +177,7 @@ async fn a_provider_reads_a_bounded_number_of_ranges_at_a_time() {
     }
 }
 
-fn response(event: SwarmEvent<BehaviourEvent>) -> Option<Range> {
+fn response(event: SwarmEvent<BehaviourEvent>) -> Option<RangeResponse> {
     match event {
         SwarmEvent::Behaviour(BehaviourEvent::Ranges(request_response::Event::Message {
             message: request_response::Message::Response { response, .. },

@@ -6,36 +6,36 @@ use libp2p::gossipsub;
 use libp2p::request_response;
 use libp2p::swarm::dial_opts::DialOpts;
 
-use super::node::{LIFE, soon};
+use super::node::{LIFE, within_deadline};
 use super::*;
-use crate::decide::gossip::Notary;
+use crate::decide::gossip::CredentialVerifier;
 use crate::identity::libp2p_peer_id;
 use crate::mesh::stack::{Behaviour, BehaviourEvent};
-use crate::model::{Entry, Head, Introduction, Profile, Reply, changes_digest, state_digest};
+use crate::model::{Introduction, LogEntry, LogHead, Profile, SyncReply, changes_digest, state_digest};
 use crate::wire;
 
 /// The bare stack, for the test to drive. It answers no question, but politely.
-pub(super) struct Raw {
+pub(super) struct RawPeer {
     identity: Identity,
-    pub(super) keys: Keys,
+    pub(super) keys: GossipCrypto,
     pub(super) swarm: libp2p::Swarm<Behaviour>,
     address: SocketAddr,
 }
 
-impl Raw {
+impl RawPeer {
     /// One that lets this node connect.
-    pub(super) async fn start(node: &Node) -> Self {
+    pub(super) async fn start(node: &MeshTestNode) -> Self {
         let identity = Identity::generate();
         let mut swarm =
             stack::build(&identity.keypair(), &TaskTracker::new(), &Metrics::new(), Versions::GOSSIP).unwrap();
         let port = bind(&mut swarm, ([127, 0, 0, 1], 0).into()).await.unwrap();
         swarm.behaviour_mut().admitted.allow_peer(libp2p_peer_id(node.id()));
-        let keys = Keys::new(identity.keypair(), Arc::new(AllBut::default()));
+        let keys = GossipCrypto::new(identity.keypair(), Arc::new(DenyListAdmission::default()));
         Self { identity, keys, swarm, address: ([127, 0, 0, 1], port).into() }
     }
 
     /// One that this node has admitted, and that can speak to it.
-    pub(super) async fn admitted_by(node: &Node) -> Self {
+    pub(super) async fn admitted_by(node: &MeshTestNode) -> Self {
         let mut raw = Self::start(node).await;
         node.mesh.admit(raw.peer(), LIFE).await;
         raw.until("the node subscribes", |event| match event {
@@ -47,10 +47,10 @@ impl Raw {
     }
 
     /// One that the node also knows by its introduction.
-    pub(super) async fn known_to(node: &Node) -> Self {
+    pub(super) async fn known_to(node: &MeshTestNode) -> Self {
         let mut raw = Self::admitted_by(node).await;
         let introduction = raw.introduction(1);
-        raw.say(&Gossip::Introduction(introduction));
+        raw.publish(&Gossip::Introduction(introduction));
         let id = raw.id();
         raw.while_driven(node.until_up(id)).await;
         raw
@@ -70,9 +70,9 @@ impl Raw {
     }
 
     /// The first entry of a log, signed with this one's key whosever the log is.
-    pub(super) fn entry(&self, publisher: PeerId, epoch: u64, item: Item) -> Entry {
-        let changes = vec![ContentChange::Added(item.clone())];
-        let mut head = Head {
+    pub(super) fn entry(&self, publisher: PeerId, epoch: u64, item: InventoryItem) -> LogEntry {
+        let changes = vec![InventoryChange::Added(item.clone())];
+        let mut head = LogHead {
             publisher,
             epoch,
             sequence: 1,
@@ -80,29 +80,29 @@ impl Raw {
             state: state_digest([&item]),
             signature: [0; 64].into(),
         };
-        head.signature = self.keys.sign(&head.signed());
-        Entry { head, changes }
+        head.signature = self.keys.sign(&head.signed_bytes());
+        LogEntry { head, changes }
     }
 
-    pub(super) fn dial(&mut self, node: &Node) {
+    pub(super) fn dial(&mut self, node: &MeshTestNode) {
         let options = DialOpts::peer_id(libp2p_peer_id(node.id())).addresses(vec![multiaddr(node.address)]);
         self.swarm.dial(options.build()).unwrap();
     }
 
-    pub(super) fn say(&mut self, message: &Gossip) {
-        self.publish(wire::encode(message).unwrap());
+    pub(super) fn publish(&mut self, message: &Gossip) {
+        self.publish_bytes(wire::encode(message).unwrap());
     }
 
-    pub(super) fn publish(&mut self, payload: Vec<u8>) {
+    pub(super) fn publish_bytes(&mut self, payload: Vec<u8>) {
         self.swarm.behaviour_mut().gossip.publish(stack::topic(Versions::GOSSIP.current()), payload).unwrap();
     }
 
-    pub(super) fn ask(&mut self, node: &Node, question: Vec<u8>) {
+    pub(super) fn send_question(&mut self, node: &MeshTestNode, question: Vec<u8>) {
         self.swarm.behaviour_mut().questions.send_request(&libp2p_peer_id(node.id()), question);
     }
 
     /// Sends a request for a range.
-    pub(super) fn request(&mut self, node: &Node, request: Vec<u8>) {
+    pub(super) fn send_range_request(&mut self, node: &MeshTestNode, request: Vec<u8>) {
         self.swarm.behaviour_mut().ranges.send_request(&libp2p_peer_id(node.id()), request);
     }
 
@@ -112,9 +112,9 @@ impl Raw {
         what: &str,
         mut pick: impl FnMut(SwarmEvent<BehaviourEvent>) -> Option<T>,
     ) -> T {
-        soon(what, async {
+        within_deadline(what, async {
             loop {
-                let event = self.turn().await;
+                let event = self.next_event().await;
                 if let Some(picked) = event.and_then(&mut pick) {
                     return picked;
                 }
@@ -129,18 +129,18 @@ impl Raw {
         loop {
             tokio::select! {
                 done = &mut other => return done,
-                _ = self.turn() => {}
+                _ = self.next_event() => {}
             }
         }
     }
 
-    async fn turn(&mut self) -> Option<SwarmEvent<BehaviourEvent>> {
+    async fn next_event(&mut self) -> Option<SwarmEvent<BehaviourEvent>> {
         match self.swarm.select_next_some().await {
             SwarmEvent::Behaviour(BehaviourEvent::Questions(request_response::Event::Message {
                 message: request_response::Message::Request { channel, .. },
                 ..
             })) => {
-                let _ = self.swarm.behaviour_mut().questions.send_response(channel, Reply::Busy);
+                let _ = self.swarm.behaviour_mut().questions.send_response(channel, SyncReply::Busy);
                 None
             }
             event => Some(event),
@@ -149,11 +149,11 @@ impl Raw {
 }
 
 /// What the owner of these keys says of itself.
-pub(super) fn introduction_of(keys: &Keys, peer: Peer, version: u64) -> Introduction {
+pub(super) fn introduction_of(keys: &GossipCrypto, peer: Peer, version: u64) -> Introduction {
     let Peer { id, node, zone, transfer, gossip } = peer;
     let release = "0.0.1".parse().unwrap();
     let profile = Profile { peer: id, epoch: 1, version, node, zone, release, transfer, gossip };
     let mut introduction = Introduction { profile, credential: Credential::default(), signature: [0; 64].into() };
-    introduction.signature = keys.sign(&introduction.signed());
+    introduction.signature = keys.sign(&introduction.signed_bytes());
     introduction
 }

@@ -5,55 +5,55 @@ use super::*;
 
 const NEXT: Versions = Versions::GOSSIP.after_next_major();
 
-async fn agent_of(versions: Versions, doors: &Doors) -> Node {
-    Node::start_as(Setting { versions, doors: doors.clone(), ..Setting::default() }).await
+async fn agent_of(versions: Versions, network: &TestNetwork) -> MeshTestNode {
+    MeshTestNode::start_with(NodeOptions { versions, network: network.clone(), ..NodeOptions::default() }).await
 }
 
 #[tokio::test]
 async fn agents_of_neighbouring_majors_learn_what_the_other_announces() {
-    let doors = Doors::default();
-    let (today, next) = (agent_of(Versions::GOSSIP, &doors).await, agent_of(NEXT, &doors).await);
+    let network = TestNetwork::default();
+    let (today, next) = (agent_of(Versions::GOSSIP, &network).await, agent_of(NEXT, &network).await);
     today.announce(blob("older, before")).await;
     next.announce(blob("newer, before")).await;
-    doors.greet(today.id(), next.id()).await;
-    today.until_holds(next.id(), blob("newer, before")).await;
-    next.until_holds(today.id(), blob("older, before")).await;
+    network.connect(today.id(), next.id()).await;
+    today.until_provides(next.id(), blob("newer, before")).await;
+    next.until_provides(today.id(), blob("older, before")).await;
     today.announce(blob("older, after")).await;
     next.announce(blob("newer, after")).await;
-    today.until_holds(next.id(), blob("newer, after")).await;
-    next.until_holds(today.id(), blob("older, after")).await;
+    today.until_provides(next.id(), blob("newer, after")).await;
+    next.until_provides(today.id(), blob("older, after")).await;
     for (node, what) in [(&today, "the older"), (&next, "the newer")] {
-        assert!(!node.has_refused("other_version") && !node.has_blamed("malformed"), "{what}");
+        assert!(!node.has_counted_rejection("other_version") && !node.has_counted_fault("malformed"), "{what}");
     }
 }
 
 #[tokio::test]
-async fn what_a_newer_agent_announces_reaches_an_older_one_that_it_never_meets() {
-    let doors = Doors::default();
+async fn a_newer_agents_announcement_reaches_an_older_agent_without_a_connection() {
+    let network = TestNetwork::default();
     let (today, between, far) =
-        (agent_of(Versions::GOSSIP, &doors).await, agent_of(NEXT, &doors).await, agent_of(NEXT, &doors).await);
-    doors.part(today.id(), far.id());
-    doors.greet(today.id(), between.id()).await;
-    doors.greet(between.id(), far.id()).await;
+        (agent_of(Versions::GOSSIP, &network).await, agent_of(NEXT, &network).await, agent_of(NEXT, &network).await);
+    network.block(today.id(), far.id());
+    network.connect(today.id(), between.id()).await;
+    network.connect(between.id(), far.id()).await;
     today.until_up(far.id()).await;
     far.until_up(today.id()).await;
     far.announce(blob("newer")).await;
     today.announce(blob("older")).await;
     // A relay passes on the older agent's entry as it is. The older agent does not read the topic
     // of the newer entry, and asks for the entry when it compares its state with its neighbour's.
-    far.until_holds(today.id(), blob("older")).await;
-    today.until_holds(far.id(), blob("newer")).await;
+    far.until_provides(today.id(), blob("older")).await;
+    today.until_provides(far.id(), blob("newer")).await;
 }
 
 #[tokio::test]
-async fn agents_two_majors_apart_refuse_each_others_gossip_and_blame_nobody() {
-    let doors = Doors::default();
+async fn agents_two_majors_apart_reject_each_others_gossip_without_a_fault() {
+    let network = TestNetwork::default();
     let far = NEXT.after_next_major();
-    let (today, later) = (agent_of(Versions::GOSSIP, &doors).await, agent_of(far, &doors).await);
-    doors.greet(today.id(), later.id()).await;
-    today.until_counted("the other version", |node| node.has_refused("other_version")).await;
-    later.until_counted("the other version", |node| node.has_refused("other_version")).await;
+    let (today, later) = (agent_of(Versions::GOSSIP, &network).await, agent_of(far, &network).await);
+    network.connect(today.id(), later.id()).await;
+    today.until_counted("the other version", |node| node.has_counted_rejection("other_version")).await;
+    later.until_counted("the other version", |node| node.has_counted_rejection("other_version")).await;
     for node in [&today, &later] {
-        assert!(!node.has_blamed("malformed") && !node.has_blamed("other_version"));
+        assert!(!node.has_counted_fault("malformed") && !node.has_counted_fault("other_version"));
     }
 }

@@ -37,7 +37,7 @@ fn a_manifest_may_have_no_layers() {
 }
 
 #[test]
-fn an_index_gives_the_manifest_of_this_platform() {
+fn an_index_selects_the_manifest_of_this_platform() {
     let select = |entries: &[(&str, &str)]| index(entries).select(&linux_amd64()).map(|found| found.digest);
     assert_eq!(select(&[("arm", ARM), ("amd", AMD), ("note", ATTESTATION)]), Some(Digest::of(b"amd")));
     assert_eq!(select(&[("arm", ARM), ("note", ATTESTATION)]), None, "only other platforms");
@@ -51,8 +51,8 @@ fn an_index_gives_the_manifest_of_this_platform() {
 }
 
 #[test]
-fn cri_sizes_an_image_by_an_entry_that_names_a_platform_where_there_is_one() {
-    let sized = |entries: &[(&str, &str)]| index(entries).sized(&linux_amd64()).map(|found| found.digest);
+fn cri_computes_an_image_size_from_an_entry_with_a_platform() {
+    let sized = |entries: &[(&str, &str)]| index(entries).select_for_size(&linux_amd64()).map(|found| found.digest);
     let digest = |name: &str| Some(Digest::of(name.as_bytes()));
     assert_eq!(sized(&[("arm", ARM), ("amd", AMD), ("plain", "")]), digest("amd"));
     assert_eq!(sized(&[("plain", ""), ("arm", ARM), ("note", ATTESTATION)]), digest("arm"), "of another platform");
@@ -61,7 +61,7 @@ fn cri_sizes_an_image_by_an_entry_that_names_a_platform_where_there_is_one() {
 }
 
 #[test]
-fn what_is_no_document_is_refused() {
+fn malformed_documents_are_rejected() {
     let (c, l) = (descriptor("c", ""), descriptor("l", ""));
     for (what, json) in [
         ("not JSON", "<html>".to_owned()),
@@ -81,7 +81,7 @@ fn what_is_no_document_is_refused() {
 }
 
 #[test]
-fn a_refusal_names_what_is_wrong() {
+fn a_parse_error_names_the_defect() {
     let config = descriptor("c", "");
     let manifest = |config: &str| format!(r#"{{"schemaVersion":2,"config":{config},"layers":[]}}"#);
     for (json, reason) in [
@@ -109,14 +109,14 @@ fn a_refusal_names_what_is_wrong() {
 }
 
 #[test]
-fn a_descriptor_s_name_for_a_document_must_fit_its_shape() {
+fn a_descriptor_s_media_type_must_match_the_document() {
     let index = Document::parse(br#"{"schemaVersion":2,"manifests":[]}"#).unwrap();
-    assert!(index.check_called(INDEXES[0]).is_ok() && index.check_called(INDEXES[1]).is_ok());
-    assert!(index.check_called(MANIFESTS[0]).is_err() && index.check_called("").is_err());
+    assert!(index.check_media_type(INDEXES[0]).is_ok() && index.check_media_type(INDEXES[1]).is_ok());
+    assert!(index.check_media_type(MANIFESTS[0]).is_err() && index.check_media_type("").is_err());
 }
 
 #[test]
-fn what_is_no_image_is_not_run_and_says_what_it_is() {
+fn an_artifact_is_not_runnable_and_the_error_names_the_type() {
     let runs = |config_type: &str, artifact_type: &str| {
         let config = descriptor("c", "").replace(r#""m""#, &format!("{config_type:?}"));
         let json = format!(r#"{{"schemaVersion":2{artifact_type},"config":{config},"layers":[]}}"#);
@@ -134,7 +134,7 @@ fn what_is_no_image_is_not_run_and_says_what_it_is() {
 }
 
 #[test]
-fn a_layer_may_stand_in_a_manifest_twice() {
+fn a_manifest_may_list_a_layer_twice() {
     let layer = descriptor("l", "");
     let json = format!(r#"{{"schemaVersion":2,"config":{},"layers":[{layer},{layer}]}}"#, descriptor("c", ""));
     let Document::Manifest(manifest) = Document::parse(json.as_bytes()).unwrap() else { panic!("a manifest") };
@@ -144,7 +144,7 @@ fn a_layer_may_stand_in_a_manifest_twice() {
 
 proptest::proptest! {
     #[test]
-    fn what_is_written_reads_back(
+    fn a_serialized_manifest_parses_to_itself(
         names in proptest::collection::vec("[a-z]{0,3}", 0..8),
         sizes in proptest::collection::vec(0..=i64::MAX.cast_unsigned(), 8),
         foreign in proptest::bool::ANY,
@@ -175,7 +175,7 @@ proptest::proptest! {
     }
 
     #[test]
-    fn a_document_with_something_cut_out_is_refused_or_read_but_never_grows(cut in 0..400_usize, length in 1..40_usize) {
+    fn a_truncated_document_never_gains_children(cut in 0..400_usize, length in 1..40_usize) {
         let json = format!(r#"{{"schemaVersion":2,"manifests":[{},{}]}}"#, descriptor("a", AMD), descriptor("b", ATTESTATION));
         let (begin, end) = (cut.min(json.len()), (cut + length).min(json.len()));
         let bytes = [&json.as_bytes()[..begin], &json.as_bytes()[end..]].concat();

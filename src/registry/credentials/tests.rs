@@ -11,11 +11,11 @@ fn secret(auths: serde_json::Value) -> PullSecret {
     PullSecret(json!({ "auths": auths }).to_string().into_bytes())
 }
 
-fn password(user: &str, password: &str) -> Credential {
-    Credential::Password { user: user.into(), password: password.into() }
+fn password(user: &str, password: &str) -> RegistryCredential {
+    RegistryCredential::Password { user: user.into(), password: password.into() }
 }
 
-impl std::fmt::Debug for Credential {
+impl std::fmt::Debug for RegistryCredential {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Password { user, password } => write!(f, "{user}:{password}"),
@@ -25,13 +25,13 @@ impl std::fmt::Debug for Credential {
 }
 
 /// Whether a secret with this one key has something for the repository.
-fn fits(key: &str, registry: &str, path: &str) -> bool {
+fn is_credential_for(key: &str, registry: &str, path: &str) -> bool {
     let secret = secret(json!({ key: { "username": "u", "password": "p" } }));
     !for_repository(&[secret], &repository(registry, path)).is_empty()
 }
 
 #[test]
-fn a_key_is_for_its_host_and_port_and_what_is_below_its_path() {
+fn a_key_matches_its_host_its_port_and_the_repositories_below_its_path() {
     for (key, registry, path) in [
         ("reg.test", "reg.test", "app"),
         ("https://reg.test", "reg.test", "app"),
@@ -52,7 +52,7 @@ fn a_key_is_for_its_host_and_port_and_what_is_below_its_path() {
         ("a*c*e.test", "abcde.test", "app"),
         ("*.dkr.*.aws.test", "1.dkr.eu.aws.test", "app"),
     ] {
-        assert!(fits(key, registry, path), "{key} is for {registry}/{path}");
+        assert!(is_credential_for(key, registry, path), "{key} is for {registry}/{path}");
     }
     for (key, registry, path) in [
         ("reg.test", "reg.test:5000", "app"),
@@ -74,7 +74,7 @@ fn a_key_is_for_its_host_and_port_and_what_is_below_its_path() {
         ("", "reg.test", "app"),
         ("https://", "reg.test", "app"),
     ] {
-        assert!(!fits(key, registry, path), "{key} is not for {registry}/{path}");
+        assert!(!is_credential_for(key, registry, path), "{key} is not for {registry}/{path}");
     }
 }
 
@@ -91,7 +91,7 @@ fn every_form_of_a_credential_is_read() {
     let both = json!({ "auth": "dXNlcjpwYTpzcw==", "username": "user", "password": "other", "email": "x" });
     assert_eq!(of(both), Some(password("user", "pa:ss")));
     let token = json!({ "auth": "PHRva2VuPjo=", "identitytoken": "t" });
-    assert_eq!(of(token), Some(Credential::IdentityToken("t".into())));
+    assert_eq!(of(token), Some(RegistryCredential::IdentityToken("t".into())));
     for nothing in [
         json!({}),
         json!({ "auth": "" }),
@@ -106,7 +106,7 @@ fn every_form_of_a_credential_is_read() {
 }
 
 #[test]
-fn the_longest_path_comes_first_within_a_secret_and_the_secrets_stay_in_order() {
+fn credentials_are_ordered_by_secret_and_then_by_the_longest_path() {
     let entry = |user: &str| json!({ "username": user, "password": "p" });
     let first = secret(json!({
         "*.test": entry("glob"), "reg.test": entry("host"), "reg.test/team": entry("team"),
@@ -119,59 +119,59 @@ fn the_longest_path_comes_first_within_a_secret_and_the_secrets_stay_in_order() 
 }
 
 #[test]
-fn what_is_no_secret_has_nothing_and_many_credentials_are_not_all_tried() {
+fn an_invalid_secret_has_no_credentials_and_their_number_is_bounded() {
     let here = repository("reg.test", "app");
     for text in ["", "[]", "{}", r#"{"auths":[]}"#, r#"{"auths":null}"#, "<html>"] {
         assert_eq!(for_repository(&[PullSecret(text.into())], &here), [], "{text}");
     }
     let one = |user: usize| secret(json!({ "reg.test": { "username": user.to_string(), "password": "p" } }));
     let many: Vec<_> = (0..100).map(one).collect();
-    assert_eq!(for_repository(&many, &here).len(), MOST);
+    assert_eq!(for_repository(&many, &here).len(), MAX_CREDENTIALS);
     let padded = [one(1).0, vec![b' '; MAX_SECRET]].concat();
     assert_eq!(for_repository(&[PullSecret(padded)], &here), []);
 }
 
 #[test]
 fn a_header_with_a_password_is_marked_as_a_secret() {
-    let header = password("user", "pa:ss").basic().unwrap();
+    let header = password("user", "pa:ss").basic_header().unwrap();
     assert_eq!(header, "Basic dXNlcjpwYTpzcw==");
     assert_eq!(format!("{header:?}"), "Sensitive");
 }
 
 proptest! {
     #[test]
-    fn a_key_is_for_the_same_host_however_it_is_written(
+    fn every_spelling_of_a_key_matches_the_same_host(
         host in "[a-z]{1,8}(\\.[a-z]{1,8}){1,3}", port in proptest::option::of(1_u16..), other in "[a-z]{1,8}(\\.[a-z]{1,8}){1,3}",
         path in "[a-z]{3,8}(/[a-z]{1,8}){0,3}", scheme in "(https?://)?", end in "(/|/v1/|/v2/|/v2)?",
     ) {
         let registry = match port { Some(port) => format!("{host}:{port}"), None => host.clone() };
         let other_registry = registry.replacen(&host, &other, 1);
         for key in [format!("{scheme}{registry}{end}"), format!("{scheme}{registry}/{path}")] {
-            prop_assert!(fits(&key, &registry, &path), "{}", key);
-            prop_assert_eq!(fits(&key, &other_registry, &path), host == other, "{} for {}", key, other_registry);
+            prop_assert!(is_credential_for(&key, &registry, &path), "{}", key);
+            prop_assert_eq!(is_credential_for(&key, &other_registry, &path), host == other, "{} for {}", key, other_registry);
         }
     }
 
     #[test]
-    fn a_star_matches_what_it_stands_for_and_nothing_longer(
+    fn a_star_matches_a_part_of_one_label(
         begin in "[ab]{0,3}", star in "[abc]{0,4}", end in "[ab]{0,3}", rest in "[a-z]{1,5}",
     ) {
         let key = format!("{begin}*{end}.{rest}");
         let fitting = format!("{begin}{star}{end}.{rest}");
-        prop_assert!(host_fits(&key, &fitting));
+        prop_assert!(is_host_match(&key, &fitting));
         let (longer, other_end) = (format!("x.{fitting}"), format!("{fitting}x"));
-        prop_assert!(!host_fits(&key, &longer));
-        prop_assert!(!host_fits(&key, &other_end));
+        prop_assert!(!is_host_match(&key, &longer));
+        prop_assert!(!is_host_match(&key, &other_end));
     }
 
     #[test]
-    fn passwords_read_back(user in "[^:\\x00]{1,20}", word in "[a-zA-Z0-9:= -~]{0,20}") {
+    fn an_encoded_password_is_decoded(user in "[^:\\x00]{1,20}", word in "[a-zA-Z0-9:= -~]{0,20}") {
         let auth = STANDARD.encode(format!("{user}:{word}"));
-        prop_assert_eq!(decoded(&auth), Some(password(&user, &word)));
+        prop_assert_eq!(decode_auth(&auth), Some(password(&user, &word)));
     }
 
     #[test]
-    fn no_secret_is_too_strange(text in "\\PC{0,100}", key in "\\PC{0,40}") {
+    fn any_secret_is_read_without_a_panic(text in "\\PC{0,100}", key in "\\PC{0,40}") {
         let here = repository("reg.test", "app");
         for_repository(&[PullSecret(text.clone().into_bytes())], &here);
         for_repository(&[secret(json!({ key: { "auth": text } }))], &here);

@@ -7,10 +7,10 @@ const BLOB: &[u8] = b"a layer";
 
 /// Keeps what was written.
 #[derive(Default)]
-struct Kept(Vec<u8>);
+struct BufferSink(Vec<u8>);
 
 #[async_trait]
-impl BlobSink for Kept {
+impl BlobSink for BufferSink {
     async fn append(&mut self, chunks: &[bytes::Bytes]) -> Result<(), StoreError> {
         chunks.iter().for_each(|chunk| self.0.extend_from_slice(chunk));
         Ok(())
@@ -18,83 +18,88 @@ impl BlobSink for Kept {
 }
 
 /// A short word for the end of a fetch, and the bytes that were written.
-async fn fetch(client: &RegistryClient, server: &Server, secrets: &[PullSecret]) -> (String, Vec<u8>) {
+async fn fetch(client: &RegistryClient, server: &HttpTestServer, secrets: &[PullSecret]) -> (String, Vec<u8>) {
     fetch_of(client, server, BLOB.len() as u64, secrets).await
 }
 
-async fn fetch_of(client: &RegistryClient, server: &Server, size: u64, secrets: &[PullSecret]) -> (String, Vec<u8>) {
-    let mut sink = Kept::default();
+async fn fetch_of(
+    client: &RegistryClient,
+    server: &HttpTestServer,
+    size: u64,
+    secrets: &[PullSecret],
+) -> (String, Vec<u8>) {
+    let mut sink = BufferSink::default();
     let result = client.fetch_blob(&app(server), Digest::of(BLOB), size, secrets, &mut sink).await;
     let word = match result {
         Ok(proof) => format!("{} bytes", proof.size()),
-        Err(BlobError::Denied(_)) => "denied".into(),
-        Err(BlobError::Gone(_)) => "gone".into(),
-        Err(BlobError::RateLimited { retry_after, .. }) => format!("limited {retry_after:?}"),
-        Err(BlobError::Down { kind, .. }) => format!("down {}", kind.label()),
-        Err(BlobError::WrongBytes { reason, .. }) => format!("wrong: {reason}"),
-        Err(BlobError::Sink(error)) => panic!("{error}"),
+        Err(RegistryFetchError::Denied(_)) => "denied".into(),
+        Err(RegistryFetchError::Gone(_)) => "gone".into(),
+        Err(RegistryFetchError::RateLimited { retry_after, .. }) => format!("limited {retry_after:?}"),
+        Err(RegistryFetchError::Down { kind, .. }) => format!("down {}", kind.label()),
+        Err(RegistryFetchError::WrongBytes { reason, .. }) => format!("wrong: {reason}"),
+        Err(RegistryFetchError::Sink(error)) => panic!("{error}"),
     };
     (word, sink.0)
 }
 
-fn whole() -> Reply {
+fn blob_reply() -> Reply {
     reply(200, &[], BLOB)
 }
 
-fn right() -> (String, Vec<u8>) {
+fn fetched_blob() -> (String, Vec<u8>) {
     ("7 bytes".into(), BLOB.to_vec())
 }
 
 #[tokio::test]
-async fn a_blob_comes_without_a_secret_where_none_is_wanted() {
-    let server = Server::start(|_| whole()).await;
-    assert_eq!(fetch(&client(), &server, &[secret(&server.name(), "user")]).await, right());
-    assert_eq!(server.asked(), [format!("GET /v2/team/app/blobs/{}", Digest::of(BLOB))]);
-    assert_eq!(server.seen()[0].header("authorization"), None);
+async fn a_public_blob_is_fetched_without_a_secret() {
+    let server = HttpTestServer::start(|_| blob_reply()).await;
+    assert_eq!(fetch(&client(), &server, &[secret(&server.host_port(), "user")]).await, fetched_blob());
+    assert_eq!(server.request_lines(), [format!("GET /v2/team/app/blobs/{}", Digest::of(BLOB))]);
+    assert_eq!(server.requests()[0].header("authorization"), None);
 }
 
 #[tokio::test]
-async fn a_private_blob_comes_with_the_right_secret() {
-    let server = Server::start(|seen| match seen.header("authorization") == Some(&basic("b")) {
-        true => whole(),
+async fn a_private_blob_is_fetched_with_the_right_secret() {
+    let server = HttpTestServer::start(|seen| match seen.header("authorization") == Some(&basic("b")) {
+        true => blob_reply(),
         false => reply(401, &[("WWW-Authenticate", "Basic")], b""),
     });
     let server = server.await;
-    let secrets = ["a", "b"].map(|user| secret(&server.name(), user));
-    assert_eq!(fetch(&client(), &server, &secrets).await, right());
+    let secrets = ["a", "b"].map(|user| secret(&server.host_port(), user));
+    assert_eq!(fetch(&client(), &server, &secrets).await, fetched_blob());
     assert_eq!(fetch(&client(), &server, &secrets[..1]).await, ("denied".into(), Vec::new()));
     assert_eq!(fetch(&client(), &server, &[]).await, ("denied".into(), Vec::new()));
 }
 
 #[tokio::test]
-async fn a_storage_gets_no_credential() {
-    let storage = Server::start(|_| whole()).await;
-    let place = format!("http://{}/bucket?signature=s", storage.name());
-    let server = Server::start(move |seen| match seen.header("authorization") {
+async fn no_credential_is_sent_to_the_storage_behind_a_registry() {
+    let storage = HttpTestServer::start(|_| blob_reply()).await;
+    let place = format!("http://{}/bucket?signature=s", storage.host_port());
+    let server = HttpTestServer::start(move |seen| match seen.header("authorization") {
         Some(_) => reply(307, &[("Location", &place)], b""),
         None => reply(401, &[("WWW-Authenticate", "Basic")], b""),
     });
     let server = server.await;
-    assert_eq!(fetch(&client(), &server, &[secret(&server.name(), "user")]).await, right());
-    assert_eq!(storage.asked(), ["GET /bucket?signature=s"]);
-    assert_eq!(storage.seen()[0].header("authorization"), None);
+    assert_eq!(fetch(&client(), &server, &[secret(&server.host_port(), "user")]).await, fetched_blob());
+    assert_eq!(storage.request_lines(), ["GET /bucket?signature=s"]);
+    assert_eq!(storage.requests()[0].header("authorization"), None);
 }
 
 #[tokio::test]
-async fn the_denial_of_a_storage_is_no_denial_of_the_registry() {
+async fn a_denial_by_the_storage_is_no_denial_by_the_registry() {
     for (status, expected) in
         [(403, "down server_error"), (401, "down server_error"), (404, "gone"), (503, "down server_error")]
     {
-        let storage = Server::start(move |_| reply(status, &[("WWW-Authenticate", "Basic")], b"")).await;
-        let place = format!("http://{}/bucket", storage.name());
-        let server = Server::start(move |_| reply(302, &[("Location", &place)], b"")).await;
-        let answer = fetch(&client(), &server, &[secret(&server.name(), "user")]).await;
+        let storage = HttpTestServer::start(move |_| reply(status, &[("WWW-Authenticate", "Basic")], b"")).await;
+        let place = format!("http://{}/bucket", storage.host_port());
+        let server = HttpTestServer::start(move |_| reply(302, &[("Location", &place)], b"")).await;
+        let answer = fetch(&client(), &server, &[secret(&server.host_port(), "user")]).await;
         assert_eq!(answer, (expected.into(), Vec::new()), "{status}");
     }
 }
 
 #[tokio::test]
-async fn statuses_of_a_blob_have_their_meaning() {
+async fn each_status_of_a_blob_maps_to_its_error() {
     for (status, expected) in [
         (401, "denied"),
         (403, "denied"),
@@ -106,16 +111,16 @@ async fn statuses_of_a_blob_have_their_meaning() {
         (418, "wrong: status 418"),
         (301, "wrong: a redirect that is nowhere"),
     ] {
-        let server = Server::start(move |_| reply(status, &[("Retry-After", "7")], BLOB)).await;
+        let server = HttpTestServer::start(move |_| reply(status, &[("Retry-After", "7")], BLOB)).await;
         assert_eq!(fetch(&client(), &server, &[]).await, (expected.into(), Vec::new()), "{status}");
     }
-    let circle = Server::start(|_| reply(307, &[("Location", "?again")], b"")).await;
+    let circle = HttpTestServer::start(|_| reply(307, &[("Location", "?again")], b"")).await;
     assert_eq!(fetch(&client(), &circle, &[]).await.0, "wrong: redirects without end");
-    assert_eq!(circle.asked().len(), 5);
+    assert_eq!(circle.request_lines().len(), 5);
 }
 
 #[tokio::test]
-async fn bytes_that_are_not_the_blob_are_refused_and_never_more_than_its_size_is_written() {
+async fn wrong_bytes_are_refused_and_at_most_the_blobs_size_is_written() {
     let undeclared = |body: &[u8]| [b"HTTP/1.1 200 OK\r\n\r\n", body].concat();
     let chunked = |body: &[u8]| {
         let head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
@@ -135,35 +140,35 @@ async fn bytes_that_are_not_the_blob_are_refused_and_never_more_than_its_size_is
         ("cut", declared(7, b"a la"), "down refused"),
         ("no HTTP", b"SSH-2.0-x\r\n".to_vec(), "wrong: what is not HTTP"),
     ] {
-        let server = Server::start(move |_| Reply::Bytes(answer.clone())).await;
+        let server = HttpTestServer::start(move |_| Reply::Bytes(answer.clone())).await;
         let (word, written) = fetch(&client(), &server, &[]).await;
         assert!(word.starts_with(expected), "{what}: {word}");
         assert!(written.len() <= BLOB.len(), "{what}");
     }
-    let server = Server::start(move |_| Reply::Bytes(chunked(BLOB))).await;
-    assert_eq!(fetch(&client(), &server, &[]).await, right(), "a length need not be declared");
+    let server = HttpTestServer::start(move |_| Reply::Bytes(chunked(BLOB))).await;
+    assert_eq!(fetch(&client(), &server, &[]).await, fetched_blob(), "a length need not be declared");
 }
 
 #[tokio::test]
-async fn a_registry_that_stalls_or_trickles_is_given_up() {
+async fn a_stalled_or_trickling_registry_times_out() {
     let head = "HTTP/1.1 200 OK\r\n\r\n";
-    let silent = Server::start(|_| Reply::Silence).await;
-    let stalling = Server::start(move |_| Reply::Stall([head.as_bytes(), b"a la"].concat())).await;
-    assert_eq!(fetch(&impatient(), &silent, &[]).await.0, "down timed_out");
-    assert_eq!(fetch(&impatient(), &stalling, &[]).await.0, "down timed_out");
+    let silent = HttpTestServer::start(|_| Reply::Silence).await;
+    let stalling = HttpTestServer::start(move |_| Reply::Stall([head.as_bytes(), b"a la"].concat())).await;
+    assert_eq!(fetch(&client_with_short_timeouts(), &silent, &[]).await.0, "down timed_out");
+    assert_eq!(fetch(&client_with_short_timeouts(), &stalling, &[]).await.0, "down timed_out");
     // Each byte comes in time, and all of them together would take ten seconds.
-    let trickling = Server::start(move |_| Reply::Trickle([head.as_bytes(), &[b'x'; 1000]].concat())).await;
-    let client = RegistryClient { resolve_limit: PATIENCE, ..impatient() };
+    let trickling = HttpTestServer::start(move |_| Reply::Trickle([head.as_bytes(), &[b'x'; 1000]].concat())).await;
+    let client = RegistryClient { resolve_limit: LONG_TIMEOUT, ..client_with_short_timeouts() };
     assert_eq!(fetch_of(&client, &trickling, 1000, &[]).await.0, "down timed_out");
 }
 
 #[tokio::test]
-async fn a_repository_that_would_change_the_question_is_not_asked_for_a_blob() {
-    let server = Server::start(|_| whole()).await;
+async fn a_repository_that_would_change_the_url_is_not_sent() {
+    let server = HttpTestServer::start(|_| blob_reply()).await;
     for path in ["../app", "a?b", "", "a//b"] {
-        let repository = Repository { registry: server.name(), path: path.into() };
-        let fetched = client().fetch_blob(&repository, Digest::of(BLOB), 7, &[], &mut Kept::default()).await;
-        assert!(matches!(fetched, Err(BlobError::WrongBytes { .. })), "{path}");
+        let repository = Repository { registry: server.host_port(), path: path.into() };
+        let fetched = client().fetch_blob(&repository, Digest::of(BLOB), 7, &[], &mut BufferSink::default()).await;
+        assert!(matches!(fetched, Err(RegistryFetchError::WrongBytes { .. })), "{path}");
     }
-    assert_eq!(server.asked().len(), 0);
+    assert_eq!(server.request_lines().len(), 0);
 }

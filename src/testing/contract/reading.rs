@@ -2,19 +2,19 @@
 
 use super::*;
 
-pub(super) async fn an_absent_blob_is_none(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn an_absent_blob_is_none(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
-    let blob = Blob::of("never written", 64);
+    let blob = TestBlob::of("never written", 64);
     ensure(store.blob(blob.digest).await?.is_none(), "a blob that nobody wrote is there")?;
     ensure(store.blobs().await?.is_empty(), "an empty store lists blobs")?;
     ensure(store.images().await?.is_empty(), "an empty store lists images")?;
     let opened = store.open(blob.digest).await.map(|_| ());
     ensure(matches!(opened, Err(StoreError::Absent(_))), format!("open: {opened:?}"))?;
-    let remembered = store.remember(blob.digest, &Remembered::default()).await;
+    let remembered = store.add_metadata(blob.digest, &BlobMetadata::default()).await;
     ensure(matches!(remembered, Err(StoreError::Absent(_))), format!("remember: {remembered:?}"))
 }
 
-pub(super) async fn a_committed_blob_reads_back_at_any_offset(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn a_committed_blob_reads_back_at_any_offset(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
     for (size, reason) in [
@@ -28,17 +28,17 @@ pub(super) async fn a_committed_blob_reads_back_at_any_offset(subject: &mut dyn 
         ((256 << 10) + 1, "one more"),
         (3 << 20, "several messages of any store that sends messages"),
     ] {
-        let explain = |Broken(failure)| Broken(format!("{size} bytes ({reason}): {failure}"));
-        let blob = Blob::of("reads back", size);
+        let explain = |Violation(failure)| Violation(format!("{size} bytes ({reason}): {failure}"));
+        let blob = TestBlob::of("reads back", size);
         write_in_batches(store.as_ref(), &blob, &pin).await.map_err(explain)?;
-        blob.reads_back_from(store.as_ref()).await.map_err(explain)?;
-        reads_anywhere(store.as_ref(), &blob).await.map_err(explain)?;
+        blob.check_content(store.as_ref()).await.map_err(explain)?;
+        check_reads_at_any_offset(store.as_ref(), &blob).await.map_err(explain)?;
     }
     Ok(())
 }
 
 /// As a fetch does it: batches of chunks that end anywhere, some of them empty.
-async fn write_in_batches(store: &dyn ContentStore, blob: &Blob, pin: &Pin) -> Outcome {
+async fn write_in_batches(store: &dyn ContentStore, blob: &TestBlob, pin: &Pin) -> CheckResult {
     let mut writer = store.create(blob.digest, blob.size(), pin).await?;
     writer.append(&[]).await?;
     for batch in blob.bytes.chunks(300_000) {
@@ -46,11 +46,11 @@ async fn write_in_batches(store: &dyn ContentStore, blob: &Blob, pin: &Pin) -> O
         chunks.push(Bytes::new());
         writer.append(&chunks).await?;
     }
-    Ok(writer.commit(blob.proof()?, &Remembered::default()).await?)
+    Ok(writer.commit(blob.proof()?, &BlobMetadata::default()).await?)
 }
 
 /// Forwards, backwards, across the end and beyond it.
-async fn reads_anywhere(store: &dyn ContentStore, blob: &Blob) -> Outcome {
+async fn check_reads_at_any_offset(store: &dyn ContentStore, blob: &TestBlob) -> CheckResult {
     let mut reader = store.open(blob.digest).await?;
     let size = blob.bytes.len();
     for offset in [0, size / 2, size / 3, size.saturating_sub(1), size, size + 1, 1] {
@@ -66,11 +66,11 @@ async fn reads_anywhere(store: &dyn ContentStore, blob: &Blob) -> Outcome {
     Ok(())
 }
 
-pub(super) async fn what_is_listed_is_what_is_there(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn the_list_contains_exactly_the_whole_blobs(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
     let (one, two, half) =
-        (Blob::of("listed one", 100), Blob::of("listed two", 2000), Blob::of("half written", 600_000));
+        (TestBlob::of("listed one", 100), TestBlob::of("listed two", 2000), TestBlob::of("half written", 600_000));
     one.write(store.as_ref(), &pin, &[]).await?;
     two.write(store.as_ref(), &pin, &[]).await?;
     let mut unfinished = store.create(half.digest, half.size(), &pin).await?;

@@ -2,18 +2,18 @@
 
 use super::*;
 
-pub(super) async fn a_record_needs_its_target(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn a_record_needs_its_target(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
-    let blob = Blob::of("target that is not there", 64);
+    let blob = TestBlob::of("target that is not there", 64);
     let put = store.put_image(&blob.record("example.org/nothing:1")).await;
     ensure(matches!(put, Err(StoreError::Absent(_))), format!("put_image: {put:?}"))?;
     ensure(store.images().await?.is_empty(), "a record of nothing is listed")
 }
 
-pub(super) async fn a_record_replaces_the_one_of_its_name(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn a_record_replaces_the_record_of_the_same_name(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let (old, new) = (Blob::of("old target", 100), Blob::of("new target", 200));
+    let (old, new) = (TestBlob::of("old target", 100), TestBlob::of("new target", 200));
     old.write(store.as_ref(), &pin, &[]).await?;
     new.write(store.as_ref(), &pin, &[]).await?;
     let name = "example.org/moved:1";
@@ -26,10 +26,10 @@ pub(super) async fn a_record_replaces_the_one_of_its_name(subject: &mut dyn Subj
     ensure(listed(store.as_ref()).await? == digests(&[&new]), "the record still holds what it named before")
 }
 
-pub(super) async fn a_record_is_removed_if_it_points_there(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn a_record_is_removed_only_with_the_right_target(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let (gone, kept) = (Blob::of("target of the removed", 100), Blob::of("target of the kept", 200));
+    let (gone, kept) = (TestBlob::of("target of the removed", 100), TestBlob::of("target of the kept", 200));
     gone.write(store.as_ref(), &pin, &[]).await?;
     kept.write(store.as_ref(), &pin, &[]).await?;
     let (removed, other) = (gone.record("example.org/removed:1"), kept.record("example.org/removed:10"));
@@ -52,10 +52,10 @@ pub(super) async fn a_record_is_removed_if_it_points_there(subject: &mut dyn Sub
     ensure(listed(store.as_ref()).await? == digests(&[&kept]), "what only the removed record named is not collected")
 }
 
-pub(super) async fn records_written_at_once_are_all_there(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn concurrent_record_writes_all_succeed(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let blob = Blob::of("target of many", 100);
+    let blob = TestBlob::of("target of many", 100);
     blob.write(store.as_ref(), &pin, &[]).await?;
     let by_digest = format!("example.org/many@{}", blob.digest);
     let names = ["example.org/many:1", "example.org:5000/many:2", "a name that is no reference", &by_digest];

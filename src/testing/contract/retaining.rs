@@ -6,7 +6,7 @@ use super::*;
 use crate::ports::{LayerLeases, Origin};
 
 /// A store with leases on layers, under test.
-pub trait Retains: Subject {
+pub trait LeasingStore: StoreUnderTest {
     /// The leases of the store.
     fn leases(&self) -> Arc<dyn LayerLeases>;
 }
@@ -15,7 +15,7 @@ pub trait Retains: Subject {
 ///
 /// # Panics
 /// When a promise is broken; the message names the check.
-pub async fn retains_as_promised<S: Retains>(name: &str, make: impl AsyncFn() -> S) {
+pub async fn assert_layer_lease_contract<S: LeasingStore>(name: &str, make: impl AsyncFn() -> S) {
     let mut broken = Vec::new();
     for (check, run) in checks() {
         let subject = make().await;
@@ -28,7 +28,7 @@ pub async fn retains_as_promised<S: Retains>(name: &str, make: impl AsyncFn() ->
     assert!(broken.is_empty(), "{name} breaks the contract:\n{}", broken.join("\n"));
 }
 
-type Check = for<'a> fn(&'a dyn Retains) -> Pinned<Box<dyn Future<Output = Outcome> + 'a>>;
+type Check = for<'a> fn(&'a dyn LeasingStore) -> Pinned<Box<dyn Future<Output = CheckResult> + 'a>>;
 
 fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
     macro_rules! named {
@@ -37,13 +37,13 @@ fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
         };
     }
     named![
-        a_lease_holds_a_layer_that_comes_after_it,
-        a_lease_holds_nothing_that_its_layer_names,
-        an_ended_lease_holds_nothing,
-        a_lease_is_listed_with_what_it_was_made_with,
-        an_expired_lease_holds_nothing,
+        a_lease_protects_a_layer_committed_later,
+        a_lease_does_not_protect_children_of_a_layer,
+        an_ended_lease_protects_nothing,
+        a_lease_is_listed_with_manifest_times_and_layers,
+        an_expired_lease_protects_nothing,
         only_leases_on_layers_are_listed,
-        labels_say_whether_a_manifest_keeps_its_layers,
+        manifest_labels_decide_whether_layers_are_kept,
         an_origin_has_no_port,
     ]
 }
@@ -53,16 +53,16 @@ fn in_an_hour() -> SystemTime {
 }
 
 /// Commits the blob under a pin and releases the pin, as a pull does.
-async fn pull(subject: &dyn Retains, blob: &Blob, children: &[(&Blob, ChildKind)]) -> Outcome {
+async fn pull(subject: &dyn LeasingStore, blob: &TestBlob, children: &[(&TestBlob, ChildKind)]) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
     blob.write(&*store, &pin, children).await?;
     Ok(store.release(pin).await?)
 }
 
-async fn a_lease_holds_a_layer_that_comes_after_it(subject: &dyn Retains) -> Outcome {
+async fn a_lease_protects_a_layer_committed_later(subject: &dyn LeasingStore) -> CheckResult {
     let (leases, store) = (subject.leases(), subject.store());
-    let [manifest, layer, other] = ["manifest", "layer", "other"].map(|seed| Blob::of(seed, 400));
+    let [manifest, layer, other] = ["manifest", "layer", "other"].map(|seed| TestBlob::of(seed, 400));
     let lease = leases.lease_layers(manifest.digest, None, in_an_hour()).await?;
     leases.add_layer(&lease, layer.digest).await?;
     leases.add_layer(&lease, layer.digest).await?;
@@ -74,9 +74,9 @@ async fn a_lease_holds_a_layer_that_comes_after_it(subject: &dyn Retains) -> Out
     ensure(!other.is_in(&*store).await?, "a layer that no lease names is still here")
 }
 
-async fn a_lease_holds_nothing_that_its_layer_names(subject: &dyn Retains) -> Outcome {
+async fn a_lease_does_not_protect_children_of_a_layer(subject: &dyn LeasingStore) -> CheckResult {
     let (leases, store) = (subject.leases(), subject.store());
-    let (parent, child) = (Blob::of("names", 400), Blob::of("named", 300));
+    let (parent, child) = (TestBlob::of("names", 400), TestBlob::of("named", 300));
     let pin = store.pin(HOUR).await?;
     child.write(&*store, &pin, &[]).await?;
     parent.write(&*store, &pin, &[(&child, ChildKind::Layer)]).await?;
@@ -88,9 +88,9 @@ async fn a_lease_holds_nothing_that_its_layer_names(subject: &dyn Retains) -> Ou
     ensure(!child.is_in(&*store).await?, "content that its labels name is held as well")
 }
 
-async fn an_ended_lease_holds_nothing(subject: &dyn Retains) -> Outcome {
+async fn an_ended_lease_protects_nothing(subject: &dyn LeasingStore) -> CheckResult {
     let (leases, store) = (subject.leases(), subject.store());
-    let layer = Blob::of("ended", 400);
+    let layer = TestBlob::of("ended", 400);
     let lease = leases.lease_layers(layer.digest, None, in_an_hour()).await?;
     leases.add_layer(&lease, layer.digest).await?;
     pull(subject, &layer, &[]).await?;
@@ -101,7 +101,7 @@ async fn an_ended_lease_holds_nothing(subject: &dyn Retains) -> Outcome {
     ensure(leases.layer_leases().await?.is_empty(), "an ended lease is listed")
 }
 
-async fn a_lease_is_listed_with_what_it_was_made_with(subject: &dyn Retains) -> Outcome {
+async fn a_lease_is_listed_with_manifest_times_and_layers(subject: &dyn LeasingStore) -> CheckResult {
     let leases = subject.leases();
     let (manifest, expires) = (Digest::of(b"its manifest"), in_an_hour());
     let last_use = SystemTime::now() - HOUR;
@@ -120,9 +120,9 @@ async fn a_lease_is_listed_with_what_it_was_made_with(subject: &dyn Retains) -> 
     ensure(found.last_use.is_some_and(|at| is_near(at, last_use)), format!("{found:?} was used at {last_use:?}"))
 }
 
-async fn an_expired_lease_holds_nothing(subject: &dyn Retains) -> Outcome {
+async fn an_expired_lease_protects_nothing(subject: &dyn LeasingStore) -> CheckResult {
     let (leases, store) = (subject.leases(), subject.store());
-    let layer = Blob::of("expired", 400);
+    let layer = TestBlob::of("expired", 400);
     let lease = leases.lease_layers(layer.digest, None, SystemTime::now()).await?;
     leases.add_layer(&lease, layer.digest).await?;
     pull(subject, &layer, &[]).await?;
@@ -130,30 +130,30 @@ async fn an_expired_lease_holds_nothing(subject: &dyn Retains) -> Outcome {
     ensure(!layer.is_in(&*store).await?, "a lease outlives its end")
 }
 
-async fn only_leases_on_layers_are_listed(subject: &dyn Retains) -> Outcome {
+async fn only_leases_on_layers_are_listed(subject: &dyn LeasingStore) -> CheckResult {
     subject.store().pin(HOUR).await?;
     ensure(subject.leases().layer_leases().await?.is_empty(), "a pin of a recovery is listed")
 }
 
-async fn labels_say_whether_a_manifest_keeps_its_layers(subject: &dyn Retains) -> Outcome {
+async fn manifest_labels_decide_whether_layers_are_kept(subject: &dyn LeasingStore) -> CheckResult {
     let (leases, store) = (subject.leases(), subject.store());
-    let [manifest, config, layer] = ["keeper", "its config", "its layer"].map(|seed| Blob::of(seed, 200));
+    let [manifest, config, layer] = ["keeper", "its config", "its layer"].map(|seed| TestBlob::of(seed, 200));
     let pin = store.pin(HOUR).await?;
-    ensure(!leases.keeps_layers(manifest.digest).await?, "an absent manifest keeps layers")?;
+    ensure(!leases.has_layer_references(manifest.digest).await?, "an absent manifest keeps layers")?;
     manifest.write(&*store, &pin, &[(&config, ChildKind::Config)]).await?;
-    ensure(!leases.keeps_layers(manifest.digest).await?, "a manifest without labels of layers keeps them")?;
-    store.remember(manifest.digest, &remembered(&[(&layer, ChildKind::Layer)])).await?;
-    ensure(leases.keeps_layers(manifest.digest).await?, "a manifest whose labels name a layer does not keep it")
+    ensure(!leases.has_layer_references(manifest.digest).await?, "a manifest without labels of layers keeps them")?;
+    store.add_metadata(manifest.digest, &remembered(&[(&layer, ChildKind::Layer)])).await?;
+    ensure(leases.has_layer_references(manifest.digest).await?, "a manifest whose labels name a layer does not keep it")
 }
 
-async fn an_origin_has_no_port(subject: &dyn Retains) -> Outcome {
+async fn an_origin_has_no_port(subject: &dyn LeasingStore) -> CheckResult {
     let (leases, store) = (subject.leases(), subject.store());
-    let manifest = Blob::of("with an origin", 200);
+    let manifest = TestBlob::of("with an origin", 200);
     let pin = store.pin(HOUR).await?;
     ensure(leases.origins(manifest.digest).await?.is_empty(), "an absent manifest has an origin")?;
     manifest.write(&*store, &pin, &[]).await?;
     let source = Some(Repository { registry: "10.0.0.1:5000".into(), path: "team/app".into() });
-    store.remember(manifest.digest, &Remembered { source, children: Vec::new() }).await?;
+    store.add_metadata(manifest.digest, &BlobMetadata { source, children: Vec::new() }).await?;
     let found = leases.origins(manifest.digest).await?;
     ensure(found == [Origin::new("10.0.0.1", "team/app")], format!("{found:?}"))
 }

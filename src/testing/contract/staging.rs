@@ -8,7 +8,7 @@ use super::*;
 const SIZE: usize = (3 << 18) + 12_345;
 
 /// Everything, the end first, in batches of chunks that end anywhere; some of them are empty.
-async fn write_backwards(staged: &dyn Staged, blob: &Blob) -> Outcome {
+async fn write_backwards(staged: &dyn StagedBlob, blob: &TestBlob) -> CheckResult {
     staged.write_at(0, &[]).await?;
     for piece in (0..blob.bytes.len().div_ceil(1 << 18)).rev() {
         let begin = piece << 18;
@@ -23,7 +23,7 @@ async fn write_backwards(staged: &dyn Staged, blob: &Blob) -> Outcome {
 }
 
 /// The bytes of a range, however many come at once.
-async fn read(staged: &dyn Staged, range: Range<usize>) -> Result<Vec<u8>, Broken> {
+async fn read(staged: &dyn StagedBlob, range: Range<usize>) -> Result<Vec<u8>, Violation> {
     let mut bytes = Vec::new();
     while bytes.len() < range.len() {
         let read = staged.read_at((range.start + bytes.len()) as u64, range.len() - bytes.len()).await?;
@@ -38,7 +38,7 @@ fn covers(left: &[Range<u64>], range: &Range<usize>) -> bool {
     left.iter().any(|part| part.start <= range.start as u64 && range.end as u64 <= part.end)
 }
 
-pub(super) async fn pieces_in_any_order_make_the_blob(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn pieces_in_any_order_make_the_blob(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
     for (size, reason) in [
@@ -48,22 +48,22 @@ pub(super) async fn pieces_in_any_order_make_the_blob(subject: &mut dyn Subject)
         (SIZE, "several pieces, of which the last is short"),
         (5 << 20, "several messages of any store that sends messages"),
     ] {
-        let explain = |Broken(failure)| Broken(format!("{size} bytes ({reason}): {failure}"));
-        let blob = Blob::of("any order", size);
+        let explain = |Violation(failure)| Violation(format!("{size} bytes ({reason}): {failure}"));
+        let blob = TestBlob::of("any order", size);
         let staged = store.stage(blob.digest, blob.size(), &pin).await?;
-        ensure(staged.left().is_empty(), "something is left of what was never staged").map_err(explain)?;
+        ensure(staged.resumed_ranges().is_empty(), "something is left of what was never staged").map_err(explain)?;
         write_backwards(&*staged, &blob).await.map_err(explain)?;
-        staged.commit(blob.proof()?, &Remembered::default()).await.map_err(Broken::from).map_err(explain)?;
-        blob.reads_back_from(store.as_ref()).await.map_err(explain)?;
+        staged.commit(blob.proof()?, &BlobMetadata::default()).await.map_err(Violation::from).map_err(explain)?;
+        blob.check_content(store.as_ref()).await.map_err(explain)?;
         ensure(read(&*staged, 0..size).await? == blob.bytes, "other bytes after the commit").map_err(explain)?;
     }
     Ok(())
 }
 
-pub(super) async fn what_is_staged_is_not_there_yet(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn a_staged_blob_is_invisible_before_the_commit(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let blob = Blob::of("not there yet", SIZE);
+    let blob = TestBlob::of("not there yet", SIZE);
     let staged = store.stage(blob.digest, blob.size(), &pin).await?;
     let last = SIZE - 12_345..SIZE;
     staged.write_at(last.start as u64, &[blob.bytes.slice(last.clone())]).await?;
@@ -81,35 +81,39 @@ pub(super) async fn what_is_staged_is_not_there_yet(subject: &mut dyn Subject) -
     ensure(matches!(opened, Err(StoreError::Absent(_))), format!("open: {opened:?}"))
 }
 
-pub(super) async fn what_is_staged_needs_its_own_proof(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn a_staged_blob_rejects_the_proof_of_another_blob(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let (wanted, other) = (Blob::of("staged", 1000), Blob::of("not staged", 1000));
+    let (wanted, other) = (TestBlob::of("staged", 1000), TestBlob::of("not staged", 1000));
     let staged = store.stage(wanted.digest, wanted.size(), &pin).await?;
     staged.write_at(0, std::slice::from_ref(&other.bytes)).await?;
-    let committed = staged.commit(other.proof()?, &Remembered::default()).await;
+    let committed = staged.commit(other.proof()?, &BlobMetadata::default()).await;
     ensure(matches!(committed, Err(StoreError::Other(_))), format!("commit: {committed:?}"))?;
     ensure(listed(store.as_ref()).await?.is_empty(), "something is there nevertheless")
 }
 
-pub(super) async fn nothing_is_written_after_the_commit(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn writes_after_the_commit_are_rejected(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let blob = Blob::of("committed and then written to", SIZE);
+    let blob = TestBlob::of("committed and then written to", SIZE);
     let staged = store.stage(blob.digest, blob.size(), &pin).await?;
     write_backwards(&*staged, &blob).await?;
-    staged.commit(blob.proof()?, &Remembered::default()).await?;
+    staged.commit(blob.proof()?, &BlobMetadata::default()).await?;
     let wrong = staged.write_at(1000, &[Bytes::from_static(b"wrong")]).await;
     ensure(matches!(wrong, Err(StoreError::Other(_))), format!("a write after the commit: {wrong:?}"))?;
     // What came to be a blob stays one.
     staged.abandon().await;
     ensure(read(&*staged, 0..SIZE).await? == blob.bytes, "it cannot be read any more where it was staged")?;
     drop(staged);
-    blob.reads_back_from(store.as_ref()).await
+    blob.check_content(store.as_ref()).await
 }
 
 /// Stages the second half of a blob.
-async fn half(store: &dyn ContentStore, blob: &Blob, pin: &Pin) -> Result<(Arc<dyn Staged>, Range<usize>), Broken> {
+async fn stage_second_half(
+    store: &dyn ContentStore,
+    blob: &TestBlob,
+    pin: &Pin,
+) -> Result<(Arc<dyn StagedBlob>, Range<usize>), Violation> {
     let staged = store.stage(blob.digest, blob.size(), pin).await?;
     let written = SIZE / 2..SIZE;
     staged.write_at(written.start as u64, &[blob.bytes.slice(written.clone())]).await?;
@@ -117,109 +121,109 @@ async fn half(store: &dyn ContentStore, blob: &Blob, pin: &Pin) -> Result<(Arc<d
 }
 
 /// Finds again what was written, and finishes.
-async fn goes_on(store: &dyn ContentStore, blob: &Blob, pin: &Pin, written: Range<usize>) -> Outcome {
+async fn resume_and_commit(store: &dyn ContentStore, blob: &TestBlob, pin: &Pin, written: Range<usize>) -> CheckResult {
     let staged = store.stage(blob.digest, blob.size(), pin).await?;
-    let left = staged.left();
+    let left = staged.resumed_ranges();
     ensure(covers(&left, &written), format!("{written:?} was written, left is {left:?}"))?;
     ensure(left.iter().all(|part| part.start < part.end && part.end <= blob.size()), format!("left is {left:?}"))?;
     ensure(left.windows(2).all(|pair| pair[0].end < pair[1].start), format!("left is {left:?}"))?;
     ensure(read(&*staged, written.clone()).await? == blob.bytes[written.clone()], "other bytes are left")?;
     staged.write_at(0, &[blob.bytes.slice(..written.start)]).await?;
-    staged.commit(blob.proof()?, &Remembered::default()).await?;
-    blob.reads_back_from(store).await
+    staged.commit(blob.proof()?, &BlobMetadata::default()).await?;
+    blob.check_content(store).await
 }
 
-pub(super) async fn what_was_staged_and_dropped_is_taken_up_again(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn a_dropped_staged_blob_is_resumed(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let blob = Blob::of("staged and dropped", SIZE);
-    let (staged, written) = half(store.as_ref(), &blob, &pin).await?;
+    let blob = TestBlob::of("staged and dropped", SIZE);
+    let (staged, written) = stage_second_half(store.as_ref(), &blob, &pin).await?;
     drop(staged);
     ensure(listed(store.as_ref()).await?.is_empty(), "half of a blob is listed")?;
-    goes_on(store.as_ref(), &blob, &pin, written).await
+    resume_and_commit(store.as_ref(), &blob, &pin, written).await
 }
 
-pub(super) async fn what_was_staged_before_a_kill_is_taken_up_again(subject: &mut dyn Subject) -> Outcome {
-    let blob = Blob::of("staged before the kill", SIZE);
+pub(super) async fn a_staged_blob_is_resumed_after_a_kill(subject: &mut dyn StoreUnderTest) -> CheckResult {
+    let blob = TestBlob::of("staged before the kill", SIZE);
     let (unfinished, written) = {
         let store = subject.store();
         let pin = store.pin(HOUR).await?;
-        half(store.as_ref(), &blob, &pin).await?
+        stage_second_half(store.as_ref(), &blob, &pin).await?
     };
-    subject.restart(Unfinished::Staged(unfinished)).await;
+    subject.restart(UnfinishedWrite::Staged(unfinished)).await;
     subject.collect().await;
     let store = subject.store();
     ensure(listed(store.as_ref()).await?.is_empty(), "half of a blob is listed after the kill")?;
     let pin = store.pin(HOUR).await?;
-    goes_on(store.as_ref(), &blob, &pin, written).await
+    resume_and_commit(store.as_ref(), &blob, &pin, written).await
 }
 
-pub(super) async fn what_is_abandoned_is_not_taken_up_again(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn an_abandoned_staged_blob_is_not_resumed(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let blob = Blob::of("abandoned", SIZE);
-    let (staged, _) = half(store.as_ref(), &blob, &pin).await?;
+    let blob = TestBlob::of("abandoned", SIZE);
+    let (staged, _) = stage_second_half(store.as_ref(), &blob, &pin).await?;
     staged.abandon().await;
     let wrong = staged.write_at(0, &[Bytes::from_static(b"wrong")]).await;
     ensure(matches!(wrong, Err(StoreError::Other(_))), format!("a write to what was abandoned: {wrong:?}"))?;
-    let committed = staged.commit(blob.proof()?, &Remembered::default()).await;
+    let committed = staged.commit(blob.proof()?, &BlobMetadata::default()).await;
     ensure(matches!(committed, Err(StoreError::Other(_))), format!("a commit of what was abandoned: {committed:?}"))?;
     drop(staged);
     ensure(listed(store.as_ref()).await?.is_empty(), "what was abandoned is listed")?;
     let staged = store.stage(blob.digest, blob.size(), &pin).await?;
-    ensure(staged.left().is_empty(), format!("left is {:?}", staged.left()))?;
+    ensure(staged.resumed_ranges().is_empty(), format!("left is {:?}", staged.resumed_ranges()))?;
     write_backwards(&*staged, &blob).await?;
-    staged.commit(blob.proof()?, &Remembered::default()).await?;
-    blob.reads_back_from(store.as_ref()).await
+    staged.commit(blob.proof()?, &BlobMetadata::default()).await?;
+    blob.check_content(store.as_ref()).await
 }
 
-pub(super) async fn a_blob_is_staged_once_and_not_when_it_is_there(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn a_blob_is_staged_once_and_only_while_absent(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let (pin, other) = (store.pin(HOUR).await?, store.pin(HOUR).await?);
-    let blob = Blob::of("staged once", SIZE);
+    let blob = TestBlob::of("staged once", SIZE);
     let staged = store.stage(blob.digest, blob.size(), &pin).await?;
     let second = store.stage(blob.digest, blob.size(), &pin).await.map(|_| ());
     ensure(matches!(second, Err(StoreError::Busy(_))), format!("staged twice: {second:?}"))?;
     let writer = store.create(blob.digest, blob.size(), &pin).await.map(|_| ());
     ensure(matches!(writer, Err(StoreError::Busy(_))), format!("a writer beside it: {writer:?}"))?;
     write_backwards(&*staged, &blob).await?;
-    staged.commit(blob.proof()?, &Remembered::default()).await?;
+    staged.commit(blob.proof()?, &BlobMetadata::default()).await?;
     drop(staged);
 
     let again = store.stage(blob.digest, blob.size(), &other).await.map(|_| ());
-    ensure(matches!(again, Err(StoreError::AlreadyThere(_))), format!("staged when it is there: {again:?}"))?;
+    ensure(matches!(again, Err(StoreError::AlreadyExists(_))), format!("staged when it is there: {again:?}"))?;
     store.release(pin).await?;
     subject.collect().await;
     ensure(blob.is_in(store.as_ref()).await?, "what was there already is not held by the second pin")?;
-    let gone = store.stage(Blob::of("staged for nobody", 10).digest, 10, &Pin("nobody's".into())).await.map(|_| ());
+    let gone = store.stage(TestBlob::of("staged for nobody", 10).digest, 10, &Pin("nobody's".into())).await.map(|_| ());
     ensure(matches!(gone, Err(StoreError::Other(_))), format!("staged under a pin that is gone: {gone:?}"))
 }
 
-pub(super) async fn a_pin_holds_what_was_staged_under_it(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn a_pin_protects_blobs_staged_under_the_pin(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let blob = Blob::of("staged and held", SIZE);
+    let blob = TestBlob::of("staged and held", SIZE);
     let staged = store.stage(blob.digest, blob.size(), &pin).await?;
     write_backwards(&*staged, &blob).await?;
-    staged.commit(blob.proof()?, &Remembered::default()).await?;
+    staged.commit(blob.proof()?, &BlobMetadata::default()).await?;
     subject.collect().await;
-    blob.reads_back_from(store.as_ref()).await?;
+    blob.check_content(store.as_ref()).await?;
     store.release(pin).await?;
     subject.collect().await;
     ensure(!blob.is_in(store.as_ref()).await?, "released content that nothing names is not collected")
 }
 
-pub(super) async fn what_is_remembered_of_the_staged_can_be_seen(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn metadata_of_a_staged_blob_is_listed(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let (pin, other) = (store.pin(HOUR).await?, store.pin(HOUR).await?);
-    let (parent, child) = (Blob::of("staged parent", 300), Blob::of("staged child", 30));
+    let (parent, child) = (TestBlob::of("staged parent", 300), TestBlob::of("staged child", 30));
     let source = Repository { registry: "10.0.0.1:5000".into(), path: "team/staged".into() };
     child.write(store.as_ref(), &other, &[]).await?;
     let mut changes = store.changes();
     changes.mark_unchanged();
     let staged = store.stage(parent.digest, parent.size(), &pin).await?;
     staged.write_at(0, std::slice::from_ref(&parent.bytes)).await?;
-    let known = Remembered { source: Some(source.clone()), ..remembered(&[(&child, ChildKind::Layer)]) };
+    let known = BlobMetadata { source: Some(source.clone()), ..remembered(&[(&child, ChildKind::Layer)]) };
     staged.commit(parent.proof()?, &known).await?;
     ensure(changes.has_changed().unwrap_or_default(), "the counter does not move after a commit")?;
     let expected = BlobInfo { digest: parent.digest, size: 300, sources: vec![source], has_children: true };

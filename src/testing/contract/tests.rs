@@ -14,15 +14,15 @@ use crate::testing::MemoryStore;
 
 /// Passes everything on but what the test breaks.
 #[derive(Clone)]
-struct Unsound {
+struct UnsoundStore {
     sound: MemoryStore,
-    breaks: Breaks,
+    defect: Defect,
     /// Blobs that were ever staged.
     staged: Arc<Mutex<HashSet<Digest>>>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Breaks {
+enum Defect {
     /// What is remembered, as a store that does not write its labels.
     Remembering,
     /// The hold on what was there already.
@@ -55,19 +55,19 @@ enum Breaks {
     Renewing,
 }
 
-impl Unsound {
+impl UnsoundStore {
     fn shown(&self, blob: BlobInfo) -> BlobInfo {
-        match self.breaks {
-            Breaks::Showing => BlobInfo { sources: Vec::new(), has_children: false, ..blob },
+        match self.defect {
+            Defect::Showing => BlobInfo { sources: Vec::new(), has_children: false, ..blob },
             _ => blob,
         }
     }
 }
 
 #[async_trait]
-impl ContentStore for Unsound {
+impl ContentStore for UnsoundStore {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
-        let early = self.breaks == Breaks::Hiding && self.staged.lock().unwrap().contains(&digest);
+        let early = self.defect == Defect::Hiding && self.staged.lock().unwrap().contains(&digest);
         let early = early.then_some(BlobInfo { digest, size: 0, sources: Vec::new(), has_children: false });
         Ok(self.sound.blob(digest).await?.map(|blob| self.shown(blob)).or(early))
     }
@@ -81,32 +81,32 @@ impl ContentStore for Unsound {
     }
 
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
-        if self.breaks == Breaks::Pinning && self.sound.blob(digest).await?.is_some() {
-            return Err(StoreError::AlreadyThere(digest));
+        if self.defect == Defect::Pinning && self.sound.blob(digest).await?.is_some() {
+            return Err(StoreError::AlreadyExists(digest));
         }
         self.sound.create(digest, size, pin).await
     }
 
-    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn Staged>, StoreError> {
-        if self.breaks == Breaks::Pinning && self.sound.blob(digest).await?.is_some() {
-            return Err(StoreError::AlreadyThere(digest));
+    async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
+        if self.defect == Defect::Pinning && self.sound.blob(digest).await?.is_some() {
+            return Err(StoreError::AlreadyExists(digest));
         }
         let sound = self.sound.stage(digest, size, pin).await?;
         self.staged.lock().unwrap().insert(digest);
-        Ok(Arc::new(UnsoundStage { sound, breaks: self.breaks, committed: AtomicBool::new(false) }))
+        Ok(Arc::new(UnsoundStagedBlob { sound, defect: self.defect, committed: AtomicBool::new(false) }))
     }
 
-    async fn remember(&self, digest: Digest, remembered: &Remembered) -> Result<(), StoreError> {
-        if self.breaks == Breaks::Remembering {
-            return self.sound.remember(digest, &Remembered::default()).await;
+    async fn add_metadata(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError> {
+        if self.defect == Defect::Remembering {
+            return self.sound.add_metadata(digest, &BlobMetadata::default()).await;
         }
-        self.sound.remember(digest, remembered).await
+        self.sound.add_metadata(digest, remembered).await
     }
 
     async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
-        match self.breaks {
-            Breaks::Discarding => Ok(()),
-            Breaks::Orphans => self.sound.discard(digest, &Pin("nobody's".into())).await,
+        match self.defect {
+            Defect::Discarding => Ok(()),
+            Defect::Orphans => self.sound.discard(digest, &Pin("nobody's".into())).await,
             _ => self.sound.discard(digest, pin).await,
         }
     }
@@ -116,7 +116,7 @@ impl ContentStore for Unsound {
     }
 
     async fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
-        if self.breaks == Breaks::Targets && self.sound.blob(record.target.digest).await?.is_none() {
+        if self.defect == Defect::Targets && self.sound.blob(record.target.digest).await?.is_none() {
             return Ok(());
         }
         self.sound.put_image(record).await
@@ -125,7 +125,7 @@ impl ContentStore for Unsound {
     async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
         let named = self.sound.images().await?.into_iter().find(|record| record.name == name);
         match named {
-            Some(record) if self.breaks == Breaks::Removing => {
+            Some(record) if self.defect == Defect::Removing => {
                 self.sound.remove_image(name, record.target.digest).await
             }
             _ => self.sound.remove_image(name, target).await,
@@ -141,8 +141,8 @@ impl ContentStore for Unsound {
     }
 
     async fn renew(&self, pin: &Pin, life: Duration) -> Result<(), StoreError> {
-        match self.breaks {
-            Breaks::Renewing => Ok(()),
+        match self.defect {
+            Defect::Renewing => Ok(()),
             _ => self.sound.renew(pin, life).await,
         }
     }
@@ -152,7 +152,7 @@ impl ContentStore for Unsound {
     }
 
     fn changes(&self) -> watch::Receiver<u64> {
-        if self.breaks == Breaks::Counting { watch::channel(0).1 } else { self.sound.changes() }
+        if self.defect == Defect::Counting { watch::channel(0).1 } else { self.sound.changes() }
     }
 
     async fn disks(&self) -> Result<Disks, StoreError> {
@@ -160,20 +160,20 @@ impl ContentStore for Unsound {
     }
 }
 
-struct UnsoundStage {
-    sound: Arc<dyn Staged>,
-    breaks: Breaks,
+struct UnsoundStagedBlob {
+    sound: Arc<dyn StagedBlob>,
+    defect: Defect,
     committed: AtomicBool,
 }
 
 #[async_trait]
-impl Staged for UnsoundStage {
-    fn left(&self) -> Vec<Range<u64>> {
-        if self.breaks == Breaks::Resuming { Vec::new() } else { self.sound.left() }
+impl StagedBlob for UnsoundStagedBlob {
+    fn resumed_ranges(&self) -> Vec<Range<u64>> {
+        if self.defect == Defect::Resuming { Vec::new() } else { self.sound.resumed_ranges() }
     }
 
     async fn write_at(&self, offset: u64, chunks: &[Bytes]) -> Result<(), StoreError> {
-        if self.breaks == Breaks::Sealing && self.committed.load(Ordering::SeqCst) {
+        if self.defect == Defect::Sealing && self.committed.load(Ordering::SeqCst) {
             return Ok(());
         }
         self.sound.write_at(offset, chunks).await
@@ -183,23 +183,23 @@ impl Staged for UnsoundStage {
         self.sound.read_at(offset, most).await
     }
 
-    async fn commit(&self, proof: Verified, remembered: &Remembered) -> Result<(), StoreError> {
+    async fn commit(&self, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
         self.committed.store(true, Ordering::SeqCst);
-        let nothing = Remembered::default();
-        let remembered = if self.breaks == Breaks::Labels { &nothing } else { remembered };
+        let nothing = BlobMetadata::default();
+        let remembered = if self.defect == Defect::Labels { &nothing } else { remembered };
         let committed = self.sound.commit(proof, remembered).await;
-        if self.breaks == Breaks::Proofs { Ok(()) } else { committed }
+        if self.defect == Defect::Proofs { Ok(()) } else { committed }
     }
 
     async fn abandon(&self) {
-        if self.breaks != Breaks::Abandoning {
+        if self.defect != Defect::Abandoning {
             self.sound.abandon().await;
         }
     }
 }
 
 #[async_trait]
-impl Subject for Unsound {
+impl StoreUnderTest for UnsoundStore {
     fn store(&self) -> Arc<dyn ContentStore> {
         Arc::new(self.clone())
     }
@@ -208,42 +208,49 @@ impl Subject for Unsound {
         self.sound.collect();
     }
 
-    async fn restart(&mut self, unfinished: Unfinished) {
+    async fn restart(&mut self, unfinished: UnfinishedWrite) {
         drop(unfinished);
     }
 }
 
 #[tokio::test]
-async fn a_broken_store_is_found_out() {
-    for (breaks, checks) in [
-        (Breaks::Remembering, &["remembering_adds_and_never_loses: ", "what_is_remembered_can_be_seen: "][..]),
-        (Breaks::Pinning, &["a_pin_holds_what_it_found_there: ", "a_blob_is_staged_once_and_not_when_it_is_there: "]),
-        (Breaks::Targets, &["a_record_needs_its_target: "]),
-        (Breaks::Removing, &["a_record_is_removed_if_it_points_there: "]),
+async fn the_contract_detects_every_defect() {
+    for (defect, checks) in [
+        (Defect::Remembering, &["added_metadata_replaces_nothing: ", "metadata_of_a_written_blob_is_listed: "][..]),
         (
-            Breaks::Counting,
+            Defect::Pinning,
+            &["a_pin_protects_blobs_that_existed_before: ", "a_blob_is_staged_once_and_only_while_absent: "],
+        ),
+        (Defect::Targets, &["a_record_needs_its_target: "]),
+        (Defect::Removing, &["a_record_is_removed_only_with_the_right_target: "]),
+        (
+            Defect::Counting,
             &[
                 "changes_are_counted: ",
-                "a_record_is_removed_if_it_points_there: ",
-                "what_is_remembered_of_the_staged_can_be_seen: ",
+                "a_record_is_removed_only_with_the_right_target: ",
+                "metadata_of_a_staged_blob_is_listed: ",
             ],
         ),
-        (Breaks::Showing, &["what_is_remembered_can_be_seen: ", "what_is_remembered_of_the_staged_can_be_seen: "]),
-        (Breaks::Discarding, &["what_is_discarded_can_be_written_again: "]),
-        (Breaks::Orphans, &["what_is_discarded_can_be_written_again: "]),
-        (Breaks::Hiding, &["what_is_staged_is_not_there_yet: ", "a_pin_holds_what_was_staged_under_it: "]),
-        (Breaks::Proofs, &["what_is_staged_needs_its_own_proof: ", "what_is_abandoned_is_not_taken_up_again: "]),
-        (Breaks::Sealing, &["nothing_is_written_after_the_commit: "]),
+        (Defect::Showing, &["metadata_of_a_written_blob_is_listed: ", "metadata_of_a_staged_blob_is_listed: "]),
+        (Defect::Discarding, &["a_discarded_blob_can_be_written_again: "]),
+        (Defect::Orphans, &["a_discarded_blob_can_be_written_again: "]),
         (
-            Breaks::Resuming,
-            &["what_was_staged_and_dropped_is_taken_up_again: ", "what_was_staged_before_a_kill_is_taken_up_again: "],
+            Defect::Hiding,
+            &["a_staged_blob_is_invisible_before_the_commit: ", "a_pin_protects_blobs_staged_under_the_pin: "],
         ),
-        (Breaks::Abandoning, &["what_is_abandoned_is_not_taken_up_again: "]),
-        (Breaks::Labels, &["what_is_remembered_of_the_staged_can_be_seen: "]),
-        (Breaks::Renewing, &["a_renewed_pin_holds_what_it_held_and_what_comes: ", "a_renewed_pin_ends_by_itself: "]),
+        (
+            Defect::Proofs,
+            &["a_staged_blob_rejects_the_proof_of_another_blob: ", "an_abandoned_staged_blob_is_not_resumed: "],
+        ),
+        (Defect::Sealing, &["writes_after_the_commit_are_rejected: "]),
+        (Defect::Resuming, &["a_dropped_staged_blob_is_resumed: ", "a_staged_blob_is_resumed_after_a_kill: "]),
+        (Defect::Abandoning, &["an_abandoned_staged_blob_is_not_resumed: "]),
+        (Defect::Labels, &["metadata_of_a_staged_blob_is_listed: "]),
+        (Defect::Renewing, &["a_renewed_pin_protects_earlier_and_later_blobs: ", "a_renewed_pin_expires: "]),
     ] {
         let broken =
-            broken_promises(async || Unsound { sound: MemoryStore::new(), breaks, staged: Arc::default() }).await;
+            contract_violations(async || UnsoundStore { sound: MemoryStore::new(), defect, staged: Arc::default() })
+                .await;
         assert_eq!(broken.len(), checks.len(), "{broken:?}");
         assert!(checks.iter().zip(&broken).all(|(check, line)| line.starts_with(check)), "{broken:?}");
     }

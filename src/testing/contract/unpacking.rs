@@ -2,12 +2,12 @@
 
 use super::*;
 use crate::oci::StackedLayer;
-use crate::ports::{UnpackError, Unpacked, Unpacker};
-use crate::testing::image::{MadeImage, Packing, Recipe, make_image};
+use crate::ports::{UnpackError, UnpackOutcome, Unpacker};
+use crate::testing::image::{Compression, MadeImage, Recipe, make_image};
 
 /// A store that unpacks, under test.
 #[async_trait]
-pub trait Unpacks: Subject {
+pub trait UnpackingStore: StoreUnderTest {
     /// Unpacks what is in the store.
     fn unpacker(&self) -> Arc<dyn Unpacker>;
 
@@ -22,13 +22,13 @@ pub trait Unpacks: Subject {
 ///
 /// # Panics
 /// When a promise is broken; the message names the check.
-pub async fn unpacks_as_promised<S: Unpacks>(name: &str, make: impl AsyncFn() -> S) {
-    let broken = promises_broken_in_unpacking(make).await;
+pub async fn assert_unpacking_contract<S: UnpackingStore>(name: &str, make: impl AsyncFn() -> S) {
+    let broken = unpacking_violations(make).await;
     assert!(broken.is_empty(), "{name} breaks the contract:\n{}", broken.join("\n"));
 }
 
 /// Runs every check on a store of its own; one line for each that failed, which begins with its name.
-pub(super) async fn promises_broken_in_unpacking<S: Unpacks>(make: impl AsyncFn() -> S) -> Vec<String> {
+pub(super) async fn unpacking_violations<S: UnpackingStore>(make: impl AsyncFn() -> S) -> Vec<String> {
     let mut broken = Vec::new();
     for (name, check) in checks() {
         let subject = make().await;
@@ -41,7 +41,7 @@ pub(super) async fn promises_broken_in_unpacking<S: Unpacks>(make: impl AsyncFn(
     broken
 }
 
-type Check = for<'a> fn(&'a dyn Unpacks) -> Pinned<Box<dyn Future<Output = Outcome> + 'a>>;
+type Check = for<'a> fn(&'a dyn UnpackingStore) -> Pinned<Box<dyn Future<Output = CheckResult> + 'a>>;
 
 fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
     macro_rules! named {
@@ -50,34 +50,44 @@ fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
         };
     }
     named![
-        every_packing_is_unpacked_under_its_chain_id,
-        what_is_unpacked_is_found_by_its_chain_id,
-        what_is_unpacked_is_left_as_it_is,
-        another_image_on_the_same_layers_shares_them,
-        another_diff_is_refused_and_nothing_is_left,
-        a_layer_that_is_not_here_is_an_error_and_nothing_is_left,
-        a_layer_needs_the_one_beneath,
-        a_pin_holds_what_was_unpacked_under_it,
-        a_renewed_pin_holds_what_was_unpacked_under_it,
-        a_pin_holds_what_it_found_unpacked,
-        what_is_kept_lives_as_long_as_its_image,
-        only_a_configuration_that_is_there_keeps,
+        every_compression_is_unpacked_under_the_chain_id,
+        an_unpacked_layer_is_found_by_chain_id,
+        an_unpacked_layer_is_not_unpacked_again,
+        images_share_unpacked_layers,
+        a_diff_id_mismatch_is_rejected_and_leaves_nothing,
+        an_absent_layer_is_an_error_and_leaves_nothing,
+        a_layer_needs_the_parent_layer,
+        a_pin_protects_layers_unpacked_under_the_pin,
+        a_renewed_pin_protects_layers_unpacked_under_the_pin,
+        a_pin_protects_layers_unpacked_before,
+        a_kept_snapshot_lives_as_long_as_the_image,
+        an_absent_configuration_keeps_no_snapshot,
     ]
 }
 
-impl From<UnpackError> for Broken {
+impl From<UnpackError> for Violation {
     fn from(error: UnpackError) -> Self {
         Self(format!("unpacking failed: {error}"))
     }
 }
 
-async fn image(subject: &dyn Unpacks, name: &str, layers: &[u64], packing: Packing) -> Result<MadeImage, Broken> {
-    let recipe = Recipe { layers: layers.to_vec(), packing, ..Recipe::default() };
+async fn image(
+    subject: &dyn UnpackingStore,
+    name: &str,
+    layers: &[u64],
+    packing: Compression,
+) -> Result<MadeImage, Violation> {
+    let recipe = Recipe { layers: layers.to_vec(), compression: packing, ..Recipe::default() };
     let seed = name.bytes().fold(0, |seed, byte| seed << 5 ^ seed >> 59 ^ u64::from(byte));
     Ok(make_image(&*subject.store(), &[format!("r.test/unpacked/{name}:1")], &recipe, seed).await?)
 }
 
-async fn unpack_all(subject: &dyn Unpacks, image: &MadeImage, pin: &Pin, expected: Unpacked) -> Outcome {
+async fn unpack_all(
+    subject: &dyn UnpackingStore,
+    image: &MadeImage,
+    pin: &Pin,
+    expected: UnpackOutcome,
+) -> CheckResult {
     for layer in &image.layers {
         let unpacked = subject.unpacker().unpack(layer, pin).await?;
         ensure(unpacked == expected, format!("{} was unpacked {unpacked:?}", layer.blob.digest))?;
@@ -89,15 +99,15 @@ fn names(layers: &[StackedLayer]) -> BTreeSet<Digest> {
     layers.iter().map(|layer| layer.chain_id).collect()
 }
 
-async fn ensure_unpacked(subject: &dyn Unpacks, expected: BTreeSet<Digest>, when: &str) -> Outcome {
+async fn ensure_unpacked(subject: &dyn UnpackingStore, expected: BTreeSet<Digest>, when: &str) -> CheckResult {
     let found = subject.unpacked().await;
     ensure(found == expected, format!("{when}: {found:?} is unpacked, and should be {expected:?}"))?;
     ensure(subject.half_unpacked().await == 0, format!("{when}: something is half unpacked"))
 }
 
-async fn what_is_unpacked_is_found_by_its_chain_id(subject: &dyn Unpacks) -> Outcome {
+async fn an_unpacked_layer_is_found_by_chain_id(subject: &dyn UnpackingStore) -> CheckResult {
     let pin = subject.store().pin(HOUR).await?;
-    let image = image(subject, "found", &[1000, 10], Packing::Gzip).await?;
+    let image = image(subject, "found", &[1000, 10], Compression::Gzip).await?;
     for layer in &image.layers {
         let before = subject.store().snapshots(layer.chain_id).await?.snapshotters;
         ensure(before.is_empty(), format!("{} is in {before:?} before it is unpacked", layer.chain_id))?;
@@ -108,48 +118,51 @@ async fn what_is_unpacked_is_found_by_its_chain_id(subject: &dyn Unpacks) -> Out
     Ok(())
 }
 
-async fn every_packing_is_unpacked_under_its_chain_id(subject: &dyn Unpacks) -> Outcome {
+async fn every_compression_is_unpacked_under_the_chain_id(subject: &dyn UnpackingStore) -> CheckResult {
     let pin = subject.store().pin(HOUR).await?;
     let mut expected = BTreeSet::new();
-    for (name, packing) in [("plain", Packing::Plain), ("gzip", Packing::Gzip), ("zstd", Packing::Zstd)] {
+    for (name, packing) in [("plain", Compression::Plain), ("gzip", Compression::Gzip), ("zstd", Compression::Zstd)] {
         let image = image(subject, name, &[300_000, 10], packing).await?;
-        unpack_all(subject, &image, &pin, Unpacked::Now).await?;
+        unpack_all(subject, &image, &pin, UnpackOutcome::Unpacked).await?;
         expected.extend(names(&image.layers));
         ensure_unpacked(subject, expected.clone(), name).await?;
     }
     Ok(())
 }
 
-async fn what_is_unpacked_is_left_as_it_is(subject: &dyn Unpacks) -> Outcome {
+async fn an_unpacked_layer_is_not_unpacked_again(subject: &dyn UnpackingStore) -> CheckResult {
     let pin = subject.store().pin(HOUR).await?;
-    let image = image(subject, "twice", &[1000, 10], Packing::Gzip).await?;
-    unpack_all(subject, &image, &pin, Unpacked::Now).await?;
-    unpack_all(subject, &image, &pin, Unpacked::Before).await?;
+    let image = image(subject, "twice", &[1000, 10], Compression::Gzip).await?;
+    unpack_all(subject, &image, &pin, UnpackOutcome::Unpacked).await?;
+    unpack_all(subject, &image, &pin, UnpackOutcome::AlreadyUnpacked).await?;
     ensure_unpacked(subject, names(&image.layers), "twice").await
 }
 
 /// The same seed makes the same first layers.
-async fn another_image_on_the_same_layers_shares_them(subject: &dyn Unpacks) -> Outcome {
+async fn images_share_unpacked_layers(subject: &dyn UnpackingStore) -> CheckResult {
     let pin = subject.store().pin(HOUR).await?;
-    let base = image(subject, "shared", &[1000, 10], Packing::Gzip).await?;
-    let more = image(subject, "shared", &[1000, 10, 20], Packing::Gzip).await?;
-    unpack_all(subject, &base, &pin, Unpacked::Now).await?;
+    let base = image(subject, "shared", &[1000, 10], Compression::Gzip).await?;
+    let more = image(subject, "shared", &[1000, 10, 20], Compression::Gzip).await?;
+    unpack_all(subject, &base, &pin, UnpackOutcome::Unpacked).await?;
     let mut how = Vec::new();
     for layer in &more.layers {
         how.push(subject.unpacker().unpack(layer, &pin).await?);
     }
-    ensure(how == [Unpacked::Before, Unpacked::Before, Unpacked::Now], format!("unpacked {how:?}"))?;
+    ensure(
+        how == [UnpackOutcome::AlreadyUnpacked, UnpackOutcome::AlreadyUnpacked, UnpackOutcome::Unpacked],
+        format!("unpacked {how:?}"),
+    )?;
     ensure_unpacked(subject, names(&more.layers), "two images").await
 }
 
-async fn another_diff_is_refused_and_nothing_is_left(subject: &dyn Unpacks) -> Outcome {
+async fn a_diff_id_mismatch_is_rejected_and_leaves_nothing(subject: &dyn UnpackingStore) -> CheckResult {
     let pin = subject.store().pin(HOUR).await?;
-    let image = image(subject, "false", &[1000, 10], Packing::Gzip).await?;
+    let image = image(subject, "false", &[1000, 10], Compression::Gzip).await?;
     let [base, top] = &image.layers[..] else { return ensure(false, "an image of two layers has others") };
     subject.unpacker().unpack(base, &pin).await?;
     let false_id = StackedLayer { diff_id: Digest::of(b"something else"), ..top.clone() };
     let refused = subject.unpacker().unpack(&false_id, &pin).await;
-    let is_told = matches!(&refused, Err(UnpackError::OtherDiff { expected, actual })
+    let is_told = matches!(&refused, Err(UnpackError::DiffIdMismatch { expected, actual })
         if *expected == false_id.diff_id && *actual == top.diff_id.to_string());
     ensure(is_told, format!("another diff: {refused:?}"))?;
     ensure_unpacked(subject, names(&image.layers[..1]), "refused").await?;
@@ -157,9 +170,9 @@ async fn another_diff_is_refused_and_nothing_is_left(subject: &dyn Unpacks) -> O
     ensure_unpacked(subject, names(&image.layers), "the right one afterwards").await
 }
 
-async fn a_layer_that_is_not_here_is_an_error_and_nothing_is_left(subject: &dyn Unpacks) -> Outcome {
+async fn an_absent_layer_is_an_error_and_leaves_nothing(subject: &dyn UnpackingStore) -> CheckResult {
     let pin = subject.store().pin(HOUR).await?;
-    let image = image(subject, "absent", &[1000], Packing::Plain).await?;
+    let image = image(subject, "absent", &[1000], Compression::Plain).await?;
     let mut absent = image.layers[0].clone();
     absent.blob.digest = Digest::of(b"a layer that is nowhere");
     let failed = subject.unpacker().unpack(&absent, &pin).await;
@@ -167,19 +180,19 @@ async fn a_layer_that_is_not_here_is_an_error_and_nothing_is_left(subject: &dyn 
     ensure_unpacked(subject, BTreeSet::new(), "absent").await
 }
 
-async fn a_layer_needs_the_one_beneath(subject: &dyn Unpacks) -> Outcome {
+async fn a_layer_needs_the_parent_layer(subject: &dyn UnpackingStore) -> CheckResult {
     let pin = subject.store().pin(HOUR).await?;
-    let image = image(subject, "upper", &[1000, 10], Packing::Plain).await?;
+    let image = image(subject, "upper", &[1000, 10], Compression::Plain).await?;
     let failed = subject.unpacker().unpack(&image.layers[1], &pin).await;
     ensure(matches!(failed, Err(UnpackError::Store(_))), format!("without the layer beneath: {failed:?}"))?;
     ensure_unpacked(subject, BTreeSet::new(), "without the layer beneath").await
 }
 
-async fn a_pin_holds_what_was_unpacked_under_it(subject: &dyn Unpacks) -> Outcome {
+async fn a_pin_protects_layers_unpacked_under_the_pin(subject: &dyn UnpackingStore) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let image = image(subject, "pinned", &[1000, 10], Packing::Gzip).await?;
-    unpack_all(subject, &image, &pin, Unpacked::Now).await?;
+    let image = image(subject, "pinned", &[1000, 10], Compression::Gzip).await?;
+    unpack_all(subject, &image, &pin, UnpackOutcome::Unpacked).await?;
     subject.collect().await;
     ensure_unpacked(subject, names(&image.layers), "pinned").await?;
     store.release(pin).await?;
@@ -187,13 +200,13 @@ async fn a_pin_holds_what_was_unpacked_under_it(subject: &dyn Unpacks) -> Outcom
     ensure_unpacked(subject, BTreeSet::new(), "released").await
 }
 
-async fn a_renewed_pin_holds_what_was_unpacked_under_it(subject: &dyn Unpacks) -> Outcome {
+async fn a_renewed_pin_protects_layers_unpacked_under_the_pin(subject: &dyn UnpackingStore) -> CheckResult {
     let store = subject.store();
-    let image = image(subject, "renewed", &[1000, 10], Packing::Gzip).await?;
+    let image = image(subject, "renewed", &[1000, 10], Compression::Gzip).await?;
     // containerd collects by itself after a hundred changes of its metadata, counted anew from here.
     subject.collect().await;
     let pin = store.pin(Duration::ZERO).await?;
-    unpack_all(subject, &image, &pin, Unpacked::Now).await?;
+    unpack_all(subject, &image, &pin, UnpackOutcome::Unpacked).await?;
     store.renew(&pin, HOUR).await?;
     subject.collect().await;
     ensure_unpacked(subject, names(&image.layers), "renewed").await?;
@@ -202,34 +215,34 @@ async fn a_renewed_pin_holds_what_was_unpacked_under_it(subject: &dyn Unpacks) -
     ensure_unpacked(subject, BTreeSet::new(), "released").await
 }
 
-async fn a_pin_holds_what_it_found_unpacked(subject: &dyn Unpacks) -> Outcome {
+async fn a_pin_protects_layers_unpacked_before(subject: &dyn UnpackingStore) -> CheckResult {
     let store = subject.store();
     let (first, second) = (store.pin(HOUR).await?, store.pin(HOUR).await?);
-    let image = image(subject, "found", &[1000, 10], Packing::Gzip).await?;
-    unpack_all(subject, &image, &first, Unpacked::Now).await?;
-    unpack_all(subject, &image, &second, Unpacked::Before).await?;
+    let image = image(subject, "found", &[1000, 10], Compression::Gzip).await?;
+    unpack_all(subject, &image, &first, UnpackOutcome::Unpacked).await?;
+    unpack_all(subject, &image, &second, UnpackOutcome::AlreadyUnpacked).await?;
     store.release(first).await?;
     subject.collect().await;
     ensure_unpacked(subject, names(&image.layers), "held by the second").await
 }
 
-async fn what_is_kept_lives_as_long_as_its_image(subject: &dyn Unpacks) -> Outcome {
+async fn a_kept_snapshot_lives_as_long_as_the_image(subject: &dyn UnpackingStore) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let image = image(subject, "kept", &[1000, 10], Packing::Gzip).await?;
-    unpack_all(subject, &image, &pin, Unpacked::Now).await?;
-    subject.unpacker().keep(image.blobs[0].digest, image.layers[1].chain_id).await?;
+    let image = image(subject, "kept", &[1000, 10], Compression::Gzip).await?;
+    unpack_all(subject, &image, &pin, UnpackOutcome::Unpacked).await?;
+    subject.unpacker().keep_snapshot(image.blobs[0].digest, image.layers[1].chain_id).await?;
     store.release(pin).await?;
     subject.collect().await;
     ensure_unpacked(subject, names(&image.layers), "kept").await?;
-    store.remove_image("r.test/unpacked/kept:1", image.root.digest).await?;
+    store.remove_image("r.test/unpacked/kept:1", image.target.digest).await?;
     subject.collect().await;
     ensure_unpacked(subject, BTreeSet::new(), "without the image").await
 }
 
-async fn only_a_configuration_that_is_there_keeps(subject: &dyn Unpacks) -> Outcome {
+async fn an_absent_configuration_keeps_no_snapshot(subject: &dyn UnpackingStore) -> CheckResult {
     let absent = Digest::of(b"a configuration that is nowhere");
-    let kept = subject.unpacker().keep(absent, Digest::of(b"top")).await;
+    let kept = subject.unpacker().keep_snapshot(absent, Digest::of(b"top")).await;
     let is_told = matches!(kept, Err(UnpackError::Store(StoreError::Absent(digest))) if digest == absent);
     ensure(is_told, format!("an absent configuration: {kept:?}"))
 }

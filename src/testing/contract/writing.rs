@@ -2,10 +2,10 @@
 
 use super::*;
 
-pub(super) async fn a_dropped_writer_leaves_nothing(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn a_dropped_writer_leaves_nothing(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let blob = Blob::of("dropped", 700_000);
+    let blob = TestBlob::of("dropped", 700_000);
     let mut writer = store.create(blob.digest, blob.size(), &pin).await?;
     // Other bytes than the blob's: were they kept, the second attempt would show them.
     writer.append(&[Bytes::from(vec![b'x'; 400_000])]).await?;
@@ -17,24 +17,24 @@ pub(super) async fn a_dropped_writer_leaves_nothing(subject: &mut dyn Subject) -
     ensure(listed(store.as_ref()).await?.is_empty(), "half of a blob is listed")?;
 
     blob.write(store.as_ref(), &pin, &[]).await?;
-    blob.reads_back_from(store.as_ref()).await
+    blob.check_content(store.as_ref()).await
 }
 
-pub(super) async fn a_proof_of_another_blob_is_refused(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn a_proof_of_another_blob_is_refused(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let (wanted, other) = (Blob::of("wanted", 1000), Blob::of("not wanted", 1000));
+    let (wanted, other) = (TestBlob::of("wanted", 1000), TestBlob::of("not wanted", 1000));
     let mut writer = store.create(wanted.digest, wanted.size(), &pin).await?;
     writer.append(std::slice::from_ref(&other.bytes)).await?;
-    let committed = writer.commit(other.proof()?, &Remembered::default()).await;
+    let committed = writer.commit(other.proof()?, &BlobMetadata::default()).await;
     ensure(matches!(committed, Err(StoreError::Other(_))), format!("commit: {committed:?}"))?;
     ensure(listed(store.as_ref()).await?.is_empty(), "something is there nevertheless")
 }
 
-pub(super) async fn a_blob_of_another_length_is_refused(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn a_blob_of_another_length_is_refused(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let blob = Blob::of("length", 300_000);
+    let blob = TestBlob::of("length", 300_000);
     let longer = [&blob.bytes[..], b"!"].concat();
     for (what, bytes) in
         [("a byte short", blob.bytes.slice(1..)), ("a byte long", longer.into()), ("none", Bytes::new())]
@@ -42,7 +42,7 @@ pub(super) async fn a_blob_of_another_length_is_refused(subject: &mut dyn Subjec
         let mut writer = store.create(blob.digest, blob.size(), &pin).await?;
         // A store may notice already here.
         if writer.append(&[bytes]).await.is_ok() {
-            let committed = writer.commit(blob.proof()?, &Remembered::default()).await;
+            let committed = writer.commit(blob.proof()?, &BlobMetadata::default()).await;
             ensure(matches!(committed, Err(StoreError::Other(_))), format!("{what}: {committed:?}"))?;
         }
         ensure(listed(store.as_ref()).await?.is_empty(), format!("{what}: it is there nevertheless"))?;
@@ -50,10 +50,10 @@ pub(super) async fn a_blob_of_another_length_is_refused(subject: &mut dyn Subjec
     Ok(())
 }
 
-pub(super) async fn a_blob_has_one_writer_at_a_time(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn a_blob_has_one_writer_at_a_time(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
-    let blob = Blob::of("two writers", 700_000);
+    let blob = TestBlob::of("two writers", 700_000);
     let (begin, end) = (blob.bytes.slice(..400_000), blob.bytes.slice(400_000..));
     let mut first = store.create(blob.digest, blob.size(), &pin).await?;
     first.append(&[begin]).await?;
@@ -67,13 +67,13 @@ pub(super) async fn a_blob_has_one_writer_at_a_time(subject: &mut dyn Subject) -
     ensure(refused, "there are two writers of one blob")?;
 
     first.append(&[end]).await?;
-    first.commit(blob.proof()?, &Remembered::default()).await?;
-    blob.reads_back_from(store.as_ref()).await
+    first.commit(blob.proof()?, &BlobMetadata::default()).await?;
+    blob.check_content(store.as_ref()).await
 }
 
-pub(super) async fn after_a_kill_only_whole_blobs_are_there(subject: &mut dyn Subject) -> Outcome {
-    let (named, pinned) = (Blob::of("named before the kill", 1000), Blob::of("pinned before the kill", 1000));
-    let half = Blob::of("half written before the kill", 700_000);
+pub(super) async fn only_whole_blobs_survive_a_kill(subject: &mut dyn StoreUnderTest) -> CheckResult {
+    let (named, pinned) = (TestBlob::of("named before the kill", 1000), TestBlob::of("pinned before the kill", 1000));
+    let half = TestBlob::of("half written before the kill", 700_000);
     let record = named.record("example.org/kept:1");
     let unfinished = {
         let store = subject.store();
@@ -87,35 +87,35 @@ pub(super) async fn after_a_kill_only_whole_blobs_are_there(subject: &mut dyn Su
         unfinished.append(&[Bytes::from(vec![b'x'; 400_000])]).await?;
         unfinished
     };
-    subject.restart(Unfinished::Written(unfinished)).await;
+    subject.restart(UnfinishedWrite::Written(unfinished)).await;
     subject.collect().await;
 
     let store = subject.store();
     let found = listed(store.as_ref()).await?;
     ensure(found == digests(&[&named, &pinned]), format!("listed after the kill: {found:?}"))?;
-    named.reads_back_from(store.as_ref()).await?;
+    named.check_content(store.as_ref()).await?;
     let images = store.images().await?;
     ensure(images == [record], format!("records after the kill: {images:?}"))?;
     let pin = store.pin(HOUR).await?;
     half.write(store.as_ref(), &pin, &[]).await?;
-    half.reads_back_from(store.as_ref()).await
+    half.check_content(store.as_ref()).await
 }
 
-pub(super) async fn changes_are_counted(subject: &mut dyn Subject) -> Outcome {
+pub(super) async fn changes_are_counted(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let mut changes = store.changes();
     changes.mark_unchanged();
     let pin = store.pin(HOUR).await?;
-    let blob = Blob::of("counted", 10);
+    let blob = TestBlob::of("counted", 10);
     blob.write(store.as_ref(), &pin, &[]).await?;
-    moved(&mut changes, "a commit").await?;
+    wait_for_change(&mut changes, "a commit").await?;
     store.put_image(&blob.record("example.org/counted:1")).await?;
-    moved(&mut changes, "a record").await?;
+    wait_for_change(&mut changes, "a record").await?;
     store.release(pin).await?;
-    moved(&mut changes, "a release, which may lose content").await
+    wait_for_change(&mut changes, "a release, which may lose content").await
 }
 
-async fn moved(changes: &mut tokio::sync::watch::Receiver<u64>, after: &str) -> Outcome {
+async fn wait_for_change(changes: &mut tokio::sync::watch::Receiver<u64>, after: &str) -> CheckResult {
     let changed = tokio::time::timeout(Duration::from_secs(5), changes.changed()).await;
     ensure(matches!(changed, Ok(Ok(()))), format!("the counter does not move after {after}"))
 }

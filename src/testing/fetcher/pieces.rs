@@ -9,40 +9,41 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::{Behaviour, MemoryFetcher};
-use crate::model::{Availability, Order, PeerId};
-use crate::oci::{Chain, ChainBuilder, Cut, Digest, State, VerifyError};
+use crate::model::{PeerId, PieceMapUpdate, PieceRequest};
+use crate::oci::{Digest, HashChain, HashChainBuilder, HashState, PieceLayout, VerifyError};
 use crate::ports::{
-    BlobReader, ContentStore, FetchError, Following, Heard, Partial, PieceError, PieceFetcher, PieceSink, StoreError,
+    BlobReader, ContentStore, FetchError, PartialBlob, PieceError, PieceFetcher, PieceMapUpdates, PieceSink, StateSink,
+    StoreError,
 };
 
 /// Bytes that come at a time.
 const CHUNK: usize = 1 << 16;
 
 /// Where a peer has the bytes.
-enum Held {
+enum PeerBlob {
     Whole(Box<dyn BlobReader>),
-    Partly(Arc<dyn Partial>),
+    Partial(Arc<dyn PartialBlob>),
 }
 
-impl Held {
+impl PeerBlob {
     async fn read_at(&mut self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
         match self {
             Self::Whole(reader) => reader.read_at(offset, most).await,
-            Self::Partly(partial) => partial.read_at(offset, most).await,
+            Self::Partial(partial) => partial.read_at(offset, most).await,
         }
     }
 
     fn has(&self, piece: u32) -> bool {
         match self {
             Self::Whole(_) => true,
-            Self::Partly(partial) => partial.held().get(piece as usize),
+            Self::Partial(partial) => partial.piece_map().get(piece as usize),
         }
     }
 }
 
 impl MemoryFetcher {
     /// The blob at a peer that behaves so; one that hangs does so here.
-    async fn open(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<(Held, Behaviour), FetchError> {
+    async fn open(&self, peer: PeerId, digest: Digest, cut: PieceLayout) -> Result<(PeerBlob, Behaviour), FetchError> {
         let (store, behaviour) = self.peer(peer)?;
         if behaviour == Behaviour::Hangs {
             std::future::pending::<()>().await;
@@ -52,7 +53,7 @@ impl MemoryFetcher {
             Ok(reader) => reader,
             Err(StoreError::Absent(_)) => {
                 let partial = self.partial(peer, digest).ok_or(FetchError::Absent { peer, digest })?;
-                return Ok((Held::Partly(partial), behaviour));
+                return Ok((PeerBlob::Partial(partial), behaviour));
             }
             Err(_) => return Err(FetchError::StoreFailed { peer }),
         };
@@ -61,20 +62,20 @@ impl MemoryFetcher {
             let source = VerifyError::Size { expected: digest, expected_size: cut.size(), actual_size };
             return Err(FetchError::Corrupt { peer, source });
         }
-        Ok((Held::Whole(reader), behaviour))
+        Ok((PeerBlob::Whole(reader), behaviour))
     }
 }
 
 /// What comes instead of right bytes, of a piece or for the list.
-fn sent(is_wrong: bool, bytes: Bytes) -> Bytes {
+fn sent_bytes(is_wrong: bool, bytes: Bytes) -> Bytes {
     if is_wrong { bytes.iter().map(|byte| !byte).collect() } else { bytes }
 }
 
-fn is_wrong(behaviour: Behaviour, cut: Cut, piece: u32) -> bool {
+fn is_wrong(behaviour: Behaviour, cut: PieceLayout, piece: u32) -> bool {
     match behaviour {
-        Behaviour::Lies => true,
-        Behaviour::SpoilsPiece(spoilt) => piece == spoilt,
-        Behaviour::Rotten => cut.pieces() > 1,
+        Behaviour::Corrupts => true,
+        Behaviour::CorruptsPiece(spoilt) => piece == spoilt,
+        Behaviour::DiskCorrupted => cut.piece_count() > 1,
         _ => false,
     }
 }
@@ -83,130 +84,143 @@ fn is_wrong(behaviour: Behaviour, cut: Cut, piece: u32) -> bool {
 const DRIP: Duration = Duration::from_secs(10);
 
 /// As long as 36 GB take to be hashed.
-const SLOW_LIST: Duration = Duration::from_secs(20);
+const SLOW_CHAIN: Duration = Duration::from_secs(20);
 
 /// States that a slow list begins with.
-const BEGINNING: usize = 2;
+const PREFIX_STATES: usize = 2;
 
 #[async_trait]
 impl PieceFetcher for MemoryFetcher {
     /// The list of one that lies about everything is of what it sends.
-    async fn chain(&self, peer: PeerId, digest: Digest, cut: Cut, heard: Heard<'_>) -> Result<Chain, FetchError> {
-        self.lists_asked.fetch_add(1, Ordering::Relaxed);
+    async fn fetch_hash_chain(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        cut: PieceLayout,
+        heard: StateSink<'_>,
+    ) -> Result<HashChain, FetchError> {
+        self.chain_requests.fetch_add(1, Ordering::Relaxed);
         let (held, behaviour) = self.open(peer, digest, cut).await?;
         let mut reader = match held {
-            Held::Whole(reader) => reader,
-            Held::Partly(partial) => {
-                let chain = partial.chain();
+            PeerBlob::Whole(reader) => reader,
+            PeerBlob::Partial(partial) => {
+                let chain = partial.hash_chain();
                 heard(chain.states());
                 return Ok((*chain).clone());
             }
         };
-        let mut builder = ChainBuilder::new(cut);
+        let mut builder = HashChainBuilder::new(cut);
         let mut at = 0;
         while at < cut.size() {
             let bytes = reader.read_at(at, CHUNK).await?;
             at += bytes.len() as u64;
-            builder.update(&sent(behaviour == Behaviour::Lies, bytes));
+            builder.update(&sent_bytes(behaviour == Behaviour::Corrupts, bytes));
         }
-        if behaviour == Behaviour::Rotten && cut.pieces() > 1 {
+        if behaviour == Behaviour::DiskCorrupted && cut.piece_count() > 1 {
             return Err(FetchError::StoreFailed { peer });
         }
         let mut states = builder.states().to_vec();
-        if let Behaviour::ForgesList(piece) = behaviour
+        if let Behaviour::ForgesChain(piece) = behaviour
             && let Some(state) = states.get_mut(piece as usize)
         {
-            *state = State::INITIAL;
+            *state = HashState::INITIAL;
         }
-        let (first, rest) = states.split_at(states.len().min(BEGINNING));
+        let (first, rest) = states.split_at(states.len().min(PREFIX_STATES));
         heard(first);
-        if behaviour == Behaviour::ListsSlowly {
-            tokio::time::sleep(SLOW_LIST).await;
+        if behaviour == Behaviour::SendsChainSlowly {
+            tokio::time::sleep(SLOW_CHAIN).await;
         }
         for state in rest {
-            if behaviour == Behaviour::DripsList {
+            if behaviour == Behaviour::DripsChain {
                 tokio::time::sleep(DRIP).await;
             }
             heard(std::slice::from_ref(state));
         }
-        Chain::claimed(digest, cut, states).map_err(|error| FetchError::Protocol { peer, reason: error.to_string() })
+        HashChain::unverified(digest, cut, states)
+            .map_err(|error| FetchError::Protocol { peer, reason: error.to_string() })
     }
 
-    async fn follow(&self, peer: PeerId, digest: Digest, cut: Cut) -> Result<Box<dyn Following>, FetchError> {
+    async fn follow(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        cut: PieceLayout,
+    ) -> Result<Box<dyn PieceMapUpdates>, FetchError> {
         Ok(match self.open(peer, digest, cut).await?.0 {
-            Held::Whole(_) => Box::new(Whole(false)),
-            Held::Partly(partial) => {
-                Box::new(Partly { peer, digest, changes: partial.changes(), partial, told: false })
+            PeerBlob::Whole(_) => Box::new(WholeBlobUpdates(false)),
+            PeerBlob::Partial(partial) => {
+                Box::new(PartialBlobUpdates { peer, digest, changes: partial.changes(), partial, has_sent: false })
             }
         })
     }
 
-    async fn pieces(&self, order: &Order, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
-        let Order { peer, digest, cut, .. } = *order;
-        self.note_asked(peer);
+    async fn fetch_pieces(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+        let PieceRequest { peer, digest, layout: cut, .. } = *order;
+        self.record_request(peer);
         let (mut held, behaviour) = self.open(peer, digest, cut).await?;
-        let choice: Vec<_> = order.choice.iter().copied().filter(|piece| held.has(*piece)).collect();
-        for piece in choice.into_iter().take(order.most.into()) {
-            if !self.may_send(peer) {
+        let choice: Vec<_> = order.pieces.iter().copied().filter(|piece| held.has(*piece)).collect();
+        for piece in choice.into_iter().take(order.limit.into()) {
+            if !self.record_piece(peer) {
                 std::future::pending::<()>().await;
             }
             let is_wrong = is_wrong(behaviour, cut, piece);
-            self.spoilt.fetch_add(usize::from(is_wrong), Ordering::Relaxed);
+            self.corrupt_pieces.fetch_add(usize::from(is_wrong), Ordering::Relaxed);
             sink.begin(piece);
-            let (mut at, end) = (cut.offset(piece as usize), cut.offset(piece as usize) + cut.length(piece as usize));
+            let (mut at, end) =
+                (cut.offset(piece as usize), cut.offset(piece as usize) + cut.piece_length(piece as usize));
             while at < end {
                 let most = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
                 let bytes = held.read_at(at, most).await?;
                 at += bytes.len() as u64;
-                sink.append(&[sent(is_wrong, bytes)]).await?;
+                sink.append(&[sent_bytes(is_wrong, bytes)]).await?;
                 // As on a network, others have their turn.
                 tokio::task::yield_now().await;
             }
             sink.end().await.map_err(|error| unfit(error, peer, digest, piece))?;
-            self.note_served(peer, digest);
+            self.record_served(peer, digest);
         }
         Ok(())
     }
 
-    fn keep(&self, _: Arc<Chain>) {}
+    fn keep_hash_chain(&self, _: Arc<HashChain>) {}
 }
 
 fn unfit(error: PieceError, peer: PeerId, digest: Digest, piece: u32) -> FetchError {
     match error {
-        PieceError::Unfit => FetchError::Unfit { peer, digest, piece: piece as usize },
+        PieceError::Mismatch => FetchError::PieceMismatch { peer, digest, piece: piece as usize },
         PieceError::Store(error) => FetchError::Sink(error),
     }
 }
 
 /// A peer that has the whole blob: it says so, and then nothing more.
-struct Whole(bool);
+struct WholeBlobUpdates(bool);
 
 #[async_trait]
-impl Following for Whole {
-    async fn next(&mut self) -> Result<Availability, FetchError> {
+impl PieceMapUpdates for WholeBlobUpdates {
+    async fn next(&mut self) -> Result<PieceMapUpdate, FetchError> {
         if std::mem::replace(&mut self.0, true) {
             std::future::pending::<()>().await;
         }
-        Ok(Availability::Whole)
+        Ok(PieceMapUpdate::HaveAll)
     }
 }
 
 /// A peer that is fetching the blob itself.
-struct Partly {
+struct PartialBlobUpdates {
     peer: PeerId,
     digest: Digest,
-    partial: Arc<dyn Partial>,
+    partial: Arc<dyn PartialBlob>,
     changes: watch::Receiver<u64>,
-    told: bool,
+    has_sent: bool,
 }
 
 #[async_trait]
-impl Following for Partly {
-    async fn next(&mut self) -> Result<Availability, FetchError> {
+impl PieceMapUpdates for PartialBlobUpdates {
+    async fn next(&mut self) -> Result<PieceMapUpdate, FetchError> {
         let gone = |_| FetchError::Absent { peer: self.peer, digest: self.digest };
-        if std::mem::replace(&mut self.told, true) {
+        if std::mem::replace(&mut self.has_sent, true) {
             self.changes.changed().await.map_err(gone)?;
         }
-        Ok(Availability::These(self.partial.held()))
+        Ok(PieceMapUpdate::Map(self.partial.piece_map()))
     }
 }

@@ -1,4 +1,4 @@
-//! Serving pieces: of those that are welcome and here the ones that were sent the least.
+//! Serving pieces: of those that are requested and here the ones that were sent the least.
 
 use std::collections::HashSet;
 use std::mem::take;
@@ -9,27 +9,27 @@ use futures::future::join;
 use quinn::SendStream;
 use tokio::time::{Instant, timeout};
 
-use super::{ServeError, Stream, slow_store};
-use crate::decide::bucket::CHUNK;
-use crate::model::{MAX_CHOICE, PeerId};
-use crate::oci::{Cut, Digest};
-use crate::ports::{BlobReader, Partial, StoreError};
+use super::{ResponseStream, ServeError, store_timeout};
+use crate::decide::token_bucket::CHUNK;
+use crate::model::{MAX_REQUEST_PIECES, PeerId};
+use crate::oci::{Digest, PieceLayout};
+use crate::ports::{BlobReader, PartialBlob, StoreError};
 use crate::transfer::Shared;
-use crate::transfer::tuning::{MOVES, READ};
-use crate::transfer::uploads::{NoPlace, Upload};
+use crate::transfer::tuning::{READ_BYTES, UPLOAD_STALL};
+use crate::transfer::upload_queue::{NoUploadSlot, Upload};
 use crate::wire::Answer;
 
 /// Where the bytes are.
-enum Source {
+enum PieceSource {
     Whole(Box<dyn BlobReader>),
-    Part(Arc<dyn Partial>),
+    Partial(Arc<dyn PartialBlob>),
 }
 
-impl Source {
+impl PieceSource {
     fn size(&self) -> u64 {
         match self {
             Self::Whole(reader) => reader.size(),
-            Self::Part(partial) => partial.chain().cut().size(),
+            Self::Partial(partial) => partial.hash_chain().layout().size(),
         }
     }
 
@@ -37,7 +37,7 @@ impl Source {
     async fn read(&mut self, offset: u64, length: usize) -> Result<Bytes, StoreError> {
         let read = match self {
             Self::Whole(reader) => reader.read_at(offset, length).await?,
-            Self::Part(partial) => partial.read_at(offset, length).await?,
+            Self::Partial(partial) => partial.read_at(offset, length).await?,
         };
         if read.len() == length {
             return Ok(read);
@@ -46,19 +46,19 @@ impl Source {
     }
 }
 
-/// Which pieces of what are welcome.
-pub(super) struct Welcome {
+/// Which pieces of what are requested.
+pub(super) struct RequestedPieces {
     pub(super) digest: Digest,
-    pub(super) choice: Vec<u32>,
-    pub(super) most: u8,
+    pub(super) pieces: Vec<u32>,
+    pub(super) limit: u8,
 }
 
-impl Welcome {
+impl RequestedPieces {
     /// What no honest agent asks, whatever it believes of the blob.
     fn check(&self) -> Result<(), ServeError> {
-        let (choice, most) = (&self.choice, self.most);
+        let (choice, most) = (&self.pieces, self.limit);
         let distinct = choice.iter().collect::<HashSet<_>>().len();
-        if choice.is_empty() || choice.len() > MAX_CHOICE || most == 0 || distinct < choice.len() {
+        if choice.is_empty() || choice.len() > MAX_REQUEST_PIECES || most == 0 || distinct < choice.len() {
             let asked = format!("{most} of {} pieces, {distinct} of them different", choice.len());
             return Err(ServeError::Malformed(asked));
         }
@@ -66,142 +66,150 @@ impl Welcome {
     }
 }
 
-/// A stretch of a piece, as it is read and sent: the number goes before the first one.
+/// A segment of a piece, as it is read and sent: the number goes before the first one.
 #[derive(Clone, Copy)]
-struct Stretch {
+struct PieceSegment {
     piece: Option<u32>,
     offset: u64,
     length: usize,
 }
 
-/// All the stretches of these pieces, in order. An empty piece is one of no bytes.
-fn stretches(cut: Cut, pieces: &[u32]) -> impl Iterator<Item = Stretch> {
+/// All the segments of these pieces, in order. An empty piece is one of no bytes.
+fn segments(cut: PieceLayout, pieces: &[u32]) -> impl Iterator<Item = PieceSegment> {
     pieces.iter().flat_map(move |piece| {
-        let (from, length) = (cut.offset(*piece as usize), cut.length(*piece as usize));
-        (0..length.max(1)).step_by(READ).map(move |at| Stretch {
+        let (from, length) = (cut.offset(*piece as usize), cut.piece_length(*piece as usize));
+        (0..length.max(1)).step_by(READ_BYTES).map(move |at| PieceSegment {
             piece: Some(*piece).filter(|_| at == 0),
             offset: from + at,
-            length: usize::try_from(length - at).unwrap_or(READ).min(READ),
+            length: usize::try_from(length - at).unwrap_or(READ_BYTES).min(READ_BYTES),
         })
     })
 }
 
 impl Shared {
     /// Answers at once, and sends when it is this stream's turn; what is chosen then is what is best then.
-    pub(super) async fn send_pieces(
+    pub(super) async fn serve_pieces(
         &self,
         peer: PeerId,
-        welcome: Welcome,
-        stream: &mut Stream,
+        requested: RequestedPieces,
+        stream: &mut ResponseStream,
     ) -> Result<(), ServeError> {
-        welcome.check()?;
-        let digest = welcome.digest;
-        let source = match self.source(digest).await {
+        requested.check()?;
+        let digest = requested.digest;
+        let source = match self.open_source(digest).await {
             Ok(source) => source,
-            Err(StoreError::Absent(_)) => return self.answer_only(stream, &Answer::Absent).await,
-            Err(error) => return self.admit_failure(stream, error).await,
+            Err(StoreError::Absent(_)) => return self.answer_and_finish(stream, &Answer::Absent).await,
+            Err(error) => return self.answer_store_failure(stream, error).await,
         };
         let size = source.size();
-        let cut = Cut::usual(size);
-        if welcome.choice.iter().any(|piece| *piece as usize >= cut.pieces()) {
-            return self.answer_only(stream, &Answer::Invalid { size }).await;
+        let cut = PieceLayout::for_size(size);
+        if requested.pieces.iter().any(|piece| *piece as usize >= cut.piece_count()) {
+            return self.answer_and_finish(stream, &Answer::Invalid { size }).await;
         }
-        let Ok(mut upload) = self.uploads.queue(peer, digest, cut.pieces()) else {
-            return self.answer_only(stream, &Answer::Busy).await;
+        let Ok(mut upload) = self.uploads.enqueue(peer, digest, cut.piece_count()) else {
+            return self.answer_and_finish(stream, &Answer::Busy).await;
         };
         let granted = match source {
-            Source::Whole(_) => Answer::Blob { size },
-            Source::Part(_) => Answer::Partial { size },
+            PieceSource::Whole(_) => Answer::Blob { size },
+            PieceSource::Partial(_) => Answer::Partial { size },
         };
         // It may have its slot already.
-        let answered = timeout(MOVES, self.answer(stream, &granted)).await;
+        let answered = timeout(UPLOAD_STALL, self.answer(stream, &granted)).await;
         answered.map_err(|_| ServeError::TooSlow)??;
-        let turn = async {
-            upload.turn().await?;
+        let acquire = async {
+            upload.wait_for_slot().await?;
             // A small blob waits for nobody, as in `Shared::send`.
-            Ok::<_, NoPlace>(if size > CHUNK { Some(self.up.place().await) } else { None })
+            Ok::<_, NoUploadSlot>(if size > CHUNK { Some(self.upload_limiter.acquire_permit().await) } else { None })
         };
-        let _place = tokio::select! {
+        let _permit = tokio::select! {
             biased;
-            place = turn => place?,
+            permit = acquire => permit?,
             _ = stream.send.stopped() => return Err(ServeError::Left("before its turn came".into())),
         };
-        let pieces = self.choose(&welcome, &source);
-        self.pour(source, stretches(cut, &pieces), &mut upload, &mut stream.send).await?;
+        let pieces = self.pick_pieces(&requested, &source);
+        self.send_segments(source, segments(cut, &pieces), &mut upload, &mut stream.send).await?;
         // What the connection has is on its way; for a moment more that is being sent.
-        upload.moving(self.finish(stream)).await?
+        upload.wait_or_park(self.finish(stream)).await?
     }
 
     /// Where the blob can be read. One that is being fetched may be in the store in the next moment, so that is asked last.
-    async fn source(&self, digest: Digest) -> Result<Source, StoreError> {
+    async fn open_source(&self, digest: Digest) -> Result<PieceSource, StoreError> {
         match self.partials.partial(digest) {
-            Some(partial) => Ok(Source::Part(partial)),
-            None => self.asked_of_the_store(self.store.open(digest)).await.map(Source::Whole),
+            Some(partial) => Ok(PieceSource::Partial(partial)),
+            None => self.with_store_timeout(self.store.open(digest)).await.map(PieceSource::Whole),
         }
     }
 
-    fn choose(&self, Welcome { digest, choice, most }: &Welcome, source: &Source) -> Vec<u32> {
+    fn pick_pieces(
+        &self,
+        RequestedPieces { digest, pieces: choice, limit: most }: &RequestedPieces,
+        source: &PieceSource,
+    ) -> Vec<u32> {
         match source {
-            Source::Whole(_) => self.uploads.choose(*digest, choice, *most, |_| true),
-            Source::Part(partial) => {
-                let held = partial.held();
-                self.uploads.choose(*digest, choice, *most, |piece| held.get(piece as usize))
+            PieceSource::Whole(_) => self.uploads.pick_pieces(*digest, choice, *most, |_| true),
+            PieceSource::Partial(partial) => {
+                let held = partial.piece_map();
+                self.uploads.pick_pieces(*digest, choice, *most, |piece| held.get(piece as usize))
             }
         }
     }
 
-    /// The stretches, one read ahead of the writing, so that disk and network work at the same time.
-    async fn pour(
+    /// The segments, one read ahead of the writing, so that disk and network work at the same time.
+    async fn send_segments(
         &self,
-        mut source: Source,
-        mut stretches: impl Iterator<Item = Stretch>,
+        mut source: PieceSource,
+        mut segments: impl Iterator<Item = PieceSegment>,
         upload: &mut Upload<'_>,
         send: &mut SendStream,
     ) -> Result<(), ServeError> {
-        let Some(mut stretch) = stretches.next() else { return Ok(()) };
-        let mut bytes = self.read(&mut source, stretch).await?;
+        let Some(mut segment) = segments.next() else { return Ok(()) };
+        let mut bytes = self.read_segment(&mut source, segment).await?;
         loop {
-            let next = stretches.next();
+            let next = segments.next();
             let ahead = async {
                 match next {
-                    Some(next) => self.read(&mut source, next).await.map(|bytes| Some((next, bytes))),
+                    Some(next) => self.read_segment(&mut source, next).await.map(|bytes| Some((next, bytes))),
                     None => Ok(None),
                 }
             };
-            let (written, read) = join(self.write_stretch(stretch, bytes, upload, send), ahead).await;
+            let (written, read) = join(self.write_segment(segment, bytes, upload, send), ahead).await;
             written?;
             match read? {
-                Some(ahead) => (stretch, bytes) = ahead,
+                Some(ahead) => (segment, bytes) = ahead,
                 None => return Ok(()),
             }
         }
     }
 
-    async fn read(&self, source: &mut Source, Stretch { offset, length, .. }: Stretch) -> Result<Bytes, StoreError> {
-        timeout(self.limits.reader, source.read(offset, length)).await.unwrap_or_else(|_| Err(slow_store()))
+    async fn read_segment(
+        &self,
+        source: &mut PieceSource,
+        PieceSegment { offset, length, .. }: PieceSegment,
+    ) -> Result<Bytes, StoreError> {
+        timeout(self.timeouts.slow_reader, source.read(offset, length)).await.unwrap_or_else(|_| Err(store_timeout()))
     }
 
-    async fn write_stretch(
+    async fn write_segment(
         &self,
-        stretch: Stretch,
+        segment: PieceSegment,
         mut bytes: Bytes,
         upload: &mut Upload<'_>,
         send: &mut SendStream,
     ) -> Result<(), ServeError> {
-        let mut number = stretch.piece.map(|piece| Bytes::copy_from_slice(&piece.to_be_bytes())).unwrap_or_default();
-        let mut patience = self.limits.reader;
+        let mut number = segment.piece.map(|piece| Bytes::copy_from_slice(&piece.to_be_bytes())).unwrap_or_default();
+        let mut time_left = self.timeouts.slow_reader;
         loop {
-            let most = if self.up.is_limited() { CHUNK as usize } else { READ };
+            let most = if self.upload_limiter.is_limited() { CHUNK as usize } else { READ_BYTES };
             let chunk = bytes.split_to(bytes.len().min(most));
             let length = chunk.len() as u64;
-            self.up.pass(length).await;
+            self.upload_limiter.acquire_bytes(length).await;
             let began = Instant::now();
             let mut parts = [take(&mut number), chunk];
-            let written = timeout(patience, upload.moving(send.write_all_chunks(&mut parts)));
+            let written = timeout(time_left, upload.wait_or_park(send.write_all_chunks(&mut parts)));
             written.await.map_err(|_| ServeError::TooSlow)???;
-            patience = patience.saturating_sub(began.elapsed());
-            upload.turn().await?;
-            upload.sent(length);
+            time_left = time_left.saturating_sub(began.elapsed());
+            upload.wait_for_slot().await?;
+            upload.record_sent(length);
             self.metrics.served(length);
             if bytes.is_empty() {
                 return Ok(());

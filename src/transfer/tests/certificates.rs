@@ -5,16 +5,16 @@ use std::os::unix::fs::PermissionsExt;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose};
 
 use super::*;
-use crate::admission::{CertificateAdmission, Files};
-use crate::transfer::GreetError;
+use crate::admission::{CertificateAdmission, CertificateFiles};
+use crate::transfer::DialError;
 
 /// Somebody who issues certificates.
-struct Authority {
+struct TestAuthority {
     certificate: rcgen::Certificate,
     key: KeyPair,
 }
 
-impl Authority {
+impl TestAuthority {
     fn new() -> Self {
         let (mut params, key) = (CertificateParams::default(), KeyPair::generate().unwrap());
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -23,7 +23,7 @@ impl Authority {
     }
 
     /// An agent with a certificate of this authority, which believes no other.
-    fn agent(&self, shelf: Shelf) -> Node {
+    fn agent(&self, store: TestStore) -> TransferTestNode {
         let (identity, key, folder) =
             (Identity::generate(), KeyPair::generate().unwrap(), tempfile::tempdir().unwrap());
         let params = CertificateParams::new(vec!["lighterman".to_owned()]).unwrap();
@@ -34,7 +34,7 @@ impl Authority {
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
             path
         };
-        let files = Files {
+        let files = CertificateFiles {
             certificate: write("tls.crt", certificate.pem()),
             key: write("tls.key", key.serialize_pem()),
             authority: write("ca.crt", self.certificate.pem()),
@@ -42,31 +42,31 @@ impl Authority {
         };
         // It has read them; the folder may go.
         let admission = CertificateAdmission::open(files, identity.peer_id()).unwrap();
-        Node::start_with(&identity, shelf, admission, Limits::DEFAULT)
+        TransferTestNode::start_with(&identity, store, admission, Timeouts::DEFAULT)
     }
 }
 
 #[tokio::test]
-async fn agents_of_one_authority_admit_each_other_and_refuse_one_of_another() {
-    within(async {
-        let (ours, theirs) = (Authority::new(), Authority::new());
+async fn agents_of_one_authority_admit_each_other_and_reject_an_agent_of_another_authority() {
+    with_deadline(async {
+        let (ours, theirs) = (TestAuthority::new(), TestAuthority::new());
         let blob = blob(1000);
-        let [mut a, b] = [(); 2].map(|()| ours.agent(Shelf::with(&blob)));
-        let stranger = theirs.agent(Shelf::with(&blob));
+        let [mut a, b] = [(); 2].map(|()| ours.agent(TestStore::with(&blob)));
+        let outsider = theirs.agent(TestStore::with(&blob));
 
-        b.meet(a.address()).await;
-        let joined = a.joined.recv().await.unwrap();
+        b.dial(a.address()).await;
+        let joined = a.admitted_peers.recv().await.unwrap();
         assert_eq!(joined.id, b.id);
         b.fetch(a.id, Digest::of(&blob), 1000).await.unwrap();
         a.fetch(b.id, Digest::of(&blob), 1000).await.unwrap();
 
-        for [dialler, listener] in [[&stranger, &a], [&a, &stranger]] {
-            let error = dialler.transfer.greet(listener.address(), None).await.unwrap_err();
-            let GreetError::Refused { peer, reason, .. } = &error else { panic!("{error}") };
+        for [dialler, listener] in [[&outsider, &a], [&a, &outsider]] {
+            let error = dialler.transfer.dial(listener.address(), None).await.unwrap_err();
+            let DialError::Rejected { peer, reason, .. } = &error else { panic!("{error}") };
             assert_eq!(*peer, listener.id);
             assert!(reason.starts_with("not admitted: the certificate is not good for this cluster"), "{reason}");
         }
-        assert_eq!((a.transfer.peers().len(), stranger.transfer.peers().len()), (1, 0));
+        assert_eq!((a.transfer.peers().len(), outsider.transfer.peers().len()), (1, 0));
         assert!(a.metric(r#"admissions_total{result="denied"} 1"#));
     })
     .await;

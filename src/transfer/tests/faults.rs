@@ -9,15 +9,16 @@ fn digest() -> Digest {
     Digest::of(&blob(SIZE as usize))
 }
 
-async fn fetch_from(rogue: &Rogue, limits: Limits) -> (FetchError, Node) {
-    let fetcher = Node::start_with(&Identity::generate(), Shelf::default(), Guests::default(), limits);
-    fetcher.meet(rogue.address).await;
+async fn fetch_from(rogue: &Rogue, limits: Timeouts) -> (FetchError, TransferTestNode) {
+    let fetcher =
+        TransferTestNode::start_with(&Identity::generate(), TestStore::default(), TestAdmission::default(), limits);
+    fetcher.dial(rogue.address).await;
     let error = fetcher.fetch(rogue.id, digest(), SIZE).await.unwrap_err();
     (error, fetcher)
 }
 
 #[tokio::test]
-async fn wrong_content_is_found_and_names_the_peer() {
+async fn wrong_content_is_detected_and_names_the_peer() {
     let wrong = {
         let mut bytes = blob(SIZE as usize).to_vec();
         bytes[70_000] ^= 1;
@@ -33,15 +34,15 @@ async fn wrong_content_is_found_and_names_the_peer() {
         ("nothing", SIZE, Bytes::new(), 0),
     ];
     for (what, promised, bytes, arrives) in cases {
-        within(async {
+        with_deadline(async {
             let rogue = Rogue::start(move |_, mut send| {
                 let bytes = bytes.clone();
                 async move {
-                    promise(&mut send, promised).await;
+                    answer_blob(&mut send, promised).await;
                     let _ = send.write_chunk(bytes).await;
                 }
             });
-            let (error, fetcher) = fetch_from(&rogue, Limits::DEFAULT).await;
+            let (error, fetcher) = fetch_from(&rogue, Timeouts::DEFAULT).await;
             let FetchError::Corrupt { peer, source } = &error else { panic!("{what}: {error}") };
             assert_eq!(*peer, rogue.id, "{what}");
             match source {
@@ -50,7 +51,7 @@ async fn wrong_content_is_found_and_names_the_peer() {
                 VerifyError::Piece { .. } => panic!("{what}: nobody asked for pieces"),
             }
             // A wrong size may be the fault of whoever named the size.
-            assert_eq!(error.is_peers_fault(), what == "other bytes", "{what}");
+            assert_eq!(error.is_peer_fault(), what == "other bytes", "{what}");
             assert!(fetcher.metric(r#"fetch_failures_total{reason="corrupt"} 1"#));
         })
         .await;
@@ -59,53 +60,53 @@ async fn wrong_content_is_found_and_names_the_peer() {
 
 #[tokio::test]
 async fn an_endless_sender_is_cut_off_at_the_size() {
-    within(async {
+    with_deadline(async {
         let rogue = Rogue::start(|_, mut send| async move {
-            promise(&mut send, SIZE).await;
+            answer_blob(&mut send, SIZE).await;
             while send.write_chunk(blob(64 << 10)).await.is_ok() {}
         });
-        let (error, _) = fetch_from(&rogue, Limits::DEFAULT).await;
+        let (error, _) = fetch_from(&rogue, Timeouts::DEFAULT).await;
         assert!(matches!(error, FetchError::Corrupt { .. }), "{error}");
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_peer_that_stops_sending_is_given_up() {
-    within(async {
+async fn a_peer_that_stops_sending_times_out() {
+    with_deadline(async {
         let rogue = Rogue::start(|_, mut send| async move {
-            promise(&mut send, SIZE).await;
+            answer_blob(&mut send, SIZE).await;
             send.write_chunk(blob(1000)).await.unwrap();
             // Never finished.
             let _ = send.stopped().await;
         });
-        let (error, _) = fetch_from(&rogue, Limits { stall: BRIEF, ..Limits::DEFAULT }).await;
+        let (error, _) = fetch_from(&rogue, Timeouts { stall: BRIEF, ..Timeouts::DEFAULT }).await;
         assert!(matches!(error, FetchError::Stalled { peer, .. } if peer == rogue.id), "{error}");
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_peer_that_drips_is_given_up_although_something_always_comes() {
-    within(async {
+async fn a_dripping_peer_times_out_although_bytes_keep_coming() {
+    with_deadline(async {
         let rogue = Rogue::start(|_, mut send| async move {
-            promise(&mut send, SIZE).await;
+            answer_blob(&mut send, SIZE).await;
             // Pauses far below the limit, and far too little each time.
             while send.write_all(&[7; 10]).await.is_ok() {
                 tokio::time::sleep(BRIEF / 20).await;
             }
         });
-        let (error, _) = fetch_from(&rogue, Limits { stall: BRIEF, ..Limits::DEFAULT }).await;
+        let (error, _) = fetch_from(&rogue, Timeouts { stall: BRIEF, ..Timeouts::DEFAULT }).await;
         assert!(matches!(error, FetchError::Stalled { .. }), "{error}");
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_peer_that_does_not_answer_is_given_up() {
-    within(async {
+async fn a_peer_that_does_not_answer_times_out() {
+    with_deadline(async {
         let rogue = Rogue::start(|_, send| async move { drop(send.stopped().await) });
-        let (error, fetcher) = fetch_from(&rogue, Limits { answer: BRIEF, ..Limits::DEFAULT }).await;
+        let (error, fetcher) = fetch_from(&rogue, Timeouts { answer: BRIEF, ..Timeouts::DEFAULT }).await;
         assert!(matches!(error, FetchError::Stalled { .. }), "{error}");
         let error = fetcher.transfer.size_of(rogue.id, digest()).await.unwrap_err();
         assert!(matches!(error, FetchError::Stalled { .. }), "{error}");
@@ -114,19 +115,19 @@ async fn a_peer_that_does_not_answer_is_given_up() {
 }
 
 #[tokio::test]
-async fn an_answer_that_is_none_breaks_the_protocol() {
+async fn a_malformed_answer_breaks_the_protocol() {
     let current = Versions::TRANSFER.current().version();
     let version = [current.major, current.minor];
     let garbage = [&[0, 0, 0, 1], &version[..], &[0xff]].concat();
     let oversized = [&[0xff, 0, 0, 0], &version[..], &[0]].concat();
     for bytes in [garbage, oversized, Vec::new()] {
-        within(async {
+        with_deadline(async {
             let bytes = Bytes::from(bytes);
             let rogue = Rogue::start(move |_, mut send| {
                 let bytes = bytes.clone();
                 async move { send.write_chunk(bytes).await.unwrap() }
             });
-            let (error, _) = fetch_from(&rogue, Limits::DEFAULT).await;
+            let (error, _) = fetch_from(&rogue, Timeouts::DEFAULT).await;
             assert!(matches!(error, FetchError::Protocol { peer, .. } if peer == rogue.id), "{error}");
         })
         .await;
@@ -135,12 +136,12 @@ async fn an_answer_that_is_none_breaks_the_protocol() {
 
 #[tokio::test]
 async fn a_peer_whose_connection_ends_in_mid_stream_is_unreachable() {
-    within(async {
+    with_deadline(async {
         let (sent, mut half) = mpsc::channel(1);
         let rogue = Rogue::start(move |_, mut send| {
             let sent = sent.clone();
             async move {
-                promise(&mut send, SIZE).await;
+                answer_blob(&mut send, SIZE).await;
                 send.write_chunk(blob(50_000)).await.unwrap();
                 sent.send(()).await.unwrap();
                 let _ = send.stopped().await;
@@ -151,31 +152,33 @@ async fn a_peer_whose_connection_ends_in_mid_stream_is_unreachable() {
             half.recv().await.unwrap();
             connections.lock().unwrap().iter().for_each(|c| c.close(VarInt::from_u32(0), b"dying"));
         };
-        let ((error, _), ()) = tokio::join!(fetch_from(&rogue, Limits::DEFAULT), ends);
+        let ((error, _), ()) = tokio::join!(fetch_from(&rogue, Timeouts::DEFAULT), ends);
         assert!(matches!(error, FetchError::Unreachable { peer, .. } if peer == rogue.id), "{error}");
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_fetch_from_a_peer_that_is_forgotten_meanwhile_ends_at_once() {
-    within(async {
+async fn a_fetch_from_a_peer_that_is_removed_meanwhile_ends_at_once() {
+    with_deadline(async {
         let (sent, mut half) = mpsc::channel(1);
         let rogue = Rogue::start(move |_, mut send| {
             let sent = sent.clone();
             async move {
-                promise(&mut send, SIZE).await;
+                answer_blob(&mut send, SIZE).await;
                 sent.send(()).await.unwrap();
                 let _ = send.stopped().await;
             }
         });
         // No limit that could run out instead.
-        let limits = Limits { stall: Duration::from_secs(600), answer: Duration::from_secs(600), ..Limits::DEFAULT };
-        let fetcher = Node::start_with(&Identity::generate(), Shelf::default(), Guests::default(), limits);
-        fetcher.meet(rogue.address).await;
+        let limits =
+            Timeouts { stall: Duration::from_secs(600), answer: Duration::from_secs(600), ..Timeouts::DEFAULT };
+        let fetcher =
+            TransferTestNode::start_with(&Identity::generate(), TestStore::default(), TestAdmission::default(), limits);
+        fetcher.dial(rogue.address).await;
         let forgets = async {
             half.recv().await.unwrap();
-            fetcher.transfer.forget(rogue.id);
+            fetcher.transfer.remove_peer(rogue.id);
         };
         let (fetched, ()) = tokio::join!(fetcher.fetch(rogue.id, digest(), SIZE), forgets);
         let error = fetched.unwrap_err();
@@ -185,32 +188,34 @@ async fn a_fetch_from_a_peer_that_is_forgotten_meanwhile_ends_at_once() {
 }
 
 #[tokio::test]
-async fn a_pooled_connection_that_died_is_dialled_again() {
-    within(async {
+async fn a_peer_whose_pooled_connection_died_is_dialled_again() {
+    with_deadline(async {
         let key = Identity::generate();
         let blob = blob(1000);
-        let holder = Node::start_with(&key, Shelf::with(&blob), Guests::default(), Limits::DEFAULT);
-        let fetcher = Node::start(Shelf::default());
-        fetcher.meet(holder.address()).await;
-        fetcher.fetch(holder.id, Digest::of(&blob), 1000).await.unwrap();
-        // The holder drops our connection without telling why; it is still in the pool when the next fetch begins.
-        holder.transfer.forget(fetcher.id);
-        fetcher.fetch(holder.id, Digest::of(&blob), 1000).await.unwrap();
+        let provider =
+            TransferTestNode::start_with(&key, TestStore::with(&blob), TestAdmission::default(), Timeouts::DEFAULT);
+        let fetcher = TransferTestNode::start(TestStore::default());
+        fetcher.dial(provider.address()).await;
+        fetcher.fetch(provider.id, Digest::of(&blob), 1000).await.unwrap();
+        // The provider drops our connection without telling why; it is still in the pool when the next fetch begins.
+        provider.transfer.remove_peer(fetcher.id);
+        fetcher.fetch(provider.id, Digest::of(&blob), 1000).await.unwrap();
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_peer_that_is_gone_is_unreachable_for_all_who_wait_for_it() {
-    within(async {
-        let limits = Limits { dial: BRIEF, ..Limits::DEFAULT };
-        let fetcher = Node::start_with(&Identity::generate(), Shelf::default(), Guests::default(), limits);
+async fn concurrent_fetches_from_a_dead_peer_share_one_failed_dial() {
+    with_deadline(async {
+        let limits = Timeouts { dial: BRIEF, ..Timeouts::DEFAULT };
+        let fetcher =
+            TransferTestNode::start_with(&Identity::generate(), TestStore::default(), TestAdmission::default(), limits);
         // Bound, and nobody reads from it.
         let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let address = silent.local_addr().unwrap();
         let id = Identity::generate().peer_id();
         let peer = Peer { id, node: "gone".parse().unwrap(), zone: None, transfer: address, gossip: address };
-        fetcher.transfer.0.peers.remember(&peer, standing()).unwrap();
+        fetcher.transfer.0.peers.insert(&peer, unbounded_admission()).unwrap();
         let fetches = (0..4).map(|_| fetcher.fetch(id, digest(), SIZE));
         for fetched in futures::future::join_all(fetches).await {
             let error = fetched.unwrap_err();
@@ -223,50 +228,53 @@ async fn a_peer_that_is_gone_is_unreachable_for_all_who_wait_for_it() {
 }
 
 #[tokio::test]
-async fn a_store_that_fails_while_serving_ends_the_fetch_and_blames_nobody() {
-    within(async {
+async fn a_store_failure_of_the_provider_ends_the_fetch_and_is_no_fault_of_the_peer() {
+    with_deadline(async {
         let large = blob(1 << 20);
-        let holder = Node::start(Shelf { fails_at: Some(512 << 10), ..Shelf::with(&large) });
-        let fetcher = Node::start(Shelf::default());
-        fetcher.meet(holder.address()).await;
-        let error = fetcher.fetch(holder.id, Digest::of(&large), 1 << 20).await.unwrap_err();
-        assert!(matches!(error, FetchError::StoreFailed { peer } if peer == holder.id), "{error}");
-        assert!(!error.is_peers_fault());
+        let provider = TransferTestNode::start(TestStore { fails_at: Some(512 << 10), ..TestStore::with(&large) });
+        let fetcher = TransferTestNode::start(TestStore::default());
+        fetcher.dial(provider.address()).await;
+        let error = fetcher.fetch(provider.id, Digest::of(&large), 1 << 20).await.unwrap_err();
+        assert!(matches!(error, FetchError::StoreFailed { peer } if peer == provider.id), "{error}");
+        assert!(!error.is_peer_fault());
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_sink_that_fails_ends_the_fetch_as_our_own_failure() {
-    struct Full;
+async fn a_failing_sink_ends_the_fetch_as_a_local_failure() {
+    struct FullSink;
     #[async_trait]
-    impl BlobSink for Full {
+    impl BlobSink for FullSink {
         async fn append(&mut self, _: &[Bytes]) -> Result<(), StoreError> {
             Err(StoreError::Full(digest()))
         }
     }
-    within(async {
-        let (holder, fetcher) = (Node::start(Shelf::with(&blob(SIZE as usize))), Node::start(Shelf::default()));
-        fetcher.meet(holder.address()).await;
-        let error = fetcher.transfer.fetch(holder.id, digest(), SIZE, &mut Full).await.unwrap_err();
+    with_deadline(async {
+        let (provider, fetcher) = (
+            TransferTestNode::start(TestStore::with(&blob(SIZE as usize))),
+            TransferTestNode::start(TestStore::default()),
+        );
+        fetcher.dial(provider.address()).await;
+        let error = fetcher.transfer.fetch(provider.id, digest(), SIZE, &mut FullSink).await.unwrap_err();
         assert!(matches!(error, FetchError::Sink(StoreError::Full(_))), "{error}");
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_store_that_cannot_open_a_blob_is_said_to_have_failed() {
-    within(async {
-        let holder = Node::start(Shelf { broken: true, ..Shelf::with(&blob(10)) });
-        let fetcher = Node::start(Shelf::default());
-        fetcher.meet(holder.address()).await;
+async fn a_provider_that_cannot_open_a_blob_answers_failed() {
+    with_deadline(async {
+        let provider = TransferTestNode::start(TestStore { broken: true, ..TestStore::with(&blob(10)) });
+        let fetcher = TransferTestNode::start(TestStore::default());
+        fetcher.dial(provider.address()).await;
         let digest = Digest::of(&blob(10));
         for error in [
-            fetcher.fetch(holder.id, digest, 10).await.map(drop).unwrap_err(),
-            fetcher.transfer.size_of(holder.id, digest).await.map(drop).unwrap_err(),
+            fetcher.fetch(provider.id, digest, 10).await.map(drop).unwrap_err(),
+            fetcher.transfer.size_of(provider.id, digest).await.map(drop).unwrap_err(),
         ] {
-            assert!(matches!(error, FetchError::StoreFailed { peer } if peer == holder.id), "{error}");
-            assert!(!error.is_peers_fault() && !error.is_retryable());
+            assert!(matches!(error, FetchError::StoreFailed { peer } if peer == provider.id), "{error}");
+            assert!(!error.is_peer_fault() && !error.is_retryable());
         }
     })
     .await;
@@ -274,27 +282,27 @@ async fn a_store_that_cannot_open_a_blob_is_said_to_have_failed() {
 
 #[tokio::test]
 async fn a_size_that_the_manifest_overstates_is_no_fault_of_the_peer() {
-    within(async {
+    with_deadline(async {
         let content = blob(SIZE as usize);
-        let holder = Node::start(Shelf::with(&content));
-        let fetcher = Node::start(Shelf::default());
-        fetcher.meet(holder.address()).await;
-        let error = fetcher.fetch(holder.id, digest(), SIZE + 1).await.unwrap_err();
+        let provider = TransferTestNode::start(TestStore::with(&content));
+        let fetcher = TransferTestNode::start(TestStore::default());
+        fetcher.dial(provider.address()).await;
+        let error = fetcher.fetch(provider.id, digest(), SIZE + 1).await.unwrap_err();
         let FetchError::Corrupt { source: VerifyError::Size { actual_size, .. }, .. } = &error else {
             panic!("{error}")
         };
-        assert_eq!((*actual_size, error.is_peers_fault()), (SIZE, false));
+        assert_eq!((*actual_size, error.is_peer_fault()), (SIZE, false));
     })
     .await;
 }
 
 #[tokio::test]
 async fn a_peer_that_contradicts_itself_about_the_size_breaks_the_protocol() {
-    within(async {
+    with_deadline(async {
         let rogue = Rogue::start(|_, mut send| async move {
             wire::write(&mut send, &Answer::Invalid { size: SIZE }).await.unwrap();
         });
-        let (error, _) = fetch_from(&rogue, Limits::DEFAULT).await;
+        let (error, _) = fetch_from(&rogue, Timeouts::DEFAULT).await;
         assert!(matches!(error, FetchError::Protocol { .. }), "{error}");
     })
     .await;

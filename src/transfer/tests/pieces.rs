@@ -1,53 +1,53 @@
 //! Pieces: what arrives of whole blobs and of those that are being fetched.
 
 use super::*;
-use crate::model::{Bits, Order};
-use crate::oci::{ChainBuilder, PieceHasher, Proving};
-use crate::ports::{Partial, PieceError, PieceSink};
+use crate::model::{Bits, PieceRequest};
+use crate::oci::{HashChainBuilder, PieceHasher, PieceVerifier};
+use crate::ports::{PartialBlob, PieceError, PieceSink};
 
 /// The smallest usual piece.
 pub(super) const PIECE: usize = 256 << 10;
 
-pub(super) fn chain_of(blob: &Bytes) -> Arc<Chain> {
-    let mut builder = ChainBuilder::new(Cut::usual(blob.len() as u64));
+pub(super) fn hash_chain_of(blob: &Bytes) -> Arc<HashChain> {
+    let mut builder = HashChainBuilder::new(PieceLayout::for_size(blob.len() as u64));
     builder.update(blob);
     Arc::new(builder.finish().unwrap())
 }
 
 /// The first so many pieces, in order, all of them wanted.
-pub(super) fn order_of(peer: PeerId, blob: &Bytes, pieces: u32) -> Order {
-    let (digest, cut) = (Digest::of(blob), Cut::usual(blob.len() as u64));
-    Order { peer, digest, cut, choice: (0..pieces).collect(), most: pieces as u8 }
+pub(super) fn first_pieces(peer: PeerId, blob: &Bytes, pieces: u32) -> PieceRequest {
+    let (digest, cut) = (Digest::of(blob), PieceLayout::for_size(blob.len() as u64));
+    PieceRequest { peer, digest, layout: cut, pieces: (0..pieces).collect(), limit: pieces as u8 }
 }
 
 /// Takes pieces that fit the list.
-pub(super) struct Collecting {
-    pub(super) proving: Proving,
+pub(super) struct CollectingSink {
+    pub(super) proving: PieceVerifier,
     hasher: Option<PieceHasher>,
     bytes: Vec<u8>,
     /// In the order in which they came.
-    pub(super) came: Vec<(u32, Vec<u8>)>,
+    pub(super) received: Vec<(u32, Vec<u8>)>,
 }
 
-impl Collecting {
-    pub(super) fn new(chain: Arc<Chain>) -> Self {
-        Self { proving: Proving::new(chain), hasher: None, bytes: Vec::new(), came: Vec::new() }
+impl CollectingSink {
+    pub(super) fn new(chain: Arc<HashChain>) -> Self {
+        Self { proving: PieceVerifier::new(chain), hasher: None, bytes: Vec::new(), received: Vec::new() }
     }
 
     pub(super) fn of(blob: &Bytes) -> Self {
-        Self::new(chain_of(blob))
+        Self::new(hash_chain_of(blob))
     }
 
     pub(super) fn numbers(&self) -> Vec<u32> {
-        self.came.iter().map(|(piece, _)| *piece).collect()
+        self.received.iter().map(|(piece, _)| *piece).collect()
     }
 }
 
 #[async_trait]
-impl PieceSink for Collecting {
+impl PieceSink for CollectingSink {
     fn begin(&mut self, piece: u32) {
         assert!(self.hasher.is_none() && self.bytes.is_empty(), "one after the other");
-        self.hasher = Some(self.proving.chain().hasher(piece as usize));
+        self.hasher = Some(self.proving.hash_chain().hasher(piece as usize));
     }
 
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
@@ -60,26 +60,26 @@ impl PieceSink for Collecting {
 
     async fn end(&mut self) -> Result<(), PieceError> {
         let hasher = self.hasher.take().expect("a piece has begun");
-        self.came.push((hasher.piece() as u32, std::mem::take(&mut self.bytes)));
-        if self.proving.take(hasher) { Ok(()) } else { Err(PieceError::Unfit) }
+        self.received.push((hasher.piece() as u32, std::mem::take(&mut self.bytes)));
+        if self.proving.record(hasher) { Ok(()) } else { Err(PieceError::Mismatch) }
     }
 }
 
 /// A blob that is being fetched.
 #[derive(Clone)]
-pub(super) struct Growing {
+pub(super) struct TestPartial {
     blob: Bytes,
-    chain: Arc<Chain>,
+    chain: Arc<HashChain>,
     held: Arc<Mutex<Bits>>,
     changes: watch::Receiver<u64>,
 }
 
 #[async_trait]
-impl Partial for Growing {
-    fn chain(&self) -> Arc<Chain> {
+impl PartialBlob for TestPartial {
+    fn hash_chain(&self) -> Arc<HashChain> {
         self.chain.clone()
     }
-    fn held(&self) -> Bits {
+    fn piece_map(&self) -> Bits {
         self.held.lock().unwrap().clone()
     }
     fn changes(&self) -> watch::Receiver<u64> {
@@ -92,38 +92,39 @@ impl Partial for Growing {
 }
 
 /// Who fetches it. Dropped, it is not fetched any more.
-pub(super) struct Growth {
+pub(super) struct PartialDownload {
     held: Arc<Mutex<Bits>>,
     changes: watch::Sender<u64>,
-    partial: Arc<Mutex<Option<Growing>>>,
+    partial: Arc<Mutex<Option<TestPartial>>>,
 }
 
 /// The one blob that is being fetched here.
-pub(super) struct Only(Arc<Mutex<Option<Growing>>>);
+pub(super) struct SinglePartial(Arc<Mutex<Option<TestPartial>>>);
 
-impl Partials for Only {
-    fn partial(&self, digest: Digest) -> Option<Arc<dyn Partial>> {
+impl PartialBlobs for SinglePartial {
+    fn partial(&self, digest: Digest) -> Option<Arc<dyn PartialBlob>> {
         let partial = self.0.lock().unwrap().clone().filter(|partial| partial.chain.digest() == digest)?;
         Some(Arc::new(partial))
     }
 }
 
-impl Growth {
-    pub(super) fn of(blob: &Bytes) -> (Self, Only) {
+impl PartialDownload {
+    pub(super) fn of(blob: &Bytes) -> (Self, SinglePartial) {
         let (changes, seen) = watch::channel(0);
         let held = Arc::new(Mutex::new(Bits::default()));
-        let growing = Growing { blob: blob.clone(), chain: chain_of(blob), held: held.clone(), changes: seen };
-        let partial = Arc::new(Mutex::new(Some(growing)));
-        (Self { held, changes, partial: partial.clone() }, Only(partial))
+        let partial_blob =
+            TestPartial { blob: blob.clone(), chain: hash_chain_of(blob), held: held.clone(), changes: seen };
+        let partial = Arc::new(Mutex::new(Some(partial_blob)));
+        (Self { held, changes, partial: partial.clone() }, SinglePartial(partial))
     }
 
-    pub(super) fn came(&self, pieces: impl IntoIterator<Item = usize>) {
+    pub(super) fn add_pieces(&self, pieces: impl IntoIterator<Item = usize>) {
         pieces.into_iter().for_each(|piece| self.held.lock().unwrap().set(piece));
         self.changes.send_modify(|count| *count += 1);
     }
 }
 
-impl Drop for Growth {
+impl Drop for PartialDownload {
     fn drop(&mut self) {
         self.partial.lock().unwrap().take();
     }
@@ -140,40 +141,44 @@ async fn pieces_of_any_length_arrive_and_prove_the_blob() {
         (20 * PIECE + 12_345, "more than a stream's window"),
     ];
     let blobs: Vec<Bytes> = sizes.iter().map(|(size, _)| blob(*size)).collect();
-    let shelf = Shelf { blobs: blobs.iter().map(|b| (Digest::of(b), b.clone())).collect(), ..Shelf::default() };
-    within(async {
-        let (holder, fetcher) = (Node::start(shelf), Node::start(Shelf::default()));
-        fetcher.meet(holder.address()).await;
+    let store = TestStore { blobs: blobs.iter().map(|b| (Digest::of(b), b.clone())).collect(), ..TestStore::default() };
+    with_deadline(async {
+        let (provider, fetcher) = (TransferTestNode::start(store), TransferTestNode::start(TestStore::default()));
+        fetcher.dial(provider.address()).await;
         for ((size, why), blob) in sizes.iter().zip(&blobs) {
-            let cut = Cut::usual(*size as u64);
-            let chain = fetcher.list(holder.id, Digest::of(blob), cut).await.unwrap();
-            let mut sink = Collecting::new(Arc::new(chain));
-            fetcher.transfer.pieces(&order_of(holder.id, blob, cut.pieces() as u32), &mut sink).await.unwrap();
-            let proof = sink.proving.verified().expect(why);
+            let cut = PieceLayout::for_size(*size as u64);
+            let chain = fetcher.hash_chain(provider.id, Digest::of(blob), cut).await.unwrap();
+            let mut sink = CollectingSink::new(Arc::new(chain));
+            fetcher
+                .transfer
+                .fetch_pieces(&first_pieces(provider.id, blob, cut.piece_count() as u32), &mut sink)
+                .await
+                .unwrap();
+            let proof = sink.proving.proof().expect(why);
             assert_eq!((proof.digest(), proof.size()), (Digest::of(blob), *size as u64), "{why}");
-            sink.came.sort();
-            let bytes: Vec<u8> = sink.came.into_iter().flat_map(|(_, bytes)| bytes).collect();
+            sink.received.sort();
+            let bytes: Vec<u8> = sink.received.into_iter().flat_map(|(_, bytes)| bytes).collect();
             assert!(bytes == *blob, "{why}");
         }
         let total: usize = sizes.iter().map(|(size, _)| size).sum();
         assert!(fetcher.metric(&format!("fetched_bytes_total {total}")));
-        assert!(holder.metric(&format!("served_bytes_total {total}")));
+        assert!(provider.metric(&format!("served_bytes_total {total}")));
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_holder_of_all_sends_what_it_has_sent_the_least() {
+async fn a_seed_sends_the_pieces_that_it_has_sent_the_least() {
     let blob = blob(12 * PIECE);
-    within(async {
-        let holder = Node::start(Shelf::with(&blob));
+    with_deadline(async {
+        let provider = TransferTestNode::start(TestStore::with(&blob));
         let mut came = Vec::new();
         for _ in 0..3 {
-            let fetcher = Node::start(Shelf::default());
-            fetcher.meet(holder.address()).await;
-            let mut sink = Collecting::of(&blob);
-            let order = Order { most: 4, ..order_of(holder.id, &blob, 12) };
-            fetcher.transfer.pieces(&order, &mut sink).await.unwrap();
+            let fetcher = TransferTestNode::start(TestStore::default());
+            fetcher.dial(provider.address()).await;
+            let mut sink = CollectingSink::of(&blob);
+            let order = PieceRequest { limit: 4, ..first_pieces(provider.id, &blob, 12) };
+            fetcher.transfer.fetch_pieces(&order, &mut sink).await.unwrap();
             came.extend(sink.numbers());
         }
         assert_eq!(came, (0..12).collect::<Vec<_>>(), "three who ask for the same get a third each");
@@ -182,48 +187,51 @@ async fn a_holder_of_all_sends_what_it_has_sent_the_least() {
 }
 
 #[tokio::test]
-async fn a_blob_that_is_being_fetched_is_served_as_far_as_it_is_there() {
+async fn a_partial_provider_serves_the_pieces_that_it_has() {
     let blob = blob(8 * PIECE + 1);
-    within(async {
-        let (growth, only) = Growth::of(&blob);
-        let (holder, fetcher) = (Node::start_sharing(Shelf::default(), only), Node::start(Shelf::default()));
-        fetcher.meet(holder.address()).await;
-        let mut sink = Collecting::of(&blob);
-        fetcher.transfer.pieces(&order_of(holder.id, &blob, 9), &mut sink).await.unwrap();
-        assert!(sink.came.is_empty(), "which is no failure");
-        growth.came([8, 3, 5]);
-        let order = Order { choice: vec![8, 1, 5, 3], most: 2, ..order_of(holder.id, &blob, 9) };
-        fetcher.transfer.pieces(&order, &mut sink).await.unwrap();
+    with_deadline(async {
+        let (download, partials) = PartialDownload::of(&blob);
+        let (provider, fetcher) = (
+            TransferTestNode::start_partial(TestStore::default(), partials),
+            TransferTestNode::start(TestStore::default()),
+        );
+        fetcher.dial(provider.address()).await;
+        let mut sink = CollectingSink::of(&blob);
+        fetcher.transfer.fetch_pieces(&first_pieces(provider.id, &blob, 9), &mut sink).await.unwrap();
+        assert!(sink.received.is_empty(), "which is no failure");
+        download.add_pieces([8, 3, 5]);
+        let order = PieceRequest { pieces: vec![8, 1, 5, 3], limit: 2, ..first_pieces(provider.id, &blob, 9) };
+        fetcher.transfer.fetch_pieces(&order, &mut sink).await.unwrap();
         assert_eq!(sink.numbers(), [8, 5], "those that are welcome most");
-        let list = fetcher.list(holder.id, Digest::of(&blob), order.cut).await.unwrap();
-        assert_eq!(list, *chain_of(&blob));
-        drop(growth);
-        let error = fetcher.transfer.pieces(&order, &mut sink).await.unwrap_err();
+        let list = fetcher.hash_chain(provider.id, Digest::of(&blob), order.layout).await.unwrap();
+        assert_eq!(list, *hash_chain_of(&blob));
+        drop(download);
+        let error = fetcher.transfer.fetch_pieces(&order, &mut sink).await.unwrap_err();
         assert!(matches!(error, FetchError::Absent { .. }), "{error}");
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_fetch_that_is_dropped_stops_the_stream() {
+async fn a_dropped_fetch_stops_the_stream() {
     let blob = blob(8 * PIECE);
-    within(async {
+    with_deadline(async {
         let (told, mut stopped) = mpsc::channel(1);
         let rogue = Rogue::start(move |_, mut send| {
             let told = told.clone();
             async move {
-                promise(&mut send, 8 * PIECE as u64).await;
+                answer_blob(&mut send, 8 * PIECE as u64).await;
                 send.write_all(&[0, 0, 0, 0, 7]).await.unwrap();
                 told.send(false).await.unwrap();
                 assert!(send.stopped().await.unwrap().is_some());
                 told.send(true).await.unwrap();
             }
         });
-        let fetcher = Node::start(Shelf::default());
-        fetcher.meet(rogue.address).await;
-        let (order, mut sink) = (order_of(rogue.id, &blob, 8), Collecting::of(&blob));
+        let fetcher = TransferTestNode::start(TestStore::default());
+        fetcher.dial(rogue.address).await;
+        let (order, mut sink) = (first_pieces(rogue.id, &blob, 8), CollectingSink::of(&blob));
         tokio::select! {
-            _ = fetcher.transfer.pieces(&order, &mut sink) => panic!("most of it does not come"),
+            _ = fetcher.transfer.fetch_pieces(&order, &mut sink) => panic!("most of it does not come"),
             began = stopped.recv() => assert_eq!(began, Some(false)),
         }
         assert_eq!(stopped.recv().await, Some(true));

@@ -6,7 +6,7 @@ use tokio::task::AbortHandle;
 
 use super::*;
 
-type Misdeed = Arc<dyn Fn(Request, SendStream) -> BoxFuture<'static, ()> + Send + Sync>;
+type RogueHandler = Arc<dyn Fn(Request, SendStream) -> BoxFuture<'static, ()> + Send + Sync>;
 
 /// A peer that is admitted like any other, and then answers as it likes.
 pub(super) struct Rogue {
@@ -17,21 +17,21 @@ pub(super) struct Rogue {
 }
 
 impl Rogue {
-    pub(super) fn start<F>(misdeed: impl Fn(Request, SendStream) -> F + Send + Sync + 'static) -> Self
+    pub(super) fn start<F>(handler: impl Fn(Request, SendStream) -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let identity = Identity::generate();
         let endpoint = bare_endpoint(&identity);
         let address = endpoint.local_addr().unwrap();
-        let misdeed: Misdeed = Arc::new(move |request, send| Box::pin(misdeed(request, send)));
+        let handler: RogueHandler = Arc::new(move |request, send| Box::pin(handler(request, send)));
         let connections = Arc::new(Mutex::new(Vec::new()));
         let seen = connections.clone();
         let task = tokio::spawn(async move {
             while let Some(incoming) = endpoint.accept().await {
                 let Ok(connection) = incoming.await else { continue };
                 seen.lock().unwrap().push(connection.clone());
-                tokio::spawn(misbehave(connection, misdeed.clone()));
+                tokio::spawn(run_rogue_connection(connection, handler.clone()));
             }
         });
         Self { id: identity.peer_id(), address, task: task.abort_handle(), connections }
@@ -44,7 +44,7 @@ impl Drop for Rogue {
     }
 }
 
-async fn misbehave(connection: Connection, misdeed: Misdeed) {
+async fn run_rogue_connection(connection: Connection, handler: RogueHandler) {
     let (mut send, mut recv) = connection.accept_bi().await.unwrap();
     wire::read::<Hello>(&mut recv).await.unwrap();
     connection.set_max_concurrent_bi_streams(VarInt::from_u32(8));
@@ -52,11 +52,11 @@ async fn misbehave(connection: Connection, misdeed: Misdeed) {
     send.finish().unwrap();
     while let Ok((send, mut recv)) = connection.accept_bi().await {
         let request = wire::read(&mut recv).await.unwrap();
-        tokio::spawn(misdeed(request, send));
+        tokio::spawn(handler(request, send));
     }
 }
 
 /// Answers as if it had a blob of this size.
-pub(super) async fn promise(send: &mut SendStream, size: u64) {
+pub(super) async fn answer_blob(send: &mut SendStream, size: u64) {
     wire::write(send, &Answer::Blob { size }).await.unwrap();
 }

@@ -2,56 +2,57 @@
 
 use quinn::ReadError;
 
-use super::content::introduce;
+use super::content::handshake;
 use super::*;
-use crate::transfer::codes::{DONE, MALFORMED, TOO_SLOW};
+use crate::transfer::close_codes::{DONE, MALFORMED, TOO_SLOW};
 
 #[tokio::test]
-async fn stopping_lets_a_fetch_end_first() {
-    within(async {
+async fn a_stopping_agent_lets_a_fetch_end_first() {
+    with_deadline(async {
         let (open, opened) = watch::channel(false);
         let large = blob(5 << 20);
         let (digest, size) = (Digest::of(&large), large.len() as u64);
-        let holder = Node::start(Shelf { open: Some(opened), ..Shelf::with(&large) });
-        let limits = Limits { dial: BRIEF, ..Limits::DEFAULT };
-        let fetcher = Node::start_with(&Identity::generate(), Shelf::default(), Guests::default(), limits);
-        fetcher.meet(holder.address()).await;
-        let fetch = fetcher.fetch(holder.id, digest, size);
+        let provider = TransferTestNode::start(TestStore { open: Some(opened), ..TestStore::with(&large) });
+        let limits = Timeouts { dial: BRIEF, ..Timeouts::DEFAULT };
+        let fetcher =
+            TransferTestNode::start_with(&Identity::generate(), TestStore::default(), TestAdmission::default(), limits);
+        fetcher.dial(provider.address()).await;
+        let fetch = fetcher.fetch(provider.id, digest, size);
         let stops = async {
-            while holder.transfer.0.serving.available_permits() == 4 {
+            while provider.transfer.0.serve_permits.available_permits() == 4 {
                 tokio::task::yield_now().await;
             }
-            holder.stop.cancel();
+            provider.stop.cancel();
             open.send(true).unwrap();
         };
         let (fetched, ()) = tokio::join!(fetch, stops);
         assert!(fetched.unwrap().1 == large);
-        holder.run.await.unwrap();
-        let error = fetcher.fetch(holder.id, digest, size).await.unwrap_err();
+        provider.run.await.unwrap();
+        let error = fetcher.fetch(provider.id, digest, size).await.unwrap_err();
         assert!(matches!(error, FetchError::Unreachable { .. }), "{error}");
     })
     .await;
 }
 
 #[tokio::test]
-async fn stopping_does_not_wait_for_a_transfer_that_does_not_end() {
-    within(async {
+async fn a_stopping_agent_does_not_wait_for_an_endless_transfer() {
+    with_deadline(async {
         let (_shut, opened) = watch::channel(false);
         let blob = blob(1000);
-        let limits = Limits { drain: BRIEF, ..Limits::DEFAULT };
+        let limits = Timeouts { drain: BRIEF, ..Timeouts::DEFAULT };
         let key = Identity::generate();
-        let shelf = Shelf { open: Some(opened), ..Shelf::with(&blob) };
-        let holder = Node::start_with(&key, shelf, Guests::default(), limits);
-        let fetcher = Node::start(Shelf::default());
-        fetcher.meet(holder.address()).await;
+        let store = TestStore { open: Some(opened), ..TestStore::with(&blob) };
+        let provider = TransferTestNode::start_with(&key, store, TestAdmission::default(), limits);
+        let fetcher = TransferTestNode::start(TestStore::default());
+        fetcher.dial(provider.address()).await;
         let stops = async {
-            while holder.transfer.0.serving.available_permits() == 4 {
+            while provider.transfer.0.serve_permits.available_permits() == 4 {
                 tokio::task::yield_now().await;
             }
-            holder.stop.cancel();
-            holder.run.await.unwrap();
+            provider.stop.cancel();
+            provider.run.await.unwrap();
         };
-        let (fetched, ()) = tokio::join!(fetcher.fetch(holder.id, Digest::of(&blob), 1000), stops);
+        let (fetched, ()) = tokio::join!(fetcher.fetch(provider.id, Digest::of(&blob), 1000), stops);
         let error = fetched.unwrap_err();
         assert!(matches!(error, FetchError::Unreachable { .. }), "{error}");
         assert!(error.to_string().contains("stops"), "the closing code and its reason arrived: {error}");
@@ -60,19 +61,19 @@ async fn stopping_does_not_wait_for_a_transfer_that_does_not_end() {
 }
 
 #[tokio::test]
-async fn a_reader_hears_of_the_end_although_no_more_may_be_under_way() {
+async fn a_close_reaches_a_reader_whose_window_is_full() {
     let reader = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    within(async {
+    with_deadline(async {
         let (open, opened) = watch::channel(false);
         let (digest, size) = (Digest::of(b"large"), 4 << 20);
         let blobs = HashMap::from([(digest, vec![7; size].into())]);
-        let shelf = Shelf { blobs, open: Some(opened), ..Shelf::default() };
-        let limits = Limits { drain: BRIEF, ..Limits::DEFAULT };
-        let holder = Node::start_with(&Identity::generate(), shelf, Guests::default(), limits);
-        let address = holder.address();
+        let store = TestStore { blobs, open: Some(opened), ..TestStore::default() };
+        let limits = Timeouts { drain: BRIEF, ..Timeouts::DEFAULT };
+        let provider = TransferTestNode::start_with(&Identity::generate(), store, TestAdmission::default(), limits);
+        let address = provider.address();
         let asks = async move {
             let endpoint = bare_endpoint(&Identity::generate());
-            let connection = introduce(&endpoint, address).await;
+            let connection = handshake(&endpoint, address).await;
             let (mut send, mut recv) = connection.open_bi().await.unwrap();
             wire::write(&mut send, &Request::Get { digest, offset: 0, length: size as u64 }).await.unwrap();
             send.finish().unwrap();
@@ -84,10 +85,10 @@ async fn a_reader_hears_of_the_end_although_no_more_may_be_under_way() {
         let ((connection, _recv), reader) = asked.await.unwrap();
         open.send(true).unwrap();
         tokio::time::sleep(BRIEF).await;
-        holder.stop.cancel();
-        holder.run.await.unwrap();
+        provider.stop.cancel();
+        provider.run.await.unwrap();
         // A socket that is still there would tell whoever writes to it that it knows nothing of the connection.
-        drop(holder.transfer);
+        drop(provider.transfer);
         tokio::task::yield_now().await;
         let ended = tokio::task::spawn_blocking(move || reader.block_on(connection.closed())).await.unwrap();
         assert!(ended.to_string().contains("the agent stops"), "{ended}");
@@ -96,21 +97,21 @@ async fn a_reader_hears_of_the_end_although_no_more_may_be_under_way() {
 }
 
 #[tokio::test]
-async fn a_reader_that_does_not_read_is_given_up() {
-    within(async {
+async fn a_reader_that_does_not_read_times_out() {
+    with_deadline(async {
         // More than all windows between the two hold. Nobody hashes it.
         let (digest, size) = (Digest::of(b"large"), 24 << 20);
-        let shelf = Shelf { blobs: HashMap::from([(digest, vec![7; size].into())]), ..Shelf::default() };
-        let limits = Limits { reader: BRIEF, ..Limits::DEFAULT };
-        let holder = Node::start_with(&Identity::generate(), shelf, Guests::default(), limits);
+        let store = TestStore { blobs: HashMap::from([(digest, vec![7; size].into())]), ..TestStore::default() };
+        let limits = Timeouts { slow_reader: BRIEF, ..Timeouts::DEFAULT };
+        let provider = TransferTestNode::start_with(&Identity::generate(), store, TestAdmission::default(), limits);
         let endpoint = bare_endpoint(&Identity::generate());
-        let connection = introduce(&endpoint, holder.address()).await;
+        let connection = handshake(&endpoint, provider.address()).await;
         let (mut send, mut recv) = connection.open_bi().await.unwrap();
         let request = Request::Get { digest, offset: 0, length: size as u64 };
         wire::write(&mut send, &request).await.unwrap();
         send.finish().unwrap();
         assert_eq!(recv.received_reset().await.unwrap(), Some(TOO_SLOW));
-        while holder.transfer.0.serving.available_permits() < 4 {
+        while provider.transfer.0.serve_permits.available_permits() < 4 {
             tokio::task::yield_now().await;
         }
     })
@@ -119,11 +120,11 @@ async fn a_reader_that_does_not_read_is_given_up() {
 
 #[tokio::test]
 async fn a_stream_with_more_than_one_request_is_reset() {
-    within(async {
+    with_deadline(async {
         let blob = blob(1000);
-        let holder = Node::start(Shelf::with(&blob));
+        let provider = TransferTestNode::start(TestStore::with(&blob));
         let endpoint = bare_endpoint(&Identity::generate());
-        let connection = introduce(&endpoint, holder.address()).await;
+        let connection = handshake(&endpoint, provider.address()).await;
         let (mut send, mut recv) = connection.open_bi().await.unwrap();
         for _ in 0..2 {
             wire::write(&mut send, &Request::Have(Digest::of(&blob))).await.unwrap();
@@ -136,18 +137,18 @@ async fn a_stream_with_more_than_one_request_is_reset() {
 }
 
 #[tokio::test]
-async fn a_connection_that_nobody_uses_is_closed_and_one_in_use_is_not() {
-    within(async {
+async fn an_idle_connection_is_closed_and_a_connection_in_use_is_not() {
+    with_deadline(async {
         let rogue = Rogue::start(|_, send| async move { drop(send.stopped().await) });
-        let fetcher = Node::start(Shelf::default());
-        fetcher.meet(rogue.address).await;
+        let fetcher = TransferTestNode::start(TestStore::default());
+        fetcher.dial(rogue.address).await;
         let (_, outbound) = fetcher.transfer.0.peers.find(rogue.id).unwrap();
-        let line = outbound.line().unwrap();
-        fetcher.transfer.0.peers.sweep(Duration::ZERO);
+        let line = outbound.connection().unwrap();
+        fetcher.transfer.0.peers.close_unused(Duration::ZERO);
         assert!(line.close_reason().is_none());
         let connection = rogue.connections.lock().unwrap()[0].clone();
         drop(line);
-        fetcher.transfer.0.peers.sweep(Duration::ZERO);
+        fetcher.transfer.0.peers.close_unused(Duration::ZERO);
         let ended = connection.closed().await;
         assert!(matches!(&ended, quinn::ConnectionError::ApplicationClosed(c) if c.error_code == DONE), "{ended}");
         assert_eq!(fetcher.transfer.peers().len(), 1, "its address is still known");

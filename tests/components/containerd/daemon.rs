@@ -60,7 +60,7 @@ impl Daemon {
         let configuration = CONFIGURATION.replace("{folder}", folder.path().to_str().unwrap()) + more;
         std::fs::write(folder.path().join("config.toml"), configuration).unwrap();
         let daemon = Self { process: spawn(&binaries, folder.path()), binaries, folder };
-        daemon.answers().await;
+        daemon.wait_ready().await;
         daemon
     }
 
@@ -71,9 +71,9 @@ impl Daemon {
     }
 
     /// On the folders that the killed one left.
-    pub(crate) async fn start_again(&mut self) {
+    pub(crate) async fn restart(&mut self) {
         self.process = spawn(&self.binaries, self.folder.path());
-        self.answers().await;
+        self.wait_ready().await;
     }
 
     pub(crate) fn config(&self, containerd_namespace: &str) -> Config {
@@ -130,7 +130,7 @@ impl Daemon {
         self.folder.path().join("containerd.sock")
     }
 
-    async fn answers(&self) {
+    async fn wait_ready(&self) {
         let store = self.store("default");
         let waiting = async {
             while store.ready().await.is_err() {

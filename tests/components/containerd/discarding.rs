@@ -14,16 +14,16 @@ use axum::routing::get;
 use containerd_client::tonic::Request;
 use containerd_client::tonic::client::Grpc;
 use containerd_client::tonic::codegen::http::uri::PathAndQuery;
-use lighterman::agent::retain::{Retainer, UsedImages};
+use lighterman::agent::retainer::{Retainer, UsedImages};
 use lighterman::containerd::ContainerdStore;
 use lighterman::decide::fill::FetchFrom;
 use lighterman::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use lighterman::metrics::Metrics;
 use lighterman::oci::Digest;
-use lighterman::ports::{ContentStore, LayerLeases, RetainedStatus};
+use lighterman::ports::{ContentStore, LayerLeases, RetentionStatus};
 use lighterman::testing::MemoryStore;
-use lighterman::testing::contract::retaining::{Retains, retains_as_promised};
-use lighterman::testing::image::{MadeImage, Packing, Recipe, make_image};
+use lighterman::testing::contract::retaining::{LeasingStore, assert_layer_lease_contract};
+use lighterman::testing::image::{Compression, MadeImage, Recipe, make_image};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -31,28 +31,28 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic_prost::ProstCodec;
 
 use super::daemon::Daemon;
-use super::refilling::discarded_layers_come_from_the_registry;
-use super::{HOUR, OnContainerd, PATIENCE, fresh};
+use super::layer_refill::discarded_layers_are_fetched_from_the_registry;
+use super::{ContainerdSubject, HOUR, WAIT_DEADLINE, fresh};
 
 /// Setting of these platforms. containerd 2.0 to 2.4 do not migrate the first table of a file of
 /// version 2.
-const DISCARDS: &str = r#"
+const DISCARD_SETTING: &str = r#"
 [plugins."io.containerd.grpc.v1.cri".containerd]
   discard_unpacked_layers = true
 [plugins."io.containerd.cri.v1.images"]
   discard_unpacked_layers = true
 "#;
 
-impl Retains for OnContainerd {
+impl LeasingStore for ContainerdSubject {
     fn leases(&self) -> Arc<dyn LayerLeases> {
         Arc::new(self.store.clone())
     }
 }
 
 /// Leases on layers are as old as containerd's leases; only the event is new.
-async fn it_retains_as_promised(version: &str) {
+async fn layer_leases_keep_the_contract(version: &str) {
     let daemon = Daemon::start(version).await;
-    retains_as_promised(version, async || fresh(daemon.config(""))).await;
+    assert_layer_lease_contract(version, async || fresh(daemon.config(""))).await;
 }
 
 /// A registry that serves what is in a store; any repository has every blob.
@@ -86,7 +86,7 @@ impl LoopbackRegistry {
     pub(super) async fn push_as(&self, name: &str) -> MadeImage {
         let number = self.made.fetch_add(1, Ordering::Relaxed);
         let layers = [1 << 10, 4 << 20, 20_000, 300_000, 1 << 20, 1 << 10, 2 << 20, 5000].to_vec();
-        let recipe = Recipe { layers, packing: Packing::Gzip, index: true, ..Recipe::default() };
+        let recipe = Recipe { layers, compression: Compression::Gzip, index: true, ..Recipe::default() };
         let seed = 100 + number as u64;
         make_image(&self.content, &[name.to_owned()], &recipe, seed).await.unwrap()
     }
@@ -125,30 +125,30 @@ async fn send(content: &MemoryStore, digest: Digest) -> Response {
 /// Calls CRI's `PullImage`, as the kubelet does.
 pub(super) async fn pull(socket: &Path, name: &str) {
     #[derive(Clone, PartialEq, prost::Message)]
-    struct PullRequest {
+    struct PullImageRequest {
         #[prost(message, optional, tag = "1")]
-        image: Option<Named>,
+        image: Option<ImageSpec>,
     }
     #[derive(Clone, PartialEq, prost::Message)]
-    struct Named {
+    struct ImageSpec {
         #[prost(string, tag = "1")]
         image: String,
     }
     #[derive(Clone, PartialEq, prost::Message)]
-    struct Pulled {
+    struct PullImageResponse {
         #[prost(string, tag = "1")]
         image: String,
     }
     let mut client = Grpc::new(containerd_client::connect(socket).await.unwrap());
     client.ready().await.unwrap();
-    let request = Request::new(PullRequest { image: Some(Named { image: name.into() }) });
+    let request = Request::new(PullImageRequest { image: Some(ImageSpec { image: name.into() }) });
     let method = PathAndQuery::from_static("/runtime.v1.ImageService/PullImage");
-    let pulling = client.unary(request, method, ProstCodec::<PullRequest, Pulled>::default());
-    timeout(PATIENCE, pulling).await.expect("the pull does not end").unwrap();
+    let pulling = client.unary(request, method, ProstCodec::<PullImageRequest, PullImageResponse>::default());
+    timeout(WAIT_DEADLINE, pulling).await.expect("the pull does not end").unwrap();
 }
 
 /// A node: a containerd that discards layers, and the task that follows its events.
-pub(super) struct Node {
+pub(super) struct DiscardingNode {
     pub(super) daemon: Daemon,
     pub(super) socket: PathBuf,
     pub(super) store: ContainerdStore,
@@ -157,35 +157,35 @@ pub(super) struct Node {
 }
 
 /// The task that retains layers; it ends when this is dropped.
-struct Agent {
-    status: watch::Receiver<Option<RetainedStatus>>,
+struct RetainerTask {
+    status: watch::Receiver<Option<RetentionStatus>>,
     _stop: DropGuard,
 }
 
-impl Node {
+impl DiscardingNode {
     pub(super) async fn start(version: &str) -> Self {
-        let daemon = Daemon::start_in(version, tempfile::tempdir().unwrap(), DISCARDS).await;
+        let daemon = Daemon::start_in(version, tempfile::tempdir().unwrap(), DISCARD_SETTING).await;
         let (socket, store) = (daemon.config("").socket, daemon.store("k8s.io"));
         let (stop, mut changes) = (CancellationToken::new(), store.changes());
         tokio::spawn(store.clone().run(stop.clone()));
-        timeout(PATIENCE, changes.changed()).await.expect("containerd's events do not come").unwrap();
+        timeout(WAIT_DEADLINE, changes.changed()).await.expect("containerd's events do not come").unwrap();
         Self { daemon, socket, store, used: watch::Sender::default(), _stop: stop.drop_guard() }
     }
 
-    pub(super) fn uses(&self, names: &[&String]) {
+    pub(super) fn set_used(&self, names: &[&String]) {
         let opted_in = names.iter().map(|name| name.parse().unwrap()).collect();
         self.used.send_replace(Arc::new(UsedImages { opted_in, ..UsedImages::default() }));
     }
 
-    async fn retain(&self, bytes: u64) -> Agent {
+    async fn retain(&self, bytes: u64) -> RetainerTask {
         let (layers, bytes) = (RetainLayers::OptedIn, RetainBytes::Bytes(bytes));
         let options = RetainOptions { layers, bytes, fetch: FetchFrom::None, fetch_rate: 0 };
         let ((status_in, mut status), stop) = (watch::channel(None), CancellationToken::new());
         let (store, leases) = (Arc::new(self.store.clone()), Arc::new(self.store.clone()));
         let retainer = Retainer::new(store, leases, options, self.used.subscribe(), Metrics::new(), status_in);
         tokio::spawn(retainer.run(stop.clone()));
-        timeout(PATIENCE, status.wait_for(Option::is_some)).await.unwrap().unwrap();
-        Agent { status, _stop: stop.drop_guard() }
+        timeout(WAIT_DEADLINE, status.wait_for(Option::is_some)).await.unwrap().unwrap();
+        RetainerTask { status, _stop: stop.drop_guard() }
     }
 
     /// Forces a collection and counts the layers of the image that are left.
@@ -208,83 +208,83 @@ impl Node {
     }
 }
 
-impl Agent {
-    async fn shows(&mut self, is_so: impl Fn(&RetainedStatus) -> bool) {
+impl RetainerTask {
+    async fn wait_status(&mut self, is_so: impl Fn(&RetentionStatus) -> bool) {
         let seen = self.status.wait_for(|status| status.as_ref().is_some_and(&is_so));
-        timeout(PATIENCE, seen).await.expect("the status never shows it").unwrap();
+        timeout(WAIT_DEADLINE, seen).await.expect("the status never shows it").unwrap();
     }
 }
 
-const ROOMY: u64 = 1 << 30;
+const AMPLE_BYTES: u64 = 1 << 30;
 
 /// Or the tests show nothing.
-async fn it_discards_layers(node: &Node, registry: &LoopbackRegistry) {
+async fn assert_layers_are_discarded(node: &DiscardingNode, registry: &LoopbackRegistry) {
     let (name, image) = registry.push().await;
     pull(&node.socket, &name).await;
     assert_eq!(node.layers_left(&image).await, 0, "this containerd keeps layers by itself");
 }
 
 async fn retained_layers_survive_their_unpacking(version: &str) {
-    let (node, registry) = (Node::start(version).await, LoopbackRegistry::start().await);
-    it_discards_layers(&node, &registry).await;
+    let (node, registry) = (DiscardingNode::start(version).await, LoopbackRegistry::start().await);
+    assert_layers_are_discarded(&node, &registry).await;
     let images = [registry.push().await, registry.push().await, registry.push().await, registry.push().await];
-    node.uses(&images.iter().map(|(name, _)| name).collect::<Vec<_>>());
-    let mut agent = node.retain(ROOMY).await;
+    node.set_used(&images.iter().map(|(name, _)| name).collect::<Vec<_>>());
+    let mut agent = node.retain(AMPLE_BYTES).await;
     for (name, image) in &images {
         pull(&node.socket, name).await;
         assert_eq!(node.layers_left(image).await, 8, "{name}");
     }
-    agent.shows(|status| (status.images, status.wanted, status.lacking) == (4, 4, 0)).await;
+    agent.wait_status(|status| (status.images, status.wanted, status.lacking) == (4, 4, 0)).await;
     for (name, image) in &images {
         assert_eq!(node.layers_left(image).await, 8, "{name}, later");
     }
 }
 
 async fn retained_layers_go_with_their_image(version: &str) {
-    let (node, registry) = (Node::start(version).await, LoopbackRegistry::start().await);
+    let (node, registry) = (DiscardingNode::start(version).await, LoopbackRegistry::start().await);
     let (name, image) = registry.push().await;
-    node.uses(&[&name]);
-    let mut agent = node.retain(ROOMY).await;
+    node.set_used(&[&name]);
+    let mut agent = node.retain(AMPLE_BYTES).await;
     pull(&node.socket, &name).await;
-    agent.shows(|status| status.images == 1).await;
+    agent.wait_status(|status| status.images == 1).await;
     let records = node.store.images().await.unwrap();
     for record in records {
         node.daemon.ctr("k8s.io", &["images", "rm", &record.name]);
     }
-    agent.shows(|status| status.images == 0).await;
+    agent.wait_status(|status| status.images == 0).await;
     assert_eq!(node.layers_left(&image).await, 0);
     assert_eq!(node.store.layer_leases().await.unwrap(), []);
 }
 
-async fn the_next_agent_goes_on_with_the_leases(version: &str) {
-    let (node, registry) = (Node::start(version).await, LoopbackRegistry::start().await);
+async fn the_next_agent_takes_over_the_leases(version: &str) {
+    let (node, registry) = (DiscardingNode::start(version).await, LoopbackRegistry::start().await);
     let (name, image) = registry.push().await;
-    node.uses(&[&name]);
-    let mut agent = node.retain(ROOMY).await;
+    node.set_used(&[&name]);
+    let mut agent = node.retain(AMPLE_BYTES).await;
     pull(&node.socket, &name).await;
-    agent.shows(|status| status.images == 1 && status.wanted == 1).await;
+    agent.wait_status(|status| status.images == 1 && status.wanted == 1).await;
     drop(agent);
-    let mut next = node.retain(ROOMY).await;
-    next.shows(|status| (status.images, status.lacking) == (1, 0)).await;
+    let mut next = node.retain(AMPLE_BYTES).await;
+    next.wait_status(|status| (status.images, status.lacking) == (1, 0)).await;
     assert_eq!(node.layers_left(&image).await, 8);
     assert_eq!(node.store.layer_leases().await.unwrap().len(), 1);
 }
 
 /// Room for one image of the four. Between any two steps no more is leased than the budget allows.
 async fn leased_bytes_stay_within_the_budget(version: &str) {
-    let (node, registry) = (Node::start(version).await, LoopbackRegistry::start().await);
+    let (node, registry) = (DiscardingNode::start(version).await, LoopbackRegistry::start().await);
     let budget = 10 << 20;
     let mut agent = node.retain(budget).await;
     let (mut most, mut last) = (0, None);
     for _ in 0..4 {
         let (name, image) = registry.push().await;
         // Each pod takes the place of the one before.
-        node.uses(&[&name]);
-        agent.shows(|status| status.wanted == 0).await;
+        node.set_used(&[&name]);
+        agent.wait_status(|status| status.wanted == 0).await;
         pull(&node.socket, &name).await;
         most = most.max(node.leased_bytes().await);
         assert_eq!(node.layers_left(&image).await, 8, "{name}");
-        agent.shows(|status| status.wanted == 1).await;
+        agent.wait_status(|status| status.wanted == 1).await;
         most = most.max(node.leased_bytes().await);
         if let Some(before) = last.replace(image) {
             assert_eq!(node.layers_left(&before).await, 0, "the image before {name}");
@@ -296,16 +296,16 @@ async fn leased_bytes_stay_within_the_budget(version: &str) {
 
 /// Without the event of a blob the lease comes with the image record, which may be too late. The
 /// test counts the layers that are left.
-async fn before_the_event_exists_layers_are_retained_at_best(version: &str) {
-    let (node, registry) = (Node::start(version).await, LoopbackRegistry::start().await);
-    it_discards_layers(&node, &registry).await;
+async fn layers_are_retained_at_best_without_the_content_event(version: &str) {
+    let (node, registry) = (DiscardingNode::start(version).await, LoopbackRegistry::start().await);
+    assert_layers_are_discarded(&node, &registry).await;
     let images = [registry.push().await, registry.push().await, registry.push().await, registry.push().await];
-    node.uses(&images.iter().map(|(name, _)| name).collect::<Vec<_>>());
-    let mut agent = node.retain(ROOMY).await;
+    node.set_used(&images.iter().map(|(name, _)| name).collect::<Vec<_>>());
+    let mut agent = node.retain(AMPLE_BYTES).await;
     for (name, _) in &images {
         pull(&node.socket, name).await;
     }
-    agent.shows(|status| status.wanted == 4).await;
+    agent.wait_status(|status| status.wanted == 4).await;
     let mut left = 0;
     for (_, image) in &images {
         left += node.layers_left(image).await;
@@ -316,13 +316,13 @@ async fn before_the_event_exists_layers_are_retained_at_best(version: &str) {
 
 mod containerd_1_7 {
     #[tokio::test]
-    async fn before_the_event_exists_layers_are_retained_at_best() {
-        super::before_the_event_exists_layers_are_retained_at_best("containerd-1.7").await;
+    async fn layers_are_retained_at_best_without_the_content_event() {
+        super::layers_are_retained_at_best_without_the_content_event("containerd-1.7").await;
     }
 
     #[tokio::test]
-    async fn it_retains_as_promised() {
-        super::it_retains_as_promised("containerd-1.7").await;
+    async fn layer_leases_keep_the_contract() {
+        super::layer_leases_keep_the_contract("containerd-1.7").await;
     }
 }
 
@@ -343,10 +343,10 @@ macro_rules! on_versions_with_the_event {
 }
 
 on_versions_with_the_event![
-    it_retains_as_promised,
+    layer_leases_keep_the_contract,
     retained_layers_survive_their_unpacking,
     retained_layers_go_with_their_image,
-    the_next_agent_goes_on_with_the_leases,
+    the_next_agent_takes_over_the_leases,
     leased_bytes_stay_within_the_budget,
-    discarded_layers_come_from_the_registry,
+    discarded_layers_are_fetched_from_the_registry,
 ];

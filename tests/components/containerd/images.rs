@@ -1,10 +1,10 @@
 //! Every kind of image that a registry may have, from a peer into a containerd.
 
-use lighterman::ports::{ContentStore, ImageRecord, Remembered};
-use lighterman::testing::image::{Packing, Recipe};
+use lighterman::ports::{BlobMetadata, ContentStore, ImageRecord};
+use lighterman::testing::image::{Compression, Recipe};
 
 use super::daemon::Daemon;
-use super::harbour::{Harbour, every_blob, lost_to_the_collector};
+use super::test_node::{TestNode, blobs_lost_to_gc, every_blob};
 use super::{HOUR, write};
 
 /// Each with a layer of more than one message, so that it is cut.
@@ -12,16 +12,16 @@ fn kinds() -> Vec<(&'static str, Recipe)> {
     let layers = || Recipe { layers: vec![1_500_000, 3000], ..Recipe::default() };
     vec![
         ("oci", layers()),
-        ("oci-gzip", Recipe { packing: Packing::Gzip, ..layers() }),
-        ("oci-zstd", Recipe { packing: Packing::Zstd, ..layers() }),
+        ("oci-gzip", Recipe { compression: Compression::Gzip, ..layers() }),
+        ("oci-zstd", Recipe { compression: Compression::Zstd, ..layers() }),
         ("docker", Recipe { docker: true, ..layers() }),
-        ("docker-gzip", Recipe { docker: true, packing: Packing::Gzip, ..layers() }),
-        ("oci-index", Recipe { index: true, packing: Packing::Gzip, ..layers() }),
-        ("docker-list", Recipe { docker: true, index: true, packing: Packing::Gzip, ..layers() }),
+        ("docker-gzip", Recipe { docker: true, compression: Compression::Gzip, ..layers() }),
+        ("oci-index", Recipe { index: true, compression: Compression::Gzip, ..layers() }),
+        ("docker-list", Recipe { docker: true, index: true, compression: Compression::Gzip, ..layers() }),
         ("attested", Recipe { index: true, attested: true, ..layers() }),
-        ("nested", Recipe { nested: true, packing: Packing::Gzip, ..layers() }),
-        ("nested-list", Recipe { docker: true, nested: true, packing: Packing::Gzip, ..layers() }),
-        ("unnamed", Recipe { index: true, unnamed: true, packing: Packing::Gzip, ..layers() }),
+        ("nested", Recipe { nested: true, compression: Compression::Gzip, ..layers() }),
+        ("nested-list", Recipe { docker: true, nested: true, compression: Compression::Gzip, ..layers() }),
+        ("unnamed", Recipe { index: true, unnamed: true, compression: Compression::Gzip, ..layers() }),
         ("twice", Recipe { twice: true, ..layers() }),
         ("no-layers", Recipe::default()),
         ("no-layers-index", Recipe { index: true, ..Recipe::default() }),
@@ -31,30 +31,30 @@ fn kinds() -> Vec<(&'static str, Recipe)> {
 pub(crate) async fn every_kind_of_image_is_recovered_and_survives_the_collector(version: &str) {
     let daemon = Daemon::start(version).await;
     let store = daemon.store("k8s.io");
-    let harbour = Harbour::new();
+    let node = TestNode::new();
     let mut made = Vec::new();
     for (seed, (kind, recipe)) in (1..).zip(kinds()) {
         let name = format!("r.test/kinds/{kind}:1");
-        let image = harbour.offers(&name, &recipe, seed).await;
-        let recovered = harbour.recover(&store, &name).await.unwrap_or_else(|error| panic!("{kind}: {error}"));
-        assert_eq!(recovered.fetched + recovered.there, image.blobs.len() + 1, "{kind}");
+        let image = node.announce_image(&name, &recipe, seed).await;
+        let recovered = node.recover(&store, &name).await.unwrap_or_else(|error| panic!("{kind}: {error}"));
+        assert_eq!(recovered.fetched + recovered.present, image.blobs.len() + 1, "{kind}");
         made.push((kind, recipe, name, image));
     }
     let listed = daemon.ctr("k8s.io", &["images", "ls"]);
     for (kind, recipe, name, image) in &made {
         let config = &image.blobs[recipe.indexes()];
         let repository = name.trim_end_matches(":1");
-        for name in [name.clone(), format!("{repository}@{}", image.root.digest), config.digest.to_string()] {
+        for name in [name.clone(), format!("{repository}@{}", image.target.digest), config.digest.to_string()] {
             let line = listed.lines().find(|line| line.split(' ').next() == Some(&name));
             let line = line.unwrap_or_else(|| panic!("{kind}: {name} is not in\n{listed}"));
             assert!(line.contains("io.cri-containerd.image=managed"), "{kind}: {line}");
-            assert!(line.contains(&image.root.digest.to_string()), "{kind}: {line}");
+            assert!(line.contains(&image.target.digest.to_string()), "{kind}: {line}");
         }
         let checked = daemon.ctr("k8s.io", &["images", "check", &format!("name=={name}")]);
         assert!(checked.contains("complete ("), "{kind}: {checked}");
     }
     for (kind, _, _, image) in &made {
-        assert!(lost_to_the_collector(&store, image).await.is_empty(), "{kind}");
+        assert!(blobs_lost_to_gc(&store, image).await.is_empty(), "{kind}");
     }
 }
 
@@ -62,22 +62,22 @@ pub(crate) async fn every_kind_of_image_is_recovered_and_survives_the_collector(
 pub(crate) async fn labels_that_were_missing_are_written(version: &str) {
     let daemon = Daemon::start(version).await;
     let store = daemon.store("k8s.io");
-    let harbour = Harbour::new();
+    let node = TestNode::new();
     let recipe = Recipe { layers: vec![1_500_000, 3000], index: true, ..Recipe::default() };
     let name = "r.test/unlabelled:1";
-    let image = harbour.offers(name, &recipe, 1).await;
+    let image = node.announce_image(name, &recipe, 1).await;
     let pin = store.pin(HOUR).await.unwrap();
     for blob in every_blob(&image) {
-        let bytes = harbour.bytes_of(blob).await.into();
-        write(&store, &bytes, &pin, &Remembered::default()).await;
+        let bytes = node.bytes_of(blob).await.into();
+        write(&store, &bytes, &pin, &BlobMetadata::default()).await;
     }
     // Its record is there as well.
-    store.put_image(&ImageRecord { name: name.into(), target: image.root.clone() }).await.unwrap();
+    store.put_image(&ImageRecord { name: name.into(), target: image.target.clone() }).await.unwrap();
 
-    let recovered = harbour.recover(&store, name).await.unwrap();
-    assert_eq!((recovered.fetched, recovered.there), (0, 5));
+    let recovered = node.recover(&store, name).await.unwrap();
+    assert_eq!((recovered.fetched, recovered.present), (0, 5));
     store.release(pin).await.unwrap();
-    assert_eq!(lost_to_the_collector(&store, &image).await, Vec::<String>::new());
+    assert_eq!(blobs_lost_to_gc(&store, &image).await, Vec::<String>::new());
     let manifest = store.blob(image.blobs[0].digest).await.unwrap().unwrap();
     assert!(manifest.has_children);
     assert_eq!(manifest.sources.iter().map(ToString::to_string).collect::<Vec<_>>(), ["r.test/unlabelled"]);

@@ -7,22 +7,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use lighterman::agent::layer_unpacker::LayerUnpacker;
 use lighterman::agent::progress::Progress;
 use lighterman::agent::recover::Recoverer;
-use lighterman::agent::unpack::Unpacking;
 use lighterman::containerd::{ContainerdStore, Snapshotter};
 use lighterman::metrics::Metrics;
 use lighterman::oci::{Digest, Reference};
-use lighterman::ports::{ContentStore, Pin, Unpacked, Unpacker};
-use lighterman::testing::contract::unpacking::{Unpacks, unpacks_as_promised};
-use lighterman::testing::contract::{Subject, Unfinished};
-use lighterman::testing::image::{MadeImage, Packing, Recipe, make_image};
+use lighterman::ports::{ContentStore, Pin, UnpackOutcome, Unpacker};
+use lighterman::testing::contract::unpacking::{UnpackingStore, assert_unpacking_contract};
+use lighterman::testing::contract::{StoreUnderTest, UnfinishedWrite};
+use lighterman::testing::image::{Compression, MadeImage, Recipe, make_image};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::daemon::Daemon;
-use super::harbour::{Harbour, lost_to_the_collector};
-use super::{HOUR, OnContainerd, PATIENCE, fresh};
+use super::test_node::{TestNode, blobs_lost_to_gc};
+use super::{ContainerdSubject, HOUR, WAIT_DEADLINE, fresh};
 
 /// Each snapshot as containerd's client lists it: its name and its kind.
 fn snapshots(daemon: &Daemon, containerd_namespace: &str) -> Vec<(String, String)> {
@@ -39,60 +39,60 @@ fn snapshots(daemon: &Daemon, containerd_namespace: &str) -> Vec<(String, String
     listed.lines().skip(1).filter(|line| !line.trim().is_empty()).map(row).collect()
 }
 
-fn committed(daemon: &Daemon, containerd_namespace: &str) -> BTreeSet<Digest> {
+fn committed_snapshots(daemon: &Daemon, containerd_namespace: &str) -> BTreeSet<Digest> {
     let listed = snapshots(daemon, containerd_namespace).into_iter();
     listed.filter(|(_, kind)| kind == "Committed").map(|(name, _)| name.parse().unwrap()).collect()
 }
 
-fn active(daemon: &Daemon, containerd_namespace: &str) -> Vec<String> {
+fn active_snapshots(daemon: &Daemon, containerd_namespace: &str) -> Vec<String> {
     let listed = snapshots(daemon, containerd_namespace).into_iter();
     listed.filter(|(_, kind)| kind == "Active").map(|(name, _)| name).collect()
 }
 
-struct OnDaemon<'a> {
+struct UnpackingSubject<'a> {
     daemon: &'a Daemon,
-    on: OnContainerd,
+    inner: ContainerdSubject,
 }
 
 #[async_trait]
-impl Subject for OnDaemon<'_> {
+impl StoreUnderTest for UnpackingSubject<'_> {
     fn store(&self) -> Arc<dyn ContentStore> {
-        self.on.store()
+        self.inner.store()
     }
 
     async fn collect(&self) {
-        self.on.collect().await;
+        self.inner.collect().await;
     }
 
-    async fn restart(&mut self, unfinished: Unfinished) {
-        self.on.restart(unfinished).await;
+    async fn restart(&mut self, unfinished: UnfinishedWrite) {
+        self.inner.restart(unfinished).await;
     }
 }
 
 #[async_trait]
-impl Unpacks for OnDaemon<'_> {
+impl UnpackingStore for UnpackingSubject<'_> {
     fn unpacker(&self) -> Arc<dyn Unpacker> {
-        Arc::new(self.on.store.clone())
+        Arc::new(self.inner.store.clone())
     }
 
     async fn unpacked(&self) -> BTreeSet<Digest> {
-        committed(self.daemon, &self.on.config.containerd_namespace)
+        committed_snapshots(self.daemon, &self.inner.config.containerd_namespace)
     }
 
     async fn half_unpacked(&self) -> usize {
-        active(self.daemon, &self.on.config.containerd_namespace).len()
+        active_snapshots(self.daemon, &self.inner.config.containerd_namespace).len()
     }
 }
 
-pub(crate) async fn it_unpacks_as_promised(version: &str) {
+pub(crate) async fn the_unpacker_keeps_the_contract(version: &str) {
     let daemon = &Daemon::start(version).await;
-    unpacks_as_promised(version, async || OnDaemon { daemon, on: fresh(daemon.config("")) }).await;
+    assert_unpacking_contract(version, async || UnpackingSubject { daemon, inner: fresh(daemon.config("")) }).await;
 }
 
-async fn recover(harbour: &Harbour, store: &ContainerdStore, name: &str) {
+async fn recover(node: &TestNode, store: &ContainerdStore, name: &str) {
     let shared = Arc::new(store.clone());
-    let unpacking = Some(Unpacking::new(Arc::clone(&shared) as _, Arc::clone(&shared) as _, Metrics::new()));
-    let recoverer = Recoverer { unpacking, ..harbour.recoverer(shared) };
+    let unpacking = Some(LayerUnpacker::new(Arc::clone(&shared) as _, Arc::clone(&shared) as _, Metrics::new()));
+    let recoverer = Recoverer { layer_unpacker: unpacking, ..node.recoverer(shared) };
     let (wanted, progress) = (name.parse::<Reference>().unwrap().into(), Progress::default());
     recoverer.recover(&wanted, &progress, &CancellationToken::new()).await.unwrap();
 }
@@ -112,34 +112,34 @@ fn file_of_image(daemon: &Daemon, name: &str, file: &str) -> Vec<u8> {
     read.unwrap_or_else(|error| panic!("{file} of {name}: {error}"))
 }
 
-pub(crate) async fn a_recovered_image_is_unpacked_when_it_gets_its_name(version: &str) {
+pub(crate) async fn a_recovered_image_is_unpacked_before_its_record_is_written(version: &str) {
     let daemon = Daemon::start(version).await;
     let store = daemon.store("k8s.io");
-    let harbour = Harbour::new();
+    let node = TestNode::new();
     let mut expected = BTreeSet::new();
-    for (seed, packing) in [(1, Packing::Plain), (2, Packing::Gzip), (3, Packing::Zstd)] {
+    for (seed, packing) in [(1, Compression::Plain), (2, Compression::Gzip), (3, Compression::Zstd)] {
         let name = format!("r.test/unpacked/{packing:?}:1").to_lowercase();
-        let recipe = Recipe { layers: vec![1_500_000, 3000], index: true, packing, ..Recipe::default() };
-        let image = harbour.offers(&name, &recipe, seed).await;
-        recover(&harbour, &store, &name).await;
+        let recipe = Recipe { layers: vec![1_500_000, 3000], index: true, compression: packing, ..Recipe::default() };
+        let image = node.announce_image(&name, &recipe, seed).await;
+        recover(&node, &store, &name).await;
         expected.extend(chain_ids(&image));
-        assert_eq!(committed(&daemon, "k8s.io"), expected, "{packing:?}");
-        assert_eq!(lost_to_the_collector(&store, &image).await, Vec::<String>::new());
-        assert_eq!(committed(&daemon, "k8s.io"), expected, "{packing:?}, collected");
+        assert_eq!(committed_snapshots(&daemon, "k8s.io"), expected, "{packing:?}");
+        assert_eq!(blobs_lost_to_gc(&store, &image).await, Vec::<String>::new());
+        assert_eq!(committed_snapshots(&daemon, "k8s.io"), expected, "{packing:?}, collected");
         assert_eq!(file_of_image(&daemon, &name, "data/0.bin").len(), 1_500_000, "{packing:?}");
         assert_eq!(file_of_image(&daemon, &name, "data/1.bin").len(), 3000, "{packing:?}");
     }
 }
 
 /// The pin that holds it, and an image with a layer that takes a moment.
-async fn large(store: &ContainerdStore) -> (Pin, MadeImage) {
+async fn large_image(store: &ContainerdStore) -> (Pin, MadeImage) {
     let pin = store.pin(HOUR).await.unwrap();
-    let recipe = Recipe { layers: vec![160 << 20, 10], packing: Packing::Gzip, ..Recipe::default() };
+    let recipe = Recipe { layers: vec![160 << 20, 10], compression: Compression::Gzip, ..Recipe::default() };
     (pin, make_image(store, &["r.test/large:1".into()], &recipe, 1).await.unwrap())
 }
 
 /// Begins to unpack the image's first layer, and gives up when it has begun.
-async fn break_off(
+async fn abort_unpacking(
     daemon: &Daemon,
     (containerd_namespace, store): (&str, &ContainerdStore),
     image: &MadeImage,
@@ -147,7 +147,7 @@ async fn break_off(
 ) {
     let unpacking = store.unpack(&image.layers[0], pin);
     let begun = async {
-        while active(daemon, containerd_namespace).is_empty() {
+        while active_snapshots(daemon, containerd_namespace).is_empty() {
             sleep(Duration::from_millis(1)).await;
         }
     };
@@ -157,60 +157,60 @@ async fn break_off(
     }
 }
 
-async fn nothing_is_half_unpacked(daemon: &Daemon, containerd_namespace: &str) {
+async fn wait_no_active_snapshots(daemon: &Daemon, containerd_namespace: &str) {
     let waiting = async {
-        while !active(daemon, containerd_namespace).is_empty() {
+        while !active_snapshots(daemon, containerd_namespace).is_empty() {
             sleep(Duration::from_millis(20)).await;
         }
     };
-    timeout(PATIENCE, waiting).await.expect("a half unpacked layer is still there");
+    timeout(WAIT_DEADLINE, waiting).await.expect("a half unpacked layer is still there");
 }
 
 async fn unpack_all(store: &ContainerdStore, image: &MadeImage, pin: &Pin) {
     for layer in &image.layers {
-        assert_eq!(store.unpack(layer, pin).await.unwrap(), Unpacked::Now);
+        assert_eq!(store.unpack(layer, pin).await.unwrap(), UnpackOutcome::Unpacked);
     }
 }
 
-pub(crate) async fn a_layer_that_was_given_up_is_removed(version: &str) {
+pub(crate) async fn an_abandoned_layer_is_removed(version: &str) {
     let daemon = Daemon::start(version).await;
     let store = daemon.store("given-up");
-    let (pin, image) = large(&store).await;
+    let (pin, image) = large_image(&store).await;
     let stop = CancellationToken::new();
     let _stopped = stop.clone().drop_guard();
     tokio::spawn(store.clone().run(stop));
-    break_off(&daemon, ("given-up", &store), &image, &pin).await;
-    nothing_is_half_unpacked(&daemon, "given-up").await;
+    abort_unpacking(&daemon, ("given-up", &store), &image, &pin).await;
+    wait_no_active_snapshots(&daemon, "given-up").await;
     unpack_all(&store, &image, &pin).await;
-    assert_eq!(committed(&daemon, "given-up"), chain_ids(&image));
+    assert_eq!(committed_snapshots(&daemon, "given-up"), chain_ids(&image));
 }
 
 /// By the next start of the agent, and where there is none, by the collector when the pin has ended. Nobody trips over it meanwhile.
-pub(crate) async fn what_a_killed_process_had_half_unpacked_goes(version: &str) {
+pub(crate) async fn partial_snapshots_of_a_killed_process_are_removed(version: &str) {
     let mut daemon = Daemon::start(version).await;
-    let (pin, image) = large(&daemon.store("killed")).await;
-    break_off(&daemon, ("killed", &daemon.store("killed")), &image, &pin).await;
+    let (pin, image) = large_image(&daemon.store("killed")).await;
+    abort_unpacking(&daemon, ("killed", &daemon.store("killed")), &image, &pin).await;
     daemon.kill();
-    daemon.start_again().await;
-    assert_eq!(active(&daemon, "killed").len(), 1, "the test sees nothing");
+    daemon.restart().await;
+    assert_eq!(active_snapshots(&daemon, "killed").len(), 1, "the test sees nothing");
     let store = daemon.store("killed");
     unpack_all(&store, &image, &pin).await;
-    assert_eq!(committed(&daemon, "killed"), chain_ids(&image));
+    assert_eq!(committed_snapshots(&daemon, "killed"), chain_ids(&image));
 
     let stop = CancellationToken::new();
     let running = tokio::spawn(store.clone().run(stop.clone()));
-    nothing_is_half_unpacked(&daemon, "killed").await;
+    wait_no_active_snapshots(&daemon, "killed").await;
     stop.cancel();
     running.await.unwrap();
-    assert_eq!(committed(&daemon, "killed"), chain_ids(&image), "what was whole is left alone");
+    assert_eq!(committed_snapshots(&daemon, "killed"), chain_ids(&image), "what was whole is left alone");
 
-    let (pin, image) = large(&daemon.store("collected")).await;
-    break_off(&daemon, ("collected", &daemon.store("collected")), &image, &pin).await;
+    let (pin, image) = large_image(&daemon.store("collected")).await;
+    abort_unpacking(&daemon, ("collected", &daemon.store("collected")), &image, &pin).await;
     daemon.store("collected").release_and_collect(pin).await.unwrap();
     assert_eq!(snapshots(&daemon, "collected"), [], "nothing holds it");
 }
 
-pub(crate) async fn only_cri_s_own_snapshotter_is_unpacked_into(version: &str) {
+pub(crate) async fn layers_are_unpacked_only_into_the_snapshotter_of_cri(version: &str) {
     // containerd 1 and 2 have it in plugins of different names, and 2 does not take it over from the first.
     let cri = |snapshotter: &str| {
         format!(
@@ -221,10 +221,10 @@ pub(crate) async fn only_cri_s_own_snapshotter_is_unpacked_into(version: &str) {
     };
     for (set, suited) in [("native", true), ("stargz", false), ("absent", false)] {
         let daemon = Daemon::start_in(version, tempfile::tempdir().unwrap(), &cri(set)).await;
-        let found = daemon.store("k8s.io").surroundings(Path::new("/nothing/is/here")).await.unwrap().snapshotter;
+        let found = daemon.store("k8s.io").inspect(Path::new("/nothing/is/here")).await.unwrap().snapshotter;
         match found {
-            Snapshotter::Suited(name) => assert!(suited && name == set, "{set}: {name}"),
-            Snapshotter::Unsuited(why) => assert!(!suited, "{set}: {why}"),
+            Snapshotter::Supported(name) => assert!(suited && name == set, "{set}: {name}"),
+            Snapshotter::Unsupported(why) => assert!(!suited, "{set}: {why}"),
         }
     }
 }

@@ -7,32 +7,32 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use k8s_openapi::api::core::v1::ServiceAccount;
 use kube::Api;
 use kube::api::DeleteParams;
-use lighterman::cluster::{Config, Keep, KubeCluster, TokenAdmission, connect};
+use lighterman::cluster::{Config, KubeCluster, TokenAdmission, TokenAdmissionOptions, connect};
 use lighterman::metrics::Metrics;
 use lighterman::model::{Credential, PeerId};
-use lighterman::ports::{Admission, Refusal};
+use lighterman::ports::{Admission, Rejection};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::apiserver::{ISSUER, Place, SERVICE_ACCOUNT, make, signing_key, within};
+use super::apiserver::{ISSUER, KubeNamespace, SERVICE_ACCOUNT, create, signing_key, with_deadline};
 use super::proxy::Proxy;
 
 fn peer(n: u8) -> PeerId {
     PeerId::from_public_key([n; 32])
 }
 
-fn new(cluster: &KubeCluster, peer: PeerId, keep: Keep) -> TokenAdmission {
+fn token_admission(cluster: &KubeCluster, peer: PeerId, keep: TokenAdmissionOptions) -> TokenAdmission {
     TokenAdmission::new(cluster, peer, keep, Metrics::new())
 }
 
-async fn admission(place: &Place, n: u8) -> TokenAdmission {
-    new(&place.agent().await, peer(n), Keep::default())
+async fn admission(place: &KubeNamespace, n: u8) -> TokenAdmission {
+    token_admission(&place.agent().await, peer(n), TokenAdmissionOptions::default())
 }
 
-fn denied(verdict: Result<impl Sized, Refusal>) -> String {
+fn denied(verdict: Result<impl Sized, Rejection>) -> String {
     match verdict {
-        Err(Refusal::Denied(text)) => text,
+        Err(Rejection::Denied(text)) => text,
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("admitted"),
     }
@@ -40,12 +40,13 @@ fn denied(verdict: Result<impl Sized, Refusal>) -> String {
 
 #[tokio::test]
 async fn an_agent_gets_a_token_that_admits_its_own_key_and_no_other() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let pod = place.pod("agent").await;
         let config = Config { pod_uid: Some(pod.uid), ..place.config() };
-        let agent = Arc::new(new(&connect(config).await.unwrap(), peer(1), Keep::default()));
-        assert!(matches!(agent.credential().await, Err(Refusal::CannotTell(_))), "none yet");
+        let agent =
+            Arc::new(token_admission(&connect(config).await.unwrap(), peer(1), TokenAdmissionOptions::default()));
+        assert!(matches!(agent.credential().await, Err(Rejection::Undecided(_))), "none yet");
         let stop = CancellationToken::new();
         let mut task = JoinSet::new();
         let (running, stopped) = (agent.clone(), stop.clone());
@@ -62,8 +63,8 @@ async fn an_agent_gets_a_token_that_admits_its_own_key_and_no_other() {
         let other = admission(&place, 2).await;
         let admitted = other.admit(peer(1), &credential).await.unwrap();
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
-        assert!(admitted.until > now && !admitted.on_grace);
-        assert!(admitted.until <= now + Duration::from_secs(3600), "a token for a PeerId is not extended");
+        assert!(admitted.valid_until > now && !admitted.is_in_grace);
+        assert!(admitted.valid_until <= now + Duration::from_secs(3600), "a token for a PeerId is not extended");
         // Kubernetes tells the node from 1.30 on.
         let told = admitted.node.map(|node| node.to_string());
         assert_eq!(told, (place.minor().await >= 30).then(|| place.name.clone()));
@@ -73,12 +74,12 @@ async fn an_agent_gets_a_token_that_admits_its_own_key_and_no_other() {
 }
 
 #[tokio::test]
-async fn tokens_of_the_api_server_that_are_not_an_agents_are_refused() {
-    within(async {
-        let place = Place::new().await;
+async fn tokens_that_no_agent_holds_are_rejected() {
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let pod = place.pod("agent").await;
         let accounts = Api::<ServiceAccount>::namespaced(place.admin.clone(), &place.name);
-        make(&accounts, json!({ "metadata": { "name": "other" } })).await;
+        create(&accounts, json!({ "metadata": { "name": "other" } })).await;
         let agent = admission(&place, 1).await;
         let audience = || Some(peer(2).to_string());
         let good = place.token(SERVICE_ACCOUNT, audience(), Some(&pod)).await;
@@ -92,7 +93,7 @@ async fn tokens_of_the_api_server_that_are_not_an_agents_are_refused() {
             let text = denied(agent.admit(peer(2), &Credential::new(token)).await);
             assert!(text.contains(flaw), "{flaw}: {text}");
         }
-        let elsewhere = Place::new().await;
+        let elsewhere = KubeNamespace::new().await;
         let pod = elsewhere.pod("agent").await;
         let token = elsewhere.token(SERVICE_ACCOUNT, audience(), Some(&pod)).await;
         assert!(denied(agent.admit(peer(2), &Credential::new(token)).await).contains("another ServiceAccount"));
@@ -101,7 +102,7 @@ async fn tokens_of_the_api_server_that_are_not_an_agents_are_refused() {
 }
 
 /// Signs what the API server would not, with its own key.
-fn forge(place: &Place, kid: &str, change: impl FnOnce(&mut Value)) -> Credential {
+fn sign_claims(place: &KubeNamespace, kid: &str, change: impl FnOnce(&mut Value)) -> Credential {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     let mut claims = json!({
         "iss": ISSUER, "aud": [peer(2).to_string()], "iat": now, "nbf": now, "exp": now + 3600,
@@ -117,41 +118,44 @@ fn forge(place: &Place, kid: &str, change: impl FnOnce(&mut Value)) -> Credentia
 
 #[tokio::test]
 async fn the_clusters_own_key_does_not_help_an_expired_or_long_lived_token() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let pod = place.pod("agent").await;
         let token = place.token(SERVICE_ACCOUNT, None, Some(&pod)).await;
         let kid = jsonwebtoken::decode_header(&token).unwrap().kid.unwrap();
         let agent = admission(&place, 1).await;
-        let forged = forge(&place, &kid, |_| ());
+        let forged = sign_claims(&place, &kid, |_| ());
         assert!(denied(agent.admit(peer(2), &forged).await).contains("the API server"), "there is no such pod");
         // What the API server has not been asked about, which knows more.
         let agent = admission(&place, 3).await;
         denied(agent.admit(peer(4), &forged).await);
-        assert!(agent.vouch(peer(2), &forged).is_ok(), "the forgery itself is good");
+        assert!(agent.admit_relayed(peer(2), &forged).is_ok(), "the forgery itself is good");
         let shift = |claim: &'static str, by: i64| {
-            forge(&place, &kid, move |claims| claims[claim] = (claims[claim].as_i64().unwrap() + by).into())
+            sign_claims(&place, &kid, move |claims| claims[claim] = (claims[claim].as_i64().unwrap() + by).into())
         };
-        assert!(denied(agent.vouch(peer(2), &shift("exp", -3700))).contains("expired"));
-        assert!(denied(agent.vouch(peer(2), &shift("exp", 3600))).contains("lives longer"));
-        let unknown = forge(&place, "never-published", |_| ());
+        assert!(denied(agent.admit_relayed(peer(2), &shift("exp", -3700))).contains("expired"));
+        assert!(denied(agent.admit_relayed(peer(2), &shift("exp", 3600))).contains("lives longer"));
+        let unknown = sign_claims(&place, "never-published", |_| ());
         assert!(denied(agent.admit(peer(2), &unknown).await).contains("does not publish"));
     })
     .await;
 }
 
 #[tokio::test]
-async fn known_keys_verify_while_the_api_server_is_away() {
-    within(async {
-        let place = Place::new().await;
+async fn cached_keys_verify_tokens_while_the_api_server_is_away() {
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let pod = place.pod("agent").await;
         let (proxy, folder) = (Proxy::open().await, tempfile::tempdir().unwrap());
-        let keep = Keep { file: Some(folder.path().join("admission.json")), grace: Duration::from_secs(86_400) };
-        let through_proxy = async |keep: &Keep| {
-            let config = place.config_with(proxy.port(), "admin-of-the-tests");
-            new(&connect(config).await.unwrap(), peer(1), keep.clone())
+        let keep = TokenAdmissionOptions {
+            file: Some(folder.path().join("admission.json")),
+            grace: Duration::from_secs(86_400),
         };
-        let (knows, knows_not) = (through_proxy(&keep).await, through_proxy(&Keep::default()).await);
+        let through_proxy = async |keep: &TokenAdmissionOptions| {
+            let config = place.config_with(proxy.port(), "admin-of-the-tests");
+            token_admission(&connect(config).await.unwrap(), peer(1), keep.clone())
+        };
+        let (knows, knows_not) = (through_proxy(&keep).await, through_proxy(&TokenAdmissionOptions::default()).await);
         let credential = Credential::new(place.token(SERVICE_ACCOUNT, Some(peer(2).to_string()), Some(&pod)).await);
         knows.admit(peer(2), &credential).await.unwrap();
         // Stopped before it began, it keeps what it knows.
@@ -163,8 +167,8 @@ async fn known_keys_verify_while_the_api_server_is_away() {
         proxy.cut().await;
         knows.admit(peer(2), &credential).await.unwrap();
         restarted.admit(peer(2), &credential).await.unwrap();
-        restarted.vouch(peer(2), &credential).unwrap();
-        assert!(matches!(knows_not.admit(peer(2), &credential).await, Err(Refusal::CannotTell(_))));
+        restarted.admit_relayed(peer(2), &credential).unwrap();
+        assert!(matches!(knows_not.admit(peer(2), &credential).await, Err(Rejection::Undecided(_))));
         denied(knows.admit(peer(3), &credential).await);
     })
     .await;
@@ -172,8 +176,8 @@ async fn known_keys_verify_while_the_api_server_is_away() {
 
 #[tokio::test]
 async fn the_api_server_refuses_a_token_whose_pod_is_gone_and_the_signature_alone_does_not() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let [asks, trusts] = [admission(&place, 1).await, admission(&place, 3).await];
         let pod = place.pod("agent").await;
         let credential = Credential::new(place.token(SERVICE_ACCOUNT, Some(peer(2).to_string()), Some(&pod)).await);
@@ -181,8 +185,8 @@ async fn the_api_server_refuses_a_token_whose_pod_is_gone_and_the_signature_alon
         assert!(denied(asks.admit(peer(2), &credential).await).contains("the API server"));
         // Keys, which only a visit to the API server brings.
         denied(trusts.admit(peer(4), &credential).await);
-        trusts.vouch(peer(2), &credential).unwrap();
-        denied(asks.vouch(peer(2), &credential));
+        trusts.admit_relayed(peer(2), &credential).unwrap();
+        denied(asks.admit_relayed(peer(2), &credential));
     })
     .await;
 }

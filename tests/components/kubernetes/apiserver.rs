@@ -13,7 +13,7 @@ use lighterman::model::PodRef;
 use serde_json::Value;
 
 use crate::fleet::apiserver::ApiServer;
-pub(super) use crate::fleet::apiserver::{Place, SERVICE_ACCOUNT, make, program};
+pub(super) use crate::fleet::apiserver::{KubeNamespace, SERVICE_ACCOUNT, create, program};
 
 /// Far more than any test here needs on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(90);
@@ -21,7 +21,7 @@ const DEADLINE: Duration = Duration::from_secs(90);
 pub(super) const ISSUER: &str = "https://kubernetes.default.svc";
 
 /// Runs a test's body under a deadline.
-pub(super) async fn within<T>(body: impl Future<Output = T>) -> T {
+pub(super) async fn with_deadline<T>(body: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, body).await.expect("the test takes too long")
 }
 
@@ -47,9 +47,9 @@ pub(super) fn requests() -> Vec<(String, String)> {
     api_server().audit().into_iter().filter_map(entry).collect()
 }
 
-impl Place {
+impl KubeNamespace {
     pub(super) async fn new() -> Self {
-        Self::on(tokio::task::spawn_blocking(|| Arc::clone(api_server())).await.unwrap()).await
+        Self::on_server(tokio::task::spawn_blocking(|| Arc::clone(api_server())).await.unwrap()).await
     }
 
     pub(super) async fn agent(&self) -> KubeCluster {

@@ -2,11 +2,11 @@
 
 use serde_json::{Value, json};
 
-use super::apiserver::{Place, within};
-use crate::fleet::rights::rendered;
+use super::apiserver::{KubeNamespace, with_deadline};
+use crate::fleet::rbac::rendered;
 
 /// The only object of a template.
-async fn only(place: &Place, template: &str, values: &str) -> Value {
+async fn render_one(place: &KubeNamespace, template: &str, values: &str) -> Value {
     let mut objects = rendered(place, template, values).await;
     assert_eq!(objects.len(), 1, "{template}");
     objects.remove(0)
@@ -17,9 +17,9 @@ fn named<'a>(list: &'a Value, name: &str) -> Option<&'a Value> {
 }
 
 #[tokio::test]
-async fn peers_are_found_before_they_are_ready() {
-    within(async {
-        let service = only(&Place::new().await, "templates/service.yaml", "").await;
+async fn the_service_lists_agents_before_they_are_ready() {
+    with_deadline(async {
+        let service = render_one(&KubeNamespace::new().await, "templates/service.yaml", "").await;
         assert_eq!(service["kind"], "Service");
         assert_eq!(service["spec"]["clusterIP"], "None");
         assert_eq!(service["spec"]["publishNotReadyAddresses"], true);
@@ -28,11 +28,12 @@ async fn peers_are_found_before_they_are_ready() {
 }
 
 #[tokio::test]
-async fn a_secret_with_certificates_is_mounted_where_the_agent_is_told_to_look() {
-    within(async {
-        let (place, template) = (Place::new().await, "templates/daemonset.yaml");
+async fn a_secret_with_certificates_is_mounted_at_the_configured_paths() {
+    with_deadline(async {
+        let (place, template) = (KubeNamespace::new().await, "templates/daemonset.yaml");
         let set =
-            only(&place, template, "agent.admission=certificate,agent.tlsName=mesh.test,tlsSecret=mesh-tls").await;
+            render_one(&place, template, "agent.admission=certificate,agent.tlsName=mesh.test,tlsSecret=mesh-tls")
+                .await;
         let pod = &set["spec"]["template"]["spec"];
         let agent = &pod["containers"][0];
         let volume = named(&pod["volumes"], "tls").expect("a volume");
@@ -49,7 +50,7 @@ async fn a_secret_with_certificates_is_mounted_where_the_agent_is_told_to_look()
             assert_eq!(named(&agent["env"], name).map(|set| &set["value"]), Some(&json!(value)), "{name}");
         }
 
-        let set = only(&place, template, "").await;
+        let set = render_one(&place, template, "").await;
         let pod = &set["spec"]["template"]["spec"];
         assert_eq!(named(&pod["volumes"], "tls"), None, "not asked for");
         assert_eq!(named(&pod["containers"][0]["env"], "LIGHTERMAN_TLS_KEY"), None);
@@ -65,8 +66,8 @@ fn host_paths(set: &Value) -> Vec<&str> {
 
 #[tokio::test]
 async fn a_default_installation_mounts_no_folder_that_a_node_may_lack() {
-    within(async {
-        let set = only(&Place::new().await, "templates/daemonset.yaml", "").await;
+    with_deadline(async {
+        let set = render_one(&KubeNamespace::new().await, "templates/daemonset.yaml", "").await;
         assert_eq!(host_paths(&set), ["/", "/var/lib/lighterman"]);
         let agent = &set["spec"]["template"]["spec"]["containers"][0];
         let mount = named(&agent["volumeMounts"], "host").expect("the node's root");
@@ -80,15 +81,16 @@ async fn a_default_installation_mounts_no_folder_that_a_node_may_lack() {
 
 #[tokio::test]
 async fn a_named_root_mounts_its_content_store_and_the_verifiers_only_where_they_are_named() {
-    within(async {
-        let (place, template) = (Place::new().await, "templates/daemonset.yaml");
+    with_deadline(async {
+        let (place, template) = (KubeNamespace::new().await, "templates/daemonset.yaml");
         let content = "/data/containerd/io.containerd.content.v1.content";
-        let set = only(&place, template, "containerdRoot=/data/containerd").await;
+        let set = render_one(&place, template, "containerdRoot=/data/containerd").await;
         assert_eq!(host_paths(&set), ["/run/containerd", content, "/var/lib/lighterman"]);
         let agent = &set["spec"]["template"]["spec"]["containers"][0];
         assert_eq!(named(&agent["env"], "LIGHTERMAN_HOST_ROOT"), None);
 
-        let set = only(&place, template, "containerdRoot=/data/containerd,agent.imageVerifierDir=/opt/verifiers").await;
+        let set =
+            render_one(&place, template, "containerdRoot=/data/containerd,agent.imageVerifierDir=/opt/verifiers").await;
         assert_eq!(host_paths(&set), ["/run/containerd", content, "/opt/verifiers", "/var/lib/lighterman"]);
         let agent = &set["spec"]["template"]["spec"]["containers"][0];
         let told = named(&agent["env"], "LIGHTERMAN_IMAGE_VERIFIER_DIR").map(|set| &set["value"]);
@@ -99,9 +101,9 @@ async fn a_named_root_mounts_its_content_store_and_the_verifiers_only_where_they
 
 #[tokio::test]
 async fn a_quota_admits_pods_of_the_agents_priority_class() {
-    within(async {
-        let place = Place::new().await;
-        let quota = only(&place, "templates/quota.yaml", "priorityClassName=my-class").await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
+        let quota = render_one(&place, "templates/quota.yaml", "priorityClassName=my-class").await;
         let scope =
             json!({ "matchExpressions": [{ "scopeName": "PriorityClass", "operator": "In", "values": ["my-class"] }] });
         assert_eq!((&quota["kind"], &quota["spec"]["scopeSelector"]), (&json!("ResourceQuota"), &scope));

@@ -9,17 +9,17 @@ use lighterman::cluster::{Config, KubeCluster, connect};
 use lighterman::oci::Digest;
 use lighterman::ports::{ClaimError, Claims};
 
-use super::apiserver::{Place, make, within};
+use super::apiserver::{KubeNamespace, create, with_deadline};
 
 fn digest() -> Digest {
     Digest::of(b"an image")
 }
 
-async fn agent_on(place: &Place, node: &str) -> KubeCluster {
+async fn agent_on(place: &KubeNamespace, node: &str) -> KubeCluster {
     connect(Config { node: node.parse().unwrap(), ..place.config() }).await.unwrap()
 }
 
-fn leases(place: &Place) -> Api<Lease> {
+fn leases(place: &KubeNamespace) -> Api<Lease> {
     Api::namespaced(place.admin.clone(), &place.name)
 }
 
@@ -30,9 +30,9 @@ fn now() -> SystemTime {
 }
 
 #[tokio::test]
-async fn only_one_of_two_makes_a_claim() {
-    within(async {
-        let place = Place::new().await;
+async fn only_one_of_two_agents_creates_a_claim() {
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let (a, b) = (agent_on(&place, "a").await, agent_on(&place, "b").await);
         let now = now();
         assert_eq!(a.read(digest()).await.unwrap(), None);
@@ -48,9 +48,9 @@ async fn only_one_of_two_makes_a_claim() {
 }
 
 #[tokio::test]
-async fn whoever_read_an_older_version_has_lost() {
-    within(async {
-        let place = Place::new().await;
+async fn an_update_of_an_older_lease_version_loses() {
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let (a, b) = (agent_on(&place, "a").await, agent_on(&place, "b").await);
         let begun = now();
         a.create(digest(), begun).await.unwrap();
@@ -73,8 +73,8 @@ async fn whoever_read_an_older_version_has_lost() {
 
 #[tokio::test]
 async fn only_the_holder_releases_a_claim() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let (a, b) = (agent_on(&place, "a").await, agent_on(&place, "b").await);
         a.create(digest(), now()).await.unwrap();
         b.release(digest()).await.unwrap();
@@ -89,8 +89,8 @@ async fn only_the_holder_releases_a_claim() {
 
 #[tokio::test]
 async fn abandoned_claims_are_swept_a_few_at_a_time() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let agent = agent_on(&place, "a").await;
         let now = now();
         let hours_ago = |hours: u64| now - Duration::from_secs(hours * 3600 + 60);
@@ -102,10 +102,10 @@ async fn abandoned_claims_are_swept_a_few_at_a_time() {
             "metadata": { "name": "somebody-elses" },
             "spec": { "holderIdentity": "x", "leaseDurationSeconds": 1, "renewTime": "2001-01-01T00:00:00.000000Z" },
         });
-        make(&leases(&place), foreign).await;
-        assert_eq!(agent.sweep(now).await.unwrap(), 20);
-        assert_eq!(agent.sweep(now).await.unwrap(), 5);
-        assert_eq!(agent.sweep(now).await.unwrap(), 0);
+        create(&leases(&place), foreign).await;
+        assert_eq!(agent.delete_abandoned_claims(now).await.unwrap(), 20);
+        assert_eq!(agent.delete_abandoned_claims(now).await.unwrap(), 5);
+        assert_eq!(agent.delete_abandoned_claims(now).await.unwrap(), 0);
         let left = leases(&place).list(&ListParams::default()).await.unwrap().items.len();
         assert_eq!(left, 2, "the one that is held, and the one that is not ours");
     })

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::Api;
 use lighterman::model::PodRef;
-use lighterman::ports::{Cluster, KubeletEvent, PodEvent, PodReport, ReportKind};
+use lighterman::ports::{Cluster, KubeletEvent, PodEvent, PodReport, PodReportKind};
 use serde_json::{Value, json};
 
-use super::apiserver::{Place, make, within};
-use super::watch::Watch;
+use super::apiserver::{KubeNamespace, create, with_deadline};
+use super::pod_watch::PodWatch;
 
 /// An Event as kubelets write it, changed.
-async fn event(place: &Place, pod: &PodRef, name: &str, change: Value) {
+async fn event(place: &KubeNamespace, pod: &PodRef, name: &str, change: Value) {
     let mut event = json!({
         "metadata": { "name": format!("{}.{name}", pod.name) },
         "involvedObject": { "kind": "Pod", "apiVersion": "v1", "namespace": place.name, "name": pod.name, "uid": pod.uid },
@@ -26,7 +26,7 @@ async fn event(place: &Place, pod: &PodRef, name: &str, change: Value) {
             None => event[key] = value.clone(),
         }
     }
-    make::<Event>(&Api::namespaced(place.admin.clone(), &place.name), event).await;
+    create::<Event>(&Api::namespaced(place.admin.clone(), &place.name), event).await;
 }
 
 fn about(container: Option<&str>, reason: &str, message: &str) -> KubeletEvent {
@@ -34,9 +34,9 @@ fn about(container: Option<&str>, reason: &str, message: &str) -> KubeletEvent {
 }
 
 #[tokio::test]
-async fn the_kubelets_words_about_a_pod_are_read_in_order() {
-    within(async {
-        let place = Place::new().await;
+async fn kubelet_events_of_a_pod_are_read_in_order() {
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let pod = place.pod("web").await;
         let agent = place.agent().await;
         assert_eq!(agent.kubelet_events(&pod).await.unwrap(), []);
@@ -56,7 +56,7 @@ async fn the_kubelets_words_about_a_pod_are_read_in_order() {
         let scheduler =
             json!({ "source": { "component": "default-scheduler" }, "reportingComponent": "default-scheduler" });
         event(&place, &pod, "f", scheduler).await;
-        agent.report(&pod, &PodReport { kind: ReportKind::Failed, note: "ours".to_owned() }).await.unwrap();
+        agent.report(&pod, &PodReport { kind: PodReportKind::Failed, note: "ours".to_owned() }).await.unwrap();
 
         let expected = [
             about(None, "FailedCreatePodSandBox", "b"),
@@ -69,24 +69,24 @@ async fn the_kubelets_words_about_a_pod_are_read_in_order() {
 }
 
 #[tokio::test]
-async fn a_static_pod_is_spoken_of_by_the_uid_that_its_kubelet_knows() {
-    within(async {
-        let place = Place::new().await;
+async fn events_of_a_static_pod_carry_the_uid_of_its_kubelet() {
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let mirror = json!({
             "metadata": { "name": "etcd", "annotations": { "kubernetes.io/config.mirror": "0123abc" } },
             "spec": { "nodeName": place.name, "containers": [{ "name": "etcd", "image": "reg.test/etcd:1" }] },
         });
-        make::<Pod>(&place.pods(), mirror).await;
+        create::<Pod>(&place.pods(), mirror).await;
         let agent = Arc::new(place.agent().await);
-        let mut watch = Watch::start(agent.clone());
-        let PodEvent::Seen(view) = watch.next().await else { panic!("it is seen") };
+        let mut watch = PodWatch::start(agent.clone());
+        let PodEvent::Applied(view) = watch.next().await else { panic!("it is seen") };
         assert!(view.is_static);
         assert_ne!(view.pod.uid, "0123abc");
 
         event(&place, &view.pod, "a", json!({ "involvedObject": { "uid": "0123abc" } })).await;
         assert_eq!(agent.kubelet_events(&view.pod).await.unwrap(), [about(None, "Failed", "a")]);
 
-        agent.report(&view.pod, &PodReport { kind: ReportKind::Salvaged, note: "here".to_owned() }).await.unwrap();
+        agent.report(&view.pod, &PodReport { kind: PodReportKind::Recovered, note: "here".to_owned() }).await.unwrap();
         let shown = place.describe_pod("etcd").await;
         assert!(shown.contains("ImageSalvaged"), "{shown}");
         agent.nudge(&view.pod).await.unwrap();

@@ -12,9 +12,9 @@ use lighterman::decide::own_image::OwnImages;
 use lighterman::ports::OwnDaemonSet;
 use serde_json::{Value, json};
 
-use super::apiserver::{Place, SERVICE_ACCOUNT, address, make, requests, within};
-use super::watch::Watch;
-use crate::fleet::rights::grant;
+use super::apiserver::{KubeNamespace, SERVICE_ACCOUNT, address, create, requests, with_deadline};
+use super::pod_watch::PodWatch;
+use crate::fleet::rbac::grant_rbac;
 
 fn template(image: &str) -> Value {
     let spec = json!({
@@ -26,19 +26,19 @@ fn template(image: &str) -> Value {
 }
 
 /// Makes the DaemonSet of this place; answers its UID.
-async fn daemonset(place: &Place, image: &str) -> String {
+async fn daemonset(place: &KubeNamespace, image: &str) -> String {
     let spec = json!({ "selector": { "matchLabels": { "app": "lighterman" } }, "template": template(image) });
     let object = json!({ "metadata": { "name": "lighterman" }, "spec": spec });
-    let made = make::<DaemonSet>(&daemonsets(place), object).await;
+    let made = create::<DaemonSet>(&daemonsets(place), object).await;
     made.metadata.uid.unwrap()
 }
 
-fn daemonsets(place: &Place) -> Api<DaemonSet> {
+fn daemonsets(place: &KubeNamespace) -> Api<DaemonSet> {
     Api::namespaced(place.admin.clone(), &place.name)
 }
 
 /// The agent's own pod, which the DaemonSet of this UID owns, and an agent with a token of its own.
-async fn agent(place: &Place, uid: &str) -> Arc<KubeCluster> {
+async fn agent(place: &KubeNamespace, uid: &str) -> Arc<KubeCluster> {
     let owner =
         json!({ "apiVersion": "apps/v1", "kind": "DaemonSet", "name": "lighterman", "uid": uid, "controller": true });
     let pod = json!({
@@ -48,7 +48,7 @@ async fn agent(place: &Place, uid: &str) -> Arc<KubeCluster> {
             "containers": [{ "name": "agent", "image": "reg.test/lighterman:v1" }],
         },
     });
-    make::<Pod>(&place.pods(), pod).await;
+    create::<Pod>(&place.pods(), pod).await;
     let token = place.token(SERVICE_ACCOUNT, None, None).await;
     Arc::new(connect(place.config_with(address().port(), &token)).await.unwrap())
 }
@@ -60,7 +60,7 @@ fn names(images: &OwnImages) -> (Vec<String>, Option<Vec<String>>) {
 }
 
 /// The API server's watch cache follows etcd by some milliseconds.
-async fn becomes(agent: &KubeCluster, template: Option<&[&str]>) {
+async fn wait_template(agent: &KubeCluster, template: Option<&[&str]>) {
     let template: Option<Vec<_>> = template.map(|images| images.iter().map(ToString::to_string).collect());
     while names(&agent.own_images().await.unwrap()) != (vec!["reg.test/lighterman:v1".to_owned()], template.clone()) {
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -69,19 +69,19 @@ async fn becomes(agent: &KubeCluster, template: Option<&[&str]>) {
 
 #[tokio::test]
 async fn the_template_of_the_own_daemonset_is_read_with_the_charts_rights() {
-    within(async {
-        let place = Place::new().await;
-        grant(&place, "podPolicy=always").await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
+        grant_rbac(&place, "podPolicy=always").await;
         let uid = daemonset(&place, "reg.test/lighterman:v1").await;
         let agent = agent(&place, &uid).await;
         assert_eq!(agent.own_images().await.unwrap(), OwnImages::default(), "the own pod was not seen yet");
-        let mut watch = Watch::start(Arc::clone(&agent));
-        watch.pod(|view| view.pod.name == "agent").await;
-        becomes(&agent, Some(&["reg.test/init:1", "reg.test/lighterman:v1"])).await;
+        let mut watch = PodWatch::start(Arc::clone(&agent));
+        watch.wait_pod(|view| view.pod.name == "agent").await;
+        wait_template(&agent, Some(&["reg.test/init:1", "reg.test/lighterman:v1"])).await;
 
         let next = Patch::Strategic(json!({ "spec": { "template": template("reg.test/lighterman:v2") } }));
         daemonsets(&place).patch("lighterman", &PatchParams::default(), &next).await.unwrap();
-        becomes(&agent, Some(&["reg.test/init:1", "reg.test/lighterman:v2"])).await;
+        wait_template(&agent, Some(&["reg.test/init:1", "reg.test/lighterman:v2"])).await;
 
         // From the watch cache, by name: no list, no watch, no quorum read.
         let path = format!("/apis/apps/v1/namespaces/{}/daemonsets", place.name);
@@ -95,10 +95,10 @@ async fn the_template_of_the_own_daemonset_is_read_with_the_charts_rights() {
         }
 
         daemonsets(&place).delete("lighterman", &DeleteParams::default()).await.unwrap();
-        becomes(&agent, None).await;
+        wait_template(&agent, None).await;
         daemonset(&place, "reg.test/lighterman:v3").await;
-        becomes(&agent, None).await;
-        watch.end().await;
+        wait_template(&agent, None).await;
+        watch.stop().await;
     })
     .await;
 }

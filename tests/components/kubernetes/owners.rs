@@ -16,8 +16,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::apiserver::{Place, make, requests, within};
-use super::watch::Watch;
+use super::apiserver::{KubeNamespace, create, requests, with_deadline};
+use super::pod_watch::PodWatch;
 
 fn template() -> Value {
     let spec = json!({ "restartPolicy": "Always", "containers": [{ "name": "main", "image": "reg.test/app:1" }] });
@@ -35,14 +35,14 @@ fn job() -> Value {
 }
 
 /// Makes an object whose annotation says which it is.
-async fn owned<K>(place: &Place, name: &str, spec: Value, owner: Option<&Owner>) -> Owner
+async fn create_owned<K>(place: &KubeNamespace, name: &str, spec: Value, owner: Option<&Owner>) -> Owner
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + Serialize + DeserializeOwned,
 {
     let mut metadata = json!({ "name": name, "annotations": { "is": name } });
     metadata["ownerReferences"] = owner.map(|owner| json!([reference(owner)])).into();
     let api = Api::<K>::namespaced(place.admin.clone(), &place.name);
-    let made = make(&api, json!({ "metadata": metadata, "spec": spec })).await;
+    let made = create(&api, json!({ "metadata": metadata, "spec": spec })).await;
     Owner {
         api_version: K::api_version(&()).into_owned(),
         kind: K::kind(&()).into_owned(),
@@ -57,7 +57,7 @@ fn reference(owner: &Owner) -> Value {
 }
 
 /// The watch cache follows etcd by some milliseconds.
-async fn until_cached<K>(place: &Place, name: &str)
+async fn wait_cached<K>(place: &KubeNamespace, name: &str)
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned,
 {
@@ -68,36 +68,36 @@ where
 }
 
 /// What the annotations of the owners say, the nearest first.
-async fn asked(agent: &impl Cluster, place: &Place, owner: &Owner) -> Vec<String> {
+async fn owner_annotations(agent: &impl Cluster, place: &KubeNamespace, owner: &Owner) -> Vec<String> {
     let owners = agent.owners(&place.name, owner).await.unwrap();
     owners.iter().map(|annotations| annotations["is"].clone()).collect()
 }
 
 #[tokio::test]
 async fn a_pods_owners_are_followed_to_the_workload() {
-    within(async {
-        let place = Place::new().await;
-        let deployment = owned::<Deployment>(&place, "web", replicated(), None).await;
-        let replica_set = owned::<ReplicaSet>(&place, "web-1", replicated(), Some(&deployment)).await;
-        let cron_job = owned::<CronJob>(
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
+        let deployment = create_owned::<Deployment>(&place, "web", replicated(), None).await;
+        let replica_set = create_owned::<ReplicaSet>(&place, "web-1", replicated(), Some(&deployment)).await;
+        let cron_job = create_owned::<CronJob>(
             &place,
             "nightly",
             json!({ "schedule": "@daily", "jobTemplate": { "spec": job() } }),
             None,
         )
         .await;
-        let job = owned::<Job>(&place, "nightly-1", job(), Some(&cron_job)).await;
-        let mut watch = Watch::start(place.agent().await);
+        let job = create_owned::<Job>(&place, "nightly-1", job(), Some(&cron_job)).await;
+        let mut watch = PodWatch::start(place.agent().await);
         let agent = place.agent().await;
         for (owner, names) in [(replica_set, ["web-1", "web"]), (job, ["nightly-1", "nightly"])] {
             let pod = json!({
                 "metadata": { "name": format!("{}-pod", owner.name), "ownerReferences": [reference(&owner)] },
                 "spec": { "nodeName": place.name, "containers": [{ "name": "main", "image": "reg.test/app:1" }] },
             });
-            make::<Pod>(&place.pods(), pod).await;
-            let seen = watch.pod(|_| true).await.owner.expect("it has an owner");
+            create::<Pod>(&place.pods(), pod).await;
+            let seen = watch.wait_pod(|_| true).await.owner.expect("it has an owner");
             assert_eq!(seen, owner);
-            assert_eq!(asked(&agent, &place, &seen).await, names);
+            assert_eq!(owner_annotations(&agent, &place, &seen).await, names);
         }
     })
     .await;
@@ -105,26 +105,26 @@ async fn a_pods_owners_are_followed_to_the_workload() {
 
 #[tokio::test]
 async fn the_list_ends_where_an_owner_is_gone_replaced_or_of_another_kind() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let agent = place.agent().await;
-        let deployment = owned::<Deployment>(&place, "web", replicated(), None).await;
+        let deployment = create_owned::<Deployment>(&place, "web", replicated(), None).await;
         let replaced = Owner { uid: "earlier".to_owned(), ..deployment.clone() };
-        assert!(asked(&agent, &place, &replaced).await.is_empty());
-        let of_replaced = owned::<ReplicaSet>(&place, "of-replaced", replicated(), Some(&replaced)).await;
-        assert_eq!(asked(&agent, &place, &of_replaced).await, ["of-replaced"]);
+        assert!(owner_annotations(&agent, &place, &replaced).await.is_empty());
+        let of_replaced = create_owned::<ReplicaSet>(&place, "of-replaced", replicated(), Some(&replaced)).await;
+        assert_eq!(owner_annotations(&agent, &place, &of_replaced).await, ["of-replaced"]);
 
         let gone = Owner { name: "gone".to_owned(), ..deployment.clone() };
-        assert!(asked(&agent, &place, &gone).await.is_empty());
+        assert!(owner_annotations(&agent, &place, &gone).await.is_empty());
         let rollout =
             Owner { api_version: "argoproj.io/v1alpha1".to_owned(), kind: "Rollout".to_owned(), ..deployment };
-        let of_rollout = owned::<ReplicaSet>(&place, "of-rollout", replicated(), Some(&rollout)).await;
-        assert_eq!(asked(&agent, &place, &of_rollout).await, ["of-rollout"]);
+        let of_rollout = create_owned::<ReplicaSet>(&place, "of-rollout", replicated(), Some(&rollout)).await;
+        assert_eq!(owner_annotations(&agent, &place, &of_rollout).await, ["of-rollout"]);
 
         // Where a name leads elsewhere, nothing is asked: this one would name another kind's object, which exists.
-        owned::<Service>(&place, "web", json!({ "ports": [{ "port": 80 }] }), None).await;
+        create_owned::<Service>(&place, "web", json!({ "ports": [{ "port": 80 }] }), None).await;
         let path = format!("../../../../../api/v1/namespaces/{}/services/web", place.name);
-        assert!(asked(&agent, &place, &Owner { name: path, ..of_rollout }).await.is_empty());
+        assert!(owner_annotations(&agent, &place, &Owner { name: path, ..of_rollout }).await.is_empty());
         assert!(!requests().iter().any(|(_, uri)| uri.contains("..")));
     })
     .await;
@@ -132,33 +132,33 @@ async fn the_list_ends_where_an_owner_is_gone_replaced_or_of_another_kind() {
 
 #[tokio::test]
 async fn references_that_lead_in_a_circle_end() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let agent = place.agent().await;
-        let first = owned::<Deployment>(&place, "first", replicated(), None).await;
-        let second = owned::<Deployment>(&place, "second", replicated(), Some(&first)).await;
+        let first = create_owned::<Deployment>(&place, "first", replicated(), None).await;
+        let second = create_owned::<Deployment>(&place, "second", replicated(), Some(&first)).await;
         let api = Api::<Deployment>::namespaced(place.admin.clone(), &place.name);
         let circle = json!({ "metadata": { "ownerReferences": [reference(&second)] } });
         api.patch("first", &Default::default(), &kube::api::Patch::Merge(circle)).await.unwrap();
-        assert_eq!(asked(&agent, &place, &second).await, ["second", "first", "second", "first"]);
+        assert_eq!(owner_annotations(&agent, &place, &second).await, ["second", "first", "second", "first"]);
     })
     .await;
 }
 
 #[tokio::test]
 async fn many_pods_of_one_workload_cost_one_request_for_each_owner() {
-    within(async {
-        let place = Place::new().await;
-        let deployment = owned::<Deployment>(&place, "web", replicated(), None).await;
-        let replica_set = owned::<ReplicaSet>(&place, "web-1", replicated(), Some(&deployment)).await;
-        until_cached::<Deployment>(&place, "web").await;
-        until_cached::<ReplicaSet>(&place, "web-1").await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
+        let deployment = create_owned::<Deployment>(&place, "web", replicated(), None).await;
+        let replica_set = create_owned::<ReplicaSet>(&place, "web-1", replicated(), Some(&deployment)).await;
+        wait_cached::<Deployment>(&place, "web").await;
+        wait_cached::<ReplicaSet>(&place, "web-1").await;
         let agent = place.agent().await;
-        for answer in join_all((0..100).map(|_| asked(&agent, &place, &replica_set))).await {
+        for answer in join_all((0..100).map(|_| owner_annotations(&agent, &place, &replica_set))).await {
             assert_eq!(answer, ["web-1", "web"]);
         }
         let last = Owner { name: "last".to_owned(), ..deployment };
-        assert!(asked(&agent, &place, &last).await.is_empty());
+        assert!(owner_annotations(&agent, &place, &last).await.is_empty());
         // Logged a moment after they were answered.
         let logged = loop {
             let ours = |(agent, uri): &(String, String)| {

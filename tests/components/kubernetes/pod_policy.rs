@@ -10,10 +10,10 @@ use lighterman::model::PodRef;
 use lighterman::ports::{Cluster, ClusterError};
 use serde_json::{Value, json};
 
-use super::apiserver::{Place, SERVICE_ACCOUNT, make, within};
-use super::policy::create_policies;
-use super::rights::client_with;
-use crate::fleet::rights::grant;
+use super::apiserver::{KubeNamespace, SERVICE_ACCOUNT, create, with_deadline};
+use super::rbac::client_with;
+use super::token_policy::create_policies;
+use crate::fleet::rbac::grant_rbac;
 
 const ELSEWHERE: &str = "another-node";
 
@@ -36,7 +36,7 @@ fn nudge(value: &str) -> Value {
 const NOW: &str = "2026-11-30T14:16:51.123456789Z";
 
 /// A pod that runs: with an owner, a finalizer, and a status as kubelets write them.
-async fn running(place: &Place, name: &str, node: &str) -> PodRef {
+async fn running_pod(place: &KubeNamespace, name: &str, node: &str) -> PodRef {
     let owner = json!({ "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "u" });
     let pod = json!({
         "metadata": {
@@ -49,7 +49,7 @@ async fn running(place: &Place, name: &str, node: &str) -> PodRef {
             "containers": [{ "name": "main", "image": "reg.test/app:1" }],
         },
     });
-    let made = make::<Pod>(&place.pods(), pod).await;
+    let made = create::<Pod>(&place.pods(), pod).await;
     let status = json!({ "status": {
         "phase": "Running", "podIP": "10.1.2.3", "podIPs": [{ "ip": "10.1.2.3" }], "hostIP": "192.0.2.7",
         "conditions": [{ "type": "Ready", "status": "True", "lastTransitionTime": "2026-11-30T14:00:00Z" }],
@@ -63,12 +63,12 @@ async fn running(place: &Place, name: &str, node: &str) -> PodRef {
 }
 
 /// Patches a pod's status as `client`. An error is the status code and the text of the denial.
-async fn patch(place: &Place, client: &Client, name: &str, patch: &Value) -> Result<(), (u16, String)> {
+async fn patch(place: &KubeNamespace, client: &Client, name: &str, patch: &Value) -> Result<(), (u16, String)> {
     patch_as(place, client, name, &PatchParams::default(), &Patch::Merge(patch)).await
 }
 
 async fn patch_as(
-    place: &Place,
+    place: &KubeNamespace,
     client: &Client,
     name: &str,
     params: &PatchParams,
@@ -82,13 +82,13 @@ async fn patch_as(
     }
 }
 
-fn forbidden(what: &str, answer: Result<(), (u16, String)>, text: &str) {
+fn assert_forbidden(what: &str, answer: Result<(), (u16, String)>, text: &str) {
     let (code, said) = answer.expect_err(what);
     assert!(code == 403 && said.contains(text), "{what}: {code} {said}");
 }
 
 /// The pod without the nudge's annotation, and without fields that every write changes.
-async fn kept(place: &Place, name: &str) -> Value {
+async fn pod_without_nudge(place: &KubeNamespace, name: &str) -> Value {
     let mut pod = serde_json::to_value(place.pods().get(name).await.unwrap()).unwrap();
     for field in ["resourceVersion", "managedFields"] {
         pod["metadata"].as_object_mut().unwrap().remove(field);
@@ -98,13 +98,13 @@ async fn kept(place: &Place, name: &str) -> Value {
 }
 
 /// A place with rights and policies, and its agent's token. `None` where the API server is too old.
-async fn policed(values: &str) -> Option<(Place, String)> {
-    let place = Place::new().await;
+async fn namespace_with_policies(values: &str) -> Option<(KubeNamespace, String)> {
+    let place = KubeNamespace::new().await;
     if place.minor().await < 30 {
         println!("skipped: this API server is older than ValidatingAdmissionPolicy");
         return None;
     }
-    grant(&place, values).await;
+    grant_rbac(&place, values).await;
     let own = place.pod("agent").await;
     let token = place.token(SERVICE_ACCOUNT, None, Some(&own)).await;
     create_policies(&place, values).await;
@@ -112,7 +112,7 @@ async fn policed(values: &str) -> Option<(Place, String)> {
 }
 
 /// Returns when the API server enforces the policy about nudges, which takes a moment.
-async fn until_enforced(place: &Place, client: &Client) {
+async fn wait_enforced(place: &KubeNamespace, client: &Client) {
     place.pod("probe").await;
     while patch(place, client, "probe", &nudge("no time")).await.is_ok() {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -121,12 +121,12 @@ async fn until_enforced(place: &Place, client: &Client) {
 
 #[tokio::test]
 async fn without_the_policy_one_token_relabels_hijacks_and_kills_pods_of_every_node() {
-    within(async {
-        let place = Place::new().await;
-        grant(&place, "podRightsWithoutPolicy=true").await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
+        grant_rbac(&place, "podRightsWithoutPolicy=true").await;
         let own = place.pod("agent").await;
         let client = client_with(&place, &place.token(SERVICE_ACCOUNT, None, Some(&own)).await).await;
-        running(&place, "victim", ELSEWHERE).await;
+        running_pod(&place, "victim", ELSEWHERE).await;
         for (what, attack) in attacks() {
             patch(&place, &client, "victim", &attack).await.unwrap_or_else(|error| panic!("{what}: {error:?}"));
         }
@@ -139,13 +139,14 @@ async fn without_the_policy_one_token_relabels_hijacks_and_kills_pods_of_every_n
 
 #[tokio::test]
 async fn the_policy_permits_the_nudge_of_own_pods_and_no_other_change() {
-    within(async {
-        let Some((place, token)) = policed("podPolicy=always").await else { return };
+    with_deadline(async {
+        let Some((place, token)) = namespace_with_policies("podPolicy=always").await else { return };
         let client = client_with(&place, &token).await;
         let agent = connect(place.config_of(&token)).await.unwrap();
-        let [own, others] = [running(&place, "own", &place.name).await, running(&place, "others", ELSEWHERE).await];
-        let before = [kept(&place, "own").await, kept(&place, "others").await];
-        until_enforced(&place, &client).await;
+        let [own, others] =
+            [running_pod(&place, "own", &place.name).await, running_pod(&place, "others", ELSEWHERE).await];
+        let before = [pod_without_nudge(&place, "own").await, pod_without_nudge(&place, "others").await];
+        wait_enforced(&place, &client).await;
 
         agent.nudge(&own).await.unwrap();
         agent.nudge(&own).await.unwrap();
@@ -153,7 +154,7 @@ async fn the_policy_permits_the_nudge_of_own_pods_and_no_other_change() {
 
         for pod in ["own", "others"] {
             for (what, attack) in attacks() {
-                forbidden(&format!("{what} ({pod})"), patch(&place, &client, pod, &attack).await, "an agent");
+                assert_forbidden(&format!("{what} ({pod})"), patch(&place, &client, pod, &attack).await, "an agent");
             }
         }
         assert!(matches!(agent.nudge(&others).await, Err(ClusterError::Forbidden(text)) if text.contains("own node")));
@@ -174,27 +175,27 @@ async fn the_policy_permits_the_nudge_of_own_pods_and_no_other_change() {
             ("another generateName", metadata(json!({ "generateName": "x-" })), "generateName"),
             ("no generateName", metadata(json!({ "generateName": null })), "generateName"),
         ] {
-            forbidden(what, patch(&place, &client, "own", &change).await, said);
+            assert_forbidden(what, patch(&place, &client, "own", &change).await, said);
             // A nudge in the same patch excuses nothing.
             let mut both = change.clone();
             if said != "a time" && !both["metadata"]["annotations"].is_null() {
                 both["metadata"]["annotations"]["lighterman.dev/nudged-at"] = NOW.into();
-                forbidden(what, patch(&place, &client, "own", &both).await, said);
+                assert_forbidden(what, patch(&place, &client, "own", &both).await, said);
             }
         }
         // Where a pod has no labels, annotations or finalizers at all.
         let label = metadata(json!({ "labels": { "a": "b" } }));
-        forbidden("the first label", patch(&place, &client, "probe", &label).await, "no labels");
+        assert_forbidden("the first label", patch(&place, &client, "probe", &label).await, "no labels");
         let finalizer = metadata(json!({ "finalizers": ["example.com/x"] }));
-        forbidden("the first finalizer", patch(&place, &client, "probe", &finalizer).await, "no finalizers");
+        assert_forbidden("the first finalizer", patch(&place, &client, "probe", &finalizer).await, "no finalizers");
         patch(&place, &client, "probe", &nudge(NOW)).await.unwrap();
 
         // Other kinds of patches.
         let label = json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "labels": { "a": "b" } } });
         let apply = patch_as(&place, &client, "own", &PatchParams::apply("x").force(), &Patch::Apply(&label)).await;
-        forbidden("a label applied", apply, "no labels");
+        assert_forbidden("a label applied", apply, "no labels");
         let strategic = patch_as(&place, &client, "own", &PatchParams::default(), &Patch::Strategic(&label)).await;
-        forbidden("a label merged", strategic, "no labels");
+        assert_forbidden("a label merged", strategic, "no labels");
 
         // The API server itself keeps owners and spec, whatever a patch of the status says.
         for change in [
@@ -203,7 +204,7 @@ async fn the_policy_permits_the_nudge_of_own_pods_and_no_other_change() {
         ] {
             patch(&place, &client, "own", &change).await.unwrap();
         }
-        assert_eq!([kept(&place, "own").await, kept(&place, "others").await], before);
+        assert_eq!([pod_without_nudge(&place, "own").await, pod_without_nudge(&place, "others").await], before);
 
         // A kubelet, or anything else with the right, goes on as before.
         patch(&place, &place.admin, "own", &attacks()[2].1).await.unwrap();
@@ -213,21 +214,21 @@ async fn the_policy_permits_the_nudge_of_own_pods_and_no_other_change() {
 
 #[tokio::test]
 async fn the_policy_refuses_a_token_that_is_bound_to_no_pod_or_to_a_pod_without_node() {
-    within(async {
-        let Some((place, token)) = policed("podPolicy=always").await else { return };
-        running(&place, "own", &place.name).await;
-        until_enforced(&place, &client_with(&place, &token).await).await;
+    with_deadline(async {
+        let Some((place, token)) = namespace_with_policies("podPolicy=always").await else { return };
+        running_pod(&place, "own", &place.name).await;
+        wait_enforced(&place, &client_with(&place, &token).await).await;
         let unscheduled = json!({
             "metadata": { "name": "unscheduled" },
             "spec": { "serviceAccountName": SERVICE_ACCOUNT, "containers": [{ "name": "main", "image": "reg.test/app:1" }] },
         });
-        let made = make::<Pod>(&place.pods(), unscheduled).await;
+        let made = create::<Pod>(&place.pods(), unscheduled).await;
         let unscheduled =
             PodRef { k8s_namespace: place.name.clone(), name: "unscheduled".into(), uid: made.metadata.uid.unwrap() };
         for bound in [None, Some(&unscheduled)] {
             let client = client_with(&place, &place.token(SERVICE_ACCOUNT, None, bound).await).await;
             for pod in ["own", "unscheduled"] {
-                forbidden(pod, patch(&place, &client, pod, &nudge(NOW)).await, "own node");
+                assert_forbidden(pod, patch(&place, &client, pod, &nudge(NOW)).await, "own node");
             }
         }
     })
@@ -236,9 +237,9 @@ async fn the_policy_refuses_a_token_that_is_bound_to_no_pod_or_to_a_pod_without_
 
 #[tokio::test]
 async fn the_policy_permits_the_nudge_of_a_large_pod() {
-    within(async {
-        let Some((place, token)) = policed("podPolicy=always").await else { return };
-        until_enforced(&place, &client_with(&place, &token).await).await;
+    with_deadline(async {
+        let Some((place, token)) = namespace_with_policies("podPolicy=always").await else { return };
+        wait_enforced(&place, &client_with(&place, &token).await).await;
         let containers = (0..100).map(|i| json!({ "name": format!("c{i}"), "image": "reg.test/app:1" }));
         let containers: Vec<_> = containers.collect();
         let annotations = (0..250).map(|i| (format!("example.com/annotation-{i}"), json!("x".repeat(500))));
@@ -247,7 +248,7 @@ async fn the_policy_permits_the_nudge_of_a_large_pod() {
             "metadata": { "name": "large", "annotations": annotations },
             "spec": { "nodeName": place.name, "containers": containers },
         });
-        let made = make::<Pod>(&place.pods(), pod).await;
+        let made = create::<Pod>(&place.pods(), pod).await;
         let waits = |i: usize| {
             json!({
                 "name": format!("c{i}"), "image": "", "imageID": "", "ready": false, "restartCount": 0,
@@ -264,11 +265,13 @@ async fn the_policy_permits_the_nudge_of_a_large_pod() {
 
 #[tokio::test]
 async fn a_replaced_pod_is_gone_also_where_the_new_one_runs_on_another_node() {
-    within(async {
-        let Some((place, token)) = policed("podPolicy=always,agent.deletePods=true").await else { return };
+    with_deadline(async {
+        let Some((place, token)) = namespace_with_policies("podPolicy=always,agent.deletePods=true").await else {
+            return;
+        };
         let agent = connect(place.config_of(&token)).await.unwrap();
         let old = place.pod("web-0").await;
-        until_enforced(&place, &client_with(&place, &token).await).await;
+        wait_enforced(&place, &client_with(&place, &token).await).await;
         place.delete_pod("web-0").await;
         let new = place.pod_on("web-0", ELSEWHERE).await;
         assert!(matches!(agent.nudge(&old).await, Err(ClusterError::Gone(_))));
@@ -280,8 +283,10 @@ async fn a_replaced_pod_is_gone_also_where_the_new_one_runs_on_another_node() {
 
 #[tokio::test]
 async fn the_policy_permits_the_deletion_of_own_pods_and_no_others() {
-    within(async {
-        let Some((place, token)) = policed("podPolicy=always,agent.deletePods=true").await else { return };
+    with_deadline(async {
+        let Some((place, token)) = namespace_with_policies("podPolicy=always,agent.deletePods=true").await else {
+            return;
+        };
         let agent = connect(place.config_of(&token)).await.unwrap();
         let others = place.pod_on("others", ELSEWHERE).await;
         // Until the API server enforces the policy, deletions of such pods succeed.

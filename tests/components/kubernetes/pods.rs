@@ -9,26 +9,26 @@ use lighterman::model::{ContainerKind, ImageVolume, PodRef, PullPolicy};
 use lighterman::ports::{Cluster, ClusterError, PodEvent};
 use serde_json::json;
 
-use super::apiserver::{Place, make, requests, within};
+use super::apiserver::{KubeNamespace, create, requests, with_deadline};
+use super::pod_watch::PodWatch;
 use super::proxy::Proxy;
-use super::watch::Watch;
 
 fn seen(event: &PodEvent) -> Option<&PodRef> {
     match event {
-        PodEvent::Seen(view) => Some(&view.pod),
+        PodEvent::Applied(view) => Some(&view.pod),
         _ => None,
     }
 }
 
 #[tokio::test]
 async fn pods_of_this_node_are_seen_and_no_others() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let here = place.pod("here").await;
         place.pod_on("elsewhere", "another-node").await;
         let agent = place.agent().await;
         let synced = agent.synced();
-        let mut watch = Watch::start(agent);
+        let mut watch = PodWatch::start(agent);
 
         assert_eq!(seen(&watch.next().await), Some(&here));
         assert_eq!(watch.next().await, PodEvent::Synced(vec![here.clone()]));
@@ -44,23 +44,23 @@ async fn pods_of_this_node_are_seen_and_no_others() {
             "state": { "waiting": { "reason": "ErrImagePull", "message": "connection refused" } },
         }] } });
         place.pods().patch_status("here", &PatchParams::default(), &Patch::Strategic(waiting)).await.unwrap();
-        let PodEvent::Seen(view) = watch.next().await else { panic!("a changed pod is seen") };
+        let PodEvent::Applied(view) = watch.next().await else { panic!("a changed pod is seen") };
         let waiting = view.containers[0].waiting.as_ref().expect("it waits");
         assert_eq!((view.pod, waiting.reason.as_str()), (here.clone(), "ErrImagePull"));
         assert_eq!(view.containers[0].image, "reg.test/app:1");
 
         place.delete_pod("here").await;
-        assert_eq!(watch.until(|event| matches!(event, PodEvent::Gone(_))).await, PodEvent::Gone(here));
+        assert_eq!(watch.wait_event(|event| matches!(event, PodEvent::Deleted(_))).await, PodEvent::Deleted(here));
 
-        watch.end().await;
+        watch.stop().await;
     })
     .await;
 }
 
 #[tokio::test]
 async fn every_kind_of_container_is_seen_to_wait() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         // Before, API servers dropped restart policies of init containers, or knew no ephemeral ones.
         if place.minor().await < 29 {
             return;
@@ -75,7 +75,7 @@ async fn every_kind_of_container_is_seen_to_wait() {
                 "initContainers": [container("init"), sidecar], "imagePullSecrets": [{ "name": "regcred" }],
             },
         });
-        make::<Pod>(&place.pods(), pod).await;
+        create::<Pod>(&place.pods(), pod).await;
         let debug = Patch::Strategic(json!({ "spec": { "ephemeralContainers": [container("ephemeral")] } }));
         place.pods().patch_ephemeral_containers("web", &PatchParams::default(), &debug).await.unwrap();
         let waits = |name: &str| {
@@ -90,7 +90,7 @@ async fn every_kind_of_container_is_seen_to_wait() {
         } });
         place.pods().patch_status("web", &PatchParams::default(), &Patch::Strategic(status)).await.unwrap();
 
-        let view = Watch::start(place.agent().await).pod(|_| true).await;
+        let view = PodWatch::start(place.agent().await).wait_pod(|_| true).await;
         let seen: Vec<_> = view
             .containers
             .iter()
@@ -112,9 +112,9 @@ async fn every_kind_of_container_is_seen_to_wait() {
 }
 
 #[tokio::test]
-async fn images_that_are_mounted_are_seen() {
-    within(async {
-        let place = Place::new().await;
+async fn image_volumes_are_seen() {
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         // From then on they are on unless switched off.
         if place.minor().await < 35 {
             return;
@@ -127,8 +127,8 @@ async fn images_that_are_mounted_are_seen() {
                 "volumes": [{ "name": "scratch", "emptyDir": {} }, volume("model", "reg.test/model:1"), volume("data", "reg.test/data")],
             },
         });
-        make::<Pod>(&place.pods(), pod).await;
-        let view = Watch::start(place.agent().await).pod(|_| true).await;
+        create::<Pod>(&place.pods(), pod).await;
+        let view = PodWatch::start(place.agent().await).wait_pod(|_| true).await;
         let seen = |name: &str, image: &str, pull_policy| ImageVolume { name: name.into(), image: image.into(), pull_policy };
         let expected = [
             seen("model", "reg.test/model:1", PullPolicy::IfNotPresent),
@@ -141,13 +141,13 @@ async fn images_that_are_mounted_are_seen() {
 
 #[tokio::test]
 async fn the_watch_asks_for_one_nodes_pods_from_the_watch_cache() {
-    within(async {
-        let place = Place::new().await;
-        let mut watch = Watch::start(place.agent().await);
-        watch.until(|event| matches!(event, PodEvent::Synced(_))).await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
+        let mut watch = PodWatch::start(place.agent().await);
+        watch.wait_event(|event| matches!(event, PodEvent::Synced(_))).await;
         place.pod("a").await;
         watch.next().await;
-        watch.end().await;
+        watch.stop().await;
         let ours = |uri: &str| uri.contains(&format!("spec.nodeName%3D{}&", place.name)) || uri.ends_with(&place.name);
         let of_node = || requests().into_iter().filter(|(_, uri)| ours(uri)).collect::<Vec<_>>();
         // A watch is logged when it has ended.
@@ -166,21 +166,21 @@ async fn the_watch_asks_for_one_nodes_pods_from_the_watch_cache() {
 }
 
 #[tokio::test]
-async fn the_watch_goes_on_when_the_api_server_is_back() {
-    within(async {
-        let place = Place::new().await;
+async fn the_watch_resumes_when_the_api_server_is_back() {
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let first = place.pod("first").await;
         let proxy = Proxy::open().await;
         let config = place.config_with(proxy.port(), "admin-of-the-tests");
         let agent = connect(config).await.unwrap();
         let synced = agent.synced();
-        let mut watch = Watch::start(agent);
-        watch.until(|event| *event == PodEvent::Synced(vec![first.clone()])).await;
+        let mut watch = PodWatch::start(agent);
+        watch.wait_event(|event| *event == PodEvent::Synced(vec![first.clone()])).await;
 
         let port = proxy.cut().await;
         let second = place.pod("second").await;
         let _proxy = Proxy::open_on(port).await;
-        watch.until(|event| seen(event) == Some(&second)).await;
+        watch.wait_event(|event| seen(event) == Some(&second)).await;
         assert!(*synced.borrow());
     })
     .await;
@@ -188,24 +188,24 @@ async fn the_watch_goes_on_when_the_api_server_is_back() {
 
 #[tokio::test]
 async fn an_agent_starts_while_the_api_server_is_away() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let port = Proxy::open().await.cut().await;
         let agent = connect(place.config_with(port, "admin-of-the-tests")).await.unwrap();
         assert!(matches!(agent.namespace(&place.name).await, Err(ClusterError::Unavailable(_))));
         let synced = agent.synced();
-        let mut watch = Watch::start(agent);
+        let mut watch = PodWatch::start(agent);
         assert!(!*synced.borrow());
         let _proxy = Proxy::open_on(port).await;
-        watch.until(|event| *event == PodEvent::Synced(Vec::new())).await;
+        watch.wait_event(|event| *event == PodEvent::Synced(Vec::new())).await;
     })
     .await;
 }
 
 #[tokio::test]
 async fn a_nudge_changes_one_annotation_and_nothing_else() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let pod = place.pod("web").await;
         let agent = place.agent().await;
         let before = place.pods().get("web").await.unwrap();
@@ -225,8 +225,8 @@ async fn a_nudge_changes_one_annotation_and_nothing_else() {
 
 #[tokio::test]
 async fn a_pod_that_was_replaced_is_not_nudged() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let old = place.pod("web").await;
         let agent = place.agent().await;
         place.delete_pod("web").await;
@@ -239,9 +239,9 @@ async fn a_pod_that_was_replaced_is_not_nudged() {
 }
 
 #[tokio::test]
-async fn only_the_pod_that_was_meant_is_deleted() {
-    within(async {
-        let place = Place::new().await;
+async fn only_the_pod_with_the_right_uid_is_deleted() {
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let old = place.pod("web").await;
         let agent = place.agent().await;
         place.delete_pod("web").await;
@@ -258,8 +258,8 @@ async fn only_the_pod_that_was_meant_is_deleted() {
 
 #[tokio::test]
 async fn a_namespaces_labels_and_annotations_are_read() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let agent = place.agent().await;
         let namespace = agent.namespace(&place.name).await.unwrap();
         assert_eq!(namespace.annotations["lighterman.dev/enabled"], "true");

@@ -4,26 +4,26 @@ use k8s_openapi::api::core::v1::Event;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams};
 use lighterman::model::NodeName;
-use lighterman::ports::{Cluster, ClusterError, NodeReport, NodeReportKind, PodReport, ReportKind};
+use lighterman::ports::{Cluster, ClusterError, NodeReport, NodeReportKind, PodReport, PodReportKind};
 
-use super::apiserver::{Place, within};
+use super::apiserver::{KubeNamespace, with_deadline};
 
-fn report(kind: ReportKind, note: &str) -> PodReport {
+fn report(kind: PodReportKind, note: &str) -> PodReport {
     PodReport { kind, note: note.to_owned() }
 }
 
-async fn events(place: &Place) -> Vec<Event> {
+async fn events(place: &KubeNamespace) -> Vec<Event> {
     let events = Api::<Event>::namespaced(place.admin.clone(), &place.name);
     events.list(&ListParams::default()).await.unwrap().items
 }
 
 #[tokio::test]
 async fn a_report_is_one_event_whose_repetitions_are_counted() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let pod = place.pod("web").await;
         let agent = place.agent().await;
-        let waits = report(ReportKind::NoProvider, "no peer holds reg.test/app:1");
+        let waits = report(PodReportKind::NoProvider, "no peer holds reg.test/app:1");
         for _ in 0..3 {
             agent.report(&pod, &waits).await.unwrap();
         }
@@ -34,7 +34,7 @@ async fn a_report_is_one_event_whose_repetitions_are_counted() {
         assert_eq!(event.type_.as_deref(), Some("Warning"));
         assert!(event.last_timestamp >= event.first_timestamp);
 
-        agent.report(&pod, &report(ReportKind::Salvaged, "from node-2 in 3 s")).await.unwrap();
+        agent.report(&pod, &report(PodReportKind::Recovered, "from node-2 in 3 s")).await.unwrap();
         assert_eq!(events(&place).await.len(), 2);
         let shown = place.describe_pod("web").await;
         let line = |word: &str| shown.lines().find(|line| line.contains(word)).unwrap_or_else(|| panic!("{shown}"));
@@ -48,12 +48,12 @@ async fn a_report_is_one_event_whose_repetitions_are_counted() {
 }
 
 #[tokio::test]
-async fn an_event_that_was_forgotten_is_made_again() {
-    within(async {
-        let place = Place::new().await;
+async fn an_expired_event_is_created_again() {
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let pod = place.pod("web").await;
         let agent = place.agent().await;
-        let waits = report(ReportKind::NoProvider, "nobody");
+        let waits = report(PodReportKind::NoProvider, "nobody");
         agent.report(&pod, &waits).await.unwrap();
         let all = Api::<Event>::namespaced(place.admin.clone(), &place.name);
         all.delete_collection(&DeleteParams::default(), &ListParams::default()).await.unwrap();
@@ -66,16 +66,16 @@ async fn an_event_that_was_forgotten_is_made_again() {
 }
 
 #[tokio::test]
-async fn a_long_note_is_cut_and_a_flood_is_held_back() {
-    within(async {
-        let place = Place::new().await;
+async fn a_long_note_is_truncated_and_a_flood_is_rate_limited() {
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let pod = place.pod("web").await;
         let agent = place.agent().await;
-        agent.report(&pod, &report(ReportKind::Failed, &"é".repeat(1000))).await.unwrap();
+        agent.report(&pod, &report(PodReportKind::Failed, &"é".repeat(1000))).await.unwrap();
         assert_eq!(events(&place).await[0].message.as_ref().unwrap().len(), 1024);
         let mut held_back = 0;
         for i in 0..40 {
-            match agent.report(&pod, &report(ReportKind::Failed, &i.to_string())).await {
+            match agent.report(&pod, &report(PodReportKind::Failed, &i.to_string())).await {
                 Ok(()) => {}
                 Err(ClusterError::Unavailable(text)) => {
                     assert!(text.contains("held back"), "{text}");
@@ -91,8 +91,8 @@ async fn a_long_note_is_cut_and_a_flood_is_held_back() {
 
 #[tokio::test]
 async fn a_node_has_one_event_of_a_reason_that_the_next_report_renews() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let node: NodeName = place.name.parse().unwrap();
         let on_node = |note: &str| NodeReport { kind: NodeReportKind::ImagesLackLayers, note: note.to_owned() };
         let all = Api::<Event>::namespaced(place.admin.clone(), "default");
@@ -111,8 +111,8 @@ async fn a_node_has_one_event_of_a_reason_that_the_next_report_renews() {
 
 #[tokio::test]
 async fn a_report_on_the_node_is_an_event_of_its_node_object() {
-    within(async {
-        let place = Place::new().await;
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
         let note = "the clock is 90 s behind".to_owned();
         place.agent().await.report_on_node(&NodeReport { kind: NodeReportKind::ClockSkew, note }).await.unwrap();
         // Events of objects without a namespace are in this one.

@@ -11,42 +11,42 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use lighterman::admission::StaticAdmission;
-use lighterman::decide::rules::Rules;
+use lighterman::decide::policy::Policy;
 use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
 use lighterman::model::PeerId;
 use lighterman::oci::{Digest, Hasher};
-use lighterman::ports::{ContentStore, NoPartials, Remembered};
+use lighterman::ports::{BlobMetadata, ContentStore, NoPartialBlobs};
 use lighterman::testing::MemoryStore;
-use lighterman::transfer::{Config, Surroundings, Transfer};
+use lighterman::transfer::{Config, Transfer, TransferDependencies};
 use nix::sched::{CloneFlags, setns};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-/// The holder's address and the fetcher's. The namespaces have no way out.
+/// The provider's address and the fetcher's. The namespaces have no way out.
 pub(crate) const ADDRESSES: [&str; 2] = ["10.99.0.1", "10.99.0.2"];
 
 /// Both go when dropped.
-pub(crate) struct Link([String; 2]);
+pub(crate) struct VethLink([String; 2]);
 
-impl Link {
-    /// A link that carries so much from the holder to the fetcher; the way back, which only acknowledges, is free. The queue before it
+impl VethLink {
+    /// A link that carries so much from the provider to the fetcher; the way back, which only acknowledges, is free. The queue before it
     /// holds a tenth of a second, as a router's would.
     pub(crate) fn of(rate: &str) -> Self {
         static LINKS: AtomicU32 = AtomicU32::new(0);
         let number = LINKS.fetch_add(1, Ordering::Relaxed);
         let link = Self(["a", "b"].map(|end| format!("lighterman-{}-{number}-{end}", std::process::id())));
-        let [holder, fetcher] = &link.0;
-        run(&["ip", "netns", "add", holder]);
+        let [provider, fetcher] = &link.0;
+        run(&["ip", "netns", "add", provider]);
         run(&["ip", "netns", "add", fetcher]);
-        run(&["ip", "-n", holder, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", fetcher]);
+        run(&["ip", "-n", provider, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", fetcher]);
         for (end, address) in link.0.iter().zip(ADDRESSES) {
             run(&["ip", "-n", end, "address", "add", &format!("{address}/24"), "dev", "wire"]);
             run(&["ip", "-n", end, "link", "set", "wire", "up"]);
         }
         let shape = ["qdisc", "add", "dev", "wire", "root", "tbf", "rate", rate, "burst", "64kb", "latency", "100ms"];
-        run(&[&["ip", "netns", "exec", holder, "tc"], &shape[..]].concat());
+        run(&[&["ip", "netns", "exec", provider, "tc"], &shape[..]].concat());
         link
     }
 
@@ -70,7 +70,7 @@ impl Link {
     }
 }
 
-impl Drop for Link {
+impl Drop for VethLink {
     fn drop(&mut self) {
         for end in &self.0 {
             // One that was never made cannot be removed.
@@ -88,19 +88,19 @@ fn run(words: &[&str]) {
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Rates {
     pub(crate) fetcher_down: u64,
-    pub(crate) holder_up: u64,
+    pub(crate) provider_up: u64,
 }
 
-/// A holder that serves from memory, in a thread of its own.
-pub(crate) struct Holder {
+/// A provider that serves from memory, in a thread of its own.
+pub(crate) struct Provider {
     pub(crate) peer: PeerId,
     pub(crate) address: SocketAddr,
     stop: CancellationToken,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Holder {
-    fn start(link: &Arc<Link>, identity: Identity, admits: PeerId, blobs: &[Bytes], up: u64) -> Self {
+impl Provider {
+    fn start(link: &Arc<VethLink>, identity: Identity, admits: PeerId, blobs: &[Bytes], up: u64) -> Self {
         let (link, blobs, stop) = (Arc::clone(link), blobs.to_vec(), CancellationToken::new());
         let (tell, told) = threads::channel();
         let (peer, until) = (identity.peer_id(), stop.clone());
@@ -108,8 +108,8 @@ impl Holder {
             link.enter(0);
             let runtime = runtime();
             runtime.block_on(async {
-                let store = holding(&blobs).await;
-                let transfer = bind(0, &identity, admits, store, rules(0, up));
+                let store = store_with(&blobs).await;
+                let transfer = bind(0, &identity, admits, store, policy(0, up));
                 tell.send(transfer.local_addr()).unwrap();
                 transfer.run(until).await;
             });
@@ -118,7 +118,7 @@ impl Holder {
     }
 }
 
-impl Drop for Holder {
+impl Drop for Provider {
     fn drop(&mut self) {
         self.stop.cancel();
         // A panic was printed when it happened.
@@ -126,23 +126,23 @@ impl Drop for Holder {
     }
 }
 
-/// Runs `test` at the fetcher's end of a link, with a holder of these blobs at the other.
+/// Runs `test` at the fetcher's end of a link, with a provider of these blobs at the other.
 pub(crate) fn across<T: Send + 'static>(
     rate: &str,
     rates: Rates,
     blobs: &[Bytes],
-    test: impl AsyncFnOnce(&Transfer, &Holder, &Link) -> T + Send + 'static,
+    test: impl AsyncFnOnce(&Transfer, &Provider, &VethLink) -> T + Send + 'static,
 ) -> T {
-    let link = Arc::new(Link::of(rate));
-    let (holder_key, fetcher_key) = (Identity::generate(), Identity::generate());
-    let holder = Holder::start(&link, holder_key, fetcher_key.peer_id(), blobs, rates.holder_up);
+    let link = Arc::new(VethLink::of(rate));
+    let (provider_key, fetcher_key) = (Identity::generate(), Identity::generate());
+    let provider = Provider::start(&link, provider_key, fetcher_key.peer_id(), blobs, rates.provider_up);
     let fetching = thread::spawn(move || {
         link.enter(1);
         let runtime = runtime();
         runtime.block_on(async {
-            let transfer = bind(1, &fetcher_key, holder.peer, MemoryStore::new(), rules(rates.fetcher_down, 0));
-            transfer.greet(holder.address, Some(holder.peer)).await.unwrap();
-            let test = test(&transfer, &holder, &link);
+            let transfer = bind(1, &fetcher_key, provider.peer, MemoryStore::new(), policy(rates.fetcher_down, 0));
+            transfer.dial(provider.address, Some(provider.peer)).await.unwrap();
+            let test = test(&transfer, &provider, &link);
             tokio::time::timeout(Duration::from_secs(180), test).await.expect("the test is stuck")
         })
     });
@@ -153,7 +153,7 @@ fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-fn bind(end: usize, identity: &Identity, admits: PeerId, store: MemoryStore, rules: Arc<Rules>) -> Transfer {
+fn bind(end: usize, identity: &Identity, admits: PeerId, store: MemoryStore, rules: Arc<Policy>) -> Transfer {
     let config = Config {
         listen: SocketAddr::new(ADDRESSES[end].parse().unwrap(), 0),
         // Nobody gossips here.
@@ -163,19 +163,20 @@ fn bind(end: usize, identity: &Identity, admits: PeerId, store: MemoryStore, rul
     };
     let (admission, joined) = (Arc::new(StaticAdmission::new([admits])), mpsc::channel(4).0);
     let in_force = watch::channel(rules).1;
-    let (store, partials) = (Arc::new(store), Arc::new(NoPartials));
-    let surroundings = Surroundings { admission, store, partials, metrics: Metrics::new(), joined };
-    Transfer::bind_within(config, identity, surroundings, in_force).unwrap()
+    let (store, partials) = (Arc::new(store), Arc::new(NoPartialBlobs));
+    let surroundings =
+        TransferDependencies { admission, store, partials, metrics: Metrics::new(), admitted_peers: joined };
+    Transfer::bind_with_policy(config, identity, surroundings, in_force).unwrap()
 }
 
-fn rules(max_download_rate: u64, max_upload_rate: u64) -> Arc<Rules> {
-    let mut rules = Rules::default();
+fn policy(max_download_rate: u64, max_upload_rate: u64) -> Arc<Policy> {
+    let mut rules = Policy::default();
     rules.budgets.max_download_rate = max_download_rate;
     rules.budgets.max_upload_rate = max_upload_rate;
     Arc::new(rules)
 }
 
-async fn holding(blobs: &[Bytes]) -> MemoryStore {
+async fn store_with(blobs: &[Bytes]) -> MemoryStore {
     let store = MemoryStore::new();
     let pin = store.pin(Duration::from_secs(3600)).await.unwrap();
     for blob in blobs {
@@ -184,7 +185,7 @@ async fn holding(blobs: &[Bytes]) -> MemoryStore {
         hasher.update(blob);
         let mut writer = store.create(digest, size, &pin).await.unwrap();
         writer.append(std::slice::from_ref(blob)).await.unwrap();
-        writer.commit(hasher.verify(digest, size).unwrap(), &Remembered::default()).await.unwrap();
+        writer.commit(hasher.verify(digest, size).unwrap(), &BlobMetadata::default()).await.unwrap();
     }
     store
 }

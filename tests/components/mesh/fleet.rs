@@ -9,39 +9,40 @@ use lighterman::ports::ContentStore;
 use lighterman::testing::image::put_image;
 use tempfile::TempDir;
 
-use super::view::View;
+use super::mesh_view::MeshView;
 use crate::containerd::daemon::Daemon;
 use crate::fleet::agent::Agent;
-use crate::fleet::apiserver::Place;
-use crate::fleet::rights::grant;
-use crate::fleet::wires::{SWITCH, Wires};
+use crate::fleet::apiserver::KubeNamespace;
+use crate::fleet::network::{AgentNetwork, SWITCH};
+use crate::fleet::rbac::grant_rbac;
 
 /// For whatever is waited for; a busy machine must not fail a test.
-const PATIENCE: Duration = Duration::from_secs(300);
+const WAIT_DEADLINE: Duration = Duration::from_secs(300);
 
 /// Between two looks at all agents, unless looking takes longer.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// All agents and what they stand on.
 pub(super) struct Fleet {
-    pub(super) wires: Wires,
+    pub(super) network: AgentNetwork,
     pub(super) agents: Vec<Agent>,
     containerd: Daemon,
-    place: Place,
+    kube: KubeNamespace,
     folder: TempDir,
 }
 
 impl Fleet {
     /// Everything but the agents themselves, which do not run yet. For threads of the switch.
-    pub(super) async fn new(wires: Wires, agents: usize) -> Self {
-        let (place, containerd) = tokio::join!(Place::at(SWITCH), Daemon::start("containerd-2.3"));
-        grant(&place, "").await;
-        let mut fleet = Self { wires, agents: Vec::new(), containerd, place, folder: tempfile::tempdir().unwrap() };
+    pub(super) async fn new(wires: AgentNetwork, agents: usize) -> Self {
+        let (place, containerd) = tokio::join!(KubeNamespace::with_own_server(SWITCH), Daemon::start("containerd-2.3"));
+        grant_rbac(&place, "").await;
+        let mut fleet =
+            Self { network: wires, agents: Vec::new(), containerd, kube: place, folder: tempfile::tempdir().unwrap() };
         for number in 0..agents {
             let (node, zone) = (format!("node-{number}"), format!("zone-{}", number % 3));
             let containerd = fleet.containerd.config(&node);
             let folder = fleet.folder.path();
-            let agent = Agent::new(&fleet.place, number, folder, Some(zone), containerd, &[]).await;
+            let agent = Agent::new(&fleet.kube, number, folder, Some(zone), containerd, &[]).await;
             fill(&agent.store, number).await;
             fleet.agents.push(agent);
         }
@@ -51,7 +52,7 @@ impl Fleet {
     /// Starts these agents at once.
     pub(super) fn start(&mut self, numbers: impl IntoIterator<Item = usize>) {
         for number in numbers {
-            self.agents[number].start(&self.wires);
+            self.agents[number].start(&self.network);
         }
     }
 
@@ -61,20 +62,21 @@ impl Fleet {
     }
 
     /// The agents that run.
-    pub(super) fn living(&self) -> impl Iterator<Item = &Agent> {
+    pub(super) fn running(&self) -> impl Iterator<Item = &Agent> {
         self.agents.iter().filter(|agent| agent.id().is_some())
     }
 
     /// How all that run see it now. One that does not answer is left out.
-    pub(super) async fn views(&self) -> Vec<(&Agent, View)> {
-        let views = self.living().map(async |agent| Some((agent, View::of(agent).await?)));
+    pub(super) async fn views(&self) -> Vec<(&Agent, MeshView)> {
+        let views = self.running().map(async |agent| Some((agent, MeshView::of(agent).await?)));
         join_all(views).await.into_iter().flatten().collect()
     }
 
     /// Waits until every agent that runs knows every other with all that its containerd holds.
-    pub(super) async fn knows_all(&self) {
-        let held = join_all(self.living().map(async |agent| (agent.node.as_str(), held(agent).await))).await;
-        let knows = |agent: &Agent, view: &View| {
+    pub(super) async fn wait_converged(&self) {
+        let held =
+            join_all(self.running().map(async |agent| (agent.node.as_str(), announced_items(agent).await))).await;
+        let knows = |agent: &Agent, view: &MeshView| {
             let alive = view.alive();
             let known = |(node, items): &(&str, usize)| match *node == agent.node {
                 true => view.items == *items,
@@ -82,45 +84,45 @@ impl Fleet {
             };
             alive.len() == held.len() - 1 && held.iter().all(known)
         };
-        self.until("everybody knows everything", knows).await;
+        self.wait_until("everybody knows everything", knows).await;
     }
 
     /// Waits until no agent but their own has anything of these nodes.
-    pub(super) async fn has_dropped(&self, numbers: &[usize]) {
+    pub(super) async fn wait_dropped(&self, numbers: &[usize]) {
         let gone: Vec<_> = numbers.iter().map(|number| self.agents[*number].node.as_str()).collect();
         let what = format!("the others have dropped {gone:?}");
-        let dropped = |agent: &Agent, view: &View| {
+        let dropped = |agent: &Agent, view: &MeshView| {
             gone.contains(&agent.node.as_str()) || gone.iter().all(|node| view.has_dropped(node))
         };
-        self.until(&what, dropped).await;
+        self.wait_until(&what, dropped).await;
     }
 
     /// Looks at all agents that run until all say so in one round.
-    async fn until(&self, what: &str, holds: impl Fn(&Agent, &View) -> bool) {
+    async fn wait_until(&self, what: &str, holds: impl Fn(&Agent, &MeshView) -> bool) {
         let began = Instant::now();
         loop {
             let looked = Instant::now();
             let views = self.views().await;
             let is_content =
                 |agent: &Agent| views.iter().any(|(seen, view)| seen.node == agent.node && holds(agent, view));
-            let Some(behind) = self.living().find(|agent| !is_content(agent)) else { return };
-            if began.elapsed() > PATIENCE {
+            let Some(behind) = self.running().find(|agent| !is_content(agent)) else { return };
+            if began.elapsed() > WAIT_DEADLINE {
                 let view = views.iter().find(|(agent, _)| agent.node == behind.node).map(|(_, view)| view);
-                panic!("{what}: not so on {} and maybe others: {view:?}\n{}", behind.node, behind.story());
+                panic!("{what}: not so on {} and maybe others: {view:?}\n{}", behind.node, behind.log_tail());
             }
             // On a slow machine the agents need the time themselves.
-            tokio::time::sleep(LOOK.max(looked.elapsed() * 4)).await;
+            tokio::time::sleep(POLL_INTERVAL.max(looked.elapsed() * 4)).await;
         }
     }
 
     /// Waits until every agent but the provider's own would fetch this image from there.
-    pub(super) async fn finds(&self, image: &str, provider: usize) {
+    pub(super) async fn wait_provider(&self, image: &str, provider: usize) {
         let (image, provider) = (image.parse::<Reference>().unwrap(), &self.agents[provider]);
         let began = Instant::now();
-        let finding = self.living().filter(|agent| agent.node != provider.node).map(async |agent| {
-            while !agent.finds(&image, &provider.node).await {
-                assert!(began.elapsed() < PATIENCE, "{} does not find {image}\n{}", agent.node, agent.story());
-                tokio::time::sleep(LOOK).await;
+        let finding = self.running().filter(|agent| agent.node != provider.node).map(async |agent| {
+            while !agent.would_fetch_from(&image, &provider.node).await {
+                assert!(began.elapsed() < WAIT_DEADLINE, "{} does not find {image}\n{}", agent.node, agent.log_tail());
+                tokio::time::sleep(POLL_INTERVAL).await;
             }
         });
         join_all(finding).await;
@@ -128,7 +130,7 @@ impl Fleet {
 }
 
 /// What there is to announce: blobs and names.
-async fn held(agent: &Agent) -> usize {
+async fn announced_items(agent: &Agent) -> usize {
     agent.store.blobs().await.unwrap().len() + agent.store.images().await.unwrap().len()
 }
 

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Opted, Owner, Wants};
+use super::{ImageUse, OptInForm, OwnerKind};
 use crate::pods::pod_spec;
 
 /// The label by which a row's pods are found.
@@ -12,21 +12,21 @@ pub(crate) const LABEL: &str = "e2e-case";
 pub(crate) const CONTAINER: &str = "c";
 
 /// On every node from the start.
-const ALWAYS_HERE: &str = "local.test/pause:1";
+const PRELOADED_IMAGE: &str = "local.test/pause:1";
 
 /// On no node, ever.
-const NOWHERE: &str = "10.77.0.1:5001/nobody/has:v1";
+const ABSENT_IMAGE: &str = "10.77.0.1:5001/nobody/has:v1";
 
 /// What the objects of a row depend on.
-pub(crate) struct Made<'a> {
+pub(crate) struct CaseObjects<'a> {
     pub(crate) id: &'a str,
     pub(crate) node: &'a str,
     pub(crate) image: &'a str,
     pub(crate) policy: &'a str,
-    pub(crate) opted: Opted,
+    pub(crate) opt_in: OptInForm,
 }
 
-impl Opted {
+impl OptInForm {
     /// The namespace whose annotations are right.
     pub(crate) fn k8s_namespace(self) -> &'static str {
         match self {
@@ -34,9 +34,9 @@ impl Opted {
             Self::DeniedNamespace => "kube-public",
             Self::EvenIfDenied => "e2e-even-if-denied",
             Self::Listed => "e2e-listed",
-            Self::ListsOthers => "e2e-lists-others",
+            Self::OthersListed => "e2e-lists-others",
             Self::Tote => "e2e-tote",
-            Self::Nobody | Self::Pod | Self::Owner | Self::SaysYes => "e2e-allowed",
+            Self::None | Self::Pod | Self::Owner | Self::ValueYes => "e2e-allowed",
             Self::OwnerButPodIgnores | Self::PodButIgnores => "e2e-allowed",
         }
     }
@@ -48,13 +48,13 @@ impl Opted {
             | Self::DeniedNamespace
             | Self::EvenIfDenied
             | Self::Listed
-            | Self::ListsOthers => {
+            | Self::OthersListed => {
                 json!({"lighterman.dev/auto-salvage": "true"})
             }
-            Self::Owner | Self::Nobody => json!({}),
+            Self::Owner | Self::None => json!({}),
             Self::OwnerButPodIgnores => json!({"lighterman.dev/ignore": "true"}),
             Self::PodButIgnores => json!({"lighterman.dev/auto-salvage": "true", "lighterman.dev/ignore": "true"}),
-            Self::SaysYes => json!({"lighterman.dev/auto-salvage": "yes"}),
+            Self::ValueYes => json!({"lighterman.dev/auto-salvage": "yes"}),
             Self::Tote => json!({"tote.dev/auto-salvage": "true"}),
         }
     }
@@ -93,55 +93,55 @@ pub(crate) fn namespaces() -> [Value; 7] {
     ]
 }
 
-impl Made<'_> {
+impl CaseObjects<'_> {
     /// What to apply, in this order.
-    pub(crate) fn objects(&self, wants: Wants) -> Vec<Value> {
+    pub(crate) fn objects(&self, wants: ImageUse) -> Vec<Value> {
         match wants {
-            Wants::OwnedBy(owner) => vec![self.owner(owner)],
-            Wants::TwoPods => [1, 2].map(|number| self.pod(&format!("{}-{number}", self.id), wants)).to_vec(),
+            ImageUse::OwnedBy(owner) => vec![self.owner(owner)],
+            ImageUse::TwoPods => [1, 2].map(|number| self.pod(&format!("{}-{number}", self.id), wants)).to_vec(),
             _ => vec![self.pod(self.id, wants)],
         }
     }
 
     /// One pod.
-    fn pod(&self, name: &str, wants: Wants) -> Value {
+    fn pod(&self, name: &str, wants: ImageUse) -> Value {
         json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {
-                "name": name, "namespace": self.opted.k8s_namespace(),
-                "labels": {LABEL: self.id}, "annotations": self.opted.of_pod(),
+                "name": name, "namespace": self.opt_in.k8s_namespace(),
+                "labels": {LABEL: self.id}, "annotations": self.opt_in.of_pod(),
             },
             "spec": self.spec(wants),
         })
     }
 
-    fn spec(&self, wants: Wants) -> Value {
-        let node = (wants != Wants::StaticPod).then_some(self.node);
-        let mut spec = pod_spec(ALWAYS_HERE, node);
-        let it = json!({"name": CONTAINER, "image": self.image, "imagePullPolicy": self.policy});
-        let also = json!({"name": "other", "image": ALWAYS_HERE, "imagePullPolicy": "IfNotPresent"});
-        let mut init = it.clone();
+    fn spec(&self, wants: ImageUse) -> Value {
+        let node = (wants != ImageUse::StaticPod).then_some(self.node);
+        let mut spec = pod_spec(PRELOADED_IMAGE, node);
+        let container = json!({"name": CONTAINER, "image": self.image, "imagePullPolicy": self.policy});
+        let other_container = json!({"name": "other", "image": PRELOADED_IMAGE, "imagePullPolicy": "IfNotPresent"});
+        let mut init = container.clone();
         match wants {
-            Wants::Container | Wants::StaticPod | Wants::TwoPods | Wants::OwnedBy(_) => {
-                spec["containers"] = json!([it]);
+            ImageUse::Container | ImageUse::StaticPod | ImageUse::TwoPods | ImageUse::OwnedBy(_) => {
+                spec["containers"] = json!([container]);
             }
-            Wants::InitContainer => {
+            ImageUse::InitContainer => {
                 init["command"] = json!(["/bin/busybox", "true"]);
-                (spec["initContainers"], spec["containers"]) = (json!([init]), json!([also]));
+                (spec["initContainers"], spec["containers"]) = (json!([init]), json!([other_container]));
             }
-            Wants::Sidecar => {
+            ImageUse::Sidecar => {
                 init["restartPolicy"] = "Always".into();
-                (spec["initContainers"], spec["containers"]) = (json!([init]), json!([also]));
+                (spec["initContainers"], spec["containers"]) = (json!([init]), json!([other_container]));
             }
-            Wants::Ephemeral => spec["containers"] = json!([also]),
-            Wants::OneOfTwo => {
-                let other = json!({"name": "other", "image": NOWHERE, "imagePullPolicy": "IfNotPresent"});
-                spec["containers"] = json!([other, it]);
+            ImageUse::Ephemeral => spec["containers"] = json!([other_container]),
+            ImageUse::OneOfTwo => {
+                let other = json!({"name": "other", "image": ABSENT_IMAGE, "imagePullPolicy": "IfNotPresent"});
+                spec["containers"] = json!([other, container]);
             }
-            Wants::Volume => {
+            ImageUse::Volume => {
                 let volume = json!({"name": CONTAINER, "image": {"reference": self.image, "pullPolicy": self.policy}});
                 let mounted = json!({
-                    "name": CONTAINER, "image": ALWAYS_HERE, "imagePullPolicy": "IfNotPresent",
+                    "name": CONTAINER, "image": PRELOADED_IMAGE, "imagePullPolicy": "IfNotPresent",
                     "volumeMounts": [{"name": CONTAINER, "mountPath": "/volume"}],
                 });
                 (spec["volumes"], spec["containers"]) = (json!([volume]), json!([mounted]));
@@ -157,29 +157,29 @@ impl Made<'_> {
         ]}})
     }
 
-    fn owner(&self, owner: Owner) -> Value {
+    fn owner(&self, owner: OwnerKind) -> Value {
         let labels = json!({LABEL: self.id});
-        let mut spec = self.spec(Wants::OwnedBy(owner));
-        if owner == Owner::DaemonSet {
+        let mut spec = self.spec(ImageUse::OwnedBy(owner));
+        if owner == OwnerKind::DaemonSet {
             // Its controller chooses the node itself.
             spec["nodeSelector"] = json!({"kubernetes.io/hostname": self.node});
             spec["nodeName"] = Value::Null;
         }
-        let template = json!({"metadata": {"labels": labels, "annotations": self.opted.of_pod()}, "spec": spec});
+        let template = json!({"metadata": {"labels": labels, "annotations": self.opt_in.of_pod()}, "spec": spec});
         let selected = json!({"selector": {"matchLabels": labels}, "template": template});
         let mut job = json!({"template": template});
         job["template"]["spec"]["restartPolicy"] = "Never".into();
         let (version, kind, spec) = match owner {
-            Owner::Deployment => ("apps/v1", "Deployment", selected),
-            Owner::DaemonSet => ("apps/v1", "DaemonSet", selected),
-            Owner::StatefulSet => {
+            OwnerKind::Deployment => ("apps/v1", "Deployment", selected),
+            OwnerKind::DaemonSet => ("apps/v1", "DaemonSet", selected),
+            OwnerKind::StatefulSet => {
                 let mut set = selected;
                 set["serviceName"] = "none".into();
                 ("apps/v1", "StatefulSet", set)
             }
-            Owner::Job => ("batch/v1", "Job", job),
+            OwnerKind::Job => ("batch/v1", "Job", job),
             // Once is enough; it begins at the next full minute.
-            Owner::CronJob => (
+            OwnerKind::CronJob => (
                 "batch/v1",
                 "CronJob",
                 json!({"schedule": "* * * * *", "concurrencyPolicy": "Forbid", "jobTemplate": {"spec": job}}),
@@ -188,7 +188,7 @@ impl Made<'_> {
         json!({
             "apiVersion": version, "kind": kind, "spec": spec,
             "metadata": {
-                "name": self.id, "namespace": self.opted.k8s_namespace(), "annotations": self.opted.of_owner(),
+                "name": self.id, "namespace": self.opt_in.k8s_namespace(), "annotations": self.opt_in.of_owner(),
             },
         })
     }

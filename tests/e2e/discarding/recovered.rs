@@ -2,32 +2,32 @@
 //! images that were pulled while agents ran, and images that were pulled before any agent was
 //! installed.
 
-use super::{FRESH, IN_THE_BACKGROUND, Image, collect, install, nodes};
-use crate::bed::{Bed, Failure, REGISTRY, wait_for};
-use crate::pods::{PATIENCE, Space, is_running};
+use super::{BACKGROUND_DEADLINE, DiscardedImage, NAMESPACE_BEFORE_AGENTS, collect, install, nodes};
+use crate::pods::{TestNamespace, WAIT_DEADLINE, is_running};
 use crate::scenarios::{RegistryDown, ensure};
+use crate::test_bed::{REGISTRY, TestBed, TestError, wait_for};
 
 /// Versions of containerd whose pulls an agent retains in full.
 const EXACT: [&str; 2] = ["2.3", "2.4"];
 
 /// An image that one node has and other nodes need.
-struct Held {
-    holder: &'static str,
+struct ProvidedImage {
+    provider: &'static str,
     containerd: &'static str,
     /// Begins the names of pods.
     kind: &'static str,
     image: String,
 }
 
-pub(super) fn every_image(bed: &Bed) -> Result<(), Failure> {
+pub(super) fn every_image(bed: &TestBed) -> Result<(), TestError> {
     // The bed's registry speaks plain HTTP, which the agents have to be told.
     install(bed, &[("LIGHTERMAN_INSECURE_REGISTRY", REGISTRY)])?;
-    let fresh = Space { bed, name: FRESH.to_owned() };
-    let steady = Space::new(bed, "e2e-steady")?;
+    let fresh = TestNamespace { bed, name: NAMESPACE_BEFORE_AGENTS.to_owned() };
+    let steady = TestNamespace::new(bed, "e2e-steady")?;
     let mut held = pull_while_agents_run(bed, &steady)?;
-    held.extend(nodes().into_iter().map(|(holder, containerd)| {
-        let image = format!("{REGISTRY}/fresh/{holder}:v1");
-        Held { holder, containerd, kind: "fresh", image }
+    held.extend(nodes().into_iter().map(|(provider, containerd)| {
+        let image = format!("{REGISTRY}/fresh/{provider}:v1");
+        ProvidedImage { provider, containerd, kind: "fresh", image }
     }));
     let complete = wait_complete(bed);
     for (node, _) in nodes() {
@@ -47,32 +47,32 @@ pub(super) fn every_image(bed: &Bed) -> Result<(), Failure> {
         if !of_versions.is_empty() {
             println!("\nfigure {figure} {recovered}/{}", of_versions.len());
         }
-        for (Held { holder, kind, image, .. }, node, _) in of_versions.iter().filter(|(.., ran)| !ran) {
-            println!("  {kind}: {image} did not come from {holder} to {node}");
+        for (ProvidedImage { provider, kind, image, .. }, node, _) in of_versions.iter().filter(|(.., ran)| !ran) {
+            println!("  {kind}: {image} did not come from {provider} to {node}");
         }
         if versions == EXACT && recovered < of_versions.len() {
-            failed.push(format!("{recovered} of {} pods run\n{}", of_versions.len(), bed.agents_story()));
+            failed.push(format!("{recovered} of {} pods run\n{}", of_versions.len(), bed.diagnostics()));
         }
     }
     ensure(failed.is_empty(), failed.join("\n"))
 }
 
 /// Each node pulls an image by tag and one by digest.
-fn pull_while_agents_run(bed: &Bed, space: &Space) -> Result<Vec<Held>, Failure> {
+fn pull_while_agents_run(bed: &TestBed, space: &TestNamespace) -> Result<Vec<ProvidedImage>, TestError> {
     let mut pulled = Vec::new();
-    for (holder, containerd) in nodes() {
+    for (provider, containerd) in nodes() {
         for kind in ["tag", "digest"] {
-            let image = Image::push(bed, &format!("steady/{kind}-{holder}:v1"))?;
+            let image = DiscardedImage::push(bed, &format!("steady/{kind}-{provider}:v1"))?;
             let name = if kind == "tag" { image.by_tag.clone() } else { image.by_digest.clone() };
-            let pod = format!("{kind}-held-by-{holder}");
-            space.pod(&pod, holder, &name, true)?;
-            pulled.push((pod, image, Held { holder, containerd, kind, image: name }));
+            let pod = format!("{kind}-held-by-{provider}");
+            space.pod(&pod, provider, &name, true)?;
+            pulled.push((pod, image, ProvidedImage { provider, containerd, kind, image: name }));
         }
     }
     for (pod, image, held) in &pulled {
         space.wait_running(pod)?;
-        collect(bed, held.holder)?;
-        let (kept, all) = (image.layers_on(bed, held.holder)?, image.layers.len());
+        collect(bed, held.provider)?;
+        let (kept, all) = (image.layers_on(bed, held.provider)?, image.layers.len());
         println!("  containerd {} kept {kept} of {all} layers of {}", held.containerd, held.image);
         ensure(
             kept == all || !EXACT.contains(&held.containerd),
@@ -84,9 +84,9 @@ fn pull_while_agents_run(bed: &Bed, space: &Space) -> Result<Vec<Held>, Failure>
 
 /// Waits until no node lacks layers of images that are to have them. Nodes without a target do not
 /// count afterwards.
-fn wait_complete(bed: &Bed) -> Result<(), Failure> {
+fn wait_complete(bed: &TestBed) -> Result<(), TestError> {
     let mut lacking = Vec::new();
-    let waited = wait_for("the nodes to lack no layers", IN_THE_BACKGROUND, || {
+    let waited = wait_for("the nodes to lack no layers", BACKGROUND_DEADLINE, || {
         lacking.clear();
         for (node, containerd) in nodes() {
             if bed.metric(node, "lighterman_images_lacking_layers")? > 0.0 {
@@ -101,18 +101,21 @@ fn wait_complete(bed: &Bed) -> Result<(), Failure> {
 
 /// Makes a pod of each image on every other node, and says which of the pods run with an image from
 /// peers.
-fn recover<'a>(space: &Space, held: &'a [Held]) -> Result<Vec<(&'a Held, &'static str, bool)>, Failure> {
+fn recover<'a>(
+    space: &TestNamespace,
+    held: &'a [ProvidedImage],
+) -> Result<Vec<(&'a ProvidedImage, &'static str, bool)>, TestError> {
     let mut pods = Vec::new();
     for it in held {
-        for (node, _) in nodes().into_iter().filter(|(node, _)| *node != it.holder) {
-            let pod = format!("{}-from-{}-to-{node}", it.kind, it.holder);
+        for (node, _) in nodes().into_iter().filter(|(node, _)| *node != it.provider) {
+            let pod = format!("{}-from-{}-to-{node}", it.kind, it.provider);
             space.pod(&pod, node, &it.image, true)?;
             pods.push((it, node, pod));
         }
     }
     let mut runs = vec![false; pods.len()];
     // Figures count what did not come, so this wait may end in vain.
-    let _ = wait_for("every pod to run", PATIENCE, || {
+    let _ = wait_for("every pod to run", WAIT_DEADLINE, || {
         for ((_, _, pod), runs) in pods.iter().zip(&mut runs).filter(|(_, runs)| !**runs) {
             *runs = is_running(&space.get_pod(pod)?) && !space.events(pod, "ImageSalvaged")?.is_empty();
         }

@@ -4,7 +4,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::Duration;
 
-use crate::bed::Failure;
+use crate::test_bed::TestError;
 
 /// The longest request head. containerd sends 400 bytes, and 2 KiB with a token.
 const MAX_HEAD: u64 = 64 * 1024;
@@ -66,7 +66,7 @@ pub(crate) enum Delivery {
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// The pieces of a trickle that takes so long.
-pub(crate) fn pieces(time: Duration) -> usize {
+pub(crate) fn chunks_in(time: Duration) -> usize {
     (time.as_millis() / PAUSE.as_millis()) as usize
 }
 
@@ -83,7 +83,7 @@ impl Response {
 }
 
 /// Serves a script at an address, on threads that live as long as the tests.
-pub(crate) fn serve(address: &str, script: impl Fn(Request) -> Reply + Send + Sync + 'static) -> Result<(), Failure> {
+pub(crate) fn serve(address: &str, script: impl Fn(Request) -> Reply + Send + Sync + 'static) -> Result<(), TestError> {
     let listener = TcpListener::bind(address).map_err(|error| format!("{address}: {error}"))?;
     let script = std::sync::Arc::new(script);
     std::thread::spawn(move || {

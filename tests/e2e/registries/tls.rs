@@ -9,11 +9,11 @@ use rcgen::{BasicConstraints, Certificate, CertificateParams, IsCa, KeyPair, dat
 use rustls::pki_types::PrivateKeyDer;
 use rustls::{ServerConfig, ServerConnection};
 
-use crate::bed::Failure;
+use crate::test_bed::TestError;
 
 /// Fault of a TLS server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Fault {
+pub(crate) enum TlsFault {
     /// The certificate signs itself.
     SelfSigned,
     /// The certificate ended in 2020.
@@ -24,7 +24,7 @@ pub(crate) enum Fault {
     Alert,
 }
 
-impl Fault {
+impl TlsFault {
     pub(crate) const ALL: [Self; 4] = [Self::SelfSigned, Self::Expired, Self::OtherHost, Self::Alert];
 
     pub(crate) fn port(self) -> u16 {
@@ -48,8 +48,8 @@ struct Authority {
 }
 
 /// One for the life of the tests.
-fn the_authority() -> Result<&'static Authority, Failure> {
-    static AUTHORITY: OnceLock<Result<Authority, Failure>> = OnceLock::new();
+fn test_authority() -> Result<&'static Authority, TestError> {
+    static AUTHORITY: OnceLock<Result<Authority, TestError>> = OnceLock::new();
     let made = AUTHORITY.get_or_init(|| {
         let mut parameters = CertificateParams::default();
         parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -61,30 +61,30 @@ fn the_authority() -> Result<&'static Authority, Failure> {
 }
 
 /// The authority's certificate (PEM).
-pub(crate) fn authority() -> Result<String, Failure> {
-    Ok(the_authority()?.certificate.pem())
+pub(crate) fn authority_pem() -> Result<String, TestError> {
+    Ok(test_authority()?.certificate.pem())
 }
 
 /// Serves each fault at a port, and a faultless TLS server at `port`, on threads that live as
 /// long as the tests.
-pub(super) fn serve(address: &str, port: u16) -> Result<(), Failure> {
-    for fault in Fault::ALL {
-        let host = if fault == Fault::OtherHost { "elsewhere.test" } else { address };
+pub(super) fn serve(address: &str, port: u16) -> Result<(), TestError> {
+    for fault in TlsFault::ALL {
+        let host = if fault == TlsFault::OtherHost { "elsewhere.test" } else { address };
         listen(address, fault.port(), Some(fault), config(host, Some(fault))?)?;
     }
     listen(address, port, None, config(address, None)?)
 }
 
-fn config(host: &str, fault: Option<Fault>) -> Result<Arc<ServerConfig>, Failure> {
+fn config(host: &str, fault: Option<TlsFault>) -> Result<Arc<ServerConfig>, TestError> {
     let made = || -> Result<_, Box<dyn std::error::Error>> {
         let key = KeyPair::generate()?;
         let mut parameters = CertificateParams::new([host.to_owned()])?;
-        if fault == Some(Fault::Expired) {
+        if fault == Some(TlsFault::Expired) {
             parameters.not_after = date_time_ymd(2020, 1, 1);
         }
-        let Authority { certificate: issuer, key: issuing } = the_authority()?;
+        let Authority { certificate: issuer, key: issuing } = test_authority()?;
         let certificate = match fault {
-            Some(Fault::SelfSigned) => parameters.self_signed(&key)?,
+            Some(TlsFault::SelfSigned) => parameters.self_signed(&key)?,
             _ => parameters.signed_by(&key, issuer, issuing)?,
         };
         let key = PrivateKeyDer::try_from(key.serialize_der())?;
@@ -95,7 +95,7 @@ fn config(host: &str, fault: Option<Fault>) -> Result<Arc<ServerConfig>, Failure
     made().map(Arc::new).map_err(|error| format!("a TLS server: {error}"))
 }
 
-fn listen(address: &str, port: u16, fault: Option<Fault>, config: Arc<ServerConfig>) -> Result<(), Failure> {
+fn listen(address: &str, port: u16, fault: Option<TlsFault>, config: Arc<ServerConfig>) -> Result<(), TestError> {
     let listener = TcpListener::bind((address, port)).map_err(|error| format!("{address}:{port}: {error}"))?;
     std::thread::spawn(move || {
         for connection in listener.incoming().flatten() {
@@ -107,9 +107,9 @@ fn listen(address: &str, port: u16, fault: Option<Fault>, config: Arc<ServerConf
     Ok(())
 }
 
-fn respond(mut connection: TcpStream, fault: Option<Fault>, config: Arc<ServerConfig>) -> std::io::Result<()> {
+fn respond(mut connection: TcpStream, fault: Option<TlsFault>, config: Arc<ServerConfig>) -> std::io::Result<()> {
     connection.set_read_timeout(Some(Duration::from_secs(10)))?;
-    if fault == Some(Fault::Alert) {
+    if fault == Some(TlsFault::Alert) {
         let mut hello = [0; 1024];
         let _ = connection.read(&mut hello)?;
         // A record of kind "alert", TLS 1.2, two bytes: fatal, handshake_failure.

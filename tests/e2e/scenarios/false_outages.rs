@@ -8,10 +8,10 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::{ensure, settings};
-use crate::bed::{Bed, Failure, NODES, wait_for};
-use crate::images::{Image, Maker, Own, PLAIN, Recipe};
-use crate::pods::{PATIENCE, Space, pod_spec};
-use crate::registries::World;
+use crate::images::{Image, ImageBuilder, LayerVariant, PLAIN, Recipe};
+use crate::pods::{TestNamespace, WAIT_DEADLINE, pod_spec};
+use crate::registries::ScriptedRegistry;
+use crate::test_bed::{NODES, TestBed, TestError, wait_for};
 
 /// Tries of each kind where the variable does not say otherwise: each node once.
 const TRIES: usize = NODES.len();
@@ -25,27 +25,27 @@ const AFTER_HICCUP: Duration = Duration::from_secs(40);
 
 /// One try: the pods are on `node`, two other nodes have the old image.
 struct Try<'a> {
-    space: &'a Space<'a>,
-    maker: &'a Maker,
+    space: &'a TestNamespace<'a>,
+    maker: &'a ImageBuilder,
     number: usize,
     node: &'static str,
-    others: [&'static str; 2],
+    providers: [&'static str; 2],
 }
 
 /// An image whose tag names other content in the registry than at the nodes.
-struct Moved {
+struct MovedTag {
     image: String,
     old: Image,
     new: Image,
 }
 
-pub(super) fn run_no_old_image(bed: &Bed) -> Result<(), Failure> {
-    let space = Space::new(bed, "e2e-false-outages")?;
-    let maker = Maker::new(&bed.busybox())?;
+pub(super) fn run_no_old_image(bed: &TestBed) -> Result<(), TestError> {
+    let space = TestNamespace::new(bed, "e2e-false-outages")?;
+    let maker = ImageBuilder::new(&bed.busybox())?;
     let tries: Vec<_> = (0..tries_of_each_kind()?)
         .map(|number| {
             let node = |offset: usize| NODES[(number + offset) % NODES.len()].0;
-            Try { space: &space, maker: &maker, number, node: node(0), others: [node(1), node(2)] }
+            Try { space: &space, maker: &maker, number, node: node(0), providers: [node(1), node(2)] }
         })
         .collect();
     let mut outcomes: Vec<_> = tries.iter().map(|a_try| ("broken image", a_try.after_a_broken_image())).collect();
@@ -65,25 +65,25 @@ pub(super) fn run_no_old_image(bed: &Bed) -> Result<(), Failure> {
 }
 
 /// At least one try for each node, because the three nodes meet the end of the hiccup differently.
-fn tries_of_each_kind() -> Result<usize, Failure> {
+fn tries_of_each_kind() -> Result<usize, TestError> {
     let Ok(tries) = std::env::var(TRIES_VARIABLE) else { return Ok(TRIES) };
     let tries = tries.parse().ok().filter(|tries| (TRIES..=1000).contains(tries));
     tries.ok_or_else(|| format!("{TRIES_VARIABLE} must be a number from {TRIES} to 1000"))
 }
 
 /// A mirror is down until two pods of each node have failed. Their registries have no other host.
-fn after_a_hiccup(bed: &Bed, tries: &[Try<'_>]) -> Result<usize, Failure> {
+fn after_a_hiccup(bed: &TestBed, tries: &[Try<'_>]) -> Result<usize, TestError> {
     let mut moved = Vec::new();
     for a_try in tries {
         a_try.write_hosts()?;
         for tag in 0..3 {
-            moved.push((a_try, a_try.moved(&a_try.mirrored(), &format!("mirrored-{tag}"))?));
+            moved.push((a_try, a_try.publish_moved_tag(&a_try.mirrored_registry(), &format!("mirrored-{tag}"))?));
         }
     }
     let hiccup = Hiccup::now(bed)?;
     for a_try in tries {
         for pod in a_try.failing_pods() {
-            let image = format!("{}/failing/{pod}:v1", a_try.mirrored());
+            let image = format!("{}/failing/{pod}:v1", a_try.mirrored_registry());
             a_try.space.pod(&pod, a_try.node, &image, true)?;
         }
     }
@@ -95,7 +95,7 @@ fn after_a_hiccup(bed: &Bed, tries: &[Try<'_>]) -> Result<usize, Failure> {
     for a_try in tries {
         for pod in a_try.failing_pods() {
             match a_try.number % NODES.len() {
-                0 => bed.registries().publish(&format!("failing/{pod}:v1"), &a_try.maker.make(PLAIN, &pod)),
+                0 => bed.registries().publish(&format!("failing/{pod}:v1"), &a_try.maker.build(PLAIN, &pod)),
                 2 => drop(bed.kubectl(&["-n", &a_try.space.name, "delete", "pod", &pod, "--wait=false"])?),
                 _ => {}
             }
@@ -106,7 +106,7 @@ fn after_a_hiccup(bed: &Bed, tries: &[Try<'_>]) -> Result<usize, Failure> {
     // The passing of this time is what the scenario is about.
     std::thread::sleep(AFTER_HICCUP);
     for (a_try, moved) in &moved {
-        a_try.run(moved)?;
+        a_try.create_pod(moved)?;
     }
     println!("  {}: the pods of moved tags are made", jiff::Timestamp::now());
     for pod in tries[..NODES.len() - 1].iter().flat_map(Try::failing_pods) {
@@ -117,59 +117,59 @@ fn after_a_hiccup(bed: &Bed, tries: &[Try<'_>]) -> Result<usize, Failure> {
 }
 
 impl Try<'_> {
-    fn bed(&self) -> &Bed {
+    fn bed(&self) -> &TestBed {
         self.space.bed
     }
 
     /// A layer cannot be unpacked; the registry is in order.
-    fn after_a_broken_image(&self) -> Result<usize, Failure> {
-        let moved = self.moved(&World::Serves.registry(), "broken")?;
+    fn after_a_broken_image(&self) -> Result<usize, TestError> {
+        let moved = self.publish_moved_tag(&ScriptedRegistry::Serves.host(), "broken")?;
         let (name, pod) = (format!("broken/image-{}:v1", self.number), format!("broken-{}", self.number));
-        let broken = self.maker.make(Recipe { own: Own::CutShort, ..PLAIN }, &pod);
+        let broken = self.maker.build(Recipe { layer: LayerVariant::CutShort, ..PLAIN }, &pod);
         self.bed().registries().publish(&name, &broken);
-        self.space.pod(&pod, self.node, &format!("{}/{name}", World::Serves.registry()), true)?;
+        self.space.pod(&pod, self.node, &format!("{}/{name}", ScriptedRegistry::Serves.host()), true)?;
         self.wait_failed(&pod, &["failed to extract layer"])?;
-        self.run(&moved)?;
+        self.create_pod(&moved)?;
         self.runs_old(&moved).map(usize::from)
     }
 
     /// containerd is killed while the registry stalls in a layer.
-    fn after_a_killed_containerd(&self) -> Result<usize, Failure> {
-        let moved = self.moved(&World::Serves.registry(), "killed")?;
+    fn after_a_killed_containerd(&self) -> Result<usize, TestError> {
+        let moved = self.publish_moved_tag(&ScriptedRegistry::Serves.host(), "killed")?;
         let (name, pod) = (format!("stalls/image-{}:v1", self.number), format!("stalled-{}", self.number));
-        let stalled = self.maker.make(PLAIN, &pod);
+        let stalled = self.maker.build(PLAIN, &pod);
         self.bed().registries().publish(&name, &stalled);
-        self.space.pod(&pod, self.node, &format!("{}/{name}", World::Serves.registry()), true)?;
+        self.space.pod(&pod, self.node, &format!("{}/{name}", ScriptedRegistry::Serves.host()), true)?;
         let layer = stalled.own_layer.as_deref().ok_or("the image has no layer")?;
-        wait_for("the layer to be fetched", PATIENCE, || {
-            Ok((self.bed().registries().fetches(World::Serves, layer) > 0).then_some(()))
+        wait_for("the layer to be fetched", WAIT_DEADLINE, || {
+            Ok((self.bed().registries().fetches(ScriptedRegistry::Serves, layer) > 0).then_some(()))
         })?;
         self.bed().ctl(&["node", self.node, "containerd-kill"])?;
         self.bed().ctl(&["node", self.node, "containerd-start"])?;
         self.wait_failed(&pod, &["error reading from server", "transport is closing", "connection refused"])?;
-        self.run(&moved)?;
+        self.create_pod(&moved)?;
         self.runs_old(&moved).map(usize::from)
     }
 
     /// An image that both other nodes have, and whose tag then moves in the registry.
-    fn moved(&self, registry: &str, kind: &str) -> Result<Moved, Failure> {
+    fn publish_moved_tag(&self, registry: &str, kind: &str) -> Result<MovedTag, TestError> {
         let name = format!("moved/{kind}-{}:v1", self.number);
         let image = format!("{registry}/{name}");
-        let [old, new] = ["old", "new"].map(|age| self.maker.make(PLAIN, &format!("{name}-{age}")));
+        let [old, new] = ["old", "new"].map(|age| self.maker.build(PLAIN, &format!("{name}-{age}")));
         self.bed().registries().publish(&name, &old);
-        let [holder, third] = self.others;
-        let pod = format!("holder-{kind}-{}", self.number);
-        self.space.pod(&pod, holder, &image, true)?;
+        let [provider, third] = self.providers;
+        let pod = format!("provider-{kind}-{}", self.number);
+        self.space.pod(&pod, provider, &image, true)?;
         self.space.wait_running(&pod)?;
         // The third node's agent finds the image through the mesh, so the announcement is out.
         settings::pull(self.bed(), third, &image)?;
         self.bed().registries().publish(&name, &new);
-        Ok(Moved { image, old, new })
+        Ok(MovedTag { image, old, new })
     }
 
     /// Makes the pod of the moved tag. The kubelet looks for the image only after an init container
     /// has ended, so an agent that recovers the tag too early has the time to do so.
-    fn run(&self, moved: &Moved) -> Result<(), Failure> {
+    fn create_pod(&self, moved: &MovedTag) -> Result<(), TestError> {
         let mut spec = pod_spec(&moved.image, Some(self.node));
         spec["initContainers"] = json!([{
             "name": "first", "image": "local.test/pause:1", "imagePullPolicy": "IfNotPresent",
@@ -182,10 +182,10 @@ impl Try<'_> {
     }
 
     /// Whether the pod of the moved tag runs the old image.
-    fn runs_old(&self, moved: &Moved) -> Result<bool, Failure> {
+    fn runs_old(&self, moved: &MovedTag) -> Result<bool, TestError> {
         let pod = self.space.wait_running(&moved.pod())?;
         let id = pod["status"]["containerStatuses"][0]["imageID"].as_str().unwrap_or_default();
-        let is = |image: &Image| id.contains(&image.root) || id.contains(&image.config);
+        let is = |image: &Image| id.contains(&image.digest) || id.contains(&image.config);
         if is(&moved.old) {
             println!("  {} runs its old image on {}:\n{}", moved.image, self.node, self.story(moved)?);
             return Ok(true);
@@ -195,7 +195,7 @@ impl Try<'_> {
 
     /// The Events about the moved pod and the failing pods with their times, and the agents' lines
     /// about the registry. All times are those of one machine.
-    fn story(&self, moved: &Moved) -> Result<String, Failure> {
+    fn story(&self, moved: &MovedTag) -> Result<String, TestError> {
         let pods: Vec<_> = self.failing_pods().into_iter().chain([moved.pod()]).collect();
         let events = self.bed().get(&["-n", &self.space.name, "events"])?;
         let events = events["items"].as_array().into_iter().flatten();
@@ -224,8 +224,8 @@ impl Try<'_> {
     }
 
     /// Waits for an Event of the kubelet about a failed pull with one of these texts.
-    fn wait_failed(&self, pod: &str, texts: &[&str]) -> Result<(), Failure> {
-        let note = wait_for(&format!("pod {pod} to fail with {texts:?}"), PATIENCE, || {
+    fn wait_failed(&self, pod: &str, texts: &[&str]) -> Result<(), TestError> {
+        let note = wait_for(&format!("pod {pod} to fail with {texts:?}"), WAIT_DEADLINE, || {
             let notes = self.space.events(pod, "Failed")?;
             Ok(notes.into_iter().find(|note| texts.iter().any(|text| note.contains(text))))
         })
@@ -235,7 +235,7 @@ impl Try<'_> {
     }
 
     /// A registry that only a mirror serves.
-    fn mirrored(&self) -> String {
+    fn mirrored_registry(&self) -> String {
         format!("mirrored-{}.test", self.number)
     }
 
@@ -244,8 +244,8 @@ impl Try<'_> {
     }
 
     /// Tells every containerd the mirror.
-    fn write_hosts(&self) -> Result<(), Failure> {
-        let (registry, mirror) = (self.mirrored(), World::Mirror.registry());
+    fn write_hosts(&self) -> Result<(), TestError> {
+        let (registry, mirror) = (self.mirrored_registry(), ScriptedRegistry::Mirror.host());
         let hosts = format!(
             "server = \"https://{registry}\"\n[host.\"http://{mirror}\"]\ncapabilities = [\"pull\", \"resolve\"]\n"
         );
@@ -260,7 +260,7 @@ impl Try<'_> {
     }
 }
 
-impl Moved {
+impl MovedTag {
     fn pod(&self) -> String {
         let name = self.image.split_once("/moved/").map_or("", |(_, name)| name);
         format!("moved-{}", name.trim_end_matches(":v1"))
@@ -268,16 +268,16 @@ impl Moved {
 }
 
 /// Connections to the mirror are refused while it lives.
-struct Hiccup<'a>(&'a Bed);
+struct Hiccup<'a>(&'a TestBed);
 
 impl<'a> Hiccup<'a> {
-    fn now(bed: &'a Bed) -> Result<Self, Failure> {
+    fn now(bed: &'a TestBed) -> Result<Self, TestError> {
         let hiccup = Self(bed);
         hiccup.change("-I").map(|()| hiccup)
     }
 
-    fn change(&self, operation: &str) -> Result<(), Failure> {
-        let port = World::Mirror.port().to_string();
+    fn change(&self, operation: &str) -> Result<(), TestError> {
+        let port = ScriptedRegistry::Mirror.port().to_string();
         let rule = ["-p", "tcp", "--dport", port.as_str(), "-j", "REJECT", "--reject-with", "tcp-reset"];
         let command = ["in", "hub", "iptables", "-w", operation, "INPUT"];
         self.0.ctl(&[&command[..], &rule].concat()).map(drop)

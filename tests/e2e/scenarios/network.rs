@@ -10,20 +10,20 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{RegistryDown, agent_pod, ensure};
-use crate::bed::{Bed, Failure, NODES, REGISTRY, wait_for};
-use crate::pods::{PATIENCE, Space};
+use crate::pods::{TestNamespace, WAIT_DEADLINE};
+use crate::test_bed::{NODES, REGISTRY, TestBed, TestError, wait_for};
 
 /// A rule on every node that drops UDP to the port of blobs, until dropped itself.
-struct UdpDropped<'a>(&'a Bed);
+struct UdpDropped<'a>(&'a TestBed);
 
 impl<'a> UdpDropped<'a> {
-    fn now(bed: &'a Bed) -> Result<Self, Failure> {
+    fn now(bed: &'a TestBed) -> Result<Self, TestError> {
         let dropped = Self(bed);
-        dropped.rules("-I")?;
+        dropped.change_rule("-I")?;
         Ok(dropped)
     }
 
-    fn rules(&self, operation: &str) -> Result<(), Failure> {
+    fn change_rule(&self, operation: &str) -> Result<(), TestError> {
         for (node, _) in NODES {
             let rule = ["INPUT", "-p", "udp", "--dport", "4701", "-j", "DROP"];
             self.0.ctl(&[&["in", node, "iptables", "-w", operation], &rule[..]].concat())?;
@@ -34,27 +34,27 @@ impl<'a> UdpDropped<'a> {
 
 impl Drop for UdpDropped<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.rules("-D") {
+        if let Err(error) = self.change_rule("-D") {
             eprintln!("{error}");
         }
     }
 }
 
 /// UDP is dropped and TCP passes: a small image comes, and the Event of a large one names UDP.
-pub(super) fn udp_dropped(bed: &Bed) -> Result<(), Failure> {
-    let (holder, node) = (NODES[1].0, NODES[2].0);
-    let space = Space::new(bed, "e2e-udp-dropped")?;
+pub(super) fn udp_dropped(bed: &TestBed) -> Result<(), TestError> {
+    let (provider, node) = (NODES[1].0, NODES[2].0);
+    let space = TestNamespace::new(bed, "e2e-udp-dropped")?;
     for (name, layers) in [("small", &[2, 1][..]), ("large", &[65])] {
         bed.push_image(&format!("shop/{name}-over-tcp:v1"), layers)?;
         let holds = format!("holds-{name}");
-        space.pod(&holds, holder, &format!("{REGISTRY}/shop/{name}-over-tcp:v1"), true)?;
+        space.pod(&holds, provider, &format!("{REGISTRY}/shop/{name}-over-tcp:v1"), true)?;
         space.wait_running(&holds)?;
     }
     let _down = RegistryDown::now(bed)?;
     let dropped = UdpDropped::now(bed)?;
     let cut = Instant::now();
     let is_blocked = |wanted: f64| {
-        wait_for(&format!("lighterman_udp_blocked {wanted}"), PATIENCE, || {
+        wait_for(&format!("lighterman_udp_blocked {wanted}"), WAIT_DEADLINE, || {
             Ok((bed.metric(node, "lighterman_udp_blocked")? == wanted).then_some(()))
         })
     };
@@ -65,12 +65,12 @@ pub(super) fn udp_dropped(bed: &Bed) -> Result<(), Failure> {
     space.pod("small", node, &format!("{REGISTRY}/shop/small-over-tcp:v1"), true)?;
     space.wait_running("small")?;
     println!("figure created_to_running_over_tcp_s {:.2} (3 MiB, the registry is down)", began.elapsed().as_secs_f64());
-    println!("  {}", space.wait_salvaged("small")?);
+    println!("  {}", space.wait_recovered("small")?);
     let came = bed.metric(node, "lighterman_fetched_over_tcp_bytes_total")?;
     ensure(came > f64::from(3 << 20), format!("{came} bytes came over TCP"))?;
 
     space.pod("large", node, &format!("{REGISTRY}/shop/large-over-tcp:v1"), true)?;
-    let note = wait_for("an Event about the large image", PATIENCE, || {
+    let note = wait_for("an Event about the large image", WAIT_DEADLINE, || {
         let notes = space.events("large", "ImageSalvageFailed")?;
         Ok(notes.into_iter().find(|note| note.contains("67108864")))
     })?;
@@ -82,15 +82,15 @@ pub(super) fn udp_dropped(bed: &Bed) -> Result<(), Failure> {
 
 /// Queries for the name of the agents' Service that reach the cluster's DNS server. Each packet
 /// crosses several devices of the hub, so senders and numbers tell packets apart.
-struct Queries {
+struct DnsQueries {
     packets: File,
     seen: BTreeSet<(Ipv4Addr, u16, u16)>,
     names: Vec<(Ipv4Addr, String)>,
 }
 
-impl Queries {
+impl DnsQueries {
     /// Begins to watch. For threads of the hub.
-    fn watch() -> Result<Self, Failure> {
+    fn watch() -> Result<Self, TestError> {
         /// packet(7), and the EtherType of IPv4.
         const AF_PACKET: i32 = 17;
         const IPV4: u16 = 0x0800;
@@ -105,7 +105,7 @@ impl Queries {
     }
 
     /// Takes what comes for so long.
-    fn take_for(&mut self, time: Duration) {
+    fn read_for(&mut self, time: Duration) {
         let (until, mut packet) = (Instant::now() + time, [0; 2048]);
         while Instant::now() < until {
             let Ok(length) = self.packets.read(&mut packet) else { continue };
@@ -147,27 +147,27 @@ const WINDOW: &str = "LIGHTERMAN_DNS_WINDOW";
 /// How many packets a look-up is, on the wire; and with [`WINDOW`] how many an agent sends in an
 /// hour, which is extrapolated from a window. A look-up comes each 12 to 18 minutes, so a short
 /// window sees none, and says nothing.
-pub(super) fn dns_queries(bed: &Bed) -> Result<(), Failure> {
+pub(super) fn dns_queries(bed: &TestBed) -> Result<(), TestError> {
     let node = NODES[0].0;
     let address: Ipv4Addr = bed.env(&format!("NODE_{node}_IP"))?.parse().map_err(|error| format!("{error}"))?;
-    let mut queries = Queries::watch()?;
+    let mut queries = DnsQueries::watch()?;
     let name = agent_pod(bed, node)?["metadata"]["name"].as_str().unwrap_or_default().to_owned();
     bed.kubectl(&["-n", "lighterman", "delete", "pod", &name, "--wait=true"])?;
     let look_ups = || {
         let of = |result: &str| bed.metric(node, &format!("lighterman_name_look_ups_total{{result=\"{result}\"}}"));
-        Ok::<_, Failure>(of("answered")? + of("unanswered")?)
+        Ok::<_, TestError>(of("answered")? + of("unanswered")?)
     };
     let converged =
-        |peers: f64| Ok::<_, Failure>(bed.metric(node, "lighterman_peers").is_ok_and(|known| known == peers));
+        |peers: f64| Ok::<_, TestError>(bed.metric(node, "lighterman_peers").is_ok_and(|known| known == peers));
     // The nodes of the stall rows have agents as well.
     let agents = bed.nodes().count() as f64;
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_DEADLINE;
     let counted = loop {
-        queries.take_for(Duration::from_secs(2));
+        queries.read_for(Duration::from_secs(2));
         // No look-up began while the packets were counted, and there was at least one.
         let before = look_ups().unwrap_or(0.0);
         let sent = queries.of(address).len();
-        queries.take_for(Duration::from_secs(2));
+        queries.read_for(Duration::from_secs(2));
         let is_still = look_ups().is_ok_and(|after| after == before) && queries.of(address).len() == sent;
         if is_still && before >= 1.0 && converged(agents - 1.0)? {
             break before;
@@ -186,7 +186,7 @@ pub(super) fn dns_queries(bed: &Bed) -> Result<(), Failure> {
     let window = std::env::var(WINDOW).ok().and_then(|seconds| seconds.parse::<u32>().ok());
     let Some(window) = window else { return Ok(()) };
     queries.names.clear();
-    queries.take_for(Duration::from_secs(window.into()));
+    queries.read_for(Duration::from_secs(window.into()));
     let per_hour = queries.names.len() as f64 / agents * 3600.0 / f64::from(window);
     println!("figure dns_queries_per_agent_hour_wire {per_hour:.1} ({window} s after convergence, {agents} agents)");
     Ok(())

@@ -5,14 +5,14 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use super::{RegistryDown, agent_pod, ensure};
-use crate::bed::{Bed, Failure, NODES, REGISTRY, output, wait_for};
-use crate::pods::PATIENCE;
+use crate::pods::WAIT_DEADLINE;
+use crate::test_bed::{NODES, REGISTRY, TestBed, TestError, output, wait_for};
 
 /// The node that is given the next image.
-const HOLDER: &str = NODES[1].0;
+const PROVIDER: &str = NODES[1].0;
 
 /// The next image under a tag, and its manifest's digest: the same program, with a layer more.
-fn make_next(bed: &Bed) -> Result<(String, String), Failure> {
+fn make_next(bed: &TestBed) -> Result<(String, String), TestError> {
     let program = std::env::var("LIGHTERMAN_BIN").map_err(|_| "LIGHTERMAN_BIN does not name the static binary")?;
     let (name, tar) = (format!("{REGISTRY}/lighterman:next"), bed.folder().join("next.tar"));
     let mut make = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/testbed/mkimage.sh"));
@@ -22,79 +22,81 @@ fn make_next(bed: &Bed) -> Result<(String, String), Failure> {
     make.arg("--file").arg(format!("{authorities}:{authorities}"));
     let made: Value = serde_json::from_str(&output(&mut make)?).map_err(|error| error.to_string())?;
     let digest = made["manifest"].as_str().ok_or("no manifest")?.to_owned();
-    bed.ctl(&["ctr", HOLDER, "images", "import", "--local", &tar.to_string_lossy()])?;
+    bed.ctl(&["ctr", PROVIDER, "images", "import", "--local", &tar.to_string_lossy()])?;
     Ok((name, digest))
 }
 
 /// Names an image in the DaemonSet's template. Until pods are deleted, none is replaced.
-fn name_in_template(bed: &Bed, image: &str, strategy: &Value) -> Result<(), Failure> {
+fn set_template_image(bed: &TestBed, image: &str, strategy: &Value) -> Result<(), TestError> {
     let template = json!({"spec": {"containers": [{"name": "agent", "image": image}]}});
     let patch = json!({"spec": {"updateStrategy": strategy, "template": template}}).to_string();
     bed.kubectl(&["-n", "lighterman", "patch", "daemonset", "lighterman", "--patch", &patch]).map(drop)
 }
 
-fn has(bed: &Bed, node: &str, image: &str) -> Result<bool, Failure> {
+fn has_image(bed: &TestBed, node: &str, image: &str) -> Result<bool, TestError> {
     Ok(bed.ctl(&["ctr", node, "images", "ls", "-q"])?.lines().any(|line| line == image))
 }
 
 /// Whether the record carries CRI's label by which the kubelet does not collect the image.
-fn is_pinned(bed: &Bed, node: &str, image: &str) -> Result<bool, Failure> {
+fn is_pinned(bed: &TestBed, node: &str, image: &str) -> Result<bool, TestError> {
     let listed = bed.ctl(&["ctr", node, "images", "ls", &format!("name=={image}")])?;
     Ok(listed.contains("io.cri-containerd.pinned=pinned"))
 }
 
 /// The line of `lighterman status` that names the next image.
-fn status_of(bed: &Bed, node: &str, image: &str) -> Result<String, Failure> {
+fn status_of(bed: &TestBed, node: &str, image: &str) -> Result<String, TestError> {
     let pod = agent_pod(bed, node)?;
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();
     let status = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "lighterman", "status"])?;
     Ok(status.lines().find(|line| line.contains(&format!("next {image}"))).unwrap_or_default().to_owned())
 }
 
-fn uids(bed: &Bed) -> Result<Vec<Value>, Failure> {
+fn uids(bed: &TestBed) -> Result<Vec<Value>, TestError> {
     NODES.iter().map(|(node, _)| Ok(agent_pod(bed, node)?["metadata"]["uid"].clone())).collect()
 }
 
-pub(super) fn upgraded_in_an_outage(bed: &Bed) -> Result<(), Failure> {
+pub(super) fn upgraded_in_an_outage(bed: &TestBed) -> Result<(), TestError> {
     let daemonset = bed.get(&["-n", "lighterman", "daemonset", "lighterman"])?;
     let before = daemonset["spec"]["template"]["spec"]["containers"][0]["image"].as_str().ok_or("no image")?.to_owned();
     let (tag, digest) = make_next(bed)?;
     let next = format!("{REGISTRY}/lighterman@{digest}");
     let down = RegistryDown::now(bed)?;
-    let outcome = upgrade(bed, &before, &tag, &next).map_err(|error| format!("{error}\n{}", bed.agents_story()));
+    let outcome = upgrade(bed, &before, &tag, &next).map_err(|error| format!("{error}\n{}", bed.diagnostics()));
     drop(down);
     let rolling = json!({"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": "100%"}});
-    name_in_template(bed, &before, &rolling)?;
+    set_template_image(bed, &before, &rolling)?;
     bed.kubectl(&["-n", "lighterman", "rollout", "status", "daemonset/lighterman", "--timeout=120s"])?;
     outcome?;
     for (node, _) in NODES {
-        wait_for(&format!("{node} to release the image that is named no longer"), PATIENCE, || {
+        wait_for(&format!("{node} to release the image that is named no longer"), WAIT_DEADLINE, || {
             Ok((!is_pinned(bed, node, &next)? && is_pinned(bed, node, &before)?).then_some(()))
         })?;
     }
     Ok(())
 }
 
-fn upgrade(bed: &Bed, before: &str, tag: &str, next: &str) -> Result<(), Failure> {
+fn upgrade(bed: &TestBed, before: &str, tag: &str, next: &str) -> Result<(), TestError> {
     let old_pods = uids(bed)?;
     let on_delete = json!({"type": "OnDelete", "rollingUpdate": null});
     // A tag is its registry's to decide, also in an outage.
-    name_in_template(bed, tag, &on_delete)?;
-    for (node, _) in NODES.iter().filter(|(node, _)| *node != HOLDER) {
-        wait_for(&format!("{node} to leave the tag alone"), PATIENCE, || {
+    set_template_image(bed, tag, &on_delete)?;
+    for (node, _) in NODES.iter().filter(|(node, _)| *node != PROVIDER) {
+        wait_for(&format!("{node} to leave the tag alone"), WAIT_DEADLINE, || {
             let line = status_of(bed, node, tag)?;
-            ensure(!has(bed, node, tag)?, format!("{node} took the tag without its registry"))?;
+            ensure(!has_image(bed, node, tag)?, format!("{node} took the tag without its registry"))?;
             Ok(line.contains("does not say what the tag is").then_some(()))
         })?;
     }
-    name_in_template(bed, next, &on_delete)?;
+    set_template_image(bed, next, &on_delete)?;
     for (node, _) in NODES {
         // The holder has the content under the tag alone, and gets the name from a peer.
-        wait_for(&format!("{node} to have the next image"), PATIENCE * 2, || Ok(has(bed, node, next)?.then_some(())))?;
-        wait_for(&format!("{node} to protect both images"), PATIENCE, || {
+        wait_for(&format!("{node} to have the next image"), WAIT_DEADLINE * 2, || {
+            Ok(has_image(bed, node, next)?.then_some(()))
+        })?;
+        wait_for(&format!("{node} to protect both images"), WAIT_DEADLINE, || {
             Ok((is_pinned(bed, node, next)? && is_pinned(bed, node, before)?).then_some(()))
         })?;
-        let line = wait_for("the status", PATIENCE, || {
+        let line = wait_for("the status", WAIT_DEADLINE, || {
             Ok(Some(status_of(bed, node, next)?).filter(|line| line.contains(": fetched")))
         })?;
         println!("  {node}: {}", line.trim());
@@ -104,7 +106,7 @@ fn upgrade(bed: &Bed, before: &str, tag: &str, next: &str) -> Result<(), Failure
         let pod = agent_pod(bed, node)?;
         let name = pod["metadata"]["name"].as_str().unwrap_or_default();
         bed.kubectl(&["-n", "lighterman", "delete", "pod", name, "--timeout=60s"])?;
-        wait_for(&format!("the new agent on {node} to be ready"), PATIENCE, || {
+        wait_for(&format!("the new agent on {node} to be ready"), WAIT_DEADLINE, || {
             let Ok(pod) = agent_pod(bed, node) else { return Ok(None) };
             let status = &pod["status"]["containerStatuses"][0];
             let is_next = pod["spec"]["containers"][0]["image"] == next;

@@ -5,22 +5,22 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::json;
 
 use super::{agent_pod, ensure};
-use crate::bed::{Bed, Failure, NODES, wait_for};
 use crate::cases::import;
-use crate::images::{Maker, Own, PLAIN, Recipe};
-use crate::pods::{PATIENCE, Space, is_running};
-use crate::registries::World;
+use crate::images::{ImageBuilder, LayerVariant, PLAIN, Recipe};
+use crate::pods::{TestNamespace, WAIT_DEADLINE, is_running};
+use crate::registries::ScriptedRegistry;
+use crate::test_bed::{NODES, TestBed, TestError, wait_for};
 
 /// An image in a registry that refuses, held by one node.
-fn held(bed: &Bed, name: &str, recipe: Recipe, holder: &str) -> Result<String, Failure> {
-    let image = format!("{}/{name}", World::Refuses.registry());
-    let made = Maker::new(&bed.busybox())?.make(recipe, name);
-    import(bed, holder, &[(image.clone(), &made)])?;
+fn provide_image(bed: &TestBed, name: &str, recipe: Recipe, provider: &str) -> Result<String, TestError> {
+    let image = format!("{}/{name}", ScriptedRegistry::Refuses.host());
+    let made = ImageBuilder::new(&bed.busybox())?.build(recipe, name);
+    import(bed, provider, &[(image.clone(), &made)])?;
     Ok(image)
 }
 
 /// Writes the rules file.
-fn write_rules(bed: &Bed, text: &str) -> Result<(), Failure> {
+fn write_policy_file(bed: &TestBed, text: &str) -> Result<(), TestError> {
     let agents = bed.get(&["-n", "lighterman", "daemonset", "lighterman"])?;
     let volumes = agents["spec"]["template"]["spec"]["volumes"].as_array().cloned().unwrap_or_default();
     let name = volumes.iter().find_map(|volume| volume["configMap"]["name"].as_str());
@@ -33,7 +33,7 @@ fn write_rules(bed: &Bed, text: &str) -> Result<(), Failure> {
 
 /// Makes the kubelets bring a changed ConfigMap to their nodes now, which they do when they look at the pod, every minute or two. They may
 /// not know of the change yet: called until it has had its effect.
-fn look_at_agents(bed: &Bed) -> Result<(), Failure> {
+fn sync_agent_pods(bed: &TestBed) -> Result<(), TestError> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     for (node, _) in NODES {
         let mut pod = agent_pod(bed, node)?;
@@ -44,30 +44,30 @@ fn look_at_agents(bed: &Bed) -> Result<(), Failure> {
 }
 
 /// Waits until every agent says whether its rules file is right.
-fn wait_rules(bed: &Bed, what: &str, value: f64) -> Result<(), Failure> {
-    wait_for(what, PATIENCE, || {
-        look_at_agents(bed)?;
+fn wait_policy_file_valid(bed: &TestBed, what: &str, value: f64) -> Result<(), TestError> {
+    wait_for(what, WAIT_DEADLINE, || {
+        sync_agent_pods(bed)?;
         let values: Result<Vec<_>, _> =
             NODES.iter().map(|(node, _)| bed.metric(node, "lighterman_rules_file_valid")).collect();
         Ok(values?.iter().all(|now| *now == value).then_some(()))
     })
 }
 
-pub(super) fn kill_switch(bed: &Bed) -> Result<(), Failure> {
-    let space = Space::new(bed, "e2e-kill-switch")?;
-    let (holder, node) = (NODES[1].0, NODES[0].0);
-    let image = held(bed, "switch/app:v1", PLAIN, holder)?;
+pub(super) fn kill_switch(bed: &TestBed) -> Result<(), TestError> {
+    let space = TestNamespace::new(bed, "e2e-kill-switch")?;
+    let (provider, node) = (NODES[1].0, NODES[0].0);
+    let image = provide_image(bed, "switch/app:v1", PLAIN, provider)?;
     let counted = || bed.metric(node, "lighterman_pod_image_failures_total{verdict=\"kill_switch\"}");
     let before = counted()?;
-    write_rules(bed, "killSwitch: true\n")?;
+    write_policy_file(bed, "killSwitch: true\n")?;
     let outcome = (|| {
         // Until it is in force, pods are helped: each try is another pod.
         let mut tries = 0;
-        wait_for("the kill switch to be in force", PATIENCE, || {
+        wait_for("the kill switch to be in force", WAIT_DEADLINE, || {
             tries += 1;
-            look_at_agents(bed)?;
+            sync_agent_pods(bed)?;
             let probe = format!("probe-{tries}");
-            space.pod(&probe, node, &format!("{}/nobody/{probe}:v1", World::Refuses.registry()), true)?;
+            space.pod(&probe, node, &format!("{}/nobody/{probe}:v1", ScriptedRegistry::Refuses.host()), true)?;
             space.wait_failing(&probe)?;
             // The agent looks at the file every two seconds.
             std::thread::sleep(Duration::from_secs(2));
@@ -76,36 +76,36 @@ pub(super) fn kill_switch(bed: &Bed) -> Result<(), Failure> {
         space.pod("waits", node, &image, true)?;
         let seen = counted()?;
         space.wait_failing("waits")?;
-        wait_for("the agent to have looked at it", PATIENCE, || Ok((counted()? > seen).then_some(())))?;
+        wait_for("the agent to have looked at it", WAIT_DEADLINE, || Ok((counted()? > seen).then_some(())))?;
         // A file that is wrong changes nothing.
-        write_rules(bed, "killSwitch: maybe\n")?;
-        wait_rules(bed, "the wrong file to be refused", 0.0)?;
+        write_policy_file(bed, "killSwitch: maybe\n")?;
+        wait_policy_file_valid(bed, "the wrong file to be refused", 0.0)?;
         ensure(!is_running(&space.get_pod("waits")?), "it was helped although the kill switch is on")
     })();
-    write_rules(bed, "killSwitch: false\n")?;
+    write_policy_file(bed, "killSwitch: false\n")?;
     outcome?;
-    wait_rules(bed, "the right file to be in force", 1.0)?;
+    wait_policy_file_valid(bed, "the right file to be in force", 1.0)?;
     space.wait_running("waits").map(drop)
 }
 
 /// Sets variables of the agents and waits until all of them have them.
-fn set_agents(bed: &Bed, variable: &str) -> Result<(), Failure> {
+fn set_agents(bed: &TestBed, variable: &str) -> Result<(), TestError> {
     bed.kubectl(&["-n", "lighterman", "set", "env", "daemonset/lighterman", variable])?;
     bed.kubectl(&["-n", "lighterman", "rollout", "status", "daemonset/lighterman", "--timeout=120s"]).map(drop)
 }
 
-pub(super) fn dry_run(bed: &Bed) -> Result<(), Failure> {
-    let space = Space::new(bed, "e2e-dry-run")?;
-    let (holder, node) = (NODES[2].0, NODES[1].0);
-    let image = held(bed, "dry/app:v1", PLAIN, holder)?;
+pub(super) fn dry_run(bed: &TestBed) -> Result<(), TestError> {
+    let space = TestNamespace::new(bed, "e2e-dry-run")?;
+    let (provider, node) = (NODES[2].0, NODES[1].0);
+    let image = provide_image(bed, "dry/app:v1", PLAIN, provider)?;
     set_agents(bed, "LIGHTERMAN_DRY_RUN=true")?;
     let outcome = (|| {
         space.pod("dry", node, &image, true)?;
-        let note = wait_for("an Event that says what would be done", PATIENCE, || {
+        let note = wait_for("an Event that says what would be done", WAIT_DEADLINE, || {
             Ok(space.events("dry", "ImageSalvageDryRun")?.into_iter().next())
         })?;
         println!("  {note}");
-        ensure(note.contains(holder), format!("it does not say where the image could come from: {note}"))?;
+        ensure(note.contains(provider), format!("it does not say where the image could come from: {note}"))?;
         let images = bed.ctl(&["ctr", node, "images", "ls", "-q"])?;
         ensure(!images.contains("dry/app"), "the image was brought all the same")?;
         ensure(bed.metric(node, "lighterman_fetched_bytes_total")? < 1e5, "more than a manifest was fetched")
@@ -116,21 +116,21 @@ pub(super) fn dry_run(bed: &Bed) -> Result<(), Failure> {
 }
 
 /// Has the node's agent pull the image, and answers what it said.
-pub(super) fn pull(bed: &Bed, node: &str, image: &str) -> Result<String, Failure> {
+pub(super) fn pull(bed: &TestBed, node: &str, image: &str) -> Result<String, TestError> {
     let pod = agent_pod(bed, node)?;
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();
     let pull = ["-n", "lighterman", "exec", name, "--", "lighterman", "pull", image];
-    // The holder may not have told of it yet.
-    let said = wait_for("the image to be had", PATIENCE, || Ok(bed.kubectl(&pull).ok()));
+    // The provider may not have told of it yet.
+    let said = wait_for("the image to be had", WAIT_DEADLINE, || Ok(bed.kubectl(&pull).ok()));
     let said = said.map_err(|error| format!("{error}\n{:?}", bed.kubectl(&pull)))?;
     print!("{said}");
     Ok(said)
 }
 
 /// An image of a configuration alone cannot run, so no pod asks for it.
-pub(super) fn by_hand(bed: &Bed) -> Result<(), Failure> {
-    let (holder, node) = (NODES[0].0, NODES[2].0);
-    let image = held(bed, "hand/config-only:v1", Recipe { own: Own::None, ..PLAIN }, holder)?;
+pub(super) fn manual_pull(bed: &TestBed) -> Result<(), TestError> {
+    let (provider, node) = (NODES[0].0, NODES[2].0);
+    let image = provide_image(bed, "hand/config-only:v1", Recipe { layer: LayerVariant::None, ..PLAIN }, provider)?;
     pull(bed, node, &image)?;
     let pod = agent_pod(bed, node)?;
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();
@@ -142,11 +142,11 @@ pub(super) fn by_hand(bed: &Bed) -> Result<(), Failure> {
 
 /// Before any container is made of it, its layers are there under the name that the configuration's label keeps, and the container is made on top of
 /// them.
-pub(super) fn unpacked(bed: &Bed) -> Result<(), Failure> {
-    let space = Space::new(bed, "e2e-unpacked")?;
+pub(super) fn unpacked(bed: &TestBed) -> Result<(), TestError> {
+    let space = TestNamespace::new(bed, "e2e-unpacked")?;
     for (number, (node, _)) in NODES.iter().enumerate() {
-        let (holder, _) = NODES[(number + 1) % NODES.len()];
-        let image = held(bed, &format!("hand/unpacked-{node}:v1"), PLAIN, holder)?;
+        let (provider, _) = NODES[(number + 1) % NODES.len()];
+        let image = provide_image(bed, &format!("hand/unpacked-{node}:v1"), PLAIN, provider)?;
         let said = pull(bed, node, &image)?;
         ensure(said.contains("unpacking layer "), format!("nothing was unpacked on {node}:\n{said}"))?;
         let checked = bed.ctl(&["ctr", node, "images", "check", &format!("name=={image}")])?;

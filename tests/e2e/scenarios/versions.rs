@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::{RegistryDown, agent_pod, ensure};
-use crate::bed::{Bed, Failure, NODES, REGISTRY, shipped_manifest, wait_for};
-use crate::pods::{PATIENCE, Space};
+use crate::pods::{TestNamespace, WAIT_DEADLINE};
+use crate::test_bed::{NODES, REGISTRY, TestBed, TestError, shipped_manifest, wait_for};
 
 /// The commit that `scripts/previous.sh` builds.
 const COMMIT: &str = include_str!("../previous-commit");
@@ -23,9 +23,9 @@ struct Previous {
 }
 
 impl Previous {
-    fn find() -> Result<Self, Failure> {
+    fn find() -> Result<Self, TestError> {
         let set = std::env::var_os("LIGHTERMAN_PREVIOUS").map(PathBuf::from);
-        let folder = set.unwrap_or_else(|| crate::bed::cache().join("previous").join(COMMIT.trim()));
+        let folder = set.unwrap_or_else(|| crate::test_bed::cache().join("previous").join(COMMIT.trim()));
         let (image, manifest) = (folder.join("image.tar"), folder.join("lighterman.yaml"));
         match image.is_file() && manifest.is_file() {
             true => Ok(Self { image, manifest }),
@@ -52,12 +52,12 @@ enum Build {
 
 /// The builds of the cluster's agents. Dropped, all agents are of this tree again.
 struct Builds<'a> {
-    bed: &'a Bed,
+    bed: &'a TestBed,
     previous: Previous,
 }
 
 impl<'a> Builds<'a> {
-    fn of(bed: &'a Bed) -> Result<Self, Failure> {
+    fn of(bed: &'a TestBed) -> Result<Self, TestError> {
         let previous = Previous::find()?;
         for (node, _) in NODES {
             bed.ctl(&["ctr", node, "images", "import", &previous.image.to_string_lossy()])?;
@@ -67,7 +67,7 @@ impl<'a> Builds<'a> {
 
     /// Upgrades or rolls back one node, as a person would: applies the manifest of that build with
     /// `OnDelete`, and deletes the node's agent.
-    fn install(&self, build: Build, node: &str) -> Result<(), Failure> {
+    fn install(&self, build: Build, node: &str) -> Result<(), TestError> {
         let bed = self.bed;
         let manifest = match build {
             Build::Previous => with_tag(&read(&self.previous.manifest)?, TAG),
@@ -77,24 +77,26 @@ impl<'a> Builds<'a> {
         let old = agent_pod(bed, node)?;
         let name = old["metadata"]["name"].as_str().unwrap_or_default();
         bed.kubectl(&["-n", "lighterman", "delete", "pod", name, "--timeout=60s"])?;
-        wait_for(&format!("the agent of the other build on {node}"), PATIENCE, || {
+        wait_for(&format!("the agent of the other build on {node}"), WAIT_DEADLINE, || {
             let pod = agent_pod(bed, node).ok().filter(|pod| pod["metadata"]["uid"] != old["metadata"]["uid"]);
-            Ok(pod.filter(|pod| is_of(pod, build) && pod["status"]["containerStatuses"][0]["ready"] == true).map(drop))
+            Ok(pod
+                .filter(|pod| is_build(pod, build) && pod["status"]["containerStatuses"][0]["ready"] == true)
+                .map(drop))
         })
-        .map_err(|error| format!("{error}\n{}", bed.agents_story()))?;
+        .map_err(|error| format!("{error}\n{}", bed.diagnostics()))?;
         // An agent that starts does not serve metrics at once.
-        wait_for("every agent to see the others", PATIENCE, || {
+        wait_for("every agent to see the others", WAIT_DEADLINE, || {
             let mut seen = NODES.iter().map(|(node, _)| bed.metric(node, "lighterman_peers").unwrap_or(0.0));
             Ok(seen.all(|peers| peers == bed.nodes().count() as f64 - 1.0).then_some(()))
         })
-        .map_err(|error| format!("{error}\n{}", bed.agents_story()))
+        .map_err(|error| format!("{error}\n{}", bed.diagnostics()))
     }
 }
 
 impl Drop for Builds<'_> {
     fn drop(&mut self) {
         for (node, _) in NODES {
-            let is_previous = agent_pod(self.bed, node).is_ok_and(|pod| is_of(&pod, Build::Previous));
+            let is_previous = agent_pod(self.bed, node).is_ok_and(|pod| is_build(&pod, Build::Previous));
             if let Err(error) = if is_previous { self.install(Build::Current, node) } else { Ok(()) } {
                 eprintln!("{error}");
             }
@@ -106,12 +108,12 @@ impl Drop for Builds<'_> {
     }
 }
 
-fn is_of(pod: &Value, build: Build) -> bool {
+fn is_build(pod: &Value, build: Build) -> bool {
     let image = pod["spec"]["containers"][0]["image"].as_str().unwrap_or_default();
     image.ends_with(&format!(":{TAG}")) == (build == Build::Previous)
 }
 
-fn read(path: &Path) -> Result<String, Failure> {
+fn read(path: &Path) -> Result<String, TestError> {
     fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
 }
 
@@ -144,22 +146,22 @@ fn on_delete(manifest: &str) -> String {
 }
 
 /// The files that an agent reads when it starts.
-struct Kept {
+struct StateFiles {
     key: Vec<u8>,
 }
 
-impl Kept {
-    fn on(bed: &Bed, node: &str) -> Result<Self, Failure> {
+impl StateFiles {
+    fn on(bed: &TestBed, node: &str) -> Result<Self, TestError> {
         let folder = PathBuf::from(bed.env(&format!("NODE_{node}_STATE"))?);
         let key = fs::read(folder.join("identity.key")).map_err(|error| format!("the key of {node}: {error}"))?;
         for name in ["admission.json", "peers.json"] {
-            wait_for(&format!("{name} on {node}"), PATIENCE, || Ok(folder.join(name).is_file().then_some(())))?;
+            wait_for(&format!("{name} on {node}"), WAIT_DEADLINE, || Ok(folder.join(name).is_file().then_some(())))?;
         }
         Ok(Self { key })
     }
 
     /// The key is the same, and the agent that started last has used the files.
-    fn survived(&self, bed: &Bed, node: &str) -> Result<(), Failure> {
+    fn assert_unchanged(&self, bed: &TestBed, node: &str) -> Result<(), TestError> {
         ensure(Self::on(bed, node)?.key == self.key, format!("the agent on {node} has another key"))?;
         let folder = PathBuf::from(bed.env(&format!("NODE_{node}_STATE"))?);
         let names = fs::read_dir(&folder).map_err(|error| error.to_string())?;
@@ -174,7 +176,7 @@ impl Kept {
 }
 
 /// An image that only this node has, in a pod that runs there.
-fn held(space: &Space<'_>, name: &str, node: &str) -> Result<String, Failure> {
+fn provide_image(space: &TestNamespace<'_>, name: &str, node: &str) -> Result<String, TestError> {
     space.bed.push_image(&format!("versions/{name}:v1"), &[9, 1])?;
     let image = format!("{REGISTRY}/versions/{name}:v1");
     space.pod(&format!("holds-{name}"), node, &image, true)?;
@@ -182,39 +184,39 @@ fn held(space: &Space<'_>, name: &str, node: &str) -> Result<String, Failure> {
     Ok(image)
 }
 
-fn recovered(space: &Space<'_>, name: &str, image: &str, node: &str) -> Result<(), Failure> {
+fn recover_image(space: &TestNamespace<'_>, name: &str, image: &str, node: &str) -> Result<(), TestError> {
     space.pod(name, node, image, true)?;
     space.wait_running(name)?;
-    let note = space.wait_salvaged(name)?;
+    let note = space.wait_recovered(name)?;
     println!("  {name}: {note}");
     Ok(())
 }
 
-pub(super) fn side_by_side(bed: &Bed) -> Result<(), Failure> {
+pub(super) fn side_by_side(bed: &TestBed) -> Result<(), TestError> {
     // The previous build does not start on the first node, which has no IPv6.
     let (one, other) = (NODES[1].0, NODES[2].0);
     let builds = Builds::of(bed)?;
-    let space = Space::new(bed, "e2e-versions")?;
+    let space = TestNamespace::new(bed, "e2e-versions")?;
     builds.install(Build::Previous, one)?;
-    let kept = (Kept::on(bed, one)?, Kept::on(bed, other)?);
+    let kept = (StateFiles::on(bed, one)?, StateFiles::on(bed, other)?);
     let [first, second] = ["first", "second"].map(|turn| {
-        let of_one = held(&space, &format!("{turn}-of-{one}"), one);
-        of_one.and_then(|of_one| Ok((of_one, held(&space, &format!("{turn}-of-{other}"), other)?)))
+        let of_one = provide_image(&space, &format!("{turn}-of-{one}"), one);
+        of_one.and_then(|of_one| Ok((of_one, provide_image(&space, &format!("{turn}-of-{other}"), other)?)))
     });
     let (first, second) = (first?, second?);
 
     let _down = RegistryDown::now(bed)?;
-    recovered(&space, "current-from-previous", &first.0, other)?;
-    recovered(&space, "previous-from-current", &first.1, one)?;
+    recover_image(&space, "current-from-previous", &first.0, other)?;
+    recover_image(&space, "previous-from-current", &first.1, one)?;
 
     // In the middle of the outage, over the same data folders.
     builds.install(Build::Current, one)?;
     builds.install(Build::Previous, other)?;
-    kept.0.survived(bed, one)?;
-    kept.1.survived(bed, other)?;
-    recovered(&space, "rolled-back-from-upgraded", &second.0, other)?;
-    recovered(&space, "upgraded-from-rolled-back", &second.1, one)?;
+    kept.0.assert_unchanged(bed, one)?;
+    kept.1.assert_unchanged(bed, other)?;
+    recover_image(&space, "rolled-back-from-upgraded", &second.0, other)?;
+    recover_image(&space, "upgraded-from-rolled-back", &second.1, one)?;
 
     builds.install(Build::Current, other)?;
-    kept.1.survived(bed, other)
+    kept.1.assert_unchanged(bed, other)
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use lighterman::model::Item;
+use lighterman::model::InventoryItem;
 use lighterman::oci::{Digest, Repository};
 use rand::Rng;
 use rand::rngs::SmallRng;
@@ -14,7 +14,7 @@ pub(crate) type ItemNumber = u32;
 /// Every item that anybody ever holds.
 #[derive(Debug, Default)]
 pub(crate) struct Catalogue {
-    items: Vec<Item>,
+    items: Vec<InventoryItem>,
     /// What an image consists of: its blobs and its names.
     images: Vec<Vec<ItemNumber>>,
 }
@@ -47,12 +47,14 @@ impl Catalogue {
 
     fn image(&mut self, number: usize, bases: &[ItemNumber]) {
         let mut parts: Vec<_> = (0..OWN_BLOBS).map(|blob| self.blob(&format!("image {number} blob {blob}"))).collect();
-        let Item::Blob(root) = self.items[parts[0] as usize] else { unreachable!("the first part is the index") };
+        let InventoryItem::Blob(root) = self.items[parts[0] as usize] else {
+            unreachable!("the first part is the index")
+        };
         parts.extend(bases);
         let path = format!("team-{}/service-{number}", number % 37);
         let repository = Repository { registry: "registry.example.com".into(), path };
         for tag in [Some(format!("v1.{number}.0")), None] {
-            parts.push(self.add(Item::Image(repository.clone(), tag, root)));
+            parts.push(self.add(InventoryItem::Image(repository.clone(), tag, root)));
         }
         self.images.push(parts);
     }
@@ -63,16 +65,16 @@ impl Catalogue {
     }
 
     fn blob(&mut self, name: &str) -> ItemNumber {
-        self.add(Item::Blob(Digest::of(name.as_bytes())))
+        self.add(InventoryItem::Blob(Digest::of(name.as_bytes())))
     }
 
-    fn add(&mut self, item: Item) -> ItemNumber {
+    fn add(&mut self, item: InventoryItem) -> ItemNumber {
         self.items.push(item);
         ItemNumber::try_from(self.items.len() - 1).expect("fewer items than 2^32")
     }
 
     /// What a number stands for.
-    pub(crate) fn item(&self, number: ItemNumber) -> &Item {
+    pub(crate) fn item(&self, number: ItemNumber) -> &InventoryItem {
         &self.items[number as usize]
     }
 

@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use lighterman::decide::inventory::Inventory;
-use lighterman::model::Item;
+use lighterman::model::InventoryItem;
 
 use super::Mesh;
-use super::router::NodeNumber;
+use super::gossipsub::NodeNumber;
 
 /// Until nodes have met their neighbours, and gossipsub's heartbeats have made a mesh of them.
-const MEETING: Duration = Duration::from_secs(30);
+const CONNECT_TIME: Duration = Duration::from_secs(30);
 
 impl Mesh {
     /// Everybody knows everybody and everything, and has its neighbours.
@@ -18,43 +18,43 @@ impl Mesh {
         for node in 0..nodes {
             // The usual seed is the headless Service, which gives any addresses.
             mesh.start(node, &[(node + 1) % nodes, (node + nodes / 2) % nodes]);
-            mesh.tell_nobody(node);
+            mesh.discard_first_announcements(node);
         }
-        let everything = mesh.everything();
+        let everything = mesh.full_inventory();
         for node in 0..nodes {
-            mesh.acquaint(node, &everything);
+            mesh.preload_members(node, &everything);
         }
-        mesh.run_for(MEETING);
+        mesh.run_for(CONNECT_TIME);
         mesh
     }
 
     /// It makes its log's entries, which nobody hears.
-    fn tell_nobody(&mut self, node: NodeNumber) {
+    fn discard_first_announcements(&mut self, node: NodeNumber) {
         let Some(agent) = &mut self.nodes[node].agent else { return };
-        agent.protocol.have_told();
+        agent.protocol.mark_all_published();
         while agent.protocol.next().is_some() {}
     }
 
-    fn everything(&self) -> Inventory {
+    fn full_inventory(&self) -> Inventory {
         let mut table = Inventory::default();
         for node in &self.nodes {
             table.up(node.peer.clone());
-            let items: Vec<Item> = node.held.iter().map(|item| self.catalogue.item(*item).clone()).collect();
+            let items: Vec<InventoryItem> = node.items.iter().map(|item| self.catalogue.item(*item).clone()).collect();
             assert_eq!(table.replace(node.peer.id, items), 0, "nobody holds too much");
         }
         table
     }
 
-    fn acquaint(&mut self, node: NodeNumber, everything: &Inventory) {
+    fn preload_members(&mut self, node: NodeNumber, everything: &Inventory) {
         let now = self.instant();
         let Some(mut agent) = self.nodes[node].agent.take() else { return };
         for other in &self.nodes {
             if let Some(other) = &other.agent {
-                agent.protocol.acquaint(&other.protocol, &mut agent.table, now);
+                agent.protocol.copy_log_position(&other.protocol, &mut agent.inventory, now);
             }
         }
-        agent.table = everything.clone();
-        agent.table.forget(self.nodes[node].peer.id);
+        agent.inventory = everything.clone();
+        agent.inventory.forget(self.nodes[node].peer.id);
         while agent.protocol.next().is_some() {}
         self.nodes[node].agent = Some(agent);
     }

@@ -4,66 +4,66 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Instant;
 
-use lighterman::decide::gossip::{AskId, LinkId, Own, Protocol};
+use lighterman::decide::gossip::{LocalAgent, MeshConnectionId, Protocol, SyncRequestId};
 use lighterman::decide::inventory::Inventory;
 use lighterman::model::{Peer, PeerId};
 use lighterman::oci::Digest;
 
 use super::Micros;
-use super::bytes::ACK;
 use super::catalogue::ItemNumber;
-use super::notary::Key;
-use super::router::{NodeNumber, Router};
+use super::credentials::SimulatedKey;
+use super::gossipsub::{NodeNumber, Router};
+use super::message_sizes::ACK;
 
 /// How many failure domains the nodes are in.
 pub(crate) const ZONES: usize = 3;
 
 /// A node of the cluster.
-pub(crate) struct Node {
+pub(crate) struct SimulatedNode {
     /// Its agent, as it introduces itself.
     pub(crate) peer: Peer,
     /// Which failure domain it is in.
     pub(crate) zone: usize,
     /// Counts its processes.
-    pub(crate) life: u32,
+    pub(crate) generation: u32,
     /// Its process, while it runs.
-    pub(crate) agent: Option<Agent>,
+    pub(crate) agent: Option<SimulatedAgent>,
     /// What is really there.
-    pub(crate) held: BTreeSet<ItemNumber>,
+    pub(crate) items: BTreeSet<ItemNumber>,
     /// What has ever been there.
-    pub(crate) ever_held: BTreeSet<ItemNumber>,
+    pub(crate) past_items: BTreeSet<ItemNumber>,
     /// Until then its process does not get the processor.
-    pub(crate) awake_at: Micros,
+    pub(crate) starved_until: Micros,
     /// Only nodes of the same side can reach each other.
-    pub(crate) side: u8,
+    pub(crate) partition: u8,
     /// Its link is down.
-    pub(crate) silent: bool,
+    pub(crate) is_link_down: bool,
     /// Its release has that kind of message.
-    pub(crate) knows_farewells: bool,
+    pub(crate) supports_leave: bool,
     /// Its replies are nonsense.
-    pub(crate) lies: bool,
+    pub(crate) is_liar: bool,
     /// Whom it greets until it knows somebody.
     pub(crate) seeds: Vec<NodeNumber>,
     pub(crate) traffic: Traffic,
     /// Gossip messages that came, each once.
-    pub(crate) heard: u64,
+    pub(crate) messages_received: u64,
 }
 
 /// A running process.
-pub(crate) struct Agent {
-    pub(crate) protocol: Protocol<Key>,
-    pub(crate) table: Inventory,
+pub(crate) struct SimulatedAgent {
+    pub(crate) protocol: Protocol<SimulatedKey>,
+    pub(crate) inventory: Inventory,
     pub(crate) router: Router,
     /// Whom its libp2p lets in.
-    pub(crate) allowed: BTreeSet<NodeNumber>,
-    pub(crate) neighbours: BTreeMap<NodeNumber, Vec<LinkId>>,
+    pub(crate) admitted: BTreeSet<NodeNumber>,
+    pub(crate) neighbours: BTreeMap<NodeNumber, Vec<MeshConnectionId>>,
     /// Questions that wait for an answer, and over which connection.
-    pub(crate) asked: BTreeMap<AskId, Option<LinkId>>,
+    pub(crate) pending_requests: BTreeMap<SyncRequestId, Option<MeshConnectionId>>,
 }
 
 /// What a byte on the link was for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum TrafficKind {
     Message,
     Control,
     Ping,
@@ -72,7 +72,7 @@ pub(crate) enum Kind {
     Ack,
 }
 
-impl Kind {
+impl TrafficKind {
     pub(crate) const ALL: [Self; 6] =
         [Self::Message, Self::Control, Self::Ping, Self::Exchange, Self::Connecting, Self::Ack];
 }
@@ -80,12 +80,12 @@ impl Kind {
 /// Bytes on a node's link since the start, by [`Kind`].
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Traffic {
-    pub(crate) received: [u64; Kind::ALL.len()],
+    pub(crate) received: [u64; TrafficKind::ALL.len()],
     pub(crate) sent: u64,
 }
 
 impl Traffic {
-    pub(crate) fn receive(&mut self, kind: Kind, bytes: usize) {
+    pub(crate) fn receive(&mut self, kind: TrafficKind, bytes: usize) {
         self.received[kind as usize] += bytes as u64;
     }
 
@@ -94,7 +94,7 @@ impl Traffic {
     }
 
     pub(crate) fn acks(&mut self, sender: &mut Self, acks: usize) {
-        self.receive(Kind::Ack, acks * ACK);
+        self.receive(TrafficKind::Ack, acks * ACK);
         sender.send(acks * ACK);
     }
 
@@ -108,7 +108,7 @@ impl Traffic {
     }
 }
 
-impl Node {
+impl SimulatedNode {
     /// A node whose agent does not run yet.
     pub(crate) fn new(number: NodeNumber, held: BTreeSet<ItemNumber>) -> Self {
         let [_, high, middle, low] = u32::try_from(number).expect("fewer nodes than 2^32").to_be_bytes();
@@ -124,45 +124,45 @@ impl Node {
         Self {
             peer,
             zone,
-            life: 0,
+            generation: 0,
             agent: None,
-            ever_held: held.clone(),
-            held,
-            awake_at: 0,
-            side: 0,
-            silent: false,
-            knows_farewells: true,
-            lies: false,
+            past_items: held.clone(),
+            items: held,
+            starved_until: 0,
+            partition: 0,
+            is_link_down: false,
+            supports_leave: true,
+            is_liar: false,
             seeds: Vec::new(),
             traffic: Traffic::default(),
-            heard: 0,
+            messages_received: 0,
         }
     }
 
     /// Its agent's process, just started, which has not introduced itself yet. A later one has a larger epoch.
     pub(crate) fn start(&mut self, now: Micros, instant: Instant, seed: u64) {
-        self.life += 1;
-        let own = Own {
+        self.generation += 1;
+        let own = LocalAgent {
             peer: self.peer.id,
             // Nodes' clocks are in microseconds since 1970.
             epoch: 1_700_000_000_000_000 + now,
             node: self.peer.node.clone(),
             release: "0.1.0".parse().expect("a release"),
         };
-        self.agent = Some(Agent {
-            protocol: Protocol::new(own, Key(self.peer.id), seed, instant),
-            table: Inventory::default(),
+        self.agent = Some(SimulatedAgent {
+            protocol: Protocol::new(own, SimulatedKey(self.peer.id), seed, instant),
+            inventory: Inventory::default(),
             router: Router::default(),
-            allowed: BTreeSet::new(),
+            admitted: BTreeSet::new(),
             neighbours: BTreeMap::new(),
-            asked: BTreeMap::new(),
+            pending_requests: BTreeMap::new(),
         });
     }
 }
 
-impl Agent {
+impl SimulatedAgent {
     /// A connection with this peer, when there is one.
-    pub(crate) fn link_to(&self, peer: NodeNumber) -> Option<LinkId> {
+    pub(crate) fn connection_to(&self, peer: NodeNumber) -> Option<MeshConnectionId> {
         self.neighbours.get(&peer)?.first().copied()
     }
 }

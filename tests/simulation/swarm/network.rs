@@ -15,15 +15,15 @@ pub(super) type StreamId = usize;
 pub(super) struct Stream {
     pub(super) from: usize,
     pub(super) to: usize,
-    pub(super) ask: u64,
+    pub(super) request: u64,
     pub(super) ticket: u64,
     /// What may be sent after this piece, and how many of it.
-    pub(super) choice: Vec<u32>,
-    pub(super) left: u8,
+    pub(super) allowed_pieces: Vec<u32>,
+    pub(super) pieces_left: u8,
     pub(super) piece: u32,
     /// Bytes of the piece that are not on their way.
     pub(super) unsent: u64,
-    under_way: u8,
+    in_flight: u8,
     is_queued: bool,
     /// It was given up at its receiving end, or has sent everything.
     pub(super) is_over: bool,
@@ -40,7 +40,7 @@ struct Link {
 }
 
 /// A chunk that goes out now.
-pub(super) struct Sending {
+pub(super) struct SentChunk {
     pub(super) stream: StreamId,
     pub(super) piece: u32,
     pub(super) bytes: u64,
@@ -76,7 +76,7 @@ impl Network {
         &mut self,
         from: usize,
         to: usize,
-        ask: u64,
+        request: u64,
         ticket: u64,
         choice: Vec<u32>,
         left: u8,
@@ -84,13 +84,13 @@ impl Network {
         let stream = Stream {
             from,
             to,
-            ask,
+            request,
             ticket,
-            choice,
-            left,
+            allowed_pieces: choice,
+            pieces_left: left,
             piece: 0,
             unsent: 0,
-            under_way: 0,
+            in_flight: 0,
             is_queued: false,
             is_over: false,
         };
@@ -109,13 +109,13 @@ impl Network {
     /// Its place is used again when nothing of it is under way.
     pub(super) fn close(&mut self, id: StreamId) {
         if !std::mem::replace(&mut self.streams[id].is_over, true) {
-            self.tidy(id);
+            self.free_if_unused(id);
         }
     }
 
-    fn tidy(&mut self, id: StreamId) {
+    fn free_if_unused(&mut self, id: StreamId) {
         let stream = &self.streams[id];
-        if stream.is_over && stream.under_way == 0 && !stream.is_queued {
+        if stream.is_over && stream.in_flight == 0 && !stream.is_queued {
             self.unused.push(id);
         }
     }
@@ -123,14 +123,14 @@ impl Network {
     /// There is something of it to send.
     pub(super) fn queue(&mut self, id: StreamId) {
         let stream = &mut self.streams[id];
-        if !stream.is_queued && !stream.is_over && stream.unsent > 0 && stream.under_way < WINDOW {
+        if !stream.is_queued && !stream.is_over && stream.unsent > 0 && stream.in_flight < WINDOW {
             stream.is_queued = true;
             self.links[stream.from].ready.push_back(id);
         }
     }
 
     /// The next chunk that this node sends, if it has one and is not sending.
-    pub(super) fn send(&mut self, node: usize, now: u64, latency: impl Fn(usize, usize) -> u64) -> Option<Sending> {
+    pub(super) fn send(&mut self, node: usize, now: u64, latency: impl Fn(usize, usize) -> u64) -> Option<SentChunk> {
         if self.links[node].is_sending {
             return None;
         }
@@ -139,12 +139,12 @@ impl Network {
             let stream = &mut self.streams[id];
             stream.is_queued = false;
             if stream.is_over {
-                self.tidy(id);
+                self.free_if_unused(id);
                 continue;
             }
             let bytes = stream.unsent.min(CHUNK);
             stream.unsent -= bytes;
-            stream.under_way += 1;
+            stream.in_flight += 1;
             let time = bytes * 1_000_000 / self.bandwidth;
             let (piece, to) = (stream.piece, stream.to);
             let there = &mut self.links[to].received_at;
@@ -152,7 +152,7 @@ impl Network {
             let received_at = *there;
             self.links[node].is_sending = true;
             self.queue(id);
-            return Some(Sending { stream: id, piece, bytes, sent_at: now + time, received_at });
+            return Some(SentChunk { stream: id, piece, bytes, sent_at: now + time, received_at });
         }
     }
 
@@ -162,7 +162,7 @@ impl Network {
 
     /// A chunk was received.
     pub(super) fn received(&mut self, id: StreamId) {
-        self.streams[id].under_way -= 1;
-        if self.streams[id].is_over { self.tidy(id) } else { self.queue(id) }
+        self.streams[id].in_flight -= 1;
+        if self.streams[id].is_over { self.free_if_unused(id) } else { self.queue(id) }
     }
 }

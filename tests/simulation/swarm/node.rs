@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use lighterman::decide::claim::Crossing;
-use lighterman::decide::pieces::{AskId, Pool};
-use lighterman::decide::slots::{Sent, Slots, Ticket};
-use lighterman::model::{Bits, Order, PeerId, Zone};
+use lighterman::decide::claim::ZoneLeader;
+use lighterman::decide::piece_picker::{PiecePicker, PieceRequestId};
+use lighterman::decide::upload_slots::{SendCounts, UploadSlots, UploadTicket};
+use lighterman::model::{Bits, PeerId, PieceRequest, Zone};
 
 use super::network::StreamId;
 
@@ -15,7 +15,7 @@ const PER_NODE: usize = 16;
 
 /// What is wrong with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum NodeBehaviour {
     Honest,
     /// Says that it has everything, and sends junk.
     Liar,
@@ -23,27 +23,27 @@ pub(super) enum Kind {
     Drips,
 }
 
-pub(super) struct Node {
+pub(super) struct SwarmNode {
     pub(super) peer: PeerId,
     pub(super) zone: Option<Zone>,
-    pub(super) kind: Kind,
+    pub(super) behaviour: NodeBehaviour,
     pub(super) is_alive: bool,
-    pub(super) held: Bits,
+    pub(super) pieces: Bits,
     pub(super) missing: usize,
-    pub(super) pool: Pool,
-    pub(super) crossing: Crossing,
+    pub(super) pool: PiecePicker,
+    pub(super) zone_leader: ZoneLeader,
     /// Whom it asked, and what of each piece came.
-    pub(super) asks: BTreeMap<AskId, (usize, u64)>,
+    pub(super) in_flight: BTreeMap<PieceRequestId, (usize, u64)>,
     pub(super) wake_at: u64,
     /// Who hears of its pieces, and what they were not told.
     pub(super) followers: BTreeSet<usize>,
-    pub(super) news: Vec<u32>,
-    pub(super) slots: Slots,
-    pub(super) sent: Sent,
-    pub(super) tickets: HashMap<Ticket, (usize, AskId, Order)>,
-    pub(super) asked: HashMap<(usize, AskId), (Ticket, Option<StreamId>)>,
+    pub(super) unannounced: Vec<u32>,
+    pub(super) slots: UploadSlots,
+    pub(super) sent: SendCounts,
+    pub(super) queued_requests: HashMap<UploadTicket, (usize, PieceRequestId, PieceRequest)>,
+    pub(super) served_requests: HashMap<(usize, PieceRequestId), (UploadTicket, Option<StreamId>)>,
     /// Whether it holds its zone's Lease, and whether it is at it.
-    pub(super) claims: bool,
+    pub(super) has_claim: bool,
     pub(super) is_claiming: bool,
     /// When it had everything, in microseconds.
     pub(super) done_at: Option<u64>,
@@ -52,26 +52,32 @@ pub(super) struct Node {
     pub(super) wasted: u64,
 }
 
-impl Node {
-    pub(super) fn new(peer: PeerId, zone: Option<Zone>, pool: Pool, crossing: Crossing, pieces: usize) -> Self {
+impl SwarmNode {
+    pub(super) fn new(
+        peer: PeerId,
+        zone: Option<Zone>,
+        pool: PiecePicker,
+        crossing: ZoneLeader,
+        pieces: usize,
+    ) -> Self {
         Self {
             peer,
             zone,
-            kind: Kind::Honest,
+            behaviour: NodeBehaviour::Honest,
             is_alive: true,
-            held: Bits::none_of(pieces),
+            pieces: Bits::none_of(pieces),
             missing: pieces,
             pool,
-            crossing,
-            asks: BTreeMap::new(),
+            zone_leader: crossing,
+            in_flight: BTreeMap::new(),
             wake_at: u64::MAX,
             followers: BTreeSet::new(),
-            news: Vec::new(),
-            slots: Slots::new(PER_BLOB, PER_NODE),
-            sent: Sent::default(),
-            tickets: HashMap::new(),
-            asked: HashMap::new(),
-            claims: false,
+            unannounced: Vec::new(),
+            slots: UploadSlots::new(PER_BLOB, PER_NODE),
+            sent: SendCounts::default(),
+            queued_requests: HashMap::new(),
+            served_requests: HashMap::new(),
+            has_claim: false,
             is_claiming: false,
             done_at: None,
             bytes_sent: 0,
@@ -80,6 +86,6 @@ impl Node {
     }
 
     pub(super) fn is_whole(&self) -> bool {
-        self.missing == 0 || self.kind == Kind::Liar
+        self.missing == 0 || self.behaviour == NodeBehaviour::Liar
     }
 }

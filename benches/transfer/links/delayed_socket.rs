@@ -1,0 +1,140 @@
+//! A socket whose packets come late, and some not at all: what is between two regions.
+//!
+//! The kernel's netem does this better where there is one. Here a packet is delivered up to a millisecond later than said, that being how
+//! exact the runtime's timer is, so packets that came one by one are delivered a few together.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, IoSliceMut};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{AsyncUdpSocket, UdpPoller};
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// How far away the other end is.
+#[derive(Clone, Copy)]
+pub(super) struct Distance {
+    /// How much later each packet comes.
+    pub(super) delay: Duration,
+    /// How many of a million packets do not come.
+    pub(super) lost: u32,
+}
+
+pub(super) struct DelayedSocket {
+    socket: Arc<dyn AsyncUdpSocket>,
+    distance: Distance,
+    delayed: Mutex<DelayedPackets>,
+}
+
+struct DelayedPackets {
+    in_flight: VecDeque<(Instant, RecvMeta, Vec<u8>)>,
+    next: Pin<Box<Sleep>>,
+    chance: SmallRng,
+}
+
+impl DelayedSocket {
+    /// Within a runtime.
+    pub(super) fn new(socket: Arc<dyn AsyncUdpSocket>, distance: Distance, seed: u64) -> Self {
+        let held = DelayedPackets {
+            in_flight: VecDeque::new(),
+            next: Box::pin(sleep_until(Instant::now())),
+            chance: SmallRng::seed_from_u64(seed),
+        };
+        Self { socket, distance, delayed: Mutex::new(held) }
+    }
+}
+
+impl DelayedPackets {
+    /// Takes what the socket has, until it has nothing and will wake the task.
+    fn receive(
+        &mut self,
+        far: &DelayedSocket,
+        cx: &mut Context<'_>,
+        buffers: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> io::Result<()> {
+        while let Poll::Ready(came) = far.socket.poll_recv(cx, buffers, meta)? {
+            let due = Instant::now() + far.distance.delay;
+            for (meta, buffer) in meta.iter().zip(buffers.iter()).take(came) {
+                for packet in buffer[..meta.len].chunks(meta.stride.max(1)) {
+                    if self.chance.random_range(0..1_000_000) >= far.distance.lost {
+                        let meta = RecvMeta { len: packet.len(), stride: packet.len(), ..*meta };
+                        self.in_flight.push_back((due, meta, packet.to_vec()));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn deliver(&mut self, buffers: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]) -> usize {
+        let now = Instant::now();
+        let mut delivered = 0;
+        while delivered < buffers.len().min(meta.len()) && self.in_flight.front().is_some_and(|(due, ..)| *due <= now) {
+            let Some((_, told, packet)) = self.in_flight.pop_front() else { break };
+            buffers[delivered][..packet.len()].copy_from_slice(&packet);
+            meta[delivered] = told;
+            delivered += 1;
+        }
+        delivered
+    }
+}
+
+impl fmt::Debug for DelayedSocket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.socket.fmt(f)
+    }
+}
+
+impl AsyncUdpSocket for DelayedSocket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        self.socket.clone().create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.socket.try_send(transmit)
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        buffers: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        let mut held = self.delayed.lock().unwrap_or_else(PoisonError::into_inner);
+        held.receive(self, cx, buffers, meta)?;
+        loop {
+            let delivered = held.deliver(buffers, meta);
+            if delivered > 0 {
+                return Poll::Ready(Ok(delivered));
+            }
+            let Some(due) = held.in_flight.front().map(|(due, ..)| *due) else { return Poll::Pending };
+            held.next.as_mut().reset(due);
+            if held.next.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.socket.max_transmit_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.socket.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.socket.may_fragment()
+    }
+}

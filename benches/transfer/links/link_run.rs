@@ -1,0 +1,255 @@
+//! One crossing of a link: connections that take all they get for a while, and somebody who asks for an echo beside them.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use nix::sys::resource::UsageWho;
+use quinn::{ClientConfig, Connection, ConnectionStats, Endpoint, Runtime as _, ServerConfig, TokioRuntime};
+use tokio::runtime::{Builder, Runtime};
+use tokio_util::sync::CancellationToken;
+
+use super::background_traffic::{Echoes, receive_tcp, send_echoes, serve_echo, serve_tcp};
+use super::delayed_socket::{DelayedSocket, Distance};
+use super::shaped_link::{self, RECEIVER, SENDER, ShapedLink};
+use crate::cpu;
+use crate::quinn_setting::QuinnSetting;
+use crate::report::{BenchError, median};
+
+/// A link, and who is on it.
+#[derive(Clone, Copy)]
+pub(super) struct LinkCase {
+    pub(super) name: &'static str,
+    pub(super) mbit_s: u32,
+    /// How long a packet waits when the queue is full.
+    pub(super) queue_ms: u32,
+    /// What the way adds to a round trip; the link alone takes a twentieth of a millisecond.
+    pub(super) round_trip_ms: u64,
+    /// How many of a million packets are lost, in either direction.
+    pub(super) lost: u32,
+    pub(super) connections: usize,
+    /// On each connection.
+    pub(super) streams: usize,
+    pub(super) read_pattern: ReadPattern,
+    /// Whether the kernel's TCP sends as much as it can beside.
+    pub(super) tcp: bool,
+    pub(super) seconds: f64,
+}
+
+/// How content is asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum ReadPattern {
+    /// All that a stream brings.
+    Stream,
+    /// A piece, and after a pause the next.
+    Pieces,
+}
+
+/// The pause after a piece.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// What came across.
+pub(super) struct LinkRun {
+    /// Bytes of content that each connection brought.
+    pub(super) received: Vec<u64>,
+    /// From asking until [`PIECE`] bytes were there: the first of the first connection, or of several pieces the median. None if it never was.
+    pub(super) piece: Option<Duration>,
+    /// What TCP brought beside.
+    pub(super) tcp: u64,
+    pub(super) sent: Vec<ConnectionStats>,
+    pub(super) cpu: Duration,
+    pub(super) echoes: Echoes,
+}
+
+/// What is asked on a stream.
+const ENDLESS: &[u8] = b"!";
+const ONE_PIECE: &[u8] = b"1";
+
+/// What is waited for first: a piece of a large blob.
+const PIECE: u64 = 4 << 20;
+
+/// Makes the link, and has everybody do his part for as long as the case says. The seed decides which packets are lost.
+pub(super) fn run_case(case: &LinkCase, setting: &QuinnSetting, seed: u64) -> Result<LinkRun, BenchError> {
+    let wire = ShapedLink::new(case.mbit_s, case.queue_ms)?;
+    let distance = Distance { delay: Duration::from_micros(case.round_trip_ms * 500), lost: case.lost };
+    let (server, client) = setting.configs()?;
+    let stop = CancellationToken::new();
+    let before = cpu::spent(UsageWho::RUSAGE_SELF)?;
+    thread::scope(|scope| {
+        // Whatever fails, nobody waits for what does not come.
+        let _ending = stop.clone().drop_guard();
+        let (wire, setting, stop) = (&wire, &setting, &stop);
+        let (tell, told) = mpsc::channel();
+        let sending = scope.spawn(move || -> Result<Vec<ConnectionStats>, BenchError> {
+            shaped_link::enter(&wire.sender)?;
+            let runtime = runtime()?;
+            let endpoint = bind(&runtime, setting, SENDER, distance, seed, Some(server))?;
+            tell.send(endpoint.local_addr()?)?;
+            runtime.block_on(serve(&endpoint, stop, case.connections, setting.chunk << 10))
+        });
+        let address = told.recv()?;
+        let echo = serve_echo(scope, wire)?;
+        let asking = scope.spawn(move || -> Result<Echoes, BenchError> {
+            shaped_link::enter(&wire.receiver)?;
+            send_echoes(echo, stop)
+        });
+        let stream = if case.tcp { Some(serve_tcp(scope, wire)?) } else { None };
+        let drinking = stream.map(|sender| {
+            scope.spawn(move || -> Result<u64, BenchError> {
+                shaped_link::enter(&wire.receiver)?;
+                receive_tcp(sender, stop)
+            })
+        });
+        let receiving = scope.spawn(move || -> Result<_, BenchError> {
+            shaped_link::enter(&wire.receiver)?;
+            let runtime = runtime()?;
+            let mut endpoints = Vec::new();
+            for number in 1..=case.connections {
+                endpoints.push(bind(&runtime, setting, RECEIVER, distance, seed + number as u64, None)?);
+            }
+            runtime.block_on(async {
+                let connections = connect(&endpoints, &client, address).await?;
+                match case.read_pattern {
+                    ReadPattern::Stream => read_streams(&connections, case).await,
+                    ReadPattern::Pieces => read_pieces(&connections[0], case).await,
+                }
+            })
+        });
+        // A panic was printed when it happened.
+        let received = receiving.join().map_err(|_| "the receiver panicked")?;
+        stop.cancel();
+        let echoes = asking.join().map_err(|_| "who asks for echoes panicked")??;
+        let tcp = match drinking {
+            Some(drinking) => drinking.join().map_err(|_| "who reads from TCP panicked")??,
+            None => 0,
+        };
+        let sent = sending.join().map_err(|_| "the sender panicked")??;
+        let (received, piece) = received?;
+        let cpu = cpu::spent(UsageWho::RUSAGE_SELF)? - before;
+        Ok(LinkRun { received, piece, tcp, sent, cpu, echoes })
+    })
+}
+
+fn runtime() -> Result<Runtime, BenchError> {
+    Ok(Builder::new_current_thread().enable_all().build()?)
+}
+
+fn bind(
+    runtime: &Runtime,
+    setting: &QuinnSetting,
+    address: Ipv4Addr,
+    distance: Distance,
+    seed: u64,
+    server: Option<ServerConfig>,
+) -> Result<Endpoint, BenchError> {
+    let _inside = runtime.enter();
+    let socket = setting.socket(address)?;
+    socket.set_nonblocking(true)?;
+    let mut socket = TokioRuntime.wrap_udp_socket(socket)?;
+    if !distance.delay.is_zero() || distance.lost > 0 {
+        socket = Arc::new(DelayedSocket::new(socket, distance, seed));
+    }
+    let config = QuinnSetting::endpoint()?;
+    Ok(Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))?)
+}
+
+/// Sends on every stream, until told to stop; answers what was sent on each connection.
+async fn serve(
+    endpoint: &Endpoint,
+    stop: &CancellationToken,
+    connections: usize,
+    chunk: usize,
+) -> Result<Vec<ConnectionStats>, BenchError> {
+    let content = Bytes::from(vec![0x5a; chunk]);
+    let accepting = async {
+        let mut accepted = Vec::new();
+        while accepted.len() < connections {
+            let connection = endpoint.accept().await.ok_or("closed")?.await?;
+            tokio::spawn(send(connection.clone(), content.clone()));
+            accepted.push(connection);
+        }
+        Ok::<_, BenchError>(accepted)
+    };
+    let accepted = stop.run_until_cancelled(accepting).await.unwrap_or_else(|| Ok(Vec::new()))?;
+    stop.cancelled().await;
+    Ok(accepted.iter().map(Connection::stats).collect())
+}
+
+async fn send(connection: Connection, content: Bytes) {
+    while let Ok((mut stream, mut asked)) = connection.accept_bi().await {
+        let content = content.clone();
+        let mut left = match asked.read_to_end(1).await.as_deref() {
+            Ok(ENDLESS) => u64::MAX,
+            _ => PIECE,
+        };
+        tokio::spawn(async move {
+            while left > 0 && stream.write_chunk(content.clone()).await.is_ok() {
+                left = left.saturating_sub(content.len() as u64);
+            }
+        });
+    }
+}
+
+/// A connection of each endpoint.
+async fn connect(
+    endpoints: &[Endpoint],
+    client: &ClientConfig,
+    address: SocketAddr,
+) -> Result<Vec<Connection>, BenchError> {
+    let mut connections = Vec::new();
+    for endpoint in endpoints {
+        connections.push(endpoint.connect_with(client.clone(), address, "bench")?.await?);
+    }
+    Ok(connections)
+}
+
+/// Takes what comes on all connections for as long as the case says; answers each one's bytes, and when the first had a piece.
+async fn read_streams(connections: &[Connection], case: &LinkCase) -> Result<(Vec<u64>, Option<Duration>), BenchError> {
+    let began = Instant::now();
+    let counters: Vec<_> = connections.iter().map(|_| Arc::new(AtomicU64::new(0))).collect();
+    let (tell, mut told) = tokio::sync::mpsc::channel(1);
+    for (connection, counter) in connections.iter().zip(&counters) {
+        for _ in 0..case.streams {
+            let (mut asking, mut stream) = connection.open_bi().await?;
+            asking.write_all(ENDLESS).await?;
+            asking.finish()?;
+            let (counter, tell) = (Arc::clone(counter), tell.clone());
+            let first = Arc::ptr_eq(&counter, &counters[0]);
+            tokio::spawn(async move {
+                let mut chunks = vec![Bytes::new(); 768];
+                while let Ok(Some(read)) = stream.read_chunks(&mut chunks).await {
+                    let bytes = chunks[..read].iter().map(|chunk| chunk.len() as u64).sum();
+                    chunks[..read].fill(Bytes::new());
+                    let before = counter.fetch_add(bytes, Ordering::Relaxed);
+                    if first && before < PIECE && before + bytes >= PIECE {
+                        // Room for the only one there is.
+                        let _ = tell.try_send(began.elapsed());
+                    }
+                }
+            });
+        }
+    }
+    tokio::time::sleep_until((began + Duration::from_secs_f64(case.seconds)).into()).await;
+    let received = counters.iter().map(|counter| counter.load(Ordering::Relaxed)).collect();
+    Ok((received, told.try_recv().ok()))
+}
+
+/// Takes pieces with pauses between them, as the agent does where there are others to ask.
+async fn read_pieces(connection: &Connection, case: &LinkCase) -> Result<(Vec<u64>, Option<Duration>), BenchError> {
+    let until = Instant::now() + Duration::from_secs_f64(case.seconds);
+    let mut took = Vec::new();
+    while Instant::now() < until {
+        let began = Instant::now();
+        let (mut asking, mut stream) = connection.open_bi().await?;
+        asking.write_all(ONE_PIECE).await?;
+        asking.finish()?;
+        while stream.read_chunk(usize::MAX, true).await?.is_some() {}
+        took.push(began.elapsed().as_secs_f64());
+        tokio::time::sleep(PAUSE).await;
+    }
+    let received = took.len() as u64 * PIECE;
+    Ok((vec![received], Some(Duration::from_secs_f64(median(took)))))
+}

@@ -1,0 +1,84 @@
+//! Where the content stores are.
+
+use std::fmt;
+use std::path::Path;
+use std::process::Command;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use tempfile::TempDir;
+
+use crate::report::{BenchError, note};
+
+/// A folder on one kind of storage, removed when dropped.
+pub(crate) struct Storage {
+    folder: TempDir,
+    in_memory: bool,
+}
+
+/// Mounts of this process from now on are seen by nobody else, and go when it and what it started do.
+pub(crate) fn unshare_mounts() -> Result<(), BenchError> {
+    unshare(CloneFlags::CLONE_NEWNS)
+        .map_err(|errno| format!("no mounts of our own, so no images: {errno} (are you root?)"))?;
+    let nothing: Option<&str> = None;
+    Ok(mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing)?)
+}
+
+impl Storage {
+    /// A tmpfs, so that no disk is measured, with room for so many bytes.
+    pub(crate) fn memory(needed: u64) -> Result<Self, BenchError> {
+        let folder = tempfile::tempdir()?;
+        let size = format!("size={needed}");
+        mount(Some("tmpfs"), folder.path(), Some("tmpfs"), MsFlags::empty(), Some(size.as_str()))?;
+        let place = Self { folder, in_memory: true };
+        let available = std::fs::read_to_string("/proc/meminfo")?;
+        let available = available.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.strip_suffix("kB"));
+        let available = available.ok_or("no MemAvailable in /proc/meminfo")?.trim().parse::<u64>()? << 10;
+        ensure_free("memory", available, needed)?;
+        Ok(place)
+    }
+
+    /// The disk that the build's own files are on, with room for so many bytes.
+    pub(crate) fn disk(needed: u64) -> Result<Self, BenchError> {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+        let room = nix::sys::statvfs::statvfs(folder.path())?;
+        ensure_free("disk", room.blocks_available() * room.fragment_size(), needed)?;
+        Ok(Self { folder, in_memory: false })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Lets the disk finish what was written before, so that no run pays for another.
+    pub(crate) fn settle(&self) -> Result<(), BenchError> {
+        if !self.in_memory && !Command::new("sync").arg("--file-system").arg(self.path()).status()?.success() {
+            return Err("sync failed".into());
+        }
+        Ok(())
+    }
+}
+
+fn ensure_free(what: &str, available: u64, needed: u64) -> Result<(), BenchError> {
+    if available < needed {
+        return Err(format!("{} MiB of {what} are free where {} are needed", available >> 20, needed >> 20).into());
+    }
+    Ok(())
+}
+
+impl fmt::Display for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.in_memory { "stores in memory (tmpfs)" } else { "stores on disk" })
+    }
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        // A process that does not die at once would keep it busy.
+        if self.in_memory
+            && let Err(errno) = umount2(self.folder.path(), MntFlags::MNT_DETACH)
+        {
+            note(&format!("{} stays mounted: {errno}", self.folder.path().display()));
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! What this node holds, told to its peers: the store is listed, compared with what was said, and the difference announced.
+//!
+//! Level-triggered on purpose: an event of the store only says "look again", so that a missed one costs a minute and never
+//! a wrong announcement. containerd's collector sends no events at all.
+
+mod image_scanner;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use self::image_scanner::{ImageScan, ImageScanner};
+use crate::mesh::Mesh;
+use crate::metrics::Metrics;
+use crate::model::{InventoryChange, InventoryItem, MAX_ITEMS, Outage};
+use crate::oci::Digest;
+use crate::ports::{BlobInfo, ContentStore, ImagesStatus, MAX_NAMES, StoreError};
+
+/// The store is listed again after so long without an event, because collections are silent.
+const LIST_PERIOD: Duration = Duration::from_secs(60);
+
+/// Events come in bursts (a pull commits a blob, labels it, commits the next): wait this long after one before listing.
+const SETTLE_DELAY: Duration = Duration::from_millis(200);
+
+/// How soon a store that could not be listed is tried again.
+const RETRY_DELAY: Duration = Duration::from_secs(2);
+
+/// What is told besides what the store holds. Both are bounded by whoever sends them.
+pub struct VolatileItems {
+    /// The registries that this node itself cannot reach now.
+    pub outages: watch::Receiver<Vec<Outage>>,
+    /// The blobs that are on their way.
+    pub fetching: watch::Receiver<BTreeSet<Digest>>,
+}
+
+/// The target of each image record of this node, by the record's name; `None` before the first list.
+pub type RecordTargets = Option<Arc<BTreeMap<String, Digest>>>;
+
+/// Keeps what peers know about this node true.
+pub struct Announcer {
+    store: Arc<dyn ContentStore>,
+    mesh: Mesh,
+    metrics: Metrics,
+    ready: watch::Sender<bool>,
+    outages: watch::Receiver<Vec<Outage>>,
+    fetching: watch::Receiver<BTreeSet<Digest>>,
+    record_targets: watch::Sender<RecordTargets>,
+    status: watch::Sender<Option<ImagesStatus>>,
+    scanner: ImageScanner,
+}
+
+impl Announcer {
+    /// Lists `store` and tells `mesh`. `ready` says whether the store answers; it is part of readiness. `names` takes the image records that are here, `status` how
+    /// many of them are told.
+    pub fn new(
+        store: Arc<dyn ContentStore>,
+        mesh: Mesh,
+        metrics: Metrics,
+        ready: watch::Sender<bool>,
+        volatile_items: VolatileItems,
+        names: watch::Sender<RecordTargets>,
+        status: watch::Sender<Option<ImagesStatus>>,
+    ) -> Self {
+        let VolatileItems { outages, fetching } = volatile_items;
+        Self {
+            store,
+            mesh,
+            metrics,
+            ready,
+            outages,
+            fetching,
+            record_targets: names,
+            status,
+            scanner: ImageScanner::default(),
+        }
+    }
+
+    /// Announces until stopped.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut changes = self.store.changes();
+        let mut announced = BTreeSet::new();
+        loop {
+            changes.mark_unchanged();
+            self.outages.mark_unchanged();
+            self.fetching.mark_unchanged();
+            let wait = match self.list_items().await {
+                Ok(held) => {
+                    self.ready.send_replace(true);
+                    self.announce(&announced, &held).await;
+                    announced = held;
+                    LIST_PERIOD
+                }
+                Err(error) => {
+                    if self.ready.send_replace(false) {
+                        tracing::warn!(%error, "the content store cannot be listed; what was announced stays announced");
+                    }
+                    self.metrics.store_list_failed();
+                    RETRY_DELAY
+                }
+            };
+            let listed_again = tokio::time::sleep(wait);
+            tokio::pin!(listed_again);
+            loop {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    _ = changes.changed() => tokio::time::sleep(SETTLE_DELAY).await,
+                    // A sender that is gone has nothing more to say.
+                    Ok(()) = self.outages.changed() => {}
+                    Ok(()) = self.fetching.changed() => {
+                        self.announce_downloads(&mut announced).await;
+                        continue;
+                    }
+                    () = &mut listed_again => {}
+                }
+                break;
+            }
+        }
+    }
+
+    /// Everything that can be fetched from here: blobs that are there, and the names of images that are whole for some platform. Also what
+    /// this node itself knows of registries.
+    async fn list_items(&mut self) -> Result<BTreeSet<InventoryItem>, StoreError> {
+        let blobs = self.store.blobs().await?;
+        let records = self.store.images().await?;
+        let targets = records.iter().map(|record| (record.name.clone(), record.target.digest));
+        self.record_targets.send_replace(Some(Arc::new(targets.collect())));
+        let scan = self.scanner.scan(&*self.store, &blobs, &records).await?;
+        self.metrics.images_incomplete(scan.incomplete);
+        let reasons = scan.reasons.iter().take(MAX_NAMES).map(|(reason, images)| (reason.clone(), *images)).collect();
+        let status = ImagesStatus { announced: scan.names.len(), incomplete: scan.incomplete, reasons };
+        self.status.send_replace(Some(status));
+        let fetching = self.fetching.borrow().iter().copied().map(InventoryItem::Fetching).collect();
+        Ok(announceable_items(&blobs, scan, &self.outages.borrow(), fetching))
+    }
+
+    /// That blobs are on their way is told at once: those who want them too are about to ask. That they are not any more is found when the store
+    /// is listed next, which is soon after a blob has come; so nobody misses the moment between.
+    async fn announce_downloads(&mut self, announced: &mut BTreeSet<InventoryItem>) {
+        let fetching: Vec<_> = self.fetching.borrow_and_update().iter().copied().map(InventoryItem::Fetching).collect();
+        let mut held = announced.clone();
+        held.extend(fetching);
+        self.announce(announced, &held).await;
+        *announced = held;
+    }
+
+    async fn announce(&self, announced: &BTreeSet<InventoryItem>, held: &BTreeSet<InventoryItem>) {
+        self.metrics.items_announced(held.len());
+        let changes = changes_between(announced, held);
+        if !changes.is_empty() {
+            self.mesh.announce(changes).await;
+        }
+    }
+}
+
+/// All that is to be told, bounded.
+fn announceable_items(
+    blobs: &[BlobInfo],
+    scan: ImageScan,
+    outages: &[Outage],
+    fetching: BTreeSet<InventoryItem>,
+) -> BTreeSet<InventoryItem> {
+    let ImageScan { names, damaged, incomplete: _, reasons: _ } = scan;
+    let sound = blobs.iter().map(|blob| blob.digest).filter(|digest| !damaged.contains(digest));
+    let mut held: BTreeSet<_> = sound.map(InventoryItem::Blob).collect();
+    held.extend(names);
+    held.extend(outages.iter().cloned().map(InventoryItem::Outage));
+    held.extend(fetching);
+    if held.len() > MAX_ITEMS {
+        tracing::warn!(
+            items = held.len(),
+            limit = MAX_ITEMS,
+            "this node holds more than may be announced; the rest is not"
+        );
+        // Blobs are the first in order and go first.
+        held = held.into_iter().rev().take(MAX_ITEMS).collect();
+    }
+    held
+}
+
+/// What makes of those who were told the one what they need to know the other.
+fn changes_between(announced: &BTreeSet<InventoryItem>, held: &BTreeSet<InventoryItem>) -> Vec<InventoryChange> {
+    let gone = announced.difference(held).cloned().map(InventoryChange::Removed);
+    gone.chain(held.difference(announced).cloned().map(InventoryChange::Added)).collect()
+}

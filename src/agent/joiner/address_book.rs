@@ -1,0 +1,216 @@
+//! The peers that this agent knew, kept on the node: with them it finds the mesh again while DNS and the API server are both away.
+//!
+//! The entries are hints like any address. Whoever is met there has to be admitted, so a wrong file costs some vain greetings; it names
+//! nodes and addresses, and no secret.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use crate::files::{read_versioned, write_private};
+use crate::model::{NodeName, Peer, PeerId, Release, Zone};
+
+/// Peers kept. One that answers is enough; when nine of ten nodes have gone, 25 are left.
+pub(super) const MAX_PEERS: usize = 256;
+
+/// The longest file that is read. A line has at most 750 bytes (a node's name 253, a zone 63, a PeerId 52, a release 32, two addresses
+/// of up to 58, and some 200 for names and numbers), so what is written stays below it.
+const MAX_BYTES: u64 = (MAX_PEERS as u64) << 10;
+
+/// A peer that was not seen for so long is no longer tried: its address may be anybody's by then.
+const RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// The file is written again for the sake of [`KnownPeer::last_seen`] alone after so long.
+const REWRITE_AFTER: Duration = Duration::from_secs(3600);
+
+/// Changes with the meaning of a field. A new field needs no new version: older builds pass over it, and newer ones do without it.
+const VERSION: u32 = 1;
+
+/// One peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct KnownPeer {
+    #[serde(with = "as_text")]
+    pub(super) peer_id: PeerId,
+    pub(super) node: NodeName,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) zone: Option<Zone>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) release: Option<Release>,
+    pub(super) transfer: SocketAddr,
+    pub(super) gossip: SocketAddr,
+    /// In seconds since 1970.
+    pub(super) last_seen: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct AddressBookFile {
+    version: u32,
+    peers: Vec<KnownPeer>,
+}
+
+/// The book, and its file.
+pub(super) struct AddressBook {
+    path: PathBuf,
+    /// At most [`MAX_KNOWN`].
+    peers: Vec<KnownPeer>,
+    /// As the file has it.
+    written: Vec<KnownPeer>,
+    /// Gives each peer its rank: random, and the same as long as this process lives, so that a peer that comes or goes changes little.
+    rank: RandomState,
+}
+
+impl KnownPeer {
+    pub(super) fn new(peer: &Peer, release: Option<Release>, now: u64) -> Self {
+        let Peer { id, node, zone, transfer, gossip } = peer.clone();
+        Self { peer_id: id, node, zone, release, transfer, gossip, last_seen: now }
+    }
+
+    fn is_fresh(&self, now: u64) -> bool {
+        now.saturating_sub(self.last_seen) <= RETENTION.as_secs()
+    }
+}
+
+impl AddressBook {
+    /// Opens the file. One that cannot be used counts as none, with a line in the log.
+    pub(super) fn open(path: PathBuf) -> Self {
+        let peers = match read(&path, now()) {
+            Ok(peers) => peers,
+            Err(error) => {
+                tracing::warn!(file = %path.display(), %error, "the peers of earlier are not used; others are found by DNS");
+                Vec::new()
+            }
+        };
+        Self { path, written: peers.clone(), peers, rank: RandomState::new() }
+    }
+
+    /// Where peers were, in random order.
+    pub(super) fn addresses(&self) -> Vec<SocketAddr> {
+        let mut addresses: Vec<_> = self.peers.iter().map(|peer| peer.transfer).collect();
+        addresses.sort_by_cached_key(|address| self.rank.hash_one(address));
+        addresses
+    }
+
+    /// These are alive now. What has to be written, if anything has: a text and where it belongs.
+    pub(super) fn update(&mut self, alive: Vec<KnownPeer>) -> Option<(PathBuf, Vec<u8>)> {
+        let now = now();
+        self.peers = select_peers(alive, std::mem::take(&mut self.peers), now, |peer| self.rank.hash_one(peer));
+        if !is_worth_writing(&self.written, &self.peers) {
+            return None;
+        }
+        self.written.clone_from(&self.peers);
+        let file = AddressBookFile { version: VERSION, peers: self.peers.clone() };
+        Some((self.path.clone(), serde_json::to_vec_pretty(&file).expect("names and numbers are JSON")))
+    }
+
+    /// What was to be written is not in the file, so it will be again.
+    pub(super) fn mark_unwritten(&mut self) {
+        self.written.clear();
+    }
+}
+
+/// Writes the file whole or not at all; whether it did. May block for as long as the disk takes.
+pub(super) fn write_file(path: &Path, text: &[u8]) -> bool {
+    let written = write_private(path, text);
+    if let Err(error) = &written {
+        tracing::warn!(file = %path.display(), %error, "the known peers cannot be kept");
+    }
+    written.is_ok()
+}
+
+/// Of those alive, from each zone in turn, so that a zone that goes does not take all of them; then of those remembered the ones seen
+/// last, which matters when everybody is gone at once.
+fn select_peers(
+    alive: Vec<KnownPeer>,
+    remembered: Vec<KnownPeer>,
+    now: u64,
+    rank: impl Fn(&PeerId) -> u64,
+) -> Vec<KnownPeer> {
+    let mut zones: BTreeMap<Option<Zone>, Vec<KnownPeer>> = BTreeMap::new();
+    let living: BTreeSet<_> = alive.iter().map(|peer| peer.peer_id).collect();
+    alive.into_iter().for_each(|peer| zones.entry(peer.zone.clone()).or_default().push(peer));
+    let mut queues: VecDeque<VecDeque<_>> = zones
+        .into_values()
+        .map(|mut peers| {
+            peers.sort_by_cached_key(|peer| rank(&peer.peer_id));
+            peers.into()
+        })
+        .collect();
+    let mut chosen = Vec::new();
+    while chosen.len() < MAX_PEERS
+        && let Some(mut zone) = queues.pop_front()
+    {
+        if let Some(peer) = zone.pop_front() {
+            chosen.push(peer);
+            queues.push_back(zone);
+        }
+    }
+    let mut gone: Vec<_> = remembered;
+    gone.retain(|peer| !living.contains(&peer.peer_id) && peer.is_fresh(now));
+    gone.sort_by_key(|peer| std::cmp::Reverse(peer.last_seen));
+    gone.truncate(MAX_PEERS - chosen.len());
+    chosen.extend(gone);
+    // By name, so that a person finds a node, and the order alone is no change.
+    chosen.sort_by(|a, b| (&a.node, a.peer_id).cmp(&(&b.node, b.peer_id)));
+    chosen
+}
+
+fn is_worth_writing(written: &[KnownPeer], peers: &[KnownPeer]) -> bool {
+    let same = |(old, new): (&KnownPeer, &KnownPeer)| {
+        let last_seen = new.last_seen;
+        KnownPeer { last_seen, ..old.clone() } == *new
+            && last_seen.saturating_sub(old.last_seen) < REWRITE_AFTER.as_secs()
+    };
+    written.len() != peers.len() || !written.iter().zip(peers).all(same)
+}
+
+fn read(path: &Path, now: u64) -> io::Result<Vec<KnownPeer>> {
+    match read_versioned(path, MAX_BYTES, VERSION) {
+        Ok(text) => decode(&text, now).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// What a file holds that is still of use.
+fn decode(text: &[u8], now: u64) -> Result<Vec<KnownPeer>, String> {
+    let AddressBookFile { version: _, peers } = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+    if peers.len() > MAX_PEERS {
+        return Err(format!("it has {} peers, more than {MAX_PEERS}", peers.len()));
+    }
+    let mut known = BTreeMap::new();
+    for mut peer in peers.into_iter().filter(|peer| peer.is_fresh(now)) {
+        // The clock went back.
+        peer.last_seen = peer.last_seen.min(now);
+        known.insert(peer.peer_id, peer);
+    }
+    Ok(known.into_values().collect())
+}
+
+/// Seconds since 1970.
+pub(super) fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// A PeerId as people know it.
+mod as_text {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use crate::model::PeerId;
+
+    pub(super) fn serialize<S: Serializer>(peer: &PeerId, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(peer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PeerId, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,87 @@
+//! Who came and went, for the log: a line for each, but one for all of them where a cluster starts or a network is cut.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::model::{NodeName, Peer, PeerId};
+
+/// Lines in a [`WINDOW`]; what is beyond is counted.
+const MAX_LINES: usize = 20;
+
+/// What one summary is about.
+const WINDOW: Duration = Duration::from_secs(1);
+
+/// Comings and goings of the last second.
+#[derive(Default)]
+pub(super) struct MembershipLog {
+    window_end: Option<Instant>,
+    lines: usize,
+    omitted_up: usize,
+    omitted_down: usize,
+}
+
+impl MembershipLog {
+    /// A peer came.
+    pub(super) fn peer_up(&mut self, peer: &Peer, now: Instant) {
+        if self.take_line(now) {
+            tracing::info!(peer = %peer.id, node = %peer.node, zone = peer.zone.as_ref().map(display), "peer up");
+        } else {
+            self.omitted_up += 1;
+        }
+    }
+
+    /// A peer went.
+    pub(super) fn peer_down(&mut self, peer: PeerId, node: Option<&NodeName>, now: Instant) {
+        if self.take_line(now) {
+            tracing::info!(%peer, node = node.map(display), "peer down");
+        } else {
+            self.omitted_down += 1;
+        }
+    }
+
+    /// When [`Attendance::sum_up`] is due, if something happened.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.window_end
+    }
+
+    /// Ends the second.
+    pub(super) fn write_summary(&mut self) {
+        let Self { omitted_up: up, omitted_down: down, .. } = std::mem::take(self);
+        if up + down > 0 {
+            tracing::info!(up, down, "more peers came and went in the same second");
+        }
+    }
+
+    /// Whether one more line is in order.
+    fn take_line(&mut self, now: Instant) -> bool {
+        if self.window_end.is_some_and(|ends| now >= ends) {
+            self.write_summary();
+        }
+        self.window_end.get_or_insert(now + WINDOW);
+        self.lines += 1;
+        self.lines <= MAX_LINES
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_changes_have_a_line_each_and_the_rest_are_counted() {
+        let (mut attendance, now) = (MembershipLog::default(), Instant::now());
+        let gone = |attendance: &mut MembershipLog, times, now| {
+            (0..times).for_each(|_| attendance.peer_down(PeerId::from_public_key([1; 32]), None, now));
+        };
+        assert_eq!(attendance.due(), None);
+        gone(&mut attendance, MAX_LINES, now);
+        assert_eq!((attendance.omitted_down, attendance.due()), (0, Some(now + WINDOW)));
+        gone(&mut attendance, 7, now + WINDOW / 2);
+        assert_eq!(attendance.omitted_down, 7);
+        gone(&mut attendance, 1, now + WINDOW);
+        assert_eq!((attendance.omitted_down, attendance.lines), (0, 1), "a new second");
+        attendance.write_summary();
+        assert_eq!(attendance.due(), None);
+    }
+}

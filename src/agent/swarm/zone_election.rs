@@ -1,0 +1,90 @@
+//! Whether this node may fetch from other zones, for one image: [`Crossing`] decides, from what is seen of the others of its zone, and a Lease that names
+//! who does it. Where no zone is known there is nothing to cross.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use super::{Swarm, now};
+use crate::decide::claim::{ZoneLeader, zone_claim};
+use crate::model::{NodeName, PeerId, Zone};
+use crate::oci::Digest;
+use crate::ports::ClaimError;
+
+pub(in crate::agent) struct ZoneElection {
+    me: PeerId,
+    node: NodeName,
+    zone: Zone,
+    claim: Digest,
+    leader: ZoneLeader,
+    /// The Lease is being read or written.
+    is_claiming: bool,
+}
+
+impl ZoneElection {
+    /// `root` is the image.
+    pub(in crate::agent) fn new(me: PeerId, node: NodeName, zone: Zone, root: Digest, now: Instant) -> Self {
+        let claim = zone_claim(root, &zone);
+        Self { me, node, leader: ZoneLeader::new(me, claim, now), zone, claim, is_claiming: false }
+    }
+
+    /// Whether somebody is of this node's zone.
+    pub(super) fn is_own_zone(&self, zone: Option<&Zone>) -> bool {
+        zone == Some(&self.zone)
+    }
+
+    pub(super) fn leader(&mut self) -> &mut ZoneLeader {
+        &mut self.leader
+    }
+
+    /// The claim to try for now, if it is time to.
+    pub(super) fn begin_claim(&mut self, now: Instant) -> Option<Digest> {
+        let is_time = !self.is_claiming && self.leader.claim_due().is_some_and(|at| at <= now);
+        self.is_claiming |= is_time;
+        is_time.then_some(self.claim)
+    }
+
+    /// When to look again although nothing happens.
+    pub(super) fn wake_at(&self) -> Option<Instant> {
+        let claims_at = self.leader.claim_due().filter(|_| !self.is_claiming);
+        self.leader.wake_at().into_iter().chain(claims_at).min()
+    }
+
+    /// What came of trying. `peer_of` knows who runs on a node.
+    pub(super) fn record_claim(
+        &mut self,
+        result: Result<Option<NodeName>, ClaimError>,
+        peer_of: impl Fn(&NodeName) -> Option<PeerId>,
+        now: Instant,
+    ) {
+        self.is_claiming = false;
+        match result {
+            Ok(holder) => {
+                let peer = holder.and_then(|node| if node == self.node { Some(self.me) } else { peer_of(&node) });
+                self.leader.record_claim_holder(peer, now);
+            }
+            // Somebody has just taken it, or the API server is away: the ranks go on deciding.
+            Err(ClaimError::Lost | ClaimError::Unavailable(_)) => self.leader.record_claim_attempt(now),
+        }
+    }
+}
+
+impl Swarm<'_> {
+    /// Whether other zones may be asked now, and whether it is time to claim that they are.
+    pub(super) fn update_zone_leader(&mut self) {
+        let (Some(zones), now) = (&mut self.zone_election, now()) else { return };
+        let may_cross = zones.leader().update_is_leading(now);
+        self.shared.picker().set_cross_zone(may_cross);
+        if let Some(claim) = zones.begin_claim(now) {
+            self.spawn_claim(claim);
+        }
+    }
+
+    /// Who else of this zone is fetching, as far as it is known.
+    pub(super) fn update_zone_peers(&mut self) {
+        let Some(zones) = &mut self.zone_election else { return };
+        let providers = self.active.keys().flat_map(|digest| self.blob_fetcher.inventory.all_providers(*digest));
+        let ours = providers.filter(|source| !source.whole && zones.is_own_zone(source.zone.as_ref()));
+        let ours: Vec<_> = ours.map(|source| source.peer).collect::<BTreeSet<_>>().into_iter().collect();
+        zones.leader().set_fetching(&ours, now());
+    }
+}

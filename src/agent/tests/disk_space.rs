@@ -1,0 +1,93 @@
+//! Recoveries on disks that have little room, under the default settings.
+
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::pod_controller::{REFUSED, RunningController, failing_pod};
+use super::*;
+use crate::agent::progress::Progress;
+use crate::agent::recover::RecoverError;
+use crate::decide::disk::{Disks, FileSystem, Volume};
+use crate::decide::plan::OverLimit;
+use crate::ports::PodReportKind;
+
+const GIB: u64 = 1 << 30;
+
+fn disk(device: u64, free: u64, total: u64) -> Option<FileSystem> {
+    Some(FileSystem { device: Some(device), free, total })
+}
+
+/// One disk of 100 GiB for content and snapshots.
+fn one_disk(free: u64) -> Disks {
+    Disks { content: disk(1, free, 100 * GIB), snapshots: disk(1, free, 100 * GIB) }
+}
+
+/// A node under the default settings, beside one that has the image.
+async fn node(disks: Disks) -> TestNode {
+    let node = TestNode::new();
+    node.change_policy(|rules| rules.budgets = Policy::default().budgets);
+    node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    node.store.set_disks(disks);
+    node
+}
+
+async fn refused_by(disks: Disks) -> OverLimit {
+    let node = node(disks).await;
+    let wanted = IMAGE.parse::<Reference>().unwrap().into();
+    let recovered = node.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await;
+    assert!(node.record_names().await.is_empty());
+    match recovered {
+        Err(RecoverError::OverLimit(refused)) => refused,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_is_recovered_above_the_eviction_threshold() {
+    let node = node(one_disk(17 * GIB)).await;
+    let wanted = IMAGE.parse::<Reference>().unwrap().into();
+    node.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_error_names_the_full_disk_and_nothing_is_fetched() {
+    let disks = Disks { content: disk(1, 50 * GIB, 100 * GIB), snapshots: disk(2, 3 * GIB, 20 * GIB) };
+    let refused = refused_by(disks).await;
+    assert!(matches!(refused, OverLimit::Disk { volume: Volume::Snapshots, .. }), "{refused}");
+    let disks = Disks { content: disk(1, 15 * GIB, 100 * GIB), snapshots: disk(2, 19 * GIB, 20 * GIB) };
+    let refused = refused_by(disks).await;
+    assert!(matches!(refused, OverLimit::Disk { volume: Volume::Content, .. }), "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn freed_space_restarts_the_refused_recovery() {
+    let node = node(one_disk(15 * GIB)).await;
+    let mut controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("web", IMAGE, REFUSED)).await;
+    // By now the back-off is minutes long.
+    tokio::time::sleep(Duration::from_secs(1000)).await;
+    assert!(node.record_names().await.is_empty());
+    let told = node.cluster.reports();
+    assert!(
+        told.iter().all(|(_, said)| said.kind == PodReportKind::Failed && said.note.contains("stay free")),
+        "{told:?}"
+    );
+    node.store.set_disks(one_disk(16 * GIB));
+    let nudged = tokio::time::timeout(Duration::from_secs(5), controller.nudges.recv()).await;
+    assert_eq!(nudged.expect("a nudge at the next look").unwrap().name, "web");
+    controller.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn insufficient_freed_space_restarts_no_recovery() {
+    let node = node(one_disk(15 * GIB)).await;
+    let controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("web", IMAGE, REFUSED)).await;
+    tokio::time::sleep(Duration::from_secs(1000)).await;
+    let before = node.cluster.reports().len();
+    node.store.set_disks(one_disk(15 * GIB + 1));
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    assert!(node.cluster.reports().len() <= before + 1, "only the back-off goes on");
+    controller.stop().await;
+}

@@ -1,0 +1,138 @@
+//! The join task with a resolver that counts, under a paused clock: what an agent costs DNS.
+
+use std::net::SocketAddr;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::admission::StaticAdmission;
+use crate::agent::joiner::{DnsResolver, Joiner};
+use crate::config::loopback;
+use crate::identity::Identity;
+use crate::mesh::{self, MembershipEvent, SharedInventory};
+use crate::model::MeshStatus;
+use crate::ports::{MeshSource, NoPartialBlobs};
+use crate::transfer::{self, Transfer, TransferDependencies};
+
+const SEED: &str = "lighterman-peers.lighterman.svc:4701";
+const OF_A_POD: &str =
+    "nameserver 10.96.0.10\nsearch lighterman.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5\n";
+
+/// An agent resolves often after a start, and has converged ten minutes later.
+const CONVERGED: Duration = Duration::from_secs(600);
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// Gives the same answer each time, and keeps the names.
+struct CountingResolver {
+    answer: Vec<SocketAddr>,
+    names: Mutex<Vec<String>>,
+}
+
+#[async_trait]
+impl DnsResolver for CountingResolver {
+    fn resolv_conf(&self) -> String {
+        OF_A_POD.to_owned()
+    }
+
+    async fn resolve(&self, name: &str) -> Option<Vec<SocketAddr>> {
+        self.names.lock().unwrap().push(name.to_owned());
+        Some(self.answer.clone())
+    }
+}
+
+impl CountingResolver {
+    /// Queries since the last call: A and AAAA for each name, and again below each search domain
+    /// for a name that does not end with a dot.
+    fn queries(&self) -> usize {
+        let names = std::mem::take(&mut *self.names.lock().unwrap());
+        let of = |name: &String| {
+            let host = name.split(':').next().unwrap_or_default();
+            let searched = OF_A_POD.lines().find_map(|line| line.strip_prefix("search")).unwrap_or_default();
+            let below = if host.ends_with('.') { 0 } else { searched.split_whitespace().count() };
+            2 * (below + 1)
+        };
+        names.iter().map(of).sum()
+    }
+}
+
+struct NoMesh;
+
+#[async_trait]
+impl MeshSource for NoMesh {
+    async fn mesh(&self) -> Option<MeshStatus> {
+        None
+    }
+}
+
+/// Runs the join task of an agent whose DNS lists so many others, of which so many are up, and
+/// counts the queries of an hour.
+async fn queries_of_an_hour(listed: u8, up: u8) -> usize {
+    let (identity, admission) = (Identity::generate(), Arc::new(StaticAdmission::new([])));
+    let node: NodeName = "here".parse().unwrap();
+    let (table, metrics, folder) = (SharedInventory::default(), Metrics::new(), tempfile::tempdir().unwrap());
+    let config = mesh::Config { listen: loopback() };
+    let started = mesh::start(config, node.clone(), &identity, table.clone(), admission.clone(), metrics.clone());
+    // The task of the mesh does not run: the test sends the news of the mesh.
+    let (mesh, _task, _) = started.await.unwrap();
+    let (joined_in, joined) = mpsc::channel(1);
+    let surroundings = TransferDependencies {
+        admission,
+        store: Arc::new(MemoryStore::new()),
+        partials: Arc::new(NoPartialBlobs),
+        metrics: metrics.clone(),
+        admitted_peers: joined_in,
+    };
+    let config = transfer::Config { listen: loopback(), gossip_port: 1, node, max_serving: 1 };
+    let transfer = Transfer::bind(config, &identity, surroundings).unwrap();
+    // Closed ports of this machine, so that those that are not up refuse at once.
+    let address = |number: u8| SocketAddr::from(([127, 0, 0, 1 + number], 9));
+    let answer = (0..listed).map(address).collect();
+    let resolver = Arc::new(CountingResolver { answer, names: Mutex::default() });
+    let (news_in, news) = mpsc::channel(up.max(1).into());
+    let inventory = PeerInventory::new(table);
+    for number in 0..up {
+        let node = format!("node-{number}").parse().unwrap();
+        let (transfer, gossip) = (address(number), address(number));
+        let peer = Peer { id: peer(number), node, zone: None, transfer, gossip };
+        inventory.apply(MeshEvent::Up(peer.clone()));
+        news_in.send(MembershipEvent::Up(peer)).await.unwrap();
+    }
+    let joiner = Joiner {
+        bootstrap_names: vec![SEED.to_owned()],
+        resolver: resolver.clone(),
+        peers_file: folder.path().join("peers.json"),
+        transfer,
+        mesh,
+        mesh_status: Arc::new(NoMesh),
+        inventory,
+        metrics,
+        bootstrap_addresses: watch::channel(Vec::new()).0,
+        shared_key: watch::channel(None).0,
+    };
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(joiner.run(joined, news, stop.clone()));
+    tokio::time::sleep(CONVERGED).await;
+    assert!(resolver.queries() > 0, "it resolves at the start");
+    tokio::time::sleep(HOUR).await;
+    stop.cancel();
+    running.await.unwrap();
+    resolver.queries()
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_knows_its_peers_sends_at_most_twelve_queries_an_hour() {
+    let queries = queries_of_an_hour(20, 20).await;
+    println!("figure dns_queries_per_agent_hour {queries} (the join task, an hour after convergence, paused clock)");
+    assert!((1..=12).contains(&queries), "{queries}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_with_an_unreachable_peer_sends_at_most_twelve_queries_an_hour() {
+    let queries = queries_of_an_hour(3, 2).await;
+    println!("figure dns_queries_per_agent_hour_one_away {queries} (of three others one never comes)");
+    assert!((1..=12).contains(&queries), "{queries}");
+}

@@ -1,0 +1,310 @@
+//! One image, from peers into the store.
+
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::agent::progress::Progress;
+use crate::agent::recover::{RecoverError, RecoveredImage};
+use crate::agent::reference_resolver::RecoveryRequest;
+use crate::oci::Descriptor;
+use crate::ports::{ChildKind, FetchError};
+use crate::testing::image::put_document;
+
+fn wanted(name: &str) -> RecoveryRequest {
+    name.parse::<Reference>().unwrap().into()
+}
+
+async fn recover(node: &TestNode, name: &str) -> Result<RecoveredImage, RecoverError> {
+    node.recoverer().recover(&wanted(name), &Progress::default(), &CancellationToken::new()).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_of_one_provider_is_recovered() {
+    let node = TestNode::new();
+    let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    let recovered = recover(&node, IMAGE).await.unwrap();
+    assert_eq!((recovered.fetched, recovered.present), (5, 0), "a manifest, a config and three layers");
+    assert_eq!(recovered.bytes, image.bytes());
+    assert_eq!(recovered.providers, [(peer(1), image.bytes())].into());
+    let by_digest = format!("r.test/shop/checkout@{}", image.target.digest);
+    assert_eq!(node.record_names().await, [IMAGE.to_owned(), by_digest]);
+    assert_eq!(node.store.pins(), 0);
+    node.store.collect();
+    assert_eq!(blobs_of(&*node.store).await.len(), 5, "the records alone hold every blob");
+}
+
+#[tokio::test(start_paused = true)]
+async fn gc_labels_are_written_with_the_manifest() {
+    let node = TestNode::new();
+    let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    recover(&node, IMAGE).await.unwrap();
+    let remembered = node.store.metadata(image.target.digest).unwrap();
+    let kinds: Vec<_> = remembered.children.iter().map(|child| child.kind).collect();
+    assert_eq!(kinds, [ChildKind::Config, ChildKind::Layer, ChildKind::Layer, ChildKind::Layer]);
+    assert_eq!(remembered.source.unwrap().to_string(), "r.test/shop/checkout");
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_missing_blobs_are_fetched() {
+    let node = TestNode::new();
+    let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    // The same seed and the same first layers: only the last layer, the config and the manifest differ.
+    put_image(&*node.store, &["r.test/other:1".into()], &[3000, 200], 7).await.unwrap();
+    let recovered = recover(&node, IMAGE).await.unwrap();
+    assert_eq!((recovered.fetched, recovered.present), (3, 2));
+    let layers: u64 = image.blobs[1..3].iter().map(|blob| blob.size).sum();
+    assert_eq!(recovered.bytes, image.bytes() - layers);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_by_digest_is_recovered_and_recorded_by_digest_alone() {
+    let node = TestNode::new();
+    let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    let name = format!("r.test/shop/checkout@{}", image.target.digest);
+    recover(&node, &name).await.unwrap();
+    assert_eq!(node.record_names().await, [name]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_digest_is_not_a_permission() {
+    let node = TestNode::new();
+    let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    for invented in ["evil.test/shop/checkout", "r.test:5000/shop/checkout", "r.test/shop/other"] {
+        let name = format!("{invented}@{}", image.target.digest);
+        let refused = recover(&node, &name).await;
+        assert!(matches!(refused, Err(RecoverError::NoProvider { .. })), "{invented}: {refused:?}");
+    }
+    assert!(blobs_of(&*node.store).await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lying_provider_is_passed_over_and_ranked_last_afterwards() {
+    let node = TestNode::new();
+    node.add_provider(1, IMAGE, Behaviour::Corrupts).await;
+    let image = node.add_provider(2, IMAGE, Behaviour::Honest).await;
+    let recovered = recover(&node, IMAGE).await.unwrap();
+    assert_eq!(recovered.providers, [(peer(2), image.bytes())].into());
+    assert!(node.fetcher.request_count(peer(1)) <= 1, "one lie is enough");
+}
+
+#[tokio::test(start_paused = true)]
+async fn dead_providers_are_ranked_last_afterwards() {
+    let node = TestNode::new();
+    // Enough of them that one is asked first, whatever the ranks.
+    for number in 1..=20 {
+        node.add_provider(number, IMAGE, Behaviour::Unreachable).await;
+    }
+    node.add_provider(21, IMAGE, Behaviour::Honest).await;
+    recover(&node, IMAGE).await.unwrap();
+    let asked: Vec<_> = (1..=20).map(|number| node.fetcher.request_count(peer(number))).collect();
+    // Before the first answer it may have been asked for each of the blobs that come at a time.
+    assert!(asked.iter().all(|times| *times <= 4) && asked.contains(&1), "{asked:?}");
+    let before: usize = asked.iter().sum();
+    node.store.collect();
+    recover(&node, IMAGE).await.unwrap();
+    let asked: Vec<_> = (1..=20).map(|number| node.fetcher.request_count(peer(number))).collect();
+    assert_eq!(asked.iter().sum::<usize>(), before, "nobody dead was asked again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_of_lying_providers_is_not_stored() {
+    let node = TestNode::new();
+    node.add_provider(1, IMAGE, Behaviour::Corrupts).await;
+    let failed = recover(&node, IMAGE).await.unwrap_err();
+    assert!(node.has_metric(r#"lighterman_peer_faults_total{fault="lied"} 1"#), "once for each fault");
+    let RecoverError::Fetch { attempts, .. } = &failed else { panic!("{failed:?}") };
+    assert!(matches!(attempts[..], [FetchError::Corrupt { .. }]));
+    assert!(failed.to_string().contains(&peer(1).to_string()), "the peer is named: {failed}");
+    assert!(blobs_of(&*node.store).await.is_empty() && node.record_names().await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_busy_provider_is_retried_and_a_dead_provider_is_not() {
+    let node = TestNode::new();
+    node.add_provider(1, IMAGE, Behaviour::Unreachable).await;
+    node.add_provider(2, IMAGE, Behaviour::BusyFor(3)).await;
+    let recovered = recover(&node, IMAGE).await.unwrap();
+    assert_eq!(recovered.providers.into_keys().collect::<Vec<_>>(), [peer(2)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn peers_that_disagree_on_a_tag_are_named_with_their_digests() {
+    let node = TestNode::new();
+    let first = node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    let store = Arc::new(MemoryStore::new());
+    let second = put_image(&*store, &[IMAGE.into()], &[5], 99).await.unwrap();
+    node.announce_store(2, store, Behaviour::Honest).await;
+    let refused = recover(&node, IMAGE).await.unwrap_err();
+    assert!(matches!(refused, RecoverError::TagDisagreement { .. }));
+    for digest in [first.target.digest, second.target.digest] {
+        assert!(refused.to_string().contains(&digest.to_string()), "{refused}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_over_the_size_limit_is_refused_before_a_layer_is_fetched() {
+    let node = TestNode::new();
+    node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    node.change_policy(|rules| rules.budgets.max_image_bytes = 1000);
+    let refused = recover(&node, IMAGE).await;
+    assert!(matches!(refused, Err(RecoverError::OverLimit(_))), "{refused:?}");
+    assert_eq!(node.fetcher.served().len(), 1, "only the manifest");
+    node.store.collect();
+    assert!(blobs_of(&*node.store).await.is_empty(), "which is not held: the next attempt will not get further");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_index_without_this_platform_is_refused() {
+    let node = TestNode::new();
+    let store = Arc::new(MemoryStore::new());
+    let image = put_image(&*store, &[], &[5], 1).await.unwrap();
+    put_index(&store, &image, "s390x").await;
+    node.announce_store(1, store, Behaviour::Honest).await;
+    let refused = recover(&node, IMAGE).await;
+    assert!(matches!(refused, Err(RecoverError::NoPlatform { .. })), "{refused:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_index_is_recovered_with_the_manifest_of_this_platform_alone() {
+    let node = TestNode::new();
+    let store = Arc::new(MemoryStore::new());
+    let image = put_image(&*store, &[], &[5], 1).await.unwrap();
+    put_index(&store, &image, &Platform::of_this_node().architecture).await;
+    node.announce_store(1, store, Behaviour::Honest).await;
+    let recovered = recover(&node, IMAGE).await.unwrap();
+    assert_ne!(recovered.digest, image.target.digest, "the record points at the index");
+    node.store.collect();
+    assert_eq!(blobs_of(&*node.store).await.len(), 4, "index, manifest, config, layer");
+}
+
+/// An index that names the image for one architecture, and something absent for another.
+async fn put_index(store: &MemoryStore, image: &MadeImage, architecture: &str) {
+    let manifest = &image.target;
+    let entry = |digest: Digest, architecture: &str| {
+        serde_json::json!({"mediaType": manifest.media_type, "digest": digest, "size": manifest.size,
+            "platform": {"architecture": architecture, "os": "linux"}})
+    };
+    let manifests = [entry(manifest.digest, architecture), entry(Digest::of(b"elsewhere"), "riscv64")];
+    let index = serde_json::json!({"schemaVersion": 2, "manifests": manifests}).to_string();
+    crate::testing::image::put_document(store, IMAGE, index).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_blob_that_is_no_manifest_is_refused_and_not_stored() {
+    let node = TestNode::new();
+    let store = Arc::new(MemoryStore::new());
+    crate::testing::image::put_document(&*store, IMAGE, "<html>".into()).await.unwrap();
+    node.announce_store(1, store, Behaviour::Honest).await;
+    let refused = recover(&node, IMAGE).await;
+    assert!(matches!(refused, Err(RecoverError::Document { .. })), "{refused:?}");
+    assert!(blobs_of(&*node.store).await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_recovery_that_is_stopped_leaves_no_record_and_no_pin() {
+    let node = TestNode::new();
+    node.add_provider(1, IMAGE, Behaviour::Hangs).await;
+    let recoverer = node.recoverer();
+    let (reference, progress, stop) = (wanted(IMAGE), Progress::default(), CancellationToken::new());
+    let (result, ()) = tokio::join!(recoverer.recover(&reference, &progress, &stop), async {
+        tokio::task::yield_now().await;
+        stop.cancel();
+    });
+    assert!(matches!(result, Err(RecoverError::Abandoned)));
+    assert!(node.fetcher.request_count(peer(1)) > 0, "it was stopped in the middle");
+    assert_eq!(node.store.pins(), 0);
+    assert!(node.record_names().await.is_empty());
+    node.store.collect();
+    assert!(blobs_of(&*node.store).await.is_empty(), "nothing is held");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_recovery_continues_without_a_claim_if_the_api_server_is_away() {
+    let node = TestNode::new();
+    node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    node.cluster.set_unavailable(true);
+    recover(&node, IMAGE).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_that_is_present_is_recorded_without_a_fetch() {
+    let node = TestNode::new();
+    node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    recover(&node, IMAGE).await.unwrap();
+    let again = recover(&node, IMAGE).await.unwrap();
+    assert_eq!((again.fetched, again.present, again.bytes), (0, 5, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn gc_labels_are_added_to_a_present_manifest() {
+    let node = TestNode::new();
+    let store = Arc::new(MemoryStore::new());
+    let image = put_image(&*store, &[IMAGE.into()], &[3000, 200], 7).await.unwrap();
+    let mut reader = store.open(image.target.digest).await.unwrap();
+    let manifest = reader.read_at(0, 1 << 20).await.unwrap();
+    node.announce_store(1, store, Behaviour::Honest).await;
+    let manifest = String::from_utf8(manifest.to_vec()).unwrap();
+    crate::testing::image::put_document(&*node.store, "r.test/left:over", manifest).await.unwrap();
+    let recovered = recover(&node, IMAGE).await.unwrap();
+    assert_eq!((recovered.fetched, recovered.present), (3, 1));
+    node.store.collect();
+    assert_eq!(blobs_of(&*node.store).await.len(), 4, "or the collector would have taken the layers");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_manifest_is_fetched_from_providers_that_lack_the_index() {
+    let node = TestNode::new();
+    let (with_index, with_rest) = (Arc::new(MemoryStore::new()), Arc::new(MemoryStore::new()));
+    let image = put_image(&*with_rest, &[], &[5], 1).await.unwrap();
+    put_index(&with_index, &image, &Platform::of_this_node().architecture).await;
+    node.announce_store(1, with_index, Behaviour::Honest).await;
+    node.announce_store(2, with_rest, Behaviour::Honest).await;
+    let recovered = recover(&node, IMAGE).await.unwrap();
+    assert_eq!(recovered.providers.into_keys().collect::<Vec<_>>().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_manifest_over_the_size_limit_is_not_requested() {
+    let node = TestNode::new();
+    let store = Arc::new(MemoryStore::new());
+    let huge = " ".repeat(usize::try_from(crate::oci::MAX_DOCUMENT_BYTES).unwrap() + 1);
+    crate::testing::image::put_document(&*store, IMAGE, huge).await.unwrap();
+    node.announce_store(1, store, Behaviour::Honest).await;
+    let refused = recover(&node, IMAGE).await.unwrap_err();
+    assert!(refused.to_string().contains("over the limit"), "{refused}");
+    assert_eq!(node.fetcher.request_count(peer(1)), 0, "not a byte of it moved");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_blob_with_an_open_writer_is_waited_for() {
+    let node = TestNode::new();
+    let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    let layer = &image.blobs[1];
+    let pin = node.store.pin(std::time::Duration::from_secs(600)).await.unwrap();
+    let writer = node.store.create(layer.digest, layer.size, &pin).await.unwrap();
+    let (recovered, ()) = tokio::join!(recover(&node, IMAGE), async {
+        tokio::time::sleep(std::time::Duration::from_secs(300)).await;
+        drop(writer);
+    });
+    assert_eq!(recovered.unwrap().fetched, 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_recorded_image_is_repaired_and_keeps_its_digest() {
+    let node = TestNode::new();
+    let here = put_image(&*node.store, &[IMAGE.to_owned()], &[3000, 200], 1).await.unwrap();
+    node.add_provider(2, IMAGE, Behaviour::Honest).await;
+    let recovered = recover(&node, IMAGE).await.unwrap();
+    assert_eq!((recovered.digest, recovered.fetched), (here.target.digest, 0), "peers hold another image by that name");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_record_of_something_else_than_an_image_is_ignored() {
+    let node = TestNode::new();
+    let page = put_document(&*node.store, IMAGE, "<html>".into()).await.unwrap();
+    let target = Descriptor { media_type: "text/html".into(), ..page };
+    node.store.put_image(&ImageRecord { name: IMAGE.into(), target }).await.unwrap();
+    let image = node.add_provider(2, IMAGE, Behaviour::Honest).await;
+    assert_eq!(recover(&node, IMAGE).await.unwrap().digest, image.target.digest);
+    assert!(node.record_names().await.contains(&IMAGE.to_owned()));
+}

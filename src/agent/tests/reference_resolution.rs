@@ -1,0 +1,131 @@
+//! What a reference means and who may be asked for it.
+
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::agent::progress::Progress;
+use crate::agent::recover::{RecoverError, ResolvedImage};
+use crate::agent::reference_resolver::RecoveryRequest;
+use crate::decide::tag::TagPolicy;
+use crate::ports::PullSecret;
+use crate::testing::image::{Recipe, make_image};
+
+fn wanted(name: &str) -> RecoveryRequest {
+    name.parse::<Reference>().unwrap().into()
+}
+
+async fn find(node: &TestNode, name: &str) -> Result<ResolvedImage, RecoverError> {
+    node.recoverer().find(&wanted(name)).await
+}
+
+/// Peers that hold images of this one name, one image for each seed, built at the time given.
+async fn peers_with(node: &TestNode, images: &[(u8, u8, &str)]) -> Vec<Digest> {
+    let mut roots = Vec::new();
+    for (number, seed, created) in images {
+        let store = Arc::new(MemoryStore::new());
+        let recipe = Recipe { layers: vec![100], created: Some((*created).to_owned()), ..Recipe::default() };
+        let image = make_image(&*store, &[IMAGE.to_owned()], &recipe, u64::from(*seed)).await.unwrap();
+        roots.push(image.target.digest);
+        node.announce_store(*number, store, Behaviour::Honest).await;
+    }
+    roots
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_tag_policy_resolves_a_disagreement_of_peers() {
+    let images = [(1, 1, "2026-01-01T00:00:00Z"), (2, 1, "2026-01-01T00:00:00Z"), (3, 2, "2026-03-01T00:00:00+02:00")];
+    for (policy, expected) in
+        [(TagPolicy::Unanimous, None), (TagPolicy::MostCommon, Some(0)), (TagPolicy::Newest, Some(2))]
+    {
+        let mut node = TestNode::new();
+        node.resolve.tag_policy = policy;
+        let roots = peers_with(&node, &images).await;
+        match (find(&node, IMAGE).await, expected) {
+            (Ok(found), Some(expected)) => assert_eq!(found.digest, roots[expected], "{policy:?}"),
+            (Err(RecoverError::TagDisagreement { digests, .. }), None) => {
+                assert_eq!(digests.iter().map(|(_, peers)| peers).sum::<usize>(), 3);
+            }
+            (other, _) => panic!("{policy:?}: {other:?}"),
+        }
+        assert!(blobs_of(&*node.store).await.is_empty(), "looking keeps nothing");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_newest_policy_refuses_images_without_a_creation_time() {
+    let mut node = TestNode::new();
+    node.resolve.tag_policy = TagPolicy::Newest;
+    peers_with(&node, &[(1, 1, "yesterday"), (2, 2, "2026-03-01T00:00:00Z")]).await;
+    assert!(matches!(find(&node, IMAGE).await, Err(RecoverError::TagDisagreement { .. })));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_of_the_source_registry_resolves_a_tag() {
+    let mut node = TestNode::new();
+    node.resolve.ask_registry = true;
+    node.resolve.pull_secret_namespaces = vec!["shop".into()];
+    let images = [(1, 1, "2026-01-01T00:00:00Z"), (2, 2, "2026-01-02T00:00:00Z")];
+    let roots = peers_with(&node, &images).await;
+    let reference: Reference = IMAGE.parse().unwrap();
+    assert!(matches!(find(&node, IMAGE).await, Err(RecoverError::TagDisagreement { .. })), "it is down: peers decide");
+    let ours = PullSecret(b"ours".to_vec());
+    node.registry.put_private_tag(reference.repository(), "v1", roots[1], ours.clone());
+    node.cluster.put_pull_secret("shop", "key", ours.clone());
+    node.cluster.put_pull_secret("bank", "key", ours);
+    let shown =
+        |namespace: &str| RecoveryRequest { pull_secrets: vec![(namespace.into(), "key".into())], ..wanted(IMAGE) };
+    let found = node.recoverer().find(&shown("shop")).await.unwrap();
+    assert_eq!(found.digest, roots[1]);
+    let unread = node.recoverer().find(&shown("bank")).await;
+    assert!(
+        matches!(unread, Err(RecoverError::TagDisagreement { .. })),
+        "that namespace did not give the right: {unread:?}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_digest_of_another_repository_is_recovered_only_with_any_repository() {
+    let mut node = TestNode::new();
+    let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    let invented = format!("invented.test:5000/other/app@{}", image.target.digest);
+    assert!(matches!(find(&node, &invented).await, Err(RecoverError::NoProvider { .. })));
+    node.resolve.any_repository = true;
+    assert_eq!(find(&node, &invented).await.unwrap().providers, [peer(1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_with_a_blob_without_provider_is_not_fetched() {
+    let node = TestNode::new();
+    let store = Arc::new(MemoryStore::new());
+    let image = put_image(&*store, &[IMAGE.to_owned()], &[3000, 200], 7).await.unwrap();
+    node.announce_store(1, store, Behaviour::Honest).await;
+    let layer = image.blobs[1].digest;
+    node.inventory.apply(MeshEvent::Changed(peer(1), vec![InventoryChange::Removed(InventoryItem::Blob(layer))]));
+    let refused = node.recoverer().recover(&wanted(IMAGE), &Progress::default(), &CancellationToken::new()).await;
+    let Err(RecoverError::BlobsWithoutProvider { blobs, .. }) = refused else { panic!("{refused:?}") };
+    assert_eq!(blobs, [layer]);
+    assert_eq!(node.fetcher.served(), [(peer(1), image.target.digest)], "not a byte of a layer moved");
+    assert_eq!(node.store.pins(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_refuses_imports_gets_no_recovery() {
+    let node = TestNode::new();
+    node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    node.imports.send_replace(ImportPermission::Refused("there are verifiers".into()));
+    let refused = find(&node, IMAGE).await.unwrap_err();
+    assert!(refused.to_string().contains("there are verifiers"), "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_with_a_layer_that_must_not_be_distributed_is_refused_with_the_reason() {
+    let node = TestNode::new();
+    let store = Arc::new(MemoryStore::new());
+    let recipe = Recipe { layers: vec![100], foreign: true, ..Recipe::default() };
+    make_image(&*store, &[IMAGE.to_owned()], &recipe, 1).await.unwrap();
+    node.announce_store(1, store, Behaviour::Honest).await;
+    let refused = node.recoverer().recover(&wanted(IMAGE), &Progress::default(), &CancellationToken::new()).await;
+    let Err(error @ RecoverError::NotDistributable { .. }) = refused else { panic!("{refused:?}") };
+    assert!(error.to_string().contains("licence"), "{error}");
+    assert!(node.record_names().await.is_empty());
+}

@@ -1,0 +1,175 @@
+//! What is here and wrong, or here and not whole, is mended with what peers hold.
+
+use tokio_util::sync::CancellationToken;
+
+use super::pod_controller::{RunningController, failing_pod, reports};
+use super::*;
+use crate::agent::progress::Progress;
+use crate::agent::recover::{RecoverError, RecoveredImage};
+use crate::agent::reference_resolver::RecoveryRequest;
+use crate::model::WaitingState;
+use crate::oci::Repository;
+use crate::ports::{BlobMetadata, PodReportKind, Unpacker as _};
+use crate::testing::image::{Recipe, make_image, put_document};
+
+async fn recover(node: &TestNode) -> Result<RecoveredImage, RecoverError> {
+    let wanted = IMAGE.parse::<Reference>().unwrap().into();
+    node.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await
+}
+
+/// The same image here and at a peer.
+async fn on_both_sides(recipe: &Recipe) -> (TestNode, MadeImage) {
+    let node = TestNode::new();
+    let theirs = Arc::new(MemoryStore::new());
+    make_image(&*theirs, &[IMAGE.into()], recipe, 7).await.unwrap();
+    node.announce_store(1, theirs, Behaviour::Honest).await;
+    let image = make_image(&*node.store, &[IMAGE.into()], recipe, 7).await.unwrap();
+    (node, image)
+}
+
+fn indexed() -> Recipe {
+    Recipe { layers: vec![3000, 200], index: true, ..Recipe::default() }
+}
+
+/// Whether every blob of the image is here after a collection, with the right bytes.
+async fn is_whole(store: &MemoryStore, image: &MadeImage) -> bool {
+    is_whole_of(store, image, 1 << 20).await
+}
+
+/// The same of an image whose blobs have this many bytes at most.
+async fn is_whole_of(store: &MemoryStore, image: &MadeImage, longest: usize) -> bool {
+    store.collect();
+    let mut whole = true;
+    for blob in image.blobs.iter().chain([&image.target]) {
+        let bytes = match store.open(blob.digest).await {
+            Ok(mut reader) => reader.read_at(0, longest).await.unwrap(),
+            Err(_) => return false,
+        };
+        whole &= Digest::of(&bytes) == blob.digest;
+    }
+    whole
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_small_blob_with_wrong_bytes_is_replaced_and_nothing_else_is_fetched() {
+    let (_, image) = on_both_sides(&indexed()).await;
+    for blob in image.blobs.iter().chain([&image.target]) {
+        let (node, image) = on_both_sides(&indexed()).await;
+        node.store.corrupt(blob.digest);
+        let recovered = recover(&node).await.unwrap();
+        assert_eq!((recovered.fetched, recovered.bytes), (1, blob.size), "{}", blob.media_type);
+        assert!(is_whole(&node.store, &image).await, "{}", blob.media_type);
+        assert_eq!(node.store.pins(), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_large_damaged_layer_is_replaced_if_the_kubelet_reported_missing_content() {
+    let recipe = Recipe { layers: vec![5 << 20, 200], ..Recipe::default() };
+    for (verify_layers, expected) in [(true, 1), (false, 0)] {
+        let (node, image) = on_both_sides(&recipe).await;
+        let layer = image.blobs.iter().find(|blob| blob.size > 4 << 20).unwrap();
+        node.store.corrupt(layer.digest);
+        let wanted = RecoveryRequest { verify_layers, ..IMAGE.parse::<Reference>().unwrap().into() };
+        let recovered =
+            node.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await.unwrap();
+        assert_eq!(recovered.fetched, expected, "in doubt: {verify_layers}");
+        if verify_layers {
+            assert_eq!(recovered.bytes, layer.size);
+            assert!(is_whole_of(&node.store, &image, 8 << 20).await);
+            assert_eq!(node.store.pins(), 0);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_damaged_layer_that_no_peer_has_stays() {
+    let node = TestNode::new();
+    let recipe = Recipe { layers: vec![5 << 20, 200], ..Recipe::default() };
+    let image = make_image(&*node.store, &[IMAGE.into()], &recipe, 7).await.unwrap();
+    let layer = image.blobs.iter().find(|blob| blob.size > 4 << 20).unwrap();
+    node.store.corrupt(layer.digest);
+    let wanted = RecoveryRequest { verify_layers: true, ..IMAGE.parse::<Reference>().unwrap().into() };
+    let _ = node.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await;
+    assert!(node.store.blob(layer.digest).await.unwrap().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replaced_manifest_keeps_its_source_and_gc_labels() {
+    let (node, image) = on_both_sides(&indexed()).await;
+    let other = Repository { registry: "mirror.test".into(), path: "checkout".into() };
+    let remembered = BlobMetadata { source: Some(other.clone()), children: Vec::new() };
+    node.store.add_metadata(image.target.digest, &remembered).await.unwrap();
+    node.store.corrupt(image.target.digest);
+    recover(&node).await.unwrap();
+    let blob = node.store.blob(image.target.digest).await.unwrap().unwrap();
+    let ours = IMAGE.parse::<Reference>().unwrap().repository().clone();
+    assert_eq!((blob.sources, blob.has_children), (vec![other, ours], true));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_damaged_blob_stays_while_no_provider_has_the_right_bytes() {
+    let (node, image) = on_both_sides(&indexed()).await;
+    let config = &image.blobs[1];
+    node.store.corrupt(config.digest);
+    node.fetcher.put_peer(peer(1), Arc::new(MemoryStore::new()), Behaviour::Unreachable);
+    let failed = recover(&node).await.unwrap_err();
+    assert!(matches!(failed, RecoverError::Fetch { digest, .. } if digest == config.digest), "{failed}");
+    node.store.collect();
+    assert_eq!(blobs_of(&*node.store).await.len(), 5, "nothing is removed before there is something better");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_recorded_image_without_its_blobs_is_repaired() {
+    for lost in 0..4 {
+        let (node, image) = on_both_sides(&indexed()).await;
+        let pin = node.store.pin(std::time::Duration::from_secs(600)).await.unwrap();
+        node.store.discard(image.blobs[lost].digest, &pin).await.unwrap();
+        let recovered = recover(&node).await.unwrap();
+        node.store.release(pin).await.unwrap();
+        assert_eq!((recovered.fetched, recovered.present), (1, 4), "without blob {lost}");
+        assert!(is_whole(&node.store, &image).await, "without blob {lost}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_artifact_is_refused_and_the_error_names_its_type() {
+    let node = TestNode::new();
+    let theirs = Arc::new(MemoryStore::new());
+    let config =
+        serde_json::json!({"mediaType": "application/vnd.oci.empty.v1+json", "digest": Digest::of(b"{}"), "size": 2});
+    let chart =
+        serde_json::json!({"schemaVersion": 2, "artifactType": "application/x.chart", "config": config, "layers": []});
+    put_document(&*theirs, IMAGE, chart.to_string()).await.unwrap();
+    node.announce_store(1, theirs, Behaviour::Honest).await;
+    let refused = recover(&node).await.unwrap_err();
+    assert!(refused.to_string().contains("an artifact of type \"application/x.chart\""), "{refused}");
+    assert!(blobs_of(&*node.store).await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_broken_image_that_is_unpacked_keeps_its_record_because_pods_start_from_the_snapshot() {
+    for is_unpacked in [true, false] {
+        let node = TestNode::new();
+        let recipe = Recipe { layers: vec![3000, 200], nested: true, ..Recipe::default() };
+        let here = make_image(&*node.store, &[IMAGE.to_owned()], &recipe, 1).await.unwrap();
+        let pin = node.store.pin(std::time::Duration::from_secs(36_000)).await.unwrap();
+        // The lower layer alone is no image.
+        for layer in here.layers.iter().take(if is_unpacked { 2 } else { 1 }) {
+            node.store.unpack(layer, &pin).await.unwrap();
+        }
+        node.store.remove_blob(here.layers[0].blob.digest);
+        node.registry.put_registry("r.test");
+        let mut pod = failing_pod("p", IMAGE, "");
+        pod.containers[0].waiting = Some(WaitingState {
+            reason: "CreateContainerError".into(),
+            message: "failed to unpack: content digest sha256:00: not found".into(),
+        });
+        let controller = RunningController::start(&node);
+        controller.send_pod(pod).await;
+        tokio::time::sleep(std::time::Duration::from_secs(1800)).await;
+        assert_eq!(node.record_names().await.is_empty(), !is_unpacked);
+        assert_eq!(reports(&node).iter().any(|(_, kind)| *kind == PodReportKind::RecordRemoved), !is_unpacked);
+        controller.stop().await;
+    }
+}

@@ -1,0 +1,114 @@
+//! Real meshes and doors on loopback: what a fetch that fails tells the mesh.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::*;
+use crate::admission::StaticAdmission;
+use crate::agent::suspecting_fetcher::SuspectingFetcher;
+use crate::agent::udp_watch::UdpState;
+use crate::config::loopback;
+use crate::identity::Identity;
+use crate::mesh::{self, MembershipEvent, Mesh, SharedInventory};
+use crate::model::Credential;
+use crate::ports::{BlobSink, FetchError, Fetcher, NoPartialBlobs};
+use crate::transfer::{self, Transfer, TransferDependencies};
+
+/// Far more than this takes, for the verdicts and for the test.
+const LONG: Duration = Duration::from_secs(120);
+
+/// A mesh and a door, and nobody who greets whom the mesh would like to meet.
+struct GossipNode {
+    peer: Peer,
+    mesh: Mesh,
+    inventory: PeerInventory,
+    transfer: Transfer,
+    news: mpsc::Receiver<MembershipEvent>,
+    _joined: mpsc::Receiver<Peer>,
+    _stop: DropGuard,
+}
+
+impl GossipNode {
+    async fn start(identity: &Identity, admission: &Arc<StaticAdmission>) -> Self {
+        let (node, table, stop): (NodeName, _, _) =
+            ("n".parse().unwrap(), SharedInventory::default(), CancellationToken::new());
+        let config = mesh::Config { listen: loopback() };
+        let started =
+            mesh::start(config, node.clone(), identity, table.clone(), admission.clone(), Metrics::new()).await;
+        let (mesh, task, gossip) = started.unwrap();
+        let config =
+            transfer::Config { listen: loopback(), gossip_port: gossip.port(), node: node.clone(), max_serving: 1 };
+        let (joined_in, joined) = mpsc::channel(8);
+        let surroundings = TransferDependencies {
+            admission: admission.clone(),
+            store: Arc::new(MemoryStore::new()),
+            partials: Arc::new(NoPartialBlobs),
+            metrics: Metrics::new(),
+            admitted_peers: joined_in,
+        };
+        let transfer = Transfer::bind(config, identity, surroundings).unwrap();
+        let peer = Peer { id: identity.peer_id(), node, zone: None, transfer: transfer.local_addr(), gossip };
+        let (news_in, news) = mpsc::channel(64);
+        tokio::spawn(task.run(news_in, stop.clone()));
+        tokio::spawn(transfer.clone().run(stop.clone()));
+        mesh.introduce(Credential::default(), peer.transfer, gossip, None).await;
+        let inventory = PeerInventory::new(table);
+        Self { peer, mesh, inventory, transfer, news, _joined: joined, _stop: stop.drop_guard() }
+    }
+
+    async fn connect(&self, other: &Self) {
+        self.mesh.admit(other.peer.clone(), LONG).await;
+        other.mesh.admit(self.peer.clone(), LONG).await;
+    }
+}
+
+struct DiscardingSink;
+
+#[async_trait]
+impl BlobSink for DiscardingSink {
+    async fn append(&mut self, _: &[Bytes]) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
+
+async fn fetch_from_an_unreachable_peer() {
+    let identities = [Identity::generate(), Identity::generate(), Identity::generate()];
+    let admission = Arc::new(StaticAdmission::new(identities.iter().map(Identity::peer_id)));
+    let mut ours = GossipNode::start(&identities[0], &admission).await;
+    let (between, theirs) =
+        (GossipNode::start(&identities[1], &admission).await, GossipNode::start(&identities[2], &admission).await);
+    // These two hear of each other through the third: a neighbour that has just answered a ping is not doubted.
+    ours.connect(&between).await;
+    theirs.connect(&between).await;
+    let (peer, blob) = (theirs.peer.id, Digest::of(b"told, and not there"));
+    theirs.mesh.announce(vec![InventoryChange::Added(InventoryItem::Blob(blob))]).await;
+    let mut changes = ours.inventory.changes();
+    changes.wait_for(|_| ours.inventory.blob_providers(blob) == [peer]).await.unwrap();
+
+    let fetcher =
+        SuspectingFetcher { transfer: ours.transfer.clone(), mesh: ours.mesh.clone(), udp: UdpState::default() };
+    ours.transfer.add_peer_address(&theirs.peer);
+    let failed = fetcher.fetch(peer, blob, 1, &mut DiscardingSink).await;
+    assert!(matches!(failed, Err(FetchError::Absent { .. })), "{failed:?}");
+    // It answers after everything that was said to it before.
+    ours.mesh.status().await.unwrap();
+    assert_eq!(ours.inventory.blob_providers(blob), [peer], "who answers is not doubted");
+
+    // Its address is one where nobody answers.
+    let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    ours.transfer.remove_peer(peer);
+    ours.transfer.add_peer_address(&Peer { transfer: silent.local_addr().unwrap(), ..theirs.peer.clone() });
+    let failed = fetcher.fetch(peer, blob, 1, &mut DiscardingSink).await;
+    assert!(matches!(failed, Err(FetchError::Unreachable { .. })), "{failed:?}");
+    // It lives and will say so, so that it is a holder again soon: what counts is that it was none.
+    while ours.news.recv().await.expect("the mesh runs") != MembershipEvent::Down(peer) {}
+}
+
+#[tokio::test]
+async fn an_unreachable_provider_is_suspected_and_a_provider_that_answers_with_an_error_stays() {
+    tokio::time::timeout(LONG, fetch_from_an_unreachable_peer()).await.expect("the peer is not doubted");
+}

@@ -1,0 +1,130 @@
+//! The watch of this node's pods.
+
+use std::pin::pin;
+
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::Pod;
+use kube::Api;
+use kube::runtime::{WatchStreamExt, watcher};
+use rand::Rng;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::KubeCluster;
+use super::api_error::error_chain;
+use super::pod_view::pod_view;
+use crate::model::{NodeName, PodRef};
+use crate::ports::PodEvent;
+
+impl KubeCluster {
+    /// Tells `out` about every pod of this node until `stop`, or until nobody listens any more. Waits for `out` when it is full:
+    /// the API server then ends the watch, and it is taken up again where it stood.
+    pub async fn watch_pods(&self, out: mpsc::Sender<PodEvent>, stop: CancellationToken) {
+        stop.run_until_cancelled(async {
+            let wait = rand::rng().random_range(0.0..=1.0);
+            tokio::time::sleep(self.start_jitter.mul_f64(wait)).await;
+            self.watch(out).await;
+        })
+        .await;
+    }
+
+    /// Whether every pod that existed when the agent started has been seen. It stays true when the API server goes away later: the
+    /// agent is then still of use, and more than ever.
+    pub fn synced(&self) -> watch::Receiver<bool> {
+        self.synced.subscribe()
+    }
+
+    async fn watch(&self, out: mpsc::Sender<PodEvent>) {
+        let pods = Api::<Pod>::all(self.client.clone());
+        // From 0.8 s to 30 s, with jitter; an error after two quiet minutes begins at 0.8 s again.
+        let mut events = pin!(watcher(pods, watch_config(&self.agent_pod.node)).default_backoff());
+        let mut listed = Vec::new();
+        while let Some(event) = events.next().await {
+            let event = match event {
+                Ok(event) => event,
+                Err(error) => {
+                    tracing::warn!(node = %self.agent_pod.node, error = error_chain(&error), "the watch of this node's pods failed; it is tried again");
+                    continue;
+                }
+            };
+            let Some(event) = translate(event, &mut listed) else { continue };
+            self.mirror_pods.apply_event(&event);
+            self.own_pod.apply_event(&self.agent_pod, &event);
+            let done = matches!(event, PodEvent::Synced(_));
+            if out.send(event).await.is_err() {
+                return;
+            }
+            if done {
+                self.synced.send_replace(true);
+            }
+        }
+    }
+}
+
+/// This node's pods, from the API server's watch cache.
+///
+/// Listed in one page: asked for pages, kube leaves `resourceVersion=0` away, which makes the list a quorum read that etcd answers by
+/// going through every pod of the cluster. A node has a few hundred pods at most (the kubelet's default limit is 110).
+fn watch_config(node: &NodeName) -> watcher::Config {
+    let mut selection = watcher::Config::default().fields(&format!("spec.nodeName={node}")).any_semantic();
+    selection.page_size = None;
+    selection
+}
+
+/// `listed` collects the pods of a list until it is complete.
+fn translate(event: watcher::Event<Pod>, listed: &mut Vec<PodRef>) -> Option<PodEvent> {
+    match event {
+        watcher::Event::Init => {
+            listed.clear();
+            None
+        }
+        watcher::Event::InitApply(pod) => {
+            let view = pod_view(pod)?;
+            listed.push(view.pod.clone());
+            Some(PodEvent::Applied(Box::new(view)))
+        }
+        watcher::Event::InitDone => Some(PodEvent::Synced(std::mem::take(listed))),
+        watcher::Event::Apply(pod) => pod_view(pod).map(|view| PodEvent::Applied(Box::new(view))),
+        watcher::Event::Delete(pod) => pod_view(pod).map(|view| PodEvent::Deleted(view.pod)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+    fn pod(name: &str) -> Pod {
+        let name = Some(name.to_owned());
+        let metadata = ObjectMeta { name: name.clone(), namespace: name.clone(), uid: name, ..ObjectMeta::default() };
+        Pod { metadata, ..Pod::default() }
+    }
+
+    #[test]
+    fn an_interrupted_pod_list_starts_again() {
+        let mut listed = Vec::new();
+        let mut names = |events: Vec<watcher::Event<Pod>>| {
+            let events: Vec<_> = events.into_iter().filter_map(|event| translate(event, &mut listed)).collect();
+            match events.last() {
+                Some(PodEvent::Synced(pods)) => pods.iter().map(|pod| pod.name.clone()).collect(),
+                _ => vec!["not synced".to_owned()],
+            }
+        };
+        use watcher::Event::{Init, InitApply, InitDone};
+        assert_eq!(names(vec![Init, InitApply(pod("a"))]), ["not synced"]);
+        assert_eq!(names(vec![Init, InitApply(pod("b")), InitDone]), ["b"]);
+        assert_eq!(names(vec![Init, InitDone]), Vec::<String>::new());
+    }
+
+    #[test]
+    fn this_nodes_pods_are_listed_without_a_quorum_read() {
+        let selection = watch_config(&"node-1".parse().unwrap());
+        assert_eq!(selection.field_selector.as_deref(), Some("spec.nodeName=node-1"));
+        let list = kube::api::ListParams::default().fields("spec.nodeName=node-1").match_any();
+        assert_eq!(selection.list_semantic, watcher::ListSemantic::Any);
+        // With a limit, this request would lack its resource version; see `selection`.
+        let request = kube::core::Request::new("/api/v1/pods").list(&list).unwrap();
+        assert_eq!(selection.page_size, list.limit);
+        assert!(request.uri().query().unwrap().contains("resourceVersion=0"), "{}", request.uri());
+    }
+}

@@ -1,0 +1,202 @@
+//! Answers of the API server, asked for one at a time and kept for a moment.
+//!
+//! What is looked at in this way is not watched: a thousand nodes that watch every namespace are a thousand watches for what changes
+//! once a month. Not here: what is asked.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::api_error::ApiError;
+
+/// A refusal, or an API server that did not answer, stands for so long, so that not everybody waits for the same again.
+const ERROR_TTL: Duration = Duration::from_secs(5);
+
+/// While the API server does not answer, what it said last counts for so long. Outages of a control plane and of a registry come
+/// together, and an upgrade of the former takes minutes.
+const STALE_IF_ERROR: Duration = Duration::from_secs(15 * 60);
+
+/// What is known under each key. Of those who ask for one key at once, one asks the API server and all get its answer.
+pub(super) struct ResponseCache<K, V> {
+    ttl: Duration,
+    max_entries: usize,
+    slots: Mutex<HashMap<K, CacheSlot<V>>>,
+}
+
+struct CacheSlot<V> {
+    used: Instant,
+    /// Held while the API server is asked, so that everybody else waits for the same answer.
+    state: Arc<tokio::sync::Mutex<CachedResult<V>>>,
+}
+
+struct CachedResult<V> {
+    response: Option<(Instant, V)>,
+    error: Option<(Instant, ApiError)>,
+}
+
+impl<V> Default for CachedResult<V> {
+    fn default() -> Self {
+        Self { response: None, error: None }
+    }
+}
+
+impl<V: Clone> CachedResult<V> {
+    fn response_within(&self, limit: Duration) -> Option<V> {
+        self.response.as_ref().filter(|(at, _)| at.elapsed() < limit).map(|(_, known)| known.clone())
+    }
+
+    fn recent_error(&self) -> Option<ApiError> {
+        self.error.as_ref().filter(|(at, _)| at.elapsed() < ERROR_TTL).map(|(_, failure)| failure.clone())
+    }
+}
+
+impl<K: Clone + Eq + Hash, V: Clone> ResponseCache<K, V> {
+    /// An answer counts for `fresh`. When more than `most` keys are asked for, the one unused for longest is forgotten.
+    pub(super) fn new(fresh: Duration, most: usize) -> Self {
+        Self { ttl: fresh, max_entries: most, slots: Mutex::default() }
+    }
+
+    /// `ask` is only polled when nothing fresh is known.
+    ///
+    /// What does not exist is forgotten at once. What may not be asked any more is refused, but not forgotten: rights come and go while
+    /// an API server starts.
+    pub(super) async fn get(&self, key: K, fetch: impl Future<Output = Result<V, ApiError>>) -> Result<V, ApiError> {
+        let state = self.slot(key);
+        let mut state = state.lock().await;
+        if let Some(known) = state.response_within(self.ttl) {
+            return Ok(known);
+        }
+        let failure = match state.recent_error() {
+            Some(failure) => failure,
+            None => match fetch.await {
+                Ok(value) => {
+                    *state = CachedResult { response: Some((Instant::now(), value.clone())), error: None };
+                    return Ok(value);
+                }
+                Err(failure) => {
+                    if matches!(failure, ApiError::NotFound(_)) {
+                        state.response = None;
+                    }
+                    state.error = Some((Instant::now(), failure.clone()));
+                    failure
+                }
+            },
+        };
+        match state.response_within(STALE_IF_ERROR) {
+            Some(known) if matches!(failure, ApiError::Unavailable(_)) => Ok(known),
+            _ => Err(failure),
+        }
+    }
+
+    fn slot(&self, key: K) -> Arc<tokio::sync::Mutex<CachedResult<V>>> {
+        let mut slots = self.slots.lock().expect("nothing panics while holding it");
+        if !slots.contains_key(&key) && slots.len() >= self.max_entries {
+            let oldest = slots.iter().min_by_key(|(_, slot)| slot.used).map(|(key, _)| key.clone());
+            oldest.and_then(|key| slots.remove(&key));
+        }
+        let slot = slots.entry(key).or_insert_with(|| CacheSlot { used: Instant::now(), state: Arc::default() });
+        slot.used = Instant::now();
+        slot.state.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    const FRESH: Duration = Duration::from_secs(30);
+    const MOST: usize = 8;
+
+    type Answer = Result<&'static str, ApiError>;
+
+    fn test_cache() -> ResponseCache<&'static str, &'static str> {
+        ResponseCache::new(FRESH, MOST)
+    }
+
+    fn down() -> Answer {
+        Err(ApiError::Unavailable("down".into()))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_response_is_cached_until_it_expires() {
+        let cached = test_cache();
+        let ask = async |value| cached.get("shop", async move { Ok(value) }).await.unwrap();
+        assert_eq!(ask("old").await, "old");
+        assert_eq!(ask("new").await, "old");
+        tokio::time::advance(FRESH).await;
+        assert_eq!(ask("new").await, "new");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn concurrent_lookups_share_one_request() {
+        for answer in
+            [Ok("yes"), down(), Err(ApiError::NotFound(String::new())), Err(ApiError::Forbidden(String::new()))]
+        {
+            let cached = test_cache();
+            let requests = AtomicUsize::new(0);
+            let ask = async || {
+                let request = async {
+                    requests.fetch_add(1, Ordering::Relaxed);
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    answer.clone()
+                };
+                cached.get("shop", request).await
+            };
+            let answers = futures::future::join_all((0..100).map(|_| ask())).await;
+            assert!(answers.iter().all(|each| each.is_ok() == answer.is_ok()), "{answer:?}");
+            assert_eq!(requests.load(Ordering::Relaxed), 1, "{answer:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stale_response_is_served_while_the_api_server_is_unavailable() {
+        let cached = test_cache();
+        let ask = async |answer: Answer| cached.get("shop", async { answer }).await;
+        ask(Ok("yes")).await.unwrap();
+        tokio::time::advance(STALE_IF_ERROR - ERROR_TTL).await;
+        assert_eq!(ask(down()).await.unwrap(), "yes");
+        tokio::time::advance(ERROR_TTL).await;
+        assert!(matches!(ask(down()).await, Err(ApiError::Unavailable(text)) if text == "down"));
+        tokio::time::advance(ERROR_TTL).await;
+        assert_eq!(ask(Ok("back")).await.unwrap(), "back");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stale_response_is_not_served_for_a_missing_or_forbidden_object() {
+        let cached = test_cache();
+        let ask = async |answer: Answer| cached.get("shop", async { answer }).await;
+        ask(Ok("yes")).await.unwrap();
+        tokio::time::advance(FRESH).await;
+        assert!(matches!(ask(Err(ApiError::Forbidden(String::new()))).await, Err(ApiError::Forbidden(_))));
+        tokio::time::advance(ERROR_TTL).await;
+        assert_eq!(ask(down()).await.unwrap(), "yes", "rights come and go while an API server starts");
+        tokio::time::advance(ERROR_TTL).await;
+        assert!(matches!(ask(Err(ApiError::NotFound(String::new()))).await, Err(ApiError::NotFound(_))));
+        tokio::time::advance(ERROR_TTL).await;
+        assert!(matches!(ask(down()).await, Err(ApiError::Unavailable(_))));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cancelled_lookup_leaves_the_request_to_the_next_lookup() {
+        let cached = test_cache();
+        let silent = cached.get("shop", std::future::pending());
+        assert!(tokio::time::timeout(ERROR_TTL, silent).await.is_err());
+        assert_eq!(cached.get("shop", async { Ok("yes") }).await.unwrap(), "yes");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_cache_is_bounded() {
+        let cached = ResponseCache::new(FRESH, MOST);
+        for key in 0..MOST + 2 {
+            tokio::time::advance(Duration::from_millis(1)).await;
+            cached.get(key, async { Ok("yes") }).await.unwrap();
+        }
+        let slots = cached.slots.lock().unwrap();
+        assert_eq!(slots.len(), MOST);
+        assert!(!slots.contains_key(&1) && slots.contains_key(&2));
+    }
+}

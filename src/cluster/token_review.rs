@@ -1,0 +1,54 @@
+//! TokenReview: the API server's own word on a token, which knows what no signature tells: that the pod is gone, or the ServiceAccount.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
+use kube::api::PostParams;
+use kube::core::Request;
+use tokio::time::Instant;
+
+use super::api_error::ApiError;
+use super::api_server::ApiServerClient;
+use crate::decide::review_budget::ReviewBudget;
+use crate::model::{Credential, PeerId};
+
+/// An API server that needs longer is not held up further; the offline verdict stands. The door waits for 5 s in all.
+const REVIEW_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What may be asked now.
+pub(super) struct SharedReviewBudget(Mutex<ReviewBudget>);
+
+impl SharedReviewBudget {
+    pub(super) fn full() -> Self {
+        Self(Mutex::new(ReviewBudget::full(Instant::now().into_std())))
+    }
+
+    /// Takes one review, if there is one, in a cluster of so many agents.
+    pub(super) fn try_take(&self, agents: usize) -> bool {
+        self.0.lock().expect("nothing panics while holding it").try_take(agents, Instant::now().into_std())
+    }
+}
+
+/// Whether the API server takes this token for one of `user`, made for `peer`.
+pub(super) async fn review_token(
+    server: &Arc<ApiServerClient>,
+    peer: PeerId,
+    credential: &Credential,
+    user: &str,
+) -> Result<bool, ApiError> {
+    let audience = peer.to_string();
+    let payload = TokenReview {
+        spec: TokenReviewSpec { token: Some(credential.expose().to_owned()), audiences: Some(vec![audience.clone()]) },
+        ..TokenReview::default()
+    };
+    let body = serde_json::to_vec(&payload).map_err(|error| ApiError::Other(error.to_string()))?;
+    let request = Request::new("/apis/authentication.k8s.io/v1/tokenreviews").create(&PostParams::default(), body);
+    let answer = server.send(REVIEW_TIMEOUT, request).await?;
+    // The answer repeats the token, so its text goes nowhere.
+    let status = serde_json::from_str::<TokenReview>(&answer).ok().and_then(|answer| answer.status);
+    let status = status.ok_or_else(|| ApiError::Other("the API server's answer is no TokenReview".to_owned()))?;
+    let is_user = status.user.and_then(|found| found.username).is_some_and(|name| name == user);
+    let for_peer = status.audiences.is_some_and(|audiences| audiences.contains(&audience));
+    Ok(status.authenticated == Some(true) && is_user && for_peer)
+}

@@ -1,0 +1,254 @@
+//! The peers that this agent found good by itself: what it takes their expired tokens for in an outage, and what need not be asked again.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::credential::token::Claims;
+use crate::decide::pod_keys::PodKeys;
+use crate::model::{NodeName, PeerId};
+
+/// As many as the door lets in: a cluster of 16 384 nodes, and as many again that came back with another
+/// key.
+pub(super) const MAX_PEERS: usize = 32_768;
+
+/// A refusal by the API server is asked for again after this; until then, and while nobody answers, it stands.
+const REJECTION_TTL: Duration = Duration::from_secs(60);
+
+pub(super) struct VerdictCache {
+    table: Mutex<VerdictTable>,
+    /// How long one is of use after its end.
+    grace: Duration,
+    changed: AtomicBool,
+}
+
+#[derive(Default)]
+struct VerdictTable {
+    verdicts: HashMap<PeerId, PeerVerdict>,
+    /// The keys of each pod. One pod's tokens for key after key do not fill the table.
+    pods: PodKeys,
+}
+
+/// What was found.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct PeerVerdict {
+    pub(super) pod_uid: String,
+    pub(super) node: Option<NodeName>,
+    /// When the token ends, since 1970; of several the last.
+    pub(super) expires: Duration,
+    review: ReviewOutcome,
+}
+
+/// What the API server itself said about a peer's pod.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum ReviewOutcome {
+    NotReviewed,
+    Accepted,
+    Rejected(Instant),
+}
+
+/// Whether the API server is to be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ReviewStatus {
+    /// It was, and said yes.
+    Accepted,
+    /// It was not.
+    NotReviewed,
+    /// It said no, a while ago.
+    RejectionExpired,
+    /// It said no.
+    Rejected,
+}
+
+impl VerdictCache {
+    pub(super) fn new(kept: impl IntoIterator<Item = (PeerId, PeerVerdict)>, grace: Duration) -> Self {
+        let mut table = VerdictTable::default();
+        kept.into_iter().take(MAX_PEERS).for_each(|(peer, verdict)| table.insert(peer, verdict));
+        Self { table: Mutex::new(table), grace, changed: AtomicBool::new(false) }
+    }
+
+    /// Whether the API server has to be asked about a good token.
+    pub(super) fn review_status(&self, peer: PeerId, claims: &Claims) -> ReviewStatus {
+        match self.matching(peer, claims).map(|verdict| verdict.review) {
+            None | Some(ReviewOutcome::NotReviewed) => ReviewStatus::NotReviewed,
+            Some(ReviewOutcome::Accepted) => ReviewStatus::Accepted,
+            Some(ReviewOutcome::Rejected(at)) if at.elapsed() < REJECTION_TTL => ReviewStatus::Rejected,
+            Some(ReviewOutcome::Rejected(_)) => ReviewStatus::RejectionExpired,
+        }
+    }
+
+    /// Remembers a good token. What the API server said about the same pod stays.
+    pub(super) fn record_verified(&self, peer: PeerId, claims: &Claims, now: Duration) {
+        let mut table = self.lock();
+        if let Some(known) = table.verdicts.get_mut(&peer).filter(|known| known.pod_uid == claims.pod_uid) {
+            known.expires = known.expires.max(claims.expires);
+            return;
+        }
+        // One that another member relayed may be older than what is known.
+        if table.verdicts.get(&peer).is_some_and(|known| known.expires > claims.expires) {
+            return;
+        }
+        if table.verdicts.len() >= MAX_PEERS && !table.verdicts.contains_key(&peer) {
+            table.retain(|verdict| verdict.expires.saturating_add(self.grace) >= now);
+            if table.verdicts.len() >= MAX_PEERS {
+                return;
+            }
+        }
+        table.insert(peer, PeerVerdict::from_claims(claims));
+        self.changed.store(true, Ordering::Relaxed);
+    }
+
+    /// Remembers what the API server said. A no goes before whatever was known of the peer.
+    pub(super) fn record_review(&self, peer: PeerId, claims: &Claims, passed: bool) {
+        let mut table = self.lock();
+        let review = if passed { ReviewOutcome::Accepted } else { ReviewOutcome::Rejected(Instant::now()) };
+        match table.verdicts.get_mut(&peer) {
+            Some(known) if known.pod_uid == claims.pod_uid => known.review = review,
+            Some(_) if !passed => table.insert(peer, PeerVerdict { review, ..PeerVerdict::from_claims(claims) }),
+            _ => {}
+        }
+    }
+
+    /// Whether this peer was good in this pod, and the API server never said no.
+    pub(super) fn is_verified(&self, peer: PeerId, claims: &Claims) -> bool {
+        self.matching(peer, claims).is_some_and(|verdict| !matches!(verdict.review, ReviewOutcome::Rejected(_)))
+    }
+
+    /// How many peers are known: about as many as the cluster has other agents.
+    pub(super) fn count(&self) -> usize {
+        self.lock().verdicts.len()
+    }
+
+    /// Those that are of use after a restart, and whether there are others than last time. What the API server refused is left out.
+    pub(super) fn to_stored(&self, now: Duration) -> Vec<(PeerId, PeerVerdict)> {
+        let mut table = self.lock();
+        table.retain(|verdict| verdict.expires.saturating_add(self.grace) >= now);
+        let good = table.verdicts.iter().filter(|(_, verdict)| !matches!(verdict.review, ReviewOutcome::Rejected(_)));
+        good.map(|(peer, verdict)| (*peer, verdict.clone())).collect()
+    }
+
+    /// Whether a peer has become known since this was asked last.
+    pub(super) fn take_changed(&self) -> bool {
+        self.changed.swap(false, Ordering::Relaxed)
+    }
+
+    fn matching(&self, peer: PeerId, claims: &Claims) -> Option<PeerVerdict> {
+        self.lock().verdicts.get(&peer).filter(|known| known.pod_uid == claims.pod_uid).cloned()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VerdictTable> {
+        self.table.lock().expect("nothing panics while holding it")
+    }
+}
+
+impl VerdictTable {
+    fn insert(&mut self, peer: PeerId, verdict: PeerVerdict) {
+        let pod = verdict.pod_uid.clone();
+        if let Some(before) = self.verdicts.insert(peer, verdict).filter(|before| before.pod_uid != pod) {
+            self.pods.remove(&before.pod_uid, peer);
+        }
+        if let Some(displaced) = self.pods.record(&pod, peer) {
+            self.verdicts.remove(&displaced);
+        }
+    }
+
+    fn retain(&mut self, is_kept: impl Fn(&PeerVerdict) -> bool) {
+        let Self { verdicts, pods } = self;
+        verdicts.retain(|peer, verdict| {
+            let is_kept = is_kept(verdict);
+            if !is_kept {
+                pods.remove(&verdict.pod_uid, *peer);
+            }
+            is_kept
+        });
+    }
+}
+
+impl PeerVerdict {
+    fn from_claims(claims: &Claims) -> Self {
+        Self::new(claims.pod_uid.clone(), claims.node.clone(), claims.expires)
+    }
+
+    pub(super) fn new(pod_uid: String, node: Option<NodeName>, until: Duration) -> Self {
+        Self { pod_uid, node, expires: until, review: ReviewOutcome::NotReviewed }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GRACE: Duration = Duration::from_secs(100);
+
+    fn peer(n: usize) -> PeerId {
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(&n.to_be_bytes());
+        PeerId::from_public_key(key)
+    }
+
+    fn claims(pod: &str, expires: u64) -> Claims {
+        let expires = Duration::from_secs(expires);
+        Claims { pod_name: "agent".into(), pod_uid: pod.into(), node: None, expires }
+    }
+
+    #[test]
+    fn the_verdict_cache_is_bounded_and_evicts_useless_verdicts() {
+        let verdicts = VerdictCache::new([], GRACE);
+        let at = Duration::from_secs;
+        (0..=MAX_PEERS).for_each(|n| verdicts.record_verified(peer(n), &claims(&format!("p{n}"), 1000), at(0)));
+        assert!(verdicts.take_changed() && !verdicts.take_changed());
+        let last = format!("p{MAX_PEERS}");
+        assert!(
+            verdicts.is_verified(peer(0), &claims("p0", 1000))
+                && !verdicts.is_verified(peer(MAX_PEERS), &claims(&last, 1000))
+        );
+        verdicts.record_verified(peer(MAX_PEERS), &claims(&last, 2000), at(1100));
+        assert!(!verdicts.is_verified(peer(MAX_PEERS), &claims(&last, 2000)), "all are of use for the length of grace");
+        verdicts.record_verified(peer(MAX_PEERS), &claims(&last, 2000), at(1101));
+        assert!(verdicts.is_verified(peer(MAX_PEERS), &claims(&last, 2000)));
+        assert_eq!(verdicts.to_stored(at(1101)).len(), 1);
+    }
+
+    #[test]
+    fn the_tokens_of_one_pod_for_many_keys_take_at_most_two_entries() {
+        let verdicts = VerdictCache::new([], GRACE);
+        verdicts.record_verified(peer(0), &claims("other", 1000), Duration::ZERO);
+        (1..1000).for_each(|n| verdicts.record_verified(peer(n), &claims("stolen", 1000), Duration::ZERO));
+        assert_eq!(verdicts.count(), 3);
+        assert!(verdicts.is_verified(peer(0), &claims("other", 1000)));
+        assert_eq!(verdicts.to_stored(Duration::from_secs(1101)).len(), 0);
+        verdicts.record_verified(peer(1), &claims("stolen", 2000), Duration::ZERO);
+        verdicts.record_verified(peer(2), &claims("stolen", 2000), Duration::ZERO);
+        assert_eq!(verdicts.count(), 2, "verdicts that ended take no room of their pod");
+    }
+
+    #[test]
+    fn a_later_pod_replaces_an_earlier_pod_and_not_the_other_way_round() {
+        let verdicts = VerdictCache::new([], GRACE);
+        for (pod, expires) in [("second", 2000), ("first", 1000), ("second", 1500)] {
+            verdicts.record_verified(peer(1), &claims(pod, expires), Duration::ZERO);
+        }
+        assert!(
+            verdicts.is_verified(peer(1), &claims("second", 0)) && !verdicts.is_verified(peer(1), &claims("first", 0))
+        );
+        assert_eq!(verdicts.to_stored(Duration::ZERO)[0].1.expires, Duration::from_secs(2000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_rejection_expires_after_a_minute_and_is_not_stored() {
+        let (verdicts, claims) = (VerdictCache::new([], GRACE), claims("p", 1000));
+        assert_eq!(verdicts.review_status(peer(1), &claims), ReviewStatus::NotReviewed);
+        verdicts.record_verified(peer(1), &claims, Duration::ZERO);
+        assert_eq!(verdicts.review_status(peer(1), &claims), ReviewStatus::NotReviewed);
+        verdicts.record_review(peer(1), &claims, false);
+        assert_eq!(verdicts.review_status(peer(1), &claims), ReviewStatus::Rejected);
+        assert!(!verdicts.is_verified(peer(1), &claims) && verdicts.to_stored(Duration::ZERO).is_empty());
+        tokio::time::advance(REJECTION_TTL).await;
+        assert_eq!(verdicts.review_status(peer(1), &claims), ReviewStatus::RejectionExpired);
+        verdicts.record_review(peer(1), &claims, true);
+        assert_eq!(verdicts.review_status(peer(1), &claims), ReviewStatus::Accepted);
+    }
+}

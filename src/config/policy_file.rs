@@ -1,0 +1,251 @@
+//! The rules file: what people change while agents run, as YAML in a key of a ConfigMap. Each field that it has replaces the value of the
+//! flag of the same name; it is checked as a whole, so that a wrong one changes nothing.
+//!
+//! Not here: watching it (`crate::agent::rules`).
+
+pub(super) mod quantity;
+#[cfg(test)]
+mod tests;
+mod yaml_node;
+
+use std::collections::BTreeSet;
+
+use serde::Deserialize;
+use serde_saphyr::Spanned;
+use serde_saphyr::options::{DuplicateKeyPolicy, MergeKeyPolicy};
+
+use crate::decide::opt_in::Trigger;
+use crate::decide::policy::Policy;
+use crate::decide::selector::Selector;
+use yaml_node::YamlNode;
+
+/// The longest file: a ConfigMap has no room for more (Kubernetes refuses one over 1 MiB).
+pub const MAX_BYTES: usize = 1 << 20;
+
+/// Most values of the file: Kubernetes is tested with 10 000 namespaces.
+const MAX_NODES: usize = 10_200;
+
+/// Most recoveries, and blobs, at a time. Each costs memory and connections; a node has two files' worth of pods at the very most.
+const MAX_CONCURRENT: u64 = 256;
+
+/// Longest selector. A label's key and value have at most 253 + 1 + 63 and 63 characters, so this has room for ten pairs of the longest.
+const MAX_SELECTOR: usize = 4096;
+
+/// What a rules file says. What it does not say stays as the flags have it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PolicyOverrides {
+    /// Nothing is recovered at all.
+    pub kill_switch: Option<bool>,
+    /// Namespaces that are left alone.
+    pub denied_namespaces: Option<BTreeSet<String>>,
+    /// Namespaces with such labels are left alone too.
+    pub denied_namespace_selector: Option<Selector>,
+    /// Denied namespaces with such labels are helped all the same.
+    pub allowed_namespace_selector: Option<Selector>,
+    /// The causes that recovery acts on; at least one.
+    pub salvage_on: Option<BTreeSet<Trigger>>,
+    /// Namespaces without a list of repositories get nothing.
+    pub require_repositories: Option<bool>,
+    /// Images recovered at the same time; at least 1.
+    pub concurrent_recoveries: Option<usize>,
+    /// Blobs of one image fetched at the same time; at least 1.
+    pub concurrent_blobs: Option<usize>,
+    /// Most bytes that one image may bring; 0 is no limit.
+    pub max_image_bytes: Option<u64>,
+    /// Bytes that stay free on the file systems of the content store and the snapshotter.
+    pub min_free_bytes: Option<u64>,
+    /// Percent in use from which the kubelet collects images.
+    pub collection_percent: Option<u8>,
+    /// Percent free below which the kubelet evicts pods.
+    pub eviction_percent: Option<u8>,
+    /// Most bytes per second from peers; 0 is no limit.
+    pub max_download_rate: Option<u64>,
+    /// Most bytes per second to peers; 0 is no limit.
+    pub max_upload_rate: Option<u64>,
+}
+
+/// A rules file that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line}, column {column}: {reason}")]
+pub struct PolicyFileError {
+    /// The line, from 1.
+    pub line: u64,
+    /// The character in it, from 1.
+    pub column: u64,
+    /// What is wrong there and what would be right.
+    pub reason: String,
+}
+
+/// The file as YAML has it, before its values are looked at.
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct RawPolicyFile {
+    kill_switch: Option<Spanned<YamlNode>>,
+    denied_namespaces: Option<Spanned<YamlNode>>,
+    denied_namespace_selector: Option<Spanned<YamlNode>>,
+    allowed_namespace_selector: Option<Spanned<YamlNode>>,
+    salvage_on: Option<Spanned<YamlNode>>,
+    require_repositories: Option<Spanned<YamlNode>>,
+    concurrent_recoveries: Option<Spanned<YamlNode>>,
+    concurrent_blobs: Option<Spanned<YamlNode>>,
+    max_image_bytes: Option<Spanned<YamlNode>>,
+    min_free_bytes: Option<Spanned<YamlNode>>,
+    collection_percent: Option<Spanned<YamlNode>>,
+    eviction_percent: Option<Spanned<YamlNode>>,
+    max_download_rate: Option<Spanned<YamlNode>>,
+    max_upload_rate: Option<Spanned<YamlNode>>,
+}
+
+impl PolicyOverrides {
+    /// Reads a file. An empty one, or one of comments alone, says nothing.
+    ///
+    /// # Errors
+    /// [`RulesFileError`] for the first thing that is wrong.
+    pub fn parse(text: &str) -> Result<Self, PolicyFileError> {
+        if text.len() > MAX_BYTES {
+            return Err(PolicyFileError { line: 1, column: 1, reason: format!("the file is over {MAX_BYTES} bytes") });
+        }
+        let written: Option<RawPolicyFile> = serde_saphyr::from_str_with_options(text, options()).map_err(|error| {
+            let place = error.location().map_or((1, 1), |place| (place.line(), place.column()));
+            PolicyFileError { line: place.0, column: place.1, reason: yaml_node::plain_message(&error) }
+        })?;
+        let RawPolicyFile {
+            kill_switch,
+            denied_namespaces,
+            denied_namespace_selector,
+            allowed_namespace_selector,
+            salvage_on,
+            require_repositories,
+            concurrent_recoveries,
+            concurrent_blobs,
+            max_image_bytes,
+            min_free_bytes,
+            collection_percent,
+            eviction_percent,
+            max_download_rate,
+            max_upload_rate,
+        } = written.unwrap_or_default();
+        Ok(Self {
+            kill_switch: read_field(kill_switch, yaml_node::boolean)?,
+            denied_namespaces: read_field(denied_namespaces, yaml_node::namespaces)?,
+            denied_namespace_selector: read_field(denied_namespace_selector, yaml_node::selector)?,
+            allowed_namespace_selector: read_field(allowed_namespace_selector, yaml_node::selector)?,
+            salvage_on: read_field(salvage_on, yaml_node::causes)?,
+            require_repositories: read_field(require_repositories, yaml_node::boolean)?,
+            concurrent_recoveries: read_field(concurrent_recoveries, yaml_node::count)?,
+            concurrent_blobs: read_field(concurrent_blobs, yaml_node::count)?,
+            max_image_bytes: read_field(max_image_bytes, yaml_node::bytes)?,
+            min_free_bytes: read_field(min_free_bytes, yaml_node::bytes)?,
+            collection_percent: read_field(collection_percent, |node| yaml_node::percent(node, 100))?,
+            eviction_percent: read_field(eviction_percent, |node| yaml_node::percent(node, 90))?,
+            max_download_rate: read_field(max_download_rate, yaml_node::rate)?,
+            max_upload_rate: read_field(max_upload_rate, yaml_node::rate)?,
+        })
+    }
+
+    /// Reads a file that may be anything.
+    ///
+    /// # Errors
+    /// As [`Overrides::parse`]; also for what is not UTF-8.
+    pub fn parse_bytes(bytes: &[u8]) -> Result<Self, PolicyFileError> {
+        let text = std::str::from_utf8(bytes).map_err(|error| {
+            let before = String::from_utf8_lossy(&bytes[..error.valid_up_to()]);
+            let line = before.matches('\n').count() + 1;
+            let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+            PolicyFileError { line: line as u64, column: column as u64, reason: "not UTF-8".into() }
+        })?;
+        Self::parse(text)
+    }
+
+    /// What is in force when these rules are overridden.
+    pub fn apply(&self, base: &Policy) -> Policy {
+        let mut rules = base.clone();
+        let (policy, budgets) = (&mut rules.opt_in, &mut rules.budgets);
+        override_with(&mut policy.kill_switch, &self.kill_switch);
+        override_with(&mut policy.denied_k8s_namespaces, &self.denied_namespaces);
+        override_with(&mut policy.recover_on, &self.salvage_on);
+        override_with(&mut policy.require_repositories, &self.require_repositories);
+        for (selector, said) in [
+            (&mut policy.denied_selector, &self.denied_namespace_selector),
+            (&mut policy.allowed_selector, &self.allowed_namespace_selector),
+        ] {
+            if said.is_some() {
+                selector.clone_from(said);
+            }
+        }
+        override_with(&mut budgets.concurrent_recoveries, &self.concurrent_recoveries);
+        override_with(&mut budgets.concurrent_blobs, &self.concurrent_blobs);
+        override_with(&mut budgets.max_image_bytes, &self.max_image_bytes);
+        override_with(&mut budgets.min_free_bytes, &self.min_free_bytes);
+        override_with(&mut budgets.collection_percent, &self.collection_percent);
+        override_with(&mut budgets.eviction_percent, &self.eviction_percent);
+        override_with(&mut budgets.max_download_rate, &self.max_download_rate);
+        override_with(&mut budgets.max_upload_rate, &self.max_upload_rate);
+        rules
+    }
+
+    /// What is said, by the names of its fields, for people. Lists are shown in part.
+    pub fn settings(&self) -> Vec<(&'static str, String)> {
+        let causes = self.salvage_on.as_ref().map(|causes| format_list(causes.iter().map(|cause| cause.name())));
+        let all = [
+            ("killSwitch", self.kill_switch.map(|on| on.to_string())),
+            (
+                "deniedNamespaces",
+                self.denied_namespaces.as_ref().map(|names| format_list(names.iter().map(String::as_str))),
+            ),
+            ("deniedNamespaceSelector", self.denied_namespace_selector.as_ref().map(Selector::to_string)),
+            ("allowedNamespaceSelector", self.allowed_namespace_selector.as_ref().map(Selector::to_string)),
+            ("salvageOn", causes),
+            ("requireRepositories", self.require_repositories.map(|on| on.to_string())),
+            ("concurrentRecoveries", self.concurrent_recoveries.map(|number| number.to_string())),
+            ("concurrentBlobs", self.concurrent_blobs.map(|number| number.to_string())),
+            ("maxImageBytes", self.max_image_bytes.map(quantity::show)),
+            ("minFreeBytes", self.min_free_bytes.map(quantity::show)),
+            ("collectionPercent", self.collection_percent.map(|percent| percent.to_string())),
+            ("evictionPercent", self.eviction_percent.map(|percent| percent.to_string())),
+            ("maxDownloadRate", self.max_download_rate.map(quantity::show)),
+            ("maxUploadRate", self.max_upload_rate.map(quantity::show)),
+        ];
+        all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+    }
+}
+
+/// Nobody needs anchors, aliases or merges for a flat list of settings, and bombs are made of them.
+fn options() -> serde_saphyr::Options {
+    serde_saphyr::options! {
+        budget: serde_saphyr::budget! {
+            max_aliases: 0,
+            max_anchors: 0,
+            max_depth: 8,
+            max_documents: 1,
+            max_nodes: MAX_NODES,
+        },
+        duplicate_keys: DuplicateKeyPolicy::Error,
+        merge_keys: MergeKeyPolicy::Error,
+        strict_booleans: true,
+    }
+}
+
+/// A field's value, if the field is there and not left empty.
+fn read_field<T>(
+    field: Option<Spanned<YamlNode>>,
+    parse: impl FnOnce(&Spanned<YamlNode>) -> Result<T, PolicyFileError>,
+) -> Result<Option<T>, PolicyFileError> {
+    field.as_ref().map(parse).transpose()
+}
+
+fn override_with<T: Clone>(value: &mut T, said: &Option<T>) {
+    if let Some(said) = said {
+        value.clone_from(said);
+    }
+}
+
+/// Names that are shown of a list.
+const MAX_SHOWN: usize = 8;
+
+fn format_list<'a>(names: impl ExactSizeIterator<Item = &'a str>) -> String {
+    let more = names.len().saturating_sub(MAX_SHOWN);
+    let shown: Vec<_> = names.take(MAX_SHOWN).collect();
+    let more = if more > 0 { format!(", and {more} more") } else { String::new() };
+    format!("[{}{more}]", shown.join(", "))
+}

@@ -1,0 +1,136 @@
+//! What a rules file may say, and how it is refused.
+
+use super::*;
+use crate::decide::policy::Budgets;
+
+fn flags() -> Policy {
+    Policy::default()
+}
+
+#[test]
+fn every_field_of_the_policy_file_replaces_its_flag() {
+    let text = r#"
+# For the maintenance of Friday night.
+killSwitch: true
+deniedNamespaces: [kube-system, "007"]
+deniedNamespaceSelector: tier=system
+allowedNamespaceSelector: "lighterman.dev/cni in (calico, cilium)"
+salvageOn:
+  - unavailable
+  - denied
+concurrentRecoveries: 3
+concurrentBlobs: 8
+maxImageBytes: 20Gi
+minFreeBytes: 4294967296
+collectionPercent: 90
+evictionPercent: 10
+maxDownloadRate: 50Mi
+maxUploadRate: 100M
+"#;
+    let overrides = PolicyOverrides::parse(text).unwrap();
+    let rules = overrides.apply(&flags());
+    assert!(rules.opt_in.kill_switch);
+    assert_eq!(rules.opt_in.denied_k8s_namespaces, ["007".to_owned(), "kube-system".to_owned()].into());
+    let budgets = Budgets {
+        concurrent_recoveries: 3,
+        concurrent_blobs: 8,
+        max_image_bytes: 20 << 30,
+        min_free_bytes: 4 << 30,
+        collection_percent: 90,
+        eviction_percent: 10,
+        max_download_rate: 50 << 20,
+        max_upload_rate: 100_000_000,
+    };
+    assert_eq!(rules.budgets, budgets);
+    assert_eq!(overrides.denied_namespace_selector, "tier=system".parse().ok());
+    assert_eq!(overrides.allowed_namespace_selector, "lighterman.dev/cni in (calico, cilium)".parse().ok());
+    assert_eq!(overrides.salvage_on, Some([Trigger::Unavailable, Trigger::Denied].into()));
+    let shown: Vec<_> = overrides.settings().into_iter().map(|(name, value)| format!("{name}: {value}")).collect();
+    assert_eq!(shown[1], "deniedNamespaces: [007, kube-system]");
+    assert_eq!(shown[7..9], ["maxImageBytes: 20Gi", "minFreeBytes: 4Gi"]);
+    assert_eq!(shown[9..11], ["collectionPercent: 90", "evictionPercent: 10"]);
+    assert_eq!(shown.len(), 13);
+}
+
+#[test]
+fn absent_fields_leave_the_flags_in_force() {
+    for text in ["", "\n\n", "# nothing yet\n", "---\n", "{}", "killSwitch:\n", "\u{feff}"] {
+        assert_eq!(PolicyOverrides::parse(text), Ok(PolicyOverrides::default()), "{text:?}");
+    }
+    assert_eq!(PolicyOverrides::default().apply(&flags()), flags());
+    let rules = PolicyOverrides::parse("concurrentBlobs: 1").unwrap().apply(&flags());
+    assert_eq!(rules.budgets, Budgets { concurrent_blobs: 1, ..flags().budgets });
+    assert_eq!(rules.opt_in, flags().opt_in);
+    let nothing_denied = PolicyOverrides::parse("deniedNamespaces: []").unwrap().apply(&flags());
+    assert!(nothing_denied.opt_in.denied_k8s_namespaces.is_empty());
+}
+
+#[test]
+fn an_error_names_its_position_and_the_allowed_values() {
+    for (text, line, column, said) in [
+        ("killSwitch: true\nkillSwich: true\n", 2, 1, "killSwich"),
+        ("# x\nkillSwitch: true\nkillSwitch: false\n", 3, 1, "killSwitch is here a second time"),
+        ("\nkillSwitch: yes\n", 2, 13, "true or false"),
+        ("killSwitch: [true]\n", 1, 13, "true or false"),
+        ("concurrentBlobs: 1\nconcurrentRecoveries: 0\n", 2, 23, "from 1 to 256"),
+        ("concurrentRecoveries: two", 1, 23, "from 1 to 256"),
+        ("concurrentBlobs: 257", 1, 18, "from 1 to 256"),
+        ("maxImageBytes: -1", 1, 16, "a negative number is given"),
+        ("maxImageBytes: 1.5", 1, 16, "a fraction"),
+        ("maxDownloadRate: 50 MB/s", 1, 18, "50Mi"),
+        ("maxUploadRate: 99999999999999999999", 1, 16, "whole number of bytes"),
+        ("minFreeBytes: {a: 1}", 1, 15, "a mapping is given"),
+        ("collectionPercent: 101", 1, 20, "from 0 to 100"),
+        ("evictionPercent: 91", 1, 18, "from 0 to 90"),
+        ("salvageOn: []", 1, 12, "one or more of unavailable"),
+        ("salvageOn: denied", 1, 12, "a list"),
+        ("salvageOn:\n  - unavailable\n  - notfound\n", 3, 5, "not-found"),
+        ("deniedNamespaces: kube-system", 1, 19, "a list of namespaces"),
+        ("deniedNamespaces:\n  - kube-system\n  - 7\n", 3, 5, "in quotes"),
+        ("deniedNamespaces: [Kube]", 1, 20, "a-z"),
+        ("deniedNamespaces: [a, ]\nallowedNamespaceSelector: ''\n", 2, 27, "a label selector"),
+        ("killSwitch: true\n  oops", 1, 13, "true oops"),
+        ("killSwitch: true\n---\nkillSwitch: false\n", 2, 1, "one document"),
+        ("- killSwitch\n", 1, 1, "killSwitch: true"),
+        ("<html>", 1, 1, "killSwitch: true"),
+        ("salvageOn: &a [denied]\n", 1, 15, "no anchors"),
+    ] {
+        let refused = PolicyOverrides::parse(text).expect_err(text);
+        assert!(!refused.reason.is_empty() && !refused.reason.contains('\n'), "{refused}");
+        assert_eq!((refused.line, refused.column), (line, column), "{text:?}: {refused}");
+        assert!(refused.reason.contains(said), "{text:?}: {refused}");
+    }
+}
+
+#[test]
+fn the_error_for_an_unknown_field_lists_the_known_fields() {
+    let refused = PolicyOverrides::parse("maxUpload: 1").unwrap_err();
+    assert!(refused.reason.contains("maxUploadRate"), "{refused}");
+}
+
+#[test]
+fn yaml_bombs_are_refused_before_expansion() {
+    let bomb = "a: &a [x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: [*b,*b,*b,*b,*b,*b,*b,*b]\n";
+    let deep = format!("salvageOn: {}", "[".repeat(100_000));
+    let many = format!("deniedNamespaces: [{}]", "a,".repeat(MAX_NODES));
+    let long = format!("#{}", " ".repeat(MAX_BYTES));
+    let merged = "x: &x {killSwitch: true}\n<<: *x\n";
+    for text in [bomb, &deep, &many, &long, merged] {
+        assert!(PolicyOverrides::parse(text).is_err(), "{}", text.chars().take(40).collect::<String>());
+    }
+}
+
+#[test]
+fn invalid_utf_8_is_reported_with_its_position() {
+    let refused = PolicyOverrides::parse_bytes(b"killSwitch: true\n# caf\xe9\n").unwrap_err();
+    assert_eq!((refused.line, refused.column, refused.reason.as_str()), (2, 6, "not UTF-8"));
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_policy_file_is_read_or_refused_without_a_panic(text in "((killSwitch|salvageOn|maxImageBytes|x): ?[\\[\\]{}&*a-z0-9\"'!|>-]{0,12}\n){0,4}|.{0,80}") {
+        if let Err(refused) = PolicyOverrides::parse(&text) {
+            proptest::prop_assert!(refused.line >= 1 && refused.column >= 1 && !refused.reason.is_empty());
+        }
+    }
+}

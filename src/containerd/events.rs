@@ -1,0 +1,120 @@
+//! Notices what others do to containerd's content, and tidies up.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use containerd_client::services::v1::SubscribeRequest;
+use containerd_client::services::v1::events_client::EventsClient;
+use containerd_client::tonic::Status;
+use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::ContainerdStore;
+use super::layer_leases::content_event;
+use crate::ports::{ContentEvent, STAGED_BLOB_LIFE, StoreError};
+
+/// A containerd that restarts is back in a second; one that stays away is asked for at a rate that costs nothing.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+impl ContainerdStore {
+    /// Follows containerd's events until `stop`, across its restarts, and removes what dropped writers leave.
+    pub async fn run(self, stop: CancellationToken) {
+        let mut pause = FIRST_PAUSE;
+        let mut logged = false;
+        loop {
+            let mut connected = false;
+            let Err(error) = tokio::select! {
+                () = stop.cancelled() => return,
+                ended = self.follow(&mut connected) => ended,
+            };
+            if connected {
+                (pause, logged) = (FIRST_PAUSE, false);
+            }
+            if !logged {
+                tracing::warn!(socket = %self.link.socket().display(), %error, "containerd's events ended; trying again");
+                logged = true;
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = sleep(pause) => {}
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Returns when the connection is lost. `connected` tells whether there was one.
+    async fn follow(&self, connected: &mut bool) -> Result<Infallible, StoreError> {
+        let failed = |status: Status| self.link.store_error(&status);
+        self.state.introspection.clear().await;
+        *self.state.ingest_mode.lock().await = None;
+        *self.state.snapshotter.lock().await = None;
+        let mut client = EventsClient::new(self.link.channel());
+        let subscribing = client.subscribe(self.link.request(SubscribeRequest { filters: self.filters() }));
+        tokio::pin!(subscribing);
+        // containerd sends nothing, not even headers, before the first event; so whether it is there is asked beside it.
+        let early = tokio::select! {
+            events = &mut subscribing => Some(events.map_err(failed)?),
+            ready = self.ready() => ready.map(|_| None)?,
+        };
+        *connected = true;
+        // Whatever happened before: the caller lists everything once the counter moves.
+        self.changed();
+        self.publish(ContentEvent::Missed);
+        self.sweep().await;
+        // At once, and then as often as something can become too old.
+        let mut sweeping = interval(STAGED_BLOB_LIFE);
+        sweeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut events = loop {
+            if let Some(events) = early {
+                break events;
+            }
+            tokio::select! {
+                events = &mut subscribing => break events.map_err(failed)?,
+                () = self.state.abandoned.notified() => self.sweep().await,
+                _ = sweeping.tick() => self.sweep_old_staging_files().await,
+            }
+        }
+        .into_inner();
+        // The first event is what answered. Only now is the subscription known to stand.
+        self.changed();
+        self.publish(ContentEvent::Missed);
+        loop {
+            tokio::select! {
+                event = events.message() => {
+                    let event = event.map_err(failed)?;
+                    let event = event.ok_or_else(|| StoreError::Unavailable("containerd ended its events".into()))?;
+                    if let Some(event) = content_event(&event) {
+                        self.publish(event);
+                    }
+                    self.changed();
+                }
+                () = self.state.abandoned.notified() => self.sweep().await,
+                _ = sweeping.tick() => self.sweep_old_staging_files().await,
+            }
+        }
+    }
+
+    /// Everything that happens to images and blobs in our namespace. `/content/create` comes from containerd 2.1 on; nothing comes when the
+    /// collector takes a blob.
+    fn filters(&self) -> Vec<String> {
+        let namespace = self.link.namespace();
+        ["images", "content"].map(|kind| format!("namespace==\"{namespace}\",topic~=\"^/{kind}/\"")).into()
+    }
+
+    async fn sweep(&self) {
+        if let Err(error) = self.sweep_abandoned().await {
+            // It is tried again after the next drop and the next reconnection, and the lease's end removes it in any case.
+            tracing::warn!(%error, "writes that were given up could not be aborted in containerd");
+        }
+        if let Err(error) = self.sweep_snapshots().await {
+            tracing::warn!(%error, "half unpacked layers that were given up could not be removed from containerd");
+        }
+    }
+
+    async fn sweep_old_staging_files(&self) {
+        if let Err(error) = self.sweep_staged().await {
+            tracing::warn!(%error, "what was staged and given up could not be removed");
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! What containerd tells about itself: where its content is, whether the CRI plugin runs and how it is set.
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use containerd_client::services::v1::containers_client::ContainersClient;
+use containerd_client::services::v1::introspection_client::IntrospectionClient;
+use containerd_client::services::v1::{ListContainersRequest, Plugin, PluginsRequest};
+use tokio::sync::Mutex;
+
+use super::client::MAX_MESSAGE;
+use super::content::blocking;
+use super::{ConfigError, ContainerdStore, IngestMode, Snapshotter};
+use crate::files::below_root;
+use crate::ports::StoreError;
+
+/// A node's containerd, as far as it can be seen from here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerdInfo {
+    /// As it gives it: `1.6.20`, `v2.1.4`.
+    pub version: String,
+    /// The content store's folder, if this process can see it and there is content.
+    pub content_root: Option<PathBuf>,
+    /// How staged blobs come into it; `None` as long as it has no folder for blobs, which is made with the first.
+    pub ingest: Option<IngestMode>,
+    /// Whether the CRI plugin runs, without which there are no pods.
+    pub cri: bool,
+    /// Whether layers are dropped once they are unpacked, so that they cannot be given to others. `None` where containerd does not tell: 2.x
+    /// keeps the setting in a part of its configuration that no API shows. Then only images without layers tell.
+    pub discards_unpacked_layers: Option<bool>,
+    /// What layers can be unpacked into before CRI does it.
+    pub snapshotter: Snapshotter,
+    /// The image of pods' sandboxes, as CRI writes its name: from the configuration (1.x), else from the newest sandbox there is. `None` on a
+    /// 2.x that has none.
+    pub sandbox_image: Option<String>,
+    /// Programs that decide whether an image may be pulled, which an import would pass by.
+    pub verifiers: ImageVerifiers,
+}
+
+/// What is known of the programs that containerd asks before it pulls an image. It tells only that
+/// it would ask them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageVerifiers {
+    /// containerd asks none: it has no such plugin (1.x), or their folder is absent or has no
+    /// program in it.
+    None,
+    /// There are some.
+    Found,
+    /// It has the plugin, and the folder cannot be seen from here.
+    Unseen,
+}
+
+/// Where containerd's socket usually is: k3s and RKE2, k0s, MicroK8s, its own place. Its own comes
+/// last, because Docker on a node of another distribution brings a containerd there that is not the
+/// kubelet's.
+const DEFAULT_SOCKETS: &[&str] = &[
+    "run/k3s/containerd/containerd.sock",
+    "run/k0s/containerd.sock",
+    "var/snap/microk8s/common/run/containerd.sock",
+    "run/containerd/containerd.sock",
+];
+
+/// Where image verifiers are by default (containerd 2: `bin_dir` of
+/// `io.containerd.image-verifier.v1.bindir`).
+pub const IMAGE_VERIFIER_DIR: &str = "/opt/containerd/image-verifier/bin";
+
+/// The first of the usual sockets under `root` that something listens on, else the first that is
+/// there. `root` is `/` or where the node's file system is mounted. A distribution that was removed
+/// may leave its socket.
+///
+/// # Errors
+/// [`ConfigError::NoSocket`] with the places that were looked at.
+pub fn find_socket(root: &Path) -> Result<PathBuf, ConfigError> {
+    let is_socket = |path: &&PathBuf| path.metadata().is_ok_and(|file| file.file_type().is_socket());
+    let answers = |path: &&PathBuf| UnixStream::connect(path).is_ok();
+    let places: Vec<_> = DEFAULT_SOCKETS.iter().map(|socket| below_root(root, Path::new(socket))).collect();
+    let found = places.iter().find(answers).or_else(|| places.iter().find(is_socket));
+    found.cloned().ok_or(ConfigError::NoSocket(places))
+}
+
+/// What was found, asked once per connection: a containerd that was restarted may have another configuration.
+pub(super) struct Introspection {
+    configured_root: Option<PathBuf>,
+    host_root: Option<PathBuf>,
+    plugins: Mutex<Option<PluginInfo>>,
+}
+
+#[derive(Clone)]
+struct PluginInfo {
+    /// Where it is, visible or not.
+    content_root: Option<Arc<Path>>,
+    cri: bool,
+    snapshotters: Arc<[SnapshotterPlugin]>,
+    /// It can be told to ask programs before it pulls. Which, and whether there are any, it does not say.
+    has_verifier_plugin: bool,
+}
+
+/// A snapshotter that runs.
+pub(super) struct SnapshotterPlugin {
+    /// Its name.
+    pub(super) id: String,
+    /// Its folder, where it tells.
+    pub(super) root: Option<PathBuf>,
+}
+
+impl Introspection {
+    pub(super) fn new(configured_root: Option<PathBuf>, host_root: Option<PathBuf>) -> Self {
+        Self { configured_root, host_root, plugins: Mutex::new(None) }
+    }
+
+    /// Where a folder of the node is for this process, if it can be seen at all.
+    pub(super) fn host_path(&self, folder: &Path) -> PathBuf {
+        self.host_root.as_ref().map_or_else(|| folder.to_owned(), |root| below_root(root, folder))
+    }
+
+    /// Where the node's root file system is for this process, if it can be seen.
+    pub(super) fn host_root(&self) -> Option<PathBuf> {
+        self.host_root.clone()
+    }
+
+    /// What is absent here is absent on the node.
+    fn has_host_root(&self) -> bool {
+        self.host_root.is_some()
+    }
+
+    pub(super) async fn clear(&self) {
+        *self.plugins.lock().await = None;
+    }
+}
+
+impl ContainerdStore {
+    /// Looks around. `verifiers` is the folder of image verifiers on the node: [`VERIFIERS`],
+    /// unless containerd is told another.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] when containerd does not answer.
+    pub async fn inspect(&self, verifiers: &Path) -> Result<ContainerdInfo, StoreError> {
+        let version = self.ready().await?;
+        let PluginInfo { content_root: _, cri, snapshotters: _, has_verifier_plugin: asks_verifiers } =
+            self.plugins().await?;
+        let content_root = self.content_root().await?.map(|root| root.to_path_buf());
+        let ingest = self.ingest_mode().await?;
+        let configuration = if cri { self.cri_configuration().await? } else { serde_json::Value::Null };
+        let snapshotter = self.snapshotter().await?;
+        let discards_unpacked_layers = discards_unpacked_layers(&configuration);
+        let sandbox_image = match configuration["sandboxImage"].as_str() {
+            Some(image) => Some(image.to_owned()),
+            None => self.image_of_newest_sandbox().await?,
+        };
+        let lookout = &self.state.introspection;
+        let (folder, sees_everything) = (lookout.host_path(verifiers), lookout.has_host_root());
+        let verifiers = match asks_verifiers {
+            true => blocking(move || find_image_verifiers(&folder, sees_everything)).await?,
+            false => ImageVerifiers::None,
+        };
+        Ok(ContainerdInfo {
+            version,
+            content_root,
+            ingest,
+            cri,
+            discards_unpacked_layers,
+            snapshotter,
+            sandbox_image,
+            verifiers,
+        })
+    }
+
+    /// The content store's folder, if this process can see it. Files in it are only an optimisation: each is looked for.
+    pub(super) async fn content_root(&self) -> Result<Option<Arc<Path>>, StoreError> {
+        let root = self.plugins().await?.content_root;
+        // Looked for each time: on a node without content it is made with the first blob.
+        Ok(root.filter(|root| root.join("blobs/sha256").is_dir()))
+    }
+
+    /// The content store's folder, visible or not.
+    pub(super) async fn named_content_root(&self) -> Result<Option<Arc<Path>>, StoreError> {
+        Ok(self.plugins().await?.content_root)
+    }
+
+    /// Its root, or the folder that it will be in (containerd 2 makes the root itself with the first blob), can be seen and has no blobs yet.
+    pub(super) async fn is_without_content(&self) -> Result<bool, StoreError> {
+        let root = self.plugins().await?.content_root;
+        let is_seen = |root: &Path| root.is_dir() || root.parent().is_some_and(Path::is_dir);
+        Ok(root.is_some_and(|root| is_seen(&root) && !root.join("blobs/sha256").is_dir()))
+    }
+
+    /// Whether layers are dropped once they are unpacked; `None` where containerd does not tell.
+    pub(super) async fn discards_layers(&self) -> Result<Option<bool>, StoreError> {
+        Ok(if self.has_cri().await? { discards_unpacked_layers(&self.cri_configuration().await?) } else { None })
+    }
+
+    pub(super) async fn has_cri(&self) -> Result<bool, StoreError> {
+        Ok(self.plugins().await?.cri)
+    }
+
+    /// Those that run.
+    pub(super) async fn snapshotters(&self) -> Result<Arc<[SnapshotterPlugin]>, StoreError> {
+        Ok(self.plugins().await?.snapshotters)
+    }
+
+    async fn plugins(&self) -> Result<PluginInfo, StoreError> {
+        let mut found = self.state.introspection.plugins.lock().await;
+        if let Some(found) = &*found {
+            return Ok(found.clone());
+        }
+        let request = self.link.request(PluginsRequest { filters: Vec::new() });
+        let mut client = IntrospectionClient::new(self.link.channel());
+        let answer = self.link.call(client.plugins(request)).await;
+        let plugins = answer.map_err(|status| self.link.store_error(&status))?.plugins;
+        let mut loaded = plugins.iter().filter(|plugin| plugin.init_err.is_none());
+        let plugin = |kind: &str, id: &str| loaded.clone().find(|plugin| plugin.r#type == kind && plugin.id == id);
+        let exported = plugin("io.containerd.content.v1", "content").and_then(|plugin| plugin.exports.get("root"));
+        let here = |root: &String| self.state.introspection.host_path(Path::new(root));
+        let root = self.state.introspection.configured_root.clone().or_else(|| exported.map(here));
+        let content_root = root.map(Arc::from);
+        let cri = plugin("io.containerd.grpc.v1", "cri").is_some();
+        let snapshotter = |plugin: &Plugin| SnapshotterPlugin {
+            id: plugin.id.clone(),
+            root: plugin.exports.get("root").map(PathBuf::from),
+        };
+        let is_snapshotter = |plugin: &&Plugin| plugin.r#type == "io.containerd.snapshotter.v1";
+        let snapshotters = loaded.clone().filter(is_snapshotter).map(snapshotter).collect();
+        let asks_verifiers = loaded.any(|plugin| plugin.r#type == "io.containerd.image-verifier.v1");
+        tracing::debug!(?content_root, cri, asks_verifiers, "looked around in containerd");
+        Ok(found.insert(PluginInfo { content_root, cri, snapshotters, has_verifier_plugin: asks_verifiers }).clone())
+    }
+
+    /// CRI makes a container for each pod's sandbox, and containerd keeps the name of the image that it was made from.
+    async fn image_of_newest_sandbox(&self) -> Result<Option<String>, StoreError> {
+        let filters = vec!["labels.\"io.cri-containerd.kind\"==sandbox".to_owned()];
+        let mut client = ContainersClient::new(self.link.channel()).max_decoding_message_size(MAX_MESSAGE);
+        let listed = self.link.call(client.list(self.link.request(ListContainersRequest { filters }))).await;
+        let sandboxes = listed.map_err(|status| self.link.store_error(&status))?.containers;
+        let named = sandboxes.into_iter().filter(|sandbox| !sandbox.image.is_empty());
+        let newest = named.max_by_key(|sandbox| sandbox.created_at.map(|at| (at.seconds, at.nanos)));
+        Ok(newest.map(|sandbox| sandbox.image))
+    }
+}
+
+fn discards_unpacked_layers(configuration: &serde_json::Value) -> Option<bool> {
+    configuration["containerd"]["discardUnpackedLayers"].as_bool()
+}
+
+/// containerd runs every regular file that may be executed, and none where the folder is absent.
+fn find_image_verifiers(folder: &Path, sees_everything: bool) -> ImageVerifiers {
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if sees_everything && error.kind() == io::ErrorKind::NotFound => return ImageVerifiers::None,
+        Err(_) => return ImageVerifiers::Unseen,
+    };
+    // A link may lead to a path that only the node has, so it counts as a program.
+    let is_program = |path: PathBuf| match path.metadata() {
+        Ok(file) => file.is_file() && file.permissions().mode() & 0o111 != 0,
+        Err(_) => path.is_symlink(),
+    };
+    if entries.flatten().any(|entry| is_program(entry.path())) { ImageVerifiers::Found } else { ImageVerifiers::None }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn the_first_listening_default_socket_is_chosen() {
+        let root = tempfile::tempdir().unwrap();
+        let places: Vec<_> = DEFAULT_SOCKETS.iter().map(|socket| root.path().join(socket)).collect();
+        assert_eq!(find_socket(root.path()), Err(ConfigError::NoSocket(places)));
+        let message = find_socket(Path::new("/nothing/is/here")).unwrap_err().to_string();
+        assert!(
+            DEFAULT_SOCKETS.iter().all(|socket| message.contains(&format!("/nothing/is/here/{socket}"))),
+            "{message}"
+        );
+        let (k3s, own) = (root.path().join(DEFAULT_SOCKETS[0]), root.path().join(DEFAULT_SOCKETS[3]));
+        for socket in [&own, &k3s] {
+            fs::create_dir_all(socket.parent().unwrap()).unwrap();
+        }
+        fs::write(&k3s, "no socket").unwrap();
+        let docker = UnixListener::bind(&own).unwrap();
+        assert_eq!(find_socket(root.path()), Ok(own.clone()));
+        fs::remove_file(&k3s).unwrap();
+        let listening = UnixListener::bind(&k3s).unwrap();
+        assert_eq!(find_socket(root.path()), Ok(k3s.clone()), "the kubelet's, beside Docker's");
+        drop(listening);
+        assert_eq!(find_socket(root.path()), Ok(own), "nothing listens on what k3s left");
+        drop(docker);
+        assert_eq!(find_socket(root.path()), Ok(k3s), "nothing listens anywhere yet");
+    }
+
+    #[test]
+    fn only_executable_files_count_as_image_verifiers() {
+        let folder = tempfile::tempdir().unwrap();
+        let look = |folder: &Path| find_image_verifiers(folder, false);
+        let absent = folder.path().join("absent");
+        assert_eq!(
+            (look(&absent), find_image_verifiers(&absent, true)),
+            (ImageVerifiers::Unseen, ImageVerifiers::None)
+        );
+        let file = folder.path().join("readme");
+        fs::write(&file, "x").unwrap();
+        fs::create_dir(folder.path().join("folder")).unwrap();
+        assert_eq!(look(folder.path()), ImageVerifiers::None);
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(look(folder.path()), ImageVerifiers::Found);
+    }
+}

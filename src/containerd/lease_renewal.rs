@@ -1,0 +1,224 @@
+//! Renewal of pins. containerd cannot extend a lease: `Leases` has no update, and
+//! `containerd.io/gc.expire` is read from the lease's first labels (api/services/leases/v1,
+//! core/metadata/gc.go). A renewal makes a new lease that holds the same resources. The pin's name
+//! stays that of the first lease.
+//!
+//! The former lease is left to expire, because calls that began under it go on: containerd refuses
+//! a commit under a lease that is gone. Pins are renewed at half life, so such a call has half a
+//! life, thirty minutes. Unpacking, the longest one, is given up after ten.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use containerd_client::services::v1::{AddResourceRequest, ListResourcesRequest, Resource};
+use containerd_client::tonic::{Code, Status};
+
+use super::ContainerdStore;
+use crate::ports::{Pin, StoreError};
+
+/// Leases behind one pin at most: the last one, the one before, and those whose resources could
+/// not be copied yet. The caller renews sixteen times at most before the former lease ends.
+const MAX_LEASES: usize = 18;
+
+/// The leases of the pins that were renewed: one entry for each running recovery. Entries of pins
+/// that were left to expire go at the next renewal of any pin.
+#[derive(Default)]
+pub(super) struct Renewals(Mutex<HashMap<String, PinLeases>>);
+
+struct PinLeases {
+    /// The oldest first; the last one holds what comes.
+    leases: Vec<Lease>,
+    /// End of the last lease.
+    ends: Instant,
+    /// A lease ended before the resources were copied.
+    is_lost: bool,
+}
+
+struct Lease {
+    id: String,
+    /// The next lease holds all that this one holds.
+    is_copied: bool,
+}
+
+impl Renewals {
+    /// The lease that holds what comes under the pin.
+    pub(super) fn lease(&self, pin: &Pin) -> Result<String, StoreError> {
+        match self.lock().get(&pin.0) {
+            Some(succession) if succession.is_lost => Err(pin_ended(pin)),
+            Some(succession) => Ok(succession.last().to_owned()),
+            None => Ok(pin.0.clone()),
+        }
+    }
+
+    /// Forgets the pin. Answers the last lease and the former ones.
+    pub(super) fn end(&self, pin: &Pin) -> (String, Vec<String>) {
+        let Some(succession) = self.lock().remove(&pin.0) else { return (pin.0.clone(), Vec::new()) };
+        let last = succession.last().to_owned();
+        let former = succession.leases.into_iter().map(|lease| lease.id).filter(|id| *id != last).collect();
+        (last, former)
+    }
+
+    /// Puts a new lease behind the pin. Answers the leases that have to be copied into it.
+    fn push(&self, pin: &Pin, id: String, life: Duration, now: Instant) -> Vec<String> {
+        let mut renewals = self.lock();
+        renewals.retain(|name, succession| *name == pin.0 || succession.ends > now);
+        let first = || Lease { id: pin.0.clone(), is_copied: false };
+        let succession = renewals.entry(pin.0.clone());
+        let succession = succession.or_insert_with(|| PinLeases { leases: vec![first()], ends: now, is_lost: false });
+        let uncopied = succession.leases.iter().filter(|lease| !lease.is_copied).map(|lease| lease.id.clone());
+        let uncopied: Vec<_> = uncopied.collect();
+        succession.leases.push(Lease { id, is_copied: false });
+        succession.ends = now + life;
+        uncopied
+    }
+
+    fn may_renew(&self, pin: &Pin) -> bool {
+        self.lock().get(&pin.0).is_none_or(|succession| !succession.is_lost && succession.leases.len() < MAX_LEASES)
+    }
+
+    /// The lease's resources are in the last lease.
+    fn mark_copied(&self, pin: &Pin, id: &str) {
+        if let Some(succession) = self.lock().get_mut(&pin.0)
+            && let Some(lease) = succession.leases.iter_mut().find(|lease| lease.id == id)
+        {
+            lease.is_copied = true;
+        }
+    }
+
+    /// Every resource is in the last lease. Leases older than the one before that have ended.
+    fn drop_older(&self, pin: &Pin) {
+        if let Some(succession) = self.lock().get_mut(&pin.0) {
+            let older = succession.leases.len().saturating_sub(2);
+            succession.leases.drain(..older);
+        }
+    }
+
+    fn mark_lost(&self, pin: &Pin) {
+        if let Some(succession) = self.lock().get_mut(&pin.0) {
+            succession.is_lost = true;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, PinLeases>> {
+        self.0.lock().expect("nothing panics while it holds the table")
+    }
+}
+
+impl PinLeases {
+    fn last(&self) -> &str {
+        &self.leases.last().expect("a succession begins with one lease and only grows at its end").id
+    }
+}
+
+fn pin_ended(pin: &Pin) -> StoreError {
+    StoreError::Other(format!("the pin {} has ended", pin.0))
+}
+
+impl ContainerdStore {
+    /// Lets the pin hold a resource, there or not. A renewal meanwhile may have copied the former
+    /// lease before the resource was in it, so the last lease is looked up once more afterwards.
+    pub(super) async fn add_to_pin(&self, pin: &Pin, kind: String, id: String) -> Result<(), StoreError> {
+        let resource = Resource { id, r#type: kind };
+        let mut lease = self.state.renewals.lease(pin)?;
+        loop {
+            let added = self.add_resource(lease.clone(), resource.clone()).await;
+            added.map_err(|status| self.link.store_error(&status))?;
+            let last = self.state.renewals.lease(pin)?;
+            if last == lease {
+                return Ok(());
+            }
+            lease = last;
+        }
+    }
+
+    async fn add_resource(&self, lease: String, resource: Resource) -> Result<(), Status> {
+        let request = self.link.request(AddResourceRequest { id: lease, resource: Some(resource) });
+        self.link.call(self.link.leases().add_resource(request)).await.map(drop)
+    }
+
+    /// Replaces the lease behind the pin. New content goes to the new lease before the former one
+    /// is copied, so none is missed in between.
+    pub(super) async fn replace_lease(&self, pin: &Pin, life: Duration) -> Result<(), StoreError> {
+        let renewals = &self.state.renewals;
+        if !renewals.may_renew(pin) {
+            return Err(pin_ended(pin));
+        }
+        let now = Instant::now();
+        let Pin(next) = self.create_lease(life).await?;
+        for former in renewals.push(pin, next.clone(), life, now) {
+            match self.copy_lease(&former, &next).await {
+                Ok(()) => renewals.mark_copied(pin, &former),
+                Err(status) if status.code() == Code::NotFound => {
+                    renewals.mark_lost(pin);
+                    // The end of this lease is far away.
+                    self.delete_lease_by_id(next, false).await?;
+                    return Err(pin_ended(pin));
+                }
+                Err(status) => return Err(self.link.store_error(&status)),
+            }
+        }
+        renewals.drop_older(pin);
+        Ok(())
+    }
+
+    async fn copy_lease(&self, from: &str, to: &str) -> Result<(), Status> {
+        let request = self.link.request(ListResourcesRequest { id: from.to_owned() });
+        let listed = self.link.call(self.link.leases().list_resources(request)).await?;
+        for resource in listed.resources {
+            self.add_resource(to.to_owned(), resource).await?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIFE: Duration = Duration::from_secs(100);
+
+    #[test]
+    fn a_pin_keeps_its_name_and_its_last_two_leases() {
+        let (renewals, pin, now) = (Renewals::default(), Pin("a".into()), Instant::now());
+        assert_eq!(renewals.lease(&pin).unwrap(), "a");
+        for (next, former) in [("b", "a"), ("c", "b"), ("d", "c")] {
+            assert_eq!(renewals.push(&pin, next.into(), LIFE, now), [former]);
+            assert_eq!(renewals.lease(&pin).unwrap(), next, "new content goes to the new lease at once");
+            renewals.mark_copied(&pin, former);
+            renewals.drop_older(&pin);
+        }
+        assert_eq!(renewals.end(&pin), ("d".to_owned(), vec!["c".to_owned()]));
+        assert_eq!(renewals.end(&pin), ("a".to_owned(), Vec::new()), "the entry is gone");
+    }
+
+    #[test]
+    fn a_lease_that_could_not_be_copied_is_copied_by_the_next_renewal() {
+        let (renewals, pin, now) = (Renewals::default(), Pin("a".into()), Instant::now());
+        renewals.push(&pin, "b".into(), LIFE, now);
+        assert_eq!(renewals.push(&pin, "c".into(), LIFE, now), ["a", "b"]);
+        renewals.mark_copied(&pin, "a");
+        assert_eq!(renewals.push(&pin, "d".into(), LIFE, now), ["b", "c"]);
+    }
+
+    #[test]
+    fn a_pin_that_lost_a_lease_accepts_no_writes() {
+        let (renewals, pin) = (Renewals::default(), Pin("a".into()));
+        renewals.push(&pin, "b".into(), LIFE, Instant::now());
+        renewals.mark_lost(&pin);
+        assert!(renewals.lease(&pin).is_err() && !renewals.may_renew(&pin));
+    }
+
+    #[test]
+    fn expired_pins_are_dropped_and_renewals_are_bounded() {
+        let (renewals, now) = (Renewals::default(), Instant::now());
+        renewals.push(&Pin("a".into()), "b".into(), LIFE, now);
+        let pin = Pin("x".into());
+        let mut tries = 0;
+        while renewals.may_renew(&pin) {
+            renewals.push(&pin, tries.to_string(), LIFE, now + LIFE);
+            tries += 1;
+        }
+        assert_eq!((tries, renewals.lock().len()), (MAX_LEASES - 1, 1));
+    }
+}

@@ -1,0 +1,128 @@
+//! What is known and what was said about each container, so that a reason that flips between
+//! `ErrImagePull` and `ImagePullBackOff` is one failure, an Event is written once, and a cause
+//! outlives the message that named it.
+
+use std::collections::{HashMap, HashSet};
+
+use super::cause::Cause;
+use crate::model::PodRef;
+
+/// Remembers per pod UID, container and image; forgets with the pod.
+#[derive(Debug, Default)]
+pub struct ContainerRecords {
+    /// Bounded by the pods of this node (110 by default) and their containers.
+    pods: HashMap<String, HashMap<ContainerImage, ContainerRecord>>,
+}
+
+/// A container and the image it asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct ContainerImage {
+    container: String,
+    image: String,
+}
+
+#[derive(Debug, Default)]
+struct ContainerRecord {
+    cause: Option<Cause>,
+    reported: HashSet<&'static str>,
+}
+
+impl ContainerRecords {
+    /// The cause understood so far, after taking in what the latest message says.
+    ///
+    /// A message about the kubelet or the node says nothing of the registry, so that a cause which
+    /// does is kept. A denial is one: it holds for the pod, its image and its pull secrets, which a
+    /// pod cannot change, until a later pull fails for another reason.
+    pub fn record_cause(&mut self, pod: &PodRef, container: &str, image: &str, cause: Option<Cause>) -> Option<Cause> {
+        let entry = self.record_mut(pod, container, image);
+        let says_nothing_of_the_registry = matches!(
+            cause,
+            Some(Cause::KubeletLimit | Cause::Local | Cause::NotUnderstood | Cause::KnownOutage | Cause::Stalled)
+        );
+        let keeps = match entry.cause {
+            Some(Cause::Denied) => says_nothing_of_the_registry,
+            Some(_) => cause == Some(Cause::KubeletLimit),
+            None => false,
+        };
+        if !keeps {
+            entry.cause = cause.or(entry.cause);
+        }
+        entry.cause
+    }
+
+    /// Whether the registry denied the image to the pod, for whichever of its containers.
+    pub fn is_denied(&self, pod: &PodRef, image: &str) -> bool {
+        let entries = self.pods.get(&pod.uid).into_iter().flatten();
+        entries.filter(|(key, _)| key.image == image).any(|(_, entry)| entry.cause == Some(Cause::Denied))
+    }
+
+    /// Whether this is the first time that `what` is to be said about the container and its image.
+    pub fn mark_reported(&mut self, pod: &PodRef, container: &str, image: &str, what: &'static str) -> bool {
+        self.record_mut(pod, container, image).reported.insert(what)
+    }
+
+    /// The container got its image, or asks for another one: a later failure is a new one.
+    pub fn remove_container(&mut self, pod: &PodRef, container: &str) {
+        if let Some(entries) = self.pods.get_mut(&pod.uid) {
+            entries.retain(|key, _| key.container != container);
+        }
+    }
+
+    /// The pod is gone.
+    pub fn remove_pod(&mut self, pod: &PodRef) {
+        self.pods.remove(&pod.uid);
+    }
+
+    /// Forgets every pod that is not in the list.
+    pub fn retain_pods(&mut self, exists: impl Fn(&str) -> bool) {
+        self.pods.retain(|uid, _| exists(uid));
+    }
+
+    fn record_mut(&mut self, pod: &PodRef, container: &str, image: &str) -> &mut ContainerRecord {
+        let key = ContainerImage { container: container.to_owned(), image: image.to_owned() };
+        self.pods.entry(pod.uid.clone()).or_default().entry(key).or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(uid: &str) -> PodRef {
+        PodRef { k8s_namespace: "default".into(), name: "p".into(), uid: uid.into() }
+    }
+
+    #[test]
+    fn a_failure_is_reported_once_until_its_container_is_removed() {
+        let mut ledger = ContainerRecords::default();
+        assert!(ledger.mark_reported(&pod("1"), "c", "a:1", "recover"));
+        assert!(!ledger.mark_reported(&pod("1"), "c", "a:1", "recover"));
+        assert!(ledger.mark_reported(&pod("1"), "d", "a:1", "recover"), "another container");
+        assert!(ledger.mark_reported(&pod("1"), "c", "a:2", "recover"), "another image");
+        assert!(ledger.mark_reported(&pod("2"), "c", "a:1", "recover"), "a pod of the same name made again");
+        ledger.remove_container(&pod("1"), "c");
+        assert!(ledger.mark_reported(&pod("1"), "c", "a:1", "recover"), "it ran in between");
+        ledger.remove_pod(&pod("2"));
+        assert!(ledger.mark_reported(&pod("2"), "c", "a:1", "recover"));
+    }
+
+    #[test]
+    fn a_denial_lasts_until_a_later_pull_fails_for_another_registry_fault() {
+        let mut ledger = ContainerRecords::default();
+        let mut learn = |cause| ledger.record_cause(&pod("1"), "c", "a:1", cause);
+        assert_eq!(learn(None), None);
+        assert_eq!(learn(Some(Cause::NotFound)), Some(Cause::NotFound));
+        assert_eq!(learn(None), Some(Cause::NotFound), "silence does not unlearn");
+        assert_eq!(learn(Some(Cause::Denied)), Some(Cause::Denied));
+        for cause in [None, Some(Cause::KubeletLimit), Some(Cause::Local), Some(Cause::NotUnderstood)] {
+            assert_eq!(learn(cause), Some(Cause::Denied), "{cause:?} says nothing of the registry");
+        }
+        assert_eq!(learn(Some(Cause::NotFound)), Some(Cause::NotFound));
+        assert_eq!(
+            learn(Some(Cause::KubeletLimit)),
+            Some(Cause::NotFound),
+            "the kubelet waits, the registry is as before"
+        );
+        assert_eq!(learn(Some(Cause::Local)), Some(Cause::Local));
+    }
+}

@@ -1,0 +1,64 @@
+//! Entries that came lately, kept so that a neighbour that missed some can have them without a snapshot.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::model::{LogEntry, PeerId};
+
+/// What all of them together may take, by [`cost`]: a minute of the busiest thousand nodes, or some hours of an idle mesh.
+const MAX_BYTES: usize = 4 << 20;
+
+/// What one reply may hold of them; the rest is asked for again.
+const MAX_REPLY_BYTES: usize = 256 << 10;
+
+/// The last entries of all members.
+#[derive(Debug, Clone, Default)]
+pub(super) struct RecentEntries {
+    entries: BTreeMap<(PeerId, u64, u64), LogEntry>,
+    order: VecDeque<(PeerId, u64, u64)>,
+    bytes: usize,
+}
+
+impl RecentEntries {
+    /// Keeps one; the oldest make room.
+    pub(super) fn push(&mut self, entry: LogEntry) {
+        let key = (entry.head.publisher, entry.head.epoch, entry.head.sequence);
+        self.bytes += cost(&entry);
+        if let Some(before) = self.entries.insert(key, entry) {
+            self.bytes -= cost(&before);
+            return;
+        }
+        self.order.push_back(key);
+        while self.bytes > MAX_BYTES
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.bytes -= self.entries.remove(&oldest).map_or(0, |entry| cost(&entry));
+        }
+    }
+
+    /// The entries that follow a number without a gap, as many as one reply may hold.
+    pub(super) fn after(&self, publisher: PeerId, epoch: u64, after: u64) -> Vec<LogEntry> {
+        let Some(first) = after.checked_add(1) else { return Vec::new() };
+        let mut left = MAX_REPLY_BYTES;
+        let of_log = self.entries.range((publisher, epoch, first)..=(publisher, epoch, u64::MAX));
+        let in_row = of_log.zip(first..).take_while(|((key, _), next)| key.2 == *next);
+        let fitting = in_row.take_while(|((_, entry), _)| match left.checked_sub(cost(entry)) {
+            Some(rest) => {
+                left = rest;
+                true
+            }
+            None => false,
+        });
+        fitting.map(|((_, entry), _)| entry.clone()).collect()
+    }
+}
+
+/// About what an entry takes: its head, and its changes.
+fn cost(entry: &LogEntry) -> usize {
+    const HEAD: usize = 300;
+    let of_change = |change: &crate::model::InventoryChange| match change {
+        crate::model::InventoryChange::Added(item) | crate::model::InventoryChange::Removed(item) => {
+            super::local_log::weight(item) + 64
+        }
+    };
+    HEAD + entry.changes.iter().map(of_change).sum::<usize>()
+}

@@ -1,0 +1,93 @@
+//! What a neighbour asks is answered, from what is known here and can be proved.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use super::local_log::weight;
+use super::membership_table::BUCKETS;
+use super::peer_score::REQUEST_LIMIT;
+use super::requests::MAX_MEMBERS_PER_REQUEST;
+use super::{CredentialVerifier, Protocol};
+use crate::decide::inventory::Inventory;
+use crate::model::{Bits, InventoryItem, InventorySnapshot, PeerId, SyncReply, SyncRequest};
+
+/// What the items of one snapshot may weigh, under the reply's limit of 8 MiB with room for the heads.
+const MAX_SNAPSHOT_WEIGHT: usize = 7 << 20;
+
+/// What the introductions of one reply may take; the rest is asked for again.
+const MAX_INTRODUCTIONS: usize = 1 << 20;
+
+impl<N: CredentialVerifier> Protocol<N> {
+    /// A neighbour asks.
+    pub fn answer(&mut self, from: PeerId, question: SyncRequest, table: &Inventory, now: Instant) -> SyncReply {
+        let Some(member) = self.roster.get_mut(from) else { return SyncReply::Busy };
+        if member.score.is_banned(now) || !member.score.requests.try_take(&REQUEST_LIMIT, now) {
+            return SyncReply::Busy;
+        }
+        match question {
+            SyncRequest::Compare(buckets) if buckets.len() == BUCKETS => {
+                SyncReply::Summaries(self.roster.differing_marks(&buckets, self.own_mark().as_ref()))
+            }
+            // Of another release, with other buckets.
+            SyncRequest::Compare(_) => SyncReply::Summaries(self.roster.differing_marks(&[], self.own_mark().as_ref())),
+            SyncRequest::Introductions(peers) => self.introductions_reply(&peers, now),
+            SyncRequest::Entries { publisher, epoch, after } => {
+                SyncReply::Entries(self.recent.after(publisher, epoch, after))
+            }
+            SyncRequest::Snapshot(peers) => SyncReply::Snapshot(self.snapshot_reply(&peers, table)),
+            SyncRequest::Disconnect => {
+                member.connections.mark_close_announced();
+                SyncReply::Busy
+            }
+        }
+    }
+
+    fn introductions_reply(&self, peers: &[PeerId], now: Instant) -> SyncReply {
+        let (mut introductions, mut refutations) = (Vec::new(), Vec::new());
+        let mut left = MAX_INTRODUCTIONS;
+        for peer in peers.iter().take(MAX_MEMBERS_PER_REQUEST) {
+            let (introduction, refutation) = if *peer == self.local.peer {
+                (self.introduction.clone(), (self.incarnation > 0).then(|| self.own_refutation()))
+            } else {
+                let Some(member) = self.member(*peer).filter(|member| member.has_valid_credential(now)) else {
+                    continue;
+                };
+                (member.introduction.clone(), member.refutation.clone())
+            };
+            let Some(introduction) = introduction else { continue };
+            // Its names and numbers take at most 500 bytes beside the credential.
+            let Some(rest) = left.checked_sub(500 + introduction.credential.expose().len()) else { break };
+            left = rest;
+            introductions.push(introduction);
+            refutations.extend(refutation);
+        }
+        SyncReply::Introductions(introductions, refutations)
+    }
+
+    /// What those hold of whom it is known and can be proved, as many of them as fit.
+    fn snapshot_reply(&self, peers: &[PeerId], table: &Inventory) -> InventorySnapshot {
+        let peers: BTreeSet<_> = peers.iter().take(MAX_MEMBERS_PER_REQUEST).copied().collect();
+        let own = self.log.head().filter(|_| peers.contains(&self.local.peer));
+        let proved = |peer: &PeerId| self.member(*peer).and_then(|member| member.log.proof());
+        let known: Vec<_> = peers.iter().filter_map(|peer| Some((*peer, proved(peer)?.clone()))).collect();
+        // The own log first: it is short, and only we have it so soon.
+        let mut of = known.len();
+        loop {
+            let publishers: Vec<_> = known[..of].iter().map(|(peer, _)| *peer).collect();
+            let mut heads: Vec<_> = known[..of].iter().map(|(_, head)| head.clone()).collect();
+            let mut items: BTreeMap<InventoryItem, Bits> = table.shared_items(&publishers).into_iter().collect();
+            if let Some(own) = own {
+                let number = heads.len();
+                heads.push(own.clone());
+                for item in self.log.items() {
+                    items.entry(item.clone()).or_default().set(number);
+                }
+            }
+            let bits = heads.len().div_ceil(8);
+            if of == 0 || items.keys().map(|item| weight(item) + bits).sum::<usize>() <= MAX_SNAPSHOT_WEIGHT {
+                return InventorySnapshot { heads, items: items.into_iter().collect() };
+            }
+            of /= 2;
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! What is missing here, whom to ask for it, and when.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use rand::seq::{IteratorRandom, SliceRandom};
+
+use super::follower::MissingEntries;
+use super::{COMPARE_INTERVAL, CredentialVerifier, Output, Protocol};
+use crate::model::{PeerId, SyncRequest};
+
+/// Questions under way, comparisons not counted.
+const MAX_REQUESTS: usize = 4;
+
+/// Of these, snapshots: of 8 MiB at most each.
+const MAX_SNAPSHOTS: usize = 2;
+
+/// Members in one question, for introductions of 1.5 KiB and for snapshots.
+pub(super) const MAX_MEMBERS_PER_REQUEST: usize = 256;
+
+/// A question that is under way.
+#[derive(Debug, Clone)]
+pub(super) struct PendingRequest {
+    /// Whom.
+    pub(super) peer: PeerId,
+    pub(super) question: SyncRequest,
+}
+
+impl<N: CredentialVerifier> Protocol<N> {
+    /// Compares marks with a random neighbour, now and then.
+    pub(super) fn compare_if_due(&mut self, now: Instant) {
+        if self.compare_at > now {
+            return;
+        }
+        self.compare_at = now + COMPARE_INTERVAL.mul_f64(0.8 + 0.2 * self.jitter());
+        let neighbour = self.random_neighbour();
+        if let Some(peer) = neighbour {
+            self.compare_with(peer);
+        }
+    }
+
+    pub(super) fn compare_with(&mut self, peer: PeerId) {
+        let buckets = self.roster.buckets(self.own_mark().as_ref());
+        self.send_request(peer, SyncRequest::Compare(buckets));
+    }
+
+    fn random_neighbour(&mut self) -> Option<PeerId> {
+        self.roster.neighbours().map(|member| member.peer.id).choose(&mut self.rng)
+    }
+
+    pub(super) fn send_request(&mut self, peer: PeerId, question: SyncRequest) {
+        self.last_request += 1;
+        self.in_flight.insert(self.last_request, PendingRequest { peer, question: question.clone() });
+        self.push_output(Output::Request(self.last_request, peer, question));
+    }
+
+    /// Asks for what is missing, as much at a time as may be.
+    pub(super) fn request_missing(&mut self, now: Instant) {
+        let under_way =
+            |asked: &PendingRequest| !matches!(asked.question, SyncRequest::Compare(_) | SyncRequest::Disconnect);
+        while self.in_flight.values().filter(|asked| under_way(asked)).count() < MAX_REQUESTS {
+            if !self.send_introductions_request() && !self.send_log_request(now) {
+                return;
+            }
+        }
+    }
+
+    /// Asks one neighbour for the introductions that it has and we have not.
+    fn send_introductions_request(&mut self) -> bool {
+        // One question to each at a time: who never answers keeps nobody else from being asked.
+        let is_asked = |source: &PeerId| {
+            let who = |asked: &PendingRequest| {
+                asked.peer == *source && matches!(asked.question, SyncRequest::Introductions(_))
+            };
+            self.in_flight.values().any(who)
+        };
+        let who =
+            self.in_flight.values().filter(|asked| matches!(asked.question, SyncRequest::Introductions(_))).count();
+        let source = self.missing_introductions.values().find(|source| !is_asked(source)).copied();
+        let Some(source) = source.filter(|_| who < MAX_REQUESTS / 2) else { return false };
+        let of_source = self.missing_introductions.iter().filter(|(_, from)| **from == source).map(|(peer, _)| *peer);
+        let peers: Vec<_> = of_source.take(MAX_MEMBERS_PER_REQUEST).collect();
+        self.missing_introductions.retain(|peer, _| !peers.contains(peer));
+        if self.is_neighbour(source) {
+            self.send_request(source, SyncRequest::Introductions(peers));
+        }
+        true
+    }
+
+    fn is_neighbour(&self, peer: PeerId) -> bool {
+        self.member(peer).is_some_and(|member| member.connections.is_answering())
+    }
+
+    /// Asks for entries of one log, or for snapshots of several.
+    fn send_log_request(&mut self, now: Instant) -> bool {
+        if self.behind.is_empty() {
+            return false;
+        }
+        let is_snapshot = |asked: &&PendingRequest| matches!(asked.question, SyncRequest::Snapshot(_));
+        let may_snapshot = self.in_flight.values().filter(is_snapshot).count() < MAX_SNAPSHOTS;
+        let mut snapshots: BTreeMap<PeerId, Vec<PeerId>> = BTreeMap::new();
+        let mut entries = None;
+        let any = self.random_neighbour();
+        for publisher in &self.behind {
+            let Some(member) = self.member(*publisher) else { continue };
+            let Some((need, source)) = member.log.due_request(now) else { continue };
+            // Who spoke of it, or the publisher itself, or anybody.
+            let known = source.filter(|source| self.is_neighbour(*source));
+            let itself = || Some(*publisher).filter(|publisher| self.is_neighbour(*publisher));
+            let Some(peer) = known.or_else(itself).or(any) else { continue };
+            match need {
+                MissingEntries::Entries(after) => {
+                    let epoch = member.epoch();
+                    entries = Some((peer, *publisher, SyncRequest::Entries { publisher: *publisher, epoch, after }));
+                    break;
+                }
+                MissingEntries::Snapshot if may_snapshot => snapshots.entry(peer).or_default().push(*publisher),
+                MissingEntries::Snapshot => {}
+            }
+        }
+        let most = snapshots.into_iter().max_by_key(|(_, publishers)| publishers.len());
+        let (peer, publishers, question) = match (entries, most) {
+            (Some((peer, publisher, question)), _) => (peer, vec![publisher], question),
+            (None, Some((peer, mut publishers))) => {
+                // One whose part cannot be had may spoil a whole answer: the next time with others, and with fewer.
+                let attempts = |peer: &PeerId| self.member(*peer).map_or(0, |member| member.log.attempts());
+                let most = publishers.iter().map(attempts).max().unwrap_or(0);
+                publishers.shuffle(&mut self.rng);
+                publishers.truncate((MAX_MEMBERS_PER_REQUEST >> most.min(8)).max(1));
+                (peer, publishers.clone(), SyncRequest::Snapshot(publishers))
+            }
+            (None, None) => return false,
+        };
+        for publisher in publishers {
+            if let Some(member) = self.roster.get_mut(publisher) {
+                member.log.mark_requested();
+            }
+        }
+        self.send_request(peer, question);
+        true
+    }
+}

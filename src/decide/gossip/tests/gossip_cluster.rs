@@ -1,0 +1,356 @@
+//! A few agents in one place: everything is delivered at once and in order, gossip floods. For sentences about the protocol; how it
+//! behaves on a network is the simulation's.
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use super::super::{
+    CredentialRejection, CredentialVerifier, GossipVerdict, LocalAgent, MeshConnectionId, Output, PING_INTERVAL,
+    Protocol, SyncRequestId, TICK, VerifiedCredential,
+};
+use crate::decide::inventory::Inventory;
+use crate::model::{
+    Credential, Gossip, InventoryChange, InventoryItem, Peer, PeerId, Signature, SyncReply, SyncRequest,
+};
+use crate::oci::Digest;
+
+/// Signs with the digest of key and text, which everybody here could do and only liars do.
+#[derive(Debug, Clone)]
+pub(super) struct TestVerifier(PeerId, Clock);
+
+/// Since the village was founded.
+type Clock = Rc<Cell<Duration>>;
+
+pub(super) fn test_signature(by: PeerId, message: &[u8]) -> Signature {
+    let digest = *Digest::of(&[by.public_key().as_slice(), message].concat()).as_bytes();
+    Signature(digest, digest)
+}
+
+impl CredentialVerifier for TestVerifier {
+    fn sign(&self, message: &[u8]) -> Signature {
+        test_signature(self.0, message)
+    }
+
+    fn is_signed(&self, by: PeerId, message: &[u8], signature: &Signature) -> bool {
+        *signature == test_signature(by, message)
+    }
+
+    /// `good SECONDS` admits until then, by the village's clock; `good SECONDS POD` says whose it is.
+    fn verify_credential(&self, _: PeerId, credential: &Credential) -> Result<VerifiedCredential, CredentialRejection> {
+        let mut words = credential.expose().split(' ').filter(|word| *word != "good");
+        let until = words.next().and_then(|until| until.parse().ok()).ok_or(CredentialRejection::Rejected)?;
+        let life = Duration::from_secs(until).checked_sub(self.1.get()).ok_or(CredentialRejection::Rejected)?;
+        Ok(VerifiedCredential { node: None, pod: words.next().map(Into::into), life })
+    }
+}
+
+pub(super) struct GossipNode {
+    pub(super) protocol: Protocol<TestVerifier>,
+    pub(super) inventory: Inventory,
+    pub(super) up: BTreeSet<PeerId>,
+    pub(super) faults: Vec<(PeerId, &'static str, bool)>,
+    pub(super) rejections: Vec<&'static str>,
+    pub(super) requests: Vec<SyncRequest>,
+    allowed: BTreeSet<PeerId>,
+    seen: BTreeSet<Vec<u8>>,
+    /// Neither sends nor receives, and closes nothing.
+    pub(super) is_cut_off: bool,
+    is_dead: bool,
+}
+
+/// The agents, by number.
+pub(super) struct GossipCluster {
+    pub(super) nodes: BTreeMap<u8, GossipNode>,
+    pub(super) now: Instant,
+    clock: Clock,
+    links: BTreeMap<MeshConnectionId, (u8, u8)>,
+    next_link: MeshConnectionId,
+    ticks: u32,
+    /// Changes what somebody answers.
+    pub(super) tamper_reply: Option<fn(u8, SyncReply) -> SyncReply>,
+}
+
+pub(super) fn id(number: u8) -> PeerId {
+    PeerId::from_public_key([number; 32])
+}
+
+pub(super) fn blob(number: u8) -> InventoryItem {
+    InventoryItem::Blob(Digest::of(&[number]))
+}
+
+pub(super) fn peer(number: u8) -> Peer {
+    let address = ([10, 0, 0, number], 4701).into();
+    Peer { id: id(number), node: format!("n{number}").parse().unwrap(), zone: None, transfer: address, gossip: address }
+}
+
+fn encoded(message: &Gossip) -> Vec<u8> {
+    format!("{message:?}").into_bytes()
+}
+
+impl GossipCluster {
+    /// Agents that have introduced themselves and know nobody.
+    pub(super) fn unconnected(numbers: impl IntoIterator<Item = u8>) -> Self {
+        let mut village = Self {
+            nodes: BTreeMap::new(),
+            now: Instant::now(),
+            clock: Clock::default(),
+            links: BTreeMap::new(),
+            next_link: 0,
+            ticks: 0,
+            tamper_reply: None,
+        };
+        numbers.into_iter().for_each(|number| village.start_node(number, 1, "good 86400"));
+        village
+    }
+
+    /// Agents that all know each other and have told what they hold: a blob of their own each.
+    pub(super) fn converged(numbers: std::ops::RangeInclusive<u8>) -> Self {
+        let mut village = Self::unconnected(numbers.clone());
+        let first = *numbers.start();
+        for number in numbers.clone().skip(1) {
+            village.connect(first, number);
+        }
+        for number in numbers {
+            village.announce(number, [blob(number)]);
+        }
+        village.advance(Duration::from_secs(30));
+        village
+    }
+
+    pub(super) fn start_node(&mut self, number: u8, epoch: u64, credential: &str) {
+        let peer = peer(number);
+        let own = LocalAgent { peer: peer.id, epoch, node: peer.node, release: "0.1.0".parse().unwrap() };
+        let mut protocol = Protocol::new(own, TestVerifier(peer.id, Rc::clone(&self.clock)), number.into(), self.now);
+        protocol.introduce(Credential::new(credential.into()), peer.transfer, peer.gossip, None, self.now);
+        let house = GossipNode {
+            protocol,
+            inventory: Inventory::default(),
+            up: BTreeSet::new(),
+            faults: Vec::new(),
+            rejections: Vec::new(),
+            requests: Vec::new(),
+            allowed: BTreeSet::new(),
+            seen: BTreeSet::new(),
+            is_cut_off: false,
+            is_dead: false,
+        };
+        self.nodes.insert(number, house);
+    }
+
+    pub(super) fn node(&mut self, number: u8) -> &mut GossipNode {
+        self.nodes.get_mut(&number).unwrap()
+    }
+
+    /// The one greets the other at its door.
+    pub(super) fn connect(&mut self, a: u8, b: u8) {
+        let now = self.now;
+        for (one, other) in [(a, b), (b, a)] {
+            let house = self.node(one);
+            house.protocol.admit(peer(other), Duration::from_secs(86_400), &mut house.inventory, now);
+        }
+        self.deliver_all();
+    }
+
+    pub(super) fn announce(&mut self, number: u8, items: impl IntoIterator<Item = InventoryItem>) {
+        self.node(number).protocol.announce(items.into_iter().map(InventoryChange::Added).collect());
+    }
+
+    /// Who, according to the one, holds the blob of that number.
+    pub(super) fn providers(&self, according_to: u8, number: u8) -> Vec<PeerId> {
+        self.nodes[&according_to].inventory.blob_providers(Digest::of(&[number]))
+    }
+
+    /// Whom this one takes for alive.
+    pub(super) fn up(&self, according_to: u8) -> Vec<u8> {
+        self.nodes[&according_to].up.iter().map(|peer| peer.public_key()[0]).collect()
+    }
+
+    /// Their connection ends, and neither thinks anything of it.
+    pub(super) fn disconnect(&mut self, a: u8, b: u8) {
+        let ended: Vec<_> = self.links.iter().filter(|(_, ends)| **ends == (a, b) || **ends == (b, a)).collect();
+        for link in ended.into_iter().map(|(link, _)| *link).collect::<Vec<_>>() {
+            self.links.remove(&link);
+            let now = self.now;
+            for (one, other) in [(a, b), (b, a)] {
+                let house = self.node(one);
+                house.protocol.answer(id(other), SyncRequest::Disconnect, &house.inventory, now);
+                house.protocol.connection_closed(link, id(other), now);
+            }
+        }
+    }
+
+    /// Another connection between them, over which nobody answers.
+    pub(super) fn connect_twice(&mut self, a: u8, b: u8) {
+        self.next_link += 1;
+        let (link, now) = (self.next_link, self.now);
+        self.links.insert(link, (a, b));
+        self.node(a).protocol.connection_opened(link, id(b), now);
+        self.node(b).protocol.connection_opened(link, id(a), now);
+    }
+
+    /// Since it was founded.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.clock.get()
+    }
+
+    /// The process ends and the system closes its connections.
+    pub(super) fn kill(&mut self, number: u8) {
+        self.node(number).is_dead = true;
+        let ended: Vec<_> = self.links.iter().filter(|(_, ends)| ends.0 == number || ends.1 == number).collect();
+        let ended: Vec<_> = ended.into_iter().map(|(link, ends)| (*link, *ends)).collect();
+        for (link, (a, b)) in ended {
+            self.links.remove(&link);
+            let now = self.now;
+            let other = if a == number { b } else { a };
+            self.node(other).protocol.connection_closed(link, id(number), now);
+        }
+        self.deliver_all();
+    }
+
+    pub(super) fn advance(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            self.now += TICK;
+            self.clock.set(self.clock.get() + TICK);
+            self.ticks += 1;
+            let now = self.now;
+            for house in self.nodes.values_mut().filter(|house| !house.is_dead) {
+                house.protocol.tick(&mut house.inventory, now);
+            }
+            self.deliver_all();
+            if self.ticks.is_multiple_of((PING_INTERVAL.as_millis() / TICK.as_millis()) as u32) {
+                for (link, (a, b)) in self.links.clone() {
+                    if self.is_reachable(a, b) {
+                        for (one, other) in [(a, b), (b, a)] {
+                            let house = self.nodes.get_mut(&one).unwrap();
+                            house.protocol.record_ping_answer(link, id(other), &mut house.inventory, now);
+                        }
+                    }
+                }
+                self.deliver_all();
+            }
+        }
+    }
+
+    fn is_reachable(&self, a: u8, b: u8) -> bool {
+        [a, b].iter().all(|number| !self.nodes[number].is_cut_off && !self.nodes[number].is_dead)
+    }
+
+    /// Somebody's neighbours hear this from it, whether it should have said it or not.
+    pub(super) fn publish_from(&mut self, number: u8, message: Gossip) {
+        self.flood(number, message);
+        self.deliver_all();
+    }
+
+    pub(super) fn deliver_all(&mut self) {
+        let mut busy = true;
+        while busy {
+            busy = false;
+            for number in self.nodes.keys().copied().collect::<Vec<_>>() {
+                while let Some(output) = self.node(number).protocol.next() {
+                    busy = true;
+                    self.execute(number, output);
+                }
+            }
+        }
+    }
+
+    fn execute(&mut self, number: u8, output: Output) {
+        let now = self.now;
+        match output {
+            Output::Publish(message) => self.flood(number, message),
+            Output::Request(ask, of, question) => self.deliver_request(number, ask, of, question),
+            Output::Handshake(peer) => {
+                let other = peer.id.public_key()[0];
+                if self.is_reachable(number, other) {
+                    self.handshake(number, other);
+                } else {
+                    self.dial_failed(number, peer.id);
+                }
+            }
+            Output::Dial(peer) => {
+                let other = peer.id.public_key()[0];
+                let is_let_in = self.nodes[&other].allowed.contains(&id(number));
+                if self.is_reachable(number, other) && is_let_in {
+                    self.next_link += 1;
+                    let link = self.next_link;
+                    self.links.insert(link, (number, other));
+                    self.node(number).protocol.connection_opened(link, peer.id, now);
+                    self.node(other).protocol.connection_opened(link, id(number), now);
+                } else {
+                    self.dial_failed(number, peer.id);
+                }
+            }
+            Output::Close(link, peer) => {
+                self.links.remove(&link);
+                let other = peer.public_key()[0];
+                if self.is_reachable(number, other) {
+                    self.node(other).protocol.connection_closed(link, id(number), now);
+                }
+            }
+            Output::Allow(peer) => drop(self.node(number).allowed.insert(peer)),
+            Output::Deny(peer) => drop(self.node(number).allowed.remove(&peer)),
+            Output::Up(peer) => drop(self.node(number).up.insert(peer.id)),
+            Output::Down(peer, _) => drop(self.node(number).up.remove(&peer)),
+            Output::SharedKey(_) => {}
+            Output::Fault { peer, fault, banned } => self.node(number).faults.push((peer, fault, banned.is_some())),
+        }
+    }
+
+    fn handshake(&mut self, a: u8, b: u8) {
+        let now = self.now;
+        for (one, other) in [(b, a), (a, b)] {
+            let house = self.node(one);
+            house.protocol.admit(peer(other), Duration::from_secs(86_400), &mut house.inventory, now);
+        }
+    }
+
+    fn dial_failed(&mut self, number: u8, other: PeerId) {
+        let now = self.now;
+        let house = self.node(number);
+        house.protocol.dial_failed(other, &mut house.inventory, now);
+    }
+
+    fn deliver_request(&mut self, number: u8, ask: SyncRequestId, of: PeerId, question: SyncRequest) {
+        let now = self.now;
+        let other = of.public_key()[0];
+        let is_linked = self.links.values().any(|ends| *ends == (number, other) || *ends == (other, number));
+        self.node(number).requests.push(question.clone());
+        if !self.is_reachable(number, other) || !is_linked {
+            return self.node(number).protocol.record_request_failure(ask, now);
+        }
+        let house = self.node(other);
+        let reply = house.protocol.answer(id(number), question, &house.inventory, now);
+        let reply = self.tamper_reply.map_or(reply.clone(), |lie| lie(other, reply));
+        let house = self.node(number);
+        house.protocol.receive_reply(ask, reply, &mut house.inventory, now);
+    }
+
+    /// Floods: whoever accepts it for the first time passes it on.
+    fn flood(&mut self, from: u8, message: Gossip) {
+        let text = encoded(&message);
+        self.node(from).seen.insert(text.clone());
+        let mut holders = VecDeque::from([from]);
+        while let Some(holder) = holders.pop_front() {
+            let ends = self.links.values().filter_map(|(a, b)| match (*a == holder, *b == holder) {
+                (true, _) => Some(*b),
+                (_, true) => Some(*a),
+                _ => None,
+            });
+            for other in ends.collect::<BTreeSet<_>>() {
+                let now = self.now;
+                if !self.is_reachable(holder, other) || !self.node(other).seen.insert(text.clone()) {
+                    continue;
+                }
+                let house = self.node(other);
+                match house.protocol.receive_gossip(id(holder), message.clone(), &mut house.inventory, now) {
+                    GossipVerdict::Accept => holders.push_back(other),
+                    GossipVerdict::Ignore(_) => {}
+                    GossipVerdict::Reject(fault) => house.rejections.push(fault),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! Whom this agent is connected to: those that it chose, those that it looks for, and how many.
+
+use std::time::{Duration, Instant};
+
+use rand::seq::IteratorRandom;
+
+use super::membership::MAX_FAILED_DIALS;
+use super::membership_table::Member;
+use super::{CredentialVerifier, Output, Protocol, neighbour_choice};
+use crate::model::{PeerId, SyncRequest};
+
+/// How often somebody who is held for dead is looked for: after a partition each side holds the other for dead.
+const DEAD_PROBE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Greetings and dials under way.
+const MAX_DIALS: usize = 16;
+
+impl<N: CredentialVerifier> Protocol<N> {
+    /// Connects to those who were chosen, finds others, and thins out.
+    pub(super) fn maintain_neighbours(&mut self, now: Instant) {
+        if std::mem::take(&mut self.chosen_is_stale) {
+            self.choose_neighbours(now);
+        }
+        let me = self.local.peer;
+        let mut tries = self.roster.watched().filter(|member| member.connections.is_dialling()).count();
+        // Whom we lost ourselves counts again only when it answers us.
+        let is_missed = |member: &&Member| {
+            !member.is_dead() && member.suspected_by.contains(&me) && member.has_valid_credential(now)
+        };
+        let missed = self.roster.watched().filter(is_missed).map(|member| member.peer.id);
+        for peer in self.chosen_neighbours.iter().copied().chain(missed).collect::<Vec<_>>() {
+            if tries >= MAX_DIALS {
+                break;
+            }
+            tries += usize::from(self.dial_if_allowed(peer, now));
+        }
+        if self.dead_probe_at <= now {
+            self.dead_probe_at = now + DEAD_PROBE_INTERVAL.mul_f64(0.8 + 0.2 * self.jitter());
+            let down = |member: &&Member| {
+                member.is_dead() && member.has_valid_credential(now) && member.connections.may_dial(now)
+            };
+            let count = self.roster.members.values().filter(down).count();
+            if count > 0 {
+                let nth = (self.jitter() * count as f64) as usize;
+                let found = self.roster.members.values().filter(down).nth(nth).map(|member| member.peer.id);
+                found.map(|peer| self.dial_if_allowed(peer, now));
+            }
+            self.thin_out();
+        }
+    }
+
+    pub(super) fn may_dial_more(&self) -> bool {
+        self.roster.watched().filter(|member| member.connections.is_dialling()).count() < MAX_DIALS
+    }
+
+    /// Greets or dials it, if it is time.
+    pub(super) fn dial_if_allowed(&mut self, peer: PeerId, now: Instant) -> bool {
+        let Some(member) = self.roster.get_mut(peer) else { return false };
+        if !member.connections.may_dial(now) || member.score.is_banned(now) {
+            return false;
+        }
+        member.connections.begin_dial(now);
+        let output = match member.is_admitted(now) {
+            true => Output::Dial(member.peer.clone()),
+            false => Output::Handshake(member.peer.clone()),
+        };
+        self.push_output(output);
+        self.roster.watch(peer);
+        true
+    }
+
+    fn choose_neighbours(&mut self, now: Instant) {
+        let zone = self.presence.as_ref().and_then(|presence| presence.zone.as_ref());
+        let fit = |member: &&Member| {
+            !member.is_dead()
+                && !member.score.is_banned(now)
+                && member.connections.failed_dials() < MAX_FAILED_DIALS
+                && (member.has_valid_credential(now) || member.is_admitted(now))
+        };
+        let members = self.roster.members.iter();
+        let candidates =
+            members.filter(|(_, member)| fit(member)).map(|(peer, member)| (*peer, member.peer.zone.as_ref()));
+        self.chosen_neighbours = neighbour_choice::choose(self.salt, zone, candidates);
+    }
+
+    /// Too many connected to us, as to the first agents of a cluster: those whom we did not choose are told that we close, and have by now
+    /// met others.
+    fn thin_out(&mut self) {
+        let linked: Vec<_> = self.roster.neighbours().map(|member| member.peer.id).collect();
+        if linked.len() <= neighbour_choice::MAX_NEIGHBOURS {
+            return;
+        }
+        let excess = linked.len() - neighbour_choice::NEIGHBOURS_AFTER_THINNING;
+        let unchosen = linked.into_iter().filter(|peer| !self.chosen_neighbours.contains(peer));
+        for peer in unchosen.choose_multiple(&mut self.rng, excess) {
+            self.send_request(peer, SyncRequest::Disconnect);
+        }
+    }
+}

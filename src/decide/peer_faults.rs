@@ -1,0 +1,254 @@
+//! What peers did wrong lately, and what follows for the order in which they are asked.
+//!
+//! Nobody is excluded: one bad sector is no reason to lose what only this peer holds, and nothing that a peer sends is believed
+//! unverified. Not here: whether a peer is admitted, and who holds what.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use crate::model::PeerId;
+
+/// What a peer did, or what happened to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PeerFault {
+    /// It sent wrong content or broke the protocol.
+    Lied,
+    /// It serves as many as it can.
+    Busy,
+    /// There is no way to it, or it does not let us in.
+    Unreachable,
+    /// It stopped sending.
+    Stalled,
+    /// It cannot read its own content.
+    StoreFailed,
+}
+
+impl PeerFault {
+    /// The kind, for the metric.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Lied => "lied",
+            Self::Busy => "busy",
+            Self::Unreachable => "unreachable",
+            Self::Stalled => "stalled",
+            Self::StoreFailed => "store_failed",
+        }
+    }
+
+    fn ban_kind(self) -> BanKind {
+        match self {
+            Self::Lied => BanKind::Lying,
+            Self::Busy => BanKind::Busy,
+            Self::Unreachable | Self::Stalled | Self::StoreFailed => BanKind::Troubled,
+        }
+    }
+
+    /// First wait, and the longest that it doubles to.
+    fn wait_bounds(self) -> (Duration, Duration) {
+        match self.ban_kind() {
+            // A bad sector stays bad and a liar lies on; a replaced disk is noticed within two hours.
+            BanKind::Lying => (Duration::from_secs(600), Duration::from_secs(7200)),
+            // A blob of a few MiB takes a moment; whoever waits for a place is to get it soon after it is free.
+            BanKind::Busy => (Duration::from_millis(100), Duration::from_millis(1500)),
+            // As the queue's own waits after a failure.
+            BanKind::Troubled => (Duration::from_secs(1), Duration::from_secs(300)),
+        }
+    }
+}
+
+/// Faults that are remembered together, because one kind of wait follows from them.
+#[derive(Debug, Clone, Copy)]
+enum BanKind {
+    Lying,
+    Busy,
+    Troubled,
+}
+
+/// How a peer compares with others; the least is asked first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Standing {
+    /// Nothing is known against it.
+    Good,
+    /// Something went wrong; by when it may be better.
+    Troubled(Instant),
+    /// It lied. What it sends costs a whole blob before that is known.
+    Lying,
+}
+
+/// The faults of all peers.
+#[derive(Debug, Default)]
+pub struct PeerFaults {
+    counts: HashMap<PeerId, [FaultCount; 3]>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct FaultCount {
+    times: u32,
+    until: Option<Instant>,
+}
+
+/// Peers with faults that are remembered; as many as are known at most (5000 nodes, each of which may have lost its key once). Beyond
+/// it those go whose time is up first.
+const MAX_PEERS: usize = 10_000;
+
+/// How long after a wait its faults still make the next one longer.
+const FAULT_LIFE: Duration = Duration::from_secs(3600);
+
+impl PeerFaults {
+    /// Something went wrong with a peer. Answers until when it is held against it. `jitter` in 0..1 spreads the waits of many askers.
+    pub fn record_fault(&mut self, peer: PeerId, fault: PeerFault, now: Instant, jitter: f64) -> Instant {
+        if !self.counts.contains_key(&peer) {
+            self.evict_expired(now);
+        }
+        let count = &mut self.counts.entry(peer).or_default()[fault.ban_kind() as usize];
+        count.expire(now);
+        let (first, longest) = fault.wait_bounds();
+        let wait = first.saturating_mul(1 << count.times.min(16)).min(longest);
+        let until = now + wait.mul_f64(0.5 + jitter.clamp(0.0, 1.0) / 2.0);
+        *count = FaultCount { times: count.times.saturating_add(1), until: Some(until) };
+        until
+    }
+
+    /// A peer served a blob: it is there and has time. That it lied is not forgotten: a disk with one bad sector serves all the others.
+    pub fn record_success(&mut self, peer: PeerId) {
+        if let Some(record) = self.counts.get_mut(&peer) {
+            record[BanKind::Busy as usize] = FaultCount::default();
+            record[BanKind::Troubled as usize] = FaultCount::default();
+            if record.iter().all(|count| count.until.is_none()) {
+                self.counts.remove(&peer);
+            }
+        }
+    }
+
+    /// How the peer compares now.
+    pub fn standing(&self, peer: PeerId, now: Instant) -> Standing {
+        if self.ban_end(peer, BanKind::Lying, now).is_some() {
+            return Standing::Lying;
+        }
+        self.ban_end(peer, BanKind::Troubled, now).map_or(Standing::Good, Standing::Troubled)
+    }
+
+    /// Before when there is no use in asking a peer: it was busy.
+    pub fn busy_until(&self, peer: PeerId, now: Instant) -> Option<Instant> {
+        self.ban_end(peer, BanKind::Busy, now)
+    }
+
+    fn ban_end(&self, peer: PeerId, grudge: BanKind, now: Instant) -> Option<Instant> {
+        self.counts.get(&peer)?[grudge as usize].until.filter(|until| *until > now)
+    }
+
+    fn evict_expired(&mut self, now: Instant) {
+        if self.counts.len() < MAX_PEERS {
+            return;
+        }
+        self.counts.retain(|_, record| {
+            record.iter_mut().for_each(|count| count.expire(now));
+            record.iter().any(|count| count.until.is_some())
+        });
+        if self.counts.len() >= MAX_PEERS {
+            let last = |record: &[FaultCount; 3]| record.iter().filter_map(|count| count.until).max();
+            let first = self.counts.iter().min_by_key(|(_, record)| last(record)).map(|(peer, _)| *peer);
+            first.and_then(|first| self.counts.remove(&first));
+        }
+    }
+}
+
+impl FaultCount {
+    fn expire(&mut self, now: Instant) {
+        if self.until.is_some_and(|until| now.saturating_duration_since(until) >= FAULT_LIFE) {
+            *self = Self::default();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(number: u16) -> PeerId {
+        let mut key = [0; 32];
+        key[..2].copy_from_slice(&number.to_be_bytes());
+        PeerId::from_public_key(key)
+    }
+
+    #[test]
+    fn waits_double_up_to_a_bound_of_their_kind() {
+        for (fault, milliseconds) in [
+            (PeerFault::Busy, [100, 200, 400, 800, 1500, 1500]),
+            (PeerFault::Unreachable, [1000, 2000, 4000, 8000, 16_000, 32_000]),
+            (PeerFault::Lied, [600_000, 1_200_000, 2_400_000, 4_800_000, 7_200_000, 7_200_000]),
+        ] {
+            let (mut trust, now) = (PeerFaults::default(), Instant::now());
+            let waits = milliseconds.map(|_| (trust.record_fault(peer(1), fault, now, 1.0) - now).as_millis());
+            assert_eq!(waits, milliseconds, "{fault:?}");
+            let mut fresh = PeerFaults::default();
+            assert_eq!(
+                fresh.record_fault(peer(1), fault, now, 0.0) - now,
+                Duration::from_millis(milliseconds[0] as u64) / 2
+            );
+        }
+    }
+
+    #[test]
+    fn good_peers_come_before_troubled_peers_and_lying_peers_come_last_until_their_ban_ends() {
+        let (mut trust, now) = (PeerFaults::default(), Instant::now());
+        let until = trust.record_fault(peer(1), PeerFault::Lied, now, 1.0);
+        trust.record_fault(peer(2), PeerFault::Stalled, now, 1.0);
+        trust.record_fault(peer(2), PeerFault::Unreachable, now, 1.0);
+        trust.record_fault(peer(3), PeerFault::StoreFailed, now, 1.0);
+        trust.record_fault(peer(4), PeerFault::Busy, now, 1.0);
+        let order = |trust: &PeerFaults, now| {
+            let mut peers = [1, 2, 3, 4, 5];
+            peers.sort_by_key(|number| trust.standing(peer(*number), now));
+            peers
+        };
+        assert_eq!(order(&trust, now), [4, 5, 3, 2, 1], "to be busy is no shame");
+        assert_eq!(order(&trust, until), [1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn a_busy_peer_gets_no_request_before_its_wait_ends() {
+        let (mut trust, now) = (PeerFaults::default(), Instant::now());
+        let until = trust.record_fault(peer(1), PeerFault::Busy, now, 1.0);
+        assert_eq!(trust.busy_until(peer(1), now), Some(until));
+        assert_eq!(trust.busy_until(peer(1), until), None);
+        trust.record_fault(peer(2), PeerFault::Lied, now, 1.0);
+        assert_eq!(trust.busy_until(peer(2), now), None, "nobody else may hold it");
+    }
+
+    #[test]
+    fn a_served_blob_clears_all_faults_but_a_lie() {
+        let (mut trust, now) = (PeerFaults::default(), Instant::now());
+        for fault in [PeerFault::Busy, PeerFault::Unreachable] {
+            trust.record_fault(peer(1), fault, now, 1.0);
+        }
+        trust.record_success(peer(1));
+        assert_eq!((trust.standing(peer(1), now), trust.busy_until(peer(1), now)), (Standing::Good, None));
+        assert!(trust.counts.is_empty());
+        trust.record_fault(peer(1), PeerFault::Lied, now, 1.0);
+        trust.record_success(peer(1));
+        assert_eq!(trust.standing(peer(1), now), Standing::Lying);
+    }
+
+    #[test]
+    fn an_old_fault_does_not_lengthen_a_new_wait() {
+        let (mut trust, now) = (PeerFaults::default(), Instant::now());
+        let until = trust.record_fault(peer(1), PeerFault::Unreachable, now, 1.0);
+        let soon = until + FAULT_LIFE / 2;
+        assert_eq!(trust.record_fault(peer(1), PeerFault::Unreachable, soon, 1.0) - soon, Duration::from_secs(2));
+        let late = soon + 2 * FAULT_LIFE;
+        assert_eq!(trust.record_fault(peer(1), PeerFault::Unreachable, late, 1.0) - late, Duration::from_secs(1));
+    }
+
+    #[test]
+    fn records_are_bounded_and_the_record_that_ends_first_is_evicted() {
+        let (mut trust, now) = (PeerFaults::default(), Instant::now());
+        trust.record_fault(peer(0), PeerFault::Lied, now, 1.0);
+        for number in 1..=MAX_PEERS as u16 {
+            trust.record_fault(peer(number), PeerFault::Unreachable, now + Duration::from_millis(number.into()), 1.0);
+        }
+        assert_eq!(trust.counts.len(), MAX_PEERS);
+        assert_eq!(trust.standing(peer(0), now), Standing::Lying);
+        assert!(!trust.counts.contains_key(&peer(1)));
+    }
+}

@@ -1,0 +1,73 @@
+//! How fast bytes come while any are expected.
+
+use std::time::{Duration, Instant};
+
+/// What is taken together: longer than what a piece's bytes come in batches of, shorter than a change that matters.
+const SAMPLE: Duration = Duration::from_millis(50);
+
+/// The weight of the latest sample: most of what is known is of the last ten.
+const WEIGHT: f64 = 0.2;
+
+/// Bytes per second, moving with time; waiting for an answer counts, idling does not.
+#[derive(Debug, Clone, Default)]
+pub(super) struct RateEstimate {
+    average: Option<f64>,
+    /// The most that the average ever was.
+    most: f64,
+    bytes: u64,
+    /// When the last sample was taken; nothing while nothing is expected.
+    since: Option<Instant>,
+}
+
+impl RateEstimate {
+    pub(super) fn begin(&mut self, now: Instant) {
+        if self.since.is_none() {
+            (self.bytes, self.since) = (0, Some(now));
+        }
+    }
+
+    /// Nothing is expected any more.
+    pub(super) fn end(&mut self, now: Instant) {
+        if self.bytes > 0 {
+            self.sample(now);
+        }
+        self.since = None;
+    }
+
+    pub(super) fn add(&mut self, bytes: u64, now: Instant) {
+        self.bytes = self.bytes.saturating_add(bytes);
+        if self.silence(now) >= SAMPLE {
+            self.sample(now);
+        }
+    }
+
+    fn silence(&self, now: Instant) -> Duration {
+        self.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
+
+    fn sample(&mut self, now: Instant) {
+        // A millisecond at least: what comes at once says little about what can come for long.
+        let time = self.silence(now).max(Duration::from_millis(1)).as_secs_f64();
+        let rate = self.bytes as f64 / time;
+        // A sample counts by its length, or a peer that answers in bursts looks faster than it is.
+        let weight = 1.0 - (1.0 - WEIGHT).powf((time / SAMPLE.as_secs_f64()).min(10.0));
+        let average = self.average.map_or(rate, |average| average + (rate - average) * weight);
+        (self.average, self.most) = (Some(average), self.most.max(average));
+        (self.bytes, self.since) = (0, Some(now));
+    }
+
+    /// The most that it ever was.
+    pub(super) fn most(&self) -> f64 {
+        self.most
+    }
+
+    /// As it is now: silence makes it less, down to a half.
+    pub(super) fn now(&self, now: Instant) -> Option<f64> {
+        let average = self.average?.max(1.0);
+        let silence = self.silence(now);
+        if silence <= 4 * SAMPLE {
+            return Some(average);
+        }
+        Some(average.min(f64::midpoint(average, self.bytes as f64 / silence.as_secs_f64())))
+    }
+}

@@ -1,0 +1,200 @@
+//! A token bucket: how many bytes may pass now, so that no more than a rate passes over time.
+//!
+//! Over any window of t seconds at most rate * t + capacity bytes pass, exactly: credit is counted in integers, and what is taken was
+//! there. Not here: waiting, and who is next (the transfer adapter).
+
+use std::time::{Duration, Instant};
+
+/// Most bytes that are taken at a time. Small, so that many streams advance in step at a low rate; large, so that taking costs nothing
+/// at a high one: 10 Gbit/s are 19 000 a second.
+pub const CHUNK: u64 = 64 << 10;
+
+/// The lowest rate that is kept, in bytes per second; a lower one counts as this. A transfer is given up below 64 KiB in ten seconds
+/// by whoever is at its other end, and that end does not know why we are slow.
+pub const MIN_RATE: u64 = 64 << 10;
+
+/// What one transfer is worth beginning for, in bytes per second: five times the rate below which its other end gives it up. So few
+/// transfers run at a time under a limit that each may have this much.
+const MIN_TRANSFER_RATE: u64 = 32 << 10;
+
+/// Credit is kept in billionths of a byte: a nanosecond at one byte per second brings one of them.
+const CREDIT_PER_BYTE: u128 = 1_000_000_000;
+
+/// A rate in force and what has gathered under it.
+#[derive(Debug, Clone)]
+pub struct TokenBucket {
+    rate: u64,
+    /// At most [`TokenBucket::capacity`] bytes' worth.
+    credit: u128,
+    refilled_at: Instant,
+}
+
+impl TokenBucket {
+    /// A full bucket. `rate` in bytes per second; 0 is no limit.
+    pub fn new(rate: u64, now: Instant) -> Self {
+        let mut bucket = Self { rate: 0, credit: 0, refilled_at: now };
+        bucket.set_rate(rate, now);
+        bucket.credit = bucket.full();
+        bucket
+    }
+
+    /// Another rate from now on. What had gathered is kept as far as it fits; after a time without a limit nothing had.
+    pub fn set_rate(&mut self, rate: u64, now: Instant) {
+        self.refill(now);
+        self.rate = if rate == 0 { 0 } else { rate.max(MIN_RATE) };
+        self.credit = self.credit.min(self.full());
+    }
+
+    /// Takes so many bytes, or answers how long it is until they are there if nobody else takes any. More than a [`CHUNK`] at a time
+    /// might never be there, and is taken as one.
+    ///
+    /// # Errors
+    /// The wait; nothing was taken.
+    pub fn take(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
+        if self.rate == 0 {
+            return Ok(());
+        }
+        self.refill(now);
+        let wanted = u128::from(bytes.min(CHUNK)) * CREDIT_PER_BYTE;
+        match self.credit.checked_sub(wanted) {
+            Some(left) => {
+                self.credit = left;
+                Ok(())
+            }
+            // Rounded up: after the wait it is there.
+            None => Err(nanoseconds((wanted - self.credit).div_ceil(u128::from(self.rate)))),
+        }
+    }
+
+    /// What may pass at once after a pause: a quarter of a second's worth, so that a wake-up that comes late loses nothing, and
+    /// always a whole chunk, so that one can be taken at all.
+    pub fn capacity(&self) -> u64 {
+        if self.rate == 0 { 0 } else { (self.rate / 4).max(CHUNK) }
+    }
+
+    fn full(&self) -> u128 {
+        u128::from(self.capacity()) * CREDIT_PER_BYTE
+    }
+
+    /// A clock that stands still or goes back brings nothing.
+    fn refill(&mut self, now: Instant) {
+        let elapsed = now.saturating_duration_since(self.refilled_at);
+        self.refilled_at = self.refilled_at.max(now);
+        self.credit =
+            elapsed.as_nanos().saturating_mul(u128::from(self.rate)).saturating_add(self.credit).min(self.full());
+    }
+}
+
+/// How many transfers may run at a time under a rate: as many as can each have a worthwhile part of it, and always one.
+pub fn concurrent_transfers(rate: u64) -> usize {
+    match rate {
+        0 => usize::MAX,
+        rate => usize::try_from(rate.max(MIN_RATE) / MIN_TRANSFER_RATE).unwrap_or(usize::MAX),
+    }
+}
+
+fn nanoseconds(count: u128) -> Duration {
+    Duration::from_nanos(u64::try_from(count).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn a_full_bucket_gives_its_capacity_at_once_and_then_the_rate() {
+        let start = Instant::now();
+        let mut bucket = TokenBucket::new(8 * CHUNK, start);
+        assert_eq!(bucket.capacity(), 2 * CHUNK, "a quarter of a second");
+        assert_eq!((bucket.take(CHUNK, start), bucket.take(CHUNK, start)), (Ok(()), Ok(())));
+        assert_eq!(bucket.take(CHUNK, start), Err(SECOND / 8));
+        assert_eq!(bucket.take(CHUNK, start + SECOND / 16), Err(SECOND / 16), "half of it is there");
+        assert_eq!(bucket.take(CHUNK, start + SECOND / 8), Ok(()));
+    }
+
+    #[test]
+    fn a_low_rate_still_lets_a_whole_chunk_through() {
+        let start = Instant::now();
+        let mut bucket = TokenBucket::new(1, start);
+        assert_eq!(bucket.take(u64::MAX, start), Ok(()), "taken as one chunk");
+        assert_eq!(bucket.take(CHUNK, start), Err(SECOND), "as under the lowest rate");
+    }
+
+    #[test]
+    fn a_new_rate_is_in_force_at_once() {
+        let start = Instant::now();
+        let mut bucket = TokenBucket::new(MIN_RATE, start);
+        bucket.take(CHUNK, start).unwrap();
+        assert_eq!(bucket.take(CHUNK, start), Err(SECOND));
+        bucket.set_rate(4 * MIN_RATE, start);
+        assert_eq!(bucket.take(CHUNK, start), Err(SECOND / 4));
+        bucket.set_rate(0, start);
+        (0..1000).for_each(|_| bucket.take(CHUNK, start).unwrap());
+        bucket.set_rate(MIN_RATE, start + 10 * SECOND);
+        assert_eq!(bucket.take(CHUNK, start + 10 * SECOND), Err(SECOND), "no credit from the time without a limit");
+    }
+
+    #[test]
+    fn every_transfer_under_a_limit_has_at_least_the_minimum_rate() {
+        assert_eq!([0, 1, MIN_RATE, 3 * MIN_RATE].map(concurrent_transfers), [usize::MAX, 2, 2, 6]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_window_passes_at_most_rate_times_time_plus_the_capacity(
+            rate in prop_oneof![MIN_RATE..10 * MIN_RATE, 1_u64 << 20..2 << 30],
+            takes in proptest::collection::vec((0..=CHUNK, 0_u64..200_000_000), 1..200),
+        ) {
+            let (start, mut now) = (Instant::now(), 0);
+            let mut bucket = TokenBucket::new(rate, start);
+            let mut passed = Vec::new();
+            for (bytes, pause) in takes {
+                now += pause;
+                if bucket.take(bytes, start + Duration::from_nanos(now)).is_ok() {
+                    passed.push((now, bytes));
+                }
+            }
+            for first in 0..passed.len() {
+                let mut sum = 0;
+                for (at, bytes) in &passed[first..] {
+                    sum += u128::from(*bytes) * CREDIT_PER_BYTE;
+                    let allowed = u128::from(at - passed[first].0) * u128::from(rate) + bucket.full();
+                    prop_assert!(sum <= allowed, "{sum} billionths of a byte where {allowed} are allowed");
+                }
+            }
+        }
+
+        #[test]
+        fn a_take_succeeds_after_the_wait_that_the_bucket_gave(
+            rates in proptest::collection::vec(1_u64..2 << 30, 1..20),
+            bytes in 0..=2 * CHUNK,
+        ) {
+            let mut now = Instant::now();
+            let mut bucket = TokenBucket::new(rates[0], now);
+            for rate in rates {
+                bucket.set_rate(rate, now);
+                if let Err(wait) = bucket.take(bytes, now) {
+                    prop_assert!(wait <= SECOND, "a chunk takes a second at most: {wait:?}");
+                    now += wait;
+                    prop_assert_eq!(bucket.take(bytes, now), Ok(()));
+                }
+            }
+        }
+
+        #[test]
+        fn frequent_takes_lose_no_credit(rate in MIN_RATE..2 << 30, asks in 1_u32..1000) {
+            let start = Instant::now();
+            let mut bucket = TokenBucket::new(rate, start);
+            while bucket.take(CHUNK, start).is_ok() {}
+            let wait = bucket.take(CHUNK, start).unwrap_err();
+            for ask in 0..asks {
+                prop_assert!(bucket.take(CHUNK, start + wait * ask / asks).is_err() || wait.is_zero());
+            }
+            prop_assert_eq!(bucket.take(CHUNK, start + wait), Ok(()));
+        }
+    }
+}

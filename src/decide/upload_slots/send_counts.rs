@@ -1,0 +1,102 @@
+//! Which pieces are sent of those that are welcome and here: the ones that were sent the least, so that every piece is somewhere
+//! else before one goes out twice.
+//!
+//! Not here: who is served next ([`super::UploadSlots`]).
+
+use std::collections::HashMap;
+
+use crate::oci::{Digest, MAX_PIECES};
+
+/// Pieces that are counted, of all blobs together; a byte each. Two blobs of the most pieces that there can be, or 500 usual ones of 512,
+/// which is more than a node serves at a time.
+const MAX_COUNTED: usize = 2 * MAX_PIECES as usize;
+
+/// How often each piece of each blob was sent, of those blobs that were asked for last.
+#[derive(Debug, Default)]
+pub struct SendCounts {
+    blobs: HashMap<Digest, BlobCounts>,
+    counted: usize,
+    /// Grows with each choice.
+    clock: u64,
+}
+
+#[derive(Debug, Default)]
+struct BlobCounts {
+    times: Vec<u8>,
+    used: u64,
+}
+
+impl SendCounts {
+    /// Of the pieces that are welcome and here, the `most` that were sent the least; equals in the order of the choice. They count as sent
+    /// from now on, so it is best asked when there is time to send one.
+    pub fn choose(&mut self, digest: Digest, choice: &[u32], most: usize, has: impl Fn(u32) -> bool) -> Vec<u32> {
+        self.clock += 1;
+        let exists = |piece: &u32| u64::from(*piece) < MAX_PIECES && has(*piece);
+        let mut pieces: Vec<_> = choice.iter().copied().filter(exists).collect();
+        let length = pieces.iter().max().map_or(0, |last| *last as usize + 1);
+        let counts = self.blobs.entry(digest).or_default();
+        counts.used = self.clock;
+        if counts.times.len() < length {
+            self.counted += length - counts.times.len();
+            counts.times.resize(length, 0);
+        }
+        pieces.sort_by_key(|piece| counts.times[*piece as usize]);
+        pieces.dedup();
+        pieces.truncate(most);
+        for piece in &pieces {
+            if counts.times[*piece as usize] == u8::MAX {
+                counts.times.iter_mut().for_each(|times| *times /= 2);
+            }
+            counts.times[*piece as usize] += 1;
+        }
+        self.evict_oldest();
+        pieces
+    }
+
+    /// Forgets the blobs that were not asked for for the longest time.
+    fn evict_oldest(&mut self) {
+        while self.counted > MAX_COUNTED || self.blobs.len() > MAX_COUNTED / 256 {
+            let Some(oldest) = self.blobs.iter().min_by_key(|(_, counts)| counts.used).map(|(digest, _)| *digest)
+            else {
+                return;
+            };
+            self.counted -= self.blobs.remove(&oldest).map_or(0, |counts| counts.times.len());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_least_sent_piece_is_chosen_first_and_equal_pieces_in_the_requested_order() {
+        let mut sent = SendCounts::default();
+        let blob = Digest::of(b"blob");
+        assert_eq!(sent.choose(blob, &[5, 3, 4], 2, |_| true), [5, 3]);
+        assert_eq!(sent.choose(blob, &[3, 5, 4], 2, |_| true), [4, 3]);
+        assert_eq!(sent.choose(blob, &[4, 5, 6], 9, |piece| piece != 6), [4, 5], "what is here");
+        assert_eq!(sent.choose(blob, &[u32::MAX], 1, |_| true), [0; 0]);
+    }
+
+    #[test]
+    fn counts_stay_in_order_after_many_sends() {
+        let mut sent = SendCounts::default();
+        let blob = Digest::of(b"blob");
+        for _ in 0..1000 {
+            sent.choose(blob, &[0], 1, |_| true);
+        }
+        assert_eq!(sent.choose(blob, &[0, 1], 1, |_| true), [1]);
+    }
+
+    #[test]
+    fn the_counted_pieces_are_bounded() {
+        let mut sent = SendCounts::default();
+        for n in 0..5000_u32 {
+            sent.choose(Digest::of(&n.to_le_bytes()), &[n % 9 * 10_000], 1, |_| true);
+            assert!(sent.counted <= MAX_COUNTED);
+        }
+        let held: usize = sent.blobs.values().map(|counts| counts.times.len()).sum();
+        assert_eq!(held, sent.counted);
+    }
+}

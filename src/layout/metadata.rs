@@ -1,0 +1,74 @@
+//! What is remembered about a blob: one small JSON file, replaced whole.
+
+use std::collections::{BTreeSet, HashSet};
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::MutexGuard;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Folder, METADATA, io_error, replace};
+use crate::oci::{Digest, Repository};
+use crate::ports::{BlobMetadata, StoreError};
+
+/// The file. A child's kind follows from the document that names it, so it is not written.
+#[derive(Default, PartialEq, Clone, Serialize, Deserialize)]
+pub(super) struct MetadataFile {
+    #[serde(default)]
+    pub(super) sources: BTreeSet<Repository>,
+    #[serde(default)]
+    pub(super) children: BTreeSet<Digest>,
+}
+
+impl Folder {
+    /// What is remembered; nothing when there is no file.
+    pub(super) fn metadata(&self, digest: Digest) -> Result<MetadataFile, StoreError> {
+        let path = self.metadata_path(digest);
+        match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| io_error(&path, &error.into())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(MetadataFile::default()),
+            Err(error) => Err(io_error(&path, &error)),
+        }
+    }
+
+    /// Adds to it.
+    pub(super) fn add_metadata(
+        &self,
+        _changing: &MutexGuard<'_, ()>,
+        digest: Digest,
+        more: &BlobMetadata,
+    ) -> Result<(), StoreError> {
+        let before = self.metadata(digest)?;
+        let mut notes = before.clone();
+        notes.sources.extend(more.source.clone());
+        notes.children.extend(more.children.iter().map(|child| child.digest));
+        if notes == before {
+            return Ok(());
+        }
+        let path = self.metadata_path(digest);
+        let written = serde_json::to_vec(&notes).map_err(io::Error::from);
+        written.and_then(|bytes| replace(&path, &bytes)).map_err(|error| io_error(&path, &error))
+    }
+
+    /// Removes what is remembered about blobs that are gone.
+    pub(super) fn remove_other_metadata(
+        &self,
+        _changing: &MutexGuard<'_, ()>,
+        kept: &HashSet<Digest>,
+    ) -> Result<(), StoreError> {
+        let folder = self.path(METADATA);
+        for entry in fs::read_dir(&folder).map_err(|error| io_error(&folder, &error))? {
+            let path = entry.map_err(|error| io_error(&folder, &error))?.path();
+            let about = path.file_stem().and_then(|hex| format!("sha256:{}", hex.to_str()?).parse().ok());
+            if about.is_none_or(|digest| !kept.contains(&digest)) {
+                fs::remove_file(&path).map_err(|error| io_error(&path, &error))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn metadata_path(&self, digest: Digest) -> PathBuf {
+        self.path(METADATA).join(digest.hex()).with_extension("json")
+    }
+}

@@ -1,0 +1,152 @@
+//! A blob whose pieces come in any order: a file in `ingest/` too, which stays when its process ends.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::writer::WriteSlot;
+use super::{BLOBS, Folder, INGEST, io_error};
+use crate::files::{StagingFile, blob_path, leftovers, sync_folder};
+use crate::oci::{BlobProof, Digest};
+use crate::ports::{BlobMetadata, STAGED_BLOB_LIFE, StagedBlob, StoreError};
+
+/// Tells these files from those of writers, which nobody goes on with.
+const SUFFIX: &str = ".staged";
+
+pub(super) struct LayoutStagedBlob {
+    inner: Arc<StagedState>,
+}
+
+struct StagedState {
+    folder: Arc<Folder>,
+    digest: Digest,
+    file: Arc<StagingFile>,
+    /// Until it is a blob or is thrown away.
+    open: Mutex<Option<OpenStage>>,
+}
+
+struct OpenStage {
+    _slot: WriteSlot,
+    /// The file has its name among the blobs, perhaps not on disk yet.
+    is_in_blobs: bool,
+}
+
+impl LayoutStagedBlob {
+    pub(super) fn begin(folder: &Arc<Folder>, digest: Digest, size: u64) -> Result<Self, StoreError> {
+        let slot = WriteSlot::take(folder, digest)?;
+        let ingest = folder.path(INGEST);
+        sweep(&ingest, |digest| WriteSlot::take(folder, digest).ok()).map_err(|error| io_error(&ingest, &error))?;
+        let opened = StagingFile::open(&staged_path(folder, digest), size);
+        let file = Arc::new(opened.map_err(|error| folder.write_error(digest, &error))?);
+        let open = Mutex::new(Some(OpenStage { _slot: slot, is_in_blobs: false }));
+        Ok(Self { inner: Arc::new(StagedState { folder: Arc::clone(folder), digest, file, open }) })
+    }
+}
+
+fn staged_path(folder: &Folder, digest: Digest) -> PathBuf {
+    folder.path(INGEST).join(digest.hex() + SUFFIX)
+}
+
+/// The blob that a file of this name is staged for.
+fn staged_digest(name: &OsStr) -> Option<Digest> {
+    format!("sha256:{}", name.to_str()?.strip_suffix(SUFFIX)?).parse().ok()
+}
+
+/// Removes everything but what is staged: nobody goes on with it. Only for when nothing is being written.
+pub(super) fn sweep_unstaged(ingest: &Path) -> io::Result<()> {
+    for left in leftovers(ingest)? {
+        if staged_digest(&left.name).is_none() {
+            fs::remove_file(ingest.join(&left.name))?;
+        }
+    }
+    sweep(ingest, |_| Some(()))
+}
+
+/// Removes what was staged and not taken up again. `take` keeps others from it meanwhile, if nobody has it.
+fn sweep<T>(ingest: &Path, take: impl Fn(Digest) -> Option<T>) -> io::Result<()> {
+    for left in leftovers(ingest)? {
+        if left.age > STAGED_BLOB_LIFE
+            && let Some(digest) = staged_digest(&left.name)
+            && let Some(_taken) = take(digest)
+        {
+            fs::remove_file(ingest.join(&left.name))?;
+        }
+    }
+    Ok(())
+}
+
+impl StagedState {
+    fn open(&self) -> MutexGuard<'_, Option<OpenStage>> {
+        // A panic leaves files, and each of them is in its place or is not.
+        self.open.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// As a writer does it: at no moment is there a blob that lacks what is remembered, or is not on disk.
+    fn commit(&self, remembered: &BlobMetadata) -> Result<(), StoreError> {
+        let not_written = |error| self.folder.write_error(self.digest, &error);
+        let mut guard = self.open();
+        let closed = || StoreError::Other(format!("{} is not being written any more", self.digest));
+        let open = guard.as_mut().ok_or_else(closed)?;
+        self.file.seal().map_err(not_written)?;
+        let changing = self.folder.lock();
+        self.folder.add_metadata(&changing, self.digest, remembered)?;
+        if !open.is_in_blobs {
+            fs::rename(self.file.path(), blob_path(&self.folder.root, self.digest)).map_err(not_written)?;
+            open.is_in_blobs = true;
+        }
+        sync_folder(&self.folder.path(BLOBS)).map_err(not_written)?;
+        *guard = None;
+        drop(changing);
+        self.folder.changed();
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl StagedBlob for LayoutStagedBlob {
+    fn resumed_ranges(&self) -> Vec<Range<u64>> {
+        self.inner.file.resumed_ranges()
+    }
+
+    async fn write_at(&self, offset: u64, chunks: &[Bytes]) -> Result<(), StoreError> {
+        let StagedState { folder, digest, file, .. } = &*self.inner;
+        file.write_at(offset, chunks).await.map_err(|error| folder.write_error(*digest, &error))
+    }
+
+    async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
+        let read = self.inner.file.read_at(offset, most).await;
+        read.map_err(|error| io_error(self.inner.file.path(), &error))
+    }
+
+    async fn commit(&self, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
+        let (digest, size) = (self.inner.digest, self.inner.file.size());
+        if proof.digest() != digest || proof.size() != size {
+            let (proved, length) = (proof.digest(), proof.size());
+            return Err(StoreError::Other(format!(
+                "the proof is for {length} bytes of {proved}, staged were {size} of {digest}"
+            )));
+        }
+        let (inner, remembered) = (Arc::clone(&self.inner), remembered.clone());
+        let committed = tokio::task::spawn_blocking(move || inner.commit(&remembered)).await;
+        committed.unwrap_or_else(|panicked| Err(StoreError::Other(format!("committing panicked: {panicked}"))))
+    }
+
+    async fn abandon(&self) {
+        let inner = Arc::clone(&self.inner);
+        let abandoned = tokio::task::spawn_blocking(move || {
+            let mut open = inner.open();
+            if open.as_ref().is_some_and(|open| !open.is_in_blobs) {
+                inner.file.remove();
+            }
+            *open = None;
+        });
+        // It panics nowhere; and then the file is swept later.
+        let _ = abandoned.await;
+    }
+}

@@ -1,0 +1,97 @@
+//! How much one neighbour may send, whatever it is. Counted before anything is decoded or verified. Pure; the time is an argument.
+
+use std::time::Instant;
+
+/// What may come: so much at once, and so much each second after that.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct RateLimit {
+    pub(super) burst: f64,
+    pub(super) per_second: f64,
+}
+
+/// The rates that a neighbour has to keep to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct NeighbourRateLimits {
+    /// Gossip messages.
+    pub(super) messages: RateLimit,
+    /// Their bytes.
+    pub(super) bytes: RateLimit,
+    /// Questions.
+    pub(super) questions: RateLimit,
+    /// Requests for ranges of blobs.
+    pub(super) ranges: RateLimit,
+}
+
+impl NeighbourRateLimits {
+    /// Far above what an honest mesh needs, because whoever exceeds them is blamed.
+    pub(super) const DEFAULT: Self = Self {
+        // A thousand nodes start together, each with 16 entries, and all come through one neighbour. Then 5000 nodes, as many as
+        // Kubernetes supports, tell an entry a second each.
+        messages: RateLimit { burst: 16_384.0, per_second: 5_000.0 },
+        // The same: an entry of 128 blobs has 4.7 KiB, and that start 75 MiB. Then more than a link of 100 Mbit/s carries.
+        bytes: RateLimit { burst: (96 << 20) as f64, per_second: (16 << 20) as f64 },
+        // A neighbour that was cut off asks for each of 256 members' entries, two at a time; what it misses after that it asks for again.
+        questions: RateLimit { burst: 256.0, per_second: 64.0 },
+        // Eight images of the largest size at once, then 8.6 Gbit/s in ranges of 256 KiB.
+        ranges: RateLimit { burst: 8_192.0, per_second: 4_096.0 },
+    };
+}
+
+/// What is left of a rate.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NeighbourBudget {
+    rate: RateLimit,
+    tokens: f64,
+    refilled_at: Instant,
+}
+
+impl NeighbourBudget {
+    /// All of it.
+    pub(super) fn new(rate: RateLimit, now: Instant) -> Self {
+        Self { rate, tokens: rate.burst, refilled_at: now }
+    }
+
+    /// Takes so much, or nothing when less is left.
+    pub(super) fn try_take(&mut self, amount: f64, now: Instant) -> bool {
+        self.refill(now);
+        let fits = amount <= self.tokens;
+        if fits {
+            self.tokens -= amount;
+        }
+        fits
+    }
+
+    /// Whether all of it is there again.
+    pub(super) fn is_full(&mut self, now: Instant) -> bool {
+        self.refill(now);
+        self.tokens >= self.rate.burst
+    }
+
+    fn refill(&mut self, now: Instant) {
+        let passed = now.saturating_duration_since(self.refilled_at).as_secs_f64();
+        self.tokens = self.rate.burst.min(self.tokens + passed * self.rate.per_second);
+        self.refilled_at = self.refilled_at.max(now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_burst_passes_and_then_the_rate_per_second() {
+        let start = Instant::now();
+        let mut budget = NeighbourBudget::new(RateLimit { burst: 3.0, per_second: 2.0 }, start);
+        assert!((0..3).all(|_| budget.try_take(1.0, start)));
+        assert!(!budget.try_take(1.0, start), "the burst is over");
+        let later = start + Duration::from_millis(500);
+        assert!(budget.try_take(1.0, later) && !budget.try_take(1.0, later));
+        assert!(!budget.is_full(later));
+        let much_later = later + Duration::from_secs(60);
+        assert!(budget.is_full(much_later));
+        assert!(!budget.try_take(4.0, much_later), "it does not grow past the burst");
+        assert!(budget.try_take(3.0, much_later), "what did not fit took nothing");
+    }
+}

@@ -1,0 +1,109 @@
+//! Layers unpacked in memory: nobody looks into them, so of each only the name is kept, and what is beneath it.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+use async_trait::async_trait;
+
+use super::{MemoryStore, State};
+use crate::decide::disk::Disks;
+use crate::oci::{Digest, StackedLayer};
+use crate::ports::{Pin, Snapshots, StoreError, UnpackError, UnpackOutcome, Unpacker};
+use crate::testing::image::Compression;
+
+/// Unpacked layers by their chain IDs, with the one beneath.
+pub(super) type SnapshotParents = HashMap<Digest, Option<Digest>>;
+
+/// What this store says of its runtime.
+#[derive(Clone)]
+pub(super) struct Runtime {
+    snapshotter: String,
+    discards_layers: Option<bool>,
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        Self { snapshotter: "overlayfs".into(), discards_layers: None }
+    }
+}
+
+impl MemoryStore {
+    /// Names the snapshotter that layers are unpacked into, and the runtime's setting for
+    /// discarding layers.
+    pub fn set_runtime(&self, snapshotter: &str, discards_layers: Option<bool>) {
+        self.state().runtime = Runtime { snapshotter: snapshotter.into(), discards_layers };
+    }
+
+    pub(super) fn snapshots_of(&self, chain_id: Digest) -> Snapshots {
+        let state = self.state();
+        let Runtime { snapshotter, discards_layers } = state.runtime.clone();
+        let snapshotters = if state.snapshots.contains_key(&chain_id) { vec![snapshotter] } else { Vec::new() };
+        Snapshots { snapshotters, discards_layers }
+    }
+
+    /// The chain IDs of the layers that are unpacked here.
+    pub fn unpacked(&self) -> BTreeSet<Digest> {
+        self.state().snapshots.keys().copied().collect()
+    }
+}
+
+impl MemoryStore {
+    /// From now on these are the file systems' figures, whatever is written.
+    pub fn set_disks(&self, disks: Disks) {
+        self.state().disks = disks;
+    }
+}
+
+impl State {
+    /// Removes the snapshots that neither these nor a pin reach.
+    pub(super) fn collect_snapshots(&mut self) {
+        let mut kept = HashSet::new();
+        let pinned = self.pins.values().flat_map(|held| &held.snapshots);
+        let mut open: Vec<Digest> =
+            pinned.chain(self.blobs.values().filter_map(|blob| blob.top.as_ref())).copied().collect();
+        while let Some(chain_id) = open.pop() {
+            if let Some(parent) = self.snapshots.get(&chain_id)
+                && kept.insert(chain_id)
+            {
+                open.extend(parent);
+            }
+        }
+        self.snapshots.retain(|chain_id, _| kept.contains(chain_id));
+    }
+}
+
+#[async_trait]
+impl Unpacker for MemoryStore {
+    async fn ensure_supported(&self) -> Result<(), UnpackError> {
+        Ok(())
+    }
+
+    async fn is_unpacked(&self, layer: &StackedLayer) -> Result<bool, UnpackError> {
+        Ok(self.state().snapshots.contains_key(&layer.chain_id))
+    }
+
+    async fn unpack(&self, layer: &StackedLayer, pin: &Pin) -> Result<UnpackOutcome, UnpackError> {
+        let mut state = self.state();
+        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
+        state.pins.get_mut(&pin.0).ok_or_else(gone)?.snapshots.insert(layer.chain_id);
+        if state.snapshots.contains_key(&layer.chain_id) {
+            return Ok(UnpackOutcome::AlreadyUnpacked);
+        }
+        if let Some(parent) = layer.parent.filter(|parent| !state.snapshots.contains_key(parent)) {
+            return Err(StoreError::Other(format!("the layer beneath, {parent}, is not unpacked")).into());
+        }
+        let blob = state.blobs.get(&layer.blob.digest).ok_or(StoreError::Absent(layer.blob.digest))?;
+        let archive = Compression::decompress(&blob.bytes);
+        let archive = archive.ok_or_else(|| StoreError::Other(format!("{} is no layer", layer.blob.digest)))?;
+        let actual = Digest::of(&archive);
+        if actual != layer.diff_id {
+            return Err(UnpackError::DiffIdMismatch { expected: layer.diff_id, actual: actual.to_string() });
+        }
+        state.snapshots.insert(layer.chain_id, layer.parent);
+        Ok(UnpackOutcome::Unpacked)
+    }
+
+    async fn keep_snapshot(&self, config: Digest, top: Digest) -> Result<(), UnpackError> {
+        self.state().blobs.get_mut(&config).ok_or(StoreError::Absent(config))?.top = Some(top);
+        Ok(())
+    }
+}

@@ -1,0 +1,144 @@
+//! A blob in memory whose pieces come in any order.
+
+use std::ops::Range;
+use std::sync::Mutex;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::{BTreeSet, MemoryBlob, MemoryStore};
+use crate::oci::{BlobProof, Digest};
+use crate::ports::{BlobMetadata, StagedBlob, StoreError};
+
+/// What a process leaves behind.
+#[derive(Clone)]
+pub(super) struct StagedBytes {
+    bytes: Vec<u8>,
+    /// Sorted, not touching.
+    written: Vec<Range<u64>>,
+}
+
+impl StagedBytes {
+    pub(super) fn of(size: u64) -> Self {
+        Self { bytes: vec![0; usize::try_from(size).unwrap_or(usize::MAX)], written: Vec::new() }
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn record(&mut self, range: Range<u64>) {
+        self.written.push(range);
+        self.written.sort_by_key(|range| range.start);
+        self.written.dedup_by(|next, before| {
+            let touches = next.start <= before.end;
+            if touches {
+                before.end = before.end.max(next.end);
+            }
+            touches
+        });
+    }
+}
+
+pub(super) struct MemoryStagedBlob {
+    store: MemoryStore,
+    digest: Digest,
+    resumed_ranges: Vec<Range<u64>>,
+    /// Once it is a blob, or was thrown away: the bytes that can still be read.
+    state: Mutex<Result<StagedBytes, Bytes>>,
+}
+
+impl MemoryStagedBlob {
+    pub(super) fn new(store: MemoryStore, digest: Digest, parts: StagedBytes) -> Self {
+        Self { store, digest, resumed_ranges: parts.written.clone(), state: Mutex::new(Ok(parts)) }
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, Result<StagedBytes, Bytes>> {
+        self.state.lock().expect("nothing panics while it holds the bytes")
+    }
+
+    fn closed(&self) -> StoreError {
+        StoreError::Other(format!("{} is not being written any more", self.digest))
+    }
+}
+
+#[async_trait]
+impl StagedBlob for MemoryStagedBlob {
+    fn resumed_ranges(&self) -> Vec<Range<u64>> {
+        self.resumed_ranges.clone()
+    }
+
+    async fn write_at(&self, offset: u64, chunks: &[Bytes]) -> Result<(), StoreError> {
+        let mut state = self.state();
+        let parts = state.as_mut().map_err(|_| self.closed())?;
+        let end = chunks.iter().fold(offset, |end, chunk| end.saturating_add(chunk.len() as u64));
+        if end > parts.size() {
+            return Err(StoreError::Other(format!("more than {} bytes for {}", parts.size(), self.digest)));
+        }
+        let mut at = usize::try_from(offset).expect("within the blob");
+        for chunk in chunks {
+            parts.bytes[at..at + chunk.len()].copy_from_slice(chunk);
+            at += chunk.len();
+        }
+        if end > offset {
+            parts.record(offset..end);
+        }
+        Ok(())
+    }
+
+    async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
+        let state = self.state();
+        let bytes = match &*state {
+            Ok(parts) => &parts.bytes[..],
+            Err(bytes) => &bytes[..],
+        };
+        let begin = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+        let end = begin.saturating_add(most).min(bytes.len());
+        Ok(Bytes::copy_from_slice(&bytes[begin..end]))
+    }
+
+    async fn commit(&self, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
+        let mut state = self.state();
+        let parts = state.as_ref().map_err(|_| self.closed())?;
+        if proof.digest() != self.digest || proof.size() != parts.size() {
+            let (proved, size) = (proof.digest(), proof.size());
+            return Err(StoreError::Other(format!(
+                "the proof is for {size} bytes of {proved}, staged were {} of {}",
+                parts.size(),
+                self.digest
+            )));
+        }
+        // As in `Writer::commit`.
+        let actual = Digest::of(&parts.bytes);
+        if actual != self.digest {
+            return Err(StoreError::Other(format!("bytes for {} hash to {actual}", self.digest)));
+        }
+        let bytes = Bytes::from(parts.bytes.clone());
+        *state = Err(bytes.clone());
+        let mut blob = MemoryBlob { bytes, sources: BTreeSet::new(), children: Vec::new(), top: None };
+        blob.add_metadata(remembered);
+        self.store.state().blobs.insert(self.digest, blob);
+        self.store.changed();
+        Ok(())
+    }
+
+    async fn abandon(&self) {
+        let mut state = self.state();
+        // What came to be a blob stays one.
+        if state.is_ok() {
+            *state = Err(Bytes::new());
+        }
+    }
+}
+
+impl Drop for MemoryStagedBlob {
+    fn drop(&mut self) {
+        let mut store = self.store.state();
+        store.writing.remove(&self.digest);
+        if let Ok(parts) = &*self.state()
+            && !parts.written.is_empty()
+        {
+            store.staged.insert(self.digest, parts.clone());
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! Dialling: whose key answers, our `Hello`, its answer, and our own decision about it. Nothing uses a connection before.
+
+use std::net::{IpAddr, SocketAddr};
+
+use quinn::{ConnectError, Connection, ConnectionError};
+use tokio::time::timeout;
+
+use super::close_codes::{DONE, OTHER_VERSION, PROTOCOL, REJECTED, close};
+use super::peers::PeerAdmission;
+use super::tls::{format_of, peer_of};
+use super::{Shared, admission_result, peer_from, printable};
+use crate::model::{Credential, NodeName, NodeNameError, Peer, PeerId};
+use crate::ports::{AdmittedPeer, Rejection};
+use crate::wire::{self, Format, Hello, Versions, Welcome, WireError};
+
+/// Why nobody was met at an address.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum DialError {
+    /// The address leads back to this agent.
+    #[error("{0} is this agent itself")]
+    OwnAddress(SocketAddr),
+    /// Another node's agent has this agent's key.
+    #[error("node {node} at {address} has the key of this node, as after a copy of a node's disk")]
+    SharedKey {
+        /// The dialled address.
+        address: SocketAddr,
+        /// The name that the other agent gives.
+        node: NodeName,
+    },
+    /// Nobody answers, or not in our protocol.
+    #[error("{address} cannot be reached: {reason}")]
+    Unreachable {
+        /// Who was called.
+        address: SocketAddr,
+        /// Nothing at all came back.
+        silent: bool,
+        /// What the transport said.
+        reason: String,
+    },
+    /// Somebody else answers than the peer that was meant.
+    #[error("{found} answers at {address} where {expected} was expected")]
+    AnotherKey {
+        /// Who was called.
+        address: SocketAddr,
+        /// The peer that was meant.
+        expected: PeerId,
+        /// The peer that proved its key.
+        found: PeerId,
+    },
+    /// The peer does not admit us.
+    #[error("peer {peer} at {address} refuses this agent: {reason}")]
+    Rejected {
+        /// Who refuses.
+        peer: PeerId,
+        /// Where.
+        address: SocketAddr,
+        /// Its words.
+        reason: String,
+    },
+    /// We do not admit the peer.
+    #[error("peer {peer} at {address}: {refusal}")]
+    NotAdmitted {
+        /// Who it is about.
+        peer: PeerId,
+        /// Where.
+        address: SocketAddr,
+        /// Our admission's words.
+        refusal: Rejection,
+    },
+    /// It speaks no MAJOR of the transfer protocol that we speak.
+    #[error(
+        "peer {peer} at {address} speaks version {theirs} of the transfer protocol and this agent {ours}; \
+         upgrade the older of the two, as agents are compatible across one MAJOR only"
+    )]
+    OtherVersion {
+        /// Who.
+        peer: PeerId,
+        /// Where.
+        address: SocketAddr,
+        /// What it says that it speaks.
+        theirs: String,
+        /// What this agent speaks.
+        ours: Versions,
+    },
+    /// We have nothing to show.
+    #[error("this agent has no credential to show: {0}")]
+    NoCredential(Rejection),
+    /// The peer did not keep to the protocol, or speaks another version of it.
+    #[error("peer {peer} at {address} broke the protocol: {reason}")]
+    Protocol {
+        /// Who.
+        peer: PeerId,
+        /// Where.
+        address: SocketAddr,
+        /// How.
+        reason: String,
+    },
+}
+
+impl DialError {
+    /// Whether nothing at all came back, as from a host that is gone. Any answer, a refusal too, is a sign of life.
+    pub fn is_silence(&self) -> bool {
+        matches!(self, Self::Unreachable { silent: true, .. })
+    }
+}
+
+impl Shared {
+    /// Opens a connection to whoever is at `address`. Cancelled half-way it is closed.
+    pub(super) async fn dial(
+        &self,
+        address: SocketAddr,
+        expect: Option<PeerId>,
+    ) -> Result<(Peer, Connection, PeerAdmission), DialError> {
+        let unreachable = |silent, reason: String| DialError::Unreachable { address, silent, reason };
+        // The name is asked for by TLS and checked by nobody: peers are known by their keys.
+        let dialled = self.endpoint.connect_with(self.client.clone(), address, "lighterman");
+        let connecting = dialled.map_err(|error| unreachable(false, error.to_string()))?;
+        let connection = timeout(self.timeouts.dial, connecting)
+            .await
+            .map_err(|_| unreachable(true, format!("no answer in {:?}", self.timeouts.dial)))?
+            .map_err(|error| unreachable(error == ConnectionError::TimedOut, error.to_string()))?;
+        let found = peer_of(&connection).ok_or_else(|| unreachable(false, "it has no peer's certificate".into()))?;
+        if found == self.own_id {
+            let node = timeout(self.timeouts.handshake(), self.node_behind_own_key(address, &connection)).await;
+            close(&connection, DONE, b"myself");
+            return Err(match node.ok().flatten() {
+                Some(node) => DialError::SharedKey { address, node },
+                None => DialError::OwnAddress(address),
+            });
+        }
+        if let Some(expected) = expect.filter(|expected| *expected != found) {
+            close(&connection, DONE, b"another was expected");
+            return Err(DialError::AnotherKey { address, expected, found });
+        }
+        let Some(format) = format_of(&connection, self.versions) else {
+            let theirs = self.versions_of(&connection).await;
+            return Err(DialError::OtherVersion { peer: found, address, theirs, ours: self.versions });
+        };
+        match timeout(self.timeouts.handshake(), self.exchange_credentials(address, found, &connection, format)).await {
+            Ok(Ok((peer, admission))) => Ok((peer, connection, admission)),
+            Ok(Err(error)) => {
+                close(&connection, close_code(&error), b"not welcome");
+                Err(error)
+            }
+            Err(_) => {
+                close(&connection, DONE, b"no answer");
+                Err(unreachable(false, format!("no answer to our introduction in {:?}", self.timeouts.handshake())))
+            }
+        }
+    }
+
+    /// Whether anything comes back from there.
+    pub(super) async fn probe(&self, address: SocketAddr) -> Result<bool, ConnectError> {
+        let connecting = self.endpoint.connect_with(self.client.clone(), address, "lighterman")?;
+        Ok(match timeout(self.timeouts.dial, connecting).await {
+            Ok(Ok(connection)) => {
+                close(&connection, DONE, b"probe");
+                true
+            }
+            // A refusal, or another protocol.
+            Ok(Err(error)) => error != ConnectionError::TimedOut,
+            Err(_) => false,
+        })
+    }
+
+    /// What the listener says that it speaks, when it closes a connection without a common MAJOR.
+    async fn versions_of(&self, connection: &Connection) -> String {
+        let said = match timeout(self.timeouts.dial, connection.closed()).await {
+            Ok(ConnectionError::ApplicationClosed(end)) if end.error_code == OTHER_VERSION => {
+                printable(&String::from_utf8_lossy(&end.reason))
+            }
+            _ => String::new(),
+        };
+        close(connection, DONE, b"no common version");
+        if said.is_empty() { "another".to_owned() } else { said }
+    }
+
+    /// The name of the other node at an address where this agent's own key answers; `None` where
+    /// the address leads back here. This agent's own door refuses a `Hello` of this node. An agent
+    /// that cannot make sense of the `Hello` is taken for this one, as before.
+    async fn node_behind_own_key(&self, address: SocketAddr, connection: &Connection) -> Option<NodeName> {
+        let format = format_of(connection, self.versions)?;
+        let answer = self.send_hello(address, connection, format, Credential::default()).await.ok()?;
+        let Welcome::Admitted(hello) = answer else { return None };
+        let node = self.other_node_with_this_key(self.own_id, &hello)?;
+        self.shared_key.send_replace(Some(node.clone()));
+        Some(node)
+    }
+
+    async fn exchange_credentials(
+        &self,
+        address: SocketAddr,
+        peer: PeerId,
+        connection: &Connection,
+        format: Format,
+    ) -> Result<(Peer, PeerAdmission), DialError> {
+        let credential = self.admission.credential().await.map_err(DialError::NoCredential)?;
+        let theirs = match self.send_hello(address, connection, format, credential).await {
+            Ok(Welcome::Admitted(hello)) => hello,
+            Ok(Welcome::Rejected(reason)) => {
+                return Err(DialError::Rejected { peer, address, reason: printable(&reason) });
+            }
+            Err(error) => return Err(handshake_error(address, peer, connection, &error)),
+        };
+        let decided = self.admission.admit(peer, &theirs.credential).await;
+        self.metrics.admission_decided(admission_result(decided.as_ref()));
+        let AdmittedPeer { node, pod, valid_until: until, is_in_grace: _ } =
+            decided.map_err(|refusal| DialError::NotAdmitted { peer, address, refusal })?;
+        let broken = |error: NodeNameError| DialError::Protocol { peer, address, reason: error.to_string() };
+        self.observed_address.send_replace(Some(theirs.observed_address));
+        let met = peer_from(peer, address, &theirs, node).map_err(broken)?;
+        Ok((met, PeerAdmission { credential: theirs.credential, valid_until: until, pod }))
+    }
+
+    async fn send_hello(
+        &self,
+        address: SocketAddr,
+        connection: &Connection,
+        format: Format,
+        credential: Credential,
+    ) -> Result<Welcome, WireError> {
+        let (mut send, mut recv) = connection.open_bi().await.map_err(std::io::Error::from)?;
+        wire::write_in(&mut send, &self.own_hello(credential, address.ip()), format).await?;
+        // It was just opened, so it can be finished.
+        let _ = send.finish();
+        wire::read_in(&mut recv, self.versions).await
+    }
+
+    /// What we say of ourselves to whom we see at this address.
+    pub(super) fn own_hello(&self, credential: Credential, seen: IpAddr) -> Hello {
+        Hello { credential, node: self.node.to_string(), gossip_port: self.gossip_port, observed_address: seen }
+    }
+}
+
+fn close_code(error: &DialError) -> quinn::VarInt {
+    match error {
+        DialError::NotAdmitted { .. } => REJECTED,
+        DialError::Protocol { .. } => PROTOCOL,
+        _ => DONE,
+    }
+}
+
+/// A refusal may arrive as the connection's end alone; what ended the connection says more than the broken stream.
+fn handshake_error(address: SocketAddr, peer: PeerId, connection: &Connection, error: &WireError) -> DialError {
+    let protocol = || DialError::Protocol { peer, address, reason: error.to_string() };
+    if !matches!(error, WireError::Io(_)) {
+        return protocol();
+    }
+    match connection.close_reason() {
+        Some(ConnectionError::ApplicationClosed(close)) if close.error_code == REJECTED => {
+            let reason = printable(&String::from_utf8_lossy(&close.reason));
+            DialError::Rejected { peer, address, reason }
+        }
+        Some(ended) => DialError::Unreachable { address, silent: false, reason: ended.to_string() },
+        None => protocol(),
+    }
+}

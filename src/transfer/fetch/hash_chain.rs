@@ -1,0 +1,47 @@
+//! A peer's list of states.
+
+use tokio::time::timeout;
+
+use super::BlobRequest;
+use crate::oci::{HashChain, HashState, PieceLayout};
+use crate::ports::{FetchError, StateSink};
+use crate::transfer::Shared;
+use crate::transfer::tuning::STATE_BYTES;
+use crate::wire::Request;
+
+/// The part of a blob, in bytes, for which a peer has to send the states within `Limits::stall`; at least one state. One that hashes slower
+/// than 1.6 MB/s is not worth waiting for: the pieces come sooner from somebody who has the list.
+const MIN_HASHED_PER_STALL: u64 = 16 << 20;
+
+impl Shared {
+    /// The states come as they are made, which takes the time to read and hash the blob; the wait ends when they stop coming.
+    pub(super) async fn fetch_hash_chain(
+        &self,
+        wanted: BlobRequest,
+        cut: PieceLayout,
+        heard: StateSink<'_>,
+    ) -> Result<HashChain, FetchError> {
+        let request = Request::HashChain(wanted.digest);
+        let (answer, mut recv, _connection) = self.request(wanted.peer, wanted.digest, &request).await?;
+        wanted.check_answer(&answer)?;
+        let stall = self.timeouts.stall;
+        let slow = |_| wanted.stalled(stall.as_secs());
+        let expected = cut.piece_count() - 1;
+        let at_a_time = cut.pieces_within(0..MIN_HASHED_PER_STALL).len().max(1);
+        let mut states = Vec::with_capacity(expected);
+        while states.len() < expected {
+            let mut bytes = vec![0; STATE_BYTES * at_a_time.min(expected - states.len())];
+            let read = timeout(stall, recv.read_exact(&mut bytes)).await.map_err(slow)?;
+            read.map_err(|error| wanted.too_short(error))?;
+            let known = states.len();
+            states.extend(bytes.as_chunks::<STATE_BYTES>().0.iter().map(|state| HashState::from_bytes(*state)));
+            heard(&states[known..]);
+        }
+        let after = timeout(stall, recv.read_chunk(1, true)).await.map_err(slow)?;
+        match after.map_err(|error| wanted.read_failed(&error))? {
+            None => HashChain::unverified(wanted.digest, cut, states)
+                .map_err(|error| wanted.protocol_error(error.to_string())),
+            Some(_) => Err(wanted.protocol_error(format!("sends more than {expected} states"))),
+        }
+    }
+}

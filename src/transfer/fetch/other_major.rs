@@ -1,0 +1,109 @@
+//! `Get` and `Have` in place of `Chain`, `Follow` and `Pieces`, for a peer of another MAJOR.
+//!
+//! A hash chain then costs the transfer of the whole blob, and the pieces come once more. Only a
+//! blob without a provider of the own MAJOR costs that.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::BlobRequest;
+use super::pieces::PieceStream;
+use crate::model::PieceRequest;
+use crate::oci::{HashChain, HashChainBuilder, PieceLayout};
+use crate::ports::{BlobSink, FetchError, PieceMapUpdates, PieceSink, StateSink, StoreError};
+use crate::transfer::Shared;
+use crate::wire::Request;
+
+/// Makes a hash chain of a blob that passes.
+struct HashChainSink<'a> {
+    builder: HashChainBuilder,
+    on_states: StateSink<'a>,
+    /// States that `heard` got.
+    reported: usize,
+    /// States that it gets before the blob is proved.
+    most: usize,
+}
+
+#[async_trait]
+impl BlobSink for HashChainSink<'_> {
+    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
+        chunks.iter().for_each(|chunk| self.builder.update(chunk));
+        let known = self.builder.states().len().min(self.most);
+        if known > self.reported {
+            (self.on_states)(&self.builder.states()[self.reported..known]);
+            self.reported = known;
+        }
+        Ok(())
+    }
+}
+
+impl Shared {
+    /// Makes the hash chain of the peer's blob from all of its bytes, which proves the chain.
+    pub(super) async fn hash_chain_by_get(
+        &self,
+        wanted: BlobRequest,
+        cut: PieceLayout,
+        heard: StateSink<'_>,
+    ) -> Result<HashChain, FetchError> {
+        let most = cut.piece_count().saturating_sub(2);
+        let mut sink = HashChainSink { builder: HashChainBuilder::new(cut), on_states: heard, reported: 0, most };
+        self.fetch(wanted, &mut sink).await?;
+        let HashChainSink { builder, on_states: heard, reported: told, .. } = sink;
+        let chain = builder.finish().ok_or_else(|| wanted.protocol_error("sends too few bytes".into()))?;
+        heard(&chain.states()[told..]);
+        Ok(chain)
+    }
+
+    /// Asks whether the peer has the whole blob; `Have` knows no pieces.
+    pub(super) async fn follow_by_have(
+        &self,
+        wanted: BlobRequest,
+        cut: PieceLayout,
+    ) -> Result<Box<dyn PieceMapUpdates>, FetchError> {
+        let request = Request::Have(wanted.digest);
+        let (answer, recv, connection) = self.request(wanted.peer, wanted.digest, &request).await?;
+        match wanted.check_answer(&answer)? {
+            true => Ok(self.follow_whole_blob(wanted, cut, recv, connection)),
+            false => Err(wanted.protocol_error(format!("answers {answer:?} to Have"))),
+        }
+    }
+
+    /// The pieces of an order, in the order of its choice: a range of the blob for each.
+    pub(super) async fn fetch_pieces_by_get(
+        &self,
+        order: &PieceRequest,
+        sink: &mut dyn PieceSink,
+    ) -> Result<(), FetchError> {
+        let wanted = BlobRequest { peer: order.peer, digest: order.digest, size: order.layout.size() };
+        let outbound = self.outbound_if_limited(order.peer, wanted.size);
+        let _permits = self.acquire_fetch_permits(outbound.as_deref()).await;
+        for piece in order.pieces.iter().take(usize::from(order.limit)) {
+            self.fetch_piece_by_get(
+                &PieceRequest { pieces: vec![*piece], limit: 1, ..order.clone() },
+                wanted,
+                *piece,
+                sink,
+            )
+            .await?;
+        }
+        Ok(())
+    }
+
+    async fn fetch_piece_by_get(
+        &self,
+        order: &PieceRequest,
+        wanted: BlobRequest,
+        piece: u32,
+        sink: &mut dyn PieceSink,
+    ) -> Result<(), FetchError> {
+        let (offset, length) = (order.layout.offset(piece as usize), order.layout.piece_length(piece as usize));
+        let request = Request::Get { digest: wanted.digest, offset, length };
+        // The connection is held so that the connection counts as used.
+        let (answer, mut recv, _connection) = self.request(wanted.peer, wanted.digest, &request).await?;
+        if !wanted.check_answer(&answer)? {
+            return Err(wanted.protocol_error(format!("answers {answer:?} to Get")));
+        }
+        sink.begin(piece);
+        self.receive_pieces(PieceStream::of_one_piece(order, wanted, piece), &mut recv, sink).await
+    }
+}

@@ -1,0 +1,146 @@
+//! What a peer tells of its pieces.
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use futures::stream::{BoxStream, unfold};
+use quinn::RecvStream;
+use tokio::time::{Instant, sleep_until};
+
+use super::BlobRequest;
+use crate::model::{MAX_HAVE_PIECES, PieceMapUpdate};
+use crate::oci::PieceLayout;
+use crate::ports::{FetchError, PieceMapUpdates};
+use crate::transfer::Shared;
+use crate::transfer::peers::SharedConnection;
+use crate::transfer::tuning::MIN_PIECE_MAP_INTERVAL;
+use crate::wire::{self, Request, Versions, WireError};
+
+impl Shared {
+    pub(super) async fn follow(
+        &self,
+        wanted: BlobRequest,
+        cut: PieceLayout,
+    ) -> Result<Box<dyn PieceMapUpdates>, FetchError> {
+        let request = Request::Follow(wanted.digest);
+        let (answer, recv, connection) = self.request(wanted.peer, wanted.digest, &request).await?;
+        let stage = if wanted.check_answer(&answer)? { FollowState::Whole } else { FollowState::Initial };
+        Ok(self.follow_stream(wanted, cut, recv, connection, stage))
+    }
+
+    /// Of a peer that has all of the blob.
+    pub(super) fn follow_whole_blob(
+        &self,
+        wanted: BlobRequest,
+        cut: PieceLayout,
+        recv: RecvStream,
+        connection: SharedConnection,
+    ) -> Box<dyn PieceMapUpdates> {
+        self.follow_stream(wanted, cut, recv, connection, FollowState::Whole)
+    }
+
+    fn follow_stream(
+        &self,
+        wanted: BlobRequest,
+        cut: PieceLayout,
+        recv: RecvStream,
+        connection: SharedConnection,
+        stage: FollowState,
+    ) -> Box<dyn PieceMapUpdates> {
+        let reader = PieceMapReader {
+            wanted,
+            cut,
+            recv,
+            connection,
+            state: stage,
+            next_at: Instant::now(),
+            versions: self.versions,
+        };
+        // A update that was read in part is kept in here when whoever waited for it waits no more.
+        let updates = unfold(reader, |mut reader| async move { Some((reader.update().await, reader)) });
+        Box::new(PieceMapUpdateStream(updates.boxed()))
+    }
+}
+
+struct PieceMapUpdateStream(BoxStream<'static, Result<PieceMapUpdate, FetchError>>);
+
+#[async_trait]
+impl PieceMapUpdates for PieceMapUpdateStream {
+    async fn next(&mut self) -> Result<PieceMapUpdate, FetchError> {
+        self.0.next().await.expect("it has no end")
+    }
+}
+
+struct PieceMapReader {
+    wanted: BlobRequest,
+    cut: PieceLayout,
+    recv: RecvStream,
+    /// Held so that the connection counts as used.
+    connection: SharedConnection,
+    state: FollowState,
+    /// When the next update is read.
+    next_at: Instant,
+    versions: Versions,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum FollowState {
+    /// Nothing was said yet.
+    Initial,
+    /// News come.
+    Updates,
+    /// It has all, which is to be said.
+    Whole,
+    /// Nothing more will be said.
+    Ended,
+}
+
+impl PieceMapReader {
+    /// Waits without a limit: the connection's own says when the peer is gone.
+    async fn update(&mut self) -> Result<PieceMapUpdate, FetchError> {
+        match self.state {
+            FollowState::Whole => {
+                self.state = FollowState::Ended;
+                Ok(PieceMapUpdate::HaveAll)
+            }
+            FollowState::Ended => Err(self.wanted.connection_lost(&self.connection.closed().await)),
+            FollowState::Initial | FollowState::Updates => self.read().await,
+        }
+    }
+
+    async fn read(&mut self) -> Result<PieceMapUpdate, FetchError> {
+        let update = loop {
+            sleep_until(self.next_at).await;
+            self.next_at = Instant::now() + MIN_PIECE_MAP_INTERVAL;
+            match wire::read_in::<PieceMapUpdate>(&mut self.recv, self.versions).await {
+                Ok(update) => break update,
+                // Of a later release, and as if it had not been said.
+                Err(WireError::Unknown { .. }) => {}
+                Err(error) => return Err(self.wanted.answer_failed(&self.connection, error)),
+            }
+        };
+        if !self.is_valid(&update) {
+            return Err(self
+                .wanted
+                .protocol_error(format!("tells of pieces of {} that there are not", self.wanted.digest)));
+        }
+        self.state = if update == PieceMapUpdate::HaveAll { FollowState::Ended } else { FollowState::Updates };
+        Ok(update)
+    }
+
+    /// The whole set once and at first, then what was added, all of it within the blob.
+    fn is_valid(&self, update: &PieceMapUpdate) -> bool {
+        let pieces = self.cut.piece_count();
+        match update {
+            PieceMapUpdate::Map(bits) => {
+                let fits = bits.0.len() <= pieces.div_ceil(8) && bits.ones().all(|piece| piece < pieces);
+                self.state == FollowState::Initial && fits
+            }
+            PieceMapUpdate::Have(news) => {
+                let fits =
+                    (1..=MAX_HAVE_PIECES).contains(&news.len()) && news.iter().all(|piece| (*piece as usize) < pieces);
+                self.state == FollowState::Updates && fits
+            }
+            PieceMapUpdate::HaveAll => true,
+        }
+    }
+}

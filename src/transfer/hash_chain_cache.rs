@@ -1,0 +1,310 @@
+//! The lists of states of blobs that are here: made once by hashing the blob when somebody asks for the first time, and kept.
+//!
+//! Nobody makes a list but those who wait for it: each takes a slice of the blob when no other does, and when all of them have left
+//! nothing goes on. Not here: the lists of blobs that are being fetched, which came with them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::{OwnedMutexGuard, Semaphore, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+use crate::oci::{Digest, HashChain, HashChainBuilder, HashState, PieceLayout};
+use crate::ports::{BlobReader, ContentStore, StoreError};
+
+/// Slices that are hashed at a time: half of a small node's cores, for a second or two a gigabyte.
+const MAX_HASHING: usize = 2;
+
+/// Bytes of a blob in one slice: some milliseconds of hashing, for which no asker waits alone.
+const SLICE_BYTES: usize = 2 << 20;
+
+/// Lists that are being made at a time. Each costs 32 bytes a piece and an open file.
+const MAX_PENDING: usize = 64;
+
+/// Bytes of lists that are kept: of a thousand blobs of 512 pieces, more than a node has. Those that were not asked for the longest
+/// make room.
+const MAX_CACHED_BYTES: usize = 16 << 20;
+
+/// What one list costs beside its states.
+const ENTRY_OVERHEAD: usize = 256;
+
+/// Lists that are known, and that are being made.
+pub(super) struct HashChainCache {
+    table: Mutex<CacheTable>,
+    hashing: Arc<Semaphore>,
+    /// For the store to open the blob, and for each slice of it.
+    read_timeout: Duration,
+}
+
+#[derive(Default)]
+struct CacheTable {
+    cached: HashMap<Digest, CachedHashChain>,
+    /// By when they were last asked for.
+    by_last_use: BTreeMap<u64, Digest>,
+    uses: u64,
+    bytes: usize,
+    pending: HashMap<Digest, Weak<PendingHashChain>>,
+}
+
+struct CachedHashChain {
+    chain: Arc<HashChain>,
+    last_use: u64,
+}
+
+/// What there is of a list.
+pub(super) enum HashChainLookup {
+    /// All of it.
+    Cached(Arc<HashChain>),
+    /// What [`Chains::more`] says.
+    Pending(Arc<PendingHashChain>),
+}
+
+/// A list that is being made as long as this is held.
+pub(super) struct PendingHashChain {
+    digest: Digest,
+    cut: PieceLayout,
+    work: Arc<tokio::sync::Mutex<HashingProgress>>,
+    computed: watch::Sender<ComputedStates>,
+}
+
+struct HashingProgress {
+    reader: Option<Box<dyn BlobReader>>,
+    /// None when it is done.
+    builder: Option<HashChainBuilder>,
+    at: u64,
+}
+
+#[derive(Default)]
+struct ComputedStates {
+    states: Vec<HashState>,
+    is_end: bool,
+    /// The bytes are not the blob's.
+    is_corrupt: bool,
+}
+
+/// States that follow those that were had.
+pub(super) struct StateBatch {
+    pub(super) states: Vec<HashState>,
+    /// These are the last.
+    pub(super) is_end: bool,
+}
+
+impl HashChainCache {
+    pub(super) fn new(read_timeout: Duration) -> Self {
+        Self { table: Mutex::default(), hashing: Arc::new(Semaphore::new(MAX_HASHING)), read_timeout }
+    }
+
+    /// Keeps the list of a blob that was proved.
+    pub(super) fn insert(&self, chain: Arc<HashChain>) {
+        self.lock().insert(chain);
+    }
+
+    /// The list of a blob that is here, or the pending of it; `None` when too many are being made.
+    pub(super) fn get_or_start(&self, digest: Digest, cut: PieceLayout) -> Option<HashChainLookup> {
+        if let Ok(empty) = HashChain::unverified(digest, cut, Vec::new()) {
+            return Some(HashChainLookup::Cached(Arc::new(empty)));
+        }
+        let mut table = self.lock();
+        if let Some(chain) = table.get(digest).filter(|chain| chain.layout() == cut) {
+            return Some(HashChainLookup::Cached(chain));
+        }
+        if let Some(pending) = table.pending.get(&digest).and_then(Weak::upgrade).filter(|pending| pending.cut == cut) {
+            return Some(HashChainLookup::Pending(pending));
+        }
+        table.pending.retain(|_, pending| pending.strong_count() > 0);
+        if table.pending.len() >= MAX_PENDING {
+            return None;
+        }
+        let work = HashingProgress { reader: None, builder: Some(HashChainBuilder::new(cut)), at: 0 };
+        let work = Arc::new(tokio::sync::Mutex::new(work));
+        let pending = Arc::new(PendingHashChain { digest, cut, work, computed: watch::Sender::default() });
+        table.pending.insert(digest, Arc::downgrade(&pending));
+        Some(HashChainLookup::Pending(pending))
+    }
+
+    /// What there is after so many states; makes some when there is nothing.
+    ///
+    /// # Errors
+    /// [`StoreError`]; also when the blob's bytes are not what its digest says. Then not all states were given.
+    pub(super) async fn next_states(
+        &self,
+        pending: &PendingHashChain,
+        had: usize,
+        store: &dyn ContentStore,
+    ) -> Result<StateBatch, StoreError> {
+        let mut made = pending.computed.subscribe();
+        loop {
+            if let Some(more) = states_after(&made.borrow_and_update(), pending.digest, had)? {
+                return Ok(more);
+            }
+            tokio::select! {
+                _ = made.changed() => {}
+                work = pending.work.clone().lock_owned() => self.hash_slice(pending, work, store).await?,
+            }
+        }
+    }
+
+    /// Takes in one slice.
+    async fn hash_slice(
+        &self,
+        pending: &PendingHashChain,
+        mut work: OwnedMutexGuard<HashingProgress>,
+        store: &dyn ContentStore,
+    ) -> Result<(), StoreError> {
+        let hashing = self.hashing.clone().acquire_owned().await;
+        if work.builder.is_none() {
+            return Ok(());
+        }
+        if work.at < pending.cut.size() {
+            let read = timeout(self.read_timeout, work.read(pending.digest, store)).await;
+            let bytes = read.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into())))?;
+            work.at += bytes.len() as u64;
+            // Who left while it is hashed leaves the work behind for the next.
+            let hashed = spawn_blocking(move || {
+                let _hashing = hashing;
+                work.builder.iter_mut().for_each(|builder| builder.update(&bytes));
+                work
+            });
+            work = hashed.await.map_err(|error| StoreError::Other(error.to_string()))?;
+        }
+        if work.at == pending.cut.size() {
+            self.finish(pending, work.builder.take());
+        } else if let Some(builder) = &work.builder {
+            // The last state is kept back: no list is whole before it is proved.
+            let known = builder.states().len().min(pending.cut.piece_count() - 2);
+            publish(pending, |made| made.states.extend_from_slice(&builder.states()[made.states.len()..known]));
+        }
+        Ok(())
+    }
+
+    fn finish(&self, pending: &PendingHashChain, builder: Option<HashChainBuilder>) {
+        match builder.and_then(HashChainBuilder::finish).filter(|chain| chain.digest() == pending.digest) {
+            Some(chain) => {
+                publish(pending, |made| {
+                    made.states.extend_from_slice(&chain.states()[made.states.len()..]);
+                    made.is_end = true;
+                });
+                self.insert(Arc::new(chain));
+            }
+            None => {
+                let (digest, size) = (pending.digest, pending.cut.size());
+                tracing::warn!(%digest, size, "the bytes of a blob in the content store are not what its digest says");
+                publish(pending, |made| made.is_corrupt = true);
+            }
+        }
+    }
+
+    /// How many lists somebody waits for.
+    #[cfg(test)]
+    pub(super) fn pending(&self) -> usize {
+        self.lock().pending.values().filter(|pending| pending.strong_count() > 0).count()
+    }
+
+    /// Nothing that runs under it panics half-way through a change, so a poisoned one is as good.
+    fn lock(&self) -> MutexGuard<'_, CacheTable> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn states_after(made: &ComputedStates, digest: Digest, had: usize) -> Result<Option<StateBatch>, StoreError> {
+    if made.is_corrupt {
+        return Err(StoreError::Other(format!("the bytes of {digest} are not what it says")));
+    }
+    let states = &made.states[had..];
+    Ok((made.is_end || !states.is_empty()).then(|| StateBatch { states: states.to_vec(), is_end: made.is_end }))
+}
+
+fn publish(pending: &PendingHashChain, change: impl FnOnce(&mut ComputedStates)) {
+    pending.computed.send_modify(change);
+}
+
+impl HashingProgress {
+    /// The next slice, not empty.
+    async fn read(&mut self, digest: Digest, store: &dyn ContentStore) -> Result<bytes::Bytes, StoreError> {
+        let reader = match &mut self.reader {
+            Some(reader) => reader,
+            None => self.reader.insert(store.open(digest).await?),
+        };
+        let bytes = reader.read_at(self.at, SLICE_BYTES).await?;
+        if bytes.is_empty() {
+            return Err(StoreError::Other(format!("{digest} ends at {}", self.at)));
+        }
+        Ok(bytes)
+    }
+}
+
+impl CacheTable {
+    fn get(&mut self, digest: Digest) -> Option<Arc<HashChain>> {
+        self.uses += 1;
+        let kept = self.cached.get_mut(&digest)?;
+        self.by_last_use.remove(&std::mem::replace(&mut kept.last_use, self.uses));
+        self.by_last_use.insert(self.uses, digest);
+        Some(kept.chain.clone())
+    }
+
+    fn insert(&mut self, chain: Arc<HashChain>) {
+        let digest = chain.digest();
+        self.remove(digest);
+        self.uses += 1;
+        self.bytes += cost(&chain);
+        self.by_last_use.insert(self.uses, digest);
+        self.cached.insert(digest, CachedHashChain { chain, last_use: self.uses });
+        while self.bytes > MAX_CACHED_BYTES
+            && let Some((_, oldest)) = self.by_last_use.first_key_value()
+        {
+            self.remove(*oldest);
+        }
+    }
+
+    fn remove(&mut self, digest: Digest) {
+        if let Some(kept) = self.cached.remove(&digest) {
+            self.by_last_use.remove(&kept.last_use);
+            self.bytes -= cost(&kept.chain);
+        }
+    }
+}
+
+fn cost(chain: &HashChain) -> usize {
+    ENTRY_OVERHEAD + size_of_val(chain.states())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chain(number: usize, pieces: usize) -> Arc<HashChain> {
+        let digest = Digest::of(&number.to_be_bytes());
+        let states = vec![HashState::INITIAL; pieces - 1];
+        Arc::new(HashChain::unverified(digest, PieceLayout::for_size((pieces as u64) << 18), states).unwrap())
+    }
+
+    #[test]
+    fn the_least_recently_used_hash_chains_are_evicted() {
+        let chains = HashChainCache::new(Duration::ZERO);
+        let each = cost(&chain(0, 256));
+        let most = MAX_CACHED_BYTES / each;
+        (0..most).for_each(|number| chains.insert(chain(number, 256)));
+        let is_known = |number| {
+            let chain = chain(number, 256);
+            matches!(chains.get_or_start(chain.digest(), chain.layout()), Some(HashChainLookup::Cached(_)))
+        };
+        assert!(is_known(0), "and asked for again");
+        chains.insert(chain(most, 256));
+        assert_eq!((is_known(0), is_known(1), is_known(2), is_known(most)), (true, false, true, true));
+        // The same again takes no more room.
+        chains.insert(chain(most, 256));
+        assert_eq!((is_known(2), chains.lock().bytes), (true, most * each));
+    }
+
+    #[test]
+    fn hash_chains_that_are_computed_at_once_are_bounded() {
+        let chains = HashChainCache::new(Duration::ZERO);
+        let ask = |number| chains.get_or_start(chain(number, 2).digest(), PieceLayout::for_size(2 << 18));
+        let mut pending: Vec<_> = (0..MAX_PENDING).map(|number| ask(number).unwrap()).collect();
+        assert!(ask(MAX_PENDING).is_none() && ask(0).is_some(), "which is one of them");
+        pending.pop();
+        assert!(ask(MAX_PENDING).is_some());
+    }
+}

@@ -1,0 +1,218 @@
+//! Holds transfers to a rate: one limiter for everything that comes, one for everything that goes.
+//!
+//! Without a limit it costs a look at the rules. With one, streams take turns chunk by chunk, in the order in which they came.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::sync::{Mutex, Notify, watch};
+use tokio::time::{Instant, sleep};
+
+use crate::decide::policy::{Budgets, Policy};
+use crate::decide::token_bucket::{CHUNK, TokenBucket, concurrent_transfers};
+
+/// The rules in force, where anybody set some.
+pub(super) type PolicyReceiver = Option<watch::Receiver<Arc<Policy>>>;
+
+/// One direction.
+pub(super) struct RateLimiter {
+    policy: PolicyReceiver,
+    rate_of: fn(&Budgets) -> u64,
+    /// Whoever holds it is next; tokio's mutex lets them in as they came.
+    bucket: Mutex<TokenBucket>,
+    /// Held by whoever is next to get a place.
+    permit_queue: Mutex<()>,
+    permits: TransferPermits,
+}
+
+/// How many transfers of this direction run.
+#[derive(Default)]
+struct TransferPermits {
+    in_use: AtomicUsize,
+    released: Notify,
+}
+
+/// The right to one transfer, free again when dropped.
+pub(super) struct TransferPermit<'a>(&'a TransferPermits);
+
+impl RateLimiter {
+    pub(super) fn new(rules: PolicyReceiver, rate_of: fn(&Budgets) -> u64) -> Self {
+        let rate = rate_in(&rules, rate_of);
+        Self {
+            policy: rules,
+            rate_of,
+            bucket: Mutex::new(TokenBucket::new(rate, Instant::now().into_std())),
+            permit_queue: Mutex::default(),
+            permits: TransferPermits::default(),
+        }
+    }
+
+    /// Whether there is a limit now.
+    pub(super) fn is_limited(&self) -> bool {
+        self.rate() > 0
+    }
+
+    fn rate(&self) -> u64 {
+        rate_in(&self.policy, self.rate_of)
+    }
+
+    /// Waits until so many bytes may pass.
+    pub(super) async fn acquire_bytes(&self, bytes: u64) {
+        let mut left = bytes;
+        while left > 0 && self.is_limited() {
+            let chunk = left.min(CHUNK);
+            self.acquire_chunk(chunk).await;
+            left -= chunk;
+        }
+    }
+
+    async fn acquire_chunk(&self, bytes: u64) {
+        let mut bucket = self.bucket.lock().await;
+        let mut rules = self.policy.clone();
+        loop {
+            // Seen before it is read: what changes from here on wakes us.
+            rules.iter_mut().for_each(watch::Receiver::mark_unchanged);
+            let now = Instant::now().into_std();
+            bucket.set_rate(self.rate(), now);
+            let Err(wait) = bucket.take(bytes, now) else { return };
+            tokio::select! {
+                () = sleep(wait) => {}
+                () = policy_changed(&mut rules) => {}
+            }
+        }
+    }
+
+    /// Waits for a place. Under a limit so few are given that each transfer is fast enough for its other end; as they came.
+    pub(super) async fn acquire_permit(&self) -> TransferPermit<'_> {
+        let _next = self.permit_queue.lock().await;
+        let mut rules = self.policy.clone();
+        loop {
+            rules.iter_mut().for_each(watch::Receiver::mark_unchanged);
+            if let Some(permit) = self.try_acquire_permit() {
+                return permit;
+            }
+            tokio::select! {
+                // Told to one who waits, or kept for the next: nobody else waits here.
+                () = self.permits.released.notified() => {}
+                () = policy_changed(&mut rules) => {}
+            }
+        }
+    }
+
+    /// A place, if there is one; whoever waits for one is passed by.
+    pub(super) fn try_acquire_permit(&self) -> Option<TransferPermit<'_>> {
+        let most = concurrent_transfers(self.rate());
+        let taken = &self.permits.in_use;
+        let more = |taken: usize| (taken < most).then_some(taken + 1);
+        taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| TransferPermit(&self.permits))
+    }
+}
+
+impl Drop for TransferPermit<'_> {
+    fn drop(&mut self) {
+        self.0.in_use.fetch_sub(1, Ordering::Relaxed);
+        self.0.released.notify_one();
+    }
+}
+
+fn rate_in(rules: &PolicyReceiver, rate_of: fn(&Budgets) -> u64) -> u64 {
+    rules.as_ref().map_or(0, |rules| rate_of(&rules.borrow().budgets))
+}
+
+/// Other rules; never when nobody can set any more.
+async fn policy_changed(rules: &mut PolicyReceiver) {
+    if let Some(rules) = rules
+        && rules.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use futures::future::join_all;
+
+    use super::*;
+    use crate::decide::token_bucket::MIN_RATE;
+    use crate::transfer::tests::rates_policy;
+
+    fn limiter(rate: u64) -> (watch::Sender<Arc<Policy>>, RateLimiter) {
+        let (sender, receiver) = watch::channel(rates_policy(rate, 0));
+        (sender, RateLimiter::new(Some(receiver), |budgets| budgets.max_download_rate))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn streams_share_the_rate_chunk_by_chunk() {
+        let (_rules, limiter) = limiter(MIN_RATE);
+        limiter.acquire_bytes(CHUNK).await;
+        let began = Instant::now();
+        let ends = join_all((0..3).map(|_| async {
+            limiter.acquire_bytes(2 * CHUNK).await;
+            began.elapsed().as_secs()
+        }));
+        assert_eq!(ends.await, [4, 5, 6], "each had its first chunk before any had its second");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_waiting_stream_follows_a_new_rate_at_once() {
+        let (sender, limiter) = limiter(MIN_RATE);
+        limiter.acquire_bytes(CHUNK).await;
+        let began = Instant::now();
+        let change = async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            sender.send_replace(rates_policy(0, 0));
+        };
+        tokio::join!(limiter.acquire_bytes(100 * CHUNK), change);
+        assert_eq!(began.elapsed(), Duration::from_millis(500));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_bytes_that_pass_are_the_rate_times_the_time() {
+        for streams in [1, 3, 50] {
+            let (_rules, limiter) = limiter(10 * MIN_RATE);
+            let began = Instant::now();
+            // The bucket is full at first: 2.5 chunks.
+            join_all((0..streams).map(|_| limiter.acquire_bytes(100 * CHUNK))).await;
+            let expected = f64::from(streams * 100) / 10.0 - 0.25;
+            let took = began.elapsed().as_secs_f64();
+            // Timers go off in whole milliseconds, and credit that gathers meanwhile is kept.
+            assert!((expected..expected + 0.01).contains(&took), "{streams}: {took}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_rate_bounds_the_permits_and_a_higher_rate_adds_permits() {
+        let (sender, limiter) = limiter(MIN_RATE);
+        let first = limiter.acquire_permit().await;
+        let _second = limiter.try_acquire_permit().unwrap();
+        assert!(limiter.try_acquire_permit().is_none());
+        let (_third, ()) = tokio::join!(limiter.acquire_permit(), async { drop(first) });
+        assert!(limiter.try_acquire_permit().is_none());
+        let (_fourth, _) =
+            tokio::join!(limiter.acquire_permit(), async { sender.send_replace(rates_policy(2 * MIN_RATE, 0)) });
+        sender.send_replace(rates_policy(0, 0));
+        let _many: Vec<_> = (0..1000).map(|_| limiter.try_acquire_permit().unwrap()).collect();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cancelled_wait_for_a_permit_leaves_the_permit_to_the_next() {
+        let (_rules, limiter) = limiter(MIN_RATE);
+        let (_first, second) = (limiter.acquire_permit().await, limiter.acquire_permit().await);
+        let given_up = tokio::time::timeout(Duration::from_secs(1), limiter.acquire_permit()).await;
+        assert!(given_up.is_err());
+        drop(second);
+        limiter.acquire_permit().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_last_policy_stays_in_force_after_its_sender_is_dropped() {
+        let (sender, limiter) = limiter(MIN_RATE);
+        drop(sender);
+        let began = Instant::now();
+        limiter.acquire_bytes(3 * CHUNK).await;
+        assert_eq!(began.elapsed().as_secs(), 2);
+    }
+}

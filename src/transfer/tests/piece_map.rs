@@ -1,0 +1,182 @@
+//! Following what a peer has of a blob.
+
+use super::content::handshake;
+use super::pieces::{PIECE, PartialDownload};
+use super::*;
+use crate::model::{Bits, MAX_HAVE_PIECES, PieceMapUpdate};
+use crate::oci::PieceLayout;
+use crate::ports::PieceFetcher;
+use crate::transfer::tuning::MAX_FOLLOWED;
+
+fn bits(pieces: impl IntoIterator<Item = usize>) -> Bits {
+    let mut bits = Bits::default();
+    pieces.into_iter().for_each(|piece| bits.set(piece));
+    bits
+}
+
+#[tokio::test]
+async fn a_follower_receives_the_piece_map_and_then_the_added_pieces() {
+    let blob = blob(9 * PIECE);
+    let (digest, cut) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
+    with_deadline(async {
+        let (download, partials) = PartialDownload::of(&blob);
+        download.add_pieces([1, 8]);
+        let (provider, fetcher) = (
+            TransferTestNode::start_partial(TestStore::default(), partials),
+            TransferTestNode::start(TestStore::default()),
+        );
+        fetcher.dial(provider.address()).await;
+        let mut following = fetcher.transfer.follow(provider.id, digest, cut).await.unwrap();
+        assert_eq!(following.next().await.unwrap(), PieceMapUpdate::Map(bits([1, 8])));
+        download.add_pieces([0, 5]);
+        download.add_pieces([2]);
+        let mut heard = Vec::new();
+        while heard.len() < 3 {
+            match following.next().await.unwrap() {
+                PieceMapUpdate::Have(news) => heard.extend(news),
+                other => panic!("{other:?}"),
+            }
+        }
+        heard.sort_unstable();
+        assert_eq!(heard, [0, 2, 5]);
+        drop(download);
+        let error = following.next().await.unwrap_err();
+        assert!(matches!(error, FetchError::Absent { peer, .. } if peer == provider.id), "{error}");
+        let error = fetcher.transfer.follow(provider.id, digest, cut).await.map(drop).unwrap_err();
+        assert!(matches!(error, FetchError::Absent { .. }), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_partial_blob_that_was_committed_is_announced_as_whole() {
+    let blob = blob(2 * PIECE);
+    let (digest, cut) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
+    with_deadline(async {
+        let (download, partials) = PartialDownload::of(&blob);
+        let (provider, fetcher) = (
+            TransferTestNode::start_partial(TestStore::with(&blob), partials),
+            TransferTestNode::start(TestStore::default()),
+        );
+        fetcher.dial(provider.address()).await;
+        let mut following = fetcher.transfer.follow(provider.id, digest, cut).await.unwrap();
+        assert_eq!(following.next().await.unwrap(), PieceMapUpdate::Map(Bits::default()));
+        drop(download);
+        assert_eq!(following.next().await.unwrap(), PieceMapUpdate::HaveAll);
+        let mut again = fetcher.transfer.follow(provider.id, digest, cut).await.unwrap();
+        assert_eq!(again.next().await.unwrap(), PieceMapUpdate::HaveAll);
+        provider.stop.cancel();
+        let error = again.next().await.unwrap_err();
+        assert!(matches!(error, FetchError::Unreachable { .. }), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_stopping_agent_does_not_wait_for_followers() {
+    let blob = blob(2 * PIECE);
+    let (digest, cut) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
+    with_deadline(async {
+        let (_download, partials) = PartialDownload::of(&blob);
+        let (provider, fetcher) = (
+            TransferTestNode::start_partial(TestStore::default(), partials),
+            TransferTestNode::start(TestStore::default()),
+        );
+        fetcher.dial(provider.address()).await;
+        let mut following = fetcher.transfer.follow(provider.id, digest, cut).await.unwrap();
+        following.next().await.unwrap();
+        provider.stop.cancel();
+        let error = following.next().await.unwrap_err();
+        assert!(matches!(error, FetchError::Absent { .. }), "its stream ended before its connection did: {error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_impossible_piece_map_breaks_the_protocol() {
+    let too_many = (0..=MAX_HAVE_PIECES as u32).map(|piece| piece % 9).collect();
+    let these = PieceMapUpdate::Map(bits([1]));
+    let cases = [
+        ("a piece beyond the end", vec![PieceMapUpdate::Map(bits([9]))]),
+        ("more bits than pieces", vec![PieceMapUpdate::Map(Bits(vec![0; 3]))]),
+        ("news before there is anything", vec![PieceMapUpdate::Have(vec![1])]),
+        ("news of a piece that there is not", vec![these.clone(), PieceMapUpdate::Have(vec![9])]),
+        ("more news than fit", vec![these.clone(), PieceMapUpdate::Have(too_many)]),
+        ("no news", vec![these.clone(), PieceMapUpdate::Have(Vec::new())]),
+        ("everything twice", vec![these.clone(), these.clone()]),
+        ("an end without a update", vec![these]),
+    ];
+    for (what, updates) in cases {
+        with_deadline(async {
+            let good = updates.len() - 1 + usize::from(what == "an end without a update");
+            let rogue = Rogue::start(move |_, mut send| {
+                let updates = updates.clone();
+                async move {
+                    wire::write(&mut send, &Answer::Partial { size: 9 * PIECE as u64 }).await.unwrap();
+                    for update in updates {
+                        wire::write(&mut send, &update).await.unwrap();
+                    }
+                }
+            });
+            let fetcher = TransferTestNode::start(TestStore::default());
+            fetcher.dial(rogue.address).await;
+            let cut = PieceLayout::for_size(9 * PIECE as u64);
+            let mut following = fetcher.transfer.follow(rogue.id, Digest::of(b"any"), cut).await.unwrap();
+            for _ in 0..good {
+                following.next().await.unwrap();
+            }
+            let error = following.next().await.unwrap_err();
+            assert!(matches!(error, FetchError::Protocol { peer, .. } if peer == rogue.id), "{what}: {error}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn an_update_that_was_read_in_part_survives_a_cancelled_wait() {
+    let update = wire::encode(&PieceMapUpdate::Map(bits([1, 3]))).unwrap();
+    with_deadline(async {
+        let (go, went) = watch::channel(false);
+        let rogue = Rogue::start(move |_, mut send| {
+            let (update, mut went) = (update.clone(), went.clone());
+            async move {
+                wire::write(&mut send, &Answer::Partial { size: 9 * PIECE as u64 }).await.unwrap();
+                send.write_all(&update[..7]).await.unwrap();
+                went.wait_for(|went| *went).await.unwrap();
+                send.write_all(&update[7..]).await.unwrap();
+                let _ = send.stopped().await;
+            }
+        });
+        let fetcher = TransferTestNode::start(TestStore::default());
+        fetcher.dial(rogue.address).await;
+        let cut = PieceLayout::for_size(9 * PIECE as u64);
+        let mut following = fetcher.transfer.follow(rogue.id, Digest::of(b"any"), cut).await.unwrap();
+        assert!(tokio::time::timeout(BRIEF, following.next()).await.is_err());
+        go.send(true).unwrap();
+        assert_eq!(following.next().await.unwrap(), PieceMapUpdate::Map(bits([1, 3])));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn followed_blobs_are_bounded_for_each_connection() {
+    let blob = blob(2 * PIECE);
+    with_deadline(async {
+        let (_download, partials) = PartialDownload::of(&blob);
+        let provider = TransferTestNode::start_partial(TestStore::default(), partials);
+        let endpoint = bare_endpoint(&Identity::generate());
+        let connection = handshake(&endpoint, provider.address()).await;
+        let mut streams = Vec::new();
+        for number in 0..=MAX_FOLLOWED {
+            let (mut send, mut recv) = connection.open_bi().await.unwrap();
+            wire::write(&mut send, &Request::Follow(Digest::of(&blob))).await.unwrap();
+            send.finish().unwrap();
+            let answer: Answer = wire::read(&mut recv).await.unwrap();
+            let expected =
+                if number < MAX_FOLLOWED { Answer::Partial { size: blob.len() as u64 } } else { Answer::Busy };
+            assert_eq!(answer, expected, "{number}");
+            streams.push(recv);
+        }
+    })
+    .await;
+}

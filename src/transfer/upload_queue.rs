@@ -1,0 +1,184 @@
+//! Whose turn it is to be sent pieces: waits on [`Slots`], which decides.
+//!
+//! A slot counts while bytes move. An upload of which nothing moved for [`MOVES`] is parked: it keeps what it has, somebody else gets the slot,
+//! and when its reader takes something again it queues for another. So readers that do not read cost others nothing but a moment.
+
+use std::collections::HashMap;
+use std::pin::pin;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
+use tokio::time::timeout;
+
+use super::tuning::{BLOBS_PER_PEER, SLOTS_PER_BLOB, UPLOAD_STALL};
+use crate::decide::upload_slots::{SendCounts, UploadSlots, UploadTicket};
+use crate::model::PeerId;
+use crate::oci::Digest;
+
+/// All uploads of this node.
+pub(super) struct UploadQueue {
+    table: Mutex<UploadTable>,
+    /// For as many peers as there are slots, all that they may park. Each costs two reads at most, and a share of its connection's windows.
+    parking_permits: Semaphore,
+}
+
+struct UploadTable {
+    slots: UploadSlots,
+    sent: SendCounts,
+    waiting: HashMap<UploadTicket, oneshot::Sender<()>>,
+    /// By peer; those that have none are not in it.
+    parked: HashMap<PeerId, usize>,
+}
+
+/// One of them; its state is free again when dropped.
+pub(super) struct Upload<'a> {
+    uploads: &'a UploadQueue,
+    peer: PeerId,
+    digest: Digest,
+    pieces: usize,
+    state: UploadState<'a>,
+}
+
+enum UploadState<'a> {
+    Queued(UploadTicket, oneshot::Receiver<()>),
+    Active(UploadTicket),
+    Parked { _permit: SemaphorePermit<'a> },
+}
+
+/// The queue is full, or more uploads of this peer stand still than an honest one ever asks for.
+#[derive(Debug)]
+pub(super) struct NoUploadSlot;
+
+impl UploadQueue {
+    pub(super) fn new(slots: usize) -> Self {
+        let table = UploadTable {
+            slots: UploadSlots::new(SLOTS_PER_BLOB, slots),
+            sent: SendCounts::default(),
+            waiting: HashMap::new(),
+            parked: HashMap::new(),
+        };
+        Self { table: Mutex::new(table), parking_permits: Semaphore::new(slots * BLOBS_PER_PEER) }
+    }
+
+    /// A state in the queue, for a blob of so many pieces.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(super) fn enqueue(&self, peer: PeerId, digest: Digest, pieces: usize) -> Result<Upload<'_>, NoUploadSlot> {
+        let state = self.take_ticket(peer, digest, pieces)?;
+        Ok(Upload { uploads: self, peer, digest, pieces, state })
+    }
+
+    /// Those of the choice that are here and were sent the least; they count as sent from now on.
+    pub(super) fn pick_pieces(&self, digest: Digest, choice: &[u32], most: u8, has: impl Fn(u32) -> bool) -> Vec<u32> {
+        self.lock().sent.choose(digest, choice, most.into(), has)
+    }
+
+    fn take_ticket(&self, peer: PeerId, digest: Digest, pieces: usize) -> Result<UploadState<'_>, NoUploadSlot> {
+        let mut table = self.lock();
+        let ticket = table.slots.enqueue(peer, digest, pieces).map_err(|_| NoUploadSlot)?;
+        let (granted, waits) = oneshot::channel();
+        table.waiting.insert(ticket, granted);
+        table.grant_slots();
+        Ok(UploadState::Queued(ticket, waits))
+    }
+
+    fn release(&self, ticket: UploadTicket) {
+        let mut table = self.lock();
+        table.waiting.remove(&ticket);
+        table.slots.remove(ticket);
+        table.grant_slots();
+    }
+
+    /// Nothing that runs under it panics half-way through a change, so a poisoned one is as good.
+    fn lock(&self) -> MutexGuard<'_, UploadTable> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl UploadTable {
+    fn grant_slots(&mut self) {
+        while let Some(ticket) = self.slots.start_next() {
+            if let Some(granted) = self.waiting.remove(&ticket) {
+                // One that is gone in this moment gives it back when it is dropped.
+                let _ = granted.send(());
+            }
+        }
+    }
+}
+
+impl Upload<'_> {
+    /// Waits for a slot; one that is parked queues again.
+    ///
+    /// # Errors
+    /// The queue has no room for it any more.
+    pub(super) async fn wait_for_slot(&mut self) -> Result<(), NoUploadSlot> {
+        if matches!(self.state, UploadState::Parked { .. }) {
+            let state = self.uploads.take_ticket(self.peer, self.digest, self.pieces)?;
+            self.unpark();
+            self.state = state;
+        }
+        if let UploadState::Queued(ticket, granted) = &mut self.state {
+            // Its other end is dropped only with this state, or when it was told.
+            let _ = granted.await;
+            self.state = UploadState::Active(*ticket);
+        }
+        Ok(())
+    }
+
+    /// Waits for something that the reader has to do; when it takes long, without a slot.
+    ///
+    /// # Errors
+    /// The peer has as many uploads that stand still as it may have.
+    pub(super) async fn wait_or_park<T>(&mut self, work: impl Future<Output = T>) -> Result<T, NoUploadSlot> {
+        let mut work = pin!(work);
+        if let Ok(done) = timeout(UPLOAD_STALL, &mut work).await {
+            return Ok(done);
+        }
+        self.park()?;
+        Ok(work.await)
+    }
+
+    /// So many bytes were sent.
+    pub(super) fn record_sent(&mut self, bytes: u64) {
+        if let UploadState::Active(ticket) = self.state {
+            self.uploads.lock().slots.record_sent(ticket, bytes);
+        }
+    }
+
+    /// Where there is no room to park the slot is kept: when so many peers stand still it is our own link that is slow.
+    fn park(&mut self) -> Result<(), NoUploadSlot> {
+        let UploadState::Active(ticket) = self.state else { return Ok(()) };
+        let mut table = self.uploads.lock();
+        let parked = table.parked.get(&self.peer).copied().unwrap_or_default();
+        if parked == BLOBS_PER_PEER {
+            return Err(NoUploadSlot);
+        }
+        let Ok(permit) = self.uploads.parking_permits.try_acquire() else { return Ok(()) };
+        table.parked.insert(self.peer, parked + 1);
+        table.slots.remove(ticket);
+        table.grant_slots();
+        drop(table);
+        self.state = UploadState::Parked { _permit: permit };
+        Ok(())
+    }
+
+    fn unpark(&self) {
+        let mut table = self.uploads.lock();
+        if let Some(parked) = table.parked.get_mut(&self.peer) {
+            *parked -= 1;
+            if *parked == 0 {
+                table.parked.remove(&self.peer);
+            }
+        }
+    }
+}
+
+impl Drop for Upload<'_> {
+    fn drop(&mut self) {
+        match self.state {
+            UploadState::Queued(ticket, _) | UploadState::Active(ticket) => self.uploads.release(ticket),
+            UploadState::Parked { .. } => self.unpark(),
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! What a containerd tells of itself.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use lighterman::containerd::{Config, ContainerdInfo, ContainerdStore, ImageVerifiers, IngestMode, Snapshotter};
+use lighterman::ports::{BlobMetadata, ContentStore};
+
+use super::daemon::Daemon;
+use super::{HOUR, content, write};
+
+pub(crate) async fn version_and_settings_of_containerd_are_read(version: &str) {
+    let daemon = Daemon::start(version).await;
+    let store = daemon.store("k8s.io");
+    let pin = store.pin(HOUR).await.unwrap();
+    write(&store, &content("makes the folder", 10), &pin, &BlobMetadata::default()).await;
+    let verifiers = tempfile::tempdir().unwrap();
+    let ContainerdInfo {
+        version: told,
+        content_root,
+        ingest,
+        cri,
+        discards_unpacked_layers,
+        snapshotter,
+        sandbox_image,
+        verifiers: any,
+    } = store.inspect(verifiers.path()).await.unwrap();
+    let is_2 = version != "containerd-1.7";
+    let number = version.trim_start_matches("containerd-");
+    assert!(told.trim_start_matches('v').starts_with(number), "{told}");
+    assert!(content_root.unwrap().join("blobs/sha256").is_dir());
+    assert_eq!(ingest, Some(IngestMode::Linked));
+    assert!(cri);
+    assert_eq!(snapshotter, Snapshotter::Supported("overlayfs".into()));
+    assert_eq!(discards_unpacked_layers, (!is_2).then_some(false));
+    assert_eq!(sandbox_image.is_some_and(|image| image.starts_with("registry.k8s.io/pause:")), !is_2);
+    assert_eq!(any, ImageVerifiers::None);
+
+    let program = verifiers.path().join("says-no");
+    fs::write(&program, "#!/bin/false").unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let found = store.inspect(verifiers.path()).await.unwrap().verifiers;
+    assert_eq!(found, if is_2 { ImageVerifiers::Found } else { ImageVerifiers::None }, "1.x has no verifiers");
+
+    let blind = ContainerdStore::new(Config { host_root: None, ..daemon.config("k8s.io") }).unwrap();
+    let unseen = blind.inspect(Path::new("/nothing/is/here")).await.unwrap().verifiers;
+    assert_eq!(unseen, if is_2 { ImageVerifiers::Unseen } else { ImageVerifiers::None });
+}
+
+/// A container as CRI makes it for a sandbox: the label and the image's name are what is looked at.
+pub(crate) async fn the_sandbox_image_is_read_from_containers(version: &str) {
+    let daemon = Daemon::start(version).await;
+    // No CRI plugin serves this namespace's containers, so that it leaves this one alone; its configuration is told all the same.
+    let seen = async || {
+        let surroundings = daemon.store("sandboxes").inspect(Path::new("/nothing/is/here")).await.unwrap();
+        surroundings.sandbox_image.unwrap_or_default()
+    };
+    let before = seen().await;
+    for (id, image) in [("older", "example.org/pause:1"), ("newer", "example.org/pause:2")] {
+        daemon.make_container("sandboxes", id, image).await;
+    }
+    match version {
+        "containerd-1.7" => assert_eq!(seen().await, before, "the configuration tells"),
+        _ => assert_eq!((before.as_str(), seen().await.as_str()), ("", "example.org/pause:2")),
+    }
+}

@@ -1,0 +1,113 @@
+//! The policy by which a pod of the agents makes tokens that are bound to itself and for a PeerId, on a real API server.
+
+use k8s_openapi::api::admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding};
+use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::ServiceAccount;
+use kube::api::PostParams;
+use kube::{Api, Client};
+use lighterman::model::{PeerId, PodRef};
+use serde_json::json;
+
+use super::apiserver::{KubeNamespace, SERVICE_ACCOUNT, create, with_deadline};
+use super::rbac::client_with;
+use crate::fleet::rbac::{grant_rbac, make_name_unique, rendered};
+
+/// Creates the policies that the chart makes with these values. The API server enforces them a moment later.
+pub(super) async fn create_policies(place: &KubeNamespace, values: &str) {
+    for mut object in rendered(place, "templates/policy.yaml", values).await {
+        make_name_unique(place, &mut object["metadata"]["name"]);
+        let admin = place.admin.clone();
+        if object["kind"] == "ValidatingAdmissionPolicy" {
+            create::<ValidatingAdmissionPolicy>(&Api::all(admin), object).await;
+        } else {
+            make_name_unique(place, &mut object["spec"]["policyName"]);
+            create::<ValidatingAdmissionPolicyBinding>(&Api::all(admin), object).await;
+        }
+    }
+}
+
+fn bound_to(pod: &PodRef) -> BoundObjectReference {
+    BoundObjectReference {
+        api_version: Some("v1".into()),
+        kind: Some("Pod".into()),
+        name: Some(pod.name.clone()),
+        uid: Some(pod.uid.clone()),
+    }
+}
+
+/// Asks for a token as whoever `client` is.
+async fn request_token(
+    place: &KubeNamespace,
+    client: &Client,
+    account: &str,
+    audiences: &[&str],
+    bound: Option<BoundObjectReference>,
+) -> Result<(), String> {
+    let audiences = audiences.iter().map(|audience| (*audience).to_owned()).collect();
+    let spec = TokenRequestSpec { audiences, bound_object_ref: bound, expiration_seconds: Some(3600) };
+    let accounts = Api::<ServiceAccount>::namespaced(client.clone(), &place.name);
+    let request = TokenRequest { spec, ..TokenRequest::default() };
+    let answer = accounts.create_token_request(account, &PostParams::default(), &request).await;
+    answer.map(drop).map_err(|error| error.to_string())
+}
+
+#[tokio::test]
+async fn a_pod_makes_tokens_bound_to_itself_for_a_peer_id_and_no_others() {
+    with_deadline(async {
+        let place = KubeNamespace::new().await;
+        if place.minor().await < 30 {
+            println!("skipped: this API server is older than ValidatingAdmissionPolicy");
+            return;
+        }
+        grant_rbac(&place, "").await;
+        let accounts = Api::<ServiceAccount>::namespaced(place.admin.clone(), &place.name);
+        create(&accounts, json!({ "metadata": { "name": "other" } })).await;
+        let [own, beside] = [place.pod("agent").await, place.pod("beside").await];
+        let agent = client_with(&place, &place.token(SERVICE_ACCOUNT, None, Some(&own)).await).await;
+        let peer = PeerId::from_public_key([1; 32]).to_string();
+        let audience = [peer.as_str()];
+
+        create_policies(&place, "tokenPolicy=always,podPolicy=false").await;
+        // It takes the API server a moment to have it.
+        while request_token(&place, &agent, SERVICE_ACCOUNT, &audience, None).await.is_ok() {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        request_token(&place, &agent, SERVICE_ACCOUNT, &audience, Some(bound_to(&own))).await.unwrap();
+
+        let named_otherwise = BoundObjectReference { name: Some("beside".into()), ..bound_to(&own) };
+        let without_uid = BoundObjectReference { uid: None, ..bound_to(&own) };
+        let a_secret = BoundObjectReference { kind: Some("Secret".into()), ..bound_to(&own) };
+        for (what, audiences, bound, said) in [
+            ("another pod", &audience[..], Some(bound_to(&beside)), "own pod"),
+            ("another name", &audience, Some(named_otherwise), "own pod"),
+            ("any pod of the name", &audience, Some(without_uid), "own pod"),
+            ("another kind", &audience, Some(a_secret), "own pod"),
+            ("nothing", &audience, None, "own pod"),
+            ("the API server", &[], Some(bound_to(&own)), "one PeerId"),
+            ("somebody else", &["vault"], Some(bound_to(&own)), "one PeerId"),
+            ("a name like a PeerId", &["12D3KooW"], Some(bound_to(&own)), "one PeerId"),
+            ("one more", &[&peer, "vault"], Some(bound_to(&own)), "one PeerId"),
+        ] {
+            let refused = request_token(&place, &agent, SERVICE_ACCOUNT, audiences, bound).await.unwrap_err();
+            assert!(refused.contains(said), "{what}: {refused}");
+        }
+
+        // A token that is bound to no pod makes none at all.
+        let unbound = client_with(&place, &place.token(SERVICE_ACCOUNT, None, None).await).await;
+        let refused =
+            request_token(&place, &unbound, SERVICE_ACCOUNT, &audience, Some(bound_to(&own))).await.unwrap_err();
+        assert!(refused.contains("bound to its pod"), "{refused}");
+
+        // Whoever else makes tokens goes on as before.
+        let rule = json!({ "apiGroups": [""], "resources": ["serviceaccounts/token"], "verbs": ["create"] });
+        let (name, of) = ("other", json!({ "apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "other" }));
+        let roles = Api::<k8s_openapi::api::rbac::v1::Role>::namespaced(place.admin.clone(), &place.name);
+        create(&roles, json!({ "metadata": { "name": name }, "rules": [rule] })).await;
+        let subject = json!({ "kind": "ServiceAccount", "name": "other", "namespace": place.name });
+        let bindings = Api::<k8s_openapi::api::rbac::v1::RoleBinding>::namespaced(place.admin.clone(), &place.name);
+        create(&bindings, json!({ "metadata": { "name": name }, "roleRef": of, "subjects": [subject] })).await;
+        let other = client_with(&place, &place.token("other", None, None).await).await;
+        request_token(&place, &other, "other", &["vault"], None).await.unwrap();
+    })
+    .await;
+}

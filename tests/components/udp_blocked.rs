@@ -1,0 +1,118 @@
+//! Two whole agents in network namespaces with a link between them, and a firewall that drops UDP:
+//! small images come over the mesh's TCP connection, and gossip is as fast beside them.
+
+mod test_agent;
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lighterman::decide::transport_choice::MAX_BLOB;
+use lighterman::ports::{PullFailure, PullProgress};
+use lighterman::testing::image::put_image;
+use tokio::runtime::Builder;
+
+use crate::links::pair::VethLink;
+use test_agent::{SharedCluster, TestAgent};
+
+const SMALL: &str = "registry.example/team/small:1";
+const LARGE: &str = "registry.example/team/large:1";
+
+/// A test takes two minutes, because a block of UDP is found within a minute.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+/// Runs `test` in the first namespace with the two agents, which know each other.
+fn with_two_agents(rate: &str, test: impl AsyncFnOnce(&VethLink, &TestAgent, &TestAgent) + Send + 'static) {
+    let link = Arc::new(VethLink::of(rate));
+    let site = SharedCluster::new();
+    let provider = TestAgent::start(&link, &site, 0);
+    let running = thread::spawn(move || {
+        let fetcher = TestAgent::start(&link, &site, 1);
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        let whole = async {
+            fetcher.wait_connected(provider.peer).await;
+            provider.wait_connected(fetcher.peer).await;
+            test(&link, &provider, &fetcher).await;
+        };
+        runtime.block_on(async { tokio::time::timeout(DEADLINE, whole).await.expect("the test is stuck") });
+    });
+    running.join().unwrap();
+}
+
+#[test]
+fn a_small_image_is_fetched_over_tcp_while_udp_is_blocked_and_a_large_image_only_over_udp() {
+    with_two_agents("1gbit", async |link, provider, fetcher| {
+        let small = put_image(&*provider.store, &[SMALL.into()], &[9 << 20, 300, 0], 7).await.unwrap();
+        put_image(&*provider.store, &[LARGE.into()], &[MAX_BLOB + 1, 300], 8).await.unwrap();
+        link.block_udp(true);
+        fetcher.wait_udp_blocked(true).await;
+        let began = Instant::now();
+        let came = fetcher.pull(SMALL).await;
+        let PullProgress::Done { bytes, from, .. } = &came else { panic!("{came:?}") };
+        assert_eq!((*bytes, from.as_slice()), (small.bytes(), [provider.name.clone()].as_slice()));
+        assert_eq!(fetcher.metric("lighterman_fetched_over_tcp_bytes_total"), small.bytes());
+        assert_eq!(provider.metric("lighterman_served_bytes_total"), small.bytes());
+        let mbit = small.bytes() as f64 * 8e-6 / began.elapsed().as_secs_f64();
+        println!("\nfigure image_over_tcp_mbit_s {mbit:.0} (9 MiB, link 1 Gbit/s, debug build)");
+
+        let refused = fetcher.pull(LARGE).await;
+        let PullProgress::Failed { kind, message, retryable: true } = refused else { panic!("{refused:?}") };
+        assert_eq!(kind, PullFailure::FetchFailed);
+        assert!(message.contains("UDP") && message.contains(&MAX_BLOB.to_string()), "{message}");
+        let over_tcp = fetcher.metric("lighterman_fetched_over_tcp_bytes_total");
+        assert!(over_tcp < small.bytes() + 1000, "no more than its manifest came: {over_tcp}");
+
+        link.block_udp(false);
+        fetcher.wait_udp_blocked(false).await;
+        let came = fetcher.pull(LARGE).await;
+        assert!(matches!(came, PullProgress::Done { .. }), "{came:?}");
+        assert_eq!(fetcher.metric("lighterman_fetched_over_tcp_bytes_total"), over_tcp, "QUIC brought it");
+    });
+}
+
+/// Seconds until the fetcher knows of a small image that is put into the provider's store.
+async fn gossip_latency(provider: &TestAgent, fetcher: &TestAgent, number: usize) -> f64 {
+    let name = format!("registry.example/told/{number}:1");
+    let began = Instant::now();
+    let told = put_image(&*provider.store, &[name], &[100], number as u64).await.unwrap();
+    fetcher.wait_provider(told.target.digest, provider.peer).await;
+    began.elapsed().as_secs_f64()
+}
+
+#[test]
+fn gossip_passes_beside_ranges_on_a_slow_link() {
+    with_two_agents("20mbit", async |link, provider, fetcher| {
+        link.block_udp(true);
+        fetcher.wait_udp_blocked(true).await;
+        let mut idle = Vec::new();
+        for number in 0..10 {
+            idle.push(gossip_latency(provider, fetcher, number).await);
+        }
+        put_image(&*provider.store, &[SMALL.into()], &[30 << 20], 7).await.unwrap();
+        let mut beside = Vec::new();
+        let began = Instant::now();
+        let (pulled, lost) = (fetcher.pull(SMALL), fetcher.wait_disconnected(provider.peer));
+        tokio::pin!(pulled, lost);
+        let came = loop {
+            tokio::select! {
+                biased;
+                came = &mut pulled => break came,
+                () = &mut lost => panic!("a neighbour that sends ranges is taken for dead"),
+                // The last one ends with the pull.
+                seconds = gossip_latency(provider, fetcher, 100 + beside.len()) => beside.push(seconds),
+            }
+        };
+        let seconds = began.elapsed().as_secs_f64();
+        assert!(matches!(came, PullProgress::Done { .. }), "{came:?}");
+        assert!(!beside.is_empty(), "gossip came beside the ranges");
+        let used = 30.0 * f64::from(8 << 20) / 20e6 / seconds;
+        println!("\nfigure tcp_link_used {used:.2} (30 MiB over the mesh, link 20 Mbit/s)");
+        for (name, mut seconds) in [("idle", idle), ("beside_ranges", beside)] {
+            seconds.sort_by(f64::total_cmp);
+            let (median, worst) = (seconds[seconds.len() / 2], seconds[seconds.len() - 1]);
+            let context =
+                format!("median of {}, worst {worst:.2}; link 20 Mbit/s, changes gather for a second", seconds.len());
+            println!("figure gossip_latency_{name}_s {median:.2} ({context})");
+        }
+    });
+}

@@ -1,0 +1,145 @@
+//! Everything that is not a node is gone: the registry, the API server, DNS. The kubelets go on with the pods that they know, and the
+//! agents with the peers that they know.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::{RegistryDown, agent_pod, ensure};
+use crate::cases::import;
+use crate::images::{Image, ImageBuilder, PLAIN};
+use crate::pods::{TestNamespace, WAIT_DEADLINE};
+use crate::test_bed::{NODES, REGISTRY, TestBed, TestError, wait_for};
+
+/// Nobody can nudge the kubelet now: it looks at a pod that waits for an image after a minute and a half at most.
+const DEADLINE_WITHOUT_NUDGE: Duration = Duration::from_secs(300);
+
+/// An agent writes down whom it knows each half minute.
+const STATE_FILE_INTERVAL: Duration = Duration::from_secs(35);
+
+/// No API server and no DNS while it lives.
+struct ControlPlaneDown<'a>(&'a TestBed);
+
+impl<'a> ControlPlaneDown<'a> {
+    fn now(bed: &'a TestBed) -> Result<Self, TestError> {
+        let cut_off = Self(bed);
+        bed.ctl(&["dns", "stop"])?;
+        bed.ctl(&["apiserver", "stop"])?;
+        ensure(bed.kubectl(&["get", "--raw", "/readyz"]).is_err(), "the API server still answers")?;
+        Ok(cut_off)
+    }
+}
+
+impl Drop for ControlPlaneDown<'_> {
+    fn drop(&mut self) {
+        let all_ready = ["wait", "--for=condition=Ready", "nodes", "--all", "--timeout=120s"];
+        let started = self.0.ctl(&["apiserver", "start"]).and_then(|_| self.0.ctl(&["dns", "start"]));
+        if let Err(error) = started.and_then(|_| self.0.kubectl(&all_ready)) {
+            eprintln!("{error}");
+        }
+    }
+}
+
+/// An image that nobody has yet, and a pod on this node that waits for it with the agent's knowledge.
+fn pod_waiting_for_image(space: &TestNamespace<'_>, name: &str, node: &str) -> Result<(String, Image), TestError> {
+    let image = format!("{REGISTRY}/{name}");
+    let made = ImageBuilder::new(&space.bed.busybox())?.build(PLAIN, name);
+    space.pod("waits", node, &image, true)?;
+    wait_for("the agent to say that nobody has the image", WAIT_DEADLINE, || {
+        Ok((!space.events("waits", "ImageNoProvider")?.is_empty()).then_some(()))
+    })?;
+    Ok((image, made))
+}
+
+/// The running container of this name in pods of this name's beginning, as the node's containerd knows it.
+fn container(bed: &TestBed, node: &str, pod: &str, name: &str) -> Result<Option<String>, TestError> {
+    let label = |key: &str, value: &str, how: &str| format!("labels.\"{key}\"{how}{value}");
+    let filter = [
+        label("io.cri-containerd.kind", "container", "=="),
+        label("io.kubernetes.pod.name", pod, "~="),
+        label("io.kubernetes.container.name", name, "=="),
+    ];
+    let known = bed.ctl(&["ctr", node, "containers", "ls", "-q", &filter.join(",")])?;
+    let tasks = bed.ctl(&["ctr", node, "tasks", "ls"])?;
+    let runs = |id: &&str| tasks.lines().any(|line| line.starts_with(*id) && line.contains("RUNNING"));
+    Ok(known.lines().find(runs).map(str::to_owned))
+}
+
+/// The agent of a node, which the API server need not be asked for.
+fn agent_container(bed: &TestBed, node: &str) -> Result<Option<String>, TestError> {
+    container(bed, node, "lighterman", "agent")
+}
+
+pub(super) fn recovered(bed: &TestBed) -> Result<(), TestError> {
+    let (provider, node) = (NODES[1].0, NODES[2].0);
+    let space = TestNamespace::new(bed, "e2e-cut-off")?;
+    let _down = RegistryDown::now(bed)?;
+    let (image, made) = pod_waiting_for_image(&space, "shop/alone:v1", node)?;
+    let agents = (agent_container(bed, provider)?, agent_container(bed, node)?);
+    let cut_off = ControlPlaneDown::now(bed)?;
+    import(bed, provider, &[(image.clone(), &made)])?;
+    let began = Instant::now();
+    let images = || bed.ctl(&["ctr", node, "images", "ls", "-q"]);
+    wait_for("the image to come", WAIT_DEADLINE, || Ok(images()?.lines().any(|line| line == image).then_some(())))?;
+    println!("\nfigure image_recovered_cut_off_s {:.2}", began.elapsed().as_secs_f64());
+    wait_for("the pod's container to run", DEADLINE_WITHOUT_NUDGE, || container(bed, node, "waits", "c"))?;
+    println!("figure container_running_cut_off_s {:.2}", began.elapsed().as_secs_f64());
+    ensure(agents == (agent_container(bed, provider)?, agent_container(bed, node)?), "an agent was started again")?;
+    drop(cut_off);
+    space.wait_running("waits").map(drop)
+}
+
+/// Two agents know each other, and each has what it needs to find and convince the other after a restart.
+fn wait_connected(bed: &TestBed, one: &str, other: &str) -> Result<(), TestError> {
+    for (node, other) in [(one, other), (other, one)] {
+        wait_for(&format!("the agent on {node} to know the one on {other}"), WAIT_DEADLINE, || {
+            let pod = agent_pod(bed, node)?;
+            let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+            // The agent may be starting.
+            let asked = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "lighterman", "status", "--json"]);
+            let Ok(said) = asked else { return Ok(None) };
+            let status: Value = serde_json::from_str(&said).map_err(|error| format!("{error}: {said}"))?;
+            let members = status["mesh"]["members"].as_array().cloned().unwrap_or_default();
+            let is_met = |member: &Value| member["node"] == other && member["neighbour"] == true;
+            Ok(members.iter().any(is_met).then_some(()))
+        })?;
+    }
+    thread::sleep(STATE_FILE_INTERVAL);
+    Ok(())
+}
+
+/// Which pods there are a restarted agent learns from the API server alone, so a person asks for the image.
+pub(super) fn restarted(bed: &TestBed) -> Result<(), TestError> {
+    let (provider, node) = (NODES[0].0, NODES[1].0);
+    let space = TestNamespace::new(bed, "e2e-cut-off-restarted")?;
+    let _down = RegistryDown::now(bed)?;
+    let (image, made) = pod_waiting_for_image(&space, "shop/alone:v2", node)?;
+    wait_connected(bed, provider, node)?;
+    let cut_off = ControlPlaneDown::now(bed)?;
+    for node in [provider, node] {
+        let before = agent_container(bed, node)?.ok_or("there is no agent")?;
+        bed.ctl(&["ctr", node, "tasks", "kill", "--signal", "SIGKILL", &before])?;
+        wait_for("the kubelet to start the agent again", WAIT_DEADLINE, || {
+            Ok(agent_container(bed, node)?.filter(|now| *now != before).map(drop))
+        })?;
+    }
+    import(bed, provider, &[(image.clone(), &made)])?;
+    // Where both see it: a node has a /run of its own.
+    let fifos = bed.folder().to_string_lossy();
+    let (mut asked, mut refused) = (0, TestError::new());
+    let had = wait_for("the image to be had", WAIT_DEADLINE, || {
+        let Some(agent) = agent_container(bed, node)? else { return Ok(None) };
+        asked += 1;
+        let id = format!("pull-{asked}");
+        let pull = ["tasks", "exec", "--fifo-dir", &fifos, "--exec-id", &id, &agent, "/lighterman", "pull", &image];
+        // The agent may not serve yet, or not know the provider yet.
+        let said = bed.ctl(&[&["ctr", node], &pull[..]].concat());
+        Ok(said.map_err(|error| refused = error).ok())
+    });
+    let said = had.map_err(|error| format!("{error}\n{refused}"))?;
+    print!("{said}");
+    wait_for("the pod's container to run", DEADLINE_WITHOUT_NUDGE, || container(bed, node, "waits", "c"))?;
+    drop(cut_off);
+    space.wait_running("waits").map(drop)
+}

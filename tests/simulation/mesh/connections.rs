@@ -1,0 +1,317 @@
+//! Connections: TCP as the protocols above it feel it. Nothing is lost or overtakes on a connection, but where the network is cut what was
+//! sent waits until TCP tries again, and who ends a connection is not heard.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use lighterman::decide::gossip::{MeshConnectionId, SyncRequestId};
+use lighterman::model::{PeerId, SyncReply, SyncRequest};
+
+use super::gossipsub::{NodeNumber, OutgoingFrames};
+use super::message_sizes::{self, Unacknowledged};
+use super::node::{Traffic, TrafficKind};
+use super::{Event, Frame, Mesh, Micros, micros};
+
+/// Between nodes of one zone and of two, one way, before jitter of up to half of it.
+const LATENCY_IN_ZONE: Micros = 200;
+const LATENCY_ACROSS_ZONES: Micros = 1000;
+
+/// Bytes per microsecond of one connection: 1 Gbit/s.
+const BANDWIDTH: usize = 125;
+
+/// TCP's first wait before it sends again; each next one is twice as long.
+const RESEND: Micros = 200_000;
+
+/// More frames are not kept while nothing gets through; gossipsub's queue is no longer either.
+const MAX_UNDELIVERED: usize = 256;
+
+/// How long a question may take.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A connection between two processes; the first has dialled.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) ends: [(NodeNumber, u32); 2],
+    /// Whether the side holds it for open.
+    pub(crate) open: [bool; 2],
+    /// When what the side sent last arrives.
+    arrives: [Micros; 2],
+    /// What the side sent and could not be delivered, and since when.
+    undelivered: [Vec<Frame>; 2],
+    undelivered_since: [Micros; 2],
+    /// What has come to the side.
+    unacknowledged: [Unacknowledged; 2],
+}
+
+impl Connection {
+    /// Nothing arrives at the dialler before this.
+    pub(crate) fn new(ends: [(NodeNumber, u32); 2], known: Micros) -> Self {
+        Self {
+            ends,
+            open: [false; 2],
+            arrives: [0, known],
+            undelivered: [Vec::new(), Vec::new()],
+            undelivered_since: [0; 2],
+            unacknowledged: [Unacknowledged::default(); 2],
+        }
+    }
+
+    pub(crate) fn end(&self, side: usize) -> (NodeNumber, u32) {
+        self.ends[side]
+    }
+
+    /// Which side a node is on.
+    fn side_of(&self, node: NodeNumber) -> usize {
+        usize::from(self.ends[0].0 != node)
+    }
+}
+
+impl Mesh {
+    /// Whether packets between two nodes vanish.
+    pub(crate) fn is_cut(&self, one: NodeNumber, other: NodeNumber) -> bool {
+        let (one, other) = (&self.nodes[one], &self.nodes[other]);
+        one.is_link_down || other.is_link_down || one.partition != other.partition
+    }
+
+    /// How long a packet takes now.
+    pub(super) fn latency(&mut self, one: NodeNumber, other: NodeNumber) -> Micros {
+        let usual = if self.nodes[one].zone == self.nodes[other].zone { LATENCY_IN_ZONE } else { LATENCY_ACROSS_ZONES };
+        usual + self.jitter(usual / 2)
+    }
+
+    pub(super) fn send_all(&mut self, node: NodeNumber, sending: OutgoingFrames) {
+        for (peer, frame) in sending {
+            let link = self.nodes[node].agent.as_ref().and_then(|agent| agent.connection_to(peer));
+            if let Some(link) = link {
+                let side = self.connections[link as usize].side_of(node);
+                self.send(link, side, frame);
+            }
+        }
+    }
+
+    pub(super) fn send(&mut self, link: MeshConnectionId, side: usize, frame: Frame) {
+        let [(one, _), (other, _)] = self.connections[link as usize].ends;
+        if !self.connections[link as usize].open[side] {
+            return;
+        }
+        if self.is_cut(one, other) {
+            self.buffer(link, side, frame);
+        } else {
+            self.transmit(link, side, frame, 0);
+        }
+    }
+
+    /// Puts a frame on the way, after what was sent before.
+    fn transmit(&mut self, link: MeshConnectionId, side: usize, frame: Frame, delay: Micros) {
+        let [(one, _), (other, _)] = self.connections[link as usize].ends;
+        let (from, to) = if side == 0 { (one, other) } else { (other, one) };
+        let (kind, bytes) = self.frame_bytes(&frame);
+        let latency = self.latency(one, other);
+        let link_state = &mut self.connections[link as usize];
+        let at = link_state.arrives[side].max(self.now + delay + latency + (bytes / BANDWIDTH) as Micros);
+        link_state.arrives[side] = at;
+        let acks_from_sender = link_state.unacknowledged[side].sent(self.now);
+        let acks_from_receiver = link_state.unacknowledged[1 - side].received(bytes, at);
+        self.nodes[from].traffic.send(bytes);
+        self.nodes[to].traffic.receive(kind, bytes);
+        self.acknowledge(from, to, acks_from_sender);
+        self.acknowledge(to, from, acks_from_receiver);
+        self.schedule(at, Event::Arrive(link, 1 - side, frame));
+    }
+
+    fn acknowledge(&mut self, from: NodeNumber, to: NodeNumber, acks: usize) {
+        let mut sender = Traffic::default();
+        self.nodes[to].traffic.acks(&mut sender, acks);
+        self.nodes[from].traffic.sent += sender.sent;
+    }
+
+    fn buffer(&mut self, link: MeshConnectionId, side: usize, frame: Frame) {
+        let now = self.now;
+        let link = &mut self.connections[link as usize];
+        if link.undelivered[side].is_empty() {
+            link.undelivered_since[side] = now;
+        }
+        // The end is always heard of, in the end.
+        if link.undelivered[side].len() < MAX_UNDELIVERED || matches!(frame, Frame::Closed) {
+            link.undelivered[side].push(frame);
+        }
+    }
+
+    /// Whether the network is cut between the two ends of a connection just when this would arrive.
+    pub(super) fn is_lost(&mut self, link: MeshConnectionId, side: usize, frame: &Frame) -> bool {
+        let [(one, _), (other, _)] = self.connections[link as usize].ends;
+        let lost = self.is_cut(one, other);
+        if lost {
+            self.buffer(link, 1 - side, frame.clone());
+        }
+        lost
+    }
+
+    /// Packets pass again: what waited is sent when TCP tries the next time.
+    pub(crate) fn resend(&mut self) {
+        for number in 0..self.connections.len() {
+            let [(one, _), (other, _)] = self.connections[number].ends;
+            if self.is_cut(one, other) {
+                continue;
+            }
+            for side in 0..2 {
+                let stuck = std::mem::take(&mut self.connections[number].undelivered[side]);
+                let since = self.connections[number].undelivered_since[side];
+                let mut wait = RESEND;
+                let mut again = since + wait;
+                while again < self.now {
+                    wait = (wait * 2).min(120_000_000);
+                    again += wait;
+                }
+                for frame in stuck {
+                    self.transmit(number as MeshConnectionId, side, frame, again - self.now);
+                }
+            }
+        }
+    }
+
+    /// Nobody is there to take an event: who sent to a process that ended learns that.
+    pub(super) fn handle_undeliverable(&mut self, event: Event) {
+        match event {
+            Event::Arrive(link, side, frame) if !matches!(frame, Frame::Closed) => self.reset(link, side),
+            Event::Connection(meeting) => self.handle_unanswered(meeting),
+            _ => {}
+        }
+    }
+
+    /// The other end is told that there is nothing here.
+    fn reset(&mut self, link: MeshConnectionId, side: usize) {
+        if self.connections[link as usize].open[1 - side] {
+            self.transmit(link, side, Frame::Closed, 0);
+        }
+    }
+
+    pub(super) fn receive_frame(&mut self, link: MeshConnectionId, side: usize, node: NodeNumber, frame: Frame) {
+        if !self.connections[link as usize].open[side] {
+            if !matches!(frame, Frame::Closed) {
+                self.reset(link, side);
+            }
+            return;
+        }
+        let (from, _) = self.connections[link as usize].end(1 - side);
+        let (now, peer) = (self.now, self.nodes[from].peer.id);
+        let dialled = side == 0;
+        let Some(agent) = &mut self.nodes[node].agent else { return };
+        let router = &mut agent.router;
+        let sending = match frame {
+            Frame::Message(message) => return self.receive_gossip(node, from, message),
+            Frame::Ping => return self.send(link, side, Frame::Pong),
+            Frame::Pong => {
+                self.with_protocol(node, |protocol, table, now| protocol.record_ping_answer(link, peer, table, now));
+                return self.schedule_probe(link, side);
+            }
+            Frame::Request(ask, question) => return self.reply(link, side, node, peer, ask, &question),
+            Frame::Response(ask, reply) => return self.receive_response(node, ask, &reply),
+            Frame::Closed => return self.end_side(link, side),
+            Frame::IHave(messages) => router.handle_ihave(from, &messages, now),
+            Frame::IWant(messages) => router.handle_iwant(from, &messages),
+            Frame::Subscribe => router.handle_subscription(from, dialled, now),
+            Frame::Graft => router.handle_graft(from, now),
+            Frame::Prune => {
+                router.handle_prune(from, now);
+                Vec::new()
+            }
+            Frame::IDontWant(message) => {
+                router.handle_idontwant(from, message, now);
+                Vec::new()
+            }
+        };
+        self.send_all(node, sending);
+    }
+
+    fn frame_bytes(&self, frame: &Frame) -> (TrafficKind, usize) {
+        match frame {
+            Frame::Message(message) => {
+                (TrafficKind::Message, message_sizes::publish(self.published[*message as usize].bytes))
+            }
+            Frame::IHave(messages) => (TrafficKind::Control, message_sizes::ihave(messages.len())),
+            Frame::IWant(messages) => (TrafficKind::Control, message_sizes::iwant(messages.len())),
+            Frame::IDontWant(_) => (TrafficKind::Control, message_sizes::iwant(1)),
+            Frame::Subscribe | Frame::Graft | Frame::Prune => (TrafficKind::Control, message_sizes::graft()),
+            Frame::Ping | Frame::Pong => (TrafficKind::Ping, message_sizes::ping()),
+            Frame::Request(_, question) => (TrafficKind::Exchange, message_sizes::of_question(question)),
+            Frame::Response(_, reply) => (TrafficKind::Exchange, message_sizes::of_reply(reply)),
+            Frame::Closed => (TrafficKind::Connecting, message_sizes::ACK),
+        }
+    }
+
+    pub(super) fn send_request(&mut self, node: NodeNumber, ask: SyncRequestId, peer: PeerId, question: SyncRequest) {
+        let link = self.number(peer).and_then(|peer| self.nodes[node].agent.as_ref()?.connection_to(peer));
+        let life = self.nodes[node].generation;
+        let Some(agent) = &mut self.nodes[node].agent else { return };
+        agent.pending_requests.insert(ask, link);
+        let Some(link) = link else { return self.schedule(self.now, Event::TimedOut(node, life, ask)) };
+        self.schedule(self.now + micros(REQUEST_DEADLINE), Event::TimedOut(node, life, ask));
+        let side = self.connections[link as usize].side_of(node);
+        self.send(link, side, Frame::Request(ask, Rc::new(question)));
+    }
+
+    fn reply(
+        &mut self,
+        link: MeshConnectionId,
+        side: usize,
+        node: NodeNumber,
+        from: PeerId,
+        ask: SyncRequestId,
+        question: &SyncRequest,
+    ) {
+        let question = question.clone();
+        let mut reply = self.with_protocol(node, |protocol, table, now| protocol.answer(from, question, table, now));
+        if self.nodes[node].is_liar {
+            reply = reply.map(|reply| self.falsify(reply));
+        }
+        if let Some(reply) = reply {
+            self.send(link, side, Frame::Response(ask, Rc::new(reply)));
+        }
+    }
+
+    fn receive_response(&mut self, node: NodeNumber, ask: SyncRequestId, reply: &SyncReply) {
+        let waits = self.nodes[node].agent.as_mut().and_then(|agent| agent.pending_requests.remove(&ask));
+        if waits.is_some() {
+            self.with_protocol(node, |protocol, table, now| protocol.receive_reply(ask, reply.clone(), table, now));
+        }
+    }
+
+    pub(super) fn time_out(&mut self, node: NodeNumber, ask: SyncRequestId) {
+        let Some(agent) = &mut self.nodes[node].agent else { return };
+        if agent.pending_requests.remove(&ask).is_some() {
+            self.with_protocol(node, |protocol, _, now| protocol.record_request_failure(ask, now));
+        }
+    }
+
+    /// One side ends it.
+    pub(super) fn close(&mut self, link: MeshConnectionId, node: NodeNumber) {
+        let side = self.connections[link as usize].side_of(node);
+        self.send(link, side, Frame::Closed);
+        self.end_side(link, side);
+    }
+
+    /// It is over for one side.
+    pub(super) fn end_side(&mut self, link: MeshConnectionId, side: usize) {
+        if !std::mem::take(&mut self.connections[link as usize].open[side]) {
+            return;
+        }
+        let (node, _) = self.connections[link as usize].end(side);
+        let (other, _) = self.connections[link as usize].end(1 - side);
+        let peer = self.nodes[other].peer.id;
+        let Some(agent) = &mut self.nodes[node].agent else { return };
+        if let Some(links) = agent.neighbours.get_mut(&other) {
+            links.retain(|open| *open != link);
+            if links.is_empty() {
+                agent.neighbours.remove(&other);
+                agent.router.remove_peer(other);
+            }
+        }
+        let asks: Vec<_> =
+            agent.pending_requests.iter().filter(|(_, over)| **over == Some(link)).map(|(ask, _)| *ask).collect();
+        self.with_protocol(node, |protocol, _, now| protocol.connection_closed(link, peer, now));
+        for ask in asks {
+            self.time_out(node, ask);
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Signatures and credentials that cost nothing: a hash that the signer's key goes into. Nobody in the simulation computes another's,
+//! so what is forged is found out as with the real ones.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::Duration;
+
+use lighterman::decide::gossip::{CredentialRejection, CredentialVerifier, VerifiedCredential};
+use lighterman::model::{Credential, PeerId, Signature};
+
+/// One agent's key.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SimulatedKey(pub(crate) PeerId);
+
+/// How long a ServiceAccount token is good for.
+pub(crate) const TOKEN_LIFETIME: Duration = Duration::from_secs(3600);
+
+/// What admits this key, and no other; made at this time.
+pub(crate) fn credential(peer: PeerId, at: u64) -> Credential {
+    Credential::new(format!("{at} {:016x}", hash(peer, &at.to_be_bytes())))
+}
+
+fn hash(by: PeerId, message: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    by.hash(&mut hasher);
+    message.hash(&mut hasher);
+    hasher.finish()
+}
+
+fn signature(by: PeerId, message: &[u8]) -> Signature {
+    let mut bytes = [0; 64];
+    bytes[..8].copy_from_slice(&hash(by, message).to_le_bytes());
+    Signature::from(bytes)
+}
+
+impl CredentialVerifier for SimulatedKey {
+    fn sign(&self, message: &[u8]) -> Signature {
+        signature(self.0, message)
+    }
+
+    fn is_signed(&self, by: PeerId, message: &[u8], given: &Signature) -> bool {
+        *given == signature(by, message)
+    }
+
+    fn verify_credential(&self, peer: PeerId, shown: &Credential) -> Result<VerifiedCredential, CredentialRejection> {
+        let (at, _) = shown.expose().split_once(' ').ok_or(CredentialRejection::Rejected)?;
+        let at = at.parse().map_err(|_| CredentialRejection::Rejected)?;
+        if *shown == credential(peer, at) {
+            Ok(VerifiedCredential { node: None, pod: None, life: TOKEN_LIFETIME })
+        } else {
+            Err(CredentialRejection::Rejected)
+        }
+    }
+}
