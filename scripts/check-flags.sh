@@ -1,7 +1,7 @@
 #!/bin/bash
 # check-flags.sh [BINARY]: the chart and the flags of `lighterman agent` name the same things.
 # - the variables of src/config/flags.rs and src/cli.rs are those of the DaemonSet, none more and none less, but for OUTSIDE;
-# - each that the downward API does not set is one value: LIGHTERMAN_MAX_SERVING is agent.maxServing, also in the schema;
+# - each that the downward API does not set is one value: LIGHTERMAN_CONCURRENT_UPLOADS is agent.concurrentUploads, also in the schema;
 # - with a BINARY, the chart's defaults (as in manifests/lighterman.yaml) are the flags' own.
 . "$(dirname "$0")/lib.sh"
 chart=charts/lighterman
@@ -19,7 +19,7 @@ same() {
   say "check-flags: $1"$'\n'"$difference"
   failed=1
 }
-variable_of() { sed -E 's/[A-Z]/_&/g; s/.*/LIGHTERMAN_\U&/'; } # maxServing -> LIGHTERMAN_MAX_SERVING
+variable_of() { sed -E 's/[A-Z]/_&/g; s/.*/LIGHTERMAN_\U&/'; } # concurrentUploads -> LIGHTERMAN_CONCURRENT_UPLOADS
 
 flags=$(sed -nE 's/.*\benv = "(LIGHTERMAN_[A-Z_]+)".*/\1/p' src/config/flags.rs src/cli.rs | grep -vxE "$OUTSIDE")
 in_chart=$(sed -nE 's/.*- name: (LIGHTERMAN_[A-Z_]+)$/\1/p' "$daemonset")

@@ -1,6 +1,6 @@
 //! One agent: everything is started in order here, every task has a name, and everything is stopped in reverse.
 //!
-//! [`recover`] is the main flow. The rest of this floor connects it to the node's pods ([`salvage`]), to the peers
+//! [`recover`] is the main flow. The rest of this floor connects it to the node's pods ([`pod_controller`]), to the peers
 //! ([`join`], [`holders`], [`advertise`]) and to whoever watches ([`progress`], [`tell`]).
 
 mod agent_ports;
@@ -386,7 +386,7 @@ impl Agent {
         supervisor.spawn("clock", |stop| clock_watch.run(stop));
         supervisor.spawn("shared key", |stop| shared_key_watch.run(stop));
         if let Some(policy_watch) = policy_watch {
-            supervisor.spawn("rules", |stop| policy_watch.run(stop));
+            supervisor.spawn("policy", |stop| policy_watch.run(stop));
         }
         supervisor.spawn("control", |stop| control.run(stop));
         supervisor.spawn("pulls by hand", |stop| manual_puller.run(pulls, stop));
@@ -406,7 +406,7 @@ impl Agent {
             }
             None => pods,
         };
-        supervisor.spawn("salvage", |stop| pod_controller.run(pods, stop));
+        supervisor.spawn("pods", |stop| pod_controller.run(pods, stop));
         Ok(Self { supervisor, inventory, tracker, transfer: transfer_address, admin: admin_address })
     }
 }

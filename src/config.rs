@@ -133,7 +133,7 @@ impl AgentArgs {
             denied_namespaces,
             denied_namespace_selector,
             allowed_namespace_selector,
-            salvage_on,
+            recover_on,
             require_repositories,
             tag_policy,
             ask_registry,
@@ -156,16 +156,16 @@ impl AgentArgs {
             retain_bytes,
             retain_fetch,
             retain_fetch_rate,
-            rules_file,
+            policy_file,
             max_download_rate,
             max_upload_rate,
             kill_switch,
             concurrent_recoveries,
             concurrent_blobs,
-            max_serving,
+            concurrent_uploads,
             max_image_bytes,
             min_free_bytes,
-            collection_percent,
+            image_gc_percent,
             eviction_percent,
             grace_period,
         } = self;
@@ -198,7 +198,12 @@ impl AgentArgs {
             return conflict("--annotation-prefix is a list of DNS names without a slash");
         }
         Ok(Config {
-            transfer: transfer::Config { listen, gossip_port: listen.port(), node: node_name.clone(), max_serving },
+            transfer: transfer::Config {
+                listen,
+                gossip_port: listen.port(),
+                node: node_name.clone(),
+                concurrent_uploads,
+            },
             mesh: mesh::Config { listen },
             containerd: containerd::Config {
                 socket: containerd_socket,
@@ -243,7 +248,7 @@ impl AgentArgs {
                         denied_k8s_namespaces: denied_namespaces.into_iter().collect::<BTreeSet<_>>(),
                         denied_selector: denied_namespace_selector.0,
                         allowed_selector: allowed_namespace_selector.0,
-                        recover_on: salvage_on.into_iter().collect::<BTreeSet<_>>(),
+                        recover_on: recover_on.into_iter().collect::<BTreeSet<_>>(),
                         require_repositories,
                     },
                     budgets: Budgets {
@@ -251,13 +256,13 @@ impl AgentArgs {
                         concurrent_blobs,
                         max_image_bytes,
                         min_free_bytes,
-                        collection_percent,
+                        image_gc_percent,
                         eviction_percent,
                         max_download_rate,
                         max_upload_rate,
                     },
                 },
-                policy_file: rules_file,
+                policy_file: policy_file,
                 control_socket: data_dir.join("agent.sock"),
                 resolve: ResolveOptions { tag_policy, ask_registry, any_repository, pull_secret_namespaces },
                 options: RecoveryOptions {

@@ -106,12 +106,12 @@ impl Metrics {
     pub fn new() -> Self {
         let registry = Registry::new();
         let r = &registry;
-        let rules_file_valid = gauge(
+        let policy_file_valid = gauge(
             r,
-            "rules_file_valid",
+            "policy_file_valid",
             "1, or 0 while the rules file cannot be read or is wrong and what it said before stays.",
         );
-        rules_file_valid.set(1);
+        policy_file_valid.set(1);
         Self {
             recoveries: counters(r, "recoveries_total", "Recoveries that ended, by outcome.", "outcome"),
             recovery_seconds: histogram(
@@ -122,7 +122,7 @@ impl Metrics {
             recoveries_running: gauge(r, "recoveries_running", "Recoveries under way."),
             pod_failures: counters(
                 r,
-                "pod_image_failures_total",
+                "image_pull_failures_total",
                 "Containers of this node that could not get their image, once each, by what was decided.",
                 "verdict",
             ),
@@ -151,7 +151,7 @@ impl Metrics {
             ),
             store_list_failures: counter(
                 r,
-                "store_list_failures_total",
+                "content_list_failures_total",
                 "Times that the content store could not be listed.",
             ),
             layers: LayerMetrics::new(r),
@@ -159,12 +159,12 @@ impl Metrics {
             registries_down: gauge(r, "registries_down", "Registries that this node itself found unreachable."),
             invalid_annotations: counter(
                 r,
-                "odd_annotations_total",
+                "invalid_annotations_total",
                 "Annotations of ours with a value that means nothing.",
             ),
             records_removed: counter(
                 r,
-                "records_removed_total",
+                "image_records_removed_total",
                 "Records of broken images removed because no node has what they lack.",
             ),
             event_to_first_byte_seconds: histogram(
@@ -179,12 +179,12 @@ impl Metrics {
             ),
             deletions: counters(
                 r,
-                "deletions_total",
+                "pod_deletions_total",
                 "Pods deleted after a recovery, where that is allowed, by result.",
                 "result",
             ),
-            notifications: counters(r, "notifications_total", "Messages for the webhook, by result.", "result"),
-            policy_file_valid: rules_file_valid,
+            notifications: counters(r, "webhook_messages_total", "Messages for the webhook, by result.", "result"),
+            policy_file_valid: policy_file_valid,
             registry,
         }
     }

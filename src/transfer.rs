@@ -66,7 +66,7 @@ pub struct Config {
     pub node: NodeName,
     /// Orders of pieces that are sent at a time, the others queue; and so many whole blobs beside them, beyond which peers are told to ask
     /// elsewhere. Each costs up to 512 KiB of reads and, where the link or the reader is slow, 4 MiB under way.
-    pub max_serving: usize,
+    pub concurrent_uploads: usize,
 }
 
 /// What a transfer works with.
@@ -197,7 +197,7 @@ impl Transfer {
         surroundings: TransferDependencies,
         bounds: TransferOptions,
     ) -> Result<Self, BindError> {
-        let Config { listen, gossip_port, node, max_serving } = config;
+        let Config { listen, gossip_port, node, concurrent_uploads } = config;
         let TransferDependencies { admission, store, partials, metrics, admitted_peers: joined } = surroundings;
         let TransferOptions { timeouts, policy: rules, versions } = bounds;
         let tls = tls::Tls::new(identity, versions)?;
@@ -226,8 +226,8 @@ impl Transfer {
             shared_key: watch::Sender::new(None),
             handshakes: Arc::default(),
             rejection_log: RejectionLog::default(),
-            serve_permits: Semaphore::new(max_serving),
-            uploads: UploadQueue::new(max_serving),
+            serve_permits: Semaphore::new(concurrent_uploads),
+            uploads: UploadQueue::new(concurrent_uploads),
             hash_chains: HashChainCache::new(timeouts.slow_reader),
             timeouts,
             download_limiter: RateLimiter::new(rules.clone(), |budgets| budgets.max_download_rate),

@@ -132,7 +132,7 @@ fn bind(
         // Nobody gossips here.
         gossip_port: 1,
         node: "bench".parse()?,
-        max_serving: 16,
+        concurrent_uploads: 16,
     };
     let admission = Arc::new(StaticAdmission::new([other]));
     let joined = mpsc::channel(4).0;
@@ -166,7 +166,7 @@ fn recoverer(
     let node: NodeName = "bench".parse()?;
     let mut rules = Policy::default();
     rules.budgets.min_free_bytes = 0;
-    rules.budgets.collection_percent = 100;
+    rules.budgets.image_gc_percent = 100;
     rules.budgets.eviction_percent = 0;
     let unpacking = match unpacks {
         UnpackMode::DuringRecovery => {

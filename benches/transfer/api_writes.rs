@@ -111,7 +111,7 @@ async fn recover_waiting_pods(nodes: &Nodes, image: &Reference) -> Result<(), Be
         for number in 0..PODS {
             let name = format!("waits-{node}-{number}");
             let pod = json!({
-                "metadata": { "name": name, "annotations": { "lighterman.dev/auto-salvage": "true" } },
+                "metadata": { "name": name, "annotations": { "lighterman.dev/recover": "true" } },
                 "spec": {
                     "nodeName": nodes.agents[node].node,
                     "containers": [{ "name": "main", "image": image.to_string() }],

@@ -219,7 +219,7 @@ fn bind(identity: &Identity, other: PeerId, store: MemoryStore) -> Result<Transf
         // Nobody gossips here.
         gossip_port: 1,
         node: "bench".parse()?,
-        max_serving: 16,
+        concurrent_uploads: 16,
     };
     let admission = Arc::new(StaticAdmission::new([other]));
     let joined = mpsc::channel(4).0;

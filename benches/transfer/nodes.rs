@@ -70,7 +70,7 @@ impl Nodes {
         // Nothing else is on this storage.
         let flags = [
             ("--min-free-bytes", "0"),
-            ("--collection-percent", "100"),
+            ("--image-gc-percent", "100"),
             ("--eviction-percent", "0"),
             ("--host-root", "/"),
         ];

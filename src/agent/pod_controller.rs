@@ -49,7 +49,7 @@ const MAX_PROBED_REGISTRIES: usize = 16;
 /// only mirrors serve never answers: with three of these a node makes 18 requests in an hour.
 const UNANSWERED_PROBE_INTERVAL: Duration = Duration::from_secs(600);
 
-/// What salvaging needs of the rest of the agent.
+/// Parts of the agent that the controller uses.
 pub struct PodControllerParts {
     /// Brings images.
     pub recoverer: Recoverer,

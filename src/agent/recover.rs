@@ -1,7 +1,7 @@
 //! The main flow: from an image that a pod cannot pull to an image that the kubelet finds. Top to bottom.
 //!
 //! Who may be helped was decided before ([`crate::decide::pull_failure`]); the pods are told afterwards
-//! ([`super::salvage`]). What happens to a single blob stands in [`super::bring`].
+//! ([`super::pod_controller`]). What happens to a single blob stands in [`super::blob_fetcher`].
 
 mod broken_record;
 mod documents;

@@ -87,7 +87,7 @@ impl StatusSource for AgentStatus {
             own_image: self.own_image.borrow().clone(),
             registries_down: Some(self.registries_down()),
             recoveries: Some(self.recoveries()),
-            rules_file: self.policy_file.as_ref().map(|file| file.borrow().clone()),
+            policy_file: self.policy_file.as_ref().map(|file| file.borrow().clone()),
         }
     }
 }

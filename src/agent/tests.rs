@@ -62,7 +62,7 @@ impl TestNode {
     fn new() -> Self {
         let mut rules = Policy::default();
         rules.budgets.min_free_bytes = 0;
-        rules.budgets.collection_percent = 100;
+        rules.budgets.image_gc_percent = 100;
         rules.budgets.eviction_percent = 0;
         let cluster = MemoryCluster::default();
         cluster.put_namespace("shop", &[("lighterman.dev/allow", "true")]);

@@ -87,7 +87,7 @@ fn table(status: &Status) -> String {
         own_image,
         registries_down,
         recoveries,
-        rules_file,
+        policy_file,
     } = status;
     let word = |text: &Option<String>| vec![text.clone().unwrap_or_else(unknown)];
     let mut rows = vec![("node", word(node)), ("PeerId", word(peer_id)), ("version", word(version))];
@@ -100,7 +100,7 @@ fn table(status: &Status) -> String {
     rows.push(("own image", own_image.as_ref().map_or_else(|| vec!["is left to the kubelet".into()], own_image_lines)));
     rows.push(("registries down", lines(registries_down.as_deref(), outage_line)));
     rows.push(("recoveries", lines(recoveries.as_deref(), recovery_line)));
-    rows.push(("rules file", rules_file.as_ref().map_or_else(|| vec!["none is watched".into()], policy_file_lines)));
+    rows.push(("rules file", policy_file.as_ref().map_or_else(|| vec!["none is watched".into()], policy_file_lines)));
     let mut text = String::new();
     for (name, lines) in rows {
         for (number, line) in lines.iter().enumerate() {
@@ -307,8 +307,8 @@ mod tests {
                 },
                 RecoveryStatus { image: "r.test/shop/basket:v1".into(), ..RecoveryStatus::default() },
             ]),
-            rules_file: Some(PolicyFileStatus {
-                path: "/etc/lighterman/rules.yaml".into(),
+            policy_file: Some(PolicyFileStatus {
+                path: "/etc/lighterman/policy.yaml".into(),
                 error: Some("line 2, column 18: 0 is given".into()),
                 in_force_since: Some(1_700_000_000),
                 sets: vec!["killSwitch: true".into(), "maxUploadRate: 50Mi".into()],
@@ -341,7 +341,7 @@ own image         current r.test/lighterman:v1
 registries down   registry.example.com:5000: connections are refused, since 2023-11-14T22:13:20Z, seen by n2, node-10
 recoveries        r.test/shop/checkout:v1: 3.0 MiB of 12.0 MiB from n2, unpacking layer 2 of 5
                   r.test/shop/basket:v1: looking for what is missing
-rules file        /etc/lighterman/rules.yaml, in force since 2023-11-14T22:13:20Z
+rules file        /etc/lighterman/policy.yaml, in force since 2023-11-14T22:13:20Z
                   as it is now it is not in force: line 2, column 18: 0 is given
                   killSwitch: true
                   maxUploadRate: 50Mi

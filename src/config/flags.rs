@@ -125,7 +125,7 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_CONTAINERD_CONTENT_ROOT", value_name = "FOLDER")]
     pub(super) containerd_content_root: Option<PathBuf>,
 
-    /// What stands before /allow and /auto-salvage in annotations; of several, the first that is set counts (separate with commas)
+    /// What stands before /allow and /recover in annotations; of several, the first that is set counts (separate with commas)
     #[arg(
         long,
         env = "LIGHTERMAN_ANNOTATION_PREFIX",
@@ -157,12 +157,12 @@ pub struct AgentArgs {
     /// bytes), storage-denied (403 of its storage), proxy (a proxy refuses), denied (401 or 403), never (imagePullPolicy Never)
     #[arg(
         long,
-        env = "LIGHTERMAN_SALVAGE_ON",
+        env = "LIGHTERMAN_RECOVER_ON",
         value_name = "CAUSES",
         value_delimiter = ',',
         default_value = "unavailable,rate-limited,not-found,bad-bytes,storage-denied,proxy"
     )]
-    pub(super) salvage_on: Vec<Trigger>,
+    pub(super) recover_on: Vec<Trigger>,
 
     /// Recover nothing for namespaces without the annotation PREFIX/repositories, which lists what their pods may have
     #[arg(long, env = "LIGHTERMAN_REQUIRE_REPOSITORIES")]
@@ -260,8 +260,8 @@ pub struct AgentArgs {
     pub(super) retain_fetch_rate: u64,
 
     /// A file that may override policy and budgets while the agent runs; see the README
-    #[arg(long, env = "LIGHTERMAN_RULES_FILE", value_name = "PATH")]
-    pub(super) rules_file: Option<PathBuf>,
+    #[arg(long, env = "LIGHTERMAN_POLICY_FILE", value_name = "PATH")]
+    pub(super) policy_file: Option<PathBuf>,
 
     /// Recover nothing; the agent still tells and gives others what it holds
     #[arg(long, env = "LIGHTERMAN_KILL_SWITCH")]
@@ -276,8 +276,8 @@ pub struct AgentArgs {
     pub(super) concurrent_blobs: usize,
 
     /// Blobs sent to peers at the same time; further requests are told to come back
-    #[arg(long, env = "LIGHTERMAN_MAX_SERVING", value_name = "N", default_value_t = 16, value_parser = at_least_one)]
-    pub(super) max_serving: usize,
+    #[arg(long, env = "LIGHTERMAN_CONCURRENT_UPLOADS", value_name = "N", default_value_t = 16, value_parser = at_least_one)]
+    pub(super) concurrent_uploads: usize,
 
     /// Most bytes that one image may bring to this node; 0 is no limit
     #[arg(long, env = "LIGHTERMAN_MAX_IMAGE_BYTES", value_name = "BYTES", default_value_t = 0)]
@@ -290,8 +290,8 @@ pub struct AgentArgs {
 
     /// Percent in use from which the kubelet collects images (imageGCHighThresholdPercent); a
     /// download does not cross it, unpacked layers may
-    #[arg(long, env = "LIGHTERMAN_COLLECTION_PERCENT", value_name = "PERCENT", default_value_t = 85, value_parser = clap::value_parser!(u8).range(..=100))]
-    pub(super) collection_percent: u8,
+    #[arg(long, env = "LIGHTERMAN_IMAGE_GC_PERCENT", value_name = "PERCENT", default_value_t = 85, value_parser = clap::value_parser!(u8).range(..=100))]
+    pub(super) image_gc_percent: u8,
 
     /// Percent free below which the kubelet evicts pods (imagefs.available of evictionHard);
     /// unpacked layers do not cross it

@@ -43,7 +43,7 @@ pub struct PolicyOverrides {
     /// Denied namespaces with such labels are helped all the same.
     pub allowed_namespace_selector: Option<Selector>,
     /// The causes that recovery acts on; at least one.
-    pub salvage_on: Option<BTreeSet<Trigger>>,
+    pub recover_on: Option<BTreeSet<Trigger>>,
     /// Namespaces without a list of repositories get nothing.
     pub require_repositories: Option<bool>,
     /// Images recovered at the same time; at least 1.
@@ -55,7 +55,7 @@ pub struct PolicyOverrides {
     /// Bytes that stay free on the file systems of the content store and the snapshotter.
     pub min_free_bytes: Option<u64>,
     /// Percent in use from which the kubelet collects images.
-    pub collection_percent: Option<u8>,
+    pub image_gc_percent: Option<u8>,
     /// Percent free below which the kubelet evicts pods.
     pub eviction_percent: Option<u8>,
     /// Most bytes per second from peers; 0 is no limit.
@@ -84,13 +84,13 @@ struct RawPolicyFile {
     denied_namespaces: Option<Spanned<YamlNode>>,
     denied_namespace_selector: Option<Spanned<YamlNode>>,
     allowed_namespace_selector: Option<Spanned<YamlNode>>,
-    salvage_on: Option<Spanned<YamlNode>>,
+    recover_on: Option<Spanned<YamlNode>>,
     require_repositories: Option<Spanned<YamlNode>>,
     concurrent_recoveries: Option<Spanned<YamlNode>>,
     concurrent_blobs: Option<Spanned<YamlNode>>,
     max_image_bytes: Option<Spanned<YamlNode>>,
     min_free_bytes: Option<Spanned<YamlNode>>,
-    collection_percent: Option<Spanned<YamlNode>>,
+    image_gc_percent: Option<Spanned<YamlNode>>,
     eviction_percent: Option<Spanned<YamlNode>>,
     max_download_rate: Option<Spanned<YamlNode>>,
     max_upload_rate: Option<Spanned<YamlNode>>,
@@ -114,13 +114,13 @@ impl PolicyOverrides {
             denied_namespaces,
             denied_namespace_selector,
             allowed_namespace_selector,
-            salvage_on,
+            recover_on,
             require_repositories,
             concurrent_recoveries,
             concurrent_blobs,
             max_image_bytes,
             min_free_bytes,
-            collection_percent,
+            image_gc_percent,
             eviction_percent,
             max_download_rate,
             max_upload_rate,
@@ -130,13 +130,13 @@ impl PolicyOverrides {
             denied_namespaces: read_field(denied_namespaces, yaml_node::namespaces)?,
             denied_namespace_selector: read_field(denied_namespace_selector, yaml_node::selector)?,
             allowed_namespace_selector: read_field(allowed_namespace_selector, yaml_node::selector)?,
-            salvage_on: read_field(salvage_on, yaml_node::causes)?,
+            recover_on: read_field(recover_on, yaml_node::causes)?,
             require_repositories: read_field(require_repositories, yaml_node::boolean)?,
             concurrent_recoveries: read_field(concurrent_recoveries, yaml_node::count)?,
             concurrent_blobs: read_field(concurrent_blobs, yaml_node::count)?,
             max_image_bytes: read_field(max_image_bytes, yaml_node::bytes)?,
             min_free_bytes: read_field(min_free_bytes, yaml_node::bytes)?,
-            collection_percent: read_field(collection_percent, |node| yaml_node::percent(node, 100))?,
+            image_gc_percent: read_field(image_gc_percent, |node| yaml_node::percent(node, 100))?,
             eviction_percent: read_field(eviction_percent, |node| yaml_node::percent(node, 90))?,
             max_download_rate: read_field(max_download_rate, yaml_node::rate)?,
             max_upload_rate: read_field(max_upload_rate, yaml_node::rate)?,
@@ -163,7 +163,7 @@ impl PolicyOverrides {
         let (policy, budgets) = (&mut rules.opt_in, &mut rules.budgets);
         override_with(&mut policy.kill_switch, &self.kill_switch);
         override_with(&mut policy.denied_k8s_namespaces, &self.denied_namespaces);
-        override_with(&mut policy.recover_on, &self.salvage_on);
+        override_with(&mut policy.recover_on, &self.recover_on);
         override_with(&mut policy.require_repositories, &self.require_repositories);
         for (selector, said) in [
             (&mut policy.denied_selector, &self.denied_namespace_selector),
@@ -177,7 +177,7 @@ impl PolicyOverrides {
         override_with(&mut budgets.concurrent_blobs, &self.concurrent_blobs);
         override_with(&mut budgets.max_image_bytes, &self.max_image_bytes);
         override_with(&mut budgets.min_free_bytes, &self.min_free_bytes);
-        override_with(&mut budgets.collection_percent, &self.collection_percent);
+        override_with(&mut budgets.image_gc_percent, &self.image_gc_percent);
         override_with(&mut budgets.eviction_percent, &self.eviction_percent);
         override_with(&mut budgets.max_download_rate, &self.max_download_rate);
         override_with(&mut budgets.max_upload_rate, &self.max_upload_rate);
@@ -186,7 +186,7 @@ impl PolicyOverrides {
 
     /// What is said, by the names of its fields, for people. Lists are shown in part.
     pub fn settings(&self) -> Vec<(&'static str, String)> {
-        let causes = self.salvage_on.as_ref().map(|causes| format_list(causes.iter().map(|cause| cause.name())));
+        let causes = self.recover_on.as_ref().map(|causes| format_list(causes.iter().map(|cause| cause.name())));
         let all = [
             ("killSwitch", self.kill_switch.map(|on| on.to_string())),
             (
@@ -195,13 +195,13 @@ impl PolicyOverrides {
             ),
             ("deniedNamespaceSelector", self.denied_namespace_selector.as_ref().map(Selector::to_string)),
             ("allowedNamespaceSelector", self.allowed_namespace_selector.as_ref().map(Selector::to_string)),
-            ("salvageOn", causes),
+            ("recoverOn", causes),
             ("requireRepositories", self.require_repositories.map(|on| on.to_string())),
             ("concurrentRecoveries", self.concurrent_recoveries.map(|number| number.to_string())),
             ("concurrentBlobs", self.concurrent_blobs.map(|number| number.to_string())),
             ("maxImageBytes", self.max_image_bytes.map(quantity::show)),
             ("minFreeBytes", self.min_free_bytes.map(quantity::show)),
-            ("collectionPercent", self.collection_percent.map(|percent| percent.to_string())),
+            ("imageGcPercent", self.image_gc_percent.map(|percent| percent.to_string())),
             ("evictionPercent", self.eviction_percent.map(|percent| percent.to_string())),
             ("maxDownloadRate", self.max_download_rate.map(quantity::show)),
             ("maxUploadRate", self.max_upload_rate.map(quantity::show)),

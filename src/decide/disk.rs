@@ -84,7 +84,7 @@ pub struct DiskFloors {
     /// In bytes, whatever the percentages say.
     pub min_free_bytes: u64,
     /// Percent in use from which the kubelet collects images (`imageGCHighThresholdPercent`).
-    pub collection_percent: u8,
+    pub image_gc_percent: u8,
     /// Percent free below which the kubelet evicts pods (`evictionHard`, `imagefs.available`).
     pub eviction_percent: u8,
 }
@@ -93,7 +93,7 @@ impl DiskFloors {
     /// Bytes that a download leaves free on a file system of `total` bytes: it crosses neither
     /// line.
     pub fn download_floor(&self, total: u64) -> u64 {
-        let collection = percent_of(total, 100_u8.saturating_sub(self.collection_percent));
+        let collection = percent_of(total, 100_u8.saturating_sub(self.image_gc_percent));
         self.unpack_floor(total).max(collection)
     }
 

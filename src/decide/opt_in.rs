@@ -1,6 +1,6 @@
 //! Who wants to be helped: what namespaces, pods and the pods' owners say by annotation, and what the rules allow.
 //!
-//! Both have to agree: whoever runs the namespace (`PREFIX/allow`) and whoever runs the workload (`PREFIX/auto-salvage`, on the pod or on
+//! Both have to agree: whoever runs the namespace (`PREFIX/allow`) and whoever runs the workload (`PREFIX/recover`, on the pod or on
 //! an owner). Exactly `true` is a permission; a value that is neither `true` nor `false` is a mistake that must not turn into one.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,7 +14,7 @@ use crate::model::PodView;
 pub struct OptInPolicy {
     /// Nothing is recovered at all.
     pub kill_switch: bool,
-    /// What stands before `/allow` and `/auto-salvage`; several for people who come from elsewhere. The first that is set counts.
+    /// What stands before `/allow` and `/recover`; several for people who come from elsewhere. The first that is set counts.
     pub annotation_prefixes: Vec<String>,
     /// Namespaces that are left alone whatever their annotations say.
     pub denied_k8s_namespaces: BTreeSet<String>,
@@ -51,9 +51,10 @@ pub enum Trigger {
 
 /// Names of the annotations, after the prefix.
 const ALLOW: &str = "allow";
-const AUTO_SALVAGE: &str = "auto-salvage";
+/// `auto-salvage` is tote's name for `recover`.
+const RECOVER: [&str; 2] = ["recover", "auto-salvage"];
 const IGNORE: &str = "ignore";
-const SALVAGE_ON_DENIED: &str = "salvage-on-denied";
+const RECOVER_ON_DENIED: &str = "recover-on-denied";
 const PRIORITY: &str = "priority";
 const REPOSITORIES: &str = "repositories";
 
@@ -136,25 +137,25 @@ impl OptInPolicy {
         if self.denies(&pod.pod.k8s_namespace, namespace_labels) {
             return OptIn::No(OptOutReason::DeniedNamespace);
         }
-        if self.value(namespace, ALLOW, odd) != Some(Some(true)) {
+        if self.value(namespace, &[ALLOW], odd) != Some(Some(true)) {
             return OptIn::No(OptOutReason::NotOptedIn);
         }
-        let mut said = self.value(&pod.annotations, AUTO_SALVAGE, odd);
+        let mut said = self.value(&pod.annotations, &RECOVER, odd);
         if said.is_none() && pod.owner.is_some() {
             let Some(owners) = owners else { return OptIn::NeedsOwners };
-            said = owners.iter().find_map(|annotations| self.value(annotations, AUTO_SALVAGE, odd));
+            said = owners.iter().find_map(|annotations| self.value(annotations, &RECOVER, odd));
         }
         if said != Some(Some(true)) {
             return OptIn::No(OptOutReason::NotOptedIn);
         }
         let on_denied = self.recover_on.contains(&Trigger::Denied)
-            || self.value(namespace, SALVAGE_ON_DENIED, odd) == Some(Some(true));
+            || self.value(namespace, &[RECOVER_ON_DENIED], odd) == Some(Some(true));
         OptIn::Yes { on_denied, repositories: self.repositories(namespace, odd) }
     }
 
     /// What the namespace's list says. One that cannot be read permits nothing.
     fn repositories(&self, namespace: &Annotations, odd: &mut Vec<InvalidAnnotation>) -> RepositoryList {
-        match self.first_set(namespace, REPOSITORIES) {
+        match self.first_set(namespace, &[REPOSITORIES]) {
             None if self.require_repositories => RepositoryList::none(),
             None => RepositoryList::Any,
             Some((key, value)) => RepositoryList::parse(value).unwrap_or_else(|bad| {
@@ -171,12 +172,12 @@ impl OptInPolicy {
         labels: &BTreeMap<String, String>,
         annotations: &BTreeMap<String, String>,
     ) -> bool {
-        !self.denies(name, labels) && self.value(annotations, ALLOW, &mut Vec::new()) == Some(Some(true))
+        !self.denies(name, labels) && self.value(annotations, &[ALLOW], &mut Vec::new()) == Some(Some(true))
     }
 
     /// How urgent the pod is: what it says itself, else its PriorityClass.
     pub fn priority(&self, pod: &PodView, odd: &mut Vec<InvalidAnnotation>) -> i64 {
-        let Some((key, value)) = self.first_set(&pod.annotations, PRIORITY) else { return pod.priority.into() };
+        let Some((key, value)) = self.first_set(&pod.annotations, &[PRIORITY]) else { return pod.priority.into() };
         value.parse::<i32>().map(Into::into).unwrap_or_else(|_| {
             odd.push(InvalidAnnotation::new(key, value));
             pod.priority.into()
@@ -189,9 +190,14 @@ impl OptInPolicy {
         denied && !chosen(&self.allowed_selector)
     }
 
-    /// `None` where it is not set, `Some(None)` where its value means nothing.
-    fn value(&self, annotations: &Annotations, name: &str, odd: &mut Vec<InvalidAnnotation>) -> Option<Option<bool>> {
-        let (key, value) = self.first_set(annotations, name)?;
+    /// `None` without such an annotation, `Some(None)` for a value that is neither `true` nor `false`.
+    fn value(
+        &self,
+        annotations: &Annotations,
+        names: &[&str],
+        odd: &mut Vec<InvalidAnnotation>,
+    ) -> Option<Option<bool>> {
+        let (key, value) = self.first_set(annotations, names)?;
         Some(match value {
             "true" => Some(true),
             "false" => Some(false),
@@ -202,11 +208,11 @@ impl OptInPolicy {
         })
     }
 
-    fn first_set<'a>(&self, annotations: &'a Annotations, name: &str) -> Option<(String, &'a str)> {
-        self.annotation_prefixes.iter().find_map(|prefix| {
-            let key = format!("{prefix}/{name}");
-            annotations.get(&key).map(|value| (key, value.as_str()))
-        })
+    /// The first annotation that is set. The order of the prefixes comes before the order of the names.
+    fn first_set<'a>(&self, annotations: &'a Annotations, names: &[&str]) -> Option<(String, &'a str)> {
+        let keys = self.annotation_prefixes.iter().flat_map(|prefix| names.iter().map(move |name| (prefix, name)));
+        let mut keys = keys.map(|(prefix, name)| format!("{prefix}/{name}"));
+        keys.find_map(|key| annotations.get(&key).map(|value| (key, value.as_str())))
     }
 }
 

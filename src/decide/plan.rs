@@ -35,7 +35,7 @@ pub enum OverLimit {
     /// The disk.
     #[error(
         "{volume} has {free} bytes free; the image needs {need} there, other recoveries {reserved}, and {floor} have to stay free \
-         (--min-free-bytes, --collection-percent, --eviction-percent or the rules file)"
+         (--min-free-bytes, --image-gc-percent, --eviction-percent or the rules file)"
     )]
     Disk {
         /// Which.

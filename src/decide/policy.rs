@@ -37,7 +37,7 @@ impl Default for Policy {
                 min_free_bytes: 2 << 30,
                 // The kubelet's own defaults: imageGCHighThresholdPercent, and imagefs.available of
                 // evictionHard.
-                collection_percent: 85,
+                image_gc_percent: 85,
                 eviction_percent: 15,
                 max_download_rate: 0,
                 max_upload_rate: 0,
@@ -60,7 +60,7 @@ pub struct Budgets {
     pub min_free_bytes: u64,
     /// Percent in use from which the kubelet collects images. A download does not cross it;
     /// unpacked layers may.
-    pub collection_percent: u8,
+    pub image_gc_percent: u8,
     /// Percent free below which the kubelet evicts pods. Nothing crosses it.
     pub eviction_percent: u8,
     /// Most bytes per second from peers, all together; 0 is no limit.
@@ -74,7 +74,7 @@ impl Budgets {
     pub fn disk_floors(&self) -> DiskFloors {
         DiskFloors {
             min_free_bytes: self.min_free_bytes,
-            collection_percent: self.collection_percent,
+            image_gc_percent: self.image_gc_percent,
             eviction_percent: self.eviction_percent,
         }
     }

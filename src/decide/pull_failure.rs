@@ -111,7 +111,7 @@ pub fn is_verifying_credentials(pull_policy: PullPolicy, since_it_came: Duration
 /// Decides on one image that a pod lacks and that pod's owners want recovered.
 pub fn decide(failure: FailedPull<'_>, consent: Consent<'_>) -> PullVerdict {
     let FailedPull { image, pull_policy, cause, message: said, may_be_early } = failure;
-    let Consent { recover_on: salvage_on, on_denied, repositories } = consent;
+    let Consent { recover_on, on_denied, repositories } = consent;
     let reference = match image.parse::<Reference>() {
         Ok(reference) => reference,
         Err(error) => return PullVerdict::Report(NotRecoverable::Unreadable(error)),
@@ -127,12 +127,12 @@ pub fn decide(failure: FailedPull<'_>, consent: Consent<'_>) -> PullVerdict {
         Some(Cause::Stalled) if !may_be_early && matches!(reference, Reference::Tag(..)) => {
             return PullVerdict::Report(NotRecoverable::Stalled);
         }
-        Some(Cause::NeverPull) if !salvage_on.contains(&Trigger::Never) => {
+        Some(Cause::NeverPull) if !recover_on.contains(&Trigger::Never) => {
             return PullVerdict::Report(NotRecoverable::PullsNever);
         }
         Some(cause) => cause,
     };
-    if trigger(cause).is_some_and(|trigger| !salvage_on.contains(&trigger)) {
+    if trigger(cause).is_some_and(|trigger| !recover_on.contains(&trigger)) {
         return PullVerdict::Ignore(IgnoreReason::CauseExcluded);
     }
     // A pull succeeded, and what it left is broken: with the content here, the next one finds it,
@@ -184,7 +184,7 @@ impl NotRecoverable {
                 "The registry denies {image} (401 or 403). Peers may hold it, but a denial is not bypassed: check the pull secret, and \
                  the kubelet's log where a credential provider should have given one (the kubelet pulls without credentials when its \
                  provider fails). Where a registry answers so for images that it lost, the namespace can say \
-                 salvage-on-denied: \"true\"."
+                 recover-on-denied: \"true\"."
             ),
             Self::PullsAlways => format!(
                 "{image} has imagePullPolicy Always (the default for :latest), so the kubelet asks the registry even when the image is \
@@ -193,7 +193,7 @@ impl NotRecoverable {
             ),
             Self::PullsNever => format!(
                 "{image} has imagePullPolicy Never and is not on this node. No registry is asked for it, so none could deny it: it is \
-                 not recovered unless the policy's salvageOn has \"never\"."
+                 not recovered unless the policy's recoverOn has \"never\"."
             ),
             Self::RepositoryNotListed => format!(
                 "{image} is not recovered: its repository is not among those that the namespace's annotation \"repositories\" lists \
@@ -275,9 +275,9 @@ mod tests {
         decide(FailedPull { pull_policy, ..failure(cause) }, consent)
     }
 
-    fn verdict_on(failure: FailedPull<'_>, salvage_on: &[Trigger]) -> PullVerdict {
-        let salvage_on = salvage_on.iter().copied().collect();
-        decide(failure, Consent { recover_on: &salvage_on, on_denied: false, repositories: &RepositoryList::Any })
+    fn verdict_on(failure: FailedPull<'_>, recover_on: &[Trigger]) -> PullVerdict {
+        let recover_on = recover_on.iter().copied().collect();
+        decide(failure, Consent { recover_on: &recover_on, on_denied: false, repositories: &RepositoryList::Any })
     }
 
     #[test]

@@ -26,8 +26,12 @@ impl MeshMetrics {
     pub(super) fn new(r: &Registry) -> Self {
         Self {
             members: gauges(r, "mesh_members", "Other members of the mesh, by state.", "state"),
-            behind: gauge(r, "mesh_behind", "Members of whose announcements some are known to be missing here."),
-            neighbours: gauge(r, "mesh_neighbours", "Members that this agent is connected to."),
+            behind: gauge(
+                r,
+                "mesh_members_behind",
+                "Members of whose announcements some are known to be missing here.",
+            ),
+            neighbours: gauge(r, "mesh_neighbors", "Members that this agent is connected to."),
             over_limit: counter(
                 r,
                 "mesh_over_limit_total",

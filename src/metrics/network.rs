@@ -27,7 +27,7 @@ impl NetworkMetrics {
             ),
             name_look_ups: counters(
                 r,
-                "name_look_ups_total",
+                "dns_lookups_total",
                 "Times that a name or address of first peers was resolved, by result: answered, unanswered.",
                 "result",
             ),

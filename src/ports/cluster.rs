@@ -161,8 +161,8 @@ impl NodeReportKind {
     pub fn reason(self) -> &'static str {
         match self {
             Self::ImagesLackLayers => "ImagesLackLayers",
-            Self::ClockSkew => "LightermanClockSkew",
-            Self::KeyReplaced => "LightermanKeyReplaced",
+            Self::ClockSkew => "NodeClockSkewed",
+            Self::KeyReplaced => "AgentKeyReplaced",
         }
     }
 }
@@ -194,15 +194,15 @@ impl PodReportKind {
     /// The Event's reason.
     pub fn reason(self) -> &'static str {
         match self {
-            Self::Recovered => "ImageSalvaged",
-            Self::Failed => "ImageSalvageFailed",
-            Self::NotRecoverable => "ImageNotActionable",
+            Self::Recovered => "ImageRecovered",
+            Self::Failed => "ImageRecoveryFailed",
+            Self::NotRecoverable => "ImageNotRecoverable",
             Self::NoProvider => "ImageNoProvider",
             Self::Stalled => "ImagePullStalled",
             Self::PullEnded => "ImagePullEnded",
-            Self::Unclassified => "ImageFailureNotUnderstood",
+            Self::Unclassified => "ImagePullErrorUnknown",
             Self::RecordRemoved => "ImageRecordRemoved",
-            Self::DryRun => "ImageSalvageDryRun",
+            Self::DryRun => "ImageRecoveryDryRun",
         }
     }
 

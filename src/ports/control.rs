@@ -189,7 +189,7 @@ pub struct Status {
     pub recoveries: Option<Vec<RecoveryStatus>>,
     /// The watched file, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub rules_file: Option<PolicyFileStatus>,
+    pub policy_file: Option<PolicyFileStatus>,
 }
 
 /// Whether other agents answer over UDP, which carries blobs.

@@ -19,7 +19,7 @@ pub trait Notifier: Send + Sync + 'static {
 pub struct Notification {
     /// The same for the same message sent again, so that a receiver can drop it.
     pub id: String,
-    /// The reason of the Kubernetes Event that says the same: `ImageSalvaged`, ...
+    /// The reason of the Kubernetes Event that says the same: `ImageRecovered`, ...
     pub reason: &'static str,
     /// Where it happened.
     pub node: String,

@@ -314,7 +314,7 @@ impl TransferTestNode {
         bounds: TransferOptions,
     ) -> Self {
         let (listen, node) = (listen.parse().unwrap(), node.parse().unwrap());
-        let config = Config { listen, gossip_port: 4001, node, max_serving: 4 };
+        let config = Config { listen, gossip_port: 4001, node, concurrent_uploads: 4 };
         let (sender, admitted_peers) = mpsc::channel(16);
         let metrics = Metrics::new();
         let surroundings = TransferDependencies {

@@ -10,7 +10,7 @@ const SECRET: &[u8] = b"0123456789abcdef";
 fn notification() -> Notification {
     Notification {
         id: "id-1".into(),
-        reason: "ImageSalvaged",
+        reason: "ImageRecovered",
         node: "n1".into(),
         image: "reg.test/app:1".into(),
         digest: None,

@@ -143,7 +143,7 @@ fn start_transfer(
         // Nobody gossips here.
         gossip_port: 1,
         node: "node-a".parse().unwrap(),
-        max_serving: 16,
+        concurrent_uploads: 16,
     };
     let mut rules = Policy::default();
     rules.budgets.max_upload_rate = max_upload_rate;
@@ -170,7 +170,7 @@ fn recoverer(
     let (node, metrics): (NodeName, _) = ("node-a".parse().unwrap(), Metrics::new());
     let mut rules = Policy::default();
     rules.budgets.min_free_bytes = 0;
-    rules.budgets.collection_percent = 100;
+    rules.budgets.image_gc_percent = 100;
     rules.budgets.eviction_percent = 0;
     let claims = Arc::new(MemoryCluster::default().claims_of(node.clone()));
     let zone = watch::channel(None).1;

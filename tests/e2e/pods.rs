@@ -16,7 +16,7 @@ pub(crate) struct TestNamespace<'a> {
 }
 
 impl<'a> TestNamespace<'a> {
-    /// A namespace that allows salvage.
+    /// A namespace that allows recovery.
     pub(crate) fn new(bed: &'a TestBed, name: &str) -> Result<Self, TestError> {
         bed.apply(&json!({"apiVersion": "v1", "kind": "Namespace",
             "metadata": {"name": name, "annotations": {"lighterman.dev/allow": "true"}}}))?;
@@ -34,7 +34,7 @@ impl<'a> TestNamespace<'a> {
 
     /// A pod of this image on this node.
     pub(crate) fn pod(&self, name: &str, node: &str, image: &str, opted_in: bool) -> Result<(), TestError> {
-        let annotations = if opted_in { json!({"lighterman.dev/auto-salvage": "true"}) } else { json!({}) };
+        let annotations = if opted_in { json!({"lighterman.dev/recover": "true"}) } else { json!({}) };
         self.bed.apply(&json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {"name": name, "namespace": self.name, "annotations": annotations},
@@ -49,7 +49,7 @@ impl<'a> TestNamespace<'a> {
         self.bed.apply(&json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {
-                "name": name, "namespace": self.name, "annotations": {"lighterman.dev/auto-salvage": "true"},
+                "name": name, "namespace": self.name, "annotations": {"lighterman.dev/recover": "true"},
             },
             "spec": spec,
         }))
@@ -81,7 +81,7 @@ impl<'a> TestNamespace<'a> {
     /// Waits for the Event that says the image came from peers; answers its note.
     pub(crate) fn wait_recovered(&self, pod: &str) -> Result<String, TestError> {
         wait_for(&format!("the Event on pod {pod}"), WAIT_DEADLINE, || {
-            Ok(self.events(pod, "ImageSalvaged")?.into_iter().next())
+            Ok(self.events(pod, "ImageRecovered")?.into_iter().next())
         })
     }
 

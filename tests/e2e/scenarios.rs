@@ -94,7 +94,7 @@ fn daemonset(bed: &TestBed) -> Result<(), TestError> {
         "spec": {
             "selector": {"matchLabels": {"app": "web"}},
             "template": {
-                "metadata": {"labels": {"app": "web"}, "annotations": {"lighterman.dev/auto-salvage": "true"}},
+                "metadata": {"labels": {"app": "web"}, "annotations": {"lighterman.dev/recover": "true"}},
                 "spec": spec,
             },
         },
@@ -229,7 +229,7 @@ fn not_opted_in(bed: &TestBed) -> Result<(), TestError> {
     space.wait_running("provider")?;
     let _down = RegistryDown::now(bed)?;
     let node = NODES[1].0;
-    let counted = |what: &str| bed.metric(node, &format!("lighterman_pod_image_failures_total{{verdict=\"{what}\"}}"));
+    let counted = |what: &str| bed.metric(node, &format!("lighterman_image_pull_failures_total{{verdict=\"{what}\"}}"));
     let before = counted("not_opted_in")?;
     space.pod("quiet", node, &image, false)?;
     space.wait_failing("quiet")?;
@@ -244,7 +244,7 @@ fn not_opted_in(bed: &TestBed) -> Result<(), TestError> {
     space.wait_running("loud")?;
     let images = bed.ctl(&["ctr", node, "images", "ls", "-q"])?;
     ensure(!images.contains("shop/quiet"), "its image was brought all the same")?;
-    for reason in ["ImageSalvaged", "ImageSalvageFailed", "ImageNotActionable", "ImageNoProvider"] {
+    for reason in ["ImageRecovered", "ImageRecoveryFailed", "ImageNotRecoverable", "ImageNoProvider"] {
         ensure(space.events("quiet", reason)?.is_empty(), format!("an Event {reason} on a pod that did not opt in"))?;
     }
     ensure(!is_running(&space.get_pod("quiet")?), "it runs")

@@ -192,7 +192,7 @@ fn reported(bed: &TestBed) -> Result<(), TestError> {
     for words in [layer.image.digest.as_str(), "image_pull_progress_timeout", "endStalledPulls"] {
         ensure(note.contains(words), format!("the Event does not say {words}: {note}"))?;
     }
-    layer.wait_only_event("ImageSalvaged")?;
+    layer.wait_only_event("ImageRecovered")?;
     ensure(!is_running(&space.get_pod("behind")?), "a later pull was not blocked")?;
     layer.wait_running()?;
     behind.wait_running()?;

@@ -18,7 +18,7 @@ struct PolicyFileFixture {
 }
 
 fn file(folder: &TempDir) -> PathBuf {
-    folder.path().join("rules.yaml")
+    folder.path().join("policy.yaml")
 }
 
 async fn watch_in(folder: TempDir) -> PolicyFileFixture {
@@ -48,7 +48,7 @@ impl PolicyFileFixture {
 
     fn is_valid(&self) -> bool {
         let text = String::from_utf8(self.metrics.render()).unwrap();
-        text.lines().any(|line| line == "lighterman_rules_file_valid 1")
+        text.lines().any(|line| line == "lighterman_policy_file_valid 1")
     }
 }
 
@@ -85,12 +85,12 @@ async fn a_symlink_swapped_like_a_configmap_is_followed() {
     let publish = |version: &str, content: &str| {
         let data = folder.path().join(version);
         std::fs::create_dir(&data).unwrap();
-        std::fs::write(data.join("rules.yaml"), content).unwrap();
+        std::fs::write(data.join("policy.yaml"), content).unwrap();
         symlink(version, folder.path().join("..data_tmp")).unwrap();
         std::fs::rename(folder.path().join("..data_tmp"), folder.path().join("..data")).unwrap();
     };
     publish("..2026_01_01", "killSwitch: true\n");
-    symlink("..data/rules.yaml", file(&folder)).unwrap();
+    symlink("..data/policy.yaml", file(&folder)).unwrap();
     let metrics = Metrics::new();
     let mut watch = PolicyWatch::open(file(&folder), flags(), metrics).await;
     assert!(watch.policy().borrow().opt_in.kill_switch);
@@ -157,8 +157,8 @@ async fn the_task_rereads_the_policy_file() {
 #[test]
 fn a_change_is_logged_field_by_field() {
     let before = PolicyOverrides::parse("killSwitch: true\nmaxUploadRate: 1Mi\nconcurrentBlobs: 2").unwrap();
-    let now = PolicyOverrides::parse("killSwitch: true\nmaxUploadRate: 2Mi\nsalvageOn: [denied]").unwrap();
-    let told = ["concurrentBlobs: 2 -> as the flag", "maxUploadRate: 1Mi -> 2Mi", "salvageOn: as the flag -> [denied]"];
+    let now = PolicyOverrides::parse("killSwitch: true\nmaxUploadRate: 2Mi\nrecoverOn: [denied]").unwrap();
+    let told = ["concurrentBlobs: 2 -> as the flag", "maxUploadRate: 1Mi -> 2Mi", "recoverOn: as the flag -> [denied]"];
     assert_eq!(changes(&before, &now), told);
 }
 

@@ -234,7 +234,7 @@ async fn reserve_space(
     let before = recoverer.reservations.begin_measurement();
     let looked = recoverer.store.disks().await.map_err(RecoverError::store("looking for room"));
     let need = DiskNeed { download: total_bytes(layers), unpack: 0 };
-    let lines = DiskFloors { min_free_bytes: line, collection_percent: 100, eviction_percent: 0 };
+    let lines = DiskFloors { min_free_bytes: line, image_gc_percent: 100, eviction_percent: 0 };
     let reserved = looked.and_then(|disks| Ok(recoverer.reservations.reserve(need, before, disks, lines)?));
     reserved.map_err(|error| {
         tracing::info!(%error, "layers that are missing here have no room; they are tried again later");

@@ -32,7 +32,7 @@ fn transfer() -> Transfer {
     let identity = Identity::generate();
     let admission = Arc::new(StaticAdmission::new([identity.peer_id()]));
     let node = "n".parse().unwrap();
-    let config = transfer::Config { listen: loopback(), gossip_port: 0, node, max_serving: 1 };
+    let config = transfer::Config { listen: loopback(), gossip_port: 0, node, concurrent_uploads: 1 };
     let surroundings = TransferDependencies {
         admission,
         store: Arc::new(MemoryStore::new()),

@@ -113,7 +113,7 @@ async fn a_denied_deletion_is_logged_once_and_attempted_once_per_pod() {
         controller.send_pod(PodView { owner: Some(owner.clone()), ..failing_pod(name, IMAGE, REFUSED) }).await;
     }
     tokio::time::sleep(Duration::from_secs(1800)).await;
-    assert!(node.has_metric(r#"lighterman_deletions_total{result="denied"} 2"#));
+    assert!(node.has_metric(r#"lighterman_pod_deletions_total{result="denied"} 2"#));
     assert!(node.cluster.deleted().is_empty());
     let lines = log.lines_with("denies the deletion");
     assert_eq!(lines.len(), 1, "{lines:?}");

@@ -86,7 +86,7 @@ async fn queries_of_an_hour(listed: u8, up: u8) -> usize {
         metrics: metrics.clone(),
         admitted_peers: joined_in,
     };
-    let config = transfer::Config { listen: loopback(), gossip_port: 1, node, max_serving: 1 };
+    let config = transfer::Config { listen: loopback(), gossip_port: 1, node, concurrent_uploads: 1 };
     let transfer = Transfer::bind(config, &identity, surroundings).unwrap();
     // Closed ports of this machine, so that those that are not up refuse at once.
     let address = |number: u8| SocketAddr::from(([127, 0, 0, 1 + number], 9));

@@ -90,7 +90,7 @@ impl Fleet {
             readiness_checks: Vec::new(),
         };
         let settings = settings(node.clone(), &folder, seeds);
-        let transfer = transfer::Config { listen: loopback(), gossip_port: 0, node, max_serving: 4 };
+        let transfer = transfer::Config { listen: loopback(), gossip_port: 0, node, concurrent_uploads: 4 };
         let mesh = mesh::Config { listen: loopback() };
         let (identity, metrics) = (self.identities[number].clone(), Metrics::new());
         let socket = settings.control_socket.clone();

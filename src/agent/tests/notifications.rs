@@ -58,9 +58,9 @@ async fn nodes_that_recover_the_same_image_send_one_notification() {
     let sent = receiver.sent();
     assert_eq!(sent.len(), 2, "{sent:?}");
     let message = sent.iter().find(|message| message.image == IMAGE).unwrap();
-    assert_eq!((message.reason, message.milliseconds, message.bytes), ("ImageSalvaged", 1500, 7));
+    assert_eq!((message.reason, message.milliseconds, message.bytes), ("ImageRecovered", 1500, 7));
     assert_eq!((&message.pods[..], message.note.as_str()), (&["shop/p".to_owned()][..], "it came"));
-    assert!(test_node.has_metric(r#"lighterman_notifications_total{result="left_to_another"} 4"#));
+    assert!(test_node.has_metric(r#"lighterman_webhook_messages_total{result="left_to_another"} 4"#));
     for node in nodes {
         node.stop().await;
     }
@@ -95,7 +95,7 @@ async fn an_unavailable_receiver_is_retried_and_a_refusal_is_not() {
     node.notify_of("r.test/other:1");
     tokio::time::sleep(Duration::from_secs(120)).await;
     assert_eq!(receiver.attempts() - before, 1);
-    assert!(test_node.has_metric(r#"lighterman_notifications_total{result="failed"} 1"#));
+    assert!(test_node.has_metric(r#"lighterman_webhook_messages_total{result="failed"} 1"#));
     node.stop().await;
 }
 
@@ -105,7 +105,7 @@ async fn the_queue_is_bounded_while_the_receiver_is_unavailable() {
     receiver.set_failure(Some(NotifyError::Unavailable("503".into())));
     let node = NotifyingNode::start(&test_node, "a", &receiver);
     (0..100).for_each(|number| node.notify_of(&format!("r.test/image-{number}:1")));
-    assert!(test_node.has_metric(r#"lighterman_notifications_total{result="dropped"} 36"#), "64 wait");
+    assert!(test_node.has_metric(r#"lighterman_webhook_messages_total{result="dropped"} 36"#), "64 wait");
     node.stop().await;
 }
 

@@ -20,7 +20,7 @@ use crate::ports::{Claims, PodEvent, PodReportKind, PullConnections};
 
 pub(super) const REFUSED: &str = "dial tcp 10.0.0.1:443: connect: connection refused";
 
-/// A salvager at work.
+/// A running pod controller.
 pub(super) struct RunningController {
     pods: mpsc::Sender<PodEvent>,
     pub(super) nudges: broadcast::Receiver<PodRef>,
@@ -97,7 +97,7 @@ pub(super) fn failing_pod(name: &str, image: &str, message: &str) -> PodView {
     };
     PodView {
         pod: PodRef { k8s_namespace: "shop".into(), name: name.into(), uid: format!("uid-{name}") },
-        annotations: [("lighterman.dev/auto-salvage".to_owned(), "true".to_owned())].into(),
+        annotations: [("lighterman.dev/recover".to_owned(), "true".to_owned())].into(),
         containers: vec![container],
         image_volumes: Vec::new(),
         owner: None,
@@ -153,7 +153,7 @@ async fn a_pod_without_opt_in_is_left_alone() {
     watch.send_pod(pod).await;
     watch.settle().await;
     assert!(node.fetcher.served().is_empty() && reports(&node).is_empty());
-    assert!(node.has_metric(r#"lighterman_pod_image_failures_total{verdict="not_opted_in"} 1"#));
+    assert!(node.has_metric(r#"lighterman_image_pull_failures_total{verdict="not_opted_in"} 1"#));
     watch.stop().await;
 }
 
@@ -221,7 +221,7 @@ async fn a_pod_recreated_during_the_cancellation_gets_one_new_recovery() {
     watch.send_pod(old.clone()).await;
     watch.settle().await;
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    // Both are in the queue before the salvager runs again.
+    // Both are in the queue before the controller runs again.
     watch.pods.try_send(PodEvent::Deleted(old.pod)).unwrap();
     watch.pods.try_send(PodEvent::Applied(Box::new(failing_pod("new", IMAGE, REFUSED)))).unwrap();
     assert_eq!(watch.nudged().await, "new");
@@ -346,7 +346,7 @@ async fn a_failure_after_the_container_has_run_is_counted_and_reported_anew() {
         watch.settle().await;
     }
     assert_eq!(reports(&node).len(), 2);
-    assert!(node.has_metric(r#"lighterman_pod_image_failures_total{verdict="denied"} 2"#));
+    assert!(node.has_metric(r#"lighterman_image_pull_failures_total{verdict="denied"} 2"#));
     watch.stop().await;
 }
 

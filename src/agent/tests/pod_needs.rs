@@ -206,7 +206,7 @@ async fn an_owner_can_opt_in_for_its_pods() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let owner = Owner { api_version: "apps/v1".into(), kind: "ReplicaSet".into(), name: "web".into(), uid: "o".into() };
-    let yes = [("lighterman.dev/auto-salvage".to_owned(), "true".to_owned())].into();
+    let yes = [("lighterman.dev/recover".to_owned(), "true".to_owned())].into();
     test_node.cluster.put_owners("shop", &owner, vec![Default::default(), yes]);
     let owned = PodView { annotations: Default::default(), owner: Some(owner), ..failing_pod("p", IMAGE, REFUSED) };
     let mut watch = RunningController::start(&test_node);
@@ -223,13 +223,13 @@ async fn an_owner_can_opt_in_for_its_pods() {
 async fn an_odd_annotation_is_counted_once_and_permits_nothing() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let odd = [("lighterman.dev/auto-salvage".to_owned(), "yes".to_owned())].into();
+    let odd = [("lighterman.dev/recover".to_owned(), "yes".to_owned())].into();
     let watch = RunningController::start(&test_node);
     for name in ["p", "p", "q"] {
         watch.send_pod(PodView { annotations: Clone::clone(&odd), ..failing_pod(name, IMAGE, REFUSED) }).await;
     }
     watch.settle().await;
-    assert!(test_node.has_metric("lighterman_odd_annotations_total 1"));
+    assert!(test_node.has_metric("lighterman_invalid_annotations_total 1"));
     assert!(test_node.record_names().await.is_empty());
     watch.stop().await;
 }

@@ -43,8 +43,12 @@ impl MeshNode {
         let started =
             mesh::start(config, node.clone(), identity, table.clone(), admission.clone(), metrics.clone()).await;
         let (mesh, task, gossip) = started.unwrap();
-        let config =
-            transfer::Config { listen: loopback(), gossip_port: gossip.port(), node: node.clone(), max_serving: 16 };
+        let config = transfer::Config {
+            listen: loopback(),
+            gossip_port: gossip.port(),
+            node: node.clone(),
+            concurrent_uploads: 16,
+        };
         let (joined_in, joined) = mpsc::channel(8);
         let surroundings = TransferDependencies {
             admission: admission.clone(),

@@ -40,8 +40,12 @@ impl GossipNode {
         let started =
             mesh::start(config, node.clone(), identity, table.clone(), admission.clone(), Metrics::new()).await;
         let (mesh, task, gossip) = started.unwrap();
-        let config =
-            transfer::Config { listen: loopback(), gossip_port: gossip.port(), node: node.clone(), max_serving: 1 };
+        let config = transfer::Config {
+            listen: loopback(),
+            gossip_port: gossip.port(),
+            node: node.clone(),
+            concurrent_uploads: 1,
+        };
         let (joined_in, joined) = mpsc::channel(8);
         let surroundings = TransferDependencies {
             admission: admission.clone(),

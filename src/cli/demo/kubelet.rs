@@ -80,7 +80,7 @@ impl Kubelet {
             pull_policy: PullPolicy::IfNotPresent,
             waiting,
         };
-        let annotations = [("lighterman.dev/auto-salvage".to_owned(), "true".to_owned())].into();
+        let annotations = [("lighterman.dev/recover".to_owned(), "true".to_owned())].into();
         let view = PodView {
             pod: self.pod.clone(),
             annotations,

@@ -75,7 +75,7 @@ impl DemoNode {
         };
         let mut rules = Policy::default();
         rules.budgets.min_free_bytes = 0;
-        rules.budgets.collection_percent = 100;
+        rules.budgets.image_gc_percent = 100;
         rules.budgets.eviction_percent = 0;
         let settings = Settings {
             node,
@@ -103,7 +103,8 @@ impl DemoNode {
             },
             grace: GRACE,
         };
-        let transfer = transfer::Config { listen: loopback(), gossip_port: 0, node: name.parse()?, max_serving: 16 };
+        let transfer =
+            transfer::Config { listen: loopback(), gossip_port: 0, node: name.parse()?, concurrent_uploads: 16 };
         let mesh = mesh::Config { listen: loopback() };
         let agent =
             Agent::start(settings, transfer, mesh, identity, world, Metrics::new(), Supervisor::default()).await?;

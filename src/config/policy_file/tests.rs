@@ -15,14 +15,14 @@ killSwitch: true
 deniedNamespaces: [kube-system, "007"]
 deniedNamespaceSelector: tier=system
 allowedNamespaceSelector: "lighterman.dev/cni in (calico, cilium)"
-salvageOn:
+recoverOn:
   - unavailable
   - denied
 concurrentRecoveries: 3
 concurrentBlobs: 8
 maxImageBytes: 20Gi
 minFreeBytes: 4294967296
-collectionPercent: 90
+imageGcPercent: 90
 evictionPercent: 10
 maxDownloadRate: 50Mi
 maxUploadRate: 100M
@@ -36,7 +36,7 @@ maxUploadRate: 100M
         concurrent_blobs: 8,
         max_image_bytes: 20 << 30,
         min_free_bytes: 4 << 30,
-        collection_percent: 90,
+        image_gc_percent: 90,
         eviction_percent: 10,
         max_download_rate: 50 << 20,
         max_upload_rate: 100_000_000,
@@ -44,11 +44,11 @@ maxUploadRate: 100M
     assert_eq!(rules.budgets, budgets);
     assert_eq!(overrides.denied_namespace_selector, "tier=system".parse().ok());
     assert_eq!(overrides.allowed_namespace_selector, "lighterman.dev/cni in (calico, cilium)".parse().ok());
-    assert_eq!(overrides.salvage_on, Some([Trigger::Unavailable, Trigger::Denied].into()));
+    assert_eq!(overrides.recover_on, Some([Trigger::Unavailable, Trigger::Denied].into()));
     let shown: Vec<_> = overrides.settings().into_iter().map(|(name, value)| format!("{name}: {value}")).collect();
     assert_eq!(shown[1], "deniedNamespaces: [007, kube-system]");
     assert_eq!(shown[7..9], ["maxImageBytes: 20Gi", "minFreeBytes: 4Gi"]);
-    assert_eq!(shown[9..11], ["collectionPercent: 90", "evictionPercent: 10"]);
+    assert_eq!(shown[9..11], ["imageGcPercent: 90", "evictionPercent: 10"]);
     assert_eq!(shown.len(), 13);
 }
 
@@ -80,11 +80,11 @@ fn an_error_names_its_position_and_the_allowed_values() {
         ("maxDownloadRate: 50 MB/s", 1, 18, "50Mi"),
         ("maxUploadRate: 99999999999999999999", 1, 16, "whole number of bytes"),
         ("minFreeBytes: {a: 1}", 1, 15, "a mapping is given"),
-        ("collectionPercent: 101", 1, 20, "from 0 to 100"),
+        ("imageGcPercent: 101", 1, 20, "from 0 to 100"),
         ("evictionPercent: 91", 1, 18, "from 0 to 90"),
-        ("salvageOn: []", 1, 12, "one or more of unavailable"),
-        ("salvageOn: denied", 1, 12, "a list"),
-        ("salvageOn:\n  - unavailable\n  - notfound\n", 3, 5, "not-found"),
+        ("recoverOn: []", 1, 12, "one or more of unavailable"),
+        ("recoverOn: denied", 1, 12, "a list"),
+        ("recoverOn:\n  - unavailable\n  - notfound\n", 3, 5, "not-found"),
         ("deniedNamespaces: kube-system", 1, 19, "a list of namespaces"),
         ("deniedNamespaces:\n  - kube-system\n  - 7\n", 3, 5, "in quotes"),
         ("deniedNamespaces: [Kube]", 1, 20, "a-z"),
@@ -93,7 +93,7 @@ fn an_error_names_its_position_and_the_allowed_values() {
         ("killSwitch: true\n---\nkillSwitch: false\n", 2, 1, "one document"),
         ("- killSwitch\n", 1, 1, "killSwitch: true"),
         ("<html>", 1, 1, "killSwitch: true"),
-        ("salvageOn: &a [denied]\n", 1, 15, "no anchors"),
+        ("recoverOn: &a [denied]\n", 1, 15, "no anchors"),
     ] {
         let refused = PolicyOverrides::parse(text).expect_err(text);
         assert!(!refused.reason.is_empty() && !refused.reason.contains('\n'), "{refused}");
@@ -111,7 +111,7 @@ fn the_error_for_an_unknown_field_lists_the_known_fields() {
 #[test]
 fn yaml_bombs_are_refused_before_expansion() {
     let bomb = "a: &a [x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: [*b,*b,*b,*b,*b,*b,*b,*b]\n";
-    let deep = format!("salvageOn: {}", "[".repeat(100_000));
+    let deep = format!("recoverOn: {}", "[".repeat(100_000));
     let many = format!("deniedNamespaces: [{}]", "a,".repeat(MAX_NODES));
     let long = format!("#{}", " ".repeat(MAX_BYTES));
     let merged = "x: &x {killSwitch: true}\n<<: *x\n";
@@ -128,7 +128,7 @@ fn invalid_utf_8_is_reported_with_its_position() {
 
 proptest::proptest! {
     #[test]
-    fn any_policy_file_is_read_or_refused_without_a_panic(text in "((killSwitch|salvageOn|maxImageBytes|x): ?[\\[\\]{}&*a-z0-9\"'!|>-]{0,12}\n){0,4}|.{0,80}") {
+    fn any_policy_file_is_read_or_refused_without_a_panic(text in "((killSwitch|recoverOn|maxImageBytes|x): ?[\\[\\]{}&*a-z0-9\"'!|>-]{0,12}\n){0,4}|.{0,80}") {
         if let Err(refused) = PolicyOverrides::parse(&text) {
             proptest::prop_assert!(refused.line >= 1 && refused.column >= 1 && !refused.reason.is_empty());
         }

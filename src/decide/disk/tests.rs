@@ -40,7 +40,7 @@ fn small_and_ordinary_images_fit_in_the_band_that_the_kubelet_keeps() {
 #[test]
 fn unpacked_layers_may_pass_the_collection_threshold_and_a_download_may_not() {
     // As k3s has it: the kubelet collects at 85 % used and evicts at 5 % free.
-    let lines = DiskFloors { min_free_bytes: 0, collection_percent: 85, eviction_percent: 5 };
+    let lines = DiskFloors { min_free_bytes: 0, image_gc_percent: 85, eviction_percent: 5 };
     let check = |download, unpack, free| {
         check(DiskNeed { download, unpack }, DiskNeed::default(), shared(free, 1000), lines)
             .map_err(|error| error.to_string())
@@ -48,7 +48,7 @@ fn unpacked_layers_may_pass_the_collection_threshold_and_a_download_may_not() {
     assert_eq!(check(50, 100, 200), Ok(()));
     assert_eq!(check(50, 101, 200), Err(
         "the file system of containerd's content store and snapshotter has 200 bytes free; the image needs 151 there, other recoveries \
-         0, and 50 have to stay free (--min-free-bytes, --collection-percent, --eviction-percent or the rules file)".to_owned()
+         0, and 50 have to stay free (--min-free-bytes, --image-gc-percent, --eviction-percent or the rules file)".to_owned()
     ));
     assert!(check(51, 0, 200).is_err(), "the download ends at 85.1 % used");
 }
@@ -96,7 +96,7 @@ fn an_image_that_misses_nothing_fits_on_a_full_disk() {
 
 #[test]
 fn the_larger_of_bytes_and_percent_stays_free() {
-    let lines = DiskFloors { min_free_bytes: 1000, collection_percent: 80, eviction_percent: 15 };
+    let lines = DiskFloors { min_free_bytes: 1000, image_gc_percent: 80, eviction_percent: 15 };
     assert_eq!((lines.download_floor(100), lines.unpack_floor(100)), (1000, 1000));
     assert_eq!((lines.download_floor(100_000), lines.unpack_floor(100_000)), (20_000, 15_000));
     assert_eq!(lines.unpack_floor(10_001), 1501, "no byte below the line");
@@ -125,9 +125,9 @@ proptest! {
     fn an_admitted_image_never_ends_below_the_eviction_threshold(
         disks in any_disks(),
         download in 0_u64..1 << 46, unpack in 0_u64..1 << 46, others in 0_u64..1 << 40,
-        min_free_bytes in 0_u64..1 << 34, collection_percent in 60_u8..=100, eviction_percent in 0_u8..=40,
+        min_free_bytes in 0_u64..1 << 34, image_gc_percent in 60_u8..=100, eviction_percent in 0_u8..=40,
     ) {
-        let lines = DiskFloors { min_free_bytes, collection_percent, eviction_percent };
+        let lines = DiskFloors { min_free_bytes, image_gc_percent, eviction_percent };
         let reserved = DiskNeed { download: others, unpack: others };
         prop_assume!(download + unpack > 0);
         if check(DiskNeed { download, unpack }, reserved, disks, lines).is_err() {

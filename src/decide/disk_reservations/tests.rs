@@ -8,7 +8,7 @@ use crate::decide::disk::{FileSystem, Volume};
 /// Bytes that stay free.
 const FLOOR: u64 = 100;
 
-const FLOORS: DiskFloors = DiskFloors { min_free_bytes: FLOOR, collection_percent: 100, eviction_percent: 0 };
+const FLOORS: DiskFloors = DiskFloors { min_free_bytes: FLOOR, image_gc_percent: 100, eviction_percent: 0 };
 
 fn shared(free: u64) -> Disks {
     let disk = Some(FileSystem { device: Some(1), free, total: u64::MAX });

@@ -32,7 +32,7 @@ fn policy() -> OptInPolicy {
 }
 
 const ALLOW_ANNOTATION: (&str, &str) = ("lighterman.dev/allow", "true");
-const RECOVER_ANNOTATION: (&str, &str) = ("lighterman.dev/auto-salvage", "true");
+const RECOVER_ANNOTATION: (&str, &str) = ("lighterman.dev/recover", "true");
 const YES: OptIn = OptIn::Yes { on_denied: false, repositories: RepositoryList::Any };
 
 fn evaluate(policy: &OptInPolicy, pod: &PodView, namespace: &[(&str, &str)]) -> (OptIn, Vec<InvalidAnnotation>) {
@@ -50,23 +50,45 @@ fn both_the_namespace_and_the_pod_must_opt_in_with_exactly_true() {
     assert_eq!(verdict(&[ALLOW_ANNOTATION], &[RECOVER_ANNOTATION]), (YES, 0));
     assert_eq!(verdict(&[], &[RECOVER_ANNOTATION]), (no.clone(), 0));
     assert_eq!(verdict(&[ALLOW_ANNOTATION], &[]), (no.clone(), 0));
-    assert_eq!(verdict(&[ALLOW_ANNOTATION], &[("lighterman.dev/auto-salvage", "false")]), (no.clone(), 0));
+    assert_eq!(verdict(&[ALLOW_ANNOTATION], &[("lighterman.dev/recover", "false")]), (no.clone(), 0));
     for wrong in ["True", "yes", "1", "", " true"] {
         assert_eq!(verdict(&[("lighterman.dev/allow", wrong)], &[RECOVER_ANNOTATION]), (no.clone(), 1), "{wrong:?}");
-        assert_eq!(
-            verdict(&[ALLOW_ANNOTATION], &[("lighterman.dev/auto-salvage", wrong)]),
-            (no.clone(), 1),
-            "{wrong:?}"
-        );
+        assert_eq!(verdict(&[ALLOW_ANNOTATION], &[("lighterman.dev/recover", wrong)]), (no.clone(), 1), "{wrong:?}");
     }
 }
 
 #[test]
 fn annotations_with_a_prefix_of_another_tool_are_accepted() {
-    let theirs = pod("shop", &[("tote.dev/auto-salvage", "true")]);
+    let theirs = pod("shop", &[("tote.dev/recover", "true")]);
     assert_eq!(evaluate(&policy(), &theirs, &[("tote.dev/allow", "true")]).0, YES);
     let both = [("tote.dev/allow", "true"), ("lighterman.dev/allow", "false")];
     assert_eq!(evaluate(&policy(), &theirs, &both).0, OptIn::No(OptOutReason::NotOptedIn), "the first prefix counts");
+}
+
+#[test]
+fn the_name_auto_salvage_is_accepted_under_every_prefix_and_the_name_recover_counts_first() {
+    let namespace = [ALLOW_ANNOTATION];
+    let opt_in = |annotations: &[(&str, &str)]| evaluate(&policy(), &pod("shop", annotations), &namespace).0;
+    let no = OptIn::No(OptOutReason::NotOptedIn);
+    assert_eq!(opt_in(&[("tote.dev/auto-salvage", "true")]), YES);
+    assert_eq!(opt_in(&[("lighterman.dev/auto-salvage", "true")]), YES);
+    assert_eq!(opt_in(&[("lighterman.dev/auto-salvage", "false")]), no);
+    assert_eq!(opt_in(&[("lighterman.dev/recover", "false"), ("lighterman.dev/auto-salvage", "true")]), no);
+    assert_eq!(
+        opt_in(&[("lighterman.dev/auto-salvage", "false"), ("tote.dev/recover", "true")]),
+        no,
+        "the first prefix"
+    );
+    assert_eq!(opt_in(&[("other.dev/auto-salvage", "true")]), no, "no prefix of the policy");
+}
+
+#[test]
+fn the_owner_of_a_pod_may_opt_in_by_the_name_auto_salvage() {
+    let owner = Owner { api_version: "apps/v1".into(), kind: "ReplicaSet".into(), name: "r".into(), uid: "u".into() };
+    let pod = PodView { owner: Some(owner), ..pod("shop", &[]) };
+    let owners = map(&[("tote.dev/auto-salvage", "true")]);
+    let opt_in = policy().evaluate(&pod, &map(&[]), &map(&[ALLOW_ANNOTATION]), Some(&[&owners]), &mut Vec::new());
+    assert_eq!(opt_in, YES);
 }
 
 #[test]
@@ -116,10 +138,10 @@ fn owners_are_read_only_for_a_pod_without_annotation_and_the_nearest_annotated_o
     let verdict = |pod: &PodView, owners: Option<&[&Annotations]>| {
         policy().evaluate(pod, &map(&[]), &map(&[ALLOW_ANNOTATION]), owners, &mut Vec::new())
     };
-    let (silent, yes, no) = (map(&[]), map(&[RECOVER_ANNOTATION]), map(&[("lighterman.dev/auto-salvage", "false")]));
+    let (silent, yes, no) = (map(&[]), map(&[RECOVER_ANNOTATION]), map(&[("lighterman.dev/recover", "false")]));
     assert_eq!(verdict(&owned(&[]), None), OptIn::NeedsOwners);
     assert_eq!(verdict(&owned(&[RECOVER_ANNOTATION]), None), YES);
-    assert_eq!(verdict(&owned(&[("lighterman.dev/auto-salvage", "false")]), None), OptIn::No(OptOutReason::NotOptedIn));
+    assert_eq!(verdict(&owned(&[("lighterman.dev/recover", "false")]), None), OptIn::No(OptOutReason::NotOptedIn));
     assert_eq!(verdict(&owned(&[]), Some(&[&silent, &yes])), YES);
     assert_eq!(verdict(&owned(&[]), Some(&[&no, &yes])), OptIn::No(OptOutReason::NotOptedIn));
     assert_eq!(verdict(&owned(&[]), Some(&[])), OptIn::No(OptOutReason::NotOptedIn));
@@ -129,7 +151,7 @@ fn owners_are_read_only_for_a_pod_without_annotation_and_the_nearest_annotated_o
 
 #[test]
 fn a_denial_is_ignored_where_the_namespace_or_the_policy_says_so() {
-    let namespace = [ALLOW_ANNOTATION, ("lighterman.dev/salvage-on-denied", "true")];
+    let namespace = [ALLOW_ANNOTATION, ("lighterman.dev/recover-on-denied", "true")];
     let on_denied = OptIn::Yes { on_denied: true, repositories: RepositoryList::Any };
     assert_eq!(evaluate(&policy(), &pod("shop", &[RECOVER_ANNOTATION]), &namespace).0, on_denied);
     let everywhere = OptInPolicy { recover_on: Trigger::ALL.into(), ..policy() };

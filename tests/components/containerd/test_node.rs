@@ -55,7 +55,7 @@ impl TestNode {
         let mut rules = Policy::default();
         // Whatever the machine's disk is like.
         (rules.budgets.min_free_bytes, rules.budgets.eviction_percent) = (0, 0);
-        rules.budgets.collection_percent = 100;
+        rules.budgets.image_gc_percent = 100;
         let metrics = Metrics::new();
         let claims = Arc::new(MemoryCluster::default().claims_of(node.clone()));
         Recoverer {

@@ -88,7 +88,7 @@ async fn events_of_a_static_pod_carry_the_uid_of_its_kubelet() {
 
         agent.report(&view.pod, &PodReport { kind: PodReportKind::Recovered, note: "here".to_owned() }).await.unwrap();
         let shown = place.describe_pod("etcd").await;
-        assert!(shown.contains("ImageSalvaged"), "{shown}");
+        assert!(shown.contains("ImageRecovered"), "{shown}");
         agent.nudge(&view.pod).await.unwrap();
     })
     .await;

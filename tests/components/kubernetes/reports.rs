@@ -42,7 +42,7 @@ async fn a_report_is_one_event_whose_repetitions_are_counted() {
         for part in ["Warning", "x3 over", "lighterman", "no peer holds reg.test/app:1"] {
             assert!(waits.contains(part), "{part:?} in {waits:?}");
         }
-        assert!(line("ImageSalvaged").contains("Normal"));
+        assert!(line("ImageRecovered").contains("Normal"));
     })
     .await;
 }
@@ -120,7 +120,7 @@ async fn a_report_on_the_node_is_an_event_of_its_node_object() {
         let of_node =
             ListParams::default().fields(&format!("involvedObject.kind=Node,involvedObject.name={}", place.name));
         let [event] = all.list(&of_node).await.unwrap().items.try_into().expect("one Event");
-        assert_eq!(event.reason.as_deref(), Some("LightermanClockSkew"));
+        assert_eq!(event.reason.as_deref(), Some("NodeClockSkewed"));
         assert_eq!(event.type_.as_deref(), Some("Warning"));
         assert_eq!(event.message.as_deref(), Some("the clock is 90 s behind"));
         assert_eq!(event.involved_object.uid.as_deref(), Some(&*place.name), "as the kubelet has it");

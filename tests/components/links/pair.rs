@@ -159,7 +159,7 @@ fn bind(end: usize, identity: &Identity, admits: PeerId, store: MemoryStore, rul
         // Nobody gossips here.
         gossip_port: 1,
         node: "node-a".parse().unwrap(),
-        max_serving: 16,
+        concurrent_uploads: 16,
     };
     let (admission, joined) = (Arc::new(StaticAdmission::new([admits])), mpsc::channel(4).0);
     let in_force = watch::channel(rules).1;

@@ -73,7 +73,7 @@ impl TestAgent {
             runtime.block_on(async {
                 let listen = listen(end);
                 let transfer =
-                    transfer::Config { listen, gossip_port: 0, node: node.parse().unwrap(), max_serving: 16 };
+                    transfer::Config { listen, gossip_port: 0, node: node.parse().unwrap(), concurrent_uploads: 16 };
                 let mesh = mesh::Config { listen };
                 let (pods_in, pods) = mpsc::channel(1);
                 let world = AgentPorts { pods, ..world };

@@ -49,19 +49,19 @@ impl OptInForm {
             | Self::EvenIfDenied
             | Self::Listed
             | Self::OthersListed => {
-                json!({"lighterman.dev/auto-salvage": "true"})
+                json!({"lighterman.dev/recover": "true"})
             }
             Self::Owner | Self::None => json!({}),
             Self::OwnerButPodIgnores => json!({"lighterman.dev/ignore": "true"}),
-            Self::PodButIgnores => json!({"lighterman.dev/auto-salvage": "true", "lighterman.dev/ignore": "true"}),
-            Self::ValueYes => json!({"lighterman.dev/auto-salvage": "yes"}),
-            Self::Tote => json!({"tote.dev/auto-salvage": "true"}),
+            Self::PodButIgnores => json!({"lighterman.dev/recover": "true", "lighterman.dev/ignore": "true"}),
+            Self::ValueYes => json!({"lighterman.dev/recover": "yes"}),
+            Self::Tote => json!({"tote.dev/recover": "true"}),
         }
     }
 
     fn of_owner(self) -> Value {
         match self {
-            Self::Owner | Self::OwnerButPodIgnores => json!({"lighterman.dev/auto-salvage": "true"}),
+            Self::Owner | Self::OwnerButPodIgnores => json!({"lighterman.dev/recover": "true"}),
             _ => json!({}),
         }
     }
@@ -79,7 +79,7 @@ pub(crate) fn namespaces() -> [Value; 7] {
         namespace("kube-public", json!({"lighterman.dev/allow": "true"})),
         namespace(
             "e2e-even-if-denied",
-            json!({"lighterman.dev/allow": "true", "lighterman.dev/salvage-on-denied": "true"}),
+            json!({"lighterman.dev/allow": "true", "lighterman.dev/recover-on-denied": "true"}),
         ),
         namespace(
             "e2e-listed",

@@ -239,8 +239,8 @@ impl RunningCase<'_> {
         if first != last {
             return Err(format!("pods were deleted and made again: {first:?}, then {last:?}"));
         }
-        let note = self.bed.cluster().wait("the Event ImageSalvaged", WAIT_DEADLINE, |objects| {
-            self.event_messages(objects, "ImageSalvaged").into_iter().next()
+        let note = self.bed.cluster().wait("the Event ImageRecovered", WAIT_DEADLINE, |objects| {
+            self.event_messages(objects, "ImageRecovered").into_iter().next()
         })?;
         let repository = self.case_on_node.id.as_str();
         let is_named = note.contains(repository) || self.case_on_node.case.reference_form == ReferenceForm::LongName;

@@ -117,7 +117,7 @@ fn recover<'a>(
     // Figures count what did not come, so this wait may end in vain.
     let _ = wait_for("every pod to run", WAIT_DEADLINE, || {
         for ((_, _, pod), runs) in pods.iter().zip(&mut runs).filter(|(_, runs)| !**runs) {
-            *runs = is_running(&space.get_pod(pod)?) && !space.events(pod, "ImageSalvaged")?.is_empty();
+            *runs = is_running(&space.get_pod(pod)?) && !space.events(pod, "ImageRecovered")?.is_empty();
         }
         Ok(runs.iter().all(|runs| *runs).then_some(()))
     });

@@ -176,7 +176,7 @@ impl Try<'_> {
             "command": ["/busybox", "sleep", "5"],
         }]);
         let metadata = json!({
-            "name": moved.pod(), "namespace": self.space.name, "annotations": {"lighterman.dev/auto-salvage": "true"},
+            "name": moved.pod(), "namespace": self.space.name, "annotations": {"lighterman.dev/recover": "true"},
         });
         self.bed().apply(&json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}))
     }

@@ -71,7 +71,7 @@ pub(super) fn udp_dropped(bed: &TestBed) -> Result<(), TestError> {
 
     space.pod("large", node, &format!("{REGISTRY}/shop/large-over-tcp:v1"), true)?;
     let note = wait_for("an Event about the large image", WAIT_DEADLINE, || {
-        let notes = space.events("large", "ImageSalvageFailed")?;
+        let notes = space.events("large", "ImageRecoveryFailed")?;
         Ok(notes.into_iter().find(|note| note.contains("67108864")))
     })?;
     println!("  {note}");
@@ -154,7 +154,7 @@ pub(super) fn dns_queries(bed: &TestBed) -> Result<(), TestError> {
     let name = agent_pod(bed, node)?["metadata"]["name"].as_str().unwrap_or_default().to_owned();
     bed.kubectl(&["-n", "lighterman", "delete", "pod", &name, "--wait=true"])?;
     let look_ups = || {
-        let of = |result: &str| bed.metric(node, &format!("lighterman_name_look_ups_total{{result=\"{result}\"}}"));
+        let of = |result: &str| bed.metric(node, &format!("lighterman_dns_lookups_total{{result=\"{result}\"}}"));
         Ok::<_, TestError>(of("answered")? + of("unanswered")?)
     };
     let converged =

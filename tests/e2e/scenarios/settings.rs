@@ -27,7 +27,7 @@ fn write_policy_file(bed: &TestBed, text: &str) -> Result<(), TestError> {
     let name = name.ok_or("the agents mount no ConfigMap with rules")?;
     bed.apply(&json!({
         "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "namespace": "lighterman"},
-        "data": {"rules.yaml": text},
+        "data": {"policy.yaml": text},
     }))
 }
 
@@ -48,7 +48,7 @@ fn wait_policy_file_valid(bed: &TestBed, what: &str, value: f64) -> Result<(), T
     wait_for(what, WAIT_DEADLINE, || {
         sync_agent_pods(bed)?;
         let values: Result<Vec<_>, _> =
-            NODES.iter().map(|(node, _)| bed.metric(node, "lighterman_rules_file_valid")).collect();
+            NODES.iter().map(|(node, _)| bed.metric(node, "lighterman_policy_file_valid")).collect();
         Ok(values?.iter().all(|now| *now == value).then_some(()))
     })
 }
@@ -57,7 +57,7 @@ pub(super) fn kill_switch(bed: &TestBed) -> Result<(), TestError> {
     let space = TestNamespace::new(bed, "e2e-kill-switch")?;
     let (provider, node) = (NODES[1].0, NODES[0].0);
     let image = provide_image(bed, "switch/app:v1", PLAIN, provider)?;
-    let counted = || bed.metric(node, "lighterman_pod_image_failures_total{verdict=\"kill_switch\"}");
+    let counted = || bed.metric(node, "lighterman_image_pull_failures_total{verdict=\"kill_switch\"}");
     let before = counted()?;
     write_policy_file(bed, "killSwitch: true\n")?;
     let outcome = (|| {
@@ -102,7 +102,7 @@ pub(super) fn dry_run(bed: &TestBed) -> Result<(), TestError> {
     let outcome = (|| {
         space.pod("dry", node, &image, true)?;
         let note = wait_for("an Event that says what would be done", WAIT_DEADLINE, || {
-            Ok(space.events("dry", "ImageSalvageDryRun")?.into_iter().next())
+            Ok(space.events("dry", "ImageRecoveryDryRun")?.into_iter().next())
         })?;
         println!("  {note}");
         ensure(note.contains(provider), format!("it does not say where the image could come from: {note}"))?;

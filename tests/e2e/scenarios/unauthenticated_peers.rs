@@ -146,7 +146,7 @@ impl Admission for FixedCredential {
 /// Knocks at the one door, as an agent does.
 async fn connect_quic(identity: &Identity, token: &str, agent: SocketAddr) -> Result<PeerId, DialError> {
     let node = "stranger".parse().expect("a node's name");
-    let config = Config { listen: ([0, 0, 0, 0], 0).into(), gossip_port: 1, node, max_serving: 1 };
+    let config = Config { listen: ([0, 0, 0, 0], 0).into(), gossip_port: 1, node, concurrent_uploads: 1 };
     let shows = FixedCredential { credential: Credential::new(token.to_owned()), renewals: watch::Sender::default() };
     let (joined, _) = mpsc::channel(1);
     let surroundings = TransferDependencies {
