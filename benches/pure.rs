@@ -1,8 +1,9 @@
-//! What the pure floors cost: the chain of a blob, the table of who holds what, the codec, what is asked and served next. README.md says how
-//! each figure is made.
+//! Costs of the pure modules: hash chain, inventory, codec, piece picker and upload slots.
+//! README.md describes how each figure is made.
 //!
-//! criterion measures and prints its table; a line `figure NAME VALUE` with the median of its samples follows each. An argument chooses by
-//! name, as criterion has it.
+//! criterion measures and prints its table. A line `figure NAME VALUE` with the median of the
+//! samples follows each benchmark. An argument selects benchmarks by name, as with any criterion
+//! benchmark.
 
 use std::collections::{HashMap, VecDeque};
 use std::hint::black_box;
@@ -21,7 +22,7 @@ use lighterman::wire;
 use rand::rngs::SmallRng;
 use rand::{Rng, RngCore, SeedableRng};
 
-/// Samples that count.
+/// Number of samples that count.
 const SAMPLES: usize = 30;
 
 fn main() {
@@ -34,7 +35,8 @@ fn main() {
     criterion.final_summary();
 }
 
-/// Lets criterion measure `work`, which does so many things at a time, and prints how long one of them takes, in nanoseconds.
+/// Lets criterion measure `work`, which handles this number of things per call. Prints the time per
+/// thing in nanoseconds.
 fn measure(criterion: &mut Criterion, name: &str, things: usize, mut work: impl FnMut()) {
     measure_some(criterion, name, || {
         let began = Instant::now();
@@ -43,7 +45,7 @@ fn measure(criterion: &mut Criterion, name: &str, things: usize, mut work: impl 
     });
 }
 
-/// The same for work that says itself how long it took, and for how many things.
+/// As `measure`, for work that returns the measured time and the number of things.
 fn measure_some(criterion: &mut Criterion, name: &str, mut work: impl FnMut() -> (Duration, usize)) {
     let mut samples = Vec::new();
     criterion.bench_function(name, |bencher| {
@@ -57,22 +59,22 @@ fn measure_some(criterion: &mut Criterion, name: &str, mut work: impl FnMut() ->
             took
         });
     });
-    // The first ones warmed up.
+    // The first samples warm up.
     let mut counting = samples.split_off(samples.len().saturating_sub(SAMPLES));
     counting.sort_by(f64::total_cmp);
-    // None when an argument chose others.
+    // `None` if an argument selected other benchmarks.
     if let Some(median) = counting.get(counting.len() / 2) {
         println!("figure {name} {median:.1} (ns, median of {} samples)", counting.len());
     }
 }
 
-/// Bytes of one figure about hashing: of the size of a common layer, and more than any cache of one core.
+/// Bytes of the hashing benchmarks: the size of a common layer, and more than the caches of a core.
 const BLOB: usize = 16 << 20;
 
-/// What one packet brings, as a fetcher gets it.
+/// Payload of a packet, as the fetcher receives it.
 const PORTION: usize = 1400;
 
-/// A blob's chain as it is hashed, and its pieces checked alone, beside SHA-256 by itself.
+/// Building a blob's hash chain and verifying single pieces, next to SHA-256 alone.
 fn hash_chain(criterion: &mut Criterion) {
     let mut blob = vec![0; BLOB];
     SmallRng::seed_from_u64(1).fill_bytes(&mut blob);
@@ -90,7 +92,7 @@ fn hash_chain(criterion: &mut Criterion) {
     measure(criterion, "chain_build_ns_per_kib", BLOB >> 10, || {
         black_box(build());
     });
-    let chain: HashChain = build().expect("as long as the cut says");
+    let chain: HashChain = build().expect("the blob has the layout's size");
     let pieces: Vec<_> = blob.chunks(usize::try_from(layout.piece_length(0)).expect("fits in memory")).collect();
     measure(criterion, "chain_check_ns_per_kib", BLOB >> 10, || {
         for (number, piece) in pieces.iter().enumerate() {
@@ -101,15 +103,17 @@ fn hash_chain(criterion: &mut Criterion) {
     });
 }
 
-/// Nodes of a large cluster, the images each holds, and the images there are: some 24 000 different blobs and names.
+/// Nodes of a large cluster, images on each node, and images in total: some 24 000 different blobs
+/// and names.
 const PEERS: usize = 1000;
 const IMAGES_PER_PEER: usize = 300;
 const IMAGES: usize = 1700;
 
-/// Parts of an image: an index, a manifest, a config, nine layers, and a name with a tag and one without.
+/// Items of an image: an index, a manifest, a config, nine layers, a name with a tag and a name
+/// without.
 const ITEMS_PER_IMAGE: usize = 14;
 
-/// The table of who holds what, of a thousand nodes with 300 images each.
+/// The inventory of a thousand nodes with 300 images each.
 fn inventory(criterion: &mut Criterion) {
     let mut rng = SmallRng::seed_from_u64(1);
     let images: Vec<_> = (0..IMAGES).map(image).collect();
@@ -121,7 +125,7 @@ fn inventory(criterion: &mut Criterion) {
         inventory.replace(peer.id, held.into_iter().flat_map(|image| images[image].clone()));
     }
     println!("inventory: {} peers x {IMAGES_PER_PEER} images, {} different items", peers.len(), inventory.items());
-    // An image comes and goes again, at another node each time.
+    // An image is added to and removed from a node, at another node each time.
     let new = image(IMAGES);
     let added: Vec<_> = new.iter().cloned().map(InventoryChange::Added).collect();
     let removed: Vec<_> = new.iter().cloned().map(InventoryChange::Removed).collect();
@@ -154,7 +158,7 @@ fn repository(image: usize) -> Repository {
     Repository { registry: "registry.example.com".into(), path: format!("team-{}/service-{image}", image % 37) }
 }
 
-/// The parts of an image, its last layer and its names last.
+/// The items of an image, with the last layer and the names at the end.
 fn image(number: usize) -> Vec<InventoryItem> {
     let mut parts: Vec<_> = (0..ITEMS_PER_IMAGE - 2).map(|part| InventoryItem::Blob(blob(number, part))).collect();
     let root = blob(number, 0);
@@ -173,7 +177,7 @@ fn peer(number: usize) -> Peer {
     }
 }
 
-/// An entry of a log with as many changes as it may have, and what a peer has of a blob of 20 GiB.
+/// A log entry with the largest number of changes, and the piece map of a blob of 20 GiB.
 fn codec(criterion: &mut Criterion) {
     let changes: Vec<_> = (0..).flat_map(image).map(InventoryChange::Added).take(MAX_CHANGES).collect();
     let head = LogHead {
@@ -203,7 +207,8 @@ fn both_ways<M: wire::Message>(criterion: &mut Criterion, name: &str, message: &
     });
 }
 
-/// Pieces of an image of 10 GiB from forty peers, half of which have all of it and half every second piece.
+/// The pieces of an image of 10 GiB from forty peers. Half of the peers have the whole image, the
+/// others every second piece.
 fn piece_picker(criterion: &mut Criterion) {
     measure_some(criterion, "pool_next_ns", || {
         let fetched = pick_all_pieces();
@@ -216,16 +221,16 @@ fn piece_picker(criterion: &mut Criterion) {
     });
 }
 
-/// What is asked of the pool until everything is there.
+/// Cost of all decisions until the image is complete.
 #[derive(Default)]
 struct FetchCost {
-    /// In [`Pool::next`].
+    /// Time in [`PiecePicker::next_request`].
     deciding: Duration,
     decisions: usize,
     pieces: usize,
 }
 
-/// Layers, in GiB.
+/// Sizes of the layers in GiB.
 const LAYERS: [u64; 4] = [4, 3, 2, 1];
 
 fn pick_all_pieces() -> FetchCost {
@@ -263,7 +268,7 @@ fn pick_all_pieces() -> FetchCost {
             in_flight.push_back(request);
             continue;
         }
-        // Nothing more to request: the oldest is answered.
+        // No piece can be requested: the oldest request is answered.
         let Some(request) = in_flight.pop_front() else { break };
         for piece in request.request.pieces.iter().take(request.request.limit.into()) {
             now += Duration::from_millis(1);
@@ -276,11 +281,11 @@ fn pick_all_pieces() -> FetchCost {
         pool.end_request(request.id, RequestEnd::Done, now);
         pool.take_cancellations();
     }
-    assert!(pool.is_complete(), "{} pieces came", fetched.pieces);
+    assert!(pool.is_complete(), "all pieces are fetched, not only {}", fetched.pieces);
     fetched
 }
 
-/// A turn at a node that a thousand requests of 250 peers wait for.
+/// A turn at a node with a thousand queued requests of 250 peers.
 fn serving_slots(criterion: &mut Criterion) {
     let mut slots = UploadSlots::new(8, 16);
     let peers: Vec<_> = (0..250).map(|number| peer(number).id).collect();

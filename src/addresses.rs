@@ -1,14 +1,14 @@
-//! Which IP addresses this node has.
+//! The IP addresses of this node.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 
-/// Reserved for documentation (RFC 5737 and RFC 3849), so no node has them.
+/// Addresses for documentation (RFC 5737 and RFC 3849), which no node has.
 const DOCUMENTATION_ADDRESSES: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))];
 
-/// Whether this node has the address: only then can a socket have it. Every address of 127.0.0.0/8
-/// is the node's. Where `ip_nonlocal_bind` is set any address can be bound, so a bind proves
-/// nothing and the answer is no.
+/// Whether this node has the address: only then can a socket bind to the address. Every address of
+/// 127.0.0.0/8 is local. With `ip_nonlocal_bind` a socket can bind to any address, so a bind proves
+/// nothing and the result is false.
 pub fn is_local_address(address: IpAddr) -> bool {
     let can_bind = |address: IpAddr| UdpSocket::bind((address, 0)).is_ok();
     let no_node_has = DOCUMENTATION_ADDRESSES.iter().filter(|other| other.is_ipv4() == address.is_ipv4());
@@ -16,16 +16,16 @@ pub fn is_local_address(address: IpAddr) -> bool {
 }
 
 /// Whether the kernel has IPv6 and an interface has an IPv6 address. With
-/// `net.ipv6.conf.all.disable_ipv6` no interface has one, loopback included; `[::]` can be bound
-/// then, and libp2p finds nothing to listen on.
+/// `net.ipv6.conf.all.disable_ipv6` no interface has an IPv6 address, loopback included; a socket
+/// can still bind to `[::]`, and libp2p finds no address to listen on.
 pub fn has_ipv6() -> bool {
     let is_empty = |list: String| list.trim().is_empty();
     let has_none = std::fs::read_to_string("/proc/net/if_inet6").is_ok_and(is_empty);
     !has_none && UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).is_ok()
 }
 
-/// Whether peers on other links can be told to connect there. A link-local address means another
-/// host on each link.
+/// Whether peers on other links can connect to the address. A link-local address means another host
+/// on each link.
 pub fn is_address_for_peers(address: IpAddr) -> bool {
     let is_link_local = match address {
         IpAddr::V4(address) => address.is_link_local(),

@@ -1,5 +1,5 @@
-//! The admin port: metrics and health, for probes and Prometheus, and the mesh, for people. The only listener that asks nobody who
-//! they are, so it shows nothing secret and changes nothing.
+//! The admin port: metrics and health for probes and Prometheus, and the mesh page for operators.
+//! This listener authenticates no client, so all pages are read-only and show no secret.
 
 mod mesh;
 mod server;
@@ -21,15 +21,15 @@ use crate::metrics::Metrics;
 use crate::ports::MeshSource;
 use server::LimitedServer;
 
-/// Something that has to hold before the agent is ready.
+/// A condition of readiness.
 pub struct ReadinessCheck {
-    /// Shown when it does not hold.
+    /// The name in the response while the condition fails.
     pub name: &'static str,
-    /// Whether it holds now.
+    /// Whether the condition holds now.
     pub passes: watch::Receiver<bool>,
 }
 
-/// The admin server, bound and not yet serving.
+/// The admin server, bound but not serving yet.
 pub struct AdminServer {
     server: LimitedServer,
 }
@@ -44,14 +44,15 @@ struct AdminState {
 /// smaller, and the server accepts at once.
 const BACKLOG: i32 = 128;
 
-/// `[::]` takes IPv4 as well, whatever `net.ipv6.bindv6only` of the node says: the kubelet of a
-/// dual-stack node probes at its IPv4 address.
+/// Binds the listener. `[::]` accepts IPv4 as well, independent of the node's
+/// `net.ipv6.bindv6only`: the kubelet of a dual-stack node probes at the node's IPv4 address.
 fn listener(address: SocketAddr) -> std::io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     if address.is_ipv6() {
         socket.set_only_v6(!address.ip().is_unspecified())?;
     }
-    // An agent that is started again is not kept out by connections of the one before.
+    // Connections of the previous process, in TIME_WAIT, do not keep a restarted agent from
+    // binding.
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
@@ -63,7 +64,7 @@ impl AdminServer {
     /// Binds the port.
     ///
     /// # Errors
-    /// As the system says, with the address.
+    /// The system's error, with the address.
     pub async fn bind(
         listen: SocketAddr,
         metrics: Metrics,
@@ -81,15 +82,15 @@ impl AdminServer {
         Ok(Self { server: LimitedServer { listener, router, metrics } })
     }
 
-    /// Where it really listens.
+    /// The bound address.
     ///
     /// # Errors
-    /// As the system says.
+    /// The system's error.
     pub fn local_addr(&self) -> std::io::Result<SocketAddr> {
         self.server.listener.local_addr()
     }
 
-    /// Serves until stopped.
+    /// Serves until `stop`.
     pub async fn run(self, stop: CancellationToken) {
         self.server.run(stop).await;
     }

@@ -1,7 +1,8 @@
-//! Admission without the API server: by a list of PeerIds, or by certificates of an authority that the operator has.
+//! Admission without the API server: by a list of PeerIds, or by certificates of the operator's
+//! authority.
 //!
-//! The TLS handshake has proved the key; these say which keys are ours. Admission by ServiceAccount token is
-//! [`crate::cluster`]'s.
+//! The TLS handshake proves the key; an admission decides which keys belong to agents. Admission by
+//! ServiceAccount token is in [`crate::cluster`].
 
 mod certificate;
 mod static_list;

@@ -1,4 +1,4 @@
-//! The command line: which subcommands there are and what they exit with.
+//! The command line: subcommands and exit codes.
 
 mod agent;
 pub mod demo;
@@ -12,18 +12,18 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::config::AgentArgs;
 
-/// Nodes give each other the container images that a registry cannot.
+/// Recovers container images that Kubernetes nodes cannot pull, from other nodes of the cluster.
 #[derive(Debug, Parser)]
 #[command(name = "lighterman", version, propagate_version = true, after_help = EXAMPLES)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
 
-    /// What is logged: error, warn, info, debug, or per module (lighterman::transfer=debug)
+    /// Log level: error, warn, info, debug, or levels by module (info,lighterman::transfer=debug)
     #[arg(long, global = true, env = "LIGHTERMAN_LOG", value_name = "FILTER", default_value = "info")]
     log: String,
 
-    /// How it is logged, always to standard error
+    /// Format of the log, which goes to standard error
     #[arg(long, global = true, env = "LIGHTERMAN_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
 }
@@ -32,9 +32,9 @@ const EXAMPLES: &str = "\
 Examples:
   lighterman demo                          three agents on this machine, one image, a registry that is down
   lighterman demo --nodes 5 --image-size 1GiB --json
-  lighterman pull nginx:1.27               on a node: an image from its peers, now
-  lighterman status                        on a node: how its agent is
-  lighterman agent --node-name \"$(hostname)\"  what the DaemonSet runs; see `lighterman agent --help`
+  lighterman pull nginx:1.27               on a node: fetch an image from its peers now
+  lighterman status                        on a node: the state of its agent
+  lighterman agent --node-name \"$(hostname)\"  the agent, as the DaemonSet runs it; see `lighterman agent --help`
 
 Exit codes: 0 done, 1 failed, 64 wrong flags, settings or references.";
 
@@ -42,27 +42,27 @@ Exit codes: 0 done, 1 failed, 64 wrong flags, settings or references.";
 enum Command {
     /// Run this node's agent, as the DaemonSet does
     Agent(Box<AgentArgs>),
-    /// Watch an image travel between agents on this machine
+    /// Recover an image between agents on this machine
     Demo(demo::DemoArgs),
-    /// Bring an image to this node from its peers, by hand
+    /// Fetch an image from peers to this node, on request
     Pull(pull::PullArgs),
-    /// Say how this node's agent is: its peers, its recoveries, registries that are down
+    /// Print the state of this node's agent: peers, recoveries, registries that are down
     Status(status::StatusArgs),
 }
 
-/// Form of the log.
+/// Format of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum LogFormat {
-    /// For people.
+    /// Plain text
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line
     Json,
 }
 
 /// Wrong flags or settings (`EX_USAGE` of sysexits.h).
 const EXIT_USAGE: u8 = 64;
 
-/// Parses the command line, runs, and answers the exit code.
+/// Parses the command line, runs the subcommand, and returns the exit code.
 pub fn run() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -83,7 +83,7 @@ pub fn run() -> ExitCode {
     }
 }
 
-/// Help and version are no errors; anything else is one line, so that it can be found in a pod's log.
+/// Help and version are no errors. An error is one line, which is easy to find in a pod's log.
 fn usage(error: &clap::Error) -> ExitCode {
     if error.exit_code() == 0 {
         let _ = error.print();
@@ -111,21 +111,23 @@ fn start_log(filter: &str, format: LogFormat) -> Result<(), tracing_subscriber::
     Ok(())
 }
 
-/// A runtime with everything on, for whatever a subcommand does.
+/// A multi-threaded runtime with I/O and time, for every subcommand.
 ///
 /// # Errors
-/// As the system says, when it gives no threads.
+/// The system's error when no thread can be started.
 pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     tokio::runtime::Builder::new_multi_thread().worker_threads(workers(processors)).enable_all().build()
 }
 
-/// Most threads of a runtime. A fetched byte costs some 2 ns with its hash, so that six of them fill 25 Gbit/s.
+/// Most threads of a runtime. A fetched byte costs some 2 ns with its hash, so six threads fill
+/// 25 Gbit/s.
 const MAX_WORKERS: usize = 8;
 
-/// Threads that drive everything but what may block. Half of the processors that this process may use: the others are for what the node is
-/// there for, and threads that seldom have anything to do cost more to wake than they bring (a swarm of eight agents on two processors, links of
-/// 100 Mbit/s: the last one is done after 1.31 times size / bandwidth with one thread each, 1.47 to 1.55 with two).
+/// Threads for all work that does not block: half of the processors that this process may use. The
+/// node's own pods need the other half, and an idle thread costs more to wake than it contributes.
+/// In a swarm of eight agents on two processors with links of 100 Mbit/s, the last agent finishes
+/// after 1.31 times size / bandwidth with one thread each, and after 1.47 to 1.55 times with two.
 fn workers(processors: usize) -> usize {
     (processors / 2).clamp(1, MAX_WORKERS)
 }

@@ -1,9 +1,10 @@
-//! The Kubernetes API: pods of this node are watched, what owns them is asked for, pods are nudged, Events say what happened, Leases
-//! hold claims, and ServiceAccount tokens say who may join.
+//! The Kubernetes API: the watch of this node's pods, the owners of pods, the nudge, Events, claims
+//! as Leases, and admission by ServiceAccount token.
 //!
-//! Of other nodes' pods nothing is ever asked, and of pods nothing is ever written but one annotation. With rights that the chart gives
-//! only when asked to, pull secrets are read and pods deleted. Not here: what any of it means (that is [`crate::decide`]'s), and
-//! admission by a plain list of PeerIds.
+//! The agent never reads pods of other nodes, and writes no field of a pod but one annotation. Pull
+//! secrets and the deletion of pods need rights that the chart gives only on request. Not here:
+//! decisions ([`crate::decide`]), and admission by certificate or by a list of PeerIds
+//! ([`crate::admission`]).
 
 mod admission_file;
 mod api_error;
@@ -48,52 +49,57 @@ use crate::ports::{
     Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, NodeReport, PodReport, PullSecret,
 };
 
-/// How we show ourselves to the API server, in its logs and in `managedFields`.
+/// The agent's name in the API server's logs and in `managedFields`.
 const USER_AGENT: &str = concat!("lighterman/", env!("CARGO_PKG_VERSION"));
 
-/// Silence after which a connection counts as dead. A healthy watch is never silent for so long: the API server sends a
-/// bookmark every minute. Without this a watch whose server lost power would look quiet for five minutes.
+/// Silence after which a connection counts as dead. The API server sends a bookmark to each watch
+/// every minute, so a healthy watch is never silent for so long. Without the timeout, a watch whose
+/// server lost power would look quiet for five minutes.
 const READ_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// To connect, and to get a request out. A caller's own limit is shorter; this one frees the connection behind it.
+/// Time to connect, and to write a request. A caller's own timeout is shorter or equal; this
+/// timeout frees the connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Which cluster, and who this agent is in it.
+/// The cluster, and the identity of this agent in the cluster.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The node whose pods are watched, and the name that claims are held under.
+    /// The node whose pods are watched. Claims carry this name as their holder.
     pub node: NodeName,
-    /// The agent's own namespace: its ServiceAccount, its pod and the Leases are there.
+    /// The namespace of the agent's pod, of the ServiceAccount and of the Leases.
     pub k8s_namespace: String,
     /// The agent's own pod.
     pub pod_name: String,
-    /// Its UID, where the environment gives it; without, the API server takes the pod of that name.
+    /// The pod's UID, where the environment sets it. Without the UID, the API server binds the
+    /// token to the pod of that name.
     pub pod_uid: Option<String>,
-    /// The ServiceAccount that every agent runs as.
+    /// The ServiceAccount of all agents.
     pub service_account: String,
     /// A kubeconfig file; `None` inside a cluster.
     pub kubeconfig: Option<PathBuf>,
-    /// The watch starts at a random moment within this time, so that a thousand agents rolled out at once do not list at once.
+    /// The watch starts at a random moment within this time, so that a thousand agents of one
+    /// rollout do not all list at once.
     pub start_jitter: Duration,
 }
 
-/// The settings do not describe a cluster. That the API server does not answer is no such error: it may do so later.
+/// Settings that describe no cluster. An API server that does not answer is no error here: the
+/// agent starts, and retries.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// What every pod is given is missing.
+    /// The environment or the token of a pod is missing.
     #[error(
         "not inside a cluster, or the ServiceAccount's token is not mounted (automountServiceAccountToken); use --kubeconfig for a file: {0}"
     )]
     InCluster(#[source] InClusterError),
-    /// The file cannot be used.
+    /// The kubeconfig cannot be read or parsed.
     #[error("the kubeconfig {path}: {source}")]
     Kubeconfig {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The error in the file.
         source: Box<KubeconfigError>,
     },
-    /// Certificates, keys or a proxy in the settings that cannot be used.
+    /// Certificates, keys or a proxy in the settings cannot be used.
     #[error("cannot set up the connection to the API server: {0}")]
     Client(#[source] Box<kube::Error>),
 }
@@ -111,7 +117,6 @@ pub struct KubeCluster {
     events: events::EventRecorder,
 }
 
-/// Who this agent is.
 #[derive(Debug, Clone)]
 struct AgentPod {
     node: NodeName,
@@ -121,7 +126,7 @@ struct AgentPod {
     service_account: String,
 }
 
-/// Prepares everything; nothing is sent yet, so an agent starts while the API server is down.
+/// Builds the client. No request is sent, so an agent starts while the API server is down.
 ///
 /// # Errors
 /// [`ConnectError`].
@@ -138,13 +143,15 @@ pub async fn connect(config: Config) -> Result<KubeCluster, ConnectError> {
     settings.connect_timeout = Some(CONNECT_TIMEOUT);
     settings.write_timeout = Some(CONNECT_TIMEOUT);
     settings.read_timeout = Some(READ_TIMEOUT);
-    // Else the time that a pooled connection lay idle would count as silence.
+    // Otherwise the idle time of a pooled connection counts as silence.
     settings.reset_reader_on_write = true;
-    // kube would try fifteen times, up to a quarter of an hour apart; every caller here decides for itself.
+    // kube would retry fifteen times, with pauses up to a quarter of an hour. Here the callers
+    // retry.
     settings.default_retry = false;
     let header = "user-agent".parse().expect("a header's name");
     settings.headers.push((header, USER_AGENT.parse().expect("a package's version is printable ASCII")));
-    // kube takes the process's provider, and rustls has two to choose from (src/transfer/tls.rs). A second call changes nothing.
+    // kube uses the default provider of the process, and rustls is built with two providers
+    // (src/transfer/tls.rs). A second call changes nothing.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let client = Client::try_from(settings).map_err(|error| ConnectError::Client(Box::new(error)))?;
     let own = AgentPod { node, k8s_namespace, pod_name, pod_uid, service_account };

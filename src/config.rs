@@ -1,6 +1,8 @@
-//! Flags and environment, turned into one configuration for each adapter. Nobody else reads either.
+//! Flags and environment, turned into one configuration for each adapter. No other module reads
+//! flags or environment.
 //!
-//! The chart's values, these flags and the README name the same things; `scripts/check-flags.sh` compares the first two.
+//! The chart's values, these flags and `docs/operations.md` use the same names.
+//! `scripts/check-flags.sh` compares the chart with the flags.
 
 mod flags;
 pub mod policy_file;
@@ -18,10 +20,10 @@ use crate::decide::retain::RetainOptions;
 use crate::model::{NodeName, PeerId, Zone};
 use crate::{admission, cluster, containerd, mesh, registry, transfer, webhook};
 
-/// Everything that an agent is told, by whom it concerns.
+/// Every setting of an agent, grouped by the part that reads it.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Blobs, and the door.
+    /// Blobs over QUIC, and the handshake with peers.
     pub transfer: transfer::Config,
     /// Gossip.
     pub mesh: mesh::Config,
@@ -31,78 +33,79 @@ pub struct Config {
     pub cluster: cluster::Config,
     /// The registries that images come from.
     pub registry: registry::Config,
-    /// Where to tell people outside the cluster, if anywhere.
+    /// The receiver of messages outside the cluster, if one is set.
     pub webhook: Option<webhook::Config>,
-    /// Who may join.
+    /// The credential that admits peers.
     pub admission: AdmissionMode,
     /// The agent itself.
     pub settings: Settings,
 }
 
-/// By what peers are admitted.
+/// The credential that admits peers.
 #[derive(Debug, Clone)]
 pub enum AdmissionMode {
     /// ServiceAccount tokens.
     Token(cluster::TokenAdmissionOptions),
     /// Certificates.
     Certificate(admission::CertificateFiles),
-    /// These, and no others.
+    /// The keys of these peers alone.
     Static(Vec<PeerId>),
 }
 
-/// What the agent itself is told.
+/// The settings of [`crate::agent`].
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// This node.
     pub node: NodeName,
     /// The admin port.
     pub admin_listen: SocketAddr,
-    /// Where first peers may be, as `host:port`.
+    /// First addresses of other agents, as `host:port`.
     pub join_addresses: Vec<String>,
-    /// This node's address as peers are told it, if it was set.
+    /// This node's address for peers, if set.
     pub advertise: Option<IpAddr>,
-    /// This node's zone, if it was set.
+    /// This node's zone, if set. The node's zone label does not count then.
     pub zone: Option<Zone>,
-    /// Where the key is kept.
+    /// The file of this node's key.
     pub key_file: PathBuf,
-    /// Where known peers are kept.
+    /// The file of known peers.
     pub peers_file: PathBuf,
-    /// Who is helped and what it may cost, unless the rules file says otherwise.
+    /// Which pods are recovered, for which causes, within which budgets. The policy file overrides
+    /// these values.
     pub policy: Policy,
-    /// What may override that.
+    /// The policy file, if one is set.
     pub policy_file: Option<PathBuf>,
-    /// Where people on this node reach the agent.
+    /// The socket of `lighterman status` and `lighterman pull`.
     pub control_socket: PathBuf,
-    /// How references are read.
+    /// How a reference becomes a digest and providers.
     pub resolve: ResolveOptions,
-    /// How recoveries are carried out.
+    /// Dry run, stalled pulls and deletion of pods.
     pub options: RecoveryOptions,
-    /// Whether registries are asked if they are there.
+    /// Whether the agent probes registries, so that an outage is known before a pull fails.
     pub probe_registries: bool,
     /// The folder of containerd's image verifiers on the node.
     pub image_verifier_dir: PathBuf,
     /// Whether images are imported although containerd has verifiers.
     pub import_past_verifiers: bool,
-    /// Whether layers are unpacked as they come.
+    /// Whether layers are unpacked during the download.
     pub unpack_layers: bool,
     /// Whether the agent fetches and protects the images of its own DaemonSet.
     pub own_image: bool,
     /// Which layers are retained.
     pub retain: RetainOptions,
-    /// How long stopping may take.
+    /// Time to finish after SIGTERM.
     pub grace: Duration,
 }
 
-/// Two settings contradict each other.
+/// Settings that contradict each other.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct ConfigError(String);
 
 impl AgentArgs {
-    /// Gives each adapter what it needs.
+    /// Distributes the flags over the adapters.
     ///
     /// # Errors
-    /// [`ConfigError`] when settings contradict each other; each alone was checked by its parser.
+    /// [`ConfigError`] when flags contradict each other. Each flag alone was checked by its parser.
     pub fn into_config(self) -> Result<Config, ConfigError> {
         let Self {
             node_name,
@@ -186,16 +189,18 @@ impl AgentArgs {
             _ => return conflict("--tls-cert, --tls-key and --tls-ca need --admission certificate"),
         };
         if admission == AdmissionKind::Token && pod_name.is_empty() {
-            return conflict("--admission token needs --pod-name, which the token is bound to");
+            return conflict("--admission token needs --pod-name: the token is bound to this pod");
         }
         if advertise_address.is_some_and(|address| !is_address_for_peers(address)) {
-            return conflict("--advertise-address is one address of this node, and not of one link alone");
+            return conflict(
+                "--advertise-address needs an address that peers can dial, not a link-local or unspecified one",
+            );
         }
         if end_stalled_pulls && stalled_after == 0 {
             return conflict("--end-stalled-pulls needs --stalled-after");
         }
         if annotation_prefix.iter().any(|prefix| prefix.is_empty() || prefix.contains('/')) {
-            return conflict("--annotation-prefix is a list of DNS names without a slash");
+            return conflict("--annotation-prefix needs DNS names without a slash, separated by commas");
         }
         Ok(Config {
             transfer: transfer::Config {
@@ -226,7 +231,7 @@ impl AgentArgs {
                 ca_file: ca_file.clone(),
                 ..registry::Config::default()
             },
-            // The chart sets every variable: an empty one is none.
+            // A variable that is set and empty means no webhook.
             webhook: webhook_url.filter(|url| !url.is_empty()).map(|url| webhook::Config {
                 url,
                 secret_file: webhook_secret_file,
@@ -292,7 +297,7 @@ fn conflict(text: &str) -> Result<Config, ConfigError> {
     Err(ConfigError(text.to_owned()))
 }
 
-/// An address on loopback with a free port, for agents that share a machine.
+/// Loopback with port 0, so that several agents on one machine get free ports.
 pub fn loopback() -> SocketAddr {
     SocketAddr::new(IpAddr::from([127, 0, 0, 1]), 0)
 }

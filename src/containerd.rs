@@ -1,9 +1,8 @@
-//! A content store that is a node's containerd, of any version from 1.7 on.
+//! A node's containerd, from version 1.7 on, as a content store and as an unpacker.
 //!
-//! Everything goes through containerd's own API; only blobs are read from its files, and large ones linked among them, where they can be seen.
-//! What the port calls a pin is a lease here, and what it remembers are labels.
-//!
-//! It unpacks layers too, where the CRI plugin would look for them. Not here: any other runtime than containerd.
+//! Every change goes through containerd's API. Two things use files where they can be seen: reads
+//! of blobs, and large new blobs, which are linked among containerd's. A pin is a containerd lease,
+//! and metadata are labels. Layers are unpacked to where the CRI plugin looks for them.
 
 mod adoption;
 mod client;
@@ -51,34 +50,35 @@ use lease_renewal::Renewals;
 pub use snapshotter::Snapshotter;
 use writer::IngestSlot;
 
-/// Which containerd, and what of it is ours.
+/// Location of containerd, and the agent's use of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Its socket.
+    /// Path of containerd's socket.
     pub socket: PathBuf,
-    /// The containerd namespace that the kubelet's images are in: `k8s.io`.
+    /// The containerd namespace of the kubelet's images: `k8s.io`.
     pub containerd_namespace: String,
-    /// The root folder of its content store as this process sees it; `None` to take the path that containerd tells. Blobs
-    /// whose files are not there are read through the API.
+    /// Root of the content store as this process sees it; `None` for the path that containerd
+    /// reports. Blobs without a visible file are read through the API.
     pub content_root: Option<PathBuf>,
-    /// Where the node's root file system is for this process, if it is somewhere: `/` outside a
-    /// container, its mount in one. The folders that containerd names are then looked for below it.
-    /// `None` where only some of them are mounted, at the paths that they have.
+    /// The node's root file system as this process sees it: `/` outside a container, a mount
+    /// inside. The folders that containerd reports are resolved below it. `None` when only some of
+    /// these folders are mounted, at their own paths.
     pub host_root: Option<PathBuf>,
-    /// Where blobs are staged when that cannot be in the content store's root; its parent folder exists. Without it, they cannot be then.
+    /// Folder for staged blobs when the content store's root is not writable; the parent folder
+    /// must exist. `None` disables staging in that case.
     pub staging: Option<PathBuf>,
 }
 
-/// The configuration cannot be used.
+/// Error of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    /// gRPC's libraries take paths as text.
+    /// The gRPC library requires a UTF-8 path.
     #[error("the path of containerd's socket, {0:?}, is not UTF-8")]
     Socket(PathBuf),
-    /// None of the usual places has one.
+    /// No default path has a socket.
     #[error("no containerd socket at {}; --containerd-socket names another place", listed(.0))]
     NoSocket(Vec<PathBuf>),
-    /// It travels in a header and in filters.
+    /// The namespace is sent in a header and in filters.
     #[error("{0:?} cannot be a containerd namespace (letters, digits, and . _ - between them)")]
     Namespace(String),
 }
@@ -89,8 +89,9 @@ fn listed(paths: &[PathBuf]) -> String {
 
 /// A node's containerd. Clones are handles of one store.
 ///
-/// Connects when it is first used, and again whenever the connection is lost. [`ContainerdStore::run`] must be running for
-/// [`ContentStore::changes`] to tell what others do, and for what dropped writers leave to be removed soon.
+/// Connects on first use, and again after a lost connection. [`ContainerdStore::run`] must run:
+/// [`ContentStore::changes`] then reports other clients' changes, and leftovers of dropped writers
+/// are removed soon.
 #[derive(Clone)]
 pub struct ContainerdStore {
     link: ContainerdClient,
@@ -99,34 +100,35 @@ pub struct ContainerdStore {
 
 struct State {
     introspection: Introspection,
-    /// How blobs come in, once it was tried.
+    /// Cached result of the probe; `None` before.
     ingest_mode: tokio::sync::Mutex<Option<IngestMode>>,
-    /// What layers are unpacked into, once it was asked.
+    /// Cached snapshotter of CRI; `None` before.
     snapshotter: tokio::sync::Mutex<Option<Snapshotter>>,
     /// See [`Config::staging`].
     staging: Option<PathBuf>,
     changes: counter::Sender<u64>,
-    /// What the changes are, for receivers that must act at once.
+    /// The single changes, for receivers that must act at once.
     events: broadcast::Sender<ContentEvent>,
     /// Blobs that are being written through this store.
     writing: Mutex<HashSet<Digest>>,
-    /// Leases behind pins that were renewed.
+    /// Leases of renewed pins.
     renewals: Renewals,
     /// Keys of layers that are being unpacked through this store.
     extracting: Mutex<HashSet<String>>,
-    /// Held while a write begins and while an abandoned one is aborted, so that no abort hits a write that has just begun.
+    /// Held at the start of a write and during an abort, so that no abort hits a new write.
     begin_lock: tokio::sync::Mutex<()>,
-    /// A writer, or an unpacking, was dropped and left something.
+    /// Notified when a writer or an unpack call was dropped and left something in containerd.
     abandoned: Notify,
-    /// Held from reading labels until adding some: two callers must not choose the same label for different children.
+    /// Held from the read of labels to their update: two callers must not use one label for two
+    /// children.
     label_lock: tokio::sync::Mutex<()>,
 }
 
-/// Probes ask every few seconds, and one that waits longer counts as failed anyway.
+/// Readiness probes run every few seconds, and a longer wait counts as a failure anyway.
 const READY_DEADLINE: Duration = Duration::from_secs(2);
 
 impl ContainerdStore {
-    /// Prepares to use containerd; it need not be there yet.
+    /// Creates a store; containerd need not run yet.
     ///
     /// # Errors
     /// [`ConfigError`].
@@ -149,10 +151,10 @@ impl ContainerdStore {
         Ok(Self { link: ContainerdClient::new(socket, &containerd_namespace)?, state: Arc::new(state) })
     }
 
-    /// Whether containerd answers, and its version.
+    /// Verifies that containerd answers, and returns containerd's version.
     ///
     /// # Errors
-    /// [`StoreError::Unavailable`] when it does not.
+    /// [`StoreError::Unavailable`] without an answer.
     pub async fn ready(&self) -> Result<String, StoreError> {
         let mut client = VersionClient::new(self.link.channel());
         let answer = self.link.call_within(READY_DEADLINE, client.version(())).await;
@@ -179,7 +181,7 @@ impl ContentStore for ContainerdStore {
     }
 
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
-        // By name, so that a renewal during the write carries the blob over.
+        // Through its name, so that a renewal during the write includes the blob.
         self.add_to_pin(pin, "content".into(), digest.to_string()).await?;
         Ok(Box::new(self.begin_checked_write(IngestSlot::take(self, digest)?, size, pin).await?))
     }

@@ -1,8 +1,10 @@
-//! The control socket: how a person on the node asks its agent how it is, and for an image by hand. HTTP/1 over a Unix socket that
-//! only root may open, so it is reached on the node and by `kubectl exec` into the agent's pod, and nowhere else.
+//! The control socket: status and manual pulls for an operator on the node. HTTP/1 over a Unix
+//! socket with mode 0600, reachable on the node and by `kubectl exec` into the agent's pod, and
+//! nowhere else.
 //!
-//! `GET /v1/status` answers one JSON object. `POST /v1/pull` with `{"reference": "...", "dryRun": false}` answers JSON objects, one a
-//! line, while it goes on; to hang up is to abandon the pull. There are no other verbs. Not here: what the agent does about it.
+//! `GET /v1/status` returns one JSON object. `POST /v1/pull` with `{"reference": "...", "dryRun":
+//! false}` returns JSON objects, one a line, until the pull ends; a client cancels the pull by
+//! closing the connection. There are no other verbs. Not here: the work behind the requests.
 
 mod client;
 mod socket;
@@ -40,35 +42,37 @@ pub use socket::BindError;
 use socket::ControlSocket;
 use write_timeout::WriteTimeoutStream;
 
-/// Two people with a few shells each, and as many again; each connection costs some 20 KiB.
+/// Two operators with a few shells each, and as many again; each connection costs some 20 KiB.
 const MAX_CONNECTIONS: usize = 16;
 
-/// A reference is at most 523 bytes long.
+/// A reference has at most 523 bytes.
 const MAX_BODY: usize = 4 << 10;
 
-/// Headers of ours are some 100 bytes; this is the least that hyper takes.
+/// Bytes of a request's headers at most. The client's headers have some 100 bytes; hyper accepts no
+/// lower limit than this.
 const MAX_HEADERS: usize = 8 << 10;
 
-/// For the headers, and again for the body. Both come at once from anybody who means it.
+/// Deadline for the headers, and again for the body. A client sends both at once.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Progress on its way to a client: three seconds of it. What a slow client has no room for is left out.
+/// Progress messages that wait for a client: three seconds of them. A message that does not fit is
+/// dropped.
 const PROGRESS_QUEUED: usize = 16;
 
-/// How long the last words to clients may take once the agent stops.
+/// Time for the last responses when the agent stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A pause after a connection could not be taken, as when there are no descriptors left.
+/// Pause after `accept` failed, for example when the process has no descriptors left.
 const ACCEPT_BACKOFF: Duration = Duration::from_secs(1);
 
-/// Where the socket is.
+/// The options of the control socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Its path, at most 107 bytes long (the kernel's limit). Its folder must exist.
+    /// Path of the socket, at most 107 bytes (the kernel's limit). The folder must exist.
     pub socket: PathBuf,
 }
 
-/// The socket, bound and not yet serving.
+/// The server, bound but not serving yet.
 pub struct ControlServer {
     socket: ControlSocket,
     router: Router,
@@ -80,7 +84,7 @@ struct ControlState {
     pulls: mpsc::Sender<PullRequest>,
 }
 
-/// What `POST /v1/pull` takes.
+/// The body of `POST /v1/pull`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct PullBody {
@@ -89,14 +93,14 @@ struct PullBody {
     dry_run: bool,
 }
 
-/// What is answered instead of an answer.
+/// The body of an error response.
 #[derive(Debug, Serialize, Deserialize)]
 struct ErrorBody {
     error: String,
 }
 
 impl ControlServer {
-    /// Makes the socket. What a dead agent left there is replaced.
+    /// Creates the socket, and replaces the socket of a dead agent.
     ///
     /// # Errors
     /// [`BindError`], with the path.
@@ -113,7 +117,8 @@ impl ControlServer {
         Ok(Self { socket: ControlSocket::bind(socket).await?, router })
     }
 
-    /// Serves until stopped, then removes the socket. Whoever works for the clients is stopped before, so that they hear how it ended.
+    /// Serves until `stop`, then removes the socket. The caller stops the pulls first, so that
+    /// clients receive the outcome.
     pub async fn run(self, stop: CancellationToken) {
         let Self { socket, router } = self;
         let mut serving = JoinSet::new();
@@ -124,7 +129,7 @@ impl ControlServer {
                 accepted = socket.listener.accept(), if serving.len() < MAX_CONNECTIONS => match accepted {
                     Ok((stream, _)) => drop(serving.spawn(serve(stream, router.clone()))),
                     Err(error) => {
-                        tracing::warn!(%error, "the control socket cannot take a connection");
+                        tracing::warn!(%error, "the control socket cannot accept a connection");
                         stop.run_until_cancelled(tokio::time::sleep(ACCEPT_BACKOFF)).await;
                     }
                 },
@@ -137,7 +142,7 @@ impl ControlServer {
     }
 }
 
-/// One request of one client.
+/// Serves one request.
 async fn serve(stream: UnixStream, router: Router) {
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -147,7 +152,7 @@ async fn serve(stream: UnixStream, router: Router) {
         .serve_connection(TokioIo::new(WriteTimeoutStream::new(stream)), TowerToHyperService::new(router))
         .await;
     if let Err(error) = served {
-        tracing::debug!(%error, "a client of the control socket went away");
+        tracing::debug!(%error, "a connection of the control socket ended early");
     }
 }
 
@@ -161,13 +166,13 @@ async fn serve_pull(State(shared): State<ControlState>, body: Body) -> Response 
         Ok(Err(_)) => {
             return error_response(
                 StatusCode::PAYLOAD_TOO_LARGE,
-                format!("the body is over {MAX_BODY} bytes, or broken"),
+                format!("the body exceeds {MAX_BODY} bytes or cannot be read"),
             );
         }
         Err(_) => {
             return error_response(
                 StatusCode::REQUEST_TIMEOUT,
-                format!("no body within {} s", REQUEST_TIMEOUT.as_secs()),
+                format!("no complete body within {} s", REQUEST_TIMEOUT.as_secs()),
             );
         }
     };
@@ -181,7 +186,10 @@ async fn serve_pull(State(shared): State<ControlState>, body: Body) -> Response 
     };
     let (progress, updates) = mpsc::channel(PROGRESS_QUEUED);
     if shared.pulls.try_send(PullRequest { reference, dry_run, progress }).is_err() {
-        return error_response(StatusCode::SERVICE_UNAVAILABLE, "the agent takes no requests just now".into());
+        return error_response(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the agent accepts no requests now; retry later".into(),
+        );
     }
     let lines = ReceiverStream::new(updates).map(|progress| Ok::<_, Infallible>(json_line(&progress)));
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()

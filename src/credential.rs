@@ -1,7 +1,9 @@
-//! What a peer shows to be let in, read and judged. Pure: keys, authorities and `now` are arguments.
+//! Verification of a peer's credential: a ServiceAccount token or a certificate. Pure: keys,
+//! authorities and `now` are arguments.
 //!
-//! Built without the rest of the agent as well, because it is what strangers reach first: the fuzz targets need no more (feature
-//! `door`). Not here: where keys and authorities come from (the adapters), and whose key the handshake proved
+//! The feature `credentials` builds this module without the rest of the agent, for the fuzz targets: a
+//! credential is the first input that an agent reads from an unauthenticated peer. Not here: the
+//! sources of keys and authorities (the adapters), and the key that the handshake proved
 //! ([`crate::identity`]).
 
 pub mod certificate;

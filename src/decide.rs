@@ -1,5 +1,5 @@
-//! Decisions: values in, values out. No async, no clock, no I/O; `now` is an argument, so tests are exact and simulations
-//! drive this same code.
+//! Decisions: values in, values out. No async, no clock and no I/O: `now` is an argument, so tests
+//! are exact and simulations run this same code.
 
 pub mod cause;
 pub mod claim;

@@ -1,5 +1,4 @@
-//! Blobs that are files: what a layout on disk and containerd's content folder have in common. And small files that are this
-//! program's alone.
+//! Blobs in files, for image layouts and for containerd's content folder, and small private files.
 
 mod cached_read;
 mod host_path;
@@ -26,29 +25,31 @@ pub use host_path::below_root;
 pub use staging::{Leftover, StagingFile, create_staging_folder, is_locked, leftovers, sync_folder};
 pub use versioned_file::read_versioned;
 
-/// The most that one read returns, whatever is asked for: the largest piece that a transfer cuts. It bounds a buffer.
+/// Most bytes of one read, whatever the caller's limit: the largest piece of a transfer. Bounds a
+/// buffer.
 const MAX_READ: usize = 8 << 20;
 
-/// Where a content store that is a folder keeps a blob: OCI image layout specification, "Blobs"; containerd does the same.
+/// Path of a blob in a content store that is a folder: OCI image layout specification, "Blobs".
+/// containerd uses the same path.
 pub fn blob_path(root: &Path, digest: Digest) -> PathBuf {
     root.join("blobs/sha256").join(digest.hex())
 }
 
-/// The file system of `folder`.
+/// Figures of the file system of `folder`.
 ///
 /// # Errors
-/// What the file system says.
+/// Errors of the file system.
 pub fn file_system(folder: &Path) -> io::Result<FileSystem> {
     let device = std::fs::metadata(folder)?.dev();
     Ok(FileSystem { device: Some(device), ..measure(folder)? })
 }
 
-/// The file system beneath the overlay that is mounted at `folder`; `None` where another kind is
-/// mounted. An overlay's figures are those of the file system that it writes to (Linux,
+/// Figures of the file system beneath the overlay that is mounted at `folder`; `None` for another
+/// kind of mount. An overlay's figures are those of the file system that it writes to (Linux,
 /// `ovl_statfs`).
 ///
 /// # Errors
-/// What the file system says.
+/// Errors of the file system.
 pub fn file_system_below_overlay(folder: &Path) -> io::Result<Option<FileSystem>> {
     let is_overlay = nix::sys::statfs::statfs(folder)?.filesystem_type() == nix::sys::statfs::OVERLAYFS_SUPER_MAGIC;
     is_overlay.then(|| measure(folder)).transpose()
@@ -60,20 +61,20 @@ fn measure(folder: &Path) -> io::Result<FileSystem> {
     Ok(FileSystem { device: None, free: stat.blocks_available() * unit, total: stat.blocks() * unit })
 }
 
-/// Reads a file of at most `most` bytes that this program wrote and nobody else can have written or read.
+/// Reads a file of at most `most` bytes that only this process's user can read or write.
 ///
 /// # Errors
-/// What the file system says, and where it is not such a file.
+/// Errors of the file system, and a file of a wrong type, owner, mode or size.
 pub fn read_private(path: &Path, most: u64) -> io::Result<Vec<u8>> {
-    // Neither through a link, nor waiting for whoever writes into a pipe.
+    // Follows no link, and does not wait for the writer of a pipe.
     let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let found = file.metadata()?;
     let wrong = match (found.is_file(), found.uid() == geteuid().as_raw(), found.mode() & 0o077) {
-        (false, ..) => Some("it is no file".to_owned()),
-        (_, false, _) => Some(format!("it belongs to user {}", found.uid())),
-        (.., 0) => (found.len() > most).then(|| format!("it has more than {most} bytes")),
-        _ => Some(format!("its mode is {:o} and must be 600", found.mode() & 0o777)),
+        (false, ..) => Some("the path is no regular file".to_owned()),
+        (_, false, _) => Some(format!("the file belongs to user {}", found.uid())),
+        (.., 0) => (found.len() > most).then(|| format!("the file has more than {most} bytes")),
+        _ => Some(format!("the file has mode {:o} instead of 600", found.mode() & 0o777)),
     };
     if let Some(wrong) = wrong {
         return Err(io::Error::other(wrong));
@@ -83,14 +84,14 @@ pub fn read_private(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes a file that only this program's user can read, whole or not at all: it is complete on disk before it has its name.
+/// Writes a file with mode 0600 atomically: the content is on disk before the file has its name.
 ///
 /// # Errors
-/// What the file system says.
+/// Errors of the file system.
 pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = path.parent().ok_or_else(|| io::Error::other("has no parent folder"))?;
+    let folder = path.parent().ok_or_else(|| io::Error::other("the path has no parent folder"))?;
     let staged = path.with_extension("new");
-    // Left by a process that was killed.
+    // A killed process may have left the file.
     let _ = std::fs::remove_file(&staged);
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&staged)?;
     file.write_all(bytes)?;
@@ -99,7 +100,7 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Reads a blob from its file. It goes on reading when the file is removed meanwhile.
+/// Reads a blob from its file, also after the file is removed.
 pub struct FileReader {
     digest: Digest,
     file: Arc<File>,
@@ -110,7 +111,7 @@ impl FileReader {
     /// Opens the blob's file under `root`.
     ///
     /// # Errors
-    /// What the file system says; [`io::ErrorKind::NotFound`] when there is no such file.
+    /// Errors of the file system; [`io::ErrorKind::NotFound`] for a missing file.
     pub async fn open(root: &Path, digest: Digest) -> io::Result<Self> {
         let path = blob_path(root, digest);
         let opened = spawn_blocking(move || {

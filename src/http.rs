@@ -1,8 +1,9 @@
-//! One HTTP request to a server outside the cluster, with a bound on everything that comes back.
+//! One HTTP request to a server outside the cluster, with a bound on every part of the response.
 //!
-//! For the two adapters that ask such servers: the registry's and the webhook's. One request is one connection: no pool, no second
-//! try, no cookies, no compression, no redirect followed. Proxies are not used either: `HTTPS_PROXY` and its like are not read.
-//! How long a request may take is the caller's business, who awaits it under a timeout.
+//! Two adapters use this client: the registry's and the webhook's. One request is one connection:
+//! no pool, no retry, no cookies, no compression, and no redirect followed. Proxies are not used
+//! either: the client does not read `HTTPS_PROXY` and similar variables. The caller bounds the time
+//! of a request by a timeout.
 
 #[cfg(test)]
 pub(crate) mod test_server;
@@ -35,82 +36,85 @@ pub use tls::TrustError;
 
 const USER_AGENT_VALUE: &str = concat!("lighterman/", env!("CARGO_PKG_VERSION"));
 
-/// The most bytes of an answer's head. Common servers send at most 8 to 16 KiB; tokens in a header reach a few more.
+/// Bytes of a response's head at most. Common servers send at most 8 to 16 KiB; a head with tokens
+/// has a few more.
 const MAX_HEAD: usize = 32 << 10;
 
-/// The most headers of an answer: a registry behind a few proxies sends some twenty.
+/// Headers of a response at most: a registry behind a few proxies sends some twenty.
 const MAX_HEADERS: usize = 100;
 
-/// The most addresses of a name that are tried. The big registries have about eight of each family.
+/// Addresses of a name that are tried at most. The big registries have about eight of each family.
 const MAX_ADDRESSES: usize = 8;
 
-/// An address that says nothing does not hold up the next one for longer (RFC 8305, "Connection Attempt Delay").
+/// Delay before the next address is tried beside a silent address (RFC 8305, "Connection Attempt
+/// Delay").
 const CONNECTION_ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
-/// Which certificates an `https` server may show.
+/// The certificates that the client accepts of an `https` server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Certificates {
-    /// One for its name, from an authority that we trust.
+    /// A certificate for the server's name, from a trusted authority.
     Verified,
-    /// Any. For a caller that tells no secret and believes no answer, or was told to.
+    /// Any certificate. For a caller that sends no secret and trusts no response, or whose
+    /// configuration permits any certificate.
     Any,
 }
 
-/// What is asked.
+/// A request to send.
 #[derive(Debug, Clone)]
 pub struct Request<'a> {
-    /// How.
+    /// The method.
     pub method: Method,
-    /// Where, `http` or `https`. Its user name and password are not sent.
+    /// An `http` or `https` URL. The client does not send the URL's user name and password.
     pub url: &'a Url,
-    /// Beyond `Host`, `User-Agent` and the body's length.
+    /// Headers besides `Host`, `User-Agent` and the body's length.
     pub headers: HeaderMap,
-    /// What is sent; empty for nothing.
+    /// The body; may be empty.
     pub body: Bytes,
-    /// Who may answer.
+    /// The accepted certificates.
     pub certificates: Certificates,
 }
 
 impl<'a> Request<'a> {
-    /// One without headers and body.
+    /// A request without headers and body.
     pub fn new(method: Method, url: &'a Url, certificates: Certificates) -> Self {
         Self { method, url, headers: HeaderMap::new(), body: Bytes::new(), certificates }
     }
 }
 
-/// No answer, or none that can be used.
+/// Why a request has no usable response.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HttpError {
-    /// Nobody was reached, or the connection ended before the answer did.
+    /// The server was not reached, or the connection ended before the response did.
     #[error("{kind} ({reason})")]
     Unreachable {
-        /// How.
+        /// The kind of the failure.
         kind: OutageKind,
-        /// As the system or TLS puts it.
+        /// The error of the system or of TLS.
         reason: String,
     },
-    /// The server is there and speaks only to clients that have a certificate.
-    #[error("it asks for a client certificate")]
+    /// The server answers only clients with a certificate.
+    #[error("the server requires a client certificate")]
     ClientCertificateRequired,
-    /// Something else than HTTP/1.1, or a head that is too large.
+    /// The response is not HTTP/1.1, or the head is too large.
     #[error("the answer is not HTTP: {0}")]
     NotHttp(String),
-    /// The body is longer than what the caller would read.
+    /// The body exceeds the caller's limit.
     #[error("the answer has more than {0} bytes")]
     BodyTooLong(usize),
 }
 
-/// Asks servers. Keeps nothing but whom it trusts.
+/// An HTTP client. The only state is the list of trusted authorities.
 pub struct Client {
     verified: tokio_rustls::TlsConnector,
     any: tokio_rustls::TlsConnector,
 }
 
-/// The head of an answer; the body is read when asked for, the connection ends when this is dropped.
+/// The head of a response. The caller reads the body in chunks; a drop closes the connection.
 pub struct HttpResponse {
-    /// The status.
+    /// The status code.
     pub status: StatusCode,
-    /// At most a hundred.
+    /// At most a hundred headers.
     pub headers: HeaderMap,
     body: Incoming,
     _connection: JoinSet<()>,
@@ -120,7 +124,8 @@ trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 impl Client {
-    /// Trusts Mozilla's list of authorities and those in `ca_file` (PEM, any number), which is read once.
+    /// Trusts Mozilla's list of authorities and the authorities in `ca_file` (PEM, any number),
+    /// which is read once.
     ///
     /// # Errors
     /// [`TrustError`] when the file cannot be used.
@@ -128,10 +133,10 @@ impl Client {
         Ok(Self { verified: tls::verified_connector(ca_file)?, any: tls::unverified_connector() })
     }
 
-    /// Sends the request and gives the answer's head.
+    /// Sends the request and returns the response's head.
     ///
     /// # Errors
-    /// [`Failure`]. Any status is an answer.
+    /// [`HttpError`]. A response with any status is no error.
     pub async fn send(&self, request: Request<'_>) -> Result<HttpResponse, HttpError> {
         let Request { method, url, headers, body, certificates } = request;
         let stream = self.connect(url, certificates).await?;
@@ -139,7 +144,7 @@ impl Client {
         builder.max_headers(MAX_HEADERS).max_buf_size(MAX_HEAD);
         let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(HttpError::from_hyper)?;
         let mut connections = JoinSet::new();
-        // Its error is the request's or the body's as well.
+        // An error of the connection is also the error of the request or of the body.
         connections.spawn(async move { drop(connection.await) });
 
         let mut message = hyper::Request::new(Full::new(body));
@@ -154,10 +159,10 @@ impl Client {
         Ok(HttpResponse { status: head.status, headers: head.headers, body, _connection: connections })
     }
 
-    /// Connects, with the TLS handshake where the URL asks for TLS, and hangs up.
+    /// Connects, with the TLS handshake for an `https` URL, and closes the connection.
     ///
     /// # Errors
-    /// [`Failure`].
+    /// [`HttpError`].
     pub async fn probe(&self, url: &Url, certificates: Certificates) -> Result<(), HttpError> {
         self.connect(url, certificates).await.map(drop)
     }
@@ -179,10 +184,11 @@ impl Client {
 }
 
 impl HttpResponse {
-    /// The whole body, of at most `most` bytes.
+    /// The complete body, of at most `most` bytes.
     ///
     /// # Errors
-    /// [`Failure::TooLong`], or [`Failure::Unreachable`] when the connection ends before it.
+    /// [`HttpError::BodyTooLong`], or [`HttpError::Unreachable`] when the connection ends before
+    /// the body.
     pub async fn read(mut self, most: usize) -> Result<Bytes, HttpError> {
         let mut read = BytesMut::new();
         while let Some(data) = self.chunk().await? {
@@ -197,7 +203,7 @@ impl HttpResponse {
     /// The next bytes of the body, 32 KiB at most; `None` at the end of the body.
     ///
     /// # Errors
-    /// [`Failure::Unreachable`] when the connection ends before the body.
+    /// [`HttpError::Unreachable`] when the connection ends before the body.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, HttpError> {
         while let Some(frame) = self.body.frame().await {
             // A frame without data is a trailer.
@@ -209,8 +215,9 @@ impl HttpResponse {
     }
 }
 
-/// Connects to the first address that answers. Both families take turns, so that one which leads nowhere does not use up the
-/// addresses, and each begins a little after the one before it.
+/// Connects to the first address that answers. The two families alternate, so that an unreachable
+/// family does not use up the addresses. Each attempt begins [`CONNECTION_ATTEMPT_DELAY`] after the
+/// previous attempt.
 async fn dial(host: Host<&str>, port: u16) -> Result<TcpStream, HttpError> {
     let addresses: Vec<SocketAddr> = match host {
         Host::Ipv4(address) => vec![(address, port).into()],
@@ -237,7 +244,7 @@ async fn dial(host: Host<&str>, port: u16) -> Result<TcpStream, HttpError> {
     Err(failure)
 }
 
-/// The resolver's order within each family, the families in turn.
+/// Keeps the resolver's order within each family, and alternates the families.
 fn interleave_families(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let first_is_v6 = addresses.first().is_some_and(SocketAddr::is_ipv6);
     let (first, second): (Vec<_>, Vec<_>) = addresses.into_iter().partition(|address| address.is_ipv6() == first_is_v6);
@@ -257,7 +264,7 @@ fn unreachable(kind: OutageKind, reason: impl ToString) -> HttpError {
     HttpError::Unreachable { kind, reason: reason.to_string() }
 }
 
-/// Nothing that a parsed URL can hold; said rather than assumed.
+/// A parsed URL cannot cause this error; the client returns an error instead of a panic.
 fn invalid_request(error: impl Error) -> HttpError {
     HttpError::NotHttp(error.to_string())
 }
@@ -265,7 +272,8 @@ fn invalid_request(error: impl Error) -> HttpError {
 impl HttpError {
     fn from_io(error: &io::Error) -> Self {
         match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-            // TLS 1.3 has a word for it; servers of 1.2 use the other.
+            // TLS 1.3 has an alert for a missing certificate; servers with TLS 1.2 send the other
+            // alert.
             Some(rustls::Error::AlertReceived(
                 AlertDescription::CertificateRequired | AlertDescription::BadCertificate,
             )) => Self::ClientCertificateRequired,
@@ -279,7 +287,7 @@ impl HttpError {
         match error.source().and_then(|source| source.downcast_ref::<io::Error>()) {
             Some(failed) => Self::from_io(failed),
             None if error.is_parse() => Self::NotHttp(error.to_string()),
-            // Somebody accepted and hung up, as a load balancer does that has nobody behind it.
+            // The server accepted and closed the connection, like a load balancer without backends.
             None => unreachable(OutageKind::Refused, error),
         }
     }

@@ -1,9 +1,11 @@
-//! The agent's key: one ed25519 key for gossip and for bulk transfer, kept on the node; and whose key a TLS certificate proves.
+//! The agent's ed25519 key, one for gossip and for transfer, stored on the node; and the PeerId
+//! that a TLS certificate proves.
 //!
-//! The file is the 32 bytes of the secret key (RFC 8032, section 5.1.5) and nothing else. It has no version: a release that needs
-//! more keeps it in a file of another name, which an older release does not look for.
+//! The file is the 32 bytes of the secret key (RFC 8032, section 5.1.5) and nothing else. The file
+//! has no version: a release that needs more uses another file name, which older releases do not
+//! read.
 //!
-//! Not here: who is admitted (that is [`crate::ports::Admission`]'s).
+//! Not here: admission of peers ([`crate::ports::Admission`]).
 
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -17,14 +19,15 @@ use rustls::pki_types::CertificateDer;
 use crate::decide::shared_key::{KeyOrigin, key_origin};
 use crate::model::{NodeName, PeerId};
 
-/// Beside the key file: the name of the node that the key was made for. A disk image that was made
-/// after an agent had run brings the key to other nodes, and the name tells them.
+/// Extension of the file beside the key file: the name of the node that the key was made for. A
+/// disk image that was made after an agent had run brings the key to other nodes; the recorded name
+/// reveals the copy.
 const NODE_RECORD: &str = "node";
 
-/// The longest name of a node (RFC 1123 subdomain) and a line end.
+/// Bytes of a node's name (RFC 1123 subdomain) and a line end at most.
 const MAX_RECORD: u64 = 254;
 
-/// A key and the name that follows from it.
+/// An agent's key; the PeerId follows from the key.
 #[derive(Clone)]
 pub struct Identity {
     key: ed25519::Keypair,
@@ -33,41 +36,41 @@ pub struct Identity {
 /// The key file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    /// Reading or writing it failed.
+    /// The file cannot be read or written.
     #[error("the key file {path}: {source}")]
     Io {
-        /// Which file.
+        /// The key file.
         path: PathBuf,
-        /// Why.
+        /// The error of the read or write.
         source: io::Error,
     },
-    /// It is readable by others, so the key may be known to them.
+    /// Other users can read the file, so the key may have leaked.
     #[error(
-        "the key file {path} has mode {mode:o}; it must be 600: `chmod 600` it if nobody else can have read it, else delete it"
+        "the key file {path} has mode {mode:o}; it must be 600: `chmod 600` the file \
+         if the key cannot have leaked, else delete the file"
     )]
     Exposed {
-        /// Which file.
+        /// The key file.
         path: PathBuf,
-        /// Its permission bits.
+        /// The permission bits.
         mode: u32,
     },
-    /// It holds something else than a key.
-    #[error("the key file {0} holds no ed25519 key; delete it to have a new one made")]
+    /// The content is no key.
+    #[error("the key file {0} has no ed25519 key; delete the file, and the next start makes a new key")]
     Malformed(PathBuf),
 }
 
 impl Identity {
-    /// A key that lives as long as the process.
+    /// A key for the life of the process.
     pub fn generate() -> Self {
         Self { key: ed25519::Keypair::generate() }
     }
 
-    /// The key of this node: the one at `path`, or a new one where there is none or where the one
-    /// there was made for another node. The file `identity.node` beside `identity.key` has the
-    /// node's name.
+    /// The key of this node: the key at `path`, or a new key when there is no file or the key was
+    /// made for another node. The file `identity.node` beside `identity.key` has the node's name.
     ///
-    /// Releases before that file ignore it, so the key survives a rollback, and a key of theirs is
-    /// kept.
+    /// Releases before the file `identity.node` ignore that file, so the key survives a rollback; a
+    /// key of such a release is kept.
     ///
     /// # Errors
     /// [`IdentityError`]; an unusable key file is never replaced.
@@ -87,33 +90,34 @@ impl Identity {
                     made_for = recorded.as_deref().unwrap_or_default().trim(),
                     %node,
                     peer = %made.peer_id(),
-                    "the key was made for another node, as on a disk that was copied; this node has a new key"
+                    "the key was made for another node, as on a copied disk; this node has a new key"
                 );
                 Ok(made)
             }
         }
     }
 
-    /// Makes a new key for this node in place of the one at `path`.
+    /// Replaces the key at `path` by a new key for this node.
     ///
     /// # Errors
     /// [`IdentityError::Io`].
     pub fn replace(path: &Path, node: &NodeName) -> Result<Self, IdentityError> {
         let at = |source| IdentityError::Io { path: path.to_owned(), source };
         let identity = Self::generate();
-        // The key first: after a kill in between the next start makes one more key. The other order
-        // would leave another node's key with this node's name.
+        // The key first: after a kill between the two writes the next start makes one more key. The
+        // other order would leave another node's key with this node's name.
         identity.store(path).map_err(at)?;
         record_node(path, node).map_err(at)?;
         Ok(identity)
     }
 
-    /// Reads the key at `path`, or makes one and keeps it there with mode 0600.
+    /// Reads the key at `path`, or makes a key and writes the file with mode 0600.
     ///
-    /// A kill in between leaves no half-written key: the file appears whole, by a rename.
+    /// A kill leaves no half-written key: the file appears by a rename.
     ///
     /// # Errors
-    /// [`IdentityError`]; an unusable file is never replaced, because the peers know the node by its key.
+    /// [`IdentityError`]; an unusable file is never replaced, because peers identify the node by
+    /// this key.
     pub fn load_or_create(path: &Path) -> Result<Self, IdentityError> {
         let at = |source| IdentityError::Io { path: path.to_owned(), source };
         match std::fs::read(path) {
@@ -122,7 +126,7 @@ impl Identity {
                 if mode & 0o077 != 0 {
                     return Err(IdentityError::Exposed { path: path.to_owned(), mode });
                 }
-                // The secret is wiped from `secret` by the parser.
+                // The parser wipes the secret from `secret`.
                 let secret = ed25519::SecretKey::try_from_bytes(&mut secret)
                     .map_err(|_| IdentityError::Malformed(path.to_owned()))?;
                 Ok(Self { key: secret.into() })
@@ -140,18 +144,19 @@ impl Identity {
         write_whole(path, self.key.secret().as_ref())
     }
 
-    /// The name that others know this key by.
+    /// The PeerId of the key.
     pub fn peer_id(&self) -> PeerId {
         PeerId::from_public_key(self.key.public().to_bytes())
     }
 
-    /// The key in the form that libp2p's crates take.
+    /// The key as libp2p's crates expect it.
     pub fn keypair(&self) -> Keypair {
         self.key.clone().into()
     }
 }
 
-/// The content of the file beside the key; `None` without one, and for what is no text.
+/// The content of the file beside the key; `None` when there is no file or the content is not
+/// UTF-8.
 fn recorded_node(key: &Path) -> io::Result<Option<String>> {
     let file = match std::fs::File::open(key.with_extension(NODE_RECORD)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -166,7 +171,7 @@ fn record_node(key: &Path, node: &NodeName) -> io::Result<()> {
     write_whole(&key.with_extension(NODE_RECORD), format!("{node}\n").as_bytes())
 }
 
-/// The file appears whole, by a rename, with mode 0600.
+/// Writes a file with mode 0600, which appears complete by a rename.
 fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let folder = path.parent().ok_or_else(|| io::Error::other("has no parent folder"))?;
     std::fs::create_dir_all(folder)?;
@@ -179,24 +184,27 @@ fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     std::fs::File::open(folder)?.sync_all()
 }
 
-/// Our name of a peer, from libp2p's; `None` when its key is not ed25519.
+/// Converts libp2p's PeerId; `None` when the key is not ed25519.
 pub fn peer_id_of(peer: &libp2p_identity::PeerId) -> Option<PeerId> {
     PeerId::from_multihash(&peer.to_bytes()).ok()
 }
 
-/// libp2p's name of a peer.
+/// Converts to libp2p's PeerId.
 ///
 /// # Panics
-/// Never for a name that was read from a peer or made from a key; see [`PeerId::from_public_key`].
+/// Never for a PeerId that was read from a peer or made from a key; see
+/// [`PeerId::from_public_key`].
 pub fn libp2p_peer_id(peer: PeerId) -> libp2p_identity::PeerId {
     libp2p_identity::PeerId::from_bytes(&peer.to_multihash()).expect("an identity multihash is a valid PeerId")
 }
 
-/// The peer whose key signed the key of this certificate, which has to be a libp2p one (libp2p specification, "TLS handshake"):
-/// self-signed, valid now, with the extension in which the node's key signs the certificate's, and alone.
+/// The peer whose key signed the key of `certificate`. The libp2p specification, "TLS handshake",
+/// defines such a certificate: self-signed, valid now, and with the extension in which the node's
+/// key signs the certificate's key. `more` must be empty: a chain is rejected.
 ///
 /// # Errors
-/// As rustls wants them.
+/// `BadEncoding` when the certificate does not parse, `ApplicationVerificationFailure` for a chain
+/// and for another kind of key.
 pub fn peer_of_certificate(
     certificate: &CertificateDer<'_>,
     more: &[CertificateDer<'_>],
@@ -285,7 +293,7 @@ mod tests {
         assert_eq!(
             Identity::load_or_create_for_node(&path, &node).unwrap().peer_id(),
             old,
-            "a damaged record says nothing"
+            "a damaged record is ignored"
         );
         assert_eq!(std::fs::read(path.with_extension("node")).unwrap(), b"n1\n");
     }
@@ -295,7 +303,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (path, node) = (folder.path().join("identity.key"), "n2".parse().unwrap());
         let copied = Identity::load_or_create_for_node(&path, &"n1".parse().unwrap()).unwrap().peer_id();
-        // The new key is there, and the record is still the other node's.
+        // A kill between the writes: the new key is stored, the record still names the other node.
         Identity::generate().store(&path).unwrap();
         let made = Identity::load_or_create_for_node(&path, &node).unwrap().peer_id();
         assert_ne!(made, copied);

@@ -1,13 +1,14 @@
-//! A content store that is an OCI image layout in a folder, so that other tools can read what is in it and add to it.
+//! A content store in a folder, as an OCI image layout that other tools can read and extend.
 //!
 //! ```text
-//! oci-layout, index.json, blobs/sha256/    as the specification has them; index.json names every image record in full
-//! ingest/                                  blobs that are being written, and what was staged of others
-//! pins/                                    one file per pin: until when, and what it holds
-//! remembered/                              one file per blob about which something is remembered
+//! oci-layout, index.json, blobs/sha256/    as in the specification; records have full names
+//! ingest/                                  blobs that are being written, and staged blobs
+//! pins/                                    one file per pin: its end and its digests
+//! remembered/                              one file per blob with metadata
 //! ```
 //!
-//! One process has the folder at a time. What other tools add is noticed when it is listed, not announced as a change.
+//! One process owns the folder at a time. Lists contain the additions of other tools, but the
+//! change counter does not move for them.
 
 mod collect;
 mod index;
@@ -44,31 +45,31 @@ pub struct LayoutStore {
     folder: Arc<Folder>,
 }
 
-/// The folder, owned. Writers share it, so that it stays locked until the last of them is gone.
+/// The locked folder. Writers share it, so the lock lasts until the last writer is gone.
 struct Folder {
     root: PathBuf,
-    /// Held while index, pins or remembered things change, and while collecting: what was pinned cannot be missed.
+    /// Held while index, pins or metadata change, and during collection, so that no pin is missed.
     lock: Mutex<()>,
     writing: Mutex<HashSet<Digest>>,
     changes: watch::Sender<u64>,
     _owned: Flock<File>,
 }
 
-/// The folder cannot be used.
+/// Reason why the folder cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LayoutError {
-    /// Reading or writing it failed.
+    /// A read or write failed.
     #[error("the image layout in {root}: {source}")]
     Io {
-        /// Which folder.
+        /// Folder.
         root: PathBuf,
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
-    /// Another process works in it.
+    /// Another process has the lock.
     #[error("the image layout in {0} is in use by another process; end that one or choose another folder")]
     InUse(PathBuf),
-    /// There is something else in it.
+    /// The folder has files of another kind.
     #[error("{0} holds files but no image layout; choose an empty folder")]
     Foreign(PathBuf),
 }
@@ -81,10 +82,11 @@ const PINS: &str = "pins";
 const METADATA: &str = "remembered";
 
 impl LayoutStore {
-    /// Takes the folder, makes a layout of it if it is empty, and removes what a process that was killed left half-done.
+    /// Locks the folder, makes an empty folder a layout, and removes the unfinished files of a
+    /// killed process.
     ///
     /// # Errors
-    /// [`LayoutError`]; a folder that holds something else is left as it is.
+    /// [`LayoutError`]; a folder with files of another kind stays unchanged.
     pub fn open(root: &Path) -> Result<Self, LayoutError> {
         let at = |source| LayoutError::Io { root: root.to_owned(), source };
         fs::create_dir_all(root).map_err(at)?;
@@ -109,7 +111,8 @@ impl LayoutStore {
         Ok(Self { folder: Arc::new(folder) })
     }
 
-    /// Removes what no live pin holds and no record reaches. Releasing a pin and opening the folder do so as well.
+    /// Removes content without a live pin and without a record, as do a release and the opening of
+    /// the folder.
     ///
     /// # Errors
     /// [`StoreError::Other`] when the folder cannot be read or changed.
@@ -117,7 +120,7 @@ impl LayoutStore {
         self.blocking(|folder| folder.collect(&folder.lock())).await
     }
 
-    /// Runs file operations where they may block.
+    /// Runs file operations on a blocking thread.
     async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Arc<Folder>) -> Result<T, StoreError> + Send + 'static,
@@ -128,9 +131,9 @@ impl LayoutStore {
     }
 }
 
-/// Makes what is missing and sweeps what was being written.
+/// Creates missing files and folders, and removes the files of unfinished writers.
 fn prepare(root: &Path) -> io::Result<()> {
-    // The marker first: a folder that has it is ours to complete.
+    // The marker first: this process may complete any folder with the marker.
     if !root.join(LAYOUT_FILE).try_exists()? {
         replace(&root.join(LAYOUT_FILE), br#"{"imageLayoutVersion":"1.0.0"}"#)?;
     }
@@ -144,7 +147,7 @@ fn prepare(root: &Path) -> io::Result<()> {
     sync_folder(root)
 }
 
-/// Writes a file so that it is, also after a power cut, either as before or whole.
+/// Replaces a file atomically, also across a power cut.
 fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let staged = path.with_extension("new");
     let mut file = File::create(&staged)?;
@@ -154,7 +157,7 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     sync_folder(path.parent().unwrap_or(Path::new(".")))
 }
 
-/// Says which file a failure is about.
+/// Adds the path to an error.
 fn io_error(path: &Path, error: &io::Error) -> StoreError {
     StoreError::Other(format!("{}: {error}", path.display()))
 }
@@ -165,7 +168,8 @@ impl Folder {
     }
 
     fn lock(&self) -> MutexGuard<'_, ()> {
-        // It guards files, and each of those is replaced whole: a panic leaves nothing half-changed.
+        // The lock guards files, each of which is replaced atomically: a panic leaves no half
+        // change.
         self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
@@ -197,7 +201,7 @@ impl Folder {
         let mut blobs = Vec::new();
         for entry in fs::read_dir(&path).map_err(unreadable)? {
             let entry = entry.map_err(unreadable)?;
-            // Other tools' temporary files are no blobs.
+            // Skips other tools' temporary files.
             let Some(digest) = entry.file_name().to_str().and_then(|hex| format!("sha256:{hex}").parse().ok()) else {
                 continue;
             };
@@ -312,7 +316,7 @@ impl ContentStore for LayoutStore {
         .await
     }
 
-    /// There is no runtime.
+    /// A layout has no runtime.
     async fn snapshots(&self, _: Digest) -> Result<Snapshots, StoreError> {
         Ok(Snapshots::default())
     }

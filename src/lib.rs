@@ -1,12 +1,12 @@
-//! Nodes of a Kubernetes cluster give each other the container images that a registry cannot.
+//! Recovers container images that Kubernetes nodes cannot pull, from other nodes of the cluster.
 //!
-//! One binary, one agent per node, no controller and no leader. To read it, begin with [`agent::recover`]: the way from a
-//! failing pod to a runnable image, top to bottom.
+//! One binary, one agent per node, no controller and no leader. Begin to read at
+//! [`agent::recover`]: the way from a failing pod to a runnable image, top to bottom.
 //!
 //! # Floors
 //!
-//! A module uses the floors beneath its own, never its neighbours on the same floor and nothing above. `tests/fast/floors.rs` reads this
-//! table and keeps it true.
+//! A module uses only the floors below its own, and no other module of the same floor.
+//! `tests/fast/floors.rs` reads this table and checks every `use`.
 //!
 //! ```text
 //! cli
@@ -20,11 +20,16 @@
 //! oci
 //! ```
 //!
-//! Deviations from the first design: `identity` is a floor of its own, because both network adapters prove the same key and
-//! siblings must not import each other; so are `addresses`, because the admin port and the way to
-//! peers both tell this node's addresses from others, `files`, because two stores read blobs from files, and `http`, because two adapters
-//! ask servers outside the cluster, and `credential`, because what strangers show is read before anything else and has to be fuzzed
-//! without the rest; and `testing` stands among the adapters, since that is what it implements.
+//! The modules of one floor share code through a floor below:
+//! - `identity`: both network adapters prove the same key.
+//! - `addresses`: the admin port and the dialing of peers both separate this node's addresses from
+//!   other addresses.
+//! - `files`: two stores read blobs from files.
+//! - `http`: two adapters send requests to servers outside the cluster.
+//! - `credential`: a peer's credential is parsed before any other input of an unauthenticated
+//!   connection, and is fuzzed without the adapters.
+//!
+//! `testing` is on the floor of the adapters, because `testing` implements the same ports.
 
 pub mod decide;
 pub mod model;
@@ -50,13 +55,13 @@ pub mod config;
 pub mod containerd;
 #[cfg(feature = "agent")]
 pub mod control;
-#[cfg(feature = "door")]
+#[cfg(feature = "credentials")]
 pub mod credential;
 #[cfg(feature = "agent")]
 pub mod files;
 #[cfg(feature = "agent")]
 pub mod http;
-#[cfg(feature = "door")]
+#[cfg(feature = "credentials")]
 pub mod identity;
 #[cfg(feature = "agent")]
 pub mod layout;

@@ -1,4 +1,4 @@
-//! `lighterman`: see the library for everything.
+//! The `lighterman` binary; all code is in the library.
 
 fn main() -> std::process::ExitCode {
     lighterman::cli::run()

@@ -1,20 +1,26 @@
-//! The mesh: agents tell each other what they hold, over libp2p.
+//! The mesh: gossip between agents about content, membership and liveness, over libp2p.
 //!
-//! It runs over TCP (noise, yamux) beside the QUIC that carries blobs, so that the two do not fail together. Peers are admitted
-//! elsewhere, at the QUIC door; here only the PeerIds that came in there may connect at all, and a stranger's connection ends after
-//! its handshake, before any stream is open.
+//! The mesh runs over TCP (noise, yamux) beside the QUIC that carries blobs, so that the two do not
+//! fail together. Admission happens on the QUIC side: only PeerIds that were admitted there may
+//! connect here. A connection of any other peer ends after the handshake, before a stream is open.
 //!
-//! Ranges of small blobs pass here too, for nodes between which UDP is blocked ([`RangeServer`]).
+//! Ranges of small blobs pass over the mesh too, for nodes between which UDP is blocked
+//! ([`RangeServer`]).
 //!
-//! What agents say, believe, ask and answer is [`crate::decide::gossip`]'s; this module only does what it says: it turns libp2p's
-//! events, the agent's calls and the clock into calls of that protocol, and what comes of them into libp2p's. What it adds is what
-//! only an adapter can: bounds on connections, streams, queues and time, and how much one neighbour may send before anything of it is
-//! decoded.
+//! [`crate::decide::gossip`] decides what an agent sends, verifies, requests and answers. This
+//! module only drives that protocol: libp2p's events, the agent's calls and the clock become calls
+//! of the protocol, and the protocol's outputs become calls of libp2p. The module adds only the
+//! work of an adapter: bounds on connections, streams, queues and time, and on the bytes that a
+//! neighbor may send before the agent decodes anything.
 //!
-//! Deliberately not used: identify (the port comes with the admission), Kademlia (slow exactly when nobody has the image, and keeps
-//! stale providers), mDNS (anybody on the segment could invent peers), relays, AutoNAT and hole punching (nodes reach
-//! each other), gossipsub's signatures (what is passed on carries its author's, which outlives a relay), peer exchange and scores
-//! (the protocol blames), QUIC (see above).
+//! Deliberately not used:
+//! - identify: a peer's port is part of its introduction.
+//! - Kademlia: slow exactly when no peer has the image, and keeps stale providers.
+//! - mDNS: any host on the segment could invent peers.
+//! - relays, AutoNAT and hole punching: nodes reach each other.
+//! - gossipsub's signatures: a message carries its author's signature, which survives a relay.
+//! - gossipsub's peer exchange and scores: the protocol records faults.
+//! - QUIC: see above.
 
 mod codec;
 mod gossip_crypto;
@@ -50,52 +56,52 @@ pub use ranges::{RangeError, RangeResponse, RangeServer};
 pub use shared_inventory::SharedInventory;
 pub use task::MeshTask;
 
-/// What the mesh needs to know.
+/// The options of the mesh.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Where to listen (TCP); port 0 takes any.
+    /// The TCP address to listen on; port 0 takes any port.
     pub listen: SocketAddr,
 }
 
 /// The mesh cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum MeshError {
-    /// Its port cannot be had.
-    #[error("gossip cannot listen on {address}: {reason}; is the port taken, or the address not this node's?")]
+    /// The address cannot be bound.
+    #[error("gossip cannot listen on {address}: {reason}; is the port taken, or is the address of another node?")]
     Listen {
-        /// Where it should.
+        /// The configured address.
         address: SocketAddr,
-        /// What the system said.
+        /// The system's error.
         reason: String,
     },
-    /// libp2p refuses its configuration, which is a bug.
+    /// libp2p rejects its configuration, which is a bug.
     #[error("libp2p cannot be set up: {0}")]
     Stack(String),
 }
 
-/// What the mesh tells the agent. Who holds what it writes into the [`Table`].
+/// An event of the mesh for the agent. Inventories go into [`SharedInventory`] instead.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MembershipEvent {
-    /// This peer can be fetched from, from now on or at another address.
+    /// The agent can fetch from this peer, from now on or at another address.
     Up(Peer),
-    /// It cannot any more.
+    /// The agent cannot fetch from this peer any more.
     Down(PeerId),
-    /// It should be greeted at its door; then it is admitted, or reported as out of reach.
+    /// The agent should dial this peer, to admit the peer or to report the peer as unreachable.
     Handshake(Peer),
-    /// This node's agent has this agent's key.
+    /// The agent of this node uses the same key as this agent.
     SharedKey(NodeName),
 }
 
-/// What the agent asks of the mesh. Cheap to clone.
+/// Handle to the mesh task. Cheap to clone.
 ///
-/// What comes of a call is told as [`MeshNews`]. Once the task has ended, calls do nothing.
+/// The results of calls arrive as [`MembershipEvent`]s. Once the task has ended, calls do nothing.
 #[derive(Debug, Clone)]
 pub struct Mesh {
     commands: mpsc::Sender<Command>,
     connected: ConnectedPeers,
 }
 
-/// A call of [`Mesh`], on its way to the task.
+/// A call of [`Mesh`] on the way to the task.
 #[derive(Debug)]
 enum Command {
     Admit(Peer, Duration),
@@ -109,7 +115,7 @@ enum Command {
     Range(PeerId, Request, oneshot::Sender<Result<RangeResponse, RangeError>>),
 }
 
-/// The neighbours: the peers with an open connection.
+/// The neighbors: peers with an open connection.
 #[derive(Debug, Clone, Default)]
 struct ConnectedPeers(Arc<RwLock<BTreeSet<PeerId>>>);
 
@@ -128,42 +134,46 @@ impl ConnectedPeers {
     }
 }
 
-/// Calls that wait for the task. It takes them even while nobody takes its news, so this need only span one turn of its loop.
+/// Calls that wait for the task. The task takes calls even while its events are not received, so
+/// the queue only spans one turn of the task's loop.
 const MAX_COMMANDS: usize = 64;
 
 impl Mesh {
-    /// The door let this peer in, for so long. Admitted again it may have moved.
+    /// The peer was admitted for `life`. A repeated call may bring a new address.
     pub async fn admit(&self, peer: Peer, life: Duration) {
         self.send(Command::Admit(peer, life)).await;
     }
 
-    /// Lets this peer connect no more and ends its connections, until it is admitted again.
+    /// Closes this peer's connections, and accepts no connection until the peer is admitted again.
     pub async fn revoke_admission(&self, peer: PeerId) {
         self.send(Command::RevokeAdmission(peer)).await;
     }
 
-    /// Nothing came back from this peer's door.
+    /// The peer's transfer port did not answer.
     pub async fn report_unreachable(&self, peer: PeerId) {
         self.send(Command::Unreachable(peer)).await;
     }
 
-    /// This peer was not met at its door, but somebody answered there.
+    /// The peer is not silent, but was not admitted: another agent answered at the address, the
+    /// handshake failed, or the dial was not queued.
     pub async fn report_rejection(&self, peer: PeerId) {
         self.send(Command::Rejected(peer)).await;
     }
 
-    /// Nothing came back from it to fetch from.
+    /// A fetch from this peer failed without an answer.
     pub async fn suspect(&self, peer: PeerId) {
         self.send(Command::Suspect(peer)).await;
     }
 
-    /// This node's content changed. What changes nothing is not announced, so that it does no harm to say it twice.
+    /// Announces changes of this node's content. A change without effect is not announced, so a
+    /// repeated call does no harm.
     pub async fn announce(&self, changes: Vec<InventoryChange>) {
         self.send(Command::Announce(changes)).await;
     }
 
-    /// What others are told of this agent: why they should believe it, where it serves blobs, where it gossips, and its zone where the
-    /// cluster has any. Before the first call it cannot join; to be called again when something of it changes.
+    /// Sets the agent's introduction: credential, transfer and gossip addresses, and the zone if
+    /// the cluster has zones. Before the first call the agent cannot join; each change of these
+    /// values needs another call.
     pub async fn introduce(
         &self,
         credential: Credential,
@@ -174,19 +184,19 @@ impl Mesh {
         self.send(Command::Introduce { credential, transfer, gossip, zone }).await;
     }
 
-    /// How the mesh looks from here; `None` once the task has ended.
+    /// The mesh as this agent sees it; `None` once the task has ended.
     pub async fn status(&self) -> Option<MeshStatus> {
         let (answer, status) = oneshot::channel();
         self.send(Command::Status(answer)).await;
         status.await.ok()
     }
 
-    /// Whether there is a connection to this peer.
+    /// Whether a connection to this peer is open.
     pub fn is_connected(&self, peer: PeerId) -> bool {
         self.connected.contains(peer)
     }
 
-    /// Sends a request for a range to a neighbour, and returns its answer. The caller bounds the
+    /// Sends a request for a range to a neighbor, and returns its answer. The caller bounds the
     /// number of requests.
     ///
     /// # Errors
@@ -198,13 +208,13 @@ impl Mesh {
     }
 
     async fn send(&self, command: Command) {
-        // The task ended, and its supervisor knows.
+        // The send fails only after the end of the task, which the supervisor notices.
         let _ = self.commands.send(command).await;
     }
 }
 
-/// Begins to listen. Nothing else happens until the task runs, which then keeps `table`. The address is the configured one with the
-/// port really bound.
+/// Starts to listen. Nothing else happens until the task runs, which then updates `table`. The
+/// returned address is the configured address with the bound port.
 ///
 /// # Errors
 /// [`MeshError`].
@@ -219,7 +229,7 @@ pub async fn start(
     start_with_options(config, node, identity, table, admission, metrics, MeshOptions::DEFAULT).await
 }
 
-/// What is the same for all agents of a release; tests set it otherwise.
+/// Options that are equal for all agents of a release; tests change them.
 #[derive(Debug, Clone, Copy)]
 struct MeshOptions {
     rate_limits: NeighbourRateLimits,
@@ -244,7 +254,8 @@ async fn start_with_options(
     let mut swarm = stack::build(&identity.keypair(), &connections, &metrics, terms.versions)?;
     let port = bind(&mut swarm, listen).await?;
     if listen.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
-        // libp2p's IPv6 listeners take no IPv4, unlike everybody else's.
+        // libp2p's IPv6 listeners accept no IPv4 connections, unlike a listener with the kernel's
+        // defaults.
         bind(&mut swarm, SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port)).await?;
     }
     let own = LocalAgent { peer: identity.peer_id(), epoch: epoch(), node, release: release() };
@@ -256,17 +267,17 @@ async fn start_with_options(
     Ok((Mesh { commands: sender, connected }, task, SocketAddr::new(listen.ip(), port)))
 }
 
-/// What this agent runs.
 fn release() -> Release {
     env!("CARGO_PKG_VERSION").parse().expect("a version of this crate is a release's name")
 }
 
-/// Longest wait for the system's list of interfaces, which libp2p reads when it listens on all of them.
+/// Longest wait for the system's list of interfaces, which libp2p reads to listen on all of them.
 const BIND_TIMEOUT: Duration = Duration::from_secs(5);
 
 async fn bind(swarm: &mut libp2p::Swarm<stack::Behaviour>, address: SocketAddr) -> Result<u16, MeshError> {
-    // libp2p listens with SO_REUSEPORT, and would share the port with an agent that still runs: each would get some of
-    // the connections. A plain listener is refused then.
+    // libp2p listens with SO_REUSEPORT, and would share the port with an agent that still runs:
+    // each process would get some of the connections. The kernel rejects a plain listener in that
+    // case.
     match TcpListener::bind(address) {
         Ok(probe) => drop(probe),
         Err(error) => return Err(MeshError::Listen { address, reason: error.to_string() }),
@@ -290,20 +301,20 @@ async fn listen_on(swarm: &mut libp2p::Swarm<stack::Behaviour>, address: SocketA
     };
     tokio::time::timeout(BIND_TIMEOUT, bound)
         .await
-        .map_err(|_| failed("no interface has an address of this kind".into()))
+        .map_err(|_| failed("no interface has an address of this family".into()))
 }
 
 fn multiaddr(address: SocketAddr) -> Multiaddr {
     Multiaddr::from(address.ip()).with(Protocol::Tcp(address.port()))
 }
 
-/// Whether it is an IPv4 address, and the TCP port.
+/// Whether the address is IPv4, and the TCP port.
 fn port_of(address: &Multiaddr) -> Option<(bool, u16)> {
     let is_ipv4 = matches!(address.iter().next(), Some(Protocol::Ip4(_)));
     address.iter().find_map(|part| if let Protocol::Tcp(port) = part { Some((is_ipv4, port)) } else { None })
 }
 
-/// This process's epoch: later starts have larger ones, unless the clock went back.
+/// The epoch of this process: later starts have larger epochs, unless the clock went back.
 fn epoch() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)

@@ -1,5 +1,5 @@
-//! Every metric that an agent exports. Methods are named after what happened; no label is unbounded: never a digest, a pod, a
-//! peer or an image.
+//! Every metric that an agent exports. Methods are named after events; no label is unbounded: never
+//! a digest, a pod, a peer or an image.
 
 mod admission;
 mod layers;
@@ -19,7 +19,7 @@ use self::network::NetworkMetrics;
 use self::own_image::OwnImageMetrics;
 use self::register::{counter, counters, gauge, histogram};
 
-/// The metrics of one agent. Cheap to clone; clones share their values.
+/// The metrics of one agent. Cheap to clone; all clones share their values.
 #[derive(Clone)]
 pub struct Metrics {
     registry: Registry,
@@ -52,35 +52,34 @@ pub struct Metrics {
     policy_file_valid: IntGauge,
 }
 
-/// How a recovery ended; the label `outcome`.
+/// The outcome of a recovery; the label `outcome`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RecoveryOutcome {
-    /// The image is here.
+    /// The recovery brought the image to this node.
     Recovered,
-    /// It was here already, whole, and only the pod had to be nudged.
+    /// The image was complete on this node, so the agent only nudged the pod.
     AlreadyHere,
-    /// Nobody holds it.
+    /// No peer has the image.
     NoProvider,
-    /// Parts of it are on no node.
+    /// No peer has some of the missing blobs.
     BlobsWithoutProvider,
-    /// Nothing may be imported here.
+    /// The runtime permits no imports.
     ImportsRefused,
-    /// It was only decided, as a dry run asks.
+    /// A dry run decides and fetches nothing.
     DryRun,
-    /// Providers failed, all of them.
+    /// Fetches from all providers failed.
     FetchFailed,
-    /// Our store failed.
+    /// The content store of this node failed.
     StoreFailed,
-    /// A manifest that cannot be used, or none for this platform.
+    /// A manifest is invalid, or no manifest is for this platform.
     Unusable,
-    /// A limit forbids it.
+    /// The image exceeds a limit.
     OverLimit,
-    /// Nobody waited for it any more.
+    /// No pod waited for the image any more.
     Abandoned,
 }
 
 impl RecoveryOutcome {
-    /// The label's value.
     pub fn label(self) -> &'static str {
         match self {
             Self::Recovered => "recovered",
@@ -99,17 +98,17 @@ impl RecoveryOutcome {
 }
 
 impl Metrics {
-    /// Registers everything, at zero.
+    /// Registers all metrics, with the value zero.
     ///
     /// # Panics
-    /// Never: the names are constants and each is registered once.
+    /// Never: the names are constants, and each is registered once.
     pub fn new() -> Self {
         let registry = Registry::new();
         let r = &registry;
         let policy_file_valid = gauge(
             r,
             "policy_file_valid",
-            "1, or 0 while the rules file cannot be read or is wrong and what it said before stays.",
+            "1 while the policy file is in force, 0 while the file is unreadable or invalid and the previous policy stays.",
         );
         policy_file_valid.set(1);
         Self {
@@ -117,25 +116,25 @@ impl Metrics {
             recovery_seconds: histogram(
                 r,
                 "recovery_seconds",
-                "From the decision to recover until the image is usable.",
+                "Seconds from the decision to recover until the image is usable.",
             ),
-            recoveries_running: gauge(r, "recoveries_running", "Recoveries under way."),
+            recoveries_running: gauge(r, "recoveries_running", "Recoveries that are running."),
             pod_failures: counters(
                 r,
                 "image_pull_failures_total",
-                "Containers of this node that could not get their image, once each, by what was decided.",
+                "Image pull failures on this node by verdict, once per container and verdict.",
                 "verdict",
             ),
             fetched_bytes: counter(r, "fetched_bytes_total", "Blob bytes received from peers."),
             served_bytes: counter(r, "served_bytes_total", "Blob bytes sent to peers."),
-            fetch_failures: counters(r, "fetch_failures_total", "Blob fetches that failed, by reason.", "reason"),
+            fetch_failures: counters(r, "fetch_failures_total", "Failed blob fetches, by reason.", "reason"),
             peer_faults: counters(
                 r,
                 "peer_faults_total",
-                "What went wrong with peers and is held against them for a while, by kind; the log names the peer.",
+                "Faults of peers that lower their score for a while, by kind; the log names the peer.",
                 "fault",
             ),
-            peers: gauge(r, "peers", "Peers that can be fetched from."),
+            peers: gauge(r, "peers", "Peers from which this agent can fetch."),
             mesh: MeshMetrics::new(r),
             admission: AdmissionMetrics::new(r),
             network: NetworkMetrics::new(r),
@@ -145,14 +144,14 @@ impl Metrics {
             layers_unpacked: counters(
                 r,
                 "layers_unpacked_total",
-                "Layers of recovered images by what came of unpacking them here: unpacked, or there already; failed and given_up, once for each \
-                 image whose other layers were then left to the runtime; no_room, once for each try that ended there.",
+                "Layers of recovered images, by the result of unpacking: unpacked, or there (unpacked before). Once for each \
+                 image whose other layers the runtime unpacks: failed, given_up. Once for each try without disk space: no_room.",
                 "result",
             ),
             store_list_failures: counter(
                 r,
                 "content_list_failures_total",
-                "Times that the content store could not be listed.",
+                "Times that listing the content store failed.",
             ),
             layers: LayerMetrics::new(r),
             own_image: OwnImageMetrics::new(r),
@@ -160,96 +159,96 @@ impl Metrics {
             invalid_annotations: counter(
                 r,
                 "invalid_annotations_total",
-                "Annotations of ours with a value that means nothing.",
+                "Annotations of lighterman with an invalid value.",
             ),
             records_removed: counter(
                 r,
                 "image_records_removed_total",
-                "Records of broken images removed because no node has what they lack.",
+                "Records of broken images that were removed because no node has the missing blobs.",
             ),
             event_to_first_byte_seconds: histogram(
                 r,
                 "event_to_first_byte_seconds",
-                "From the pod's event until the first byte of a blob that it lacks has come.",
+                "Seconds from the pod's event until the first byte of a missing blob arrived.",
             ),
             import_to_running_seconds: histogram(
                 r,
                 "import_to_running_seconds",
-                "From the image being usable until the pod's container was seen past waiting for it.",
+                "Seconds from the image being usable until the pod's container no longer waited for the image.",
             ),
             deletions: counters(
                 r,
                 "pod_deletions_total",
-                "Pods deleted after a recovery, where that is allowed, by result.",
+                "Pods deleted after a recovery, where the policy permits a deletion, by result.",
                 "result",
             ),
-            notifications: counters(r, "webhook_messages_total", "Messages for the webhook, by result.", "result"),
+            notifications: counters(r, "webhook_messages_total", "Messages to the webhook, by result.", "result"),
             policy_file_valid: policy_file_valid,
             registry,
         }
     }
 
-    /// So many registries are known first hand to be down.
+    /// Sets the number of registries that this node itself found down.
     pub fn registries_down(&self, registries: usize) {
         self.registries_down.set(i64::try_from(registries).unwrap_or(i64::MAX));
     }
 
-    /// An annotation of ours has a value that means nothing; once for each key and value.
+    /// An annotation has an invalid value; called once for each key and value.
     pub fn invalid_annotation_seen(&self) {
         self.invalid_annotations.inc();
     }
 
-    /// The record of a broken image was removed.
+    /// Counts a removed record of a broken image.
     pub fn record_removed(&self) {
         self.records_removed.inc();
     }
 
-    /// The first byte of a missing blob came so long after the event that made it wanted.
+    /// Records the time from the pod's event to the first byte of a missing blob.
     pub fn first_byte_received(&self, after: Duration) {
         self.event_to_first_byte_seconds.observe(after.as_secs_f64());
     }
 
-    /// A pod that waited for an image went on so long after it was usable.
+    /// Records the time from the usable image to the end of the container's wait.
     pub fn pod_started(&self, after: Duration) {
         self.import_to_running_seconds.observe(after.as_secs_f64());
     }
 
-    /// A pod was deleted so that it is made again, or could not be.
+    /// A pod was deleted, so that its controller creates the pod again, or the deletion failed.
     pub fn pod_deleted(&self, result: &'static str) {
         self.deletions.with_label_values(&[result]).inc();
     }
 
-    /// A message for the webhook was `sent`, `left_to_another`, `dropped` or `failed`.
+    /// A message to the webhook was `sent`, `left_to_another`, `dropped` or `failed`.
     pub fn notified(&self, result: &'static str) {
         self.notifications.with_label_values(&[result]).inc();
     }
 
-    /// A recovery began.
+    /// Counts a running recovery.
     pub fn recovery_started(&self) {
         self.recoveries_running.inc();
     }
 
-    /// A recovery ended.
+    /// Counts a recovery by its outcome.
     pub fn recovery_ended(&self, outcome: RecoveryOutcome, took: Duration) {
         self.recoveries_running.dec();
         self.recoveries.with_label_values(&[outcome.label()]).inc();
-        // Of those that brought something: the others end at once, or when somebody gives up.
+        // Only recoveries that fetched blobs: others end at once, or when no pod waits any more.
         if outcome == RecoveryOutcome::Recovered {
             self.recovery_seconds.observe(took.as_secs_f64());
         }
     }
 
-    /// A container of this node could not get its image; `verdict` is one of a handful of constants.
+    /// A container of this node has no image; `verdict` is one of a few constants.
     pub fn pod_failure_seen(&self, verdict: &'static str) {
         self.pod_failures.with_label_values(&[verdict]).inc();
     }
 
-    /// Bytes of blobs arrived.
+    /// Counts bytes of blobs from peers.
     pub fn fetched(&self, bytes: u64) {
         self.fetched_bytes.inc_by(bytes);
     }
 
-    /// Bytes of blobs were sent.
+    /// Counts bytes of blobs to peers.
     pub fn served(&self, bytes: u64) {
         self.served_bytes.inc_by(bytes);
     }
@@ -259,18 +258,18 @@ impl Metrics {
         self.fetch_failures.with_label_values(&[reason]).inc();
     }
 
-    /// A peer did wrong: `lied`, `busy`, `unreachable`, `stalled`, `store_failed`; or on the mesh `malformed`, `too_many`, `forged` and
-    /// others.
+    /// Counts a peer's fault: `lied`, `busy`, `unreachable`, `stalled`, `store_failed`; or on the
+    /// mesh `malformed`, `too_many`, `forged` and others.
     pub fn peer_at_fault(&self, fault: &'static str) {
         self.peer_faults.with_label_values(&[fault]).inc();
     }
 
-    /// So many peers are up now.
+    /// Sets the number of peers that are up.
     pub fn peers_connected(&self, peers: usize) {
         self.peers.set(i64::try_from(peers).unwrap_or(i64::MAX));
     }
 
-    /// A pod was nudged, or could not be.
+    /// A pod was nudged, or the nudge failed.
     pub fn nudged(&self, result: &'static str) {
         self.nudges.with_label_values(&[result]).inc();
     }
@@ -285,29 +284,29 @@ impl Metrics {
         self.claims.with_label_values(&[result]).inc();
     }
 
-    /// A layer was `unpacked` or `there` already, or the rest of an image was left to the runtime:
-    /// `failed`, `given_up`, or waits for room: `no_room`.
+    /// A layer was `unpacked` or `there` already, or the rest of an image was left to the runtime
+    /// (`failed`, `given_up`) or waits for disk space (`no_room`).
     pub fn layer_unpacked(&self, result: &'static str) {
         self.layers_unpacked.with_label_values(&[result]).inc();
     }
 
-    /// The content store could not be listed.
+    /// Counts a failed listing of the content store.
     pub fn store_list_failed(&self) {
         self.store_list_failures.inc();
     }
 
-    /// The rules file was read: what it says now is in force, or is not.
+    /// The policy file was read; `in_force` is false for a file that is invalid.
     pub fn policy_file_read(&self, in_force: bool) {
         self.policy_file_valid.set(in_force.into());
     }
 
-    /// Everything in Prometheus' text format.
+    /// All metrics in Prometheus' text format.
     ///
     /// # Panics
-    /// Never: writing to memory does not fail.
+    /// Never: a write to memory does not fail.
     pub fn render(&self) -> Vec<u8> {
         let mut text = Vec::new();
-        TextEncoder::new().encode(&self.registry.gather(), &mut text).expect("memory can be written");
+        TextEncoder::new().encode(&self.registry.gather(), &mut text).expect("a write to memory does not fail");
         text
     }
 }

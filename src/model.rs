@@ -1,6 +1,6 @@
-//! The nouns that every floor shares: who a peer is, what a pod looks like to us, what agents say to each other.
+//! The nouns that every floor shares: peers, pods, gossip messages, inventory items, and pieces.
 //!
-//! Not here: anything of OCI (that is [`crate::oci`]), anything that talks to anybody.
+//! Not here: the types of OCI ([`crate::oci`]), and everything that does I/O.
 
 mod bits;
 mod gossip;

@@ -1,7 +1,7 @@
-//! What images are made of: digests, references, descriptors, manifests and indexes.
+//! The parts of an image: digests, references, descriptors, manifests and indexes.
 //!
-//! Everything here is parsed once, at the edge, into a type that cannot be wrong; what is refused is refused
-//! with a reason that names the text. Not here: where content is kept or who holds it.
+//! Input is parsed once, at the edge, into a type without invalid values. An error names the
+//! rejected text. Not here: the storage of content, and its providers.
 
 mod descriptor;
 mod digest;

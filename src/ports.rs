@@ -1,7 +1,7 @@
-//! What the agent asks of the world, as small traits with small errors. Adapters keep these contracts; the tests in
-//! `src/testing/contract.rs` say what they are and run on every store, in memory or real.
+//! The outside world as small traits with small errors. Adapters implement these traits. The
+//! contract tests in `src/testing/contract.rs` run on every store, in memory or real.
 //!
-//! Not here: how any of it is done. An error answers the caller's next question: try again? another peer? whose fault?
+//! An error answers the caller's next question: retry? another peer? whose fault?
 
 mod admission;
 mod claims;

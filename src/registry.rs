@@ -1,24 +1,28 @@
-//! Registries over HTTPS: whether one is there, what a tag means in it now, and blobs that a node discarded.
+//! Registries over HTTPS: pings, digests of tags, and blobs that a node discarded.
 //!
-//! Not for the content of recoveries, which comes from peers, and not containerd's own view of a registry: mirrors, certificates and host names of
-//! `hosts.toml` are not read, names resolve as this process resolves them, and proxies of the environment are not used. Where nodes
-//! reach a registry only through those, its ping fails.
+//! Not here: the content of recoveries, which comes from peers, and containerd's own view of a
+//! registry. The client does not read mirrors, certificates and host names of `hosts.toml`,
+//! resolves names as this process does, and uses no proxies of the environment. Where nodes reach a
+//! registry only through those, a ping fails.
 //!
-//! `docker.io` is asked at `registry-1.docker.io`, as containerd does.
+//! The client contacts `docker.io` at `registry-1.docker.io`, as containerd does.
 //!
 //! # Trust
-//! A ping sends no secret and believes no answer, so it takes any certificate: the node's containerd may trust authorities that we
-//! do not know. A tag's meaning decides what runs, and secrets are sent for it, so there the certificate has to be right. So it has for a
-//! blob: its bytes are checked, but secrets are sent for it too.
+//! A ping sends no secret and trusts no response, so any certificate is accepted: the node's
+//! containerd may trust authorities that the agent does not have. The digest of a tag decides which
+//! image runs, and requests for a digest carry secrets, so the certificate is verified. The
+//! certificate is verified for a blob too: the bytes are verified, but the requests carry secrets.
 //!
-//! Registries that the configuration calls insecure are spoken to as Docker and containerd speak to theirs: TLS with any certificate
-//! where there is TLS, else plain HTTP. So are registries on loopback, with whom nobody can interfere who is not on the machine
-//! already, and which have no certificates as a rule. (It is this process's loopback; with a network namespace of its own the
-//! agent does not see the node's.)
+//! The client contacts registries that are configured as insecure as Docker and containerd do: TLS
+//! with any certificate where the registry has TLS, else plain HTTP. The same holds for registries
+//! on loopback: only processes on the node can intercept such connections, and these registries
+//! rarely have certificates. Loopback is the loopback of this process: an agent with its own
+//! network namespace does not see the node's.
 //!
 //! # Secrets
-//! A secret goes to the registry that it is kept for, or to the token server that this registry names, and there only over TLS with
-//! a right certificate, unless the registry itself is insecure. No secret follows a redirect.
+//! The client sends a secret only to the registry that the secret is for, or to the token server
+//! that this registry names. The token server must have TLS with a verified certificate, unless the
+//! registry is insecure. No secret follows a redirect.
 
 mod blob;
 mod challenge;
@@ -39,58 +43,59 @@ use crate::oci::{BlobProof, Digest, Reference, Repository};
 use crate::ports::{BlobSink, PullSecret, Registry, RegistryError, RegistryFetchError};
 use resolve::RegistryRequest;
 
-/// What the client is told.
+/// The options of the client.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Registries, as references name them (`host` or `host:port`), whose certificate need not be right and that may have none.
+    /// Registries, as in references (`host` or `host:port`), that may have any certificate or no
+    /// TLS.
     pub insecure: Vec<String>,
-    /// A PEM file with authorities to trust besides the well-known ones.
+    /// A PEM file with authorities to trust besides the well-known authorities.
     pub ca_file: Option<PathBuf>,
-    /// How long a ping may take in all.
+    /// Deadline of a ping.
     pub ping_limit: Duration,
-    /// How long resolving a tag may take in all, tokens included. The same holds until the first
-    /// byte of a blob.
+    /// Deadline for the digest of a tag, token requests included, and for the first byte of a blob.
     pub resolve_limit: Duration,
     /// Longest wait for the next bytes of a blob.
     pub stall_limit: Duration,
 }
 
 impl Default for Config {
-    /// A ping tells a dead registry from a slow one before the kubelet's own pull would (containerd dials for 30 s). Resolving may
-    /// take several requests to two servers.
+    /// A ping distinguishes a dead registry from a slow registry before the kubelet's own pull does
+    /// (containerd dials for 30 s). A tag may take several requests to two servers.
     fn default() -> Self {
         let (ping_limit, resolve_limit) = (Duration::from_secs(5), Duration::from_secs(15));
-        // A storage that fetches the blob from a colder one pauses for seconds.
+        // Storage that fetches a blob from a colder storage pauses for seconds.
         let stall_limit = Duration::from_secs(30);
         Self { insecure: Vec::new(), ca_file: None, ping_limit, resolve_limit, stall_limit }
     }
 }
 
-/// The client cannot be made as it is configured.
+/// The client's options cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file of authorities.
+    /// The file of authorities cannot be used.
     #[error(transparent)]
     Trust(#[from] http::TrustError),
-    /// A name that no reference can have.
-    #[error("{0:?} is not a registry: it is a host, or host:port")]
+    /// The name cannot be the registry of a reference.
+    #[error("{0:?} is not a registry: a registry is a host, or host:port")]
     NotARegistry(String),
 }
 
-/// Asks registries.
+/// A client of registries.
 pub struct RegistryClient {
     http: http::Client,
     insecure: Vec<String>,
-    /// As the module's introduction says; tests of what holds for other registries turn it off, since they have only loopback.
+    /// True outside tests (see the module's section on trust). The servers of tests are all on
+    /// loopback, so tests of other registries set this to false.
     loopback_is_insecure: bool,
     ping_limit: Duration,
     resolve_limit: Duration,
     stall_limit: Duration,
 }
 
-/// Where a registry is, and how far it is trusted.
+/// The address of a registry, and whether any certificate is accepted.
 struct RegistryEndpoint {
-    /// `https://host:port/`, or `http` where that is all there is.
+    /// `https://host:port/`, or `http` for an insecure registry without TLS.
     base: Url,
     insecure: bool,
 }
@@ -139,13 +144,13 @@ impl Registry for RegistryClient {
         match timeout(self.ping_limit, self.ping_status(registry)).await {
             Err(_) => down(OutageKind::TimedOut),
             Ok(Ok(status)) if status.is_server_error() => down(OutageKind::ServerError),
-            // containerd may have the certificate that we lack.
+            // containerd may have the client certificate that the agent lacks.
             Ok(Ok(_) | Err(HttpError::ClientCertificateRequired)) => Ok(()),
             Ok(Err(failure)) => {
                 tracing::debug!(registry, %failure, "no answer to a ping");
                 match failure {
                     HttpError::Unreachable { kind, .. } => down(kind),
-                    // There is a server, and it is broken.
+                    // The server answers with a response that is no HTTP.
                     _ => down(OutageKind::ServerError),
                 }
             }
@@ -159,10 +164,10 @@ impl Registry for RegistryClient {
         secrets: &[PullSecret],
     ) -> Result<Digest, RegistryError> {
         let registry = &repository.registry;
-        // Both become part of a URL, and may have come from a peer.
+        // Repository and tag become part of a URL, and may have come from a peer.
         let requested = Reference::Tag(repository.clone(), tag.to_owned());
         if requested.to_string().parse() != Ok(requested) {
-            let reason = "the name that is asked for is no image's".to_owned();
+            let reason = "the requested name is no image reference".to_owned();
             return Err(RegistryError::InvalidResponse { registry: registry.clone(), reason });
         }
         let resolved = async {
@@ -185,7 +190,7 @@ impl Registry for RegistryClient {
         let registry = &repository.registry;
         let requested = Reference::Digest(repository.clone(), digest);
         if requested.to_string().parse() != Ok(requested) {
-            let reason = "the name that is asked for is no image's".to_owned();
+            let reason = "the requested name is no image reference".to_owned();
             return Err(RegistryFetchError::WrongBytes { registry: registry.clone(), reason });
         }
         let opened = async {

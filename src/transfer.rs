@@ -1,12 +1,12 @@
-//! Blobs from peer to peer over QUIC, and the one door through which peers are admitted.
+//! Moves blobs between peers over QUIC, and admits the peers.
 //!
-//! One UDP socket dials and listens, so the address that a peer's packets come from is where it can be dialled. Whoever
-//! dials shows a libp2p certificate and sends a [`Hello`]; both ends ask their [`Admission`] before
-//! anything else happens on the connection. A connection carries requests one way only, from the dialler: two agents
-//! that fetch from each other have two. A blob is hashed while it comes; that it is the right one is the fetcher's
-//! business alone.
+//! One UDP socket dials and listens, so a peer can be dialed at the address of its packets. The
+//! dialer shows a libp2p certificate and sends a [`Hello`]. Both ends consult their [`Admission`]
+//! before anything else happens on the connection. A connection carries requests of the dialer
+//! only: two agents that fetch from each other have two connections. The fetching end hashes a blob
+//! while the bytes arrive, and alone verifies the digest.
 //!
-//! Not here: who holds what, which peer to ask, and when to try again.
+//! Not here: the inventory of providers, the choice of a peer, and retries.
 
 mod acceptor;
 mod close_codes;
@@ -55,43 +55,45 @@ use crate::oci::HashChain;
 use crate::ports::{Admission, AdmittedPeer, ContentStore, PartialBlobs, Rejection};
 use crate::wire::{Format, Hello, Versions};
 
-/// What is set from outside.
+/// Options that are fixed at start.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// The UDP address to listen on and to dial from; `[::]` takes IPv4 too.
     pub listen: SocketAddr,
-    /// The TCP port where this agent gossips, for others to know.
+    /// The TCP port of this agent's gossip, sent to peers in `Hello`.
     pub gossip_port: u16,
-    /// This node's name, for others' logs.
+    /// This node's name, sent to peers in `Hello`.
     pub node: NodeName,
-    /// Orders of pieces that are sent at a time, the others queue; and so many whole blobs beside them, beyond which peers are told to ask
-    /// elsewhere. Each costs up to 512 KiB of reads and, where the link or the reader is slow, 4 MiB under way.
+    /// Uploads of pieces at a time; further requests queue. As many uploads of whole blobs run
+    /// beside them, and further requests are answered with `Busy`. Each upload costs up to 512 KiB
+    /// of reads and, where the link or the reader is slow, 4 MiB in flight.
     pub concurrent_uploads: usize,
 }
 
-/// What a transfer works with.
+/// The other parts of the agent that the transfer adapter uses.
 pub struct TransferDependencies {
-    /// Decides about peers.
+    /// Decides which peers are admitted.
     pub admission: Arc<dyn Admission>,
-    /// The blobs that are served.
+    /// Holds the blobs that are served.
     pub store: Arc<dyn ContentStore>,
-    /// Those that are being fetched, whose pieces are served.
+    /// Holds the blobs that are being fetched; their verified pieces are served.
     pub partials: Arc<dyn PartialBlobs>,
-    /// Where bytes and failures are counted.
+    /// Counts bytes and failures.
     pub metrics: Metrics,
-    /// Hears of peers that dialled us and were admitted, before they are told so; the same peer comes again each time it connects.
+    /// Receives each peer that dialed this agent and was admitted, before the peer gets the answer.
+    /// The same peer is sent again with each of its connections.
     pub admitted_peers: mpsc::Sender<Peer>,
 }
 
-/// The transfer could not start.
+/// The transfer adapter could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// The address cannot be had.
+    /// The socket could not be opened, configured or bound.
     #[error("cannot listen for transfers on {address} (UDP): {source}")]
     Socket {
-        /// The address that was set.
+        /// The configured address.
         address: SocketAddr,
-        /// Why.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// The certificate or the TLS configuration failed.
@@ -99,7 +101,7 @@ pub enum BindError {
     Tls(#[from] TlsError),
 }
 
-/// The transfer adapter. Cheap to clone; clones are the same endpoint.
+/// The transfer adapter. Clones are cheap and share one endpoint.
 #[derive(Clone)]
 pub struct Transfer(Arc<Shared>);
 
@@ -117,24 +119,21 @@ struct Shared {
     metrics: Metrics,
     admitted_peers: mpsc::Sender<Peer>,
     peers: PeerTable,
-    /// Where a peer last saw us.
+    /// This node's address, as a peer last reported the address in `Hello`.
     observed_address: watch::Sender<Option<IpAddr>>,
     shared_key: watch::Sender<Option<NodeName>>,
     handshakes: Arc<HandshakeLimiter>,
     rejection_log: RejectionLog,
-    /// Whole blobs.
+    /// Permits for uploads of whole blobs.
     serve_permits: Semaphore,
-    /// Pieces.
+    /// Slots for uploads of pieces.
     uploads: UploadQueue,
     hash_chains: HashChainCache,
     timeouts: Timeouts,
-    /// Everything that comes.
     download_limiter: RateLimiter,
-    /// Everything that goes.
     upload_limiter: RateLimiter,
 }
 
-/// What a transfer keeps to.
 struct TransferOptions {
     timeouts: Timeouts,
     policy: PolicyReceiver,
@@ -142,20 +141,21 @@ struct TransferOptions {
 }
 
 impl Transfer {
-    /// Binds the socket; nobody is let in before [`Transfer::run`]. No rate is kept.
+    /// Binds the socket, without rate limits. [`Transfer::run`] accepts the first connection.
     ///
     /// # Errors
     /// [`BindError`].
     ///
     /// # Panics
-    /// Outside of a tokio runtime with I/O and time: the endpoint lives on the one that calls this.
+    /// Outside of a tokio runtime with I/O and time: the endpoint's tasks run on the calling
+    /// runtime.
     pub fn bind(config: Config, identity: &Identity, surroundings: TransferDependencies) -> Result<Self, BindError> {
         let bounds = TransferOptions { timeouts: Timeouts::DEFAULT, policy: None, versions: Versions::TRANSFER };
         Self::bind_with_options(config, identity, surroundings, bounds)
     }
 
-    /// As [`Transfer::bind`], but what comes and what goes keeps to the rates of these rules, and to others as soon as they are sent.
-    /// A rate is one for all peers together and counts the bytes of blobs.
+    /// Like [`Transfer::bind`], with the rate limits of a policy. A new policy takes effect at
+    /// once. Each rate applies to all peers together and counts the bytes of blobs.
     ///
     /// # Errors
     /// [`BindError`].
@@ -172,7 +172,8 @@ impl Transfer {
         Self::bind_with_options(config, identity, surroundings, bounds)
     }
 
-    /// As [`Transfer::bind_within`], as a release with other versions would: for tests of two releases side by side.
+    /// Like [`Transfer::bind_with_policy`], with the protocol versions of another release. Tests
+    /// run two releases side by side.
     ///
     /// # Errors
     /// [`BindError`].
@@ -235,12 +236,13 @@ impl Transfer {
         })))
     }
 
-    /// The address that the socket has; its port is known even when 0 was asked for.
+    /// The bound address; the port is the real port even when the configured port is 0.
     pub fn local_addr(&self) -> SocketAddr {
         self.0.local_address
     }
 
-    /// Lets peers in and serves them until `stop`, then lets streams end for a few seconds and closes what is left.
+    /// Accepts connections and serves peers until `stop`. Open streams then get 3 seconds to end,
+    /// and the rest is closed.
     pub async fn run(self, stop: CancellationToken) {
         let shared = self.0;
         let mut connections = JoinSet::new();
@@ -265,20 +267,21 @@ impl Transfer {
         shared.endpoint.set_server_config(None);
         let drained = async { while connections.join_next().await.is_some() {} };
         if timeout(shared.timeouts.drain, drained).await.is_err() {
-            tracing::info!(connections = connections.len(), "stopping in the middle of serving");
+            tracing::info!(connections = connections.len(), "the agent stops before all uploads ended");
         }
         shared.peers.close_all();
         shared.endpoint.close(close_codes::DONE, close_codes::AGENT_STOPS);
         connections.shutdown().await;
-        // So that peers hear of it; they need not.
+        // Lets the close frames leave. A peer that misses its frame runs into the idle timeout.
         let _ = timeout(CLOSE_TIMEOUT, shared.endpoint.wait_idle()).await;
     }
 
-    /// Meets whoever is at `address`, and keeps the connection and the address. With `expect`, nobody else will do. A
-    /// peer to which there is a connection is not greeted again while our admission's verdict about it lasts.
+    /// Dials `address`, and keeps the connection and the peer's address. With `expect`, any other
+    /// peer is an error. A connected peer is not dialed again while our verdict about the peer
+    /// lasts.
     ///
     /// # Errors
-    /// [`GreetError`].
+    /// [`DialError`].
     pub async fn dial(&self, address: SocketAddr, expect: Option<PeerId>) -> Result<Peer, DialError> {
         let address = canonical(address);
         let known = self.0.peers.connected_at(address, since_1970());
@@ -297,11 +300,11 @@ impl Transfer {
         Ok(peer)
     }
 
-    /// Whether anything comes back over UDP from whoever listens at `address`: a handshake that is closed at once. A
-    /// connection that exists is an answer.
+    /// Whether any UDP packet comes back from `address`: starts a handshake and closes the
+    /// connection at once. An open connection counts as an answer.
     ///
     /// # Errors
-    /// [`quinn::ConnectError`] where no packet was sent.
+    /// [`quinn::ConnectError`] when no packet was sent.
     pub async fn probe(&self, address: SocketAddr) -> Result<bool, quinn::ConnectError> {
         let address = canonical(address);
         if self.0.peers.connected_at(address, since_1970()).is_some() {
@@ -310,30 +313,30 @@ impl Transfer {
         self.0.probe(address).await
     }
 
-    /// Where a peer is that never came through this door, so that it can be fetched from: it is dialled when it is needed, and
-    /// admitted then like any other. One that is known already has moved.
+    /// Records the address of a peer that never dialed this agent. The peer is dialed and admitted
+    /// when a fetch needs the connection. The recorded address of a known peer is replaced.
     pub fn add_peer_address(&self, peer: &Peer) {
         if let Err(full) = self.0.peers.insert_address(peer) {
-            tracing::debug!(peer = %peer.id, %full, "not remembered");
+            tracing::debug!(peer = %peer.id, %full, "peer address not recorded");
         }
     }
 
-    /// The peers that were admitted, on either side, or are known, and not forgotten.
+    /// The peers that were admitted in either direction, or whose address was added.
     pub fn peers(&self) -> Vec<Peer> {
         self.0.peers.all()
     }
 
-    /// One of them.
+    /// The peer's entry; `None` for an unknown or removed peer.
     pub fn peer(&self, peer: PeerId) -> Option<Peer> {
         self.0.peers.get(peer)
     }
 
-    /// For how much longer our admission's last verdict about the peer is good; zero where there is none.
+    /// Remaining validity of our last verdict about the peer; zero without a verdict.
     pub fn admitted_for(&self, peer: PeerId) -> Duration {
         self.0.peers.admitted_until(peer).saturating_sub(since_1970())
     }
 
-    /// Where a peer last said that it sees this agent. It was admitted, and may be wrong all the same.
+    /// This node's address, as an admitted peer last reported the address. The peer may be wrong.
     pub fn observed_address(&self) -> watch::Receiver<Option<IpAddr>> {
         self.0.observed_address.subscribe()
     }
@@ -343,34 +346,37 @@ impl Transfer {
         self.0.shared_key.subscribe()
     }
 
-    /// The list of states of a blob that was fetched and proved here, so that it needs not be made again for those who ask for it.
+    /// Caches the hash chain of a blob that was fetched and verified here. A request for the chain
+    /// then costs no hashing.
     pub fn add_hash_chain(&self, chain: Arc<HashChain>) {
         self.0.hash_chains.insert(chain);
     }
 
-    /// Drops the peer's address and its connections; what is fetched from it ends as unreachable. It may come back
-    /// through the door.
+    /// Drops the peer's address and connections; fetches from the peer end as unreachable. The peer
+    /// may dial this agent again.
     pub fn remove_peer(&self, peer: PeerId) {
         self.0.peers.remove(peer);
     }
 }
 
-/// How often unused connections are looked for.
+/// Interval between searches for unused connections and expired verdicts.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// For the last packets: closing needs one way, and up to three timeouts when packets are lost.
+/// Time for the last packets: a close needs one way, and up to three timeouts when packets are
+/// lost.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Shared {
-    /// The format of messages on a connection. [`Shared::dial`] and [`Shared::meet`] have closed those without one.
+    /// The format of messages on a connection. [`Shared::dial`] and [`Shared::authenticate`] close
+    /// a connection without a common format.
     fn format_on(&self, connection: &quinn::Connection) -> Format {
         tls::format_of(connection, self.versions).unwrap_or(self.versions.current())
     }
 
-    /// Decides about a connection attempt before it costs anything.
+    /// Refuses or validates a connection attempt before the handshake costs anything.
     fn accept(self: &Arc<Self>, incoming: Incoming, connections: &mut JoinSet<()>, stop: &CancellationToken) {
         if self.handshakes.is_retry_required() && !incoming.remote_address_validated() {
-            // It can be: the address is not validated yet.
+            // `retry` cannot fail here: the address is not validated yet.
             let _ = incoming.retry();
             return;
         }
@@ -381,7 +387,8 @@ impl Shared {
     }
 }
 
-/// A dual-stack socket sees IPv4 peers under mapped addresses; people and the other adapters know them by the plain ones.
+/// The plain form of an IPv4-mapped address. A dual-stack socket reports mapped addresses for IPv4
+/// peers; logs and the other adapters use the plain form.
 fn canonical(address: SocketAddr) -> SocketAddr {
     match address {
         SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_some() => {
@@ -395,7 +402,7 @@ fn since_1970() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
-/// What is known of a peer after its introduction: the credential's word on the node's name goes before its own.
+/// The node name in a verified credential takes precedence over the name in `Hello`.
 fn peer_from(
     id: PeerId,
     address: SocketAddr,
@@ -408,12 +415,12 @@ fn peer_from(
     Ok(Peer { id, node, zone: None, transfer: address, gossip })
 }
 
-/// A peer's words, fit for a log line and a reason: no control characters, and no longer than a sentence.
+/// A peer's text for a log line or a reason: no control characters, at most 256 characters.
 fn printable(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(256).collect()
 }
 
-/// The metric's label.
+/// The label value of the admission metric.
 fn admission_result(decided: Result<&AdmittedPeer, &Rejection>) -> &'static str {
     match decided {
         Ok(admitted) if admitted.is_in_grace => "on_grace",
@@ -427,6 +434,6 @@ fn report_panic(ended: Result<(), JoinError>) {
     if let Err(error) = ended
         && error.is_panic()
     {
-        tracing::error!(%error, "a connection's task failed");
+        tracing::error!(%error, "a connection's task panicked");
     }
 }

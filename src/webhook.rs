@@ -1,15 +1,19 @@
-//! Messages to people's own systems: one JSON document, POSTed to one URL.
+//! Messages to an operator's own system: one JSON document, POSTed to one URL.
 //!
-//! With a secret, the message is signed, so that a receiver knows who sent it and that it is not an old one sent again:
+//! With a secret, the agent signs each message, so that a receiver can verify the sender and detect
+//! a replay:
 //!
 //! ```text
-//! X-Lighterman-Id: 7f3a...              the same for the same message sent again
-//! X-Lighterman-Timestamp: 1789000000    seconds since 1970 when it was sent; refuse what is some minutes old
-//! X-Lighterman-Signature: sha256=<hex>  HMAC-SHA256, by the secret, of the timestamp, a dot and the body
+//! X-Lighterman-Id: 7f3a...              equal for a message and its retries
+//! X-Lighterman-Timestamp: 1789000000    seconds since 1970 at the send; reject old messages
+//! X-Lighterman-Signature: sha256=<hex>  HMAC-SHA256 of the timestamp, a dot and the body
 //! ```
 //!
-//! Not here: trying again, and seeing to it that one node of many sends (the caller's). The answer's body is not read, redirects are
-//! not followed: what was signed for one receiver is not for another. The URL may contain a secret, so it is in no error and no log.
+//! The key of the HMAC is the secret. A receiver should reject a message that is some minutes old.
+//!
+//! Not here: retries, and the choice of one node that sends (the caller's). The response's body is
+//! not read. Redirects are not followed, because a signature for one receiver is not for another.
+//! The URL may contain a secret, so no error and no log shows the URL.
 
 use std::fmt;
 use std::io;
@@ -28,23 +32,26 @@ use url::Url;
 use crate::http::{self, Certificates, Request};
 use crate::ports::{Notification, Notifier, NotifyError};
 
-/// Receivers are told to answer first and work later; the caller's queue must not stand behind one that hangs.
+/// Deadline of a message. Receivers should answer first and work later; a receiver that hangs must
+/// not block the caller's queue.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Half of what HMAC-SHA256 can use, and more than anybody guesses.
+/// Bytes of the secret at least: half of the 32 bytes beyond which HMAC-SHA256 gains no strength
+/// (RFC 2104, section 3), and beyond any guess.
 const MIN_SECRET: usize = 16;
 
-/// A secret is a line, not a document; the wrong file is noticed.
+/// Bytes of the secret at most. A longer file is a wrong file.
 const MAX_SECRET: u64 = 4096;
 
-/// What the webhook is told.
+/// The options of the webhook.
 #[derive(Clone)]
 pub struct Config {
-    /// Where messages go, `https` or `http`.
+    /// The receiver, `https` or `http`.
     pub url: String,
-    /// Holds the secret that signs them: 16 to 4096 bytes, a line end after it does not count. Without one, nothing is signed.
+    /// File with the secret that signs messages: 16 to 4096 bytes, without the line end. Without a
+    /// file, messages are not signed.
     pub secret_file: Option<PathBuf>,
-    /// A PEM file with authorities to trust besides the well-known ones.
+    /// A PEM file with authorities to trust besides the well-known authorities.
     pub ca_file: Option<PathBuf>,
 }
 
@@ -55,16 +62,16 @@ impl fmt::Debug for Config {
     }
 }
 
-/// The webhook cannot be made as it is configured.
+/// The webhook's options cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// Not a URL for this; it is not shown.
+    /// The URL has another scheme, no host, or credentials. The error does not show the URL.
     #[error("the webhook's URL has to be http:// or https://, with a host and without a password")]
     Url,
-    /// The file of authorities.
+    /// The file of authorities cannot be used.
     #[error(transparent)]
     Trust(#[from] http::TrustError),
-    /// The file with the secret.
+    /// The secret cannot be used.
     #[error(transparent)]
     Secret(#[from] SecretError),
 }
@@ -72,20 +79,20 @@ pub enum ConfigError {
 /// The secret cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
-    /// Its file cannot be read.
+    /// The file cannot be read.
     #[error("the webhook's secret {path}: {source}")]
     Io {
-        /// Which file.
+        /// The file with the secret.
         path: PathBuf,
-        /// Why.
+        /// The error of the read.
         source: io::Error,
     },
-    /// Too short to be one, or too long.
+    /// The secret is too short or too long.
     #[error("the webhook's secret {0} has to have {MIN_SECRET} to {MAX_SECRET} bytes")]
     Length(PathBuf),
 }
 
-/// Sends messages to one receiver.
+/// A webhook with one receiver.
 pub struct Webhook {
     http: http::Client,
     url: Url,
@@ -94,7 +101,7 @@ pub struct Webhook {
 }
 
 impl Webhook {
-    /// Reads both files, so that wrong ones are noticed before anything happens.
+    /// Reads both files, so that a wrong file is an error at start.
     ///
     /// # Errors
     /// [`ConfigError`].
@@ -123,7 +130,8 @@ impl Webhook {
         request.headers.insert("x-lighterman-id", id);
         request.headers.insert("x-lighterman-timestamp", HeaderValue::from(now));
         if let Some(path) = &self.secret_file {
-            // A file that is being replaced may be whole a moment later; unsigned is never sent instead.
+            // A file that is being replaced may be complete a moment later. The agent never sends
+            // the message unsigned instead.
             let secret = read_secret(path).await.map_err(|error| unavailable(&error))?;
             let signature = HeaderValue::from_str(&signature(&secret, now, &body)).map_err(|error| refused(&error))?;
             request.headers.insert("x-lighterman-signature", signature);
@@ -132,9 +140,11 @@ impl Webhook {
         let status = self.http.send(request).await.map_err(|failure| unavailable(&failure))?.status;
         match status.as_u16() {
             200..=299 => Ok(()),
-            code @ (408 | 429 | 500..=599) => Err(NotifyError::Unavailable(format!("it answers {code}"))),
-            code @ 300..=399 => Err(NotifyError::Refused(format!("it answers {code}, and redirects are not followed"))),
-            code => Err(NotifyError::Refused(format!("it answers {code}"))),
+            code @ (408 | 429 | 500..=599) => Err(NotifyError::Unavailable(format!("the receiver answers {code}"))),
+            code @ 300..=399 => {
+                Err(NotifyError::Refused(format!("the receiver answers {code}, and redirects are not followed")))
+            }
+            code => Err(NotifyError::Refused(format!("the receiver answers {code}"))),
         }
     }
 }
@@ -142,12 +152,14 @@ impl Webhook {
 #[async_trait]
 impl Notifier for Webhook {
     async fn notify(&self, notification: &Notification) -> Result<(), NotifyError> {
-        let late = |_| Err(NotifyError::Unavailable(format!("no answer within {} s", self.deadline.as_secs())));
+        let late = |_| {
+            Err(NotifyError::Unavailable(format!("the receiver does not answer within {} s", self.deadline.as_secs())))
+        };
         timeout(self.deadline, self.send(notification)).await.unwrap_or_else(late)
     }
 }
 
-/// Reads the secret. Every message does: there are few, and a file that was replaced counts at once.
+/// Reads the secret, for every message: messages are few, and a replaced file counts at once.
 async fn read_secret(path: &Path) -> Result<Vec<u8>, SecretError> {
     let unreadable = |source| SecretError::Io { path: path.to_owned(), source };
     let file = tokio::fs::File::open(path).await.map_err(unreadable)?;

@@ -1,26 +1,30 @@
-//! Every message that crosses the network between agents, and the only place that encodes or decodes one.
+//! All messages that agents send each other. Only this module encodes or decodes a message.
 //!
-//! A frame is a length (u32, big endian), the protocol's version (major and minor, a byte each) and the message in bincode. The
-//! length is checked against the message's own limit before anything is allocated, and decoding is limited again by bincode
-//! itself. Blob bytes follow raw after their answer and are never copied into a message.
-//! Another codec would be a change of this file alone.
+//! A frame is a length (u32, big endian), the protocol's version (major and minor, a byte each) and
+//! the message in bincode. The length is checked against the limit of the message before anything
+//! is allocated, and bincode limits the decoding again. The bytes of a blob follow raw after the
+//! answer, and are never copied into a message. Another codec would change this file alone.
 //!
 //! # Two releases side by side
 //!
-//! Gossip and transfer have a version each ([`Versions`]). A release that says more than the one before raises the MINOR of the
-//! protocol. It may append fields to the end of a message, which an older agent passes over, and it may add variants, which an
-//! older agent tells apart from nonsense ([`WireError::Unknown`]) and lets be. Who decodes a message of an older MINOR has to do
-//! without the fields that it lacks; as long as the MINOR is 0 there is no older one.
+//! Gossip and transfer have a version each ([`Versions`]). A release that sends more than the
+//! release before raises the MINOR of the protocol. Such a release may append fields to the end of
+//! a message, which an older agent ignores. Such a release may also add variants, which an older
+//! agent tells from malformed messages ([`WireError::Unknown`]) and ignores. A decoder has to do
+//! without the fields that a message of an older MINOR lacks; while the MINOR is 0, no older MINOR
+//! exists.
 //!
-//! Any other change raises the MAJOR of the protocol. Agents of neighbouring MAJORs exchange `Hello`, `Welcome`, `Have` and `Get`
-//! over QUIC, and all gossip, in the older format. `Pieces`, `Chain` and `Follow` need equal MAJORs; the fetcher replaces them by
-//! `Have` and `Get` (`transfer::fetch::ranges`). The change costs its author three things, and no other file:
+//! Any other change raises the MAJOR of the protocol. Agents of neighboring MAJORs exchange
+//! `Hello`, `Welcome`, `Have` and `Get` over QUIC, and all gossip, in the older format. `Pieces`,
+//! `HashChain` and `Follow` need equal MAJORs; the fetcher replaces these by `Have` and `Get`
+//! (`transfer::fetch::other_major`). Such a change has three parts, and touches no other file:
 //!
 //! 1. in [`Versions`] the new MAJOR as `current`, and the MAJOR before as `previous`;
-//! 2. a module with the messages as they were, and their conversions (`From` one way, `TryFrom` the other);
+//! 2. a module with the old messages, and their conversions (`From` one way, `TryFrom` the other);
 //! 3. the old type as [`Message::Previous`] of the message that changed.
 //!
-//! Signatures are over bytes that no codec makes (`crate::model`, `signed`), so a relay in another format keeps them valid.
+//! Signatures cover bytes that no codec makes (`crate::model`, `signed`), so a relay in another
+//! format keeps the signatures valid.
 
 mod error;
 mod frame;
@@ -43,72 +47,74 @@ use crate::model::{Credential, Gossip, MAX_ITEMS, PieceMapUpdate, SyncReply, Syn
 use crate::oci::{Digest, MAX_PIECES};
 pub use frame::split;
 
-/// What an agent sends to another in one frame.
+/// A message that an agent sends to another in one frame.
 pub trait Message: Clone + Serialize + DeserializeOwned {
-    /// The largest encoding accepted or sent, in bytes, without the frame's [`HEADER`].
+    /// The largest encoding that is accepted or sent, in bytes, without the frame's [`HEADER`].
     const LIMIT: usize;
 
-    /// Of the protocol that the message belongs to.
+    /// The versions of the message's protocol.
     const VERSIONS: Versions;
 
-    /// The message as the previous MAJOR has it; `Self` where the two do not differ.
+    /// The message in the previous MAJOR; `Self` where the two MAJORs do not differ.
     type Previous: Serialize + DeserializeOwned + From<Self> + TryInto<Self, Error: Display>;
 }
 
-/// The first message on a connection, from the one who dialled.
+/// The first message on a connection, sent by the dialer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
-    /// Why the dialler should be admitted.
+    /// The credential of the sender.
     pub credential: Credential,
-    /// Its node's name, for logs and status; a credential that names a node wins.
+    /// The sender's node name, for logs and status. A node name in the credential takes precedence.
     pub node: String,
-    /// The TCP port where it gossips; the address is the connection's.
+    /// The TCP port of the sender's gossip; the address is the connection's.
     pub gossip_port: u16,
-    /// The address that it sees the other side at.
+    /// The receiver's address, as the sender sees the address.
     pub observed_address: IpAddr,
 }
 
 /// The answer to [`Hello`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Welcome {
-    /// Admitted; the listener introduces itself in turn.
+    /// The dialer is admitted; the listener sends its own `Hello`.
     Admitted(Hello),
-    /// Not admitted; the connection is closed after this.
+    /// The dialer is not admitted, with the reason; the connection closes after this.
     Rejected(String),
 }
 
-/// What may be asked on a stream of an admitted connection. One request a stream.
+/// A request on a stream of an admitted connection. One request a stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
-    /// Is this blob there, and how long is it?
+    /// Request whether the blob is present, and its length.
     Have(Digest),
-    /// Send this part of it.
+    /// Request a range of a blob.
     Get {
-        /// Which blob.
+        /// The blob.
         digest: Digest,
-        /// The first byte wanted.
+        /// The first byte of the range.
         offset: u64,
-        /// How many bytes.
+        /// The length of the range, in bytes.
         length: u64,
     },
-    /// Send some of these pieces of it. The blob is cut as [`crate::oci::Cut::usual`] cuts one of its size.
+    /// Request some of these pieces of a blob, as [`crate::oci::PieceLayout::for_size`] divides the
+    /// blob.
     Pieces {
-        /// Which blob.
+        /// The blob.
         digest: Digest,
-        /// Those that are welcome, the most welcome first; at most [`crate::model::MAX_CHOICE`].
+        /// The acceptable pieces, in order of preference; at most
+        /// [`crate::model::MAX_REQUEST_PIECES`].
         pieces: Vec<u32>,
-        /// How many of them.
+        /// The largest number of pieces to send.
         limit: u8,
     },
-    /// Send the states between its pieces.
+    /// Request the hash chain of a blob.
     HashChain(Digest),
-    /// Tell which pieces of it are there, and go on telling as they come.
+    /// Request the piece map of a blob, and updates as pieces arrive.
     Follow(Digest),
 }
 
 impl Request {
-    /// Whether it is served to peers of the same MAJOR only. What it asks for is the most likely to change with a MAJOR, and can be
-    /// had with the others.
+    /// Whether the request is served to peers of the same MAJOR only. These requests are the most
+    /// likely to change with a MAJOR, and the other requests can replace them.
     pub fn needs_equal_majors(&self) -> bool {
         match self {
             Self::Have(_) | Self::Get { .. } => false,
@@ -117,46 +123,48 @@ impl Request {
     }
 }
 
-/// What is answered. After [`Answer::Blob`] exactly what was asked for follows:
+/// The answer to a request. After [`Answer::Blob`] follows exactly the requested content:
 ///
 /// - to a `Get` the bytes;
-/// - to a `Chain` the states, 32 bytes each, one fewer than pieces;
-/// - to a `Follow` nothing, as all of it is there.
+/// - to a `HashChain` the states, 32 bytes each, one fewer than pieces;
+/// - to a `Follow` nothing, as the whole blob is present.
 ///
-/// After [`Answer::Partial`] to a `Chain` the states follow too, and to a `Follow` [`Availability`] messages until the end of the stream. After either
-/// of them to `Pieces` come pieces until the end of the stream: the number of each in four bytes, big endian, and its bytes.
+/// After [`Answer::Partial`] to a `HashChain` the states follow too, and to a `Follow` follow
+/// [`PieceMapUpdate`] messages until the end of the stream. After either answer to `Pieces` follow
+/// pieces until the end of the stream: the number of each in four bytes, big endian, and its bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
-    /// It is there.
+    /// The whole blob is present.
     Blob {
         /// The whole blob's length in bytes.
         size: u64,
     },
-    /// Some of it is there, the rest is being fetched.
+    /// A part of the blob is present, and the rest is being fetched.
     Partial {
         /// The whole blob's length in bytes.
         size: u64,
     },
-    /// It is not there.
+    /// The blob is absent.
     Absent,
-    /// As many are being served as this agent serves; ask again or elsewhere.
+    /// The agent serves as many requests as it may. The fetcher retries later, or at another peer.
     Busy,
-    /// A range outside the blob.
+    /// The range or a piece is outside of the blob.
     Invalid {
-        /// The whole blob's length in bytes, so that the asker sees who was wrong about it.
+        /// The whole blob's length in bytes. The fetcher compares the length with the manifest's.
         size: u64,
     },
-    /// The content store failed; ask elsewhere.
+    /// The content store failed; another peer may have the blob.
     Failed,
 }
 
-/// Bytes of a frame before its message.
+/// The length of a frame's header, in bytes.
 pub const HEADER: usize = 6;
 
 /// Encodes a message with its frame, for peers of the same MAJOR.
 ///
 /// # Errors
-/// [`WireError::TooLong`] when it exceeds its own limit, which is a bug of the sender or an inventory beyond all bounds.
+/// [`WireError::TooLong`] when the message exceeds its limit: a bug of the sender, or an inventory
+/// beyond all bounds.
 pub fn encode<M: Message>(message: &M) -> Result<Vec<u8>, WireError> {
     encode_in(message, M::VERSIONS.current())
 }
@@ -182,7 +190,8 @@ pub fn encode_in<M: Message>(message: &M, format: Format) -> Result<Vec<u8>, Wir
     Ok(frame)
 }
 
-/// Decodes a whole frame of a peer of the same MAJOR, or of the one before; nothing may follow the frame.
+/// Decodes a whole frame of a peer of the same MAJOR, or of the one before; nothing may follow the
+/// frame.
 ///
 /// # Errors
 /// Any [`WireError`] but [`WireError::Io`].
@@ -198,10 +207,10 @@ pub fn decode_in<M: Message>(frame: &[u8], versions: Versions) -> Result<M, Wire
     Ok(decode_whole(frame, versions)?.0)
 }
 
-/// Decodes a frame that will be passed on, and says whether a later release has made it.
+/// Decodes a frame for a relay. `true` when a later release has written the frame.
 ///
-/// One of this release must be encoded as this release does it: numbers can be written in several ways, and each would be a message
-/// of its own to those who only compare the bytes.
+/// A frame of this release must equal the encoding of this release. bincode reads a number in
+/// several encodings, and each would be a message of its own where only bytes are compared.
 ///
 /// # Errors
 /// As [`decode`].
@@ -219,7 +228,7 @@ fn decode_whole<M: Message>(frame: &[u8], versions: Versions) -> Result<(M, Head
     let header = Header::check::<M>(bytes, versions)?;
     let (body, length) = (&frame[HEADER..], header.length);
     if body.len() != length {
-        return Err(WireError::Malformed(format!("{} bytes where {length} were announced", body.len())));
+        return Err(WireError::Malformed(format!("{} bytes instead of the announced {length}", body.len())));
     }
     Ok((header.decode_body(body)?, header))
 }
@@ -268,19 +277,20 @@ pub async fn write_in<M: Message>(
     Ok(())
 }
 
-/// What one decode may allocate, over all kinds of message: twice the largest limit below. bincode counts what it reads as it is in
-/// memory, so a length inside a message cannot ask for more either; an integer that was sent in one byte counts eight. The worst
-/// message that is honest consists of [`crate::model::Mark`]s, at 65 counted for 37 sent.
+/// Bytes that one decode may allocate, for all messages: twice the largest limit below. bincode
+/// counts values at their size in memory, so a length inside a message cannot exceed this bound
+/// either. An integer that was sent in one byte counts eight. The worst honest message consists of
+/// [`crate::model::MemberSummary`]s, with 65 bytes counted for 37 sent.
 const MAX_DECODE: usize = 2 * SyncReply::LIMIT;
 
-/// What later releases may append to a message; what is longer is padding.
+/// Bytes that later releases may append to a message; a longer tail is malformed.
 const MAX_APPENDED: usize = 256;
 
-/// A frame's header that was checked.
+/// The checked header of a frame.
 struct Header {
-    /// Of the message, in bytes; within its limit.
+    /// The length of the message in bytes, within its limit.
     length: usize,
-    /// What the sender wrote; the MAJOR is that of the format.
+    /// The version in the frame; the MAJOR is that of the format.
     theirs: Version,
     format: Format,
     ours: Versions,
@@ -298,7 +308,7 @@ impl Header {
         Ok(Self { length, theirs, format, ours })
     }
 
-    /// Whether a later release than this one knows of has written the frame.
+    /// Whether a later release than this one has written the frame.
     fn is_newer(&self) -> bool {
         self.theirs > self.format.version()
     }
@@ -317,7 +327,8 @@ impl Header {
             Ok((message, read)) if is_newer && body.len() - read <= MAX_APPENDED => Ok(message),
             Ok((message, read)) if !is_newer && read == body.len() => Ok(message),
             Ok((_, read)) => Err(WireError::Malformed(format!("{} bytes left over", body.len() - read))),
-            // It was read, and found to mean nothing: a variant of that release, or a name of a form that is allowed there.
+            // The body was read, but has no meaning here: a variant of that release, or a name in a
+            // form that is allowed there.
             Err(DecodeError::OtherString(reason)) if is_newer => Err(self.unknown(reason)),
             Err(error) => Err(WireError::Malformed(error.to_string())),
         }
@@ -329,7 +340,8 @@ impl Header {
 }
 
 impl Message for Hello {
-    /// A ServiceAccount token is 1 to 2 KiB, a chain of certificates up to 12 KiB; a name of 253 bytes, and room for more.
+    /// A ServiceAccount token is 1 to 2 KiB, a chain of certificates up to 12 KiB; a name has 253
+    /// bytes. The rest is a reserve.
     const LIMIT: usize = 16 << 10;
     const VERSIONS: Versions = Versions::TRANSFER;
     type Previous = Self;
@@ -343,35 +355,37 @@ impl Message for Welcome {
 }
 
 impl Message for Request {
-    /// A digest, [`crate::model::MAX_CHOICE`] numbers of up to five bytes, and some bytes around them: 360; the rest is for what later releases append.
+    /// A digest, [`crate::model::MAX_REQUEST_PIECES`] numbers of up to five bytes, and some bytes
+    /// around them: 360. The rest is for fields of later releases.
     const LIMIT: usize = 512;
     const VERSIONS: Versions = Versions::TRANSFER;
     type Previous = Self;
 }
 
 impl Message for PieceMapUpdate {
-    /// A bit for each of [`MAX_PIECES`], or [`crate::model::MAX_NEWS`] numbers of up to five bytes.
+    /// One bit for each of [`MAX_PIECES`], or [`crate::model::MAX_HAVE_PIECES`] numbers of up to
+    /// five bytes.
     const LIMIT: usize = MAX_PIECES as usize / 8 + 64;
     const VERSIONS: Versions = Versions::TRANSFER;
     type Previous = Self;
 }
 
 impl Message for Answer {
-    /// One integer and the tag: 10 bytes; the rest is for what later releases append.
+    /// One integer and the tag: 10 bytes. The rest is for fields of later releases.
     const LIMIT: usize = 64;
     const VERSIONS: Versions = Versions::TRANSFER;
     type Previous = Self;
 }
 
 impl Message for Gossip {
-    /// What gossipsub carries, less its own framing of some 50 bytes and this one. An entry has at most 54 KiB
-    /// ([`crate::model::MAX_CHANGES`] of the longest names), an introduction 13 KiB.
+    /// The limit of gossipsub, less its own framing of some 50 bytes and this one. An entry has at
+    /// most 54 KiB ([`crate::model::MAX_CHANGES`] of the longest names), an introduction 13 KiB.
     const LIMIT: usize = MAX_GOSSIP - 512;
     const VERSIONS: Versions = Versions::GOSSIP;
     type Previous = Self;
 }
 
-/// The largest message of gossipsub, its framing included: what libp2p sets by default.
+/// The largest message of gossipsub, its framing included: libp2p's default.
 pub const MAX_GOSSIP: usize = 64 << 10;
 
 impl Message for SyncRequest {
@@ -382,7 +396,8 @@ impl Message for SyncRequest {
 }
 
 impl Message for SyncReply {
-    /// [`MAX_ITEMS`] of 128 bytes on average: a blob's has 34 and its holders, an image's rarely over 120.
+    /// [`MAX_ITEMS`] of 128 bytes on average: a blob's item has 34 bytes and its providers, an
+    /// image's rarely over 120.
     const LIMIT: usize = MAX_ITEMS * 128;
     const VERSIONS: Versions = Versions::GOSSIP;
     type Previous = Self;

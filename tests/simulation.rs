@@ -1,7 +1,9 @@
-//! The mesh in simulated time: real protocols and real inventories, a modelled network. Every run prints its seed;
-//! `LIGHTERMAN_SIM_SEED` repeats it, `LIGHTERMAN_SIM_NODES` sets the size of the large one.
+//! The mesh in simulated time: real protocols and real inventories on a modelled network. Every run
+//! prints its seed. `LIGHTERMAN_SIM_SEED` repeats a run, `LIGHTERMAN_SIM_NODES` sets the size of
+//! the large cluster.
 //!
-//! Small clusters run always. The large one, which the figures are of, runs in release builds alone.
+//! Small clusters run in every build. The large cluster, whose figures are published, runs only in
+//! release builds.
 
 mod simulation {
     mod calibration;

@@ -1,28 +1,22 @@
-//! Two agents as they are in production, as far as an image passes through them: the real recovery, from one containerd to the other.
-//! What gossip would tell is told by hand.
+//! Two agents, as in production where an image passes through: the real recovery, from one
+//! containerd to another. The benchmark fills the inventory, which gossip does in production.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use lighterman::admission::StaticAdmission;
-use lighterman::agent::blob_fetcher::BlobFetcher;
-use lighterman::agent::claim_coordinator::ClaimCoordinator;
-use lighterman::agent::inventory_view::PeerInventory;
-use lighterman::agent::layer_unpacker::LayerUnpacker;
-use lighterman::agent::progress::Progress;
-use lighterman::agent::recover::Recoverer;
-use lighterman::agent::reference_resolver::ReferenceResolver;
-use lighterman::agent::swarm::Downloads;
+use lighterman::agent::peers::inventory_view::PeerInventory;
+use lighterman::agent::recovery::builder::RecoveryDependencies;
+use lighterman::agent::recovery::progress::Progress;
+use lighterman::agent::recovery::recover::Recoverer;
 use lighterman::cli::runtime;
 use lighterman::containerd::{Config, ContainerdStore};
-use lighterman::decide::disk_reservations::Reservations;
-use lighterman::decide::policy::{Policy, ResolveOptions};
+use lighterman::testing::policy_without_disk_limits;
 use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
-use lighterman::model::{InventoryItem, MeshEvent, NodeName, PeerId};
+use lighterman::model::{InventoryItem, MeshEvent, PeerId};
 use lighterman::oci::{Platform, Reference};
-use lighterman::ports::{ContentStore, ImportPermission, NoPartialBlobs};
-use lighterman::testing::{MemoryCluster, MemoryRegistry};
+use lighterman::ports::{ContentStore, Unpacker, NoPartialBlobs};
 use lighterman::transfer::{self, Transfer, TransferDependencies};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
@@ -31,30 +25,30 @@ use tokio_util::sync::CancellationToken;
 use crate::daemon::Containerd;
 use crate::report::BenchError;
 
-/// The agent that serves and the one that recovers, each on a runtime of its own like the agent's.
+/// A serving agent and a recovering agent, each on a runtime configured like that of a real agent.
 pub(crate) struct AgentPair {
     recoverer: Recoverer,
     stop: CancellationToken,
     recovering: Runtime,
-    /// Drives the other agent.
+    /// Runs the serving agent.
     _serving: Runtime,
 }
 
-/// What the agent sees of containerd's content folder.
+/// Access to containerd's content folder.
 #[derive(Clone, Copy)]
 pub(crate) enum ContentAccess {
-    /// It reads blobs from their files.
+    /// The agent reads blobs from files.
     Files,
-    /// It reads them through the content API.
+    /// The agent reads blobs through the content API.
     ApiOnly,
 }
 
-/// Who unpacks the layers that come.
+/// The program that unpacks the fetched layers.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum UnpackMode {
-    /// The recovery, as they come.
+    /// The recovery unpacks layers during the transfer.
     DuringRecovery,
-    /// Whoever makes a container.
+    /// The first container's runtime unpacks the layers.
     AfterRecovery,
 }
 
@@ -87,20 +81,24 @@ impl AgentPair {
         Ok(Self { recoverer, stop, recovering, _serving: serving })
     }
 
-    /// From the decision to recover to the image's record.
+    /// Recovers the image, from the decision to the image record.
     pub(crate) fn recover(&self, reference: &Reference) -> Result<(), BenchError> {
         let progress = Progress::default();
         let wanted = reference.clone().into();
         let recovery = self.recoverer.recover(&wanted, &progress, &self.stop);
         let recovered = self.recovering.block_on(recovery)?;
-        // Blobs that had been there would have cost nothing.
-        if recovered.present == 0 { Ok(()) } else { Err(format!("{} blobs were there", recovered.present).into()) }
+        // A blob that was present already would have cost nothing.
+        if recovered.present == 0 {
+            Ok(())
+        } else {
+            Err(format!("{} blobs were present before the recovery", recovered.present).into())
+        }
     }
 }
 
 impl Drop for AgentPair {
     fn drop(&mut self) {
-        // The runtimes are dropped next, and every task with them.
+        // The runtimes are dropped next, with all of their tasks.
         self.stop.cancel();
     }
 }
@@ -129,7 +127,7 @@ fn bind(
 ) -> Result<Transfer, BenchError> {
     let config = transfer::Config {
         listen: "127.0.0.1:0".parse()?,
-        // Nobody gossips here.
+        // No gossip runs here.
         gossip_port: 1,
         node: "bench".parse()?,
         concurrent_uploads: 16,
@@ -144,7 +142,7 @@ fn bind(
     Ok(transfer)
 }
 
-/// What the serving agent would announce.
+/// The items that the serving agent would announce.
 async fn announced_items(store: &ContainerdStore) -> Result<Vec<InventoryItem>, BenchError> {
     let mut items: Vec<_> = store.blobs().await?.into_iter().map(|blob| InventoryItem::Blob(blob.digest)).collect();
     for record in store.images().await? {
@@ -163,41 +161,11 @@ fn recoverer(
     metrics: Metrics,
     unpacks: UnpackMode,
 ) -> Result<Recoverer, BenchError> {
-    let node: NodeName = "bench".parse()?;
-    let mut rules = Policy::default();
-    rules.budgets.min_free_bytes = 0;
-    rules.budgets.image_gc_percent = 100;
-    rules.budgets.eviction_percent = 0;
-    let unpacking = match unpacks {
-        UnpackMode::DuringRecovery => {
-            Some(LayerUnpacker::new(Arc::clone(&store) as _, Arc::clone(&store) as _, metrics.clone()))
-        }
+    let unpacker: Option<Arc<dyn Unpacker>> = match unpacks {
+        UnpackMode::DuringRecovery => Some(Arc::clone(&store) as _),
         UnpackMode::AfterRecovery => None,
     };
-    let claims = Arc::new(MemoryCluster::default().claims_of(node.clone()));
-    Ok(Recoverer {
-        store: Arc::clone(&store) as _,
-        resolver: ReferenceResolver {
-            inventory: holders.clone(),
-            registry: Arc::new(MemoryRegistry::default()),
-            cluster: Arc::new(MemoryCluster::default()),
-            platform: Platform::of_this_node(),
-            options: ResolveOptions::default(),
-        },
-        blob_fetcher: Arc::new(BlobFetcher::new(
-            me,
-            store,
-            Arc::new(transfer),
-            holders.clone(),
-            Downloads::default(),
-            watch::channel(None).1,
-            metrics.clone(),
-        )),
-        claims: Arc::new(ClaimCoordinator::new(claims, holders, metrics, node, me)),
-        policy: watch::channel(Arc::new(rules)).1,
-        platform: Platform::of_this_node(),
-        reservations: Reservations::default(),
-        imports: watch::channel(ImportPermission::Allowed).1,
-        layer_unpacker: unpacking,
-    })
+    let dependencies = RecoveryDependencies::on_fakes(me, "bench".parse()?, store, Arc::new(transfer), holders);
+    let policy = watch::channel(Arc::new(policy_without_disk_limits())).1;
+    Ok(RecoveryDependencies { unpacker, policy, metrics, ..dependencies }.build())
 }

@@ -1,5 +1,5 @@
-//! What agents write at the API server: for pods that wait for an image, and while nothing happens. The kubelet's part, a pod's status, is
-//! played.
+//! Agents' writes to the API server: for pods that wait for an image, and while idle. The benchmark
+//! itself writes the pods' status, which is the kubelet's part.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -18,13 +18,14 @@ use crate::storage::Storage;
 
 const NODES: usize = 8;
 
-/// As many waiting pods on each node but the first, for one image.
+/// Waiting pods on each node but the first, all with the same image.
 const PODS: usize = 3;
 
-/// How long it is idled: with all nodes, 40 minutes of one.
+/// Length of the idle period. With all nodes, 40 minutes of one agent.
 const IDLE: Duration = Duration::from_secs(300);
 
-/// After which what a recovery sets off has been written: Events and nudges are tried again after seconds, claims are given back.
+/// Time after which all writes of a recovery are done: Events and nudges are retried after seconds,
+/// and claims are released.
 const WRITE_DELAY: Duration = Duration::from_secs(20);
 
 const WAIT_DEADLINE: Duration = Duration::from_secs(120);
@@ -37,7 +38,7 @@ pub(crate) fn run() -> Result<(), BenchError> {
         nodes.put_image_on(0, &image, &[16 << 20, 16 << 20], 1).await?;
         nodes.wait_providers(&image, 1..NODES, &[0]).await?;
         let started = ApiWrites::so_far(nodes);
-        note(&format!("until all were connected: {}", started.describe()));
+        note(&format!("until all agents were connected: {}", started.describe()));
         let pods = PODS * (NODES - 1);
         recover_waiting_pods(nodes, &image).await?;
         sleep(WRITE_DELAY).await;
@@ -56,7 +57,7 @@ async fn idle(nodes: &Nodes) -> Result<(), BenchError> {
     let written = ApiWrites::so_far(nodes).since(&before);
     let hours = IDLE.as_secs_f64() * NODES as f64 / 3600.0;
     let on = format!(
-        "of one agent; {NODES} agents, {} s: {}; the token's renewal, every 45 to 51 minutes, falls outside of them",
+        "per agent; {NODES} agents, {} s: {}; token renewals, every 45 to 51 minutes, are outside the period",
         IDLE.as_secs(),
         written.describe()
     );
@@ -64,7 +65,7 @@ async fn idle(nodes: &Nodes) -> Result<(), BenchError> {
     Ok(())
 }
 
-/// How often agents asked the API server to create, update, patch or delete something, by verb and resource.
+/// Number of create, update, patch and delete requests of agents, by verb and resource.
 struct ApiWrites(BTreeMap<String, usize>);
 
 impl ApiWrites {
@@ -99,7 +100,7 @@ impl ApiWrites {
     }
 }
 
-/// Pods on all nodes but the first fail to get the image, are nudged, and run.
+/// Pods on all nodes but the first fail to pull the image, are nudged, and run.
 async fn recover_waiting_pods(nodes: &Nodes, image: &Reference) -> Result<(), BenchError> {
     let kubernetes = &nodes.kubernetes;
     let allow = json!({ "metadata": { "annotations": { "lighterman.dev/allow": "true" } } });
@@ -128,7 +129,7 @@ async fn recover_waiting_pods(nodes: &Nodes, image: &Reference) -> Result<(), Be
     }
     let began = Instant::now();
     for name in &names {
-        // Where it is nudged the kubelet looks for the image, and starts the container.
+        // After a nudge the kubelet looks for the image and starts the container.
         while !is_nudged(&pods.get(name).await?) {
             if began.elapsed() > WAIT_DEADLINE {
                 return Err(format!("{name} is not nudged:\n{}", nodes.agents[1].log_tail()).into());
@@ -144,7 +145,7 @@ fn is_nudged(pod: &Pod) -> bool {
     pod.metadata.annotations.as_ref().is_some_and(|annotations| annotations.contains_key("lighterman.dev/nudged-at"))
 }
 
-/// As a kubelet tells the state of the pod's container.
+/// Writes the state of the pod's container, as a kubelet does.
 async fn set_state(pods: &Api<Pod>, name: &str, state: &Value) -> Result<(), BenchError> {
     let container =
         json!({ "name": "main", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": state });

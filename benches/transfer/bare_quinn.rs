@@ -1,4 +1,4 @@
-//! quinn by itself: one stream of bytes that nobody looks at, as fast as a few settings make it.
+//! quinn alone: a stream of bytes without verification, with the fastest of some settings.
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -8,9 +8,9 @@ use bytes::Bytes;
 use quinn::{Connection, Endpoint, ServerConfig, TokioRuntime, VarInt};
 use tokio::runtime::{Builder, Runtime};
 
-use crate::fetch::TransferCost;
 use crate::quinn_setting::{AGENT_SETTING, Congestion, QuinnSetting};
 use crate::report::{BenchError, mb_s, note};
+use crate::transfer_cost::TransferCost;
 
 const SETTINGS: [QuinnSetting; 12] = [
     AGENT_SETTING,
@@ -27,10 +27,10 @@ const SETTINGS: [QuinnSetting; 12] = [
     QuinnSetting { congestion: Congestion::Bbr, ..AGENT_SETTING },
 ];
 
-/// Each setting's best of so many runs counts.
+/// Number of runs of each setting. The best run counts.
 const TRIES: usize = 4;
 
-/// Tries every setting, and keeps the fastest.
+/// Runs every setting, and keeps the fastest.
 pub(crate) fn fastest(blob: &Bytes) -> Result<(QuinnSetting, BareQuinn), BenchError> {
     let mut best: Option<(f64, QuinnSetting)> = None;
     for setting in SETTINGS {
@@ -48,7 +48,7 @@ pub(crate) fn fastest(blob: &Bytes) -> Result<(QuinnSetting, BareQuinn), BenchEr
     Ok((setting, BareQuinn::start(setting, blob)?))
 }
 
-/// A connection on this thread to a sender on a thread of its own.
+/// A connection on this thread to a sender on another thread.
 pub(crate) struct BareQuinn {
     runtime: Runtime,
     endpoint: Endpoint,
@@ -67,7 +67,7 @@ impl BareQuinn {
         let address = endpoint.local_addr()?;
         let blob = blob.clone();
         let sender = Some(thread::spawn(move || {
-            // It ends when the connection does.
+            // The task ends with the connection.
             let _ = sending.block_on(send(&endpoint, &blob, setting.chunk << 10));
         }));
         let runtime = Builder::new_current_thread().enable_all().build()?;
@@ -79,7 +79,7 @@ impl BareQuinn {
         Ok(Self { runtime, endpoint, connection, sender })
     }
 
-    /// Bytes in the packets that it takes, as was found out by now.
+    /// Payload of the connection's packets, as discovered so far, in bytes.
     pub(crate) fn packets(&self) -> u16 {
         self.connection.stats().path.current_mtu
     }
@@ -87,7 +87,7 @@ impl BareQuinn {
     pub(crate) fn run(&self, blob: &Bytes) -> Result<TransferCost, BenchError> {
         TransferCost::of(|| {
             let received = self.runtime.block_on(receive(&self.connection))?;
-            if received == blob.len() { Ok(()) } else { Err(format!("{received} bytes came").into()) }
+            if received == blob.len() { Ok(()) } else { Err(format!("{received} bytes were received").into()) }
         })
     }
 }
@@ -97,7 +97,7 @@ impl Drop for BareQuinn {
         self.connection.close(VarInt::from_u32(0), b"done");
         self.runtime.block_on(self.endpoint.wait_idle());
         if let Some(sender) = self.sender.take() {
-            // A panic was printed when it happened.
+            // The panic message is already printed.
             let _ = sender.join();
         }
     }
@@ -108,7 +108,8 @@ async fn send(endpoint: &Endpoint, blob: &Bytes, chunk: usize) -> Result<(), Ben
     serve(&connection, blob, chunk).await
 }
 
-/// Sends the blob on every stream that the other end opens, one after the other, until it closes the connection.
+/// Sends the blob on every stream that the other side opens, one after the other, until the
+/// connection is closed.
 pub(crate) async fn serve(connection: &Connection, blob: &Bytes, chunk: usize) -> Result<(), BenchError> {
     loop {
         let (mut send, mut recv) = connection.accept_bi().await?;

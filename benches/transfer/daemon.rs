@@ -1,4 +1,4 @@
-//! Programs that run beside the benchmark: containerds and a registry, from the test bed.
+//! Programs beside the benchmark: containerds and a registry, from the test bed.
 
 use std::fs::File;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -14,13 +14,13 @@ use lighterman::testing::image::MadeImage;
 use crate::cpu;
 use crate::report::BenchError;
 
-/// Killed when dropped, also by a benchmark that fails.
+/// A child process. Killed when dropped, also after a failed benchmark.
 struct Daemon {
     process: Child,
     log: PathBuf,
 }
 
-/// Both are ready in a third of a second; a busy machine takes longer.
+/// Both programs are ready in a third of a second. A busy machine takes longer.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 
 impl Daemon {
@@ -37,7 +37,7 @@ impl Daemon {
         while !is_ready() {
             if began.elapsed() > START_DEADLINE {
                 let log = std::fs::read_to_string(&self.log).unwrap_or_default();
-                return Err(format!("it does not come up: {log}").into());
+                return Err(format!("the program does not become ready: {log}").into());
             }
             sleep(Duration::from_millis(20));
         }
@@ -47,15 +47,16 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The process may have ended already.
         let _ = (self.process.kill(), self.process.wait());
     }
 }
 
-/// The containerd namespace that everything is in.
+/// The containerd namespace of all content.
 pub(crate) const NAMESPACE: &str = "bench";
 
-/// Everything in one folder. NRI's socket has a fixed path, which two daemons cannot share.
+/// All paths are in one folder. NRI is disabled: its socket has a fixed path, which two daemons
+/// cannot share.
 const CONFIGURATION: &str = r#"
 version = 2
 root = "{folder}/root"
@@ -69,7 +70,7 @@ disabled_plugins = [{disabled}"io.containerd.nri.v1.nri", "io.containerd.snapsho
   path = "{folder}/opt"
 "#;
 
-/// A containerd 2 with nothing in it.
+/// An empty containerd 2.
 pub(crate) struct Containerd {
     ctr: PathBuf,
     folder: PathBuf,
@@ -77,12 +78,12 @@ pub(crate) struct Containerd {
 }
 
 impl Containerd {
-    /// Without CRI: nobody creates containers here.
+    /// Starts containerd without CRI, for benchmarks without containers.
     pub(crate) fn start(folder: PathBuf) -> Result<Self, BenchError> {
         Self::start_without(folder, "\"io.containerd.grpc.v1.cri\", ")
     }
 
-    /// With CRI, which says what images are unpacked into.
+    /// Starts containerd with CRI, whose configuration names the snapshotter for unpacking.
     pub(crate) fn start_with_cri(folder: PathBuf) -> Result<Self, BenchError> {
         Self::start_without(folder, "")
     }
@@ -103,12 +104,12 @@ impl Containerd {
         self.folder.join("containerd.sock")
     }
 
-    /// The words that a command of containerd's own client begins with.
+    /// The first words of a `ctr` command for this containerd.
     pub(crate) fn ctr_words(&self) -> String {
         format!("{} -a {} -n {NAMESPACE}", self.ctr.display(), self.socket().display())
     }
 
-    /// Runs containerd's own client and gives what it prints.
+    /// Runs `ctr` and returns the output.
     pub(crate) fn ctr(&self, arguments: &[&str]) -> Result<String, BenchError> {
         let mut ctr = Command::new(&self.ctr);
         let output = ctr.arg("-a").arg(self.socket()).args(["-n", NAMESPACE]).args(arguments).output()?;
@@ -118,7 +119,7 @@ impl Containerd {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    /// For whoever stores there.
+    /// The configuration of an agent's store on this containerd.
     pub(crate) fn config(&self) -> Config {
         let staging = Some(self.folder.join("staging"));
         Config {
@@ -130,12 +131,12 @@ impl Containerd {
         }
     }
 
-    /// The file of a blob in its content store.
+    /// The file of a blob in the content store.
     pub(crate) fn file_of(&self, digest: Digest) -> PathBuf {
         self.folder.join("root/io.containerd.content.v1.content/blobs/sha256").join(digest.hex())
     }
 
-    /// The record names the right manifest, and all that it names is there.
+    /// Checks that the record points to the right manifest, and that all content exists.
     pub(crate) fn check(&self, reference: &Reference, image: &MadeImage) -> Result<(), BenchError> {
         let name = format!("name=={reference}");
         let (digest, parts) = (image.target.digest.to_string(), image.blobs.len());
@@ -143,24 +144,24 @@ impl Containerd {
         if checked.contains(&digest) && checked.contains(&format!(" complete ({parts}/{parts})")) {
             return Ok(());
         }
-        Err(format!("the image did not come as it was ({digest}, {parts} parts): {checked}").into())
+        Err(format!("the image is incomplete or another one ({digest}, {parts} blobs): {checked}").into())
     }
 
-    /// Removes every image, and what a command that failed left without a name.
+    /// Removes every image, and content without a name that a failed command left behind.
     pub(crate) fn empty(&self) -> Result<(), BenchError> {
         let content = ["content", "ls", "-q"];
         let remove = |command: &[&str], listed: String| match listed.lines().collect::<Vec<_>>()[..] {
             [] => Ok(String::new()),
             ref names => self.ctr(&[command, names].concat()),
         };
-        // The record's removal waits for the collector.
+        // `--sync` waits for the garbage collection.
         remove(&["images", "rm", "--sync"], self.ctr(&["images", "ls", "-q"])?)?;
         remove(&["content", "rm"], self.ctr(&content)?)?;
         let left = self.ctr(&content)?;
-        if left.is_empty() { Ok(()) } else { Err(format!("removed, and yet there is {left}").into()) }
+        if left.is_empty() { Ok(()) } else { Err(format!("content is left after the removal: {left}").into()) }
     }
 
-    /// As it tells it itself.
+    /// The version that containerd reports.
     pub(crate) fn version(&self) -> Result<String, BenchError> {
         let told = self.ctr(&["version"])?;
         let server = told.split_once("Server:").map_or("", |(_, server)| server);
@@ -180,7 +181,7 @@ storage: { filesystem: { rootdirectory: "{folder}/registry" } }
 http: { addr: "{address}" }
 "#;
 
-/// A registry that speaks plain HTTP.
+/// A registry with plain HTTP.
 pub(crate) struct Registry {
     /// Host and port.
     pub(crate) address: String,
@@ -189,7 +190,8 @@ pub(crate) struct Registry {
 
 impl Registry {
     pub(crate) fn start(folder: &Path) -> Result<Self, BenchError> {
-        // The kernel picks a port that is free; nobody is likely to take it in between.
+        // The kernel picks a free port. Another program is unlikely to bind the port before the
+        // registry.
         let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
         let text = REGISTRY.replace("{folder}", &folder.to_string_lossy()).replace("{address}", &address.to_string());
         let configuration = folder.join("registry.yml");
@@ -200,7 +202,7 @@ impl Registry {
         Ok(Self { address: address.to_string(), daemon })
     }
 
-    /// As it tells it itself, which is its path, its module and the version.
+    /// The registry's version. `--version` prints the path, the module and the version.
     pub(crate) fn version() -> Result<String, BenchError> {
         let output = Command::new(component("bin/docker-registry")?).arg("--version").output()?;
         let told = String::from_utf8(output.stdout)?;
@@ -212,7 +214,7 @@ impl Registry {
     }
 }
 
-/// A program of the test bed.
+/// The path of a program of the test bed.
 fn component(path: &str) -> Result<PathBuf, BenchError> {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let home_cache = || variable("HOME").unwrap_or_default().join(".cache");
@@ -223,9 +225,7 @@ fn component(path: &str) -> Result<PathBuf, BenchError> {
     let program = variable("LIGHTERMAN_TESTBED").unwrap_or_else(|| cache().join("testbed")).join(path);
     if !program.exists() {
         let program = program.display();
-        return Err(
-            format!("{program} is missing: run `make testbed`, or set LIGHTERMAN_TESTBED to where it is").into()
-        );
+        return Err(format!("{program} is missing: run `make testbed`, or set LIGHTERMAN_TESTBED to its folder").into());
     }
     Ok(program)
 }

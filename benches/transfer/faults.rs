@@ -1,4 +1,4 @@
-//! Two nodes have an image, a third one wants it, and one of the two dies, or lies.
+//! Two nodes provide an image to a third node, and a provider dies or lies.
 
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
@@ -15,32 +15,33 @@ use crate::storage::Storage;
 
 const NODES: usize = 3;
 const HONEST_PROVIDER: usize = 0;
-/// The one that dies, or lies.
+/// The provider that dies or lies.
 const FAULTY_PROVIDER: usize = 1;
 const FETCHER: usize = 2;
 
-/// Of every link, in each direction: the one that wants the image cannot take more than one provider can send.
+/// Rate of every link in each direction. The fetcher cannot receive more than a single provider can
+/// send.
 const MBIT_S: u32 = 200;
 
 const LAYER: u64 = 128 << 20;
 
-/// The part that has come when the provider dies.
+/// Fetched share of the image when the provider is killed.
 const KILLED_AT: f64 = 0.4;
 
 const ROUNDS: u64 = 3;
 
-/// The image on every node, twice, and the containerds.
+/// Space for the image on every node, twice, and for the containerds.
 const NEEDED: u64 = 3 << 30;
 
 pub(crate) fn killed() -> Result<(), BenchError> {
     with_nodes(Storage::memory(NEEDED)?, NODES, async |nodes| {
         nodes.limit_rate(MBIT_S)?;
         let (mut added, mut undisturbed) = (Vec::new(), Vec::new());
-        // The first one warms up.
+        // The first round warms up.
         for round in 0..=ROUNDS {
             let quiet = recover(nodes, 2 * round).await?.as_secs_f64();
             let killed = recover_while_a_provider_dies(nodes, 2 * round + 1).await?.as_secs_f64();
-            note(&format!("undisturbed {quiet:.2} s, with one killed {killed:.2} s"));
+            note(&format!("undisturbed {quiet:.2} s, with a killed provider {killed:.2} s"));
             added.extend((round > 0).then_some(killed - quiet));
             undisturbed.extend((round > 0).then_some(quiet));
         }
@@ -78,7 +79,7 @@ async fn recover_while_a_provider_dies(nodes: &mut Nodes, seed: u64) -> Result<D
     let (now, told) = oneshot::channel::<()>();
     let mut now = Some(now);
     let on_progress = |progress: &PullProgress| match progress {
-        // The other end hears that this one is gone.
+        // Dropping the sender ends the wait of `killing`.
         PullProgress::Bytes { done, total } if *done as f64 >= KILLED_AT * *total as f64 => drop(now.take()),
         _ => {}
     };
@@ -101,13 +102,13 @@ pub(crate) fn liar() -> Result<(), BenchError> {
         let mut pieces = Vec::new();
         for round in 0..ROUNDS {
             pieces.push(recover_beside_a_liar(nodes, 100 + round).await?);
-            // What was found out about it is forgotten with the process.
+            // The agent's record of faults ends with the process.
             nodes.agents[FETCHER].kill();
             nodes.agents[FETCHER].start(&nodes.network);
             nodes.wait_ready().await?;
         }
         let on = format!(
-            "of two providers of {} MiB one whose file has been written over since; all that it sent, what was under way and parts included; {}",
+            "two providers of {} MiB, and one file is overwritten; all pieces of the liar, with those in flight and partial ones; {}",
             LAYER >> 20,
             spread(&pieces)
         );
@@ -116,7 +117,7 @@ pub(crate) fn liar() -> Result<(), BenchError> {
     })
 }
 
-/// How many pieces the liar has sent.
+/// Recovers an image while a provider lies. Returns the number of pieces that the liar sent.
 async fn recover_beside_a_liar(nodes: &Nodes, seed: u64) -> Result<f64, BenchError> {
     let (reference, image) = provide(nodes, seed).await?;
     let layer = image.blobs.iter().max_by_key(|blob| blob.size).ok_or("an image without blobs")?;
@@ -128,12 +129,12 @@ async fn recover_beside_a_liar(nodes: &Nodes, seed: u64) -> Result<f64, BenchErr
     nodes.check([FETCHER], &reference, &image)?;
     let faults = nodes.metric(FETCHER, r#"lighterman_peer_faults_total{fault="lied"}"#).await?;
     let seconds = took.as_secs_f64();
-    note(&format!("recovered in {seconds:.2} s; the liar sent {pieces:.2} pieces; held against it {faults} times"));
+    note(&format!("recovered in {seconds:.2} s; the liar sent {pieces:.2} pieces; {faults} faults were recorded"));
     nodes.remove_images()?;
     Ok(pieces)
 }
 
-/// Writes something else over the whole file, which containerd does not notice.
+/// Overwrites the whole file, which containerd does not notice.
 fn damage(nodes: &Nodes, layer: &Descriptor) -> Result<(), BenchError> {
     let file = std::fs::File::options().write(true).open(nodes.containerds[FAULTY_PROVIDER].file_of(layer.digest))?;
     let mut wrong = vec![0; 1 << 20];

@@ -1,4 +1,5 @@
-//! A verified fetch of pieces from memory into nothing, beside a bare quinn stream, on loopback.
+//! A verified fetch of pieces from memory into a discarding sink, beside a bare quinn stream, on
+//! loopback.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,7 +18,6 @@ use lighterman::oci::{Digest, HashChain, HashChainBuilder, Hasher, PieceHasher, 
 use lighterman::ports::{BlobMetadata, ContentStore, NoPartialBlobs, PieceError, PieceFetcher, PieceSink, StoreError};
 use lighterman::testing::MemoryStore;
 use lighterman::transfer::{Config, Transfer, TransferDependencies};
-use nix::sys::resource::UsageWho;
 use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc;
@@ -27,36 +27,16 @@ use crate::bare_quinn;
 use crate::cpu;
 use crate::loopback::LoopbackNetwork;
 use crate::report::{BenchError, figure, mb_s, median, note};
+use crate::transfer_cost::TransferCost;
 
 const SIZE: usize = 256 << 20;
 const PAIRS: usize = 9;
 
-/// Orders to one peer at a time, and pieces in each.
+/// Requests in flight to the peer, and pieces in each request.
 const REQUESTS_IN_FLIGHT: usize = 4;
 const PIECES_PER_REQUEST: u32 = 8;
 
-/// What moving the blob once took.
-pub(crate) struct TransferCost {
-    pub(crate) seconds: f64,
-    /// Processor time of both sides, and of the receiving one.
-    pub(crate) both: Duration,
-    pub(crate) receiver: Duration,
-}
-
-impl TransferCost {
-    /// Runs `work` on this thread, which is the receiver's only one.
-    pub(crate) fn of(work: impl FnOnce() -> Result<(), BenchError>) -> Result<Self, BenchError> {
-        let before = (cpu::spent(UsageWho::RUSAGE_SELF)?, cpu::spent(UsageWho::RUSAGE_THREAD)?);
-        let began = Instant::now();
-        work()?;
-        let seconds = began.elapsed().as_secs_f64();
-        let both = cpu::spent(UsageWho::RUSAGE_SELF)? - before.0;
-        let receiver = cpu::spent(UsageWho::RUSAGE_THREAD)? - before.1;
-        Ok(Self { seconds, both, receiver })
-    }
-}
-
-/// Makes the figures of one network; `suffix` ends their names.
+/// Measures the figures of a network. `suffix` ends their names.
 pub(crate) fn run(frames: &LoopbackNetwork, suffix: &str) -> Result<(), BenchError> {
     let mut bytes = vec![0; SIZE];
     SmallRng::seed_from_u64(1).fill_bytes(&mut bytes);
@@ -79,7 +59,8 @@ pub(crate) fn run(frames: &LoopbackNetwork, suffix: &str) -> Result<(), BenchErr
     let speed = |runs: &[TransferCost]| median(runs.iter().map(|run| mb_s(SIZE as u64, run.seconds)));
     let (ours_mb_s, bare_mb_s) = (speed(&fetched), speed(&streamed));
     let packets = bare.packets();
-    let on = format!("{frames}, AES-128-GCM, packets of {packets} bytes, one current-thread runtime a side, 256 MiB");
+    let on =
+        format!("{frames}, AES-128-GCM, packets of {packets} bytes, one current-thread runtime on each side, 256 MiB");
     let beside = format!("bare stream: {setting}");
     figure(
         &format!("fetch_vs_quinn{suffix}"),
@@ -88,29 +69,30 @@ pub(crate) fn run(frames: &LoopbackNetwork, suffix: &str) -> Result<(), BenchErr
     );
     figure(&format!("fetch_mb_s{suffix}"), ours_mb_s, &format!("{on}; {}", per_byte(&fetched)));
     figure(&format!("quinn_mb_s{suffix}"), bare_mb_s, &format!("{on}; {}; {beside}", per_byte(&streamed)));
-    // Whoever is slower, the bare stream as a whole or its receiver if it hashed too, would set the pace.
+    // The slower part sets the pace: the whole bare stream, or its receiver if the receiver hashed
+    // too.
     let bare_receiver = median(streamed.iter().map(|run| run.receiver.as_secs_f64() * 1e9 / SIZE as f64));
     let bare_stream = 1e3 / bare_mb_s;
     figure(
         &format!("fetch_vs_quinn_bound{suffix}"),
         (bare_stream / (bare_receiver + 1.0 / hashed)).min(1.0),
         &format!(
-            "what inline hashing alone leaves: bare stream {bare_stream:.2} ns a byte; its receiver {bare_receiver:.2}, and {:.2} to hash",
+            "bound by inline hashing: bare stream {bare_stream:.2} ns per byte; receiver {bare_receiver:.2}, and {:.2} to hash",
             1.0 / hashed
         ),
     );
     Ok(())
 }
 
-/// GB/s that nobody hashes without the processor's own instructions for it: twice what sha2's software does on a machine whose SHA-NI does
-/// 1.76.
+/// A speed in GB/s that SHA-256 reaches only with the processor's SHA instructions: twice the speed
+/// of sha2's software on a machine whose SHA-NI does 1.76.
 const SOFTWARE_HASH_GB_S: f64 = 0.8;
 
-/// The hash by itself, GB/s.
+/// The speed of SHA-256 alone, in GB/s.
 fn hash(blob: &Bytes) -> Result<f64, BenchError> {
     let once = || {
         let began = Instant::now();
-        // In pieces of what a packet brings, as the fetcher gets them.
+        // Chunks have the size of a packet's payload, as the fetcher receives them.
         let mut hasher = Hasher::default();
         blob.chunks(1400).for_each(|chunk| hasher.update(black_box(chunk)));
         black_box(hasher);
@@ -119,23 +101,23 @@ fn hash(blob: &Bytes) -> Result<f64, BenchError> {
     let speed = median((0..5).map(|_| once()));
     let (model, sha_ni) = cpu::model()?;
     let sha_ni = match (sha_ni, speed > SOFTWARE_HASH_GB_S) {
-        (true, true) => "SHA-NI is there and used",
-        (true, false) => "SHA-NI is there, but this is as slow as without",
+        (true, true) => "SHA-NI is present and used",
+        (true, false) => "SHA-NI is present, but the hash is as slow as without",
         (false, _) => "no SHA-NI",
     };
     figure("sha256_gb_s", speed, &format!("one core, in chunks of 1400 bytes; {model}, {sha_ni}"));
     Ok(speed)
 }
 
-/// The processor time that a byte takes.
+/// Processor time per byte.
 fn per_byte(runs: &[TransferCost]) -> String {
     let nanoseconds =
         |time: fn(&TransferCost) -> Duration| median(runs.iter().map(|run| time(run).as_nanos() as f64 / SIZE as f64));
     let (both, receiver) = (nanoseconds(|run| run.both), nanoseconds(|run| run.receiver));
-    format!("CPU {both:.2} ns a byte, {receiver:.2} of it the receiver's")
+    format!("CPU {both:.2} ns per byte, {receiver:.2} of the receiver")
 }
 
-/// A transfer that serves on a thread of its own, and one that fetches on this thread.
+/// A transfer that serves on another thread, and a transfer that fetches on this thread.
 struct VerifiedFetch {
     runtime: Runtime,
     fetcher: Transfer,
@@ -166,13 +148,14 @@ impl VerifiedFetch {
         };
         let mut builder = HashChainBuilder::new(PieceLayout::for_size(blob.len() as u64));
         builder.update(blob);
-        let chain = Arc::new(builder.finish().ok_or("the blob is as long as it is")?);
+        let chain = Arc::new(builder.finish().ok_or("the blob has another size than the layout")?);
         let ours = Self { runtime, fetcher, peer, chain, stop, serving };
         ours.runtime.block_on(ours.fetcher.dial(address, Some(peer)))?;
         Ok(ours)
     }
 
-    /// Asks as the scheduler does: several orders at a time, each for a run of pieces that nobody else was asked for.
+    /// Requests pieces as an agent does: several requests in flight, each for a run of pieces that
+    /// no other request has.
     fn run(&self) -> Result<TransferCost, BenchError> {
         TransferCost::of(|| {
             let proving = Mutex::new(PieceVerifier::new(self.chain.clone()));
@@ -180,11 +163,11 @@ impl VerifiedFetch {
             let asking = (0..REQUESTS_IN_FLIGHT).map(|_| self.request_pieces(&proving, &next));
             self.runtime.block_on(try_join_all(asking))?;
             let proof = proving.into_inner().map_err(|_| "a fetch panicked")?.proof().ok_or("pieces are missing")?;
-            if proof.digest() == self.chain.digest() { Ok(()) } else { Err("another blob was proved".into()) }
+            if proof.digest() == self.chain.digest() { Ok(()) } else { Err("the proof is of another blob".into()) }
         })
     }
 
-    /// Orders until there is nothing left to ask for.
+    /// Sends requests until all pieces are requested.
     async fn request_pieces(&self, proving: &Mutex<PieceVerifier>, next: &AtomicU32) -> Result<(), BenchError> {
         let cut = self.chain.layout();
         let pieces = u32::try_from(cut.piece_count())?;
@@ -207,7 +190,7 @@ impl Drop for VerifiedFetch {
     fn drop(&mut self) {
         self.stop.cancel();
         if let Some(serving) = self.serving.take() {
-            // A panic was printed when it happened.
+            // The panic message is already printed.
             let _ = serving.join();
         }
     }
@@ -216,7 +199,7 @@ impl Drop for VerifiedFetch {
 fn bind(identity: &Identity, other: PeerId, store: MemoryStore) -> Result<Transfer, BenchError> {
     let config = Config {
         listen: "127.0.0.1:0".parse()?,
-        // Nobody gossips here.
+        // No gossip runs here.
         gossip_port: 1,
         node: "bench".parse()?,
         concurrent_uploads: 16,

@@ -1,4 +1,5 @@
-//! An image of 1 GiB from containerd to containerd on one machine: our recovery, and what people do without it.
+//! An image of 1 GiB from containerd to containerd on one machine: a recovery, and the commands
+//! that users would run instead.
 
 use std::array;
 
@@ -19,10 +20,10 @@ const METHODS: [TransferMethod; 5] = [
     TransferMethod::ExportImportUnpack,
 ];
 
-/// Makes all figures of one place and network; `suffix` ends their names.
+/// Measures all figures of a storage and a network. `suffix` ends their names.
 pub(crate) fn run(place: Storage, frames: &LoopbackNetwork, suffix: &str) -> Result<(), BenchError> {
     let rig = ImageBench::start(place)?;
-    // The first run of each way starts connections and fills caches, and is not counted.
+    // The first run of each method opens connections and fills caches, and does not count.
     let mut costs: [Vec<Cost>; METHODS.len()] = array::from_fn(|_| Vec::new());
     for round in 0..=ROUNDS {
         for (way, costs) in METHODS.into_iter().zip(&mut costs) {
@@ -35,7 +36,7 @@ pub(crate) fn run(place: Storage, frames: &LoopbackNetwork, suffix: &str) -> Res
     }
     let bytes = rig.image.bytes();
     let on = format!(
-        "{}, {}, 1 GiB in {} layers, {frames}, AES-128-GCM, {} blobs at once, a multi-thread runtime a side, {ROUNDS} rounds",
+        "{}, {}, 1 GiB in {} layers, {frames}, AES-128-GCM, {} blobs at once, a multi-thread runtime on each side, {ROUNDS} rounds",
         rig.storage,
         rig.versions()?,
         LAYERS.len(),
@@ -64,7 +65,7 @@ fn speed(bytes: u64, costs: &[Cost]) -> f64 {
     median(costs.iter().map(|cost| mb_s(bytes, cost.seconds)))
 }
 
-/// Time, speed, and whose processor time it was.
+/// Time, speed, and processor time by program.
 fn describe(bytes: u64, costs: &[Cost]) -> String {
     let seconds = median(costs.iter().map(|cost| cost.seconds));
     let who = ["this process", "commands", "containerd A", "containerd B", "registry"];

@@ -1,4 +1,4 @@
-//! Two containerds, a registry and one image: everything by which the image can get from the one to the other.
+//! Two containerds, a registry and one image, with all methods to move the image.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -15,21 +15,24 @@ use crate::daemon::{Containerd, Registry};
 use crate::report::{BenchError, note};
 use crate::storage::Storage;
 
-/// Two containerds with the image, one of them with its unpacked form as well, the registry, and what is being written.
+/// Space for the image in two containerds, unpacked in one of them, in the registry, and in files
+/// that are being written.
 pub(crate) const NEEDED: u64 = 6 << 30;
 
-/// 1 GiB, as unequal as layers are.
+/// 1 GiB, in layers as unequal as they usually are.
 pub(crate) const LAYERS: [u64; 5] = [512 << 20, 256 << 20, 128 << 20, 64 << 20, 64 << 20];
 
-/// Runs of a command before it is called broken: five in a row that fail by chance, where a fifth do, are one in 3000.
+/// Runs of a command before the benchmark fails. At a failure rate of a fifth, five failures in a
+/// row have a probability of 1 in 3000.
 const TRIES: usize = 5;
 
-/// How the image gets there.
+/// The method that moves the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TransferMethod {
-    /// Our recovery, which reads the source's files and has the destination adopt those that it wrote.
+    /// A recovery that reads the source's files, and whose files the destination's containerd
+    /// adopts.
     Ours,
-    /// Our recovery, which reads and writes through the content API.
+    /// A recovery that reads and writes through the content API.
     OursApiOnly,
     ExportImport,
     ExportImportUnpack,
@@ -37,7 +40,7 @@ pub(crate) enum TransferMethod {
 }
 
 impl TransferMethod {
-    /// What a shell is told, `None` where it is our own code that runs.
+    /// The shell command, or `None` for a recovery.
     pub(crate) fn command(self) -> Option<&'static str> {
         match self {
             Self::Ours | Self::OursApiOnly => None,
@@ -48,14 +51,15 @@ impl TransferMethod {
     }
 }
 
-/// What one way took, once.
+/// Cost of a single run.
 pub(crate) struct Cost {
     pub(crate) seconds: f64,
-    /// Processor time of: this process, the commands, the source's containerd, the destination's, the registry.
+    /// Processor time of this process, of the commands, of the source's containerd, of the
+    /// destination's containerd, and of the registry.
     pub(crate) cpu: [Duration; 5],
 }
 
-/// Dropped in this order: nothing uses the folder when it goes.
+/// Fields are dropped in this order, so that no process uses the folder when it is removed.
 pub(crate) struct ImageBench {
     with_files: AgentPair,
     without_files: AgentPair,
@@ -84,12 +88,13 @@ impl ImageBench {
         Ok(Self { with_files, without_files, source, destination, registry, image, reference, storage: place })
     }
 
-    /// Moves the image once, into a containerd that has nothing of it, looks whether it is whole, and removes it again. Commands that
-    /// fail are given another chance: `ctr images export` into a pipe was seen to lose its last bytes, in a fifth of its runs.
+    /// Moves the image once into an empty containerd, checks the image, and removes it. A failed
+    /// command is retried: `ctr images export` into a pipe lost the last bytes in a fifth of its
+    /// runs.
     pub(crate) fn run(&self, way: TransferMethod) -> Result<Cost, BenchError> {
         for _ in 1..TRIES {
             match self.attempt(way) {
-                Err(error) if way.command().is_some() => note(&format!("once more: {error}")),
+                Err(error) if way.command().is_some() => note(&format!("retry after: {error}")),
                 done => return done,
             }
             self.destination.empty()?;
@@ -114,7 +119,7 @@ impl ImageBench {
         Ok(Cost { seconds, cpu })
     }
 
-    /// The programs beside this one.
+    /// The versions of the other programs.
     pub(crate) fn versions(&self) -> Result<String, BenchError> {
         Ok(format!("{}, {}", self.destination.version()?, Registry::version()?))
     }

@@ -1,7 +1,8 @@
-//! What quinn's settings are worth: on links that are slow, far, lossy, shared or badly queued, and on loopback, where only the processor
-//! counts.
+//! Effects of quinn's settings: on links that are slow, far, lossy, shared or badly queued, and on
+//! loopback, where only the processor counts.
 //!
-//! Bare quinn, without anything of ours: `tuning.rs` of the transfer says which settings the agent has, and refers to these figures.
+//! Only bare quinn runs here. `src/transfer/tuning.rs` has the agent's settings, and refers to
+//! these figures.
 
 mod background_traffic;
 mod cores;
@@ -17,10 +18,11 @@ use crate::quinn_setting::{AGENT_SETTING, Cipher, Congestion, QuinnSetting};
 use crate::report::{BenchError, figure, mb_s, median, note};
 use link_run::{LinkCase, LinkRun, ReadPattern, run_case};
 
-/// Each setting is tried so often, in turn with the others.
+/// Runs of each setting, in turn with the other settings.
 const ROUNDS: usize = 3;
 
-/// Two nodes of a zone, the link of a small cloud machine or a gigabit, with a router's queue.
+/// Two nodes of a zone, with the link of a small cloud machine or a gigabit link, and a router's
+/// queue.
 const LAN: LinkCase = LinkCase {
     name: "lan",
     mbit_s: 1000,
@@ -33,19 +35,19 @@ const LAN: LinkCase = LinkCase {
     tcp: false,
     seconds: 1.0,
 };
-/// Two nodes of two regions.
+/// Two nodes in two regions.
 const REGION: LinkCase = LinkCase { name: "region", round_trip_ms: 20, seconds: 1.5, ..LAN };
 
 const CASES: [LinkCase; 13] = [
     LinkCase { name: "slow", mbit_s: 200, ..LAN },
     LAN,
-    // A switch has 2 ms of queue and less.
+    // A switch has a queue of 2 ms or less.
     LinkCase { name: "shallow", queue_ms: 2, ..LAN },
     LinkCase { name: "lossy", lost: 1000, ..LAN },
     REGION,
     LinkCase { name: "region_lossy", lost: 1000, ..REGION },
     LinkCase { name: "region_very_lossy", lost: 10_000, ..REGION },
-    // All four blobs of a peer at once, into a queue that holds a whole second.
+    // Four blobs of a peer at once, into a queue that holds a whole second.
     LinkCase { name: "deep", mbit_s: 200, queue_ms: 1000, streams: 4, seconds: 2.0, ..LAN },
     LinkCase { name: "pieces", read_pattern: ReadPattern::Pieces, ..LAN },
     LinkCase { name: "region_pieces", read_pattern: ReadPattern::Pieces, ..REGION },
@@ -61,7 +63,7 @@ const CONTROLLERS: [(&str, QuinnSetting); 4] = [
     ("newreno", QuinnSetting { congestion: Congestion::NewReno, ..AGENT_SETTING }),
 ];
 
-/// What else may matter when the other end is far.
+/// Other settings that may matter for a far peer.
 const REGION_SETTINGS: [(&str, QuinnSetting); 6] = [
     ("ours", AGENT_SETTING),
     ("window_4", QuinnSetting { windows: [4, 20, 20], ..AGENT_SETTING }),
@@ -71,7 +73,7 @@ const REGION_SETTINGS: [(&str, QuinnSetting); 6] = [
     ("rtt_333", QuinnSetting { initial_rtt: 333, ..AGENT_SETTING }),
 ];
 
-/// What may matter when only the processor does.
+/// Settings that may matter when only the processor counts.
 const LOOPBACK_SETTINGS: [(&str, QuinnSetting); 9] = [
     ("ours", AGENT_SETTING),
     ("bbr", QuinnSetting { congestion: Congestion::Bbr, ..AGENT_SETTING }),
@@ -84,26 +86,26 @@ const LOOPBACK_SETTINGS: [(&str, QuinnSetting); 9] = [
     ("chacha20", QuinnSetting { cipher: Cipher::ChaCha20, ..AGENT_SETTING }),
 ];
 
-/// Moved over loopback at a time.
+/// Bytes of a run over loopback.
 const LOOPBACK_BYTES: usize = 128 << 20;
 
-/// On loopback.
+/// Measures settings on loopback.
 pub(crate) fn loopback() -> Result<(), BenchError> {
     compare_on_loopback()?;
     cores::run(ROUNDS)
 }
 
-/// Who decides how much is under way.
+/// Compares congestion controllers.
 pub(crate) fn controllers() -> Result<(), BenchError> {
     CASES.iter().try_for_each(|case| compare(case, &CONTROLLERS))
 }
 
-/// Everything else, where the other end is far.
+/// Compares other settings over a far link.
 pub(crate) fn far() -> Result<(), BenchError> {
     compare(&LinkCase { name: "far", ..REGION }, &REGION_SETTINGS)
 }
 
-/// A link with each setting.
+/// Measures a link with each setting.
 fn compare(case: &LinkCase, settings: &[(&str, QuinnSetting)]) -> Result<(), BenchError> {
     let mut crossed: Vec<Vec<LinkRun>> = settings.iter().map(|_| Vec::new()).collect();
     for round in 0..ROUNDS {
@@ -117,7 +119,7 @@ fn compare(case: &LinkCase, settings: &[(&str, QuinnSetting)]) -> Result<(), Ben
         let of = |measure: fn(&LinkRun) -> f64| median(crossed.iter().map(measure));
         let name = format!("quinn_{}_{name}", case.name);
         let on = format!(
-            "{}; {:.1} % sent in vain; an echo took {:.0} ms, {:.0} ms at worst, {:.0} % lost; a piece after {:.0} ms; CPU {:.1} ns a byte",
+            "{}; {:.1} % of packets lost; an echo took {:.0} ms, {:.0} ms at worst, {:.0} % lost; a piece after {:.0} ms; CPU {:.1} ns per byte",
             link(case),
             of(percent_resent),
             of(|crossed| echo(crossed, 0.5)),
@@ -128,10 +130,10 @@ fn compare(case: &LinkCase, settings: &[(&str, QuinnSetting)]) -> Result<(), Ben
         );
         figure(&name, median(crossed.iter().map(|crossed| link_utilisation(case, crossed))), &on);
         if case.read_pattern == ReadPattern::Pieces {
-            figure(&format!("{name}_ms"), of(piece), "4 MiB, a tenth of a second after the one before");
+            figure(&format!("{name}_ms"), of(piece), "4 MiB, a tenth of a second after the earlier piece");
         }
         if case.tcp {
-            figure(&format!("{name}_left"), of(tcp_share), "what TCP got, of what both got");
+            figure(&format!("{name}_left"), of(tcp_share), "TCP's share of all received bytes");
         }
         if case.connections > 1 {
             figure(&format!("{name}_fair"), of(fairness), "the slowest connection's bytes / the fastest's");
@@ -144,7 +146,7 @@ fn link(case: &LinkCase) -> String {
     let LinkCase { mbit_s, queue_ms, round_trip_ms, lost, connections, streams, .. } = case;
     let lost = f64::from(*lost) / 1e4;
     format!(
-        "content / link's rate; {mbit_s} Mbit/s, {round_trip_ms} ms there and back, queue {queue_ms} ms, {lost} % lost, {connections} x {streams} streams"
+        "content / link's rate; {mbit_s} Mbit/s, {round_trip_ms} ms round trip, queue {queue_ms} ms, {lost} % lost, {connections} x {streams} streams"
     )
 }
 
@@ -152,17 +154,17 @@ fn total(crossed: &LinkRun) -> f64 {
     crossed.received.iter().sum::<u64>() as f64
 }
 
-/// The part of the link's rate that is content: 0.95 at most, as headers take the rest.
+/// The share of the link's rate that is content: 0.95 at most, because headers take the rest.
 fn link_utilisation(case: &LinkCase, crossed: &LinkRun) -> f64 {
     total(crossed) * 8.0 / case.seconds / (f64::from(case.mbit_s) * 1e6)
 }
 
-/// Milliseconds.
+/// Time of a piece in milliseconds.
 fn piece(crossed: &LinkRun) -> f64 {
     crossed.piece.map_or(f64::INFINITY, |piece| piece.as_secs_f64() * 1e3)
 }
 
-/// The part of the link that TCP got beside.
+/// TCP's share of the received bytes.
 fn tcp_share(crossed: &LinkRun) -> f64 {
     crossed.tcp as f64 / (crossed.tcp as f64 + total(crossed))
 }
@@ -172,13 +174,13 @@ fn fairness(crossed: &LinkRun) -> f64 {
     bytes().fold(f64::INFINITY, f64::min) / bytes().fold(1.0, f64::max)
 }
 
-/// Percent of the packets that the sender had to send again.
+/// Percentage of sent packets that quinn counts as lost, and whose content it sends again.
 fn percent_resent(crossed: &LinkRun) -> f64 {
     let of = |count: fn(&ConnectionStats) -> u64| crossed.sent.iter().map(count).sum::<u64>() as f64;
     100.0 * of(|sent| sent.path.lost_packets) / of(|sent| sent.path.sent_packets)
 }
 
-/// Milliseconds that this part of the echoes took at most.
+/// The time in milliseconds within which this share of the echoes returned.
 fn echo(crossed: &LinkRun, part: f64) -> f64 {
     let mut took: Vec<_> = crossed.echoes.round_trips.iter().map(|took| took.as_secs_f64() * 1e3).collect();
     took.sort_by(f64::total_cmp);
@@ -186,7 +188,7 @@ fn echo(crossed: &LinkRun, part: f64) -> f64 {
     took.get((last * part) as usize).copied().unwrap_or(f64::INFINITY)
 }
 
-/// Loopback with each setting.
+/// Measures loopback with each setting.
 fn compare_on_loopback() -> Result<(), BenchError> {
     let blob = Bytes::from(vec![0x5a; LOOPBACK_BYTES]);
     let mut bare = Vec::new();
@@ -206,8 +208,7 @@ fn compare_on_loopback() -> Result<(), BenchError> {
         let speed = median(runs.iter().map(|run| mb_s(LOOPBACK_BYTES as u64, run.seconds)));
         let both = median(runs.iter().map(|run| run.both.as_nanos() as f64 / LOOPBACK_BYTES as f64));
         let receiver = median(runs.iter().map(|run| run.receiver.as_nanos() as f64 / LOOPBACK_BYTES as f64));
-        let on =
-            format!("MB/s on loopback, {ROUNDS} runs; CPU {both:.2} ns a byte, {receiver:.2} of it the receiver's");
+        let on = format!("MB/s on loopback, {ROUNDS} runs; CPU {both:.2} ns per byte, {receiver:.2} of the receiver");
         figure(&format!("quinn_loopback_{name}"), speed, &on);
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! Loopback with frames as long as a network's.
+//! Loopback with the frame size of a network.
 
 use std::fmt;
 use std::fs::File;
@@ -8,14 +8,14 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::report::{BenchError, note};
 
-/// What Ethernet carries unless somebody says otherwise.
+/// Ethernet's default MTU.
 pub(crate) const ETHERNET: u32 = 1500;
 
-/// What data centres and clouds have where somebody did.
+/// MTU of jumbo frames, as data centers and clouds configure them.
 pub(crate) const JUMBO: u32 = 9000;
 
-/// A network namespace of this thread's own and of what it starts, in which there is only loopback; its packets have so many bytes at most.
-/// When dropped, the thread is where it was.
+/// A network namespace of this thread and its children, with only loopback at this MTU. On drop,
+/// the thread returns to the earlier namespace.
 pub(crate) struct LoopbackNetwork {
     bytes: u32,
     before: File,
@@ -25,7 +25,7 @@ impl LoopbackNetwork {
     pub(crate) fn with_mtu(bytes: u32) -> Result<Self, BenchError> {
         let before = File::open("/proc/thread-self/ns/net")?;
         unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| {
-            format!("no network of our own, so no frames of {bytes} bytes: {errno} (are you root?)")
+            format!("cannot make a network namespace with frames of {bytes} bytes: {errno} (run as root)")
         })?;
         let frames = Self { bytes, before };
         let set = Command::new("ip").args(["link", "set", "lo", "up", "mtu", &bytes.to_string()]).output()?;
@@ -45,7 +45,7 @@ impl fmt::Display for LoopbackNetwork {
 impl Drop for LoopbackNetwork {
     fn drop(&mut self) {
         if let Err(errno) = setns(&self.before, CloneFlags::CLONE_NEWNET) {
-            note(&format!("what follows runs in the wrong network: {errno}"));
+            note(&format!("later benchmarks run in the wrong network namespace: {errno}"));
         }
     }
 }

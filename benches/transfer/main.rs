@@ -1,7 +1,8 @@
-//! What lighterman costs beside the things that people would use instead. README.md, one folder up, says how each figure is made.
+//! Costs of lighterman beside those of the alternatives. README.md, one folder up, describes how
+//! each figure is made.
 //!
-//! Prints `figure NAME VALUE (what it ran on)` on stdout and tells on stderr what it does. Arguments choose the groups of figures, as
-//! beginnings of their names; `-NAME` leaves one out.
+//! Prints `figure NAME VALUE (CONDITIONS)` on stdout and progress on stderr. Arguments select
+//! groups of figures by prefix. `-NAME` leaves a group out.
 
 mod agents;
 mod api_writes;
@@ -23,6 +24,7 @@ mod quinn_setting;
 mod report;
 mod storage;
 mod swarm;
+mod transfer_cost;
 mod unpack;
 
 use std::process::ExitCode;
@@ -33,7 +35,7 @@ use storage::Storage;
 
 type Benchmark = fn() -> Result<(), BenchError>;
 
-/// Figures that need the same things. One that fails does not keep the others from being made.
+/// Groups of figures with the same preparation. The failure of a group does not prevent the others.
 const GROUPS: [(&str, Benchmark); 15] = [
     ("fetch", || within(ETHERNET, |frames| fetch::run(frames, ""))),
     ("fetch_jumbo", || within(JUMBO, |frames| fetch::run(frames, "_jumbo"))),
@@ -54,7 +56,7 @@ const GROUPS: [(&str, Benchmark); 15] = [
     ("large", large::run),
 ];
 
-/// Makes them where loopback has frames of so many bytes.
+/// Runs `make` in a network namespace whose loopback has this MTU.
 fn within(bytes: u32, make: impl FnOnce(&LoopbackNetwork) -> Result<(), BenchError>) -> Result<(), BenchError> {
     make(&LoopbackNetwork::with_mtu(bytes)?)
 }
@@ -69,15 +71,15 @@ fn main() -> ExitCode {
     };
     let wanted: Vec<_> = GROUPS.iter().filter(|(name, _)| is_wanted(name)).collect();
     if wanted.is_empty() {
-        note(&format!("nothing is left to do: there are {}", GROUPS.map(|(name, _)| name).join(", ")));
+        note(&format!("the arguments select no group; the groups are {}", GROUPS.map(|(name, _)| name).join(", ")));
         return ExitCode::FAILURE;
     }
     match cpu::machine() {
         Ok(machine) => println!("machine: {machine}"),
-        Err(error) => note(&format!("what this runs on cannot be told: {error}")),
+        Err(error) => note(&format!("the machine's description is not available: {error}")),
     }
     let mut failed = false;
-    // Before the first thread is started, as a thread's mounts are its own.
+    // Runs before the first thread starts: later threads inherit the mount namespace.
     if wanted.iter().any(|(name, _)| !name.starts_with("fetch") && !name.starts_with("links"))
         && let Err(error) = storage::unshare_mounts()
     {

@@ -1,4 +1,4 @@
-//! Of ten layers nine are there.
+//! The recovery of an image with one of ten layers missing.
 
 use tokio::time::sleep;
 
@@ -12,13 +12,14 @@ const FETCHER: usize = 1;
 
 const LAYERS: [u64; 10] = [32 << 20; 10];
 
-/// The image on both nodes, twice, and the containerds.
+/// Space for the image on both nodes, twice, and for the containerds.
 const NEEDED: u64 = 3 << 30;
 
 const ROUNDS: u64 = 3;
 
-/// What every packet has besides frames of QUIC, at least: Ethernet 14, IPv4 20, UDP 8, and of QUIC's short header the first byte, a connection
-/// ID of 8, one byte of the packet number, and the tag of 16.
+/// Smallest headers of a packet, besides QUIC frames: Ethernet 14, IPv4 20, UDP 8, and of QUIC's
+/// short header the first byte, a connection ID of 8, one byte of the packet number, and the tag of
+/// 16.
 const HEADERS: u64 = 14 + 20 + 8 + 1 + 8 + 1 + 16;
 
 pub(crate) fn run() -> Result<(), BenchError> {
@@ -33,7 +34,7 @@ pub(crate) fn run() -> Result<(), BenchError> {
         }
         note(&format!("frames {}; link {}", spread(&streams), spread(&links)));
         let on = format!(
-            "10 layers of {} MiB, 9 there; both directions, all that is in packets but their headers: blobs, lists, requests, acknowledgements, gossip; on the link, Ethernet headers included, {:.3}; blobs alone {:.4}",
+            "10 layers of {} MiB, 9 present; both directions, packets without headers: blobs, hash chains, requests, acknowledgements, gossip; on the link, Ethernet headers included, {:.3}; blobs alone {:.4}",
             LAYERS[0] >> 20,
             median(links),
             median(blobs),
@@ -44,9 +45,9 @@ pub(crate) fn run() -> Result<(), BenchError> {
 }
 
 struct TransferredBytes {
-    /// The missing layer's size.
+    /// Size of the missing layer.
     layer: f64,
-    /// Bytes of blobs that came.
+    /// Bytes of fetched blobs.
     blob: f64,
     link: LinkBytes,
 }
@@ -59,7 +60,7 @@ async fn recover_one_layer(nodes: &Nodes, seed: u64) -> Result<TransferredBytes,
     let came = async || nodes.metric(FETCHER, "lighterman_fetched_bytes_total").await;
     let (came_before, before) = (came().await?, nodes.network.link_bytes()[FETCHER]);
     pull(&nodes.agents[FETCHER], &wanted, |_| ()).await?;
-    // Everything that was sent has come, and been acknowledged; what it has set off in the mesh is counted as well.
+    // Waits for the last packets and acknowledgements. Gossip that the recovery causes counts too.
     sleep(SETTLE).await;
     let (link, blob) = (nodes.network.link_bytes()[FETCHER].since(before), came().await? - came_before);
     nodes.check([FETCHER], &wanted, &image)?;

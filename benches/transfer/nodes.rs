@@ -1,5 +1,6 @@
-//! Nodes in a network of their own: real agents, one process each, on links that can be shaped; each with a containerd of its own, so that
-//! nothing gets from one to the other but through the agents. The API server is real, and there are no kubelets.
+//! Nodes in a network of their own: real agents, each in a process, on links that can be shaped.
+//! Each agent has a containerd of its own, so that content moves only through the agents. The API
+//! server is real, and there are no kubelets.
 
 use std::path::Path;
 use std::process::Command;
@@ -20,20 +21,21 @@ use crate::fleet::rbac::grant_rbac;
 use crate::report::{BenchError, median};
 use crate::storage::Storage;
 
-/// For whatever has to be known by all before it is measured.
+/// Deadline for a state that all agents must reach before a measurement.
 const WAIT_DEADLINE: Duration = Duration::from_secs(120);
 
-/// For everything that a group does; the longest takes ten minutes.
+/// Deadline of a group. The longest group takes ten minutes.
 const DEADLINE: Duration = Duration::from_secs(3600);
 
-/// Between two looks.
+/// Interval between checks.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// What starting, or a change, has set off is over after this time: changes are gathered for a second, and agents compare what they know
-/// every ten.
+/// Time after which the effects of a start or a change are over. Announcements are batched for a
+/// second, and agents compare summaries every ten seconds.
 pub(crate) const SETTLE: Duration = Duration::from_secs(3);
 
-/// Dropped in this order: nothing uses the folders when they go.
+/// The nodes. Fields are dropped in this order, so that no process uses the folders when they are
+/// removed.
 pub(crate) struct Nodes {
     pub(crate) agents: Vec<Agent>,
     pub(crate) containerds: Vec<Containerd>,
@@ -42,7 +44,7 @@ pub(crate) struct Nodes {
     _storage: Storage,
 }
 
-/// Does something with so many nodes, in a thread that is in their network.
+/// Starts this number of nodes and runs `body`, on a thread inside the nodes' network namespace.
 pub(crate) fn with_nodes<Body>(place: Storage, nodes: usize, body: Body) -> Result<(), BenchError>
 where
     Body: AsyncFnOnce(&mut Nodes) -> Result<(), BenchError> + Send + 'static,
@@ -53,21 +55,21 @@ where
         let runtime = Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let mut nodes = Nodes::start(wires, place, nodes).await?;
-            timeout(DEADLINE, body(&mut nodes)).await.map_err(|_| "it takes too long")?
+            timeout(DEADLINE, body(&mut nodes)).await.map_err(|_| "the group exceeded its deadline")?
         })
     };
-    // What it said when it panicked stands above.
-    thread::spawn(work).join().map_err(|_| "the nodes could not be made, or went away")?
+    // The panic message is already printed.
+    thread::spawn(work).join().map_err(|_| "the thread of the nodes panicked")?
 }
 
 impl Nodes {
-    /// All of them, running. For threads of the switch.
+    /// Starts all agents. The calling thread must be in the switch's network namespace.
     async fn start(wires: AgentNetwork, place: Storage, nodes: usize) -> Result<Self, BenchError> {
         let kubernetes = Kubernetes::with_own_server(SWITCH).await;
         grant_rbac(&kubernetes, "").await;
         let mut started =
             Self { agents: Vec::new(), containerds: Vec::new(), kubernetes, network: wires, _storage: place };
-        // Nothing else is on this storage.
+        // No other program uses this storage.
         let flags = [
             ("--min-free-bytes", "0"),
             ("--image-gc-percent", "100"),
@@ -88,14 +90,14 @@ impl Nodes {
         Ok(started)
     }
 
-    /// Waits until all agents can be asked. One that starts throws away what it takes for its own unfinished writes: nothing is put into its
-    /// containerd before.
+    /// Waits until all agents are ready. A starting agent aborts ingests that look like its own, so
+    /// no content may be written before.
     pub(crate) async fn wait_ready(&self) -> Result<(), BenchError> {
         let began = Instant::now();
         for agent in &self.agents {
             while agent.get("/readyz").await.is_none() {
                 if began.elapsed() > WAIT_DEADLINE {
-                    return Err(format!("{} does not get ready:\n{}", agent.node, agent.log_tail()).into());
+                    return Err(format!("{} does not become ready:\n{}", agent.node, agent.log_tail()).into());
                 }
                 sleep(POLL_INTERVAL).await;
             }
@@ -104,9 +106,9 @@ impl Nodes {
         Ok(())
     }
 
-    /// Lets no link carry more than so much in either direction, Ethernet headers included; what waits for it is 40 ms at most, a megabyte at
-    /// 200 Mbit/s, as a switch's port may have. Segments travel together as they do in a machine whose card cuts them; each counts with its
-    /// headers.
+    /// Limits every link in each direction to this rate, Ethernet headers included. The queue holds
+    /// at most 40 ms, a megabyte at 200 Mbit/s, as a switch's port may have. Segments travel
+    /// together, as on a machine whose network card splits them, and each counts with its headers.
     pub(crate) fn limit_rate(&self, mbit_s: u32) -> Result<(), BenchError> {
         let rate = format!("{mbit_s}mbit");
         let shaping = |link: &str| {
@@ -122,7 +124,8 @@ impl Nodes {
         Ok(())
     }
 
-    /// Has the links carry frames of so many bytes. Connections find out when they are made, or some minutes later.
+    /// Sets the MTU of the links. A new connection discovers the MTU at once, an open connection
+    /// after some minutes.
     pub(crate) fn set_mtu(&self, bytes: u32) -> Result<(), BenchError> {
         let mtu = bytes.to_string();
         let words = |link: &str| ["link", "set", link, "mtu", &mtu].map(str::to_owned);
@@ -133,7 +136,7 @@ impl Nodes {
         run(Command::new("ip").args(words("mesh")))
     }
 
-    /// Makes an image in one node's containerd. The same seed makes the same layers.
+    /// Makes an image in a node's containerd. The same seed gives the same layers.
     pub(crate) async fn put_image_on(
         &self,
         node: usize,
@@ -144,7 +147,7 @@ impl Nodes {
         Ok(put_image(&self.agents[node].store, &[image.to_string()], layers, seed).await?)
     }
 
-    /// Waits until these nodes would fetch the image from those, and all is quiet again.
+    /// Waits until these nodes find the image at these providers, and for [`SETTLE`] after that.
     pub(crate) async fn wait_providers(
         &self,
         image: &Reference,
@@ -168,7 +171,7 @@ impl Nodes {
         Ok(())
     }
 
-    /// Looks whether the image is whole on these nodes, as containerd sees it.
+    /// Checks by containerd that the image is complete on these nodes.
     pub(crate) fn check(
         &self,
         nodes: impl IntoIterator<Item = usize>,
@@ -183,16 +186,17 @@ impl Nodes {
         self.containerds.iter().try_for_each(Containerd::empty)
     }
 
-    /// A metric of a node's agent, the sum over its labels; those that begin with the name and the labels as given.
+    /// A metric of a node's agent: the sum of all series whose name and labels begin with `name`.
     pub(crate) async fn metric(&self, node: usize, name: &str) -> Result<f64, BenchError> {
         let agent = &self.agents[node];
-        let metrics = agent.get("/metrics").await.ok_or_else(|| format!("{} does not tell its metrics", agent.node))?;
+        let metrics = agent.get("/metrics").await.ok_or_else(|| format!("{} does not serve metrics", agent.node))?;
         let values = metrics.lines().filter_map(|line| line.strip_prefix(name)?.rsplit_once(' '));
         Ok(values.filter_map(|(_, value)| value.parse::<f64>().ok()).sum())
     }
 }
 
-/// Brings the image to a node as `lighterman pull` does, and gives every word of it to `on_progress`. From asking to the image's record.
+/// Recovers the image on a node as `lighterman pull` does, and calls `on_progress` with each
+/// message. Returns the time from the request to the image record.
 pub(crate) async fn pull(
     agent: &Agent,
     image: &Reference,
@@ -213,12 +217,12 @@ pub(crate) async fn pull(
     }
 }
 
-/// A name for an image that was not used before.
+/// A name for a new image.
 pub(crate) fn name_of(what: &str, seed: u64) -> Result<Reference, BenchError> {
     Ok(format!("reg.test/bench/{what}:{seed}").parse()?)
 }
 
-/// The middle, with the extremes.
+/// The median, with the extremes.
 pub(crate) fn spread(values: &[f64]) -> String {
     let least = values.iter().copied().fold(f64::INFINITY, f64::min);
     let most = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);

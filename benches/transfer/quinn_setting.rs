@@ -1,4 +1,4 @@
-//! What can be chosen about a bare quinn stream, and the endpoints that it makes.
+//! Settings of a bare quinn stream, and the endpoints with these settings.
 
 use std::fmt;
 use std::net::{Ipv4Addr, UdpSocket};
@@ -23,49 +23,50 @@ use rustls::sign::{CertifiedKey, SingleCertAndKey};
 
 use crate::report::BenchError;
 
-/// What decides how much is under way.
+/// The congestion controller, which limits the bytes in flight.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Congestion {
-    /// The agent's own.
+    /// The agent's controller.
     DelayBounded,
     Cubic,
     Bbr,
     NewReno,
 }
 
-/// What encrypts the packets.
+/// The cipher of the packets.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Cipher {
     Aes128,
     ChaCha20,
 }
 
-/// What may make a stream faster. The size of packets is not among it: all of them take what the network gives.
+/// Settings that may make a stream faster. The packet size is not among them: every setting uses
+/// the path's MTU.
 #[derive(Clone, Copy)]
 pub(crate) struct QuinnSetting {
     /// Receive windows of a stream and of the connection, and the send window, in MiB.
     pub(crate) windows: [u32; 3],
-    /// Bytes given to quinn at a time, in KiB.
+    /// Size of the chunks that are passed to quinn, in KiB.
     pub(crate) chunk: usize,
-    /// The socket's buffers, in KiB; 0 leaves them as the kernel has them.
+    /// Size of the socket's buffers in KiB. 0 keeps the kernel's default.
     pub(crate) buffer: usize,
-    /// Packets acknowledged at a time; 0 is without the extension.
+    /// Packets per acknowledgement. 0 disables the ACK frequency extension.
     pub(crate) ack_every: u32,
     pub(crate) congestion: Congestion,
-    /// What a new connection sends before the first acknowledgement, in KiB; 0 is the controller's own: 12 000 bytes with quinn's, ten packets of what
-    /// the path carries with the agent's.
+    /// Initial window in KiB. 0 keeps the controller's default: 12 000 bytes for quinn's
+    /// controllers, and ten packets of the path's MTU for the agent's.
     pub(crate) initial_window: u64,
-    /// The round trip that a new connection assumes, in milliseconds.
+    /// Round-trip time that a new connection assumes, in milliseconds.
     pub(crate) initial_rtt: u64,
-    /// Whether one call hands many packets to the kernel (GSO).
+    /// Whether a system call passes several packets to the kernel (GSO).
     pub(crate) segmentation: bool,
     pub(crate) cipher: Cipher,
 }
 
-/// The longest packets that are tried, as the agent has it.
+/// Upper bound of the MTU discovery, as in the agent.
 const MTU: u16 = 6500;
 
-/// As the agent has it.
+/// The agent's setting.
 pub(crate) const AGENT_SETTING: QuinnSetting = QuinnSetting {
     windows: [2, 10, 10],
     chunk: 256,
@@ -81,7 +82,7 @@ pub(crate) const AGENT_SETTING: QuinnSetting = QuinnSetting {
 impl fmt::Display for Congestion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::DelayBounded => "CUBIC told of long queues",
+            Self::DelayBounded => "CUBIC with bounded queueing delay",
             Self::Cubic => "CUBIC",
             Self::Bbr => "BBR",
             Self::NewReno => "NewReno",
@@ -95,7 +96,7 @@ impl fmt::Display for QuinnSetting {
         let Self { initial_window, initial_rtt, segmentation, cipher, .. } = self;
         write!(f, "windows {stream}/{connection}/{send} MiB, chunks {chunk} KiB, {congestion}")?;
         match buffer {
-            0 => write!(f, ", socket buffers as they are")?,
+            0 => write!(f, ", default socket buffers")?,
             kib => write!(f, ", socket buffers {kib} KiB")?,
         }
         match ack_every {
@@ -103,10 +104,10 @@ impl fmt::Display for QuinnSetting {
             packets => write!(f, ", an ack every {packets} packets")?,
         }
         if *initial_window > 0 {
-            write!(f, ", {initial_window} KiB at first")?;
+            write!(f, ", initial window {initial_window} KiB")?;
         }
         if *initial_rtt != AGENT_SETTING.initial_rtt {
-            write!(f, ", {initial_rtt} ms assumed")?;
+            write!(f, ", assumed round trip {initial_rtt} ms")?;
         }
         if !segmentation {
             write!(f, ", no GSO")?;
@@ -132,14 +133,15 @@ impl QuinnSetting {
         Ok(socket)
     }
 
-    /// For a socket.
+    /// The configuration of an endpoint.
     pub(crate) fn endpoint() -> Result<EndpointConfig, BenchError> {
         let mut config = EndpointConfig::default();
         config.max_udp_payload_size(MTU)?;
         Ok(config)
     }
 
-    /// Both ends, with TLS and the one cipher. Who answers is nobody's business here.
+    /// The configurations of both sides, with TLS and this cipher. The client does not verify the
+    /// server.
     pub(crate) fn configs(&self) -> Result<(ServerConfig, ClientConfig), BenchError> {
         let suite = match self.cipher {
             Cipher::Aes128 => cipher_suite::TLS13_AES_128_GCM_SHA256,
@@ -158,7 +160,7 @@ impl QuinnSetting {
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(NoServerVerification))
             .with_no_client_auth();
-        // The first packets have this cipher whatever is agreed upon in them (RFC 9001, 5.2).
+        // Initial packets use this cipher regardless of the negotiated cipher (RFC 9001, 5.2).
         let first = cipher_suite::TLS13_AES_128_GCM_SHA256.tls13().and_then(|suite| suite.quic_suite());
         let first = first.ok_or("no cipher for the first packets")?;
         let server = QuicServerConfig::with_initial(Arc::new(server), first)?;

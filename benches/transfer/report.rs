@@ -1,19 +1,19 @@
-//! What is printed.
+//! Output of figures and notes.
 
-/// Why figures could not be made; written for the person who reads it.
+/// Why a figure could not be measured, for the reader of the output.
 pub(crate) type BenchError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Tells what goes on, apart from the figures.
+/// Prints progress on stderr, apart from the figures.
 pub(crate) fn note(text: &str) {
     eprintln!("transfer: {text}");
 }
 
-/// One figure, with what it ran on.
+/// Prints a figure and the conditions of its measurement.
 pub(crate) fn figure(name: &str, value: f64, on: &str) {
     println!("figure {name} {value:.2} ({on})");
 }
 
-/// The middle one, or the mean of the two in the middle.
+/// The middle value, or the mean of the two middle values.
 pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     let mut sorted: Vec<_> = values.into_iter().collect();
     sorted.sort_by(f64::total_cmp);
@@ -21,7 +21,7 @@ pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
 }
 
-/// Megabytes (10^6 bytes) a second.
+/// Megabytes (10^6 bytes) per second.
 pub(crate) fn mb_s(bytes: u64, seconds: f64) -> f64 {
     bytes as f64 / 1e6 / seconds
 }

@@ -1,4 +1,4 @@
-//! Where the content stores are.
+//! Storage of the content stores.
 
 use std::fmt;
 use std::path::Path;
@@ -10,22 +10,23 @@ use tempfile::TempDir;
 
 use crate::report::{BenchError, note};
 
-/// A folder on one kind of storage, removed when dropped.
+/// A folder on one kind of storage. Removed when dropped.
 pub(crate) struct Storage {
     folder: TempDir,
     in_memory: bool,
 }
 
-/// Mounts of this process from now on are seen by nobody else, and go when it and what it started do.
+/// Gives this process a mount namespace of its own. Later mounts are invisible outside, and end
+/// with this process and its children.
 pub(crate) fn unshare_mounts() -> Result<(), BenchError> {
     unshare(CloneFlags::CLONE_NEWNS)
-        .map_err(|errno| format!("no mounts of our own, so no images: {errno} (are you root?)"))?;
+        .map_err(|errno| format!("cannot make a mount namespace for the images: {errno} (run as root)"))?;
     let nothing: Option<&str> = None;
     Ok(mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing)?)
 }
 
 impl Storage {
-    /// A tmpfs, so that no disk is measured, with room for so many bytes.
+    /// A tmpfs with space for this number of bytes, so that no disk is measured.
     pub(crate) fn memory(needed: u64) -> Result<Self, BenchError> {
         let folder = tempfile::tempdir()?;
         let size = format!("size={needed}");
@@ -38,7 +39,7 @@ impl Storage {
         Ok(place)
     }
 
-    /// The disk that the build's own files are on, with room for so many bytes.
+    /// A folder on the disk of the build folder, with space for this number of bytes.
     pub(crate) fn disk(needed: u64) -> Result<Self, BenchError> {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
         let room = nix::sys::statvfs::statvfs(folder.path())?;
@@ -50,7 +51,7 @@ impl Storage {
         self.folder.path()
     }
 
-    /// Lets the disk finish what was written before, so that no run pays for another.
+    /// Waits until the disk has written earlier data, so that no run pays for another.
     pub(crate) fn settle(&self) -> Result<(), BenchError> {
         if !self.in_memory && !Command::new("sync").arg("--file-system").arg(self.path()).status()?.success() {
             return Err("sync failed".into());
@@ -61,7 +62,7 @@ impl Storage {
 
 fn ensure_free(what: &str, available: u64, needed: u64) -> Result<(), BenchError> {
     if available < needed {
-        return Err(format!("{} MiB of {what} are free where {} are needed", available >> 20, needed >> 20).into());
+        return Err(format!("{} MiB of {what} are free, and {} MiB are needed", available >> 20, needed >> 20).into());
     }
     Ok(())
 }
@@ -74,7 +75,7 @@ impl fmt::Display for Storage {
 
 impl Drop for Storage {
     fn drop(&mut self) {
-        // A process that does not die at once would keep it busy.
+        // A process that is still ending would keep the mount busy, so the unmount is lazy.
         if self.in_memory
             && let Err(errno) = umount2(self.folder.path(), MntFlags::MNT_DETACH)
         {

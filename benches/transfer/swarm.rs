@@ -1,4 +1,4 @@
-//! One node has an image, and all others want it at once.
+//! All nodes but one fetch an image from that node at the same time.
 
 use std::time::{Duration, Instant};
 
@@ -12,29 +12,29 @@ use crate::storage::Storage;
 
 const NODES: usize = 8;
 
-/// Of every link, in each direction.
+/// Rate of every link, in each direction.
 const MBIT_S: u32 = 200;
 
-/// The same where two processors are too few for eight agents at [`MBIT_S`].
+/// A lower rate, for machines where two processors are too few for eight agents at [`MBIT_S`].
 const SLOWER_MBIT_S: u32 = 75;
 
-/// The image on every node, twice, and the containerds.
+/// Space for the image on every node, twice, and for the containerds.
 const NEEDED: u64 = 6 << 30;
 
 const RUNS: u64 = 3;
 
-/// Below this the processors hold up the network, and what is measured is the machine.
+/// With less idle time, the processors limit the transfer, and the figure would be of the machine.
 const LEAST_IDLE: f64 = 0.2;
 
-/// After so long agents close connections that nobody uses.
+/// Time after which agents have closed their unused connections.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(40);
 
 struct SwarmRun {
-    /// Of size / bandwidth.
+    /// Time of the slowest node, in units of size / bandwidth.
     worst: f64,
     median: f64,
     idle: f64,
-    /// How often the one that has the image sent it, headers and all.
+    /// Copies of the image that the seed's link carried, headers included.
     copies: f64,
 }
 
@@ -47,7 +47,7 @@ pub(crate) fn run() -> Result<(), BenchError> {
         let slower = "one layer of 256 MiB, slower links";
         let slower = measure(nodes, "swarm8_worst_sb_75mbit", SLOWER_MBIT_S, &[256 << 20], slower).await;
         nodes.limit_rate(MBIT_S)?;
-        // Whoever nobody fetches from for half a minute is dialled anew.
+        // An unused connection is closed after half a minute. The next dial uses the new MTU.
         nodes.set_mtu(JUMBO)?;
         tokio::time::sleep(IDLE_TIMEOUT).await;
         let jumbo = "one layer of 256 MiB, frames of 9000 bytes";
@@ -58,13 +58,13 @@ pub(crate) fn run() -> Result<(), BenchError> {
 
 async fn measure(nodes: &Nodes, name: &str, mbit_s: u32, layers: &[u64], what: &str) -> Result<(), BenchError> {
     let mut runs = Vec::new();
-    // The first one warms up.
+    // The first run warms up.
     for seed in 0..=RUNS {
         let run = recover_everywhere(nodes, mbit_s, layers, 100 * layers.len() as u64 + seed).await?;
         let SwarmRun { worst, median, idle, copies } = run;
         let idle = 100.0 * idle;
         note(&format!(
-            "{what}: worst {worst:.3}, median {median:.3}, idle {idle:.0} %, the first sent {copies:.2} copies"
+            "{what}: worst {worst:.3}, median {median:.3}, idle {idle:.0} %, the seed sent {copies:.2} copies"
         ));
         runs.extend((seed > 0).then_some(run));
     }
@@ -75,7 +75,7 @@ async fn measure(nodes: &Nodes, name: &str, mbit_s: u32, layers: &[u64], what: &
         return Err(format!("{name} is void: only {idle:.0} % of the processors' time was idle ({worst})").into());
     }
     let on = format!(
-        "{what}, 1 seed, {} others at once, {mbit_s} Mbit/s each way; {}; the middle node {:.2}; the first one's link carried {:.2} copies; at least {:.0} % of the processors' time idle",
+        "{what}, 1 seed, {} others at once, {mbit_s} Mbit/s each way; {}; the median node {:.2}; the seed's link carried {:.2} copies; at least {:.0} % of the processors' time idle",
         NODES - 1,
         spread(&worst),
         median(runs.iter().map(|run| run.median)),

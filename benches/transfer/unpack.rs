@@ -1,4 +1,4 @@
-//! From an image's record until a container can be made from it: unpacked as it came, and not.
+//! Time from the image record to a usable image, with and without unpacking during the recovery.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -18,22 +18,22 @@ use crate::storage::Storage;
 
 const ROUNDS: usize = 3;
 
-/// Bytes of the layers when they are unpacked: 640 MiB, as unequal as layers are.
+/// Unpacked sizes of the layers: 640 MiB, as unequal as layers usually are.
 const LAYERS: [usize; 5] = [64 << 20, 320 << 20, 128 << 20, 96 << 20, 32 << 20];
 
-/// Each of a layer's files: between those of a distribution and those of a model.
+/// Size of each file in a layer: between the files of a distribution and those of a model.
 const FILE: usize = 256 << 10;
 
-/// The image in two containerds, unpacked in one of them, and what is being written.
+/// The image in two containerds, unpacked in one of them, and a blob that is being written.
 const NEEDED: u64 = 4 << 30;
 
 const MODES: [(UnpackMode, &str); 2] = [(UnpackMode::DuringRecovery, "_early"), (UnpackMode::AfterRecovery, "")];
 
-/// What one recovery took, in seconds.
+/// Times of a single recovery, in seconds.
 struct UnpackTimes {
-    /// From the decision to the record.
+    /// From the decision to recover to the image record.
     to_record: f64,
-    /// From the record until everything is unpacked.
+    /// From the image record to a completely unpacked image.
     to_usable: f64,
 }
 
@@ -52,7 +52,7 @@ pub(crate) fn run(frames: &LoopbackNetwork) -> Result<(), BenchError> {
     let [early, later] = agents;
     let agents = [early?, later?];
     let mut took: [Vec<UnpackTimes>; MODES.len()] = Default::default();
-    // The first run of each way starts connections and fills caches, and is not counted.
+    // The first run of each mode opens connections and fills caches, and does not count.
     for round in 0..=ROUNDS {
         for ((agents, (_, name)), took) in agents.iter().zip(MODES).zip(&mut took) {
             place.settle()?;
@@ -77,7 +77,8 @@ pub(crate) fn run(frames: &LoopbackNetwork) -> Result<(), BenchError> {
     Ok(())
 }
 
-/// The baseline's unpacking is containerd's own client's, which has the same services do what CRI has them do. It leaves what it finds unpacked.
+/// The baseline unpacks by `ctr`, which uses the same services as CRI. Layers that are unpacked
+/// already stay as they are.
 fn recover(
     agents: &AgentPair,
     destination: &Containerd,
@@ -96,12 +97,13 @@ fn recover(
     }
     destination.empty()?;
     match destination.ctr(&["snapshots", "ls"])?.contains("sha256:") {
-        true => Err("what was unpacked is still there without its image".into()),
+        true => Err("snapshots are left after the removal of the image".into()),
         false => Ok(UnpackTimes { to_record, to_usable }),
     }
 }
 
-/// A layer of files with hexadecimal digits, of which gzip leaves somewhat more than half, as it does of programs.
+/// A layer of files with hexadecimal digits. gzip leaves somewhat more than half of them, as of
+/// programs.
 fn layer(number: usize, size: usize) -> Result<(bytes::Bytes, Digest), BenchError> {
     let mut random = SmallRng::seed_from_u64(number as u64);
     let mut archive = tar::Builder::new(Vec::with_capacity(size + size / 64));

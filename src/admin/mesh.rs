@@ -1,6 +1,8 @@
-//! `GET /debug/mesh`: who is in the mesh, as JSON; as a table with `?format=table`, or where plain text is asked for.
+//! `GET /debug/mesh`: the mesh members, as JSON; as a table with `?format=table` or when the client
+//! accepts plain text and no JSON.
 //!
-//! Nodes, their addresses and PeerIds, as everybody knows them who may list nodes; no credential, and not what anybody holds.
+//! The page shows names, addresses and PeerIds of nodes, as every client with permission to list
+//! nodes can see them. Credentials and inventories are not shown.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,9 +18,11 @@ use super::AdminState;
 use crate::model::MeshStatus;
 use crate::ports::MeshSource;
 
-/// The mesh is asked at most once in so long for each of its members, however many ask here, and all of them are sent the same bytes: a few
-/// nodes can be watched closely, and a thousand cost little. A connection ends after 30 s, so that what is in memory for
-/// those who read slowly is at most 30 s / 5 ms entries of 300 bytes, 2 MiB, or seven answers: 10 MiB in a cluster of 5000 nodes.
+/// The page requests the mesh status at most once per this time and member, for all clients
+/// together, and sends all of them the same bytes. So a few nodes can be watched closely, and a
+/// thousand cost little. A connection ends after 30 s, so slow readers keep at most 30 s / 5 ms
+/// entries of 300 bytes in memory, which are 2 MiB, or seven responses. Seven responses are 10 MiB
+/// in a cluster of 5000 nodes.
 const CACHE_PER_MEMBER: Duration = Duration::from_millis(5);
 const MIN_CACHE: Duration = Duration::from_millis(100);
 const MAX_CACHE: Duration = Duration::from_secs(5);
@@ -26,7 +30,7 @@ const MAX_CACHE: Duration = Duration::from_secs(5);
 const JSON: &str = "application/json";
 const TEXT: &str = "text/plain; charset=utf-8";
 
-/// What was last found out.
+/// The cached status.
 pub(super) struct MeshPage {
     source: Arc<dyn MeshSource>,
     cached: Mutex<Option<CachedStatus>>,
@@ -49,7 +53,7 @@ impl MeshPage {
         Self { source, cached: Mutex::default() }
     }
 
-    /// The bytes to send; `None` when the mesh does not answer.
+    /// The bytes of the response; `None` when the mesh does not answer.
     async fn bytes(&self, as_table: bool) -> Option<Bytes> {
         let mut last = self.cached.lock().await;
         if last.as_ref().is_none_or(|answer| answer.at.elapsed() >= cache_lifetime(&answer.status)) {
@@ -71,7 +75,7 @@ pub(super) async fn serve_mesh(
     headers: HeaderMap,
 ) -> Response {
     let Some(as_table) = wants_table(query.as_deref(), &headers) else {
-        return (StatusCode::BAD_REQUEST, "format is json or table\n").into_response();
+        return (StatusCode::BAD_REQUEST, "the format must be json or table\n").into_response();
     };
     match shared.mesh.bytes(as_table).await {
         Some(bytes) => ([(header::CONTENT_TYPE, if as_table { TEXT } else { JSON })], bytes).into_response(),
@@ -79,7 +83,8 @@ pub(super) async fn serve_mesh(
     }
 }
 
-/// The query decides; without one, whether plain text is asked for and JSON is not. `None` for a format that there is not.
+/// The query decides; without a format there, plain text that is accepted without JSON gives the
+/// table. `None` for an unknown format.
 fn wants_table(query: Option<&str>, headers: &HeaderMap) -> Option<bool> {
     let format = query.into_iter().flat_map(|query| query.split('&')).find_map(|part| part.strip_prefix("format="));
     let accepted = || headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
@@ -107,7 +112,7 @@ mod tests {
     impl MeshSource for CountingMesh {
         async fn mesh(&self) -> Option<MeshStatus> {
             let asked = self.0.fetch_add(1, Ordering::Relaxed);
-            // The third time it does not answer.
+            // The third request gets no answer.
             (asked != 2).then(|| MeshStatus { alive: asked, ..MeshStatus::default() })
         }
     }
@@ -125,7 +130,7 @@ mod tests {
         tokio::time::advance(MIN_CACHE).await;
         assert_eq!(alive(&page).await, Some(1));
         tokio::time::advance(MIN_CACHE).await;
-        assert_eq!(alive(&page).await, None, "rather nothing than what is old");
+        assert_eq!(alive(&page).await, None, "an outdated status is not served");
         assert_eq!(alive(&page).await, Some(3));
     }
 

@@ -1,9 +1,9 @@
-//! The server of the admin port: which connections it accepts, and for how long.
+//! The server of the admin port, with limits on connections and their duration.
 //!
 //! The kubelet probes a pod in the node's network from the node itself, so connections from the
-//! node's own addresses have places that no other connection takes. A second listener for probes
+//! node's own addresses have permits that no other connection uses. A second listener for probes
 //! would need a second port of the node, and would be open to the same pods. These limits bound
-//! descriptors and memory. A firewall decides which networks reach the port at all.
+//! descriptors and memory. A firewall decides which networks can reach the port.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -22,24 +22,25 @@ use crate::addresses::is_local_address;
 use crate::decide::connection_limit::{ConnectionLimits, ConnectionRejection, OpenConnections, Origin};
 use crate::metrics::Metrics;
 
-/// Elsewhere: a few Prometheus servers and people with curl, and many times that. Node: at most
-/// two probes at a time, and collectors of metrics in the node's network. One address has its two
-/// scrapes and several shells, one IPv6 subnet half of all. A connection costs some 20 KiB.
+/// Elsewhere: many times the connections of a few Prometheus servers and of operators with curl.
+/// Node: at most two probes at a time, and metrics collectors in the node's network. One address:
+/// two scrapes and several shells. One IPv6 subnet: half of all. A connection costs some 20 KiB.
 const LIMITS: ConnectionLimits = ConnectionLimits { node: 32, elsewhere: 128, address: 16, subnet: 64 };
 
-/// A request's head arrives within this time. Clients of the node or the cluster send it at once.
+/// Deadline for a request's head. Clients in the node or the cluster send the head at once.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A connection lasts at most this long. Any scrape takes well under a second.
+/// Longest life of a connection. Any scrape takes well under a second.
 const MAX_LIFETIME: Duration = Duration::from_secs(30);
 
-/// Heads of probes and scrapes have some 500 bytes; this is the least that hyper takes.
+/// Bytes of a request's head at most. Probes and scrapes have some 500; hyper accepts no lower
+/// limit than this.
 const MAX_HEAD_BYTES: usize = 8 << 10;
 
-/// Responses that are being written when the agent stops have this long.
+/// Time for responses that are being written when the agent stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The pause after `accept` failed, as when the process has no descriptors left.
+/// Pause after `accept` failed, for example when the process has no descriptors left.
 const ACCEPT_BACKOFF: Duration = Duration::from_secs(1);
 
 pub(super) struct LimitedServer {
@@ -48,7 +49,7 @@ pub(super) struct LimitedServer {
     pub(super) metrics: Metrics,
 }
 
-/// A place among the open connections, free again when dropped.
+/// A permit among the open connections, released on drop.
 struct ConnectionPermit {
     connections: Arc<Mutex<OpenConnections>>,
     origin: Origin,
@@ -56,7 +57,7 @@ struct ConnectionPermit {
 }
 
 impl LimitedServer {
-    /// Serves until stopped.
+    /// Serves until `stop`.
     pub(super) async fn run(self, stop: CancellationToken) {
         let Self { listener, router, metrics } = self;
         let connections = Arc::new(Mutex::new(OpenConnections::new(LIMITS)));
@@ -82,7 +83,7 @@ impl LimitedServer {
         }
         drop(listener);
         let drained = async { while serving.join_next().await.is_some() {} };
-        // The rest is cancelled.
+        // Connections that are still open are cancelled.
         let _ = tokio::time::timeout(DRAIN_TIMEOUT, drained).await;
         serving.shutdown().await;
     }
@@ -100,17 +101,17 @@ fn acquire_permit(
     peer: SocketAddr,
 ) -> Result<ConnectionPermit, ConnectionRejection> {
     let address = peer.ip().to_canonical();
-    // A connection that ended already has no local address, and nothing to be served.
+    // A connection that has already ended has no local address and needs no response.
     let is_own = stream.local_addr().is_ok_and(|local| is_of_node(address, local.ip().to_canonical()));
     let origin = if is_own { Origin::Node } else { Origin::Elsewhere };
     connections.lock().unwrap_or_else(PoisonError::into_inner).insert(origin, address)?;
     Ok(ConnectionPermit { connections: Arc::clone(connections), origin, address })
 }
 
-/// Whether the address `peer` of a connection to `local` is one of this node's. Linux answers a
-/// connection to an own address from the same address, or, where `local` is the second address of
-/// its network, from the first. Loopback is left to the comparison, because every address of
-/// 127.0.0.0/8 can be bound.
+/// Whether `peer`, the client's address of a connection to `local`, is an address of this node.
+/// Linux connects to an own address from the same address, or, where `local` is the second address
+/// of its network, from the first. Loopback addresses are only compared, because a socket can bind
+/// to every address of 127.0.0.0/8.
 fn is_of_node(peer: IpAddr, local: IpAddr) -> bool {
     peer == local || (!peer.is_loopback() && is_local_address(peer))
 }
@@ -123,8 +124,8 @@ fn rejection_label(rejected: ConnectionRejection) -> &'static str {
     }
 }
 
-/// One request. A client opens another connection for the next one, so that idle clients hold no
-/// place.
+/// Serves one request. A client opens another connection for the next request, so idle clients
+/// occupy no permit.
 async fn serve(stream: TcpStream, router: Router, _place: ConnectionPermit) {
     let served = http1::Builder::new()
         .timer(TokioTimer::new())

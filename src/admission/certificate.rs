@@ -1,7 +1,9 @@
-//! Admission by certificate: the agent signs for its PeerId with the key of a certificate that the operator's authority issued.
+//! Admission by certificate: the agent signs for its PeerId with the key of a certificate from the
+//! operator's authority.
 //!
-//! The files are looked at again, because whoever issues them (cert-manager, as a rule) replaces them long before their end. Not here:
-//! what makes a certificate good ([`crate::credential::certificate`]).
+//! The issuer, usually cert-manager, replaces the files long before they expire, so the agent reads
+//! the files again. Not here: the verification of a certificate
+//! ([`crate::credential::certificate`]).
 
 use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
@@ -23,61 +25,62 @@ use crate::credential::certificate::{
 use crate::model::{Credential, PeerId};
 use crate::ports::{Admission, AdmittedPeer, Rejection};
 
-/// How often the files are looked at: the kubelet brings a changed Secret within a minute or so anyway.
+/// Interval of reading the files. The kubelet updates a mounted Secret only about once a minute.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(30);
 
-/// A statement is signed anew when it is so old: the other half of its life is left for a peer that is hard to reach.
+/// Age at which a statement is signed anew. The other half of its life covers peers that are hard
+/// to reach.
 const RESIGN_AFTER: Duration = STATEMENT_LIFE.checked_div(2).expect("two is not zero");
 
-/// A chain, a bundle of authorities or a key; the largest of them have some ten KiB.
+/// Bytes of a chain, a bundle of authorities or a key at most. The largest have some ten KiB.
 const MAX_FILE: u64 = 256 << 10;
 
-/// Where everything is, and what agents' certificates must be for.
+/// The paths of the files, and the name that agents' certificates must carry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CertificateFiles {
-    /// The agent's certificate and those between it and the authority's, PEM.
+    /// PEM: the agent's certificate and the intermediates up to the authority.
     pub certificate: PathBuf,
-    /// Its private key, PEM; readable by its owner alone.
+    /// PEM: the agent's private key, with mode 600.
     pub key: PathBuf,
-    /// The authorities that are believed, PEM.
+    /// PEM: the trusted authorities.
     pub authority: PathBuf,
-    /// The DNS name that every agent's certificate carries.
+    /// The DNS name in every agent's certificate.
     pub name: String,
 }
 
-/// The files cannot be used.
+/// The certificate files cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateFilesError {
-    /// One cannot be read.
+    /// A file cannot be read.
     #[error("{path}: {source}")]
     Io {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error of the read.
         source: io::Error,
     },
-    /// Others than its owner may know the key.
+    /// Other users can read the key.
     #[error("the key {path} has mode {mode:o}; it must be 600")]
     Exposed {
-        /// Which file.
+        /// The key file.
         path: PathBuf,
-        /// Its permission bits.
+        /// The permission bits.
         mode: u32,
     },
-    /// One holds something else.
+    /// The content of a file is malformed.
     #[error("{path}: {reason}")]
     Malformed {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// What is missing.
+        /// The defect of the content.
         reason: String,
     },
-    /// No agent would admit this one.
+    /// Peers would reject this agent's own credential.
     #[error("peers would not admit this agent: {0}")]
     Rejected(#[from] CertificateRejection),
 }
 
-/// Admits owners of certificates of one authority.
+/// Admits owners of certificates that the authority issued.
 pub struct CertificateAdmission {
     peer: PeerId,
     files: CertificateFiles,
@@ -85,7 +88,7 @@ pub struct CertificateAdmission {
     renewals: watch::Sender<u64>,
 }
 
-/// What the files held, and the statement that was signed with it.
+/// The file contents, and the credential signed with them.
 struct SignedCredential {
     read: FileContents,
     authority: Authority,
@@ -93,7 +96,6 @@ struct SignedCredential {
     issued: Duration,
 }
 
-/// The files as they are on disk.
 #[derive(PartialEq, Eq)]
 struct FileContents {
     certificate: Vec<u8>,
@@ -102,23 +104,26 @@ struct FileContents {
 }
 
 impl CertificateAdmission {
-    /// For the agent whose key is `peer`.
+    /// Reads the files and signs for `peer`, this agent's key.
     ///
     /// # Errors
-    /// [`CertificateError`]; files that go bad later change nothing before the last statement ends.
+    /// [`CertificateFilesError`]. Files that become unusable later change nothing until the last
+    /// statement expires.
     pub fn open(files: CertificateFiles, peer: PeerId) -> Result<Self, CertificateFilesError> {
         let material = SignedCredential::sign(FileContents::read(&files)?, &files, peer, now())?;
         Ok(Self { peer, files, current: RwLock::new(Arc::new(material)), renewals: watch::Sender::default() })
     }
 
-    /// Looks at the files, and signs again, until `stop`.
+    /// Reads the files and renews the statement, until `stop`.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         while stop.run_until_cancelled(tokio::time::sleep(RELOAD_INTERVAL)).await.is_some() {
             let looking = self.clone();
             match spawn_blocking(move || looking.reload(now())).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!(%error, "the certificate's files cannot be used; the last ones stay"),
-                Err(error) => tracing::error!(%error, "looking at the certificate's files failed"),
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "the certificate files cannot be used; the previous credential stays")
+                }
+                Err(error) => tracing::error!(%error, "reading the certificate files failed"),
             }
         }
     }
@@ -129,13 +134,13 @@ impl CertificateAdmission {
             return Ok(());
         }
         let material = SignedCredential::sign(read, &self.files, self.peer, now)?;
-        *self.current.write().expect("nothing panics while holding it") = Arc::new(material);
+        *self.current.write().expect("no thread panics while it holds the lock") = Arc::new(material);
         self.renewals.send_modify(|renewals| *renewals += 1);
         Ok(())
     }
 
     fn signed_credential(&self) -> Arc<SignedCredential> {
-        self.current.read().expect("nothing panics while holding it").clone()
+        self.current.read().expect("no thread panics while it holds the lock").clone()
     }
 }
 
@@ -144,7 +149,9 @@ impl Admission for CertificateAdmission {
     async fn credential(&self) -> Result<Credential, Rejection> {
         let material = self.signed_credential();
         if now() > material.issued + STATEMENT_LIFE {
-            return Err(Rejection::Undecided("this agent's certificate cannot be used any more".to_owned()));
+            return Err(Rejection::Undecided(
+                "this agent's last statement has expired; check the certificate files".to_owned(),
+            ));
         }
         Ok(material.credential.clone())
     }
@@ -175,14 +182,14 @@ impl FileContents {
             let file = std::fs::File::open(path).map_err(at(path))?;
             file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(at(path))?;
             let fits = bytes.len() as u64 <= MAX_FILE;
-            fits.then_some(bytes).ok_or_else(|| malformed(path, format!("it has more than {MAX_FILE} bytes")))
+            fits.then_some(bytes).ok_or_else(|| malformed(path, format!("the file has more than {MAX_FILE} bytes")))
         });
         Ok(Self { certificate: certificate?, key: key?, authority: authority? })
     }
 }
 
 impl SignedCredential {
-    /// Signs for `peer`, and makes sure that peers will agree.
+    /// Signs for `peer`, and verifies the credential as peers do.
     fn sign(
         read: FileContents,
         files: &CertificateFiles,
@@ -192,14 +199,14 @@ impl SignedCredential {
         let certificates = |path: &Path, bytes: &[u8]| {
             let all = CertificateDer::pem_slice_iter(bytes).collect::<Result<Vec<_>, _>>();
             let all = all.map_err(|error| malformed(path, format!("not certificates in PEM: {error}")))?;
-            if all.is_empty() { Err(malformed(path, "it holds no certificate".to_owned())) } else { Ok(all) }
+            if all.is_empty() { Err(malformed(path, "the file has no certificate".to_owned())) } else { Ok(all) }
         };
         let chain = certificates(&files.certificate, &read.certificate)?;
         let authorities = certificates(&files.authority, &read.authority)?;
         let authority = Authority::new(&authorities, &files.name)
             .map_err(|error: AuthorityError| malformed(&files.authority, error.to_string()))?;
-        // What is wrong with a key is not repeated: the text could be part of it.
-        let no_key = |_| malformed(&files.key, "it holds no private key of a kind that signs".to_owned());
+        // A parser's error is not repeated: the text could contain a part of the key.
+        let no_key = |_| malformed(&files.key, "the file has no private key of a supported kind".to_owned());
         let key = PrivateKeyDer::from_pem_slice(&read.key).map_err(|_| no_key(()))?;
         let key = any_supported_type(&key).map_err(|_| no_key(()))?;
         let signer = key.choose_scheme(&authority.schemes()).ok_or_else(|| no_key(()))?;

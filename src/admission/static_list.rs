@@ -1,4 +1,5 @@
-//! Admission by a list of PeerIds: for the demo, for tests, and for clusters without ServiceAccount tokens.
+//! Admission by a list of PeerIds: for the demo, for tests, and for clusters without ServiceAccount
+//! tokens.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -9,16 +10,16 @@ use tokio::sync::watch;
 use crate::model::{Credential, PeerId};
 use crate::ports::{Admission, AdmittedPeer, Rejection};
 
-/// Admits the peers of a list, and nobody else.
+/// Admits exactly the peers of a list.
 #[derive(Debug, Clone)]
 pub struct StaticAdmission {
     peers: BTreeSet<PeerId>,
-    /// Kept so that receivers do not see it closed; there is never another credential.
+    /// Keeps the receivers open; the credential never changes.
     renewals: watch::Sender<u64>,
 }
 
 impl StaticAdmission {
-    /// Admits exactly these.
+    /// An admission of `peers`.
     pub fn new(peers: impl IntoIterator<Item = PeerId>) -> Self {
         Self { peers: peers.into_iter().collect(), renewals: watch::Sender::default() }
     }
@@ -41,7 +42,7 @@ impl Admission for StaticAdmission {
     fn admit_relayed(&self, peer: PeerId, _: &Credential) -> Result<AdmittedPeer, Rejection> {
         match self.peers.contains(&peer) {
             true => Ok(AdmittedPeer { node: None, pod: None, valid_until: Duration::MAX, is_in_grace: false }),
-            false => Err(Rejection::Denied(format!("{peer} is not on the list"))),
+            false => Err(Rejection::Denied(format!("{peer} is not on the list of admitted peers"))),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
-use super::own_image::OwnImagePorts;
+use super::retention::own_image::OwnImagePorts;
 use crate::admin::ReadinessCheck;
 use crate::ports::{
     Admission, Claims, Cluster, ContainerdStatus, ContentStore, ImportPermission, LayerLeases, Notifier, PodEvent,

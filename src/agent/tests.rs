@@ -25,13 +25,10 @@ mod unreachable_providers;
 
 use std::sync::Arc;
 
-use super::blob_fetcher::BlobFetcher;
-use super::claim_coordinator::ClaimCoordinator;
-use super::inventory_view::PeerInventory;
-use super::recover::Recoverer;
-use super::reference_resolver::ReferenceResolver;
-use super::swarm::Downloads;
-use crate::decide::disk_reservations::Reservations;
+use crate::agent::peers::inventory_view::PeerInventory;
+use crate::agent::recovery::builder::RecoveryDependencies;
+use crate::agent::recovery::recover::Recoverer;
+use crate::agent::recovery::downloads::Downloads;
 use crate::decide::policy::{Policy, ResolveOptions};
 use crate::metrics::Metrics;
 use crate::model::{InventoryChange, InventoryItem, MeshEvent, NodeName, Peer, PeerId, Zone};
@@ -138,33 +135,23 @@ impl TestNode {
     }
 
     fn recoverer_on(&self, store: Arc<dyn ContentStore>) -> Recoverer {
-        let me = peer(0);
+        self.recovery_dependencies(store).build()
+    }
+
+    fn recovery_dependencies(&self, store: Arc<dyn ContentStore>) -> RecoveryDependencies {
         let node: NodeName = "here".parse().unwrap();
-        let claims = Arc::new(self.cluster.claims_of(node.clone()));
-        Recoverer {
-            store: Arc::clone(&store),
-            resolver: ReferenceResolver {
-                inventory: self.inventory.clone(),
-                registry: Arc::clone(&self.registry) as _,
-                cluster: Arc::new(self.cluster.clone()),
-                platform: Platform::of_this_node(),
-                options: self.resolve.clone(),
-            },
-            blob_fetcher: Arc::new(BlobFetcher::new(
-                me,
-                store,
-                Arc::clone(&self.fetcher) as _,
-                self.inventory.clone(),
-                self.downloads.clone(),
-                watch::channel(self.zone.clone()).1,
-                self.metrics.clone(),
-            )),
-            claims: Arc::new(ClaimCoordinator::new(claims, self.inventory.clone(), self.metrics.clone(), node, me)),
+        let (fetcher, inventory) = (Arc::clone(&self.fetcher) as _, self.inventory.clone());
+        RecoveryDependencies {
+            downloads: self.downloads.clone(),
+            zone: watch::channel(self.zone.clone()).1,
+            registry: Arc::clone(&self.registry) as _,
+            cluster: Arc::new(self.cluster.clone()),
+            claims: Arc::new(self.cluster.claims_of(node.clone())),
             policy: self.policy.subscribe(),
-            platform: Platform::of_this_node(),
-            reservations: Reservations::default(),
+            resolve: self.resolve.clone(),
             imports: self.imports.subscribe(),
-            layer_unpacker: None,
+            metrics: self.metrics.clone(),
+            ..RecoveryDependencies::on_fakes(peer(0), node, store, fetcher, inventory)
         }
     }
 

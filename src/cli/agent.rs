@@ -1,4 +1,5 @@
-//! `lighterman agent`: the real world (containerd, the API server) around one agent, until a signal.
+//! `lighterman agent`: builds the adapters of containerd, API server and registries, and runs one
+//! agent until a signal.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use super::{EXIT_USAGE, runtime};
 use crate::addresses::has_ipv6;
 use crate::admin::ReadinessCheck;
 use crate::admission::{CertificateAdmission, CertificateFilesError, StaticAdmission};
-use crate::agent::own_image::OwnImagePorts;
+use crate::agent::retention::own_image::OwnImagePorts;
 use crate::agent::supervisor::Supervisor;
 use crate::agent::{Agent, AgentPorts};
 use crate::cluster::{self, KubeCluster, TokenAdmission};
@@ -27,10 +28,10 @@ use crate::ports::{Admission, BlobAccess, ContainerdStatus, ImportPermission, No
 use crate::registry::{self, RegistryClient};
 use crate::webhook::{self, Webhook};
 
-/// Pod events on their way: one list of a full node, after which the watch waits.
+/// Capacity of the channel of pod events: one list of a full node. Above, the watch waits.
 const POD_EVENTS_QUEUED: usize = 128;
 
-/// The value of `--containerd-socket` that takes the first of the usual places.
+/// The value of `--containerd-socket` that takes the first of the usual paths.
 const AUTO_SOCKET: &str = "auto";
 
 /// Runs the agent until SIGTERM or SIGINT.
@@ -63,7 +64,7 @@ async fn run_agent(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     for listen in [&mut transfer.listen, &mut mesh.listen, &mut settings.admin_listen] {
         *listen = listen_address(*listen);
     }
-    // Before anything else, so that an early signal is not lost.
+    // The first step, so that no early signal is lost.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let grace = settings.grace;
@@ -140,8 +141,8 @@ async fn run_agent(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     supervisor.spawn("pods", |stop| async move { kube.watch_pods(pods_in, stop).await });
     let shutdown = async move {
         tokio::select! {
-            _ = terminate.recv() => tracing::info!("SIGTERM: finishing"),
-            _ = interrupt.recv() => tracing::info!("SIGINT: finishing"),
+            _ = terminate.recv() => tracing::info!("SIGTERM: the agent finishes"),
+            _ = interrupt.recv() => tracing::info!("SIGINT: the agent finishes"),
         }
     };
     supervisor.run(shutdown, grace).await?;
@@ -149,7 +150,7 @@ async fn run_agent(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// `[::]` means "everywhere"; on a node without IPv6 that is `0.0.0.0`.
+/// Replaces `[::]`, which means all addresses, by `0.0.0.0` on a node without IPv6.
 fn listen_address(listen: SocketAddr) -> SocketAddr {
     let everywhere = listen.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
     if everywhere && !has_ipv6() {
@@ -158,16 +159,18 @@ fn listen_address(listen: SocketAddr) -> SocketAddr {
     listen
 }
 
-/// How often containerd is asked whether it answers. As often as the readiness probe itself.
+/// Interval of the checks that containerd answers: the period of the readiness probe.
 const PROBE_PERIOD: Duration = Duration::from_secs(5);
 
-/// How often it is asked how it is set: a restart may have changed that, and programs that verify images may be put on a node.
+/// Interval of reads of containerd's settings. A restart may change the settings, and an
+/// administrator may add image verifiers.
 const SURROUNDINGS_PERIOD: Duration = Duration::from_secs(60);
 
-/// Looks after this node's containerd.
+/// Publishes whether this node's containerd answers, its settings, and whether imports are
+/// permitted.
 struct ContainerdProbe {
     store: ContainerdStore,
-    /// Their folder on the node.
+    /// The folder of image verifiers on the node.
     verifiers: PathBuf,
     import_past_verifiers: bool,
     unpack_layers: bool,
@@ -185,7 +188,7 @@ impl ContainerdProbe {
             if last.as_ref() != Some(&now) {
                 match &now {
                     Ok(version) => tracing::info!(version, "containerd answers"),
-                    Err(error) => tracing::warn!(error, "containerd does not answer; waiting for it"),
+                    Err(error) => tracing::warn!(error, "containerd does not answer; the agent waits for containerd"),
                 }
                 looked = None;
             }
@@ -201,12 +204,13 @@ impl ContainerdProbe {
         }
     }
 
-    /// How containerd is set. Verifiers see what CRI pulls and not what is imported, so that an import would pass them by.
+    /// Reads containerd's settings, and decides whether imports are permitted. containerd runs
+    /// image verifiers for CRI's pulls and not for imports, so an import bypasses the verifiers.
     async fn probe_surroundings(&self) {
         let found: Result<ContainerdInfo, StoreError> = self.store.inspect(&self.verifiers).await;
         let found = match found {
             Ok(found) => found,
-            Err(error) => return tracing::warn!(%error, "containerd does not say how it is set"),
+            Err(error) => return tracing::warn!(%error, "containerd's settings cannot be read"),
         };
         let ContainerdInfo {
             version,
@@ -221,11 +225,11 @@ impl ContainerdProbe {
         let folder = self.verifiers.display();
         let imports = match verifiers {
             ImageVerifiers::Found if !self.import_past_verifiers => ImportPermission::Refused(format!(
-                "containerd has image verifiers ({folder}), which an import would pass by; --import-past-verifiers allows that"
+                "containerd has image verifiers ({folder}), which an import would bypass; --import-past-verifiers permits imports"
             )),
             ImageVerifiers::Unseen if !self.import_past_verifiers => ImportPermission::Refused(format!(
-                "containerd may have image verifiers, and the agent cannot see their folder ({folder}): mount it (imageVerifierDir, or \
-                 containerdRoot=auto), or --import-past-verifiers allows what an import passes by"
+                "containerd may have image verifiers, and the agent cannot see their folder ({folder}): mount the folder \
+                 (imageVerifierDir, or containerdRoot=auto), or permit imports with --import-past-verifiers"
             )),
             ImageVerifiers::Found | ImageVerifiers::Unseen | ImageVerifiers::None => ImportPermission::Allowed,
         };
@@ -241,7 +245,7 @@ impl ContainerdProbe {
             changed
         });
         if discards_unpacked_layers == Some(true) {
-            tracing::debug!("containerd discards layers that it unpacked");
+            tracing::debug!("containerd discards layers after unpacking");
         }
         self.status.send_replace(ContainerdStatus {
             version: Some(version),
@@ -263,17 +267,17 @@ impl ContainerdProbe {
     }
 }
 
-/// How often claims that nobody gave back are swept: they are small, and rare.
+/// Mean interval of the deletion of abandoned claims, which are small and rare.
 const SWEEP_PERIOD: Duration = Duration::from_secs(3600);
 
 async fn delete_abandoned_claims(kube: Arc<KubeCluster>, stop: CancellationToken) {
-    // Half to one and a half of the period, so that the nodes do not list together.
+    // A pause of 0.5 to 1.5 periods, so that the nodes do not all list at once.
     let pause = || tokio::time::sleep(SWEEP_PERIOD.mul_f64(0.5 + rand::random::<f64>()));
     while stop.run_until_cancelled(pause()).await.is_some() {
         match kube.delete_abandoned_claims(SystemTime::now()).await {
             Ok(0) => {}
-            Ok(swept) => tracing::info!(swept, "claims that nobody gave back were deleted"),
-            Err(error) => tracing::debug!(%error, "claims are not swept now"),
+            Ok(swept) => tracing::info!(swept, "abandoned claims were deleted"),
+            Err(error) => tracing::debug!(%error, "abandoned claims cannot be deleted now; the agent retries"),
         }
     }
 }

@@ -1,6 +1,9 @@
-//! `lighterman demo`: real agents on loopback, real libp2p and QUIC between them, an image in the content store of the first,
-//! a registry that is down, and a pod on the second that needs the image. Only Kubernetes is played: its part (a watch, a nudge, an
-//! Event) is an in-memory cluster and a kubelet that looks for the image, tries to pull it, and starts the pod.
+//! `lighterman demo`: real agents on loopback with real libp2p and QUIC, an image in the content
+//! store of the first node, a registry that is down, and a pod on the second node that needs the
+//! image.
+//!
+//! Only Kubernetes is simulated: an in-memory cluster (watch, nudge, Event), and a kubelet that
+//! looks for the image, tries to pull the image, and starts the pod.
 
 mod kubelet;
 mod node;
@@ -21,8 +24,8 @@ use self::kubelet::Kubelet;
 use self::node::DemoNode;
 use self::output::DemoOutput;
 use super::runtime;
-use crate::agent::pod_notifier::human_bytes;
-use crate::agent::recover::RecoveredImage;
+use crate::agent::pods::pod_notifier::human_bytes;
+use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::config::loopback;
 use crate::identity::Identity;
 use crate::layout::LayoutStore;
@@ -34,45 +37,44 @@ use crate::testing::image::{MadeImage, put_image};
 /// Flags of `lighterman demo`.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
-    /// How many agents to run
+    /// Number of agents
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=32))]
     nodes: u32,
 
-    /// Size of the image: bytes, or with KiB, MiB, GiB
+    /// Size of the image in bytes, or with the unit KiB, MiB or GiB
     #[arg(long, default_value = "256MiB", value_name = "SIZE", value_parser = parse_size)]
     image_size: u64,
 
-    /// Print one JSON object on standard output, as its last line; the story goes to standard error
+    /// Print one JSON object as the last line of standard output, and all other lines to standard
+    /// error
     #[arg(long)]
     json: bool,
 
-    /// Where the content stores are made; removed at the end
+    /// Folder for the content stores, which are removed at the end
     #[arg(long, value_name = "FOLDER", default_value_os_t = std::env::temp_dir())]
     folder: std::path::PathBuf,
 }
 
-/// What the demo found out, for machines.
+/// The result for `--json`.
 #[derive(Debug, Serialize)]
 struct DemoOutcome {
-    /// Whether the pod's image came and the pod started.
+    /// Whether the image was recovered and the pod started.
     recovered: bool,
-    /// Bytes that travelled.
+    /// Bytes sent between nodes.
     bytes: u64,
-    /// From the kubelet's failed pull to the running pod.
+    /// Time from the kubelet's failed pull to the running pod.
     seconds: f64,
-    /// The nodes that sent them.
+    /// The nodes that sent the bytes.
     providers: Vec<String>,
-    /// Whether every blob, read back from the second node's disk, hashes to its digest.
+    /// Whether every blob on the second node's disk has the hash of its digest.
     verified: bool,
 }
 
-/// The demo could not show what it is there to show.
 type DemoError = Box<dyn std::error::Error + Send + Sync>;
 
-/// After this long something is broken: an image of 8 GiB at a tenth of the usual speed.
+/// Deadline of each step: an image of 8 GiB at a tenth of the usual speed.
 const DEADLINE: Duration = Duration::from_secs(300);
 
-/// Runs the demo.
 pub(super) fn run(args: DemoArgs) -> ExitCode {
     let json = args.json;
     let result = runtime().map_err(DemoError::from).and_then(|runtime| runtime.block_on(run_demo(args)));
@@ -105,19 +107,19 @@ async fn run_demo(args: DemoArgs) -> Result<DemoOutcome, DemoError> {
             node.name, node.peer, node.transfer, node.admin
         ));
     }
-    show.step("Each admits the others by key, connects and takes their inventories.");
-    within("the agents to find each other", async { nodes[0].wait_for_peers(nodes.len() - 1).await }).await?;
+    show.step("Each agent admits the other agents by key, connects, and receives their inventories.");
+    within("connections between all agents", async { nodes[0].wait_for_peers(nodes.len() - 1).await }).await?;
 
     let registry = closed_port()?;
     let reference: Reference = format!("{registry}/shop/checkout:v1").parse()?;
     let image = put_on_first(&nodes[0], &reference, image_size).await?;
     let digest = image.target.digest;
-    show.step(&format!("{} holds {reference}:", nodes[0].name));
+    show.step(&format!("{} has {reference}:", nodes[0].name));
     show.detail(&format!("{digest}, {} layers, {}", image.blobs.len() - 1, human_bytes(image.bytes())));
-    within("the inventory to be told", nodes[1].wait_for_provider(&reference, digest)).await?;
+    within("the announcement of the image", nodes[1].wait_for_provider(&reference, digest)).await?;
 
-    show.step(&format!("A pod on {} needs it. Its kubelet tries the registry:", nodes[1].name));
-    let pods = nodes[1].take_pods().ok_or("the node has its kubelet already")?;
+    show.step(&format!("A pod on {} needs the image. The node's kubelet tries the registry:", nodes[1].name));
+    let pods = nodes[1].take_pods().ok_or("the node has a kubelet already")?;
     let store = Arc::<LayoutStore>::clone(&nodes[1].store);
     let mut kubelet = Kubelet::new(store, cluster.nudges(), pods, reference.clone());
     let failure = kubelet.try_to_pull(registry).await?;
@@ -127,7 +129,7 @@ async fn run_demo(args: DemoArgs) -> Result<DemoOutcome, DemoError> {
 
     let watching = CancellationToken::new();
     let bars = show.progress(nodes[1].board.clone(), reference.clone(), watching.clone());
-    let started = within("the pod to run", kubelet.run_until_started()).await;
+    let started = within("the start of the pod", kubelet.run_until_started()).await;
     watching.cancel();
     bars.await?;
     started?;
@@ -135,7 +137,7 @@ async fn run_demo(args: DemoArgs) -> Result<DemoOutcome, DemoError> {
     let recovered = match nodes[1].board.ended(&reference) {
         Some(Ok(recovered)) => recovered,
         Some(Err(error)) => return Err(error.into()),
-        None => return Err("the pod runs, but nothing was recovered".into()),
+        None => return Err("the pod runs, but no image was recovered".into()),
     };
     show.step(&format!("The pod runs, {:.2} s after the failed pull.", took.as_secs_f64()));
     let providers = show_recovery(&show, &nodes, &recovered);
@@ -143,7 +145,7 @@ async fn run_demo(args: DemoArgs) -> Result<DemoOutcome, DemoError> {
         show.detail(&format!("Event {}: {}", report.kind.reason(), report.note));
     }
 
-    show.step("Reading every blob back from disk and hashing it again:");
+    show.step("Reading every blob from the disk and verifying its hash:");
     let verified = verify(&*nodes[1].store, &image).await?;
     show.detail(&format!("{} blobs, {digest}: {}", image.blobs.len() + 1, if verified { "right" } else { "WRONG" }));
 
@@ -165,11 +167,11 @@ async fn start_nodes(count: u32, folder: &Path, cluster: &MemoryCluster) -> Resu
     Ok(nodes)
 }
 
-/// Several layers of unequal size, as real images have.
+/// Puts an image with layers of unequal sizes into the node's store, as real images have.
 async fn put_on_first(node: &DemoNode, reference: &Reference, size: u64) -> Result<MadeImage, StoreError> {
     let layers = [size / 2, size / 4, size / 8, size / 16, size / 16];
     let image = put_image(&*node.store, &[reference.to_string()], &layers, rand::random()).await?;
-    // Known by its digest as well, as after a pull.
+    // The image gets a record by digest too, as after a pull.
     for name in reference.record_names(image.target.digest) {
         node.store.put_image(&crate::ports::ImageRecord { name, target: image.target.clone() }).await?;
     }
@@ -179,7 +181,7 @@ async fn put_on_first(node: &DemoNode, reference: &Reference, size: u64) -> Resu
 fn show_recovery(show: &DemoOutput, nodes: &[DemoNode], recovered: &RecoveredImage) -> Vec<String> {
     let rate = recovered.bytes as f64 / 1e6 / recovered.took.as_secs_f64().max(1e-9);
     show.detail(&format!(
-        "{} in {} blobs travelled in {:.2} s: {rate:.0} MB/s, encrypted, each blob hashed on the way and synced to disk",
+        "{} in {} blobs fetched in {:.2} s: {rate:.0} MB/s, encrypted, each blob hashed during the transfer and synced to disk",
         human_bytes(recovered.bytes),
         recovered.fetched,
         recovered.took.as_secs_f64(),
@@ -212,7 +214,7 @@ async fn verify(store: &dyn ContentStore, image: &MadeImage) -> Result<bool, Sto
     Ok(true)
 }
 
-/// A port where nobody listens: the registry that is down.
+/// A port without a listener: the registry that is down.
 fn closed_port() -> std::io::Result<std::net::SocketAddr> {
     TcpListener::bind(loopback())?.local_addr()
 }
@@ -220,7 +222,7 @@ fn closed_port() -> std::io::Result<std::net::SocketAddr> {
 async fn within<T>(what: &str, work: impl Future<Output = Result<T, DemoError>>) -> Result<T, DemoError> {
     match tokio::time::timeout(DEADLINE, work).await {
         Ok(result) => result,
-        Err(_) => Err(format!("waited {} s for {what}", DEADLINE.as_secs()).into()),
+        Err(_) => Err(format!("the demo waited {} s for {what}", DEADLINE.as_secs()).into()),
     }
 }
 
@@ -231,19 +233,18 @@ fn parse_size(text: &str) -> Result<u64, String> {
         "KiB" | "K" => 10,
         "MiB" | "M" => 20,
         "GiB" | "G" => 30,
-        unit => return Err(format!("{unit:?} is no unit; use KiB, MiB or GiB")),
+        unit => return Err(format!("{unit:?} is not a unit; use KiB, MiB or GiB")),
     };
-    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is no size"))?;
-    // More than a demo should put on somebody's disk, twice.
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size"))?;
+    // The demo writes the image to the disk twice, so larger sizes are refused.
     number
         .checked_shl(shift)
         .filter(|size| *size >> shift == number && (1..=16 << 30).contains(size))
         .ok_or_else(|| "at most 16GiB".into())
 }
 
-/// For messages about a digest that should be there.
 fn missing_blob(digest: Digest) -> DemoError {
-    format!("{digest} is not where it should be").into()
+    format!("the content store lacks the blob {digest}").into()
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! `lighterman pull REF`: an image from peers, by hand. The agent of this node does it; here it is asked and watched.
+//! `lighterman pull REF`: requests an image of this node's agent, and prints the progress. The
+//! agent fetches the image from peers.
 
 mod output;
 #[cfg(test)]
@@ -20,39 +21,38 @@ use crate::ports::{PullFailure, PullProgress};
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct PullArgs {
-    /// The image, as a pod names it
+    /// The image, as in a pod's spec
     #[arg(value_name = "REF")]
     reference: Reference,
 
-    /// Only say what it is and who holds it
+    /// Only print the image's digest and its providers
     #[arg(long)]
     dry_run: bool,
 
     #[command(flatten)]
     socket: SocketArgs,
 
-    /// Give up after so many seconds
+    /// Seconds until the command gives up
     #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
 
-    /// Print what happens as JSON objects, one a line
+    /// Print each step as a JSON object, one per line
     #[arg(long)]
     json: bool,
 }
 
 const EXAMPLES: &str = "\
-The agent of this node fetches the image from the nodes that hold it under the same registry and repository, and tells
-containerd of it as a pull would. No annotation is needed: whoever may open the agent's socket is root on the node.
-To stop it, press Ctrl-C; what has come already is found again by the next attempt, or collected.
+The agent of this node fetches the image from the nodes that have it under the same registry and repository, and records
+the image in containerd as a pull does. No annotation is needed: only root of the node may open the agent's socket.
+Ctrl-C stops the pull. The next pull reuses the fetched bytes, or containerd collects them.
 
 Examples:
   lighterman pull docker.io/library/nginx:1.27
   lighterman pull --dry-run registry.example.com/shop/checkout@sha256:...
   kubectl -n lighterman exec ds/lighterman -- lighterman pull nginx:1.27
 
-Exit codes: 0 the image is here (or, with --dry-run, could be had), 1 it is not, 64 wrong reference or flags.";
+Exit codes: 0 the image is on this node (with --dry-run: it has a provider), 1 it is not, 64 wrong reference or flags.";
 
-/// Asks for the image and shows how it goes.
 pub(super) fn run(args: PullArgs) -> ExitCode {
     let PullArgs { reference, dry_run, socket, timeout, json } = args;
     let mut show = PullOutput::new(&reference, dry_run, json);
@@ -63,7 +63,7 @@ pub(super) fn run(args: PullArgs) -> ExitCode {
     };
     let pulled = match runtime() {
         Ok(runtime) => runtime.block_on(work),
-        Err(error) => return fail(&format!("no threads: {error}")),
+        Err(error) => return fail(&format!("the threads of the runtime cannot be started: {error}")),
     };
     match pulled {
         Ok(Ok(PullProgress::Failed { kind, message, .. })) => {
@@ -72,12 +72,12 @@ pub(super) fn run(args: PullArgs) -> ExitCode {
         Ok(Ok(_)) => ExitCode::SUCCESS,
         Ok(Err(error)) => fail(&format!("{reference}: {}", with_advice(&error))),
         Err(_) => {
-            fail(&format!("{reference}: not here after {timeout} s, given up. A longer --timeout lets it go on."))
+            fail(&format!("{reference}: the pull did not end within {timeout} s. Retry with a longer --timeout."))
         }
     }
 }
 
-/// Asks for the image, passes on everything that happens, and answers the last of it.
+/// Requests the image, reports each step, and returns the last step.
 async fn pull(
     client: &Client,
     reference: &Reference,
@@ -99,20 +99,20 @@ fn fail(message: &str) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// What to do about a failure.
+/// The remedy of a failure.
 fn advice(kind: PullFailure) -> &'static str {
     match kind {
         PullFailure::NoProvider => {
-            "`lighterman status` says which nodes are connected; `crictl images` on a node says what it holds, and under which name."
+            "`lighterman status --peers` lists the connected nodes; `crictl images` on a node lists its images with their names."
         }
-        PullFailure::Disagreement => "Nodes hold different images under this tag.",
-        PullFailure::Unusable => "What the nodes hold under this name does not run here.",
-        PullFailure::OverLimit => "Change the limit in the rules file or the agent's flags, or free some space.",
-        PullFailure::Closed => "The message names the setting.",
-        PullFailure::FetchFailed => "Try again; the agent's log, here and on the nodes asked, says more.",
+        PullFailure::Disagreement => "Nodes have different images under this tag: name the image by digest.",
+        PullFailure::Unusable => "The nodes' image of this name has no usable manifest for this node's platform.",
+        PullFailure::OverLimit => "Change the limit in the policy file or the agent's flags, or free some space.",
+        PullFailure::Closed => "Change the setting that the message names.",
+        PullFailure::FetchFailed => "Retry; see the agent's log on this node and on the providers.",
         PullFailure::StoreFailed => "This node's containerd is at fault: see its log and its disk.",
-        PullFailure::Abandoned => "The agent stops or restarts; try again when it runs.",
-        PullFailure::Busy => "Try again when one of them has ended.",
-        PullFailure::Other => "The agent's log says more.",
+        PullFailure::Abandoned => "The agent stops or restarts: retry when the agent runs.",
+        PullFailure::Busy => "Retry when one of the other pulls has ended.",
+        PullFailure::Other => "See the agent's log.",
     }
 }

@@ -1,4 +1,5 @@
-//! What every question to the agent of this node has in common: where its socket is, and what to do when it does not answer.
+//! The common part of `status` and `pull`: the agent's socket, and the advice when the agent does
+//! not answer.
 
 use std::path::PathBuf;
 
@@ -6,7 +7,6 @@ use clap::Args;
 
 use crate::control::{Client, ClientError};
 
-/// Where the agent listens.
 #[derive(Debug, Args)]
 pub(super) struct SocketArgs {
     /// The agent's socket: agent.sock in its data folder
@@ -20,24 +20,25 @@ impl SocketArgs {
     }
 }
 
-/// What happened, and what to do about it.
+/// The error and its remedy, in one line.
 pub(super) fn with_advice(error: &ClientError) -> String {
     let advice = match error {
         ClientError::NoAgent(_) => {
-            "Is it running on this node? `crictl ps --name lighterman` here, or `kubectl get pods -A -o wide` from anywhere, shows it. \
+            "Check that an agent runs on this node: `crictl ps --name lighterman` here, or `kubectl get pods -A -o wide`. \
              With another --data-dir, name the socket with --socket."
         }
-        ClientError::NotAllowed(_) => "It is for root alone: use sudo, or kubectl exec into the agent's pod.",
-        ClientError::TimedOut(_) => "Its log says more.",
+        ClientError::NotAllowed(_) => "Only root may open the socket: use sudo, or kubectl exec into the agent's pod.",
+        ClientError::TimedOut(_) => "See the agent's log.",
         ClientError::Rejected(_) => {
-            "If this binary and the agent are of different releases, use the agent's own: kubectl exec."
+            "If this binary and the agent are of different releases, use the agent's own binary: kubectl exec."
         }
-        ClientError::Broken(_) => "The agent may have been stopped; try again when it runs.",
+        ClientError::Broken(_) => "The agent may have stopped; retry when the agent runs.",
     };
     format!("{error}. {advice}")
 }
 
-/// What others said may end up in a message; a terminal must not obey it.
+/// Replaces control characters: a message can contain text of a peer or registry, and a terminal
+/// must not interpret the text.
 pub(super) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }

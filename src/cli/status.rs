@@ -1,4 +1,4 @@
-//! `lighterman status`: how the agent of this node is, as a table for people or as JSON.
+//! `lighterman status`: the state of this node's agent, as a table or as JSON.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::runtime;
 use super::socket::{SocketArgs, printable, with_advice};
-use crate::agent::pod_notifier::human_bytes;
+use crate::agent::pods::pod_notifier::human_bytes;
 use crate::decide::transport_choice::MAX_BLOB;
 use crate::model::MeshStatus;
 use crate::ports::{
@@ -19,7 +19,7 @@ use crate::ports::{
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct StatusArgs {
-    /// Print one JSON object; what the agent does not know is absent
+    /// Print one JSON object, without the fields that are unknown to the agent
     #[arg(long)]
     json: bool,
 
@@ -38,15 +38,14 @@ Examples:
   lighterman status --json | jq .registriesDown
   kubectl -n lighterman exec ds/lighterman -- lighterman status
 
-Exit codes: 0 the agent answered, 1 it did not, 64 wrong flags.";
+Exit codes: 0 the agent answered, 1 the agent did not answer, 64 wrong flags.";
 
-/// Asks and prints.
 pub(super) fn run(args: StatusArgs) -> ExitCode {
     let StatusArgs { json, peers, socket } = args;
     let client = socket.client();
     let response = match runtime() {
         Ok(runtime) => runtime.block_on(client.status()).map_err(|error| with_advice(&error)),
-        Err(error) => Err(format!("no threads: {error}")),
+        Err(error) => Err(format!("the threads of the runtime cannot be started: {error}")),
     };
     let status = match response {
         Ok(status) => status,
@@ -59,12 +58,12 @@ pub(super) fn run(args: StatusArgs) -> ExitCode {
         (true, ..) => serde_json::to_string_pretty(&status).expect("names and numbers are JSON") + "\n",
         (false, true, Some(mesh)) => mesh.table().lines().map(|line| printable(line) + "\n").collect(),
         (false, true, None) => {
-            eprintln!("lighterman: the mesh does not answer; `lighterman status` says how the agent is otherwise");
+            eprintln!("lighterman: the mesh does not answer; `lighterman status` prints the rest of the agent's state");
             return ExitCode::FAILURE;
         }
         (false, false, _) => table(&status),
     };
-    // A reader that went away (`| head`) is no failure.
+    // A closed pipe (`| head`) is no failure.
     let _ = std::io::stdout().write_all(text.as_bytes());
     ExitCode::SUCCESS
 }
@@ -72,7 +71,7 @@ pub(super) fn run(args: StatusArgs) -> ExitCode {
 /// Width of the first column.
 const WIDTH: usize = 17;
 
-/// A name and a line, or several lines, for each thing that is known.
+/// The table: for each row a name, and one line or several.
 fn table(status: &Status) -> String {
     let Status {
         node,
@@ -96,11 +95,11 @@ fn table(status: &Status) -> String {
     rows.push(("UDP to peers", vec![udp.as_ref().map_or_else(unknown, udp_line)]));
     rows.push(("clock", vec![clock.as_ref().map_or_else(unknown, clock_line)]));
     rows.push(("images", images.as_ref().map_or_else(unknown_lines, |images| vec![images_line(images)])));
-    rows.push(("retained layers", vec![retained.as_ref().map_or_else(|| "none are to be".into(), retained_line)]));
-    rows.push(("own image", own_image.as_ref().map_or_else(|| vec!["is left to the kubelet".into()], own_image_lines)));
+    rows.push(("retained layers", vec![retained.as_ref().map_or_else(|| "not managed".into(), retained_line)]));
+    rows.push(("own image", own_image.as_ref().map_or_else(|| vec!["not managed".into()], own_image_lines)));
     rows.push(("registries down", lines(registries_down.as_deref(), outage_line)));
     rows.push(("recoveries", lines(recoveries.as_deref(), recovery_line)));
-    rows.push(("rules file", policy_file.as_ref().map_or_else(|| vec!["none is watched".into()], policy_file_lines)));
+    rows.push(("policy file", policy_file.as_ref().map_or_else(|| vec!["none".into()], policy_file_lines)));
     let mut text = String::new();
     for (name, lines) in rows {
         for (number, line) in lines.iter().enumerate() {
@@ -119,7 +118,7 @@ fn unknown_lines() -> Vec<String> {
     vec![unknown()]
 }
 
-/// One line for each, `none` for none.
+/// One line for each item, and `none` for an empty list.
 fn lines<T>(known: Option<&[T]>, line: impl Fn(&T) -> String) -> Vec<String> {
     match known {
         None => unknown_lines(),
@@ -141,7 +140,7 @@ fn containerd_rows(containerd: &ContainerdStatus) -> Vec<(&'static str, Vec<Stri
     } = containerd;
     let read = blobs_read.map_or_else(unknown, |way| way.to_string());
     let layers = match discards_unpacked_layers {
-        Some(true) => "discarded (discard_unpacked_layers), but for those retained".into(),
+        Some(true) => "discarded (discard_unpacked_layers), except retained layers".into(),
         Some(false) => "kept".into(),
         None => unknown(),
     };
@@ -173,11 +172,11 @@ fn clock_line(clock: &ClockStatus) -> String {
     let ClockStatus { ahead_seconds, too_far, measured } = clock;
     let measured = time(*measured);
     let off = match ahead_seconds {
-        0 => return format!("as the API server's at {measured}"),
+        0 => return format!("equal to the API server's at {measured}"),
         1.. => format!("{ahead_seconds} s ahead of"),
         ..0 => format!("{} s behind", ahead_seconds.unsigned_abs()),
     };
-    let consequence = if *too_far { "; peers may refuse each other's credentials" } else { "" };
+    let consequence = if *too_far { "; peers may reject each other's credentials" } else { "" };
     format!("{off} the API server's at {measured}{consequence}")
 }
 
@@ -193,7 +192,7 @@ fn retained_line(retained: &RetentionStatus) -> String {
     let reasons: Vec<_> = lacking_reasons.iter().map(|(reason, images)| format!("{reason} {images}")).collect();
     let reasons = if reasons.is_empty() { String::new() } else { format!(" ({})", reasons.join(", ")) };
     format!(
-        "{} of {} at most, of {images} images; {lacking} of the {wanted} images that are to have all layers lack some{reasons}",
+        "{} of at most {}, of {images} images; {lacking} of the {wanted} images with retained layers lack layers{reasons}",
         human_bytes(*bytes),
         human_bytes(*budget)
     )
@@ -218,7 +217,7 @@ fn recovery_line(recovery: &RecoveryStatus) -> String {
     let RecoveryStatus { image, done, total, unpacking, from } = recovery;
     let from = if from.is_empty() { String::new() } else { format!(" from {}", from.join(", ")) };
     if *total == 0 {
-        return format!("{image}: looking for what is missing");
+        return format!("{image}: searching for the missing blobs");
     }
     let unpacking = match unpacking {
         Some(LayerStatus { layer, of }) => format!(", unpacking layer {layer} of {of}"),
@@ -232,12 +231,12 @@ fn policy_file_lines(file: &PolicyFileStatus) -> Vec<String> {
     let since =
         in_force_since.map_or_else(|| "the flags are in force".into(), |at| format!("in force since {}", time(at)));
     let mut lines = vec![format!("{path}, {since}")];
-    lines.extend(error.iter().map(|error| format!("as it is now it is not in force: {error}")));
+    lines.extend(error.iter().map(|error| format!("the file's present content is not in force: {error}")));
     lines.extend(sets.iter().cloned());
     lines
 }
 
-/// RFC 3339, as logs have it; a number that is no time stays one.
+/// RFC 3339, as in the log; a number out of range is printed as a number.
 fn time(seconds: u64) -> String {
     let time = i64::try_from(seconds).ok().and_then(|seconds| jiff::Timestamp::from_second(seconds).ok());
     time.map_or_else(|| seconds.to_string(), |time| time.to_string())
@@ -322,27 +321,27 @@ containerd        2.1.9
 content root      /var/lib/containerd/io.containerd.content.v1.content
 blobs are read    from its files
 blobs come in     linked
-unpacked layers   discarded (discard_unpacked_layers), but for those retained
+unpacked layers   discarded (discard_unpacked_layers), except retained layers
 unpacked here     overlayfs
 sandbox image     registry.k8s.io/pause:3.10
 image verifiers   none
-mesh              3 alive, 0 suspected, 0 down, 0 banned; 0 neighbours
+mesh              3 alive, 0 suspected, 0 down, 0 banned; 0 neighbors
                   zones: none 1
                   releases: 0.1.0 1
-                  inventory: 0 blobs of others, 0.0 MiB; this node tells 0 items
+                  inventory: 0 blobs of peers, 0.0 MiB; this node announces 0 items
                   lag: none
 UDP to peers      port 4701 is blocked since 2023-11-14T22:13:20Z: 3 nodes answer over TCP and none over UDP, so only images with layers up to 64 MiB are fetched
-clock             42 s behind the API server's at 2023-11-14T22:13:20Z; peers may refuse each other's credentials
+clock             42 s behind the API server's at 2023-11-14T22:13:20Z; peers may reject each other's credentials
 images            41 announced, 3 incomplete (layers discarded after unpacking 2, layers lost 1)
-retained layers   3.0 MiB of 12.0 MiB at most, of 2 images; 1 of the 3 images that are to have all layers lack some (only the kubelet's credential plugin can pull them 1)
+retained layers   3.0 MiB of at most 12.0 MiB, of 2 images; 1 of the 3 images with retained layers lack layers (only the kubelet's credential plugin can pull them 1)
 own image         current r.test/lighterman:v1
                   next r.test/lighterman:v2: needed, no peer provides it
                   next r.test/init:v2: fetched
 registries down   registry.example.com:5000: connections are refused, since 2023-11-14T22:13:20Z, seen by n2, node-10
 recoveries        r.test/shop/checkout:v1: 3.0 MiB of 12.0 MiB from n2, unpacking layer 2 of 5
-                  r.test/shop/basket:v1: looking for what is missing
-rules file        /etc/lighterman/policy.yaml, in force since 2023-11-14T22:13:20Z
-                  as it is now it is not in force: line 2, column 18: 0 is given
+                  r.test/shop/basket:v1: searching for the missing blobs
+policy file       /etc/lighterman/policy.yaml, in force since 2023-11-14T22:13:20Z
+                  the file's present content is not in force: line 2, column 18: 0 is given
                   killSwitch: true
                   maxUploadRate: 50Mi
 ";
@@ -360,6 +359,6 @@ rules file        /etc/lighterman/policy.yaml, in force since 2023-11-14T22:13:2
     fn absent_fields_are_printed_as_unknown() {
         let table = table(&Status::default());
         assert_eq!(table.lines().filter(|line| line.ends_with(" unknown")).count(), 17, "{table}");
-        assert!(table.ends_with("rules file        none is watched\n"), "{table}");
+        assert!(table.ends_with("policy file       none\n"), "{table}");
     }
 }

@@ -1,8 +1,10 @@
-//! What admission keeps on the node, so that agents that know each other go on while the API server is away, also over a restart.
+//! The state of admission on the node's disk, so that verified agents admit each other during an
+//! API-server outage, also after a restart.
 //!
-//! A file with mode 0600 in a folder of root's. It is believed as far as its age allows and never more; one that cannot be read, or
-//! that others could have read or written, counts as none, and the agent starts all the same. One of another version is kept aside
-//! ([`read_versioned`]): a rollback does not cost the file.
+//! The file has mode 0600, in a folder that root owns. Keys, token and verdicts expire as in
+//! memory. An unreadable file, and a file that other users can read or write, counts as empty, and
+//! the agent starts all the same. A file of another version is renamed ([`read_versioned`]), so
+//! that a rollback of the agent does not destroy the file.
 
 use std::io;
 use std::path::Path;
@@ -10,22 +12,21 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::jwks::PublishedKeys;
 use super::verdict_cache::{MAX_PEERS, PeerVerdict};
 use crate::files::{read_versioned, write_private};
 use crate::model::{NodeName, PeerId};
 
-/// Changes with the meaning of a field. A new field needs no new version: older builds pass over it, and newer ones do without it.
+/// Changes with the meaning of a field. A new field needs no new version: older builds skip the
+/// field, and newer builds work without the field.
 const VERSION: u32 = 1;
 
-/// 32 768 peers of 200 bytes (PeerId, UID, a node's name and the time), keys and a token; four times as
-/// much, for longer names.
+/// Most bytes of the file: 32 768 peers of 200 bytes (PeerId, UID, node name and time), the keys
+/// and a token, times four for longer names.
 const MAX_BYTES: u64 = 32 << 20;
 
-/// A UID has 36 bytes; the longest that are read.
+/// Most bytes of a UID. Kubernetes' UIDs have 36.
 const MAX_UID: usize = 64;
 
-/// The whole file.
 #[derive(Serialize, Deserialize)]
 pub(super) struct AdmissionFile {
     version: u32,
@@ -34,22 +35,29 @@ pub(super) struct AdmissionFile {
     peers: Vec<StoredPeer>,
 }
 
-/// The cluster's keys as they were published; they are public.
+/// The two published documents, unchanged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct PublishedKeys {
+    pub(super) discovery: String,
+    pub(super) jwks: String,
+}
+
+/// The cluster's signing keys, as published. These keys are public.
 #[derive(Serialize, Deserialize)]
 pub(super) struct StoredKeys {
     pub(super) published: PublishedKeys,
-    /// When, in seconds since 1970.
+    /// Time of the fetch, in seconds since 1970.
     pub(super) at: u64,
 }
 
 /// This agent's own token.
 #[derive(Serialize, Deserialize)]
 pub(super) struct StoredToken {
-    /// Whose: another key's or pod's is of no use.
+    /// The key and the pod of the token. An agent with another key or pod does not use the token.
     pub(super) peer: String,
     pub(super) pod: String,
     pub(super) token: String,
-    /// Its end, in seconds since 1970.
+    /// The token's expiry, in seconds since 1970.
     pub(super) until: u64,
 }
 
@@ -80,19 +88,19 @@ impl AdmissionFile {
         Self::new(None, None, [])
     }
 
-    /// What the file holds; nothing, and a line in the log, where it cannot be used.
+    /// Reads the file. An unusable file counts as empty, and the log says why.
     pub(super) fn load(path: &Path) -> Self {
         match read(path) {
             Ok(kept) => kept,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Self::empty(),
             Err(error) => {
-                tracing::warn!(file = %path.display(), %error, "what was known of the mesh is not used");
+                tracing::warn!(file = %path.display(), %error, "the stored keys, token and verdicts are not used");
                 Self::empty()
             }
         }
     }
 
-    /// The peers, without those that are none.
+    /// Takes the peers; an entry without a valid PeerId or UID is skipped.
     pub(super) fn peers(&mut self) -> Vec<(PeerId, PeerVerdict)> {
         let peers =
             std::mem::take(&mut self.peers).into_iter().take(MAX_PEERS).filter(|kept| kept.pod_uid.len() <= MAX_UID);
@@ -102,11 +110,11 @@ impl AdmissionFile {
         peers.collect()
     }
 
-    /// Writes the file whole or not at all.
+    /// Replaces the file atomically.
     pub(super) fn store(&self, path: &Path) -> io::Result<()> {
         let text = serde_json::to_vec(self)?;
         if text.len() as u64 > MAX_BYTES {
-            return Err(io::Error::other(format!("it would have more than {MAX_BYTES} bytes")));
+            return Err(io::Error::other(format!("the file would have more than {MAX_BYTES} bytes")));
         }
         write_private(path, &text)
     }
@@ -114,8 +122,8 @@ impl AdmissionFile {
 
 fn read(path: &Path) -> io::Result<AdmissionFile> {
     let text = read_versioned(path, MAX_BYTES, VERSION)?;
-    // Not the parser's words, which repeat what it found: there is a token in it.
-    serde_json::from_slice(&text).map_err(|_| io::Error::other("it is damaged"))
+    // The parser's error quotes the file, which contains a token.
+    serde_json::from_slice(&text).map_err(|_| io::Error::other("the file is damaged"))
 }
 
 #[cfg(test)]
@@ -141,13 +149,13 @@ mod tests {
         admission_file().store(&path).unwrap();
         admission_file().store(&path).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
         let mut found = AdmissionFile::load(&path);
         assert_eq!(serde_json::to_value(&found).unwrap(), serde_json::to_value(admission_file()).unwrap());
         assert_eq!(found.peers(), admission_file().peers());
     }
 
-    /// As the first release wrote it.
+    /// The file of the first release.
     const GOLDEN: &str = include_str!("golden/admission-1.json");
 
     #[test]
@@ -155,7 +163,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("admission.json");
         admission_file().store(&path).unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), GOLDEN.trim_end(), "other builds read this");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), GOLDEN.trim_end(), "other releases read this format");
         write_private(&path, GOLDEN.as_bytes()).unwrap();
         assert_eq!(
             serde_json::to_value(AdmissionFile::load(&path)).unwrap(),
@@ -167,7 +175,7 @@ mod tests {
         assert_eq!(
             AdmissionFile::load(&path).peers(),
             admission_file().peers(),
-            "fields of a later build are passed over"
+            "unknown fields of a later release are skipped"
         );
     }
 
@@ -182,7 +190,7 @@ mod tests {
         assert_eq!(
             AdmissionFile::load(&path).peers(),
             admission_file().peers(),
-            "this build goes on with a file of its own"
+            "this release writes its own file"
         );
         let aside = folder.path().join("admission.json.version-2");
         assert_eq!(std::fs::read_to_string(&aside).unwrap(), later);
@@ -197,7 +205,7 @@ mod tests {
             let mut found = AdmissionFile::load(&path);
             found.keys.is_none() && found.token.is_none() && found.peers().is_empty()
         };
-        assert!(is_empty(), "there is none");
+        assert!(is_empty(), "no file");
         let write = |text: &[u8], mode| {
             let _ = std::fs::remove_file(&path);
             OpenOptions::new().write(true).create_new(true).mode(mode).open(&path).unwrap().write_all(text).unwrap();
@@ -210,7 +218,7 @@ mod tests {
             assert!(is_empty(), "{} bytes", text.len());
         }
         write(&good, 0o640);
-        assert!(is_empty(), "others can read it");
+        assert!(is_empty(), "other users can read the file");
         let elsewhere = folder.path().join("elsewhere.json");
         admission_file().store(&elsewhere).unwrap();
         std::fs::remove_file(&path).unwrap();

@@ -1,4 +1,4 @@
-//! One request to the API server, with a limit of time and an answer that can be acted on.
+//! One request to the API server, with a timeout, and its errors by what a caller can do.
 
 use std::error::Error;
 use std::time::Duration;
@@ -7,34 +7,34 @@ use kube::core::Status;
 
 use crate::ports::{ClaimError, ClusterError};
 
-/// Long enough for an API server that is starting or busy, short enough that a recovery is not held up by one that is gone.
+/// Timeout of a request: long enough for an API server that starts or is busy, short enough that an
+/// unreachable API server does not delay a recovery.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The longest text of the API server that is passed on; admission webhooks write what they like.
+/// Most bytes of an error text of the API server. Admission webhooks write texts of any length.
 const MAX_TEXT: usize = 512;
 
-/// A request that was not fulfilled.
 #[derive(Debug, Clone)]
 pub(super) enum ApiError {
-    /// No answer, or one that says later.
+    /// No answer, or a status that allows a retry.
     Unavailable(String),
-    /// The API server answers, and an admission webhook of the cluster that must be asked does not.
+    /// The API server answers, and a required admission webhook of the cluster does not.
     Webhook(String),
-    /// The object, or the namespace that it should be in, is gone or going.
+    /// The object, or its namespace, is gone or terminating.
     NotFound(String),
-    /// It changed meanwhile, or exists already.
+    /// The object changed since the read, or exists already.
     Conflict(String),
-    /// Another object has the name: the UID in the request is not its UID.
+    /// Another object has the name: its UID differs from the UID in the request.
     Replaced(String),
-    /// The object that would result is not valid.
+    /// The resulting object would be invalid.
     Invalid(String),
-    /// A right is missing; the text names it.
+    /// The agent lacks a right; the text names the right.
     Forbidden(String),
-    /// Anything else.
+    /// Any other error.
     Other(String),
 }
 
-/// Awaits an answer for `limit` at most.
+/// Awaits an answer for at most `limit`.
 pub(super) async fn call<T>(
     limit: Duration,
     answer: impl Future<Output = Result<T, kube::Error>>,
@@ -59,29 +59,30 @@ impl ApiError {
     fn from_status(status: &Status) -> Self {
         let text = truncate(&status.message, MAX_TEXT).to_owned();
         let causes = || status.details.iter().flat_map(|details| &details.causes);
-        // Nothing can be created in a namespace that is being deleted; the answer is a 403 all the same.
+        // The API server answers 403 to a creation in a namespace that is being deleted.
         if causes().any(|cause| cause.reason == "NamespaceTerminating") {
             return Self::NotFound(text);
         }
         match status.code {
-            // The field, not the text: admission policies answer 422 too, with any text.
+            // The field decides, not the text: admission policies answer 422 too, with any text.
             422 if causes().any(|cause| cause.field == "metadata.uid") => Self::Replaced(text),
             404 => Self::NotFound(text),
             409 => Self::Conflict(text),
             422 => Self::Invalid(text),
             401 | 403 => Self::Forbidden(text),
-            // The API server's only words for a webhook with `failurePolicy: Fail` that cannot be called (apiserver/pkg/admission/plugin/
-            // webhook/errors); the status is a plain 500.
+            // For a webhook with `failurePolicy: Fail` that cannot be called, the API server
+            // answers 500 with this text alone (apiserver/pkg/admission/plugin/webhook/errors).
             500..=599 if text.contains("failed calling webhook") => Self::Webhook(text),
             408 | 429 | 500..=599 => Self::Unavailable(text),
             _ => Self::Other(text),
         }
     }
 
-    /// What it means to a caller of the port; `what` names the object that was asked for.
+    /// The error of the port; `what` names the object of the request.
     pub(super) fn into_cluster_error(self, what: &str) -> ClusterError {
         match self {
-            // Others write the same object so often that the API server gave up; that passes as well.
+            // Other writers changed the object so often that the API server gave up; a retry may
+            // succeed.
             Self::Unavailable(text) | Self::Conflict(text) => ClusterError::Unavailable(text),
             Self::Webhook(text) => ClusterError::Webhook(text),
             Self::NotFound(_) | Self::Replaced(_) => ClusterError::Gone(what.to_owned()),
@@ -92,7 +93,7 @@ impl ApiError {
 }
 
 impl From<ApiError> for ClaimError {
-    /// A conflict is what the fence answers. A Lease that is gone was somebody else's doing as well.
+    /// A conflict comes from the fence of the update. A missing Lease was deleted by another agent.
     fn from(failure: ApiError) -> Self {
         match failure {
             ApiError::Conflict(_) | ApiError::NotFound(_) | ApiError::Replaced(_) => Self::Lost,
@@ -120,13 +121,13 @@ impl std::fmt::Display for ApiError {
     }
 }
 
-/// An error with its causes: "ServiceError: client error (Connect)" alone does not say whom to ask.
+/// An error with its causes: "ServiceError: client error (Connect)" alone does not name the fault.
 pub(super) fn error_chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next.filter(|_| text.len() < MAX_TEXT) {
         let cause_text = cause.to_string();
-        // Layers that repeat their cause are common.
+        // Many errors contain the text of their cause already.
         if !text.ends_with(&cause_text) {
             text = format!("{text}: {cause_text}");
         }
@@ -135,7 +136,7 @@ pub(super) fn error_chain(error: &dyn Error) -> String {
     truncate(&text, MAX_TEXT).to_owned()
 }
 
-/// At most `most` bytes of the text, whole characters only.
+/// At most `most` bytes of the text, cut between characters.
 pub(super) fn truncate(text: &str, most: usize) -> &str {
     let mut end = most.min(text.len());
     while !text.is_char_boundary(end) {
@@ -144,7 +145,8 @@ pub(super) fn truncate(text: &str, most: usize) -> &str {
     &text[..end]
 }
 
-/// Whether an object can have this name (RFC 1123 subdomain). References in pods can hold anything, and kube puts it into a path as it is.
+/// Whether the text is a valid object name (RFC 1123 subdomain). References in pods can contain any
+/// text, and kube inserts the text into the URL's path unchanged.
 pub(super) fn is_object_name(text: &str) -> bool {
     let is_label = |label: &str| {
         let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';

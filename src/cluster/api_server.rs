@@ -1,4 +1,4 @@
-//! The API server as admission asks it, and whether it could be reached when it was asked last.
+//! Admission's client of the API server, which records whether the last request got an answer.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::api_error::{ApiError, call};
 
-/// An answer says for so long that the API server can be reached.
+/// The API server counts as reachable for this long after an answer.
 pub(super) const REACHABLE_FOR: Duration = Duration::from_secs(10);
 
 pub(super) struct ApiServerClient {
@@ -17,14 +17,14 @@ pub(super) struct ApiServerClient {
     last_result: Mutex<Option<(Instant, bool)>>,
 }
 
-/// What the last request told.
+/// The result of the last request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reachability {
-    /// It answered a moment ago.
+    /// The API server answered within [`REACHABLE_FOR`].
     Reachable,
-    /// It did not answer, and has not since.
+    /// The last request got no answer.
     Unreachable,
-    /// The last answer is old, or nothing was asked yet.
+    /// The last answer is older than [`REACHABLE_FOR`], or no request was sent yet.
     Unknown,
 }
 
@@ -33,7 +33,8 @@ impl ApiServerClient {
         Self { client, last_result: Mutex::default() }
     }
 
-    /// The body of the answer. `kube`'s own calls are not used for what holds tokens: they log an answer that they cannot read.
+    /// Sends a request and returns the body of the answer. Requests with tokens do not use `kube`'s
+    /// typed calls, which log an answer that they cannot parse.
     pub(super) async fn send(
         &self,
         limit: Duration,
@@ -42,12 +43,12 @@ impl ApiServerClient {
         let request = request.map_err(kube::Error::BuildRequest)?;
         let answer = call(limit, self.client.request_text(request)).await;
         let answers = !matches!(answer, Err(ApiError::Unavailable(_)));
-        *self.last_result.lock().expect("nothing panics while holding it") = Some((Instant::now(), answers));
+        *self.last_result.lock().expect("no code panics under this lock") = Some((Instant::now(), answers));
         answer
     }
 
     pub(super) fn reachability(&self) -> Reachability {
-        match *self.last_result.lock().expect("nothing panics while holding it") {
+        match *self.last_result.lock().expect("no code panics under this lock") {
             Some((_, false)) => Reachability::Unreachable,
             Some((at, true)) if at.elapsed() < REACHABLE_FOR => Reachability::Reachable,
             _ => Reachability::Unknown,

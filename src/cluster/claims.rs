@@ -15,27 +15,31 @@ use crate::model::{LeaseSnapshot, LeaseVersion};
 use crate::oci::Digest;
 use crate::ports::{ClaimError, Claims};
 
-/// A claim is advice; whoever cannot have it in this time goes on without.
+/// Timeout of one request. A claim is advice: without an answer in this time the agent proceeds
+/// without the claim.
 const CLAIM_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What `kubectl get leases` shows a person; [`crate::decide`] goes by the time of renewal.
+/// `leaseDurationSeconds` of the Lease, for readers of `kubectl get leases`. [`crate::decide`] uses
+/// the time of the last renewal alone.
 const LEASE_SECONDS: i32 = 15;
 
-/// After this, nobody works under a Lease any more, whatever the clocks of two nodes disagree about.
+/// Age of a Lease that no agent uses any more, also where the clocks of two nodes disagree.
 const ABANDONED_AFTER: Duration = Duration::from_secs(3600);
 
-/// Leases read and deleted by one sweep. A cold image costs a handful, of which most are released; what one sweep leaves, another
-/// node's takes. A page of 500 is a few hundred kilobytes.
+/// Leases that one sweep reads and deletes. A cold image costs a handful of Leases, most of which
+/// are released; the sweeps of other nodes delete the rest. A page of 500 has a few hundred
+/// kilobytes.
 const SWEEP_READS: u32 = 500;
 const SWEEP_DELETES: usize = 20;
 
 const LABEL: (&str, &str) = ("app.kubernetes.io/name", "lighterman");
 
 impl KubeCluster {
-    /// Deletes Leases that were abandoned an hour ago or longer, a bounded number at a time; how many is returned.
+    /// Deletes up to 20 Leases that were not renewed for an hour. Returns the number of deleted
+    /// Leases.
     ///
     /// # Errors
-    /// [`ClaimError::Unavailable`]; some may have been deleted.
+    /// [`ClaimError::Unavailable`]; some Leases may be deleted all the same.
     pub async fn delete_abandoned_claims(&self, now: SystemTime) -> Result<usize, ClaimError> {
         let (key, value) = LABEL;
         let ours = ListParams::default().labels(&format!("{key}={value}")).limit(SWEEP_READS);
@@ -47,7 +51,7 @@ impl KubeCluster {
         Ok(deleted)
     }
 
-    /// Deletes this very state of the Lease; `false` when it is gone or was renewed meanwhile.
+    /// Deletes the Lease in exactly this version; `false` when the Lease is gone or was renewed.
     async fn delete_lease(&self, lease: Lease) -> Result<bool, ClaimError> {
         let ObjectMeta { name: Some(name), uid, resource_version, .. } = lease.metadata else { return Ok(false) };
         let only_this = DeleteParams::default().preconditions(Preconditions { resource_version, uid });
@@ -66,7 +70,7 @@ impl KubeCluster {
         Api::namespaced(self.client.clone(), &self.agent_pod.k8s_namespace)
     }
 
-    /// The Lease as this agent holds it, to take the place of `read`.
+    /// The Lease with this node as holder, to create or to replace the version `read`.
     fn build_lease(&self, digest: Digest, read: Option<&LeaseVersion>, now: SystemTime) -> Result<Lease, ClaimError> {
         let (resource_version, uid) = match read {
             Some(read) => {
@@ -129,20 +133,20 @@ impl Claims for KubeCluster {
     }
 }
 
-/// What fences an update: the resource version, and the UID. A Lease can be made by an update, so the version alone would let one that
-/// was deleted since come back.
+/// The fence of an update: the resource version and the UID. The API server creates a Lease by an
+/// update too, so the version alone would restore a Lease that was deleted.
 fn lease_version(read: ObjectMeta) -> LeaseVersion {
     LeaseVersion(format!("{}/{}", read.resource_version.unwrap_or_default(), read.uid.unwrap_or_default()))
 }
 
-/// Half of the digest is plenty to tell images apart, and the name stays readable in `kubectl get leases`.
+/// Half of the digest distinguishes images, and the name stays readable in `kubectl get leases`.
 fn lease_name(digest: Digest) -> String {
     format!("lighterman-{}", &digest.hex()[..32])
 }
 
 fn is_abandoned(lease: &Lease, now: SystemTime) -> bool {
     let renewed = lease.spec.as_ref().and_then(|spec| spec.renew_time.as_ref()).map(|time| time.0);
-    // One that was never renewed counts from its creation.
+    // The age of a Lease without a renewal counts from its creation.
     let since = renewed.or(lease.metadata.creation_timestamp.as_ref().map(|time| time.0));
     since.is_some_and(|since| now.duration_since(since.into()).is_ok_and(|age| age > ABANDONED_AFTER))
 }

@@ -1,5 +1,5 @@
-//! The API server's clock: the `Date` of an answer (RFC 9110, section 6.6.1). Go's HTTP server
-//! writes the date into each answer.
+//! The API server's clock: the `Date` header of an answer (RFC 9110, section 6.6.1). Go's HTTP
+//! server sets the header in each answer.
 
 use std::time::{Duration, SystemTime};
 
@@ -14,8 +14,8 @@ use super::api_error::{ApiError, REQUEST_TIMEOUT};
 use crate::decide::clock_skew::ClockSample;
 use crate::ports::ClusterError;
 
-/// The smallest answer that any authenticated client may ask for. A cluster that forbids this
-/// answers 403, with a date as well.
+/// The smallest answer that every authenticated client may request. A cluster that forbids the
+/// request answers 403, with a date too.
 const VERSION_PATH: &str = "/version";
 
 pub(super) async fn sample_clock(client: &Client) -> Result<ClockSample, ClusterError> {
@@ -36,7 +36,7 @@ fn now() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
-/// Since 1970.
+/// The time since 1970.
 fn parse_date(header: &HeaderValue) -> Option<Duration> {
     let time = rfc2822::DateTimeParser::new().parse_timestamp(header.to_str().ok()?).ok()?;
     Some(Duration::from_secs(time.as_second().try_into().ok()?))

@@ -1,8 +1,8 @@
-//! What happened, as Events on pods.
+//! Events on pods.
 //!
-//! Written in the older form of core/v1 (`firstTimestamp`, `lastTimestamp`, `count`), as kubelets do: every `kubectl describe pod`
-//! shows all of it, and one right suffices. kube's own recorder writes events.k8s.io/v1, has no limit of rate, and its cache none
-//! of size.
+//! The agent writes the older form of core/v1 (`firstTimestamp`, `lastTimestamp`, `count`), as
+//! kubelets do: every `kubectl describe pod` shows all fields, and one right suffices. kube's own
+//! recorder writes events.k8s.io/v1, has no rate limit, and has a cache without a bound.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -21,23 +21,26 @@ use crate::model::{NodeName, PodRef};
 use crate::oci::Digest;
 use crate::ports::{ClusterError, PodReport, PodReportKind};
 
-/// The same words about the same pod within this time are counted on the first Event, not said again. (Kubernetes' own recorders
-/// take ten minutes too; the API server forgets Events after an hour.)
+/// A repetition of the same note on the same pod within this time raises the count of the first
+/// Event. Kubernetes' own recorders use ten minutes too. The API server deletes Events after an
+/// hour.
 const DEDUP_WINDOW: Duration = Duration::from_secs(10 * 60);
 
-/// The limit that the newer API sets for notes (`NoteLengthLimit`); the older one has none.
+/// Most bytes of a note: the limit of the newer API (`NoteLengthLimit`). The older API has no
+/// limit.
 pub(super) const MAX_NOTE: usize = 1024;
 
-/// The longest name of an object (RFC 1123 subdomain).
+/// Most bytes of an object name (RFC 1123 subdomain).
 pub(super) const MAX_NAME: usize = 253;
 
-/// A node's Events that are remembered, to count repetitions: four reasons for each of 110 pods, rounded up. When there are more, the
-/// one unused for longest is forgotten, and would be said again.
+/// Most recorded Events of a node, for the count of repetitions: four reasons for each of 110 pods,
+/// rounded up. Above the bound the least recently used record is evicted; a repetition then becomes
+/// a new Event.
 const MAX_RECORDED_EVENTS: usize = 512;
 
-/// Events written at once, and then one in every [`REFILL`]. That is a hundredth of what each kubelet may write
-/// (`eventRecordQPS` 50): in an outage that hits a node with 110 pods all of them are told within 200 s, and a thousand such
-/// nodes together write 500 a second.
+/// Events in a burst, and then one in each [`REFILL_INTERVAL`]: a hundredth of a kubelet's rate
+/// (`eventRecordQPS` 50). In an outage, all 110 pods of a node get their Event within 200 s, and a
+/// thousand such nodes write 500 Events per second.
 const BURST: u32 = 10;
 const REFILL_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -54,7 +57,7 @@ impl EventRecorder {
         Self { client, node, correlator: Mutex::new(EventCorrelator::new(Instant::now())) }
     }
 
-    /// `uid` is the one that the kubelet knows the pod by.
+    /// Writes or counts the Event. `uid` is the kubelet's UID of the pod.
     pub(super) async fn report(&self, pod: &PodRef, uid: &str, report: &PodReport) -> Result<(), ClusterError> {
         let note = truncate(&report.note, MAX_NOTE);
         let key = EventKey { pod_uid: pod.uid.clone(), kind: report.kind, note: Digest::of(note.as_bytes()) };
@@ -66,12 +69,12 @@ impl EventRecorder {
             EventDecision::RateLimited => {
                 let pace = format!("one in {} s", REFILL_INTERVAL.as_secs());
                 return Err(ClusterError::Unavailable(format!(
-                    "too many Events at once; they are held back to {pace}"
+                    "the agent's own rate limiter delays the Event ({pace})"
                 )));
             }
             EventDecision::Create { name } => self.create(pod, uid, report.kind, note, name, timestamp).await,
             EventDecision::UpdateCount { name, count } => match self.update_count(pod, &name, count, timestamp).await {
-                // Events are forgotten after an hour, sooner on some clusters.
+                // The API server deletes an Event after an hour, on some clusters sooner.
                 Err(ApiError::NotFound(_)) => self.create(pod, uid, report.kind, note, name, timestamp).await,
                 counted => counted,
             },
@@ -126,18 +129,19 @@ impl EventRecorder {
     }
 
     fn correlator(&self) -> std::sync::MutexGuard<'_, EventCorrelator> {
-        self.correlator.lock().expect("nothing panics while holding it")
+        self.correlator.lock().expect("no code panics under this lock")
     }
 }
 
-/// As kubelets name theirs: the pod's name and the time. A long name is cut to leave room; what is left must not end with a dot or dash.
+/// The name of an Event, as kubelets form it: the pod's name and the time. A long pod name is
+/// truncated, and must not end with a dot or dash then.
 pub(super) fn event_name(pod: &str, now: Timestamp) -> String {
     let suffix = format!(".{:x}", now.as_nanosecond());
     let pod = truncate(pod, MAX_NAME - suffix.len()).trim_end_matches(['.', '-']);
     format!("{pod}{suffix}")
 }
 
-/// What was said lately and how much more may be said now. Pure: `now` is an argument.
+/// The recent Events and the rate limiter for new Events. Pure: `now` is an argument.
 struct EventCorrelator {
     recorded: HashMap<EventKey, RecordedEvent>,
     tokens: u32,
@@ -159,13 +163,14 @@ struct RecordedEvent {
 
 #[derive(Debug, PartialEq, Eq)]
 enum EventDecision {
-    /// Make an Event of this name.
+    /// Create an Event of this name.
     Create { name: String },
-    /// It is there: set its count.
+    /// Set the count of the existing Event.
     UpdateCount { name: String, count: i32 },
-    /// It is there, and its count can wait for the next repetition.
+    /// The rate limiter has no token: the next update of the existing Event includes this
+    /// repetition.
     CountOnly,
-    /// Nothing may be written now.
+    /// The rate limiter has no token for a new Event.
     RateLimited,
 }
 
@@ -196,7 +201,7 @@ impl EventCorrelator {
         EventDecision::Create { name }
     }
 
-    /// What was entered was not written after all; the next report begins anew.
+    /// Removes the record of an Event that was not written; the next report creates the Event.
     fn forget(&mut self, key: &EventKey) {
         self.recorded.remove(key);
     }
@@ -235,7 +240,7 @@ mod tests {
         assert_eq!(say("none", "a", Duration::ZERO), first("a"));
         assert_eq!(say("none", "b", DEDUP_WINDOW / 2), EventDecision::UpdateCount { name: "a".into(), count: 2 });
         assert_eq!(say("other words", "c", DEDUP_WINDOW / 2), first("c"));
-        // Ten minutes since it was said last, not first.
+        // The window counts from the last repetition, not from the first.
         assert_eq!(say("none", "d", DEDUP_WINDOW), EventDecision::UpdateCount { name: "a".into(), count: 3 });
         assert_eq!(say("none", "e", DEDUP_WINDOW * 2), first("e"));
     }
@@ -247,7 +252,7 @@ mod tests {
         let mut say = |pod| ledger.record(key(pod, "none"), String::new(), start);
         let written = (0..110).filter(|&pod| say(pod) != EventDecision::RateLimited).count();
         assert_eq!(written, BURST as usize);
-        assert_eq!(say(0), EventDecision::CountOnly, "a repetition is not lost");
+        assert_eq!(say(0), EventDecision::CountOnly, "the repetition is counted");
         let mut told = written;
         let mut waited = Duration::ZERO;
         while told < 110 {

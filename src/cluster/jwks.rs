@@ -1,4 +1,5 @@
-//! The cluster's published signing keys, kept so that peers can be admitted while the API server is down.
+//! The cluster's published signing keys, cached so that peers are admitted while the API server is
+//! down.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
@@ -6,37 +7,32 @@ use std::time::{Duration, SystemTime};
 use jsonwebtoken::jwk::Jwk;
 use kube::api::GetParams;
 use kube::core::Request;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::admission_file::StoredKeys;
+use super::admission_file::{PublishedKeys, StoredKeys};
 use super::api_error::{ApiError, REQUEST_TIMEOUT};
 use super::api_server::ApiServerClient;
 use crate::credential::token::{ClusterKey, ClusterKeys, MAX_LIFE};
 
-/// A token with an unknown key asks for the keys again, which anybody can provoke; so not more often than this.
+/// Shortest time between two requests for the keys. A token with an unknown key starts a request,
+/// and any unauthenticated connection can send such a token.
 const MIN_REFETCH_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A cluster signs with one key and publishes the ones before it as well; a handful.
+/// Most keys that are read. A cluster signs with one key and publishes a few earlier keys.
 const MAX_KEYS: usize = 64;
 
-/// A published key has about 500 bytes, so this is ample for [`MOST`].
+/// Most bytes of the published keys: a key has about 500 bytes, so [`MAX_KEYS`] of them have 32
+/// KiB.
 const MAX_BYTES: usize = 256 << 10;
 
 pub(super) struct KeySource {
     api_server: Arc<ApiServerClient>,
-    /// Apart from `asked`, so that known keys can be had while others are asked for.
+    /// Separate from `last_fetch`, so that cached keys can be read during a fetch.
     cached: Mutex<Option<CachedKeys>>,
     last_fetch: tokio::sync::Mutex<Option<(Instant, Result<(), String>)>>,
     refetch_requests: Notify,
-}
-
-/// What the API server published, as it did.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct PublishedKeys {
-    pub(super) discovery: String,
-    pub(super) jwks: String,
 }
 
 struct CachedKeys {
@@ -47,9 +43,11 @@ struct CachedKeys {
 }
 
 impl KeySource {
-    /// Begins with the keys that were kept, unless all that they could verify has ended, `grace` included. Later ones replace them.
+    /// Starts with the stored keys, unless every token that they could verify has expired, `grace`
+    /// included. Fetched keys replace the stored keys.
     pub(super) fn new(server: Arc<ApiServerClient>, kept: Option<StoredKeys>, grace: Duration) -> Self {
-        // A time to come is a clock that was wrong; then they count as of now, and end like any others.
+        // A time in the future comes from a clock that was wrong. Such keys count as fetched now,
+        // and expire like other keys.
         let is_of_use = |kept: &StoredKeys| Duration::from_secs(kept.at).saturating_add(MAX_LIFE + grace) > now();
         let known = kept.filter(is_of_use).and_then(|StoredKeys { published, at }| {
             let keys = Arc::new(parse(&published.discovery, &published.jwks).ok()?);
@@ -63,23 +61,23 @@ impl KeySource {
         }
     }
 
-    /// The keys as they were published last.
     pub(super) fn cached(&self) -> Option<Arc<ClusterKeys>> {
         self.lock().as_ref().map(|known| known.keys.clone())
     }
 
-    /// The same, to be kept.
     pub(super) fn to_stored(&self) -> Option<StoredKeys> {
         let known = self.lock();
         known.as_ref().map(|known| StoredKeys { published: known.published.clone(), at: known.fetched_at.as_secs() })
     }
 
-    /// Has the keys asked for soon, by whoever waits in [`KeySource::wanted`]. That also tells whether the API server can be reached.
+    /// Wakes the task in [`KeySource::refetch_requested`], which then fetches the keys. The fetch
+    /// also finds out whether the API server can be reached.
     pub(super) fn request_refetch(&self) {
         self.refetch_requests.notify_one();
     }
 
-    /// Returns when the keys are wanted and may be asked for again.
+    /// Returns when a fetch was requested and [`MIN_REFETCH_INTERVAL`] has passed since the last
+    /// fetch.
     pub(super) async fn refetch_requested(&self) {
         self.refetch_requests.notified().await;
         let asked = self.last_fetch.lock().await.as_ref().map(|(at, _)| *at);
@@ -88,9 +86,8 @@ impl KeySource {
         }
     }
 
-    /// The keys as they are published now, or were a moment ago.
-    ///
-    /// The error says why they cannot be had; those known before remain.
+    /// Fetches the keys, at most once in [`MIN_REFETCH_INTERVAL`]; a call within the interval gets
+    /// the result of the last fetch. After an error the cached keys stay.
     pub(super) async fn refetch(&self) -> Result<Arc<ClusterKeys>, String> {
         let mut asked = self.last_fetch.lock().await;
         if asked.as_ref().is_none_or(|(at, _)| at.elapsed() >= MIN_REFETCH_INTERVAL) {
@@ -99,7 +96,7 @@ impl KeySource {
         }
         match asked.as_ref() {
             Some((_, Err(text))) => Err(text.clone()),
-            _ => self.cached().ok_or_else(|| "no keys are known yet".to_owned()),
+            _ => self.cached().ok_or_else(|| "the cluster's signing keys were not fetched yet".to_owned()),
         }
     }
 
@@ -108,7 +105,7 @@ impl KeySource {
             let answer =
                 self.api_server.send(REQUEST_TIMEOUT / 2, Request::new(folder).get(file, &GetParams::default())).await;
             answer.map_err(|failure| match failure {
-                ApiError::NotFound(_) => "the API server publishes no keys for ServiceAccount tokens: its --service-account-issuer has to be an https URL".to_owned(),
+                ApiError::NotFound(_) => "the API server publishes no keys for ServiceAccount tokens: --service-account-issuer must be an https URL".to_owned(),
                 ApiError::Forbidden(text) => format!("{text} (the ClusterRole system:service-account-issuer-discovery allows it)"),
                 other => format!("the keys for ServiceAccount tokens: {other}"),
             })
@@ -120,7 +117,7 @@ impl KeySource {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<CachedKeys>> {
-        self.cached.lock().expect("nothing panics while holding it")
+        self.cached.lock().expect("no code panics under this lock")
     }
 }
 
@@ -138,16 +135,16 @@ fn parse(discovery: &str, jwks: &str) -> Result<ClusterKeys, String> {
         keys: Vec<serde_json::Value>,
     }
     if discovery.len().max(jwks.len()) > MAX_BYTES {
-        return Err(format!("the API server's keys take more than {MAX_BYTES} bytes"));
+        return Err(format!("the API server's keys have more than {MAX_BYTES} bytes"));
     }
-    let unreadable = |error: serde_json::Error| format!("the API server's keys cannot be read: {error}");
+    let unreadable = |error: serde_json::Error| format!("the API server's keys cannot be parsed: {error}");
     let Discovery { issuer } = serde_json::from_str(discovery).map_err(unreadable)?;
     let published: JwkSet = serde_json::from_str(jwks).map_err(unreadable)?;
-    // One at a time: a key of a kind that nobody here knows must not hide the others.
+    // Each key is parsed by itself: a key of an unknown type must not hide the other keys.
     let usable = published.keys.into_iter().take(MAX_KEYS).filter_map(|key| serde_json::from_value::<Jwk>(key).ok());
     let keys: Vec<_> = usable.filter_map(|jwk| ClusterKey::from_jwk(&jwk)).collect();
     if keys.is_empty() {
-        return Err("the API server publishes no key of a kind that is known here (RSA, P-256, P-384)".to_owned());
+        return Err("the API server publishes no key of a supported type (RSA, P-256, P-384)".to_owned());
     }
     Ok(ClusterKeys { issuer, keys })
 }

@@ -1,6 +1,7 @@
-//! What the kubelet said about a pod, from the pod's Events.
+//! The kubelet's Events on a pod.
 //!
-//! Events are no evidence: whoever may write them in a namespace can write them in the kubelet's name. They are as good as a hint.
+//! An Event is a hint, not evidence: each user who may write Events in a namespace can write them
+//! in the kubelet's name.
 
 use k8s_openapi::api::core::v1::Event;
 use k8s_openapi::jiff::Timestamp;
@@ -12,13 +13,15 @@ use super::pod_view::MAX_TEXT;
 use crate::model::PodRef;
 use crate::ports::{ClusterError, KubeletEvent};
 
-/// A kubelet writes at most 25 Events about one object at once and then one in 5 min, and the API server forgets them after an hour:
-/// 37. The API server answers in the order of their names, so that a limit would leave off the newest.
+/// Most Events of a pod in one answer. A kubelet writes 25 Events on one object in a burst and then
+/// one in 5 min, and the API server deletes an Event after an hour: 37 Events. The API server sorts
+/// by name, so a lower limit would cut off the newest Events.
 const MAX_EVENTS: u32 = 100;
 
-/// `uid` is the one that the kubelet knows the pod by. The oldest first.
+/// The kubelet's Events on a pod, the oldest first. `uid` is the kubelet's UID of the pod.
 ///
-/// The API server keeps Events in no cache, so this reads all of the namespace in etcd; for a moment of doubt, not for every pod.
+/// The API server has no watch cache of Events, so each call reads all Events of the namespace from
+/// etcd. Callers use this for single pods whose status leaves the cause open.
 pub(super) async fn kubelet_events(
     client: &Client,
     pod: &PodRef,
@@ -35,7 +38,7 @@ pub(super) async fn kubelet_events(
     Ok(found.into_iter().map(event_view).collect())
 }
 
-/// When it was said last. Old and new recorders fill in different fields.
+/// The time of the last repetition. Old and new recorders fill in different fields.
 fn last_seen(event: &Event) -> Option<Timestamp> {
     let micro =
         [event.series.as_ref().and_then(|series| series.last_observed_time.as_ref()), event.event_time.as_ref()];
@@ -51,11 +54,11 @@ fn event_view(event: Event) -> KubeletEvent {
     }
 }
 
-/// The container's name in a path such as `spec.containers{web}`.
+/// The container name in a path such as `spec.containers{web}`.
 fn container_of_field_path(field_path: &str) -> Option<String> {
     let (list, name) = field_path.strip_suffix('}')?.split_once('{')?;
     let lists = ["spec.containers", "spec.initContainers", "spec.ephemeralContainers"];
-    // A container's name is a DNS label.
+    // A container name is a DNS label, so has at most 63 characters.
     (lists.contains(&list) && name.len() <= 63).then(|| name.to_owned())
 }
 

@@ -1,4 +1,4 @@
-//! The metadata of one object, by its name.
+//! The metadata of one object by name.
 
 use std::fmt::Debug;
 
@@ -9,8 +9,8 @@ use serde::de::DeserializeOwned;
 
 use super::api_error::{ApiError, REQUEST_TIMEOUT, call};
 
-/// From the API server's watch cache, which costs etcd nothing. The cache may be behind what made the caller ask: that an object is not
-/// there, or is another than the one with this UID, is believed of etcd alone.
+/// Reads the API server's watch cache first, which costs etcd nothing. The cache may lag, so the
+/// absence of an object, or of an object with this UID, is confirmed by a read from etcd.
 pub(super) async fn metadata<K>(api: &Api<K>, name: &str, uid: Option<&str>) -> Result<ObjectMeta, ApiError>
 where
     K: Clone + Debug + DeserializeOwned,

@@ -1,7 +1,8 @@
-//! Static pods have two UIDs.
+//! The two UIDs of static pods.
 //!
-//! The kubelet makes a static pod from a file, under a UID of its own; what the API server shows is a mirror, with the API server's.
-//! Kubelets write their Events about the former, and `kubectl describe` shows on a mirror only Events about the former.
+//! The kubelet makes a static pod from a file, under a UID of its own. The API server has a mirror
+//! of the pod, under another UID. Kubelets write their Events with the kubelet's UID, and on a
+//! mirror `kubectl describe` shows only Events with the kubelet's UID.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard};
@@ -9,13 +10,14 @@ use std::sync::{Mutex, MutexGuard};
 use crate::model::PodRef;
 use crate::ports::PodEvent;
 
-/// Marks a mirror; its value is the UID of the static pod.
+/// The annotation of a mirror; the value is the kubelet's UID of the static pod.
 pub(super) const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
 
-/// Static pods of one node: a control plane has five. The kubelet deletes mirrors that others made up.
+/// Most static pods of a node; a control plane has five. The kubelet deletes a mirror without a
+/// static pod.
 const MAX_MIRROR_PODS: usize = 256;
 
-/// From a mirror's UID to the kubelet's, for the pods that the watch has shown.
+/// Map from a mirror's UID to the kubelet's UID, for the pods in the watch.
 #[derive(Default)]
 pub(super) struct MirrorPods(Mutex<HashMap<String, String>>);
 
@@ -38,13 +40,13 @@ impl MirrorPods {
         }
     }
 
-    /// The UID that the kubelet knows the pod by.
+    /// The kubelet's UID of the pod.
     pub(super) fn kubelet_uid(&self, pod: &PodRef) -> String {
         self.lock().get(&pod.uid).unwrap_or(&pod.uid).clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, String>> {
-        self.0.lock().expect("nothing panics while holding it")
+        self.0.lock().expect("no code panics under this lock")
     }
 }
 
@@ -75,7 +77,7 @@ mod tests {
         assert_eq!(mirrors.kubelet_uid(&pod("a")), "a");
         mirrors.apply_event(&PodEvent::Synced(vec![pod("b")]));
         assert_eq!(mirrors.kubelet_uid(&pod("b")), "b-hash");
-        // Deleted while nobody watched.
+        // The pod was deleted while the watch was interrupted.
         mirrors.apply_event(&PodEvent::Synced(Vec::new()));
         assert_eq!(mirrors.kubelet_uid(&pod("b")), "b");
     }

@@ -1,4 +1,4 @@
-//! Namespaces' labels and annotations.
+//! The labels and annotations of namespaces.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,10 +11,11 @@ use super::pod_view::bounded_pairs;
 use super::response_cache::ResponseCache;
 use crate::ports::{ClusterError, NamespaceView};
 
-/// A changed annotation counts after this; the pods of one failing Deployment meanwhile share one request.
+/// Time until a changed annotation counts. Within this time the pods of a failing Deployment share
+/// one request.
 const CACHE_TTL: Duration = Duration::from_secs(5);
 
-/// Namespaces of the pods of one node: a few dozen.
+/// Most namespaces in the cache. The pods of a node are in a few dozen.
 const MAX_NAMESPACES: usize = 1024;
 
 pub(super) struct Namespaces {

@@ -1,7 +1,7 @@
 //! Events on the agent's own node.
 //!
-//! A node has no namespace, and the Events on it are in the namespace `default`, as those of
-//! kubelets. `kubectl describe node` looks there by the node's name as UID.
+//! A node has no namespace: Events on nodes are in the namespace `default`, as the kubelets' Events
+//! are. `kubectl describe node` selects them by the node's name as UID.
 
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
@@ -18,8 +18,8 @@ use crate::ports::{ClusterError, NodeReport};
 /// The namespace of Events on objects without one (`validateEvent` of Kubernetes demands it).
 const NAMESPACE: &str = "default";
 
-/// Writes the Event of this reason, or the text and time of the one that is there. A node has one
-/// Event of each reason, however often its agent restarts.
+/// Writes the node's Event of this reason, or updates the text and time of the existing Event. A
+/// node has one Event of each reason, whatever number of restarts its agent has.
 pub(super) async fn report(client: &Client, node: &NodeName, report: &NodeReport) -> Result<(), ClusterError> {
     let api = Api::<Event>::namespaced(client.clone(), NAMESPACE);
     let NodeReport { kind, note } = report;
@@ -55,8 +55,8 @@ pub(super) async fn report(client: &Client, node: &NodeName, report: &NodeReport
     written.map(drop).map_err(|failure| failure.into_cluster_error(&format!("namespace {NAMESPACE}")))
 }
 
-/// The name of the node's only Event of this reason. A long node name is cut; what is left must not
-/// end with a dot or dash.
+/// The name of the node's only Event of this reason. A long node name is truncated, and must not
+/// end with a dot or dash then.
 fn event_name(node: &NodeName, reason: &str) -> String {
     let suffix = format!(".lighterman.{}", reason.to_ascii_lowercase());
     let node = truncate(node.as_str(), MAX_NAME - suffix.len()).trim_end_matches(['.', '-']);

@@ -1,4 +1,4 @@
-//! Nodes: the zone of the agent's own, and the age of any.
+//! Metadata of nodes: the zone of the agent's own node, and the creation time of any node.
 
 use std::time::SystemTime;
 
@@ -9,19 +9,19 @@ use super::metadata::metadata;
 use crate::model::{NodeName, Zone};
 use crate::ports::ClusterError;
 
-/// Kubernetes' own label for a failure domain ("Well-Known Labels"); the cloud's controller sets it, or the kubelet's flags do.
+/// Kubernetes' label for a failure domain ("Well-Known Labels"). The cloud's controller or the
+/// kubelet's flags set the label.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
-/// The metadata of one node by its name: no list, no watch.
+/// The zone, from the metadata of one node by name, without a list or a watch.
 pub(super) async fn zone(client: &Client, node: &NodeName) -> Result<Option<Zone>, ClusterError> {
     let found = metadata(&Api::<Node>::all(client.clone()), node.as_str(), None).await;
     let found = found.map_err(|failure| failure.into_cluster_error(&format!("node {node}")))?;
     let label = found.labels.unwrap_or_default().remove(ZONE_LABEL);
-    // A label can be empty; then there is no zone.
+    // An empty label means no zone.
     Ok(label.and_then(|zone| zone.try_into().ok()))
 }
 
-/// The creation time, from the metadata of one node by its name.
 pub(super) async fn creation_time(client: &Client, node: &NodeName) -> Result<SystemTime, ClusterError> {
     let found = metadata(&Api::<Node>::all(client.clone()), node.as_str(), None).await;
     let found = found.map_err(|failure| failure.into_cluster_error(&format!("node {node}")))?;

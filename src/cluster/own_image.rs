@@ -1,4 +1,4 @@
-//! The DaemonSet that this agent belongs to, by the owner of the agent's own pod.
+//! The DaemonSet of this agent, found by the owner of the agent's own pod.
 
 use std::sync::{Mutex, MutexGuard};
 
@@ -14,7 +14,7 @@ use crate::model::{ContainerKind, Owner, PodView};
 use crate::oci::Reference;
 use crate::ports::{ClusterError, OwnDaemonSet, PodEvent};
 
-/// The agent's own pod, as the watch of this node's pods showed it last.
+/// The agent's own pod, from its last event in the watch of this node's pods.
 #[derive(Default)]
 pub(super) struct OwnPodTracker(Mutex<Option<OwnPodSnapshot>>);
 
@@ -38,7 +38,7 @@ impl OwnPodTracker {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<OwnPodSnapshot>> {
-        self.0.lock().expect("nothing panics while holding it")
+        self.0.lock().expect("no code panics under this lock")
     }
 }
 
@@ -52,7 +52,7 @@ fn is_agent_pod(
 
 impl OwnPodSnapshot {
     fn from_view(view: &PodView) -> Self {
-        // An ephemeral container is a person's, and ends with this pod.
+        // A user adds an ephemeral container for debugging, and the next pod has no such container.
         let containers = view.containers.iter().filter(|container| container.kind != ContainerKind::Ephemeral);
         let images = containers.filter_map(|container| container.image.parse().ok()).take(MAX_IMAGES);
         let secrets = view.pull_secrets.iter().map(|name| (view.pod.k8s_namespace.clone(), name.clone()));
@@ -79,8 +79,8 @@ fn is_daemonset(owner: &Owner) -> bool {
 }
 
 impl KubeCluster {
-    /// From the API server's watch cache. `None` where the owner is gone, or another DaemonSet has
-    /// its name: this pod then has no next image.
+    /// The DaemonSet, from the API server's watch cache. `None` where the owner is gone, or a new
+    /// DaemonSet has the name: this pod then has no next image.
     async fn daemonset(&self, owner: &Owner) -> Result<Option<DaemonSet>, ApiError> {
         let daemonsets = Api::<DaemonSet>::namespaced(self.client.clone(), &self.agent_pod.k8s_namespace);
         match call(REQUEST_TIMEOUT, daemonsets.get_with(&owner.name, &GetParams::any())).await {
@@ -148,7 +148,7 @@ mod tests {
         seen.apply_event(&own(Some("a")), &pod("lighterman-abcde", "b"));
         assert!(seen.snapshot().is_none());
         seen.apply_event(&own(None), &pod("lighterman-abcde", "b"));
-        assert!(seen.snapshot().is_some(), "without a UID the name counts");
+        assert!(seen.snapshot().is_some(), "without a UID the name identifies the pod");
     }
 
     #[test]

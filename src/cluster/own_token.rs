@@ -1,4 +1,4 @@
-//! The token that this agent shows: how it is asked for, and when it ends.
+//! This agent's own token: the request for the token, and its expiry.
 
 use std::time::Duration;
 
@@ -16,29 +16,30 @@ use super::api_error::ApiError;
 use crate::credential::token::MAX_LIFE;
 use crate::model::{Credential, PeerId};
 
-/// The shortest life that an API server grants (`expirationSeconds`); one that claims less is not believed, so that a wrong answer
-/// does not become a flood of requests.
+/// The shortest lifetime that an API server grants (`expirationSeconds`). A shorter lifetime in an
+/// answer is raised to this value, so that a wrong answer causes no flood of requests.
 const MIN_LIFE: Duration = Duration::from_secs(600);
 
-/// A token, and until when it is worth showing, by this machine's own monotonic clock.
+/// A token with its expiry, by this machine's monotonic clock.
 pub(super) struct AgentToken {
     pub(super) credential: Credential,
     obtained_at: Instant,
-    /// What was left of its life then; or how long it had been over.
+    /// The remaining lifetime at `obtained_at`, or the time since the expiry.
     remaining: Duration,
     overdue: Duration,
-    /// Its end by the other clock, since 1970.
+    /// The expiry by the wall clock, since 1970.
     expires: Duration,
 }
 
 impl AgentToken {
-    /// One that was asked for at `asked`, which was `asked_at` since 1970, for so long.
+    /// A token whose request was sent at `sent`, by the wall clock `sent_at`, with the lifetime
+    /// `life`.
     pub(super) fn new(token: String, sent: Instant, sent_at: Duration, life: Duration) -> Self {
         let credential = Credential::new(token);
         Self { credential, obtained_at: sent, remaining: life, overdue: Duration::ZERO, expires: sent_at + life }
     }
 
-    /// The one that was kept, if it is this key's and this pod's.
+    /// The stored token, if the token is for this key and this pod.
     pub(super) fn from_stored(kept: StoredToken, peer: PeerId, own: &AgentPod, now: Duration) -> Option<Self> {
         let until = Duration::from_secs(kept.until);
         let (left, over) = (until.saturating_sub(now), now.saturating_sub(until));
@@ -57,18 +58,18 @@ impl AgentToken {
         StoredToken { peer: peer.to_string(), pod: pod_key(own), token, until: self.expires.as_secs() }
     }
 
-    /// Since when it has been over, if it is.
+    /// The time since the token's expiry; `None` before the expiry.
     pub(super) fn expired_for(&self) -> Option<Duration> {
         (self.obtained_at.elapsed() + self.overdue).checked_sub(self.remaining)
     }
 }
 
-/// The UID, or the name where it is not told.
+/// The pod's UID, or its name where the environment sets no UID.
 fn pod_key(own: &AgentPod) -> String {
     own.pod_uid.clone().unwrap_or_else(|| own.pod_name.clone())
 }
 
-/// Asks for a token for this key, bound to this pod.
+/// The request for a token for this key, bound to this pod.
 pub(super) fn token_request(own: &AgentPod, peer: PeerId) -> Result<Request<Vec<u8>>, Error> {
     let payload = TokenRequest {
         spec: TokenRequestSpec {
@@ -88,13 +89,13 @@ pub(super) fn token_request(own: &AgentPod, peer: PeerId) -> Result<Request<Vec<
     kube::core::Request::new(accounts).create_subresource("token", &own.service_account, &PostParams::default(), body)
 }
 
-/// What the API server granted, and for how long.
+/// The granted token and its lifetime, from the API server's answer.
 pub(super) fn parse_granted(answer: &str) -> Result<(String, Duration), ApiError> {
     let granted = serde_json::from_str::<TokenRequest>(answer).ok();
     let granted = granted.and_then(|granted| Some((granted.status?.token, granted.spec.expiration_seconds)));
-    // The answer holds a token, so its text goes nowhere.
+    // The answer contains a token, so no error quotes the answer.
     let (token, seconds) =
-        granted.ok_or_else(|| ApiError::Other("the API server's answer holds no token".to_owned()))?;
+        granted.ok_or_else(|| ApiError::Other("the API server's answer contains no token".to_owned()))?;
     let seconds = seconds.and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or(MAX_LIFE.as_secs());
     Ok((token, Duration::from_secs(seconds).clamp(MIN_LIFE, MAX_LIFE)))
 }

@@ -1,6 +1,7 @@
-//! What owns a pod, and what owns that: an opt-in on a Deployment counts for its pods.
+//! The owners of a pod, and their owners: an opt-in on a Deployment counts for its pods.
 //!
-//! Each owner is asked for by name. No informer: every node would watch every workload of the cluster for the few that fail on it.
+//! Each owner is read by name, without an informer. With an informer every node would watch every
+//! workload of the cluster, for the few workloads whose pods fail on the node.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,20 +19,20 @@ use super::response_cache::ResponseCache;
 use crate::model::Owner;
 use crate::ports::{Annotations, ClusterError};
 
-/// A changed annotation counts after this, longer than a namespace's: whoever opts in one workload rolls it out anew, which makes
-/// another ReplicaSet and another question.
+/// Time until a changed annotation counts, longer than for a namespace. An opt-in in a Deployment's
+/// template starts a rollout, whose new ReplicaSet is not in the cache.
 const CACHE_TTL: Duration = Duration::from_secs(30);
 
-/// Owners of the pods of one node: two for each of 110 pods, rounded up.
+/// Most owners in the cache: two for each of the node's 110 pods, rounded up.
 const MAX_OWNERS: usize = 512;
 
-/// Kubernetes' own kinds are two on top of each other (CronJob and Job, Deployment and ReplicaSet). References can be written by
-/// anybody and lead in a circle.
+/// Most owners above a pod. Kubernetes' own kinds have two levels (CronJob and Job, Deployment and
+/// ReplicaSet). Users can write owner references, which may form a circle.
 const MAX_DEPTH: usize = 4;
 
 pub(super) struct Owners {
     client: Client,
-    /// By namespace and reference, so that another object of the same name is another question.
+    /// By namespace and reference with the UID, so that a new object of the same name is read anew.
     cache: ResponseCache<(String, Owner), Arc<OwnerMetadata>>,
 }
 
@@ -45,7 +46,7 @@ impl Owners {
         Self { client, cache: ResponseCache::new(CACHE_TTL, MAX_OWNERS) }
     }
 
-    /// The owner's annotations and those of the owners above it, the nearest first.
+    /// The annotations of the owner and of the owners above, the nearest first.
     pub(super) async fn ancestor_annotations(
         &self,
         k8s_namespace: &str,
@@ -86,9 +87,10 @@ impl Owners {
     }
 }
 
-/// Where the owner is to be had; `None` when it is of no kind that makes pods, or of no name that an object can have.
+/// The API resource of the owner; `None` for a kind that makes no pods, and for an invalid object
+/// name.
 ///
-/// Objects of an older version of the same group are the same objects.
+/// The version of the group does not matter: the API server converts objects between versions.
 fn api_resource(owner: &Owner) -> Option<ApiResource> {
     let group = owner.api_version.split_once('/').map_or("", |(group, _)| group);
     let resource = match (group, owner.kind.as_str()) {
@@ -132,6 +134,6 @@ mod tests {
         ] {
             assert_eq!(path(api_version, kind, "web").as_deref(), found, "{api_version} {kind}");
         }
-        assert_eq!(path("apps/v1", "ReplicaSet", "../secrets/token"), None, "a name is not a path");
+        assert_eq!(path("apps/v1", "ReplicaSet", "../secrets/token"), None, "a name with a slash is invalid");
     }
 }

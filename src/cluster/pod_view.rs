@@ -1,4 +1,4 @@
-//! From the API's pod to the few fields that decisions are made from.
+//! The conversion of the API's pod into the few fields that decisions use.
 
 use std::collections::BTreeMap;
 
@@ -10,29 +10,32 @@ use super::mirror_pods::MIRROR_ANNOTATION;
 use crate::model::{ContainerKind, ContainerView, ImageVolume, Owner, PodRef, PodView, PullPolicy, WaitingState};
 use crate::oci::Reference;
 
-/// The most that is kept of one text. The API bounds a container's message only by the size of the whole object (1.5 MiB), while
-/// the cause of a failed pull stands in the first few hundred bytes. No image name of this length can be read.
+/// Most bytes of one text. The API bounds a container's message only by the size of the whole
+/// object (1.5 MiB), and the cause of a failed pull is within the first few hundred bytes. An image
+/// name of this length is invalid.
 pub(super) const MAX_TEXT: usize = 4096;
 
-/// The most containers of each kind, and image volumes, that are taken from one pod. The API bounds them only by the size of the
-/// whole object, which has room for ten thousand; pods that people make have a dozen.
+/// Most containers of each kind, and most image volumes, of one pod. The API bounds both only by
+/// the size of the whole object, which has room for ten thousand. Real pods have a dozen.
 const MAX_ITEMS: usize = 128;
 
-/// The most pull secrets of one pod: each is a request of its own.
+/// Most pull secrets of one pod: each costs a request.
 const MAX_SECRETS: usize = 16;
 
-/// The longest text of a reference to an owner: an API group (253), a slash and a version (63). Names, kinds and UIDs are shorter.
+/// Most bytes of a text in an owner reference: an API group (253), a slash and a version (63).
+/// Names, kinds and UIDs are shorter.
 const MAX_REFERENCE: usize = 253 + 1 + 63;
 
-/// The longest value of an annotation that is kept. What `kubectl apply` leaves there is as long as the object itself; what decides
-/// anything is a word.
+/// Most bytes of an annotation's value. The annotation of `kubectl apply` is as long as the object
+/// itself; the annotations of lighterman have a word or a short list.
 const MAX_VALUE: usize = 1024;
 
-/// The most labels or annotations that are kept of one object, the first by name; the API bounds annotations by 256 KiB together
-/// and labels by the object's size. Whoever can add more can as well change those that count.
+/// Most labels, and most annotations, of one object: the first by name. The API bounds all
+/// annotations together by 256 KiB, and labels by the object's size. A user who can add more can
+/// also change the annotations that count.
 const MAX_PAIRS: usize = 128;
 
-/// The fields that are used; all else is dropped here, `managedFields` first of all.
+/// Keeps the fields that decisions use, and drops all other fields, above all `managedFields`.
 ///
 /// `None` for an object without name, namespace or UID, which no API server sends.
 pub(super) fn pod_view(pod: Pod) -> Option<PodView> {
@@ -73,12 +76,12 @@ pub(super) fn pod_view(pod: Pod) -> Option<PodView> {
     })
 }
 
-/// Labels or annotations as far as they are kept.
+/// Labels or annotations within the bounds [`MAX_VALUE`] and [`MAX_PAIRS`].
 pub(super) fn bounded_pairs(pairs: BTreeMap<String, String>) -> BTreeMap<String, String> {
     pairs.into_iter().filter(|(_, value)| value.len() <= MAX_VALUE).take(MAX_PAIRS).collect()
 }
 
-/// The one owner that controls the object; the API server takes no two.
+/// The owner that controls the object; the API server accepts at most one.
 pub(super) fn controlling_owner(references: Vec<OwnerReference>) -> Option<Owner> {
     let reference = references.into_iter().find(|reference| reference.controller == Some(true))?;
     let OwnerReference { api_version, kind, name, uid, .. } = reference;
@@ -93,7 +96,7 @@ fn image_volume(volume: Volume) -> Option<ImageVolume> {
     Some(ImageVolume { name: volume.name, image, pull_policy })
 }
 
-/// What the two kinds of container in the API have in common.
+/// The common fields of the API's two container types.
 struct ContainerSpec {
     name: String,
     image: Option<String>,
@@ -115,20 +118,20 @@ impl From<EphemeralContainer> for ContainerSpec {
 fn container_view(spec: ContainerSpec, kind: ContainerKind, statuses: &[ContainerStatus]) -> ContainerView {
     let image = truncate(spec.image.as_deref().unwrap_or_default(), MAX_TEXT).to_owned();
     let pull_policy = pull_policy(spec.pull_policy.as_deref(), &image);
-    // The statuses come in an order of their own, and later than the spec.
+    // The order of the statuses differs from the order in the spec, and a status comes later.
     let status = statuses.iter().find(|status| status.name == spec.name);
     let waiting = match status {
         Some(status) => status.state.as_ref().and_then(|state| state.waiting.as_ref()).map(|waiting| WaitingState {
             reason: truncate(waiting.reason.as_deref().unwrap_or_default(), MAX_TEXT).to_owned(),
             message: truncate(waiting.message.as_deref().unwrap_or_default(), MAX_TEXT).to_owned(),
         }),
-        // The kubelet has not written about it yet.
+        // The kubelet has not reported the container yet.
         None => Some(WaitingState { reason: String::new(), message: String::new() }),
     };
     ContainerView { name: spec.name, kind, image, pull_policy, waiting }
 }
 
-/// `imagePullPolicy`; what the API server fills in where it is absent.
+/// `imagePullPolicy`, or the API server's default where the field is absent.
 fn pull_policy(spec: Option<&str>, image: &str) -> PullPolicy {
     match spec {
         Some("Always") => PullPolicy::Always,
@@ -180,7 +183,7 @@ mod tests {
             }),
             json!({
                 "initContainerStatuses": [status("migrate", waiting("ErrImagePull")), status("proxy", waiting("PodInitializing"))],
-                // In another order than the spec, one running, one not yet reported.
+                // The order differs from the spec; one container runs, and one is not yet reported.
                 "containerStatuses": [status("log", json!({ "running": {} })), status("web", waiting("ErrImageNeverPull"))],
                 "ephemeralContainerStatuses": [status("debug", waiting("ImagePullBackOff"))],
             }),

@@ -17,8 +17,9 @@ use crate::model::{NodeName, PodRef};
 use crate::ports::PodEvent;
 
 impl KubeCluster {
-    /// Tells `out` about every pod of this node until `stop`, or until nobody listens any more. Waits for `out` when it is full:
-    /// the API server then ends the watch, and it is taken up again where it stood.
+    /// Sends every event of this node's pods to `out` until `stop`, or until the receiver closes.
+    /// While `out` is full the watch waits: the API server then ends the watch, and the agent
+    /// resumes at the last resource version.
     pub async fn watch_pods(&self, out: mpsc::Sender<PodEvent>, stop: CancellationToken) {
         stop.run_until_cancelled(async {
             let wait = rand::rng().random_range(0.0..=1.0);
@@ -28,22 +29,23 @@ impl KubeCluster {
         .await;
     }
 
-    /// Whether every pod that existed when the agent started has been seen. It stays true when the API server goes away later: the
-    /// agent is then still of use, and more than ever.
+    /// Whether the first list of this node's pods is complete. The value stays true when the API
+    /// server becomes unreachable later: the agent works without the API server too.
     pub fn synced(&self) -> watch::Receiver<bool> {
         self.synced.subscribe()
     }
 
     async fn watch(&self, out: mpsc::Sender<PodEvent>) {
         let pods = Api::<Pod>::all(self.client.clone());
-        // From 0.8 s to 30 s, with jitter; an error after two quiet minutes begins at 0.8 s again.
+        // kube's back-off: 0.8 s to 30 s, with jitter. After two minutes without an error the next
+        // error starts at 0.8 s again.
         let mut events = pin!(watcher(pods, watch_config(&self.agent_pod.node)).default_backoff());
         let mut listed = Vec::new();
         while let Some(event) = events.next().await {
             let event = match event {
                 Ok(event) => event,
                 Err(error) => {
-                    tracing::warn!(node = %self.agent_pod.node, error = error_chain(&error), "the watch of this node's pods failed; it is tried again");
+                    tracing::warn!(node = %self.agent_pod.node, error = error_chain(&error), "the watch of this node's pods failed; the agent retries");
                     continue;
                 }
             };
@@ -63,15 +65,16 @@ impl KubeCluster {
 
 /// This node's pods, from the API server's watch cache.
 ///
-/// Listed in one page: asked for pages, kube leaves `resourceVersion=0` away, which makes the list a quorum read that etcd answers by
-/// going through every pod of the cluster. A node has a few hundred pods at most (the kubelet's default limit is 110).
+/// The list has one page. With pages, kube omits `resourceVersion=0`, and the list becomes a quorum
+/// read, for which etcd reads every pod of the cluster. A node has a few hundred pods at most (the
+/// kubelet's default limit is 110).
 fn watch_config(node: &NodeName) -> watcher::Config {
     let mut selection = watcher::Config::default().fields(&format!("spec.nodeName={node}")).any_semantic();
     selection.page_size = None;
     selection
 }
 
-/// `listed` collects the pods of a list until it is complete.
+/// `listed` collects the pods of a list until the list is complete.
 fn translate(event: watcher::Event<Pod>, listed: &mut Vec<PodRef>) -> Option<PodEvent> {
     match event {
         watcher::Event::Init => {
@@ -122,7 +125,7 @@ mod tests {
         assert_eq!(selection.field_selector.as_deref(), Some("spec.nodeName=node-1"));
         let list = kube::api::ListParams::default().fields("spec.nodeName=node-1").match_any();
         assert_eq!(selection.list_semantic, watcher::ListSemantic::Any);
-        // With a limit, this request would lack its resource version; see `selection`.
+        // With a limit, this request would lack its resource version; see `watch_config`.
         let request = kube::core::Request::new("/api/v1/pods").list(&list).unwrap();
         assert_eq!(selection.page_size, list.limit);
         assert!(request.uri().query().unwrap().contains("resourceVersion=0"), "{}", request.uri());

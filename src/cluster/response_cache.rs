@@ -1,7 +1,7 @@
-//! Answers of the API server, asked for one at a time and kept for a moment.
+//! Cache of single objects of the API server, in place of watches.
 //!
-//! What is looked at in this way is not watched: a thousand nodes that watch every namespace are a thousand watches for what changes
-//! once a month. Not here: what is asked.
+//! A watch of every namespace from each of a thousand nodes would be a thousand watches of objects
+//! that change once a month. Not here: the requests.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -12,14 +12,15 @@ use tokio::time::Instant;
 
 use super::api_error::ApiError;
 
-/// A refusal, or an API server that did not answer, stands for so long, so that not everybody waits for the same again.
+/// Lifetime of a cached error, so that callers do not wait for the same failed request one after
+/// the other.
 const ERROR_TTL: Duration = Duration::from_secs(5);
 
-/// While the API server does not answer, what it said last counts for so long. Outages of a control plane and of a registry come
-/// together, and an upgrade of the former takes minutes.
+/// Lifetime of a response while the API server is unavailable. Outages of a control plane and of a
+/// registry often come together, and an upgrade of a control plane takes minutes.
 const STALE_IF_ERROR: Duration = Duration::from_secs(15 * 60);
 
-/// What is known under each key. Of those who ask for one key at once, one asks the API server and all get its answer.
+/// Responses by key. Concurrent lookups of one key share one request.
 pub(super) struct ResponseCache<K, V> {
     ttl: Duration,
     max_entries: usize,
@@ -28,7 +29,7 @@ pub(super) struct ResponseCache<K, V> {
 
 struct CacheSlot<V> {
     used: Instant,
-    /// Held while the API server is asked, so that everybody else waits for the same answer.
+    /// Locked during the request, so that all other lookups of the key wait for its result.
     state: Arc<tokio::sync::Mutex<CachedResult<V>>>,
 }
 
@@ -54,15 +55,16 @@ impl<V: Clone> CachedResult<V> {
 }
 
 impl<K: Clone + Eq + Hash, V: Clone> ResponseCache<K, V> {
-    /// An answer counts for `fresh`. When more than `most` keys are asked for, the one unused for longest is forgotten.
+    /// A response is valid for `fresh`. Above `most` keys the least recently used key is evicted.
     pub(super) fn new(fresh: Duration, most: usize) -> Self {
         Self { ttl: fresh, max_entries: most, slots: Mutex::default() }
     }
 
-    /// `ask` is only polled when nothing fresh is known.
+    /// The cached response, or the result of `fetch`, which is polled only without a valid
+    /// response.
     ///
-    /// What does not exist is forgotten at once. What may not be asked any more is refused, but not forgotten: rights come and go while
-    /// an API server starts.
+    /// [`ApiError::NotFound`] removes the cached response. [`ApiError::Forbidden`] is returned and
+    /// leaves the response in the cache: rights come and go while an API server starts.
     pub(super) async fn get(&self, key: K, fetch: impl Future<Output = Result<V, ApiError>>) -> Result<V, ApiError> {
         let state = self.slot(key);
         let mut state = state.lock().await;
@@ -92,7 +94,7 @@ impl<K: Clone + Eq + Hash, V: Clone> ResponseCache<K, V> {
     }
 
     fn slot(&self, key: K) -> Arc<tokio::sync::Mutex<CachedResult<V>>> {
-        let mut slots = self.slots.lock().expect("nothing panics while holding it");
+        let mut slots = self.slots.lock().expect("no code panics under this lock");
         if !slots.contains_key(&key) && slots.len() >= self.max_entries {
             let oldest = slots.iter().min_by_key(|(_, slot)| slot.used).map(|(key, _)| key.clone());
             oldest.and_then(|key| slots.remove(&key));

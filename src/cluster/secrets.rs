@@ -1,7 +1,7 @@
-//! Pull secrets, where a namespace lets us read them.
+//! Pull secrets of the namespaces where the agent may read them.
 //!
-//! Asked for when needed and not kept. What is in one stands in no log and no error: kube writes an answer that it cannot read into
-//! the log, so the answer is read here.
+//! A secret is read for each use and not cached. No log and no error contains a secret's content.
+//! kube logs an answer that it cannot parse, so this module parses the answer.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,8 @@ use serde_json::{Value, json};
 use super::api_error::{REQUEST_TIMEOUT, call, is_object_name};
 use crate::ports::{ClusterError, PullSecret};
 
-/// Credentials of one registry are a few KiB at most (a cloud's key, encoded twice), so this is a dozen registries. A Secret may hold 1 MiB.
+/// Most bytes of a pull secret: a dozen registries. The credentials of one registry have a few KiB
+/// at most (a cloud's key, encoded twice). A Secret may have 1 MiB.
 const MAX_BYTES: usize = 64 << 10;
 
 pub(super) async fn pull_secret(client: &Client, k8s_namespace: &str, name: &str) -> Result<PullSecret, ClusterError> {
@@ -23,18 +24,19 @@ pub(super) async fn pull_secret(client: &Client, k8s_namespace: &str, name: &str
     if !is_object_name(name) {
         return Err(ClusterError::Gone(what));
     }
-    // Not from the watch cache: a password that has just been replaced is no use.
+    // A read from etcd: the watch cache may still have a password that was just replaced.
     let request = Request::new(Secret::url_path(&(), Some(k8s_namespace))).get(name, &GetParams::default());
     let request = request.map_err(|error| ClusterError::Other(format!("{what}: {error}")))?;
     let answer = call(REQUEST_TIMEOUT, client.request_text(request))
         .await
         .map_err(|failure| failure.into_cluster_error(&what))?;
     let secret = serde_json::from_str::<Secret>(&answer)
-        .map_err(|_| ClusterError::Other(format!("{what}: the API server's answer is no Secret")))?;
+        .map_err(|_| ClusterError::Other(format!("{what}: the API server's answer is not a Secret")))?;
     docker_config(secret).map_err(|reason| ClusterError::Other(format!("{what} {reason}")))
 }
 
-/// The file `.docker/config.json` that is in it. What kubelets still take in its older form, `.dockercfg`, gets the same shape.
+/// The file `.docker/config.json` in the secret. The older form `.dockercfg`, which kubelets accept
+/// too, is converted to the same shape.
 fn docker_config(secret: Secret) -> Result<PullSecret, &'static str> {
     let mut data = secret.data.unwrap_or_default();
     match secret.type_.as_deref() {
@@ -43,10 +45,10 @@ fn docker_config(secret: Secret) -> Result<PullSecret, &'static str> {
             let auths = take_key(&mut data, ".dockercfg")?;
             match serde_json::from_slice(&auths) {
                 Ok(auths @ Value::Object(_)) => Ok(PullSecret(json!({ "auths": auths }).to_string().into_bytes())),
-                _ => Err("holds a .dockercfg that is no JSON object"),
+                _ => Err("has a .dockercfg that is not a JSON object"),
             }
         }
-        _ => Err("is no pull secret: its type is neither kubernetes.io/dockerconfigjson nor kubernetes.io/dockercfg"),
+        _ => Err("is not a pull secret: its type must be kubernetes.io/dockerconfigjson or kubernetes.io/dockercfg"),
     }
 }
 
@@ -54,7 +56,7 @@ fn take_key(data: &mut BTreeMap<String, ByteString>, key: &str) -> Result<Vec<u8
     match data.remove(key) {
         Some(ByteString(bytes)) if bytes.len() <= MAX_BYTES => Ok(bytes),
         Some(_) => Err("is larger than 64 KiB"),
-        None => Err("lacks the key that its type promises"),
+        None => Err("lacks the key of its type (.dockerconfigjson or .dockercfg)"),
     }
 }
 
@@ -81,12 +83,12 @@ mod tests {
     fn a_secret_of_another_type_or_shape_is_refused_with_a_reason() {
         let (json, old) = ("kubernetes.io/dockerconfigjson", "kubernetes.io/dockercfg");
         for (type_, key, content, reason) in [
-            ("Opaque", ".dockerconfigjson", &b"{}"[..], "is no pull secret"),
-            ("kubernetes.io/service-account-token", "token", b"t", "is no pull secret"),
+            ("Opaque", ".dockerconfigjson", &b"{}"[..], "is not a pull secret"),
+            ("kubernetes.io/service-account-token", "token", b"t", "is not a pull secret"),
             (json, ".dockercfg", b"{}", "lacks the key"),
             (json, ".dockerconfigjson", &[b' '; MAX_BYTES + 1], "larger than 64 KiB"),
-            (old, ".dockercfg", b"[]", "no JSON object"),
-            (old, ".dockercfg", b"{", "no JSON object"),
+            (old, ".dockercfg", b"[]", "not a JSON object"),
+            (old, ".dockercfg", b"{", "not a JSON object"),
         ] {
             let said = secret(type_, key, content).unwrap_err();
             assert!(said.contains(reason), "{type_} {key}: {said}");

@@ -1,9 +1,11 @@
-//! Admission by ServiceAccount token: the API server says who is an agent of this cluster.
+//! Admission by ServiceAccount token: the API server issues tokens to the agents of this cluster.
 //!
-//! Every agent asks for a token whose audience is its own PeerId, bound to its own pod, and shows it to peers; they verify it with
-//! the keys that the cluster publishes. Only the issuing needs the API server. At the door the API server is asked about a token as
-//! well, while it answers and the budget lasts (`review`). What an agent needs to go on while the API server is away is kept on its
-//! node (`kept`). No token goes to the log.
+//! Each agent requests a token whose audience is its own PeerId, bound to its own pod, and sends
+//! the token to its peers. A peer verifies the token with the keys that the cluster publishes, so
+//! only the issue needs the API server. A handshake also asks the API server for a review, while
+//! the API server answers and the budget lasts ([`super::token_review`]). Keys, token and verdicts
+//! are stored on the node for API-server outages ([`super::admission_file`]). No log contains a
+//! token.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,32 +32,34 @@ use crate::metrics::Metrics;
 use crate::model::{Credential, PeerId};
 use crate::ports::{Admission, AdmittedPeer, Rejection};
 
-/// Keys are asked for as often as tokens are renewed, so that one that was withdrawn is forgotten.
+/// Lifetime of the cached keys. The agent fetches the keys as often as a token, so that a withdrawn
+/// key is dropped.
 const KEYS_LIFETIME: Duration = MAX_LIFE;
 
-/// Pauses after a failure double from the first to the second. At the longest, a thousand agents that wait for the API
-/// server send it thirty requests a second.
+/// The first and the longest back-off; each failure doubles the back-off. At the longest, with the
+/// random part 45 s on average, a thousand agents send 22 token requests per second.
 const MIN_BACKOFF: Duration = Duration::from_secs(1);
 const MAX_BACKOFF: Duration = Duration::from_secs(60);
 
-/// A verdict on grace has to be renewed so often, because the API server may be back: its loops notice that within a minute.
+/// Lifetime of a verdict in grace. The API server may return, which the agent's requests find out
+/// within a minute.
 const GRACE_VERDICT_TTL: Duration = Duration::from_secs(300);
 
-/// How often it is looked whether there are new peers to keep, and tried again what failed (the disk was full). A token and keys are kept at once:
-/// without them a restarted agent is nobody.
+/// Interval of writes of new verdicts, and of retries after a failed write (the disk was full). A
+/// token and keys are written at once: a restarted agent without them is not admitted.
 const SAVE_INTERVAL: Duration = Duration::from_secs(30);
 
-/// What outlives the process, and how long it is believed.
+/// The stored state of admission, and the grace period.
 #[derive(Debug, Clone, Default)]
 pub struct TokenAdmissionOptions {
-    /// The file, made with mode 0600; `None` to keep nothing.
+    /// The file, created with mode 0600; `None` to store nothing.
     pub file: Option<PathBuf>,
-    /// How long after its end a token is still shown, and still accepted of a peer that was found good before, while the API server
-    /// cannot be reached.
+    /// Time after its expiry for which a token is still sent, and for which a verified peer's token
+    /// is still accepted, while the API server cannot be reached.
     pub grace: Duration,
 }
 
-/// Admits agents of this cluster, and gets the token that others admit this one by.
+/// Admits agents of this cluster, and obtains the token by which peers admit this agent.
 pub struct TokenAdmission {
     api_server: Arc<ApiServerClient>,
     agent_pod: AgentPod,
@@ -67,15 +71,15 @@ pub struct TokenAdmission {
     budget: SharedReviewBudget,
     token: Mutex<Option<AgentToken>>,
     renewals: watch::Sender<u64>,
-    /// There is a token, or there are keys, that the file does not have.
+    /// Wakes the writer of the file after a new token or new keys.
     unsaved: Notify,
-    /// It was said that reviews are forbidden.
     review_forbidden_logged: AtomicBool,
     metrics: Metrics,
 }
 
 impl TokenAdmission {
-    /// For the agent whose key is `peer`. Until [`TokenAdmission::run`] has got a token there is none to show, unless one was kept.
+    /// Admission for the agent with the key `peer`. Without a stored token,
+    /// [`Admission::credential`] fails until [`TokenAdmission::run`] has a token.
     pub fn new(cluster: &KubeCluster, peer: PeerId, keep: TokenAdmissionOptions, metrics: Metrics) -> Self {
         let own = cluster.agent_pod.clone();
         let expectations =
@@ -99,7 +103,7 @@ impl TokenAdmission {
         }
     }
 
-    /// Keeps a token and the cluster's keys at hand until `stop`.
+    /// Renews the token and the cluster's keys, and writes the file, until `stop`.
     pub async fn run(&self, stop: CancellationToken) {
         let maintenance = async { tokio::join!(self.maintain_token(), self.maintain_keys(), self.maintain_file()) };
         stop.run_until_cancelled(maintenance).await;
@@ -112,14 +116,14 @@ impl TokenAdmission {
             let wait = match self.request_token().await {
                 Ok(life) => {
                     failures = 0;
-                    tracing::debug!(life_s = life.as_secs(), "got a token for the mesh");
+                    tracing::debug!(life_s = life.as_secs(), "the API server granted a token for peers");
                     renewal_delay(life, rand::rng().random())
                 }
                 Err(failure) => {
                     failures += 1;
                     tracing::warn!(
                         service_account = %self.agent_pod.service_account, namespace = %self.agent_pod.k8s_namespace, %failure,
-                        "no token for the mesh (create on serviceaccounts/token is needed); it is asked for again"
+                        "the API server grants no token for peers (needs create on serviceaccounts/token); the agent retries"
                     );
                     backoff_delay(failures, rand::rng().random())
                 }
@@ -139,7 +143,7 @@ impl TokenAdmission {
                 }
                 Err(text) => {
                     failures += 1;
-                    tracing::warn!(error = text, "no keys to verify peers' tokens with; they are asked for again");
+                    tracing::warn!(error = text, "the cluster's signing keys for peers' tokens cannot be fetched; the agent retries");
                     backoff_delay(failures, rand::rng().random())
                 }
             };
@@ -154,35 +158,35 @@ impl TokenAdmission {
         let mut failed = false;
         loop {
             let is_requested = timeout(SAVE_INTERVAL, self.unsaved.notified()).await.is_ok();
-            // Both, or a peer that became known would be seen as new once more.
+            // Each round takes the change flag, or the next round would write the same file again.
             if self.verdicts.take_changed() | is_requested | failed {
                 failed = !self.save().await;
             }
         }
     }
 
-    /// Whether there is nothing left to keep.
+    /// Writes the file. Returns `false` when the write failed.
     async fn save(&self) -> bool {
         let Some(file) = self.options.file.clone() else { return true };
         let token = {
-            let token = self.token.lock().expect("nothing panics while holding it");
+            let token = self.token.lock().expect("no code panics under this lock");
             token.as_ref().map(|token| token.to_stored(self.peer, &self.agent_pod))
         };
         let kept = AdmissionFile::new(self.keys.to_stored(), token, self.verdicts.to_stored(now()));
         let stored = spawn_blocking(move || kept.store(&file).map_err(|error| (file, error))).await;
         if let Ok(Err((file, error))) = &stored {
-            tracing::warn!(file = %file.display(), %error, "what is known of the mesh cannot be kept for a restart");
+            tracing::warn!(file = %file.display(), %error, "keys, token and verdicts cannot be stored for a restart; the agent retries");
         }
         matches!(stored, Ok(Ok(())))
     }
 
-    /// Asks for a token; how long it lives is returned.
+    /// Requests a token and returns its lifetime.
     async fn request_token(&self) -> Result<Duration, ApiError> {
         let (sent, sent_at) = (Instant::now(), now());
         let answer = self.api_server.send(REQUEST_TIMEOUT, token_request(&self.agent_pod, self.peer)).await?;
         let (token, life) = parse_granted(&answer)?;
         let token = AgentToken::new(token, sent, sent_at, life);
-        *self.token.lock().expect("nothing panics while holding it") = Some(token);
+        *self.token.lock().expect("no code panics under this lock") = Some(token);
         self.unsaved.notify_one();
         self.renewals.send_modify(|renewals| *renewals += 1);
         Ok(life)
@@ -197,10 +201,11 @@ impl TokenAdmission {
         verify_ignoring_expiry(credential.expose(), peer, keys, &self.expectations, now())
     }
 
-    /// What the API server itself says of a token that is good. Its no counts; its silence does not.
+    /// Asks the API server for its verdict on a token with a valid signature. A rejection counts; a
+    /// missing answer does not.
     async fn review_online(&self, peer: PeerId, credential: &Credential, claims: &Claims) -> Result<(), Rejection> {
         let review_status = self.verdicts.review_status(peer, claims);
-        // A no stands until there is a yes.
+        // A rejection stays in force until the API server accepts the token.
         let offline_verdict = if review_status == ReviewStatus::RejectionExpired { Err(rejected()) } else { Ok(()) };
         match review_status {
             ReviewStatus::Accepted => return Ok(()),
@@ -225,19 +230,20 @@ impl TokenAdmission {
             }
             Err(failure) => {
                 self.metrics.token_reviewed("unanswered");
-                // Asked again until there is an answer: as long as there is none, nothing is reviewed and grace is given.
+                // The fetch of the keys finds out when the API server answers again. Until then no
+                // token is reviewed, and admission grants grace.
                 self.keys.request_refetch();
                 if matches!(failure, ApiError::Forbidden(_))
                     && !self.review_forbidden_logged.swap(true, Ordering::Relaxed)
                 {
-                    tracing::warn!(%failure, "tokens are not reviewed (create on tokenreviews is needed)");
+                    tracing::warn!(%failure, "peers' tokens are not reviewed (the ServiceAccount needs create on tokenreviews)");
                 }
                 offline_verdict
             }
         }
     }
 
-    /// About a token that was good and has ended.
+    /// The verdict on an expired token with a valid signature.
     fn admit_on_grace(&self, peer: PeerId, claims: &Claims, now: Duration) -> Result<AdmittedPeer, Rejection> {
         let expired = || Rejection::Denied(TokenRejection::Expired.to_string());
         if !self.is_in_grace(peer, claims, now) {
@@ -256,7 +262,8 @@ impl TokenAdmission {
             Reachability::Reachable => Err(expired()),
             Reachability::Unknown => {
                 self.keys.request_refetch();
-                Err(Rejection::Undecided("the token has expired; whether another can be had is being asked".to_owned()))
+                let text = "the token has expired, and the agent does not know yet whether the API server answers";
+                Err(Rejection::Undecided(text.to_owned()))
             }
         }
     }
@@ -267,7 +274,7 @@ impl TokenAdmission {
 
     fn admit_verified(&self, peer: PeerId, claims: Claims, now: Duration) -> AdmittedPeer {
         self.verdicts.record_verified(peer, &claims, now);
-        tracing::debug!(%peer, pod = claims.pod_name, node = ?claims.node, "a peer's token is good");
+        tracing::debug!(%peer, pod = claims.pod_name, node = ?claims.node, "a peer's token is verified");
         AdmittedPeer { node: claims.node, pod: Some(claims.pod_uid), valid_until: claims.expires, is_in_grace: false }
     }
 }
@@ -275,7 +282,7 @@ impl TokenAdmission {
 #[async_trait]
 impl Admission for TokenAdmission {
     async fn credential(&self) -> Result<Credential, Rejection> {
-        let token = self.token.lock().expect("nothing panics while holding it");
+        let token = self.token.lock().expect("no code panics under this lock");
         let Some(token) = token.as_ref() else {
             return Err(Rejection::Undecided("this agent has no token yet".to_owned()));
         };
@@ -284,7 +291,7 @@ impl Admission for TokenAdmission {
             Some(over) if over < self.options.grace && self.api_server.reachability() == Reachability::Unreachable => {
                 Ok(token.credential.clone())
             }
-            Some(_) => Err(Rejection::Undecided("this agent's token has expired and none is to be had".to_owned())),
+            Some(_) => Err(Rejection::Undecided("this agent's token has expired, and the API server grants no new token".to_owned())),
         }
     }
 
@@ -298,7 +305,7 @@ impl Admission for TokenAdmission {
             None => (self.keys.refetch().await.map_err(Rejection::Undecided)?, true),
         };
         let found = match self.verify_claims(peer, credential, &keys) {
-            // Signed by a key, or in a name, that is newer than what is known.
+            // The signing key, or the issuer's name, is newer than the cached keys.
             Err(TokenRejection::UnknownKey | TokenRejection::Issuer) if !just_fetched => {
                 let keys = self.keys.refetch().await.map_err(Rejection::Undecided)?;
                 self.verify_claims(peer, credential, &keys)
@@ -308,7 +315,7 @@ impl Admission for TokenAdmission {
         let (claims, now) = (found.map_err(|flaw| Rejection::Denied(flaw.to_string()))?, now());
         if claims.is_expired(now) {
             if self.is_in_grace(peer, &claims, now) && self.api_server.reachability() == Reachability::Unknown {
-                // For what it tells about the API server, whatever the answer is.
+                // The request finds out whether the API server answers; its result is not used.
                 let _ = self.keys.refetch().await;
             }
             return self.admit_on_grace(peer, &claims, now);
@@ -320,7 +327,7 @@ impl Admission for TokenAdmission {
     fn admit_relayed(&self, peer: PeerId, credential: &Credential) -> Result<AdmittedPeer, Rejection> {
         let Some(keys) = self.keys.cached() else {
             self.keys.request_refetch();
-            return Err(Rejection::Undecided("no keys are known yet".to_owned()));
+            return Err(Rejection::Undecided("the cluster's signing keys were not fetched yet".to_owned()));
         };
         let claims = self.verify_claims(peer, credential, &keys).map_err(|flaw| match flaw {
             TokenRejection::UnknownKey | TokenRejection::Issuer => {
@@ -348,13 +355,14 @@ fn now() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
-/// When a token of this life is renewed: around 80 % of it, so that twelve minutes are left for an API server that is away;
-/// spread by a tenth (`chance` from 0 to 1), so that agents started at once do not renew at once.
+/// Time until the renewal of a token: around 80 % of its lifetime, so that twelve minutes of an
+/// hour remain for an API-server outage. `chance` (0 to 1) spreads the renewals of agents that
+/// started together by a tenth.
 fn renewal_delay(life: Duration, chance: f64) -> Duration {
     life.mul_f64(0.75 + 0.1 * chance)
 }
 
-/// The pause after so many failures in a row, half of it at random.
+/// The back-off after `failures` failures in a row; one half is random.
 fn backoff_delay(failures: u32, chance: f64) -> Duration {
     let longest = MIN_BACKOFF.saturating_mul(1 << failures.saturating_sub(1).min(6)).min(MAX_BACKOFF);
     longest.mul_f64(0.5 + 0.5 * chance)

@@ -1,4 +1,5 @@
-//! TokenReview: the API server's own word on a token, which knows what no signature tells: that the pod is gone, or the ServiceAccount.
+//! TokenReview: the API server's verdict on a token. The API server also rejects tokens of a
+//! deleted pod or ServiceAccount, whose signature is still valid.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -13,10 +14,10 @@ use super::api_server::ApiServerClient;
 use crate::decide::review_budget::ReviewBudget;
 use crate::model::{Credential, PeerId};
 
-/// An API server that needs longer is not held up further; the offline verdict stands. The door waits for 5 s in all.
+/// Timeout of a review. Without an answer in this time the verdict of the signature counts. A
+/// handshake has 5 s in all.
 const REVIEW_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What may be asked now.
 pub(super) struct SharedReviewBudget(Mutex<ReviewBudget>);
 
 impl SharedReviewBudget {
@@ -24,13 +25,13 @@ impl SharedReviewBudget {
         Self(Mutex::new(ReviewBudget::full(Instant::now().into_std())))
     }
 
-    /// Takes one review, if there is one, in a cluster of so many agents.
+    /// Takes one review of the budget, in a cluster of `agents` agents; `false` when none is left.
     pub(super) fn try_take(&self, agents: usize) -> bool {
-        self.0.lock().expect("nothing panics while holding it").try_take(agents, Instant::now().into_std())
+        self.0.lock().expect("no code panics under this lock").try_take(agents, Instant::now().into_std())
     }
 }
 
-/// Whether the API server takes this token for one of `user`, made for `peer`.
+/// Whether the API server accepts the token as a token of `user`, with `peer` as its audience.
 pub(super) async fn review_token(
     server: &Arc<ApiServerClient>,
     peer: PeerId,
@@ -45,9 +46,9 @@ pub(super) async fn review_token(
     let body = serde_json::to_vec(&payload).map_err(|error| ApiError::Other(error.to_string()))?;
     let request = Request::new("/apis/authentication.k8s.io/v1/tokenreviews").create(&PostParams::default(), body);
     let answer = server.send(REVIEW_TIMEOUT, request).await?;
-    // The answer repeats the token, so its text goes nowhere.
+    // The answer contains the token, so no error quotes the answer.
     let status = serde_json::from_str::<TokenReview>(&answer).ok().and_then(|answer| answer.status);
-    let status = status.ok_or_else(|| ApiError::Other("the API server's answer is no TokenReview".to_owned()))?;
+    let status = status.ok_or_else(|| ApiError::Other("the API server's answer is not a TokenReview".to_owned()))?;
     let is_user = status.user.and_then(|found| found.username).is_some_and(|name| name == user);
     let for_peer = status.audiences.is_some_and(|audiences| audiences.contains(&audience));
     Ok(status.authenticated == Some(true) && is_user && for_peer)

@@ -1,4 +1,5 @@
-//! The peers that this agent found good by itself: what it takes their expired tokens for in an outage, and what need not be asked again.
+//! Cache of verified peers. Admission accepts their expired tokens during an API-server outage, and
+//! sends no repeated TokenReviews for them.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,16 +12,17 @@ use crate::credential::token::Claims;
 use crate::decide::pod_keys::PodKeys;
 use crate::model::{NodeName, PeerId};
 
-/// As many as the door lets in: a cluster of 16 384 nodes, and as many again that came back with another
-/// key.
+/// As many peers as admission accepts: a cluster of 16 384 nodes, and the same number again that
+/// returned with another key.
 pub(super) const MAX_PEERS: usize = 32_768;
 
-/// A refusal by the API server is asked for again after this; until then, and while nobody answers, it stands.
+/// Time after which the API server reviews a rejected token again. The rejection stays in force
+/// until the API server accepts the token.
 const REJECTION_TTL: Duration = Duration::from_secs(60);
 
 pub(super) struct VerdictCache {
     table: Mutex<VerdictTable>,
-    /// How long one is of use after its end.
+    /// A verdict is of use for this long after the token's expiry.
     grace: Duration,
     changed: AtomicBool,
 }
@@ -28,21 +30,20 @@ pub(super) struct VerdictCache {
 #[derive(Default)]
 struct VerdictTable {
     verdicts: HashMap<PeerId, PeerVerdict>,
-    /// The keys of each pod. One pod's tokens for key after key do not fill the table.
+    /// The keys of each pod, bounded: tokens of one pod for many keys do not fill the table.
     pods: PodKeys,
 }
 
-/// What was found.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct PeerVerdict {
     pub(super) pod_uid: String,
     pub(super) node: Option<NodeName>,
-    /// When the token ends, since 1970; of several the last.
+    /// The latest expiry among the peer's tokens, since 1970.
     pub(super) expires: Duration,
     review: ReviewOutcome,
 }
 
-/// What the API server itself said about a peer's pod.
+/// The result of the last TokenReview of a peer's pod.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum ReviewOutcome {
     NotReviewed,
@@ -50,16 +51,16 @@ enum ReviewOutcome {
     Rejected(Instant),
 }
 
-/// Whether the API server is to be asked.
+/// Whether a token needs a TokenReview.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ReviewStatus {
-    /// It was, and said yes.
+    /// The API server accepted a token of this pod.
     Accepted,
-    /// It was not.
+    /// No token of this pod was reviewed.
     NotReviewed,
-    /// It said no, a while ago.
+    /// The API server rejected the token [`REJECTION_TTL`] or longer ago.
     RejectionExpired,
-    /// It said no.
+    /// The API server rejected the token within [`REJECTION_TTL`].
     Rejected,
 }
 
@@ -70,7 +71,7 @@ impl VerdictCache {
         Self { table: Mutex::new(table), grace, changed: AtomicBool::new(false) }
     }
 
-    /// Whether the API server has to be asked about a good token.
+    /// Whether a token with a valid signature needs a TokenReview.
     pub(super) fn review_status(&self, peer: PeerId, claims: &Claims) -> ReviewStatus {
         match self.matching(peer, claims).map(|verdict| verdict.review) {
             None | Some(ReviewOutcome::NotReviewed) => ReviewStatus::NotReviewed,
@@ -80,14 +81,15 @@ impl VerdictCache {
         }
     }
 
-    /// Remembers a good token. What the API server said about the same pod stays.
+    /// Records a token with a valid signature. The result of an earlier review of the same pod
+    /// stays.
     pub(super) fn record_verified(&self, peer: PeerId, claims: &Claims, now: Duration) {
         let mut table = self.lock();
         if let Some(known) = table.verdicts.get_mut(&peer).filter(|known| known.pod_uid == claims.pod_uid) {
             known.expires = known.expires.max(claims.expires);
             return;
         }
-        // One that another member relayed may be older than what is known.
+        // A token that another member relayed can be older than the recorded token.
         if table.verdicts.get(&peer).is_some_and(|known| known.expires > claims.expires) {
             return;
         }
@@ -101,7 +103,7 @@ impl VerdictCache {
         self.changed.store(true, Ordering::Relaxed);
     }
 
-    /// Remembers what the API server said. A no goes before whatever was known of the peer.
+    /// Records the result of a review. A rejection replaces the verdict of another pod too.
     pub(super) fn record_review(&self, peer: PeerId, claims: &Claims, passed: bool) {
         let mut table = self.lock();
         let review = if passed { ReviewOutcome::Accepted } else { ReviewOutcome::Rejected(Instant::now()) };
@@ -112,17 +114,18 @@ impl VerdictCache {
         }
     }
 
-    /// Whether this peer was good in this pod, and the API server never said no.
+    /// Whether a token of this peer and pod was verified, and the API server did not reject the
+    /// pod.
     pub(super) fn is_verified(&self, peer: PeerId, claims: &Claims) -> bool {
         self.matching(peer, claims).is_some_and(|verdict| !matches!(verdict.review, ReviewOutcome::Rejected(_)))
     }
 
-    /// How many peers are known: about as many as the cluster has other agents.
+    /// The number of verified peers, about the number of other agents in the cluster.
     pub(super) fn count(&self) -> usize {
         self.lock().verdicts.len()
     }
 
-    /// Those that are of use after a restart, and whether there are others than last time. What the API server refused is left out.
+    /// The verdicts that are of use after a restart, without rejected peers.
     pub(super) fn to_stored(&self, now: Duration) -> Vec<(PeerId, PeerVerdict)> {
         let mut table = self.lock();
         table.retain(|verdict| verdict.expires.saturating_add(self.grace) >= now);
@@ -130,7 +133,7 @@ impl VerdictCache {
         good.map(|(peer, verdict)| (*peer, verdict.clone())).collect()
     }
 
-    /// Whether a peer has become known since this was asked last.
+    /// Whether a peer was added since the last call.
     pub(super) fn take_changed(&self) -> bool {
         self.changed.swap(false, Ordering::Relaxed)
     }
@@ -140,7 +143,7 @@ impl VerdictCache {
     }
 
     fn lock(&self) -> MutexGuard<'_, VerdictTable> {
-        self.table.lock().expect("nothing panics while holding it")
+        self.table.lock().expect("no code panics under this lock")
     }
 }
 
@@ -206,7 +209,7 @@ mod tests {
                 && !verdicts.is_verified(peer(MAX_PEERS), &claims(&last, 1000))
         );
         verdicts.record_verified(peer(MAX_PEERS), &claims(&last, 2000), at(1100));
-        assert!(!verdicts.is_verified(peer(MAX_PEERS), &claims(&last, 2000)), "all are of use for the length of grace");
+        assert!(!verdicts.is_verified(peer(MAX_PEERS), &claims(&last, 2000)), "a verdict stays during grace");
         verdicts.record_verified(peer(MAX_PEERS), &claims(&last, 2000), at(1101));
         assert!(verdicts.is_verified(peer(MAX_PEERS), &claims(&last, 2000)));
         assert_eq!(verdicts.to_stored(at(1101)).len(), 1);
@@ -222,7 +225,7 @@ mod tests {
         assert_eq!(verdicts.to_stored(Duration::from_secs(1101)).len(), 0);
         verdicts.record_verified(peer(1), &claims("stolen", 2000), Duration::ZERO);
         verdicts.record_verified(peer(2), &claims("stolen", 2000), Duration::ZERO);
-        assert_eq!(verdicts.count(), 2, "verdicts that ended take no room of their pod");
+        assert_eq!(verdicts.count(), 2, "an expired verdict does not count for its pod");
     }
 
     #[test]

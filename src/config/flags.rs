@@ -1,4 +1,5 @@
-//! The flags of the agent, each with its variable, its unit and its default. What they come to is [`super::Config`].
+//! The flags of the agent, each with its variable, unit and default. [`super::Config`] is made from
+//! them.
 
 mod retain;
 
@@ -18,18 +19,19 @@ use crate::decide::tag::TagPolicy;
 use crate::decide::token_bucket::MIN_RATE;
 use crate::model::{NodeName, PeerId, Zone};
 
-/// Flags of `lighterman agent`. Each can be set as `LIGHTERMAN_<FLAG>` in the environment; a flag wins.
+/// Flags of `lighterman agent`. The environment variable `LIGHTERMAN_<FLAG>` sets a flag too; a
+/// flag on the command line wins.
 #[derive(Debug, Clone, Args)]
 pub struct AgentArgs {
-    /// This node's name, as Kubernetes knows it (downward API: spec.nodeName)
+    /// This node's name in Kubernetes (downward API: spec.nodeName)
     #[arg(long, env = "LIGHTERMAN_NODE_NAME", value_name = "NAME")]
     pub(super) node_name: NodeName,
 
-    /// The namespace that the agent itself runs in (downward API: metadata.namespace)
+    /// The namespace of the agent's pod (downward API: metadata.namespace)
     #[arg(long, env = "LIGHTERMAN_POD_NAMESPACE", value_name = "NAMESPACE", default_value = "lighterman")]
     pub(super) pod_namespace: String,
 
-    /// The agent's own pod, which its token is bound to (downward API: metadata.name)
+    /// The agent's own pod, to which the agent's token is bound (downward API: metadata.name)
     #[arg(long, env = "LIGHTERMAN_POD_NAME", value_name = "NAME", default_value = "")]
     pub(super) pod_name: String,
 
@@ -37,27 +39,30 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_POD_UID", value_name = "UID")]
     pub(super) pod_uid: Option<String>,
 
-    /// The ServiceAccount that all agents run as
+    /// The ServiceAccount of all agents
     #[arg(long, env = "LIGHTERMAN_SERVICE_ACCOUNT", value_name = "NAME", default_value = "lighterman")]
     pub(super) service_account: String,
 
-    /// A kubeconfig file instead of the pod's own ServiceAccount, for an agent outside a pod
+    /// A kubeconfig file in place of the pod's ServiceAccount, for an agent outside a pod
     #[arg(long, env = "LIGHTERMAN_KUBECONFIG", value_name = "PATH")]
     pub(super) kubeconfig: Option<PathBuf>,
 
-    /// The pod watch starts within so many seconds at random, so that all nodes of a cluster do not list at once
+    /// Seconds within which the pod watch starts at random, so that the nodes of a cluster do not
+    /// all list at once
     #[arg(long, env = "LIGHTERMAN_START_JITTER", value_name = "SECONDS", default_value_t = 2)]
     pub(super) start_jitter: u64,
 
-    /// Address for peers: blobs over QUIC on this UDP port, gossip over TCP on the same number
+    /// Address for peers: blobs over QUIC on this UDP port, gossip on the TCP port of the same
+    /// number
     #[arg(long, env = "LIGHTERMAN_LISTEN", value_name = "ADDRESS:PORT", default_value = "[::]:4701")]
     pub(super) listen: SocketAddr,
 
-    /// Address for /metrics, /healthz, /readyz and /debug/mesh; unauthenticated
+    /// Address for /metrics, /healthz, /readyz and /debug/mesh, without authentication
     #[arg(long, env = "LIGHTERMAN_ADMIN_LISTEN", value_name = "ADDRESS:PORT", default_value = "[::]:4702")]
     pub(super) admin_listen: SocketAddr,
 
-    /// Where other agents can be found; names are looked up again at intervals (repeat, or separate with commas)
+    /// First addresses of other agents; names are looked up again at intervals (repeat, or separate
+    /// with commas)
     #[arg(
         long,
         env = "LIGHTERMAN_JOIN",
@@ -67,15 +72,16 @@ pub struct AgentArgs {
     )]
     pub(super) join: Vec<String>,
 
-    /// This node's address, which peers are told (downward API: status.hostIP); without it the one that peers see
+    /// This node's address for peers (downward API: status.hostIP); without the flag, the address
+    /// that peers see
     #[arg(long, env = "LIGHTERMAN_ADVERTISE_ADDRESS", value_name = "ADDRESS")]
     pub(super) advertise_address: Option<IpAddr>,
 
-    /// This node's zone, where its label topology.kubernetes.io/zone is not to count
+    /// This node's zone, in place of the node's label topology.kubernetes.io/zone
     #[arg(long, env = "LIGHTERMAN_ZONE", value_name = "ZONE")]
     pub(super) zone: Option<Zone>,
 
-    /// Who may join: owners of a ServiceAccount token made for their own key, of a certificate, or the keys of a list
+    /// The credential that admits a peer
     #[arg(long, env = "LIGHTERMAN_ADMISSION", value_enum, default_value_t = AdmissionKind::Token)]
     pub(super) admission: AdmissionKind,
 
@@ -83,37 +89,39 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_ALLOW_PEER", value_name = "PEERID", value_delimiter = ',')]
     pub(super) allow_peer: Vec<PeerId>,
 
-    /// With --admission token: seconds after its end for which a token of a known peer counts while the API server is out of reach
+    /// With --admission token: seconds after its end for which a verified peer's token is still
+    /// accepted while the API server cannot be reached
     #[arg(long, env = "LIGHTERMAN_ADMISSION_GRACE", value_name = "SECONDS", default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub(super) admission_grace: u64,
 
-    /// With --admission certificate: the agent's certificate and those above it, PEM; looked at again every 30 s, like the next two
+    /// With --admission certificate: the agent's certificate and its issuers, PEM. The agent
+    /// rereads this file, the key and the authorities every 30 s
     #[arg(long, env = "LIGHTERMAN_TLS_CERT", value_name = "PATH")]
     pub(super) tls_cert: Option<PathBuf>,
 
-    /// With --admission certificate: its private key, PEM, mode 0600
+    /// With --admission certificate: the certificate's private key, PEM, mode 0600
     #[arg(long, env = "LIGHTERMAN_TLS_KEY", value_name = "PATH")]
     pub(super) tls_key: Option<PathBuf>,
 
-    /// With --admission certificate: the authorities that peers' certificates may be of, PEM
+    /// With --admission certificate: the authorities that may issue peers' certificates, PEM
     #[arg(long, env = "LIGHTERMAN_TLS_CA", value_name = "PATH")]
     pub(super) tls_ca: Option<PathBuf>,
 
-    /// With --admission certificate: the DNS name that every agent's certificate carries
+    /// With --admission certificate: the DNS name in every agent's certificate
     #[arg(long, env = "LIGHTERMAN_TLS_NAME", value_name = "NAME", default_value = "lighterman")]
     pub(super) tls_name: String,
 
-    /// Folder for the agent's key, and what it knows of its peers, on the node
+    /// Folder on the node for the agent's key, known peers and control socket
     #[arg(long, env = "LIGHTERMAN_DATA_DIR", value_name = "FOLDER", default_value = "/var/lib/lighterman")]
     pub(super) data_dir: PathBuf,
 
-    /// containerd's socket; `auto` takes the first of the usual places that answers (k3s and RKE2,
+    /// containerd's socket; `auto` takes the first of the usual paths that answers (k3s and RKE2,
     /// k0s, MicroK8s, containerd's own)
     #[arg(long, env = "LIGHTERMAN_CONTAINERD_SOCKET", value_name = "PATH", default_value = "auto")]
     pub(super) containerd_socket: PathBuf,
 
-    /// Where the node's root file system is mounted, to find containerd's folders below it; without
-    /// it they are where containerd names them
+    /// Mount point of the node's root file system, with containerd's folders below; without the
+    /// flag, the agent uses the paths that containerd reports
     #[arg(long, env = "LIGHTERMAN_HOST_ROOT", value_name = "FOLDER")]
     pub(super) host_root: Option<PathBuf>,
 
@@ -121,11 +129,13 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_CONTAINERD_NAMESPACE", value_name = "NAME", default_value = "k8s.io")]
     pub(super) containerd_namespace: String,
 
-    /// The root of containerd's content store as the agent sees it, if it is not at the path that containerd names
+    /// The root of containerd's content store as the agent sees it, where that is not the path that
+    /// containerd reports
     #[arg(long, env = "LIGHTERMAN_CONTAINERD_CONTENT_ROOT", value_name = "FOLDER")]
     pub(super) containerd_content_root: Option<PathBuf>,
 
-    /// What stands before /allow and /recover in annotations; of several, the first that is set counts (separate with commas)
+    /// The prefix of /allow, /recover and the other annotations; of several prefixes, the first
+    /// that has the annotation counts (separate with commas)
     #[arg(
         long,
         env = "LIGHTERMAN_ANNOTATION_PREFIX",
@@ -135,7 +145,7 @@ pub struct AgentArgs {
     )]
     pub(super) annotation_prefix: Vec<String>,
 
-    /// Namespaces that are left alone whatever their annotations say (separate with commas)
+    /// Namespaces without recovery, whatever their annotations say (separate with commas)
     #[arg(
         long,
         env = "LIGHTERMAN_DENIED_NAMESPACES",
@@ -145,16 +155,17 @@ pub struct AgentArgs {
     )]
     pub(super) denied_namespaces: Vec<String>,
 
-    /// Further namespaces that are left alone, by their labels (as in: tier=secret,!shared)
+    /// Further namespaces without recovery, by their labels (for example: tier=secret,!shared)
     #[arg(long, env = "LIGHTERMAN_DENIED_NAMESPACE_SELECTOR", value_name = "SELECTOR", default_value = "", hide_default_value = true, value_parser = selector)]
     pub(super) denied_namespace_selector: OptionalFlag<Selector>,
 
-    /// Namespaces that may opt in although they are denied, by their labels
+    /// Denied namespaces that may opt in, by their labels
     #[arg(long, env = "LIGHTERMAN_ALLOWED_NAMESPACE_SELECTOR", value_name = "SELECTOR", default_value = "", hide_default_value = true, value_parser = selector)]
     pub(super) allowed_namespace_selector: OptionalFlag<Selector>,
 
-    /// Causes that are acted on (separate with commas): unavailable, rate-limited, not-found, bad-bytes (the registry sends wrong
-    /// bytes), storage-denied (403 of its storage), proxy (a proxy refuses), denied (401 or 403), never (imagePullPolicy Never)
+    /// Causes that start a recovery (separate with commas): unavailable, rate-limited, not-found,
+    /// bad-bytes (the registry sends wrong bytes), storage-denied (403 of its storage), proxy (a
+    /// proxy refuses), denied (401 or 403), never (imagePullPolicy Never)
     #[arg(
         long,
         env = "LIGHTERMAN_RECOVER_ON",
@@ -164,106 +175,114 @@ pub struct AgentArgs {
     )]
     pub(super) recover_on: Vec<Trigger>,
 
-    /// Recover nothing for namespaces without the annotation PREFIX/repositories, which lists what their pods may have
+    /// Recover nothing for namespaces without the annotation PREFIX/repositories, the list of
+    /// repositories for their pods
     #[arg(long, env = "LIGHTERMAN_REQUIRE_REPOSITORIES")]
     pub(super) require_repositories: bool,
 
-    /// What a tag means when peers disagree: unanimous (nothing), most-common, newest
+    /// The digest of a tag when peers disagree: unanimous (none, so nothing is recovered),
+    /// most-common, newest
     #[arg(long, env = "LIGHTERMAN_TAG_POLICY", value_name = "POLICY", default_value = "unanimous")]
     pub(super) tag_policy: TagPolicy,
 
-    /// Ask the source registry what a tag means before peers are, while it is up
+    /// Ask the source registry for a tag's digest before the peers, while the registry is up
     #[arg(long, env = "LIGHTERMAN_ASK_REGISTRY")]
     pub(super) ask_registry: bool,
 
-    /// Namespaces whose pods' pull secrets may be read, to ask with and to fetch discarded layers with; the agent needs the right to (separate with commas)
+    /// Namespaces whose pods' pull secrets the agent may read, for tags and discarded layers from
+    /// registries; needs the right to read them (separate with commas)
     #[arg(long, env = "LIGHTERMAN_PULL_SECRET_NAMESPACES", value_name = "NAMES", value_delimiter = ',')]
     pub(super) pull_secret_namespaces: Vec<String>,
 
-    /// Take an image from any peer that holds its digest, whichever registry and repository it is known under there
+    /// Accept a peer that has the image's digest under any registry and repository
     #[arg(long, env = "LIGHTERMAN_ANY_REPOSITORY")]
     pub(super) any_repository: bool,
 
-    /// Ask registries whether they are there, so that recovery starts before the kubelet has failed (true, false)
+    /// Probe registries, so that recovery starts before the kubelet's pull fails (true, false)
     #[arg(long, env = "LIGHTERMAN_PROBE_REGISTRIES", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     pub(super) probe_registries: bool,
 
-    /// Registries that are spoken to without TLS, as HOST or HOST:PORT (separate with commas)
+    /// Registries without TLS, or with any certificate, as HOST or HOST:PORT (separate with commas)
     #[arg(long, env = "LIGHTERMAN_INSECURE_REGISTRY", value_name = "REGISTRIES", value_delimiter = ',')]
     pub(super) insecure_registry: Vec<String>,
 
-    /// A file of CA certificates (PEM) that registries and the webhook may be signed by, besides the usual ones
+    /// A file of further CA certificates (PEM) for registries and the webhook
     #[arg(long, env = "LIGHTERMAN_CA_FILE", value_name = "PATH")]
     pub(super) ca_file: Option<PathBuf>,
 
-    /// Where to POST what happened, as JSON
+    /// URL that receives the Events of pods as JSON, by POST
     #[arg(long, env = "LIGHTERMAN_WEBHOOK_URL", value_name = "URL")]
     pub(super) webhook_url: Option<String>,
 
-    /// The file with the secret that messages to the webhook are signed with
+    /// The file with the secret that signs messages to the webhook
     #[arg(long, env = "LIGHTERMAN_WEBHOOK_SECRET_FILE", value_name = "PATH", requires = "webhook_url")]
     pub(super) webhook_secret_file: Option<PathBuf>,
 
-    /// Seconds after which a pull that has not ended counts as stalled; 0 for never. An image named by digest is recovered meanwhile,
-    /// a tag once its registry is known to be down, and the pod gets an Event
+    /// Seconds after which an unfinished pull counts as stalled; 0 for never. The agent then
+    /// recovers an image by digest, and an image by tag once an outage of its registry is known.
+    /// The pod gets an Event
     #[arg(long, env = "LIGHTERMAN_STALLED_AFTER", value_name = "SECONDS", default_value_t = STALLED_AFTER.as_secs(), value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub(super) stalled_after: u64,
 
-    /// End containerd's connections that are silent for --stalled-after while a pod waits: the
-    /// stalled pull fails, and the node's later pulls go on. A pull from a registry that is
-    /// silent for as long before the first byte fails as well
+    /// End containerd's TCP connections that are silent for --stalled-after while a pod waits: the
+    /// stalled pull fails, and the node's later pulls proceed. A pull fails too whose registry is
+    /// silent for as long before the first byte
     #[arg(long, env = "LIGHTERMAN_END_STALLED_PULLS")]
     pub(super) end_stalled_pulls: bool,
 
-    /// Delete a pod that still waits 30 s after its image has come, if something makes it again; the agent needs the right to
+    /// Delete a pod that still waits 30 s after its image came, if an owner makes the pod again;
+    /// needs the right to delete pods
     #[arg(long, env = "LIGHTERMAN_DELETE_PODS")]
     pub(super) delete_pods: bool,
 
-    /// Decide and report, but bring nothing
+    /// Decide and report, but fetch nothing
     #[arg(long, env = "LIGHTERMAN_DRY_RUN")]
     pub(super) dry_run: bool,
 
-    /// The folder of containerd's image verifiers on the node, where bin_dir of its image-verifier
-    /// plugin is not the usual one
+    /// Folder of containerd's image verifiers on the node, where bin_dir of the image-verifier
+    /// plugin is not the default
     #[arg(long, env = "LIGHTERMAN_IMAGE_VERIFIER_DIR", value_name = "FOLDER")]
     pub(super) image_verifier_dir: Option<PathBuf>,
 
-    /// Import although containerd has image verifiers, which see pulls only, or has a folder for
-    /// them that cannot be seen
+    /// Import although containerd has image verifiers, which an import bypasses, or has a folder
+    /// for them that the agent cannot see
     #[arg(long, env = "LIGHTERMAN_IMPORT_PAST_VERIFIERS")]
     pub(super) import_past_verifiers: bool,
 
-    /// Unpack layers as they come, into the snapshotter that CRI uses, before the image gets its name (true, false)
+    /// Unpack layers during the download, into the snapshotter that CRI uses, before the image is
+    /// recorded (true, false)
     #[arg(long, env = "LIGHTERMAN_UNPACK_LAYERS", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     pub(super) unpack_layers: bool,
 
-    /// Fetch the next image of the agents' DaemonSet from peers before this node's turn in a rollout, and keep it and the current one
-    /// from the kubelet's image collection (true, false)
+    /// Fetch the next image of the agents' DaemonSet from peers before this node's turn in a
+    /// rollout, and protect the next and the current image from the kubelet's image GC (true,
+    /// false)
     #[arg(long, env = "LIGHTERMAN_OWN_IMAGE", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     pub(super) own_image: bool,
 
-    /// Whose layers are kept where containerd discards them after unpacking: images that opted-in namespaces run, all, none
+    /// Images whose layers are retained where containerd discards layers after unpacking
     #[arg(long, env = "LIGHTERMAN_RETAIN_LAYERS", value_name = "WHOSE", value_enum, default_value_t = RetainKind::OptedIn)]
     pub(super) retain_layers: RetainKind,
 
-    /// Most bytes of such layers, or percent of containerd's file system (20Gi, 20%); the least recently used image goes first
+    /// Most bytes of retained layers, or percent of containerd's file system (20Gi, 20%); the least
+    /// recently used image is dropped first
     #[arg(long, env = "LIGHTERMAN_RETAIN_BYTES", value_name = "BYTES|PERCENT", default_value = "20%", value_parser = retain_bytes)]
     pub(super) retain_bytes: RetainBytes,
 
-    /// Where such layers are fetched from when an image here lacks them, one image at a time: none, peers, registry (from peers, else from
-    /// the image's registry while that answers); true is peers, false is none
+    /// Sources of retained layers that this node lacks, one image at a time; true means peers,
+    /// false means none
     #[arg(long, env = "LIGHTERMAN_RETAIN_FETCH", value_name = "WHERE", value_enum, default_value_t = FetchKind::Registry)]
     pub(super) retain_fetch: FetchKind,
 
-    /// Most bytes per second of such layers from registries; 0 is no limit
+    /// Most bytes per second of retained layers from registries; 0 is no limit
     #[arg(long, env = "LIGHTERMAN_RETAIN_FETCH_RATE", value_name = "BYTES", default_value_t = RATE, value_parser = rate)]
     pub(super) retain_fetch_rate: u64,
 
-    /// A file that may override policy and budgets while the agent runs; see the README
+    /// A file that overrides policy and budgets while the agent runs: docs/operations.md
     #[arg(long, env = "LIGHTERMAN_POLICY_FILE", value_name = "PATH")]
     pub(super) policy_file: Option<PathBuf>,
 
-    /// Recover nothing; the agent still tells and gives others what it holds
+    /// Recover nothing; the agent still announces and serves its blobs
     #[arg(long, env = "LIGHTERMAN_KILL_SWITCH")]
     pub(super) kill_switch: bool,
 
@@ -271,11 +290,11 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_CONCURRENT_RECOVERIES", value_name = "N", default_value_t = 2, value_parser = at_least_one)]
     pub(super) concurrent_recoveries: usize,
 
-    /// Blobs of one image that are under way at the same time; their pieces are fetched together, in whichever order is best
+    /// Blobs of one image fetched at the same time
     #[arg(long, env = "LIGHTERMAN_CONCURRENT_BLOBS", value_name = "N", default_value_t = 16, value_parser = at_least_one)]
     pub(super) concurrent_blobs: usize,
 
-    /// Blobs sent to peers at the same time; further requests are told to come back
+    /// Blobs sent to peers at the same time; further requests wait, or are answered with busy
     #[arg(long, env = "LIGHTERMAN_CONCURRENT_UPLOADS", value_name = "N", default_value_t = 16, value_parser = at_least_one)]
     pub(super) concurrent_uploads: usize,
 
@@ -283,46 +302,46 @@ pub struct AgentArgs {
     #[arg(long, env = "LIGHTERMAN_MAX_IMAGE_BYTES", value_name = "BYTES", default_value_t = 0)]
     pub(super) max_image_bytes: u64,
 
-    /// Bytes that stay free on the file systems of containerd's content and snapshots, whatever the
-    /// next two flags say
+    /// Bytes that stay free on the file systems of containerd's content store and snapshotter,
+    /// whatever the next two flags permit
     #[arg(long, env = "LIGHTERMAN_MIN_FREE_BYTES", value_name = "BYTES", default_value_t = 2 << 30)]
     pub(super) min_free_bytes: u64,
 
-    /// Percent in use from which the kubelet collects images (imageGCHighThresholdPercent); a
-    /// download does not cross it, unpacked layers may
+    /// Percent in use from which the kubelet collects images (imageGCHighThresholdPercent);
+    /// downloads stay below, unpacked layers may exceed the limit
     #[arg(long, env = "LIGHTERMAN_IMAGE_GC_PERCENT", value_name = "PERCENT", default_value_t = 85, value_parser = clap::value_parser!(u8).range(..=100))]
     pub(super) image_gc_percent: u8,
 
     /// Percent free below which the kubelet evicts pods (imagefs.available of evictionHard);
-    /// unpacked layers do not cross it
+    /// downloads and unpacked layers stay above
     #[arg(long, env = "LIGHTERMAN_EVICTION_PERCENT", value_name = "PERCENT", default_value_t = 15, value_parser = clap::value_parser!(u8).range(..=90))]
     pub(super) eviction_percent: u8,
 
-    /// Most bytes per second from peers, all together; 0 is no limit
+    /// Most bytes per second from all peers together; 0 is no limit
     #[arg(long, env = "LIGHTERMAN_MAX_DOWNLOAD_RATE", value_name = "BYTES", default_value_t = 0, value_parser = rate)]
     pub(super) max_download_rate: u64,
 
-    /// Most bytes per second to peers, all together; 0 is no limit
+    /// Most bytes per second to all peers together; 0 is no limit
     #[arg(long, env = "LIGHTERMAN_MAX_UPLOAD_RATE", value_name = "BYTES", default_value_t = 0, value_parser = rate)]
     pub(super) max_upload_rate: u64,
 
-    /// Seconds to finish in after SIGTERM; below the pod's terminationGracePeriodSeconds
+    /// Seconds to finish after SIGTERM; less than the pod's terminationGracePeriodSeconds
     #[arg(long, env = "LIGHTERMAN_GRACE_PERIOD", value_name = "SECONDS", default_value_t = 20)]
     pub(super) grace_period: u64,
 }
 
-/// Who may join.
+/// The credential that admits a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum AdmissionKind {
-    /// ServiceAccount tokens whose audience is the peer's own PeerId.
+    /// A ServiceAccount token whose audience is the peer's own PeerId
     Token,
-    /// Certificates of an authority of the operator's, whose key signs for the peer's PeerId.
+    /// A certificate of the operator's own authority, whose key signs the peer's PeerId
     Certificate,
-    /// A list of PeerIds.
+    /// A key in the list of --allow-peer
     Static,
 }
 
-/// A selector, or none where the text is empty: the chart sets every variable.
+/// A flag whose empty text means no value: the chart sets the variables of empty values too.
 #[derive(Debug, Clone)]
 pub(super) struct OptionalFlag<T>(pub(super) Option<T>);
 

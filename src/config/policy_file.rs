@@ -1,7 +1,10 @@
-//! The rules file: what people change while agents run, as YAML in a key of a ConfigMap. Each field that it has replaces the value of the
-//! flag of the same name; it is checked as a whole, so that a wrong one changes nothing.
+//! The policy file: policy and budgets that change while agents run, as YAML in a key of a
+//! ConfigMap.
 //!
-//! Not here: watching it (`crate::agent::rules`).
+//! Each field of the file replaces the value of the flag of the same name. The file is checked as a
+//! whole, so that a file with an error changes nothing.
+//!
+//! Not here: the watch of the file (`crate::agent::operator::policy_watch`).
 
 pub(super) mod quantity;
 #[cfg(test)]
@@ -19,32 +22,34 @@ use crate::decide::policy::Policy;
 use crate::decide::selector::Selector;
 use yaml_node::YamlNode;
 
-/// The longest file: a ConfigMap has no room for more (Kubernetes refuses one over 1 MiB).
+/// Most bytes of the file. Kubernetes refuses a ConfigMap over 1 MiB.
 pub const MAX_BYTES: usize = 1 << 20;
 
-/// Most values of the file: Kubernetes is tested with 10 000 namespaces.
+/// Most values in the file. Kubernetes is tested with 10 000 namespaces, and a list may name each.
 const MAX_NODES: usize = 10_200;
 
-/// Most recoveries, and blobs, at a time. Each costs memory and connections; a node has two files' worth of pods at the very most.
+/// Most recoveries, and most blobs of an image, at the same time. Each costs memory and
+/// connections. A kubelet runs 110 pods by default.
 const MAX_CONCURRENT: u64 = 256;
 
-/// Longest selector. A label's key and value have at most 253 + 1 + 63 and 63 characters, so this has room for ten pairs of the longest.
+/// Most bytes of a selector: room for ten pairs of the longest labels. A label's key has at most
+/// 253 + 1 + 63 characters, and the value has at most 63.
 const MAX_SELECTOR: usize = 4096;
 
-/// What a rules file says. What it does not say stays as the flags have it.
+/// The fields of a policy file. For an absent field the flag stays in force.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PolicyOverrides {
-    /// Nothing is recovered at all.
+    /// Whether all recoveries are off.
     pub kill_switch: Option<bool>,
-    /// Namespaces that are left alone.
+    /// Namespaces without recovery.
     pub denied_namespaces: Option<BTreeSet<String>>,
-    /// Namespaces with such labels are left alone too.
+    /// Further namespaces without recovery, by their labels.
     pub denied_namespace_selector: Option<Selector>,
-    /// Denied namespaces with such labels are helped all the same.
+    /// Denied namespaces that may opt in, by their labels.
     pub allowed_namespace_selector: Option<Selector>,
-    /// The causes that recovery acts on; at least one.
+    /// The causes that start a recovery; at least one.
     pub recover_on: Option<BTreeSet<Trigger>>,
-    /// Namespaces without a list of repositories get nothing.
+    /// Whether nothing is recovered for namespaces without a list of repositories.
     pub require_repositories: Option<bool>,
     /// Images recovered at the same time; at least 1.
     pub concurrent_recoveries: Option<usize>,
@@ -64,19 +69,19 @@ pub struct PolicyOverrides {
     pub max_upload_rate: Option<u64>,
 }
 
-/// A rules file that cannot be used.
+/// The first error in a policy file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}, column {column}: {reason}")]
 pub struct PolicyFileError {
     /// The line, from 1.
     pub line: u64,
-    /// The character in it, from 1.
+    /// The character in this line, from 1.
     pub column: u64,
-    /// What is wrong there and what would be right.
+    /// The value at this position, and the allowed values.
     pub reason: String,
 }
 
-/// The file as YAML has it, before its values are looked at.
+/// The fields of the file as YAML values, before their types are checked.
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct RawPolicyFile {
@@ -97,10 +102,10 @@ struct RawPolicyFile {
 }
 
 impl PolicyOverrides {
-    /// Reads a file. An empty one, or one of comments alone, says nothing.
+    /// Parses a file. An empty file, or a file of comments alone, has no field.
     ///
     /// # Errors
-    /// [`RulesFileError`] for the first thing that is wrong.
+    /// [`PolicyFileError`] for the first error in the file.
     pub fn parse(text: &str) -> Result<Self, PolicyFileError> {
         if text.len() > MAX_BYTES {
             return Err(PolicyFileError { line: 1, column: 1, reason: format!("the file is over {MAX_BYTES} bytes") });
@@ -143,10 +148,10 @@ impl PolicyOverrides {
         })
     }
 
-    /// Reads a file that may be anything.
+    /// Parses a file of arbitrary bytes.
     ///
     /// # Errors
-    /// As [`Overrides::parse`]; also for what is not UTF-8.
+    /// As [`PolicyOverrides::parse`]; also for bytes that are not UTF-8.
     pub fn parse_bytes(bytes: &[u8]) -> Result<Self, PolicyFileError> {
         let text = std::str::from_utf8(bytes).map_err(|error| {
             let before = String::from_utf8_lossy(&bytes[..error.valid_up_to()]);
@@ -157,7 +162,7 @@ impl PolicyOverrides {
         Self::parse(text)
     }
 
-    /// What is in force when these rules are overridden.
+    /// The policy in force: `base` with the fields of this file.
     pub fn apply(&self, base: &Policy) -> Policy {
         let mut rules = base.clone();
         let (policy, budgets) = (&mut rules.opt_in, &mut rules.budgets);
@@ -184,7 +189,8 @@ impl PolicyOverrides {
         rules
     }
 
-    /// What is said, by the names of its fields, for people. Lists are shown in part.
+    /// The fields of the file with their values, for log and status. A list shows its first eight
+    /// items.
     pub fn settings(&self) -> Vec<(&'static str, String)> {
         let causes = self.recover_on.as_ref().map(|causes| format_list(causes.iter().map(|cause| cause.name())));
         let all = [
@@ -210,7 +216,7 @@ impl PolicyOverrides {
     }
 }
 
-/// Nobody needs anchors, aliases or merges for a flat list of settings, and bombs are made of them.
+/// A flat list of settings needs no anchors, aliases or merges; YAML bombs consist of them.
 fn options() -> serde_saphyr::Options {
     serde_saphyr::options! {
         budget: serde_saphyr::budget! {
@@ -226,7 +232,7 @@ fn options() -> serde_saphyr::Options {
     }
 }
 
-/// A field's value, if the field is there and not left empty.
+/// The value of a field; `None` where the field is absent or empty.
 fn read_field<T>(
     field: Option<Spanned<YamlNode>>,
     parse: impl FnOnce(&Spanned<YamlNode>) -> Result<T, PolicyFileError>,
@@ -240,7 +246,6 @@ fn override_with<T: Clone>(value: &mut T, said: &Option<T>) {
     }
 }
 
-/// Names that are shown of a list.
 const MAX_SHOWN: usize = 8;
 
 fn format_list<'a>(names: impl ExactSizeIterator<Item = &'a str>) -> String {

@@ -1,12 +1,16 @@
-//! Giving containerd a blob without sending it: its file is linked beside the others, and containerd makes a record of what it finds.
+//! Adopts a blob without sending its bytes: the agent links the file among containerd's blobs, and
+//! containerd records the file.
 //!
-//! Under the default content policy (`shared`) a write whose expected digest is in the content store's folder already begins at its end
-//! (metadata/content.go, `Writer`; the same in 1.6, 1.7 and 2). containerd does not look into the file then: what is linked has to be proved,
-//! on disk, and closed for good. From the moment that the write is open, the collector leaves the file alone. Before that it may take it,
-//! because no record names it; the staging name keeps it meanwhile, and it is linked again.
+//! Under the default content policy (`shared`) containerd starts a write at its end when the
+//! expected digest has a file in the content store's folder (metadata/content.go, `Writer`; the
+//! same in 1.6, 1.7 and 2). containerd does not read the file then, so a linked file must be
+//! verified, on disk, and closed for writing. The collector leaves the file alone from the start of
+//! the write. Before, the collector may remove the unrecorded file; the staging name keeps the
+//! bytes, and the agent links the file again.
 //!
-//! Names among the blobs are only ever removed by containerd, under its own lock: between our look and our removal it could have made a record of
-//! them. The two exceptions are a file that nobody can want, and one whose bytes are wrong.
+//! Never unlink from `blobs/`: containerd may record the file between our check and the unlink.
+//! containerd's collector removes unrecorded files itself. The two exceptions are the probe's
+//! random file, and a file with wrong bytes.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -19,18 +23,17 @@ use std::sync::Arc;
 use super::ContainerdStore;
 use super::content::blocking;
 use super::labels::missing_labels;
-use super::staged_blob::STAGING_FOLDER;
 use super::writer::IngestSlot;
 use crate::files::{StagingFile, blob_path, create_staging_folder, sync_folder};
 use crate::oci::{Digest, Hasher};
 use crate::ports::{BlobMetadata, Pin, StoreError};
 
-/// How blobs come into containerd's content store.
+/// Ingest mode: how new blobs enter containerd's content store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IngestMode {
-    /// Their files are linked into its folder and adopted.
+    /// Files are linked into the content store's folder and adopted.
     Linked,
-    /// They are sent through the content API, which is slower. Says why.
+    /// Bytes are sent through the content API, which is slower; the text has the reason.
     Copied(String),
 }
 
@@ -43,25 +46,31 @@ impl fmt::Display for IngestMode {
     }
 }
 
-/// Times that a file is linked again after the collector took it. Between the link and containerd's answer are milliseconds, and a collection
-/// comes in seconds at the soonest: that two hit the same blob is unlikely, and the third proves something else.
+/// Attempts to link a file that the collector removed. Milliseconds pass between the link and
+/// containerd's answer, and seconds at least between collections. Two removals of one blob are
+/// unlikely, and a third has another cause.
 const TRIES: usize = 3;
 
-/// What a file is called in our folder until it is removed because its bytes are wrong.
+/// The agent's folder in the content store's root.
+pub(super) const STAGING_FOLDER: &str = "lighterman-staging";
+
+/// Extension of a file in the agent's folder that is removed because its bytes are wrong.
 pub(super) const WRONG_EXTENSION: &str = "wrong";
 
-/// Of a file that is hashed because another one is where ours should be.
+/// Read size for the hash of a file at the path of a blob.
 const READ_SIZE: usize = 1 << 20;
 
-const CONTENT_NOT_VISIBLE: &str = "the files of its content store cannot be seen here";
-const FILES_NOT_ADOPTED: &str = "it does not take up files that it finds (content_sharing_policy = \"isolated\"?)";
+const CONTENT_NOT_VISIBLE: &str = "the files of containerd's content store cannot be seen here";
+const FILES_NOT_ADOPTED: &str =
+    "containerd does not adopt files in its folder (content_sharing_policy = \"isolated\"?)";
 
-/// Why a blob was not adopted; it can always be sent.
+/// Reason why a blob was not adopted. The bytes can always be sent.
 pub(super) struct AdoptionError(pub(super) String);
 
 impl ContainerdStore {
-    /// How blobs come in, tried once after each start of containerd. `None` while its content store has no folder for blobs yet. That the folder
-    /// cannot be seen is looked at again each time: it is made with the first blob.
+    /// Probes the ingest mode, once after each start of containerd. `None` while the content store
+    /// has no folder for blobs. An invisible folder is looked for on each call: containerd creates
+    /// the folder with the first blob.
     pub(super) async fn ingest_mode(&self) -> Result<Option<IngestMode>, StoreError> {
         let mut known = self.state.ingest_mode.lock().await;
         let unseen = IngestMode::Copied(CONTENT_NOT_VISIBLE.into());
@@ -82,7 +91,7 @@ impl ContainerdStore {
         Ok(known.insert(found).clone().into())
     }
 
-    /// What was found out does not hold any more.
+    /// Records that links do not work any more.
     pub(super) async fn record_adoption_error(&self, why: String) {
         let (mut known, found) = (self.state.ingest_mode.lock().await, IngestMode::Copied(why));
         if known.as_ref() != Some(&found) {
@@ -91,7 +100,8 @@ impl ContainerdStore {
         }
     }
 
-    /// Links a file that nobody else can want, and asks whether containerd would take it. No record is made.
+    /// Links a file with random bytes, and opens a write to see containerd's offer. Makes no
+    /// record.
     async fn probe(&self, root: &Path) -> Result<Result<(), AdoptionError>, StoreError> {
         let bytes = rand::random::<[u8; 32]>();
         let (digest, size) = (Digest::of(&bytes), bytes.len() as u64);
@@ -99,7 +109,7 @@ impl ContainerdStore {
         let linking = move || names.create(&bytes).map(|()| names);
         let names = match blocking(linking).await? {
             Ok(names) => names,
-            Err(error) => return Ok(Err(AdoptionError(format!("linking into its content store: {error}")))),
+            Err(error) => return Ok(Err(AdoptionError(format!("linking into containerd's content store: {error}")))),
         };
         let opened = self.open_stream(digest, size, None).await.map(|stream| stream.offered);
         let aborted = self.abort(digest).await;
@@ -109,7 +119,7 @@ impl ContainerdStore {
         Ok(if offered == size { Ok(()) } else { Err(AdoptionError(FILES_NOT_ADOPTED.into())) })
     }
 
-    /// Links the sealed file and has it recorded, with what is to be remembered.
+    /// Links the sealed file, and commits the record with its labels.
     pub(super) async fn adopt(
         &self,
         slot: &Arc<IngestSlot>,
@@ -120,13 +130,13 @@ impl ContainerdStore {
     ) -> Result<Result<(), AdoptionError>, StoreError> {
         let (digest, size) = (slot.digest(), file.size());
         for _ in 0..TRIES {
-            // A record that is whole already: the pin holds it since the blob was staged.
+            // Another client wrote the blob, which the pin holds since it was staged.
             if self.find_blob(digest).await?.is_some() {
                 return self.add_labels(digest, remembered).await.map(Ok);
             }
             let (linked, to) = (Arc::clone(file), blob_path(root, digest));
             if let Err(error) = blocking(move || link_blob(&linked, &to, digest)).await? {
-                return Ok(Err(AdoptionError(format!("linking into its content store: {error}"))));
+                return Ok(Err(AdoptionError(format!("linking into containerd's content store: {error}"))));
             }
             let stream = match self.open_write(slot, size, pin).await {
                 Err(StoreError::AlreadyExists(_)) => return self.add_labels(digest, remembered).await.map(Ok),
@@ -145,11 +155,11 @@ impl ContainerdStore {
                 return Ok(Err(AdoptionError(FILES_NOT_ADOPTED.into())));
             }
         }
-        Ok(Err(AdoptionError("its collector takes the files before it can record them".into())))
+        Ok(Err(AdoptionError("containerd's collector removes the files before containerd records them".into())))
     }
 
-    /// Finishes what a killed process left between linking and recording, if its bytes are right; else both names are removed. The labels are
-    /// missing then, as those of any blob that is there already.
+    /// Records a blob that a killed process has linked, if the bytes are right; else removes both
+    /// names. The labels stay missing, like those of any blob that exists already.
     pub(super) async fn adopt_leftover(
         &self,
         slot: &IngestSlot,
@@ -165,7 +175,7 @@ impl ContainerdStore {
             Ok(true) => {}
             Ok(false) => return Ok(false),
             Err(error) => {
-                tracing::debug!(%digest, %error, "what a killed process linked cannot be checked");
+                tracing::debug!(%digest, %error, "a file that a killed process linked cannot be verified");
                 return Ok(false);
             }
         }
@@ -174,7 +184,8 @@ impl ContainerdStore {
                 let committed = stream.accept(digest, size, HashMap::new()).await;
                 self.finish_commit(slot, committed, &BlobMetadata::default()).await.map(|()| true)
             }
-            // The policy has changed since. The collector finds the file by itself after the next removal of any blob.
+            // The content policy has changed. The collector removes the file after the next removal
+            // of any blob.
             Ok(_) => Ok(false),
             Err(StoreError::AlreadyExists(_)) => Ok(true),
             Err(error) => Err(error),
@@ -182,7 +193,8 @@ impl ContainerdStore {
     }
 }
 
-/// Whether both are names of one file that is the blob; wrong ones are removed.
+/// Whether both paths name one file with the right bytes. Removes both names of a file with wrong
+/// bytes.
 fn verify_linked(staged: &Path, linked: &Path, digest: Digest) -> io::Result<bool> {
     let this = fs::symlink_metadata(staged)?;
     if !fs::symlink_metadata(linked).is_ok_and(|that| (this.dev(), this.ino()) == (that.dev(), that.ino())) {
@@ -205,7 +217,7 @@ fn log_ingest_mode(found: &IngestMode) {
     }
 }
 
-/// A probe's file, under both of its names; removed when dropped. A kill leaves what the sweep knows.
+/// The probe's file with both names, removed on drop. The sweep handles the names after a kill.
 struct ProbeFile {
     staged: PathBuf,
     linked: PathBuf,
@@ -213,7 +225,7 @@ struct ProbeFile {
 
 impl ProbeFile {
     fn create(&self, bytes: &[u8]) -> io::Result<()> {
-        create_staging_folder(self.staged.parent().expect("it is in a folder"))?;
+        create_staging_folder(self.staged.parent().expect("a staging file is in a folder"))?;
         fs::write(&self.staged, bytes)?;
         fs::set_permissions(&self.staged, Permissions::from_mode(0o444))?;
         fs::hard_link(&self.staged, &self.linked)
@@ -222,14 +234,14 @@ impl ProbeFile {
 
 impl Drop for ProbeFile {
     fn drop(&mut self) {
-        // In this order: as long as the first is there, what the second leaves is swept.
+        // In this order, because the sweep finds a linked file only through its staged name.
         let _ = fs::remove_file(&self.linked);
         let _ = fs::remove_file(&self.staged);
     }
 }
 
-/// Gives the file its name among the blobs, and makes sure that both are on disk. What is there under that name is never written over: it stays if
-/// it is right, whosever it is.
+/// Links the file among the blobs, and syncs the folder. An existing file is never overwritten: a
+/// file with the right bytes stays, and a file with wrong bytes is removed first.
 fn link_blob(file: &StagingFile, to: &Path, digest: Digest) -> io::Result<()> {
     let aside = file.path().with_extension(WRONG_EXTENSION);
     for _ in 0..TRIES {
@@ -254,13 +266,13 @@ fn unless_absent<T>(otherwise: T) -> impl FnOnce(io::Error) -> io::Result<T> {
     |error| if error.kind() == io::ErrorKind::NotFound { Ok(otherwise) } else { Err(error) }
 }
 
-/// Takes a file with wrong bytes from among the blobs. Should the right one have come there in the meantime, it is put back.
+/// Removes a file with wrong bytes from the blobs. Puts the file back if its bytes are right now.
 pub(super) fn remove_wrong_file(wrong: &Path, aside: &Path, digest: Digest) -> io::Result<()> {
     fs::rename(wrong, aside)?;
     if has_digest(aside, digest)? {
         let _ = fs::hard_link(aside, wrong);
     } else {
-        tracing::warn!(%digest, "a file among containerd's blobs, which no record named, had other bytes; it was removed");
+        tracing::warn!(%digest, "an unrecorded file among containerd's blobs had other bytes; the file was removed");
     }
     fs::remove_file(aside)
 }

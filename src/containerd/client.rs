@@ -1,4 +1,4 @@
-//! The connection to containerd, and what every call shares.
+//! The connection to containerd, shared by every call.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,21 +15,23 @@ use super::errors::classify;
 use crate::oci::Digest;
 use crate::ports::StoreError;
 
-/// For one small call. containerd answers in milliseconds; while its metadata is locked for collecting or syncing to a slow
-/// disk, in a few seconds. The kubelet gives its own calls two minutes, which is too long for us: a recovery could go on elsewhere.
+/// Deadline of one small call. containerd answers in milliseconds, and in a few seconds while its
+/// metadata is locked for a collection or for a sync to a slow disk. The kubelet waits two minutes
+/// for its own calls; a recovery can use that time better.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A Unix socket connects at once or not at all, unless containerd hangs and its backlog is full.
+/// A Unix socket connects or fails at once, unless containerd hangs and its backlog is full.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 
-/// Read messages carry at most 1 MiB: one on the way while one is being consumed.
+/// Read messages carry at most 1 MiB: one is on the way while another is consumed.
 const STREAM_WINDOW: u32 = 2 << 20;
 
-/// For all streams together. A reader that stops reading keeps its stream's window from the others, so this is room for 16 of them.
+/// Window of all streams together. A reader that stops occupies its stream's window, so 16 of them
+/// fit.
 const CONNECTION_WINDOW: u32 = 16 * STREAM_WINDOW;
 
-/// What containerd itself accepts and sends by default (`max_recv_message_size`, `max_send_message_size`); lists of images and
-/// content can be that long.
+/// containerd's default limits (`max_recv_message_size`, `max_send_message_size`). Lists of images
+/// and of content can reach them.
 pub(super) const MAX_MESSAGE: usize = 16 << 20;
 
 #[derive(Clone)]
@@ -42,14 +44,15 @@ pub(super) struct ContainerdClient {
 impl ContainerdClient {
     pub(super) fn new(socket: PathBuf, namespace: &str) -> Result<Self, ConfigError> {
         let unusable = || ConfigError::Namespace(namespace.to_owned());
-        // containerd: identifiers.Validate. It also keeps the name from meaning anything in a filter.
+        // As containerd's `identifiers.Validate`. A valid name has no special meaning in a filter.
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
         if namespace.is_empty() || namespace.len() > 76 || !namespace.bytes().all(plain) {
             return Err(unusable());
         }
         let namespace = namespace.parse().map_err(|_| unusable())?;
         let path = socket.to_str().ok_or_else(|| ConfigError::Socket(socket.clone()))?;
-        // No HTTP/2 keep-alive: a Unix socket does not go silent, and gRPC's servers disconnect who pings within five minutes.
+        // No HTTP/2 keep-alive: a Unix socket does not go silent, and gRPC servers disconnect
+        // clients that ping more often than every five minutes.
         let endpoint = Endpoint::from_shared(format!("unix:{path}"))
             .map_err(|_| ConfigError::Socket(socket.clone()))?
             .connect_timeout(CONNECT_DEADLINE)
@@ -66,9 +69,8 @@ impl ContainerdClient {
         &self.socket
     }
 
-    /// The containerd namespace.
     pub(super) fn namespace(&self) -> &str {
-        self.namespace.to_str().expect("it was parsed from text")
+        self.namespace.to_str().expect("the namespace was parsed from text")
     }
 
     pub(super) fn content(&self) -> ContentClient<Channel> {
@@ -83,7 +85,7 @@ impl ContainerdClient {
         LeasesClient::new(self.channel())
     }
 
-    /// The message, for our namespace.
+    /// A request in the configured containerd namespace.
     pub(super) fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.metadata_mut().insert("containerd-namespace", self.namespace.clone());
@@ -103,18 +105,18 @@ impl ContainerdClient {
         with_deadline(deadline, call).await.map(Response::into_inner)
     }
 
-    /// What a failure means, when it is about no blob in particular.
+    /// Classifies a failure that concerns no single blob.
     pub(super) fn store_error(&self, status: &Status) -> StoreError {
         classify(&self.socket, None, status)
     }
 
-    /// What a failure means for this blob.
+    /// Classifies a failure of a call about this blob.
     pub(super) fn blob_error(&self, digest: Digest, status: &Status) -> StoreError {
         classify(&self.socket, Some(digest), status)
     }
 }
 
-/// Gives up after a while, as if containerd had.
+/// Fails after the deadline with containerd's own code for that.
 pub(super) async fn with_deadline<T>(
     deadline: Duration,
     answer: impl Future<Output = Result<T, Status>>,

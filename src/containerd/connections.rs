@@ -1,8 +1,8 @@
-//! containerd's TCP connections, told from all others by the cgroup.
+//! containerd's TCP connections, found by containerd's cgroup.
 //!
-//! The kernel notes the cgroup of the process that makes a socket, and lists sockets with that
-//! cgroup. So the agent needs neither the node's process IDs nor the right to trace: the process
-//! files that are read here are readable for every user.
+//! The kernel stores the cgroup of the process that creates a socket, and lists sockets with their
+//! cgroup. So the agent needs neither the node's process IDs nor the right to trace: every user may
+//! read the process files that the agent reads.
 
 mod cgroup;
 mod sock_diag;
@@ -39,7 +39,7 @@ impl PullConnections for ContainerdStore {
 }
 
 impl ContainerdStore {
-    /// containerd's process ID, in the node's own numbers.
+    /// containerd's process ID in the node's PID namespace.
     async fn pid(&self) -> Result<u64, ConnectionsError> {
         let mut client = IntrospectionClient::new(self.link.channel());
         let answer = self.link.call(client.server(())).await.map_err(|status| self.link.store_error(&status))?;
@@ -53,7 +53,7 @@ async fn blocking<T: Send + 'static>(
     spawn_blocking(work).await.unwrap_or_else(|panicked| Err(io::Error::other(panicked).into()))
 }
 
-/// A path of the node that this process sees below `root`.
+/// Path of a node's file below `root`.
 fn below(root: &std::path::Path, path: &str) -> PathBuf {
     root.join(path.trim_start_matches('/'))
 }

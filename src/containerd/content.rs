@@ -1,4 +1,4 @@
-//! Blobs: which are there, how to read them, what is remembered about them.
+//! Lists, opens and labels blobs.
 
 use std::io;
 use std::path::Path;
@@ -51,13 +51,15 @@ impl ContainerdStore {
             match FileReader::open(&root, digest).await {
                 Ok(reader) => return Ok(Box::new(reader)),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => tracing::debug!(%digest, %error, "reading through containerd instead of from its file"),
+                Err(error) => {
+                    tracing::debug!(%digest, %error, "reading the blob through containerd instead of from its file")
+                }
             }
         }
         Ok(Box::new(ApiReader::new(self.link.clone(), digest, blob.size)))
     }
 
-    /// Adds labels and touches no other.
+    /// Adds labels; other labels stay.
     pub(super) async fn add_labels(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError> {
         let _alone = self.state.label_lock.lock().await;
         let info = self.info(digest).await?.ok_or(StoreError::Absent(digest))?;
@@ -82,7 +84,7 @@ impl ContainerdStore {
         }
     }
 
-    /// containerd answers from its records. Where the files can be seen, blobs without a whole file are left out.
+    /// containerd lists records. Drops blobs without a complete file, where the files can be seen.
     async fn without_damaged(&self, blobs: Vec<BlobInfo>) -> Result<Vec<BlobInfo>, StoreError> {
         let Some(root) = self.content_root().await? else { return Ok(blobs) };
         let look = move || {
@@ -100,7 +102,7 @@ impl ContainerdStore {
         let mut unseen = unseen.into_iter();
         while let Some(blob) = unseen.next() {
             if self.is_readable(&blob).await? {
-                // The folder is not the one that containerd uses, and says nothing about the others either.
+                // The folder is not containerd's, so the remaining files need not be there either.
                 whole.push(blob);
                 whole.extend(unseen.by_ref());
             }
@@ -108,27 +110,27 @@ impl ContainerdStore {
         Ok(whole)
     }
 
-    /// Whether containerd itself gets at the blob's last byte. A file that is longer than it should be passes for whole here.
+    /// Whether containerd can read the blob's last byte. A file that is too long passes.
     async fn is_readable(&self, blob: &BlobInfo) -> Result<bool, StoreError> {
         let Some(last) = blob.size.checked_sub(1) else { return Ok(true) };
         match ApiReader::new(self.link.clone(), blob.digest, blob.size).read_at(last, 1).await {
             Ok(bytes) => Ok(!bytes.is_empty()),
             Err(error) if error.is_retryable() => Err(error),
             Err(error) => {
-                tracing::debug!(digest = %blob.digest, %error, "containerd has a record of the blob and not its bytes");
+                tracing::debug!(digest = %blob.digest, %error, "containerd has a record of the blob, but not its bytes");
                 Ok(false)
             }
         }
     }
 }
 
-/// What a look at a blob's file tells.
+/// State of a blob's file.
 enum BlobFile {
-    /// It has the size that containerd's record gives. Its bytes were not looked at.
+    /// The size equals the record's. The bytes are not verified.
     Whole,
-    /// It has another one.
+    /// The size differs from the record's.
     OtherSize,
-    /// It is not there, or the folder is not containerd's.
+    /// The file is missing, or the folder is not containerd's.
     NotVisible,
 }
 
@@ -142,7 +144,7 @@ impl BlobFile {
     }
 }
 
-/// `None` for digests that we have no name for (sha512).
+/// `None` for digests of other algorithms (sha512).
 fn blob_info(info: &Info) -> Option<BlobInfo> {
     Some(BlobInfo {
         digest: info.digest.parse().ok()?,

@@ -1,4 +1,5 @@
-//! What the CRI plugin tells of its configuration, its snapshotter and an image. containerd-client knows nothing of CRI, so the calls stand here.
+//! Calls to the CRI plugin: its configuration, its snapshotter's folder, and its images.
+//! containerd-client has no types for CRI, so this file defines them.
 
 use std::collections::HashMap;
 
@@ -14,7 +15,7 @@ use crate::ports::StoreError;
 /// CRI's `StatusRequest` (cri-api, `runtime/v1/api.proto`).
 #[derive(Clone, PartialEq, prost::Message)]
 struct StatusRequest {
-    /// Asks for `info` as well.
+    /// Requests `info` as well.
     #[prost(bool, tag = "1")]
     verbose: bool,
 }
@@ -33,21 +34,21 @@ struct ImageStatusRequest {
     image: Option<ImageSpec>,
 }
 
-/// CRI's `ImageSpec`, with the name alone.
+/// CRI's `ImageSpec`, only with the name.
 #[derive(Clone, PartialEq, prost::Message)]
 struct ImageSpec {
     #[prost(string, tag = "1")]
     image: String,
 }
 
-/// CRI's `ImageStatusResponse`. Without an image the plugin has none of that name.
+/// CRI's `ImageStatusResponse`. No image means that the plugin has none of that name.
 #[derive(Clone, PartialEq, prost::Message)]
 struct ImageStatusResponse {
     #[prost(message, optional, tag = "1")]
     image: Option<Image>,
 }
 
-/// CRI's `Image`, of which only matters that it is there.
+/// CRI's `Image`, without fields: only its presence matters.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Image {}
 
@@ -58,12 +59,13 @@ struct ImageFsInfoRequest {}
 /// CRI's `ImageFsInfoResponse`, without containers' file systems.
 #[derive(Clone, PartialEq, prost::Message)]
 struct ImageFsInfoResponse {
-    /// The first is that of the snapshotter that images are unpacked into; the plugin says so itself (`imagefs_info.go`).
+    /// The first is the file system of the snapshotter that images are unpacked into
+    /// (`imagefs_info.go`).
     #[prost(message, repeated, tag = "1")]
     image_filesystems: Vec<FilesystemUsage>,
 }
 
-/// CRI's `FilesystemUsage`, without what is used.
+/// CRI's `FilesystemUsage`, without the used bytes.
 #[derive(Clone, PartialEq, prost::Message)]
 struct FilesystemUsage {
     #[prost(message, optional, tag = "2")]
@@ -77,11 +79,12 @@ struct FilesystemIdentifier {
     mountpoint: String,
 }
 
-/// The plugin's configuration is some kilobytes of JSON; registries and runtimes make it longer. An image with its names is less.
+/// The plugin's configuration is some kilobytes of JSON, and more with many registries and
+/// runtimes. An image with its names is less.
 const MAX_ANSWER: usize = 1 << 20;
 
 impl ContainerdStore {
-    /// The plugin's configuration as it is in force; `Null` where there is no CRI plugin.
+    /// The plugin's configuration in force; `Null` without a CRI plugin.
     pub(super) async fn cri_configuration(&self) -> Result<Value, StoreError> {
         match self.call_cri("/runtime.v1.RuntimeService/Status", StatusRequest { verbose: true }).await {
             Ok(StatusResponse { info }) => {
@@ -101,7 +104,7 @@ impl ContainerdStore {
         Ok(first.map(|id| id.mountpoint).filter(|mountpoint| !mountpoint.is_empty()))
     }
 
-    /// What the kubelet asks before it has an image pulled.
+    /// Whether CRI lists the image; the kubelet makes the same call before a pull.
     pub(super) async fn cri_has_image(&self, name: &str) -> Result<bool, Status> {
         let question = ImageStatusRequest { image: Some(ImageSpec { image: name.to_owned() }) };
         let ImageStatusResponse { image } = self.call_cri("/runtime.v1.ImageService/ImageStatus", question).await?;

@@ -1,9 +1,10 @@
-//! Removing a blob whose bytes are wrong, so that it can be written again.
+//! Removes a blob with wrong bytes, so that the blob can be written again.
 //!
-//! containerd has no way to write over a blob: its record answers `AlreadyExists`, and without the record the file in the content store's
-//! folder does: a commit finds it there, drops the bytes that came, and makes a record of the file as it is (content/local/writer.go,
-//! `Commit`; the same in 1.6, 1.7 and 2). So the record is deleted, and then the collector is made to run, which removes the file. Snapshots
-//! that were unpacked from the blob are not touched: nothing of theirs is in it.
+//! containerd cannot overwrite a blob. A write of a recorded blob fails with `AlreadyExists`.
+//! Without the record a commit finds the file in the content store's folder, drops the sent bytes,
+//! and records the file as it is (content/local/writer.go, `Commit`; the same in 1.6, 1.7 and 2).
+//! So the agent deletes the record and starts the collector, which removes the file. Snapshots of
+//! the blob stay: the wrong bytes are not in them.
 
 use containerd_client::services::v1::DeleteContentRequest;
 use containerd_client::tonic::Code;
@@ -16,7 +17,7 @@ use crate::oci::Digest;
 use crate::ports::{Pin, StoreError};
 
 impl ContainerdStore {
-    /// What only this blob keeps alive must outlive the collection: the pin takes it first.
+    /// The pin takes the blob's children before the collection, so that they outlive the blob.
     pub(super) async fn discard_blob(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
         let Some(info) = self.info(digest).await? else { return Ok(()) };
         for (kind, id) in gc_references(&info.labels) {
@@ -31,7 +32,7 @@ impl ContainerdStore {
         self.ensure_file_removed(digest).await
     }
 
-    /// Another containerd namespace that has the blob keeps the file, and there it is wrong as well.
+    /// Another containerd namespace with the blob keeps the file, which is wrong there too.
     async fn ensure_file_removed(&self, digest: Digest) -> Result<(), StoreError> {
         let Some(root) = self.content_root().await? else { return Ok(()) };
         let path = blob_path(&root, digest);

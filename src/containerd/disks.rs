@@ -1,4 +1,4 @@
-//! The file systems that containerd keeps content on and unpacks it to.
+//! The file systems of containerd's content and of its snapshots.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use crate::files::{file_system, file_system_below_overlay};
 use crate::ports::StoreError;
 
 impl ContainerdStore {
-    /// Both folders are looked for each time: an operator may mount a disk there while the agent
+    /// Looks for both folders on each call: an operator may mount a disk there while the agent
     /// runs.
     pub(super) async fn measure_disks(&self) -> Result<Disks, StoreError> {
         let content = self.named_content_root().await?.map(|root| root.to_path_buf());
@@ -32,9 +32,9 @@ impl ContainerdStore {
     }
 }
 
-/// Where the snapshotter's folder is not mounted, the agent's own root file system shows the
-/// figures: in a pod it is an overlay on a snapshot. devmapper and blockfile snapshots are file
-/// systems of their own, and show nothing.
+/// Without a mount of the snapshotter's folder the figures come from the agent's own root file
+/// system: in a pod that is an overlay on a snapshot. devmapper and blockfile snapshots are file
+/// systems of their own, and yield no figures.
 fn measure(content: Option<PathBuf>, snapshots: Option<PathBuf>) -> io::Result<Disks> {
     let visible = |folder: Option<PathBuf>| -> io::Result<Option<FileSystem>> {
         folder.filter(|folder| folder.is_dir()).map(|folder| file_system(&folder)).transpose()

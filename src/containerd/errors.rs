@@ -1,4 +1,4 @@
-//! What containerd's errors mean.
+//! Classifies containerd's errors.
 
 use std::error::Error;
 use std::path::Path;
@@ -8,15 +8,17 @@ use containerd_client::tonic::{Code, Status};
 use crate::oci::Digest;
 use crate::ports::StoreError;
 
-/// Codes first; containerd has none for two things that matter, and for those its words are all there is.
+/// By code, except for a locked ref and a full disk: containerd has no codes for them, only
+/// messages.
 pub(super) fn classify(socket: &Path, digest: Option<Digest>, status: &Status) -> StoreError {
     let text = format!("containerd at {}: {}", socket.display(), status.message());
     if let Some(digest) = digest {
-        // `ref … locked for …`: another stream writes the same ref. (content/local/locks.go, with the code Unavailable.)
+        // `ref … locked for …`: another stream writes the same ref (content/local/locks.go, code
+        // Unavailable).
         if status.message().contains("locked for") {
             return StoreError::Busy(digest);
         }
-        // The operating system's own words for ENOSPC and EDQUOT; the code is Unknown.
+        // The operating system's messages for ENOSPC and EDQUOT; the code is Unknown.
         let full = ["no space left on device", "disk quota exceeded"];
         if status.code() == Code::ResourceExhausted || full.iter().any(|words| status.message().contains(words)) {
             return StoreError::Full(digest);
@@ -27,7 +29,7 @@ pub(super) fn classify(socket: &Path, digest: Option<Digest>, status: &Status) -
             _ => {}
         }
     }
-    // What containerd answered has no source; what broke on the way has.
+    // An answer of containerd has no source; a broken connection has one.
     let broken = status.source().is_some();
     match status.code() {
         Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded => StoreError::Unavailable(text),

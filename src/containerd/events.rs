@@ -1,4 +1,4 @@
-//! Notices what others do to containerd's content, and tidies up.
+//! Follows other clients' changes of containerd's content, and cleans up leftovers.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -13,12 +13,14 @@ use super::ContainerdStore;
 use super::layer_leases::content_event;
 use crate::ports::{ContentEvent, STAGED_BLOB_LIFE, StoreError};
 
-/// A containerd that restarts is back in a second; one that stays away is asked for at a rate that costs nothing.
+/// Pauses between connection attempts. A restarted containerd is back in a second; the longest
+/// pause makes attempts cheap during an outage.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 impl ContainerdStore {
-    /// Follows containerd's events until `stop`, across its restarts, and removes what dropped writers leave.
+    /// Follows containerd's events until `stop`, across restarts of containerd, and removes the
+    /// leftovers of dropped writers.
     pub async fn run(self, stop: CancellationToken) {
         let mut pause = FIRST_PAUSE;
         let mut logged = false;
@@ -32,7 +34,7 @@ impl ContainerdStore {
                 (pause, logged) = (FIRST_PAUSE, false);
             }
             if !logged {
-                tracing::warn!(socket = %self.link.socket().display(), %error, "containerd's events ended; trying again");
+                tracing::warn!(socket = %self.link.socket().display(), %error, "containerd's events ended; reconnecting");
                 logged = true;
             }
             tokio::select! {
@@ -43,7 +45,7 @@ impl ContainerdStore {
         }
     }
 
-    /// Returns when the connection is lost. `connected` tells whether there was one.
+    /// Returns when the connection is lost. Sets `connected` once containerd has answered.
     async fn follow(&self, connected: &mut bool) -> Result<Infallible, StoreError> {
         let failed = |status: Status| self.link.store_error(&status);
         self.state.introspection.clear().await;
@@ -52,17 +54,18 @@ impl ContainerdStore {
         let mut client = EventsClient::new(self.link.channel());
         let subscribing = client.subscribe(self.link.request(SubscribeRequest { filters: self.filters() }));
         tokio::pin!(subscribing);
-        // containerd sends nothing, not even headers, before the first event; so whether it is there is asked beside it.
+        // containerd sends nothing, not even headers, before the first event, so a second call
+        // tests the connection.
         let early = tokio::select! {
             events = &mut subscribing => Some(events.map_err(failed)?),
             ready = self.ready() => ready.map(|_| None)?,
         };
         *connected = true;
-        // Whatever happened before: the caller lists everything once the counter moves.
+        // Earlier events are lost: the counter makes every caller list everything.
         self.changed();
         self.publish(ContentEvent::Missed);
         self.sweep().await;
-        // At once, and then as often as something can become too old.
+        // At once, and then once per life of a staged blob.
         let mut sweeping = interval(STAGED_BLOB_LIFE);
         sweeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut events = loop {
@@ -76,7 +79,7 @@ impl ContainerdStore {
             }
         }
         .into_inner();
-        // The first event is what answered. Only now is the subscription known to stand.
+        // Only the first event proves the subscription; events before it may be lost.
         self.changed();
         self.publish(ContentEvent::Missed);
         loop {
@@ -95,8 +98,8 @@ impl ContainerdStore {
         }
     }
 
-    /// Everything that happens to images and blobs in our namespace. `/content/create` comes from containerd 2.1 on; nothing comes when the
-    /// collector takes a blob.
+    /// Events of images and blobs in the containerd namespace. `/content/create` exists from
+    /// containerd 2.1 on. The collector sends no event for a removed blob.
     fn filters(&self) -> Vec<String> {
         let namespace = self.link.namespace();
         ["images", "content"].map(|kind| format!("namespace==\"{namespace}\",topic~=\"^/{kind}/\"")).into()
@@ -104,17 +107,18 @@ impl ContainerdStore {
 
     async fn sweep(&self) {
         if let Err(error) = self.sweep_abandoned().await {
-            // It is tried again after the next drop and the next reconnection, and the lease's end removes it in any case.
-            tracing::warn!(%error, "writes that were given up could not be aborted in containerd");
+            // The next drop or reconnection retries, and the end of the lease removes the leftover
+            // in any case.
+            tracing::warn!(%error, "abandoned writes could not be aborted in containerd");
         }
         if let Err(error) = self.sweep_snapshots().await {
-            tracing::warn!(%error, "half unpacked layers that were given up could not be removed from containerd");
+            tracing::warn!(%error, "abandoned partial snapshots could not be removed from containerd");
         }
     }
 
     async fn sweep_old_staging_files(&self) {
         if let Err(error) = self.sweep_staged().await {
-            tracing::warn!(%error, "what was staged and given up could not be removed");
+            tracing::warn!(%error, "abandoned staging files could not be removed");
         }
     }
 }

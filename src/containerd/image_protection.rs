@@ -1,10 +1,10 @@
 //! Image records that the kubelet does not collect.
 //!
-//! CRI reports an image as pinned when any record of it carries the label
-//! `io.cri-containerd.pinned=pinned` (containerd 1.7 and later, `internal/cri/labels`), and the
-//! kubelet's image collection passes over pinned images (`pkg/kubelet/images/image_gc_manager.go`).
-//! A lease holds content alone, and the kubelet removes the record. A pull of the same name through
-//! CRI replaces every label of the record, so the caller looks again at intervals.
+//! CRI reports an image as pinned when any record of the image has the label
+//! `io.cri-containerd.pinned=pinned` (containerd 1.7 and later, `internal/cri/labels`). The
+//! kubelet's image collection skips pinned images (`pkg/kubelet/images/image_gc_manager.go`). A
+//! lease would not help: it holds content alone, and the kubelet removes the record. A pull of the
+//! same name through CRI replaces every label of the record, so the caller checks at intervals.
 
 use std::collections::HashMap;
 
@@ -17,7 +17,7 @@ use crate::decide::own_image::Protection;
 use crate::oci::Reference;
 use crate::ports::{ProtectedImages, StoreError};
 
-/// CRI's label.
+/// The label that CRI reads.
 const PINNED: &str = "io.cri-containerd.pinned";
 const PINNED_VALUE: &str = "pinned";
 /// Marks a record whose label [`PINNED`] is this program's.
@@ -25,9 +25,9 @@ const MARK: &str = "lighterman.dev/protects";
 const MARK_VALUE: &str = "own-image";
 
 impl ContainerdStore {
-    /// Writes both labels; an empty value takes a label away. Other labels and the target stay:
-    /// the mask leaves the target out. The request has a target all the same: containerd 1.7 to 2.4
-    /// read the target before the mask (`services/images/helpers.go`), and crash without one.
+    /// Writes both labels; an empty value removes a label. The mask leaves other labels and the
+    /// target unchanged. The request has a target all the same: containerd 1.7 to 2.4 read the
+    /// target before the mask (`services/images/helpers.go`), and crash without a target.
     async fn label_protection(&self, record: Image, pinned: &str, mark: &str) -> Result<(), Status> {
         let Image { name, target, .. } = record;
         let labels = HashMap::from([(PINNED.to_owned(), pinned.to_owned()), (MARK.to_owned(), mark.to_owned())]);
@@ -39,7 +39,7 @@ impl ContainerdStore {
         Ok(())
     }
 
-    /// `None` where there is no record of this name.
+    /// `None` without a record of this name.
     async fn image_record(&self, name: &str) -> Result<Option<Image>, StoreError> {
         match self.get_image(name).await {
             Err(status) if status.code() == Code::NotFound => Ok(None),
@@ -57,7 +57,7 @@ impl ProtectedImages for ContainerdStore {
         let images = listed.map_err(|status| self.link.store_error(&status))?.images;
         let mut protection = Protection::default();
         for image in images {
-            // This program marks no other name than one that is a reference.
+            // This program marks only names that are references.
             let Ok(name) = image.name.parse::<Reference>() else { continue };
             let is_ours = image.labels.get(MARK).is_some_and(|mark| mark == MARK_VALUE);
             if is_ours {
@@ -72,7 +72,7 @@ impl ProtectedImages for ContainerdStore {
     async fn protect_image(&self, image: &Reference) -> Result<(), StoreError> {
         let name = image.to_string();
         let record = self.image_record(&name).await?;
-        let record = record.ok_or_else(|| StoreError::Other(format!("there is no image record {name} to protect")))?;
+        let record = record.ok_or_else(|| StoreError::Other(format!("no image record {name} exists to protect")))?;
         if record.labels.contains_key(PINNED) {
             return Ok(());
         }

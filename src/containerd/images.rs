@@ -14,13 +14,15 @@ use super::ContainerdStore;
 use crate::oci::{Descriptor, Digest};
 use crate::ports::{ImageRecord, StoreError};
 
-/// The CRI plugin sets it when it has noticed a record. Right after that the kubelet finds the image.
+/// The CRI plugin sets this label when it has processed a record. Right afterwards the kubelet
+/// finds the image.
 const CRI_IMAGE_LABEL: &str = "io.cri-containerd.image";
 const CRI_IMAGE_LABEL_VALUE: &str = "managed";
-/// The only namespace that the CRI plugin looks at.
+/// The only namespace that the CRI plugin reads.
 const CRI_NAMESPACE: &str = "k8s.io";
 
-/// The plugin takes a millisecond (measured), and longer when the node is busy; nobody should wait more than that for an image that is here.
+/// The plugin takes a millisecond (measured), and longer on a busy node. A caller should not wait
+/// longer for an image that is on the node.
 const NOTICE_DEADLINE: Duration = Duration::from_secs(2);
 const FIRST_POLL: Duration = Duration::from_millis(1);
 const LONGEST_POLL: Duration = Duration::from_millis(50);
@@ -33,7 +35,8 @@ impl ContainerdStore {
         Ok(images.into_iter().filter_map(record).collect())
     }
 
-    /// containerd takes a record of anything, so whether the target is there is asked first. The caller's pin keeps it there.
+    /// containerd accepts a record with a missing target, so the target is looked up first. The
+    /// caller's pin keeps the target.
     pub(super) async fn write_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
         let digest = record.target.digest;
         self.find_blob(digest).await?.ok_or(StoreError::Absent(digest))?;
@@ -47,14 +50,15 @@ impl ContainerdStore {
             tracing::warn!(
                 image = record.name,
                 waited_s = NOTICE_DEADLINE.as_secs(),
-                "containerd's CRI plugin has not taken notice of the image; pods may have to wait for it"
+                "containerd's CRI plugin has not listed the image; pods may have to wait for the image"
             );
         }
         Ok(())
     }
 
-    /// containerd 1 knows no condition, so the record is read first: one that another process moves between the two calls is lost there, and
-    /// pulled again. containerd 2 checks the target itself.
+    /// containerd 1 has no condition for a deletion, so the record is read first. A record that
+    /// another process moves between the two calls is lost there, and the image is pulled again.
+    /// containerd 2 compares the target itself.
     pub(super) async fn delete_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
         let failed = |status: Status| self.link.store_error(&status);
         let points_there = |image: Image| record(image).is_some_and(|record| record.target.digest == target);
@@ -76,7 +80,7 @@ impl ContainerdStore {
             tracing::warn!(
                 image = name,
                 waited_s = NOTICE_DEADLINE.as_secs(),
-                "containerd's CRI plugin still answers for the image that was removed; pods may not have it pulled yet"
+                "containerd's CRI plugin still lists the removed image; the kubelet may not pull the image yet"
             );
         }
         Ok(())
@@ -97,14 +101,16 @@ impl ContainerdStore {
         self.link.call(self.link.images().create(request)).await.map(|_| ())
     }
 
-    /// The plugin's label is taken away, so that it comes back when the plugin has noticed the new target. Others stay.
+    /// Removes the plugin's label, which the plugin adds again once it has processed the new
+    /// target. Other labels stay.
     async fn update_image(&self, record: &ImageRecord) -> Result<(), Status> {
         let mut update = UpdateImageRequest { image: Some(image(record)), update_mask: None, source_date_epoch: None };
         update.update_mask.get_or_insert_default().paths = vec!["target".into(), format!("labels.{CRI_IMAGE_LABEL}")];
         self.link.call(self.link.images().update(self.link.request(update))).await.map(|_| ())
     }
 
-    /// Whether the CRI plugin has put its label on the record and answers for the image: it writes the label a little before its own list.
+    /// Waits until the CRI plugin has labeled the record and lists the image. The plugin writes the
+    /// label shortly before its own list.
     async fn wait_listed_by_cri(&self, name: &str) -> Result<bool, StoreError> {
         let is_noticed = || async {
             let image = self.get_image(name).await?.unwrap_or_default();
@@ -114,14 +120,14 @@ impl ContainerdStore {
         poll_until(is_noticed).await.map_err(|status| self.link.store_error(&status))
     }
 
-    /// Whether the CRI plugin, which keeps a list of its own, answers that the image is not there.
+    /// Waits until the image is gone from the CRI plugin's own list.
     async fn wait_dropped_by_cri(&self, name: &str) -> Result<bool, StoreError> {
         let is_forgotten = || async { Ok(!self.cri_has_image(name).await?) };
         poll_until(is_forgotten).await.map_err(|status| self.link.store_error(&status))
     }
 }
 
-/// Whether it becomes so within [`NOTICE_DEADLINE`].
+/// Whether the condition becomes true within [`NOTICE_DEADLINE`].
 async fn poll_until<F: Future<Output = Result<bool, Status>>>(is_so: impl Fn() -> F) -> Result<bool, Status> {
     let deadline = Instant::now() + NOTICE_DEADLINE;
     let mut pause = FIRST_POLL;
@@ -135,7 +141,7 @@ async fn poll_until<F: Future<Output = Result<bool, Status>>>(is_so: impl Fn() -
     Ok(false)
 }
 
-/// An empty label is none; that takes away the one that an update names.
+/// Without labels, so that an update removes the label that its mask names.
 fn image(record: &ImageRecord) -> Image {
     let Descriptor { media_type, digest, size, platform: _, attestation: _ } = record.target.clone();
     let target = types::Descriptor {
@@ -147,7 +153,7 @@ fn image(record: &ImageRecord) -> Image {
     Image { name: record.name.clone(), target: Some(target), ..Image::default() }
 }
 
-/// `None` for a target that we have no name for (sha512) or that cannot be.
+/// `None` for a digest of another algorithm (sha512) and for an invalid size.
 fn record(image: Image) -> Option<ImageRecord> {
     let target = image.target?;
     let digest = target.digest.parse().ok()?;

@@ -1,4 +1,4 @@
-//! What containerd tells about itself: where its content is, whether the CRI plugin runs and how it is set.
+//! containerd's own account of its plugins: the content root, CRI and its settings, snapshotters.
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -17,45 +17,46 @@ use super::{ConfigError, ContainerdStore, IngestMode, Snapshotter};
 use crate::files::below_root;
 use crate::ports::StoreError;
 
-/// A node's containerd, as far as it can be seen from here.
+/// Properties of a node's containerd, as far as this process can see them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ContainerdInfo {
-    /// As it gives it: `1.6.20`, `v2.1.4`.
+    /// Version in containerd's own form: `1.6.20`, `v2.1.4`.
     pub version: String,
-    /// The content store's folder, if this process can see it and there is content.
+    /// Folder of the content store, if this process can see it and it has content.
     pub content_root: Option<PathBuf>,
-    /// How staged blobs come into it; `None` as long as it has no folder for blobs, which is made with the first.
+    /// Ingest mode of staged blobs; `None` until containerd has created the folder for blobs.
     pub ingest: Option<IngestMode>,
     /// Whether the CRI plugin runs, without which there are no pods.
     pub cri: bool,
-    /// Whether layers are dropped once they are unpacked, so that they cannot be given to others. `None` where containerd does not tell: 2.x
-    /// keeps the setting in a part of its configuration that no API shows. Then only images without layers tell.
+    /// Whether containerd discards layers after unpacking, so that no peer can fetch them. `None`
+    /// for an unknown setting: 2.x keeps it in a part of the configuration that no API shows. Then
+    /// only images without layers are a sign.
     pub discards_unpacked_layers: Option<bool>,
-    /// What layers can be unpacked into before CRI does it.
+    /// Snapshotter into which layers can be unpacked ahead of CRI.
     pub snapshotter: Snapshotter,
-    /// The image of pods' sandboxes, as CRI writes its name: from the configuration (1.x), else from the newest sandbox there is. `None` on a
-    /// 2.x that has none.
+    /// Image of pod sandboxes, as CRI writes its name: from the configuration (1.x), else from the
+    /// newest sandbox. `None` on a 2.x without a sandbox.
     pub sandbox_image: Option<String>,
-    /// Programs that decide whether an image may be pulled, which an import would pass by.
+    /// Programs that can forbid the pull of an image, and that an import bypasses.
     pub verifiers: ImageVerifiers,
 }
 
-/// What is known of the programs that containerd asks before it pulls an image. It tells only that
-/// it would ask them.
+/// Programs that containerd runs before it pulls an image. containerd reports only that it would
+/// run them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ImageVerifiers {
-    /// containerd asks none: it has no such plugin (1.x), or their folder is absent or has no
-    /// program in it.
+    /// containerd runs none: the plugin is missing (1.x), or the folder is absent or has no
+    /// program.
     None,
-    /// There are some.
+    /// The folder has programs.
     Found,
-    /// It has the plugin, and the folder cannot be seen from here.
+    /// The plugin runs, but this process cannot see the folder.
     Unseen,
 }
 
-/// Where containerd's socket usually is: k3s and RKE2, k0s, MicroK8s, its own place. Its own comes
-/// last, because Docker on a node of another distribution brings a containerd there that is not the
-/// kubelet's.
+/// Default sockets of containerd: k3s and RKE2, k0s, MicroK8s, containerd. containerd's own is the
+/// last, because Docker on a node of another distribution installs a containerd there that is not
+/// the kubelet's.
 const DEFAULT_SOCKETS: &[&str] = &[
     "run/k3s/containerd/containerd.sock",
     "run/k0s/containerd.sock",
@@ -63,16 +64,16 @@ const DEFAULT_SOCKETS: &[&str] = &[
     "run/containerd/containerd.sock",
 ];
 
-/// Where image verifiers are by default (containerd 2: `bin_dir` of
+/// Default folder of image verifiers (containerd 2: `bin_dir` of
 /// `io.containerd.image-verifier.v1.bindir`).
 pub const IMAGE_VERIFIER_DIR: &str = "/opt/containerd/image-verifier/bin";
 
-/// The first of the usual sockets under `root` that something listens on, else the first that is
-/// there. `root` is `/` or where the node's file system is mounted. A distribution that was removed
-/// may leave its socket.
+/// The first default socket under `root` that accepts a connection, else the first that exists.
+/// `root` is `/` or the mount of the node's file system. A removed distribution may leave its
+/// socket.
 ///
 /// # Errors
-/// [`ConfigError::NoSocket`] with the places that were looked at.
+/// [`ConfigError::NoSocket`] with the paths.
 pub fn find_socket(root: &Path) -> Result<PathBuf, ConfigError> {
     let is_socket = |path: &&PathBuf| path.metadata().is_ok_and(|file| file.file_type().is_socket());
     let answers = |path: &&PathBuf| UnixStream::connect(path).is_ok();
@@ -81,7 +82,7 @@ pub fn find_socket(root: &Path) -> Result<PathBuf, ConfigError> {
     found.cloned().ok_or(ConfigError::NoSocket(places))
 }
 
-/// What was found, asked once per connection: a containerd that was restarted may have another configuration.
+/// Cached properties of one connection: a restarted containerd may have another configuration.
 pub(super) struct Introspection {
     configured_root: Option<PathBuf>,
     host_root: Option<PathBuf>,
@@ -90,19 +91,20 @@ pub(super) struct Introspection {
 
 #[derive(Clone)]
 struct PluginInfo {
-    /// Where it is, visible or not.
+    /// Path of the content store, visible or not.
     content_root: Option<Arc<Path>>,
     cri: bool,
     snapshotters: Arc<[SnapshotterPlugin]>,
-    /// It can be told to ask programs before it pulls. Which, and whether there are any, it does not say.
+    /// containerd can run programs before a pull. The API does not show them, nor whether there are
+    /// any.
     has_verifier_plugin: bool,
 }
 
-/// A snapshotter that runs.
+/// A running snapshotter.
 pub(super) struct SnapshotterPlugin {
-    /// Its name.
+    /// Plugin ID.
     pub(super) id: String,
-    /// Its folder, where it tells.
+    /// Folder of the snapshotter, if exported.
     pub(super) root: Option<PathBuf>,
 }
 
@@ -111,17 +113,17 @@ impl Introspection {
         Self { configured_root, host_root, plugins: Mutex::new(None) }
     }
 
-    /// Where a folder of the node is for this process, if it can be seen at all.
+    /// Path of a node's folder for this process, if visible at all.
     pub(super) fn host_path(&self, folder: &Path) -> PathBuf {
         self.host_root.as_ref().map_or_else(|| folder.to_owned(), |root| below_root(root, folder))
     }
 
-    /// Where the node's root file system is for this process, if it can be seen.
+    /// The node's root file system as this process sees it, if mounted.
     pub(super) fn host_root(&self) -> Option<PathBuf> {
         self.host_root.clone()
     }
 
-    /// What is absent here is absent on the node.
+    /// Whether a folder that is absent here is absent on the node.
     fn has_host_root(&self) -> bool {
         self.host_root.is_some()
     }
@@ -132,8 +134,8 @@ impl Introspection {
 }
 
 impl ContainerdStore {
-    /// Looks around. `verifiers` is the folder of image verifiers on the node: [`VERIFIERS`],
-    /// unless containerd is told another.
+    /// Inspects containerd. `verifiers` is the node's folder of image verifiers:
+    /// [`IMAGE_VERIFIER_DIR`], unless containerd has another setting.
     ///
     /// # Errors
     /// [`StoreError::Unavailable`] when containerd does not answer.
@@ -168,26 +170,28 @@ impl ContainerdStore {
         })
     }
 
-    /// The content store's folder, if this process can see it. Files in it are only an optimisation: each is looked for.
+    /// Folder of the content store, if this process can see it. An optimization only: each file is
+    /// looked for.
     pub(super) async fn content_root(&self) -> Result<Option<Arc<Path>>, StoreError> {
         let root = self.plugins().await?.content_root;
-        // Looked for each time: on a node without content it is made with the first blob.
+        // Looked for on each call: containerd creates the folder with the first blob.
         Ok(root.filter(|root| root.join("blobs/sha256").is_dir()))
     }
 
-    /// The content store's folder, visible or not.
+    /// Folder of the content store, visible or not.
     pub(super) async fn named_content_root(&self) -> Result<Option<Arc<Path>>, StoreError> {
         Ok(self.plugins().await?.content_root)
     }
 
-    /// Its root, or the folder that it will be in (containerd 2 makes the root itself with the first blob), can be seen and has no blobs yet.
+    /// Whether the root is visible and has no blobs yet, or its parent: containerd 2 creates the
+    /// root with the first blob.
     pub(super) async fn is_without_content(&self) -> Result<bool, StoreError> {
         let root = self.plugins().await?.content_root;
         let is_seen = |root: &Path| root.is_dir() || root.parent().is_some_and(Path::is_dir);
         Ok(root.is_some_and(|root| is_seen(&root) && !root.join("blobs/sha256").is_dir()))
     }
 
-    /// Whether layers are dropped once they are unpacked; `None` where containerd does not tell.
+    /// Whether containerd discards layers after unpacking; `None` for an unknown setting.
     pub(super) async fn discards_layers(&self) -> Result<Option<bool>, StoreError> {
         Ok(if self.has_cri().await? { discards_unpacked_layers(&self.cri_configuration().await?) } else { None })
     }
@@ -196,7 +200,7 @@ impl ContainerdStore {
         Ok(self.plugins().await?.cri)
     }
 
-    /// Those that run.
+    /// Running snapshotters.
     pub(super) async fn snapshotters(&self) -> Result<Arc<[SnapshotterPlugin]>, StoreError> {
         Ok(self.plugins().await?.snapshotters)
     }
@@ -224,11 +228,12 @@ impl ContainerdStore {
         let is_snapshotter = |plugin: &&Plugin| plugin.r#type == "io.containerd.snapshotter.v1";
         let snapshotters = loaded.clone().filter(is_snapshotter).map(snapshotter).collect();
         let asks_verifiers = loaded.any(|plugin| plugin.r#type == "io.containerd.image-verifier.v1");
-        tracing::debug!(?content_root, cri, asks_verifiers, "looked around in containerd");
+        tracing::debug!(?content_root, cri, asks_verifiers, "read containerd's plugins");
         Ok(found.insert(PluginInfo { content_root, cri, snapshotters, has_verifier_plugin: asks_verifiers }).clone())
     }
 
-    /// CRI makes a container for each pod's sandbox, and containerd keeps the name of the image that it was made from.
+    /// CRI creates a container for each pod's sandbox, and containerd stores the name of that
+    /// container's image.
     async fn image_of_newest_sandbox(&self) -> Result<Option<String>, StoreError> {
         let filters = vec!["labels.\"io.cri-containerd.kind\"==sandbox".to_owned()];
         let mut client = ContainersClient::new(self.link.channel()).max_decoding_message_size(MAX_MESSAGE);
@@ -244,14 +249,14 @@ fn discards_unpacked_layers(configuration: &serde_json::Value) -> Option<bool> {
     configuration["containerd"]["discardUnpackedLayers"].as_bool()
 }
 
-/// containerd runs every regular file that may be executed, and none where the folder is absent.
+/// containerd runs every executable regular file, and nothing without the folder.
 fn find_image_verifiers(folder: &Path, sees_everything: bool) -> ImageVerifiers {
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) if sees_everything && error.kind() == io::ErrorKind::NotFound => return ImageVerifiers::None,
         Err(_) => return ImageVerifiers::Unseen,
     };
-    // A link may lead to a path that only the node has, so it counts as a program.
+    // A link may point to a path that exists only on the node, so it counts as a program.
     let is_program = |path: PathBuf| match path.metadata() {
         Ok(file) => file.is_file() && file.permissions().mode() & 0o111 != 0,
         Err(_) => path.is_symlink(),
@@ -285,9 +290,9 @@ mod tests {
         assert_eq!(find_socket(root.path()), Ok(own.clone()));
         fs::remove_file(&k3s).unwrap();
         let listening = UnixListener::bind(&k3s).unwrap();
-        assert_eq!(find_socket(root.path()), Ok(k3s.clone()), "the kubelet's, beside Docker's");
+        assert_eq!(find_socket(root.path()), Ok(k3s.clone()), "the kubelet's socket beside Docker's");
         drop(listening);
-        assert_eq!(find_socket(root.path()), Ok(own), "nothing listens on what k3s left");
+        assert_eq!(find_socket(root.path()), Ok(own), "nothing listens on k3s' leftover socket");
         drop(docker);
         assert_eq!(find_socket(root.path()), Ok(k3s), "nothing listens anywhere yet");
     }

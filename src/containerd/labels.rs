@@ -1,26 +1,30 @@
-//! What is remembered about a blob, as labels.
+//! Metadata of a blob as containerd labels.
 
 use std::collections::{BTreeSet, HashMap};
 
 use crate::oci::Repository;
 use crate::ports::{BlobMetadata, ChildKind, Origin};
 
-/// containerd's collector follows labels that begin so (`gc.ref.content`, then nothing, `.` or `/`).
+/// Prefix of labels that containerd's collector follows (`gc.ref.content`, then nothing, `.` or
+/// `/`).
 const GC_REF_CONTENT: &str = "containerd.io/gc.ref.content";
-/// Then the registry; the value lists repositories, sorted, with commas between (containerd: `appendDistributionSourceLabel`).
-/// containerd's own pull leaves the registry's port out, so that what stands there is a hint and no permission: content that was
-/// pulled from `10.0.0.1:6401` is no content of `10.0.0.1`.
+/// Prefix, followed by the registry. The value lists repositories, sorted and separated by commas
+/// (containerd: `appendDistributionSourceLabel`). containerd's own pull drops the registry's port,
+/// so the label is a hint and no permission: content of `10.0.0.1:6401` is no content of
+/// `10.0.0.1`.
 const SOURCE: &str = "containerd.io/distribution.source.";
-/// The same, written by this program alone, with the registry as the reference names it.
+/// The same, written only by this program, with the registry as in the reference.
 const OWN_SOURCE: &str = "lighterman.dev/source.";
-/// A label's key and value together (containerd: `labels.Validate`).
+/// Limit of a label's key and value together, in bytes (containerd: `labels.Validate`).
 const MAX_LABEL: usize = 4096;
 
-/// Then the snapshotter, and perhaps `/` and more; the value is the snapshot that the collector leaves.
+/// Prefix, followed by the snapshotter and perhaps `/` and more. The value is the name of a
+/// snapshot that the collector keeps.
 pub(super) const GC_REF_SNAPSHOT: &str = "containerd.io/gc.ref.snapshot.";
 
-/// The repositories that this program noted, in ascending order. What no reference could name is left out: nobody asks for it. An image
-/// that containerd pulled has a record with its whole name.
+/// Repositories that this program recorded, in ascending order. Skips paths that no reference can
+/// name: no request names them either. An image that containerd pulled has a record with its full
+/// name.
 pub(super) fn sources(labels: &HashMap<String, String>) -> Vec<Repository> {
     let of_registry = labels.iter().filter_map(|(key, paths)| Some((key.strip_prefix(OWN_SOURCE)?, paths)));
     let named = of_registry
@@ -28,18 +32,19 @@ pub(super) fn sources(labels: &HashMap<String, String>) -> Vec<Repository> {
     named.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-/// Whether the labels name content that the collector leaves.
+/// Whether the labels name content that the collector keeps.
 pub(super) fn has_children(labels: &HashMap<String, String>) -> bool {
     labels.keys().any(|key| key.starts_with(GC_REF_CONTENT))
 }
 
-/// The repositories that containerd's own pull noted, the registry's port left out.
+/// Repositories that containerd's own pull recorded, without the registry's port.
 pub(super) fn origins(labels: &HashMap<String, String>) -> Vec<Origin> {
     let of_registry = labels.iter().filter_map(|(key, paths)| Some((key.strip_prefix(SOURCE)?, paths)));
     of_registry.flat_map(|(registry, paths)| paths.split(',').map(move |path| Origin::new(registry, path))).collect()
 }
 
-/// Whether a manifest's labels name layers, as `l.N`, or as a number above the configuration's 0, which containerd wrote before 1.3.
+/// Whether a manifest's labels name layers: as `l.N`, or as a number above the configuration's 0,
+/// which containerd wrote before 1.3.
 pub(super) fn has_layers(labels: &HashMap<String, String>) -> bool {
     let is_layer = |name: &str| name.starts_with("l.") || name.parse::<u32>().is_ok_and(|number| number > 0);
     labels
@@ -47,7 +52,7 @@ pub(super) fn has_layers(labels: &HashMap<String, String>) -> bool {
         .any(|key| key.strip_prefix(GC_REF_CONTENT).and_then(|rest| rest.strip_prefix('.')).is_some_and(is_layer))
 }
 
-/// What the labels keep alive: containerd's type of resource, and its ID.
+/// Resources that the labels keep alive: containerd's resource type, and the ID.
 pub(super) fn gc_references(labels: &HashMap<String, String>) -> Vec<(String, String)> {
     let kept = labels.iter().filter_map(|(key, id)| {
         if key.starts_with(GC_REF_CONTENT) {
@@ -59,7 +64,8 @@ pub(super) fn gc_references(labels: &HashMap<String, String>) -> Vec<(String, St
     kept.collect()
 }
 
-/// The labels to set so that `existing` remembers this too. Existing ones are never given another meaning: what they say stays true.
+/// Labels to add to `existing` for this metadata. An existing reference is never overwritten, and a
+/// source label only gains repositories.
 pub(super) fn missing_labels(existing: &HashMap<String, String>, remembered: &BlobMetadata) -> HashMap<String, String> {
     let mut added = HashMap::new();
     let mut known: BTreeSet<String> =
@@ -71,7 +77,8 @@ pub(super) fn missing_labels(existing: &HashMap<String, String>, remembered: &Bl
             ChildKind::Layer => "l.",
             ChildKind::Config => "config",
         };
-        // The number that containerd's own pull gives: the place among those of its kind. Taken means that it names another one.
+        // The number from containerd's own pull: the child's place among its kind. A taken number
+        // names another child.
         let ordinal = ordinals.entry(prefix).or_insert(0);
         let digest = child.digest.to_string();
         if known.insert(digest.clone()) {
@@ -95,7 +102,7 @@ fn gc_ref_key(prefix: &str, number: usize) -> String {
     }
 }
 
-/// `None` when nothing changes, or when one more name would make the label too long: then the older names stay.
+/// `None` when nothing changes, or when the label would become too long: the older paths then stay.
 fn source_label(prefix: &str, existing: &HashMap<String, String>, source: &Repository) -> Option<(String, String)> {
     let key = format!("{prefix}{}", source.registry);
     let before = existing.get(&key).map(String::as_str).unwrap_or_default();
@@ -131,7 +138,7 @@ mod tests {
         pairs.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect()
     }
 
-    /// Labels whose values are the digests of these names, under the collector's prefix.
+    /// Labels with the collector's prefix, whose values are the digests of these names.
     fn references(pairs: &[(&str, &str)]) -> HashMap<String, String> {
         let pair = |&(key, name): &(&str, &str)| (format!("{GC_REF_CONTENT}.{key}"), digest(name).to_string());
         pairs.iter().map(pair).collect()
@@ -152,7 +159,7 @@ mod tests {
         assert_eq!(
             missing_labels(&labels(&[]), &twice),
             references(&[("l.0", "a"), ("l.2", "b")]),
-            "one image, one layer twice"
+            "a manifest lists one layer twice"
         );
         let existing = references(&[("l.7", "a"), ("l.8", "b")]);
         assert_eq!(missing_labels(&existing, &twice), labels(&[]));

@@ -17,19 +17,19 @@ use super::leases::EXPIRES;
 use crate::oci::Digest;
 use crate::ports::{ContentEvent, LayerLease, LayerLeases, Origin, Pin, StoreError};
 
-/// Events that a receiver may be behind: a pull of the largest manifest (1024 children) and its
-/// records. A receiver further behind lists everything.
+/// Queued events of a receiver: a pull of the largest manifest (1024 children) and its records. A
+/// receiver further behind lists everything.
 pub(super) const EVENTS_QUEUED: usize = 2048;
 
-/// The manifest whose layers the lease names. The agent finds leases of this kind by this label.
+/// Manifest whose layers the lease names. The label also marks leases of this kind.
 const RETAINS: &str = "lighterman.dev/retains";
-/// Last use of the image before the lease was made.
+/// Last use of the image before the lease was created.
 const LAST_USE: &str = "lighterman.dev/last-use";
-/// containerd then holds the resources that the lease names, and nothing that their labels name
-/// (core/metadata/gc.go).
+/// With this label containerd holds the resources of the lease, but not the resources that their
+/// labels name (core/metadata/gc.go).
 const FLAT: &str = "containerd.io/gc.flat";
 
-/// The event in retention's terms; `None` for other events.
+/// Translates containerd's event; `None` for other events.
 pub(super) fn content_event(event: &Envelope) -> Option<ContentEvent> {
     if event.topic.starts_with("/images/") {
         return Some(ContentEvent::Records);
@@ -42,7 +42,7 @@ pub(super) fn content_event(event: &Envelope) -> Option<ContentEvent> {
 }
 
 impl ContainerdStore {
-    /// Without a receiver the event is dropped.
+    /// Without a receiver the event is lost.
     pub(super) fn publish(&self, event: ContentEvent) {
         let _ = self.state.events.send(event);
     }
@@ -90,7 +90,7 @@ impl LayerLeases for ContainerdStore {
         let mut labels = HashMap::from([
             (EXPIRES.to_owned(), text(expires)?),
             (RETAINS.to_owned(), manifest.to_string()),
-            // containerd reads the key alone; some clients drop an empty value.
+            // containerd reads only the key; some clients drop an empty value.
             (FLAT.to_owned(), "true".to_owned()),
         ]);
         if let Some(last_use) = last_use {

@@ -1,11 +1,11 @@
-//! Renewal of pins. containerd cannot extend a lease: `Leases` has no update, and
-//! `containerd.io/gc.expire` is read from the lease's first labels (api/services/leases/v1,
-//! core/metadata/gc.go). A renewal makes a new lease that holds the same resources. The pin's name
-//! stays that of the first lease.
+//! Renewal of pins. containerd cannot extend a lease: `Leases` has no update, and the end is read
+//! from the lease's first labels (`containerd.io/gc.expire`; api/services/leases/v1,
+//! core/metadata/gc.go). A renewal creates a new lease with the same resources. The pin keeps the
+//! name of its first lease.
 //!
-//! The former lease is left to expire, because calls that began under it go on: containerd refuses
-//! a commit under a lease that is gone. Pins are renewed at half life, so such a call has half a
-//! life, thirty minutes. Unpacking, the longest one, is given up after ten.
+//! The former lease stays until it expires, because calls under it are still running: containerd
+//! refuses a commit under a missing lease. Pins are renewed at half life, so such a call has half a
+//! life, thirty minutes. The longest call unpacks a layer, with a deadline of ten minutes.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
@@ -17,32 +17,32 @@ use containerd_client::tonic::{Code, Status};
 use super::ContainerdStore;
 use crate::ports::{Pin, StoreError};
 
-/// Leases behind one pin at most: the last one, the one before, and those whose resources could
-/// not be copied yet. The caller renews sixteen times at most before the former lease ends.
+/// Most leases of one pin: the last, the one before, and leases whose resources could not be copied
+/// yet. The caller renews at most sixteen times before the former lease ends.
 const MAX_LEASES: usize = 18;
 
-/// The leases of the pins that were renewed: one entry for each running recovery. Entries of pins
-/// that were left to expire go at the next renewal of any pin.
+/// Leases of renewed pins: one entry for each running recovery. The next renewal of any pin removes
+/// the entries of expired pins.
 #[derive(Default)]
 pub(super) struct Renewals(Mutex<HashMap<String, PinLeases>>);
 
 struct PinLeases {
-    /// The oldest first; the last one holds what comes.
+    /// The oldest first. New resources go to the last.
     leases: Vec<Lease>,
     /// End of the last lease.
     ends: Instant,
-    /// A lease ended before the resources were copied.
+    /// A lease ended before its resources were copied.
     is_lost: bool,
 }
 
 struct Lease {
     id: String,
-    /// The next lease holds all that this one holds.
+    /// The next lease holds all resources of this one.
     is_copied: bool,
 }
 
 impl Renewals {
-    /// The lease that holds what comes under the pin.
+    /// The lease for new resources of the pin.
     pub(super) fn lease(&self, pin: &Pin) -> Result<String, StoreError> {
         match self.lock().get(&pin.0) {
             Some(succession) if succession.is_lost => Err(pin_ended(pin)),
@@ -51,7 +51,7 @@ impl Renewals {
         }
     }
 
-    /// Forgets the pin. Answers the last lease and the former ones.
+    /// Removes the pin's entry. Returns the last lease and the former leases.
     pub(super) fn end(&self, pin: &Pin) -> (String, Vec<String>) {
         let Some(succession) = self.lock().remove(&pin.0) else { return (pin.0.clone(), Vec::new()) };
         let last = succession.last().to_owned();
@@ -59,7 +59,7 @@ impl Renewals {
         (last, former)
     }
 
-    /// Puts a new lease behind the pin. Answers the leases that have to be copied into it.
+    /// Adds a new lease to the pin. Returns the leases that must be copied into the new lease.
     fn push(&self, pin: &Pin, id: String, life: Duration, now: Instant) -> Vec<String> {
         let mut renewals = self.lock();
         renewals.retain(|name, succession| *name == pin.0 || succession.ends > now);
@@ -77,7 +77,7 @@ impl Renewals {
         self.lock().get(&pin.0).is_none_or(|succession| !succession.is_lost && succession.leases.len() < MAX_LEASES)
     }
 
-    /// The lease's resources are in the last lease.
+    /// The last lease has the resources of this lease.
     fn mark_copied(&self, pin: &Pin, id: &str) {
         if let Some(succession) = self.lock().get_mut(&pin.0)
             && let Some(lease) = succession.leases.iter_mut().find(|lease| lease.id == id)
@@ -86,7 +86,7 @@ impl Renewals {
         }
     }
 
-    /// Every resource is in the last lease. Leases older than the one before that have ended.
+    /// The last lease has every resource. Leases before the last two have expired.
     fn drop_older(&self, pin: &Pin) {
         if let Some(succession) = self.lock().get_mut(&pin.0) {
             let older = succession.leases.len().saturating_sub(2);
@@ -101,13 +101,13 @@ impl Renewals {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, PinLeases>> {
-        self.0.lock().expect("nothing panics while it holds the table")
+        self.0.lock().expect("no thread panics while it holds the table")
     }
 }
 
 impl PinLeases {
     fn last(&self) -> &str {
-        &self.leases.last().expect("a succession begins with one lease and only grows at its end").id
+        &self.leases.last().expect("a pin always has a last lease").id
     }
 }
 
@@ -116,8 +116,8 @@ fn pin_ended(pin: &Pin) -> StoreError {
 }
 
 impl ContainerdStore {
-    /// Lets the pin hold a resource, there or not. A renewal meanwhile may have copied the former
-    /// lease before the resource was in it, so the last lease is looked up once more afterwards.
+    /// Adds a present or absent resource to the pin. A concurrent renewal may have copied the
+    /// former lease before the resource was in it, so the last lease is compared afterwards.
     pub(super) async fn add_to_pin(&self, pin: &Pin, kind: String, id: String) -> Result<(), StoreError> {
         let resource = Resource { id, r#type: kind };
         let mut lease = self.state.renewals.lease(pin)?;
@@ -137,8 +137,8 @@ impl ContainerdStore {
         self.link.call(self.link.leases().add_resource(request)).await.map(drop)
     }
 
-    /// Replaces the lease behind the pin. New content goes to the new lease before the former one
-    /// is copied, so none is missed in between.
+    /// Replaces the lease of the pin. New content goes to the new lease before the former lease is
+    /// copied, so no content is missed in between.
     pub(super) async fn replace_lease(&self, pin: &Pin, life: Duration) -> Result<(), StoreError> {
         let renewals = &self.state.renewals;
         if !renewals.may_renew(pin) {
@@ -151,7 +151,7 @@ impl ContainerdStore {
                 Ok(()) => renewals.mark_copied(pin, &former),
                 Err(status) if status.code() == Code::NotFound => {
                     renewals.mark_lost(pin);
-                    // The end of this lease is far away.
+                    // Without the deletion this lease would last for a whole life.
                     self.delete_lease_by_id(next, false).await?;
                     return Err(pin_ended(pin));
                 }

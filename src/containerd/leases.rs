@@ -9,17 +9,18 @@ use containerd_client::tonic::Code;
 use super::ContainerdStore;
 use crate::ports::{Pin, StoreError};
 
-/// After this time the collector takes the lease itself away.
+/// Time after which the collector deletes the lease.
 pub(super) const EXPIRES: &str = "containerd.io/gc.expire";
-/// Tells a person who looks at the leases whose it is.
+/// Marks the agent's leases for a person who lists leases.
 const PIN_LABEL: &str = "lighterman.dev/pin";
 
-/// Deleting with collection: the collector walks all of containerd's metadata and removes files.
+/// Deadline of a deletion with collection: the collector walks all metadata and removes files.
 const COLLECT_DEADLINE: Duration = Duration::from_secs(60);
 
 impl ContainerdStore {
     pub(super) async fn create_lease(&self, life: Duration) -> Result<Pin, StoreError> {
-        let unusable = |_| StoreError::Other(format!("a pin for {} s ends beyond all calendars", life.as_secs()));
+        let unusable =
+            |_| StoreError::Other(format!("a pin for {} s ends beyond the range of timestamps", life.as_secs()));
         let until = SystemTime::now().checked_add(life).ok_or(()).map_err(unusable)?;
         let until = jiff::Timestamp::try_from(until).map_err(|_| ()).map_err(unusable)?;
         let id = format!("lighterman-{:032x}", rand::random::<u128>());
@@ -30,8 +31,8 @@ impl ContainerdStore {
         Ok(Pin(id))
     }
 
-    /// Releases the pin and has everything collected, before it returns, that nothing else holds. containerd is slow while
-    /// it collects, so this is for tests and for people.
+    /// Releases the pin, and returns after the collector removed unreferenced content. containerd
+    /// is slow during a collection, so this call is for tests and for people.
     ///
     /// # Errors
     /// As [`crate::ports::ContentStore::release`].
@@ -39,7 +40,7 @@ impl ContainerdStore {
         self.delete_lease(&pin, true).await
     }
 
-    /// Has everything collected that nothing holds.
+    /// Runs containerd's collector and waits for its end.
     pub(super) async fn collect(&self) -> Result<(), StoreError> {
         let nothing = self.create_lease(COLLECT_DEADLINE).await?;
         self.delete_lease(&nothing, true).await

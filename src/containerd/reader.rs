@@ -1,4 +1,4 @@
-//! Reading a blob through containerd, where its file cannot be seen.
+//! Reads a blob through containerd, where the file cannot be seen.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -10,8 +10,9 @@ use super::writer::MESSAGE_DEADLINE;
 use crate::oci::Digest;
 use crate::ports::{BlobReader, StoreError};
 
-/// How much one request asks for: enough that the requests do not count (a millisecond each against 25 at 300 MB/s), little
-/// enough that a reader that jumps elsewhere wastes no more than containerd has sent by then.
+/// Bytes of one request. Large enough that requests do not count (a millisecond each, against 25 at
+/// 300 MB/s). Small enough that a reader that jumps wastes only the bytes that containerd has sent
+/// by then.
 const WINDOW: u64 = 8 << 20;
 
 pub(super) struct ApiReader {
@@ -24,11 +25,11 @@ pub(super) struct ApiReader {
 /// An answer that is being read.
 struct Window {
     messages: Streaming<ReadContentResponse>,
-    /// Where `left` begins in the blob.
+    /// Offset of `left` in the blob.
     next: u64,
-    /// Where the answer ends.
+    /// End of the answer in the blob.
     end: u64,
-    /// Bytes that were received and not asked for yet.
+    /// Received bytes that were not returned yet.
     left: Bytes,
 }
 
@@ -70,9 +71,13 @@ impl BlobReader for ApiReader {
             let received = with_deadline(MESSAGE_DEADLINE, window.messages.message()).await;
             let message =
                 received.map_err(|status| self.client.blob_error(self.digest, &status))?.ok_or_else(|| {
-                    StoreError::Other(format!("containerd ends {} at {} of {}", self.digest, window.next, self.size))
+                    StoreError::Other(format!(
+                        "containerd ended {} at byte {} of {}",
+                        self.digest, window.next, self.size
+                    ))
                 })?;
-            // In order, so there is nothing to check: `offset` counts from the start of the answer, not of the blob.
+            // Messages arrive in order, so `offset`, which counts from the start of the answer, is
+            // not checked.
             window.left = message.data.into();
         }
         let read = window.left.split_to(window.left.len().min(most));

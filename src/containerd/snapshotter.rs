@@ -1,4 +1,4 @@
-//! Where layers are unpacked to: the snapshotter that the CRI plugin makes containers on.
+//! The snapshotter that layers are unpacked into, which is the one of the CRI plugin.
 
 use std::fmt;
 use std::path::Path;
@@ -9,16 +9,17 @@ use super::ContainerdStore;
 use super::introspection::SnapshotterPlugin;
 use crate::ports::StoreError;
 
-/// Those that keep whole layers on this machine, made by applying one on top of the other. Others (stargz, nydus, soci, overlaybd) have ways
-/// of their own to a layer's files, and what was unpacked plainly would only be in theirs. erofs takes its layers from a differ of its own.
+/// Snapshotters that keep whole layers on this node, applied on top of each other. The others
+/// (stargz, nydus, soci, overlaybd) have their own ways to a layer's files, and a plainly unpacked
+/// layer would only be in their way. erofs takes its layers from its own differ.
 pub(super) const SUPPORTED: &[&str] = &["overlayfs", "native", "btrfs", "zfs", "devmapper", "blockfile"];
 
-/// The snapshotter that CRI uses.
+/// The snapshotter of CRI.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Snapshotter {
-    /// Layers can be unpacked into this one.
+    /// Layers can be unpacked into this snapshotter.
     Supported(String),
-    /// None that layers can be unpacked into. Says why.
+    /// Layers cannot be unpacked; the text has the reason.
     Unsupported(String),
 }
 
@@ -32,31 +33,32 @@ impl fmt::Display for Snapshotter {
 }
 
 impl ContainerdStore {
-    /// Found out once after each start of containerd.
+    /// Determined once after each start of containerd.
     pub(super) async fn snapshotter(&self) -> Result<Snapshotter, StoreError> {
         let mut known = self.state.snapshotter.lock().await;
         if let Some(known) = &*known {
             return Ok(known.clone());
         }
         let found = match self.cri_snapshotter().await? {
-            Some(name) if !SUPPORTED.contains(&&*name) => Snapshotter::Unsupported(format!(
-                "the snapshotter {name} is not one that keeps plain layers on this node"
-            )),
+            Some(name) if !SUPPORTED.contains(&&*name) => {
+                Snapshotter::Unsupported(format!("the snapshotter {name} does not keep plain layers on this node"))
+            }
             Some(name) if self.snapshotters().await?.iter().all(|plugin| plugin.id != name) => {
                 Snapshotter::Unsupported(format!("the snapshotter {name} does not run"))
             }
             Some(name) => Snapshotter::Supported(name),
             None if !self.has_cri().await? => Snapshotter::Unsupported("the CRI plugin does not run".into()),
-            None => Snapshotter::Unsupported("the CRI plugin does not tell its snapshotter".into()),
+            None => Snapshotter::Unsupported("the CRI plugin does not name its snapshotter".into()),
         };
         match &found {
             Snapshotter::Supported(name) => tracing::debug!(name, "layers can be unpacked into CRI's snapshotter"),
-            Snapshotter::Unsupported(why) => tracing::debug!(why, "layers are not unpacked before CRI does it"),
+            Snapshotter::Unsupported(why) => tracing::debug!(why, "layers are not unpacked ahead of CRI"),
         }
         Ok(known.insert(found).clone())
     }
 
-    /// containerd 1.x tells it with its configuration. 2.x keeps that setting in another plugin, and only its file system can be asked for.
+    /// containerd 1.x has the name in CRI's configuration. 2.x has the setting in another plugin,
+    /// and CRI returns only the file system.
     async fn cri_snapshotter(&self) -> Result<Option<String>, StoreError> {
         if !self.has_cri().await? {
             return Ok(None);
@@ -69,14 +71,16 @@ impl ContainerdStore {
     }
 }
 
-/// The default runtime may have a snapshotter of its own (from 1.7 on); pods that ask for another runtime are not thought of.
+/// The default runtime may have its own snapshotter (from 1.7 on). Pods with another runtime are
+/// ignored.
 fn configured_snapshotter(containerd: &Value) -> Option<String> {
     let runtime = containerd["defaultRuntimeName"].as_str().unwrap_or_default();
     let named = [&containerd["runtimes"][runtime]["snapshotter"], &containerd["snapshotter"]];
     named.into_iter().filter_map(Value::as_str).find(|name| !name.is_empty()).map(str::to_owned)
 }
 
-/// Where a plugin that does not tell its folder is: containerd makes one of its full name.
+/// Prefix of the folder of a plugin that exports no root: containerd derives the folder from the
+/// full plugin name.
 const FOLDER_PREFIX: &str = "io.containerd.snapshotter.v1.";
 
 fn snapshotter_of_folder(folder: &Path, plugins: &[SnapshotterPlugin]) -> Option<String> {

@@ -1,7 +1,8 @@
-//! A blob whose pieces come in any order: a file of our own until it is proved, then containerd's.
+//! A staged blob: a file of the agent until its proof, then a blob of containerd.
 //!
-//! The file lies in a folder of ours in the content store's own: only within one mount can a file be linked. containerd walks `blobs/` and
-//! `ingest/` and leaves it alone. Where that folder cannot be written, another one does, and the blob is sent from there.
+//! The file lies in the agent's folder in the content store's root, because a hard link works only
+//! within one mount. containerd walks `blobs/` and `ingest/` and ignores this folder. Where the
+//! folder cannot be written, another folder serves, and the blob is sent through the content API.
 
 use std::io;
 use std::ops::Range;
@@ -15,7 +16,7 @@ use bytes::Bytes;
 use tokio::sync::Mutex;
 
 use super::ContainerdStore;
-use super::adoption::{AdoptionError, IngestMode};
+use super::adoption::{AdoptionError, IngestMode, STAGING_FOLDER};
 use super::content::blocking;
 use super::stray::CommitOutcome;
 use super::writer::{IngestSlot, MESSAGE_SIZE};
@@ -23,11 +24,9 @@ use crate::files::{Leftover, StagingFile, create_staging_folder, is_locked, left
 use crate::oci::{BlobProof, Digest};
 use crate::ports::{BlobMetadata, BlobSink, Pin, STAGED_BLOB_LIFE, StagedBlob, StoreError};
 
-/// Our folder in the content store's root.
-pub(super) const STAGING_FOLDER: &str = "lighterman-staging";
-
-/// For the lease under which a commit is finished for nobody in particular: whoever wanted the blob may hold it still, and finds it then. It is
-/// released at once; this is for a kill in between.
+/// Life of the lease under which a sweep finishes the commit of a killed process. The sweep deletes
+/// the lease at once; the life matters after a kill in between. An earlier pin may still hold the
+/// blob, and its recovery then finds the blob.
 const SWEEP_LEASE_LIFE: Duration = Duration::from_secs(60);
 
 pub(super) struct ContainerdStagedBlob {
@@ -35,7 +34,7 @@ pub(super) struct ContainerdStagedBlob {
     digest: Digest,
     pin: Pin,
     file: Arc<StagingFile>,
-    /// Until it is a blob or is thrown away. Locked while it is committed.
+    /// `None` after the commit or `abandon`. Locked during the commit.
     open: Mutex<Option<Arc<IngestSlot>>>,
 }
 
@@ -47,13 +46,14 @@ impl ContainerdStore {
         pin: &Pin,
     ) -> Result<ContainerdStagedBlob, StoreError> {
         let slot = IngestSlot::take(self, digest)?;
-        // Before the look: what is found is held, and so is what comes.
+        // The pin first, then the lookup: the pin holds a blob that is found, and a blob that comes
+        // later.
         self.add_to_pin(pin, "content".into(), digest.to_string()).await?;
         if self.find_blob(digest).await?.is_some() {
             return Err(StoreError::AlreadyExists(digest));
         }
         let path = self.staging_folder().await?.join(digest.hex());
-        // Whoever has it may be linking it right now.
+        // The owner of the lock may be linking the file.
         let at = path.clone();
         if blocking(move || is_locked(&at).unwrap_or(false)).await? {
             return Err(StoreError::Busy(digest));
@@ -61,7 +61,7 @@ impl ContainerdStore {
         if let Some(linked) = self.size_if_linked(&path).await?
             && self.adopt_leftover(&slot, &path, linked, pin).await?
         {
-            // What cannot be removed is swept.
+            // The sweep retries a failed removal.
             blocking(move || std::fs::remove_file(path).unwrap_or_default()).await?;
             return Err(StoreError::AlreadyExists(digest));
         }
@@ -71,7 +71,7 @@ impl ContainerdStore {
         Ok(ContainerdStagedBlob { store: self.clone(), digest, pin: pin.clone(), file, open: Mutex::new(Some(slot)) })
     }
 
-    /// Where files are staged: in the content store's root, else in the folder that was configured.
+    /// Folder for staging files: in the content store's root, else the configured folder.
     async fn staging_folder(&self) -> Result<PathBuf, StoreError> {
         let mut why = None;
         for folder in self.staging_folders().await? {
@@ -81,11 +81,12 @@ impl ContainerdStore {
                 Err(error) => why = Some(format!("{}: {error}", folder.display())),
             }
         }
-        let why = why.unwrap_or_else(|| "containerd's content store cannot be seen, and no other folder is set".into());
-        Err(StoreError::Other(format!("nowhere to stage a blob: {why}")))
+        let why = why
+            .unwrap_or_else(|| "containerd's content store cannot be seen, and no other staging folder is set".into());
+        Err(StoreError::Other(format!("no folder for staged blobs: {why}")))
     }
 
-    /// All that may have something in them, the preferred one first.
+    /// Every folder that may have staging files, the preferred folder first.
     async fn staging_folders(&self) -> Result<Vec<PathBuf>, StoreError> {
         let in_root = self.content_root().await?.map(|root| root.join(STAGING_FOLDER));
         Ok(in_root.into_iter().chain(self.state.staging.clone()).collect())
@@ -97,7 +98,7 @@ impl ContainerdStore {
             .await
     }
 
-    /// Removes what was staged and not taken up again within its time, and what has become a blob.
+    /// Removes staging files that are too old, or whose blob exists.
     pub(super) async fn sweep_staged(&self) -> Result<(), StoreError> {
         for folder in self.staging_folders().await? {
             let at = folder.clone();
@@ -131,7 +132,7 @@ impl ContainerdStore {
             }
         }
         match is_over {
-            // What cannot be removed is tried again at the next sweep.
+            // The next sweep retries a failed removal.
             true => blocking(move || std::fs::remove_file(path).unwrap_or_default()).await,
             false => Ok(()),
         }
@@ -141,7 +142,7 @@ impl ContainerdStore {
 fn staging_error(digest: Digest, path: &Path, error: &io::Error) -> StoreError {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full(digest),
-        // Another process has it, or what a dropped one had begun to write is not over yet.
+        // Another process has the file, or a write of a dropped staged blob is still running.
         io::ErrorKind::WouldBlock => StoreError::Busy(digest),
         _ => StoreError::Other(format!("{}: {error}", path.display())),
     }
@@ -152,7 +153,7 @@ impl ContainerdStagedBlob {
         staging_error(self.digest, self.file.path(), error)
     }
 
-    /// Linked where that works, else sent: the first is an optimisation, the second always works.
+    /// Links the file where possible, else sends the bytes: a link is only an optimization.
     async fn record(
         &self,
         slot: &Arc<IngestSlot>,
@@ -161,7 +162,7 @@ impl ContainerdStagedBlob {
     ) -> Result<(), StoreError> {
         let store = &self.store;
         let root = store.content_root().await?.filter(|root| self.file.path().starts_with(root.join(STAGING_FOLDER)));
-        // An empty blob begins at its end in any case, so nothing is known of it.
+        // containerd offers an empty blob at its end in any case, so its offer proves nothing.
         if let Some(root) = root.filter(|_| self.file.size() > 0)
             && store.ingest_mode().await? == Some(IngestMode::Linked)
         {
@@ -173,7 +174,7 @@ impl ContainerdStagedBlob {
         self.send(slot, proof, remembered).await
     }
 
-    /// Once more where a file with other bytes was in the way; that one is gone then.
+    /// Sends the bytes, and once more after a stray file with other bytes was discarded.
     async fn send(
         &self,
         slot: &Arc<IngestSlot>,
@@ -222,12 +223,12 @@ impl StagedBlob for ContainerdStagedBlob {
             )));
         }
         let mut open = self.open.lock().await;
-        let closed = || StoreError::Other(format!("{digest} is not being written any more"));
+        let closed = || StoreError::Other(format!("{digest} is closed for writing"));
         let slot = open.as_ref().ok_or_else(closed)?;
         let file = Arc::clone(&self.file);
         blocking(move || file.seal()).await?.map_err(|error| self.io_error(&error))?;
         self.record(slot, proof, remembered).await?;
-        // Only now: as long as there was no record, this name kept the file.
+        // After the record: this name kept the bytes until then.
         let file = Arc::clone(&self.file);
         blocking(move || file.remove()).await?;
         *open = None;
@@ -239,7 +240,7 @@ impl StagedBlob for ContainerdStagedBlob {
         let mut open = self.open.lock().await;
         if open.is_some() {
             let file = Arc::clone(&self.file);
-            // It panics nowhere; and then the file is swept later.
+            // The task cannot panic; a later sweep would remove the file.
             let _ = blocking(move || file.remove()).await;
         }
         *open = None;

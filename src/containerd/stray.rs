@@ -18,10 +18,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::ContainerdStore;
-use super::adoption::{WRONG_EXTENSION, has_digest, remove_wrong_file};
+use super::adoption::{STAGING_FOLDER, WRONG_EXTENSION, has_digest, remove_wrong_file};
 use super::content::blocking;
 use super::reader::ApiReader;
-use super::staged_blob::STAGING_FOLDER;
 use super::writer::{ApiWriter, IngestSlot, MESSAGE_SIZE};
 use crate::files::{blob_path, create_staging_folder};
 use crate::oci::{BlobProof, Digest, Hasher};
@@ -34,16 +33,17 @@ pub(super) struct CheckedWriter {
     digest: Digest,
     size: u64,
     pin: Pin,
-    /// No stray file was left when the write began.
+    /// No stray file was left at the start of the write.
     is_stray_free: bool,
 }
 
 /// Result of a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CommitOutcome {
-    /// The bytes that were sent.
+    /// The blob has the sent bytes.
     Blob,
-    /// A stray file with other bytes, which containerd has discarded. The blob can be sent again.
+    /// The blob had a stray file's bytes, which containerd has discarded. The blob can be sent
+    /// again.
     Stray,
 }
 
@@ -60,7 +60,8 @@ impl ContainerdStore {
         Ok(CheckedWriter { writer, store: self.clone(), digest, size, pin: pin.clone(), is_stray_free: was_clear })
     }
 
-    /// Removes a stray file with wrong bytes. False where the file cannot be seen or removed.
+    /// Removes a stray file with wrong bytes. Returns `false` when the file cannot be seen or
+    /// removed.
     async fn remove_stray(&self, digest: Digest) -> Result<bool, StoreError> {
         let Some(root) = self.content_root().await? else { return Ok(false) };
         let path = blob_path(&root, digest);
@@ -78,7 +79,7 @@ impl ContainerdStore {
         }
     }
 
-    /// Whether containerd reads the blob's own bytes back.
+    /// Whether containerd returns the blob's own bytes.
     async fn is_intact(&self, digest: Digest, size: u64) -> Result<bool, StoreError> {
         let mut reader = ApiReader::new(self.link.clone(), digest, size);
         let mut hasher = Hasher::default();
@@ -87,7 +88,7 @@ impl ContainerdStore {
                 Ok(bytes) if bytes.is_empty() => return Ok(false),
                 Ok(bytes) => hasher.update(&bytes),
                 Err(error) if error.is_retryable() => return Err(error),
-                // The file is shorter.
+                // The file is shorter than the blob.
                 Err(_) => return Ok(false),
             }
         }
@@ -104,7 +105,7 @@ fn remove_wrong_stray(path: &Path, staging: &Path, digest: Digest) -> io::Result
 }
 
 impl CheckedWriter {
-    /// Commits and checks the result.
+    /// Commits the blob and verifies the result.
     pub(super) async fn finish(
         self,
         proof: &BlobProof,
@@ -122,8 +123,8 @@ impl CheckedWriter {
 }
 
 impl ContainerdStore {
-    /// Whether the folder that is seen here has the blob's file. If not, containerd uses another
-    /// folder.
+    /// Whether the visible folder has the blob's file. A missing file means that containerd uses
+    /// another folder.
     async fn has_file(&self, digest: Digest) -> Result<bool, StoreError> {
         let Some(root) = self.content_root().await? else { return Ok(false) };
         blocking(move || blob_path(&root, digest).exists()).await
@@ -144,7 +145,7 @@ impl BlobWriter for CheckedWriter {
         match self.finish(&proof, remembered).await? {
             CommitOutcome::Blob => Ok(()),
             CommitOutcome::Stray => Err(StoreError::Other(format!(
-                "a stray file of the name of {digest} had other bytes and was removed; the next try writes the blob"
+                "a stray file with the name of {digest} had other bytes and was removed; a retry writes the blob"
             ))),
         }
     }

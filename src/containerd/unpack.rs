@@ -1,9 +1,11 @@
-//! Unpacking layers as containerd's own client does it: a snapshot is prepared on top of the one beneath, the layer is applied to it, and the
-//! result is committed under the layer's chain ID (pkg/rootfs/apply.go; the same services in 1.6, 1.7 and 2). CRI looks for that name when it
-//! makes a container, and unpacks what it does not find.
+//! Unpacks layers like containerd's own client: prepares a snapshot on top of the parent, applies
+//! the layer, and commits the snapshot under the layer's chain ID (pkg/rootfs/apply.go; the same
+//! services in 1.6, 1.7 and 2). CRI looks for that name when it creates a container, and unpacks
+//! missing layers.
 //!
-//! Until an image's configuration has the label for it, the pin holds what is unpacked, a half unpacked layer too. What a process that was
-//! killed leaves is removed at the next start, or else collected when its pin ends.
+//! The pin holds snapshots, partial ones too, until the image's configuration has the label for
+//! them. Leftovers of a killed process are removed at the next start, or collected at the end of
+//! the pin.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::MutexGuard;
@@ -28,7 +30,8 @@ use super::{ContainerdStore, State};
 use crate::oci::{Digest, StackedLayer};
 use crate::ports::{Pin, Snapshots, StoreError, UnpackError, UnpackOutcome, Unpacker};
 
-/// Active snapshots of ours; then a number, a space and the chain ID. containerd's own begin with `extract-` too.
+/// Prefix of the agent's active snapshots, followed by a random number, a space and the chain ID.
+/// Keys of containerd's own client begin with `extract-` too.
 const KEY_PREFIX: &str = "extract-lighterman-";
 
 /// A layer that is being unpacked.
@@ -37,7 +40,7 @@ struct Extraction<'a> {
     snapshotter: &'a str,
     lease: MetadataValue<Ascii>,
     key: String,
-    /// containerd may have an active snapshot of this key.
+    /// containerd may have an active snapshot with this key.
     has_leftover: bool,
 }
 
@@ -64,17 +67,18 @@ impl<'a> Extraction<'a> {
         Ok(Self { store, snapshotter, lease, key, has_leftover: true })
     }
 
-    /// A message that belongs to the pin.
+    /// A request under the pin's lease.
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = self.store.link.request(message);
         request.metadata_mut().insert("containerd-lease", self.lease.clone());
         request
     }
 
-    /// None of the calls has a deadline: to prepare is to copy on some snapshotters, to commit is to count, and to apply takes minutes.
+    /// No call has a deadline. A preparation copies files on some snapshotters, a commit counts
+    /// files, and the application of a layer takes minutes.
     async fn run(&self, layer: &StackedLayer) -> Result<UnpackOutcome, UnpackError> {
-        // Only an error about a blob tells a full disk from other faults. Absence would be that of
-        // a snapshot.
+        // Only `blob_error` detects a full disk. Its other results do not fit: `NotFound` means
+        // that a snapshot is missing, not the blob.
         let link = &self.store.link;
         let failed = |status: Status| match link.blob_error(layer.blob.digest, &status) {
             full @ StoreError::Full(_) => UnpackError::Store(full),
@@ -96,7 +100,8 @@ impl<'a> Extraction<'a> {
             size: layer.blob.size.cast_signed(),
             annotations: HashMap::new(),
         });
-        // Not synced to disk, as CRI's own are not by default: whoever commits a blob would wait for it.
+        // Not synced to disk, like CRI's own snapshots by default: commits of blobs would wait for
+        // the sync.
         let apply = ApplyRequest { diff, mounts, payloads: HashMap::new(), sync_fs: false };
         let applied = DiffClient::new(self.store.link.channel()).apply(self.request(apply)).await.map_err(failed)?;
         let actual = applied.into_inner().applied.unwrap_or_default().digest;
@@ -111,7 +116,7 @@ impl<'a> Extraction<'a> {
         };
         match snapshots.commit(self.request(commit)).await {
             Ok(_) => Ok(UnpackOutcome::Unpacked),
-            // CRI was faster. The pin holds theirs.
+            // CRI committed the snapshot first. The pin holds CRI's snapshot.
             Err(status) if status.code() == Code::AlreadyExists => Ok(UnpackOutcome::AlreadyUnpacked),
             Err(status) => Err(failed(status)),
         }
@@ -120,7 +125,7 @@ impl<'a> Extraction<'a> {
 
 impl State {
     fn being_extracted(&self) -> MutexGuard<'_, HashSet<String>> {
-        self.extracting.lock().expect("nothing panics while it holds the set")
+        self.extracting.lock().expect("no thread panics while it holds the set")
     }
 }
 
@@ -145,8 +150,8 @@ impl ContainerdStore {
         }
     }
 
-    /// Asks every snapshotter that runs, not only CRI's: a RuntimeClass may have a snapshotter of
-    /// its own. Snapshotters that pull lazily commit their snapshots under the chain ID too.
+    /// Looks in every running snapshotter, not only in CRI's: a RuntimeClass may have its own
+    /// snapshotter. Lazily pulling snapshotters commit their snapshots under the chain ID too.
     pub(super) async fn find_snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError> {
         let mut snapshotters = Vec::new();
         for plugin in self.snapshotters().await?.iter() {
@@ -165,9 +170,10 @@ impl ContainerdStore {
         }
     }
 
-    /// Removes every half unpacked layer of ours that nobody here is unpacking: dropped, or left by a process that was killed.
+    /// Removes the agent's partial snapshots without a running unpack call: of dropped calls and of
+    /// killed processes.
     pub(super) async fn sweep_snapshots(&self) -> Result<(), StoreError> {
-        // All that may ever have been CRI's, whether or not CRI answers now.
+        // Every snapshotter that CRI may ever have used, whether or not CRI answers now.
         for plugin in self.snapshotters().await?.iter().filter(|plugin| SUPPORTED.contains(&&*plugin.id)) {
             for key in self.active_snapshots(&plugin.id).await? {
                 let is_extracted = self.state.being_extracted().contains(&key);
@@ -179,7 +185,7 @@ impl ContainerdStore {
         Ok(())
     }
 
-    /// The keys of ours.
+    /// Keys of the agent's active snapshots.
     async fn active_snapshots(&self, snapshotter: &str) -> Result<Vec<String>, StoreError> {
         let failed = |status: Status| self.link.store_error(&status);
         let filters = vec![format!("kind==active,name~=\"^{KEY_PREFIX}\"")];
@@ -187,7 +193,7 @@ impl ContainerdStore {
         let mut answers = self.link.call(self.snapshots().list(self.link.request(list))).await.map_err(failed)?;
         let mut keys = Vec::new();
         while let Some(answer) = with_deadline(MESSAGE_DEADLINE, answers.message()).await.map_err(failed)? {
-            // Whatever a containerd makes of the filter.
+            // Compared again, because filters may differ between versions of containerd.
             keys.extend(answer.info.into_iter().map(|info| info.name).filter(|name| name.starts_with(KEY_PREFIX)));
         }
         Ok(keys)
@@ -207,7 +213,8 @@ impl Unpacker for ContainerdStore {
 
     async fn unpack(&self, layer: &StackedLayer, pin: &Pin) -> Result<UnpackOutcome, UnpackError> {
         let snapshotter = self.supported_snapshotter().await?;
-        // Held before it is looked for: what is there then stays. A lease may name what is not there.
+        // The pin first, then the lookup: a snapshot that is found then stays. A lease may name a
+        // missing snapshot.
         self.add_to_pin(pin, format!("snapshots/{snapshotter}"), layer.chain_id.to_string()).await?;
         if self.has_snapshot(&snapshotter, layer.chain_id).await? {
             return Ok(UnpackOutcome::AlreadyUnpacked);
@@ -219,7 +226,7 @@ impl Unpacker for ContainerdStore {
             Ok(UnpackOutcome::AlreadyUnpacked) | Err(_) => {
                 let removed = self.remove_snapshot(&snapshotter, &extraction.key).await;
                 removed
-                    .inspect_err(|error| tracing::debug!(%error, "a half unpacked layer is left to be swept"))
+                    .inspect_err(|error| tracing::debug!(%error, "a partial snapshot is left for the next sweep"))
                     .is_err()
             }
         };

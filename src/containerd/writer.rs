@@ -1,7 +1,8 @@
-//! Writing a blob through containerd.
+//! Writes a blob through containerd's content API.
 //!
-//! A write is a stream of messages to a *ref*, answered one by one. containerd keeps what was written to a ref that is neither committed nor
-//! aborted; that is of no use here, because nothing of a blob is kept before all of it is proved, so it is thrown away.
+//! A write is a stream of messages to a *ref*, answered one by one. containerd keeps the bytes of a
+//! ref that is neither committed nor aborted. A new write aborts the ref first, because no part of
+//! a blob is kept without a proof of the whole blob.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,46 +26,48 @@ use super::{ContainerdStore, State};
 use crate::oci::{BlobProof, Digest};
 use crate::ports::{BlobMetadata, BlobSink, Pin, StoreError};
 
-/// Every ref of ours begins so; the digest follows.
+/// Prefix of the agent's refs; the digest follows.
 const REF_PREFIX: &str = "lighterman-";
 
-/// The data in one message. containerd refuses messages over 16 MiB; 4 and 8 were no faster (measured on 1.6), and each costs its size in
-/// memory three times over.
+/// Data of one message in bytes. containerd refuses messages over 16 MiB. 4 and 8 MiB were no
+/// faster (measured on 1.6), and each message costs three times its size in memory.
 pub(super) const MESSAGE_SIZE: usize = 1 << 20;
 
-/// Messages that wait to be sent, so that containerd always has one to go on with. They bound a writer's memory, together with
-/// the one being filled and what is in the connection's buffer.
+/// Queued messages, so that containerd always has a next message. Bounds a writer's memory,
+/// together with the message that is being filled and the connection's buffer.
 const IN_FLIGHT: usize = 2;
 
-/// For one message of a stream, either way: a disk that takes no megabyte in half a minute is not going to.
+/// Deadline of one message, in either direction: a disk that takes no megabyte in half a minute has
+/// failed.
 pub(super) const MESSAGE_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Once a stream is cancelled containerd writes out what it has of it: milliseconds, or what a busy disk takes. All pauses
-/// together are two seconds.
+/// Pauses between retries. After a cancelled stream containerd writes its buffered bytes:
+/// milliseconds, or as long as a busy disk takes. All pauses together are two seconds.
 const FIRST_PAUSE: Duration = Duration::from_millis(4);
 const LAST_PAUSE: Duration = Duration::from_millis(1024);
 
-/// Committing syncs the file. What the kernel has not written by then is bounded by its dirty limits, a fifth of memory: some gigabytes at 50 MB/s.
+/// A commit syncs the file. The kernel's dirty limits bound the unwritten bytes by a fifth of
+/// memory: some gigabytes at 50 MB/s.
 const COMMIT_DEADLINE: Duration = Duration::from_secs(120);
 
 pub(super) struct ApiWriter {
     slot: Arc<IngestSlot>,
     size: u64,
-    /// Bytes taken so far, sent or not.
+    /// Accepted bytes, sent or not.
     written: u64,
-    /// Bytes that containerd has confirmed.
+    /// Bytes that containerd confirmed.
     confirmed: u64,
-    /// The next message's data.
+    /// Data of the next message.
     filling: Vec<u8>,
     messages: mpsc::Sender<WriteContentRequest>,
     answers: Streaming<WriteContentResponse>,
 }
 
-/// The right to write a blob, given back when dropped.
+/// Exclusive right to write a blob.
 pub(super) struct IngestSlot {
     store: ContainerdStore,
     digest: Digest,
-    /// containerd may keep something for the ref.
+    /// containerd may have bytes of the ref.
     has_leftover: AtomicBool,
 }
 
@@ -94,21 +97,22 @@ impl Drop for IngestSlot {
 
 impl State {
     fn being_written(&self) -> MutexGuard<'_, HashSet<Digest>> {
-        self.writing.lock().expect("nothing panics while it holds the set")
+        self.writing.lock().expect("no thread panics while it holds the set")
     }
 }
 
-/// A write that was begun.
+/// An open write.
 pub(super) struct WriteStream {
     messages: mpsc::Sender<WriteContentRequest>,
     answers: Streaming<WriteContentResponse>,
-    /// Bytes that containerd says it has. It has all, or none: what it had of a ref of ours was aborted before.
+    /// Bytes that containerd offers: all or none, because the ref was aborted before.
     pub(super) offered: u64,
 }
 
 impl WriteStream {
-    /// Declined, containerd goes on with the file that an attempt before may have left: aborting one to which a copy was offered leaves it.
-    /// Zero bytes now, and the next zero offset empties it.
+    /// Declines the offer with an empty write. containerd then continues with the file of an
+    /// earlier attempt, which an abort leaves if a copy was offered to that attempt. The next
+    /// message has offset 0 and truncates the file.
     async fn decline(&mut self, ask: WriteContentRequest) -> Result<(), Status> {
         let decline = async {
             let _ = self.messages.send(ask).await;
@@ -117,7 +121,7 @@ impl WriteStream {
         with_deadline(MESSAGE_DEADLINE, decline).await.map(|_| ())
     }
 
-    /// Accepts what is offered, with these labels.
+    /// Commits the offered bytes, with these labels.
     pub(super) async fn accept(
         mut self,
         digest: Digest,
@@ -156,14 +160,15 @@ impl ContainerdStore {
         let mut pause = FIRST_PAUSE;
         let stream = loop {
             let mut stream = self.open_write(&slot, size, pin).await?;
-            // Another namespace has the blob, or its file is there without a record, and it is offered unseen.
+            // Another namespace has the blob, or a file has no record: containerd offers the bytes
+            // unverified.
             if stream.offered == 0 {
                 break stream;
             }
             let declined = stream.decline(write_request(WriteAction::Write, digest, size)).await;
             match declined.map_err(|status| self.link.blob_error(digest, &status)) {
                 Ok(()) => break stream,
-                // The offer came before containerd had noticed that the last stream on the ref is gone.
+                // containerd made the offer before detecting the end of the last stream on the ref.
                 Err(StoreError::Busy(_)) if pause <= LAST_PAUSE => sleep(pause).await,
                 Err(error) => return Err(error),
             }
@@ -174,10 +179,10 @@ impl ContainerdStore {
         Ok(ApiWriter { slot, size, written: 0, confirmed: 0, filling, messages, answers })
     }
 
-    /// Begins a write that the pin holds; what was written to the ref before is thrown away.
+    /// Opens a write that the pin holds. Earlier bytes of the ref are deleted.
     ///
     /// # Errors
-    /// [`StoreError::AlreadyThere`] when the whole blob is there; the pin holds it then.
+    /// [`StoreError::AlreadyExists`] when the complete blob exists; the pin then holds the blob.
     pub(super) async fn open_write(&self, slot: &IngestSlot, size: u64, pin: &Pin) -> Result<WriteStream, StoreError> {
         let digest = slot.digest;
         let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
@@ -191,7 +196,7 @@ impl ContainerdStore {
         if opened.as_ref().is_err_and(|status| status.code() == Code::AlreadyExists)
             && self.find_blob(digest).await?.is_none()
         {
-            tracing::warn!(%digest, "containerd has a record of the blob but not its bytes; it is written again");
+            tracing::warn!(%digest, "containerd has a record of the blob, but not its bytes; the blob is written again");
             self.discard_blob(digest, pin).await?;
             opened = open().await;
         }
@@ -205,8 +210,8 @@ impl ContainerdStore {
         }
     }
 
-    /// containerd answers `AlreadyExists` to an expected digest that it has, and adds that blob to the lease in the same
-    /// transaction (metadata/content.go, `Writer`).
+    /// containerd answers `AlreadyExists` to a recorded digest, and adds that blob to the lease in
+    /// the same transaction (metadata/content.go, `Writer`).
     pub(super) async fn open_stream(
         &self,
         digest: Digest,
@@ -219,7 +224,7 @@ impl ContainerdStore {
         if let Some(lease) = lease {
             request.metadata_mut().insert("containerd-lease", lease.clone());
         }
-        // The answer says that the ref is ours.
+        // The answer confirms the lock on the ref.
         let opened = async {
             let mut answers = self.link.content().write(request).await?.into_inner();
             let answer = answers.message().await?.ok_or_else(|| Status::unavailable("the stream ended"))?;
@@ -228,7 +233,8 @@ impl ContainerdStore {
         with_deadline(MESSAGE_DEADLINE, opened).await
     }
 
-    /// What comes of a write that is over: nothing is left at its ref when containerd made the blob, or had it.
+    /// Handles the result of a commit. The ref is empty when containerd made the blob, or had the
+    /// blob before.
     pub(super) async fn finish_commit(
         &self,
         slot: &IngestSlot,
@@ -237,7 +243,8 @@ impl ContainerdStore {
     ) -> Result<(), StoreError> {
         match committed {
             Ok(()) => {}
-            // Somebody else, the kubelet perhaps, was faster. The lease holds it, but the labels that came along were dropped.
+            // Another client, perhaps the kubelet, committed first. The lease holds the blob, but
+            // the labels of this commit are lost.
             Err(status) if status.code() == Code::AlreadyExists => self.add_labels(slot.digest, remembered).await?,
             Err(status) => return Err(self.link.blob_error(slot.digest, &status)),
         }
@@ -246,13 +253,14 @@ impl ContainerdStore {
         Ok(())
     }
 
-    /// Throws away what was written to the ref, if anything.
+    /// Deletes the bytes of the ref, if any.
     pub(super) async fn abort(&self, digest: Digest) -> Result<(), StoreError> {
         let abort = || async {
             let request = self.link.request(AbortRequest { r#ref: ref_of(digest) });
             self.link.call(self.link.content().abort(request)).await
         };
-        // The last stream made a file in the folder while that was being removed. containerd undoes the abort then.
+        // The last stream created a file in the ref's folder during the removal. containerd then
+        // undoes the abort.
         let refilled = |status: &Status| status.code() == Code::Unknown;
         match retry_until_settled(refilled, abort).await {
             Err(status) if status.code() != Code::NotFound => Err(self.link.blob_error(digest, &status)),
@@ -260,7 +268,7 @@ impl ContainerdStore {
         }
     }
 
-    /// Aborts every write of ours that nobody here is writing: left by a dropped writer, or by a process that was killed.
+    /// Aborts the agent's refs without a writer: of dropped writers and of killed processes.
     pub(super) async fn sweep_abandoned(&self) -> Result<(), StoreError> {
         let filters = vec![format!("ref~=\"^{REF_PREFIX}\"")];
         let request = self.link.request(ListStatusesRequest { filters });
@@ -277,7 +285,7 @@ impl ContainerdStore {
     }
 }
 
-/// Tries again while containerd has not noticed yet that the last stream on the ref is gone.
+/// Retries until containerd has detected the end of the last stream on the ref.
 async fn retry_until_settled<T, F: Future<Output = Result<T, Status>>>(
     unsettled: impl Fn(&Status) -> bool,
     attempt: impl Fn() -> F,
@@ -297,14 +305,16 @@ fn ref_of(digest: Digest) -> String {
 }
 
 impl ApiWriter {
-    /// Sends what has been filled, as soon as there is room, and takes the answers that have come meanwhile.
+    /// Sends the filled message as soon as the queue has room, and reads the answers that have
+    /// arrived.
     async fn send(&mut self, action: WriteAction, labels: HashMap<String, String>) -> Result<(), StoreError> {
         let data = std::mem::take(&mut self.filling);
         let message = WriteContentRequest {
             action: action.into(),
             total: self.size.cast_signed(),
             expected: self.slot.digest.to_string(),
-            // Zero on the first one makes containerd forget what another namespace's copy of the blob would offer.
+            // Offset 0 in the first message makes containerd drop the offer of another namespace's
+            // copy.
             offset: (self.written - data.len() as u64).cast_signed(),
             data,
             labels,
@@ -320,7 +330,7 @@ impl ApiWriter {
                             room.send(message);
                             return Ok(());
                         }
-                        // The stream has ended, and its last answer says why.
+                        // The stream has ended; its last answer has the reason.
                         Err(_) => confirm(&mut self.confirmed, self.answers.message().await?)?,
                     },
                 }
@@ -330,7 +340,7 @@ impl ApiWriter {
         sent.map_err(|status| self.slot.store.link.blob_error(self.slot.digest, &status))
     }
 
-    /// Waits until containerd has all bytes, has hashed and synced them, and has made the blob.
+    /// Waits until containerd has received, hashed and synced all bytes and has made the blob.
     async fn wait_committed(&mut self) -> Result<(), Status> {
         let committing = async {
             loop {
@@ -346,7 +356,8 @@ impl ApiWriter {
     }
 }
 
-/// Every message but the last is full, so each answer moves on by that much or ends the blob.
+/// Every message except the last is full, so an answer advances by one full message or ends the
+/// blob.
 fn confirm(confirmed: &mut u64, answer: Option<WriteContentResponse>) -> Result<(), Status> {
     let answer = answer.ok_or_else(|| Status::unavailable("containerd ended the stream before the commit"))?;
     let offset = answer.offset.cast_unsigned();
@@ -356,7 +367,7 @@ fn confirm(confirmed: &mut u64, answer: Option<WriteContentResponse>) -> Result<
         _ => step == Some(MESSAGE_SIZE as u64),
     };
     if !whole {
-        return Err(Status::data_loss(format!("it is at byte {offset} after {confirmed}")));
+        return Err(Status::data_loss(format!("containerd is at byte {offset} after {confirmed}")));
     }
     *confirmed = offset;
     Ok(())
@@ -368,7 +379,8 @@ impl BlobSink for ApiWriter {
         for chunk in chunks {
             let mut rest = &chunk[..];
             while !rest.is_empty() {
-                // Full ones go when there is more: the last one goes with the commit.
+                // A full message is sent when more data follows: the last message goes with the
+                // commit.
                 if self.filling.len() == MESSAGE_SIZE {
                     self.send(WriteAction::Write, HashMap::new()).await?;
                     self.filling.reserve_exact(MESSAGE_SIZE);
@@ -388,7 +400,7 @@ impl BlobSink for ApiWriter {
 }
 
 impl ApiWriter {
-    /// Makes the blob readable; a file that is there already takes its place unseen.
+    /// Makes the blob readable. containerd uses an existing file unverified, see `stray.rs`.
     pub(super) async fn commit(mut self, proof: &BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
         let digest = self.slot.digest;
         if proof.digest() != digest || proof.size() != self.written || self.size != self.written {

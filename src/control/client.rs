@@ -1,4 +1,4 @@
-//! The asking end of the control socket, for the command line.
+//! The client of the control socket, for the command line.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,48 +17,49 @@ use super::{ErrorBody, PullBody};
 use crate::oci::Reference;
 use crate::ports::{PullProgress, Status};
 
-/// Until the agent begins to answer. It answers at once, unless it is stopped or out of processor time.
+/// Deadline for the response's head, and again for the status. The agent answers at once, unless
+/// the process is stopped or out of processor time.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A status that names 512 peers and as many registries, several times over.
+/// Bytes of a status at most: a status with 512 peers and as many registries, several times over.
 const MAX_STATUS: usize = 4 << 20;
 
-/// Progress with 32 names of 253 bytes, twice over.
+/// Bytes of a line at most: progress with 32 names of 253 bytes, twice over.
 const MAX_LINE: usize = 64 << 10;
 
-/// Asks the agent of this node.
+/// A client of this node's agent.
 #[derive(Debug, Clone)]
 pub struct Client {
     socket: PathBuf,
 }
 
-/// Why the agent did not answer as it should.
+/// Why a request to the agent failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens.
+    /// No process listens on the socket.
     #[error("no agent answers at {0}")]
     NoAgent(PathBuf),
-    /// The socket is for root.
+    /// Only root may open the socket.
     #[error("this user may not open {0}")]
     NotAllowed(PathBuf),
-    /// It took the question and does not answer.
+    /// The agent accepted the connection and does not answer.
     #[error("the agent at {0} does not answer")]
     TimedOut(PathBuf),
-    /// It does not do what it was asked.
+    /// The agent rejects the request.
     #[error("the agent refuses: {0}")]
     Rejected(String),
-    /// It went away in the middle, or what it says makes no sense.
+    /// The connection ended early, or the response is malformed.
     #[error("the agent's answer broke off: {0}")]
     Broken(String),
 }
 
 impl Client {
-    /// Asks at this path.
+    /// A client of the socket at this path.
     pub fn new(socket: &Path) -> Self {
         Self { socket: socket.to_owned() }
     }
 
-    /// How the agent is.
+    /// The agent's status.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -69,7 +70,7 @@ impl Client {
         serde_json::from_slice(&body.to_bytes()).map_err(broken)
     }
 
-    /// Asks for an image. Dropping what is returned abandons it.
+    /// Starts a pull. A drop of the result cancels the pull.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -110,7 +111,7 @@ impl Client {
             _ => broken(error),
         })?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
-        // Its error is also the request's, or the body's.
+        // An error of the connection is also the error of the request or of the body.
         let connection = AbortOnDropHandle::new(tokio::spawn(async { drop(connection.await) }));
         let request = Request::builder().method(method).uri(path).header("host", "agent").body(Full::new(body));
         let answer = sender.send_request(request.map_err(broken)?).await.map_err(broken)?;
@@ -122,16 +123,16 @@ fn broken(error: impl std::fmt::Display) -> ClientError {
     ClientError::Broken(error.to_string())
 }
 
-/// A pull under way.
+/// The progress of a pull.
 pub struct PullStream {
     body: Incoming,
-    /// Read, and not yet a whole line.
+    /// Bytes of an incomplete line.
     read: Vec<u8>,
     _connection: AbortOnDropHandle<()>,
 }
 
 impl PullStream {
-    /// The next thing that happened. The caller knows the last one ([`PullProgress::is_last`]) and asks no further.
+    /// The next message. The caller ends after the last message ([`PullProgress::is_last`]).
     ///
     /// # Errors
     /// [`ClientError::Broken`].
@@ -147,7 +148,7 @@ impl PullStream {
             match self.body.frame().await {
                 Some(Ok(frame)) => self.read.extend(frame.into_data().unwrap_or_default()),
                 Some(Err(error)) => return Err(broken(error)),
-                None => return Err(broken("it ended without saying how")),
+                None => return Err(broken("the response ended without an outcome")),
             }
         }
     }

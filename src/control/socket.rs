@@ -1,4 +1,4 @@
-//! The socket's file: made for its owner alone, taken over from a dead agent, removed at the end.
+//! The socket's file: private to its owner, replaced after an agent's crash, removed at the end.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -9,24 +9,24 @@ use std::path::{Path, PathBuf};
 use socket2::{Domain, SockAddr, Type};
 use tokio::net::{UnixListener, UnixStream};
 
-/// As many as are served at a time may wait besides.
+/// As many connections may wait as are served at a time.
 const BACKLOG: i32 = super::MAX_CONNECTIONS as i32;
 
-/// The socket cannot be had.
+/// The socket cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// Another agent of this node answers there.
+    /// Another agent of this node answers on the socket.
     #[error("another agent answers at {0}; two agents must not share a data folder")]
     InUse(PathBuf),
-    /// Something else has its name, which is left alone.
-    #[error("{0} is there and is no socket; remove it, or choose another path")]
+    /// The path is another kind of file, which stays.
+    #[error("{0} exists and is no socket; remove it, or choose another path")]
     NotASocket(PathBuf),
-    /// The system refuses.
+    /// A system call failed.
     #[error("the control socket {path}: {source}")]
     Io {
-        /// Where.
+        /// Path of the socket.
         path: PathBuf,
-        /// Why.
+        /// The error of the call.
         source: io::Error,
     },
 }
@@ -35,7 +35,7 @@ pub enum BindError {
 pub(super) struct ControlSocket {
     pub(super) listener: UnixListener,
     path: PathBuf,
-    /// Device and inode, so that a file that somebody else has put there since is left alone.
+    /// Device and inode: the drop removes no file that another process has created at the path.
     file: (u64, u64),
 }
 
@@ -51,13 +51,13 @@ impl ControlSocket {
 impl Drop for ControlSocket {
     fn drop(&mut self) {
         if inode(&self.path).is_ok_and(|file| file == self.file) {
-            // Left behind, it is replaced by the next agent.
+            // A socket that stays behind is replaced by the next agent.
             let _ = std::fs::remove_file(&self.path);
         }
     }
 }
 
-/// Removes a socket that nobody listens on.
+/// Removes a socket without a listener.
 async fn remove_stale(path: &Path) -> Result<(), BindError> {
     let failed = |source| BindError::Io { path: path.to_owned(), source };
     match std::fs::symlink_metadata(path) {
@@ -73,7 +73,7 @@ async fn remove_stale(path: &Path) -> Result<(), BindError> {
     }
 }
 
-/// Nobody can connect before it listens, and by then its mode is right.
+/// No client can connect before `listen`, and the mode is set before.
 fn bind_owner_only(path: &Path) -> io::Result<(UnixListener, (u64, u64))> {
     let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;

@@ -1,4 +1,4 @@
-//! The socket's file, and clients that behave in every way.
+//! The socket's file, and clients of every behavior.
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
@@ -21,7 +21,7 @@ impl StatusSource for FixedStatus {
     }
 }
 
-/// A served socket in a folder of its own.
+/// A running server with its socket in a temporary folder.
 struct TestControlServer {
     folder: TempDir,
     pulls: mpsc::Receiver<PullRequest>,
@@ -55,12 +55,12 @@ impl TestControlServer {
         Client::new(&socket(&self.folder))
     }
 
-    /// What a client that speaks for itself gets, to the end.
+    /// The complete response to raw bytes of a request.
     async fn raw(&self, request: &str) -> String {
         let mut stream = UnixStream::connect(socket(&self.folder)).await.unwrap();
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
-        // Ends with a reset when the server did not want to read it all.
+        // The server resets a connection whose request it does not read to the end.
         let _ = stream.read_to_string(&mut answer).await;
         answer
     }
@@ -180,7 +180,10 @@ async fn a_malformed_request_is_rejected_with_a_reason() {
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(said), "{status}: {answer}");
     }
     let endless = served.raw(&format!("GET /v1/status HTTP/1.1\r\nx: {}", "a".repeat(MAX_HEADERS))).await;
-    assert!(endless.is_empty() || endless.starts_with("HTTP/1.1 4"), "hung up on, not waited for: {endless}");
+    assert!(
+        endless.is_empty() || endless.starts_with("HTTP/1.1 4"),
+        "the server waits for the end of the headers: {endless}"
+    );
 }
 
 #[tokio::test]
@@ -188,14 +191,14 @@ async fn an_agent_that_accepts_no_pulls_answers_with_an_error() {
     let TestControlServer { folder, pulls, .. } = TestControlServer::start().await;
     drop(pulls);
     let refused = Client::new(&socket(&folder)).pull(&"r.test/a:1".parse().unwrap(), false).await.err().unwrap();
-    assert!(matches!(&refused, ClientError::Rejected(said) if said.contains("no requests")), "{refused}");
+    assert!(matches!(&refused, ClientError::Rejected(said) if said.contains("accepts no requests")), "{refused}");
 }
 
 #[tokio::test]
 async fn a_client_without_an_agent_names_the_path_of_the_socket() {
     let folder = tempfile::tempdir().unwrap();
     let path = socket(&folder);
-    for _ in ["nothing there", "left by a dead agent"] {
+    for _ in ["no file", "left by a dead agent"] {
         let refused = Client::new(&path).status().await.unwrap_err();
         assert!(matches!(&refused, ClientError::NoAgent(looked) if *looked == path), "{refused}");
         drop(UnixListener::bind(&path));
@@ -224,9 +227,10 @@ async fn a_client_that_stops_reading_is_disconnected() {
     let request = format!("POST /v1/pull HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len());
     silent.write_all(request.as_bytes()).await.unwrap();
     let progress = served.pulls.recv().await.unwrap().progress;
-    // More than any buffer in between takes, until nobody listens.
+    // The loop sends more than the buffers between agent and client hold, until the receiver is
+    // closed.
     let flood = async { while progress.send(bytes(1)).await.is_ok() {} };
-    tokio::time::timeout(2 * write_timeout::WRITE_TIMEOUT, flood).await.expect("to be given up");
+    tokio::time::timeout(2 * write_timeout::WRITE_TIMEOUT, flood).await.expect("the pull ends at the write timeout");
     drop(silent);
 }
 

@@ -1,4 +1,4 @@
-//! A connection that is given up when the other side takes nothing for a while, so that a client that stopped reading keeps no place.
+//! A connection with a write timeout, so that a client that stopped reading occupies no slot.
 
 use std::io;
 use std::pin::Pin;
@@ -9,12 +9,12 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::time::{Sleep, sleep};
 
-/// Somebody who stopped the client with Ctrl-Z has come back by then, or will not.
+/// An operator who stops the client with Ctrl-Z for longer loses the pull.
 pub(super) const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(super) struct WriteTimeoutStream {
     stream: UnixStream,
-    /// Runs while a write waits.
+    /// The timeout of the pending write.
     deadline: Option<Pin<Box<Sleep>>>,
 }
 

@@ -1,8 +1,9 @@
-//! Whether a certificate admits the owner of a key: for clusters that have an authority of their own.
+//! Verification of a certificate credential, for clusters that have an authority of their own.
 //!
-//! The node's key stays ed25519 and its name the PeerId. What is shown is a statement, "this PeerId is mine, at this time", signed
-//! with the certificate's private key, and the chain up to the operator's authority. The statement is worth something for an hour and
-//! to that PeerId alone, so that one who copies it gains nothing.
+//! The agent's key stays ed25519, and the agent's name stays the PeerId. The credential is a
+//! statement, "this PeerId is mine, at this time", signed with the certificate's private key, and
+//! the chain up to the operator's authority. A statement is valid for an hour and for that PeerId
+//! alone, so a copied statement is useless to another key.
 
 use std::time::Duration;
 
@@ -16,24 +17,27 @@ use webpki::{EndEntityCert, KeyUsage};
 use crate::model::{Credential, PeerId};
 use crate::ports::LEEWAY;
 
-/// What a statement begins with, after 64 spaces. As in TLS 1.3 (RFC 8446, section 4.4.3) they are there so that nothing that the same
-/// key signs for TLS, of either version, can be taken for a statement.
+/// The beginning of a statement, after 64 spaces. As in TLS 1.3 (RFC 8446, section 4.4.3), the
+/// spaces keep a signature that the same key made for TLS, of either version, from counting as a
+/// statement.
 const CONTEXT: &[u8] = b"lighterman admission by certificate, version 1\0";
 
-/// The first part of the text: which kind of credential, and which version of it.
+/// The first part of the credential's text: kind and version.
 const KIND: &str = "certificate-1";
 
-/// How long a statement is good: as long as a ServiceAccount token.
+/// A statement is valid as long as a ServiceAccount token.
 pub const STATEMENT_LIFE: Duration = Duration::from_secs(3600);
 
-/// Certificates in a chain: the agent's own and three below the authority's. Each costs a signature to verify.
+/// Certificates in a chain: the agent's own and three below the authority's. Each costs one
+/// signature verification.
 pub const MAX_CHAIN: usize = 4;
 
-/// The longest text. What [`crate::wire::Hello`] has room for is 16 KiB, of which a node's name and bincode's lengths take less than
-/// 1 KiB. A certificate has 0.5 to 2 KiB, a third more in base64.
+/// Bytes of a credential at most. [`crate::wire::Hello`] has room for 16 KiB, of which a node's
+/// name and bincode's lengths take less than 1 KiB. A certificate has 0.5 to 2 KiB, a third more in
+/// base64.
 pub const MAX_BYTES: usize = 15 << 10;
 
-/// Who is believed, and what their certificates have to say.
+/// The trusted authorities, and the DNS name that an agent's certificate must carry.
 #[derive(Debug, Clone)]
 pub struct Authority {
     anchors: Vec<TrustAnchor<'static>>,
@@ -41,63 +45,69 @@ pub struct Authority {
     algorithms: WebPkiSupportedAlgorithms,
 }
 
-/// Why a certificate does not admit.
+/// Why a certificate credential is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum CertificateRejection {
-    /// Nothing.
+    /// The credential is empty.
     #[error("no certificate was shown")]
     Absent,
-    /// More than a chain has.
+    /// The credential exceeds [`MAX_CHAIN`] or [`MAX_BYTES`].
     #[error("the chain is longer than {MAX_CHAIN} certificates or {MAX_BYTES} bytes")]
     TooLong,
-    /// Not of this kind, or damaged.
+    /// The credential is of another kind or damaged.
     #[error("not a certificate with a statement")]
     Malformed,
-    /// The statement is old, or was copied long ago.
+    /// The statement is older than [`STATEMENT_LIFE`], perhaps because a peer replays an old
+    /// statement.
     #[error("the statement has expired, or the clocks differ")]
     Expired,
-    /// From the future.
+    /// The statement is from the future.
     #[error("the statement is not valid yet, or the clocks differ")]
     TooEarly,
-    /// Another authority, a certificate that has ended, or one for another purpose.
+    /// The chain ends at another authority, a certificate has expired, or the usage is neither
+    /// client nor server authentication.
     #[error("the certificate is not good for this cluster: {0}")]
     Chain(&'static str),
-    /// Not an agent's.
+    /// The certificate does not carry the name of the agents.
     #[error("the certificate is for another name")]
     Name,
-    /// Another key signed it, or for another PeerId.
+    /// Another key signed the statement, or the statement is for another PeerId.
     #[error("the statement is not signed by the certificate's key for this peer")]
     Signature,
 }
 
-/// A certificate of an authority, or the name that is required, cannot be used.
+/// An authority's certificate or the required name cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct AuthorityError(String);
 
 impl Authority {
-    /// Believes chains that end at one of these certificates, for this DNS name.
+    /// Trusts chains that end at one of `certificates`, for the DNS name `name`.
     ///
     /// # Errors
-    /// [`AuthorityError`] for one that is no certificate, for none at all, and for a name that is none.
+    /// [`AuthorityError`] for a malformed certificate, for no certificate, and for a `name` that is
+    /// no DNS name.
     pub fn new(certificates: &[CertificateDer<'_>], name: &str) -> Result<Self, AuthorityError> {
         let anchor = |certificate| webpki::anchor_from_trusted_cert(certificate).map(|anchor| anchor.to_owned());
         let anchors = certificates.iter().map(anchor).collect::<Result<Vec<_>, _>>();
-        let anchors = anchors.map_err(|error| AuthorityError(format!("no authority's certificate: {error}")))?;
+        let anchors =
+            anchors.map_err(|error| AuthorityError(format!("malformed certificate of an authority: {error}")))?;
         if anchors.is_empty() {
-            return Err(AuthorityError("no certificate of an authority".to_owned()));
+            return Err(AuthorityError("the file has no certificate of an authority".to_owned()));
         }
         let name = ServerName::try_from(name.to_owned()).ok().filter(|name| matches!(name, ServerName::DnsName(_)));
-        let name = name.ok_or_else(|| AuthorityError("the name required of agents is no DNS name".to_owned()))?;
+        let name =
+            name.ok_or_else(|| AuthorityError("the name in the agents' certificates is no DNS name".to_owned()))?;
         Ok(Self { anchors, name, algorithms: aws_lc_rs::default_provider().signature_verification_algorithms })
     }
 
-    /// The signatures that are understood, for the one who signs.
+    /// The signature schemes that [`verify`] accepts; a signer chooses one of these.
     pub fn schemes(&self) -> Vec<SignatureScheme> {
         self.algorithms.mapping.iter().map(|(scheme, _)| *scheme).collect()
     }
 
-    /// The chain leads to us, is valid now, and is an agent's.
+    /// Checks that the chain leads to a trusted authority, is valid now, and carries the agents'
+    /// name.
     fn check_chain(
         &self,
         own: &EndEntityCert<'_>,
@@ -108,30 +118,30 @@ impl Authority {
             let now = UnixTime::since_unix_epoch(now);
             own.verify_for_usage(self.algorithms.all, &self.anchors, above, now, usage, None, None).map(drop)
         };
-        // Agents are both; issuers often allow only one of the two.
+        // An agent is client and server; issuers often allow only one of the two usages.
         let trusted = match trusted(KeyUsage::client_auth()) {
             Err(webpki::Error::RequiredEkuNotFoundContext(_)) => trusted(KeyUsage::server_auth()),
             decided => decided,
         };
         trusted.map_err(|error| {
             CertificateRejection::Chain(match error {
-                webpki::Error::CertExpired { .. } => "it has expired",
-                webpki::Error::CertNotValidYet { .. } => "it is not valid yet",
-                webpki::Error::UnknownIssuer => "another authority issued it",
-                webpki::Error::RequiredEkuNotFoundContext(_) => "it is for another purpose",
-                _ => "it does not lead to the authority",
+                webpki::Error::CertExpired { .. } => "a certificate has expired",
+                webpki::Error::CertNotValidYet { .. } => "a certificate is not valid yet",
+                webpki::Error::UnknownIssuer => "another authority issued the certificate",
+                webpki::Error::RequiredEkuNotFoundContext(_) => "a certificate is for another purpose",
+                _ => "the chain does not lead to the authority",
             })
         })?;
         own.verify_is_valid_for_subject_name(&self.name).map_err(|_| CertificateRejection::Name)
     }
 }
 
-/// What is signed: the context, the PeerId, and the second.
+/// The bytes that are signed: context, PeerId, and seconds since 1970.
 pub fn statement(peer: PeerId, issued: Duration) -> Vec<u8> {
     [&[b' '; 64], CONTEXT, &peer.to_multihash(), &issued.as_secs().to_be_bytes()].concat()
 }
 
-/// The credential, from its parts.
+/// The text of a credential: kind, second, scheme, signature and chain, joined by dots.
 pub fn encode_credential(
     issued: Duration,
     scheme: SignatureScheme,
@@ -142,7 +152,6 @@ pub fn encode_credential(
     Credential::new(chain.iter().fold(head, |text, certificate| format!("{text}.{}", BASE64.encode(certificate))))
 }
 
-/// A credential's parts.
 struct ParsedCredential {
     issued: Duration,
     scheme: SignatureScheme,
@@ -167,7 +176,7 @@ fn parse_credential(text: &str) -> Result<ParsedCredential, CertificateRejection
     let bytes = |part: &str| BASE64.decode(part).map_err(|_| CertificateRejection::Malformed);
     let signature = bytes(next()?)?;
     let own = CertificateDer::from(bytes(next()?)?);
-    // One more than is allowed, so that what is longer is seen.
+    // One certificate more than [`MAX_CHAIN`] allows is read, so a longer chain is detected.
     let above = parts.take(MAX_CHAIN).map(|part| Ok(bytes(part)?.into())).collect::<Result<Vec<_>, _>>()?;
     if above.len() == MAX_CHAIN {
         Err(CertificateRejection::TooLong)
@@ -176,10 +185,11 @@ fn parse_credential(text: &str) -> Result<ParsedCredential, CertificateRejection
     }
 }
 
-/// Whether `text` admits `peer`; until when, since 1970. A certificate that ends sooner is noticed with the next statement.
+/// Verifies that `text` admits `peer`, and returns the end of the statement's life, since 1970. A
+/// certificate may expire before that end; the peer's next statement is then rejected.
 ///
 /// # Errors
-/// The first [`Flaw`] found.
+/// The first [`CertificateRejection`] found.
 pub fn verify(
     text: &str,
     peer: PeerId,

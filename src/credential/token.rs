@@ -1,7 +1,7 @@
-//! Whether a ServiceAccount token admits the owner of a key. Pure: keys and `now` are arguments.
+//! Verification of a ServiceAccount token. Pure: keys and `now` are arguments.
 //!
-//! The token's audience is the key's own name, the PeerId that the TLS handshake has proved; so a token that was stolen from one
-//! agent is of no use to another key.
+//! The token's audience is the PeerId that the TLS handshake proved, so a token stolen from one
+//! agent is useless to another key.
 
 use std::time::Duration;
 
@@ -14,26 +14,28 @@ use serde::Deserialize;
 use crate::model::{NodeName, PeerId};
 use crate::ports::LEEWAY;
 
-/// What agents ask for, and the longest life that a token may have: what was stolen is useless after it. API servers that extend lives
-/// to a year (`--service-account-extend-token-expiration`) do so for tokens that are for themselves, asked for with exactly 3607 s.
+/// The life that agents request for a token, and the longest life that is accepted; a stolen token
+/// is useless after that. API servers extend lives to a year
+/// (`--service-account-extend-token-expiration`) only for tokens of the API server's own audience,
+/// requested with exactly 3607 s.
 pub const MAX_LIFE: Duration = Duration::from_secs(3600);
 
-/// The longest name or UID of a pod that is taken: Kubernetes' names have 253 bytes at most, UIDs 36.
+/// Bytes of a pod's name or UID at most. Kubernetes' names have at most 253 bytes, UIDs 36.
 const MAX_NAME: usize = 253;
 
-/// What [`crate::wire::Hello`] has room for. A ServiceAccount token has 1 to 2 KiB.
+/// [`crate::wire::Hello`] has room for this much. A ServiceAccount token has 1 to 2 KiB.
 const MAX_BYTES: usize = 16 << 10;
 
-/// The keys that a cluster signs its tokens with, and the name that it signs in.
+/// The keys with which a cluster signs tokens, and the issuer.
 #[derive(Debug, Clone)]
 pub struct ClusterKeys {
-    /// The `iss` of its tokens.
+    /// The `iss` claim of the cluster's tokens.
     pub issuer: String,
-    /// A handful: the one that it signs with, and those before it.
+    /// A few keys: the current signing key and earlier keys.
     pub keys: Vec<ClusterKey>,
 }
 
-/// One of them, tied to the one algorithm that it is for.
+/// A published key, bound to one algorithm.
 #[derive(Debug, Clone)]
 pub struct ClusterKey {
     id: String,
@@ -41,92 +43,93 @@ pub struct ClusterKey {
     key: DecodingKey,
 }
 
-/// Whose tokens admit.
+/// The ServiceAccount whose tokens are accepted.
 #[derive(Debug, Clone)]
 pub struct Expectations {
-    /// Where the agents run.
+    /// The namespace of the agents.
     pub k8s_namespace: String,
-    /// What they run as.
+    /// The ServiceAccount of the agents.
     pub service_account: String,
 }
 
 impl Expectations {
-    /// How the API server calls the agents.
+    /// The user name of the agents, as the API server writes it.
     pub fn user(&self) -> String {
         format!("system:serviceaccount:{}:{}", self.k8s_namespace, self.service_account)
     }
 }
 
-/// What a good token says about the one who shows it.
+/// The claims of a verified token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claims {
-    /// The pod that the token dies with.
+    /// The pod to which the token is bound.
     pub pod_name: String,
-    /// Its UID.
+    /// The UID of that pod.
     pub pod_uid: String,
-    /// Its node, which API servers tell from Kubernetes 1.30 on.
+    /// The node of that pod. API servers include the node from Kubernetes 1.30 on.
     pub node: Option<NodeName>,
-    /// When the token ends, since 1970.
+    /// The end of the token, since 1970.
     pub expires: Duration,
 }
 
 impl Claims {
-    /// Whether the token has ended, as far as clocks can be trusted.
+    /// Whether the token has expired by more than [`LEEWAY`].
     pub fn is_expired(&self, now: Duration) -> bool {
         self.expires.saturating_add(LEEWAY) < now
     }
 }
 
-/// Why a token does not admit. Nothing of the token is repeated.
+/// Why a token is rejected. The texts repeat nothing of the token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TokenRejection {
-    /// Nothing.
+    /// The token is empty.
     #[error("no token was shown")]
     Absent,
-    /// More than a token has.
+    /// The token has more than 16 KiB.
     #[error("the token is longer than {MAX_BYTES} bytes")]
     TooLong,
-    /// No JWS in compact form, or not with the claims of a ServiceAccount.
+    /// The token is no JWS in compact form, or lacks the claims of a ServiceAccount.
     #[error("not a signed ServiceAccount token")]
     Malformed,
-    /// The key decides which one is right.
-    #[error("the token is signed with another algorithm than its key is for")]
+    /// The header names another algorithm than the key's.
+    #[error("the token is signed with another algorithm than the key's")]
     Algorithm,
-    /// It may be a new one.
+    /// The cluster may have a new key.
     #[error("the token is signed with a key that this cluster does not publish")]
     UnknownKey,
-    /// Forged, or damaged.
+    /// The token is forged or damaged.
     #[error("the token's signature is wrong")]
     Signature,
-    /// Or the issuer has been renamed.
+    /// The token is from another cluster, or this cluster's issuer was renamed.
     #[error("the token is another cluster's")]
     Issuer,
-    /// Whoever shows it is not the one it was made for.
+    /// The audience is not the PeerId of the connected key.
     #[error("the token is for another peer")]
     Audience,
-    /// Not an agent.
+    /// The token is not an agent's.
     #[error("the token is of another ServiceAccount")]
     Subject,
-    /// All else is as it should be.
+    /// All other checks passed.
     #[error("the token has expired, or the clocks differ")]
     Expired,
-    /// From the future.
+    /// `nbf` or `iat` is in the future.
     #[error("the token is not valid yet, or the clocks differ")]
     TooEarly,
-    /// More than agents ask for.
+    /// The token lives longer than [`MAX_LIFE`].
     #[error("the token lives longer than {} s", MAX_LIFE.as_secs())]
     LivesTooLong,
-    /// It would outlive every pod.
+    /// A token without a pod would stay valid after the pod's end.
     #[error("the token is not bound to a pod")]
     Unbound,
 }
 
 impl ClusterKey {
-    /// Takes a published key, unless it is of a kind that nothing here verifies, or is not for signatures.
+    /// Accepts a published key for signatures, of a supported kind.
     ///
-    /// A symmetric key is never taken: whoever could read it could sign. ES512 (P-521), which API servers can be set to, is not taken
-    /// either: jsonwebtoken does not know it, and a second verifier beside it for the rarest of keys would be more to get wrong than it
-    /// is worth. Such a cluster uses certificates.
+    /// A symmetric key is never accepted, because every reader of the key could sign. ES512
+    /// (P-521), which API servers can be set to, is not accepted either: jsonwebtoken does not
+    /// support ES512, and a second verifier for the rarest of keys adds more risk than use. Such a
+    /// cluster uses certificates.
     pub fn from_jwk(jwk: &Jwk) -> Option<Self> {
         let common = &jwk.common;
         if common.public_key_use.as_ref().is_some_and(|use_| *use_ != PublicKeyUse::Signature) {
@@ -152,10 +155,10 @@ impl ClusterKey {
     }
 }
 
-/// Whether `token` admits `peer`.
+/// Verifies that `token` admits `peer`.
 ///
 /// # Errors
-/// The first [`Flaw`] found; [`Flaw::Expired`] is looked for last.
+/// The first [`TokenRejection`] found; [`TokenRejection::Expired`] is checked last.
 pub fn verify(
     token: &str,
     peer: PeerId,
@@ -167,10 +170,10 @@ pub fn verify(
     if claims.is_expired(now) { Err(TokenRejection::Expired) } else { Ok(claims) }
 }
 
-/// As [`verify`], but a token that has ended is no less good: the caller looks at [`Claims::is_over`].
+/// As [`verify`], but accepts an expired token: the caller checks [`Claims::is_expired`].
 ///
 /// # Errors
-/// Any [`Flaw`] but [`Flaw::Expired`].
+/// Any [`TokenRejection`] except [`TokenRejection::Expired`].
 pub fn verify_ignoring_expiry(
     token: &str,
     peer: PeerId,
@@ -205,22 +208,23 @@ pub fn verify_ignoring_expiry(
     Ok(Claims { pod_name: pod.name, pod_uid: pod.uid, node, expires: Duration::from_secs(exp) })
 }
 
-/// Checks the signature; what the token says is looked at afterwards only.
+/// Verifies the signature before any claim is used.
 fn verify_signature(token: &str, keys: &[ClusterKey]) -> Result<Payload, TokenRejection> {
     match token.len() {
         0 => return Err(TokenRejection::Absent),
         1..=MAX_BYTES => {}
         _ => return Err(TokenRejection::TooLong),
     }
-    // An algorithm that is unknown here, `none` among them, makes the header malformed.
+    // An algorithm unknown to jsonwebtoken, such as `none`, makes the header malformed.
     let header = decode_header(token).map_err(|_| TokenRejection::Malformed)?;
-    // No extension that must be understood is (RFC 7515, section 4.1.11).
+    // RFC 7515, section 4.1.11: a verifier rejects critical extensions that are not supported. None
+    // is.
     if header.crit.is_some() {
         return Err(TokenRejection::Malformed);
     }
     let id = header.kid.ok_or(TokenRejection::UnknownKey)?;
     let key = keys.iter().find(|key| key.id == id).ok_or(TokenRejection::UnknownKey)?;
-    // The key decides which algorithm is right, never the token.
+    // The key determines the algorithm, never the token.
     if header.alg != key.algorithm {
         return Err(TokenRejection::Algorithm);
     }
@@ -235,7 +239,7 @@ fn verify_signature(token: &str, keys: &[ClusterKey]) -> Result<Payload, TokenRe
     Ok(opened.claims)
 }
 
-/// The claims of a ServiceAccount token, as API servers issue it for a TokenRequest.
+/// The claims of a ServiceAccount token, as API servers issue tokens for a TokenRequest.
 #[derive(Deserialize)]
 struct Payload {
     iss: String,
@@ -267,7 +271,7 @@ struct BoundPod {
     uid: String,
 }
 
-/// One or many (RFC 7519, section 4.1.3).
+/// A single string or a list (RFC 7519, section 4.1.3).
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Audience {

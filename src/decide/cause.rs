@@ -1,50 +1,50 @@
-//! What the kubelet's words say about a missing image: why it is missing, and which image that is.
+//! The cause of a missing image, read from the kubelet's messages, and the image that is missing.
 //!
-//! The grammar of the messages stands in `message`.
+//! `kubelet_message` has the grammar of the messages.
 
 mod kubelet_message;
 
 use crate::model::{ContainerView, OutageKind, PodView, PullPolicy, WaitingState};
 use crate::oci::Reference;
 
-/// Why the kubelet has no image, as far as its words tell.
+/// Why the kubelet has no image, as far as its messages say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Cause {
-    /// The registry cannot be reached, or answers that the fault is its own.
+    /// The registry is unreachable, or reports an error of its own.
     Unavailable(OutageKind),
-    /// The registry's token server fails. The registry itself may be well.
+    /// The registry's token server fails. The registry itself may be healthy.
     TokenServer,
-    /// A proxy between this node and the registry refuses, or fails.
+    /// A proxy between this node and the registry refuses or fails.
     Proxy,
     /// The registry answers 429.
     RateLimited,
-    /// The registry does not have the image, or no longer: 404, 410, 451.
+    /// The registry does not have the image, or no longer has the image: 404, 410, 451.
     NotFound,
-    /// The registry refuses the image to these credentials: 401, 403. Never bypassed.
+    /// The registry denies the image to these credentials: 401, 403. Never bypassed.
     Denied,
-    /// The registry gave the manifest and its storage refuses a blob: 403.
+    /// The registry served the manifest, and its storage denies a blob: 403.
     StorageDenied,
-    /// The registry sent bytes that are not those of the digest, or too few.
+    /// The registry sent too few bytes, or bytes that do not match the digest.
     BadBytes,
     /// Content of this node is missing or damaged.
     MissingContent,
-    /// The kubelet was told never to pull; an import cures it.
+    /// The pod has `imagePullPolicy: Never`; an import cures this cause.
     NeverPull,
     /// The kubelet's own limit of pulls.
     KubeletLimit,
-    /// Another fault of this node: its disk, its runtime. No registry is to blame.
+    /// Another fault of this node, such as its disk or its runtime. No registry is at fault.
     Local,
-    /// Nothing has failed yet, but the registry is known to be down and the image is not here.
+    /// No pull has failed yet, the registry is known to be down, and the image is not here.
     KnownOutage,
-    /// The kubelet has been pulling for so long that the pull counts as stalled.
+    /// The kubelet's pull has lasted so long that the pull counts as stalled.
     Stalled,
-    /// The message says why and this program cannot read it.
+    /// The message has a cause, and no rule here matches the message.
     NotUnderstood,
 }
 
-/// Whether the container waits for an image at all, whatever the cause.
+/// Whether the container waits for an image, for any cause.
 ///
-/// The kubelet's reasons (kubelet `images` package). Not in the list on purpose:
+/// The list has the kubelet's reasons (kubelet `images` package). Deliberately not in the list:
 /// `InvalidImageName`, `SignatureValidationFailed`, `CrashLoopBackOff`,
 /// `CreateContainerConfigError`.
 pub fn waits_for_image(container: &ContainerView) -> bool {
@@ -55,15 +55,15 @@ pub fn waits_for_image(container: &ContainerView) -> bool {
     })
 }
 
-/// Whether the kubelet has not come to the container yet, as far as its status shows. The image may
-/// be queued for, or being pulled.
+/// Whether the status shows no work of the kubelet on the container yet. The image may wait in the
+/// pull queue, or may be pulled now.
 pub fn is_pending(container: &ContainerView) -> bool {
     let reasons = ["", "ContainerCreating", "PodInitializing"];
     container.waiting.as_ref().is_some_and(|waiting| reasons.contains(&waiting.reason.as_str()))
 }
 
-/// The image that a waiting container waits for, and when the kubelet pulls it: its own, or that of
-/// a volume, when the message is about that.
+/// The image that a container waits for, with its pull policy: the container's image, or the image
+/// of a volume that the message names.
 pub fn failing_image<'a>(pod: &'a PodView, container: &'a ContainerView) -> (&'a str, PullPolicy) {
     let message = container.waiting.as_ref().map_or("", |waiting| waiting.message.as_str());
     let is_about = |image: &str| names_image(message, image);
@@ -74,7 +74,7 @@ pub fn failing_image<'a>(pod: &'a PodView, container: &'a ContainerView) -> (&'a
     }
 }
 
-/// Whether a message has the image in it, as it was written or in full, as a whole word.
+/// Whether a message has the image as a whole word, as written in the pod or in full.
 pub fn names_image(message: &str, image: &str) -> bool {
     let in_full = image.parse::<Reference>().map(|reference| reference.to_string());
     let mut words = message.split(|c: char| c.is_whitespace() || matches!(c, '"' | '\\' | ',' | ';'));
@@ -84,12 +84,12 @@ pub fn names_image(message: &str, image: &str) -> bool {
     })
 }
 
-/// Reads the cause out of the kubelet's words; `None` while they do not name one.
+/// The cause in the kubelet's message; `None` while the message has none.
 pub fn classify(waiting: &WaitingState) -> Option<Cause> {
     match waiting.reason.as_str() {
         "ErrImageNeverPull" => Some(Cause::NeverPull),
         "CreateContainerError" => is_missing_content(&waiting.message).then_some(Cause::MissingContent),
-        // The runtime itself named the cause; its words say how.
+        // The runtime itself reports this reason; its message has the details.
         "RegistryUnavailable" => match kubelet_message::classify(&waiting.message) {
             None | Some(Cause::NotUnderstood) => Some(Cause::Unavailable(OutageKind::Refused)),
             said => said,
@@ -98,24 +98,23 @@ pub fn classify(waiting: &WaitingState) -> Option<Cause> {
     }
 }
 
-/// Reads the cause out of an Event of the kubelet, where the Event is about a failed pull.
+/// The cause in a kubelet Event about a failed pull; `None` for other Events.
 pub fn classify_event(message: &str) -> Option<Cause> {
     message.starts_with("Failed to pull image").then(|| kubelet_message::classify(message)).flatten()
 }
 
-/// Whether an Event of the kubelet says that the kubelet begins to pull the image, or to wait for
-/// its turn: the kubelet writes the Event before the pull joins its queue.
+/// Whether a kubelet Event says that a pull of the image begins or is queued: the kubelet writes
+/// this Event before the pull joins the queue.
 pub fn is_pulling(message: &str, image: &str) -> bool {
     message.starts_with("Pulling image") && names_image(message, image)
 }
 
-/// Whether a message about a failed pull names another host than the registry's own, as where
-/// containerd's `hosts.toml` names mirrors.
+/// Whether a message about a failed pull names a host other than the registry's own, such as a
+/// mirror in containerd's `hosts.toml`.
 ///
-/// containerd adds `ns=REGISTRY` to every request that goes to a host which is not the reference's
-/// own.
+/// containerd adds `ns=REGISTRY` to every request to another host than the reference's own.
 pub fn names_another_host(message: &str, registry: &str) -> bool {
-    // Docker Hub's registry has another name than its images.
+    // The host name of Docker Hub's registry differs from the registry in the names of its images.
     let own = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
     let after_scheme = message.split("://").skip(1);
     let mut manifests =
@@ -123,9 +122,9 @@ pub fn names_another_host(message: &str, registry: &str) -> bool {
     manifests.any(|url| url.contains("?ns=") || url.split('/').next().is_some_and(|host| host != own))
 }
 
-/// The image that a sandbox could not be made for want of, and why. The pod shows nothing but an
-/// Event of reason `FailedCreatePodSandBox`. containerd up to 2.2 writes `failed to get sandbox image
-/// "IMAGE"` in front of the failed pull, containerd from 2.3 on the failed pull alone.
+/// The image that the kubelet needs for a sandbox and cannot pull, with the cause. The pod shows
+/// only an Event of reason `FailedCreatePodSandbox`. containerd up to 2.2 writes `failed to get
+/// sandbox image "IMAGE"` before the failed pull, containerd from 2.3 on only the failed pull.
 pub fn missing_sandbox_image(message: &str) -> Option<(Reference, Cause)> {
     let said = message.strip_prefix("Failed to create pod sandbox")?;
     let frames = ["failed to get sandbox image \"", "failed to pull image \""];
@@ -134,8 +133,8 @@ pub fn missing_sandbox_image(message: &str) -> Option<(Reference, Cause)> {
     Some((image.parse().ok()?, kubelet_message::classify(rest)?))
 }
 
-/// Whether a container cannot be created because content of its image is missing or damaged. The
-/// same reason covers everything else that keeps a container from being created.
+/// Whether the kubelet cannot create a container because content of its image is missing or
+/// damaged. The reason `CreateContainerError` covers all other obstacles too.
 fn is_missing_content(text: &str) -> bool {
     let is_about_content =
         ["unpack", "content", "rootfs", "failed to get image"].iter().any(|word| text.contains(word));
@@ -207,7 +206,7 @@ mod tests {
         }
     }
 
-    /// Whether the reading of a row of `messages.tsv` covers the cause.
+    /// Whether the reading in a row of `messages.tsv` covers the cause.
     fn matches_column(reading: &str, cause: Option<Cause>) -> bool {
         match cause {
             Some(Cause::Unavailable(_)) => reading == "unavailable",
@@ -231,7 +230,7 @@ mod tests {
         let (mut read, mut wrong) = (0, Vec::new());
         for row in rows {
             let columns: Vec<_> = row.splitn(5, '\t').collect();
-            let [reading, version, reason, _, message] = columns[..] else { panic!("five columns: {row}") };
+            let [reading, version, reason, _, message] = columns[..] else { panic!("a row has five columns: {row}") };
             let waiting = waiting(reason, message);
             match classify(&waiting) {
                 cause if matches_column(reading, cause) => read += 1,

@@ -1,8 +1,8 @@
-//! Who does what should happen once: candidates ranked by hash, a Lease as advice.
+//! Claims on work that should happen once: candidates ranked by hash, with a Lease as advice.
 //!
-//! A claim never stands in the way of content: it is lost, stolen or unreachable without harm, because what is fetched is
-//! addressed by its digest. It names the node that leads a recovery, and the one that brings an image into a zone ([`ZoneLeader`]);
-//! nobody waits for it.
+//! A claim never blocks content. A claim may be lost, stolen or unreachable without harm, because
+//! content is addressed by its digest. Claims name the node that leads a recovery and the zone
+//! leader ([`ZoneLeader`]); no recovery waits for a claim.
 
 mod zone_leader;
 
@@ -14,33 +14,37 @@ use crate::oci::Digest;
 
 pub use zone_leader::{RENEW_INTERVAL, ZoneLeader, zone_claim};
 
-/// How long a claim holds without renewal. Longer than a slow API server's answer, short enough that a dead holder does not
-/// matter for long; also what the Lease says of itself.
+/// Life of a claim without renewal, also written into the Lease. Longer than the answer of a slow
+/// API server, and short enough that a dead holder matters only briefly.
 pub const LEASE_DURATION: Duration = Duration::from_secs(15);
 
-/// How far apart candidates try. An API server that answers within 50 ms then sees two or three writes for one digest, one that takes a
-/// second forty; at any size of the cluster, because whoever comes later reads that somebody holds it.
+/// Delay between the attempts of two ranks. An API server that answers within 50 ms gets two or
+/// three writes per digest; a server that needs a second gets forty. The size of the cluster does
+/// not matter, because later candidates read that the Lease is held.
 const DELAY_PER_RANK: Duration = Duration::from_millis(25);
 
-/// What to do about a Lease.
+/// The next step towards a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LeaseStep {
-    /// There is none: make it.
+    /// No Lease exists: create the Lease.
     Create,
-    /// It is ours, or its holder let it expire: write it, if it is still this version.
+    /// The Lease is ours, or its holder let the Lease expire: update the Lease if the version is
+    /// still this one.
     Update(LeaseVersion),
-    /// Somebody else holds it.
+    /// Another node holds the Lease.
     Skip,
 }
 
-/// How long a candidate waits before it looks at the Lease: by its rank among everybody, because who else wants the digest is not known.
+/// Wait of a candidate before reading the Lease. The rank is among all peers, because the peers
+/// that want the digest are unknown.
 pub fn claim_delay(me: PeerId, digest: Digest, others: &[PeerId]) -> Duration {
     let mine = rendezvous(&[me], digest);
     let rank = others.iter().filter(|&&other| other != me && rendezvous(&[other], digest) < mine).count();
     DELAY_PER_RANK.saturating_mul(u32::try_from(rank).unwrap_or(u32::MAX))
 }
 
-/// What the Lease that was read asks for. A clock that is wrong by less than [`LEASE_DURATION`] only makes a second holder, which is harmless.
+/// The step that follows from the Lease as read. A clock error below [`LEASE_DURATION`] only makes
+/// a second holder, which is harmless.
 pub fn lease_step(read: Option<&LeaseSnapshot>, me: &NodeName, now: SystemTime) -> LeaseStep {
     let Some(lease) = read else { return LeaseStep::Create };
     let mine = lease.holder.as_deref() == Some(me.as_str());
@@ -68,11 +72,15 @@ mod tests {
         assert_eq!(lease_step(None, &me, now), LeaseStep::Create);
         assert_eq!(lease_step(Some(&lease(Some("n1"), 1, now)), &me, now), update);
         assert_eq!(lease_step(Some(&lease(Some("n2"), 1, now)), &me, now), LeaseStep::Skip);
-        assert_eq!(lease_step(Some(&lease(Some("n2"), 15, now)), &me, now), LeaseStep::Skip, "to the second");
+        assert_eq!(
+            lease_step(Some(&lease(Some("n2"), 15, now)), &me, now),
+            LeaseStep::Skip,
+            "exactly at the end of its life"
+        );
         assert_eq!(lease_step(Some(&lease(Some("n2"), 16, now)), &me, now), update);
         assert_eq!(lease_step(Some(&lease(None, 1, now)), &me, now), update);
         let ahead = LeaseSnapshot { renewed: Some(now + Duration::from_secs(60)), ..lease(Some("n2"), 0, now) };
-        assert_eq!(lease_step(Some(&ahead), &me, now), LeaseStep::Skip, "a clock that runs ahead");
+        assert_eq!(lease_step(Some(&ahead), &me, now), LeaseStep::Skip, "the holder's clock runs ahead");
     }
 
     #[test]

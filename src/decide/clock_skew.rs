@@ -1,55 +1,54 @@
-//! How far this node's clock is from the API server's, and when that has to be said.
+//! The skew of this node's clock against the API server's clock, and when the skew is reported.
 //!
-//! An HTTP answer's `Date` has whole seconds, and the answer travels, so one answer gives bounds of
-//! the difference and not the difference. The part that is certain counts: the bound next to zero.
+//! An HTTP answer's `Date` has whole seconds, and the answer travels. So one answer gives bounds of
+//! the skew and not the skew. The certain part counts: the bound next to zero.
 
 use std::time::{Duration, Instant};
 
-/// Two nodes' clocks, and the API server's, may differ by so much: a verdict is void this long
-/// after the end that the credential names.
+/// The difference that is allowed between two nodes' clocks, or a node's and the API server's. A
+/// verdict is void this long after the end that the credential names.
 pub const LEEWAY: Duration = Duration::from_secs(60);
 
-/// A difference that is said. A node that is behind the API server by more than [`LEEWAY`] refuses
+/// The skew that is reported. A node that is behind the API server by more than [`LEEWAY`] rejects
 /// fresh tokens of peers. Certificates of `agent.admission=certificate` have the time of the node
 /// that made them, and two nodes may be off in opposite directions, hence half. Claims suffer
 /// earlier: a Lease holds for 15 s, and a node further ahead takes the Leases of others for
 /// expired. A second holder of a claim does no harm, so 15 s are no reason for a warning.
 pub const MAX_SKEW: Duration = Duration::from_secs(LEEWAY.as_secs() / 2);
 
-/// A difference below which all is said to be well again: far enough below the other, so that a
-/// clock at the limit is not reported twice.
+/// The skew below which the clock counts as right again. The distance to [`MAX_SKEW`] keeps a clock
+/// at the limit from being reported twice.
 const CLEARED_BELOW: Duration = Duration::from_secs(20);
 
-/// Answers in a row that have to agree. One may be a clock that was set while the answer came.
+/// Answers in a row that have to agree: the clock may have been set during one of them.
 const SAMPLES_TO_CHANGE: u32 = 2;
 
-/// Between two questions. A clock without time service loses or gains a second in hours to days; a
-/// wrong one is set at the start of a node. A thousand agents ask three times in two seconds.
+/// Interval of requests. A clock without time service loses or gains a second in hours to days; a
+/// wrong clock is set at the start of a node. A thousand agents send three requests in two seconds.
 const INTERVAL: Duration = Duration::from_secs(600);
 
-/// Between two questions where the last answer and the state disagree, and after a failure.
+/// Interval of requests after a failure, and after an answer that contradicts the state.
 const RETRY_INTERVAL: Duration = Duration::from_secs(30);
 
-/// The clock stepped while the answer came when this clock and the monotonic clock differ by so
-/// much.
+/// This clock and the monotonic clock differ by so much when the clock stepped during a request.
 const MAX_STEP: Duration = Duration::from_secs(1);
 
 /// One answer of the API server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClockSample {
-    /// This node's clock when the question was sent, since 1970.
+    /// This node's clock when the request was sent, since 1970.
     pub sent: Duration,
-    /// The time from then to the answer, by the monotonic clock.
+    /// Time from the request to the answer, by the monotonic clock.
     pub took: Duration,
-    /// This node's clock when the answer was here, since 1970.
+    /// This node's clock when the answer arrived, since 1970.
     pub received: Duration,
     /// The API server's clock, since 1970, cut to whole seconds.
     pub date: Duration,
 }
 
 impl ClockSample {
-    /// Seconds that this node's clock is ahead (above zero) or behind (below zero) for certain;
-    /// `None` where this node's clock stepped meanwhile.
+    /// Seconds by which this node's clock is certainly ahead (above zero) or behind (below zero);
+    /// `None` if this node's clock stepped meanwhile.
     pub fn certain_seconds(&self) -> Option<f64> {
         let elapsed = self.received.checked_sub(self.sent)?;
         if elapsed.abs_diff(self.took) > MAX_STEP {
@@ -70,39 +69,39 @@ pub enum ClockChange {
     Corrected,
 }
 
-/// The difference of the clocks over time.
+/// The skew over time.
 #[derive(Debug, Clone)]
 pub struct ClockSkew {
     due: Instant,
     seconds: Option<f64>,
     is_skewed: bool,
-    /// Answers in a row against the state.
+    /// Answers in a row that contradict the state.
     contradicting_samples: u32,
 }
 
 impl ClockSkew {
-    /// Asks first within a few seconds. `jitter` from 0 to 1.
+    /// The first request is due within 30 s. `jitter` from 0 to 1.
     pub fn new(now: Instant, jitter: f64) -> Self {
         Self { due: now + RETRY_INTERVAL.mul_f64(jitter), seconds: None, is_skewed: false, contradicting_samples: 0 }
     }
 
-    /// The time of the next question.
+    /// The time of the next request.
     pub fn due(&self) -> Instant {
         self.due
     }
 
-    /// The last certain difference in seconds, and whether that is too far; `None` before the first
+    /// The last certain skew in seconds, and whether the skew is reported; `None` before the first
     /// answer.
     pub fn state(&self) -> Option<(f64, bool)> {
         self.seconds.map(|seconds| (seconds, self.is_skewed))
     }
 
-    /// No answer came, or none that says anything.
+    /// No answer arrived, or the clock stepped during the request.
     pub fn record_failure(&mut self, now: Instant, jitter: f64) {
         self.due = now + RETRY_INTERVAL.mul_f64(0.5 + jitter);
     }
 
-    /// An answer came.
+    /// An answer arrived. Returns the change of state, if any.
     pub fn record_sample(&mut self, sample: &ClockSample, now: Instant, jitter: f64) -> Option<ClockChange> {
         let Some(seconds) = sample.certain_seconds() else {
             self.record_failure(now, jitter);
@@ -134,7 +133,7 @@ mod tests {
 
     const NOW: u64 = 1_790_000_000;
 
-    /// An answer that took so many milliseconds, with this node's clock so many seconds ahead.
+    /// An answer after `took` milliseconds, with this node's clock `ahead` seconds ahead.
     fn sample(ahead: f64, took: u64) -> ClockSample {
         let server = 0.4 + NOW as f64;
         let sent = Duration::from_secs_f64(server + ahead);
@@ -153,12 +152,12 @@ mod tests {
         let mut skew = ClockSkew::new(Instant::now(), 0.0);
         assert_eq!(skew.state(), None);
         assert_eq!([0.0, 1.0, -29.0].map(|ahead| answer(&mut skew, ahead)), [None; 3]);
-        assert_eq!(answer(&mut skew, 90.0), None, "one answer says nothing");
+        assert_eq!(answer(&mut skew, 90.0), None, "one answer changes nothing");
         assert_eq!(answer(&mut skew, 0.0), None);
         assert_eq!(answer(&mut skew, -90.0), None);
         assert!(matches!(answer(&mut skew, -90.0), Some(ClockChange::Skewed(seconds)) if seconds < -88.0));
         assert!(skew.state().unwrap().1);
-        assert_eq!([-90.0, -25.0, 28.0, 0.0].map(|ahead| answer(&mut skew, ahead)), [None; 4], "not yet well");
+        assert_eq!([-90.0, -25.0, 28.0, 0.0].map(|ahead| answer(&mut skew, ahead)), [None; 4], "not right yet");
         assert_eq!(answer(&mut skew, 0.0), Some(ClockChange::Corrected));
         assert_eq!(answer(&mut skew, 0.0), None);
     }

@@ -1,13 +1,12 @@
-//! Which TCP connections a listener without authentication accepts. Connections from the node
-//! itself have a limit of their own, so connections from elsewhere never take the place of a
-//! kubelet's probe.
+//! Limits of the TCP connections to an unauthenticated listener. Connections from the node itself
+//! have a limit of their own, so other connections never take the place of a kubelet's probe.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::subnet::Subnet;
 
-/// Where a connection comes from.
+/// The origin of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
     /// From an address of this node: the kubelet, and other processes in the node's network
@@ -17,7 +16,7 @@ pub enum Origin {
     Elsewhere,
 }
 
-/// The most connections that are open at a time.
+/// Limits of concurrently open connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConnectionLimits {
     /// From this node.
@@ -26,18 +25,18 @@ pub struct ConnectionLimits {
     pub elsewhere: usize,
     /// From any one address.
     pub address: usize,
-    /// From any one IPv6 subnet, whose hosts may choose among 2^64 addresses. Well above
-    /// `address`: nodes and the pods of a node have a subnet in common.
+    /// From any one IPv6 subnet, whose hosts may choose among 2^64 addresses. Well above `address`,
+    /// because nodes and the pods of a node share a subnet.
     pub subnet: usize,
 }
 
 /// Why a connection is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectionRejection {
-    /// The address has its share already.
+    /// The address has reached its limit.
     #[error("too many connections from this address")]
     Address,
-    /// The subnet has its share already.
+    /// The subnet has reached its limit.
     #[error("too many connections from this IPv6 subnet")]
     Subnet,
     /// The limit of the connection's origin is reached.
@@ -62,7 +61,7 @@ impl OpenConnections {
     /// Adds a connection, which counts until [`OpenConnections::remove`].
     ///
     /// # Errors
-    /// [`ConnectionRejection`]; the connection does not count then.
+    /// [`ConnectionRejection`]; the connection then does not count.
     pub fn insert(&mut self, origin: Origin, address: IpAddr) -> Result<(), ConnectionRejection> {
         let limit = match origin {
             Origin::Node => self.limits.node,

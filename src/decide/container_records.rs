@@ -1,20 +1,20 @@
-//! What is known and what was said about each container, so that a reason that flips between
-//! `ErrImagePull` and `ImagePullBackOff` is one failure, an Event is written once, and a cause
-//! outlives the message that named it.
+//! Records of each container's causes and Events. A reason that flips between `ErrImagePull` and
+//! `ImagePullBackOff` is one failure, an Event is written once, and a cause outlives the message
+//! that named the cause.
 
 use std::collections::{HashMap, HashSet};
 
 use super::cause::Cause;
 use crate::model::PodRef;
 
-/// Remembers per pod UID, container and image; forgets with the pod.
+/// Records per pod UID, container and image, dropped with the pod.
 #[derive(Debug, Default)]
 pub struct ContainerRecords {
     /// Bounded by the pods of this node (110 by default) and their containers.
     pods: HashMap<String, HashMap<ContainerImage, ContainerRecord>>,
 }
 
-/// A container and the image it asked for.
+/// A container with an image of its spec.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct ContainerImage {
     container: String,
@@ -28,11 +28,12 @@ struct ContainerRecord {
 }
 
 impl ContainerRecords {
-    /// The cause understood so far, after taking in what the latest message says.
+    /// Records the cause of the latest message, and returns the cause that counts.
     ///
-    /// A message about the kubelet or the node says nothing of the registry, so that a cause which
-    /// does is kept. A denial is one: it holds for the pod, its image and its pull secrets, which a
-    /// pod cannot change, until a later pull fails for another reason.
+    /// A message about the kubelet or the node has nothing about the registry, so an earlier cause
+    /// about the registry stays. A denial is such a cause. A denial holds for the pod, its image
+    /// and its pull secrets, which a pod cannot change, until a later pull fails for another
+    /// reason.
     pub fn record_cause(&mut self, pod: &PodRef, container: &str, image: &str, cause: Option<Cause>) -> Option<Cause> {
         let entry = self.record_mut(pod, container, image);
         let says_nothing_of_the_registry = matches!(
@@ -50,30 +51,30 @@ impl ContainerRecords {
         entry.cause
     }
 
-    /// Whether the registry denied the image to the pod, for whichever of its containers.
+    /// Whether the registry denied the image to any container of the pod.
     pub fn is_denied(&self, pod: &PodRef, image: &str) -> bool {
         let entries = self.pods.get(&pod.uid).into_iter().flatten();
         entries.filter(|(key, _)| key.image == image).any(|(_, entry)| entry.cause == Some(Cause::Denied))
     }
 
-    /// Whether this is the first time that `what` is to be said about the container and its image.
+    /// Whether this is the first report of `what` about the container and its image.
     pub fn mark_reported(&mut self, pod: &PodRef, container: &str, image: &str, what: &'static str) -> bool {
         self.record_mut(pod, container, image).reported.insert(what)
     }
 
-    /// The container got its image, or asks for another one: a later failure is a new one.
+    /// For a container that got its image, or has another image now: a later failure is a new one.
     pub fn remove_container(&mut self, pod: &PodRef, container: &str) {
         if let Some(entries) = self.pods.get_mut(&pod.uid) {
             entries.retain(|key, _| key.container != container);
         }
     }
 
-    /// The pod is gone.
+    /// Drops the records of a pod that is gone.
     pub fn remove_pod(&mut self, pod: &PodRef) {
         self.pods.remove(&pod.uid);
     }
 
-    /// Forgets every pod that is not in the list.
+    /// Drops every pod whose UID does not exist.
     pub fn retain_pods(&mut self, exists: impl Fn(&str) -> bool) {
         self.pods.retain(|uid, _| exists(uid));
     }
@@ -97,11 +98,11 @@ mod tests {
         let mut ledger = ContainerRecords::default();
         assert!(ledger.mark_reported(&pod("1"), "c", "a:1", "recover"));
         assert!(!ledger.mark_reported(&pod("1"), "c", "a:1", "recover"));
-        assert!(ledger.mark_reported(&pod("1"), "d", "a:1", "recover"), "another container");
-        assert!(ledger.mark_reported(&pod("1"), "c", "a:2", "recover"), "another image");
-        assert!(ledger.mark_reported(&pod("2"), "c", "a:1", "recover"), "a pod of the same name made again");
+        assert!(ledger.mark_reported(&pod("1"), "d", "a:1", "recover"), "another container of the pod");
+        assert!(ledger.mark_reported(&pod("1"), "c", "a:2", "recover"), "another image of the container");
+        assert!(ledger.mark_reported(&pod("2"), "c", "a:1", "recover"), "another pod of the same name");
         ledger.remove_container(&pod("1"), "c");
-        assert!(ledger.mark_reported(&pod("1"), "c", "a:1", "recover"), "it ran in between");
+        assert!(ledger.mark_reported(&pod("1"), "c", "a:1", "recover"), "the container ran in between");
         ledger.remove_pod(&pod("2"));
         assert!(ledger.mark_reported(&pod("2"), "c", "a:1", "recover"));
     }
@@ -112,7 +113,7 @@ mod tests {
         let mut learn = |cause| ledger.record_cause(&pod("1"), "c", "a:1", cause);
         assert_eq!(learn(None), None);
         assert_eq!(learn(Some(Cause::NotFound)), Some(Cause::NotFound));
-        assert_eq!(learn(None), Some(Cause::NotFound), "silence does not unlearn");
+        assert_eq!(learn(None), Some(Cause::NotFound), "a message without a cause keeps the cause");
         assert_eq!(learn(Some(Cause::Denied)), Some(Cause::Denied));
         for cause in [None, Some(Cause::KubeletLimit), Some(Cause::Local), Some(Cause::NotUnderstood)] {
             assert_eq!(learn(cause), Some(Cause::Denied), "{cause:?} says nothing of the registry");
@@ -121,7 +122,7 @@ mod tests {
         assert_eq!(
             learn(Some(Cause::KubeletLimit)),
             Some(Cause::NotFound),
-            "the kubelet waits, the registry is as before"
+            "the kubelet's limit changes nothing at the registry"
         );
         assert_eq!(learn(Some(Cause::Local)), Some(Cause::Local));
     }

@@ -1,29 +1,27 @@
-//! How much of a node's file systems an image may take: the figures, and the limits.
+//! The room of a node's file systems for an image: figures and limits.
 //!
-//! An image takes room twice. Its compressed blobs go to containerd's content store, and its layers
-//! are unpacked into a snapshotter. Both are on one file system as a rule, and on two where an
-//! operator moved one of them. Not here: asking a file system, and the account of concurrent
+//! An image needs room twice. Its compressed blobs go to containerd's content store, and its layers
+//! are unpacked into a snapshotter. Both are usually on one file system, and on two where an
+//! operator moved one of them. Not here: the calls of `statvfs`, and the account of concurrent
 //! recoveries ([`super::disk_reservations`]).
 
 use std::fmt;
 
-use super::plan::OverLimit;
-
 /// A file system, as `statvfs` reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileSystem {
-    /// Device number of its files. `None` where the figures come from an overlay, which has a
-    /// device number of its own.
+    /// Device number of the files. `None` for figures of an overlay, which has its own device
+    /// number.
     pub device: Option<u64>,
-    /// Bytes that can be written without privileges. The kubelet counts these as available.
+    /// Bytes that an unprivileged process can write. The kubelet counts these as available.
     pub free: u64,
     /// Bytes of the whole file system. The kubelet counts these as its capacity.
     pub total: u64,
 }
 
 impl FileSystem {
-    /// Two file systems of one size count as one where a device number is unknown: that asks for
-    /// more room, never for less.
+    /// Two file systems of one size count as one where a device number is unknown. This can only
+    /// require more room, never less.
     fn is_same_as(&self, other: &Self) -> bool {
         match (self.device, other.device) {
             (Some(one), Some(another)) => one == another,
@@ -32,35 +30,35 @@ impl FileSystem {
     }
 }
 
-/// The file systems that images are kept on, as far as the agent sees them.
+/// The file systems of images, as far as the agent sees them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Disks {
-    /// The content store's.
+    /// The content store's file system.
     pub content: Option<FileSystem>,
-    /// The snapshotter's.
+    /// The snapshotter's file system.
     pub snapshots: Option<FileSystem>,
 }
 
 impl Disks {
-    /// Nothing is visible, so nothing is checked.
+    /// Whether no file system is visible. Nothing is checked then.
     pub fn are_unknown(&self) -> bool {
         self.content.is_none() && self.snapshots.is_none()
     }
 }
 
-/// Bytes that an image takes, or that recoveries were promised.
+/// Bytes that an image needs, or that recoveries have reserved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DiskNeed {
-    /// In the content store.
+    /// Bytes in the content store.
     pub download: u64,
-    /// In the snapshotter.
+    /// Bytes in the snapshotter.
     pub unpack: u64,
 }
 
 impl DiskNeed {
-    /// Of an image that misses so many compressed bytes. A manifest does not give the size of
-    /// unpacked layers, so this counts the least: a layer takes as much again. The real size is
-    /// read from the layer and checked before it is unpacked.
+    /// The need of an image that lacks so many compressed bytes. A manifest does not give the size
+    /// of unpacked layers, so this counts the least: each layer needs its compressed size again.
+    /// The real size is read from the layer and checked before the layer is unpacked.
     pub fn of_missing(bytes: u64) -> Self {
         Self { download: bytes, unpack: bytes }
     }
@@ -69,7 +67,7 @@ impl DiskNeed {
         self == Self::default()
     }
 
-    /// Sizes come from manifests, so sums are saturating.
+    /// Saturating, because sizes come from manifests.
     pub(super) fn plus(self, other: Self) -> Self {
         Self {
             download: self.download.saturating_add(other.download),
@@ -81,7 +79,7 @@ impl DiskNeed {
 /// Bytes and percentages that a file system keeps free.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskFloors {
-    /// In bytes, whatever the percentages say.
+    /// Bytes, whatever the percentages say.
     pub min_free_bytes: u64,
     /// Percent in use from which the kubelet collects images (`imageGCHighThresholdPercent`).
     pub image_gc_percent: u8,
@@ -90,35 +88,35 @@ pub struct DiskFloors {
 }
 
 impl DiskFloors {
-    /// Bytes that a download leaves free on a file system of `total` bytes: it crosses neither
-    /// line.
+    /// Bytes that stay free during a download on a file system of `total` bytes. A download crosses
+    /// neither threshold.
     pub fn download_floor(&self, total: u64) -> u64 {
         let collection = percent_of(total, 100_u8.saturating_sub(self.image_gc_percent));
         self.unpack_floor(total).max(collection)
     }
 
-    /// Bytes that are free when the layers are unpacked. The layers may cross the collection line:
-    /// the kubelet then collects unused images, as after its own pulls. The layers never cross the
-    /// eviction line.
+    /// Bytes that stay free during unpacking. The layers may cross the threshold of image
+    /// collection: the kubelet then collects unused images, as after its own pulls. The layers
+    /// never cross the threshold of eviction.
     pub fn unpack_floor(&self, total: u64) -> u64 {
         self.min_free_bytes.max(percent_of(total, self.eviction_percent))
     }
 }
 
-/// Rounded up. The kubelet's line is exact, and one byte below it evicts.
+/// Rounded up. The kubelet's threshold is exact: one byte below the threshold, the kubelet evicts.
 fn percent_of(total: u64, percent: u8) -> u64 {
     let exact = (u128::from(total) * u128::from(percent)).div_ceil(100);
     u64::try_from(exact).unwrap_or(u64::MAX)
 }
 
-/// The file system that lacks room.
+/// The file system without enough room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Volume {
-    /// Of containerd's content store and its snapshotter.
+    /// Shared by containerd's content store and its snapshotter.
     Both,
-    /// Of the content store alone.
+    /// The content store's own file system.
     Content,
-    /// Of the snapshotter alone.
+    /// The snapshotter's own file system.
     Snapshots,
 }
 
@@ -132,17 +130,18 @@ impl fmt::Display for Volume {
     }
 }
 
-/// Whether `need` fits beside what other recoveries were promised and have not written yet.
+/// Checks that `need` fits beside the bytes that other recoveries have reserved and not written
+/// yet.
 ///
 /// # Errors
-/// [`OverLimit::Disk`] with the figures of the file system that lacks room.
+/// [`OverLimit::Disk`] with the figures of the file system without enough room.
 pub fn check(need: DiskNeed, reserved: DiskNeed, disks: Disks, lines: DiskFloors) -> Result<(), OverLimit> {
     if need.is_zero() {
         return Ok(());
     }
     let (content, snapshots) = match disks {
         Disks { content: None, snapshots: None } => return Ok(()),
-        // containerd keeps both below one root unless it is told otherwise.
+        // containerd keeps both below one root by default.
         Disks { content: Some(one), snapshots: None } | Disks { content: None, snapshots: Some(one) } => (one, None),
         Disks { content: Some(content), snapshots: Some(snapshots) } => {
             (content, Some(snapshots).filter(|snapshots| !snapshots.is_same_as(&content)))
@@ -169,6 +168,36 @@ fn fits(volume: Volume, disk: FileSystem, need: u64, reserved: u64, floor: u64) 
         true => Err(OverLimit::Disk { volume, need, reserved, free, floor }),
         false => Ok(()),
     }
+}
+
+/// The limit that an image exceeds.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OverLimit {
+    /// The size limit of one image.
+    #[error("the image lacks {missing} bytes on this node; --max-image-bytes or the policy file allows {limit}")]
+    Size {
+        /// Bytes to fetch.
+        missing: u64,
+        /// The limit in bytes.
+        limit: u64,
+    },
+    /// The free space of a file system.
+    #[error(
+        "{volume} has {free} bytes free; the image needs {need}, other recoveries have reserved {reserved}, and \
+         {floor} must stay free (--min-free-bytes, --image-gc-percent, --eviction-percent or the policy file)"
+    )]
+    Disk {
+        /// The file system without enough room.
+        volume: Volume,
+        /// Bytes that the image needs there.
+        need: u64,
+        /// Bytes reserved by other recoveries and not written yet.
+        reserved: u64,
+        /// Free bytes now.
+        free: u64,
+        /// Bytes that must stay free.
+        floor: u64,
+    },
 }
 
 #[cfg(test)]

@@ -1,28 +1,27 @@
-//! Room on the disk for recoveries that run at the same time: together they leave what must stay
+//! Reservations of disk space by concurrent recoveries. Together the recoveries keep the floors
 //! free.
 //!
-//! `statvfs` says how much is free now. Bytes that recoveries were promised and have not written
-//! yet are missing from that figure and are counted here, as are the recoveries that were refused.
-//! Not here: asking the file system, the lines that must not be crossed ([`super::disk`]), and the
-//! size limit of one image ([`super::plan`]).
+//! `statvfs` reports the free bytes of now. Bytes that recoveries have reserved and not written yet
+//! are missing from that figure, so the account here adds them. The account also remembers refused
+//! recoveries. Not here: the calls of `statvfs`, the floors ([`super::disk`]), and the size limit
+//! of one image ([`super::plan`]).
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::disk::OverLimit;
 use super::disk::{DiskFloors, DiskNeed, Disks, check};
-use super::plan::OverLimit;
 
-/// The reservations of one node. Clones share them.
+/// The reservations of one node. Clones share the account.
 #[derive(Debug, Clone, Default)]
 pub struct Reservations(Arc<Mutex<DiskAccount>>);
 
 #[derive(Debug, Default)]
 struct DiskAccount {
-    /// Promised and not written yet.
+    /// Reserved and not written yet.
     outstanding: DiskNeed,
-    /// Written, or given up, since the start. Wraps after 16 EiB, which only differences are made
-    /// of.
+    /// Written or returned since the start. Wraps after 16 EiB, and only differences are used.
     released: DiskNeed,
-    /// Recoveries that were refused since room was last found.
+    /// Recoveries that were refused since the last time that room was found.
     refusals: Vec<DiskNeed>,
 }
 
@@ -30,30 +29,30 @@ struct DiskAccount {
 /// bound waits for its back-off.
 const MAX_REFUSALS: usize = 16;
 
-/// The moment before the free bytes are asked for. Bytes that are written between the two may be
-/// missing from the answer.
+/// The account before the call of `statvfs`. Bytes written between the two may be missing from the
+/// result.
 #[derive(Debug, Clone, Copy)]
 pub struct MeasurementStart(DiskNeed);
 
-/// Room for one recovery. Dropping it gives back the bytes that were not written.
+/// Room for one recovery. The drop returns the bytes that were not written.
 #[derive(Debug)]
 pub struct Reservation {
     shared: Reservations,
-    /// Changed under the ledger's lock alone.
+    /// Changed only under the account's lock.
     outstanding: Mutex<DiskNeed>,
 }
 
 impl Reservations {
-    /// To be called before the file systems are asked how much is free.
+    /// The caller calls this before `statvfs`.
     pub fn begin_measurement(&self) -> MeasurementStart {
         MeasurementStart(lock(&self.0).released)
     }
 
-    /// Sets `need` aside if no line is crossed when every recovery has written what it may. `disks`
-    /// is what the file systems said after `before`.
+    /// Reserves `need` if every floor is kept after all recoveries have written all reserved bytes.
+    /// `disks` was measured after `before`.
     ///
     /// # Errors
-    /// [`OverLimit::Disk`] with the figures. Nothing is set aside then, and the refusal is
+    /// [`OverLimit::Disk`] with the figures. Nothing is reserved then, and the refusal is
     /// remembered.
     pub fn reserve(
         &self,
@@ -69,13 +68,13 @@ impl Reservations {
         Ok(Reservation { shared: self.clone(), outstanding: Mutex::new(left) })
     }
 
-    /// Whether a recovery was refused and none was found to have room since.
+    /// Whether a recovery was refused and no room was found since.
     pub fn has_refused(&self) -> bool {
         !lock(&self.0).refusals.is_empty()
     }
 
-    /// Whether one of the refused recoveries would be let in now. The refusals are then forgotten,
-    /// because all are tried again.
+    /// Whether one of the refused recoveries would fit now. The refusals are then dropped, because
+    /// all of these recoveries are retried.
     pub fn clear_refusals_if_freed(&self, before: MeasurementStart, disks: Disks, lines: DiskFloors) -> bool {
         let mut ledger = lock(&self.0);
         let reserved = ledger.reserved(before);
@@ -86,19 +85,19 @@ impl Reservations {
         is_freed
     }
 
-    /// All bytes that are set aside and not written yet.
+    /// All bytes that are reserved and not written yet.
     pub fn outstanding(&self) -> DiskNeed {
         lock(&self.0).outstanding
     }
 }
 
-/// Nothing that runs under a lock panics half-way, so a poisoned one is as good.
+/// No code under these locks panics, so the value of a poisoned lock is consistent.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl DiskAccount {
-    /// Bytes given back since `before` count once more: the measurement may be older than their
+    /// Bytes returned since `before` count as reserved too: the measurement may be older than their
     /// write.
     fn reserved(&self, before: MeasurementStart) -> DiskNeed {
         let since = |now: u64, then: u64| now.wrapping_sub(then);
@@ -123,8 +122,8 @@ impl DiskAccount {
         checked
     }
 
-    /// Sizes are a manifest's word; beyond all disks nothing fits any more, which is right until
-    /// they are given back.
+    /// Saturating, because a manifest's sizes may exceed every disk. Nothing else fits until such a
+    /// reservation is returned.
     fn add(&mut self, need: DiskNeed) -> DiskNeed {
         let outstanding = self.outstanding;
         self.outstanding = outstanding.plus(need);
@@ -134,7 +133,7 @@ impl DiskAccount {
         }
     }
 
-    /// Takes at most `need` out of `left` and out of what is outstanding.
+    /// Takes at most `need` out of `left` and out of `outstanding`.
     fn take(&mut self, left: &mut DiskNeed, need: DiskNeed) -> DiskNeed {
         let taken = DiskNeed { download: need.download.min(left.download), unpack: need.unpack.min(left.unpack) };
         for of in [&mut *left, &mut self.outstanding] {
@@ -146,19 +145,20 @@ impl DiskAccount {
 }
 
 impl Reservation {
-    /// So many bytes of blobs are on the disk now, so the file system counts them itself. To be
-    /// called after they are.
+    /// Records bytes of blobs that are on the disk, so the file system counts them. The caller
+    /// calls this after the write.
     pub fn record_written(&self, bytes: u64) {
         self.release(DiskNeed { download: bytes, unpack: 0 });
     }
 
-    /// So many bytes of unpacked layers are on the disk now. To be called after they are.
+    /// Records bytes of unpacked layers that are on the disk. The caller calls this after
+    /// unpacking.
     pub fn record_unpacked(&self, bytes: u64) {
         self.release(DiskNeed { download: 0, unpack: bytes });
     }
 
-    /// Swaps the estimate for layers of `compressed` bytes for their real size, if no line is
-    /// crossed then.
+    /// Replaces the estimate for layers of `compressed` bytes by their real size, if every floor
+    /// is kept.
     ///
     /// # Errors
     /// As [`Reservations::reserve`]. The estimate stays.

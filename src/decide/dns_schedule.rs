@@ -1,15 +1,15 @@
-//! When an agent resolves the names of its peers. The mesh tells of every member, so DNS is
-//! needed at the start, and by an agent that is short of peers. Each look-up of 5000 agents is
-//! two queries for the cluster's DNS servers.
+//! When an agent resolves the names of its peers. Gossip brings every member, so an agent needs DNS
+//! at the start and when it is short of peers. Each look-up of 5000 agents is two queries for the
+//! cluster's DNS servers.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// An agent with this many peers is not short of peers: the mesh tells it of all others. As many
-/// as one round of greetings meets.
+/// An agent with this many peers is not short of peers: gossip brings all other members. One round
+/// of handshakes meets as many peers.
 pub const ENOUGH_PEERS: usize = 8;
 
-/// The first pauses. The DNS server learns of a new pod within a second or two.
+/// The first pauses. The DNS server has a new pod within a second or two.
 const MIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// So many look-ups have [`MIN_PAUSE`] between them; then the pause doubles.
@@ -29,7 +29,7 @@ const SPREAD: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 pub struct DnsSchedule {
     due: Instant,
-    /// Other agents in the last answer; `None` before there is one, and where DNS gave none.
+    /// Other agents in the last answer; `None` before an answer, and where DNS gave none.
     listed_agents: Option<usize>,
     peers: usize,
     /// Look-ups since the agent last had enough peers for [`MAX_PAUSE`]. A peer that comes and goes
@@ -37,7 +37,7 @@ pub struct DnsSchedule {
     rounds: u32,
     /// When the last look-up ended; before the first one, the start.
     last_lookup: Instant,
-    /// Since when there have been enough peers.
+    /// Since when the agent has had enough peers.
     enough_since: Option<Instant>,
 }
 
@@ -57,7 +57,7 @@ impl DnsSchedule {
         self.peers < self.listed_agents.unwrap_or(ENOUGH_PEERS).min(ENOUGH_PEERS)
     }
 
-    /// The number of peers that are up. `chance` is random, in 0..1.
+    /// Records the number of peers that are up. `chance` is random, in 0..1.
     pub fn record_peers(&mut self, peers: usize, now: Instant, chance: f64) {
         self.peers = peers;
         match (self.is_short(), self.enough_since) {
@@ -68,7 +68,7 @@ impl DnsSchedule {
             (true, Some(since)) => {
                 self.enough_since = None;
                 if now.saturating_duration_since(since) >= MAX_PAUSE {
-                    // Beyond the pauses of a start: DNS has known the others for long.
+                    // No short pauses, as at a start: DNS has had the others' addresses for long.
                     self.rounds = ROUNDS_AT_MIN_PAUSE;
                     self.due = self.due.min(now + SPREAD.mul_f64(chance));
                 } else {
@@ -79,7 +79,8 @@ impl DnsSchedule {
         }
     }
 
-    /// A look-up ended and listed so many others ([`count_agents`]); `None` where no server answered.
+    /// A look-up ended and listed so many other agents ([`count_agents`]); `None` where no server
+    /// answered.
     pub fn record_lookup(&mut self, listed: Option<usize>, now: Instant, chance: f64) {
         self.listed_agents = listed.filter(|others| *others > 0).or(self.listed_agents);
         self.rounds = self.rounds.saturating_add(1);
@@ -90,7 +91,7 @@ impl DnsSchedule {
     }
 }
 
-/// How many agents have these addresses. A node of dual stack is listed once for each family, so
+/// The number of agents with these addresses. A dual-stack node is listed once for each family, so
 /// the larger family counts.
 pub fn count_agents(addresses: &[SocketAddr]) -> usize {
     let ipv6 = addresses.iter().filter(|address| address.is_ipv6()).count();

@@ -1,21 +1,20 @@
-//! Where the layers that an image lacks come from, and when they are fetched.
+//! Sources and times of fetches for images that lack layers.
 //!
-//! Peers have precedence. The image's registry is asked only while healthy, and so seldom that a
-//! cluster whose nodes all discarded their layers does not load the registry: the first nodes fetch
-//! an image from there, and all other nodes fetch the image from these nodes.
+//! Peers have precedence. The image's registry gets requests only while healthy, and so seldom that
+//! a cluster whose nodes all discarded their layers does not load the registry: the first nodes
+//! fetch an image from there, and all other nodes fetch the image from these nodes.
 //!
 //! # Load on a registry
 //! A node fetches one image at a time, at a limited rate. Before each fetch from a registry the
 //! node draws a pause, uniform between zero and twice the mean. The mean grows with the nodes that
 //! have the image (5 s each) and with the members of the cluster (1 s each). So in a cluster of any
-//! size a fetch of the same image begins every 5 s on average, and a fetch of any
-//! image every second. An image of 200 MB takes 25 s at 8 MiB/s, and peers learn of the layers some
-//! seconds later: a registry sends this image about seven times in all, to one node or to 5000.
-//! A thousand images of 200 MB, each on other nodes, cost a registry 200 MB/s for a quarter of an
-//! hour.
+//! size a fetch of the same image begins every 5 s on average, and a fetch of any image every
+//! second. An image of 200 MB takes 25 s at 8 MiB/s, and peers see the layers some seconds later: a
+//! registry sends this image about seven times in all, to one node or to 5000. A thousand images of
+//! 200 MB, each on other nodes, cost a registry 200 MB/s for a quarter of an hour.
 //!
-//! Nothing here marks an outage or a denial for pods. Not here: which layers are to be retained
-//! ([`super::retain`]), and which registries are healthy ([`super::outage`]).
+//! No fetch here records an outage or a denial for pods. Not here: the choice of the layers to
+//! retain ([`super::retain`]), and the health of registries ([`super::outage`]).
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -44,19 +43,19 @@ const PEERS: Duration = Duration::from_secs(1);
 const MAX_PEERS: Duration = Duration::from_secs(60);
 
 /// Delay of the first fetch from a registry after the start: the pauses need the members and their
-/// inventories, which come within seconds after an agent joins.
+/// inventories, which arrive within seconds after an agent joins.
 const START_DELAY: Duration = Duration::from_secs(20);
 
-/// Pause of an image after its peers failed, or after this node's store or disk did.
+/// Pause of an image after its peers failed, or after this node's store or disk failed.
 const PEER_RETRY_DELAY: Duration = Duration::from_secs(30 * 60);
 
-/// Pause of an image after its registry denied it or did not have it. A new pull secret of a pod
-/// ends the pause. Rights that change at the registry are found twice a day, which costs a registry
-/// one request for each such image and node.
+/// Pause of an image after its registry denied the image or did not have the image. A new pull
+/// secret of a pod ends the pause. A changed right at the registry is found twice a day, at the
+/// cost of one request for each such image and node.
 const REFUSAL_RETRY_DELAY: Duration = Duration::from_secs(12 * 3600);
 
-/// Pause of an image after its registry sent wrong bytes, which a cache in between may have, or
-/// denied the image while a secret could not be read, which the API server may permit again.
+/// Pause of an image after its registry sent wrong bytes, which a cache in between may have. Also
+/// after a denial while a secret could not be read, which the API server may permit later.
 const WRONG_BYTES_RETRY_DELAY: Duration = Duration::from_secs(3600);
 
 /// First pause of a registry that failed or limits the rate; doubled by each further failure.
@@ -65,11 +64,11 @@ const MIN_BACK_OFF: Duration = Duration::from_secs(120);
 /// The longest of these pauses.
 const MAX_BACK_OFF: Duration = Duration::from_secs(3600);
 
-/// Longest pause that a registry may ask for: the window of Docker Hub's limit.
+/// Longest pause that a registry may request: the window of Docker Hub's limit.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(6 * 3600);
 
-/// Images and registries that are remembered, each. A node has a few hundred images. Beyond the
-/// bound a failed image is tried again after the usual pauses.
+/// Bound on the remembered images, and on the remembered registries. A node has a few hundred
+/// images. Beyond the bound, a failed image is retried after the usual pauses.
 const MAX_ENTRIES: usize = 1024;
 
 /// A pull secret, by namespace and name.
@@ -80,11 +79,11 @@ pub type SecretName = (String, String);
 pub struct IncompleteImage {
     /// The manifest.
     pub manifest: Digest,
-    /// The registry that the image's name has.
+    /// The registry in the image's name.
     pub registry: String,
     /// Pull secrets that pods name beside the image.
     pub secrets: BTreeSet<SecretName>,
-    /// Peers that know the image under this name have every missing layer.
+    /// Peers that have the image under this name have every missing layer.
     pub has_providers: bool,
     /// Nodes that have the manifest, this node included.
     pub nodes: usize,
@@ -94,7 +93,7 @@ pub struct IncompleteImage {
     pub fits: bool,
 }
 
-/// The fetches of one node: one at a time, and what the earlier ones came to.
+/// The fetches of one node: one at a time, with the results of earlier ones.
 #[derive(Debug)]
 pub struct FillScheduler {
     from: FetchFrom,
@@ -102,11 +101,11 @@ pub struct FillScheduler {
     in_flight: Option<Digest>,
     /// The pause before the next image from peers.
     peer_pause: RandomPause,
-    /// The image that is fetched from its registry next, unless peers have the layers before.
+    /// The image that is fetched from its registry next, unless peers have the layers earlier.
     plan: Option<(Digest, RandomPause)>,
-    /// Images that did not come from peers, and images that this node could not write.
+    /// Images whose peers or whose write on this node failed, or whose layers a recovery fetches.
     postponed: HashMap<Digest, Postponement>,
-    /// Images that their registry does not give.
+    /// Images that their registry denied, does not have, or sent with wrong bytes.
     refused: HashMap<Digest, RegistryRefusal>,
     registries: HashMap<String, RegistryBackOff>,
 }
@@ -123,7 +122,7 @@ struct RandomPause {
 #[derive(Debug)]
 struct Postponement {
     until: Instant,
-    /// The registry may be asked meanwhile.
+    /// The registry may get requests meanwhile.
     peers_only: bool,
 }
 
@@ -148,7 +147,7 @@ impl RandomPause {
 }
 
 impl FillScheduler {
-    /// Nothing is fetched yet. `random` is from 0 to 1.
+    /// `random` is from 0 to 1.
     pub fn new(from: FetchFrom, now: Instant, random: f64) -> Self {
         Self {
             from,
@@ -162,12 +161,12 @@ impl FillScheduler {
         }
     }
 
-    /// The image under way.
+    /// The image that is being fetched.
     pub fn in_flight(&self) -> Option<Digest> {
         self.in_flight
     }
 
-    /// The image to fetch now, which counts as under way from then on. `members` are the agents of
+    /// The image to fetch now, which counts as in flight from then on. `members` are the agents of
     /// the cluster, this one included; `random` yields numbers from 0 to 1.
     pub fn start_next(
         &mut self,
@@ -190,8 +189,8 @@ impl FillScheduler {
         Some((manifest, source))
     }
 
-    /// The planned image, if its pause is over. A plan ends when the image has come, peers have it,
-    /// or its registry is not to be asked.
+    /// The planned image, if its pause is over. A plan ends when the image is complete, peers have
+    /// the layers, or the registry may get no request.
     fn take_planned(
         &mut self,
         images: &[IncompleteImage],
@@ -216,7 +215,7 @@ impl FillScheduler {
         Some(manifest)
     }
 
-    /// The end of the fetch under way. `random` is from 0 to 1.
+    /// Records the end of the fetch in flight. `random` is from 0 to 1.
     pub fn record_end(
         &mut self,
         image: &IncompleteImage,
@@ -286,8 +285,8 @@ impl FillScheduler {
             && self.registries.get(&image.registry).is_none_or(|registry| registry.until <= now)
     }
 
-    /// Why the registry is not asked for the image. A secret that no pod named then may be the
-    /// right one.
+    /// Why the registry gets no request for the image. A secret that no pod named at the refusal
+    /// may permit the image.
     fn registry_refusal(&self, image: &IncompleteImage) -> Option<&RegistryRefusal> {
         self.refused.get(&image.manifest).filter(|refused| image.secrets.is_subset(&refused.secrets))
     }
@@ -300,8 +299,8 @@ impl FillScheduler {
         );
     }
 
-    /// Leaves the registry alone, for all of its images. `wish` is the pause that the registry asks
-    /// for.
+    /// Starts the registry's back-off, for all of its images. `wish` is the pause that the registry
+    /// requested.
     fn record_registry_failure(&mut self, registry: &str, wish: Duration, now: Instant) {
         let failures = self.registries.get(registry).map_or(0, |before| before.failures);
         // Five doublings reach the longest pause.
@@ -314,7 +313,7 @@ impl FillScheduler {
         );
     }
 
-    /// A registry's failures count until the registry was left alone for as long as it may wish.
+    /// A registry's failures count until the registry had a pause of the longest length.
     fn drop_expired(&mut self, now: Instant) {
         self.postponed.retain(|_, postponed| postponed.until > now);
         self.refused.retain(|_, refused| refused.until > now);

@@ -1,23 +1,27 @@
-//! The mesh's protocol as one state machine: what an agent tells, believes, asks and answers. Pure: no sockets, no clock, no
-//! randomness but a seed, so that a thousand of them run in one simulation.
+//! The gossip protocol as one state machine: membership, liveness, and inventories. Pure: no
+//! sockets, no clock, and no randomness but a seed, so one simulation runs a thousand agents.
 //!
-//! Whoever drives it (libp2p in an agent, a simulated network in tests) reports what happened, then takes what is to be done
-//! ([`Protocol::next`]) until there is nothing left, and calls [`Protocol::tick`] every [`TICK`].
+//! A driver (libp2p in an agent, a simulated network in tests) reports events, performs the outputs
+//! ([`Protocol::next`]) until none is left, and calls [`Protocol::tick`] every [`TICK`].
 //!
 //! # The protocol
 //!
-//! Every member keeps a log of what it holds: an epoch for its process, a number for each entry. What changed is gathered for up to a
-//! second, signed, and gossiped; a head is small and also signs what the publisher holds *after* the entry, so that anybody can hand on a
-//! snapshot and nobody can change it. Every ten seconds a member compares its marks (how far each log is known, who is held for dead) with
-//! one random neighbour by one hash for each bucket, and asks for what it lacks: introductions, entries, snapshots of many
-//! members in one. Nothing is ever pushed but gossip.
+//! Every member keeps a log of its inventory: an epoch per process, a number per entry. A member
+//! gathers changes for up to a second, signs an entry, and publishes the entry by gossip. The
+//! signed head of an entry is small and also covers the publisher's items *after* the entry. So
+//! every member can relay a snapshot, and none can change one. Every ten seconds a member compares
+//! summaries (how much of each log is known, which members are dead) with one random neighbor, by
+//! one hash per bucket. Then the member requests missing introductions, entries, and snapshots of
+//! many members in one. Only gossip is ever pushed.
 //!
-//! A member introduces itself with a credential that is good for its key alone; everybody checks it, so that it is of no use to
-//! be let in by one careless neighbour. Neighbours ping each other. One that is silent is suspected; with the word of a second witness
-//! it is dead everywhere, and by its own word, with a larger incarnation, alive again. What it holds is hidden meanwhile and not
-//! forgotten, so that it need not be told again.
+//! A member introduces itself with a credential that is good for its key alone. Every agent
+//! verifies the credential, so admission by one careless neighbor gains an attacker nothing.
+//! Neighbors ping each other. A silent neighbor is suspected. With a second witness the member is
+//! dead everywhere, and a refutation with a larger incarnation makes the member alive again. The
+//! items of a dead member are hidden and kept, so nothing is sent twice.
 //!
-//! Not here: who is admitted (a credential is judged by [`CredentialVerifier::verify_credential`]), who holds what (`Inventory`), and how gossip spreads.
+//! Not here: the verification of credentials ([`CredentialVerifier::verify_credential`]), the
+//! providers of a blob (`Inventory`), and the spread of gossip (gossipsub).
 
 mod connections;
 mod entries;
@@ -56,31 +60,34 @@ use membership_table::{Member, MembershipTable};
 use recent_entries::RecentEntries;
 use requests::PendingRequest;
 
-/// How often the clock is looked at.
+/// Interval of the driver's calls of [`Protocol::tick`].
 pub const TICK: Duration = Duration::from_millis(250);
 
-/// How often the driver has a neighbour answer a ping; each answer is [`Protocol::record_ping_answer`].
+/// Interval of the driver's pings to each neighbor. The driver reports each answer by
+/// [`Protocol::record_ping_answer`].
 pub const PING_INTERVAL: Duration = Duration::from_millis(750);
 
-/// Ticks from one batch of entries to the next: changes are gathered for up to a second.
+/// Ticks between two batches of entries: changes are gathered for up to a second.
 const TICKS_PER_BATCH: u32 = 4;
 
-/// After the first neighbour answers, gossip reaches it by then: it has told its subscription and was grafted at a heartbeat.
+/// Time from a first neighbor's ping answer until gossip reaches the neighbor: its subscription has
+/// arrived, and a heartbeat has grafted the neighbor.
 const GRAFT_DELAY: Duration = Duration::from_millis(1500);
 
-/// Between two comparisons with some neighbour, less up to a fifth at random.
+/// Interval of comparisons with a random neighbor, less up to a fifth at random.
 const COMPARE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What the protocol needs of cryptography.
+/// The cryptography that the protocol uses.
 pub trait CredentialVerifier {
     /// Signs with this agent's key.
     fn sign(&self, message: &[u8]) -> Signature;
-    /// Whether the owner of this key signed it.
+    /// Whether the key's owner signed the message.
     fn is_signed(&self, by: PeerId, message: &[u8], signature: &Signature) -> bool;
-    /// Whether the credential admits the key.
+    /// Verifies that the credential admits the key.
     ///
     /// # Errors
-    /// [`CredentialRejection`] where it does not, or that cannot be told.
+    /// [`CredentialRejection`] if the credential does not admit the key, or no decision is
+    /// possible.
     fn verify_credential(
         &self,
         peer: PeerId,
@@ -88,91 +95,94 @@ pub trait CredentialVerifier {
     ) -> Result<VerifiedCredential, CredentialRejection>;
 }
 
-/// A key is an agent's of this cluster.
+/// The contents of a credential that admits its key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VerifiedCredential {
-    /// Its node, where the credential says so; that wins over what the agent says.
+    /// The node that the credential names, if any. This node overrides the agent's statement.
     pub node: Option<NodeName>,
-    /// The UID of the pod that the credential is bound to, where it is.
+    /// UID of the pod that the credential is bound to, if any.
     pub pod: Option<String>,
-    /// For how much longer.
+    /// Remaining validity.
     pub life: Duration,
 }
 
-/// Why nobody vouches.
+/// Why a credential does not admit a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CredentialRejection {
     /// The credential is not good for this key.
     Rejected,
-    /// It cannot be decided now.
+    /// No decision is possible now.
     Undecided,
 }
 
-/// This agent.
+/// The identity of this agent.
 #[derive(Debug, Clone)]
 pub struct LocalAgent {
-    /// Its key.
+    /// This agent's key.
     pub peer: PeerId,
-    /// Larger than that of every earlier process of this node.
+    /// Larger than the epoch of every earlier process of this node.
     pub epoch: u64,
-    /// Its node.
+    /// This agent's node.
     pub node: NodeName,
-    /// What it runs.
+    /// This agent's release.
     pub release: Release,
 }
 
-/// One connection, as the driver numbers them. Never used twice.
+/// The driver's number of a connection, never reused.
 pub type MeshConnectionId = u64;
 
-/// One question, from [`Output::Request`] until it is answered or not.
+/// The number of a request, from [`Output::Request`] until a reply or a failure.
 pub type SyncRequestId = u64;
 
-/// What to do with a message of somebody's gossip.
+/// The verdict on a gossip message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GossipVerdict {
-    /// Pass it on.
+    /// Relay the message.
     Accept,
-    /// Do not pass it on; nobody is to blame.
+    /// Do not relay the message; no peer is at fault.
     Ignore(&'static str),
-    /// Do not pass it on; no honest member sends this.
+    /// Do not relay the message; no honest member sends such a message.
     Reject(&'static str),
 }
 
-/// What the driver is to do.
+/// An action for the driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Output {
-    /// Give this to the neighbours, who pass it on.
+    /// Publish a message to the neighbors, which relay the message.
     Publish(Gossip),
-    /// Ask a neighbour, and report [`Protocol::receive_reply`] or [`Protocol::record_request_failure`].
+    /// Send a request to a neighbor, and report [`Protocol::receive_reply`] or
+    /// [`Protocol::record_request_failure`].
     Request(SyncRequestId, PeerId, SyncRequest),
-    /// Meet this peer at its door; then [`Protocol::admit`] or [`Protocol::dial_failed`] follows.
+    /// Verify credentials with this peer in a handshake. [`Protocol::admit`],
+    /// [`Protocol::rejected_by_peer`] or [`Protocol::dial_failed`] follows.
     Handshake(Peer),
-    /// Connect to a peer that was admitted; then [`Protocol::connection_opened`] or [`Protocol::dial_failed`] follows.
+    /// Connect to an admitted peer. [`Protocol::connection_opened`] or [`Protocol::dial_failed`]
+    /// follows.
     Dial(Peer),
     /// Close this connection.
     Close(MeshConnectionId, PeerId),
-    /// From now on this peer may connect.
+    /// Accept connections with this peer from now on.
     Allow(PeerId),
-    /// From now on it may not, and its connections end.
+    /// Reject connections with this peer from now on, and close the open ones.
     Deny(PeerId),
-    /// It can be fetched from; also when it moved.
+    /// The peer can be fetched from. Repeated when the peer moved.
     Up(Peer),
-    /// It cannot, and why.
+    /// The peer cannot be fetched from, for this reason.
     Down(PeerId, &'static str),
-    /// This node's agent has this agent's key: its introduction was signed with it.
+    /// The agent of this node has this agent's key, and signed an introduction with the key.
     SharedKey(NodeName),
-    /// It did what no honest peer does.
+    /// A peer did what no honest peer does.
     Fault {
-        /// Who.
+        /// The faulty peer.
         peer: PeerId,
-        /// What: a metric's label.
+        /// The fault, as a metric's label.
         fault: &'static str,
-        /// For how long nothing of it is accepted, when it was too much.
+        /// Duration of the ban, if this fault led to one.
         banned: Option<Duration>,
     },
 }
 
-/// What others are told of this agent besides [`LocalAgent`].
+/// The parts of the introduction that may change while the agent runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Presence {
     credential: Credential,
@@ -181,18 +191,19 @@ struct Presence {
     zone: Option<Zone>,
 }
 
-/// One agent's side of the mesh.
+/// One agent's state of the gossip protocol.
 #[derive(Debug, Clone)]
 pub struct Protocol<N> {
     verifier: N,
     local: LocalAgent,
     presence: Option<Presence>,
-    /// Our own word, as others were last given it.
+    /// This agent's introduction, as last published.
     introduction: Option<Introduction>,
-    /// When it is said again: gossip reaches a neighbour only some time after the connection is open.
+    /// When the introduction is published again: gossip reaches a neighbor only some time after the
+    /// connection opened.
     introduce_at: Option<Instant>,
     incarnation: u64,
-    /// When it is said again that we live: somebody has not heard it.
+    /// When the refutation is repeated: some member has not received the last one.
     refute_at: Option<Instant>,
     log: LocalLog,
     recent: RecentEntries,
@@ -201,28 +212,28 @@ pub struct Protocol<N> {
     rng: SmallRng,
     ticks: u32,
     compare_at: Instant,
-    /// Members of whose logs something is missing.
+    /// Members whose logs have missing entries here.
     behind: BTreeSet<PeerId>,
-    /// Members whose word is newer than what is known of them, and the neighbours that have it.
+    /// Members with a newer introduction, and the neighbors that have the introduction.
     missing_introductions: BTreeMap<PeerId, PeerId>,
     in_flight: BTreeMap<SyncRequestId, PendingRequest>,
     last_request: SyncRequestId,
-    /// Who should be a neighbour; stale after a change of the members.
+    /// Members that should be neighbors; stale after a change of the members.
     chosen_neighbours: Vec<PeerId>,
     chosen_is_stale: bool,
-    /// When one that is held for dead is looked for.
+    /// When the next dead member is dialed.
     dead_probe_at: Instant,
-    /// Banned since the last tick: their content is hidden then.
+    /// Peers banned since the last tick. The next tick hides their items.
     recently_banned: Vec<PeerId>,
     refuted_at: Option<Instant>,
-    /// Makes the choice of neighbours one that nobody else can foresee.
+    /// Makes the choice of neighbors unpredictable for other agents.
     salt: u64,
-    /// Times that an agent was no member because as many members are known as may be.
+    /// Rejections of agents because the membership table was full.
     over_limit: u64,
 }
 
 impl<N: CredentialVerifier> Protocol<N> {
-    /// An agent that knows nobody and holds nothing. `seed` is random.
+    /// An agent without members and without items. `seed` is random.
     pub fn new(own: LocalAgent, notary: N, seed: u64, now: Instant) -> Self {
         let log = LocalLog::new(own.peer, own.epoch);
         let mut rng = SmallRng::seed_from_u64(seed);
@@ -257,19 +268,21 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// What is to be done next.
-    #[expect(clippy::should_implement_trait, reason = "it goes on after None")]
+    /// The next action, or `None` until another event.
+    #[expect(clippy::should_implement_trait, reason = "more outputs can follow a None")]
     pub fn next(&mut self) -> Option<Output> {
         self.outputs.pop_front()
     }
 
-    /// A quarter of a second has passed.
+    /// Advances all timers. The driver calls this function every [`TICK`].
     pub fn tick(&mut self, table: &mut Inventory, now: Instant) {
         self.ticks = self.ticks.wrapping_add(1);
         self.check_neighbours(table, now);
         self.refute_if_due(now);
         if self.ticks.is_multiple_of(TICKS_PER_BATCH) {
-            // In this order: an entry that comes before its author's introduction is lost, and they go different ways.
+            // Entries stay back while an introduction is due, and follow one batch later. An entry
+            // that overtakes its publisher's introduction is ignored, and the two travel
+            // separately.
             self.publish_changes();
             self.publish_introduction_if_due(now);
             self.expire_members(table, now);
@@ -279,12 +292,13 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.request_missing(now);
     }
 
-    /// What this node holds has changed; it is told within a second. Answers how many items were left out because of limits.
+    /// Records changes of this node's items, which are announced within a second. Returns the
+    /// number of items left out because of limits.
     pub fn announce(&mut self, changes: Vec<InventoryChange>) -> usize {
         self.log.record(changes)
     }
 
-    /// A neighbour passed this on.
+    /// Handles a gossip message that `from` relayed.
     pub fn receive_gossip(
         &mut self,
         from: PeerId,
@@ -296,7 +310,8 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.finish_gossip(from, verdict, now)
     }
 
-    /// The same, in the words of a later release: what is improper here may be proper there, and nobody is blamed for it.
+    /// Handles a message of a later release. Content that is malformed here may be valid there, so
+    /// such a message is ignored and no fault is recorded.
     pub fn receive_gossip_of_later_release(
         &mut self,
         from: PeerId,
@@ -311,7 +326,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.finish_gossip(from, verdict, now)
     }
 
-    /// Who brought it is blamed, if anybody is, and what it lets us miss is asked for.
+    /// Records the relaying neighbor's fault, if any, and requests what the message shows missing.
     fn finish_gossip(&mut self, from: PeerId, verdict: GossipVerdict, now: Instant) -> GossipVerdict {
         if let GossipVerdict::Reject(fault) = verdict {
             self.record_fault(from, fault, now);
@@ -330,7 +345,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// Leaving: what is still to be published, before everything ends.
+    /// Publishes the last changes and the notice that this agent leaves.
     pub fn leave(&mut self) {
         self.publish_changes();
         let mut farewell =
@@ -361,7 +376,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.rng.random()
     }
 
-    /// Where we ourselves stand.
+    /// This agent's own summary; `None` before the first introduction.
     fn own_mark(&self) -> Option<MemberSummary> {
         let profile = &self.introduction.as_ref()?.profile;
         Some(MemberSummary {
@@ -375,8 +390,8 @@ impl<N: CredentialVerifier> Protocol<N> {
     }
 }
 
-/// The wait after so many failures in a row: 1 s, doubling to 30 s, less up to half by `jitter` (random, in 0..1), so that a
-/// restarted node is not asked by everybody at once.
+/// The pause after `failures` failures in a row: 1 s, doubling to 30 s, less up to half by `jitter`
+/// (random, in 0..1). The jitter spreads the dials of all agents to a restarted node.
 fn back_off(failures: u32, jitter: f64) -> Duration {
     let seconds = 1u32.checked_shl(failures).map_or(30, |doubled| doubled.clamp(1, 30));
     Duration::from_secs(seconds.into()).mul_f64(0.5 + jitter / 2.0)

@@ -1,60 +1,61 @@
-//! Whether an image is whole here for somebody: only then is its name told to peers.
+//! Completeness of an image on this node: only complete images are announced to peers.
 //!
-//! Whole means that one platform's manifest is there with its configuration and every layer that may be distributed. Which platform that
-//! is, a puller sees from the manifest's own digest, which is announced like any blob. Not here: reading the documents, and what a puller
-//! on another platform does.
+//! An image is complete when one platform's manifest is here with its config and every
+//! distributable layer. A peer recognizes the platform by the manifest's digest, which is announced
+//! like any blob. Not here: reading the documents, and the choice of a peer with another platform.
 
 use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::oci::{Digest, Document, MAX_INDEX_DEPTH};
 
-/// What has to be there besides a document itself. Digests only: this is kept for every document of a node.
+/// The blobs that a document needs. Digests only, because this is kept for every document of a
+/// node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DocumentNeeds {
-    /// One of these manifests or indexes, with all that it needs.
+    /// At least one of these manifests or indexes, with its needs.
     AnyManifest(Vec<Digest>),
     /// All of these blobs.
     Blobs {
-        /// The configuration.
+        /// The config.
         config: Digest,
-        /// The layers that may be distributed, each once.
+        /// The distributable layers, each once.
         layers: Vec<Digest>,
     },
-    /// It is no image and no document that could be one.
+    /// The document is not an image.
     NoImage,
 }
 
-/// Why an image is of no use to anybody.
+/// Why an image is not complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum MissingContent {
-    /// Layers are missing, and everything else is there. [`missing_layers_cause`] says why.
+    /// Everything is here except for layers. [`missing_layers_cause`] tells the cause.
     Layers {
-        /// How many are missing.
+        /// Missing layers.
         missing: usize,
-        /// How many there should be.
+        /// All layers.
         of: usize,
-        /// The configuration, which names what the layers unpack to.
+        /// The config, which names the chain of unpacked layers.
         config: Digest,
     },
-    /// The manifest is there without its configuration.
+    /// The manifest is here without its config.
     Config,
-    /// The index is there without any of its manifests.
+    /// The index is here without any of its manifests.
     Manifest,
-    /// The index or manifest itself is not there, or its bytes are not what its digest says.
+    /// The index or manifest itself is missing, or its bytes do not match its digest.
     Root,
-    /// An artifact, or something that cannot be read as an image.
+    /// An artifact, or an unreadable document.
     NoImage,
 }
 
 impl fmt::Display for MissingContent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Layers { missing, of, config: _ } => write!(f, "{missing} of {of} layers are not here"),
-            Self::Config => f.write_str("its configuration is not here"),
-            Self::Manifest => f.write_str("none of its manifests is here"),
-            Self::Root => f.write_str("its index or manifest is not here, or damaged"),
-            Self::NoImage => f.write_str("not an image that can run"),
+            Self::Layers { missing, of, config: _ } => write!(f, "{missing} of {of} layers missing"),
+            Self::Config => f.write_str("config missing"),
+            Self::Manifest => f.write_str("every manifest of the index missing"),
+            Self::Root => f.write_str("index or manifest missing or damaged"),
+            Self::NoImage => f.write_str("not a runnable image"),
         }
     }
 }
@@ -62,12 +63,12 @@ impl fmt::Display for MissingContent {
 /// Why a node has an image without its layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MissingLayersCause {
-    /// The runtime drops layers once they are unpacked (containerd's `discard_unpacked_layers`).
+    /// The runtime discards layers after unpacking (containerd's `discard_unpacked_layers`).
     Discarded,
-    /// The snapshotter of this name fetches what a container reads, and keeps no layers in the
+    /// The snapshotter of this name fetches only what a container reads, and keeps no layers in the
     /// content store.
     Lazy(String),
-    /// Nothing explains it: removed by a tool or by an incomplete collection, or never fetched.
+    /// No known cause: removed by a tool or an incomplete collection, or never fetched.
     Lost,
 }
 
@@ -85,8 +86,8 @@ impl fmt::Display for MissingLayersCause {
 /// streaming. An operator chooses the name of a proxy plugin; the manuals use these names.
 const LAZY: &[&str] = &["soci", "stargz", "nydus", "overlaybd", "gcfs"];
 
-/// Why `missing` of the `of` layers of an image are not here. `snapshotters` have the image
-/// unpacked; `discards_layers` is the runtime's setting, where the runtime tells.
+/// Why `missing` of the `of` layers of an image are absent. `snapshotters` have the image unpacked;
+/// `discards_layers` is the runtime's setting, if the runtime reports the setting.
 pub fn missing_layers_cause(
     missing: usize,
     of: usize,
@@ -96,17 +97,17 @@ pub fn missing_layers_cause(
     let is_lazy = |name: &&String| LAZY.iter().any(|kind| name.contains(kind));
     match (snapshotters.iter().find(is_lazy), discards_layers) {
         (Some(lazy), _) => MissingLayersCause::Lazy(lazy.clone()),
-        // No runtime drops a layer that is not unpacked.
+        // No runtime discards a layer that is not unpacked.
         _ if snapshotters.is_empty() => MissingLayersCause::Lost,
         (None, Some(true)) => MissingLayersCause::Discarded,
-        // containerd 2 does not tell; it drops all layers of an image together.
+        // containerd 2 does not report the setting, and discards all layers of an image together.
         (None, None) if missing == of => MissingLayersCause::Discarded,
         (None, Some(false) | None) => MissingLayersCause::Lost,
     }
 }
 
 impl DocumentNeeds {
-    /// What the document needs. Attestations are nobody's image, and layers that must not be distributed come from elsewhere.
+    /// Attestations are not images, and foreign layers come from elsewhere.
     pub fn of(document: &Document) -> Self {
         match document {
             Document::Index(index) => {
@@ -123,8 +124,8 @@ impl DocumentNeeds {
     }
 }
 
-/// What an image lacks; `None` when the image is whole. `needs` knows the documents that are there
-/// and were read.
+/// The missing part of an image; `None` for a complete image. `needs` returns the documents that
+/// are here and were read.
 ///
 /// containerd follows an index inside an index; the depth here is [`MAX_INDEX_DEPTH`]. Each level
 /// is a set of digests, so the known documents times the depth bound the work, even where an index
@@ -151,11 +152,10 @@ pub fn missing_content<'a>(
         }
         level = nested;
     }
-    // `None` sorts first, then the least that is lacking.
+    // `None` sorts first, then the least missing part.
     lacks.into_iter().min().unwrap_or(Some(MissingContent::Manifest))
 }
 
-/// What a manifest lacks of its configuration and its layers.
 fn missing_blobs(config: Digest, layers: &[Digest], is_there: impl Fn(Digest) -> bool) -> Option<MissingContent> {
     if !is_there(config) {
         return Some(MissingContent::Config);
@@ -197,7 +197,7 @@ mod tests {
         json!({"schemaVersion": 2, "manifests": entries})
     }
 
-    /// What "root" lacks when these documents were read and these blobs are there besides.
+    /// The missing part of "root" for these documents and blobs.
     fn lacks(documents: &[(&str, Value)], blobs: &[&str]) -> Option<MissingContent> {
         let parse = |json: &Value| DocumentNeeds::of(&Document::parse(json.to_string().as_bytes()).unwrap());
         let known: HashMap<_, _> = documents.iter().map(|(name, json)| (digest(name), parse(json))).collect();
@@ -213,8 +213,8 @@ mod tests {
     fn the_cause_of_missing_layers_is_read_from_the_runtime() {
         let (lazy, lost) = (|name: &str| MissingLayersCause::Lazy(name.into()), MissingLayersCause::Lost);
         for (what, missing, snapshotters, discards, expected) in [
-            ("containerd 1 says so", 1, &["overlayfs"][..], Some(true), MissingLayersCause::Discarded),
-            ("containerd 1 says that it keeps them", 3, &["overlayfs"], Some(false), lost.clone()),
+            ("containerd 1 discards layers", 1, &["overlayfs"][..], Some(true), MissingLayersCause::Discarded),
+            ("containerd 1 keeps layers", 3, &["overlayfs"], Some(false), lost.clone()),
             ("containerd 2, all are gone", 3, &["overlayfs"], None, MissingLayersCause::Discarded),
             ("containerd 2, some are gone", 2, &["overlayfs"], None, lost.clone()),
             ("not unpacked", 3, &[], None, lost.clone()),
@@ -280,7 +280,7 @@ mod tests {
             "the manifest is missing"
         );
         let both = [documents(), vec![("arms", index(&["arm"])), ("arm", arm)]].concat();
-        assert_eq!(lacks(&both, &["config", "a"]), None, "the second index is whole");
+        assert_eq!(lacks(&both, &["config", "a"]), None, "the second index is complete");
     }
 
     #[test]
@@ -324,7 +324,7 @@ mod tests {
     fn an_artifact_is_no_runnable_image() {
         let chart = manifest("application/vnd.cncf.helm.config.v1+json", &[("a", LAYER)]);
         assert_eq!(lacks(&[("root", chart)], &["config", "a"]), Some(MissingContent::NoImage));
-        assert_eq!(lacks(&[], &["root", "config", "a"]), Some(MissingContent::Root), "a document that was not read");
+        assert_eq!(lacks(&[], &["root", "config", "a"]), Some(MissingContent::Root), "the root document was not read");
     }
 
     proptest::proptest! {

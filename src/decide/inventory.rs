@@ -1,11 +1,13 @@
-//! Who holds what: a table of the content of the peers, built from what the mesh tells.
+//! The inventory: which peers have which blobs and images, built from the announcements of the
+//! mesh.
 //!
-//! Everything in it is hearsay. It is good for knowing whom to ask; whoever fetches verifies. Not here: our own content, and what
-//! to do when peers disagree about a tag.
+//! Every entry is a hint. The inventory names the peers to fetch from, and the fetching agent
+//! verifies. Not here: the content of this node, and the choice when peers disagree about a tag.
 //!
-//! A digest or name stands once, with the numbers of the peers that hold it, so that a layer that a thousand nodes share costs one
-//! entry and a bit a node. Peers have no lists of their own; to forget one, or to replace what it holds, walks the whole table: a
-//! millisecond for 20 000 digests. A peer that is away is only masked, because it comes back with what it had.
+//! A digest or name is stored once, with the numbers of the peers that have it. A layer of a
+//! thousand nodes costs one entry and one bit per node. Peers have no lists of their own: to forget
+//! a peer, or to replace its items, walks the whole inventory, a millisecond for 20 000 digests. A
+//! peer that is down is only masked, because it returns with the same items.
 
 mod content;
 mod peers;
@@ -22,12 +24,12 @@ use crate::model::{
 };
 use crate::oci::{Digest, Repository};
 
-/// Most peers that [`Inventory::shared_items`] answers for at once.
+/// Most peers in one call of [`Inventory::shared_items`].
 pub const MAX_SHARED: usize = 256;
 
-/// What is known of the content of peers. Questions are answered from those that are up, unless they say otherwise.
+/// The items of all peers. Queries count only peers that are up, unless they say otherwise.
 ///
-/// Peers are not bounded here: whoever admits them bounds them, and forgets those that do not come back.
+/// Peers are not bounded here: the membership table bounds its members, and forgets dead ones.
 #[derive(Debug, Clone, Default)]
 pub struct Inventory {
     peers: InventoryPeers,
@@ -35,9 +37,10 @@ pub struct Inventory {
 }
 
 impl Inventory {
-    /// Takes in what the mesh tells. A peer that is down is hidden, not forgotten.
+    /// Applies a change of the mesh. A peer that is down is hidden, not forgotten.
     ///
-    /// Returns how many items were dropped because their peer is at its limit of [`MAX_ITEMS`]; the others still count.
+    /// Returns the number of items dropped because their peer is at the limit of [`MAX_ITEMS`]; the
+    /// other items count.
     pub fn apply(&mut self, event: MeshEvent) -> usize {
         match event {
             MeshEvent::Up(peer) => self.up(peer),
@@ -48,18 +51,19 @@ impl Inventory {
         0
     }
 
-    /// A peer counts from now on: what was known of it before counts again. Of one that is up already, only where it is changes.
+    /// Marks a peer up, so its earlier items count again. For a peer that is up already, only the
+    /// addresses change.
     pub fn up(&mut self, peer: Peer) {
         self.peers.mark_up(peer);
     }
 
-    /// A peer's content no longer counts but stays known, so that it need not be told again when the peer comes back. Costs the same
-    /// however much it holds.
+    /// Hides a peer's items and keeps them for the peer's return, so they need not be sent again.
+    /// The cost does not depend on the number of items.
     pub fn hide(&mut self, peer: PeerId) {
         self.peers.mark_hidden(peer);
     }
 
-    /// Nothing of a peer is kept.
+    /// Removes a peer and all its items.
     pub fn forget(&mut self, peer: PeerId) {
         if let Some(number) = self.peers.number_of(peer) {
             self.clear(number);
@@ -67,18 +71,19 @@ impl Inventory {
         }
     }
 
-    /// What a peer holds, replacing what was known; whether it is up or hidden. A peer never heard of is hidden until it is up.
+    /// Replaces all items of a peer that is up or hidden. An unknown peer is added as hidden.
     ///
-    /// Returns how many items were dropped because of [`MAX_ITEMS`].
+    /// Returns the number of items dropped because of [`MAX_ITEMS`].
     pub fn replace(&mut self, peer: PeerId, items: impl IntoIterator<Item = InventoryItem>) -> usize {
         let number = self.peers.number_or_insert(peer);
         self.clear(number);
         self.change(peer, items.into_iter().map(InventoryChange::Added))
     }
 
-    /// What changed at a peer, whether it is up or hidden. A peer never heard of held nothing, and is hidden until it is up.
+    /// Changes the items of a peer that is up or hidden. An unknown peer is added as hidden,
+    /// without items.
     ///
-    /// Returns how many items were dropped because of [`MAX_ITEMS`].
+    /// Returns the number of items dropped because of [`MAX_ITEMS`].
     pub fn change(&mut self, peer: PeerId, changes: impl IntoIterator<Item = InventoryChange>) -> usize {
         let number = self.peers.number_or_insert(peer);
         let Some(known) = self.peers.get_mut(number) else { return 0 };
@@ -95,24 +100,26 @@ impl Inventory {
         dropped
     }
 
-    /// The peers that hold a blob.
+    /// The providers of a blob.
     pub fn blob_providers(&self, digest: Digest) -> Vec<PeerId> {
         self.content.blob(digest).map(|holders| self.up_peers_of(holders)).unwrap_or_default()
     }
 
-    /// How many peers hold a blob.
+    /// The number of a blob's providers.
     pub fn count_blob_providers(&self, digest: Digest) -> usize {
         self.content.blob(digest).map_or(0, |holders| holders.within(self.peers.up()).count())
     }
 
-    /// The peers that are fetching a blob, and serve what they have of it.
+    /// The partial providers of a blob: peers that download the blob and serve its pieces.
     pub fn partial_providers(&self, digest: Digest) -> Vec<PeerId> {
         self.content.partial_providers(digest).map(|fetching| self.up_peers_of(fetching)).unwrap_or_default()
     }
 
-    /// The peers that hold an image's index or manifest *and* know it under this very repository.
+    /// The peers that have an image's index or manifest *and* a record of it in this same
+    /// repository.
     ///
-    /// A digest alone is not a permission: it would let anybody fetch any image by inventing a registry.
+    /// A digest alone gives no permission: a request with an invented registry could fetch any
+    /// image.
     pub fn image_providers(&self, repository: &Repository, root: Digest) -> Vec<PeerId> {
         let Some(holders) = self.content.blob(root) else { return Vec::new() };
         let mut knowing = Bitmap::default();
@@ -122,10 +129,11 @@ impl Inventory {
         self.peers.ids(holders.within(&knowing))
     }
 
-    /// What a tag points at, by whom. More than one digest means that the peers disagree.
+    /// The digests that a tag points at, with the peers that say so. More than one digest means
+    /// that the peers disagree.
     pub fn tag(&self, repository: &Repository, tag: &str) -> BTreeMap<Digest, Vec<PeerId>> {
         let held = self.content.tagged(repository, tag).filter_map(|(digest, named)| {
-            // A name without the content that it points at is no voice.
+            // A name counts only with the content that the name points at.
             let holders = self.content.blob(digest)?;
             let voices = named.within(self.peers.up()).filter(|number| holders.contains(*number));
             Some((digest, self.peers.ids(voices)))
@@ -133,14 +141,14 @@ impl Inventory {
         held.filter(|(_, peers)| !peers.is_empty()).collect()
     }
 
-    /// What peers say about registries that they cannot reach.
+    /// The outages of this registry that peers announce.
     pub fn outages(&self, registry: &str) -> Vec<(&Outage, Vec<PeerId>)> {
         let first = Outage { registry: registry.to_owned(), kind: OutageKind::NoSuchHost, since: 0 };
         let of_registry = self.content.outages_from(&first).take_while(|(outage, _)| outage.registry == registry);
         self.reported_outages(of_registry).collect()
     }
 
-    /// Everything that peers say about registries that they cannot reach, by registry.
+    /// All outages that peers announce, by registry.
     pub fn all_outages(&self) -> impl Iterator<Item = (&Outage, Vec<PeerId>)> {
         self.reported_outages(self.content.outages())
     }
@@ -150,34 +158,35 @@ impl Inventory {
         self.peers.all_up().collect()
     }
 
-    /// The node that a peer runs on, while it is up.
+    /// The node of a peer, while the peer is up.
     pub fn node_of(&self, peer: PeerId) -> Option<&NodeName> {
         Some(&self.peers.get_up(peer)?.0.node)
     }
 
-    /// The zone that a peer says it is in, while it is up.
+    /// The zone that a peer announces, while the peer is up.
     pub fn zone_of(&self, peer: PeerId) -> Option<&Zone> {
         self.peers.get_up(peer)?.0.zone.as_ref()
     }
 
-    /// How many items a peer holds; 0 when it is not up.
+    /// The number of a peer's items; 0 unless the peer is up.
     pub fn items_of(&self, peer: PeerId) -> usize {
         self.peers.get_up(peer).map_or(0, |(_, items)| items)
     }
 
-    /// How many different blobs the peers hold together. Walks the whole table.
+    /// The number of different blobs of all peers that are up. Walks the whole inventory.
     pub fn blobs(&self) -> usize {
         self.content.blobs().filter(|holders| self.is_any_up(holders)).count()
     }
 
-    /// Everything that any of these peers holds, hidden ones too, in the order of [`Item`], with one bit per peer in the order given:
-    /// what a relay answers to those who missed it. Walks the whole table.
+    /// All items of these peers, hidden ones included, in the order of [`InventoryItem`], with one
+    /// bit per peer in the given order. A relay answers snapshot requests with these. Walks the
+    /// whole inventory.
     ///
-    /// Name each peer once. Those beyond the first [`MAX_SHARED`] are left out.
+    /// Name each peer once. Peers beyond the first [`MAX_SHARED`] are left out.
     pub fn shared_items(&self, peers: &[PeerId]) -> Vec<(InventoryItem, Bits)> {
         let peers = &peers[..peers.len().min(MAX_SHARED)];
         let mut asked = Bitmap::default();
-        // By number; those of numbers that were not asked for are never looked at.
+        // Positions by peer number. The positions of other peers are never read.
         let mut places = Vec::new();
         for (place, peer) in peers.iter().enumerate() {
             if let Some(number) = self.peers.number_of(*peer) {
@@ -195,17 +204,18 @@ impl Inventory {
         })
     }
 
-    /// How many different items there are, those of hidden peers too.
+    /// The number of different items, those of hidden peers included.
     pub fn items(&self) -> usize {
         self.content.len()
     }
 
-    /// Estimated bytes of the table on the heap, without what the allocator adds. Walks the whole table.
+    /// Estimated bytes of the inventory on the heap, without the allocator's overhead. Walks the
+    /// whole inventory.
     pub fn bytes(&self) -> usize {
         self.peers.bytes() + self.content.bytes()
     }
 
-    /// Forgets all that a peer holds, not the peer.
+    /// Removes all items of a peer, and keeps the peer.
     fn clear(&mut self, number: PeerNumber) {
         let Some(known) = self.peers.get_mut(number).filter(|known| known.items > 0) else { return };
         known.items = 0;
@@ -228,7 +238,8 @@ impl Inventory {
     }
 }
 
-/// Seven of eight places may be taken, and their number is a power of two; one byte each beside the entry.
+/// A hash table uses seven eighths of its slots. The number of slots is a power of two, and each
+/// slot takes one byte beside the entry.
 fn hash_table_bytes<K, V>(table: &HashMap<K, V>) -> usize {
     match table.capacity() {
         0 => 0,

@@ -1,23 +1,23 @@
-//! When a node reports that most of its images lack layers, and the text of the Event.
+//! Report of a node most of whose images lack layers, and the text of the Event.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::model::NodeName;
 
-/// A state has to last this long. Pods and their namespaces become known one after the other, and
-/// an image lacks layers for a moment while its pull ends.
+/// A state must last this long before its report. The agent reads pods and their namespaces one
+/// after the other, and an image lacks layers for a moment while its pull ends.
 const MIN_DURATION: Duration = Duration::from_secs(60);
 
-/// Shortest time between two reports. The API server forgets Events after an hour.
+/// Shortest time between two reports. The API server drops Events after an hour.
 const MIN_INTERVAL: Duration = Duration::from_secs(3600);
 
-/// Images of a node that are to have all their layers.
+/// Images of a node that should have all their layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LayerCounts {
     /// The number of these images.
     pub expected: usize,
-    /// How many of those lack a layer.
+    /// Images that lack a layer.
     pub lacking: usize,
 }
 
@@ -28,7 +28,7 @@ impl LayerCounts {
     }
 }
 
-/// A change of the state that is to be reported.
+/// A change of the state that is reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerReport {
     /// From now on most of the images lack layers.
@@ -37,18 +37,18 @@ pub enum LayerReport {
     Complete(LayerCounts),
 }
 
-/// The state as it was reported last.
+/// The state of the last report.
 #[derive(Debug, Clone, Default)]
 pub struct LayerNotice {
     is_lacking: bool,
-    /// Since when the state differs from the reported one.
+    /// The time since which the state differs from the last report.
     differs_since: Option<Instant>,
-    /// Last report of a lack.
+    /// The last report of missing layers.
     reported: Option<Instant>,
 }
 
 impl LayerNotice {
-    /// Takes the numbers of the moment. Returns the notice that is due.
+    /// Records the current counts. Returns the report that is due.
     pub fn observe(&mut self, layers: LayerCounts, now: Instant) -> Option<LayerReport> {
         let is_lacking = layers.is_mostly_lacking();
         if is_lacking == self.is_lacking {
@@ -69,7 +69,7 @@ impl LayerNotice {
     }
 }
 
-/// The Event's text. `reasons` counts all incomplete images of the node, `fetches` is the setting
+/// The Event's text. `reasons` counts all incomplete images of the node; `fetches` is the setting
 /// `retainFetch`.
 pub fn event_text(node: &NodeName, layers: LayerCounts, reasons: &BTreeMap<String, usize>, fetches: bool) -> String {
     let LayerCounts { expected: wanted, lacking } = layers;
@@ -80,12 +80,13 @@ pub fn event_text(node: &NodeName, layers: LayerCounts, reasons: &BTreeMap<Strin
     };
     let remedy = match fetches {
         true => "The agent fetches missing layers in the background.",
-        false => "Remedy: set retainFetch, so that the agent fetches missing layers (not in a dry run).",
+        false => "Remedy: set retainFetch; the agent then fetches missing layers (not in a dry run).",
     };
     format!(
-        "{lacking} of the {wanted} images on {node} that are to have all layers lack some. Other nodes cannot get these images from \
-         {node} while their registry is down.{why} {remedy} Where no source is found, an image gets its layers by a new pull after its \
-         removal from the node. discard_unpacked_layers = false in containerd's configuration keeps the layers of later pulls."
+        "{lacking} of the {wanted} images on {node} that should have all layers lack some. Other nodes cannot get \
+         these images from {node} while their registry is down.{why} {remedy} If no source has the layers, remove the \
+         image from the node: a new pull brings its layers. discard_unpacked_layers = false in containerd's \
+         configuration keeps the layers of later pulls."
     )
 }
 
@@ -97,7 +98,7 @@ mod tests {
         LayerCounts { expected: wanted, lacking }
     }
 
-    /// The notices of these numbers, one every 10 s.
+    /// The reports for these counts, one every 10 s.
     fn notices(notice: &mut LayerNotice, from: Instant, numbers: &[LayerCounts]) -> Vec<LayerReport> {
         let at = |tick: usize| from + Duration::from_secs(10) * u32::try_from(tick).unwrap();
         let observed = numbers.iter().enumerate().map(|(tick, layers)| notice.observe(*layers, at(tick)));

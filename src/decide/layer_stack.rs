@@ -1,4 +1,4 @@
-//! Which layer of an image may be unpacked next.
+//! The next layer of an image to unpack, and the size of unpacked layers.
 
 use std::collections::HashSet;
 
@@ -11,22 +11,23 @@ pub struct LayerStack {
     done: usize,
 }
 
-/// What there is to do.
+/// The next step of unpacking.
 #[derive(Debug, PartialEq, Eq)]
 pub enum NextLayer<'a> {
-    /// This layer.
+    /// Unpack this layer.
     Unpack(&'a StackedLayer),
-    /// Nothing more. The name of the topmost layer, if there are any.
+    /// All layers are unpacked. Holds the chain ID of the topmost layer, if there is a layer.
     Complete(Option<Digest>),
 }
 
 impl LayerStack {
-    /// All of these, the lowest first.
+    /// `layers` begins with the lowest layer.
     pub fn new(layers: Vec<StackedLayer>) -> Self {
         Self { layers, done: 0 }
     }
 
-    /// The lowest layer that is left, once its blob is here: a snapshot is made on top of those beneath it. `None` while it has to come.
+    /// The lowest packed layer once its blob is here, because a snapshot is made on top of the
+    /// layers below. `None` while the blob is missing.
     pub fn next(&self, here: &HashSet<Digest>) -> Option<NextLayer<'_>> {
         match self.layers.get(self.done) {
             Some(layer) => here.contains(&layer.blob.digest).then_some(NextLayer::Unpack(layer)),
@@ -34,12 +35,12 @@ impl LayerStack {
         }
     }
 
-    /// What was next is unpacked.
+    /// Records that the layer of [`LayerStack::next`] is unpacked.
     pub fn mark_unpacked(&mut self) {
         self.done = self.layers.len().min(self.done + 1);
     }
 
-    /// The number of the layer that is next, counted from 1, and of how many.
+    /// The number of the next layer, from 1, and the number of layers.
     pub fn position(&self) -> (usize, usize) {
         (self.layers.len().min(self.done + 1), self.layers.len())
     }
@@ -48,18 +49,18 @@ impl LayerStack {
 /// Bytes at the end of a layer that [`unpacked_bytes`] reads.
 pub const TRAILER: usize = 4;
 
-/// How many times its size a zstd layer unpacks to, since its frame need not give the size. Layers
-/// of distributions have 2 to 4.
+/// Assumed ratio of a zstd layer's unpacked size to its compressed size, because a zstd frame need
+/// not state the size. Layers of distributions have 2 to 4.
 const ZSTD_RATIO: u64 = 3;
 
-/// How many times its size a gzip layer of more than 4 GiB of files is taken to unpack to at most.
+/// Largest assumed ratio for a gzip layer with more than 4 GiB of files.
 const GZIP_RATIO: u64 = 4;
 
-/// The size of the archive in a layer. Its snapshot takes at least that.
+/// The size of the archive in a layer. The layer's snapshot takes at least as much.
 ///
-/// gzip ends with the size modulo 4 GiB (RFC 1952, ISIZE). Of the possible sizes the smallest is
-/// taken that is not below the compressed one. A file of several gzip members ends with the size of
-/// the last one: where that leaves no likely size, the compressed size is taken.
+/// gzip ends with the size modulo 4 GiB (RFC 1952, ISIZE). Of the possible sizes, the smallest one
+/// that is at least the compressed size counts. A file of several gzip members ends with the size
+/// of the last member; where that yields no likely size, the compressed size counts.
 pub fn unpacked_bytes(layer: &Descriptor, trailer: [u8; TRAILER]) -> u64 {
     let (media_type, size) = (layer.media_type.as_str(), layer.size);
     if media_type.ends_with("zstd") {
@@ -96,7 +97,7 @@ mod tests {
         names.iter().map(|name| digest(name)).collect()
     }
 
-    /// The layer that is next.
+    /// The digest of the layer to unpack.
     fn layer(next: Option<NextLayer<'_>>) -> Option<Digest> {
         if let Some(NextLayer::Unpack(layer)) = next { Some(layer.blob.digest) } else { None }
     }
@@ -152,8 +153,8 @@ mod tests {
         };
         let gzip = |size, isize: u64| unpacked_bytes(&layer("+gzip", size), (isize as u32).to_le_bytes());
         assert_eq!(gzip(30 * MIB, 75 * MIB), 75 * MIB);
-        assert_eq!(gzip(2048 * MIB, 5000 * MIB), 5000 * MIB, "beyond what the trailer can say");
-        assert_eq!(gzip(50 * MIB, 1000), 50 * MIB, "the last of several members");
+        assert_eq!(gzip(2048 * MIB, 5000 * MIB), 5000 * MIB, "a size of more than 4 GiB");
+        assert_eq!(gzip(50 * MIB, 1000), 50 * MIB, "the size of the last member");
         assert_eq!(gzip(u64::MAX, 7), u64::MAX);
         assert_eq!(unpacked_bytes(&layer("+zstd", 10), [9; 4]), 30);
         assert_eq!(unpacked_bytes(&layer("", 10), [9; 4]), 10);

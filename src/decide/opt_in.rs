@@ -1,7 +1,8 @@
-//! Who wants to be helped: what namespaces, pods and the pods' owners say by annotation, and what the rules allow.
+//! Opt-in: annotations on namespaces, pods and the pods' owners, and the limits of the policy.
 //!
-//! Both have to agree: whoever runs the namespace (`PREFIX/allow`) and whoever runs the workload (`PREFIX/recover`, on the pod or on
-//! an owner). Exactly `true` is a permission; a value that is neither `true` nor `false` is a mistake that must not turn into one.
+//! Namespace and workload must both opt in: `PREFIX/allow` on the namespace, and `PREFIX/recover`
+//! on the pod or on an owner. Only the exact value `true` permits a recovery, so a mistyped value
+//! never does.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,47 +10,50 @@ use super::repositories::RepositoryList;
 use super::selector::Selector;
 use crate::model::PodView;
 
-/// Which namespaces and pods are helped.
+/// The namespaces and pods that are recovered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OptInPolicy {
-    /// Nothing is recovered at all.
+    /// Stops all recoveries.
     pub kill_switch: bool,
-    /// What stands before `/allow` and `/recover`; several for people who come from elsewhere. The first that is set counts.
+    /// Annotation prefixes before `/allow` and `/recover`; several during a move from another tool.
+    /// The first prefix that is set wins.
     pub annotation_prefixes: Vec<String>,
-    /// Namespaces that are left alone whatever their annotations say.
+    /// Namespaces without recovery, whatever their annotations say.
     pub denied_k8s_namespaces: BTreeSet<String>,
-    /// Further ones, by their labels.
+    /// Further denied namespaces, by their labels.
     pub denied_selector: Option<Selector>,
-    /// Namespaces that may opt in although they are denied, by their labels: an outage may include the CNI's own image.
+    /// Denied namespaces that may opt in, by their labels: an outage may include the CNI's own
+    /// image.
     pub allowed_selector: Option<Selector>,
-    /// Causes that are acted on.
+    /// Causes that start a recovery.
     pub recover_on: BTreeSet<Trigger>,
-    /// Pods of a namespace without a list of repositories get nothing.
+    /// Whether pods of a namespace without a list of repositories get nothing.
     pub require_repositories: bool,
 }
 
-/// A cause that can be chosen to act on, or not to. Missing content is always acted on.
+/// A cause that the policy includes or excludes. Missing content always starts a recovery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Trigger {
-    /// The registry cannot be reached.
+    /// The registry is unreachable.
     Unavailable,
-    /// It limits our rate.
+    /// The registry limits the rate.
     RateLimited,
-    /// It does not have the image.
+    /// The registry does not have the image.
     NotFound,
-    /// It denies it.
+    /// The registry denies the image.
     Denied,
-    /// It sends bytes that are not those of the digest.
+    /// The registry sends bytes that do not match the digest.
     BadBytes,
-    /// Its storage refuses a blob of an image whose manifest it gave.
+    /// The registry's storage denies a blob of an image whose manifest was served.
     StorageDenied,
     /// A proxy between the node and the registry refuses or fails.
     Proxy,
-    /// The pod says `imagePullPolicy: Never`. No registry is ever asked for its images, so none can deny them.
+    /// The pod has `imagePullPolicy: Never`. The kubelet contacts no registry for such images, so
+    /// no registry can deny them.
     Never,
 }
 
-/// Names of the annotations, after the prefix.
+/// Annotation names, after the prefix.
 const ALLOW: &str = "allow";
 /// `auto-salvage` is tote's name for `recover`.
 const RECOVER: [&str; 2] = ["recover", "auto-salvage"];
@@ -58,49 +62,48 @@ const RECOVER_ON_DENIED: &str = "recover-on-denied";
 const PRIORITY: &str = "priority";
 const REPOSITORIES: &str = "repositories";
 
-/// A set of annotations.
 type Annotations = BTreeMap<String, String>;
 
-/// What the annotations and rules come to.
+/// The result of annotations and policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum OptIn {
-    /// The pod is helped.
+    /// The pod is recovered.
     Yes {
-        /// Also where the registry denies the image.
+        /// Also when the registry denies the image.
         on_denied: bool,
-        /// What it may have.
+        /// Repositories that pods of the namespace may use.
         repositories: RepositoryList,
     },
-    /// It is not.
+    /// The pod is not recovered.
     No(OptOutReason),
-    /// The pod itself says nothing; its owners may.
+    /// The pod has no annotation; its owners may have one.
     NeedsOwners,
 }
 
-/// Why a pod is not helped.
+/// Why a pod is not recovered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OptOutReason {
     /// The kill switch is on.
     KillSwitch,
-    /// Its namespace is denied.
+    /// The policy denies the pod's namespace.
     DeniedNamespace,
     /// Namespace or workload did not opt in.
     NotOptedIn,
-    /// The pod says that it is to be left alone.
+    /// The pod has the annotation `ignore`.
     Ignored,
 }
 
-/// An annotation of ours whose value means nothing.
+/// An annotation of ours with an invalid value.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct InvalidAnnotation {
-    /// The whole key.
+    /// The key, with its prefix.
     pub key: String,
-    /// The value, shortened.
+    /// The value, truncated.
     pub value: String,
 }
 
 impl OptInPolicy {
-    /// Why the pod is not helped, as far as that can be told without knowing its namespace.
+    /// The reason against a recovery, as far as the pod alone and the policy decide.
     pub fn opt_out_reason(&self, pod: &PodView) -> Option<OptOutReason> {
         if self.kill_switch {
             Some(OptOutReason::KillSwitch)
@@ -113,16 +116,18 @@ impl OptInPolicy {
         }
     }
 
-    /// By any of the prefixes. Whoever writes `ignore: yes` means it: here it is the mistake that must not turn into an action.
+    /// Under any prefix. A value such as `ignore: yes` counts: a mistyped `ignore` must not permit
+    /// a recovery.
     fn is_ignored(&self, pod: &PodView) -> bool {
         let mut values =
             self.annotation_prefixes.iter().filter_map(|prefix| pod.annotations.get(&format!("{prefix}/{IGNORE}")));
         values.any(|value| value != "false")
     }
 
-    /// Whether the pod is helped. `owners` are the annotations of its owners, the nearest first, once they were asked for.
+    /// Decides whether the pod is recovered. `owners` are the annotations of the pod's owners, the
+    /// nearest first; `None` before they were read.
     ///
-    /// Values that mean nothing are added to `odd`.
+    /// Annotations with invalid values are added to `odd`.
     pub fn evaluate(
         &self,
         pod: &PodView,
@@ -153,7 +158,7 @@ impl OptInPolicy {
         OptIn::Yes { on_denied, repositories: self.repositories(namespace, odd) }
     }
 
-    /// What the namespace's list says. One that cannot be read permits nothing.
+    /// The namespace's list. An invalid list permits no repository.
     fn repositories(&self, namespace: &Annotations, odd: &mut Vec<InvalidAnnotation>) -> RepositoryList {
         match self.first_set(namespace, &[REPOSITORIES]) {
             None if self.require_repositories => RepositoryList::none(),
@@ -165,7 +170,7 @@ impl OptInPolicy {
         }
     }
 
-    /// Whether the namespace itself opted in: what it says, without its workloads.
+    /// Whether the namespace opted in, regardless of its workloads.
     pub fn is_namespace_opted_in(
         &self,
         name: &str,
@@ -175,7 +180,7 @@ impl OptInPolicy {
         !self.denies(name, labels) && self.value(annotations, &[ALLOW], &mut Vec::new()) == Some(Some(true))
     }
 
-    /// How urgent the pod is: what it says itself, else its PriorityClass.
+    /// The pod's priority: the annotation, or else the PriorityClass.
     pub fn priority(&self, pod: &PodView, odd: &mut Vec<InvalidAnnotation>) -> i64 {
         let Some((key, value)) = self.first_set(&pod.annotations, &[PRIORITY]) else { return pod.priority.into() };
         value.parse::<i32>().map(Into::into).unwrap_or_else(|_| {
@@ -190,7 +195,8 @@ impl OptInPolicy {
         denied && !chosen(&self.allowed_selector)
     }
 
-    /// `None` without such an annotation, `Some(None)` for a value that is neither `true` nor `false`.
+    /// `None` without such an annotation, `Some(None)` for a value that is neither `true` nor
+    /// `false`.
     fn value(
         &self,
         annotations: &Annotations,
@@ -208,7 +214,7 @@ impl OptInPolicy {
         })
     }
 
-    /// The first annotation that is set. The order of the prefixes comes before the order of the names.
+    /// The first annotation that is set. The order of prefixes precedes the order of names.
     fn first_set<'a>(&self, annotations: &'a Annotations, names: &[&str]) -> Option<(String, &'a str)> {
         let keys = self.annotation_prefixes.iter().flat_map(|prefix| names.iter().map(move |name| (prefix, name)));
         let mut keys = keys.map(|(prefix, name)| format!("{prefix}/{name}"));
@@ -218,13 +224,13 @@ impl OptInPolicy {
 
 impl InvalidAnnotation {
     fn new(key: String, value: &str) -> Self {
-        // Enough to recognise it by, in a line of the log.
+        // Enough to identify the value in a log line.
         Self { key, value: value.chars().take(40).collect() }
     }
 }
 
 impl OptOutReason {
-    /// For the metric.
+    /// The metric's label.
     pub fn label(self) -> &'static str {
         match self {
             Self::KillSwitch => "kill_switch",
@@ -236,7 +242,7 @@ impl OptOutReason {
 }
 
 impl Trigger {
-    /// All of them.
+    /// Every trigger.
     pub const ALL: [Self; 8] = [
         Self::Unavailable,
         Self::RateLimited,
@@ -248,11 +254,12 @@ impl Trigger {
         Self::Never,
     ];
 
-    /// Those that are acted on when no setting says otherwise: all but the two for which a registry's word would be bypassed.
+    /// Triggers in force without a setting: all except the two that would bypass a registry's
+    /// denial.
     pub const DEFAULT: [Self; 6] =
         [Self::Unavailable, Self::RateLimited, Self::NotFound, Self::BadBytes, Self::StorageDenied, Self::Proxy];
 
-    /// Its name in settings.
+    /// Name in settings.
     pub fn name(self) -> &'static str {
         match self {
             Self::Unavailable => "unavailable",

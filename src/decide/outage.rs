@@ -1,53 +1,51 @@
-//! Registries that this node itself found unreachable: by failed pulls through containerd, or by
-//! questions of the agent.
+//! Registries that this node found unreachable, by failed pulls through containerd or by probes of
+//! the agent.
 //!
-//! Two witnesses, of unequal worth. A failed pull is about the pull itself. A question of the agent
-//! only shows what the agent can reach: containerd may pull through a mirror that the agent does
-//! not know, or a proxy. A failed question therefore counts only where this agent has had an answer
-//! from that registry before, and never once a failed pull named another host than the registry's
-//! own.
+//! The two kinds of evidence differ. A failed pull is about the pull itself. A probe only shows
+//! what the agent can reach: containerd may pull through a mirror that the agent does not use, or a
+//! proxy. So a failed probe counts only where an earlier probe of that registry had an answer, and
+//! never after a failed pull named another host than the registry's own.
 //!
-//! A digest means the same content everywhere, so an outage that is long over does no harm to a pod
-//! that names one. A tag is decided by its registry while that registry can be reached:
-//! [`RegistryOutages::has_fresh_evidence`] asks for evidence that is seconds old.
+//! A digest means the same content everywhere, so an outage that ended long ago does no harm to a
+//! pod with a digest. A tag is decided by its registry while the registry can be reached:
+//! [`RegistryOutages::has_fresh_evidence`] needs evidence that is seconds old.
 //!
-//! Not here: what peers say about their registries ([`super::inventory`]), and the asking.
+//! Not here: the outages that peers announce ([`super::inventory`]), and the sending of probes.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::model::{Outage, OutageKind};
 
-/// How long the kubelet's word counts when nothing more is heard. Its pull back-off ends at five
-/// minutes, so that a pod that still cannot pull says so again within this.
+/// Life of the evidence of one failed pull. The kubelet's longest pull back-off is five minutes, so
+/// a pod that still cannot pull fails again within this time.
 const FAILED_PULL_LIFE: Duration = Duration::from_secs(10 * 60);
 
-/// Age up to which evidence decides a tag. A registry that is down is asked every 10 s, and a
-/// question ends within 5 s (`crate::registry`), so that the latest answer is never older while the
-/// outage lasts.
+/// Age up to which evidence decides a tag. The agent probes a registry that is down every 10 s, and
+/// a probe ends within 5 s (`crate::registry`), so the latest result is never older during an
+/// outage.
 const MAX_EVIDENCE_AGE: Duration = Duration::from_secs(30);
 
-/// Age by which a pod's status may lag behind the failed pull that the status reports. The kubelet
-/// writes the failure of a repeated pull into the status when the kubelet next syncs the pod, and
-/// syncs a pod with a failed container after 10 s and up to half of that more (`backOffPeriod` and
+/// Delay of a pod's status behind the failed pull that the status reports. The kubelet writes the
+/// failure of a repeated pull into the status at the pod's next sync. A pod with a failed container
+/// is synced after 10 s and up to half of that more (`backOffPeriod` and
 /// `workerBackOffPeriodJitterFactor` in kubelet's `pod_workers.go`).
 const STATUS_LAG: Duration = Duration::from_secs(15);
 
-/// Between two questions to a registry that is down: recoveries should stop soon after it is back.
+/// Interval of probes to a registry that is down: recoveries should stop soon after its return.
 const PROBE_INTERVAL_DOWN: Duration = Duration::from_secs(10);
 
-/// Between two questions to a registry that answers, and only while pods come that want images from
-/// it.
+/// Interval of probes to a registry that answers, and only while new pods need images from there.
 const PROBE_INTERVAL_UP: Duration = Duration::from_secs(30);
 
-/// Answers in a row that outweigh a pull that failed after the last of them began.
+/// Consecutive answers that outweigh a failed pull before them.
 const ANSWERS_TO_END_OUTAGE: u32 = 2;
 
-/// Registries remembered. A cluster uses a handful; pods may name any number, and the ones that
-/// nothing is known of are then forgotten first.
+/// Registries that are remembered. A cluster uses a handful; pods may name any number, and
+/// registries without evidence are dropped first.
 const MAX_REGISTRIES: usize = 64;
 
-/// What this node itself knows of registries.
+/// This node's evidence about registries.
 #[derive(Debug, Default)]
 pub struct RegistryOutages {
     registries: BTreeMap<String, RegistryState>,
@@ -55,36 +53,36 @@ pub struct RegistryOutages {
 
 #[derive(Debug)]
 struct RegistryState {
-    /// Since when and how it is down.
+    /// The current outage, with the evidence.
     down: Option<(Outage, Evidence)>,
-    /// It answered this agent at least once.
+    /// The registry answered at least one probe of this agent.
     has_answered: bool,
     probed_at: Option<Instant>,
-    /// Answers in a row.
+    /// Consecutive answers to probes.
     answers_in_a_row: u32,
-    /// There was none when it was asked last.
+    /// The latest probe had no answer.
     last_probe_failed: bool,
-    /// The latest question that counts and had no answer, unless an answer came since.
+    /// The latest failed probe that counts, unless a later probe had an answer.
     failed_probe_at: Option<Instant>,
-    /// When a status reported the latest failed pull, and the one before, since the last pull that
-    /// had an answer.
+    /// When a status reported the latest two failed pulls, since the last pull that had an answer.
     failed_pulls: [Option<Instant>; 2],
-    /// A failed pull named another host: containerd reaches this registry's images elsewhere, too.
+    /// A failed pull named another host: containerd also pulls this registry's images from
+    /// elsewhere.
     has_mirror: bool,
     used_at: Instant,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Evidence {
-    /// Until then.
+    /// Valid until this instant.
     FailedPull(Instant),
-    /// Until it answers.
+    /// Valid until the registry answers.
     Probe,
 }
 
 impl RegistryOutages {
-    /// A pull through containerd failed for a fault of the registry, as a pod's status of `now`
-    /// says. `has_mirror` where the message names another host.
+    /// Records a pull through containerd that failed for a fault of the registry, according to a
+    /// pod's status at `now`. `has_mirror` if the message names another host.
     pub fn record_failed_pull(
         &mut self,
         registry: &str,
@@ -100,8 +98,8 @@ impl RegistryOutages {
         self.record_outage(registry, kind, Evidence::FailedPull(now + FAILED_PULL_LIFE), now, clock);
     }
 
-    /// A pull through containerd succeeded, which ends the outage here. Whether that changed what
-    /// is known.
+    /// Records a successful pull through containerd, which ends the outage on this node. Returns
+    /// whether an outage ended.
     pub fn record_successful_pull(&mut self, registry: &str, now: Instant) -> bool {
         let Some(known) = self.registries.get_mut(registry) else { return false };
         let was_down = known.outage(now).is_some();
@@ -111,16 +109,16 @@ impl RegistryOutages {
         was_down
     }
 
-    /// A pull through containerd failed with an answer of the registry or of a mirror, such as 404.
-    /// The outage of other hosts may go on, and digests are recovered as before. The next pull may
-    /// succeed, so the kubelet decides tags first.
+    /// Records a pull that failed with an answer of the registry or of a mirror, such as 404. Other
+    /// hosts may still be down, so digests are recovered as before. The next pull may succeed, so
+    /// the kubelet decides tags first.
     pub fn record_answered_pull(&mut self, registry: &str) {
         if let Some(known) = self.registries.get_mut(registry) {
             known.failed_pulls = [None; 2];
         }
     }
 
-    /// The agent asked, and the registry answered or did not. Whether that changed what is known.
+    /// Records a probe's result. Returns whether the registry went down or came back.
     pub fn record_probe(
         &mut self,
         registry: &str,
@@ -136,9 +134,10 @@ impl RegistryOutages {
                 known.has_answered = true;
                 known.answers_in_a_row = known.answers_in_a_row.saturating_add(1);
                 known.failed_probe_at = None;
-                // The next pull may succeed, at this host or at a mirror: the kubelet tries first.
+                // The next pull may succeed, at this host or at a mirror, so the kubelet tries
+                // first.
                 known.failed_pulls = [None; 2];
-                // One answer may be the one that got through.
+                // A single answer may be a lucky one.
                 if known.answers_in_a_row >= ANSWERS_TO_END_OUTAGE
                     || !matches!(known.down, Some((_, Evidence::FailedPull(_))))
                 {
@@ -158,9 +157,9 @@ impl RegistryOutages {
 
     /// Whether a tag of this registry may be decided before the pod's own pull has failed: a pull
     /// through containerd has failed here, and evidence of the last 30 s says that the next one
-    /// would fail as well. That is a question of the agent where questions count, and another
-    /// failed pull where they do not. The failed pull is at most 10 min old: its registry may have
-    /// been well since.
+    /// would fail too. That evidence is a probe where probes count, and another failed pull where
+    /// they do not. The failed pull is at most 10 min old, because the registry may have been
+    /// healthy since.
     pub fn has_fresh_evidence(&self, registry: &str, now: Instant) -> bool {
         let is_within =
             |at: Option<Instant>, age: Duration| at.is_some_and(|at| now.saturating_duration_since(at) < age);
@@ -173,17 +172,18 @@ impl RegistryOutages {
         })
     }
 
-    /// Since when the registry is known to be down here, in seconds since 1970.
+    /// Start of the outage on this node, in seconds since 1970.
     pub fn down_since(&self, registry: &str, now: Instant) -> Option<u64> {
         self.registries.get(registry)?.outage(now).map(|outage| outage.since)
     }
 
-    /// Whether this node itself found it unreachable.
+    /// Whether this node's own evidence says that the registry is down.
     pub fn is_down(&self, registry: &str, now: Instant) -> bool {
         self.registries.get(registry).is_some_and(|known| known.outage(now).is_some())
     }
 
-    /// Whether it answered us when it was asked last. Stronger than what a peer says.
+    /// Whether the registry has answered this agent, is not down here, and was probed in the last
+    /// 60 s. Stronger than the outages that peers announce.
     pub fn is_answering(&self, registry: &str, now: Instant) -> bool {
         self.registries.get(registry).is_some_and(|known| {
             known.has_answered
@@ -192,7 +192,7 @@ impl RegistryOutages {
         })
     }
 
-    /// Whether the registry answered this agent at least once, so that a later silence counts.
+    /// Whether the registry answered this agent at least once, so that a later failed probe counts.
     pub fn has_answered(&self, registry: &str) -> bool {
         self.registries.get(registry).is_some_and(|known| known.has_answered)
     }
@@ -203,18 +203,18 @@ impl RegistryOutages {
         self.registries.iter().filter(move |(_, known)| healthy(known)).map(|(registry, _)| registry.as_str())
     }
 
-    /// Whether it did not answer us when it was asked last.
+    /// Whether the latest probe had no answer.
     pub fn did_last_probe_fail(&self, registry: &str) -> bool {
         self.registries.get(registry).is_some_and(|known| known.last_probe_failed)
     }
 
-    /// Everything that this node found out, for its peers.
+    /// All outages that this node found, for announcement to peers.
     pub fn local_outages(&self, now: Instant) -> Vec<Outage> {
         self.registries.values().filter_map(|known| known.outage(now)).cloned().collect()
     }
 
-    /// Whether it is worth asking now; if so, the question counts as asked. `suspected` when a peer
-    /// says that it is down.
+    /// Whether a probe is due; a due probe counts as sent. `suspected` if a peer announces an
+    /// outage of the registry.
     pub fn begin_probe_if_due(&mut self, registry: &str, suspected: bool, now: Instant) -> bool {
         let known = self.state_mut(registry, now);
         let pause = if suspected || known.outage(now).is_some() { PROBE_INTERVAL_DOWN } else { PROBE_INTERVAL_UP };
@@ -225,7 +225,7 @@ impl RegistryOutages {
         due
     }
 
-    /// The registries that are known to be down, to be asked again.
+    /// The registries that are down, and are probed again.
     pub fn down_registries(&self, now: Instant) -> Vec<String> {
         let down = self.registries.iter().filter(|(_, known)| known.outage(now).is_some());
         down.map(|(registry, _)| registry.clone()).collect()
@@ -233,7 +233,7 @@ impl RegistryOutages {
 
     fn record_outage(&mut self, registry: &str, kind: OutageKind, evidence: Evidence, now: Instant, clock: SystemTime) {
         let known = self.state_mut(registry, now);
-        // Down for one reason and then another is one outage.
+        // A change of the kind continues the same outage.
         let since = match known.outage(now) {
             Some(outage) => outage.since,
             None => clock.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs()),
@@ -243,7 +243,7 @@ impl RegistryOutages {
 
     fn state_mut(&mut self, registry: &str, now: Instant) -> &mut RegistryState {
         if !self.registries.contains_key(registry) && self.registries.len() == MAX_REGISTRIES {
-            // Those of which something is known stay longest: names cost nobody anything.
+            // Registries with evidence are dropped last, because any pod can invent names.
             let least = |known: &RegistryState| (known.down.is_some(), known.has_answered, known.used_at);
             let oldest = self.registries.iter().min_by_key(|(_, known)| least(known)).map(|(name, _)| name.clone());
             oldest.and_then(|name| self.registries.remove(&name));
@@ -266,7 +266,7 @@ impl RegistryOutages {
 }
 
 impl RegistryState {
-    /// Whether a question of the agent says something about containerd's pulls.
+    /// Whether the agent's probes are evidence about containerd's pulls.
     fn do_probes_count(&self) -> bool {
         self.has_answered && !self.has_mirror
     }

@@ -1,16 +1,15 @@
 //! Decisions about the images of the agent's own DaemonSet.
 //!
-//! An agent cannot recover its own next image once its turn in a rollout has come: the old pod is
-//! gone by then. So the agent fetches the image before its turn. The kubelet must not collect
-//! images that no container uses between two pods, so the agent protects the current images and
-//! the next ones.
+//! An agent cannot recover its own next image when the rollout reaches its node: the old pod is
+//! gone by then. So the agent fetches the image earlier. The kubelet must not collect images that
+//! no container uses between two pods, so the agent protects the current images and the next ones.
 //!
-//! A digest may come from any peer. The registry alone decides a tag: where the registry does not
-//! answer, the tag is left to the kubelet.
+//! A digest may come from any peer. The registry alone decides a tag: if the registry does not
+//! answer, the kubelet pulls the tag.
 //!
-//! Lists of repositories in namespaces do not count here. Lists bound the images of pods' authors;
+//! Lists of repositories in namespaces do not count here. Such lists restrict the authors of pods;
 //! the author of this DaemonSet is root on every node already. Peers provide the image under the
-//! very repository that the DaemonSet names, as for any recovery.
+//! repository that the DaemonSet names, as for any recovery.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -20,8 +19,8 @@ use crate::oci::Reference;
 #[cfg(test)]
 mod tests;
 
-/// Most images of one pod that count, of the template and of the agent's pod each. The chart's pod
-/// has one container; init containers and injected sidecars make a handful.
+/// Images that count, of the template and of the agent's pod each. The chart's pod has one
+/// container; init containers and injected sidecars make a handful.
 pub const MAX_IMAGES: usize = 16;
 
 /// Reads of the DaemonSet per second in the whole cluster, served by the API server's watch cache:
@@ -37,17 +36,17 @@ const MIN_READ_INTERVAL: Duration = Duration::from_secs(30);
 /// The images of this agent's DaemonSet.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct OwnImages {
-    /// Named by the agent's own pod; empty before the pod was seen.
+    /// Images of the agent's own pod; empty before the pod was seen.
     pub current: BTreeSet<Reference>,
-    /// Named by the DaemonSet's template, init containers included; `None` where the API server did
-    /// not say, or no DaemonSet owns the pod.
+    /// Images of the DaemonSet's template, init containers included. `None` if the API server did
+    /// not answer, or no DaemonSet owns the pod.
     pub template: Option<BTreeSet<Reference>>,
     /// The pod's pull secrets, by namespace and name.
     pub pull_secrets: Vec<(String, String)>,
 }
 
 impl OwnImages {
-    /// Everything that stays on this node.
+    /// All images that stay on this node.
     pub fn named(&self) -> BTreeSet<Reference> {
         self.current.iter().chain(self.template.iter().flatten()).cloned().collect()
     }
@@ -61,9 +60,9 @@ impl OwnImages {
 /// Image records of this node that the kubelet does not collect.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Protection {
-    /// With this program's mark.
+    /// Records with this program's mark.
     pub ours: BTreeSet<Reference>,
-    /// Without the mark.
+    /// Records without the mark.
     pub others: BTreeSet<Reference>,
 }
 
@@ -74,17 +73,17 @@ impl Protection {
     }
 }
 
-/// A change of what the kubelet leaves.
+/// A change of the protection from the kubelet's image collection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ProtectionChange {
     /// Protect the image record of this name.
     Protect(Reference),
-    /// End the protection that this agent, or one before it, gave.
+    /// End a protection by this agent or an earlier one.
     Release(Reference),
 }
 
-/// Protects what is named, and releases what is no longer named. Nothing is released before pod and
-/// template are both known: the next image of a DaemonSet that cannot be read is not known.
+/// Protects the named images, and releases those that are no longer named. Releases need both pod
+/// and template, because the next image of an unreadable DaemonSet is unknown.
 pub fn protection_changes(
     own: &OwnImages,
     recorded: &BTreeSet<Reference>,
@@ -101,7 +100,7 @@ pub fn protection_changes(
 /// Facts about a missing image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OwnImageSituation {
-    /// Recoveries are switched off, or the agent only reports.
+    /// The kill switch is on, or the agent is in a dry run.
     pub is_switched_off: bool,
     /// Images may be imported into this node's containerd.
     pub may_import: bool,
@@ -127,7 +126,7 @@ pub enum OwnImageStep {
 pub enum OwnImageWait {
     /// The kill switch, or a dry run.
     SwitchedOff,
-    /// containerd may not take imports.
+    /// This node's containerd must not get imports.
     NoImports,
     /// No peer provides the image yet.
     NoProvider,
@@ -148,7 +147,7 @@ pub fn own_image_step(image: &Reference, situation: OwnImageSituation) -> OwnIma
     }
 }
 
-/// Mean interval between two reads of the DaemonSet, where so many agents read it.
+/// Mean interval between two reads of the DaemonSet, with so many agents in the cluster.
 pub fn read_interval(agents: usize) -> Duration {
     let agents = u32::try_from(agents).unwrap_or(u32::MAX);
     (Duration::from_secs(1) / READS_PER_SECOND * agents).max(MIN_READ_INTERVAL)

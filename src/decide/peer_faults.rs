@@ -1,30 +1,30 @@
-//! What peers did wrong lately, and what follows for the order in which they are asked.
+//! Recent faults of peers, and the order of requests that follows from these faults.
 //!
-//! Nobody is excluded: one bad sector is no reason to lose what only this peer holds, and nothing that a peer sends is believed
-//! unverified. Not here: whether a peer is admitted, and who holds what.
+//! No peer is excluded: a bad sector is no reason to lose blobs that only this peer has, and all
+//! content is verified. Not here: whether a peer is admitted, and which peers have a blob.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::model::PeerId;
 
-/// What a peer did, or what happened to it.
+/// A fault of a peer, or a failure on the way to the peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PeerFault {
-    /// It sent wrong content or broke the protocol.
+    /// The peer sent wrong content or broke the protocol.
     Lied,
-    /// It serves as many as it can.
+    /// The peer serves as many requests as it can.
     Busy,
-    /// There is no way to it, or it does not let us in.
+    /// The peer cannot be reached, or rejects this agent.
     Unreachable,
-    /// It stopped sending.
+    /// The peer stopped sending.
     Stalled,
-    /// It cannot read its own content.
+    /// The peer cannot read its own content.
     StoreFailed,
 }
 
 impl PeerFault {
-    /// The kind, for the metric.
+    /// The label in metrics.
     pub fn label(self) -> &'static str {
         match self {
             Self::Lied => "lied",
@@ -43,20 +43,21 @@ impl PeerFault {
         }
     }
 
-    /// First wait, and the longest that it doubles to.
+    /// The first wait, and the longest wait that the doubling reaches.
     fn wait_bounds(self) -> (Duration, Duration) {
         match self.ban_kind() {
-            // A bad sector stays bad and a liar lies on; a replaced disk is noticed within two hours.
+            // A bad sector stays bad, and a lying peer lies on. A replaced disk is noticed within
+            // two hours.
             BanKind::Lying => (Duration::from_secs(600), Duration::from_secs(7200)),
-            // A blob of a few MiB takes a moment; whoever waits for a place is to get it soon after it is free.
+            // A blob of a few MiB takes a moment, and a free upload slot has to be used soon.
             BanKind::Busy => (Duration::from_millis(100), Duration::from_millis(1500)),
-            // As the queue's own waits after a failure.
+            // As the recovery queue's waits after a failure.
             BanKind::Troubled => (Duration::from_secs(1), Duration::from_secs(300)),
         }
     }
 }
 
-/// Faults that are remembered together, because one kind of wait follows from them.
+/// Faults that share one kind of wait.
 #[derive(Debug, Clone, Copy)]
 enum BanKind {
     Lying,
@@ -64,14 +65,14 @@ enum BanKind {
     Troubled,
 }
 
-/// How a peer compares with others; the least is asked first.
+/// The rank of a peer among others; the least is asked first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Standing {
-    /// Nothing is known against it.
+    /// The peer has no fault.
     Good,
-    /// Something went wrong; by when it may be better.
+    /// The peer had a failure; the time says when the failure may be over.
     Troubled(Instant),
-    /// It lied. What it sends costs a whole blob before that is known.
+    /// The peer sent wrong content. A whole blob is downloaded before the next lie shows.
     Lying,
 }
 
@@ -87,15 +88,16 @@ struct FaultCount {
     until: Option<Instant>,
 }
 
-/// Peers with faults that are remembered; as many as are known at most (5000 nodes, each of which may have lost its key once). Beyond
-/// it those go whose time is up first.
+/// Most peers with faults. A cluster has 5000 nodes, each of which may have lost its key once.
+/// Beyond this number, the records that end first are evicted.
 const MAX_PEERS: usize = 10_000;
 
-/// How long after a wait its faults still make the next one longer.
+/// Time after a wait in which the earlier faults still lengthen the next wait.
 const FAULT_LIFE: Duration = Duration::from_secs(3600);
 
 impl PeerFaults {
-    /// Something went wrong with a peer. Answers until when it is held against it. `jitter` in 0..1 spreads the waits of many askers.
+    /// Records a fault, and returns the end of its wait. `jitter` in 0..1 spreads the waits of many
+    /// agents.
     pub fn record_fault(&mut self, peer: PeerId, fault: PeerFault, now: Instant, jitter: f64) -> Instant {
         if !self.counts.contains_key(&peer) {
             self.evict_expired(now);
@@ -109,7 +111,8 @@ impl PeerFaults {
         until
     }
 
-    /// A peer served a blob: it is there and has time. That it lied is not forgotten: a disk with one bad sector serves all the others.
+    /// Clears all faults of a peer that served a blob, except a lie: a disk with one bad sector
+    /// serves all other blobs.
     pub fn record_success(&mut self, peer: PeerId) {
         if let Some(record) = self.counts.get_mut(&peer) {
             record[BanKind::Busy as usize] = FaultCount::default();
@@ -120,7 +123,7 @@ impl PeerFaults {
         }
     }
 
-    /// How the peer compares now.
+    /// The peer's rank now.
     pub fn standing(&self, peer: PeerId, now: Instant) -> Standing {
         if self.ban_end(peer, BanKind::Lying, now).is_some() {
             return Standing::Lying;
@@ -128,7 +131,7 @@ impl PeerFaults {
         self.ban_end(peer, BanKind::Troubled, now).map_or(Standing::Good, Standing::Troubled)
     }
 
-    /// Before when there is no use in asking a peer: it was busy.
+    /// The end of a busy peer's wait. A request before then is useless.
     pub fn busy_until(&self, peer: PeerId, now: Instant) -> Option<Instant> {
         self.ban_end(peer, BanKind::Busy, now)
     }
@@ -202,7 +205,7 @@ mod tests {
             peers.sort_by_key(|number| trust.standing(peer(*number), now));
             peers
         };
-        assert_eq!(order(&trust, now), [4, 5, 3, 2, 1], "to be busy is no shame");
+        assert_eq!(order(&trust, now), [4, 5, 3, 2, 1], "a busy peer keeps its rank");
         assert_eq!(order(&trust, until), [1, 2, 3, 4, 5]);
     }
 
@@ -213,7 +216,7 @@ mod tests {
         assert_eq!(trust.busy_until(peer(1), now), Some(until));
         assert_eq!(trust.busy_until(peer(1), until), None);
         trust.record_fault(peer(2), PeerFault::Lied, now, 1.0);
-        assert_eq!(trust.busy_until(peer(2), now), None, "nobody else may hold it");
+        assert_eq!(trust.busy_until(peer(2), now), None, "a lying peer may be the only provider");
     }
 
     #[test]

@@ -1,27 +1,38 @@
-//! Which piece is asked of which peer next, over all blobs of one recovery. Pure: no sockets, no clock, no randomness but a seed, so that a
-//! thousand of them run in one simulation.
+//! Piece picker: which piece is requested from which peer next, over all blobs of one recovery.
+//! Pure: no sockets, no clock, and a seed for all randomness, so one simulation can run a thousand
+//! pickers.
 //!
-//! Whoever drives it says what there is to fetch ([`PiecePicker::add_blob`]), who may have it ([`PiecePicker::set_providers`]), what those say of themselves
-//! ([`PiecePicker::record_piece_map`]) and what comes of what was asked; then takes [`PiecePicker::take_follow_changes`], [`PiecePicker::take_cancellations`] and [`PiecePicker::next_request`] until there is
-//! nothing left, and comes again when something happens or [`PiecePicker::wake_at`] is reached.
+//! The driver adds the blobs ([`PiecePicker::add_blob`]) and their providers
+//! ([`PiecePicker::set_providers`]), and reports the providers' piece maps
+//! ([`PiecePicker::record_piece_map`]) and the results of requests. Then the driver calls
+//! [`PiecePicker::take_follow_changes`], [`PiecePicker::take_cancellations`] and
+//! [`PiecePicker::next_request`] until they return nothing, and repeats that after every event and
+//! at [`PiecePicker::wake_at`].
 //!
-//! # The rules
+//! # Rules
 //!
-//! - Of each blob the last piece first, which proves its length; then the rarest among the neighbours, in a random order where they are equally
-//!   rare. Never in reading order: all would wait for the same piece.
-//! - A partial neighbour is asked for exactly what is wanted of it. One that holds everything, or pieces that nobody else near has, is offered
-//!   more and sends what it has sent the least, even while nobody else is known: a swarm is as fast as its one source sends each piece once, and a
-//!   zone's one source is whoever fetches from other zones. What is offered is set aside until it has chosen or is late, and less is offered the less there is.
-//! - How rare a piece is counts where it would come from: in our own zone for a neighbour there.
-//! - Of the peers that have something, the one is asked that will be done first: what it owes and the new ask, at its rate.
-//! - What a neighbour of our own zone has is not asked of another zone, unless nothing comes of asking it.
-//! - Nobody is waited for: what a peer is silent about for longer than it usually is, is asked of another too.
-//! - A piece is asked of one peer, of two when the first is late, and at the very end.
-//! - Of a blob a peer is asked for one piece, and for more when that one was compared with the list, so that a liar is found by its first. Where there
-//!   is no list yet the first piece in reading order is best, since a list that is being made reaches it first.
+//! - The last piece of a blob comes first, because the last piece proves the blob's length. Then
+//!   come the pieces that are rarest among the selected providers; equally rare pieces come in
+//!   random order. Reading order would make all nodes wait for the same piece.
+//! - A partial provider gets requests for exactly the wanted pieces. A whole provider, or the only
+//!   one of our zone with certain pieces, is offered more pieces and sends those that it has sent
+//!   least. A swarm is as fast as its seed sends each piece once, and a zone's only source is the
+//!   zone leader. Offered pieces stay reserved until the provider has chosen or is late. Offers
+//!   shrink with the unassigned pieces.
+//! - Rarity is counted where the piece would come from: for a provider of our own zone, in our own
+//!   zone.
+//! - Among the ready providers, the one that would finish first gets the request: its bytes in
+//!   flight plus the new request, at its rate.
+//! - Pieces that a provider of our own zone has are not requested from other zones, unless requests
+//!   to that provider fail.
+//! - A request that is silent for longer than its peer's usual gap is hedged at another provider.
+//! - A piece has one request in flight, or two when the first is late, or for the last pieces.
+//! - A provider gets one piece of a blob until that piece is verified, so the first piece exposes a
+//!   lying provider. Before the hash chain is ready, that piece is the provider's lowest unassigned
+//!   one, because a chain under construction reaches the lowest piece first.
 //!
-//! Not here: whether what comes fits (the driver says [`PiecePicker::discard_piece`]), which peers are to be trusted, and how a serving node chooses
-//! ([`super::upload_slots`]).
+//! Not here: verification (the driver calls [`PiecePicker::discard_piece`]), trust in peers, and
+//! a provider's choice of the pieces to send ([`super::upload_slots`]).
 
 mod blob;
 mod peers;
@@ -47,88 +58,89 @@ use rate_estimate::RateEstimate;
 use requests::InFlightRequest;
 pub use requests::MAX_IN_FLIGHT;
 
-/// One ask, until it is over. Never used twice in a pool.
+/// Identifies a request. A picker never reuses a number.
 pub type PieceRequestId = u64;
 
-/// What to ask of whom.
+/// A request for the driver to send.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PickedRequest {
-    /// Stands for it from now on.
+    /// Identifies the request in all later reports.
     pub id: PieceRequestId,
-    /// What to send.
+    /// The message to send.
     pub request: PieceRequest,
 }
 
-/// Somebody who has a blob or is fetching it.
+/// A peer that has a blob, or is downloading the blob.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Provider {
-    /// Who.
+    /// The peer to request from.
     pub peer: PeerId,
-    /// Its zone, where that is known.
+    /// The peer's zone, if known.
     pub zone: Option<Zone>,
-    /// Whether it announced all of it.
+    /// Whether the peer announced the whole blob.
     pub is_whole: bool,
-    /// 0 good, 1 troubled, 2 lying. The lower is preferred; 2 counts only when there is nobody else.
+    /// 0 good, 1 faulty, 2 lying. A lower value is preferred; 2 is used only without an
+    /// alternative.
     pub standing: u8,
 }
 
-/// A change in whom to follow.
+/// A change of the followed providers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FollowChange {
-    /// Hear from now on which pieces it has.
+    /// Subscribe to the peer's piece maps.
     Follow {
-        /// Who.
+        /// The peer to subscribe to.
         peer: PeerId,
-        /// Of which blob.
+        /// The blob of the piece maps.
         digest: Digest,
     },
-    /// Hear no more of it. It may have ended already.
+    /// End the subscription. The peer may have ended the stream already.
     Unfollow {
-        /// Who.
+        /// The peer of the subscription.
         peer: PeerId,
-        /// Of which blob.
+        /// The blob of the piece maps.
         digest: Digest,
     },
 }
 
-/// How an ask ended.
+/// The end of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestEnd {
-    /// The peer sent all that it would.
+    /// The peer sent all pieces that it would send.
     Done,
-    /// It has no time now.
+    /// The peer has no upload slot now.
     Busy,
-    /// It broke off. Whether the peer is to be forgotten the driver decides.
+    /// The peer broke off. The driver decides whether to exclude the peer.
     Failed,
 }
 
-/// What one recovery wants, and from whom.
+/// The requests of one recovery.
 #[derive(Debug)]
 pub struct PiecePicker {
     zone: Option<Zone>,
     rng: SmallRng,
     salt: u64,
-    /// Whether other zones may be asked.
+    /// Whether providers of other zones may get requests.
     is_cross_zone_allowed: bool,
     blobs: Vec<BlobPicker>,
     blob_indexes: HashMap<Digest, usize>,
     peers: PeerRecords,
-    /// At most [`requests::MAX_IN_FLIGHT`].
+    /// At most [`MAX_IN_FLIGHT`].
     in_flight: BTreeMap<PieceRequestId, InFlightRequest>,
     next_id: PieceRequestId,
     cancellations: Vec<PieceRequestId>,
     follow_changes: Vec<FollowChange>,
-    /// All that comes.
+    /// Arrival rate over all peers.
     rate: RateEstimate,
-    /// The latest moment that was told of.
+    /// The latest `now` of any call.
     now: Option<Instant>,
     wake_at: Option<Instant>,
-    /// When somebody who was forgotten may be a neighbour again.
+    /// The next end of an exclusion.
     exclusion_ends_at: Option<Instant>,
 }
 
 impl PiecePicker {
-    /// Nothing to fetch yet. `zone` is our own, `seed` all the randomness there is.
+    /// A picker without blobs. `zone` is our own; `seed` is the only source of randomness.
     pub fn new(zone: Option<Zone>, seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
         Self {
@@ -150,7 +162,8 @@ impl PiecePicker {
         }
     }
 
-    /// A blob to fetch, whose list of states is still to come unless it [`PiecePicker::mark_hash_chain_ready`]. One that is there already stays as it is.
+    /// Adds a blob whose hash chain is not ready before [`PiecePicker::mark_hash_chain_ready`].
+    /// Adding a known blob changes nothing.
     pub fn add_blob(&mut self, digest: Digest, cut: PieceLayout) {
         let salt = self.rng.random();
         let next = self.blobs.len();
@@ -159,15 +172,16 @@ impl PiecePicker {
         }
     }
 
-    /// There is a list for a blob: what comes can be compared at once.
+    /// The hash chain of the blob is ready: each piece is verified on arrival.
     pub fn mark_hash_chain_ready(&mut self, digest: Digest) {
         if let Some(&place) = self.blob_indexes.get(&digest) {
             self.blobs[place].has_hash_chain = true;
         }
     }
 
-    /// A piece of this blob that this peer sent fits: from now on it is asked for several. One that only came, and was not compared with anything yet,
-    /// does not count; nor does what it sent of other blobs, whose files may be whole where this one's is not.
+    /// A piece of this blob from this peer matched the hash chain, so later requests may hold
+    /// several pieces. Unverified pieces do not count, nor do pieces of other blobs: the peer's
+    /// file of another blob may be whole where the file of this one is not.
     pub fn record_verified_piece(&mut self, peer: PeerId, digest: Digest) {
         let number = self.peers.index_or_insert(peer);
         if let Some(&place) = self.blob_indexes.get(&digest)
@@ -177,22 +191,23 @@ impl PiecePicker {
         }
     }
 
-    /// A piece is here: from an earlier try, or by a way that this pool did not ask for.
+    /// A piece is present without a request of this picker: from an earlier try, or by another way.
     pub fn mark_piece_present(&mut self, digest: Digest, piece: u32) {
         if let Some(&place) = self.blob_indexes.get(&digest) {
             self.mark_present(place, piece, None);
         }
     }
 
-    /// A piece that counted as here is not what it should be. It is fetched again.
+    /// A present piece is wrong, and is fetched again.
     pub fn discard_piece(&mut self, digest: Digest, piece: u32) {
         if let Some(&place) = self.blob_indexes.get(&digest) {
             self.blobs[place].mark_absent(piece);
         }
     }
 
-    /// A piece of this blob that this peer sent does not fit what there is of somebody's list: it is asked for nothing more of it until a list is
-    /// whole and tells who is wrong, or for some seconds if none comes.
+    /// A piece from this peer contradicts an incomplete hash chain, which itself is not proved yet.
+    /// The peer gets no more requests for the blob until the complete chain decides, or for some
+    /// seconds when no chain comes.
     pub fn record_mismatch(&mut self, peer: PeerId, digest: Digest, now: Instant) {
         let number = self.peers.index_or_insert(peer);
         if let Some(&place) = self.blob_indexes.get(&digest) {
@@ -200,7 +215,8 @@ impl PiecePicker {
         }
     }
 
-    /// What a neighbour said about its pieces. Of others nothing is believed; numbers that there are not, and what was said before, change nothing.
+    /// Records a piece map of a selected provider; piece maps of other peers are ignored. Repeated
+    /// pieces and numbers beyond the blob change nothing.
     pub fn record_piece_map(&mut self, peer: PeerId, digest: Digest, word: &PieceMapUpdate, now: Instant) {
         self.advance_clock(now);
         if let Some(&place) = self.blob_indexes.get(&digest)
@@ -211,8 +227,8 @@ impl PiecePicker {
         }
     }
 
-    /// A peer is not followed any more, or has nothing of this blob after all. It is no neighbour until [`PiecePicker::set_providers`] names it again.
-    /// What was asked of it ends by itself.
+    /// The peer is no longer followed, or lost the blob. The peer is not selected again before
+    /// [`PiecePicker::set_providers`] lists the peer. Its requests in flight end on their own.
     pub fn remove_provider(&mut self, peer: PeerId, digest: Digest) {
         let Some(&place) = self.blob_indexes.get(&digest) else { return };
         let blob = &mut self.blobs[place];
@@ -224,7 +240,8 @@ impl PiecePicker {
         blob.needs_selection = true;
     }
 
-    /// A peer cannot be reached, or is banned: nothing is asked of it before then, and what was asked is over.
+    /// The peer is unreachable or banned: no requests before `until`, and those in flight are
+    /// canceled.
     pub fn exclude_peer(&mut self, peer: PeerId, until: Instant) {
         let number = self.peers.index_or_insert(peer);
         self.peers.get_mut(number).exclude(until);
@@ -236,8 +253,9 @@ impl PiecePicker {
         }
     }
 
-    /// Whether peers of other zones may be asked; at first they may. Peers without a zone are never of another one, nor is anybody when we
-    /// have none. What was asked and has not begun is taken back.
+    /// Whether providers of other zones may get requests; initially true. A peer without a zone
+    /// counts as near, and every peer does when this node has no zone. Unstarted requests to other
+    /// zones are canceled.
     pub fn set_cross_zone(&mut self, allowed: bool) {
         if std::mem::replace(&mut self.is_cross_zone_allowed, allowed) == allowed {
             return;
@@ -251,12 +269,12 @@ impl PiecePicker {
         }
     }
 
-    /// How many pieces of a blob are not here; 0 for one that is not of this pool.
+    /// Missing pieces of a blob; 0 for an unknown blob.
     pub fn missing_pieces(&self, digest: Digest) -> usize {
         self.blob_indexes.get(&digest).map_or(0, |place| self.blobs[*place].missing())
     }
 
-    /// Whether everything is here.
+    /// Whether all blobs are complete.
     pub fn is_complete(&self) -> bool {
         self.blobs.iter().all(|blob| blob.missing() == 0)
     }
@@ -266,7 +284,7 @@ impl PiecePicker {
     }
 }
 
-/// A hash of a number, for random orders that need no memory (the finalizer of SplitMix64).
+/// Hash of a number, for random orders without stored state (the finalizer of SplitMix64).
 fn mix(mut number: u64) -> u64 {
     number = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
     number = (number ^ number >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);

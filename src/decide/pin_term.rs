@@ -1,5 +1,5 @@
-//! When a pin is renewed. Ten GiB over a link of 8 Mbit/s take three hours, and a pin that ends
-//! before the image record exists leaves the blobs to the collector.
+//! Renewal times of a pin. Ten GiB over a link of 8 Mbit/s take three hours, and a pin that ends
+//! before the image record exists leaves the blobs to containerd's garbage collector.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ pub struct PinTerm {
 }
 
 impl PinTerm {
-    /// A pin that was made, or is about to be made, at `now`.
+    /// The term of a pin that was made, or is about to be made, at `now`.
     pub fn new(life: Duration, now: Instant) -> Self {
         Self { life, until: now + life, failed_at: None }
     }
@@ -26,12 +26,12 @@ impl PinTerm {
         self.failed_at.map_or(half, |failed| half.max(failed + self.life / TRIES_PER_LIFE))
     }
 
-    /// A renewal that began at `now` succeeded.
+    /// Records that a renewal begun at `now` succeeded.
     pub fn record_renewal(&mut self, now: Instant) {
         *self = Self::new(self.life, now);
     }
 
-    /// A renewal failed at `now`. True for the first failure since the last success.
+    /// Records that a renewal failed at `now`. True for the first failure since the last success.
     pub fn record_failure(&mut self, now: Instant) -> bool {
         self.failed_at.replace(now).is_none()
     }

@@ -1,57 +1,29 @@
-//! Which blobs an image needs here, which of them are missing, and in which order peers are asked.
+//! Fetch plan of an image: the blobs that are missing on this node, and the order of their
+//! providers.
 
 use std::collections::HashSet;
 
 use sha2::{Digest as _, Sha256};
 
-use super::disk::Volume;
+use super::disk::OverLimit;
 use super::peer_faults::Standing;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Manifest};
 
-/// What a manifest asks this node to have.
+/// The blobs of a manifest, by what this node does about them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FetchPlan {
-    /// Blobs that are here; they are held while the others come.
+    /// Present blobs, which are pinned during the fetch.
     pub present: Vec<Descriptor>,
-    /// Blobs to fetch: the configuration, without which no layer can be unpacked, then the largest first, so that the last one to finish is
-    /// a small one.
+    /// Blobs to fetch. The config comes first, because unpacking needs the config; then the largest
+    /// blobs, so that the last blob to finish is a small one.
     pub missing: Vec<Descriptor>,
-    /// Layers that are not here and that nobody may give us: their licence forbids to distribute them.
+    /// Missing layers that peers must not serve: their license forbids distribution.
     pub withheld: Vec<Descriptor>,
 }
 
-/// Why an image may not be fetched.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum OverLimit {
-    /// A setting.
-    #[error("the image misses {missing} bytes here and --max-image-bytes (or the rules file) allows {limit}")]
-    Size {
-        /// What would have to be fetched.
-        missing: u64,
-        /// The setting.
-        limit: u64,
-    },
-    /// The disk.
-    #[error(
-        "{volume} has {free} bytes free; the image needs {need} there, other recoveries {reserved}, and {floor} have to stay free \
-         (--min-free-bytes, --image-gc-percent, --eviction-percent or the rules file)"
-    )]
-    Disk {
-        /// Which.
-        volume: Volume,
-        /// Bytes that the image takes there.
-        need: u64,
-        /// What other recoveries were promised there and have not written yet.
-        reserved: u64,
-        /// What is free now.
-        free: u64,
-        /// What must stay free.
-        floor: u64,
-    },
-}
-
-/// Splits a manifest's config and layers into what is there and what is missing. A layer that is named twice counts once.
+/// Splits a manifest's config and layers into present and missing blobs. A repeated layer counts
+/// once.
 pub fn plan(manifest: &Manifest, is_there: impl Fn(Digest) -> bool) -> FetchPlan {
     let mut seen = HashSet::new();
     let (there, mut missing): (Vec<_>, Vec<_>) = std::iter::once(&manifest.config)
@@ -65,23 +37,25 @@ pub fn plan(manifest: &Manifest, is_there: impl Fn(Digest) -> bool) -> FetchPlan
 }
 
 impl FetchPlan {
-    /// Bytes to fetch; saturating, because sizes come from a manifest that anybody may have written.
+    /// Bytes to fetch. Saturating, because the manifest's author chose the sizes.
     pub fn missing_bytes(&self) -> u64 {
         self.missing.iter().fold(0, |sum, blob| sum.saturating_add(blob.size))
     }
 
-    /// Whether the image may bring so much; what the disk has room for is checked by [`super::disk_reservations`]. `limit` is in bytes, 0 is none.
+    /// Checks the size limit; [`super::disk_reservations`] checks the room on the disk. `limit` is
+    /// in bytes, and 0 means no limit.
     ///
     /// # Errors
-    /// [`OverLimit::Size`] with the figures and the setting that forbids it.
+    /// [`OverLimit::Size`] with the figures and the name of the setting.
     pub fn check_size(&self, limit: u64) -> Result<(), OverLimit> {
         let missing = self.missing_bytes();
         if limit > 0 && missing > limit { Err(OverLimit::Size { missing, limit }) } else { Ok(()) }
     }
 }
 
-/// The order in which providers of a blob are asked: by rendezvous hash of the blob, the provider and the asker, so that the blobs of one
-/// image spread over all its providers and so do the nodes that want the same blob. What is known against a provider goes before that.
+/// Request order of a blob's providers. Good standing comes first, then a rendezvous hash of blob,
+/// provider and requester. The blobs of one image spread over all providers, and so do the nodes
+/// that want the same blob.
 pub fn order_providers(
     me: PeerId,
     digest: Digest,
@@ -92,7 +66,7 @@ pub fn order_providers(
     providers
 }
 
-/// A hash that everybody computes alike, used to rank peers for a digest.
+/// Ranks peers for a digest. Every node computes the same hash.
 pub(super) fn rendezvous(peers: &[PeerId], digest: Digest) -> u64 {
     let mut hasher = Sha256::new();
     hasher.update(digest.as_bytes());
@@ -133,7 +107,11 @@ mod tests {
         foreign.media_type = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip".into();
         let plan = |is_there| plan(&manifest(vec![foreign.clone()]), move |_| is_there);
         assert_eq!((plan(false).missing, plan(false).withheld), (vec![blob("config", 10)], vec![foreign.clone()]));
-        assert_eq!((plan(true).present.len(), plan(true).withheld), (2, Vec::new()), "it may have come from elsewhere");
+        assert_eq!(
+            (plan(true).present.len(), plan(true).withheld),
+            (2, Vec::new()),
+            "a present layer of any origin is kept"
+        );
     }
 
     #[test]
@@ -165,7 +143,7 @@ mod tests {
             order_providers(peer(9), Digest::of(name.as_bytes()), providers.clone(), |_| Standing::Good)[0]
         };
         let firsts: HashSet<_> = (0..32).map(|i| first(&i.to_string())).collect();
-        assert_eq!(firsts.len(), 4, "every provider is somebody's first");
+        assert_eq!(firsts.len(), 4, "every provider comes first for some blob");
         let best = first("x");
         let standing = |peer| if peer == best { Standing::Lying } else { Standing::Good };
         let order = order_providers(peer(9), Digest::of(b"x"), providers.clone(), standing);

@@ -1,11 +1,11 @@
-//! The keys that tokens of one pod were shown with. A pod can have tokens for one key after
-//! another, because the audience of a token is the key's PeerId and the API server signs any
-//! audience. Without a bound, one stolen token of an agent fills every table of peers and keeps
-//! other agents out.
+//! Keys that were shown with tokens of one pod. A pod can have tokens for any number of keys,
+//! because the audience of a token is the key's PeerId and the API server signs any audience.
+//! Without a bound, one stolen token of an agent would fill every table of peers and exclude other
+//! agents.
 //!
 //! Two keys of a pod count: the key that the agent has, and the one before the key file was lost.
-//! Of three, the key that was shown least recently goes. The agent shows the right key again at the
-//! next dial, so a thief displaces that key no longer, and never a key of another pod.
+//! Of three, the key that was shown least recently is dropped. The agent shows the right key again
+//! at the next dial, so a thief displaces that key no longer, and never a key of another pod.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -14,15 +14,16 @@ use crate::model::PeerId;
 /// Keys of one pod that count at a time.
 const MAX_KEYS: usize = 2;
 
-/// Keys by the UID of their pod. The owner forgets a key that it drops for another reason, so there
-/// are as many keys here as in the owner's table at most.
+/// Keys by the UID of their pod. The owner of this table also removes a key that the owner drops
+/// for another reason, so this table never has more keys than the owner's.
 #[derive(Debug, Default)]
 pub struct PodKeys {
     pods: HashMap<String, VecDeque<PeerId>>,
 }
 
 impl PodKeys {
-    /// A token of this pod was shown with this key. Answers the key that no longer counts.
+    /// Records that a token of this pod was shown with this key. Returns the key that no longer
+    /// counts.
     pub fn record(&mut self, pod: &str, peer: PeerId) -> Option<PeerId> {
         let keys = match self.pods.get_mut(pod) {
             Some(keys) => keys,
@@ -33,7 +34,7 @@ impl PodKeys {
         if keys.len() > MAX_KEYS { keys.pop_front() } else { None }
     }
 
-    /// The key was dropped, or belongs to another pod now.
+    /// For a key that was dropped, or that belongs to another pod now.
     pub fn remove(&mut self, pod: &str, peer: PeerId) {
         if let Some(keys) = self.pods.get_mut(pod) {
             keys.retain(|key| *key != peer);
@@ -58,7 +59,7 @@ mod tests {
     fn a_third_key_of_a_pod_displaces_the_least_recently_shown_key() {
         let mut keys = PodKeys::default();
         assert_eq!((keys.record("p", peer(1)), keys.record("p", peer(2))), (None, None));
-        assert_eq!(keys.record("p", peer(1)), None, "known");
+        assert_eq!(keys.record("p", peer(1)), None, "the key is in the table");
         assert_eq!(keys.record("p", peer(3)), Some(peer(2)));
         assert_eq!(keys.record("q", peer(4)), None, "another pod");
     }

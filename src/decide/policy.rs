@@ -1,6 +1,7 @@
-//! What people may change while an agent runs: whom it helps, and what that may cost.
+//! Policy and options: the policy may change while an agent runs; options are fixed at start.
 //!
-//! Not here: reading it from flags or a file (`crate::config`), and deciding by it ([`super::opt_in`], [`super::pull_failure`], [`super::plan`]).
+//! Not here: reading flags and the policy file (`crate::config`), and the decisions
+//! ([`super::opt_in`], [`super::pull_failure`], [`super::plan`]).
 
 use std::time::Duration;
 
@@ -8,17 +9,17 @@ use super::disk::DiskFloors;
 use super::opt_in::{OptInPolicy, Trigger};
 use super::tag::TagPolicy;
 
-/// Everything that is in force now. Flags give the first; a watched file may replace parts of it.
+/// The policy in force: values of flags, partly replaced by the watched policy file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
-    /// Who is helped.
+    /// Namespaces, pods and causes that are recovered.
     pub opt_in: OptInPolicy,
-    /// What it may cost.
+    /// Limits of recoveries.
     pub budgets: Budgets,
 }
 
 impl Default for Policy {
-    /// What is in force when no flag and no file says otherwise.
+    /// The policy without flags and policy file.
     fn default() -> Self {
         Self {
             opt_in: OptInPolicy {
@@ -35,7 +36,7 @@ impl Default for Policy {
                 concurrent_blobs: 16,
                 max_image_bytes: 0,
                 min_free_bytes: 2 << 30,
-                // The kubelet's own defaults: imageGCHighThresholdPercent, and imagefs.available of
+                // The kubelet's defaults: imageGCHighThresholdPercent, and imagefs.available of
                 // evictionHard.
                 image_gc_percent: 85,
                 eviction_percent: 15,
@@ -46,31 +47,32 @@ impl Default for Policy {
     }
 }
 
-/// What recoveries may cost this node.
+/// Limits of recoveries on this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budgets {
     /// Images recovered at the same time; at least 1.
     pub concurrent_recoveries: usize,
     /// Blobs of one image fetched at the same time; at least 1.
     pub concurrent_blobs: usize,
-    /// Most bytes that one image may bring; 0 is no limit.
+    /// Missing bytes that one image may have; 0 is no limit.
     pub max_image_bytes: u64,
     /// Bytes that stay free on the file systems of the content store and the snapshotter, whatever
     /// the percentages say.
     pub min_free_bytes: u64,
-    /// Percent in use from which the kubelet collects images. A download does not cross it;
-    /// unpacked layers may.
+    /// Percent in use from which the kubelet collects images. A download stays below this
+    /// threshold; unpacked layers may exceed the threshold.
     pub image_gc_percent: u8,
-    /// Percent free below which the kubelet evicts pods. Nothing crosses it.
+    /// Percent free below which the kubelet evicts pods. Neither downloads nor layers cross this
+    /// threshold.
     pub eviction_percent: u8,
-    /// Most bytes per second from peers, all together; 0 is no limit.
+    /// Bytes per second from all peers together; 0 is no limit.
     pub max_download_rate: u64,
-    /// Most bytes per second to peers, all together; 0 is no limit.
+    /// Bytes per second to all peers together; 0 is no limit.
     pub max_upload_rate: u64,
 }
 
 impl Budgets {
-    /// What a file system must keep free.
+    /// Bytes and percentages that file systems keep free.
     pub fn disk_floors(&self) -> DiskFloors {
         DiskFloors {
             min_free_bytes: self.min_free_bytes,
@@ -80,29 +82,31 @@ impl Budgets {
     }
 }
 
-/// How references are read.
+/// How references are resolved to digests.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ResolveOptions {
-    /// What counts when peers disagree on a tag.
+    /// Decides when peers disagree on a tag.
     pub tag_policy: TagPolicy,
-    /// Whether the source registry is asked what a tag means before peers are.
+    /// Whether to ask the source registry for a tag's digest before peers.
     pub ask_registry: bool,
-    /// Whether a peer that holds the digest is good for any repository. A digest is then a permission.
+    /// Whether peers with the digest under another repository count as providers. Knowledge of a
+    /// digest is then enough to get the image.
     pub any_repository: bool,
     /// Kubernetes namespaces whose pull secrets may be read.
     pub pull_secret_namespaces: Vec<String>,
 }
 
-/// How recoveries are carried out.
+/// How recoveries act on this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RecoveryOptions {
-    /// Only decide and report.
+    /// Decide and report, and fetch nothing.
     pub dry_run: bool,
-    /// Delete a pod that still waits although its image is here, if something will make it again.
+    /// Delete a pod that still waits although its image is here, if a controller will recreate the
+    /// pod.
     pub delete_pods: bool,
-    /// How long a pull may take before it counts as stalled; `None` for ever.
+    /// Duration after which a pull counts as stalled; `None` for never.
     pub stalled_after: Option<Duration>,
-    /// End containerd's connections that are silent for as long while a pod waits.
+    /// Close containerd's connections that are silent for as long while a pod waits.
     pub end_stalled_pulls: bool,
 }
 
@@ -112,5 +116,6 @@ impl Default for RecoveryOptions {
     }
 }
 
-/// Longer than all but the largest images take, and less than half of the 5 min after which containerd ends a pull that receives nothing.
+/// Longer than all but the largest images take, and less than half of the 5 min after which
+/// containerd ends a pull without progress.
 pub const STALLED_AFTER: Duration = Duration::from_secs(120);

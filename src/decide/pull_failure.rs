@@ -1,9 +1,9 @@
-//! What is to be done about a container that waits for an image: bring it, leave it, or say why we
-//! cannot help.
+//! The verdict on a container that waits for an image: recover the image, ignore the failure, or
+//! report why a recovery is impossible.
 //!
-//! Who wants help stands in [`super::opt_in`], what the kubelet's words mean in [`super::cause`].
-//! Not here: remembering what was said already ([`super::container_records`]) and who runs when
-//! ([`super::recovery_queue`]).
+//! [`super::opt_in`] decides which pods are recovered, and [`super::cause`] reads the kubelet's
+//! messages. Not here: the Events already written ([`super::container_records`]), and the order of
+//! recoveries ([`super::recovery_queue`]).
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -17,98 +17,100 @@ use crate::oci::{Reference, ReferenceError};
 /// An image that a pod lacks.
 #[derive(Debug, Clone, Copy)]
 pub struct FailedPull<'a> {
-    /// The image as the pod names it.
+    /// The image as the pod's spec names the image.
     pub image: &'a str,
-    /// When the kubelet pulls it.
+    /// When the kubelet pulls the image.
     pub pull_policy: PullPolicy,
-    /// The cause that counts of all that was said ([`super::container_records::ContainerRecords::record_cause`]).
+    /// The cause that counts among all messages
+    /// ([`super::container_records::ContainerRecords::record_cause`]).
     pub cause: Option<Cause>,
-    /// The kubelet's latest words, for people.
+    /// The kubelet's latest message, to be quoted in Events.
     pub message: &'a str,
-    /// The registry is known to be down, well enough for this reference to be recovered before its
-    /// own pull has failed for that.
+    /// The evidence of an outage is strong enough to recover this reference before its own pull has
+    /// failed with that cause.
     pub may_be_early: bool,
 }
 
 /// The permissions of a pod's namespace and of the policy.
 #[derive(Debug, Clone, Copy)]
 pub struct Consent<'a> {
-    /// Causes that are acted on.
+    /// Causes that start a recovery.
     pub recover_on: &'a BTreeSet<Trigger>,
-    /// Also where the registry denies the image.
+    /// Also when the registry denies the image.
     pub on_denied: bool,
-    /// What pods of the namespace may have.
+    /// Repositories that pods of the namespace may recover from.
     pub repositories: &'a RepositoryList,
 }
 
-/// The decision on one container.
+/// The verdict on one container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PullVerdict {
-    /// Bring this image.
+    /// Recover this image.
     Recover(Reference, Cause),
-    /// Nothing to do, and nothing to say: not ours.
+    /// Do nothing, and report nothing.
     Ignore(IgnoreReason),
-    /// Its owner wants our help, and we cannot give it. Worth an Event, once.
+    /// The pod opted in, and a recovery is impossible. Reported once, by an Event.
     Report(NotRecoverable),
 }
 
-/// Why a waiting container is none of our business.
+/// Why a waiting container is ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IgnoreReason {
-    /// Its pod is not helped.
+    /// The pod is not recovered.
     OptedOut(OptOutReason),
-    /// The rules do not act on this cause.
+    /// The policy excludes this cause.
     CauseExcluded,
     /// The kubelet has not named the cause yet; its next attempt will.
     CauseUnknown,
-    /// The kubelet pulls too often for its own limit, and tries again within seconds.
+    /// The kubelet's own rate limit of pulls; the kubelet retries within seconds.
     KubeletLimit,
 }
 
-/// Why we cannot help a pod that asked for it.
+/// Why a pod that opted in is not recovered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NotRecoverable {
-    /// 401 or 403 from the registry.
+    /// The registry denies the image: 401 or 403.
     Denied,
-    /// `imagePullPolicy: Always`.
+    /// The kubelet pulls at every start: `imagePullPolicy: Always`.
     PullsAlways,
-    /// `imagePullPolicy: Never`, which the policy does not act on.
+    /// `imagePullPolicy: Never`, which the policy excludes.
     PullsNever,
-    /// The namespace's list of repositories does not have the image's.
+    /// The namespace's list of repositories excludes the image's.
     RepositoryNotListed,
-    /// The image's name.
+    /// The image's name cannot be parsed.
     Unreadable(ReferenceError),
-    /// The pull does not end, and the tag is its registry's to decide while no pull has failed.
+    /// The pull does not end. The registry decides the tag while no pull of the image has failed.
     Stalled,
-    /// The image is here, and the kubelet asks the registry all the same.
+    /// The image is here, and the kubelet contacts the registry nevertheless.
     VerifiesCredentials,
-    /// The fault is this node's. With the kubelet's words.
+    /// A fault of this node. Holds the kubelet's message.
     Local(String),
-    /// The kubelet's words, which this program cannot read.
+    /// Holds the kubelet's message, which no rule here matches.
     NotUnderstood(String),
 }
 
-/// What to tell of a pull that does not end.
+/// Text about a pull that does not end.
 ///
-/// containerd 2 counts the bytes of a pull by what its store has of a blob, which is written in
-/// pieces of 1 MiB, and never ends a pull of which no piece is being followed (seen on 2.3.7:
-/// `checkProgress` with no active request).
-pub const STALLED: &str = "The kubelet waits for a pull that does not end, and this node's later pulls wait behind it. containerd ends a \
-     pull that receives nothing for image_pull_progress_timeout (5 min by default), and the pod goes on then; containerd 2 never ends \
-     one that stalls within the first MiB of a layer. agent.endStalledPulls ends a silent pull sooner.";
+/// containerd 2 counts the bytes of a pull by the blob's size in its store, which is written in
+/// pieces of 1 MiB, and never ends a pull without a tracked piece (seen on 2.3.7: `checkProgress`
+/// with no active request).
+pub const STALLED: &str = "The kubelet waits for a pull that does not end, and this node's later pulls wait behind \
+     that pull. containerd ends a pull without progress after image_pull_progress_timeout (5 min by default), and the \
+     pod continues; containerd 2 never ends a pull that stalls within the first MiB of a layer. agent.endStalledPulls \
+     ends a silent pull sooner.";
 
-/// Whether the kubelet refuses an image that is on its node: the image came, or was here, so long
-/// ago that a kubelet which only looks for the image would have started the container, and pulls of
-/// it still fail.
+/// Whether the kubelet refuses an image that is on its node. The image arrived so long ago that a
+/// kubelet which only checks for the image would have started the container, and pulls of the image
+/// still fail.
 ///
-/// A nudged kubelet looks within a second, and a busy one needs some more to start the container.
-/// Where the API server denies nudges, the kubelet looks at its own sync: within 90 s.
+/// A nudged kubelet checks within a second, and a busy one needs some more to start the container.
+/// Where the API server denies nudges, the kubelet checks at its own sync: within 90 s.
 pub fn is_verifying_credentials(pull_policy: PullPolicy, since_it_came: Duration, nudges_denied: bool) -> bool {
     let looks_within = Duration::from_secs(if nudges_denied { 90 } else { 0 });
     pull_policy == PullPolicy::IfNotPresent && since_it_came >= looks_within + Duration::from_secs(30)
 }
 
-/// Decides on one image that a pod lacks and that pod's owners want recovered.
+/// Decides on one image that a pod lacks and whose recovery the pod's owners permit.
 pub fn decide(failure: FailedPull<'_>, consent: Consent<'_>) -> PullVerdict {
     let FailedPull { image, pull_policy, cause, message: said, may_be_early } = failure;
     let Consent { recover_on, on_denied, repositories } = consent;
@@ -118,7 +120,7 @@ pub fn decide(failure: FailedPull<'_>, consent: Consent<'_>) -> PullVerdict {
     };
     let cause = match cause {
         None => return PullVerdict::Ignore(IgnoreReason::CauseUnknown),
-        // The message tells nothing of the registry, so that the outage which is known decides.
+        // The message has nothing about the registry, so the known outage decides.
         Some(Cause::NotUnderstood | Cause::KubeletLimit) if may_be_early => Cause::KnownOutage,
         Some(Cause::KubeletLimit) => return PullVerdict::Ignore(IgnoreReason::KubeletLimit),
         Some(Cause::NotUnderstood) => return PullVerdict::Report(NotRecoverable::NotUnderstood(quote(said))),
@@ -135,8 +137,8 @@ pub fn decide(failure: FailedPull<'_>, consent: Consent<'_>) -> PullVerdict {
     if trigger(cause).is_some_and(|trigger| !recover_on.contains(&trigger)) {
         return PullVerdict::Ignore(IgnoreReason::CauseExcluded);
     }
-    // A pull succeeded, and what it left is broken: with the content here, the next one finds it,
-    // whatever the policy.
+    // A pull succeeded, and its content is broken. With the content here, the next pull finds the
+    // content under any policy.
     if pull_policy == PullPolicy::Always && cause != Cause::MissingContent {
         return PullVerdict::Report(NotRecoverable::PullsAlways);
     }
@@ -146,7 +148,7 @@ pub fn decide(failure: FailedPull<'_>, consent: Consent<'_>) -> PullVerdict {
     PullVerdict::Recover(reference, cause)
 }
 
-/// What the rules call the cause; `None` where they have no say, or had theirs before.
+/// The trigger of a cause; `None` where the policy does not decide, or decided before.
 fn trigger(cause: Cause) -> Option<Trigger> {
     match cause {
         Cause::Unavailable(_) | Cause::TokenServer | Cause::KnownOutage | Cause::Stalled => Some(Trigger::Unavailable),
@@ -164,11 +166,11 @@ fn trigger(cause: Cause) -> Option<Trigger> {
     }
 }
 
-/// Most characters of the kubelet's words in an Event, whose note has room for 1024 bytes with what
-/// stands around them.
+/// Characters of the kubelet's message in an Event. The Event's note has room for 1024 bytes, with
+/// the text around the message.
 const MAX_QUOTED: usize = 400;
 
-/// The end of a message: Go's errors have their cause there.
+/// The end of a message, because Go's errors have the cause there.
 fn quote(said: &str) -> String {
     let said = said.trim();
     let skipped = said.chars().count().saturating_sub(MAX_QUOTED);
@@ -177,49 +179,52 @@ fn quote(said: &str) -> String {
 }
 
 impl NotRecoverable {
-    /// What to tell the pod's owner: what is wrong, and what would help.
+    /// The Event's text: the problem and the remedy.
     pub fn event_text(&self, image: &str) -> String {
         match self {
             Self::Denied => format!(
-                "The registry denies {image} (401 or 403). Peers may hold it, but a denial is not bypassed: check the pull secret, and \
-                 the kubelet's log where a credential provider should have given one (the kubelet pulls without credentials when its \
-                 provider fails). Where a registry answers so for images that it lost, the namespace can say \
-                 recover-on-denied: \"true\"."
+                "The registry denies {image} (401 or 403). Peers may have the image, but a denial is not bypassed. \
+                 Check the pull secret, and the kubelet's log if a credential provider should supply one (the kubelet \
+                 pulls without credentials when its provider fails). Where a registry denies images that were lost \
+                 there, annotate the namespace with recover-on-denied: \"true\"."
             ),
             Self::PullsAlways => format!(
-                "{image} has imagePullPolicy Always (the default for :latest), so the kubelet asks the registry even when the image is \
-                 here, and a recovery would not help. What helps: IfNotPresent, a digest in place of the tag, or a mirror in containerd's \
-                 hosts.toml that answers when the registry does not."
+                "{image} has imagePullPolicy Always (the default for :latest), so the kubelet contacts the registry \
+                 even when the image is here, and a recovery would not help. Remedies: IfNotPresent, a digest in place \
+                 of the tag, or a mirror in containerd's hosts.toml that answers when the registry does not."
             ),
             Self::PullsNever => format!(
-                "{image} has imagePullPolicy Never and is not on this node. No registry is asked for it, so none could deny it: it is \
-                 not recovered unless the policy's recoverOn has \"never\"."
+                "{image} has imagePullPolicy Never and is not on this node. The kubelet contacts no registry for this \
+                 image, so no registry could deny the image. A recovery needs \"never\" in the policy's recoverOn."
             ),
             Self::RepositoryNotListed => format!(
-                "{image} is not recovered: its repository is not among those that the namespace's annotation \"repositories\" lists \
-                 (or the policy requires the annotation, and the namespace has none)."
+                "{image} is not recovered: its repository is not among those that the namespace's annotation \
+                 \"repositories\" lists (or the policy requires the annotation, and the namespace has none). Add the \
+                 repository to the annotation."
             ),
             Self::Unreadable(error) => format!("Cannot look for {image}: {error}."),
             Self::Stalled => format!(
-                "{STALLED} {image} names a tag, which its registry decides while no pull of it has failed, so peers are not asked yet. \
-                 An image that is named by its digest is brought at once."
+                "{STALLED} {image} has a tag, which its registry decides while no pull of the image has failed, so \
+                 peers do not decide the tag yet. An image with a digest is recovered at once."
             ),
             Self::VerifiesCredentials => format!(
-                "{image} is on this node, and the kubelet asks its registry all the same: from Kubernetes 1.35 on the kubelet verifies the \
-                 pod's credentials for an image that a pull secret was needed for (imagePullCredentialsVerificationPolicy in the kubelet's \
-                 configuration). The pod starts when the registry answers, or when the policy does not ask for this image."
+                "{image} is on this node, and the kubelet asks its registry all the same: from Kubernetes 1.35 on, the \
+                 kubelet verifies the pod's credentials for an image whose pull needed a secret \
+                 (imagePullCredentialsVerificationPolicy in the kubelet's configuration). The pod starts when the \
+                 registry answers, or when that setting excludes the image."
             ),
             Self::Local(said) => format!(
-                "The pull of {image} failed on this node, not at the registry. The kubelet tries again; what has to be mended is what it \
-                 names: {said}"
+                "The pull of {image} failed on this node, not at the registry. The kubelet retries. Repair the part of \
+                 the node that its message names: {said}"
             ),
             Self::NotUnderstood(said) => format!(
-                "The pull of {image} failed and lighterman cannot read why, so it is not recovered; please report the text: {said}"
+                "The pull of {image} failed for an unknown cause, so the image is not recovered. Please report this \
+                 message: {said}"
             ),
         }
     }
 
-    /// For the metric.
+    /// The metric's label.
     pub fn label(&self) -> &'static str {
         match self {
             Self::Denied => "denied",
@@ -236,7 +241,7 @@ impl NotRecoverable {
 }
 
 impl IgnoreReason {
-    /// For the metric.
+    /// The metric's label.
     pub fn label(self) -> &'static str {
         match self {
             Self::OptedOut(reason) => reason.label(),
@@ -256,7 +261,7 @@ mod tests {
 
     fn failure(cause: Option<Cause>) -> FailedPull<'static> {
         let (image, pull_policy) = ("r.test/a", PullPolicy::IfNotPresent);
-        FailedPull { image, pull_policy, cause, message: "what the kubelet says", may_be_early: false }
+        FailedPull { image, pull_policy, cause, message: "the kubelet's message", may_be_early: false }
     }
 
     #[test]
@@ -312,7 +317,7 @@ mod tests {
         assert_eq!(decide(Cause::NotFound), PullVerdict::Ignore(IgnoreReason::CauseExcluded));
         assert_eq!(decide(Cause::RateLimited), PullVerdict::Ignore(IgnoreReason::CauseExcluded));
         assert!(matches!(decide(DOWN), PullVerdict::Recover(..)));
-        assert!(matches!(decide(Cause::MissingContent), PullVerdict::Recover(..)), "nobody's registry is to blame");
+        assert!(matches!(decide(Cause::MissingContent), PullVerdict::Recover(..)), "no registry is at fault");
     }
 
     #[test]
@@ -357,7 +362,7 @@ mod tests {
     fn a_local_fault_is_reported_with_the_message_of_the_kubelet_and_recovers_nothing() {
         for may_be_early in [false, true] {
             let verdict = verdict_on(FailedPull { may_be_early, ..failure(Some(Cause::Local)) }, &Trigger::ALL);
-            assert_eq!(verdict, PullVerdict::Report(NotRecoverable::Local("what the kubelet says".into())));
+            assert_eq!(verdict, PullVerdict::Report(NotRecoverable::Local("the kubelet's message".into())));
         }
     }
 
@@ -376,7 +381,7 @@ mod tests {
     #[test]
     fn an_unreadable_message_is_quoted_unless_the_registry_is_known_to_be_down() {
         let unreadable = failure(Some(Cause::NotUnderstood));
-        let told = PullVerdict::Report(NotRecoverable::NotUnderstood("what the kubelet says".into()));
+        let told = PullVerdict::Report(NotRecoverable::NotUnderstood("the kubelet's message".into()));
         assert_eq!(verdict_on(unreadable, &Trigger::DEFAULT), told);
         let limited = failure(Some(Cause::KubeletLimit));
         assert_eq!(verdict_on(limited, &Trigger::DEFAULT), PullVerdict::Ignore(IgnoreReason::KubeletLimit));

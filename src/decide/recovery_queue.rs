@@ -1,7 +1,8 @@
-//! Which recoveries run now: one per image on this node, a few at a time, the most important first, failed ones again after a while.
+//! The queue of recoveries: one per image on this node, a few at a time, the highest priority
+//! first, failed ones again after a back-off.
 //!
-//! Whatever pods and providers do, one image is not recovered without end: each way to a start has a wait that grows, and an image
-//! that nobody waits for any more is remembered with its waits for a while.
+//! Neither pods nor providers can make the queue recover an image without end. Each kind of start
+//! has a growing wait, and an image without waiting pods keeps its history for a while.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,36 +11,36 @@ use std::time::{Duration, Instant};
 use crate::model::PodRef;
 use crate::oci::Reference;
 
-/// The recoveries of this node. Bounded by its pods: an image is here only as long as a pod waits for it, and for a bounded number
-/// of others their history is.
+/// The recoveries of this node. The pods of the node bound the jobs, because an image has a job
+/// only while a pod waits; the histories of other images have a bound of their own.
 #[derive(Debug)]
 pub struct RecoveryQueue {
     concurrency: usize,
     jobs: BTreeMap<Reference, RecoveryJob>,
-    /// Images that were recovered, or tried, and that nobody waits for now.
+    /// Images that were recovered or tried, and that no pod waits for now.
     histories: BTreeMap<Reference, JobHistory>,
-    /// Orders jobs by when they were first wanted.
+    /// Orders jobs by their creation.
     counter: u64,
 }
 
 #[derive(Debug)]
 struct RecoveryJob {
-    /// Who waits, and how important it is.
+    /// Waiting pods, with their priorities.
     pods: BTreeMap<PodRef, i64>,
     order: u64,
     history: JobHistory,
     state: JobState,
 }
 
-/// What the waits of an image grow with.
+/// The counts that the waits of an image grow with.
 #[derive(Debug, Clone, Copy, Default)]
 struct JobHistory {
     failures: u32,
     /// Times that the image was here and a pod still waited afterwards.
     times_settled: u32,
-    /// Starts that no wait of the image's own came before: a pod that was new, a provider that appeared.
+    /// Starts without a back-off before them: for a new pod, or a new provider.
     immediate_starts: u32,
-    /// When the next such start may be.
+    /// The earliest instant of the next immediate start.
     not_before: Option<Instant>,
     /// The last start of any kind.
     started: Option<Instant>,
@@ -53,67 +54,72 @@ enum JobState {
         until: Instant,
         for_a_provider: bool,
     },
-    /// The image is here and the pods were nudged. A pod that still waits at the end of this makes us look again.
+    /// The image is here and the pods were nudged. A pod that still waits at the end starts another
+    /// recovery.
     Settling {
         until: Instant,
     },
 }
 
-/// What became of a pod's wish.
+/// The result of a pod's request for an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JoinOutcome {
-    /// It is the first for this image.
+    /// The pod is the first for this image.
     First,
-    /// Others wait for it already, and it waits with them.
+    /// Other pods wait already, and this pod joins them.
     JoinedOthers,
-    /// This very pod waits already.
+    /// This pod waits already.
     AlreadyWaiting,
-    /// The image has just come; the pod only has to be nudged.
+    /// The image has just arrived; the pod only needs a nudge.
     Recovered,
 }
 
-/// How a recovery ended, for the queue.
+/// The end of a recovery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RecoveryEnd {
     /// The image is here.
     Done,
-    /// Nobody holds it; a provider that appears starts it again at once.
+    /// No peer provides the image; a new provider starts the recovery at once.
     NoProvider,
-    /// It failed and is tried again.
+    /// The recovery failed and is retried.
     Failed,
-    /// It cannot succeed while settings and the image are what they are. A change of settings starts it again.
+    /// The recovery cannot succeed with these settings and this image. A change of settings starts
+    /// the recovery again.
     Final,
-    /// It was stopped because nobody waited for it. If somebody does again, it starts anew.
+    /// The recovery was canceled because no pod waited. A new pod starts the recovery again.
     Abandoned,
 }
 
-/// First wait after a failure, doubled each time up to [`MAX_BACKOFF`].
+/// Back-off after the first failure, doubled by each further failure up to [`MAX_BACKOFF`].
 const MIN_BACKOFF: Duration = Duration::from_secs(1);
-/// As the kubelet's own longest pull back-off, so that we are never the slower one.
+/// Equal to the kubelet's longest pull back-off, so recoveries are never slower than the kubelet.
 const MAX_BACKOFF: Duration = Duration::from_secs(300);
-/// How long a nudged pod may take to start before its image is looked at again. A nudged kubelet needs under a second, an unpacking
-/// containerd up to a minute for a large image; without this wait a pod that stays stuck would make us loop.
+/// Time for a nudged pod to start before the image is checked again. A nudged kubelet needs less
+/// than a second, and containerd unpacks a large image for up to a minute. Without this wait, a
+/// stuck pod would cause a loop.
 const SETTLING_TIME: Duration = Duration::from_secs(60);
-/// Starts without a wait that an image has at once: pods are replaced and providers come in twos and threes, and nobody is to wait for
-/// that. From then on the waits of failures come between them.
+/// Immediate starts of an image without a wait, because pods are replaced and providers appear in
+/// twos and threes. Later immediate starts have the back-offs of failures between them.
 const FREE_STARTS: u32 = 4;
-/// How long after its last start an image's history counts. Much longer than the longest wait, or a loop would outlive its own brake.
+/// Life of an image's history after the last start. Much longer than the longest back-off, or a
+/// loop would outlast its own limit.
 const HISTORY_LIFE: Duration = Duration::from_secs(3600);
-/// Histories kept of images that nobody waits for: ten for each of the 110 pods that a node runs by default. The oldest goes first.
+/// Histories of images without waiting pods: about ten for each of the 110 pods that a node runs by
+/// default. The oldest is evicted first.
 const MAX_HISTORIES: usize = 1024;
 
 impl RecoveryQueue {
-    /// An empty queue that runs so many recoveries at a time.
+    /// An empty queue that runs `concurrency` recoveries at a time.
     pub fn new(concurrency: usize) -> Self {
         Self { concurrency, jobs: BTreeMap::new(), histories: BTreeMap::new(), counter: 0 }
     }
 
-    /// So many at a time from now on. What runs beyond that ends by itself.
+    /// Changes the concurrency. Running recoveries beyond the new value end on their own.
     pub fn set_concurrency(&mut self, concurrency: usize) {
         self.concurrency = concurrency;
     }
 
-    /// A pod needs an image. Of the priorities of all pods that do, the highest counts.
+    /// Adds a pod that needs an image. The highest priority of all such pods counts.
     pub fn join(&mut self, reference: &Reference, pod: &PodRef, priority: i64) -> JoinOutcome {
         if let Some(job) = self.jobs.get_mut(reference) {
             return match (job.pods.insert(pod.clone(), priority), job.state) {
@@ -134,14 +140,15 @@ impl RecoveryQueue {
         JoinOutcome::First
     }
 
-    /// Whether the image came of late and its pods are expected to start.
+    /// Whether the image arrived recently and its pods are expected to start.
     pub fn is_settling(&self, reference: &Reference) -> bool {
         self.jobs.get(reference).is_some_and(|job| matches!(job.state, JobState::Settling { .. }))
     }
 
-    /// The next recovery to start, if one may start now; it counts as running from here on. The highest priority goes first, then the
-    /// oldest; what runs is never stopped for another. A low one waits as long as higher ones are due: each of them ends or waits
-    /// longer after each failure, so that is forever only where new ones never cease to come.
+    /// The next recovery to start, which counts as running from here on. The highest priority comes
+    /// first, then the oldest job; a running recovery is never stopped for another. A low priority
+    /// waits while higher ones are due. Each of those ends or backs off, so the wait is endless
+    /// only while new ones keep arriving.
     pub fn start_next(&mut self, now: Instant) -> Option<Reference> {
         if self.is_full() {
             return None;
@@ -157,8 +164,9 @@ impl RecoveryQueue {
         self.jobs.values().filter(|job| job.state == JobState::Running).count() >= self.concurrency
     }
 
-    /// When [`RecoveryQueue::start_next`] is worth calling again although nothing happened. While as many run as may, that is only
-    /// when one of them ends: a moment in the past would make the caller spin until then.
+    /// When to call [`RecoveryQueue::start_next`] again without another event. `None` while the
+    /// concurrency is exhausted: an instant in the past would make the caller spin until a recovery
+    /// ends.
     pub fn next_due(&self) -> Option<Instant> {
         if self.is_full() {
             return None;
@@ -166,7 +174,8 @@ impl RecoveryQueue {
         self.jobs.values().filter_map(|job| job.due().flatten()).min()
     }
 
-    /// A recovery ended; answers the pods that waited for it. `jitter` in 0..1 spreads the next tries of many nodes.
+    /// Records the end of a recovery and returns the waiting pods. `jitter` in 0..1 spreads the
+    /// retries of many nodes.
     pub fn finish(&mut self, reference: &Reference, end: RecoveryEnd, now: Instant, jitter: f64) -> Vec<PodRef> {
         let Some(job) = self.jobs.get_mut(reference) else { return Vec::new() };
         job.state = job.history.end(end, now, jitter);
@@ -177,7 +186,7 @@ impl RecoveryQueue {
         pods
     }
 
-    /// Somebody announced something new: what only lacked a provider, and `has_provider` now, may start at once.
+    /// Readies the jobs that only lacked a provider and for which `has_provider` is true now.
     pub fn providers_changed(&mut self, has_provider: impl Fn(&Reference) -> bool) {
         for (reference, job) in &mut self.jobs {
             if matches!(job.state, JobState::BackingOff { for_a_provider: true, .. }) && has_provider(reference) {
@@ -186,16 +195,17 @@ impl RecoveryQueue {
         }
     }
 
-    /// What made recoveries fail may have changed: what backs off may start at once, as far as its history allows.
+    /// Readies every job that backs off, within the limits of its history: the reason of the
+    /// failures may be gone.
     pub fn retry_now(&mut self) {
         for job in self.jobs.values_mut().filter(|job| matches!(job.state, JobState::BackingOff { .. })) {
             job.state = JobState::Ready;
         }
     }
 
-    /// The pod needs these images and no others any more; none when it is gone. Answers the images that nobody here waits for now; a
-    /// running recovery of one is to be stopped, and keeps its place until [`RecoveryQueue::finish`]: whoever wants the image meanwhile must
-    /// not start a second one beside it.
+    /// Removes the pod from all images except the `needed` ones. Returns the images without waiting
+    /// pods; the caller cancels their running recoveries. A running recovery keeps its job until
+    /// [`RecoveryQueue::finish`], so that a new pod does not start a second recovery beside it.
     pub fn retain_wanted(&mut self, pod: &PodRef, needed: &BTreeSet<Reference>) -> Vec<Reference> {
         for (_, job) in self.jobs.iter_mut().filter(|(reference, _)| !needed.contains(*reference)) {
             job.pods.remove(pod);
@@ -210,7 +220,7 @@ impl RecoveryQueue {
         left
     }
 
-    /// Nobody waits for the image; only its history is kept.
+    /// Keeps only the history of an image without waiting pods.
     fn remove_job(&mut self, reference: &Reference) {
         let Some(RecoveryJob { history, .. }) = self.jobs.remove(reference) else { return };
         let Some(started) = history.started else { return };
@@ -230,7 +240,7 @@ impl RecoveryJob {
         self.pods.values().max().copied()
     }
 
-    /// Nothing when it runs; else when it may start, if that is not at once.
+    /// `None` while running; otherwise the instant of the next start, or `Some(None)` for at once.
     fn due(&self) -> Option<Option<Instant>> {
         match self.state {
             JobState::Running => None,
@@ -252,18 +262,18 @@ impl JobHistory {
         }
     }
 
-    /// What the recovery's end makes of its job.
+    /// The state of the job after this end.
     fn end(&mut self, end: RecoveryEnd, now: Instant, jitter: f64) -> JobState {
         match end {
             RecoveryEnd::Done => {
                 self.failures = 0;
-                // One minute, then two, up to sixteen: what ails such a pod is not its image.
+                // One minute, then two, up to sixteen: the problem of such a pod is not its image.
                 let until = now + SETTLING_TIME * (1 << self.times_settled.min(4));
                 self.times_settled = self.times_settled.saturating_add(1);
                 JobState::Settling { until }
             }
             RecoveryEnd::Abandoned => JobState::Ready,
-            // A tag may name something else by then.
+            // A tag may name another digest by then.
             RecoveryEnd::Final => JobState::BackingOff { until: now + HISTORY_LIFE, for_a_provider: false },
             RecoveryEnd::NoProvider | RecoveryEnd::Failed => {
                 let wait = backoff(self.failures).mul_f64(0.5 + jitter.clamp(0.0, 1.0) / 2.0);

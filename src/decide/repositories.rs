@@ -1,28 +1,28 @@
-//! Which repositories the pods of a namespace may have recovered: the namespace's annotation
+//! Repositories that pods of a namespace may recover from: the namespace's annotation
 //! `PREFIX/repositories`.
 //!
-//! Opt-in says that pods of a namespace are recovered; this list says what. A pod's author may name
-//! any image, and the nodes hold images of every tenant: without a list, a pod whose registry is
-//! down gets whatever its nodes hold under the repository it names.
+//! Opt-in permits recoveries for pods of a namespace; this list restricts the images. A pod's
+//! author may name any image, and the nodes have images of every tenant. Without a list, a pod
+//! whose registry is down gets every image that its nodes have under the named repository.
 
 use std::fmt;
 
 use crate::oci::Repository;
 
-/// Most globs of one namespace. The API server bounds all annotations of an object to 256 KiB; a
-/// namespace uses a handful of repositories.
+/// Globs per namespace. The API server bounds all annotations of an object to 256 KiB; a namespace
+/// uses a handful of repositories.
 const MAX_GLOBS: usize = 64;
 
 /// Longest glob: a registry's name (253 bytes and a port) and a repository's path (255 bytes).
 const MAX_GLOB: usize = 520;
 
-/// The repositories that pods of one namespace may have recovered.
+/// The repositories that pods of one namespace may recover from.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum RepositoryList {
     /// The namespace has no list and needs none.
     #[default]
     Any,
-    /// These, and no others. Empty where a list is required and absent, or cannot be read.
+    /// These and no others. Empty where a required list is absent or invalid.
     Only(Vec<Glob>),
 }
 
@@ -31,18 +31,18 @@ pub enum RepositoryList {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Glob(String);
 
-/// A list that cannot be read, and so permits nothing.
+/// An invalid list, which permits no repository.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RepositoryListError {
-    /// The part that is wrong, shortened.
+    /// The invalid part, truncated.
     pub part: String,
 }
 
 impl RepositoryList {
-    /// Reads the annotation: globs with commas between.
+    /// Parses the annotation: globs separated by commas.
     ///
     /// # Errors
-    /// [`RepositoryListError`] names the first part that is no glob of a repository, or the first beyond 64.
+    /// [`RepositoryListError`] names the first invalid part, or the first part beyond 64.
     pub fn parse(text: &str) -> Result<Self, RepositoryListError> {
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
         let globs: Vec<_> = parts.take(MAX_GLOBS + 1).map(Glob::parse).collect::<Result<_, _>>()?;
@@ -52,7 +52,7 @@ impl RepositoryList {
         }
     }
 
-    /// The list that permits nothing.
+    /// The list that permits no repository.
     pub fn none() -> Self {
         Self::Only(Vec::new())
     }
@@ -72,7 +72,7 @@ impl RepositoryList {
 impl Glob {
     fn parse(text: &str) -> Result<Self, RepositoryListError> {
         let is_known = |c: char| c.is_ascii_alphanumeric() || "*/.-_:[]".contains(c);
-        // The registry stands in front, or `nginx` would look as if it matched Docker Hub's.
+        // The registry is required, or `nginx` would seem to match Docker Hub's.
         let is_glob = text.len() <= MAX_GLOB && text.chars().all(is_known) && (text.contains('/') || text == "**");
         if is_glob { Ok(Self(text.to_owned())) } else { Err(RepositoryListError::new(text)) }
     }
@@ -90,14 +90,14 @@ impl RepositoryListError {
     }
 }
 
-/// The place behind a star, and how much of the text the star has taken.
+/// The position behind a star in the glob, and the end of the star's match in the text.
 type StarPosition = Option<(usize, usize)>;
 
-/// Whether the glob matches all of the text. The work is bounded by the product of both lengths
-/// (270 000 steps): of several stars only the last one and the last double one are tried again.
+/// Whether the glob matches the whole text. The product of both lengths bounds the work (270 000
+/// steps), because only the last single and the last double star are tried again.
 fn matches(glob: &[u8], text: &[u8]) -> bool {
     let (mut g, mut t) = (0, 0);
-    // Where to go on when the rest does not match: behind the star, with one more byte taken by it.
+    // Where a mismatch resumes: behind the star, which then takes one more byte.
     let (mut single, mut double): (StarPosition, StarPosition) = (None, None);
     while t < text.len() {
         if glob[g..].starts_with(b"**") {

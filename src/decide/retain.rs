@@ -1,9 +1,10 @@
-//! Which images keep their layers on a node whose containerd discards layers after unpacking.
+//! Choice of the images that keep their layers on a node whose containerd discards layers after
+//! unpacking.
 //!
-//! One lease per image holds the layers. A lease may name a layer that is still being pulled, so an
+//! One lease per image pins the layers. A lease may name a layer that is still being pulled, so an
 //! image is accepted as a whole, with the sizes in the manifest. Releases precede leases: after
-//! every action the leased layers are within the budget. Not here: reading manifests, and asking
-//! for opt-in.
+//! every action the leased layers are within the budget. Not here: reading manifests, and checking
+//! opt-in.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,24 +17,24 @@ use crate::oci::Digest;
 mod tests;
 
 /// Life of a lease. An uninstalled agent leaves nothing behind after this time. An agent may be
-/// down for half of this time without losing a layer.
+/// down for half of this time without the loss of a layer.
 pub const LEASE_DURATION: Duration = Duration::from_secs(24 * 3600);
 
-/// Time for which a pulled image waits for a pod. The agent sees a pod when the kubelet does, which
-/// then starts the pull; a minute covers a pod watch that reconnects (its longest pause is 30 s).
-/// An image whose namespace gave no answer waits for the answer.
+/// Time for which a pulled image waits for a pod. The agent sees a pod when the kubelet does, and
+/// the kubelet then starts the pull; a minute covers a pod watch that reconnects (its longest pause
+/// is 30 s). An image whose namespace could not be read waits until it can.
 const POD_WAIT: Duration = Duration::from_secs(60);
 
-/// Time without a new layer after which a pull is taken for aborted. containerd's own lease still
-/// holds the layers of a pull that goes on, and its next layer makes the image a candidate again.
+/// Time without a new layer after which a pull counts as aborted. containerd's own lease still pins
+/// the layers of a pull that continues, and the next layer makes the image a candidate again.
 const PULL_IDLE: Duration = Duration::from_secs(10 * 60);
 
 /// Free space, in percent of the disk, below which retained layers are released. The kubelet
-/// collects images at 85 % used and looks every 5 min: one percent earlier keeps retained layers
+/// collects images at 85 % used and checks every 5 min: one percent earlier keeps retained layers
 /// from costing a node its images.
 const MIN_FREE_PERCENT: u64 = 16;
 
-/// Budget where the size of the disk is unknown.
+/// Budget for a disk of unknown size.
 const BYTES_OF_UNKNOWN_DISK: u64 = 10 << 30;
 
 /// The images that keep layers.
@@ -60,13 +61,13 @@ pub enum RetainBytes {
 /// Options of retention, fixed at start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RetainOptions {
-    /// Whose layers.
+    /// The images whose layers are retained.
     pub layers: RetainLayers,
-    /// At most so many bytes.
+    /// Limit of retained layers.
     pub bytes: RetainBytes,
-    /// Where layers that are missing here are fetched from.
+    /// Sources of layers that are missing here.
     pub fetch: FetchFrom,
-    /// Most bytes per second from registries; 0 is no limit.
+    /// Bytes per second from registries; 0 is no limit.
     pub fetch_rate: u64,
 }
 
@@ -85,11 +86,11 @@ impl RetainBytes {
 /// Facts about one image and the pods that name the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RetainFacts {
-    /// Since when an image record leads to the manifest.
+    /// The time since which an image record leads to the manifest.
     pub recorded: Option<SystemTime>,
     /// A pod of an opted-in namespace names a record of the image.
     pub used: bool,
-    /// A pod names a record of the image, and whether its namespace opted in is unknown.
+    /// A pod names a record of the image, and the opt-in of its namespace is unknown.
     pub undecided: bool,
     /// No record, and a pod of an opted-in namespace names an image of the manifest's repository.
     pub expected: bool,
@@ -112,7 +113,7 @@ pub enum RetainInterest {
     Wanted,
 }
 
-/// Interest in an image; `None` when the layers are not to be retained.
+/// Interest in an image; `None` when the layers are not retained.
 pub fn interest(setting: RetainLayers, facts: &RetainFacts, now: SystemTime) -> Option<RetainInterest> {
     let RetainFacts { recorded, used, undecided, expected, last_use, last_arrival, keeps_layers } = *facts;
     let within = |since: SystemTime, limit| now.duration_since(since).is_ok_and(|passed| passed < limit) || since > now;
@@ -138,7 +139,7 @@ pub struct RetainCandidate {
     pub manifest: Digest,
     /// The layers with their sizes in bytes, each once.
     pub layers: BTreeMap<Digest, u64>,
-    /// The reason.
+    /// The interest in the image.
     pub interest: RetainInterest,
     /// Last time that a pod of an opted-in namespace named the image.
     pub last_use: Option<SystemTime>,
@@ -147,27 +148,27 @@ pub struct RetainCandidate {
 /// The lease of one image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerLease {
-    /// Layers that the lease names, with their sizes in bytes.
+    /// Layers in the lease, with their sizes in bytes.
     pub layers: BTreeMap<Digest, u64>,
     /// When containerd drops the lease.
     pub expires: SystemTime,
-    /// The lease says that the image was used. The next agent goes by it.
+    /// The lease records the use of the image. The next agent reads this record.
     pub is_marked_used: bool,
 }
 
-/// A step towards what is to be retained.
+/// A step towards the chosen leases.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LeaseAction {
     /// Delete the image's lease.
     Release(Digest),
-    /// Name these layers in the image's lease, which is made when absent.
+    /// Add these layers to the image's lease, and create the lease if absent.
     Retain(Digest, BTreeSet<Digest>),
     /// Replace the image's lease by a lease with a full life and the last use: containerd cannot
     /// change a lease.
     Renew(Digest),
 }
 
-/// Bytes that may be retained now. Below the line of free space, retained layers shrink by the
+/// Bytes that may be retained now. Below the threshold of free space, retained layers shrink by the
 /// missing bytes.
 pub fn allowed_bytes(budget: u64, retained: u64, room: Option<(u64, u64)>) -> u64 {
     let Some((free, total)) = room else { return budget };
@@ -189,9 +190,9 @@ pub fn distinct_bytes<'a>(layers: impl IntoIterator<Item = &'a BTreeMap<Digest, 
     distinct.values().fold(0, |sum, size| sum.saturating_add(**size))
 }
 
-/// The images to retain, of `allowed` bytes at most: the most wanted first, and of equals the
-/// images with a lease. An image that does not fit is left out as a whole, because no peer can run
-/// an image without every layer.
+/// The images to retain within `allowed` bytes: the most wanted first, and among equals the images
+/// with a lease. An image that does not fit is omitted as a whole, because no peer can run an image
+/// without every layer.
 pub fn choose(
     candidates: &[RetainCandidate],
     leases: &BTreeMap<Digest, LayerLease>,
@@ -212,7 +213,7 @@ pub fn choose(
     chosen
 }
 
-/// The steps from `leases` to what is chosen, in the order in which they are to be taken.
+/// The steps from `leases` to the chosen images, in their order of execution.
 pub fn actions(
     candidates: &[RetainCandidate],
     leases: &BTreeMap<Digest, LayerLease>,

@@ -1,29 +1,29 @@
-//! How often one agent asks the API server about tokens (TokenReview), so that all agents together
-//! stay below a rate that does not grow with the cluster.
+//! Budget of TokenReviews per agent, so that all agents together stay below a rate that does not
+//! grow with the cluster.
 
 use std::time::{Duration, Instant};
 
-/// Reviews that all agents may ask for at once, and for one agent at most. In a rollout a tenth of
-/// the agents restart together and each meets a dozen others. An API server answers a review in a
-/// few milliseconds and serves 200 writes at a time.
+/// Reviews that all agents may request at once, and the limit of one agent. In a rollout a tenth of
+/// the agents restart together and each connects to a dozen others. An API server answers a review
+/// in a few milliseconds and serves 200 writes at a time.
 const CLUSTER_BURST: usize = 4000;
 const MAX_BURST: u32 = 8;
 
-/// With fewer, two newcomers at once would not be reviewed at every agent that they greet.
+/// With a smaller burst, two agents that join at once would not be reviewed at each of their peers.
 const MIN_BURST: u32 = 2;
 
-/// Reviews a second of the whole cluster after the burst.
+/// Reviews per second of the whole cluster after the burst.
 const CLUSTER_RATE: u32 = 50;
 
-/// An agent of a small cluster has one more review after this time: 50 a second are not needed
-/// there.
+/// Minimum interval between two reviews of an agent after the burst. A small cluster does not need
+/// 50 a second.
 const MIN_INTERVAL: Duration = Duration::from_secs(20);
 
-/// The reviews that one agent may ask for now.
+/// The reviews that one agent may request now.
 #[derive(Debug)]
 pub struct ReviewBudget {
     left: u32,
-    /// Until when reviews were gathered.
+    /// The instant up to which reviews were added.
     since: Instant,
 }
 
@@ -33,7 +33,7 @@ impl ReviewBudget {
         Self { left: MAX_BURST, since: now }
     }
 
-    /// Takes one review, if there is one, in a cluster of so many agents.
+    /// Takes one review if the budget has one, in a cluster of `agents` agents.
     pub fn try_take(&mut self, agents: usize, now: Instant) -> bool {
         let (burst, interval) = share_of_cluster(agents);
         let elapsed = now.saturating_duration_since(self.since);
@@ -46,7 +46,7 @@ impl ReviewBudget {
     }
 }
 
-/// One agent's burst, and the time after which it has one more review.
+/// Burst of one agent, and the interval of its further reviews.
 fn share_of_cluster(agents: usize) -> (u32, Duration) {
     let agents = agents.max(1);
     let burst = u32::try_from(CLUSTER_BURST / agents).unwrap_or(MAX_BURST).clamp(MIN_BURST, MAX_BURST);
@@ -69,7 +69,11 @@ mod tests {
         assert_eq!(taken(&mut budget, 3, start), MAX_BURST as usize);
         assert_eq!(taken(&mut budget, 3, start + MIN_INTERVAL - Duration::from_millis(1)), 0);
         assert_eq!(taken(&mut budget, 3, start + MIN_INTERVAL), 1);
-        assert_eq!(taken(&mut budget, 3, start + MIN_INTERVAL * 1000), MAX_BURST as usize, "no more gathers");
+        assert_eq!(
+            taken(&mut budget, 3, start + MIN_INTERVAL * 1000),
+            MAX_BURST as usize,
+            "the budget is bounded by the burst"
+        );
     }
 
     #[test]
@@ -77,15 +81,14 @@ mod tests {
         for agents in [1, 3, 500, 1000, 5000, 16_384] {
             let (burst, interval) = share_of_cluster(agents);
             let rate = agents as f64 / interval.as_secs_f64();
-            assert!(rate <= f64::from(CLUSTER_RATE) + 0.01, "{agents} agents ask {rate} times a second");
+            assert!(rate <= f64::from(CLUSTER_RATE) + 0.01, "{agents} agents request {rate} reviews a second");
             assert!(burst as usize * agents <= CLUSTER_BURST.max(MIN_BURST as usize * agents), "{agents}");
         }
     }
 
     #[test]
     fn a_rollout_of_five_thousand_agents_is_spread_over_minutes() {
-        // Each agent is asked for a review by twelve others in the same second, as if all restarted
-        // at once.
+        // Each agent reviews twelve others in the same second, as if all restarted at once.
         let start = Instant::now();
         let mut budgets: Vec<_> = (0..5000).map(|_| ReviewBudget::full(start)).collect();
         let mut most = 0;
@@ -93,7 +96,7 @@ mod tests {
             let now = start + Duration::from_secs(second);
             let asked = budgets.iter_mut().map(|budget| (0..12).filter(|_| budget.try_take(5000, now)).count()).sum();
             most = most.max(if second == 0 { 0 } else { asked });
-            assert!(second > 0 || asked <= 10_000, "{asked} in the first second");
+            assert!(second > 0 || asked <= 10_000, "{asked} reviews in the first second");
         }
         assert!(most <= 5000, "{most}");
     }

@@ -1,13 +1,14 @@
-//! Kubernetes label selectors, as `kubectl -l` takes them.
+//! Kubernetes label selectors, as in `kubectl -l`.
 //!
-//! The grammar is that of `k8s.io/apimachinery/pkg/labels`: `key`, `!key`, `key=value`, `key==value`, `key!=value`, `key in (a,b)`,
-//! `key notin (a,b)`, joined by commas, all of which must hold. Not here: `>` and `<`, which no namespace is chosen by.
+//! The grammar is that of `k8s.io/apimachinery/pkg/labels`: `key`, `!key`, `key=value`,
+//! `key==value`, `key!=value`, `key in (a,b)`, `key notin (a,b)`, joined by commas, all of which
+//! must hold. Not here: `>` and `<`, which select no namespaces in practice.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-/// Chooses objects by their labels.
+/// Selects objects by their labels.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Selector(Vec<Requirement>);
 
@@ -26,7 +27,7 @@ enum LabelOperator {
     NotIn(Vec<String>),
 }
 
-/// A text that is no selector.
+/// The text is not a label selector.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{part:?} is no requirement on a label (as in: team=web,!legacy,tier in (a,b))")]
 pub struct SelectorError {
@@ -34,7 +35,8 @@ pub struct SelectorError {
 }
 
 impl Selector {
-    /// Whether every requirement holds. A selector is never empty, so there is none that everything matches by mistake.
+    /// Whether every requirement holds. A selector has at least one requirement, so an empty text
+    /// never selects all objects by mistake.
     pub fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
         self.0.iter().all(|requirement| requirement.matches(labels))
     }
@@ -109,7 +111,7 @@ impl fmt::Display for Selector {
     }
 }
 
-/// At the commas that separate requirements, not at those inside a list of values.
+/// Splits at the commas between requirements, not at those inside a list of values.
 fn split_outside_parentheses(text: &str) -> Vec<&str> {
     let mut depth = 0_usize;
     text.split(|c| {
@@ -123,7 +125,7 @@ fn split_outside_parentheses(text: &str) -> Vec<&str> {
     .collect()
 }
 
-/// `[prefix/]name`, loosely: what the API server would never have let through cannot match anything.
+/// `[prefix/]name`, checked loosely: a key that the API server would reject matches no object.
 fn is_key(text: &str) -> bool {
     let fits = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'/');
     !text.is_empty() && text.len() <= 253 + 1 + 63 && text.bytes().all(fits)

@@ -1,27 +1,27 @@
-//! Two nodes with one key: a disk image that was made after an agent had run on it gives all
-//! nodes the same `identity.key`, and so the same PeerId.
+//! Two nodes with one key: a disk image that was made after an agent had run on it gives all nodes
+//! the same `identity.key`, and so the same PeerId.
 //!
-//! A node that holds the key of another one is found at the start, by the name that stands beside
-//! the key file. Key files of releases before that record have no name, so two nodes may keep one
-//! key until their agents find each other. Then the node that the cluster has known for less time
-//! makes a new key. Both agents compare the same two creation times of the API server, so exactly
-//! one of them gives up, without a word between the two.
+//! A node with the key of another one is found at the start, by the node's name that is stored
+//! beside the key file. Key files of early releases have no name beside them, so two nodes may keep
+//! one key until their agents meet. Then the node that the cluster has had for less time makes a
+//! new key. Both agents compare the same two creation times of the API server. So exactly one of
+//! them makes a new key, without a message between the two.
 
 use std::time::SystemTime;
 
 use crate::model::NodeName;
 
-/// A node with the key.
+/// A node that has the key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyOwner {
-    /// The name, which is unique in a cluster.
+    /// The node's name, unique in a cluster.
     pub node: NodeName,
     /// The creation time of the Node object.
     pub created: SystemTime,
 }
 
-/// Whether this node is the one that makes a new key. Nodes of one second are told apart by their
-/// names.
+/// Whether this node is the one that makes a new key. For two nodes of one second, the names
+/// decide.
 pub fn must_replace_key(own: &KeyOwner, other: &KeyOwner) -> bool {
     (own.created, &own.node) > (other.created, &other.node)
 }
@@ -31,15 +31,14 @@ pub fn must_replace_key(own: &KeyOwner, other: &KeyOwner) -> bool {
 pub enum KeyOrigin {
     /// The key was made on this node, or adopted by this node.
     Own,
-    /// No name: a release before the record made the key. The key is kept, and the name is
-    /// written.
+    /// No name: an early release made the key. The key is kept, and the name is written.
     Unknown,
     /// Another node's name: the disk was copied, or the node was renamed. In both cases other
     /// agents know the key as another node's.
     Copied,
 }
 
-/// Reads the name beside the key of a node. A name that cannot be read says nothing.
+/// Reads the name beside a node's key. An unreadable name counts as no name.
 pub fn key_origin(recorded: Option<&str>, node: &NodeName) -> KeyOrigin {
     match recorded.map(str::trim).and_then(|recorded| recorded.parse::<NodeName>().ok()) {
         Some(recorded) if recorded == *node => KeyOrigin::Own,
@@ -69,7 +68,7 @@ mod tests {
             let (a, b) = (holder(&a, of_a), holder(&b, of_b));
             prop_assert_ne!(must_replace_key(&a, &b), must_replace_key(&b, &a));
             prop_assert!(of_a >= of_b || !must_replace_key(&a, &b));
-            prop_assert!(!must_replace_key(&a, &a), "a node does not give up to itself");
+            prop_assert!(!must_replace_key(&a, &a), "a node keeps its key against itself");
         }
     }
 

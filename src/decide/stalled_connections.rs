@@ -1,21 +1,21 @@
-//! Which of containerd's TCP connections keep a pull from ending.
+//! Choice of containerd's TCP connections that keep a pull from ending.
 //!
-//! Not here: listing and ending connections ([`crate::ports::PullConnections`]).
+//! Not here: listing and closing connections ([`crate::ports::PullConnections`]).
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-/// Connections that one round ends at most: three layers, as many as containerd fetches of an image
-/// at a time by default, of five images. A stall that has more ends in the next round.
+/// Connections closed by one round: three layers, as many as containerd fetches of an image at a
+/// time by default, of five images. A stall with more connections ends in the next round.
 pub const MAX_ENDED: usize = 15;
 
-/// Patience with a server that was silent once. containerd repeats a request whose connection ended
-/// before the response on a new connection; from 2.3 on containerd waits as long for the head of a
-/// response.
+/// Silence permitted to a server that was silent before. containerd repeats a request whose
+/// connection ended before the response on a new connection; from 2.3 on, containerd waits as long
+/// for the head of a response.
 pub const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Time for which a server counts as silent: two tries of containerd's default timeout.
+/// Time for which a server counts as silent: two tries with containerd's default timeout.
 pub const SILENT_SERVER_LIFE: Duration = Duration::from_secs(600);
 
 /// An established TCP connection of containerd.
@@ -23,11 +23,11 @@ pub const SILENT_SERVER_LIFE: Duration = Duration::from_secs(600);
 pub struct TcpConnection {
     /// containerd's end.
     pub local: SocketAddr,
-    /// The other end.
+    /// The server's end.
     pub remote: SocketAddr,
-    /// The kernel's name for the socket, which no later socket has.
+    /// The kernel's number of the socket, which no later socket gets.
     pub cookie: u64,
-    /// Time since either end sent data. Keep-alive probes are no data.
+    /// Time since either end sent data. Keep-alive probes do not count.
     pub silent_for: Duration,
     /// Bytes received that containerd has not read.
     pub unread: u32,
@@ -42,16 +42,16 @@ pub struct TcpConnections {
     pub listening: BTreeSet<u16>,
 }
 
-/// The connections that a stalled pull waits for: containerd opened them, and nothing was sent on
-/// them for `after`, or for [`RETRY_TIMEOUT`] where the same server was silent before.
+/// The connections that a stalled pull waits for: containerd opened them, and neither end sent data
+/// for `after`, or for [`RETRY_TIMEOUT`] if the same server was silent before.
 ///
 /// - A connection on a port that containerd listens on belongs to a client of containerd, such as
 ///   an idle `kubectl exec`.
 /// - A connection to loopback may be an idle `kubectl port-forward` to a pod in the node's network.
-/// - Unread bytes mean that containerd, or its disk, is what is slow.
+/// - Unread bytes mean that containerd or its disk is slow.
 /// - containerd closes connections without a request after 30 s (`IdleConnTimeout` of its HTTP
 ///   client), so a connection that is silent for longer has a request in flight.
-/// - A crawling response is never silent for long and is kept: the pull makes progress.
+/// - A slow response is never silent for long and is kept, because the pull makes progress.
 pub fn stalled_connections(
     connections: &TcpConnections,
     after: Duration,
@@ -65,7 +65,7 @@ pub fn stalled_connections(
     let is_silent =
         |connection: &&TcpConnection| connection.silent_for >= patience(&connection.remote) && connection.unread == 0;
     let mut silent: Vec<_> = established.iter().filter(is_opened).filter(is_silent).copied().collect();
-    // The longest silence first, so that the bound cuts off the youngest.
+    // The longest silence first, so the bound cuts off the youngest.
     silent.sort_by_key(|connection| std::cmp::Reverse(connection.silent_for));
     silent.truncate(MAX_ENDED);
     silent

@@ -6,8 +6,8 @@ use std::net::{IpAddr, Ipv6Addr};
 /// section 2.5.1), and another for each connection.
 const PREFIX: u32 = 64;
 
-/// The addresses among which a host may choose: an IPv6 prefix of 64 bits, or a
-/// single IPv4 address.
+/// The addresses that one host may choose from: an IPv6 prefix of 64 bits, or a single IPv4
+/// address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Subnet(IpAddr);
 

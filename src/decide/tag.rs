@@ -1,43 +1,44 @@
-//! What a tag means when peers do not agree.
+//! The digest of a tag on which peers disagree.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
 use crate::oci::Digest;
 
-/// How a tag that several contents carry is read.
+/// How a tag with several digests is resolved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TagPolicy {
-    /// Not at all: the one who asked is told.
+    /// Not at all: the recovery fails and reports the disagreement.
     #[default]
     Unanimous,
-    /// What most nodes hold.
+    /// The digest that most nodes have.
     MostCommon,
-    /// What was built last, by the images' own word.
+    /// The digest with the latest build time, according to the image configs.
     Newest,
 }
 
-/// What a policy makes of the peers' answers.
+/// The result of a policy for the digests of a tag.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TagChoice {
-    /// Nobody knows the tag.
+    /// No peer has the tag.
     Unknown,
-    /// This one.
+    /// The chosen digest.
     Digest(Digest),
-    /// The policy does not choose among these.
+    /// The policy chooses none of these digests.
     Disagreement,
-    /// The policy asks when each was built: [`newest`].
+    /// The policy compares the build times: [`newest`].
     NeedsBuildTimes,
 }
 
-/// Contents of one tag that are compared by age. Each costs a peer three small reads; more are a sign of something else.
+/// Digests of one tag that are compared by build time. Each costs a peer three small reads; more
+/// digests are a sign of another problem.
 pub const MAX_COMPARED_BY_AGE: usize = 8;
 
 impl TagPolicy {
-    /// All of them.
+    /// Every policy.
     pub const ALL: [Self; 3] = [Self::Unanimous, Self::MostCommon, Self::Newest];
 
-    /// Its name in settings.
+    /// Name in settings.
     pub fn name(self) -> &'static str {
         match self {
             Self::Unanimous => "unanimous",
@@ -46,7 +47,7 @@ impl TagPolicy {
         }
     }
 
-    /// `meanings`: each content that carries the tag, and on how many nodes.
+    /// `meanings` has each digest of the tag with its number of nodes.
     pub fn choose(self, meanings: &BTreeMap<Digest, usize>) -> TagChoice {
         let Some(first) = meanings.keys().next() else { return TagChoice::Unknown };
         if meanings.len() == 1 {
@@ -71,14 +72,15 @@ impl FromStr for TagPolicy {
     }
 }
 
-/// The content that was built last; `None` where one does not say when, or two say the same (reproducible builds all say 1970).
+/// The digest with the latest build time; `None` when an image has no build time, or the latest two
+/// are equal (reproducible builds all have 1970).
 pub fn newest<Age: Ord>(built: &BTreeMap<Digest, Option<Age>>) -> Option<Digest> {
     let aged: Option<BTreeMap<Digest, &Age>> =
         built.iter().map(|(digest, age)| Some((*digest, age.as_ref()?))).collect();
     unique_maximum(&aged?)
 }
 
-/// The one with the largest value; `None` on a tie.
+/// The digest with the largest value; `None` on a tie.
 fn unique_maximum<Value: Ord>(values: &BTreeMap<Digest, Value>) -> Option<Digest> {
     let (digest, largest) = values.iter().max_by_key(|(_, value)| *value)?;
     (values.values().filter(|value| *value == largest).count() == 1).then_some(*digest)

@@ -1,26 +1,27 @@
-//! A token bucket: how many bytes may pass now, so that no more than a rate passes over time.
+//! Token bucket: bytes that may pass now, so that at most a rate passes over time.
 //!
-//! Over any window of t seconds at most rate * t + capacity bytes pass, exactly: credit is counted in integers, and what is taken was
-//! there. Not here: waiting, and who is next (the transfer adapter).
+//! Over any window of t seconds at most rate * t + capacity bytes pass, exactly: credit is an
+//! integer, and only existing credit is taken. Not here: the waiting, and the order of the waiting
+//! transfers (the transfer adapter).
 
 use std::time::{Duration, Instant};
 
-/// Most bytes that are taken at a time. Small, so that many streams advance in step at a low rate; large, so that taking costs nothing
-/// at a high one: 10 Gbit/s are 19 000 a second.
+/// Bytes that one take may have. Small enough that many streams advance in step at a low rate;
+/// large enough that takes cost nothing at a high rate: 10 Gbit/s are 19 000 takes a second.
 pub const CHUNK: u64 = 64 << 10;
 
-/// The lowest rate that is kept, in bytes per second; a lower one counts as this. A transfer is given up below 64 KiB in ten seconds
-/// by whoever is at its other end, and that end does not know why we are slow.
+/// The lowest rate in bytes per second; a lower setting counts as this. The receiver aborts a
+/// transfer below 64 KiB in ten seconds, and cannot see that a limit is the reason.
 pub const MIN_RATE: u64 = 64 << 10;
 
-/// What one transfer is worth beginning for, in bytes per second: five times the rate below which its other end gives it up. So few
-/// transfers run at a time under a limit that each may have this much.
+/// Minimum rate of one transfer in bytes per second: five times the rate at which the receiver
+/// aborts the transfer. Under a limit, so few transfers run that each gets this rate.
 const MIN_TRANSFER_RATE: u64 = 32 << 10;
 
-/// Credit is kept in billionths of a byte: a nanosecond at one byte per second brings one of them.
+/// Credit counts billionths of a byte: one byte per second adds one of them per nanosecond.
 const CREDIT_PER_BYTE: u128 = 1_000_000_000;
 
-/// A rate in force and what has gathered under it.
+/// A rate and the credit gathered under the rate.
 #[derive(Debug, Clone)]
 pub struct TokenBucket {
     rate: u64,
@@ -30,7 +31,7 @@ pub struct TokenBucket {
 }
 
 impl TokenBucket {
-    /// A full bucket. `rate` in bytes per second; 0 is no limit.
+    /// A full bucket. `rate` is in bytes per second; 0 is no limit.
     pub fn new(rate: u64, now: Instant) -> Self {
         let mut bucket = Self { rate: 0, credit: 0, refilled_at: now };
         bucket.set_rate(rate, now);
@@ -38,18 +39,19 @@ impl TokenBucket {
         bucket
     }
 
-    /// Another rate from now on. What had gathered is kept as far as it fits; after a time without a limit nothing had.
+    /// Changes the rate. Gathered credit stays up to the new capacity; a time without a limit
+    /// leaves none.
     pub fn set_rate(&mut self, rate: u64, now: Instant) {
         self.refill(now);
         self.rate = if rate == 0 { 0 } else { rate.max(MIN_RATE) };
         self.credit = self.credit.min(self.full());
     }
 
-    /// Takes so many bytes, or answers how long it is until they are there if nobody else takes any. More than a [`CHUNK`] at a time
-    /// might never be there, and is taken as one.
+    /// Takes `bytes`, at most a [`CHUNK`], because the bucket may never hold more.
     ///
     /// # Errors
-    /// The wait; nothing was taken.
+    /// The wait until the credit suffices if no other caller takes credit. The take changed
+    /// nothing.
     pub fn take(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
         if self.rate == 0 {
             return Ok(());
@@ -61,13 +63,13 @@ impl TokenBucket {
                 self.credit = left;
                 Ok(())
             }
-            // Rounded up: after the wait it is there.
+            // Rounded up, so the credit suffices after the wait.
             None => Err(nanoseconds((wanted - self.credit).div_ceil(u128::from(self.rate)))),
         }
     }
 
-    /// What may pass at once after a pause: a quarter of a second's worth, so that a wake-up that comes late loses nothing, and
-    /// always a whole chunk, so that one can be taken at all.
+    /// Bytes that may pass at once after a pause: those of a quarter of a second, so that a late
+    /// wake-up loses no credit, and at least a chunk, so that any take can succeed.
     pub fn capacity(&self) -> u64 {
         if self.rate == 0 { 0 } else { (self.rate / 4).max(CHUNK) }
     }
@@ -76,7 +78,7 @@ impl TokenBucket {
         u128::from(self.capacity()) * CREDIT_PER_BYTE
     }
 
-    /// A clock that stands still or goes back brings nothing.
+    /// A clock that stands still or goes back adds no credit.
     fn refill(&mut self, now: Instant) {
         let elapsed = now.saturating_duration_since(self.refilled_at);
         self.refilled_at = self.refilled_at.max(now);
@@ -85,7 +87,7 @@ impl TokenBucket {
     }
 }
 
-/// How many transfers may run at a time under a rate: as many as can each have a worthwhile part of it, and always one.
+/// Transfers that may run at a time under a rate: each gets a worthwhile part, and one always runs.
 pub fn concurrent_transfers(rate: u64) -> usize {
     match rate {
         0 => usize::MAX,
@@ -109,10 +111,10 @@ mod tests {
     fn a_full_bucket_gives_its_capacity_at_once_and_then_the_rate() {
         let start = Instant::now();
         let mut bucket = TokenBucket::new(8 * CHUNK, start);
-        assert_eq!(bucket.capacity(), 2 * CHUNK, "a quarter of a second");
+        assert_eq!(bucket.capacity(), 2 * CHUNK, "the bytes of a quarter of a second");
         assert_eq!((bucket.take(CHUNK, start), bucket.take(CHUNK, start)), (Ok(()), Ok(())));
         assert_eq!(bucket.take(CHUNK, start), Err(SECOND / 8));
-        assert_eq!(bucket.take(CHUNK, start + SECOND / 16), Err(SECOND / 16), "half of it is there");
+        assert_eq!(bucket.take(CHUNK, start + SECOND / 16), Err(SECOND / 16), "half of the credit is there");
         assert_eq!(bucket.take(CHUNK, start + SECOND / 8), Ok(()));
     }
 
@@ -120,8 +122,8 @@ mod tests {
     fn a_low_rate_still_lets_a_whole_chunk_through() {
         let start = Instant::now();
         let mut bucket = TokenBucket::new(1, start);
-        assert_eq!(bucket.take(u64::MAX, start), Ok(()), "taken as one chunk");
-        assert_eq!(bucket.take(CHUNK, start), Err(SECOND), "as under the lowest rate");
+        assert_eq!(bucket.take(u64::MAX, start), Ok(()), "the take counts as one chunk");
+        assert_eq!(bucket.take(CHUNK, start), Err(SECOND), "the lowest rate counts");
     }
 
     #[test]
@@ -135,7 +137,7 @@ mod tests {
         bucket.set_rate(0, start);
         (0..1000).for_each(|_| bucket.take(CHUNK, start).unwrap());
         bucket.set_rate(MIN_RATE, start + 10 * SECOND);
-        assert_eq!(bucket.take(CHUNK, start + 10 * SECOND), Err(SECOND), "no credit from the time without a limit");
+        assert_eq!(bucket.take(CHUNK, start + 10 * SECOND), Err(SECOND), "the time without a limit leaves no credit");
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub enum Transport {
 
 /// Bytes of one range over the mesh. A connection of 10 Mbit/s, the slowest that the mesh's own
 /// limits allow for, sends a range in 0.2 s. A ping behind the ranges of all requests that may be
-/// open ([`MAX_RANGES`]) waits 0.84 s, and a neighbour counts as silent after 1.75 s. A range is
+/// open ([`MAX_RANGES`]) waits 0.84 s, and a neighbor counts as silent after 1.75 s. A range is
 /// also the first window of a yamux stream, so no range waits for credit.
 pub const RANGE: u64 = 256 << 10;
 
@@ -52,11 +52,11 @@ pub fn choose_transport(size: u64, paths: PathState) -> Transport {
     if udp_blocked && !quic_open && neighbour && size <= MAX_BLOB { Transport::Mesh } else { Transport::Quic }
 }
 
-/// An image does not come while UDP is blocked.
+/// An image that cannot be fetched while UDP is blocked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TooLarge {
     /// A blob is too large.
-    #[error("{digest} has {size} bytes, and a blob of at most {MAX_BLOB} bytes comes over TCP")]
+    #[error("blob {digest} has {size} bytes, more than the {MAX_BLOB} bytes that a blob over TCP may have")]
     Blob {
         /// The blob.
         digest: Digest,
@@ -64,7 +64,7 @@ pub enum TooLarge {
         size: u64,
     },
     /// The missing blobs together are too large.
-    #[error("{size} bytes of it are missing, and at most {MAX_IMAGE} bytes of an image come over TCP")]
+    #[error("{size} bytes of the image are missing, more than the {MAX_IMAGE} bytes that may come over TCP")]
     Image {
         /// Bytes that are not here.
         size: u64,
@@ -151,7 +151,7 @@ mod tests {
         let many: Vec<_> = (0..=MAX_IMAGE / MAX_BLOB).map(|_| blob(MAX_BLOB)).collect();
         assert_eq!(check_image(&many), Err(TooLarge::Image { size: MAX_IMAGE + MAX_BLOB }));
         let most = [blob(u64::MAX - 1), blob(u64::MAX)];
-        assert!(check_image(&most).is_err(), "no sum overflows");
+        assert!(check_image(&most).is_err(), "the sum does not overflow");
     }
 
     #[test]

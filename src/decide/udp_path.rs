@@ -6,25 +6,25 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// Other nodes that have to be silent over UDP and answer over TCP, where there are as many. One
-/// may have a fault of its own.
+/// Other nodes that have to be silent over UDP and answer over TCP, where there are so many. A
+/// single node may have a fault of its own.
 const WITNESSES: usize = 3;
 
 /// Probes without an answer, so that one lost handshake says nothing where there is one other
 /// node.
 const MIN_FAILED_PROBES: u32 = 3;
 
-/// Between two probes while they are answered. A probe is one handshake.
+/// Interval of probes while a peer answers. A probe is one handshake.
 const PROBE_INTERVAL: Duration = Duration::from_secs(20);
 
-/// Between two probes while they are not answered. With a handshake's timeout of 3 s three of
-/// them take 15 s, so a block is found within 24 s and these 15 s.
+/// Interval of probes while no peer answers. With a handshake's timeout of 3 s, three probes take
+/// 15 s. So a block is found within 24 s and these 15 s.
 const PROBE_INTERVAL_SUSPICIOUS: Duration = Duration::from_secs(2);
 
-/// Between two probes while UDP is blocked.
+/// Interval of probes while UDP is blocked.
 const PROBE_INTERVAL_BLOCKED: Duration = Duration::from_secs(10);
 
-/// Addresses without an answer that are kept.
+/// Most addresses without an answer that are kept.
 const MAX_SILENT: usize = 16;
 
 /// The finding of one probe of one other node.
@@ -32,9 +32,9 @@ const MAX_SILENT: usize = 16;
 pub enum UdpProbe {
     /// An answer over UDP.
     Answered,
-    /// Nothing came back over UDP; whether a TCP connection could be opened.
+    /// No answer over UDP.
     Silent {
-        /// It could.
+        /// Whether a TCP connection could be opened.
         tcp: bool,
     },
 }
@@ -60,7 +60,7 @@ pub struct UdpPath {
 }
 
 impl UdpPath {
-    /// Nothing is known. `chance` is random, in 0..1.
+    /// A path without a probe. `chance` is random, in 0..1.
     pub fn new(now: Instant, chance: f64) -> Self {
         Self {
             due: now + PROBE_INTERVAL.mul_f64(chance),
@@ -76,13 +76,13 @@ impl UdpPath {
         self.due
     }
 
-    /// The targets that give the most news: those that were not silent yet, if there are any.
+    /// The targets with the most news: targets that were not silent yet, if there are any.
     pub fn prefer(&self, targets: &[SocketAddr]) -> Vec<SocketAddr> {
         let fresh: Vec<_> = targets.iter().filter(|target| !self.silent.contains_key(target)).copied().collect();
         if fresh.is_empty() { targets.to_vec() } else { fresh }
     }
 
-    /// There was nothing to probe.
+    /// No node could be probed.
     pub fn record_skipped_probe(&mut self, now: Instant, chance: f64) {
         self.due = now + spread(PROBE_INTERVAL, chance);
     }
@@ -112,7 +112,7 @@ impl UdpPath {
         self.due = now + spread(pause, chance);
     }
 
-    /// Whether UDP is blocked, as far as is known now.
+    /// The block, as far as the probes show.
     pub fn blocked(&self) -> Option<UdpBlock> {
         self.blocked
     }

@@ -1,5 +1,5 @@
-//! Who is served next at a node that serves, and what it is sent: bytes are shared fairly between peers, and nobody waits for a small blob
-//! behind large ones.
+//! Upload slots: the order in which a node serves requests, and its choice of pieces. Bytes are
+//! shared fairly between peers, and small blobs do not wait behind large ones.
 //!
 //! Not here: the sending.
 
@@ -12,25 +12,28 @@ use crate::oci::Digest;
 
 pub use send_counts::SendCounts;
 
-/// Most that wait for one peer: as much as it asks of one node for sixteen blobs at a time.
+/// Waiting requests of one peer: those of sixteen recoveries, with the piece picker's four requests
+/// in flight each.
 const MAX_WAITING_OF_PEER: usize = 64;
-/// Most that wait in all: each is a stream and a task. A thousand nodes that all know one holder have room.
+/// Waiting requests of all peers; each is a stream and a task. One provider has room for a thousand
+/// nodes.
 const MAX_WAITING: usize = 1024;
-/// Beyond so many in all, only those wait who have nothing else waiting: a dozen peers that ask for all that they may leave room for 256 others.
+/// Above this number of waiting requests, a peer may have one. A dozen peers with
+/// [`MAX_WAITING_OF_PEER`] requests each leave room for 256 others.
 const CROWDED: usize = MAX_WAITING * 3 / 4;
 
-/// After so many bytes what was sent before counts half: "lately" is some seconds on most networks.
+/// Bytes after which all earlier bytes count half, so "recent" means some seconds on most networks.
 const HALF_LIFE: u64 = 256 << 20;
 
-/// One request, until it is done.
+/// Identifies a request until its end.
 pub type UploadTicket = u64;
 
-/// There is no room to wait. The peer is told that this node is busy.
+/// The queue has no room; the peer gets the answer "busy".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("too many requests are waiting")]
+#[error("the upload queue of this node is full")]
 pub struct UploadQueueFull;
 
-/// Requests that wait, and those that are served.
+/// Requests that wait, and requests that are served.
 #[derive(Debug)]
 pub struct UploadSlots {
     per_blob: usize,
@@ -53,7 +56,7 @@ struct UploadRequest {
     is_running: bool,
 }
 
-/// What a peer has and had.
+/// Recent bytes and current requests of a peer.
 #[derive(Debug, Default)]
 struct PeerAccount {
     bytes: u64,
@@ -62,7 +65,8 @@ struct PeerAccount {
 }
 
 impl UploadSlots {
-    /// So many requests are served at a time for one blob and in all, 1 at least. Blobs of one piece do not count: as many of them are served besides.
+    /// Limits of served requests per blob and per node, at least 1 each. Blobs of one piece do not
+    /// count here and have a second `per_node` limit of their own.
     pub fn new(per_blob: usize, per_node: usize) -> Self {
         Self {
             per_blob: per_blob.max(1),
@@ -78,10 +82,11 @@ impl UploadSlots {
         }
     }
 
-    /// A request of a peer for pieces of a blob that is cut into so many. Its turn comes from [`UploadSlots::start_next`].
+    /// Adds a peer's request for a blob of `pieces` pieces. [`UploadSlots::start_next`] starts the
+    /// request.
     ///
     /// # Errors
-    /// [`UploadQueueFull`].
+    /// [`UploadQueueFull`] at the limit of waiting requests.
     pub fn enqueue(&mut self, peer: PeerId, digest: Digest, pieces: usize) -> Result<UploadTicket, UploadQueueFull> {
         let account = self.accounts.get(&peer).map_or(0, |account| account.waiting);
         let most = if self.waiting < CROWDED { MAX_WAITING_OF_PEER } else { 1 };
@@ -96,7 +101,7 @@ impl UploadSlots {
         Ok(ticket)
     }
 
-    /// Whose turn it is, if there is a free slot for anybody who waits.
+    /// The next request to serve, if a waiting request has a free slot.
     pub fn start_next(&mut self) -> Option<UploadTicket> {
         if self.waiting == 0 || (self.running >= self.per_node && self.small_running >= self.per_node) {
             return None;
@@ -129,7 +134,7 @@ impl UploadSlots {
         }
     }
 
-    /// So many bytes went out for it.
+    /// Records bytes sent for a request.
     pub fn record_sent(&mut self, ticket: UploadTicket, bytes: u64) {
         let Some(request) = self.requests.get(&ticket) else { return };
         let account = self.accounts.entry(request.peer).or_default();
@@ -142,7 +147,7 @@ impl UploadSlots {
         }
     }
 
-    /// It is served, or given up while it waited. Its slot is free.
+    /// Removes a request, served or abandoned, and frees its slot.
     pub fn remove(&mut self, ticket: UploadTicket) {
         let Some(request) = self.requests.remove(&ticket) else { return };
         let account = self.accounts.entry(request.peer).or_default();
@@ -158,7 +163,7 @@ impl UploadSlots {
                 self.release_blob(request.digest);
             }
         }
-        // Whoever got nothing needs no account.
+        // A peer without recent bytes and requests needs no account.
         if is_account_empty(&self.accounts, request.peer) {
             self.accounts.remove(&request.peer);
         }
@@ -198,7 +203,7 @@ mod tests {
         };
         let (one, other) = (of(&mut slots, 1), of(&mut slots, 2));
         let served: Vec<_> = std::iter::from_fn(|| slots.start_next()).collect();
-        // A peer that is served waits for those that are not.
+        // A peer that is being served waits for peers that are not.
         assert_eq!(served, [one[0], one[1], other[2]]);
         slots.remove(one[2]);
         slots.remove(one[0]);
@@ -215,7 +220,7 @@ mod tests {
         for n in [0, 0, 0, 0, 0, 0, 1, 1, 1, 2] {
             tickets.insert(slots.enqueue(peer(n), blob(1), 9).unwrap(), n);
         }
-        // The first takes pieces three times as large.
+        // Peer 0 takes pieces three times as large.
         for _ in 0..6 {
             let ticket = slots.start_next().unwrap();
             let n = usize::from(tickets[&ticket]);
@@ -228,7 +233,7 @@ mod tests {
         slots.record_sent(slots.next_ticket - 1, HALF_LIFE);
         let ticket = slots.enqueue(peer(1), blob(1), 9).unwrap();
         slots.record_sent(ticket, HALF_LIFE);
-        assert_eq!(slots.accounts[&peer(0)].bytes, 3, "what was long ago counts half");
+        assert_eq!(slots.accounts[&peer(0)].bytes, 3, "earlier bytes count half");
     }
 
     #[test]
@@ -246,9 +251,9 @@ mod tests {
         let most = (0..100).filter(|_| slots.enqueue(peer(0), blob(0), 9).is_ok()).count();
         assert_eq!(most, 64);
         let greedy = (1..16).flat_map(|n| [n; 64]).filter(|n| slots.enqueue(peer(*n), blob(0), 9).is_ok());
-        assert_eq!(greedy.count(), 768 - 64 + 4, "and the last four of them one each");
+        assert_eq!(greedy.count(), 768 - 64 + 4, "the last four peers have one request each");
         let late = (16..=255).filter(|n| slots.enqueue(peer(*n), blob(0), 9).is_ok());
-        assert_eq!(late.count(), 240, "who waits for nothing else has a place");
+        assert_eq!(late.count(), 240, "a peer without a waiting request gets a place");
         assert!(slots.enqueue(peer(255), blob(0), 9).is_err());
         while slots.waiting >= CROWDED {
             let ticket = slots.start_next().unwrap();

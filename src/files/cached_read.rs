@@ -1,4 +1,4 @@
-//! Reads from files: at once what is in memory, on a blocking thread what the disk has to be asked for.
+//! Reads from files: inline from memory, on a blocking thread from the disk.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -10,14 +10,14 @@ use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::task::spawn_blocking;
 
-/// Most bytes that are copied on the thread that everybody waits for: half a transfer's batch takes some ten microseconds, as handing it to another
-/// thread and back does.
+/// Most bytes that are copied on the runtime's thread. Half a transfer's batch takes some ten
+/// microseconds, as a switch to another thread and back does.
 const MAX_INLINE_READ: usize = 256 << 10;
 
-/// Exactly so many bytes. A page that is not in memory does not stop what else the runtime drives.
+/// Reads exactly so many bytes. A page that is not in memory does not block the runtime's thread.
 ///
 /// # Errors
-/// What the file system says, and where the file ends before.
+/// Errors of the file system, and an early end of the file.
 pub(super) async fn read_exact_at(file: &Arc<File>, offset: u64, length: usize) -> io::Result<Bytes> {
     let mut bytes = vec![0; length];
     let known = if length <= MAX_INLINE_READ { read_cached(file, offset, &mut bytes) } else { 0 };
@@ -32,7 +32,8 @@ pub(super) async fn read_exact_at(file: &Arc<File>, offset: u64, length: usize) 
     read.await.unwrap_or_else(|panicked| Err(io::Error::other(panicked)))
 }
 
-/// Reads as far as the pages are in memory; nothing where the file system cannot say. A tmpfs cannot, but has nothing else.
+/// Reads the leading bytes that are in memory; nothing without support for `RWF_NOWAIT`. A tmpfs
+/// lacks the support, but has every page in memory.
 fn read_cached(file: &File, offset: u64, bytes: &mut [u8]) -> usize {
     match preadv2(file, &mut [IoSliceMut::new(bytes)], offset, ReadWriteFlags::NOWAIT) {
         Ok(read) => read,
@@ -77,7 +78,7 @@ mod tests {
         assert_eq!((read_cached(&File::open(path).unwrap(), 1, &mut read), &read), (3, b"234"));
     }
 
-    /// On whatever temporary files are on, and in memory.
+    /// In the folder for temporary files, and in memory.
     fn folders() -> [tempfile::TempDir; 2] {
         [tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap()]
     }

@@ -1,18 +1,18 @@
-//! Paths of another root: what they name when the node's root file system is mounted at a folder.
+//! Paths of the node's root file system, which is mounted at a folder here.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
 
-/// Most symbolic links that one path goes through, as Linux has it (path_resolution(7)).
+/// Most symbolic links in one path, as in Linux (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
-/// Where `path` of the root `root` is for this process. Symbolic links count from `root`, as they
-/// do for programs that have it for their root: a node's `/var/lib/containerd` may be a link to
-/// `/data/containerd`. Parts that do not exist stay as they are.
+/// Resolves `path` below `root`. Symbolic links count from `root`, as for programs with that root:
+/// a node's `/var/lib/containerd` may be a link to `/data/containerd`. Missing parts stay as they
+/// are.
 pub fn below_root(root: &Path, path: &Path) -> PathBuf {
     let mut parts = parts_of(path);
-    // Without `root`.
+    // Relative to `root`.
     let mut found = PathBuf::new();
     let mut links = 0;
     while let Some(part) = parts.pop_front() {

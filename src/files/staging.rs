@@ -1,8 +1,9 @@
-//! A file whose parts come in any order, and which then never changes again.
+//! A file whose parts arrive in any order, and which never changes after its seal.
 //!
-//! It is sparse: what was not written takes no room, and shows as a hole to a later process. As long as it can be written it has one name and
-//! the mode 0600; once it is sealed, nothing of this process can write to it any more, whatever names it is given. What it is a part of, and
-//! where it goes, is for the stores to know.
+//! The file is sparse: unwritten parts take no space, and a later process sees them as holes.
+//! Before the seal the file has one name and the mode 0600. After the seal no handle of this
+//! process can write, whatever names the file gets. The stores decide about the file's name and
+//! place.
 
 mod extents;
 mod folder;
@@ -27,22 +28,25 @@ use super::slow_disk::SlowDiskDetector;
 
 pub use self::folder::{Leftover, create_staging_folder, is_locked, leftovers, sync_folder};
 
-/// While it is written, nobody else needs it; sealed, everybody may read it, as containerd has it with its blobs (content/local/writer.go).
+/// Modes before and after the seal. Before, only this process needs the file. After, every user may
+/// read the file, as containerd's blobs (content/local/writer.go).
 const UNSEALED: u32 = 0o600;
 const SEALED: u32 = 0o444;
 
-/// Written bytes after which the disk is made to begin. The kernel itself waits until a tenth of memory is dirty (`dirty_background_ratio`),
-/// by which time most blobs are whole, and sealing would wait for all of it. Measured with 1 GiB on a disk of 1.2 GB/s, bytes coming at 600
-/// MB/s: sealing took 370 ms without, 30 ms with this, and the whole 2.3 s instead of 2.9 s. Steps of 8 MiB were no better.
+/// Written bytes after which a sync starts. The kernel starts only when a tenth of memory is dirty
+/// (`dirty_background_ratio`). Most blobs are whole by then, and the seal would wait for every
+/// byte. Measured with 1 GiB that arrives at 600 MB/s, on a disk of 1.2 GB/s: with early syncs the
+/// seal took 30 ms instead of 370 ms, and the whole file 2.3 s instead of 2.9 s. Steps of 8 MiB
+/// were no better.
 const SYNC_STEP: u64 = 64 << 20;
 
-/// The file, while it is written and after.
+/// A staging file, before and after its seal.
 pub struct StagingFile {
     path: PathBuf,
     size: u64,
     resumed_ranges: Vec<Range<u64>>,
-    /// Locked against other processes as long as this is held. It also tells at the end whether the disk has taken everything: what went wrong
-    /// while another handle was synced is told to each handle once.
+    /// Holds the lock against other handles. Reports failed writes at the final sync: the kernel
+    /// reports a failure to each open handle once, whichever handle was synced.
     reader: Arc<File>,
     phase: RwLock<Phase>,
     slow_disk: SlowDiskDetector,
@@ -52,17 +56,17 @@ pub struct StagingFile {
 
 enum Phase {
     Open(File),
-    /// Nobody can write through us any more.
+    /// No handle of this process can write.
     Sealed,
-    /// It was given up, or the disk did not take it and what is in the file now is not known.
+    /// The file was removed, or the disk failed and the content is unknown.
     Broken,
 }
 
 impl StagingFile {
-    /// Takes up what an earlier process left under this name, if it fits, or begins anew. Blocks.
+    /// Resumes the file of an earlier process if the file fits, or creates a new file. Blocks.
     ///
     /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] when another process has it; what the file system says.
+    /// [`io::ErrorKind::WouldBlock`] when another handle has the lock; errors of the file system.
     pub fn open(path: &Path, size: u64) -> io::Result<Self> {
         let (reading, writing) = open_or_create(path, size)?;
         let left = data_extents(&reading, size)?;
@@ -78,27 +82,27 @@ impl StagingFile {
         })
     }
 
-    /// Where it is, until its owner gives it another name.
+    /// Path of the file, until the owner moves the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its length in bytes, which never changes.
+    /// Length in bytes, which never changes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// The parts that were not holes when it was taken up: sorted, not empty, not touching. A file system tells them in blocks, or not at all,
-    /// and then it is one part.
+    /// Ranges with data when the file was opened: sorted, not empty, not adjacent. The file system
+    /// rounds to blocks. Without support for holes the whole file is one range.
     pub fn resumed_ranges(&self) -> Vec<Range<u64>> {
         self.resumed_ranges.clone()
     }
 
-    /// Writes at an offset. Inline: a batch of 256 KiB and more goes to memory faster than to another thread (measured); where it turns out that
-    /// the disk makes writers wait, on a blocking thread.
+    /// Writes at an offset. Inline, because a batch of 256 KiB and more goes to memory faster than
+    /// to another thread (measured). On a blocking thread while the disk makes writers wait.
     ///
     /// # Errors
-    /// Beyond the end, and when it is sealed; what the file system says.
+    /// A write beyond the end or after the seal; errors of the file system.
     pub async fn write_at(self: &Arc<Self>, offset: u64, chunks: &[Bytes]) -> io::Result<()> {
         let written = chunks.iter().fold(0_u64, |sum, chunk| sum.saturating_add(chunk.len() as u64));
         if offset.saturating_add(written) > self.size {
@@ -116,7 +120,7 @@ impl StagingFile {
 
     fn write_inline(&self, offset: u64, chunks: &[Bytes]) -> io::Result<()> {
         let start = Instant::now();
-        // Not waited for: whoever holds it alone is sealing.
+        // No wait: only `seal` and `remove` take the write lock, and both close the file.
         let Ok(phase) = self.phase.try_read() else { return Err(closed()) };
         let Phase::Open(file) = &*phase else { return Err(closed()) };
         write_all_at(file, offset, chunks)?;
@@ -125,7 +129,7 @@ impl StagingFile {
         Ok(())
     }
 
-    /// Makes the disk begin, on a blocking thread, one at a time.
+    /// Starts a sync on a blocking thread, one at a time.
     fn sync_early(self: &Arc<Self>, written: u64) {
         let unsynced = self.unsynced.fetch_add(written, Ordering::Relaxed) + written;
         if unsynced < SYNC_STEP || self.syncing.swap(true, Ordering::Relaxed) {
@@ -133,7 +137,8 @@ impl StagingFile {
         }
         self.unsynced.store(0, Ordering::Relaxed);
         let file = Arc::clone(self);
-        // Nobody waits for it. What fails here may be told to nobody again, so the file is of no use from then on.
+        // Not awaited. The kernel may report the failure to no other handle, so a failed sync
+        // removes the file.
         spawn_blocking(move || {
             let failed = match &*file.phase() {
                 Phase::Open(writing) => writing.sync_data().is_err(),
@@ -146,28 +151,31 @@ impl StagingFile {
         });
     }
 
-    /// Reads at most `most` bytes at `offset`, zeros where nothing was written. Goes on working when it is sealed, and when its name is gone.
+    /// Reads at most `most` bytes at `offset`; unwritten bytes are zeros. Works after the seal, and
+    /// after the file is removed.
     ///
     /// # Errors
-    /// What the file system says.
+    /// Errors of the file system.
     pub async fn read_at(&self, offset: u64, most: usize) -> io::Result<Bytes> {
         read_within(&self.reader, self.size, offset, most).await
     }
 
-    /// Takes the writable handle away, makes the file read-only, and returns when it is on disk. Again, it does what is still to do. Blocks.
+    /// Closes the writable handle, makes the file read-only, and returns when the file is on disk.
+    /// A second call does the remaining steps. Blocks.
     ///
     /// # Errors
-    /// What the file system says. A file that the disk did not take whole stays unusable.
+    /// Errors of the file system. After a failed sync the file stays unusable.
     pub fn seal(&self) -> io::Result<()> {
         let mut phase = self.phase_mut();
         if matches!(*phase, Phase::Broken) {
-            return Err(io::Error::other("what was written is not on disk"));
+            return Err(io::Error::other("the file was removed, or the disk did not write all of its bytes"));
         }
         *phase = Phase::Sealed;
         self.reader.set_permissions(Permissions::from_mode(SEALED))?;
         let synced = self.reader.sync_all();
         if synced.is_err() {
-            // The kernel forgets what it could not write: a second sync would succeed, and so would a look at what it has in memory.
+            // The kernel marks pages clean that it could not write: a second sync would succeed,
+            // and a read from memory would too.
             *phase = Phase::Broken;
             drop(phase);
             self.remove();
@@ -175,20 +183,20 @@ impl StagingFile {
         synced
     }
 
-    /// Whether that path is another name of this file. Blocks.
+    /// Whether `path` is another name of this file. Blocks.
     ///
     /// # Errors
-    /// What the file system says; [`io::ErrorKind::NotFound`] when nothing has that name.
+    /// Errors of the file system; [`io::ErrorKind::NotFound`] for a missing `path`.
     pub fn is_linked_at(&self, path: &Path) -> io::Result<bool> {
         let (this, that) = (self.reader.metadata()?, fs::symlink_metadata(path)?);
         Ok(is_same_file(&this, &that))
     }
 
-    /// Closes it for good and removes its name, if that is still its own. Blocks.
+    /// Closes the file and removes its name, unless another file has the name. Blocks.
     pub fn remove(&self) {
         *self.phase_mut() = Phase::Broken;
         if self.is_linked_at(&self.path).unwrap_or(false) {
-            // What cannot be removed is swept later.
+            // A later sweep removes the file after an error.
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -203,7 +211,7 @@ impl StagingFile {
 }
 
 fn closed() -> io::Error {
-    io::Error::other("it is not being written any more")
+    io::Error::other("the file is closed for writing")
 }
 
 fn is_same_file(this: &fs::Metadata, that: &fs::Metadata) -> bool {

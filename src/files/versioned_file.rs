@@ -1,8 +1,8 @@
-//! JSON files with a version. An agent that was upgraded or rolled back finds the files of another
-//! build.
+//! JSON files with a version, for an agent that finds the files of another build after an upgrade
+//! or a rollback.
 //!
-//! A build adds fields without a new version, and passes over the fields that it does not know. A
-//! version that it does not know means another meaning of the same fields.
+//! A build adds fields without a new version, and ignores unknown fields. A new version means that
+//! known fields have another meaning.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,36 +11,36 @@ use serde::Deserialize;
 
 use super::read_private;
 
-/// Of a file, whatever else is in it.
+/// The version, which every such file has.
 #[derive(Deserialize)]
 struct Stamp {
     version: u32,
 }
 
-/// Reads a private file of at most `most` bytes that has this version. A file of another version
-/// gets another name, `NAME.version-N`, and stays there for the build that wrote it.
+/// Reads a private file of at most `most` bytes that has this version. A file of another version is
+/// renamed to `NAME.version-N` and stays for the build that wrote it.
 ///
 /// # Errors
-/// As [`read_private`]; [`io::ErrorKind::InvalidData`] where the file has another version or none.
+/// As [`read_private`]; [`io::ErrorKind::InvalidData`] for another version or a missing version.
 pub fn read_versioned(path: &Path, most: u64, version: u32) -> io::Result<Vec<u8>> {
     let text = read_private(path, most)?;
     let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidData, reason);
-    // Not the parser's words, which repeat what it found: there may be a secret in it.
-    let stamp: Stamp = serde_json::from_slice(&text).map_err(|_| invalid("it is damaged".into()))?;
+    // Without the parser's message, which quotes the content: the file may contain a secret.
+    let stamp: Stamp = serde_json::from_slice(&text).map_err(|_| invalid("the file is damaged".into()))?;
     if stamp.version == version {
         return Ok(text);
     }
     let aside = set_aside(path, stamp.version)?;
     Err(invalid(format!(
-        "it has version {}, not {version}: another release of the agent wrote it, and it is kept as {}",
+        "the file has version {}, not {version}: another release of the agent wrote it. The file is kept as {}",
         stamp.version,
         aside.display()
     )))
 }
 
-/// One file of each version is kept: a later one replaces it.
+/// Keeps one file per version; a later file replaces an earlier one.
 fn set_aside(path: &Path, version: u32) -> io::Result<PathBuf> {
-    let mut name = path.file_name().ok_or_else(|| io::Error::other("has no name"))?.to_owned();
+    let mut name = path.file_name().ok_or_else(|| io::Error::other("the path has no file name"))?.to_owned();
     name.push(format!(".version-{version}"));
     let aside = path.with_file_name(name);
     std::fs::rename(path, &aside)?;

@@ -1,4 +1,5 @@
-//! A server for the tests of who asks servers: on loopback, it keeps what it was asked and answers whatever a test wants.
+//! A server on loopback for tests of HTTP clients. The server records requests and sends any reply
+//! that a test needs.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -8,7 +9,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 
-/// One request as it came.
+/// A received request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ReceivedRequest {
     /// `GET /path`.
@@ -24,26 +25,26 @@ impl ReceivedRequest {
     }
 }
 
-/// What a request gets.
+/// The reply to a request.
 pub(crate) enum Reply {
-    /// These bytes, whatever they are; then the connection is closed.
+    /// Sends these bytes and closes the connection.
     Bytes(Vec<u8>),
-    /// Nothing, for ever.
+    /// Never answers.
     Silence,
-    /// These bytes, and then nothing for ever.
+    /// Sends these bytes and then nothing more.
     Stall(Vec<u8>),
-    /// These bytes one by one, a hundred in a second at most.
+    /// Sends these bytes singly, at most a hundred a second.
     Trickle(Vec<u8>),
 }
 
-/// A reply with this status, these headers and a body of this type.
+/// A reply with this status, these headers and this body.
 pub(crate) fn reply(status: u16, headers: &[(&str, &str)], body: &[u8]) -> Reply {
     let mut head = format!("HTTP/1.1 {status} x\r\ncontent-length: {}\r\n", body.len());
     head.extend(headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")));
     Reply::Bytes([head.as_bytes(), b"\r\n", body].concat())
 }
 
-/// Dropped, it ends.
+/// A running server, which ends on drop.
 pub(crate) struct HttpTestServer {
     port: u16,
     requests: Arc<Mutex<Vec<ReceivedRequest>>>,
@@ -51,12 +52,13 @@ pub(crate) struct HttpTestServer {
 }
 
 impl HttpTestServer {
-    /// Speaks plain HTTP.
+    /// Starts a server without TLS.
     pub(crate) async fn start(answer: impl Fn(&ReceivedRequest) -> Reply + Send + Sync + 'static) -> Self {
         Self::serve(None, answer).await
     }
 
-    /// Speaks TLS, with a certificate of its own for `127.0.0.1`, which is given as PEM.
+    /// Starts a server with TLS and a self-signed certificate for `127.0.0.1`, which is returned as
+    /// PEM.
     pub(crate) async fn start_tls(
         answer: impl Fn(&ReceivedRequest) -> Reply + Send + Sync + 'static,
     ) -> (Self, String) {
@@ -64,7 +66,7 @@ impl HttpTestServer {
         (Self::serve(Some(acceptor), answer).await, pem)
     }
 
-    /// Speaks TLS and wants a certificate from its clients.
+    /// Starts a server with TLS that requires a certificate from clients.
     pub(crate) async fn start_requiring_client_certificate() -> Self {
         let verifier = |roots| {
             let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -111,7 +113,7 @@ impl HttpTestServer {
         self.requests.lock().unwrap().clone()
     }
 
-    /// What it was asked, in order.
+    /// The request lines, in order.
     pub(crate) fn request_lines(&self) -> Vec<String> {
         self.requests().into_iter().map(|seen| seen.request_line).collect()
     }
@@ -136,14 +138,14 @@ fn acceptor(clients: Option<&dyn Fn(rustls::RootCertStore) -> ClientVerifier>) -
     (TlsAcceptor::from(Arc::new(config)), made.cert.pem())
 }
 
-/// One request, one reply. Whatever a client does wrong ends the connection.
+/// Serves one request. An error of the client ends the connection.
 async fn serve_connection(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     keeps: &Mutex<Vec<ReceivedRequest>>,
     answer: &(dyn Fn(&ReceivedRequest) -> Reply + Send + Sync),
 ) {
     let mut stream = BufReader::new(stream);
-    // A TLS record: plain servers answer it as the bad request that it is to them.
+    // A TLS record: a plain server answers a TLS record as a bad request.
     if matches!(stream.fill_buf().await, Ok([0x16, ..])) {
         let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
         let _ = stream.shutdown().await;

@@ -42,7 +42,7 @@ async fn a_certificate_is_verified_unless_any_is_accepted() {
     let (server, pem) = HttpTestServer::start_tls(|_| reply(200, &[], b"here")).await;
     let (url, untrusting_client) = (url("https", &server), Client::new(None).unwrap());
     assert_eq!(outage_kind(get(&untrusting_client, &url, Certificates::Verified).await), Some(OutageKind::Tls));
-    assert_eq!(server.request_lines().len(), 0, "nothing was said to an unknown server");
+    assert_eq!(server.request_lines().len(), 0, "no request was sent to an unverified server");
     assert!(get(&untrusting_client, &url, Certificates::Any).await.is_ok());
     let body = get(&client_trusting(&pem), &url, Certificates::Verified).await.unwrap().read(4).await.unwrap();
     assert_eq!(body, "here");
@@ -66,7 +66,7 @@ async fn the_outage_kinds_of_an_unreachable_server_are_distinguished() {
     }
     assert_eq!(outage_kind(get(&client, &gone, Certificates::Any).await), Some(OutageKind::Refused));
 
-    // Reserved to never exist (RFC 2606).
+    // A name that never exists (RFC 2606).
     let unresolvable = Url::parse("http://registry.invalid/").unwrap();
     assert_eq!(outage_kind(get(&client, &unresolvable, Certificates::Any).await), Some(OutageKind::NoSuchHost));
 }

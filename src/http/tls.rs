@@ -1,4 +1,4 @@
-//! Whom we trust: Mozilla's list of authorities, compiled in, and the operator's own.
+//! The trusted authorities: Mozilla's list, compiled in, and the operator's own.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,31 +11,31 @@ use rustls::{ClientConfig, ConfigBuilder, DigitallySignedStruct, RootCertStore, 
 use tokio_rustls::TlsConnector;
 use url::Host;
 
-/// The file of further authorities cannot be used.
+/// The file of additional authorities cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TrustError {
-    /// It cannot be read, or is not PEM.
+    /// The file cannot be read, or is not PEM.
     #[error("the certificates in {path}: {source}")]
     Pem {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error of the read or of the parser.
         source: pem::Error,
     },
-    /// One of its certificates cannot be an authority's.
+    /// A certificate of the file cannot be an authority's.
     #[error("the certificates in {path}: {source}")]
     Certificate {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The defect of the certificate.
         source: rustls::Error,
     },
-    /// It holds no certificate.
+    /// The file has no certificate.
     #[error("no certificate in {0}")]
     Empty(PathBuf),
 }
 
-/// Accepts servers that prove their name.
+/// A connector that verifies the server's certificate and name.
 pub(super) fn verified_connector(ca_file: Option<&Path>) -> Result<TlsConnector, TrustError> {
     let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     if let Some(path) = ca_file {
@@ -52,7 +52,7 @@ pub(super) fn verified_connector(ca_file: Option<&Path>) -> Result<TlsConnector,
     Ok(connector(builder(provider()).with_root_certificates(roots).with_no_client_auth()))
 }
 
-/// Accepts whoever speaks TLS.
+/// A connector that accepts any certificate.
 pub(super) fn unverified_connector() -> TlsConnector {
     let provider = provider();
     let verifier = Arc::new(AcceptAnyCertificate(Arc::clone(&provider)));
@@ -68,7 +68,7 @@ pub(super) fn server_name(host: &Host<&str>) -> Option<ServerName<'static>> {
     }
 }
 
-/// Passed explicitly, so that it does not depend on what the process installed as its default.
+/// Passed explicitly, so the connectors do not depend on the default provider of the process.
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
@@ -83,7 +83,7 @@ fn connector(mut config: ClientConfig) -> TlsConnector {
     TlsConnector::from(Arc::new(config))
 }
 
-/// Checks nothing: see [`super::Certificates::Any`].
+/// Verifies nothing; see [`super::Certificates::Any`].
 #[derive(Debug)]
 struct AcceptAnyCertificate(Arc<CryptoProvider>);
 

@@ -1,4 +1,4 @@
-//! Removes what nothing holds.
+//! Removes unreferenced blobs.
 
 use std::collections::HashSet;
 use std::fs;
@@ -12,7 +12,8 @@ use crate::oci::{Digest, Document, MAX_DOCUMENT_BYTES};
 use crate::ports::StoreError;
 
 impl Folder {
-    /// Everything under `blobs/` was pinned before it came there, and no pin can be made, grow or go while `changing` is held.
+    /// Every blob of this process is pinned before it enters `blobs/`, and `changing` keeps pins
+    /// from changing.
     pub(super) fn collect(&self, changing: &MutexGuard<'_, ()>) -> Result<(), StoreError> {
         let mut open: Vec<Digest> = IndexFile::read(self)?.targets().collect();
         open.extend(self.pinned_digests(changing)?);
@@ -37,7 +38,8 @@ impl Folder {
         Ok(())
     }
 
-    /// What was remembered, and what the blob names itself if it is a document: other tools remember nothing here.
+    /// Children in the metadata, and in the blob if it is a document: other tools write no
+    /// metadata.
     fn referenced_digests(&self, digest: Digest) -> Result<HashSet<Digest>, StoreError> {
         let mut children: HashSet<_> = self.metadata(digest)?.children.into_iter().collect();
         if let Some(document) = self.document(digest) {

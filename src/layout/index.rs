@@ -8,21 +8,21 @@ use super::{Folder, INDEX_FILE, io_error, replace};
 use crate::oci::{Descriptor, Digest};
 use crate::ports::{ImageRecord, StoreError};
 
-/// The annotation that names an image in a layout (OCI image specification, "Annotations"). Here it is the record's full
-/// name, which is what `skopeo` takes after the folder's name.
+/// The annotation with an image's name (OCI image specification, "Annotations"). The store writes
+/// the record's full name, which is what `skopeo` takes after the folder's name.
 const NAME: &str = "org.opencontainers.image.ref.name";
 
-/// The longest index that is read: a hundred thousand records of half a kilobyte, far more than a node ever holds.
+/// Largest index: a hundred thousand records of half a kilobyte, far more than a node ever has.
 const MAX_INDEX_BYTES: u64 = 50 << 20;
 
-/// The index as other tools may have written it: what is not understood is kept.
+/// The index, maybe of another tool: unknown fields are preserved.
 pub(super) struct IndexFile {
     document: Map<String, Value>,
     entries: Vec<Value>,
 }
 
 impl IndexFile {
-    /// The file of a layout without images.
+    /// Content of the file for a layout without images.
     pub(super) fn empty() -> Vec<u8> {
         let document = json!({
             "schemaVersion": 2,
@@ -44,11 +44,11 @@ impl IndexFile {
             serde_json::from_slice(&bytes).map_err(|error| unusable(&error.to_string()))?;
         match document.remove("manifests") {
             Some(Value::Array(entries)) => Ok(Self { document, entries }),
-            _ => Err(unusable("not an image index: it has no list of manifests")),
+            _ => Err(unusable("not an image index: the list of manifests is missing")),
         }
     }
 
-    /// Replaces the file; `changing` shows that nobody else does.
+    /// Replaces the file; `changing` proves the lock.
     pub(super) fn write(mut self, _changing: &MutexGuard<'_, ()>, folder: &Folder) -> Result<(), StoreError> {
         self.document.insert("manifests".into(), Value::Array(self.entries));
         let bytes = Value::Object(self.document).to_string();
@@ -56,7 +56,7 @@ impl IndexFile {
         replace(&path, bytes.as_bytes()).map_err(|error| io_error(&path, &error))
     }
 
-    /// The images that have a name.
+    /// Images with a name.
     pub(super) fn records(&self) -> Vec<ImageRecord> {
         let record = |entry: &Value| {
             Some(ImageRecord { name: name(entry)?.to_owned(), target: serde_json::from_value(entry.clone()).ok()? })
@@ -64,18 +64,18 @@ impl IndexFile {
         self.entries.iter().filter_map(record).collect()
     }
 
-    /// What the index names, with or without a name of its own.
+    /// Targets of all entries, with or without a name.
     pub(super) fn targets(&self) -> impl Iterator<Item = Digest> {
         self.entries.iter().filter_map(digest)
     }
 
-    /// Adds the record and removes another of its name.
+    /// Adds the record and removes another record of the name.
     pub(super) fn put(&mut self, record: &ImageRecord) {
         self.entries.retain(|entry| name(entry) != Some(&record.name));
         self.entries.push(entry(&record.name, &record.target));
     }
 
-    /// Removes the record if it points at `target`, and says whether there was one.
+    /// Removes the record if its target is `target`, and returns whether there was such a record.
     pub(super) fn remove(&mut self, name: &str, target: Digest) -> bool {
         let before = self.entries.len();
         self.entries.retain(|entry| self::name(entry) != Some(name) || digest(entry) != Some(target));

@@ -1,4 +1,4 @@
-//! What is remembered about a blob: one small JSON file, replaced whole.
+//! Metadata of a blob: one small JSON file, replaced atomically.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs;
@@ -12,7 +12,8 @@ use super::{Folder, METADATA, io_error, replace};
 use crate::oci::{Digest, Repository};
 use crate::ports::{BlobMetadata, StoreError};
 
-/// The file. A child's kind follows from the document that names it, so it is not written.
+/// Content of the file. A child's kind is not stored: it follows from the document that lists the
+/// child.
 #[derive(Default, PartialEq, Clone, Serialize, Deserialize)]
 pub(super) struct MetadataFile {
     #[serde(default)]
@@ -22,7 +23,7 @@ pub(super) struct MetadataFile {
 }
 
 impl Folder {
-    /// What is remembered; nothing when there is no file.
+    /// Metadata of a blob; empty without a file.
     pub(super) fn metadata(&self, digest: Digest) -> Result<MetadataFile, StoreError> {
         let path = self.metadata_path(digest);
         match fs::read(&path) {
@@ -32,7 +33,6 @@ impl Folder {
         }
     }
 
-    /// Adds to it.
     pub(super) fn add_metadata(
         &self,
         _changing: &MutexGuard<'_, ()>,
@@ -51,7 +51,7 @@ impl Folder {
         written.and_then(|bytes| replace(&path, &bytes)).map_err(|error| io_error(&path, &error))
     }
 
-    /// Removes what is remembered about blobs that are gone.
+    /// Removes the metadata of absent blobs.
     pub(super) fn remove_other_metadata(
         &self,
         _changing: &MutexGuard<'_, ()>,

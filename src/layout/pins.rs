@@ -1,7 +1,7 @@
-//! Pins: one file each, which says until when it holds and, line by line, what.
+//! Pins: one file each. The first line has the pin's end, every other line a digest.
 //!
-//! Only appended to but for a renewal, so that a kill costs at most the last line, of a blob that was not begun yet. Not synced: a pin serves
-//! a process that is alive, and a power cut ends that too.
+//! Except for renewals a file only grows, so a kill costs at most the last line, whose blob was not
+//! begun yet. Pins are not synced: a pin serves a running process, which a power cut ends too.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
@@ -18,14 +18,14 @@ impl Folder {
         let pin = Pin(format!("{:032x}", rand::random::<u128>()));
         let until = since_epoch().saturating_add(life).as_secs();
         let path = self.path(PINS).join(&pin.0);
-        // A collector that sees it before it says until when takes it for an old one, hence the lock.
+        // Under the lock: a collector that read an empty file would remove the pin as ended.
         let _changing = self.lock();
         fs::write(&path, format!("{until}\n")).map_err(|error| io_error(&path, &error))?;
         Ok(pin)
     }
 
-    /// Writes a later end into the pin's file. The rename keeps a pin whole over a kill. A kill
-    /// before the rename leaves a second pin, which ends by itself.
+    /// Writes a later end into the pin's file. The rename is atomic, so a kill leaves no half pin.
+    /// A kill before the rename leaves a second pin, which expires.
     pub(super) fn renew(&self, _changing: &MutexGuard<'_, ()>, pin: &Pin, life: Duration) -> Result<(), StoreError> {
         let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
         let path = self.pin_path(pin).ok_or_else(gone)?;
@@ -40,7 +40,7 @@ impl Folder {
         fs::rename(&staged, &path).map_err(|error| io_error(&path, &error))
     }
 
-    /// Lets the pin hold a blob that is there or will be.
+    /// Adds a present or future blob to the pin.
     pub(super) fn add_to_pin(
         &self,
         _changing: &MutexGuard<'_, ()>,
@@ -67,7 +67,7 @@ impl Folder {
         }
     }
 
-    /// What is held. Pins that have ended are removed.
+    /// Digests of all live pins. Removes ended pins.
     pub(super) fn pinned_digests(&self, _changing: &MutexGuard<'_, ()>) -> Result<Vec<Digest>, StoreError> {
         let folder = self.path(PINS);
         let now = since_epoch().as_secs();
@@ -86,7 +86,7 @@ impl Folder {
         Ok(held)
     }
 
-    /// `None` for a name that [`Folder::pin`] did not give, which must not become a path.
+    /// `None` for a name that [`Folder::pin`] did not create; such a name must not become a path.
     fn pin_path(&self, pin: &Pin) -> Option<PathBuf> {
         let ours = pin.0.len() == 32 && pin.0.bytes().all(|byte| byte.is_ascii_hexdigit());
         ours.then(|| self.path(PINS).join(&pin.0))

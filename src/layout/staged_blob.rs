@@ -1,4 +1,4 @@
-//! A blob whose pieces come in any order: a file in `ingest/` too, which stays when its process ends.
+//! A staged blob: a file in `ingest/` that outlives its process.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -16,7 +16,7 @@ use crate::files::{StagingFile, blob_path, leftovers, sync_folder};
 use crate::oci::{BlobProof, Digest};
 use crate::ports::{BlobMetadata, STAGED_BLOB_LIFE, StagedBlob, StoreError};
 
-/// Tells these files from those of writers, which nobody goes on with.
+/// Suffix of staged files. Files of writers have none, because no process resumes them.
 const SUFFIX: &str = ".staged";
 
 pub(super) struct LayoutStagedBlob {
@@ -27,13 +27,13 @@ struct StagedState {
     folder: Arc<Folder>,
     digest: Digest,
     file: Arc<StagingFile>,
-    /// Until it is a blob or is thrown away.
+    /// `None` after the commit or `abandon`.
     open: Mutex<Option<OpenStage>>,
 }
 
 struct OpenStage {
     _slot: WriteSlot,
-    /// The file has its name among the blobs, perhaps not on disk yet.
+    /// The file is renamed into `blobs/`, perhaps not on disk yet.
     is_in_blobs: bool,
 }
 
@@ -53,12 +53,13 @@ fn staged_path(folder: &Folder, digest: Digest) -> PathBuf {
     folder.path(INGEST).join(digest.hex() + SUFFIX)
 }
 
-/// The blob that a file of this name is staged for.
+/// Digest of a staged file's name.
 fn staged_digest(name: &OsStr) -> Option<Digest> {
     format!("sha256:{}", name.to_str()?.strip_suffix(SUFFIX)?).parse().ok()
 }
 
-/// Removes everything but what is staged: nobody goes on with it. Only for when nothing is being written.
+/// Removes files of killed writers, which no process resumes, and old staged files. Call without
+/// writers.
 pub(super) fn sweep_unstaged(ingest: &Path) -> io::Result<()> {
     for left in leftovers(ingest)? {
         if staged_digest(&left.name).is_none() {
@@ -68,7 +69,7 @@ pub(super) fn sweep_unstaged(ingest: &Path) -> io::Result<()> {
     sweep(ingest, |_| Some(()))
 }
 
-/// Removes what was staged and not taken up again. `take` keeps others from it meanwhile, if nobody has it.
+/// Removes staged files older than [`STAGED_BLOB_LIFE`]. `take` reserves a blob without a writer.
 fn sweep<T>(ingest: &Path, take: impl Fn(Digest) -> Option<T>) -> io::Result<()> {
     for left in leftovers(ingest)? {
         if left.age > STAGED_BLOB_LIFE
@@ -83,15 +84,15 @@ fn sweep<T>(ingest: &Path, take: impl Fn(Digest) -> Option<T>) -> io::Result<()>
 
 impl StagedState {
     fn open(&self) -> MutexGuard<'_, Option<OpenStage>> {
-        // A panic leaves files, and each of them is in its place or is not.
+        // A panic leaves no half change: the rename is atomic.
         self.open.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// As a writer does it: at no moment is there a blob that lacks what is remembered, or is not on disk.
+    /// In the writer's order: a visible blob is on disk and has its metadata.
     fn commit(&self, remembered: &BlobMetadata) -> Result<(), StoreError> {
         let not_written = |error| self.folder.write_error(self.digest, &error);
         let mut guard = self.open();
-        let closed = || StoreError::Other(format!("{} is not being written any more", self.digest));
+        let closed = || StoreError::Other(format!("{} is closed for writing", self.digest));
         let open = guard.as_mut().ok_or_else(closed)?;
         self.file.seal().map_err(not_written)?;
         let changing = self.folder.lock();
@@ -146,7 +147,7 @@ impl StagedBlob for LayoutStagedBlob {
             }
             *open = None;
         });
-        // It panics nowhere; and then the file is swept later.
+        // The task cannot panic; a later sweep would remove the file.
         let _ = abandoned.await;
     }
 }

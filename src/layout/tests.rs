@@ -56,7 +56,7 @@ impl StoreUnderTest for LayoutUnderTest {
         self.store.collect().await.unwrap();
     }
 
-    /// What a kill leaves is what the folder shows at that moment.
+    /// A copy of the folder is the state after a kill, without any cleanup.
     async fn restart(&mut self, unfinished: UnfinishedWrite) {
         let left = tempfile::tempdir().unwrap();
         copy(self.root.path(), left.path());
@@ -111,7 +111,7 @@ async fn content_of_other_tools_is_preserved() {
     disk.store.put_image(&ImageRecord { name: "example.org/ours:1".into(), target }).await.unwrap();
     disk.store.release(pin).await.unwrap();
 
-    assert_eq!(disk.store.blobs().await.unwrap().len(), 5, "index, manifest, config, layer, and ours");
+    assert_eq!(disk.store.blobs().await.unwrap().len(), 5, "index, manifest, config, layer, and the new blob");
     assert_eq!(disk.json("index.json")["manifests"][0], theirs);
     assert_eq!(disk.json("index.json")["annotations"], index["annotations"]);
     let names: Vec<_> = disk.store.images().await.unwrap().into_iter().map(|record| record.name).collect();
@@ -182,7 +182,7 @@ async fn a_staging_file_is_removed_after_the_lifetime() {
     age(&disk, b"old", old);
     age(&disk, b"held", old);
     drop(staged(&disk, b"next").await);
-    assert_eq!(names(&disk), named(&[b"held", b"young", b"next"]), "when something else is staged");
+    assert_eq!(names(&disk), named(&[b"held", b"young", b"next"]), "after another blob is staged");
 
     age(&disk, b"next", old);
     age(&disk, b"young", STAGED_BLOB_LIFE - Duration::from_secs(60));
@@ -190,14 +190,14 @@ async fn a_staging_file_is_removed_after_the_lifetime() {
     let LayoutUnderTest { root, store } = disk;
     drop(store);
     disk = LayoutUnderTest { store: LayoutStore::open(root.path()).unwrap(), root };
-    assert_eq!(names(&disk), named(&[b"young"]), "when the folder is opened");
+    assert_eq!(names(&disk), named(&[b"young"]), "after the folder is opened");
     assert_eq!(staged(&disk, b"young").await.resumed_ranges().first(), Some(&(0..5)));
 }
 
 #[test]
 fn a_folder_has_one_owner() {
     let disk = LayoutUnderTest::new();
-    let error = LayoutStore::open(disk.root.path()).map(|_| ()).expect_err("there are two owners");
+    let error = LayoutStore::open(disk.root.path()).map(|_| ()).expect_err("the folder has two owners");
     assert!(matches!(&error, LayoutError::InUse(root) if root == disk.root.path()), "{error}");
     assert!(error.to_string().contains(disk.root.path().to_str().unwrap()));
     let LayoutUnderTest { root, store } = disk;

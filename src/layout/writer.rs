@@ -1,4 +1,4 @@
-//! A blob being written: a file in `ingest/` that is moved into place when it is whole and on disk.
+//! Writes a blob to a file in `ingest/`, and renames the file once it is complete and on disk.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -14,7 +14,7 @@ use crate::files::{blob_path, sync_folder};
 use crate::oci::{BlobProof, Digest};
 use crate::ports::{BlobMetadata, BlobSink, BlobWriter, StoreError};
 
-/// The right to write a blob, given back when dropped.
+/// Exclusive right to write a blob.
 pub(super) struct WriteSlot {
     folder: Arc<Folder>,
     digest: Digest,
@@ -39,7 +39,7 @@ pub(super) struct LayoutWriter {
     size: u64,
     file: File,
     written: u64,
-    /// Given back after the file was removed: fields are dropped after [`Drop::drop`].
+    /// Dropped after [`Drop::drop`] removed the file.
     _slot: WriteSlot,
 }
 
@@ -52,7 +52,7 @@ impl LayoutWriter {
         }
     }
 
-    /// On disk first, then what is remembered, then in its place: at no moment is there a blob that lacks either.
+    /// Syncs the bytes, writes the metadata, then renames the file: a visible blob has both.
     fn finish(&self, remembered: &BlobMetadata) -> Result<(), StoreError> {
         let not_written = |error| self.folder.write_error(self.digest, &error);
         self.file.sync_all().map_err(not_written)?;
@@ -66,7 +66,7 @@ impl LayoutWriter {
 
 impl Folder {
     fn writing(&self) -> MutexGuard<'_, HashSet<Digest>> {
-        self.writing.lock().expect("nothing panics while it holds the set")
+        self.writing.lock().expect("no thread panics while it holds the set")
     }
 
     fn staging_path(&self, digest: Digest) -> PathBuf {
@@ -76,7 +76,7 @@ impl Folder {
     pub(super) fn write_error(&self, digest: Digest, error: &io::Error) -> StoreError {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full(digest),
-            // What a dropped one had begun to write is not over yet.
+            // A write of a dropped staged blob is still running on a blocking thread.
             io::ErrorKind::WouldBlock => StoreError::Busy(digest),
             _ => io_error(&self.staging_path(digest), error),
         }
@@ -85,7 +85,8 @@ impl Folder {
 
 #[async_trait]
 impl BlobSink for LayoutWriter {
-    /// Inline: a batch of 256 KiB and more goes to the page cache faster than to another thread (measured).
+    /// Inline: a batch of 256 KiB and more goes to the page cache faster than to another thread
+    /// (measured).
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
         self.written += chunks.iter().map(|chunk| chunk.len() as u64).sum::<u64>();
         if self.written > self.size {
@@ -99,7 +100,7 @@ impl BlobSink for LayoutWriter {
 fn write_all(file: &mut File, chunks: &[Bytes]) -> io::Result<()> {
     let mut slices: Vec<_> = chunks.iter().map(|chunk| IoSlice::new(chunk)).collect();
     let mut rest = &mut slices[..];
-    // Drops empty slices at the front: writing only those looks like a full disk.
+    // Drops empty slices at the front: a write of empty slices returns 0, like a full disk.
     IoSlice::advance_slices(&mut rest, 0);
     while !rest.is_empty() {
         match file.write_vectored(rest) {
@@ -136,7 +137,8 @@ impl BlobWriter for LayoutWriter {
 
 impl Drop for LayoutWriter {
     fn drop(&mut self) {
-        // Gone already when it was committed; what cannot be removed is swept when the folder is opened again.
+        // A committed file is gone already. The next opening of the folder sweeps a file that
+        // stays.
         let _ = fs::remove_file(self.folder.staging_path(self.digest));
     }
 }

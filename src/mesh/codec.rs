@@ -1,7 +1,9 @@
-//! How a question is asked and answered on a stream of its own; [`crate::wire`] encodes and decodes.
+//! Reading and writing of sync requests and replies on streams; [`crate::wire`] encodes and
+//! decodes.
 //!
-//! A question is handed on as it came, so that it is counted before it is decoded. A reply, which may be long, is encoded and decoded
-//! here, in its connection's task, and holds up no other.
+//! A request reaches the task undecoded, so the task counts the request before decoding. A reply,
+//! which may be long, is encoded and decoded here, in the connection's task, and delays no other
+//! connection.
 
 use std::io;
 
@@ -12,7 +14,8 @@ use tracing::error;
 use crate::model::{SyncReply, SyncRequest};
 use crate::wire::{self, FIRST_MAJOR, Format, HEADER, Message, Versions, WireError};
 
-/// The stream's protocol: a MAJOR of gossip. libp2p negotiates the first in our order that the other side speaks.
+/// The stream's protocol: a MAJOR of gossip. libp2p negotiates the agent's first version that the
+/// other side supports.
 #[derive(Debug, Clone)]
 pub(super) struct MeshProtocol {
     name: String,
@@ -20,7 +23,7 @@ pub(super) struct MeshProtocol {
 }
 
 impl MeshProtocol {
-    /// Of messages in this format.
+    /// The protocol for messages in this format.
     pub(super) fn of(format: Format) -> Self {
         let name = match format.version().major {
             FIRST_MAJOR => "/lighterman/mesh/2".to_owned(),
@@ -36,13 +39,15 @@ impl AsRef<str> for MeshProtocol {
     }
 }
 
-/// Reads to the end of the stream, which the other side closes after its message, but never more than the largest one.
+/// Reads to the end of the stream, which the other side closes after its message, but never more
+/// than the longest message.
 #[derive(Clone)]
 pub(super) struct MeshCodec(pub(super) Versions);
 
 impl request_response::Codec for MeshCodec {
     type Protocol = MeshProtocol;
-    /// A [`Question`] in its frame; one that is sent is in the current format here.
+    /// A frame with a [`SyncRequest`]. An outgoing frame is in the current format here;
+    /// `write_request` encodes the request again for a peer of the previous MAJOR.
     type Request = Vec<u8>;
     type Response = SyncReply;
 
@@ -50,7 +55,8 @@ impl request_response::Codec for MeshCodec {
     where
         T: AsyncRead + Unpin + Send,
     {
-        // libp2p tells nobody that reading failed, so one that is too long is handed on as far as it was read, to be refused there.
+        // libp2p does not report a failed read, so a prefix of an oversized frame goes to the task,
+        // which rejects the frame.
         read_frame(io, SyncRequest::LIMIT).await
     }
 
@@ -85,13 +91,13 @@ impl request_response::Codec for MeshCodec {
     }
 }
 
-/// What was wrong with a message, if that is what the stream failed of.
+/// The wire error behind an I/O error of a stream, if any.
 pub(super) fn wire_error(error: &io::Error) -> Option<&WireError> {
     error.get_ref()?.downcast_ref()
 }
 
-/// At most one byte more than a message of this limit can have. The buffer grows with what arrives, so a length that was only claimed
-/// allocates nothing.
+/// Reads at most one byte more than a message with this limit can have. The buffer grows with the
+/// bytes that arrive, so a claimed length allocates nothing.
 pub(super) async fn read_frame(io: &mut (impl AsyncRead + Unpin), limit: usize) -> io::Result<Vec<u8>> {
     let mut frame = Vec::new();
     io.take((HEADER + limit + 1) as u64).read_to_end(&mut frame).await?;

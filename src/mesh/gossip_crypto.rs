@@ -1,4 +1,5 @@
-//! The cryptography that the protocol needs: this agent's key, others' keys, and the agent's admission.
+//! The cryptography of gossip: this agent's key, other agents' keys, and the admission of
+//! credentials.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -9,7 +10,7 @@ use crate::decide::gossip::{CredentialRejection, CredentialVerifier, VerifiedCre
 use crate::model::{Credential, PeerId, Signature};
 use crate::ports::{Admission, Rejection};
 
-/// Signs and checks with ed25519 keys; whose keys are agents', the admission says.
+/// Signs and verifies with ed25519 keys. The admission decides which keys belong to agents.
 pub(super) struct GossipCrypto {
     keypair: Keypair,
     admission: Arc<dyn Admission>,
@@ -42,7 +43,7 @@ impl CredentialVerifier for GossipCrypto {
     }
 }
 
-/// What the admission says, as the protocol takes it. `now` is since 1970.
+/// Converts the admission's verdict for the protocol. `now` is the time since 1970.
 fn verify_credential(
     admission: &dyn Admission,
     peer: PeerId,

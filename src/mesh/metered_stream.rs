@@ -1,4 +1,4 @@
-//! Counts what the mesh costs: every byte of its connections, encryption and libp2p's own messages included.
+//! Counts the bytes of the mesh's connections, with encryption and libp2p's own messages.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -8,7 +8,7 @@ use futures::{AsyncRead, AsyncWrite};
 
 use crate::metrics::Metrics;
 
-/// A connection whose bytes are counted.
+/// A connection with counted bytes.
 pub(super) struct MeteredStream<S> {
     stream: S,
     metrics: Metrics,

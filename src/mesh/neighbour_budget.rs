@@ -1,43 +1,46 @@
-//! How much one neighbour may send, whatever it is. Counted before anything is decoded or verified. Pure; the time is an argument.
+//! Rate limits for one neighbor. The task counts before decoding or verifying anything. Pure; the
+//! time is an argument.
 
 use std::time::Instant;
 
-/// What may come: so much at once, and so much each second after that.
+/// A token bucket: the burst, and the refill per second.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct RateLimit {
     pub(super) burst: f64,
     pub(super) per_second: f64,
 }
 
-/// The rates that a neighbour has to keep to.
+/// The rate limits of every neighbor.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct NeighbourRateLimits {
     /// Gossip messages.
     pub(super) messages: RateLimit,
-    /// Their bytes.
+    /// Bytes of gossip messages.
     pub(super) bytes: RateLimit,
-    /// Questions.
+    /// Sync requests.
     pub(super) questions: RateLimit,
     /// Requests for ranges of blobs.
     pub(super) ranges: RateLimit,
 }
 
 impl NeighbourRateLimits {
-    /// Far above what an honest mesh needs, because whoever exceeds them is blamed.
+    /// Far above the needs of an honest mesh, because an excess is a fault.
     pub(super) const DEFAULT: Self = Self {
-        // A thousand nodes start together, each with 16 entries, and all come through one neighbour. Then 5000 nodes, as many as
-        // Kubernetes supports, tell an entry a second each.
+        // A thousand nodes start together, each with 16 entries, and all entries come through one
+        // neighbor. Then 5000 nodes, the maximum of Kubernetes, publish an entry a second each.
         messages: RateLimit { burst: 16_384.0, per_second: 5_000.0 },
-        // The same: an entry of 128 blobs has 4.7 KiB, and that start 75 MiB. Then more than a link of 100 Mbit/s carries.
+        // As above: an entry of 128 blobs has 4.7 KiB, so that start has 75 MiB. Then more than a
+        // link of 100 Mbit/s carries.
         bytes: RateLimit { burst: (96 << 20) as f64, per_second: (16 << 20) as f64 },
-        // A neighbour that was cut off asks for each of 256 members' entries, two at a time; what it misses after that it asks for again.
+        // A neighbor that was cut off requests the entries of each of 256 members, two at a time,
+        // and then the entries that are still missing.
         questions: RateLimit { burst: 256.0, per_second: 64.0 },
         // Eight images of the largest size at once, then 8.6 Gbit/s in ranges of 256 KiB.
         ranges: RateLimit { burst: 8_192.0, per_second: 4_096.0 },
     };
 }
 
-/// What is left of a rate.
+/// The rest of a rate limit.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct NeighbourBudget {
     rate: RateLimit,
@@ -46,12 +49,12 @@ pub(super) struct NeighbourBudget {
 }
 
 impl NeighbourBudget {
-    /// All of it.
+    /// A full budget.
     pub(super) fn new(rate: RateLimit, now: Instant) -> Self {
         Self { rate, tokens: rate.burst, refilled_at: now }
     }
 
-    /// Takes so much, or nothing when less is left.
+    /// Takes `amount`, or nothing when less is left.
     pub(super) fn try_take(&mut self, amount: f64, now: Instant) -> bool {
         self.refill(now);
         let fits = amount <= self.tokens;
@@ -61,7 +64,7 @@ impl NeighbourBudget {
         fits
     }
 
-    /// Whether all of it is there again.
+    /// Whether the budget is full again.
     pub(super) fn is_full(&mut self, now: Instant) -> bool {
         self.refill(now);
         self.tokens >= self.rate.burst
@@ -91,7 +94,7 @@ mod tests {
         assert!(!budget.is_full(later));
         let much_later = later + Duration::from_secs(60);
         assert!(budget.is_full(much_later));
-        assert!(!budget.try_take(4.0, much_later), "it does not grow past the burst");
-        assert!(budget.try_take(3.0, much_later), "what did not fit took nothing");
+        assert!(!budget.try_take(4.0, much_later), "the budget does not grow past the burst");
+        assert!(budget.try_take(3.0, much_later), "a rejected amount takes nothing");
     }
 }

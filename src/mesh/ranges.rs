@@ -1,7 +1,7 @@
 //! Ranges of small blobs over the mesh's connections, for nodes between which UDP is blocked.
 //!
 //! A request is a [`Request::Have`], a [`Request::Get`] of at most [`RANGE`] bytes, or a
-//! [`Request::Chain`]. The response is the frame of an [`Answer`], and then bytes until the end
+//! [`Request::HashChain`]. The response is the frame of an [`Answer`], and then bytes until the end
 //! of the stream. No request writes, deletes or pushes. The mesh has no access to the content
 //! store: a [`RangeServer`] answers.
 
@@ -21,7 +21,7 @@ use crate::wire::{self, Answer, HEADER, Message, Request, WireError};
 /// need UDP.
 pub(super) fn protocol() -> StreamProtocol {
     let major = Request::VERSIONS.current().version().major;
-    // A name must begin with a slash, and this one does.
+    // A protocol name must begin with a slash, and this name does.
     StreamProtocol::try_from_owned(format!("/lighterman/ranges/{major}"))
         .unwrap_or(StreamProtocol::new("/lighterman/ranges"))
 }
@@ -29,9 +29,9 @@ pub(super) fn protocol() -> StreamProtocol {
 /// An answer, and the bytes after the answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RangeResponse {
-    /// As on QUIC.
+    /// The same answer as on QUIC.
     pub answer: Answer,
-    /// The bytes of the range or the states of the chain; empty where the answer has none.
+    /// The bytes of the range or of the hash chain; empty where the answer has none.
     pub bytes: Bytes,
 }
 
@@ -48,24 +48,24 @@ pub trait RangeServer: Send + Sync + 'static {
     async fn serve(&self, peer: PeerId, request: Request) -> RangeResponse;
 }
 
-/// A range did not come.
+/// Why a range did not arrive.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RangeError {
-    /// The peer is no neighbour: the mesh has no connection to the peer.
-    #[error("the mesh has no connection to it")]
+    /// The peer is no neighbor: the mesh has no connection to the peer.
+    #[error("the mesh has no connection to the peer")]
     NotConnected,
-    /// The connection ended, the time is over, or the peer is of a release without ranges.
+    /// The connection ended, the request timed out, or the peer's release has no ranges.
     #[error("no answer over the mesh: {0}")]
     NoAnswer(String),
-    /// The response is no answer.
+    /// The response is no valid answer.
     #[error("malformed answer over the mesh: {0}")]
     Malformed(String),
 }
 
-/// Reads a response that has come whole.
+/// Parses a complete response.
 ///
 /// # Errors
-/// [`WireError`] where no answer is at the beginning, or the response is too long.
+/// [`WireError`] when the response does not begin with an answer, or is too long.
 fn parse(response: Vec<u8>) -> Result<RangeResponse, WireError> {
     if response.len() > MAX_RESPONSE_BYTES {
         return Err(WireError::TooLong { length: response.len(), limit: MAX_RESPONSE_BYTES });

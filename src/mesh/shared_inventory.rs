@@ -1,4 +1,4 @@
-//! The table of who holds what, shared by the tasks of one agent: the mesh writes it, recoveries read it.
+//! The inventory, shared by the tasks of one agent: the mesh writes, recoveries read.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use crate::decide::inventory::Inventory;
 use crate::model::MeshEvent;
 
-/// A handle to the table. Cheap to clone; clones are the same table.
+/// A handle to the inventory. Cheap to clone; all clones share one inventory.
 #[derive(Clone)]
 pub struct SharedInventory {
     inventory: Arc<RwLock<Inventory>>,
@@ -21,28 +21,29 @@ impl Default for SharedInventory {
 }
 
 impl SharedInventory {
-    /// Asks the table something. It cannot change meanwhile, so nothing may take long.
+    /// Reads the inventory under a lock, so `question` must be short.
     pub fn read<T>(&self, question: impl FnOnce(&Inventory) -> T) -> T {
         question(&self.inventory.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Takes in one event, in the mesh's place: where there is no mesh.
+    /// Applies one event, in processes without a mesh.
     pub fn apply(&self, event: MeshEvent) {
         self.modify(|inventory| inventory.apply(event));
         self.mark_changed();
     }
 
-    /// Moves whenever the table changed.
+    /// Changes whenever the inventory changes.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.version.subscribe()
     }
 
-    /// Lends the table to somebody who may change it; if so, [`Table::moved`] has to follow.
+    /// Gives `change` write access; after a change, the caller calls
+    /// [`SharedInventory::mark_changed`].
     pub(super) fn modify<T>(&self, change: impl FnOnce(&mut Inventory) -> T) -> T {
         change(&mut self.inventory.write().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// It has changed.
+    /// Notifies the receivers of [`SharedInventory::changes`].
     pub(super) fn mark_changed(&self) {
         self.version.send_modify(|version| *version += 1);
     }

@@ -1,4 +1,5 @@
-//! The libp2p stack: TCP, noise, yamux; and what runs on each connection, with every bound that libp2p lets us set.
+//! The libp2p stack: TCP, noise, yamux, and the protocols on each connection, with every bound that
+//! libp2p offers.
 
 use std::error::Error;
 use std::fmt::Display;
@@ -27,8 +28,8 @@ use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::wire::{FIRST_MAJOR, Format, MAX_GOSSIP, Versions};
 
-/// What runs on each connection. The first two decide whether it may exist; they stand first because gossipsub keeps
-/// something of every connection that reaches it.
+/// The protocols on each connection. The first two decide whether the connection may exist, before
+/// gossipsub, which keeps state for every connection that reaches gossipsub.
 #[derive(NetworkBehaviour)]
 pub(super) struct Behaviour {
     pub(super) limits: connection_limits::Behaviour,
@@ -39,7 +40,7 @@ pub(super) struct Behaviour {
     pub(super) ranges: request_response::Behaviour<RangeCodec>,
 }
 
-/// Where everything is published in this format.
+/// The gossip topic for messages in this format.
 pub(super) fn topic(format: Format) -> IdentTopic {
     IdentTopic::new(match format.version().major {
         FIRST_MAJOR => "lighterman/inventory/2".to_owned(),
@@ -47,68 +48,75 @@ pub(super) fn topic(format: Format) -> IdentTopic {
     })
 }
 
-/// Handshakes under way from outside. Strangers can use them up, for [`HANDSHAKE`] each; then we still dial.
+/// Inbound handshakes in flight. Unauthenticated peers can occupy all of them, each for
+/// [`HANDSHAKE_TIMEOUT`]; the agent can still dial then.
 const MAX_PENDING_INBOUND: u32 = 64;
 
-/// Connections to one peer: one dialled by either side, and two more whose closing hangs because the network swallows it.
+/// Connections to one peer: one dialed by either side, and two more whose close hangs because the
+/// network drops the close.
 const MAX_PER_PEER: u32 = 4;
 
-/// Connections in all: ten times as many as gossip needs, so that a node that everybody knows of, because it is a seed or old, does
-/// not turn newcomers away. Each costs some 50 KiB.
+/// Connections in all: ten times as many as gossip needs. A seed or an old node is known to all
+/// members, and must not reject new members. Each connection costs some 50 KiB.
 const MAX_CONNECTIONS: u32 = 128;
 
-/// Connections that others dialled: half, so that others alone cannot choose all our neighbours.
+/// Inbound connections: half of all, so that peers alone cannot choose all of an agent's neighbors.
 const MAX_INBOUND: u32 = MAX_CONNECTIONS / 2;
 
-/// How long TCP and noise together may take; across zones they take milliseconds.
+/// Deadline for TCP and noise together; across zones the two take milliseconds.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a question may take: a reply of 8 MiB at most, at 10 Mbit/s.
+/// Deadline of a sync request: a reply of at most 8 MiB takes some 7 s at 10 Mbit/s.
 pub(super) const QUESTION_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// No connection lasts as long. (libp2p halves what exceeds its clock, and logs each time.)
+/// No connection lasts as long. libp2p halves a value that exceeds its clock, and logs each time.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 86_400);
 
-/// Questions from one peer that are being answered at the same time: the protocol asks four, and some comparisons beside them.
+/// Sync requests of one peer that are answered at a time: the protocol sends four, and some
+/// comparisons beside them.
 pub(super) const MAX_ANSWERING: usize = 8;
 
-/// Of these, snapshots, whose answers may have 8 MiB.
+/// Of [`MAX_ANSWERING`], snapshots, whose replies may have 8 MiB.
 pub(super) const MAX_SNAPSHOTS: usize = 2;
 
-/// Of those of all peers together: 64 MiB for readers however slow. Whoever is told to come back asks another neighbour.
+/// Snapshots for all peers together: 64 MiB, however slow the readers are. A peer that gets
+/// [`Busy`](crate::model::SyncReply::Busy) requests from another neighbor.
 pub(super) const MAX_SNAPSHOTS_IN_ALL: usize = 8;
 
-/// Streams of questions on one connection: those of either side.
+/// Streams of sync requests on one connection: those of both sides.
 const MAX_QUESTION_STREAMS: usize = 2 * MAX_ANSWERING;
 
-/// How long a request for a range may take. A rate limit leaves a transfer 32 KiB/s or more, at
-/// which 256 KiB take 8 s; the rest is for the provider's content store.
+/// Deadline of a request for a range. A rate limit leaves a transfer 32 KiB/s or more, at which 256
+/// KiB take 8 s; the rest is for the provider's content store.
 pub(super) const RANGE_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Requests for ranges that are answered at a time, of all neighbours together. They hold 2 MiB.
+/// Range requests of all neighbors together that are answered at a time. Their responses have 2
+/// MiB.
 pub(super) const MAX_SERVED_RANGES: usize = 8;
 
-/// Streams of ranges on one connection: those of either side, and as many again whose end the other
+/// Streams of ranges on one connection: those of both sides, and as many again whose end the other
 /// side has not seen yet.
 const MAX_RANGE_STREAMS: usize = 4 * MAX_RANGES_OF_A_PEER;
 
-/// Streams on one connection: ping, gossip, questions and ranges need 28 at most, and negotiation a few more.
+/// Streams on one connection: ping, gossip, sync requests and ranges need 28 at most, and
+/// negotiation a few more.
 const MAX_STREAMS: usize = 40;
 
-/// Messages that wait for one slow peer: what 256 nodes say within a second. Typically a MiB, at most 16. What does not fit is lost to
-/// it, and it asks.
+/// Messages in the queue to one slow peer: the messages of 256 nodes in a second. Typically a MiB,
+/// at most 16. libp2p drops a message that does not fit, and the peer requests the entry later.
 const MAX_QUEUED: usize = 256;
 
-/// Heartbeats for which others are told what came, so that who missed it asks: 6 s.
+/// Heartbeats for which gossipsub lists recent messages to peers, so that a peer requests a missed
+/// message: 6 s.
 const HISTORY_GOSSIP: usize = 6;
 
-/// Heartbeats for which it is kept for who asks: an answer may take some seconds.
+/// Heartbeats for which gossipsub keeps messages for such requests, which may take some seconds.
 const HISTORY_LENGTH: usize = 10;
 
-/// How long a message is known as a duplicate. One that is older than this comes from nobody's queue.
+/// Duration for which gossipsub recognizes duplicates. No peer's queue has an older message.
 const DUPLICATE_CACHE_TIME: Duration = Duration::from_secs(150);
 
-/// Makes the stack; its tasks run under `tasks` and end when the swarm is dropped.
+/// Builds the stack. Its tasks run under `tasks`, and end when the swarm is dropped.
 pub(super) fn build(
     keypair: &Keypair,
     tasks: &TaskTracker,
@@ -135,7 +143,8 @@ pub(super) fn build(
         .map_err(|error| failed(&error))?
         .with_swarm_config(|_| {
             libp2p::swarm::Config::with_executor(move |task| drop(tasks.spawn(task)))
-                // A connection that gossip does not use at the moment still carries pings, which tell us that the peer lives.
+                // A connection without gossip still carries pings, by which the protocol detects
+                // that the peer lives.
                 .with_idle_connection_timeout(FOREVER)
         })
         .with_connection_timeout(HANDSHAKE_TIMEOUT)
@@ -148,8 +157,8 @@ fn behaviour(versions: Versions) -> Result<Behaviour, Box<dyn Error + Send + Syn
         .with_max_established_incoming(Some(MAX_INBOUND))
         .with_max_established(Some(MAX_CONNECTIONS))
         .with_max_established_per_peer(Some(MAX_PER_PEER));
-    // The protocol counts silence itself. libp2p's own time-out hides the first failure, and then waits up to 10 s for
-    // another stream.
+    // The protocol counts silence itself. libp2p's own timeout hides the first failure, and then
+    // waits up to 10 s for another stream.
     let ping = ping::Config::new().with_interval(PING_INTERVAL).with_timeout(Duration::from_secs(10));
     let questions = request_response::Config::default()
         .with_request_timeout(QUESTION_TIMEOUT)
@@ -170,10 +179,11 @@ fn behaviour(versions: Versions) -> Result<Behaviour, Box<dyn Error + Send + Syn
 
 fn gossip_config() -> Result<gossipsub::Config, gossipsub::ConfigBuilderError> {
     gossipsub::ConfigBuilder::default()
-        // Everything carries its author's signature inside, and the task checks it before it lets anything be passed on.
+        // Every message carries its author's signature, and the task verifies the signature before
+        // gossipsub relays the message.
         .validation_mode(ValidationMode::Anonymous)
         .validate_messages()
-        // The same message has the same name, whoever sends it.
+        // The same message has the same ID, independent of the sender.
         .message_id_fn(|message| MessageId::from(&Digest::of(&message.data).as_bytes()[..20]))
         .duplicate_cache_time(DUPLICATE_CACHE_TIME)
         .flood_publish(false)
@@ -192,7 +202,7 @@ fn gossip_config() -> Result<gossipsub::Config, gossipsub::ConfigBuilderError> {
 fn gossip(
     versions: Versions,
 ) -> Result<gossipsub::Behaviour<IdentityTransform, WhitelistSubscriptionFilter>, Box<dyn Error + Send + Sync>> {
-    // Peers may subscribe to our topics and to none of their own invention.
+    // Peers may subscribe to the agent's topics only.
     let topics: Vec<_> = versions.formats().map(topic).collect();
     let filter = WhitelistSubscriptionFilter(topics.iter().map(IdentTopic::hash).collect());
     let mut gossip =
@@ -235,7 +245,7 @@ mod tests {
         let (ours, peer) = (ConnectionId::new_unchecked(65), PeerId::random());
         let decided =
             limits.handle_established_outbound_connection(ours, peer, &nowhere, Endpoint::Dialer, PortUse::New);
-        assert!(decided.is_ok(), "we still dial");
+        assert!(decided.is_ok(), "the agent can still dial");
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The task that drives the protocol: libp2p's events, the agent's calls and the clock go in; what is to be done comes out.
+//! The task that drives the protocol: libp2p's events, the agent's calls and the clock go in, and
+//! the protocol's outputs come out.
 
 mod events;
 mod exchange;
@@ -32,10 +33,10 @@ use crate::metrics::Metrics;
 use crate::model::{MeshStatus, Peer, PeerId};
 use crate::wire::Versions;
 
-/// News that wait for the agent. Past that, libp2p waits too. All of them are small.
+/// Events that wait for the agent. When the queue is full, libp2p waits too. All events are small.
 const MAX_PENDING_EVENTS: usize = 64;
 
-/// Drives the mesh while it runs.
+/// The task of the mesh.
 pub struct MeshTask {
     swarm: Swarm<Behaviour>,
     connections: TaskTracker,
@@ -44,12 +45,12 @@ pub struct MeshTask {
     table: SharedInventory,
     metrics: Metrics,
     neighbours: Neighbours,
-    /// Open connections, as the protocol knows them.
+    /// Open connections, with the protocol's identifiers.
     links: HashMap<ConnectionId, (MeshConnectionId, PeerId)>,
     next_link: MeshConnectionId,
-    /// Dials under way.
+    /// Dials in flight.
     dials: HashMap<ConnectionId, PeerId>,
-    /// Questions that wait for an answer.
+    /// Sync requests in flight.
     open_questions: HashMap<OutboundRequestId, exchange::OpenQuestion>,
     ranges: RangeRequests,
     connected: ConnectedPeers,
@@ -57,12 +58,12 @@ pub struct MeshTask {
     messages_in: u64,
     messages_out: u64,
     versions: Versions,
-    /// Peers that were reported for speaking other ones; at most `MAX_MEMBERS`.
+    /// Peers whose unsupported versions were logged; at most `MAX_MEMBERS`.
     other_versions: HashSet<libp2p::PeerId>,
 }
 
 impl MeshTask {
-    #[expect(clippy::too_many_arguments, reason = "each is a part of the task, and one place calls it")]
+    #[expect(clippy::too_many_arguments, reason = "each argument is a part of the task, and there is one caller")]
     pub(super) fn new(
         swarm: Swarm<Behaviour>,
         connections: TaskTracker,
@@ -96,12 +97,14 @@ impl MeshTask {
         }
     }
 
-    /// Runs until `stop`, or until nobody takes the news any more; then leaves within one and a half seconds.
+    /// Runs until `stop`, or until the receiver of `events` is dropped; then leaves the mesh within
+    /// one and a half seconds.
     ///
-    /// Calls of [`super::Mesh`] are taken even while `news` is full, so one task may make calls and take news in turn.
+    /// The task takes calls of [`super::Mesh`] even while `events` is full, so one task may make
+    /// calls and receive events in turn.
     pub async fn run(mut self, events: mpsc::Sender<MembershipEvent>, stop: CancellationToken) {
         let mut ticks = tokio::time::interval(TICK);
-        // After a stall there is nothing to catch up with: ticks stand for chances that peers had to be heard.
+        // A stalled task skips the missed ticks: each tick stands for a chance of peers to answer.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.perform_outputs();
@@ -118,7 +121,8 @@ impl MeshTask {
                 }
                 event = self.swarm.select_next_some(), if self.has_room() => self.handle_event(event),
                 Some(served) = self.ranges.next_response() => self.send_range_response(served),
-                // While libp2p waits for us, nobody can be heard, so no time passes for the protocol either.
+                // While libp2p waits for the agent, no message arrives, so no time passes for the
+                // protocol either.
                 _ = ticks.tick(), if self.has_room() => self.tick(),
             }
         }
@@ -144,13 +148,13 @@ impl MeshTask {
             Command::Announce(changes) => {
                 let left_out = self.protocol.announce(changes);
                 if left_out > 0 {
-                    warn!(left_out, "this node holds more than can be announced; the rest is not offered to peers");
+                    warn!(left_out, "this node has more content than an agent can announce; peers do not see the rest");
                 }
             }
             Command::Introduce { credential, transfer, gossip, zone } => {
                 self.protocol.introduce(credential, transfer, gossip, zone, now);
             }
-            // Refused only when the one who asked is gone.
+            // The send fails only when the caller is gone.
             Command::Range(peer, request, answer) => self.request_range(peer, &request, answer),
             Command::Status(answer) => drop(answer.send(self.status(now))),
         }
@@ -171,13 +175,13 @@ impl MeshTask {
         status
     }
 
-    /// Calls the protocol, which has the table meanwhile.
+    /// Calls the protocol with exclusive access to the inventory.
     fn with_inventory<T>(&mut self, call: impl FnOnce(&mut Protocol<GossipCrypto>, &mut Inventory) -> T) -> T {
         let Self { protocol, table, .. } = self;
         table.modify(|inventory| call(protocol, inventory))
     }
 
-    /// Does everything that the protocol wants done.
+    /// Performs all outputs of the protocol.
     fn perform_outputs(&mut self) {
         while let Some(output) = self.protocol.next() {
             match output {
@@ -221,16 +225,17 @@ impl MeshTask {
     fn dial(&mut self, peer: &Peer) {
         let options = DialOpts::peer_id(libp2p_peer_id(peer.id))
             .addresses(vec![multiaddr(peer.gossip)])
-            // One whose closing hangs does not count.
+            // A connection whose close hangs does not prevent another dial.
             .condition(PeerCondition::Always)
-            // Dialling from the listening port would collide with the other side's dial, and with our last one's TIME_WAIT.
+            // A dial from the listening port would collide with the peer's dial, and with the
+            // previous connection in TIME_WAIT.
             .allocate_new_port()
             .build();
         let connection = options.connection_id();
         match self.swarm.dial(options) {
             Ok(()) => drop(self.dials.insert(connection, peer.id)),
             Err(error) => {
-                debug!(peer = %peer.id, %error, "dial refused");
+                debug!(peer = %peer.id, %error, "libp2p rejected a dial");
                 self.with_inventory(|protocol, table| protocol.dial_failed(peer.id, table, Instant::now()));
             }
         }
@@ -251,28 +256,29 @@ impl MeshTask {
         }
     }
 
-    /// Closes a connection, which is over for us at once: the network may swallow the closing too.
+    /// Closes a connection. For the protocol the connection ends at once, because the network may
+    /// drop the close too.
     fn close_connection(&mut self, connection: ConnectionId) {
         self.swarm.close_connection(connection);
         self.connection_ended(connection);
     }
 
-    /// Takes leave, so that peers need not find out from our silence.
+    /// Publishes the leave message, so that peers need not detect the end by a timeout.
     async fn leave(mut self) {
         self.protocol.leave();
-        // Whatever else it wants is for somebody who stays.
+        // Other outputs concern only an agent that stays.
         while let Some(output) = self.protocol.next() {
             if let Output::Publish(message) = output {
                 self.publish(&message);
             }
         }
-        // Nothing tells when it has been sent.
+        // libp2p does not report the end of the sends, so the task drives libp2p for a fixed time.
         if self.swarm.connected_peers().next().is_some() {
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, async { while self.swarm.next().await.is_some() {} }).await;
         }
         let connected: Vec<_> = self.swarm.connected_peers().copied().collect();
         for peer in connected {
-            // Fails only when the connection closed just now.
+            // The call fails only when the connection has just closed.
             let _ = self.swarm.disconnect_peer_id(peer);
         }
         let gone = async {
@@ -281,12 +287,13 @@ impl MeshTask {
             }
         };
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, gone).await;
-        // Ends the tasks of all connections.
+        // The drop ends the tasks of all connections.
         drop(self.swarm);
         self.connections.close();
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, self.connections.wait()).await;
     }
 }
 
-/// For each third of leaving; a peer that does not take it in this time would not later.
+/// Time for each third of [`MeshTask::leave`]. A peer that has not received the message by then is
+/// unlikely to receive it later.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(450);

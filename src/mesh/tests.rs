@@ -1,4 +1,4 @@
-//! Real meshes on loopback.
+//! Meshes over real TCP on loopback.
 
 mod hostile;
 mod node;
@@ -43,7 +43,7 @@ async fn an_announced_blob_and_its_withdrawal_reach_the_peers() {
     let root = blob("root");
     a.announce(root).await;
     a.mesh.announce(vec![InventoryChange::Added(InventoryItem::Image(app.clone(), Some("v1".into()), root))]).await;
-    b.until("the image is known", |table| table.image_providers(&app, root) == [a.id()]).await;
+    b.until("the image has a provider", |table| table.image_providers(&app, root) == [a.id()]).await;
     assert_eq!(b.table.read(|table| table.tag(&app, "v1"))[&root], [a.id()]);
     a.mesh.announce(vec![InventoryChange::Removed(InventoryItem::Blob(root))]).await;
     b.until("the blob is withdrawn", |table| table.blob_providers(root).is_empty()).await;
@@ -85,7 +85,11 @@ async fn a_relayed_entry_is_accepted_by_its_publishers_signature() {
         c.until_provides(a.id(), blob(text)).await;
     }
     let neighbours = |status: MeshStatus| status.members.iter().filter(|one| one.neighbour).count();
-    assert_eq!(neighbours(c.mesh.status().await.unwrap()), 1, "it has met the one in between alone");
+    assert_eq!(
+        neighbours(c.mesh.status().await.unwrap()),
+        1,
+        "the third node is connected to the node in between alone"
+    );
     assert_eq!(c.providers(blob("first")), [a.id()]);
 }
 
@@ -97,7 +101,7 @@ async fn a_peer_whose_admission_is_revoked_is_down_until_it_is_admitted_again() 
     a.mesh.revoke_admission(b.id()).await;
     a.until_alone().await;
     assert!(a.providers(blob("b")).is_empty());
-    // The other side is turned away, which is no reason to take anybody for dead.
+    // The peer rejects the dial, which is no reason to suspect the peer.
     a.network.connect(a.id(), b.id()).await;
     a.until_provides(b.id(), blob("b")).await;
 }
@@ -118,7 +122,7 @@ async fn a_restarted_node_comes_back_with_its_new_inventory_alone() {
     b.announce(blob("after")).await;
     b.network.connect(id, a.id()).await;
     a.until_provides(id, blob("after")).await;
-    assert!(a.providers(blob("before")).is_empty(), "the new epoch begins with nothing");
+    assert!(a.providers(blob("before")).is_empty(), "the new epoch begins without entries");
     b.announce(blob("later")).await;
     a.until_provides(id, blob("later")).await;
 }
@@ -130,14 +134,14 @@ async fn a_stopping_agent_publishes_its_farewell_before_its_connections_close() 
     let id = a.id();
     let stopped = tokio::spawn(a.stop());
     let farewell = witness
-        .until("a farewell", |event| match event {
+        .until("a leave message", |event| match event {
             SwarmEvent::Behaviour(BehaviourEvent::Gossip(gossipsub::Event::Message { message, .. })) => {
                 match crate::wire::decode(&message.data).unwrap() {
                     Gossip::Leave(farewell) => Some(farewell),
                     _ => None,
                 }
             }
-            SwarmEvent::ConnectionClosed { .. } => panic!("without a word"),
+            SwarmEvent::ConnectionClosed { .. } => panic!("the connection closed without a leave message"),
             _ => None,
         })
         .await;
@@ -145,7 +149,8 @@ async fn a_stopping_agent_publishes_its_farewell_before_its_connections_close() 
     witness.while_driven(stopped).await.unwrap();
 }
 
-/// Passes bytes between two nodes until told to swallow them, as a network does that is cut: no reset, only silence.
+/// Forwards bytes between two nodes. While `cut` is true, the proxy drops bytes as a cut network
+/// does: no reset, only silence.
 async fn start_proxy(target: SocketAddr, cut: watch::Receiver<bool>) -> (SocketAddr, JoinHandle<()>) {
     async fn pump(mut from: impl AsyncReadExt + Unpin, mut to: impl AsyncWriteExt + Unpin, cut: watch::Receiver<bool>) {
         let mut buffer = vec![0; 64 << 10];
@@ -154,7 +159,7 @@ async fn start_proxy(target: SocketAddr, cut: watch::Receiver<bool>) -> (SocketA
                 return;
             }
         }
-        // The end is swallowed as well.
+        // The proxy drops the end of the stream too.
         if *cut.borrow() {
             std::future::pending::<()>().await;
         }
@@ -207,10 +212,10 @@ async fn a_large_inventory_arrives_as_one_snapshot() {
     let item = |n: usize| InventoryItem::Blob(Digest::of(&n.to_le_bytes()));
     a.mesh.announce((0..number).map(|n| InventoryChange::Added(item(n))).collect()).await;
     network.connect(a.id(), b.id()).await;
-    b.until("all is known", |table| table.items_of(a.id()) == number).await;
-    // And as news to somebody who follows already, so much is not gossiped but taken as a snapshot again.
+    b.until("all items have arrived", |table| table.items_of(a.id()) == number).await;
+    // A follower gets a change of this size as a snapshot again, not by gossip.
     a.mesh.announce((0..number).map(|n| InventoryChange::Removed(item(n))).collect()).await;
-    b.until("all is gone", |table| table.items_of(a.id()) == 0).await;
+    b.until("all items are withdrawn", |table| table.items_of(a.id()) == 0).await;
 }
 
 #[tokio::test]
@@ -229,7 +234,7 @@ async fn five_nodes_that_dialled_one_have_the_inventory_of_all() {
     let ids: BTreeSet<PeerId> = nodes.iter().map(MeshTestNode::id).collect();
     for node in &nodes {
         let others: Vec<_> = ids.iter().filter(|id| **id != node.id()).collect();
-        node.until("all are known", |table| others.iter().all(|id| table.items_of(**id) == 1)).await;
+        node.until("all nodes' items have arrived", |table| others.iter().all(|id| table.items_of(**id) == 1)).await;
     }
 }
 
@@ -274,8 +279,8 @@ async fn a_mesh_listens_on_all_interfaces() {
 
 #[tokio::test]
 async fn two_nodes_with_one_key_detect_each_other_and_the_node_that_keeps_the_key_is_followed_again() {
-    // Gossip reaches a second connection of one PeerId only after the first has closed, so the two are
-    // neighbours of two different nodes, as in a cluster of many.
+    // Gossip reaches a second connection of one PeerId only after the first has closed, so the two
+    // are neighbors of two different nodes, as in a large cluster.
     let [near_older, near_younger] = [TestNetwork::default(), TestNetwork::default()];
     let named = |name: &str, identity: Identity, network: &TestNetwork| NodeOptions {
         name: name.parse().unwrap(),
@@ -303,7 +308,7 @@ async fn two_nodes_with_one_key_detect_each_other_and_the_node_that_keeps_the_ke
         let found = within_deadline(other, node.shared_key.wait_for(Option::is_some)).await.unwrap();
         assert_eq!(found.as_ref().unwrap().as_str(), other);
     }
-    // The younger one starts again with a new key.
+    // The younger node restarts with a new key.
     younger.stop().await;
     let younger = MeshTestNode::start_with(named("younger", Identity::generate(), &near_younger)).await;
     near_younger.connect(younger.id(), second.id()).await;

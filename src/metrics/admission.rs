@@ -1,4 +1,4 @@
-//! The door: who asked to be admitted, and what became of it.
+//! Admission of peers: the number of verdicts and of token reviews.
 
 use prometheus::{IntCounterVec, Registry};
 
@@ -14,11 +14,11 @@ pub(super) struct AdmissionMetrics {
 impl AdmissionMetrics {
     pub(super) fn new(r: &Registry) -> Self {
         Self {
-            admissions: counters(r, "admissions_total", "Decisions on who may join, by result.", "result"),
+            admissions: counters(r, "admissions_total", "Verdicts on peers' credentials, by result.", "result"),
             token_reviews: counters(
                 r,
                 "token_reviews_total",
-                "First meetings with a peer's token at the door, by what the API server said of it.",
+                "Reviews of new tokens of peers by the API server, by result.",
                 "result",
             ),
         }
@@ -26,12 +26,12 @@ impl AdmissionMetrics {
 }
 
 impl Metrics {
-    /// The API server was to say whether a token is good: `passed`, `refused`, `unanswered`, `over_budget`.
+    /// Counts a token review by its result: `passed`, `refused`, `unanswered`, `over_budget`.
     pub fn token_reviewed(&self, result: &'static str) {
         self.admission.token_reviews.with_label_values(&[result]).inc();
     }
 
-    /// A peer asked to be admitted: `admitted`, `on_grace`, `denied`, `cannot_tell`.
+    /// Counts a verdict on a peer's credential: `admitted`, `on_grace`, `denied`, `cannot_tell`.
     pub fn admission_decided(&self, result: &'static str) {
         self.admission.admissions.with_label_values(&[result]).inc();
     }

@@ -22,17 +22,18 @@ pub(super) struct LayerMetrics {
 impl LayerMetrics {
     pub(super) fn new(r: &Registry) -> Self {
         Self {
-            bytes: gauge(r, "retained_layer_bytes", "Bytes of layers that the agent's leases hold."),
-            images: gauge(r, "retained_images", "Images whose layers the agent's leases hold."),
+            bytes: gauge(r, "retained_layer_bytes", "Bytes of layers that the agent's leases retain."),
+            images: gauge(r, "retained_images", "Images whose layers the agent's leases retain."),
             lacking: gauge(
                 r,
                 "images_lacking_layers",
-                "Images of this node that are to keep their layers and lack one, so that other nodes cannot fetch them from here.",
+                "Images of this node that should retain their layers and lack a layer, so that other nodes cannot fetch \
+                 the image from this node.",
             ),
             lacking_reasons: gauges(
                 r,
                 "images_lacking_layers_by_reason",
-                "The same images, by why they lack a layer now.",
+                "Images of images_lacking_layers, by the reason why a layer is missing now.",
                 "reason",
             ),
             fetches_from_peers: counters(
@@ -50,14 +51,15 @@ impl LayerMetrics {
             registry_bytes: counter(
                 r,
                 "layer_registry_bytes_total",
-                "Bytes of missing layers that came from registries in the background.",
+                "Bytes of missing layers that were fetched from registries in the background.",
             ),
         }
     }
 }
 
 impl Metrics {
-    /// Bytes and images that the agent's leases hold, and images that lack a layer, also by reason.
+    /// Sets the bytes and images that the agent's leases retain, and the images that lack a layer,
+    /// in all and by reason.
     pub fn layers_retained(
         &self,
         bytes: u64,
@@ -75,7 +77,7 @@ impl Metrics {
         }
     }
 
-    /// The fetch of one image's missing layers ended.
+    /// Counts the end of a fetch of one image's missing layers.
     pub fn layer_fetch_ended(&self, source: FillSource, result: Result<(), FillFailure>) {
         let fetches = match source {
             FillSource::Peers => &self.layers.fetches_from_peers,
@@ -84,7 +86,7 @@ impl Metrics {
         fetches.with_label_values(&[result.map_or_else(FillFailure::label, |()| "fetched")]).inc();
     }
 
-    /// So many bytes of a missing layer came from a registry.
+    /// Counts bytes of a missing layer from a registry.
     pub fn registry_layer_bytes_received(&self, bytes: u64) {
         self.layers.registry_bytes.inc_by(bytes);
     }

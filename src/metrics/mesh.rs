@@ -1,4 +1,4 @@
-//! The mesh as this agent knows it: its members, what they announce, and the traffic that it costs.
+//! The mesh as this agent sees it: members, announcements, and traffic.
 
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
@@ -26,32 +26,32 @@ impl MeshMetrics {
     pub(super) fn new(r: &Registry) -> Self {
         Self {
             members: gauges(r, "mesh_members", "Other members of the mesh, by state.", "state"),
-            behind: gauge(
-                r,
-                "mesh_members_behind",
-                "Members of whose announcements some are known to be missing here.",
-            ),
-            neighbours: gauge(r, "mesh_neighbors", "Members that this agent is connected to."),
+            behind: gauge(r, "mesh_members_behind", "Members with announcements that this agent has not received yet."),
+            neighbours: gauge(r, "mesh_neighbors", "Members with a gossip connection to this agent."),
             over_limit: counter(
                 r,
                 "mesh_over_limit_total",
-                "Times that an agent was no member here because 16384 members are known.",
+                "Times that this agent accepted no new member because 16384 members are known.",
             ),
-            inventory_blobs: gauge(r, "inventory_blobs", "Different blobs that other nodes announce."),
-            inventory_bytes: gauge(r, "inventory_bytes", "Memory that the table of who holds what takes."),
+            inventory_blobs: gauge(r, "inventory_blobs", "Distinct blobs that other nodes announce."),
+            inventory_bytes: gauge(r, "inventory_bytes", "Bytes of memory that the inventory of all peers takes."),
             announced_items: gauge(r, "announced_items", "Blobs and image names that this node announces."),
             incomplete_images: gauge(
                 r,
                 "incomplete_images",
-                "Images of this node that are not announced because something of them is missing here.",
+                "Images of this node that are not announced because blobs of the image are missing here.",
             ),
             rejected: counters(
                 r,
                 "gossip_rejected_total",
-                "Messages of the mesh that were refused, too many or not understood, by reason; not those only ignored.",
+                "Mesh messages that were rejected, above a rate limit or unreadable, by reason. Ignored ones do not count.",
                 "reason",
             ),
-            bans: counter(r, "peer_bans_total", "Times that a peer was banned for a while; the log names it and why."),
+            bans: counter(
+                r,
+                "peer_bans_total",
+                "Times that a peer was banned for a while; the log names the peer and the fault.",
+            ),
             received_bytes: counter(r, "mesh_received_bytes_total", "Bytes received on the mesh's connections."),
             sent_bytes: counter(r, "mesh_sent_bytes_total", "Bytes sent on the mesh's connections."),
         }
@@ -59,7 +59,7 @@ impl MeshMetrics {
 }
 
 impl Metrics {
-    /// The mesh was counted.
+    /// Sets the values of a mesh status.
     pub fn mesh_counted(&self, status: &MeshStatus) {
         let set = |gauge: &IntGauge, value: usize| gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
         let states = [
@@ -77,32 +77,32 @@ impl Metrics {
         set(&self.mesh.inventory_bytes, status.inventory_bytes);
     }
 
-    /// So many items are announced now.
+    /// Sets the number of announced items.
     pub fn items_announced(&self, items: usize) {
         self.mesh.announced_items.set(i64::try_from(items).unwrap_or(i64::MAX));
     }
 
-    /// So many images are here whose layers, or something else of them, are not.
+    /// Sets the number of images with missing blobs.
     pub fn images_incomplete(&self, images: usize) {
         self.mesh.incomplete_images.set(i64::try_from(images).unwrap_or(i64::MAX));
     }
 
-    /// A peer was banned.
+    /// Counts a ban.
     pub fn peer_banned(&self) {
         self.mesh.bans.inc();
     }
 
-    /// Bytes came over the mesh.
+    /// Counts bytes received over the mesh.
     pub fn mesh_received(&self, bytes: u64) {
         self.mesh.received_bytes.inc_by(bytes);
     }
 
-    /// Bytes were sent over the mesh.
+    /// Counts bytes sent over the mesh.
     pub fn mesh_sent(&self, bytes: u64) {
         self.mesh.sent_bytes.inc_by(bytes);
     }
 
-    /// A message of the mesh was refused.
+    /// Counts a mesh message that was rejected or could not be read.
     pub fn gossip_rejected(&self, reason: &'static str) {
         self.mesh.rejected.with_label_values(&[reason]).inc();
     }

@@ -1,5 +1,4 @@
-//! The network around the agent: its open ports, its name look-ups, and what stands between it and
-//! its peers.
+//! The network around the agent: its open ports, its DNS lookups, and the paths to its peers.
 
 use prometheus::{IntCounter, IntCounterVec, IntGauge, Registry};
 
@@ -28,13 +27,13 @@ impl NetworkMetrics {
             name_look_ups: counters(
                 r,
                 "dns_lookups_total",
-                "Times that a name or address of first peers was resolved, by result: answered, unanswered.",
+                "Lookups of names of first peers, by result: answered, unanswered.",
                 "result",
             ),
             udp_blocked: gauge(
                 r,
                 "udp_blocked",
-                "1 while other nodes answer this one over TCP and none over UDP, so that only small images are fetched.",
+                "1 while other nodes answer this node over TCP and none over UDP, so that only small images come.",
             ),
             fetched_over_tcp: counter(
                 r,
@@ -44,7 +43,7 @@ impl NetworkMetrics {
             clock_skew: gauge(
                 r,
                 "clock_skew_seconds",
-                "Seconds that this node's clock is ahead of the API server's for certain; below zero it is behind.",
+                "Seconds by which this node's clock is certainly ahead of the API server's clock; below zero: behind.",
             ),
             stalled_connections: counters(
                 r,
@@ -57,27 +56,27 @@ impl NetworkMetrics {
 }
 
 impl Metrics {
-    /// Other nodes answer over TCP and none over UDP, or UDP is open.
+    /// Whether other nodes answer over TCP and none over UDP.
     pub fn udp_blocked(&self, is_blocked: bool) {
         self.network.udp_blocked.set(is_blocked.into());
     }
 
-    /// This node's clock was compared with the API server's.
+    /// Sets the difference to the API server's clock.
     pub fn clock_compared(&self, ahead_seconds: i64) {
         self.network.clock_skew.set(ahead_seconds);
     }
 
-    /// Bytes of a blob came over the mesh.
+    /// Counts bytes of a blob that came over the mesh.
     pub fn fetched_over_tcp(&self, bytes: u64) {
         self.network.fetched_over_tcp.inc_by(bytes);
     }
 
-    /// A silent connection of containerd was `ended`, or that `failed`.
+    /// A silent connection of containerd was `ended`, or the end `failed`.
     pub fn stalled_connection(&self, result: &'static str) {
         self.network.stalled_connections.with_label_values(&[result]).inc();
     }
 
-    /// A name of first peers was resolved, or no server answered.
+    /// A name of first peers was resolved, or no DNS server answered.
     pub fn names_looked_up(&self, answered: bool) {
         let result = if answered { "answered" } else { "unanswered" };
         self.network.name_look_ups.with_label_values(&[result]).inc();

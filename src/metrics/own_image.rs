@@ -17,19 +17,19 @@ impl OwnImageMetrics {
             missing: gauge(
                 r,
                 "own_images_missing",
-                "Images of the agent's DaemonSet that are not on this node, so that its next pod here has to pull them.",
+                "Images of the agent's DaemonSet that are not on this node, so that the next agent pod must pull.",
             ),
             protected: gauge(
                 r,
                 "own_images_protected",
-                "Images of the agent's DaemonSet that the kubelet does not collect on this node.",
+                "Images of the agent's DaemonSet that are protected from the kubelet's image GC on this node.",
             ),
         }
     }
 }
 
 impl Metrics {
-    /// Images of the DaemonSet's template that this node lacks, and images that are protected.
+    /// Sets the images of the DaemonSet's template that this node lacks, and the protected images.
     pub fn own_images(&self, missing: usize, protected: usize) {
         let number = |count| i64::try_from(count).unwrap_or(i64::MAX);
         self.own_image.missing.set(number(missing));

@@ -1,6 +1,7 @@
-//! Metrics of each kind, made and registered in one step.
+//! Constructors that create and register a metric in one step.
 //!
-//! Names are constants of this program, each used once; anything else panics at the start, in every test.
+//! Names are constants of this program, each used once; any other name panics at the start, in
+//! every test.
 
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
@@ -30,7 +31,7 @@ pub(super) fn gauges(registry: &Registry, name: &str, help: &str, label: &str) -
 }
 
 pub(super) fn histogram(registry: &Registry, name: &str, help: &str) -> Histogram {
-    // From an image whose layers are all here to 10 GiB over a shared 1 Gbit/s link.
+    // From an image whose layers are all on the node to 10 GiB over a shared 1 Gbit/s link.
     let buckets = vec![0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0];
     let options = HistogramOpts::new(named(name), help).buckets(buckets);
     register(registry, Histogram::with_opts(options).expect("a constant name"))

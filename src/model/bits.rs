@@ -1,19 +1,19 @@
-//! One bit for each of some peers, or of some pieces, as an answer carries it.
+//! One bit per peer or per piece, as replies carry them.
 
 use serde::{Deserialize, Serialize};
 
-/// Bits by place: bit `i` is bit `i % 8` of byte `i / 8`, counted from the lowest. What lies beyond
-/// its end is not set, so one from outside may have any length.
+/// A bitmap: bit `i` is bit `i % 8` of byte `i / 8`, counted from the lowest. Bits beyond the end
+/// are unset, so a bitmap from a peer may have any length.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bits(pub Vec<u8>);
 
 impl Bits {
-    /// So many bits, none of them set.
+    /// `count` bits, none of them set.
     pub fn none_of(count: usize) -> Self {
         Self(vec![0; count.div_ceil(8)])
     }
 
-    /// Sets a bit, which may lie beyond the end.
+    /// Sets a bit. A bit beyond the end makes the bitmap longer.
     pub fn set(&mut self, bit: usize) {
         if self.0.len() <= bit / 8 {
             self.0.resize(bit / 8 + 1, 0);
@@ -21,19 +21,19 @@ impl Bits {
         self.0[bit / 8] |= 1 << (bit % 8);
     }
 
-    /// Sets a bit back.
+    /// Clears a bit.
     pub fn clear(&mut self, bit: usize) {
         if let Some(byte) = self.0.get_mut(bit / 8) {
             *byte &= !(1 << (bit % 8));
         }
     }
 
-    /// How many are set.
+    /// The number of set bits.
     pub fn count(&self) -> usize {
         self.0.iter().map(|byte| byte.count_ones() as usize).sum()
     }
 
-    /// Those that are set, in order.
+    /// The set bits, in ascending order.
     pub fn ones(&self) -> impl Iterator<Item = usize> + '_ {
         let of_byte = |(place, byte): (usize, &u8)| {
             let byte = *byte;

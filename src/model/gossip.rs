@@ -1,7 +1,9 @@
-//! What agents say to each other on the mesh. [`crate::wire`] encodes it; what follows from it is `crate::decide::gossip`'s.
+//! The messages of the gossip protocol. [`crate::wire`] encodes them, and `crate::decide::gossip`
+//! acts on them.
 //!
-//! Everything that is passed on carries its author's signature, so that any neighbour can relay it and none can invent it. What
-//! exactly is signed is written down here, by hand, because it is part of the protocol: the codec may change, these bytes may not.
+//! Every relayed message carries its author's signature, so any neighbor can relay a message and
+//! none can forge one. The signed bytes are written by hand here, because the protocol fixes them:
+//! the codec may change, the signed bytes may not.
 
 use std::net::SocketAddr;
 
@@ -14,29 +16,29 @@ use crate::oci::Digest;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Signature(pub [u8; 32], pub [u8; 32]);
 
-/// Members that one agent knows at a time. Kubernetes supports 5000 nodes and some providers 15 000; a member
-/// costs some 3 KiB.
+/// Most members in an agent's membership table. Kubernetes supports 5000 nodes and some providers
+/// 15 000. A member costs some 3 KiB.
 pub const MAX_MEMBERS: usize = 16_384;
 
-/// Most characters of a zone's name: a label's value has at most 63.
+/// Longest name of a zone, in bytes: a label's value has at most 63.
 const MAX_ZONE: usize = 63;
 
-/// Most characters of a release's name.
+/// Longest name of a release, in bytes.
 const MAX_RELEASE: usize = 32;
 
-/// A failure domain, as the node's label `topology.kubernetes.io/zone` names it.
+/// A failure domain: the value of the node's label `topology.kubernetes.io/zone`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Zone(String);
 
-/// An agent's release, for people: `0.1.0`.
+/// An agent's release, such as `0.1.0`. Only people read the text; the protocol ignores it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Release(String);
 
 /// The text cannot be a zone or a release.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no name (1 to {1} of A-Z a-z 0-9 - _ . +)")]
+#[error("{0:?} is not a valid zone or release (1 to {1} of A-Z a-z 0-9 - _ . +)")]
 pub struct NameError(String, usize);
 
 macro_rules! name_type {
@@ -51,7 +53,8 @@ macro_rules! name_type {
         impl TryFrom<String> for $type {
             type Error = NameError;
 
-            /// Accepts what a label's value may be made of, and `+`, which bounds what a peer can put in our logs.
+            /// Accepts the characters of a label's value, and `+`. The check bounds what a peer can
+            /// write into our logs.
             fn try_from(name: String) -> Result<Self, NameError> {
                 let fits = (1..=$limit).contains(&name.len())
                     && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+".contains(&b));
@@ -84,182 +87,184 @@ macro_rules! name_type {
 name_type!(Zone, MAX_ZONE);
 name_type!(Release, MAX_RELEASE);
 
-/// What an agent says of itself.
+/// An agent's description of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
-    /// Its key.
+    /// The agent's key.
     pub peer: PeerId,
-    /// Chosen at the start of its process; a later start has a larger one.
+    /// Chosen at the start of the process. A later start of the same node has a larger epoch.
     pub epoch: u64,
-    /// Counts the introductions of this epoch: a later one replaces an earlier.
+    /// Counts the introductions of this epoch. A later version replaces an earlier one.
     pub version: u64,
-    /// Its node.
+    /// The agent's node.
     pub node: NodeName,
-    /// Its node's zone, where the cluster has any.
+    /// Zone of the node; `None` in a cluster without zones.
     pub zone: Option<Zone>,
-    /// What it runs.
+    /// The agent's release.
     pub release: Release,
-    /// Where it serves blobs (QUIC, UDP).
+    /// Address of the blob server (QUIC, UDP).
     pub transfer: SocketAddr,
-    /// Where it gossips (libp2p, TCP).
+    /// Address for gossip (libp2p, TCP).
     pub gossip: SocketAddr,
 }
 
-/// A [`Profile`], with the reason to believe that it is an agent of this cluster.
+/// A [`Profile`] with the credential that admits the agent to the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Introduction {
-    /// Who it is.
+    /// The introduced agent.
     pub profile: Profile,
-    /// Good for this key alone, so it may be shown by anybody.
+    /// Good for the agent's key alone, so every member may relay the credential.
     pub credential: Credential,
-    /// Over [`Introduction::signed`].
+    /// Over [`Introduction::signed_bytes`].
     pub signature: Signature,
 }
 
-/// Where a publisher's log stands after one of its entries.
+/// The state of a publisher's log after one of its entries.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogHead {
-    /// Whose log.
+    /// The log's publisher.
     pub publisher: PeerId,
-    /// As in [`Profile::epoch`]; everything of an earlier one is void.
+    /// As in [`Profile::epoch`]. A larger epoch voids the entries of earlier epochs.
     pub epoch: u64,
-    /// Counts entries within the epoch, from 1; before the first the log is empty.
+    /// Number of the entry within the epoch, from 1.
     pub sequence: u64,
-    /// Of the entry's changes ([`super::changes_digest`]).
+    /// Digest of the entry's changes ([`super::changes_digest`]).
     pub changes: Digest,
-    /// Of everything that the publisher holds after it ([`super::state_digest`]), so that a relayed snapshot can be checked.
+    /// Digest of all items of the publisher after the entry ([`super::state_digest`]). Proves a
+    /// relayed snapshot.
     pub state: Digest,
-    /// Over [`Head::signed`].
+    /// Over [`LogHead::signed_bytes`].
     pub signature: Signature,
 }
 
-/// What changed at its publisher.
+/// One entry of a publisher's log: changes of its inventory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogEntry {
-    /// Which entry, and the proof of it.
+    /// Number and signature of the entry.
     pub head: LogHead,
     /// At most [`crate::model::MAX_CHANGES`].
     pub changes: Vec<InventoryChange>,
 }
 
-/// "This neighbour of mine does not answer."
+/// A neighbor does not answer, as in SWIM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Suspicion {
-    /// Who is silent.
+    /// The silent member.
     pub suspect: PeerId,
-    /// Which process of it.
+    /// Epoch of the silent process.
     pub epoch: u64,
-    /// How often it had refuted before.
+    /// The suspect's incarnation, as the witness has it.
     pub incarnation: u64,
-    /// Who says so.
+    /// The member that suspects.
     pub witness: PeerId,
-    /// Over [`Suspicion::signed`], by that one.
+    /// Over [`Suspicion::signed_bytes`], by the witness.
     pub signature: Signature,
 }
 
-/// "I am alive."
+/// A suspected member is alive, as in SWIM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refutation {
-    /// Who.
+    /// The suspected member.
     pub peer: PeerId,
-    /// Which process of it.
+    /// Epoch of the member's process.
     pub epoch: u64,
-    /// Larger than that of every suspicion that it answers.
+    /// Larger than the incarnation of every refuted suspicion.
     pub incarnation: u64,
-    /// Over [`Refutation::signed`].
+    /// Over [`Refutation::signed_bytes`].
     pub signature: Signature,
 }
 
-/// "I am leaving."
+/// A member leaves the mesh.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaveNotice {
-    /// Who.
+    /// The member that leaves.
     pub peer: PeerId,
-    /// Which process of it.
+    /// Epoch of the member's process.
     pub epoch: u64,
-    /// Over [`Farewell::signed`].
+    /// Over [`LeaveNotice::signed_bytes`].
     pub signature: Signature,
 }
 
-/// What is told to everybody.
+/// A message that members relay to all members.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Gossip {
-    /// What somebody holds has changed.
+    /// A publisher's inventory changed.
     Entry(LogEntry),
-    /// Somebody is new, moved, or shows a new credential.
+    /// A member is new, moved, or has a new credential.
     Introduction(Introduction),
-    /// Somebody does not answer.
+    /// A member does not answer.
     Suspicion(Suspicion),
-    /// But it lives.
+    /// A suspected member is alive.
     Refutation(Refutation),
-    /// Somebody leaves.
+    /// A member leaves.
     Leave(LeaveNotice),
 }
 
-/// Where one member stands, as somebody knows it.
+/// The state of one member, as another agent has it. Neighbors compare their summaries.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemberSummary {
-    /// Which member.
+    /// The summarized member.
     pub peer: PeerId,
-    /// The epoch of its process.
+    /// Epoch of the member's process.
     pub epoch: u64,
-    /// The version of its introduction.
+    /// Version of the member's latest introduction.
     pub version: u64,
-    /// How often it refuted.
+    /// Incarnation of the member's latest refutation; 0 without a refutation.
     pub incarnation: u64,
-    /// Up to where its log is known.
+    /// Number up to which the log is complete.
     pub sequence: u64,
-    /// It is held for dead.
+    /// The member is dead, or has not refuted its death yet.
     pub is_dead: bool,
 }
 
-/// What one neighbour asks another.
+/// A request to one neighbor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SyncRequest {
-    /// Which marks differ from mine? One hash for each bucket of members.
+    /// Requests the summaries of the buckets that differ from these hashes, one hash per bucket.
     Compare(Vec<u64>),
-    /// Who are these?
+    /// Requests the introductions of these members.
     Introductions(Vec<PeerId>),
-    /// What did this one say after this number?
+    /// Requests the entries of one log after a number.
     Entries {
-        /// Whose log.
+        /// The log's publisher.
         publisher: PeerId,
-        /// Which epoch of it.
+        /// The log's epoch.
         epoch: u64,
-        /// The last number that the one who asks knows.
+        /// Number of the last entry that the requester has.
         after: u64,
     },
-    /// What do these hold?
+    /// Requests all items of these members.
     Snapshot(Vec<PeerId>),
-    /// I close our connection and live on. Nothing is asked; any reply will do.
+    /// The requester closes the connection and stays a member. Every reply will do.
     Disconnect,
 }
 
-/// What the neighbour answers.
+/// A neighbor's reply.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SyncReply {
-    /// The marks of those buckets that differ.
+    /// Summaries of the members in the buckets that differ.
     Summaries(Vec<MemberSummary>),
-    /// Those that are known, and what they last refuted.
+    /// Introductions of the requested members that have a valid credential, as many as fit, and the
+    /// latest refutations of these members.
     Introductions(Vec<Introduction>, Vec<Refutation>),
-    /// In order, without a gap, as far as they are kept and fit.
+    /// Entries in order and without a gap, as many as are kept and fit.
     Entries(Vec<LogEntry>),
-    /// Of those that are known, as many as fit.
+    /// Items of the requested members whose logs can be proved, as many as fit.
     Snapshot(InventorySnapshot),
-    /// Not now.
+    /// No answer: the requester is not a member, is banned, or is over the rate limit.
     Busy,
 }
 
-/// What several members hold. An item that many of them hold stands once.
+/// The items of several members. An item that many members have is listed once.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct InventorySnapshot {
-    /// Where their logs stand.
+    /// Heads of the members' logs.
     pub heads: Vec<LogHead>,
-    /// In order; a bit for each head, in the heads' order.
+    /// Sorted items. Bit `i` is set when the publisher of head `i` has the item.
     pub items: Vec<(InventoryItem, Bits)>,
 }
 
-/// What comes before every signed text, so that a signature for one purpose is none for another.
+/// Prefix of every signed text. A signature for one purpose never verifies for another.
 fn purpose_prefix(purpose: &str) -> Vec<u8> {
     let mut text = b"lighterman/mesh/1/".to_vec();
     text.extend_from_slice(purpose.as_bytes());
@@ -267,7 +272,7 @@ fn purpose_prefix(purpose: &str) -> Vec<u8> {
     text
 }
 
-/// A text with its length, so that two texts in a row cannot be read in another way.
+/// Appends the length before the text, so two texts in a row have one reading.
 fn push_text(text: &mut Vec<u8>, part: &str) {
     text.extend_from_slice(&(part.len() as u64).to_be_bytes());
     text.extend_from_slice(part.as_bytes());
@@ -281,7 +286,7 @@ fn signed_text(purpose: &str, peers: &[PeerId], numbers: &[u64]) -> Vec<u8> {
 }
 
 impl LogHead {
-    /// What its publisher signs.
+    /// The bytes that the publisher signs.
     pub fn signed_bytes(&self) -> Vec<u8> {
         let Self { publisher, epoch, sequence, changes, state, signature: _ } = self;
         let mut text = signed_text("head", &[*publisher], &[*epoch, *sequence]);
@@ -292,7 +297,7 @@ impl LogHead {
 }
 
 impl Introduction {
-    /// What its subject signs.
+    /// The bytes that the introduced agent signs.
     pub fn signed_bytes(&self) -> Vec<u8> {
         let Self { profile, credential, signature: _ } = self;
         let Profile { peer, epoch, version, node, zone, release, transfer, gossip } = profile;
@@ -308,7 +313,7 @@ impl Introduction {
 }
 
 impl Suspicion {
-    /// What the one who suspects signs.
+    /// The bytes that the witness signs.
     pub fn signed_bytes(&self) -> Vec<u8> {
         let Self { suspect: accused, epoch, incarnation, witness: by, signature: _ } = self;
         signed_text("suspicion", &[*accused, *by], &[*epoch, *incarnation])
@@ -316,7 +321,7 @@ impl Suspicion {
 }
 
 impl Refutation {
-    /// What the accused signs.
+    /// The bytes that the suspected member signs.
     pub fn signed_bytes(&self) -> Vec<u8> {
         let Self { peer, epoch, incarnation, signature: _ } = self;
         signed_text("refutation", &[*peer], &[*epoch, *incarnation])
@@ -324,7 +329,7 @@ impl Refutation {
 }
 
 impl LeaveNotice {
-    /// What the one who leaves signs.
+    /// The bytes that the leaving member signs.
     pub fn signed_bytes(&self) -> Vec<u8> {
         let Self { peer, epoch, signature: _ } = self;
         signed_text("farewell", &[*peer], &[*epoch])
@@ -341,7 +346,7 @@ impl From<[u8; 64]> for Signature {
 }
 
 impl Signature {
-    /// The 64 bytes.
+    /// R and S, 64 bytes.
     pub fn to_bytes(self) -> [u8; 64] {
         let mut bytes = [0; 64];
         bytes[..32].copy_from_slice(&self.0);

@@ -1,39 +1,42 @@
-//! What nodes hold, as they tell each other.
+//! The inventories of nodes, as members announce them.
 
 use serde::{Deserialize, Serialize};
 
 use super::{Outage, OutageKind, Peer, PeerId};
 use crate::oci::{Digest, Hasher, Repository};
 
-/// Most items of one node's inventory that it announces or that others keep of it. A node of 110 pods with a dozen layers each has
-/// 1500; this is room for forty times as many, and bounds what one peer can make us keep.
+/// Most items that a node announces, and that another agent keeps of one node. A node of 110 pods
+/// with a dozen layers each has 1500 items. The limit has room for forty times as many, and bounds
+/// the memory that one peer can take.
 pub const MAX_ITEMS: usize = 65_536;
 
-/// Most changes in one entry of a log: at 35 to 330 bytes each they stay under gossipsub's 64 KiB (a repository's
-/// name is at most 255 bytes and a tag 128).
+/// Most changes in one entry of a log. At 35 to 330 bytes each, an entry stays under gossipsub's 64
+/// KiB: a repository's name has at most 255 bytes and a tag 128.
 pub const MAX_CHANGES: usize = 128;
 
-/// One thing that a node tells of itself. Announcements are hints: whoever fetches verifies.
+/// One fact that a node announces. Announcements are hints: the fetching agent verifies content.
 ///
-/// The order of items is part of the protocol, because [`state_digest`] takes them in it.
+/// The order of items is part of the protocol, because [`state_digest`] hashes items in this order.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum InventoryItem {
-    /// A blob is wholly there.
+    /// The node has the whole blob.
     Blob(Digest),
-    /// An image is known under this repository, by this tag when there is one.
+    /// The node has an image in this repository, with this tag if there is one.
     Image(Repository, Option<String>, Digest),
-    /// The node itself saw that this registry cannot be reached.
+    /// The node itself could not reach this registry.
     Outage(Outage),
-    /// A blob is being fetched; what has come of it is served.
+    /// The node downloads the blob and serves the pieces that arrived.
     Fetching(Digest),
 }
 
 impl InventoryItem {
-    /// Feeds the canonical form, which publishers sign and relays check. Part of the protocol: it never changes.
+    /// Writes the canonical form, which publishers sign and relays check. The form is part of the
+    /// protocol and never changes.
     ///
-    /// A byte for the kind (0 blob, 1 image, 2 outage, 3 fetching), then its fields in order. A digest is its 32 bytes, a tag a byte 0 when there is
-    /// none, else 1 and the text. The kind of an outage is one byte, since when 8 bytes, big endian. No two items feed the same
-    /// bytes, and none feeds the beginning of another's.
+    /// First comes a byte for the kind (0 blob, 1 image, 2 outage, 3 fetching), then the fields in
+    /// order. A digest is 32 bytes. A tag is a byte 0 when there is none, else a byte 1 and the
+    /// text. An outage's kind is one byte, and its start 8 bytes, big endian. No item's form equals
+    /// or begins another item's form.
     pub fn write_canonical(&self, into: &mut impl FnMut(&[u8])) {
         match self {
             Self::Blob(digest) => {
@@ -64,11 +67,12 @@ impl InventoryItem {
     }
 }
 
-/// The length in two bytes, big endian, and the text.
+/// Writes the length in two bytes, big endian, and then the text.
 fn write_text(text: &str, into: &mut impl FnMut(&[u8])) {
     match u16::try_from(text.len()) {
         Ok(length) if length < u16::MAX => into(&length.to_be_bytes()),
-        // No proper name is so long. Whoever sends one shall not have it taken for several others.
+        // No valid name is so long. The longer length keeps an invalid name apart from several
+        // short names.
         _ => {
             into(&u16::MAX.to_be_bytes());
             into(&(text.len() as u64).to_be_bytes());
@@ -77,7 +81,7 @@ fn write_text(text: &str, into: &mut impl FnMut(&[u8])) {
     into(text.as_bytes());
 }
 
-/// The byte that stands for a kind of outage.
+/// Part of the canonical form, so the numbers never change.
 fn outage_kind_byte(kind: OutageKind) -> u8 {
     match kind {
         OutageKind::NoSuchHost => 0,
@@ -88,12 +92,13 @@ fn outage_kind_byte(kind: OutageKind) -> u8 {
     }
 }
 
-/// The digest of what a node holds: of the items in their order, each once, however they are given.
+/// The digest of a node's items: sorted, each once, whatever their given order.
 ///
-/// It does not say whose or since when, nor that it is of a state: whoever signs it has to sign that as well.
+/// The digest covers neither the node, nor the time, nor its own purpose. A signature over the
+/// digest has to cover these as well.
 pub fn state_digest<'a>(items: impl IntoIterator<Item = &'a InventoryItem>) -> Digest {
     let mut items: Vec<_> = items.into_iter().collect();
-    // Linear where they are in order already.
+    // Linear when the items are sorted already.
     items.sort();
     items.dedup();
     let mut hasher = Hasher::default();
@@ -101,10 +106,11 @@ pub fn state_digest<'a>(items: impl IntoIterator<Item = &'a InventoryItem>) -> D
     hasher.digest()
 }
 
-/// The digest of the changes of one announcement, in the order given: for each a byte 1 when it was added or 0 when it was removed, and
-/// the item.
+/// The digest of one entry's changes in the given order: for each change a byte (1 added, 0
+/// removed), then the item.
 ///
-/// It does not say whose or which, nor that it is of changes: whoever signs it has to sign that as well.
+/// The digest covers neither the publisher, nor the entry's number, nor its own purpose. A
+/// signature over the digest has to cover these as well.
 pub fn changes_digest(changes: &[InventoryChange]) -> Digest {
     let mut hasher = Hasher::default();
     for change in changes {
@@ -114,33 +120,33 @@ pub fn changes_digest(changes: &[InventoryChange]) -> Digest {
     hasher.digest()
 }
 
-/// One change of what a node tells.
+/// One change of a node's inventory.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum InventoryChange {
-    /// It is so from now on.
+    /// The node announces the item.
     Added(InventoryItem),
-    /// It is so no longer.
+    /// The node withdraws the item.
     Removed(InventoryItem),
 }
 
 impl InventoryChange {
-    /// What came or went.
+    /// The announced or withdrawn item.
     pub fn item(&self) -> &InventoryItem {
         let (Self::Added(item) | Self::Removed(item)) = self;
         item
     }
 }
 
-/// What the mesh tells the agent.
+/// A change of a peer, as the mesh reports it to the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MeshEvent {
-    /// A peer is alive; its inventory follows, or counts again as it was.
+    /// The peer is alive. An inventory follows, or the earlier one counts again.
     Up(Peer),
-    /// A peer is gone: nothing it announced can be fetched now.
+    /// The peer is gone. None of its items can be fetched now.
     Down(PeerId),
-    /// Everything a peer holds; replaces what was known of it.
+    /// All items of a peer, which replace the earlier ones.
     Snapshot(PeerId, Vec<InventoryItem>),
-    /// What changed at a peer since then.
+    /// Changes of a peer's items.
     Changed(PeerId, Vec<InventoryChange>),
 }
 

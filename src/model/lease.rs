@@ -1,18 +1,18 @@
-//! A Kubernetes Lease, as far as a claim looks at it.
+//! The fields of a Kubernetes Lease that a claim uses.
 
 use std::time::SystemTime;
 
-/// A Lease as read.
+/// A Lease, as read from the API server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaseSnapshot {
-    /// Who holds it: a node's name.
+    /// The holder's node name.
     pub holder: Option<String>,
-    /// When it was renewed last, by the holder's clock.
+    /// The last renewal, by the holder's clock.
     pub renewed: Option<SystemTime>,
-    /// Which version was read.
+    /// The version that was read.
     pub version: LeaseVersion,
 }
 
-/// The resource version, opaque.
+/// The Lease's `resourceVersion`, an opaque text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaseVersion(pub String);

@@ -1,5 +1,5 @@
-//! How the mesh looks from one agent, for people. The names of the fields are what `/debug/mesh` and `lighterman status --json` print,
-//! so they are part of what users may rely on.
+//! The mesh as one agent sees it, for people. `/debug/mesh` and `lighterman status --json` print
+//! the fields under these names, so users may rely on the names.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,41 +9,42 @@ use serde::{Deserialize, Serialize};
 pub struct MeshStatus {
     /// This agent's node.
     pub node: String,
-    /// Its key.
+    /// This agent's PeerId.
     pub peer_id: String,
-    /// Its release.
+    /// This agent's release.
     pub release: String,
-    /// Its zone, where the cluster has any.
+    /// The node's zone; absent in a cluster without zones.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub zone: Option<String>,
-    /// Its log's epoch.
+    /// Epoch of this agent's log.
     pub epoch: u64,
-    /// Its log's last number.
+    /// Number of the log's last entry.
     pub sequence: u64,
-    /// What it announces.
+    /// Items that this node announces.
     pub items: usize,
     /// Members that are alive, without this one.
     pub alive: usize,
     /// Members that are suspected.
     pub suspected: usize,
-    /// Members that are held for dead and not forgotten yet.
+    /// Dead members that are still in the membership table.
     pub down: usize,
-    /// Members that misbehaved and are ignored for a while.
+    /// Members that are banned.
     pub banned: usize,
-    /// Members that this agent is connected to.
+    /// Members that answer over a connection.
     pub neighbours: usize,
-    /// Times since the start that an agent was no member, because as many members are known as may be
+    /// Members rejected since the start, because the membership table was full
     /// ([`crate::model::MAX_MEMBERS`]).
     pub over_limit: u64,
-    /// Different blobs that others hold together.
+    /// Different blobs of all peers that are up.
     pub inventory_blobs: usize,
-    /// What the table of who holds what takes, in bytes.
+    /// Estimated memory of the inventory, in bytes.
     pub inventory_bytes: usize,
-    /// Gossip messages that came since the start, each counted once however many neighbours sent it.
+    /// Gossip messages received since the start. Copies of a message from several neighbors count
+    /// once.
     pub messages_in: u64,
-    /// Gossip messages that were published or passed on since the start, each counted once.
+    /// Gossip messages published or relayed since the start, each counted once.
     pub messages_out: u64,
-    /// The others, by node.
+    /// The other members, by node.
     pub members: Vec<MemberStatus>,
 }
 
@@ -51,41 +52,42 @@ pub struct MeshStatus {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct MemberStatus {
-    /// Its node.
+    /// The member's node.
     pub node: String,
-    /// Its key.
+    /// The member's PeerId.
     pub peer_id: String,
-    /// Its zone, where it has one.
+    /// The node's zone, if the node has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub zone: Option<String>,
-    /// Its release.
+    /// The member's release.
     pub release: String,
-    /// Where it serves blobs.
+    /// Address of the blob server.
     pub address: String,
-    /// Whether it lives.
+    /// Liveness of the member.
     pub state: MemberState,
-    /// Whether this agent is connected to it.
+    /// Whether the member answers this agent over a connection.
     pub neighbour: bool,
-    /// What it announces, as far as it is known.
+    /// Items of the member in the inventory; 0 unless the member is up.
     pub items: usize,
-    /// Up to where its log is known.
+    /// Number up to which the log is complete here.
     pub sequence: u64,
-    /// How many entries of its log are known to be missing here.
+    /// Known entries of the member's log that are missing here.
     pub behind: u64,
-    /// For how many more seconds it is ignored, if it misbehaved.
+    /// Seconds until the member's ban ends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub banned_s: Option<u64>,
 }
 
-/// Whether a member lives.
+/// Liveness of a member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum MemberState {
-    /// It answers its neighbours.
+    /// The member is up, and no member suspects it.
     Alive,
-    /// A neighbour says that it does not.
+    /// Another member suspects the member, or its credential or a ban keeps the member from being
+    /// up.
     Suspected,
-    /// Two said so, or it said farewell.
+    /// The member is confirmed dead, or left.
     #[default]
     Down,
 }

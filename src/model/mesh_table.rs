@@ -1,10 +1,12 @@
-//! A [`MeshStatus`] for people: what matters in a few lines, and every member in a table of some 80 to 120 columns.
+//! A [`MeshStatus`] as text: a summary of a few lines, and a table of 80 to 120 columns with a line
+//! for each member.
 
 use std::collections::BTreeMap;
 
 use super::{MemberState, MemberStatus, MeshStatus};
 
-/// Zones and releases that a line names; a cluster has three to five of the one and one or two of the other.
+/// Zones and releases that a summary line names. A cluster has three to five zones and one or two
+/// releases.
 const MAX_NAMED: usize = 8;
 
 /// Widest columns. Names of nodes differ at the beginning or at the end, so the middle is left out.
@@ -12,13 +14,13 @@ const MAX_NODE: usize = 28;
 const MAX_ZONE: usize = 16;
 const MAX_RELEASE: usize = 12;
 
-const HEADER: [&str; 8] = ["NODE", "ZONE", "RELEASE", "ADDRESS", "STATE", "NEIGHBOUR", "ITEMS", "BEHIND"];
+const HEADER: [&str; 8] = ["NODE", "ZONE", "RELEASE", "ADDRESS", "STATE", "NEIGHBOR", "ITEMS", "BEHIND"];
 
-/// From here on columns hold numbers, which stand to the right.
+/// From this column on, cells are numbers and align to the right.
 const NUMBERS: usize = 6;
 
 impl MeshStatus {
-    /// How the mesh is, in a few lines.
+    /// The state of the mesh in a few lines.
     pub fn summary(&self) -> Vec<String> {
         let Self { alive, suspected, down, banned, neighbours, items, inventory_blobs, inventory_bytes, .. } = self;
         let living = || self.members.iter().filter(|member| member.state != MemberState::Down);
@@ -30,11 +32,11 @@ impl MeshStatus {
             Some(most) => format!("behind {} members, by {most} announcements at most", behind.len()),
         };
         vec![
-            format!("{alive} alive, {suspected} suspected, {down} down, {banned} banned; {neighbours} neighbours"),
+            format!("{alive} alive, {suspected} suspected, {down} down, {banned} banned; {neighbours} neighbors"),
             format!("zones: {zones}"),
             format!("releases: {releases}"),
             format!(
-                "inventory: {inventory_blobs} blobs of others, {:.1} MiB; this node tells {items} items",
+                "inventory: {inventory_blobs} blobs of peers, {:.1} MiB; this node announces {items} items",
                 *inventory_bytes as f64 / f64::from(1 << 20)
             ),
             format!("lag: {lag}"),
@@ -99,7 +101,7 @@ fn row(member: &MemberStatus) -> [String; 8] {
     ]
 }
 
-/// `a 3, b 2, none 1`: the most frequent first.
+/// Lists names by frequency, the most frequent first: `a 3, b 2, none 1`.
 fn counts<'a>(names: impl Iterator<Item = Option<&'a str>>) -> String {
     let mut counted: BTreeMap<&str, usize> = BTreeMap::new();
     names.for_each(|name| *counted.entry(name.unwrap_or("none")).or_default() += 1);
@@ -110,7 +112,7 @@ fn counts<'a>(names: impl Iterator<Item = Option<&'a str>>) -> String {
     if more > 0 { format!("{} and {more} more", named.join(", ")) } else { named.join(", ") }
 }
 
-/// At most so many characters, with the middle left out.
+/// Shortens a text to `most` characters, by leaving out the middle.
 fn shorten(text: &str, most: usize) -> String {
     let characters: Vec<char> = text.chars().collect();
     if characters.len() <= most {
@@ -166,10 +168,10 @@ mod tests {
     #[test]
     fn the_summary_counts_members_zones_releases_and_lag() {
         let expected = [
-            "2 alive, 1 suspected, 1 down, 1 banned; 1 neighbours",
+            "2 alive, 1 suspected, 1 down, 1 banned; 1 neighbors",
             "zones: eu-1b 2, eu-1a 1, none 1",
             "releases: 0.1.0 3, 0.2.0 1",
-            "inventory: 19873 blobs of others, 12.0 MiB; this node tells 1490 items",
+            "inventory: 19873 blobs of peers, 12.0 MiB; this node announces 1490 items",
             "lag: behind 1 members, by 3 announcements at most",
         ];
         assert_eq!(mesh().summary(), expected);
@@ -179,11 +181,11 @@ mod tests {
     #[test]
     fn every_member_has_a_line() {
         let expected = "\
-NODE                          ZONE   RELEASE  ADDRESS         STATE        NEIGHBOUR  ITEMS  BEHIND
-n2                            eu-1b  0.1.0    10.0.0.12:4701  alive        yes         1520       0
-ip-10-0-3-12.e…pute.internal  eu-1b  0.1.0    10.0.0.12:4701  suspected    -           1520       3
-n4                            -      0.1.0    10.0.0.12:4701  banned 40 s  -           1520       0
-n5                            eu-1c  0.1.0    10.0.0.12:4701  down         -           1520       0
+NODE                          ZONE   RELEASE  ADDRESS         STATE        NEIGHBOR  ITEMS  BEHIND
+n2                            eu-1b  0.1.0    10.0.0.12:4701  alive        yes        1520       0
+ip-10-0-3-12.e…pute.internal  eu-1b  0.1.0    10.0.0.12:4701  suspected    -          1520       3
+n4                            -      0.1.0    10.0.0.12:4701  banned 40 s  -          1520       0
+n5                            eu-1c  0.1.0    10.0.0.12:4701  down         -          1520       0
 ";
         assert_eq!(mesh().table(), expected);
     }
@@ -202,6 +204,6 @@ n5                            eu-1c  0.1.0    10.0.0.12:4701  down         -    
         let usual =
             MeshStatus { members: vec![member("node-10", Some("eu-central-1a"), MemberState::Alive)], ..mesh() };
         assert!(usual.table().lines().all(|line| line.len() <= 85), "{}", usual.table());
-        assert!(usual.table().ends_with("and 3 more\n"), "what was left out is counted");
+        assert!(usual.table().ends_with("and 3 more\n"), "members beyond the table are counted");
     }
 }

@@ -1,26 +1,26 @@
-//! Registries that cannot be reached, as nodes tell each other.
+//! Registry outages, as nodes announce them.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// How a registry cannot be reached.
+/// How a registry fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum OutageKind {
-    /// Its name does not resolve.
+    /// The registry's name does not resolve.
     NoSuchHost,
-    /// Nobody listens, or the network says that it cannot get there.
+    /// The registry's host refuses connections, or the network has no route to the host.
     Refused,
     /// No answer: packets are dropped, or the host is gone.
     TimedOut,
-    /// It answers, but TLS fails.
+    /// The registry answers, but TLS fails.
     Tls,
-    /// It answers 5xx.
+    /// The registry answers 5xx.
     ServerError,
 }
 
 impl OutageKind {
-    /// For metrics and messages.
+    /// The label in metrics and messages.
     pub fn label(self) -> &'static str {
         match self {
             Self::NoSuchHost => "no_such_host",
@@ -35,22 +35,23 @@ impl OutageKind {
 impl fmt::Display for OutageKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::NoSuchHost => "its name does not resolve",
+            Self::NoSuchHost => "the name does not resolve",
             Self::Refused => "connections are refused",
             Self::TimedOut => "no answer",
             Self::Tls => "TLS fails",
-            Self::ServerError => "it answers 5xx",
+            Self::ServerError => "the server answers 5xx",
         })
     }
 }
 
-/// One registry that one node cannot reach.
+/// An outage of one registry, as one node found it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Outage {
     /// Host and, if given, port, as in [`crate::oci::Repository::registry`].
     pub registry: String,
-    /// How it fails.
+    /// How the registry fails.
     pub kind: OutageKind,
-    /// Since when that node knows, in seconds since 1970 by its own clock. For people; nothing is decided by another node's clock.
+    /// Start of the outage, in seconds since 1970 by the node's own clock. Only people read the
+    /// time: no decision depends on another node's clock.
     pub since: u64,
 }

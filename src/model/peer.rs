@@ -1,4 +1,4 @@
-//! Peers and how they are named.
+//! Peers, their names and their credentials.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -10,22 +10,22 @@ use super::Zone;
 
 /// An agent's identity: its ed25519 public key.
 ///
-/// Shown in libp2p's form (`12D3KooW…`): base58 of an identity multihash around the protobuf-encoded
-/// key (libp2p specification "Peer Ids and Keys", section "Ed25519"). Other key types are refused, so the key
-/// can always be read back out of the name.
+/// Printed in libp2p's form (`12D3KooW…`): base58 of an identity multihash around the
+/// protobuf-encoded key (libp2p specification "Peer Ids and Keys", section "Ed25519"). Other key
+/// types are rejected, so every PeerId contains its key.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PeerId([u8; 32]);
 
 /// Multihash `identity`, length 36, then protobuf: key type 1 (ed25519), 32 bytes of key.
 const PREFIX: [u8; 6] = [0x00, 0x24, 0x08, 0x01, 0x12, 0x20];
 
-/// The text is not the name of an ed25519 key.
+/// The text is not the PeerId of an ed25519 key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("not the PeerId of an ed25519 key (they begin with 12D3KooW)")]
+#[error("not the PeerId of an ed25519 key (such a PeerId begins with 12D3KooW)")]
 pub struct PeerIdError;
 
 impl PeerId {
-    /// The peer that owns this ed25519 public key.
+    /// The peer with this ed25519 public key.
     pub const fn from_public_key(key: [u8; 32]) -> Self {
         Self(key)
     }
@@ -33,7 +33,7 @@ impl PeerId {
     /// Reads libp2p's binary form.
     ///
     /// # Errors
-    /// [`PeerIdError`] unless it is the identity multihash of an ed25519 key.
+    /// [`PeerIdError`] unless the bytes are the identity multihash of an ed25519 key.
     pub fn from_multihash(bytes: &[u8]) -> Result<Self, PeerIdError> {
         let key = bytes.strip_prefix(&PREFIX).ok_or(PeerIdError)?;
         Ok(Self(key.try_into().map_err(|_| PeerIdError)?))
@@ -69,7 +69,8 @@ impl FromStr for PeerId {
     type Err = PeerIdError;
 
     fn from_str(text: &str) -> Result<Self, PeerIdError> {
-        // A longer text cannot be one, and is not worth decoding (base58 costs the square of the length).
+        // No PeerId is longer. Base58 decoding costs the square of the length, so a longer text is
+        // not decoded.
         if text.len() > 64 {
             return Err(PeerIdError);
         }
@@ -98,7 +99,8 @@ impl NodeName {
 impl TryFrom<String> for NodeName {
     type Error = NodeNameError;
 
-    /// Accepts what a DNS subdomain may be made of (RFC 1123, 253 bytes), which bounds what a peer can put in our logs.
+    /// Accepts the characters and the length of a DNS subdomain (RFC 1123, 253 bytes). The check
+    /// bounds what a peer can write into our logs.
     fn try_from(name: String) -> Result<Self, NodeNameError> {
         let fits = (1..=253).contains(&name.len())
             && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.');
@@ -126,34 +128,36 @@ impl fmt::Display for NodeName {
     }
 }
 
-/// A peer that has been admitted, and where it can be reached.
+/// An admitted peer and its addresses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
-    /// The key it proved to hold.
+    /// The key that the peer proved to have.
     pub id: PeerId,
-    /// The node it runs on, as far as its credential says so, else as it says itself.
+    /// The peer's node: from the credential if the credential names one, else as the peer says.
     pub node: NodeName,
-    /// Its node's zone, where the cluster has any and it is known.
+    /// Zone of the node, where the cluster has zones and the zone is known.
     pub zone: Option<Zone>,
-    /// Where it serves blobs (QUIC, UDP).
+    /// Address of the blob server (QUIC, UDP).
     pub transfer: SocketAddr,
-    /// Where it gossips (libp2p, TCP).
+    /// Address for gossip (libp2p, TCP).
     pub gossip: SocketAddr,
 }
 
-/// What an agent shows to be admitted: a ServiceAccount token, or nothing where a list of PeerIds decides.
+/// The proof that admits an agent: a ServiceAccount token, a certificate, or an empty text where a
+/// list of PeerIds decides.
 ///
-/// It is a secret until its audience, the PeerId, makes it useless to others; so it is never printed.
+/// A token is useless to other agents, because its audience is the PeerId. Still the token is a
+/// secret until a receiver has checked the audience, so `Debug` prints only the length.
 #[derive(Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Credential(String);
 
 impl Credential {
-    /// Wraps a token.
+    /// Wraps the text of a token or a certificate.
     pub fn new(token: String) -> Self {
         Self(token)
     }
 
-    /// The token itself, for the one who verifies it.
+    /// The text itself, to be verified.
     pub fn expose(&self) -> &str {
         &self.0
     }

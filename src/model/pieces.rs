@@ -1,39 +1,43 @@
-//! What agents say to each other about the pieces of a blob.
+//! The messages of agents about the pieces of a blob.
 
 use serde::{Deserialize, Serialize};
 
 use super::{Bits, PeerId};
 use crate::oci::{Digest, PieceLayout};
 
-/// Most pieces in one [`Order`]: bounds the message, and what is set aside for one answer. 64 of the largest make half a gigabyte, a second's
-/// worth of a fast network; of the smallest 16 MiB, which is more than is under way at any time.
+/// Most pieces in one [`PieceRequest`]. The limit bounds the message, and the memory that is
+/// reserved for one answer. 64 of the largest pieces make half a gigabyte, a second's worth of a
+/// fast network. 64 of the smallest make 16 MiB, which is more than is in flight at any time.
 pub const MAX_REQUEST_PIECES: usize = 64;
 
-/// Most pieces that one [`Availability`] tells of as news; more are told in several.
+/// Most pieces in one [`PieceMapUpdate::Have`]. More pieces go into several updates.
 pub const MAX_HAVE_PIECES: usize = 1024;
 
-/// Some pieces of one blob, asked of one peer.
+/// A request for pieces of one blob, to one peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PieceRequest {
-    /// Who is asked.
+    /// The provider.
     pub peer: PeerId,
-    /// Which blob.
+    /// The blob.
     pub digest: Digest,
-    /// How it is cut: both ends cut a blob of a size alike ([`Cut::usual`]).
+    /// The division of the blob into pieces. Both ends derive the same layout from the blob's size
+    /// ([`PieceLayout::for_size`]).
     pub layout: PieceLayout,
-    /// The pieces that are welcome, the most welcome first; at most [`MAX_CHOICE`], each once.
+    /// Acceptable pieces, the most wanted first; at most [`MAX_REQUEST_PIECES`], each once.
     pub pieces: Vec<u32>,
-    /// How many of them are to come. Which, the peer chooses: of what it has that which it has sent the least.
+    /// How many of the pieces the provider sends. The provider chooses, among the pieces that it
+    /// has, those that it has sent least.
     pub limit: u8,
 }
 
-/// A word about what a peer has of a blob. A hint, like everything that a peer says of itself.
+/// A statement of a peer about its pieces of one blob. A hint, like every announcement.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PieceMapUpdate {
-    /// These pieces and no others; one bit a piece. The first word about a blob that is being fetched.
+    /// The whole piece map, one bit per piece: the first update about a blob that is being
+    /// downloaded.
     Map(Bits),
-    /// These have come; at most [`MAX_NEWS`].
+    /// Pieces that arrived; at most [`MAX_HAVE_PIECES`].
     Have(Vec<u32>),
-    /// All of it. Nothing more will be said.
+    /// The peer has the whole blob. No update follows.
     HaveAll,
 }

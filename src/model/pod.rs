@@ -1,16 +1,16 @@
-//! The fields of a pod that decisions are made from, projected once where the pod is read.
+//! The fields of a pod that decisions use, projected once where the pod is read.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// One pod, told apart from an earlier one of the same name.
+/// One pod, distinct from an earlier pod of the same name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PodRef {
-    /// Its Kubernetes namespace.
+    /// The pod's Kubernetes namespace.
     pub k8s_namespace: String,
-    /// Its name.
+    /// The pod's name.
     pub name: String,
-    /// Its UID: a pod that was deleted and made again is another pod.
+    /// The pod's UID. A pod that was deleted and created again is another pod.
     pub uid: String,
 }
 
@@ -20,72 +20,73 @@ impl fmt::Display for PodRef {
     }
 }
 
-/// A pod of this node, as far as we look at it.
+/// A pod of this node, with the fields that decisions use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodView {
-    /// Which pod.
+    /// Namespace, name and UID.
     pub pod: PodRef,
-    /// Its annotations.
+    /// The pod's annotations.
     pub annotations: BTreeMap<String, String>,
     /// Init, ordinary and ephemeral containers, in the order of the spec.
     pub containers: Vec<ContainerView>,
     /// Images that are mounted as volumes.
     pub image_volumes: Vec<ImageVolume>,
-    /// What made the pod and will make it again; `None` for a pod that somebody made by hand.
+    /// The controller that created the pod and will create it again; `None` without a controller.
     pub owner: Option<Owner>,
-    /// The kubelet made it from a file of its own, and the API server only shows a mirror of it.
+    /// A static pod: the kubelet created the pod from a file, and the API server shows a mirror.
     pub is_static: bool,
     /// `spec.priority`, which the API server fills in from the pod's PriorityClass.
     pub priority: i32,
-    /// Names of the Secrets in the pod's namespace that its images are pulled with.
+    /// Names of the image pull Secrets, in the pod's namespace.
     pub pull_secrets: Vec<String>,
-    /// The pod is being deleted, or has ended: nothing that we do would help it.
+    /// The pod is being deleted, or has ended. No recovery would help the pod.
     pub is_ending: bool,
 }
 
 /// A volume whose content is an image (`spec.volumes[].image`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageVolume {
-    /// Its name, unique among the pod's volumes.
+    /// The volume's name, unique in the pod.
     pub name: String,
-    /// The image as the spec names it.
+    /// The image, as the spec names it.
     pub image: String,
     /// When the kubelet pulls.
     pub pull_policy: PullPolicy,
 }
 
-/// The controller of an object: the one owner whose reference says `controller: true`.
+/// The controller of an object: the owner reference with `controller: true`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Owner {
     /// Such as `apps/v1`.
     pub api_version: String,
     /// Such as `ReplicaSet`.
     pub kind: String,
-    /// Its name, in the namespace of what it owns.
+    /// The controller's name, in the namespace of the owned object.
     pub name: String,
-    /// Its UID.
+    /// The controller's UID.
     pub uid: String,
 }
 
 /// One container of a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ContainerView {
-    /// Its name, unique in the pod.
+    /// The container's name, unique in the pod.
     pub name: String,
-    /// Which list of the spec it stands in.
+    /// The list of the spec that contains the container.
     pub kind: ContainerKind,
-    /// The image as the *spec* names it (the status may hold a resolved one).
+    /// The image, as the *spec* names it (the status may have a resolved name).
     pub image: String,
     /// When the kubelet pulls.
     pub pull_policy: PullPolicy,
-    /// Why it waits, when it does. Without a reason where the kubelet has not said anything about it yet.
+    /// The waiting state, if the container waits. The reason is empty before the kubelet's first
+    /// status of the container.
     pub waiting: Option<WaitingState>,
 }
 
-/// Which list of the pod's spec a container stands in.
+/// A list of containers in the pod's spec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ContainerKind {
-    /// `initContainers`, restartable ones (sidecars) too.
+    /// `initContainers`, restartable ones (sidecars) included.
     Init,
     /// `containers`.
     Ordinary,
@@ -96,11 +97,11 @@ pub enum ContainerKind {
 /// `imagePullPolicy`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PullPolicy {
-    /// Pulls whether or not the image is there, so that an import does not help.
+    /// The kubelet pulls even if the image is present, so an import does not help.
     Always,
-    /// Looks whether the image is there first.
+    /// The kubelet pulls unless the image is present.
     IfNotPresent,
-    /// Only looks whether the image is there.
+    /// The kubelet never pulls, and only uses an image that is present.
     Never,
 }
 
@@ -109,6 +110,6 @@ pub enum PullPolicy {
 pub struct WaitingState {
     /// A word such as `ErrImagePull`.
     pub reason: String,
-    /// What the kubelet said about it; older kubelets leave the cause out while backing off.
+    /// The kubelet's message. Older kubelets omit the cause during back-off.
     pub message: String,
 }

@@ -1,4 +1,4 @@
-//! A pointer to a blob: what it is, its digest, its size.
+//! References to blobs: media type, digest and size.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,37 +8,38 @@ use super::{Digest, DigestError, Platform};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Raw", into = "Raw")]
 pub struct Descriptor {
-    /// What the blob is; possibly empty in old Docker documents.
+    /// The media type; may be empty in old Docker documents.
     pub media_type: String,
-    /// Its address.
+    /// The blob's digest.
     pub digest: Digest,
-    /// Its length in bytes.
+    /// The blob's length in bytes.
     pub size: u64,
-    /// In an index: which machine the manifest is for.
+    /// In an index: the platform of the manifest.
     pub platform: Option<Platform>,
-    /// The blob is an attestation about another image, not something to run.
+    /// The blob is an attestation about another image, and cannot run.
     pub attestation: bool,
 }
 
 /// A descriptor that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DescriptorError {
-    /// Its digest.
+    /// The digest is invalid, or of another algorithm.
     #[error(transparent)]
     Digest(#[from] DigestError),
-    /// A negative size, or one that no blob can have.
+    /// The size is negative.
     #[error("size {0} of {1} is impossible")]
     Size(i64, Digest),
 }
 
 impl Descriptor {
-    /// A layer that must not be distributed and usually lives behind `urls`: nobody announces it, and pulling skips it.
+    /// Whether the layer must not be distributed and usually has `urls`. Agents do not announce
+    /// such a layer, and pulls skip the layer.
     pub fn is_foreign(&self) -> bool {
         self.media_type.contains(".foreign.") || self.media_type.contains(".nondistributable.")
     }
 }
 
-/// The JSON form; fields that nothing reads are left out.
+/// The JSON form; unused fields are left out.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Raw {
@@ -54,7 +55,7 @@ struct Raw {
 
 #[derive(Serialize, Deserialize)]
 struct Annotations {
-    /// How BuildKit marks attestation manifests.
+    /// BuildKit's mark of an attestation manifest.
     #[serde(rename = "vnd.docker.reference.type", default, skip_serializing_if = "Option::is_none")]
     reference_type: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! Content addresses, and the only way to prove that bytes are what an address says.
+//! Content addresses, and the only way to prove that bytes match an address.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,10 +10,10 @@ use sha2::{Digest as _, Sha256};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest([u8; 32]);
 
-/// The text is not a digest that can be used.
+/// The text is no digest that this agent supports.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DigestError {
-    /// A registered algorithm, or an invented one, that nothing here computes.
+    /// An algorithm, registered or invented, that this agent does not compute.
     #[error("digest algorithm {0:?} is not supported (only sha256 is)")]
     UnsupportedAlgorithm(String),
     /// Not `algorithm:hex`, or not 64 lower-case hexadecimal characters.
@@ -22,7 +22,7 @@ pub enum DigestError {
 }
 
 impl Digest {
-    /// The digest whose value is already known, as from a message or a finished hash.
+    /// The digest with these bytes, as from a message or a finished hash.
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
@@ -32,7 +32,7 @@ impl Digest {
         Self(Sha256::digest(bytes).into())
     }
 
-    /// Its 32 bytes.
+    /// The 32 bytes of the digest.
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
@@ -42,7 +42,7 @@ impl Digest {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// Twelve characters, enough for a person to tell blobs apart.
+    /// The first twelve characters, for logs and tables.
     pub fn short(&self) -> String {
         self.hex()[..12].to_owned()
     }
@@ -93,7 +93,7 @@ impl FromStr for Digest {
     }
 }
 
-/// Text for people and JSON, 32 bytes in our own messages.
+/// Text in formats for people and in JSON, 32 bytes in our own messages.
 impl Serialize for Digest {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         if serializer.is_human_readable() { serializer.collect_str(self) } else { self.0.serialize(serializer) }
@@ -110,9 +110,11 @@ impl<'de> Deserialize<'de> for Digest {
     }
 }
 
-/// Proof that bytes with this digest and of this size went through a [`Hasher`], or piece by piece through a [`super::Proving`].
+/// Proof that bytes with this digest and of this size went through a [`Hasher`], or piece by piece
+/// through a [`super::PieceVerifier`].
 ///
-/// It can be made nowhere else, so a function that asks for one cannot be called with unchecked content.
+/// No other module can make a proof, so a function that takes a proof cannot be called with
+/// unverified content.
 #[derive(Debug, PartialEq, Eq)]
 pub struct BlobProof {
     digest: Digest,
@@ -120,54 +122,54 @@ pub struct BlobProof {
 }
 
 impl BlobProof {
-    /// For whoever has just proved it.
+    /// The caller has verified the bytes.
     pub(super) fn new(digest: Digest, size: u64) -> Self {
         Self { digest, size }
     }
 
-    /// What the bytes hash to.
+    /// The digest of the bytes.
     pub fn digest(&self) -> Digest {
         self.digest
     }
 
-    /// How many bytes there were.
+    /// The number of bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 }
 
-/// The bytes are not the blob that was asked for.
+/// The bytes are not the requested blob.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum VerifyError {
     /// Fewer or more bytes than the descriptor says.
     #[error("{expected} should have {expected_size} bytes and has {actual_size}")]
     Size {
-        /// The blob that was asked for.
+        /// The requested blob.
         expected: Digest,
-        /// The size that its descriptor gives.
+        /// The size in the descriptor.
         expected_size: u64,
-        /// The bytes that there were.
+        /// The number of bytes that arrived.
         actual_size: u64,
     },
-    /// The right number of bytes, but others.
+    /// The right number of bytes, but other content.
     #[error("bytes for {expected} hash to {actual}")]
     Digest {
-        /// The blob that was asked for.
+        /// The requested blob.
         expected: Digest,
-        /// What came instead.
+        /// The digest of the bytes that arrived.
         actual: Digest,
     },
     /// A piece that is not the blob's.
-    #[error("piece {piece} of {expected} is another's")]
+    #[error("piece {piece} of {expected} does not match the hash chain")]
     Piece {
-        /// The blob that was asked for.
+        /// The requested blob.
         expected: Digest,
-        /// Which piece, counted from 0.
+        /// The number of the piece, counted from 0.
         piece: usize,
     },
 }
 
-/// Hashes a blob while it streams by.
+/// Hashes a blob while its bytes arrive.
 #[derive(Clone, Default)]
 pub struct Hasher {
     sha: Sha256,
@@ -175,23 +177,24 @@ pub struct Hasher {
 }
 
 impl Hasher {
-    /// Takes the next bytes of the blob.
+    /// Hashes the next bytes of the blob.
     pub fn update(&mut self, bytes: &[u8]) {
         self.sha.update(bytes);
         self.size += bytes.len() as u64;
     }
 
-    /// The bytes taken so far.
+    /// The number of bytes that were hashed.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// The digest of the bytes taken, where nothing was expected. It proves nothing about a blob.
+    /// The digest of the hashed bytes, without an expected digest. The digest alone proves nothing
+    /// about a blob.
     pub fn digest(self) -> Digest {
         Digest(self.sha.finalize().into())
     }
 
-    /// Ends the blob and says whether it was the one that was meant.
+    /// Compares the hashed bytes with the expected digest and size.
     ///
     /// # Errors
     /// [`VerifyError`] when the size or the digest differ.

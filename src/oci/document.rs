@@ -1,15 +1,17 @@
-//! Manifests and indexes, OCI's and Docker's alike.
+//! Manifests and indexes in the formats of OCI and Docker.
 
 use serde::Deserialize;
 
 use super::{Descriptor, Platform};
 
-/// The largest manifest or index that is read: what registries accept (distribution specification, "Pushing Manifests":
-/// at least 4 MiB should be supported, and the common servers stop there).
+/// The largest manifest or index that is read. Registries accept as much (distribution
+/// specification, "Pushing Manifests": at least 4 MiB should be supported, and the common servers
+/// stop there).
 pub const MAX_DOCUMENT_BYTES: u64 = 4 << 20;
 
-/// The most children one document may name. Overlay file systems stop at 128 layers and multi-platform indexes at a few dozen
-/// entries; at about 200 bytes an entry this is also far under [`MAX_DOCUMENT_BYTES`].
+/// The most children of one document. Overlay file systems stop at 128 layers, and multi-platform
+/// indexes at a few dozen entries. At about 200 bytes an entry this is also far under
+/// [`MAX_DOCUMENT_BYTES`].
 pub const MAX_CHILDREN: usize = 1024;
 
 /// The most indexes on the way from an image's name to its manifest. containerd follows any number
@@ -18,34 +20,35 @@ pub const MAX_CHILDREN: usize = 1024;
 /// image are at most 4 indexes and a manifest of [`MAX_DOCUMENT_BYTES`] each, 20 MiB.
 pub const MAX_INDEX_DEPTH: usize = 4;
 
-/// The names of an index, OCI's first (containerd: `images.IsIndexType`).
+/// The media types of an index, OCI's first (containerd: `images.IsIndexType`).
 const INDEXES: &[&str] =
     &["application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json"];
 
-/// The names of a manifest, OCI's first (containerd: `images.IsManifestType`).
+/// The media types of a manifest, OCI's first (containerd: `images.IsManifestType`).
 const MANIFESTS: &[&str] =
     &["application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"];
 
-/// The names of a configuration that a container can be made from (containerd: `images.IsConfigType`).
+/// The media types of a configuration that a container can be made from (containerd:
+/// `images.IsConfigType`).
 const CONFIGS: &[&str] =
     &["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
 
-/// What a document calls itself goes into messages; more than this of it would not be read.
+/// Most characters of a document's media type or artifact type in an error.
 const MAX_QUOTED: usize = 80;
 
-/// A blob that names other blobs.
+/// A blob that refers to other blobs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Document {
-    /// One image for several platforms.
+    /// An image for several platforms.
     Index(Index),
-    /// One image.
+    /// An image for one platform.
     Manifest(Manifest),
 }
 
 /// An OCI image index or a Docker manifest list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Index {
-    /// What the document calls itself; where it does not say, OCI's name for its shape.
+    /// The media type in the document. A document without one gets OCI's media type for its shape.
     pub media_type: String,
     /// The manifests, and indexes of further manifests, in the document's order.
     pub manifests: Vec<Descriptor>,
@@ -54,9 +57,9 @@ pub struct Index {
 /// An OCI image manifest or a Docker manifest of schema 2.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
-    /// What the document calls itself; where it does not say, OCI's name for its shape.
+    /// The media type in the document. A document without one gets OCI's media type for its shape.
     pub media_type: String,
-    /// What it is, when that is not an image.
+    /// The type of an artifact that is no image.
     pub artifact_type: Option<String>,
     /// The image's configuration.
     pub config: Descriptor,
@@ -70,7 +73,7 @@ pub enum DocumentError {
     /// Longer than [`MAX_DOCUMENT_BYTES`].
     #[error("a manifest of {0} bytes is over the limit of {MAX_DOCUMENT_BYTES}")]
     TooLarge(u64),
-    /// Not JSON, or not of this shape; also a digest or size inside it that is wrong.
+    /// Not JSON, or not of this shape; also an invalid digest or size inside.
     #[error("not a manifest: {0}")]
     Malformed(#[from] serde_json::Error),
     /// Neither a list of manifests nor a configuration with layers, or both at once.
@@ -79,21 +82,22 @@ pub enum DocumentError {
     /// More entries than [`MAX_CHILDREN`].
     #[error("{0} entries in a manifest are over the limit of {MAX_CHILDREN}")]
     TooManyChildren(usize),
-    /// Docker's first schema: its layers are no content-addressed blobs of an image that containerd runs.
+    /// Docker's first schema: its layers are no content-addressed blobs of an image that containerd
+    /// runs.
     #[error("a Docker manifest of schema 1, which no current runtime takes; push the image again with a current tool")]
     Schema1,
-    /// Only schema 2 exists besides.
+    /// A schema other than 1 and 2.
     #[error("manifest schema version {0} is not supported")]
     Schema(u64),
-    /// It calls itself something else than what it is, or its descriptor does.
+    /// The document, or its descriptor, has the media type of another shape.
     #[error("{shape} is called {claimed:?}")]
     MediaType {
-        /// What it is.
+        /// The shape of the document.
         shape: &'static str,
-        /// What it is called, shortened.
+        /// The media type, shortened.
         claimed: String,
     },
-    /// A manifest of something that cannot run: a chart, a signature, a list of materials.
+    /// A manifest of an artifact that cannot run: a chart, a signature, a list of materials.
     #[error("an artifact of type {0:?}, not an image that can run")]
     Artifact(String),
 }
@@ -110,11 +114,11 @@ struct Raw {
 }
 
 impl Document {
-    /// Reads a manifest or an index. Which of the two it is, the content decides; a document that could be read as
-    /// both is refused, because two readers would see two images.
+    /// Parses a manifest or an index. The content decides between the two. A document with both
+    /// shapes is rejected, because two readers would see two images.
     ///
     /// # Errors
-    /// [`DocumentError`] when it is too large, not JSON, or of another shape.
+    /// [`DocumentError`] when the document is too large, not JSON, or of another shape.
     pub fn parse(bytes: &[u8]) -> Result<Self, DocumentError> {
         if bytes.len() as u64 > MAX_DOCUMENT_BYTES {
             return Err(DocumentError::TooLarge(bytes.len() as u64));
@@ -130,7 +134,8 @@ impl Document {
                 let media_type = raw.media_type.unwrap_or_else(|| INDEXES[0].into());
                 Self::Index(Index { media_type, manifests })
             }
-            // `layers` is required by the specification; an artifact without any still writes an empty list.
+            // The specification requires `layers`; an artifact without layers still writes an empty
+            // list.
             (None, Some(config), Some(layers)) => {
                 let media_type = raw.media_type.unwrap_or_else(|| MANIFESTS[0].into());
                 Self::Manifest(Manifest { media_type, artifact_type: raw.artifact_type, config, layers })
@@ -150,7 +155,8 @@ impl Document {
         INDEXES.contains(&media_type) || MANIFESTS.contains(&media_type)
     }
 
-    /// Whether a descriptor may call the document so. containerd goes by the descriptor, and refuses one of the other shape.
+    /// Checks the media type in a descriptor of the document. containerd goes by the descriptor,
+    /// and rejects a document of the other shape.
     ///
     /// # Errors
     /// [`DocumentError::MediaType`].
@@ -165,7 +171,8 @@ impl Document {
         Err(DocumentError::MediaType { shape, claimed: media_type.chars().take(MAX_QUOTED).collect() })
     }
 
-    /// Whether a runtime can run it: an index, because one of its manifests may be, or a manifest whose configuration is an image's.
+    /// Checks that a runtime can run the document. An index passes, because one of its manifests
+    /// may be an image; a manifest needs the configuration of an image.
     ///
     /// # Errors
     /// [`DocumentError::Artifact`].
@@ -176,7 +183,7 @@ impl Document {
         }
     }
 
-    /// Its media type, which an image record repeats and containerd goes by.
+    /// The document's media type, which an image record repeats and containerd goes by.
     pub fn media_type(&self) -> &str {
         match self {
             Self::Index(index) => &index.media_type,
@@ -184,7 +191,7 @@ impl Document {
         }
     }
 
-    /// Every descriptor that the document names.
+    /// All descriptors in the document.
     pub fn children(&self) -> impl Iterator<Item = &Descriptor> {
         let (one, many) = match self {
             Self::Index(index) => (None, &index.manifests),
@@ -195,7 +202,8 @@ impl Document {
 }
 
 impl Manifest {
-    /// It is no image: containerd runs only what has an image's configuration, whatever else the manifest says of itself.
+    /// Whether the manifest is no image: containerd runs only manifests with the configuration of
+    /// an image, whatever the other fields say.
     pub fn is_artifact(&self) -> bool {
         !CONFIGS.contains(&self.config.media_type.as_str())
     }

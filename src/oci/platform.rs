@@ -1,12 +1,12 @@
-//! Which machine an image is for.
+//! The platform of an image.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 /// `platform` of a descriptor (OCI image specification, "Image Index"), and the same fields of a
-/// configuration. A field that is left out is empty, as in Go: an empty system means linux, an
-/// empty architecture matches no machine.
+/// configuration. An omitted field is empty, as in Go: an empty system means linux, an empty
+/// architecture matches no machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Platform {
     /// `amd64`, `arm64`, … as Go spells them.
@@ -21,7 +21,7 @@ pub struct Platform {
 }
 
 impl Platform {
-    /// The platform that this binary was built for, which is the node's.
+    /// The platform of this binary, which is the node's.
     pub fn of_this_node() -> Self {
         let (architecture, variant) = match std::env::consts::ARCH {
             "x86_64" => ("amd64", None),
@@ -33,22 +33,25 @@ impl Platform {
         Self { architecture: architecture.into(), os: "linux".into(), variant: variant.map(Into::into) }
     }
 
-    /// How well an image for `offered` runs here: `None` not at all, else the higher the better.
+    /// The rank of an image for `offered` on this platform: `None` when the image does not run,
+    /// else the higher the better.
     ///
-    /// As containerd's `platforms.Only`, which is what its CRI plugin chooses by on linux; versions and features of the operating system do
-    /// not count there.
+    /// As containerd's `platforms.Only`, by which its CRI plugin chooses on linux. Versions and
+    /// features of the operating system do not count there.
     pub fn preference(&self, offered: &Platform) -> Option<u8> {
         let offered = offered.normalised();
         let place = self.normalised().compatible_platforms().position(|platform| platform == offered)?;
         Some(u8::MAX.saturating_sub(place.try_into().unwrap_or(u8::MAX)))
     }
 
-    /// What runs on a machine like this, the best first (containerd: `platformVector`). `self` is normalised.
+    /// The platforms that run on this one, the best first (containerd: `platformVector`). `self` is
+    /// normalized.
     fn compatible_platforms(&self) -> impl Iterator<Item = Platform> {
         let number = |variant: &str| variant.strip_prefix('v').and_then(|number| number.parse::<u8>().ok());
         let variant = self.variant.as_deref().unwrap_or_default();
         let lower: Vec<(&str, u8)> = match self.architecture.as_str() {
-            // v2 and up ask for instructions that a node need not have; one without a variant runs none of them.
+            // v2 and up need instructions that a node may lack; a platform without a variant runs
+            // none of them.
             "amd64" => (1..number(variant).unwrap_or(1)).rev().map(|version| ("amd64", version)).collect(),
             "arm" => (5..number(variant).unwrap_or(5)).rev().map(|version| ("arm", version)).collect(),
             "arm64" => (5..=8).rev().map(|version| ("arm", version)).collect(),

@@ -1,4 +1,5 @@
-//! Image references, normalised the way CRI does it, because the kubelet looks an image up by that exact string.
+//! Image references, normalized as by CRI, because the kubelet looks an image up by that exact
+//! string.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,14 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{Digest, DigestError};
 
-/// Where an image comes from: a registry and a repository in it.
+/// The origin of an image: a registry and a repository in the registry.
 ///
-/// This, not the digest, is what a permission to use an image is tied to.
+/// A permission to use an image is tied to the repository, not to the digest.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Repository {
     /// Host and, if given, port: `docker.io`, `10.0.0.1:5000`.
     pub registry: String,
-    /// The path in it: `library/nginx`.
+    /// The path in the registry: `library/nginx`.
     pub path: String,
 }
 
@@ -24,9 +25,10 @@ impl fmt::Display for Repository {
     }
 }
 
-/// A reference in full: a repository with a tag or a digest.
+/// A complete reference: a repository with a tag or a digest.
 ///
-/// A reference with both keeps the digest only: CRI drops the tag then, and looks the image up without it.
+/// A reference with both keeps the digest only: CRI drops the tag too, and looks the image up
+/// without the tag.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reference {
     /// `repository:tag`; no tag at all means `latest`.
@@ -35,18 +37,18 @@ pub enum Reference {
     Digest(Repository, Digest),
 }
 
-/// A text that names no image.
+/// A text that is no image reference.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ReferenceError {
-    /// The part after `@`.
+    /// The part after `@` is no supported digest.
     #[error(transparent)]
     Digest(#[from] DigestError),
-    /// Anything else; the reason says which part.
+    /// Another part is invalid; the reason names the part.
     #[error("{text:?} is not an image reference: {reason}")]
     Malformed {
         /// The text, shortened.
         text: String,
-        /// Which part is wrong.
+        /// The invalid part.
         reason: &'static str,
     },
 }
@@ -54,7 +56,7 @@ pub enum ReferenceError {
 /// Limits of the reference grammar (distribution project, `reference.go`: NameTotalLengthMax, tag).
 const MAX_NAME: usize = 255;
 const MAX_TAG: usize = 128;
-/// Longest text worth parsing: name, tag, `@sha512:` and 128 digits, with separators.
+/// Longest text that is parsed: name, tag, `@sha512:` and 128 digits, with separators.
 const MAX_TEXT: usize = MAX_NAME + MAX_TAG + 140;
 
 impl Reference {
@@ -65,8 +67,9 @@ impl Reference {
         }
     }
 
-    /// The names under which CRI looks for this image once it is known to be `target`: what was asked for, and
-    /// `repository@digest`. (A pull writes the same two, and CRI adds the image-ID record itself.)
+    /// The names under which CRI looks for this image once the image is resolved to `target`: this
+    /// reference, and `repository@digest`. A pull writes the same two, and CRI adds the image-ID
+    /// record itself.
     pub fn record_names(&self, target: Digest) -> Vec<String> {
         let by_digest = Self::Digest(self.repository().clone(), target);
         match self {
@@ -120,13 +123,14 @@ impl Repository {
         text.len() <= MAX_NAME && is_host(text)
     }
 
-    /// Exactly this registry and path, where a reference could name them so.
+    /// The repository with exactly this registry and path; `None` where normalization changes them.
     pub fn exact(registry: &str, path: &str) -> Option<Self> {
         let repository = Self::normalised(&format!("{registry}/{path}")).ok()?;
         (repository.registry == registry && repository.path == path).then_some(repository)
     }
 
-    /// `nginx` -> `docker.io/library/nginx`, as Docker and CRI do; the error says which part is wrong.
+    /// `nginx` -> `docker.io/library/nginx`, as Docker and CRI do; the error names the invalid
+    /// part.
     fn normalised(name: &str) -> Result<Self, &'static str> {
         let (registry, path) = match name.split_once('/') {
             Some((first, rest)) if looks_like_host(first) => (first, rest),
@@ -259,7 +263,7 @@ mod tests {
     #[test]
     fn length_limits_are_exact() {
         let name = |length: usize| format!("a.b/{}", "c".repeat(length - 4));
-        // What is left out counts as well: `docker.io/library/` stands before a short name.
+        // The omitted part counts as well: `docker.io/library/` precedes a short name.
         let short = |length: usize| "c".repeat(length - "docker.io/library/".len());
         let tag = |length: usize| format!("a.b/c:{}", "t".repeat(length));
         let port = |port: &str| format!("a.b:{port}/c");

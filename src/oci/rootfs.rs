@@ -1,11 +1,12 @@
-//! What an image's configuration says of its layers, and what the snapshots that they are unpacked into are called.
+//! The layers in an image's configuration, and the names of the snapshots of the unpacked layers.
 
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
 use super::{Descriptor, Digest};
 
-/// The digests of the layers as they are when they are unpacked, the lowest first (OCI image specification, "Image configuration", `rootfs`).
+/// The digests of the uncompressed layers, the lowest first (OCI image specification, "Image
+/// configuration", `rootfs`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RootFs {
     diff_ids: Vec<Digest>,
@@ -14,28 +15,28 @@ pub struct RootFs {
 /// A layer and its place in an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StackedLayer {
-    /// The blob.
+    /// The blob of the layer.
     pub blob: Descriptor,
-    /// What its archive hashes to once it is not compressed any more.
+    /// The digest of the uncompressed archive.
     pub diff_id: Digest,
-    /// The name of what is beneath it; `None` for the lowest.
+    /// The chain ID of the layers beneath; `None` for the lowest layer.
     pub parent: Option<Digest>,
-    /// The name of this layer together with all beneath it.
+    /// The chain ID of this layer and all layers beneath: the name of the snapshot.
     pub chain_id: Digest,
 }
 
-/// A configuration that does not say what its layers are.
+/// A configuration that does not describe its layers.
 #[derive(Debug, thiserror::Error)]
 pub enum RootFsError {
     /// Not JSON, or without a list of digests.
     #[error("not an image's configuration: {0}")]
     Malformed(#[from] serde_json::Error),
     /// The manifest has another number of layers.
-    #[error("the configuration knows {diff_ids} layers and the manifest has {layers}")]
+    #[error("the configuration has {diff_ids} layers and the manifest {layers}")]
     Count {
-        /// Those of the configuration.
+        /// The number in the configuration.
         diff_ids: usize,
-        /// Those of the manifest.
+        /// The number in the manifest.
         layers: usize,
     },
 }
@@ -47,12 +48,12 @@ struct Raw {
 
 #[derive(Deserialize)]
 struct RawRootFs {
-    /// An image without layers may leave it out, or write `null`.
+    /// An image without layers may omit the list, or write `null`.
     diff_ids: Option<Vec<Digest>>,
 }
 
 impl RootFs {
-    /// Reads the configuration. Its length is the caller's to bound.
+    /// Parses the configuration. The caller bounds its length.
     ///
     /// # Errors
     /// [`RootFsError::Malformed`].
@@ -61,12 +62,12 @@ impl RootFs {
         Ok(Self { diff_ids: rootfs.diff_ids.unwrap_or_default() })
     }
 
-    /// The name of all layers together; `None` for an image without any.
+    /// The chain ID of all layers together; `None` for an image without layers.
     pub fn top_chain_id(&self) -> Option<Digest> {
         self.diff_ids.iter().copied().reduce(chain_id_of)
     }
 
-    /// The manifest's layers with their names, the lowest first.
+    /// The manifest's layers with their chain IDs, the lowest first.
     ///
     /// # Errors
     /// [`RootFsError::Count`].

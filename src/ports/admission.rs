@@ -1,4 +1,4 @@
-//! Who may join.
+//! Admission of peers by their credentials.
 
 use std::time::Duration;
 
@@ -9,53 +9,55 @@ use crate::model::{Credential, NodeName, PeerId};
 
 pub use crate::decide::clock_skew::LEEWAY;
 
-/// A verdict: this key is an agent of this cluster.
+/// Verdict: the key belongs to an agent of this cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdmittedPeer {
-    /// Its node, where the credential vouches for it.
+    /// Node that the credential names, if any.
     pub node: Option<NodeName>,
-    /// The UID of the pod that the credential is bound to, where it is.
+    /// UID of the pod that the credential is bound to, if any.
     pub pod: Option<String>,
-    /// The moment, since 1970, from which the verdict is void unless it is renewed; [`Duration::MAX`] where it never ends.
+    /// End of the verdict since 1970, unless renewed; [`Duration::MAX`] for a verdict without end.
     pub valid_until: Duration,
-    /// The credential has expired and is accepted because nobody can be had who issues another.
+    /// The credential has expired and counts only because no new one can be issued at present.
     pub is_in_grace: bool,
 }
 
-/// Decides whether the owner of a key is an agent of this cluster.
+/// Verifies that the owner of a key is an agent of this cluster.
 #[async_trait]
 pub trait Admission: Send + Sync + 'static {
-    /// What this agent shows to others.
+    /// Credential that this agent presents to peers.
     ///
     /// # Errors
-    /// [`Refusal::CannotTell`] while no credential can be had.
+    /// [`Rejection::Undecided`] while there is no credential.
     async fn credential(&self) -> Result<Credential, Rejection>;
 
-    /// Moves whenever another credential should be shown. Never closed before the admission itself is gone.
+    /// Changes when this agent has to present a new credential. Open as long as the admission
+    /// exists.
     fn credential_changes(&self) -> watch::Receiver<u64>;
 
-    /// Whether `peer`, showing `credential` itself, is admitted: its key has been proved by the TLS handshake. May ask the API server,
-    /// so it may take seconds.
+    /// Verifies the credential that `peer` presented; the TLS handshake proved the peer's key. May
+    /// call the API server and then take seconds.
     ///
     /// # Errors
-    /// [`Refusal`] when it is not.
+    /// [`Rejection`] of the credential.
     async fn admit(&self, peer: PeerId, credential: &Credential) -> Result<AdmittedPeer, Rejection>;
 
-    /// The same for an introduction that another member relayed; whoever uses it checks that `peer` signed what came with it. At once
-    /// and from what is known: called from an event loop.
+    /// Verifies a credential that another member relayed. The caller verifies that `peer` signed
+    /// the relayed message. Returns at once, from cached state: event loops call this function.
     ///
     /// # Errors
-    /// [`Refusal`]; what was missing to decide is being asked for, so that it is worth trying again in seconds.
+    /// [`Rejection`]. After [`Rejection::Undecided`] the missing keys are being fetched; a retry is
+    /// worthwhile after seconds.
     fn admit_relayed(&self, peer: PeerId, credential: &Credential) -> Result<AdmittedPeer, Rejection>;
 }
 
-/// Why a peer is not admitted. The text goes to the refused peer as well, so it says nothing that helps an intruder.
+/// Reason of a rejection. The rejected peer receives the text, so no text helps an intruder.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Rejection {
-    /// Not on the list, or the credential is not good for this key.
+    /// The key is not listed, or the credential is not valid for this key.
     #[error("not admitted: {0}")]
     Denied(String),
-    /// The means to decide are missing just now; try again.
+    /// Keys or services for a verdict are missing at present; retry.
     #[error("cannot decide now: {0}")]
     Undecided(String),
 }

@@ -1,6 +1,6 @@
-//! Claims: Kubernetes Leases, one per digest, for what should happen once.
+//! Claims: Kubernetes Leases, one per digest, for work that one agent should do.
 //!
-//! The port only reads and writes; what to do with what was read is decided in [`crate::decide::claim`].
+//! The port only reads and writes; [`crate::decide::claim`] decides.
 
 use std::time::SystemTime;
 
@@ -12,38 +12,38 @@ use crate::oci::Digest;
 /// Reads and writes the Lease of a digest.
 #[async_trait]
 pub trait Claims: Send + Sync + 'static {
-    /// The Lease as it is; `None` when there is none.
+    /// Current Lease; `None` where no Lease exists.
     ///
     /// # Errors
-    /// [`ClaimError::Unavailable`]; a claim never blocks a recovery, so callers go on without.
+    /// [`ClaimError::Unavailable`]; callers go on without a claim, which never blocks a recovery.
     async fn read(&self, digest: Digest) -> Result<Option<LeaseSnapshot>, ClaimError>;
 
-    /// Makes the Lease, held by this agent, if there is none.
+    /// Creates the Lease, held by this agent.
     ///
     /// # Errors
-    /// [`ClaimError::Lost`] when somebody was faster.
+    /// [`ClaimError::Lost`] when the Lease exists already.
     async fn create(&self, digest: Digest, now: SystemTime) -> Result<(), ClaimError>;
 
-    /// Takes over, or renews, the Lease that was read.
+    /// Takes over or renews the Lease that was read.
     ///
     /// # Errors
-    /// [`ClaimError::Lost`] when it changed since: the resource version is the fence.
+    /// [`ClaimError::Lost`] when the Lease changed since: the resource version is the fence.
     async fn update(&self, digest: Digest, read: &LeaseVersion, now: SystemTime) -> Result<(), ClaimError>;
 
     /// Deletes the Lease if this agent still holds it.
     ///
     /// # Errors
-    /// [`ClaimError::Unavailable`]; the Lease then expires by itself and is swept.
+    /// [`ClaimError::Unavailable`]; the Lease then expires and is swept.
     async fn release(&self, digest: Digest) -> Result<(), ClaimError>;
 }
 
-/// Why a claim could not be had.
+/// Reason for a missing claim.
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimError {
-    /// Somebody else has it, or changed it first.
-    #[error("somebody else was faster")]
+    /// Another agent holds the Lease, or changed it first.
+    #[error("another agent wrote the Lease first")]
     Lost,
-    /// The API server does not answer, or does not let us.
-    #[error("claims are out of reach: {0}")]
+    /// The API server does not answer, or refuses.
+    #[error("the Lease cannot be read or written: {0}")]
     Unavailable(String),
 }

@@ -1,4 +1,4 @@
-//! The pods of this node and what is said about them.
+//! Kubernetes: the pods of this node, their owners, and Events.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,41 +9,43 @@ use async_trait::async_trait;
 use crate::decide::clock_skew::ClockSample;
 use crate::model::{NodeName, Owner, PodRef, PodView, Zone};
 
-/// What the watch of this node's pods yields.
+/// Event of the watch of this node's pods.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PodEvent {
-    /// A pod as it is now; new, changed or listed again.
+    /// A pod is new, changed or listed again.
     Applied(Box<PodView>),
-    /// A pod that no longer exists.
+    /// A pod no longer exists.
     Deleted(PodRef),
-    /// Every pod that exists has been seen at least once; pods that were known before and are not in this list are gone.
+    /// Every existing pod was applied at least once. Earlier pods that are not in this list are
+    /// gone.
     Synced(Vec<PodRef>),
 }
 
 /// Annotations of one object.
 pub type Annotations = BTreeMap<String, String>;
 
-/// A namespace, as far as we look at it.
+/// A namespace, as far as the agent reads it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NamespaceView {
-    /// Its labels, for selectors.
+    /// Labels, for selectors.
     pub labels: BTreeMap<String, String>,
-    /// Its annotations, for the opt-in.
+    /// Annotations, for the opt-in.
     pub annotations: Annotations,
 }
 
 /// An Event that the kubelet wrote on a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KubeletEvent {
-    /// A word such as `Failed` or `FailedCreatePodSandBox`.
+    /// Reason, such as `Failed` or `FailedCreatePodSandBox`.
     pub reason: String,
-    /// The container that it is about, where it is about one.
+    /// Container that the Event names, if any.
     pub container: Option<String>,
-    /// The sentence.
+    /// Message, for people.
     pub message: String,
 }
 
-/// What a `kubernetes.io/dockerconfigjson` Secret holds. Not shown by `Debug`, so that it cannot get into a log.
+/// Content of a `kubernetes.io/dockerconfigjson` Secret. `Debug` omits the content, so no log has
+/// it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PullSecret(pub Vec<u8>);
 
@@ -53,7 +55,7 @@ impl std::fmt::Debug for PullSecret {
     }
 }
 
-/// What the agent asks of Kubernetes besides the watch.
+/// Calls to Kubernetes besides the watch.
 #[async_trait]
 pub trait Cluster: Send + Sync + 'static {
     /// The namespace's labels and annotations, at most some seconds old.
@@ -62,65 +64,67 @@ pub trait Cluster: Send + Sync + 'static {
     /// [`ClusterError`].
     async fn namespace(&self, k8s_namespace: &str) -> Result<Arc<NamespaceView>, ClusterError>;
 
-    /// The annotations of an owner in this namespace and of the owners above it, the nearest first, at most half a minute old. Only kinds
-    /// that make pods are asked for (ReplicaSet, Deployment, StatefulSet, DaemonSet, Job, CronJob, ReplicationController); the list ends at
-    /// any other kind, and where an owner is gone.
+    /// Annotations of an owner in this namespace and of the owners above, the nearest first, at
+    /// most half a minute old. Only kinds that create pods are read (ReplicaSet, Deployment,
+    /// StatefulSet, DaemonSet, Job, CronJob, ReplicationController). The list ends at any other
+    /// kind and at a deleted owner.
     ///
     /// # Errors
     /// [`ClusterError`].
     async fn owners(&self, k8s_namespace: &str, owner: &Owner) -> Result<Vec<Arc<Annotations>>, ClusterError>;
 
-    /// The zone of this agent's own node, by its label `topology.kubernetes.io/zone`; `None` where it has none.
+    /// Zone of this agent's node, from the label `topology.kubernetes.io/zone`, if any.
     ///
     /// # Errors
     /// [`ClusterError`].
     async fn zone(&self) -> Result<Option<Zone>, ClusterError>;
 
-    /// What the kubelet said about the pod of late, the oldest first. For an agent that starts in the middle of it, and for a
-    /// sandbox image, whose absence shows nowhere else.
+    /// The kubelet's recent Events on the pod, the oldest first. Serves an agent that starts during
+    /// a failure, and sandbox images, whose absence no pod status shows.
     ///
     /// # Errors
     /// [`ClusterError`].
     async fn kubelet_events(&self, pod: &PodRef) -> Result<Vec<KubeletEvent>, ClusterError>;
 
-    /// A pull secret of the pod's namespace, as `kubernetes.io/dockerconfigjson` keeps it. Needs a right that agents do not have unless
-    /// the namespace gives it to them.
+    /// A pull secret of the pod's namespace, as `kubernetes.io/dockerconfigjson` stores it. Agents
+    /// lack the right unless the namespace grants it.
     ///
     /// # Errors
-    /// [`ClusterError::Forbidden`] where the right was not given, [`ClusterError::Gone`] where there is no such Secret.
+    /// [`ClusterError::Forbidden`] without the right, [`ClusterError::Gone`] without such a Secret.
     async fn pull_secret(&self, k8s_namespace: &str, name: &str) -> Result<PullSecret, ClusterError>;
 
-    /// Deletes the pod, and only this one: with its UID as precondition.
+    /// Deletes this pod, with its UID as precondition.
     ///
     /// # Errors
-    /// [`ClusterError::Gone`] when it is gone or another has its name.
+    /// [`ClusterError::Gone`] when the pod is gone or another pod has its name.
     async fn delete(&self, pod: &PodRef) -> Result<(), ClusterError>;
 
-    /// Makes the kubelet look at the pod at once, by a changed annotation. The only write to pods that there is.
+    /// Makes the kubelet sync the pod at once, by a changed annotation. The agent's only write to
+    /// pods.
     ///
     /// # Errors
     /// [`ClusterError::Gone`] when the pod was deleted meanwhile.
     async fn nudge(&self, pod: &PodRef) -> Result<(), ClusterError>;
 
-    /// Says something on the pod, as a Kubernetes Event.
+    /// Writes a Kubernetes Event on the pod.
     ///
     /// # Errors
     /// [`ClusterError`].
     async fn report(&self, pod: &PodRef, report: &PodReport) -> Result<(), ClusterError>;
 
-    /// Writes an Event on the agent's own node, or renews the one of this reason that is there.
+    /// Writes an Event on the agent's own node, or renews the node's Event of this reason.
     ///
     /// # Errors
     /// [`ClusterError`].
     async fn report_on_node(&self, report: &NodeReport) -> Result<(), ClusterError>;
 
-    /// The creation time of a Node object.
+    /// Creation time of a Node object.
     ///
     /// # Errors
-    /// [`ClusterError::Gone`] where there is no such node.
+    /// [`ClusterError::Gone`] when no such node exists.
     async fn node_created(&self, node: &NodeName) -> Result<SystemTime, ClusterError>;
 
-    /// The API server's clock beside this node's, by one small request.
+    /// Compares the API server's clock with this node's, by one small request.
     ///
     /// # Errors
     /// [`ClusterError`].
@@ -130,29 +134,30 @@ pub trait Cluster: Send + Sync + 'static {
 /// An Event on a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodReport {
-    /// What happened; becomes the Event's reason.
+    /// Kind of the Event; its reason follows from the kind.
     pub kind: PodReportKind,
-    /// A sentence for people: what, from whom, what to do. At most 1024 bytes are kept (Kubernetes' limit for notes).
+    /// Sentence for people: image, provider, remedy. Kubernetes' limit for notes is 1024 bytes, and
+    /// the rest is cut.
     pub note: String,
 }
 
 /// An Event on the agent's own node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeReport {
-    /// Becomes the Event's reason.
+    /// Kind of the Event; its reason follows from the kind.
     pub kind: NodeReportKind,
-    /// A sentence for people. At most 1024 bytes are kept.
+    /// Sentence for people, cut after 1024 bytes.
     pub note: String,
 }
 
-/// The reasons of Events on a node. A node has one Event of each.
+/// Reasons of Events on a node. A node has one Event of each reason.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum NodeReportKind {
-    /// Most images of the node lack layers, so that other nodes cannot get these images from here.
+    /// Most images of the node lack layers, so no other node can fetch these images from here.
     ImagesLackLayers,
     /// The node's clock is too far from the API server's.
     ClockSkew,
-    /// The node had the key of another node, and has a new one.
+    /// The node had the key of another node, and has a new key.
     KeyReplaced,
 }
 
@@ -167,26 +172,27 @@ impl NodeReportKind {
     }
 }
 
-/// The reasons of our Events. They are part of what users may rely on.
+/// Reasons of the agent's Events. Users may rely on them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PodReportKind {
-    /// The image is here now and the pod can start.
+    /// The image is on the node, and the pod can start.
     Recovered,
-    /// It was tried and did not work; it will be tried again.
+    /// The recovery failed and will be retried.
     Failed,
-    /// Nothing that we do would help, or may be done; says why and what would.
+    /// No recovery helps or is permitted; the note has the reason and the remedy.
     NotRecoverable,
-    /// No peer holds the image under this name; we wait for one.
+    /// No peer has the image under this reference; the recovery waits for a provider.
     NoProvider,
-    /// A pull does not end; the note says what the pod waits for and until when.
+    /// A pull does not end; the note names the obstacle and the deadline.
     Stalled,
-    /// A stalled pull was ended by ending containerd's connection; the note names the connection.
+    /// The agent ended a stalled pull by ending containerd's connection, which the note names.
     PullEnded,
-    /// The kubelet's words about a failed pull cannot be read; the note quotes them.
+    /// The kubelet's message about a failed pull is unknown to this release; the note quotes it.
     Unclassified,
-    /// The record of an image that nobody can mend was removed, so that the kubelet pulls it anew.
+    /// The record of an image that no node can repair was removed, so the kubelet pulls the image
+    /// anew.
     RecordRemoved,
-    /// A dry run found where the image could come from.
+    /// A dry run found providers for the image.
     DryRun,
 }
 
@@ -206,28 +212,28 @@ impl PodReportKind {
         }
     }
 
-    /// Whether `kubectl` shows it as a warning.
+    /// Whether `kubectl` shows the Event as a warning.
     pub fn is_warning(self) -> bool {
         !matches!(self, Self::Recovered | Self::DryRun)
     }
 }
 
-/// Why Kubernetes did not do what it was asked.
+/// Reason of a failed call to Kubernetes.
 #[derive(Debug, thiserror::Error)]
 pub enum ClusterError {
-    /// The API server cannot be reached or is overloaded; later may work.
+    /// The API server cannot be reached or is overloaded; a later call may succeed.
     #[error("the API server cannot be reached: {0}")]
     Unavailable(String),
-    /// The API server answers, and an admission webhook of the cluster that must be asked does not; later may work.
+    /// The API server answers, but a required admission webhook does not; a later call may succeed.
     #[error("an admission webhook of the cluster does not answer, so the API server refuses: {0}")]
     Webhook(String),
     /// The object is gone.
     #[error("{0} no longer exists")]
     Gone(String),
-    /// The agent's rights do not suffice; the text names the missing one.
+    /// The agent lacks a right, which the text names.
     #[error("the API server refuses: {0}")]
     Forbidden(String),
-    /// Anything else, as the API server put it.
+    /// Any other error, in the API server's words.
     #[error("{0}")]
     Other(String),
 }

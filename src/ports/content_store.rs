@@ -1,4 +1,4 @@
-//! Content that a node keeps: blobs by digest, image records that name them, pins that hold them.
+//! Content of a node: blobs by digest, image records that name blobs, and pins that hold blobs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,18 +9,18 @@ use tokio::sync::watch;
 
 use super::StagedBlob;
 use crate::decide::disk::Disks;
-use crate::oci::{BlobProof, Descriptor, Digest, Repository};
+use crate::oci::{BlobProof, Descriptor, Digest, Document, Repository};
 
 /// A content store: containerd's, an OCI layout on disk, or one in memory.
 #[async_trait]
 pub trait ContentStore: Send + Sync + 'static {
-    /// The blob, if all of it is there.
+    /// The blob, if the store has all of its bytes.
     ///
     /// # Errors
     /// [`StoreError::Unavailable`] and [`StoreError::Other`]; an absent blob is `None`.
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError>;
 
-    /// Every blob that is wholly there. Half-written ones are not.
+    /// Every complete blob. Blobs that are being written are not listed.
     ///
     /// # Errors
     /// As [`ContentStore::blob`].
@@ -29,33 +29,37 @@ pub trait ContentStore: Send + Sync + 'static {
     /// Opens a blob for reading.
     ///
     /// # Errors
-    /// [`StoreError::Absent`] when it is not there.
+    /// [`StoreError::Absent`] for an absent blob.
     async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError>;
 
-    /// Starts writing a blob that `pin` will hold. Whatever an earlier, interrupted attempt left is thrown away.
+    /// Starts writing a blob that `pin` will hold. Bytes of an earlier, interrupted attempt are
+    /// deleted.
     ///
     /// # Errors
-    /// [`StoreError::AlreadyThere`] when the whole blob exists already (it is then held by the pin, but its
-    /// [`Remembered`] may be missing: see [`ContentStore::remember`]).
+    /// [`StoreError::AlreadyExists`] when the complete blob exists. The pin then holds the blob,
+    /// but [`BlobMetadata`] may be missing: see [`ContentStore::add_metadata`].
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError>;
 
-    /// Begins a blob whose pieces come in any order, and which `pin` will hold; what an earlier, interrupted attempt left is there again.
+    /// Starts a blob whose pieces arrive in any order, and which `pin` will hold. The blob resumes
+    /// with the pieces of an earlier, interrupted attempt.
     ///
     /// # Errors
     /// As [`ContentStore::create`]: a blob has one writer at a time, of either kind.
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError>;
 
-    /// Adds to what is remembered about a blob that is there; nothing that was remembered is lost.
+    /// Adds metadata to a blob of the store; earlier metadata stays.
     ///
     /// # Errors
-    /// [`StoreError::Absent`] when the blob is not there.
+    /// [`StoreError::Absent`] for an absent blob.
     async fn add_metadata(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError>;
 
-    /// Removes a blob, so that it can be written again; what refers to it stays, and what it kept alive is held by `pin` from now on.
-    /// Only for bytes that were seen to be wrong, and only with the right ones at hand or nothing to lose. Whoever has it open may read on.
+    /// Removes a blob, so that it can be written again. References to the blob stay, and `pin`
+    /// holds the blob's children from now on. Only for bytes with a wrong hash, and only when the
+    /// right bytes are at hand or nothing is lost. Open readers may read on.
     ///
     /// # Errors
-    /// [`StoreError::Other`] when its bytes cannot be removed; they must then not be taken for the blob. What is not there is no error.
+    /// [`StoreError::Other`] when the bytes cannot be removed; callers must not use them then. An
+    /// absent blob is no error.
     async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError>;
 
     /// Every image record.
@@ -64,55 +68,57 @@ pub trait ContentStore: Send + Sync + 'static {
     /// As [`ContentStore::blob`].
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError>;
 
-    /// Writes an image record, replacing one of that name, and returns when the runtime has taken notice of it:
-    /// a pod started afterwards finds the image.
+    /// Writes an image record, replaces a record of that name, and returns when the runtime has
+    /// processed the change: a pod started afterwards finds the image.
     ///
     /// # Errors
-    /// [`StoreError::Absent`] when the target is not there.
+    /// [`StoreError::Absent`] for an absent target.
     async fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError>;
 
-    /// Removes the image record of exactly this name if it points at `target`, and returns when the runtime has taken notice of it. What it
-    /// named is left to the collector. For a record whose content nobody has any more: as long as it is there, pods are told that the
-    /// image is, and it is never pulled.
+    /// Removes the image record of exactly this name if its target is `target`, and returns when
+    /// the runtime has processed the change. The collector removes the content. Only for records
+    /// whose content no node has: while the record exists, pods see the image as present, and the
+    /// kubelet never pulls.
     ///
     /// # Errors
-    /// As [`ContentStore::blob`]. A record that is gone, or that points elsewhere, is no error.
+    /// As [`ContentStore::blob`]. A missing record, or a record with another target, is no error.
     async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError>;
 
-    /// What the runtime of this store has unpacked under this chain ID, which is
+    /// Snapshots that the runtime of this store unpacked under this chain ID, which is
     /// [`crate::oci::StackedLayer::chain_id`] of an image's topmost layer.
     ///
     /// # Errors
     /// As [`ContentStore::blob`].
     async fn snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError>;
 
-    /// Holds content against collection until released, or for `life` at most, so that a killed agent leaks nothing.
+    /// Protects content from the collector until released, but for `life` at most: a killed agent
+    /// leaks nothing.
     ///
     /// # Errors
     /// As [`ContentStore::blob`].
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError>;
 
-    /// Holds the pin's content for `life` from now on: what it holds already, what is being written
-    /// under it, and what comes. A killed agent leaks nothing after `life`, as with
-    /// [`ContentStore::pin`].
+    /// Extends the pin to `life` from now on, for present content, open writers and later content.
+    /// A killed agent leaks nothing after `life`, as with [`ContentStore::pin`].
     ///
     /// # Errors
-    /// As [`ContentStore::blob`], and [`StoreError::Other`] when the pin has ended. The pin then
-    /// holds its content until its former end at least.
+    /// As [`ContentStore::blob`], and [`StoreError::Other`] when the pin has ended. After other
+    /// errors the pin holds its content until its former end at least.
     async fn renew(&self, pin: &Pin, life: Duration) -> Result<(), StoreError>;
 
-    /// Lets go. What no image record reaches any more is collected sooner or later.
+    /// Releases the pin. The collector removes content without an image record sooner or later.
     ///
     /// # Errors
-    /// As [`ContentStore::blob`]. Releasing a pin that is gone is no error.
+    /// As [`ContentStore::blob`]. A pin that is gone is no error.
     async fn release(&self, pin: Pin) -> Result<(), StoreError>;
 
-    /// A counter that moves whenever blobs or records may have changed. It moves too often rather than too seldom, yet
-    /// some stores (containerd's collector is one) take content away silently, so list again at intervals as well.
+    /// Counter that moves whenever blobs or records may have changed. Extra moves are possible.
+    /// Some stores remove content silently (containerd's collector for one), so list at intervals
+    /// as well.
     fn changes(&self) -> watch::Receiver<u64>;
 
-    /// The file systems that content is kept on and unpacked to, as far as they have a meaning and
-    /// can be seen.
+    /// File systems of the content and of the snapshots, as far as the store has them and the agent
+    /// can see them.
     ///
     /// # Errors
     /// As [`ContentStore::blob`].
@@ -128,66 +134,67 @@ pub trait BlobReader: Send {
     /// Reads at most `most` bytes at `offset`; empty only at the end, or when `most` is 0.
     ///
     /// # Errors
-    /// [`StoreError::Absent`] when the blob was collected meanwhile.
+    /// [`StoreError::Absent`] when the collector removed the blob meanwhile.
     async fn read_at(&mut self, offset: u64, most: usize) -> Result<Bytes, StoreError>;
 }
 
-/// Where fetched bytes go, in order.
+/// Receives fetched bytes, in order.
 ///
-/// Called once per batch of chunks rather than once per chunk: at a gigabyte a second the calls themselves would count.
+/// Called once per batch of chunks: at a gigabyte a second, one call per chunk would cost too much.
 #[async_trait]
 pub trait BlobSink: Send {
     /// Appends the chunks, one after the other.
     ///
     /// # Errors
-    /// Any [`StoreError`]; the blob must then be abandoned.
+    /// Any [`StoreError`]; the caller must then abandon the blob.
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError>;
 }
 
-/// A blob being written. Dropped without [`BlobWriter::commit`], nothing of it can be read, ever.
+/// A blob being written. Dropped without [`BlobWriter::commit`], the blob can never be read.
 #[async_trait]
 pub trait BlobWriter: BlobSink {
-    /// Makes the blob readable, with what is to be remembered about it. Only bytes that were proved get here: the
+    /// Makes the blob readable and stores its metadata. Only verified bytes may be committed: the
     /// proof must be for this writer's blob.
     ///
     /// # Errors
-    /// [`StoreError::Other`] when the proof is for another blob or the bytes written are not as many as it says.
+    /// [`StoreError::Other`] when the proof is for another blob or the number of bytes differs.
     async fn commit(self: Box<Self>, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError>;
 }
 
-/// A blob that is there.
+/// A complete blob.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlobInfo {
-    /// Its address.
+    /// Digest.
     pub digest: Digest,
-    /// Its length in bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// The repositories that it is remembered to have come from, in ascending order; who may fetch it asks for one of them.
+    /// Recorded repositories of the blob, in ascending order. A request for the blob names one of
+    /// them.
     pub sources: Vec<Repository>,
-    /// It is remembered to keep other blobs alive: it is a manifest or an index.
+    /// Metadata names children: the blob is a manifest or an index.
     pub has_children: bool,
 }
 
-/// What is kept about a blob beside its bytes, so that the collector leaves its children and so that it can be pushed later.
-/// containerd calls these labels.
+/// Metadata of a blob: the collector keeps the children, and the blob can be pushed later.
+/// containerd stores metadata as labels.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct BlobMetadata {
-    /// Where the blob came from first.
+    /// Repository that the blob came from first.
     pub source: Option<Repository>,
-    /// The blobs that stay as long as this one does.
+    /// Blobs that stay as long as this blob.
     pub children: Vec<Child>,
 }
 
-/// A blob that another one keeps alive.
+/// A blob that its parent keeps alive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Child {
-    /// Which blob.
+    /// Digest of the child.
     pub digest: Digest,
-    /// As what.
+    /// Role of the child.
     pub kind: ChildKind,
 }
 
-/// What a child is to its parent.
+/// Role of a child in its parent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChildKind {
     /// A manifest in an index.
@@ -198,60 +205,72 @@ pub enum ChildKind {
     Layer,
 }
 
-/// Whether images may be brought into a content store by others than its runtime.
+impl ChildKind {
+    /// The kind of the child at this position of an index or a manifest. Position 0 of a manifest
+    /// is the config.
+    pub fn of(document: &Document, position: usize) -> Self {
+        match document {
+            Document::Index(_) => Self::Manifest,
+            Document::Manifest(_) if position == 0 => Self::Config,
+            Document::Manifest(_) => Self::Layer,
+        }
+    }
+}
+
+/// Whether other programs than the runtime may import images into a content store.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum ImportPermission {
-    /// It has not been found out yet.
+    /// The store has not answered yet.
     #[default]
     Unknown,
-    /// They may.
+    /// Imports are permitted.
     Allowed,
-    /// They may not; says why, and what to set.
+    /// Imports are refused; the text has the reason and the setting.
     Refused(String),
 }
 
 /// A name that points at an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageRecord {
-    /// The exact name; a normalised reference where a runtime wrote it, anything where a person did.
+    /// Exact name: a normalized reference from a runtime, any text from a person.
     pub name: String,
-    /// The index or manifest.
+    /// Index or manifest.
     pub target: Descriptor,
 }
 
 /// An image's layers outside the content store.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Snapshots {
-    /// The snapshotters that have all layers; as many at most as the runtime has.
+    /// Snapshotters that have all layers; at most as many as the runtime has.
     pub snapshotters: Vec<String>,
-    /// Whether the runtime drops layers once they are unpacked; `None` where the runtime does not
-    /// tell.
+    /// Whether the runtime discards layers after unpacking; `None` where the runtime does not say.
     pub discards_layers: Option<bool>,
 }
 
-/// Holds content while it is worked on. (containerd calls this a lease; here that word is Kubernetes's.)
+/// Protects content from the collector while the agent works on it. A lease in containerd's words;
+/// here a lease is Kubernetes's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pin(pub String);
 
-/// Why a content store did not do what it was asked.
+/// Reason of a failed store operation.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The store cannot be reached: not started, restarting, gone. The same call may succeed later.
+    /// The store cannot be reached: not started, restarting, gone. A retry may succeed later.
     #[error("the content store cannot be reached: {0}")]
     Unavailable(String),
-    /// The blob is not there, or no longer.
+    /// The store does not have the blob, or no longer.
     #[error("{0} is not in the content store")]
     Absent(Digest),
-    /// All of the blob is there already.
+    /// The store has the complete blob already.
     #[error("{0} is in the content store already")]
     AlreadyExists(Digest),
-    /// Somebody else is writing this blob right now.
-    #[error("{0} is being written by somebody else")]
+    /// Another writer has this blob at present.
+    #[error("{0} is being written by another writer")]
     Busy(Digest),
-    /// No room.
+    /// The disk is full.
     #[error("no space left for {0}")]
     Full(Digest),
-    /// Anything else, as the store put it.
+    /// Any other error, in the store's words.
     #[error("{0}")]
     Other(String),
 }

@@ -1,7 +1,7 @@
-//! What a person on the node asks of its agent: how it is, and an image by hand.
+//! Requests of a person on the node: the agent's status, and a pull by hand.
 //!
-//! The names of the fields are what `--json` prints, so they are part of what users may rely on. Not here: how the questions travel
-//! (`crate::control`) and who answers them (`crate::agent`).
+//! `--json` prints the names of the fields, so users may rely on them. `crate::control` has the
+//! transport, `crate::agent` has the answers.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,90 +13,91 @@ use tokio::sync::mpsc;
 use crate::model::MeshStatus;
 use crate::oci::Reference;
 
-/// Node names in one message; more would not be read. At 253 bytes each, 8 KiB.
+/// Most node names in one message; people would not read more. At 253 bytes each, 8 KiB.
 pub const MAX_NAMES: usize = 32;
 
-/// Members of the mesh that a status names: as many nodes as Kubernetes is built for. At some 300 bytes each that is 1.5 MiB, and 3 MiB
-/// with names of the longest kind.
+/// Most members in a status: as many nodes as Kubernetes supports. At some 300 bytes each that is
+/// 1.5 MiB, and 3 MiB with names of the longest kind.
 pub const MAX_STATUS_MEMBERS: usize = 5000;
 
-/// An image that somebody asks for by hand.
+/// A pull that a person starts by hand.
 #[derive(Debug)]
 pub struct PullRequest {
-    /// Which image.
+    /// Image to pull.
     pub reference: Reference,
-    /// Only say what is known of it; nothing moves.
+    /// Only resolve the reference; fetch nothing.
     pub dry_run: bool,
-    /// Where its progress goes; the last message is [`PullProgress::Done`] or [`PullProgress::Failed`]. Closed when nobody listens any
-    /// more, which abandons the pull.
+    /// Receives the progress; the last message is [`PullProgress::Done`] or
+    /// [`PullProgress::Failed`]. The client closes the channel at its end, which abandons the pull.
     pub progress: mpsc::Sender<PullProgress>,
 }
 
-/// How far a pull is. A dry run ends with [`PullProgress::Resolved`] or [`PullProgress::Failed`].
+/// Progress of a pull. A dry run ends with [`PullProgress::Resolved`] or [`PullProgress::Failed`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "camelCase", rename_all_fields = "camelCase")]
 pub enum PullProgress {
-    /// Which content the reference means, and who holds it.
+    /// The reference is resolved, and providers are found.
     Resolved {
-        /// The index or manifest.
+        /// Digest of the index or manifest.
         digest: String,
-        /// The nodes that hold it under this repository, at most [`MAX_NAMES`] of them.
+        /// Nodes that have the image under this repository, at most [`MAX_NAMES`].
         providers: Vec<String>,
-        /// Providers that are not named.
+        /// Number of further providers.
         more_providers: usize,
     },
-    /// What has to come is known. Not sent when nothing has to.
+    /// The missing blobs are determined. Not sent when no blob is missing.
     Planned {
         /// Bytes of config and layers to fetch.
         missing_bytes: u64,
         /// Blobs to fetch.
         missing_blobs: usize,
     },
-    /// Bytes of config and layers that have come. Falls back when a provider fails in the middle of a blob.
+    /// Fetched bytes of config and layers. Falls when a provider fails in the middle of a blob.
     Bytes {
-        /// So far.
+        /// Fetched bytes.
         done: u64,
-        /// Of so many.
+        /// Bytes to fetch.
         total: u64,
     },
-    /// A layer is being unpacked, while others may still be coming. Not sent where that is left to the runtime.
+    /// A layer is being unpacked while other layers may still arrive. Not sent where the runtime
+    /// unpacks.
     Unpacking {
-        /// Which one, counted from 1.
+        /// Number of the layer, from 1.
         layer: usize,
-        /// Of so many.
+        /// Number of layers.
         of: usize,
     },
-    /// The image is here.
+    /// The image is on the node.
     Done {
-        /// The index or manifest.
+        /// Digest of the index or manifest.
         digest: String,
-        /// Bytes that came, documents included.
+        /// Fetched bytes, documents included.
         bytes: u64,
-        /// Blobs that came.
+        /// Fetched blobs.
         fetched: usize,
-        /// Blobs that were here.
+        /// Blobs that were present before.
         there: usize,
-        /// How long it took.
+        /// Duration.
         milliseconds: u64,
-        /// The nodes that it came from, at most [`MAX_NAMES`] of them.
+        /// Nodes that sent bytes, at most [`MAX_NAMES`].
         from: Vec<String>,
     },
-    /// The image is not here.
+    /// The pull failed.
     Failed {
-        /// What went wrong, for machines.
+        /// Kind of the failure, for programs.
         kind: PullFailure,
-        /// What went wrong, for people: which image, which nodes.
+        /// Error text for people: image and nodes.
         message: String,
-        /// Whether the same may work a little later.
+        /// Whether a retry may succeed a little later.
         retryable: bool,
     },
-    /// Something that this release does not know.
+    /// Event of a later release.
     #[serde(other)]
     Other,
 }
 
 impl PullProgress {
-    /// Whether this ends the pull.
+    /// Whether this message ends the pull.
     pub fn is_last(&self, dry_run: bool) -> bool {
         match self {
             Self::Done { .. } | Self::Failed { .. } => true,
@@ -106,17 +107,17 @@ impl PullProgress {
     }
 }
 
-/// Why a pull by hand failed.
+/// Kind of a failed pull by hand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum PullFailure {
-    /// No peer holds it under this registry and repository.
+    /// No peer has the image under this registry and repository.
     NoProvider,
-    /// Peers know the tag with different contents.
+    /// Peers have different contents for the tag.
     Disagreement,
-    /// A manifest that cannot be used, or none for this platform.
+    /// The manifest cannot be used, or has no entry for this platform.
     Unusable,
-    /// A limit forbids it.
+    /// A limit forbids the pull.
     OverLimit,
     /// Nothing may be imported on this node.
     Closed,
@@ -126,32 +127,33 @@ pub enum PullFailure {
     StoreFailed,
     /// The agent stops.
     Abandoned,
-    /// As many are pulled by hand as may be at the same time.
+    /// The limit of concurrent pulls by hand is reached.
     Busy,
-    /// One that this release does not know.
+    /// Kind of a later release.
     #[serde(other)]
     Other,
 }
 
-/// Says how the agent is, from what is known.
+/// Returns the agent's status from cached state.
 #[async_trait]
 pub trait StatusSource: Send + Sync + 'static {
-    /// How it is now. Takes a second at most.
+    /// Current status. Takes a second at most.
     async fn status(&self) -> Status;
 }
 
-/// Says how the mesh looks.
+/// Returns the status of the mesh.
 #[async_trait]
 pub trait MeshSource: Send + Sync + 'static {
-    /// How it looks now, with at most [`MAX_MEMBERS`] members, by node; `None` where it does not answer within a second.
+    /// Current status with at most [`MAX_STATUS_MEMBERS`] members, by node; `None` when the mesh
+    /// does not answer within a second.
     async fn mesh(&self) -> Option<MeshStatus>;
 }
 
-/// How an agent is. What it does not know is absent.
+/// Status of an agent. Unknown values are absent.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Status {
-    /// The node.
+    /// Node name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
     /// The agent's key.
@@ -163,44 +165,44 @@ pub struct Status {
     /// This node's containerd.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub containerd: Option<ContainerdStatus>,
-    /// The other agents.
+    /// Peers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mesh: Option<MeshStatus>,
-    /// Whether other agents answer over UDP.
+    /// Whether peers answer over UDP.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub udp: Option<UdpStatus>,
     /// This node's clock.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clock: Option<ClockStatus>,
-    /// What this node tells the others.
+    /// Images that this node announces.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub images: Option<ImagesStatus>,
-    /// Layers that are retained; absent where none are to be.
+    /// Retained layers; absent where retention is off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retained: Option<RetentionStatus>,
-    /// Images of the agent's own DaemonSet; absent where the agent does not look after them.
+    /// Images of the agent's own DaemonSet; absent where their protection is off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub own_image: Option<OwnImageStatus>,
-    /// Registries that are known to be down; an empty list when none is.
+    /// Registries with an outage; an empty list without outages.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registries_down: Option<Vec<OutageStatus>>,
     /// Recoveries under way.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recoveries: Option<Vec<RecoveryStatus>>,
-    /// The watched file, if there is one.
+    /// The policy file, if one is configured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy_file: Option<PolicyFileStatus>,
 }
 
-/// Whether other agents answer over UDP, which carries blobs.
+/// Whether peers answer over UDP, which carries blobs.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct UdpStatus {
-    /// Since when none of those that were asked did while some answered over TCP, in seconds since 1970; absent
-    /// where UDP is not blocked.
+    /// Begin of the block in seconds since 1970; absent where UDP is not blocked. UDP is blocked
+    /// when no probed peer answers over UDP while some answer over TCP.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blocked_since: Option<u64>,
-    /// The UDP port, where it is blocked; zero otherwise.
+    /// The UDP port, where blocked; zero otherwise.
     pub port: u16,
     /// Nodes that answer over TCP and not over UDP.
     pub nodes: usize,
@@ -210,51 +212,52 @@ pub struct UdpStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ClockStatus {
-    /// Seconds that this node's clock is ahead for certain; below zero it is behind.
+    /// Seconds that this node's clock is ahead for certain; below zero the clock is behind.
     pub ahead_seconds: i64,
-    /// So far that peers may refuse each other's credentials.
+    /// The difference is so large that peers may reject each other's credentials.
     pub too_far: bool,
-    /// The time of the comparison, in seconds since 1970, by this node's clock.
+    /// Time of the comparison, in seconds since 1970, by this node's clock.
     pub measured: u64,
 }
 
-/// What is known of containerd.
+/// Status of containerd.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ContainerdStatus {
-    /// Its version; absent while it does not answer.
+    /// containerd's version; absent while containerd does not answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
-    /// The root of its content store, as containerd or the setting names it.
+    /// Root of the content store, from containerd or from the setting.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content_root: Option<String>,
-    /// How blobs are read.
+    /// Access to blobs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blobs_read: Option<BlobAccess>,
-    /// How staged blobs come into it: `linked`, or `copied: ` and why, which is slower.
+    /// Ingest mode of staged blobs: `linked`, or the slower `copied: ` with the reason.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ingest: Option<String>,
-    /// Whether it discards layers once they are unpacked. containerd 2 does not say.
+    /// Whether containerd discards layers after unpacking. containerd 2 does not say.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discards_unpacked_layers: Option<bool>,
-    /// The snapshotter that layers are unpacked into as they come, or `left to containerd: ` and why.
+    /// Snapshotter that layers are unpacked into on arrival, or `left to containerd: ` with the
+    /// reason.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unpacking: Option<String>,
-    /// The image of pods' sandboxes, without which no pod starts; absent where no sandbox tells.
+    /// Image of pod sandboxes, without which no pod starts; absent without a sandbox.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sandbox_image: Option<String>,
-    /// Its image verifiers; an empty list when it has none.
+    /// containerd's image verifiers; an empty list without verifiers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_verifiers: Option<Vec<String>>,
 }
 
-/// How blobs are read from containerd.
+/// Access to containerd's blobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum BlobAccess {
-    /// From the files of its content store.
+    /// Files of the content store.
     Files,
-    /// Through its content API, which is slower.
+    /// containerd's content API, which is slower.
     ContentApi,
 }
 
@@ -267,15 +270,15 @@ impl fmt::Display for BlobAccess {
     }
 }
 
-/// What this node holds.
+/// Images of this node.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ImagesStatus {
-    /// Images that peers are told of.
+    /// Images that this node announces.
     pub announced: usize,
-    /// Images with a record here but not all of their content, so that peers are not told of them.
+    /// Images with a record but incomplete content, which this node does not announce.
     pub incomplete: usize,
-    /// How many of those for which reason, at most [`MAX_NAMES`] reasons.
+    /// Incomplete images by reason, at most [`MAX_NAMES`] reasons.
     pub reasons: BTreeMap<String, usize>,
 }
 
@@ -289,11 +292,11 @@ pub struct RetentionStatus {
     pub budget: u64,
     /// Images with such layers.
     pub images: usize,
-    /// Images here that are to have all their layers.
+    /// Images of this node that should have all their layers.
     pub wanted: usize,
-    /// How many of those lack a layer, so that other nodes cannot run them from here.
+    /// Wanted images that lack a layer, so that no other node can run them from here.
     pub lacking: usize,
-    /// Why they lack a layer now: images by reason.
+    /// Lacking images by the reason of the missing layer.
     pub lacking_reasons: BTreeMap<String, usize>,
 }
 
@@ -305,32 +308,32 @@ pub struct OwnImageStatus {
     pub current: Vec<String>,
     /// Images of the DaemonSet's template that the pod does not name.
     pub next: Vec<NextImageStatus>,
-    /// The API server named the template at least once.
+    /// The API server returned the template at least once.
     pub is_template_known: bool,
 }
 
-/// An image that the next pod of this node will need.
+/// Image that the next agent pod of this node will need.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct NextImageStatus {
-    /// The image.
+    /// Image.
     pub image: String,
-    /// Why the image is not on this node yet; absent once it is.
+    /// Reason of an image that is not on this node; absent once the image is here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub missing: Option<String>,
 }
 
-/// A registry that is known to be down.
+/// Outage of a registry.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct OutageStatus {
-    /// Which one.
+    /// Registry.
     pub registry: String,
-    /// How it fails, in words.
+    /// Kind of the failure, in words.
     pub how: String,
-    /// Since when, in seconds since 1970.
+    /// Begin of the outage, in seconds since 1970.
     pub since: u64,
-    /// The nodes that say so, at most [`MAX_NAMES`] of them.
+    /// Nodes that report the outage, at most [`MAX_NAMES`].
     pub said_by: Vec<String>,
 }
 
@@ -338,16 +341,16 @@ pub struct OutageStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct RecoveryStatus {
-    /// The image.
+    /// Image.
     pub image: String,
-    /// Bytes that have come.
+    /// Fetched bytes.
     pub done: u64,
-    /// Of so many; 0 until the manifest is there.
+    /// Bytes to fetch; 0 until the manifest is read.
     pub total: u64,
-    /// The layer that is being unpacked, or was last.
+    /// The layer that is being unpacked, or was unpacked last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unpacking: Option<LayerStatus>,
-    /// The nodes that it comes from.
+    /// Nodes that send bytes.
     pub from: Vec<String>,
 }
 
@@ -355,25 +358,26 @@ pub struct RecoveryStatus {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LayerStatus {
-    /// Which one, counted from 1.
+    /// Number of the layer, from 1.
     pub layer: usize,
-    /// Of so many.
+    /// Number of layers.
     pub of: usize,
 }
 
-/// The watched file of rules.
+/// The policy file.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PolicyFileStatus {
-    /// Where it is.
+    /// Path of the file.
     pub path: String,
-    /// Why it is not in force as it is now; then what was read before stays.
+    /// Error of the file's present content; the earlier content stays in force.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// When what is in force was read, in seconds since 1970; absent while the flags alone are.
+    /// Time of the read that is in force, in seconds since 1970; absent while only flags are in
+    /// force.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub in_force_since: Option<u64>,
-    /// What it sets, as `name: value`.
+    /// Settings of the file, as `name: value`.
     pub sets: Vec<String>,
 }
 

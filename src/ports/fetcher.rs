@@ -1,4 +1,4 @@
-//! Getting a blob from a peer.
+//! Transfer of a blob from a peer.
 
 use async_trait::async_trait;
 
@@ -6,16 +6,17 @@ use super::{BlobSink, PieceFetcher, StoreError};
 use crate::model::PeerId;
 use crate::oci::{BlobProof, Digest, VerifyError};
 
-/// Fetches blobs from peers that were admitted: whole here, which is for small ones, and in pieces.
+/// Fetches blobs from admitted peers: small blobs whole, other blobs in pieces.
 #[async_trait]
 pub trait Fetcher: PieceFetcher {
-    /// Streams the whole blob from `peer` into `sink`, in order, and proves on the way that it is the right one.
+    /// Streams the whole blob from `peer` into `sink`, in order, and verifies the digest on the
+    /// way.
     ///
-    /// Bounded: a peer that sends more than `size` bytes, or nothing for a while, is given up. When it fails, what
-    /// `sink` received must be thrown away.
+    /// Aborts when the peer sends more than `size` bytes, or nothing for a while. After an error
+    /// the caller must delete the bytes in `sink`.
     ///
     /// # Errors
-    /// [`FetchError`], which says whether another peer is worth a try.
+    /// [`FetchError`], from which the caller sees whether another peer is worth a try.
     async fn fetch(
         &self,
         peer: PeerId,
@@ -24,110 +25,111 @@ pub trait Fetcher: PieceFetcher {
         sink: &mut dyn BlobSink,
     ) -> Result<BlobProof, FetchError>;
 
-    /// The size of the blob as `peer` tells it, `None` when it does not hold it. Not proved, but bounded use can be made of it.
+    /// The blob's size according to `peer`, `None` when the peer lacks the blob. The size is not
+    /// verified; use it only within bounds.
     ///
     /// # Errors
     /// As [`Fetcher::fetch`].
     async fn size_of(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError>;
 }
 
-/// Why a blob did not come from a peer.
+/// Reason of a failed transfer from a peer.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
-    /// No connection: unknown, down, cut off.
+    /// No connection: unknown address, no answer, connection lost.
     #[error("peer {peer} cannot be reached: {reason}")]
     Unreachable {
-        /// Who was called.
+        /// Provider.
         peer: PeerId,
-        /// Nothing at all came back, which a living peer does not do.
+        /// The peer sent nothing at all, as no running peer does.
         silent: bool,
-        /// What the transport said.
+        /// The transport's error.
         reason: String,
     },
-    /// The peer does not accept us, or we do not accept it.
+    /// One side rejected the other's credential.
     #[error("peer {peer} and this agent do not admit each other: {reason}")]
     NotAdmitted {
-        /// Who was called.
+        /// Provider.
         peer: PeerId,
-        /// What the refusing side said.
+        /// Reason of the rejecting side.
         reason: String,
     },
-    /// It announced the blob and does not have it any more.
+    /// The peer announced the blob and no longer has it.
     #[error("peer {peer} does not hold {digest}")]
     Absent {
-        /// Who was asked.
+        /// Provider.
         peer: PeerId,
-        /// For what.
+        /// Requested blob.
         digest: Digest,
     },
-    /// It speaks another MAJOR of the transfer protocol, and was asked what needs equal ones.
+    /// The peer speaks another MAJOR of the transfer protocol, and the request needs equal MAJORs.
     #[error("peer {peer} speaks another MAJOR of the transfer protocol")]
     OtherMajor {
-        /// Who was asked.
+        /// Provider.
         peer: PeerId,
     },
-    /// It serves as many as it can at the moment.
+    /// The peer serves as many requests as it can at present.
     #[error("peer {peer} is busy")]
     Busy {
-        /// Who was asked.
+        /// Provider.
         peer: PeerId,
     },
-    /// It stopped sending, or sends so little that it might as well.
+    /// The peer stopped sending, or sends next to nothing.
     #[error("peer {peer} sent nothing of {digest}, or next to nothing, for {seconds} s")]
     Stalled {
-        /// Who was sending.
+        /// Provider.
         peer: PeerId,
-        /// What.
+        /// Requested blob.
         digest: Digest,
-        /// The wait that was allowed.
+        /// Time limit in seconds.
         seconds: u64,
     },
-    /// It cannot read the blob itself.
-    #[error("peer {peer} says that its content store failed")]
+    /// The peer cannot read the blob.
+    #[error("peer {peer} reports that its content store failed")]
     StoreFailed {
-        /// Who was asked.
+        /// Provider.
         peer: PeerId,
     },
-    /// It sent other bytes than the digest asks for.
+    /// The peer's bytes do not hash to the digest, or have another size.
     #[error("peer {peer} sent wrong content: {source}")]
     Corrupt {
-        /// Who sent them.
+        /// Provider.
         peer: PeerId,
-        /// What was wrong.
+        /// Difference.
         source: VerifyError,
     },
-    /// It sent a piece that does not fit the list of states that it is checked against. The piece or the list is wrong.
+    /// The piece does not fit the hash chain; either the piece or the chain is wrong.
     #[error("piece {piece} of {digest} from peer {peer} does not fit")]
     PieceMismatch {
-        /// Who sent it.
+        /// Provider.
         peer: PeerId,
-        /// Of which blob.
+        /// Requested blob.
         digest: Digest,
-        /// Which piece.
+        /// Index of the piece.
         piece: usize,
     },
-    /// It broke the protocol, or speaks another version of it.
+    /// The peer violated the protocol, or speaks another version of it.
     #[error("peer {peer} broke the protocol: {reason}")]
     Protocol {
-        /// Who.
+        /// Provider.
         peer: PeerId,
-        /// How.
+        /// Violation.
         reason: String,
     },
-    /// Our own store failed while the bytes came.
+    /// This node's store failed during the transfer.
     #[error("while writing: {0}")]
     Sink(#[from] StoreError),
 }
 
 impl FetchError {
-    /// Whether the peer did what no honest, healthy peer of this release does. A wrong size is not such a thing: the size was the
-    /// manifest's word, and anybody may have written that.
+    /// Whether no honest, healthy peer of this release behaves so. A wrong size is no fault of the
+    /// peer: the size came from a manifest of any author.
     pub fn is_peer_fault(&self) -> bool {
         let lied = |source: &VerifyError| matches!(source, VerifyError::Digest { .. } | VerifyError::Piece { .. });
         matches!(self, Self::Corrupt { source, .. } if lied(source)) || matches!(self, Self::Protocol { .. })
     }
 
-    /// Who failed; `None` when it was our own store.
+    /// Provider that failed; `None` when this node's store failed.
     pub fn peer(&self) -> Option<PeerId> {
         match self {
             Self::Unreachable { peer, .. }
@@ -144,7 +146,7 @@ impl FetchError {
         }
     }
 
-    /// The kind, for the metric.
+    /// Value of the metric's label.
     pub fn label(&self) -> &'static str {
         match self {
             Self::Unreachable { .. } => "unreachable",
@@ -161,7 +163,7 @@ impl FetchError {
         }
     }
 
-    /// Whether this same peer is worth asking again in a moment.
+    /// Whether the same peer is worth another request in a moment.
     pub fn is_retryable(&self) -> bool {
         matches!(self, Self::Busy { .. })
     }

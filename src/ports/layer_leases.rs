@@ -1,4 +1,4 @@
-//! Leases by which layers outlive their unpacking, and the events that say when to take one.
+//! Leases by which layers outlive their unpacking, and the events that trigger a lease.
 
 use std::collections::BTreeSet;
 use std::time::SystemTime;
@@ -14,23 +14,23 @@ use crate::oci::{Digest, Repository};
 pub struct LayerLease {
     /// The lease.
     pub pin: Pin,
-    /// The manifest whose layers it names.
+    /// Manifest of the layers.
     pub manifest: Digest,
-    /// Last use of the image before the lease was made; `None` for an image that no pod used.
+    /// Last use of the image before the lease was created; `None` for an image that no pod used.
     pub last_use: Option<SystemTime>,
-    /// When the store drops the lease.
+    /// Time at which the store drops the lease.
     pub expires: SystemTime,
-    /// The layers that the lease names, present or not.
+    /// Layers that the lease names, present or absent.
     pub layers: BTreeSet<Digest>,
 }
 
 /// Change of a store's content, sent at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ContentEvent {
-    /// A blob was committed. The writer's own lease still holds it. containerd sends this from 2.1
-    /// on.
+    /// A blob was committed. The writer's own lease still holds the blob. containerd sends this
+    /// event from 2.1 on.
     Committed {
-        /// The blob.
+        /// Digest of the blob.
         digest: Digest,
         /// Size in bytes.
         size: u64,
@@ -41,7 +41,7 @@ pub enum ContentEvent {
     Missed,
 }
 
-/// A repository that the runtime noted at a pull. containerd drops the registry's port, so an
+/// Repository that the runtime recorded at a pull. containerd drops the registry's port, so an
 /// origin is a hint about a manifest and never a permission.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Origin {
@@ -63,8 +63,8 @@ impl Origin {
     }
 }
 
-/// containerd notes `[fd00::1]:5000` as `fd00::1` (Go's `URL.Hostname`). More than one colon outside of
-/// brackets is an address without a port.
+/// containerd records `[fd00::1]:5000` as `fd00::1` (Go's `URL.Hostname`). More than one colon
+/// outside of brackets is an address without a port.
 fn without_port(registry: &str) -> &str {
     match registry.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((address, _)) => address,
@@ -72,18 +72,18 @@ fn without_port(registry: &str) -> &str {
     }
 }
 
-/// Leases on layers, in a store whose collector removes content that no lease and no image record
-/// holds.
+/// Leases on layers, in a store whose collector removes content without a lease and an image
+/// record.
 #[async_trait]
 pub trait LayerLeases: Send + Sync + 'static {
-    /// Every lease of this kind, also those of an agent before this one.
+    /// Every lease of this kind, also those of an earlier agent.
     ///
     /// # Errors
     /// [`StoreError::Unavailable`] and [`StoreError::Other`].
     async fn layer_leases(&self) -> Result<Vec<LayerLease>, StoreError>;
 
-    /// Makes a lease that names no layer yet. The list of leases shows this manifest, last use and
-    /// end, to the second.
+    /// Creates a lease without layers. The list of leases shows this manifest, last use and end, to
+    /// the second.
     ///
     /// # Errors
     /// As [`LayerLeases::layer_leases`].
@@ -94,18 +94,18 @@ pub trait LayerLeases: Send + Sync + 'static {
         expires: SystemTime,
     ) -> Result<Pin, StoreError>;
 
-    /// Names a layer in the lease. The layer may be absent: a layer that is committed later is held
-    /// from the first moment. Content that the layer's own labels name is not held.
+    /// Adds a layer to the lease. The layer may be absent: a layer that is committed later is held
+    /// from the first moment. The lease does not hold content that the layer's own labels name.
     ///
     /// # Errors
     /// [`StoreError::Other`] when the lease is gone, and as [`LayerLeases::layer_leases`].
     async fn add_layer(&self, pin: &Pin, layer: Digest) -> Result<(), StoreError>;
 
-    /// Deletes the lease. With `collect` the call returns after the collector removed content that
-    /// nothing else holds.
+    /// Deletes the lease. With `collect` the call returns after the collector removed content
+    /// without another reference.
     ///
     /// # Errors
-    /// As [`LayerLeases::layer_leases`]. A lease that is gone is no error.
+    /// As [`LayerLeases::layer_leases`]. A missing lease is no error.
     async fn end_lease(&self, pin: Pin, collect: bool) -> Result<(), StoreError>;
 
     /// Whether the manifest's labels hold the layers for as long as the image record exists.
@@ -115,7 +115,7 @@ pub trait LayerLeases: Send + Sync + 'static {
     /// As [`LayerLeases::layer_leases`].
     async fn has_layer_references(&self, manifest: Digest) -> Result<bool, StoreError>;
 
-    /// The repositories that the manifest was pulled from, as far as the runtime noted them.
+    /// Repositories that the manifest was pulled from, as far as the runtime recorded them.
     ///
     /// # Errors
     /// As [`LayerLeases::layer_leases`].
@@ -136,7 +136,7 @@ mod tests {
             ("registry.test:5000", "registry.test"),
             ("registry.test", "registry.test"),
             ("10.0.0.1:5000", "10.0.0.1"),
-            // As containerd 2.3.7 and 2.4.2 note them.
+            // As containerd 2.3.7 and 2.4.2 record them.
             ("[fd77::1]:5000", "fd77::1"),
             ("[fd77::1]", "fd77::1"),
             ("fd77::1", "fd77::1"),

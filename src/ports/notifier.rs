@@ -1,4 +1,4 @@
-//! Telling the world outside the cluster what happened.
+//! Messages to systems outside the cluster.
 
 use async_trait::async_trait;
 use serde::Serialize;
@@ -6,57 +6,57 @@ use serde::Serialize;
 /// Sends messages to people's own systems.
 #[async_trait]
 pub trait Notifier: Send + Sync + 'static {
-    /// Sends one message, once. The caller tries again where that makes sense.
+    /// Sends one message, once. The caller retries where [`NotifyError::is_retryable`] permits.
     ///
     /// # Errors
     /// [`NotifyError`].
     async fn notify(&self, notification: &Notification) -> Result<(), NotifyError>;
 }
 
-/// What happened, as it is sent. Its field names are part of what users may rely on.
+/// One message. Users may rely on the names of the fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Notification {
-    /// The same for the same message sent again, so that a receiver can drop it.
+    /// Equal for every copy of one message, so that a receiver can drop duplicates.
     pub id: String,
-    /// The reason of the Kubernetes Event that says the same: `ImageRecovered`, ...
+    /// Reason of the corresponding Kubernetes Event: `ImageRecovered`, ...
     pub reason: &'static str,
-    /// Where it happened.
+    /// Node that recovered the image.
     pub node: String,
-    /// The image as recovered.
+    /// Image reference of the recovery.
     pub image: String,
-    /// Its index or manifest, when that was known.
+    /// Digest of the index or manifest, if resolved.
     pub digest: Option<String>,
-    /// The pods that waited, as `namespace/name`; at most [`MAX_PODS`] of them.
+    /// Pods that waited, as `namespace/name`; at most [`MAX_PODS`].
     pub pods: Vec<String>,
-    /// The nodes that it came from.
+    /// Nodes that sent bytes.
     pub from: Vec<String>,
-    /// Bytes that came.
+    /// Fetched bytes.
     pub bytes: u64,
-    /// How long it took.
+    /// Duration.
     pub milliseconds: u64,
-    /// The Event's sentence: what happened and what to do.
+    /// The Event's note: result and remedy.
     pub note: String,
-    /// When, in seconds since 1970.
+    /// Time of the message, in seconds since 1970.
     pub at: u64,
 }
 
-/// Pods that one message names: a node's worth by default settings.
+/// Most pods in one message: the kubelet's default limit of pods per node.
 pub const MAX_PODS: usize = 110;
 
-/// Why a message did not get there.
+/// Reason of an undelivered message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NotifyError {
-    /// No answer, or one that asks to come back (5xx, 429).
+    /// No answer, or an answer that permits a retry (5xx, 429).
     #[error("the webhook cannot be reached: {0}")]
     Unavailable(String),
-    /// It does not want the message; sending it again would not change that.
+    /// The webhook refuses the message; a retry would not help.
     #[error("the webhook refuses: {0}")]
     Refused(String),
 }
 
 impl NotifyError {
-    /// Whether the same message may be taken a little later.
+    /// Whether the webhook may accept the same message a little later.
     pub fn is_retryable(&self) -> bool {
         matches!(self, Self::Unavailable(_))
     }

@@ -1,4 +1,5 @@
-//! Blobs in pieces: asked of several peers at once, kept in any order, served while others of them are still to come.
+//! Blobs in pieces: requested from several peers at once, stored in any order, served while
+//! incomplete.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,14 +12,15 @@ use super::{BlobMetadata, FetchError, StoreError};
 use crate::model::{Bits, PeerId, PieceMapUpdate, PieceRequest};
 use crate::oci::{BlobProof, Digest, HashChain, HashState, PieceLayout};
 
-/// Fetches pieces from peers that were admitted.
+/// Requests pieces from admitted peers.
 #[async_trait]
 pub trait PieceFetcher: Send + Sync + 'static {
-    /// The peer's list of states. One that has none yet makes it now, which takes the time to hash the blob; `heard` gets the states as they come, each
-    /// once and in order.
+    /// Fetches the peer's hash chain. A peer without a chain computes it during the request, which
+    /// takes the time to hash the blob. `heard` receives the states as they arrive, each once and
+    /// in order.
     ///
     /// # Errors
-    /// [`FetchError`]. The list is a claim.
+    /// [`FetchError`]. The chain is not verified.
     async fn fetch_hash_chain(
         &self,
         peer: PeerId,
@@ -27,10 +29,10 @@ pub trait PieceFetcher: Send + Sync + 'static {
         heard: StateSink<'_>,
     ) -> Result<HashChain, FetchError>;
 
-    /// Begins to hear which pieces the peer has.
+    /// Subscribes to the piece map of the peer.
     ///
     /// # Errors
-    /// [`FetchError`]; [`FetchError::Absent`] when it has nothing of the blob.
+    /// [`FetchError`]; [`FetchError::Absent`] when the peer has nothing of the blob.
     async fn follow(
         &self,
         peer: PeerId,
@@ -38,126 +40,134 @@ pub trait PieceFetcher: Send + Sync + 'static {
         cut: PieceLayout,
     ) -> Result<Box<dyn PieceMapUpdates>, FetchError>;
 
-    /// Gives pieces to `sink` as they come. Ends when the peer has sent all that it will: up to `most`, fewer or none where it does not have them.
+    /// Passes pieces to `sink` as they arrive, until the peer has sent up to
+    /// [`PieceRequest::limit`] pieces. Fewer pieces, or none, come from a peer that lacks them.
     ///
-    /// Bounded as [`super::Fetcher::fetch`] is: a peer that sends what was not asked for, or too slowly for long, is given up.
+    /// Bounded like [`super::Fetcher::fetch`]: a peer that sends other pieces, or too slowly for
+    /// long, is dropped.
     ///
     /// # Errors
-    /// [`FetchError`]; pieces that ended before it count.
+    /// [`FetchError`]; pieces that ended before the error count.
     async fn fetch_pieces(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError>;
 
-    /// The list of a blob that was proved and is in the store now, for those who will ask this node for it.
+    /// Stores the hash chain of a verified blob of this node, for later requests of peers.
     fn keep_hash_chain(&self, chain: Arc<HashChain>);
 }
 
-/// Gets the next states of a list.
+/// Receives the next states of a hash chain.
 pub type StateSink<'a> = &'a mut (dyn FnMut(&[HashState]) + Send);
 
-/// What a peer has of a blob, as it changes.
+/// Updates of a peer's piece map for one blob.
 #[async_trait]
 pub trait PieceMapUpdates: Send {
-    /// The next word; the first says what there is, later ones what came. Waits as long as nothing changes.
+    /// Next update. The first has the whole map, later updates have new pieces. Waits without a
+    /// limit.
     ///
     /// # Errors
-    /// [`FetchError`] when the peer has gone, or gave up fetching.
+    /// [`FetchError`] when the peer is gone, or stopped its download.
     async fn next(&mut self) -> Result<PieceMapUpdate, FetchError>;
 }
 
-/// Where pieces go. Called from one task; its time is not counted against the peer.
+/// Receives pieces. Called from one task; the sink's time does not count as the peer's.
 #[async_trait]
 pub trait PieceSink: Send {
-    /// The peer has chosen this piece, one of those that were asked for; its bytes follow.
+    /// The peer chose this piece of the request; the piece's bytes follow.
     fn begin(&mut self, piece: u32);
 
-    /// The next bytes of the piece, in batches as [`super::BlobSink::append`] gets them.
+    /// Next bytes of the piece, in batches as for [`super::BlobSink::append`].
     ///
     /// # Errors
-    /// Any [`StoreError`]; the fetch ends with it.
+    /// Any [`StoreError`]; the fetch ends with that error.
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError>;
 
-    /// All bytes of the piece have come.
+    /// All bytes of the piece arrived.
     ///
     /// # Errors
-    /// [`PieceError::Unfit`] when they are not what the list says; the fetch ends with [`FetchError::Unfit`].
+    /// [`PieceError::Mismatch`] when the bytes do not fit the hash chain; the fetch then ends with
+    /// [`FetchError::PieceMismatch`].
     async fn end(&mut self) -> Result<(), PieceError>;
 }
 
-/// A piece was not taken.
+/// Reason of a rejected piece.
 #[derive(Debug, thiserror::Error)]
 pub enum PieceError {
-    /// Its bytes do not fit the list.
+    /// The bytes do not fit the hash chain.
     #[error("the piece does not fit")]
     Mismatch,
-    /// Our own store failed.
+    /// This node's store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// A blob whose pieces are written in any order. Nothing of it is in the store before [`Staged::commit`]: it can be read here, and is neither listed nor
-/// opened there.
+/// A blob whose pieces are written in any order. Before [`StagedBlob::commit`] only this handle
+/// reads the blob: the store neither lists nor opens it.
 ///
-/// It outlives the process where the store can keep it: after a kill the next [`super::ContentStore::stage`] finds what was written, and says so. Dropped, it
-/// stays for a while too; whatever is not taken up again within [`STAGED_LIFE`] is removed.
+/// A store on disk keeps staged blobs beyond the process: after a kill the next
+/// [`super::ContentStore::stage`] finds the pieces. A dropped blob stays for a while too. A blob
+/// that is not staged again within [`STAGED_BLOB_LIFE`] is removed.
 #[async_trait]
 pub trait StagedBlob: Send + Sync {
-    /// The parts that were written before this process began, as far as that is known; of some of their bytes it may not be true. Sorted, not empty,
-    /// not touching. Nothing about their content is known: each piece has to be checked.
+    /// Ranges that were written before this process began, as far as the store can see; some of
+    /// their bytes may be wrong. Sorted, not empty, not adjacent. The content is unknown: verify
+    /// each piece.
     fn resumed_ranges(&self) -> Vec<Range<u64>>;
 
-    /// Writes at an offset. Ranges written at the same time do not overlap.
+    /// Writes at an offset. Concurrent writes must not overlap.
     ///
     /// # Errors
-    /// [`StoreError::Full`], [`StoreError::Other`]; also beyond the blob's end, and once it is being committed.
+    /// [`StoreError::Full`] and [`StoreError::Other`]. Writes beyond the blob's end, and after the
+    /// start of a commit, fail too.
     async fn write_at(&self, offset: u64, chunks: &[Bytes]) -> Result<(), StoreError>;
 
-    /// Reads at most `most` bytes at `offset`: what was written, zeros where nothing was. Empty only at the end, or when `most` is 0. Goes on
-    /// working while it is committed, and after.
+    /// Reads at most `most` bytes at `offset`; unwritten bytes are zeros. Empty only at the end, or
+    /// when `most` is 0. Works during and after the commit.
     ///
     /// # Errors
     /// [`StoreError::Other`].
     async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError>;
 
-    /// Makes the blob readable, with what is to be remembered about it. The proof must be for this blob, and for the very bytes that were written.
-    /// Nothing can be written any more from the moment that it is called; what fails can be committed again.
+    /// Makes the blob readable and stores its metadata. The proof must be for this blob and for the
+    /// bytes that were written. From the call on, writes fail. A failed commit can be repeated.
     ///
     /// # Errors
     /// [`StoreError::Other`] when the proof is for another blob; as [`super::BlobWriter::commit`].
     async fn commit(&self, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError>;
 
-    /// Throws away what was written; it is not to be taken up again.
+    /// Deletes the written pieces; a later attempt starts from nothing.
     async fn abandon(&self);
 }
 
-/// How long what was staged and not committed is kept for a later try: as long as a recovery's pin.
+/// Life of an uncommitted staged blob: as long as a recovery's pin.
 pub const STAGED_BLOB_LIFE: std::time::Duration = std::time::Duration::from_secs(3600);
 
-/// The blobs that are being fetched here, for others who want them.
+/// Blobs that this node is downloading, for peers that request them.
 pub trait PartialBlobs: Send + Sync + 'static {
-    /// The blob, if it is being fetched and something of it can be served. Each time another view of it: whoever holds one knows by
-    /// [`Partial::changes`], not by its own view, that it is fetched no more.
+    /// The download of the blob, if peers can be served from it. Each call returns another handle.
+    /// A handle stays usable after the end of the download, which [`PartialBlob::changes`] shows.
     fn partial(&self, digest: Digest) -> Option<Arc<dyn PartialBlob>>;
 }
 
-/// A blob that is being fetched. Every piece in it was found to fit its list.
+/// A blob that this node is downloading. Every piece was verified against the hash chain.
 #[async_trait]
 pub trait PartialBlob: Send + Sync {
-    /// The list that its pieces fit.
+    /// Hash chain of the verified pieces.
     fn hash_chain(&self) -> Arc<HashChain>;
 
-    /// The pieces that are there.
+    /// Pieces that can be read.
     fn piece_map(&self) -> Bits;
 
-    /// Moves when pieces came. Its sender is gone when the blob is not fetched any more: it is in the store then, or nowhere.
+    /// Moves when pieces arrived. The sender is dropped at the end of the download: the blob is
+    /// then in the store, or the download was abandoned.
     fn changes(&self) -> watch::Receiver<u64>;
 
-    /// Reads at most `most` bytes at `offset`, within pieces that are there.
+    /// Reads at most `most` bytes at `offset`, within the pieces of the map.
     ///
     /// # Errors
-    /// As [`Staged::read_at`].
+    /// As [`StagedBlob::read_at`].
     async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError>;
 }
 
-/// Nothing is being fetched: for agents that only serve.
+/// No downloads: for agents that only serve.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NoPartialBlobs;
 

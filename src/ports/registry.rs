@@ -1,5 +1,5 @@
-//! Asking a registry: whether it is there, what a tag means now, and for layers that a node discarded. The content of a
-//! recovery comes from peers.
+//! Requests to registries: liveness, the digest of a tag, and layers that a node discarded. Other
+//! content of a recovery comes from peers.
 
 use std::time::Duration;
 
@@ -9,16 +9,17 @@ use super::{BlobSink, PullSecret, StoreError};
 use crate::model::OutageKind;
 use crate::oci::{BlobProof, Digest, Repository};
 
-/// Asks registries. Every answer is bounded in size and time.
+/// Sends requests to registries. Every answer is bounded in size and time.
 #[async_trait]
 pub trait Registry: Send + Sync + 'static {
-    /// Whether anything that speaks HTTP answers there, in whichever words (a 401 is an answer too).
+    /// Whether any HTTP server answers, with whichever status (a 401 is an answer too).
     ///
     /// # Errors
     /// [`RegistryError::Down`].
     async fn ping(&self, registry: &str) -> Result<(), RegistryError>;
 
-    /// The digest that a tag has now, asked for with each of the secrets that has credentials for this registry, or as nobody.
+    /// Digest of a tag at present. The first request is anonymous. After a challenge every secret
+    /// with credentials for this registry is tried, and last an anonymous token.
     ///
     /// # Errors
     /// [`RegistryError`].
@@ -29,11 +30,12 @@ pub trait Registry: Send + Sync + 'static {
         secrets: &[PullSecret],
     ) -> Result<Digest, RegistryError>;
 
-    /// Streams a blob of `size` bytes into `sink`, in order, and proves the digest. Credentials are
-    /// tried as in [`Registry::resolve`]. After an error the bytes in `sink` must be thrown away.
+    /// Streams a blob of `size` bytes into `sink`, in order, and verifies the digest. Credentials
+    /// are tried as in [`Registry::resolve`]. After an error the caller must delete the bytes in
+    /// `sink`.
     ///
     /// # Errors
-    /// [`BlobError`].
+    /// [`RegistryFetchError`].
     async fn fetch_blob(
         &self,
         repository: &Repository,
@@ -44,37 +46,37 @@ pub trait Registry: Send + Sync + 'static {
     ) -> Result<BlobProof, RegistryFetchError>;
 }
 
-/// Why a blob did not come from a registry.
+/// Reason of a failed blob transfer from a registry.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryFetchError {
-    /// The registry accepts none of the credentials, and no request without any.
+    /// The registry rejects every credential, and anonymous requests.
     #[error("{0} denies the blob")]
     Denied(String),
     /// The registry does not have the blob.
     #[error("{0} does not have the blob")]
     Gone(String),
-    /// 429.
+    /// Status 429.
     #[error("{registry} limits the rate")]
     RateLimited {
-        /// The registry.
+        /// Registry.
         registry: String,
-        /// The pause that the registry asks for.
+        /// Pause from the header `Retry-After`.
         retry_after: Option<Duration>,
     },
     /// The registry, its token server or its storage failed.
     #[error("{registry} failed: {kind}")]
     Down {
-        /// The registry.
+        /// Registry.
         registry: String,
-        /// How.
+        /// Kind of the failure.
         kind: OutageKind,
     },
-    /// The registry sent something else than the blob.
-    #[error("{registry} sent something else than the blob: {reason}")]
+    /// The registry sent other bytes than the blob.
+    #[error("{registry} sent other bytes than the blob: {reason}")]
     WrongBytes {
-        /// The registry.
+        /// Registry.
         registry: String,
-        /// The difference.
+        /// Difference.
         reason: String,
     },
     /// The sink failed.
@@ -82,32 +84,32 @@ pub enum RegistryFetchError {
     Sink(#[from] StoreError),
 }
 
-/// Why a registry did not say.
+/// Reason of a failed request to a registry.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RegistryError {
-    /// It is not there.
+    /// The registry cannot be reached.
     #[error("{registry} cannot be reached: {kind}")]
     Down {
-        /// Which one.
+        /// Registry.
         registry: String,
-        /// How it fails.
+        /// Kind of the failure.
         kind: OutageKind,
     },
-    /// 429.
-    #[error("{0} limits our rate")]
+    /// Status 429.
+    #[error("{0} limits the rate of requests")]
     RateLimited(String),
-    /// 401 or 403.
-    #[error("{0} denies it")]
+    /// Status 401 or 403.
+    #[error("{0} denies access")]
     Denied(String),
-    /// 404.
-    #[error("{0} does not have it")]
+    /// Status 404.
+    #[error("{0} does not have the tag")]
     NotFound(String),
-    /// It answers, but not as a registry does (an HTML page, a digest that is none, too much of anything).
-    #[error("{registry} answers nonsense: {reason}")]
+    /// No registry's answer (an HTML page, an invalid digest, an oversized body).
+    #[error("{registry} sent an invalid response: {reason}")]
     InvalidResponse {
-        /// Which one.
+        /// Registry.
         registry: String,
-        /// What is wrong with it.
+        /// Fault of the response.
         reason: String,
     },
 }

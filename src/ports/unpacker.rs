@@ -1,61 +1,64 @@
-//! Unpacking layers before the runtime would do it.
+//! Unpacks layers ahead of the runtime.
 
 use async_trait::async_trait;
 
 use super::{Pin, StoreError};
 use crate::oci::{Digest, StackedLayer};
 
-/// Unpacks layers of a [`super::ContentStore`] to where its runtime looks for them. An optimisation: what is not unpacked here, the runtime
-/// unpacks itself.
+/// Unpacks layers of a [`super::ContentStore`] into the runtime's snapshotter. An optimization: the
+/// runtime unpacks every other layer itself.
 #[async_trait]
 pub trait Unpacker: Send + Sync + 'static {
-    /// Whether layers are unpacked here at all.
+    /// Verifies that layers can be unpacked on this node.
     ///
     /// # Errors
-    /// [`UnpackError::Unsuited`], which says why not, and [`UnpackError::Store`].
+    /// [`UnpackError::Unsupported`], with the reason, and [`UnpackError::Store`].
     async fn ensure_supported(&self) -> Result<(), UnpackError>;
 
-    /// Whether the layer is unpacked already. Nothing holds it.
+    /// Whether the layer is unpacked already. The answer pins nothing.
     ///
     /// # Errors
-    /// [`UnpackError::Unsuited`] and [`UnpackError::Store`].
+    /// [`UnpackError::Unsupported`] and [`UnpackError::Store`].
     async fn is_unpacked(&self, layer: &StackedLayer) -> Result<bool, UnpackError>;
 
-    /// Unpacks a layer on top of the one beneath it, which is unpacked already. The pin holds the result, also when it was there before.
-    /// It takes as long as it takes, minutes perhaps: dropping the future ends it, and what was half unpacked is removed soon after.
+    /// Unpacks a layer on top of an unpacked parent. The pin holds the snapshot, also an older one.
+    /// A large layer takes minutes. Dropping the future aborts the work, and the partial snapshot
+    /// is removed soon after.
     ///
     /// # Errors
-    /// [`UnpackError`]. Nothing half unpacked is left by any of them.
+    /// [`UnpackError`]. No error leaves a partial snapshot.
     async fn unpack(&self, layer: &StackedLayer, pin: &Pin) -> Result<UnpackOutcome, UnpackError>;
 
-    /// From now on what was unpacked up to the layer of this name (see [`StackedLayer::chain_id`]) lives as long as the image's configuration.
+    /// Keeps the snapshots up to the layer with this chain ID (see [`StackedLayer::chain_id`]) as
+    /// long as the image's configuration exists.
     ///
     /// # Errors
-    /// [`UnpackError::Unsuited`], and [`UnpackError::Store`] with [`StoreError::Absent`] when the configuration is not there.
+    /// [`UnpackError::Unsupported`], and [`UnpackError::Store`] with [`StoreError::Absent`] for an
+    /// absent configuration.
     async fn keep_snapshot(&self, config: Digest, top: Digest) -> Result<(), UnpackError>;
 }
 
-/// How a layer came to be unpacked.
+/// Result of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UnpackOutcome {
-    /// By this call.
+    /// This call unpacked the layer.
     Unpacked,
-    /// It was before, for another image or by the runtime itself.
+    /// The layer was unpacked before, for another image or by the runtime.
     AlreadyUnpacked,
 }
 
-/// Why a layer was not unpacked. The runtime may still do it.
+/// Reason of a layer that is not unpacked. The runtime may still unpack it.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
-    /// No layer is unpacked here; says why.
+    /// No layer can be unpacked on this node; the text has the reason.
     #[error("layers are not unpacked here: {0}")]
     Unsupported(String),
-    /// The layer is not the one that the image's configuration names. No runtime takes it either.
-    #[error("the layer unpacks to {actual}, and the image's configuration says {expected}")]
+    /// The layer differs from the image's configuration. No runtime accepts the layer either.
+    #[error("the layer unpacks to {actual}, but the image's configuration has {expected}")]
     DiffIdMismatch {
-        /// What the configuration says.
+        /// Digest in the configuration.
         expected: Digest,
-        /// What it hashes to.
+        /// Digest of the unpacked layer.
         actual: String,
     },
     /// The store failed.

@@ -1,5 +1,5 @@
-//! The content of a blob: opened as any question to a registry, then read with bounds on its size
-//! and on every wait.
+//! The content of a blob: requested like any other query, and read with bounds on the size and on
+//! every wait.
 
 use std::time::{Duration, SystemTime};
 
@@ -14,14 +14,14 @@ use crate::model::OutageKind;
 use crate::oci::{BlobProof, Digest, Hasher};
 use crate::ports::{BlobSink, PullSecret, RegistryError, RegistryFetchError};
 
-/// Bytes per second below which a registry counts as stalled, as between peers: the waits for a
-/// blob add up to no more than its size at this rate, and one longest wait.
+/// Bytes per second below which a registry counts as stalled, as between peers. The waits for a
+/// blob add up to at most the time for its size at this rate, plus one stall limit.
 const MIN_BLOB_RATE: u64 = 64 << 10;
 
-/// Bytes that are gathered before they are written. hyper yields 32 KiB at most.
+/// Bytes that are buffered before a write. hyper yields 32 KiB at most.
 const WRITE_BATCH: usize = 256 << 10;
 
-/// The blob as its registry, or the storage behind the registry, sends it.
+/// The query for a blob, answered by the registry or by the storage behind the registry.
 struct BlobQuery;
 
 enum BlobResponse {
@@ -43,8 +43,8 @@ impl RegistryQuery for BlobQuery {
                 Ok(QueryReply::Success(BlobResponse::RateLimited(retry_after(&answer.headers))))
             }
             StatusCode::GONE => Err(RegistryError::NotFound(request.registry())),
-            // The registry authorised the request. The storage refuses the signature of the URL, or
-            // the node's address: no other credential helps.
+            // The registry authorized the request. The storage rejects the URL's signature or the
+            // node's address, so no other credential helps.
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if redirected => {
                 Err(RegistryError::Down { registry: request.registry(), kind: OutageKind::ServerError })
             }
@@ -54,10 +54,10 @@ impl RegistryQuery for BlobQuery {
 }
 
 impl RegistryRequest<'_> {
-    /// The answer that carries the blob.
+    /// Requests the blob and returns the response with its content.
     ///
     /// # Errors
-    /// [`BlobError`] but for the sink's.
+    /// [`RegistryFetchError`] except [`RegistryFetchError::Sink`].
     pub(super) async fn open_blob(&self, secrets: &[PullSecret]) -> Result<HttpResponse, RegistryFetchError> {
         match self.send_with_credentials::<BlobQuery>(secrets).await {
             Ok(BlobResponse::Content(answer)) => Ok(answer),
@@ -69,14 +69,15 @@ impl RegistryRequest<'_> {
     }
 }
 
-/// Receives one blob.
+/// The reader of one blob.
 pub(super) struct BlobReceiver<'a> {
     registry: &'a str,
     digest: Digest,
     size: u64,
     /// Longest wait for the next bytes.
     stall_limit: Duration,
-    /// Time that may still be waited. Time in the sink does not count: the sink may keep a rate.
+    /// The rest of the time for waits. Time in the sink does not count, because the sink may limit
+    /// the rate.
     remaining_wait: Duration,
 }
 
@@ -86,10 +87,11 @@ impl<'a> BlobReceiver<'a> {
         Self { registry, digest, size, stall_limit, remaining_wait }
     }
 
-    /// Writes the body into the sink, and proves its digest.
+    /// Writes the body into the sink, and verifies the digest.
     ///
     /// # Errors
-    /// [`BlobError::Down`], [`BlobError::WrongBytes`] and [`BlobError::Sink`].
+    /// [`RegistryFetchError::Down`], [`RegistryFetchError::WrongBytes`] and
+    /// [`RegistryFetchError::Sink`].
     pub(super) async fn receive(
         mut self,
         answer: HttpResponse,
@@ -140,7 +142,7 @@ fn content_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-/// Seconds or a date (RFC 9110, section 10.2.3); a date that has passed is no pause.
+/// Seconds or a date (RFC 9110, section 10.2.3); `None` for a date in the past.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     if let Ok(seconds) = text.parse() {

@@ -1,24 +1,26 @@
-//! What a registry wants to see before it answers: the `WWW-Authenticate` header (RFC 9110, section 11.6.1).
+//! The challenge of a registry that requires a credential: the `WWW-Authenticate` header (RFC 9110,
+//! section 11.6.1).
 
 use hyper::header::{HeaderMap, WWW_AUTHENTICATE};
 
-/// How to prove who we are.
+/// The authentication that a registry requires.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Challenge {
-    /// With a token (distribution project, "Token Authentication Specification").
+    /// A token (distribution project, "Token Authentication Specification").
     Bearer {
         /// The token server's URL.
         realm: String,
-        /// What the token server calls the registry.
+        /// The registry's name at the token server.
         service: Option<String>,
-        /// What the token has to allow.
+        /// The scope of the token.
         scope: Option<String>,
     },
-    /// With user name and password.
+    /// User name and password.
     Basic,
 }
 
-/// The challenge that we answer: a token where the registry takes one. Other schemes (Negotiate, Digest) are not known here.
+/// The challenge to answer: a token where the registry accepts tokens, else a password. Other
+/// schemes (Negotiate, Digest) are not supported.
 pub(super) fn preferred_challenge(headers: &HeaderMap) -> Option<Challenge> {
     let texts = headers.get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
     let known: Vec<_> =
@@ -27,7 +29,7 @@ pub(super) fn preferred_challenge(headers: &HeaderMap) -> Option<Challenge> {
     known.into_iter().nth(token.unwrap_or(0))
 }
 
-/// One challenge as it is written: a scheme and its parameters.
+/// A challenge as written in the header: a scheme and parameters.
 #[derive(Debug, Default)]
 struct RawChallenge {
     scheme: String,
@@ -47,7 +49,8 @@ fn parse_challenge(written: RawChallenge) -> Option<Challenge> {
     }
 }
 
-/// Reads a header from the left; what fits nowhere is skipped. The header's length bounds its work.
+/// Parses a header from the left, and skips characters that match no rule. The header's length
+/// bounds the work.
 struct Scanner<'a> {
     rest: &'a str,
 }
@@ -73,7 +76,7 @@ impl Scanner<'_> {
         }
     }
 
-    /// A `token` of the grammar, or nothing.
+    /// A `token` of the grammar; empty when there is none.
     fn word(&mut self) -> String {
         let part_of_word = |c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c);
         let end = self.rest.find(|c| !part_of_word(c)).unwrap_or(self.rest.len());
@@ -82,7 +85,8 @@ impl Scanner<'_> {
         word.to_owned()
     }
 
-    /// A quoted string without its quotes and backslashes, or, as some servers write it, everything up to a comma or a space.
+    /// A quoted string without quotes and backslashes. Some servers write no quotes: then the text
+    /// up to a comma or a space.
     fn value(&mut self) -> String {
         let Some(quoted) = self.rest.strip_prefix('"') else {
             let end = self.rest.find([',', ' ', '\t']).unwrap_or(self.rest.len());

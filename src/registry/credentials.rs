@@ -1,10 +1,11 @@
-//! Which of a pull secret's credentials are for a repository, by the kubelet's rules ("Images", section "Interpretation of
-//! config.json", of the Kubernetes documentation).
+//! The credentials of pull secrets for a repository, by the kubelet's rules ("Images", section
+//! "Interpretation of config.json", of the Kubernetes documentation).
 //!
-//! A key of `auths` is a host, with a port where the registry has one, and may have a path that repositories begin with. `https://`
-//! before it and `/v1/` or `/v2/` after the host mean nothing. `*` in a host stands for a part of one label. Unlike the kubelet, a
-//! path ends where a component ends (`host/team` is not for `host/team-b/app`), and one entry that cannot be read does not hide the
-//! others.
+//! A key of `auths` is a host, with the registry's port if any, and may have a path that the
+//! repository's path must begin with. A leading `https://` and `/v1/` or `/v2/` after the host are
+//! ignored. `*` in a host stands for a part of one label. Unlike the kubelet, the client matches a
+//! path by whole components (`host/team` does not match `host/team-b/app`), and a malformed entry
+//! does not hide the other entries.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -17,26 +18,26 @@ use serde::Deserialize;
 use crate::oci::Repository;
 use crate::ports::PullSecret;
 
-/// Kubernetes keeps no larger Secret.
+/// Kubernetes stores no larger Secret.
 const MAX_SECRET: usize = 1 << 20;
 
-/// The most credentials that are tried for one question. Each costs two requests and, when wrong, a failed login; pods have one or
-/// two pull secrets.
+/// Credentials that are tried for one query at most. Each costs two requests and, when wrong, a
+/// failed login; pods have one or two pull secrets.
 const MAX_CREDENTIALS: usize = 8;
 
-/// What proves who we are. Not shown by `Debug`.
+/// A credential for a registry. There is no `Debug`, so no log can show a secret.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) enum RegistryCredential {
     Password {
         user: String,
         password: String,
     },
-    /// Given to a token server for a token (OAuth 2 calls it a refresh token).
+    /// A token that a token server exchanges for an access token (a refresh token in OAuth 2).
     IdentityToken(String),
 }
 
 impl RegistryCredential {
-    /// The header of basic authentication, where there is a password.
+    /// The header of basic authentication; `None` for an identity token.
     pub(super) fn basic_header(&self) -> Option<HeaderValue> {
         let Self::Password { user, password } = self else { return None };
         let mut value =
@@ -46,12 +47,13 @@ impl RegistryCredential {
     }
 }
 
-/// The names under which people and tools keep what is for Docker's own registry.
+/// Names of Docker's own registry in secrets.
 pub(super) fn is_docker_hub(host: &str) -> bool {
     ["docker.io", "index.docker.io", "registry-1.docker.io"].iter().any(|name| host.eq_ignore_ascii_case(name))
 }
 
-/// The credentials for a repository: the secrets in their order, within one the longest path first; each once, [`MOST`] at most.
+/// The credentials for a repository: the secrets in their order, and within a secret the longest
+/// path first. Each credential appears once, and there are at most [`MAX_CREDENTIALS`].
 pub(super) fn for_repository(secrets: &[PullSecret], repository: &Repository) -> Vec<RegistryCredential> {
     let mut found = Vec::new();
     for credential in secrets.iter().flat_map(|secret| matching(secret, repository)) {
@@ -100,7 +102,7 @@ impl AuthEntry {
         if let Some(token) = given(identitytoken) {
             return Some(RegistryCredential::IdentityToken(token));
         }
-        // `kubectl create secret` writes both forms; the kubelet, too, believes `auth`.
+        // `kubectl create secret` writes both forms; the kubelet, too, prefers `auth`.
         if let Some(auth) = given(auth) {
             return decode_auth(&auth);
         }
@@ -108,7 +110,8 @@ impl AuthEntry {
     }
 }
 
-/// base64 of `user:password`, with padding or without, and with the line end that `base64` adds.
+/// Decodes base64 of `user:password`, with or without padding, and with the line end that `base64`
+/// adds.
 fn decode_auth(auth: &str) -> Option<RegistryCredential> {
     let auth = auth.trim().trim_end_matches('=');
     let engine = base64::engine::general_purpose::STANDARD_NO_PAD;
@@ -148,13 +151,13 @@ impl<'a> AuthKey<'a> {
             && self.path.iter().zip(components).all(|(key, component)| *key == component)
     }
 
-    /// More of it is meant for fewer repositories.
+    /// A longer path and a host without a star match fewer repositories.
     fn precision(&self) -> (usize, bool) {
         (self.path.len(), !self.host.contains('*'))
     }
 }
 
-/// The colons of an IPv6 address stand within brackets.
+/// The colons of an IPv6 address are within brackets.
 fn split_port(authority: &str) -> (&str, Option<&str>) {
     match authority.rsplit_once(':') {
         Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
@@ -162,7 +165,7 @@ fn split_port(authority: &str) -> (&str, Option<&str>) {
     }
 }
 
-/// Label by label, so that `*.example.com` is not for `example.com`, nor for `a.b.example.com`.
+/// Matches label by label, so `*.example.com` matches neither `example.com` nor `a.b.example.com`.
 fn is_host_match(pattern: &str, host: &str) -> bool {
     let (pattern, host) = (pattern.to_ascii_lowercase(), host.to_ascii_lowercase());
     if !pattern.contains('*') {
@@ -177,7 +180,7 @@ fn is_label_match(pattern: &str, label: &str) -> bool {
     let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
     let inner = label.strip_prefix(begin).and_then(|label| label.strip_suffix(end));
     let Some(mut inner) = inner else { return false };
-    // The leftmost place of each part leaves the most to those that follow.
+    // The leftmost match of each part leaves the longest rest for the following parts.
     middle.split('*').all(|part| match inner.find(part) {
         Some(at) => {
             inner = &inner[at + part.len()..];

@@ -1,5 +1,6 @@
-//! One question to one registry: which digest does this tag have, or the content of a blob. Without a secret first; when the
-//! registry asks who we are, as each of those that the pull secrets have for it, and last as nobody.
+//! One query to one registry: the digest of a tag, or the content of a blob. The first request has
+//! no credential. After a challenge the client tries each credential of the pull secrets for this
+//! registry, and last an anonymous request.
 
 use bytes::Bytes;
 use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION};
@@ -15,22 +16,24 @@ use crate::model::OutageKind;
 use crate::oci::{Digest, Document, MAX_DOCUMENT_BYTES, Repository};
 use crate::ports::{PullSecret, RegistryError};
 
-/// Indexes first: what containerd asks for, and so what a tag means to it.
+/// Indexes first, as containerd requests manifests, so the tag has the same digest as for
+/// containerd.
 const MANIFEST_MEDIA_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.docker.distribution.manifest.list.v2+json, \
     application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json";
 
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 
-/// registry.k8s.io redirects once, to a region; a second may change the host's spelling.
+/// registry.k8s.io redirects once, to a region; a second redirect may change the host's spelling.
 const MAX_REDIRECTS: usize = 4;
 
-/// The most bytes of a token server's answer. Tokens go into headers, which servers bound by 8 to 32 KiB.
+/// Bytes of a token server's response at most. Tokens go into headers, which servers bound by 8 to
+/// 32 KiB.
 const MAX_TOKEN_RESPONSE: usize = 64 << 10;
 
-/// Whom a token server is told that we are, where it asks.
+/// The OAuth 2 client ID in requests to token servers.
 const CLIENT_ID: &str = "lighterman";
 
-/// A tag or a blob of a repository, and where to ask.
+/// A tag or a blob of a repository, with the registry's address.
 pub(super) struct RegistryRequest<'a> {
     http: &'a Client,
     endpoint: RegistryEndpoint,
@@ -38,14 +41,14 @@ pub(super) struct RegistryRequest<'a> {
     url: Url,
 }
 
-/// What the registry says.
+/// The registry's reply to a query.
 pub(super) enum QueryReply<T> {
     Success(T),
-    /// 401, and what it wants to see; `None` when that is nothing that we have.
+    /// Status 401 and the challenge; `None` when the client supports no challenge of the reply.
     Unauthorized(Option<Challenge>),
 }
 
-/// Asks one question with these credentials, and reads the answer.
+/// A query that is sent with one credential.
 pub(super) trait RegistryQuery {
     type Output: Send;
 
@@ -55,7 +58,7 @@ pub(super) trait RegistryQuery {
     ) -> impl Future<Output = Result<QueryReply<Self::Output>, RegistryError>> + Send;
 }
 
-/// The digest of a tag.
+/// The query for the digest of a tag.
 struct TagQuery;
 
 impl RegistryQuery for TagQuery {
@@ -69,13 +72,15 @@ impl RegistryQuery for TagQuery {
     }
 }
 
-/// What becomes of a failed request to a registry, or to the token server or redirect that stands for it.
+/// Maps a failed request to the registry, or to its token server or a redirect's target.
 pub(super) fn registry_error(registry: &str, failure: HttpError) -> RegistryError {
     let registry = registry.to_owned();
     match failure {
         HttpError::Unreachable { kind, .. } => RegistryError::Down { registry, kind },
         HttpError::ClientCertificateRequired => RegistryError::Denied(registry),
-        HttpError::NotHttp(_) => RegistryError::InvalidResponse { registry, reason: "what is not HTTP".into() },
+        HttpError::NotHttp(_) => {
+            RegistryError::InvalidResponse { registry, reason: "a response that is not HTTP".into() }
+        }
         HttpError::BodyTooLong(most) => {
             RegistryError::InvalidResponse { registry, reason: format!("more than {most} bytes") }
         }
@@ -83,14 +88,14 @@ pub(super) fn registry_error(registry: &str, failure: HttpError) -> RegistryErro
 }
 
 impl<'a> RegistryRequest<'a> {
-    /// Both names are well-formed: they go into a URL.
+    /// The caller has validated both names, which become part of a URL.
     pub(super) fn for_tag(http: &'a Client, endpoint: RegistryEndpoint, repository: &'a Repository, tag: &str) -> Self {
         let mut url = endpoint.base.clone();
         url.set_path(&format!("/v2/{}/manifests/{tag}", repository.path));
         Self { http, endpoint, repository, url }
     }
 
-    /// The repository's name is well-formed.
+    /// The caller has validated the repository's name.
     pub(super) fn for_blob(
         http: &'a Client,
         endpoint: RegistryEndpoint,
@@ -103,13 +108,14 @@ impl<'a> RegistryRequest<'a> {
     }
 
     /// # Errors
-    /// As [`Question::answer`].
+    /// As [`Self::send_with_credentials`].
     pub(super) async fn resolve(&self, secrets: &[PullSecret]) -> Result<Digest, RegistryError> {
         self.send_with_credentials::<TagQuery>(secrets).await
     }
 
     /// # Errors
-    /// What the first of our identities was told that was not simply denied: a registry that lets somebody in knows best.
+    /// The first error of a credential that is no denial: such a credential was accepted. An outage
+    /// ends the query at once.
     pub(super) async fn send_with_credentials<A: RegistryQuery>(
         &self,
         secrets: &[PullSecret],
@@ -149,7 +155,7 @@ impl<'a> RegistryRequest<'a> {
         }
     }
 
-    /// HEAD, which registries that count pulls do not count; GET where HEAD does not say.
+    /// Sends HEAD, which registries do not count as a pull, and GET where HEAD gives no digest.
     async fn fetch_digest(&self, authorization: Option<&HeaderValue>) -> Result<QueryReply<Digest>, RegistryError> {
         let (head, redirected) =
             self.send_following_redirects(Method::HEAD, MANIFEST_MEDIA_TYPES, authorization).await?;
@@ -170,42 +176,42 @@ impl<'a> RegistryRequest<'a> {
         let named = self.digest_from_headers(&answer.headers)?;
         let content = self.read(answer, MAX_DOCUMENT_BYTES as usize).await?;
         if Document::parse(&content).is_err() {
-            return Err(self.invalid_response("what is no manifest"));
+            return Err(self.invalid_response("a body that is no manifest"));
         }
         let digest = Digest::of(&content);
         match named {
-            Some(named) if named != digest => Err(self.invalid_response("a manifest with another's digest")),
+            Some(named) if named != digest => Err(self.invalid_response("a manifest with the digest of another")),
             _ => Ok(QueryReply::Success(digest)),
         }
     }
 
-    /// The digest that a good answer names, if it names one.
+    /// The digest in the headers of a successful reply, if any.
     fn digest_from_headers(&self, headers: &HeaderMap) -> Result<Option<Digest>, RegistryError> {
         if is_html_page(headers) {
-            return Err(self.invalid_response("a page for people"));
+            return Err(self.invalid_response("an HTML page instead of a reply"));
         }
         let Some(value) = headers.get(CONTENT_DIGEST) else { return Ok(None) };
-        let text = value.to_str().map_err(|_| self.invalid_response("a digest that is no text"))?;
+        let text = value.to_str().map_err(|_| self.invalid_response("a digest that is not ASCII text"))?;
         text.trim().parse().map(Some).map_err(|error| self.invalid_response(error))
     }
 
-    /// What any status but 200 means.
+    /// The reply for any status except 200.
     pub(super) fn unsuccessful_reply<T>(
         &self,
         answer: &HttpResponse,
         redirected: bool,
     ) -> Result<QueryReply<T>, RegistryError> {
         match answer.status.as_u16() {
-            // Nobody but the registry itself may ask who we are.
+            // Only the registry itself may send a challenge, not the target of a redirect.
             401 if !redirected => Ok(QueryReply::Unauthorized(challenge::preferred_challenge(&answer.headers))),
-            // Not what a registry says to this: some other server has its name.
-            404 if is_html_page(&answer.headers) => Err(self.invalid_response("a page for people")),
+            // No registry sends a page: another server has the registry's name.
+            404 if is_html_page(&answer.headers) => Err(self.invalid_response("an HTML page instead of a reply")),
             404 => Err(RegistryError::NotFound(self.repository.registry.clone())),
             _ => Err(self.status_error(answer.status)),
         }
     }
 
-    /// What a status means wherever it comes from.
+    /// The error for a status of any server.
     fn status_error(&self, status: StatusCode) -> RegistryError {
         let registry = self.repository.registry.clone();
         match status.as_u16() {
@@ -216,7 +222,8 @@ impl<'a> RegistryRequest<'a> {
         }
     }
 
-    /// Asks for the manifest or blob, and where it is redirected to. The second value says whether it was: then no secret was sent there.
+    /// Sends the request and follows redirects. The second value is true after a redirect; the
+    /// redirect's target got no credential.
     pub(super) async fn send_following_redirects(
         &self,
         method: Method,
@@ -238,10 +245,11 @@ impl<'a> RegistryRequest<'a> {
             let next = location.and_then(|location| url.join(location).ok());
             url = self.require_safe_url(next, "a redirect")?;
         }
-        Err(self.invalid_response("redirects without end"))
+        Err(self.invalid_response(format_args!("more than {MAX_REDIRECTS} redirects")))
     }
 
-    /// A token for this repository, as a header. `who` may be nobody: then it allows what anybody may.
+    /// A token for this repository, as a header. Without a credential the token permits anonymous
+    /// access.
     async fn fetch_token(
         &self,
         realm: &str,
@@ -250,7 +258,7 @@ impl<'a> RegistryRequest<'a> {
         credential: Option<&RegistryCredential>,
     ) -> Result<HeaderValue, RegistryError> {
         let mut url = self.require_safe_url(Url::parse(realm).ok(), "a token server")?;
-        // The registry's own word for it where it has one: some know a repository by another name than we do.
+        // The registry's own scope, if any: some registries name a repository otherwise.
         let scope = scope.map_or_else(|| format!("repository:{}:pull", self.repository.path), str::to_owned);
         let mut parameters = vec![("scope", scope.as_str())];
         parameters.extend(service.map(|service| ("service", service)));
@@ -269,25 +277,25 @@ impl<'a> RegistryRequest<'a> {
         let answer = self.send(Request { method, url: &url, headers, body, certificates }).await?;
         match answer.status.as_u16() {
             200 => {}
-            // OAuth 2's word for a wrong refresh token.
+            // OAuth 2's status for an invalid refresh token.
             400 => return Err(self.denied()),
             _ => return Err(self.status_error(answer.status)),
         }
         let content = self.read(answer, MAX_TOKEN_RESPONSE).await?;
-        bearer_header(&content).ok_or_else(|| self.invalid_response("a token that is none"))
+        bearer_header(&content).ok_or_else(|| self.invalid_response("a reply without a usable token"))
     }
 
-    /// A URL that the registry names may be asked when it is as safe as the registry itself.
+    /// Accepts a URL that the registry names when the URL is as safe as the registry itself.
     fn require_safe_url(&self, url: Option<Url>, what: &str) -> Result<Url, RegistryError> {
         match url {
             Some(url) if url.scheme() == "https" => Ok(url),
             Some(url) if url.scheme() == "http" && self.endpoint.insecure => Ok(url),
             Some(url) if url.scheme() == "http" => Err(self.invalid_response(format_args!("{what} without TLS"))),
-            _ => Err(self.invalid_response(format_args!("{what} that is nowhere"))),
+            _ => Err(self.invalid_response(format_args!("{what} without an HTTP URL"))),
         }
     }
 
-    /// An insecure registry is excused, another host that it names is not.
+    /// An insecure registry may have any certificate; another host that the registry names may not.
     fn certificates(&self, url: &Url) -> Certificates {
         let same = |url: &Url, base: &Url| {
             url.host() == base.host() && url.port_or_known_default() == base.port_or_known_default()
@@ -307,13 +315,12 @@ impl<'a> RegistryRequest<'a> {
         answer.read(most).await.map_err(|failure| self.map_http_error(failure))
     }
 
-    /// The registry's name.
     pub(super) fn registry(&self) -> String {
         self.repository.registry.clone()
     }
 
     fn map_http_error(&self, failure: HttpError) -> RegistryError {
-        tracing::debug!(registry = self.repository.registry, %failure, "no answer to a question");
+        tracing::debug!(registry = self.repository.registry, %failure, "a registry query failed");
         registry_error(&self.repository.registry, failure)
     }
 
@@ -335,7 +342,7 @@ fn form_body(parameters: &[(&str, &str)]) -> Bytes {
     url::form_urlencoded::Serializer::new(String::new()).extend_pairs(parameters).finish().into()
 }
 
-/// The token in a token server's answer; both names are in use.
+/// The token in a token server's response; both field names are in use.
 fn bearer_header(content: &[u8]) -> Option<HeaderValue> {
     #[derive(Deserialize)]
     struct TokenResponse {

@@ -1,5 +1,5 @@
-//! Registries and token servers of the tests are on loopback. Where a test is about registries that are not insecure, loopback is
-//! not treated as such.
+//! Registries and token servers of the tests are on loopback. A test of registries that are not
+//! insecure does not treat loopback as insecure.
 
 mod blobs;
 mod trust;
@@ -11,9 +11,9 @@ use serde_json::json;
 use super::*;
 use crate::http::test_server::{HttpTestServer, ReceivedRequest, Reply, reply};
 
-/// For whatever is to be answered; a slow machine must not fail a test.
+/// For servers that answer; a slow machine must not fail a test.
 const LONG_TIMEOUT: Duration = Duration::from_secs(60);
-/// For what will never be.
+/// For servers that never answer.
 const SHORT_TIMEOUT: Duration = Duration::from_millis(100);
 
 fn client() -> RegistryClient {
@@ -24,7 +24,7 @@ fn client_with_short_timeouts() -> RegistryClient {
     RegistryClient { ping_limit: SHORT_TIMEOUT, resolve_limit: SHORT_TIMEOUT, stall_limit: SHORT_TIMEOUT, ..client() }
 }
 
-/// Treats loopback as any other host, and trusts these certificates.
+/// A client that treats loopback as any other host, and trusts these certificates.
 fn client_trusting(certificates: &[&str], insecure: &[&str]) -> RegistryClient {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(certificates.concat().as_bytes()).unwrap();
@@ -58,7 +58,7 @@ fn digest() -> Digest {
     Digest::of(&manifest())
 }
 
-/// A HEAD's answer that names the manifest.
+/// The reply to a HEAD that names the manifest.
 fn digest_reply() -> Reply {
     reply(200, &[("Docker-Content-Digest", &digest().to_string())], b"")
 }
@@ -67,11 +67,11 @@ fn down<T>(server: &HttpTestServer, kind: OutageKind) -> Result<T, RegistryError
     Err(RegistryError::Down { registry: server.host_port(), kind })
 }
 
-/// The reason for which an answer is nonsense.
+/// The reason of an invalid response.
 fn invalid_response_reason(answer: Result<Digest, RegistryError>) -> String {
     match answer {
         Err(RegistryError::InvalidResponse { reason, .. }) => reason,
-        other => panic!("{other:?} is not nonsense"),
+        other => panic!("{other:?} is no invalid response"),
     }
 }
 
@@ -125,7 +125,7 @@ async fn a_tag_is_resolved_without_its_manifest_where_the_registry_names_the_dig
     let seen = server.requests();
     assert_eq!(server.request_lines(), ["HEAD /v2/team/app/manifests/v1"]);
     assert!(seen[0].header("accept").unwrap().starts_with("application/vnd.oci.image.index.v1+json"));
-    assert_eq!(seen[0].header("authorization"), None, "nobody asked who we are");
+    assert_eq!(seen[0].header("authorization"), None, "the registry sent no challenge");
 }
 
 #[tokio::test]
@@ -167,23 +167,23 @@ async fn responses_that_no_registry_sends_are_invalid() {
     let header = "Docker-Content-Digest";
     let large = [manifest(), vec![b' '; crate::oci::MAX_DOCUMENT_BYTES as usize]].concat();
     for (what, status, headers, body) in [
-        ("a page", 200, page.clone(), manifest()),
-        ("a page", 404, page, Vec::new()),
+        ("an HTML page", 200, page.clone(), manifest()),
+        ("an HTML page", 404, page, Vec::new()),
         ("not a digest", 200, with(header, &long), Vec::new()),
         ("not a digest", 200, with(header, "sha256:"), Vec::new()),
         ("\"sha512\" is not supported", 200, with(header, &sha512), Vec::new()),
         ("status 418", 418, Vec::new(), Vec::new()),
-        ("no manifest", 200, Vec::new(), b"<html>".to_vec()),
-        ("no manifest", 200, Vec::new(), Vec::new()),
+        ("that is no manifest", 200, Vec::new(), b"<html>".to_vec()),
+        ("that is no manifest", 200, Vec::new(), Vec::new()),
         ("more than", 200, Vec::new(), large),
-        ("another's digest", 405, with(header, &another), manifest()),
-        ("a redirect that is nowhere", 301, Vec::new(), Vec::new()),
-        ("a redirect that is nowhere", 301, with("Location", "file:///etc/passwd"), Vec::new()),
-        ("redirects without end", 307, with("Location", "?again"), Vec::new()),
+        ("the digest of another", 405, with(header, &another), manifest()),
+        ("a redirect without an HTTP URL", 301, Vec::new(), Vec::new()),
+        ("a redirect without an HTTP URL", 301, with("Location", "file:///etc/passwd"), Vec::new()),
+        ("more than 4 redirects", 307, with("Location", "?again"), Vec::new()),
     ] {
         let server = HttpTestServer::start(move |seen| {
             let headers: Vec<_> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
-            // 405 is how a HEAD is sent on to GET.
+            // A HEAD with status 405 makes the client send a GET.
             let get = seen.request_line.starts_with("GET");
             reply(if get && status == 405 { 200 } else { status }, &headers, &body)
         });

@@ -15,7 +15,7 @@ use crate::ports::{
     PullSecret,
 };
 
-/// The cluster. Clones share it.
+/// The cluster. Clones share state.
 #[derive(Clone)]
 pub struct MemoryCluster {
     state: Arc<Mutex<State>>,
@@ -39,19 +39,19 @@ struct State {
     versions: u64,
     is_unavailable: bool,
     is_forbidden: bool,
-    /// Wait before each answer about a namespace.
+    /// Delay of each answer about a namespace.
     namespace_delay: Duration,
 }
 
 impl Default for MemoryCluster {
     fn default() -> Self {
-        // Room for the nudges of one burst; who listens keeps up.
+        // Holds the nudges of one burst; receivers keep up.
         Self { state: Arc::default(), nudges: broadcast::Sender::new(256) }
     }
 }
 
 impl MemoryCluster {
-    /// Makes a namespace, or replaces its annotations.
+    /// Creates a namespace, or replaces its annotations.
     pub fn put_namespace(&self, name: &str, annotations: &[(&str, &str)]) {
         let annotations = annotations.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
         self.lock().namespaces.insert(name.into(), Arc::new(NamespaceView { labels: BTreeMap::new(), annotations }));
@@ -65,18 +65,18 @@ impl MemoryCluster {
         Arc::make_mut(namespace).labels = labels;
     }
 
-    /// Sets the annotations of an owner and of those above it, the nearest first.
+    /// Sets the annotations of an owner and of the owners above, the nearest first.
     pub fn put_owners(&self, k8s_namespace: &str, owner: &Owner, annotations: Vec<Annotations>) {
         let annotations = annotations.into_iter().map(Arc::new).collect();
         self.lock().owners.insert((k8s_namespace.into(), owner.clone()), annotations);
     }
 
-    /// What the kubelet said about a pod.
+    /// Adds an Event of the kubelet on a pod.
     pub fn put_kubelet_event(&self, pod: &PodRef, event: KubeletEvent) {
         self.lock().kubelet_events.entry(pod.clone()).or_default().push(event);
     }
 
-    /// Makes a pull secret.
+    /// Creates a pull secret.
     pub fn put_pull_secret(&self, k8s_namespace: &str, name: &str, secret: PullSecret) {
         self.lock().pull_secrets.insert((k8s_namespace.into(), name.into()), secret);
     }
@@ -86,27 +86,27 @@ impl MemoryCluster {
         self.lock().zone = Some(zone);
     }
 
-    /// The pods that were deleted so far.
+    /// Deleted pods so far.
     pub fn deleted(&self) -> Vec<PodRef> {
         self.lock().deleted.clone()
     }
 
-    /// Every nudge from now on.
+    /// Receives every later nudge.
     pub fn nudges(&self) -> broadcast::Receiver<PodRef> {
         self.nudges.subscribe()
     }
 
-    /// What was said on pods so far.
+    /// Events on pods so far.
     pub fn reports(&self) -> Vec<(PodRef, PodReport)> {
         self.lock().reports.clone()
     }
 
-    /// The Events on nodes so far.
+    /// Events on nodes so far.
     pub fn node_reports(&self) -> Vec<NodeReport> {
         self.lock().node_reports.clone()
     }
 
-    /// Makes a node, so many seconds after 1970.
+    /// Creates a node, so many seconds after 1970.
     pub fn put_node(&self, node: NodeName, created: u64) {
         self.lock().nodes.insert(node, SystemTime::UNIX_EPOCH + Duration::from_secs(created));
     }
@@ -116,7 +116,7 @@ impl MemoryCluster {
         self.lock().clocks_ahead = seconds;
     }
 
-    /// Whether calls fail from now on, as when the API server is away.
+    /// Starts or ends an outage of the API server.
     pub fn set_unavailable(&self, away: bool) {
         self.lock().is_unavailable = away;
     }
@@ -126,17 +126,18 @@ impl MemoryCluster {
         self.lock().namespace_delay = delay;
     }
 
-    /// Whether nudges and deletions are denied from now on, as where the agent lacks the rights.
+    /// Denies nudges and deletions from now on, as for an agent without the rights, or permits them
+    /// again.
     pub fn set_forbidden(&self, denies: bool) {
         self.lock().is_forbidden = denies;
     }
 
-    /// Claims in the name of one node.
+    /// Claims of one node.
     pub fn claims_of(&self, node: NodeName) -> MemoryClaims {
         MemoryClaims { cluster: self.clone(), node }
     }
 
-    /// How many Leases were written so far, and who holds which now.
+    /// Number of Lease writes so far, and the present holder of each Lease.
     pub fn leases(&self) -> (u64, BTreeMap<Digest, Option<String>>) {
         let state = self.lock();
         (state.versions, state.leases.iter().map(|(digest, lease)| (*digest, lease.holder.clone())).collect())
@@ -192,7 +193,7 @@ impl Cluster for MemoryCluster {
 
     async fn nudge(&self, pod: &PodRef) -> Result<(), ClusterError> {
         drop(self.permitted_state()?);
-        // Nobody may be listening; a nudge is no promise.
+        // A nudge without a receiver is lost; the port promises no delivery.
         let _ = self.nudges.send(pod.clone());
         Ok(())
     }

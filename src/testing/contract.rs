@@ -1,6 +1,8 @@
-//! What every [`ContentStore`] promises, as checks that run on each of them: in memory, on disk, every containerd.
+//! Contract of every [`ContentStore`], as checks for each implementation: in memory, on disk, every
+//! containerd.
 //!
-//! A check that fails says so in a value instead of panicking, so that a test can show that a broken store is found out.
+//! A failed check returns a value instead of a panic, so a test can show that checks detect a
+//! defect.
 
 mod pinning;
 mod reading;
@@ -26,37 +28,39 @@ use crate::ports::{
     BlobInfo, BlobMetadata, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, StagedBlob, StoreError,
 };
 
-/// A store under test, with what a test needs besides the port.
+/// A store under test, with further operations for the checks.
 #[async_trait]
 pub trait StoreUnderTest: Send + Sync {
     /// The store.
     fn store(&self) -> Arc<dyn ContentStore>;
 
-    /// Collects, before it returns, everything that nothing holds.
+    /// Removes all unreferenced content before it returns.
     async fn collect(&self);
 
-    /// Ends the process that has the store and begins another on what it left. `unfinished` gets no chance to tidy up.
+    /// Kills the process of the store and starts another on the same content. No cleanup of
+    /// `unfinished` runs before the kill.
     async fn restart(&mut self, unfinished: UnfinishedWrite);
 }
 
-/// What a process was writing when it ended; there to be dropped.
+/// Writer that is open at a kill; the store under test drops the writer.
 pub enum UnfinishedWrite {
-    /// From its beginning to its end.
+    /// From the first byte to the last.
     Written(Box<dyn BlobWriter>),
     /// In pieces.
     Staged(Arc<dyn StagedBlob>),
 }
 
-/// Runs every check on a store of its own and panics with all that failed.
+/// Runs every check on a new store and panics with all failures.
 ///
 /// # Panics
-/// When the store breaks a promise; the message names the check.
+/// When the store violates the contract; the message names the check.
 pub async fn assert_contract<S: StoreUnderTest>(name: &str, make: impl AsyncFn() -> S) {
     let broken = contract_violations(make).await;
-    assert!(broken.is_empty(), "{name} breaks the contract:\n{}", broken.join("\n"));
+    assert!(broken.is_empty(), "{name} violates the contract:\n{}", broken.join("\n"));
 }
 
-/// Runs every check on a store of its own; one line for each that failed, which begins with its name.
+/// Runs every check on a new store. Returns one line per failure, which begins with the check's
+/// name.
 pub async fn contract_violations<S: StoreUnderTest>(make: impl AsyncFn() -> S) -> Vec<String> {
     let mut broken = Vec::new();
     for (name, check) in checks() {
@@ -70,12 +74,13 @@ pub async fn contract_violations<S: StoreUnderTest>(make: impl AsyncFn() -> S) -
     broken
 }
 
-/// For one check: the longest moves some 4 MiB and collects three times, which takes the slowest store a few seconds.
+/// Of one check. The longest moves some 4 MiB and collects three times: a few seconds on the
+/// slowest store.
 const DEADLINE: Duration = Duration::from_secs(60);
 
 type Check = for<'a> fn(&'a mut dyn StoreUnderTest) -> Pinned<Box<dyn Future<Output = CheckResult> + 'a>>;
 
-/// The checks with their names.
+/// Pairs each check with its name.
 macro_rules! named {
     ($($module:ident::$check:ident),* $(,)?) => {
         [$((stringify!($check), (|subject| Box::pin($module::$check(subject))) as Check)),*]
@@ -123,7 +128,7 @@ fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
 /// A check's result.
 type CheckResult = Result<(), Violation>;
 
-/// What the store did instead of what it promises.
+/// Difference between the store's behavior and the contract.
 struct Violation(String);
 
 impl fmt::Display for Violation {
@@ -142,20 +147,21 @@ fn ensure(kept: bool, otherwise: impl fmt::Display) -> CheckResult {
     if kept { Ok(()) } else { Err(Violation(otherwise.to_string())) }
 }
 
-/// Long enough for a check's own pins; the collector must leave them alone however slow the machine is.
+/// Life of a check's own pins: longer than any check, however slow the machine.
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// Content that no other check uses, so that stores which share a backend do not meet each other's blobs.
+/// Content of one check, so that stores with a shared backend have no blob of another check.
 struct TestBlob {
     bytes: Bytes,
     digest: Digest,
 }
 
 impl TestBlob {
-    /// `size` bytes that follow from `seed`.
+    /// `size` bytes, derived from `seed`.
     fn of(seed: &str, size: usize) -> Self {
         let first = Digest::of(seed.as_bytes());
-        // Xorshift: no two positions look alike, so a piece that lands in the wrong place is seen. Its state must not be 0.
+        // Xorshift has no repeated positions, so a misplaced piece is detected. Its state must not
+        // be 0.
         let mut state =
             first.as_bytes().iter().fold(1_u64, |state, &byte| state << 5 ^ state >> 59 ^ u64::from(byte)) | 1;
         let mut bytes = Vec::with_capacity(size + 8);
@@ -179,14 +185,14 @@ impl TestBlob {
         hasher.verify(self.digest, self.size()).map_err(|error| Violation(error.to_string()))
     }
 
-    /// Writes it in one go.
+    /// Writes the blob in one batch.
     async fn write(&self, store: &dyn ContentStore, pin: &Pin, children: &[(&TestBlob, ChildKind)]) -> CheckResult {
         let mut writer = store.create(self.digest, self.size(), pin).await?;
         writer.append(std::slice::from_ref(&self.bytes)).await?;
         Ok(writer.commit(self.proof()?, &remembered(children)).await?)
     }
 
-    /// A record that names it.
+    /// A record with the blob as target.
     fn record(&self, name: &str) -> ImageRecord {
         let media_type = "application/vnd.oci.image.manifest.v1+json".into();
         let target =
@@ -198,10 +204,10 @@ impl TestBlob {
         Ok(store.blob(self.digest).await?.is_some())
     }
 
-    /// Whether all of it can be read, and nothing else.
+    /// Verifies that exactly the blob's bytes can be read.
     async fn check_content(&self, store: &dyn ContentStore) -> CheckResult {
         let mut reader = store.open(self.digest).await?;
-        ensure(reader.size() == self.size(), format!("{} bytes are said to be {}", self.size(), reader.size()))?;
+        ensure(reader.size() == self.size(), format!("{} bytes have the size {}", self.size(), reader.size()))?;
         let mut offset = 0;
         loop {
             let read = reader.read_at(offset as u64, 100_000).await?;

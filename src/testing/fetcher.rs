@@ -1,4 +1,4 @@
-//! Peers in memory: what a fetcher gets from their stores, and what it gets from peers that misbehave.
+//! Peers in memory, honest and misbehaving.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,41 +15,43 @@ use crate::ports::{
 
 mod pieces;
 
-/// How a peer behaves.
+/// Behavior of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Behaviour {
-    /// Sends what its store holds.
+    /// Sends the store's bytes.
     Honest,
-    /// Sends as many bytes, but others.
+    /// Sends as many bytes, but other bytes.
     Corrupts,
     /// Refuses so many requests before it serves.
     BusyFor(u32),
     /// Cannot be reached.
     Unreachable,
-    /// Takes the request and never sends a byte.
+    /// Accepts the request and never sends a byte.
     Hangs,
-    /// Sends what its store holds, but a list of states in which one is wrong: the one after this piece.
+    /// Sends the store's bytes, but a hash chain with one wrong state: the state after this piece.
     ForgesChain(u32),
-    /// Sends other bytes for this piece of every blob, and true lists.
+    /// Sends other bytes for this piece of every blob, and true hash chains.
     CorruptsPiece(u32),
-    /// Sends so many pieces, and from then on nothing.
+    /// Sends so many pieces, and nothing afterwards.
     HangsAfter(u32),
-    /// Its files of blobs of several pieces were written over: it sends other bytes of them, and finds that out when it makes their lists.
+    /// The disk corrupted every blob of several pieces: the peer sends other bytes, and detects the
+    /// error when it computes a hash chain.
     DiskCorrupted,
-    /// Sends what its store holds; of a list the first states at once, and the rest after twenty seconds.
+    /// Sends the store's bytes; the first states of a hash chain at once, the others after twenty
+    /// seconds.
     SendsChainSlowly,
-    /// Sends what its store holds; of a list a state every ten seconds.
+    /// Sends the store's bytes; one state of a hash chain every ten seconds.
     DripsChain,
 }
 
-/// A peer that is played.
+/// A simulated peer.
 struct FakePeer {
     store: Arc<dyn ContentStore>,
     partials: Arc<dyn PartialBlobs>,
     behaviour: Behaviour,
 }
 
-/// Fetches from stores in memory.
+/// Fetches blobs from stores in memory.
 #[derive(Default)]
 pub struct MemoryFetcher {
     peers: Mutex<HashMap<PeerId, FakePeer>>,
@@ -60,12 +62,12 @@ pub struct MemoryFetcher {
 }
 
 impl MemoryFetcher {
-    /// Adds a peer, or changes it.
+    /// Adds or replaces a peer.
     pub fn put_peer(&self, peer: PeerId, store: Arc<dyn ContentStore>, behaviour: Behaviour) {
         self.insert_peer(peer, FakePeer { store, partials: Arc::new(NoPartialBlobs), behaviour });
     }
 
-    /// Adds an honest peer that is fetching blobs itself.
+    /// Adds an honest peer that is downloading blobs.
     pub fn put_fetching_peer(&self, peer: PeerId, store: Arc<dyn ContentStore>, partials: Arc<dyn PartialBlobs>) {
         self.insert_peer(peer, FakePeer { store, partials, behaviour: Behaviour::Honest });
     }
@@ -74,22 +76,22 @@ impl MemoryFetcher {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer, played);
     }
 
-    /// How many times a peer was asked for a blob's bytes.
+    /// Number of requests for a blob's bytes to this peer.
     pub fn request_count(&self, peer: PeerId) -> usize {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner).iter().filter(|&&asked| asked == peer).count()
     }
 
-    /// Every blob that was sent rightly, and by whom, in order.
+    /// Every verified blob or piece with its provider, in order.
     pub fn served(&self) -> Vec<(PeerId, Digest)> {
         self.served.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What the peer has of a blob that it is fetching.
+    /// The peer's download of the blob, if any.
     fn partial(&self, peer: PeerId, digest: Digest) -> Option<Arc<dyn PartialBlob>> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner).get(&peer)?.partials.partial(digest)
     }
 
-    /// Counts a piece against what a peer sends before it hangs.
+    /// Counts a piece of a peer; `false` when the peer hangs instead of sending the piece.
     fn record_piece(&self, peer: PeerId) -> bool {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         match peers.get_mut(&peer).map(|played| &mut played.behaviour) {
@@ -102,12 +104,12 @@ impl MemoryFetcher {
         }
     }
 
-    /// How many times anybody was asked for a list of states.
+    /// Number of requests for a hash chain, to all peers.
     pub fn chain_request_count(&self) -> usize {
         self.chain_requests.load(Ordering::Relaxed)
     }
 
-    /// How many pieces were sent with other bytes.
+    /// Number of corrupt pieces that were sent.
     pub fn corrupt_piece_count(&self) -> usize {
         self.corrupt_pieces.load(Ordering::Relaxed)
     }

@@ -1,4 +1,5 @@
-//! Makes images: real layers (tar files with random content), a configuration and a manifest, in any content store.
+//! Images in any content store: layers (tar files with random content), a configuration, a
+//! manifest.
 
 mod compression;
 
@@ -20,50 +21,51 @@ const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const FOREIGN: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
 
-/// How an image is made: by default OCI's way, a single manifest, no layers.
+/// Shape of an image: by default OCI's media types, a single manifest, no layers.
 #[derive(Debug, Clone, Default)]
 pub struct Recipe {
     /// Docker's media types instead of OCI's.
     pub docker: bool,
-    /// How layers are packed.
+    /// Compression of the layers.
     pub compression: Compression,
-    /// The layers' sizes in bytes, roughly.
+    /// Approximate sizes of the layers in bytes.
     pub layers: Vec<u64>,
-    /// The first layer stands in the manifest a second time.
+    /// The manifest lists the first layer twice.
     pub twice: bool,
-    /// There is a layer besides that must not be distributed, and is not in the store.
+    /// The manifest lists one more layer, which must not be distributed and is not in the store.
     pub foreign: bool,
-    /// The architecture that the configuration names, where that is not this machine's.
+    /// Architecture in the configuration, if not this machine's.
     pub architecture: Option<String>,
-    /// When the configuration says that the image was built.
+    /// Build time in the configuration.
     pub created: Option<String>,
-    /// An index names the manifest, and one for another platform that is not in the store.
+    /// An index lists the manifest, and a manifest for another platform that is not in the store.
     pub index: bool,
-    /// The index stands in another index, as goauthentik and gitlab-runner are published.
+    /// Another index lists the index, as in the published images of goauthentik and gitlab-runner.
     pub nested: bool,
-    /// The index names no platform for the manifest, so that a runtime reads the configuration's.
-    /// The other platform's manifest is in the store then, without its blobs.
+    /// The index names no platform for the manifest, so a runtime reads the configuration's. The
+    /// other platform's manifest is then in the store, without its blobs.
     pub unnamed: bool,
-    /// The index names an attestation, which is in the store with its blobs missing.
+    /// The index lists an attestation, whose manifest is in the store without its blobs.
     pub attested: bool,
 }
 
 impl Recipe {
-    /// Indexes above the manifest: as many of [`MadeImage::blobs`] stand before the configuration.
+    /// Number of indexes above the manifest, and the position of the configuration in
+    /// [`MadeImage::blobs`].
     pub fn indexes(&self) -> usize {
         usize::from(self.index || self.nested) + usize::from(self.nested)
     }
 }
 
-/// What was put into the store.
+/// An image in the store.
 #[derive(Debug, Clone)]
 pub struct MadeImage {
-    /// The index or manifest.
+    /// Index or manifest.
     pub target: Descriptor,
-    /// Everything else that this platform needs: the inner index if there is one, the manifest if
-    /// the root is an index, the configuration, each layer once.
+    /// Other blobs for this platform: the inner index, the manifest below an index, the
+    /// configuration, each layer once.
     pub blobs: Vec<Descriptor>,
-    /// The layers as the manifest lists them, and how they stand on each other.
+    /// Layers in the manifest's order, with their parents.
     pub layers: Vec<StackedLayer>,
 }
 
@@ -74,10 +76,11 @@ impl MadeImage {
     }
 }
 
-/// Puts an image with layers of these sizes (in bytes, roughly) into the store under these names. The same seed makes the same image.
+/// Puts an image with layers of these approximate sizes (in bytes) into the store under these
+/// names. The same seed makes the same image.
 ///
 /// # Errors
-/// As the store says.
+/// Errors of the store.
 pub async fn put_image(
     store: &dyn ContentStore,
     names: &[String],
@@ -87,10 +90,11 @@ pub async fn put_image(
     make_image(store, names, &Recipe { layers: layer_sizes.to_vec(), ..Recipe::default() }, seed).await
 }
 
-/// Puts an image of any kind into the store under these names. The same recipe and seed make the same image.
+/// Puts an image of any shape into the store under these names. The same recipe and seed make the
+/// same image.
 ///
 /// # Errors
-/// As the store says.
+/// Errors of the store.
 pub async fn make_image(
     store: &dyn ContentStore,
     names: &[String],
@@ -112,11 +116,11 @@ pub async fn make_image(
     Ok(MadeImage { target: root, blobs, layers })
 }
 
-/// Puts an image of layers that were packed elsewhere, with gzip, into the store under a name: each as it is packed, and the digest of what it
-/// unpacks to.
+/// Puts an image of existing gzip layers into the store under a name. Each layer comes with the
+/// digest of its unpacked archive.
 ///
 /// # Errors
-/// As the store says.
+/// Errors of the store.
 pub async fn put_gzip_layers(
     store: &dyn ContentStore,
     name: &str,
@@ -152,7 +156,7 @@ async fn put_manifest(
     put_manifest_of(store, pin, recipe, (layers, diff_ids), seed).await
 }
 
-/// The layers are there already; beside them what each of them unpacks to.
+/// The layers are in the store already. Each layer has its diff ID.
 async fn put_manifest_of(
     store: &dyn ContentStore,
     pin: &Pin,
@@ -216,7 +220,7 @@ async fn put_index(
     Ok((put_blob(store, pin, index_type, index.to_string().into(), children).await?, sized))
 }
 
-/// A manifest whose configuration and layer are in no store.
+/// Puts a manifest whose configuration and layer are in no store.
 async fn put_bare_manifest(store: &dyn ContentStore, pin: &Pin, named: &[u8]) -> Result<Descriptor, StoreError> {
     let blob = json!({"mediaType": CONFIG, "digest": Digest::of(named), "size": 9});
     let document = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": blob, "layers": [blob]});
@@ -227,10 +231,10 @@ fn child(blob: &Descriptor, kind: ChildKind) -> Child {
     Child { digest: blob.digest, kind }
 }
 
-/// Puts any document, a manifest or not, under a name. What it names is not looked at, and not kept alive by it.
+/// Puts any document, a manifest or not, under a name. The store keeps no child of the document.
 ///
 /// # Errors
-/// As the store says.
+/// Errors of the store.
 pub async fn put_document(store: &dyn ContentStore, name: &str, document: String) -> Result<Descriptor, StoreError> {
     let pin = store.pin(Duration::from_secs(600)).await?;
     let target = put_blob(store, &pin, INDEX, document.into(), Vec::new()).await?;
@@ -239,7 +243,6 @@ pub async fn put_document(store: &dyn ContentStore, name: &str, document: String
     Ok(target)
 }
 
-/// Writes one blob, proved as everything is.
 async fn put_blob(
     store: &dyn ContentStore,
     pin: &Pin,
@@ -265,7 +268,7 @@ async fn put_blob(
     Ok(Descriptor { media_type: media_type.into(), digest, size, platform: None, attestation: false })
 }
 
-/// A layer: a tar archive with one file of random bytes, which no compression would shrink.
+/// A layer: a tar archive with one file of random bytes, which no compressor can shrink.
 fn layer(position: usize, size: u64, random: &mut SmallRng) -> Bytes {
     let mut content = vec![0; usize::try_from(size).unwrap_or(usize::MAX)];
     random.fill_bytes(&mut content);

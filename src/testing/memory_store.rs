@@ -22,7 +22,7 @@ use crate::ports::{
     Snapshots, StagedBlob, StoreError,
 };
 
-/// Keeps blobs, records and pins in memory. Clones are handles of one store.
+/// Stores blobs, records and pins in memory. Clones are handles of one store.
 #[derive(Clone)]
 pub struct MemoryStore {
     state: Arc<Mutex<State>>,
@@ -34,16 +34,16 @@ pub struct MemoryStore {
 struct State {
     blobs: HashMap<Digest, MemoryBlob>,
     images: BTreeMap<String, Descriptor>,
-    /// By their names.
+    /// Pins by name.
     pins: HashMap<String, PinState>,
     pins_made: u64,
     writing: HashSet<Digest>,
-    /// What staged blobs left that were not committed.
+    /// Pieces of staged blobs that were dropped without a commit.
     staged: HashMap<Digest, StagedBytes>,
     snapshots: snapshots::SnapshotParents,
     runtime: snapshots::Runtime,
     disks: Disks,
-    /// How long a name takes after it can be seen.
+    /// Delay between the visible record and the return of `put_image`.
     record_delay: Duration,
 }
 
@@ -52,13 +52,13 @@ struct MemoryBlob {
     bytes: Bytes,
     sources: BTreeSet<Repository>,
     children: Vec<Child>,
-    /// The topmost layer that lives as long as this blob.
+    /// Topmost layer whose snapshots live as long as this blob.
     top: Option<Digest>,
 }
 
 #[derive(Clone, Default)]
 struct PinState {
-    /// `None` when it is further away than a clock can tell.
+    /// `None` for an end beyond the clock's range.
     until: Option<Instant>,
     blobs: HashSet<Digest>,
     snapshots: HashSet<Digest>,
@@ -67,22 +67,23 @@ struct PinState {
 }
 
 impl MemoryStore {
-    /// A store with nothing in it.
+    /// An empty store.
     pub fn new() -> Self {
         Self::with(State::default())
     }
 
-    /// From now on others see a name so long before whoever gives it hears that it is given.
+    /// Delays the return of every later `put_image`; other callers see the record before.
     pub fn set_record_delay(&self, time: Duration) {
         self.state().record_delay = time;
     }
 
-    /// What the next process finds: all that is there now, and nobody who writes.
+    /// The store after a kill: all content, and no open writer.
     pub fn restarted(&self) -> Self {
         Self::with(State { writing: HashSet::new(), ..self.state().clone() })
     }
 
-    /// Removes what no live pin holds and no record reaches. Nothing else removes anything, so that tests choose when.
+    /// Removes content without a live pin and without a record. Collection runs only here, when a
+    /// test calls.
     pub fn collect(&self) {
         let mut state = self.state();
         let now = Instant::now();
@@ -105,14 +106,14 @@ impl MemoryStore {
         self.changed();
     }
 
-    /// What is remembered about a blob that is there; of its sources the first in order.
+    /// Metadata of a blob in the store, with the first of its sources.
     pub fn metadata(&self, digest: Digest) -> Option<BlobMetadata> {
         let state = self.state();
         let blob = state.blobs.get(&digest)?;
         Some(BlobMetadata { source: blob.sources.first().cloned(), children: blob.children.clone() })
     }
 
-    /// Changes a byte of a blob that is there and not empty, as a failing disk does it.
+    /// Inverts the first byte of a blob, as a failing disk may do.
     pub fn corrupt(&self, digest: Digest) {
         if let Some(blob) = self.state().blobs.get_mut(&digest) {
             let mut bytes = blob.bytes.to_vec();
@@ -121,12 +122,12 @@ impl MemoryStore {
         }
     }
 
-    /// Loses a blob, and nothing that says it is there.
+    /// Removes a blob, but no record, pin or label that names the blob.
     pub fn remove_blob(&self, digest: Digest) {
         self.state().blobs.remove(&digest);
     }
 
-    /// Pins that were taken and not released.
+    /// Number of pins that were not released.
     pub fn pins(&self) -> usize {
         self.state().pins.len()
     }
@@ -136,7 +137,7 @@ impl MemoryStore {
         Self { state: Arc::new(Mutex::new(state)), changes: Arc::new(watch::Sender::new(0)), events }
     }
 
-    /// One writer at a time.
+    /// Registers the only writer of a blob.
     fn begin(&self, digest: Digest, pin: &Pin) -> Result<MutexGuard<'_, State>, StoreError> {
         let mut state = self.state();
         let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
@@ -151,7 +152,7 @@ impl MemoryStore {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("nothing panics while it holds the state")
+        self.state.lock().expect("no thread panics while it holds the state")
     }
 
     fn changed(&self) {
@@ -297,7 +298,7 @@ impl ContentStore for MemoryStore {
     }
 }
 
-/// Holds the bytes themselves, so a blob that is collected can still be read by those who opened it.
+/// Owns the bytes: a collected blob stays readable for its open readers.
 struct MemoryReader(Bytes);
 
 #[async_trait]
@@ -342,7 +343,8 @@ impl BlobWriter for MemoryWriter {
                 self.digest
             )));
         }
-        // Whoever calls has hashed on the way; here it is done again, to catch a caller that wrote other bytes than it hashed.
+        // The caller has hashed the bytes. A second hash detects a caller that wrote other bytes
+        // than it hashed.
         let actual = Digest::of(&self.bytes);
         if actual != self.digest {
             return Err(StoreError::Other(format!("bytes for {} hash to {actual}", self.digest)));
@@ -383,7 +385,7 @@ mod tests {
             self.0.collect();
         }
 
-        /// What is staged is left by the drop, as by a kill.
+        /// The drop leaves the staged pieces, as a kill does.
         async fn restart(&mut self, unfinished: UnfinishedWrite) {
             let unfinished = match unfinished {
                 UnfinishedWrite::Staged(staged) => {
@@ -423,7 +425,7 @@ mod tests {
             self.0.unpacked()
         }
 
-        /// A layer is unpacked in one step here.
+        /// The store unpacks a layer in one step.
         async fn half_unpacked(&self) -> usize {
             0
         }

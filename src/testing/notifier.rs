@@ -1,4 +1,4 @@
-//! Somebody who is told things, in memory.
+//! A webhook receiver in memory.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -6,7 +6,7 @@ use async_trait::async_trait;
 
 use crate::ports::{Notification, Notifier, NotifyError};
 
-/// Keeps what it is sent.
+/// Stores every accepted message.
 #[derive(Default)]
 pub struct MemoryNotifier {
     state: Mutex<State>,
@@ -20,17 +20,17 @@ struct State {
 }
 
 impl MemoryNotifier {
-    /// What every message gets from now on; `None` for being taken.
+    /// Sets the answer to every later message; `None` accepts messages.
     pub fn set_failure(&self, failure: Option<NotifyError>) {
         self.lock().failure = failure;
     }
 
-    /// The messages that were taken, in order.
+    /// Accepted messages, in order.
     pub fn sent(&self) -> Vec<Notification> {
         self.lock().sent.clone()
     }
 
-    /// How many messages were tried, taken or not.
+    /// Number of messages, accepted or refused.
     pub fn attempts(&self) -> usize {
         self.lock().attempts
     }

@@ -10,7 +10,7 @@ use crate::model::OutageKind;
 use crate::oci::{BlobProof, Digest, Hasher, Repository};
 use crate::ports::{BlobSink, PullSecret, Registry, RegistryError, RegistryFetchError};
 
-/// All the registries that there are; the names of others do not resolve.
+/// All registries of a test; names of other registries do not resolve.
 #[derive(Default)]
 pub struct MemoryRegistry {
     registries: Mutex<BTreeMap<String, FakeRegistry>>,
@@ -20,7 +20,7 @@ pub struct MemoryRegistry {
 struct FakeRegistry {
     tags: BTreeMap<(String, String), Tag>,
     blobs: BTreeMap<Digest, Bytes>,
-    /// `Some` where blobs are for owners of this secret.
+    /// Blobs require this secret.
     blob_secret: Option<PullSecret>,
     failure: Option<RegistryError>,
     pings: usize,
@@ -30,22 +30,22 @@ struct FakeRegistry {
 
 struct Tag {
     digest: Digest,
-    /// `Some` for a private repository.
+    /// The repository requires this secret.
     secret: Option<PullSecret>,
 }
 
 impl MemoryRegistry {
-    /// Makes a registry, if it is not there yet.
+    /// Creates a registry, unless it exists.
     pub fn put_registry(&self, registry: &str) {
         self.lock().entry(registry.to_owned()).or_default();
     }
 
-    /// Makes a tag that anybody may see, or moves it; its registry as well.
+    /// Creates or moves a public tag, and creates its registry.
     pub fn put_tag(&self, repository: &Repository, tag: &str, digest: Digest) {
         self.put(repository, tag, Tag { digest, secret: None });
     }
 
-    /// Makes a tag that only owners of this secret may see, or moves it; its registry as well.
+    /// Creates or moves a tag that requires this secret, and creates its registry.
     pub fn put_private_tag(&self, repository: &Repository, tag: &str, digest: Digest, secret: PullSecret) {
         self.put(repository, tag, Tag { digest, secret: Some(secret) });
     }
@@ -55,34 +55,35 @@ impl MemoryRegistry {
         self.lock().entry(registry.to_owned()).or_default().blobs.insert(Digest::of(&bytes), bytes);
     }
 
-    /// From now on the registry sends other bytes of the same length for the blob.
+    /// Replaces the blob's bytes by other bytes of the same length.
     pub fn corrupt_blob(&self, registry: &str, digest: Digest) {
         if let Some(bytes) = self.lock().get_mut(registry).and_then(|played| played.blobs.get_mut(&digest)) {
             *bytes = vec![0; bytes.len()].into();
         }
     }
 
-    /// From now on only owners of this secret get blobs of the registry.
+    /// Requires this secret for every later blob of the registry.
     pub fn make_blobs_private(&self, registry: &str, secret: PullSecret) {
         self.lock().entry(registry.to_owned()).or_default().blob_secret = Some(secret);
     }
 
-    /// How many times a registry that exists was asked for a blob.
+    /// Number of blob requests to a registry.
     pub fn blob_requests(&self, registry: &str) -> usize {
         self.lock().get(registry).map_or(0, |played| played.blob_requests)
     }
 
-    /// What every question to this registry gets from now on; `None` for right answers. A ping fails only when the registry is down.
+    /// Sets the answer to every later request; `None` for true answers. A ping fails only when the
+    /// failure is [`RegistryError::Down`].
     pub fn set_failure(&self, registry: &str, failure: Option<RegistryError>) {
         self.lock().entry(registry.to_owned()).or_default().failure = failure;
     }
 
-    /// How many times a registry that exists was pinged.
+    /// Number of pings of a registry.
     pub fn pings(&self, registry: &str) -> usize {
         self.lock().get(registry).map_or(0, |played| played.pings)
     }
 
-    /// How many times a registry that exists was asked for a tag.
+    /// Number of tag requests to a registry.
     pub fn resolves(&self, registry: &str) -> usize {
         self.lock().get(registry).map_or(0, |played| played.resolves)
     }
@@ -187,7 +188,7 @@ mod tests {
         assert_eq!(registry.resolve(&app, "v2", &[]).await, Err(RegistryError::NotFound("reg.test".into())));
 
         registry.set_failure("reg.test", Some(RegistryError::RateLimited("reg.test".into())));
-        assert_eq!(registry.ping("reg.test").await, Ok(()), "a 429 is an answer");
+        assert_eq!(registry.ping("reg.test").await, Ok(()), "status 429 counts as alive");
         let down = RegistryError::Down { registry: "reg.test".into(), kind: OutageKind::TimedOut };
         registry.set_failure("reg.test", Some(down.clone()));
         assert_eq!(registry.ping("reg.test").await, Err(down));

@@ -1,4 +1,4 @@
-//! A store whose user is killed at a chosen step, so that every step of a recovery can be tried.
+//! A store whose user is killed at a chosen step, so that a test can try every step of a recovery.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,29 +16,30 @@ use crate::ports::{
     StoreError,
 };
 
-/// Where the user is killed. A step is a call that changes something; the first has the number 0.
+/// Step at which the user is killed. A step is a call that changes the store; the first has number
+/// 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KillPoint {
-    /// Before the step is taken.
+    /// Before the step.
     Before(usize),
-    /// After it, and before its answer comes.
+    /// After the step, and before its answer.
     After(usize),
 }
 
-/// Passes everything on until the step comes; from then on no call that changes something returns. Whoever waits for
-/// [`StoppingStore::reached`] then drops what was going on, which is what a kill looks like to the store behind.
+/// Forwards every call until the kill point. From then on no call that changes the store returns. A
+/// test awaits [`StoppingStore::reached`] and drops its work, which the inner store sees as a kill.
 #[derive(Clone)]
 pub struct StoppingStore {
     inner: Arc<dyn ContentStore>,
     steps: Arc<AtomicUsize>,
     kill_point: KillPoint,
     reached: watch::Sender<bool>,
-    /// What a kill takes away from whoever still has it.
+    /// Staged blobs that the kill closes, even when a task still has a handle.
     staged: Arc<Mutex<Vec<Weak<StoppingStagedBlob>>>>,
 }
 
 impl StoppingStore {
-    /// A store in front of another.
+    /// Wraps a store.
     pub fn new(inner: Arc<dyn ContentStore>, killed_at: KillPoint) -> Self {
         Self {
             inner,
@@ -49,10 +50,10 @@ impl StoppingStore {
         }
     }
 
-    /// Waits until the step has come.
+    /// Waits for the kill point.
     pub async fn reached(&self) {
         let mut reached = self.reached.subscribe();
-        // It cannot fail: the sender is here.
+        // Cannot fail: `self` owns the sender.
         let _ = reached.wait_for(|reached| *reached).await;
     }
 
@@ -64,7 +65,7 @@ impl StoppingStore {
         };
         if step < last {
             let done = work.await;
-            // What was under way when the kill came has nobody to come back to.
+            // A call that is under way at the kill never returns.
             if !*self.reached.borrow() {
                 return done;
             }
@@ -74,7 +75,7 @@ impl StoppingStore {
         if step == last && after {
             work.await;
         } else {
-            // A process that was killed holds nothing any more.
+            // A killed process holds no resources.
             drop(work);
         }
         if step == last {
@@ -181,7 +182,7 @@ impl BlobWriter for StoppingWriter {
 }
 
 struct StoppingStagedBlob {
-    /// Until the kill.
+    /// `None` after the kill.
     inner: Mutex<Option<Arc<dyn StagedBlob>>>,
     store: StoppingStore,
 }
@@ -195,7 +196,7 @@ impl StoppingStagedBlob {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whoever goes on after the kill, goes on for ever.
+    /// Never returns after the kill.
     async fn inner(&self) -> Arc<dyn StagedBlob> {
         match self.open() {
             Some(inner) => inner,

@@ -1,5 +1,5 @@
-//! The one limiter: a stranger's connection gets one stream for its `Hello`, within a deadline, and nothing else until our
-//! admission has said yes.
+//! Admits connections. An unauthenticated connection gets one stream for its `Hello`, within a
+//! deadline, and nothing else until our admission accepts the credential.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -20,36 +20,38 @@ use crate::model::{Credential, NodeName, Peer, PeerId};
 use crate::ports::{AdmittedPeer, LEEWAY, Rejection};
 use crate::wire::{self, Format, Hello, Versions, Welcome};
 
-/// Strangers at a time. One costs a handshake's CPU and some ten KiB; a thousand nodes that start together come through
-/// in a few seconds, since the others try again.
+/// Unauthenticated connections at a time. Each costs a handshake's CPU and some ten KiB. A thousand
+/// nodes that start together are admitted within a few seconds, since refused dialers try again.
 const MAX_HANDSHAKES: usize = 32;
 
-/// Strangers from one address at a time, so that a single pod cannot occupy the limiter. An agent needs one, or two when it
-/// greets and fetches at once; the rest is for several agents on one machine, as in a demonstration.
+/// Unauthenticated connections from one address at a time, so that one pod cannot take all permits.
+/// An agent needs one, or two when a dial of the joiner and a fetch coincide. The rest is for
+/// several agents on one machine, as in a demonstration.
 const MAX_HANDSHAKES_PER_ADDRESS: usize = 8;
 
-/// Strangers from one IPv6 subnet at a time, whose hosts may choose among 2^64 addresses. A quarter of the permits is left to other
-/// subnets: pods and nodes have different ones as a rule. Nodes of one subnet that start together share the rest.
+/// Unauthenticated connections from one IPv6 subnet at a time; a host there may choose among 2^64
+/// addresses. A quarter of the permits is left to other subnets: pods and nodes have different
+/// subnets as a rule. Nodes of one subnet that start together share the rest.
 const MAX_HANDSHAKES_PER_SUBNET: usize = MAX_HANDSHAKES * 3 / 4;
 
-/// With more strangers than this, an address has to prove itself by a round trip (RFC 9000, section 8.1.2) before it
-/// costs us anything.
+/// From this number of unauthenticated connections on, an address is validated by a round trip (RFC
+/// 9000, section 8.1.2) before its packets cost anything.
 const RETRY_THRESHOLD: usize = 8;
 
-/// The strangers that are being looked at.
+/// Bounds the unauthenticated connections, by address, by subnet and in all.
 #[derive(Default)]
 pub(super) struct HandshakeLimiter {
     by_address: Mutex<HashMap<IpAddr, usize>>,
 }
 
-/// A stranger's place at the limiter, free again when dropped.
+/// The permit of one unauthenticated connection; released when dropped.
 pub(super) struct HandshakePermit {
     limiter: Arc<HandshakeLimiter>,
     address: IpAddr,
 }
 
 impl HandshakeLimiter {
-    /// A place, if there is one for this address.
+    /// `None` when the address, its subnet or the whole limiter has no permit left.
     pub(super) fn try_acquire(self: &Arc<Self>, address: IpAddr) -> Option<HandshakePermit> {
         let mut inside = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
         let from_there = inside.get(&address).copied().unwrap_or(0);
@@ -65,7 +67,7 @@ impl HandshakeLimiter {
         Some(HandshakePermit { limiter: self.clone(), address })
     }
 
-    /// Whether addresses have to be proved now.
+    /// Whether an unvalidated address has to be validated now.
     pub(super) fn is_retry_required(&self) -> bool {
         self.by_address.lock().unwrap_or_else(PoisonError::into_inner).values().sum::<usize>() >= RETRY_THRESHOLD
     }
@@ -83,12 +85,12 @@ impl Drop for HandshakePermit {
     }
 }
 
-/// Why a stranger did not become a peer.
+/// Why a dialer was not admitted.
 #[derive(Debug, thiserror::Error)]
 enum AcceptError {
-    #[error("no connection: {0}")]
+    #[error("the QUIC handshake failed: {0}")]
     Handshake(String),
-    #[error("no introduction: {0}")]
+    #[error("no valid Hello: {0}")]
     NoHello(String),
     #[error(
         "peer {0} speaks no version of the transfer protocol that this agent speaks ({1}); \
@@ -97,14 +99,14 @@ enum AcceptError {
     OtherVersion(PeerId, Versions),
     #[error("peer {0}: {1}")]
     Rejected(PeerId, Rejection),
-    #[error("peer {0} left: {1}")]
+    #[error("peer {0} closed the connection: {1}")]
     Left(PeerId, String),
     #[error("node {0} has the key of this node")]
     SharedKey(NodeName),
 }
 
 impl Shared {
-    /// A whole inbound connection, from the first packet to the last stream served on it.
+    /// Handles an inbound connection, from the first packet to the last stream served on it.
     pub(super) async fn handle_connection(
         self: Arc<Self>,
         incoming: Incoming,
@@ -142,7 +144,7 @@ impl Shared {
             AcceptError::Rejected(..) | AcceptError::OtherVersion(..) => {
                 tracing::debug!(%address, reason = %error, "peer refused")
             }
-            _ => tracing::debug!(%address, reason = %error, "stranger turned away"),
+            _ => tracing::debug!(%address, reason = %error, "connection not admitted"),
         }
     }
 
@@ -151,7 +153,7 @@ impl Shared {
         let introduction = async {
             let accepted = incoming.accept().map_err(|error| AcceptError::Handshake(error.to_string()))?;
             let connection = accepted.await.map_err(|error| AcceptError::Handshake(error.to_string()))?;
-            let id = peer_of(&connection).ok_or_else(|| AcceptError::Handshake("no peer's certificate".into()))?;
+            let id = peer_of(&connection).ok_or_else(|| AcceptError::Handshake("no libp2p certificate".into()))?;
             let Some(format) = format_of(&connection, self.versions) else {
                 close(&connection, OTHER_VERSION, self.versions.to_string().as_bytes());
                 return Err(AcceptError::OtherVersion(id, self.versions));
@@ -160,21 +162,21 @@ impl Shared {
                 .await
                 .map(|(hello, send)| (id, hello, WelcomeStream { send, format }, connection))
         };
-        let late = |_| AcceptError::NoHello(format!("not in {:?}", self.timeouts.hello));
+        let late = |_| AcceptError::NoHello(format!("timed out after {:?}", self.timeouts.hello));
         let (id, hello, welcome_stream, connection) =
             timeout(self.timeouts.hello, introduction).await.map_err(late)??;
         if let Some(node) = self.other_node_with_this_key(id, &hello) {
             return Err(self.answer_shared_key(node, address, &connection, welcome_stream).await);
         }
         let decided = timeout(self.timeouts.admission, self.admit_dialler(id, address, &hello)).await;
-        let decided = decided.unwrap_or_else(|_| Err(Rejection::Undecided("it takes too long".into())));
+        let decided = decided.unwrap_or_else(|_| Err(Rejection::Undecided("the verdict takes too long".into())));
         self.metrics.admission_decided(admission_result(decided.as_ref().map(|(_, _, admitted)| admitted)));
         match decided {
             Ok((peer, ours, _)) => {
                 connection.set_max_concurrent_bi_streams(VarInt::from_u32(MAX_STREAMS));
-                // It is a peer now, but it may leave no room for the answer.
+                // The peer is admitted, but its stream may have no room for the answer.
                 let welcomed = timeout(self.timeouts.hello, welcome_stream.send_admitted(ours)).await;
-                let welcomed = welcomed.unwrap_or_else(|_| Err("it does not take our answer".into()));
+                let welcomed = welcomed.unwrap_or_else(|_| Err("the peer does not read the answer".into()));
                 welcomed.map_err(|error| AcceptError::Left(id, error))?;
                 Ok((peer, connection))
             }
@@ -185,14 +187,15 @@ impl Shared {
         }
     }
 
-    /// The node whose agent proved this agent's own key. This agent's own dials name this node.
+    /// The other node whose agent proved this agent's own key. This agent's own dials name this
+    /// node.
     pub(super) fn other_node_with_this_key(&self, id: PeerId, hello: &Hello) -> Option<NodeName> {
         let node = hello.node.parse().ok()?;
         (id == self.own_id && node != self.node).then_some(node)
     }
 
-    /// Tells the other agent this node's name, and no credential. The other agent needs the name to
-    /// find out which of the two nodes makes a new key; it proved the key, so it may have it.
+    /// Sends this node's name, and no credential. The two agents need both names to find out which
+    /// node makes a new key. The other agent proved the key, so the name may be sent.
     async fn answer_shared_key(
         &self,
         node: NodeName,
@@ -213,7 +216,8 @@ impl Shared {
         AcceptError::SharedKey(node)
     }
 
-    /// The one message that a stranger may send. Whatever else it sends instead ends the connection.
+    /// Reads the only message that an unauthenticated connection may send. Any other message closes
+    /// the connection.
     async fn read_hello(&self, connection: &Connection) -> Result<(Hello, SendStream), AcceptError> {
         let stream = connection.accept_bi().await;
         let (send, mut recv) = stream.map_err(|error| AcceptError::NoHello(error.to_string()))?;
@@ -226,7 +230,8 @@ impl Shared {
         }
     }
 
-    /// Whether this is a peer; and if so, what we say of ourselves.
+    /// Gets the verdict of our admission. Returns the admitted peer, and our `Hello` for the
+    /// answer.
     async fn admit_dialler(
         &self,
         id: PeerId,
@@ -234,12 +239,14 @@ impl Shared {
         hello: &Hello,
     ) -> Result<(Peer, Hello, AdmittedPeer), Rejection> {
         if id == self.own_id {
-            return Err(Rejection::Denied("this agent has the same key; delete it on one of the two nodes".into()));
+            return Err(Rejection::Denied(
+                "this agent has the same key; delete the key on one of the two nodes".into(),
+            ));
         }
         let admitted = self.admission.admit(id, &hello.credential).await?;
         let node = admitted.node.clone();
         let peer = peer_from(id, address, hello, node).map_err(|error| Rejection::Denied(error.to_string()))?;
-        // Before anything is remembered: without a credential of our own the peer could not admit us.
+        // Read before anything is recorded: without our own credential the peer could not admit us.
         let ours = self.own_hello(self.admission.credential().await?, address.ip());
         let admission = PeerAdmission {
             credential: hello.credential.clone(),
@@ -248,14 +255,15 @@ impl Shared {
         };
         self.peers.insert(&peer, admission).map_err(|full| Rejection::Undecided(full.to_string()))?;
         self.observed_address.send_replace(Some(hello.observed_address));
-        // Told before the peer is: when it dials our gossip next, the list of those let in has it. A receiver that is
-        // gone belongs to an agent that stops.
+        // Sent before the peer gets the answer: the peer dials our gossip next, and gossip accepts
+        // only admitted peers. A closed receiver means that the agent stops.
         let _ = self.admitted_peers.send(peer.clone()).await;
         Ok((peer, ours, admitted))
     }
 
-    /// Ends what peers dialled whose verdict is over, unless the credential that they showed is still good, as it may be on grace. They
-    /// may come back and show another.
+    /// Closes the inbound connections of peers whose verdict has expired. A credential that is
+    /// still accepted, as in a grace period, renews the verdict. The peer may dial again with a new
+    /// credential.
     pub(super) fn close_expired(&self, now: Duration) {
         for (peer, PeerAdmission { credential, valid_until: until, pod: _ }) in self.peers.expired(now) {
             match self.admission.admit_relayed(peer, &credential) {
@@ -265,18 +273,18 @@ impl Shared {
                         PeerAdmission { credential, valid_until: admitted.valid_until, pod: admitted.pod },
                     );
                 }
-                // It is being asked for; once more as long is enough for that.
+                // The verdict is pending; a second leeway is enough time.
                 Err(Rejection::Undecided(_)) if now < until + LEEWAY + LEEWAY => {}
                 ended => {
                     let reason = ended.err().map(|refusal| refusal.to_string());
-                    tracing::debug!(%peer, reason, "a peer's verdict is over; its connections are closed");
+                    tracing::debug!(%peer, reason, "the verdict about a peer has expired; its connections are closed");
                     self.peers.close_inbound(peer);
                 }
             }
         }
     }
 
-    /// The answer goes first; the connection's end, which would discard what is not delivered yet, waits for it.
+    /// Delivers the answer before the connection closes: a close discards undelivered data.
     async fn reject(&self, connection: &Connection, welcome_stream: WelcomeStream, refusal: &Rejection) {
         let reason = printable(&refusal.to_string());
         let WelcomeStream { mut send, format } = welcome_stream;
@@ -285,16 +293,15 @@ impl Shared {
             send.finish().ok()?;
             send.stopped().await.ok()
         };
-        // Delivered or not: the close says the same.
+        // The close carries the same reason, so an undelivered answer is no error.
         let _ = timeout(self.timeouts.dial, answer).await;
         close(connection, REJECTED, reason.as_bytes());
     }
 }
 
-/// The way of the answer to a `Hello`.
+/// The stream of the answer to a `Hello`.
 struct WelcomeStream {
     send: SendStream,
-    /// Of the connection.
     format: Format,
 }
 
@@ -318,7 +325,7 @@ mod tests {
         assert!(enter(1).is_none());
         permits.push(enter(2).unwrap());
         permits.remove(0);
-        assert!(enter(1).is_some(), "a place that was left is free");
+        assert!(enter(1).is_some(), "a released permit is free again");
     }
 
     #[test]
@@ -329,7 +336,7 @@ mod tests {
         assert_eq!(permits.len(), MAX_HANDSHAKES_PER_SUBNET);
         permits.push(enter(2, 1).unwrap());
         permits.remove(0);
-        assert!(enter(1, 200).is_some(), "a place that was left is free");
+        assert!(enter(1, 200).is_some(), "a released permit is free again");
     }
 
     #[test]

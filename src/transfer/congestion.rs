@@ -1,7 +1,8 @@
-//! How much may be under way on a connection: CUBIC (RFC 9438) as quinn has it, which is told of a long queue as if a packet were lost.
+//! The congestion window: quinn's CUBIC (RFC 9438), which counts a long queue as a lost packet.
 //!
-//! CUBIC shares a link evenly and keeps it busy, and fills whatever queue is there before it. Where that holds a second, everything else
-//! that the node sends waits as long. Not here: what it was measured against (`tuning`).
+//! CUBIC shares a link evenly and keeps the link busy, but fills any queue at a bottleneck. A queue
+//! of a second delays all other traffic of the node by a second. Not here: the measurements
+//! (`tuning`).
 
 use std::any::Any;
 use std::sync::Arc;
@@ -12,29 +13,33 @@ use quinn::Connection;
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
 use quinn_proto::RttEstimator;
 
-/// By how much a round trip may grow. Twice what a port of a switch or of a router holds as a rule (50 ms and less), where loss says so sooner: with
-/// 20 ms the last of eight nodes that share an image on two processors is done after 1.28 to 1.41 times what its link needs, instead of 1.13 (in frames of 9000
-/// bytes; probably a wait for a processor is taken for a queue). Short against the 750 ms that the mesh gives a neighbour to answer
+/// Queueing delay that counts as loss. Twice the queue of a port of a switch or router as a rule
+/// (50 ms and less), where a loss is the earlier signal. With 20 ms the last of eight nodes that
+/// share an image on two processors needs 1.28 to 1.41 times the time of its link, instead of 1.13
+/// (in frames of 9000 bytes). Probably a wait for a processor is mistaken for a queue. The bound is
+/// short against the 750 ms that the mesh gives a neighbor to answer
 /// ([`crate::decide::gossip::PING_INTERVAL`]), also when the answer waits as long.
 const MAX_QUEUE_DELAY: Duration = Duration::from_millis(100);
 const _: () = assert!(3 * MAX_QUEUE_DELAY.as_millis() < crate::decide::gossip::PING_INTERVAL.as_millis());
 
-/// Smaller windows are not made smaller for it: then the queue is not their own, or the way has become another one. About what CUBIC begins with
-/// in packets of 1452 bytes, and two of the largest.
+/// A smaller window is not shrunk for a queue: other traffic fills the queue, or the path has
+/// changed. About CUBIC's first window in packets of 1452 bytes, and two of the largest packets.
 const MIN_WINDOW: u64 = 16 << 10;
 
-/// What a connection begins with, in packets (RFC 6928; RFC 9002, section 7.2, bounds them to 14 720 bytes in all). quinn counts them before it knows
-/// what the path carries: of the largest packets that would be one at a time, each of which waits for a late acknowledgement.
+/// The first window, in packets (RFC 6928; RFC 9002, section 7.2, bounds the window to 14 720
+/// bytes). quinn sets the window before path MTU discovery. With the largest packets the window
+/// would be one packet at a time, and each would wait for a delayed acknowledgement.
 const INITIAL_WINDOW_PACKETS: u64 = 10;
 
-/// Makes the controllers of new connections.
+/// Creates the controllers of new connections.
 #[derive(Debug, Default)]
 pub struct DelayBounded {
     cubic: Arc<CubicConfig>,
 }
 
 impl DelayBounded {
-    /// On top of a CUBIC that is set otherwise than quinn does. Its first window is made larger all the same where ten packets are.
+    /// Takes CUBIC settings other than quinn's. A first window below ten packets is raised all the
+    /// same.
     pub fn new(cubic: CubicConfig) -> Self {
         Self { cubic: Arc::new(cubic) }
     }
@@ -54,8 +59,9 @@ impl ControllerFactory for DelayBounded {
     }
 }
 
-/// To be called when a connection is about to be closed: else its end is held back like data where as much is under way as may be, and
-/// then forgotten, and the peer waits until it takes us for dead. (Mended in quinn after 0.11.19: quinn-rs/quinn#2785. This ends with it.)
+/// Must be called before a close. quinn otherwise holds the close frame back like data when the
+/// window is full, and then drops the frame; the peer waits for its idle timeout. Fixed in quinn
+/// after 0.11.19 (quinn-rs/quinn#2785), which makes this function superfluous.
 pub(super) fn lift_window(connection: &Connection) {
     if let Ok(controller) = connection.congestion_state().into_any().downcast::<DelayBoundedCubic>() {
         controller.closing.store(true, Ordering::Relaxed);
@@ -64,18 +70,20 @@ pub(super) fn lift_window(connection: &Connection) {
 
 struct DelayBoundedCubic {
     cubic: Box<dyn Controller>,
-    /// What it was made from, until it slows down first.
+    /// The settings of `cubic`; `None` after the first congestion event.
     config: Option<Arc<CubicConfig>>,
-    /// Smoothed, as it was last.
+    /// The smoothed round trip of the last acknowledgement.
     smoothed_rtt: Duration,
-    /// Packets sent before were under way, or waited, when it slowed down last; what they say is known.
+    /// Packets sent earlier were in flight, or queued, at the last congestion event; their delay is
+    /// accounted for.
     reacts_from: Instant,
-    /// Nothing is held back any more. Its copies, of which the connection has one, share this.
+    /// Lifts the window. The connection has a clone of this controller, and clones share the flag.
     closing: Arc<AtomicBool>,
 }
 
 impl DelayBoundedCubic {
-    /// An acknowledgement of what was sent at `sent` came when a round trip took so long, and at least so long ever.
+    /// Takes the smoothed and the least round trip from an acknowledgement of a packet sent at
+    /// `sent`.
     fn on_rtt_sample(&mut self, now: Instant, sent: Instant, round_trip: Duration, least: Duration) {
         self.smoothed_rtt = round_trip;
         let is_long = round_trip > least.saturating_add(MAX_QUEUE_DELAY);
@@ -101,7 +109,7 @@ impl Controller for DelayBoundedCubic {
 
     fn on_congestion_event(&mut self, now: Instant, sent: Instant, is_persistent_congestion: bool, lost_bytes: u64) {
         self.cubic.on_congestion_event(now, sent, is_persistent_congestion, lost_bytes);
-        // What is sent until the queue is shorter still finds it long.
+        // Packets that are sent until the queue is shorter still measure the long queue.
         self.reacts_from = now + self.smoothed_rtt;
         self.config = None;
     }
@@ -149,7 +157,7 @@ mod tests {
     const SHORT_QUEUE: Duration = Duration::from_millis(101);
     const LONG_QUEUE: Duration = Duration::from_millis(120);
 
-    /// One that may have a MiB under way, and a moment at which it is used.
+    /// A controller with a window of 1 MiB, and a time after its creation.
     fn controller() -> (DelayBoundedCubic, Instant) {
         let (mut cubic, now) = (CubicConfig::default(), Instant::now());
         cubic.initial_window(1 << 20);
@@ -157,10 +165,10 @@ mod tests {
     }
 
     fn build_controller(factory: Arc<DelayBounded>, now: Instant) -> DelayBoundedCubic {
-        *factory.build(now, 1200).into_any().downcast().expect("it makes these")
+        *factory.build(now, 1200).into_any().downcast().expect("a `DelayBoundedCubic`")
     }
 
-    /// The window after a packet of `sent` was acknowledged when round trips took so long.
+    /// The window after an acknowledgement of a packet sent at `sent`, with this round trip.
     fn window_after_ack(controller: &mut DelayBoundedCubic, sent: Instant, round_trip: Duration) -> u64 {
         controller.on_rtt_sample(sent + round_trip, sent, round_trip, NO_QUEUE);
         controller.window()
@@ -187,7 +195,7 @@ mod tests {
         let (mut controller, now) = controller();
         let once = window_after_ack(&mut controller, now, LONG_QUEUE);
         let slowed = now + LONG_QUEUE;
-        // Sent before it had slowed down, or while what it had sent before still waited.
+        // Sent before the window shrank, or within a round trip after that.
         for sent in [now, slowed, slowed + LONG_QUEUE] {
             assert_eq!(window_after_ack(&mut controller, sent, LONG_QUEUE), once);
         }
@@ -216,7 +224,7 @@ mod tests {
             .collect();
         assert!(windows.is_sorted_by(|one, next| one >= next), "{windows:?}");
         windows.dedup();
-        // CUBIC takes three tenths at a time.
+        // CUBIC shrinks the window by three tenths each time.
         assert!((MIN_WINDOW * 7 / 10..=MIN_WINDOW).contains(windows.last().unwrap()), "{windows:?}");
     }
 
@@ -244,13 +252,13 @@ mod tests {
         let mut slowed = build_controller(Arc::default(), now);
         slowed.on_congestion_event(sent, sent, false, 1200);
         slowed.on_mtu_update(6500);
-        assert_eq!(slowed.window(), 13_000, "the two packets that there always may be");
+        assert_eq!(slowed.window(), 13_000, "CUBIC's least window of two packets");
     }
 
     #[test]
     fn a_cloned_controller_lifts_the_window_of_the_original() {
         let (controller, _) = controller();
-        let copy: Box<DelayBoundedCubic> = controller.clone_box().into_any().downcast().expect("it is one");
+        let copy: Box<DelayBoundedCubic> = controller.clone_box().into_any().downcast().expect("a `DelayBoundedCubic`");
         copy.closing.store(true, Ordering::Relaxed);
         assert_eq!(controller.window(), u64::MAX);
     }

@@ -1,4 +1,5 @@
-//! Dialling: whose key answers, our `Hello`, its answer, and our own decision about it. Nothing uses a connection before.
+//! Dials a peer: compares the key, exchanges `Hello` and answer, and gets our own verdict. Nothing
+//! uses the connection before the verdict.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -13,7 +14,7 @@ use crate::model::{Credential, NodeName, NodeNameError, Peer, PeerId};
 use crate::ports::{AdmittedPeer, Rejection};
 use crate::wire::{self, Format, Hello, Versions, Welcome, WireError};
 
-/// Why nobody was met at an address.
+/// Why a dial failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum DialError {
     /// The address leads back to this agent.
@@ -22,104 +23,106 @@ pub enum DialError {
     /// Another node's agent has this agent's key.
     #[error("node {node} at {address} has the key of this node, as after a copy of a node's disk")]
     SharedKey {
-        /// The dialled address.
+        /// The dialed address.
         address: SocketAddr,
         /// The name that the other agent gives.
         node: NodeName,
     },
-    /// Nobody answers, or not in our protocol.
+    /// No answer arrived, or the answer is not in our protocol.
     #[error("{address} cannot be reached: {reason}")]
     Unreachable {
-        /// Who was called.
+        /// The dialed address.
         address: SocketAddr,
-        /// Nothing at all came back.
+        /// Not a single packet came back.
         silent: bool,
-        /// What the transport said.
+        /// The error of the transport.
         reason: String,
     },
-    /// Somebody else answers than the peer that was meant.
+    /// Another peer answers than the expected one.
     #[error("{found} answers at {address} where {expected} was expected")]
     AnotherKey {
-        /// Who was called.
+        /// The dialed address.
         address: SocketAddr,
-        /// The peer that was meant.
+        /// The expected peer.
         expected: PeerId,
         /// The peer that proved its key.
         found: PeerId,
     },
-    /// The peer does not admit us.
-    #[error("peer {peer} at {address} refuses this agent: {reason}")]
+    /// The peer rejects this agent.
+    #[error("peer {peer} at {address} rejects this agent: {reason}")]
     Rejected {
-        /// Who refuses.
+        /// The peer that rejects this agent.
         peer: PeerId,
-        /// Where.
+        /// The dialed address.
         address: SocketAddr,
-        /// Its words.
+        /// The reason that the peer gives.
         reason: String,
     },
-    /// We do not admit the peer.
+    /// This agent rejects the peer.
     #[error("peer {peer} at {address}: {refusal}")]
     NotAdmitted {
-        /// Who it is about.
+        /// The rejected peer.
         peer: PeerId,
-        /// Where.
+        /// The dialed address.
         address: SocketAddr,
-        /// Our admission's words.
+        /// The verdict of our admission.
         refusal: Rejection,
     },
-    /// It speaks no MAJOR of the transfer protocol that we speak.
+    /// The peer speaks no MAJOR of the transfer protocol that this agent speaks.
     #[error(
         "peer {peer} at {address} speaks version {theirs} of the transfer protocol and this agent {ours}; \
          upgrade the older of the two, as agents are compatible across one MAJOR only"
     )]
     OtherVersion {
-        /// Who.
+        /// The peer that answers.
         peer: PeerId,
-        /// Where.
+        /// The dialed address.
         address: SocketAddr,
-        /// What it says that it speaks.
+        /// The versions that the peer reports.
         theirs: String,
-        /// What this agent speaks.
+        /// The versions that this agent speaks.
         ours: Versions,
     },
-    /// We have nothing to show.
+    /// This agent has no credential.
     #[error("this agent has no credential to show: {0}")]
     NoCredential(Rejection),
-    /// The peer did not keep to the protocol, or speaks another version of it.
+    /// The peer violated the protocol.
     #[error("peer {peer} at {address} broke the protocol: {reason}")]
     Protocol {
-        /// Who.
+        /// The peer that answers.
         peer: PeerId,
-        /// Where.
+        /// The dialed address.
         address: SocketAddr,
-        /// How.
+        /// The violation.
         reason: String,
     },
 }
 
 impl DialError {
-    /// Whether nothing at all came back, as from a host that is gone. Any answer, a refusal too, is a sign of life.
+    /// Whether not a single packet came back, as from a host that is gone. Any answer shows a live
+    /// host, also a rejection.
     pub fn is_silence(&self) -> bool {
         matches!(self, Self::Unreachable { silent: true, .. })
     }
 }
 
 impl Shared {
-    /// Opens a connection to whoever is at `address`. Cancelled half-way it is closed.
+    /// Opens a connection to the agent at `address`. Cancellation closes the connection.
     pub(super) async fn dial(
         &self,
         address: SocketAddr,
         expect: Option<PeerId>,
     ) -> Result<(Peer, Connection, PeerAdmission), DialError> {
         let unreachable = |silent, reason: String| DialError::Unreachable { address, silent, reason };
-        // The name is asked for by TLS and checked by nobody: peers are known by their keys.
+        // TLS requires a name, and nothing verifies the name: peers are identified by their keys.
         let dialled = self.endpoint.connect_with(self.client.clone(), address, "lighterman");
         let connecting = dialled.map_err(|error| unreachable(false, error.to_string()))?;
         let connection = timeout(self.timeouts.dial, connecting)
             .await
             .map_err(|_| unreachable(true, format!("no answer in {:?}", self.timeouts.dial)))?
             .map_err(|error| unreachable(error == ConnectionError::TimedOut, error.to_string()))?;
-        let found = peer_of(&connection).ok_or_else(|| unreachable(false, "it has no peer's certificate".into()))?;
+        let found =
+            peer_of(&connection).ok_or_else(|| unreachable(false, "the listener has no libp2p certificate".into()))?;
         if found == self.own_id {
             let node = timeout(self.timeouts.handshake(), self.node_behind_own_key(address, &connection)).await;
             close(&connection, DONE, b"myself");
@@ -144,12 +147,12 @@ impl Shared {
             }
             Err(_) => {
                 close(&connection, DONE, b"no answer");
-                Err(unreachable(false, format!("no answer to our introduction in {:?}", self.timeouts.handshake())))
+                Err(unreachable(false, format!("no answer to our Hello within {:?}", self.timeouts.handshake())))
             }
         }
     }
 
-    /// Whether anything comes back from there.
+    /// Whether any packet comes back from `address`.
     pub(super) async fn probe(&self, address: SocketAddr) -> Result<bool, ConnectError> {
         let connecting = self.endpoint.connect_with(self.client.clone(), address, "lighterman")?;
         Ok(match timeout(self.timeouts.dial, connecting).await {
@@ -157,13 +160,13 @@ impl Shared {
                 close(&connection, DONE, b"probe");
                 true
             }
-            // A refusal, or another protocol.
+            // A refusal, or an answer in another protocol.
             Ok(Err(error)) => error != ConnectionError::TimedOut,
             Err(_) => false,
         })
     }
 
-    /// What the listener says that it speaks, when it closes a connection without a common MAJOR.
+    /// The versions that the listener reports when it closes a connection without a common MAJOR.
     async fn versions_of(&self, connection: &Connection) -> String {
         let said = match timeout(self.timeouts.dial, connection.closed()).await {
             Ok(ConnectionError::ApplicationClosed(end)) if end.error_code == OTHER_VERSION => {
@@ -175,9 +178,9 @@ impl Shared {
         if said.is_empty() { "another".to_owned() } else { said }
     }
 
-    /// The name of the other node at an address where this agent's own key answers; `None` where
-    /// the address leads back here. This agent's own door refuses a `Hello` of this node. An agent
-    /// that cannot make sense of the `Hello` is taken for this one, as before.
+    /// The name of the other node at an address where this agent's own key answers. `None` where
+    /// the address leads back to this agent: our acceptor rejects a `Hello` with our own key and
+    /// node name. An agent that cannot decode the `Hello` counts as this agent.
     async fn node_behind_own_key(&self, address: SocketAddr, connection: &Connection) -> Option<NodeName> {
         let format = format_of(connection, self.versions)?;
         let answer = self.send_hello(address, connection, format, Credential::default()).await.ok()?;
@@ -221,12 +224,12 @@ impl Shared {
     ) -> Result<Welcome, WireError> {
         let (mut send, mut recv) = connection.open_bi().await.map_err(std::io::Error::from)?;
         wire::write_in(&mut send, &self.own_hello(credential, address.ip()), format).await?;
-        // It was just opened, so it can be finished.
+        // A stream that was just opened can be finished.
         let _ = send.finish();
         wire::read_in(&mut recv, self.versions).await
     }
 
-    /// What we say of ourselves to whom we see at this address.
+    /// Our `Hello` for a peer whose address is `seen` from here.
     pub(super) fn own_hello(&self, credential: Credential, seen: IpAddr) -> Hello {
         Hello { credential, node: self.node.to_string(), gossip_port: self.gossip_port, observed_address: seen }
     }
@@ -240,7 +243,8 @@ fn close_code(error: &DialError) -> quinn::VarInt {
     }
 }
 
-/// A refusal may arrive as the connection's end alone; what ended the connection says more than the broken stream.
+/// A rejection may arrive as the close of the connection alone. The close reason says more than the
+/// error of the stream.
 fn handshake_error(address: SocketAddr, peer: PeerId, connection: &Connection, error: &WireError) -> DialError {
     let protocol = || DialError::Protocol { peer, address, reason: error.to_string() };
     if !matches!(error, WireError::Io(_)) {

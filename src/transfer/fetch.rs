@@ -1,6 +1,7 @@
-//! Fetching: ask, then hash and hand on what comes, until it is proved or given up.
+//! Fetches blobs: sends a request, then hashes the bytes and passes them on, until the blob is
+//! verified or the fetch is aborted.
 //!
-//! Here: whole blobs, and how anything is asked. Beneath: pieces, lists of states, and what a peer tells of its pieces.
+//! Here: whole blobs, and the requests. Beneath: pieces, hash chains and piece maps.
 
 mod blob_request;
 mod hash_chain;
@@ -102,39 +103,39 @@ impl Shared {
         let request = Request::Get { digest, offset: 0, length: size };
         let outbound = self.outbound_if_limited(peer, size);
         let _permits = self.acquire_fetch_permits(outbound.as_deref()).await;
-        // The connection is held so that the connection counts as used.
+        // Held so that the connection counts as used.
         let (answer, mut recv, _connection) = self.request(peer, digest, &request).await?;
         match answer {
             Answer::Blob { size: actual } if actual == size => self.receive_blob(wanted, &mut recv, sink).await,
             Answer::Blob { size: actual } => Err(wanted.size_mismatch(actual)),
             Answer::Absent => Err(FetchError::Absent { peer, digest }),
             Answer::Partial { .. } => {
-                Err(FetchError::Protocol { peer, reason: format!("answers Get of {digest} with a part") })
+                Err(FetchError::Protocol { peer, reason: format!("answers Get of {digest} with a partial blob") })
             }
             Answer::Busy => Err(FetchError::Busy { peer }),
-            // Somebody's word about the size was wrong, and it may have been the manifest's.
+            // The size here or the peer's size is wrong, and the wrong size may be the manifest's.
             Answer::Invalid { size: actual } if actual < size => Err(wanted.size_mismatch(actual)),
             Answer::Invalid { size: actual } => {
-                let reason = format!("says that {size} bytes of {digest} are more than {actual}");
+                let reason = format!("denies {size} bytes of {digest}, which has {actual}");
                 Err(FetchError::Protocol { peer, reason })
             }
             Answer::Failed => Err(FetchError::StoreFailed { peer }),
         }
     }
 
-    /// The peer, where what is fetched of it has to wait for other things. A blob of one chunk arrives whole whoever else is under way, and manifests are
-    /// not to wait for layers.
+    /// The peer, when the fetch has to wait for permits. A blob of one chunk needs none: it arrives
+    /// whole beside any other transfer, and manifests must not wait for layers.
     fn outbound_if_limited(&self, peer: PeerId, size: u64) -> Option<Arc<Outbound>> {
         self.peers.find(peer).filter(|_| size > CHUNK).map(|(_, outbound)| outbound)
     }
 
-    /// A place among what comes from this peer, and one among all that comes.
+    /// A permit for fetches from this peer, and one for all downloads.
     async fn acquire_fetch_permits<'a>(
         &'a self,
         peer: Option<&'a Outbound>,
     ) -> Option<(Option<SemaphorePermit<'a>>, TransferPermit<'a>)> {
         match peer {
-            // It is never closed.
+            // The semaphore is never closed.
             Some(outbound) => {
                 Some((outbound.fetch_permits.acquire().await.ok(), self.download_limiter.acquire_permit().await))
             }
@@ -142,8 +143,8 @@ impl Shared {
         }
     }
 
-    /// Takes the bytes in batches, hashing each chunk as it comes: nothing is copied, and no other thread is asked to
-    /// hash.
+    /// Reads the bytes in batches and hashes each chunk on arrival: nothing is copied, and no other
+    /// thread is involved.
     async fn receive_blob(
         &self,
         wanted: BlobRequest,
@@ -170,7 +171,8 @@ impl Shared {
                 return Err(wanted.size_mismatch(total));
             }
             if self.download_limiter.is_limited() {
-                // Not read on meanwhile, so the windows fill and slow the sender. Our own wait is not its fault.
+                // Nothing is read during the wait, so the windows fill and slow the sender. Our own
+                // wait does not count against the sender.
                 let began = Instant::now();
                 self.download_limiter.acquire_bytes(bytes as u64).await;
                 let deadline = stall_timer.deadline() + began.elapsed();
@@ -185,7 +187,7 @@ impl Shared {
                 self.append_batch(&mut batch[..chunks], held, sink).await?;
                 (chunks, held) = (0, 0);
             }
-            // The sink's time is not the sender's.
+            // The time of the sink does not count against the sender.
             if full || since_moved >= MIN_BYTES_PER_STALL {
                 stall_timer.as_mut().reset(Instant::now() + stall);
                 since_moved = 0;
@@ -204,8 +206,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Sends a request and reads its answer. A pooled connection may have died unnoticed, as when its other end was
-    /// restarted: then a new one is tried, once.
+    /// Sends a request and reads the answer. A pooled connection may be dead without notice, as
+    /// after a restart of the peer: then one new connection is tried.
     async fn request(
         &self,
         peer: PeerId,
@@ -218,9 +220,13 @@ impl Shared {
                 done => return done.map(|(answer, recv)| (answer, recv, connection)),
             }
         }
-        // Looked up again: the peer may have been forgotten, which closes its connections.
+        // Read again: the peer may have been removed, which closes its connections.
         let Some((address, outbound)) = self.peers.find(peer) else {
-            return Err(FetchError::Unreachable { peer, silent: false, reason: "its address is not known".into() });
+            return Err(FetchError::Unreachable {
+                peer,
+                silent: false,
+                reason: "no address of the peer is recorded".into(),
+            });
         };
         let dialled = self.connect(peer, address, &outbound).await;
         let connection = dialled.map_err(|error| fetch_error_of(peer, error))?;
@@ -228,7 +234,8 @@ impl Shared {
         Ok((answer, recv, connection))
     }
 
-    /// The one connection to a peer: whoever comes while it is being dialled waits for the outcome and shares it.
+    /// The shared connection to a peer. A caller that comes during a dial waits and shares the
+    /// outcome.
     async fn connect(
         &self,
         peer: PeerId,
@@ -272,7 +279,7 @@ impl Shared {
             wire::write_in(&mut send, request, format)
                 .await
                 .map_err(|error| wanted.answer_failed(connection, error))?;
-            // It was just opened, so it can be finished.
+            // A stream that was just opened can be finished.
             let _ = send.finish();
             let answer = wire::read_in::<Answer>(&mut recv, self.versions).await;
             let answer = answer.map_err(|error| wanted.answer_failed(connection, error))?;
@@ -289,10 +296,10 @@ fn fetch_error_of(peer: PeerId, error: DialError) -> FetchError {
             FetchError::Unreachable { peer, silent, reason: format!("{address}: {reason}") }
         }
         DialError::Rejected { address, reason, .. } => {
-            FetchError::NotAdmitted { peer, reason: format!("it says at {address}: {reason}") }
+            FetchError::NotAdmitted { peer, reason: format!("the peer at {address} rejects this agent: {reason}") }
         }
         DialError::NotAdmitted { address, refusal, .. } => {
-            FetchError::NotAdmitted { peer, reason: format!("this agent says of {address}: {refusal}") }
+            FetchError::NotAdmitted { peer, reason: format!("this agent rejects the peer at {address}: {refusal}") }
         }
         DialError::Protocol { reason, .. } => FetchError::Protocol { peer, reason },
         error @ (DialError::NoCredential(_) | DialError::OtherVersion { .. }) => {

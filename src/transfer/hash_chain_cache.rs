@@ -1,7 +1,8 @@
-//! The lists of states of blobs that are here: made once by hashing the blob when somebody asks for the first time, and kept.
+//! The hash chains of blobs in the store: computed once, by hashing the blob on the first request,
+//! and cached.
 //!
-//! Nobody makes a list but those who wait for it: each takes a slice of the blob when no other does, and when all of them have left
-//! nothing goes on. Not here: the lists of blobs that are being fetched, which came with them.
+//! Only requests compute a chain: each hashes a slice while no other does, and hashing stops with
+//! the last request. Not here: the chains of partial blobs, which are fetched with them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -14,34 +15,34 @@ use tokio::time::timeout;
 use crate::oci::{Digest, HashChain, HashChainBuilder, HashState, PieceLayout};
 use crate::ports::{BlobReader, ContentStore, StoreError};
 
-/// Slices that are hashed at a time: half of a small node's cores, for a second or two a gigabyte.
+/// Slices that are hashed at a time: half the cores of a small node, for a second or two per
+/// gigabyte.
 const MAX_HASHING: usize = 2;
 
-/// Bytes of a blob in one slice: some milliseconds of hashing, for which no asker waits alone.
+/// Bytes of a blob in one slice: some milliseconds of hashing.
 const SLICE_BYTES: usize = 2 << 20;
 
-/// Lists that are being made at a time. Each costs 32 bytes a piece and an open file.
+/// Chains that are computed at a time. Each costs 32 bytes a piece and an open file.
 const MAX_PENDING: usize = 64;
 
-/// Bytes of lists that are kept: of a thousand blobs of 512 pieces, more than a node has. Those that were not asked for the longest
-/// make room.
+/// Bytes of cached chains: a thousand blobs of 512 pieces, more than a node has. The least recently
+/// used chains are evicted.
 const MAX_CACHED_BYTES: usize = 16 << 20;
 
-/// What one list costs beside its states.
+/// Bytes of a cached chain beside its states.
 const ENTRY_OVERHEAD: usize = 256;
 
-/// Lists that are known, and that are being made.
 pub(super) struct HashChainCache {
     table: Mutex<CacheTable>,
     hashing: Arc<Semaphore>,
-    /// For the store to open the blob, and for each slice of it.
+    /// For the store to open the blob, and to read each slice.
     read_timeout: Duration,
 }
 
 #[derive(Default)]
 struct CacheTable {
     cached: HashMap<Digest, CachedHashChain>,
-    /// By when they were last asked for.
+    /// Digests by last use.
     by_last_use: BTreeMap<u64, Digest>,
     uses: u64,
     bytes: usize,
@@ -53,15 +54,14 @@ struct CachedHashChain {
     last_use: u64,
 }
 
-/// What there is of a list.
 pub(super) enum HashChainLookup {
-    /// All of it.
+    /// The whole chain.
     Cached(Arc<HashChain>),
-    /// What [`Chains::more`] says.
+    /// [`HashChainCache::next_states`] returns the states.
     Pending(Arc<PendingHashChain>),
 }
 
-/// A list that is being made as long as this is held.
+/// A chain that is being computed, as long as a request holds this.
 pub(super) struct PendingHashChain {
     digest: Digest,
     cut: PieceLayout,
@@ -71,7 +71,7 @@ pub(super) struct PendingHashChain {
 
 struct HashingProgress {
     reader: Option<Box<dyn BlobReader>>,
-    /// None when it is done.
+    /// `None` when the blob is hashed.
     builder: Option<HashChainBuilder>,
     at: u64,
 }
@@ -80,14 +80,14 @@ struct HashingProgress {
 struct ComputedStates {
     states: Vec<HashState>,
     is_end: bool,
-    /// The bytes are not the blob's.
+    /// The bytes do not match the digest.
     is_corrupt: bool,
 }
 
-/// States that follow those that were had.
+/// States after the ones that a request already has.
 pub(super) struct StateBatch {
     pub(super) states: Vec<HashState>,
-    /// These are the last.
+    /// No states follow.
     pub(super) is_end: bool,
 }
 
@@ -96,12 +96,12 @@ impl HashChainCache {
         Self { table: Mutex::default(), hashing: Arc::new(Semaphore::new(MAX_HASHING)), read_timeout }
     }
 
-    /// Keeps the list of a blob that was proved.
+    /// Caches the chain of a verified blob.
     pub(super) fn insert(&self, chain: Arc<HashChain>) {
         self.lock().insert(chain);
     }
 
-    /// The list of a blob that is here, or the pending of it; `None` when too many are being made.
+    /// The cached or pending chain of a blob in the store; `None` when too many chains are pending.
     pub(super) fn get_or_start(&self, digest: Digest, cut: PieceLayout) -> Option<HashChainLookup> {
         if let Ok(empty) = HashChain::unverified(digest, cut, Vec::new()) {
             return Some(HashChainLookup::Cached(Arc::new(empty)));
@@ -124,10 +124,11 @@ impl HashChainCache {
         Some(HashChainLookup::Pending(pending))
     }
 
-    /// What there is after so many states; makes some when there is nothing.
+    /// The states after the first `had`; hashes slices while there are none.
     ///
     /// # Errors
-    /// [`StoreError`]; also when the blob's bytes are not what its digest says. Then not all states were given.
+    /// [`StoreError`], also when the blob's bytes do not match its digest. Not all states were
+    /// returned before that error.
     pub(super) async fn next_states(
         &self,
         pending: &PendingHashChain,
@@ -146,7 +147,6 @@ impl HashChainCache {
         }
     }
 
-    /// Takes in one slice.
     async fn hash_slice(
         &self,
         pending: &PendingHashChain,
@@ -161,7 +161,7 @@ impl HashChainCache {
             let read = timeout(self.read_timeout, work.read(pending.digest, store)).await;
             let bytes = read.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into())))?;
             work.at += bytes.len() as u64;
-            // Who left while it is hashed leaves the work behind for the next.
+            // A request that is dropped during the hashing leaves the work to the next.
             let hashed = spawn_blocking(move || {
                 let _hashing = hashing;
                 work.builder.iter_mut().for_each(|builder| builder.update(&bytes));
@@ -172,7 +172,7 @@ impl HashChainCache {
         if work.at == pending.cut.size() {
             self.finish(pending, work.builder.take());
         } else if let Some(builder) = &work.builder {
-            // The last state is kept back: no list is whole before it is proved.
+            // The last state is held back: no chain is complete before the blob is verified.
             let known = builder.states().len().min(pending.cut.piece_count() - 2);
             publish(pending, |made| made.states.extend_from_slice(&builder.states()[made.states.len()..known]));
         }
@@ -190,19 +190,19 @@ impl HashChainCache {
             }
             None => {
                 let (digest, size) = (pending.digest, pending.cut.size());
-                tracing::warn!(%digest, size, "the bytes of a blob in the content store are not what its digest says");
+                tracing::warn!(%digest, size, "a blob in the content store does not match its digest");
                 publish(pending, |made| made.is_corrupt = true);
             }
         }
     }
 
-    /// How many lists somebody waits for.
+    /// The number of chains that requests wait for.
     #[cfg(test)]
     pub(super) fn pending(&self) -> usize {
         self.lock().pending.values().filter(|pending| pending.strong_count() > 0).count()
     }
 
-    /// Nothing that runs under it panics half-way through a change, so a poisoned one is as good.
+    /// No holder of the lock panics half-way through a change, so a poisoned table is consistent.
     fn lock(&self) -> MutexGuard<'_, CacheTable> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -210,7 +210,7 @@ impl HashChainCache {
 
 fn states_after(made: &ComputedStates, digest: Digest, had: usize) -> Result<Option<StateBatch>, StoreError> {
     if made.is_corrupt {
-        return Err(StoreError::Other(format!("the bytes of {digest} are not what it says")));
+        return Err(StoreError::Other(format!("the bytes of {digest} do not match the digest")));
     }
     let states = &made.states[had..];
     Ok((made.is_end || !states.is_empty()).then(|| StateBatch { states: states.to_vec(), is_end: made.is_end }))
@@ -221,7 +221,7 @@ fn publish(pending: &PendingHashChain, change: impl FnOnce(&mut ComputedStates))
 }
 
 impl HashingProgress {
-    /// The next slice, not empty.
+    /// Reads the next slice, never an empty one.
     async fn read(&mut self, digest: Digest, store: &dyn ContentStore) -> Result<bytes::Bytes, StoreError> {
         let reader = match &mut self.reader {
             Some(reader) => reader,
@@ -290,10 +290,10 @@ mod tests {
             let chain = chain(number, 256);
             matches!(chains.get_or_start(chain.digest(), chain.layout()), Some(HashChainLookup::Cached(_)))
         };
-        assert!(is_known(0), "and asked for again");
+        assert!(is_known(0), "chain 0 is cached");
         chains.insert(chain(most, 256));
         assert_eq!((is_known(0), is_known(1), is_known(2), is_known(most)), (true, false, true, true));
-        // The same again takes no more room.
+        // The same chain again takes no more room.
         chains.insert(chain(most, 256));
         assert_eq!((is_known(2), chains.lock().bytes), (true, most * each));
     }
@@ -303,7 +303,7 @@ mod tests {
         let chains = HashChainCache::new(Duration::ZERO);
         let ask = |number| chains.get_or_start(chain(number, 2).digest(), PieceLayout::for_size(2 << 18));
         let mut pending: Vec<_> = (0..MAX_PENDING).map(|number| ask(number).unwrap()).collect();
-        assert!(ask(MAX_PENDING).is_none() && ask(0).is_some(), "which is one of them");
+        assert!(ask(MAX_PENDING).is_none() && ask(0).is_some(), "a pending chain needs no further room");
         pending.pop();
         assert!(ask(MAX_PENDING).is_some());
     }

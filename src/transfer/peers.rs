@@ -1,4 +1,4 @@
-//! Who was admitted, where they are, and the connections that exist.
+//! The admitted peers, their addresses, and the open connections.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -16,28 +16,27 @@ use crate::decide::pod_keys::PodKeys;
 use crate::model::{Credential, MAX_MEMBERS, Peer, PeerId};
 use crate::ports::LEEWAY;
 
-/// Peers known at most: twice the members of the mesh, because a node that lost its key comes back as
+/// Entries at most: twice the members of the mesh, because a node that lost its key returns as
 /// another peer.
 const MAX_PEERS: usize = 2 * MAX_MEMBERS;
 
-/// Connections that one peer may have to us. It keeps one; a second appears while it greets us, and those that a
-/// restart left behind last until their idle timeout.
+/// Inbound connections of one peer. A peer keeps one connection; a second exists while the peer's
+/// joiner dials us, and connections from before a restart last until their idle timeout.
 const MAX_INBOUND: usize = 4;
 
-/// The table of peers.
 #[derive(Default)]
 pub(super) struct PeerTable {
     table: Mutex<HashMap<PeerId, PeerEntry>>,
-    /// A stolen credential that vouches for key after key meets this bound. Locked within `table`.
+    /// Bounds the keys that one stolen credential can admit. Locked within `table`.
     pods: Mutex<PodKeys>,
 }
 
-/// What a peer was admitted by.
+/// The verdict about a peer, and the credential behind the verdict.
 #[derive(Clone)]
 pub(super) struct PeerAdmission {
-    /// As the peer showed it.
+    /// As the peer sent the credential.
     pub(super) credential: Credential,
-    /// When the verdict is over, since 1970.
+    /// Expiry of the verdict, since 1970.
     pub(super) valid_until: Duration,
     /// The UID of the pod that the credential is bound to; `None` where it is bound to none.
     pub(super) pod: Option<String>,
@@ -50,13 +49,12 @@ struct PeerEntry {
     outbound: Arc<Outbound>,
 }
 
-/// The table is full.
 #[derive(Debug, thiserror::Error)]
-#[error("{MAX_PEERS} peers are known already")]
+#[error("the peer table is full ({MAX_PEERS} peers)")]
 pub(super) struct PeerTableFull;
 
 impl PeerTable {
-    /// Remembers an admitted peer, or where it is now.
+    /// Adds an admitted peer, or updates its address and verdict.
     pub(super) fn insert(&self, peer: &Peer, admission: PeerAdmission) -> Result<(), PeerTableFull> {
         let mut table = lock(&self.table);
         if !table.contains_key(&peer.id) && table.len() >= MAX_PEERS {
@@ -73,7 +71,7 @@ impl PeerTable {
         Ok(())
     }
 
-    /// Drops the key that no longer counts now that this one was shown.
+    /// Drops the oldest key of the pod when this key is one too many for the pod.
     fn evict_superseded_key(&self, table: &mut HashMap<PeerId, PeerEntry>, peer: PeerId, admission: &PeerAdmission) {
         let Some(pod) = admission.pod.as_deref() else { return };
         let mut pods = lock(&self.pods);
@@ -91,22 +89,23 @@ impl PeerTable {
         if let Some(displaced) = pods.record(pod, peer)
             && let Some(entry) = table.remove(&displaced)
         {
-            tracing::debug!(peer = %displaced, pod, "two other keys of its pod were shown since; the peer is forgotten");
+            tracing::debug!(peer = %displaced, pod, "peer removed: two newer keys of its pod were presented");
             entry.close(b"its pod has other keys");
         }
     }
 
-    /// Remembers where a peer is that was not met.
+    /// Records the address of a peer that was not admitted yet.
     pub(super) fn insert_address(&self, peer: &Peer) -> Result<(), PeerTableFull> {
         self.insert(peer, PeerAdmission { credential: Credential::default(), valid_until: Duration::ZERO, pod: None })
     }
 
-    /// When the verdict about the peer is over, since 1970; zero where there is none.
+    /// Expiry of the verdict about the peer, since 1970; zero without a verdict.
     pub(super) fn admitted_until(&self, peer: PeerId) -> Duration {
         lock(&self.table).get(&peer).map(|entry| entry.admission.valid_until).unwrap_or_default()
     }
 
-    /// The peer has shown something again. What counts is what lasts longest, for all its connections.
+    /// Records a new verdict. The verdict that lasts longest counts, for all connections of the
+    /// peer.
     pub(super) fn record_admission(&self, peer: PeerId, admission: PeerAdmission) {
         let mut table = lock(&self.table);
         if table.contains_key(&peer) {
@@ -117,7 +116,7 @@ impl PeerTable {
         }
     }
 
-    /// The peers with connections to us whose verdict is over by more than clocks may differ.
+    /// Peers with inbound connections whose verdict expired longer ago than clocks may differ.
     pub(super) fn expired(&self, now: Duration) -> Vec<(PeerId, PeerAdmission)> {
         let table = lock(&self.table);
         let is_over =
@@ -125,7 +124,6 @@ impl PeerTable {
         table.values().filter(is_over).map(|entry| (entry.peer.id, entry.admission.clone())).collect()
     }
 
-    /// Closes what the peer dialled.
     pub(super) fn close_inbound(&self, peer: PeerId) {
         if let Some(entry) = lock(&self.table).get_mut(&peer) {
             for connection in entry.inbound.drain(..) {
@@ -134,18 +132,19 @@ impl PeerTable {
         }
     }
 
-    /// Another credential is to be shown from now on: what runs on the connections that we dialled goes on, what is new dials.
+    /// Retires our connections after a change of our credential: running transfers continue, and
+    /// the next request dials with the new credential.
     pub(super) fn retire_outbound(&self) {
         for entry in lock(&self.table).values() {
             entry.outbound.retire();
         }
     }
 
-    /// Counts a connection that the peer dialled; its oldest one makes room.
+    /// Counts a connection that the peer dialed. Beyond [`MAX_INBOUND`] the oldest one is closed.
     pub(super) fn add_inbound(&self, peer: PeerId, connection: &Connection) {
         let mut table = lock(&self.table);
         let Some(entry) = table.get_mut(&peer) else {
-            // Forgotten between its admission and now.
+            // The peer was removed between its admission and now.
             return close(connection, DONE, b"forgotten");
         };
         entry.inbound.push_back(connection.clone());
@@ -156,19 +155,19 @@ impl PeerTable {
         }
     }
 
-    /// A connection that the peer dialled has ended.
     pub(super) fn remove_inbound(&self, peer: PeerId, connection: &Connection) {
         if let Some(entry) = lock(&self.table).get_mut(&peer) {
             entry.inbound.retain(|other| other.stable_id() != connection.stable_id());
         }
     }
 
-    /// The address of a peer, and the slot for our connection to it.
+    /// The peer's address, and the state of our connection to the peer.
     pub(super) fn find(&self, peer: PeerId) -> Option<(SocketAddr, Arc<Outbound>)> {
         lock(&self.table).get(&peer).map(|entry| (entry.peer.transfer, entry.outbound.clone()))
     }
 
-    /// The peer to which we have a connection at this address, if the verdict about it lasts.
+    /// The peer to which we have a connection at this address, while the verdict about the peer
+    /// lasts.
     pub(super) fn connected_at(&self, address: SocketAddr, now: Duration) -> Option<Peer> {
         let table = lock(&self.table);
         let mut at = table.values().filter(|entry| entry.peer.transfer == address && entry.admission.valid_until > now);
@@ -183,7 +182,7 @@ impl PeerTable {
         lock(&self.table).values().map(|entry| entry.peer.clone()).collect()
     }
 
-    /// Drops the peer, its address and its connections.
+    /// Drops the peer with its address, its connections and its place among the keys of the pod.
     pub(super) fn remove(&self, peer: PeerId) {
         if let Some(entry) = lock(&self.table).remove(&peer) {
             if let Some(pod) = &entry.admission.pod {
@@ -193,12 +192,11 @@ impl PeerTable {
         }
     }
 
-    /// Closes every connection.
     pub(super) fn close_all(&self) {
         lock(&self.table).values().for_each(|entry| entry.close(AGENT_STOPS));
     }
 
-    /// Closes our connections that nobody has used for a while.
+    /// Closes our connections that were unused for this long.
     pub(super) fn close_unused(&self, unused: Duration) {
         for entry in lock(&self.table).values() {
             entry.outbound.close_if_unused(unused);
@@ -220,18 +218,18 @@ impl PeerEntry {
     }
 }
 
-/// A connection that we dialled. Whoever uses it holds a clone of the `Arc` around it, which is how it is known to be
-/// in use.
+/// A connection that we dialed. Each user holds a clone of the `Arc`, so the count of clones shows
+/// whether the connection is in use.
 pub(super) type SharedConnection = Arc<Connection>;
 
-/// The one connection that we dial to a peer.
+/// Our single connection to a peer.
 pub(super) struct Outbound {
     connection: Mutex<Option<(SharedConnection, Instant)>>,
-    /// Held while dialling, so that everybody else waits for the outcome; counts the dials that failed and keeps the
-    /// last error.
+    /// Held during a dial, so that other callers wait for the outcome.
     pub(super) dial_lock: tokio::sync::Mutex<()>,
+    /// The number of failed dials, and the last error.
     dial_failures: Mutex<(u64, Option<DialError>)>,
-    /// One permit for each blob that comes at a time.
+    /// One permit for each concurrent fetch.
     pub(super) fetch_permits: Semaphore,
 }
 
@@ -247,7 +245,7 @@ impl Default for Outbound {
 }
 
 impl Outbound {
-    /// The live connection.
+    /// The live connection, which then counts as used.
     pub(super) fn connection(&self) -> Option<SharedConnection> {
         let mut slot = lock(&self.connection);
         let (line, used) = slot.as_mut().filter(|(line, _)| line.close_reason().is_none())?;
@@ -255,7 +253,7 @@ impl Outbound {
         Some(line.clone())
     }
 
-    /// Takes a new connection, unless there is a live one: then that one is kept and the new one closed.
+    /// Stores a new connection. With a live connection in place, the new one is closed.
     pub(super) fn insert(&self, connection: Connection) -> SharedConnection {
         let mut slot = lock(&self.connection);
         if let Some((line, _)) = slot.as_ref().filter(|(line, _)| line.close_reason().is_none()) {
@@ -267,13 +265,13 @@ impl Outbound {
         line
     }
 
-    /// How many dials have failed.
+    /// The number of failed dials.
     pub(super) fn failures(&self) -> u64 {
         lock(&self.dial_failures).0
     }
 
-    /// Why the last dial failed, if one did since `seen` were counted: those who waited for it share its outcome
-    /// instead of dialling one after the other.
+    /// The error of the last dial, when a dial failed after `seen` were counted. Waiting callers
+    /// share that outcome instead of dialing one after another.
     pub(super) fn failed_since(&self, seen: u64) -> Option<DialError> {
         let failed = lock(&self.dial_failures);
         failed.1.clone().filter(|_| failed.0 != seen)
@@ -284,7 +282,7 @@ impl Outbound {
         *failed = (failed.0 + 1, Some(error));
     }
 
-    /// Forgets the connection without closing it for those who use it.
+    /// Drops the connection, and closes an unused one. Running transfers keep their clones.
     fn retire(&self) {
         let retired = lock(&self.connection).take().filter(|(line, _)| Arc::strong_count(line) == 1);
         if let Some((line, _)) = retired {
@@ -310,7 +308,7 @@ impl Outbound {
     }
 }
 
-/// Nothing that runs under these locks panics half-way through a change, so a poisoned one is as good.
+/// No holder of these locks panics half-way through a change, so a poisoned table is consistent.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,6 +1,7 @@
-//! Holds transfers to a rate: one limiter for everything that comes, one for everything that goes.
+//! Limits transfers to a rate: one limiter for downloads, one for uploads.
 //!
-//! Without a limit it costs a look at the rules. With one, streams take turns chunk by chunk, in the order in which they came.
+//! Without a limit a call only reads the policy. With a limit, streams take turns chunk by chunk,
+//! in the order of their calls.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,28 +12,28 @@ use tokio::time::{Instant, sleep};
 use crate::decide::policy::{Budgets, Policy};
 use crate::decide::token_bucket::{CHUNK, TokenBucket, concurrent_transfers};
 
-/// The rules in force, where anybody set some.
+/// The policy in force; `None` where no policy can set a rate.
 pub(super) type PolicyReceiver = Option<watch::Receiver<Arc<Policy>>>;
 
-/// One direction.
+/// The limiter of one direction.
 pub(super) struct RateLimiter {
     policy: PolicyReceiver,
     rate_of: fn(&Budgets) -> u64,
-    /// Whoever holds it is next; tokio's mutex lets them in as they came.
+    /// The holder of the lock is next; tokio's mutex is first in, first out.
     bucket: Mutex<TokenBucket>,
-    /// Held by whoever is next to get a place.
+    /// Held by the transfer that gets the next permit.
     permit_queue: Mutex<()>,
     permits: TransferPermits,
 }
 
-/// How many transfers of this direction run.
+/// Counts the running transfers of one direction.
 #[derive(Default)]
 struct TransferPermits {
     in_use: AtomicUsize,
     released: Notify,
 }
 
-/// The right to one transfer, free again when dropped.
+/// The permit of one transfer; released when dropped.
 pub(super) struct TransferPermit<'a>(&'a TransferPermits);
 
 impl RateLimiter {
@@ -47,7 +48,7 @@ impl RateLimiter {
         }
     }
 
-    /// Whether there is a limit now.
+    /// Whether the policy limits the rate now.
     pub(super) fn is_limited(&self) -> bool {
         self.rate() > 0
     }
@@ -70,7 +71,7 @@ impl RateLimiter {
         let mut bucket = self.bucket.lock().await;
         let mut rules = self.policy.clone();
         loop {
-            // Seen before it is read: what changes from here on wakes us.
+            // Marked before the policy is read: a later change wakes the wait.
             rules.iter_mut().for_each(watch::Receiver::mark_unchanged);
             let now = Instant::now().into_std();
             bucket.set_rate(self.rate(), now);
@@ -82,7 +83,8 @@ impl RateLimiter {
         }
     }
 
-    /// Waits for a place. Under a limit so few are given that each transfer is fast enough for its other end; as they came.
+    /// Waits for a permit, first in, first out. A limit allows so few transfers that each is fast
+    /// enough for its other end.
     pub(super) async fn acquire_permit(&self) -> TransferPermit<'_> {
         let _next = self.permit_queue.lock().await;
         let mut rules = self.policy.clone();
@@ -92,14 +94,14 @@ impl RateLimiter {
                 return permit;
             }
             tokio::select! {
-                // Told to one who waits, or kept for the next: nobody else waits here.
+                // Wakes this waiter, or is kept for the next: the lock admits one waiter at a time.
                 () = self.permits.released.notified() => {}
                 () = policy_changed(&mut rules) => {}
             }
         }
     }
 
-    /// A place, if there is one; whoever waits for one is passed by.
+    /// Takes a permit if one is free, ahead of waiting transfers.
     pub(super) fn try_acquire_permit(&self) -> Option<TransferPermit<'_>> {
         let most = concurrent_transfers(self.rate());
         let taken = &self.permits.in_use;
@@ -119,7 +121,7 @@ fn rate_in(rules: &PolicyReceiver, rate_of: fn(&Budgets) -> u64) -> u64 {
     rules.as_ref().map_or(0, |rules| rate_of(&rules.borrow().budgets))
 }
 
-/// Other rules; never when nobody can set any more.
+/// Waits for another policy; forever when the sender is gone.
 async fn policy_changed(rules: &mut PolicyReceiver) {
     if let Some(rules) = rules
         && rules.changed().await.is_ok()
@@ -153,7 +155,7 @@ mod tests {
             limiter.acquire_bytes(2 * CHUNK).await;
             began.elapsed().as_secs()
         }));
-        assert_eq!(ends.await, [4, 5, 6], "each had its first chunk before any had its second");
+        assert_eq!(ends.await, [4, 5, 6], "each stream gets its first chunk before any gets the second");
     }
 
     #[tokio::test(start_paused = true)]
@@ -178,7 +180,7 @@ mod tests {
             join_all((0..streams).map(|_| limiter.acquire_bytes(100 * CHUNK))).await;
             let expected = f64::from(streams * 100) / 10.0 - 0.25;
             let took = began.elapsed().as_secs_f64();
-            // Timers go off in whole milliseconds, and credit that gathers meanwhile is kept.
+            // Timers fire at whole milliseconds, and the credit of the meantime is kept.
             assert!((expected..expected + 0.01).contains(&took), "{streams}: {took}");
         }
     }

@@ -1,7 +1,7 @@
-//! Which refusals at the door are worth a line that people read.
+//! Limits the log lines about rejected connections.
 //!
-//! Strangers decide how often they are refused, so their number must not decide how long the log gets. Not here: counting them, which
-//! the metrics do, all of them.
+//! Unauthenticated peers decide how often they are rejected, so their number must not decide the
+//! size of the log. Not here: the count of all rejections, which is a metric.
 
 use std::collections::HashSet;
 use std::net::IpAddr;
@@ -12,18 +12,19 @@ use tokio::time::Instant;
 
 use crate::decide::subnet::Subnet;
 
-/// An address is logged of once in it, for each reason. An agent that is refused tries again several times in a minute.
+/// Each address is logged once per interval and reason. A rejected agent tries again several times
+/// a minute.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Lines in a span, for somebody with a whole network of addresses. One has some 300 bytes, so these are 28 MB a day, of the 50 MB that
-/// the kubelet keeps of a container's log: the day before can still be read. A cluster in which more agents are refused than this has
-/// one reason for all.
+/// Lines per interval, against an attacker with a whole network of addresses. A line has some 300
+/// bytes, so the lines are 28 MB a day. The kubelet keeps 50 MB of a container's log, so the day
+/// before can still be read. A cluster in which more agents are rejected has one reason for all.
 const MAX_LINES: usize = 64;
 
-/// Of these, lines about one IPv6 subnet, whose hosts may choose among 2^64 addresses: the nodes of other subnets still get theirs.
+/// Lines about one IPv6 subnet, where a host may choose among 2^64 addresses. The other lines are
+/// left to other subnets.
 const MAX_LINES_PER_SUBNET: usize = MAX_LINES / 2;
 
-/// The refusals that were logged.
 #[derive(Default)]
 pub(super) struct RejectionLog {
     logged: Mutex<LoggedRejections>,
@@ -36,8 +37,8 @@ struct LoggedRejections {
 }
 
 impl RejectionLog {
-    /// Whether to tell that `address` was refused. The reason is its kind: in the whole text may be what the stranger said, which can
-    /// be something else each time.
+    /// Records a rejection; `true` when the rejection has to be logged. `reason` is a fixed label:
+    /// the full text may contain input of the peer, which can differ each time.
     pub(super) fn record(&self, address: IpAddr, reason: &'static str) -> bool {
         let now = Instant::now();
         let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,7 +1,8 @@
-//! Serving: one request a stream, one answer, and for a blob its bytes as fast as the reader takes them.
+//! Serves requests: one request a stream, one answer, and the bytes of a blob as fast as the reader
+//! reads.
 //!
-//! Here: what is asked, and whole blobs, which are small as a rule. Beneath: pieces, lists of states, telling which pieces there are, and
-//! ranges for requests that came over the mesh.
+//! Here: dispatch, and whole blobs, which are small as a rule. Beneath: pieces, hash chains, piece
+//! maps, and ranges for requests that came over the mesh.
 
 mod hash_chain;
 mod mesh_ranges;
@@ -32,36 +33,36 @@ use crate::oci::Digest;
 use crate::ports::{BlobReader, StoreError};
 use crate::wire::{self, Answer, Format, Request, Versions, WireError};
 
-/// The way of one answer.
+/// The stream of one answer, and the state of its connection.
 struct ResponseStream {
     send: SendStream,
-    /// Tells how much is on its way.
+    /// Counts the bytes that were sent.
     connection: Connection,
-    /// Of the connection's messages.
+    /// The format of the connection's messages.
     format: Format,
-    /// For as many as may be followed on this connection.
+    /// Permits for the blobs that are followed on this connection.
     follow_permits: Arc<Semaphore>,
-    /// The agent stops.
+    /// Cancelled when the agent stops.
     stop: CancellationToken,
 }
 
 /// Why a request was not served to its end.
 #[derive(Debug, thiserror::Error)]
 enum ServeError {
-    #[error("not one request: {0}")]
+    #[error("malformed request: {0}")]
     Malformed(String),
     #[error("the request needs equal MAJORs of the transfer protocol")]
     OtherMajor,
-    #[error("the content store: {0}")]
+    #[error("the content store failed: {0}")]
     Store(#[from] StoreError),
-    #[error("the reader does not take it")]
+    #[error("the reader reads too slowly")]
     TooSlow,
-    #[error("the reader left: {0}")]
+    #[error("the reader closed the stream: {0}")]
     Left(String),
 }
 
 impl ServeError {
-    /// With what the stream is reset.
+    /// The code with which the stream is reset.
     fn code(&self) -> VarInt {
         match self {
             Self::Malformed(_) => MALFORMED,
@@ -86,8 +87,8 @@ impl From<WriteError> for ServeError {
 }
 
 impl Shared {
-    /// Serves an admitted peer until its connection ends. When the agent stops, streams that are being served may end
-    /// first; the caller bounds that.
+    /// Serves an admitted peer until the connection closes. When the agent stops, open streams may
+    /// end first; the caller bounds the wait.
     pub(super) async fn serve_connection(
         self: &Arc<Self>,
         peer: PeerId,
@@ -106,7 +107,7 @@ impl Shared {
                         let stream = ResponseStream { send, connection, format, follow_permits, stop };
                         drop(streams.spawn(self.clone().serve(peer, stream, recv)));
                     }
-                    // Nobody is left to be served: the streams are aborted when the set is dropped.
+                    // The connection is closed. Dropping the set aborts the open streams.
                     Err(_) => return,
                 },
                 Some(ended) = streams.join_next() => super::report_panic(ended),
@@ -132,14 +133,14 @@ impl Shared {
             Ok(Ok(Request::HashChain(digest))) => self.serve_hash_chain(digest, &mut stream).await,
             Ok(Ok(Request::Follow(digest))) => self.serve_follow(digest, &mut stream).await,
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(ServeError::Malformed(format!("not in {:?}", self.timeouts.hello))),
+            Err(_) => Err(ServeError::Malformed(format!("timed out after {:?}", self.timeouts.hello))),
         };
         let Err(error) = served else { return };
-        // Either may have ended already.
+        // The calls fail on a closed stream, which is no error here.
         let _ = (stream.send.reset(error.code()), recv.stop(error.code()));
         match error {
             ServeError::Store(StoreError::Absent(digest)) => {
-                tracing::debug!(%peer, %digest, "collected while being served")
+                tracing::debug!(%peer, %digest, "blob removed during the upload")
             }
             ServeError::Store(_) | ServeError::Malformed(_) => tracing::warn!(%peer, %error, "request not served"),
             ServeError::TooSlow | ServeError::Left(_) | ServeError::OtherMajor => {
@@ -163,7 +164,7 @@ impl Shared {
         length: u64,
         stream: &mut ResponseStream,
     ) -> Result<(), ServeError> {
-        // Taken before the store is asked, held until the reader has everything.
+        // Acquired before the store is read, and held until the reader has everything.
         let serving = self.serve_permits.try_acquire().ok();
         let permit = if length > CHUNK { self.upload_limiter.try_acquire_permit().map(Some) } else { Some(None) };
         let (Some(_serving), Some(_permit)) = (serving, permit) else {
@@ -183,7 +184,8 @@ impl Shared {
         self.finish(stream).await
     }
 
-    /// Bytes from `at` to `end`, one read ahead of the writing, so that disk and network work at the same time.
+    /// Sends the bytes from `at` to `end`. One read runs ahead of the write, so that disk and
+    /// network work at the same time.
     async fn send_range(
         &self,
         mut reader: Box<dyn BlobReader>,
@@ -216,8 +218,8 @@ impl Shared {
         Ok(())
     }
 
-    /// What was read at a time; in smaller chunks under a limit, so that the reader sees something all the while. The time that
-    /// we wait ourselves is not the reader's.
+    /// Writes the bytes of one read, in smaller chunks under a rate limit, so that the reader
+    /// receives bytes all the time. Waits for the rate limiter do not count against the reader.
     async fn write_limited(&self, mut read: Bytes, send: &mut SendStream) -> Result<(), ServeError> {
         let mut time_left = self.timeouts.slow_reader;
         while !read.is_empty() {
@@ -238,13 +240,13 @@ impl Shared {
         timeout(self.timeouts.answer, asked).await.unwrap_or_else(|_| Err(store_timeout()))
     }
 
-    /// The peer is told that it is not its fault, and our log why.
+    /// Answers that the store failed, which is no fault of the peer. Returns the error for our log.
     async fn answer_store_failure(&self, stream: &mut ResponseStream, error: StoreError) -> Result<(), ServeError> {
         self.answer_and_finish(stream, &Answer::Failed).await?;
         Err(error.into())
     }
 
-    /// Waited for, as a reader may leave no room even for this.
+    /// Bounded by a timeout: the reader's window may have no room even for the answer.
     async fn answer(
         &self,
         ResponseStream { send, format, .. }: &mut ResponseStream,
@@ -254,14 +256,15 @@ impl Shared {
         written.map_err(|_| ServeError::TooSlow)?.map_err(wire_failure)
     }
 
-    /// An answer that nothing follows.
+    /// Sends an answer that no data follows.
     async fn answer_and_finish(&self, stream: &mut ResponseStream, message: &Answer) -> Result<(), ServeError> {
         self.answer(stream, message).await?;
         self.finish(stream).await
     }
 
-    /// Waits until the reader has it all. That is up to a whole window, which takes a slow link minutes: whoever takes a read's worth
-    /// in the time that it has for one is waited for on.
+    /// Waits until the reader has acknowledged the whole stream. A whole window may be
+    /// unacknowledged, which takes a slow link minutes. The wait fails when the connection sends
+    /// less than [`READ_BYTES`] in the time that a reader has for one read.
     async fn finish(&self, ResponseStream { send, connection, .. }: &mut ResponseStream) -> Result<(), ServeError> {
         send.finish().map_err(|error| ServeError::Left(error.to_string()))?;
         let sent = || connection.stats().udp_tx.bytes;
@@ -280,12 +283,12 @@ fn store_timeout() -> StoreError {
     StoreError::Unavailable("no answer in time".into())
 }
 
-/// A request, and nothing after it.
+/// Reads a request, and requires the end of the stream after it.
 async fn read_request(recv: &mut RecvStream, versions: Versions) -> Result<Request, ServeError> {
     let request = wire::read_in(recv, versions).await.map_err(wire_failure)?;
     match recv.read_chunk(1, true).await {
         Ok(None) => Ok(request),
-        Ok(Some(_)) => Err(ServeError::Malformed("something follows the request".into())),
+        Ok(Some(_)) => Err(ServeError::Malformed("data follows the request".into())),
         Err(error) => Err(ServeError::Left(error.to_string())),
     }
 }

@@ -1,4 +1,4 @@
-//! The one UDP socket, with room for what arrives while nobody looks.
+//! The UDP socket, with buffers for the packets that arrive while the runtime is busy.
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -6,12 +6,13 @@ use std::net::{SocketAddr, UdpSocket};
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// What the kernel keeps for us while the runtime is busy with one batch. Hashing and writing 512 KiB takes up to a
-/// millisecond, in which 10 Gbit/s bring 1.25 MB; the kernel counts its own overhead (about as much again) against
-/// this, and doubles what it is given for that reason (socket(7), SO_RCVBUF). Twice that for a late wake-up.
+/// Bytes that the kernel buffers while the runtime is busy with one batch. Hashing and writing 512
+/// KiB takes up to a millisecond, in which 10 Gbit/s bring 1.25 MB. The kernel counts its own
+/// overhead (about as much again) against the buffer, and doubles the requested size for that
+/// reason (socket(7), SO_RCVBUF). Twice that for a late wake-up.
 const BUFFER: usize = 4 << 20;
 
-/// Binds the socket. `[::]` takes IPv4 as well.
+/// Binds the socket. `[::]` accepts IPv4 as well.
 pub(super) fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
     if address.is_ipv6() {
@@ -23,7 +24,8 @@ pub(super) fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket.into())
 }
 
-/// With CAP_NET_ADMIN, which a privileged agent has, the nodes' limit (212 992 bytes by default) does not count.
+/// CAP_NET_ADMIN, which a privileged agent has, lifts the limit of the node (212 992 bytes by
+/// default).
 fn enlarge(socket: &Socket) -> io::Result<()> {
     if setsockopt(socket, sockopt::RcvBufForce, &BUFFER).is_err() {
         socket.set_recv_buffer_size(BUFFER)?;

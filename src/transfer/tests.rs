@@ -44,16 +44,16 @@ use crate::ports::{
 };
 use crate::wire::{self, Answer, Hello, Request, Versions, Welcome};
 
-/// Waits that are expected to run out in a test; the others keep [`Limits::DEFAULT`], so that a slow machine fails
-/// nothing.
+/// For timeouts that run out in a test. Other timeouts keep [`Timeouts::DEFAULT`], so that a slow
+/// machine fails no test.
 const BRIEF: Duration = Duration::from_millis(400);
 
 /// Far more than any test needs, far less than an endless wait.
 async fn with_deadline<T>(test: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test is stuck")
+    tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test ends before its deadline")
 }
 
-/// A store that only reads, and can lie or fail.
+/// A read-only store that can serve wrong bytes or fail.
 #[derive(Default)]
 struct TestStore {
     blobs: HashMap<Digest, Bytes>,
@@ -61,7 +61,7 @@ struct TestStore {
     fails_at: Option<u64>,
     /// Reads wait until this is true.
     open: Option<watch::Receiver<bool>>,
-    /// Nothing can be looked up or opened.
+    /// Lookups and opens fail.
     broken: bool,
     /// Counts the bytes that were read.
     reads: Arc<AtomicUsize>,
@@ -170,15 +170,15 @@ impl ContentStore for TestStore {
     }
 }
 
-/// Admits everybody, or those on a list.
+/// Admits every peer, or the peers on a list.
 #[derive(Clone)]
 struct TestAdmission {
     allowed: Option<HashSet<PeerId>>,
-    /// For so long from now on.
+    /// Validity of a verdict from now on.
     life: Arc<Mutex<Duration>>,
-    /// The pods that keys belong to.
+    /// The pods of the keys.
     pods: HashMap<PeerId, String>,
-    /// What is said of a peer whose verdict is over.
+    /// The result of [`Admission::admit_relayed`].
     recheck: Arc<Mutex<Result<(), Rejection>>>,
     renewals: watch::Sender<u64>,
 }
@@ -229,7 +229,7 @@ impl Admission for TestAdmission {
     }
 }
 
-/// A running agent's transfer.
+/// The running transfer of a node.
 struct TransferTestNode {
     transfer: Transfer,
     id: PeerId,
@@ -279,7 +279,7 @@ impl TransferTestNode {
         Self::start_with_partials(listen, identity, store, admission, Arc::new(NoPartialBlobs), bounds)
     }
 
-    /// With blobs that are being fetched.
+    /// With partial blobs.
     fn start_partial(store: TestStore, partials: impl PartialBlobs) -> Self {
         let bounds = TransferOptions { timeouts: Timeouts::DEFAULT, policy: None, versions: Versions::TRANSFER };
         let partials = Arc::new(partials);
@@ -338,8 +338,7 @@ impl TransferTestNode {
         self.transfer.dial(other, None).await.unwrap()
     }
 
-    /// Fetches into memory; what arrived of a failed fetch is not looked at.
-    /// A peer's list, whose states were all heard before.
+    /// Fetches a peer's hash chain, and checks that the sink gets every state.
     async fn hash_chain(&self, peer: PeerId, digest: Digest, cut: PieceLayout) -> Result<HashChain, FetchError> {
         let mut heard = Vec::new();
         let list =
@@ -348,6 +347,7 @@ impl TransferTestNode {
         Ok(list)
     }
 
+    /// Fetches into memory; the bytes of a failed fetch are dropped.
     async fn fetch(&self, peer: PeerId, digest: Digest, size: u64) -> Result<(BlobProof, Vec<u8>), FetchError> {
         let mut sink = VecSink::default();
         let verified = self.transfer.fetch(peer, digest, size, &mut sink).await?;
@@ -370,7 +370,7 @@ impl BlobSink for VecSink {
     }
 }
 
-/// Rules that set nothing but these rates, in bytes per second.
+/// A policy that sets only these rates, in bytes per second.
 pub(super) fn rates_policy(max_download_rate: u64, max_upload_rate: u64) -> Arc<Policy> {
     let mut rules = Policy::default();
     rules.budgets.max_download_rate = max_download_rate;
@@ -378,12 +378,12 @@ pub(super) fn rates_policy(max_download_rate: u64, max_upload_rate: u64) -> Arc<
     Arc::new(rules)
 }
 
-/// Bytes that repeat nowhere near a batch's or a packet's length.
+/// Bytes without repetition near the length of a batch or a packet.
 fn blob(size: usize) -> Bytes {
     (0..size).map(|i| (i.wrapping_mul(2_654_435_761) >> 7) as u8).collect()
 }
 
-/// An endpoint with an agent's certificate and none of its manners.
+/// An endpoint with an agent's certificate, and without an agent's protocol.
 fn bare_endpoint(identity: &Identity) -> Endpoint {
     let tls = tls::Tls::new(identity, Versions::TRANSFER).unwrap();
     let mut endpoint = Endpoint::server(tuning::server(&tls), "127.0.0.1:0".parse().unwrap()).unwrap();
@@ -400,7 +400,7 @@ fn hello() -> Hello {
     }
 }
 
-/// Of a peer that was not met.
+/// The admission of a peer that was never dialed.
 fn unbounded_admission() -> PeerAdmission {
     PeerAdmission { credential: Credential::default(), valid_until: Duration::MAX, pod: None }
 }

@@ -1,9 +1,9 @@
-//! TLS for both directions: the libp2p certificate that carries the node's key, and a verifier that asks for exactly
-//! that.
+//! TLS for both directions: the libp2p certificate that carries the node's key, and a verifier that
+//! accepts exactly that.
 //!
-//! The ready-made configurations of `libp2p_tls` are not used: they prefer ChaCha20, which costs twice the CPU of AES
-//! where the processor has AES instructions, and write session keys to the file that SSLKEYLOGFILE names. Who the key
-//! belongs to is not decided here; that is [`crate::ports::Admission`]'s.
+//! The configurations of `libp2p_tls` are not used. `libp2p_tls` prefers ChaCha20, which costs
+//! twice the CPU of AES on processors with AES instructions, and writes session keys to the file in
+//! SSLKEYLOGFILE. Not here: the verdict about a key, which is [`crate::ports::Admission`]'s.
 
 use std::sync::Arc;
 
@@ -24,8 +24,8 @@ use crate::identity::{Identity, peer_of_certificate};
 use crate::model::PeerId;
 use crate::wire::{FIRST_MAJOR, Format, Versions};
 
-/// The ALPN name of a MAJOR of the transfer protocol. The listener chooses the newest that both ends
-/// speak, so both know the format of `Hello` before it is sent.
+/// The ALPN name of a MAJOR of the transfer protocol. The listener chooses the newest common MAJOR,
+/// so both ends have the format of `Hello` before the first message.
 fn alpn(format: Format) -> Vec<u8> {
     match format.version().major {
         FIRST_MAJOR => b"lighterman/1".to_vec(),
@@ -33,8 +33,8 @@ fn alpn(format: Format) -> Vec<u8> {
     }
 }
 
-/// The ALPN name that is left when the ends have no MAJOR in common. TLS's own refusal could not say
-/// which versions the listener speaks; closing such a connection can.
+/// The ALPN name for ends without a common MAJOR. TLS's own refusal cannot carry the versions of
+/// the listener; the close of such a connection does.
 const NO_COMMON_MAJOR: &[u8] = b"lighterman/versions";
 
 /// The ALPN names of these versions, the preferred one first.
@@ -42,32 +42,31 @@ fn protocols(versions: Versions) -> Vec<Vec<u8>> {
     versions.formats().map(alpn).chain([NO_COMMON_MAJOR.to_vec()]).collect()
 }
 
-/// The format that both ends of a connection agreed on; `None` where they have no MAJOR in common.
+/// The common format of a connection; `None` without a common MAJOR.
 pub(super) fn format_of(connection: &quinn::Connection, versions: Versions) -> Option<Format> {
     let handshake = connection.handshake_data()?.downcast::<HandshakeData>().ok()?;
     let chosen = handshake.protocol?;
     versions.formats().find(|format| alpn(*format) == chosen)
 }
 
-/// The certificate could not be made, or rustls does not take it.
+/// The certificate could not be created, or rustls rejects the configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// The node's key did not sign.
-    #[error("no certificate can be made: {0}")]
+    /// The node's key did not sign the certificate.
+    #[error("the TLS certificate cannot be created: {0}")]
     Certificate(#[from] certificate::GenError),
     /// The configuration is inconsistent.
     #[error(transparent)]
     Rustls(#[from] rustls::Error),
 }
 
-/// Both halves of an endpoint's cryptography.
 pub(super) struct Tls {
     pub(super) client: Arc<QuicClientConfig>,
     pub(super) server: Arc<QuicServerConfig>,
 }
 
 impl Tls {
-    /// One certificate for the endpoint's life; its key is made here and never stored.
+    /// Creates one certificate for the endpoint's life; its key is never stored.
     pub(super) fn new(identity: &Identity, versions: Versions) -> Result<Self, TlsError> {
         let (certificate, key) = certificate::generate(&identity.keypair())?;
         let (client, server) = configs(&certificate, &key, versions)?;
@@ -86,8 +85,8 @@ fn configs(
 ) -> Result<(rustls::ClientConfig, rustls::ServerConfig), rustls::Error> {
     let provider = Arc::new(provider());
     let verifier = Arc::new(Libp2pVerifier);
-    // Given as it is: rustls would look for the fields of a web server's certificate, and there is an extension that it
-    // does not know.
+    // Not parsed by rustls, which looks for the fields of a web server's certificate and does not
+    // support the libp2p extension.
     let signer = provider.key_provider.load_private_key(key.clone_key())?;
     let shown = Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![certificate.clone()], signer)));
 
@@ -98,7 +97,7 @@ fn configs(
         .with_client_cert_resolver(shown.clone());
     client.alpn_protocols = protocols(versions);
     client.enable_sni = false;
-    // Every connection proves both keys anew: a resumed session would outlive a peer's admission.
+    // Every connection proves both keys anew: a resumed session would outlive a peer's verdict.
     client.resumption = Resumption::disabled();
 
     let mut server = rustls::ServerConfig::builder_with_provider(provider)
@@ -111,11 +110,12 @@ fn configs(
     Ok((client, server))
 }
 
-/// Passed explicitly, so that it does not depend on what the process installed as its default.
+/// Passed explicitly, so that the process's default provider has no influence.
 ///
-/// ring's AES-GCM works on several blocks at once (VAES) on processors without AVX-512 too, where aws-lc's does not: 0.26 ns a byte against 0.6 in packets
-/// of 1414 bytes, each way, so that both ends together save 0.7 ns of the 5.9 that a fetched byte cost. With AVX-512 the two were not compared. aws-lc
-/// has the key exchange that quantum computers do not break.
+/// ring's AES-GCM processes several blocks at once (VAES) on processors without AVX-512 too, where
+/// aws-lc's does not. ring takes 0.26 ns a byte against 0.6 in packets of 1414 bytes, each way.
+/// Both ends together save 0.7 ns of the 5.9 that a fetched byte cost. With AVX-512 the two were
+/// not compared. aws-lc has the key exchange that resists quantum computers.
 fn provider() -> CryptoProvider {
     CryptoProvider {
         cipher_suites: vec![
@@ -128,18 +128,18 @@ fn provider() -> CryptoProvider {
     }
 }
 
-/// The peer at the other end of a connection whose handshake is done.
+/// The peer at the other end, after the handshake.
 pub(super) fn peer_of(connection: &quinn::Connection) -> Option<PeerId> {
     let chain = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
     peer_of_certificate(chain.first()?, chain.get(1..)?).ok()
 }
 
-/// Accepts exactly one libp2p certificate (libp2p specification, "TLS handshake"): self-signed, valid now, with the
-/// extension in which the node's key signs the certificate's.
+/// Accepts exactly one libp2p certificate (libp2p specification, "TLS handshake"): self-signed,
+/// valid now, with the extension in which the node's key signs the key of the certificate.
 #[derive(Debug)]
 struct Libp2pVerifier;
 
-/// What [`certificate::generate`] makes, and so what every agent shows.
+/// The scheme of [`certificate::generate`], and so of every agent.
 const SCHEMES: [SignatureScheme; 1] = [SignatureScheme::ECDSA_NISTP256_SHA256];
 
 fn verify_signature(
@@ -152,14 +152,14 @@ fn verify_signature(
     Ok(HandshakeSignatureValid::assertion())
 }
 
-/// TLS 1.2 is not configured, so these are asked for nothing; if they were, the answer is no.
+/// Never called, since TLS 1.2 is not configured; rejects all the same.
 fn no_tls12() -> Result<HandshakeSignatureValid, rustls::Error> {
     Err(PeerIncompatible::Tls12NotOffered.into())
 }
 
 impl ServerCertVerifier for Libp2pVerifier {
-    /// Any key passes: who was expected is compared after the handshake and before a word of ours is sent, where the
-    /// error can name the key that was found.
+    /// Accepts any key. The expected key is compared after the handshake and before our `Hello`,
+    /// where the error can name the key that was found.
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,
@@ -252,7 +252,7 @@ mod tests {
         assert!(!server.key_log.will_log("SERVER_TRAFFIC_SECRET_0"));
     }
 
-    /// Shakes hands in memory; what either end says when it does not work.
+    /// Performs a handshake in memory. Returns the cipher, or the first error of either end.
     fn shake(client: rustls::ClientConfig, server: rustls::ServerConfig) -> Result<rustls::CipherSuite, rustls::Error> {
         let name = "lighterman".try_into().unwrap();
         let mut client = rustls::ClientConnection::new(Arc::new(client), name).unwrap();

@@ -1,7 +1,9 @@
-//! Whose turn it is to be sent pieces: waits on [`Slots`], which decides.
+//! Waits for upload slots, which [`UploadSlots`] grants.
 //!
-//! A slot counts while bytes move. An upload of which nothing moved for [`MOVES`] is parked: it keeps what it has, somebody else gets the slot,
-//! and when its reader takes something again it queues for another. So readers that do not read cost others nothing but a moment.
+//! A slot counts while bytes move. An upload whose write takes longer than [`UPLOAD_STALL`] is
+//! parked: the upload keeps its state, and another upload gets the slot. When the reader reads
+//! again, the upload queues for a new slot. A reader that does not read thus holds a slot for a
+//! second.
 
 use std::collections::HashMap;
 use std::pin::pin;
@@ -15,10 +17,10 @@ use crate::decide::upload_slots::{SendCounts, UploadSlots, UploadTicket};
 use crate::model::PeerId;
 use crate::oci::Digest;
 
-/// All uploads of this node.
 pub(super) struct UploadQueue {
     table: Mutex<UploadTable>,
-    /// For as many peers as there are slots, all that they may park. Each costs two reads at most, and a share of its connection's windows.
+    /// Permits for as many peers as there are slots, with all uploads of each. A parked upload
+    /// costs two reads at most, and a share of the windows of its connection.
     parking_permits: Semaphore,
 }
 
@@ -26,11 +28,11 @@ struct UploadTable {
     slots: UploadSlots,
     sent: SendCounts,
     waiting: HashMap<UploadTicket, oneshot::Sender<()>>,
-    /// By peer; those that have none are not in it.
+    /// Parked uploads by peer, without zeros.
     parked: HashMap<PeerId, usize>,
 }
 
-/// One of them; its state is free again when dropped.
+/// One upload; its slot or permit is released when dropped.
 pub(super) struct Upload<'a> {
     uploads: &'a UploadQueue,
     peer: PeerId,
@@ -45,7 +47,7 @@ enum UploadState<'a> {
     Parked { _permit: SemaphorePermit<'a> },
 }
 
-/// The queue is full, or more uploads of this peer stand still than an honest one ever asks for.
+/// The queue is full, or the peer has more parked uploads than an honest peer ever requests.
 #[derive(Debug)]
 pub(super) struct NoUploadSlot;
 
@@ -60,16 +62,17 @@ impl UploadQueue {
         Self { table: Mutex::new(table), parking_permits: Semaphore::new(slots * BLOBS_PER_PEER) }
     }
 
-    /// A state in the queue, for a blob of so many pieces.
+    /// Queues an upload of a blob of so many pieces.
     ///
     /// # Errors
-    /// There is none.
+    /// The queue is full.
     pub(super) fn enqueue(&self, peer: PeerId, digest: Digest, pieces: usize) -> Result<Upload<'_>, NoUploadSlot> {
         let state = self.take_ticket(peer, digest, pieces)?;
         Ok(Upload { uploads: self, peer, digest, pieces, state })
     }
 
-    /// Those of the choice that are here and were sent the least; they count as sent from now on.
+    /// Picks the pieces of `choice` that are present and were sent least, at most `most`. The
+    /// picked pieces count as sent.
     pub(super) fn pick_pieces(&self, digest: Digest, choice: &[u32], most: u8, has: impl Fn(u32) -> bool) -> Vec<u32> {
         self.lock().sent.choose(digest, choice, most.into(), has)
     }
@@ -90,7 +93,7 @@ impl UploadQueue {
         table.grant_slots();
     }
 
-    /// Nothing that runs under it panics half-way through a change, so a poisoned one is as good.
+    /// No holder of the lock panics half-way through a change, so a poisoned table is consistent.
     fn lock(&self) -> MutexGuard<'_, UploadTable> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -100,7 +103,7 @@ impl UploadTable {
     fn grant_slots(&mut self) {
         while let Some(ticket) = self.slots.start_next() {
             if let Some(granted) = self.waiting.remove(&ticket) {
-                // One that is gone in this moment gives it back when it is dropped.
+                // An upload that was dropped meanwhile releases the slot in `drop`.
                 let _ = granted.send(());
             }
         }
@@ -108,10 +111,10 @@ impl UploadTable {
 }
 
 impl Upload<'_> {
-    /// Waits for a slot; one that is parked queues again.
+    /// Waits for a slot; a parked upload queues again.
     ///
     /// # Errors
-    /// The queue has no room for it any more.
+    /// The queue is full.
     pub(super) async fn wait_for_slot(&mut self) -> Result<(), NoUploadSlot> {
         if matches!(self.state, UploadState::Parked { .. }) {
             let state = self.uploads.take_ticket(self.peer, self.digest, self.pieces)?;
@@ -119,17 +122,17 @@ impl Upload<'_> {
             self.state = state;
         }
         if let UploadState::Queued(ticket, granted) = &mut self.state {
-            // Its other end is dropped only with this state, or when it was told.
+            // The sender is dropped only with this upload, or after the grant.
             let _ = granted.await;
             self.state = UploadState::Active(*ticket);
         }
         Ok(())
     }
 
-    /// Waits for something that the reader has to do; when it takes long, without a slot.
+    /// Waits for work that the reader has to allow; parks the upload after [`UPLOAD_STALL`].
     ///
     /// # Errors
-    /// The peer has as many uploads that stand still as it may have.
+    /// The peer has [`BLOBS_PER_PEER`] parked uploads already.
     pub(super) async fn wait_or_park<T>(&mut self, work: impl Future<Output = T>) -> Result<T, NoUploadSlot> {
         let mut work = pin!(work);
         if let Ok(done) = timeout(UPLOAD_STALL, &mut work).await {
@@ -139,14 +142,14 @@ impl Upload<'_> {
         Ok(work.await)
     }
 
-    /// So many bytes were sent.
     pub(super) fn record_sent(&mut self, bytes: u64) {
         if let UploadState::Active(ticket) = self.state {
             self.uploads.lock().slots.record_sent(ticket, bytes);
         }
     }
 
-    /// Where there is no room to park the slot is kept: when so many peers stand still it is our own link that is slow.
+    /// Keeps the slot when no parking permit is left: with so many stalled peers, our own link is
+    /// slow.
     fn park(&mut self) -> Result<(), NoUploadSlot> {
         let UploadState::Active(ticket) = self.state else { return Ok(()) };
         let mut table = self.uploads.lock();

@@ -18,12 +18,12 @@ fn notification() -> Notification {
         from: vec!["n2".into()],
         bytes: 7,
         milliseconds: 8,
-        note: "It is here.".into(),
+        note: "The image is on this node.".into(),
         at: 9,
     }
 }
 
-/// With a short limit for what never answers, and a long one for what does.
+/// A webhook with a deadline, short for silent receivers and long for others.
 async fn webhook(url: String, secret_file: Option<&Path>, limit: Duration) -> Webhook {
     let config = Config { url, secret_file: secret_file.map(Path::to_owned), ca_file: None };
     Webhook { deadline: limit, ..Webhook::new(config).await.unwrap() }
@@ -39,7 +39,7 @@ fn secret_file(content: &[u8]) -> tempfile::NamedTempFile {
     file
 }
 
-/// RFC 2104 as it is written there, for secrets up to a block.
+/// HMAC as RFC 2104 defines it, for secrets up to a block.
 fn hmac_sha256(secret: &[u8], message: &[u8]) -> String {
     let padded = |byte: u8| (0..64).map(|i| secret.get(i).unwrap_or(&0) ^ byte).collect::<Vec<u8>>();
     let inner = Sha256::digest([&padded(0x36), message].concat());
@@ -97,7 +97,7 @@ async fn a_status_code_decides_whether_the_message_is_retried() {
         let server = HttpTestServer::start(move |_| reply(status, &[("Location", "/elsewhere")], b"")).await;
         let outcome = webhook_to(&server, None).await.notify(&notification()).await;
         assert_eq!(outcome.map_err(|error| error.is_retryable()).err(), retryable, "{status}");
-        assert_eq!(server.request_lines(), ["POST /hook?key=k"], "once, and there only");
+        assert_eq!(server.request_lines(), ["POST /hook?key=k"], "one request, to the configured URL");
     }
 }
 
@@ -184,7 +184,7 @@ async fn an_invalid_url_is_rejected_and_not_shown() {
     for url in ["", "hook", "ftp://host/key", "https://user:key@host/", "https:///", "mailto:key@host"] {
         let config = Config { url: url.into(), secret_file: None, ca_file: None };
         assert!(!format!("{config:?}").contains("key"));
-        let error = Webhook::new(config).await.err().unwrap_or_else(|| panic!("{url:?} was taken"));
+        let error = Webhook::new(config).await.err().unwrap_or_else(|| panic!("{url:?} was accepted"));
         assert!(!error.to_string().contains("key"), "{error}");
     }
 }

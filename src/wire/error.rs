@@ -1,40 +1,40 @@
-//! Why a message cannot be used.
+//! Errors of messages.
 
 use std::io;
 
 use super::{Version, Versions};
 
-/// A message that cannot be used, or a stream that ended in the middle of one.
+/// A message that cannot be used, or a stream that ended in the middle of a message.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
-    /// The sender speaks a MAJOR that this agent does not.
+    /// The sender speaks a MAJOR that this agent does not speak.
     #[error("{}", other_version(*.theirs, *.ours))]
     Version {
-        /// The version of its frame.
+        /// The version in the frame.
         theirs: Version,
         /// The versions of this agent.
         ours: Versions,
     },
-    /// The sender is of another release, and the message has no meaning in this one. The sender did
+    /// The sender runs another release, and the message has no meaning in this one. The sender did
     /// nothing wrong; the receiver ignores the message.
-    #[error("a {} message of version {theirs} means nothing to this agent ({ours}): {reason}", .ours.protocol())]
+    #[error("a {} message of version {theirs} has no meaning to this agent ({ours}): {reason}", .ours.protocol())]
     Unknown {
-        /// The version of its frame.
+        /// The version in the frame.
         theirs: Version,
         /// The versions of this agent.
         ours: Versions,
         /// The decoder's error.
         reason: String,
     },
-    /// Longer than its kind may be.
+    /// The message is longer than its type allows.
     #[error("a message of {length} bytes is over its limit of {limit}")]
     TooLong {
-        /// The length that was announced.
+        /// The announced length.
         length: usize,
-        /// The limit of this kind of message.
+        /// The limit of this type of message.
         limit: usize,
     },
-    /// Not a message of this kind.
+    /// The bytes are no message of this type.
     #[error("malformed message: {0}")]
     Malformed(String),
     /// The connection failed, or ended too early.

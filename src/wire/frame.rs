@@ -1,4 +1,4 @@
-//! A message and raw bytes after the message, where both have come in one buffer.
+//! Splits a buffer into a message and the raw bytes after the message.
 
 use std::io::{Error, ErrorKind};
 
@@ -7,7 +7,7 @@ use super::{HEADER, Message, WireError, decode};
 /// The message at the beginning of a buffer, and the bytes after the message.
 ///
 /// # Errors
-/// [`WireError::Io`] where the buffer ends within the message; otherwise as [`decode`].
+/// [`WireError::Io`] when the buffer ends within the message; otherwise as [`decode`].
 pub fn split<M: Message>(bytes: &[u8]) -> Result<(M, &[u8]), WireError> {
     let cut = || WireError::Io(Error::from(ErrorKind::UnexpectedEof));
     let length = bytes.first_chunk::<4>().map(|length| u32::from_be_bytes(*length) as usize).ok_or_else(cut)?;

@@ -1,7 +1,7 @@
 //! The bodies of all messages as released agents write them, byte for byte. A line of
 //! `golden/PROTOCOL-MAJOR` has a message's name and the hexadecimal digits of its body.
 //!
-//! Released agents would see a change that fails here, so the change needs a MINOR or a MAJOR.
+//! A change that fails here is visible to released agents, so the change needs a MINOR or a MAJOR.
 //! After a new MAJOR the file of the MAJOR before stays, and [`Message::Previous`] reads its
 //! messages.
 
@@ -16,7 +16,7 @@ use crate::model::{
 };
 use crate::oci::Repository;
 
-/// The lines of the files, less those that were compared.
+/// The lines of the files, without the lines that were compared.
 #[derive(Default)]
 struct Golden {
     lines: BTreeMap<PathBuf, BTreeMap<String, String>>,
@@ -182,7 +182,7 @@ fn every_message_encodes_as_released_agents_read_and_write_it() {
     transfer(&mut golden);
     gossip(&mut golden);
     let Golden { lines, wrong } = golden;
-    assert!(wrong.is_empty(), "these lines are otherwise, or are not there:\n{}", wrong.join("\n"));
+    assert!(wrong.is_empty(), "these lines differ or are missing:\n{}", wrong.join("\n"));
     let gone: Vec<_> = lines.into_iter().filter(|(_, rest)| !rest.is_empty()).collect();
-    assert!(gone.is_empty(), "no message has these lines any more: {gone:?}");
+    assert!(gone.is_empty(), "these lines belong to no message: {gone:?}");
 }

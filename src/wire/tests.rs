@@ -133,11 +133,11 @@ impl TryFrom<Answer> for AnswerOfNextMajor {
 fn a_message_of_the_previous_major_is_converted_both_ways() {
     let previous = AnswerOfNextMajor::VERSIONS.previous().unwrap();
     let sent = encode_in(&AnswerOfNextMajor::Elsewhere(peer(1)), previous).unwrap();
-    assert_eq!(decode::<Answer>(&sent).unwrap(), Answer::Absent, "an agent of the previous MAJOR reads it");
+    assert_eq!(decode::<Answer>(&sent).unwrap(), Answer::Absent, "an agent of the previous MAJOR reads the message");
     let received = encode(&Answer::Blob { size: 5 }).unwrap();
     assert_eq!(decode::<AnswerOfNextMajor>(&received).unwrap(), AnswerOfNextMajor::Blob { size: 5 });
     let (relayed, is_newer) = decode_for_relay::<AnswerOfNextMajor>(&received, AnswerOfNextMajor::VERSIONS).unwrap();
-    assert_eq!((encode_in(&relayed, previous).unwrap(), is_newer), (received, false), "a relay keeps its bytes");
+    assert_eq!((encode_in(&relayed, previous).unwrap(), is_newer), (received, false), "a relay keeps the bytes");
 }
 
 #[test]
@@ -147,7 +147,7 @@ fn a_message_without_a_counterpart_in_the_next_major_is_no_fault() {
     assert!(matches!(error, WireError::Unknown { theirs: Version { major: MAJOR, .. }, .. }), "{error}");
 }
 
-/// [`Answer`] as a later release may have it: a field more, a variant more.
+/// [`Answer`] of a later release, with one more field and one more variant.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 enum NextAnswer {
     Blob { size: u64, modified: u64 },
@@ -187,7 +187,7 @@ fn a_variant_that_a_later_release_adds_is_no_fault() {
     assert!(matches!(decode::<Answer>(&frame), Err(WireError::Unknown { theirs, .. }) if theirs.minor == MINOR + 1));
     let mut ours = frame.clone();
     ours[5] = MINOR;
-    assert!(matches!(decode::<Answer>(&ours), Err(WireError::Malformed(_))), "our own release knows no such thing");
+    assert!(matches!(decode::<Answer>(&ours), Err(WireError::Malformed(_))), "our own release has no such variant");
 }
 
 #[test]
@@ -210,12 +210,12 @@ async fn an_oversized_message_is_refused_before_its_body_is_read() {
     let header = [[0xff; 4].as_slice(), &[MAJOR, MINOR]].concat();
     let mut frame = header.as_slice();
     assert!(matches!(read::<Request>(&mut frame).await, Err(WireError::TooLong { .. })));
-    assert!(matches!(encode(&entry(4096)), Err(WireError::TooLong { .. })), "nor is one sent");
+    assert!(matches!(encode(&entry(4096)), Err(WireError::TooLong { .. })), "an oversized message is not sent");
 }
 
 #[test]
 fn a_length_inside_a_message_allocates_nothing() {
-    // Variant-length integer 0xfd announces eight bytes: a list of 2^63 marks.
+    // Variant-length integer 0xfd announces eight bytes: a list of 2^63 summaries.
     let mut frame = encode(&SyncReply::Summaries(Vec::new())).unwrap();
     frame.truncate(HEADER + 1);
     frame.extend_from_slice(&[0xfd, 0, 0, 0, 0, 0, 0, 0, 0x80]);

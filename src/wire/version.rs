@@ -1,15 +1,15 @@
 //! The versions of the protocols between agents.
 //!
-//! Gossip and transfer have a MAJOR each, because a change of one is no reason to end the other. An
-//! agent speaks the current MAJOR of a protocol and the one before. Both names of a MAJOR that
-//! agents negotiate by (TLS's ALPN, libp2p's protocol and topic) follow from its number.
+//! Gossip and transfer have a MAJOR each, so that a change of one does not end the other. An agent
+//! speaks the current MAJOR of a protocol and the one before. The names that negotiate a MAJOR
+//! (TLS's ALPN, libp2p's protocol and topic) follow from its number.
 
 use std::fmt;
 
 /// A protocol between agents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProtocolKind {
-    /// Over libp2p: members, and which content each of them has.
+    /// Over libp2p: membership, and the content of each member.
     Gossip,
     /// Over QUIC: admission, and blobs.
     Transfer,
@@ -49,15 +49,15 @@ pub struct Versions {
 }
 
 impl Versions {
-    /// Of the messages of `crate::model` that members of the mesh exchange.
+    /// The versions of the messages of `crate::model` between members of the mesh.
     pub const GOSSIP: Self =
         Self { protocol: ProtocolKind::Gossip, current: Version { major: FIRST_MAJOR, minor: 0 }, previous: None };
 
-    /// Of the messages of [`super`] and of `Availability`.
+    /// The versions of the messages of [`super`] and of `PieceMapUpdate`.
     pub const TRANSFER: Self =
         Self { protocol: ProtocolKind::Transfer, current: Version { major: FIRST_MAJOR, minor: 0 }, previous: None };
 
-    /// The protocol.
+    /// The protocol of these versions.
     pub const fn protocol(self) -> ProtocolKind {
         self.protocol
     }
@@ -82,8 +82,8 @@ impl Versions {
         self.formats().find(|format| format.version.major == major)
     }
 
-    /// The versions of a release after the next change of MAJOR, for tests of two releases side by
-    /// side: its messages are today's.
+    /// The versions after the next change of MAJOR, with today's messages. Tests run two releases
+    /// side by side.
     #[cfg(any(test, feature = "testing"))]
     pub const fn after_next_major(self) -> Self {
         let current = Version { major: self.current.major + 1, minor: 0 };
@@ -100,8 +100,8 @@ impl fmt::Display for Versions {
     }
 }
 
-/// The first MAJOR of either protocol that was released. The names that it is negotiated by are
-/// older than the rule that they carry the MAJOR's number.
+/// The first released MAJOR of either protocol. The names that negotiate this MAJOR are older than
+/// the rule that a name carries the number of its MAJOR.
 pub const FIRST_MAJOR: u8 = 4;
 
 /// The format of a message: one of an agent's [`Versions`].
@@ -117,7 +117,7 @@ impl Format {
         self.version
     }
 
-    /// Whether it is the MAJOR before the agent's own.
+    /// Whether this is the MAJOR before the agent's own.
     pub const fn is_previous(self) -> bool {
         self.is_previous
     }

@@ -1,4 +1,5 @@
-//! The store on real containerds: 1.7, 2.3 and 2.4, each with its own daemon, folders and socket.
+//! The containerd store against containerd 1.7, 2.3 and 2.4, each with its own process, folders and
+//! socket.
 
 mod crashes;
 pub(crate) mod daemon;
@@ -56,11 +57,11 @@ use unpacking::{
     the_unpacker_keeps_the_contract,
 };
 
-/// For whatever a test waits for; a slow machine must not fail it.
+/// Deadline of each wait in a test. Long, so that a slow machine fails no test.
 const WAIT_DEADLINE: Duration = Duration::from_secs(30);
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// One test for each behaviour and version, so that a failure names both.
+/// Makes one test per behavior and version, so that a failure names both.
 macro_rules! on_every_version {
     ($($behaviour:ident),* $(,)?) => {
         on_every_version!(@ containerd_1_7 "containerd-1.7" $($behaviour)*);
@@ -124,7 +125,7 @@ struct ContainerdSubject {
     store: ContainerdStore,
 }
 
-/// A store in a containerd namespace of its own.
+/// Makes a store in a containerd namespace of its own.
 fn fresh(config: Config) -> ContainerdSubject {
     static NEXT_NAMESPACE: AtomicUsize = AtomicUsize::new(0);
     let containerd_namespace = format!("test-{}", NEXT_NAMESPACE.fetch_add(1, Ordering::Relaxed));
@@ -138,13 +139,13 @@ impl StoreUnderTest for ContainerdSubject {
         Arc::new(self.store.clone())
     }
 
-    /// Deleting a lease and waiting for it makes containerd collect.
+    /// The synchronous deletion of a lease returns after containerd has collected.
     async fn collect(&self) {
         let pin = self.store.pin(HOUR).await.unwrap();
         self.store.release_and_collect(pin).await.unwrap();
     }
 
-    /// Nobody aborts what the dropped writer left: [`ContainerdStore::run`] does not run here.
+    /// [`ContainerdStore::run`] does not run here, so no sweep aborts the dropped writer's ingest.
     async fn restart(&mut self, unfinished: UnfinishedWrite) {
         drop(unfinished);
         self.store = ContainerdStore::new(self.config.clone()).unwrap();
@@ -162,7 +163,7 @@ async fn the_store_keeps_the_contract_without_access_to_files(version: &str) {
     assert_contract(version, async || fresh(Config { content_root: elsewhere.clone(), ..daemon.config("") })).await;
 }
 
-/// Different in each place, so that what lands in the wrong one is seen.
+/// Bytes that differ at every offset, so that bytes at a wrong offset fail the comparison.
 pub(crate) fn content(seed: &str, size: usize) -> Bytes {
     let mut bytes: Vec<u8> =
         (0_u64..).flat_map(|n| *Digest::of(format!("{seed} {n}").as_bytes()).as_bytes()).take(size).collect();
@@ -219,24 +220,24 @@ async fn a_containerd_killed_in_mid_write_keeps_nothing_of_the_blob(version: &st
     assert_eq!(read(&store, whole.digest).await, bytes);
 }
 
-/// The connection takes some messages before it notices.
+/// The connection accepts some messages before an append fails.
 async fn append_until_it_fails(writer: &mut dyn BlobWriter, bytes: &Bytes) -> StoreError {
     for _ in 0..6 {
         if let Err(error) = writer.append(&[bytes.slice(..1 << 20)]).await {
             return error;
         }
     }
-    panic!("six messages were sent to nobody");
+    panic!("all six appends to a killed containerd succeeded");
 }
 
-/// Waits until containerd has no write under way.
+/// Waits until containerd has no open ingest of the agent.
 async fn wait_no_ingests(daemon: &Daemon, containerd_namespace: &str) {
     let waiting = async {
         while daemon.ctr(containerd_namespace, &["content", "active"]).contains("lighterman-") {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    timeout(WAIT_DEADLINE, waiting).await.expect("a write that nobody goes on with is still there");
+    timeout(WAIT_DEADLINE, waiting).await.expect("the abandoned ingest is aborted");
 }
 
 async fn begin_ingest(store: &ContainerdStore, pin: &Pin) -> Box<dyn BlobWriter> {
@@ -253,11 +254,11 @@ async fn ingests_of_dropped_writers_are_aborted(version: &str) {
     let running = tokio::spawn(store.clone().run(stop.clone()));
     let pin = store.pin(HOUR).await.unwrap();
     let writer = begin_ingest(&store, &pin).await;
-    assert!(daemon.ctr("dropped", &["content", "active"]).contains("lighterman-"), "the test sees nothing");
+    assert!(daemon.ctr("dropped", &["content", "active"]).contains("lighterman-"), "ctr lists the open ingest");
     drop(writer);
     wait_no_ingests(&daemon, "dropped").await;
     stop.cancel();
-    timeout(WAIT_DEADLINE, running).await.expect("it ends when it is told to").unwrap();
+    timeout(WAIT_DEADLINE, running).await.expect("the store's task ends after the stop").unwrap();
 }
 
 async fn ingests_of_a_killed_agent_are_aborted_at_the_next_start(version: &str) {
@@ -265,7 +266,7 @@ async fn ingests_of_a_killed_agent_are_aborted_at_the_next_start(version: &str) 
     let killed = daemon.store("left");
     let pin = killed.pin(HOUR).await.unwrap();
     drop(begin_ingest(&killed, &pin).await);
-    assert!(daemon.ctr("left", &["content", "active"]).contains("lighterman-"), "the test sees nothing");
+    assert!(daemon.ctr("left", &["content", "active"]).contains("lighterman-"), "ctr lists the open ingest");
 
     let stop = CancellationToken::new();
     let _stopped = stop.clone().drop_guard();
@@ -283,7 +284,7 @@ async fn labels_of_other_clients_survive(version: &str) {
     let blob = write(&store, &content("labelled", 100), &pin, &first).await;
     let theirs = format!("containerd.io/gc.ref.content.l.1={}", Digest::of(b"theirs"));
     let by_digest = blob.digest.to_string();
-    daemon.ctr("labels", &["content", "label", &by_digest, &theirs, "made.by=somebody"]);
+    daemon.ctr("labels", &["content", "label", &by_digest, &theirs, "made.by=another-client"]);
 
     let more = BlobMetadata { source: repository("other/app"), children: vec![layer("a"), layer("b")] };
     store.add_metadata(blob.digest, &more).await.unwrap();
@@ -293,22 +294,24 @@ async fn labels_of_other_clients_survive(version: &str) {
         theirs,
         format!("containerd.io/gc.ref.content.l.2={}", Digest::of(b"b")),
         "containerd.io/distribution.source.10.0.0.1:5000=other/app,team/app".into(),
-        "made.by=somebody".into(),
+        "made.by=another-client".into(),
     ] {
         assert!(listed.contains(&label), "{label} is not in {listed}");
     }
 }
 
-/// Under the default content policy containerd would adopt the other namespace's copy at the commit, if nothing were written.
+/// Under the default content policy (`shared`) containerd would adopt the other namespace's copy at
+/// the commit, if the agent wrote no bytes.
 async fn a_blob_of_another_namespace_is_written_again(version: &str) {
     let daemon = Daemon::start(version).await;
     let (here, there) = (daemon.store("here"), daemon.store("there"));
     let bytes = content("in both", (3 << 20) + 1);
     let pin = there.pin(HOUR).await.unwrap();
     let blob = write(&there, &bytes, &pin, &BlobMetadata::default()).await;
-    assert_eq!(here.blob(blob.digest).await.unwrap(), None, "it is not ours yet");
+    assert_eq!(here.blob(blob.digest).await.unwrap(), None, "the blob is absent in this namespace");
     let pin = here.pin(HOUR).await.unwrap();
-    // An attempt before was given up, and containerd keeps what it wrote: the copy that it offered hides it from the abort.
+    // An abandoned ingest: containerd offered the other namespace's copy first, so the later abort
+    // leaves the file with its 3 MiB. The next write has to empty the file.
     let mut writer = here.create(blob.digest, blob.size, &pin).await.unwrap();
     writer.append(&[bytes.slice(..3 << 20)]).await.unwrap();
     drop(writer);
@@ -323,11 +326,11 @@ async fn changes_by_other_clients_are_noticed(version: &str) {
     let _stopped = stop.clone().drop_guard();
     let mut changes = store.changes();
     tokio::spawn(store.clone().run(stop));
-    timeout(WAIT_DEADLINE, changes.changed()).await.expect("being connected counts as a change").unwrap();
+    timeout(WAIT_DEADLINE, changes.changed()).await.expect("the first connection counts as a change").unwrap();
 
     let pin = others.pin(HOUR).await.unwrap();
     let target = write(&others, &content("noticed", 100), &pin, &BlobMetadata::default()).await;
-    // The subscription may stand a moment after the connection: again and again, until it does.
+    // containerd may subscribe a moment after the connection, so the test repeats the record.
     let waiting = async {
         for n in 0.. {
             let record = ImageRecord { name: format!("example.org/noticed:{n}"), target: target.clone() };
@@ -337,7 +340,7 @@ async fn changes_by_other_clients_are_noticed(version: &str) {
             }
         }
     };
-    timeout(WAIT_DEADLINE, waiting).await.expect("records of others are not noticed");
+    timeout(WAIT_DEADLINE, waiting).await.expect("the store notices records of other clients");
 }
 
 async fn changes_are_noticed_after_a_restart(version: &str) {
@@ -347,14 +350,15 @@ async fn changes_are_noticed_after_a_restart(version: &str) {
     let _stopped = stop.clone().drop_guard();
     let mut changes = store.changes();
     tokio::spawn(store.clone().run(stop));
-    timeout(WAIT_DEADLINE, changes.changed()).await.expect("being connected counts as a change").unwrap();
+    timeout(WAIT_DEADLINE, changes.changed()).await.expect("the first connection counts as a change").unwrap();
     daemon.kill();
     changes.mark_unchanged();
     daemon.restart().await;
-    timeout(WAIT_DEADLINE, changes.changed()).await.expect("it has not come back").unwrap();
+    timeout(WAIT_DEADLINE, changes.changed()).await.expect("the store reconnects after the restart").unwrap();
 }
 
-/// What the CRI plugin reads of an image before it takes notice: the manifest and the configuration. It unpacks nothing.
+/// Writes an image with a layer that does not unpack. For a new record the CRI plugin reads only
+/// the manifest and the configuration.
 async fn image(store: &ContainerdStore, pin: &Pin, architecture: &str) -> (Descriptor, Digest) {
     let layer = write(store, &content(architecture, 1000), pin, &BlobMetadata::default()).await;
     let config = format!(
@@ -385,7 +389,7 @@ async fn a_record_is_written_when_cri_has_noticed_it(version: &str) {
         let line = listed.lines().find(|line| line.starts_with(name)).map(str::to_owned);
         line.unwrap_or_else(|| panic!("{name} is not in {listed}"))
     };
-    // Once new, once moved to another target.
+    // The first round creates the record, and the second moves the record to another target.
     for version in ["amd64", "arm64"] {
         let (target, config) = image(&store, &pin, version).await;
         store.put_image(&ImageRecord { name: name.into(), target: target.clone() }).await.unwrap();
@@ -393,6 +397,6 @@ async fn a_record_is_written_when_cri_has_noticed_it(version: &str) {
         assert!(line.contains("io.cri-containerd.image=managed"), "{line}");
         assert!(line.contains(&target.digest.to_string()), "{line}");
         let names: Vec<_> = store.images().await.unwrap().into_iter().map(|record| record.name).collect();
-        assert!(names.contains(&config.to_string()), "the plugin makes a record of the image's ID: {names:?}");
+        assert!(names.contains(&config.to_string()), "the CRI plugin records the image's ID: {names:?}");
     }
 }

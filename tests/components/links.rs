@@ -1,4 +1,5 @@
-//! Transfers over links that the kernel shapes: who sets the pace, our limit or the link, and what a link that breaks looks like.
+//! Transfers over links that the kernel shapes. The rate limiter or the link sets the pace, and a
+//! broken link makes the peer unreachable.
 
 pub(crate) mod pair;
 
@@ -14,7 +15,7 @@ use lighterman::transfer::Transfer;
 
 use pair::{Provider, Rates, VethLink, across};
 
-/// Counts nothing and keeps nothing; the fetch proves the content.
+/// Drops all bytes; the fetch itself verifies the content.
 struct DiscardingSink;
 
 #[async_trait]
@@ -24,12 +25,12 @@ impl BlobSink for DiscardingSink {
     }
 }
 
-/// Different ones, as equal ones would be one.
+/// Makes different blobs, because blobs of equal bytes are one blob.
 fn blobs(count: u8, size: usize) -> Vec<Bytes> {
     (0..count).map(|number| vec![number; size].into()).collect()
 }
 
-/// Fetches them all at once; answers the bytes per second.
+/// Fetches all blobs at once and returns the bytes per second.
 async fn fetch_all(transfer: &Transfer, provider: &Provider, blobs: &[Bytes]) -> Result<f64, FetchError> {
     let began = Instant::now();
     try_join_all(blobs.iter().map(async |blob| {
@@ -53,9 +54,9 @@ fn the_configured_rate_holds_on_a_fast_link_in_either_direction() {
             fetch_all(transfer, provider, &wanted).await.unwrap()
         });
         let capacity = TokenBucket::new(RATE, Instant::now()).capacity() as f64;
-        // What the bucket holds at first passes at once, all the rest at the rate.
+        // The first content of the token bucket passes at once, and all other bytes at the rate.
         let most = RATE as f64 * bytes / (bytes - capacity);
-        assert!(achieved <= most, "{direction}: {achieved:.0} bytes a second where {most:.0} are the most");
+        assert!(achieved <= most, "{direction}: {achieved:.0} bytes/s exceed the limit of {most:.0}");
         let ratio = achieved / RATE as f64;
         println!("figure rate_kept_{direction} {ratio:.3} (6 blobs of 2 MiB at once, limit 2 MiB/s, link 400 Mbit/s)");
     }
@@ -92,7 +93,7 @@ fn blobs_of_one_peer_do_not_starve_each_other_under_the_configured_rate() {
 
 #[test]
 fn a_peer_whose_link_breaks_is_unreachable_before_it_counts_as_stalled() {
-    /// Cuts the link when the first bytes have come.
+    /// Cuts the link when the first bytes arrive.
     struct LinkCuttingSink<'a>(&'a VethLink);
     #[async_trait]
     impl BlobSink for LinkCuttingSink<'_> {

@@ -1,6 +1,6 @@
-//! Tests against real components that one machine can run without a cluster around them: each containerd, an API
-//! server with its etcd, a registry, and links of the kernel's that are slow or break. `make test` sets them up. And of parts of ours together that are
-//! only joined in the agent.
+//! Tests on one machine, without a cluster, against real components: each containerd, an API server
+//! with its etcd, a registry, and kernel links that are slow or break. `make test` sets these up.
+//! Some tests combine parts that otherwise only the agent combines.
 
 mod containerd;
 #[path = "../fleet/mod.rs"]

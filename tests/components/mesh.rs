@@ -1,5 +1,6 @@
-//! Thirty agents as processes of their own, on real links with a real containerd and a real API server: that they find each other, notice
-//! who is gone, and what that costs. The figures stand on lines of their own for `make figures`; none of them is asserted.
+//! Thirty agents, one process each, on real links with a real containerd and a real API server. The
+//! agents find each other and drop dead peers. Times and costs are printed as figures for
+//! `make figures`, one a line, and not asserted.
 
 mod fleet;
 mod mesh_view;
@@ -21,13 +22,14 @@ use usage::{processor_time, resident_mib};
 
 const AGENTS: usize = 30;
 
-/// After which what a change has set off is over: the agents compare what they know every ten seconds.
+/// The effects of a change are over after this time: two intervals of the comparison between
+/// neighbors, which runs every 10 s.
 const SETTLE: Duration = Duration::from_secs(20);
 
-/// What idling costs is measured over this time.
+/// Measuring time of the idle cost.
 const IDLE: Duration = Duration::from_secs(30);
 
-/// All of it takes three minutes.
+/// Deadline of the whole test, which takes three minutes.
 const DEADLINE: Duration = Duration::from_secs(1200);
 
 #[test]
@@ -36,7 +38,8 @@ fn thirty_agents_find_each_other_and_drop_dead_peers() {
     let playing = thread::spawn(move || {
         wires.enter_switch();
         let runtime = Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async { tokio::time::timeout(DEADLINE, run_all(wires)).await.expect("the test is stuck") });
+        runtime
+            .block_on(async { tokio::time::timeout(DEADLINE, run_all(wires)).await.expect("the test ends in time") });
     });
     playing.join().unwrap();
 }
@@ -58,11 +61,12 @@ async fn agents_started_at_once_find_each_other(fleet: &mut Fleet) {
     let began = Instant::now();
     fleet.start(0..AGENTS);
     fleet.wait_converged().await;
-    let context = format!("{AGENTS} processes started at once, until all know all");
+    let context = format!("{AGENTS} processes started at once, until all inventories are complete");
     println!("figure mesh_start_s_30 {:.2} ({context})", began.elapsed().as_secs_f64());
 }
 
-/// Bytes per second on an agent's link, in both directions together, as all agents have them on average.
+/// Returns the bytes per second on an agent's link, both directions together, as the mean of all
+/// agents.
 async fn idle_agents_cost_little(fleet: &Fleet) -> f64 {
     let ids: Vec<_> = fleet.running().filter_map(Agent::id).collect();
     let times = || ids.iter().map(|id| processor_time(*id)).collect::<Vec<_>>();
@@ -101,12 +105,12 @@ async fn an_image_of_one_node_reaches_every_inventory(fleet: &Fleet) {
     put_image(&fleet.agents[PROVIDER].store, &[image.to_owned()], &[2000, 2000], 7).await.unwrap();
     let began = Instant::now();
     fleet.wait_provider(image, PROVIDER).await;
-    let context = "from containerd's record to the last of 29 that would fetch it there";
+    let context = "from containerd's record to the last of 29 agents that list the provider";
     println!("figure mesh_content_known_s_30 {:.2} ({context})", began.elapsed().as_secs_f64());
     fleet.wait_converged().await;
 }
 
-/// What all agents together have said and heard.
+/// Sums over all agents, and the traffic of each link.
 struct Traffic {
     at: Instant,
     link_bytes: Vec<LinkBytes>,
@@ -130,19 +134,21 @@ impl Traffic {
     }
 }
 
-/// Announcements of one blob each, so that their number is known: what the simulation's bytes per message are compared with. `idle` is
-/// what an agent sends and receives in a second without them.
+/// Announces one blob per publisher and round, so the number of announcements is known. The figure
+/// checks the simulation's bytes per message. `idle` is the bytes that an agent sends and receives
+/// per second without announcements.
 async fn announcements_reach_every_agent(fleet: &Fleet, idle: f64) {
     const PUBLISHERS: usize = 10;
     const ROUNDS: usize = 12;
-    /// Changes are gathered for a second, after containerd's events have been waited for.
+    /// Longer than the batching of announcements: 200 ms after containerd's event, then up to 1 s.
     const INTERVAL: Duration = Duration::from_millis(1500);
     sleep(SETTLE).await;
     let before = Traffic::of(fleet).await;
     for round in 0..ROUNDS {
         for agent in &fleet.agents[..PUBLISHERS] {
             let bytes = content(&format!("round {round} {}", agent.node), 1000);
-            // Never released: what the collector took would be missed a minute later only.
+            // The pin is never released. Collections send no event, so a collected blob would stay
+            // announced for up to a minute.
             let pin = agent.store.pin(DEADLINE).await.unwrap();
             write(&agent.store, &bytes, &pin, &BlobMetadata::default()).await;
         }
@@ -156,17 +162,17 @@ async fn announcements_reach_every_agent(fleet: &Fleet, idle: f64) {
     let (announcements, messages) = (after.announcements - before.announcements, after.messages - before.messages);
     let an_agent = |bytes: f64| bytes / AGENTS as f64 / 1024.0;
     println!(
-        "  {PUBLISHERS} publishers, {ROUNDS} times a blob each: {announcements} announcements, {messages} messages came; an agent received {:.1} KiB, {:.1} of them beyond idling",
+        "  {PUBLISHERS} publishers, {ROUNDS} times a blob each: {announcements} announcements, {messages} messages received; {:.1} KiB per agent, {:.1} of them above idle",
         an_agent(received),
         an_agent(received - quiet),
     );
-    let context = format!("received beyond idling, all agents, / {messages} messages that came");
+    let context = format!("received above idle, all agents, / {messages} messages received");
     println!("figure mesh_bytes_per_message_real {:.0} ({context})", (received - quiet) / messages as f64);
 }
 
 async fn a_killed_agent_is_dropped_and_returns(fleet: &mut Fleet) {
     let mut times = Vec::new();
-    // A seed among them.
+    // Every agent joins the address of agent 1.
     for number in [1, 8, 14, 21, 29] {
         let began = Instant::now();
         fleet.kill(&[number]);
@@ -177,7 +183,7 @@ async fn a_killed_agent_is_dropped_and_returns(fleet: &mut Fleet) {
     }
     let times = sorted(times);
     let context = format!(
-        "SIGKILL to the last of 29 inventories without it, median of {}; worst {:.2}",
+        "SIGKILL until the last of 29 inventories drops the peer, median of {}; worst {:.2}",
         times.len(),
         last(&times)
     );
@@ -195,7 +201,7 @@ async fn five_killed_agents_are_dropped_and_return(fleet: &mut Fleet) {
     fleet.start(five);
     fleet.wait_converged().await;
     let back = before.at.elapsed().as_secs_f64();
-    println!("figure five_restarted_known_s {back:.2} (started at once, until all {AGENTS} know all)");
+    println!("figure five_restarted_known_s {back:.2} (started at once, until all {AGENTS} inventories are complete)");
     let after = Traffic::of(fleet).await;
     println!(
         "  meanwhile an agent received {:.1} KiB, {:.0} messages",
@@ -216,14 +222,14 @@ async fn an_agent_whose_link_is_down_is_dropped_and_returns(fleet: &Fleet) {
     }
     let times = sorted(times);
     let context = format!(
-        "link down to the last of 29 inventories without it, median of {}; worst {:.2}",
+        "link down until the last of 29 inventories drops the peer, median of {}; worst {:.2}",
         times.len(),
         last(&times)
     );
     println!("figure dead_peer_forgotten_link_s {:.2} ({context})", median(&times));
 }
 
-/// Takes the mesh's link of one agent down, or up again.
+/// Sets the mesh link of one agent `down` or `up`.
 fn set_link(agent: usize, state: &str) {
     network::ip(&[], &[format!("link set mesh-{agent} {state}")]);
 }

@@ -1,26 +1,24 @@
-//! An agent's recovery and its transfer together: what comes to a node goes on to others before all of it is there.
+//! A recovery together with the transfer: an agent serves the pieces of a layer while the other
+//! pieces are still in flight.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use lighterman::admission::StaticAdmission;
-use lighterman::agent::blob_fetcher::BlobFetcher;
-use lighterman::agent::claim_coordinator::ClaimCoordinator;
-use lighterman::agent::inventory_view::PeerInventory;
-use lighterman::agent::progress::Progress;
-use lighterman::agent::recover::Recoverer;
-use lighterman::agent::reference_resolver::ReferenceResolver;
-use lighterman::agent::swarm::Downloads;
-use lighterman::decide::disk_reservations::Reservations;
-use lighterman::decide::policy::{Policy, ResolveOptions};
+use lighterman::agent::peers::inventory_view::PeerInventory;
+use lighterman::agent::recovery::builder::RecoveryDependencies;
+use lighterman::agent::recovery::downloads::Downloads;
+use lighterman::agent::recovery::progress::Progress;
+use lighterman::agent::recovery::recover::Recoverer;
+use lighterman::decide::policy::Policy;
 use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
-use lighterman::model::{InventoryItem, MeshEvent, NodeName, Peer, PeerId, PieceMapUpdate};
-use lighterman::oci::{PieceLayout, Platform, Reference};
-use lighterman::ports::{FetchError, ImportPermission, NoPartialBlobs, PartialBlobs, PieceFetcher};
+use lighterman::model::{InventoryItem, MeshEvent, Peer, PeerId, PieceMapUpdate};
+use lighterman::oci::{PieceLayout, Reference};
+use lighterman::ports::{FetchError, NoPartialBlobs, PartialBlobs, PieceFetcher};
 use lighterman::testing::image::{MadeImage, put_image};
-use lighterman::testing::{MemoryCluster, MemoryRegistry, MemoryStore};
+use lighterman::testing::{MemoryStore, policy_without_disk_limits};
 use lighterman::transfer::{Config, Transfer, TransferDependencies};
 use lighterman::wire::Versions;
 use tokio::sync::{mpsc, watch};
@@ -28,10 +26,10 @@ use tokio_util::sync::CancellationToken;
 
 const IMAGE: &str = "registry.example/team/app:1";
 
-/// 49 pieces, which take three seconds at [`RATE`].
+/// 49 pieces, which take three seconds at [`UPLOAD_RATE`].
 const LAYER: u64 = 12 << 20;
 
-/// What the holder sends, in bytes per second: slowly enough to hear of the pieces as they come.
+/// Bytes per second of the whole provider. Slow, so that the follower receives several updates.
 const UPLOAD_RATE: u64 = 4 << 20;
 
 #[tokio::test]
@@ -68,22 +66,22 @@ async fn a_follower_receives_new_pieces_of_a_layer_until_the_provider_is_whole()
         };
         let (mut received, mut updates) = (BTreeSet::new(), 0);
         loop {
-            let pieces: Vec<_> = match following.next().await.expect("it goes on until all is there") {
+            let pieces: Vec<_> = match following.next().await.expect("updates continue until the provider is whole") {
                 PieceMapUpdate::Map(bits) => bits.ones().collect(),
                 PieceMapUpdate::Have(news) => news.into_iter().map(|piece| piece as usize).collect(),
                 PieceMapUpdate::HaveAll => break,
             };
             updates += 1;
-            assert!(pieces.into_iter().all(|piece| received.insert(piece)), "each is told once");
+            assert!(pieces.into_iter().all(|piece| received.insert(piece)), "each piece is announced once");
         }
         (received.len(), updates)
     };
     let (wanted, progress) = (IMAGE.parse::<Reference>().unwrap().into(), Progress::default());
     let both = async { tokio::join!(recoverer.recover(&wanted, &progress, &stop), hears) };
     let (recovered, (received, updates)) =
-        tokio::time::timeout(Duration::from_secs(120), both).await.expect("it is stuck");
+        tokio::time::timeout(Duration::from_secs(120), both).await.expect("the recovery ends in time");
     assert_eq!(recovered.unwrap().bytes, image.bytes());
-    // What has come before it follows is one word, and what comes in the last moment is told of as the whole.
+    // One map has all pieces from before the follow, and `HaveAll` stands for the last pieces.
     assert!(
         received > cut.piece_count() / 2 && updates > 3,
         "{received} of {} pieces in {updates} updates",
@@ -110,13 +108,14 @@ async fn an_image_is_recovered_from_a_peer_of_another_major_in_either_direction(
         let recoverer = recoverer(other.peer_id(), store, fetcher, holders, downloads);
         let (wanted, progress) = (IMAGE.parse::<Reference>().unwrap().into(), Progress::default());
         let recovery = recoverer.recover(&wanted, &progress, &stop);
-        let recovered = tokio::time::timeout(Duration::from_secs(120), recovery).await.expect("it is stuck");
+        let recovered =
+            tokio::time::timeout(Duration::from_secs(120), recovery).await.expect("the recovery ends in time");
         assert_eq!(recovered.unwrap().bytes, image.bytes(), "{who}");
         stop.cancel();
     }
 }
 
-/// Applies what the mesh says of a peer that has all of the image.
+/// Applies the mesh events of a peer that has the whole image.
 fn announce(holders: &PeerInventory, peer: Peer, image: &MadeImage) {
     let id = peer.id;
     holders.apply(MeshEvent::Up(peer));
@@ -125,7 +124,7 @@ fn announce(holders: &PeerInventory, peer: Peer, image: &MadeImage) {
         .iter()
         .map(|blob| InventoryItem::Blob(blob.digest))
         .chain([InventoryItem::Blob(image.target.digest)]);
-    let Reference::Tag(repository, tag) = IMAGE.parse().unwrap() else { unreachable!("it has a tag") };
+    let Reference::Tag(repository, tag) = IMAGE.parse().unwrap() else { unreachable!("the image has a tag") };
     let items = blobs.chain([InventoryItem::Image(repository, Some(tag), image.target.digest)]).collect();
     holders.apply(MeshEvent::Snapshot(id, items));
 }
@@ -140,7 +139,7 @@ fn start_transfer(
 ) -> Transfer {
     let config = Config {
         listen: "127.0.0.1:0".parse().unwrap(),
-        // Nobody gossips here.
+        // This test runs no gossip.
         gossip_port: 1,
         node: "node-a".parse().unwrap(),
         concurrent_uploads: 16,
@@ -164,40 +163,13 @@ fn recoverer(
     me: PeerId,
     store: Arc<MemoryStore>,
     transfer: Transfer,
-    holders: PeerInventory,
+    inventory: PeerInventory,
     downloads: Downloads,
 ) -> Recoverer {
-    let (node, metrics): (NodeName, _) = ("node-a".parse().unwrap(), Metrics::new());
-    let mut rules = Policy::default();
-    rules.budgets.min_free_bytes = 0;
-    rules.budgets.image_gc_percent = 100;
-    rules.budgets.eviction_percent = 0;
-    let claims = Arc::new(MemoryCluster::default().claims_of(node.clone()));
-    let zone = watch::channel(None).1;
-    let transfer = Arc::new(transfer);
-    Recoverer {
-        store: store.clone(),
-        resolver: ReferenceResolver {
-            inventory: holders.clone(),
-            registry: Arc::new(MemoryRegistry::default()),
-            cluster: Arc::new(MemoryCluster::default()),
-            platform: Platform::of_this_node(),
-            options: ResolveOptions::default(),
-        },
-        blob_fetcher: Arc::new(BlobFetcher::new(
-            me,
-            store,
-            transfer,
-            holders.clone(),
-            downloads,
-            zone,
-            metrics.clone(),
-        )),
-        claims: Arc::new(ClaimCoordinator::new(claims, holders, metrics, node, me)),
-        policy: watch::channel(Arc::new(rules)).1,
-        platform: Platform::of_this_node(),
-        reservations: Reservations::default(),
-        imports: watch::channel(ImportPermission::Allowed).1,
-        layer_unpacker: None,
+    RecoveryDependencies {
+        downloads,
+        policy: watch::channel(Arc::new(policy_without_disk_limits())).1,
+        ..RecoveryDependencies::on_fakes(me, "node-a".parse().unwrap(), store, Arc::new(transfer), inventory)
     }
+    .build()
 }

@@ -1,4 +1,5 @@
-//! The registry adapter against a real registry (distribution), open and protected in the ways that it knows.
+//! The registry adapter against a real registry (distribution): open, with passwords, and with a
+//! token server.
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
@@ -23,16 +24,16 @@ use url::Url;
 
 use crate::containerd::daemon::testbed;
 
-/// For whatever a test waits for; a slow machine must not fail it.
+/// Deadline of each wait in a test. Long, so that a slow machine fails no test.
 const WAIT_DEADLINE: Duration = Duration::from_secs(60);
 
-/// bcrypt of `pass:word`, made with crypt(3).
+/// User `user` with the password `pass:word`: a bcrypt hash, made with crypt(3).
 const HTPASSWD: &str = "user:$2b$04$abcdefghijklmnopqrstuu7govE5p0NSk1WUEk5C2Qm3hpPC6VJ66\n";
 
-/// What a registry serves, and what it needs besides.
+/// A registry's folder: content, configuration, log and certificates.
 pub(crate) struct RegistryFolder(TempDir);
 
-/// Killed when dropped, also by a test that panics.
+/// Drop kills the process, also when a test panics.
 pub(crate) struct RegistryProcess {
     pub(crate) name: String,
     process: Child,
@@ -43,7 +44,7 @@ impl RegistryFolder {
         Self(tempfile::tempdir().unwrap())
     }
 
-    /// With one image in it, `team/app:v1`.
+    /// Makes a folder that holds one image, `team/app:v1`.
     async fn with_image() -> (Self, Digest) {
         let folder = Self::empty();
         let digest = push(&folder.serve("")).await;
@@ -54,7 +55,7 @@ impl RegistryFolder {
         self.0.path().join(name).to_str().unwrap().to_owned()
     }
 
-    /// Starts a registry with further settings, of which those of `http` come first and indented.
+    /// Starts a registry with further settings. Settings of `http` come first, and indented.
     pub(crate) fn serve(&self, settings: &str) -> RegistryProcess {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
@@ -74,12 +75,12 @@ impl RegistryFolder {
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .spawn()
-            .expect("the registry runs: `make testbed` brings it");
+            .expect("docker-registry starts; `make testbed` installs the program");
         let running = RegistryProcess { name: address.to_string(), process };
         let begun = Instant::now();
         while TcpStream::connect(address).is_err() {
             let log = || std::fs::read_to_string(self.path("log")).unwrap_or_default();
-            assert!(begun.elapsed() < WAIT_DEADLINE, "the registry does not start:\n{}", log());
+            assert!(begun.elapsed() < WAIT_DEADLINE, "the registry listens within the deadline; its log:\n{}", log());
             std::thread::sleep(Duration::from_millis(20));
         }
         running
@@ -120,7 +121,7 @@ async fn send(method: Method, url: &Url, kind: &str, body: Bytes) -> lighterman:
     Client::new(None).unwrap().send(request).await.unwrap()
 }
 
-/// Puts a blob into the repository `team/app`.
+/// Pushes a blob to the repository `team/app`.
 pub(crate) async fn push_blob(registry: &RegistryProcess, bytes: Bytes) {
     let base = Url::parse(&format!("http://{}/v2/team/app/", registry.name)).unwrap();
     let begun = send(Method::POST, &base.join("blobs/uploads/").unwrap(), "text/plain", Bytes::new()).await;
@@ -130,13 +131,13 @@ pub(crate) async fn push_blob(registry: &RegistryProcess, bytes: Bytes) {
     assert_eq!(uploaded.status, StatusCode::CREATED);
 }
 
-/// Puts a manifest, whose blobs are there, into the repository `team/app`.
+/// Pushes a manifest to the repository `team/app`, which has the manifest's blobs already.
 pub(crate) async fn push_manifest(registry: &RegistryProcess, tag: &str, kind: &str, bytes: Bytes) {
     let url = Url::parse(&format!("http://{}/v2/team/app/manifests/{tag}", registry.name)).unwrap();
     assert_eq!(send(Method::PUT, &url, kind, bytes).await.status, StatusCode::CREATED);
 }
 
-/// An image without layers.
+/// Pushes an image without layers as `team/app:v1`.
 async fn push(registry: &RegistryProcess) -> Digest {
     let config = Bytes::from_static(b"{}");
     push_blob(registry, config.clone()).await;
@@ -182,7 +183,7 @@ async fn a_registry_with_passwords_and_tls_requires_the_right_password() {
     );
     let registry = folder.serve(&settings);
     let (client, app) = (client(), registry.app());
-    assert_eq!(client.ping(&registry.name).await, Ok(()), "a 401 is an answer");
+    assert_eq!(client.ping(&registry.name).await, Ok(()), "a 401 proves that the registry answers");
     assert_eq!(client.resolve(&app, "v1", &[]).await, registry.denied());
     assert_eq!(client.resolve(&app, "v1", &[registry.secret("wrong")]).await, registry.denied());
     let secrets = [registry.secret("wrong"), registry.secret("pass:word")];
@@ -201,13 +202,13 @@ async fn a_registry_with_a_token_server_requires_its_token() {
     );
     let registry = folder.serve(&settings);
     let (client, app) = (client(), registry.app());
-    assert_eq!(client.ping(&registry.name).await, Ok(()), "a 401 is an answer");
+    assert_eq!(client.ping(&registry.name).await, Ok(()), "a 401 proves that the registry answers");
     assert_eq!(client.resolve(&app, "v1", &[registry.secret("pass:word")]).await, Ok(digest));
     assert_eq!(client.resolve(&app, "v1", &[registry.secret("wrong")]).await, registry.denied());
-    assert_eq!(client.resolve(&app, "v1", &[]).await, registry.denied(), "nobody gets a token without rights");
+    assert_eq!(client.resolve(&app, "v1", &[]).await, registry.denied(), "a token without rights is denied");
 }
 
-/// Keeps what is written.
+/// Keeps the written bytes.
 struct BufferSink(Vec<u8>);
 
 #[async_trait::async_trait]
@@ -218,7 +219,7 @@ impl BlobSink for BufferSink {
     }
 }
 
-/// Whether the right bytes come from the registry with these secrets.
+/// Whether the registry serves the blob's bytes with these secrets.
 async fn fetches_blob(
     registry: &RegistryProcess,
     blob: &Bytes,
@@ -265,7 +266,9 @@ async fn a_layer_is_fetched_from_a_registry_with_a_token_server() {
     assert!(matches!(denied, Err(RegistryFetchError::Denied(_))), "{denied:?}");
 }
 
-/// Gives the user a token for what is asked, nobody one for nothing, and others none. Writes its certificate to `bundle`.
+/// Starts a token server and writes its certificate to `bundle`. The user gets a token with the
+/// right to pull, and a request without credentials gets a token without rights. Other credentials
+/// get 401.
 async fn token_server(bundle: &Path) -> (String, tokio::task::JoinSet<()>) {
     let made = rcgen::generate_simple_self_signed(vec!["tests".to_owned()]).unwrap();
     std::fs::write(bundle, made.cert.pem()).unwrap();

@@ -1,5 +1,5 @@
-//! Two whole agents in network namespaces with a link between them, and a firewall that drops UDP:
-//! small images come over the mesh's TCP connection, and gossip is as fast beside them.
+//! Two whole agents in network namespaces, with a link between them and a firewall that drops UDP.
+//! Small images come over the mesh's TCP connection, and gossip passes beside them.
 
 mod test_agent;
 
@@ -18,10 +18,10 @@ use test_agent::{SharedCluster, TestAgent};
 const SMALL: &str = "registry.example/team/small:1";
 const LARGE: &str = "registry.example/team/large:1";
 
-/// A test takes two minutes, because a block of UDP is found within a minute.
+/// Deadline of a test. A test takes two minutes, because a block of UDP is found within a minute.
 const DEADLINE: Duration = Duration::from_secs(600);
 
-/// Runs `test` in the first namespace with the two agents, which know each other.
+/// Runs `test` with a provider and a fetcher that are connected to each other.
 fn with_two_agents(rate: &str, test: impl AsyncFnOnce(&VethLink, &TestAgent, &TestAgent) + Send + 'static) {
     let link = Arc::new(VethLink::of(rate));
     let site = SharedCluster::new();
@@ -34,7 +34,7 @@ fn with_two_agents(rate: &str, test: impl AsyncFnOnce(&VethLink, &TestAgent, &Te
             provider.wait_connected(fetcher.peer).await;
             test(&link, &provider, &fetcher).await;
         };
-        runtime.block_on(async { tokio::time::timeout(DEADLINE, whole).await.expect("the test is stuck") });
+        runtime.block_on(async { tokio::time::timeout(DEADLINE, whole).await.expect("the test ends in time") });
     });
     running.join().unwrap();
 }
@@ -60,17 +60,21 @@ fn a_small_image_is_fetched_over_tcp_while_udp_is_blocked_and_a_large_image_only
         assert_eq!(kind, PullFailure::FetchFailed);
         assert!(message.contains("UDP") && message.contains(&MAX_BLOB.to_string()), "{message}");
         let over_tcp = fetcher.metric("lighterman_fetched_over_tcp_bytes_total");
-        assert!(over_tcp < small.bytes() + 1000, "no more than its manifest came: {over_tcp}");
+        assert!(over_tcp < small.bytes() + 1000, "only the manifest of the large image came over TCP: {over_tcp}");
 
         link.block_udp(false);
         fetcher.wait_udp_blocked(false).await;
         let came = fetcher.pull(LARGE).await;
         assert!(matches!(came, PullProgress::Done { .. }), "{came:?}");
-        assert_eq!(fetcher.metric("lighterman_fetched_over_tcp_bytes_total"), over_tcp, "QUIC brought it");
+        assert_eq!(
+            fetcher.metric("lighterman_fetched_over_tcp_bytes_total"),
+            over_tcp,
+            "the large image came over QUIC"
+        );
     });
 }
 
-/// Seconds until the fetcher knows of a small image that is put into the provider's store.
+/// Seconds from a new image in the provider's store until the fetcher lists the provider.
 async fn gossip_latency(provider: &TestAgent, fetcher: &TestAgent, number: usize) -> f64 {
     let name = format!("registry.example/told/{number}:1");
     let began = Instant::now();
@@ -97,21 +101,21 @@ fn gossip_passes_beside_ranges_on_a_slow_link() {
             tokio::select! {
                 biased;
                 came = &mut pulled => break came,
-                () = &mut lost => panic!("a neighbour that sends ranges is taken for dead"),
-                // The last one ends with the pull.
+                () = &mut lost => panic!("the fetcher dropped a provider that serves ranges"),
+                // The end of the pull drops the last wait.
                 seconds = gossip_latency(provider, fetcher, 100 + beside.len()) => beside.push(seconds),
             }
         };
         let seconds = began.elapsed().as_secs_f64();
         assert!(matches!(came, PullProgress::Done { .. }), "{came:?}");
-        assert!(!beside.is_empty(), "gossip came beside the ranges");
+        assert!(!beside.is_empty(), "gossip arrives beside the ranges");
         let used = 30.0 * f64::from(8 << 20) / 20e6 / seconds;
         println!("\nfigure tcp_link_used {used:.2} (30 MiB over the mesh, link 20 Mbit/s)");
         for (name, mut seconds) in [("idle", idle), ("beside_ranges", beside)] {
             seconds.sort_by(f64::total_cmp);
             let (median, worst) = (seconds[seconds.len() / 2], seconds[seconds.len() - 1]);
             let context =
-                format!("median of {}, worst {worst:.2}; link 20 Mbit/s, changes gather for a second", seconds.len());
+                format!("median of {}, worst {worst:.2}; link 20 Mbit/s, announcements batched for 1 s", seconds.len());
             println!("figure gossip_latency_{name}_s {median:.2} ({context})");
         }
     });

@@ -1,5 +1,5 @@
-//! Clusters of the other address families: IPv6 alone, and dual stack. Each is small and has the
-//! manifest's settings.
+//! Clusters of the other address families: IPv6 only, and dual stack. Each cluster is small and
+//! uses the manifest's settings.
 
 mod dual_stack;
 mod ipv6_only;
@@ -12,27 +12,27 @@ use crate::pods::{TestNamespace, WAIT_DEADLINE};
 use crate::scenarios::{RegistryDown, Scenario, agent_pod, ensure};
 use crate::test_bed::{TestBed, TestError, set_variable, shipped_manifest, wait_for};
 
-/// The nodes of each cluster, with the series of containerd.
+/// The nodes of each cluster and the series of their containerd.
 const NODES: [(&str, &str); 2] = [("n23", "2.3"), ("n24", "2.4")];
 
 /// The registry's IPv6 address in images.
 const IPV6_REGISTRY: &str = "[fd77::1]:5000";
 
-/// The registry by name, with a record of each family of the cluster.
+/// The registry's host name, with a DNS record of each family of the cluster.
 const NAMED_REGISTRY: &str = "registry.test:5000";
 
 /// A cluster with scenarios.
 pub(crate) struct Family {
-    /// The name in `up.sh`.
+    /// The name of the family in `up.sh`.
     pub(crate) name: &'static str,
     pub(crate) scenarios: &'static [(&'static str, Scenario)],
-    /// Changes nodes before the agents come.
+    /// Changes nodes before the agents start.
     before_agents: fn(&TestBed) -> Result<(), TestError>,
     /// Changes the manifest.
     change: fn(String) -> String,
 }
 
-/// Every family but IPv4, which the first cluster has.
+/// Every family except IPv4, which the first cluster has.
 pub(crate) const ALL: &[Family] = &[
     Family {
         name: "ipv6",
@@ -49,7 +49,6 @@ pub(crate) const ALL: &[Family] = &[
 ];
 
 impl Family {
-    /// Starts the cluster and the agents in it.
     pub(crate) fn up(&self) -> Result<TestBed, TestError> {
         let Self { name, scenarios: _, before_agents, change } = self;
         let variables = [("LIGHTERMAN_ZONES", ""), ("LIGHTERMAN_FAMILY", name)];
@@ -63,13 +62,12 @@ impl Family {
     }
 }
 
-/// The addresses of a node, the main one first.
+/// The addresses of a node, the main address first.
 fn addresses(bed: &TestBed, node: &str) -> Result<Vec<IpAddr>, TestError> {
     let listed = bed.env(&format!("NODE_{node}_IPS"))?;
     listed.split(',').map(|address| address.parse().map_err(|error| format!("{address}: {error}"))).collect()
 }
 
-/// The output of `lighterman status --json` on a node.
 fn status(bed: &TestBed, node: &str) -> Result<Value, TestError> {
     let pod = agent_pod(bed, node)?;
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();
@@ -77,33 +75,33 @@ fn status(bed: &TestBed, node: &str) -> Result<Value, TestError> {
     serde_json::from_str(&text).map_err(|error| format!("{error}: {text}"))
 }
 
-/// Waits until each agent is connected to the other. `status`, the admin port and the metric show
-/// a single peer, under the main address of its node.
+/// Waits until each agent is connected to the other. `status`, the admin port and the metric must
+/// show one peer, under the main address of the peer's node.
 fn wait_connected(bed: &TestBed) -> Result<(), TestError> {
     let [(one, _), (other, _)] = NODES;
     for (node, other) in [(one, other), (other, one)] {
         let expected = SocketAddr::new(addresses(bed, other)?[0], 4701).to_string();
-        wait_for(&format!("the agent on {node} to be connected to the one on {other}"), WAIT_DEADLINE, || {
+        wait_for(&format!("the agent on {node} to be connected to the agent on {other}"), WAIT_DEADLINE, || {
             let status = status(bed, node)?;
             let members = status["mesh"]["members"].as_array().cloned().unwrap_or_default();
-            ensure(members.len() <= 1, format!("one other node is several members: {members:?}"))?;
+            ensure(members.len() <= 1, format!("the other node has several members: {members:?}"))?;
             let is_met = |member: &Value| member["address"] == expected.as_str() && member["neighbour"] == true;
             Ok(members.iter().any(is_met).then_some(()))
         })?;
         for address in addresses(bed, node)? {
             let admin = SocketAddr::new(address, 4702);
             let page = bed.get_admin(admin, "/debug/mesh?format=table")?;
-            ensure(page.contains(&expected), format!("{expected} is not at {admin}: {page}"))?;
+            ensure(page.contains(&expected), format!("the page of {admin} lacks {expected}: {page}"))?;
         }
         let peers = bed.metric(node, "lighterman_peers")?;
         ensure(peers == 1.0, format!("{node} counts {peers} peers"))?;
-        println!("  {node} knows {other} as {expected}");
+        println!("  {node} is connected to {other} at {expected}");
     }
     Ok(())
 }
 
-/// An image goes by tag from the first node to the second, another by digest from the second to
-/// the first, while the registry of this name is down.
+/// Recovers an image by tag from the first node to the second, and an image by digest in the other
+/// direction, while the registry of this name is down.
 fn recover_in_both_directions(
     bed: &TestBed,
     space: &TestNamespace<'_>,
@@ -134,7 +132,7 @@ fn recover_in_both_directions(
         ensure(note.contains(image) && note.contains(&format!("came from {provider}")), format!("on {node}: {note}"))?;
         println!("  {note}");
         let down = status(bed, node)?["registriesDown"].to_string();
-        ensure(down.contains(&format!("\"{registry}\"")), format!("{registry} is not among those down: {down}"))?;
+        ensure(down.contains(&format!("\"{registry}\"")), format!("registriesDown lacks {registry}: {down}"))?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
-//! The API server as tests use it: objects applied and taken away, and what is watched of pods and Events.
+//! The API server for tests: apply and delete objects, and watch pods and Events.
 //!
-//! One watch serves every test: with dozens of pods at once, asking again and again would take the machine from those who are tested.
+//! A single watch serves all tests: repeated requests for dozens of pods would take processor time
+//! from the agents under test.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,21 +20,21 @@ use tokio::runtime::Runtime;
 
 use crate::test_bed::TestError;
 
-/// A connection to the API server, and what is known of its pods and Events.
+/// A connection to the API server, and the watched pods and Events.
 pub(crate) struct Cluster {
     runtime: Runtime,
     client: Client,
     seen: Arc<WatchCache>,
 }
 
-/// What the watches have shown, by kind, Kubernetes namespace and name.
+/// The watched objects, by kind, Kubernetes namespace and name.
 #[derive(Default)]
 struct WatchCache {
     objects: Mutex<Objects>,
     changed: Condvar,
 }
 
-/// The pods and Events of this moment.
+/// The pods and Events at this moment.
 #[derive(Default)]
 pub(crate) struct Objects {
     pods: BTreeMap<(String, String), Value>,
@@ -41,29 +42,28 @@ pub(crate) struct Objects {
 }
 
 impl Objects {
-    /// The pods that carry this label, in the order of their names.
+    /// The pods with this label, in the order of their names.
     pub(crate) fn labelled(&self, key: &str, value: &str) -> Vec<&Value> {
         self.pods.values().filter(|pod| pod["metadata"]["labels"][key] == value).collect()
     }
 
-    /// One pod.
     pub(crate) fn pod(&self, k8s_namespace: &str, name: &str) -> Option<&Value> {
         self.pods.get(&(k8s_namespace.to_owned(), name.to_owned()))
     }
 
-    /// The Events on a pod of this name.
+    /// The Events on the pod of this name.
     pub(crate) fn all_events(&self, k8s_namespace: &str, pod: &str) -> Vec<&Value> {
         let about = |event: &&Value| event["involvedObject"]["name"] == pod;
         let of_namespace = self.events.iter().filter(|((namespace, _), _)| namespace == k8s_namespace);
         of_namespace.map(|(_, event)| event).filter(about).collect()
     }
 
-    /// Those with this reason.
+    /// The Events with this reason on the pod of this name.
     pub(crate) fn events(&self, k8s_namespace: &str, pod: &str, reason: &str) -> Vec<&Value> {
         self.all_events(k8s_namespace, pod).into_iter().filter(|event| event["reason"] == reason).collect()
     }
 
-    /// Those that this component wrote.
+    /// The Events of this component on the pod of this name.
     pub(crate) fn events_of(&self, component: &str, k8s_namespace: &str, pod: &str) -> Vec<&Value> {
         let written = |event: &&Value| event["source"]["component"] == component;
         self.all_events(k8s_namespace, pod).into_iter().filter(written).collect()
@@ -71,9 +71,10 @@ impl Objects {
 }
 
 impl Cluster {
-    /// Connects as the kubeconfig says, and begins to watch.
+    /// Connects by the kubeconfig, and starts the watches.
     pub(crate) fn connect(kubeconfig: &Path) -> Result<Self, TestError> {
-        // The library that is tested decides which provider there is; a second call changes nothing.
+        // rustls is built with two cryptography providers here and needs a default. A second call
+        // has no effect.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let runtime = Runtime::new().map_err(|error| error.to_string())?;
         let client = runtime.block_on(async {
@@ -90,7 +91,7 @@ impl Cluster {
         Ok(Self { runtime, client, seen })
     }
 
-    /// Looks whenever something has changed until something is there; says what was waited for when it does not come.
+    /// Calls `look` after every change until the result is `Some`. The error names `what`.
     pub(crate) fn wait<T>(
         &self,
         what: &str,
@@ -112,12 +113,12 @@ impl Cluster {
         }
     }
 
-    /// Reads what has been seen so far.
+    /// Calls `look` with the objects that the watches have shown so far.
     pub(crate) fn now<T>(&self, look: impl FnOnce(&Objects) -> T) -> T {
         look(&self.seen.lock())
     }
 
-    /// Makes an object, or makes it so.
+    /// Creates or changes an object by server-side apply.
     pub(crate) fn apply(&self, object: &Value) -> Result<(), TestError> {
         let name = object["metadata"]["name"].as_str().ok_or("an object without a name")?;
         let patch = Patch::Apply(object);
@@ -129,7 +130,7 @@ impl Cluster {
             .map_err(|error| format!("{name}: {error}"))
     }
 
-    /// Changes a part of a pod that has an address of its own, such as `ephemeralcontainers`.
+    /// Patches a subresource of a pod, such as `ephemeralcontainers`.
     pub(crate) fn patch_part(&self, pod: &Value, part: &str, patch: &Value) -> Result<(), TestError> {
         let name = pod["metadata"]["name"].as_str().ok_or("a pod without a name")?;
         let api = self.api(pod)?;
@@ -140,7 +141,7 @@ impl Cluster {
             .map_err(|error| format!("{name}: {error}"))
     }
 
-    /// Changes annotations of an object.
+    /// Merges annotations into those of an object.
     pub(crate) fn annotate(&self, object: &Value, annotations: &Value) -> Result<(), TestError> {
         let name = object["metadata"]["name"].as_str().ok_or("an object without a name")?;
         let (parameters, patch) =
@@ -152,7 +153,7 @@ impl Cluster {
             .map_err(|error| format!("{name}: {error}"))
     }
 
-    /// Takes an object away without waiting for what it would like to do first; one that is gone is gone.
+    /// Deletes an object without a grace period. An object that does not exist is no error.
     pub(crate) fn delete(&self, object: &Value) -> Result<(), TestError> {
         let name = object["metadata"]["name"].as_str().ok_or("an object without a name")?;
         let api = self.api(object)?;
@@ -177,13 +178,13 @@ impl Cluster {
 
 impl WatchCache {
     fn lock(&self) -> MutexGuard<'_, Objects> {
-        // A test that failed while it looked has changed nothing.
+        // A panic of another test under the lock leaves complete objects behind.
         self.objects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Keeps one kind of object up to date. An object that went away while the watch was interrupted stays; nothing here waits for
-/// an object to be gone.
+/// Keeps the objects of one kind up to date. An object that is deleted during an interruption of
+/// the watch stays. No test here waits for a deletion.
 async fn watch_objects(client: Client, kind: &str, seen: Arc<WatchCache>) {
     let api = Api::<DynamicObject>::all_with(client, &ApiResource::from_gvk(&GroupVersionKind::gvk("", "v1", kind)));
     let mut changes = pin!(watcher(api, watcher::Config::default()).default_backoff());
@@ -196,7 +197,7 @@ async fn watch_objects(client: Client, kind: &str, seen: Arc<WatchCache>) {
         let key =
             (object.metadata.namespace.clone().unwrap_or_default(), object.metadata.name.clone().unwrap_or_default());
         let Ok(mut value) = serde_json::to_value(&object) else { continue };
-        // Lists leave out what their items are.
+        // The items of a list lack `apiVersion` and `kind`.
         value["apiVersion"] = "v1".into();
         value["kind"] = kind.into();
         let mut objects = seen.lock();

@@ -1,7 +1,9 @@
-//! Everything that a kubelet or a containerd can show, a row each: what the image is like, how a pod asks for it, what its registry does, who
-//! opted in, and what has to come of it. `rows` is the table, `stage` plays it.
+//! Everything that a kubelet or a containerd can show, a row each: the image's shape, the form of
+//! the reference, the registry's responses, the opt-in, and the expected outcome. `rows` is the
+//! table, `runner` runs the rows.
 //!
-//! Rows are independent of each other (an image, a repository and a pod of their own), so they run side by side on one cluster.
+//! Rows are independent: each has an image, a repository and a pod of its own. So rows run in
+//! parallel on one cluster.
 
 mod objects;
 mod rows;
@@ -13,29 +15,30 @@ use crate::registries::ScriptedRegistry;
 pub(crate) use rows::ROWS;
 pub(crate) use runner::{CaseOnNode, CaseRunner, import};
 
-/// One row. What it does not say is as in [`CASE`].
+/// One row. Fields that a row leaves out are those of [`CASE`].
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Case {
     pub(crate) name: &'static str,
-    /// Where the pod is; the image is held by another node, with another containerd.
+    /// Nodes of the pod. The provider is another node, with another containerd.
     pub(crate) nodes: Nodes,
-    /// What the registry does that the image names.
+    /// The registry that the image names.
     pub(crate) registry: ScriptedRegistry,
     pub(crate) recipe: Recipe,
     /// How the pod names the image.
     pub(crate) reference_form: ReferenceForm,
-    /// Where in the pod.
+    /// The place of the image in the pod.
     pub(crate) image_use: ImageUse,
     /// `imagePullPolicy`.
     pub(crate) policy: &'static str,
-    /// Who wrote which annotation.
+    /// The annotations, and the object that carries them.
     pub(crate) opt_in: OptInForm,
-    /// What the pod's node has of the image.
+    /// Content of the image on the pod's node before the pod is made.
     pub(crate) local_content: LocalContent,
     pub(crate) expectation: Expectation,
 }
 
-/// An opted-in pod with one container, whose image another node holds while connections to its registry are refused.
+/// An opted-in pod with one container. Another node has the image, and connections to the registry
+/// are refused.
 pub(crate) const CASE: Case = Case {
     name: "",
     nodes: Nodes::One,
@@ -51,11 +54,11 @@ pub(crate) const CASE: Case = Case {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Nodes {
-    /// One; each row another.
+    /// A single node. Consecutive rows take different nodes.
     One,
-    /// Every node, as a case of its own: where containerd's versions differ.
+    /// A case on every node, for behavior that differs between containerd's versions.
     Each,
-    /// These, each as a case of its own: the containerd of the others cannot do it.
+    /// A case on each of these nodes. The containerd of the other nodes lacks the feature.
     Only(&'static [&'static str]),
 }
 
@@ -65,15 +68,15 @@ pub(crate) enum ReferenceForm {
     Tag,
     Digest,
     TagAndDigest,
-    /// No tag.
+    /// A reference without a tag.
     ImpliedLatest,
-    /// No registry: `docker.io/library`, which does not exist here.
+    /// A reference without a registry. `docker.io/library` does not exist here.
     ShortName,
-    /// A registry by name, without a port; the name does not exist.
+    /// A registry by host name, without a port. The host name does not exist.
     HostName,
     /// A repository of 200 characters and a tag of 128.
     LongName,
-    /// The right digest in a registry that somebody invented.
+    /// The right digest in a registry that does not exist.
     OtherRegistry,
     /// The right digest in another repository of the same registry.
     OtherRepository,
@@ -83,19 +86,19 @@ pub(crate) enum ReferenceForm {
 pub(crate) enum ImageUse {
     Container,
     InitContainer,
-    /// An init container that goes on running.
+    /// An init container that keeps running.
     Sidecar,
-    /// Added to a pod that runs.
+    /// A container that is added to a running pod.
     Ephemeral,
     /// A pod that the kubelet reads from a file.
     StaticPod,
-    /// A volume of the pod.
+    /// An image volume of the pod.
     Volume,
-    /// One container of two; nobody has the other's image.
+    /// One container of two. No node has the image of the other container.
     OneOfTwo,
     /// Two pods.
     TwoPods,
-    /// A pod that is made by another object.
+    /// A pod that a controller makes for an owner.
     OwnedBy(OwnerKind),
 }
 
@@ -110,62 +113,64 @@ pub(crate) enum OwnerKind {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum OptInForm {
-    /// The pod, in a namespace that allows it.
+    /// The pod opts in, in a namespace that allows recovery.
     Pod,
-    /// Not the pod but what owns it.
+    /// The owner opts in, the pod does not.
     Owner,
-    /// What owns it, and the pod says `ignore`.
+    /// The owner opts in, and the pod is annotated with `ignore`.
     OwnerButPodIgnores,
-    /// The pod, and it also says `ignore`.
+    /// The pod opts in, and is also annotated with `ignore`.
     PodButIgnores,
-    /// The pod says "yes", which is not "true".
+    /// The pod's annotation has the value "yes", which is not "true".
     ValueYes,
-    /// Nobody.
+    /// No object opts in.
     None,
-    /// The pod, in a namespace that does not allow it.
+    /// The pod opts in, in a namespace that does not allow recovery.
     ClosedNamespace,
-    /// The pod, in a namespace that allows it and that the agents' settings deny.
+    /// The pod opts in, in a namespace that allows recovery and that the agents' settings deny.
     DeniedNamespace,
-    /// The pod, in a namespace that also allows images which the registry denies.
+    /// The pod opts in, in a namespace that also allows recovery of images that the registry
+    /// denies.
     EvenIfDenied,
-    /// The pod, in a namespace whose list of repositories has the image's.
+    /// The pod opts in, in a namespace whose repository list contains the image's repository.
     Listed,
-    /// The pod, in a namespace that lists other repositories only.
+    /// The pod opts in, in a namespace that lists only other repositories.
     OthersListed,
-    /// Pod and namespace, by tote's names.
+    /// Pod and namespace opt in by tote's annotations.
     Tote,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LocalContent {
     Nothing,
-    /// All of it, recorded, but for its own layer.
+    /// Everything but the image's own layer, with an image record.
     NoLayer,
-    /// All of it, recorded, but for its configuration.
+    /// Everything but the image's config, with an image record.
     NoConfig,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Expectation {
-    /// The container runs, in the pod that was made, and an Event on it says that the image came from peers.
+    /// The container runs, in the first pod, and an Event on the pod reports a recovery from peers.
     Runs,
-    /// As `Runs`, and the fault counts as no outage of the registry.
+    /// As `Runs`, and the fault does not count as an outage of the registry.
     RunsWithoutOutage,
-    /// It does not, nothing was brought, and exactly one Event with this reason has all of these words (in any case).
+    /// The container does not run and no content is fetched. Exactly one Event with this reason
+    /// contains all of these words, in any case.
     Event(&'static str, &'static [&'static str]),
-    /// It does not, nothing was brought, and no Event of ours says anything.
+    /// The container does not run, no content is fetched, and the agents write no Event.
     NoEvent,
 }
 
 impl Expectation {
-    /// Whether the container is to run.
+    /// Whether the container is expected to run.
     fn runs(self) -> bool {
         matches!(self, Self::Runs | Self::RunsWithoutOutage)
     }
 }
 
 impl Case {
-    /// Its part of image names: what a repository may be called.
+    /// The part of image names that is unique to the row, in a form that a repository name permits.
     fn slug(&self) -> String {
         self.name.replace('_', "-")
     }

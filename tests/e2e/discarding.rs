@@ -1,8 +1,8 @@
-//! A second cluster, where every node's containerd deletes layers after unpacking. Its nodes are
+//! A second cluster, where every node's containerd deletes layers after unpacking. The nodes are
 //! like those of GKE in other respects too: `/opt` is read-only, containerd's disk is at 83 % in
 //! use, and pods of the system priority classes need a ResourceQuota.
 //!
-//! Images of the namespace [`FRESH`] were pulled before any agent ran.
+//! Images of the namespace [`NAMESPACE_BEFORE_AGENTS`] were pulled before any agent ran.
 
 mod recovered;
 
@@ -21,25 +21,24 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("discarding::an_image_whose_layers_every_node_discarded_is_recovered", recovered::every_image),
 ];
 
-/// Nodes by the version of containerd. Figures without a target are reported for the third.
+/// The nodes and the series of their containerd. Figures of 1.7 have no target.
 const NODES: [(&str, &str); 3] = [("n23", "2.3"), ("n24", "2.4"), ("n17", "1.7")];
 
-/// Where `setup.sh` built containerd 2.0, a figure is reported for this node too.
+/// A node that is added where `setup.sh` built containerd 2.0. Figures of 2.0 have no target.
 const EXTRA: (&str, &str) = ("n20", "2.0");
 
-/// The kubelet's ordinary band is 80 to 85 % in use.
+/// Disk use in percent: within the kubelet's default band of image GC, 80 to 85 %.
 const PERCENT_IN_USE: &str = "83";
 
 /// The namespace of images that were pulled before any agent ran.
 const NAMESPACE_BEFORE_AGENTS: &str = "e2e-fresh";
 
-/// The nodes of this bed.
 fn nodes() -> Vec<(&'static str, &'static str)> {
     let extra = testbed().join("containerd-2.0/bin/containerd").exists().then_some(EXTRA);
     NODES.into_iter().chain(extra).collect()
 }
 
-/// Starts the cluster, has each node pull two images, and fills the disks.
+/// Starts the cluster, lets each node pull two images, and fills the disks.
 pub(crate) fn up() -> Result<TestBed, TestError> {
     let names: Vec<_> = nodes().iter().map(|(name, _)| *name).collect();
     let all = names.join(" ");
@@ -51,7 +50,7 @@ pub(crate) fn up() -> Result<TestBed, TestError> {
     let fresh = TestNamespace::new(&bed, NAMESPACE_BEFORE_AGENTS)?;
     let mut pulled = Vec::new();
     // Two images on each node: with one, the agent's own image would be half of the node's images,
-    // and half is not most.
+    // and half does not count as most.
     for (node, name) in names.iter().flat_map(|node| [(node, (*node).to_owned()), (node, format!("{node}-too"))]) {
         let image = DiscardedImage::push(&bed, &format!("fresh/{name}:v1"))?;
         fresh.pod(&format!("on-{name}"), node, &image.by_tag, true)?;
@@ -69,7 +68,7 @@ pub(crate) fn up() -> Result<TestBed, TestError> {
     Ok(bed)
 }
 
-/// The agents, installed anew by the shipped manifest with these variables besides.
+/// Reinstalls the agents by the shipped manifest with these variables.
 fn install(bed: &TestBed, variables: &[(&str, &str)]) -> Result<(), TestError> {
     let manifest = shipped_manifest()?;
     let manifest = variables.iter().fold(manifest, |text, (name, value)| set_variable(&text, name, value));
@@ -85,7 +84,7 @@ fn install(bed: &TestBed, variables: &[(&str, &str)]) -> Result<(), TestError> {
     bed.deploy(&manifest)
 }
 
-/// An image in the bed's registry, none of whose layers is in another image.
+/// An image in the bed's registry. No other image shares a layer with this image.
 struct DiscardedImage {
     by_tag: String,
     by_digest: String,
@@ -109,15 +108,15 @@ impl DiscardedImage {
         })
     }
 
-    /// How many of its layers the node's containerd has.
+    /// The number of layers in the node's containerd.
     fn layers_on(&self, bed: &TestBed, node: &str) -> Result<usize, TestError> {
         let listed = bed.ctl(&["ctr", node, "content", "ls", "-q"])?;
         Ok(self.layers.iter().filter(|layer| listed.lines().any(|line| line == **layer)).count())
     }
 }
 
-/// Has the node's containerd collect everything that nothing holds. A lease that is deleted
-/// synchronously makes the collector run to its end.
+/// Runs the garbage collection of the node's containerd. The synchronous deletion of a lease waits
+/// for the end of the collection.
 fn collect(bed: &TestBed, node: &str) -> Result<(), TestError> {
     bed.ctl(&["ctr", node, "leases", "create", "--id", "e2e"])?;
     bed.ctl(&["ctr", node, "leases", "rm", "--sync", "e2e"]).map(drop)
@@ -134,8 +133,8 @@ fn disk(bed: &TestBed, node: &str) -> Result<(u64, bool), TestError> {
     Ok((used * 100 / size, pressure))
 }
 
-/// Default values and no other preparation: the agents become ready, and an image comes while the
-/// registry is down.
+/// Default values and no other preparation: the agents become ready, and an image is recovered
+/// while the registry is down.
 fn recovers_like_gke(bed: &TestBed) -> Result<(), TestError> {
     let outcome = try_gke_like(bed);
     println!("\nfigure default_install_gke_like {}", u8::from(outcome.is_ok()));
@@ -159,10 +158,10 @@ fn try_gke_like(bed: &TestBed) -> Result<(), TestError> {
         let (percent, pressure) = disk(bed, node)?;
         ensure(!pressure, format!("{node} has disk pressure at {percent} %"))?;
     }
-    ensure(is_running(&space.get_pod("provider")?), "the provider's pod does not run any more")
+    ensure(is_running(&space.get_pod("provider")?), "the provider's pod stopped running")
 }
 
-/// The bed has what makes installations on GKE fail.
+/// Checks that the bed has the properties that make installations on GKE fail.
 fn assert_like_gke(bed: &TestBed, space: &TestNamespace, node: &str) -> Result<(), TestError> {
     let mut spec = pod_spec("local.test/pause:1", Some(node));
     spec["priorityClassName"] = "system-node-critical".into();
@@ -170,14 +169,13 @@ fn assert_like_gke(bed: &TestBed, space: &TestNamespace, node: &str) -> Result<(
     let refused = bed.apply(&critical).err().unwrap_or_default();
     ensure(refused.contains("insufficient quota"), format!("a critical pod needs no quota: {refused}"))?;
     let written = bed.ctl(&["in", "--mount", node, "mkdir", "/opt/containerd"]);
-    ensure(written.is_err_and(|error| error.contains("Read-only")), "/opt can be written to")?;
+    ensure(written.is_err_and(|error| error.contains("Read-only")), "/opt is not read-only")?;
     let (percent, _) = disk(bed, node)?;
     ensure(percent >= 82, format!("the disk is at {percent} %"))
 }
 
-/// Where no layer can be fetched, every node of this bed lacks layers of the image that was pulled
-/// before the agents ran. A registry that speaks plain HTTP is of no use to agents with default
-/// values.
+/// No layer can be fetched here: the registry speaks plain HTTP, and agents with default values
+/// require TLS. So every node lacks layers of the images that were pulled before the agents ran.
 fn node_event(bed: &TestBed) -> Result<(), TestError> {
     if bed.kubectl(&["-n", "lighterman", "get", "daemonset", "lighterman"]).is_err() {
         install(bed, &[])?;
@@ -195,10 +193,10 @@ fn node_event(bed: &TestBed) -> Result<(), TestError> {
             ensure(note.contains(part), format!("the Event does not contain {part}: {note}"))?;
         }
         let described = bed.kubectl(&["describe", "node", node])?;
-        ensure(described.contains("ImagesLackLayers"), format!("kubectl describe does not show it:\n{described}"))?;
+        ensure(described.contains("ImagesLackLayers"), format!("kubectl describe node lacks the Event:\n{described}"))?;
     }
     Ok(())
 }
 
-/// Long enough for what agents do in the background: the Event on a node comes after a minute.
+/// Deadline for background work of agents. The Event on a node is written after a minute.
 const BACKGROUND_DEADLINE: Duration = Duration::from_secs(240);

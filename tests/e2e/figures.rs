@@ -1,8 +1,10 @@
-//! What the agents measured themselves, on lines of their own for `make figures`. Nothing is asserted here.
+//! Figures that the agents measured, on lines of their own for `make figures`. Nothing is asserted
+//! here.
 
 use crate::test_bed::{NODES, TestBed};
 
-/// After the cases, before an agent is restarted and forgets.
+/// Prints the figures of the cases. Called before a scenario restarts an agent, which resets the
+/// agent's metrics.
 pub(crate) fn of_cases(bed: &TestBed, (ended_well, played): (usize, usize)) {
     if played == 0 {
         return;

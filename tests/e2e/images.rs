@@ -1,7 +1,7 @@
-//! Makes images of every shape that registries hold, as OCI layouts for `ctr images import`.
+//! Makes images of every shape that registries serve, as OCI layouts for `ctr images import`.
 //!
-//! All of them share a first layer with a shell and have a small one of their own, so that a recovery has something to fetch.
-//! `tests/testbed/mkimage.sh` makes the large ones.
+//! All images share a first layer with a shell. Each image has a small layer of its own, so that a
+//! recovery has a layer to fetch. `tests/testbed/mkimage.sh` makes the large images.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -13,16 +13,16 @@ use serde_json::{Value, json};
 
 use crate::test_bed::TestError;
 
-/// What an image is to be like.
+/// The properties of an image.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Recipe {
     /// Docker's media types instead of OCI's.
     pub(crate) docker: bool,
-    /// How its own layer is packed.
+    /// Compression of the image's own layer.
     pub(crate) packing: Packing,
-    /// What is special about its own layer.
+    /// Peculiarity of the image's own layer.
     pub(crate) layer: LayerVariant,
-    /// What names it.
+    /// The object that the image's name points to.
     pub(crate) target_kind: TargetKind,
 }
 
@@ -40,70 +40,70 @@ pub(crate) enum Packing {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LayerVariant {
     Ordinary,
-    /// Named twice in the manifest.
+    /// The manifest names the layer twice.
     Twice,
-    /// Must not be distributed, and is not there.
+    /// The layer must not be distributed, and is missing.
     Foreign,
-    /// Not there, as after unpacking with `discard_unpacked_layers`.
+    /// The layer is missing, as after unpacking with `discard_unpacked_layers`.
     Discarded,
-    /// A gzip file that ends half-way; its digest is that of the half.
+    /// The layer is half of a gzip file. The digest is that of the half.
     CutShort,
-    /// There is no layer at all, not even the first.
+    /// The image has no layers, and lacks the first layer too.
     None,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TargetKind {
-    /// A manifest.
     Manifest,
-    /// An index that names another platform as well, of which nothing is there, and an attestation about each.
+    /// An index with a second platform whose content is missing, and an attestation for each
+    /// platform.
     Index,
-    /// An index that names another platform as well, with its content.
+    /// An index with a second platform and that platform's content.
     CompleteIndex,
-    /// An index that names another platform only, with its content.
+    /// An index of another platform only, with that platform's content.
     OtherPlatform,
-    /// An index whose only entry is an index, as goauthentik and gitlab-runner publish theirs.
+    /// An index whose only entry is an index, as in the images of goauthentik and gitlab-runner.
     Nested,
-    /// An index whose only entry names no platform: containerd reads the configuration.
+    /// An index whose only entry has no platform: containerd reads the platform from the config.
     Unnamed,
 }
 
-/// An image that was made.
+/// An image that was built.
 #[derive(Debug)]
 pub(crate) struct Image {
-    /// What its name resolves to.
+    /// The digest that the image's name resolves to.
     pub(crate) digest: String,
-    /// Its own layer, when it has one.
+    /// Digest of the image's own layer, if the image has layers.
     pub(crate) own_layer: Option<String>,
     pub(crate) config: String,
-    /// Descriptor of the root.
+    /// Descriptor of the image's manifest or index.
     target: Value,
-    /// What is there, by digest.
+    /// The existing blobs, by digest.
     blobs: BTreeMap<String, Vec<u8>>,
-    /// Whether content of every platform that it names is there.
+    /// Whether the content of every platform in the index exists.
     every_platform: bool,
 }
 
 impl Image {
-    /// Its content, by digest.
+    /// The image's blobs, by digest.
     pub(crate) fn blobs(&self) -> &BTreeMap<String, Vec<u8>> {
         &self.blobs
     }
 }
 
-/// Makes images around one shell.
+/// Builds images around one shell.
 pub(crate) struct ImageBuilder {
     shell: Vec<u8>,
 }
 
 impl ImageBuilder {
-    /// With this program as `/bin/busybox`.
+    /// Uses this program as `/bin/busybox`.
     pub(crate) fn new(busybox: &Path) -> Result<Self, TestError> {
         let program = std::fs::read(busybox).map_err(|error| format!("{}: {error}", busybox.display()))?;
         Ok(Self { shell: archive("bin/busybox", &program) })
     }
 
-    /// Makes an image; the same seed makes the same one.
+    /// Builds an image. The same seed and recipe give the same image.
     pub(crate) fn build(&self, recipe: Recipe, seed: &str) -> Image {
         let mut making = ImageContent { recipe, blobs: BTreeMap::new() };
         let Manifest { descriptor, own_layer, config } = making.manifest(&self.shell, seed, "amd64", true);
@@ -151,7 +151,7 @@ struct ImageContent {
 }
 
 impl ImageContent {
-    /// A manifest for this architecture. Its content is kept or not.
+    /// Makes a manifest for this architecture. Without `keep`, the content is dropped again.
     fn manifest(&mut self, shell: &[u8], seed: &str, architecture: &str, keep: bool) -> Manifest {
         let before = self.blobs.clone();
         let mut diffs = Vec::new();
@@ -198,7 +198,8 @@ impl ImageContent {
         Manifest { descriptor, own_layer, config: text(&config["digest"]) }
     }
 
-    /// What BuildKit says about an image, beside it in the index. Only the index names it; nobody has it.
+    /// Descriptor of BuildKit's attestation for an image. The index names the attestation, and no
+    /// node has the content.
     fn attestation(&self, about: &Value) -> Value {
         let statement = format!("how {} was built", about["digest"]);
         json!({
@@ -228,7 +229,7 @@ impl ImageContent {
         let (docker, oci) = match packing {
             Packing::Tar => ("", ""),
             Packing::Gzip => (".gzip", "+gzip"),
-            // Docker has no name of its own for it.
+            // Docker defines no media type for zstd.
             Packing::Zstd => (".zstd", "+zstd"),
         };
         match foreign {
@@ -252,8 +253,10 @@ impl ImageContent {
     }
 }
 
-/// Writes images under their names into two layouts: those with content of every platform that they name, and the others. `ctr` imports
-/// the first with `--all-platforms`, and without it would skip what the second lacks.
+/// Writes images under their names into two layouts. The first has images with content of every
+/// platform in the index; `ctr` imports this layout with `--all-platforms`. The second has all
+/// other images. Without the option, `ctr` skips the content of other platforms, which these images
+/// lack.
 pub(crate) fn write_layouts(
     images: &[(String, &Image)],
     folder: &Path,
@@ -305,7 +308,7 @@ fn archive(path: &str, content: &[u8]) -> Vec<u8> {
     tar.into_inner().expect("memory can be written")
 }
 
-/// What does not compress.
+/// Bytes that do not compress.
 fn random_bytes(seed: &str) -> Vec<u8> {
     let mut bytes = vec![0; 100_000];
     let mut start = [0; 32];
@@ -314,7 +317,7 @@ fn random_bytes(seed: &str) -> Vec<u8> {
     bytes
 }
 
-/// RFC 1952 with stored blocks (RFC 1951, 3.2.4): a gzip file that needs no compressor to be made.
+/// A gzip file (RFC 1952) of stored blocks (RFC 1951, 3.2.4), so no compressor is needed.
 fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut out = vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0xff];
     let mut chunks = bytes.chunks(0xffff).peekable();
@@ -335,7 +338,7 @@ fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
 }
 
-/// RFC 8878 with raw blocks, and a window as large as the content.
+/// A zstd frame (RFC 8878) of raw blocks, with a window as large as the content.
 fn zstd(bytes: &[u8]) -> Vec<u8> {
     const BLOCK: usize = 1 << 17;
     // Frame header: a single segment whose size has four bytes, no checksum.

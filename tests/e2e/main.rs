@@ -1,9 +1,11 @@
-//! The whole system on real parts: three nodes with containerd 1.7, 2.3 and 2.4, a control plane, a registry, and the agents as the
-//! DaemonSet that users apply. `make test` sets everything up; one cluster serves all tests.
+//! The whole system on real parts: three nodes with containerd 1.7, 2.3 and 2.4, a control plane, a
+//! registry, and the agents as the DaemonSet that users apply. `make test` sets everything up. One
+//! cluster serves the cases and the scenarios.
 //!
-//! First the cases, side by side; then the scenarios, one after the other, because they share a registry that is stopped and agents that
-//! are killed. Then clusters of their own: nodes that discard layers (`discarding`), and each address family (`families`).
-//! One row: `cargo test --test e2e -- case::init_container`.
+//! The cases run first, in parallel. The scenarios follow one after the other, because a scenario
+//! stops the shared registry or kills agents. Other clusters follow: nodes that discard layers
+//! (`discarding`), and each address family (`address_families`).
+//! A single row: `cargo test --test e2e -- case::init_container`.
 
 mod address_families;
 mod api;
@@ -26,7 +28,8 @@ use cases::{CaseOnNode, CaseRunner};
 use scenarios::Scenario;
 use test_bed::{TestBed, TestError};
 
-/// Cases at the same time: they wait most of the time, but every pod costs a kubelet half a second of processor.
+/// Cases that run at the same time. A case mostly waits, but every pod costs a kubelet half a
+/// second of processor time.
 const CASES_IN_PARALLEL: usize = 8;
 
 fn main() -> ExitCode {
@@ -41,14 +44,14 @@ fn main() -> ExitCode {
     let bed = match needed.then(|| TestBed::up(stalls)).transpose() {
         Ok(bed) => bed.map(Arc::new),
         Err(error) => {
-            eprintln!("the test bed does not come up: {error}");
+            eprintln!("the test bed did not start: {error}");
             return ExitCode::FAILURE;
         }
     };
     let cases = match run_cases(&arguments, bed.as_ref(), cases_on_nodes) {
         Ok(conclusion) => conclusion,
         Err(error) => {
-            eprintln!("the images of the cases cannot be given out: {error}");
+            eprintln!("the images of the cases could not be imported into the nodes: {error}");
             return ExitCode::FAILURE;
         }
     };
@@ -59,7 +62,7 @@ fn main() -> ExitCode {
     match needed.then(discarding::up).transpose() {
         Ok(bed) => conclusions.push(run_scenarios(&arguments, bed.map(Arc::new).as_ref(), discarding::ALL)),
         Err(error) => {
-            eprintln!("the test bed of nodes that discard layers does not come up: {error}");
+            eprintln!("the test bed of nodes that discard layers did not start: {error}");
             return ExitCode::FAILURE;
         }
     }
@@ -68,7 +71,7 @@ fn main() -> ExitCode {
         match needed.then(|| family.up()).transpose() {
             Ok(bed) => conclusions.push(run_scenarios(&arguments, bed.map(Arc::new).as_ref(), family.scenarios)),
             Err(error) => {
-                eprintln!("the test bed of family {} does not come up: {error}", family.name);
+                eprintln!("the test bed of address family {} did not start: {error}", family.name);
                 return ExitCode::FAILURE;
             }
         }
@@ -95,7 +98,8 @@ fn run_cases(
             stage.run(bed, &case_on_node).map_err(Failed::from)
         })
     });
-    // They wait for minutes on nodes of their own: begun first, they end before the others do.
+    // The stall rows wait for minutes on nodes of their own. Started first, they end before the
+    // cases.
     let stalled = stalls::ALL.iter().map(|(name, row)| {
         let bed = bed.cloned();
         Trial::test(*name, move || row(bed.as_deref().ok_or("no test bed")?).map_err(Failed::from))

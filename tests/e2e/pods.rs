@@ -1,4 +1,4 @@
-//! Pods of the test bed: made, watched, and taken away again.
+//! Makes, watches and deletes pods of the test bed.
 
 use std::time::Duration;
 
@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 
 use crate::test_bed::{TestBed, TestError, wait_for};
 
-/// Long enough for a slow machine; no test measures by it.
+/// Deadline that suffices on a slow machine. No test measures this time.
 pub(crate) const WAIT_DEADLINE: Duration = Duration::from_secs(120);
 
-/// A namespace of its own for each test, gone with it.
+/// The namespace of one test. Deleted when dropped.
 pub(crate) struct TestNamespace<'a> {
     pub(crate) bed: &'a TestBed,
     pub(crate) name: String,
@@ -25,14 +25,15 @@ impl<'a> TestNamespace<'a> {
         Ok(space)
     }
 
-    /// The ServiceAccount is made by a controller; a pod that comes first is refused.
+    /// Waits for the ServiceAccount, which a controller makes. The API server refuses pods that
+    /// come earlier.
     pub(crate) fn wait_usable(bed: &TestBed, name: &str) -> Result<(), TestError> {
         wait_for("the namespace's ServiceAccount", WAIT_DEADLINE, || {
             Ok(bed.kubectl(&["-n", name, "get", "serviceaccount", "default"]).ok().map(drop))
         })
     }
 
-    /// A pod of this image on this node.
+    /// Creates a pod of this image on this node.
     pub(crate) fn pod(&self, name: &str, node: &str, image: &str, opted_in: bool) -> Result<(), TestError> {
         let annotations = if opted_in { json!({"lighterman.dev/recover": "true"}) } else { json!({}) };
         self.bed.apply(&json!({
@@ -42,7 +43,7 @@ impl<'a> TestNamespace<'a> {
         }))
     }
 
-    /// An opted-in pod as most are, with a ServiceAccount's token mounted.
+    /// Creates an opted-in pod that mounts a ServiceAccount token, as most pods do.
     pub(crate) fn pod_with_token(&self, name: &str, node: &str, image: &str) -> Result<(), TestError> {
         let mut spec = pod_spec(image, Some(node));
         spec["automountServiceAccountToken"] = true.into();
@@ -59,7 +60,8 @@ impl<'a> TestNamespace<'a> {
         self.bed.get(&["-n", &self.name, "pod", name])
     }
 
-    /// Waits until the pod runs, without a restart (a sandbox that dies looks healthy for a second).
+    /// Waits until the pod runs without a restart. A pod whose sandbox dies looks healthy for a
+    /// second.
     pub(crate) fn wait_running(&self, name: &str) -> Result<Value, TestError> {
         let running = wait_for(&format!("pod {name} to run"), WAIT_DEADLINE, || {
             let pod = self.get_pod(name)?;
@@ -68,17 +70,17 @@ impl<'a> TestNamespace<'a> {
         running.map_err(|error| format!("{error}\n{}", self.bed.diagnostics()))
     }
 
-    /// Waits until the kubelet has failed to pull, in whichever of its words.
+    /// Waits until the kubelet failed to pull, by any of the kubelet's reasons.
     pub(crate) fn wait_failing(&self, name: &str) -> Result<(), TestError> {
         wait_for(&format!("pod {name} to fail to pull"), WAIT_DEADLINE, || {
             let pod = self.get_pod(name)?;
             let reason = waiting_reason(&pod);
-            // It may have been helped already.
+            // A fast recovery may have started the pod already.
             Ok((matches!(reason, "ErrImagePull" | "ImagePullBackOff") || is_running(&pod)).then_some(()))
         })
     }
 
-    /// Waits for the Event that says the image came from peers; answers its note.
+    /// Waits for the Event that reports the recovery from peers. Returns the Event's note.
     pub(crate) fn wait_recovered(&self, pod: &str) -> Result<String, TestError> {
         wait_for(&format!("the Event on pod {pod}"), WAIT_DEADLINE, || {
             Ok(self.events(pod, "ImageRecovered")?.into_iter().next())
@@ -101,7 +103,7 @@ impl Drop for TestNamespace<'_> {
     }
 }
 
-/// One container that ends quickly when told to.
+/// A pod spec with one container and no grace period.
 pub(crate) fn pod_spec(image: &str, node: Option<&str>) -> Value {
     let mut spec = json!({
         "automountServiceAccountToken": false,

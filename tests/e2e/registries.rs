@@ -1,5 +1,5 @@
-//! Registries that are scripted: a function from a request to the response. Each fault has a port
-//! of its own, so that rows which need different faults run side by side.
+//! Scripted registries: each script is a function from a request to the response. Each fault has a
+//! port of its own, so that rows with different faults run in parallel.
 
 mod server;
 mod tls;
@@ -15,7 +15,7 @@ use crate::test_bed::TestError;
 use server::{Delivery, Reply, Request, Response};
 pub(crate) use tls::{TlsFault, authority_pem};
 
-/// The fault of the registry that an image names.
+/// Fault of the registry that an image names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ScriptedRegistry {
     /// Connections are refused.
@@ -24,45 +24,45 @@ pub(crate) enum ScriptedRegistry {
     Unauthorized,
     /// 403 for every client.
     Forbids,
-    /// 404: every image is lost.
+    /// 404 for every image, as if the images were deleted.
     NotFound,
-    /// 429, always.
+    /// 429 for every request.
     RateLimits,
-    /// 500.
+    /// 500 for every request.
     Fails,
-    /// This status, to every request. The status is one of [`STATUSES`].
+    /// This status for every request. The status is in [`STATUSES`].
     Answers(u16),
-    /// 200 and a page for people, as gateways and captive portals do.
+    /// 200 and an HTML page, as gateways and captive portals answer.
     Html,
-    /// Layers have the right length and other bytes.
+    /// Layers of the right length with other bytes.
     WrongBytes,
     /// The connection ends in the middle of each layer.
     CutsLayers,
-    /// Plain HTTP, where containerd is not told so and speaks TLS.
+    /// A server of plain HTTP, where containerd is not configured for plain HTTP and uses TLS.
     PlainHttp,
     /// A frame of HTTP/2 in place of an HTTP/1 response.
     Malformed,
-    /// The token server answers with a page for people.
+    /// The token server answers with an HTML page.
     TokenPage,
     /// The token server answers 400.
     TokenRefuses,
     /// The token server answers 500.
     TokenFails,
-    /// The manifest needs a token and is served; the storage of blobs answers 403.
+    /// The manifest requires a token and is served. The storage of blobs answers 403.
     StorageForbids,
-    /// Nothing is wrong: every published image is served. A layer of a repository below `stalls/`
-    /// stops half-way at the first request, and comes slowly at later ones.
+    /// A healthy registry that serves every published image. A layer of a repository below
+    /// `stalls/` stops half-way at the first request, and arrives slowly at later requests.
     Serves,
-    /// As `Serves`, for registries that containerd reaches through this mirror only.
+    /// As `Serves`, for registries that containerd reaches only through this mirror.
     Mirror,
-    /// Stalls by the first part of the repository's path: `layer` late in each layer, `manifest`
-    /// before the response to a GET of the manifest. `crawl` sends each layer within [`CRAWL`],
-    /// without a longer pause than the others are silent for. `late` sends the first byte of a layer
-    /// after [`LATE`], and at once when asked again.
+    /// Stalls by the first part of the repository's path. `layer` stalls late in each layer,
+    /// `manifest` before the response to a GET of the manifest. `crawl` sends each layer within
+    /// [`CRAWL`], and never pauses as long as a stalled pull. `late` sends the first byte of a
+    /// layer after [`LATE`], and immediately at later requests.
     Stalls,
-    /// A TLS server that containerd refuses.
+    /// A TLS server that containerd rejects.
     Tls(TlsFault),
-    /// A TLS server, where containerd is told to speak plain HTTP.
+    /// A TLS server, where containerd is configured for plain HTTP.
     TlsForPlain,
     /// Behind a proxy that answers 407.
     ProxyDemands,
@@ -72,23 +72,23 @@ pub(crate) enum ScriptedRegistry {
     ProxyDown,
 }
 
-/// How long a crawling layer takes: longer than the agents' default of two minutes, and the ten
-/// seconds between two looks, leave alone.
+/// Duration of a crawling layer. Longer than the agents' default of two minutes plus the ten
+/// seconds between two checks of an agent.
 const CRAWL: Duration = Duration::from_secs(160);
 
-/// As long as a crawling layer; the server is busy meanwhile.
+/// Silence of a late layer. Longer than two minutes and ten seconds too.
 const LATE: Duration = Duration::from_secs(180);
 
-/// The proxy of all containerds for TLS.
+/// containerd's proxy for TLS.
 pub(crate) const PROXY: &str = "10.77.0.1:3128";
 
-/// Their proxy for plain HTTP, which does not run.
+/// containerd's proxy for plain HTTP, which does not run.
 pub(crate) const DEAD_PROXY: &str = "10.77.0.1:3129";
 
-/// A host that only the proxy knows.
+/// A host name that only the proxy resolves.
 const PROXIED: &str = "proxied.test";
 
-/// The statuses of [`World::Answers`] with their reason phrases.
+/// The statuses of [`ScriptedRegistry::Answers`] with their reason phrases.
 const STATUSES: [(u16, &str); 12] = [
     (400, "Bad Request"),
     (402, "Payment Required"),
@@ -148,7 +148,7 @@ impl ScriptedRegistry {
         matches!(self, Self::ProxyDemands | Self::ProxyForbids | Self::ProxyDown)
     }
 
-    /// Whether containerd is told to speak plain HTTP.
+    /// Whether containerd is configured for plain HTTP.
     fn is_plain(self) -> bool {
         !matches!(self, Self::PlainHttp | Self::Tls(_) | Self::ProxyDemands | Self::ProxyForbids)
     }
@@ -187,7 +187,7 @@ impl ScriptedRegistry {
         let response = match self {
             // No server of this kind listens there.
             Self::Refuses | Self::Tls(_) | Self::TlsForPlain | Self::ProxyDown => return Reply::Raw(b""),
-            // Asked of the proxy: `CONNECT`.
+            // The proxy receives this request: `CONNECT`.
             Self::ProxyDemands => Response::new("407 Proxy Authentication Required", "text/plain", "")
                 .with_header("Proxy-Authenticate: Basic realm=\"proxy\"".into()),
             Self::ProxyForbids => Response::new("403 Forbidden", "text/plain", "blocked by policy"),
@@ -236,8 +236,8 @@ impl ScriptedRegistry {
         Reply::Response(response)
     }
 
-    /// A registry with a token server of its own, which answers `token`. Requests for blobs are
-    /// redirected to a storage that refuses them.
+    /// A registry with a token server that answers `token`. Requests for blobs are redirected to a
+    /// storage that answers 403.
     fn with_token(self, request: &Request, content: &Content, token: Response) -> Response {
         let host = self.host();
         if request.path == "/token" {
@@ -262,7 +262,7 @@ fn error(status: &str, code: &str, message: &str) -> Response {
     Response::new(status, JSON, serde_json::json!({"errors": [{"code": code, "message": message}]}).to_string())
 }
 
-/// Whether the response carries a layer: everything else of an image is JSON.
+/// Whether the response carries a layer. All other content of an image is JSON.
 fn is_layer(response: &Response) -> bool {
     response.status.starts_with("200") && !response.body.starts_with(b"{")
 }
@@ -279,7 +279,8 @@ fn stalling_reply(request: &Request, response: Response) -> Reply {
         return Reply::Silence;
     }
     let delivery = match path {
-        // Beyond the first MiB of the first layer: containerd 2 ends no pull that stalls before.
+        // The stall comes after the first MiB of the first layer: containerd 2 ends no pull that
+        // stalls earlier.
         _ if path.starts_with("/v2/layer/") => Delivery::Stall(length / 4 * 3),
         _ if path.starts_with("/v2/crawl/") => Delivery::Trickle(length / server::chunks_in(CRAWL)),
         _ if path.starts_with("/v2/late/") && request.count == 1 => Delivery::Late(LATE),
@@ -297,19 +298,19 @@ fn wrong_bytes(mut response: Response) -> Response {
     response
 }
 
-/// The images that the registries serve, and the requests that came.
+/// The published images, and the number of requests.
 #[derive(Debug, Default)]
 struct Content {
-    /// `REPOSITORY:TAG` to the digest.
+    /// From `REPOSITORY:TAG` to the digest.
     tags: BTreeMap<String, String>,
     /// By digest.
     blobs: BTreeMap<String, Vec<u8>>,
-    /// Requests by port, method and path.
+    /// Number of requests, by port, method and path.
     counts: BTreeMap<(u16, String, String), usize>,
 }
 
 impl Content {
-    /// The response of a registry in order.
+    /// The response of a healthy registry.
     fn serve(&self, request: &Request) -> Response {
         let unknown = || error("404 Not Found", "MANIFEST_UNKNOWN", "manifest unknown");
         let Some(path) = request.path.strip_prefix("/v2/") else { return unknown() };
@@ -335,7 +336,7 @@ pub(crate) struct Registries {
 }
 
 impl Registries {
-    /// Starts all of them. The caller is in the hub's network namespace.
+    /// Starts all registries. The caller is in the hub's network namespace.
     pub(crate) fn serve() -> Result<Self, TestError> {
         let registries = Self::default();
         tls::serve(ADDRESS, ScriptedRegistry::TlsForPlain.port())?;
@@ -362,15 +363,15 @@ impl Registries {
         Ok(registries)
     }
 
-    /// Publishes an image under `REPOSITORY:TAG` in every registry that serves images. A tag that
-    /// exists moves.
+    /// Publishes an image under `REPOSITORY:TAG` in every registry that serves images. An existing
+    /// tag moves to the new image.
     pub(crate) fn publish(&self, name: &str, image: &Image) {
         let mut content = self.content();
         content.tags.insert(name.to_owned(), image.digest.clone());
         content.blobs.extend(image.blobs().iter().map(|(digest, blob)| (digest.clone(), blob.clone())));
     }
 
-    /// GET requests to this registry for a path with this part.
+    /// Number of GET requests to this registry for paths with this part.
     pub(crate) fn fetches(&self, world: ScriptedRegistry, part: &str) -> usize {
         let content = self.content();
         let counts = content
@@ -381,7 +382,7 @@ impl Registries {
     }
 
     fn content(&self) -> MutexGuard<'_, Content> {
-        // A panic of another thread leaves whole entries behind.
+        // A panic of another thread under the lock leaves complete entries behind.
         self.content.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -389,17 +390,17 @@ impl Registries {
 /// The hub's address.
 const ADDRESS: &str = "10.77.0.1";
 
-/// Another port of the same host, where connections are refused as well. A registry
-/// there shares nothing but the address.
+/// Another port of the same host, where connections are refused too. A registry there shares only
+/// the address.
 pub(crate) const INVENTED_PORT: u16 = 5099;
 
-/// The registries with which containerd and the agents are told to speak plain HTTP.
+/// The registries for which containerd and the agents are configured for plain HTTP.
 pub(crate) fn names() -> Vec<String> {
     let spoken = ScriptedRegistry::all().filter(|world| world.is_plain());
     spoken.map(ScriptedRegistry::host).chain([format!("{ADDRESS}:{INVENTED_PORT}")]).collect()
 }
 
-/// The TLS registries whose authority containerd is told.
+/// The TLS registries for which containerd trusts the test authority.
 pub(crate) fn trusted() -> Vec<String> {
     TlsFault::ALL
         .into_iter()
@@ -408,7 +409,7 @@ pub(crate) fn trusted() -> Vec<String> {
         .collect()
 }
 
-/// The environment of containerds: proxies for every name but those of other rows.
+/// The environment of containerd: proxies for all names except the names of other rows.
 pub(crate) fn proxies() -> String {
     let direct = "10.0.0.0/8,127.0.0.0/8,::/0,localhost,docker.io,nowhere.test,registry.test";
     format!("HTTPS_PROXY=http://{PROXY} HTTP_PROXY=http://{DEAD_PROXY} NO_PROXY={direct}")

@@ -1,4 +1,4 @@
-//! What users rely on, a function each: whatever needs the cluster for itself.
+//! Features that users rely on, a function each. A scenario has the cluster for itself.
 
 mod control_plane_outage;
 mod false_outages;
@@ -20,7 +20,7 @@ use crate::test_bed::{NODES, REGISTRY, TestBed, TestError, wait_for};
 
 pub(crate) type Scenario = fn(&TestBed) -> Result<(), TestError>;
 
-/// Every scenario under its name, in the order they run.
+/// All scenarios by name, in the order they run.
 pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("a_daemonsets_image_reaches_the_next_node_while_the_registry_is_down", daemonset),
     ("images_by_tag_and_by_digest_reach_every_containerd", tag_and_digest),
@@ -56,12 +56,12 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
 
 const VERSIONS: &str = "two_builds_recover_from_each_other_in_an_outage_and_swap_nodes_over_the_same_files";
 
-/// Why this scenario cannot be played here, where something is missing that `make test` may be without.
+/// Why this scenario cannot run here: a part is missing that `make test` treats as optional.
 pub(crate) fn ignored(name: &str) -> Option<String> {
     if name == VERSIONS { versions::ignored() } else { None }
 }
 
-/// Stops the registry while it lives.
+/// Stops the registry until dropped.
 pub(crate) struct RegistryDown<'a>(&'a TestBed);
 
 impl<'a> RegistryDown<'a> {
@@ -112,23 +112,24 @@ fn daemonset(bed: &TestBed) -> Result<(), TestError> {
         ])?;
         Ok(pods["items"].get(0).cloned())
     };
-    wait_for("the first node to run it", WAIT_DEADLINE, || Ok(pod_on(NODES[0].0)?.filter(is_running)))?;
+    wait_for("the pod on the first node to run", WAIT_DEADLINE, || Ok(pod_on(NODES[0].0)?.filter(is_running)))?;
 
     let _down = RegistryDown::now(bed)?;
     for (node, _) in &NODES[1..] {
         bed.kubectl(&["label", "node", node, "e2e-web=yes", "--overwrite"])?;
-        let failing = wait_for("the kubelet to fail", WAIT_DEADLINE, || {
+        let failing = wait_for("the kubelet to fail to pull", WAIT_DEADLINE, || {
             Ok(pod_on(node)?.filter(|pod| waiting_reason(pod).contains("Pull") || is_running(pod)))
         })?;
         let failed = Instant::now();
         let running =
             wait_for(&format!("the pod on {node} to run"), WAIT_DEADLINE, || Ok(pod_on(node)?.filter(is_running)))
                 .map_err(|error| format!("{error}\n{}", bed.diagnostics()))?;
-        // It may have been too quick to be seen failing; then there is nothing to measure. On a line of its own, for `make figures`.
+        // A fast pod is never seen failing, and then there is no time to measure. The figure is on
+        // a line of its own, for `make figures`.
         if !is_running(&failing) {
             println!("\nfigure e2e_failed_pull_to_running_s_{node} {:.2}", failed.elapsed().as_secs_f64());
         }
-        ensure(failing["metadata"]["uid"] == running["metadata"]["uid"], "the pod was deleted and made again")?;
+        ensure(failing["metadata"]["uid"] == running["metadata"]["uid"], "the pod was deleted and created again")?;
         let name = running["metadata"]["name"].as_str().unwrap_or_default().to_owned();
         let note = space.wait_recovered(&name)?;
         println!("  {note}");
@@ -139,8 +140,9 @@ fn daemonset(bed: &TestBed) -> Result<(), TestError> {
 
 fn tag_and_digest(bed: &TestBed) -> Result<(), TestError> {
     let space = TestNamespace::new(bed, "e2e-names")?;
-    // Every containerd gives to and takes from another one: the source moves on with each row. Each row has an image of its own: a layer
-    // that a node has unpacked before is not fetched again by a pull, and then the node has nothing of it to give.
+    // Every containerd provides an image and receives images: the provider changes with each row.
+    // Each row has an image of its own: containerd pulls no layer that is unpacked already, and the
+    // node would then have no blob to serve.
     for (source, by_what) in [(0, "tag"), (1, "digest"), (2, "tag")] {
         let name = format!("shop/api-{source}");
         let digest = bed.push_image(&format!("{name}:v2"), &[3, 2, 1])?;
@@ -176,7 +178,8 @@ fn collected_and_restarted(bed: &TestBed) -> Result<(), TestError> {
         space.pod(&first, node, &image, true)?;
         space.wait_running(&first)?;
         space.wait_recovered(&first)?;
-        // The agent's pin is released by now, or expires; a lease that is deleted synchronously makes the collector run to its end.
+        // The agent's pin is released by now, or expires. The synchronous deletion of a lease waits
+        // for the end of the garbage collection.
         bed.ctl(&["ctr", node, "leases", "create", "--id", "e2e"])?;
         bed.ctl(&["ctr", node, "leases", "rm", "--sync", "e2e"])?;
         assert_complete(bed, node, &image)?;
@@ -188,13 +191,13 @@ fn collected_and_restarted(bed: &TestBed) -> Result<(), TestError> {
         space.wait_running(&again)?;
         ensure(
             space.events(&again, "Pulled")?.iter().any(|note| note.contains("already present")),
-            "it was not found there",
+            "the kubelet did not find the recovered image",
         )?;
     }
     Ok(())
 }
 
-/// containerd's own opinion: every blob of the image is there, for this platform.
+/// Checks by containerd's own command that every blob of the image exists, for this platform.
 fn assert_complete(bed: &TestBed, node: &str, image: &str) -> Result<(), TestError> {
     let table = bed.ctl(&["ctr", node, "images", "check", &format!("name=={image}")])?;
     ensure(
@@ -213,7 +216,7 @@ fn agent_restarts(bed: &TestBed, node: &str) -> Result<u64, TestError> {
     Ok(agent_pod(bed, node)?["status"]["containerStatuses"][0]["restartCount"].as_u64().unwrap_or(0))
 }
 
-/// SIGKILL to the agent's own process, as containerd knows it.
+/// Sends SIGKILL to the agent's process through containerd.
 fn kill_agent(bed: &TestBed, node: &str) -> Result<(), TestError> {
     let pod = agent_pod(bed, node)?;
     let id = pod["status"]["containerStatuses"][0]["containerID"].as_str().unwrap_or_default();
@@ -233,21 +236,20 @@ fn not_opted_in(bed: &TestBed) -> Result<(), TestError> {
     let before = counted("not_opted_in")?;
     space.pod("quiet", node, &image, false)?;
     space.wait_failing("quiet")?;
-    wait_for(
-        "the agent to have looked at it",
-        WAIT_DEADLINE,
-        || Ok((counted("not_opted_in")? > before).then_some(())),
-    )?;
-    // A pod beside it that did opt in gets the image, so the agent was able to; and the first one still has no word of it.
+    wait_for("the agent to count the pod as not opted in", WAIT_DEADLINE, || {
+        Ok((counted("not_opted_in")? > before).then_some(()))
+    })?;
+    // An opted-in pod on another node gets the image, so recovery works. The pod that did not opt
+    // in still has no image and no Event.
     let other = NODES[2].0;
     space.pod("loud", other, &image, true)?;
     space.wait_running("loud")?;
     let images = bed.ctl(&["ctr", node, "images", "ls", "-q"])?;
-    ensure(!images.contains("shop/quiet"), "its image was brought all the same")?;
+    ensure(!images.contains("shop/quiet"), "the image was fetched although the pod did not opt in")?;
     for reason in ["ImageRecovered", "ImageRecoveryFailed", "ImageNotRecoverable", "ImageNoProvider"] {
-        ensure(space.events("quiet", reason)?.is_empty(), format!("an Event {reason} on a pod that did not opt in"))?;
+        ensure(space.events("quiet", reason)?.is_empty(), format!("a pod that did not opt in has an Event {reason}"))?;
     }
-    ensure(!is_running(&space.get_pod("quiet")?), "it runs")
+    ensure(!is_running(&space.get_pod("quiet")?), "a pod that did not opt in runs")
 }
 
 fn prometheus(bed: &TestBed) -> Result<(), TestError> {
@@ -270,9 +272,11 @@ fn prometheus(bed: &TestBed) -> Result<(), TestError> {
     };
     let nodes = NODES.len() as f64;
     wait_for("every agent to be scraped", WAIT_DEADLINE, || Ok((ask("sum(up)")? == nodes).then_some(())))?;
-    // The nodes of the stall rows have agents as well.
+    // The nodes of the stall rows have agents too.
     let others = bed.nodes().count() as f64 - 1.0;
-    wait_for("each to see all others", WAIT_DEADLINE, || Ok((ask("min(lighterman_peers)")? == others).then_some(())))?;
+    wait_for("each agent to count all others as peers", WAIT_DEADLINE, || {
+        Ok((ask("min(lighterman_peers)")? == others).then_some(()))
+    })?;
     for query in ["sum(lighterman_served_bytes_total)", "min(lighterman_announced_items)"] {
         let value = ask(query)?;
         ensure(value > 0.0, format!("{query} is {value}"))?;
@@ -287,7 +291,7 @@ fn termination(bed: &TestBed) -> Result<(), TestError> {
     let began = Instant::now();
     bed.kubectl(&["-n", "lighterman", "delete", "pod", name, "--timeout=60s"])?;
     let took = began.elapsed();
-    // The kubelet kills it after 30 s; ending by itself takes the grace period of 20 s at most.
-    ensure(took < Duration::from_secs(25), format!("it took {took:?}"))?;
+    // The kubelet kills an agent after 30 s. The agent itself exits within a grace period of 20 s.
+    ensure(took < Duration::from_secs(25), format!("the agent's termination took {took:?}"))?;
     bed.kubectl(&["-n", "lighterman", "rollout", "status", "daemonset/lighterman", "--timeout=90s"]).map(drop)
 }

@@ -1,9 +1,9 @@
 //! Registries that stall, on nodes of their own: a stalled pull blocks the node's later pulls.
 //!
-//! Both nodes use the agents' default of two minutes. On one the agent ends the stalled pulls. On
-//! the other containerd does, and there `image_pull_progress_timeout` is 150 s to save time;
-//! `LIGHTERMAN_DEFAULT_PULL_TIMEOUT=1` keeps the default of 5 minutes.
-//! `LIGHTERMAN_STALLED_CONTAINERDS` names other versions for both (`1.7,2.4`).
+//! Both nodes use the agents' default of two minutes. On the first node the agent ends stalled
+//! pulls. On the second node containerd ends them, and `image_pull_progress_timeout` is 150 s there
+//! to save time. `LIGHTERMAN_DEFAULT_PULL_TIMEOUT=1` keeps the default of 5 minutes.
+//! `LIGHTERMAN_STALLED_CONTAINERDS` names other versions for both nodes (`1.7,2.4`).
 
 use std::time::{Duration, Instant};
 
@@ -17,32 +17,32 @@ use crate::test_bed::{NODES, TestBed, TestError, wait_for};
 
 type StallCase = fn(&TestBed) -> Result<(), TestError>;
 
-/// Every row with a name.
+/// All stall rows by name.
 pub(crate) const ALL: &[(&str, StallCase)] = &[
     ("case::stalled_pulls_are_ended_by_the_setting_and_a_crawling_pull_continues", ended),
     ("case::a_stalled_pull_is_reported_once_and_its_pod_runs_when_containerd_ends_it", reported),
 ];
 
-/// Where the agent ends stalled pulls.
+/// The node whose agent ends stalled pulls.
 pub(crate) const ENDING: &str = "ending";
 
-/// Where containerd does.
+/// The node where only containerd ends stalled pulls.
 const WAITING: &str = "waiting";
 
-/// Pulls at the same time on the first node: all that stall, and the one that crawls.
+/// Parallel pulls of the first node: three that stall, and the pull that crawls.
 pub(crate) const PARALLEL: usize = 4;
 
-/// As long as containerd's default, a retry of the kubelet and a slow machine.
+/// Covers containerd's default timeout, a retry of the kubelet, and a slow machine.
 const WAIT_DEADLINE: Duration = Duration::from_secs(480);
 
-/// The nodes, by what their containerd is.
+/// The nodes and their containerd versions.
 pub(crate) fn nodes() -> [(&'static str, String); 2] {
     let set = std::env::var("LIGHTERMAN_STALLED_CONTAINERDS").unwrap_or_else(|_| "2.3,1.7".into());
     let (first, second) = set.split_once(',').unwrap_or((&set, &set));
     [(ENDING, first.to_owned()), (WAITING, second.to_owned())]
 }
 
-/// containerd's timeout, for up.sh.
+/// containerd's timeout, in the form of a variable of `up.sh`.
 pub(crate) fn pull_timeout() -> String {
     match std::env::var_os("LIGHTERMAN_DEFAULT_PULL_TIMEOUT") {
         Some(_) => String::new(),
@@ -59,7 +59,7 @@ struct Pull<'a> {
 }
 
 impl<'a> Pull<'a> {
-    /// Publishes an image, and imports that on the provider if there is one.
+    /// Publishes an image, and imports the image on the provider if one is given.
     fn new(
         space: &'a TestNamespace<'a>,
         name: &'static str,
@@ -85,7 +85,7 @@ impl<'a> Pull<'a> {
         self.space.pod(self.name, node, &by_digest, true)
     }
 
-    /// Waits until containerd asks the stalling registry for a path with this part.
+    /// Waits until containerd requests a path with this part from the stalling registry.
     fn wait_asked(&self, part: &str) -> Result<(), TestError> {
         wait_for(&format!("a GET of {part}"), WAIT_DEADLINE, || Ok((self.fetches(part) > 0).then_some(())))
     }
@@ -103,13 +103,14 @@ impl<'a> Pull<'a> {
         self.space.events(self.name, reason)
     }
 
-    /// The only Event with this reason.
+    /// Waits for an Event with this reason, and checks that the pod has no second Event of this
+    /// reason.
     fn wait_only_event(&self, reason: &str) -> Result<String, TestError> {
         wait_for(&format!("{reason} on {}", self.name), WAIT_DEADLINE, || Ok(self.events(reason)?.pop()))?;
         let mut notes = self.events(reason)?;
         match notes.len() {
             1 => Ok(notes.remove(0)),
-            _ => Err(format!("one {reason} was to be seen on {}, not {notes:#?}", self.name)),
+            _ => Err(format!("pod {} has not exactly one Event {reason}: {notes:#?}", self.name)),
         }
     }
 
@@ -131,7 +132,7 @@ fn counted(bed: &TestBed, node: &str, result: &str) -> Result<f64, TestError> {
     bed.metric(node, &format!("lighterman_stalled_connections_total{{result=\"{result}\"}}"))
 }
 
-/// The setting is on: what is silent ends, what crawls goes on, and the queue moves.
+/// The setting is on: silent pulls end, a crawling pull continues, and the kubelet's queue moves.
 fn ended(bed: &TestBed) -> Result<(), TestError> {
     let (space, provider) = (TestNamespace::new(bed, "e2e-stalls-ended")?, Some(NODES[0].0));
     let layer = Pull::new(&space, "layer", (ScriptedRegistry::Stalls, "layer"), provider)?;
@@ -139,8 +140,8 @@ fn ended(bed: &TestBed) -> Result<(), TestError> {
     let crawl = Pull::new(&space, "crawl", (ScriptedRegistry::Stalls, "crawl"), None)?;
     let late = Pull::new(&space, "late", (ScriptedRegistry::Stalls, "late"), None)?;
     let queued = Pull::new(&space, "queued", (ScriptedRegistry::Serves, "queued"), None)?;
-    // All images share a first layer. containerd fetches a layer once at a time, so that without
-    // this one here the other pulls would wait for the first.
+    // All images share a first layer. containerd fetches a layer once at a time, so without this
+    // import the other pulls would wait for the first pull.
     let shell = ImageBuilder::new(&bed.busybox())?.build(PLAIN, "shell");
     import(bed, ENDING, &[(format!("{}/shell:v1", ScriptedRegistry::Serves.host()), &shell)])?;
     let began = Instant::now();
@@ -150,7 +151,7 @@ fn ended(bed: &TestBed) -> Result<(), TestError> {
     manifest.wait_asked("/v2/manifest/")?;
     crawl.wait_asked(crawl.layer())?;
     late.wait_asked(late.layer())?;
-    // All places are taken: this pull waits in the kubelet's queue.
+    // All parallel pulls are taken: this pull waits in the kubelet's queue.
     queued.start(ENDING)?;
     queued.wait_running()?;
     println!("\nfigure stalled_queue_freed_s {:.1}", began.elapsed().as_secs_f64());
@@ -169,16 +170,17 @@ fn ended(bed: &TestBed) -> Result<(), TestError> {
     println!("figure crawling_pull_s {:.1}", began.elapsed().as_secs_f64());
     ensure(crawl.events("Failed")?.is_empty(), "the crawling pull failed")?;
     ensure(crawl.fetches(crawl.layer()) == 1, "the crawling layer was fetched again")?;
-    // Why the setting is off by default: a response that would have come is lost.
+    // The reason for the default "off": ending a pull loses a response that would have come.
     late.wait_running()?;
     println!("  late: {:?}, fetched {} times", late.events("Failed")?, late.fetches(late.layer()));
-    ensure(!late.events("Failed")?.is_empty(), "a pull goes on that was silent for three minutes")?;
+    ensure(!late.events("Failed")?.is_empty(), "a pull that was silent for three minutes was not ended")?;
     let (ended, failed) = (counted(bed, ENDING, "ended")?, counted(bed, ENDING, "failed")?);
     println!("figure stalled_connections_ended {ended}");
-    ensure(ended >= 2.0 && failed == 0.0, format!("{ended} connections were ended, and {failed} looks failed"))
+    ensure(ended >= 2.0 && failed == 0.0, format!("{ended} connections were ended, and {failed} attempts failed"))
 }
 
-/// The default: one Event, an image that is here, and pods that run when containerd gives up.
+/// The setting is off: an Event is written once, the image is recovered, and pods run when
+/// containerd ends the pull.
 fn reported(bed: &TestBed) -> Result<(), TestError> {
     let space = TestNamespace::new(bed, "e2e-stalls-told")?;
     let layer = Pull::new(&space, "layer", (ScriptedRegistry::Stalls, "layer"), Some(NODES[1].0))?;
@@ -190,7 +192,7 @@ fn reported(bed: &TestBed) -> Result<(), TestError> {
     let note = layer.wait_only_event("ImagePullStalled")?;
     println!("\nfigure stalled_event_s {:.1}\n  {note}", began.elapsed().as_secs_f64());
     for words in [layer.image.digest.as_str(), "image_pull_progress_timeout", "endStalledPulls"] {
-        ensure(note.contains(words), format!("the Event does not say {words}: {note}"))?;
+        ensure(note.contains(words), format!("the Event does not contain {words}: {note}"))?;
     }
     layer.wait_only_event("ImageRecovered")?;
     ensure(!is_running(&space.get_pod("behind")?), "a later pull was not blocked")?;
@@ -199,7 +201,7 @@ fn reported(bed: &TestBed) -> Result<(), TestError> {
     println!("figure stalled_pull_to_running_s {:.1}", began.elapsed().as_secs_f64());
     println!("  {:?}", layer.events("Failed")?);
     layer.wait_only_event("ImagePullStalled")?;
-    ensure(layer.events("ImagePullEnded")?.is_empty(), "a pull was ended that the settings leave alone")?;
+    ensure(layer.events("ImagePullEnded")?.is_empty(), "a pull was ended although the setting is off")?;
     let ended = counted(bed, WAITING, "ended")?;
     ensure(ended == 0.0, format!("{ended} connections were ended"))
 }

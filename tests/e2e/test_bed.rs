@@ -1,4 +1,5 @@
-//! The test bed as tests use it: a cluster that is up, commands in it, and the agents as its DaemonSet.
+//! The test bed of the tests: a running cluster, commands in the cluster, and the agents'
+//! DaemonSet.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -14,25 +15,26 @@ use crate::api::Cluster;
 use crate::registries::{self, Registries};
 use crate::stalls;
 
-/// The nodes, by what their containerd is.
+/// The nodes and the series of their containerd.
 pub(crate) const NODES: [(&str, &str); 3] = [("n17", "1.7"), ("n23", "2.3"), ("n24", "2.4")];
 
-/// A cluster that is up. Dropped, it is taken down.
+/// A running cluster. Dropping the value stops the cluster.
 pub(crate) struct TestBed {
     scripts: PathBuf,
     run: PathBuf,
     keep: bool,
     nodes: Vec<String>,
-    /// Until it is up there is none.
+    /// `None` until the cluster is up.
     cluster: Option<Cluster>,
     registries: Registries,
 }
 
-/// What a command said when it failed, or what was waited for in vain.
+/// The output of a failed command, or the name of a condition that did not hold in time.
 pub(crate) type TestError = String;
 
 impl TestBed {
-    /// Starts the cluster and the agents in it. `stalls`: with the nodes for registries that stall.
+    /// Starts the cluster and the agents. With `stalls`, the cluster has the nodes of the stall
+    /// rows.
     pub(crate) fn up(stalls: bool) -> Result<Self, TestError> {
         let stalled = if stalls { Vec::from(stalls::nodes()) } else { Vec::new() };
         let mut nodes = NODES.to_vec();
@@ -44,7 +46,7 @@ impl TestBed {
             ("LIGHTERMAN_PROXIES", &registries::proxies()),
         ];
         let mut bed = Self::start("", &nodes, &variables)?;
-        // As on nodes that are hardened so: no interface has an IPv6 address, loopback included.
+        // Some hardened nodes have no IPv6 address at all, loopback included.
         bed.ctl(&["in", NODES[0].0, "sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"])?;
         bed.serve_faulty_registries()?;
         bed.import_agents()?;
@@ -54,7 +56,8 @@ impl TestBed {
 
     /// Starts a cluster of these nodes without agents. The variables are those of `up.sh`.
     pub(crate) fn start(suffix: &str, nodes: &[(&str, &str)], variables: &[(&str, &str)]) -> Result<Self, TestError> {
-        // Short, because Unix sockets are made below it.
+        // The path is short because the path of a Unix socket below this folder has at most 107
+        // bytes.
         let run = std::env::temp_dir().join(format!("lm-e2e-{}{suffix}", std::process::id()));
         let mut bed = Self {
             scripts: Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/testbed"),
@@ -73,14 +76,16 @@ impl TestBed {
         Ok(bed)
     }
 
-    /// The calling thread goes into the hub's network, where the API server and the registries are. Threads made later inherit it.
+    /// Moves the calling thread into the hub's network namespace, where the API server and the
+    /// registries are. Threads that start later inherit the namespace.
     fn enter_hub(&self) -> Result<(), TestError> {
         let path = format!("/run/netns/{}", self.env("HUB_NETNS")?);
         let entered = File::open(&path).and_then(|file| setns(file, CloneFlags::CLONE_NEWNET).map_err(Into::into));
         entered.map_err(|error| format!("{path}: {error}"))
     }
 
-    /// Registries that do not help, and containerds that speak plain HTTP with them.
+    /// Starts the scripted registries, and configures containerd for plain HTTP and the test
+    /// authority.
     fn serve_faulty_registries(&mut self) -> Result<(), TestError> {
         self.registries = Registries::serve()?;
         for node in &self.nodes {
@@ -106,7 +111,6 @@ impl TestBed {
         Ok(())
     }
 
-    /// All nodes.
     pub(crate) fn nodes(&self) -> impl Iterator<Item = &str> {
         self.nodes.iter().map(String::as_str)
     }
@@ -119,12 +123,12 @@ impl TestBed {
     /// The API server.
     ///
     /// # Panics
-    /// While the bed is being made.
+    /// Panics before the cluster is up.
     pub(crate) fn cluster(&self) -> &Cluster {
         self.cluster.as_ref().expect("the test bed is up")
     }
 
-    /// The agents' image into each containerd.
+    /// Imports the agents' image into each containerd.
     pub(crate) fn import_agents(&self) -> Result<(), TestError> {
         let image = std::env::var("LIGHTERMAN_IMAGE").map_err(
             |_| "LIGHTERMAN_IMAGE does not name the agent's image: run `make test`, or `make image` and set it",
@@ -132,7 +136,7 @@ impl TestBed {
         self.nodes().try_for_each(|node| self.ctl(&["ctr", node, "images", "import", &image]).map(drop))
     }
 
-    /// The agents, as users install them: by the manifest.
+    /// Installs the agents by a manifest, as users do, and waits until the agents are ready.
     pub(crate) fn deploy(&self, manifest: &str) -> Result<(), TestError> {
         self.install(manifest)?;
         let agents = if self.has_ending_agent() { &["lighterman", ENDING_AGENT][..] } else { &["lighterman"] };
@@ -143,7 +147,8 @@ impl TestBed {
         })
     }
 
-    /// A manifest of the agents with what the tests need besides: tote's annotations, and registries without TLS.
+    /// Adds the settings of the tests to a manifest: tote's annotations, and registries without
+    /// TLS.
     pub(crate) fn for_tests(&self, manifest: String) -> Result<String, TestError> {
         let insecure = [&registries::names()[..], &[REGISTRY.to_owned()]].concat().join(",");
         let changed =
@@ -156,7 +161,6 @@ impl TestBed {
         self.nodes().any(|node| node == stalls::ENDING)
     }
 
-    /// Applies a manifest.
     pub(crate) fn install(&self, manifest: &str) -> Result<(), TestError> {
         let file = self.run.join("lighterman.yaml");
         fs::write(&file, manifest).map_err(|error| error.to_string())?;
@@ -171,24 +175,24 @@ impl TestBed {
         self.ctl(&[&["kubectl"], arguments].concat())
     }
 
-    /// An object, or a list of objects.
+    /// Reads an object, or a list of objects.
     pub(crate) fn get(&self, arguments: &[&str]) -> Result<Value, TestError> {
         let text = self.kubectl(&[&["get"], arguments, &["-o", "json"]].concat())?;
         serde_json::from_str(&text).map_err(|error| format!("kubectl get {arguments:?}: {error}"))
     }
 
-    /// Applies an object.
     pub(crate) fn apply(&self, object: &Value) -> Result<(), TestError> {
         self.cluster().apply(object)
     }
 
-    /// Makes an image with a shell and these random layers (MiB), and pushes it; answers its manifest's digest.
+    /// Makes an image with a shell and random layers of these sizes (MiB), and pushes the image.
+    /// Returns the manifest's digest.
     pub(crate) fn push_image(&self, name: &str, layers: &[u32]) -> Result<String, TestError> {
         let made = self.push_image_with(name, layers, &[])?;
         made["manifest"].as_str().map(str::to_owned).ok_or_else(|| format!("no manifest in {made}"))
     }
 
-    /// The same with further options of `mkimage.sh`; answers what that prints.
+    /// As `push_image`, with further options of `mkimage.sh`. Returns the output of `mkimage.sh`.
     pub(crate) fn push_image_with(&self, name: &str, layers: &[u32], options: &[&str]) -> Result<Value, TestError> {
         let tar = self.run.join("image.tar");
         let busybox = self.busybox();
@@ -204,24 +208,25 @@ impl TestBed {
         Ok(made)
     }
 
-    /// A shell that needs nothing but itself.
+    /// A statically linked shell.
     pub(crate) fn busybox(&self) -> PathBuf {
         testbed().join("bin/busybox")
     }
 
-    /// The folder of this run, for files that a command inside needs.
+    /// The folder of this run. Commands inside the nodes see this folder too.
     pub(crate) fn folder(&self) -> &Path {
         &self.run
     }
 
-    /// A value of the run's `env` file.
+    /// A value from the `env` file of the run.
     pub(crate) fn env(&self, key: &str) -> Result<String, TestError> {
         let text = fs::read_to_string(self.run.join("env")).map_err(|error| error.to_string())?;
         let found = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
         found.map(str::to_owned).ok_or_else(|| format!("{key} is not in the run's env"))
     }
 
-    /// A metric of one node's agent, by its whole name with labels; 0 where it has not been counted yet.
+    /// A metric of one node's agent, by the full name with labels. 0 for a metric that the agent
+    /// does not export yet.
     pub(crate) fn metric(&self, node: &str, name: &str) -> Result<f64, TestError> {
         let ip: IpAddr = self.env(&format!("NODE_{node}_IP"))?.parse().map_err(|error| format!("{node}: {error}"))?;
         let text = self.get_admin(SocketAddr::new(ip, 4702), "/metrics")?;
@@ -229,7 +234,7 @@ impl TestBed {
         Ok(value.unwrap_or(0.0))
     }
 
-    /// What an admin port answers.
+    /// The response of an admin port.
     pub(crate) fn get_admin(&self, address: SocketAddr, path: &str) -> Result<String, TestError> {
         let text = (|| {
             let mut connection = TcpStream::connect(address)?;
@@ -241,7 +246,7 @@ impl TestBed {
         text.map_err(|error: std::io::Error| format!("{address}: {error}"))
     }
 
-    /// Everything that the agents and the failing pods have to say.
+    /// The agents' logs, all pods, and all Events.
     pub(crate) fn diagnostics(&self) -> String {
         let commands: [&[&str]; 3] = [
             &["-n", "lighterman", "logs", "-l", "app.kubernetes.io/name=lighterman", "--prefix", "--tail=60"],
@@ -265,12 +270,12 @@ impl Drop for TestBed {
     }
 }
 
-/// The folder into which `setup.sh` builds.
+/// The folder of the test bed's binaries, built by `setup.sh`.
 pub(crate) fn testbed() -> PathBuf {
     std::env::var_os("LIGHTERMAN_TESTBED").map_or_else(|| cache().join("testbed"), PathBuf::from)
 }
 
-/// Where scripts keep what they built, as `scripts/lib.sh` has it.
+/// The scripts' cache folder, by the same rules as `scripts/lib.sh`.
 pub(crate) fn cache() -> PathBuf {
     let set = |name: &str| std::env::var_os(name).map(PathBuf::from);
     let home = || set("HOME").unwrap_or_default().join(".cache");
@@ -283,17 +288,18 @@ pub(crate) fn shipped_manifest() -> Result<String, TestError> {
     fs::read_to_string(&file).map_err(|error| format!("{}: {error}", file.display()))
 }
 
-/// The DaemonSet of the node whose agent ends stalled pulls.
+/// The DaemonSet on the node whose agent ends stalled pulls.
 const ENDING_AGENT: &str = "lighterman-ending";
 
-/// A second DaemonSet, whose agent ends stalled pulls, on one node; the first leaves that node alone.
+/// Adds a second DaemonSet for the node whose agent ends stalled pulls, and excludes that node from
+/// the first DaemonSet.
 fn with_ending_agent(manifest: &str) -> Result<String, TestError> {
     const ANY_NODE: &str = "      nodeSelector:\n        kubernetes.io/os: linux\n";
     let documents: Vec<_> = manifest.split("\n---\n").collect();
     let is_daemon_set = |document: &&&str| document.lines().any(|line| line == "kind: DaemonSet");
     let agents = documents.iter().find(is_daemon_set).ok_or("the manifest has no DaemonSet")?;
     if !agents.contains(ANY_NODE) {
-        return Err("the DaemonSet's nodeSelector is another one".into());
+        return Err("the DaemonSet has no nodeSelector kubernetes.io/os: linux".into());
     }
     let node = stalls::ENDING;
     let there = format!("      nodeSelector:\n        kubernetes.io/hostname: {node}\n");
@@ -307,14 +313,14 @@ fn with_ending_agent(manifest: &str) -> Result<String, TestError> {
     Ok(format!("{}\n---\n{ending}\n", manifest.trim_end().replace(ANY_NODE, &elsewhere)))
 }
 
-/// Sets a variable of the agents, whether the manifest has it or not.
+/// Sets an environment variable of the agents, and replaces a value that the manifest has.
 pub(crate) fn set_variable(manifest: &str, name: &str, value: &str) -> String {
     let mut lines: Vec<_> = manifest.lines().collect();
     let is_named = |line: &&str| line.trim() == format!("- name: {name}");
     if let Some(place) = lines.iter().position(is_named) {
         lines.drain(place..place + 2);
     }
-    // Every agent is told its node's name.
+    // Every agent has the variable with the node's name.
     let Some(first) = lines.iter().position(|line| line.trim() == "- name: LIGHTERMAN_NODE_NAME") else {
         return manifest.to_owned();
     };
@@ -327,14 +333,14 @@ pub(crate) fn set_variable(manifest: &str, name: &str, value: &str) -> String {
 /// The registry of the test bed.
 pub(crate) const REGISTRY: &str = "10.77.0.1:5000";
 
-/// Runs a command; its standard output, or all it said.
+/// Runs a command. Returns the standard output, or an error with all output.
 pub(crate) fn output(command: &mut Command) -> Result<String, TestError> {
     let done = command.output().map_err(|error| format!("{command:?}: {error}"))?;
     let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
     if done.status.success() { Ok(out.into_owned()) } else { Err(format!("{command:?}: {}\n{out}{err}", done.status)) }
 }
 
-/// Looks every 100 ms until something is there; says what was waited for when it does not come.
+/// Calls `look` every 100 ms until the result is `Some`. The error names `what`.
 pub(crate) fn wait_for<T>(
     what: &str,
     limit: Duration,

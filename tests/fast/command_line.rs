@@ -1,4 +1,4 @@
-//! The binary from outside: exit codes, what it says, and the demo.
+//! The binary from outside: exit codes, messages, and the demo.
 
 use std::process::{Command, Output};
 
@@ -58,7 +58,7 @@ fn help_and_version_are_no_errors() {
     assert!(help.contains("Examples:") && help.contains("Exit codes:"), "{help}");
 }
 
-/// An agent whose containerd is named, so that none is looked for on this machine.
+/// Arguments of an agent with a containerd socket, so that the agent searches no socket here.
 fn agent_on(data: &str) -> [&str; 9] {
     let socket = "/run/containerd/containerd.sock";
     ["agent", "--node-name", "n1", "--pod-name", "p", "--containerd-socket", socket, "--data-dir", data]
@@ -110,5 +110,5 @@ fn the_demo_recovers_an_image_and_verifies_its_digest() {
     assert_eq!(result["providers"], serde_json::json!(["node-1"]));
     assert!(result["bytes"].as_u64().unwrap() > 3 << 20, "{result}");
     assert!(result["seconds"].as_f64().unwrap() > 0.0);
-    assert!(story.contains("connection refused"), "the registry was really tried: {story}");
+    assert!(story.contains("connection refused"), "the demo really tries its registry: {story}");
 }

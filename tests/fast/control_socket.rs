@@ -1,4 +1,4 @@
-//! `lighterman pull` and `lighterman status` as a person runs them, answered over a real socket.
+//! `lighterman pull` and `lighterman status` as a user runs them, against a real control socket.
 
 use std::path::PathBuf;
 use std::process::Output;
@@ -24,7 +24,7 @@ impl StatusSource for FixedStatus {
 
 const IMAGE: &str = "r.test/shop/checkout:v1";
 
-/// Runs the binary beside a socket that answers each pull with these steps.
+/// Runs the binary against a socket that answers each pull with these steps.
 async fn lighterman(arguments: &[&str], steps: Vec<PullProgress>) -> Output {
     let folder = tempfile::tempdir().unwrap();
     let socket: PathBuf = folder.path().join("agent.sock");
@@ -76,8 +76,8 @@ fn steps() -> Vec<PullProgress> {
 async fn a_pull_without_a_terminal_prints_lines() {
     let output = lighterman(&["pull", IMAGE], steps()).await;
     let expected = format!(
-        "{IMAGE} is sha256:{}, held by n2\n2 blobs, 10.0 MiB to fetch\n 10 % of 10.0 MiB\n100 % of 10.0 MiB\n\
-         {IMAGE} is here: 3 blobs, 10.0 MiB from n2 in 1.5 s (1 were here)\n",
+        "{IMAGE} is sha256:{}, provided by n2\n2 blobs, 10.0 MiB to fetch\n 10 % of 10.0 MiB\n100 % of 10.0 MiB\n\
+         {IMAGE} is on this node: 3 blobs, 10.0 MiB from n2 in 1.5 s (1 present before)\n",
         "0".repeat(64)
     );
     assert_eq!((text(&output.stdout), output.status.code()), (expected, Some(0)), "{}", text(&output.stderr));
@@ -93,18 +93,18 @@ async fn json_output_has_one_object_for_each_step() {
 
 #[tokio::test]
 async fn a_failure_names_the_image_and_a_remedy() {
-    let message = "nobody has it (asked: \u{1b}[2Jn2)".to_owned();
+    let message = "no peer holds the image (asked: \u{1b}[2Jn2)".to_owned();
     let failed = PullProgress::Failed { kind: PullFailure::NoProvider, message, retryable: true };
     let output = lighterman(&["pull", IMAGE], vec![failed]).await;
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(IMAGE) && said.contains("n2") && said.contains("lighterman status"), "{said}");
-    assert!(!said.contains('\u{1b}'), "no orders to the terminal: {said:?}");
+    assert!(!said.contains('\u{1b}'), "no escape sequence reaches the terminal: {said:?}");
 }
 
 #[tokio::test]
 async fn a_pull_past_its_deadline_is_aborted() {
-    // The agent says nothing more, and does not hang up.
+    // The agent sends nothing more and keeps the connection open.
     let output = lighterman(&["pull", IMAGE, "--timeout", "1"], steps()[..1].to_vec()).await;
     assert_eq!(output.status.code(), Some(1));
     let said = text(&output.stderr);
@@ -126,7 +126,7 @@ async fn peers_are_printed_as_a_separate_table() {
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let table = text(&output.stdout);
     let first: Vec<_> = table.lines().map(|line| line.split_whitespace().next().unwrap()).collect();
-    assert_eq!(first, ["NODE", "n2", "n\u{fffd}3"], "one line each, and no orders to the terminal");
+    assert_eq!(first, ["NODE", "n2", "n\u{fffd}3"], "one line per peer, and no escape sequence");
 }
 
 #[tokio::test]

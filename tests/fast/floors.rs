@@ -1,4 +1,5 @@
-//! Keeps the rules that no compiler knows: the floors of `src/lib.rs`, and what only one place may do.
+//! Rules that no compiler checks: the floors of `src/lib.rs`, and calls that only one module may
+//! make.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,11 +18,11 @@ fn source_files() -> Vec<PathBuf> {
     }
     let mut files = Vec::new();
     walk(Path::new(env!("CARGO_MANIFEST_DIR")).join("src").as_path(), &mut files);
-    assert!(files.len() > 20, "the source is where it is expected");
+    assert!(files.len() > 20, "the folder src has its files in the expected place");
     files
 }
 
-/// Module -> floor, 0 at the top, as the table in `src/lib.rs` has it.
+/// Module -> floor, 0 at the top, from the table in `src/lib.rs`.
 fn floors() -> BTreeMap<String, usize> {
     let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/src/lib.rs")).unwrap();
     let table = text.split("//! ```text\n").nth(1).expect("a table").split("//! ```").next().unwrap();
@@ -30,19 +31,19 @@ fn floors() -> BTreeMap<String, usize> {
         rows.flat_map(|(floor, line)| line.split(' ').map(move |module| (module.to_owned(), floor))).collect();
     let declared = text.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
     for module in declared {
-        assert!(floors.contains_key(module), "{module} stands on no floor");
+        assert!(floors.contains_key(module), "{module} is on no floor of the table in src/lib.rs");
     }
     floors
 }
 
-/// The module at the root of the crate that a file belongs to.
+/// Name of the top-level module of a source file.
 fn module_of(path: &Path) -> String {
     let relative = path.strip_prefix(concat!(env!("CARGO_MANIFEST_DIR"), "/src")).unwrap();
     let first = relative.components().next().unwrap().as_os_str().to_string_lossy().into_owned();
     first.trim_end_matches(".rs").to_owned()
 }
 
-/// The code without its tests and comments; tests may reach across floors, for fakes.
+/// The code without tests and comments. Tests may use higher floors, for fakes.
 fn production(path: &Path) -> String {
     let in_tests = path.file_name().is_some_and(|name| name == "tests.rs") || path.iter().any(|part| part == "tests");
     if in_tests {
@@ -53,7 +54,7 @@ fn production(path: &Path) -> String {
     code.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
 }
 
-/// What follows `crate::` anywhere, groups such as `use crate::{a, b::c}` included.
+/// Names after `crate::` anywhere, also in groups such as `use crate::{a, b::c}`.
 fn used_modules(code: &str) -> Vec<String> {
     let name = |text: &str| text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
     code.split("crate::")
@@ -110,7 +111,7 @@ fn only_wire_encodes_messages_and_only_config_reads_the_environment() {
     for path in source_files() {
         let code = production(&path);
         let module = module_of(&path);
-        assert!(module == "wire" || !code.contains("bincode::"), "{} encodes", path.display());
+        assert!(module == "wire" || !code.contains("bincode::"), "{} encodes a message", path.display());
         assert!(!code.contains("env::var"), "{} reads the environment", path.display());
     }
 }
@@ -132,5 +133,5 @@ fn source_files_stay_below_the_line_limit() {
         .map(|path| (fs::read_to_string(&path).unwrap().lines().count(), path))
         .filter(|(lines, _)| *lines > 500)
         .collect();
-    assert!(too_long.is_empty(), "split along the noun that has appeared: {too_long:#?}");
+    assert!(too_long.is_empty(), "files over 500 lines; split each along the noun that has appeared: {too_long:#?}");
 }

@@ -1,5 +1,6 @@
-//! Tests that need nothing but the build: the rules of the source, and the binary as a user types it.
+//! Tests that need only the build: rules about the source, and the binary as a user runs it.
 
 mod command_line;
 mod control_socket;
+mod cycles;
 mod floors;

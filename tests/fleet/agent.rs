@@ -1,4 +1,4 @@
-//! One node's agent: what it is told about itself, its process, and what it answers.
+//! One node's agent: arguments, process, admin port and control socket.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -18,10 +18,10 @@ use tokio::net::TcpStream;
 use super::apiserver::{KubeNamespace, SERVICE_ACCOUNT, create};
 use super::network::{AgentNetwork, admin_address, mesh_address};
 
-/// How many agents are found by address; the others are found through them.
+/// Agents whose addresses every agent joins. Gossip introduces the other agents.
 const SEEDS: usize = 3;
 
-/// An agent that does not answer in this time is asked again.
+/// Deadline of one request to the admin port. Callers repeat the request.
 const RESPONSE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// One node's agent, running or not.
@@ -35,7 +35,8 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    /// The objects and files that a node's agent finds. It does not run yet. `flags` are those that are not the same for every fleet.
+    /// Creates the objects and files of a node's agent. `start` runs the process. `flags` are the
+    /// arguments that differ between fleets.
     pub(crate) async fn new(
         place: &KubeNamespace,
         number: usize,
@@ -85,19 +86,19 @@ impl Agent {
         self.process = Some(process);
     }
 
-    /// SIGKILL, so that nobody is told.
+    /// Sends SIGKILL, so that the agent announces no departure.
     pub(crate) fn kill(&mut self) {
-        let mut process = self.process.take().expect("it runs");
+        let mut process = self.process.take().expect("the agent runs");
         process.kill().unwrap();
         process.wait().unwrap();
     }
 
-    /// Its process, while it runs.
+    /// Process ID while the agent runs.
     pub(crate) fn id(&self) -> Option<u32> {
         self.process.as_ref().map(Child::id)
     }
 
-    /// What it answers at its admin port; `None` where there is no good answer.
+    /// Body of a GET on the admin port. `None` unless the status is 200 within the deadline.
     pub(crate) async fn get(&self, path: &str) -> Option<String> {
         let got = async {
             let mut connection = TcpStream::connect(admin_address(self.number)).await.ok()?;
@@ -111,19 +112,18 @@ impl Agent {
         tokio::time::timeout(RESPONSE_DEADLINE, got).await.ok()?
     }
 
-    /// Its control socket.
     pub(crate) fn control(&self) -> Client {
         Client::new(&self.folder.join("agent.sock"))
     }
 
-    /// Whether it would fetch the image from this node.
+    /// Whether a dry-run pull of the image lists this node as a provider.
     pub(crate) async fn would_fetch_from(&self, image: &Reference, provider: &str) -> bool {
         let Ok(mut asked) = self.control().pull(image, true).await else { return false };
         let answer = asked.next().await;
         matches!(answer, Ok(PullProgress::Resolved { providers, .. }) if providers.iter().any(|node| node == provider))
     }
 
-    /// The end of what it said.
+    /// The last 40 lines of the log.
     pub(crate) fn log_tail(&self) -> String {
         let log = std::fs::read_to_string(self.folder.join("log")).unwrap_or_default();
         let lines: Vec<_> = log.lines().collect();
@@ -140,7 +140,8 @@ impl Drop for Agent {
     }
 }
 
-/// The static one if there is one, as it is shipped; its memory and speed are what users see.
+/// `LIGHTERMAN_BIN` where that is set, else this build. `make figures` sets the static binary,
+/// which is the binary that users run, so its memory and speed are the figures.
 fn binary() -> PathBuf {
     let set = std::env::var_os("LIGHTERMAN_BIN").filter(|path| !path.is_empty());
     set.map_or_else(|| env!("CARGO_BIN_EXE_lighterman").into(), PathBuf::from)

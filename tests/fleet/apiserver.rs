@@ -1,6 +1,6 @@
-//! A real etcd and a real kube-apiserver; a Kubernetes namespace for each place.
+//! A real etcd and a real kube-apiserver, with a Kubernetes namespace for each test.
 //!
-//! There are no controllers and no kubelets, so nothing happens that nobody does.
+//! No controllers and no kubelets run, so only tests and agents change objects.
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -19,21 +19,22 @@ use lighterman::cluster::Config;
 use lighterman::model::PodRef;
 use serde_json::{Value, json};
 
-/// Ready in some ten seconds; a busy machine takes longer.
+/// The servers are ready in about ten seconds; a busy machine takes longer.
 const DEADLINE: Duration = Duration::from_secs(90);
 
 const ADMIN_TOKEN: &str = "admin-of-the-tests";
 pub(crate) const SERVICE_ACCOUNT: &str = "lighterman";
 
-/// Both servers.
+/// A running etcd and kube-apiserver.
 pub(crate) struct ApiServer {
     pub(crate) folder: PathBuf,
     pub(crate) address: SocketAddr,
-    /// Its standard input is closed when this process ends, however it ends; then it stops both servers and removes their folder.
+    /// Parent of both servers. Its standard input closes when this process ends, also after a
+    /// crash; the shell then kills both servers and removes their folder.
     _shell: Child,
 }
 
-/// Where `make testbed` puts its programs.
+/// Folder where `make testbed` installs programs.
 fn testbed() -> PathBuf {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let cache = || {
@@ -45,14 +46,15 @@ fn testbed() -> PathBuf {
     set("LIGHTERMAN_TESTBED").unwrap_or_else(|| cache().join("testbed"))
 }
 
-/// A Kubernetes program of the testbed, or etcd.
+/// Path of a Kubernetes program or etcd in the testbed.
 pub(crate) fn program(name: &str) -> PathBuf {
     let places = ["k8s/bin", "bin"].map(|folder| testbed().join(folder).join(name));
     let found = places.iter().find(|path| path.exists());
     found.unwrap_or_else(|| panic!("{name} is not in {}: run `make testbed`", testbed().display())).clone()
 }
 
-/// `$1` etcd, `$2` kube-apiserver, `$3` folder, `$4` etcd's port, `$5` its peers' port, `$6` the API server's, `$7` its address.
+/// `$1` etcd, `$2` kube-apiserver, `$3` folder, `$4` etcd's port, `$5` etcd's peer port, `$6` the
+/// API server's port, `$7` the API server's address.
 const RUN_SCRIPT: &str = r#"
 trap '' INT
 cd "$3"
@@ -72,7 +74,7 @@ rm -rf "$3"
 "#;
 
 impl ApiServer {
-    /// In the network that this thread is in.
+    /// Starts the servers in the network namespace of this thread.
     pub(crate) fn start(address: Ipv4Addr) -> Self {
         let (etcd, apiserver) = (program("etcd"), program("kube-apiserver"));
         let folder = tempfile::tempdir().unwrap().keep();
@@ -80,7 +82,7 @@ impl ApiServer {
             let output = Command::new("openssl").args(arguments).current_dir(&folder).output().expect("openssl runs");
             assert!(output.status.success(), "openssl {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         };
-        // RSA, as nearly everywhere, so that tokens are signed with RS256.
+        // An RSA key, as in nearly every cluster, so that tokens are signed with RS256.
         openssl(&["genrsa", "-out", "sa.key", "2048"]);
         openssl(&["rsa", "-in", "sa.key", "-pubout", "-out", "sa.pub"]);
         fs::write(folder.join("tokens.csv"), format!("{ADMIN_TOKEN},admin,1,system:masters\n")).unwrap();
@@ -100,7 +102,7 @@ impl ApiServer {
             .args(ports.map(|port| port.to_string()))
             .arg(address.to_string())
             .stdin(Stdio::piped())
-            // Or whoever reads the tests' output would wait for the servers' end.
+            // A reader of the tests' output would otherwise wait for the servers' end.
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -115,14 +117,15 @@ impl ApiServer {
         server
     }
 
-    /// What it was asked about pods and workloads, and to change: audit entries, as far as it has logged them.
+    /// Audit entries so far: requests about pods and workloads, and changes of any object. The API
+    /// server logs a request shortly after the response.
     pub(crate) fn audit(&self) -> Vec<Value> {
         let log = fs::read_to_string(self.folder.join("audit.log")).unwrap();
-        // The last line may be half written.
+        // The last line may be incomplete.
         log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
-    /// A kubeconfig for the API server, or a proxy before it, on `port`.
+    /// A kubeconfig for the API server, or for a proxy of the API server, on `port`.
     fn kubeconfig(&self, port: u16, token: &str) -> String {
         let certificate = self.folder.join("certs/apiserver.crt");
         let server = SocketAddr::new(self.address.ip(), port);
@@ -136,13 +139,14 @@ impl ApiServer {
     }
 }
 
-/// Ports that nobody uses at the moment.
+/// Ports that are free at the moment.
 fn free_ports() -> [u16; 3] {
     let listeners = [(); 3].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
     listeners.map(|listener| listener.local_addr().unwrap().port())
 }
 
-/// A Kubernetes namespace, node and agent of one test. The node's name is the namespace's, so that no other test has it.
+/// A Kubernetes namespace, node and agent of one test. The node has the namespace's name, so no
+/// other test has a node of that name.
 pub(crate) struct KubeNamespace {
     pub(crate) name: String,
     pub(crate) admin: Client,
@@ -151,12 +155,12 @@ pub(crate) struct KubeNamespace {
 }
 
 impl KubeNamespace {
-    /// With servers of its own at this address of the network that the runtime's threads are in. They end with it.
+    /// Starts servers at this address, in the network namespace of the runtime's threads. The
+    /// servers end when the returned value is dropped.
     pub(crate) async fn with_own_server(address: Ipv4Addr) -> Self {
         Self::on_server(tokio::task::spawn_blocking(move || ApiServer::start(address)).await.unwrap().into()).await
     }
 
-    /// With these servers.
     pub(crate) async fn on_server(server: Arc<ApiServer>) -> Self {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let admin = client(&server.kubeconfig(server.address.port(), ADMIN_TOKEN)).await;
@@ -172,12 +176,12 @@ impl KubeNamespace {
         Self { name, admin, server, folder: tempfile::tempdir().unwrap() }
     }
 
-    /// What an agent of this place is told about itself, with all rights there are.
+    /// Configuration of this namespace's agent, with the rights of an administrator.
     pub(crate) fn config(&self) -> Config {
         self.config_of(ADMIN_TOKEN)
     }
 
-    /// The same with this token.
+    /// Configuration of this namespace's agent, with the rights of this token.
     pub(crate) fn config_of(&self, token: &str) -> Config {
         self.config_with(self.server.address.port(), token)
     }
@@ -214,7 +218,8 @@ impl KubeNamespace {
         PodRef { k8s_namespace: self.name.clone(), name: name.to_owned(), uid: made.metadata.uid.unwrap() }
     }
 
-    /// A token as the API server issues it; without audience for itself, without pod bound to nothing.
+    /// Requests a token from the API server. Without `audience` the token is for the API server
+    /// itself; without `pod` the token is bound to no object.
     pub(crate) async fn token(&self, service_account: &str, audience: Option<String>, pod: Option<&PodRef>) -> String {
         let bound = |pod: &PodRef| BoundObjectReference {
             api_version: Some("v1".into()),

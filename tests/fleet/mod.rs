@@ -1,6 +1,7 @@
-//! Agents as they are installed, one process each: on links of their own, with containerds that the caller starts, admitted by tokens of
-//! one real API server, and with the addresses of the first ones. For tests and benchmarks, which both include this folder; what only one
-//! of them needs is there.
+//! Agents as users install them, one process each, on links of their own. The caller starts the
+//! containerds, tokens of one real API server admit the agents, and every agent joins the addresses
+//! of the first agents. Tests and benchmarks both include this folder, so the folder has only code
+//! that both use.
 
 pub(crate) mod agent;
 pub(crate) mod apiserver;

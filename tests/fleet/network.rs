@@ -1,7 +1,9 @@
-//! The network of the agents: each in a network namespace of its own, with two links to a namespace in the middle, the switch.
+//! Network of the agents: a network namespace for each agent, with two links to a namespace in the
+//! middle, the switch.
 //!
-//! On the mesh's link is nothing but what agents say to each other, so its counters are exact, and it can be taken down. The API server
-//! and the admin ports are on the other link, which stays.
+//! The mesh link carries only traffic between agents, so the link's counters are exact and a test
+//! may take the link down. The API server and the admin ports are on the other link, which stays
+//! up.
 
 use std::fs::File;
 use std::io::Write;
@@ -11,18 +13,21 @@ use std::process::{Child, Command, Stdio};
 
 use nix::sched::{CloneFlags, setns};
 
-/// The switch's own address on the links of the API server and the admin ports. The namespaces have no way out.
+/// Address of the switch on the links of the API server and the admin ports. The namespaces have no
+/// route to other networks.
 pub(crate) const SWITCH: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 1);
 
-/// All namespaces go when dropped, and when this process ends in whichever way.
+/// Drop removes all namespaces. A crash of this process removes the namespaces too.
 pub(crate) struct AgentNetwork {
     tag: String,
     agents: usize,
-    /// Its standard input is closed when this process ends; then it ends what is in the agents' namespaces and removes them all.
+    /// A shell whose standard input closes when this process ends. The shell then kills the
+    /// processes in the agents' namespaces and removes all namespaces.
     cleanup: Child,
 }
 
-/// `$1` the switch, whose servers end by themselves, then the agents' namespaces.
+/// `$1` is the switch, whose servers end by themselves; the other arguments are the agents'
+/// namespaces.
 const CLEANUP_SCRIPT: &str = r#"
 trap '' INT TERM
 cat > /dev/null
@@ -35,12 +40,12 @@ done
 ip netns del "$switch"
 "#;
 
-/// Bytes on the mesh's link of one agent, with their Ethernet headers.
+/// Traffic on one agent's mesh link. Bytes include Ethernet headers.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct LinkBytes {
     pub(crate) sent: u64,
     pub(crate) received: u64,
-    /// In both directions.
+    /// Packets in both directions together.
     pub(crate) packets: u64,
 }
 
@@ -54,22 +59,22 @@ impl LinkBytes {
     }
 }
 
-/// Where an agent listens for its peers.
+/// Address at which an agent accepts peers.
 pub(crate) fn mesh_address(agent: usize) -> SocketAddr {
     (Ipv4Addr::new(10, 98, 0, last_byte(agent)), 4701).into()
 }
 
-/// Where it answers probes.
+/// Address of an agent's admin port.
 pub(crate) fn admin_address(agent: usize) -> SocketAddr {
     (Ipv4Addr::new(10, 97, 0, last_byte(agent)), 4702).into()
 }
 
 fn last_byte(agent: usize) -> u8 {
-    u8::try_from(11 + agent).expect("one subnet has room")
+    u8::try_from(11 + agent).expect("the subnet has an address for every agent")
 }
 
 impl AgentNetwork {
-    /// Namespaces for so many agents.
+    /// Creates the namespaces and links of this many agents.
     pub(crate) fn new(agents: usize) -> Self {
         let tag = format!("lighterman-{}", std::process::id());
         let names: Vec<_> = (0..agents).map(|agent| namespace(&tag, agent)).collect();
@@ -102,7 +107,8 @@ impl AgentNetwork {
         for (agent, name) in names.iter().enumerate() {
             let mut lines = vec!["link set lo up".to_owned()];
             for (link, address) in [("mesh", mesh_address(agent)), ("control", admin_address(agent))] {
-                // One segment at a time, so that each is counted with the headers that it has on a real wire.
+                // One segment per packet, so that each segment counts with the headers of a real
+                // wire.
                 lines.push(format!("link set {link} gso_max_segs 1"));
                 lines.push(format!("link set {link} addrgenmode none up"));
                 lines.push(format!("address add {}/24 dev {link}", address.ip()));
@@ -112,27 +118,29 @@ impl AgentNetwork {
         wires
     }
 
-    /// Makes this thread part of the switch; what it starts is, too.
+    /// Moves this thread into the switch. Its later threads and processes start there.
     pub(crate) fn enter_switch(&self) {
         let namespace = File::open(format!("/var/run/netns/{}-switch", self.tag)).unwrap();
         setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
     }
 
-    /// A command in an agent's namespace, with the process ID that the started one has.
+    /// A command in an agent's namespace. `nsenter` replaces itself with the program, so the
+    /// process ID of the command is the program's.
     pub(crate) fn command(&self, agent: usize, program: &Path) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net=/var/run/netns/{}", namespace(&self.tag, agent))).arg(program);
         command
     }
 
-    /// What each mesh link has carried. For threads of the switch.
+    /// Traffic of each mesh link so far. To be called on a thread of the switch.
     pub(crate) fn link_bytes(&self) -> Vec<LinkBytes> {
         let table = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
         let of_agent = |agent: usize| {
             let link = format!("mesh-{agent}:");
             let numbers = table.lines().find_map(|line| line.trim_start().strip_prefix(&link)).unwrap();
             let numbers: Vec<u64> = numbers.split_whitespace().map(|number| number.parse().unwrap()).collect();
-            // From the switch's end: what it received the agent has sent.
+            // Counters at the switch's end of the link: received bytes are bytes that the agent
+            // sent.
             LinkBytes { sent: numbers[0], received: numbers[8], packets: numbers[1] + numbers[9] }
         };
         (0..self.agents).map(of_agent).collect()
@@ -150,7 +158,7 @@ fn namespace(tag: &str, agent: usize) -> String {
     format!("{tag}-agent-{agent}")
 }
 
-/// Runs `ip` with these arguments, and these lines as a batch if there are any.
+/// Runs `ip` with these arguments. Lines, if any, are a batch on the standard input.
 pub(crate) fn ip(arguments: &[&str], lines: &[String]) {
     let mut command = Command::new("ip");
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());

@@ -1,4 +1,4 @@
-//! What the chart grants.
+//! Rights that the chart grants.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,18 +10,18 @@ use tokio::process::Command;
 
 use super::apiserver::{KubeNamespace, create, program};
 
-/// A template of the chart as helm renders it for an agent of this place.
+/// Renders a template of the chart with helm, for an agent of this namespace.
 pub(crate) async fn rendered(place: &KubeNamespace, template: &str, values: &str) -> Vec<Value> {
     let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/charts/lighterman");
     let run = async |program: PathBuf, arguments: &[&str]| {
-        let output = Command::new(&program).args(arguments).output().await.expect("it runs");
+        let output = Command::new(&program).args(arguments).output().await.expect("the program starts");
         assert!(output.status.success(), "{}: {}", program.display(), String::from_utf8_lossy(&output.stderr));
         output.stdout
     };
     let arguments = ["template", "lighterman", chart, "-n", &place.name, "-s", template, "--set", values];
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), run(program("helm"), &arguments).await).unwrap();
-    // Into JSON.
+    // kubectl converts the YAML documents into JSON.
     let (config, file) = (place.config().kubeconfig.unwrap(), file.path().to_str().unwrap());
     let kubeconfig = config.to_str().unwrap();
     let arguments = ["--kubeconfig", kubeconfig, "create", "--dry-run=client", "-o", "json", "-f", file];
@@ -29,14 +29,14 @@ pub(crate) async fn rendered(place: &KubeNamespace, template: &str, values: &str
     serde_json::Deserializer::from_slice(&objects).into_iter().collect::<Result<_, _>>().unwrap()
 }
 
-/// Renames an object of the chart that belongs to no namespace: other tests have theirs.
+/// Renames a cluster-wide object of the chart, because other tests create that object too.
 pub(crate) fn make_name_unique(place: &KubeNamespace, name: &mut Value) {
     if name.as_str().unwrap().starts_with("lighterman") {
         *name = format!("{}-{}", name.as_str().unwrap(), place.name).into();
     }
 }
 
-/// Grants what the chart grants with these values.
+/// Grants the rights that the chart grants with these values.
 pub(crate) async fn grant_rbac(place: &KubeNamespace, values: &str) {
     for mut object in rendered(place, "templates/rbac.yaml", values).await {
         let kind = object["kind"].as_str().unwrap().to_owned();
@@ -56,7 +56,7 @@ pub(crate) async fn grant_rbac(place: &KubeNamespace, values: &str) {
             ("RoleBinding", Some(namespace)) => {
                 drop(create::<RoleBinding>(&Api::namespaced(admin, &namespace), object).await);
             }
-            (kind, _) => panic!("a {kind} among the rights"),
+            (kind, _) => panic!("templates/rbac.yaml has an unexpected {kind}"),
         }
     }
 }

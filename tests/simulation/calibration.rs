@@ -1,4 +1,5 @@
-//! The model's bytes beside the real ones: the same announcements that thirty real agents are measured with (`tests/components/mesh.rs`).
+//! The model's bytes, for comparison with real bytes: the same announcements are measured with
+//! thirty real agents in `tests/components/mesh.rs`.
 
 use std::time::Duration;
 
@@ -10,10 +11,11 @@ const AGENTS: usize = 30;
 const PUBLISHERS: usize = 10;
 const ROUNDS: usize = 12;
 
-/// Changes are gathered for a second.
+/// Time between rounds. Agents batch changes for one second.
 const APART: Duration = Duration::from_millis(1500);
 
-/// What an agent receives beyond its idling for one message of gossip: copies, framing, and what is told about it.
+/// Bytes that an agent receives for one gossip message, without the idle traffic: copies, framing,
+/// and gossipsub's control messages.
 pub(super) fn bytes_per_message() -> f64 {
     let mut mesh = Mesh::converged(AGENTS, 30, 2, seed() + 30);
     let (before, watched) = (mesh.traffic(), APART * (ROUNDS as u32 + 1));
@@ -26,7 +28,7 @@ pub(super) fn bytes_per_message() -> f64 {
         for publisher in 0..PUBLISHERS {
             let blob = mesh.catalogue.new_blob(&format!("round {round} {publisher}"));
             mesh.change(publisher, &[blob], &[]);
-            // Writing it takes a real containerd some milliseconds.
+            // A real containerd takes some milliseconds to write a blob.
             mesh.run_for(Duration::from_millis(10));
         }
         mesh.run_for(APART - Duration::from_millis(10) * PUBLISHERS as u32);
@@ -35,16 +37,16 @@ pub(super) fn bytes_per_message() -> f64 {
     let traffic = received_since(&mesh, &before);
     let messages = (heard(&mesh) - heard_before) as f64 / AGENTS as f64;
     let bytes = mean(&traffic).saturating_sub(idle) as f64 / messages;
-    let context =
-        format!("received beyond idling, by an agent, / {messages:.0} messages that came; {}", shares(&traffic));
+    let context = format!("received by an agent above idle traffic, / {messages:.0} messages; {}", shares(&traffic));
     println!("figure mesh_bytes_per_message_model {bytes:.0} ({context})");
     bytes
 }
 
 #[test]
 fn a_message_costs_the_bytes_of_its_copies() {
-    // A head and one blob are 270 bytes, 400 with all headers. Each agent has four to a dozen connections, a message comes over each of them
-    // once at most, and its name, in seven heartbeats, over some.
+    // A log head and one blob are 270 bytes, or 400 with all headers. Each agent has four to a
+    // dozen connections. A message crosses each connection at most once, and IHAVE names the
+    // message on some connections in seven heartbeats.
     let bytes = bytes_per_message();
     assert!((400.0..12.0 * 400.0).contains(&bytes), "{bytes}");
 }

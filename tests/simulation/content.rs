@@ -1,4 +1,4 @@
-//! What changes at a node is known everywhere, soon and cheaply.
+//! Changes on a node reach every inventory, quickly and with few bytes.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use rand::seq::IndexedRandom;
 use super::mesh::{ItemNumber, Mesh, NodeNumber, Traffic, shares};
 use super::setup::{figure, kbit_s, mib, small};
 
-/// Far longer than it may take; whether it was soon enough is a figure.
+/// Deadline far above the expected time. The figures show whether convergence is fast enough.
 pub(super) const WAIT_DEADLINE: Duration = Duration::from_secs(120);
 
 #[test]
@@ -26,7 +26,7 @@ fn changes_in_a_quiet_cluster_reach_every_inventory() {
     a_quiet_time(&mut small(3), Duration::from_secs(60));
 }
 
-/// Asserts that all inventories settle on what is so, and says how long that took.
+/// Asserts that all running nodes' inventories become exact. Returns the time until then.
 pub(super) fn wait_converged(mesh: &mut Mesh, what: &str) -> Duration {
     let observers = mesh.running();
     let time = mesh.wait_converged(WAIT_DEADLINE, &observers);
@@ -36,13 +36,13 @@ pub(super) fn wait_converged(mesh: &mut Mesh, what: &str) -> Duration {
     time
 }
 
-/// Some of the nodes of a large cluster, all of a small one: to look at every item costs time.
+/// All nodes of a small cluster, and some of a large one: comparing every item takes time.
 fn sample(mesh: &mut Mesh) -> Vec<NodeNumber> {
     let nodes = mesh.running();
     if nodes.len() <= 100 { nodes } else { nodes.choose_multiple(&mut mesh.rng, 8).copied().collect() }
 }
 
-/// What has been received since then.
+/// The traffic since `before`.
 pub(super) fn received_since(mesh: &Mesh, before: &[Traffic]) -> Vec<Traffic> {
     mesh.traffic().iter().zip(before).map(|(now, before)| now.since(before)).collect()
 }
@@ -57,11 +57,11 @@ pub(super) fn an_image_on_one_node(mesh: &mut Mesh) -> Duration {
     let node = mesh.rng.random_range(0..mesh.nodes.len());
     mesh.change(node, &parts, &[]);
     let time = wait_converged(mesh, "an image on one node");
-    println!("  an image that one node gets: {:.2} s", time.as_secs_f64());
+    println!("  an image on one node: {:.2} s until all inventories agree", time.as_secs_f64());
     time
 }
 
-/// Nodes get the same image, each at a moment of its own within this time.
+/// Length of a rollout. Each node gets the image at a random moment within this time.
 const ROLLOUT: Duration = Duration::from_secs(30);
 
 pub(super) fn an_image_on_every_node(mesh: &mut Mesh) -> Duration {
@@ -81,23 +81,24 @@ pub(super) fn an_image_on_every_node(mesh: &mut Mesh) -> Duration {
     let took = Duration::from_micros(mesh.now - began);
     let heard = mesh.nodes.iter().map(|node| node.messages_received).sum::<u64>() - heard;
     let context = format!(
-        "received by a node on average while all get one image within 30 s, and until all know; {}; {} entries, {heard} heard",
+        "received by a node on average, from a rollout of 30 s to the last inventory; {}; {} entries, {heard} received",
         shares(&received),
         mesh.published_by_kind[0] - told[0],
     );
     figure(mesh, "mesh_burst_kbit_s_1000", kbit_s(mean(&received), took), &context);
-    println!("  an image that all nodes get: {:.2} s after the last", time.as_secs_f64());
+    println!("  an image on all nodes: {:.2} s after the last node", time.as_secs_f64());
     time
 }
 
-/// A node changes ten items so often: a hundred an hour.
+/// Interval between two changes of a node. A change has ten items, so a node changes a hundred
+/// items an hour.
 const CHANGE_INTERVAL: Duration = Duration::from_secs(360);
 
 pub(super) fn a_quiet_time(mesh: &mut Mesh, time: Duration) {
     let pool: Vec<ItemNumber> = (0..40)
         .flat_map(|_| {
             let image = mesh.catalogue.new_image();
-            // Blobs alone, and not the index: a name without its index is no voice.
+            // Blobs only, without the index: an announced name counts only together with the index.
             mesh.catalogue.parts(image)[1..10].to_vec()
         })
         .collect();
@@ -117,7 +118,7 @@ pub(super) fn a_quiet_time(mesh: &mut Mesh, time: Duration) {
     let average = kbit_s(mean(&received), took);
     let neighbours = mesh.nodes.iter().filter_map(|node| node.agent.as_ref()).map(|agent| agent.neighbours.len());
     let context = format!(
-        "received by a node on average, worst {worst:.1}; {:.1} neighbours; {}; told {:?}",
+        "received by a node on average, worst {worst:.1}; {:.1} neighbors; {}; published {:?}",
         neighbours.sum::<usize>() as f64 / mesh.nodes.len() as f64,
         shares(&received),
         std::array::from_fn::<_, 5, _>(|kind| mesh.published_by_kind[kind] - told[kind]),

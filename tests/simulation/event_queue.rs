@@ -1,10 +1,10 @@
-//! What will happen in simulated time, in order; what is due at the same moment in the order in which it was put down, so that a seed
-//! always gives the same run.
+//! Future events in simulated time, in order. Events at the same moment keep the order in which
+//! they were scheduled, so that a seed always gives the same run.
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
-/// Things to come, each at its microsecond.
+/// Future events, each with a time in microseconds.
 pub(super) struct EventQueue<E> {
     entries: BinaryHeap<QueuedEvent<E>>,
     scheduled: u64,
@@ -26,7 +26,7 @@ impl<E> EventQueue<E> {
         self.entries.push(QueuedEvent { at, number: self.scheduled, event });
     }
 
-    /// The next thing and its moment, if that is not after `until`.
+    /// Removes the next event, if its time is not after `until`.
     pub(super) fn next(&mut self, until: u64) -> Option<(u64, E)> {
         self.entries.peek().filter(|entry| entry.at <= until)?;
         self.entries.pop().map(|QueuedEvent { at, event, .. }| (at, event))
@@ -54,7 +54,7 @@ impl<E> PartialOrd for QueuedEvent<E> {
 }
 
 impl<E> Ord for QueuedEvent<E> {
-    /// The heap gives its greatest first.
+    /// Reversed, because the heap returns the greatest entry first.
     fn cmp(&self, other: &Self) -> Ordering {
         other.key().cmp(&self.key())
     }

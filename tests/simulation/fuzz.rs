@@ -1,4 +1,4 @@
-//! Anything at any time, then quiet.
+//! Random events at random times, then a quiet period.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use super::content::wait_converged;
 use super::mesh::Mesh;
 use super::setup::seed;
 
-/// Up to a dozen all are neighbours of all; of thirty, few are.
+/// In a cluster of a dozen, all nodes are neighbors. In a cluster of thirty, few nodes are.
 const SIZES: [usize; 4] = [12, 12, 12, 30];
 
-/// Unoptimised they take most of the tests' time.
+/// Number of runs. Unoptimized runs take most of the tests' time.
 const RUNS: u64 = if cfg!(debug_assertions) { 4 } else { 20 };
 
 #[test]
@@ -22,7 +22,7 @@ fn inventories_converge_after_random_events_and_hold_nothing_unannounced() {
         println!("run {run}: LIGHTERMAN_SIM_SEED={seed}");
         let nodes = SIZES[run as usize % SIZES.len()];
         let mut mesh = Mesh::converged(nodes, 20, 4, seed);
-        // The headless Service names everybody.
+        // The headless Service lists every node.
         mesh.nodes.iter_mut().for_each(|node| node.seeds = (0..nodes).collect());
         for _ in 0..60 {
             random_event(&mut mesh);
@@ -30,7 +30,7 @@ fn inventories_converge_after_random_events_and_hold_nothing_unannounced() {
         }
         mesh.nodes.iter_mut().for_each(|node| (node.partition, node.is_link_down) = (0, false));
         mesh.resend();
-        wait_converged(&mut mesh, "in the end");
+        wait_converged(&mut mesh, "after the last event");
     }
 }
 
@@ -54,12 +54,12 @@ fn random_event(mesh: &mut Mesh) {
     mesh.run_for(Duration::from_secs_f64(seconds));
 }
 
-/// A whole image comes or goes.
+/// Adds a whole image to a node, or removes the image if the node has it.
 fn add_or_remove_image(mesh: &mut Mesh, node: usize) {
     let image = mesh.rng.random_range(0..20);
     let parts = mesh.catalogue.parts(image).to_vec();
     let gone = parts.iter().all(|part| mesh.nodes[node].items.contains(part));
-    // Bases are shared with other images, and stay.
+    // Base layers are shared with other images and stay.
     let own: Vec<_> =
         parts.iter().enumerate().filter(|(place, _)| !(10..12).contains(place)).map(|(_, part)| *part).collect();
     if gone { mesh.change(node, &[], &own) } else { mesh.change(node, &parts, &[]) }

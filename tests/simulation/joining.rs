@@ -1,4 +1,4 @@
-//! Agents that begin, alone and all at once.
+//! Agents that start, alone and all at once.
 
 use std::time::Duration;
 
@@ -23,21 +23,21 @@ pub(super) fn a_new_node(mesh: &mut Mesh) {
     let node = mesh.add_node(mesh.nodes[0].items.len() / 14);
     mesh.start(node, &[seed]);
     let time = mesh.wait_converged(WAIT_DEADLINE, &[node]);
-    let time = time.unwrap_or_else(|| panic!("a newcomer: {}", mesh.first_difference()));
+    let time = time.unwrap_or_else(|| panic!("a new node: {}", mesh.first_difference()));
     let took = mesh.nodes[node].traffic;
-    let context = format!("from its start, with one address, until its inventory is complete; {}", shares(&[took]));
+    let context = format!("from the start with one address to a complete inventory; {}", shares(&[took]));
     figure(mesh, "mesh_newcomer_s_1000", time.as_secs_f64(), &context);
     figure(mesh, "mesh_newcomer_mib_1000", mib(took.total() as usize), "received until then");
-    let more = wait_converged(mesh, "a newcomer");
+    let more = wait_converged(mesh, "a new node");
     let received = received_since(mesh, &before);
     println!(
-        "  all know it {:.2} s later; each received {:.1} KiB",
+        "  the new node is in all inventories {:.2} s later; each node received {:.1} KiB",
         more.as_secs_f64(),
         mean(&received) as f64 / 1024.0
     );
 }
 
-/// Each knows the same three.
+/// Each node starts with the same three addresses.
 pub(super) fn nodes_start_at_once(mesh: &mut Mesh) {
     let before = mesh.traffic();
     for node in 0..mesh.nodes.len() {
@@ -48,7 +48,7 @@ pub(super) fn nodes_start_at_once(mesh: &mut Mesh) {
     let time = wait_converged(mesh, "all at once");
     let received = received_since(mesh, &before);
     let context = format!(
-        "all start within a second with three addresses, until all know all; {:.1} MiB received by a node on average, {:.1} by the worst; {}; told {:?}",
+        "all start within a second with three addresses, until all agree; {:.1} MiB received by a node on average, {:.1} by the worst; {}; published {:?}",
         mib(mean(&received) as usize),
         mib(received.iter().map(|one| one.total()).max().unwrap_or(0) as usize),
         shares(&received),

@@ -1,4 +1,4 @@
-//! A thousand nodes: everything on one cluster, one after the other, and the figures.
+//! A thousand nodes: all events on one cluster, one after the other, and the figures.
 
 use std::time::Duration;
 
@@ -6,9 +6,9 @@ use super::mesh::Mesh;
 use super::setup::{figure, seed};
 use super::{content, joining, liveness, lying_members, partition};
 
-/// Different images; with 12 blobs each, ten of its own, there are 20 000 different ones.
+/// Number of images. Each has 12 blobs, ten of them unique, so there are 20 000 different blobs.
 const IMAGES: usize = 2000;
-/// Images on a node: some 3000 blobs.
+/// Images on each node: some 3000 blobs.
 const IMAGES_EACH: usize = 300;
 
 #[test]
@@ -25,7 +25,8 @@ fn a_thousand_nodes_converge_after_every_kind_of_event() {
     let one = content::an_image_on_one_node(&mut mesh);
     let all = content::an_image_on_every_node(&mut mesh);
     done("burst");
-    let context = "from the last change to the last inventory; one node gets an image, or all within 30 s, the worse";
+    let context =
+        "from the last change to the last inventory; one node gets an image or all do within 30 s, the larger";
     figure(&mesh, "mesh_converge_s_1000", one.max(all).as_secs_f64(), context);
     liveness::a_node_is_killed(&mut mesh);
     done("kills");
@@ -45,7 +46,8 @@ fn a_thousand_nodes_converge_after_every_kind_of_event() {
     lying_members::a_forger(&mut mesh);
     done("liars");
     drop(mesh);
-    // Of what nodes hold, little: everybody asking for the snapshots of everybody takes a machine an hour to simulate.
+    // Nodes have few images here: with 300 images each, a snapshot of every node for every other
+    // node takes an hour to simulate.
     let mut mesh = Mesh::new(nodes, IMAGES, 10, seed());
     joining::nodes_start_at_once(&mut mesh);
     done("started");

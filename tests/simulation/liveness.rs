@@ -1,4 +1,4 @@
-//! Who is dead is forgotten, and nobody else.
+//! Dead members are dropped, and no other members.
 
 use std::time::Duration;
 
@@ -34,36 +34,37 @@ fn a_rolling_restart_loses_no_other_node() {
     a_rolling_restart(&mut small(11));
 }
 
-/// How long until nobody has these any more.
+/// Waits until no other node has these nodes in its inventory.
 fn wait_dropped(mesh: &mut Mesh, gone: &[NodeNumber]) -> Duration {
     let mut waiting: Vec<_> = (0..mesh.nodes.len()).filter(|node| !gone.contains(node)).collect();
     let time = mesh.run_until(Duration::from_secs(60), |mesh| {
         waiting.retain(|observer| gone.iter().any(|other| mesh.considers_alive(*observer, *other)));
         waiting.is_empty()
     });
-    time.unwrap_or_else(|| panic!("{} nodes have not forgotten {gone:?}", waiting.len()))
+    time.unwrap_or_else(|| panic!("{} nodes have not dropped {gone:?}", waiting.len()))
 }
 
-/// Nothing happened to the others, and those who are not in trouble themselves never lost them.
+/// Asserts that no node outside `troubled` dropped a node outside `troubled` since the observation
+/// with number `since`.
 fn assert_no_other_is_lost(mesh: &Mesh, since: usize, troubled: &[NodeNumber]) {
     let fine = |node: NodeNumber| !troubled.contains(&node);
     let lost = mesh.observations[since..].iter().filter(|one| matches!(one.change, ObservedChange::Down(_)));
     let lost: Vec<_> = lost.filter(|one| fine(one.observer) && fine(one.subject)).collect();
-    assert!(lost.is_empty(), "{} lost without a reason, as {:?}", lost.len(), lost.first());
+    assert!(lost.is_empty(), "{} members were dropped without a reason, such as {:?}", lost.len(), lost.first());
 }
 
 fn pick(mesh: &mut Mesh, count: usize) -> Vec<NodeNumber> {
     index::sample(&mut mesh.rng, mesh.nodes.len(), count).into_vec()
 }
 
-/// Brings back who was killed, and waits until all is well.
+/// Starts the agents of these nodes again, and waits for exact inventories.
 fn restart(mesh: &mut Mesh, gone: &[NodeNumber]) {
     for node in gone {
         let seed = (*node + 1) % mesh.nodes.len();
         mesh.start(*node, &[seed]);
     }
-    let time = wait_converged(mesh, "back again");
-    println!("  {} back again: {:.2} s", gone.len(), time.as_secs_f64());
+    let time = wait_converged(mesh, "restarted");
+    println!("  {} restarted: {:.2} s", gone.len(), time.as_secs_f64());
 }
 
 pub(super) fn a_node_is_killed(mesh: &mut Mesh) {
@@ -76,11 +77,14 @@ pub(super) fn a_node_is_killed(mesh: &mut Mesh) {
         mesh.run_for(Duration::from_secs(15));
         assert_no_other_is_lost(mesh, judged, &[node]);
         let suspicions = mesh.published_by_kind[2] - told[2];
-        assert!(suspicions <= 40, "{suspicions} suspicions of one death");
+        assert!(suspicions <= 40, "{suspicions} suspicions of a single dead member");
         restart(mesh, &[node]);
     }
     times.sort_by(f64::total_cmp);
-    let context = format!("SIGKILL to the last inventory without it, median of {TIMES}; worst {:.2}", times[TIMES - 1]);
+    let context = format!(
+        "from SIGKILL until the last inventory drops the node, median of {TIMES}; worst {:.2}",
+        times[TIMES - 1]
+    );
     figure(mesh, "sim_dead_peer_forgotten_s", times[TIMES / 2], &context);
 }
 
@@ -94,7 +98,8 @@ pub(super) fn many_nodes_are_killed(mesh: &mut Mesh) {
     assert_no_other_is_lost(mesh, judged, &gone);
     let context = format!("{count} killed at once; {} suspicions", mesh.published_by_kind[2] - told[2]);
     figure(mesh, "sim_dead_peers_forgotten_s", time.as_secs_f64(), &context);
-    // Of most the disks are gone, too: to tell what one holds costs a snapshot for each of the others, and the simulation's time.
+    // All nodes but three lose their content too. Each node's content costs a snapshot for every
+    // other node, and simulation time.
     gone.iter().skip(3).for_each(|node| mesh.nodes[*node].items.clear());
     restart(mesh, &gone);
 }
@@ -109,13 +114,13 @@ pub(super) fn a_link_goes_down(mesh: &mut Mesh) {
         assert_no_other_is_lost(mesh, judged, &[node]);
         mesh.nodes[node].is_link_down = false;
         mesh.resend();
-        let back = wait_converged(mesh, "its link is up again");
-        println!("  its link is up again: {:.2} s", back.as_secs_f64());
-        // What it tried before comes to an end.
+        let back = wait_converged(mesh, "the link is up again");
+        println!("  the link is up again: {:.2} s", back.as_secs_f64());
+        // Lets the node's earlier connection attempts end.
         mesh.run_for(Duration::from_secs(10));
     }
     times.sort_by(f64::total_cmp);
-    let context = format!("link down to the last inventory without it, median of 3; worst {:.2}", times[2]);
+    let context = format!("from link down until the last inventory drops the node, median of 3; worst {:.2}", times[2]);
     figure(mesh, "sim_dead_peer_forgotten_link_s", times[1], &context);
 }
 
@@ -126,7 +131,7 @@ pub(super) fn a_node_is_starved(mesh: &mut Mesh) {
         let time = Duration::from_secs(seconds);
         mesh.nodes[node].starved_until = mesh.now + super::mesh::micros(time);
         mesh.run_for(time);
-        let back = wait_converged(mesh, "one that was starved");
+        let back = wait_converged(mesh, "a starved node");
         mesh.run_for(Duration::from_secs(15));
         assert_no_other_is_lost(mesh, judged, &[node]);
         let lost = mesh.observations[judged..]
@@ -134,19 +139,20 @@ pub(super) fn a_node_is_starved(mesh: &mut Mesh) {
             .filter(|one| one.subject == node && matches!(one.change, ObservedChange::Down(_)));
         let told: [usize; 5] = std::array::from_fn(|kind| mesh.published_by_kind[kind] - told[kind]);
         println!(
-            "  starved for {seconds} s: {} lost it, all have it back {:.2} s later; told {told:?}; it received {} KiB",
+            "  starved for {seconds} s: dropped by {}, in all inventories {:.2} s later; published {told:?}; received {} KiB",
             lost.count(),
             back.as_secs_f64(),
             mesh.nodes[node].traffic.since(&before).total() / 1024,
         );
-        assert!(told[2] <= 40 && told[3] <= 12, "no storm: {told:?}");
+        assert!(told[2] <= 40 && told[3] <= 12, "a starved node causes no storm of messages: {told:?}");
     }
 }
 
-/// Most nodes that are restarted: each costs a snapshot for each of the others, and so the simulation's time.
+/// Upper bound of restarted nodes: each restart costs a snapshot for every other node, and
+/// simulation time.
 const MOST_RESTARTED: usize = 20;
 
-/// A tenth of the nodes, some at a time, each down for two seconds.
+/// Restarts a tenth of the nodes in five groups. Each node is down for two seconds.
 pub(super) fn a_rolling_restart(mesh: &mut Mesh) {
     let count = (mesh.nodes.len() / 10).min(MOST_RESTARTED);
     let restarted = pick(mesh, count);
@@ -162,5 +168,5 @@ pub(super) fn a_rolling_restart(mesh: &mut Mesh) {
     let time = wait_converged(mesh, "a rolling restart");
     assert_no_other_is_lost(mesh, judged, &restarted);
     let told: [usize; 5] = std::array::from_fn(|kind| mesh.published_by_kind[kind] - told[kind]);
-    println!("  {count} restarted: all agree {:.2} s after the last; told {told:?}", time.as_secs_f64());
+    println!("  {count} restarted: all agree {:.2} s after the last; published {told:?}", time.as_secs_f64());
 }

@@ -1,4 +1,4 @@
-//! Members that lie: what honest nodes know of each other stays right, and the liar is found out.
+//! Members that lie: honest nodes' inventories of each other stay exact, and the liar is found.
 
 use std::time::Duration;
 
@@ -33,14 +33,14 @@ fn false_replies_change_no_inventory() {
     false_replies(&mut small(15));
 }
 
-/// How long honest nodes are watched.
+/// Time for which honest nodes are observed.
 const OBSERVATION_TIME: Duration = Duration::from_secs(30);
 
 fn invented_item() -> InventoryItem {
     InventoryItem::Blob(Digest::of(b"nobody has this"))
 }
 
-/// An entry with this number as `author` would sign it, signed by `signer`.
+/// An entry of `author` with this sequence number, signed by `signer`.
 fn entry(mesh: &Mesh, author: NodeNumber, signer: NodeNumber, sequence: u64, item: InventoryItem) -> LogEntry {
     let changes = vec![InventoryChange::Added(item.clone())];
     let status = mesh.status(author);
@@ -56,13 +56,14 @@ fn entry(mesh: &Mesh, author: NodeNumber, signer: NodeNumber, sequence: u64, ite
     LogEntry { head, changes }
 }
 
-/// What a liar with a victim can say that only the victim may say.
+/// Messages of the liar that only the victim may sign, and an entry of the liar with unsigned
+/// changes.
 fn forgeries(mesh: &Mesh, liar: NodeNumber, victim: NodeNumber) -> Vec<Gossip> {
     let status = mesh.status(victim);
     let (peer, epoch, forger) = (mesh.nodes[victim].peer.clone(), status.epoch, mesh.key(liar));
     let next = status.sequence + 1;
     let forged = entry(mesh, victim, liar, next, invented_item());
-    // Its own entry, but with other changes than those that were signed.
+    // The liar's own entry, with more changes than the signature covers.
     let mut changed = entry(mesh, liar, liar, mesh.status(liar).sequence + 1, invented_item());
     changed.changes.push(InventoryChange::Added(InventoryItem::Blob(Digest::of(b"nor this"))));
     let mut farewell = LeaveNotice { peer: peer.id, epoch, signature: [0; 64].into() };
@@ -95,7 +96,8 @@ fn pick_two(mesh: &mut Mesh) -> (NodeNumber, NodeNumber) {
     (two.index(0), two.index(1))
 }
 
-/// Nobody believes in nonsense, and honest nodes know all of each other.
+/// Asserts that no honest node accepted an invented item, and that honest inventories of each other
+/// are exact.
 fn assert_honest_inventories_exact(mesh: &Mesh, liars: &[NodeNumber]) {
     let honest: Vec<_> = (0..mesh.nodes.len()).filter(|node| !liars.contains(node)).collect();
     mesh.assert_nothing_invented_about(&honest);
@@ -107,7 +109,7 @@ fn assert_honest_inventories_exact(mesh: &Mesh, liars: &[NodeNumber]) {
     }
 }
 
-/// Who banned it.
+/// Number of nodes that banned the liar.
 fn banning_nodes(mesh: &Mesh, liar: NodeNumber) -> usize {
     let bans = mesh
         .observations
@@ -130,14 +132,14 @@ pub(super) fn a_forger(mesh: &mut Mesh) {
     assert_honest_inventories_exact(mesh, &[liar]);
     let banned = banning_nodes(mesh, liar);
     println!(
-        "  a forger of {neighbours} neighbours is banned by {banned}; {} honest ones",
+        "  a forger with {neighbours} neighbors is banned by {banned}; {} honest nodes are blamed",
         faults_of_honest_nodes(mesh, &[liar])
     );
-    assert!(banned > 0, "somebody found out");
-    assert_eq!(faults_of_honest_nodes(mesh, &[liar]), 0, "and nobody else is to blame");
+    assert!(banned > 0, "a node bans the forger");
+    assert_eq!(faults_of_honest_nodes(mesh, &[liar]), 0, "no fault of an honest node is recorded");
 }
 
-/// Who was blamed though it did not lie.
+/// Number of faults that honest nodes recorded for honest nodes.
 fn faults_of_honest_nodes(mesh: &Mesh, liars: &[NodeNumber]) -> usize {
     let blames = mesh.observations.iter().filter(|one| matches!(one.change, ObservedChange::Faulted(..)));
     blames.filter(|one| !liars.contains(&one.subject) && !liars.contains(&one.observer)).count()
@@ -154,11 +156,11 @@ pub(super) fn a_contradiction(mesh: &mut Mesh) {
     mesh.run_for(OBSERVATION_TIME);
     assert_honest_inventories_exact(mesh, &[liar]);
     let banned = banning_nodes(mesh, liar);
-    assert_eq!(banned, mesh.nodes.len() - 1, "the second entry is the proof, and passed on as such");
-    assert_eq!(faults_of_honest_nodes(mesh, &[liar]), 0, "and nobody else is to blame");
+    assert_eq!(banned, mesh.nodes.len() - 1, "the second entry is a proof that every node receives");
+    assert_eq!(faults_of_honest_nodes(mesh, &[liar]), 0, "no fault of an honest node is recorded");
 }
 
-/// One liar alone, then three who agree.
+/// A single liar, then three liars together.
 pub(super) fn false_suspicions(mesh: &mut Mesh) {
     for count in [1, 3] {
         let chosen = index::sample(&mut mesh.rng, mesh.nodes.len(), count + 1).into_vec();
@@ -180,25 +182,25 @@ pub(super) fn false_suspicions(mesh: &mut Mesh) {
         let last = back.iter().filter(|one| one.change == ObservedChange::Up).map(|one| one.at).max();
         let first = lost.iter().map(|one| one.at).min();
         let away = first.zip(last).map_or(0, |(first, last)| last.saturating_sub(first));
-        println!("  {count} who suspect a living one: {} lost it, for {} ms at most", lost.len(), away / 1000);
-        assert!(count > 1 || lost.is_empty(), "one witness is none");
+        println!("  {count} members suspect a live one: dropped by {}, for {} ms at most", lost.len(), away / 1000);
+        assert!(count > 1 || lost.is_empty(), "a single witness confirms no death");
         let others = mesh.observations[judged..]
             .iter()
             .filter(|one| one.subject != victim && matches!(one.change, ObservedChange::Down(_)));
-        assert_eq!(others.filter(|one| !liars.contains(&one.subject)).count(), 0, "nobody else is lost");
+        assert_eq!(others.filter(|one| !liars.contains(&one.subject)).count(), 0, "no other honest member is dropped");
     }
 }
 
-/// A newcomer that asks a liar first.
+/// A new node sends requests to a liar first.
 pub(super) fn false_replies(mesh: &mut Mesh) {
     let (liar, honest) = pick_two(mesh);
     mesh.nodes[liar].is_liar = true;
     let images = mesh.nodes[0].items.len() / 14;
     let newcomer = mesh.add_node(images);
-    // Of whom it asks first nothing is learnt; one honest address is enough.
+    // The liar's replies are all false, so the new node also gets the address of an honest node.
     mesh.start(newcomer, &[liar, honest]);
     mesh.run_for(Duration::from_secs(90));
     assert_honest_inventories_exact(mesh, &[liar]);
-    println!("  a liar that a newcomer asked is blamed, and banned by {}", banning_nodes(mesh, liar));
-    assert_eq!(faults_of_honest_nodes(mesh, &[liar]), 0, "nobody else is to blame");
+    println!("  a liar that answers a new node is banned by {}", banning_nodes(mesh, liar));
+    assert_eq!(faults_of_honest_nodes(mesh, &[liar]), 0, "no fault of an honest node is recorded");
 }

@@ -1,8 +1,9 @@
-//! Agents on a simulated network: each is a real [`Protocol`] with a real [`Inventory`]; time, connections, gossipsub, and what can befall
-//! them are modelled. One thread, one source of randomness: the same seed gives the same run.
+//! Agents on a simulated network. Each agent is a real [`Protocol`] with a real [`Inventory`].
+//! Time, connections, gossipsub, and faults of the network are modelled. One thread and one source
+//! of randomness: the same seed gives the same run.
 //!
-//! Not modelled: processor time (but for a node that is starved on purpose), bandwidth (but for the time that large replies take), and
-//! noise, TLS and tokens (but for their bytes).
+//! Not modelled: processor time (except for a starved node), bandwidth (except for the time that
+//! large replies take), and noise, TLS and tokens (except for their bytes).
 
 mod catalogue;
 mod connection_attempts;
@@ -38,21 +39,21 @@ pub(crate) use gossipsub::NodeNumber;
 use node::SimulatedNode;
 pub(crate) use node::Traffic;
 
-/// Since the simulation's start, in microseconds.
+/// Microseconds since the start of the simulation.
 pub(crate) type Micros = u64;
 
-/// In simulated microseconds.
 pub(crate) fn micros(duration: Duration) -> Micros {
-    u64::try_from(duration.as_micros()).expect("a simulation does not last so long")
+    u64::try_from(duration.as_micros()).expect("the simulated time fits into 64 bits")
 }
 
-/// Gossipsub's heartbeat.
+/// Interval of gossipsub's heartbeat.
 const HEARTBEAT: Micros = 1_000_000;
 
-/// A ServiceAccount token is renewed when four fifths of its hour are over, as kubelet renews its own.
+/// A ServiceAccount token is renewed after four fifths of the hour, as the kubelet renews mounted
+/// tokens.
 const TOKEN_RENEWAL: Micros = 48 * 60 * 1_000_000;
 
-/// What goes over a connection.
+/// A frame on a connection.
 #[derive(Debug, Clone)]
 pub(crate) enum Frame {
     /// gossipsub: a message.
@@ -71,17 +72,18 @@ pub(crate) enum Frame {
     Prune,
     /// libp2p ping.
     Ping,
-    /// Its answer.
+    /// Answer to a ping.
     Pong,
-    /// A question, on a stream of its own.
+    /// A request, on a stream of its own.
     Request(SyncRequestId, Rc<SyncRequest>),
-    /// Its answer.
+    /// Answer to a request.
     Response(SyncRequestId, Rc<SyncReply>),
     /// The connection's end: FIN or RST.
     Closed,
 }
 
-/// What happens at a node. The number counts a node's processes: what was meant for an earlier one is void.
+/// An event at a node. The number is the generation of the node's process: an event for an earlier
+/// process is undeliverable.
 #[derive(Debug)]
 enum Event {
     Tick(NodeNumber, u32),
@@ -94,13 +96,13 @@ enum Event {
     Join(NodeNumber, u32),
 }
 
-/// A message of gossipsub, and what it weighs.
+/// A gossipsub message and the size of its encoding.
 struct PublishedMessage {
     gossip: Gossip,
     bytes: usize,
 }
 
-/// A member's inventory lost another, or somebody was blamed.
+/// A change of a member in another member's inventory, or a fault that was recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Observation {
     pub(crate) at: Micros,
@@ -109,17 +111,16 @@ pub(crate) struct Observation {
     pub(crate) change: ObservedChange,
 }
 
-/// What was said of it.
+/// The change of the subject, as the observer's protocol reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ObservedChange {
     Up,
     Down(&'static str),
     Faulted(&'static str, bool),
-    /// A message passed on by it was refused.
+    /// The observer rejected a message that the subject forwarded.
     Rejected(&'static str),
 }
 
-/// The whole cluster.
 pub(crate) struct Mesh {
     pub(crate) now: Micros,
     began: Instant,
@@ -132,12 +133,13 @@ pub(crate) struct Mesh {
     names: std::collections::HashMap<Digest, MessageNumber>,
     pub(crate) catalogue: Catalogue,
     pub(crate) observations: Vec<Observation>,
-    /// How many messages of each kind were published.
+    /// Number of published messages of each kind.
     pub(crate) published_by_kind: [usize; 5],
 }
 
 impl Mesh {
-    /// Nodes without agents, spread over `zones`. Half of a node's images are among those that most have.
+    /// Nodes without agents, spread over `ZONES`. Half of a node's images are among the most common
+    /// quarter.
     pub(crate) fn new(nodes: usize, images: usize, images_each: usize, seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
         let catalogue = Catalogue::new(images, &mut rng);
@@ -160,7 +162,7 @@ impl Mesh {
         }
     }
 
-    /// One node more, with so many images.
+    /// Adds a node with this number of images.
     pub(crate) fn add_node(&mut self, images: usize) -> NodeNumber {
         let number = self.nodes.len();
         let held = self.catalogue.pick(images, &mut self.rng);
@@ -169,17 +171,15 @@ impl Mesh {
         number
     }
 
-    /// The simulated moment.
     pub(crate) fn instant(&self) -> Instant {
         self.began + Duration::from_micros(self.now)
     }
 
-    /// The node with this key.
+    /// The number of the node with this PeerId.
     pub(crate) fn number(&self, peer: PeerId) -> Option<NodeNumber> {
         self.numbers.get(&peer).copied()
     }
 
-    /// Lets time pass.
     pub(crate) fn run_for(&mut self, time: Duration) {
         let end = self.now + micros(time);
         while let Some((at, event)) = self.events.next(end) {
@@ -189,9 +189,10 @@ impl Mesh {
         self.now = end;
     }
 
-    /// Lets time pass until it is so, for at most `deadline`; how long that took, or `None` when it did not come.
+    /// Runs until the condition holds, for at most `deadline`. Returns the time that this took, or
+    /// `None` after the deadline.
     ///
-    /// It is looked at 20 times a second, so the answer is that much too large at most.
+    /// The condition is checked every 50 ms, so the time is too large by at most 50 ms.
     pub(crate) fn run_until(
         &mut self,
         deadline: Duration,
@@ -215,7 +216,8 @@ impl Mesh {
         self.rng.random_range(0..most.max(1))
     }
 
-    /// Whether this process still runs; a starved one gets the event later.
+    /// `None` if this process has ended; otherwise whether the process gets processor time now. A
+    /// starved process gets the event later.
     fn may_run(&mut self, node: NodeNumber, life: u32) -> Option<bool> {
         let node = &self.nodes[node];
         (node.generation == life && node.agent.is_some()).then_some(node.starved_until <= self.now)
@@ -268,7 +270,7 @@ impl Mesh {
         }
     }
 
-    /// Reports something to a node's protocol, and does what it wants done.
+    /// Calls a node's protocol, and executes the protocol's outputs.
     pub(crate) fn with_protocol<R>(
         &mut self,
         node: NodeNumber,
@@ -281,7 +283,7 @@ impl Mesh {
         Some(result)
     }
 
-    /// Does what a node's protocol wants done.
+    /// Executes the outputs of a node's protocol.
     fn perform_outputs(&mut self, node: NodeNumber) {
         while let Some(output) = self.nodes[node].agent.as_mut().and_then(|agent| agent.protocol.next()) {
             match output {
@@ -308,7 +310,8 @@ impl Mesh {
         }
     }
 
-    /// Gives a message to the node's gossipsub, whether its protocol wanted that or not.
+    /// Publishes a message by the node's gossipsub, also a message that the protocol did not
+    /// output.
     pub(crate) fn publish(&mut self, node: NodeNumber, gossip: Gossip) {
         let kind = match &gossip {
             Gossip::Entry(_) => 0,
@@ -319,7 +322,7 @@ impl Mesh {
         };
         self.published_by_kind[kind] += 1;
         let next = MessageNumber::try_from(self.published.len()).expect("fewer messages than 2^32");
-        // Messages of the same content have the same name.
+        // Messages of the same content have the same message ID.
         let number = *self.names.entry(message_sizes::message_id(&gossip)).or_insert(next);
         if number == next {
             let bytes = message_sizes::of_gossip(&gossip);
@@ -330,7 +333,7 @@ impl Mesh {
         self.send_all(node, sending);
     }
 
-    /// A gossipsub message came.
+    /// Handles a gossipsub message from a peer.
     fn receive_gossip(&mut self, node: NodeNumber, from: NodeNumber, message: MessageNumber) {
         let published = &self.published[message as usize];
         let large = message_sizes::message(published.bytes) > gossipsub::IDONTWANT_THRESHOLD;
@@ -363,7 +366,7 @@ impl Mesh {
         }
     }
 
-    /// After this a connection is asked again whether it lives.
+    /// Schedules the next ping of a connection.
     fn schedule_probe(&mut self, link: MeshConnectionId, side: usize) {
         self.schedule(self.now + micros(PING_INTERVAL), Event::Ping(link, side));
     }

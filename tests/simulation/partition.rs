@@ -1,4 +1,4 @@
-//! A cluster that falls apart comes together again.
+//! A cluster converges after a partition.
 
 use std::time::Duration;
 
@@ -36,15 +36,16 @@ pub(super) fn two_halves(mesh: &mut Mesh) {
             }
         }
     }
-    // Whom nobody on the other side was connected to is not missed there before somebody dials it.
-    assert!(lingering * 20 < nodes * nodes, "{lingering} of the other side are still believed in");
+    // A peer without a connection across the partition is not suspected there before a node dials
+    // the peer.
+    assert!(lingering * 20 < nodes * nodes, "{lingering} members of the other side still count as alive");
     mesh.nodes.iter_mut().for_each(|node| node.partition = 0);
     let (before, told) = (mesh.traffic(), mesh.published_by_kind);
     mesh.resend();
     let time = wait_converged(mesh, "two halves");
     let received = received_since(mesh, &before);
     let context = format!(
-        "after 60 s apart ({lingering} wrongly believed in), until all agree; {:.1} MiB received by a node on average: {}; told {:?}",
+        "after 60 s apart ({lingering} wrongly alive), until all agree; {:.1} MiB received by a node on average: {}; published {:?}",
         mib(mean(&received) as usize),
         shares(&received),
         std::array::from_fn::<_, 5, _>(|kind| mesh.published_by_kind[kind] - told[kind]),

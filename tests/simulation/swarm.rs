@@ -1,10 +1,14 @@
-//! A swarm in simulated time: real pools, slots, and crossings of zones; a modelled network. Its figures are for one blob of 256 MiB that one
-//! node has, over links of 200 Mbit/s.
+//! A swarm in simulated time: real piece pickers, upload slots and zone leaders on a modelled
+//! network. The figures are for one blob of 256 MiB that one node has, over links of 200 Mbit/s.
 //!
-//! What is assumed: each direction of each node's link carries its bandwidth and nothing else does, chunks of 64 KiB take turns at the sender
-//! and queue at the receiver, a stream has three of them under way; half a millisecond one way in a zone, two between zones. All begin at
-//! once, know the holder, and hear of each other as fetching after 0.5 to 1.5 s. News are gathered for 50 ms. Disks, hashing, losses and
-//! links that differ are left out: it ranks rules, and does not foretell times.
+//! Assumptions: each direction of a node's link carries its bandwidth, and no other traffic. Chunks
+//! of 64 KiB take turns at the sender and queue at the receiver, and a stream has three chunks in
+//! flight. One-way latency is half a millisecond within a zone and two between zones. All nodes
+//! start at once with the seed as provider, and see each other as partial providers after 0.5 to
+//! 1.5 s. Piece announcements are batched for 50 ms.
+//!
+//! Disks, hashing, packet loss and links of different bandwidth are left out: the model ranks
+//! policies and does not predict times.
 
 mod events;
 mod lease_server;
@@ -16,7 +20,7 @@ use super::setup::seed;
 use node::NodeBehaviour;
 use simulation::{Setting, SwarmSimulation};
 
-/// What came of a run, in units of the time that a link needs for it once.
+/// The result of a run, in units of the time in which a link carries the blob once.
 struct Outcome {
     worst: f64,
     median: f64,
@@ -31,14 +35,19 @@ fn run_to_end(mut world: SwarmSimulation) -> Outcome {
     let mut times: Vec<_> =
         nodes.clone().map(|node| node.done_at.map_or(f64::INFINITY, |at| at as f64 / unit)).collect();
     times.sort_by(f64::total_cmp);
-    assert!(all, "not done: {} of {} nodes", times.iter().filter(|time| time.is_infinite()).count(), times.len());
+    assert!(
+        all,
+        "{} of {} nodes have not finished",
+        times.iter().filter(|time| time.is_infinite()).count(),
+        times.len()
+    );
     let wasted: u64 = world.nodes.iter().map(|node| node.wasted).sum();
     let course = world.useful_bytes.iter().map(|bytes| {
         let most = world.setting.bandwidth as f64 / 2.0 * times.len() as f64;
         format!("{:.0}", *bytes as f64 / most * 100.0)
     });
     println!(
-        "  {} nodes: worst {:.3}, median {:.3}, first {:.3}; the seed sent {:.2} copies, {:.1} % came for nothing; per cent of all links, each half second: {} [{:.0} s]",
+        "  {} nodes: worst {:.3}, median {:.3}, first {:.3}; the seed sent {:.2} copies, {:.1} % was wasted; percent of all links, each half second: {} [{:.0} s]",
         world.nodes.len(),
         times[times.len() - 1],
         times[times.len() / 2],
@@ -54,7 +63,7 @@ fn run_to_end(mut world: SwarmSimulation) -> Outcome {
 #[test]
 fn eight_nodes_finish_in_little_more_than_one_blob_time() {
     let of = run_to_end(SwarmSimulation::new(Setting::usual(9, seed())));
-    println!("figure swarm8_model_worst_sb {:.3} (median {:.3}; 8 nodes fetch 256 MiB of one)", of.worst, of.median);
+    println!("figure swarm8_model_worst_sb {:.3} (median {:.3}; 8 nodes fetch 256 MiB from one)", of.worst, of.median);
     assert!(of.worst <= 1.12, "{}", of.worst);
 }
 
@@ -84,7 +93,7 @@ fn a_slow_node_and_a_lying_node_stall_no_download() {
     run_to_end(world);
 }
 
-/// How often the image crossed into each zone that had none.
+/// Copies of the blob that crossed into each zone without a provider.
 fn cross_zone_copies(world: &SwarmSimulation) -> f64 {
     world.cross_zone_bytes as f64 / (world.setting.size * (world.setting.zones as u64 - 1)) as f64
 }
@@ -93,7 +102,7 @@ fn cross_zone_copies(world: &SwarmSimulation) -> f64 {
 fn three_zones_transfer_few_copies_and_write_few_leases() {
     let world = run_to_end(SwarmSimulation::new(Setting { zones: 3, ..Setting::usual(31, seed() + 3) })).world;
     println!(
-        "  {:.2} copies crossed into each other zone; {} Lease writes",
+        "  {:.2} copies crossed into each zone without a provider; {} Lease writes",
         cross_zone_copies(&world),
         world.server.writes
     );
@@ -110,12 +119,12 @@ fn the_remaining_nodes_finish_although_one_in_twenty_dies() {
     assert!(of.worst <= 1.3, "{}", of.worst);
 }
 
-/// How many nodes the large simulations have.
+/// Number of nodes of the large simulations.
 fn large() -> usize {
     std::env::var("LIGHTERMAN_SIM_NODES").map_or(1000, |text| text.parse().expect("a number of nodes"))
 }
 
-/// What a figure's line begins with; that of a smaller simulation is none.
+/// Prefix of a figure's line. `make figures` ignores the prefix of a smaller simulation.
 fn figure(name: &str) -> String {
     if large() >= 1000 { format!("figure {name}") } else { format!("  smaller: {name}") }
 }
@@ -126,13 +135,13 @@ fn a_thousand_nodes_take_little_longer_than_one() {
     let of = run_to_end(SwarmSimulation::new(Setting::usual(large() + 1, seed())));
     let copies = of.world.nodes[0].bytes_sent as f64 / of.world.setting.size as f64;
     println!(
-        "{} {:.3} ({} nodes fetch 256 MiB of one over 200 Mbit/s; known to be fetching after 0.5-1.5 s)",
+        "{} {:.3} ({} nodes fetch 256 MiB from one over 200 Mbit/s; partial providers are visible after 0.5-1.5 s)",
         figure("swarm1000_worst_sb"),
         of.worst,
         large()
     );
     println!("{} {:.3}", figure("swarm1000_median_sb"), of.median);
-    println!("{} {copies:.2} (copies that the first holder sent)", figure("swarm1000_seed_copies"));
+    println!("{} {copies:.2} (copies that the seed sent)", figure("swarm1000_seed_copies"));
     assert!(of.worst <= 1.3, "{}", of.worst);
 }
 
@@ -141,7 +150,7 @@ fn a_thousand_nodes_take_little_longer_than_one() {
 fn a_thousand_nodes_transfer_few_copies_across_zones_and_write_few_leases() {
     let world = run_to_end(SwarmSimulation::new(Setting { zones: 3, ..Setting::usual(large() + 1, seed()) })).world;
     let (copies, writes) = (cross_zone_copies(&world), world.server.writes);
-    println!("{} {copies:.2} (into each of two zones that have none)", figure("swarm1000_cross_zone_copies"));
+    println!("{} {copies:.2} (into each of two zones without a provider)", figure("swarm1000_cross_zone_copies"));
     println!("{} {writes}", figure("lease_writes_per_image_1000"));
     assert!(writes < 40, "{writes}");
 }

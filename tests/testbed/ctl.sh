@@ -1,19 +1,23 @@
 #!/bin/bash
-# ctl.sh RUNDIR SUBCOMMAND ...: acts on a running testbed.
-#   in [--mount] hub|NODE CMD...    run CMD in that network namespace; --mount: and among the node's own files, as its pods see them
+# ctl.sh RUNDIR SUBCOMMAND ...: acts on a running test bed.
+#   in [--mount] hub|NODE CMD...    run CMD in that network namespace; with --mount also in the
+#                                   node's mount namespace, with the files that pods see
 #   kubectl ARGS...                 as cluster-admin
 #   ctr NODE ARGS...                the ctr of that node's containerd, namespace k8s.io
-#   push OUT.tar NAME:TAG           an image made by mkimage.sh into the registry (bytes and digests unchanged); NAME may
-#                                   begin with the registry's address
+#   push OUT.tar NAME:TAG           push an image of mkimage.sh to the registry, bytes and digests
+#                                   unchanged; NAME may begin with the registry's address
 #   registry stop|start             connections are refused
-#   registry drop|undrop            packets vanish, so that clients run into their time-outs
+#   registry drop|undrop            packets are dropped, so that clients run into their time-outs
 #   apiserver stop|start
-#   dns stop|start                  start it after the API server, which it asks what there is
-#   node NODE containerd-stop|containerd-start|containerd-kill|kubelet-stop|kubelet-start|link-down|link-up
-#   node NODE disk-fill PERCENT     of the file system at /var/lib/containerd (LIGHTERMAN_DISK), so that so much is in use
-#   prometheus CONFIG PORT | prometheus stop     in the hub's network, on the hub's address and PORT
-#   logs COMPONENT                  what it said so far; without COMPONENT: their names
-#   status                          what runs
+#   dns stop|start                  start DNS after the API server, which has the Services
+#   node NODE containerd-stop|containerd-start|containerd-kill
+#   node NODE kubelet-stop|kubelet-start|link-down|link-up
+#   node NODE disk-fill PERCENT     fill the file system at /var/lib/containerd (LIGHTERMAN_DISK) to
+#                                   PERCENT in use
+#   prometheus CONFIG PORT          in the hub's network, on the hub's address and PORT
+#   prometheus stop
+#   logs [COMPONENT]                the output of a component so far; without COMPONENT: all names
+#   status                          the components, and whether each runs
 . "$(dirname "$0")/lib.sh"
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit "$1"; }
 case " $* " in *' --help '* | *' -h '*) [[ $# -gt 2 ]] || usage 0 ;; esac
@@ -21,13 +25,13 @@ case " $* " in *' --help '* | *' -h '*) [[ $# -gt 2 ]] || usage 0 ;; esac
 load "$1"
 cmd=$2
 shift 2
-is_node() { [[ ",$NODES," == *",${1:-},"* ]] || die "no node '${1:-}' here; there are: $NODES"; }
-restart_from() { # restart_from COMPONENT SECONDS PROBE...: start, and wait until it answers
+is_node() { [[ ",$NODES," == *",${1:-},"* ]] || die "no node '${1:-}'; the nodes are: $NODES"; }
+restart_from() { # restart_from COMPONENT SECONDS PROBE...: start, and wait until PROBE succeeds
   local c=$1 deadline=$((SECONDS + $2 * ${LIGHTERMAN_PATIENCE:-1}))
   shift 2
   start "$c"
   until "$@" > /dev/null 2>&1; do
-    [ $SECONDS -lt $deadline ] || { tail -n 5 "$R/log/$c.log" >&2; die "$c does not come up"; }
+    [ $SECONDS -lt $deadline ] || { tail -n 5 "$R/log/$c.log" >&2; die "$c does not become ready"; }
     sleep 0.1
   done
 }
@@ -47,7 +51,7 @@ push() {
     url=$(curl -o /dev/null -X POST -H 'Content-Length: 0' -w '%header{location}' "$api/blobs/uploads/")
     curl -o /dev/null -X PUT -H 'Content-Type: application/octet-stream' -T "$(file "$1")" "$url&digest=$1"
   }
-  send_manifest() { # send_manifest DIGEST MEDIATYPE REFERENCE: what it names first
+  send_manifest() { # send_manifest DIGEST MEDIATYPE REFERENCE: referenced content first
     local child
     if [[ $2 == *index* ]]; then
       while read -r child; do send_manifest "$child" "$(jq -r .mediaType "$(file "$child")")" "$child"; done < <(jq -r '.manifests[].digest' "$(file "$1")")
@@ -68,7 +72,7 @@ case $cmd in
     side=${1:?hub or a node}
     shift
     [ "$side" = hub ] || is_node "$side"
-    echo $$ > "$(cgroup_home)/$TAG-$side/system/cgroup.procs" # so that down.sh ends it too
+    echo $$ > "$(cgroup_home)/$TAG-$side/system/cgroup.procs" # down.sh ends the command too
     if [ -n "$mount" ] && [ "$side" != hub ]; then
       exec nsenter --net="/run/netns/$TAG-$side" --mount="/proc/$(< "$R/pid/$side.mounts")/ns/mnt" "$@"
     fi
@@ -94,7 +98,7 @@ case $cmd in
     ;;
   apiserver)
     case ${1:-} in
-      stop) stop apiserver KILL ;; # (asked politely, it waits up to a minute for its watches)
+      stop) stop apiserver KILL ;; # after SIGTERM, an API server waits up to a minute for its watches
       start) restart_from apiserver 60 kubectl get --raw /readyz ;;
       *) usage 2 >&2 ;;
     esac
@@ -117,7 +121,7 @@ case $cmd in
       kubelet-start) restart_from "$1.kubelet" 30 in_net "$1" curl -sf http://127.0.0.1:10248/healthz ;;
       link-down) ip -n "$HUB_NETNS" link set "v-$1" down ;;
       disk-fill)
-        # The file takes blocks and no time: nothing is written into them.
+        # fallocate reserves blocks without writing them, so this takes no time.
         in_node "$1" sh -c 'mountpoint -q /var/lib/containerd && cd /var/lib/containerd && rm -f fill &&
           set -- $1 $(df -B1 --output=size,used . | tail -n 1) && fallocate -l $(($2 / 100 * $1 - $3)) fill && sync -f fill && df . >&2' \
           sh "${3:?PERCENT}"

@@ -1,14 +1,16 @@
 #!/bin/bash
-# mkimage.sh OUT.tar NAME:TAG [OPTION]...: writes an image as an OCI layout in a tar, for `ctr images import` and `ctl.sh push`.
-# Prints what it made as JSON: name, target (what the name resolves to), manifest, index (or null), config, layers.
-#   --file HOST:DEST      a file of this machine, with its mode        (all files and links share the first layer)
+# mkimage.sh OUT.tar NAME:TAG [OPTION]...: writes an image as an OCI layout in a tar, for
+# `ctr images import` and `ctl.sh push`. Prints the result as JSON: name, target (the digest that
+# the name resolves to), manifest, index (or null), config, layers.
+#   --file HOST:DEST      a file of this machine, with its mode; all files and links share a layer
 #   --link DEST:TARGET    a symbolic link
-#   --random MIB          one more layer of that many MiB that do not compress; may be repeated
-#   --seed TEXT           the random layers follow from TEXT instead of being new each time
+#   --random MIB          another layer of that many MiB that do not compress; may be repeated
+#   --seed TEXT           derive the random layers from TEXT; without this option, each is new
 #   --gzip                gzip the layers
 #   --entrypoint A,B      --env K=V...      --user U      --label K=V...
-#   --multiarch           an index, listing this image for amd64 and another of its own (one small layer) for arm64
-#   --absent              --multiarch, but nothing of arm64 is in the tar, as in a node's store after a pull (import only: no registry takes it)
+#   --multiarch           an index of this image for amd64 and an image of one small layer for arm64
+#   --absent              as --multiarch, without the content of arm64, as in a node's store after a
+#                         pull (for import only: no registry accepts this)
 # Give NAME in full (docker.io/library/x:1): containerd looks up the exact string.
 set -euo pipefail
 umask 022
@@ -43,14 +45,14 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/oci/blobs/sha256"
 oci=application/vnd.oci.image
 sha() { sha256sum "$1" | cut -d' ' -f1; }
-# blob FILE MEDIATYPE: moves FILE into the layout and prints its descriptor
+# blob FILE MEDIATYPE: moves FILE into the layout and prints the descriptor
 blob() {
   local digest size
   digest=$(sha "$1") size=$(stat -c %s "$1")
   mv "$1" "$work/oci/blobs/sha256/$digest"
   printf '{"mediaType":"%s","digest":"sha256:%s","size":%d}\n' "$2" "$digest" "$size"
 }
-# layer FOLDER: adds its contents to the lists `layers` and `diffs`; the same contents give the same bytes
+# layer FOLDER: adds the folder's contents to `layers` and `diffs`. Equal contents give equal bytes
 layer() {
   tar --create --file "$work/layer" --directory "$1" --format=ustar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner .
   diffs+=("sha256:$(sha "$work/layer")")
@@ -58,7 +60,7 @@ layer() {
   layers+=("$(blob "$work/layer" "$oci.layer.v1.tar$gzip")")
   rm -rf "$1"
 }
-# manifest ARCH: of the collected layers; prints its descriptor
+# manifest ARCH: makes a manifest of the collected layers, with its descriptor in `manifest`
 manifest() {
   jq -nc --arg arch "$1" --arg entrypoint "$entrypoint" --argjson env "$env" --arg user "$user" --argjson labels "$labels" \
     '{architecture: $arch, os: "linux", rootfs: {type: "layers", diff_ids: $ARGS.positional},

@@ -1,16 +1,20 @@
 #!/bin/bash
-# setup.sh: everything the testbed runs, into the cache folder. Nothing to do: 0 s. Needs root, Debian bookworm or later, the
-# Debian archive and a Go module proxy as the machine already knows them. Starts nothing.
-#   LIGHTERMAN_CACHE=DIR               the cache folder's parent (default: $XDG_CACHE_HOME/lighterman)
+# setup.sh: builds everything that the test bed runs, in the cache folder. Starts nothing. Takes 0 s
+# if nothing has changed. Needs root, Debian bookworm or later, and access to the Debian archive and
+# a Go module proxy by the machine's own settings.
+#   LIGHTERMAN_CACHE=DIR               the parent of the cache folder
+#                                      (default: $XDG_CACHE_HOME/lighterman)
 #   LIGHTERMAN_CONTAINERD_EXTRA=2.0    build these containerds as well
-# A part is done again when its function here, or a go.sum it builds from, has changed; one without a function is removed.
+# A part is built again when its function in this file or its go.sum has changed. A part without a
+# function is removed.
 . "$(dirname "$0")/lib.sh"
 [ "$(id -u)" = 0 ] || die "run as root"
 export DEBIAN_FRONTEND=noninteractive
 WORK=$P/.work # parts are built here and renamed into place
 
-# part NAME [FILE...]: runs make_NAME unless $P/NAME was made by the same function from the same FILEs. MADE tells whether it is
-# there then. (Not an exit code: a function that is called as a condition goes on after errors, `set -e` or not.)
+# part NAME [FILE...]: runs make_NAME unless $P/NAME was made by the same function from the same
+# FILEs. MADE is not empty if the part exists afterwards. An exit code would not do: bash ignores
+# `set -e` in a function that is called as a condition.
 part() {
   local name=$1 want t=$SECONDS code
   shift
@@ -35,9 +39,9 @@ part() {
   echo "$want" > "$P/.stamps/$name"
   say "$name done in $((SECONDS - t)) s"
 }
-need() { part "$@"; [ -n "$MADE" ] || die "cannot go on without $1. Run it again once the cause is gone: what is finished stays"; }
+need() { part "$@"; [ -n "$MADE" ] || die "$1 is required. Remove the cause and run setup.sh again: finished parts are kept"; }
 
-# ---- what has to be on the host
+# ---- packages of the host
 host_packages() {
   local pair need=()
   for pair in ip:iproute2 iptables:iptables nsenter:util-linux jq:jq curl:curl openssl:openssl gzip:gzip tar:tar find:findutils; do
@@ -69,7 +73,7 @@ suite_apt() { # suite_apt SUITE APT-COMMAND ARGS...
   for kind in deb deb-src; do
     echo "$kind [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $ARCHIVE $s main"
   done > "$WORK/apt/$s.list"
-  # (Check-Valid-Until: a mirror that lags will do, signed it is)
+  # A mirror may lag behind the validity period; the signature is still verified.
   local o=(-q -o Acquire::Check-Valid-Until=false -o "Dir::Etc::sourcelist=$WORK/apt/$s.list" -o Dir::Etc::sourceparts=- -o "Dir::State::Lists=$WORK/apt/$s"
     -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= -o APT::Sandbox::User=root -o Acquire::Retries=3)
   if [ ! -f "$WORK/apt/$s.updated" ]; then
@@ -96,7 +100,8 @@ unpack() { # unpack SUITE PACKAGE...: into ./root, one line each in ./versions
 
 containerd_of() { unpack "$1" containerd; mkdir bin; cp root/usr/bin/{containerd,containerd-shim-runc-v2,ctr} bin/; rm -r root; bin/containerd --version; }
 make_containerd-1.7() { containerd_of trixie; }
-# It runs on bookworm's libc too. runc does not from trixie on, so bookworm's serves every containerd.
+# trixie's containerd runs on bookworm's libc. runc from trixie on does not, so bookworm's runc
+# serves every containerd.
 make_tools() {
   unpack bookworm runc containernetworking-plugins busybox-static
   unpack trixie etcd-server docker-registry prometheus
@@ -107,7 +112,8 @@ make_tools() {
   bin/runc --version; bin/etcd --version; bin/docker-registry --version; bin/prometheus --version
 }
 
-# ---- Go: the machine's if it will do (a recent one can fetch the version that is asked for), else Debian's newest
+# ---- Go: the machine's, if it is recent or can download the required version; otherwise Debian's
+# newest
 CONTAINERD_GO=1.26.8 # the go.mod of containerd 2.3.7; those of the other versions ask for less
 go_wanted() { { echo $CONTAINERD_GO; sed -n 's/^go //p' "$TESTBED"/*/go.mod; } | sort -V | tail -n 1; }
 go_suits() { # go_suits COMMAND
@@ -118,7 +124,8 @@ go_suits() { # go_suits COMMAND
   rm -r "$dir"
   version_at_least "$(awk '{ print substr($3, 3) }' <<< "$v")" "$(go_wanted)"
 }
-# goroot_from ROOT: the Go of Debian's unpacked packages as ./goroot. Debian keeps it in two folders joined by links.
+# goroot_from ROOT: makes ./goroot from Debian's unpacked Go packages, which consist of two folders
+# joined by links
 goroot_from() {
   mv "$1"/usr/lib/go-* goroot
   find goroot -type l -delete
@@ -141,14 +148,15 @@ find_go() {
     go_suits "$GO" || die "no Go $(go_wanted) or later: neither the machine's nor Debian forky's is recent enough"
   fi
 }
-go_in() { # go_in MODULE-FOLDER SUBCOMMAND ARGS...: with caches of its own, none of the user's settings
+go_in() { # go_in MODULE-FOLDER SUBCOMMAND ARGS...: with separate caches and without the user's settings
   local dir=$1 cmd=$2
   shift 2
   (cd "$dir" && env GOFLAGS= GOWORK=off GOTOOLCHAIN="${GOTOOLCHAIN:-auto}" GOPATH="$WORK/gopath" GOCACHE="$WORK/gocache" \
     GOMODCACHE="$WORK/gomod" GOBIN="$WORK/gobin" CGO_ENABLED=0 nice -n 10 "$GO" "$cmd" -modcacherw "$@")
 }
-# containerd_built VERSION: from its Go module, with the tags of upstream's static release.
-# `go install` refuses a module with exclude lines, as 2.0 has: a module of our own requires it instead.
+# containerd_built VERSION: builds containerd from its Go module, with the tags of upstream's static
+# release. `go install` refuses a module with `exclude` lines, as 2.0 has, so a module of our own
+# requires containerd.
 containerd_built() {
   local m=github.com/containerd/containerd/v2 tags='urfave_cli_no_docs static_build' set
   set="-s -w -X $m/version.Version=v$1"
@@ -160,13 +168,14 @@ containerd_built() {
   rm -r module
   bin/containerd --version | tee versions
 }
-make_containerd-2.0() { containerd_built 2.0.14; } # only when asked for
+make_containerd-2.0() { containerd_built 2.0.14; } # only with LIGHTERMAN_CONTAINERD_EXTRA
 make_containerd-2.3() { containerd_built 2.3.7; }  # long-term support
 make_containerd-2.4() { containerd_built 2.4.2; }
 make_k8s() {
   local v set='' m
   v=$(sed -nE 's|^(require)?[[:space:]]k8s.io/kubernetes (v[^ ]+).*|\2|p' "$TESTBED/kubernetes/go.mod")
-  for m in k8s.io/component-base/version k8s.io/client-go/pkg/version; do # unset, they claim to be v0.0.0 and clients refuse
+  # Without these values the binaries report v0.0.0, and clients refuse that version.
+  for m in k8s.io/component-base/version k8s.io/client-go/pkg/version; do
     set+=" -X $m.gitVersion=$v -X $m.gitMajor=1 -X $m.gitMinor=$(cut -d. -f2 <<< "$v") -X $m.gitTreeState=clean"
   done
   mkdir bin
@@ -177,7 +186,8 @@ make_k8s() {
 make_coredns() {
   mkdir bin
   go_in "$TESTBED/coredns" build -trimpath -ldflags '-s -w' -o "$PWD/bin/coredns" .
-  bin/coredns -version | sed -n 1p | tee versions # (head would end the pipe early, and coredns by SIGPIPE)
+  # `head` would close the pipe early, and SIGPIPE would end coredns.
+  bin/coredns -version | sed -n 1p | tee versions
 }
 make_helm() {
   mkdir bin
@@ -188,7 +198,7 @@ make_helm() {
 
 mkdir -p "$P/log"
 exec 9> "$P/.lock"
-flock -n 9 || { say "another setup.sh is at work; waiting"; flock 9; }
+flock -n 9 || { say "another setup.sh is running; waiting"; flock 9; }
 rm -rf "${WORK:?}/apt"
 host_packages
 for stamp in "$P"/.stamps/*; do
@@ -204,7 +214,7 @@ done
 need k8s "$TESTBED/kubernetes/go.sum"
 need coredns "$TESTBED/coredns/go.sum" "$TESTBED/coredns/main.go"
 part helm
-[ -n "$MADE" ] || say "no helm then; only tests of the chart need it"
+[ -n "$MADE" ] || say "helm is missing; only tests of the chart need it"
 [ ! -f "$P/versions.txt" ] || exit 0
 rm -rf "$WORK"
 mkdir -p "$P/bin"

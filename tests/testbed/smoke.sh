@@ -1,11 +1,14 @@
 #!/bin/bash
-# smoke.sh RUNDIR [NAME=VERSION ...]: shows that the testbed is a real cluster. Up (three nodes by default, one per containerd), then
-#   1. a pod on each node that pulls from the registry, with an index of several platforms on one of them
-#   2. a pod whose registry is dead: backs off, its image is imported by hand, a nudge on its status makes it run
-#   3. a DaemonSet with hostNetwork and hostPath volumes: it sees containerd's socket and blobs, finds its peers by a headless
-#      Service's name though none is ready, and asks the API server with its ServiceAccount's token
-#   4. what ctl.sh breaks is broken and comes back
-# and down. Exit code 0 only if all of it was seen.
+# smoke.sh RUNDIR [NAME=VERSION ...]: shows that the test bed is a real cluster. Starts a cluster
+# (three nodes by default, one per containerd) and checks
+#   1. a pod on each node that pulls from the registry, on one node from an index of two platforms
+#   2. a pod whose registry is down: the pull backs off, the image is imported by hand, and a nudge
+#      of the pod's status makes the pod run
+#   3. a DaemonSet with hostNetwork and hostPath volumes: each pod sees containerd's socket and
+#      blobs, finds its peers by a headless Service though no pod is ready, and authenticates at the
+#      API server with its ServiceAccount token
+#   4. each fault of ctl.sh, and the recovery from it
+# Then stops the cluster. The exit code is 0 only if all checks passed.
 . "$(dirname "$0")/lib.sh"
 [ $# -ge 1 ] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 R=$(realpath -m "$1")
@@ -22,7 +25,7 @@ within() { # within SECONDS WHAT COMMAND...
   local deadline=$((SECONDS + $1 * ${LIGHTERMAN_PATIENCE:-1})) what=$2
   shift 2
   until "$@" > /dev/null 2>&1; do
-    [ $SECONDS -lt $deadline ] || { kubectl get pods -A -o wide; kubectl get events | tail -n 8; die "not seen: $what"; }
+    [ $SECONDS -lt $deadline ] || { kubectl get pods -A -o wide; kubectl get events | tail -n 8; die "time-out: $what"; }
     sleep 0.1
   done
   say "$what"
@@ -105,7 +108,7 @@ for n in "${nodes[@]}"; do
   in_agent "$n" test -f "/var/lib/containerd/io.containerd.content.v1.content/blobs/sha256/$(tar tf "$R/one.tar" | sed -n 's|^blobs/sha256/||p' | grep . | tail -n 1)" || die "$n: no blob in the pod"
   [ -d "$R/$n/lighterman/me" ] || die "$n: hostPath is not the node's own"
 done
-say "every agent sees its own node's socket, blobs and folder"
+say "every agent sees the socket, blobs and folder of its own node"
 peers_by_name() {
   local n found
   found=$(in_agent "$last" nslookup -type=a peers.default.svc.cluster.local)
@@ -116,8 +119,9 @@ for n in "${nodes[@]}"; do
   ip=NODE_${n}_IP
   [ "$(in_agent "$last" nc -w 2 "${!ip}" 4001 < /dev/null)" = "$n" ] || die "$last cannot reach the agent of $n"
 done
-say "and each answers there"
-# (busybox knows no TLS that verifies: curl from the node's network, with what the pod was given)
+say "each agent answers at its address"
+# busybox cannot verify TLS certificates, so curl runs in the node's network with the pod's token
+# and CA.
 in_agent "$last" cat /var/run/secrets/kubernetes.io/serviceaccount/token > "$R/token"
 in_agent "$last" cat /var/run/secrets/kubernetes.io/serviceaccount/ca.crt > "$R/token-ca.crt"
 keys=$(ctl in "$last" curl -sSf --cacert "$R/token-ca.crt" --resolve kubernetes.default.svc:443:10.96.0.1 -H "Authorization: Bearer $(< "$R/token")" https://kubernetes.default.svc/openid/v1/jwks | jq '.keys | length')
@@ -129,10 +133,10 @@ v2() { ctl in "$last" curl -s -m 1 -o /dev/null "http://$REGISTRY/v2/"; }
 v2
 ctl registry stop; fails v2 || die "the registry still answers"
 ctl registry start; v2
-ctl registry drop; code=0; v2 || code=$?; [ $code = 28 ] || die "no time-out but $code"
+ctl registry drop; code=0; v2 || code=$?; [ $code = 28 ] || die "curl ends with $code instead of a time-out"
 ctl registry undrop; v2
 ctl node "$last" link-down; fails v2 || die "the link is up"
-ctl node "$last" link-up; within 5 "registry stop, drop; link down: each seen, and back again" v2
+ctl node "$last" link-up; within 5 "registry stop, registry drop and link-down took effect and are over" v2
 ctl apiserver stop; fails kubectl get --raw /readyz > /dev/null 2>&1 || die "the API server still answers"
 ctl node "$last" containerd-kill
 fails ctl ctr "$last" version > /dev/null 2>&1 || die "containerd still answers"
@@ -149,5 +153,5 @@ say "prometheus: $(ctl in hub curl -sf http://10.77.0.1:9090/api/v1/status/build
 rss() { local p; for p in $(cgroup_pids); do cat "/proc/$p/smaps_rollup" 2> /dev/null; done | awk '/^Pss:/ { s += $2 } END { printf "%d MiB", s / 1024 }'; }
 say "memory of everything: $(rss), disk of $R: $(du -sm "$R" | cut -f1) MiB"
 "$TESTBED/down.sh" "$R"
-[ -z "$(cgroup_pids)" ] && ! compgen -G "/run/netns/$TAG-*" > /dev/null && ! grep -q "$R" /proc/mounts || die "down.sh left something"
-say "down; nothing left. All seen."
+[ -z "$(cgroup_pids)" ] && ! compgen -G "/run/netns/$TAG-*" > /dev/null && ! grep -q "$R" /proc/mounts || die "down.sh left processes, namespaces or mounts"
+say "down; nothing is left. All checks passed."

@@ -1,51 +1,58 @@
 #!/bin/bash
-# up.sh RUNDIR NAME=1.7|2.3|2.4 ...: a Kubernetes cluster on this machine, one real node per NAME with that containerd.
-# Returns when every node is Ready; RUNDIR/env then says how to reach everything (KEY=VALUE lines). down.sh RUNDIR ends it.
+# up.sh RUNDIR NAME=1.7|2.3|2.4 ...: starts a Kubernetes cluster on this machine, with a real node
+# per NAME that runs this containerd. Returns when every node is Ready. RUNDIR/env then has the
+# addresses and paths of all parts (KEY=VALUE lines). down.sh RUNDIR stops the cluster.
 #
-# The hub is a network namespace with a bridge, 10.77.0.1/24: etcd, the control plane (:443, also as 10.96.0.1), CoreDNS
-# (10.96.0.10:53) and a registry (:5000, plain http). A node is a network namespace (10.77.0.11 and up, its pods in 10.78.N.0/24)
-# and a mount namespace in which /var/lib/containerd, /run and so on are its own: a DaemonSet finds the paths of an ordinary node.
+# The hub is a network namespace with a bridge, 10.77.0.1/24: etcd, the control plane (:443, also as
+# 10.96.0.1), CoreDNS (10.96.0.10:53) and a registry (:5000, plain HTTP). A node is a network
+# namespace (10.77.0.11 and up, pods in 10.78.N.0/24) and a mount namespace with private
+# /var/lib/containerd, /run and so on: a DaemonSet finds the paths of an ordinary node.
 #
-#   LIGHTERMAN_FAMILY=ipv4             or ipv6: all of it at fd77::1, fd96::1, fd96::10, fd77::11 and up, fd78:0:0:N::/64, and no
-#                                      IPv4 but loopback's; or dual: both, IPv4 first
+#   LIGHTERMAN_FAMILY=ipv4             or ipv6: all parts at fd77::1, fd96::1, fd96::10, fd77::11
+#                                      and up, fd78:0:0:N::/64, and no IPv4 but loopback's;
+#                                      or dual: both families, IPv4 first
 #   LIGHTERMAN_SYNC_FREQUENCY=1m       the kubelets' sync period
 #   LIGHTERMAN_ZONES="n1=a n2=b"       label topology.kubernetes.io/zone
-#   LIGHTERMAN_DISCARD_LAYERS="n1 n2"  nodes whose containerd drops layers after unpacking
-#   LIGHTERMAN_DISK="n1 n2"            nodes with 40 GiB (sparse) of their own for containerd, and the kubelet's default lines for it
-#   LIGHTERMAN_READ_ONLY_OPT="n1 n2"   nodes whose /opt is empty and read-only, as on GKE's Container-Optimized OS
-#   LIGHTERMAN_CRITICAL_QUOTA=1        pods of the system priority classes need a ResourceQuota, as on GKE
+#   LIGHTERMAN_DISCARD_LAYERS="n1 n2"  nodes whose containerd deletes layers after unpacking
+#   LIGHTERMAN_DISK="n1 n2"            nodes whose containerd has a file system of 40 GiB (sparse),
+#                                      with the kubelet's default thresholds
+#   LIGHTERMAN_READ_ONLY_OPT="n1 n2"   nodes whose /opt is empty and read-only, as on GKE's
+#                                      Container-Optimized OS
+#   LIGHTERMAN_CRITICAL_QUOTA=1        pods of the system priority classes need a ResourceQuota, as
+#                                      on GKE
 #   LIGHTERMAN_PULL_TIMEOUT="n1=150s"  containerd's image_pull_progress_timeout
 #   LIGHTERMAN_PARALLEL_PULLS="n1=3"   images that the kubelet pulls at the same time
 #   LIGHTERMAN_PROXIES="HTTPS_PROXY=URL NO_PROXY=..."  the environment of all containerds
-#   LIGHTERMAN_PATIENCE=3              wait that many times longer for everything (slow machines)
+#   LIGHTERMAN_PATIENCE=3              factor on all time limits, for slow machines
 . "$(dirname "$0")/lib.sh"
 [ $# -ge 2 ] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-[ "$(id -u)" = 0 ] || die "run as root: it needs namespaces and mounts"
+[ "$(id -u)" = 0 ] || die "run as root: the test bed makes namespaces and mounts"
 R=$(realpath -m "$1")
 shift
 K8S=$P/k8s/bin
-[ -f "$P/versions.txt" ] && [ -x "$K8S/kubelet" ] || die "nothing to run in $P: run setup.sh first"
+[ -f "$P/versions.txt" ] && [ -x "$K8S/kubelet" ] || die "$P has no binaries: run setup.sh first"
 [[ $R != *[^A-Za-z0-9/._-]* ]] || die "RUNDIR must be a plain path: $R"
 [ -z "${LIGHTERMAN_READ_ONLY_OPT:-}" ] || [[ $P/ != /opt/* && $R/ != /opt/* ]] || die "an empty /opt would hide $P or $R"
-[[ $R/ != /run/* ]] || die "RUNDIR must not be under /run, which every node has for itself: $R"
+[[ $R/ != /run/* ]] || die "RUNDIR must not be below /run, which is private on every node: $R"
 if [ -f "$R/tag" ]; then
   TAG=$(< "$R/tag")
-  [ -z "$(cgroup_pids)" ] || die "a testbed is already up in $R: down.sh $R ends it"
-  "$TESTBED/down.sh" "$R" # what an aborted run left
+  [ -z "$(cgroup_pids)" ] || die "a test bed already runs in $R: stop it with down.sh $R"
+  "$TESTBED/down.sh" "$R" # removes the rest of an aborted run
 fi
 declare -A CONTAINERD=() ZONE=()
 NODES=()
 for spec in "$@"; do
   n=${spec%%=*} v=${spec#*=}
-  [[ $n =~ ^[a-z][a-z0-9]{0,11}$ && $n != hub ]] || die "a node's name is 1-12 of a-z0-9, and not 'hub': $n" # (v-NAME must fit 15)
-  [ -x "$P/containerd-$v/bin/containerd" ] || die "$spec: no containerd '$v', there are: $(cd "$P" && echo containerd-*)"
+  # The interface v-NAME has at most 15 characters.
+  [[ $n =~ ^[a-z][a-z0-9]{0,11}$ && $n != hub ]] || die "a node's name is 1-12 of a-z0-9, and not 'hub': $n"
+  [ -x "$P/containerd-$v/bin/containerd" ] || die "$spec: no containerd '$v'; setup.sh built: $(cd "$P" && echo containerd-*)"
   [ -z "${CONTAINERD[$n]:-}" ] || die "two nodes named $n"
   s=$R/$n/run/containerd.sock.ttrpc
   [ ${#s} -lt 104 ] || die "RUNDIR is too long for a Unix socket ($s)"
   CONTAINERD[$n]=$P/containerd-$v NODES+=("$n")
 done
 for z in ${LIGHTERMAN_ZONES:-}; do ZONE[${z%%=*}]=${z#*=}; done
-[ ${#NODES[@]} -le 200 ] || die "200 nodes at most"
+[ ${#NODES[@]} -le 200 ] || die "a test bed has at most 200 nodes"
 # shellcheck source=tests/testbed/family.sh
 . "$TESTBED/family.sh"
 listed() { [[ " $2 " == *" $1 "* ]]; } # listed NODE "n1 n2"
@@ -63,19 +70,20 @@ broken() {
   printf 'up.sh: %s: %s. The end of %s:\n' "$FAILED" "$WHY" "$R/log/$FAILED.log" >&2
   tail -n 15 "$R/log/$FAILED.log" | cut -c1-400 >&2
 }
-# await COMPONENT SECONDS COMMAND...: until COMMAND succeeds, COMPONENT dies or time is up
+# await COMPONENT SECONDS COMMAND...: waits until COMMAND succeeds. Fails when COMPONENT ends or
+# time is up
 await() {
   local component=$1 limit=$(($2 * ${LIGHTERMAN_PATIENCE:-1})) deadline
   deadline=$((SECONDS + limit))
   shift 2
   until "$@" > /dev/null 2>&1; do
-    if ! alive "$component" && sleep 0.1 && ! alive "$component"; then FAILED=$component WHY="it ended"; exit 1; fi
+    if ! alive "$component" && sleep 0.1 && ! alive "$component"; then FAILED=$component WHY="the process ended"; exit 1; fi
     if [ $SECONDS -ge $deadline ]; then FAILED=$component WHY="not ready after $limit s ($*)"; exit 1; fi
     sleep 0.1
   done
 }
 
-# ---- certificates: one CA for everything, as kubeadm would have it
+# ---- certificates: a single CA for everything, as with kubeadm
 (
   cd "$R/pki"
   exec 2> ../log/openssl.log
@@ -94,7 +102,7 @@ await() {
   cert scheduler /CN=system:kube-scheduler
   cert coredns /O=system:masters/CN=coredns
   for n in "${NODES[@]}"; do cert "$n" "/O=system:nodes/CN=system:node:$n" "DNS:$n$(printf ',IP:%s' $(ips_of "$n"))"; done
-  openssl genrsa -out sa.key 2048 # RSA, as everywhere: verifiers see RS256
+  openssl genrsa -out sa.key 2048 # RSA, as in most clusters: verifiers see RS256
   openssl rsa -in sa.key -pubout -out sa.pub
 ) || { FAILED=openssl WHY="no certificates"; exit 1; }
 kubeconfig() { # kubeconfig CERTIFICATE
@@ -116,13 +124,13 @@ C
 for n in controller-manager scheduler coredns "${NODES[@]}"; do kubeconfig "$n" > "$R/pki/$n.kubeconfig"; done
 kubeconfig admin > "$R/admin.kubeconfig"
 
-# ---- networks: all of it inside our own namespaces, the host sees only names in /run/netns
+# ---- networks: all inside namespaces; the host has only their names in /run/netns
 HUB=$TAG-hub
 ip netns add "$HUB"
 ip -n "$HUB" link set lo up
 ip -n "$HUB" link add br0 type bridge
 for ip in "${HUB_IPS[@]}"; do add_address "$HUB" "$(node_link "$ip")" br0; done
-# The Services kubernetes.default and kube-dns: there is no kube-proxy
+# The addresses of the Services kubernetes.default and kube-dns: there is no kube-proxy
 for ip in "${API_IPS[@]}" "${DNS_IPS[@]}"; do add_address "$HUB" "$(whole_address "$ip")" br0; done
 ip -n "$HUB" link set br0 up
 cgroup_make "$HUB"
@@ -134,7 +142,7 @@ for n in "${NODES[@]}"; do
   ip -n "$HUB" link set "v-$n" master br0 up
   for ip in $(ips_of "$n"); do add_address "$ns" "$(node_link "$ip")" eth0; done
   ip -n "$ns" link set eth0 up
-  # No default route: whatever asks for the outside world is told at once that there is none
+  # There is no default route: connections to the outside fail at once
   routes_of "$n" | while read -r network gateway; do ip -n "$ns" route add "$network" via "$gateway"; done
   for ip in $(ips_of "$n"); do ip -n "$HUB" route add "$(pods_of "$ip")" via "$ip"; done
   in_net "$n" sh -c 'echo 1 > /proc/sys/net/ipv4/ip_forward'
@@ -191,7 +199,7 @@ C
 define registry hub << C
 exec $hub env OTEL_TRACES_EXPORTER=none $P/tools/bin/docker-registry serve $R/registry.yml
 C
-# Names outside the cluster do not exist, but for those in RUNDIR/hosts (read again every second)
+# Names outside the cluster do not exist, except those in RUNDIR/hosts (read again every second)
 printf '%s registry.test\n' "${HUB_IPS[@]}" > "$R/hosts"
 cat > "$R/Corefile" << C
 cluster.local ${REVERSE_ZONES[*]} {
@@ -216,7 +224,7 @@ exec $hub $P/coredns/bin/coredns -conf $R/Corefile
 C
 
 # ---- a node's components
-# containerd 2 reads another version of its configuration, in which the CRI plugin is two
+# containerd 2 has another version of the configuration, with two plugins for CRI
 containerd_config() { # containerd_config NODE
   local n=$1 images='io.containerd.grpc.v1.cri' runtime='io.containerd.grpc.v1.cri' version=2 sandbox='' pinned='' bin="bin_dir = \"$P/tools/cni\"" discard=false
   ! listed "$n" "${LIGHTERMAN_DISCARD_LAYERS:-}" || discard=true
@@ -257,7 +265,8 @@ BinaryName = "$P/tools/bin/runc"
 SystemdCgroup = false
 C
 }
-# The node's own folders, by their place in the node; empty ones on the host serve as mount points and go with the last down.sh
+# Private folders of a node, by their place in the node. Empty folders on the host serve as mount
+# points; the last down.sh removes them
 PRIVATE="/var/lib/containerd:root /var/lib/kubelet:kubelet /var/lib/cni:cni /var/lib/lighterman:lighterman
   /var/log/pods:pods /var/log/containers:containers /etc/containerd:etc /etc/cni/net.d:net.d"
 for p in $PRIVATE; do
@@ -265,7 +274,8 @@ for p in $PRIVATE; do
   [ -d "${at%/*}" ] || { mkdir "${at%/*}"; echo "${at%/*}" >> "$MOUNTPOINTS"; }
   [ -d "$at" ] || { mkdir "$at"; echo "$at" >> "$MOUNTPOINTS"; }
 done
-# The kubelet sets these kernel settings where they differ, for the whole machine: let it read what it wants to see
+# The kubelet writes these kernel settings for the whole machine where they differ: files with the
+# expected values prevent that
 SYSCTLS="vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000"
 v2=/sys/fs/cgroup
 cgroup_v2 || v2=/sys/fs/cgroup/unified
@@ -275,7 +285,8 @@ for n in "${NODES[@]}"; do
   for registry in registry.test "${HUB_IPS[@]}"; do
     registry=$(in_url "$registry"):5000
     mkdir "$d/etc/certs.d/$registry"
-    # (a bare `server = "http://..."` is tried as https by 1.7, and 1.7 reads no [host] section whose name has a bracket in it)
+    # containerd 1.7 tries a bare `server = "http://..."` as https, and ignores a [host] section
+    # whose name has a bracket
     printf 'server = "http://%s"\nhost."http://%s".capabilities = ["pull", "resolve"]\n' "$registry" "$registry" > "$d/etc/certs.d/$registry/hosts.toml"
   done
   containerd_config "$n" > "$d/etc/config.toml"
@@ -287,7 +298,8 @@ C
   for s in $SYSCTLS; do echo "${s#*=}" > "$d/sysctl/$(tr / . <<< "${s%%=*}")"; done
   mounts='' collect=100 evict='memory.available: 50Mi'
   if listed "$n" "${LIGHTERMAN_DISK:-}"; then
-    # Nothing is reserved for root, so that "available" is what is not in use. The loop device ends with the mount namespace.
+    # No blocks are reserved for root, so "available" is the space not in use. The loop device ends
+    # with the mount namespace.
     truncate -s 40G "$d/disk.img"
     mkfs.ext4 -q -F -m 0 "$d/disk.img" > "$R/log/$n.mkfs.log" 2>&1
     mounts="mount -o loop $d/disk.img /var/lib/containerd" collect=85 evict+=', imagefs.available: 15%'
@@ -331,13 +343,14 @@ exec nsenter --net=/run/netns/$TAG-$n unshare --mount --propagation private $R/r
 C
   define "$n.mounted" "$n" << C
 umount -R -l /run/netns
-mount -t tmpfs -o mode=755 tmpfs /run # /run/netns, /run/nri, /run/xtables.lock: a kubelet deletes what it does not know
+# A private /run (netns, nri, xtables.lock): a kubelet deletes the pods of another kubelet
+mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/containerd /run/netns /run/lock
 mount --bind $d/run /run/containerd
 for p in $(echo $PRIVATE); do mount --bind $d/\${p#*:} \${p%%:*}; done
 $mounts
 for s in $d/sysctl/*; do mount --bind \$s /proc/sys/\$(basename \$s | tr . /) || true; done
-resolv=\$(readlink -m /etc/resolv.conf) # where systemd-resolved keeps it, it went with /run
+resolv=\$(readlink -m /etc/resolv.conf) # systemd-resolved keeps the file below /run, which is hidden now
 [ -f \$resolv ] || { mkdir -p \${resolv%/*}; touch \$resolv; }
 mount --bind $d/resolv.conf \$resolv
 mount --make-rshared /
@@ -348,7 +361,7 @@ C
   define "$n.containerd" "$n" << C
 export PATH=$bin:$P/tools/bin:/usr/sbin:/usr/bin:/sbin:/bin
 $(for s in ${LIGHTERMAN_PROXIES:-}; do echo "export $s"; done)
-# A cgroup of its own in the tree of v2, as a service of systemd has it
+# A cgroup of its own in the v2 tree, as for a systemd service
 if [ -f $v2/cgroup.procs ]; then
   mkdir -p $v2/$TAG-$n/containerd
   echo \$\$ > $v2/$TAG-$n/containerd/cgroup.procs
@@ -361,7 +374,7 @@ exec $node $K8S/kubelet --config=$d/kubelet.yaml --kubeconfig=$pki/$n.kubeconfig
 C
 done
 
-# ---- start, in the order in which they need one another
+# ---- start, in the order of dependencies
 {
   echo "TAG=$TAG"
   echo "HUB_NETNS=$HUB"
@@ -404,7 +417,7 @@ start controller-manager
 start scheduler
 start coredns
 for n in "${NODES[@]}"; do start "$n.kubelet"; done
-# The address of DNS becomes a Service, so that nobody else is given it
+# A Service takes the address of DNS, so that no other Service gets the address
 kubectl create -f - > "$R/log/services.log" 2>&1 << C || { FAILED=services WHY="cannot create kube-dns"; exit 1; }
 apiVersion: v1
 kind: Service

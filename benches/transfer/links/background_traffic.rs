@@ -1,4 +1,4 @@
-//! Who else is on the link: somebody who asks for an echo, and at times a TCP stream of the kernel's.
+//! Other traffic on the link: echoes, and in some cases a TCP stream of the kernel.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -11,20 +11,20 @@ use tokio_util::sync::CancellationToken;
 use super::shaped_link::{self, RECEIVER, SENDER, ShapedLink};
 use crate::report::BenchError;
 
-/// How long the echoes took.
+/// The round-trip times of the echoes.
 #[derive(Default)]
 pub(super) struct Echoes {
     pub(super) round_trips: Vec<Duration>,
     pub(super) sent: usize,
 }
 
-/// Asked for so often.
+/// Interval between echo requests.
 const ECHO_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What is still under way after the connections were closed may come until then.
+/// Time for packets in flight after the connections are closed.
 const LINGER: Duration = Duration::from_millis(1500);
 
-/// Answers at the sender's end whatever is asked there, until an empty question comes.
+/// Answers echo requests at the sender's end, until an empty request arrives.
 pub(super) fn serve_echo<'scope>(
     scope: &'scope Scope<'scope, '_>,
     wire: &'scope ShapedLink,
@@ -44,7 +44,7 @@ pub(super) fn serve_echo<'scope>(
     Ok(told.recv()?)
 }
 
-/// Asks at equal intervals, whether or not what was asked before was answered.
+/// Sends echo requests at equal intervals, whether or not earlier requests were answered.
 pub(super) fn send_echoes(echo: SocketAddr, stop: &CancellationToken) -> Result<Echoes, BenchError> {
     let socket = UdpSocket::bind((RECEIVER, 0))?;
     socket.connect(echo)?;
@@ -62,7 +62,7 @@ pub(super) fn send_echoes(echo: SocketAddr, stop: &CancellationToken) -> Result<
             }
         } else if began.elapsed() >= ECHO_INTERVAL * u32::try_from(echoes.sent)? {
             let now = u64::try_from(began.elapsed().as_micros())?;
-            // One that nobody listens to any more counts as lost.
+            // A request that no process receives counts as lost.
             let _ = socket.send(&now.to_be_bytes());
             echoes.sent += 1;
         }
@@ -72,7 +72,7 @@ pub(super) fn send_echoes(echo: SocketAddr, stop: &CancellationToken) -> Result<
     }
 }
 
-/// Sends at the sender's end whatever a TCP stream takes, until the other end closes.
+/// Sends as much as a TCP stream accepts at the sender's end, until the other end closes.
 pub(super) fn serve_tcp<'scope>(
     scope: &'scope Scope<'scope, '_>,
     wire: &'scope ShapedLink,
@@ -80,8 +80,9 @@ pub(super) fn serve_tcp<'scope>(
     let (tell, told) = mpsc::channel();
     scope.spawn(move || -> Result<(), BenchError> {
         shaped_link::enter(&wire.sender)?;
-        // As CUBIC, which most programs on a node use, it goes by losses, and on short ways it is as quick. Unlike it, every namespace may
-        // choose it (ip-sysctl, tcp_allowed_congestion_control).
+        // Like CUBIC, the default of most systems, Reno reacts to losses, and is as fast at short
+        // round trips. Unlike CUBIC, every namespace may choose Reno (ip-sysctl,
+        // tcp_allowed_congestion_control).
         std::fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "reno")?;
         let listener = TcpListener::bind((SENDER, 0))?;
         tell.send(listener.local_addr()?)?;
@@ -92,13 +93,13 @@ pub(super) fn serve_tcp<'scope>(
     Ok(told.recv()?)
 }
 
-/// Takes what comes of it until told to stop; answers the bytes.
+/// Reads the stream until `stop`, and returns the number of bytes.
 pub(super) fn receive_tcp(sender: SocketAddr, stop: &CancellationToken) -> Result<u64, BenchError> {
     let mut stream = TcpStream::connect(sender)?;
     stream.set_read_timeout(Some(ECHO_INTERVAL))?;
     let (mut taken, mut buffer) = (0, vec![0; 64 << 10]);
     while !stop.is_cancelled() {
-        // Nothing may come for a while.
+        // A read may time out without data.
         taken += stream.read(&mut buffer).unwrap_or(0) as u64;
     }
     Ok(taken)

@@ -1,4 +1,5 @@
-//! One UDP socket or several: two connections at once, through one endpoint a side and through two.
+//! One UDP socket or several: two connections at the same time, over one endpoint per side and over
+//! two.
 
 use std::time::{Duration, Instant};
 
@@ -13,14 +14,14 @@ use crate::cpu;
 use crate::quinn_setting::AGENT_SETTING;
 use crate::report::{BenchError, figure, mb_s, median};
 
-/// What each of the two connections brings at a time.
+/// Bytes that each of the two connections transfers in a run.
 const BYTES: usize = 128 << 20;
 
 const CONNECTIONS: usize = 2;
 
-/// The two connections, over so many endpoints a side.
+/// The two connections, over this number of endpoints per side.
 struct TwoConnections {
-    /// Each side has as many threads as there are cores, as the agent's runtime has.
+    /// Each side has a thread per core, as the agent's runtime has.
     runtimes: [Runtime; 2],
     connections: Vec<Connection>,
     endpoints: Vec<Endpoint>,
@@ -44,7 +45,7 @@ pub(super) fn run(rounds: usize) -> Result<(), BenchError> {
         let bytes = CONNECTIONS * BYTES;
         let speed = median(runs.iter().map(|(seconds, _)| mb_s(bytes as u64, *seconds)));
         let cpu = median(runs.iter().map(|(_, cpu)| cpu.as_nanos() as f64 / bytes as f64));
-        let on = format!("MB/s of two connections on loopback, {cores} cores for both sides; CPU {cpu:.2} ns a byte");
+        let on = format!("MB/s of two connections on loopback, {cores} cores for both sides; CPU {cpu:.2} ns per byte");
         figure(&format!("quinn_endpoints_{endpoints}"), speed, &on);
     }
     Ok(())
@@ -68,7 +69,7 @@ impl TwoConnections {
             both.runtimes[0].spawn(async move {
                 while let Some(incoming) = sender.accept().await {
                     let (Ok(connection), blob) = (incoming.await, blob.clone()) else { break };
-                    // It ends when the connection does.
+                    // The task ends with the connection.
                     tokio::spawn(async move { serve(&connection, &blob, AGENT_SETTING.chunk << 10).await.is_ok() });
                 }
             });
@@ -93,7 +94,7 @@ impl TwoConnections {
             }
             while let Some(received) = receiving.join_next().await {
                 if received?? != BYTES {
-                    return Err("not all bytes came".into());
+                    return Err("a connection ended before its last byte".into());
                 }
             }
             Ok::<_, BenchError>(())

@@ -1,7 +1,8 @@
-//! A socket whose packets come late, and some not at all: what is between two regions.
+//! A socket that delays packets and drops some, like the path between two regions.
 //!
-//! The kernel's netem does this better where there is one. Here a packet is delivered up to a millisecond later than said, that being how
-//! exact the runtime's timer is, so packets that came one by one are delivered a few together.
+//! The kernel's netem does this better, where a kernel has it. This socket delivers a packet up to
+//! a millisecond late, the resolution of the runtime's timer. So packets that arrived one by one
+//! are delivered in small groups.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -17,12 +18,12 @@ use quinn::{AsyncUdpSocket, UdpPoller};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// How far away the other end is.
+/// Properties of the path to the other end.
 #[derive(Clone, Copy)]
 pub(super) struct Distance {
-    /// How much later each packet comes.
+    /// Delay of each packet.
     pub(super) delay: Duration,
-    /// How many of a million packets do not come.
+    /// Dropped packets per million.
     pub(super) lost: u32,
 }
 
@@ -39,7 +40,7 @@ struct DelayedPackets {
 }
 
 impl DelayedSocket {
-    /// Within a runtime.
+    /// Wraps a socket. Must be called within a runtime.
     pub(super) fn new(socket: Arc<dyn AsyncUdpSocket>, distance: Distance, seed: u64) -> Self {
         let held = DelayedPackets {
             in_flight: VecDeque::new(),
@@ -51,7 +52,7 @@ impl DelayedSocket {
 }
 
 impl DelayedPackets {
-    /// Takes what the socket has, until it has nothing and will wake the task.
+    /// Reads packets until the socket has no more, and registers the task for the next packet.
     fn receive(
         &mut self,
         far: &DelayedSocket,

@@ -1,4 +1,5 @@
-//! One crossing of a link: connections that take all they get for a while, and somebody who asks for an echo beside them.
+//! A run over a link: connections that read as fast as possible for some time, and echo requests
+//! beside them.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,59 +20,61 @@ use crate::cpu;
 use crate::quinn_setting::QuinnSetting;
 use crate::report::{BenchError, median};
 
-/// A link, and who is on it.
+/// A link, and the traffic on the link.
 #[derive(Clone, Copy)]
 pub(super) struct LinkCase {
     pub(super) name: &'static str,
     pub(super) mbit_s: u32,
-    /// How long a packet waits when the queue is full.
+    /// Waiting time of a packet in a full queue.
     pub(super) queue_ms: u32,
-    /// What the way adds to a round trip; the link alone takes a twentieth of a millisecond.
+    /// Delay that the path adds to a round trip. The link alone takes a twentieth of a millisecond.
     pub(super) round_trip_ms: u64,
-    /// How many of a million packets are lost, in either direction.
+    /// Lost packets per million, in each direction.
     pub(super) lost: u32,
     pub(super) connections: usize,
-    /// On each connection.
+    /// Streams on each connection.
     pub(super) streams: usize,
     pub(super) read_pattern: ReadPattern,
-    /// Whether the kernel's TCP sends as much as it can beside.
+    /// Whether a TCP stream of the kernel sends as much as possible beside.
     pub(super) tcp: bool,
     pub(super) seconds: f64,
 }
 
-/// How content is asked for.
+/// The order in which content is read.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum ReadPattern {
-    /// All that a stream brings.
+    /// Streams are read without pause.
     Stream,
-    /// A piece, and after a pause the next.
+    /// A piece is read, and after a pause the next piece.
     Pieces,
 }
 
-/// The pause after a piece.
+/// Pause after each piece.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// What came across.
+/// The result of a run.
 pub(super) struct LinkRun {
-    /// Bytes of content that each connection brought.
+    /// Bytes of content that each connection received.
     pub(super) received: Vec<u64>,
-    /// From asking until [`PIECE`] bytes were there: the first of the first connection, or of several pieces the median. None if it never was.
+    /// Time from a request until [`PIECE`] bytes have arrived: for the first connection's first
+    /// piece, or the median of several pieces. `None` if no piece arrived.
     pub(super) piece: Option<Duration>,
-    /// What TCP brought beside.
+    /// Bytes of the TCP stream.
     pub(super) tcp: u64,
     pub(super) sent: Vec<ConnectionStats>,
     pub(super) cpu: Duration,
     pub(super) echoes: Echoes,
 }
 
-/// What is asked on a stream.
+/// Requests on a stream.
 const ENDLESS: &[u8] = b"!";
 const ONE_PIECE: &[u8] = b"1";
 
-/// What is waited for first: a piece of a large blob.
+/// Size of a piece of a large blob.
 const PIECE: u64 = 4 << 20;
 
-/// Makes the link, and has everybody do his part for as long as the case says. The seed decides which packets are lost.
+/// Makes the link and runs all traffic for the case's time. The seed decides which packets are
+/// lost.
 pub(super) fn run_case(case: &LinkCase, setting: &QuinnSetting, seed: u64) -> Result<LinkRun, BenchError> {
     let wire = ShapedLink::new(case.mbit_s, case.queue_ms)?;
     let distance = Distance { delay: Duration::from_micros(case.round_trip_ms * 500), lost: case.lost };
@@ -79,7 +82,7 @@ pub(super) fn run_case(case: &LinkCase, setting: &QuinnSetting, seed: u64) -> Re
     let stop = CancellationToken::new();
     let before = cpu::spent(UsageWho::RUSAGE_SELF)?;
     thread::scope(|scope| {
-        // Whatever fails, nobody waits for what does not come.
+        // When a thread fails, the other threads stop waiting.
         let _ending = stop.clone().drop_guard();
         let (wire, setting, stop) = (&wire, &setting, &stop);
         let (tell, told) = mpsc::channel();
@@ -118,12 +121,12 @@ pub(super) fn run_case(case: &LinkCase, setting: &QuinnSetting, seed: u64) -> Re
                 }
             })
         });
-        // A panic was printed when it happened.
+        // The panic message is already printed.
         let received = receiving.join().map_err(|_| "the receiver panicked")?;
         stop.cancel();
-        let echoes = asking.join().map_err(|_| "who asks for echoes panicked")??;
+        let echoes = asking.join().map_err(|_| "the echo client panicked")??;
         let tcp = match drinking {
-            Some(drinking) => drinking.join().map_err(|_| "who reads from TCP panicked")??,
+            Some(drinking) => drinking.join().map_err(|_| "the TCP reader panicked")??,
             None => 0,
         };
         let sent = sending.join().map_err(|_| "the sender panicked")??;
@@ -156,7 +159,7 @@ fn bind(
     Ok(Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))?)
 }
 
-/// Sends on every stream, until told to stop; answers what was sent on each connection.
+/// Sends on every stream until `stop`. Returns the statistics of each connection.
 async fn serve(
     endpoint: &Endpoint,
     stop: &CancellationToken,
@@ -193,7 +196,7 @@ async fn send(connection: Connection, content: Bytes) {
     }
 }
 
-/// A connection of each endpoint.
+/// Opens a connection from each endpoint.
 async fn connect(
     endpoints: &[Endpoint],
     client: &ClientConfig,
@@ -206,7 +209,8 @@ async fn connect(
     Ok(connections)
 }
 
-/// Takes what comes on all connections for as long as the case says; answers each one's bytes, and when the first had a piece.
+/// Reads all connections for the case's time. Returns the bytes of each connection, and the time of
+/// the first connection's first piece.
 async fn read_streams(connections: &[Connection], case: &LinkCase) -> Result<(Vec<u64>, Option<Duration>), BenchError> {
     let began = Instant::now();
     let counters: Vec<_> = connections.iter().map(|_| Arc::new(AtomicU64::new(0))).collect();
@@ -225,7 +229,7 @@ async fn read_streams(connections: &[Connection], case: &LinkCase) -> Result<(Ve
                     chunks[..read].fill(Bytes::new());
                     let before = counter.fetch_add(bytes, Ordering::Relaxed);
                     if first && before < PIECE && before + bytes >= PIECE {
-                        // Room for the only one there is.
+                        // The channel has room for the single message.
                         let _ = tell.try_send(began.elapsed());
                     }
                 }
@@ -237,7 +241,7 @@ async fn read_streams(connections: &[Connection], case: &LinkCase) -> Result<(Ve
     Ok((received, told.try_recv().ok()))
 }
 
-/// Takes pieces with pauses between them, as the agent does where there are others to ask.
+/// Reads pieces with pauses between them, as an agent does that has several providers.
 async fn read_pieces(connection: &Connection, case: &LinkCase) -> Result<(Vec<u64>, Option<Duration>), BenchError> {
     let until = Instant::now() + Duration::from_secs_f64(case.seconds);
     let mut took = Vec::new();

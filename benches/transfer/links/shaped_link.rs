@@ -1,8 +1,8 @@
-//! A sender and a receiver, each in a network namespace, and a switch in a third between them, whose port to the receiver has a rate and a
-//! queue.
+//! A sender and a receiver, each in a network namespace, and a switch in a third namespace between
+//! them. The switch's port to the receiver has a rate and a queue.
 //!
-//! The queue is in the switch, not before the sender's own link: there, what waits in it would count against the sender's socket buffer,
-//! which no queue along the way does.
+//! The queue is in the switch. A queue at the sender's own link would count against the sender's
+//! socket buffer, unlike a queue on the path.
 
 use std::fs::File;
 use std::io::Write;
@@ -15,20 +15,20 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::report::BenchError;
 
-/// The namespaces have no way out.
+/// Addresses in the namespaces, which have no route to the outside.
 pub(super) const SENDER: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
 pub(super) const RECEIVER: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 2);
 
-/// The namespaces have no names: they go when nobody has them open any more.
+/// The namespaces have no names, and end when no process has them open.
 pub(super) struct ShapedLink {
     pub(super) sender: File,
     pub(super) receiver: File,
-    /// Kept open for as long as the ends are there.
+    /// Keeps the switch's namespace open.
     switch: File,
 }
 
 impl ShapedLink {
-    /// Only the way to the receiver is limited; acknowledgements have all the room they want.
+    /// Only the direction to the receiver is limited. Acknowledgements pass without a limit.
     pub(super) fn new(mbit_s: u32, queue_ms: u32) -> Result<Self, BenchError> {
         let wire = Self { sender: namespace()?, receiver: namespace()?, switch: namespace()? };
         let at = |namespace: &File| format!("/proc/{}/fd/{}", id(), namespace.as_raw_fd());
@@ -41,7 +41,8 @@ impl ShapedLink {
         }
         within(&wire.switch, "ip", &lines)?;
         for (_, namespace, address) in ports {
-            // One packet at a time passes, as on a wire; the kernel would carry what one call sent as one packet of 64 KiB.
+            // Sends packets one at a time, as on a wire. Otherwise the kernel carries the bytes of
+            // a system call as a single packet of 64 KiB.
             let lines = [
                 "link set dev wire gso_max_segs 1 addrgenmode none up".to_owned(),
                 format!("address add {address}/24 dev wire"),
@@ -54,20 +55,21 @@ impl ShapedLink {
     }
 }
 
-/// Makes this thread part of a namespace; the sockets it opens are, too.
+/// Moves this thread into a namespace. New sockets of the thread belong to that namespace.
 pub(super) fn enter(namespace: &File) -> Result<(), BenchError> {
     Ok(setns(namespace, CloneFlags::CLONE_NEWNET)?)
 }
 
 fn namespace() -> Result<File, BenchError> {
     let made = thread::spawn(|| {
-        unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| format!("no network of our own: {errno} (are you root?)"))?;
+        unshare(CloneFlags::CLONE_NEWNET)
+            .map_err(|errno| format!("cannot make a network namespace: {errno} (run as root)"))?;
         Ok(File::open("/proc/thread-self/ns/net")?)
     });
     made.join().map_err(|_| "the thread panicked")?
 }
 
-/// Gives `ip` or `tc` these lines as a batch.
+/// Runs `ip` or `tc` with these lines as a batch.
 fn within(namespace: &File, program: &str, lines: &[String]) -> Result<(), BenchError> {
     let (namespace, input) = (namespace.try_clone()?, lines.join("\n") + "\n");
     let mut command = Command::new(program);

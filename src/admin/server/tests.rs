@@ -1,5 +1,5 @@
-//! The admin port over real TCP, with its default limits. Connections from 127.0.0.1 to 127.0.0.1
-//! are the node's own; those from other loopback addresses stand for pods.
+//! The admin port over real TCP, with the default limits. Connections from 127.0.0.1 to 127.0.0.1
+//! are the node's own; other loopback addresses stand for pods.
 
 use std::sync::Arc;
 
@@ -46,7 +46,7 @@ impl TestAdminServer {
         socket.connect(self.address).await.unwrap()
     }
 
-    /// The whole response to a request from 127.0.0.`last`; empty when the connection is
+    /// The complete response to a request from 127.0.0.`last`; empty when the connection is
     /// rejected.
     async fn get(&self, last: u8, path: &str) -> String {
         let mut stream = self.connect(last).await;
@@ -71,7 +71,8 @@ impl TestAdminServer {
     }
 }
 
-/// Less than the life of one connection, so that nothing becomes free by waiting for that.
+/// The limit is shorter than the life of a connection, so no permit is released by the end of that
+/// life.
 async fn within<T>(test: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(20), test).await.expect("the test is stuck")
 }
@@ -85,7 +86,7 @@ async fn three_hundred_idle_connections_of_a_pod_do_not_delay_a_probe_of_the_nod
             idle.push(port.connect(2).await);
         }
         assert!(port.get(1, "/healthz").await.ends_with("ok\n"));
-        assert!(port.get(3, "/metrics").await.starts_with("HTTP/1.1 200"), "other pods have places as well");
+        assert!(port.get(3, "/metrics").await.starts_with("HTTP/1.1 200"), "other pods have permits as well");
         assert_eq!(port.rejected("address"), 300 - LIMITS.address as u64);
     })
     .await;
@@ -125,7 +126,7 @@ async fn a_closed_connection_makes_room_for_another_of_its_address() {
     port.close().await;
 }
 
-/// Under a paused clock: time passes when nothing else can happen.
+/// Under a paused clock, time passes only when no task can proceed.
 #[tokio::test(start_paused = true)]
 async fn a_head_that_comes_byte_by_byte_ends_its_connection() {
     let port = TestAdminServer::open().await;
@@ -159,7 +160,7 @@ async fn the_unspecified_ipv6_address_accepts_ipv4_too() {
     let port = listener.local_addr().unwrap().port();
     let families = [IpAddr::from([127, 0, 0, 1]), std::net::Ipv6Addr::LOCALHOST.into()];
     for address in families.into_iter().take(1 + usize::from(has_ipv6())) {
-        // The first error ends both: without the other family nothing is ever accepted.
+        // The first error ends both waits: without the other family, `accept` never returns.
         let (connected, (_, peer)) = tokio::try_join!(TcpStream::connect((address, port)), listener.accept()).unwrap();
         assert_eq!(peer.ip().to_canonical(), connected.local_addr().unwrap().ip());
     }

@@ -12,7 +12,7 @@ fn peer(n: u8) -> PeerId {
     PeerId::from_public_key([n; 32])
 }
 
-/// Somebody who issues certificates.
+/// A certificate authority.
 struct Issuer {
     certificate: rcgen::Certificate,
     key: KeyPair,
@@ -51,7 +51,7 @@ fn write(path: &Path, text: &str) {
     io::Write::write_all(&mut file, text.as_bytes()).unwrap();
 }
 
-/// The files of an agent.
+/// Writes the files of an agent, and returns their paths.
 fn files(folder: &TempDir, chain: &str, key: &KeyPair, authority: &Issuer) -> CertificateFiles {
     let at = |name: &str| folder.path().join(name);
     write(&at("tls.crt"), chain);
@@ -114,7 +114,7 @@ fn every_usual_kind_of_key_and_either_purpose_is_accepted() {
     let mail = purpose(ExtendedKeyUsagePurpose::EmailProtection);
     assert!(matches!(
         rejection_of(mail, &authority, &authority),
-        CertificateRejection::Chain("it is for another purpose")
+        CertificateRejection::Chain("a certificate is for another purpose")
     ));
 }
 
@@ -126,7 +126,7 @@ fn another_authority_another_name_and_an_expired_certificate_are_rejected() {
     assert_eq!(rejection_of(for_name("web.shop.svc"), &authority, &authority), CertificateRejection::Name);
     let mut over = for_name("lighterman");
     (over.not_before, over.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1));
-    assert_eq!(rejection_of(over, &authority, &authority), CertificateRejection::Chain("it has expired"));
+    assert_eq!(rejection_of(over, &authority, &authority), CertificateRejection::Chain("a certificate has expired"));
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn a_statement_is_rejected_after_an_hour_and_before_its_time() {
     assert!(at(3660).is_ok() && at(-60).is_ok(), "clocks may differ by a minute");
     assert_eq!(at(3661), Err(CertificateRejection::Expired));
     assert_eq!(at(-62), Err(CertificateRejection::TooEarly));
-    // Nor can its time be changed.
+    // A changed time invalidates the signature.
     let later = material.issued.as_secs() + 3600;
     let text = material.credential.expose().replacen(&material.issued.as_secs().to_string(), &later.to_string(), 1);
     let later = Duration::from_secs(later);
@@ -213,12 +213,12 @@ async fn a_replaced_certificate_is_used_and_a_wrong_certificate_is_not() {
     let (folder, agent) = agent(&authority, 1);
     let (first, renewed) = (agent.credential().await.unwrap(), agent.credential_changes());
     agent.reload(now()).unwrap();
-    assert!(!renewed.has_changed().unwrap(), "nothing is new");
+    assert!(!renewed.has_changed().unwrap(), "the files are unchanged");
     let key = KeyPair::generate().unwrap();
     write(&folder.path().join("tls.key"), &key.serialize_pem());
     assert!(
         matches!(agent.reload(now()), Err(CertificateFilesError::Rejected(CertificateRejection::Signature))),
-        "half replaced"
+        "the key is new and the certificate old"
     );
     assert!(!renewed.has_changed().unwrap() && agent.credential().await.unwrap() == first);
     write(&folder.path().join("tls.crt"), &authority.issue(for_name("lighterman"), &key));
@@ -226,5 +226,5 @@ async fn a_replaced_certificate_is_used_and_a_wrong_certificate_is_not() {
     assert!(renewed.has_changed().unwrap() && agent.credential().await.unwrap() != first);
     let second = agent.credential().await.unwrap();
     agent.reload(now() + RESIGN_AFTER).unwrap();
-    assert_ne!(agent.credential().await.unwrap(), second, "signed again in time");
+    assert_ne!(agent.credential().await.unwrap(), second, "the statement is renewed in time");
 }

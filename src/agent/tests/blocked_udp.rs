@@ -10,9 +10,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::admission::StaticAdmission;
-use crate::agent::pod_notifier::PodNotifier;
-use crate::agent::recover_error::RecoverError;
-use crate::agent::udp_watch::UdpWatch;
+use crate::agent::membership::udp_watch::UdpWatch;
+use crate::agent::pods::pod_notifier::PodNotifier;
+use crate::agent::recovery::recover_error::RecoverError;
 use crate::config::loopback;
 use crate::identity::Identity;
 use crate::model::MeshStatus;

@@ -6,10 +6,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::pod_controller::{REFUSED, RunningController, failing_pod};
 use super::*;
-use crate::agent::progress::Progress;
-use crate::agent::recover::RecoverError;
+use crate::agent::recovery::progress::Progress;
+use crate::agent::recovery::recover_error::RecoverError;
 use crate::decide::disk::{Disks, FileSystem, Volume};
-use crate::decide::plan::OverLimit;
+use crate::decide::disk::OverLimit;
 use crate::ports::PodReportKind;
 
 const GIB: u64 = 1 << 30;

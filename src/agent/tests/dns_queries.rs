@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::admission::StaticAdmission;
-use crate::agent::joiner::{DnsResolver, Joiner};
+use crate::agent::membership::joiner::{DnsResolver, Joiner};
 use crate::config::loopback;
 use crate::identity::Identity;
 use crate::mesh::{self, MembershipEvent, SharedInventory};

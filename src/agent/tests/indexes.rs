@@ -4,8 +4,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::pod_controller::{REFUSED, RunningController, failing_pod, reports};
 use super::*;
-use crate::agent::progress::Progress;
-use crate::agent::recover::{RecoverError, RecoveredImage};
+use crate::agent::recovery::progress::Progress;
+use crate::agent::recovery::recover_error::RecoverError;
+use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::oci::{Descriptor, MAX_INDEX_DEPTH};
 use crate::ports::{ChildKind, PodReportKind};
 use crate::testing::image::{Recipe, make_image, put_document};

@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 use std::collections::HashMap;
 
 use super::*;
-use crate::agent::progress::Progress;
+use crate::agent::recovery::progress::Progress;
 use crate::decide::image_completeness::{DocumentNeeds, missing_content};
 use crate::oci::Document;
 use crate::testing::image::{Recipe, make_image};

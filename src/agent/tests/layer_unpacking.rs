@@ -10,11 +10,12 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::agent::layer_unpacker::LayerUnpacker;
-use crate::agent::progress::Progress;
-use crate::agent::recover::{RecoverError, RecoveredImage};
+use crate::agent::recovery::layer_unpacker::LayerUnpacker;
+use crate::agent::recovery::progress::Progress;
+use crate::agent::recovery::recover_error::RecoverError;
+use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::decide::disk::{Disks, FileSystem};
-use crate::decide::plan::OverLimit;
+use crate::decide::disk::OverLimit;
 use crate::oci::StackedLayer;
 use crate::ports::{Pin, UnpackError, UnpackOutcome, Unpacker};
 

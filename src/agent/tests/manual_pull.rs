@@ -9,8 +9,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::agent::manual_pull::ManualPuller;
-use crate::agent::progress::RecoveryTracker;
+use crate::agent::operator::manual_pull::ManualPuller;
+use crate::agent::recovery::progress::RecoveryTracker;
 use crate::ports::{PullFailure, PullProgress, PullRequest};
 
 struct ManualPullClient {

@@ -6,8 +6,8 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::agent::notifications::{NotificationQueue, NotificationSender, PendingNotification};
-use crate::agent::recover::RecoveredImage;
+use crate::agent::pods::notifications::{NotificationQueue, NotificationSender, PendingNotification};
+use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::model::PodRef;
 use crate::ports::NotifyError;
 use crate::testing::MemoryNotifier;

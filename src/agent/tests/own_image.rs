@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::*;
-use crate::agent::own_image::{OwnImageController, OwnImagePorts};
-use crate::agent::progress::RecoveryTracker;
+use crate::agent::recovery::progress::RecoveryTracker;
+use crate::agent::retention::own_image::{OwnImageController, OwnImagePorts};
 use crate::decide::own_image::{OwnImages, Protection};
 use crate::model::OutageKind;
 use crate::ports::{ClusterError, OwnDaemonSet, OwnImageStatus, ProtectedImages, RegistryError};

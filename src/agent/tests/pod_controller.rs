@@ -7,12 +7,12 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::agent::announcer::RecordTargets;
-use crate::agent::notifications::NotificationQueue;
-use crate::agent::pod_controller::{PodController, PodControllerParts};
-use crate::agent::pod_notifier::PodNotifier;
-use crate::agent::progress::RecoveryTracker;
-use crate::agent::registry_health::RegistryHealth;
+use crate::agent::membership::announcer::RecordTargets;
+use crate::agent::pods::notifications::NotificationQueue;
+use crate::agent::pods::pod_controller::{PodController, PodControllerParts};
+use crate::agent::pods::pod_notifier::PodNotifier;
+use crate::agent::pods::registry_health::RegistryHealth;
+use crate::agent::recovery::progress::RecoveryTracker;
 use crate::decide::claim::zone_claim;
 use crate::decide::policy::RecoveryOptions;
 use crate::model::{ContainerKind, ContainerView, Outage, PodRef, PodView, PullPolicy, WaitingState};
@@ -50,7 +50,7 @@ impl RunningController {
         let (outages_in, outages) = watch::channel(Vec::new());
         let registry = Arc::clone(&node.registry) as _;
         let controller = PodController::new(PodControllerParts {
-            recoverer: node.recoverer(),
+            recoverer: Arc::new(node.recoverer()),
             tracker: RecoveryTracker::default(),
             cluster: Arc::new(node.cluster.clone()),
             registries: RegistryHealth::new(node.inventory.clone(), registry, true, outages_in, node.metrics.clone()),

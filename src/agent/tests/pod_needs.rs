@@ -2,7 +2,7 @@
 
 use super::pod_controller::{REFUSED, RunningController, failing_pod, reports};
 use super::*;
-use crate::agent::registry_health::RegistryHealth;
+use crate::agent::pods::registry_health::RegistryHealth;
 use crate::decide::policy::RecoveryOptions;
 use crate::model::{ContainerKind, ContainerView, ImageVolume, Outage, OutageKind, Owner, PodView, WaitingState};
 use crate::ports::{KubeletEvent, PodReportKind, RegistryError};

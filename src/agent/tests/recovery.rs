@@ -3,9 +3,10 @@
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::agent::progress::Progress;
-use crate::agent::recover::{RecoverError, RecoveredImage};
-use crate::agent::reference_resolver::RecoveryRequest;
+use crate::agent::recovery::progress::Progress;
+use crate::agent::recovery::recover_error::RecoverError;
+use crate::agent::recovery::recovered_image::RecoveredImage;
+use crate::agent::recovery::reference_resolver::RecoveryRequest;
 use crate::oci::Descriptor;
 use crate::ports::{ChildKind, FetchError};
 use crate::testing::image::put_document;

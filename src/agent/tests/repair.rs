@@ -4,9 +4,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::pod_controller::{RunningController, failing_pod, reports};
 use super::*;
-use crate::agent::progress::Progress;
-use crate::agent::recover::{RecoverError, RecoveredImage};
-use crate::agent::reference_resolver::RecoveryRequest;
+use crate::agent::recovery::progress::Progress;
+use crate::agent::recovery::recover_error::RecoverError;
+use crate::agent::recovery::recovered_image::RecoveredImage;
+use crate::agent::recovery::reference_resolver::RecoveryRequest;
 use crate::model::WaitingState;
 use crate::oci::Repository;
 use crate::ports::{BlobMetadata, PodReportKind, Unpacker as _};

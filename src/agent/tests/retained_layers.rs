@@ -6,9 +6,9 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::agent::progress::Progress;
-use crate::agent::registry_health::{RegistryHealth, RegistryProbe};
-use crate::agent::retainer::tests::RetainTestNode;
+use crate::agent::pods::registry_health::{RegistryHealth, RegistryProbe};
+use crate::agent::recovery::progress::Progress;
+use crate::agent::retention::retainer::tests::RetainTestNode;
 use crate::decide::fill::FetchFrom;
 use crate::decide::retain::RetainLayers;
 use crate::decide::token_bucket::MIN_RATE;

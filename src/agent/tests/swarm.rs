@@ -5,9 +5,10 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::agent::progress::Progress;
-use crate::agent::recover::{RecoverError, RecoveredImage};
-use crate::agent::reference_resolver::RecoveryRequest;
+use crate::agent::recovery::progress::Progress;
+use crate::agent::recovery::recover_error::RecoverError;
+use crate::agent::recovery::recovered_image::RecoveredImage;
+use crate::agent::recovery::reference_resolver::RecoveryRequest;
 use crate::decide::claim::{ZoneLeader, zone_claim};
 use crate::oci::{MIN_PIECE_SIZE, PieceLayout};
 use crate::ports::{FetchError, PartialBlobs};

@@ -8,10 +8,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::*;
 use crate::admission::StaticAdmission;
-use crate::agent::fallback_fetcher::{FallbackFetcher, MeshRangeServer};
-use crate::agent::progress::Progress;
-use crate::agent::recover::RecoverError;
-use crate::agent::suspecting_fetcher::SuspectingFetcher;
+use crate::agent::recovery::fallback_fetcher::{FallbackFetcher, MeshRangeServer};
+use crate::agent::recovery::progress::Progress;
+use crate::agent::recovery::recover_error::RecoverError;
+use crate::agent::recovery::suspecting_fetcher::SuspectingFetcher;
 use crate::config::loopback;
 use crate::decide::transport_choice::MAX_BLOB;
 use crate::identity::Identity;
@@ -85,27 +85,19 @@ impl MeshNode {
     }
 
     fn recoverer(&self) -> Recoverer {
-        let test_node = TestNode::new();
         let quic = SuspectingFetcher {
             transfer: self.transfer.clone(),
             mesh: self.mesh.clone(),
             udp: self.inventory.udp().clone(),
         };
-        let ways = Arc::new(FallbackFetcher::new(quic, self.metrics.clone()));
-        let zone = watch::channel(None).1;
-        let blob_fetcher = BlobFetcher::new(
-            self.peer.id,
-            self.store.clone(),
-            ways,
-            self.inventory.clone(),
-            Downloads::default(),
-            zone,
-            self.metrics.clone(),
-        );
-        let mut recoverer = test_node.recoverer_on(self.store.clone());
-        recoverer.resolver.inventory = self.inventory.clone();
-        recoverer.blob_fetcher = Arc::new(blob_fetcher);
-        recoverer
+        RecoveryDependencies {
+            peer: self.peer.id,
+            fetcher: Arc::new(FallbackFetcher::new(quic, self.metrics.clone())),
+            inventory: self.inventory.clone(),
+            metrics: self.metrics.clone(),
+            ..TestNode::new().recovery_dependencies(self.store.clone())
+        }
+        .build()
     }
 
     /// A counter, by name and labels.

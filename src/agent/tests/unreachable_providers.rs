@@ -9,8 +9,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::*;
 use crate::admission::StaticAdmission;
-use crate::agent::suspecting_fetcher::SuspectingFetcher;
-use crate::agent::udp_watch::UdpState;
+use crate::agent::peers::udp_state::UdpState;
+use crate::agent::recovery::suspecting_fetcher::SuspectingFetcher;
 use crate::config::loopback;
 use crate::identity::Identity;
 use crate::mesh::{self, MembershipEvent, Mesh, SharedInventory};

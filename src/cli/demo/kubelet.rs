@@ -1,5 +1,5 @@
-//! The one part that is played: a kubelet with one pod. It looks for the image, tries to pull it, reports why it cannot, and
-//! looks again when it is nudged; as the real one does, and no more.
+//! The simulated part: a kubelet with one pod. The kubelet looks for the image, tries to pull the
+//! image, reports the failure, and looks again after a nudge, as a real kubelet does.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -31,10 +31,11 @@ impl Kubelet {
         Self { store, nudges, watch, pod, image }
     }
 
-    /// Connects to the registry; there is none, so what the system says is the failure.
+    /// Connects to the registry's port, which has no listener, and returns the failure in the form
+    /// of a kubelet's message.
     pub(super) async fn try_to_pull(&self, registry: SocketAddr) -> Result<String, DemoError> {
         match TcpStream::connect(registry).await {
-            Ok(_) => Err(format!("somebody listens at {registry}, where nobody should").into()),
+            Ok(_) => Err(format!("another process listens at {registry}, the port of the demo's registry").into()),
             Err(error) => {
                 let image = &self.image;
                 let cause = if error.kind() == std::io::ErrorKind::ConnectionRefused {
@@ -47,13 +48,13 @@ impl Kubelet {
         }
     }
 
-    /// What the API server would tell the agent that watches this node.
+    /// Sends the pod with this failure to the agent's watch, as the API server does.
     pub(super) async fn report_failure(&self, message: &str) -> Result<(), DemoError> {
         let waiting = WaitingState { reason: "ErrImagePull".into(), message: message.into() };
         self.send_pod(Some(waiting)).await
     }
 
-    /// Waits for nudges; starts the pod when its image is there under its exact name.
+    /// Waits for nudges; starts the pod when the store has a record of the image's exact name.
     pub(super) async fn run_until_started(&mut self) -> Result<(), DemoError> {
         loop {
             let nudged = self.nudges.recv().await?;

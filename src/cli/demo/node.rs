@@ -1,4 +1,4 @@
-//! One node of the demo: a whole agent with its own content store on disk.
+//! One node of the demo: an agent with its own content store on disk.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -10,8 +10,8 @@ use tokio::task::JoinHandle;
 
 use super::DemoError;
 use crate::admission::StaticAdmission;
-use crate::agent::inventory_view::PeerInventory;
-use crate::agent::progress::RecoveryTracker;
+use crate::agent::peers::inventory_view::PeerInventory;
+use crate::agent::recovery::progress::RecoveryTracker;
 use crate::agent::supervisor::{Supervisor, TaskEnded};
 use crate::agent::{Agent, AgentPorts};
 use crate::config::{Settings, loopback};
@@ -29,7 +29,6 @@ use crate::{mesh, transfer};
 
 const GRACE: Duration = Duration::from_secs(5);
 
-/// A node that runs.
 pub(super) struct DemoNode {
     pub(super) name: String,
     pub(super) peer: PeerId,
@@ -58,7 +57,7 @@ impl DemoNode {
         let (pods_in, pods) = mpsc::channel(8);
         let world = AgentPorts {
             store: Arc::clone(&store) as _,
-            // Nothing runs from a folder.
+            // The store is a plain folder without a snapshotter.
             unpacker: None,
             layer_leases: None,
             own_image: None,
@@ -125,17 +124,17 @@ impl DemoNode {
         })
     }
 
-    /// The kubelet's end of this node's pod watch; there is one kubelet.
+    /// The sending end of this node's pod watch, for the node's one kubelet.
     pub(super) fn take_pods(&mut self) -> Option<mpsc::Sender<PodEvent>> {
         self.pods.take()
     }
 
-    /// Waits until so many peers are connected.
+    /// Waits for `peers` connected peers.
     pub(super) async fn wait_for_peers(&self, peers: usize) -> Result<(), DemoError> {
         self.wait_until(|holders| holders.peers().len() >= peers).await
     }
 
-    /// Waits until somebody is known to hold the image.
+    /// Waits until a peer announces the image.
     pub(super) async fn wait_for_provider(&self, reference: &Reference, digest: Digest) -> Result<(), DemoError> {
         self.wait_until(|holders| !holders.image_providers(reference.repository(), digest).is_empty()).await
     }
@@ -150,7 +149,7 @@ impl DemoNode {
 
     /// Stops the agent and waits for it.
     pub(super) async fn stop(self) -> Result<(), DemoError> {
-        // Gone already if a task of the agent ended; then the join says so.
+        // The receiver is gone if a task of the agent ended; then the join returns the error.
         let _ = self.shutdown.send(());
         Ok(self.running.await??)
     }

@@ -1,4 +1,4 @@
-//! What the demo prints: steps, details, and a bar for each blob while it travels.
+//! The output of the demo: steps, details, and a bar for each blob during the transfer.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -8,13 +8,13 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::agent::progress::RecoveryTracker;
+use crate::agent::recovery::progress::RecoveryTracker;
 use crate::oci::{Digest, Reference};
 
-/// Fast enough to look smooth, slow enough to cost nothing.
+/// Interval between redraws of the bars: looks smooth, and costs little.
 const REDRAW: Duration = Duration::from_millis(50);
 
-/// Where the story goes: standard output for people, standard error when that is kept for JSON.
+/// Prints to standard output, or to standard error where `--json` has standard output for itself.
 pub(super) struct DemoOutput {
     json: bool,
 }
@@ -24,22 +24,22 @@ impl DemoOutput {
         Self { json }
     }
 
-    /// The next thing that happens.
     pub(super) fn step(&self, text: &str) {
         self.line(&format!("\n{text}"));
     }
 
-    /// Something about it.
+    /// An indented line below the last step.
     pub(super) fn detail(&self, text: &str) {
         self.line(&format!("  {text}"));
     }
 
-    // A reader that went away (`| head`) is no failure of the demo.
+    // A closed pipe (`| head`) is no failure of the demo.
     fn line(&self, text: &str) {
         let _ = if self.json { writeln!(std::io::stderr(), "{text}") } else { writeln!(std::io::stdout(), "{text}") };
     }
 
-    /// Draws the recovery's blobs until stopped; leaves the last picture. Without a terminal nothing is drawn.
+    /// Draws a bar for each blob of the recovery until `stop`, and leaves the last state on the
+    /// terminal. Without a terminal nothing is drawn.
     pub(super) fn progress(&self, board: RecoveryTracker, image: Reference, stop: CancellationToken) -> JoinHandle<()> {
         let bars = MultiProgress::with_draw_target(if self.json {
             ProgressDrawTarget::hidden()

@@ -1,14 +1,13 @@
-//! How a pull is shown: a bar on a terminal, plain lines elsewhere, JSON for machines.
+//! The output of a pull: a bar on a terminal, plain lines elsewhere, JSON for programs.
 
 use std::io::{IsTerminal, Write};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::agent::pod_notifier::human_bytes;
+use crate::agent::pods::pod_notifier::human_bytes;
 use crate::oci::Reference;
 use crate::ports::PullProgress;
 
-/// Shows one pull.
 pub(super) struct PullOutput {
     reference: String,
     dry_run: bool,
@@ -18,7 +17,7 @@ pub(super) struct PullOutput {
 enum OutputMode {
     Json,
     Bar(ProgressBar),
-    /// A line for each tenth; this is the last one told.
+    /// A line for each tenth of the bytes; the number is the last printed tenth.
     Lines(u64),
 }
 
@@ -34,7 +33,7 @@ impl PullOutput {
         Self { reference: reference.to_string(), dry_run, mode: way }
     }
 
-    /// Shows what happened. Failures are the caller's to tell, except to machines.
+    /// Prints one step. The caller prints a failure, but for JSON, which contains each step.
     pub(super) fn show(&mut self, progress: &PullProgress) {
         match (&mut self.mode, progress) {
             (OutputMode::Json, progress) => {
@@ -70,18 +69,18 @@ fn sentence(reference: &str, dry_run: bool, progress: &PullProgress) -> Option<S
     match progress {
         PullProgress::Resolved { digest, providers, more_providers } => {
             let more = if *more_providers > 0 { format!(" and {more_providers} more") } else { String::new() };
-            let end = if dry_run { "; nothing was moved" } else { "" };
-            Some(format!("{reference} is {digest}, held by {}{more}{end}", providers.join(", ")))
+            let end = if dry_run { "; a dry run fetches nothing" } else { "" };
+            Some(format!("{reference} is {digest}, provided by {}{more}{end}", providers.join(", ")))
         }
         PullProgress::Planned { missing_bytes, missing_blobs } => {
             Some(format!("{missing_blobs} blobs, {} to fetch", human_bytes(*missing_bytes)))
         }
         PullProgress::Unpacking { layer, of } => Some(format!("unpacking layer {layer} of {of}")),
         PullProgress::Done { bytes, fetched: 0, there, .. } if *bytes == 0 => {
-            Some(format!("{reference} is here; all {there} blobs were"))
+            Some(format!("{reference} is on this node; all {there} blobs were present before"))
         }
         PullProgress::Done { bytes, fetched, there, milliseconds, from, .. } => Some(format!(
-            "{reference} is here: {fetched} blobs, {} from {} in {}.{} s ({there} were here)",
+            "{reference} is on this node: {fetched} blobs, {} from {} in {}.{} s ({there} present before)",
             human_bytes(*bytes),
             from.join(", "),
             milliseconds / 1000,
@@ -95,7 +94,7 @@ fn tenths(done: u64, total: u64) -> u64 {
     if total == 0 { 10 } else { u64::try_from(u128::from(done) * 10 / u128::from(total)).unwrap_or(10) }
 }
 
-// A reader that went away (`| head`) is no failure of the pull.
+// A closed pipe (`| head`) is no failure of the pull.
 fn line(text: &str) {
     let _ = writeln!(std::io::stdout(), "{text}");
 }
@@ -127,12 +126,16 @@ mod tests {
             from: vec!["n1".into()],
         };
         for (progress, dry_run, expected) in [
-            (resolved.clone(), false, "r.test/a:1 is sha256:00, held by n1, n2 and 3 more"),
-            (resolved, true, "r.test/a:1 is sha256:00, held by n1, n2 and 3 more; nothing was moved"),
+            (resolved.clone(), false, "r.test/a:1 is sha256:00, provided by n1, n2 and 3 more"),
+            (resolved, true, "r.test/a:1 is sha256:00, provided by n1, n2 and 3 more; a dry run fetches nothing"),
             (PullProgress::Planned { missing_bytes: 3 << 20, missing_blobs: 4 }, false, "4 blobs, 3.0 MiB to fetch"),
             (PullProgress::Unpacking { layer: 3, of: 5 }, false, "unpacking layer 3 of 5"),
-            (done(1 << 20, 4, 1), false, "r.test/a:1 is here: 4 blobs, 1.0 MiB from n1 in 2.3 s (1 were here)"),
-            (done(0, 0, 5), false, "r.test/a:1 is here; all 5 blobs were"),
+            (
+                done(1 << 20, 4, 1),
+                false,
+                "r.test/a:1 is on this node: 4 blobs, 1.0 MiB from n1 in 2.3 s (1 present before)",
+            ),
+            (done(0, 0, 5), false, "r.test/a:1 is on this node; all 5 blobs were present before"),
         ] {
             assert_eq!(sentence("r.test/a:1", dry_run, &progress).as_deref(), Some(expected));
         }

@@ -1,30 +1,23 @@
-//! An agent on ports in memory, asked over a real socket by the code that the command runs.
+//! The command's client code against an agent on in-memory ports, over a real socket.
 
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
 use async_trait::async_trait;
 
 use super::*;
-use crate::agent::blob_fetcher::BlobFetcher;
-use crate::agent::claim_coordinator::ClaimCoordinator;
-use crate::agent::inventory_view::PeerInventory;
-use crate::agent::manual_pull::ManualPuller;
-use crate::agent::progress::RecoveryTracker;
-use crate::agent::recover::Recoverer;
-use crate::agent::reference_resolver::ReferenceResolver;
+use crate::agent::operator::manual_pull::ManualPuller;
+use crate::agent::peers::inventory_view::PeerInventory;
+use crate::agent::recovery::builder::RecoveryDependencies;
+use crate::agent::recovery::progress::RecoveryTracker;
 use crate::agent::supervisor::Supervisor;
-use crate::agent::swarm::Downloads;
 use crate::control::{Config, ControlServer};
-use crate::decide::disk_reservations::Reservations;
-use crate::decide::policy::{Policy, ResolveOptions};
 use crate::metrics::Metrics;
 use crate::model::{InventoryItem, MeshEvent, NodeName, Peer, PeerId};
-use crate::oci::Platform;
-use crate::ports::{ContentStore, ImportPermission, Status, StatusSource};
+use crate::ports::{ContentStore, Status, StatusSource};
 use crate::testing::image::{MadeImage, put_image};
-use crate::testing::{Behaviour, MemoryCluster, MemoryFetcher, MemoryRegistry, MemoryStore};
+use crate::testing::{Behaviour, MemoryFetcher, MemoryStore};
 
 struct EmptyStatus;
 
@@ -37,7 +30,7 @@ impl StatusSource for EmptyStatus {
 
 const IMAGE: &str = "r.test/shop/checkout:v1";
 
-/// What of an agent answers people, and a peer that holds an image.
+/// The control socket of an agent with one peer, which has an image.
 struct TestAgent {
     client: Client,
     store: Arc<MemoryStore>,
@@ -65,32 +58,8 @@ async fn start_agent() -> TestAgent {
     let items = blobs.chain([InventoryItem::Image(repository, Some(tag), image.target.digest)]).collect();
     holders.apply(MeshEvent::Snapshot(peer, items));
     fetcher.put_peer(peer, theirs, Behaviour::Honest);
-    let claims = Arc::new(MemoryCluster::default().claims_of(node.clone()));
-    let recoverer = Recoverer {
-        store: Arc::clone(&store) as _,
-        resolver: ReferenceResolver {
-            inventory: holders.clone(),
-            registry: Arc::new(MemoryRegistry::default()),
-            cluster: Arc::new(MemoryCluster::default()),
-            platform: Platform::of_this_node(),
-            options: ResolveOptions::default(),
-        },
-        blob_fetcher: Arc::new(BlobFetcher::new(
-            me,
-            Arc::clone(&store) as _,
-            fetcher,
-            holders.clone(),
-            Downloads::default(),
-            watch::channel(None).1,
-            metrics.clone(),
-        )),
-        claims: Arc::new(ClaimCoordinator::new(claims, holders, metrics.clone(), node, me)),
-        policy: watch::channel(Arc::new(Policy::default())).1,
-        platform: Platform::of_this_node(),
-        reservations: Reservations::default(),
-        imports: watch::channel(ImportPermission::Allowed).1,
-        layer_unpacker: None,
-    };
+    let dependencies = RecoveryDependencies::on_fakes(me, node, Arc::clone(&store) as _, fetcher, holders);
+    let recoverer = RecoveryDependencies { metrics: metrics.clone(), ..dependencies }.build();
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("agent.sock");
     let (pulls_in, pulls) = mpsc::channel(4);

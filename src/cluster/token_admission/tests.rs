@@ -12,14 +12,14 @@ use tokio::task::JoinSet;
 use super::*;
 use crate::credential::token::tests::{ISSUER, good_claims, peer, published, sign};
 
-/// What an API server that is not one is asked, and answers.
+/// An API server for tokens, keys and reviews, with a record of its requests.
 #[derive(Default)]
 struct FakeApiServer {
     published: Mutex<Vec<Value>>,
     key_requests: Mutex<u32>,
     token_requests: Mutex<Vec<Value>>,
     reviews: Mutex<Vec<Value>>,
-    /// What the next ones say.
+    /// The verdict of the next reviews.
     rejects_tokens: AtomicBool,
 }
 
@@ -86,12 +86,13 @@ async fn serve(fake: &Arc<FakeApiServer>, server: &mut JoinSet<()>) -> SocketAdd
     address
 }
 
-/// A good token of this moment.
+/// A valid token that expires in an hour.
 fn credential() -> Credential {
     credential_expiring_in(3600)
 }
 
-/// A good token that ends, or has ended, so many seconds from now.
+/// A token with a valid signature that expires `seconds` from now; a negative number is an expired
+/// token.
 fn credential_expiring_in(seconds: i64) -> Credential {
     let expires = now().as_secs().strict_add_signed(seconds);
     let mut claims = good_claims();
@@ -108,7 +109,8 @@ fn rejection_text<T: std::fmt::Debug>(decided: Result<T, Rejection>) -> String {
     }
 }
 
-/// Lets time pass while nothing is under way; a clock that stood still during real requests would make them time out.
+/// Advances the clock while no request is in flight. A paused clock would make real requests time
+/// out.
 async fn advance_clock(time: Duration) {
     tokio::time::pause();
     tokio::time::advance(time).await;
@@ -168,7 +170,7 @@ async fn the_token_request_names_this_key_and_pod_and_an_expired_token_is_not_se
     assert_eq!(
         agent.request_token().await.unwrap(),
         Duration::from_secs(600),
-        "what was granted, not what was asked for"
+        "the granted lifetime, not the requested lifetime"
     );
     let spec = fake.token_requests.lock().unwrap()[0]["spec"].take();
     let pod = json!({ "apiVersion": "v1", "kind": "Pod", "name": "agent-x", "uid": "p-1" });
@@ -184,7 +186,8 @@ async fn a_pods_token_is_reviewed_once_and_a_rejection_counts() {
     let (fake, mut server) = (Arc::new(FakeApiServer::default()), JoinSet::new());
     fake.publish(vec![json!(published())]);
     let agent = agent(&fake, &mut server).await;
-    assert_eq!(agent.admit_relayed(peer(), &credential()), Err(Rejection::Undecided("no keys are known yet".into())));
+    let no_keys = Rejection::Undecided("the cluster's signing keys were not fetched yet".into());
+    assert_eq!(agent.admit_relayed(peer(), &credential()), Err(no_keys));
     for _ in 0..3 {
         agent.admit(peer(), &credential()).await.unwrap();
     }
@@ -192,7 +195,7 @@ async fn a_pods_token_is_reviewed_once_and_a_rejection_counts() {
     let spec = fake.reviews.lock().unwrap()[0].clone();
     assert_eq!(spec["audiences"], json!([peer().to_string()]));
 
-    // Another pod, so it is asked again.
+    // A token of another pod needs its own review.
     fake.rejects_tokens.store(true, Ordering::Relaxed);
     let mut claims = good_claims();
     claims["kubernetes.io"]["pod"]["uid"] = "p-2".into();
@@ -206,7 +209,7 @@ async fn a_pods_token_is_reviewed_once_and_a_rejection_counts() {
     }
     assert!(
         rejection_text(agent.admit_relayed(peer(), &stolen)).contains("the API server"),
-        "nor by way of another member"
+        "a relayed token is rejected too"
     );
     assert_eq!(fake.review_count(), 2);
     let spent = (0..100).filter(|_| agent.budget.try_take(1)).count();
@@ -214,7 +217,7 @@ async fn a_pods_token_is_reviewed_once_and_a_rejection_counts() {
     while agent.budget.try_take(1) {}
     assert!(
         rejection_text(agent.admit(peer(), &stolen).await).contains("the API server"),
-        "a no outlasts the budget: {spent}"
+        "the rejection outlasts the budget of {spent} reviews"
     );
 }
 
@@ -231,7 +234,7 @@ async fn the_signature_decides_without_a_review_or_over_the_review_budget() {
     agent.admit(peer(), &credential()).await.unwrap();
     assert_eq!(agent.api_server.reachability(), Reachability::Unreachable);
     advance_clock(Duration::from_secs(10)).await;
-    agent.keys.refetch_requested().now_or_never().expect("whether it is back is looked for");
+    agent.keys.refetch_requested().now_or_never().expect("the agent probes the API server");
 }
 
 const GRACE: Duration = Duration::from_secs(24 * 3600);
@@ -247,14 +250,14 @@ async fn an_expired_token_of_a_verified_peer_is_accepted_only_while_the_api_serv
     let (folder, address) = (tempfile::tempdir().unwrap(), serve(&fake, &mut server).await);
     let [with_history, without_history] = [(); 2].map(|()| agent_at(address, options_in(&folder)));
     let expired = credential_expiring_in(-3600);
-    // It was good while this agent saw it.
+    // This agent verified a token of the peer before the expiry.
     with_history.admit(peer(), &credential_expiring_in(1)).await.unwrap();
     without_history.keys.refetch().await.unwrap();
     assert!(rejection_text(with_history.admit(peer(), &expired).await).contains("expired"), "the API server answers");
     advance_clock(Duration::from_secs(11)).await;
     assert!(
         matches!(with_history.admit_relayed(peer(), &expired), Err(Rejection::Undecided(_))),
-        "whether it does is not known"
+        "the API server's state is unknown"
     );
 
     server.shutdown().await;
@@ -263,7 +266,7 @@ async fn an_expired_token_of_a_verified_peer_is_accepted_only_while_the_api_serv
     assert!(with_history.admit_relayed(peer(), &expired).unwrap().is_in_grace);
     let too_old = credential_expiring_in(-24 * 3600 - 1);
     assert!(rejection_text(with_history.admit(peer(), &too_old).await).contains("expired"));
-    assert!(rejection_text(without_history.admit(peer(), &expired).await).contains("expired"), "one that never saw it");
+    assert!(rejection_text(without_history.admit(peer(), &expired).await).contains("expired"), "the agent never verified the peer");
     let other = PeerId::from_public_key([8; 32]);
     assert!(rejection_text(with_history.admit(other, &expired).await).contains("another peer"));
 }
@@ -282,7 +285,7 @@ async fn an_agent_restarted_while_the_api_server_is_unreachable_reloads_its_peer
     let after = agent_at(address, options_in(&folder));
     assert_eq!(after.credential().await.unwrap().expose(), "a.b.c");
     advance_clock(Duration::from_secs(600)).await;
-    assert!(matches!(after.credential().await, Err(Rejection::Undecided(_))), "it has ended");
+    assert!(matches!(after.credential().await, Err(Rejection::Undecided(_))), "the token has expired");
     after.admit(peer(), &credential()).await.unwrap();
     after.request_token().await.unwrap_err();
     assert_eq!(after.credential().await.unwrap().expose(), "a.b.c", "on grace");
@@ -307,7 +310,7 @@ async fn a_killed_agent_reloads_the_token_that_it_just_received() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(SAVE_INTERVAL / 2, again).await.expect("both are kept at once");
+    tokio::time::timeout(SAVE_INTERVAL / 2, again).await.expect("token and keys are written at once");
     running.abort();
 }
 
@@ -324,12 +327,12 @@ async fn an_unsaved_token_is_saved_when_the_folder_becomes_writable() {
     while agent.credential().await.is_err() || fake.key_request_count() == 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    // Long enough for it to try.
+    // Time for a first, failing write.
     tokio::time::sleep(Duration::from_millis(200)).await;
     std::fs::create_dir(&missing).unwrap();
     let mut waited = Duration::ZERO;
     while agent_at(address, keep.clone()).credential().await.is_err() {
-        assert!(waited < 3 * SAVE_INTERVAL, "it was not tried again");
+        assert!(waited < 3 * SAVE_INTERVAL, "the write was not retried");
         advance_clock(SAVE_INTERVAL / 10).await;
         waited += SAVE_INTERVAL / 10;
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -345,7 +348,7 @@ async fn a_token_of_an_unknown_key_refetches_the_keys_without_blocking_the_event
     let agent = Arc::new(agent(&fake, &mut server).await);
     let running = agent.clone();
     server.spawn(async move { running.run(CancellationToken::new()).await });
-    // As if it had been rotated.
+    // The cluster rotates its signing key.
     while fake.key_request_count() == 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

@@ -1,11 +1,10 @@
-//! The words of the flags about retained layers.
+//! The values of `--retain-layers` and `--retain-fetch`.
 
 use clap::ValueEnum;
 
 use crate::decide::fill::FetchFrom;
 use crate::decide::retain::RetainLayers;
 
-/// The images whose layers are retained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(in crate::config) enum RetainKind {
     /// Images that pods of opted-in namespaces run or ran.
@@ -26,10 +25,9 @@ impl From<RetainKind> for RetainLayers {
     }
 }
 
-/// Where missing layers are fetched from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(in crate::config) enum FetchKind {
-    /// From nowhere.
+    /// Nothing is fetched.
     #[value(alias = "false")]
     None,
     /// From peers.

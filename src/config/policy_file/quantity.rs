@@ -1,8 +1,8 @@
 //! Sizes and rates as Kubernetes writes them: 50Mi, 2Gi, 100M.
 
-/// What [`parse`] takes, for messages.
+/// The values that [`parse`] accepts, for messages.
 pub(in crate::config) const ALLOWED: &str =
-    "a whole number of bytes below 16Ei, also with k, M, G, T, Ki, Mi, Gi or Ti behind it (50Mi),";
+    "a whole number of bytes below 16Ei, or with the unit k, M, G, T, Ki, Mi, Gi or Ti (50Mi),";
 
 const UNITS: [(&str, u64); 8] = [
     ("Ki", 1 << 10),
@@ -15,18 +15,18 @@ const UNITS: [(&str, u64); 8] = [
     ("T", 1_000_000_000_000),
 ];
 
-/// Bytes; `None` for anything but digits and one of the units, and for what does not fit 64 bits.
+/// Bytes. `None` for any text but digits and one of the units, and for a number over 64 bits.
 pub(in crate::config) fn parse(text: &str) -> Option<u64> {
     let unit = UNITS.iter().find_map(|(unit, factor)| Some((text.strip_suffix(unit)?, *factor)));
     let (digits, factor) = unit.unwrap_or((text, 1));
-    // `u64::from_str` would take a sign as well.
+    // `u64::from_str` would accept a sign too.
     if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
     }
     digits.parse::<u64>().ok()?.checked_mul(factor)
 }
 
-/// The shortest way to write it exactly.
+/// Writes the bytes exactly, with the largest unit that divides them.
 pub(super) fn show(bytes: u64) -> String {
     let exact = UNITS.iter().filter(|(_, factor)| bytes >= *factor && bytes.is_multiple_of(*factor));
     exact

@@ -1,4 +1,4 @@
-//! What a rules file may say, and how it is refused.
+//! The fields of a policy file, and the errors for wrong files.
 
 use super::*;
 use crate::decide::policy::Budgets;
@@ -69,7 +69,7 @@ fn absent_fields_leave_the_flags_in_force() {
 fn an_error_names_its_position_and_the_allowed_values() {
     for (text, line, column, said) in [
         ("killSwitch: true\nkillSwich: true\n", 2, 1, "killSwich"),
-        ("# x\nkillSwitch: true\nkillSwitch: false\n", 3, 1, "killSwitch is here a second time"),
+        ("# x\nkillSwitch: true\nkillSwitch: false\n", 3, 1, "killSwitch is set a second time"),
         ("\nkillSwitch: yes\n", 2, 13, "true or false"),
         ("killSwitch: [true]\n", 1, 13, "true or false"),
         ("concurrentBlobs: 1\nconcurrentRecoveries: 0\n", 2, 23, "from 1 to 256"),
@@ -80,9 +80,9 @@ fn an_error_names_its_position_and_the_allowed_values() {
         ("maxDownloadRate: 50 MB/s", 1, 18, "50Mi"),
         ("maxUploadRate: 99999999999999999999", 1, 16, "whole number of bytes"),
         ("minFreeBytes: {a: 1}", 1, 15, "a mapping is given"),
-        ("imageGcPercent: 101", 1, 20, "from 0 to 100"),
+        ("imageGcPercent: 101", 1, 17, "from 0 to 100"),
         ("evictionPercent: 91", 1, 18, "from 0 to 90"),
-        ("recoverOn: []", 1, 12, "one or more of unavailable"),
+        ("recoverOn: []", 1, 12, "bad-bytes, storage-denied, proxy, denied, never"),
         ("recoverOn: denied", 1, 12, "a list"),
         ("recoverOn:\n  - unavailable\n  - notfound\n", 3, 5, "not-found"),
         ("deniedNamespaces: kube-system", 1, 19, "a list of namespaces"),

@@ -1,4 +1,4 @@
-//! One value of the file: what kind of thing YAML makes of it, and what it has to be.
+//! A value of the policy file: its YAML type, and the checks of each field's type.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -13,13 +13,12 @@ use crate::decide::token_bucket::MIN_RATE;
 
 use super::{MAX_CONCURRENT, MAX_NODES, MAX_SELECTOR, PolicyFileError};
 
-/// A value whose place in the file is known.
 pub(super) enum YamlNode {
     Boolean(bool),
     Number(u64),
     Text(String),
     List(Vec<Spanned<YamlNode>>),
-    /// Something that no field takes; what it is, for the message.
+    /// A value that no field accepts, and its description for the message.
     Other(&'static str),
 }
 
@@ -81,7 +80,7 @@ impl YamlNode {
         match self {
             Self::Boolean(on) => on.to_string(),
             Self::Number(number) => number.to_string(),
-            // A text may be a whole file that was pasted to the wrong place.
+            // A text can be a whole file that was pasted into the wrong place.
             Self::Text(text) => format!("{:?}", text.chars().take(60).collect::<String>()),
             Self::List(items) if items.is_empty() => "an empty list".into(),
             Self::List(_) => "a list".into(),
@@ -90,7 +89,7 @@ impl YamlNode {
     }
 }
 
-/// The refusal of a value that is none of what is allowed there.
+/// The error for a value that is not `allowed` at its position.
 fn refuse<T>(node: &Spanned<YamlNode>, allowed: &str) -> Result<T, PolicyFileError> {
     let place = &node.referenced;
     let reason = format!("{} is given; {allowed} is allowed", node.value.describe());
@@ -120,7 +119,7 @@ pub(super) fn bytes(node: &Spanned<YamlNode>) -> Result<u64, PolicyFileError> {
     bytes.map_or_else(|| refuse(node, quantity::ALLOWED), Ok)
 }
 
-/// 0 to 90: above that nothing would ever be brought.
+/// A percentage up to `most`.
 pub(super) fn percent(node: &Spanned<YamlNode>, most: u8) -> Result<u8, PolicyFileError> {
     match &node.value {
         YamlNode::Number(percent) if *percent <= u64::from(most) => Ok(*percent as u8),
@@ -128,7 +127,7 @@ pub(super) fn percent(node: &Spanned<YamlNode>, most: u8) -> Result<u8, PolicyFi
     }
 }
 
-/// As [`bytes`]; 0 is no limit, and less than [`MIN_RATE`] is refused as the flags do.
+/// As [`bytes`]; 0 is no limit, and the lower bound [`MIN_RATE`] is that of the flags.
 pub(super) fn rate(node: &Spanned<YamlNode>) -> Result<u64, PolicyFileError> {
     match bytes(node)? {
         rate if rate == 0 || rate >= MIN_RATE => Ok(rate),
@@ -150,44 +149,44 @@ pub(super) fn namespaces(node: &Spanned<YamlNode>) -> Result<BTreeSet<String>, P
     let YamlNode::List(items) = &node.value else { return refuse(node, "a list of namespaces") };
     let namespace = |item: &Spanned<YamlNode>| match &item.value {
         YamlNode::Text(name) if is_namespace(name) => Ok(name.clone()),
-        _ => refuse(item, "a namespace (1 to 63 of a-z 0-9 - ; in quotes if it reads like something else)"),
+        _ => refuse(item, "a namespace (1 to 63 of a-z 0-9 - ; in quotes where YAML reads a number or a boolean)"),
     };
     items.iter().map(namespace).collect()
 }
 
 pub(super) fn causes(node: &Spanned<YamlNode>) -> Result<BTreeSet<Trigger>, PolicyFileError> {
-    const ALLOWED: &str = "a list of one or more of unavailable, rate-limited, not-found, denied";
-    let YamlNode::List(items) = &node.value else { return refuse(node, ALLOWED) };
+    let allowed = format!("a list of one or more of {}", Trigger::ALL.map(Trigger::name).join(", "));
+    let YamlNode::List(items) = &node.value else { return refuse(node, &allowed) };
     if items.is_empty() {
-        return refuse(node, ALLOWED);
+        return refuse(node, &allowed);
     }
     let cause = |item: &Spanned<YamlNode>| match &item.value {
-        YamlNode::Text(name) => name.parse().or_else(|_| refuse(item, ALLOWED)),
-        _ => refuse(item, ALLOWED),
+        YamlNode::Text(name) => name.parse().or_else(|_| refuse(item, &allowed)),
+        _ => refuse(item, &allowed),
     };
     items.iter().map(cause).collect()
 }
 
-/// RFC 1123 label, as Kubernetes has it.
+/// Whether the name is an RFC 1123 label, the form of Kubernetes' namespaces.
 fn is_namespace(name: &str) -> bool {
     let word = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     let edges = name.bytes().next().is_some_and(word) && name.bytes().last().is_some_and(word);
     edges && name.len() <= 63 && name.bytes().all(|byte| word(byte) || byte == b'-')
 }
 
-/// What the parser says, in one line and in the words of this file.
+/// The parser's error in one line, with the terms of this file.
 pub(super) fn plain_message(error: &serde_saphyr::Error) -> String {
     match error.without_snippet() {
-        Error::DuplicateMappingKey { key: Some(key), .. } => format!("{key} is here a second time"),
+        Error::DuplicateMappingKey { key: Some(key), .. } => format!("{key} is set a second time"),
         Error::Budget { .. } => {
             format!(
-                "a rules file is one document of at most {MAX_NODES} values, with no anchors, aliases or deep nesting"
+                "a policy file is one document of at most {MAX_NODES} values, with no anchors, aliases or deep nesting"
             )
         }
         Error::Unexpected { .. } => "fields such as `killSwitch: true` are expected".into(),
         error => {
             let text = error.to_string();
-            // It ends with the place, which is told by itself.
+            // The parser's text ends with the position, which `PolicyFileError` has in fields.
             let text = text.split(" at line ").next().unwrap_or_default();
             text.lines().next().unwrap_or_default().chars().take(400).collect()
         }

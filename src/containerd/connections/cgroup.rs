@@ -1,4 +1,4 @@
-//! The cgroup of containerd, and whether containerd is alone there.
+//! The cgroup of containerd, and whether another program shares it.
 
 use std::fs;
 use std::io::Read;
@@ -10,16 +10,16 @@ use super::below;
 /// Mounts of cgroup v2: alone, and beside v1 in systemd's hybrid layout.
 const TREES: [&str; 2] = ["sys/fs/cgroup", "sys/fs/cgroup/unified"];
 
-/// The longest file that is read of `/proc`: PATH_MAX for each of the 13 controllers of cgroup v1.
+/// Longest file of `/proc`: PATH_MAX for each of the 13 controllers of cgroup v1.
 const MAX_FILE: u64 = 64 * 1024;
 
-/// Processes of a node that are looked at: the kernel's default `pid_max` for 32 CPUs.
+/// Most processes of a node: the kernel's default `pid_max` for 32 CPUs.
 const MAX_PROCESSES: usize = 32_768;
 
-/// The ID of containerd's cgroup v2. `root` is `/` or the mount of the node's root file system.
+/// ID of containerd's cgroup v2. `root` is `/` or the mount of the node's root file system.
 ///
 /// # Errors
-/// The reason why the cgroup does not tell containerd's sockets from those of other programs.
+/// The reason why the cgroup does not identify containerd's sockets.
 pub(super) fn containerd_cgroup(root: &Path, pid: u64) -> Result<u64, String> {
     let name = read(root, &format!("proc/{pid}/comm")).unwrap_or_default();
     if !is_containerd(&name) {
@@ -28,7 +28,7 @@ pub(super) fn containerd_cgroup(root: &Path, pid: u64) -> Result<u64, String> {
     let file = read(root, &format!("proc/{pid}/cgroup")).unwrap_or_default();
     let path = path_in_v2(&file).ok_or("the node has no cgroup v2")?;
     if path.is_empty() {
-        return Err("containerd runs in the root cgroup, as everything may".into());
+        return Err("containerd runs in the root cgroup, like any other program".into());
     }
     let folders = TREES.iter().filter_map(|tree| fs::metadata(below(root, tree).join(path)).ok());
     // The inode number of a cgroup's folder is the cgroup's ID on 64-bit kernels.
@@ -39,8 +39,8 @@ pub(super) fn containerd_cgroup(root: &Path, pid: u64) -> Result<u64, String> {
     }
 }
 
-/// The path of a process in cgroup v2, without the leading slash. A process in a cgroup namespace
-/// of its own sees the paths of others relative to that namespace: `/../../system.slice/...`.
+/// Path of a process in cgroup v2, without the leading slash. A process in its own cgroup namespace
+/// sees other paths relative to that namespace: `/../../system.slice/...`.
 fn path_in_v2(file: &str) -> Option<&str> {
     let mut path = file.lines().find_map(|line| line.strip_prefix("0::/"))?;
     while let Some(rest) = path.strip_prefix("..") {
@@ -49,8 +49,8 @@ fn path_in_v2(file: &str) -> Option<&str> {
     Some(path)
 }
 
-/// A program beside containerd and its shims in the same cgroup. k3s and RKE2 run everything in the
-/// cgroup of one service.
+/// Name of another program in the cgroup, besides containerd and its shims. k3s and RKE2 run all of
+/// their programs in the cgroup of one service.
 fn other_program(root: &Path, cgroup: &str) -> Option<String> {
     let own = path_in_v2(cgroup);
     let processes = fs::read_dir(below(root, "proc")).ok()?.flatten();
@@ -65,14 +65,14 @@ fn other_program(root: &Path, cgroup: &str) -> Option<String> {
     })
 }
 
-/// containerd, the shims, and the runtime that starts a container. The kernel cuts names off
-/// after 15 bytes.
+/// containerd, the shims, and the runtime that starts a container. The kernel cuts names after 15
+/// bytes.
 fn is_containerd(name: &str) -> bool {
     let name = name.trim();
     name.starts_with("containerd") || name.starts_with("runc")
 }
 
-/// A file below `root`; `None` where the file cannot be read, as after the end of a process.
+/// Reads a file below `root`; `None` for an unreadable file, as after the end of a process.
 fn read(root: &Path, path: &str) -> Option<String> {
     let mut text = String::new();
     fs::File::open(below(root, path)).ok()?.take(MAX_FILE).read_to_string(&mut text).ok()?;

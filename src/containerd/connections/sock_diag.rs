@@ -1,8 +1,8 @@
-//! The kernel's socket diagnostics over netlink: listing TCP sockets, and ending one.
+//! The kernel's socket diagnostics over netlink: lists TCP sockets, and ends one.
 //!
-//! Formats: `linux/netlink.h`, `linux/inet_diag.h`, `linux/tcp.h`, in the byte order of the machine
-//! except for ports and addresses. The crates for these messages know neither the cgroup nor
-//! `SOCK_DESTROY`, so the two requests and the one response are written out here.
+//! Formats: `linux/netlink.h`, `linux/inet_diag.h`, `linux/tcp.h`, in the machine's byte order
+//! except for ports and addresses. The crates for these messages lack the cgroup and
+//! `SOCK_DESTROY`, so this file encodes the two requests and decodes the one response.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -37,11 +37,11 @@ const HEADER: usize = 16;
 /// `struct inet_diag_msg`.
 const MESSAGE: usize = 72;
 
-/// Answers that one listing reads: 65 536 sockets, a range of local ports, at the ten or more that
-/// the kernel packs into each answer.
+/// Most answers of one listing: 65 536 sockets, a range of local ports, at ten or more sockets in
+/// each answer of the kernel.
 const MAX_ANSWERS: usize = 6_600;
 
-/// Lists the TCP sockets of this network that were made in a cgroup.
+/// Lists the TCP sockets of this network namespace that a process of the cgroup created.
 pub(super) fn list(cgroup: u64) -> io::Result<TcpConnections> {
     let mut connections = TcpConnections::default();
     for family in [AF_INET, AF_INET6] {
@@ -62,7 +62,7 @@ pub(super) fn list(cgroup: u64) -> io::Result<TcpConnections> {
     Ok(connections)
 }
 
-/// Ends a connection; `false` where the socket is gone.
+/// Ends a connection; `false` for a missing socket.
 pub(super) fn destroy(connection: &TcpConnection) -> io::Result<bool> {
     let family = if connection.local.is_ipv4() { AF_INET } else { AF_INET6 };
     let socket = connect()?;
@@ -75,7 +75,7 @@ pub(super) fn destroy(connection: &TcpConnection) -> io::Result<bool> {
     }
 }
 
-/// The kernel answers while it is asked, so an empty queue is an error, never a reason to wait.
+/// The kernel answers during the request, so an empty queue is an error and no reason to wait.
 fn connect() -> io::Result<Socket> {
     let socket = Socket::new(NETLINK_SOCK_DIAG)?;
     socket.connect(&NetlinkAddress::new(0, 0))?;
@@ -90,7 +90,7 @@ fn request(kind: u16, flags: u16, family: u8, states: u32, socket_id: &[u8; 48])
     bytes.extend(LENGTH.to_ne_bytes());
     bytes.extend(kind.to_ne_bytes());
     bytes.extend((flags | NLM_F_REQUEST).to_ne_bytes());
-    // Sequence number and port: one request a socket.
+    // Sequence number and port: each socket sends one request.
     bytes.extend([0; 8]);
     bytes.extend([family, IPPROTO_TCP, 1 << (TCP_INFO - 1), 0]);
     bytes.extend(states.to_ne_bytes());
@@ -116,7 +116,8 @@ fn socket_id(connection: &TcpConnection) -> [u8; 48] {
     id
 }
 
-/// Reads one answer of the kernel, which holds several messages. Returns whether it was the last.
+/// Reads one answer of the kernel, which has several messages. Returns whether the answer was the
+/// last.
 fn read(mut answer: &[u8], cgroup: u64, connections: &mut TcpConnections) -> io::Result<bool> {
     while answer.len() >= HEADER {
         let length = word(answer, 0) as usize;
@@ -135,7 +136,7 @@ fn read(mut answer: &[u8], cgroup: u64, connections: &mut TcpConnections) -> io:
     Ok(false)
 }
 
-/// Adds a socket of this cgroup. A kernel that does not name the cgroup lists none of them.
+/// Adds a socket of this cgroup. A kernel that does not report cgroups yields no socket.
 fn add(message: &[u8], cgroup: u64, connections: &mut TcpConnections) {
     let Some((socket, attributes)) = message.split_at_checked(MESSAGE) else { return };
     let attributes = Attributes(attributes);
@@ -168,8 +169,8 @@ fn add(message: &[u8], cgroup: u64, connections: &mut TcpConnections) {
     });
 }
 
-/// Time since data was sent or received: `tcpi_last_data_sent` and `tcpi_last_data_recv` of `struct
-/// tcp_info`, in milliseconds.
+/// Time since the last sent or received data: `tcpi_last_data_sent` and `tcpi_last_data_recv` of
+/// `struct tcp_info`, in milliseconds.
 fn silence(info: &[u8]) -> Option<Duration> {
     let info = info.get(..56)?;
     Some(Duration::from_millis(word(info, 44).min(word(info, 52)).into()))
@@ -192,7 +193,7 @@ impl<'a> Iterator for Attributes<'a> {
     }
 }
 
-/// Callers pass bytes that reach to `at + 4`.
+/// `bytes` must reach to `at + 4`.
 fn word(bytes: &[u8], at: usize) -> u32 {
     u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }

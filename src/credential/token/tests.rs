@@ -2,7 +2,7 @@ use super::*;
 use jsonwebtoken::{EncodingKey, Header, encode};
 use serde_json::{Value, json};
 
-/// Made for these tests: the cluster's key and a stranger's.
+/// Keys made for these tests: the cluster's, and another cluster's.
 const CLUSTER: &str = "-----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQguFkVRw5go2jMZuGO
 ZqdwHKdLtBT8bwaDnbrgZ5SE8pShRANCAASfxlFTq16+ccY8M4alpmsX+uoHZyqp
@@ -36,7 +36,7 @@ fn keys() -> ClusterKeys {
     ClusterKeys { issuer: ISSUER.to_owned(), keys: vec![ClusterKey::from_jwk(&published()).unwrap()] }
 }
 
-/// As API servers of today issue it.
+/// The claims of a token, as current API servers issue them.
 pub(crate) fn good_claims() -> Value {
     json!({
         "iss": ISSUER,
@@ -65,7 +65,7 @@ fn check(token: &str) -> Result<Claims, TokenRejection> {
     verify(token, peer(), &keys(), &expectations, Duration::from_secs(NOW))
 }
 
-/// A good token but for one claim, given as a JSON pointer; `null` takes the claim away.
+/// A good token with one claim changed. `pointer` is a JSON pointer; `null` removes the claim.
 fn check_with(pointer: &str, value: Value) -> Result<Claims, TokenRejection> {
     let mut claims = good_claims();
     let (parent, name) = pointer.rsplit_once('/').unwrap();
@@ -90,9 +90,9 @@ fn a_token_made_for_this_peer_admits_the_peer() {
             expires: Duration::from_secs(NOW + 3500)
         })
     );
-    // Older API servers do not tell the node.
+    // Older API servers do not include the node.
     assert_eq!(check_with("/kubernetes.io/node", Value::Null).unwrap().node, None);
-    // A single audience may stand alone.
+    // A single audience may be a plain string.
     assert!(check_with("/aud", peer().to_string().into()).is_ok());
 }
 
@@ -163,7 +163,8 @@ fn an_unsigned_token_is_rejected() {
 
 #[test]
 fn a_public_key_is_not_accepted_as_a_shared_secret() {
-    // Everybody knows the public key; a verifier that lets the token choose HMAC would take a signature made with it.
+    // The public key is public; a verifier that lets the token choose HMAC accepts a signature made
+    // with it.
     let public = keys().keys[0].key.as_bytes().to_vec();
     for secret in [public.as_slice(), CLUSTER.as_bytes()] {
         let forged = encode(&header(Algorithm::HS256), &good_claims(), &EncodingKey::from_secret(secret)).unwrap();

@@ -1,27 +1,27 @@
-//! The grammar of a failed pull: frames that containerd and the kubelet put around an error, and
-//! the error inside them.
+//! The grammar of a failed pull: frames of containerd and the kubelet, and the error inside the
+//! frames.
 //!
-//! Both write Go's wrapped errors, `frame: frame: error`. The frames tell which step failed and so
-//! which side is at fault; the same words mean different things in different steps (`not found` of
-//! a registry and of the content store, `EOF` of a connection and of a layer). Words are therefore
-//! only read inside their frame. The texts were seen on containerd 1.6 to 2.4 and kubelet 1.35 to
-//! 1.37, or stand in their sources; `messages.tsv` holds them with the expected reading.
+//! Both write Go's wrapped errors, `frame: frame: error`. The frames tell the step that failed, and
+//! so the faulty side. The same words have other meanings in other steps: `not found` of a registry
+//! or of the content store, `EOF` of a connection or of a layer. So a word counts only inside its
+//! frame. The texts were seen on containerd 1.6 to 2.4 and kubelet 1.35 to 1.37, or are in their
+//! sources; `messages.tsv` has the texts with the expected readings.
 
 use super::Cause;
 use crate::model::OutageKind;
 
-/// The most bytes of a message that are read. The kubelet cuts termination messages at 4096 bytes
-/// and passes pull errors on whole; the longest one seen has 800.
+/// Bytes of a message that are parsed. The kubelet truncates termination messages at 4096 bytes and
+/// passes pull errors on in full; the longest one seen has 800.
 const MAX_MESSAGE: usize = 8192;
 
-/// The cause that one message names; `None` while it names none, as the kubelet's `Back-off pulling image
-/// "..."` without more.
+/// The cause in one message; `None` without a cause, as in the kubelet's `Back-off pulling image
+/// "..."` alone.
 pub(super) fn classify(message: &str) -> Option<Cause> {
     let mut end = message.len().min(MAX_MESSAGE);
     while !message.is_char_boundary(end) {
         end -= 1;
     }
-    // The kubelet lists the errors of several credentials as `[one, two]`, containerd joins those
+    // The kubelet lists the errors of several credentials as `[one, two]`; containerd joins those
     // of several hosts by line breaks.
     let text = message[..end].replace("\\\"", "\"");
     let text = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(&text);
@@ -29,9 +29,9 @@ pub(super) fn classify(message: &str) -> Option<Cause> {
     causes.min_by_key(|cause| precedence(*cause))
 }
 
-/// Which of several errors counts. A denial wins: it is never bypassed because another host failed
-/// as well. A line that is not understood comes last: it may be the body that a registry sent with
-/// its status.
+/// Precedence among several errors. A denial wins, because the failure of another host must not
+/// bypass a denial. An unreadable line comes last, because a registry may send a body with its
+/// status.
 fn precedence(cause: Cause) -> u8 {
     match cause {
         Cause::Denied => 0,
@@ -43,17 +43,17 @@ fn precedence(cause: Cause) -> u8 {
 /// The step of a pull that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum PullStep {
-    /// No frame named one yet.
+    /// No frame has named a step yet.
     Unknown,
-    /// A tag or digest was resolved at the registry, or its manifest fetched.
+    /// Resolving a tag or digest at the registry, or fetching its manifest.
     Resolve,
-    /// A token was asked of the registry's token server.
+    /// Requesting a token from the registry's token server.
     Authorize,
-    /// A blob was fetched, perhaps from a storage that the registry redirected to.
+    /// Fetching a blob, perhaps from a storage after a redirect of the registry.
     FetchBlob,
-    /// Received bytes were compared with the digest.
+    /// Comparing received bytes with the digest.
     Commit,
-    /// A layer was unpacked into a snapshot, or the content that this needs was read.
+    /// Unpacking a layer into a snapshot, or reading the content for this.
     Unpack,
 }
 
@@ -80,12 +80,13 @@ fn classify_line(line: &str) -> Option<Cause> {
         let rest = segments[position..].join(": ");
         return Some(cause_of_error(&rest, step, named_url));
     }
-    // Frames of a step without an error: the error was cut off. A lone back-off names no cause yet.
+    // Frames of a step without an error: the message was truncated. A lone back-off has no cause
+    // yet.
     (step != PullStep::Unknown).then_some(Cause::NotUnderstood)
 }
 
-/// The parts between `: `, outside of double quotes: a URL has no space after its colon, a quoted
-/// name may.
+/// Splits at `: ` outside of double quotes: a URL has no space after its colon, and a quoted name
+/// may have one.
 fn segments(line: &str) -> Vec<&str> {
     let bytes = line.as_bytes();
     let (mut parts, mut start, mut quoted) = (Vec::new(), 0, false);
@@ -104,7 +105,7 @@ fn segments(line: &str) -> Vec<&str> {
     parts.into_iter().map(|part| part.split_once(" desc = ").map_or(part, |(_, inner)| inner)).collect()
 }
 
-/// The step that a frame begins, where it begins one.
+/// The step that a frame begins, if any.
 fn step_of_frame(segment: &str, step: PullStep) -> Option<PullStep> {
     const FRAMES: [(&str, PullStep); 15] = [
         ("failed to resolve reference", PullStep::Resolve),
@@ -124,11 +125,11 @@ fn step_of_frame(segment: &str, step: PullStep) -> Option<PullStep> {
         ("apply layer error", PullStep::Unpack),
     ];
     let (_, next) = FRAMES.iter().find(|(beginning, _)| segment.starts_with(beginning))?;
-    // A token is asked for inside the frame of what needs it.
+    // The frame of a token request is inside the frame of the request that needs the token.
     Some(if step == PullStep::Authorize { step } else { *next })
 }
 
-/// Frames that say nothing about the step.
+/// Frames without information about the step.
 fn is_neutral_frame(segment: &str) -> bool {
     const FRAMES: [&str; 14] = [
         "Back-off pulling image",
@@ -149,7 +150,7 @@ fn is_neutral_frame(segment: &str) -> bool {
     segment.is_empty() || FRAMES.iter().any(|frame| segment.starts_with(frame))
 }
 
-/// The URL of `Head "https://..."`, and of the frames that only name where the status came from.
+/// The URL of `Head "https://..."`, and of the frames that only name the origin of the status.
 fn request_url(segment: &str) -> Option<&str> {
     let methods = ["Head ", "Get ", "Post ", "HEAD ", "GET ", "POST "];
     if let Some(rest) = methods.iter().find_map(|method| segment.strip_prefix(method)) {
@@ -159,7 +160,7 @@ fn request_url(segment: &str) -> Option<&str> {
     statuses.iter().find_map(|frame| segment.strip_prefix(frame))
 }
 
-/// The step that a URL of the registry tells. A storage's URL tells none.
+/// The step that follows from a registry's URL. A storage's URL has no step.
 fn step_of_url(url: &str, step: PullStep) -> PullStep {
     match step {
         PullStep::Authorize => step,
@@ -170,15 +171,14 @@ fn step_of_url(url: &str, step: PullStep) -> PullStep {
     }
 }
 
-/// The error inside the frames.
+/// The cause that the innermost error stands for.
 fn cause_of_error(text: &str, step: PullStep, named_url: bool) -> Cause {
     if let Some(status) = status(text) {
         return cause_of_status(status, step);
     }
     let lower = without_names(text);
     let has = |pieces: &[&str]| contains_any(&lower, pieces);
-    // Faults of this node, whatever the step: its disk, the runtime's socket, the kubelet's own
-    // limits.
+    // Faults of this node in any step: its disk, the runtime's socket, the kubelet's own limits.
     if has(&["pull qps exceeded"]) {
         return Cause::KubeletLimit;
     }
@@ -196,7 +196,8 @@ fn cause_of_error(text: &str, step: PullStep, named_url: bool) -> Cause {
     {
         return Cause::BadBytes;
     }
-    // A page in place of the manifest. containerd 1.7 finds the wrong type only while it unpacks.
+    // The registry sent a page in place of the manifest. containerd 1.7 notices the wrong type only
+    // while unpacking.
     if has(&["unexpected media type"]) {
         return Cause::NotFound;
     }
@@ -217,7 +218,7 @@ fn cause_of_error(text: &str, step: PullStep, named_url: bool) -> Cause {
     }
 }
 
-/// The status code that the text begins with.
+/// The status code at the beginning of the text.
 fn status(text: &str) -> Option<u16> {
     let digits = text.get(..3)?.parse().ok()?;
     let ends = text[3..].chars().next().is_none_or(|after| !after.is_ascii_alphanumeric());
@@ -227,8 +228,8 @@ fn status(text: &str) -> Option<u16> {
 fn cause_of_status(status: u16, step: PullStep) -> Cause {
     match (status, step) {
         (429, _) => Cause::RateLimited,
-        // A registry that gave the manifest has authorised the image; its storage may refuse for
-        // reasons of its own (an expired signature of the URL, a bucket's policy).
+        // A registry that served the manifest has authorized the image. Its storage may deny the
+        // blob for another reason, such as an expired signature of the URL or a bucket's policy.
         (403, PullStep::FetchBlob) => Cause::StorageDenied,
         (401 | 403, _) => Cause::Denied,
         (407, _) => Cause::Proxy,
@@ -251,7 +252,7 @@ fn is_missing_content(lower: &str, step: PullStep) -> bool {
         || is_json && matches!(step, PullStep::Unknown | PullStep::Unpack)
 }
 
-/// What a registry's own words say, where containerd shows no status.
+/// The cause in a registry's own text, where containerd shows no status.
 fn cause_of_registry_text(lower: &str, step: PullStep) -> Option<Cause> {
     let has = |pieces: &[&str]| contains_any(lower, pieces);
     if has(&["access denied", "insufficient_scope", "authorization failed", "authentication required", "no basic auth"])
@@ -266,8 +267,8 @@ fn cause_of_registry_text(lower: &str, step: PullStep) -> Option<Cause> {
     (is_gone && step != PullStep::Authorize).then_some(Cause::NotFound)
 }
 
-/// A proxy's answer to CONNECT: Go shows the reason phrase of its status and nothing else. A 5xx of
-/// a proxy stands for what is behind.
+/// The cause in a proxy's reply to CONNECT, of which Go shows only the reason phrase. A 5xx of a
+/// proxy stands for the server behind the proxy.
 fn cause_of_connect_reply(lower: &str) -> Option<Cause> {
     match lower.trim_end_matches('.') {
         "proxy authentication required" | "forbidden" | "method not allowed" | "bad request" | "not found" => {
@@ -280,12 +281,12 @@ fn cause_of_connect_reply(lower: &str) -> Option<Cause> {
     }
 }
 
-/// How a connection failed, in the words of Go's `net`, `crypto/tls` and `net/http`.
+/// The kind of a connection failure, in the messages of Go's `net`, `crypto/tls` and `net/http`.
 fn transport_failure(lower: &str) -> Option<OutageKind> {
     const KINDS: [(OutageKind, &[&str]); 4] = [
         (OutageKind::NoSuchHost, &["no such host", "temporary failure in name resolution", "server misbehaving"]),
-        // Before what times out: a handshake that times out is a TLS failure, and its message says
-        // both.
+        // Before the timeouts: a handshake that times out is a TLS failure, and its message has
+        // both words.
         (
             OutageKind::Tls,
             &["tls:", "x509:", "tls handshake", "http response to https client", "malformed http", "remote error: tls"],
@@ -298,7 +299,7 @@ fn transport_failure(lower: &str) -> Option<OutageKind> {
                 "deadline exceeded",
                 "context canceled",
                 "client connection lost",
-                // ECONNABORTED: the agent ended a connection that was silent (SOCK_DESTROY).
+                // ECONNABORTED: the agent closed a silent connection (SOCK_DESTROY).
                 "software caused connection abort",
             ],
         ),
@@ -331,8 +332,8 @@ fn has_word(text: &str, wanted: &str) -> bool {
     text.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word == wanted)
 }
 
-/// The text in lower case without URLs, paths, image names and addresses: a repository may be
-/// called `unauthorized`. A single word in quotes is a name as well.
+/// The text in lower case without URLs, paths, image names and addresses: a repository may be named
+/// `unauthorized`. A single word in quotes is a name too.
 fn without_names(text: &str) -> String {
     let end_of_name: &[char] = &[':', ',', ';', '.'];
     let is_quoted = |token: &str| {

@@ -1,9 +1,10 @@
-//! Who brings an image into a zone: one node fetches it from other zones, the rest of its zone takes the pieces from that one while it
-//! downloads.
+//! Zone leader: the node of a zone that fetches an image from other zones. The rest of the zone
+//! takes the pieces from the zone leader during its download.
 //!
-//! Members of a zone that are known to be fetching are ranked by rendezvous hash. Everybody begins as if it were the first, because a lone
-//! fetcher must not wait; who learns of a better one stops. Progress is the truth: when nothing comes from its own zone for a while, the next rank
-//! begins again, whatever any Lease says. Without an API server the ranks alone decide.
+//! The members of a zone that fetch the image are ranked by rendezvous hash. Each node begins as
+//! the zone leader, because a lone fetcher must not wait, and stops when a better-ranked node
+//! fetches too. Progress overrides ranks: without pieces from the zone for a while, the next rank
+//! leads as well, whatever the Lease says. Without an API server the ranks alone decide.
 
 use std::time::{Duration, Instant};
 
@@ -11,48 +12,52 @@ use crate::decide::plan::rendezvous;
 use crate::model::{PeerId, Zone};
 use crate::oci::Digest;
 
-/// After so long without anything from its own zone the second rank begins again, and each further one later by [`DELAY_PER_RANK`]. A pause of three
-/// seconds has another reason than a queue or a lost packet.
+/// Time without progress from the zone after which the second rank leads too; each later rank waits
+/// [`DELAY_PER_RANK`] longer. Queues and lost packets cause pauses of less than three seconds.
 const TAKEOVER_DELAY: Duration = Duration::from_secs(3);
 const DELAY_PER_RANK: Duration = Duration::from_secs(1);
 
-/// As many try. The others wait until something is badly wrong: the first three are known to be fetching and bring nothing.
+/// Ranks that take over after [`TAKEOVER_DELAY`]. Later ranks wait for [`LAST_RESORT_DELAY`], which
+/// passes only when the first three fetch and make no progress.
 const MAX_LEADERS: usize = 3;
 const LAST_RESORT_DELAY: Duration = Duration::from_secs(30);
 
-/// How long a node crosses before it claims to: until everybody has heard who else began when it did. Then one in each zone writes.
+/// Delay from the start of leading to the claim. By then gossip has announced every other node that
+/// began at the same time, so one node per zone writes.
 const CLAIM_DELAY: Duration = Duration::from_secs(3);
 
-/// How often a claim is renewed: it holds for 15 s, and an API server's answer may take some.
+/// Renewal interval of a claim: the claim lasts 15 s, and an answer of the API server takes some of
+/// them.
 pub const RENEW_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What the Lease is named after that says who brings this image into this zone.
+/// Names the Lease of the zone leader for this image and zone.
 pub fn zone_claim(digest: Digest, zone: &Zone) -> Digest {
     Digest::of(&[digest.as_bytes().as_slice(), zone.as_str().as_bytes()].concat())
 }
 
-/// Whether this node crosses zones for one image.
+/// Whether this node is the zone leader for one image.
 #[derive(Debug)]
 pub struct ZoneLeader {
     me: PeerId,
     claim: Digest,
-    /// Those of its zone, but this node, that are fetching the image.
+    /// Other nodes of the zone that fetch the image.
     fetching: Vec<PeerId>,
-    /// How many of them rank before this node.
+    /// Nodes of `fetching` that rank before this node.
     better_ranked: usize,
-    /// Whom the Lease names, if that is not this node.
+    /// Holder of the Lease, if another node.
     claim_holder: Option<PeerId>,
     is_claim_holder: bool,
-    /// When something came from its own zone, or it began.
+    /// The last progress from the zone, or the start.
     last_progress: Instant,
-    /// Since when it crosses.
+    /// `None` while this node does not lead.
     leading_since: Option<Instant>,
-    /// When it last tried to write the Lease.
+    /// The last attempt to write the Lease.
     last_attempt: Option<Instant>,
 }
 
 impl ZoneLeader {
-    /// This node begins to fetch, and crosses until it learns of a better one. `claim` is [`zone_claim`].
+    /// This node begins to fetch, and leads until a better-ranked node fetches too. `claim` is
+    /// [`zone_claim`].
     pub fn new(me: PeerId, claim: Digest, now: Instant) -> Self {
         Self {
             me,
@@ -67,7 +72,7 @@ impl ZoneLeader {
         }
     }
 
-    /// Who of its own zone is known to be fetching the image now; takes the place of what was known.
+    /// Replaces the nodes of the zone that fetch the image.
     pub fn set_fetching(&mut self, fetching: &[PeerId], now: Instant) {
         let mine = rendezvous(&[self.me], self.claim);
         self.fetching = fetching.iter().copied().filter(|peer| *peer != self.me).collect();
@@ -75,13 +80,13 @@ impl ZoneLeader {
         self.update(now);
     }
 
-    /// Something came from its own zone.
+    /// A piece came from the zone.
     pub fn record_zone_progress(&mut self, now: Instant) {
         self.last_progress = self.last_progress.max(now);
         self.update(now);
     }
 
-    /// What the Lease says, read or written: who holds it, as far as it is a peer that is known.
+    /// Records the Lease's holder, as read or written; `None` for an unknown peer.
     pub fn record_claim_holder(&mut self, holder: Option<PeerId>, now: Instant) {
         self.is_claim_holder = holder == Some(self.me);
         self.claim_holder = holder.filter(|peer| *peer != self.me);
@@ -89,23 +94,24 @@ impl ZoneLeader {
         self.update(now);
     }
 
-    /// The API server did not answer; it is tried again later.
+    /// Records an attempt without an answer of the API server; the next one follows after
+    /// [`RENEW_INTERVAL`].
     pub fn record_claim_attempt(&mut self, now: Instant) {
         self.last_attempt = Some(now);
     }
 
-    /// Whether peers of other zones may be asked.
+    /// Whether peers of other zones may get requests.
     pub fn update_is_leading(&mut self, now: Instant) -> bool {
         self.update(now);
         self.leading_since.is_some()
     }
 
-    /// When that changes though nothing happens.
+    /// When this node begins to lead without another event.
     pub fn wake_at(&self) -> Option<Instant> {
         if self.leading_since.is_some() { None } else { self.leads_at() }
     }
 
-    /// When the Lease is to be read, and taken or renewed if it is free or ours; nothing while this node does not cross.
+    /// When to read the Lease, and to take or renew a free or own one; `None` while not leading.
     pub fn claim_due(&self) -> Option<Instant> {
         let settled = self.leading_since? + CLAIM_DELAY;
         Some(self.last_attempt.map_or(settled, |tried| settled.max(tried + RENEW_INTERVAL)))
@@ -116,7 +122,8 @@ impl ZoneLeader {
         self.leading_since = if may { self.leading_since.or(Some(now)) } else { None };
     }
 
-    /// From when on it crosses unless something comes; nothing when it does anyway.
+    /// When this node begins to lead without progress; `None` for the first rank, which always
+    /// leads.
     fn leads_at(&self) -> Option<Instant> {
         let rank = self.rank();
         let further = |from: usize| DELAY_PER_RANK.saturating_mul(u32::try_from(rank - from).unwrap_or(u32::MAX));
@@ -127,7 +134,7 @@ impl ZoneLeader {
         }
     }
 
-    /// The one that the Lease names ranks first while it is known to be fetching.
+    /// The Lease's holder ranks first while fetching the image.
     fn rank(&self) -> usize {
         let is_led = self.claim_holder.is_some_and(|holder| self.fetching.contains(&holder));
         match (self.is_claim_holder, is_led) {
@@ -150,7 +157,7 @@ mod tests {
         zone_claim(Digest::of(b"image"), &"z1".to_owned().try_into().unwrap())
     }
 
-    /// Ten peers as they rank.
+    /// Ten peers, best rank first.
     fn ranked() -> Vec<PeerId> {
         let mut peers: Vec<_> = (0..10).map(peer).collect();
         peers.sort_by_key(|peer| rendezvous(&[*peer], claim()));
@@ -187,7 +194,7 @@ mod tests {
         assert_eq!(crossing_after(seconds(3)), [0, 1]);
         assert_eq!(crossing_after(seconds(4)), [0, 1, 2]);
         assert_eq!(crossing_after(seconds(29)), [0, 1, 2]);
-        assert_eq!(crossing_after(seconds(31)), [0, 1, 2, 3, 4], "no recovery waits for ever");
+        assert_eq!(crossing_after(seconds(31)), [0, 1, 2, 3, 4], "no recovery waits forever");
     }
 
     #[test]

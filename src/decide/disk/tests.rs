@@ -1,4 +1,4 @@
-//! Which images fit on which disks.
+//! Limits of images on shared, separate and unknown file systems.
 
 use proptest::prelude::*;
 
@@ -26,8 +26,8 @@ fn missing(bytes: u64, disks: Disks) -> Result<(), OverLimit> {
 
 #[test]
 fn small_and_ordinary_images_fit_in_the_band_that_the_kubelet_keeps() {
-    // The kubelet collects images from 85 % used down to 80 %. 83 % is an ordinary moment of an
-    // ordinary node.
+    // The kubelet collects images from 85 % used down to 80 %. 83 % is the usual state of a node in
+    // use.
     let node = shared(17 * GIB, 100 * GIB);
     assert_eq!(missing(1 << 20, node), Ok(()));
     assert_eq!(missing(GIB, node), Ok(()));
@@ -39,7 +39,7 @@ fn small_and_ordinary_images_fit_in_the_band_that_the_kubelet_keeps() {
 
 #[test]
 fn unpacked_layers_may_pass_the_collection_threshold_and_a_download_may_not() {
-    // As k3s has it: the kubelet collects at 85 % used and evicts at 5 % free.
+    // k3s's settings: the kubelet collects at 85 % used and evicts at 5 % free.
     let lines = DiskFloors { min_free_bytes: 0, image_gc_percent: 85, eviction_percent: 5 };
     let check = |download, unpack, free| {
         check(DiskNeed { download, unpack }, DiskNeed::default(), shared(free, 1000), lines)
@@ -47,8 +47,9 @@ fn unpacked_layers_may_pass_the_collection_threshold_and_a_download_may_not() {
     };
     assert_eq!(check(50, 100, 200), Ok(()));
     assert_eq!(check(50, 101, 200), Err(
-        "the file system of containerd's content store and snapshotter has 200 bytes free; the image needs 151 there, other recoveries \
-         0, and 50 have to stay free (--min-free-bytes, --image-gc-percent, --eviction-percent or the rules file)".to_owned()
+        "the file system of containerd's content store and snapshotter has 200 bytes free; the image needs 151, other \
+         recoveries have reserved 0, and 50 must stay free (--min-free-bytes, --image-gc-percent, --eviction-percent \
+         or the policy file)".to_owned()
     ));
     assert!(check(51, 0, 200).is_err(), "the download ends at 85.1 % used");
 }
@@ -74,7 +75,7 @@ fn a_file_system_seen_through_an_overlay_is_identified_by_its_size() {
     let content = Some(disk(1, 17 * GIB, 100 * GIB));
     assert!(
         missing(2 * GIB, Disks { content, snapshots: overlay(17 * GIB, 100 * GIB) }).is_err(),
-        "one disk, both on it"
+        "content and snapshots share one disk"
     );
     assert_eq!(missing(2 * GIB, Disks { content, snapshots: overlay(40 * GIB, 50 * GIB) }), Ok(()));
 }
@@ -99,7 +100,7 @@ fn the_larger_of_bytes_and_percent_stays_free() {
     let lines = DiskFloors { min_free_bytes: 1000, image_gc_percent: 80, eviction_percent: 15 };
     assert_eq!((lines.download_floor(100), lines.unpack_floor(100)), (1000, 1000));
     assert_eq!((lines.download_floor(100_000), lines.unpack_floor(100_000)), (20_000, 15_000));
-    assert_eq!(lines.unpack_floor(10_001), 1501, "no byte below the line");
+    assert_eq!(lines.unpack_floor(10_001), 1501, "the floor is rounded up");
     assert!(lines.download_floor(u64::MAX) < u64::MAX);
 }
 
@@ -120,7 +121,7 @@ prop_compose! {
 }
 
 proptest! {
-    /// After all promised writes every file system is above the kubelet's eviction line.
+    /// After all reserved writes every file system is above the kubelet's eviction threshold.
     #[test]
     fn an_admitted_image_never_ends_below_the_eviction_threshold(
         disks in any_disks(),
@@ -142,7 +143,8 @@ proptest! {
             left.is_some_and(|left| u128::from(left) * 100 >= u128::from(disk.total) * u128::from(eviction_percent) && left >= min_free_bytes)
         };
         match snapshots {
-            // An image that needs nothing of a disk is not refused for other recoveries' sake.
+            // An image without need of a disk is not refused for the reservations of other
+            // recoveries.
             Some(snapshots) => {
                 prop_assert!(download == 0 || above(content, download + others));
                 prop_assert!(unpack == 0 || above(snapshots, unpack + others));

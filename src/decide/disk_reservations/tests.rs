@@ -58,7 +58,7 @@ fn bytes_written_during_the_measurement_do_not_count_as_free() {
     let all = Reservations::default();
     let first = reserve(&all, 600, 1000).unwrap();
     let before = all.begin_measurement();
-    // The file system has answered; its answer is still on its way.
+    // `statvfs` has returned; the caller has not used the result yet.
     first.record_written(600);
     assert!(all.reserve(download(301), before, shared(1000), FLOORS).is_err());
     all.reserve(download(300), before, shared(1000), FLOORS).unwrap();
@@ -146,7 +146,7 @@ fn moves() -> impl Strategy<Value = Vec<DiskStep>> {
 }
 
 proptest! {
-    /// On a disk that nothing else writes to. Measurements are as old as they like to be.
+    /// On a disk without other writers. Measurements may be arbitrarily old.
     #[test]
     fn the_floor_is_kept_however_recoveries_interleave(moves in moves()) {
         let all = Reservations::default();
@@ -182,7 +182,7 @@ proptest! {
                 }
             }
             let promised = running.iter().fold((0, 0), |sum, (_, write, unpack)| (sum.0 + write, sum.1 + unpack));
-            prop_assert!(free >= FLOOR + promised.0 + promised.1, "{free} free, {promised:?} promised");
+            prop_assert!(free >= FLOOR + promised.0 + promised.1, "{free} bytes free, {promised:?} reserved");
             prop_assert_eq!(all.outstanding(), DiskNeed { download: promised.0, unpack: promised.1 });
         }
     }

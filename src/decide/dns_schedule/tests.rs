@@ -7,10 +7,11 @@ use super::*;
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// A look-up asks for A and for AAAA records of one name that is fully qualified.
+/// A look-up queries A and AAAA records of one name that is fully qualified.
 const QUERIES: usize = 2;
 
-/// The agent of one node: `state` is what its DNS and its mesh give it at a time after the start.
+/// The agent of one node. `state` gives the answer of DNS and the number of peers at a time after
+/// the start.
 struct ResolvingAgent<S> {
     start: Instant,
     schedule: DnsSchedule,
@@ -46,7 +47,7 @@ impl<S: Fn(Duration) -> (Option<usize>, usize)> ResolvingAgent<S> {
 fn an_agent_of_a_converged_mesh_sends_at_most_twelve_queries_an_hour() {
     let mut most = 0;
     for seed in 0..200 {
-        // Three seconds after its start the mesh has told it of all others.
+        // Three seconds after the start, gossip has brought all other members.
         let mut agent = ResolvingAgent::new(seed, |at| (Some(4999), if at.as_secs() < 3 { 0 } else { 4999 }));
         let look_ups = agent.look_ups(10 * MINUTE, 10 * MINUTE + HOUR).len();
         assert!(look_ups > 0, "two halves of a cluster find each other again");
@@ -57,7 +58,7 @@ fn an_agent_of_a_converged_mesh_sends_at_most_twelve_queries_an_hour() {
 
 #[test]
 fn an_absent_node_does_not_make_the_others_resolve_for_ever() {
-    // Three are listed and one of them never comes.
+    // Three agents are listed, and one of them never starts.
     let mut agent = ResolvingAgent::new(1, |at| (Some(2), usize::from(at.as_secs() > 1)));
     assert!(agent.look_ups(10 * MINUTE, 10 * MINUTE + HOUR).len() * QUERIES <= 12);
 }

@@ -1,4 +1,4 @@
-//! The words of a fetch: where layers may come from, where they come from, why they did not come.
+//! Sources of missing layers, results of fetches, and reasons why layers are missing.
 
 use std::fmt;
 use std::time::Duration;
@@ -25,7 +25,7 @@ pub enum FillSource {
 }
 
 impl FillSource {
-    /// The label of metrics.
+    /// The metric's label.
     pub fn label(self) -> &'static str {
         match self {
             Self::Peers => "peers",
@@ -43,24 +43,23 @@ pub enum FillFailure {
     Local,
     /// A recovery needs a layer now, and fetches the layer itself.
     NeededByRecovery,
-    /// The registry denies the image, with every secret that could be read and without any. Pods
-    /// name further secrets where `unread` is set.
+    /// The registry denies the image, with every secret that could be read and without any.
     Denied {
-        /// A secret could not be read.
+        /// Pods name further secrets, which could not be read.
         unread: bool,
     },
     /// The registry does not have a layer.
     Gone,
-    /// The registry sent something else.
+    /// The registry sent bytes that do not match the digest.
     WrongBytes,
-    /// The registry limits the rate, and may ask for a pause.
+    /// The registry limits the rate, and may request a pause.
     RateLimited(Option<Duration>),
     /// The registry failed.
     Down,
 }
 
 impl FillFailure {
-    /// The label of metrics.
+    /// The metric's label.
     pub fn label(self) -> &'static str {
         match self {
             Self::Peers => "not_from_peers",
@@ -80,18 +79,19 @@ impl FillFailure {
 pub enum UnfilledReason {
     /// The layers are being fetched.
     Fetching,
-    /// A later fetch may bring them.
+    /// A later fetch may succeed.
     Pending,
     /// The budget or the disk has no room.
     NoRoom,
-    /// The registry denies the agent the image: only the kubelet can pull the image, by a
-    /// credential plugin. Peers may have the layers, and the next pull brings them.
+    /// The registry denies the image to the agent: only the kubelet can pull the image, with a
+    /// credential plugin. Peers may have the layers, and the next pull stores them.
     KubeletCredentials,
-    /// The registry denies the agent the image, and the agent may not read all secrets of the pods.
+    /// The registry denies the image to the agent, and the agent may not read all secrets of the
+    /// pods.
     UnreadableSecret,
-    /// The registry does not have a layer any more.
+    /// The registry no longer has a layer.
     Gone,
-    /// By a setting, or because containerd's own labels are to keep the layers.
+    /// A setting forbids fetches, or containerd's own labels should keep the layers.
     NotFetched,
 }
 
@@ -107,7 +107,7 @@ impl UnfilledReason {
         Self::NotFetched,
     ];
 
-    /// The label of metrics.
+    /// The metric's label.
     pub fn label(self) -> &'static str {
         match self {
             Self::Fetching => "fetching",

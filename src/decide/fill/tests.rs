@@ -32,7 +32,7 @@ fn begins(fills: &mut FillScheduler, image: &IncompleteImage, now: Instant) -> O
     fills.start_next(std::slice::from_ref(image), 1, now, || 1.0).map(|(_, source)| source)
 }
 
-/// The first fetch that begins within these seconds, and the second of its begin.
+/// The first fetch that begins within `seconds`, with the second of its begin.
 fn first(fills: &mut FillScheduler, image: &IncompleteImage, from: Instant, seconds: u64) -> Option<(u64, FillSource)> {
     (0..seconds).find_map(|second| Some((second, begins(fills, image, from + SECOND * second as u32)?)))
 }
@@ -139,7 +139,7 @@ fn the_back_off_of_a_failing_registry_grows_and_covers_all_its_images() {
         fills.record_end(&image("b"), Err(FillFailure::Down), now, 0.0);
         assert_eq!(source, FillSource::Registry);
     }
-    // Ten seconds are the pause before any fetch.
+    // Ten seconds of each are the pause before any fetch.
     assert_eq!(pauses, [10, 130, 250, 490, 970, 1930, 3610]);
     assert_eq!(first(&mut fills, &other, now, 60), Some((10, FillSource::Registry)));
     fills.record_end(&other, Ok(FillSource::Registry), now, 0.0);
@@ -148,7 +148,7 @@ fn the_back_off_of_a_failing_registry_grows_and_covers_all_its_images() {
     fills.record_end(&image("a"), Ok(FillSource::Registry), now, 0.0);
     fills.record_end(&image("a"), Err(FillFailure::Down), now + SECOND * waited as u32, 0.0);
     let after = first(&mut fills, &image("a"), now + SECOND * waited as u32, 600).unwrap().0;
-    assert_eq!(after, 130, "success ends the series");
+    assert_eq!(after, 130, "a success resets the back-off");
 }
 
 #[test]
@@ -170,7 +170,7 @@ fn every_reason_has_a_label_of_its_own() {
     assert_eq!((labels.len(), texts.len()), (UnfilledReason::ALL.len(), UnfilledReason::ALL.len()));
 }
 
-/// A cluster in steps of ten seconds, as the agent looks.
+/// A cluster in steps of ten seconds, the interval of the agent's checks.
 struct Cluster {
     random: SmallRng,
     nodes: Vec<Node>,
@@ -182,7 +182,7 @@ struct Cluster {
 struct Node {
     fills: FillScheduler,
     lacking: Vec<IncompleteImage>,
-    /// The fetch under way, and its end.
+    /// The fetch in flight, and its end.
     running: Option<(IncompleteImage, FillSource, Instant)>,
 }
 
@@ -269,7 +269,7 @@ fn five_thousand_nodes_with_images_of_their_own_begin_one_fetch_per_second() {
 }
 
 proptest! {
-    /// After any history a registry is asked for an image only where each condition holds.
+    /// After any history a registry gets a request for an image only where each condition holds.
     #[test]
     fn no_history_leads_to_a_forbidden_request(
         from in prop::sample::select(vec![FetchFrom::None, FetchFrom::Peers, FetchFrom::Registry]),
@@ -305,7 +305,7 @@ proptest! {
                 }
             }
             prop_assert_eq!(fills.start_next(&images, 1, now + HOUR, || random), None);
-            // Peers deny nothing.
+            // Peers never deny a layer.
             let possible = if source == FillSource::Peers { &failures[..2] } else { &failures[1..] };
             let result = possible.get(end).map_or(Ok(source), |failure| Err(*failure));
             if matches!(result, Err(FillFailure::Denied { unread: false })) && chosen.manifest == image("one").manifest {

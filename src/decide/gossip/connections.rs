@@ -1,44 +1,45 @@
-//! The connections to one neighbour: whether it answers, and when to dial it.
+//! The connections to one member: whether the member answers, and when to dial.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::{MeshConnectionId, back_off};
 
-/// Ticks without an answer after which a neighbour is silent. The next ping goes out [`super::PING_INTERVAL`] after the last answer, so a
-/// healthy one has a second to answer it, and a dead one is found 1 to 2 s after its death: its neighbours agree within 3 s.
+/// Ticks without an answer after which a neighbor is silent. The next ping goes out
+/// [`super::PING_INTERVAL`] after the last answer, so a healthy neighbor has a second to answer. A
+/// dead one is found 1 to 2 s after its death, and its neighbors agree within 3 s.
 ///
-/// Ticks are counted, not time: if it is we who were starved, few ticks passed, and nobody is accused.
+/// Ticks are counted, not time: a starved agent counts few ticks, and suspects no neighbor.
 const SILENT_TICKS: u32 = 7;
 
-/// Ticks that a lost connection may take to come back before it counts as silence.
+/// Ticks in which a lost connection may come back before the loss counts as silence.
 const LOST_TICKS: u32 = 6;
 
-/// Ticks of patience for a neighbour that was accused and refuted, four for each time, and the most.
+/// Extra ticks for a neighbor that was suspected and refuted: four for each refutation, at most 12.
 const TICKS_PER_REFUTATION: u32 = 4;
 const MAX_EXTRA_TICKS: u32 = 12;
 
-/// How long a refutation buys patience.
+/// How long a refutation gives a neighbor extra ticks.
 const REFUTATION_LIFE: Duration = Duration::from_secs(600);
 
-/// A dial that nobody reported the end of is forgotten.
+/// After so long, a dial without a reported end counts as over.
 const MAX_DIAL_TIME: Duration = Duration::from_secs(15);
 
-/// The connections to one member, and the way there.
+/// The connections to one member, and the state of its dials.
 #[derive(Debug, Clone, Default)]
 pub(super) struct MemberConnections {
     open: BTreeMap<MeshConnectionId, MemberConnection>,
-    /// Since when it is dialled or greeted.
+    /// Start of the present handshake or dial.
     dialling_since: Option<Instant>,
     dial_at: Option<Instant>,
     failed_dials: u32,
-    /// Ticks since the last connection broke without a word.
+    /// Ticks since the last connection broke without an announced close.
     lost_ticks: Option<u32>,
-    /// It is tried because somebody says that it is silent.
+    /// The member is dialed because another member suspects it.
     is_suspected: bool,
-    /// Of two connections the one over which it had answered broke.
+    /// Of two connections, the connection over which the member had answered broke.
     broke_while_answering: bool,
-    /// It said that it closes.
+    /// The member announced that it closes its connections.
     is_close_announced: bool,
     refutations: u32,
     refuted_at: Option<Instant>,
@@ -46,27 +47,28 @@ pub(super) struct MemberConnections {
 
 #[derive(Debug, Clone, Default)]
 struct MemberConnection {
-    /// It has answered over this connection. One that the other side does not admit opens, then closes.
+    /// The member answered over this connection. A member that rejects the peer opens the
+    /// connection and then closes it.
     has_answered: bool,
     silent_ticks: u32,
 }
 
-/// What an answered ping shows.
+/// The news in a ping answer.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum PingOutcome {
-    /// The first answer in a while.
+    /// The first answer over any present connection.
     First,
-    /// Nothing new.
+    /// The member was answering before.
     Repeated,
 }
 
 impl MemberConnections {
-    /// Whether nothing is under way.
+    /// Whether there is no connection, no lost connection and no dial.
     pub(super) fn is_idle(&self) -> bool {
         self.open.is_empty() && self.lost_ticks.is_none() && self.dialling_since.is_none()
     }
 
-    /// Whether it answers over some connection.
+    /// Whether the member answers over some connection.
     pub(super) fn is_answering(&self) -> bool {
         self.open.values().any(|link| link.has_answered)
     }
@@ -75,13 +77,13 @@ impl MemberConnections {
         !self.open.is_empty()
     }
 
-    /// Heard within the last second.
+    /// Whether an answer came within the last second.
     pub(super) fn has_answered_recently(&self) -> bool {
         self.open.values().any(|link| link.has_answered && link.silent_ticks <= SILENT_TICKS / 2)
     }
 
     pub(super) fn insert(&mut self, link: MeshConnectionId) {
-        // Its key answered, so it lives, even if it closes at once because it does not let us in.
+        // The peer proved its key, so the peer is alive, even if it rejects this agent and closes.
         (self.dialling_since, self.lost_ticks, self.is_suspected) = (None, None, false);
         self.is_close_announced = false;
         self.open.insert(link, MemberConnection::default());
@@ -89,14 +91,14 @@ impl MemberConnections {
 
     pub(super) fn record_answer(&mut self, link: MeshConnectionId) -> PingOutcome {
         let was_proved = self.is_answering();
-        // One that was given up as silent may still speak. It is being closed, and counts no more.
+        // A connection given up as silent may still bring an answer, which does not count.
         let Some(link) = self.open.get_mut(&link) else { return PingOutcome::Repeated };
         (link.has_answered, link.silent_ticks) = (true, 0);
         (self.failed_dials, self.lost_ticks, self.is_suspected, self.broke_while_answering) = (0, None, false, false);
         if was_proved { PingOutcome::Repeated } else { PingOutcome::First }
     }
 
-    /// A connection closed. True when that is a reason to look after the member at once.
+    /// A connection closed. True when the member has to be dialed at once.
     pub(super) fn remove(&mut self, link: MeshConnectionId, now: Instant, jitter: f64) -> bool {
         let was_proved = self.is_answering();
         if self.open.remove(&link).is_none() {
@@ -115,19 +117,19 @@ impl MemberConnections {
         suspicious
     }
 
-    /// It says that it closes its connections and lives on.
+    /// The member announced that it closes its connections and stays a member.
     pub(super) fn mark_close_announced(&mut self) {
         self.is_close_announced = true;
     }
 
-    /// Closes everything; the numbers of what was open are returned.
+    /// Takes all connections, which the caller closes, and ends the dial.
     pub(super) fn take_all(&mut self) -> Vec<MeshConnectionId> {
         (self.lost_ticks, self.dialling_since, self.is_suspected, self.broke_while_answering) =
             (None, None, false, false);
         std::mem::take(&mut self.open).into_keys().collect()
     }
 
-    /// Time passes. True when the neighbour has been silent for too long.
+    /// Counts a tick. True when the member has been silent for too long.
     pub(super) fn tick(&mut self, now: Instant) -> bool {
         if self.dialling_since.is_some_and(|since| now.duration_since(since) > MAX_DIAL_TIME) {
             self.dialling_since = None;
@@ -151,7 +153,7 @@ impl MemberConnections {
         (self.refutations * TICKS_PER_REFUTATION).min(MAX_EXTRA_TICKS)
     }
 
-    /// It answered an accusation: it lives, and is slower than we thought.
+    /// The member refuted a suspicion: alive, and slower than expected.
     pub(super) fn record_refutation(&mut self, now: Instant) {
         self.refutations = (self.refutations + 1).min(MAX_EXTRA_TICKS);
         self.refuted_at = Some(now);
@@ -159,7 +161,7 @@ impl MemberConnections {
         self.lost_ticks = None;
     }
 
-    /// Whether to dial or greet now.
+    /// Whether a handshake or a dial may begin now.
     pub(super) fn may_dial(&self, now: Instant) -> bool {
         self.open.is_empty() && self.dialling_since.is_none() && self.dial_at.is_none_or(|at| at <= now)
     }
@@ -172,23 +174,23 @@ impl MemberConnections {
         self.dialling_since = Some(now);
     }
 
-    /// It may be tried from then on; before, if it might have been anyway.
+    /// Permits a dial from `at` on, or from the earlier time that is set.
     pub(super) fn allow_dial_from(&mut self, at: Instant) {
         self.dial_at = self.dial_at.map_or(Some(at), |before| Some(before.min(at)));
     }
 
-    /// Tries before now do not count.
+    /// Forgets earlier failed dials.
     pub(super) fn reset_back_off(&mut self) {
         (self.failed_dials, self.dial_at) = (0, None);
     }
 
-    /// It was greeted: the next step may begin. When, the last greeting does not put off.
+    /// The handshake ended, and a dial may follow: a handshake itself causes no back-off.
     pub(super) fn end_handshake(&mut self) {
         (self.dialling_since, self.lost_ticks, self.is_suspected) = (None, None, false);
     }
 
-    /// Somebody says that it is silent: if it cannot be reached from here either, that counts as a lost connection, also when it is being
-    /// tried already. False when it is connected.
+    /// Another member suspects this one. If the dial fails, also a dial in flight, the failure
+    /// counts as a lost connection. False when a connection is open.
     pub(super) fn mark_suspected(&mut self) -> bool {
         let is_alone = self.open.is_empty();
         if is_alone {
@@ -197,20 +199,22 @@ impl MemberConnections {
         is_alone
     }
 
-    /// It answered and would not have us. That is a sign of life, and a reason to wait.
+    /// The peer answered and rejected this agent. The answer is a sign of life; the next dial backs
+    /// off.
     pub(super) fn record_rejection(&mut self, now: Instant, jitter: f64) {
         (self.dialling_since, self.lost_ticks, self.is_suspected) = (None, None, false);
         self.back_off(now, jitter);
     }
 
-    /// A try came to nothing. True when it was to find out what became of a lost connection.
+    /// A handshake or a dial failed. True when the dial was to decide about a lost connection or a
+    /// suspicion.
     pub(super) fn record_failed_dial(&mut self, now: Instant, jitter: f64) -> bool {
         self.dialling_since = None;
         self.back_off(now, jitter);
         std::mem::take(&mut self.is_suspected) || self.lost_ticks.is_some()
     }
 
-    /// Tries in a row that came to nothing.
+    /// Failed dials in a row.
     pub(super) fn failed_dials(&self) -> u32 {
         self.failed_dials
     }

@@ -1,4 +1,4 @@
-//! Entries of logs as they come, whoever brings them: checked, put in order, applied.
+//! Log entries, from gossip or from a reply: checked, put in order, applied.
 
 use std::time::Instant;
 
@@ -10,7 +10,7 @@ use crate::model::{InventoryChange, InventoryItem, LogEntry, MAX_CHANGES, MAX_ME
 use crate::oci::{Reference, Repository};
 
 impl<N: CredentialVerifier> Protocol<N> {
-    /// Somebody's entry, by gossip.
+    /// Handles an entry from gossip.
     pub(super) fn receive_entry(
         &mut self,
         from: PeerId,
@@ -23,7 +23,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             return GossipVerdict::Ignore("own");
         }
         let Some(member) = self.member(publisher) else {
-            // Somebody new, if this is really its word.
+            // The publisher is a new member, if the signature is the publisher's.
             let is_its = || self.verifier.is_signed(publisher, &entry.head.signed_bytes(), &entry.head.signature);
             if self.missing_introductions.len() < MAX_MEMBERS
                 && !self.missing_introductions.contains_key(&publisher)
@@ -42,7 +42,8 @@ impl<N: CredentialVerifier> Protocol<N> {
             }
             return GossipVerdict::Ignore("other_epoch");
         }
-        // Before anything is computed: old entries can be had by everybody, and sent in as many frames as one likes.
+        // Checked before anything is computed: every peer can get old entries, and can repeat them
+        // in any number of messages.
         if member.log.contains(&entry.head) {
             return GossipVerdict::Ignore("late");
         }
@@ -53,8 +54,9 @@ impl<N: CredentialVerifier> Protocol<N> {
             return GossipVerdict::Reject("forged");
         }
         let Some(member) = self.roster.get_mut(publisher) else { return GossipVerdict::Ignore("unknown_author") };
-        // Only news count, or whoever plays old entries again would use up the publisher's allowance. And nobody is blamed: a neighbour may
-        // have held them back. What is too much is asked for later, as fast as we like.
+        // Only new entries count, else a peer that repeats old entries would use up the publisher's
+        // rate. No fault is recorded: a neighbor may have held the entries back. This agent
+        // requests the excess later, at its own pace.
         if member.log.is_new(&entry.head) && !member.score.entries.try_take(&ENTRY_LIMIT, now) {
             return GossipVerdict::Ignore("too_many");
         }
@@ -82,7 +84,9 @@ impl<N: CredentialVerifier> Protocol<N> {
             EntryReceipt::Duplicate => GossipVerdict::Ignore("late"),
             EntryReceipt::Contradiction => {
                 self.record_fault(publisher, "contradiction", now);
-                // Both are signed: whoever has the other one sees it, too. Who has banned the publisher passes nothing more of it on.
+                // The publisher signed both entries, so members that have the other one see the
+                // contradiction too. An agent that banned the publisher relays no more of its
+                // entries.
                 GossipVerdict::Accept
             }
         }
@@ -106,7 +110,7 @@ impl<N: CredentialVerifier> Protocol<N> {
     }
 }
 
-/// What can be said of an entry without knowing its publisher.
+/// The checks of an entry that need no publisher.
 pub(super) fn validate_entry(entry: &LogEntry) -> Result<(), &'static str> {
     let LogEntry { head, changes } = entry;
     if head.sequence == 0 || changes.len() > MAX_CHANGES || head.changes != changes_digest(changes) {
@@ -118,7 +122,7 @@ pub(super) fn validate_entry(entry: &LogEntry) -> Result<(), &'static str> {
     if changes.iter().all(is_change_proper) { Ok(()) } else { Err("malformed") }
 }
 
-/// Whether an image's name is one that CRI would write, which also bounds its length.
+/// Whether CRI would write the image's name, which also bounds the name's length.
 pub(super) fn is_valid_item(item: &InventoryItem) -> bool {
     let reference = match item {
         InventoryItem::Blob(_) | InventoryItem::Fetching(_) => return true,

@@ -1,4 +1,4 @@
-//! The other side of a member's log: which of its entries can be used now, and what is missing.
+//! The receiving side of a member's log: the entries that can be applied now, and the missing ones.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -6,65 +6,67 @@ use std::time::{Duration, Instant};
 use super::back_off;
 use crate::model::{LogEntry, LogHead, PeerId};
 
-/// Entries kept while one before them is missing. Twice what a publisher makes of one batch; at 64 KiB the
-/// most that a member can make us keep is 2 MiB.
+/// Entries buffered behind a missing entry: twice what a publisher makes of one batch. At 64 KiB
+/// each, a member can make this agent keep 2 MiB at most.
 const MAX_BUFFERED: usize = 32;
 
-/// How long a missing entry may take: gossip goes several ways and overtakes itself by some round trips, and a lost message
-/// comes again by gossipsub's own repair, a heartbeat later.
+/// Time that a missing entry may take. Gossip travels on several paths and overtakes itself by some
+/// round trips. gossipsub repairs a lost message a heartbeat later.
 const GOSSIP_DELAY: Duration = Duration::from_secs(2);
 
-/// Who passed on that everything is to be asked for, as of a node that starts, is just asking for it as well, from whom it had it from. So
-/// it is asked again so often, after up to so long: the content passes from the publisher outward, and any two are four steps apart.
+/// A neighbor that announces the log of a new node is often requesting the same log itself. So a
+/// snapshot is requested again so often, after up to this delay: content spreads from the publisher
+/// outward, and any two members are four steps apart.
 const QUICK_RETRIES: u32 = 5;
 const QUICK_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// A gap of so many entries is filled entry by entry; a larger one by a snapshot.
+/// Up to this gap, the missing entries are requested; a larger gap needs a snapshot.
 const MAX_GAP: u64 = 64;
 
-/// What is known of one member's log, in one epoch.
+/// The state of one member's log in one epoch.
 #[derive(Debug, Clone, Default)]
 pub(super) struct LogFollower {
-    /// The last number up to which nothing is missing.
+    /// Number up to which the log is complete.
     sequence: u64,
-    /// Of that entry; none before the first.
+    /// Head of that entry; `None` before the first.
     head: Option<LogHead>,
-    /// What the table holds of this member is not what its head says, because it was too much: it cannot be passed on.
+    /// The inventory dropped items beyond its limit. The items do not match the head, so the log
+    /// cannot be relayed.
     is_partial: bool,
-    /// Entries further on, that wait for one in between.
+    /// Entries that wait for a missing one before them.
     buffered: BTreeMap<u64, LogEntry>,
-    /// The largest number that somebody spoke of.
+    /// The largest number that a neighbor announced.
     known_sequence: u64,
-    /// Who spoke of it.
+    /// The neighbor that announced this number.
     source: Option<PeerId>,
-    /// Nothing is asked before.
+    /// No request before this time.
     request_at: Option<Instant>,
-    /// A question is under way.
+    /// A request is in flight.
     is_requested: bool,
-    /// Entries did not help; everything is asked for.
+    /// A request for entries failed, so the next one is for a snapshot.
     needs_snapshot: bool,
     attempts: u32,
 }
 
-/// What became of an entry.
+/// The result for a received entry.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum EntryReceipt {
-    /// These are next, in this order.
+    /// Apply these entries, in this order.
     Next(Vec<LogEntry>),
-    /// It waits for one that is missing.
+    /// The entry waits for a missing one.
     Buffered,
-    /// Known already.
+    /// The entry or a later one was applied before, or waits already.
     Duplicate,
     /// The publisher signed two different entries with one number.
     Contradiction,
 }
 
-/// What to ask for.
+/// The request that a log needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum MissingEntries {
     /// The entries after this number.
     Entries(u64),
-    /// Everything.
+    /// All items.
     Snapshot,
 }
 
@@ -73,22 +75,22 @@ impl LogFollower {
         self.sequence
     }
 
-    /// What the log's state here is proved by, if it can be.
+    /// The head that proves the items of this log, unless the inventory dropped some.
     pub(super) fn proof(&self) -> Option<&LogHead> {
         self.head.as_ref().filter(|_| !self.is_partial)
     }
 
-    /// How many entries are known to be missing.
+    /// Known entries that are missing.
     pub(super) fn behind(&self) -> u64 {
         self.known_sequence.saturating_sub(self.sequence)
     }
 
-    /// The table could not take everything.
+    /// The inventory dropped items beyond its limit.
     pub(super) fn mark_partial(&mut self) {
         self.is_partial = true;
     }
 
-    /// Takes an entry whose signature was checked; `from` passed it on.
+    /// Receives an entry with a verified signature, relayed by `from`.
     pub(super) fn receive(&mut self, entry: LogEntry, from: PeerId, now: Instant) -> EntryReceipt {
         let sequence = entry.head.sequence;
         if sequence <= self.sequence {
@@ -112,19 +114,19 @@ impl LogFollower {
         }
         self.buffered.insert(sequence, entry);
         if self.buffered.len() > MAX_BUFFERED {
-            // What has to come covers the oldest first.
+            // The missing entries come first and cover the oldest again.
             self.buffered.pop_first();
         }
         self.record_gap(sequence, from, now + GOSSIP_DELAY);
         EntryReceipt::Buffered
     }
 
-    /// Whether nothing has come under this number yet.
+    /// Whether no entry of this number has arrived.
     pub(super) fn is_new(&self, head: &LogHead) -> bool {
         head.sequence > self.sequence && !self.buffered.contains_key(&head.sequence)
     }
 
-    /// Whether this very entry, or one beyond it, has come.
+    /// Whether this entry was applied or is buffered, or a later one was applied.
     pub(super) fn contains(&self, head: &LogHead) -> bool {
         let same = |known: &LogHead| !are_contradictory(known, head);
         head.sequence < self.sequence
@@ -132,10 +134,10 @@ impl LogFollower {
             || self.buffered.get(&head.sequence).is_some_and(|held| same(&held.head))
     }
 
-    /// A neighbour's word that the log goes up to there.
+    /// A neighbor announced that the log goes up to `sequence`.
     pub(super) fn record_sequence(&mut self, sequence: u64, from: PeerId, now: Instant) {
         if sequence > self.sequence {
-            // It may be on its way by gossip, unless nothing is known of this log yet.
+            // Gossip may still bring the entries, unless nothing of this log is here.
             let patience = if self.sequence == 0 { Duration::ZERO } else { GOSSIP_DELAY };
             self.record_gap(sequence, from, now + patience);
         }
@@ -149,29 +151,30 @@ impl LogFollower {
         self.request_at.get_or_insert(at);
     }
 
-    /// Whether anything is missing at all.
+    /// Whether any known entry is missing.
     pub(super) fn is_behind(&self) -> bool {
         self.behind() > 0
     }
 
-    /// What to ask now, and who spoke of it.
+    /// The request that is due now, and the neighbor that announced the missing entries.
     pub(super) fn due_request(&self, now: Instant) -> Option<(MissingEntries, Option<PeerId>)> {
         if self.is_requested || !self.is_behind() || self.request_at.is_none_or(|at| at > now) {
             return None;
         }
-        // From nothing, everything in one answer is cheaper.
+        // Without any entry, one snapshot is cheaper.
         let far = self.behind() > MAX_GAP || (self.sequence == 0 && self.known_sequence > 1);
         let need =
             if self.needs_snapshot || far { MissingEntries::Snapshot } else { MissingEntries::Entries(self.sequence) };
         Some((need, self.source))
     }
 
-    /// It was asked for.
+    /// A request was sent.
     pub(super) fn mark_requested(&mut self) {
         self.is_requested = true;
     }
 
-    /// A question has ended, however. What is still missing is asked for later; `jitter` is random, in 0..1.
+    /// A request failed. Entries that are still missing are requested later; `jitter` is random, in
+    /// 0..1.
     pub(super) fn record_failed_request(&mut self, need: MissingEntries, now: Instant, jitter: f64) {
         self.schedule_request(need, false, now, jitter);
     }
@@ -184,7 +187,7 @@ impl LogFollower {
                     QUICK_RETRY_DELAY.mul_f64(0.5 + jitter / 2.0)
                 }
                 _ => {
-                    // Another one is asked the next time.
+                    // The next request goes to another neighbor.
                     self.source = None;
                     back_off(self.attempts.saturating_sub(QUICK_RETRIES), jitter)
                 }
@@ -197,8 +200,9 @@ impl LogFollower {
         }
     }
 
-    /// Somebody answered, and had nothing more than is known here. What was only spoken of is forgotten: if it is true, the next comparison
-    /// brings it up again; if it is not, it is not asked for without end.
+    /// A neighbor replied without any missing entry. After a snapshot request, numbers that were
+    /// only announced are forgotten. The next comparison brings back true ones; false ones would be
+    /// requested without end.
     pub(super) fn record_empty_reply(&mut self, need: MissingEntries, now: Instant, jitter: f64) {
         if need == MissingEntries::Snapshot {
             self.known_sequence =
@@ -207,12 +211,12 @@ impl LogFollower {
         self.schedule_request(need, true, now, jitter);
     }
 
-    /// Questions in a row that brought nothing.
+    /// Requests in a row without a useful reply.
     pub(super) fn attempts(&self) -> u32 {
         self.attempts
     }
 
-    /// A question has brought something.
+    /// A reply brought entries.
     pub(super) fn record_useful_reply(&mut self, now: Instant) {
         self.is_requested = false;
         self.attempts = 0;
@@ -223,7 +227,8 @@ impl LogFollower {
         }
     }
 
-    /// The table now holds what this head, whose signature was checked, says. The entries that follow it are returned.
+    /// The inventory now has the items that this verified head covers, or a part of them if
+    /// `partial`. Returns the buffered entries that follow.
     pub(super) fn replace(&mut self, head: LogHead, partial: bool) -> Vec<LogEntry> {
         self.is_partial = partial;
         self.needs_snapshot = false;
@@ -239,7 +244,7 @@ impl LogFollower {
         self.known_sequence = self.known_sequence.max(self.sequence);
     }
 
-    /// Held entries that are next now; what is behind is thrown away.
+    /// Takes the buffered entries that are next, and drops the earlier ones.
     fn take_consecutive(&mut self) -> Vec<LogEntry> {
         let mut next = Vec::new();
         self.buffered = self.buffered.split_off(&(self.sequence + 1));
@@ -250,7 +255,7 @@ impl LogFollower {
         next
     }
 
-    /// What was missing has come.
+    /// Resets the request state if no entry is missing.
     fn clear_if_complete(&mut self) {
         if !self.is_behind() {
             (self.request_at, self.source, self.needs_snapshot, self.attempts) = (None, None, false, 0);
@@ -258,7 +263,8 @@ impl LogFollower {
     }
 }
 
-/// Whether two heads of one number say different things; signatures of one text may differ.
+/// Whether two heads of one number differ in content. One content may have several valid
+/// signatures.
 fn are_contradictory(a: &LogHead, b: &LogHead) -> bool {
     (a.changes, a.state) != (b.changes, b.state)
 }

@@ -1,4 +1,4 @@
-//! Who lives: neighbours that fall silent, suspicion, its confirmation by a second witness, and the word of the accused.
+//! Liveness, as in SWIM: silent neighbors, suspicion, confirmation by a second witness, refutation.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -10,20 +10,20 @@ use super::{CredentialVerifier, GRAFT_DELAY, GossipVerdict, MeshConnectionId, Ou
 use crate::decide::inventory::Inventory;
 use crate::model::{Gossip, LeaveNotice, PeerId, Refutation, Suspicion};
 
-/// A suspicion that nobody confirmed is forgotten.
+/// Lifetime of a suspicion without confirmation.
 const SUSPICION_LIFE: Duration = Duration::from_secs(10);
 
-/// Between two refutations: those who accuse at the same time are answered together.
+/// Shortest interval of refutations. One refutation answers all suspicions of the interval.
 const REFUTE_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Members that look for one that was accused.
+/// Members that probe one suspect.
 const MAX_PROBERS: usize = 3;
 
-/// Witnesses that make a member dead everywhere, where there are as many.
+/// Witnesses that confirm a death in all of the mesh, where there are so many members.
 const WITNESSES: usize = 2;
 
 impl<N: CredentialVerifier> Protocol<N> {
-    /// A ping was answered over a connection.
+    /// The peer answered a ping over this connection.
     pub fn record_ping_answer(&mut self, link: MeshConnectionId, peer: PeerId, table: &mut Inventory, now: Instant) {
         let is_first = self.roster.neighbours().next().is_none();
         let me = self.local.peer;
@@ -31,7 +31,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         if member.connections.record_answer(link) == PingOutcome::Repeated {
             return;
         }
-        // Others learn so from itself.
+        // Nothing is published: the member itself refutes its death.
         if member.record_answer(me, now) {
             self.roster.update_bucket(peer);
             self.chosen_is_stale = true;
@@ -39,7 +39,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.mark_up_if_valid(peer, table, now);
         self.compare_with(peer);
         if is_first {
-            // It was we who were cut off, or just begin: how often others could not be reached says nothing.
+            // This agent was cut off or just started, so earlier failed dials show nothing.
             self.roster.members.values_mut().for_each(|member| member.connections.reset_back_off());
             if self.introduction.is_some() {
                 self.introduce_at = Some(now + GRAFT_DELAY);
@@ -47,24 +47,25 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// A connection closed, whoever closed it.
+    /// A connection closed, by either side.
     pub fn connection_closed(&mut self, link: MeshConnectionId, peer: PeerId, now: Instant) {
         let jitter = self.jitter();
         let Some(member) = self.roster.get_mut(peer) else { return };
         if member.connections.remove(link, now, jitter) && !member.is_dead() {
-            // Refused at once if its process is gone; a dial that works shows that it lives.
+            // A dead process refuses the dial at once; a successful dial shows a live process.
             self.dial_if_allowed(peer, now);
         }
     }
 
-    /// It could not be reached to fetch from. Unless it has just answered a ping, nothing is fetched from it until it is heard of again.
+    /// A fetch could not reach the peer. Unless the peer has just answered a ping, nothing is
+    /// fetched from the peer until its next sign of life.
     pub fn suspect_provider(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
         if self.member(peer).is_some_and(|member| member.is_up && !member.connections.has_answered_recently()) {
-            self.suspect(peer, "cannot be reached to fetch from", table, now);
+            self.suspect(peer, "a fetch failed to connect", table, now);
         }
     }
 
-    /// A neighbour sent something that cannot be decoded, or is forged, or too much of it.
+    /// A neighbor sent a message that cannot be decoded, is forged, or exceeds a limit.
     pub fn record_fault(&mut self, from: PeerId, fault: &'static str, now: Instant) {
         let Some(member) = self.roster.get_mut(from) else { return };
         let banned = member.score.record_fault(fault, now);
@@ -74,7 +75,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// Its connections end, and what it said does not count while it is banned.
+    /// Ends the peer's connections. The next tick hides the peer's items.
     fn ban(&mut self, peer: PeerId) {
         let Some(member) = self.roster.get_mut(peer) else { return };
         member.connections.take_all();
@@ -105,15 +106,16 @@ impl<N: CredentialVerifier> Protocol<N> {
             let me = self.local.peer;
             if let Some(member) = self.roster.get_mut(peer) {
                 member.suspected_since = None;
-                // What we saw ourselves stands until it answers us.
+                // This agent's own suspicion stands until the member answers this agent.
                 member.suspected_by.retain(|by| *by == me);
             }
-            // Those who were to look may be gone themselves, in a cluster that fell apart: by now it is known who is left.
+            // In a cluster that fell apart, the first probers may be gone too. By now the dead
+            // among them are known, so other members probe.
             self.probe_if_low_rank(peer, now);
         }
     }
 
-    /// A neighbour is silent: nothing is fetched from it any more, and others are told.
+    /// Suspects a silent member: fetches nothing from the member, and publishes the suspicion.
     pub(super) fn suspect(&mut self, peer: PeerId, reason: &'static str, table: &mut Inventory, now: Instant) {
         let me = self.local.peer;
         let jitter = self.jitter();
@@ -159,8 +161,8 @@ impl<N: CredentialVerifier> Protocol<N> {
             Some(member) => (member.epoch(), member.incarnation()),
             None => return GossipVerdict::Ignore("unknown_peer"),
         };
-        // A smaller incarnation is refuted. Only the accused itself makes larger ones, and its word may not have come here yet: what was
-        // not believed is found by comparing.
+        // A smaller incarnation is refuted. Only the suspect makes larger ones, so its refutation
+        // has not arrived here yet. A later comparison finds what is ignored now.
         if (epoch, incarnation) != current {
             return GossipVerdict::Ignore("refuted");
         }
@@ -170,7 +172,8 @@ impl<N: CredentialVerifier> Protocol<N> {
         if !self.verifier.is_signed(by, &suspicion.signed_bytes(), &suspicion.signature) {
             return GossipVerdict::Reject("forged");
         }
-        // Only news count, or whoever plays it again would use up the witness's allowance.
+        // Only new suspicions count, else a peer that repeats old ones would use up the witness's
+        // rate.
         let is_within =
             self.roster.get_mut(by).is_some_and(|member| member.score.suspicions.try_take(&SUSPICION_LIMIT, now));
         if !is_within {
@@ -189,7 +192,8 @@ impl<N: CredentialVerifier> Protocol<N> {
         GossipVerdict::Accept
     }
 
-    /// An accused whom too few others are connected to is looked for by some who are not, so that there is a second witness.
+    /// The [`MAX_PROBERS`] members of lowest rank dial the suspect, unless they are connected.
+    /// Without these dials, a suspect with a single neighbor never has a second witness.
     fn probe_if_low_rank(&mut self, accused: PeerId, now: Instant) {
         let rank = |peer: PeerId| super::neighbour_choice::rank(accused, peer);
         let mine = rank(self.local.peer);
@@ -199,7 +203,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// Whether somebody of whom others say that it is dead can be reached from here; if not, that is one more witness.
+    /// Dials a suspected member without a connection. A failed dial makes this agent a witness.
     pub(super) fn probe_suspect(&mut self, peer: PeerId, now: Instant) {
         if self.may_dial_more()
             && let Some(member) = self.roster.get_mut(peer)
@@ -210,7 +214,8 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// Dead, if there are witnesses enough; one that is answering us is not, whoever says so.
+    /// Marks the member dead if there are enough witnesses. A member that answers this agent is
+    /// alive.
     fn confirm_dead_if_witnessed(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
         let others = self.roster.members.values().filter(|member| member.is_up && member.peer.id != peer).count();
         let Some(member) = self.member(peer) else { return };
@@ -221,7 +226,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         if pods.len() + without < WITNESSES.min(others + 1) || member.connections.has_answered_recently() {
             return;
         }
-        self.mark_dead(peer, "does not answer two of its neighbours", table, now);
+        self.mark_dead(peer, "two neighbors got no answer", table, now);
     }
 
     pub(super) fn mark_dead(&mut self, peer: PeerId, reason: &'static str, table: &mut Inventory, now: Instant) {
@@ -235,7 +240,8 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.chosen_is_stale = true;
     }
 
-    /// Somebody takes this agent for dead, in its present incarnation.
+    /// Refutes the suspicion or the death of this agent's present incarnation, at most once in
+    /// [`REFUTE_INTERVAL`].
     pub(super) fn refute(&mut self, now: Instant) {
         if self.refuted_at.is_some_and(|at| now.duration_since(at) < REFUTE_INTERVAL) {
             self.refute_at.get_or_insert(now + REFUTE_INTERVAL);
@@ -247,7 +253,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.push_output(Output::Publish(Gossip::Refutation(refutation)));
     }
 
-    /// What was said into connections that were just ending has not been heard.
+    /// Repeats a refutation: connections that were just ending may have lost the last one.
     pub(super) fn refute_if_due(&mut self, now: Instant) {
         if self.refute_at.is_some_and(|at| at <= now) {
             self.refute_at = None;
@@ -277,7 +283,8 @@ impl<N: CredentialVerifier> Protocol<N> {
             return GossipVerdict::Reject("forged");
         }
         let Some(member) = self.roster.get_mut(peer) else { return GossipVerdict::Ignore("unknown_author") };
-        // An answer to what is really held against it costs nothing, or accusing would be cheaper than answering.
+        // Only refutations without a suspicion count against the limit. If all counted, suspicions
+        // would be cheaper than refutations.
         let is_answer = !member.suspected_by.is_empty() || member.liveness != Liveness::Alive;
         if !is_answer && !member.score.refutations.try_take(&INTRODUCTION_LIMIT, now) {
             return GossipVerdict::Ignore("too_many");

@@ -1,4 +1,4 @@
-//! Our own side of the inventory: what this node holds, and the entries that follow from its changes.
+//! This agent's own log: the items of this node, and the entries of their changes.
 
 use std::collections::BTreeSet;
 
@@ -7,15 +7,15 @@ use crate::model::{
     state_digest,
 };
 
-/// Most entries made of one batch. Past that a snapshot is cheaper: it goes to each member once, where gossip carries a
-/// message several times.
+/// Most entries of one batch. Beyond, a snapshot is cheaper: each member gets a snapshot once, and
+/// gossip carries a message several times.
 const MAX_BATCH: usize = 16;
 
-/// What the items of one node may weigh, so that a snapshot of it fits into one reply: [`MAX_ITEMS`] of 120 bytes on average, where a
-/// blob has some 40, an image's name rarely over 120.
+/// Most weight of one node's items, so that their snapshot fits into one reply: [`MAX_ITEMS`] of
+/// 120 bytes on average. A blob has some 40 bytes, and an image's name rarely more than 120.
 pub(super) const MAX_WEIGHT: usize = MAX_ITEMS * 120;
 
-/// What this node holds, and how far it has told.
+/// The items of this node, and the published part of their changes.
 #[derive(Debug, Clone)]
 pub(super) struct LocalLog {
     publisher: PeerId,
@@ -23,20 +23,20 @@ pub(super) struct LocalLog {
     sequence: u64,
     items: BTreeSet<InventoryItem>,
     weight: usize,
-    /// Items that came or went since the last entry.
+    /// Items added or removed since the last entry.
     changed: BTreeSet<InventoryItem>,
-    /// The last entry's, which a snapshot is proved by.
+    /// Head of the last entry, which proves a snapshot.
     head: Option<LogHead>,
 }
 
 impl LocalLog {
-    /// An empty log. A later start of the same node needs a larger epoch.
+    /// An empty log. A later process of the same node needs a larger epoch.
     pub(super) fn new(publisher: PeerId, epoch: u64) -> Self {
         let (items, touched) = Default::default();
         Self { publisher, epoch, sequence: 0, items, weight: 0, changed: touched, head: None }
     }
 
-    /// Everything is told again, in an epoch that is larger than one that others know of this node.
+    /// Publishes all items again, in an epoch that is larger than the members' epoch of this node.
     pub(super) fn restart(&mut self, epoch: u64) {
         let items = std::mem::take(&mut self.items);
         *self = Self { changed: items.clone(), items, weight: self.weight, ..Self::new(self.publisher, epoch) };
@@ -46,24 +46,24 @@ impl LocalLog {
         self.epoch
     }
 
-    /// The last entry's number; 0 before the first.
+    /// Number of the last entry; 0 before the first.
     pub(super) fn sequence(&self) -> u64 {
         self.sequence
     }
 
-    /// What is held, in order.
+    /// The items of this node, sorted.
     pub(super) fn items(&self) -> &BTreeSet<InventoryItem> {
         &self.items
     }
 
-    /// The last entry's head, where everything that is held has been told; a snapshot can be given only then.
+    /// Head of the last entry, if all changes are published. Only then a snapshot can be proved.
     pub(super) fn head(&self) -> Option<&LogHead> {
         self.head.as_ref().filter(|_| self.changed.is_empty())
     }
 
-    /// Takes in what changed; what changes nothing is never announced.
+    /// Records changes. A change without an effect is never announced.
     ///
-    /// Returns how many items were left out, because others would not accept them.
+    /// Returns the number of items left out, because other members would not accept them.
     pub(super) fn record(&mut self, changes: Vec<InventoryChange>) -> usize {
         let mut left_out = 0;
         for change in changes {
@@ -86,7 +86,7 @@ impl LocalLog {
                 self.weight -= weight;
                 self.items.remove(&item);
             }
-            // Twice is as it was told.
+            // Two changes of one item restore what was published.
             if !self.changed.remove(&item) {
                 self.changed.insert(item);
             }
@@ -94,8 +94,8 @@ impl LocalLog {
         left_out
     }
 
-    /// The entries that bring everybody up to date. Of very many changes none is announced: a number is skipped instead, and who
-    /// finds the gap takes a snapshot.
+    /// Takes the entries that announce all changes. Very many changes are not announced: one number
+    /// is skipped, and a member that finds the gap requests a snapshot.
     pub(super) fn take_entries(&mut self, sign: impl Fn(&[u8]) -> Signature) -> Vec<LogEntry> {
         let touched = std::mem::take(&mut self.changed);
         if touched.is_empty() {
@@ -110,7 +110,8 @@ impl LocalLog {
             false => InventoryChange::Removed(item.clone()),
         });
         let changes: Vec<_> = changes.collect();
-        // What others hold after each entry but the last differs from what is held now by the entries that follow.
+        // The state after an earlier entry differs from the present items by the entries that
+        // follow.
         let mut state: BTreeSet<InventoryItem> = self.items.clone();
         let mut states = Vec::new();
         for chunk in changes.chunks(MAX_CHANGES).rev() {
@@ -148,8 +149,9 @@ impl LocalLog {
     }
 }
 
-/// What an item counts against a reply's limit, where lengths are counted by their width in memory: four for its kind, eight for each
-/// text's length, one for whether there is a tag, and its bits for up to 256 holders.
+/// The weight of an item in a reply's limit, which counts lengths by their width in memory: four
+/// bytes for the kind, eight for each text's length, one for the presence of a tag, and the bits of
+/// up to 256 providers.
 pub(super) fn weight(item: &InventoryItem) -> usize {
     const BITS: usize = 8 + 1;
     BITS + match item {

@@ -1,4 +1,4 @@
-//! Who is a member: introductions, admission at the door, and what follows for whom we connect to.
+//! Membership: introductions, admission by handshake, and expiry.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -15,33 +15,37 @@ use super::{
 use crate::decide::inventory::Inventory;
 use crate::model::{Credential, Gossip, Introduction, Peer, PeerId, Profile, Zone};
 
-/// How long a member stays one while it cannot be told whether its credential is still good.
+/// How long a member stays while its credential can be neither verified nor rejected.
 const UNDECIDED_GRACE: Duration = Duration::from_secs(60);
 
-/// How long a member that is held for dead is known, so that it need not introduce itself and tell everything anew: longer than a
-/// node's restart.
+/// How long a dead member stays in the table, so its introduction and items need not be sent again:
+/// longer than a node's restart.
 const RETENTION: Duration = Duration::from_secs(600);
 
-/// How long one that answered may take to refute what others said of it; it learns of that as soon as it is connected to anybody.
+/// How long a member that answers here may take to refute its death elsewhere. A comparison with
+/// any neighbor shows the member its death.
 const REFUTATION_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the side with the larger key leaves the dial to the other, to have one connection rather than two.
+/// How long the side with the larger key waits for the other side's dial, to have one connection
+/// and not two.
 const DIAL_DELAY: Duration = Duration::from_secs(1);
 
-/// Of one that could not be reached so often in a row, another one takes the place, and nothing is fetched from it.
+/// After so many failed dials in a row, another member is chosen as a neighbor, and nothing is
+/// fetched from the peer.
 pub(super) const MAX_FAILED_DIALS: u32 = 3;
 
-/// Members that have not introduced themselves yet; an honest one does within seconds.
+/// Most members without an introduction. An honest member introduces itself within seconds.
 const MAX_UNINTRODUCED: usize = 256;
 
-/// Keys of one pod that are believed at a time: the one that it has, and one from before its key file was lost.
+/// Most keys that count for one pod: the present key, and a key from before the key file was lost.
 const MAX_KEYS_OF_POD: usize = 2;
 
-/// "As long as anybody asks": a life that never ends would overflow an instant.
+/// Longest validity of a credential. A credential without an end would overflow an [`Instant`].
 const LONGEST_LIFE: Duration = Duration::from_secs(10 * 365 * 86_400);
 
 impl<N: CredentialVerifier> Protocol<N> {
-    /// What others need to know of this agent; without it nothing is said. Said anew when it changed.
+    /// Sets the introduction's contents, and publishes an introduction if the contents changed.
+    /// Before the first call, this agent publishes nothing.
     pub fn introduce(
         &mut self,
         credential: Credential,
@@ -57,7 +61,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// Tells who we are, in a new version.
+    /// Publishes this agent's introduction in a new version.
     fn publish_introduction(&mut self, now: Instant) {
         let Some(Presence { credential, transfer, gossip, zone }) = self.presence.clone() else { return };
         let version = self.introduction.as_ref().map_or(0, |before| before.profile.version) + 1;
@@ -82,7 +86,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// Repeats it where nobody could hear it.
+    /// Publishes a due introduction once there is a neighbor.
     pub(super) fn publish_introduction_if_due(&mut self, now: Instant) {
         let heard = self.roster.neighbours().next().is_some();
         if heard && self.introduce_at.is_some_and(|at| at <= now) {
@@ -90,7 +94,8 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// The door let this peer in: it greeted us or was greeted. For `life` it may connect.
+    /// The driver admitted this peer in a handshake, begun by either side. For `life`, the peer may
+    /// connect.
     pub fn admit(&mut self, peer: Peer, life: Duration, table: &mut Inventory, now: Instant) {
         let id = peer.id;
         if id == self.local.peer {
@@ -127,18 +132,19 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.maintain_neighbours(now);
     }
 
-    /// It could not be greeted or dialled.
+    /// A handshake or a dial failed. The member is suspected if the dial was to decide about a lost
+    /// connection, or was the last of `MAX_FAILED_DIALS`.
     pub fn dial_failed(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
         let jitter = self.jitter();
         let Some(member) = self.roster.get_mut(peer) else { return };
         let was_lost = member.connections.record_failed_dial(now, jitter);
         if was_lost || (member.is_up && member.connections.failed_dials() >= MAX_FAILED_DIALS) {
-            self.suspect(peer, "cannot be dialled any more", table, now);
+            self.suspect(peer, "a dial failed", table, now);
         }
         self.chosen_is_stale = true;
     }
 
-    /// It answered, and would not have us or be had.
+    /// The peer answered, and one side rejected the other.
     pub fn rejected_by_peer(&mut self, peer: PeerId, now: Instant) {
         let jitter = self.jitter();
         if let Some(member) = self.roster.get_mut(peer) {
@@ -147,15 +153,15 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.chosen_is_stale = true;
     }
 
-    /// It may connect no more, for a reason that the driver knows.
+    /// The driver withdraws the peer's admission.
     pub fn remove_peer(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
         if self.roster.get(peer).is_some() {
-            self.mark_down(peer, "dismissed", table);
+            self.mark_down(peer, "admission withdrawn", table);
             self.remove_member(peer, table, now);
         }
     }
 
-    /// A connection with an allowed peer is open, whoever dialled.
+    /// A connection with an allowed peer is open, dialed by either side.
     pub fn connection_opened(&mut self, link: MeshConnectionId, peer: PeerId, now: Instant) {
         match self.roster.get_mut(peer) {
             Some(member) if member.is_admitted(now) => {
@@ -166,7 +172,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// Somebody's introduction, by gossip.
+    /// Handles an introduction, from gossip or from a reply.
     pub(super) fn receive_introduction(
         &mut self,
         introduction: Introduction,
@@ -214,19 +220,20 @@ impl<N: CredentialVerifier> Protocol<N> {
                 self.missing_introductions.remove(&peer);
                 GossipVerdict::Accept
             }
-            // It may have expired on its way, or clocks differ.
+            // The credential may have expired on the way, or clocks differ.
             Err(CredentialRejection::Rejected) => GossipVerdict::Ignore("not_admitted"),
             Err(CredentialRejection::Undecided) => GossipVerdict::Ignore("undecided"),
         }
     }
 
-    /// Our own word of an earlier process whose clock was ahead: nobody would believe what we say now.
+    /// An introduction with this agent's key, from an earlier process whose clock was ahead.
+    /// Members ignore smaller epochs, so this process takes a larger one.
     fn supersede_earlier_process(&mut self, introduction: &Introduction, now: Instant) {
         let epoch = introduction.profile.epoch;
         let ahead = epoch > self.log.epoch()
             || (epoch == self.log.epoch()
                 && introduction.profile.version > self.introduction.as_ref().map_or(0, |known| known.profile.version));
-        // Not simply the next: another process of ours may have come to the same one before.
+        // A random step: yet another process of this node may have taken the next epoch.
         let leap = self.rng.random_range(1..1_000_000);
         if ahead && let Some(next) = epoch.checked_add(leap) {
             self.log.restart(next);
@@ -252,7 +259,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         let new_process = member.epoch() != epoch;
         let moved = member.peer != peer;
         if new_process {
-            self.mark_down(id, "started again", table);
+            self.mark_down(id, "its process restarted", table);
             self.behind.remove(&id);
             table.forget(id);
         }
@@ -269,19 +276,19 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
         self.chosen_is_stale |= moved || new_process;
         if moved && std::mem::take(&mut member.is_up) {
-            // Told again, with where it is now.
+            // Reported up again, with the new addresses.
             self.mark_up_if_valid(id, table, now);
             if self.member(id).is_some_and(|member| !member.is_up) {
                 table.hide(id);
-                self.push_output(Output::Down(id, "its credential has expired"));
+                self.push_output(Output::Down(id, "the credential expired"));
             }
         }
         self.mark_up_if_valid(id, table, now);
         self.roster.update_bucket(id);
     }
 
-    /// Those who came in at the door and never introduced themselves may be few: whoever can have credentials for key after key would
-    /// take the place of all others.
+    /// Evicts a random member without an introduction when they are too many. An attacker with
+    /// credentials for many keys would fill the table.
     fn evict_unintroduced(&mut self, table: &mut Inventory, now: Instant) {
         let is_stranger = |member: &&Member| member.introduction.is_none();
         let strangers = self.roster.members.values().filter(is_stranger);
@@ -292,14 +299,15 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// Whether as many keys of the pod as are believed are newer than this one.
+    /// Whether [`MAX_KEYS_OF_POD`] newer keys of the pod are members already.
     fn has_newer_keys(&self, profile: &Profile, pod: Option<&str>) -> bool {
         let of_pod = |member: &&Member| pod.is_some() && member.pod.as_deref() == pod && member.peer.id != profile.peer;
         let newer = |member: &&Member| (member.epoch(), member.peer.id) > (profile.epoch, profile.peer);
         self.roster.members.values().filter(of_pod).filter(newer).count() >= MAX_KEYS_OF_POD
     }
 
-    /// Whoever has a pod's rights can have credentials for one key after another: only the last few of one pod count.
+    /// Removes all but the newest [`MAX_KEYS_OF_POD`] keys of a pod. An agent with a pod's rights
+    /// can get credentials for key after key.
     fn evict_older_keys_of_pod(&mut self, peer: &Peer, pod: Option<&str>, table: &mut Inventory, now: Instant) {
         let (id, Some(pod)) = (peer.id, pod) else { return };
         let of_pod = self.roster.members.values().filter(|member| member.pod.as_deref() == Some(pod));
@@ -311,17 +319,17 @@ impl<N: CredentialVerifier> Protocol<N> {
             if let Some(banned) =
                 self.member(other).map(|member| &member.score).filter(|conduct| conduct.is_banned(now))
             {
-                // A newer key of the same pod is no way out of a ban.
+                // The newer key inherits the ban.
                 let conduct = banned.clone();
                 let heir = self.roster.members.entry(id).or_insert_with(|| Member::new(peer.clone()));
                 heir.score = conduct;
             }
-            self.mark_down(other, "its pod has newer keys", table);
+            self.mark_down(other, "the pod has newer keys", table);
             self.remove_member(other, table, now);
         }
     }
 
-    /// Up, if nothing speaks against it.
+    /// Marks the member up, unless its credential, its death, our suspicion or a ban forbids that.
     pub(super) fn mark_up_if_valid(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
         let me = self.local.peer;
         let Some(member) = self.roster.get_mut(peer) else { return };
@@ -337,7 +345,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// Nothing of it counts from now on.
+    /// Hides the member's items and reports the member down.
     pub(super) fn mark_down(&mut self, peer: PeerId, reason: &'static str, table: &mut Inventory) {
         let Some(member) = self.roster.get_mut(peer) else { return };
         if std::mem::take(&mut member.is_up) {
@@ -346,7 +354,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// Everything about it is forgotten.
+    /// Removes the member from the table, the inventory and the pending requests.
     fn remove_member(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
         self.push_output(Output::Deny(peer));
         self.roster.remove(peer);
@@ -363,7 +371,8 @@ impl<N: CredentialVerifier> Protocol<N> {
         table.forget(peer);
     }
 
-    /// Lets go of those whose credential is over, who are banned, and who have been dead for long.
+    /// Verifies expired credentials again, marks members dead that did not refute in time, marks
+    /// members up after a ban, and removes members that are gone for long.
     pub(super) fn expire_members(&mut self, table: &mut Inventory, now: Instant) {
         let mut ended = Vec::new();
         let mut gone = Vec::new();
@@ -383,7 +392,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             }
             let dead = matches!(member.liveness, Liveness::Dead(since) if now.duration_since(since) > RETENTION);
             let nobody = member.introduction.is_none() && !member.is_admitted(now);
-            // One that is banned is remembered until the ban is over.
+            // A banned member stays in the table until the ban ends.
             if (dead || nobody || !may_renew_credential(member, now)) && !member.score.is_banned(now) {
                 gone.push(*peer);
             }
@@ -392,19 +401,20 @@ impl<N: CredentialVerifier> Protocol<N> {
             self.reverify_credential(peer, table, now);
         }
         for peer in doubtful {
-            self.mark_dead(peer, "has not refuted that it is dead", table, now);
+            self.mark_dead(peer, "the death was not refuted in time", table, now);
         }
-        // A ban may be over.
+        // A ban may have ended.
         for peer in returning {
             self.mark_up_if_valid(peer, table, now);
         }
         for peer in gone {
-            self.mark_down(peer, "forgotten", table);
+            self.mark_down(peer, "removed from the table", table);
             self.remove_member(peer, table, now);
         }
     }
 
-    /// What it showed is over. While the means to get anything newer are away, that may be good for longer.
+    /// Verifies an expired credential again. During an outage of the API server, the verifier may
+    /// accept the credential for longer.
     fn reverify_credential(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
         let Some(member) = self.roster.get_mut(peer) else { return };
         let Some(introduction) = &member.introduction else { return };
@@ -414,7 +424,7 @@ impl<N: CredentialVerifier> Protocol<N> {
                 member.undecided_since = None;
                 return self.mark_up_if_valid(peer, table, now);
             }
-            // What it takes to decide is being asked for.
+            // The verifier is fetching what the decision depends on.
             Err(CredentialRejection::Undecided)
                 if now.duration_since(*member.undecided_since.get_or_insert(now)) < UNDECIDED_GRACE =>
             {
@@ -429,11 +439,12 @@ impl<N: CredentialVerifier> Protocol<N> {
         if was_admitted {
             self.push_output(Output::Deny(peer));
         }
-        self.mark_down(peer, "its credential has expired", table);
+        self.mark_down(peer, "the credential expired", table);
     }
 }
 
-/// Whether its credential may still be renewed: a member whose agent could not get a new one for a while.
+/// Whether the member may still renew its credential: the agent may have been unable to get a new
+/// one for a while.
 fn may_renew_credential(member: &Member, now: Instant) -> bool {
     member.credential_until.is_none_or(|until| now < until + RETENTION) || member.is_admitted(now)
 }

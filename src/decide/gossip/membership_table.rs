@@ -1,4 +1,5 @@
-//! The members that are known, and one hash for each bucket of them, by which two neighbours find out what they know differently.
+//! The membership table, and one hash for each bucket of members. By these hashes, two neighbors
+//! find the members whose summaries differ.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -9,47 +10,47 @@ use super::peer_score::PeerScore;
 use crate::model::{Introduction, MAX_MEMBERS, MemberSummary, Peer, PeerId, Refutation};
 use crate::oci::Digest;
 
-/// Buckets that two neighbours compare. At a thousand members a difference in one of them costs sixteen marks, some 700 bytes.
+/// Buckets that two neighbors compare. With a thousand members, a difference in one bucket costs
+/// sixteen summaries, some 700 bytes.
 pub(super) const BUCKETS: usize = 64;
 
 /// One other agent.
 #[derive(Debug, Clone)]
 pub(super) struct Member {
-    /// Where it is, as far as it is known.
+    /// The peer's addresses, as last known.
     pub(super) peer: Peer,
-    /// Its own word, with the reason to believe it. None of one that was only met at the door.
+    /// The signed introduction; `None` after a handshake alone.
     pub(super) introduction: Option<Introduction>,
-    /// The pod that its credential is bound to, where it is.
+    /// UID of the pod that the credential is bound to, if any.
     pub(super) pod: Option<String>,
-    /// Until when its credential, as last seen, makes it a member.
+    /// End of the credential, as last verified.
     pub(super) credential_until: Option<Instant>,
-    /// Since when it cannot be told whether its credential is still good.
+    /// Since when the credential can be neither verified nor rejected.
     pub(super) undecided_since: Option<Instant>,
-    /// Until when it may connect: it was admitted at the door.
+    /// End of the admission by handshake. An admitted member may connect.
     pub(super) admitted_until: Option<Instant>,
     pub(super) liveness: Liveness,
-    /// Who says that it is silent, in this epoch and incarnation.
+    /// Witnesses that suspect the member, in this epoch and incarnation.
     pub(super) suspected_by: BTreeSet<PeerId>,
     pub(super) suspected_since: Option<Instant>,
-    /// Its last answer to that.
+    /// The member's latest refutation.
     pub(super) refutation: Option<Refutation>,
-    /// It was told to the agent as one to fetch from.
+    /// The member was reported as a peer to fetch from.
     pub(super) is_up: bool,
     pub(super) connections: MemberConnections,
     pub(super) log: LogFollower,
     pub(super) score: PeerScore,
-    /// What stands for it in its bucket.
+    /// The member's share of its bucket's hash.
     hash: u64,
 }
 
-/// Whether a member lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Liveness {
     Alive,
-    /// Others hold it for dead and it answers us. Alive here; but its mark still says that it is down, by which it learns that it has to
-    /// refute that; then it is in no doubt any more. Since then.
+    /// Other members have the member as dead, and the member answers this agent, since this time.
+    /// Alive here; the summary still says dead, so a comparison shows the member what to refute.
     Contested(Instant),
-    /// Confirmed, or by its own word, since then.
+    /// Confirmed dead or left, since this time.
     Dead(Instant),
 }
 
@@ -74,7 +75,7 @@ impl Member {
         }
     }
 
-    /// Its process, and the version of its word; zero before it has introduced itself.
+    /// Epoch and version of the introduction; zeros without an introduction.
     pub(super) fn version(&self) -> (u64, u64) {
         self.introduction.as_ref().map_or((0, 0), |known| (known.profile.epoch, known.profile.version))
     }
@@ -83,7 +84,7 @@ impl Member {
         self.version().0
     }
 
-    /// How often it refuted in this epoch.
+    /// The incarnation in this epoch; 0 without a refutation.
     pub(super) fn incarnation(&self) -> u64 {
         self.refutation.as_ref().map_or(0, |refutation| refutation.incarnation)
     }
@@ -92,7 +93,7 @@ impl Member {
         matches!(self.liveness, Liveness::Dead(_))
     }
 
-    /// It answers us, whatever was said of it; whether anything was.
+    /// The member answers this agent, which clears our suspicion. True when the state changed.
     pub(super) fn record_answer(&mut self, me: PeerId, now: Instant) -> bool {
         let was_accused = self.suspected_by.remove(&me);
         let was_down = self.is_dead();
@@ -106,18 +107,19 @@ impl Member {
         was_accused || was_down
     }
 
-    /// Whether somebody who may speak for it has spoken, and it is not over.
+    /// Whether the member is introduced and its credential is valid.
     pub(super) fn has_valid_credential(&self, now: Instant) -> bool {
         self.introduction.is_some() && self.credential_until.is_some_and(|until| until > now)
     }
 
-    /// Whether it may connect: it came in at the door, and what it showed there, or what it showed since, is still good.
+    /// Whether the member may connect: admitted in a handshake, with a credential, shown then or
+    /// since, that is still valid.
     pub(super) fn is_admitted(&self, now: Instant) -> bool {
         let at_door = self.admitted_until.is_some_and(|until| until > now || self.has_valid_credential(now));
         at_door && !self.score.is_banned(now)
     }
 
-    /// Where it stands, for a neighbour; only of those who have introduced themselves.
+    /// The summary for neighbors; `None` without an introduction.
     pub(super) fn mark(&self) -> Option<MemberSummary> {
         let (epoch, version) = self.version();
         let introduced = self.introduction.as_ref()?;
@@ -132,14 +134,14 @@ impl Member {
     }
 }
 
-/// All of them.
 #[derive(Debug, Clone)]
 pub(super) struct MembershipTable {
     pub(super) members: BTreeMap<PeerId, Member>,
-    /// Those with something under way, a connection or a dial or a suspicion: of a thousand members a few dozen, looked at in every tick.
+    /// Members with a connection, a dial or a suspicion: of a thousand members a few dozen. Every
+    /// tick visits these.
     watched: BTreeSet<PeerId>,
     buckets: Vec<u64>,
-    /// Members known at a time.
+    /// Most members at a time.
     pub(super) limit: usize,
 }
 
@@ -156,17 +158,18 @@ impl MembershipTable {
         self.members.get_mut(&peer)
     }
 
-    /// From now on something is under way with it.
+    /// Adds the member to those that every tick visits.
     pub(super) fn watch(&mut self, peer: PeerId) {
         self.watched.insert(peer);
     }
 
-    /// Those with whom something is under way.
+    /// Members with a connection, a dial or a suspicion.
     pub(super) fn watched(&self) -> impl Iterator<Item = &Member> {
         self.watched.iter().filter_map(|peer| self.members.get(peer))
     }
 
-    /// Calls it for each of them; with whom nothing is any more is left out from now on.
+    /// Visits every watched member, and stops watching members without connection, dial or
+    /// suspicion.
     pub(super) fn retain_watched(&mut self, mut look: impl FnMut(PeerId, &mut Member)) {
         let Self { members, watched, buckets: _, limit: _ } = self;
         watched.retain(|peer| {
@@ -176,7 +179,7 @@ impl MembershipTable {
         });
     }
 
-    /// Those that answer over a connection.
+    /// Members that answer over a connection.
     pub(super) fn neighbours(&self) -> impl Iterator<Item = &Member> {
         self.watched().filter(|member| member.connections.is_answering())
     }
@@ -185,7 +188,7 @@ impl MembershipTable {
         self.members.len() >= self.limit
     }
 
-    /// Something of what stands in its mark has changed.
+    /// Updates the bucket's hash after a change of the member's summary.
     pub(super) fn update_bucket(&mut self, peer: PeerId) {
         let Some(member) = self.members.get_mut(&peer) else { return };
         let hash = member.mark().map_or(0, |mark| hash_of(&mark));
@@ -201,7 +204,7 @@ impl MembershipTable {
         }
     }
 
-    /// The hashes, with our own mark among them.
+    /// The hashes of all buckets, this agent's own summary included.
     pub(super) fn buckets(&self, own: Option<&MemberSummary>) -> Vec<u64> {
         let mut buckets = self.buckets.clone();
         if let Some(own) = own {
@@ -211,7 +214,7 @@ impl MembershipTable {
         buckets
     }
 
-    /// The marks of the buckets that differ from these.
+    /// The summaries in the buckets that differ from these hashes.
     pub(super) fn differing_marks(&self, theirs: &[u64], own: Option<&MemberSummary>) -> Vec<MemberSummary> {
         let ours = self.buckets(own);
         let differs = |peer: PeerId| {
@@ -227,7 +230,7 @@ fn bucket_of(peer: PeerId) -> usize {
     usize::from(peer.public_key()[0]) % BUCKETS
 }
 
-/// Sixty-four bits tell two marks apart by chance; neighbours who want to deceive each other can do so in simpler ways.
+/// 64 bits keep two summaries apart by chance. A neighbor that wants to deceive has simpler means.
 fn hash_of(mark: &MemberSummary) -> u64 {
     let MemberSummary { peer, epoch, version, incarnation, sequence, is_dead: down } = mark;
     let mut text = Vec::with_capacity(65);

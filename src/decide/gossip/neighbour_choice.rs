@@ -1,25 +1,28 @@
-//! Whom to connect to: everybody while there are few, else a few that are chosen at random once, so that the choice does not change
-//! with every newcomer.
+//! The choice of neighbors: all members of a small mesh, else a few members that are chosen at
+//! random once, so the choice does not change with every new member.
 
 use crate::model::{PeerId, Zone};
 use crate::oci::Digest;
 
-/// Up to so many others, an agent connects to all.
+/// With at most so many other members, an agent connects to all of them.
 pub(super) const MAX_FULL_MESH: usize = 12;
 
-/// Beyond, it chooses so many. With those that chose it, it has twice as many neighbours: a random graph of this degree stays whole
-/// when a quarter of its nodes dies at once, and any two nodes are four steps apart at a thousand.
+/// In a larger mesh, an agent chooses so many neighbors. With the neighbors that chose the agent,
+/// there are twice as many. A random graph of this degree stays connected when a quarter of its
+/// nodes dies at once, and of a thousand nodes any two are four steps apart.
 pub(super) const CHOSEN: usize = 4;
 
-/// Of those, so many of its own zone: gossip between zones costs money, and too little of it would split the mesh.
+/// Chosen neighbors in the agent's own zone. Gossip between zones costs money, and too little of
+/// this gossip would split the mesh.
 const SAME_ZONE: usize = 2;
 
-/// More connections than this are thinned out, down to [`NEIGHBOURS_AFTER_THINNING`]: at random, of those whom we did not choose. One that chose us
-/// comes back, and others have met more members by then.
+/// Beyond this number, an agent closes random connections that it did not choose, down to
+/// [`NEIGHBOURS_AFTER_THINNING`]. A member that chose this agent connects again, and the others
+/// have met more members by then.
 pub(super) const MAX_NEIGHBOURS: usize = 32;
 pub(super) const NEIGHBOURS_AFTER_THINNING: usize = 24;
 
-/// Who should be a neighbour, of those that can be.
+/// The members that should be neighbors, among those that can be.
 pub(super) fn choose<'a>(
     salt: u64,
     zone: Option<&Zone>,
@@ -43,12 +46,13 @@ pub(super) fn choose<'a>(
     chosen
 }
 
-/// Random, and nobody else's choice: a key that is made to come first for one agent would need its salt.
+/// A random rank of this agent alone. A key with a low rank at one agent would need the agent's
+/// salt.
 fn salted_rank(salt: u64, peer: PeerId) -> u64 {
     first_bytes(&[salt.to_be_bytes().as_slice(), peer.public_key()].concat())
 }
 
-/// Random for any two, and always the same for them (rendezvous hashing).
+/// A random rank that is the same for two given keys on every agent (rendezvous hashing).
 pub(super) fn rank(me: PeerId, peer: PeerId) -> u64 {
     first_bytes(&[me.public_key().as_slice(), peer.public_key()].concat())
 }

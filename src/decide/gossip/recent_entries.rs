@@ -1,16 +1,17 @@
-//! Entries that came lately, kept so that a neighbour that missed some can have them without a snapshot.
+//! Recent entries, kept so that a neighbor that missed some can have them without a snapshot.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::model::{LogEntry, PeerId};
 
-/// What all of them together may take, by [`cost`]: a minute of the busiest thousand nodes, or some hours of an idle mesh.
+/// Most bytes of all kept entries, by [`cost`]: a minute of the busiest thousand nodes, or some
+/// hours of an idle mesh.
 const MAX_BYTES: usize = 4 << 20;
 
-/// What one reply may hold of them; the rest is asked for again.
+/// Most bytes of entries in one reply. The neighbor requests the rest again.
 const MAX_REPLY_BYTES: usize = 256 << 10;
 
-/// The last entries of all members.
+/// The latest entries of all members, up to [`MAX_BYTES`].
 #[derive(Debug, Clone, Default)]
 pub(super) struct RecentEntries {
     entries: BTreeMap<(PeerId, u64, u64), LogEntry>,
@@ -19,7 +20,7 @@ pub(super) struct RecentEntries {
 }
 
 impl RecentEntries {
-    /// Keeps one; the oldest make room.
+    /// Adds an entry, and evicts the oldest entries beyond [`MAX_BYTES`].
     pub(super) fn push(&mut self, entry: LogEntry) {
         let key = (entry.head.publisher, entry.head.epoch, entry.head.sequence);
         self.bytes += cost(&entry);
@@ -35,7 +36,7 @@ impl RecentEntries {
         }
     }
 
-    /// The entries that follow a number without a gap, as many as one reply may hold.
+    /// The entries after a number, without a gap, as many as one reply may hold.
     pub(super) fn after(&self, publisher: PeerId, epoch: u64, after: u64) -> Vec<LogEntry> {
         let Some(first) = after.checked_add(1) else { return Vec::new() };
         let mut left = MAX_REPLY_BYTES;
@@ -52,7 +53,7 @@ impl RecentEntries {
     }
 }
 
-/// About what an entry takes: its head, and its changes.
+/// The estimated bytes of an entry: its head, and its changes.
 fn cost(entry: &LogEntry) -> usize {
     const HEAD: usize = 300;
     let of_change = |change: &crate::model::InventoryChange| match change {

@@ -1,4 +1,4 @@
-//! What a neighbour answers: believed as far as its authors signed it, and what follows for what is still missing.
+//! Handles the replies of neighbors. Content counts as far as its author signed it.
 
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
@@ -14,11 +14,12 @@ use crate::model::{
     SyncReply, SyncRequest, state_digest,
 };
 
-/// How long our refutation may take to be heard everywhere. Somebody who has not heard it by then never will.
+/// Time in which a refutation reaches all members. A member without the refutation by then has
+/// missed it.
 const REFUTATION_SPREAD_TIME: Duration = Duration::from_millis(500);
 
 impl<N: CredentialVerifier> Protocol<N> {
-    /// A question was answered.
+    /// A neighbor replied to a request.
     pub fn receive_reply(&mut self, ask: SyncRequestId, reply: SyncReply, table: &mut Inventory, now: Instant) {
         let Some(PendingRequest { peer: from, question }) = self.in_flight.remove(&ask) else { return };
         match (question, reply) {
@@ -46,7 +47,7 @@ impl<N: CredentialVerifier> Protocol<N> {
                         self.record_fault(from, fault, now);
                     }
                 }
-                // Their logs are known to go further than nothing, which the next comparison tells.
+                // The next comparison shows the sequences of the new members' logs.
                 self.compare_with(from);
             }
             (SyncRequest::Entries { publisher, epoch, after }, SyncReply::Entries(entries)) => {
@@ -65,7 +66,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.request_missing(now);
     }
 
-    /// A question was not answered: not in time, or the connection is gone.
+    /// A request failed: no reply in time, or the connection closed.
     pub fn record_request_failure(&mut self, ask: SyncRequestId, now: Instant) {
         if let Some(PendingRequest { peer: of, question }) = self.in_flight.remove(&ask) {
             match question {
@@ -96,7 +97,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// What a neighbour knows of one member, compared with what we know.
+    /// Compares a neighbor's summary of one member with this agent's own state.
     fn compare_mark(&mut self, from: PeerId, mark: &MemberSummary, now: Instant) {
         let MemberSummary { peer, epoch, version, incarnation, sequence, is_dead: down } = *mark;
         if self.missing_introductions.len() >= MAX_MEMBERS {
@@ -110,14 +111,14 @@ impl<N: CredentialVerifier> Protocol<N> {
                 match incarnation.cmp(&self.incarnation) {
                     Ordering::Equal => self.refute(now),
                     Ordering::Less => drop(self.refute_at.get_or_insert(now + REFUTATION_SPREAD_TIME)),
-                    // Nobody but us makes larger ones.
+                    // Only this agent makes larger incarnations.
                     Ordering::Greater => {}
                 }
             }
             return;
         }
         let Some(member) = self.roster.get_mut(peer) else {
-            // No room for it: its introduction would be ignored.
+            // A full table would ignore the introduction.
             if !down && !self.roster.is_full() {
                 self.missing_introductions.insert(peer, from);
             }
@@ -134,13 +135,13 @@ impl<N: CredentialVerifier> Protocol<N> {
                 self.behind.insert(peer);
             }
             if down && member.is_up && incarnation == member.incarnation() {
-                // Whoever said so to others has not been heard here.
+                // The suspicions that the neighbor received have not arrived here.
                 self.probe_suspect(peer, now);
             }
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "a question's three parts and its answer")]
+    #[expect(clippy::too_many_arguments, reason = "a request's three parts and its reply")]
     fn apply_entries(
         &mut self,
         from: PeerId,
@@ -155,7 +156,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         for entry in entries {
             let head = &entry.head;
             let next = self.member(publisher).map(|member| (member.epoch(), member.log.sequence() + 1));
-            // In order and without a gap, or it is not what was asked for; gossip may have been faster.
+            // Requested entries come in order and without a gap. Gossip may have been faster.
             if head.publisher != publisher || next != Some((epoch, head.sequence)) {
                 if next.is_some_and(|(_, next)| head.sequence < next) {
                     continue;
@@ -198,7 +199,8 @@ impl<N: CredentialVerifier> Protocol<N> {
         let is_sound = heads.len() <= MAX_MEMBERS_PER_REQUEST + 1
             && items.windows(2).all(|pair| pair[0].0 < pair[1].0)
             && items.iter().all(|(item, _)| is_valid_item(item));
-        // Nobody is blamed for a name that is none: a later release may know other forms, and whoever passes it on has not made it.
+        // An invalid name is no fault of the neighbor: a later release may have other forms, and
+        // the neighbor only relays the publisher's items.
         let mut left: BTreeSet<_> = wanted.iter().copied().collect();
         for (number, head) in heads.into_iter().enumerate().filter(|_| is_sound) {
             if left.remove(&head.publisher) && !self.apply_member_snapshot(from, number, head, &items, table, now) {
@@ -208,14 +210,14 @@ impl<N: CredentialVerifier> Protocol<N> {
         for publisher in wanted {
             let jitter = self.jitter();
             if let Some(member) = self.roster.get_mut(*publisher) {
-                // Settled already, if it helped.
+                // Without effect on a log that the snapshot completed.
                 member.log.record_empty_reply(MissingEntries::Snapshot, now, jitter);
             }
             self.finish_log_request(*publisher);
         }
     }
 
-    /// One member's part of a snapshot. False when the rest is not worth looking at.
+    /// Applies one member's part of a snapshot. False when the rest is not worth a look.
     fn apply_member_snapshot(
         &mut self,
         from: PeerId,
@@ -238,8 +240,9 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
         let held = || items.iter().filter(|(_, bits)| bits.get(number)).map(|(item, _)| item);
         if held().count() > MAX_ITEMS || state_digest(held()) != head.state {
-            // Either the publisher signed another state than its own, or this neighbour changed it. Only who is both can be blamed; and
-            // another neighbour is asked.
+            // The publisher signed a state that is not its own, or this neighbor changed the items.
+            // Only a neighbor that is the publisher is surely at fault. Another neighbor is asked
+            // next.
             if from == publisher {
                 self.record_fault(from, "snapshot_mismatch", now);
             }

@@ -1,4 +1,4 @@
-//! What a neighbour asks is answered, from what is known here and can be proved.
+//! Answers the requests of neighbors, from the contents of this agent that can be proved.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -11,14 +11,15 @@ use super::{CredentialVerifier, Protocol};
 use crate::decide::inventory::Inventory;
 use crate::model::{Bits, InventoryItem, InventorySnapshot, PeerId, SyncReply, SyncRequest};
 
-/// What the items of one snapshot may weigh, under the reply's limit of 8 MiB with room for the heads.
+/// Most weight of the items in one snapshot. A reply has at most 8 MiB, and the heads need the
+/// rest.
 const MAX_SNAPSHOT_WEIGHT: usize = 7 << 20;
 
-/// What the introductions of one reply may take; the rest is asked for again.
+/// Most bytes of introductions in one reply. The neighbor requests the rest again.
 const MAX_INTRODUCTIONS: usize = 1 << 20;
 
 impl<N: CredentialVerifier> Protocol<N> {
-    /// A neighbour asks.
+    /// Answers a request of a neighbor.
     pub fn answer(&mut self, from: PeerId, question: SyncRequest, table: &Inventory, now: Instant) -> SyncReply {
         let Some(member) = self.roster.get_mut(from) else { return SyncReply::Busy };
         if member.score.is_banned(now) || !member.score.requests.try_take(&REQUEST_LIMIT, now) {
@@ -28,7 +29,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             SyncRequest::Compare(buckets) if buckets.len() == BUCKETS => {
                 SyncReply::Summaries(self.roster.differing_marks(&buckets, self.own_mark().as_ref()))
             }
-            // Of another release, with other buckets.
+            // A release with other buckets gets all summaries.
             SyncRequest::Compare(_) => SyncReply::Summaries(self.roster.differing_marks(&[], self.own_mark().as_ref())),
             SyncRequest::Introductions(peers) => self.introductions_reply(&peers, now),
             SyncRequest::Entries { publisher, epoch, after } => {
@@ -55,7 +56,7 @@ impl<N: CredentialVerifier> Protocol<N> {
                 (member.introduction.clone(), member.refutation.clone())
             };
             let Some(introduction) = introduction else { continue };
-            // Its names and numbers take at most 500 bytes beside the credential.
+            // Names and numbers take at most 500 bytes beside the credential.
             let Some(rest) = left.checked_sub(500 + introduction.credential.expose().len()) else { break };
             left = rest;
             introductions.push(introduction);
@@ -64,13 +65,14 @@ impl<N: CredentialVerifier> Protocol<N> {
         SyncReply::Introductions(introductions, refutations)
     }
 
-    /// What those hold of whom it is known and can be proved, as many of them as fit.
+    /// The items of the requested members whose logs can be proved, as many members as fit.
     fn snapshot_reply(&self, peers: &[PeerId], table: &Inventory) -> InventorySnapshot {
         let peers: BTreeSet<_> = peers.iter().take(MAX_MEMBERS_PER_REQUEST).copied().collect();
         let own = self.log.head().filter(|_| peers.contains(&self.local.peer));
         let proved = |peer: &PeerId| self.member(*peer).and_then(|member| member.log.proof());
         let known: Vec<_> = peers.iter().filter_map(|peer| Some((*peer, proved(peer)?.clone()))).collect();
-        // The own log first: it is short, and only we have it so soon.
+        // Other logs are left out until the rest fits. A requested own log stays: it is short, and
+        // no other agent has it so soon.
         let mut of = known.len();
         loop {
             let publishers: Vec<_> = known[..of].iter().map(|(peer, _)| *peer).collect();

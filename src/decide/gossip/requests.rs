@@ -1,4 +1,4 @@
-//! What is missing here, whom to ask for it, and when.
+//! Requests for missing content: what to request, from which neighbor, and when.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -9,25 +9,25 @@ use super::follower::MissingEntries;
 use super::{COMPARE_INTERVAL, CredentialVerifier, Output, Protocol};
 use crate::model::{PeerId, SyncRequest};
 
-/// Questions under way, comparisons not counted.
+/// Requests in flight, without comparisons.
 const MAX_REQUESTS: usize = 4;
 
-/// Of these, snapshots: of 8 MiB at most each.
+/// Snapshot requests among these, with replies of at most 8 MiB each.
 const MAX_SNAPSHOTS: usize = 2;
 
-/// Members in one question, for introductions of 1.5 KiB and for snapshots.
+/// Members in one request, for introductions of 1.5 KiB each or for snapshots.
 pub(super) const MAX_MEMBERS_PER_REQUEST: usize = 256;
 
-/// A question that is under way.
+/// A request in flight.
 #[derive(Debug, Clone)]
 pub(super) struct PendingRequest {
-    /// Whom.
+    /// The neighbor that has to answer.
     pub(super) peer: PeerId,
     pub(super) question: SyncRequest,
 }
 
 impl<N: CredentialVerifier> Protocol<N> {
-    /// Compares marks with a random neighbour, now and then.
+    /// Compares summaries with a random neighbor, every [`COMPARE_INTERVAL`].
     pub(super) fn compare_if_due(&mut self, now: Instant) {
         if self.compare_at > now {
             return;
@@ -54,7 +54,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.push_output(Output::Request(self.last_request, peer, question));
     }
 
-    /// Asks for what is missing, as much at a time as may be.
+    /// Requests missing content, with at most [`MAX_REQUESTS`] requests in flight.
     pub(super) fn request_missing(&mut self, now: Instant) {
         let under_way =
             |asked: &PendingRequest| !matches!(asked.question, SyncRequest::Compare(_) | SyncRequest::Disconnect);
@@ -65,9 +65,10 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    /// Asks one neighbour for the introductions that it has and we have not.
+    /// Requests missing introductions from one neighbor. True when there were any.
     fn send_introductions_request(&mut self) -> bool {
-        // One question to each at a time: who never answers keeps nobody else from being asked.
+        // One request per neighbor at a time, so a neighbor that never answers does not block the
+        // others.
         let is_asked = |source: &PeerId| {
             let who = |asked: &PendingRequest| {
                 asked.peer == *source && matches!(asked.question, SyncRequest::Introductions(_))
@@ -91,7 +92,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.member(peer).is_some_and(|member| member.connections.is_answering())
     }
 
-    /// Asks for entries of one log, or for snapshots of several.
+    /// Requests entries of one log, or snapshots of several logs.
     fn send_log_request(&mut self, now: Instant) -> bool {
         if self.behind.is_empty() {
             return false;
@@ -104,7 +105,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         for publisher in &self.behind {
             let Some(member) = self.member(*publisher) else { continue };
             let Some((need, source)) = member.log.due_request(now) else { continue };
-            // Who spoke of it, or the publisher itself, or anybody.
+            // First the neighbor that announced the entries, then the publisher, then any neighbor.
             let known = source.filter(|source| self.is_neighbour(*source));
             let itself = || Some(*publisher).filter(|publisher| self.is_neighbour(*publisher));
             let Some(peer) = known.or_else(itself).or(any) else { continue };
@@ -122,7 +123,8 @@ impl<N: CredentialVerifier> Protocol<N> {
         let (peer, publishers, question) = match (entries, most) {
             (Some((peer, publisher, question)), _) => (peer, vec![publisher], question),
             (None, Some((peer, mut publishers))) => {
-                // One whose part cannot be had may spoil a whole answer: the next time with others, and with fewer.
+                // A log that no neighbor can send may spoil a whole reply. The next request mixes
+                // other logs, and fewer of them.
                 let attempts = |peer: &PeerId| self.member(*peer).map_or(0, |member| member.log.attempts());
                 let most = publishers.iter().map(attempts).max().unwrap_or(0);
                 publishers.shuffle(&mut self.rng);

@@ -1,4 +1,4 @@
-//! How the mesh looks from here, for people.
+//! The state of the mesh as this agent sees it, for people.
 
 use std::time::Instant;
 
@@ -8,7 +8,7 @@ use crate::decide::inventory::Inventory;
 use crate::model::{MemberState, MemberStatus, MeshStatus};
 
 impl<N: CredentialVerifier> Protocol<N> {
-    /// For people. What the driver counts (messages) is left at zero.
+    /// The status for people. The driver fills in the numbers of messages, which are zero here.
     pub fn status(&self, table: &Inventory, now: Instant) -> MeshStatus {
         let introduced = self.roster.members.values().filter(|member| member.introduction.is_some());
         let mut members: Vec<_> = introduced.map(|member| of_member(member, table, now)).collect();

@@ -1,4 +1,4 @@
-//! What the protocol does, among a few agents.
+//! The protocol among a few agents.
 
 mod faults;
 mod gossip_cluster;
@@ -182,7 +182,7 @@ fn a_request_to_a_removed_peer_is_sent_to_another_peer() {
     let later = now + seconds(3);
     house.protocol.request_missing(later);
     let Some(Output::Request(_, asked, SyncRequest::Entries { .. })) = house.protocol.next() else {
-        panic!("a question")
+        panic!("no request")
     };
     house.protocol.remove_peer(asked, &mut house.inventory, later);
     house.protocol.request_missing(later + seconds(3));
@@ -249,6 +249,6 @@ fn an_agent_with_too_many_neighbours_keeps_the_chosen_and_closes_the_rest() {
     assert_eq!(village.up(1).len(), 59);
     let now = village.now;
     let linked = village.nodes[&1].protocol.status(&village.nodes[&1].inventory, now).neighbours;
-    assert!(linked <= neighbour_choice::MAX_NEIGHBOURS, "{linked} neighbours");
+    assert!(linked <= neighbour_choice::MAX_NEIGHBOURS, "{linked} neighbors");
     assert!((1..=60).all(|number| village.up(number).len() == 59));
 }

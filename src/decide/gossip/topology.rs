@@ -1,4 +1,4 @@
-//! Whom this agent is connected to: those that it chose, those that it looks for, and how many.
+//! The connections of this agent: dials of chosen members, probes of dead ones, and thinning.
 
 use std::time::{Duration, Instant};
 
@@ -9,21 +9,21 @@ use super::membership_table::Member;
 use super::{CredentialVerifier, Output, Protocol, neighbour_choice};
 use crate::model::{PeerId, SyncRequest};
 
-/// How often somebody who is held for dead is looked for: after a partition each side holds the other for dead.
+/// Interval of dials to a dead member. After a partition, each side has the other side as dead.
 const DEAD_PROBE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Greetings and dials under way.
+/// Handshakes and dials in flight.
 const MAX_DIALS: usize = 16;
 
 impl<N: CredentialVerifier> Protocol<N> {
-    /// Connects to those who were chosen, finds others, and thins out.
+    /// Dials the chosen members, probes a dead member, and closes excess connections.
     pub(super) fn maintain_neighbours(&mut self, now: Instant) {
         if std::mem::take(&mut self.chosen_is_stale) {
             self.choose_neighbours(now);
         }
         let me = self.local.peer;
         let mut tries = self.roster.watched().filter(|member| member.connections.is_dialling()).count();
-        // Whom we lost ourselves counts again only when it answers us.
+        // A member that this agent suspects counts again only after its answer to this agent.
         let is_missed = |member: &&Member| {
             !member.is_dead() && member.suspected_by.contains(&me) && member.has_valid_credential(now)
         };
@@ -53,7 +53,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.roster.watched().filter(|member| member.connections.is_dialling()).count() < MAX_DIALS
     }
 
-    /// Greets or dials it, if it is time.
+    /// Starts a dial, or the handshake before the first dial, if permitted now. True when started.
     pub(super) fn dial_if_allowed(&mut self, peer: PeerId, now: Instant) -> bool {
         let Some(member) = self.roster.get_mut(peer) else { return false };
         if !member.connections.may_dial(now) || member.score.is_banned(now) {
@@ -83,8 +83,8 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.chosen_neighbours = neighbour_choice::choose(self.salt, zone, candidates);
     }
 
-    /// Too many connected to us, as to the first agents of a cluster: those whom we did not choose are told that we close, and have by now
-    /// met others.
+    /// Closes excess connections, which the first agents of a cluster have. Members that this agent
+    /// did not choose get a notice of the close, and have met other members by now.
     fn thin_out(&mut self) {
         let linked: Vec<_> = self.roster.neighbours().map(|member| member.peer.id).collect();
         if linked.len() <= neighbour_choice::MAX_NEIGHBOURS {

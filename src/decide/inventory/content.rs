@@ -1,4 +1,4 @@
-//! What there is, each thing once, and by which numbers it is held. Nothing stands here that nobody holds.
+//! All items, each once, with the numbers of its peers. Items without a peer are removed.
 
 use std::collections::{BTreeMap, HashMap};
 use std::mem::size_of;
@@ -8,22 +8,22 @@ use super::providers::{PeerNumber, Providers};
 use crate::model::{InventoryItem, Outage};
 use crate::oci::{Digest, Repository};
 
-/// Everything that any peer holds.
+/// The items of all peers.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Content {
     blobs: HashMap<Digest, Providers>,
     names: BTreeMap<Name, Providers>,
-    /// By what each node saw, so the same registry may stand here several times: each node has its own moment.
+    /// Each node has its own start of an outage, so one registry may have several entries.
     outages: BTreeMap<Outage, Providers>,
-    /// Blobs that are under way.
+    /// Blobs that peers are downloading.
     partial: BTreeMap<Digest, Providers>,
 }
 
-/// The names of one image in one repository stand side by side.
+/// In this order, all names of one image in one repository are neighbors in the tree.
 type Name = (Repository, Digest, Option<String>);
 
 impl Content {
-    /// How many different things there are.
+    /// The number of different items.
     pub(super) fn len(&self) -> usize {
         self.blobs.len() + self.names.len() + self.outages.len() + self.partial.len()
     }
@@ -36,18 +36,18 @@ impl Content {
         self.blobs.get(&digest)
     }
 
-    /// By whom the blob is being fetched.
+    /// The peers that are downloading the blob.
     pub(super) fn partial_providers(&self, digest: Digest) -> Option<&Providers> {
         self.partial.get(&digest)
     }
 
-    /// Every name of an image in this repository.
+    /// The peers of every name that an image has in this repository.
     pub(super) fn names_of(&self, repository: &Repository, root: Digest) -> impl Iterator<Item = &Providers> {
         let names = self.names.range((repository.clone(), root, None)..);
         names.take_while(move |((r, d, _), _)| r == repository && *d == root).map(|(_, providers)| providers)
     }
 
-    /// What a tag is said to mean in this repository.
+    /// The digests that the tag has in this repository, with the peers of each.
     pub(super) fn tagged(&self, repository: &Repository, tag: &str) -> impl Iterator<Item = (Digest, &Providers)> {
         let names = self.names.range((repository.clone(), Digest::from_bytes([0; 32]), None)..);
         let of_repository = names.take_while(move |((r, ..), _)| r == repository);
@@ -56,7 +56,7 @@ impl Content {
             .map(|((_, digest, _), providers)| (*digest, providers))
     }
 
-    /// From the first outage that is not before this one.
+    /// The outages from `first` on, in order.
     pub(super) fn outages_from(&self, first: &Outage) -> impl Iterator<Item = (&Outage, &Providers)> {
         self.outages.range(first..)
     }
@@ -65,7 +65,7 @@ impl Content {
         self.outages.iter()
     }
 
-    /// False when it is known.
+    /// False when the item was there.
     pub(super) fn insert(&mut self, number: PeerNumber, item: InventoryItem) -> bool {
         let providers = match item {
             InventoryItem::Blob(digest) => self.blobs.entry(digest).or_default(),
@@ -76,7 +76,7 @@ impl Content {
         providers.insert(number)
     }
 
-    /// False when it is not known.
+    /// False when the item was not there.
     pub(super) fn remove(&mut self, number: PeerNumber, item: InventoryItem) -> bool {
         match item {
             InventoryItem::Blob(digest) => {
@@ -107,20 +107,20 @@ impl Content {
         providers.is_some_and(|providers| providers.contains(number))
     }
 
-    /// Removes all that a number holds. Walks everything.
+    /// Removes all items of a peer. Walks all items.
     pub(super) fn clear(&mut self, number: PeerNumber) {
         let without = |providers: &mut Providers| !providers.remove(number) || !providers.is_empty();
         self.blobs.retain(|_, providers| without(providers));
         self.names.retain(|_, providers| without(providers));
         self.outages.retain(|_, providers| without(providers));
         self.partial.retain(|_, providers| without(providers));
-        // The room of a peer that held very much goes with it.
+        // A peer with very many items leaves a large table, which shrinks here.
         if self.blobs.capacity() > 4 * self.blobs.len() {
             self.blobs.shrink_to(2 * self.blobs.len());
         }
     }
 
-    /// What is chosen by who holds it, in the order of [`Item`].
+    /// Selects items by their peers, in the order of [`InventoryItem`].
     pub(super) fn select_items<T>(&self, mut chosen: impl FnMut(&Providers) -> Option<T>) -> Vec<(InventoryItem, T)> {
         let blobs = self.blobs.iter().filter_map(|(digest, providers)| Some((*digest, chosen(providers)?)));
         let mut blobs: Vec<_> = blobs.collect();
@@ -164,7 +164,7 @@ fn remove<K: Ord>(held: &mut BTreeMap<K, Providers>, key: &K, number: PeerNumber
     removed
 }
 
-/// Its nodes have room for eleven entries, and are two thirds full.
+/// A tree node has room for eleven entries, and is two thirds full on average.
 fn tree_bytes<K, V>(tree: &BTreeMap<K, V>) -> usize {
     tree.len() * size_of::<(K, V)>() * 3 / 2
 }

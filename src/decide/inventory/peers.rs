@@ -1,4 +1,4 @@
-//! The peers of the table: their numbers, how much each holds, and who counts.
+//! The peers of the inventory: their numbers, their addresses, and how many items each has.
 
 use std::collections::HashMap;
 use std::mem::size_of;
@@ -7,28 +7,28 @@ use super::hash_table_bytes;
 use super::providers::{Bitmap, PeerNumber};
 use crate::model::{Peer, PeerId};
 
-/// Every peer of which something is known.
+/// All peers, up or hidden.
 #[derive(Debug, Clone, Default)]
 pub(super) struct InventoryPeers {
     numbers: HashMap<PeerId, PeerNumber>,
-    /// By [`PeerNumber`]; `None` is free to be given out again.
+    /// By [`PeerNumber`]; a `None` is a number to be used again.
     slots: Vec<Option<InventoryPeer>>,
-    /// The numbers of those that are up.
+    /// Numbers of the peers that are up.
     up: Bitmap,
 }
 
-/// What is known of a peer apart from its content.
+/// A peer without its items.
 #[derive(Debug, Clone)]
 pub(super) struct InventoryPeer {
     id: PeerId,
-    /// While it is up. Apart, because an answer of many peers reads their ids alone.
+    /// Set while the peer is up. Boxed, because queries with many peers read only the ids.
     peer: Option<Box<Peer>>,
-    /// How many items it holds.
+    /// The number of the peer's items.
     pub(super) items: usize,
 }
 
 impl InventoryPeers {
-    /// The peer's number; a peer that has none gets the lowest that is free, and does not count yet.
+    /// The peer's number. A new peer gets the lowest free number, and is hidden.
     pub(super) fn number_or_insert(&mut self, id: PeerId) -> PeerNumber {
         if let Some(number) = self.number_of(id) {
             return number;
@@ -37,7 +37,7 @@ impl InventoryPeers {
             self.slots.push(None);
             self.slots.len() - 1
         });
-        let number = PeerNumber::try_from(free).expect("fewer peers than 2^32");
+        let number = PeerNumber::try_from(free).expect("fewer than 2^32 peers");
         self.numbers.insert(id, number);
         self.slots[free] = Some(InventoryPeer { id, peer: None, items: 0 });
         number
@@ -55,7 +55,7 @@ impl InventoryPeers {
         self.slots.get_mut(number as usize)?.as_mut()
     }
 
-    /// The peer of this id, if it is up.
+    /// The peer with this id, and the number of its items, if the peer is up.
     pub(super) fn get_up(&self, id: PeerId) -> Option<(&Peer, usize)> {
         let known = self.get(self.number_of(id)?)?;
         Some((known.peer.as_deref()?, known.items))
@@ -77,7 +77,7 @@ impl InventoryPeers {
         }
     }
 
-    /// Frees the number. Nothing in the table may bear it any more.
+    /// Frees the peer's number. No item may have the number any more.
     pub(super) fn remove(&mut self, id: PeerId) {
         let Some(number) = self.numbers.remove(&id) else { return };
         self.up.remove(number);
@@ -86,12 +86,12 @@ impl InventoryPeers {
         self.slots.truncate(used);
     }
 
-    /// The numbers of those that are up.
+    /// Numbers of the peers that are up.
     pub(super) fn up(&self) -> &Bitmap {
         &self.up
     }
 
-    /// Those that are up, by number.
+    /// The peers that are up, by number.
     pub(super) fn all_up(&self) -> impl Iterator<Item = &Peer> {
         self.slots.iter().flatten().filter_map(|known| known.peer.as_deref())
     }

@@ -1,20 +1,21 @@
-//! Sets of peers by their numbers: who holds one thing, and who counts.
+//! Sets of peer numbers: the peers of one item, and the peers that are up.
 
 use std::mem::size_of;
 
-/// Stands for a peer in the table. Numbers are small, because those of forgotten peers are given out again.
+/// A peer's number in the inventory. Numbers stay small, because the numbers of forgotten peers are
+/// used again.
 pub(super) type PeerNumber = u32;
 
-/// One bit for each number, without zeros at the end.
+/// One bit per number, without zero words at the end.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Bitmap(Vec<u64>);
 
 impl Bitmap {
-    /// False when it was there.
+    /// False when the number was there.
     pub(super) fn insert(&mut self, number: PeerNumber) -> bool {
         let (word, bit) = word_and_bit(number);
         if word >= self.0.len() {
-            // Exactly: a table has many of these, and each grows once for every 64 peers.
+            // Exact: an inventory has many bitmaps, and each grows once for every 64 peers.
             self.0.reserve_exact(word + 1 - self.0.len());
             self.0.resize(word + 1, 0);
         }
@@ -23,7 +24,7 @@ impl Bitmap {
         is_new
     }
 
-    /// False when it was not there.
+    /// False when the number was not there.
     pub(super) fn remove(&mut self, number: PeerNumber) -> bool {
         if !self.contains(number) {
             return false;
@@ -40,17 +41,17 @@ impl Bitmap {
         self.0.get(word).is_some_and(|word| word & bit != 0)
     }
 
-    /// At most one number for each word: a list of them is half as large.
+    /// At most one number per word: then a list is half as large as the bitmap.
     fn is_sparse(&self) -> bool {
         let mut count = 0;
-        // Most are not, and their first words show it.
+        // Most bitmaps are dense, and their first words show that.
         !self.0.iter().any(|word| {
             count += word.count_ones() as usize;
             count > self.0.len()
         })
     }
 
-    /// All, in ascending order.
+    /// All numbers, in ascending order.
     fn numbers(&self) -> impl Iterator<Item = PeerNumber> {
         ones(self.0.iter().copied())
     }
@@ -73,8 +74,8 @@ impl Extend<PeerNumber> for Bitmap {
     }
 }
 
-/// The peers that hold one thing, as a sorted list or as a bitmap, whichever is the smaller: one provider takes 8 bytes, and a layer
-/// that a thousand nodes share 128.
+/// The peers of one item, as a sorted list or as a bitmap, whichever is smaller. One provider takes
+/// 8 bytes, and a layer of a thousand nodes takes 128.
 #[derive(Debug, Clone)]
 pub(super) enum Providers {
     Few(Vec<PeerNumber>),
@@ -88,7 +89,7 @@ impl Default for Providers {
 }
 
 impl Providers {
-    /// False when it was there.
+    /// False when the number was there.
     pub(super) fn insert(&mut self, number: PeerNumber) -> bool {
         match self {
             Self::Few(list) => {
@@ -96,13 +97,13 @@ impl Providers {
                 let last = list.last().map_or(number, |last| number.max(*last));
                 if (list.len() + 1) * size_of::<PeerNumber>() > (word_and_bit(last).0 + 1) * size_of::<u64>() {
                     let mut many = Bitmap::default();
-                    // The highest first, so that it grows once.
+                    // The highest number first, so the bitmap grows once.
                     many.extend([last, number]);
                     many.extend(list.drain(..));
                     *self = Self::Many(many);
                 } else {
                     if list.len() == list.capacity() {
-                        // Most lists stay as short as they are.
+                        // Most lists do not grow much further.
                         list.reserve_exact(2 + list.len() / 8);
                     }
                     list.insert(at, number);
@@ -120,7 +121,7 @@ impl Providers {
         }
     }
 
-    /// False when it was not there.
+    /// False when the number was not there.
     pub(super) fn remove(&mut self, number: PeerNumber) -> bool {
         match self {
             Self::Few(list) => {
@@ -138,7 +139,8 @@ impl Providers {
         }
     }
 
-    /// Becomes a list again where that takes half as much or less, so that it does not change to and fro.
+    /// Turns the bitmap into a list, if the list takes at most half as much. The factor of two
+    /// keeps a set from changing to and fro.
     fn shrink_if_sparse(&mut self) {
         if let Self::Many(bitmap) = self
             && bitmap.is_sparse()
@@ -179,12 +181,12 @@ impl Providers {
     }
 }
 
-/// The word of a number's bit, and the bit in it.
+/// The index of a number's word, and the number's bit in the word.
 fn word_and_bit(number: PeerNumber) -> (usize, u64) {
     (number as usize / 64, 1 << (number % 64))
 }
 
-/// The numbers whose bits are set in these words.
+/// The numbers of the set bits.
 fn ones(words: impl Iterator<Item = u64>) -> impl Iterator<Item = PeerNumber> {
     (0..).step_by(64).zip(words).flat_map(|(first, mut word)| {
         std::iter::from_fn(move || {

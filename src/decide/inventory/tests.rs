@@ -1,4 +1,4 @@
-//! What the table answers, and that plain sets would answer the same.
+//! The answers of the inventory, compared with the answers of plain sets.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -74,7 +74,7 @@ fn an_image_provider_has_the_blob_and_a_record_in_the_same_repository() {
     assert_eq!(inventory.image_providers(&repository("team/app"), root), [id(1), id(4)]);
     assert_eq!(inventory.image_providers(&repository("other/app"), root), [id(2)]);
     let elsewhere = Repository { registry: "invented.test".into(), path: "team/app".into() };
-    assert_eq!(inventory.image_providers(&elsewhere, root), [], "a registry that somebody invented");
+    assert_eq!(inventory.image_providers(&elsewhere, root), [], "an invented registry has no provider");
 }
 
 #[test]
@@ -84,7 +84,7 @@ fn a_tag_that_peers_disagree_about_shows_every_side() {
         (1, vec![InventoryItem::Blob(new), tagged("app", "v1", new)]),
         (2, vec![InventoryItem::Blob(new), tagged("app", "v1", new), tagged("app", "v0", old)]),
         (3, vec![InventoryItem::Blob(old), tagged("app", "v1", old)]),
-        (4, vec![tagged("app", "v1", blob("not held by the one who names it"))]),
+        (4, vec![tagged("app", "v1", blob("absent from the peer that names it"))]),
     ]);
     let sides = inventory.tag(&repository("app"), "v1");
     assert_eq!(sides, BTreeMap::from([(new, vec![id(1), id(2)]), (old, vec![id(3)])]));
@@ -100,7 +100,7 @@ fn a_down_peer_provides_nothing_until_its_return() {
     assert_eq!(inventory.peers(), [&peer(2)]);
     inventory.apply(MeshEvent::Down(id(2)));
     assert_eq!((inventory.blobs(), inventory.items_of(id(2)), inventory.node_of(id(2))), (0, 0, None));
-    assert_eq!(inventory.items(), 2, "known, and counting for nobody");
+    assert_eq!(inventory.items(), 2, "the items of hidden peers are kept");
     inventory.apply(MeshEvent::Up(peer(2)));
     assert_eq!(inventory.image_providers(&repository("app"), blob("a")), [id(2)]);
     assert_eq!((inventory.blobs(), inventory.items_of(id(2))), (1, 2));
@@ -144,10 +144,10 @@ fn no_peer_makes_us_keep_more_than_the_limit() {
     let numbered = |number: usize| InventoryItem::Blob(Digest::of(&number.to_le_bytes()));
     let mut inventory = inventory([(1, (0..MAX_ITEMS).map(numbered).collect())]);
     let more = [numbered(0), numbered(MAX_ITEMS), tagged("app", "v1", blob("a"))].map(InventoryChange::Added).to_vec();
-    assert_eq!(inventory.apply(MeshEvent::Changed(id(1), more)), 2, "what it holds already is not dropped again");
+    assert_eq!(inventory.apply(MeshEvent::Changed(id(1), more)), 2, "an item that is present is not dropped");
     assert_eq!((inventory.items_of(id(1)), inventory.blobs()), (MAX_ITEMS, MAX_ITEMS));
     let swap = vec![InventoryChange::Removed(numbered(0)), InventoryChange::Added(numbered(MAX_ITEMS))];
-    assert_eq!(inventory.apply(MeshEvent::Changed(id(1), swap)), 0, "there is room again");
+    assert_eq!(inventory.apply(MeshEvent::Changed(id(1), swap)), 0, "the removed item makes room");
     assert_eq!(inventory.blob_providers(Digest::of(&MAX_ITEMS.to_le_bytes())), [id(1)]);
 }
 
@@ -167,11 +167,12 @@ fn shared_items_have_a_bit_for_each_peer_in_the_requested_order() {
     ];
     assert_eq!(shared, expected);
     let many: Vec<_> = [id(9); MAX_SHARED].into_iter().chain([id(3)]).collect();
-    assert_eq!(inventory.shared_items(&many), [], "more than are answered for at once");
+    assert_eq!(inventory.shared_items(&many), [], "peers beyond the limit are left out");
     assert_eq!(inventory.shared_items(&many[1..])[0].1, Bits([vec![0; 31], vec![0x80]].concat()));
 }
 
-/// The size that the table is made for: 300 of 2000 images on each of 1000 nodes, ten blobs an image.
+/// The size that the inventory is made for: 300 of 2000 images on each of 1000 nodes, ten blobs per
+/// image.
 #[test]
 fn a_thousand_nodes_of_three_hundred_images_need_little_memory() {
     let image = |image: usize| {
@@ -208,7 +209,7 @@ fn any_change() -> impl Strategy<Value = InventoryChange> {
     prop_oneof![2 => any_item().prop_map(InventoryChange::Added), 1 => any_item().prop_map(InventoryChange::Removed)]
 }
 
-/// Enough for either form of a set of peers.
+/// Enough peers for both forms of a provider set.
 const PEERS: u8 = 6;
 
 #[derive(Debug, Clone)]
@@ -232,7 +233,7 @@ fn any_step() -> impl Strategy<Value = InventoryStep> {
     ]
 }
 
-/// The same in the plainest form: a set of items for each peer, and who counts.
+/// The inventory in the plainest form: a set of items per peer, and the peers that are up.
 #[derive(Default)]
 struct PlainInventory {
     held: BTreeMap<PeerId, BTreeSet<InventoryItem>>,
@@ -269,7 +270,7 @@ impl PlainInventory {
         self.held.get(&peer).is_some_and(|held| held.contains(item))
     }
 
-    /// Those that are up and of which this is so.
+    /// The peers that are up and meet the condition.
     fn up_peers_where(&self, holds: impl Fn(PeerId) -> bool) -> BTreeSet<PeerId> {
         self.up.iter().copied().filter(|peer| holds(*peer)).collect()
     }
@@ -352,6 +353,6 @@ proptest! {
             assert_same_content(&inventory, &plain);
         }
         (0..PEERS).for_each(|number| inventory.forget(id(number)));
-        prop_assert_eq!((inventory.items(), inventory.peers().len()), (0, 0), "nothing is left behind");
+        prop_assert_eq!((inventory.items(), inventory.peers().len()), (0, 0), "no item and no peer is left");
     }
 }

@@ -79,7 +79,7 @@ fn the_name_auto_salvage_is_accepted_under_every_prefix_and_the_name_recover_cou
         no,
         "the first prefix"
     );
-    assert_eq!(opt_in(&[("other.dev/auto-salvage", "true")]), no, "no prefix of the policy");
+    assert_eq!(opt_in(&[("other.dev/auto-salvage", "true")]), no, "the prefix is not in the policy");
 }
 
 #[test]
@@ -146,7 +146,7 @@ fn owners_are_read_only_for_a_pod_without_annotation_and_the_nearest_annotated_o
     assert_eq!(verdict(&owned(&[]), Some(&[&no, &yes])), OptIn::No(OptOutReason::NotOptedIn));
     assert_eq!(verdict(&owned(&[]), Some(&[])), OptIn::No(OptOutReason::NotOptedIn));
     let unallowed = policy().evaluate(&owned(&[]), &map(&[]), &map(&[]), None, &mut Vec::new());
-    assert_eq!(unallowed, OptIn::No(OptOutReason::NotOptedIn), "nobody is asked for a namespace that did not allow it");
+    assert_eq!(unallowed, OptIn::No(OptOutReason::NotOptedIn), "owners are not read for a namespace without opt-in");
 }
 
 #[test]
@@ -179,7 +179,7 @@ fn a_namespace_may_list_repositories_and_a_policy_may_require_the_list() {
     assert_eq!(
         list(&policy(), &[ALLOW_ANNOTATION, unreadable]),
         (RepositoryList::none(), 1),
-        "a mistake permits nothing"
+        "an invalid list permits nothing"
     );
 }
 

@@ -20,8 +20,8 @@ fn a_failed_pull_counts_for_ten_minutes_or_until_the_registry_answers() {
     assert!(!outages.is_down(R, now + FAILED_PULL_LIFE * 2));
     assert!(outages.local_outages(now + FAILED_PULL_LIFE * 2).is_empty());
     outages.record_failed_pull(R, OutageKind::TimedOut, false, now, at(900));
-    assert!(!outages.record_probe(R, Ok(()), now, at(901)), "one answer may be the one that got through");
-    assert!(outages.record_probe(R, Ok(()), now, at(911)), "it is back");
+    assert!(!outages.record_probe(R, Ok(()), now, at(901)), "a single answer may be a lucky one");
+    assert!(outages.record_probe(R, Ok(()), now, at(911)), "the registry is back");
     assert!(!outages.is_down(R, now));
 }
 
@@ -30,10 +30,10 @@ fn a_failed_probe_counts_only_after_an_earlier_answer() {
     let mut outages = RegistryOutages::default();
     let now = Instant::now();
     assert!(!outages.record_probe(R, Err(OutageKind::TimedOut), now, CLOCK));
-    assert!(!outages.is_down(R, now), "perhaps this agent cannot get out at all");
+    assert!(!outages.is_down(R, now), "perhaps this agent reaches no registry at all");
     outages.record_probe(R, Ok(()), now, CLOCK);
     assert!(outages.record_probe(R, Err(OutageKind::TimedOut), now, CLOCK));
-    assert!(outages.is_down(R, now + FAILED_PULL_LIFE * 9), "it is asked until it answers");
+    assert!(outages.is_down(R, now + FAILED_PULL_LIFE * 9), "the outage lasts until an answer");
 }
 
 #[test]
@@ -45,7 +45,7 @@ fn a_successful_pull_ends_the_outage() {
     assert!(outages.has_fresh_evidence(R, now));
     assert!(outages.record_successful_pull(R, now), "the outage is over");
     assert!(!outages.is_down(R, now) && !outages.has_fresh_evidence(R, now));
-    assert!(!outages.record_successful_pull(R, now), "a pull from a registry that was up is no news");
+    assert!(!outages.record_successful_pull(R, now), "no outage ended");
     outages.record_failed_pull(R, OutageKind::TimedOut, false, now, CLOCK);
     assert!(!outages.has_fresh_evidence(R, now), "failures before the success do not count");
 }
@@ -75,20 +75,20 @@ fn failed_pulls_before_an_answer_decide_no_tag() {
     assert!(!outages.has_fresh_evidence(R, now), "the kubelet tries first");
     assert!(outages.is_down(R, now), "another host than the one that answered may still be down");
     outages.record_answered_pull("unknown.test");
-    assert_eq!(outages.registries.len(), 1, "an answer needs no memory");
+    assert_eq!(outages.registries.len(), 1, "an answer of an unknown registry is not stored");
 }
 
 #[test]
 fn a_failed_pull_of_long_ago_decides_no_tag() {
     let now = Instant::now();
     let later = now + FAILED_PULL_LIFE;
-    // By a question without an answer.
+    // The evidence is a failed probe.
     let mut outages = RegistryOutages::default();
     outages.record_probe(R, Ok(()), now, CLOCK);
     outages.record_failed_pull(R, OutageKind::Refused, false, now, CLOCK);
     outages.record_probe(R, Err(OutageKind::Refused), later, CLOCK);
     assert!(outages.is_down(R, later) && !outages.has_fresh_evidence(R, later));
-    // By another failed pull.
+    // The evidence is another failed pull.
     let mut outages = RegistryOutages::default();
     outages.record_failed_pull(R, OutageKind::Refused, false, now, CLOCK);
     outages.record_failed_pull(R, OutageKind::Refused, false, later, CLOCK);
@@ -116,13 +116,13 @@ fn a_probe_never_counts_where_containerd_pulls_from_another_host() {
     outages.record_probe(R, Ok(()), now, CLOCK);
     outages.record_failed_pull(R, OutageKind::Refused, true, now, CLOCK);
     outages.record_successful_pull(R, now);
-    assert!(!outages.record_probe(R, Err(OutageKind::NoSuchHost), now, CLOCK), "the mirror may be well");
+    assert!(!outages.record_probe(R, Err(OutageKind::NoSuchHost), now, CLOCK), "the mirror may be healthy");
     outages.record_failed_pull(R, OutageKind::Refused, false, now, CLOCK);
     outages.record_probe(R, Err(OutageKind::NoSuchHost), now, CLOCK);
     assert!(!outages.has_fresh_evidence(R, now));
 }
 
-/// What may happen to one registry, with the seconds since the step before.
+/// An event at one registry.
 #[derive(Debug, Clone, Copy)]
 enum OutageStep {
     PullFails { names_mirror: bool },
@@ -132,7 +132,7 @@ enum OutageStep {
     ProbeFails,
 }
 
-/// Steps, each after so many seconds, with the seconds until the tag is decided.
+/// Steps with the seconds before each, and the seconds until the decision on a tag.
 fn steps() -> impl proptest::strategy::Strategy<Value = Vec<(u64, OutageStep, u64)>> {
     use proptest::prelude::*;
     let step = prop_oneof![
@@ -142,7 +142,7 @@ fn steps() -> impl proptest::strategy::Strategy<Value = Vec<(u64, OutageStep, u6
         1 => Just(OutageStep::ProbeSucceeds),
         2 => Just(OutageStep::ProbeFails),
     ];
-    // Long enough now and then for a failed pull to be too old.
+    // Sometimes long enough for a failed pull to expire.
     let wait = prop_oneof![4 => 0..60_u64, 1 => 500..900_u64];
     proptest::collection::vec((wait, step, 0..60_u64), 1..24)
 }
@@ -198,7 +198,7 @@ fn a_registry_is_probed_more_often_while_down() {
     let now = Instant::now();
     assert!(outages.begin_probe_if_due(R, false, now));
     assert!(!outages.begin_probe_if_due(R, false, now + PROBE_INTERVAL_DOWN));
-    assert!(outages.begin_probe_if_due(R, true, now + PROBE_INTERVAL_DOWN), "a peer says that it is down");
+    assert!(outages.begin_probe_if_due(R, true, now + PROBE_INTERVAL_DOWN), "a peer announces an outage");
     assert!(outages.begin_probe_if_due(R, false, now + PROBE_INTERVAL_DOWN + PROBE_INTERVAL_UP));
     outages.record_failed_pull(R, OutageKind::Refused, false, now, CLOCK);
     assert_eq!(outages.down_registries(now), [R]);
@@ -233,7 +233,7 @@ fn a_registry_that_has_answered_and_is_not_down_is_healthy() {
     let now = Instant::now();
     let healthy = |outages: &RegistryOutages| outages.healthy(now).map(str::to_owned).collect::<Vec<_>>();
     outages.record_probe("mirrored.test", Err(OutageKind::NoSuchHost), now, CLOCK);
-    assert!(healthy(&outages).is_empty(), "it has never answered");
+    assert!(healthy(&outages).is_empty(), "the registry has never answered");
     outages.record_probe(R, Ok(()), now, CLOCK);
     assert_eq!(healthy(&outages), [R]);
     outages.record_probe(R, Err(OutageKind::TimedOut), now, CLOCK);

@@ -26,7 +26,7 @@ const GOOD: OwnImageSituation =
 fn a_digest_is_fetched_from_peers_and_a_tag_is_resolved_at_its_registry() {
     assert_eq!(own_image_step(&image(DIGEST), GOOD), OwnImageStep::Fetch);
     assert_eq!(own_image_step(&image(":v2"), GOOD), OwnImageStep::AskRegistry);
-    assert_eq!(own_image_step(&image(&format!(":v2{DIGEST}")), GOOD), OwnImageStep::Fetch, "the digest counts");
+    assert_eq!(own_image_step(&image(&format!(":v2{DIGEST}")), GOOD), OwnImageStep::Fetch, "the digest decides");
 }
 
 #[test]
@@ -46,7 +46,7 @@ fn a_limit_or_a_lack_of_providers_makes_the_image_wait() {
         (OwnImageSituation { may_import: false, ..GOOD }, OwnImageWait::NoImports),
         (OwnImageSituation { has_provider: false, ..GOOD }, OwnImageWait::NoProvider),
         (OwnImageSituation { is_backing_off: true, ..GOOD }, OwnImageWait::BackingOff),
-        // The operator's word comes first: nothing else would help.
+        // The operator's switch comes first: no other change would help.
         (
             OwnImageSituation { is_switched_off: true, may_import: false, has_provider: false, is_backing_off: true },
             OwnImageWait::SwitchedOff,
@@ -93,8 +93,8 @@ fn an_image_that_neither_pod_nor_template_names_is_released() {
 #[test]
 fn nothing_is_released_before_pod_and_template_are_known() {
     let (here, protected) = (images(&[":v1", ":v2"]), ours(&[":v1", ":v2"]));
-    assert_eq!(protection_changes(&own(&[":v1"], None), &here, &protected), [], "an API server that is down");
-    assert_eq!(protection_changes(&own(&[], Some(&[":v3"])), &here, &protected), [], "a pod that was not seen yet");
+    assert_eq!(protection_changes(&own(&[":v1"], None), &here, &protected), [], "the API server is down");
+    assert_eq!(protection_changes(&own(&[], Some(&[":v3"])), &here, &protected), [], "the pod was not seen yet");
     assert_eq!(protection_changes(&own(&[], None), &here, &protected), []);
 }
 

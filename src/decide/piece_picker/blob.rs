@@ -1,4 +1,4 @@
-//! One blob of the pool: what is here, what is asked for, and who has what.
+//! One blob of the picker: its pieces, their requests, and the providers of each piece.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -9,15 +9,17 @@ use super::{Provider, mix};
 use crate::model::{MAX_HAVE_PIECES, PieceMapUpdate};
 use crate::oci::{Digest, MAX_PIECES, PieceLayout};
 
-/// Most that are asked for one piece at a time.
+/// A late request, or the endgame, adds a second request for a piece; never a third.
 pub(super) const MAX_REQUESTS_PER_PIECE: u8 = 2;
 
-/// How long the first piece of a peer may wait for its comparison before the peer is asked for another one, and then one at a time. A list that is
-/// being made reaches the first pieces within milliseconds of its maker's beginning; this leaves it time to read them from a disk that is busy.
+/// Time limit for the verification of a provider's first piece. Afterwards the provider gets
+/// requests of one piece each. A hash chain under construction covers its first pieces within
+/// milliseconds; the limit leaves time to read those pieces from a busy disk.
 const VERIFICATION_WAIT: Duration = Duration::from_millis(500);
 
-/// The same for one whose piece did not fit the list as far as that is made. Time for another peer's list, which is asked for two seconds after the first;
-/// not longer, because the list may be the lie.
+/// Wait after a provider's first piece contradicts a hash chain under construction. The driver
+/// requests another peer's chain two seconds after the first, so the wait covers that request. A
+/// longer wait would punish an honest provider for a false chain.
 const MISMATCH_WAIT: Duration = Duration::from_millis(2500);
 
 const _: () = assert!(MAX_PIECES <= 1 << 18);
@@ -28,61 +30,62 @@ pub(super) struct BlobPicker {
     pub(super) layout: PieceLayout,
     present: PieceSet,
     missing: usize,
-    /// Neither here nor asked for.
+    /// Neither present nor requested.
     unassigned: PieceSet,
     unassigned_count: usize,
-    /// By how many asks a piece is expected.
+    /// Reserving requests per piece.
     request_counts: Vec<u8>,
-    /// How many of the partial neighbours have it: all of them, and those of our own zone.
+    /// Selected partial providers that have the piece: in all zones, and in our own zone only.
     availability: Vec<u16>,
     near_availability: Vec<u16>,
     near_whole: usize,
-    /// Orders pieces that are equally rare; another order in every pool.
+    /// Orders equally rare pieces; differs from picker to picker.
     salt: u64,
-    /// There is a list, so that what comes is compared at once.
+    /// The hash chain is ready, so each piece is verified on arrival.
     pub(super) has_hash_chain: bool,
-    /// Who has sent something of it.
+    /// Peers that sent pieces of this blob.
     senders: HashMap<PeerIndex, SenderState>,
     pub(super) selected: Vec<SelectedProvider>,
     pub(super) near_listed: Vec<ListedProvider>,
     pub(super) far_listed: Vec<ListedProvider>,
-    /// Whom to follow has to be thought over.
+    /// The set of selected providers is recomputed by the next `take_follow_changes`.
     pub(super) needs_selection: bool,
 }
 
-/// What is known of what a peer sent.
+/// Verification of the pieces that a peer sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum SenderState {
-    /// A piece of it waits to be compared, until then.
+    /// A first piece awaits verification, at most until this instant.
     Unverified(Instant),
-    /// A piece of it fitted.
+    /// At least one piece matched the hash chain.
     Verified,
 }
 
-/// A neighbour.
+/// A provider that this blob requests pieces from.
 #[derive(Debug)]
 pub(super) struct SelectedProvider {
     pub(super) peer: PeerIndex,
-    /// In another zone.
+    /// The provider is in another zone.
     pub(super) is_far: bool,
     pub(super) is_whole: bool,
-    /// It was to be followed, and has not said its last word.
+    /// Sends piece maps to us, and has not sent [`PieceMapUpdate::HaveAll`] yet.
     pub(super) is_followed: bool,
-    /// Its own word is that it has everything; what others say of it comes later.
+    /// Sent [`PieceMapUpdate::HaveAll`]. The inventory may list the peer as partial for longer.
     pub(super) announced_whole: bool,
-    /// It was asked and nothing came of it. What it has may be asked of other zones.
+    /// The last request was late or failed. The provider's pieces may be requested from other
+    /// zones.
     is_unproductive: bool,
     pieces: PieceSet,
-    /// How many free pieces it has.
+    /// Unassigned pieces that the provider has.
     pub(super) useful_count: usize,
 }
 
-/// Somebody who may become a neighbour.
+/// A provider that may be selected.
 #[derive(Debug)]
 pub(super) struct ListedProvider {
     pub(super) provider: Provider,
     pub(super) score: u32,
-    /// It turned out to have nothing.
+    /// The provider lost the blob ([`super::PiecePicker::remove_provider`]).
     pub(super) is_lost: bool,
 }
 
@@ -138,7 +141,7 @@ impl BlobPicker {
         (self.request_counts.len() - 1) as u32
     }
 
-    /// False when it was here already.
+    /// False when the piece was already present.
     pub(super) fn mark_present(&mut self, piece: u32) -> bool {
         let is_new = self.present.insert(piece);
         if is_new {
@@ -148,7 +151,6 @@ impl BlobPicker {
         is_new
     }
 
-    /// It is not here after all.
     pub(super) fn mark_absent(&mut self, piece: u32) {
         if self.present.remove(piece) {
             self.missing += 1;
@@ -157,29 +159,27 @@ impl BlobPicker {
         }
     }
 
-    /// A piece of this peer came, whatever it is.
     pub(super) fn record_unverified(&mut self, peer: PeerIndex, now: Instant) {
         self.senders.entry(peer).or_insert(SenderState::Unverified(now + VERIFICATION_WAIT));
     }
 
-    /// A piece of this peer fits. False when that was known.
+    /// False when the peer was already verified.
     pub(super) fn record_verified(&mut self, peer: PeerIndex) -> bool {
         self.senders.insert(peer, SenderState::Verified) != Some(SenderState::Verified)
     }
 
-    /// A piece of this peer does not fit what there is of a list.
+    /// Extends the wait of a peer whose first piece contradicts an incomplete hash chain.
     pub(super) fn record_mismatch(&mut self, peer: PeerIndex, now: Instant) {
         if let Some(SenderState::Unverified(until)) = self.senders.get_mut(&peer) {
             *until = now + MISMATCH_WAIT;
         }
     }
 
-    /// Whether a piece of this peer fitted.
     pub(super) fn is_verified(&self, peer: PeerIndex) -> bool {
         self.senders.get(&peer) == Some(&SenderState::Verified)
     }
 
-    /// Until when nothing more is asked of a peer, because what it sent first is to be compared.
+    /// No request before this instant: the peer's first piece awaits verification.
     pub(super) fn verification_deadline(&self, peer: PeerIndex) -> Option<Instant> {
         match self.senders.get(&peer) {
             Some(SenderState::Unverified(until)) => Some(*until),
@@ -187,7 +187,7 @@ impl BlobPicker {
         }
     }
 
-    /// When somebody may be asked again though nothing was compared.
+    /// The next end of a verification wait.
     pub(super) fn wake_at(&self, now: Instant) -> Option<Instant> {
         let waits = self.selected.iter().filter_map(|link| self.verification_deadline(link.peer));
         waits.filter(|until| self.missing > 0 && *until > now).min()
@@ -238,7 +238,6 @@ impl BlobPicker {
         self.selected.remove(link)
     }
 
-    /// What a neighbour said of itself.
     pub(super) fn record_piece_map(&mut self, link: usize, word: &PieceMapUpdate) {
         match word {
             PieceMapUpdate::HaveAll => {
@@ -248,7 +247,8 @@ impl BlobPicker {
             }
             PieceMapUpdate::Map(bits) => {
                 let mut held = PieceSet::none(self.request_counts.len());
-                // What lies beyond the end is not inserted; and no more than there is is looked at.
+                // `insert` drops pieces beyond the end, and the loop reads no more bytes than the
+                // blob has pieces.
                 let bits = bits.0.iter().take(self.request_counts.len().div_ceil(8)).enumerate();
                 for (place, byte) in bits {
                     (0..8).filter(|bit| byte & 1 << bit != 0).for_each(|bit| {
@@ -282,7 +282,7 @@ impl BlobPicker {
         self.count_availability(place, true);
     }
 
-    /// Counts what a neighbour has, or does so no more.
+    /// Adds a provider's pieces to the availability counts, or subtracts them.
     fn count_availability(&mut self, place: usize, is_more: bool) {
         let Self { selected: links, availability: counts, near_availability: near_counts, near_whole, .. } = self;
         let link = &links[place];
@@ -299,7 +299,6 @@ impl BlobPicker {
         }
     }
 
-    /// Something came of asking it, or nothing.
     pub(super) fn set_unproductive(&mut self, place: usize, is_vain: bool) {
         if self.selected[place].is_unproductive != is_vain {
             self.count_availability(place, false);
@@ -318,7 +317,7 @@ impl BlobPicker {
         self.near_availability[piece as usize] += u16::from(link.is_near());
     }
 
-    /// It says that it has a piece and does not send it.
+    /// For a provider that announced the piece and did not send the piece.
     pub(super) fn remove_piece(&mut self, place: usize, piece: u32) {
         let link = &mut self.selected[place];
         if link.is_whole || !link.pieces.remove(piece) {
@@ -329,12 +328,13 @@ impl BlobPicker {
         self.near_availability[piece as usize] -= u16::from(link.is_near());
     }
 
-    /// Whether this neighbour may be asked for this piece: it has it, and what a neighbour of our own zone has does not cross zones.
+    /// Whether the provider has the piece. Pieces of our own zone's providers are not fetched from
+    /// another zone.
     pub(super) fn may_provide(&self, link: &SelectedProvider, piece: u32) -> bool {
         link.has_piece(piece) && !(link.is_far && (self.near_whole > 0 || self.near_availability[piece as usize] > 0))
     }
 
-    /// The free pieces that this neighbour may be asked for: the tail, then the rarest, at most so many.
+    /// At most `most` unassigned pieces of this provider: the tail, then the rarest.
     pub(super) fn rarest(&self, link: usize, most: usize) -> Vec<u32> {
         let link = &self.selected[link];
         if link.is_far && self.near_whole > 0 {
@@ -346,7 +346,9 @@ impl BlobPicker {
         let mut keys: Vec<_> =
             of_partial.chain(of_whole).filter(fits).map(|piece| self.priority_key(piece, link.is_far)).collect();
         if !self.has_hash_chain && !self.is_verified(link.peer) {
-            // A list that is being made reaches the first of them first. The others are there for a holder that has sent it to many.
+            // A hash chain under construction reaches the piece with the lowest number first. The
+            // other pieces leave a whole provider the choice of a piece that it has sent less
+            // often.
             keys.iter_mut().min_by_key(|key| **key as u32).into_iter().for_each(|key| *key = u64::from(*key as u32));
         }
         if keys.len() > most {
@@ -357,7 +359,8 @@ impl BlobPicker {
         keys.into_iter().map(|key| key as u32).collect()
     }
 
-    /// How many free pieces this neighbour has and no other of our zone, so that nobody else is to be asked for them meanwhile.
+    /// Unassigned pieces that no other provider of our zone has. Reserving them takes no work from
+    /// another provider of the zone.
     pub(super) fn sole_count(&self, link: usize) -> usize {
         let link = &self.selected[link];
         if link.is_whole || link.is_far || self.near_whole > 0 {
@@ -366,12 +369,14 @@ impl BlobPicker {
         self.unassigned.and(&link.pieces).filter(|piece| self.near_availability[*piece as usize] == 1).count()
     }
 
-    /// The least is wanted most. Its lower half is the piece itself; above that are 18 bits of order, and 14 of rarity.
+    /// The lowest key is wanted most. The lower 32 bits are the piece; above them stand 18 bits of
+    /// order and 14 bits of rarity.
     fn priority_key(&self, piece: u32, is_far: bool) -> u64 {
         let counts = if is_far { &self.availability } else { &self.near_availability };
         let rarity = if piece == self.tail() { 0 } else { u64::from(counts[piece as usize]) + 1 };
         let order = if self.selected.len() == 1 {
-            // In a row, for one who reads them from a disk. Many that begin with the same lone source do not all begin with the same piece.
+            // Consecutive pieces, for a provider that reads from a disk. The salt spreads the
+            // start: pickers with the same lone seed begin with different pieces.
             (self.salt >> 32).wrapping_add(piece.into()) % self.request_counts.len() as u64
         } else {
             mix(self.salt ^ u64::from(piece)) & 0x3_ffff
@@ -379,7 +384,7 @@ impl BlobPicker {
         rarity.min(0x3fff) << 50 | order << 32 | u64::from(piece)
     }
 
-    /// Whether its tail is free and this neighbour has it.
+    /// Whether the tail is unassigned and may come from this provider.
     pub(super) fn has_unassigned_tail(&self, link: &SelectedProvider) -> bool {
         self.unassigned.contains(self.tail()) && self.may_provide(link, self.tail())
     }
@@ -390,7 +395,7 @@ impl SelectedProvider {
         self.is_whole || self.pieces.contains(piece)
     }
 
-    /// What it has is not to be fetched from another zone.
+    /// Whether this provider's pieces count as available in our zone.
     fn is_near(&self) -> bool {
         !self.is_far && !self.is_unproductive
     }

@@ -1,4 +1,4 @@
-//! What is known of the peers that are asked: how fast they are, how regular, and when they are left alone.
+//! Records of the peers that got requests: rate, regularity, back-off and exclusion.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -6,29 +6,31 @@ use std::time::{Duration, Instant};
 use super::rate_estimate::RateEstimate;
 use crate::model::PeerId;
 
-/// Asks under way at one peer that has brought something: first, and at most. Two, so that the next is there when one is answered; four of 50 ms and more cover any
-/// way between two nodes.
+/// Requests in flight at one verified peer: initially, and at most. With two, the second is served
+/// while the first one's answer arrives; four of at least 50 ms each cover the round trip between
+/// any two nodes.
 const FIRST_DEPTH: u8 = 2;
 const MAX_DEPTH: u8 = 4;
 
-/// How long a peer may be silent at first and at least, and at most; between them its own pace decides. Less than a second is usual in a swarm:
-/// who is asked serves eight others in turns, and more wait before us.
+/// Silence of a peer before a hedged request: first and at least, and at most. Between these limits
+/// the peer's own pace decides. A silence below a second is usual in a swarm: a provider serves
+/// eight peers in turns, and more wait before us.
 const MIN_SILENCE_LIMIT: Duration = Duration::from_secs(1);
 const MAX_SILENCE_LIMIT: Duration = Duration::from_secs(2);
 
-/// Gaps that are remembered; the second largest of so many is their 95th percentile.
+/// Remembered gaps between arrivals. The second largest of 32 is their 95th percentile.
 const GAPS: usize = 32;
-/// With fewer nothing is said about a peer's pace.
+/// Fewer gaps than these do not set a peer's silence limit.
 const MIN_GAPS: usize = 8;
 
-/// How long a peer is left alone that has no time: first, and at most.
+/// Back-off of a busy or failing peer: first, and at most.
 const MIN_BACK_OFF: Duration = Duration::from_millis(100);
 const MAX_BACK_OFF: Duration = Duration::from_millis(1600);
 
-/// Stands for a peer in one pool.
+/// Index of a peer in one picker.
 pub(super) type PeerIndex = usize;
 
-/// All peers that were ever asked, followed or forgotten: no more than the mesh has members.
+/// All peers that ever got a request, were followed or excluded: at most the members of the mesh.
 #[derive(Debug, Default)]
 pub(super) struct PeerRecords {
     all: Vec<PeerRecord>,
@@ -39,23 +41,23 @@ pub(super) struct PeerRecords {
 pub(super) struct PeerRecord {
     pub(super) id: PeerId,
     pub(super) rate: RateEstimate,
-    /// Asks under way, and how many there may be.
+    /// Requests in flight, and their limit.
     pub(super) in_flight: u8,
     depth: u8,
-    /// A piece of it fitted, of whichever blob. Before that it is asked for one at a time.
+    /// A piece of any blob matched its hash chain. Before that, the depth stays at one.
     pub(super) is_verified: bool,
-    /// Bytes that are still to come of them.
+    /// Bytes still to come from the requests in flight.
     pub(super) bytes_in_flight: u64,
-    /// When it brought something last, or was asked while it had nothing to do.
+    /// The last arrival of bytes, or the last request to the idle peer.
     pub(super) last_progress: Option<Instant>,
-    /// Milliseconds between two moments at which bytes came while something was asked.
+    /// Milliseconds between two arrivals of bytes during requests.
     gaps: [u16; GAPS],
     gaps_seen: usize,
     silence_limit: Duration,
-    /// Nothing is asked before.
+    /// No request before this instant.
     back_off_until: Option<Instant>,
     back_off: Duration,
-    /// Nothing is asked and nothing followed before.
+    /// No request and no selection before this instant.
     excluded_until: Option<Instant>,
 }
 
@@ -85,19 +87,18 @@ impl PeerRecords {
         self.index_of(id).is_some_and(|number| self.all[number].is_excluded(now))
     }
 
-    /// The middle one of the rates that are known; what a peer whose rate is not is taken for.
+    /// Median of the measured rates; stands in for the rate of an unmeasured peer.
     pub(super) fn usual_rate(&self, now: Instant) -> Option<f64> {
         let mut rates: Vec<_> = self.all.iter().filter_map(|peer| peer.rate.now(now)).collect();
         let middle = rates.len() / 2;
         (!rates.is_empty()).then(|| *rates.select_nth_unstable_by(middle, f64::total_cmp).1)
     }
 
-    /// When the next one that was forgotten is known again.
     pub(super) fn next_exclusion_end(&self, now: Instant) -> Option<Instant> {
         self.all.iter().filter_map(|peer| peer.excluded_until).filter(|until| *until > now).min()
     }
 
-    /// When somebody can be asked again who cannot be now.
+    /// The next end of a back-off or an exclusion.
     pub(super) fn wake_at(&self, now: Instant) -> Option<Instant> {
         let untils = self.all.iter().flat_map(|peer| [peer.back_off_until, peer.excluded_until]);
         untils.flatten().filter(|until| *until > now).min()
@@ -123,7 +124,7 @@ impl PeerRecord {
         }
     }
 
-    /// One more can be asked of it.
+    /// Whether the peer may get one more request.
     pub(super) fn is_ready(&self, now: Instant) -> bool {
         self.in_flight < self.depth && self.back_off_until.is_none_or(|until| until <= now) && !self.is_excluded(now)
     }
@@ -145,7 +146,7 @@ impl PeerRecord {
         self.bytes_in_flight += bytes;
     }
 
-    /// An ask is over; so many of its bytes did not come.
+    /// `bytes` is the part of the request that did not come.
     pub(super) fn record_end(&mut self, bytes: u64, now: Instant) {
         self.in_flight = self.in_flight.saturating_sub(1);
         self.bytes_in_flight = self.bytes_in_flight.saturating_sub(bytes);
@@ -154,7 +155,7 @@ impl PeerRecord {
         }
     }
 
-    /// It had answered everything before it was asked again: it could have had more to do.
+    /// For a peer that answered every request before the next one came, and could serve more.
     pub(super) fn increase_depth(&mut self) {
         if self.is_verified {
             self.depth = (self.depth + 1).min(MAX_DEPTH);
@@ -167,7 +168,7 @@ impl PeerRecord {
         self.last_progress = self.last_progress.max(Some(now));
         self.gaps[self.gaps_seen % GAPS] = u16::try_from(gap.as_millis()).unwrap_or(u16::MAX);
         self.gaps_seen += 1;
-        // Not at each of them: it takes longer than all the rest.
+        // Only every `MIN_GAPS` arrivals: the selection costs more than the rest of this function.
         if self.gaps_seen.is_multiple_of(MIN_GAPS) {
             let mut gaps = self.gaps;
             let seen = &mut gaps[..self.gaps_seen.min(GAPS)];
@@ -177,7 +178,6 @@ impl PeerRecord {
         }
     }
 
-    /// It kept a promise.
     pub(super) fn reset_back_off(&mut self) {
         self.back_off = MIN_BACK_OFF;
     }
@@ -188,13 +188,13 @@ impl PeerRecord {
         }
     }
 
-    /// It has no time, or nothing came of it.
+    /// For a busy peer, or a request without a result.
     pub(super) fn start_back_off(&mut self, now: Instant) {
         self.back_off_until = Some(now + self.back_off);
         self.back_off = (self.back_off * 2).min(MAX_BACK_OFF);
     }
 
-    /// How long it may be silent before others are asked as well.
+    /// Silence after which another provider gets the request too.
     pub(super) fn silence_limit(&self) -> Duration {
         self.silence_limit
     }

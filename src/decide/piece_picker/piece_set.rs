@@ -1,6 +1,5 @@
-//! Sets of pieces.
-
-/// One bit a piece. Numbers beyond the end are in no set.
+//! Sets of pieces, and their iteration in ascending order.
+/// A bit per piece. Numbers beyond the end are in no set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PieceSet {
     words: Vec<u64>,
@@ -24,7 +23,7 @@ impl PieceSet {
         self.words.get(piece as usize / 64).is_some_and(|word| word & 1 << (piece % 64) != 0)
     }
 
-    /// False when it was there, or cannot be.
+    /// False when the piece was in the set already, or lies beyond the end.
     pub(super) fn insert(&mut self, piece: u32) -> bool {
         let is_new = (piece as usize) < self.pieces && !self.contains(piece);
         if is_new {
@@ -33,7 +32,7 @@ impl PieceSet {
         is_new
     }
 
-    /// False when it was not there.
+    /// False when the piece was not in the set.
     pub(super) fn remove(&mut self, piece: u32) -> bool {
         let was_there = self.contains(piece);
         if was_there {
@@ -42,12 +41,12 @@ impl PieceSet {
         was_there
     }
 
-    /// All, in order.
+    /// Ascending.
     pub(super) fn iter(&self) -> impl Iterator<Item = u32> + '_ {
         ones(self.words.iter().copied())
     }
 
-    /// Those that are in both, in order.
+    /// The intersection, ascending.
     pub(super) fn and<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = u32> + 'a {
         ones(self.words.iter().zip(&other.words).map(|(one, other)| one & other))
     }

@@ -1,4 +1,4 @@
-//! What comes of what was asked.
+//! Results of requests: bytes, pieces, ends and cancellations.
 
 use std::time::Instant;
 
@@ -7,12 +7,12 @@ use super::requests::InFlightRequest;
 use super::{PiecePicker, PieceRequestId, RequestEnd};
 
 impl PiecePicker {
-    /// The peer chose this piece of those that it was asked for; its bytes follow.
+    /// Records that the peer chose this piece of the request; the piece's bytes follow.
     pub fn begin_piece(&mut self, ask: PieceRequestId, piece: u32, now: Instant) {
         self.advance_clock(now);
         let Some(asked) = self.in_flight.get_mut(&ask) else { return };
         let Some(choice) = asked.choice.iter().position(|one| *one == piece) else { return };
-        // A piece that it began and did not end is not coming any more.
+        // A piece that was begun and not completed does not come any more.
         if let Some(earlier) = asked.current.take() {
             self.blobs[asked.blob_index].remove_request(earlier);
         }
@@ -35,7 +35,7 @@ impl PiecePicker {
         }
     }
 
-    /// So many bytes came.
+    /// Records the arrival of `bytes` bytes.
     pub fn record_bytes(&mut self, ask: PieceRequestId, bytes: u64, now: Instant) {
         self.advance_clock(now);
         let Some(asked) = self.in_flight.get_mut(&ask) else { return };
@@ -49,7 +49,7 @@ impl PiecePicker {
         peer.bytes_in_flight = peer.bytes_in_flight.saturating_sub(owed);
     }
 
-    /// A piece has come whole. With the last one the ask is over.
+    /// Records a complete piece. The last piece of a request ends the request.
     pub fn complete_piece(&mut self, ask: PieceRequestId, piece: u32, now: Instant) {
         self.advance_clock(now);
         let Some(asked) = self.in_flight.get_mut(&ask) else { return };
@@ -76,7 +76,8 @@ impl PiecePicker {
         }
     }
 
-    /// The ask is over. What did not come is asked for again; of a peer that brought nothing, not at once.
+    /// Ends a request. Missing pieces become unassigned again; a peer that sent no piece, or
+    /// failed, gets a back-off.
     pub fn end_request(&mut self, ask: PieceRequestId, how: RequestEnd, now: Instant) {
         self.advance_clock(now);
         let Some(asked) = self.remove_request(ask) else { return };
@@ -89,19 +90,20 @@ impl PiecePicker {
         if is_vain {
             blob.set_unproductive(link, true);
         }
-        // It was asked for what it said that it has.
+        // The peer announced these pieces and did not send them.
         if how == RequestEnd::Done {
             asked.choice.iter().chain(&asked.current).for_each(|piece| blob.remove_piece(link, *piece));
         }
     }
 
-    /// Asks that are not needed any more, because what they were for came from elsewhere or the peer is not to be asked now. They are over: the
-    /// driver drops them, and whatever it still says about them is ignored. A piece that came through one meanwhile is told by [`PiecePicker::mark_piece_present`].
+    /// Requests that the picker canceled: their pieces came from elsewhere, or the peer may get
+    /// no requests now. The driver drops them; later reports about them are ignored. A piece that
+    /// came through one of them meanwhile is reported by [`PiecePicker::mark_piece_present`].
     pub fn take_cancellations(&mut self) -> Vec<PieceRequestId> {
         std::mem::take(&mut self.cancellations)
     }
 
-    /// A piece is here, by this ask or none.
+    /// `by` is the request that fetched the piece, if any.
     pub(super) fn mark_present(&mut self, place: usize, piece: u32, by: Option<PieceRequestId>) {
         let blob = &mut self.blobs[place];
         if !blob.exists(piece) || !blob.mark_present(piece) {
@@ -119,7 +121,8 @@ impl PiecePicker {
                     blob.remove_request(piece);
                 }
             }
-            // Its bytes are on their way for nothing, or it cannot be fulfilled any more.
+            // The peer sends a piece that is already here, or the request has fewer pieces left
+            // than its limit.
             if asked.current == Some(piece) || asked.choice.len() < usize::from(asked.pieces_left) {
                 useless.push(*id);
             }
@@ -133,7 +136,8 @@ impl PiecePicker {
         }
     }
 
-    /// Takes back what was asked of a peer: of one blob or of all, what has not begun or everything.
+    /// Cancels the requests to a peer: of one blob or of all; unstarted requests, or with
+    /// `even_begun` all.
     pub(super) fn cancel_requests(&mut self, peer: usize, place: Option<usize>, even_begun: bool) {
         let fits = |asked: &InFlightRequest| {
             asked.peer == peer
@@ -144,7 +148,7 @@ impl PiecePicker {
         ids.into_iter().for_each(|id| self.cancel(id));
     }
 
-    /// Nothing is expected of it any more.
+    /// Releases the pieces of a request and forgets the request.
     fn remove_request(&mut self, ask: PieceRequestId) -> Option<InFlightRequest> {
         let mut asked = self.in_flight.remove(&ask)?;
         let blob = &mut self.blobs[asked.blob_index];

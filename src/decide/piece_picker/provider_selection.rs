@@ -1,4 +1,4 @@
-//! Whom to follow: a random few of those who have a blob or are fetching it, most of them of our own zone.
+//! Provider selection: a random few of a blob's providers, most of them in our own zone.
 
 use std::time::Instant;
 
@@ -8,22 +8,25 @@ use super::{FollowChange, PiecePicker, Provider, mix};
 use crate::model::PeerId;
 use crate::oci::Digest;
 
-/// Neighbours of one blob. In simulations of a thousand nodes the last is done after 1.27 times the time that its link needs with 10 of
-/// them, 1.17 with 20 and 1.13 with 40; each costs a stream.
+/// Selected providers per blob. In simulations of a thousand nodes the last node finishes after
+/// 1.27 times its link's minimum with 10 providers, 1.17 with 20 and 1.13 with 40. Each costs a
+/// stream.
 pub(super) const MAX_SELECTED: usize = 20;
 
-/// Of them from other zones, where there are any: enough that zones do not become islands. Whoever brings pieces into its zone needs more.
+/// Selected providers in other zones, when there are any: enough to connect the zones. A zone
+/// leader selects more.
 const MAX_FAR: usize = MAX_SELECTED / 4;
 const MAX_FAR_AS_LEADER: usize = MAX_SELECTED / 2;
 
-/// Candidates that are kept, of our own zone and of others: three replacements for each neighbour until the list is next given.
+/// Listed providers that are kept, for our own zone and for the others: three replacements per
+/// selected provider until the next list.
 const MAX_LISTED: usize = 4 * MAX_SELECTED;
 
-/// What a liar's standing is.
+/// The standing of a lying provider.
 const LYING_STANDING: u8 = 2;
 
 impl PiecePicker {
-    /// Takes the place of what was known about who has or is fetching a blob.
+    /// Replaces the list of a blob's providers and partial providers.
     pub fn set_providers(&mut self, digest: Digest, list: &[Provider]) {
         let Some(&place) = self.blob_indexes.get(&digest) else { return };
         let (zone, salt) = (&self.zone, self.salt);
@@ -35,8 +38,9 @@ impl PiecePicker {
         blob.needs_selection = true;
     }
 
-    /// What changes in whom to follow. A complete holder is not followed, and one that has said [`crate::model::Availability::Whole`] not any
-    /// more; so is one that was lost ([`PiecePicker::remove_provider`]).
+    /// Changes of the followed providers. Whole providers are not followed, neither are providers
+    /// that sent [`crate::model::PieceMapUpdate::HaveAll`], nor lost ones
+    /// ([`PiecePicker::remove_provider`]).
     pub fn take_follow_changes(&mut self, now: Instant) -> Vec<FollowChange> {
         self.advance_clock(now);
         if self.exclusion_ends_at.is_some_and(|at| at <= now) {
@@ -81,7 +85,8 @@ impl PiecePicker {
                     self.follow_changes.push(FollowChange::Unfollow { peer: id, digest });
                 }
             }
-            // It is told of as fetching, and is not followed: it has to say itself what it has.
+            // The inventory lists the peer as a partial provider. The peer's own piece map decides
+            // which pieces count.
             (false, _) if !blob.selected[link].is_followed && !blob.selected[link].announced_whole => {
                 blob.clear_pieces(link);
                 blob.selected[link].is_followed = true;
@@ -91,7 +96,6 @@ impl PiecePicker {
         }
     }
 
-    /// Takes a neighbour away.
     pub(super) fn deselect(&mut self, place: usize, peer: usize) {
         let blob = &mut self.blobs[place];
         if let Some(link) = blob.selected_index(peer)
@@ -102,7 +106,7 @@ impl PiecePicker {
     }
 }
 
-/// The best of them, in order: by standing, then at random.
+/// Lowest standing first; equal standings in random order.
 fn best_listed(list: Vec<&Provider>, salt: u64, digest: Digest) -> Vec<ListedProvider> {
     let [first, ..] = digest.as_bytes().as_chunks::<8>().0 else { return Vec::new() };
     let salt = salt ^ u64::from_le_bytes(*first);
@@ -110,19 +114,19 @@ fn best_listed(list: Vec<&Provider>, salt: u64, digest: Digest) -> Vec<ListedPro
     keyed.sort_unstable_by_key(|(standing, score, one)| (*standing, *score, one.peer));
     keyed.dedup_by_key(|(_, _, one)| one.peer);
     let known = |(_, score, candidate): (u8, u32, &Provider)| {
-        // Zones are told apart by now.
+        // Near and far providers are separate lists from here on.
         ListedProvider { provider: Provider { zone: None, ..candidate.clone() }, score, is_lost: false }
     };
     keyed.into_iter().take(MAX_LISTED).map(known).collect()
 }
 
-/// Differs from pool to pool, and nobody can choose its key for it.
+/// Random rank of a peer, different in each picker. A peer cannot choose a key that ranks high.
 fn score(peer: PeerId, salt: u64) -> u32 {
     let words = peer.public_key().as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word));
     (words.fold(salt, |hash, word| mix(hash ^ word)) >> 32) as u32
 }
 
-/// The neighbours that a blob should have, and whether each is in another zone.
+/// The providers that the blob should have, each with a flag for "in another zone".
 fn select_providers(blob: &BlobPicker, peers: &PeerRecords, far: usize, now: Instant) -> Vec<(Provider, bool)> {
     if blob.missing() == 0 {
         return Vec::new();
@@ -133,7 +137,8 @@ fn select_providers(blob: &BlobPicker, peers: &PeerRecords, far: usize, now: Ins
             peers.index_of(one.provider.peer).is_some_and(|peer| blob.selected_index(peer).is_some())
         };
         let mut fit: Vec<_> = known.iter().filter(fits).collect();
-        // Whoever is a neighbour stays one for a little longer: a change costs a stream and a first word.
+        // A selected provider gets half its score, so the selection changes less: each change costs
+        // a stream and a first piece map.
         fit.sort_by_cached_key(|one| (one.provider.standing, if linked(one) { one.score / 2 } else { one.score }));
         fit.into_iter().map(|one| one.provider.clone()).collect::<Vec<_>>()
     };

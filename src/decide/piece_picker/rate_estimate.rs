@@ -1,21 +1,21 @@
-//! How fast bytes come while any are expected.
+//! Estimate of the arrival rate while any bytes are expected.
 
 use std::time::{Duration, Instant};
 
-/// What is taken together: longer than what a piece's bytes come in batches of, shorter than a change that matters.
+/// Longer than the interval between batches of a piece's bytes, shorter than a relevant change.
 const SAMPLE: Duration = Duration::from_millis(50);
 
-/// The weight of the latest sample: most of what is known is of the last ten.
+/// Weight of the latest sample: the last ten samples dominate the average.
 const WEIGHT: f64 = 0.2;
 
-/// Bytes per second, moving with time; waiting for an answer counts, idling does not.
+/// Bytes per second, as a moving average. Waiting for an answer counts, idling does not.
 #[derive(Debug, Clone, Default)]
 pub(super) struct RateEstimate {
     average: Option<f64>,
-    /// The most that the average ever was.
+    /// The largest value of the average so far.
     most: f64,
     bytes: u64,
-    /// When the last sample was taken; nothing while nothing is expected.
+    /// When the last sample was taken; `None` while no bytes are expected.
     since: Option<Instant>,
 }
 
@@ -26,7 +26,6 @@ impl RateEstimate {
         }
     }
 
-    /// Nothing is expected any more.
     pub(super) fn end(&mut self, now: Instant) {
         if self.bytes > 0 {
             self.sample(now);
@@ -46,22 +45,21 @@ impl RateEstimate {
     }
 
     fn sample(&mut self, now: Instant) {
-        // A millisecond at least: what comes at once says little about what can come for long.
+        // At least a millisecond: a burst says little about a sustained rate.
         let time = self.silence(now).max(Duration::from_millis(1)).as_secs_f64();
         let rate = self.bytes as f64 / time;
-        // A sample counts by its length, or a peer that answers in bursts looks faster than it is.
+        // Weighted by duration, or a peer that answers in bursts looks faster than it is.
         let weight = 1.0 - (1.0 - WEIGHT).powf((time / SAMPLE.as_secs_f64()).min(10.0));
         let average = self.average.map_or(rate, |average| average + (rate - average) * weight);
         (self.average, self.most) = (Some(average), self.most.max(average));
         (self.bytes, self.since) = (0, Some(now));
     }
 
-    /// The most that it ever was.
     pub(super) fn most(&self) -> f64 {
         self.most
     }
 
-    /// As it is now: silence makes it less, down to a half.
+    /// The current estimate: silence lowers the average, at most by half.
     pub(super) fn now(&self, now: Instant) -> Option<f64> {
         let average = self.average?.max(1.0);
         let silence = self.silence(now);

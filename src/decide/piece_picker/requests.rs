@@ -1,4 +1,4 @@
-//! What is asked next, and of whom.
+//! The choice of the next request: pieces, peer and size.
 
 use std::time::Instant;
 
@@ -9,64 +9,68 @@ use super::peers::PeerIndex;
 use super::{PickedRequest, PiecePicker, PieceRequestId};
 use crate::model::{MAX_REQUEST_PIECES, PieceRequest};
 
-/// Most asks under way in one pool: each is a stream here and one at a peer. Twenty neighbours with two each, and as many again.
+/// Requests in flight per picker: each is a stream here and one at a peer. Two for each of twenty
+/// providers, and as many again.
 pub const MAX_IN_FLIGHT: usize = 80;
 
-/// How long an ask should take at its peer's rate: long against the way there and back, short against waiting for a slow one.
+/// Target duration of a request, in seconds, at the peer's rate: long against the round trip, short
+/// against the wait for a slow peer.
 const REQUEST_DURATION: f64 = 0.1;
 
-/// Most pieces of one ask, and bytes of one at a peer whose rate nobody can guess.
+/// Pieces per request, and the bytes of a request while no peer's rate is measured.
 const MAX_PIECES_PER_REQUEST: usize = 16;
 const FIRST_BYTES: u64 = 1 << 20;
 
-/// Pieces offered to one that holds everything, or has what nobody else near has: with so many to choose from, it nearly always finds one that it has not sent.
+/// Pieces offered to a whole provider, or to the only provider of our zone that has them. Among so
+/// many the provider nearly always finds a piece that it has not sent.
 const MAX_OFFER: usize = 32;
 const _: () = assert!(MAX_OFFER <= MAX_REQUEST_PIECES && MAX_PIECES_PER_REQUEST <= MAX_OFFER);
 
-/// What is under way at all peers together: so many seconds' worth of what comes, and always so many asks. More would wait in queues, and what
-/// waits there is decided on too early; with less, nodes stand idle that could serve.
+/// Window over all peers: the bytes of so many seconds at the current rate, and at least so many
+/// requests. A larger window waits in the providers' queues, where choices are made too early; a
+/// smaller one leaves providers idle.
 const WINDOW: f64 = 0.2;
 const MIN_IN_FLIGHT: usize = 8;
 
-/// How many asks there always are when less comes than that part of the most that came: those that were asked have little time for us, and more of them
-/// are asked until one has. Of 300 simulated nodes the last is done after 1.21 times the time that its link needs; after 1.25 to 1.28 with eight or ten asks
-/// at all times, after 1.35 with twenty, whose answers come late and are decided on early.
+/// Minimum of requests in flight while the rate is below this part of its largest value: the peers
+/// with requests are busy then, and more peers get requests until one has time. Of 300 simulated
+/// nodes the last finishes after 1.21 times its link's minimum; after 1.25 to 1.28 with constantly
+/// eight or ten requests, and after 1.35 with twenty, because late answers were chosen too early.
 const STARVED: f64 = 0.9;
 const STARVED_MIN_IN_FLIGHT: usize = 12;
 
-/// Pieces of a blob that are asked of two at once: the very last.
+/// With at most so many missing pieces, each is requested from two providers.
 const ENDGAME_PIECES: usize = 4;
 
-/// What was asked, and what of it is still to come.
+/// A request in flight: its remaining pieces and bytes.
 #[derive(Debug)]
 pub(super) struct InFlightRequest {
     pub(super) peer: PeerIndex,
     pub(super) blob_index: usize,
-    /// What the peer may still choose.
+    /// Pieces that the peer may still choose from.
     pub(super) choice: Vec<u32>,
-    /// What it sends.
+    /// The piece that the peer is sending.
     pub(super) current: Option<u32>,
-    /// How many it has still to begin.
+    /// Pieces that the peer has still to begin.
     pub(super) pieces_left: u8,
-    /// Bytes that are still to come.
     pub(super) bytes_left: u64,
     pub(super) has_completed_any: bool,
-    /// When something came, or it was asked.
+    /// The last arrival of bytes, or the instant of the request.
     pub(super) last_progress: Instant,
-    /// It was silent for too long, and counts no longer as under way.
+    /// The silence exceeded the limit; the request no longer counts as in flight in the window.
     pub(super) is_late: bool,
-    /// Nobody else is asked for what it may choose.
+    /// No other peer gets a request for the pieces of `choice`.
     pub(super) is_reserved: bool,
 }
 
 impl InFlightRequest {
-    /// What nobody else is asked for because of it.
+    /// Pieces that count as requested because of this request.
     pub(super) fn reserved_pieces(&self) -> impl Iterator<Item = u32> + '_ {
         let choice = if self.is_reserved { &self.choice[..] } else { &[] };
         self.current.iter().chain(choice).copied()
     }
 
-    /// Others may be asked for what this one may still choose.
+    /// Makes the pieces of `choice` available to other requests.
     pub(super) fn release_reservation(&mut self, blob: &mut BlobPicker) {
         if std::mem::take(&mut self.is_reserved) {
             self.choice.iter().for_each(|piece| blob.remove_request(*piece));
@@ -74,7 +78,7 @@ impl InFlightRequest {
     }
 }
 
-/// A peer that could be asked, and when it would be done.
+/// A ready provider, and the seconds after which one more piece would be complete.
 #[derive(Clone, Copy)]
 struct RankedProvider {
     peer: PeerIndex,
@@ -82,7 +86,7 @@ struct RankedProvider {
 }
 
 impl PiecePicker {
-    /// What to ask now; to be called until there is nothing.
+    /// The next request, if any. The driver calls this until the result is `None`.
     pub fn next_request(&mut self, now: Instant) -> Option<PickedRequest> {
         self.advance_clock(now);
         self.mark_late(now);
@@ -97,7 +101,8 @@ impl PiecePicker {
         None
     }
 
-    /// When to call [`PiecePicker::take_follow_changes`] and [`PiecePicker::next_request`] again though nothing happens: somebody is late then, or may be asked again.
+    /// When to call [`PiecePicker::take_follow_changes`] and [`PiecePicker::next_request`] again
+    /// without another event: a request is late then, or a peer's back-off ends.
     pub fn wake_at(&self) -> Option<Instant> {
         self.wake_at
     }
@@ -131,7 +136,7 @@ impl PiecePicker {
         }
     }
 
-    /// Whether what is under way keeps the link busy.
+    /// Whether the requests in flight keep the link busy.
     fn is_window_full(&self, now: Instant) -> bool {
         let punctual = self.in_flight.values().filter(|asked| !asked.is_late);
         let (asks, bytes) = punctual.fold((0, 0), |(asks, bytes), asked| (asks + 1, bytes + asked.bytes_left));
@@ -140,7 +145,7 @@ impl PiecePicker {
         asks >= least && bytes as f64 >= rate * WINDOW
     }
 
-    /// Asks for what is asked of nobody.
+    /// Requests unassigned pieces.
     fn request_unassigned(&mut self, usual: f64, now: Instant) -> Option<PickedRequest> {
         if self.is_window_full(now) {
             return None;
@@ -153,7 +158,7 @@ impl PiecePicker {
         })
     }
 
-    /// Who has something that is wanted, and time for it.
+    /// Providers that have unassigned pieces and may get a request.
     fn ready_providers(&self, usual: f64, now: Instant) -> Vec<RankedProvider> {
         let mut offers: Vec<RankedProvider> = Vec::new();
         for blob in self.blobs.iter().filter(|blob| blob.unassigned_count() > 0) {
@@ -176,7 +181,8 @@ impl PiecePicker {
             && self.has_no_unverified_piece(blob, link.peer, now)
     }
 
-    /// Whether it may be asked for a piece of this blob, after what it sent of it. One of which nothing was compared yet has one ask at a time.
+    /// Whether the peer's first piece of this blob was verified, or its wait is over. Before
+    /// verification a peer has one request per blob at a time.
     fn has_no_unverified_piece(&self, blob: &BlobPicker, peer: PeerIndex, now: Instant) -> bool {
         if blob.is_verified(peer) {
             return true;
@@ -189,13 +195,14 @@ impl PiecePicker {
         blob.verification_deadline(peer).is_none_or(|until| until <= now) && !is_asked()
     }
 
-    /// In how many seconds a peer would be done with what it owes and so many bytes more.
+    /// Seconds until a peer would have sent its bytes in flight and `bytes` more.
     fn finish_seconds(&self, peer: PeerIndex, bytes: u64, usual: f64, now: Instant) -> f64 {
         let peer = self.peers.get(peer);
         (peer.bytes_in_flight + bytes) as f64 / peer.rate.now(now).unwrap_or(usual)
     }
 
-    /// The blobs of which this peer has something free: those whose tail it has, then by chance, each as likely as it has pieces.
+    /// The blobs for which this peer has unassigned pieces: those whose tail the peer has come
+    /// first, then a random order, weighted by the number of pieces.
     fn blobs_for(&mut self, peer: PeerIndex, now: Instant) -> Vec<usize> {
         let mut places = Vec::new();
         for (place, blob) in self.blobs.iter().enumerate() {
@@ -215,7 +222,8 @@ impl PiecePicker {
         let blob = &mut self.blobs[place];
         let link = blob.selected_index(peer)?;
         let choice = if blob.selected[link].is_whole {
-            // A quarter of what there is, so that others find something too, down to the last.
+            // At most a quarter of the unassigned pieces, so that other providers find some down to
+            // the last.
             blob.rarest(
                 link,
                 (blob.unassigned_count() / 4).clamp(most.min(blob.unassigned_count().div_ceil(4)), MAX_OFFER),
@@ -228,7 +236,7 @@ impl PiecePicker {
         (most > 0).then(|| self.create_request(peer, place, choice, most, now))
     }
 
-    /// How many pieces of a blob take this peer the time that an ask should take.
+    /// Pieces of a blob that this peer sends within [`REQUEST_DURATION`].
     fn pieces_per_request(&self, peer: PeerIndex, place: usize, usual: f64, now: Instant) -> usize {
         let blob = &self.blobs[place];
         let bytes = self.peers.get(peer).rate.now(now).unwrap_or(usual) * REQUEST_DURATION;
@@ -236,8 +244,9 @@ impl PiecePicker {
         ((bytes / blob.length(0).max(1) as f64) as usize).clamp(1, most)
     }
 
-    /// Asks for what somebody else owes who is late, or has the very last. Whoever only waits in a queue is not late: in a swarm at work
-    /// everybody does, and what is asked for twice takes the place of something else.
+    /// Requests pieces a second time: those of a late request, or the last [`ENDGAME_PIECES`]. A
+    /// request that waits in a queue is not late: in a busy swarm all requests wait, and a second
+    /// request would take the place of another piece.
     fn hedge_request(&mut self, usual: f64, now: Instant) -> Option<PickedRequest> {
         let ids: Vec<PieceRequestId> = self.in_flight.keys().copied().collect();
         ids.into_iter().find_map(|id| {
@@ -259,7 +268,7 @@ impl PiecePicker {
         })
     }
 
-    /// Who else would bring this piece first.
+    /// The provider that would send this piece first, other than the current one.
     fn fastest_other(
         &self,
         asked: &InFlightRequest,

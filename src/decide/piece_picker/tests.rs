@@ -1,4 +1,4 @@
-//! What a pool asks, of whom, and when.
+//! Requests, providers and times of one picker.
 
 mod any_order;
 mod providers;
@@ -44,7 +44,7 @@ fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-/// A pool with one blob, and a clock.
+/// A picker with one blob, and a clock.
 struct PickerFixture {
     pool: PiecePicker,
     digest: Digest,
@@ -81,7 +81,7 @@ impl PickerFixture {
         self.requests()
     }
 
-    /// The peer sends these pieces, each in so much time.
+    /// The peer sends these pieces, each within `each`.
     fn send_pieces(&mut self, ask: &PickedRequest, pieces: &[u32], each: Duration) {
         for piece in pieces {
             self.pool.begin_piece(ask.id, *piece, self.now);
@@ -91,7 +91,7 @@ impl PickerFixture {
         }
     }
 
-    /// Answers an ask as an honest peer does.
+    /// Answers a request like an honest peer.
     fn fulfil(&mut self, ask: &PickedRequest, each: Duration) {
         let pieces = ask.request.pieces[..usize::from(ask.request.limit)].to_vec();
         self.send_pieces(ask, &pieces, each);
@@ -170,7 +170,7 @@ fn offered_pieces_are_unassigned_again_once_the_provider_has_chosen() {
     let mut all = asked(&asks);
     all.sort_unstable();
     all.dedup();
-    assert_eq!(all.len(), asked(&asks).len(), "nothing is asked of two");
+    assert_eq!(all.len(), asked(&asks).len(), "no piece is requested twice");
     let left = offer.request.pieces[0];
     bench.pool.begin_piece(offer.id, offer.request.pieces[1], bench.now);
     assert!(bench.pool.blobs[0].request_count(left) == 0);
@@ -187,11 +187,11 @@ fn pieces_of_all_blobs_are_requested_at_once() {
         [1, 2, 3, 4].map(peer).into_iter().for_each(|peer| pool.record_verified_piece(peer, blob(name)));
         pool.set_providers(blob(name), &[1, 2, 3, 4].map(whole));
     }
-    assert!(pool.take_follow_changes(now).is_empty(), "complete holders are not followed");
+    assert!(pool.take_follow_changes(now).is_empty(), "whole providers are not followed");
     let asks: Vec<_> = std::iter::from_fn(|| pool.next_request(now)).collect();
     assert_eq!(asks.len(), 8);
     for name in names {
-        let first = asks.iter().find(|ask| ask.request.digest == blob(name)).expect("asked for");
+        let first = asks.iter().find(|ask| ask.request.digest == blob(name)).expect("a request");
         assert_eq!(first.request.pieces[0], 63);
     }
 }
@@ -247,7 +247,7 @@ fn no_request_exceeds_its_limits() {
     }
 }
 
-/// A blob that two strangers hold, without a list.
+/// A blob without a hash chain, with two unverified whole providers.
 fn unverified_providers() -> PickerFixture {
     let mut pool = PiecePicker::new(None, 1);
     pool.add_blob(blob("blob"), layout(64));
@@ -262,9 +262,13 @@ fn an_unverified_provider_gets_no_second_request_before_its_first_piece_is_verif
     let mut bench = unverified_providers();
     let asks = bench.requests();
     assert_eq!(asks.iter().map(|ask| ask.request.limit).collect::<Vec<_>>(), [1, 1]);
-    assert_eq!(asks.iter().map(|ask| ask.request.pieces[0]).collect::<Vec<_>>(), [0, 1], "a list reaches these first");
+    assert_eq!(
+        asks.iter().map(|ask| ask.request.pieces[0]).collect::<Vec<_>>(),
+        [0, 1],
+        "the hash chain reaches these pieces first"
+    );
     asks.iter().for_each(|ask| bench.fulfil(ask, ms(1)));
-    assert!(bench.requests().is_empty(), "they came, and may be wrong");
+    assert!(bench.requests().is_empty(), "the pieces are not verified yet");
     bench.pool.record_verified_piece(peer(1), bench.digest);
     let asks = bench.requests();
     assert!(
@@ -291,7 +295,10 @@ fn a_provider_that_contradicts_a_partial_hash_chain_is_left_alone_for_longer() {
     bench.pool.record_mismatch(peer(1), bench.digest, bench.now);
     assert!(bench.requests_after(ms(600)).iter().all(|ask| ask.request.peer == peer(2)));
     assert!(bench.requests_after(ms(1890)).iter().all(|ask| ask.request.peer == peer(2)));
-    assert!(bench.requests_after(ms(10)).iter().any(|ask| ask.request.peer == peer(1)), "the list may be the lie");
+    assert!(
+        bench.requests_after(ms(10)).iter().any(|ask| ask.request.peer == peer(1)),
+        "the hash chain may be the lie"
+    );
 }
 
 #[test]
@@ -316,8 +323,8 @@ fn a_starved_picker_has_more_requests_in_flight() {
     assert_eq!(first.len(), 8);
     first.iter().for_each(|ask| bench.fulfil(ask, ms(40)));
     let second = bench.requests();
-    assert_eq!(second.len(), 8, "25 MiB in a second, as before");
+    assert_eq!(second.len(), 8, "the rate is 25 MiB a second, as before");
     second[..4].iter().for_each(|ask| bench.fulfil(ask, ms(80)));
     bench.requests();
-    assert_eq!(bench.pool.in_flight.values().filter(|asked| !asked.is_late).count(), 12, "half of it");
+    assert_eq!(bench.pool.in_flight.values().filter(|asked| !asked.is_late).count(), 12, "the rate has halved");
 }

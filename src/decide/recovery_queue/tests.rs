@@ -1,4 +1,4 @@
-//! Queues driven by hand, and by chance.
+//! The queue under chosen and random events.
 
 use proptest::prelude::*;
 
@@ -20,7 +20,7 @@ fn pods_that_wait_for_the_same_image_share_a_recovery() {
     assert_eq!(
         queue.join(&image("docker.io/library/a:latest"), &pod("q"), 0),
         JoinOutcome::JoinedOthers,
-        "the same image in full"
+        "both names are the same reference"
     );
     assert_eq!(queue.join(&image("a"), &pod("p"), 0), JoinOutcome::AlreadyWaiting);
     assert_eq!(queue.start_next(now), Some(image("a")));
@@ -44,7 +44,7 @@ fn a_pod_that_stays_stuck_is_retried_after_a_growing_wait() {
     for minutes in [2, 4, 8, 16, 16] {
         queue.finish(&image("a"), RecoveryEnd::Done, now, 0.0);
         let due = queue.next_due().unwrap();
-        assert_eq!(due - now, SETTLING_TIME * minutes, "later and later");
+        assert_eq!(due - now, SETTLING_TIME * minutes, "the wait doubles");
         now = due;
         assert_eq!(queue.start_next(now), Some(image("a")));
     }
@@ -73,7 +73,7 @@ fn a_full_queue_has_no_due_time() {
     queue.finish(&image("failed"), RecoveryEnd::Failed, now, 1.0);
     queue.join(&image("long"), &pod("q"), 0);
     assert_eq!(queue.start_next(now), Some(image("long")));
-    assert_eq!(queue.next_due(), None, "or the caller would spin until it ends");
+    assert_eq!(queue.next_due(), None, "a due time would make the caller spin");
     queue.finish(&image("long"), RecoveryEnd::Done, now, 1.0);
     assert_eq!(queue.next_due(), Some(now + MIN_BACKOFF));
 }
@@ -87,7 +87,7 @@ fn the_back_off_of_a_failing_recovery_doubles_up_to_300_s() {
     for _ in 0..12 {
         assert_eq!(queue.start_next(now), Some(image("a")));
         queue.finish(&image("a"), RecoveryEnd::Failed, now, 1.0);
-        assert_eq!(queue.start_next(now), None, "not at once");
+        assert_eq!(queue.start_next(now), None, "the recovery backs off");
         let due = queue.next_due().unwrap();
         waits.push((due - now).as_secs());
         now = due;
@@ -133,7 +133,7 @@ fn a_new_provider_ends_the_wait_for_providers_and_not_the_back_off_of_a_failure(
         queue.finish(&image(name), end, now, 0.0);
     }
     queue.providers_changed(|_| false);
-    assert_eq!(queue.start_next(now), None, "what somebody announced was something else");
+    assert_eq!(queue.start_next(now), None, "the announcement was for another image");
     queue.providers_changed(|_| true);
     assert_eq!(queue.start_next(now), Some(image("nobody-has-it")));
     assert_eq!(queue.start_next(now), None);
@@ -147,10 +147,10 @@ fn a_recovery_that_is_being_cancelled_is_not_started_a_second_time() {
     assert_eq!(queue.start_next(now), Some(image("a")));
     assert_eq!(queue.retain_wanted(&pod("p"), &BTreeSet::new()), [image("a")]);
     assert_eq!(queue.join(&image("a"), &pod("again"), 0), JoinOutcome::JoinedOthers);
-    assert_eq!(queue.start_next(now), None, "the first has not ended yet");
+    assert_eq!(queue.start_next(now), None, "the first recovery has not ended yet");
     queue.finish(&image("a"), RecoveryEnd::Abandoned, now, 1.0);
-    assert_eq!(queue.next_due(), None, "it is ready");
-    assert_eq!(queue.start_next(now), Some(image("a")), "it was no failure, so there is no wait");
+    assert_eq!(queue.next_due(), None, "the job is ready");
+    assert_eq!(queue.start_next(now), Some(image("a")), "a cancellation is no failure, so there is no wait");
     queue.retain_wanted(&pod("again"), &BTreeSet::new());
     assert_eq!(queue.finish(&image("a"), RecoveryEnd::Abandoned, now, 1.0), []);
     assert!(queue.jobs.is_empty());
@@ -192,11 +192,11 @@ fn an_image_is_as_important_as_the_most_important_pod_that_still_waits_for_it() 
     queue.join(&image("young"), &pod("q"), 0);
     queue.join(&image("young"), &pod("urgent"), 2);
     queue.retain_wanted(&pod("urgent"), &BTreeSet::new());
-    assert_eq!(queue.start_next(now), Some(image("old")), "who was urgent has gone");
+    assert_eq!(queue.start_next(now), Some(image("old")), "the urgent pod has gone");
     queue.finish(&image("old"), RecoveryEnd::Failed, now, 0.0);
     let now = now + MAX_BACKOFF;
     assert_eq!(queue.join(&image("young"), &pod("q"), 3), JoinOutcome::AlreadyWaiting);
-    assert_eq!(queue.start_next(now), Some(image("young")), "it has become urgent");
+    assert_eq!(queue.start_next(now), Some(image("young")), "the image has become urgent");
 }
 
 #[test]
@@ -222,14 +222,15 @@ fn a_changed_concurrency_counts_from_the_next_start() {
     assert_eq!(started(&mut queue), 2);
     queue.set_concurrency(1);
     queue.finish(&image("a"), RecoveryEnd::Done, now, 0.0);
-    assert_eq!(started(&mut queue), 0, "the other one still runs");
+    assert_eq!(started(&mut queue), 0, "the other recovery still runs");
     queue.set_concurrency(3);
     assert_eq!(started(&mut queue), 2);
 }
 
-/// More starts of one image in an hour than this are a loop. Without a wait there are 4, nine while the wait doubles from 1 to 256 s, and
-/// ten 300 s apart. After each of those that succeeds, and of the six that settling allows, failures may begin to double anew: that many
-/// times a second, at half a wait each, leaves room for 8 between two successes.
+/// Bound on the starts of one image in an hour; more starts are a loop. Without a wait there are 4,
+/// then nine while the wait doubles from 1 to 256 s, and ten 300 s apart. After each of those that
+/// succeeds, and of the six that settling allows, failures may begin to double again. Doublings
+/// from a second, at half a wait each, leave room for 8 between two successes.
 const MAX_STARTS_PER_HOUR: usize = 23 + 6 + 8 * (23 + 6);
 
 #[test]
@@ -299,7 +300,7 @@ enum QueueStep {
     Concurrency(u8),
     /// In milliseconds.
     Wait(u64),
-    /// Until something is due.
+    /// Waits for the next due time.
     WaitUntilDue,
 }
 
@@ -360,7 +361,7 @@ proptest! {
             let most = running.len().max(concurrency);
             while let Some(started) = queue.start_next(now) {
                 *starts.entry(started.clone()).or_insert(0) += 1;
-                prop_assert!(running.insert(started), "it runs already");
+                prop_assert!(running.insert(started), "the recovery runs already");
             }
             prop_assert!(running.len() <= most);
             prop_assert!(queue.next_due().is_none_or(|due| due > now), "the caller would spin");
@@ -377,7 +378,7 @@ fn a_final_failure_is_retried_when_settings_change_and_not_when_a_provider_appea
     queue.start_next(now);
     queue.finish(&image("a"), RecoveryEnd::Final, now, 0.5);
     queue.providers_changed(|_| true);
-    assert_eq!(queue.start_next(now + MAX_BACKOFF * 2), None, "an Event that sounds final is final");
+    assert_eq!(queue.start_next(now + MAX_BACKOFF * 2), None, "a provider does not end a final failure");
     queue.retry_now();
     assert_eq!(queue.start_next(now + MAX_BACKOFF * 2), Some(image("a")));
 }

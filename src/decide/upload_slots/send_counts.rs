@@ -1,22 +1,22 @@
-//! Which pieces are sent of those that are welcome and here: the ones that were sent the least, so that every piece is somewhere
-//! else before one goes out twice.
+//! The choice of pieces to send: of the requested pieces that are here, those that were sent least.
+//! Every piece is then at another node before one is sent twice.
 //!
-//! Not here: who is served next ([`super::UploadSlots`]).
+//! Not here: the order of requests ([`super::UploadSlots`]).
 
 use std::collections::HashMap;
 
 use crate::oci::{Digest, MAX_PIECES};
 
-/// Pieces that are counted, of all blobs together; a byte each. Two blobs of the most pieces that there can be, or 500 usual ones of 512,
-/// which is more than a node serves at a time.
+/// Counted pieces of all blobs together, a byte each. Two blobs with [`MAX_PIECES`] pieces, or 500
+/// usual blobs of 512 pieces: more than a node serves at a time.
 const MAX_COUNTED: usize = 2 * MAX_PIECES as usize;
 
-/// How often each piece of each blob was sent, of those blobs that were asked for last.
+/// Send counts of each piece, for the most recently requested blobs.
 #[derive(Debug, Default)]
 pub struct SendCounts {
     blobs: HashMap<Digest, BlobCounts>,
     counted: usize,
-    /// Grows with each choice.
+    /// Incremented by each choice.
     clock: u64,
 }
 
@@ -27,8 +27,8 @@ struct BlobCounts {
 }
 
 impl SendCounts {
-    /// Of the pieces that are welcome and here, the `most` that were sent the least; equals in the order of the choice. They count as sent
-    /// from now on, so it is best asked when there is time to send one.
+    /// The `most` least sent pieces among the requested ones that are here; equal counts keep the
+    /// requested order. The pieces count as sent, so the caller should be ready to send.
     pub fn choose(&mut self, digest: Digest, choice: &[u32], most: usize, has: impl Fn(u32) -> bool) -> Vec<u32> {
         self.clock += 1;
         let exists = |piece: &u32| u64::from(*piece) < MAX_PIECES && has(*piece);
@@ -53,7 +53,7 @@ impl SendCounts {
         pieces
     }
 
-    /// Forgets the blobs that were not asked for for the longest time.
+    /// Evicts the least recently requested blobs.
     fn evict_oldest(&mut self) {
         while self.counted > MAX_COUNTED || self.blobs.len() > MAX_COUNTED / 256 {
             let Some(oldest) = self.blobs.iter().min_by_key(|(_, counts)| counts.used).map(|(digest, _)| *digest)
@@ -75,7 +75,7 @@ mod tests {
         let blob = Digest::of(b"blob");
         assert_eq!(sent.choose(blob, &[5, 3, 4], 2, |_| true), [5, 3]);
         assert_eq!(sent.choose(blob, &[3, 5, 4], 2, |_| true), [4, 3]);
-        assert_eq!(sent.choose(blob, &[4, 5, 6], 9, |piece| piece != 6), [4, 5], "what is here");
+        assert_eq!(sent.choose(blob, &[4, 5, 6], 9, |piece| piece != 6), [4, 5], "piece 6 is not here");
         assert_eq!(sent.choose(blob, &[u32::MAX], 1, |_| true), [0; 0]);
     }
 

@@ -1,4 +1,4 @@
-//! Writing to a file in parts, and seeing which are there.
+//! Writes parts of a file, and lists the written parts.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -9,10 +9,10 @@ use nix::errno::Errno;
 use nix::sys::uio::pwritev;
 use nix::unistd::{Whence, lseek64};
 
-/// Slices in one call: Linux takes no more (`UIO_MAXIOV`).
+/// Most slices in one call (Linux, `UIO_MAXIOV`).
 const MAX_SLICES: usize = 1024;
 
-/// All of the chunks, one after the other.
+/// Writes all chunks, one after the other.
 pub(super) fn write_all_at(file: &File, offset: u64, chunks: &[Bytes]) -> io::Result<()> {
     let mut slices: Vec<_> = chunks.iter().filter(|chunk| !chunk.is_empty()).map(|chunk| IoSlice::new(chunk)).collect();
     let (mut rest, mut offset) = (&mut slices[..], offset);
@@ -31,14 +31,14 @@ pub(super) fn write_all_at(file: &File, offset: u64, chunks: &[Bytes]) -> io::Re
     Ok(())
 }
 
-/// What is not a hole, up to `size`. A file system that knows no holes shows all of it as one part.
+/// Ranges with data, up to `size`. A file system without holes reports one range.
 pub(super) fn data_extents(file: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
     let mut parts: Vec<Range<u64>> = Vec::new();
     let mut at = 0;
     while at < size {
         let start = match lseek64(file, at.cast_signed(), Whence::SeekData) {
             Ok(start) => start.cast_unsigned(),
-            // Nothing but a hole follows.
+            // Only a hole follows.
             Err(Errno::ENXIO) => break,
             Err(error) => return Err(error.into()),
         };

@@ -1,4 +1,4 @@
-//! The folder that staging files are in.
+//! The folder of staging files.
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
@@ -11,41 +11,42 @@ use nix::unistd::{AccessFlags, access};
 
 use super::lock::open;
 
-/// Makes sure that the folder is there and can be written to; nobody else gets into one that is made here. Blocks.
+/// Creates the folder with mode 0700, unless it exists, and verifies that the folder is writable.
+/// Blocks.
 ///
 /// # Errors
-/// What the file system says.
+/// Errors of the file system.
 pub fn create_staging_folder(path: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        // It may have been mounted read-only since it was made.
+        // An existing folder may have been mounted read-only since its creation.
         _ => Ok(access(path, AccessFlags::W_OK | AccessFlags::X_OK)?),
     }
 }
 
-/// Makes sure that the names in a folder are on disk. Blocks.
+/// Syncs the names in a folder to disk. Blocks.
 ///
 /// # Errors
-/// What the file system says.
+/// Errors of the file system.
 pub fn sync_folder(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// A file that an earlier process left, or that is being written.
+/// A file in the folder: of an earlier process, or one that is being written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leftover {
-    /// Its name in the folder.
+    /// File name.
     pub name: OsString,
-    /// How long ago it was last written to.
+    /// Time since the last write.
     pub age: Duration,
-    /// How many names it has.
+    /// Number of hard links.
     pub links: u64,
 }
 
-/// Every file in the folder; none when the folder is not there. Blocks.
+/// Every file in the folder; empty for a missing folder. Blocks.
 ///
 /// # Errors
-/// What the file system says.
+/// Errors of the file system.
 pub fn leftovers(folder: &Path) -> io::Result<Vec<Leftover>> {
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -54,19 +55,19 @@ pub fn leftovers(folder: &Path) -> io::Result<Vec<Leftover>> {
     let mut found = Vec::new();
     for entry in entries {
         let entry = entry?;
-        // One that has gone meanwhile is not left over.
+        // A file that was removed meanwhile is no leftover.
         let Ok(metadata) = entry.metadata() else { continue };
-        // A clock that was set back makes it young, and it stays for longer.
+        // A clock that was set back makes the file young, so the file stays longer.
         let age = metadata.modified()?.elapsed().unwrap_or_default();
         found.push(Leftover { name: entry.file_name(), age, links: metadata.nlink() });
     }
     Ok(found)
 }
 
-/// Whether somebody has the staging file of this name, in this process or another. Blocks.
+/// Whether a handle has the lock of this staging file, in this process or another. Blocks.
 ///
 /// # Errors
-/// What the file system says.
+/// Errors of the file system.
 pub fn is_locked(path: &Path) -> io::Result<bool> {
     match open(path, OpenOptions::new().read(true))?.try_lock() {
         Ok(()) => Ok(false),

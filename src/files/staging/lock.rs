@@ -1,4 +1,4 @@
-//! Taking a name for a staging file: what an earlier process left there, or a new one.
+//! Opens and locks a staging file: an earlier process's file or a new one.
 
 use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
 use std::io;
@@ -10,10 +10,11 @@ use nix::unistd::geteuid;
 
 use super::{SEALED, UNSEALED, is_same_file};
 
-/// Tries to take a name that others take or remove in the meantime.
+/// Attempts, because other processes may create or remove the file meanwhile.
 const TRIES: usize = 8;
 
-/// Two handles of one file that has one name and is ours alone: for reading, locked, and for writing.
+/// Two handles of a file with one name and no other user: for reading, with the lock, and for
+/// writing.
 pub(super) fn open_or_create(path: &Path, size: u64) -> io::Result<(File, File)> {
     for _ in 0..TRIES {
         let reading = match open(path, OpenOptions::new().read(true)) {
@@ -21,7 +22,7 @@ pub(super) fn open_or_create(path: &Path, size: u64) -> io::Result<(File, File)>
                 create(path, size)?;
                 continue;
             }
-            // A link, or something else that is no file of ours.
+            // A symbolic link, which no agent creates.
             Err(error) if error.raw_os_error() == Some(nix::errno::Errno::ELOOP as i32) => {
                 fs::remove_file(path)?;
                 continue;
@@ -32,7 +33,8 @@ pub(super) fn open_or_create(path: &Path, size: u64) -> io::Result<(File, File)>
             TryLockError::WouldBlock => io::Error::from(io::ErrorKind::WouldBlock),
             TryLockError::Error(error) => error,
         })?;
-        // Whoever had it before the lock was ours may have removed its name, or given it to another file.
+        // The earlier owner of the lock may have removed the name, or another file may have the
+        // name.
         let found = reading.metadata()?;
         if !fs::symlink_metadata(path).is_ok_and(|named| is_same_file(&named, &found)) {
             continue;
@@ -41,31 +43,32 @@ pub(super) fn open_or_create(path: &Path, size: u64) -> io::Result<(File, File)>
             fs::remove_file(path)?;
             continue;
         }
-        // It was sealed and is not proved any more. Its owner may open it all the same only when its mode says so.
+        // A sealed leftover is unverified again. Without mode 0600 not even the owner can open it
+        // for writing.
         reading.set_permissions(Permissions::from_mode(UNSEALED))?;
         let writing = open(path, OpenOptions::new().write(true))?;
         if is_same_file(&writing.metadata()?, &found) {
             return Ok((reading, writing));
         }
     }
-    Err(io::Error::other("others take it and remove it again and again"))
+    Err(io::Error::other("other processes keep creating and removing the file"))
 }
 
-/// Neither through a link, nor waiting for whoever writes into a pipe.
+/// Follows no link, and does not wait for the writer of a pipe.
 pub(super) fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     options.custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits()).open(path)
 }
 
 fn create(path: &Path, size: u64) -> io::Result<()> {
     match OpenOptions::new().write(true).create_new(true).mode(UNSEALED).open(path) {
-        // Somebody else was faster.
+        // Another process created the file first.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(error) => Err(error),
         Ok(file) => file.set_len(size),
     }
 }
 
-/// A file with a second name may be somebody's blob, and is never written to.
+/// A file with a second link may be a blob of a store, and is never written to.
 fn is_resumable(found: &fs::Metadata, size: u64) -> bool {
     let mode = found.mode() & 0o7777;
     let ours = found.is_file() && found.uid() == geteuid().as_raw() && (mode == UNSEALED || mode == SEALED);

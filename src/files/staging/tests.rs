@@ -32,7 +32,7 @@ async fn written_extents_are_found_again_and_holes_take_no_space() {
         assert!(around.end - around.start < MIB, "{left:?}");
     }
     assert_eq!(file.read_at(8 * MIB, 10_000).await.unwrap(), head);
-    assert_eq!(file.read_at(64 * MIB, 100).await.unwrap(), tail, "no more than there is");
+    assert_eq!(file.read_at(64 * MIB, 100).await.unwrap(), tail, "a read ends at the end of the file");
     assert_eq!(file.read_at(MIB, 3).await.unwrap(), [0; 3][..]);
     assert_eq!(file.read_at(65 * MIB, 3).await.unwrap(), Bytes::new());
     assert!(fs::metadata(&path).unwrap().blocks() * 512 < MIB, "holes take room");
@@ -74,7 +74,8 @@ async fn a_sealed_file_is_never_written_again() {
     assert_eq!(file.read_at(0, 5).await.unwrap(), "right");
     drop(file);
 
-    // A process that was killed between sealing and linking goes on here; one that was killed later does not write to what it linked.
+    // After a kill between the seal and the link the file is resumed. After a later kill the linked
+    // file is never written to.
     let file = arc(&path, 5);
     assert_eq!((file.resumed_ranges().first(), mode(&path)), (Some(&(0..5)), 0o600));
     file.seal().unwrap();
@@ -120,7 +121,7 @@ fn a_staging_file_has_one_owner_at_a_time() {
     assert!(!path.exists());
     let third = StagingFile::open(&path, 5).unwrap();
     first.remove();
-    assert!(third.is_linked_at(&path).unwrap(), "only its own name is removed");
+    assert!(third.is_linked_at(&path).unwrap(), "only the file's own name is removed");
 }
 
 #[tokio::test]
@@ -140,7 +141,8 @@ async fn a_slow_disk_is_written_from_a_blocking_thread() {
     let file = arc(&folder.path().join("blob"), 4);
     file.slow_disk.record(std::time::Duration::from_secs(3600), Instant::now() + std::time::Duration::from_secs(3600));
     let writing = Arc::clone(&file);
-    // This thread is the runtime's only one and cannot be where it waits: the first poll must not have written.
+    // This thread is the runtime's only worker, and `write_at` must not block it: the first poll
+    // writes nothing.
     let mut write = Box::pin(async move { writing.write_at(0, &[Bytes::from_static(b"slow")]).await });
     assert!(futures::poll!(&mut write).is_pending());
     write.await.unwrap();

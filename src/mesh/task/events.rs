@@ -1,4 +1,4 @@
-//! What libp2p tells of connections, for the protocol.
+//! libp2p's events about connections, as calls of the protocol.
 
 use std::time::Instant;
 
@@ -27,10 +27,10 @@ impl MeshTask {
                 }
             }
             SwarmEvent::IncomingConnectionError { send_back_addr, peer_id, error, .. } => {
-                debug!(from = %send_back_addr, peer = ?peer_id, %error, "connection refused");
+                debug!(from = %send_back_addr, peer = ?peer_id, %error, "inbound connection failed");
             }
             SwarmEvent::ListenerClosed { reason, .. } => {
-                error!(?reason, "gossip no longer listens; peers must be dialled")
+                error!(?reason, "gossip no longer listens; this agent must dial its peers")
             }
             SwarmEvent::ListenerError { error, .. } => warn!(%error, "gossip cannot accept connections at the moment"),
             SwarmEvent::Behaviour(event) => self.behaviour_event(event, now),
@@ -40,7 +40,7 @@ impl MeshTask {
 
     fn connection_opened(&mut self, peer_id: &libp2p::PeerId, connection: ConnectionId, now: Instant) {
         self.dials.remove(&connection);
-        // Others do not get so far, unless they were denied while their handshake went on.
+        // A peer that is not allowed gets so far only when denied during the handshake.
         let is_allowed = self.swarm.behaviour().admitted.allowed_peers().contains(peer_id);
         let Some(peer) = peer_id_of(peer_id).filter(|_| is_allowed) else {
             self.swarm.close_connection(connection);
@@ -53,7 +53,7 @@ impl MeshTask {
         self.protocol.connection_opened(link, peer, now);
     }
 
-    /// A connection is over for the protocol, once, whether it closed or is being closed.
+    /// Reports the end of a connection to the protocol once, at its close or when the close begins.
     pub(super) fn connection_ended(&mut self, connection: ConnectionId) {
         if let Some((link, peer)) = self.links.remove(&connection) {
             self.connected.set(peer, self.links.values().any(|(_, owner)| *owner == peer));
@@ -64,7 +64,7 @@ impl MeshTask {
     fn behaviour_event(&mut self, event: BehaviourEvent, now: Instant) {
         match event {
             BehaviourEvent::Ping(event) => match event.result {
-                // One that is being closed may still speak; it counts no more.
+                // A connection that is being closed may still answer, but is no longer in `links`.
                 Ok(_) => {
                     if let Some(&(link, peer)) = self.links.get(&event.connection) {
                         self.with_inventory(|protocol, table| protocol.record_ping_answer(link, peer, table, now));
@@ -75,7 +75,7 @@ impl MeshTask {
             BehaviourEvent::Gossip(event) => self.gossip_event(event, now),
             BehaviourEvent::Questions(event) => self.question_event(event, now),
             BehaviourEvent::Ranges(event) => self.range_event(event, now),
-            // They only decide and have nothing to tell.
+            // These behaviors only decide and emit no events.
             BehaviourEvent::Limits(never) | BehaviourEvent::Admitted(never) => match never {},
         }
     }

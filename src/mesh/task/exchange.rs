@@ -1,4 +1,4 @@
-//! What the task says and hears on the mesh: gossip, questions and answers.
+//! Messages of the mesh: gossip, sync requests and replies.
 
 use std::fmt::Display;
 use std::time::Instant;
@@ -15,13 +15,12 @@ use crate::mesh::stack::{QUESTION_TIMEOUT, topic};
 use crate::model::{Gossip, MAX_MEMBERS, PeerId, SyncReply, SyncRequest};
 use crate::wire::{self, Format, WireError};
 
-/// A question that waits for its answer.
+/// A sync request in flight.
 pub(super) struct OpenQuestion {
     question_id: SyncRequestId,
     deadline: Instant,
 }
 
-/// What an event of ours about questions is about.
 type QuestionEvent = request_response::Event<Vec<u8>, SyncReply>;
 
 impl MeshTask {
@@ -33,8 +32,9 @@ impl MeshTask {
         }
     }
 
-    /// Whether a neighbour reads this MAJOR and not the current one. An agent without such a neighbour does not publish for those
-    /// farther away: they get what it says by asking a neighbour.
+    /// Whether a neighbor reads this MAJOR and not the current MAJOR. Without such a neighbor the
+    /// agent does not publish in the previous format: agents farther away get the entries by
+    /// requests to their neighbors.
     fn has_neighbour_of(&self, previous: Format) -> bool {
         let (current, previous) = (topic(self.versions.current()).hash(), topic(previous).hash());
         let mut neighbours = self.swarm.behaviour().gossip.all_peers();
@@ -44,14 +44,15 @@ impl MeshTask {
     fn publish_in_format(&mut self, format: Format, message: &Gossip) {
         let encoded = match wire::encode_in(message, format) {
             Ok(encoded) => encoded,
-            // Who misses it asks.
+            // A peer that misses the message requests the entries.
             Err(error) => return error!(%error, "a message cannot be published"),
         };
         match self.swarm.behaviour_mut().gossip.publish(topic(format), encoded) {
             Ok(_) => self.messages_out += 1,
-            // Nobody to tell; newcomers ask. Or it was said before, by us or by somebody who relayed it.
+            // Without subscribers there is no receiver, and new members request the entries. A
+            // duplicate was published before, by this agent or by a relay.
             Err(PublishError::NoPeersSubscribedToTopic | PublishError::Duplicate) => {}
-            Err(error) => debug!(%error, "a message is lost; who misses it asks"),
+            Err(error) => debug!(%error, "a message is lost; peers request the missing entries"),
         }
     }
 
@@ -69,15 +70,17 @@ impl MeshTask {
                     self.messages_out += 1;
                 }
             }
-            gossipsub::Event::SlowPeer { peer_id, .. } => debug!(peer = %peer_id, "too slow for all messages"),
+            gossipsub::Event::SlowPeer { peer_id, .. } => {
+                debug!(peer = %peer_id, "the peer is too slow for all messages")
+            }
             gossipsub::Event::GossipsubNotSupported { peer_id } => {
-                warn!(peer = %peer_id, "peer does not speak gossipsub")
+                warn!(peer = %peer_id, "the peer does not support gossipsub")
             }
             gossipsub::Event::Subscribed { .. } | gossipsub::Event::Unsubscribed { .. } => {}
         }
     }
 
-    /// Judges a message, for us and for those to whom it would be passed on.
+    /// Validates a message, for this agent and before a relay.
     fn validate(&mut self, from: PeerId, data: &[u8], now: Instant) -> MessageAcceptance {
         if !self.neighbours.try_take_message(from, data.len(), now) {
             self.report_fault(from, TOO_MANY_FAULT, now);
@@ -102,20 +105,20 @@ impl MeshTask {
                 MessageAcceptance::Ignore
             }
             GossipVerdict::Reject(reason) => {
-                debug!(%from, reason, "message refused");
+                debug!(%from, reason, "message rejected");
                 self.metrics.gossip_rejected(reason);
                 MessageAcceptance::Reject
             }
         }
     }
 
-    /// Counts a message that cannot be read. True when its sender is to blame.
+    /// Counts a message that cannot be read. True for a fault of the sender.
     pub(super) fn record_unreadable(&mut self, from: PeerId, error: &WireError, now: Instant) -> bool {
         debug!(%from, %error, "a message cannot be read");
         let fault = match error {
             WireError::TooLong { .. } => "oversized",
             WireError::Malformed(_) => "malformed",
-            // Of another release, or cut off by the network.
+            // A message of another release, or cut off by the network, is no fault.
             WireError::Version { .. } => return self.record_ignored("other_version"),
             WireError::Unknown { .. } => return self.record_ignored("unknown"),
             WireError::Io(_) => return false,
@@ -134,19 +137,19 @@ impl MeshTask {
         self.protocol.record_fault(from, fault, now);
     }
 
-    /// Asks a neighbour.
+    /// Sends a sync request to a neighbor.
     pub(super) fn send_question(&mut self, ask: SyncRequestId, peer: PeerId, question: &SyncRequest) {
         let now = Instant::now();
         let to = libp2p_peer_id(peer);
         let is_connected = self.links.values().any(|(_, owner)| *owner == peer);
         let encoded = wire::encode_in(question, self.versions.current());
-        let encoded = encoded.inspect_err(|error| error!(%error, "a question cannot be asked"));
-        // libp2p would dial who is not connected.
+        let encoded = encoded.inspect_err(|error| error!(%error, "a sync request cannot be encoded"));
+        // libp2p would dial a peer without a connection.
         let Some(encoded) = encoded.ok().filter(|_| is_connected) else {
             return self.protocol.record_request_failure(ask, now);
         };
         let request = self.swarm.behaviour_mut().questions.send_request(&to, encoded);
-        // A little longer than libp2p itself waits.
+        // A little longer than libp2p's own timeout.
         self.open_questions.insert(
             request,
             OpenQuestion { question_id: ask, deadline: now + QUESTION_TIMEOUT + QUESTION_TIMEOUT / 5 },
@@ -186,7 +189,7 @@ impl MeshTask {
                 self.unanswered(request_id, &error, now);
             }
             Event::InboundFailure { peer, request_id, error, .. } => {
-                debug!(%peer, %error, "question not answered");
+                debug!(%peer, %error, "the reply to a sync request was not sent");
                 if let Some(from) = peer_id_of(&peer) {
                     self.neighbours.finish_answer(from, request_id);
                 }
@@ -222,26 +225,27 @@ impl MeshTask {
     }
 
     fn reply(&mut self, channel: ResponseChannel<SyncReply>, reply: SyncReply) {
-        // Refused only when the one who asked is gone.
+        // The send fails only when the connection is gone.
         drop(self.swarm.behaviour_mut().questions.send_response(channel, reply));
     }
 
     fn unanswered(&mut self, request: OutboundRequestId, error: &dyn Display, now: Instant) {
         if let Some(OpenQuestion { question_id: ask, .. }) = self.open_questions.remove(&request) {
-            debug!(%error, "no answer");
+            debug!(%error, "a sync request has no reply");
             self.protocol.record_request_failure(ask, now);
         }
     }
 
-    /// Gives up questions that libp2p lost: over a connection whose closing hangs it neither sends one nor lets it time out.
+    /// Ends requests that libp2p lost: on a connection whose close hangs, libp2p neither sends a
+    /// request nor reports a timeout.
     pub(super) fn expire(&mut self, now: Instant) {
         let lost: Vec<_> =
             self.open_questions.iter().filter(|(_, asked)| asked.deadline <= now).map(|(id, _)| *id).collect();
         for request in lost {
-            self.unanswered(request, &"asked over a dead connection", now);
+            self.unanswered(request, &"the request was lost on a dead connection", now);
         }
     }
 }
 
-/// More than an honest neighbour sends.
+/// The fault of a neighbor that exceeds a rate limit.
 pub(super) const TOO_MANY_FAULT: &str = "too_many";

@@ -1,4 +1,4 @@
-//! What each neighbour has sent lately, and what it waits for.
+//! Rate limits and answers in progress, per neighbor.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -9,18 +9,18 @@ use super::super::neighbour_budget::{NeighbourBudget, NeighbourRateLimits};
 use super::super::stack::{MAX_ANSWERING, MAX_SNAPSHOTS, MAX_SNAPSHOTS_IN_ALL};
 use crate::model::{PeerId, SyncRequest};
 
-/// One that is or was connected.
+/// A peer that is or was connected.
 struct Neighbour {
     messages: NeighbourBudget,
     bytes: NeighbourBudget,
     questions: NeighbourBudget,
     ranges: NeighbourBudget,
-    /// What is being answered, and whether that is a snapshot.
+    /// The requests that are being answered; true for a snapshot.
     answering: HashMap<InboundRequestId, bool>,
 }
 
-/// All of them. Kept until their allowances are full again, so that to connect again brings nothing; allowed peers only, so there
-/// are not many.
+/// All neighbors. An entry stays until its budgets are full again, so a reconnect resets no budget.
+/// Only allowed peers have entries, so the number is small.
 pub(super) struct Neighbours {
     limits: NeighbourRateLimits,
     by_peer: HashMap<PeerId, Neighbour>,
@@ -31,23 +31,23 @@ impl Neighbours {
         Self { limits, by_peer: HashMap::new() }
     }
 
-    /// Whether it may send this message of gossip.
+    /// Whether the peer is within the limits with this gossip message.
     pub(super) fn try_take_message(&mut self, peer: PeerId, bytes: usize, now: Instant) -> bool {
         let neighbour = self.entry(peer, now);
         neighbour.messages.try_take(1.0, now) && neighbour.bytes.try_take(bytes as f64, now)
     }
 
-    /// Whether it may ask this question.
+    /// Whether the peer is within the limit with this sync request.
     pub(super) fn try_take_question(&mut self, peer: PeerId, now: Instant) -> bool {
         self.entry(peer, now).questions.try_take(1.0, now)
     }
 
-    /// Whether it may send this request for a range.
+    /// Whether the peer is within the limit with this request for a range.
     pub(super) fn try_take_range(&mut self, peer: PeerId, now: Instant) -> bool {
         self.entry(peer, now).ranges.try_take(1.0, now)
     }
 
-    /// Begins to answer it, unless as many of its questions are being answered as may be.
+    /// Records the answer as in progress, unless the peer has reached the limits of answers.
     pub(super) fn try_begin_answer(
         &mut self,
         peer: PeerId,
@@ -69,14 +69,14 @@ impl Neighbours {
         fits
     }
 
-    /// The answer is given, or cannot be.
+    /// The answer was sent, or has failed.
     pub(super) fn finish_answer(&mut self, peer: PeerId, question: InboundRequestId) {
         if let Some(neighbour) = self.by_peer.get_mut(&peer) {
             neighbour.answering.remove(&question);
         }
     }
 
-    /// Forgets those that have sent little for a while.
+    /// Removes peers with full budgets and no answers in progress.
     pub(super) fn evict_idle(&mut self, now: Instant) {
         self.by_peer.retain(|_, Neighbour { messages, bytes, questions, ranges, answering }| {
             let rested = [messages, bytes, questions, ranges].into_iter().all(|budget| budget.is_full(now));

@@ -1,4 +1,4 @@
-//! Requests for ranges: those of this agent, and those of the neighbours, which a [`RangeServer`]
+//! Requests for ranges: those of this agent, and those of the neighbors, which a [`RangeServer`]
 //! answers beside the task.
 
 use std::collections::HashMap;
@@ -25,7 +25,7 @@ use crate::wire::{self, Answer, Request, WireError};
 pub(super) struct RangeRequests {
     server: Option<Arc<dyn RangeServer>>,
     serving: JoinSet<ReadyResponse>,
-    /// Requests of neighbours until their responses are sent, at most [`MAX_SERVED_RANGES`].
+    /// Requests of neighbors until their responses are sent, at most [`MAX_SERVED_RANGES`].
     answering: HashMap<InboundRequestId, (PeerId, Instant)>,
     /// Requests of this agent, whose number the callers bound.
     pending: HashMap<OutboundRequestId, PendingRange>,
@@ -37,41 +37,40 @@ struct PendingRange {
     deadline: Instant,
 }
 
-/// A range that was read, and the way back.
+/// A response and its channel.
 pub(super) struct ReadyResponse {
     channel: ResponseChannel<RangeResponse>,
     response: RangeResponse,
 }
 
-/// An event of libp2p about ranges.
 type RangeEvent = request_response::Event<Vec<u8>, RangeResponse>;
 
 impl RangeRequests {
-    /// The next range that was read; pending while none is being read.
+    /// The next response of the server; pending while no request is being served.
     pub(super) async fn next_response(&mut self) -> Option<ReadyResponse> {
         match self.serving.join_next().await {
             Some(Ok(served)) => Some(served),
             Some(Err(error)) => {
                 // The response channel is gone, so libp2p reports the request as failed.
-                error!(%error, "a range was not read");
+                error!(%error, "the task of a range request failed");
                 None
             }
             None => std::future::pending().await,
         }
     }
 
-    /// Ends requests that libp2p lost. libp2p reports nothing of a connection whose closing hangs.
+    /// Ends requests that libp2p lost. libp2p reports nothing for a connection whose close hangs.
     pub(super) fn expire(&mut self, now: Instant) {
         let lost: Vec<_> =
             self.pending.iter().filter(|(_, wanted)| wanted.deadline <= now).map(|(id, _)| *id).collect();
         for id in lost {
-            self.fail(id, RangeError::NoAnswer("the time is over".into()));
+            self.fail(id, RangeError::NoAnswer("the request timed out".into()));
         }
         self.answering.retain(|_, (_, since)| now.saturating_duration_since(*since) < 2 * RANGE_TIMEOUT);
     }
 
-    /// A peer may request the next range before libp2p reports here that the last one was sent, so
-    /// twice [`MAX_RANGES_OF_A_PEER`] may be open.
+    /// A peer may request the next range before libp2p reports here that the last range was sent,
+    /// so twice [`MAX_RANGES_OF_A_PEER`] may be open.
     fn has_room(&self, peer: PeerId) -> bool {
         let of_peer = self.answering.values().filter(|(owner, _)| *owner == peer).count();
         of_peer < 2 * MAX_RANGES_OF_A_PEER && self.answering.len() < MAX_SERVED_RANGES
@@ -79,14 +78,15 @@ impl RangeRequests {
 
     fn fail(&mut self, id: OutboundRequestId, error: RangeError) {
         if let Some(PendingRange { answer, .. }) = self.pending.remove(&id) {
-            // Refused only when the caller is gone.
+            // The send fails only when the caller is gone.
             let _ = answer.send(Err(error));
         }
     }
 }
 
 impl MeshTask {
-    /// Answers requests for ranges by this server. Without one the answer is that no blob is here.
+    /// Answers requests for ranges by this server. Without a server the answer is
+    /// [`Answer::Absent`].
     #[must_use]
     pub fn with_range_server(mut self, server: Arc<dyn RangeServer>) -> Self {
         self.ranges.server = Some(server);
@@ -103,14 +103,14 @@ impl MeshTask {
         request: &Request,
         answer: oneshot::Sender<Result<RangeResponse, RangeError>>,
     ) {
-        // libp2p would dial a peer that is not connected.
+        // libp2p would dial a peer without a connection.
         let encoded = match wire::encode(request) {
             Ok(encoded) if self.is_neighbour(peer) => encoded,
             Ok(_) => return drop(answer.send(Err(RangeError::NotConnected))),
             Err(error) => return drop(answer.send(Err(RangeError::Malformed(error.to_string())))),
         };
         let id = self.swarm.behaviour_mut().ranges.send_request(&libp2p_peer_id(peer), encoded);
-        // A little longer than libp2p itself waits.
+        // A little longer than libp2p's own timeout.
         let deadline = Instant::now() + RANGE_TIMEOUT + RANGE_TIMEOUT / 5;
         self.ranges.pending.insert(id, PendingRange { answer, deadline });
     }
@@ -119,7 +119,7 @@ impl MeshTask {
         use request_response::{Event, Message};
         match event {
             Event::Message { peer, message: Message::Request { request_id, request, channel }, .. } => {
-                // A peer that was denied just now may still have streams.
+                // A peer that was just denied may still have streams.
                 if let Some(from) = peer_id_of(&peer).filter(|from| self.is_neighbour(*from)) {
                     self.serve_range(from, request_id, &request, channel, now);
                 }
@@ -130,7 +130,7 @@ impl MeshTask {
                 }
             }
             Event::OutboundFailure { request_id, error, .. } => {
-                // A stream that ends too early was cut off, which is no fault of the peer.
+                // A stream that ends early was cut off, which is no fault of the peer.
                 let is_wrong = |io| wire_error(io).is_some_and(|error| !matches!(error, WireError::Io(_)));
                 let error = match &error {
                     OutboundFailure::Io(io) if is_wrong(io) => RangeError::Malformed(io.to_string()),
@@ -179,12 +179,12 @@ impl MeshTask {
     }
 
     pub(super) fn send_range_response(&mut self, ReadyResponse { channel, response: range }: ReadyResponse) {
-        // Refused only when the connection is gone.
+        // The send fails only when the connection is gone.
         drop(self.swarm.behaviour_mut().ranges.send_response(channel, range));
     }
 }
 
-/// Whether neighbours may request this over the mesh.
+/// Whether neighbors may send this request over the mesh.
 fn is_range_request(request: &Request) -> bool {
     match request {
         Request::Have(_) | Request::HashChain(_) => true,

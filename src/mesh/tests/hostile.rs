@@ -1,4 +1,4 @@
-//! A mesh against a peer that speaks libp2p but not always sense.
+//! A mesh with a misbehaving peer that uses libp2p directly.
 
 use tokio_util::sync::CancellationToken;
 
@@ -18,7 +18,7 @@ async fn a_peer_that_is_not_admitted_is_disconnected_before_any_stream_is_open()
     let mut intruder = RawPeer::start(&a).await;
     intruder.dial(&a);
     intruder
-        .until("the intruder is thrown out", |event| match event {
+        .until("the intruder is disconnected", |event| match event {
             SwarmEvent::ConnectionClosed { .. } | SwarmEvent::OutgoingConnectionError { .. } => Some(()),
             SwarmEvent::Behaviour(event) => panic!("no stream may be open: {event:?}"),
             _ => None,
@@ -66,7 +66,7 @@ async fn a_neighbour_that_forges_entries_of_another_peer_is_banned_at_last() {
         forger.publish(&Gossip::Entry(entry));
     }
     forger
-        .until("the forger is thrown out", |event| {
+        .until("the forger is disconnected", |event| {
             matches!(event, SwarmEvent::ConnectionClosed { num_established: 0, .. }).then_some(())
         })
         .await;
@@ -74,7 +74,7 @@ async fn a_neighbour_that_forges_entries_of_another_peer_is_banned_at_last() {
     assert!(a.has_counted("lighterman_peer_bans_total 1\n"));
     a.until("the forger is down", |table| table.peers().len() == 1).await;
     assert!(a.providers(blob("forged once")).is_empty());
-    assert!(!b.has_counted_rejection("forged"), "it is not passed on");
+    assert!(!b.has_counted_rejection("forged"), "the forged entry is not relayed");
     b.announce(blob("honest")).await;
     a.until_provides(b.id(), blob("honest")).await;
 }
@@ -88,16 +88,16 @@ async fn malformed_gossip_is_rejected_and_is_a_fault() {
         culprit
             .while_driven(a.until_counted(fault, |a| a.has_counted_rejection(fault) && a.has_counted_fault(fault)))
             .await;
-        assert!(!b.has_counted_rejection(fault), "it is not passed on");
+        assert!(!b.has_counted_rejection(fault), "the message is not relayed");
     }
 }
 
-/// A frame of our own release with nothing of ours inside.
+/// A frame of the current version with a malformed message.
 fn malformed() -> Vec<u8> {
     [&[0, 0, 0, 8, MAJOR, MINOR][..], &[0xff; 8]].concat()
 }
 
-/// A frame of a message that is longer than its kind may be.
+/// A frame with a message longer than `limit`.
 fn oversized(limit: usize) -> Vec<u8> {
     let length = limit + 1;
     let mut frame = u32::try_from(length).unwrap().to_be_bytes().to_vec();
@@ -113,7 +113,7 @@ async fn a_message_of_another_release_is_ignored_and_is_no_fault() {
     let mut next = wire::encode(&Gossip::Introduction(other.introduction(2))).unwrap();
     next[5] = MINOR + 1;
     let mut appended = next.clone();
-    // A variant that is none of ours.
+    // An unknown variant.
     next[6] = 99;
     let mut major = next.clone();
     major[4] = MAJOR + 1;
@@ -192,7 +192,7 @@ async fn an_agent_that_reads_events_slowly_can_still_announce_and_loses_no_event
     let node =
         MeshTestNode { name, identity, mesh, address, metrics, table, network, peers_up, shared_key, stop, task };
     let mut crowd = RawPeer::admitted_by(&node).await;
-    // More than the task keeps, each of them news.
+    // More events than the task queues.
     let members = 100;
     for _ in 0..members {
         let member = Identity::generate();
@@ -200,11 +200,11 @@ async fn an_agent_that_reads_events_slowly_can_still_announce_and_loses_no_event
         let peer = Peer { id: member.peer_id(), ..crowd.peer() };
         crowd.publish(&Gossip::Introduction(introduction_of(&keys, peer, 1)));
     }
-    crowd.while_driven(node.until("some are known", |table| table.peers().len() > 32)).await;
+    crowd.while_driven(node.until("some members are up", |table| table.peers().len() > 32)).await;
     for number in 0..200usize {
-        within_deadline("it is not held up", node.announce(Digest::of(&number.to_le_bytes()))).await;
+        within_deadline("the announcement is accepted", node.announce(Digest::of(&number.to_le_bytes()))).await;
     }
-    assert_eq!(within_deadline("it answers", node.mesh.status()).await.unwrap().items, 200);
+    assert_eq!(within_deadline("the status", node.mesh.status()).await.unwrap().items, 200);
     let all = async {
         let mut seen = BTreeSet::new();
         while seen.len() < members {
@@ -213,7 +213,7 @@ async fn an_agent_that_reads_events_slowly_can_still_announce_and_loses_no_event
             }
         }
     };
-    crowd.while_driven(within_deadline("nothing is lost", all)).await;
+    crowd.while_driven(within_deadline("all events", all)).await;
 }
 
 #[tokio::test]
@@ -221,10 +221,10 @@ async fn a_peer_that_does_not_admit_this_agent_is_never_up() {
     let (a, b) = connected_pair().await;
     let mut aloof = RawPeer::start(&b).await;
     a.mesh.admit(aloof.peer(), LIFE).await;
-    // Twice, so that the first time is over for a as well.
+    // Twice, so that the first attempt has ended on both sides.
     for _ in 0..2 {
         aloof
-            .until("the node is refused", |event| {
+            .until("the node is rejected", |event| {
                 matches!(event, SwarmEvent::IncomingConnectionError { .. }).then_some(())
             })
             .await;

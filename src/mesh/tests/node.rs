@@ -1,4 +1,4 @@
-//! One agent's mesh with what the rest of an agent does for it, and the network between them.
+//! An agent's mesh, with a stand-in for the rest of the agent and for the network between agents.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -15,22 +15,22 @@ use crate::model::InventoryItem;
 use crate::oci::Digest;
 use crate::ports::{AdmittedPeer, Rejection};
 
-/// Far more than any step here takes on a busy machine; what never happens ends a test anyway.
+/// Far longer than any step here takes on a busy machine; a missing event ends the test.
 pub(super) const DEADLINE: Duration = Duration::from_secs(60);
 
-/// For how long the door of these tests admits: longer than any of them.
+/// The life of an admission, longer than any test.
 pub(super) const LIFE: Duration = Duration::from_secs(3600);
 
 pub(super) async fn within_deadline<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, future).await.unwrap_or_else(|_| panic!("in time: {what}"))
 }
 
-/// Vouches for everybody but some.
+/// Admits all peers except the listed ones.
 #[derive(Default)]
 pub(in crate::mesh) struct DenyListAdmission(pub(in crate::mesh) BTreeSet<PeerId>);
 
 impl DenyListAdmission {
-    /// When its verdicts end: in some thousand years.
+    /// The end of the verdicts, in some thousand years.
     pub(in crate::mesh) const UNTIL: Duration = Duration::from_secs(1 << 37);
 }
 
@@ -50,13 +50,13 @@ impl Admission for DenyListAdmission {
 
     fn admit_relayed(&self, peer: PeerId, _: &Credential) -> Result<AdmittedPeer, Rejection> {
         if self.0.contains(&peer) {
-            return Err(Rejection::Denied("one of those".into()));
+            return Err(Rejection::Denied("the peer is on the deny list".into()));
         }
         Ok(AdmittedPeer { node: None, pod: None, valid_until: Self::UNTIL, is_in_grace: false })
     }
 }
 
-/// Stands for everybody's QUIC door: who may meet whom, and is admitted by both sides then.
+/// Stands for the QUIC side of all agents: two agents that may connect admit each other.
 #[derive(Clone, Default)]
 pub(super) struct TestNetwork(Arc<Mutex<BTreeMap<PeerId, TestEndpoint>>>);
 
@@ -64,7 +64,7 @@ pub(super) struct TestNetwork(Arc<Mutex<BTreeMap<PeerId, TestEndpoint>>>);
 struct TestEndpoint {
     mesh: Mesh,
     peer: Peer,
-    /// Whom it can never meet.
+    /// Peers to which no connection is possible.
     blocked: BTreeSet<PeerId>,
 }
 
@@ -73,7 +73,7 @@ impl TestNetwork {
         self.0.lock().unwrap().insert(peer.id, TestEndpoint { mesh: mesh.clone(), peer, blocked: BTreeSet::new() });
     }
 
-    /// These two can never meet.
+    /// Blocks all connections between two nodes.
     pub(super) fn block(&self, a: PeerId, b: PeerId) {
         let mut network = self.0.lock().unwrap();
         for (one, other) in [(a, b), (b, a)] {
@@ -101,7 +101,7 @@ impl TestNetwork {
     }
 }
 
-/// One agent's mesh, with what the rest of an agent does for it.
+/// A mesh under test, with a stand-in for the rest of its agent.
 pub(super) struct MeshTestNode {
     pub(super) name: NodeName,
     pub(super) identity: Identity,
@@ -110,7 +110,7 @@ pub(super) struct MeshTestNode {
     pub(super) metrics: Metrics,
     pub(super) table: SharedInventory,
     pub(super) network: TestNetwork,
-    /// Who came up, in order.
+    /// Peers that came up, in order.
     pub(super) peers_up: Arc<Mutex<Vec<PeerId>>>,
     /// The node whose agent has the same key.
     pub(super) shared_key: watch::Receiver<Option<NodeName>>,
@@ -118,7 +118,6 @@ pub(super) struct MeshTestNode {
     pub(super) task: JoinHandle<()>,
 }
 
-/// How a node is started.
 pub(super) struct NodeOptions {
     pub(super) name: NodeName,
     pub(super) identity: Identity,
@@ -154,12 +153,12 @@ impl MeshTestNode {
         node
     }
 
-    /// One that does not introduce itself yet.
+    /// Starts a node that does not introduce itself yet.
     pub(super) async fn start_unannounced(setting: NodeOptions) -> Self {
         Self::start_serving(setting, None).await
     }
 
-    /// The same with a server of ranges.
+    /// Starts a node with a range server.
     pub(super) async fn start_serving(setting: NodeOptions, server: Option<Arc<dyn RangeServer>>) -> Self {
         let NodeOptions { name, identity, listen, admission, limits, versions, network } = setting;
         let (shared_in, shared_key) = watch::channel(None);
@@ -194,7 +193,7 @@ impl MeshTestNode {
         Self { name, identity, mesh, address, metrics, table, network, peers_up, shared_key, stop, task }
     }
 
-    /// Joins, with the address where it says that it can be dialled.
+    /// Introduces the node with the address where peers can dial.
     pub(super) async fn introduce(&self, gossip: SocketAddr) {
         self.network.add(&self.mesh, Peer { gossip, ..self.peer() });
         self.mesh.introduce(Credential::default(), self.address, gossip, None).await;
@@ -208,7 +207,7 @@ impl MeshTestNode {
         Peer { id: self.id(), node: self.name.clone(), zone: None, transfer: self.address, gossip: self.address }
     }
 
-    /// Waits until the table says something.
+    /// Waits until the inventory satisfies `so`.
     pub(super) async fn until(&self, what: &str, so: impl Fn(&Inventory) -> bool) {
         let mut changes = self.table.changes();
         within_deadline(what, changes.wait_for(|_| self.table.read(&so))).await.unwrap();
@@ -219,7 +218,7 @@ impl MeshTestNode {
     }
 
     pub(super) async fn until_alone(&self) {
-        self.until("everybody is down", |table| table.peers().is_empty()).await;
+        self.until("all peers are down", |table| table.peers().is_empty()).await;
     }
 
     pub(super) async fn until_provides(&self, peer: PeerId, digest: Digest) {
@@ -257,7 +256,7 @@ impl MeshTestNode {
         self.has_counted(&format!("peer_faults_total{{fault=\"{fault}\"}}"))
     }
 
-    /// Nothing is up_events of a count, so it is looked at again and again.
+    /// Counters have no notification, so the test polls.
     pub(super) async fn until_counted(&self, what: &str, has: impl Fn(&Self) -> bool) {
         within_deadline(what, async {
             while !has(self) {

@@ -15,7 +15,7 @@ use crate::mesh::stack::MAX_SERVED_RANGES;
 use crate::oci::Digest;
 use crate::wire::{self, Answer, Request};
 
-/// Serves these blobs, one request for each permit.
+/// Serves `blobs`, one request per permit.
 struct TestRangeServer {
     blobs: HashMap<Digest, Bytes>,
     permits: Arc<Semaphore>,
@@ -110,7 +110,7 @@ fn range_failure(event: SwarmEvent<BehaviourEvent>) -> Option<OutboundFailure> {
             Some(error)
         }
         SwarmEvent::Behaviour(BehaviourEvent::Ranges(request_response::Event::Message { message, .. })) => {
-            panic!("no message may come: {message:?}")
+            panic!("a rejected peer got a message: {message:?}")
         }
         _ => None,
     }
@@ -170,10 +170,10 @@ async fn a_provider_reads_a_bounded_number_of_ranges_at_a_time() {
     for _ in 0..=most {
         greedy.send_range_request(&a, wire::encode(&get(Digest::of(&blob), 0, 10)).unwrap());
     }
-    assert_eq!(greedy.until("the one too many is refused", response).await, Answer::Busy.into());
+    assert_eq!(greedy.until("the request beyond the limit is rejected", response).await, Answer::Busy.into());
     permits.add_permits(most);
     for _ in 0..most {
-        assert_eq!(greedy.until("the others are served", response).await.bytes, blob);
+        assert_eq!(greedy.until("the other requests are served", response).await.bytes, blob);
     }
 }
 

@@ -1,4 +1,4 @@
-//! A peer that speaks libp2p and says whatever a test wants.
+//! A peer that sends any libp2p message that a test needs.
 
 use std::future::Future;
 
@@ -14,7 +14,7 @@ use crate::mesh::stack::{Behaviour, BehaviourEvent};
 use crate::model::{Introduction, LogEntry, LogHead, Profile, SyncReply, changes_digest, state_digest};
 use crate::wire;
 
-/// The bare stack, for the test to drive. It answers no question, but politely.
+/// The bare libp2p stack, driven by the test. The peer answers each sync request with `Busy`.
 pub(super) struct RawPeer {
     identity: Identity,
     pub(super) keys: GossipCrypto,
@@ -23,7 +23,7 @@ pub(super) struct RawPeer {
 }
 
 impl RawPeer {
-    /// One that lets this node connect.
+    /// Starts a peer that allows connections from this node.
     pub(super) async fn start(node: &MeshTestNode) -> Self {
         let identity = Identity::generate();
         let mut swarm =
@@ -34,7 +34,7 @@ impl RawPeer {
         Self { identity, keys, swarm, address: ([127, 0, 0, 1], port).into() }
     }
 
-    /// One that this node has admitted, and that can speak to it.
+    /// Starts a peer that the node has admitted, with gossip ready.
     pub(super) async fn admitted_by(node: &MeshTestNode) -> Self {
         let mut raw = Self::start(node).await;
         node.mesh.admit(raw.peer(), LIFE).await;
@@ -46,7 +46,7 @@ impl RawPeer {
         raw
     }
 
-    /// One that the node also knows by its introduction.
+    /// Starts a peer whose introduction the node has received.
     pub(super) async fn known_to(node: &MeshTestNode) -> Self {
         let mut raw = Self::admitted_by(node).await;
         let introduction = raw.introduction(1);
@@ -69,7 +69,7 @@ impl RawPeer {
         introduction_of(&self.keys, self.peer(), version)
     }
 
-    /// The first entry of a log, signed with this one's key whosever the log is.
+    /// The first entry of the publisher's log, signed with this peer's key.
     pub(super) fn entry(&self, publisher: PeerId, epoch: u64, item: InventoryItem) -> LogEntry {
         let changes = vec![InventoryChange::Added(item.clone())];
         let mut head = LogHead {
@@ -101,12 +101,11 @@ impl RawPeer {
         self.swarm.behaviour_mut().questions.send_request(&libp2p_peer_id(node.id()), question);
     }
 
-    /// Sends a request for a range.
     pub(super) fn send_range_request(&mut self, node: &MeshTestNode, request: Vec<u8>) {
         self.swarm.behaviour_mut().ranges.send_request(&libp2p_peer_id(node.id()), request);
     }
 
-    /// Drives it until an event is the one.
+    /// Drives the stack until `pick` selects an event.
     pub(super) async fn until<T>(
         &mut self,
         what: &str,
@@ -123,7 +122,7 @@ impl RawPeer {
         .await
     }
 
-    /// Drives it while something else happens.
+    /// Drives the stack until `other` ends.
     pub(super) async fn while_driven<T>(&mut self, other: impl Future<Output = T>) -> T {
         tokio::pin!(other);
         loop {
@@ -148,7 +147,7 @@ impl RawPeer {
     }
 }
 
-/// What the owner of these keys says of itself.
+/// A signed introduction of the owner of `keys`.
 pub(super) fn introduction_of(keys: &GossipCrypto, peer: Peer, version: u64) -> Introduction {
     let Peer { id, node, zone, transfer, gossip } = peer;
     let release = "0.0.1".parse().unwrap();

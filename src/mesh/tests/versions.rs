@@ -1,5 +1,5 @@
-//! Meshes of different MAJORs. The newer agent is of an imaginary next release whose messages are
-//! today's.
+//! Meshes of different MAJORs. The newer agent has an imaginary next release with the current
+//! messages.
 
 use super::*;
 
@@ -39,8 +39,8 @@ async fn a_newer_agents_announcement_reaches_an_older_agent_without_a_connection
     far.until_up(today.id()).await;
     far.announce(blob("newer")).await;
     today.announce(blob("older")).await;
-    // A relay passes on the older agent's entry as it is. The older agent does not read the topic
-    // of the newer entry, and asks for the entry when it compares its state with its neighbour's.
+    // A relay passes on the older agent's entry as it is. The older agent does not subscribe to the
+    // newer topic, and requests the newer entry after a comparison with its neighbor.
     far.until_provides(today.id(), blob("older")).await;
     today.until_provides(far.id(), blob("newer")).await;
 }

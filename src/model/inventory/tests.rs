@@ -1,10 +1,10 @@
-//! The canonical form: what it is, byte for byte, and that nothing else has the same.
+//! The canonical form, byte for byte, and its uniqueness.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// By the byte that stands for each.
+/// In the order of their canonical bytes.
 const KINDS: [OutageKind; 5] =
     [OutageKind::NoSuchHost, OutageKind::Refused, OutageKind::TimedOut, OutageKind::Tls, OutageKind::ServerError];
 
@@ -37,17 +37,17 @@ fn the_canonical_form_is_stable() {
     assert_eq!(canonical_bytes(&[image(None)]), untagged);
     assert_eq!(canonical_bytes(&[outage()]), b"\x02\x00\x06r.test\x02\x00\x00\x00\x00\x65\x53\xf1\x00");
     assert_eq!(KINDS.map(outage_kind_byte), [0, 1, 2, 3, 4]);
-    assert!(KINDS.is_sorted(), "the order of items is part of the form");
+    assert!(KINDS.is_sorted(), "the order of kinds is part of the form");
 }
 
-/// Computed by another program.
+/// An independent program computed the digests.
 #[test]
 fn state_and_change_digests_are_stable() {
     let blob = InventoryItem::Blob(digest(1));
     let state = "sha256:0a9056951067538353393ac945577e0f2155d94eb297cc84360be6102840ef81";
     let held = [blob.clone(), image(None), image(Some("v1")), outage()];
     assert_eq!(state_digest(&held).to_string(), state);
-    assert_eq!(state_digest(held.iter().rev().chain(&held)).to_string(), state, "in any order, and each once");
+    assert_eq!(state_digest(held.iter().rev().chain(&held)).to_string(), state, "order and repetition do not count");
     let changes = [InventoryChange::Added(image(Some("v1"))), InventoryChange::Removed(blob)];
     let digest = "sha256:ff3c0e2b99fd3adeef71fbc3ab2466aee29712c014ad2101c056851f7dada062";
     assert_eq!(changes_digest(&changes).to_string(), digest);
@@ -64,7 +64,7 @@ fn texts_of_any_length_have_distinct_canonical_forms() {
     }
 }
 
-/// Reads items back, so that what was fed can only have come from them.
+/// Parses a canonical form. A form that parses back to its items belongs to no other items.
 fn read(mut bytes: &[u8]) -> Vec<InventoryItem> {
     fn part<'a>(bytes: &mut &'a [u8], length: usize) -> &'a [u8] {
         let (part, rest) = bytes.split_at(length);
@@ -104,7 +104,7 @@ fn read(mut bytes: &[u8]) -> Vec<InventoryItem> {
 }
 
 fn any_item() -> impl Strategy<Value = InventoryItem> {
-    // Few different letters, so that one text is often the beginning of another.
+    // Few different letters, so one text is often the beginning of another.
     let text = || "[ab\0]{0,3}";
     let digest = || any::<[u8; 32]>().prop_map(Digest::from_bytes);
     prop_oneof![

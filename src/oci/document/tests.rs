@@ -44,7 +44,7 @@ fn an_index_selects_the_manifest_of_this_platform() {
     assert_eq!(select(&[("only", "")]), Some(Digest::of(b"only")), "no platform named at all");
     let digest = |name: &str| Some(Digest::of(name.as_bytes()));
     assert_eq!(select(&[("arm", ARM), ("plain", ""), ("other", "")]), digest("plain"), "the first without a platform");
-    assert_eq!(select(&[("plain", ""), ("amd", AMD)]), digest("amd"), "a named one comes first");
+    assert_eq!(select(&[("plain", ""), ("amd", AMD)]), digest("amd"), "an entry with a platform comes first");
     let unnamed = r#","annotations":{"vnd.docker.reference.type":"attestation-manifest"}"#;
     assert_eq!(select(&[("note", unnamed), ("plain", "")]), digest("note"), "containerd reads no annotation");
     assert_eq!(select(&[]), None);
@@ -130,7 +130,7 @@ fn an_artifact_is_not_runnable_and_the_error_names_the_type() {
         "an artifact of type \"application/vnd.example.sig\", not an image that can run"
     );
     assert!(runs("application/vnd.cncf.helm.config.v1+json", "").unwrap_err().contains("helm"));
-    assert_eq!(runs(CONFIGS[0], r#","artifactType":"application/x""#), Ok(()), "it has an image's configuration");
+    assert_eq!(runs(CONFIGS[0], r#","artifactType":"application/x""#), Ok(()), "the configuration is an image's");
 }
 
 #[test]
@@ -159,7 +159,7 @@ proptest::proptest! {
         let json = serde_json::json!({"schemaVersion": 2, "config": layers.first(), "layers": layers}).to_string();
         let read = Document::parse(json.as_bytes());
         match layers.first() {
-            None => proptest::prop_assert!(read.is_err(), "without a configuration it is no manifest"),
+            None => proptest::prop_assert!(read.is_err(), "a manifest has a configuration"),
             Some(config) => {
                 let expected = Manifest {
                     media_type: MANIFESTS[0].into(), artifact_type: None, config: config.clone(), layers,

@@ -1,9 +1,10 @@
-//! The first states of a list that is being made.
+//! The first states of a chain that is being computed.
 
 use super::{HashState, PieceHasher, PieceLayout};
 
-/// What there is of a list while its maker hashes the blob. Nothing is proved by it, not even that the list ends at the digest: it tells early whether a
-/// piece is what somebody else says that it is.
+/// The states that a provider has sent while the provider hashes the blob. A prefix verifies
+/// nothing, not even that the chain ends at the digest. A prefix shows early whether a piece from
+/// another peer agrees with the chain.
 #[derive(Clone, Debug)]
 pub struct ChainPrefix {
     layout: PieceLayout,
@@ -11,29 +12,29 @@ pub struct ChainPrefix {
 }
 
 impl ChainPrefix {
-    /// Of a list of which there is nothing yet.
+    /// A prefix without states.
     pub fn new(cut: PieceLayout) -> Self {
         Self { layout: cut, states: Vec::new() }
     }
 
-    /// States that follow those that were had; more than the blob has are dropped.
+    /// Appends states; more states than the blob has are dropped.
     pub fn extend(&mut self, states: &[HashState]) {
         let left = (self.layout.piece_count() - 1).saturating_sub(self.states.len());
         self.states.extend_from_slice(&states[..states.len().min(left)]);
     }
 
-    /// Bytes of the blob that its maker has hashed for these states.
+    /// Bytes of the blob that the provider has hashed for these states.
     pub fn hashed_bytes(&self) -> u64 {
         self.layout.offset(self.states.len())
     }
 
-    /// For the bytes of this piece, if both states around it are there.
+    /// A hasher for this piece, if both states around the piece are present.
     pub fn hasher(&self, piece: usize) -> Option<PieceHasher> {
         self.states.get(piece)?;
         Some(PieceHasher::new(piece, self.start_state(piece)))
     }
 
-    /// Whether the bytes taken are the piece, according to these states.
+    /// Whether the hashed bytes are the piece, according to these states.
     pub fn is_valid_piece(&self, hasher: &PieceHasher) -> bool {
         let piece = hasher.piece();
         hasher

@@ -1,11 +1,11 @@
-//! Pieces that are hashed as they come, and the proof that they add up to.
+//! Verifies pieces as their bytes arrive, and the blob as a whole.
 
 use std::sync::Arc;
 
 use super::{HashChain, HashState, StreamingHash};
 use crate::oci::BlobProof;
 
-/// Hashes one piece while it streams by.
+/// Hashes one piece while its bytes arrive.
 #[derive(Clone, Debug)]
 pub struct PieceHasher {
     piece: usize,
@@ -18,27 +18,28 @@ impl PieceHasher {
         Self { piece, start_state: before, hash: StreamingHash::new(before) }
     }
 
-    /// Which piece.
+    /// The number of the piece, counted from 0.
     pub fn piece(&self) -> usize {
         self.piece
     }
 
-    /// Takes the next bytes of the piece.
+    /// Hashes the next bytes of the piece.
     pub fn update(&mut self, bytes: &[u8]) {
         self.hash.update(bytes);
     }
 
-    /// Whether it began as this list says; one that did not tells nothing about the bytes.
+    /// Whether the hasher began with the state of this chain. Otherwise the result says nothing
+    /// about the bytes.
     pub fn has_start_state_of(&self, chain: &HashChain) -> bool {
         self.start_state == chain.start_state(self.piece)
     }
 
-    /// The state after the piece, if it began with this one and so many bytes were taken.
+    /// The state after the piece, if the hasher began with `before` and hashed `length` bytes.
     pub(super) fn end_state(&self, before: HashState, length: u64) -> Option<HashState> {
         (self.start_state == before && self.hash.taken() == length).then(|| self.hash.state())
     }
 
-    /// Whether the bytes taken are the piece, according to this list.
+    /// Whether the hashed bytes are the piece, according to this chain.
     pub fn is_valid_for(self, chain: &HashChain) -> bool {
         let began = self.has_start_state_of(chain);
         let Self { piece, hash: running, .. } = self;
@@ -53,7 +54,8 @@ impl PieceHasher {
     }
 }
 
-/// The pieces of a blob that were found to fit one list. When they are all, the blob is proved.
+/// The pieces of a blob that are valid by one chain. When all pieces are valid, the blob is
+/// verified.
 #[derive(Debug)]
 pub struct PieceVerifier {
     chain: Arc<HashChain>,
@@ -62,18 +64,18 @@ pub struct PieceVerifier {
 }
 
 impl PieceVerifier {
-    /// Nothing is proved yet.
+    /// No piece is valid yet.
     pub fn new(chain: Arc<HashChain>) -> Self {
         let left = chain.layout().piece_count();
         Self { chain, valid: vec![false; left], left }
     }
 
-    /// The list.
+    /// The chain that verifies the pieces.
     pub fn hash_chain(&self) -> &Arc<HashChain> {
         &self.chain
     }
 
-    /// Counts a piece if it fits; false when it does not.
+    /// Records a valid piece; `false` when the piece is not valid.
     pub fn record(&mut self, hasher: PieceHasher) -> bool {
         let piece = hasher.piece();
         if !hasher.is_valid_for(&self.chain) {
@@ -83,12 +85,13 @@ impl PieceVerifier {
         true
     }
 
-    /// Whether the piece was found to fit.
+    /// Whether the piece was recorded as valid.
     pub fn has_piece(&self, piece: usize) -> bool {
         self.valid.get(piece).is_some_and(|fitted| *fitted)
     }
 
-    /// The proof, when every piece fits: the first state is SHA-256's own and the last link ends at the digest.
+    /// The proof, when every piece is valid: the first state is SHA-256's own and the last link
+    /// ends at the digest.
     pub fn proof(&self) -> Option<BlobProof> {
         (self.left == 0).then(|| BlobProof::new(self.chain.digest(), self.chain.layout().size()))
     }

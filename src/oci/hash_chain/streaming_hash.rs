@@ -1,4 +1,4 @@
-//! SHA-256 from any state on, over bytes that come in any portions.
+//! SHA-256 from any state on, over bytes in chunks of any length.
 
 use super::{BLOCK, Digest, HashState};
 
@@ -6,7 +6,7 @@ use super::{BLOCK, Digest, HashState};
 pub(super) struct StreamingHash {
     state: HashState,
     taken: u64,
-    /// Less than a block, from the last call.
+    /// The bytes after the last whole block.
     rest: [u8; BLOCK],
     rest_length: usize,
 }
@@ -33,17 +33,17 @@ impl StreamingHash {
         self.rest_length = rest.len();
     }
 
-    /// Bytes taken since the beginning.
+    /// Bytes hashed since the beginning.
     pub(super) fn taken(&self) -> u64 {
         self.taken
     }
 
-    /// Means something only where whole blocks were taken.
+    /// Has a meaning only after whole blocks.
     pub(super) fn state(&self) -> HashState {
         self.state
     }
 
-    /// The digest, where what was taken ends a message of `length` bytes.
+    /// The digest, where the hashed bytes end a message of `length` bytes.
     pub(super) fn finish(self, length: u64) -> Digest {
         self.state.finish(&self.rest[..self.rest_length], length)
     }

@@ -1,4 +1,4 @@
-//! The chain against plain SHA-256.
+//! The hash chain against plain SHA-256.
 
 use std::sync::Arc;
 
@@ -93,7 +93,8 @@ fn a_hash_chain_of_another_length_is_rejected() {
 
 #[test]
 fn a_wrong_blob_length_fails_at_the_last_piece() {
-    // The length is part of the padding: a list that claims a longer blob whose last piece begins alike does not end at the digest.
+    // The length is part of the padding. A chain that claims a longer blob does not end at the
+    // digest, also when the last piece of the longer blob begins alike.
     let blob = bytes(200, 1);
     let chain = chain_of(&blob, 64);
     let longer = PieceLayout::new(201, 64).unwrap();
@@ -224,8 +225,8 @@ fn a_chain_prefix_verifies_exactly_the_pieces_that_the_prefix_covers() {
             assert_eq!(hashed(&beginning, piece, &wrong), Some(false));
             assert_eq!(hashed(&beginning, piece, &right[1..]), Some(false));
         }
-        assert!(beginning.hasher(place + 1).is_none(), "its end is not there");
+        assert!(beginning.hasher(place + 1).is_none(), "the state after the piece is missing");
     }
     beginning.extend(&[HashState::INITIAL; 10]);
-    assert!(beginning.hasher(cut.piece_count() - 1).is_none(), "there are no such states");
+    assert!(beginning.hasher(cut.piece_count() - 1).is_none(), "the last piece has no state after it");
 }

@@ -24,7 +24,7 @@ impl std::fmt::Debug for RegistryCredential {
     }
 }
 
-/// Whether a secret with this one key has something for the repository.
+/// Whether a secret with this key has a credential for the repository.
 fn is_credential_for(key: &str, registry: &str, path: &str) -> bool {
     let secret = secret(json!({ key: { "username": "u", "password": "p" } }));
     !for_repository(&[secret], &repository(registry, path)).is_empty()

@@ -1,11 +1,10 @@
-//! Blobs that a node discarded, from registries that are right, wrong, slow or closed.
+//! Blobs that a node discarded, from registries with correct, wrong, slow and denied responses.
 
 use super::*;
 use crate::ports::StoreError;
 
 const BLOB: &[u8] = b"a layer";
 
-/// Keeps what was written.
 #[derive(Default)]
 struct BufferSink(Vec<u8>);
 
@@ -17,7 +16,7 @@ impl BlobSink for BufferSink {
     }
 }
 
-/// A short word for the end of a fetch, and the bytes that were written.
+/// The result of a fetch as a short text, and the bytes that were written.
 async fn fetch(client: &RegistryClient, server: &HttpTestServer, secrets: &[PullSecret]) -> (String, Vec<u8>) {
     fetch_of(client, server, BLOB.len() as u64, secrets).await
 }
@@ -109,13 +108,13 @@ async fn each_status_of_a_blob_maps_to_its_error() {
         (500, "down server_error"),
         (206, "wrong: status 206"),
         (418, "wrong: status 418"),
-        (301, "wrong: a redirect that is nowhere"),
+        (301, "wrong: a redirect without an HTTP URL"),
     ] {
         let server = HttpTestServer::start(move |_| reply(status, &[("Retry-After", "7")], BLOB)).await;
         assert_eq!(fetch(&client(), &server, &[]).await, (expected.into(), Vec::new()), "{status}");
     }
     let circle = HttpTestServer::start(|_| reply(307, &[("Location", "?again")], b"")).await;
-    assert_eq!(fetch(&client(), &circle, &[]).await.0, "wrong: redirects without end");
+    assert_eq!(fetch(&client(), &circle, &[]).await.0, "wrong: more than 4 redirects");
     assert_eq!(circle.request_lines().len(), 5);
 }
 
@@ -138,7 +137,7 @@ async fn wrong_bytes_are_refused_and_at_most_the_blobs_size_is_written() {
         ("too short", undeclared(b"a la"), "wrong: "),
         ("empty", undeclared(b""), "wrong: "),
         ("cut", declared(7, b"a la"), "down refused"),
-        ("no HTTP", b"SSH-2.0-x\r\n".to_vec(), "wrong: what is not HTTP"),
+        ("no HTTP", b"SSH-2.0-x\r\n".to_vec(), "wrong: a response that is not HTTP"),
     ] {
         let server = HttpTestServer::start(move |_| Reply::Bytes(answer.clone())).await;
         let (word, written) = fetch(&client(), &server, &[]).await;
@@ -156,7 +155,7 @@ async fn a_stalled_or_trickling_registry_times_out() {
     let stalling = HttpTestServer::start(move |_| Reply::Stall([head.as_bytes(), b"a la"].concat())).await;
     assert_eq!(fetch(&client_with_short_timeouts(), &silent, &[]).await.0, "down timed_out");
     assert_eq!(fetch(&client_with_short_timeouts(), &stalling, &[]).await.0, "down timed_out");
-    // Each byte comes in time, and all of them together would take ten seconds.
+    // Each byte arrives in time, but all bytes together would take ten seconds.
     let trickling = HttpTestServer::start(move |_| Reply::Trickle([head.as_bytes(), &[b'x'; 1000]].concat())).await;
     let client = RegistryClient { resolve_limit: LONG_TIMEOUT, ..client_with_short_timeouts() };
     assert_eq!(fetch_of(&client, &trickling, 1000, &[]).await.0, "down timed_out");

@@ -1,8 +1,8 @@
-//! Who is told a secret, and who is believed.
+//! Secrets and certificates: which servers receive a secret, and which servers are trusted.
 
 use super::*;
 
-/// What a server wants to see; without it, 401 with this challenge.
+/// A server that replies to this authorization, and sends 401 with the challenge otherwise.
 fn requiring_authorization(authorization: String, challenge: String) -> impl Fn(&ReceivedRequest) -> Reply {
     move |seen| match seen.header("authorization") == Some(&authorization) {
         true => digest_reply(),
@@ -21,7 +21,7 @@ fn token_for(user: &'static str) -> impl Fn(&ReceivedRequest) -> Reply {
     }
 }
 
-/// What a server was told about who asks, request by request.
+/// The `Authorization` headers that a server received, in order.
 fn authorizations(server: &HttpTestServer) -> Vec<Option<String>> {
     server.requests().iter().map(|seen| seen.header("authorization").map(str::to_owned)).collect()
 }
@@ -100,7 +100,7 @@ async fn the_reply_to_the_first_accepted_credential_is_the_result() {
     let server = server.await;
     let secrets = ["a", "b", "c"].map(|user| secret(&server.host_port(), user));
     assert_eq!(resolve(&client(), &server, &secrets).await, Err(RegistryError::NotFound(server.host_port())));
-    assert_eq!(authorizations(&server).len(), 4, "the others were tried all the same");
+    assert_eq!(authorizations(&server).len(), 4, "the other credentials were tried too");
 }
 
 #[tokio::test]
@@ -216,7 +216,7 @@ async fn a_certificate_of_a_configured_authority_is_trusted() {
     let both = client_trusting(&[&certificate, &tokens_certificate], &[]);
     assert_eq!(resolve(&both, &server, &secrets).await, Ok(digest()));
     assert_eq!(authorizations(&tokens), [Some(basic("user"))]);
-    // The registry alone, also as one that is insecure: its token server still has to prove itself.
+    // The token server's certificate is verified although the registry is trusted, or is insecure.
     for client in [client_trusting(&[&certificate], &[]), client_trusting(&[], &[&server.host_port()])] {
         assert_eq!(resolve(&client, &server, &secrets).await, down(&server, OutageKind::Tls));
     }

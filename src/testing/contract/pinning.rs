@@ -1,4 +1,4 @@
-//! What is pinned or reached from a record stays; everything else is collected.
+//! Content under a pin or a record stays; other content is collected.
 
 use super::*;
 
@@ -13,7 +13,7 @@ pub(super) async fn a_pin_protects_blobs_written_under_the_pin(subject: &mut dyn
     ensure(listed(store.as_ref()).await? == digests(&[&held, &child]), "pinned content was collected")?;
     store.release(pin).await?;
     subject.collect().await;
-    ensure(listed(store.as_ref()).await?.is_empty(), "released content that nothing names is not collected")
+    ensure(listed(store.as_ref()).await?.is_empty(), "released content without a record is not collected")
 }
 
 pub(super) async fn a_pin_protects_blobs_that_existed_before(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -22,13 +22,13 @@ pub(super) async fn a_pin_protects_blobs_that_existed_before(subject: &mut dyn S
     let blob = TestBlob::of("found", 1000);
     blob.write(store.as_ref(), &first, &[]).await?;
     let created = store.create(blob.digest, blob.size(), &second).await.map(|_| ());
-    ensure(matches!(created, Err(StoreError::AlreadyExists(_))), format!("create of what is there: {created:?}"))?;
+    ensure(matches!(created, Err(StoreError::AlreadyExists(_))), format!("create of an existing blob: {created:?}"))?;
     store.release(first).await?;
     subject.collect().await;
-    ensure(blob.is_in(store.as_ref()).await?, "what was there already is not held by the second pin")?;
+    ensure(blob.is_in(store.as_ref()).await?, "the second pin does not hold the existing blob")?;
     store.release(second).await?;
     subject.collect().await;
-    ensure(!blob.is_in(store.as_ref()).await?, "it is held by a pin that was released")
+    ensure(!blob.is_in(store.as_ref()).await?, "a released pin holds the blob")
 }
 
 pub(super) async fn a_pin_expires(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -42,7 +42,8 @@ pub(super) async fn a_pin_expires(subject: &mut dyn StoreUnderTest) -> CheckResu
 
 pub(super) async fn a_renewed_pin_protects_earlier_and_later_blobs(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
-    // containerd collects by itself after a hundred changes of its metadata, counted anew from here.
+    // containerd collects on its own after a hundred changes of its metadata, counted anew from
+    // here.
     subject.collect().await;
     let pin = store.pin(Duration::ZERO).await?;
     let blob = |what: &str| TestBlob::of(&format!("renewed {what}"), 500);
@@ -51,7 +52,7 @@ pub(super) async fn a_renewed_pin_protects_earlier_and_later_blobs(subject: &mut
     let staged = store.stage(half.digest, half.size(), &pin).await?;
     store.renew(&pin, HOUR).await?;
     subject.collect().await;
-    ensure(before.is_in(store.as_ref()).await?, "what was written before the renewal was collected")?;
+    ensure(before.is_in(store.as_ref()).await?, "the blob from before the renewal was collected")?;
     staged.write_at(0, std::slice::from_ref(&half.bytes)).await?;
     staged.commit(half.proof()?, &BlobMetadata::default()).await?;
     after.write(store.as_ref(), &pin, &[]).await?;
@@ -96,7 +97,8 @@ pub(super) async fn added_metadata_replaces_nothing(subject: &mut dyn StoreUnder
     for blob in layers.iter().chain([&config]) {
         blob.write(store.as_ref(), &pin, &[]).await?;
     }
-    // At the commit, then more, then the same again in another order: as when two images are recovered that share a manifest.
+    // Metadata at the commit, then more, then a repetition in another order, as when two recovered
+    // images share a manifest.
     parent.write(store.as_ref(), &pin, &[(&layers[0], ChildKind::Layer), (&layers[1], ChildKind::Layer)]).await?;
     let more: Vec<_> = layers[2..].iter().map(|layer| (layer, ChildKind::Layer)).collect();
     store.add_metadata(parent.digest, &remembered(&more)).await?;
@@ -109,7 +111,7 @@ pub(super) async fn added_metadata_replaces_nothing(subject: &mut dyn StoreUnder
     subject.collect().await;
     let found = listed(store.as_ref()).await?;
     let lost: Vec<_> = layers.iter().chain([&config, &parent]).filter(|blob| !found.contains(&blob.digest)).collect();
-    ensure(lost.is_empty(), format!("{} of 14 blobs were forgotten", lost.len()))
+    ensure(lost.is_empty(), format!("{} of 14 blobs were collected", lost.len()))
 }
 
 pub(super) async fn blobs_reachable_from_a_record_are_kept(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -118,7 +120,7 @@ pub(super) async fn blobs_reachable_from_a_record_are_kept(subject: &mut dyn Sto
     let blob = |what: &str| TestBlob::of(&format!("reached {what}"), 400);
     let (index, manifest, config, layer, stray) =
         (blob("index"), blob("manifest"), blob("config"), blob("layer"), blob("by nothing"));
-    // The index also names a manifest for another platform, which is not here: that must not disturb.
+    // The index also lists a manifest for another platform, which is not in the store.
     let elsewhere = blob("other platform");
     for leaf in [&config, &layer, &stray] {
         leaf.write(store.as_ref(), &pin, &[]).await?;
@@ -153,7 +155,7 @@ pub(super) async fn metadata_of_a_written_blob_is_listed(subject: &mut dyn Store
     found.sort_by_key(|blob| blob.size);
     ensure(found == expected, format!("listed: {found:?}"))?;
     let found = store.blob(parent.digest).await?;
-    ensure(found.as_ref() == Some(&expected[1]), format!("one by one it says {found:?}"))
+    ensure(found.as_ref() == Some(&expected[1]), format!("a single lookup returns {found:?}"))
 }
 
 pub(super) async fn a_discarded_blob_can_be_written_again(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -168,9 +170,9 @@ pub(super) async fn a_discarded_blob_can_be_written_again(subject: &mut dyn Stor
 
     store.discard(parent.digest, &pin).await?;
     store.discard(parent.digest, &pin).await?;
-    ensure(!parent.is_in(store.as_ref()).await?, "it is there after it was discarded")?;
+    ensure(!parent.is_in(store.as_ref()).await?, "a discarded blob still exists")?;
     subject.collect().await;
-    ensure(child.is_in(store.as_ref()).await?, "what only the discarded blob kept alive was collected")?;
+    ensure(child.is_in(store.as_ref()).await?, "the child of the discarded blob was collected")?;
     let images = store.images().await?;
     ensure(images == [record], format!("records: {images:?}"))?;
 
@@ -178,5 +180,8 @@ pub(super) async fn a_discarded_blob_can_be_written_again(subject: &mut dyn Stor
     parent.check_content(store.as_ref()).await?;
     store.release(pin).await?;
     subject.collect().await;
-    ensure(listed(store.as_ref()).await? == digests(&[&parent, &child]), "the record does not hold it any more")
+    ensure(
+        listed(store.as_ref()).await? == digests(&[&parent, &child]),
+        "the record does not hold the blob that was written again",
+    )
 }

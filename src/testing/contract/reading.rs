@@ -1,11 +1,11 @@
-//! What is there can be read, and nothing else.
+//! Complete blobs can be read, and no other bytes.
 
 use super::*;
 
 pub(super) async fn an_absent_blob_is_none(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let blob = TestBlob::of("never written", 64);
-    ensure(store.blob(blob.digest).await?.is_none(), "a blob that nobody wrote is there")?;
+    ensure(store.blob(blob.digest).await?.is_none(), "a blob that was never written exists")?;
     ensure(store.blobs().await?.is_empty(), "an empty store lists blobs")?;
     ensure(store.images().await?.is_empty(), "an empty store lists images")?;
     let opened = store.open(blob.digest).await.map(|_| ());
@@ -19,9 +19,9 @@ pub(super) async fn a_committed_blob_reads_back_at_any_offset(subject: &mut dyn 
     let pin = store.pin(HOUR).await?;
     for (size, reason) in [
         (0, "an empty layer is a blob too"),
-        (1, "the shortest that has bytes"),
-        (63, "one less than SHA-256's block"),
-        (64, "exactly its block"),
+        (1, "the shortest blob with bytes"),
+        (63, "one less than a SHA-256 block"),
+        (64, "a SHA-256 block"),
         (65, "one more"),
         ((256 << 10) - 1, "one less than a write batch"),
         (256 << 10, "exactly a batch"),
@@ -37,7 +37,7 @@ pub(super) async fn a_committed_blob_reads_back_at_any_offset(subject: &mut dyn 
     Ok(())
 }
 
-/// As a fetch does it: batches of chunks that end anywhere, some of them empty.
+/// Writes like a fetch: batches of chunks of any length, some of them empty.
 async fn write_in_batches(store: &dyn ContentStore, blob: &TestBlob, pin: &Pin) -> CheckResult {
     let mut writer = store.create(blob.digest, blob.size(), pin).await?;
     writer.append(&[]).await?;
@@ -49,7 +49,7 @@ async fn write_in_batches(store: &dyn ContentStore, blob: &TestBlob, pin: &Pin) 
     Ok(writer.commit(blob.proof()?, &BlobMetadata::default()).await?)
 }
 
-/// Forwards, backwards, across the end and beyond it.
+/// Reads forwards, backwards, across the end and beyond.
 async fn check_reads_at_any_offset(store: &dyn ContentStore, blob: &TestBlob) -> CheckResult {
     let mut reader = store.open(blob.digest).await?;
     let size = blob.bytes.len();
@@ -57,7 +57,7 @@ async fn check_reads_at_any_offset(store: &dyn ContentStore, blob: &TestBlob) ->
         for most in [0, 1, 1000, 1 << 20] {
             let read = reader.read_at(offset as u64, most).await?;
             let rest = blob.bytes.get(offset..).unwrap_or_default();
-            ensure(read.len() <= most, format!("{} bytes when {most} were asked for", read.len()))?;
+            ensure(read.len() <= most, format!("{} bytes for a read of at most {most}", read.len()))?;
             ensure(rest.starts_with(&read), format!("other bytes at {offset}"))?;
             let at_end = most == 0 || rest.is_empty();
             ensure(read.is_empty() == at_end, format!("{} bytes of {most} at {offset}", read.len()))?;
@@ -81,6 +81,6 @@ pub(super) async fn the_list_contains_exactly_the_whole_blobs(subject: &mut dyn 
     let found: Vec<_> = blobs.iter().map(|blob| (blob.digest, blob.size)).collect();
     ensure(found == [(one.digest, 100), (two.digest, 2000)], format!("listed: {found:?}"))?;
     let info = store.blob(two.digest).await?;
-    ensure(info.as_ref() == Some(&blobs[1]), format!("one by one it says {info:?}"))?;
-    ensure(!half.is_in(store.as_ref()).await?, "a half-written blob is there")
+    ensure(info.as_ref() == Some(&blobs[1]), format!("a single lookup returns {info:?}"))?;
+    ensure(!half.is_in(store.as_ref()).await?, "a half-written blob exists")
 }

@@ -1,4 +1,4 @@
-//! Image records name what is there.
+//! Image records name existing blobs.
 
 use super::*;
 
@@ -7,7 +7,7 @@ pub(super) async fn a_record_needs_its_target(subject: &mut dyn StoreUnderTest) 
     let blob = TestBlob::of("target that is not there", 64);
     let put = store.put_image(&blob.record("example.org/nothing:1")).await;
     ensure(matches!(put, Err(StoreError::Absent(_))), format!("put_image: {put:?}"))?;
-    ensure(store.images().await?.is_empty(), "a record of nothing is listed")
+    ensure(store.images().await?.is_empty(), "a record without a target is listed")
 }
 
 pub(super) async fn a_record_replaces_the_record_of_the_same_name(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -23,7 +23,7 @@ pub(super) async fn a_record_replaces_the_record_of_the_same_name(subject: &mut 
     ensure(images == [new.record(name)], format!("records: {images:?}"))?;
     store.release(pin).await?;
     subject.collect().await;
-    ensure(listed(store.as_ref()).await? == digests(&[&new]), "the record still holds what it named before")
+    ensure(listed(store.as_ref()).await? == digests(&[&new]), "the record still holds its former target")
 }
 
 pub(super) async fn a_record_is_removed_only_with_the_right_target(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -40,16 +40,16 @@ pub(super) async fn a_record_is_removed_only_with_the_right_target(subject: &mut
     store.remove_image(&removed.name, kept.digest).await?;
     store.remove_image("example.org/removed", gone.digest).await?;
     let images = store.images().await?;
-    ensure(images.len() == 2, format!("after removing what is not there: {images:?}"))?;
+    ensure(images.len() == 2, format!("after removing missing records: {images:?}"))?;
     let mut changes = store.changes();
     changes.mark_unchanged();
     store.remove_image(&removed.name, gone.digest).await?;
-    ensure(changes.has_changed().unwrap_or(false), "the counter does not move")?;
+    ensure(changes.has_changed().unwrap_or(false), "the change counter did not move")?;
     store.remove_image(&removed.name, gone.digest).await?;
     let images = store.images().await?;
     ensure(images == [other], format!("left: {images:?}"))?;
     subject.collect().await;
-    ensure(listed(store.as_ref()).await? == digests(&[&kept]), "what only the removed record named is not collected")
+    ensure(listed(store.as_ref()).await? == digests(&[&kept]), "the target of the removed record is not collected")
 }
 
 pub(super) async fn concurrent_record_writes_all_succeed(subject: &mut dyn StoreUnderTest) -> CheckResult {

@@ -1,4 +1,4 @@
-//! The promises of every [`LayerLeases`], as checks that run on each implementation.
+//! Contract of every [`LayerLeases`], as checks for each implementation.
 
 use std::time::SystemTime;
 
@@ -11,10 +11,10 @@ pub trait LeasingStore: StoreUnderTest {
     fn leases(&self) -> Arc<dyn LayerLeases>;
 }
 
-/// Runs every check on a fresh store and panics with every failure.
+/// Runs every check on a new store and panics with all failures.
 ///
 /// # Panics
-/// When a promise is broken; the message names the check.
+/// When the store violates the contract; the message names the check.
 pub async fn assert_layer_lease_contract<S: LeasingStore>(name: &str, make: impl AsyncFn() -> S) {
     let mut broken = Vec::new();
     for (check, run) in checks() {
@@ -25,7 +25,7 @@ pub async fn assert_layer_lease_contract<S: LeasingStore>(name: &str, make: impl
             Err(_) => broken.push(format!("{check}: not done after {} s", DEADLINE.as_secs())),
         }
     }
-    assert!(broken.is_empty(), "{name} breaks the contract:\n{}", broken.join("\n"));
+    assert!(broken.is_empty(), "{name} violates the contract:\n{}", broken.join("\n"));
 }
 
 type Check = for<'a> fn(&'a dyn LeasingStore) -> Pinned<Box<dyn Future<Output = CheckResult> + 'a>>;
@@ -71,7 +71,7 @@ async fn a_lease_protects_a_layer_committed_later(subject: &dyn LeasingStore) ->
     pull(subject, &other, &[]).await?;
     subject.collect().await;
     ensure(layer.is_in(&*store).await?, "the layer that the lease names was collected")?;
-    ensure(!other.is_in(&*store).await?, "a layer that no lease names is still here")
+    ensure(!other.is_in(&*store).await?, "a layer without a lease was not collected")
 }
 
 async fn a_lease_does_not_protect_children_of_a_layer(subject: &dyn LeasingStore) -> CheckResult {
@@ -84,8 +84,8 @@ async fn a_lease_does_not_protect_children_of_a_layer(subject: &dyn LeasingStore
     leases.add_layer(&lease, parent.digest).await?;
     store.release(pin).await?;
     subject.collect().await;
-    ensure(parent.is_in(&*store).await?, "what the lease names was collected")?;
-    ensure(!child.is_in(&*store).await?, "content that its labels name is held as well")
+    ensure(parent.is_in(&*store).await?, "the blob of the lease was collected")?;
+    ensure(!child.is_in(&*store).await?, "the lease also holds the child of its blob")
 }
 
 async fn an_ended_lease_protects_nothing(subject: &dyn LeasingStore) -> CheckResult {
@@ -95,8 +95,8 @@ async fn an_ended_lease_protects_nothing(subject: &dyn LeasingStore) -> CheckRes
     leases.add_layer(&lease, layer.digest).await?;
     pull(subject, &layer, &[]).await?;
     leases.end_lease(lease.clone(), true).await?;
-    ensure(!layer.is_in(&*store).await?, "the call returned before the layer was collected")?;
-    ensure(leases.add_layer(&lease, layer.digest).await.is_err(), "an ended lease takes a layer")?;
+    ensure(!layer.is_in(&*store).await?, "`end_lease` returned before the layer was collected")?;
+    ensure(leases.add_layer(&lease, layer.digest).await.is_err(), "an ended lease accepts a layer")?;
     leases.end_lease(lease, false).await?;
     ensure(leases.layer_leases().await?.is_empty(), "an ended lease is listed")
 }

@@ -1,13 +1,13 @@
-//! Pieces in any order make a blob when they are proved, and nothing before.
+//! Pieces in any order make a blob once they are verified, and no blob before.
 
 use std::ops::Range;
 
 use super::*;
 
-/// Three of the smallest pieces that are cut, and a bit.
+/// Three of the smallest pieces, and a bit.
 const SIZE: usize = (3 << 18) + 12_345;
 
-/// Everything, the end first, in batches of chunks that end anywhere; some of them are empty.
+/// Writes the whole blob, the end first, in batches of chunks of any length, some of them empty.
 async fn write_backwards(staged: &dyn StagedBlob, blob: &TestBlob) -> CheckResult {
     staged.write_at(0, &[]).await?;
     for piece in (0..blob.bytes.len().div_ceil(1 << 18)).rev() {
@@ -22,15 +22,15 @@ async fn write_backwards(staged: &dyn StagedBlob, blob: &TestBlob) -> CheckResul
     Ok(())
 }
 
-/// The bytes of a range, however many come at once.
+/// Reads a range, with as many reads as necessary.
 async fn read(staged: &dyn StagedBlob, range: Range<usize>) -> Result<Vec<u8>, Violation> {
     let mut bytes = Vec::new();
     while bytes.len() < range.len() {
         let read = staged.read_at((range.start + bytes.len()) as u64, range.len() - bytes.len()).await?;
-        ensure(!read.is_empty(), format!("nothing to read {} bytes into {range:?}", bytes.len()))?;
+        ensure(!read.is_empty(), format!("no bytes at {} of {range:?}", bytes.len()))?;
         bytes.extend_from_slice(&read);
     }
-    ensure(bytes.len() == range.len(), "more is read than was asked for")?;
+    ensure(bytes.len() == range.len(), "a read returned more than its limit")?;
     Ok(bytes)
 }
 
@@ -43,15 +43,15 @@ pub(super) async fn pieces_in_any_order_make_the_blob(subject: &mut dyn StoreUnd
     let pin = store.pin(HOUR).await?;
     for (size, reason) in [
         (0, "an empty layer is a blob too"),
-        (1, "the shortest that has bytes"),
+        (1, "the shortest blob with bytes"),
         (1 << 18, "exactly a piece"),
-        (SIZE, "several pieces, of which the last is short"),
+        (SIZE, "several pieces with a short last one"),
         (5 << 20, "several messages of any store that sends messages"),
     ] {
         let explain = |Violation(failure)| Violation(format!("{size} bytes ({reason}): {failure}"));
         let blob = TestBlob::of("any order", size);
         let staged = store.stage(blob.digest, blob.size(), &pin).await?;
-        ensure(staged.resumed_ranges().is_empty(), "something is left of what was never staged").map_err(explain)?;
+        ensure(staged.resumed_ranges().is_empty(), "a new staged blob has earlier pieces").map_err(explain)?;
         write_backwards(&*staged, &blob).await.map_err(explain)?;
         staged.commit(blob.proof()?, &BlobMetadata::default()).await.map_err(Violation::from).map_err(explain)?;
         blob.check_content(store.as_ref()).await.map_err(explain)?;
@@ -67,16 +67,16 @@ pub(super) async fn a_staged_blob_is_invisible_before_the_commit(subject: &mut d
     let staged = store.stage(blob.digest, blob.size(), &pin).await?;
     let last = SIZE - 12_345..SIZE;
     staged.write_at(last.start as u64, &[blob.bytes.slice(last.clone())]).await?;
-    ensure(read(&*staged, last.clone()).await? == blob.bytes[last.clone()], "other bytes than were written")?;
-    ensure(read(&*staged, 5000..6000).await? == [0; 1000], "no zeros where nothing was written")?;
-    ensure(staged.read_at(SIZE as u64, 10).await?.is_empty(), "there are bytes beyond the end")?;
+    ensure(read(&*staged, last.clone()).await? == blob.bytes[last.clone()], "the bytes differ from those written")?;
+    ensure(read(&*staged, 5000..6000).await? == [0; 1000], "unwritten bytes are not zeros")?;
+    ensure(staged.read_at(SIZE as u64, 10).await?.is_empty(), "a read beyond the end returned bytes")?;
     let beyond = staged.write_at(SIZE as u64 - 1, &[Bytes::from_static(b"xy")]).await;
     ensure(matches!(beyond, Err(StoreError::Other(_))), format!("a write beyond the end: {beyond:?}"))?;
 
     write_backwards(&*staged, &blob).await?;
     subject.collect().await;
-    ensure(!blob.is_in(store.as_ref()).await?, "what is staged is there")?;
-    ensure(listed(store.as_ref()).await?.is_empty(), "what is staged is listed")?;
+    ensure(!blob.is_in(store.as_ref()).await?, "a staged blob exists before its commit")?;
+    ensure(listed(store.as_ref()).await?.is_empty(), "a staged blob is listed before its commit")?;
     let opened = store.open(blob.digest).await.map(|_| ());
     ensure(matches!(opened, Err(StoreError::Absent(_))), format!("open: {opened:?}"))
 }
@@ -89,7 +89,7 @@ pub(super) async fn a_staged_blob_rejects_the_proof_of_another_blob(subject: &mu
     staged.write_at(0, std::slice::from_ref(&other.bytes)).await?;
     let committed = staged.commit(other.proof()?, &BlobMetadata::default()).await;
     ensure(matches!(committed, Err(StoreError::Other(_))), format!("commit: {committed:?}"))?;
-    ensure(listed(store.as_ref()).await?.is_empty(), "something is there nevertheless")
+    ensure(listed(store.as_ref()).await?.is_empty(), "a blob exists after the rejected commit")
 }
 
 pub(super) async fn writes_after_the_commit_are_rejected(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -101,9 +101,9 @@ pub(super) async fn writes_after_the_commit_are_rejected(subject: &mut dyn Store
     staged.commit(blob.proof()?, &BlobMetadata::default()).await?;
     let wrong = staged.write_at(1000, &[Bytes::from_static(b"wrong")]).await;
     ensure(matches!(wrong, Err(StoreError::Other(_))), format!("a write after the commit: {wrong:?}"))?;
-    // What came to be a blob stays one.
+    // A committed blob stays.
     staged.abandon().await;
-    ensure(read(&*staged, 0..SIZE).await? == blob.bytes, "it cannot be read any more where it was staged")?;
+    ensure(read(&*staged, 0..SIZE).await? == blob.bytes, "the handle cannot read the committed blob")?;
     drop(staged);
     blob.check_content(store.as_ref()).await
 }
@@ -120,7 +120,7 @@ async fn stage_second_half(
     Ok((staged, written))
 }
 
-/// Finds again what was written, and finishes.
+/// Resumes from the written range and commits.
 async fn resume_and_commit(store: &dyn ContentStore, blob: &TestBlob, pin: &Pin, written: Range<usize>) -> CheckResult {
     let staged = store.stage(blob.digest, blob.size(), pin).await?;
     let left = staged.resumed_ranges();
@@ -165,11 +165,11 @@ pub(super) async fn an_abandoned_staged_blob_is_not_resumed(subject: &mut dyn St
     let (staged, _) = stage_second_half(store.as_ref(), &blob, &pin).await?;
     staged.abandon().await;
     let wrong = staged.write_at(0, &[Bytes::from_static(b"wrong")]).await;
-    ensure(matches!(wrong, Err(StoreError::Other(_))), format!("a write to what was abandoned: {wrong:?}"))?;
+    ensure(matches!(wrong, Err(StoreError::Other(_))), format!("a write to an abandoned blob: {wrong:?}"))?;
     let committed = staged.commit(blob.proof()?, &BlobMetadata::default()).await;
-    ensure(matches!(committed, Err(StoreError::Other(_))), format!("a commit of what was abandoned: {committed:?}"))?;
+    ensure(matches!(committed, Err(StoreError::Other(_))), format!("a commit of an abandoned blob: {committed:?}"))?;
     drop(staged);
-    ensure(listed(store.as_ref()).await?.is_empty(), "what was abandoned is listed")?;
+    ensure(listed(store.as_ref()).await?.is_empty(), "an abandoned blob is listed")?;
     let staged = store.stage(blob.digest, blob.size(), &pin).await?;
     ensure(staged.resumed_ranges().is_empty(), format!("left is {:?}", staged.resumed_ranges()))?;
     write_backwards(&*staged, &blob).await?;
@@ -185,18 +185,19 @@ pub(super) async fn a_blob_is_staged_once_and_only_while_absent(subject: &mut dy
     let second = store.stage(blob.digest, blob.size(), &pin).await.map(|_| ());
     ensure(matches!(second, Err(StoreError::Busy(_))), format!("staged twice: {second:?}"))?;
     let writer = store.create(blob.digest, blob.size(), &pin).await.map(|_| ());
-    ensure(matches!(writer, Err(StoreError::Busy(_))), format!("a writer beside it: {writer:?}"))?;
+    ensure(matches!(writer, Err(StoreError::Busy(_))), format!("a writer beside the staged blob: {writer:?}"))?;
     write_backwards(&*staged, &blob).await?;
     staged.commit(blob.proof()?, &BlobMetadata::default()).await?;
     drop(staged);
 
     let again = store.stage(blob.digest, blob.size(), &other).await.map(|_| ());
-    ensure(matches!(again, Err(StoreError::AlreadyExists(_))), format!("staged when it is there: {again:?}"))?;
+    ensure(matches!(again, Err(StoreError::AlreadyExists(_))), format!("staged while the blob exists: {again:?}"))?;
     store.release(pin).await?;
     subject.collect().await;
-    ensure(blob.is_in(store.as_ref()).await?, "what was there already is not held by the second pin")?;
-    let gone = store.stage(TestBlob::of("staged for nobody", 10).digest, 10, &Pin("nobody's".into())).await.map(|_| ());
-    ensure(matches!(gone, Err(StoreError::Other(_))), format!("staged under a pin that is gone: {gone:?}"))
+    ensure(blob.is_in(store.as_ref()).await?, "the second pin does not hold the existing blob")?;
+    let gone =
+        store.stage(TestBlob::of("staged without a pin", 10).digest, 10, &Pin("unknown".into())).await.map(|_| ());
+    ensure(matches!(gone, Err(StoreError::Other(_))), format!("staged under an unknown pin: {gone:?}"))
 }
 
 pub(super) async fn a_pin_protects_blobs_staged_under_the_pin(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -210,7 +211,7 @@ pub(super) async fn a_pin_protects_blobs_staged_under_the_pin(subject: &mut dyn 
     blob.check_content(store.as_ref()).await?;
     store.release(pin).await?;
     subject.collect().await;
-    ensure(!blob.is_in(store.as_ref()).await?, "released content that nothing names is not collected")
+    ensure(!blob.is_in(store.as_ref()).await?, "released content without a record is not collected")
 }
 
 pub(super) async fn metadata_of_a_staged_blob_is_listed(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -225,11 +226,11 @@ pub(super) async fn metadata_of_a_staged_blob_is_listed(subject: &mut dyn StoreU
     staged.write_at(0, std::slice::from_ref(&parent.bytes)).await?;
     let known = BlobMetadata { source: Some(source.clone()), ..remembered(&[(&child, ChildKind::Layer)]) };
     staged.commit(parent.proof()?, &known).await?;
-    ensure(changes.has_changed().unwrap_or_default(), "the counter does not move after a commit")?;
+    ensure(changes.has_changed().unwrap_or_default(), "the change counter did not move after a commit")?;
     let expected = BlobInfo { digest: parent.digest, size: 300, sources: vec![source], has_children: true };
     let found = store.blob(parent.digest).await?;
-    ensure(found == Some(expected), format!("it says {found:?}"))?;
+    ensure(found == Some(expected), format!("a lookup returns {found:?}"))?;
     store.release(other).await?;
     subject.collect().await;
-    ensure(child.is_in(store.as_ref()).await?, "the child of what was staged was collected")
+    ensure(child.is_in(store.as_ref()).await?, "the child of the staged blob was collected")
 }

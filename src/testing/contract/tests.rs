@@ -1,4 +1,4 @@
-//! The contract finds out a store that breaks it.
+//! The contract detects a store that violates it.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -12,46 +12,46 @@ use crate::decide::disk::Disks;
 use crate::ports::{BlobReader, Snapshots};
 use crate::testing::MemoryStore;
 
-/// Passes everything on but what the test breaks.
+/// Forwards every call except for one defect.
 #[derive(Clone)]
 struct UnsoundStore {
     sound: MemoryStore,
     defect: Defect,
-    /// Blobs that were ever staged.
+    /// Every blob that was ever staged.
     staged: Arc<Mutex<HashSet<Digest>>>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
 enum Defect {
-    /// What is remembered, as a store that does not write its labels.
+    /// Added metadata is lost, as in a store that writes no labels.
     Remembering,
-    /// The hold on what was there already.
+    /// A pin does not hold blobs that existed before.
     Pinning,
-    /// The check of a record's target.
+    /// Records without their target are accepted.
     Targets,
-    /// The check of what the record that is to be removed points at.
+    /// A record is removed whatever its target.
     Removing,
-    /// The counter.
+    /// The change counter never moves.
     Counting,
-    /// What is told of sources and children.
+    /// Sources and children are not listed.
     Showing,
-    /// The removal of what is discarded, as where `create` goes on answering that it is there.
+    /// A discarded blob stays, and `create` still fails with [`StoreError::AlreadyExists`].
     Discarding,
-    /// The hold on what the discarded blob kept alive.
+    /// The children of a discarded blob are not pinned.
     Orphans,
-    /// The wait for the commit, as where what is staged lies among the blobs.
+    /// A staged blob is visible before its commit, as in a store that stages among its blobs.
     Hiding,
-    /// The look at what the proof of the staged is for.
+    /// The commit of a staged blob succeeds with any proof.
     Proofs,
-    /// The end of writing, as where the file is still open after it came to be a blob.
+    /// Writes after the commit succeed, as into a file that is still open.
     Sealing,
-    /// What was staged before.
+    /// Pieces of an earlier attempt are not reported.
     Resuming,
-    /// What is to be thrown away of the staged.
+    /// Abandoned pieces stay.
     Abandoning,
-    /// What is remembered about the staged.
+    /// Metadata of a staged blob is lost.
     Labels,
-    /// The renewal of pins.
+    /// A renewal does not move the end of a pin.
     Renewing,
 }
 
@@ -106,7 +106,7 @@ impl ContentStore for UnsoundStore {
     async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
         match self.defect {
             Defect::Discarding => Ok(()),
-            Defect::Orphans => self.sound.discard(digest, &Pin("nobody's".into())).await,
+            Defect::Orphans => self.sound.discard(digest, &Pin("unknown".into())).await,
             _ => self.sound.discard(digest, pin).await,
         }
     }

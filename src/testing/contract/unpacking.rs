@@ -1,33 +1,34 @@
-//! What every [`Unpacker`] promises, as checks that run on each of them.
+//! Contract of every [`Unpacker`], as checks for each implementation.
 
 use super::*;
 use crate::oci::StackedLayer;
 use crate::ports::{UnpackError, UnpackOutcome, Unpacker};
 use crate::testing::image::{Compression, MadeImage, Recipe, make_image};
 
-/// A store that unpacks, under test.
+/// A store with an unpacker, under test.
 #[async_trait]
 pub trait UnpackingStore: StoreUnderTest {
-    /// Unpacks what is in the store.
+    /// Unpacks layers of the store.
     fn unpacker(&self) -> Arc<dyn Unpacker>;
 
-    /// The chain IDs of all layers that are unpacked.
+    /// Chain IDs of all unpacked layers.
     async fn unpacked(&self) -> BTreeSet<Digest>;
 
-    /// How many layers are half unpacked.
+    /// Number of partial snapshots.
     async fn half_unpacked(&self) -> usize;
 }
 
-/// Runs every check on a store of its own and panics with all that failed.
+/// Runs every check on a new store and panics with all failures.
 ///
 /// # Panics
-/// When a promise is broken; the message names the check.
+/// When the store violates the contract; the message names the check.
 pub async fn assert_unpacking_contract<S: UnpackingStore>(name: &str, make: impl AsyncFn() -> S) {
     let broken = unpacking_violations(make).await;
-    assert!(broken.is_empty(), "{name} breaks the contract:\n{}", broken.join("\n"));
+    assert!(broken.is_empty(), "{name} violates the contract:\n{}", broken.join("\n"));
 }
 
-/// Runs every check on a store of its own; one line for each that failed, which begins with its name.
+/// Runs every check on a new store. Returns one line per failure, which begins with the check's
+/// name.
 pub(super) async fn unpacking_violations<S: UnpackingStore>(make: impl AsyncFn() -> S) -> Vec<String> {
     let mut broken = Vec::new();
     for (name, check) in checks() {
@@ -101,8 +102,8 @@ fn names(layers: &[StackedLayer]) -> BTreeSet<Digest> {
 
 async fn ensure_unpacked(subject: &dyn UnpackingStore, expected: BTreeSet<Digest>, when: &str) -> CheckResult {
     let found = subject.unpacked().await;
-    ensure(found == expected, format!("{when}: {found:?} is unpacked, and should be {expected:?}"))?;
-    ensure(subject.half_unpacked().await == 0, format!("{when}: something is half unpacked"))
+    ensure(found == expected, format!("{when}: unpacked are {found:?} instead of {expected:?}"))?;
+    ensure(subject.half_unpacked().await == 0, format!("{when}: a partial snapshot is left"))
 }
 
 async fn an_unpacked_layer_is_found_by_chain_id(subject: &dyn UnpackingStore) -> CheckResult {
@@ -138,7 +139,7 @@ async fn an_unpacked_layer_is_not_unpacked_again(subject: &dyn UnpackingStore) -
     ensure_unpacked(subject, names(&image.layers), "twice").await
 }
 
-/// The same seed makes the same first layers.
+/// Both images have the same seed, so their first layers are the same.
 async fn images_share_unpacked_layers(subject: &dyn UnpackingStore) -> CheckResult {
     let pin = subject.store().pin(HOUR).await?;
     let base = image(subject, "shared", &[1000, 10], Compression::Gzip).await?;
@@ -158,16 +159,16 @@ async fn images_share_unpacked_layers(subject: &dyn UnpackingStore) -> CheckResu
 async fn a_diff_id_mismatch_is_rejected_and_leaves_nothing(subject: &dyn UnpackingStore) -> CheckResult {
     let pin = subject.store().pin(HOUR).await?;
     let image = image(subject, "false", &[1000, 10], Compression::Gzip).await?;
-    let [base, top] = &image.layers[..] else { return ensure(false, "an image of two layers has others") };
+    let [base, top] = &image.layers[..] else { return ensure(false, "the image does not have two layers") };
     subject.unpacker().unpack(base, &pin).await?;
     let false_id = StackedLayer { diff_id: Digest::of(b"something else"), ..top.clone() };
     let refused = subject.unpacker().unpack(&false_id, &pin).await;
     let is_told = matches!(&refused, Err(UnpackError::DiffIdMismatch { expected, actual })
         if *expected == false_id.diff_id && *actual == top.diff_id.to_string());
-    ensure(is_told, format!("another diff: {refused:?}"))?;
+    ensure(is_told, format!("another diff ID: {refused:?}"))?;
     ensure_unpacked(subject, names(&image.layers[..1]), "refused").await?;
     subject.unpacker().unpack(top, &pin).await?;
-    ensure_unpacked(subject, names(&image.layers), "the right one afterwards").await
+    ensure_unpacked(subject, names(&image.layers), "the right layer afterwards").await
 }
 
 async fn an_absent_layer_is_an_error_and_leaves_nothing(subject: &dyn UnpackingStore) -> CheckResult {
@@ -184,8 +185,8 @@ async fn a_layer_needs_the_parent_layer(subject: &dyn UnpackingStore) -> CheckRe
     let pin = subject.store().pin(HOUR).await?;
     let image = image(subject, "upper", &[1000, 10], Compression::Plain).await?;
     let failed = subject.unpacker().unpack(&image.layers[1], &pin).await;
-    ensure(matches!(failed, Err(UnpackError::Store(_))), format!("without the layer beneath: {failed:?}"))?;
-    ensure_unpacked(subject, BTreeSet::new(), "without the layer beneath").await
+    ensure(matches!(failed, Err(UnpackError::Store(_))), format!("without the parent layer: {failed:?}"))?;
+    ensure_unpacked(subject, BTreeSet::new(), "without the parent layer").await
 }
 
 async fn a_pin_protects_layers_unpacked_under_the_pin(subject: &dyn UnpackingStore) -> CheckResult {
@@ -203,7 +204,8 @@ async fn a_pin_protects_layers_unpacked_under_the_pin(subject: &dyn UnpackingSto
 async fn a_renewed_pin_protects_layers_unpacked_under_the_pin(subject: &dyn UnpackingStore) -> CheckResult {
     let store = subject.store();
     let image = image(subject, "renewed", &[1000, 10], Compression::Gzip).await?;
-    // containerd collects by itself after a hundred changes of its metadata, counted anew from here.
+    // containerd collects on its own after a hundred changes of its metadata, counted anew from
+    // here.
     subject.collect().await;
     let pin = store.pin(Duration::ZERO).await?;
     unpack_all(subject, &image, &pin, UnpackOutcome::Unpacked).await?;
@@ -223,7 +225,7 @@ async fn a_pin_protects_layers_unpacked_before(subject: &dyn UnpackingStore) -> 
     unpack_all(subject, &image, &second, UnpackOutcome::AlreadyUnpacked).await?;
     store.release(first).await?;
     subject.collect().await;
-    ensure_unpacked(subject, names(&image.layers), "held by the second").await
+    ensure_unpacked(subject, names(&image.layers), "held by the second pin").await
 }
 
 async fn a_kept_snapshot_lives_as_long_as_the_image(subject: &dyn UnpackingStore) -> CheckResult {

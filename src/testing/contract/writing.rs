@@ -1,4 +1,4 @@
-//! Only whole, proved blobs come to be there, whatever happens to their writers.
+//! Only complete, verified blobs become visible, whatever happens to their writers.
 
 use super::*;
 
@@ -7,11 +7,12 @@ pub(super) async fn a_dropped_writer_leaves_nothing(subject: &mut dyn StoreUnder
     let pin = store.pin(HOUR).await?;
     let blob = TestBlob::of("dropped", 700_000);
     let mut writer = store.create(blob.digest, blob.size(), &pin).await?;
-    // Other bytes than the blob's: were they kept, the second attempt would show them.
+    // Not the blob's bytes: a store that kept these bytes would return them after the second
+    // attempt.
     writer.append(&[Bytes::from(vec![b'x'; 400_000])]).await?;
     drop(writer);
 
-    ensure(!blob.is_in(store.as_ref()).await?, "half of a blob is there")?;
+    ensure(!blob.is_in(store.as_ref()).await?, "half of a blob exists")?;
     let opened = store.open(blob.digest).await.map(|_| ());
     ensure(matches!(opened, Err(StoreError::Absent(_))), format!("open: {opened:?}"))?;
     ensure(listed(store.as_ref()).await?.is_empty(), "half of a blob is listed")?;
@@ -28,7 +29,7 @@ pub(super) async fn a_proof_of_another_blob_is_refused(subject: &mut dyn StoreUn
     writer.append(std::slice::from_ref(&other.bytes)).await?;
     let committed = writer.commit(other.proof()?, &BlobMetadata::default()).await;
     ensure(matches!(committed, Err(StoreError::Other(_))), format!("commit: {committed:?}"))?;
-    ensure(listed(store.as_ref()).await?.is_empty(), "something is there nevertheless")
+    ensure(listed(store.as_ref()).await?.is_empty(), "a blob exists after the rejected commit")
 }
 
 pub(super) async fn a_blob_of_another_length_is_refused(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -40,12 +41,12 @@ pub(super) async fn a_blob_of_another_length_is_refused(subject: &mut dyn StoreU
         [("a byte short", blob.bytes.slice(1..)), ("a byte long", longer.into()), ("none", Bytes::new())]
     {
         let mut writer = store.create(blob.digest, blob.size(), &pin).await?;
-        // A store may notice already here.
+        // A store may reject the bytes already here.
         if writer.append(&[bytes]).await.is_ok() {
             let committed = writer.commit(blob.proof()?, &BlobMetadata::default()).await;
             ensure(matches!(committed, Err(StoreError::Other(_))), format!("{what}: {committed:?}"))?;
         }
-        ensure(listed(store.as_ref()).await?.is_empty(), format!("{what}: it is there nevertheless"))?;
+        ensure(listed(store.as_ref()).await?.is_empty(), format!("{what}: the blob exists nevertheless"))?;
     }
     Ok(())
 }
@@ -59,12 +60,12 @@ pub(super) async fn a_blob_has_one_writer_at_a_time(subject: &mut dyn StoreUnder
     first.append(&[begin]).await?;
 
     let second = tokio::time::timeout(Duration::from_secs(3), store.create(blob.digest, blob.size(), &pin)).await;
-    // Waiting for the first is as good as an answer.
+    // Waiting for the first writer is also correct.
     let refused = match &second {
         Err(_) => true,
         Ok(answer) => matches!(answer, Err(StoreError::Busy(_))),
     };
-    ensure(refused, "there are two writers of one blob")?;
+    ensure(refused, "one blob has two writers")?;
 
     first.append(&[end]).await?;
     first.commit(blob.proof()?, &BlobMetadata::default()).await?;
@@ -117,5 +118,5 @@ pub(super) async fn changes_are_counted(subject: &mut dyn StoreUnderTest) -> Che
 
 async fn wait_for_change(changes: &mut tokio::sync::watch::Receiver<u64>, after: &str) -> CheckResult {
     let changed = tokio::time::timeout(Duration::from_secs(5), changes.changed()).await;
-    ensure(matches!(changed, Ok(Ok(()))), format!("the counter does not move after {after}"))
+    ensure(matches!(changed, Ok(Ok(()))), format!("the change counter did not move after {after}"))
 }

@@ -1,4 +1,4 @@
-//! Pieces from peers in memory: of what they hold, and of what they are fetching themselves.
+//! Pieces from peers in memory: of stored blobs and of partial blobs.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,10 +16,10 @@ use crate::ports::{
     StoreError,
 };
 
-/// Bytes that come at a time.
+/// Bytes of one read.
 const CHUNK: usize = 1 << 16;
 
-/// Where a peer has the bytes.
+/// Source of a peer's bytes.
 enum PeerBlob {
     Whole(Box<dyn BlobReader>),
     Partial(Arc<dyn PartialBlob>),
@@ -42,7 +42,7 @@ impl PeerBlob {
 }
 
 impl MemoryFetcher {
-    /// The blob at a peer that behaves so; one that hangs does so here.
+    /// Opens the blob at a peer. [`Behaviour::Hangs`] hangs here.
     async fn open(&self, peer: PeerId, digest: Digest, cut: PieceLayout) -> Result<(PeerBlob, Behaviour), FetchError> {
         let (store, behaviour) = self.peer(peer)?;
         if behaviour == Behaviour::Hangs {
@@ -66,7 +66,7 @@ impl MemoryFetcher {
     }
 }
 
-/// What comes instead of right bytes, of a piece or for the list.
+/// Inverts bytes that the peer corrupts, in a piece or for a hash chain.
 fn sent_bytes(is_wrong: bool, bytes: Bytes) -> Bytes {
     if is_wrong { bytes.iter().map(|byte| !byte).collect() } else { bytes }
 }
@@ -80,18 +80,18 @@ fn is_wrong(behaviour: Behaviour, cut: PieceLayout, piece: u32) -> bool {
     }
 }
 
-/// How long one waits that drips its list, before each state.
+/// Pause of [`Behaviour::DripsChain`] before each state.
 const DRIP: Duration = Duration::from_secs(10);
 
-/// As long as 36 GB take to be hashed.
+/// Time to hash 36 GB.
 const SLOW_CHAIN: Duration = Duration::from_secs(20);
 
-/// States that a slow list begins with.
+/// States that [`Behaviour::SendsChainSlowly`] sends at once.
 const PREFIX_STATES: usize = 2;
 
 #[async_trait]
 impl PieceFetcher for MemoryFetcher {
-    /// The list of one that lies about everything is of what it sends.
+    /// [`Behaviour::Corrupts`] sends the hash chain of the corrupt bytes.
     async fn fetch_hash_chain(
         &self,
         peer: PeerId,
@@ -173,7 +173,7 @@ impl PieceFetcher for MemoryFetcher {
                 let bytes = held.read_at(at, most).await?;
                 at += bytes.len() as u64;
                 sink.append(&[sent_bytes(is_wrong, bytes)]).await?;
-                // As on a network, others have their turn.
+                // Other tasks run between chunks, as on a network.
                 tokio::task::yield_now().await;
             }
             sink.end().await.map_err(|error| unfit(error, peer, digest, piece))?;
@@ -192,7 +192,7 @@ fn unfit(error: PieceError, peer: PeerId, digest: Digest, piece: u32) -> FetchEr
     }
 }
 
-/// A peer that has the whole blob: it says so, and then nothing more.
+/// Updates of a peer with the whole blob: one update, then none.
 struct WholeBlobUpdates(bool);
 
 #[async_trait]
@@ -205,7 +205,7 @@ impl PieceMapUpdates for WholeBlobUpdates {
     }
 }
 
-/// A peer that is fetching the blob itself.
+/// Updates of a peer that is downloading the blob.
 struct PartialBlobUpdates {
     peer: PeerId,
     digest: Digest,

@@ -1,11 +1,11 @@
-//! Layers in every packing that an image may have, without a compressor: both formats allow blocks that are stored as they are.
+//! Compressed layers without a compressor: gzip and zstd both permit stored blocks.
 
 use bytes::Bytes;
 
-/// How a layer's archive is packed.
+/// Compression of a layer's archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Compression {
-    /// Not at all.
+    /// No compression.
     #[default]
     Plain,
     /// RFC 1952.
@@ -15,7 +15,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// A layer's media type; Docker has none for zstd, and there tools use OCI's.
+    /// Media type of a layer. Docker defines none for zstd; tools use OCI's.
     pub(super) fn layer_type(self, docker: bool) -> &'static str {
         match (docker, self) {
             (true, Self::Plain) => "application/vnd.docker.image.rootfs.diff.tar",
@@ -26,7 +26,7 @@ impl Compression {
         }
     }
 
-    /// What [`Packing::pack`] was given; `None` for what it never makes.
+    /// Reverses [`Compression::compress`]; `None` for input that `compress` never produces.
     pub(crate) fn decompress(packed: &[u8]) -> Option<Vec<u8>> {
         match packed {
             [0x1f, 0x8b, ..] => gunzip(packed),

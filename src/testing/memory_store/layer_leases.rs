@@ -11,7 +11,7 @@ use super::{MemoryStore, PinState};
 use crate::oci::Digest;
 use crate::ports::{ChildKind, ContentEvent, ContentStore, LayerLease, LayerLeases, Origin, Pin, StoreError};
 
-/// A test commits far fewer blobs before the receiver reads.
+/// More than a test commits before the receiver reads.
 pub(super) const EVENTS_QUEUED: usize = 256;
 
 /// Labels of a lease on layers.
@@ -23,7 +23,7 @@ pub(super) struct LayerLeaseLabels {
 }
 
 impl MemoryStore {
-    /// Without a receiver the event is dropped.
+    /// Without a receiver the event is lost.
     pub(super) fn publish(&self, event: ContentEvent) {
         let _ = self.events.send(event);
     }

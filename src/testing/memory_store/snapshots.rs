@@ -1,4 +1,4 @@
-//! Layers unpacked in memory: nobody looks into them, so of each only the name is kept, and what is beneath it.
+//! Snapshots in memory: only names and parents, because no test reads a snapshot's content.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -10,10 +10,10 @@ use crate::oci::{Digest, StackedLayer};
 use crate::ports::{Pin, Snapshots, StoreError, UnpackError, UnpackOutcome, Unpacker};
 use crate::testing::image::Compression;
 
-/// Unpacked layers by their chain IDs, with the one beneath.
+/// Chain IDs of unpacked layers, with the chain ID of the parent.
 pub(super) type SnapshotParents = HashMap<Digest, Option<Digest>>;
 
-/// What this store says of its runtime.
+/// Properties of the simulated runtime.
 #[derive(Clone)]
 pub(super) struct Runtime {
     snapshotter: String,
@@ -27,8 +27,8 @@ impl Default for Runtime {
 }
 
 impl MemoryStore {
-    /// Names the snapshotter that layers are unpacked into, and the runtime's setting for
-    /// discarding layers.
+    /// Sets the snapshotter that layers are unpacked into, and the runtime's setting for discarding
+    /// layers.
     pub fn set_runtime(&self, snapshotter: &str, discards_layers: Option<bool>) {
         self.state().runtime = Runtime { snapshotter: snapshotter.into(), discards_layers };
     }
@@ -40,21 +40,21 @@ impl MemoryStore {
         Snapshots { snapshotters, discards_layers }
     }
 
-    /// The chain IDs of the layers that are unpacked here.
+    /// Chain IDs of the unpacked layers.
     pub fn unpacked(&self) -> BTreeSet<Digest> {
         self.state().snapshots.keys().copied().collect()
     }
 }
 
 impl MemoryStore {
-    /// From now on these are the file systems' figures, whatever is written.
+    /// Sets the figures of the file systems, whatever is written.
     pub fn set_disks(&self, disks: Disks) {
         self.state().disks = disks;
     }
 }
 
 impl State {
-    /// Removes the snapshots that neither these nor a pin reach.
+    /// Removes snapshots without a pin and without a blob that keeps them.
     pub(super) fn collect_snapshots(&mut self) {
         let mut kept = HashSet::new();
         let pinned = self.pins.values().flat_map(|held| &held.snapshots);
@@ -89,7 +89,7 @@ impl Unpacker for MemoryStore {
             return Ok(UnpackOutcome::AlreadyUnpacked);
         }
         if let Some(parent) = layer.parent.filter(|parent| !state.snapshots.contains_key(parent)) {
-            return Err(StoreError::Other(format!("the layer beneath, {parent}, is not unpacked")).into());
+            return Err(StoreError::Other(format!("the parent layer {parent} is not unpacked")).into());
         }
         let blob = state.blobs.get(&layer.blob.digest).ok_or(StoreError::Absent(layer.blob.digest))?;
         let archive = Compression::decompress(&blob.bytes);

@@ -1,4 +1,4 @@
-//! A blob in memory whose pieces come in any order.
+//! A staged blob in memory.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -10,11 +10,11 @@ use super::{BTreeSet, MemoryBlob, MemoryStore};
 use crate::oci::{BlobProof, Digest};
 use crate::ports::{BlobMetadata, StagedBlob, StoreError};
 
-/// What a process leaves behind.
+/// Pieces that a dropped staged blob leaves.
 #[derive(Clone)]
 pub(super) struct StagedBytes {
     bytes: Vec<u8>,
-    /// Sorted, not touching.
+    /// Sorted, not adjacent.
     written: Vec<Range<u64>>,
 }
 
@@ -44,7 +44,7 @@ pub(super) struct MemoryStagedBlob {
     store: MemoryStore,
     digest: Digest,
     resumed_ranges: Vec<Range<u64>>,
-    /// Once it is a blob, or was thrown away: the bytes that can still be read.
+    /// `Err` with the readable bytes after the commit or after `abandon`.
     state: Mutex<Result<StagedBytes, Bytes>>,
 }
 
@@ -54,11 +54,11 @@ impl MemoryStagedBlob {
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, Result<StagedBytes, Bytes>> {
-        self.state.lock().expect("nothing panics while it holds the bytes")
+        self.state.lock().expect("no thread panics while it holds the bytes")
     }
 
     fn closed(&self) -> StoreError {
-        StoreError::Other(format!("{} is not being written any more", self.digest))
+        StoreError::Other(format!("{} is closed for writing", self.digest))
     }
 }
 
@@ -108,7 +108,7 @@ impl StagedBlob for MemoryStagedBlob {
                 self.digest
             )));
         }
-        // As in `Writer::commit`.
+        // Detects a caller that wrote other bytes than it hashed.
         let actual = Digest::of(&parts.bytes);
         if actual != self.digest {
             return Err(StoreError::Other(format!("bytes for {} hash to {actual}", self.digest)));
@@ -124,7 +124,7 @@ impl StagedBlob for MemoryStagedBlob {
 
     async fn abandon(&self) {
         let mut state = self.state();
-        // What came to be a blob stays one.
+        // A committed blob stays.
         if state.is_ok() {
             *state = Err(Bytes::new());
         }

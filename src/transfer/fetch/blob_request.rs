@@ -1,4 +1,4 @@
-//! What is being fetched, from whom, and what to say when it does not come.
+//! The subject of a fetch, and the errors of a fetch.
 
 use quinn::{ConnectionError, ReadError, ReadExactError};
 
@@ -10,7 +10,7 @@ use crate::transfer::peers::SharedConnection;
 use crate::transfer::printable;
 use crate::wire::{Answer, WireError};
 
-/// The subject of every error below.
+/// The peer and the blob that every error below names.
 #[derive(Clone, Copy)]
 pub(super) struct BlobRequest {
     pub(super) peer: PeerId,
@@ -40,7 +40,7 @@ impl BlobRequest {
         }
     }
 
-    /// The stream ended otherwise than by its end.
+    /// The stream ended with an error.
     pub(super) fn read_failed(self, error: &ReadError) -> FetchError {
         let unreachable =
             |reason: &str| FetchError::Unreachable { peer: self.peer, silent: false, reason: reason.into() };
@@ -49,12 +49,12 @@ impl BlobRequest {
             ReadError::Reset(BLOB_REMOVED) => FetchError::Absent { peer: self.peer, digest: self.digest },
             ReadError::Reset(OTHER_MAJOR) => FetchError::OtherMajor { peer: self.peer },
             ReadError::Reset(STORE_FAILED) => FetchError::StoreFailed { peer: self.peer },
-            ReadError::Reset(TOO_SLOW) => unreachable("it says that this agent reads too slowly"),
+            ReadError::Reset(TOO_SLOW) => unreachable("the peer reports that this agent reads too slowly"),
             other => FetchError::Protocol { peer: self.peer, reason: other.to_string() },
         }
     }
 
-    /// No answer could be read. The stream's own error is inside of what the decoder makes of it.
+    /// No answer could be read. The decoder's error wraps the error of the stream.
     pub(super) fn answer_failed(self, connection: &SharedConnection, error: WireError) -> FetchError {
         if let WireError::Io(io) = &error {
             if let Some(read) = io.get_ref().and_then(|inner| inner.downcast_ref::<ReadError>()) {
@@ -67,10 +67,10 @@ impl BlobRequest {
         FetchError::Protocol { peer: self.peer, reason: error.to_string() }
     }
 
-    /// The stream ended, one way or another, before all had come that was to.
+    /// The stream ended, with or without an error, before all expected bytes arrived.
     pub(super) fn too_short(self, error: ReadExactError) -> FetchError {
         match error {
-            ReadExactError::FinishedEarly(_) => self.protocol_error("ends too early".into()),
+            ReadExactError::FinishedEarly(_) => self.protocol_error("the stream ends too early".into()),
             ReadExactError::ReadError(error) => self.read_failed(&error),
         }
     }
@@ -79,19 +79,21 @@ impl BlobRequest {
         FetchError::Protocol { peer: self.peer, reason }
     }
 
-    /// Something of the blob is there, as the peer says; whether all of it is.
+    /// Checks that the peer has at least a part of the blob. `true` when the peer has the whole
+    /// blob.
     ///
     /// # Errors
-    /// Where nothing is, or it is of another size.
+    /// The peer has nothing of the blob, has another size, or cannot answer now.
     pub(super) fn check_answer(self, answer: &Answer) -> Result<bool, FetchError> {
         match *answer {
             Answer::Blob { size } if size == self.size => Ok(true),
             Answer::Partial { size } if size == self.size => Ok(false),
             Answer::Blob { size } | Answer::Partial { size } => Err(self.size_mismatch(size)),
-            // Somebody's word about the size was wrong, and it may have been the manifest's.
+            // The size here or the peer's size is wrong, and the wrong size may be the manifest's.
             Answer::Invalid { size } if size != self.size => Err(self.size_mismatch(size)),
             Answer::Invalid { size } => {
-                Err(self.protocol_error(format!("says that {} of {size} bytes has no such pieces", self.digest)))
+                Err(self
+                    .protocol_error(format!("denies the requested pieces of {}, which has {size} bytes", self.digest)))
             }
             Answer::Absent => Err(FetchError::Absent { peer: self.peer, digest: self.digest }),
             Answer::Busy => Err(FetchError::Busy { peer: self.peer }),

@@ -1,4 +1,4 @@
-//! A peer's list of states.
+//! Fetches the hash chain of a blob.
 
 use tokio::time::timeout;
 
@@ -9,12 +9,14 @@ use crate::transfer::Shared;
 use crate::transfer::tuning::STATE_BYTES;
 use crate::wire::Request;
 
-/// The part of a blob, in bytes, for which a peer has to send the states within `Limits::stall`; at least one state. One that hashes slower
-/// than 1.6 MB/s is not worth waiting for: the pieces come sooner from somebody who has the list.
+/// Bytes of a blob whose states a peer has to send within [`Timeouts::stall`]; at least one state.
+/// A peer that hashes slower than 1.6 MB/s is not worth the wait: a peer with the chain sends
+/// pieces sooner.
 const MIN_HASHED_PER_STALL: u64 = 16 << 20;
 
 impl Shared {
-    /// The states come as they are made, which takes the time to read and hash the blob; the wait ends when they stop coming.
+    /// The states arrive as the peer computes them, which takes the time to read and hash the blob.
+    /// The wait ends when no more states arrive.
     pub(super) async fn fetch_hash_chain(
         &self,
         wanted: BlobRequest,

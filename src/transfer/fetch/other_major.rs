@@ -1,7 +1,7 @@
-//! `Get` and `Have` in place of `Chain`, `Follow` and `Pieces`, for a peer of another MAJOR.
+//! `Get` and `Have` in place of `HashChain`, `Follow` and `Pieces`, for a peer of another MAJOR.
 //!
-//! A hash chain then costs the transfer of the whole blob, and the pieces come once more. Only a
-//! blob without a provider of the own MAJOR costs that.
+//! A hash chain then costs the transfer of the whole blob, and the pieces are fetched once more.
+//! Only a blob without a provider of our MAJOR costs that.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -14,13 +14,13 @@ use crate::ports::{BlobSink, FetchError, PieceMapUpdates, PieceSink, StateSink, 
 use crate::transfer::Shared;
 use crate::wire::Request;
 
-/// Makes a hash chain of a blob that passes.
+/// Computes the hash chain of a blob that passes through.
 struct HashChainSink<'a> {
     builder: HashChainBuilder,
     on_states: StateSink<'a>,
-    /// States that `heard` got.
+    /// States that `on_states` got.
     reported: usize,
-    /// States that it gets before the blob is proved.
+    /// States that `on_states` gets before the blob is verified.
     most: usize,
 }
 
@@ -38,7 +38,7 @@ impl BlobSink for HashChainSink<'_> {
 }
 
 impl Shared {
-    /// Makes the hash chain of the peer's blob from all of its bytes, which proves the chain.
+    /// Computes the hash chain of the peer's blob from all of its bytes, which verifies the chain.
     pub(super) async fn hash_chain_by_get(
         &self,
         wanted: BlobRequest,
@@ -54,7 +54,7 @@ impl Shared {
         Ok(chain)
     }
 
-    /// Asks whether the peer has the whole blob; `Have` knows no pieces.
+    /// Requires that the peer has the whole blob: `Have` does not report pieces.
     pub(super) async fn follow_by_have(
         &self,
         wanted: BlobRequest,
@@ -68,7 +68,7 @@ impl Shared {
         }
     }
 
-    /// The pieces of an order, in the order of its choice: a range of the blob for each.
+    /// Fetches the requested pieces in the order of the request, as one range of the blob each.
     pub(super) async fn fetch_pieces_by_get(
         &self,
         order: &PieceRequest,
@@ -98,7 +98,7 @@ impl Shared {
     ) -> Result<(), FetchError> {
         let (offset, length) = (order.layout.offset(piece as usize), order.layout.piece_length(piece as usize));
         let request = Request::Get { digest: wanted.digest, offset, length };
-        // The connection is held so that the connection counts as used.
+        // Held so that the connection counts as used.
         let (answer, mut recv, _connection) = self.request(wanted.peer, wanted.digest, &request).await?;
         if !wanted.check_answer(&answer)? {
             return Err(wanted.protocol_error(format!("answers {answer:?} to Get")));

@@ -1,4 +1,4 @@
-//! What a peer tells of its pieces.
+//! Follows the piece map of a peer.
 
 use async_trait::async_trait;
 use futures::StreamExt;
@@ -27,7 +27,7 @@ impl Shared {
         Ok(self.follow_stream(wanted, cut, recv, connection, stage))
     }
 
-    /// Of a peer that has all of the blob.
+    /// Follows a peer that has the whole blob.
     pub(super) fn follow_whole_blob(
         &self,
         wanted: BlobRequest,
@@ -55,7 +55,7 @@ impl Shared {
             next_at: Instant::now(),
             versions: self.versions,
         };
-        // A update that was read in part is kept in here when whoever waited for it waits no more.
+        // The reader keeps a partly read update when the caller drops the future.
         let updates = unfold(reader, |mut reader| async move { Some((reader.update().await, reader)) });
         Box::new(PieceMapUpdateStream(updates.boxed()))
     }
@@ -66,7 +66,7 @@ struct PieceMapUpdateStream(BoxStream<'static, Result<PieceMapUpdate, FetchError
 #[async_trait]
 impl PieceMapUpdates for PieceMapUpdateStream {
     async fn next(&mut self) -> Result<PieceMapUpdate, FetchError> {
-        self.0.next().await.expect("it has no end")
+        self.0.next().await.expect("the stream of updates has no end")
     }
 }
 
@@ -77,25 +77,25 @@ struct PieceMapReader {
     /// Held so that the connection counts as used.
     connection: SharedConnection,
     state: FollowState,
-    /// When the next update is read.
+    /// Earliest time of the next read.
     next_at: Instant,
     versions: Versions,
 }
 
 #[derive(Clone, Copy, PartialEq)]
 enum FollowState {
-    /// Nothing was said yet.
+    /// No update was read yet.
     Initial,
-    /// News come.
+    /// The map was read; updates follow.
     Updates,
-    /// It has all, which is to be said.
+    /// The peer has the whole blob, and `HaveAll` is the next update.
     Whole,
-    /// Nothing more will be said.
+    /// No more updates follow.
     Ended,
 }
 
 impl PieceMapReader {
-    /// Waits without a limit: the connection's own says when the peer is gone.
+    /// Waits without a deadline: the idle timeout of the connection detects a dead peer.
     async fn update(&mut self) -> Result<PieceMapUpdate, FetchError> {
         match self.state {
             FollowState::Whole => {
@@ -113,7 +113,7 @@ impl PieceMapReader {
             self.next_at = Instant::now() + MIN_PIECE_MAP_INTERVAL;
             match wire::read_in::<PieceMapUpdate>(&mut self.recv, self.versions).await {
                 Ok(update) => break update,
-                // Of a later release, and as if it had not been said.
+                // An update of a later release is skipped.
                 Err(WireError::Unknown { .. }) => {}
                 Err(error) => return Err(self.wanted.answer_failed(&self.connection, error)),
             }
@@ -121,13 +121,13 @@ impl PieceMapReader {
         if !self.is_valid(&update) {
             return Err(self
                 .wanted
-                .protocol_error(format!("tells of pieces of {} that there are not", self.wanted.digest)));
+                .protocol_error(format!("sends an invalid update of the piece map of {}", self.wanted.digest)));
         }
         self.state = if update == PieceMapUpdate::HaveAll { FollowState::Ended } else { FollowState::Updates };
         Ok(update)
     }
 
-    /// The whole set once and at first, then what was added, all of it within the blob.
+    /// The whole map comes once, as the first update, and then added pieces, all within the blob.
     fn is_valid(&self, update: &PieceMapUpdate) -> bool {
         let pieces = self.cut.piece_count();
         match update {

@@ -1,4 +1,4 @@
-//! Pieces of a blob: a stream of some of those that were asked for, as the other end chose them.
+//! Fetches pieces: a stream of some of the requested pieces, as the provider picked them.
 
 use std::mem::take;
 
@@ -14,7 +14,7 @@ use crate::transfer::tuning::{BATCH_CHUNKS, MIN_BYTES_PER_STALL, PIECE_BATCH};
 use crate::wire::Request;
 
 impl Shared {
-    /// Dropped, it stops the stream, and the other end sends no more.
+    /// Dropping the future stops the stream, and the provider sends no more.
     pub(super) async fn fetch_pieces(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
         let PieceRequest { peer, digest, layout: cut, pieces: ref choice, limit: most } = *order;
         debug_assert!(choice.len() <= MAX_REQUEST_PIECES && most > 0, "{most} of {} pieces", choice.len());
@@ -22,16 +22,17 @@ impl Shared {
         let request = Request::Pieces { digest, pieces: choice.clone(), limit: most };
         let outbound = self.outbound_if_limited(peer, cut.size());
         let _permits = self.acquire_fetch_permits(outbound.as_deref()).await;
-        // The line is held so that the connection counts as used.
+        // Held so that the connection counts as used.
         let (answer, mut recv, _connection) = self.request(peer, digest, &request).await?;
         wanted.check_answer(&answer)?;
         self.receive_pieces(PieceStream::new(order, wanted), &mut recv, sink).await
     }
 
-    /// Takes the bytes in batches, none of which spans two pieces. The sink hashes them here and now: nothing is copied, and no other thread
-    /// is asked.
+    /// Reads the bytes in batches, none of which spans two pieces. The sink hashes each batch on
+    /// this task: nothing is copied, and no other thread is involved.
     ///
-    /// The first piece may wait for its turn at the other end, as long as any other bytes may take.
+    /// The first piece may wait for an upload slot at the provider, as long as any other bytes may
+    /// take.
     pub(super) async fn receive_pieces(
         &self,
         mut stream: PieceStream<'_>,
@@ -50,7 +51,8 @@ impl Shared {
             };
             let Some(read) = read else { break };
             let bytes = arrived[..read].iter().map(|chunk| chunk.len() as u64).sum();
-            // Not read on meanwhile, so the windows fill and slow the sender. Neither our own wait nor the sink's time is its fault.
+            // Nothing is read during the wait, so the windows fill and slow the sender. Neither our
+            // own wait nor the time of the sink counts against the sender.
             let began = Instant::now();
             self.download_limiter.acquire_bytes(bytes).await;
             for chunk in &mut arrived[..read] {
@@ -69,23 +71,22 @@ impl Shared {
     }
 }
 
-/// The stream of pieces as it comes.
+/// The position in a stream of pieces.
 pub(super) struct PieceStream<'a> {
     order: &'a PieceRequest,
     wanted: BlobRequest,
-    /// Those of the choice that have not come.
+    /// Requested pieces that have not arrived.
     missing: Vec<u32>,
     position: StreamPosition,
-    /// What came of the piece and was not handed on, and how many bytes that is.
+    /// Chunks of the piece that the sink has not got yet, and their bytes.
     batch: Vec<Bytes>,
     batch_bytes: usize,
 }
 
-/// What comes next.
 enum StreamPosition {
-    /// A piece's number, of which so many bytes are there.
+    /// The number of a piece, of which so many bytes are known.
     Number([u8; 4], usize),
-    /// So many more bytes of this piece.
+    /// The bytes of this piece, of which so many are missing.
     Piece(u32, u64),
 }
 
@@ -102,7 +103,7 @@ impl<'a> PieceStream<'a> {
         }
     }
 
-    /// Of a stream that has the bytes of one piece and no number. The order is for this piece alone.
+    /// For a stream with the bytes of one piece and no number. The request is for this piece alone.
     pub(super) fn of_one_piece(order: &'a PieceRequest, wanted: BlobRequest, piece: u32) -> Self {
         let part = StreamPosition::Piece(piece, order.layout.piece_length(piece as usize));
         Self { missing: Vec::new(), position: part, ..Self::new(order, wanted) }
@@ -149,12 +150,13 @@ impl<'a> PieceStream<'a> {
         Ok(())
     }
 
-    /// Of a piece that was asked for, did not come before, and is not one too many.
+    /// Checks that the piece was requested, has not arrived, and is not one too many. Returns its
+    /// length.
     fn begin_piece(&mut self, piece: u32) -> Result<u64, FetchError> {
         let PieceRequest { pieces: choice, limit: most, layout: cut, .. } = self.order;
         let came = choice.len() - self.missing.len();
         let Some(place) = self.missing.iter().position(|missing| *missing == piece) else {
-            let how = if choice.contains(&piece) { "twice" } else { "unasked" };
+            let how = if choice.contains(&piece) { "twice" } else { "unrequested" };
             return Err(self.wanted.protocol_error(format!("sends piece {piece} {how}")));
         };
         if came == usize::from(*most) {
@@ -176,9 +178,11 @@ impl<'a> PieceStream<'a> {
     fn finish(self) -> Result<(), FetchError> {
         match self.position {
             StreamPosition::Number(_, 0) => Ok(()),
-            StreamPosition::Number(..) => Err(self.wanted.protocol_error("ends within a number".into())),
+            StreamPosition::Number(..) => {
+                Err(self.wanted.protocol_error("the stream ends within a piece number".into()))
+            }
             StreamPosition::Piece(piece, left) => {
-                Err(self.wanted.protocol_error(format!("ends {left} bytes before piece {piece} does")))
+                Err(self.wanted.protocol_error(format!("the stream ends {left} bytes before the end of piece {piece}")))
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Serving the list of states of a blob.
+//! Serves the hash chain of a blob.
 
 use std::sync::Arc;
 
@@ -35,8 +35,8 @@ impl Shared {
         self.finish(stream).await
     }
 
-    /// Whoever asked makes the list, a slice at a time, and sends what there is of it; several who asked for the same take turns. Nothing is
-    /// made for those who have left.
+    /// Sends states as they are computed. The requests for one chain take turns to hash a slice
+    /// each, and send the states that exist. Hashing stops when the last request ends.
     async fn send_as_computed(
         &self,
         pending: Arc<PendingHashChain>,
@@ -46,7 +46,7 @@ impl Shared {
         loop {
             let more = tokio::select! {
                 more = self.hash_chains.next_states(&pending, sent, &*self.store) => more?,
-                _ = stream.send.stopped() => return Err(ServeError::Left("before the list was made".into())),
+                _ = stream.send.stopped() => return Err(ServeError::Left("before the hash chain was complete".into())),
             };
             self.send_states(&more.states, stream).await?;
             sent += more.states.len();

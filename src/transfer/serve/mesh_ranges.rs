@@ -1,5 +1,5 @@
-//! Answers to requests that came over another authenticated connection than QUIC. Content, places
-//! and rates are those of QUIC.
+//! Answers requests that came over another authenticated connection than QUIC. Content, permits and
+//! rates are the same as over QUIC.
 
 use bytes::{Bytes, BytesMut};
 
@@ -25,14 +25,14 @@ impl Transfer {
         served.unwrap_or_else(|error| match error {
             StoreError::Absent(_) => (Answer::Absent, Bytes::new()),
             error => {
-                tracing::warn!(%peer, %error, "a range was not served");
+                tracing::warn!(%peer, %error, "mesh request not served");
                 (Answer::Failed, Bytes::new())
             }
         })
     }
 
-    /// Counts bytes of a blob that came another way, and waits until the download rate lets as many
-    /// pass.
+    /// Counts bytes of a blob that arrived over the mesh, and waits until the download rate lets as
+    /// many pass.
     pub async fn account_received(&self, bytes: u64) {
         self.0.download_limiter.acquire_bytes(bytes).await;
         self.0.metrics.fetched(bytes);
@@ -66,7 +66,7 @@ impl Shared {
         Ok((Answer::Blob { size }, bytes))
     }
 
-    /// All states of the chain; made now where the blob was never hashed here.
+    /// All states of the chain. The chain of a blob that was never hashed here is computed now.
     async fn read_hash_chain(&self, digest: Digest) -> Result<(Answer, Bytes), StoreError> {
         let size = match self.blob_answer(digest).await? {
             Answer::Blob { size } if size <= MAX_BLOB => size,
@@ -92,7 +92,7 @@ impl Shared {
     }
 }
 
-/// A read may bring less than it was asked for.
+/// Reads in a loop: one read may return fewer bytes than requested.
 async fn read_exactly(reader: &mut dyn BlobReader, offset: u64, length: u64) -> Result<Bytes, StoreError> {
     let length = usize::try_from(length).unwrap_or(usize::MAX);
     let mut bytes = reader.read_at(offset, length).await?;

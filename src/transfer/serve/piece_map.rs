@@ -1,4 +1,4 @@
-//! Telling which pieces of a blob there are, as they come.
+//! Serves the piece map of a blob, and its updates as pieces arrive.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::transfer::tuning::PIECE_MAP_INTERVAL;
 use crate::wire::{self, Answer};
 
 impl Shared {
-    /// Takes no slot: a update is a packet.
+    /// Takes no upload slot: an update is a packet.
     pub(super) async fn serve_follow(&self, digest: Digest, stream: &mut ResponseStream) -> Result<(), ServeError> {
         let Ok(_followed) = stream.follow_permits.clone().try_acquire_owned() else {
             return self.answer_and_finish(stream, &Answer::Busy).await;
@@ -32,7 +32,8 @@ impl Shared {
     ) -> Result<(), ServeError> {
         let (mut changes, mut sent, size) =
             (partial.changes(), partial.piece_map(), partial.hash_chain().layout().size());
-        // Not held while nothing changes: a reader may take its time, and what is fetched no more costs memory and space on the disk.
+        // Not held between updates: the reader may be slow, and an abandoned download costs memory
+        // and disk space.
         drop(partial);
         self.answer(stream, &Answer::Partial { size }).await?;
         self.send_piece_map(&PieceMapUpdate::Map(sent.clone()), stream).await?;
@@ -49,7 +50,7 @@ impl Shared {
             }
             changes.mark_unchanged();
             let Some(held) = self.partials.partial(digest).map(|partial| partial.piece_map()) else { break };
-            // What is fetched anew is not what was followed.
+            // A download that was started anew is not the followed one.
             if changes.has_changed().is_err() {
                 break;
             }

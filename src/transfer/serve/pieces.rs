@@ -1,4 +1,4 @@
-//! Serving pieces: of those that are requested and here the ones that were sent the least.
+//! Serves pieces: of the requested pieces that are present, the ones that were sent least.
 
 use std::collections::HashSet;
 use std::mem::take;
@@ -19,7 +19,6 @@ use crate::transfer::tuning::{READ_BYTES, UPLOAD_STALL};
 use crate::transfer::upload_queue::{NoUploadSlot, Upload};
 use crate::wire::Answer;
 
-/// Where the bytes are.
 enum PieceSource {
     Whole(Box<dyn BlobReader>),
     Partial(Arc<dyn PartialBlob>),
@@ -33,7 +32,7 @@ impl PieceSource {
         }
     }
 
-    /// Exactly so many bytes.
+    /// Reads exactly `length` bytes.
     async fn read(&mut self, offset: u64, length: usize) -> Result<Bytes, StoreError> {
         let read = match self {
             Self::Whole(reader) => reader.read_at(offset, length).await?,
@@ -46,7 +45,6 @@ impl PieceSource {
     }
 }
 
-/// Which pieces of what are requested.
 pub(super) struct RequestedPieces {
     pub(super) digest: Digest,
     pub(super) pieces: Vec<u32>,
@@ -54,7 +52,7 @@ pub(super) struct RequestedPieces {
 }
 
 impl RequestedPieces {
-    /// What no honest agent asks, whatever it believes of the blob.
+    /// Rejects requests that no honest agent sends, whatever its view of the blob.
     fn check(&self) -> Result<(), ServeError> {
         let (choice, most) = (&self.pieces, self.limit);
         let distinct = choice.iter().collect::<HashSet<_>>().len();
@@ -66,7 +64,7 @@ impl RequestedPieces {
     }
 }
 
-/// A segment of a piece, as it is read and sent: the number goes before the first one.
+/// A segment of a piece, read and sent at once. The piece number precedes the first segment.
 #[derive(Clone, Copy)]
 struct PieceSegment {
     piece: Option<u32>,
@@ -74,7 +72,7 @@ struct PieceSegment {
     length: usize,
 }
 
-/// All the segments of these pieces, in order. An empty piece is one of no bytes.
+/// All segments of these pieces, in order. An empty piece has one segment of no bytes.
 fn segments(cut: PieceLayout, pieces: &[u32]) -> impl Iterator<Item = PieceSegment> {
     pieces.iter().flat_map(move |piece| {
         let (from, length) = (cut.offset(*piece as usize), cut.piece_length(*piece as usize));
@@ -87,7 +85,8 @@ fn segments(cut: PieceLayout, pieces: &[u32]) -> impl Iterator<Item = PieceSegme
 }
 
 impl Shared {
-    /// Answers at once, and sends when it is this stream's turn; what is chosen then is what is best then.
+    /// Answers at once, and sends when the upload gets a slot. The pieces are picked at that time,
+    /// by the send counts of that time.
     pub(super) async fn serve_pieces(
         &self,
         peer: PeerId,
@@ -113,26 +112,28 @@ impl Shared {
             PieceSource::Whole(_) => Answer::Blob { size },
             PieceSource::Partial(_) => Answer::Partial { size },
         };
-        // It may have its slot already.
+        // Must be quick: the upload may have a slot already.
         let answered = timeout(UPLOAD_STALL, self.answer(stream, &granted)).await;
         answered.map_err(|_| ServeError::TooSlow)??;
         let acquire = async {
             upload.wait_for_slot().await?;
-            // A small blob waits for nobody, as in `Shared::send`.
+            // A small blob needs no permit, as in `Shared::serve_get`.
             Ok::<_, NoUploadSlot>(if size > CHUNK { Some(self.upload_limiter.acquire_permit().await) } else { None })
         };
         let _permit = tokio::select! {
             biased;
             permit = acquire => permit?,
-            _ = stream.send.stopped() => return Err(ServeError::Left("before its turn came".into())),
+            _ = stream.send.stopped() => return Err(ServeError::Left("before the upload got a slot".into())),
         };
         let pieces = self.pick_pieces(&requested, &source);
         self.send_segments(source, segments(cut, &pieces), &mut upload, &mut stream.send).await?;
-        // What the connection has is on its way; for a moment more that is being sent.
+        // The connection has all bytes. The upload keeps its slot a moment longer while they are
+        // sent.
         upload.wait_or_park(self.finish(stream)).await?
     }
 
-    /// Where the blob can be read. One that is being fetched may be in the store in the next moment, so that is asked last.
+    /// Opens the blob, partial or whole. A download may enter the store at any moment, so the store
+    /// is read last.
     async fn open_source(&self, digest: Digest) -> Result<PieceSource, StoreError> {
         match self.partials.partial(digest) {
             Some(partial) => Ok(PieceSource::Partial(partial)),
@@ -154,7 +155,8 @@ impl Shared {
         }
     }
 
-    /// The segments, one read ahead of the writing, so that disk and network work at the same time.
+    /// Sends the segments. One read runs ahead of the write, so that disk and network work at the
+    /// same time.
     async fn send_segments(
         &self,
         mut source: PieceSource,

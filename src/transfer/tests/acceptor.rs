@@ -1,4 +1,4 @@
-//! Who gets in, and what is done for those who do not.
+//! Admission of dialers, and the rejection of others.
 
 use quinn::ConnectionError;
 
@@ -16,10 +16,14 @@ async fn both_ends_know_each_other_after_a_handshake() {
         assert_eq!((met.id, met.transfer), (listener.id, listener.address()));
         assert_eq!((met.gossip.port(), met.node.as_str()), (4001, "node-a"));
         let joined = listener.admitted_peers.recv().await.unwrap();
-        assert_eq!((joined.id, joined.transfer), (dialler.id, dialler.address()), "where it can be dialled");
+        assert_eq!(
+            (joined.id, joined.transfer),
+            (dialler.id, dialler.address()),
+            "the dialer listens at the address of its packets"
+        );
         assert_eq!((dialler.transfer.peers(), listener.transfer.peers()), (vec![met], vec![joined]));
         dialler.dial(listener.address()).await;
-        assert!(listener.admitted_peers.try_recv().is_err(), "a connected peer is not greeted again");
+        assert!(listener.admitted_peers.try_recv().is_err(), "a connected peer is not dialed again");
     })
     .await;
 }
@@ -91,7 +95,7 @@ async fn streams_before_the_handshake_are_not_served() {
         let connection = endpoint.connect(listener.address(), "lighterman").unwrap().await.unwrap();
         let (mut first, _keep) = connection.open_bi().await.unwrap();
         first.write_all(&[0]).await.unwrap();
-        // The door allows one stream: the second is not even opened before the first one's time is up.
+        // The acceptor allows one stream: no second one opens before the deadline of the first.
         tokio::select! {
             second = connection.open_bi() => assert!(second.is_err()),
             _ = connection.closed() => {}
@@ -116,7 +120,7 @@ async fn a_malformed_or_oversized_hello_closes_the_connection() {
             let endpoint = bare_endpoint(&Identity::generate());
             let connection = endpoint.connect(listener.address(), "lighterman").unwrap().await.unwrap();
             let (mut send, _recv) = connection.open_bi().await.unwrap();
-            // It may be refused before all of it is written.
+            // The Hello may be rejected before all of its bytes are written.
             let _ = send.write_all(&bytes).await;
             let _ = send.finish();
             assert_closed_with(&connection, PROTOCOL, what).await;
@@ -137,7 +141,7 @@ async fn a_dial_fails_where_another_key_answers() {
             matches!(error, DialError::AnotherKey { expected: e, found, .. } if (e, found) == (expected, listener.id)),
             "{error}"
         );
-        assert!(dialler.transfer.peers().is_empty() && listener.transfer.peers().is_empty(), "nothing was said");
+        assert!(dialler.transfer.peers().is_empty() && listener.transfer.peers().is_empty(), "no Hello was sent");
         dialler.transfer.dial(listener.address(), Some(listener.id)).await.unwrap();
     })
     .await;
@@ -162,7 +166,8 @@ async fn a_fetch_from_a_peer_that_rejects_this_agent_fails_as_not_admitted() {
     with_deadline(async {
         let (key, blob) = (Identity::generate(), blob(10));
         let fetcher = TransferTestNode::start(TestStore::default());
-        // It dials us, so we know it, but it does not let us in.
+        // The provider dials the fetcher, so its address is recorded, but the provider rejects the
+        // fetcher.
         let shut = TestAdmission::only([fetcher.id]);
         let provider = TransferTestNode::start_with(&key, TestStore::with(&blob), shut, Timeouts::DEFAULT);
         provider.dial(fetcher.address()).await;
@@ -194,19 +199,19 @@ async fn a_peer_is_not_served_after_its_verdict_expired_and_is_admitted_again() 
         let first = until().unwrap();
         *admission.recheck.lock().unwrap() = Err(Rejection::Denied("expired".into()));
         shared.close_expired(first + LEEWAY);
-        assert!(connection.close_reason().is_none(), "clocks may differ");
+        assert!(connection.close_reason().is_none(), "the leeway for clocks is not over");
         *admission.recheck.lock().unwrap() = Ok(());
         *admission.life.lock().unwrap() = Duration::from_secs(3600);
         let over = || shared.close_expired(until().unwrap() + LEEWAY + BRIEF);
         over();
-        assert!(connection.close_reason().is_none(), "what it showed is still good");
+        assert!(connection.close_reason().is_none(), "the credential is still accepted");
         assert!(until().unwrap() > first + LEEWAY);
         *admission.recheck.lock().unwrap() = Err(Rejection::Undecided("soon".into()));
         over();
-        assert!(connection.close_reason().is_none(), "it is being asked for");
+        assert!(connection.close_reason().is_none(), "the new verdict is pending");
         *admission.recheck.lock().unwrap() = Err(Rejection::Denied("expired".into()));
         over();
-        assert_closed_with(&connection, DONE, "its verdict is over").await;
+        assert_closed_with(&connection, DONE, "the verdict has expired").await;
         handshake(&endpoint, provider.address()).await;
     })
     .await;
@@ -228,7 +233,7 @@ async fn a_renewed_credential_is_sent_on_a_new_connection() {
         fetcher.fetch(provider.id, Digest::of(&blob), 10).await.unwrap();
         provider.admitted_peers.recv().await.unwrap();
         admission.renewals.send_modify(|renewals| *renewals += 1);
-        // Until it has been seen, the old connection serves.
+        // The old connection serves until the agent has seen the renewal.
         while provider.admitted_peers.try_recv().is_err() {
             fetcher.fetch(provider.id, Digest::of(&blob), 10).await.unwrap();
         }
@@ -327,7 +332,7 @@ async fn two_nodes_with_one_key_detect_each_other_from_either_side_and_are_no_pe
         let alone = TransferTestNode::start(TestStore::default());
         let error = alone.transfer.dial(alone.address(), None).await.unwrap_err();
         assert!(matches!(error, DialError::OwnAddress(_)), "{error}");
-        assert_eq!(name(&alone.transfer.shared_key()), None, "an agent that dials itself");
+        assert_eq!(name(&alone.transfer.shared_key()), None, "an agent that dials its own address");
     })
     .await;
 }
@@ -364,10 +369,10 @@ async fn a_pod_that_presents_many_keys_keeps_two_and_evicts_no_other_pod() {
             let endpoint = bare_endpoint(key);
             let connection = handshake(&endpoint, address).await;
             connections.push((endpoint, connection));
-            assert!(provider.transfer.peers().len() <= 3, "two keys of one pod, and the other pod's");
+            assert!(provider.transfer.peers().len() <= 3, "two keys of one pod, and the key of the other pod");
         }
         for (_, connection) in &connections[..8] {
-            assert_closed_with(connection, DONE, "its pod showed two keys since").await;
+            assert_closed_with(connection, DONE, "two newer keys of the pod were presented").await;
         }
         assert!(connections[8..].iter().all(|(_, connection)| connection.close_reason().is_none()));
         assert!(others.close_reason().is_none(), "another pod's agent");
@@ -398,14 +403,14 @@ async fn an_agent_in_a_new_pod_keeps_its_key_and_the_old_pod_takes_no_room() {
         };
         peers.insert(&peer(1), in_pod("old", 1)).unwrap();
         peers.insert(&peer(1), in_pod("new", 2)).unwrap();
-        // A relayed or late credential of the old pod lasts less long and changes nothing.
+        // A relayed or late credential of the old pod expires earlier and changes nothing.
         peers.insert(&peer(1), in_pod("old", 1)).unwrap();
         peers.insert(&peer(2), in_pod("old", 2)).unwrap();
         peers.insert(&peer(3), in_pod("old", 2)).unwrap();
-        assert_eq!(peers.all().len(), 3, "the first key is the new pod's");
+        assert_eq!(peers.all().len(), 3, "the first key belongs to the new pod");
         peers.remove(peer(2).id);
         peers.insert(&peer(4), in_pod("old", 2)).unwrap();
-        assert_eq!(peers.all().len(), 3, "a forgotten key takes no room");
+        assert_eq!(peers.all().len(), 3, "a removed key takes no room");
         peers.insert(&peer(5), in_pod("old", 2)).unwrap();
         let known: HashSet<_> = peers.all().into_iter().map(|peer| peer.id).collect();
         assert_eq!(known, [1, 4, 5].map(|key| peer(key).id).into());
@@ -461,7 +466,7 @@ async fn a_rejection_closes_the_connection_with_its_code() {
         let (mut send, mut recv) = connection.open_bi().await.unwrap();
         wire::write(&mut send, &hello()).await.unwrap();
         assert!(matches!(wire::read(&mut recv).await.unwrap(), Welcome::Rejected(_)));
-        assert_closed_with(&connection, REJECTED, "a dialler").await;
+        assert_closed_with(&connection, REJECTED, "a rejected dialer").await;
     })
     .await;
 }

@@ -1,4 +1,4 @@
-//! The door, with certificates of an operator's authority.
+//! Admission by certificates of an operator's authority.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -8,7 +8,6 @@ use super::*;
 use crate::admission::{CertificateAdmission, CertificateFiles};
 use crate::transfer::DialError;
 
-/// Somebody who issues certificates.
 struct TestAuthority {
     certificate: rcgen::Certificate,
     key: KeyPair,
@@ -22,7 +21,7 @@ impl TestAuthority {
         Self { certificate: params.self_signed(&key).unwrap(), key }
     }
 
-    /// An agent with a certificate of this authority, which believes no other.
+    /// An agent with a certificate of this authority, which trusts no other authority.
     fn agent(&self, store: TestStore) -> TransferTestNode {
         let (identity, key, folder) =
             (Identity::generate(), KeyPair::generate().unwrap(), tempfile::tempdir().unwrap());
@@ -40,7 +39,7 @@ impl TestAuthority {
             authority: write("ca.crt", self.certificate.pem()),
             name: "lighterman".to_owned(),
         };
-        // It has read them; the folder may go.
+        // The agent reads the files at once, so the folder may be removed.
         let admission = CertificateAdmission::open(files, identity.peer_id()).unwrap();
         TransferTestNode::start_with(&identity, store, admission, Timeouts::DEFAULT)
     }

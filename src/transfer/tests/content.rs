@@ -1,4 +1,4 @@
-//! What arrives, and what is answered to a peer that keeps to the protocol.
+//! Transfers and answers for a peer that keeps to the protocol.
 
 use super::*;
 
@@ -8,7 +8,7 @@ async fn a_blob_of_any_size_arrives_and_is_verified() {
         (0, "nothing follows the answer"),
         (1, "the least"),
         (1199, "one packet"),
-        (64 << 10, "one floor of the rate"),
+        (64 << 10, "the least bytes per stall"),
         ((256 << 10) - 1, "one read, nearly"),
         (256 << 10, "one read"),
         ((256 << 10) + 1, "a read of one byte"),
@@ -39,7 +39,8 @@ async fn many_blobs_come_over_one_connection_at_once() {
     let store = TestStore { blobs: blobs.iter().map(|b| (Digest::of(b), b.clone())).collect(), ..TestStore::default() };
     with_deadline(async {
         let (mut provider, fetcher) = (TransferTestNode::start(store), TransferTestNode::start(TestStore::default()));
-        // Known, but not connected: all of them need the connection that the first one dials.
+        // The address is recorded, and no connection exists: all fetches share the connection that
+        // the first one dials.
         let peer = provider.transfer.dial(fetcher.address(), None).await.unwrap();
         assert_eq!(peer.id, fetcher.id);
         let fetches = blobs.iter().map(|b| fetcher.fetch(provider.id, Digest::of(b), b.len() as u64));
@@ -47,7 +48,7 @@ async fn many_blobs_come_over_one_connection_at_once() {
             assert!(fetched.unwrap().1 == *blob);
         }
         assert_eq!(provider.admitted_peers.recv().await.unwrap().id, fetcher.id);
-        assert!(provider.admitted_peers.try_recv().is_err(), "it came through the door once");
+        assert!(provider.admitted_peers.try_recv().is_err(), "the fetcher dialed once");
     })
     .await;
 }
@@ -67,7 +68,7 @@ async fn packets_grow_to_the_mtu_of_the_path() {
         fetch().await.unwrap();
         let after = received();
         let each = (after.bytes - before.bytes) / (after.datagrams - before.datagrams);
-        // Loopback carries more than we send; the last packet of a batch is shorter.
+        // Loopback carries more than our largest packet; the last packet of a batch is shorter.
         assert!(each > 5000, "{each} bytes a packet");
     })
     .await;
@@ -98,14 +99,15 @@ async fn a_provider_at_its_limit_answers_busy_and_serves_again_later() {
         let fetcher = TransferTestNode::start(TestStore::default());
         fetcher.dial(provider.address()).await;
         let mut fetches: Vec<_> = (0..5).map(|_| Box::pin(fetcher.fetch(provider.id, digest, size))).collect();
-        // Four are allowed, so one of five is told to come again.
+        // Four uploads are allowed, so one of five gets `Busy`.
         let (first, _, rest) = futures::future::select_all(fetches.drain(..)).await;
         assert!(matches!(first.unwrap_err(), FetchError::Busy { peer } if peer == provider.id));
         open.send(true).unwrap();
         for fetched in futures::future::join_all(rest).await {
             fetched.unwrap();
         }
-        // A slot is free when the reader's last packet is acknowledged, some milliseconds after it is read.
+        // A slot is free once the reader's last packet is acknowledged, some milliseconds after the
+        // read.
         while let Err(error) = fetcher.fetch(provider.id, digest, size).await {
             assert!(error.is_retryable(), "{error}");
         }
@@ -146,11 +148,11 @@ async fn a_cancelled_fetch_frees_the_providers_slot_and_keeps_the_connection() {
             let (seen, mut first) = mpsc::channel(1);
             let mut sink = BlockedSink(seen);
             tokio::select! {
-                _ = fetcher.transfer.fetch(provider.id, digest, size, &mut sink) => panic!("the sink takes nothing"),
+                _ = fetcher.transfer.fetch(provider.id, digest, size, &mut sink) => panic!("the sink never returns"),
                 _ = first.recv() => {}
             }
         }
-        // All four slots would be taken eight times over.
+        // Eight cancelled fetches that kept their slots would hold all four twice.
         while let Err(error) = fetcher.fetch(provider.id, digest, size).await {
             assert!(error.is_retryable(), "{error}");
         }
@@ -158,7 +160,7 @@ async fn a_cancelled_fetch_frees_the_providers_slot_and_keeps_the_connection() {
     .await;
 }
 
-/// Takes the first batch, says so, and never returns.
+/// Takes the first batch, reports the batch, and never returns.
 struct BlockedSink(mpsc::Sender<()>);
 
 #[async_trait]

@@ -1,4 +1,4 @@
-//! Peers that lie, fail, dawdle and die.
+//! Peers that send wrong content, fail, stall and die.
 
 use super::*;
 use crate::oci::VerifyError;
@@ -48,9 +48,9 @@ async fn wrong_content_is_detected_and_names_the_peer() {
             match source {
                 VerifyError::Size { actual_size, .. } => assert_eq!(*actual_size, arrives, "{what}"),
                 VerifyError::Digest { .. } => assert_eq!(what, "other bytes"),
-                VerifyError::Piece { .. } => panic!("{what}: nobody asked for pieces"),
+                VerifyError::Piece { .. } => panic!("{what}: no pieces were requested"),
             }
-            // A wrong size may be the fault of whoever named the size.
+            // A wrong size may be the fault of the manifest.
             assert_eq!(error.is_peer_fault(), what == "other bytes", "{what}");
             assert!(fetcher.metric(r#"fetch_failures_total{reason="corrupt"} 1"#));
         })
@@ -77,7 +77,7 @@ async fn a_peer_that_stops_sending_times_out() {
         let rogue = Rogue::start(|_, mut send| async move {
             answer_blob(&mut send, SIZE).await;
             send.write_chunk(blob(1000)).await.unwrap();
-            // Never finished.
+            // The stream is never finished.
             let _ = send.stopped().await;
         });
         let (error, _) = fetch_from(&rogue, Timeouts { stall: BRIEF, ..Timeouts::DEFAULT }).await;
@@ -91,7 +91,7 @@ async fn a_dripping_peer_times_out_although_bytes_keep_coming() {
     with_deadline(async {
         let rogue = Rogue::start(|_, mut send| async move {
             answer_blob(&mut send, SIZE).await;
-            // Pauses far below the limit, and far too little each time.
+            // Pauses far below the timeout, and far too few bytes each time.
             while send.write_all(&[7; 10]).await.is_ok() {
                 tokio::time::sleep(BRIEF / 20).await;
             }
@@ -170,7 +170,7 @@ async fn a_fetch_from_a_peer_that_is_removed_meanwhile_ends_at_once() {
                 let _ = send.stopped().await;
             }
         });
-        // No limit that could run out instead.
+        // No timeout may end the fetch instead.
         let limits =
             Timeouts { stall: Duration::from_secs(600), answer: Duration::from_secs(600), ..Timeouts::DEFAULT };
         let fetcher =
@@ -197,7 +197,8 @@ async fn a_peer_whose_pooled_connection_died_is_dialled_again() {
         let fetcher = TransferTestNode::start(TestStore::default());
         fetcher.dial(provider.address()).await;
         fetcher.fetch(provider.id, Digest::of(&blob), 1000).await.unwrap();
-        // The provider drops our connection without telling why; it is still in the pool when the next fetch begins.
+        // The provider closes our connection. The connection is still in the pool when the next
+        // fetch begins.
         provider.transfer.remove_peer(fetcher.id);
         fetcher.fetch(provider.id, Digest::of(&blob), 1000).await.unwrap();
     })
@@ -210,7 +211,7 @@ async fn concurrent_fetches_from_a_dead_peer_share_one_failed_dial() {
         let limits = Timeouts { dial: BRIEF, ..Timeouts::DEFAULT };
         let fetcher =
             TransferTestNode::start_with(&Identity::generate(), TestStore::default(), TestAdmission::default(), limits);
-        // Bound, and nobody reads from it.
+        // The socket is bound, and nothing reads from it.
         let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let address = silent.local_addr().unwrap();
         let id = Identity::generate().peer_id();
@@ -222,7 +223,7 @@ async fn concurrent_fetches_from_a_dead_peer_share_one_failed_dial() {
             assert!(matches!(error, FetchError::Unreachable { peer, .. } if peer == id), "{error}");
         }
         let (_, outbound) = fetcher.transfer.0.peers.find(id).unwrap();
-        assert_eq!(outbound.failures(), 1, "one dial, whose outcome all four share");
+        assert_eq!(outbound.failures(), 1, "all four fetches share the outcome of one dial");
     })
     .await;
 }

@@ -1,4 +1,4 @@
-//! Lists of states: made once, for all who ask, and only as long as somebody does.
+//! Hash chains: computed once for all requests, and only while a request waits.
 
 use super::pieces::{PIECE, hash_chain_of};
 use super::*;
@@ -49,7 +49,7 @@ async fn a_hash_chain_that_came_with_the_blob_is_not_computed_again() {
 async fn a_corrupt_blob_has_no_hash_chain() {
     let right = blob(3 * PIECE + 1);
     let mut wrong = right.to_vec();
-    // In the last piece, which no state depends on.
+    // The changed byte is in the last piece, on which no state depends.
     *wrong.last_mut().unwrap() ^= 1;
     let store = TestStore { blobs: HashMap::from([(Digest::of(&right), wrong.into())]), ..TestStore::default() };
     with_deadline(async {
@@ -75,7 +75,7 @@ async fn a_hash_chain_is_not_computed_after_its_fetchers_have_left() {
         let (digest, cut) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
         let pending = || provider.transfer.0.hash_chains.pending();
         tokio::select! {
-            _ = fetcher.hash_chain(provider.id, digest, cut) => panic!("nothing can be read"),
+            _ = fetcher.hash_chain(provider.id, digest, cut) => panic!("the store returns no bytes yet"),
             () = async { while pending() == 0 { tokio::task::yield_now().await } } => {}
         }
         while pending() > 0 {

@@ -1,4 +1,4 @@
-//! Peers that send other pieces than were asked for, or other bytes, or too slowly.
+//! Peers that send unrequested pieces, wrong bytes, or too few bytes.
 
 use super::pieces::{CollectingSink, PIECE, first_pieces};
 use super::*;
@@ -10,7 +10,7 @@ fn numbered(piece: u32, bytes: &[u8]) -> Vec<u8> {
     [&piece.to_be_bytes()[..], bytes].concat()
 }
 
-/// What comes of an order for the first three of four pieces, of which two are to come, when this is sent.
+/// Requests two of the first three of four pieces, and returns the error and the received pieces.
 async fn fetch_from(rogue: &Rogue, blob: &Bytes, limits: Timeouts) -> (FetchError, CollectingSink) {
     let fetcher =
         TransferTestNode::start_with(&Identity::generate(), TestStore::default(), TestAdmission::default(), limits);
@@ -35,8 +35,8 @@ async fn an_unrequested_or_unfitting_piece_ends_the_fetch_and_earlier_pieces_cou
         bytes
     };
     let cases: [(&str, Vec<Vec<u8>>, usize); 9] = [
-        ("a piece unasked", vec![piece(0), piece(3)], 1),
-        ("a piece that there is not", vec![piece(0), numbered(u32::MAX, b"")], 1),
+        ("an unrequested piece", vec![piece(0), piece(3)], 1),
+        ("a piece beyond the blob", vec![piece(0), numbered(u32::MAX, b"")], 1),
         ("a piece twice", vec![piece(1), piece(1)], 1),
         ("a piece too many", vec![piece(1), piece(0), piece(2)], 2),
         ("a byte too many", vec![piece(2), piece(0), vec![0]], 2),
@@ -73,7 +73,7 @@ async fn an_unrequested_or_unfitting_piece_ends_the_fetch_and_earlier_pieces_cou
 async fn a_piece_may_be_split_anywhere_in_the_stream() {
     let blob = blob(PIECE + 1);
     let whole: Vec<u8> = [numbered(1, &blob[PIECE..]), numbered(0, &blob[..PIECE])].concat();
-    // Within the first number, after it, within the second, in the middle of a piece.
+    // Within the first number, after that number, within the second, in the middle of a piece.
     for at in [1, 3, 4, 5, 6, 9, 10, PIECE] {
         with_deadline(async {
             let (first, rest) = (whole[..at].to_vec(), whole[at..].to_vec());

@@ -1,4 +1,4 @@
-//! Following what a peer has of a blob.
+//! Following the piece map of a peer.
 
 use super::content::handshake;
 use super::pieces::{PIECE, PartialDownload};
@@ -87,7 +87,7 @@ async fn a_stopping_agent_does_not_wait_for_followers() {
         following.next().await.unwrap();
         provider.stop.cancel();
         let error = following.next().await.unwrap_err();
-        assert!(matches!(error, FetchError::Absent { .. }), "its stream ended before its connection did: {error}");
+        assert!(matches!(error, FetchError::Absent { .. }), "the stream ended before the connection: {error}");
     })
     .await;
 }
@@ -99,16 +99,16 @@ async fn an_impossible_piece_map_breaks_the_protocol() {
     let cases = [
         ("a piece beyond the end", vec![PieceMapUpdate::Map(bits([9]))]),
         ("more bits than pieces", vec![PieceMapUpdate::Map(Bits(vec![0; 3]))]),
-        ("news before there is anything", vec![PieceMapUpdate::Have(vec![1])]),
-        ("news of a piece that there is not", vec![these.clone(), PieceMapUpdate::Have(vec![9])]),
-        ("more news than fit", vec![these.clone(), PieceMapUpdate::Have(too_many)]),
-        ("no news", vec![these.clone(), PieceMapUpdate::Have(Vec::new())]),
-        ("everything twice", vec![these.clone(), these.clone()]),
-        ("an end without a update", vec![these]),
+        ("added pieces before the map", vec![PieceMapUpdate::Have(vec![1])]),
+        ("an added piece beyond the end", vec![these.clone(), PieceMapUpdate::Have(vec![9])]),
+        ("too many added pieces", vec![these.clone(), PieceMapUpdate::Have(too_many)]),
+        ("no added pieces", vec![these.clone(), PieceMapUpdate::Have(Vec::new())]),
+        ("the map twice", vec![these.clone(), these.clone()]),
+        ("an end without an update", vec![these]),
     ];
     for (what, updates) in cases {
         with_deadline(async {
-            let good = updates.len() - 1 + usize::from(what == "an end without a update");
+            let good = updates.len() - 1 + usize::from(what == "an end without an update");
             let rogue = Rogue::start(move |_, mut send| {
                 let updates = updates.clone();
                 async move {

@@ -1,11 +1,11 @@
-//! Pieces: what arrives of whole blobs and of those that are being fetched.
+//! Pieces of whole and of partial blobs.
 
 use super::*;
 use crate::model::{Bits, PieceRequest};
 use crate::oci::{HashChainBuilder, PieceHasher, PieceVerifier};
 use crate::ports::{PartialBlob, PieceError, PieceSink};
 
-/// The smallest usual piece.
+/// The smallest usual piece, in bytes.
 pub(super) const PIECE: usize = 256 << 10;
 
 pub(super) fn hash_chain_of(blob: &Bytes) -> Arc<HashChain> {
@@ -14,18 +14,18 @@ pub(super) fn hash_chain_of(blob: &Bytes) -> Arc<HashChain> {
     Arc::new(builder.finish().unwrap())
 }
 
-/// The first so many pieces, in order, all of them wanted.
+/// A request for all of the first pieces, in order.
 pub(super) fn first_pieces(peer: PeerId, blob: &Bytes, pieces: u32) -> PieceRequest {
     let (digest, cut) = (Digest::of(blob), PieceLayout::for_size(blob.len() as u64));
     PieceRequest { peer, digest, layout: cut, pieces: (0..pieces).collect(), limit: pieces as u8 }
 }
 
-/// Takes pieces that fit the list.
+/// Collects pieces, and verifies each by a hash chain.
 pub(super) struct CollectingSink {
     pub(super) proving: PieceVerifier,
     hasher: Option<PieceHasher>,
     bytes: Vec<u8>,
-    /// In the order in which they came.
+    /// In the order of arrival.
     pub(super) received: Vec<(u32, Vec<u8>)>,
 }
 
@@ -46,7 +46,7 @@ impl CollectingSink {
 #[async_trait]
 impl PieceSink for CollectingSink {
     fn begin(&mut self, piece: u32) {
-        assert!(self.hasher.is_none() && self.bytes.is_empty(), "one after the other");
+        assert!(self.hasher.is_none() && self.bytes.is_empty(), "the pieces come one after the other");
         self.hasher = Some(self.proving.hash_chain().hasher(piece as usize));
     }
 
@@ -65,7 +65,6 @@ impl PieceSink for CollectingSink {
     }
 }
 
-/// A blob that is being fetched.
 #[derive(Clone)]
 pub(super) struct TestPartial {
     blob: Bytes,
@@ -91,14 +90,14 @@ impl PartialBlob for TestPartial {
     }
 }
 
-/// Who fetches it. Dropped, it is not fetched any more.
+/// The download behind a [`TestPartial`]. Dropping the download ends the partial blob.
 pub(super) struct PartialDownload {
     held: Arc<Mutex<Bits>>,
     changes: watch::Sender<u64>,
     partial: Arc<Mutex<Option<TestPartial>>>,
 }
 
-/// The one blob that is being fetched here.
+/// The partial blob of a node, if the download goes on.
 pub(super) struct SinglePartial(Arc<Mutex<Option<TestPartial>>>);
 
 impl PartialBlobs for SinglePartial {
@@ -181,7 +180,7 @@ async fn a_seed_sends_the_pieces_that_it_has_sent_the_least() {
             fetcher.transfer.fetch_pieces(&order, &mut sink).await.unwrap();
             came.extend(sink.numbers());
         }
-        assert_eq!(came, (0..12).collect::<Vec<_>>(), "three who ask for the same get a third each");
+        assert_eq!(came, (0..12).collect::<Vec<_>>(), "three fetchers with the same request get a third each");
     })
     .await;
 }
@@ -198,11 +197,11 @@ async fn a_partial_provider_serves_the_pieces_that_it_has() {
         fetcher.dial(provider.address()).await;
         let mut sink = CollectingSink::of(&blob);
         fetcher.transfer.fetch_pieces(&first_pieces(provider.id, &blob, 9), &mut sink).await.unwrap();
-        assert!(sink.received.is_empty(), "which is no failure");
+        assert!(sink.received.is_empty(), "a provider without the pieces sends none, without an error");
         download.add_pieces([8, 3, 5]);
         let order = PieceRequest { pieces: vec![8, 1, 5, 3], limit: 2, ..first_pieces(provider.id, &blob, 9) };
         fetcher.transfer.fetch_pieces(&order, &mut sink).await.unwrap();
-        assert_eq!(sink.numbers(), [8, 5], "those that are welcome most");
+        assert_eq!(sink.numbers(), [8, 5], "the first requested pieces that are present");
         let list = fetcher.hash_chain(provider.id, Digest::of(&blob), order.layout).await.unwrap();
         assert_eq!(list, *hash_chain_of(&blob));
         drop(download);
@@ -231,7 +230,7 @@ async fn a_dropped_fetch_stops_the_stream() {
         fetcher.dial(rogue.address).await;
         let (order, mut sink) = (first_pieces(rogue.id, &blob, 8), CollectingSink::of(&blob));
         tokio::select! {
-            _ = fetcher.transfer.fetch_pieces(&order, &mut sink) => panic!("most of it does not come"),
+            _ = fetcher.transfer.fetch_pieces(&order, &mut sink) => panic!("most of the pieces never arrive"),
             began = stopped.recv() => assert_eq!(began, Some(false)),
         }
         assert_eq!(stopped.recv().await, Some(true));

@@ -1,4 +1,4 @@
-//! What our own limits do to transfers: they slow them, evenly, and break none.
+//! The effect of our own rate limits on transfers: slower, evenly, and without failures.
 
 use futures::future::{join_all, try_join_all};
 use tokio::time::Instant;
@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use super::*;
 use crate::decide::token_bucket::{CHUNK, MIN_RATE, TokenBucket};
 
-/// Peers whose rates can be changed.
+/// A node whose rates can be changed.
 struct RateLimitedNode {
     node: TransferTestNode,
     rules: watch::Sender<Arc<Policy>>,
@@ -31,16 +31,17 @@ fn store(blobs: &[Bytes]) -> TestStore {
     TestStore { blobs: blobs.iter().map(|b| (Digest::of(b), b.clone())).collect(), ..TestStore::default() }
 }
 
-/// Different ones, as equal ones would be one.
+/// Blobs of different lengths, as equal content would be one blob.
 fn blobs(count: usize, size: usize) -> Vec<Bytes> {
     (0..count).map(|number| blob(size + number)).collect()
 }
 
-/// Waits that our own slowness must not run out. A chunk at the lowest rate takes a second, and two streams share it.
+/// Timeouts that our own rate limit must not exceed. A chunk at the lowest rate takes a second, and
+/// two streams share the rate.
 const SHORT: Timeouts =
     Timeouts { stall: Duration::from_secs(4), slow_reader: Duration::from_secs(4), ..Timeouts::DEFAULT };
 
-/// The least time in which so many bytes may have passed.
+/// The least time in which the rate lets so many bytes pass.
 fn least_seconds(bytes: usize, rate: u64) -> f64 {
     let capacity = TokenBucket::new(rate, Instant::now().into_std()).capacity();
     (bytes as u64).saturating_sub(capacity) as f64 / rate as f64
@@ -59,7 +60,7 @@ async fn downloads_keep_to_the_rate_and_no_stream_stalls() {
         try_join_all(fetches).await.unwrap();
         let (took, least) =
             (began.elapsed().as_secs_f64(), least_seconds(blobs.iter().map(Bytes::len).sum(), 2 * MIN_RATE));
-        assert!(took >= least, "{took} s where {least} are the least");
+        assert!(took >= least, "the fetches took {took} s, at least {least} s are expected");
     })
     .await;
 }
@@ -79,7 +80,7 @@ async fn uploads_keep_to_the_rate_and_a_request_without_a_permit_is_answered_bus
         assert!(matches!(refused[0], Err(FetchError::Busy { .. })), "{:?}", refused[0]);
         let bytes = fetched.iter().flatten().map(|(_, bytes)| bytes.len()).sum();
         let (took, least) = (began.elapsed().as_secs_f64(), least_seconds(bytes, MIN_RATE));
-        assert!(took >= least, "{took} s where {least} are the least");
+        assert!(took >= least, "the fetches took {took} s, at least {least} s are expected");
         assert!(provider.metric(&format!("served_bytes_total {bytes}")));
     })
     .await;
@@ -89,7 +90,7 @@ async fn uploads_keep_to_the_rate_and_a_request_without_a_permit_is_answered_bus
 async fn a_lifted_rate_frees_running_transfers_at_once() {
     let large = blob(64 << 20);
     with_deadline(async {
-        // A quarter of an hour at this rate.
+        // The transfer takes a quarter of an hour at this rate.
         let provider = RateLimitedNode::start(TestStore::with(&large), 0, MIN_RATE, Timeouts::DEFAULT);
         let fetcher = RateLimitedNode::start(TestStore::default(), MIN_RATE, 0, Timeouts::DEFAULT);
         fetcher.node.dial(provider.node.address()).await;
@@ -122,7 +123,7 @@ async fn a_manifest_does_not_wait_for_layers_under_a_rate_limit() {
             fetcher.fetch(provider.id, Digest::of(&small), 1000).await
         };
         tokio::select! {
-            _ = layers => panic!("that takes half an hour"),
+            _ = layers => panic!("the layers take half an hour"),
             fetched = manifest => assert!(fetched.unwrap().1 == small),
         }
     })
@@ -157,7 +158,8 @@ async fn the_rate_limiters_delay_is_not_counted_against_the_sender() {
             async move {
                 answer_blob(&mut send, 200).await;
                 send.write_chunk(first).await.unwrap();
-                // Twice what the fetcher puts up with, but for three seconds of it it stands in its own queue.
+                // Twice the stall timeout of the fetcher, but for three seconds of this time the
+                // fetcher waits for its own rate limiter.
                 tokio::time::sleep(Duration::from_secs(4)).await;
                 send.write_chunk(rest).await.unwrap();
             }
@@ -167,7 +169,7 @@ async fn the_rate_limiters_delay_is_not_counted_against_the_sender() {
         fetcher.dial(rogue.address).await;
         let others = join_all((0..3).map(|_| fetcher.transfer.0.download_limiter.acquire_bytes(100 * CHUNK)));
         tokio::select! {
-            _ = others => panic!("that takes five minutes"),
+            _ = others => panic!("the other waits take five minutes"),
             fetched = fetcher.fetch(rogue.id, digest, 200) => assert!(fetched.unwrap().1 == content),
         }
     })

@@ -8,7 +8,7 @@ use super::*;
 
 type RogueHandler = Arc<dyn Fn(Request, SendStream) -> BoxFuture<'static, ()> + Send + Sync>;
 
-/// A peer that is admitted like any other, and then answers as it likes.
+/// A peer that is admitted like any other, and then answers by a given handler.
 pub(super) struct Rogue {
     pub(super) id: PeerId,
     pub(super) address: SocketAddr,
@@ -56,7 +56,7 @@ async fn run_rogue_connection(connection: Connection, handler: RogueHandler) {
     }
 }
 
-/// Answers as if it had a blob of this size.
+/// Answers as a provider of a blob of this size.
 pub(super) async fn answer_blob(send: &mut SendStream, size: u64) {
     wire::write(send, &Answer::Blob { size }).await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! The end: of connections that nobody uses, of readers that do not read, of the agent.
+//! The end of unused connections, of readers that do not read, and of the agent.
 
 use quinn::ReadError;
 
@@ -55,7 +55,7 @@ async fn a_stopping_agent_does_not_wait_for_an_endless_transfer() {
         let (fetched, ()) = tokio::join!(fetcher.fetch(provider.id, Digest::of(&blob), 1000), stops);
         let error = fetched.unwrap_err();
         assert!(matches!(error, FetchError::Unreachable { .. }), "{error}");
-        assert!(error.to_string().contains("stops"), "the closing code and its reason arrived: {error}");
+        assert!(error.to_string().contains("stops"), "the close carries its code and reason: {error}");
     })
     .await;
 }
@@ -80,14 +80,14 @@ async fn a_close_reaches_a_reader_whose_window_is_full() {
             assert!(matches!(wire::read(&mut recv).await.unwrap(), Answer::Blob { .. }));
             (connection, recv)
         };
-        // Until it is driven again it acknowledges nothing.
+        // The reader acknowledges nothing until its runtime runs again.
         let asked = tokio::task::spawn_blocking(move || (reader.block_on(asks), reader));
         let ((connection, _recv), reader) = asked.await.unwrap();
         open.send(true).unwrap();
         tokio::time::sleep(BRIEF).await;
         provider.stop.cancel();
         provider.run.await.unwrap();
-        // A socket that is still there would tell whoever writes to it that it knows nothing of the connection.
+        // An open socket would answer packets of the closed connection with a stateless reset.
         drop(provider.transfer);
         tokio::task::yield_now().await;
         let ended = tokio::task::spawn_blocking(move || reader.block_on(connection.closed())).await.unwrap();
@@ -99,7 +99,7 @@ async fn a_close_reaches_a_reader_whose_window_is_full() {
 #[tokio::test]
 async fn a_reader_that_does_not_read_times_out() {
     with_deadline(async {
-        // More than all windows between the two hold. Nobody hashes it.
+        // More than all windows between the two hold. The blob is never hashed.
         let (digest, size) = (Digest::of(b"large"), 24 << 20);
         let store = TestStore { blobs: HashMap::from([(digest, vec![7; size].into())]), ..TestStore::default() };
         let limits = Timeouts { slow_reader: BRIEF, ..Timeouts::DEFAULT };
@@ -131,7 +131,7 @@ async fn a_stream_with_more_than_one_request_is_reset() {
         }
         let read = recv.read(&mut [0; 64]).await;
         assert_eq!(read, Err(ReadError::Reset(MALFORMED)));
-        assert!(connection.close_reason().is_none(), "the connection serves on");
+        assert!(connection.close_reason().is_none(), "the connection stays open");
     })
     .await;
 }
@@ -151,7 +151,7 @@ async fn an_idle_connection_is_closed_and_a_connection_in_use_is_not() {
         fetcher.transfer.0.peers.close_unused(Duration::ZERO);
         let ended = connection.closed().await;
         assert!(matches!(&ended, quinn::ConnectionError::ApplicationClosed(c) if c.error_code == DONE), "{ended}");
-        assert_eq!(fetcher.transfer.peers().len(), 1, "its address is still known");
+        assert_eq!(fetcher.transfer.peers().len(), 1, "the address of the peer stays recorded");
     })
     .await;
 }

@@ -1,4 +1,4 @@
-//! Peers that ask for pieces in ways that they should not, and what others notice of it.
+//! Peers that request pieces in unfair ways, and the effect on other peers.
 
 use quinn::{ReadError, RecvStream};
 
@@ -17,12 +17,12 @@ async fn request_pieces(connection: &Connection, request: &Request) -> RecvStrea
     recv
 }
 
-/// The first so many pieces.
+/// A request for all of the first pieces.
 fn first_pieces_request(blob: &Bytes, count: u32) -> Request {
     Request::Pieces { digest: Digest::of(blob), pieces: (0..count).collect(), limit: count as u8 }
 }
 
-/// Somebody else who is served while others misbehave.
+/// Fetches pieces as another peer, which must be served.
 async fn assert_serves(provider: &TransferTestNode, blob: &Bytes, count: u32) {
     let fetcher = TransferTestNode::start(TestStore::default());
     fetcher.dial(provider.address()).await;
@@ -40,10 +40,10 @@ async fn a_malformed_piece_request_is_reset_and_a_piece_beyond_the_blob_is_refus
         let connection = handshake(&bare_endpoint(&Identity::generate()), provider.address()).await;
         let too_many: Vec<u32> = (0..=MAX_REQUEST_PIECES as u32).collect();
         for (what, pieces, limit) in [
-            ("nothing to choose from", vec![], 1),
-            ("none of them", vec![1], 0),
-            ("one twice", vec![1, 0, 1], 1),
-            ("too many", too_many, 1),
+            ("no pieces", vec![], 1),
+            ("a limit of zero", vec![1], 0),
+            ("a piece twice", vec![1, 0, 1], 1),
+            ("too many pieces", too_many, 1),
         ] {
             let mut recv = request_pieces(&connection, &Request::Pieces { digest, pieces, limit }).await;
             assert_eq!(recv.read(&mut [0; 8]).await, Err(ReadError::Reset(MALFORMED)), "{what}");
@@ -68,7 +68,7 @@ async fn uploads_beyond_the_slots_wait_and_a_closed_upload_frees_its_slot() {
         let fetcher = TransferTestNode::start(TestStore::default());
         fetcher.dial(provider.address()).await;
         let connection = handshake(&bare_endpoint(&Identity::generate()), provider.address()).await;
-        // They hold all slots, and others queue behind them.
+        // These uploads hold all slots, and more of them queue.
         let mut streams = Vec::new();
         for _ in 0..12 {
             let mut recv = request_pieces(&connection, &first_pieces_request(&blob, 6)).await;
@@ -90,7 +90,7 @@ async fn uploads_beyond_the_slots_wait_and_a_closed_upload_frees_its_slot() {
 
 #[tokio::test]
 async fn readers_that_do_not_read_lose_their_slots_and_then_their_streams() {
-    // More than all windows between the two hold, asked for over and over.
+    // More than all windows between the two hold, requested over and over.
     let blob = blob(32 * PIECE);
     with_deadline(async {
         let limits = Timeouts { slow_reader: Duration::from_secs(3), ..Timeouts::DEFAULT };
@@ -106,7 +106,7 @@ async fn readers_that_do_not_read_lose_their_slots_and_then_their_streams() {
             streams.push(request_pieces(&connection, &first_pieces_request(&blob, 32)).await);
         }
         assert_serves(&provider, &blob, 32).await;
-        // Those that found their windows full.
+        // The uploads that found their windows full are reset.
         for recv in &mut streams {
             assert_eq!(recv.received_reset().await.unwrap(), Some(TOO_SLOW));
         }
@@ -132,7 +132,7 @@ async fn a_peer_that_repeats_its_requests_without_end_does_not_starve_others() {
             }
         };
         tokio::select! {
-            () = greedy => unreachable!("it never ends"),
+            () = greedy => unreachable!("the loop never ends"),
             () = async { for _ in 0..3 { assert_serves(&provider, &blob, 16).await } } => {}
         }
     })
@@ -152,13 +152,13 @@ async fn unfinished_requests_block_only_their_own_connection() {
         );
         let connection = handshake(&bare_endpoint(&Identity::generate()), provider.address()).await;
         let mut streams = Vec::new();
-        // The one of the introduction may count still.
+        // The stream of the `Hello` may still count.
         for _ in 1..MAX_STREAMS {
             let (mut send, recv) = connection.open_bi().await.unwrap();
             send.write_all(&[0]).await.unwrap();
             streams.push((send, recv));
         }
-        // The next of thousands waits until one of them is given up, and left.
+        // The next stream waits until one of the unfinished requests times out and closes.
         let further = async {
             let mut recv = request_pieces(&connection, &first_pieces_request(&blob, 2)).await;
             wire::read::<Answer>(&mut recv).await.unwrap()

@@ -1,5 +1,5 @@
-//! Agents of different MAJORs. The newer one is of an imaginary next release whose messages are
-//! today's, so that what differs is the negotiation alone.
+//! Agents of different MAJORs. The newer one is an imaginary next release with today's messages, so
+//! that only the negotiation differs.
 
 use super::pieces::{CollectingSink, PIECE, first_pieces};
 use super::*;
@@ -35,7 +35,7 @@ impl VersionPair {
         Self { today: (today, blobs.0), next: (next, blobs.1) }
     }
 
-    /// Each as the fetcher, with the provider and the provider's blob.
+    /// Each agent as the fetcher, with the provider and the provider's blob.
     fn both_ways(&self) -> [(&'static str, &TransferTestNode, &TransferTestNode, &Bytes); 2] {
         let Self { today, next } = self;
         [("the older fetches", &today.0, &next.0, &next.1), ("the newer fetches", &next.0, &today.0, &today.1)]

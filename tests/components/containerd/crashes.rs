@@ -1,4 +1,4 @@
-//! The agent and its containerd are killed at every step of a recovery.
+//! Recoveries in which the agent and its containerd are killed at every step.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use lighterman::agent::progress::Progress;
+use lighterman::agent::recovery::progress::Progress;
 use lighterman::containerd::ContainerdStore;
 use lighterman::oci::{Digest, Reference};
 use lighterman::ports::{BlobMetadata, ContentStore, StoreError};
@@ -24,7 +24,7 @@ use super::{HOUR, WAIT_DEADLINE, content, read};
 
 const NAME: &str = "r.test/killed:1";
 
-/// Recovers until that step; false when the recovery ended before it came.
+/// Recovers until the kill point. False when the recovery ended before the kill point.
 async fn recover_until_killed(node: &TestNode, store: &ContainerdStore, killed_at: KillPoint) -> bool {
     let stopping = StoppingStore::new(Arc::new(store.clone()), killed_at);
     let recoverer = node.recoverer(Arc::new(stopping.clone()));
@@ -37,7 +37,7 @@ async fn recover_until_killed(node: &TestNode, store: &ContainerdStore, killed_a
             recovered = recoverer.recover(&wanted, &progress, &stop) => recovered.map(|_| false).unwrap(),
         }
     };
-    tokio::time::timeout(WAIT_DEADLINE, recovering).await.expect("it neither ends nor comes to the step")
+    tokio::time::timeout(WAIT_DEADLINE, recovering).await.expect("the recovery ends or reaches the kill point")
 }
 
 async fn assert_records_are_complete(store: &ContainerdStore, image: &MadeImage, when: &str) -> usize {
@@ -50,7 +50,7 @@ async fn assert_records_are_complete(store: &ContainerdStore, image: &MadeImage,
     records.len()
 }
 
-/// What the killed agent held ends in an hour; here at once.
+/// Ends the killed agent's pins at once; containerd would end them within an hour.
 async fn end_pins(daemon: &Daemon, containerd_namespace: &str) {
     for lease in daemon.ctr(containerd_namespace, &["leases", "ls", "-q"]).lines() {
         daemon.ctr(containerd_namespace, &["leases", "rm", lease]);
@@ -68,7 +68,7 @@ async fn an_agent_killed_at_any_step_leaves_no_partial_record_and_the_next_start
             let containerd_namespace = format!("{name}-{step}");
             let store = daemon.store(&containerd_namespace);
             if !recover_until_killed(&node, &store, killed_at).await {
-                assert!(step >= 15, "the test takes the steps that there are: {step}");
+                assert!(step >= 15, "a recovery has at least 15 steps, not {step}");
                 return;
             }
             daemon.kill();
@@ -109,7 +109,7 @@ async fn blobs_of_an_agent_killed_at_any_step_are_collected_without_a_next_start
     }
 }
 
-/// Goes on until it was polled so often and would be again; `None` when it was dropped then.
+/// Polls the inner future this many times. `None` when that future was not ready by then.
 struct AbortAfter<F> {
     inner: Pin<Box<F>>,
     polls: usize,
@@ -125,7 +125,7 @@ impl<F: Future> Future for AbortAfter<F> {
     }
 }
 
-/// The names in the folder of blobs, and the blobs that have a record.
+/// Names of the files in the blob folder, and names of the blobs that have a record.
 async fn files_and_records(daemon: &Daemon, store: &ContainerdStore) -> (BTreeSet<String>, BTreeSet<String>) {
     let folder = daemon.content_root().join("blobs/sha256");
     let names = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -133,16 +133,17 @@ async fn files_and_records(daemon: &Daemon, store: &ContainerdStore) -> (BTreeSe
     (names.collect(), records.collect())
 }
 
-/// Waits for what goes on on other threads.
+/// Waits until no thread holds the lock of a staging file.
 async fn wait_staging_files_unlocked(daemon: &Daemon) {
-    // One that has gone meanwhile is nobody's.
+    // A file that was removed meanwhile holds no lock.
     let is_free = |path: PathBuf| std::fs::File::open(path).map_or(true, |file| file.try_lock().is_ok());
     while !staged_files(daemon).into_iter().all(is_free) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
-/// At every point where it waits for something. What it had begun on another thread goes on, as what the kernel has begun does after a kill.
+/// Aborts the commit at every point where the commit awaits. Work on other threads continues, as
+/// the kernel's work does after a kill.
 pub(crate) async fn a_commit_aborted_at_any_point_leaves_no_partial_record(version: &str) {
     let daemon = Daemon::start(version).await;
     let pin = daemon.store("broken-off").pin(HOUR).await.unwrap();
@@ -164,13 +165,13 @@ pub(crate) async fn a_commit_aborted_at_any_point_leaves_no_partial_record(versi
                 ended.unwrap();
                 assert!(
                     polls > 8 && resumed_commits > 2,
-                    "the test breaks it off at {polls} points, {resumed_commits} times before its end"
+                    "the commit is aborted at {polls} points and resumed {resumed_commits} times"
                 );
                 return;
             }
             let next = daemon.store("broken-off");
             if resumed {
-                // What was begun on another thread may still hold the file.
+                // Work on another thread may still hold the file's lock.
                 let staged = loop {
                     match next.stage(digest, size, &pin).await {
                         Err(StoreError::Busy(_)) => tokio::time::sleep(Duration::from_millis(5)).await,
@@ -204,7 +205,7 @@ pub(crate) async fn a_commit_aborted_at_any_point_leaves_no_partial_record(versi
             assert!(tidied.is_ok(), "after {polls} polls: {:?}", files_and_records(&daemon, &next).await);
             stop.cancel();
             running.await.unwrap();
-            // Whatever the sweep did not take for a blob can still be gone on with.
+            // A staging file that the sweep did not adopt can still be resumed.
             if !resumed && next.blob(digest).await.unwrap().is_none() {
                 let staged = next.stage(digest, size, &pin).await.unwrap();
                 assert_eq!(staged.resumed_ranges().first(), Some(&(0..size)), "after {polls} polls");

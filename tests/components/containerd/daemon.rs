@@ -1,4 +1,4 @@
-//! A containerd of the test's own: its process, its folders, its socket.
+//! A containerd of one test: process, folders and socket.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -14,15 +14,15 @@ use lighterman::containerd::{Config, ContainerdStore};
 use lighterman::oci::Digest;
 use tempfile::TempDir;
 
-/// Killed when dropped, also by a test that panics.
+/// Drop kills the process, also when a test panics.
 pub(crate) struct Daemon {
     binaries: PathBuf,
     process: Child,
     folder: TempDir,
 }
 
-/// Everything in one folder, nothing of the machine's own containerd touched. The CRI plugin needs no network to look after
-/// images. NRI's socket has a fixed path, which two daemons cannot share.
+/// All files are in one folder, so the machine's own containerd is untouched. The CRI plugin
+/// manages images without a network. NRI's socket has a fixed path, which two daemons cannot share.
 const CONFIGURATION: &str = r#"
 version = 2
 root = "{folder}/root"
@@ -40,21 +40,21 @@ disabled_plugins = ["io.containerd.snapshotter.v1.devmapper", "io.containerd.sna
   restrict_oom_score_adj = true
 "#;
 
-/// Ready in a third of a second here; a busy machine takes longer.
+/// containerd is ready in a third of a second here; a busy machine takes longer.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 
 impl Daemon {
-    /// Starts the containerd that the testbed keeps under this name.
+    /// Starts the containerd of this name in the testbed.
     pub(crate) async fn start(version: &str) -> Self {
         Self::start_in(version, tempfile::tempdir().unwrap(), "").await
     }
 
-    /// In this folder, with something more in its configuration.
+    /// Starts containerd in this folder, with additional configuration.
     pub(crate) async fn start_in(version: &str, folder: TempDir, more: &str) -> Self {
         let binaries = testbed().join(version).join("bin");
         assert!(
             binaries.join("containerd").exists(),
-            "no containerd in {}: run `make testbed`, or set LIGHTERMAN_TESTBED to where it is",
+            "no containerd in {}: run `make testbed`, or set LIGHTERMAN_TESTBED to the testbed's folder",
             binaries.display()
         );
         let configuration = CONFIGURATION.replace("{folder}", folder.path().to_str().unwrap()) + more;
@@ -64,13 +64,13 @@ impl Daemon {
         daemon
     }
 
-    /// As the kernel does it when memory is short.
+    /// Sends SIGKILL, as the kernel does when memory is short.
     pub(crate) fn kill(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
     }
 
-    /// On the folders that the killed one left.
+    /// Starts containerd again, on the folders of the killed process.
     pub(crate) async fn restart(&mut self) {
         self.process = spawn(&self.binaries, self.folder.path());
         self.wait_ready().await;
@@ -86,7 +86,7 @@ impl Daemon {
         ContainerdStore::new(self.config(containerd_namespace)).unwrap()
     }
 
-    /// Runs containerd's own client and gives what it prints.
+    /// Runs `ctr`, containerd's own client, and returns the output.
     pub(crate) fn ctr(&self, containerd_namespace: &str, arguments: &[&str]) -> String {
         let mut ctr = Command::new(self.binaries.join("ctr"));
         ctr.arg("--address").arg(self.socket()).arg("--namespace").arg(containerd_namespace).args(arguments);
@@ -95,7 +95,7 @@ impl Daemon {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// A container's record, which nothing runs, labelled as CRI labels a sandbox.
+    /// Creates the record of a container that never runs, with CRI's label of a sandbox.
     pub(crate) async fn make_container(&self, containerd_namespace: &str, id: &str, image: &str) {
         let container = Container {
             id: id.into(),
@@ -111,17 +111,17 @@ impl Daemon {
         ContainersClient::new(channel).create(request).await.unwrap();
     }
 
-    /// The file of a blob in its content store.
+    /// File of a blob in the content store.
     pub(crate) fn file_of(&self, digest: Digest) -> PathBuf {
         self.content_root().join("blobs/sha256").join(digest.hex())
     }
 
-    /// The folder of its content store.
+    /// Root folder of the content store.
     pub(crate) fn content_root(&self) -> PathBuf {
         self.folder.path().join("root/io.containerd.content.v1.content")
     }
 
-    /// Everything that it keeps.
+    /// Folder of all files of this containerd.
     pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
     }
@@ -139,7 +139,7 @@ impl Daemon {
         };
         if tokio::time::timeout(START_DEADLINE, waiting).await.is_err() {
             let log = std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
-            panic!("containerd does not answer:\n{log}");
+            panic!("containerd is not ready within the deadline:\n{log}");
         }
     }
 }
@@ -163,7 +163,7 @@ fn spawn(binaries: &Path, folder: &Path) -> Child {
         .unwrap()
 }
 
-/// Where `make testbed` puts its programs.
+/// Folder where `make testbed` installs programs.
 pub(crate) fn testbed() -> PathBuf {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let home_cache = || variable("HOME").unwrap_or_default().join(".cache");

@@ -1,4 +1,4 @@
-//! What a containerd tells of itself.
+//! Version and settings that containerd reports.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -41,17 +41,22 @@ pub(crate) async fn version_and_settings_of_containerd_are_read(version: &str) {
     fs::write(&program, "#!/bin/false").unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let found = store.inspect(verifiers.path()).await.unwrap().verifiers;
-    assert_eq!(found, if is_2 { ImageVerifiers::Found } else { ImageVerifiers::None }, "1.x has no verifiers");
+    assert_eq!(
+        found,
+        if is_2 { ImageVerifiers::Found } else { ImageVerifiers::None },
+        "containerd 1.x has no verifiers"
+    );
 
     let blind = ContainerdStore::new(Config { host_root: None, ..daemon.config("k8s.io") }).unwrap();
     let unseen = blind.inspect(Path::new("/nothing/is/here")).await.unwrap().verifiers;
     assert_eq!(unseen, if is_2 { ImageVerifiers::Unseen } else { ImageVerifiers::None });
 }
 
-/// A container as CRI makes it for a sandbox: the label and the image's name are what is looked at.
+/// The containers have what the store reads of a sandbox: CRI's label and the name of the image.
 pub(crate) async fn the_sandbox_image_is_read_from_containers(version: &str) {
     let daemon = Daemon::start(version).await;
-    // No CRI plugin serves this namespace's containers, so that it leaves this one alone; its configuration is told all the same.
+    // The CRI plugin serves no containers of this namespace and leaves the test's containers alone.
+    // The plugin's configuration is reported all the same.
     let seen = async || {
         let surroundings = daemon.store("sandboxes").inspect(Path::new("/nothing/is/here")).await.unwrap();
         surroundings.sandbox_image.unwrap_or_default()
@@ -61,7 +66,7 @@ pub(crate) async fn the_sandbox_image_is_read_from_containers(version: &str) {
         daemon.make_container("sandboxes", id, image).await;
     }
     match version {
-        "containerd-1.7" => assert_eq!(seen().await, before, "the configuration tells"),
+        "containerd-1.7" => assert_eq!(seen().await, before, "1.7 reports the configured image"),
         _ => assert_eq!((before.as_str(), seen().await.as_str()), ("", "example.org/pause:2")),
     }
 }

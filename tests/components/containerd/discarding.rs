@@ -14,7 +14,7 @@ use axum::routing::get;
 use containerd_client::tonic::Request;
 use containerd_client::tonic::client::Grpc;
 use containerd_client::tonic::codegen::http::uri::PathAndQuery;
-use lighterman::agent::retainer::{Retainer, UsedImages};
+use lighterman::agent::retention::retainer::{Retainer, UsedImages};
 use lighterman::containerd::ContainerdStore;
 use lighterman::decide::fill::FetchFrom;
 use lighterman::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
@@ -34,8 +34,8 @@ use super::daemon::Daemon;
 use super::layer_refill::discarded_layers_are_fetched_from_the_registry;
 use super::{ContainerdSubject, HOUR, WAIT_DEADLINE, fresh};
 
-/// Setting of these platforms. containerd 2.0 to 2.4 do not migrate the first table of a file of
-/// version 2.
+/// The setting of these platforms. containerd 2.0 to 2.4 do not migrate the first table of a file
+/// of version 2.
 const DISCARD_SETTING: &str = r#"
 [plugins."io.containerd.grpc.v1.cri".containerd]
   discard_unpacked_layers = true
@@ -49,13 +49,14 @@ impl LeasingStore for ContainerdSubject {
     }
 }
 
-/// Leases on layers are as old as containerd's leases; only the event is new.
+/// The contract holds on 1.7 too: layer leases use containerd's leases, and only the event is
+/// newer.
 async fn layer_leases_keep_the_contract(version: &str) {
     let daemon = Daemon::start(version).await;
     assert_layer_lease_contract(version, async || fresh(daemon.config(""))).await;
 }
 
-/// A registry that serves what is in a store; any repository has every blob.
+/// A registry that serves the content of a store. Every repository has every blob.
 pub(super) struct LoopbackRegistry {
     content: MemoryStore,
     address: String,
@@ -75,14 +76,14 @@ impl LoopbackRegistry {
         Self { content, address, made: AtomicUsize::new(0) }
     }
 
-    /// An image of eight gzipped layers, 1 KiB to 4 MiB; no two images share one.
+    /// Pushes an image of eight gzipped layers, 1 KiB to 4 MiB. No two images share a layer.
     pub(super) async fn push(&self) -> (String, MadeImage) {
         let name = format!("{}/app/{}:1", self.address, self.made.load(Ordering::Relaxed));
         let image = self.push_as(&name).await;
         (name, image)
     }
 
-    /// The same under this name, which may exist.
+    /// Pushes such an image under this name, which may exist.
     pub(super) async fn push_as(&self, name: &str) -> MadeImage {
         let number = self.made.fetch_add(1, Ordering::Relaxed);
         let layers = [1 << 10, 4 << 20, 20_000, 300_000, 1 << 20, 1 << 10, 2 << 20, 5000].to_vec();
@@ -144,7 +145,7 @@ pub(super) async fn pull(socket: &Path, name: &str) {
     let request = Request::new(PullImageRequest { image: Some(ImageSpec { image: name.into() }) });
     let method = PathAndQuery::from_static("/runtime.v1.ImageService/PullImage");
     let pulling = client.unary(request, method, ProstCodec::<PullImageRequest, PullImageResponse>::default());
-    timeout(WAIT_DEADLINE, pulling).await.expect("the pull does not end").unwrap();
+    timeout(WAIT_DEADLINE, pulling).await.expect("the pull ends within the deadline").unwrap();
 }
 
 /// A node: a containerd that discards layers, and the task that follows its events.
@@ -156,7 +157,7 @@ pub(super) struct DiscardingNode {
     _stop: DropGuard,
 }
 
-/// The task that retains layers; it ends when this is dropped.
+/// The task that retains layers. Drop ends the task.
 struct RetainerTask {
     status: watch::Receiver<Option<RetentionStatus>>,
     _stop: DropGuard,
@@ -168,7 +169,7 @@ impl DiscardingNode {
         let (socket, store) = (daemon.config("").socket, daemon.store("k8s.io"));
         let (stop, mut changes) = (CancellationToken::new(), store.changes());
         tokio::spawn(store.clone().run(stop.clone()));
-        timeout(WAIT_DEADLINE, changes.changed()).await.expect("containerd's events do not come").unwrap();
+        timeout(WAIT_DEADLINE, changes.changed()).await.expect("the store subscribes to containerd's events").unwrap();
         Self { daemon, socket, store, used: watch::Sender::default(), _stop: stop.drop_guard() }
     }
 
@@ -188,7 +189,7 @@ impl DiscardingNode {
         RetainerTask { status, _stop: stop.drop_guard() }
     }
 
-    /// Forces a collection and counts the layers of the image that are left.
+    /// Collects, then counts the layers of the image that are left.
     pub(super) async fn layers_left(&self, image: &MadeImage) -> usize {
         let pin = self.store.pin(HOUR).await.unwrap();
         self.store.release_and_collect(pin).await.unwrap();
@@ -199,7 +200,7 @@ impl DiscardingNode {
         left
     }
 
-    /// Bytes of all blobs that leases of the agent name and that are here.
+    /// Bytes of all present blobs that layer leases of the agent name.
     async fn leased_bytes(&self) -> u64 {
         let leases = self.store.layer_leases().await.unwrap();
         let layers: BTreeSet<_> = leases.into_iter().flat_map(|lease| lease.layers).collect();
@@ -211,17 +212,17 @@ impl DiscardingNode {
 impl RetainerTask {
     async fn wait_status(&mut self, is_so: impl Fn(&RetentionStatus) -> bool) {
         let seen = self.status.wait_for(|status| status.as_ref().is_some_and(&is_so));
-        timeout(WAIT_DEADLINE, seen).await.expect("the status never shows it").unwrap();
+        timeout(WAIT_DEADLINE, seen).await.expect("the retention status reaches the expected state").unwrap();
     }
 }
 
 const AMPLE_BYTES: u64 = 1 << 30;
 
-/// Or the tests show nothing.
+/// Asserts that this containerd discards layers; otherwise the tests prove nothing.
 async fn assert_layers_are_discarded(node: &DiscardingNode, registry: &LoopbackRegistry) {
     let (name, image) = registry.push().await;
     pull(&node.socket, &name).await;
-    assert_eq!(node.layers_left(&image).await, 0, "this containerd keeps layers by itself");
+    assert_eq!(node.layers_left(&image).await, 0, "this containerd discards unpacked layers");
 }
 
 async fn retained_layers_survive_their_unpacking(version: &str) {
@@ -270,7 +271,8 @@ async fn the_next_agent_takes_over_the_leases(version: &str) {
     assert_eq!(node.store.layer_leases().await.unwrap().len(), 1);
 }
 
-/// Room for one image of the four. Between any two steps no more is leased than the budget allows.
+/// The budget has room for one of four images. Between any two steps the leased bytes stay within
+/// the budget.
 async fn leased_bytes_stay_within_the_budget(version: &str) {
     let (node, registry) = (DiscardingNode::start(version).await, LoopbackRegistry::start().await);
     let budget = 10 << 20;
@@ -278,7 +280,7 @@ async fn leased_bytes_stay_within_the_budget(version: &str) {
     let (mut most, mut last) = (0, None);
     for _ in 0..4 {
         let (name, image) = registry.push().await;
-        // Each pod takes the place of the one before.
+        // Each pod replaces the pod before.
         node.set_used(&[&name]);
         agent.wait_status(|status| status.wanted == 0).await;
         pull(&node.socket, &name).await;
@@ -295,7 +297,7 @@ async fn leased_bytes_stay_within_the_budget(version: &str) {
 }
 
 /// Without the event of a blob the lease comes with the image record, which may be too late. The
-/// test counts the layers that are left.
+/// test prints the number of layers that are left.
 async fn layers_are_retained_at_best_without_the_content_event(version: &str) {
     let (node, registry) = (DiscardingNode::start(version).await, LoopbackRegistry::start().await);
     assert_layers_are_discarded(&node, &registry).await;

@@ -1,4 +1,4 @@
-//! The agent's view of a node whose root file system is mounted at a folder, as the chart does.
+//! The agent's view of a node whose root file system is mounted at a folder, as in the chart.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -12,8 +12,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use super::daemon::Daemon;
 use super::{HOUR, content, write};
 
-/// A node's root at a folder: the daemon's own folder is a disk, and a symbolic link of the node
-/// leads to it.
+/// A node's root at a folder. The daemon's folder is mounted as a disk, and a symbolic link of the
+/// node leads to the disk.
 struct RootedNode {
     root: tempfile::TempDir,
     disk: PathBuf,
@@ -50,7 +50,7 @@ pub(crate) async fn folders_below_the_root_of_a_node_are_found(version: &str) {
     let found = store.inspect(Path::new("/opt/verifiers")).await.unwrap();
     let root = node.disk.join("root/io.containerd.content.v1.content");
     assert_eq!((found.content_root, found.ingest), (Some(root), Some(IngestMode::Linked)));
-    assert_eq!(found.verifiers, ImageVerifiers::None, "what is absent there is absent on the node");
+    assert_eq!(found.verifiers, ImageVerifiers::None, "a folder absent below the root is absent on the node");
 
     let disks = store.disks().await.unwrap();
     let device = disks.content.expect("the content store's").device;

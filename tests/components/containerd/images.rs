@@ -1,4 +1,4 @@
-//! Every kind of image that a registry may have, from a peer into a containerd.
+//! Recoveries of every kind of image that a registry may have, from a peer into a containerd.
 
 use lighterman::ports::{BlobMetadata, ContentStore, ImageRecord};
 use lighterman::testing::image::{Compression, Recipe};
@@ -7,7 +7,7 @@ use super::daemon::Daemon;
 use super::test_node::{TestNode, blobs_lost_to_gc, every_blob};
 use super::{HOUR, write};
 
-/// Each with a layer of more than one message, so that it is cut.
+/// Nearly every image has a layer that exceeds one content message, so that the layer is split.
 fn kinds() -> Vec<(&'static str, Recipe)> {
     let layers = || Recipe { layers: vec![1_500_000, 3000], ..Recipe::default() };
     vec![
@@ -58,7 +58,8 @@ pub(crate) async fn every_kind_of_image_is_recovered_and_survives_the_collector(
     }
 }
 
-/// Everything is there, and nothing says that it belongs together, as after a commit that dropped the labels.
+/// All blobs are present without the labels that connect them, as after a commit that dropped the
+/// labels.
 pub(crate) async fn labels_that_were_missing_are_written(version: &str) {
     let daemon = Daemon::start(version).await;
     let store = daemon.store("k8s.io");
@@ -71,7 +72,7 @@ pub(crate) async fn labels_that_were_missing_are_written(version: &str) {
         let bytes = node.bytes_of(blob).await.into();
         write(&store, &bytes, &pin, &BlobMetadata::default()).await;
     }
-    // Its record is there as well.
+    // The image record exists as well.
     store.put_image(&ImageRecord { name: name.into(), target: image.target.clone() }).await.unwrap();
 
     let recovered = node.recover(&store, name).await.unwrap();

@@ -1,11 +1,11 @@
-//! Layers of an image that was pulled and discarded before the agent ran: from a real registry into
-//! a real containerd, where they outlive a collection.
+//! Layers of an image that was pulled and discarded before the agent ran. The agent fetches the
+//! layers from a real registry into a real containerd, where the layers survive a collection.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lighterman::agent::retainer::Retainer;
+use lighterman::agent::retention::retainer::Retainer;
 use lighterman::decide::fill::{FetchFrom, RATE};
 use lighterman::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use lighterman::metrics::Metrics;
@@ -22,8 +22,8 @@ use super::discarding::{DiscardingNode, pull};
 use super::test_node::TestNode;
 use crate::registry::{RegistryFolder, RegistryProcess, push_blob, push_manifest};
 
-/// The first fetch from a registry begins 40 s after the start at the latest; the pauses are those
-/// that users get.
+/// The first fetch from a registry begins 40 s after the start at the latest. The test runs with
+/// the pauses of production.
 const FETCH_DEADLINE: Duration = Duration::from_secs(180);
 
 /// Pushes an image of eight gzipped layers, 1 KiB to 4 MiB.
@@ -47,7 +47,7 @@ pub(super) async fn discarded_layers_are_fetched_from_the_registry(version: &str
     let registry = folder.serve("");
     let (name, image) = push(&registry).await;
     pull(&node.socket, &name).await;
-    assert_eq!(node.layers_left(&image).await, 0, "this containerd keeps layers by itself");
+    assert_eq!(node.layers_left(&image).await, 0, "this containerd discards unpacked layers");
 
     node.set_used(&[&name]);
     let (layers, bytes) = (RetainLayers::OptedIn, RetainBytes::Bytes(1 << 30));
@@ -65,7 +65,7 @@ pub(super) async fn discarded_layers_are_fetched_from_the_registry(version: &str
     let whole = status.wait_for(|status| {
         status.as_ref().is_some_and(|status| (status.images, status.wanted, status.lacking) == (1, 1, 0))
     });
-    timeout(FETCH_DEADLINE, whole).await.expect("the layers do not come").unwrap();
+    timeout(FETCH_DEADLINE, whole).await.expect("all layers are fetched within the deadline").unwrap();
     assert_eq!(node.layers_left(&image).await, 8);
     for layer in &image.layers {
         let bytes = super::read(&node.store, layer.blob.digest).await;

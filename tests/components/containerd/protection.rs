@@ -1,4 +1,4 @@
-//! Image records that the kubelet's image collection passes over, as CRI tells the kubelet.
+//! Image records that the kubelet's image collection skips, because CRI reports them as pinned.
 
 use std::path::Path;
 
@@ -45,7 +45,7 @@ async fn pinned(socket: &Path) -> Vec<String> {
     images.filter(|image| image.pinned).flat_map(|image| image.repo_tags).collect()
 }
 
-/// CRI follows containerd's events, so its answer changes a moment later.
+/// CRI follows containerd's events, so the list changes a moment later.
 async fn wait_pinned(socket: &Path, names: &[&str]) {
     let reached = async {
         while pinned(socket).await != names {
@@ -76,14 +76,14 @@ pub(crate) async fn a_protected_image_is_pinned_for_the_kubelet_until_it_is_rele
     let mut daemon = Daemon::start(version).await;
     let (socket, store) = (daemon.config("k8s.io").socket, daemon.store("k8s.io"));
     let (name, digest) = put_record(&store, NAME, "amd64").await;
-    daemon.ctr("k8s.io", &["images", "label", NAME, "made.by=somebody"]);
+    daemon.ctr("k8s.io", &["images", "label", NAME, "made.by=another-client"]);
     assert_eq!(pinned(&socket).await, Vec::<String>::new());
 
     store.protect_image(&name).await.unwrap();
     wait_pinned(&socket, &[NAME]).await;
     let protection = store.protected_images().await.unwrap();
     assert_eq!((protection.ours, protection.others.len()), ([name.clone()].into(), 0));
-    // A recovery of the same name, and a restart, change nothing about it.
+    // A recovery of the same name and a restart of containerd keep the protection.
     let target = store.images().await.unwrap().into_iter().find(|record| record.name == NAME).unwrap().target;
     assert_eq!(target.digest, digest, "the target stays");
     store.put_image(&ImageRecord { name: NAME.into(), target }).await.unwrap();
@@ -95,7 +95,7 @@ pub(crate) async fn a_protected_image_is_pinned_for_the_kubelet_until_it_is_rele
     store.release_image(&name).await.unwrap();
     wait_pinned(&socket, &[]).await;
     let left = labels(&daemon, NAME);
-    assert!(left.contains("made.by=somebody") && !left.contains("lighterman.dev/protects"), "{left}");
+    assert!(left.contains("made.by=another-client") && !left.contains("lighterman.dev/protects"), "{left}");
     assert_eq!(store.protected_images().await.unwrap().all(), [].into());
 }
 

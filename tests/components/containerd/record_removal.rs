@@ -1,4 +1,4 @@
-//! An image record that is taken away.
+//! Removal of an image record.
 
 use std::path::Path;
 
@@ -12,7 +12,8 @@ use tonic_prost::ProstCodec;
 use super::daemon::Daemon;
 use super::{HOUR, image};
 
-/// What the kubelet asks the CRI plugin for: CRI's `ImageStatusRequest` and its answer, of which only matters whether there is an image.
+/// Whether CRI has the image, by the kubelet's call `ImageStatus`. Only the presence of an image in
+/// the response matters.
 async fn cri_has(socket: &Path, name: &str) -> bool {
     #[derive(Clone, PartialEq, prost::Message)]
     struct ImageStatusRequest {
@@ -43,13 +44,14 @@ pub(crate) async fn a_record_is_removed_when_cri_has_noticed_it(version: &str) {
     let (config, store) = (daemon.config("k8s.io"), daemon.store("k8s.io"));
     let pin = store.pin(HOUR).await.unwrap();
     let (target, _) = image(&store, &pin, "amd64").await;
-    // Not once only: the plugin takes its time, and a store that does not wait for it is often lucky.
+    // The CRI plugin notices records with a delay, and a store that does not wait often passes one
+    // round. So there are 20 rounds.
     for round in 0..20 {
         let name = format!("example.org/team/app:{round}");
         store.put_image(&ImageRecord { name: name.clone(), target: target.clone() }).await.unwrap();
         store.remove_image(&name, Digest::of(b"another target")).await.unwrap();
-        assert!(cri_has(&config.socket, &name).await, "round {round}: it was removed for another target");
+        assert!(cri_has(&config.socket, &name).await, "round {round}: the record has another target and stays");
         store.remove_image(&name, target.digest).await.unwrap();
-        assert!(!cri_has(&config.socket, &name).await, "round {round}: the kubelet is told that it is there");
+        assert!(!cri_has(&config.socket, &name).await, "round {round}: CRI reports a removed image");
     }
 }

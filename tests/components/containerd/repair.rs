@@ -1,4 +1,4 @@
-//! What is damaged in a containerd is fetched again, whatever its records say.
+//! Damaged blobs in a containerd are fetched again, although containerd has records of the blobs.
 
 use std::fs;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use super::test_node::{TestNode, blobs_lost_to_gc, every_blob};
 
 const NAME: &str = "r.test/damaged:1";
 
-/// A recovered image, then damaged, one blob at a time, and each time mended.
+/// A recovered image. Tests damage one blob at a time, and each time a recovery repairs the blob.
 struct DamagedImage {
     daemon: Daemon,
     node: TestNode,
@@ -31,7 +31,7 @@ impl DamagedImage {
 
     async fn assert_repaired(&self, store: &ContainerdStore, blob: Digest, what: &str) {
         let recovered = self.node.recover(store, NAME).await.unwrap_or_else(|error| panic!("{what}: {error}"));
-        assert_eq!((recovered.fetched, recovered.present), (1, 4), "{what}: only the damaged blob comes again");
+        assert_eq!((recovered.fetched, recovered.present), (1, 4), "{what}: only the damaged blob is fetched");
         assert_eq!(Digest::of(&super::read(store, blob).await), blob, "{what}");
         assert_eq!(blobs_lost_to_gc(store, &self.image).await, Vec::<String>::new(), "{what}");
         let checked = self.daemon.ctr("k8s.io", &["images", "check", &format!("name=={NAME}")]);
@@ -39,7 +39,7 @@ impl DamagedImage {
     }
 }
 
-/// Another file with that content: the old one is read-only, and may be sealed.
+/// Replaces a file by a new file: the old file is read-only, and may be sealed.
 fn replace(path: &PathBuf, content: &[u8]) {
     fs::remove_file(path).unwrap();
     fs::write(path, content).unwrap();
@@ -48,7 +48,7 @@ fn replace(path: &PathBuf, content: &[u8]) {
 pub(crate) async fn wrong_bytes_are_replaced(version: &str) {
     let damaged = DamagedImage::new(version).await;
     let store = damaged.daemon.store("k8s.io");
-    // The large layer is not hashed, so it is not tried here.
+    // A recovery does not hash the large layer, so the test leaves that layer alone.
     for blob in every_blob(&damaged.image).filter(|blob| blob.size < 1 << 20) {
         let path = damaged.daemon.file_of(blob.digest);
         let mut bytes = fs::read(&path).unwrap();

@@ -1,4 +1,5 @@
-//! Blobs that were staged in pieces: linked and adopted where containerd takes them, sent where it does not.
+//! Blobs staged in pieces: linked and adopted where containerd accepts files, sent where containerd
+//! does not.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -22,20 +23,20 @@ pub(crate) fn proof(bytes: &Bytes) -> BlobProof {
     hasher.verify(Digest::of(bytes), bytes.len() as u64).unwrap()
 }
 
-/// The second half, then the first.
+/// Writes the second half, then the first.
 pub(crate) async fn write_out_of_order(staged: &dyn StagedBlob, bytes: &Bytes) {
     let middle = bytes.len() / 2;
     staged.write_at(middle as u64, &[bytes.slice(middle..)]).await.unwrap();
     staged.write_at(0, &[bytes.slice(..middle)]).await.unwrap();
 }
 
-/// What is in our folder in the content store.
+/// Files in the agent's staging folder in the content store.
 pub(crate) fn staged_files(daemon: &Daemon) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(daemon.content_root().join("lighterman-staging")) else { return Vec::new() };
     entries.map(|entry| entry.unwrap().path()).collect()
 }
 
-/// How many names a file has; one when it has just gone.
+/// Number of a file's hard links; 1 when the file has just been removed.
 pub(crate) fn links(path: &Path) -> u64 {
     fs::symlink_metadata(path).map_or(1, |file| file.nlink())
 }
@@ -44,7 +45,8 @@ fn inode(path: &Path) -> u64 {
     fs::metadata(path).unwrap().ino()
 }
 
-/// Stages a blob and commits it; its file's inode before the commit, where it was staged in the content store.
+/// Stages and commits a blob. Returns the inode of the staging file, if the file was in the content
+/// store.
 async fn stage(store: &ContainerdStore, daemon: &Daemon, bytes: &Bytes, pin: &Pin) -> Option<u64> {
     let digest = Digest::of(bytes);
     let staged = store.stage(digest, bytes.len() as u64, pin).await.unwrap();
@@ -54,10 +56,11 @@ async fn stage(store: &ContainerdStore, daemon: &Daemon, bytes: &Bytes, pin: &Pi
     before
 }
 
-/// containerd makes its folder with the first blob. Before that an agent that starts has looked around already.
+/// containerd creates the blob folder with the first blob. The store is inspected before that, as
+/// by an agent that starts on an empty node.
 async fn with_content(daemon: &Daemon, containerd_namespace: &str) -> (ContainerdStore, Pin) {
     let store = daemon.store(containerd_namespace);
-    assert_eq!(ingest(&store).await, None, "nothing is known before there is content");
+    assert_eq!(ingest(&store).await, None, "the ingest mode is unknown before the first blob");
     let pin = store.pin(HOUR).await.unwrap();
     write(&store, &content("makes the folder", 10), &pin, &BlobMetadata::default()).await;
     (store, pin)
@@ -67,7 +70,7 @@ async fn ingest(store: &ContainerdStore) -> Option<IngestMode> {
     store.inspect(Path::new("/nothing/is/here")).await.unwrap().ingest
 }
 
-/// This process's handles of a file that it could write through.
+/// Counts the handles of this process that can write to the file with this inode.
 fn writable_handles(file: u64) -> usize {
     let entries = fs::read_dir("/proc/self/fd").unwrap().flatten();
     let is_writable = |number: &std::ffi::OsStr| {
@@ -87,10 +90,10 @@ pub(crate) async fn a_staged_blob_is_adopted_as_it_is(version: &str) {
     let staged = store.stage(digest, bytes.len() as u64, &pin).await.unwrap();
     write_out_of_order(&*staged, &bytes).await;
     let file = inode(&daemon.content_root().join("lighterman-staging").join(digest.hex()));
-    assert_eq!(writable_handles(file), 1, "the test sees nothing");
+    assert_eq!(writable_handles(file), 1, "the staging file is open for writing");
     staged.commit(proof(&bytes), &BlobMetadata::default()).await.unwrap();
 
-    assert_eq!(inode(&daemon.file_of(digest)), file, "it is a copy");
+    assert_eq!(inode(&daemon.file_of(digest)), file, "the blob is the staging file itself");
     assert_eq!(ingest(&store).await, Some(IngestMode::Linked));
     assert_eq!(writable_handles(file), 0);
     let found = fs::metadata(daemon.file_of(digest)).unwrap();
@@ -100,36 +103,37 @@ pub(crate) async fn a_staged_blob_is_adopted_as_it_is(version: &str) {
     staged.write_at(0, &[Bytes::from_static(b"wrong")]).await.unwrap_err();
     drop(staged);
 
-    // The folder of ours disturbs neither collecting nor listing.
+    // The staging folder disturbs neither the collector nor the list of blobs.
     fs::write(daemon.content_root().join("lighterman-staging/stray"), "x").unwrap();
     collect(&store).await;
     assert_eq!(store.blobs().await.unwrap().len(), 2);
     assert_eq!(read(&store, digest).await, bytes);
     store.release(pin).await.unwrap();
     collect(&store).await;
-    assert!(!daemon.file_of(digest).exists(), "the collector does not get at it");
+    assert!(!daemon.file_of(digest).exists(), "the collector removes the released blob");
     assert_eq!(daemon.ctr("adopted", &["content", "ls", "-q"]), "");
 }
 
-/// Removes a blob's record, without which the collector does not look at the files, and has it run.
+/// Removes the record of a blob and collects. Without such a removal the collector does not look at
+/// the files.
 async fn collect(store: &ContainerdStore) {
     let pin = store.pin(HOUR).await.unwrap();
     write(store, &content("to be collected", 100), &pin, &BlobMetadata::default()).await;
     store.release_and_collect(pin).await.unwrap();
 }
 
-/// It is sent, and nothing is left that was not there before.
+/// Asserts that a staged blob is sent, and that neither a staging file nor a stray file is left.
 async fn assert_sent(daemon: &Daemon, store: &ContainerdStore, pin: &Pin, why: &str) {
     let bytes = content("sent", (3 << 20) + 7);
     let digest = Digest::of(&bytes);
     let before = stage(store, daemon, &bytes, pin).await.unwrap();
-    assert_ne!(inode(&daemon.file_of(digest)), before, "it was not sent");
+    assert_ne!(inode(&daemon.file_of(digest)), before, "the blob is another file than the staging file");
     assert_eq!(read(store, digest).await, bytes);
     let Some(IngestMode::Copied(reason)) = ingest(store).await else { panic!("{:?}", ingest(store).await) };
     assert!(reason.contains(why), "{reason}");
     assert_eq!(staged_files(daemon), Vec::<PathBuf>::new());
     let names = fs::read_dir(daemon.content_root().join("blobs/sha256")).unwrap().count();
-    assert_eq!(names, store.blobs().await.unwrap().len(), "a file that no record names");
+    assert_eq!(names, store.blobs().await.unwrap().len(), "every blob file has a record");
 }
 
 pub(crate) async fn a_staged_blob_under_the_isolated_policy_is_sent(version: &str) {
@@ -139,7 +143,7 @@ pub(crate) async fn a_staged_blob_under_the_isolated_policy_is_sent(version: &st
     assert_sent(&daemon, &store, &pin, "content_sharing_policy").await;
 }
 
-/// A file system in memory; gone when dropped.
+/// A file system in memory. Drop unmounts the file system.
 struct Tmpfs(PathBuf);
 
 impl Tmpfs {
@@ -174,12 +178,12 @@ pub(crate) async fn a_blob_collected_before_its_commit_is_linked_again(version: 
     let file = daemon.content_root().join("lighterman-staging").join(digest.hex());
     fs::hard_link(&file, daemon.file_of(digest)).unwrap();
     collect(&store).await;
-    assert!(!daemon.file_of(digest).exists(), "the collector leaves what no record names: nothing is tested");
+    assert!(!daemon.file_of(digest).exists(), "the collector removes a blob file without a record");
     let before = inode(&file);
     staged.commit(proof(&bytes), &BlobMetadata::default()).await.unwrap();
     assert_eq!((inode(&daemon.file_of(digest)), read(&store, digest).await), (before, bytes.to_vec()));
 
-    // And while it goes on collecting.
+    // The same while collections run all the time.
     let stop = CancellationToken::new();
     let collecting = tokio::spawn({
         let (store, stop) = (store.clone(), stop.clone());
@@ -190,7 +194,7 @@ pub(crate) async fn a_blob_collected_before_its_commit_is_linked_again(version: 
         }
     });
     for number in 0..30 {
-        let bytes = content(&format!("while it collects {number}"), 100_000);
+        let bytes = content(&format!("during collection {number}"), 100_000);
         stage(&store, &daemon, &bytes, &pin).await;
         assert_eq!(read(&store, Digest::of(&bytes)).await, bytes, "the {number}th");
     }
@@ -209,7 +213,7 @@ pub(crate) async fn a_file_that_no_record_names_is_not_trusted(version: &str) {
         stage(&store, &daemon, bytes, &pin).await;
         assert_eq!(read(&store, Digest::of(bytes)).await, *bytes);
     }
-    assert_eq!(inode(&daemon.file_of(Digest::of(&right))), there, "what is right stays");
+    assert_eq!(inode(&daemon.file_of(Digest::of(&right))), there, "a file with the right bytes stays");
     assert_eq!(staged_files(&daemon), Vec::<PathBuf>::new());
 }
 
@@ -239,7 +243,8 @@ pub(crate) async fn a_file_that_no_record_names_is_not_trusted_where_blobs_are_s
             writer.append(std::slice::from_ref(&direct)).await.unwrap();
             match writer.commit(proof(&direct), &BlobMetadata::default()).await {
                 Ok(()) => assert_eq!(read(store, Digest::of(&direct)).await, direct, "{what}"),
-                // What cannot be seen is only found after the commit; the next try writes it.
+                // Without a view of the files, wrong bytes are found after the commit. The next
+                // attempt writes the blob.
                 Err(error) => {
                     assert!(!is_seen, "{what}: {error}");
                     assert!(store.blob(Digest::of(&direct)).await.unwrap().is_none(), "{what}");
@@ -276,7 +281,7 @@ pub(crate) async fn a_full_disk_is_reported_and_its_space_is_freed(version: &str
 pub(crate) async fn a_containerd_killed_before_the_commit_adopts_the_staged_blob_afterwards(version: &str) {
     let mut daemon = Daemon::start(version).await;
     let (store, pin) = with_content(&daemon, "killed").await;
-    let bytes = content("staged while it is killed", 2 << 20);
+    let bytes = content("staged during the kill", 2 << 20);
     let staged = store.stage(Digest::of(&bytes), bytes.len() as u64, &pin).await.unwrap();
     daemon.kill();
     write_out_of_order(&*staged, &bytes).await;
@@ -306,14 +311,14 @@ pub(crate) async fn abandoned_staging_files_are_removed(version: &str) {
     drop((young, old));
     let stop = CancellationToken::new();
     let _stopped = stop.clone().drop_guard();
-    // As another process sees it: the one that holds a file is told by the file alone.
+    // A second store stands for another process: only a file's lock shows that the file is in use.
     tokio::spawn(daemon.store("given-up").run(stop));
     let removed = async {
         while old_path.exists() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    timeout(WAIT_DEADLINE, removed).await.expect("what nobody takes up again stays");
+    timeout(WAIT_DEADLINE, removed).await.expect("the sweep removes the abandoned staging file");
     assert!(held_path.exists() && young_path.exists());
     drop(held);
 }

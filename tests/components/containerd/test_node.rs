@@ -2,26 +2,22 @@
 
 use std::sync::Arc;
 
-use lighterman::agent::blob_fetcher::BlobFetcher;
-use lighterman::agent::claim_coordinator::ClaimCoordinator;
-use lighterman::agent::inventory_view::PeerInventory;
-use lighterman::agent::progress::Progress;
-use lighterman::agent::recover::{RecoverError, RecoveredImage, Recoverer};
-use lighterman::agent::reference_resolver::ReferenceResolver;
-use lighterman::agent::swarm::Downloads;
+use lighterman::agent::peers::inventory_view::PeerInventory;
+use lighterman::agent::recovery::builder::RecoveryDependencies;
+use lighterman::agent::recovery::progress::Progress;
+use lighterman::agent::recovery::recover::Recoverer;
+use lighterman::agent::recovery::recover_error::RecoverError;
+use lighterman::agent::recovery::recovered_image::RecoveredImage;
 use lighterman::containerd::ContainerdStore;
-use lighterman::decide::disk_reservations::Reservations;
-use lighterman::decide::policy::{Policy, ResolveOptions};
-use lighterman::metrics::Metrics;
 use lighterman::model::{InventoryChange, InventoryItem, MeshEvent, NodeName, Peer, PeerId};
-use lighterman::oci::{Descriptor, Digest, Platform, Reference};
-use lighterman::ports::{ContentStore, ImportPermission};
+use lighterman::oci::{Descriptor, Digest, Reference};
+use lighterman::ports::ContentStore;
 use lighterman::testing::image::{MadeImage, Recipe, make_image};
-use lighterman::testing::{Behaviour, MemoryCluster, MemoryFetcher, MemoryRegistry, MemoryStore};
+use lighterman::testing::{Behaviour, MemoryFetcher, MemoryStore, policy_without_disk_limits};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-/// What the node knows, and from whom.
+/// Inventory and fetcher of the node, and the store of the peer.
 pub(crate) struct TestNode {
     peer_store: Arc<MemoryStore>,
     fetcher: Arc<MemoryFetcher>,
@@ -39,7 +35,7 @@ impl TestNode {
         Self { peer_store: peer, fetcher, inventory: holders }
     }
 
-    /// The peer has this image and says so.
+    /// Puts an image into the peer's store and announces the image to the node.
     pub(crate) async fn announce_image(&self, name: &str, recipe: &Recipe, seed: u64) -> MadeImage {
         let image = make_image(&*self.peer_store, &[name.into()], recipe, seed).await.unwrap();
         let Ok(Reference::Tag(repository, tag)) = name.parse() else { panic!("{name} has no tag") };
@@ -51,38 +47,12 @@ impl TestNode {
     }
 
     pub(crate) fn recoverer(&self, store: Arc<dyn ContentStore>) -> Recoverer {
-        let (me, node) = (peer_id(0), "here".parse::<NodeName>().unwrap());
-        let mut rules = Policy::default();
-        // Whatever the machine's disk is like.
-        (rules.budgets.min_free_bytes, rules.budgets.eviction_percent) = (0, 0);
-        rules.budgets.image_gc_percent = 100;
-        let metrics = Metrics::new();
-        let claims = Arc::new(MemoryCluster::default().claims_of(node.clone()));
-        Recoverer {
-            store: Arc::clone(&store),
-            resolver: ReferenceResolver {
-                inventory: self.inventory.clone(),
-                registry: Arc::new(MemoryRegistry::default()),
-                cluster: Arc::new(MemoryCluster::default()),
-                platform: Platform::of_this_node(),
-                options: ResolveOptions::default(),
-            },
-            blob_fetcher: Arc::new(BlobFetcher::new(
-                me,
-                store,
-                Arc::clone(&self.fetcher) as _,
-                self.inventory.clone(),
-                Downloads::default(),
-                watch::channel(None).1,
-                metrics.clone(),
-            )),
-            claims: Arc::new(ClaimCoordinator::new(claims, self.inventory.clone(), metrics, node, me)),
-            policy: watch::channel(Arc::new(rules)).1,
-            platform: Platform::of_this_node(),
-            reservations: Reservations::default(),
-            imports: watch::channel(ImportPermission::Allowed).1,
-            layer_unpacker: None,
+        let (fetcher, inventory) = (Arc::clone(&self.fetcher) as _, self.inventory.clone());
+        RecoveryDependencies {
+            policy: watch::channel(Arc::new(policy_without_disk_limits())).1,
+            ..RecoveryDependencies::on_fakes(peer_id(0), "here".parse().unwrap(), store, fetcher, inventory)
         }
+        .build()
     }
 
     pub(crate) async fn recover(&self, store: &ContainerdStore, name: &str) -> Result<RecoveredImage, RecoverError> {
@@ -92,19 +62,19 @@ impl TestNode {
             .await
     }
 
-    /// A blob's bytes, as the peer has them.
+    /// Bytes of a blob in the peer's store.
     pub(crate) async fn bytes_of(&self, blob: &Descriptor) -> Vec<u8> {
         let mut reader = self.peer_store.open(blob.digest).await.unwrap();
         reader.read_at(0, 64 << 20).await.unwrap().to_vec()
     }
 }
 
-/// The manifest, if the root is an index, the configuration, the layers, and the root.
+/// All blobs of the image, with the root at the end.
 pub(crate) fn every_blob(image: &MadeImage) -> impl Iterator<Item = &Descriptor> {
     image.blobs.iter().chain([&image.target])
 }
 
-/// Has everything collected that nothing holds, and says which blobs of the image are not there any more, or wrong.
+/// Collects, then lists the blobs of the image that are missing or have wrong bytes.
 pub(crate) async fn blobs_lost_to_gc(store: &ContainerdStore, image: &MadeImage) -> Vec<String> {
     let pin = store.pin(std::time::Duration::from_secs(60)).await.unwrap();
     store.release_and_collect(pin).await.unwrap();

@@ -1,4 +1,4 @@
-//! Layers unpacked through containerd's services, and what containerd's own client finds of them.
+//! Layers unpacked through containerd's services, as containerd's own client lists the snapshots.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use lighterman::agent::layer_unpacker::LayerUnpacker;
-use lighterman::agent::progress::Progress;
-use lighterman::agent::recover::Recoverer;
+use lighterman::agent::recovery::layer_unpacker::LayerUnpacker;
+use lighterman::agent::recovery::progress::Progress;
+use lighterman::agent::recovery::recover::Recoverer;
 use lighterman::containerd::{ContainerdStore, Snapshotter};
 use lighterman::metrics::Metrics;
 use lighterman::oci::{Digest, Reference};
@@ -24,13 +24,13 @@ use super::daemon::Daemon;
 use super::test_node::{TestNode, blobs_lost_to_gc};
 use super::{ContainerdSubject, HOUR, WAIT_DEADLINE, fresh};
 
-/// Each snapshot as containerd's client lists it: its name and its kind.
+/// Name and kind of each snapshot in the list of `ctr`.
 fn snapshots(daemon: &Daemon, containerd_namespace: &str) -> Vec<(String, String)> {
     let listed = daemon.ctr(containerd_namespace, &["snapshots", "--snapshotter", "overlayfs", "ls"]);
     let row = |line: &str| {
         let line = line.trim_end();
         let kind = line.split_whitespace().last().unwrap_or_default();
-        // A key of ours has a space in it; columns are padded, and a parent begins like the name.
+        // The agent's keys contain a space. Columns are padded, and a parent begins like a name.
         let name = line.strip_suffix(kind).unwrap_or(line).trim();
         let name =
             name.rsplit_once(" sha256:").filter(|(before, _)| before.contains("sha256:")).map_or(name, |it| it.0);
@@ -101,7 +101,8 @@ fn chain_ids(image: &MadeImage) -> BTreeSet<Digest> {
     image.layers.iter().map(|layer| layer.chain_id).collect()
 }
 
-/// `ctr images mount` mounts what is unpacked of an image's topmost layer, as CRI does it for a container, and fails where that is not.
+/// Reads a file of an image. `ctr images mount` mounts the snapshot of the topmost layer, as CRI
+/// does for a container, and fails without that snapshot.
 fn file_of_image(daemon: &Daemon, name: &str, file: &str) -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().to_str().unwrap();
@@ -131,14 +132,14 @@ pub(crate) async fn a_recovered_image_is_unpacked_before_its_record_is_written(v
     }
 }
 
-/// The pin that holds it, and an image with a layer that takes a moment.
+/// Makes an image with a layer that takes a moment to unpack. Returns the image's pin too.
 async fn large_image(store: &ContainerdStore) -> (Pin, MadeImage) {
     let pin = store.pin(HOUR).await.unwrap();
     let recipe = Recipe { layers: vec![160 << 20, 10], compression: Compression::Gzip, ..Recipe::default() };
     (pin, make_image(store, &["r.test/large:1".into()], &recipe, 1).await.unwrap())
 }
 
-/// Begins to unpack the image's first layer, and gives up when it has begun.
+/// Begins to unpack the image's first layer, and drops the work once the snapshot is active.
 async fn abort_unpacking(
     daemon: &Daemon,
     (containerd_namespace, store): (&str, &ContainerdStore),
@@ -152,7 +153,7 @@ async fn abort_unpacking(
         }
     };
     tokio::select! {
-        unpacked = unpacking => panic!("it was done before the test saw it: {unpacked:?}"),
+        unpacked = unpacking => panic!("the layer was unpacked before the test saw a snapshot: {unpacked:?}"),
         () = begun => {}
     }
 }
@@ -163,7 +164,7 @@ async fn wait_no_active_snapshots(daemon: &Daemon, containerd_namespace: &str) {
             sleep(Duration::from_millis(20)).await;
         }
     };
-    timeout(WAIT_DEADLINE, waiting).await.expect("a half unpacked layer is still there");
+    timeout(WAIT_DEADLINE, waiting).await.expect("the partial snapshot is removed");
 }
 
 async fn unpack_all(store: &ContainerdStore, image: &MadeImage, pin: &Pin) {
@@ -185,14 +186,15 @@ pub(crate) async fn an_abandoned_layer_is_removed(version: &str) {
     assert_eq!(committed_snapshots(&daemon, "given-up"), chain_ids(&image));
 }
 
-/// By the next start of the agent, and where there is none, by the collector when the pin has ended. Nobody trips over it meanwhile.
+/// The agent's next start removes partial snapshots. Without a next start the collector removes the
+/// snapshots after the end of the pin. Until then a partial snapshot blocks no other unpacking.
 pub(crate) async fn partial_snapshots_of_a_killed_process_are_removed(version: &str) {
     let mut daemon = Daemon::start(version).await;
     let (pin, image) = large_image(&daemon.store("killed")).await;
     abort_unpacking(&daemon, ("killed", &daemon.store("killed")), &image, &pin).await;
     daemon.kill();
     daemon.restart().await;
-    assert_eq!(active_snapshots(&daemon, "killed").len(), 1, "the test sees nothing");
+    assert_eq!(active_snapshots(&daemon, "killed").len(), 1, "the killed process left a partial snapshot");
     let store = daemon.store("killed");
     unpack_all(&store, &image, &pin).await;
     assert_eq!(committed_snapshots(&daemon, "killed"), chain_ids(&image));
@@ -202,16 +204,17 @@ pub(crate) async fn partial_snapshots_of_a_killed_process_are_removed(version: &
     wait_no_active_snapshots(&daemon, "killed").await;
     stop.cancel();
     running.await.unwrap();
-    assert_eq!(committed_snapshots(&daemon, "killed"), chain_ids(&image), "what was whole is left alone");
+    assert_eq!(committed_snapshots(&daemon, "killed"), chain_ids(&image), "the sweep keeps complete snapshots");
 
     let (pin, image) = large_image(&daemon.store("collected")).await;
     abort_unpacking(&daemon, ("collected", &daemon.store("collected")), &image, &pin).await;
     daemon.store("collected").release_and_collect(pin).await.unwrap();
-    assert_eq!(snapshots(&daemon, "collected"), [], "nothing holds it");
+    assert_eq!(snapshots(&daemon, "collected"), [], "the collector removes the partial snapshot");
 }
 
 pub(crate) async fn layers_are_unpacked_only_into_the_snapshotter_of_cri(version: &str) {
-    // containerd 1 and 2 have it in plugins of different names, and 2 does not take it over from the first.
+    // The setting is in differently named plugins of containerd 1 and 2, and containerd 2 does not
+    // migrate the setting from the old plugin.
     let cri = |snapshotter: &str| {
         format!(
             "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n  snapshotter = \"{snapshotter}\"\n\

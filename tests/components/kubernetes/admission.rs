@@ -1,4 +1,4 @@
-//! Tokens that a real API server issues, and what becomes of them at a peer.
+//! Tokens that a real API server issues, and a peer's verdicts on the tokens.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -65,7 +65,7 @@ async fn an_agent_gets_a_token_that_admits_its_own_key_and_no_other() {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
         assert!(admitted.valid_until > now && !admitted.is_in_grace);
         assert!(admitted.valid_until <= now + Duration::from_secs(3600), "a token for a PeerId is not extended");
-        // Kubernetes tells the node from 1.30 on.
+        // Tokens name the node from Kubernetes 1.30 on.
         let told = admitted.node.map(|node| node.to_string());
         assert_eq!(told, (place.minor().await >= 30).then(|| place.name.clone()));
         assert!(denied(other.admit(peer(2), &credential).await).contains("another peer"));
@@ -101,7 +101,7 @@ async fn tokens_that_no_agent_holds_are_rejected() {
     .await;
 }
 
-/// Signs what the API server would not, with its own key.
+/// Signs claims that the API server would not issue, with the API server's own key.
 fn sign_claims(place: &KubeNamespace, kid: &str, change: impl FnOnce(&mut Value)) -> Credential {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     let mut claims = json!({
@@ -125,11 +125,14 @@ async fn the_clusters_own_key_does_not_help_an_expired_or_long_lived_token() {
         let kid = jsonwebtoken::decode_header(&token).unwrap().kid.unwrap();
         let agent = admission(&place, 1).await;
         let forged = sign_claims(&place, &kid, |_| ());
-        assert!(denied(agent.admit(peer(2), &forged).await).contains("the API server"), "there is no such pod");
-        // What the API server has not been asked about, which knows more.
+        assert!(
+            denied(agent.admit(peer(2), &forged).await).contains("the API server"),
+            "the API server rejects a token of an absent pod"
+        );
+        // This agent requests no TokenReview of the forgery, so only the signature counts.
         let agent = admission(&place, 3).await;
         denied(agent.admit(peer(4), &forged).await);
-        assert!(agent.admit_relayed(peer(2), &forged).is_ok(), "the forgery itself is good");
+        assert!(agent.admit_relayed(peer(2), &forged).is_ok(), "the forgery has a valid signature");
         let shift = |claim: &'static str, by: i64| {
             sign_claims(&place, &kid, move |claims| claims[claim] = (claims[claim].as_i64().unwrap() + by).into())
         };
@@ -158,7 +161,7 @@ async fn cached_keys_verify_tokens_while_the_api_server_is_away() {
         let (knows, knows_not) = (through_proxy(&keep).await, through_proxy(&TokenAdmissionOptions::default()).await);
         let credential = Credential::new(place.token(SERVICE_ACCOUNT, Some(peer(2).to_string()), Some(&pod)).await);
         knows.admit(peer(2), &credential).await.unwrap();
-        // Stopped before it began, it keeps what it knows.
+        // `run` saves the cached keys and verdicts even when stopped before the start.
         let stopped = CancellationToken::new();
         stopped.cancel();
         knows.run(stopped).await;
@@ -183,7 +186,7 @@ async fn the_api_server_refuses_a_token_whose_pod_is_gone_and_the_signature_alon
         let credential = Credential::new(place.token(SERVICE_ACCOUNT, Some(peer(2).to_string()), Some(&pod)).await);
         place.pods().delete(&pod.name, &DeleteParams::default().grace_period(0)).await.unwrap();
         assert!(denied(asks.admit(peer(2), &credential).await).contains("the API server"));
-        // Keys, which only a visit to the API server brings.
+        // Only a request to the API server fetches the keys.
         denied(trusts.admit(peer(4), &credential).await);
         trusts.admit_relayed(peer(2), &credential).unwrap();
         denied(asks.admit_relayed(peer(2), &credential));

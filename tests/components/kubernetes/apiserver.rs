@@ -1,4 +1,5 @@
-//! A real etcd and a real kube-apiserver on loopback, once for the whole test binary; a Kubernetes namespace for each test.
+//! A real etcd and a real kube-apiserver on loopback, shared by the whole test binary. Each test
+//! has a Kubernetes namespace.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -15,14 +16,13 @@ use serde_json::Value;
 use crate::fleet::apiserver::ApiServer;
 pub(super) use crate::fleet::apiserver::{KubeNamespace, SERVICE_ACCOUNT, create, program};
 
-/// Far more than any test here needs on a busy machine.
+/// Deadline of a test: far more than any test here needs on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(90);
 
 pub(super) const ISSUER: &str = "https://kubernetes.default.svc";
 
-/// Runs a test's body under a deadline.
 pub(super) async fn with_deadline<T>(body: impl Future<Output = T>) -> T {
-    tokio::time::timeout(DEADLINE, body).await.expect("the test takes too long")
+    tokio::time::timeout(DEADLINE, body).await.expect("the test ends within its deadline")
 }
 
 fn api_server() -> &'static Arc<ApiServer> {
@@ -30,17 +30,18 @@ fn api_server() -> &'static Arc<ApiServer> {
     SERVER.get_or_init(|| ApiServer::start(Ipv4Addr::LOCALHOST).into())
 }
 
-/// The API server's own address.
+/// Address of the API server itself, without a proxy.
 pub(super) fn address() -> SocketAddr {
     api_server().address
 }
 
-/// The key that the API server signs ServiceAccount tokens with.
+/// Key with which the API server signs ServiceAccount tokens.
 pub(super) fn signing_key() -> Vec<u8> {
     fs::read(api_server().folder.join("sa.key")).unwrap()
 }
 
-/// What the API server was asked about pods and workloads, and to change, as far as it has logged it: user agent and URI.
+/// User agent and URI of the logged requests so far: requests about pods and workloads, and
+/// changes. The API server logs a request shortly after the response.
 pub(super) fn requests() -> Vec<(String, String)> {
     let text = |field: &Value| Some(field.as_str()?.to_owned());
     let entry = |entry: Value| Some((text(&entry["userAgent"])?, text(&entry["requestURI"])?));
@@ -61,17 +62,17 @@ impl KubeNamespace {
         self.admin.apiserver_version().await.unwrap().minor.trim_end_matches('+').parse().unwrap()
     }
 
-    /// A pod that waits on this place's node, as far as anybody can tell.
+    /// Creates a pod on this namespace's node. No kubelet runs, so the pod never starts.
     pub(super) async fn pod(&self, name: &str) -> PodRef {
         self.pod_on(name, &self.name).await
     }
 
-    /// Deletes at once; there is no kubelet that would have to agree.
+    /// Deletes at once, without a kubelet's confirmation.
     pub(super) async fn delete_pod(&self, name: &str) {
         self.pods().delete(name, &DeleteParams::default().grace_period(0)).await.unwrap();
     }
 
-    /// What a person sees.
+    /// Output of `kubectl describe pod`, which users read.
     pub(super) async fn describe_pod(&self, name: &str) -> String {
         let kubeconfig = self.config().kubeconfig.unwrap();
         let output = tokio::process::Command::new(program("kubectl"))
@@ -86,5 +87,5 @@ impl KubeNamespace {
 }
 
 fn path(path: &Path) -> &str {
-    path.to_str().expect("a path of ASCII characters")
+    path.to_str().expect("the path is UTF-8")
 }

@@ -1,11 +1,11 @@
-//! What helm makes of the chart's values, as a real API server would take it.
+//! Objects that helm renders from the chart's values, as a real API server would accept them.
 
 use serde_json::{Value, json};
 
 use super::apiserver::{KubeNamespace, with_deadline};
 use crate::fleet::rbac::rendered;
 
-/// The only object of a template.
+/// Renders a template that has only one object.
 async fn render_one(place: &KubeNamespace, template: &str, values: &str) -> Value {
     let mut objects = rendered(place, template, values).await;
     assert_eq!(objects.len(), 1, "{template}");
@@ -52,13 +52,13 @@ async fn a_secret_with_certificates_is_mounted_at_the_configured_paths() {
 
         let set = render_one(&place, template, "").await;
         let pod = &set["spec"]["template"]["spec"];
-        assert_eq!(named(&pod["volumes"], "tls"), None, "not asked for");
+        assert_eq!(named(&pod["volumes"], "tls"), None, "no TLS Secret is set");
         assert_eq!(named(&pod["containers"][0]["env"], "LIGHTERMAN_TLS_KEY"), None);
     })
     .await;
 }
 
-/// The paths of the node that are mounted.
+/// Paths of the node that the DaemonSet mounts.
 fn host_paths(set: &Value) -> Vec<&str> {
     let volumes = set["spec"]["template"]["spec"]["volumes"].as_array().unwrap();
     volumes.iter().filter_map(|volume| volume["hostPath"]["path"].as_str()).collect()

@@ -23,7 +23,7 @@ fn leases(place: &KubeNamespace) -> Api<Lease> {
     Api::namespaced(place.admin.clone(), &place.name)
 }
 
-/// To the microsecond, which is what a Lease keeps.
+/// The time to the microsecond, which is the precision of a Lease.
 fn now() -> SystemTime {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
     SystemTime::UNIX_EPOCH + Duration::from_micros(now.as_micros().try_into().unwrap())
@@ -62,11 +62,11 @@ async fn an_update_of_an_older_lease_version_loses() {
         let current = b.read(digest()).await.unwrap().unwrap();
         b.update(digest(), &current.version, later).await.unwrap();
         assert_eq!(a.read(digest()).await.unwrap().unwrap().holder.as_deref(), Some("b"));
-        // One that was deleted since it was read changed as well.
+        // A claim that was deleted after the read counts as changed.
         let read = b.read(digest()).await.unwrap().unwrap();
         b.release(digest()).await.unwrap();
         assert!(matches!(a.update(digest(), &read.version, later).await, Err(ClaimError::Lost)));
-        assert_eq!(a.read(digest()).await.unwrap(), None, "nor does it come back");
+        assert_eq!(a.read(digest()).await.unwrap(), None, "the update does not recreate the claim");
     })
     .await;
 }
@@ -99,7 +99,7 @@ async fn abandoned_claims_are_swept_a_few_at_a_time() {
         }
         agent.create(digest(), hours_ago(0)).await.unwrap();
         let foreign = serde_json::json!({
-            "metadata": { "name": "somebody-elses" },
+            "metadata": { "name": "of-another-program" },
             "spec": { "holderIdentity": "x", "leaseDurationSeconds": 1, "renewTime": "2001-01-01T00:00:00.000000Z" },
         });
         create(&leases(&place), foreign).await;
@@ -107,7 +107,7 @@ async fn abandoned_claims_are_swept_a_few_at_a_time() {
         assert_eq!(agent.delete_abandoned_claims(now).await.unwrap(), 5);
         assert_eq!(agent.delete_abandoned_claims(now).await.unwrap(), 0);
         let left = leases(&place).list(&ListParams::default()).await.unwrap().items.len();
-        assert_eq!(left, 2, "the one that is held, and the one that is not ours");
+        assert_eq!(left, 2, "the current claim and the foreign Lease stay");
     })
     .await;
 }

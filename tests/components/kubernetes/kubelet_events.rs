@@ -1,4 +1,4 @@
-//! What the kubelet said about a pod.
+//! Events of the kubelet about a pod.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::apiserver::{KubeNamespace, create, with_deadline};
 use super::pod_watch::PodWatch;
 
-/// An Event as kubelets write it, changed.
+/// Creates an Event as kubelets write Events, with changes.
 async fn event(place: &KubeNamespace, pod: &PodRef, name: &str, change: Value) {
     let mut event = json!({
         "metadata": { "name": format!("{}.{name}", pod.name) },
@@ -40,7 +40,8 @@ async fn kubelet_events_of_a_pod_are_read_in_order() {
         let pod = place.pod("web").await;
         let agent = place.agent().await;
         assert_eq!(agent.kubelet_events(&pod).await.unwrap(), []);
-        // In another order than their names, by which the API server answers. Real ones are younger than the Event itself is here.
+        // The API server lists Events by name, and the times have another order. The times are in
+        // the future, because a time before the creation of the Event object does not count.
         let year = |year: u32| format!("{year}-01-01T00:00:00Z");
         let field = |path: &str| json!({ "fieldPath": path });
         let init = json!({ "involvedObject": field("spec.initContainers{migrate}"), "lastTimestamp": year(2103) });
@@ -79,7 +80,7 @@ async fn events_of_a_static_pod_carry_the_uid_of_its_kubelet() {
         create::<Pod>(&place.pods(), mirror).await;
         let agent = Arc::new(place.agent().await);
         let mut watch = PodWatch::start(agent.clone());
-        let PodEvent::Applied(view) = watch.next().await else { panic!("it is seen") };
+        let PodEvent::Applied(view) = watch.next().await else { panic!("the static pod is seen") };
         assert!(view.is_static);
         assert_ne!(view.pod.uid, "0123abc");
 

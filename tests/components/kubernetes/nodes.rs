@@ -1,4 +1,4 @@
-//! Nodes: the zone of the agent's own, the age of any; and the API server's clock.
+//! Zone of the agent's node, creation time of any node, and the API server's clock.
 
 use std::time::{Duration, SystemTime};
 

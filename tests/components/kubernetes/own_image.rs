@@ -25,7 +25,7 @@ fn template(image: &str) -> Value {
     json!({ "metadata": { "labels": { "app": "lighterman" } }, "spec": spec })
 }
 
-/// Makes the DaemonSet of this place; answers its UID.
+/// Creates the DaemonSet of this namespace and returns the UID.
 async fn daemonset(place: &KubeNamespace, image: &str) -> String {
     let spec = json!({ "selector": { "matchLabels": { "app": "lighterman" } }, "template": template(image) });
     let object = json!({ "metadata": { "name": "lighterman" }, "spec": spec });
@@ -37,7 +37,8 @@ fn daemonsets(place: &KubeNamespace) -> Api<DaemonSet> {
     Api::namespaced(place.admin.clone(), &place.name)
 }
 
-/// The agent's own pod, which the DaemonSet of this UID owns, and an agent with a token of its own.
+/// Creates the agent's pod, owned by the DaemonSet of this UID, and connects an agent with a token
+/// of its own.
 async fn agent(place: &KubeNamespace, uid: &str) -> Arc<KubeCluster> {
     let owner =
         json!({ "apiVersion": "apps/v1", "kind": "DaemonSet", "name": "lighterman", "uid": uid, "controller": true });
@@ -74,7 +75,7 @@ async fn the_template_of_the_own_daemonset_is_read_with_the_charts_rights() {
         grant_rbac(&place, "podPolicy=always").await;
         let uid = daemonset(&place, "reg.test/lighterman:v1").await;
         let agent = agent(&place, &uid).await;
-        assert_eq!(agent.own_images().await.unwrap(), OwnImages::default(), "the own pod was not seen yet");
+        assert_eq!(agent.own_images().await.unwrap(), OwnImages::default(), "the agent's pod is not seen yet");
         let mut watch = PodWatch::start(Arc::clone(&agent));
         watch.wait_pod(|view| view.pod.name == "agent").await;
         wait_template(&agent, Some(&["reg.test/init:1", "reg.test/lighterman:v1"])).await;
@@ -83,7 +84,7 @@ async fn the_template_of_the_own_daemonset_is_read_with_the_charts_rights() {
         daemonsets(&place).patch("lighterman", &PatchParams::default(), &next).await.unwrap();
         wait_template(&agent, Some(&["reg.test/init:1", "reg.test/lighterman:v2"])).await;
 
-        // From the watch cache, by name: no list, no watch, no quorum read.
+        // The DaemonSet is read from the watch cache, by name: no list, no watch, no quorum read.
         let path = format!("/apis/apps/v1/namespaces/{}/daemonsets", place.name);
         let asked: Vec<_> = requests()
             .into_iter()

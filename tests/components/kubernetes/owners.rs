@@ -1,4 +1,4 @@
-//! Owners, up from the pod.
+//! Owners of a pod, up to the workload.
 
 use std::fmt::Debug;
 use std::time::Duration;
@@ -34,7 +34,7 @@ fn job() -> Value {
     json!({ "template": template })
 }
 
-/// Makes an object whose annotation says which it is.
+/// Creates an object with the object's name in the annotation `is`.
 async fn create_owned<K>(place: &KubeNamespace, name: &str, spec: Value, owner: Option<&Owner>) -> Owner
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + Serialize + DeserializeOwned,
@@ -67,7 +67,7 @@ where
     }
 }
 
-/// What the annotations of the owners say, the nearest first.
+/// Annotation `is` of each owner, the nearest owner first.
 async fn owner_annotations(agent: &impl Cluster, place: &KubeNamespace, owner: &Owner) -> Vec<String> {
     let owners = agent.owners(&place.name, owner).await.unwrap();
     owners.iter().map(|annotations| annotations["is"].clone()).collect()
@@ -95,7 +95,7 @@ async fn a_pods_owners_are_followed_to_the_workload() {
                 "spec": { "nodeName": place.name, "containers": [{ "name": "main", "image": "reg.test/app:1" }] },
             });
             create::<Pod>(&place.pods(), pod).await;
-            let seen = watch.wait_pod(|_| true).await.owner.expect("it has an owner");
+            let seen = watch.wait_pod(|_| true).await.owner.expect("the pod has an owner");
             assert_eq!(seen, owner);
             assert_eq!(owner_annotations(&agent, &place, &seen).await, names);
         }
@@ -121,7 +121,8 @@ async fn the_list_ends_where_an_owner_is_gone_replaced_or_of_another_kind() {
         let of_rollout = create_owned::<ReplicaSet>(&place, "of-rollout", replicated(), Some(&rollout)).await;
         assert_eq!(owner_annotations(&agent, &place, &of_rollout).await, ["of-rollout"]);
 
-        // Where a name leads elsewhere, nothing is asked: this one would name another kind's object, which exists.
+        // A name that leads to another path is never requested: this name would lead to a Service
+        // that exists.
         create_owned::<Service>(&place, "web", json!({ "ports": [{ "port": 80 }] }), None).await;
         let path = format!("../../../../../api/v1/namespaces/{}/services/web", place.name);
         assert!(owner_annotations(&agent, &place, &Owner { name: path, ..of_rollout }).await.is_empty());
@@ -159,7 +160,7 @@ async fn many_pods_of_one_workload_cost_one_request_for_each_owner() {
         }
         let last = Owner { name: "last".to_owned(), ..deployment };
         assert!(owner_annotations(&agent, &place, &last).await.is_empty());
-        // Logged a moment after they were answered.
+        // The API server logs a request a moment after the response.
         let logged = loop {
             let ours = |(agent, uri): &(String, String)| {
                 agent.starts_with("lighterman") && uri.contains(&format!("/{}/", place.name))
@@ -173,7 +174,7 @@ async fn many_pods_of_one_workload_cost_one_request_for_each_owner() {
         };
         let uri = |path: &str| format!("/apis/apps/v1/namespaces/{}/{path}", place.name);
         let cached = |path: &str| uri(path) + "?&resourceVersion=0";
-        // That there is none is not believed of the watch cache alone.
+        // A 404 from the watch cache is confirmed by a quorum read.
         let last = [uri("deployments/last"), cached("deployments/last")];
         assert_eq!(logged[..2], last);
         assert_eq!(logged[2..], [cached("deployments/web"), cached("replicasets/web-1")]);

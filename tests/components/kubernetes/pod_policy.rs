@@ -97,7 +97,8 @@ async fn pod_without_nudge(place: &KubeNamespace, name: &str) -> Value {
     pod
 }
 
-/// A place with rights and policies, and its agent's token. `None` where the API server is too old.
+/// A namespace with rights and policies, and its agent's token. `None` where the API server is too
+/// old.
 async fn namespace_with_policies(values: &str) -> Option<(KubeNamespace, String)> {
     let place = KubeNamespace::new().await;
     if place.minor().await < 30 {
@@ -176,14 +177,14 @@ async fn the_policy_permits_the_nudge_of_own_pods_and_no_other_change() {
             ("no generateName", metadata(json!({ "generateName": null })), "generateName"),
         ] {
             assert_forbidden(what, patch(&place, &client, "own", &change).await, said);
-            // A nudge in the same patch excuses nothing.
+            // A nudge in the same patch permits no other change.
             let mut both = change.clone();
             if said != "a time" && !both["metadata"]["annotations"].is_null() {
                 both["metadata"]["annotations"]["lighterman.dev/nudged-at"] = NOW.into();
                 assert_forbidden(what, patch(&place, &client, "own", &both).await, said);
             }
         }
-        // Where a pod has no labels, annotations or finalizers at all.
+        // A pod without any labels, annotations or finalizers.
         let label = metadata(json!({ "labels": { "a": "b" } }));
         assert_forbidden("the first label", patch(&place, &client, "probe", &label).await, "no labels");
         let finalizer = metadata(json!({ "finalizers": ["example.com/x"] }));
@@ -206,7 +207,7 @@ async fn the_policy_permits_the_nudge_of_own_pods_and_no_other_change() {
         }
         assert_eq!([pod_without_nudge(&place, "own").await, pod_without_nudge(&place, "others").await], before);
 
-        // A kubelet, or anything else with the right, goes on as before.
+        // A kubelet, or any other client with the right, is not restricted.
         patch(&place, &place.admin, "own", &attacks()[2].1).await.unwrap();
     })
     .await;

@@ -1,4 +1,4 @@
-//! A running watch of one agent, for tests that need what it shows.
+//! A running watch of one agent, for tests that need events of pods.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-/// Dropped, it ends.
+/// Drop ends the watch.
 pub(super) struct PodWatch {
     events: mpsc::Receiver<PodEvent>,
     stop: CancellationToken,
@@ -27,7 +27,7 @@ impl PodWatch {
     }
 
     pub(super) async fn next(&mut self) -> PodEvent {
-        self.events.recv().await.expect("the watch goes on")
+        self.events.recv().await.expect("the watch is still running")
     }
 
     pub(super) async fn wait_event(&mut self, wanted: impl Fn(&PodEvent) -> bool) -> PodEvent {
@@ -39,7 +39,7 @@ impl PodWatch {
         }
     }
 
-    /// The next pod that looks as wanted.
+    /// Waits for the next pod that matches.
     pub(super) async fn wait_pod(&mut self, wanted: impl Fn(&PodView) -> bool) -> PodView {
         loop {
             if let PodEvent::Applied(view) = self.next().await

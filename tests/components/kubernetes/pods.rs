@@ -1,4 +1,4 @@
-//! The watch, the nudge and the deletion of pods; namespaces.
+//! Watch, nudge and deletion of pods, and metadata of namespaces.
 
 use std::time::Duration;
 
@@ -45,7 +45,7 @@ async fn pods_of_this_node_are_seen_and_no_others() {
         }] } });
         place.pods().patch_status("here", &PatchParams::default(), &Patch::Strategic(waiting)).await.unwrap();
         let PodEvent::Applied(view) = watch.next().await else { panic!("a changed pod is seen") };
-        let waiting = view.containers[0].waiting.as_ref().expect("it waits");
+        let waiting = view.containers[0].waiting.as_ref().expect("the container waits");
         assert_eq!((view.pod, waiting.reason.as_str()), (here.clone(), "ErrImagePull"));
         assert_eq!(view.containers[0].image, "reg.test/app:1");
 
@@ -61,7 +61,8 @@ async fn pods_of_this_node_are_seen_and_no_others() {
 async fn every_kind_of_container_is_seen_to_wait() {
     with_deadline(async {
         let place = KubeNamespace::new().await;
-        // Before, API servers dropped restart policies of init containers, or knew no ephemeral ones.
+        // API servers before 1.29 drop restart policies of init containers, or have no ephemeral
+        // containers.
         if place.minor().await < 29 {
             return;
         }
@@ -96,7 +97,7 @@ async fn every_kind_of_container_is_seen_to_wait() {
             .iter()
             .map(|container| {
                 assert_eq!(container.image, format!("reg.test/{}:1", container.name));
-                (container.kind, container.waiting.as_ref().expect("it waits").message.as_str())
+                (container.kind, container.waiting.as_ref().expect("the container waits").message.as_str())
             })
             .collect();
         let expected = [
@@ -115,7 +116,7 @@ async fn every_kind_of_container_is_seen_to_wait() {
 async fn image_volumes_are_seen() {
     with_deadline(async {
         let place = KubeNamespace::new().await;
-        // From then on they are on unless switched off.
+        // Image volumes are enabled by default from 1.35 on.
         if place.minor().await < 35 {
             return;
         }
@@ -150,7 +151,7 @@ async fn the_watch_asks_for_one_nodes_pods_from_the_watch_cache() {
         watch.stop().await;
         let ours = |uri: &str| uri.contains(&format!("spec.nodeName%3D{}&", place.name)) || uri.ends_with(&place.name);
         let of_node = || requests().into_iter().filter(|(_, uri)| ours(uri)).collect::<Vec<_>>();
-        // A watch is logged when it has ended.
+        // The API server logs a watch at the end of the watch.
         while of_node().len() < 2 {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -218,7 +219,7 @@ async fn a_nudge_changes_one_annotation_and_nothing_else() {
 
         agent.nudge(&pod).await.unwrap();
         let again = place.pods().get("web").await.unwrap().metadata.annotations.unwrap();
-        assert_ne!(again, annotations, "the same value again would wake nobody");
+        assert_ne!(again, annotations, "a patch without a change would not reach the kubelet");
     })
     .await;
 }
@@ -251,7 +252,7 @@ async fn only_the_pod_with_the_right_uid_is_deleted() {
         let left = || async { place.pods().get("web").await.unwrap().metadata.deletion_timestamp };
         assert_eq!(left().await, None);
         agent.delete(&new).await.unwrap();
-        assert!(left().await.is_some(), "its kubelet has the last word");
+        assert!(left().await.is_some(), "the pod stays until the kubelet confirms");
     })
     .await;
 }

@@ -1,4 +1,4 @@
-//! What stands between an agent and the API server, so that a test can take the API server away from one agent alone.
+//! A proxy between an agent and the API server, so that a test can cut off one agent alone.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 
 use super::apiserver::address;
 
-/// Forwards connections until it is cut. Dropped, it ends as well.
+/// Forwards connections until the proxy is cut or dropped.
 pub(super) struct Proxy {
     port: u16,
     connections: JoinSet<()>,
@@ -23,7 +23,8 @@ impl Proxy {
         self.port
     }
 
-    /// Ends every connection and accepts no more; the port is returned, to open it again later.
+    /// Ends every connection and accepts no more. Returns the port, on which a later proxy can
+    /// open.
     pub(super) async fn cut(mut self) -> u16 {
         self.connections.shutdown().await;
         self.port

@@ -1,4 +1,4 @@
-//! The rights that the chart grants suffice, and nothing else is allowed.
+//! The rights that the chart grants suffice, and all other rights are denied.
 
 use std::time::SystemTime;
 
@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::apiserver::{KubeNamespace, SERVICE_ACCOUNT, address, create, with_deadline};
 use crate::fleet::rbac::grant_rbac;
 
-/// A token of this place's agent, with the rights that it was granted.
+/// A token of this namespace's agent, with the rights that were granted before.
 async fn token(place: &KubeNamespace) -> String {
     let pod = place.pod("agent").await;
     place.token(SERVICE_ACCOUNT, None, Some(&pod)).await
@@ -35,7 +35,7 @@ async fn client(place: &KubeNamespace) -> Client {
     client_with(place, &token(place).await).await
 }
 
-/// Whoever has this token.
+/// Connects with this token.
 pub(super) async fn client_with(place: &KubeNamespace, token: &str) -> Client {
     let path = place.config_with(address().port(), token).kubeconfig.unwrap();
     let file = Kubeconfig::read_from(path).unwrap();
@@ -62,7 +62,7 @@ async fn the_charts_rights_suffice() {
         let (out, mut events) = tokio::sync::mpsc::channel(16);
         let read = async {
             while !matches!(events.recv().await.unwrap(), PodEvent::Synced(_)) {}
-            // The list and the watch are rights of their own.
+            // The list and the watch are separate rights.
             let pod = place.pod("later").await;
             assert!(matches!(events.recv().await.unwrap(), PodEvent::Applied(_)));
             stop.cancel();
@@ -71,7 +71,7 @@ async fn the_charts_rights_suffice() {
         let ((), pod) = tokio::join!(agent.watch_pods(out, stop.clone()), read);
 
         agent.namespace(&place.name).await.unwrap();
-        // There is no such node, which only who may ask is told.
+        // No such node exists. Only a client with the right gets that answer.
         assert!(matches!(agent.zone().await, Err(ClusterError::Gone(_))));
         let created = agent.node_created(&place.name.parse().unwrap()).await;
         assert!(matches!(created, Err(ClusterError::Gone(_))), "{created:?}");
@@ -88,7 +88,7 @@ async fn the_charts_rights_suffice() {
             ("v1", "ReplicationController"),
         ] {
             let [api_version, kind, name, uid] = [api_version, kind, "web", "u"].map(str::to_owned);
-            // There is none, which only who may ask is told.
+            // No such owner exists. Only a client with the right gets that answer.
             agent.owners(&place.name, &Owner { api_version, kind, name, uid }).await.unwrap();
         }
         agent.kubelet_events(&pod).await.unwrap();
@@ -159,7 +159,7 @@ async fn rights_beyond_those_of_the_chart_are_denied() {
         let whole = place.pods().get("agent").await.unwrap();
         assert_forbidden("replacing a pod", pods.replace("agent", &PostParams::default(), &whole).await);
         assert_forbidden("making a pod", pods.create(&PostParams::default(), &Pod::default()).await);
-        // What it may patch leaves the image alone.
+        // The permitted patch of `pods/status` leaves the image alone.
         pods.patch_status("agent", &PatchParams::default(), &patch).await.unwrap();
         assert_eq!(place.pods().get("agent").await.unwrap().spec, whole.spec);
 
@@ -221,7 +221,7 @@ async fn pull_secrets_are_read_in_namespaces_that_were_named_and_no_others() {
         let opaque = json!({ "metadata": { "name": "opaque" }, "stringData": { ".dockerconfigjson": "password" } });
         create::<Secret>(&Api::namespaced(shop.admin.clone(), &shop.name), opaque).await;
         let error = agent.pull_secret(&shop.name, "opaque").await.unwrap_err().to_string();
-        assert!(error.contains("is no pull secret") && !error.contains("password"), "{error}");
+        assert!(error.contains("is not a pull secret") && !error.contains("password"), "{error}");
     })
     .await;
 }
@@ -243,7 +243,7 @@ async fn pods_are_deleted_only_where_the_chart_grants_the_right() {
 #[tokio::test]
 async fn rights_without_a_narrowing_policy_are_granted_only_where_a_value_accepts_the_risk() {
     with_deadline(async {
-        // helm asks no cluster here, so it knows of no policies.
+        // helm contacts no cluster here, so the chart finds no policy API.
         for (values, given) in [
             ("agent.deletePods=true", false),
             ("agent.deletePods=true,podPolicy=false,tokenPolicy=always", false),

@@ -53,14 +53,14 @@ async fn an_expired_event_is_created_again() {
         let place = KubeNamespace::new().await;
         let pod = place.pod("web").await;
         let agent = place.agent().await;
-        let waits = report(PodReportKind::NoProvider, "nobody");
+        let waits = report(PodReportKind::NoProvider, "no provider");
         agent.report(&pod, &waits).await.unwrap();
         let all = Api::<Event>::namespaced(place.admin.clone(), &place.name);
         all.delete_collection(&DeleteParams::default(), &ListParams::default()).await.unwrap();
         agent.report(&pod, &waits).await.unwrap();
         assert_eq!(events(&place).await.len(), 1);
         agent.report(&pod, &waits).await.unwrap();
-        assert_eq!(events(&place).await.len(), 1, "and counted from then on");
+        assert_eq!(events(&place).await.len(), 1, "later reports count on the new Event");
     })
     .await;
 }
@@ -78,7 +78,7 @@ async fn a_long_note_is_truncated_and_a_flood_is_rate_limited() {
             match agent.report(&pod, &report(PodReportKind::Failed, &i.to_string())).await {
                 Ok(()) => {}
                 Err(ClusterError::Unavailable(text)) => {
-                    assert!(text.contains("held back"), "{text}");
+                    assert!(text.contains("rate limiter"), "{text}");
                     held_back += 1;
                 }
                 Err(other) => panic!("{other}"),
@@ -97,12 +97,16 @@ async fn a_node_has_one_event_of_a_reason_that_the_next_report_renews() {
         let on_node = |note: &str| NodeReport { kind: NodeReportKind::ImagesLackLayers, note: note.to_owned() };
         let all = Api::<Event>::namespaced(place.admin.clone(), "default");
         let of_node = ListParams::default().fields(&format!("involvedObject.kind=Node,involvedObject.name={node}"));
-        // The second agent is the first one after a restart.
+        // The second agent stands for the first agent after a restart.
         for note in ["3 of 4", "4 of 5"] {
             place.agent().await.report_on_node(&on_node(note)).await.unwrap();
             let [event] = all.list(&of_node).await.unwrap().items.try_into().expect("one Event");
             assert_eq!(event.message.as_deref(), Some(note));
-            assert_eq!(event.involved_object.uid.as_deref(), Some(node.as_str()), "kubectl describe looks for it");
+            assert_eq!(
+                event.involved_object.uid.as_deref(),
+                Some(node.as_str()),
+                "kubectl describe filters Events by this UID"
+            );
             assert_eq!((event.reason.as_deref(), event.type_.as_deref()), (Some("ImagesLackLayers"), Some("Warning")));
         }
     })
@@ -115,7 +119,7 @@ async fn a_report_on_the_node_is_an_event_of_its_node_object() {
         let place = KubeNamespace::new().await;
         let note = "the clock is 90 s behind".to_owned();
         place.agent().await.report_on_node(&NodeReport { kind: NodeReportKind::ClockSkew, note }).await.unwrap();
-        // Events of objects without a namespace are in this one.
+        // Events of objects without a namespace are in the namespace `default`.
         let all = Api::<Event>::namespaced(place.admin.clone(), "default");
         let of_node =
             ListParams::default().fields(&format!("involvedObject.kind=Node,involvedObject.name={}", place.name));
@@ -123,7 +127,11 @@ async fn a_report_on_the_node_is_an_event_of_its_node_object() {
         assert_eq!(event.reason.as_deref(), Some("NodeClockSkewed"));
         assert_eq!(event.type_.as_deref(), Some("Warning"));
         assert_eq!(event.message.as_deref(), Some("the clock is 90 s behind"));
-        assert_eq!(event.involved_object.uid.as_deref(), Some(&*place.name), "as the kubelet has it");
+        assert_eq!(
+            event.involved_object.uid.as_deref(),
+            Some(&*place.name),
+            "the kubelet uses the node's name as the UID"
+        );
     })
     .await;
 }

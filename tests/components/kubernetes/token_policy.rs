@@ -1,4 +1,5 @@
-//! The policy by which a pod of the agents makes tokens that are bound to itself and for a PeerId, on a real API server.
+//! The token policy on a real API server: a pod of the agents may request only tokens that are
+//! bound to that pod and have one PeerId as audience.
 
 use k8s_openapi::api::admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding};
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
@@ -12,9 +13,10 @@ use super::apiserver::{KubeNamespace, SERVICE_ACCOUNT, create, with_deadline};
 use super::rbac::client_with;
 use crate::fleet::rbac::{grant_rbac, make_name_unique, rendered};
 
-/// Creates the policies that the chart makes with these values. The API server enforces them a moment later.
+/// Creates the chart's policies with these values. The API server enforces the policies a moment
+/// later.
 pub(super) async fn create_policies(place: &KubeNamespace, values: &str) {
-    for mut object in rendered(place, "templates/policy.yaml", values).await {
+    for mut object in rendered(place, "templates/admission.yaml", values).await {
         make_name_unique(place, &mut object["metadata"]["name"]);
         let admin = place.admin.clone();
         if object["kind"] == "ValidatingAdmissionPolicy" {
@@ -35,7 +37,7 @@ fn bound_to(pod: &PodRef) -> BoundObjectReference {
     }
 }
 
-/// Asks for a token as whoever `client` is.
+/// Requests a token as the user of `client`.
 async fn request_token(
     place: &KubeNamespace,
     client: &Client,
@@ -68,7 +70,7 @@ async fn a_pod_makes_tokens_bound_to_itself_for_a_peer_id_and_no_others() {
         let audience = [peer.as_str()];
 
         create_policies(&place, "tokenPolicy=always,podPolicy=false").await;
-        // It takes the API server a moment to have it.
+        // The API server enforces the policy a moment later.
         while request_token(&place, &agent, SERVICE_ACCOUNT, &audience, None).await.is_ok() {
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         }
@@ -84,7 +86,7 @@ async fn a_pod_makes_tokens_bound_to_itself_for_a_peer_id_and_no_others() {
             ("another kind", &audience, Some(a_secret), "own pod"),
             ("nothing", &audience, None, "own pod"),
             ("the API server", &[], Some(bound_to(&own)), "one PeerId"),
-            ("somebody else", &["vault"], Some(bound_to(&own)), "one PeerId"),
+            ("another audience", &["vault"], Some(bound_to(&own)), "one PeerId"),
             ("a name like a PeerId", &["12D3KooW"], Some(bound_to(&own)), "one PeerId"),
             ("one more", &[&peer, "vault"], Some(bound_to(&own)), "one PeerId"),
         ] {
@@ -92,13 +94,13 @@ async fn a_pod_makes_tokens_bound_to_itself_for_a_peer_id_and_no_others() {
             assert!(refused.contains(said), "{what}: {refused}");
         }
 
-        // A token that is bound to no pod makes none at all.
+        // A client whose token is bound to no pod gets no token at all.
         let unbound = client_with(&place, &place.token(SERVICE_ACCOUNT, None, None).await).await;
         let refused =
             request_token(&place, &unbound, SERVICE_ACCOUNT, &audience, Some(bound_to(&own))).await.unwrap_err();
         assert!(refused.contains("bound to its pod"), "{refused}");
 
-        // Whoever else makes tokens goes on as before.
+        // Other users with the right request tokens without a restriction.
         let rule = json!({ "apiGroups": [""], "resources": ["serviceaccounts/token"], "verbs": ["create"] });
         let (name, of) = ("other", json!({ "apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "other" }));
         let roles = Api::<k8s_openapi::api::rbac::v1::Role>::namespaced(place.admin.clone(), &place.name);

@@ -1,4 +1,4 @@
-//! Two network namespaces of the test's own with a link between them, and an agent's transfer in each.
+//! Two network namespaces of one test with a link between them, and an agent's transfer in each.
 
 use std::fs::File;
 use std::net::SocketAddr;
@@ -24,15 +24,16 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-/// The provider's address and the fetcher's. The namespaces have no way out.
+/// Addresses of the provider and the fetcher. The namespaces have no route to other networks.
 pub(crate) const ADDRESSES: [&str; 2] = ["10.99.0.1", "10.99.0.2"];
 
-/// Both go when dropped.
+/// Drop removes both namespaces.
 pub(crate) struct VethLink([String; 2]);
 
 impl VethLink {
-    /// A link that carries so much from the provider to the fetcher; the way back, which only acknowledges, is free. The queue before it
-    /// holds a tenth of a second, as a router's would.
+    /// Makes a link with this rate from the provider to the fetcher. The way back carries only
+    /// acknowledgments and has no limit. The queue before the link holds a tenth of a second, as a
+    /// router's would.
     pub(crate) fn of(rate: &str) -> Self {
         static LINKS: AtomicU32 = AtomicU32::new(0);
         let number = LINKS.fetch_add(1, Ordering::Relaxed);
@@ -50,7 +51,8 @@ impl VethLink {
         link
     }
 
-    /// A firewall drops every UDP packet that comes in at either end, or does so no longer.
+    /// Makes a firewall at both ends drop every incoming UDP packet, or removes the firewall's
+    /// rule.
     pub(crate) fn block_udp(&self, is_blocked: bool) {
         for end in &self.0 {
             let operation = if is_blocked { "-I" } else { "-D" };
@@ -58,12 +60,12 @@ impl VethLink {
         }
     }
 
-    /// Nothing passes any more, and nobody is told.
+    /// Drops every packet from the provider to the fetcher, without an error at either end.
     pub(crate) fn cut(&self) {
         run(&["ip", "netns", "exec", &self.0[0], "tc", "qdisc", "replace", "dev", "wire", "root", "blackhole"]);
     }
 
-    /// Makes a thread part of one end; what it starts is, too.
+    /// Moves this thread into one end. Its later threads and processes start there.
     pub(crate) fn enter(&self, end: usize) {
         let namespace = File::open(format!("/var/run/netns/{}", self.0[end])).unwrap();
         setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
@@ -73,7 +75,7 @@ impl VethLink {
 impl Drop for VethLink {
     fn drop(&mut self) {
         for end in &self.0 {
-            // One that was never made cannot be removed.
+            // The removal fails for a namespace that was never created.
             let _ = Command::new("ip").args(["netns", "del", end]).output();
         }
     }
@@ -84,7 +86,7 @@ fn run(words: &[&str]) {
     assert!(output.status.success(), "{words:?} (are you root?): {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Bytes per second, 0 for no limit.
+/// Bytes per second; 0 is no limit.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Rates {
     pub(crate) fetcher_down: u64,
@@ -121,12 +123,12 @@ impl Provider {
 impl Drop for Provider {
     fn drop(&mut self) {
         self.stop.cancel();
-        // A panic was printed when it happened.
+        // The panic hook has printed a panic already.
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
-/// Runs `test` at the fetcher's end of a link, with a provider of these blobs at the other.
+/// Runs `test` at the fetcher's end of a link, with a provider of these blobs at the other end.
 pub(crate) fn across<T: Send + 'static>(
     rate: &str,
     rates: Rates,
@@ -143,7 +145,7 @@ pub(crate) fn across<T: Send + 'static>(
             let transfer = bind(1, &fetcher_key, provider.peer, MemoryStore::new(), policy(rates.fetcher_down, 0));
             transfer.dial(provider.address, Some(provider.peer)).await.unwrap();
             let test = test(&transfer, &provider, &link);
-            tokio::time::timeout(Duration::from_secs(180), test).await.expect("the test is stuck")
+            tokio::time::timeout(Duration::from_secs(180), test).await.expect("the test ends within its deadline")
         })
     });
     fetching.join().unwrap()
@@ -156,7 +158,7 @@ fn runtime() -> Runtime {
 fn bind(end: usize, identity: &Identity, admits: PeerId, store: MemoryStore, rules: Arc<Policy>) -> Transfer {
     let config = Config {
         listen: SocketAddr::new(ADDRESSES[end].parse().unwrap(), 0),
-        // Nobody gossips here.
+        // This test runs no gossip.
         gossip_port: 1,
         node: "node-a".parse().unwrap(),
         concurrent_uploads: 16,

@@ -1,4 +1,4 @@
-//! Thirty agents on one containerd with a containerd namespace for each.
+//! Agents on one containerd, with a containerd namespace for each agent.
 
 use std::time::{Duration, Instant};
 
@@ -16,13 +16,13 @@ use crate::fleet::apiserver::KubeNamespace;
 use crate::fleet::network::{AgentNetwork, SWITCH};
 use crate::fleet::rbac::grant_rbac;
 
-/// For whatever is waited for; a busy machine must not fail a test.
+/// Deadline of each wait. Long, so that a busy machine fails no test.
 const WAIT_DEADLINE: Duration = Duration::from_secs(300);
 
-/// Between two looks at all agents, unless looking takes longer.
+/// Shortest pause between two polls of all agents.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// All agents and what they stand on.
+/// All agents with their network, containerd and API server.
 pub(super) struct Fleet {
     pub(super) network: AgentNetwork,
     pub(super) agents: Vec<Agent>,
@@ -32,7 +32,7 @@ pub(super) struct Fleet {
 }
 
 impl Fleet {
-    /// Everything but the agents themselves, which do not run yet. For threads of the switch.
+    /// Prepares the agents without starting them. To be called on a thread of the switch.
     pub(super) async fn new(wires: AgentNetwork, agents: usize) -> Self {
         let (place, containerd) = tokio::join!(KubeNamespace::with_own_server(SWITCH), Daemon::start("containerd-2.3"));
         grant_rbac(&place, "").await;
@@ -49,30 +49,28 @@ impl Fleet {
         fleet
     }
 
-    /// Starts these agents at once.
     pub(super) fn start(&mut self, numbers: impl IntoIterator<Item = usize>) {
         for number in numbers {
             self.agents[number].start(&self.network);
         }
     }
 
-    /// Kills these agents at once, and nobody is told.
+    /// Kills these agents with SIGKILL.
     pub(super) fn kill(&mut self, numbers: &[usize]) {
         numbers.iter().for_each(|number| self.agents[*number].kill());
     }
 
-    /// The agents that run.
     pub(super) fn running(&self) -> impl Iterator<Item = &Agent> {
         self.agents.iter().filter(|agent| agent.id().is_some())
     }
 
-    /// How all that run see it now. One that does not answer is left out.
+    /// Returns the mesh view of every running agent that answers.
     pub(super) async fn views(&self) -> Vec<(&Agent, MeshView)> {
         let views = self.running().map(async |agent| Some((agent, MeshView::of(agent).await?)));
         join_all(views).await.into_iter().flatten().collect()
     }
 
-    /// Waits until every agent that runs knows every other with all that its containerd holds.
+    /// Waits until every running agent lists all others, with all items of their containerds.
     pub(super) async fn wait_converged(&self) {
         let held =
             join_all(self.running().map(async |agent| (agent.node.as_str(), announced_items(agent).await))).await;
@@ -84,20 +82,20 @@ impl Fleet {
             };
             alive.len() == held.len() - 1 && held.iter().all(known)
         };
-        self.wait_until("everybody knows everything", knows).await;
+        self.wait_until("all inventories are complete", knows).await;
     }
 
-    /// Waits until no agent but their own has anything of these nodes.
+    /// Waits until all other agents have dropped the items of these nodes.
     pub(super) async fn wait_dropped(&self, numbers: &[usize]) {
         let gone: Vec<_> = numbers.iter().map(|number| self.agents[*number].node.as_str()).collect();
-        let what = format!("the others have dropped {gone:?}");
+        let what = format!("all other agents have dropped {gone:?}");
         let dropped = |agent: &Agent, view: &MeshView| {
             gone.contains(&agent.node.as_str()) || gone.iter().all(|node| view.has_dropped(node))
         };
         self.wait_until(&what, dropped).await;
     }
 
-    /// Looks at all agents that run until all say so in one round.
+    /// Polls all running agents until the condition holds for all of them in one round.
     async fn wait_until(&self, what: &str, holds: impl Fn(&Agent, &MeshView) -> bool) {
         let began = Instant::now();
         loop {
@@ -108,20 +106,25 @@ impl Fleet {
             let Some(behind) = self.running().find(|agent| !is_content(agent)) else { return };
             if began.elapsed() > WAIT_DEADLINE {
                 let view = views.iter().find(|(agent, _)| agent.node == behind.node).map(|(_, view)| view);
-                panic!("{what}: not so on {} and maybe others: {view:?}\n{}", behind.node, behind.log_tail());
+                panic!("timed out before {what}; {} is behind: {view:?}\n{}", behind.node, behind.log_tail());
             }
-            // On a slow machine the agents need the time themselves.
+            // Polls must leave most processor time to the agents on a slow machine.
             tokio::time::sleep(POLL_INTERVAL.max(looked.elapsed() * 4)).await;
         }
     }
 
-    /// Waits until every agent but the provider's own would fetch this image from there.
+    /// Waits until every other agent lists this agent as a provider of the image.
     pub(super) async fn wait_provider(&self, image: &str, provider: usize) {
         let (image, provider) = (image.parse::<Reference>().unwrap(), &self.agents[provider]);
         let began = Instant::now();
         let finding = self.running().filter(|agent| agent.node != provider.node).map(async |agent| {
             while !agent.would_fetch_from(&image, &provider.node).await {
-                assert!(began.elapsed() < WAIT_DEADLINE, "{} does not find {image}\n{}", agent.node, agent.log_tail());
+                assert!(
+                    began.elapsed() < WAIT_DEADLINE,
+                    "{} finds no provider of {image}\n{}",
+                    agent.node,
+                    agent.log_tail()
+                );
                 tokio::time::sleep(POLL_INTERVAL).await;
             }
         });
@@ -129,12 +132,12 @@ impl Fleet {
     }
 }
 
-/// What there is to announce: blobs and names.
+/// Counts the items that the agent announces: blobs and image records.
 async fn announced_items(agent: &Agent) -> usize {
     agent.store.blobs().await.unwrap().len() + agent.store.images().await.unwrap().len()
 }
 
-/// An image that all nodes have, one that every fifth has too, and two that no other has.
+/// Puts an image of all nodes, an image of every fifth node, and two images of this node alone.
 async fn fill(store: &ContainerdStore, number: usize) {
     let images = [
         ("reg.test/all/pause:1".to_owned(), 1),

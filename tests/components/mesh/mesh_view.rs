@@ -1,4 +1,4 @@
-//! What one agent knows of the others, as it tells on its admin port.
+//! Mesh view of one agent from the admin port: the other members and their items.
 
 use std::collections::BTreeMap;
 
@@ -6,15 +6,15 @@ use serde::Deserialize;
 
 use crate::fleet::agent::Agent;
 
-/// `/debug/mesh`, as far as it is looked at here.
+/// The fields of `/debug/mesh` that the tests read.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct MeshView {
-    /// What this node announces.
+    /// Items that this node announces.
     pub(super) items: usize,
-    /// How many announcements it has made.
+    /// Announcements of this node so far.
     pub(super) sequence: u64,
-    /// Gossip that came, each message once.
+    /// Gossip messages received, each counted once.
     pub(super) messages_in: u64,
     members: Vec<MemberView>,
 }
@@ -23,7 +23,7 @@ pub(super) struct MeshView {
 struct MemberView {
     node: String,
     state: MemberState,
-    /// What is known of its content.
+    /// Items that this agent has recorded for the member.
     items: usize,
 }
 
@@ -36,19 +36,19 @@ enum MemberState {
 }
 
 impl MeshView {
-    /// How the agent sees it now; `None` while it does not answer.
+    /// Reads the current view. `None` while the agent does not answer.
     pub(super) async fn of(agent: &Agent) -> Option<Self> {
         let body = agent.get("/debug/mesh").await?;
         Some(serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error}: {body}")))
     }
 
-    /// The nodes that are alive here with the number of items that this agent has of each.
+    /// Alive nodes, each with the number of items that this agent has recorded.
     pub(super) fn alive(&self) -> BTreeMap<&str, usize> {
         let alive = self.members.iter().filter(|member| member.state == MemberState::Alive);
         alive.map(|member| (member.node.as_str(), member.items)).collect()
     }
 
-    /// Whether the node's content has been dropped: a suspected one's has not yet.
+    /// Whether the node's items are dropped. A suspected node keeps its items.
     pub(super) fn has_dropped(&self, node: &str) -> bool {
         self.members.iter().all(|member| member.node != node || member.state == MemberState::Down)
     }

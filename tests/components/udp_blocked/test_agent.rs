@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use lighterman::admission::StaticAdmission;
-use lighterman::agent::inventory_view::PeerInventory;
+use lighterman::agent::peers::inventory_view::PeerInventory;
 use lighterman::agent::supervisor::Supervisor;
 use lighterman::agent::{Agent, AgentPorts};
 use lighterman::config::Settings;
@@ -43,7 +43,6 @@ impl SharedCluster {
     }
 }
 
-/// A running agent.
 pub(super) struct TestAgent {
     pub(super) name: String,
     pub(super) peer: PeerId,
@@ -116,7 +115,7 @@ impl TestAgent {
         }
     }
 
-    /// Pulls an image by hand when a provider is known, and returns the last message.
+    /// Pulls an image by hand once a provider is listed, and returns the last progress message.
     pub(super) async fn pull(&self, image: &str) -> PullProgress {
         let reference: Reference = image.parse().unwrap();
         let Reference::Tag(repository, tag) = &reference else { panic!("{image} has a tag") };

@@ -1,5 +1,5 @@
 //! Nodes and pods have addresses of both families. The Service of the agents lists both. On one
-//! node a socket bound to `[::]` takes no IPv4 by default.
+//! node a socket bound to `[::]` accepts no IPv4 by default.
 
 use super::{IPV6_REGISTRY, NODES, addresses, recover_in_both_directions, wait_connected};
 use crate::pods::TestNamespace;
@@ -11,8 +11,8 @@ pub(super) const SCENARIOS: &[(&str, Scenario)] = &[
     ("family::dual::images_of_a_registry_named_by_either_family_are_recovered", by_either_family),
 ];
 
-/// On such a node `[::]` means IPv6 alone, unless a program sets the socket's own option. The
-/// kubelet probes the agent at the node's IPv4 address.
+/// On this node `[::]` means IPv6 only, unless a program sets the socket option itself. The kubelet
+/// probes the agent at the node's IPv4 address.
 pub(super) fn before_agents(bed: &TestBed) -> Result<(), TestError> {
     bed.ctl(&["in", NODES[1].0, "sh", "-c", "echo 1 > /proc/sys/net/ipv6/bindv6only"]).map(drop)
 }
@@ -21,7 +21,7 @@ pub(super) fn list_both_families(manifest: String) -> String {
     manifest.replace("  clusterIP: None\n", "  clusterIP: None\n  ipFamilyPolicy: RequireDualStack\n")
 }
 
-/// DNS lists each node twice. Agents greet each other at both addresses and themselves at neither.
+/// DNS lists each node twice. Agents dial each other at both addresses, and never dial themselves.
 fn joined(bed: &TestBed) -> Result<(), TestError> {
     let listed =
         bed.kubectl(&["-n", "lighterman", "get", "endpointslices", "-o", "jsonpath={.items[*].addressType}"])?;
@@ -31,7 +31,7 @@ fn joined(bed: &TestBed) -> Result<(), TestError> {
         ensure(addresses(bed, node)?.len() == 2, format!("{node} has no address of each family"))?;
         let logs =
             bed.kubectl(&["-n", "lighterman", "logs", "-l", "app.kubernetes.io/name=lighterman", "--tail=-1"])?;
-        ensure(!logs.contains("no peer there yet"), format!("an address of DNS leads to no peer: {logs}"))?;
+        ensure(!logs.contains("no peer there yet"), format!("an address from DNS has no agent: {logs}"))?;
     }
     Ok(())
 }

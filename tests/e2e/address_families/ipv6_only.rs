@@ -1,4 +1,4 @@
-//! Nodes and pods have IPv6 addresses and no others.
+//! Nodes and pods have IPv6 addresses only.
 
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
@@ -17,7 +17,7 @@ pub(super) const SCENARIOS: &[(&str, Scenario)] = &[
     ("family::ipv6::a_subnet_of_clients_leaves_slots_at_the_admin_port", subnet_of_clients),
 ];
 
-/// A subnet with 2^64 addresses of the hub.
+/// A subnet of 2^64 addresses, all of the hub.
 const CLIENTS: &str = "fd66::/64";
 
 pub(super) fn before_agents(bed: &TestBed) -> Result<(), TestError> {
@@ -32,7 +32,7 @@ fn joined(bed: &TestBed) -> Result<(), TestError> {
         let busybox = bed.busybox().to_string_lossy().into_owned();
         let name = "lighterman-peers.lighterman.svc.cluster.local";
         let command = [&busybox, "nslookup", &format!("-type={kind}"), name, &bed.env("DNS_IP")?].map(str::to_owned);
-        // busybox fails where there is no record of the kind.
+        // busybox fails where no record of this type exists.
         let said = bed.ctl(&[&["in", "hub"], &command.each_ref().map(String::as_str)[..]].concat());
         Ok(said.unwrap_or_else(|error| error))
     };
@@ -55,7 +55,7 @@ fn by_name(bed: &TestBed) -> Result<(), TestError> {
     recover_in_both_directions(bed, &space, NAMED_REGISTRY, "name")
 }
 
-/// A connection from one of the addresses of the clients.
+/// Connects from one address of the clients' subnet.
 fn connect(host: u16, agent: SocketAddr) -> std::io::Result<TcpStream> {
     let socket = Socket::new(Domain::IPV6, Type::STREAM, None)?;
     let from = IpAddr::from([0xfd66, 0, 0, 0, 0, 0, 0, host]);
@@ -64,8 +64,8 @@ fn connect(host: u16, agent: SocketAddr) -> std::io::Result<TcpStream> {
     Ok(socket.into())
 }
 
-/// Idle clients with different addresses take half of the places at most. The agent
-/// answers a scrape from another subnet meanwhile.
+/// Idle clients from one subnet take at most half of the admin port's connections. Meanwhile the
+/// agent answers a scrape from another subnet.
 fn subnet_of_clients(bed: &TestBed) -> Result<(), TestError> {
     let node = NODES[0].0;
     let agent = SocketAddr::new(addresses(bed, node)?[0], 4702);

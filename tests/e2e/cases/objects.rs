@@ -1,23 +1,23 @@
-//! The objects that a row asks for: pods, and what makes pods.
+//! The Kubernetes objects of a row: pods, and the owners of pods.
 
 use serde_json::{Value, json};
 
 use super::{ImageUse, OptInForm, OwnerKind};
 use crate::pods::pod_spec;
 
-/// The label by which a row's pods are found.
+/// Label of a row's pods.
 pub(crate) const LABEL: &str = "e2e-case";
 
-/// The container whose image it is about, wherever in the pod it stands; also the name of the volume.
+/// Name of the container that uses the row's image, wherever in the pod, and of the image volume.
 pub(crate) const CONTAINER: &str = "c";
 
-/// On every node from the start.
+/// An image that every node has from the start.
 const PRELOADED_IMAGE: &str = "local.test/pause:1";
 
-/// On no node, ever.
+/// An image that no node ever has.
 const ABSENT_IMAGE: &str = "10.77.0.1:5001/nobody/has:v1";
 
-/// What the objects of a row depend on.
+/// The inputs of a row's objects.
 pub(crate) struct CaseObjects<'a> {
     pub(crate) id: &'a str,
     pub(crate) node: &'a str,
@@ -27,7 +27,7 @@ pub(crate) struct CaseObjects<'a> {
 }
 
 impl OptInForm {
-    /// The namespace whose annotations are right.
+    /// The namespace with the annotations of this case.
     pub(crate) fn k8s_namespace(self) -> &'static str {
         match self {
             Self::ClosedNamespace => "e2e-closed",
@@ -94,7 +94,7 @@ pub(crate) fn namespaces() -> [Value; 7] {
 }
 
 impl CaseObjects<'_> {
-    /// What to apply, in this order.
+    /// The objects to apply, in this order.
     pub(crate) fn objects(&self, wants: ImageUse) -> Vec<Value> {
         match wants {
             ImageUse::OwnedBy(owner) => vec![self.owner(owner)],
@@ -103,7 +103,6 @@ impl CaseObjects<'_> {
         }
     }
 
-    /// One pod.
     fn pod(&self, name: &str, wants: ImageUse) -> Value {
         json!({
             "apiVersion": "v1", "kind": "Pod",
@@ -161,7 +160,7 @@ impl CaseObjects<'_> {
         let labels = json!({LABEL: self.id});
         let mut spec = self.spec(ImageUse::OwnedBy(owner));
         if owner == OwnerKind::DaemonSet {
-            // Its controller chooses the node itself.
+            // The DaemonSet controller chooses the node.
             spec["nodeSelector"] = json!({"kubernetes.io/hostname": self.node});
             spec["nodeName"] = Value::Null;
         }
@@ -178,7 +177,7 @@ impl CaseObjects<'_> {
                 ("apps/v1", "StatefulSet", set)
             }
             OwnerKind::Job => ("batch/v1", "Job", job),
-            // Once is enough; it begins at the next full minute.
+            // One job is enough. The job begins at the next full minute.
             OwnerKind::CronJob => (
                 "batch/v1",
                 "CronJob",

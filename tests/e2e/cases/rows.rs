@@ -1,4 +1,4 @@
-//! The table.
+//! The table of cases.
 
 use super::ImageUse::OwnedBy;
 use super::OwnerKind::{CronJob, DaemonSet, Deployment, Job, StatefulSet};
@@ -27,18 +27,18 @@ const TAR: Recipe = Recipe { packing: Packing::Tar, ..PLAIN };
 const TWICE: Recipe = Recipe { layer: LayerVariant::Twice, ..PLAIN };
 const FOREIGN: Recipe = Recipe { layer: LayerVariant::Foreign, ..PLAIN };
 const DISCARDED: Recipe = Recipe { layer: LayerVariant::Discarded, ..PLAIN };
-/// As most rows of what owners say.
+/// Defaults of rows in which an owner opts in.
 const BY_OWNER: Case = Case { opt_in: OptInForm::Owner, ..CASE };
-/// Nobody is helped, and nobody is told.
+/// Defaults of rows without a recovery and without an Event.
 const NOT_RECOVERED: Case = Case { expectation: Expectation::NoEvent, ..CASE };
-/// The fault is no outage of the registry.
+/// Defaults of rows whose fault is no outage of the registry.
 const NO_OUTAGE: Case = Case { expectation: Expectation::RunsWithoutOutage, ..CASE };
-/// Where containerd's versions differ.
+/// Defaults of rows for behavior that differs between containerd's versions.
 const EACH: Case = Case { nodes: Nodes::Each, ..CASE };
 
-/// All cases, by what they are about.
+/// All cases, by subject.
 pub(crate) const ROWS: &[Case] = &[
-    // Where in a pod.
+    // Place of the image in a pod.
     Case { name: "ordinary_container", ..EACH },
     Case { name: "init_container", image_use: ImageUse::InitContainer, ..EACH },
     Case { name: "sidecar", image_use: ImageUse::Sidecar, ..CASE },
@@ -49,7 +49,7 @@ pub(crate) const ROWS: &[Case] = &[
     Case { name: "two_pods_of_one_image", image_use: ImageUse::TwoPods, ..CASE },
     Case { name: "pull_policy_never", policy: "Never", expectation: NEVER, ..CASE },
     Case { name: "pull_policy_always", policy: "Always", expectation: ALWAYS, ..CASE },
-    // What the image is like.
+    // Shape of the image.
     Case { name: "oci_index", recipe: INDEX, ..EACH },
     Case { name: "oci_index_of_two_whole_platforms", recipe: TWO_PLATFORMS, ..CASE },
     Case { name: "index_in_an_index", recipe: NESTED, ..EACH },
@@ -64,7 +64,7 @@ pub(crate) const ROWS: &[Case] = &[
     Case { name: "provider_has_discarded_its_layers", recipe: DISCARDED, expectation: NO_PROVIDER, ..CASE },
     Case { name: "layer_missing_under_a_record", local_content: LocalContent::NoLayer, ..EACH },
     Case { name: "config_missing_under_a_record", local_content: LocalContent::NoConfig, ..EACH },
-    // How it is named.
+    // Form of the reference.
     Case { name: "by_digest", reference_form: ReferenceForm::Digest, ..EACH },
     Case { name: "index_by_digest", reference_form: ReferenceForm::Digest, recipe: INDEX, ..CASE },
     Case { name: "by_tag_and_digest", reference_form: ReferenceForm::TagAndDigest, ..CASE },
@@ -84,7 +84,7 @@ pub(crate) const ROWS: &[Case] = &[
         expectation: NO_PROVIDER,
         ..CASE
     },
-    // What the registry does.
+    // Responses of the registry.
     Case { name: "registry_answers_500", registry: ScriptedRegistry::Fails, ..CASE },
     Case { name: "registry_answers_429", registry: ScriptedRegistry::RateLimits, ..CASE },
     Case { name: "registry_answers_404", registry: ScriptedRegistry::NotFound, ..CASE },
@@ -117,7 +117,7 @@ pub(crate) const ROWS: &[Case] = &[
     Case { name: "token_server_answers_400", registry: ScriptedRegistry::TokenRefuses, ..NO_OUTAGE },
     Case { name: "token_server_answers_500", registry: ScriptedRegistry::TokenFails, ..NO_OUTAGE },
     Case { name: "storage_answers_403", registry: ScriptedRegistry::StorageForbids, ..NO_OUTAGE },
-    // What stands between containerd and the registry.
+    // Faults between containerd and the registry.
     Case { name: "tls_authority_unknown", registry: ScriptedRegistry::Tls(TlsFault::SelfSigned), ..EACH },
     Case { name: "tls_certificate_expired", registry: ScriptedRegistry::Tls(TlsFault::Expired), ..CASE },
     Case { name: "tls_certificate_of_another_host", registry: ScriptedRegistry::Tls(TlsFault::OtherHost), ..CASE },
@@ -126,7 +126,7 @@ pub(crate) const ROWS: &[Case] = &[
     Case { name: "proxy_answers_407", registry: ScriptedRegistry::ProxyDemands, nodes: Nodes::Each, ..NO_OUTAGE },
     Case { name: "proxy_answers_403", registry: ScriptedRegistry::ProxyForbids, nodes: Nodes::Each, ..NO_OUTAGE },
     Case { name: "proxy_is_down", registry: ScriptedRegistry::ProxyDown, ..NO_OUTAGE },
-    // Who opted in.
+    // Opt-in by pods, owners and namespaces.
     Case { name: "namespace_lists_the_repository", opt_in: OptInForm::Listed, ..CASE },
     Case {
         name: "namespace_lists_other_repositories",

@@ -1,4 +1,5 @@
-//! Plays rows: gives the images to the nodes that are to hold them, makes the pods, and looks what comes of it.
+//! Runs rows: imports images into the providers' containerds, creates the pods, and checks the
+//! outcome.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,7 +24,7 @@ pub(crate) struct CaseOnNode {
 }
 
 impl CaseOnNode {
-    /// All of them, under the names that tests have. Holder and node never have the same containerd.
+    /// All rows on their nodes, by test name. Provider and node never have the same containerd.
     pub(crate) fn all() -> Vec<(String, Self)> {
         // The product of rows and nodes, for measurements outside CI.
         let is_product = std::env::var_os("LIGHTERMAN_EVERY_NODE").is_some();
@@ -45,7 +46,7 @@ impl CaseOnNode {
         cases
     }
 
-    /// The image's name at its provider, and what the pod asks for.
+    /// The image's name at the provider, and the reference in the pod.
     fn names(&self, image: &Image) -> (String, String) {
         let (id, root) = (&self.id, &image.digest);
         let registry = self.case.registry.host();
@@ -73,13 +74,14 @@ impl CaseOnNode {
         }
     }
 
-    /// An image that is to be brought to the same node afterwards: once it is there, the agent has looked at what came before.
+    /// An image for a probe pod on the same node, made after the row's pod. Once the probe runs,
+    /// the agent has reconciled the row's pod.
     fn probe(&self) -> Option<String> {
         (!self.case.expectation.runs()).then(|| format!("{}/{}/probe:v1", ScriptedRegistry::Refuses.host(), self.id))
     }
 }
 
-/// Images that were made and given out, and the cluster that rows are played on.
+/// The images of all rows, and the score.
 pub(crate) struct CaseRunner {
     images: BTreeMap<String, Image>,
     played: AtomicUsize,
@@ -87,7 +89,7 @@ pub(crate) struct CaseRunner {
 }
 
 impl CaseRunner {
-    /// Makes the images of these rows and gives them to those who hold them.
+    /// Makes the images of these rows and imports each into the provider's containerd.
     pub(crate) fn prepare(bed: &TestBed, cases: &[&CaseOnNode]) -> Result<Self, TestError> {
         for namespace in namespaces() {
             bed.cluster().apply(&namespace)?;
@@ -130,9 +132,9 @@ impl CaseRunner {
         Ok(Self { images, played: AtomicUsize::new(0), passed: AtomicUsize::new(0) })
     }
 
-    /// Plays one row, and takes its pods away again.
+    /// Runs one row, and deletes the row's pods.
     pub(crate) fn run(&self, bed: &TestBed, case_on_node: &CaseOnNode) -> Result<(), TestError> {
-        let image = self.images.get(&case_on_node.id).ok_or("its image was not made")?;
+        let image = self.images.get(&case_on_node.id).ok_or("the image of the row was not made")?;
         let (_, asked) = case_on_node.names(image);
         let Case { policy, opt_in: opted, .. } = *case_on_node.case;
         let made = CaseObjects { id: &case_on_node.id, node: case_on_node.node, image: &asked, policy, opt_in: opted };
@@ -145,16 +147,17 @@ impl CaseRunner {
         Ok(())
     }
 
-    /// How many rows ended as they have to, of how many that were played.
+    /// The number of rows that passed, and of rows that ran.
     pub(crate) fn score(&self) -> (usize, usize) {
         (self.passed.load(Ordering::Relaxed), self.played.load(Ordering::Relaxed))
     }
 }
 
-/// Gives images to a node, recorded under these names and not unpacked.
+/// Imports images into a node's containerd under these names, without unpacking.
 pub(crate) fn import(bed: &TestBed, node: &str, images: &[(String, &Image)]) -> Result<(), TestError> {
     let [whole, partial] = write_layouts(images, bed.folder(), node)?;
-    // By default containerd 2 imports through its transfer service, which chooses the platforms by itself.
+    // containerd 2 imports through the transfer service by default, and the service chooses the
+    // platforms itself.
     let local: &[&str] = if node == "n17" { &[] } else { &["--local"] };
     for (layout, platforms) in [(whole, &["--all-platforms"][..]), (partial, &[])] {
         if let Some(layout) = layout {
@@ -165,7 +168,7 @@ pub(crate) fn import(bed: &TestBed, node: &str, images: &[(String, &Image)]) -> 
     Ok(())
 }
 
-/// A row while it is played.
+/// A row while it runs.
 struct RunningCase<'a> {
     bed: &'a TestBed,
     case_on_node: &'a CaseOnNode,
@@ -182,7 +185,7 @@ impl RunningCase<'_> {
         }
         objects.iter().try_for_each(|object| self.bed.cluster().apply(object))?;
         if wants == ImageUse::Ephemeral {
-            let pod = self.bed.cluster().wait("the pod itself to run", WAIT_DEADLINE, |objects| {
+            let pod = self.bed.cluster().wait("the pod's container to run", WAIT_DEADLINE, |objects| {
                 let pod = *self.pods(objects).first()?;
                 (pod["status"]["phase"] == "Running").then(|| pod.clone())
             })?;
@@ -196,7 +199,7 @@ impl RunningCase<'_> {
             Expectation::Runs => self.wait_container_runs().map(drop),
             Expectation::RunsWithoutOutage => {
                 let note = self.wait_container_runs()?;
-                // The Event gives the beginning of an outage that this node has found.
+                // The Event names the begin of an outage that this node found.
                 let blames = note.contains("has failed since");
                 if blames { Err(format!("the fault counts as an outage: {note}")) } else { Ok(()) }
             }
@@ -205,25 +208,25 @@ impl RunningCase<'_> {
                 let note = self.bed.cluster().wait(&format!("an Event {reason}"), WAIT_DEADLINE, told)?;
                 let lower = note.to_lowercase();
                 if let Some(word) = words.iter().find(|word| !lower.contains(**word)) {
-                    return Err(format!("the Event does not say {word:?}: {note}"));
+                    return Err(format!("the Event does not contain {word:?}: {note}"));
                 }
                 self.wait_for_two_failures()?;
                 self.run_probe_pod()?;
                 self.assert_nothing_recovered()?;
                 let said = self.bed.cluster().now(|objects| self.agent_events(objects));
-                if said.len() == 1 { Ok(()) } else { Err(format!("one Event was to be seen, not {said:#?}")) }
+                if said.len() == 1 { Ok(()) } else { Err(format!("the agents wrote other Events than one: {said:#?}")) }
             }
             Expectation::NoEvent => {
                 self.wait_for_two_failures()?;
                 self.run_probe_pod()?;
                 self.assert_nothing_recovered()?;
                 let said = self.bed.cluster().now(|objects| self.agent_events(objects));
-                if said.is_empty() { Ok(()) } else { Err(format!("nothing was to be said: {said:#?}")) }
+                if said.is_empty() { Ok(()) } else { Err(format!("the agents wrote Events: {said:#?}")) }
             }
         }
     }
 
-    /// Waits until the container runs; the note of the Event about it.
+    /// Waits until the container runs. Returns the note of the recovery's Event.
     fn wait_container_runs(&self) -> Result<String, TestError> {
         let wants = self.case_on_node.case.image_use;
         let many = if wants == ImageUse::TwoPods { 2 } else { 1 };
@@ -237,7 +240,7 @@ impl RunningCase<'_> {
         })?;
         let last = self.bed.cluster().wait("the container to start", WAIT_DEADLINE, started)?;
         if first != last {
-            return Err(format!("pods were deleted and made again: {first:?}, then {last:?}"));
+            return Err(format!("pods were deleted and created again: {first:?}, then {last:?}"));
         }
         let note = self.bed.cluster().wait("the Event ImageRecovered", WAIT_DEADLINE, |objects| {
             self.event_messages(objects, "ImageRecovered").into_iter().next()
@@ -247,15 +250,16 @@ impl RunningCase<'_> {
         if is_named { Ok(note) } else { Err(format!("the Event does not name the image: {note}")) }
     }
 
-    /// Twice, so that what is to be said once had a second occasion.
+    /// Waits for a second failure, so that an Event that must appear once could have been repeated.
     fn wait_for_two_failures(&self) -> Result<(), TestError> {
         let never = self.case_on_node.case.policy == "Never";
-        self.bed.cluster().wait("the kubelet to fail, and fail again", WAIT_DEADLINE, |objects| {
+        self.bed.cluster().wait("a second failed pull of the kubelet", WAIT_DEADLINE, |objects| {
             let pod = *self.pods(objects).first()?;
             let name = pod["metadata"]["name"].as_str()?;
             let failures = objects.events(self.case_objects.opt_in.k8s_namespace(), name, "Failed");
             let count: u64 = failures.iter().map(|event| event["count"].as_u64().unwrap_or(1)).sum();
-            // An attempt that failed is two Events: what went wrong, and "Error: ErrImagePull".
+            // The kubelet writes two Events for a failed attempt: the cause, and "Error:
+            // ErrImagePull".
             (count >= if never { 2 } else { 4 }).then_some(())
         })
     }
@@ -281,12 +285,12 @@ impl RunningCase<'_> {
 
     fn assert_nothing_recovered(&self) -> Result<(), TestError> {
         if self.bed.cluster().now(|objects| self.pods(objects).iter().any(|pod| has_started(pod))) {
-            return Err("it runs".into());
+            return Err("the container runs".into());
         }
         let recorded = self.bed.ctl(&["ctr", self.case_on_node.node, "images", "ls", "-q"])?;
         let about_it = |line: &&str| line.contains(&self.case_on_node.id) && !line.contains("/probe");
         match recorded.lines().find(about_it) {
-            Some(line) => Err(format!("its image was brought: {line}")),
+            Some(line) => Err(format!("the image was fetched: {line}")),
             None => Ok(()),
         }
     }
@@ -295,7 +299,7 @@ impl RunningCase<'_> {
         objects.labelled(LABEL, &self.case_on_node.id)
     }
 
-    /// What Events with this reason say about its pods.
+    /// The messages of Events with this reason on the row's pods.
     fn event_messages(&self, objects: &Objects, reason: &str) -> Vec<String> {
         let names = self.pods(objects);
         let names = names.iter().filter_map(|pod| pod["metadata"]["name"].as_str());
@@ -303,7 +307,7 @@ impl RunningCase<'_> {
         events.filter_map(|event| event["message"].as_str().map(str::to_owned)).collect()
     }
 
-    /// Everything that an agent said about its pods, as often as it was said.
+    /// All Events of agents on the row's pods. An Event with a count is repeated that often.
     fn agent_events(&self, objects: &Objects) -> Vec<String> {
         let names = self.pods(objects);
         let names = names.iter().filter_map(|pod| pod["metadata"]["name"].as_str());
@@ -316,7 +320,7 @@ impl RunningCase<'_> {
         said.collect()
     }
 
-    /// What is known about a row that failed.
+    /// The error, the image, and the pods with their Events.
     fn describe_failure(&self, error: TestError) -> TestError {
         let pods = self.bed.cluster().now(|objects| {
             let pods = self.pods(objects);
@@ -351,7 +355,8 @@ impl RunningCase<'_> {
     }
 }
 
-/// JSON is YAML, but the kubelet takes a file that begins with `{` for JSON of the wrong kind.
+/// A manifest file of a static pod. JSON is YAML, but the kubelet takes a file that begins with `{`
+/// for JSON of another kind.
 fn yaml(object: &Value) -> String {
     format!("---\n{object}\n")
 }
@@ -360,7 +365,7 @@ fn uids(pods: &[&Value]) -> Vec<String> {
     pods.iter().map(|pod| pod["metadata"]["uid"].to_string()).collect()
 }
 
-/// Whether the container that it is about runs, or has ended as it should, at the first attempt.
+/// Whether the row's container runs or has ended with exit code 0, at the first attempt.
 fn has_started(pod: &Value) -> bool {
     let lists = ["containerStatuses", "initContainerStatuses", "ephemeralContainerStatuses"];
     let statuses = lists.iter().filter_map(|list| pod["status"][list].as_array()).flatten();

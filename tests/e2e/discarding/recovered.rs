@@ -14,13 +14,13 @@ const EXACT: [&str; 2] = ["2.3", "2.4"];
 struct ProvidedImage {
     provider: &'static str,
     containerd: &'static str,
-    /// Begins the names of pods.
+    /// Prefix of pod names.
     kind: &'static str,
     image: String,
 }
 
 pub(super) fn every_image(bed: &TestBed) -> Result<(), TestError> {
-    // The bed's registry speaks plain HTTP, which the agents have to be told.
+    // The bed's registry speaks plain HTTP, which agents use only by this setting.
     install(bed, &[("LIGHTERMAN_INSECURE_REGISTRY", REGISTRY)])?;
     let fresh = TestNamespace { bed, name: NAMESPACE_BEFORE_AGENTS.to_owned() };
     let steady = TestNamespace::new(bed, "e2e-steady")?;
@@ -57,7 +57,7 @@ pub(super) fn every_image(bed: &TestBed) -> Result<(), TestError> {
     ensure(failed.is_empty(), failed.join("\n"))
 }
 
-/// Each node pulls an image by tag and one by digest.
+/// Lets each node pull an image by tag and one by digest.
 fn pull_while_agents_run(bed: &TestBed, space: &TestNamespace) -> Result<Vec<ProvidedImage>, TestError> {
     let mut pulled = Vec::new();
     for (provider, containerd) in nodes() {
@@ -82,8 +82,8 @@ fn pull_while_agents_run(bed: &TestBed, space: &TestNamespace) -> Result<Vec<Pro
     Ok(pulled.into_iter().map(|(.., held)| held).collect())
 }
 
-/// Waits until no node lacks layers of images that are to have them. Nodes without a target do not
-/// count afterwards.
+/// Waits until no node lacks layers. After the deadline, nodes without a target may still lack
+/// layers.
 fn wait_complete(bed: &TestBed) -> Result<(), TestError> {
     let mut lacking = Vec::new();
     let waited = wait_for("the nodes to lack no layers", BACKGROUND_DEADLINE, || {
@@ -99,8 +99,7 @@ fn wait_complete(bed: &TestBed) -> Result<(), TestError> {
     waited.or_else(|error| ensure(!is_exact, format!("{error}: {lacking:?}")))
 }
 
-/// Makes a pod of each image on every other node, and says which of the pods run with an image from
-/// peers.
+/// Creates a pod of each image on every other node, and reports which pods run a recovered image.
 fn recover<'a>(
     space: &TestNamespace,
     held: &'a [ProvidedImage],
@@ -114,7 +113,7 @@ fn recover<'a>(
         }
     }
     let mut runs = vec![false; pods.len()];
-    // Figures count what did not come, so this wait may end in vain.
+    // The figures count pods that do not run, so the result of this wait is ignored.
     let _ = wait_for("every pod to run", WAIT_DEADLINE, || {
         for ((_, _, pod), runs) in pods.iter().zip(&mut runs).filter(|(_, runs)| !**runs) {
             *runs = is_running(&space.get_pod(pod)?) && !space.events(pod, "ImageRecovered")?.is_empty();

@@ -1,4 +1,4 @@
-//! An HTTP server whose responses are scripted, faults of the connection included.
+//! An HTTP server with scripted responses and scripted faults of the connection.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -6,39 +6,39 @@ use std::time::Duration;
 
 use crate::test_bed::TestError;
 
-/// The longest request head. containerd sends 400 bytes, and 2 KiB with a token.
+/// The longest request head. containerd sends 400 bytes, or 2 KiB with a token.
 const MAX_HEAD: u64 = 64 * 1024;
 
-/// A request as scripts see it.
+/// The request that a script receives.
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) method: String,
     /// The path without its query.
     pub(crate) path: String,
-    /// Header lines as sent, in lower case.
+    /// Header lines, converted to lower case.
     pub(crate) headers: Vec<String>,
-    /// Requests of this method and path until now, this request included.
+    /// Requests of this method and path so far, this request included.
     pub(crate) count: usize,
 }
 
 impl Request {
-    /// Whether the client presents a token.
+    /// Whether the client presents a bearer token.
     pub(crate) fn has_token(&self) -> bool {
         self.headers.iter().any(|line| line.starts_with("authorization: bearer "))
     }
 }
 
-/// The script's reaction to a request.
+/// A script's reaction to a request.
 #[derive(Debug)]
 pub(crate) enum Reply {
     Response(Response),
-    /// Bytes in place of HTTP, then the end of the connection.
+    /// Bytes instead of HTTP, then the end of the connection.
     Raw(&'static [u8]),
-    /// Nothing, until the client ends the connection.
+    /// No bytes until the client closes the connection.
     Silence,
 }
 
-/// An HTTP response, and how its body is sent.
+/// An HTTP response, and how the body is sent.
 #[derive(Debug)]
 pub(crate) struct Response {
     /// Code and reason phrase.
@@ -48,24 +48,25 @@ pub(crate) struct Response {
     pub(crate) delivery: Delivery,
 }
 
-/// How a body is sent. `Content-Length` always names the whole body.
+/// How a body is sent. `Content-Length` is always the length of the whole body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Delivery {
     Whole,
-    /// The connection ends after so many bytes.
+    /// The connection ends after this number of bytes.
     Cut(usize),
-    /// Nothing follows these bytes, and the connection stays open until the client closes it.
+    /// No byte follows this number of bytes, and the connection stays open until the client closes
+    /// it.
     Stall(usize),
-    /// Pieces of so many bytes, with a pause of 50 ms after each.
+    /// Chunks of this number of bytes, with a pause of 50 ms after each.
     Trickle(usize),
-    /// Nothing for so long, then everything.
+    /// No byte for this time, then the whole body.
     Late(Duration),
 }
 
-/// The pause after each piece of a trickle.
+/// The pause after each chunk of a trickle.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// The pieces of a trickle that takes so long.
+/// The number of chunks in a trickle of this duration.
 pub(crate) fn chunks_in(time: Duration) -> usize {
     (time.as_millis() / PAUSE.as_millis()) as usize
 }
@@ -89,19 +90,19 @@ pub(crate) fn serve(address: &str, script: impl Fn(Request) -> Reply + Send + Sy
     std::thread::spawn(move || {
         for connection in listener.incoming().flatten() {
             let script = script.clone();
-            // A client may leave at any time; nothing depends on a response that it did not read.
+            // A client may disconnect at any time. No test depends on an unread response.
             std::thread::spawn(move || drop(respond(&connection, &*script)));
         }
     });
     Ok(())
 }
 
-/// Reads one request, sends the reply, and ends the connection.
+/// Reads one request, sends the reply, and closes the connection.
 fn respond(connection: &TcpStream, script: &dyn Fn(Request) -> Reply) -> io::Result<()> {
     connection.set_read_timeout(Some(Duration::from_secs(10)))?;
     let mut first = [0];
     connection.peek(&mut first)?;
-    // A TLS record of a handshake begins with this byte. Go's servers answer it in plain HTTP.
+    // A TLS handshake record begins with this byte. Go's servers answer in plain HTTP too.
     if first == [0x16] {
         return (&*connection).write_all(b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTPS request.\n");
     }

@@ -1,4 +1,4 @@
-//! TLS servers that clients refuse, each in another way.
+//! TLS servers that clients reject, each for another reason.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -14,13 +14,13 @@ use crate::test_bed::TestError;
 /// Fault of a TLS server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TlsFault {
-    /// The certificate signs itself.
+    /// A self-signed certificate.
     SelfSigned,
-    /// The certificate ended in 2020.
+    /// The certificate expired in 2020.
     Expired,
     /// The certificate names another host.
     OtherHost,
-    /// The server answers a handshake with the alert `handshake_failure`.
+    /// The server answers the handshake with the alert `handshake_failure`.
     Alert,
 }
 
@@ -36,7 +36,7 @@ impl TlsFault {
         }
     }
 
-    /// Whether clients accept the authority of the certificate.
+    /// Whether clients trust the authority of the certificate.
     pub(crate) fn is_trusted(self) -> bool {
         matches!(self, Self::Expired | Self::OtherHost)
     }
@@ -47,7 +47,7 @@ struct Authority {
     key: KeyPair,
 }
 
-/// One for the life of the tests.
+/// The authority, generated once per process.
 fn test_authority() -> Result<&'static Authority, TestError> {
     static AUTHORITY: OnceLock<Result<Authority, TestError>> = OnceLock::new();
     let made = AUTHORITY.get_or_init(|| {
@@ -65,7 +65,7 @@ pub(crate) fn authority_pem() -> Result<String, TestError> {
     Ok(test_authority()?.certificate.pem())
 }
 
-/// Serves each fault at a port, and a faultless TLS server at `port`, on threads that live as
+/// Serves each fault at the fault's port, and a faultless TLS server at `port`. The threads live as
 /// long as the tests.
 pub(super) fn serve(address: &str, port: u16) -> Result<(), TestError> {
     for fault in TlsFault::ALL {
@@ -100,7 +100,7 @@ fn listen(address: &str, port: u16, fault: Option<TlsFault>, config: Arc<ServerC
     std::thread::spawn(move || {
         for connection in listener.incoming().flatten() {
             let config = Arc::clone(&config);
-            // The client refuses the handshake, or is refused; nothing depends on the end.
+            // The handshake fails on either side. No test depends on the end of the connection.
             std::thread::spawn(move || drop(respond(connection, fault, config)));
         }
     });
@@ -112,12 +112,12 @@ fn respond(mut connection: TcpStream, fault: Option<TlsFault>, config: Arc<Serve
     if fault == Some(TlsFault::Alert) {
         let mut hello = [0; 1024];
         let _ = connection.read(&mut hello)?;
-        // A record of kind "alert", TLS 1.2, two bytes: fatal, handshake_failure.
+        // A record of type "alert", TLS 1.2, two bytes: fatal, handshake_failure.
         return connection.write_all(&[0x15, 3, 3, 0, 2, 2, 40]);
     }
     let mut server = ServerConnection::new(config).map_err(std::io::Error::other)?;
     let shaken = server.complete_io(&mut connection);
-    // The alert of a server that cannot read the client's first bytes.
+    // Sends the alert of a server that cannot parse the client's first bytes.
     while server.wants_write() {
         server.write_tls(&mut connection)?;
     }

@@ -1,5 +1,5 @@
-//! Everything that is not a node is gone: the registry, the API server, DNS. The kubelets go on with the pods that they know, and the
-//! agents with the peers that they know.
+//! An outage of the registry, the API server and DNS. Only the nodes run. The kubelets keep their
+//! pods running, and the agents use the peers that they already have.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,13 +12,14 @@ use crate::images::{Image, ImageBuilder, PLAIN};
 use crate::pods::{TestNamespace, WAIT_DEADLINE};
 use crate::test_bed::{NODES, REGISTRY, TestBed, TestError, wait_for};
 
-/// Nobody can nudge the kubelet now: it looks at a pod that waits for an image after a minute and a half at most.
+/// Deadline without a nudge, which needs the API server. The kubelet itself retries a pod that
+/// waits for an image after at most a minute and a half.
 const DEADLINE_WITHOUT_NUDGE: Duration = Duration::from_secs(300);
 
-/// An agent writes down whom it knows each half minute.
+/// Covers the agents' interval of half a minute between writes of the peers file.
 const STATE_FILE_INTERVAL: Duration = Duration::from_secs(35);
 
-/// No API server and no DNS while it lives.
+/// Stops the API server and DNS until dropped.
 struct ControlPlaneDown<'a>(&'a TestBed);
 
 impl<'a> ControlPlaneDown<'a> {
@@ -41,18 +42,20 @@ impl Drop for ControlPlaneDown<'_> {
     }
 }
 
-/// An image that nobody has yet, and a pod on this node that waits for it with the agent's knowledge.
+/// Makes an image that no node has, and a pod on this node. Waits until the agent has handled the
+/// pod.
 fn pod_waiting_for_image(space: &TestNamespace<'_>, name: &str, node: &str) -> Result<(String, Image), TestError> {
     let image = format!("{REGISTRY}/{name}");
     let made = ImageBuilder::new(&space.bed.busybox())?.build(PLAIN, name);
     space.pod("waits", node, &image, true)?;
-    wait_for("the agent to say that nobody has the image", WAIT_DEADLINE, || {
+    wait_for("the agent to report that no peer has the image", WAIT_DEADLINE, || {
         Ok((!space.events("waits", "ImageNoProvider")?.is_empty()).then_some(()))
     })?;
     Ok((image, made))
 }
 
-/// The running container of this name in pods of this name's beginning, as the node's containerd knows it.
+/// The running container of this name, by the node's containerd, in a pod whose name begins with
+/// `pod`.
 fn container(bed: &TestBed, node: &str, pod: &str, name: &str) -> Result<Option<String>, TestError> {
     let label = |key: &str, value: &str, how: &str| format!("labels.\"{key}\"{how}{value}");
     let filter = [
@@ -66,7 +69,7 @@ fn container(bed: &TestBed, node: &str, pod: &str, name: &str) -> Result<Option<
     Ok(known.lines().find(runs).map(str::to_owned))
 }
 
-/// The agent of a node, which the API server need not be asked for.
+/// The agent's container on a node, found without the API server.
 fn agent_container(bed: &TestBed, node: &str) -> Result<Option<String>, TestError> {
     container(bed, node, "lighterman", "agent")
 }
@@ -81,22 +84,25 @@ pub(super) fn recovered(bed: &TestBed) -> Result<(), TestError> {
     import(bed, provider, &[(image.clone(), &made)])?;
     let began = Instant::now();
     let images = || bed.ctl(&["ctr", node, "images", "ls", "-q"]);
-    wait_for("the image to come", WAIT_DEADLINE, || Ok(images()?.lines().any(|line| line == image).then_some(())))?;
+    wait_for("the image to be recovered", WAIT_DEADLINE, || {
+        Ok(images()?.lines().any(|line| line == image).then_some(()))
+    })?;
     println!("\nfigure image_recovered_cut_off_s {:.2}", began.elapsed().as_secs_f64());
     wait_for("the pod's container to run", DEADLINE_WITHOUT_NUDGE, || container(bed, node, "waits", "c"))?;
     println!("figure container_running_cut_off_s {:.2}", began.elapsed().as_secs_f64());
-    ensure(agents == (agent_container(bed, provider)?, agent_container(bed, node)?), "an agent was started again")?;
+    ensure(agents == (agent_container(bed, provider)?, agent_container(bed, node)?), "an agent was restarted")?;
     drop(cut_off);
     space.wait_running("waits").map(drop)
 }
 
-/// Two agents know each other, and each has what it needs to find and convince the other after a restart.
+/// Waits until two agents are connected to each other. Waits also until each has written the files
+/// by which a restarted agent finds and admits the other.
 fn wait_connected(bed: &TestBed, one: &str, other: &str) -> Result<(), TestError> {
     for (node, other) in [(one, other), (other, one)] {
-        wait_for(&format!("the agent on {node} to know the one on {other}"), WAIT_DEADLINE, || {
+        wait_for(&format!("the agent on {node} to be connected to the agent on {other}"), WAIT_DEADLINE, || {
             let pod = agent_pod(bed, node)?;
             let name = pod["metadata"]["name"].as_str().unwrap_or_default();
-            // The agent may be starting.
+            // The agent may still be starting.
             let asked = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "lighterman", "status", "--json"]);
             let Ok(said) = asked else { return Ok(None) };
             let status: Value = serde_json::from_str(&said).map_err(|error| format!("{error}: {said}"))?;
@@ -109,7 +115,8 @@ fn wait_connected(bed: &TestBed, one: &str, other: &str) -> Result<(), TestError
     Ok(())
 }
 
-/// Which pods there are a restarted agent learns from the API server alone, so a person asks for the image.
+/// A restarted agent gets its pods only from the API server, so the test requests the image by
+/// `lighterman pull`.
 pub(super) fn restarted(bed: &TestBed) -> Result<(), TestError> {
     let (provider, node) = (NODES[0].0, NODES[1].0);
     let space = TestNamespace::new(bed, "e2e-cut-off-restarted")?;
@@ -120,20 +127,20 @@ pub(super) fn restarted(bed: &TestBed) -> Result<(), TestError> {
     for node in [provider, node] {
         let before = agent_container(bed, node)?.ok_or("there is no agent")?;
         bed.ctl(&["ctr", node, "tasks", "kill", "--signal", "SIGKILL", &before])?;
-        wait_for("the kubelet to start the agent again", WAIT_DEADLINE, || {
+        wait_for("the kubelet to restart the agent", WAIT_DEADLINE, || {
             Ok(agent_container(bed, node)?.filter(|now| *now != before).map(drop))
         })?;
     }
     import(bed, provider, &[(image.clone(), &made)])?;
-    // Where both see it: a node has a /run of its own.
+    // A folder that the node and the test share: a node has a `/run` of its own.
     let fifos = bed.folder().to_string_lossy();
     let (mut asked, mut refused) = (0, TestError::new());
-    let had = wait_for("the image to be had", WAIT_DEADLINE, || {
+    let had = wait_for("the manual pull to succeed", WAIT_DEADLINE, || {
         let Some(agent) = agent_container(bed, node)? else { return Ok(None) };
         asked += 1;
         let id = format!("pull-{asked}");
         let pull = ["tasks", "exec", "--fifo-dir", &fifos, "--exec-id", &id, &agent, "/lighterman", "pull", &image];
-        // The agent may not serve yet, or not know the provider yet.
+        // The agent may not serve yet, or may lack the announcement of the provider.
         let said = bed.ctl(&[&["ctr", node], &pull[..]].concat());
         Ok(said.map_err(|error| refused = error).ok())
     });

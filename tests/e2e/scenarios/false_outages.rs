@@ -1,6 +1,6 @@
-//! Faults that are no outage of a registry, and a hiccup that is over. While containerd can reach
-//! the registry, a pod of a moved tag runs the digest that the registry has now. Peers have the
-//! image that the tag named before.
+//! Faults that are no outage of a registry, and an outage of a mirror that is over. While
+//! containerd can reach the registry, a pod of a moved tag must run the registry's current digest.
+//! Peers have the image of the tag's former digest.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,17 +13,17 @@ use crate::pods::{TestNamespace, WAIT_DEADLINE, pod_spec};
 use crate::registries::ScriptedRegistry;
 use crate::test_bed::{NODES, TestBed, TestError, wait_for};
 
-/// Tries of each kind where the variable does not say otherwise: each node once.
+/// Default number of tries of each kind: one on each node.
 const TRIES: usize = NODES.len();
 
-/// The variable with the number of tries of each kind, for more tries than CI has time for.
+/// Variable with the number of tries of each kind, for more tries than CI has time for.
 const TRIES_VARIABLE: &str = "LIGHTERMAN_TRIES";
 
-/// From the end of the mirror's hiccup until pods of moved tags are made. Evidence of an outage
+/// Time from the end of the mirror's outage to the pods of moved tags. Evidence of an outage
 /// decides tags for 30 s.
 const AFTER_HICCUP: Duration = Duration::from_secs(40);
 
-/// One try: the pods are on `node`, two other nodes have the old image.
+/// One try: the pods run on `node`, two other nodes have the old image.
 struct Try<'a> {
     space: &'a TestNamespace<'a>,
     maker: &'a ImageBuilder,
@@ -32,7 +32,7 @@ struct Try<'a> {
     providers: [&'static str; 2],
 }
 
-/// An image whose tag names other content in the registry than at the nodes.
+/// An image whose tag has moved in the registry since the providers pulled it.
 struct MovedTag {
     image: String,
     old: Image,
@@ -64,14 +64,16 @@ pub(super) fn run_no_old_image(bed: &TestBed) -> Result<(), TestError> {
     ensure(old_images == 0, format!("{old_images} pods run the old image with the registry up"))
 }
 
-/// At least one try for each node, because the three nodes meet the end of the hiccup differently.
+/// The number of tries is at least the number of nodes: each node meets the end of the outage in
+/// another state.
 fn tries_of_each_kind() -> Result<usize, TestError> {
     let Ok(tries) = std::env::var(TRIES_VARIABLE) else { return Ok(TRIES) };
     let tries = tries.parse().ok().filter(|tries| (TRIES..=1000).contains(tries));
     tries.ok_or_else(|| format!("{TRIES_VARIABLE} must be a number from {TRIES} to 1000"))
 }
 
-/// A mirror is down until two pods of each node have failed. Their registries have no other host.
+/// Stops a mirror until two pods of each node have failed. The mirror is the only host of these
+/// registries.
 fn after_a_hiccup(bed: &TestBed, tries: &[Try<'_>]) -> Result<usize, TestError> {
     let mut moved = Vec::new();
     for a_try in tries {
@@ -91,7 +93,7 @@ fn after_a_hiccup(bed: &TestBed, tries: &[Try<'_>]) -> Result<usize, TestError> 
         a_try.failing_pods().iter().try_for_each(|pod| a_try.wait_failed(pod, &["failed to do request"]))?;
     }
     // When the mirror is back, the pods of the first node find their images and those of the second
-    // find none. On the third node the pods are deleted.
+    // node find none. On the third node the pods are deleted.
     for a_try in tries {
         for pod in a_try.failing_pods() {
             match a_try.number % NODES.len() {
@@ -103,7 +105,7 @@ fn after_a_hiccup(bed: &TestBed, tries: &[Try<'_>]) -> Result<usize, TestError> 
     }
     drop(hiccup);
     println!("  {}: the mirror is back", jiff::Timestamp::now());
-    // The passing of this time is what the scenario is about.
+    // The scenario requires that this time passes.
     std::thread::sleep(AFTER_HICCUP);
     for (a_try, moved) in &moved {
         a_try.create_pod(moved)?;
@@ -121,7 +123,7 @@ impl Try<'_> {
         self.space.bed
     }
 
-    /// A layer cannot be unpacked; the registry is in order.
+    /// A layer cannot be unpacked, and the registry is healthy.
     fn after_a_broken_image(&self) -> Result<usize, TestError> {
         let moved = self.publish_moved_tag(&ScriptedRegistry::Serves.host(), "broken")?;
         let (name, pod) = (format!("broken/image-{}:v1", self.number), format!("broken-{}", self.number));
@@ -133,7 +135,7 @@ impl Try<'_> {
         self.runs_old(&moved).map(usize::from)
     }
 
-    /// containerd is killed while the registry stalls in a layer.
+    /// containerd is killed while the registry stalls within a layer.
     fn after_a_killed_containerd(&self) -> Result<usize, TestError> {
         let moved = self.publish_moved_tag(&ScriptedRegistry::Serves.host(), "killed")?;
         let (name, pod) = (format!("stalls/image-{}:v1", self.number), format!("stalled-{}", self.number));
@@ -151,7 +153,7 @@ impl Try<'_> {
         self.runs_old(&moved).map(usize::from)
     }
 
-    /// An image that both other nodes have, and whose tag then moves in the registry.
+    /// Publishes an image that both other nodes get, and then moves the tag in the registry.
     fn publish_moved_tag(&self, registry: &str, kind: &str) -> Result<MovedTag, TestError> {
         let name = format!("moved/{kind}-{}:v1", self.number);
         let image = format!("{registry}/{name}");
@@ -161,14 +163,15 @@ impl Try<'_> {
         let pod = format!("provider-{kind}-{}", self.number);
         self.space.pod(&pod, provider, &image, true)?;
         self.space.wait_running(&pod)?;
-        // The third node's agent finds the image through the mesh, so the announcement is out.
+        // The third node's agent finds the image by the mesh, so the provider has announced the
+        // image.
         settings::pull(self.bed(), third, &image)?;
         self.bed().registries().publish(&name, &new);
         Ok(MovedTag { image, old, new })
     }
 
-    /// Makes the pod of the moved tag. The kubelet looks for the image only after an init container
-    /// has ended, so an agent that recovers the tag too early has the time to do so.
+    /// Creates the pod of the moved tag. The kubelet looks for the image after the init container
+    /// ends, so an agent that wrongly recovers the tag has time to do so.
     fn create_pod(&self, moved: &MovedTag) -> Result<(), TestError> {
         let mut spec = pod_spec(&moved.image, Some(self.node));
         spec["initContainers"] = json!([{
@@ -193,8 +196,8 @@ impl Try<'_> {
         if is(&moved.new) { Ok(false) } else { Err(format!("{} runs {id}", moved.image)) }
     }
 
-    /// The Events about the moved pod and the failing pods with their times, and the agents' lines
-    /// about the registry. All times are those of one machine.
+    /// The Events of the moved pod and the failing pods, and the agents' log lines about the
+    /// registry. All times are of the same clock.
     fn story(&self, moved: &MovedTag) -> Result<String, TestError> {
         let pods: Vec<_> = self.failing_pods().into_iter().chain([moved.pod()]).collect();
         let events = self.bed().get(&["-n", &self.space.name, "events"])?;
@@ -234,7 +237,7 @@ impl Try<'_> {
         Ok(())
     }
 
-    /// A registry that only a mirror serves.
+    /// The name of a registry that only the mirror serves.
     fn mirrored_registry(&self) -> String {
         format!("mirrored-{}.test", self.number)
     }
@@ -243,7 +246,7 @@ impl Try<'_> {
         [1, 2].map(|pod| format!("failing-{}-{pod}", self.number))
     }
 
-    /// Tells every containerd the mirror.
+    /// Configures the mirror in every containerd.
     fn write_hosts(&self) -> Result<(), TestError> {
         let (registry, mirror) = (self.mirrored_registry(), ScriptedRegistry::Mirror.host());
         let hosts = format!(
@@ -267,7 +270,7 @@ impl MovedTag {
     }
 }
 
-/// Connections to the mirror are refused while it lives.
+/// Rejects connections to the mirror until dropped.
 struct Hiccup<'a>(&'a TestBed);
 
 impl<'a> Hiccup<'a> {

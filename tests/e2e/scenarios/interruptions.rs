@@ -1,4 +1,5 @@
-//! What ends in the middle: agents killed, pods deleted, and nothing half done afterwards.
+//! Interruptions: agents are killed and pods are deleted, and no partial image or ingest stays
+//! behind.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -9,7 +10,8 @@ use super::{RegistryDown, agent_pod, agent_restarts, assert_complete, ensure, ki
 use crate::pods::{TestNamespace, WAIT_DEADLINE, is_running};
 use crate::test_bed::{NODES, REGISTRY, TestBed, TestError, wait_for};
 
-/// The link of a node at 200 Mbit/s, until dropped: an image of 200 MB takes nine seconds, so that there is a middle.
+/// Limits the link of a node to 200 Mbit/s until dropped. An image of 200 MB then takes nine
+/// seconds, so there is time for an interruption.
 struct SlowLink<'a>(&'a TestBed, &'a str);
 
 impl<'a> SlowLink<'a> {
@@ -28,7 +30,7 @@ impl Drop for SlowLink<'_> {
     }
 }
 
-/// An image of this name, which a pod on one node holds.
+/// Pushes an image of this name, and runs a pod of the image on the provider.
 fn provide_image(space: &TestNamespace<'_>, name: &str, layers: &[u32], provider: &str) -> Result<String, TestError> {
     space.bed.push_image(name, layers)?;
     let image = format!("{REGISTRY}/{name}");
@@ -41,7 +43,8 @@ fn fetched_bytes(bed: &TestBed, node: &str) -> Result<f64, TestError> {
     bed.metric(node, "lighterman_fetched_bytes_total")
 }
 
-/// No image of which a part is missing: it is recorded when the last part is there, and the moment may have been just after that.
+/// Checks that the node has no image record with missing content. The record is written after the
+/// last blob, and may exist already.
 fn assert_no_partial_image(bed: &TestBed, node: &str, image: &str) -> Result<(), TestError> {
     let images = bed.ctl(&["ctr", node, "images", "ls", "-q"])?;
     if images.lines().any(|line| line == image) { assert_complete(bed, node, image) } else { Ok(()) }
@@ -49,7 +52,7 @@ fn assert_no_partial_image(bed: &TestBed, node: &str, image: &str) -> Result<(),
 
 fn assert_no_ingests(bed: &TestBed, node: &str) -> Result<(), TestError> {
     let unfinished = bed.ctl(&["ctr", node, "content", "active"])?;
-    ensure(!unfinished.contains("lighterman-"), format!("a write that nobody will finish:\n{unfinished}"))
+    ensure(!unfinished.contains("lighterman-"), format!("containerd has an abandoned ingest:\n{unfinished}"))
 }
 
 pub(super) fn killed(bed: &TestBed) -> Result<(), TestError> {
@@ -60,19 +63,18 @@ pub(super) fn killed(bed: &TestBed) -> Result<(), TestError> {
     let _slow = SlowLink::of(bed, provider)?;
     let before = fetched_bytes(bed, node)?;
     space.pod("victim", node, &image, true)?;
-    wait_for("40 MB to have come", WAIT_DEADLINE, || Ok((fetched_bytes(bed, node)? > before + 40e6).then_some(())))?;
+    wait_for("40 MB to be fetched", WAIT_DEADLINE, || Ok((fetched_bytes(bed, node)? > before + 40e6).then_some(())))?;
     let restarts = agent_restarts(bed, node)?;
     kill_agent(bed, node)?;
     assert_no_partial_image(bed, node, &image)?;
-    wait_for("the agent to be started again", WAIT_DEADLINE, || {
-        Ok((agent_restarts(bed, node)? > restarts).then_some(()))
-    })?;
+    wait_for("the agent to be restarted", WAIT_DEADLINE, || Ok((agent_restarts(bed, node)? > restarts).then_some(())))?;
     space.wait_running("victim")?;
     assert_no_ingests(bed, node)?;
     assert_complete(bed, node, &image)
 }
 
-/// How often the agent is killed at a random moment, a fresh pod of it each time (a restarted one would be held back longer and longer).
+/// The number of kills. The agent's pod is deleted after each kill: the kubelet would restart the
+/// same pod after longer and longer back-offs.
 const KILLS: usize = 4;
 
 pub(super) fn killed_at_random(bed: &TestBed) -> Result<(), TestError> {
@@ -89,11 +91,11 @@ pub(super) fn killed_at_random(bed: &TestBed) -> Result<(), TestError> {
     space.pod("victim", node, &image, true)?;
     let mut kills = 0;
     for round in 0..KILLS {
-        // Bytes of this agent's life; the first has had others before.
+        // Bytes fetched by this agent. The first agent has fetched other bytes before.
         let moment = random.random_range(0.0..size) / 2.0 + if round == 0 { before } else { 0.0 };
-        let came = wait_for("bytes to have come", WAIT_DEADLINE, || {
+        let came = wait_for("the bytes of this round to be fetched", WAIT_DEADLINE, || {
             let runs = is_running(&space.get_pod("victim")?);
-            // An agent that has just been started does not answer yet.
+            // An agent that is still starting does not answer.
             let bytes = fetched_bytes(bed, node).unwrap_or(0.0);
             Ok((runs || bytes > moment).then_some((runs, bytes)))
         })?;
@@ -107,14 +109,15 @@ pub(super) fn killed_at_random(bed: &TestBed) -> Result<(), TestError> {
         let pod = agent_pod(bed, node)?;
         let name = pod["metadata"]["name"].as_str().unwrap_or_default();
         bed.kubectl(&["-n", "lighterman", "delete", "pod", name, "--force", "--grace-period=0"])?;
-        // It may have been started once more: the other one holds its ports until it is gone.
+        // The kubelet may start the new agent twice: the old agent keeps the ports until its
+        // process ends.
         wait_for("another agent", WAIT_DEADLINE, || {
             let is_another = |now: &Value| now["metadata"]["uid"] != pod["metadata"]["uid"];
             let is_ready = |now: &Value| now["status"]["containerStatuses"][0]["ready"] == true;
             Ok(agent_pod(bed, node).is_ok_and(|now| is_another(&now) && is_ready(&now)).then_some(()))
         })?;
     }
-    ensure(kills > 0, "it was never killed")?;
+    ensure(kills > 0, "the agent was never killed")?;
     space.wait_running("victim")?;
     assert_no_ingests(bed, node)?;
     assert_complete(bed, node, &image)
@@ -129,7 +132,7 @@ pub(super) fn deleted(bed: &TestBed) -> Result<(), TestError> {
     let abandoned = || bed.metric(node, "lighterman_recoveries_total{outcome=\"abandoned\"}");
     let (bytes, ended) = (fetched_bytes(bed, node)?, abandoned()?);
     space.pod("fickle", node, &image, true)?;
-    wait_for("20 MB to have come", WAIT_DEADLINE, || Ok((fetched_bytes(bed, node)? > bytes + 20e6).then_some(())))?;
+    wait_for("20 MB to be fetched", WAIT_DEADLINE, || Ok((fetched_bytes(bed, node)? > bytes + 20e6).then_some(())))?;
     bed.cluster().delete(&json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "fickle", "namespace": space.name},
     }))?;

@@ -1,4 +1,4 @@
-//! The network between the nodes: a firewall that drops UDP, and what the agents cost DNS.
+//! The network between the nodes: a firewall that drops UDP, and the agents' load on DNS.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -13,7 +13,7 @@ use super::{RegistryDown, agent_pod, ensure};
 use crate::pods::{TestNamespace, WAIT_DEADLINE};
 use crate::test_bed::{NODES, REGISTRY, TestBed, TestError, wait_for};
 
-/// A rule on every node that drops UDP to the port of blobs, until dropped itself.
+/// A rule on every node that drops UDP to the blobs' port. The rule is deleted on drop.
 struct UdpDropped<'a>(&'a TestBed);
 
 impl<'a> UdpDropped<'a> {
@@ -40,7 +40,8 @@ impl Drop for UdpDropped<'_> {
     }
 }
 
-/// UDP is dropped and TCP passes: a small image comes, and the Event of a large one names UDP.
+/// UDP is dropped and TCP passes: a small image is recovered, and the Event of a large image names
+/// UDP.
 pub(super) fn udp_dropped(bed: &TestBed) -> Result<(), TestError> {
     let (provider, node) = (NODES[1].0, NODES[2].0);
     let space = TestNamespace::new(bed, "e2e-udp-dropped")?;
@@ -80,8 +81,8 @@ pub(super) fn udp_dropped(bed: &TestBed) -> Result<(), TestError> {
     is_blocked(0.0)
 }
 
-/// Queries for the name of the agents' Service that reach the cluster's DNS server. Each packet
-/// crosses several devices of the hub, so senders and numbers tell packets apart.
+/// Queries for the name of the agents' Service, on the way to the cluster's DNS server. Each packet
+/// crosses several devices of the hub, so sender and query ID tell packets apart.
 struct DnsQueries {
     packets: File,
     seen: BTreeSet<(Ipv4Addr, u16, u16)>,
@@ -89,9 +90,9 @@ struct DnsQueries {
 }
 
 impl DnsQueries {
-    /// Begins to watch. For threads of the hub.
+    /// Starts to capture. The calling thread must be in the hub's network namespace.
     fn watch() -> Result<Self, TestError> {
-        /// packet(7), and the EtherType of IPv4.
+        /// `AF_PACKET` of packet(7), and the EtherType of IPv4.
         const AF_PACKET: i32 = 17;
         const IPV4: u16 = 0x0800;
         let opened = Socket::new(Domain::from(AF_PACKET), Type::DGRAM, Some(Protocol::from(i32::from(IPV4.to_be()))));
@@ -104,7 +105,7 @@ impl DnsQueries {
         Ok(Self { packets: OwnedFd::from(socket).into(), seen: BTreeSet::new(), names: Vec::new() })
     }
 
-    /// Takes what comes for so long.
+    /// Reads packets for this time.
     fn read_for(&mut self, time: Duration) {
         let (until, mut packet) = (Instant::now() + time, [0; 2048]);
         while Instant::now() < until {
@@ -121,8 +122,8 @@ impl DnsQueries {
     }
 }
 
-/// The sender's address and port, the number and the name of a query in an IPv4 packet to port 53
-/// (RFC 1035, section 4.1).
+/// The sender's address and port, the ID and the name of a query in an IPv4 packet to port 53 (RFC
+/// 1035, section 4.1).
 fn query(packet: &[u8]) -> Option<(Ipv4Addr, u16, u16, String)> {
     let header = usize::from(packet.first()? & 0x0f) * 4;
     let from = Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(12..16)?).ok()?);
@@ -141,12 +142,13 @@ fn query(packet: &[u8]) -> Option<(Ipv4Addr, u16, u16, String)> {
     }
 }
 
-/// Seconds of the window after convergence; without the variable there is none.
+/// Variable with the length in seconds of the window after convergence. Without the variable no
+/// window is measured.
 const WINDOW: &str = "LIGHTERMAN_DNS_WINDOW";
 
-/// How many packets a look-up is, on the wire; and with [`WINDOW`] how many an agent sends in an
-/// hour, which is extrapolated from a window. A look-up comes each 12 to 18 minutes, so a short
-/// window sees none, and says nothing.
+/// Counts the packets of a look-up on the wire, and with [`WINDOW`] the packets of an agent in an
+/// hour, extrapolated from the window. A look-up comes every 12 to 18 minutes, so a shorter window
+/// may contain none.
 pub(super) fn dns_queries(bed: &TestBed) -> Result<(), TestError> {
     let node = NODES[0].0;
     let address: Ipv4Addr = bed.env(&format!("NODE_{node}_IP"))?.parse().map_err(|error| format!("{error}"))?;
@@ -159,12 +161,12 @@ pub(super) fn dns_queries(bed: &TestBed) -> Result<(), TestError> {
     };
     let converged =
         |peers: f64| Ok::<_, TestError>(bed.metric(node, "lighterman_peers").is_ok_and(|known| known == peers));
-    // The nodes of the stall rows have agents as well.
+    // The nodes of the stall rows have agents too.
     let agents = bed.nodes().count() as f64;
     let deadline = Instant::now() + WAIT_DEADLINE;
     let counted = loop {
         queries.read_for(Duration::from_secs(2));
-        // No look-up began while the packets were counted, and there was at least one.
+        // At least one look-up has ended, and none began while the packets were counted.
         let before = look_ups().unwrap_or(0.0);
         let sent = queries.of(address).len();
         queries.read_for(Duration::from_secs(2));
@@ -172,7 +174,7 @@ pub(super) fn dns_queries(bed: &TestBed) -> Result<(), TestError> {
         if is_still && before >= 1.0 && converged(agents - 1.0)? {
             break before;
         }
-        ensure(Instant::now() < deadline, "the new agent does not come to rest")?;
+        ensure(Instant::now() < deadline, "the new agent keeps querying DNS or lacks peers")?;
     };
     let names = queries.of(address);
     let each = names.len() as f64 / counted;

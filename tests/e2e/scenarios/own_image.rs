@@ -1,4 +1,5 @@
-//! The agent's own next image, which no agent can recover once its pod is gone.
+//! The agents' next image. Once the pod of an agent is deleted, no agent on that node can recover
+//! the image.
 
 use std::process::Command;
 
@@ -8,10 +9,11 @@ use super::{RegistryDown, agent_pod, ensure};
 use crate::pods::WAIT_DEADLINE;
 use crate::test_bed::{NODES, REGISTRY, TestBed, TestError, output, wait_for};
 
-/// The node that is given the next image.
+/// The node into which the next image is imported.
 const PROVIDER: &str = NODES[1].0;
 
-/// The next image under a tag, and its manifest's digest: the same program, with a layer more.
+/// Makes the next image, with the same program and another layer. Returns the tagged name and the
+/// manifest's digest.
 fn make_next(bed: &TestBed) -> Result<(String, String), TestError> {
     let program = std::env::var("LIGHTERMAN_BIN").map_err(|_| "LIGHTERMAN_BIN does not name the static binary")?;
     let (name, tar) = (format!("{REGISTRY}/lighterman:next"), bed.folder().join("next.tar"));
@@ -26,7 +28,8 @@ fn make_next(bed: &TestBed) -> Result<(String, String), TestError> {
     Ok((name, digest))
 }
 
-/// Names an image in the DaemonSet's template. Until pods are deleted, none is replaced.
+/// Sets the image of the DaemonSet's template. With `OnDelete` no pod is replaced before it is
+/// deleted.
 fn set_template_image(bed: &TestBed, image: &str, strategy: &Value) -> Result<(), TestError> {
     let template = json!({"spec": {"containers": [{"name": "agent", "image": image}]}});
     let patch = json!({"spec": {"updateStrategy": strategy, "template": template}}).to_string();
@@ -37,13 +40,14 @@ fn has_image(bed: &TestBed, node: &str, image: &str) -> Result<bool, TestError> 
     Ok(bed.ctl(&["ctr", node, "images", "ls", "-q"])?.lines().any(|line| line == image))
 }
 
-/// Whether the record carries CRI's label by which the kubelet does not collect the image.
+/// Whether the image record has CRI's pinned label, which exempts the image from the kubelet's
+/// image GC.
 fn is_pinned(bed: &TestBed, node: &str, image: &str) -> Result<bool, TestError> {
     let listed = bed.ctl(&["ctr", node, "images", "ls", &format!("name=={image}")])?;
     Ok(listed.contains("io.cri-containerd.pinned=pinned"))
 }
 
-/// The line of `lighterman status` that names the next image.
+/// The line of `lighterman status` that names the next image, or an empty string.
 fn status_of(bed: &TestBed, node: &str, image: &str) -> Result<String, TestError> {
     let pod = agent_pod(bed, node)?;
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();
@@ -68,7 +72,7 @@ pub(super) fn upgraded_in_an_outage(bed: &TestBed) -> Result<(), TestError> {
     bed.kubectl(&["-n", "lighterman", "rollout", "status", "daemonset/lighterman", "--timeout=120s"])?;
     outcome?;
     for (node, _) in NODES {
-        wait_for(&format!("{node} to release the image that is named no longer"), WAIT_DEADLINE, || {
+        wait_for(&format!("{node} to unpin the image that the template no longer names"), WAIT_DEADLINE, || {
             Ok((!is_pinned(bed, node, &next)? && is_pinned(bed, node, &before)?).then_some(()))
         })?;
     }
@@ -78,22 +82,23 @@ pub(super) fn upgraded_in_an_outage(bed: &TestBed) -> Result<(), TestError> {
 fn upgrade(bed: &TestBed, before: &str, tag: &str, next: &str) -> Result<(), TestError> {
     let old_pods = uids(bed)?;
     let on_delete = json!({"type": "OnDelete", "rollingUpdate": null});
-    // A tag is its registry's to decide, also in an outage.
+    // A tag's digest is decided by the registry, even in an outage.
     set_template_image(bed, tag, &on_delete)?;
     for (node, _) in NODES.iter().filter(|(node, _)| *node != PROVIDER) {
-        wait_for(&format!("{node} to leave the tag alone"), WAIT_DEADLINE, || {
+        wait_for(&format!("{node} to report the tag as unresolved"), WAIT_DEADLINE, || {
             let line = status_of(bed, node, tag)?;
-            ensure(!has_image(bed, node, tag)?, format!("{node} took the tag without its registry"))?;
+            ensure(!has_image(bed, node, tag)?, format!("{node} resolved the tag without the registry"))?;
             Ok(line.contains("does not say what the tag is").then_some(()))
         })?;
     }
     set_template_image(bed, next, &on_delete)?;
     for (node, _) in NODES {
-        // The holder has the content under the tag alone, and gets the name from a peer.
+        // The provider has the content only under the tag, and gets the name with the digest from a
+        // peer.
         wait_for(&format!("{node} to have the next image"), WAIT_DEADLINE * 2, || {
             Ok(has_image(bed, node, next)?.then_some(()))
         })?;
-        wait_for(&format!("{node} to protect both images"), WAIT_DEADLINE, || {
+        wait_for(&format!("{node} to pin both images"), WAIT_DEADLINE, || {
             Ok((is_pinned(bed, node, next)? && is_pinned(bed, node, before)?).then_some(()))
         })?;
         let line = wait_for("the status", WAIT_DEADLINE, || {

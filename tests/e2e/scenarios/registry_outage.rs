@@ -1,5 +1,5 @@
-//! A registry whose packets vanish, which is worse than one that refuses: clients wait for their time-outs, and kubelets pull one image
-//! after the other.
+//! A registry whose packets are dropped, which is worse than refused connections: clients wait for
+//! time-outs, and kubelets pull one image after the other.
 
 use std::time::{Duration, Instant};
 
@@ -7,10 +7,11 @@ use super::ensure;
 use crate::pods::{TestNamespace, WAIT_DEADLINE, is_running, waiting_reason};
 use crate::test_bed::{NODES, REGISTRY, TestBed, TestError, wait_for};
 
-/// A kubelet reports the first failure after a minute and the third pod's after three (measured).
+/// A kubelet reports the first failure after one minute and that of the third pod after three
+/// (measured).
 const DEADLINE_IN_OUTAGE: Duration = Duration::from_secs(300);
 
-/// Lets the registry's packets vanish while it lives.
+/// Drops the registry's packets while this value lives.
 struct PacketsDropped<'a>(&'a TestBed);
 
 impl<'a> PacketsDropped<'a> {
@@ -35,8 +36,8 @@ pub(super) fn dropped_packets(bed: &TestBed) -> Result<(), TestError> {
     let image = format!("{REGISTRY}/shop/early:v1");
     space.pod("provider", provider, &image, true)?;
     space.wait_running("provider")?;
-    // An image of the registry is here, so the agent has asked the registry while it answered: its
-    // silence then decides tags together with the first failed pull.
+    // The node has an image of the registry, so the agent has contacted the registry while it
+    // answered. The registry's silence then decides tags together with the first failed pull.
     bed.push_image("shop/ordinary:v1", &[1])?;
     space.pod("ordinary", node, &format!("{REGISTRY}/shop/ordinary:v1"), true)?;
     space.wait_running("ordinary")?;
@@ -44,11 +45,11 @@ pub(super) fn dropped_packets(bed: &TestBed) -> Result<(), TestError> {
     let before = known_outages()?;
 
     let _vanish = PacketsDropped::now(bed)?;
-    // Nobody has these; one of them is none of our business.
+    // No node has these images, and the second pod does not opt in.
     space.pod("before-1", node, &format!("{REGISTRY}/nobody/has-this:v1"), true)?;
     space.pod("before-2", node, &format!("{REGISTRY}/nobody/has-that:v1"), false)?;
     let queued = Instant::now();
-    wait_for("the outage to be known", DEADLINE_IN_OUTAGE, || {
+    wait_for("the outage to be found", DEADLINE_IN_OUTAGE, || {
         let failed = waiting_reason(&space.get_pod("before-1")?).contains("Pull");
         Ok((failed || known_outages()? > before).then_some(()))
     })?;
@@ -62,12 +63,12 @@ pub(super) fn dropped_packets(bed: &TestBed) -> Result<(), TestError> {
         objects.pod(&space.name, "wanted").filter(|pod| is_running(pod)).map(drop)
     })?;
     let took = created.elapsed().as_secs_f64();
-    // The histogram counts a recovery when it has ended, which is before the pod runs.
+    // The histogram counts a recovery when the recovery ends, which is before the pod runs.
     let moving = transfer()? - moved_before;
     println!("figure created_to_running_in_outage_s {:.2}", took - moving);
     println!("  in all {took:.2} s, of which the recovery {moving:.2} s");
     space.wait_recovered("wanted")?;
-    ensure(!is_running(&space.get_pod("before-2")?), "a pod runs whose image nobody has")?;
+    ensure(!is_running(&space.get_pod("before-2")?), "a pod runs without opt-in and without a provider")?;
     ensure(space.events("before-2", "ImageNoProvider")?.is_empty(), "an Event on a pod that did not opt in")
 }
 
@@ -79,7 +80,7 @@ pub(super) fn sandbox_image(bed: &TestBed) -> Result<(), TestError> {
     let image = format!("{REGISTRY}/shop/sandboxed:v1");
     space.pod("first", node, &image, true)?;
     space.wait_running("first")?;
-    // The image, and the ID under which CRI knows it too.
+    // Removes the image record and the record of CRI's image ID.
     let made = std::fs::read_to_string(bed.folder().join("log/pause.json")).map_err(|error| error.to_string())?;
     let made: serde_json::Value = serde_json::from_str(&made).map_err(|error| error.to_string())?;
     let id = made["config"].as_str().ok_or("the sandbox image has no ID")?;
@@ -94,7 +95,7 @@ pub(super) fn sandbox_image(bed: &TestBed) -> Result<(), TestError> {
         let note = space.wait_recovered("second")?;
         ensure(note.contains(PAUSE), format!("the Event does not name the sandbox image: {note}"))
     })();
-    // Others need it, however this ended.
+    // Other scenarios need the sandbox image, whatever the outcome.
     let recorded = bed.ctl(&["ctr", node, "images", "ls", "-q"])?;
     if !recorded.lines().any(|line| line == PAUSE) {
         let tar = bed.folder().join("pause.tar");

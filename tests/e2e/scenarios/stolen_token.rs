@@ -1,4 +1,5 @@
-//! A stolen token of one agent against pods that run: the chart's policy denies all but the nudge.
+//! A stolen token of one agent against running pods: the chart's admission policy denies all
+//! patches but the nudge.
 
 use serde_json::{Value, json};
 
@@ -32,7 +33,7 @@ pub(super) fn stolen_token(bed: &TestBed) -> Result<(), TestError> {
     ensure(restarts()? == before, "a pod was killed")
 }
 
-/// The status code of a patch of `pods/status` with this token and nothing else.
+/// The status code of a patch of `pods/status`, authorized only by this token.
 fn patch_status(bed: &TestBed, token: &str, pod: &Value, patch: &Value) -> Result<String, TestError> {
     let server = bed.kubectl(&["config", "view", "--minify", "-o", "jsonpath={.clusters[0].cluster.server}"])?;
     let field = |name: &str| pod["metadata"][name].as_str().unwrap_or_default();

@@ -1,4 +1,5 @@
-//! Strangers at both doors: what they are told, and that they see nothing. They come from the hub's network, where this process is.
+//! Unauthenticated peers over both protocols: each is rejected with a reason, and receives nothing.
+//! The peers connect from the hub's network namespace, where this process runs.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use tokio::sync::{mpsc, watch};
 use super::{agent_pod, ensure};
 use crate::test_bed::{NODES, TestBed, TestError};
 
-/// Far more than a refusal takes.
+/// Deadline of a connection, far longer than a rejection takes.
 const WAIT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// The port of every agent, for both protocols.
@@ -65,13 +66,14 @@ pub(super) fn unauthenticated_peers(bed: &TestBed) -> Result<(), TestError> {
                 other => return Err(format!("{what}, at {agent}: {other:?} instead of: {said}")),
             }
             let seen = runtime.block_on(connect_libp2p(&identity, *agent, refused.err().and_then(refusing_peer)))?;
-            ensure(seen == GossipAccess::Nothing, format!("{what}, at {agent}: gossip's door is open: {seen:?}"))?;
+            ensure(seen == GossipAccess::Nothing, format!("{what}, at {agent}: libp2p is open: {seen:?}"))?;
         }
-        println!("  {what}: refused at {} nodes, both doors", agents.len());
+        println!("  {what}: rejected by {} nodes over both protocols", agents.len());
     }
-    ensure(served()? == before, "something was served meanwhile")?;
+    ensure(served()? == before, "an agent served bytes meanwhile")?;
 
-    // All of it could as well be refused because the doors are shut: the good token opens both.
+    // Agents that reject every connection would pass the checks above. So the valid token must be
+    // admitted over both protocols.
     let met = runtime
         .block_on(connect_quic(&identity, &good, agents[2]))
         .map_err(|error| format!("a good token: {error}"))?;
@@ -79,7 +81,7 @@ pub(super) fn unauthenticated_peers(bed: &TestBed) -> Result<(), TestError> {
     ensure(seen == GossipAccess::Gossip, format!("with a good token: {seen:?}"))
 }
 
-/// A token that the API server issues.
+/// Requests a token from the API server.
 pub(super) fn token(
     bed: &TestBed,
     k8s_namespace: &str,
@@ -104,7 +106,7 @@ pub(super) fn token(
     answer["status"]["token"].as_str().map(str::to_owned).ok_or_else(|| format!("no token in {answer}"))
 }
 
-/// The same token as it would have been two hours ago, under the cluster's own signature.
+/// The same token with times of two hours ago, signed by the cluster's own key.
 fn expired(bed: &TestBed, good: &str) -> Result<String, TestError> {
     let failed = |error: &dyn std::fmt::Display| format!("an expired token: {error}");
     let mut token = jsonwebtoken::dangerous::insecure_decode::<Value>(good).map_err(|error| failed(&error))?;
@@ -118,7 +120,7 @@ fn expired(bed: &TestBed, good: &str) -> Result<String, TestError> {
     jsonwebtoken::encode(&header, &token.claims, &key).map_err(|error| failed(&error))
 }
 
-/// Shows one credential, and admits whoever answers.
+/// Presents a fixed credential, and admits every peer.
 struct FixedCredential {
     credential: Credential,
     renewals: watch::Sender<u64>,
@@ -143,7 +145,7 @@ impl Admission for FixedCredential {
     }
 }
 
-/// Knocks at the one door, as an agent does.
+/// Dials an agent over QUIC, as agents do.
 async fn connect_quic(identity: &Identity, token: &str, agent: SocketAddr) -> Result<PeerId, DialError> {
     let node = "stranger".parse().expect("a node's name");
     let config = Config { listen: ([0, 0, 0, 0], 0).into(), gossip_port: 1, node, concurrent_uploads: 1 };
@@ -160,7 +162,7 @@ async fn connect_quic(identity: &Identity, token: &str, agent: SocketAddr) -> Re
     transfer.expect("a socket").dial(agent, None).await.map(|peer| peer.id)
 }
 
-/// Who refused.
+/// The agent that rejected the connection.
 fn refusing_peer(error: DialError) -> Option<PeerId> {
     match error {
         DialError::Rejected { peer, .. } => Some(peer),
@@ -168,14 +170,14 @@ fn refusing_peer(error: DialError) -> Option<PeerId> {
     }
 }
 
-/// What a stranger sees of gossip.
+/// The data that an unauthenticated peer receives over libp2p.
 #[derive(Debug, PartialEq, Eq)]
 enum GossipAccess {
-    /// The connection ended, and nothing came over it.
+    /// The connection was closed, and no data arrived.
     Nothing,
-    /// It ended, but a stream had been open before.
+    /// The connection was closed after a stream had been open.
     Streams,
-    /// The agent told what it listens to.
+    /// The agent sent a gossipsub message or subscription.
     Gossip,
 }
 
@@ -201,14 +203,14 @@ fn listener(identity: &Identity) -> Result<Swarm<Listener>, TestError> {
     Ok(swarm.with_swarm_config(|config| config.with_idle_connection_timeout(WAIT_DEADLINE)).build())
 }
 
-/// Speaks libp2p with the same key, until the connection ends or something is seen.
+/// Connects over libp2p with the same key, until the connection is closed or gossip arrives.
 async fn connect_libp2p(
     identity: &Identity,
     agent: SocketAddr,
     peer: Option<PeerId>,
 ) -> Result<GossipAccess, TestError> {
     let mut swarm = listener(identity)?;
-    let peer = libp2p_peer_id(peer.ok_or("nobody proved a key at the first door")?);
+    let peer = libp2p_peer_id(peer.ok_or("no agent proved a key over QUIC")?);
     let address: Multiaddr = format!("/ip4/{}/tcp/{}", agent.ip(), agent.port()).parse().expect("an address");
     swarm.dial(DialOpts::peer_id(peer).addresses(vec![address]).build()).map_err(|error| error.to_string())?;
     let (mut is_open, mut is_answered) = (false, false);
@@ -218,7 +220,7 @@ async fn connect_libp2p(
                 SwarmEvent::ConnectionEstablished { .. } => is_open = true,
                 SwarmEvent::ConnectionClosed { .. } if is_open && !is_answered => return Ok(GossipAccess::Nothing),
                 SwarmEvent::ConnectionClosed { .. } => return Ok(GossipAccess::Streams),
-                // It may be closed before this end has finished its own handshake.
+                // The agent may close the connection before this end completes the handshake.
                 SwarmEvent::OutgoingConnectionError { .. } => return Ok(GossipAccess::Nothing),
                 SwarmEvent::Behaviour(ListenerEvent::Gossip(
                     gossipsub::Event::Subscribed { .. } | gossipsub::Event::Message { .. },
@@ -228,6 +230,6 @@ async fn connect_libp2p(
             }
         }
     };
-    let late = |_| format!("{agent}: the connection neither ends nor tells anything");
+    let late = |_| format!("{agent}: the connection neither ends nor delivers data");
     tokio::time::timeout(WAIT_DEADLINE, watched).await.map_err(late)?
 }

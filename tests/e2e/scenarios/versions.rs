@@ -1,5 +1,5 @@
-//! Two builds side by side in an outage: one node runs the agent of an earlier commit, the others
-//! run this tree's. Then two nodes exchange their builds and keep their data folders.
+//! Two builds side by side in an outage: one node runs the agent of an earlier commit, the other
+//! nodes run this tree's. Then two nodes exchange builds and keep their data folders.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -38,7 +38,7 @@ impl Previous {
     }
 }
 
-/// Why the scenario cannot be played here.
+/// Why the scenario cannot run here.
 pub(super) fn ignored() -> Option<String> {
     Previous::find().err()
 }
@@ -50,7 +50,7 @@ enum Build {
     Current,
 }
 
-/// The builds of the cluster's agents. Dropped, all agents are of this tree again.
+/// The builds of the cluster's agents. On drop, all agents are of this tree again.
 struct Builds<'a> {
     bed: &'a TestBed,
     previous: Previous,
@@ -65,8 +65,8 @@ impl<'a> Builds<'a> {
         Ok(Self { bed, previous })
     }
 
-    /// Upgrades or rolls back one node, as a person would: applies the manifest of that build with
-    /// `OnDelete`, and deletes the node's agent.
+    /// Upgrades or rolls back one node, as an administrator does: applies the manifest of that
+    /// build with `OnDelete`, and deletes the node's agent.
     fn install(&self, build: Build, node: &str) -> Result<(), TestError> {
         let bed = self.bed;
         let manifest = match build {
@@ -84,7 +84,7 @@ impl<'a> Builds<'a> {
                 .map(drop))
         })
         .map_err(|error| format!("{error}\n{}", bed.diagnostics()))?;
-        // An agent that starts does not serve metrics at once.
+        // A starting agent does not serve metrics yet.
         wait_for("every agent to see the others", WAIT_DEADLINE, || {
             let mut seen = NODES.iter().map(|(node, _)| bed.metric(node, "lighterman_peers").unwrap_or(0.0));
             Ok(seen.all(|peers| peers == bed.nodes().count() as f64 - 1.0).then_some(()))
@@ -117,7 +117,7 @@ fn read(path: &Path) -> Result<String, TestError> {
     fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// A manifest whose agents run the image with this tag.
+/// Sets the tag of the agents' image in a manifest.
 fn with_tag(manifest: &str, tag: &str) -> String {
     let name = "image: \"lighterman.dev/lighterman:";
     let change = |line: &str| match line.split_once(name) {
@@ -127,7 +127,7 @@ fn with_tag(manifest: &str, tag: &str) -> String {
     manifest.lines().map(change).collect::<Vec<_>>().join("\n")
 }
 
-/// A manifest whose agents are replaced when they are deleted.
+/// Sets the update strategy `OnDelete` in a manifest.
 fn on_delete(manifest: &str) -> String {
     let depth = |line: &str| line.len() - line.trim_start().len();
     let (mut lines, mut within) = (Vec::new(), None);
@@ -145,7 +145,7 @@ fn on_delete(manifest: &str) -> String {
     lines.join("\n")
 }
 
-/// The files that an agent reads when it starts.
+/// The files that an agent reads at start.
 struct StateFiles {
     key: Vec<u8>,
 }
@@ -160,7 +160,7 @@ impl StateFiles {
         Ok(Self { key })
     }
 
-    /// The key is the same, and the agent that started last has used the files.
+    /// Checks that the key is unchanged, and that the latest agent has read the files.
     fn assert_unchanged(&self, bed: &TestBed, node: &str) -> Result<(), TestError> {
         ensure(Self::on(bed, node)?.key == self.key, format!("the agent on {node} has another key"))?;
         let folder = PathBuf::from(bed.env(&format!("NODE_{node}_STATE"))?);
@@ -171,11 +171,11 @@ impl StateFiles {
         let name = pod["metadata"]["name"].as_str().unwrap_or_default();
         let log = bed.kubectl(&["-n", "lighterman", "logs", name])?;
         let unused = log.lines().find(|line| line.contains("not used") || line.contains("are not used"));
-        ensure(unused.is_none(), format!("a file of {node} is of no use to the other build: {unused:?}"))
+        ensure(unused.is_none(), format!("the other build cannot use a file of {node}: {unused:?}"))
     }
 }
 
-/// An image that only this node has, in a pod that runs there.
+/// Pushes an image, and runs a pod of the image on this node alone.
 fn provide_image(space: &TestNamespace<'_>, name: &str, node: &str) -> Result<String, TestError> {
     space.bed.push_image(&format!("versions/{name}:v1"), &[9, 1])?;
     let image = format!("{REGISTRY}/versions/{name}:v1");
@@ -209,7 +209,7 @@ pub(super) fn side_by_side(bed: &TestBed) -> Result<(), TestError> {
     recover_image(&space, "current-from-previous", &first.0, other)?;
     recover_image(&space, "previous-from-current", &first.1, one)?;
 
-    // In the middle of the outage, over the same data folders.
+    // Exchanges the builds during the outage, on the same data folders.
     builds.install(Build::Current, one)?;
     builds.install(Build::Previous, other)?;
     kept.0.assert_unchanged(bed, one)?;

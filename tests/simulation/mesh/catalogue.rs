@@ -1,4 +1,4 @@
-//! Which images there are, and which of them a node holds.
+//! All images, and the selection of images on a node.
 
 use std::collections::BTreeSet;
 
@@ -8,25 +8,25 @@ use rand::Rng;
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 
-/// Stands for an item of the catalogue.
+/// Index of an item in the catalogue.
 pub(crate) type ItemNumber = u32;
 
-/// Every item that anybody ever holds.
+/// All items that any node ever has.
 #[derive(Debug, Default)]
 pub(crate) struct Catalogue {
     items: Vec<InventoryItem>,
-    /// What an image consists of: its blobs and its names.
+    /// The items of each image: blobs and names.
     images: Vec<Vec<ItemNumber>>,
 }
 
-/// Blobs that an image has for itself: an index, a manifest, a config and seven layers.
+/// Blobs that only one image has: an index, a manifest, a config and seven layers.
 const OWN_BLOBS: usize = 10;
 
-/// Blobs of the distributions and language runtimes that images are built on, two of which an image takes.
+/// Layers of distributions and language runtimes. Each image uses two of them.
 const BASES: usize = 60;
 
 impl Catalogue {
-    /// So many images of 12 blobs and two names each.
+    /// Makes this number of images, of 12 blobs and two names each.
     pub(crate) fn new(images: usize, rng: &mut SmallRng) -> Self {
         let mut catalogue = Self::default();
         let bases: Vec<_> = (0..BASES).map(|number| catalogue.blob(&format!("base {number}"))).collect();
@@ -37,7 +37,7 @@ impl Catalogue {
         catalogue
     }
 
-    /// An image that nobody has yet; returns its number.
+    /// Makes an image that no node has yet. Returns the image's number.
     pub(crate) fn new_image(&mut self) -> usize {
         let number = self.images.len();
         let bases: Vec<_> = (0..2).map(|base| self.blob(&format!("base {base} of {number}"))).collect();
@@ -59,7 +59,7 @@ impl Catalogue {
         self.images.push(parts);
     }
 
-    /// A blob that nobody has yet, of no image.
+    /// Makes a blob that no node has yet and that belongs to no image.
     pub(crate) fn new_blob(&mut self, name: &str) -> ItemNumber {
         self.blob(&format!("blob {name}"))
     }
@@ -73,23 +73,22 @@ impl Catalogue {
         ItemNumber::try_from(self.items.len() - 1).expect("fewer items than 2^32")
     }
 
-    /// What a number stands for.
     pub(crate) fn item(&self, number: ItemNumber) -> &InventoryItem {
         &self.items[number as usize]
     }
 
-    /// How many items there are; their numbers are smaller.
+    /// The number of items. All item numbers are smaller.
     pub(crate) fn items(&self) -> ItemNumber {
         ItemNumber::try_from(self.items.len()).expect("fewer items than 2^32")
     }
 
-    /// The blobs and names of an image.
     pub(crate) fn parts(&self, image: usize) -> &[ItemNumber] {
         &self.images[image]
     }
 
-    /// What a node with so many images holds. Few images are everywhere, most are on some nodes: the chance falls with the square root of
-    /// the rank, so that the rarest of 2000 is still on one node in twelve.
+    /// The items of a node with this number of images. Few images are on all nodes, most are on
+    /// some nodes: the probability of an image falls with the square root of its rank. At 300 of
+    /// 2000 images per node, the rarest image is on one node in twelve.
     pub(crate) fn pick(&self, images: usize, rng: &mut SmallRng) -> BTreeSet<ItemNumber> {
         let mut picked = BTreeSet::new();
         while picked.len() < images.min(self.images.len()) {

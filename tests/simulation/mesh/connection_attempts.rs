@@ -1,4 +1,4 @@
-//! Processes that start, end, and find each other: the door, the dial, and the seeds.
+//! Processes that start, end, and connect: the QUIC handshake, the libp2p dial, and seed addresses.
 
 use std::time::Duration;
 
@@ -12,20 +12,20 @@ use super::gossipsub::NodeNumber;
 use super::node::TrafficKind;
 use super::{Event, Frame, HEARTBEAT, Mesh, Micros, TOKEN_RENEWAL, message_sizes, micros};
 
-/// How long a door that does not answer is waited for.
+/// Deadline of the QUIC handshake.
 const QUIC_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How long TCP and noise together may take.
+/// Deadline of TCP and noise together.
 const LIBP2P_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Signatures, and the API server's word on a token, on either side.
+/// Processing time for signatures and the API server's TokenReview, on each side.
 const ADMISSION_TIME: Micros = 3_000;
 
-/// How often missing seeds are greeted until somebody is known, and afterwards.
+/// Interval of dials to seeds that are not members: while the node has no neighbor, and afterwards.
 const FIRST_JOIN: Micros = 1_000_000;
 const JOIN: Micros = 10_000_000;
 
-/// The steps of two agents that meet at the door or connect.
+/// A QUIC handshake or a libp2p dial between two agents.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ConnectionAttempt {
     from: (NodeNumber, u32),
@@ -36,20 +36,20 @@ pub(super) struct ConnectionAttempt {
 
 #[derive(Debug, Clone, Copy)]
 enum AttemptStep {
-    /// The greeting arrives at the other's door.
+    /// The Hello arrives at the other agent.
     Hello,
-    /// The other's welcome comes back.
+    /// The other agent's answer arrives.
     Welcome,
-    /// The connection arrives at the other.
+    /// The libp2p dial arrives at the other agent.
     Dialled,
-    /// It stands, or the other does not want it.
+    /// The libp2p connection is established. False if the other agent rejects the connection.
     Connected(MeshConnectionId, bool),
-    /// Nothing comes back.
+    /// No answer arrives.
     Failed,
 }
 
 impl ConnectionAttempt {
-    /// The process that the step happens at.
+    /// The process at which the step happens.
     pub(super) fn at(&self) -> (NodeNumber, u32) {
         match self.step {
             AttemptStep::Hello | AttemptStep::Dialled => self.to,
@@ -59,7 +59,7 @@ impl ConnectionAttempt {
 }
 
 impl Mesh {
-    /// Starts a node's agent, which holds what its node holds and knows these seeds.
+    /// Starts a node's agent with the node's content and these seed addresses.
     pub(crate) fn start(&mut self, node: NodeNumber, seeds: &[NodeNumber]) {
         let (now, instant, seed) = (self.now, self.instant(), self.rng.random());
         self.nodes[node].start(now, instant, seed);
@@ -70,7 +70,7 @@ impl Mesh {
         self.start_timers(node);
     }
 
-    /// Its timers, each at a random moment.
+    /// Starts the agent's timers, each at a random moment.
     pub(super) fn start_timers(&mut self, node: NodeNumber) {
         let life = self.nodes[node].generation;
         let tick = self.now + self.jitter(250_000);
@@ -84,7 +84,7 @@ impl Mesh {
         }
     }
 
-    /// SIGKILL: the kernel closes its connections.
+    /// SIGKILL: the kernel closes the process's connections.
     pub(crate) fn kill(&mut self, node: NodeNumber) {
         let Some(agent) = self.nodes[node].agent.take() else { return };
         for link in agent.neighbours.into_values().flatten() {
@@ -94,29 +94,30 @@ impl Mesh {
         }
     }
 
-    /// SIGTERM: it says farewell, and ends a moment later.
+    /// SIGTERM: the agent publishes a leave notice, and ends 200 ms later.
     pub(crate) fn leave(&mut self, node: NodeNumber) {
         self.with_protocol(node, |protocol, _, _| protocol.leave());
         self.run_for(Duration::from_millis(200));
         self.kill(node);
     }
 
-    /// It has a credential and addresses to show, maybe new ones.
+    /// Introduces the agent with a credential and addresses. A later call may change them.
     pub(super) fn introduce(&mut self, node: NodeNumber) {
         let peer = self.nodes[node].peer.clone();
-        // A renewed token differs from the one before.
+        // A renewed token differs from the earlier token.
         let shown = credential(peer.id, self.now);
         self.with_protocol(node, |protocol, _, now| {
             protocol.introduce(shown, peer.transfer, peer.gossip, peer.zone, now)
         });
     }
 
-    /// Greets those seeds that are not known to be alive, as the agent does with what DNS says.
+    /// Dials the seeds that are not alive in the inventory, as the agent does with addresses from
+    /// DNS.
     pub(super) fn join(&mut self, node: NodeNumber, life: u32) {
         for seed in self.nodes[node].seeds.clone() {
             if seed != node && !self.considers_alive(node, seed) {
                 let peer = self.nodes[seed].peer.id;
-                // Only an address is known: when nobody answers, the protocol has nobody to blame.
+                // The seed is only an address: a failed handshake is not reported to the protocol.
                 self.connect_quic(node, peer, true);
             }
         }
@@ -136,14 +137,14 @@ impl Mesh {
         self.schedule(self.now + after, Event::Connection(ConnectionAttempt { step, ..meeting }));
     }
 
-    /// Of a greeting by address nobody hears when it fails.
+    /// Starts a QUIC handshake. A failed handshake by address is not reported to the protocol.
     pub(super) fn connect_quic(&mut self, node: NodeNumber, peer: PeerId, by_address: bool) {
         let Some(meeting) = self.attempt(node, peer, by_address) else { return };
         let there = self.latency(node, meeting.to.0);
         if self.is_cut(node, meeting.to.0) {
             return self.later(meeting, AttemptStep::Failed, micros(QUIC_TIMEOUT));
         }
-        // QUIC's handshake, then the Hello.
+        // QUIC's handshake takes three one-way latencies, then the Hello is admitted.
         self.later(meeting, AttemptStep::Hello, 3 * there + ADMISSION_TIME);
     }
 
@@ -157,7 +158,7 @@ impl Mesh {
         if self.is_cut(node, meeting.to.0) {
             return self.later(meeting, AttemptStep::Failed, micros(LIBP2P_TIMEOUT));
         }
-        // TCP, the choice of noise and its three messages.
+        // TCP, the negotiation of noise, and three noise messages.
         self.later(meeting, AttemptStep::Dialled, 7 * there);
     }
 
@@ -182,7 +183,7 @@ impl Mesh {
                 self.count_traffic(from, to, message_sizes::CONNECTING);
                 let wanted = self.nodes[to].agent.as_ref().is_some_and(|agent| agent.admitted.contains(&from));
                 let link = self.connections.len() as MeshConnectionId;
-                // What the listener sends arrives after the dialler knows that it is connected.
+                // Frames of the listener arrive after the dialer has the connection.
                 self.connections.push(Connection::new([meeting.from, meeting.to], self.now + back));
                 self.later(meeting, AttemptStep::Connected(link, wanted), back);
                 if wanted {
@@ -203,10 +204,11 @@ impl Mesh {
         }
     }
 
-    /// Nobody runs where a greeting or a dial arrives: a dial is refused by the kernel, a greeting gets no answer.
+    /// Handles a Hello or dial to a process that does not run. The kernel refuses a dial, and a
+    /// Hello gets no answer.
     pub(super) fn handle_unanswered(&mut self, meeting: ConnectionAttempt) {
         let (from, to) = (meeting.from.0, meeting.to.0);
-        // It may have been started anew since.
+        // Another process may run there since.
         if self.nodes[to].agent.is_some() && matches!(meeting.step, AttemptStep::Hello | AttemptStep::Dialled) {
             let anew = ConnectionAttempt { to: (to, self.nodes[to].generation), ..meeting };
             return self.later(anew, meeting.step, 0);
@@ -227,7 +229,7 @@ impl Mesh {
         }
     }
 
-    /// A side holds the connection for open: it subscribes, and begins to ping.
+    /// Opens the connection for one side, which subscribes and starts to ping.
     fn open(&mut self, link: MeshConnectionId, side: usize) {
         self.connections[link as usize].open[side] = true;
         let [near, far] = [side, 1 - side].map(|side| self.connections[link as usize].end(side).0);

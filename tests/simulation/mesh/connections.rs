@@ -1,5 +1,6 @@
-//! Connections: TCP as the protocols above it feel it. Nothing is lost or overtakes on a connection, but where the network is cut what was
-//! sent waits until TCP tries again, and who ends a connection is not heard.
+//! Connections with the properties of TCP. No frame is lost or reordered on a connection. While the
+//! network is cut, sent frames wait for TCP's next retransmission, and the end of a process is not
+//! noticed.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -12,39 +13,40 @@ use super::message_sizes::{self, Unacknowledged};
 use super::node::{Traffic, TrafficKind};
 use super::{Event, Frame, Mesh, Micros, micros};
 
-/// Between nodes of one zone and of two, one way, before jitter of up to half of it.
+/// One-way latency within a zone and between zones, without jitter of up to half of the latency.
 const LATENCY_IN_ZONE: Micros = 200;
 const LATENCY_ACROSS_ZONES: Micros = 1000;
 
-/// Bytes per microsecond of one connection: 1 Gbit/s.
+/// Bandwidth of one connection in bytes per microsecond: 1 Gbit/s.
 const BANDWIDTH: usize = 125;
 
-/// TCP's first wait before it sends again; each next one is twice as long.
+/// TCP's first retransmission time-out. Each further time-out is twice as long.
 const RESEND: Micros = 200_000;
 
-/// More frames are not kept while nothing gets through; gossipsub's queue is no longer either.
+/// Most frames that each side keeps while the network is cut. gossipsub's own send queue is not
+/// longer.
 const MAX_UNDELIVERED: usize = 256;
 
-/// How long a question may take.
+/// Deadline of a request.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A connection between two processes; the first has dialled.
+/// A connection between two processes. Side 0 has dialed.
 #[derive(Debug)]
 pub(crate) struct Connection {
     pub(crate) ends: [(NodeNumber, u32); 2],
-    /// Whether the side holds it for open.
+    /// Whether the connection is open for each side.
     pub(crate) open: [bool; 2],
-    /// When what the side sent last arrives.
+    /// Arrival time of the last frame that each side sent.
     arrives: [Micros; 2],
-    /// What the side sent and could not be delivered, and since when.
+    /// Frames of each side that could not be delivered, and the time of the first.
     undelivered: [Vec<Frame>; 2],
     undelivered_since: [Micros; 2],
-    /// What has come to the side.
+    /// Received bytes of each side that are not acknowledged.
     unacknowledged: [Unacknowledged; 2],
 }
 
 impl Connection {
-    /// Nothing arrives at the dialler before this.
+    /// No frame arrives at the dialer before the time `known`.
     pub(crate) fn new(ends: [(NodeNumber, u32); 2], known: Micros) -> Self {
         Self {
             ends,
@@ -60,20 +62,20 @@ impl Connection {
         self.ends[side]
     }
 
-    /// Which side a node is on.
+    /// The side of a node.
     fn side_of(&self, node: NodeNumber) -> usize {
         usize::from(self.ends[0].0 != node)
     }
 }
 
 impl Mesh {
-    /// Whether packets between two nodes vanish.
+    /// Whether packets between two nodes are dropped.
     pub(crate) fn is_cut(&self, one: NodeNumber, other: NodeNumber) -> bool {
         let (one, other) = (&self.nodes[one], &self.nodes[other]);
         one.is_link_down || other.is_link_down || one.partition != other.partition
     }
 
-    /// How long a packet takes now.
+    /// One-way latency of a packet at this moment.
     pub(super) fn latency(&mut self, one: NodeNumber, other: NodeNumber) -> Micros {
         let usual = if self.nodes[one].zone == self.nodes[other].zone { LATENCY_IN_ZONE } else { LATENCY_ACROSS_ZONES };
         usual + self.jitter(usual / 2)
@@ -101,7 +103,7 @@ impl Mesh {
         }
     }
 
-    /// Puts a frame on the way, after what was sent before.
+    /// Schedules the arrival of a frame, after earlier frames of this side.
     fn transmit(&mut self, link: MeshConnectionId, side: usize, frame: Frame, delay: Micros) {
         let [(one, _), (other, _)] = self.connections[link as usize].ends;
         let (from, to) = if side == 0 { (one, other) } else { (other, one) };
@@ -131,13 +133,14 @@ impl Mesh {
         if link.undelivered[side].is_empty() {
             link.undelivered_since[side] = now;
         }
-        // The end is always heard of, in the end.
+        // The end of the connection is always delivered, however late.
         if link.undelivered[side].len() < MAX_UNDELIVERED || matches!(frame, Frame::Closed) {
             link.undelivered[side].push(frame);
         }
     }
 
-    /// Whether the network is cut between the two ends of a connection just when this would arrive.
+    /// Buffers a frame that would arrive while the network is cut. Returns whether the frame was
+    /// buffered.
     pub(super) fn is_lost(&mut self, link: MeshConnectionId, side: usize, frame: &Frame) -> bool {
         let [(one, _), (other, _)] = self.connections[link as usize].ends;
         let lost = self.is_cut(one, other);
@@ -147,7 +150,7 @@ impl Mesh {
         lost
     }
 
-    /// Packets pass again: what waited is sent when TCP tries the next time.
+    /// Schedules buffered frames for TCP's next retransmission, where the network is no longer cut.
     pub(crate) fn resend(&mut self) {
         for number in 0..self.connections.len() {
             let [(one, _), (other, _)] = self.connections[number].ends;
@@ -170,7 +173,8 @@ impl Mesh {
         }
     }
 
-    /// Nobody is there to take an event: who sent to a process that ended learns that.
+    /// Handles an event for a process that has ended: the kernel resets connections, and a dial
+    /// fails.
     pub(super) fn handle_undeliverable(&mut self, event: Event) {
         match event {
             Event::Arrive(link, side, frame) if !matches!(frame, Frame::Closed) => self.reset(link, side),
@@ -179,7 +183,7 @@ impl Mesh {
         }
     }
 
-    /// The other end is told that there is nothing here.
+    /// Sends RST to the other side.
     fn reset(&mut self, link: MeshConnectionId, side: usize) {
         if self.connections[link as usize].open[1 - side] {
             self.transmit(link, side, Frame::Closed, 0);
@@ -284,14 +288,14 @@ impl Mesh {
         }
     }
 
-    /// One side ends it.
+    /// Closes the connection from the side of `node`.
     pub(super) fn close(&mut self, link: MeshConnectionId, node: NodeNumber) {
         let side = self.connections[link as usize].side_of(node);
         self.send(link, side, Frame::Closed);
         self.end_side(link, side);
     }
 
-    /// It is over for one side.
+    /// Ends the connection for one side.
     pub(super) fn end_side(&mut self, link: MeshConnectionId, side: usize) {
         if !std::mem::take(&mut self.connections[link as usize].open[side]) {
             return;

@@ -1,4 +1,4 @@
-//! A cluster that has been running for long.
+//! A cluster that has converged.
 
 use std::time::Duration;
 
@@ -8,15 +8,15 @@ use lighterman::model::InventoryItem;
 use super::Mesh;
 use super::gossipsub::NodeNumber;
 
-/// Until nodes have met their neighbours, and gossipsub's heartbeats have made a mesh of them.
+/// Time in which nodes connect to their neighbors, and gossipsub's heartbeats build the mesh.
 const CONNECT_TIME: Duration = Duration::from_secs(30);
 
 impl Mesh {
-    /// Everybody knows everybody and everything, and has its neighbours.
+    /// A cluster in which each inventory is complete and each node has neighbors.
     pub(crate) fn converged(nodes: usize, images: usize, images_each: usize, seed: u64) -> Self {
         let mut mesh = Self::new(nodes, images, images_each, seed);
         for node in 0..nodes {
-            // The usual seed is the headless Service, which gives any addresses.
+            // A real agent gets arbitrary addresses from the headless Service.
             mesh.start(node, &[(node + 1) % nodes, (node + nodes / 2) % nodes]);
             mesh.discard_first_announcements(node);
         }
@@ -28,7 +28,7 @@ impl Mesh {
         mesh
     }
 
-    /// It makes its log's entries, which nobody hears.
+    /// Marks the entries of the node's log as published, without a message.
     fn discard_first_announcements(&mut self, node: NodeNumber) {
         let Some(agent) = &mut self.nodes[node].agent else { return };
         agent.protocol.mark_all_published();
@@ -40,7 +40,7 @@ impl Mesh {
         for node in &self.nodes {
             table.up(node.peer.clone());
             let items: Vec<InventoryItem> = node.items.iter().map(|item| self.catalogue.item(*item).clone()).collect();
-            assert_eq!(table.replace(node.peer.id, items), 0, "nobody holds too much");
+            assert_eq!(table.replace(node.peer.id, items), 0, "every node's content fits into the inventory");
         }
         table
     }

@@ -1,5 +1,5 @@
-//! Signatures and credentials that cost nothing: a hash that the signer's key goes into. Nobody in the simulation computes another's,
-//! so what is forged is found out as with the real ones.
+//! Cheap signatures and credentials: a hash over the signer's PeerId and the message. No simulated
+//! node computes the hash of another node, so forgeries are detected as with real signatures.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
@@ -7,14 +7,14 @@ use std::time::Duration;
 use lighterman::decide::gossip::{CredentialRejection, CredentialVerifier, VerifiedCredential};
 use lighterman::model::{Credential, PeerId, Signature};
 
-/// One agent's key.
+/// The key of an agent.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SimulatedKey(pub(crate) PeerId);
 
-/// How long a ServiceAccount token is good for.
+/// Lifetime of a ServiceAccount token.
 pub(crate) const TOKEN_LIFETIME: Duration = Duration::from_secs(3600);
 
-/// What admits this key, and no other; made at this time.
+/// The credential of this PeerId, issued at this time.
 pub(crate) fn credential(peer: PeerId, at: u64) -> Credential {
     Credential::new(format!("{at} {:016x}", hash(peer, &at.to_be_bytes())))
 }

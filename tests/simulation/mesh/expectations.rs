@@ -1,4 +1,4 @@
-//! What is so, and whether the agents' inventories say it.
+//! The real content of all nodes, and comparisons with the agents' inventories.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -16,7 +16,7 @@ use super::gossipsub::NodeNumber;
 use super::node::{Traffic, TrafficKind};
 
 impl Mesh {
-    /// What a node holds changes, and its agent learns of it.
+    /// Changes a node's content, and announces the change.
     pub(crate) fn change(&mut self, node: NodeNumber, come: &[ItemNumber], gone: &[ItemNumber]) {
         let held = &mut self.nodes[node].items;
         held.extend(come);
@@ -31,23 +31,25 @@ impl Mesh {
         let gone = gone.iter().map(item).map(InventoryChange::Removed);
         let changes = come.chain(gone).collect();
         let left_out = self.with_protocol(node, |protocol, _, _| protocol.announce(changes));
-        assert!(left_out.is_none_or(|count| count == 0), "node {node} holds more than it may announce");
+        assert!(left_out.is_none_or(|count| count == 0), "node {node} has more content than it may announce");
     }
 
-    /// The nodes whose agents run.
+    /// The nodes with a running agent.
     pub(crate) fn running(&self) -> Vec<NodeNumber> {
         (0..self.nodes.len()).filter(|node| self.nodes[*node].agent.is_some()).collect()
     }
 
-    /// Whether one node would fetch from another.
+    /// Whether the observer counts the other node as a member, and would fetch from it.
     pub(crate) fn considers_alive(&self, observer: NodeNumber, other: NodeNumber) -> bool {
         let agent = self.nodes[observer].agent.as_ref();
         agent.is_some_and(|agent| agent.inventory.node_of(self.nodes[other].peer.id).is_some())
     }
 
-    /// Whether a node's inventory has as many items of everyone as there are; of those that do not run, none.
+    /// Whether a node's inventory has the right number of items of each node, and none of nodes
+    /// without an agent.
     ///
-    /// `from` is where it failed the last time: it goes on there, which makes asking often cheap.
+    /// `from` is the position of the last mismatch. The check continues there, which makes repeated
+    /// checks cheap.
     fn counts_match(&self, observer: NodeNumber, from: &mut NodeNumber, of: &[NodeNumber]) -> bool {
         let Some(agent) = &self.nodes[observer].agent else { return true };
         let matches = |other: NodeNumber| {
@@ -65,14 +67,14 @@ impl Mesh {
         true
     }
 
-    /// Lets time pass until all inventories of `observers` have as much as there is.
+    /// Runs until the inventories of all observers have the right number of items.
     pub(crate) fn wait_converged(&mut self, deadline: Duration, observers: &[NodeNumber]) -> Option<Duration> {
         let all: Vec<_> = (0..self.nodes.len()).collect();
         let mut waiting: Vec<_> = observers.iter().map(|observer| (*observer, 0)).collect();
         self.run_until(deadline, |mesh| {
             waiting.retain_mut(|(observer, from)| !mesh.counts_match(*observer, from, &all));
             if waiting.is_empty() {
-                // Who was right early may have been wrong later.
+                // An inventory that matched early may have changed since.
                 waiting = observers.iter().map(|observer| (*observer, 0)).collect();
                 waiting.retain_mut(|(observer, from)| !mesh.counts_match(*observer, from, &all));
             }
@@ -80,7 +82,7 @@ impl Mesh {
         })
     }
 
-    /// Why inventories have not settled, for a failed assertion.
+    /// The first mismatch of an inventory, for a failed assertion.
     pub(crate) fn first_difference(&self) -> String {
         for observer in self.running() {
             let Some(agent) = &self.nodes[observer].agent else { continue };
@@ -89,42 +91,42 @@ impl Mesh {
                 let known = agent.inventory.items_of(node.peer.id);
                 if known != expected {
                     let views = [self.view(observer, other), self.view(other, observer)];
-                    return format!("node {observer} knows {known} of {expected} items of node {other}: {views:#?}");
+                    return format!("node {observer} has {known} of {expected} items of node {other}: {views:#?}");
                 }
             }
         }
         "no difference".into()
     }
 
-    /// How many items a node's inventory has of another.
+    /// Number of items that a node's inventory has of another node.
     pub(crate) fn known_items(&self, observer: NodeNumber, other: NodeNumber) -> usize {
         let agent = self.nodes[observer].agent.as_ref();
         agent.map_or(0, |agent| agent.inventory.items_of(self.nodes[other].peer.id))
     }
 
-    /// What a running agent says of itself.
+    /// The status of a running agent.
     pub(crate) fn status(&self, node: NodeNumber) -> MeshStatus {
-        let agent = self.nodes[node].agent.as_ref().expect("it runs");
+        let agent = self.nodes[node].agent.as_ref().expect("the agent runs");
         agent.protocol.status(&agent.inventory, self.instant())
     }
 
-    /// What a node signs with.
+    /// The key of a node.
     pub(crate) fn key(&self, node: NodeNumber) -> SimulatedKey {
         SimulatedKey(self.nodes[node].peer.id)
     }
 
-    /// How many others a node is connected to.
+    /// Number of nodes with a connection to this node.
     pub(crate) fn neighbours(&self, node: NodeNumber) -> usize {
         self.nodes[node].agent.as_ref().map_or(0, |agent| agent.neighbours.len())
     }
 
-    /// What one node's agent says of another.
+    /// The member status of one node at another.
     fn view(&self, observer: NodeNumber, other: NodeNumber) -> Option<MemberStatus> {
         self.nodes[observer].agent.as_ref()?;
         self.status(observer).members.into_iter().find(|member| member.peer_id == self.nodes[other].peer.id.to_string())
     }
 
-    /// Asserts that inventories hold exactly what is there, of everyone and item by item.
+    /// Asserts that inventories have exactly the real content, node by node and item by item.
     pub(crate) fn assert_inventories_exact(&self, observers: &[NodeNumber]) {
         for observer in observers {
             let Some(agent) = &self.nodes[*observer].agent else { continue };
@@ -139,7 +141,7 @@ impl Mesh {
         }
     }
 
-    /// Who holds what, but for the one who asks.
+    /// The providers of each item, except the observer.
     fn expected_providers(&self, observer: NodeNumber) -> BTreeMap<ItemNumber, BTreeSet<PeerId>> {
         let mut expected: BTreeMap<_, BTreeSet<_>> =
             (0..self.catalogue.items()).map(|item| (item, BTreeSet::new())).collect();
@@ -150,16 +152,17 @@ impl Mesh {
                 }
             }
         }
-        // A tag that points at what nobody holds is no voice, and images here are whole or not there.
+        // A tag counts only if its provider has the index. Nodes here have complete images or none,
+        // so every tag counts.
         expected
     }
 
-    /// Asserts that nobody believes in content that its holder never had.
+    /// Asserts that no inventory has an item that its provider never had.
     pub(crate) fn assert_nothing_invented(&self) {
         self.assert_nothing_invented_about(&self.running());
     }
 
-    /// The same for these nodes alone.
+    /// As `assert_nothing_invented`, for these nodes only.
     pub(crate) fn assert_nothing_invented_about(&self, honest: &[NodeNumber]) {
         for observer in honest.iter().copied() {
             let Some(agent) = &self.nodes[observer].agent else { continue };
@@ -167,18 +170,18 @@ impl Mesh {
                 for peer in providers_in(&agent.inventory, self.catalogue.item(item)) {
                     let holder = self.number(peer).expect("a node of the simulation");
                     let had = !honest.contains(&holder) || self.nodes[holder].past_items.contains(&item);
-                    assert!(had, "node {observer} believes that node {holder} has {:?}", self.catalogue.item(item));
+                    assert!(had, "node {observer} has node {holder} as provider of {:?}", self.catalogue.item(item));
                 }
             }
         }
     }
 
-    /// What all links carried, by node.
+    /// Traffic of all links, by node.
     pub(crate) fn traffic(&self) -> Vec<Traffic> {
         self.nodes.iter().map(|node| node.traffic).collect()
     }
 
-    /// Something that decodes and is wrong.
+    /// Changes a reply so that the reply still decodes and is wrong.
     pub(super) fn falsify(&mut self, reply: SyncReply) -> SyncReply {
         let nonsense = || InventoryItem::Blob(Digest::of(b"nobody has this"));
         match reply {
@@ -206,7 +209,7 @@ impl Mesh {
     }
 }
 
-/// Who holds it, as a table says.
+/// The providers of an item in an inventory.
 fn providers_in(table: &Inventory, item: &InventoryItem) -> BTreeSet<PeerId> {
     match item {
         InventoryItem::Blob(digest) => table.blob_providers(*digest).into_iter().collect(),
@@ -219,7 +222,7 @@ fn providers_in(table: &Inventory, item: &InventoryItem) -> BTreeSet<PeerId> {
     }
 }
 
-/// Bytes received, by what they were for.
+/// The share of each kind in the received bytes.
 pub(crate) fn shares(traffic: &[Traffic]) -> String {
     let sum = |kind: TrafficKind| traffic.iter().map(|one| one.received[kind as usize]).sum::<u64>() as f64;
     let all: f64 = TrafficKind::ALL.iter().map(|kind| sum(*kind)).sum();

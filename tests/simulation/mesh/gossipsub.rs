@@ -1,5 +1,6 @@
-//! One node's gossipsub, as libp2p-gossipsub 0.50 does it (`behaviour.rs`, `config.rs`): who is in its mesh, what it passes on to whom,
-//! what it asks for. Without scores, explicit peers, fan-out and peer exchange, which are not used.
+//! gossipsub of one node, as in libp2p-gossipsub 0.50 (`behaviour.rs`, `config.rs`): the topic's
+//! mesh, forwarding, IHAVE and IWANT. Scores, explicit peers, fan-out and peer exchange are not
+//! used and left out.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -8,58 +9,59 @@ use rand::seq::{IteratorRandom, SliceRandom};
 
 use super::Frame;
 
-/// A node's place in the simulation.
+/// Index of a node in the simulation.
 pub(crate) type NodeNumber = usize;
 
-/// A published message.
+/// Index of a published message.
 pub(crate) type MessageNumber = u32;
 
-/// The mesh is brought to this size when it is outside of the two others.
+/// Target size of the mesh. The heartbeat grafts below the low mark, and prunes from the high mark
+/// on.
 const MESH_N: usize = 6;
 const MESH_N_LOW: usize = 4;
 const MESH_N_HIGH: usize = 12;
-/// So many of the mesh this node has dialled itself.
+/// Least number of mesh peers that this node has dialed itself.
 const MESH_OUTBOUND_MIN: usize = 2;
 
-/// Who is not in the mesh is told of messages: so many of them, or this part.
+/// Number of peers outside the mesh that receive IHAVE: the larger of this number and this share.
 const GOSSIP_LAZY: usize = 6;
 const GOSSIP_FACTOR: f64 = 0.25;
 
-/// Messages are kept for so many heartbeats, and told of for so many.
+/// Heartbeats for which messages are kept, and for which IHAVE names them.
 const HISTORY_LENGTH: usize = 10;
 const HISTORY_GOSSIP: usize = 6;
 
-/// In microseconds: after a prune, and two heartbeats for slack.
+/// Back-off after a prune, with two heartbeats of slack, in microseconds.
 const PRUNE_BACKOFF: u64 = 61_000_000;
-/// Until a message that was asked for may be asked for again.
+/// Time until a message is requested again by IWANT, in microseconds.
 const IWANT_FOLLOWUP_TIME: u64 = 3_000_000;
-/// Until "I do not want it" is forgotten.
+/// Time for which an IDONTWANT is kept, in microseconds.
 const IDONTWANT_TIME: u64 = 3_000_000;
 
-/// A message larger than this is declined when it came from elsewhere (`idontwant_message_size_threshold`).
+/// Messages above this size cause IDONTWANT (`idontwant_message_size_threshold`).
 pub(crate) const IDONTWANT_THRESHOLD: usize = 1000;
 
-/// What is to be sent to whom.
+/// Frames to send, by peer.
 pub(crate) type OutgoingFrames = Vec<(NodeNumber, Frame)>;
 
-/// The state for one topic.
+/// The state of one topic.
 #[derive(Debug, Default)]
 pub(crate) struct Router {
-    /// Connected peers that subscribed, and whether this node dialled.
+    /// Subscribed peers, and whether this node dialed them.
     peers: BTreeMap<NodeNumber, bool>,
     mesh: BTreeSet<NodeNumber>,
     backoff: BTreeMap<NodeNumber, u64>,
-    /// Of these 150 s and of those before: so long a message is remembered.
+    /// IDs received in the current period of 150 s, and in the period before.
     seen: [HashSet<MessageNumber>; 2],
     beats: u32,
-    /// The newest first.
+    /// Messages of the last heartbeats, the newest first.
     history: [Vec<MessageNumber>; HISTORY_LENGTH],
     gossip_promises: HashMap<MessageNumber, u64>,
     dont_send: HashMap<(NodeNumber, MessageNumber), u64>,
 }
 
 impl Router {
-    /// A peer subscribed.
+    /// Handles the subscription of a peer.
     pub(crate) fn handle_subscription(&mut self, peer: NodeNumber, dialled: bool, now: u64) -> OutgoingFrames {
         self.peers.insert(peer, dialled);
         if self.mesh.len() < MESH_N_LOW && !self.is_backing_off(peer, now) && self.mesh.insert(peer) {
@@ -68,14 +70,14 @@ impl Router {
         Vec::new()
     }
 
-    /// Its last connection is closed.
+    /// Removes a peer whose last connection is closed.
     pub(crate) fn remove_peer(&mut self, peer: NodeNumber) {
         self.peers.remove(&peer);
         self.mesh.remove(&peer);
         self.dont_send.retain(|(by, _), _| *by != peer);
     }
 
-    /// Our own message. One that is known already is not sent again.
+    /// Publishes this node's own message. A message that was seen already is not sent again.
     pub(crate) fn publish(&mut self, message: MessageNumber, rng: &mut SmallRng) -> OutgoingFrames {
         if self.has_seen(message) {
             return Vec::new();
@@ -88,7 +90,8 @@ impl Router {
         self.mesh.iter().copied().chain(extra).map(|peer| (peer, Frame::Message(message))).collect()
     }
 
-    /// A peer's message came. `None` when it is known; else it is to be judged, and who is told that it is here already.
+    /// Handles a message from a peer. `None` for a duplicate. Otherwise the caller verifies the
+    /// message, and sends the returned IDONTWANTs.
     pub(crate) fn handle_message(
         &mut self,
         message: MessageNumber,
@@ -104,14 +107,14 @@ impl Router {
         Some(told.into_iter().map(|peer| (peer, Frame::IDontWant(message))).collect())
     }
 
-    /// It was accepted, and is passed on.
+    /// Forwards an accepted message.
     pub(crate) fn forward(&mut self, message: MessageNumber, from: NodeNumber) -> OutgoingFrames {
         self.history[0].push(message);
         let wanted = |peer: &NodeNumber| *peer != from && !self.dont_send.contains_key(&(*peer, message));
         self.mesh.iter().copied().filter(wanted).map(|peer| (peer, Frame::Message(message))).collect()
     }
 
-    /// A peer wants to be in the mesh.
+    /// Handles GRAFT: the peer adds this node to its mesh.
     pub(crate) fn handle_graft(&mut self, peer: NodeNumber, now: u64) -> OutgoingFrames {
         let Some(dialled) = self.peers.get(&peer).copied() else { return Vec::new() };
         if self.mesh.contains(&peer) {
@@ -125,13 +128,13 @@ impl Router {
         Vec::new()
     }
 
-    /// A peer wants out.
+    /// Handles PRUNE: the peer removes this node from its mesh.
     pub(crate) fn handle_prune(&mut self, peer: NodeNumber, now: u64) {
         self.mesh.remove(&peer);
         self.backoff.insert(peer, now + PRUNE_BACKOFF);
     }
 
-    /// A peer has these.
+    /// Handles IHAVE: requests the messages that are missing.
     pub(crate) fn handle_ihave(&mut self, peer: NodeNumber, messages: &[MessageNumber], now: u64) -> OutgoingFrames {
         let missing = |id: &MessageNumber| !self.has_seen(*id) && !self.gossip_promises.contains_key(id);
         let wanted: Vec<_> = messages.iter().copied().filter(missing).collect();
@@ -139,19 +142,19 @@ impl Router {
         if wanted.is_empty() { Vec::new() } else { vec![(peer, Frame::IWant(wanted.into()))] }
     }
 
-    /// A peer wants these.
+    /// Handles IWANT: sends the messages that are still kept.
     pub(crate) fn handle_iwant(&self, peer: NodeNumber, messages: &[MessageNumber]) -> OutgoingFrames {
         let kept = |id: &MessageNumber| self.history.iter().any(|window| window.contains(id));
         let wanted = |id: &MessageNumber| kept(id) && !self.dont_send.contains_key(&(peer, *id));
         messages.iter().copied().filter(wanted).map(|id| (peer, Frame::Message(id))).collect()
     }
 
-    /// A peer has this already.
+    /// Handles IDONTWANT: the peer has this message already.
     pub(crate) fn handle_idontwant(&mut self, peer: NodeNumber, message: MessageNumber, now: u64) {
         self.dont_send.insert((peer, message), now + IDONTWANT_TIME);
     }
 
-    /// Once a second.
+    /// Runs once a second.
     pub(crate) fn heartbeat(&mut self, now: u64, rng: &mut SmallRng) -> OutgoingFrames {
         self.beats += 1;
         if self.beats.is_multiple_of(150) {

@@ -1,4 +1,4 @@
-//! One node: what stays when its agent's process ends, and the process.
+//! A node: the state that outlives the agent's process, and the process.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -15,53 +15,49 @@ use super::credentials::SimulatedKey;
 use super::gossipsub::{NodeNumber, Router};
 use super::message_sizes::ACK;
 
-/// How many failure domains the nodes are in.
+/// Number of zones.
 pub(crate) const ZONES: usize = 3;
 
-/// A node of the cluster.
 pub(crate) struct SimulatedNode {
-    /// Its agent, as it introduces itself.
+    /// The agent's introduction of itself.
     pub(crate) peer: Peer,
-    /// Which failure domain it is in.
     pub(crate) zone: usize,
-    /// Counts its processes.
+    /// Number of processes that ran on this node so far.
     pub(crate) generation: u32,
-    /// Its process, while it runs.
+    /// The agent's process, while it runs.
     pub(crate) agent: Option<SimulatedAgent>,
-    /// What is really there.
+    /// The items that the node has.
     pub(crate) items: BTreeSet<ItemNumber>,
-    /// What has ever been there.
+    /// The items that the node ever had.
     pub(crate) past_items: BTreeSet<ItemNumber>,
-    /// Until then its process does not get the processor.
+    /// The process gets no processor time until then.
     pub(crate) starved_until: Micros,
-    /// Only nodes of the same side can reach each other.
+    /// Nodes reach each other only within the same partition.
     pub(crate) partition: u8,
-    /// Its link is down.
     pub(crate) is_link_down: bool,
-    /// Its release has that kind of message.
+    /// Whether the node's release supports leave notices.
     pub(crate) supports_leave: bool,
-    /// Its replies are nonsense.
+    /// Whether the node sends false replies.
     pub(crate) is_liar: bool,
-    /// Whom it greets until it knows somebody.
+    /// Addresses that the agent dials until it has members.
     pub(crate) seeds: Vec<NodeNumber>,
     pub(crate) traffic: Traffic,
-    /// Gossip messages that came, each once.
+    /// Gossip messages received, without duplicates.
     pub(crate) messages_received: u64,
 }
 
-/// A running process.
 pub(crate) struct SimulatedAgent {
     pub(crate) protocol: Protocol<SimulatedKey>,
     pub(crate) inventory: Inventory,
     pub(crate) router: Router,
-    /// Whom its libp2p lets in.
+    /// Peers whose libp2p connections the agent accepts.
     pub(crate) admitted: BTreeSet<NodeNumber>,
     pub(crate) neighbours: BTreeMap<NodeNumber, Vec<MeshConnectionId>>,
-    /// Questions that wait for an answer, and over which connection.
+    /// Requests in flight, and their connections.
     pub(crate) pending_requests: BTreeMap<SyncRequestId, Option<MeshConnectionId>>,
 }
 
-/// What a byte on the link was for.
+/// The purpose of bytes on the link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TrafficKind {
     Message,
@@ -77,7 +73,7 @@ impl TrafficKind {
         [Self::Message, Self::Control, Self::Ping, Self::Exchange, Self::Connecting, Self::Ack];
 }
 
-/// Bytes on a node's link since the start, by [`Kind`].
+/// Bytes on a node's link since the start, by [`TrafficKind`].
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Traffic {
     pub(crate) received: [u64; TrafficKind::ALL.len()],
@@ -109,7 +105,7 @@ impl Traffic {
 }
 
 impl SimulatedNode {
-    /// A node whose agent does not run yet.
+    /// A node without a running agent.
     pub(crate) fn new(number: NodeNumber, held: BTreeSet<ItemNumber>) -> Self {
         let [_, high, middle, low] = u32::try_from(number).expect("fewer nodes than 2^32").to_be_bytes();
         let zone = number % ZONES;
@@ -139,12 +135,13 @@ impl SimulatedNode {
         }
     }
 
-    /// Its agent's process, just started, which has not introduced itself yet. A later one has a larger epoch.
+    /// Starts the agent's process, which has not introduced itself yet. A later process has a
+    /// larger epoch.
     pub(crate) fn start(&mut self, now: Micros, instant: Instant, seed: u64) {
         self.generation += 1;
         let own = LocalAgent {
             peer: self.peer.id,
-            // Nodes' clocks are in microseconds since 1970.
+            // Epochs are in microseconds since 1970.
             epoch: 1_700_000_000_000_000 + now,
             node: self.peer.node.clone(),
             release: "0.1.0".parse().expect("a release"),
@@ -161,7 +158,7 @@ impl SimulatedNode {
 }
 
 impl SimulatedAgent {
-    /// A connection with this peer, when there is one.
+    /// A connection to this peer, if one is open.
     pub(crate) fn connection_to(&self, peer: NodeNumber) -> Option<MeshConnectionId> {
         self.neighbours.get(&peer)?.first().copied()
     }

@@ -1,4 +1,4 @@
-//! What nodes do when something happens.
+//! Handlers of the simulation's events.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -12,9 +12,9 @@ use super::network::{SentChunk, StreamId};
 use super::node::{NodeBehaviour, SwarmNode};
 use super::simulation::{Event, SwarmSimulation};
 
-/// Follow updates are gathered for so long, in microseconds.
+/// Batching interval of piece announcements to followers, in microseconds.
 const ANNOUNCE_INTERVAL: u64 = 50_000;
-/// A node that drips sends a chunk so often.
+/// Interval between chunks of a dripping node, in microseconds.
 const DRIP: u64 = 1_000_000;
 
 impl SwarmSimulation {
@@ -66,7 +66,7 @@ impl SwarmSimulation {
         }
     }
 
-    /// Does what a node's pool wants done.
+    /// Executes the pending actions of a node's piece picker.
     pub(super) fn drive(&mut self, node: usize) {
         let this = &self.nodes[node];
         if !this.is_alive || node == 0 || this.behaviour == NodeBehaviour::Liar {
@@ -134,7 +134,7 @@ impl SwarmSimulation {
         self.send_chunk(node);
     }
 
-    /// Chooses the next piece of an answer, or ends it.
+    /// Chooses the next piece of a response, or ends the response.
     fn begin_piece(&mut self, node: usize, id: StreamId) {
         let stream = self.network.stream(id);
         let (digest, choice, left) = (self.digest, stream.allowed_pieces.clone(), stream.pieces_left);
@@ -163,7 +163,7 @@ impl SwarmSimulation {
                 self.network.close(id);
                 self.nodes[node].served_requests.remove(&(to, request));
                 self.nodes[node].slots.remove(ticket);
-                // Behind all of its bytes.
+                // The end arrives after all bytes of the response.
                 let later = if left == 0 { 200_000 } else { self.latency(node, to) };
                 self.after(later, Event::Ended { to, request, end: RequestEnd::Done });
             }
@@ -242,7 +242,7 @@ impl SwarmSimulation {
         if is_done {
             this.done_at = Some(self.now);
             if this.has_claim {
-                let zone = this.zone.clone().expect("who claims has one");
+                let zone = this.zone.clone().expect("a claiming node has a zone");
                 self.server.release(&zone);
             }
         }
@@ -290,7 +290,7 @@ impl SwarmSimulation {
         self.serve(at);
     }
 
-    /// A node finds out that another is gone.
+    /// Handles a node's detection that a peer is dead.
     fn handle_dead_peer(&mut self, from: usize, to: usize) {
         if !self.nodes[to].is_alive || self.nodes[to].done_at.is_some() {
             return;
@@ -316,9 +316,9 @@ impl SwarmSimulation {
         self.after(later, Event::Claim { node, step });
     }
 
-    /// The API server looks at the Lease, or writes it.
+    /// Handles a read or write of the Lease at the API server.
     fn handle_claim(&mut self, node: usize, write: Option<LeaseStep>) {
-        let zone = self.nodes[node].zone.clone().expect("who claims has one");
+        let zone = self.nodes[node].zone.clone().expect("a claiming node has a zone");
         let step = write.is_none().then(|| self.server.read(&zone, node, self.now));
         if let Some(step) = step.filter(|step| *step != LeaseStep::Skip && self.nodes[node].done_at.is_none()) {
             return self.ask_server(node, Some(step));

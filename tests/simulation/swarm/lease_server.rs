@@ -1,4 +1,4 @@
-//! An API server with one Lease for each zone, that answers within 5 to 50 ms. Claims are decided by the real code.
+//! An API server with one Lease for each zone. The real code decides the claims.
 
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
@@ -25,7 +25,7 @@ impl LeaseServer {
         lease_step(self.leases.get(zone).map(|(_, lease)| lease), &name(node), clock(now))
     }
 
-    /// False when somebody else was sooner. It is a write all the same.
+    /// Writes a Lease. False if another node wrote first; the attempt counts as a write too.
     pub(super) fn write(&mut self, zone: &Zone, node: usize, step: &LeaseStep, now: u64) -> bool {
         self.writes += 1;
         let there = self.leases.get(zone).map(|(_, lease)| lease.version.clone());

@@ -1,52 +1,53 @@
-//! Links: each direction of each node's carries so many bytes a second, shared in turns by what goes over it.
+//! Links: each direction of a node's link has a bandwidth that its streams share in turns.
 
 use std::collections::VecDeque;
 
-/// What goes over a link at a time, in bytes.
+/// Bytes that a link sends at a time.
 const CHUNK: u64 = 64 << 10;
 
-/// Chunks of one stream that are under way: more than a link's bandwidth times the way across zones.
+/// Chunks in flight of one stream: more than the product of a link's bandwidth and the latency
+/// between zones.
 const WINDOW: u8 = 3;
 
 pub(super) type StreamId = usize;
 
-/// One answer under way.
+/// A response in flight.
 #[derive(Debug)]
 pub(super) struct Stream {
     pub(super) from: usize,
     pub(super) to: usize,
     pub(super) request: u64,
     pub(super) ticket: u64,
-    /// What may be sent after this piece, and how many of it.
+    /// The pieces that may follow the current piece, and how many of them are sent.
     pub(super) allowed_pieces: Vec<u32>,
     pub(super) pieces_left: u8,
     pub(super) piece: u32,
-    /// Bytes of the piece that are not on their way.
+    /// Bytes of the current piece that are not sent yet.
     pub(super) unsent: u64,
     in_flight: u8,
     is_queued: bool,
-    /// It was given up at its receiving end, or has sent everything.
+    /// The receiver cancelled the stream, or all pieces are sent.
     pub(super) is_over: bool,
 }
 
-/// One node's link.
+/// The link of a node.
 #[derive(Debug, Default)]
 struct Link {
-    /// Streams that have something to send, in turn.
+    /// Streams with bytes to send, in turn.
     ready: VecDeque<StreamId>,
     is_sending: bool,
-    /// When what is on its way here will have been received.
+    /// Time at which all chunks on the way to this node are received.
     received_at: u64,
 }
 
-/// A chunk that goes out now.
+/// A chunk that is sent now.
 pub(super) struct SentChunk {
     pub(super) stream: StreamId,
     pub(super) piece: u32,
     pub(super) bytes: u64,
-    /// When the link is free again.
+    /// Time at which the link is free again.
     pub(super) sent_at: u64,
-    /// When the other end has it.
+    /// Time at which the receiver has the chunk.
     pub(super) received_at: u64,
 }
 
@@ -106,7 +107,7 @@ impl Network {
         }
     }
 
-    /// Its place is used again when nothing of it is under way.
+    /// Ends a stream. The ID is reused when no chunk of the stream is in flight.
     pub(super) fn close(&mut self, id: StreamId) {
         if !std::mem::replace(&mut self.streams[id].is_over, true) {
             self.free_if_unused(id);
@@ -120,7 +121,7 @@ impl Network {
         }
     }
 
-    /// There is something of it to send.
+    /// Queues a stream that has bytes to send.
     pub(super) fn queue(&mut self, id: StreamId) {
         let stream = &mut self.streams[id];
         if !stream.is_queued && !stream.is_over && stream.unsent > 0 && stream.in_flight < WINDOW {
@@ -129,7 +130,7 @@ impl Network {
         }
     }
 
-    /// The next chunk that this node sends, if it has one and is not sending.
+    /// Sends the next chunk of this node, unless the link is busy or no stream has bytes.
     pub(super) fn send(&mut self, node: usize, now: u64, latency: impl Fn(usize, usize) -> u64) -> Option<SentChunk> {
         if self.links[node].is_sending {
             return None;
@@ -160,7 +161,7 @@ impl Network {
         self.links[node].is_sending = false;
     }
 
-    /// A chunk was received.
+    /// Records that a chunk was received.
     pub(super) fn received(&mut self, id: StreamId) {
         self.streams[id].in_flight -= 1;
         if self.streams[id].is_over { self.free_if_unused(id) } else { self.queue(id) }

@@ -1,4 +1,4 @@
-//! One node: what it has, what it fetches, whom it serves.
+//! A node's pieces, requests, and uploads.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -9,17 +9,17 @@ use lighterman::model::{Bits, PeerId, PieceRequest, Zone};
 
 use super::network::StreamId;
 
-/// As agents are set by default.
+/// Default limits of agents' uploads, per blob and per node.
 const PER_BLOB: usize = 8;
 const PER_NODE: usize = 16;
 
-/// What is wrong with it.
+/// A node's fault, if any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NodeBehaviour {
     Honest,
-    /// Says that it has everything, and sends junk.
+    /// Announces the whole blob, and sends wrong bytes.
     Liar,
-    /// Sends a chunk now and then.
+    /// Sends a chunk once a second.
     Drips,
 }
 
@@ -32,22 +32,22 @@ pub(super) struct SwarmNode {
     pub(super) missing: usize,
     pub(super) pool: PiecePicker,
     pub(super) zone_leader: ZoneLeader,
-    /// Whom it asked, and what of each piece came.
+    /// Requests in flight: the provider, and the received bytes of the current piece.
     pub(super) in_flight: BTreeMap<PieceRequestId, (usize, u64)>,
     pub(super) wake_at: u64,
-    /// Who hears of its pieces, and what they were not told.
+    /// Followers of this node's piece map, and pieces not yet announced to them.
     pub(super) followers: BTreeSet<usize>,
     pub(super) unannounced: Vec<u32>,
     pub(super) slots: UploadSlots,
     pub(super) sent: SendCounts,
     pub(super) queued_requests: HashMap<UploadTicket, (usize, PieceRequestId, PieceRequest)>,
     pub(super) served_requests: HashMap<(usize, PieceRequestId), (UploadTicket, Option<StreamId>)>,
-    /// Whether it holds its zone's Lease, and whether it is at it.
+    /// Whether the node holds the zone's Lease, and whether an attempt is in flight.
     pub(super) has_claim: bool,
     pub(super) is_claiming: bool,
-    /// When it had everything, in microseconds.
+    /// Time at which the node had the whole blob, in microseconds.
     pub(super) done_at: Option<u64>,
-    /// Bytes that it sent, and that came here for nothing.
+    /// Bytes sent by this node, and useless bytes that it received.
     pub(super) bytes_sent: u64,
     pub(super) wasted: u64,
 }

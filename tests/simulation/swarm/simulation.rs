@@ -1,4 +1,4 @@
-//! All nodes, what is on its way between them, and the time.
+//! All nodes, the network between them, and simulated time.
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -15,27 +15,28 @@ use super::network::{Network, StreamId};
 use super::node::{NodeBehaviour, SwarmNode};
 use crate::simulation::event_queue::EventQueue;
 
-/// What is simulated.
+/// The parameters of a simulation.
 #[derive(Debug, Clone)]
 pub(super) struct Setting {
     pub(super) nodes: usize,
     pub(super) size: u64,
-    /// Bytes per second, each way.
+    /// Bytes per second, in each direction.
     pub(super) bandwidth: u64,
     pub(super) zones: usize,
-    /// Within these milliseconds after it began a node is known to be fetching.
+    /// Shortest and longest time until a fetching node is visible as partial provider, in
+    /// milliseconds.
     pub(super) gossip: [u64; 2],
     pub(super) seed: u64,
 }
 
 impl Setting {
-    /// 256 MiB over 200 Mbit/s; node 0 has them.
+    /// 256 MiB over links of 200 Mbit/s. Node 0 is the seed.
     pub(super) fn usual(nodes: usize, seed: u64) -> Self {
         Self { nodes, size: 256 << 20, bandwidth: 200_000_000 / 8, zones: 0, gossip: [500, 1500], seed }
     }
 }
 
-/// Something that will happen.
+/// A scheduled event.
 #[derive(Debug)]
 pub(super) enum Event {
     Gossip { node: usize, round: u64 },
@@ -70,7 +71,7 @@ pub(super) struct SwarmSimulation {
     pub(super) numbers: std::collections::HashMap<PeerId, usize>,
 }
 
-/// How often a node's table of who fetches is brought up to date, in microseconds.
+/// Interval at which a node's provider list is updated, in microseconds.
 const ROUND: u64 = 100_000;
 
 impl SwarmSimulation {
@@ -121,16 +122,16 @@ impl SwarmSimulation {
     }
 
     pub(super) fn micros(&self, at: Instant) -> u64 {
-        // Rounded up: at that moment it is time.
+        // Rounded up, so that the moment has passed at the returned time.
         at.saturating_duration_since(self.began).as_nanos().div_ceil(1000) as u64
     }
 
-    /// One way, in microseconds.
+    /// One-way latency in microseconds.
     pub(super) fn latency(&self, one: usize, other: usize) -> u64 {
         if self.nodes[one].zone == self.nodes[other].zone { 500 } else { 2000 }
     }
 
-    /// Runs until a condition holds; false when so many seconds were not enough.
+    /// Runs until the condition holds. False if it does not hold within this time.
     pub(super) fn run_until(&mut self, seconds: f64, holds: impl Fn(&Self) -> bool) -> bool {
         let until = self.now + (seconds * 1e6) as u64;
         while !holds(self) {
@@ -141,18 +142,18 @@ impl SwarmSimulation {
         true
     }
 
-    /// How long it takes to send it over a link once, in microseconds.
+    /// Time in which a link carries the blob once, in microseconds.
     pub(super) fn unit(&self) -> f64 {
         self.setting.size as f64 / self.setting.bandwidth as f64 * 1e6
     }
 
-    /// All that live and are honest have everything.
+    /// Whether all live honest nodes have the whole blob.
     pub(super) fn is_done(&self) -> bool {
         let all = &self.nodes;
         all.iter().all(|node| node.done_at.is_some() || !node.is_alive || node.behaviour == NodeBehaviour::Liar)
     }
 
-    /// The table of who has it and who fetches it, as this node knows it now.
+    /// The provider list of a node at this moment.
     fn providers(&self, observer: usize) -> Vec<Provider> {
         let [least, most] = self.setting.gossip;
         let known = |other: &usize| {
@@ -188,7 +189,7 @@ impl SwarmSimulation {
         }
     }
 
-    /// It is gone. The others find out within a second or two.
+    /// Kills a node. Each other node detects the death after 0.5 to 1.5 s.
     pub(super) fn kill(&mut self, node: usize) {
         self.nodes[node].is_alive = false;
         for other in 0..self.nodes.len() {

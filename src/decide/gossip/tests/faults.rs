@@ -1,4 +1,4 @@
-//! What members do that no honest one does, and what comes of it.
+//! Faults of members, and their consequences.
 
 use super::*;
 
@@ -13,9 +13,9 @@ fn a_forged_entry_is_rejected_and_the_third_bans_its_forger() {
     assert_eq!(village.providers(3, 99), NO_PEERS);
     assert_eq!(village.node(3).faults.last(), Some(&(id(2), "forged", true)));
     village.advance(seconds(1));
-    assert_eq!(village.up(3), [1], "and nothing of it counts");
+    assert_eq!(village.up(3), [1], "the banned member is down");
     village.advance(seconds(700));
-    assert_eq!(village.up(3), [1, 2], "until the ban is over");
+    assert_eq!(village.up(3), [1, 2], "the member is up after the ban");
 }
 
 #[test]
@@ -32,9 +32,9 @@ fn changes_that_differ_from_the_signed_digest_are_rejected() {
 fn a_publisher_that_signs_two_entries_with_the_same_number_is_banned() {
     let mut village = GossipCluster::converged(1..=3);
     village.publish_from(1, Gossip::Entry(entry_of(2, 2, &[blob(2), blob(102)])));
-    assert!(village.node(3).faults.is_empty(), "signed by 2, whoever brings it");
+    assert!(village.node(3).faults.is_empty(), "the entry counts by the signature of 2, not by the relay");
     village.publish_from(1, Gossip::Entry(entry_of(2, 2, &[blob(2), blob(202)])));
-    assert_eq!(village.node(3).faults, [(id(2), "contradiction", true)], "and who brought it is not to blame");
+    assert_eq!(village.node(3).faults, [(id(2), "contradiction", true)], "the relaying member has no fault");
 }
 
 #[test]
@@ -54,8 +54,8 @@ fn a_snapshot_that_differs_from_the_signed_state_is_rejected() {
     village.start_node(9, 1, "good 86400");
     village.connect(1, 9);
     village.advance(seconds(60));
-    assert_eq!(village.providers(9, 121), [id(2)], "somebody else gave the true one");
-    assert!(village.node(9).faults.is_empty(), "it may have been the publisher who lied");
+    assert_eq!(village.providers(9, 121), [id(2)], "another member sent the true snapshot");
+    assert!(village.node(9).faults.is_empty(), "the publisher may have signed a wrong state");
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn a_publisher_above_the_entry_rate_is_limited() {
         village.publish_from(1, Gossip::Entry(entry_of(2, sequence, &[blob(2)])));
     }
     let known = village.nodes[&3].protocol.roster.get(id(2)).unwrap().log.sequence();
-    assert!((60..70).contains(&known), "{known} entries were taken at once");
+    assert!((60..70).contains(&known), "{known} entries passed the limit");
 }
 
 #[test]
@@ -109,9 +109,9 @@ fn members_that_a_neighbour_reports_dead_are_probed_a_few_at_a_time() {
     let now = village.now;
     let house = village.node(1);
     house.protocol.compare_with(id(2));
-    let Some(Output::Request(ask, ..)) = house.protocol.next() else { panic!("a question") };
+    let Some(Output::Request(ask, ..)) = house.protocol.next() else { panic!("no request") };
     house.protocol.receive_reply(ask, marks, &mut house.inventory, now);
     let outputs: Vec<_> = std::iter::from_fn(|| house.protocol.next()).collect();
     let tried = outputs.iter().filter(|output| matches!(output, Output::Handshake(_) | Output::Dial(_))).count();
-    assert!((1..=16).contains(&tried), "{tried} at once");
+    assert!((1..=16).contains(&tried), "{tried} dials at once");
 }

@@ -1,5 +1,5 @@
-//! A few agents in one place: everything is delivered at once and in order, gossip floods. For sentences about the protocol; how it
-//! behaves on a network is the simulation's.
+//! A cluster of a few agents: every message is delivered at once and in order, and gossip floods.
+//! The tests check the protocol; the simulation checks its behavior on a network.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -16,11 +16,12 @@ use crate::model::{
 };
 use crate::oci::Digest;
 
-/// Signs with the digest of key and text, which everybody here could do and only liars do.
+/// Signs with the digest of key and text. Every agent here could forge signatures; only tests of
+/// forgery do.
 #[derive(Debug, Clone)]
 pub(super) struct TestVerifier(PeerId, Clock);
 
-/// Since the village was founded.
+/// Time since the cluster's start.
 type Clock = Rc<Cell<Duration>>;
 
 pub(super) fn test_signature(by: PeerId, message: &[u8]) -> Signature {
@@ -37,7 +38,8 @@ impl CredentialVerifier for TestVerifier {
         *signature == test_signature(by, message)
     }
 
-    /// `good SECONDS` admits until then, by the village's clock; `good SECONDS POD` says whose it is.
+    /// `good SECONDS` admits until then, by the cluster's clock; `good SECONDS POD` also names a
+    /// pod.
     fn verify_credential(&self, _: PeerId, credential: &Credential) -> Result<VerifiedCredential, CredentialRejection> {
         let mut words = credential.expose().split(' ').filter(|word| *word != "good");
         let until = words.next().and_then(|until| until.parse().ok()).ok_or(CredentialRejection::Rejected)?;
@@ -55,12 +57,12 @@ pub(super) struct GossipNode {
     pub(super) requests: Vec<SyncRequest>,
     allowed: BTreeSet<PeerId>,
     seen: BTreeSet<Vec<u8>>,
-    /// Neither sends nor receives, and closes nothing.
+    /// The node neither sends nor receives, and closes nothing.
     pub(super) is_cut_off: bool,
     is_dead: bool,
 }
 
-/// The agents, by number.
+/// Nodes by number.
 pub(super) struct GossipCluster {
     pub(super) nodes: BTreeMap<u8, GossipNode>,
     pub(super) now: Instant,
@@ -68,7 +70,7 @@ pub(super) struct GossipCluster {
     links: BTreeMap<MeshConnectionId, (u8, u8)>,
     next_link: MeshConnectionId,
     ticks: u32,
-    /// Changes what somebody answers.
+    /// Changes the reply of a node.
     pub(super) tamper_reply: Option<fn(u8, SyncReply) -> SyncReply>,
 }
 
@@ -90,7 +92,7 @@ fn encoded(message: &Gossip) -> Vec<u8> {
 }
 
 impl GossipCluster {
-    /// Agents that have introduced themselves and know nobody.
+    /// Agents that have introduced themselves and have no other member.
     pub(super) fn unconnected(numbers: impl IntoIterator<Item = u8>) -> Self {
         let mut village = Self {
             nodes: BTreeMap::new(),
@@ -105,7 +107,7 @@ impl GossipCluster {
         village
     }
 
-    /// Agents that all know each other and have told what they hold: a blob of their own each.
+    /// Agents that have all members and all items: each agent announces one blob of its own.
     pub(super) fn converged(numbers: std::ops::RangeInclusive<u8>) -> Self {
         let mut village = Self::unconnected(numbers.clone());
         let first = *numbers.start();
@@ -143,7 +145,7 @@ impl GossipCluster {
         self.nodes.get_mut(&number).unwrap()
     }
 
-    /// The one greets the other at its door.
+    /// Both nodes admit each other, as after a handshake.
     pub(super) fn connect(&mut self, a: u8, b: u8) {
         let now = self.now;
         for (one, other) in [(a, b), (b, a)] {
@@ -157,17 +159,17 @@ impl GossipCluster {
         self.node(number).protocol.announce(items.into_iter().map(InventoryChange::Added).collect());
     }
 
-    /// Who, according to the one, holds the blob of that number.
+    /// The providers of the blob `number`, as `according_to` has them.
     pub(super) fn providers(&self, according_to: u8, number: u8) -> Vec<PeerId> {
         self.nodes[&according_to].inventory.blob_providers(Digest::of(&[number]))
     }
 
-    /// Whom this one takes for alive.
+    /// The members that are up, as `according_to` has them.
     pub(super) fn up(&self, according_to: u8) -> Vec<u8> {
         self.nodes[&according_to].up.iter().map(|peer| peer.public_key()[0]).collect()
     }
 
-    /// Their connection ends, and neither thinks anything of it.
+    /// Closes the connections of two nodes, with notice, so neither suspects the other.
     pub(super) fn disconnect(&mut self, a: u8, b: u8) {
         let ended: Vec<_> = self.links.iter().filter(|(_, ends)| **ends == (a, b) || **ends == (b, a)).collect();
         for link in ended.into_iter().map(|(link, _)| *link).collect::<Vec<_>>() {
@@ -181,7 +183,7 @@ impl GossipCluster {
         }
     }
 
-    /// Another connection between them, over which nobody answers.
+    /// Opens another connection of two nodes, over which neither answers.
     pub(super) fn connect_twice(&mut self, a: u8, b: u8) {
         self.next_link += 1;
         let (link, now) = (self.next_link, self.now);
@@ -190,12 +192,12 @@ impl GossipCluster {
         self.node(b).protocol.connection_opened(link, id(a), now);
     }
 
-    /// Since it was founded.
+    /// Time since the cluster's start.
     pub(super) fn elapsed(&self) -> Duration {
         self.clock.get()
     }
 
-    /// The process ends and the system closes its connections.
+    /// Ends the process. The system closes its connections.
     pub(super) fn kill(&mut self, number: u8) {
         self.node(number).is_dead = true;
         let ended: Vec<_> = self.links.iter().filter(|(_, ends)| ends.0 == number || ends.1 == number).collect();
@@ -238,7 +240,7 @@ impl GossipCluster {
         [a, b].iter().all(|number| !self.nodes[number].is_cut_off && !self.nodes[number].is_dead)
     }
 
-    /// Somebody's neighbours hear this from it, whether it should have said it or not.
+    /// Publishes a message from this node, valid or not.
     pub(super) fn publish_from(&mut self, number: u8, message: Gossip) {
         self.flood(number, message);
         self.deliver_all();
@@ -328,7 +330,7 @@ impl GossipCluster {
         house.protocol.receive_reply(ask, reply, &mut house.inventory, now);
     }
 
-    /// Floods: whoever accepts it for the first time passes it on.
+    /// Floods a message: every node relays its first accepted copy.
     fn flood(&mut self, from: u8, message: Gossip) {
         let text = encoded(&message);
         self.node(from).seen.insert(text.clone());

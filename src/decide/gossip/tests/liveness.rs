@@ -1,4 +1,4 @@
-//! Who is taken for dead, by whose word, and who comes back.
+//! Liveness: suspicion, death, refutation, and return.
 
 use super::*;
 
@@ -10,7 +10,7 @@ fn an_unreachable_node_is_down_everywhere_within_three_seconds() {
     for number in (1..=20).filter(|number| *number != 7) {
         assert!(!village.up(number).contains(&7), "according to {number}");
         assert_eq!(village.providers(number, 7), NO_PEERS, "according to {number}");
-        assert_eq!(village.up(number).len(), 18, "according to {number} nobody else is");
+        assert_eq!(village.up(number).len(), 18, "according to {number} the other members stay up");
     }
 }
 
@@ -38,7 +38,7 @@ fn a_member_that_was_cut_off_returns_by_its_own_refutation_without_a_snapshot_re
         let asked = &village.node(number).requests;
         assert!(!asked.iter().any(|question| matches!(question, SyncRequest::Snapshot(_))), "{asked:?}");
     }
-    assert_eq!(village.up(7).len(), 19, "and it knows everybody again");
+    assert_eq!(village.up(7).len(), 19, "7 has all members again");
 }
 
 fn suspicion(accused: u8, by: u8) -> Gossip {
@@ -72,7 +72,7 @@ fn the_suspicion_of_a_single_witness_is_not_enough() {
 fn a_member_whose_only_neighbour_suspects_its_death_is_probed_by_others() {
     let mut village = GossipCluster::converged(1..=20);
     let linked: Vec<_> = (1..=20).filter(|number| *number != 7).collect();
-    // Nobody but 2 is connected to it.
+    // Only 2 stays connected with 7.
     for number in linked.into_iter().filter(|number| *number != 2) {
         village.disconnect(7, number);
     }
@@ -115,7 +115,7 @@ fn two_keys_of_the_same_pod_count_as_a_single_witness() {
     (2..=6).for_each(|number| village.connect(1, number));
     village.advance(seconds(30));
     village.node(4).is_cut_off = true;
-    // Nobody has heard it lately, and nobody accuses it yet.
+    // 7 has not answered lately, and is not suspected yet.
     village.advance(Duration::from_millis(1250));
     village.publish_from(5, suspicion(4, 5));
     village.publish_from(6, suspicion(4, 6));
@@ -134,7 +134,7 @@ fn endless_suspicions_are_refuted_at_a_bounded_rate_and_mark_no_member_down() {
         suspicion.signature = test_signature(id(2), &suspicion.signed_bytes());
         village.publish_from(2, Gossip::Suspicion(suspicion));
     }
-    assert_eq!(refutations(&mut village), 1, "of those that are not of its present incarnation it hears none");
+    assert_eq!(refutations(&mut village), 1, "suspicions of other incarnations are ignored");
     let mut high =
         Suspicion { suspect: id(5), epoch: 1, incarnation: u64::MAX - 1, witness: id(2), signature: [0; 64].into() };
     high.signature = test_signature(id(2), &high.signed_bytes());
@@ -154,7 +154,7 @@ fn a_peer_that_rejects_our_dial_is_not_suspected() {
     house.protocol.rejected_by_peer(id(7), now);
     village.advance(seconds(5));
     assert!(village.up(1).contains(&7));
-    assert!(village.nodes[&7].protocol.incarnation == 0, "it had nothing to refute");
+    assert!(village.nodes[&7].protocol.incarnation == 0, "7 had nothing to refute");
 }
 
 #[test]
@@ -178,7 +178,7 @@ fn a_member_that_leaves_is_down_and_its_next_process_is_accepted() {
     village.advance(seconds(15));
     for number in 1..=4 {
         assert_eq!(village.providers(number, 105), [id(5)]);
-        assert_eq!(village.providers(number, 5), NO_PEERS, "what the process before it told is void");
+        assert_eq!(village.providers(number, 5), NO_PEERS, "items of the earlier process are void");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Anything in any order.
+//! The picker under any order of events.
 
 use proptest::prelude::*;
 
@@ -58,7 +58,7 @@ fn any_event() -> impl Strategy<Value = PickerEvent> {
     ]
 }
 
-/// What the driver knows of an ask.
+/// A request in flight, as the driver sees it.
 struct OpenRequest {
     request: PickedRequest,
     began: Option<u32>,
@@ -141,7 +141,7 @@ impl SimulatedDriver {
         }
     }
 
-    /// What is counted is what a recount finds, and no bound is passed.
+    /// Every counter matches a recount, and no limit is exceeded.
     fn check_invariants(&self) {
         assert!(self.pool.in_flight.len() <= requests::MAX_IN_FLIGHT);
         for (place, blob) in self.pool.blobs.iter().enumerate() {
@@ -155,7 +155,10 @@ impl SimulatedDriver {
             let is_free = |piece: &u32| !blob.is_present(*piece) && expected(*piece) == 0;
             for piece in pieces.clone() {
                 assert_eq!(usize::from(blob.request_count(piece)), expected(piece), "{piece}");
-                assert!(expected(piece) <= 2 || blob.is_present(piece), "{piece} is asked of too many");
+                assert!(
+                    expected(piece) <= 2 || blob.is_present(piece),
+                    "piece {piece} is requested from too many peers"
+                );
             }
             assert_eq!(blob.unassigned_count(), pieces.clone().filter(is_free).count());
             assert_eq!(blob.missing(), pieces.clone().filter(|piece| !blob.is_present(*piece)).count());
@@ -171,7 +174,7 @@ impl SimulatedDriver {
         }
     }
 
-    /// From now on somebody is honest. Returns whether everything came.
+    /// Adds an honest seed. Returns whether all blobs become complete.
     fn finish_with_honest_seed(&mut self) -> bool {
         for open in std::mem::take(&mut self.open) {
             self.pool.end_request(open.request.id, RequestEnd::Failed, self.now);

@@ -1,4 +1,4 @@
-//! Of whom it is asked.
+//! The choice of providers.
 
 use super::*;
 
@@ -31,7 +31,7 @@ fn other_zones_are_used_only_when_allowed_and_for_pieces_missing_in_our_own_zone
     far.sort_unstable();
     assert_eq!(far, [4, 5]);
     bench.pool.set_cross_zone(false);
-    assert_eq!(bench.pool.take_cancellations().len(), 2, "what has not begun is taken back");
+    assert_eq!(bench.pool.take_cancellations().len(), 2, "requests without a begun piece are canceled");
 }
 
 #[test]
@@ -40,7 +40,7 @@ fn a_piece_that_is_rare_in_our_zone_comes_first_however_common_elsewhere() {
     let far: Vec<_> = (3..=5).map(|n| of_zone("b", partial(n))).collect();
     let mut bench = PickerFixture::in_zone(Some("a"), 40, &[&near[..], &far].concat());
     bench.pool.set_cross_zone(false);
-    // All but the first four, and none of them is the tail.
+    // Peer 2 has all but the first four pieces. The tail is at no peer.
     let common: Vec<_> = (4..39).collect();
     bench.piece_map(2, &these(&common));
     (3..=5).for_each(|n| bench.piece_map(n, &these(&[0, 1, 2, 3])));
@@ -65,7 +65,7 @@ fn the_only_provider_of_pieces_in_our_zone_is_offered_many_of_them() {
     let (choice, most) = offered(&[]);
     assert!(choice > most, "{most} of {choice}");
     let (choice, most) = offered(&(0..50).collect::<Vec<_>>());
-    assert_eq!(choice, most, "somebody else has them too");
+    assert_eq!(choice, most, "a second provider has the pieces too");
 }
 
 #[test]
@@ -102,7 +102,7 @@ fn a_lying_provider_is_used_only_when_no_other_is_left() {
 fn the_provider_that_would_finish_first_is_used() {
     let mut bench = PickerFixture::of(2560, &[whole(1), whole(2)]);
     let (mut quick, slow): (Vec<_>, Vec<_>) = bench.requests().into_iter().partition(|ask| ask.request.peer == peer(1));
-    // The first needs 10 ms for a piece, the second 200.
+    // Peer 1 sends a piece in 10 ms, peer 2 in 200 ms.
     for _ in 0..10 {
         quick.iter().for_each(|ask| bench.fulfil(ask, ms(10)));
         quick = bench.requests();
@@ -111,7 +111,7 @@ fn the_provider_that_would_finish_first_is_used() {
     quick.iter().for_each(|ask| bench.fulfil(ask, ms(10)));
     let asks = bench.requests();
     assert_eq!(asks[0].request.peer, peer(1));
-    assert!(asks[0].request.limit > 4, "as many as take it 100 ms: {}", asks[0].request.limit);
+    assert!(asks[0].request.limit > 4, "pieces for 100 ms: {}", asks[0].request.limit);
     let slow = asks.iter().find(|ask| ask.request.peer == peer(2)).unwrap();
     assert!(slow.request.limit < asks[0].request.limit / 2, "{}", slow.request.limit);
 }
@@ -128,7 +128,7 @@ fn a_late_request_is_hedged_and_cancelled_when_the_hedge_completes() {
     assert_eq!(until - bench.now, ms(1000));
     let mut hedges = bench.requests_after(ms(1000));
     assert_eq!(pieces_requested_of(&hedges, 2).len(), 2);
-    assert!(bench.requests_after(ms(0)).is_empty(), "two are enough");
+    assert!(bench.requests_after(ms(0)).is_empty(), "two requests per piece are enough");
     while !hedges.is_empty() {
         hedges.iter().for_each(|ask| bench.fulfil(ask, ms(1)));
         hedges = bench.requests();
@@ -155,7 +155,7 @@ fn a_request_with_slow_progress_is_not_late() {
     for _ in 0..20 {
         bench.now += ms(500);
         bench.pool.record_bytes(asks[0].id, 1000, bench.now);
-        assert!(bench.requests().is_empty(), "it serves us, if slowly");
+        assert!(bench.requests().is_empty(), "the provider serves us, if slowly");
     }
 }
 
@@ -168,7 +168,7 @@ fn the_endgame_pieces_are_requested_twice() {
         let asked = asks.iter().filter(|ask| ask.request.pieces.contains(&piece)).count();
         assert!((1..=2).contains(&asked), "{piece}: {asks:?}");
     }
-    assert_eq!(asks.len(), 6, "nobody waits");
+    assert_eq!(asks.len(), 6, "no provider idles");
 }
 
 #[test]

@@ -1,0 +1,215 @@
+//! Which of this node's images are whole, so that their names can be told.
+//!
+//! Every record's index or manifest is read and hashed once: content never changes under its digest.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+
+use crate::agent::recovery::blob_fetcher::LocalBlob;
+use crate::decide::image_completeness::{DocumentNeeds, MissingContent, missing_content, missing_layers_cause};
+use crate::model::{InventoryItem, MAX_ITEMS};
+use crate::oci::{Digest, Document, MAX_INDEX_DEPTH, Reference, Repository, RootFs};
+use crate::ports::{BlobInfo, ContentStore, ImageRecord, Snapshots, StoreError};
+
+/// Most digests that are kept of all documents together, 8 MiB: four for each item that may be announced, and a layer that several
+/// images share is one item. Images beyond that are not announced.
+const MAX_DIGESTS: usize = 4 * MAX_ITEMS;
+
+/// What is known of this node's images.
+#[derive(Default)]
+pub(super) struct ImageScanner {
+    needs: HashMap<Digest, DocumentNeeds>,
+    /// Digests in `known`.
+    digest_count: usize,
+    /// Incomplete images and the reason of each. A reason costs a call to every snapshotter, so
+    /// the reason is kept until the image lacks something else.
+    incomplete: HashMap<Digest, (MissingContent, String)>,
+}
+
+/// What a look at the images tells.
+#[derive(Debug, Default)]
+pub(super) struct ImageScan {
+    /// The names of what is whole.
+    pub(super) names: BTreeSet<InventoryItem>,
+    /// Documents whose bytes are not what their digest says.
+    pub(super) damaged: HashSet<Digest>,
+    /// Images that have a record and are not whole for anybody.
+    pub(super) incomplete: usize,
+    /// How many of them for which reason.
+    pub(super) reasons: BTreeMap<String, usize>,
+}
+
+/// What is known of an index or manifest, and by which names.
+#[derive(Default)]
+struct ImageNames {
+    has_record: bool,
+    names: BTreeSet<(Repository, Option<String>)>,
+}
+
+/// What reading a document gave.
+enum DocumentRead {
+    Document(DocumentNeeds),
+    Damaged,
+    Absent,
+}
+
+impl ImageScanner {
+    /// Looks at every image.
+    ///
+    /// # Errors
+    /// When the store cannot be reached.
+    pub(super) async fn scan(
+        &mut self,
+        store: &dyn ContentStore,
+        blobs: &[BlobInfo],
+        records: &[ImageRecord],
+    ) -> Result<ImageScan, StoreError> {
+        let there: HashSet<_> = blobs.iter().map(|blob| blob.digest).collect();
+        self.needs.retain(|digest, _| there.contains(digest));
+        self.digest_count = self.needs.values().map(digests_of).sum();
+        let mut scan = ImageScan::default();
+        let mut lacking = HashSet::new();
+        for (root, ImageNames { has_record, names }) in named_images(blobs, records) {
+            self.read_tree(store, root, &there, &mut scan.damaged).await?;
+            match missing_content(root, |digest| self.needs.get(&digest), |digest| there.contains(&digest)) {
+                None => {
+                    let name = |(repository, tag)| InventoryItem::Image(repository, tag, root);
+                    scan.names.extend(names.into_iter().map(name));
+                }
+                // An artifact is no image that lacks something.
+                Some(MissingContent::NoImage) => {}
+                Some(lack) if has_record => {
+                    lacking.insert(root);
+                    if self.incomplete.get(&root).is_none_or(|(known, _)| *known != lack)
+                        && let Some(reason) = reason(store, lack).await
+                    {
+                        let name = names.first().map(|(repository, _)| repository.to_string());
+                        tracing::info!(digest = %root, repository = name, %lack, reason, "an image is not announced");
+                        self.incomplete.insert(root, (lack, reason));
+                    }
+                }
+                Some(_) => {}
+            }
+        }
+        scan.incomplete = lacking.len();
+        self.incomplete.retain(|root, _| lacking.contains(root));
+        for (_, reason) in self.incomplete.values() {
+            *scan.reasons.entry(reason.clone()).or_default() += 1;
+        }
+        Ok(scan)
+    }
+
+    /// Reads the root, and what is there of the manifests and indexes in it, each once.
+    async fn read_tree(
+        &mut self,
+        store: &dyn ContentStore,
+        root: Digest,
+        there: &HashSet<Digest>,
+        damaged: &mut HashSet<Digest>,
+    ) -> Result<(), StoreError> {
+        let mut level = BTreeSet::from([root]);
+        for _ in 0..=MAX_INDEX_DEPTH {
+            let mut nested = BTreeSet::new();
+            for document in level {
+                self.read_document(store, document, there, damaged).await?;
+                if let Some(DocumentNeeds::AnyManifest(children)) = self.needs.get(&document) {
+                    nested.extend(children.iter().filter(|child| there.contains(child)));
+                }
+            }
+            level = nested;
+        }
+        Ok(())
+    }
+
+    async fn read_document(
+        &mut self,
+        store: &dyn ContentStore,
+        digest: Digest,
+        there: &HashSet<Digest>,
+        damaged: &mut HashSet<Digest>,
+    ) -> Result<(), StoreError> {
+        if !there.contains(&digest) || self.needs.contains_key(&digest) || damaged.contains(&digest) {
+            return Ok(());
+        }
+        match read_needs(store, digest).await? {
+            DocumentRead::Document(needs) if self.digest_count + digests_of(&needs) <= MAX_DIGESTS => {
+                self.digest_count += digests_of(&needs);
+                self.needs.insert(digest, needs);
+            }
+            DocumentRead::Document(_) => {
+                tracing::warn!(%digest, limit = MAX_DIGESTS, "more images than can be looked at")
+            }
+            // Read again next time: it may have been replaced by then.
+            DocumentRead::Damaged => {
+                tracing::warn!(%digest, "the bytes of a manifest are not what its digest says; it is not announced");
+                damaged.insert(digest);
+            }
+            DocumentRead::Absent => {}
+        }
+        Ok(())
+    }
+}
+
+/// Why the image lacks that, in the same words for the same reason. `None` when the store does not
+/// answer now.
+async fn reason(store: &dyn ContentStore, lack: MissingContent) -> Option<String> {
+    let MissingContent::Layers { missing, of, config } = lack else { return Some(lack.to_string()) };
+    let top = match LocalBlob::read(store, config).await.ok()? {
+        LocalBlob::Whole(bytes, _) => RootFs::parse(&bytes).ok().and_then(|rootfs| rootfs.top_chain_id()),
+        LocalBlob::Absent | LocalBlob::TooLarge(_) | LocalBlob::Damaged => None,
+    };
+    let snapshots = match top {
+        Some(top) => store.snapshots(top).await,
+        None => Ok(Snapshots::default()),
+    };
+    let snapshots = snapshots.inspect_err(|error| tracing::debug!(%error, "snapshotters cannot be asked")).ok()?;
+    let Snapshots { snapshotters, discards_layers } = snapshots;
+    Some(format!("layers {}", missing_layers_cause(missing, of, &snapshotters, discards_layers)))
+}
+
+/// Digests kept of one document: its own, and those that it names.
+fn digests_of(needs: &DocumentNeeds) -> usize {
+    1 + match needs {
+        DocumentNeeds::AnyManifest(manifests) => manifests.len(),
+        DocumentNeeds::Blobs { config: _, layers } => 1 + layers.len(),
+        DocumentNeeds::NoImage => 0,
+    }
+}
+
+/// Every index and manifest that a record names, or that is remembered to come from somewhere, with its names. Those that are no
+/// references (image IDs, what people chose) mean nothing to another node.
+fn named_images(blobs: &[BlobInfo], records: &[ImageRecord]) -> BTreeMap<Digest, ImageNames> {
+    let mut roots: BTreeMap<Digest, ImageNames> = BTreeMap::new();
+    for record in records {
+        let digest = record.target.digest;
+        let root = roots.entry(digest).or_default();
+        root.has_record = true;
+        match record.name.parse() {
+            Ok(Reference::Tag(repository, tag)) => root.names.insert((repository, Some(tag))),
+            Ok(Reference::Digest(repository, named)) if named == digest => root.names.insert((repository, None)),
+            _ => false,
+        };
+    }
+    for blob in blobs.iter().filter(|blob| blob.has_children && !blob.sources.is_empty()) {
+        let names = blob.sources.iter().map(|repository| (repository.clone(), None));
+        roots.entry(blob.digest).or_default().names.extend(names);
+    }
+    roots
+}
+
+/// Only a store that cannot be reached is an error: one bad sector must not keep everything else from being announced.
+async fn read_needs(store: &dyn ContentStore, digest: Digest) -> Result<DocumentRead, StoreError> {
+    match LocalBlob::read(store, digest).await {
+        Ok(LocalBlob::Whole(bytes, _)) => {
+            let document = Document::parse(&bytes);
+            Ok(DocumentRead::Document(document.map_or(DocumentNeeds::NoImage, |document| DocumentNeeds::of(&document))))
+        }
+        Ok(LocalBlob::TooLarge(_)) => Ok(DocumentRead::Document(DocumentNeeds::NoImage)),
+        Ok(LocalBlob::Absent) => Ok(DocumentRead::Absent),
+        Err(error) if error.is_retryable() => Err(error),
+        Ok(LocalBlob::Damaged) => Ok(DocumentRead::Damaged),
+        Err(error) => {
+            tracing::debug!(%digest, %error, "a manifest cannot be read");
+            Ok(DocumentRead::Damaged)
+        }
+    }
+}

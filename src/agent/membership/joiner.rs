@@ -1,0 +1,322 @@
+//! Finding peers: addresses are greeted at the door ([`crate::transfer`]), and who is admitted there may gossip ([`crate::mesh`]).
+//!
+//! Addresses come from DNS and from settings, from the address book of an earlier process, and from the mesh, which asks for the
+//! neighbours that it lacks. When DNS is asked is decided by [`crate::decide::dns_schedule`]. The mesh also says who is there whom this agent never met, and where: so anybody can be fetched from.
+//!
+//! Not here: who is admitted. Addresses are only hints; anybody may answer there.
+
+mod address_book;
+mod dial_queue;
+mod dns;
+pub mod introducer;
+mod join_state;
+mod membership_log;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
+use rand::seq::SliceRandom;
+use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use self::address_book::KnownPeer;
+use self::dial_queue::DialTarget;
+pub use self::dns::{DnsResolver, SystemDnsResolver};
+use self::join_state::JoinState;
+use crate::addresses::is_local_address;
+use crate::agent::peers::inventory_view::PeerInventory;
+use crate::mesh::{MembershipEvent, Mesh};
+use crate::metrics::Metrics;
+use crate::model::{MeshStatus, NodeName, Peer, PeerId, Release};
+use crate::ports::MeshSource;
+use crate::transfer::{DialError, Transfer};
+
+/// How often an agent that is short of peers greets the addresses of the last look-up again, and how
+/// often peers that are gone are forgotten.
+const RETRY_PERIOD: Duration = Duration::from_secs(10);
+/// Addresses greeted at the same time.
+const MAX_DIALS: usize = 16;
+/// Most addresses taken from DNS and settings in one round, at random; the next round takes others.
+const MAX_ADDRESSES: usize = 512;
+/// The first greetings wait for up to this long, at random, so that the doors of a thousand nodes that start together are not all
+/// knocked at in the same moment...
+const MAX_START_DELAY: Duration = Duration::from_secs(2);
+/// ...and the fewer there are to greet, the shorter: three nodes have nothing to spread.
+const START_DELAY_PER_ADDRESS: Duration = Duration::from_millis(4);
+
+/// A peer that was not connected for so long is forgotten: its node is gone, or it greets us again. Longer than a node's restart.
+const FORGET_AFTER: Duration = Duration::from_secs(600);
+
+/// How often the mesh is counted for the metrics, as often as Prometheus asks.
+const COUNT_PERIOD: Duration = Duration::from_secs(15);
+
+/// Of these countings each second one brings the address book up to date: it is written at most every 30 s.
+const COUNTS_PER_SAVE: u64 = 2;
+
+/// Longest that the end waits for the address book to be on disk.
+const FINAL_SAVE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A verdict that never ends is told to the mesh as one of this length.
+const MAX_ADMISSION: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// Keeps this agent connected.
+pub struct Joiner {
+    /// `host:port` of the first peers.
+    pub bootstrap_names: Vec<String>,
+    /// Resolves their names.
+    pub resolver: Arc<dyn DnsResolver>,
+    /// Where known peers are kept.
+    pub peers_file: PathBuf,
+    /// The door.
+    pub transfer: Transfer,
+    /// Who may gossip.
+    pub mesh: Mesh,
+    /// The same mesh, counted.
+    pub mesh_status: Arc<dyn MeshSource>,
+    /// Who is connected.
+    pub inventory: PeerInventory,
+    /// Where the mesh is counted.
+    pub metrics: Metrics,
+    /// Where the addresses of the last look-up go.
+    pub bootstrap_addresses: watch::Sender<Vec<SocketAddr>>,
+    /// The node whose agent has this agent's key, from gossip.
+    pub shared_key: watch::Sender<Option<NodeName>>,
+}
+
+impl Joiner {
+    /// Runs until stopped. `joined` yields the peers that greeted us and were admitted, `news` what the mesh has to say.
+    pub async fn run(
+        self,
+        mut joined: mpsc::Receiver<Peer>,
+        mut news: mpsc::Receiver<MembershipEvent>,
+        stop: CancellationToken,
+    ) {
+        let began = Instant::now();
+        let mut memory = JoinState::new(self.peers_file.clone());
+        let mut dials = FuturesUnordered::new();
+        let earlier = memory.address_book.addresses();
+        let mut quiet_until = began + start_delay(earlier.len());
+        memory.dial_queue.insert_hints(earlier);
+        let mut is_first = true;
+        let mut looking_up = FuturesUnordered::new();
+        let mut retry = began + RETRY_PERIOD;
+        let counting = self.read_mesh_status(Duration::ZERO);
+        tokio::pin!(counting);
+        let mut counts = 0;
+        loop {
+            let is_quiet = Instant::now() < quiet_until;
+            while dials.len() < MAX_DIALS && !is_quiet {
+                let Some(target) = memory.dial_queue.start_next() else { break };
+                let transfer = &self.transfer;
+                dials.push(transfer.dial(target.address, target.expected_peer).map(move |dialed| (target, dialed)));
+            }
+            let due = memory.membership_log.due();
+            let look_up = memory.next_lookup_at(Instant::now());
+            tokio::select! {
+                () = stop.cancelled() => break,
+                Some(peer) = joined.recv() => self.admit(peer).await,
+                Some(news) = news.recv() => self.on_mesh_event(news, &mut memory).await,
+                Some((call, greeted)) = dials.next() => self.on_dial_ended(call, greeted, &mut memory).await,
+                () = sleep_until(look_up), if looking_up.is_empty() => looking_up.push(self.look_up()),
+                Some(listed) = looking_up.next() => {
+                    memory.on_looked_up(listed, Instant::now());
+                    self.bootstrap_addresses.send_replace(memory.bootstrap_addresses.clone());
+                    let unknown = self.unconnected_addresses(&memory);
+                    if std::mem::take(&mut is_first) {
+                        quiet_until = quiet_until.max(Instant::now() + start_delay(unknown.len()));
+                    }
+                    memory.begin_round(unknown);
+                }
+                () = sleep_until(retry) => {
+                    if memory.lookup_schedule.is_short() {
+                        let unknown = self.unconnected_addresses(&memory);
+                        memory.begin_round(unknown);
+                    }
+                    self.forget_dead_peers(&mut memory.last_seen, Instant::now()).await;
+                    retry = Instant::now() + RETRY_PERIOD;
+                }
+                status = &mut counting => {
+                    self.metrics.mesh_counted(&status);
+                    memory.warn_of_overflow(&status);
+                    memory.releases = member_releases(&status);
+                    counts += 1;
+                    if counts % COUNTS_PER_SAVE == 0 {
+                        self.save_address_book(&mut memory);
+                    }
+                    counting.set(self.read_mesh_status(COUNT_PERIOD));
+                }
+                () = sleep_until(quiet_until), if is_quiet => {}
+                () = sleep_until(due.unwrap_or(began)), if due.is_some() => memory.membership_log.write_summary(),
+            }
+        }
+        if let Some(writing) = memory.save_task.take() {
+            // One at a time.
+            let _ = tokio::time::timeout(FINAL_SAVE_TIMEOUT, writing).await;
+        }
+        self.save_address_book(&mut memory);
+        if let Some(writing) = memory.save_task.take() {
+            let _ = tokio::time::timeout(FINAL_SAVE_TIMEOUT, writing).await;
+        }
+    }
+
+    /// Where other agents may be, by DNS and by settings, in random order; `None` where no name was resolved.
+    async fn look_up(&self) -> Option<Vec<SocketAddr>> {
+        let (mut addresses, mut is_answered) = (BTreeSet::new(), false);
+        let (resolv_conf, port) = (self.resolver.resolv_conf(), self.transfer.local_addr().port());
+        for seed in &self.bootstrap_names {
+            let resolved = self.resolver.resolve(&dns::qualified_name(seed, &resolv_conf)).await;
+            self.metrics.names_looked_up(resolved.is_some());
+            is_answered |= resolved.is_some();
+            addresses.extend(resolved.unwrap_or_default());
+        }
+        let mut addresses: Vec<_> = addresses.into_iter().filter(|address| !is_own_address(*address, port)).collect();
+        addresses.shuffle(&mut rand::rng());
+        addresses.truncate(MAX_ADDRESSES);
+        is_answered.then_some(addresses)
+    }
+
+    async fn read_mesh_status(&self, pause: Duration) -> MeshStatus {
+        sleep(pause).await;
+        self.mesh_status.mesh().await.unwrap_or_default()
+    }
+
+    async fn admit(&self, peer: Peer) {
+        let life = self.transfer.admitted_for(peer.id).min(MAX_ADMISSION);
+        self.mesh.admit(peer, life).await;
+    }
+
+    async fn on_mesh_event(&self, news: MembershipEvent, memory: &mut JoinState) {
+        match news {
+            MembershipEvent::Up(peer) => {
+                self.transfer.add_peer_address(&peer);
+                // One that moved is told as well.
+                if memory.live_peers.insert(peer.id) {
+                    memory.membership_log.peer_up(&peer, Instant::now());
+                }
+            }
+            MembershipEvent::Down(peer) => {
+                memory.live_peers.remove(&peer);
+                let known = self.transfer.peer(peer);
+                memory.membership_log.peer_down(peer, known.as_ref().map(|known| &known.node), Instant::now());
+            }
+            MembershipEvent::Handshake(peer) => {
+                if !memory.dial_queue.insert_requested(peer.id, peer.transfer) {
+                    self.mesh.report_rejection(peer.id).await;
+                }
+            }
+            MembershipEvent::SharedKey(node) => drop(self.shared_key.send_replace(Some(node))),
+        }
+        self.metrics.peers_connected(self.inventory.peer_count());
+    }
+
+    async fn on_dial_ended(&self, target: DialTarget, dialed: Result<Peer, DialError>, memory: &mut JoinState) {
+        memory.dial_queue.finish(target, dialed.is_ok());
+        let is_silent = dialed.as_ref().is_err_and(DialError::is_silence);
+        match dialed {
+            Ok(peer) => {
+                memory.logged_failures.remove(&target.address);
+                memory.peers_by_address.insert(target.address, peer.id);
+                return self.admit(peer).await;
+            }
+            Err(DialError::OwnAddress(_)) => drop(memory.own_addresses.insert(target.address)),
+            Err(error) => {
+                // Once per address and reason: a node that is down would fill the log.
+                let reason = error.to_string();
+                if memory.logged_failures.get(&target.address) != Some(&reason) {
+                    tracing::info!(address = %target.address, %error, "no peer there yet");
+                    memory.logged_failures.insert(target.address, reason);
+                }
+            }
+        }
+        match target.expected_peer {
+            Some(meant) if is_silent => self.mesh.report_unreachable(meant).await,
+            Some(meant) => self.mesh.report_rejection(meant).await,
+            None => {}
+        }
+    }
+
+    /// Those of the last look-up where nobody is known who is up.
+    fn unconnected_addresses(&self, memory: &JoinState) -> Vec<SocketAddr> {
+        let mut addresses = memory.bootstrap_addresses.clone();
+        let up: BTreeMap<_, _> = self.inventory.peers().into_iter().map(|peer| (peer.id, peer.transfer)).collect();
+        let taken: BTreeSet<_> = up.values().copied().collect();
+        addresses.retain(|address| {
+            let is_met = memory.peers_by_address.get(address).is_some_and(|peer| up.contains_key(peer));
+            !is_met && !taken.contains(address) && !memory.own_addresses.contains(address)
+        });
+        addresses
+    }
+
+    /// Lets go of peers that have not been connected for a long time.
+    async fn forget_dead_peers(&self, last_seen: &mut BTreeMap<PeerId, Instant>, now: Instant) {
+        let connected: BTreeSet<_> = self.inventory.peers().into_iter().map(|peer| peer.id).collect();
+        let known: BTreeSet<_> = self.transfer.peers().into_iter().map(|peer| peer.id).collect();
+        last_seen.retain(|peer, _| known.contains(peer));
+        for peer in known {
+            let seen = last_seen.entry(peer).or_insert(now);
+            if connected.contains(&peer) {
+                *seen = now;
+            } else if now.duration_since(*seen) > FORGET_AFTER {
+                tracing::info!(%peer, "not seen for {} min, forgotten", FORGET_AFTER.as_secs() / 60);
+                self.mesh.revoke_admission(peer).await;
+                self.transfer.remove_peer(peer);
+            }
+        }
+    }
+
+    /// Brings the address book up to date. Its file is written beside everything else, one at a time.
+    fn save_address_book(&self, memory: &mut JoinState) {
+        match memory.save_task.take_if(|writing| writing.is_finished()).map(FutureExt::now_or_never) {
+            Some(Some(Ok(true))) => {}
+            Some(_) => memory.address_book.mark_unwritten(),
+            None if memory.save_task.is_some() => return,
+            None => {}
+        }
+        let now = address_book::now();
+        let release = |peer: &Peer| memory.releases.get(&peer.id.to_string()).cloned();
+        let alive = self.inventory.peers().into_iter().map(|peer| KnownPeer::new(&peer, release(&peer), now)).collect();
+        if let Some((path, text)) = memory.address_book.update(alive) {
+            memory.save_task = Some(spawn_blocking(move || address_book::write_file(&path, &text)));
+        }
+    }
+}
+
+/// Whether the agent of this node that listens on `port` listens there. DNS names every agent, this one
+/// included.
+fn is_own_address(address: SocketAddr, port: u16) -> bool {
+    address.port() == port && is_local_address(address.ip().to_canonical())
+}
+
+/// How long the first greetings of so many addresses wait.
+fn start_delay(addresses: usize) -> Duration {
+    let most =
+        START_DELAY_PER_ADDRESS.saturating_mul(u32::try_from(addresses).unwrap_or(u32::MAX)).min(MAX_START_DELAY);
+    most.mul_f64(rand::random())
+}
+
+/// What each member runs, by PeerId.
+fn member_releases(status: &MeshStatus) -> BTreeMap<String, Release> {
+    let members = status.members.iter();
+    members.filter_map(|member| Some((member.peer_id.clone(), member.release.parse().ok()?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_takes_its_own_address_out_of_an_answer() {
+        let at = |address: &str| address.parse::<SocketAddr>().unwrap();
+        assert!(is_own_address(at("127.0.0.1:4701"), 4701));
+        assert!(is_own_address(at("[::ffff:127.0.0.1]:4701"), 4701));
+        assert!(!is_own_address(at("127.0.0.1:4711"), 4701), "another agent of this machine");
+        assert!(!is_own_address(at("198.51.100.1:4701"), 4701), "another node");
+    }
+}

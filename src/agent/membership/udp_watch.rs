@@ -1,0 +1,143 @@
+//! Watches whether peers answer over UDP, and says where a firewall blocks it: readiness, metric,
+//! status, log, and the Events of pods.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use rand::seq::IndexedRandom;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::agent::peers::inventory_view::PeerInventory;
+use crate::decide::transport_choice::{MAX_BLOB, MAX_IMAGE};
+use crate::decide::udp_path::{UdpPath, UdpProbe};
+use crate::metrics::Metrics;
+use crate::ports::{MeshSource, UdpStatus};
+use crate::transfer::Transfer;
+
+/// A TCP connection to a node of the same cluster is open within milliseconds.
+const TCP_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Probes one other node at a time.
+pub struct UdpWatch {
+    /// Opens the handshakes.
+    pub transfer: Transfer,
+    /// Names the neighbours, which are connected over TCP.
+    pub mesh_status: Arc<dyn MeshSource>,
+    /// Has the addresses of the neighbours, and the state.
+    pub inventory: PeerInventory,
+    /// Addresses where other agents may be, for an agent without neighbours.
+    pub bootstrap_addresses: watch::Receiver<Vec<SocketAddr>>,
+    /// The readiness check: UDP is not blocked.
+    pub ready: watch::Sender<bool>,
+    /// Counts.
+    pub metrics: Metrics,
+}
+
+/// Where another agent is: over UDP, and over TCP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct ProbeTarget {
+    udp: SocketAddr,
+    tcp: SocketAddr,
+}
+
+impl UdpWatch {
+    /// Runs until stopped.
+    pub async fn run(self, stop: CancellationToken) {
+        let mut path = UdpPath::new(Instant::now().into_std(), rand::random());
+        loop {
+            let due = sleep_until(path.due().into());
+            if stop.run_until_cancelled(due).await.is_none() {
+                return;
+            }
+            if stop.run_until_cancelled(self.probe_peer(&mut path)).await.is_none() {
+                return;
+            }
+            self.publish(&path);
+        }
+    }
+
+    async fn probe_peer(&self, path: &mut UdpPath) {
+        let targets = self.targets().await;
+        let over_udp: Vec<_> = targets.iter().map(|target| target.udp).collect();
+        let preferred = path.prefer(&over_udp);
+        let chosen = preferred.choose(&mut rand::rng());
+        let Some(target) = chosen.and_then(|udp| targets.iter().find(|target| target.udp == *udp)) else {
+            return path.record_skipped_probe(Instant::now().into_std(), rand::random());
+        };
+        let probe = match self.transfer.probe(target.udp).await {
+            Ok(true) => UdpProbe::Answered,
+            Ok(false) => UdpProbe::Silent { tcp: is_open(target.tcp).await },
+            Err(error) => {
+                tracing::debug!(address = %target.udp, %error, "cannot be probed");
+                return path.record_skipped_probe(Instant::now().into_std(), rand::random());
+            }
+        };
+        path.record_probe(target.udp, probe, targets.len(), Instant::now().into_std(), rand::random());
+    }
+
+    /// The neighbours, or without any the addresses of the last look-up; in both cases a few
+    /// hundred at most.
+    async fn targets(&self) -> Vec<ProbeTarget> {
+        let members = self.mesh_status.mesh().await.map(|status| status.members).unwrap_or_default();
+        let neighbours: BTreeSet<_> =
+            members.into_iter().filter(|member| member.neighbour).map(|member| member.peer_id).collect();
+        let peers = if neighbours.is_empty() { Vec::new() } else { self.inventory.peers() };
+        let mut targets: Vec<_> = peers
+            .into_iter()
+            .filter(|peer| neighbours.contains(&peer.id.to_string()))
+            .map(|peer| ProbeTarget { udp: peer.transfer, tcp: peer.gossip })
+            .collect();
+        if targets.is_empty() {
+            // Gossip's TCP port has the number of the UDP port.
+            targets = self
+                .bootstrap_addresses
+                .borrow()
+                .iter()
+                .map(|address| ProbeTarget { udp: *address, tcp: *address })
+                .collect();
+        }
+        targets.sort_unstable();
+        targets.dedup();
+        targets
+    }
+
+    fn publish(&self, path: &UdpPath) {
+        let status = match path.blocked() {
+            None => UdpStatus::default(),
+            Some(blocked) => {
+                let since = SystemTime::now().checked_sub(blocked.since.elapsed());
+                let since = since.and_then(|since| since.duration_since(SystemTime::UNIX_EPOCH).ok());
+                UdpStatus {
+                    blocked_since: Some(since.unwrap_or_default().as_secs()),
+                    port: self.transfer.local_addr().port(),
+                    nodes: blocked.nodes,
+                }
+            }
+        };
+        let (is_blocked, nodes, port) = (status.blocked_since.is_some(), status.nodes, status.port);
+        let was_blocked = self.inventory.udp().replace(status).blocked_since.is_some();
+        self.ready.send_replace(!is_blocked);
+        self.metrics.udp_blocked(is_blocked);
+        match (was_blocked, is_blocked) {
+            (false, true) => tracing::warn!(
+                port,
+                nodes,
+                largest_blob = MAX_BLOB,
+                largest_image = MAX_IMAGE,
+                "other nodes answer over TCP and none over UDP: a firewall blocks UDP, so only small images come from peers, over TCP"
+            ),
+            (true, false) => tracing::info!("other nodes answer over UDP again"),
+            _ => {}
+        }
+    }
+}
+
+/// Whether a TCP connection can be opened. The other side sees a handshake that does not begin.
+async fn is_open(address: SocketAddr) -> bool {
+    timeout(TCP_TIMEOUT, TcpStream::connect(address)).await.is_ok_and(|connected| connected.is_ok())
+}

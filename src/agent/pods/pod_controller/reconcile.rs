@@ -1,0 +1,396 @@
+//! What each pod needs: whether it is to be helped, and which images it lacks.
+//!
+//! A pod is decided on in two steps, because the second needs the API server and must hold up nobody: what its own words, the rules and
+//! this node's images tell is seen at once; its namespace and its owners are asked for beside, and the answer decides.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::waiting_pod::{PodOptIn, WaitingPod};
+use super::{PodController, WorkResult, now};
+use crate::agent::pods::notifications::PendingNotification;
+use crate::agent::pods::registry_health::RegistryHealth;
+use crate::decide::cause::{Cause, classify, failing_image, is_pending, names_another_host, waits_for_image};
+use crate::decide::opt_in::{InvalidAnnotation, OptIn, OptInPolicy, OptOutReason};
+use crate::decide::pull_failure::{Consent, FailedPull, IgnoreReason, NotRecoverable, PullVerdict, STALLED, decide};
+use crate::decide::recovery_queue::JoinOutcome;
+use crate::model::{ContainerView, PodRef, PodView, PullPolicy};
+use crate::oci::Reference;
+use crate::ports::{Annotations, Cluster, ClusterError, NamespaceView, PodReportKind};
+
+/// How soon a pod is looked at again whose namespace could not be read. Longer than the 5 s for which the adapter remembers that the API
+/// server did not answer.
+const UNDECIDED_RETRY: Duration = Duration::from_secs(6);
+
+/// Odd annotations that are told apart. More are counted as seen.
+const MAX_ODD_ANNOTATIONS: usize = 256;
+
+/// What the API server says about whether a pod is to be helped.
+pub(super) struct OptInSources {
+    namespace: Arc<NamespaceView>,
+    /// Where the pod leaves it to them.
+    owners: Option<Vec<Arc<Annotations>>>,
+}
+
+impl OptInSources {
+    async fn read(cluster: &dyn Cluster, policy: &OptInPolicy, pod: &PodView) -> Result<Self, ClusterError> {
+        let namespace = cluster.namespace(&pod.pod.k8s_namespace).await?;
+        let (labels, annotations) = (&namespace.labels, &namespace.annotations);
+        let opt_in = policy.evaluate(pod, labels, annotations, None, &mut Vec::new());
+        let owners = match (opt_in, &pod.owner) {
+            (OptIn::NeedsOwners, Some(owner)) => Some(cluster.owners(&pod.pod.k8s_namespace, owner).await?),
+            _ => None,
+        };
+        Ok(Self { namespace, owners })
+    }
+}
+
+impl PodController {
+    pub(super) fn reconcile(&mut self, pod: PodView) {
+        for container in pod.containers.iter().filter(|container| container.waiting.is_none()) {
+            self.ledger.remove_container(&pod.pod, &container.name);
+        }
+        let failing = pod.containers.iter().any(waits_for_image);
+        if pod.is_ending || !(failing || pod.containers.iter().any(is_pending)) {
+            // What was said about images of no one container counts anew from here on.
+            self.ledger.remove_container(&pod.pod, "");
+            self.stop_waiting(&pod.pod, !pod.is_ending);
+            return;
+        }
+        let waiting = self.waiting.entry(pod.pod.clone()).or_insert_with(|| WaitingPod::new(pod.clone(), now()));
+        waiting.update(pod.clone(), now());
+        let is_of_interest = failing || waiting.sandbox_suspected || !self.absent_images(&pod).is_empty();
+        let refusal = self.policy.borrow().opt_in.opt_out_reason(&pod);
+        match refusal {
+            _ if !is_of_interest => self.set_needed_images(&pod.pod, BTreeSet::new()),
+            // Told without asking anybody, so that the kill switch works while the API server is away.
+            Some(reason) => self.reconcile_refused(&pod, reason),
+            None => self.read_opt_in(&pod),
+        }
+    }
+
+    /// One question for a pod at a time; the answer decides on the pod as it is by then.
+    fn read_opt_in(&mut self, pod: &PodView) {
+        let Some(waiting) = self.waiting.get_mut(&pod.pod).filter(|waiting| !waiting.is_reading_opt_in) else { return };
+        waiting.is_reading_opt_in = true;
+        let (rules, cluster) = (Arc::clone(&self.policy.borrow()), Arc::clone(&self.cluster));
+        let (pod, permits, stopping) = (pod.clone(), Arc::clone(&self.api_permits), self.stopping.clone());
+        self.work.spawn(async move {
+            let question = async {
+                let _permit = permits.acquire().await;
+                OptInSources::read(&*cluster, &rules.opt_in, &pod).await
+            };
+            let result = stopping.run_until_cancelled(question).await;
+            result.map_or(WorkResult::Nothing, |said| WorkResult::OptInRead { pod: pod.pod, result: said })
+        });
+    }
+
+    pub(super) fn on_opt_in(&mut self, pod: &PodRef, result: Result<OptInSources, ClusterError>) {
+        let Some(waiting) = self.waiting.get_mut(pod) else { return };
+        waiting.is_reading_opt_in = false;
+        let view = waiting.view.clone();
+        let OptInSources { namespace, owners } = match result {
+            Ok(permission) => permission,
+            Err(error) => return self.retry_later(pod, &error),
+        };
+        self.undecided.remove(pod);
+        let mut odd = Vec::new();
+        let owners = owners.as_ref().map(|owners| owners.iter().map(|owner| &**owner).collect::<Vec<_>>());
+        let rules = Arc::clone(&self.policy.borrow());
+        let (labels, annotations) = (&namespace.labels, &namespace.annotations);
+        let opt_in = rules.opt_in.evaluate(&view, labels, annotations, owners.as_deref(), &mut odd);
+        let priority = rules.opt_in.priority(&view, &mut odd);
+        self.warn_of_odd_annotations(&view, odd);
+        match opt_in {
+            OptIn::Yes { on_denied, repositories } => {
+                self.reconcile_opted_in(&view, &PodOptIn { on_denied, repositories, priority })
+            }
+            OptIn::No(reason) => self.reconcile_refused(&view, reason),
+            // Its annotations changed while the API server was asked.
+            OptIn::NeedsOwners => self.read_opt_in(&view),
+        }
+    }
+
+    fn reconcile_refused(&mut self, pod: &PodView, reason: OptOutReason) {
+        if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
+            waiting.clear_opt_in();
+        }
+        if self.record_outages(pod, RegistryHealth::has_answered) {
+            self.reconcile_pods_in_outages();
+        }
+        for container in pod.containers.iter().filter(|container| waits_for_image(container)) {
+            let (image, _) = failing_image(pod, container);
+            self.record_left_alone(pod, &container.name, image, IgnoreReason::OptedOut(reason));
+        }
+        self.set_needed_images(&pod.pod, BTreeSet::new());
+    }
+
+    fn reconcile_opted_in(&mut self, pod: &PodView, opt_in: &PodOptIn) {
+        if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
+            waiting.opt_in = Some(opt_in.clone());
+        }
+        if self.record_outages(pod, |_, _| true) {
+            self.reconcile_pods_in_outages();
+        }
+        let failing = pod.containers.iter().filter(|container| waits_for_image(container));
+        let mut needed: BTreeSet<_> =
+            failing.filter_map(|container| self.on_pull_failure(pod, container, opt_in)).collect();
+        for (image, policy) in self.absent_images(pod) {
+            needed.extend(self.on_absent_image(pod, &image, policy, opt_in));
+        }
+        let sandbox = self.waiting.get(&pod.pod).and_then(|waiting| waiting.missing_sandbox_image.clone());
+        if let Some((reference, cause)) = sandbox {
+            let image = reference.to_string();
+            let cause = self.ledger.record_cause(&pod.pod, "", &image, Some(cause));
+            let failure = self.failure(&image, PullPolicy::IfNotPresent, cause, "");
+            needed.extend(self.on_verdict(pod, "", failure, opt_in));
+        }
+        self.set_needed_images(&pod.pod, needed);
+    }
+
+    /// One container that waits for its image; answers the image if it is to be recovered.
+    fn on_pull_failure(&mut self, pod: &PodView, container: &ContainerView, opt_in: &PodOptIn) -> Option<Reference> {
+        let (image, policy) = failing_image(pod, container);
+        let waiting = container.waiting.as_ref();
+        let known = self.ledger.record_cause(&pod.pod, &container.name, image, waiting.and_then(classify));
+        let said = waiting.map_or("", |waiting| waiting.message.as_str());
+        let failure = self.failure(image, policy, known, said);
+        let reference = self.on_verdict(pod, &container.name, failure, opt_in)?;
+        // The image came while the kubelet was still trying to pull it: it does not look again by itself for a while.
+        if self.queue.is_settling(&reference) && self.ledger.mark_reported(&pod.pod, &container.name, image, "nudged") {
+            self.spawn_nudge(pod.pod.clone());
+        }
+        Some(reference)
+    }
+
+    /// An image that is not here and that nobody has failed to pull yet.
+    fn on_absent_image(
+        &mut self,
+        pod: &PodView,
+        image: &str,
+        policy: PullPolicy,
+        opt_in: &PodOptIn,
+    ) -> Option<Reference> {
+        let is_stalled = self.waiting.get(&pod.pod).is_some_and(|waiting| waiting.stalled_images.contains(image));
+        let cause = if is_stalled { Cause::Stalled } else { Cause::KnownOutage };
+        let failure = self.failure(image, policy, Some(cause), "");
+        if !failure.may_be_early && !is_stalled {
+            self.probe_registry(&image.parse::<Reference>().ok()?.repository().registry);
+            return None;
+        }
+        if self.ledger.is_denied(&pod.pod, image) && !opt_in.on_denied {
+            return None;
+        }
+        let of_container = pod.containers.iter().find(|container| container.image == image);
+        let name = of_container.map_or("", |container| container.name.as_str());
+        let needed = self.on_verdict(pod, name, failure, opt_in)?;
+        if is_stalled && self.ledger.mark_reported(&pod.pod, name, image, PodReportKind::Stalled.reason()) {
+            let note =
+                format!("{STALLED} {image} is brought from peers meanwhile: new pods of this node find it at once.");
+            self.spawn_report(pod.pod.clone(), PodReportKind::Stalled, note);
+        }
+        Some(needed)
+    }
+
+    fn failure<'a>(&self, image: &'a str, policy: PullPolicy, cause: Option<Cause>, said: &'a str) -> FailedPull<'a> {
+        let reference = image.parse::<Reference>();
+        let may_be_early = reference.is_ok_and(|reference| self.registries.may_recover_early(&reference, now()));
+        FailedPull { image, pull_policy: policy, cause, message: said, may_be_early }
+    }
+
+    fn on_verdict(
+        &mut self,
+        pod: &PodView,
+        container: &str,
+        failure: FailedPull<'_>,
+        opt_in: &PodOptIn,
+    ) -> Option<Reference> {
+        let rules = Arc::clone(&self.policy.borrow());
+        let PodOptIn { on_denied, ref repositories, priority } = *opt_in;
+        let image = failure.image;
+        match decide(failure, Consent { recover_on: &rules.opt_in.recover_on, on_denied, repositories }) {
+            PullVerdict::Recover(reference, cause) => {
+                if self.ledger.mark_reported(&pod.pod, container, image, "recover") {
+                    self.metrics.pod_failure_seen("recover");
+                    tracing::info!(pod = %pod.pod, container, %reference, ?cause, "a pod cannot get its image");
+                }
+                self.request_recovery(&reference, pod, container, image, priority);
+                return Some(reference);
+            }
+            PullVerdict::Report(reason) => {
+                if self.ledger.mark_reported(&pod.pod, container, image, reason.label()) {
+                    self.metrics.pod_failure_seen(reason.label());
+                    let note = reason.event_text(image);
+                    tracing::info!(pod = %pod.pod, container, note, "not actionable");
+                    let pods = std::slice::from_ref(&pod.pod);
+                    let kind = match reason {
+                        NotRecoverable::NotUnderstood(_) => PodReportKind::Unclassified,
+                        NotRecoverable::Stalled => PodReportKind::Stalled,
+                        _ => PodReportKind::NotRecoverable,
+                    };
+                    self.notifications.send(PendingNotification::not_recovered(image, kind, pods, &note));
+                    self.spawn_report(pod.pod.clone(), kind, note);
+                }
+            }
+            PullVerdict::Ignore(reason) => self.record_left_alone(pod, container, image, reason),
+        }
+        None
+    }
+
+    fn request_recovery(&mut self, reference: &Reference, pod: &PodView, container: &str, image: &str, priority: i64) {
+        match self.queue.join(reference, &pod.pod, priority) {
+            JoinOutcome::First => {
+                let came = self.waiting.get(&pod.pod).map_or_else(now, |waiting| waiting.seen_at);
+                self.requested_since.insert(reference.clone(), came);
+            }
+            JoinOutcome::Recovered => {
+                self.ledger.mark_reported(&pod.pod, container, image, "nudged");
+                self.spawn_nudge(pod.pod.clone());
+            }
+            JoinOutcome::JoinedOthers | JoinOutcome::AlreadyWaiting => {}
+        }
+    }
+
+    fn record_left_alone(&mut self, pod: &PodView, container: &str, image: &str, reason: IgnoreReason) {
+        if reason == IgnoreReason::CauseUnknown {
+            // The failure is decided on, and counted, when the cause is known. What the kubelet said before may name it.
+            if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
+                waiting.schedule_event_read(now());
+            }
+        } else if self.ledger.mark_reported(&pod.pod, container, image, reason.label()) {
+            self.metrics.pod_failure_seen(reason.label());
+            tracing::debug!(pod = %pod.pod, container, ?reason, "left alone");
+        }
+    }
+
+    /// Images of containers that the kubelet has not come to, and of volumes, that are not on this node and that it would look for first.
+    pub(super) fn absent_images(&self, pod: &PodView) -> Vec<(String, PullPolicy)> {
+        let here = self.image_records.borrow();
+        // What is here is not known yet, right after the start.
+        let Some(here) = here.as_ref().filter(|_| pod.containers.iter().any(is_pending)) else { return Vec::new() };
+        let containers = pod.containers.iter().filter(|container| is_pending(container));
+        let of_containers = containers.map(|container| (&container.image, container.pull_policy));
+        let of_volumes = pod.image_volumes.iter().map(|volume| (&volume.image, volume.pull_policy));
+        let is_absent =
+            |image: &str| image.parse::<Reference>().is_ok_and(|reference| !here.contains_key(&reference.to_string()));
+        let absent: BTreeSet<_> = of_containers
+            .chain(of_volumes)
+            .filter(|(image, policy)| *policy == PullPolicy::IfNotPresent && is_absent(image))
+            .map(|(image, _)| image.clone())
+            .collect();
+        absent.into_iter().map(|image| (image, PullPolicy::IfNotPresent)).collect()
+    }
+
+    /// Learns from the kubelet's words about a pull that just failed. Whether they told of a fault of a registry.
+    ///
+    /// Any pod's failed pull is evidence. A pod that is not helped may name any registry, so only registries that `counts` accepts are
+    /// learnt of from it: those that have answered this agent.
+    fn record_outages(&mut self, pod: &PodView, counts: impl Fn(&RegistryHealth, &str) -> bool) -> bool {
+        let Some(waiting) = self.waiting.get_mut(&pod.pod) else { return false };
+        let mut has_recorded = false;
+        let fresh = std::mem::take(&mut waiting.fresh_failures);
+        // Permission may take seconds to ask for, and evidence is as old as the pod's status.
+        let seen = waiting.seen_at;
+        for container in pod.containers.iter().filter(|container| fresh.contains(&container.name)) {
+            let (image, _) = failing_image(pod, container);
+            let cause = container.waiting.as_ref().and_then(classify);
+            let Ok(reference) = image.parse::<Reference>() else { continue };
+            let registry = &reference.repository().registry;
+            match cause {
+                Some(Cause::Unavailable(kind)) if counts(&self.registries, registry) => {
+                    let said = container.waiting.as_ref().map_or("", |waiting| waiting.message.as_str());
+                    self.registries.record_pull_failure(registry, kind, names_another_host(said, registry), seen);
+                    has_recorded = true;
+                }
+                Some(Cause::NotFound | Cause::Denied) => self.registries.pull_answered(registry),
+                _ => {}
+            }
+        }
+        has_recorded
+    }
+
+    fn warn_of_odd_annotations(&mut self, pod: &PodView, odd: Vec<InvalidAnnotation>) {
+        for annotation in odd {
+            if self.odd_annotations.len() < MAX_ODD_ANNOTATIONS && self.odd_annotations.insert(annotation.clone()) {
+                self.metrics.invalid_annotation_seen();
+                let InvalidAnnotation { key, value } = annotation;
+                tracing::warn!(pod = %pod.pod, key, value, "an annotation's value is not understood, so it permits nothing; use \"true\"");
+            }
+        }
+    }
+
+    fn retry_later(&mut self, pod: &PodRef, error: &ClusterError) {
+        self.retry_undecided_at.get_or_insert(now() + UNDECIDED_RETRY);
+        if self.undecided.insert(pod.clone()) {
+            tracing::warn!(%pod, %error, "cannot read the pod's namespace or owner, so whether it opted in; trying again");
+        }
+    }
+
+    pub(super) fn reconcile_undecided(&mut self) {
+        if self.retry_undecided_at.is_none_or(|at| at > now()) {
+            return;
+        }
+        self.retry_undecided_at = None;
+        for pod in self.undecided.clone() {
+            self.reconcile_pod(&pod);
+        }
+    }
+
+    /// Decides anew on a pod as it was last seen.
+    pub(super) fn reconcile_pod(&mut self, pod: &PodRef) {
+        if let Some(view) = self.waiting.get(pod).map(|waiting| waiting.view.clone()) {
+            self.reconcile(view);
+        }
+    }
+
+    /// Decides anew on every pod that waits.
+    pub(super) fn reconcile_all(&mut self) {
+        let pods: Vec<_> = self.waiting.keys().cloned().collect();
+        for pod in pods {
+            self.reconcile_pod(&pod);
+        }
+    }
+
+    pub(super) fn on_pod_gone(&mut self, pod: &PodRef) {
+        self.ledger.remove_pod(pod);
+        self.stop_waiting(pod, false);
+    }
+
+    fn stop_waiting(&mut self, pod: &PodRef, has_started: bool) {
+        if let Some(waited) = self.waiting.remove(pod).filter(|_| has_started) {
+            if let Some(imported) = waited.imported_at {
+                self.metrics.pod_started(now().saturating_duration_since(imported));
+            }
+            self.record_started_pod(pod, waited.needed.iter());
+        }
+        self.undecided.remove(pod);
+        self.set_needed_images(pod, BTreeSet::new());
+    }
+
+    /// It waits for these images no more, before we heard that one of them has come.
+    fn record_started_pod<'a>(&mut self, pod: &PodRef, images: impl Iterator<Item = &'a Reference>) {
+        for reference in images {
+            // Only the image that we just named can have made it go on.
+            if let Some(running) = self.running.get_mut(reference).filter(|running| running.progress.is_recorded()) {
+                running.started_pods.insert(pod.clone());
+            }
+        }
+    }
+
+    fn set_needed_images(&mut self, pod: &PodRef, needed: BTreeSet<Reference>) {
+        // One of its containers may have gone on while others wait.
+        let before = self.waiting.get(pod).map(|waiting| waiting.needed.clone()).unwrap_or_default();
+        self.record_started_pod(pod, before.difference(&needed));
+        for reference in self.queue.retain_wanted(pod, &needed) {
+            self.unprovided_blobs.remove(&reference);
+            self.requested_since.remove(&reference);
+            if let Some(running) = self.running.get(&reference) {
+                running.stop.cancel();
+            }
+        }
+        if let Some(waiting) = self.waiting.get_mut(pod) {
+            waiting.needed = needed;
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! What pods are told: the nudge that makes the kubelet look at once, and Events for people.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::agent::peers::inventory_view::PeerInventory;
+use crate::agent::recovery::recover_error::RecoverError;
+use crate::agent::recovery::recovered_image::RecoveredImage;
+use crate::decide::transport_choice::{MAX_BLOB, MAX_IMAGE};
+use crate::metrics::Metrics;
+use crate::model::{PeerId, PodRef};
+use crate::oci::{Digest, Reference};
+use crate::ports::{Cluster, ClusterError, PodReport, PodReportKind, UdpStatus};
+
+/// Tries of one nudge. Without it the pod starts too, only later: the kubelet looks by itself within a minute and a half.
+const NUDGE_ATTEMPTS: u32 = 3;
+
+/// The chart gives both rights only where its policies narrow them. Other policies may deny too.
+const NUDGE_DENIED: &str = "the API server denies the nudge, and is not said to again: images are recovered as before, and a pod starts when its \
+    kubelet looks by itself, within 90 s. Where the right to patch pods/status is missing: the chart gives it on Kubernetes 1.30 and later \
+    (podPolicy=always for `helm template`), or without a policy where podRightsWithoutPolicy=true accepts the risk. Where a policy or \
+    webhook of the cluster denies: exempt the annotation lighterman.dev/nudged-at";
+const DELETION_DENIED: &str = "the API server denies the deletion of a pod, and is not said to again: the kubelet starts the pod later. The chart gives \
+    the right with agent.deletePods and a policy (Kubernetes 1.30 and later; podPolicy=always for `helm template`), or with \
+    podRightsWithoutPolicy=true";
+
+/// Tries of one Event, [`REPORT_PAUSE`] apart: five minutes. The adapter holds back what one node has to say at once, so that a node
+/// full of pods takes more than three.
+const REPORT_ATTEMPTS: u32 = 30;
+/// Half of it random, so that those held back do not come together again.
+const REPORT_PAUSE: Duration = Duration::from_secs(10);
+
+/// Speaks to pods and their owners.
+pub struct PodNotifier {
+    cluster: Arc<dyn Cluster>,
+    inventory: PeerInventory,
+    metrics: Metrics,
+    /// Denials that the log has already. A missing right denies every pod alike.
+    nudge_denied: AtomicBool,
+    deletion_denied: AtomicBool,
+}
+
+impl PodNotifier {
+    /// Speaks through this cluster.
+    pub fn new(cluster: Arc<dyn Cluster>, inventory: PeerInventory, metrics: Metrics) -> Self {
+        Self {
+            cluster,
+            inventory,
+            metrics,
+            nudge_denied: AtomicBool::default(),
+            deletion_denied: AtomicBool::default(),
+        }
+    }
+
+    /// Makes the kubelet look at the pod now.
+    pub(in crate::agent) async fn nudge(&self, pod: &PodRef) {
+        for attempt in 1..=NUDGE_ATTEMPTS {
+            match self.cluster.nudge(pod).await {
+                Ok(()) => return self.metrics.nudged("ok"),
+                Err(ClusterError::Gone(_)) => return self.metrics.nudged("gone"),
+                Err(error) if error.is_retryable() && attempt < NUDGE_ATTEMPTS => {
+                    tokio::time::sleep(Duration::from_secs(1) * attempt).await;
+                }
+                Err(ClusterError::Forbidden(answer)) => {
+                    if !self.nudge_denied.swap(true, Ordering::Relaxed) {
+                        tracing::warn!(%pod, answer, "{NUDGE_DENIED}");
+                    }
+                    return self.metrics.nudged("denied");
+                }
+                Err(error) => {
+                    tracing::warn!(%pod, %error, "cannot nudge the pod; the kubelet will look by itself within 90 s");
+                    return self.metrics.nudged("failed");
+                }
+            }
+        }
+    }
+
+    /// Whether the API server has denied a nudge since this agent started.
+    pub(in crate::agent) fn is_nudge_denied(&self) -> bool {
+        self.nudge_denied.load(Ordering::Relaxed)
+    }
+
+    /// Deletes a pod that waits although its image is here.
+    pub(in crate::agent) async fn delete(&self, pod: &PodRef) {
+        let result = match self.cluster.delete(pod).await {
+            Ok(()) => "ok",
+            Err(ClusterError::Gone(_)) => "gone",
+            Err(ClusterError::Forbidden(answer)) => {
+                if !self.deletion_denied.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(%pod, answer, "{DELETION_DENIED}");
+                }
+                "denied"
+            }
+            Err(error) => {
+                tracing::warn!(%pod, %error, "cannot delete the pod; the kubelet will start it later");
+                "failed"
+            }
+        };
+        self.metrics.pod_deleted(result);
+    }
+
+    /// Says something on the pod. An Event that cannot be written is only logged: the log has said the same.
+    pub(in crate::agent) async fn report(&self, pod: &PodRef, kind: PodReportKind, note: String) {
+        let report = PodReport { kind, note };
+        for attempt in 1..=REPORT_ATTEMPTS {
+            match self.cluster.report(pod, &report).await {
+                Ok(()) => return self.metrics.event_written(kind.reason()),
+                Err(error) if error.is_retryable() && attempt < REPORT_ATTEMPTS => {
+                    tokio::time::sleep(REPORT_PAUSE.mul_f64(0.75 + rand::random::<f64>() / 2.0)).await;
+                }
+                Err(error) => {
+                    return tracing::warn!(%pod, reason = kind.reason(), %error, "cannot write the Event");
+                }
+            }
+        }
+    }
+
+    /// What came from where. `down_since` is when the registry was first seen to be down, in seconds since 1970.
+    pub(in crate::agent) fn recovered_note(
+        &self,
+        reference: &Reference,
+        recovered: &RecoveredImage,
+        down_since: Option<u64>,
+    ) -> String {
+        let RecoveredImage { digest, bytes, fetched, present, providers, took, tag_note } = recovered;
+        let names: Vec<_> = providers.keys().take(5).map(|peer| self.inventory.node_of(*peer)).collect();
+        let more = providers.len().saturating_sub(names.len());
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let since = down_since.and_then(|since| jiff::Timestamp::from_second(since.try_into().ok()?).ok());
+        format!(
+            "{reference} ({digest}) came from {}{more}: {fetched} blobs, {} in {:.1} s ({present} were here).{}{}",
+            names.join(", "),
+            human_bytes(*bytes),
+            took.as_secs_f64(),
+            tag_note.as_ref().map(|settled| format!(" {settled}")).unwrap_or_default(),
+            since.map(|since| format!(" Its registry has failed since {since}.")).unwrap_or_default(),
+        )
+    }
+
+    /// What a recovery would have done.
+    pub(in crate::agent) fn dry_run_note(&self, reference: &Reference, root: Digest, providers: &[PeerId]) -> String {
+        let names: Vec<_> = providers.iter().take(5).map(|peer| self.inventory.node_of(*peer)).collect();
+        format!(
+            "{reference} ({root}) could come from {} nodes ({}); --dry-run is set, so it is not fetched.",
+            providers.len(),
+            names.join(", ")
+        )
+    }
+
+    /// Why an image did not come, at which nodes, and what happens next.
+    pub(in crate::agent) fn failed_note(&self, error: &RecoverError) -> String {
+        let nodes: Vec<_> = error.failed_peers().into_iter().map(|peer| self.inventory.node_of(peer)).collect();
+        let nodes = if nodes.is_empty() { String::new() } else { format!(" Asked: {}.", nodes.join(", ")) };
+        let next = match error.report_kind() {
+            PodReportKind::NoProvider => " It is fetched as soon as a node that holds it appears.",
+            PodReportKind::Failed => " It is tried again.",
+            PodReportKind::NotRecoverable
+            | PodReportKind::Unclassified
+            | PodReportKind::Stalled
+            | PodReportKind::PullEnded
+            | PodReportKind::Recovered
+            | PodReportKind::RecordRemoved
+            | PodReportKind::DryRun => "",
+        };
+        let udp = match error.report_kind() {
+            PodReportKind::NoProvider | PodReportKind::Failed => self.udp_note(),
+            PodReportKind::NotRecoverable
+            | PodReportKind::Unclassified
+            | PodReportKind::Stalled
+            | PodReportKind::PullEnded
+            | PodReportKind::Recovered
+            | PodReportKind::RecordRemoved
+            | PodReportKind::DryRun => String::new(),
+        };
+        format!("{error}.{nodes}{udp}{next}")
+    }
+
+    /// Names a firewall, where one keeps this node from fetching anything of any peer.
+    fn udp_note(&self) -> String {
+        let UdpStatus { blocked_since, port, nodes } = self.inventory.udp().status();
+        blocked_since.map_or_else(String::new, |_| {
+            format!(
+                " UDP port {port} is blocked: {nodes} nodes answer this node over TCP and none over UDP, so the peers are not at \
+                 fault. Open UDP port {port} between all nodes. Until then, images come over TCP that have at most {} missing, no layer \
+                 above {}.",
+                human_bytes(MAX_IMAGE),
+                human_bytes(MAX_BLOB)
+            )
+        })
+    }
+}
+
+/// For people: 256.0 MiB.
+pub fn human_bytes(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB"];
+    let unit = (bytes.max(1).ilog2() / 10).min(3);
+    format!("{:.1} {}", bytes as f64 / f64::from(1 << (10 * unit)), units[unit as usize])
+}

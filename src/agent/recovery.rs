@@ -1,0 +1,19 @@
+//! Recovering one image: from a reference to an image record that the runtime can use.
+//!
+//! [`recover`] is the main flow and reads top to bottom. The other modules are its steps: the
+//! reference, the documents, the pieces of the blobs, the disk space and the unpacking.
+
+pub mod blob_fetcher;
+pub mod builder;
+pub mod claim_coordinator;
+pub mod disk_space;
+pub mod downloads;
+pub mod fallback_fetcher;
+pub mod layer_unpacker;
+pub mod progress;
+pub mod recover;
+pub mod recover_error;
+pub mod recovered_image;
+pub mod reference_resolver;
+pub mod suspecting_fetcher;
+pub mod swarm;

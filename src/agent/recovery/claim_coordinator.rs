@@ -1,0 +1,125 @@
+//! The claim on a recovery: it names the node that leads, for people and for what must happen once.
+//!
+//! Nobody waits for it. A claim that is lost, stolen or out of reach changes nothing about the content that is fetched, and
+//! peers' pulls are never serialised by it.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use crate::agent::peers::inventory_view::PeerInventory;
+use crate::decide::claim::{LeaseStep, claim_delay, lease_step};
+use crate::metrics::Metrics;
+use crate::model::{NodeName, PeerId};
+use crate::oci::{Digest, Reference};
+use crate::ports::{ClaimError, Claims};
+
+/// Claims digests for this node.
+pub struct ClaimCoordinator {
+    claims: Arc<dyn Claims>,
+    inventory: PeerInventory,
+    metrics: Metrics,
+    node: NodeName,
+    me: PeerId,
+    /// What is held now, or may be because its write was not answered; for each running recovery
+    /// the image's claim, the zone's, or both where the zone became known meanwhile.
+    claimed: Mutex<HashMap<Reference, HashSet<Digest>>>,
+}
+
+impl ClaimCoordinator {
+    /// Claims in the name of this node.
+    pub fn new(
+        claims: Arc<dyn Claims>,
+        inventory: PeerInventory,
+        metrics: Metrics,
+        node: NodeName,
+        me: PeerId,
+    ) -> Self {
+        Self { claims, inventory, metrics, node, me, claimed: Mutex::default() }
+    }
+
+    /// Tries to be the one named for this digest, after those that rank before it had time to. Never fails: it is advice.
+    ///
+    /// One try, no renewal: where there are no zones the claim only names who leads, and where there are, it is [`Lead::claim`] that counts.
+    ///
+    /// May be dropped at any time; [`Lead::retire`] then gives back what was perhaps taken.
+    pub(in crate::agent) async fn try_claim_image(&self, reference: &Reference, digest: Digest) {
+        let others: Vec<_> = self.inventory.peers().into_iter().map(|peer| peer.id).collect();
+        tokio::time::sleep(claim_delay(self.me, digest, &others)).await;
+        let result = self.acquire(reference, digest).await;
+        self.count_attempt(&result);
+    }
+
+    fn count_attempt(&self, result: &Result<bool, ClaimError>) {
+        let label = match result {
+            Ok(true) => "held",
+            Ok(false) | Err(ClaimError::Lost) => "taken_by_other",
+            Err(ClaimError::Unavailable(reason)) => {
+                tracing::debug!(reason, "going on without a claim");
+                "out_of_reach"
+            }
+        };
+        self.metrics.claim_tried(label);
+    }
+
+    /// The agent that coordinates its claims here.
+    pub(in crate::agent::recovery) fn peer(&self) -> PeerId {
+        self.me
+    }
+
+    /// The node whose name the claims carry.
+    pub(in crate::agent::recovery) fn node(&self) -> NodeName {
+        self.node.clone()
+    }
+
+    /// Tries to take, or to keep, the claim on bringing an image into this node's zone. Answers which node has it now.
+    ///
+    /// # Errors
+    /// [`ClaimError`]; whoever else has it then is not known.
+    pub(in crate::agent) async fn claim_zone(
+        &self,
+        reference: &Reference,
+        claim: Digest,
+    ) -> Result<Option<NodeName>, ClaimError> {
+        let result = self.acquire(reference, claim).await;
+        self.count_attempt(&result);
+        match result {
+            Ok(true) => Ok(Some(self.node.clone())),
+            Ok(false) => {
+                let read = self.claims.read(claim).await?;
+                Ok(read.and_then(|lease| lease.holder?.parse().ok()))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn acquire(&self, reference: &Reference, digest: Digest) -> Result<bool, ClaimError> {
+        let now = SystemTime::now();
+        let read = self.claims.read(digest).await?;
+        let step = lease_step(read.as_ref(), &self.node, now);
+        if step != LeaseStep::Skip {
+            self.claimed
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .entry(reference.clone())
+                .or_default()
+                .insert(digest);
+        }
+        match step {
+            LeaseStep::Create => self.claims.create(digest, now).await?,
+            LeaseStep::Update(version) => self.claims.update(digest, &version, now).await?,
+            LeaseStep::Skip => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// Releases the claims of a recovery that ended.
+    pub(in crate::agent) async fn release_all(&self, reference: &Reference) {
+        let claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner).remove(reference);
+        for digest in claimed.into_iter().flatten() {
+            if let Err(error) = self.claims.release(digest).await {
+                tracing::debug!(%digest, %error, "the claim is left to expire");
+            }
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! Room on this node's disks: asked for before a download, before each layer is unpacked, and again
+//! after a refusal.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::agent::recovery::recover_error::RecoverError;
+use crate::decide::disk::Disks;
+use crate::decide::disk_reservations::{MeasurementStart, Reservation, Reservations};
+use crate::decide::layer_stack::{TRAILER, unpacked_bytes};
+use crate::decide::disk::OverLimit;
+use crate::decide::policy::Policy;
+use crate::oci::Descriptor;
+use crate::ports::{ContentStore, StoreError};
+
+/// The room that layers of one recovery are unpacked into.
+#[derive(Clone, Copy)]
+pub(in crate::agent) struct LayerReservation<'a> {
+    pub(in crate::agent::recovery) store: &'a dyn ContentStore,
+    pub(in crate::agent::recovery) reservations: &'a Reservations,
+    pub(in crate::agent::recovery) policy: &'a watch::Receiver<Arc<Policy>>,
+    pub(in crate::agent::recovery) reservation: &'a Reservation,
+}
+
+/// Why a layer gets no room.
+#[derive(Debug, thiserror::Error)]
+pub(in crate::agent) enum NoDiskSpace {
+    #[error(transparent)]
+    OverLimit(#[from] OverLimit),
+    #[error("looking for room: {0}")]
+    Store(#[from] StoreError),
+}
+
+impl LayerReservation<'_> {
+    /// Sets aside what these layers unpack to. Returns their size in bytes.
+    ///
+    /// # Errors
+    /// [`NoRoom`]. Nothing more is set aside then.
+    pub(in crate::agent) async fn reserve(&self, layers: &[Descriptor]) -> Result<u64, NoDiskSpace> {
+        let (before, disks) = measure(self.store, self.reservations).await?;
+        if disks.are_unknown() {
+            return Ok(0);
+        }
+        let (mut compressed, mut real) = (0_u64, 0_u64);
+        for layer in layers {
+            compressed = compressed.saturating_add(layer.size);
+            real = real.saturating_add(unpacked_bytes(layer, self.trailer(layer).await?));
+        }
+        let lines = self.policy.borrow().budgets.disk_floors();
+        self.reservation.replace_estimate(compressed, real, before, disks, lines)?;
+        Ok(real)
+    }
+
+    /// Whether the runtime has room to unpack these layers. Layers that are unpacked already count
+    /// too, so the check may ask for more room than the runtime needs.
+    ///
+    /// # Errors
+    /// [`RecoverError::NoRoomToUnpack`], and what the store says.
+    pub(in crate::agent) async fn check_unpack(&self, layers: &[Descriptor]) -> Result<(), RecoverError> {
+        match self.reserve(layers).await {
+            Ok(_) => Ok(()),
+            Err(NoDiskSpace::OverLimit(source)) => Err(RecoverError::NoRoomToUnpack(source)),
+            Err(NoDiskSpace::Store(source)) => Err(RecoverError::Store { doing: "looking for room", source }),
+        }
+    }
+
+    /// So many bytes are unpacked now.
+    pub(in crate::agent) fn record_unpacked(&self, bytes: u64) {
+        self.reservation.record_unpacked(bytes);
+    }
+
+    async fn trailer(&self, layer: &Descriptor) -> Result<[u8; TRAILER], StoreError> {
+        let mut trailer = [0; TRAILER];
+        let bytes = match layer.size.checked_sub(TRAILER as u64) {
+            Some(offset) => self.store.open(layer.digest).await?.read_at(offset, TRAILER).await?,
+            None => return Ok(trailer),
+        };
+        if let Some(bytes) = bytes.first_chunk() {
+            trailer = *bytes;
+        }
+        Ok(trailer)
+    }
+}
+
+pub(in crate::agent::recovery) async fn measure(
+    store: &dyn ContentStore,
+    reservations: &Reservations,
+) -> Result<(MeasurementStart, Disks), StoreError> {
+    let before = reservations.begin_measurement();
+    Ok((before, store.disks().await?))
+}

@@ -1,0 +1,272 @@
+//! Fetching by the transport that is open: QUIC, or ranges over the mesh's TCP connection while UDP
+//! is blocked. [`crate::decide::transport_choice`] chooses for each request, so QUIC is used again as soon as a
+//! probe of UDP is answered.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::Semaphore;
+
+use crate::agent::recovery::suspecting_fetcher::SuspectingFetcher;
+use crate::decide::transport_choice::{
+    MAX_RANGES, MAX_RANGES_OF_A_PEER, PathState, Transport, choose_transport, ranges,
+};
+use crate::mesh::{RangeError, RangeResponse, RangeServer};
+use crate::metrics::Metrics;
+use crate::model::{PeerId, PieceMapUpdate, PieceRequest};
+use crate::oci::{BlobProof, Digest, HashChain, HashState, Hasher, PieceLayout, VerifyError};
+use crate::ports::{BlobSink, FetchError, Fetcher, PieceError, PieceFetcher, PieceMapUpdates, PieceSink, StateSink};
+use crate::transfer::Transfer;
+use crate::wire::{Answer, Request};
+
+/// Serves ranges over the mesh as the transfer serves them over QUIC.
+pub struct MeshRangeServer(pub Transfer);
+
+#[async_trait]
+impl RangeServer for MeshRangeServer {
+    async fn serve(&self, peer: PeerId, request: Request) -> RangeResponse {
+        let (answer, bytes) = self.0.answer_range(peer, request).await;
+        RangeResponse { answer, bytes }
+    }
+}
+
+/// Both transports.
+pub struct FallbackFetcher {
+    quic: SuspectingFetcher,
+    metrics: Metrics,
+    /// Requests over the mesh that may be open, at all peers.
+    permits: Semaphore,
+    /// The same at each peer; those that are in use.
+    peer_permits: Mutex<HashMap<PeerId, Arc<Semaphore>>>,
+}
+
+/// Bytes of a state in a hash chain.
+const STATE_BYTES: usize = 32;
+
+/// The subject of a request over the mesh.
+#[derive(Clone, Copy)]
+struct RangeTarget {
+    peer: PeerId,
+    digest: Digest,
+    size: u64,
+}
+
+impl FallbackFetcher {
+    /// Fetches by QUIC, and over the mesh of `quic` while UDP is blocked.
+    pub fn new(quic: SuspectingFetcher, metrics: Metrics) -> Self {
+        Self { quic, metrics, permits: Semaphore::new(MAX_RANGES), peer_permits: Mutex::default() }
+    }
+
+    fn transport(&self, peer: PeerId, size: u64) -> Transport {
+        let SuspectingFetcher { transfer, mesh, udp } = &self.quic;
+        let (quic_open, neighbour) = (transfer.is_connected(peer), mesh.is_connected(peer));
+        choose_transport(size, PathState { udp_blocked: udp.is_blocked(), quic_open, neighbour })
+    }
+
+    fn permits_of_peer(&self, peer: PeerId) -> Arc<Semaphore> {
+        let mut peers = self.peer_permits.lock().unwrap_or_else(PoisonError::into_inner);
+        peers.retain(|_, in_use| Arc::strong_count(in_use) > 1);
+        Arc::clone(peers.entry(peer).or_insert_with(|| Arc::new(Semaphore::new(MAX_RANGES_OF_A_PEER))))
+    }
+
+    /// Sends one request when the bounds allow another.
+    async fn send_request(&self, peer: PeerId, request: Request) -> Result<RangeResponse, FetchError> {
+        let of_peer = self.permits_of_peer(peer);
+        // Neither is ever closed.
+        let (_one, _all) = (of_peer.acquire().await.ok(), self.permits.acquire().await.ok());
+        self.quic.mesh.request_range(peer, request).await.map_err(|error| match error {
+            RangeError::NotConnected | RangeError::NoAnswer(_) => {
+                FetchError::Unreachable { peer, silent: false, reason: error.to_string() }
+            }
+            RangeError::Malformed(_) => FetchError::Protocol { peer, reason: error.to_string() },
+        })
+    }
+
+    /// Sends a request for bytes of a blob, and checks that the answer is about this blob.
+    async fn request_bytes(&self, wanted: RangeTarget, request: Request, expected: u64) -> Result<Bytes, FetchError> {
+        let RangeTarget { peer, digest, size } = wanted;
+        let RangeResponse { answer, bytes } = self.send_request(peer, request).await?;
+        match answer {
+            Answer::Blob { size: actual } if actual == size => {}
+            Answer::Blob { size: actual } | Answer::Partial { size: actual } | Answer::Invalid { size: actual }
+                if actual != size =>
+            {
+                let source = VerifyError::Size { expected: digest, expected_size: size, actual_size: actual };
+                return Err(FetchError::Corrupt { peer, source });
+            }
+            Answer::Absent => return Err(FetchError::Absent { peer, digest }),
+            Answer::Busy => return Err(FetchError::Busy { peer }),
+            Answer::Failed => return Err(FetchError::StoreFailed { peer }),
+            other => return Err(FetchError::Protocol { peer, reason: format!("answers {other:?} over the mesh") }),
+        }
+        let length = bytes.len() as u64;
+        if length != expected {
+            let reason = format!("sends {length} bytes over the mesh where {expected} were requested");
+            return Err(FetchError::Protocol { peer, reason });
+        }
+        Ok(bytes)
+    }
+
+    /// The bytes of one range, counted and within the download rate.
+    async fn fetch_range(&self, wanted: RangeTarget, offset: u64, length: u64) -> Result<Bytes, FetchError> {
+        let request = Request::Get { digest: wanted.digest, offset, length };
+        let bytes = self.request_bytes(wanted, request, length).await?;
+        self.quic.transfer.account_received(length).await;
+        self.metrics.fetched_over_tcp(length);
+        Ok(bytes)
+    }
+
+    async fn blob_over_mesh(&self, wanted: RangeTarget, sink: &mut dyn BlobSink) -> Result<BlobProof, FetchError> {
+        let RangeTarget { peer, digest, size } = wanted;
+        let mut hasher = Hasher::default();
+        for (offset, length) in ranges(0, size) {
+            let bytes = self.fetch_range(wanted, offset, length).await?;
+            hasher.update(&bytes);
+            sink.append(&[bytes]).await?;
+        }
+        hasher.verify(digest, size).map_err(|source| FetchError::Corrupt { peer, source })
+    }
+
+    async fn size_over_mesh(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError> {
+        match self.send_request(peer, Request::Have(digest)).await?.answer {
+            Answer::Blob { size } => Ok(Some(size)),
+            Answer::Absent => Ok(None),
+            Answer::Busy => Err(FetchError::Busy { peer }),
+            Answer::Failed => Err(FetchError::StoreFailed { peer }),
+            other => Err(FetchError::Protocol { peer, reason: format!("answers {other:?} to Have over the mesh") }),
+        }
+    }
+
+    async fn chain_over_mesh(
+        &self,
+        wanted: RangeTarget,
+        layout: PieceLayout,
+        on_states: StateSink<'_>,
+    ) -> Result<HashChain, FetchError> {
+        let RangeTarget { peer, digest, .. } = wanted;
+        let length = (layout.piece_count() - 1) * STATE_BYTES;
+        let bytes = self.request_bytes(wanted, Request::HashChain(digest), length as u64).await?;
+        let states: Vec<_> =
+            bytes.as_chunks::<STATE_BYTES>().0.iter().map(|state| HashState::from_bytes(*state)).collect();
+        on_states(&states);
+        HashChain::unverified(digest, layout, states)
+            .map_err(|error| FetchError::Protocol { peer, reason: format!("sends no hash chain: {error}") })
+    }
+
+    /// Requests the pieces one after the other; the recovery has several orders in flight.
+    async fn pieces_over_mesh(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+        let PieceRequest { peer, digest, layout: cut, pieces: ref choice, limit: most } = *order;
+        let wanted = RangeTarget { peer, digest, size: cut.size() };
+        for piece in choice.iter().take(most.into()) {
+            let (begin, length) = (cut.offset(*piece as usize), cut.piece_length(*piece as usize));
+            let mut is_begun = false;
+            for (offset, length) in ranges(begin, length) {
+                let bytes = self.fetch_range(wanted, offset, length).await?;
+                if !std::mem::replace(&mut is_begun, true) {
+                    sink.begin(*piece);
+                }
+                sink.append(&[bytes]).await?;
+            }
+            if !is_begun {
+                // The one piece of an empty blob.
+                sink.begin(*piece);
+            }
+            sink.end().await.map_err(|error| match error {
+                PieceError::Mismatch => FetchError::PieceMismatch { peer, digest, piece: *piece as usize },
+                PieceError::Store(error) => FetchError::Sink(error),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn count_failure<T>(&self, fetched: Result<T, FetchError>) -> Result<T, FetchError> {
+        fetched.inspect_err(|error| self.metrics.fetch_failed(error.label()))
+    }
+}
+
+/// A provider that has the whole blob. Partial providers are not asked over the mesh.
+struct WholeProvider {
+    is_reported: bool,
+}
+
+#[async_trait]
+impl PieceMapUpdates for WholeProvider {
+    async fn next(&mut self) -> Result<PieceMapUpdate, FetchError> {
+        if std::mem::replace(&mut self.is_reported, true) {
+            return std::future::pending().await;
+        }
+        Ok(PieceMapUpdate::HaveAll)
+    }
+}
+
+#[async_trait]
+impl PieceFetcher for FallbackFetcher {
+    async fn fetch_hash_chain(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        layout: PieceLayout,
+        on_states: StateSink<'_>,
+    ) -> Result<HashChain, FetchError> {
+        match self.transport(peer, layout.size()) {
+            Transport::Quic => self.quic.fetch_hash_chain(peer, digest, layout, on_states).await,
+            Transport::Mesh => {
+                let wanted = RangeTarget { peer, digest, size: layout.size() };
+                self.count_failure(self.chain_over_mesh(wanted, layout, on_states).await)
+            }
+        }
+    }
+
+    async fn follow(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        layout: PieceLayout,
+    ) -> Result<Box<dyn PieceMapUpdates>, FetchError> {
+        match self.transport(peer, layout.size()) {
+            Transport::Quic => self.quic.follow(peer, digest, layout).await,
+            Transport::Mesh => {
+                let wanted = RangeTarget { peer, digest, size: layout.size() };
+                self.count_failure(self.request_bytes(wanted, Request::Have(digest), 0).await)?;
+                Ok(Box::new(WholeProvider { is_reported: false }))
+            }
+        }
+    }
+
+    async fn fetch_pieces(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+        match self.transport(order.peer, order.layout.size()) {
+            Transport::Quic => self.quic.fetch_pieces(order, sink).await,
+            Transport::Mesh => self.count_failure(self.pieces_over_mesh(order, sink).await),
+        }
+    }
+
+    fn keep_hash_chain(&self, chain: Arc<HashChain>) {
+        self.quic.keep_hash_chain(chain);
+    }
+}
+
+#[async_trait]
+impl Fetcher for FallbackFetcher {
+    async fn fetch(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        size: u64,
+        sink: &mut dyn BlobSink,
+    ) -> Result<BlobProof, FetchError> {
+        match self.transport(peer, size) {
+            Transport::Quic => self.quic.fetch(peer, digest, size, sink).await,
+            Transport::Mesh => self.count_failure(self.blob_over_mesh(RangeTarget { peer, digest, size }, sink).await),
+        }
+    }
+
+    async fn size_of(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError> {
+        // The question is small, whatever the blob is.
+        match self.transport(peer, 0) {
+            Transport::Quic => self.quic.size_of(peer, digest).await,
+            Transport::Mesh => self.size_over_mesh(peer, digest).await,
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! The disk space that a recovery reserves before its download.
+
+use super::Recoverer;
+use crate::agent::recovery::disk_space::{LayerReservation, measure};
+use crate::agent::recovery::recover_error::RecoverError;
+use crate::decide::disk::DiskNeed;
+use crate::decide::disk_reservations::Reservation;
+use crate::decide::plan::FetchPlan;
+
+impl Recoverer {
+    /// Keeps the plan within the limits, those of the disks together with every other recovery.
+    pub(in crate::agent) async fn reserve(&self, plan: &FetchPlan) -> Result<Reservation, RecoverError> {
+        let budgets = self.policy.borrow().budgets;
+        plan.check_size(budgets.max_image_bytes)?;
+        let measured = measure(&*self.store, &self.reservations).await;
+        let (before, disks) = measured.map_err(RecoverError::store("looking for room"))?;
+        Ok(self.reservations.reserve(
+            DiskNeed::of_missing(plan.missing_bytes()),
+            before,
+            disks,
+            budgets.disk_floors(),
+        )?)
+    }
+
+    /// Room for the layers of a recovery that has a reservation.
+    pub(in crate::agent) fn layer_reservation<'a>(&'a self, reservation: &'a Reservation) -> LayerReservation<'a> {
+        LayerReservation { store: &*self.store, reservations: &self.reservations, policy: &self.policy, reservation }
+    }
+
+    /// Whether a recovery that was refused for want of room has room now.
+    pub(in crate::agent) async fn take_freed_space(&self) -> bool {
+        let Ok((before, disks)) = measure(&*self.store, &self.reservations).await else { return false };
+        let lines = self.policy.borrow().budgets.disk_floors();
+        self.reservations.clear_refusals_if_freed(before, disks, lines)
+    }
+}

@@ -1,0 +1,82 @@
+//! Fetching as the recoveries know it, and a word to the mesh about whom it could not reach: nothing is fetched from there until the
+//! peer is heard of again, whichever image it was wanted for.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use crate::agent::peers::udp_state::UdpState;
+use crate::mesh::Mesh;
+use crate::model::{PeerId, PieceRequest};
+use crate::oci::{BlobProof, Digest, HashChain, PieceLayout};
+use crate::ports::{BlobSink, FetchError, Fetcher, PieceFetcher, PieceMapUpdates, PieceSink, StateSink};
+use crate::transfer::Transfer;
+
+/// Fetches, and tells on those who are out of reach.
+pub struct SuspectingFetcher {
+    /// Who fetches.
+    pub transfer: Transfer,
+    /// Who is told.
+    pub mesh: Mesh,
+    /// While UDP is blocked, silence over UDP says nothing about a peer.
+    pub udp: UdpState,
+}
+
+impl SuspectingFetcher {
+    async fn report_silence<T>(&self, fetched: Result<T, FetchError>) -> Result<T, FetchError> {
+        // Whoever answers anything lives, and is busy, or will not have us.
+        if let Err(FetchError::Unreachable { peer, silent: true, .. }) = &fetched
+            && !self.udp.is_blocked()
+        {
+            self.mesh.suspect(*peer).await;
+        }
+        fetched
+    }
+}
+
+#[async_trait]
+impl PieceFetcher for SuspectingFetcher {
+    async fn fetch_hash_chain(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        layout: PieceLayout,
+        on_states: StateSink<'_>,
+    ) -> Result<HashChain, FetchError> {
+        self.report_silence(self.transfer.fetch_hash_chain(peer, digest, layout, on_states).await).await
+    }
+
+    async fn follow(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        layout: PieceLayout,
+    ) -> Result<Box<dyn PieceMapUpdates>, FetchError> {
+        self.report_silence(self.transfer.follow(peer, digest, layout).await).await
+    }
+
+    async fn fetch_pieces(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+        self.report_silence(self.transfer.fetch_pieces(order, sink).await).await
+    }
+
+    fn keep_hash_chain(&self, chain: Arc<HashChain>) {
+        self.transfer.keep_hash_chain(chain);
+    }
+}
+
+#[async_trait]
+impl Fetcher for SuspectingFetcher {
+    async fn fetch(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        size: u64,
+        sink: &mut dyn BlobSink,
+    ) -> Result<BlobProof, FetchError> {
+        self.report_silence(self.transfer.fetch(peer, digest, size, sink).await).await
+    }
+
+    async fn size_of(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError> {
+        self.report_silence(self.transfer.size_of(peer, digest).await).await
+    }
+}

@@ -1,0 +1,134 @@
+//! Who may have a blob, or a list of its states, and what is made of it when they fail.
+
+use std::time::Duration;
+
+use tokio::task::AbortHandle;
+
+use super::{ActiveBlob, BlobStage, Swarm, now};
+use crate::agent::recovery::blob_fetcher::Attempts;
+use crate::agent::recovery::recover_error::RecoverError;
+use crate::decide::peer_faults::Standing;
+use crate::decide::piece_picker::Provider;
+use crate::model::PeerId;
+use crate::oci::Digest;
+use crate::ports::FetchError;
+
+/// A node that is fetching a blob has a list of its states, and a piece, within about so long.
+const PROVIDER_RETRY: Duration = Duration::from_millis(500);
+
+/// A list that has not come by then is asked of another one too, of so many at most. A holder that makes it needs a second for each 1.8 GB.
+const CHAIN_HEDGE_DELAY: Duration = Duration::from_secs(2);
+const MAX_CHAIN_REQUESTS: usize = 3;
+
+impl Swarm<'_> {
+    /// Whoever has, or is fetching, any of the blobs.
+    pub(super) fn refresh_providers(&mut self) {
+        let digests: Vec<_> = self.active.keys().copied().collect();
+        for digest in digests {
+            self.update_providers(digest);
+            self.request_hash_chain(digest);
+        }
+        self.update_zone_peers();
+    }
+
+    /// Soon, not at once: what changes comes in bursts.
+    pub(super) fn refresh_within(&mut self, wait: Duration) {
+        let at = now() + wait;
+        self.refresh_at = Some(self.refresh_at.map_or(at, |before| before.min(at)));
+    }
+
+    /// The pool asks nobody for a blob whose pieces did not fit, until it is known why.
+    pub(super) fn update_providers(&self, digest: Digest) {
+        let Some(ActiveBlob { stage: BlobStage::Fetching(fetching), attempts, .. }) = self.active.get(&digest) else {
+            return;
+        };
+        let mut providers = self.providers(attempts);
+        providers.retain(|candidate| !fetching.accused_peers.contains(&candidate.peer));
+        self.shared.picker().set_providers(digest, &providers);
+    }
+
+    /// Who may have it, but those who showed that they do not.
+    pub(super) fn providers(&self, attempts: &Attempts) -> Vec<Provider> {
+        let providers = self.blob_fetcher.providers(attempts);
+        let (trust, now) = (self.blob_fetcher.trust(), now());
+        let standing = |peer| match trust.standing(peer, now) {
+            Standing::Good => 0,
+            Standing::Troubled(_) => 1,
+            Standing::Lying => 2,
+        };
+        providers
+            .into_iter()
+            .map(|source| Provider {
+                peer: source.peer,
+                zone: source.zone,
+                is_whole: source.whole,
+                standing: standing(source.peer),
+            })
+            .collect()
+    }
+
+    pub(super) fn request_hash_chains(&mut self) {
+        let digests: Vec<_> = self.active.keys().copied().collect();
+        digests.into_iter().for_each(|digest| self.request_hash_chain(digest));
+    }
+
+    /// A list is wanted as soon as there is somebody who may have one; of another one too when it does not come soon.
+    pub(super) fn request_hash_chain(&mut self, digest: Digest) {
+        let now = now();
+        let Some(ActiveBlob { stage: BlobStage::Fetching(fetching), attempts, .. }) = self.active.get(&digest) else {
+            return;
+        };
+        let patient =
+            fetching.chain_requests.values().any(|since| now.saturating_duration_since(*since) < CHAIN_HEDGE_DELAY);
+        if patient || fetching.chain_requests.len() >= MAX_CHAIN_REQUESTS || fetching.download.hash_chain().is_some() {
+            return;
+        }
+        let mut providers = self.providers(attempts);
+        let is_free = |peer: &PeerId| {
+            !fetching.chain_requests.contains_key(peer)
+                && fetching.no_chain_until.get(peer).is_none_or(|until| *until <= now)
+        };
+        providers.retain(|candidate| is_free(&candidate.peer));
+        // Whole ones can always make one; the others tell theirs, once they have it.
+        providers.sort_by_key(|candidate| (candidate.standing, !candidate.is_whole, rand::random::<u32>()));
+        let Some(Provider { peer, .. }) = providers.first() else { return };
+        let (peer, layout) = (*peer, fetching.download.layout());
+        if let Some(ActiveBlob { stage: BlobStage::Fetching(fetching), .. }) = self.active.get_mut(&digest) {
+            fetching.chain_requests.insert(peer, now);
+            self.spawn_chain_fetch(peer, digest, layout);
+        }
+    }
+
+    /// A peer failed to do something about a blob. One that is fetching it itself may have nothing of it yet, or may have given up and begin
+    /// again; and who is busy is asked again: these are no failures.
+    ///
+    /// # Errors
+    /// When it was not the peer but our own store.
+    pub(super) fn record_failure(
+        &mut self,
+        digest: Digest,
+        peer: PeerId,
+        error: FetchError,
+    ) -> Result<(), RecoverError> {
+        self.followed_providers.remove(&(peer, digest)).iter().for_each(AbortHandle::abort);
+        self.shared.picker().remove_provider(peer, digest);
+        let is_early =
+            matches!(error, FetchError::Absent { .. }) && self.blob_fetcher.inventory.is_partial_provider(peer, digest);
+        if is_early || matches!(error, FetchError::Busy { .. }) {
+            self.refresh_within(PROVIDER_RETRY);
+            return Ok(());
+        }
+        let Some(coming) = self.active.get_mut(&digest) else { return Ok(()) };
+        let is_away = matches!(
+            error,
+            FetchError::Unreachable { .. } | FetchError::NotAdmitted { .. } | FetchError::Stalled { .. }
+        );
+        let until = self.blob_fetcher.record_failure(&mut coming.attempts, peer, error)?;
+        // Who lies about one blob, or has lost it, may have the others.
+        if let Some(until) = until.filter(|_| is_away) {
+            self.shared.picker().exclude_peer(peer, until);
+        }
+        self.update_providers(digest);
+        Ok(())
+    }
+}

@@ -1,0 +1,269 @@
+//! Layers that an image lacks here, fetched in the background: layers of images that were pulled
+//! before the agent ran, and base layers that containerd did not download because another image had
+//! unpacked them. [`crate::decide::fill`] decides what is fetched when, and from where.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::Retainer;
+use super::missing_layers::MissingLayers;
+use super::registry_fetch::RegistryFetch;
+use crate::agent::recovery::progress::Progress;
+use crate::agent::recovery::recover::Recoverer;
+use crate::agent::recovery::recover_error::RecoverError;
+use crate::agent::recovery::swarm::{FetchJob, Swarm};
+use crate::decide::disk::{DiskFloors, DiskNeed};
+use crate::decide::disk_reservations::Reservation;
+use crate::decide::fill::{FillFailure, FillScheduler, FillSource, IncompleteImage, SecretName, UnfilledReason};
+use crate::decide::plan::FetchPlan;
+use crate::decide::retain::{self, RetainOptions};
+use crate::metrics::Metrics;
+use crate::oci::{Descriptor, Digest, Reference};
+use crate::ports::{ImportPermission, Pin, StoreError};
+
+/// The image that is fetched now, and where from.
+pub(super) struct FillJob {
+    pub(super) image: MissingLayers,
+    facts: IncompleteImage,
+    source: FillSource,
+}
+
+/// Fetches one image's layers at a time.
+pub(super) struct Filler {
+    recoverer: Arc<Recoverer>,
+    healthy_registries: watch::Receiver<Arc<BTreeSet<String>>>,
+    rate: u64,
+    metrics: Metrics,
+    schedule: FillScheduler,
+    /// The image under way, and the name that its claims are held under.
+    current: Option<(IncompleteImage, FillSource, Reference)>,
+    tasks: JoinSet<Result<(), FillFailure>>,
+}
+
+impl Filler {
+    pub(super) fn new(
+        recoverer: Arc<Recoverer>,
+        healthy: watch::Receiver<Arc<BTreeSet<String>>>,
+        options: &RetainOptions,
+        metrics: Metrics,
+    ) -> Self {
+        let fills = FillScheduler::new(options.fetch, now(), rand::random());
+        let rate = options.fetch_rate;
+        Self {
+            recoverer,
+            healthy_registries: healthy,
+            rate,
+            metrics,
+            schedule: fills,
+            current: None,
+            tasks: JoinSet::new(),
+        }
+    }
+
+    /// The image to fetch now, if any, and why the images lack layers. `fits` says whether layers
+    /// of so many bytes have room. The fetch begins with [`Filler::start`], or ends with
+    /// [`Filler::give_up`].
+    pub(super) fn choose(
+        &mut self,
+        lacking: Vec<MissingLayers>,
+        secrets: &BTreeMap<Reference, BTreeSet<SecretName>>,
+        fits: impl Fn(u64) -> bool,
+    ) -> (Option<FillJob>, BTreeMap<UnfilledReason, usize>) {
+        let facts: Vec<_> = lacking.iter().map(|image| self.facts(image, secrets, &fits)).collect();
+        let is_allowed = *self.recoverer.imports.borrow() == ImportPermission::Allowed
+            && !self.recoverer.policy.borrow().opt_in.kill_switch;
+        let members = self.recoverer.resolver.inventory.peer_count() + 1;
+        let next = match is_allowed {
+            true => self.schedule.start_next(&facts, members, now(), rand::random),
+            false => None,
+        };
+        let mut reasons = BTreeMap::new();
+        for image in &facts {
+            *reasons.entry(self.schedule.unfilled_reason(image)).or_default() += 1;
+        }
+        let chosen = next.and_then(|(manifest, source)| {
+            let mut images = lacking.into_iter().zip(facts);
+            let (image, facts) = images.find(|(image, _)| image.manifest == manifest)?;
+            Some(FillJob { image, facts, source })
+        });
+        (chosen, reasons)
+    }
+
+    fn facts(
+        &self,
+        image: &MissingLayers,
+        secrets: &BTreeMap<Reference, BTreeSet<SecretName>>,
+        fits: impl Fn(u64) -> bool,
+    ) -> IncompleteImage {
+        let MissingLayers { manifest, reference, image_digest: root, layers } = image;
+        let resolver = &self.recoverer.resolver;
+        let registry = reference.repository().registry.clone();
+        let is_held = layers.keys().all(|layer| resolver.inventory.count_blob_providers(*layer) > 0)
+            && resolver.providers(reference, *root).is_ok();
+        IncompleteImage {
+            manifest: *manifest,
+            secrets: secrets.get(reference).cloned().unwrap_or_default(),
+            has_providers: is_held,
+            nodes: resolver.inventory.count_blob_providers(*manifest) + 1,
+            is_healthy: self.healthy_registries.borrow().contains(&registry),
+            registry,
+            fits: fits(total_bytes(layers)),
+        }
+    }
+
+    /// Begins to fetch into the lease. `line` bytes of the disk stay free.
+    pub(super) fn start(&mut self, chosen: FillJob, pin: Pin, line: u64) {
+        let FillJob { image, facts, source } = chosen;
+        let (name, layers) = (&image.reference, image.layers.len());
+        tracing::info!(image = %name, layers, from = source.label(), "layers that are missing here are fetched");
+        let (recoverer, claimed) = (Arc::clone(&self.recoverer), image.reference.clone());
+        match source {
+            FillSource::Peers => drop(self.tasks.spawn(async move {
+                let fetched = fetch_from_peers(&recoverer, &image, &pin, line).await;
+                recoverer.claims.release_all(&image.reference).await;
+                fetched
+            })),
+            FillSource::Registry => {
+                let (secrets, rate, metrics) = (facts.secrets.clone(), self.rate, self.metrics.clone());
+                self.tasks.spawn(async move {
+                    let room = reserve_space(&recoverer, &image.layers, line).await?;
+                    RegistryFetch::new(&recoverer, &image, &pin, &room, rate, metrics).fetch(secrets).await
+                });
+            }
+        }
+        self.current = Some((facts, source, claimed));
+    }
+
+    /// The chosen image has no lease to be fetched into.
+    pub(super) fn reject(&mut self, chosen: &FillJob) {
+        self.schedule.record_end(&chosen.facts, Err(FillFailure::Local), now(), rand::random());
+    }
+
+    /// Ends the fetch under way and releases its claims.
+    pub(super) async fn stop(mut self) {
+        self.tasks.shutdown().await;
+        if let Some((_, _, reference)) = self.current {
+            self.recoverer.claims.release_all(&reference).await;
+        }
+    }
+
+    /// Waits for the end of the fetch under way; for ever without a fetch.
+    pub(super) async fn wait(&mut self) {
+        let Some(ended) = self.tasks.join_next().await else { return std::future::pending().await };
+        let result = ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+        let Some((image, source, _)) = self.current.take() else { return std::future::pending().await };
+        self.metrics.layer_fetch_ended(source, result);
+        self.schedule.record_end(&image, result.map(|()| source), now(), rand::random());
+    }
+
+    /// The image under way.
+    pub(super) fn running(&self) -> Option<Digest> {
+        self.schedule.in_flight()
+    }
+}
+
+impl Retainer {
+    /// Begins to fetch the layers that one image lacks, where the budget and the disk have room
+    /// beside all retained layers.
+    pub(super) async fn start_fill(&mut self, now: SystemTime) -> Result<(), StoreError> {
+        let leased = self.leased();
+        let retained = retain::distinct_bytes(leased.values().map(|lease| &lease.layers));
+        let room = self.file_system.map(|room| (room.free, room.total));
+        let allowed = retain::allowed_bytes(self.budget(), retained, room);
+        let line = room.map_or(0, |(_, total)| retain::min_free(total));
+        let fits = |missing: u64| {
+            let on_disk = room.is_none_or(|(free, _)| free.saturating_sub(missing) >= line);
+            on_disk && retained.saturating_add(missing) <= allowed
+        };
+        let Some(filler) = &mut self.filler else { return Ok(()) };
+        let lacking = self
+            .images
+            .incomplete_images(|facts: &retain::RetainFacts| retain::interest(self.options.layers, facts, now));
+        let used = Arc::clone(&self.used.borrow());
+        let chosen;
+        (chosen, self.lack_reasons) = filler.choose(lacking.collect(), &used.pull_secrets, fits);
+        let Some(chosen) = chosen else { return Ok(()) };
+        let manifest = chosen.image.manifest;
+        self.images.begin_fill(manifest);
+        let settled = self.apply_decisions(now).await;
+        let pin = self.image_leases.get(&manifest).map(|held| held.pin.clone());
+        let Some(filler) = &mut self.filler else { return settled };
+        match pin.filter(|_| settled.is_ok()) {
+            Some(pin) => filler.start(chosen, pin, line),
+            None => {
+                filler.reject(&chosen);
+                self.images.end_fill();
+            }
+        }
+        settled
+    }
+}
+
+/// The clock that tests pause.
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
+}
+
+fn total_bytes(layers: &BTreeMap<Digest, u64>) -> u64 {
+    layers.values().fold(0, |sum, size| sum.saturating_add(*size))
+}
+
+/// Room for the layers beside every recovery. These layers are unpacked already: they take room in
+/// the content store alone.
+async fn reserve_space(
+    recoverer: &Recoverer,
+    layers: &BTreeMap<Digest, u64>,
+    line: u64,
+) -> Result<Reservation, FillFailure> {
+    let before = recoverer.reservations.begin_measurement();
+    let looked = recoverer.store.disks().await.map_err(RecoverError::store("looking for room"));
+    let need = DiskNeed { download: total_bytes(layers), unpack: 0 };
+    let lines = DiskFloors { min_free_bytes: line, image_gc_percent: 100, eviction_percent: 0 };
+    let reserved = looked.and_then(|disks| Ok(recoverer.reservations.reserve(need, before, disks, lines)?));
+    reserved.map_err(|error| {
+        tracing::info!(%error, "layers that are missing here have no room; they are tried again later");
+        FillFailure::Local
+    })
+}
+
+/// One layer at a time, beside what pods wait for. The rate limit of downloads holds for this too.
+async fn fetch_from_peers(
+    recoverer: &Recoverer,
+    image: &MissingLayers,
+    pin: &Pin,
+    line: u64,
+) -> Result<(), FillFailure> {
+    let MissingLayers { manifest: _, reference, image_digest: root, layers } = image;
+    let room = reserve_space(recoverer, layers, line).await?;
+    let (progress, here) = (Progress::default(), watch::Sender::new(HashSet::new()));
+    let job = FetchJob {
+        reference,
+        image_digest: *root,
+        pin,
+        progress: &progress,
+        reservation: &room,
+        complete_blobs: &here,
+    };
+    let blob = |(digest, size): (&Digest, &u64)| Descriptor {
+        media_type: String::new(),
+        digest: *digest,
+        size: *size,
+        platform: None,
+        attestation: false,
+    };
+    let plan = FetchPlan { present: Vec::new(), missing: layers.iter().map(blob).collect(), withheld: Vec::new() };
+    progress.set_plan(&plan);
+    let fetched = Swarm::new(&recoverer.blob_fetcher, &recoverer.claims, job, 1).fetch(plan.missing.iter()).await;
+    fetched.map(drop).map_err(|error| {
+        tracing::info!(image = %reference, %error, "layers that are missing here did not come from peers; they are tried again later");
+        match error {
+            RecoverError::Store { .. } => FillFailure::Local,
+            _ => FillFailure::Peers,
+        }
+    })
+}
