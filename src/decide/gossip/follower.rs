@@ -100,7 +100,7 @@ impl LogFollower {
                 .is_some_and(|head| sequence == self.sequence && are_contradictory(head, &entry.head));
             return if contradicts { EntryReceipt::Contradiction } else { EntryReceipt::Duplicate };
         }
-        if sequence == self.sequence + 1 {
+        if self.sequence.checked_add(1) == Some(sequence) {
             self.advance(&entry.head);
             let mut next = vec![entry];
             next.extend(self.take_consecutive());
@@ -247,8 +247,9 @@ impl LogFollower {
     /// Takes the buffered entries that are next, and drops the earlier ones.
     fn take_consecutive(&mut self) -> Vec<LogEntry> {
         let mut next = Vec::new();
-        self.buffered = self.buffered.split_off(&(self.sequence + 1));
-        while let Some(entry) = self.buffered.remove(&(self.sequence + 1)) {
+        // A member may sign any number, and no entry follows the largest.
+        self.buffered = self.sequence.checked_add(1).map(|first| self.buffered.split_off(&first)).unwrap_or_default();
+        while let Some(entry) = self.sequence.checked_add(1).and_then(|number| self.buffered.remove(&number)) {
             self.advance(&entry.head);
             next.push(entry);
         }

@@ -155,7 +155,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         let before = self.member(publisher).map(|member| member.log.sequence());
         for entry in entries {
             let head = &entry.head;
-            let next = self.member(publisher).map(|member| (member.epoch(), member.log.sequence() + 1));
+            let next = self.member(publisher).map(|member| (member.epoch(), member.log.sequence().saturating_add(1)));
             // Requested entries come in order and without a gap. Gossip may have been faster.
             if head.publisher != publisher || next != Some((epoch, head.sequence)) {
                 if next.is_some_and(|(_, next)| head.sequence < next) {

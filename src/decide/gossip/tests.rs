@@ -34,73 +34,84 @@ fn entry_of(publisher: u8, sequence: u64, items: &[InventoryItem]) -> LogEntry {
 }
 
 #[test]
+fn the_log_ends_at_the_largest_number_that_a_publisher_can_sign() {
+    let mut log = follower::LogFollower::default();
+    let now = Instant::now();
+    let entry = entry_of(2, u64::MAX - 1, &[blob(1)]);
+    assert_eq!(log.receive(entry, id(3), now), follower::EntryReceipt::Buffered);
+    let last = entry_of(2, u64::MAX, &[blob(1)]);
+    assert!(log.replace(last.head.clone(), false).is_empty(), "no entry follows the largest number");
+    assert_eq!(log.receive(last, id(3), now), follower::EntryReceipt::Duplicate);
+}
+
+#[test]
 fn agents_that_know_a_single_member_learn_all_members_and_their_inventories() {
-    let village = GossipCluster::converged(1..=20);
+    let cluster = GossipCluster::converged(1..=20);
     for number in 1..=20 {
         let others: Vec<_> = (1..=20).filter(|other| *other != number).collect();
-        assert_eq!(village.up(number), others, "according to {number}");
+        assert_eq!(cluster.up(number), others, "according to {number}");
         for other in others {
-            assert_eq!(village.providers(number, other), [id(other)], "{other}'s, according to {number}");
+            assert_eq!(cluster.providers(number, other), [id(other)], "{other}'s, according to {number}");
         }
     }
-    assert!(village.nodes.values().all(|house| house.faults.is_empty() && house.rejections.is_empty()));
+    assert!(cluster.nodes.values().all(|member| member.faults.is_empty() && member.rejections.is_empty()));
 }
 
 #[test]
 fn an_admitted_peer_without_an_introduction_is_not_up() {
-    let mut village = GossipCluster::unconnected([1]);
-    let now = village.now;
-    let house = village.node(1);
-    house.protocol.admit(peer(2), seconds(60), &mut house.inventory, now);
-    assert!(matches!(village.node(1).protocol.next(), Some(Output::Allow(_))));
-    assert!(matches!(village.node(1).protocol.next(), Some(Output::Dial(_))));
-    assert_eq!(village.node(1).protocol.next(), None);
-    assert!(village.up(1).is_empty());
+    let mut cluster = GossipCluster::unconnected([1]);
+    let now = cluster.now;
+    let member = cluster.node(1);
+    member.protocol.admit(peer(2), seconds(60), &mut member.inventory, now);
+    assert!(matches!(cluster.node(1).protocol.next(), Some(Output::Allow(_))));
+    assert!(matches!(cluster.node(1).protocol.next(), Some(Output::Dial(_))));
+    assert_eq!(cluster.node(1).protocol.next(), None);
+    assert!(cluster.up(1).is_empty());
 }
 
 #[test]
 fn a_newcomer_gets_everything_from_a_single_snapshot_request() {
-    let mut village = GossipCluster::converged(1..=6);
+    let mut cluster = GossipCluster::converged(1..=6);
     for number in 1..=6 {
         for round in 0..4 {
-            village.announce(number, [blob(100 + 10 * number + round)]);
-            village.advance(seconds(1));
+            cluster.announce(number, [blob(100 + 10 * number + round)]);
+            cluster.advance(seconds(1));
         }
     }
-    village.start_node(9, 1, "good 86400");
-    village.connect(1, 9);
-    village.advance(seconds(15));
-    assert_eq!(village.providers(9, 163), [id(6)]);
-    let snapshots = village.node(9).requests.iter().filter(|question| matches!(question, SyncRequest::Snapshot(_)));
+    cluster.start_node(9, 1, "good 86400");
+    cluster.connect(1, 9);
+    cluster.advance(seconds(15));
+    assert_eq!(cluster.providers(9, 163), [id(6)]);
+    let snapshots = cluster.node(9).requests.iter().filter(|question| matches!(question, SyncRequest::Snapshot(_)));
     assert_eq!(snapshots.count(), 1);
 }
 
 #[test]
 fn missed_entries_are_requested_from_the_log() {
-    let mut village = GossipCluster::converged(1..=3);
-    village.node(3).is_cut_off = true;
-    village.announce(1, [blob(101)]);
-    village.advance(Duration::from_millis(1000));
-    village.node(3).is_cut_off = false;
-    village.node(3).requests.clear();
-    assert_eq!(village.providers(3, 101), NO_PEERS);
-    village.announce(1, [blob(102)]);
-    village.advance(seconds(5));
-    assert_eq!((village.providers(3, 101), village.providers(3, 102)), (vec![id(1)], vec![id(1)]));
-    let asked = &village.node(3).requests;
+    let mut cluster = GossipCluster::converged(1..=3);
+    cluster.node(3).is_cut_off = true;
+    cluster.announce(1, [blob(101)]);
+    cluster.advance(Duration::from_millis(1000));
+    cluster.node(3).is_cut_off = false;
+    cluster.node(3).requests.clear();
+    assert_eq!(cluster.providers(3, 101), NO_PEERS);
+    cluster.announce(1, [blob(102)]);
+    cluster.advance(seconds(5));
+    assert_eq!((cluster.providers(3, 101), cluster.providers(3, 102)), (vec![id(1)], vec![id(1)]));
+    let asked = &cluster.node(3).requests;
     assert!(asked.iter().any(|question| matches!(question, SyncRequest::Entries { after: 1, .. })), "{asked:?}");
     assert!(!asked.iter().any(|question| matches!(question, SyncRequest::Snapshot(_))), "{asked:?}");
 }
 
 #[test]
 fn a_lost_entry_without_a_gap_is_found_by_comparing_marks() {
-    let mut village = GossipCluster::converged(1..=3);
-    village.node(3).is_cut_off = true;
-    village.announce(1, [blob(101)]);
-    village.advance(Duration::from_millis(1000));
-    village.node(3).is_cut_off = false;
-    village.advance(seconds(15));
-    assert_eq!(village.providers(3, 101), [id(1)]);
+    let mut cluster = GossipCluster::converged(1..=3);
+    cluster.node(3).is_cut_off = true;
+    cluster.announce(1, [blob(101)]);
+    cluster.advance(Duration::from_millis(1000));
+    cluster.node(3).is_cut_off = false;
+    cluster.advance(seconds(15));
+    assert_eq!(cluster.providers(3, 101), [id(1)]);
 }
 
 #[test]
@@ -129,64 +140,64 @@ fn each_entry_of_a_long_batch_is_signed_with_the_state_after_the_entry() {
 
 #[test]
 fn a_process_whose_clock_went_back_restarts_its_log_and_is_accepted() {
-    let mut village = GossipCluster::unconnected([1, 2, 3]);
-    village.start_node(3, 1_000, "good 86400");
-    village.connect(1, 2);
-    village.connect(1, 3);
-    village.announce(3, [blob(3)]);
-    village.advance(seconds(15));
-    village.kill(3);
-    village.start_node(3, 7, "good 86400");
-    village.connect(1, 3);
-    village.announce(3, [blob(103)]);
-    village.advance(seconds(30));
-    assert_eq!((village.providers(2, 103), village.providers(2, 3)), (vec![id(3)], vec![]));
-    assert!(village.node(3).protocol.log.epoch() > 1_000);
+    let mut cluster = GossipCluster::unconnected([1, 2, 3]);
+    cluster.start_node(3, 1_000, "good 86400");
+    cluster.connect(1, 2);
+    cluster.connect(1, 3);
+    cluster.announce(3, [blob(3)]);
+    cluster.advance(seconds(15));
+    cluster.kill(3);
+    cluster.start_node(3, 7, "good 86400");
+    cluster.connect(1, 3);
+    cluster.announce(3, [blob(103)]);
+    cluster.advance(seconds(30));
+    assert_eq!((cluster.providers(2, 103), cluster.providers(2, 3)), (vec![id(3)], vec![]));
+    assert!(cluster.node(3).protocol.log.epoch() > 1_000);
 }
 
 #[test]
 fn a_member_whose_credential_expired_without_renewal_is_dropped() {
-    let mut village = GossipCluster::unconnected([1, 2]);
-    village.start_node(3, 1, "good 60");
-    village.connect(1, 2);
-    village.connect(1, 3);
-    village.advance(seconds(15));
-    assert_eq!(village.up(2), [1, 3]);
-    village.advance(seconds(60));
-    assert_eq!(village.up(2), [1]);
-    let (address, now) = (peer(3).transfer, village.now);
-    village.node(3).protocol.introduce(Credential::new("good 600".into()), address, address, None, now);
-    village.advance(seconds(30));
-    assert_eq!(village.up(2), [1, 3], "renewed");
+    let mut cluster = GossipCluster::unconnected([1, 2]);
+    cluster.start_node(3, 1, "good 60");
+    cluster.connect(1, 2);
+    cluster.connect(1, 3);
+    cluster.advance(seconds(15));
+    assert_eq!(cluster.up(2), [1, 3]);
+    cluster.advance(seconds(60));
+    assert_eq!(cluster.up(2), [1]);
+    let (address, now) = (peer(3).transfer, cluster.now);
+    cluster.node(3).protocol.introduce(Credential::new("good 600".into()), address, address, None, now);
+    cluster.advance(seconds(30));
+    assert_eq!(cluster.up(2), [1, 3], "renewed");
 }
 
 #[test]
 fn a_member_without_a_valid_credential_is_rejected_by_every_agent() {
-    let mut village = GossipCluster::converged(1..=4);
-    village.start_node(9, 1, "stolen");
-    village.connect(1, 9);
-    village.announce(9, [blob(109)]);
-    village.advance(seconds(30));
+    let mut cluster = GossipCluster::converged(1..=4);
+    cluster.start_node(9, 1, "stolen");
+    cluster.connect(1, 9);
+    cluster.announce(9, [blob(109)]);
+    cluster.advance(seconds(30));
     for number in 1..=4 {
-        assert!(!village.up(number).contains(&9));
-        assert_eq!(village.providers(number, 109), NO_PEERS);
+        assert!(!cluster.up(number).contains(&9));
+        assert_eq!(cluster.providers(number, 109), NO_PEERS);
     }
 }
 
 #[test]
 fn a_request_to_a_removed_peer_is_sent_to_another_peer() {
-    let mut village = GossipCluster::converged(1..=4);
-    let now = village.now;
-    let house = village.node(4);
-    house.protocol.receive_gossip(id(2), Gossip::Entry(entry_of(1, 3, &[blob(1)])), &mut house.inventory, now);
+    let mut cluster = GossipCluster::converged(1..=4);
+    let now = cluster.now;
+    let member = cluster.node(4);
+    member.protocol.receive_gossip(id(2), Gossip::Entry(entry_of(1, 3, &[blob(1)])), &mut member.inventory, now);
     let later = now + seconds(3);
-    house.protocol.request_missing(later);
-    let Some(Output::Request(_, asked, SyncRequest::Entries { .. })) = house.protocol.next() else {
+    member.protocol.request_missing(later);
+    let Some(Output::Request(_, asked, SyncRequest::Entries { .. })) = member.protocol.next() else {
         panic!("no request")
     };
-    house.protocol.remove_peer(asked, &mut house.inventory, later);
-    house.protocol.request_missing(later + seconds(3));
-    let again = std::iter::from_fn(|| house.protocol.next());
+    member.protocol.remove_peer(asked, &mut member.inventory, later);
+    member.protocol.request_missing(later + seconds(3));
+    let again = std::iter::from_fn(|| member.protocol.next());
     let others: Vec<_> =
         again.filter_map(|output| if let Output::Request(_, peer, _) = output { Some(peer) } else { None }).collect();
     assert!(!others.is_empty() && !others.contains(&asked), "{others:?}");
@@ -194,61 +205,61 @@ fn a_request_to_a_removed_peer_is_sent_to_another_peer() {
 
 #[test]
 fn two_keys_of_a_pod_are_accepted() {
-    let mut village = GossipCluster::converged(1..=3);
+    let mut cluster = GossipCluster::converged(1..=3);
     for number in 11..=15 {
-        village.start_node(number, number.into(), "good 86400 a-pod");
-        village.connect(1, number);
-        village.advance(seconds(3));
+        cluster.start_node(number, number.into(), "good 86400 a-pod");
+        cluster.connect(1, number);
+        cluster.advance(seconds(3));
     }
-    village.advance(seconds(15));
-    assert_eq!(village.up(2), [1, 3, 14, 15]);
+    cluster.advance(seconds(15));
+    assert_eq!(cluster.up(2), [1, 3, 14, 15]);
 }
 
 #[test]
 fn a_member_that_moves_with_an_expired_credential_is_no_provider() {
-    let mut village = GossipCluster::converged(1..=3);
-    let (now, moved) = (village.now, ([10, 0, 9, 9], 4701).into());
-    let late = format!("good {}", village.elapsed().as_secs());
-    village.node(3).protocol.introduce(Credential::new(late), moved, moved, None, now);
-    village.deliver_all();
-    assert_eq!((village.providers(1, 3), village.up(1)), (vec![], vec![2]));
+    let mut cluster = GossipCluster::converged(1..=3);
+    let (now, moved) = (cluster.now, ([10, 0, 9, 9], 4701).into());
+    let late = format!("good {}", cluster.elapsed().as_secs());
+    cluster.node(3).protocol.introduce(Credential::new(late), moved, moved, None, now);
+    cluster.deliver_all();
+    assert_eq!((cluster.providers(1, 3), cluster.up(1)), (vec![], vec![2]));
 }
 
 #[test]
 fn an_agent_with_a_full_membership_table_counts_rejected_members_and_records_no_fault() {
-    let mut village = GossipCluster::unconnected(1..=5);
-    village.node(1).protocol.roster.limit = 2;
+    let mut cluster = GossipCluster::unconnected(1..=5);
+    cluster.node(1).protocol.roster.limit = 2;
     for number in 2..=5 {
-        village.connect(1, number);
+        cluster.connect(1, number);
     }
-    village.advance(seconds(30));
-    assert_eq!(village.up(1).len(), 2);
-    let (now, house) = (village.now, village.node(1));
-    assert!(house.protocol.status(&house.inventory, now).over_limit > 0);
-    assert!(house.faults.is_empty());
+    cluster.advance(seconds(30));
+    assert_eq!(cluster.up(1).len(), 2);
+    let (now, member) = (cluster.now, cluster.node(1));
+    assert!(member.protocol.status(&member.inventory, now).over_limit > 0);
+    assert!(member.faults.is_empty());
 }
 
 #[test]
 fn a_member_that_moves_is_announced_again() {
-    let mut village = GossipCluster::converged(1..=4);
-    let (now, moved) = (village.now, ([10, 0, 9, 9], 4701).into());
-    village.node(4).protocol.introduce(Credential::new("good 86400".into()), moved, moved, None, now);
-    village.advance(seconds(1));
-    let known = village.nodes[&2].protocol.roster.get(id(4)).unwrap().introduction.clone().unwrap();
+    let mut cluster = GossipCluster::converged(1..=4);
+    let (now, moved) = (cluster.now, ([10, 0, 9, 9], 4701).into());
+    cluster.node(4).protocol.introduce(Credential::new("good 86400".into()), moved, moved, None, now);
+    cluster.advance(seconds(1));
+    let known = cluster.nodes[&2].protocol.roster.get(id(4)).unwrap().introduction.clone().unwrap();
     let Profile { transfer, version, .. } = known.profile;
-    assert_eq!((transfer, village.nodes[&2].inventory.peers().len()), (moved, 3));
+    assert_eq!((transfer, cluster.nodes[&2].inventory.peers().len()), (moved, 3));
     assert!(version > 1);
-    assert_eq!(village.providers(2, 4), [id(4)]);
+    assert_eq!(cluster.providers(2, 4), [id(4)]);
 }
 
 #[test]
-fn an_agent_with_too_many_neighbours_keeps_the_chosen_and_closes_the_rest() {
-    let mut village = GossipCluster::unconnected(1..=60);
-    (2..=60).for_each(|number| village.connect(1, number));
-    village.advance(seconds(90));
-    assert_eq!(village.up(1).len(), 59);
-    let now = village.now;
-    let linked = village.nodes[&1].protocol.status(&village.nodes[&1].inventory, now).neighbours;
-    assert!(linked <= neighbour_choice::MAX_NEIGHBOURS, "{linked} neighbors");
-    assert!((1..=60).all(|number| village.up(number).len() == 59));
+fn an_agent_with_too_many_neighbors_keeps_the_chosen_and_closes_the_rest() {
+    let mut cluster = GossipCluster::unconnected(1..=60);
+    (2..=60).for_each(|number| cluster.connect(1, number));
+    cluster.advance(seconds(90));
+    assert_eq!(cluster.up(1).len(), 59);
+    let now = cluster.now;
+    let linked = cluster.nodes[&1].protocol.status(&cluster.nodes[&1].inventory, now).neighbors;
+    assert!(linked <= neighbor_choice::MAX_NEIGHBOURS, "{linked} neighbors");
+    assert!((1..=60).all(|number| cluster.up(number).len() == 59));
 }

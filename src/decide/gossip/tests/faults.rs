@@ -4,88 +4,88 @@ use super::*;
 
 #[test]
 fn a_forged_entry_is_rejected_and_the_third_bans_its_forger() {
-    let mut village = GossipCluster::converged(1..=3);
+    let mut cluster = GossipCluster::converged(1..=3);
     for number in 0..3 {
         let mut forged = entry_of(1, 2 + number, &[blob(99)]);
         forged.head.signature = test_signature(id(2), &forged.head.signed_bytes());
-        village.publish_from(2, Gossip::Entry(forged));
+        cluster.publish_from(2, Gossip::Entry(forged));
     }
-    assert_eq!(village.providers(3, 99), NO_PEERS);
-    assert_eq!(village.node(3).faults.last(), Some(&(id(2), "forged", true)));
-    village.advance(seconds(1));
-    assert_eq!(village.up(3), [1], "the banned member is down");
-    village.advance(seconds(700));
-    assert_eq!(village.up(3), [1, 2], "the member is up after the ban");
+    assert_eq!(cluster.providers(3, 99), NO_PEERS);
+    assert_eq!(cluster.node(3).faults.last(), Some(&(id(2), "forged", true)));
+    cluster.advance(seconds(1));
+    assert_eq!(cluster.up(3), [1], "the banned member is down");
+    cluster.advance(seconds(700));
+    assert_eq!(cluster.up(3), [1, 2], "the member is up after the ban");
 }
 
 #[test]
 fn changes_that_differ_from_the_signed_digest_are_rejected() {
-    let mut village = GossipCluster::converged(1..=3);
+    let mut cluster = GossipCluster::converged(1..=3);
     let mut changed = entry_of(2, 2, &[blob(2), blob(102)]);
     changed.changes = vec![InventoryChange::Added(blob(99))];
-    village.publish_from(1, Gossip::Entry(changed));
-    assert_eq!(village.providers(3, 99), NO_PEERS);
-    assert_eq!(village.node(3).faults, [(id(1), "malformed", false)]);
+    cluster.publish_from(1, Gossip::Entry(changed));
+    assert_eq!(cluster.providers(3, 99), NO_PEERS);
+    assert_eq!(cluster.node(3).faults, [(id(1), "malformed", false)]);
 }
 
 #[test]
 fn a_publisher_that_signs_two_entries_with_the_same_number_is_banned() {
-    let mut village = GossipCluster::converged(1..=3);
-    village.publish_from(1, Gossip::Entry(entry_of(2, 2, &[blob(2), blob(102)])));
-    assert!(village.node(3).faults.is_empty(), "the entry counts by the signature of 2, not by the relay");
-    village.publish_from(1, Gossip::Entry(entry_of(2, 2, &[blob(2), blob(202)])));
-    assert_eq!(village.node(3).faults, [(id(2), "contradiction", true)], "the relaying member has no fault");
+    let mut cluster = GossipCluster::converged(1..=3);
+    cluster.publish_from(1, Gossip::Entry(entry_of(2, 2, &[blob(2), blob(102)])));
+    assert!(cluster.node(3).faults.is_empty(), "the entry counts by the signature of 2, not by the relay");
+    cluster.publish_from(1, Gossip::Entry(entry_of(2, 2, &[blob(2), blob(202)])));
+    assert_eq!(cluster.node(3).faults, [(id(2), "contradiction", true)], "the relaying member has no fault");
 }
 
 #[test]
 fn a_snapshot_that_differs_from_the_signed_state_is_rejected() {
-    let mut village = GossipCluster::converged(1..=4);
+    let mut cluster = GossipCluster::converged(1..=4);
     for round in 0..4 {
-        village.announce(2, [blob(120 + round)]);
-        village.advance(seconds(1));
+        cluster.announce(2, [blob(120 + round)]);
+        cluster.advance(seconds(1));
     }
-    village.tamper_reply = Some(|of, reply| match reply {
+    cluster.tamper_reply = Some(|of, reply| match reply {
         SyncReply::Snapshot(InventorySnapshot { heads, mut items }) if of == 1 => {
             items.retain(|(item, _)| *item != blob(121));
             SyncReply::Snapshot(InventorySnapshot { heads, items })
         }
         reply => reply,
     });
-    village.start_node(9, 1, "good 86400");
-    village.connect(1, 9);
-    village.advance(seconds(60));
-    assert_eq!(village.providers(9, 121), [id(2)], "another member sent the true snapshot");
-    assert!(village.node(9).faults.is_empty(), "the publisher may have signed a wrong state");
+    cluster.start_node(9, 1, "good 86400");
+    cluster.connect(1, 9);
+    cluster.advance(seconds(60));
+    assert_eq!(cluster.providers(9, 121), [id(2)], "another member sent the true snapshot");
+    assert!(cluster.node(9).faults.is_empty(), "the publisher may have signed a wrong state");
 }
 
 #[test]
 fn a_publisher_above_the_entry_rate_is_limited() {
-    let mut village = GossipCluster::converged(1..=3);
+    let mut cluster = GossipCluster::converged(1..=3);
     for sequence in 2..100 {
-        village.publish_from(1, Gossip::Entry(entry_of(2, sequence, &[blob(2)])));
+        cluster.publish_from(1, Gossip::Entry(entry_of(2, sequence, &[blob(2)])));
     }
-    let known = village.nodes[&3].protocol.roster.get(id(2)).unwrap().log.sequence();
+    let known = cluster.nodes[&3].protocol.roster.get(id(2)).unwrap().log.sequence();
     assert!((60..70).contains(&known), "{known} entries passed the limit");
 }
 
 #[test]
 fn replayed_entries_do_no_harm() {
-    let mut village = GossipCluster::converged(1..=3);
+    let mut cluster = GossipCluster::converged(1..=3);
     for _ in 0..200 {
-        let now = village.now;
-        let house = village.node(3);
-        house.protocol.receive_gossip(id(1), Gossip::Entry(entry_of(2, 1, &[blob(2)])), &mut house.inventory, now);
+        let now = cluster.now;
+        let member = cluster.node(3);
+        member.protocol.receive_gossip(id(1), Gossip::Entry(entry_of(2, 1, &[blob(2)])), &mut member.inventory, now);
     }
-    village.announce(2, [blob(102)]);
-    village.advance(seconds(2));
-    assert_eq!(village.providers(3, 102), [id(2)]);
-    assert!(village.node(3).faults.is_empty());
+    cluster.announce(2, [blob(102)]);
+    cluster.advance(seconds(2));
+    assert_eq!(cluster.providers(3, 102), [id(2)]);
+    assert!(cluster.node(3).faults.is_empty());
 }
 
 #[test]
 fn an_entry_without_a_provider_is_not_requested_without_end() {
-    let mut village = GossipCluster::converged(1..=3);
-    village.tamper_reply = Some(|of, reply| match reply {
+    let mut cluster = GossipCluster::converged(1..=3);
+    cluster.tamper_reply = Some(|of, reply| match reply {
         SyncReply::Summaries(_) if of == 1 => {
             let mark =
                 |peer| MemberSummary { peer, epoch: 1, version: 1, incarnation: 0, sequence: u64::MAX, is_dead: false };
@@ -93,25 +93,25 @@ fn an_entry_without_a_provider_is_not_requested_without_end() {
         }
         reply => reply,
     });
-    village.advance(seconds(60));
-    village.tamper_reply = None;
-    village.advance(seconds(20));
-    let log = &village.nodes[&3].protocol.roster.get(id(2)).unwrap().log;
+    cluster.advance(seconds(60));
+    cluster.tamper_reply = None;
+    cluster.advance(seconds(20));
+    let log = &cluster.nodes[&3].protocol.roster.get(id(2)).unwrap().log;
     assert_eq!((log.sequence(), log.behind()), (1, 0));
 }
 
 #[test]
-fn members_that_a_neighbour_reports_dead_are_probed_a_few_at_a_time() {
-    let mut village = GossipCluster::converged(1..=60);
+fn members_that_a_neighbor_reports_dead_are_probed_a_few_at_a_time() {
+    let mut cluster = GossipCluster::converged(1..=60);
     let mark =
         |number| MemberSummary { peer: id(number), epoch: 1, version: 2, incarnation: 0, sequence: 1, is_dead: true };
     let marks = SyncReply::Summaries((2..=60).map(mark).collect());
-    let now = village.now;
-    let house = village.node(1);
-    house.protocol.compare_with(id(2));
-    let Some(Output::Request(ask, ..)) = house.protocol.next() else { panic!("no request") };
-    house.protocol.receive_reply(ask, marks, &mut house.inventory, now);
-    let outputs: Vec<_> = std::iter::from_fn(|| house.protocol.next()).collect();
+    let now = cluster.now;
+    let member = cluster.node(1);
+    member.protocol.compare_with(id(2));
+    let Some(Output::Request(ask, ..)) = member.protocol.next() else { panic!("no request") };
+    member.protocol.receive_reply(ask, marks, &mut member.inventory, now);
+    let outputs: Vec<_> = std::iter::from_fn(|| member.protocol.next()).collect();
     let tried = outputs.iter().filter(|output| matches!(output, Output::Handshake(_) | Output::Dial(_))).count();
     assert!((1..=16).contains(&tried), "{tried} dials at once");
 }

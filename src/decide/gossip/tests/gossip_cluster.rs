@@ -94,7 +94,7 @@ fn encoded(message: &Gossip) -> Vec<u8> {
 impl GossipCluster {
     /// Agents that have introduced themselves and have no other member.
     pub(super) fn unconnected(numbers: impl IntoIterator<Item = u8>) -> Self {
-        let mut village = Self {
+        let mut cluster = Self {
             nodes: BTreeMap::new(),
             now: Instant::now(),
             clock: Clock::default(),
@@ -103,22 +103,22 @@ impl GossipCluster {
             ticks: 0,
             tamper_reply: None,
         };
-        numbers.into_iter().for_each(|number| village.start_node(number, 1, "good 86400"));
-        village
+        numbers.into_iter().for_each(|number| cluster.start_node(number, 1, "good 86400"));
+        cluster
     }
 
     /// Agents that have all members and all items: each agent announces one blob of its own.
     pub(super) fn converged(numbers: std::ops::RangeInclusive<u8>) -> Self {
-        let mut village = Self::unconnected(numbers.clone());
+        let mut cluster = Self::unconnected(numbers.clone());
         let first = *numbers.start();
         for number in numbers.clone().skip(1) {
-            village.connect(first, number);
+            cluster.connect(first, number);
         }
         for number in numbers {
-            village.announce(number, [blob(number)]);
+            cluster.announce(number, [blob(number)]);
         }
-        village.advance(Duration::from_secs(30));
-        village
+        cluster.advance(Duration::from_secs(30));
+        cluster
     }
 
     pub(super) fn start_node(&mut self, number: u8, epoch: u64, credential: &str) {
@@ -126,7 +126,7 @@ impl GossipCluster {
         let own = LocalAgent { peer: peer.id, epoch, node: peer.node, release: "0.1.0".parse().unwrap() };
         let mut protocol = Protocol::new(own, TestVerifier(peer.id, Rc::clone(&self.clock)), number.into(), self.now);
         protocol.introduce(Credential::new(credential.into()), peer.transfer, peer.gossip, None, self.now);
-        let house = GossipNode {
+        let member = GossipNode {
             protocol,
             inventory: Inventory::default(),
             up: BTreeSet::new(),
@@ -138,7 +138,7 @@ impl GossipCluster {
             is_cut_off: false,
             is_dead: false,
         };
-        self.nodes.insert(number, house);
+        self.nodes.insert(number, member);
     }
 
     pub(super) fn node(&mut self, number: u8) -> &mut GossipNode {
@@ -149,8 +149,8 @@ impl GossipCluster {
     pub(super) fn connect(&mut self, a: u8, b: u8) {
         let now = self.now;
         for (one, other) in [(a, b), (b, a)] {
-            let house = self.node(one);
-            house.protocol.admit(peer(other), Duration::from_secs(86_400), &mut house.inventory, now);
+            let member = self.node(one);
+            member.protocol.admit(peer(other), Duration::from_secs(86_400), &mut member.inventory, now);
         }
         self.deliver_all();
     }
@@ -176,9 +176,9 @@ impl GossipCluster {
             self.links.remove(&link);
             let now = self.now;
             for (one, other) in [(a, b), (b, a)] {
-                let house = self.node(one);
-                house.protocol.answer(id(other), SyncRequest::Disconnect, &house.inventory, now);
-                house.protocol.connection_closed(link, id(other), now);
+                let member = self.node(one);
+                member.protocol.answer(id(other), SyncRequest::Disconnect, &member.inventory, now);
+                member.protocol.connection_closed(link, id(other), now);
             }
         }
     }
@@ -218,16 +218,16 @@ impl GossipCluster {
             self.clock.set(self.clock.get() + TICK);
             self.ticks += 1;
             let now = self.now;
-            for house in self.nodes.values_mut().filter(|house| !house.is_dead) {
-                house.protocol.tick(&mut house.inventory, now);
+            for member in self.nodes.values_mut().filter(|member| !member.is_dead) {
+                member.protocol.tick(&mut member.inventory, now);
             }
             self.deliver_all();
             if self.ticks.is_multiple_of((PING_INTERVAL.as_millis() / TICK.as_millis()) as u32) {
                 for (link, (a, b)) in self.links.clone() {
                     if self.is_reachable(a, b) {
                         for (one, other) in [(a, b), (b, a)] {
-                            let house = self.nodes.get_mut(&one).unwrap();
-                            house.protocol.record_ping_answer(link, id(other), &mut house.inventory, now);
+                            let member = self.nodes.get_mut(&one).unwrap();
+                            member.protocol.record_ping_answer(link, id(other), &mut member.inventory, now);
                         }
                     }
                 }
@@ -304,15 +304,15 @@ impl GossipCluster {
     fn handshake(&mut self, a: u8, b: u8) {
         let now = self.now;
         for (one, other) in [(b, a), (a, b)] {
-            let house = self.node(one);
-            house.protocol.admit(peer(other), Duration::from_secs(86_400), &mut house.inventory, now);
+            let member = self.node(one);
+            member.protocol.admit(peer(other), Duration::from_secs(86_400), &mut member.inventory, now);
         }
     }
 
     fn dial_failed(&mut self, number: u8, other: PeerId) {
         let now = self.now;
-        let house = self.node(number);
-        house.protocol.dial_failed(other, &mut house.inventory, now);
+        let member = self.node(number);
+        member.protocol.dial_failed(other, &mut member.inventory, now);
     }
 
     fn deliver_request(&mut self, number: u8, ask: SyncRequestId, of: PeerId, question: SyncRequest) {
@@ -323,11 +323,11 @@ impl GossipCluster {
         if !self.is_reachable(number, other) || !is_linked {
             return self.node(number).protocol.record_request_failure(ask, now);
         }
-        let house = self.node(other);
-        let reply = house.protocol.answer(id(number), question, &house.inventory, now);
+        let member = self.node(other);
+        let reply = member.protocol.answer(id(number), question, &member.inventory, now);
         let reply = self.tamper_reply.map_or(reply.clone(), |lie| lie(other, reply));
-        let house = self.node(number);
-        house.protocol.receive_reply(ask, reply, &mut house.inventory, now);
+        let member = self.node(number);
+        member.protocol.receive_reply(ask, reply, &mut member.inventory, now);
     }
 
     /// Floods a message: every node relays its first accepted copy.
@@ -346,11 +346,11 @@ impl GossipCluster {
                 if !self.is_reachable(holder, other) || !self.node(other).seen.insert(text.clone()) {
                     continue;
                 }
-                let house = self.node(other);
-                match house.protocol.receive_gossip(id(holder), message.clone(), &mut house.inventory, now) {
+                let member = self.node(other);
+                match member.protocol.receive_gossip(id(holder), message.clone(), &mut member.inventory, now) {
                     GossipVerdict::Accept => holders.push_back(other),
                     GossipVerdict::Ignore(_) => {}
-                    GossipVerdict::Reject(fault) => house.rejections.push(fault),
+                    GossipVerdict::Reject(fault) => member.rejections.push(fault),
                 }
             }
         }
