@@ -1,24 +1,24 @@
-# What can be done with this tree: `make help`. CARGO_TARGET_DIR is honoured; LIGHTERMAN_CACHE (default: the user's cache folder)
-# keeps tools and the test bed.
+# `make help` lists the targets. CARGO_TARGET_DIR is honored. LIGHTERMAN_CACHE (default: the user's
+# cache folder) contains tools and the test bed.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-# Prerequisites are steps in order, and cargo uses all cores by itself.
+# Prerequisites run in order, and cargo uses all cores.
 .NOTPARALLEL:
 
 TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
 TRIPLE := $(shell rustc -vV 2> /dev/null | sed -n 's/^host: //p')
 CACHE := $(or $(LIGHTERMAN_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lighterman)
 
-# The static binary, which needs no base image.
+# The static binary, for an image without a base image.
 BIN ?= $(TARGET_DIR)/$(TRIPLE)/release/lighterman
 # The container image as a tar file.
 IMAGE ?= $(TARGET_DIR)/lighterman-image.tar
-# Further commands for `make deps` to see to, as CI wants them.
+# Further commands that `make deps` installs, for CI.
 DEPS ?=
-# Arguments of `make demo`, as in: make demo ARGS='--nodes 5 --image-size 1GiB'
+# Arguments of `make demo`, for example: make demo ARGS='--nodes 5 --image-size 1GiB'
 ARGS ?=
-# How long `make fuzz` runs each target.
+# Seconds for which `make fuzz` runs each target.
 SECONDS_EACH ?= 60
 # Test binaries that need neither root nor components nor the static binary.
 FAST_TESTS ?= --lib --bins --test fast --test simulation
@@ -29,30 +29,30 @@ FIGURE_SOURCES ?= 'cargo bench --locked --bench transfer' \
   'cargo test --locked --test e2e' \
   'cargo test --locked --release --no-default-features --features testing --test simulation -- --nocapture'
 
-# Where tests and measurements find what was built.
+# The paths of built files, for tests and measurements.
 BUILT = LIGHTERMAN_BIN='$(BIN)' LIGHTERMAN_IMAGE='$(IMAGE)' LIGHTERMAN_TESTBED='$(CACHE)/testbed' \
   LIGHTERMAN_PREVIOUS='$(CACHE)/previous/$(file < tests/e2e/previous-commit)'
 
 .PHONY: help
-help: ## this list
+help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
 
 .PHONY: deps
-deps: ## install or name what the build needs
+deps: ## install the packages that the build needs, or name them
 	@scripts/deps.sh $(DEPS)
 
 .PHONY: build
-build: ## the static release binary
+build: ## build the static release binary
 	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked --bin lighterman --target $(TRIPLE)
 	@ls -l '$(BIN)'
 
 .PHONY: demo
-demo: deps build ## agents on this machine, one image, a registry that is down (ARGS=...)
-	@# The agents' own log would stand between the lines of the story.
+demo: deps build ## recover an image between agents on this machine, with a registry that is down (ARGS=...)
+	@# The level warn keeps the agents' log out of the demo's output.
 	LIGHTERMAN_LOG="$${LIGHTERMAN_LOG:-warn}" '$(BIN)' demo $(ARGS)
 
 .PHONY: image
-image: ## the container image, from the static binary
+image: ## build the container image from the static binary
 	@[ -x '$(BIN)' ] || $(MAKE) --no-print-directory build
 	@BIN='$(BIN)' scripts/image.sh '$(IMAGE)'
 
@@ -61,11 +61,11 @@ manifest: ## render the chart into manifests/lighterman.yaml
 	@scripts/render-manifest.sh
 
 .PHONY: check-manifest
-check-manifest: ## manifests/lighterman.yaml is what the chart renders
+check-manifest: ## check that manifests/lighterman.yaml is the rendered chart
 	@scripts/render-manifest.sh --check
 
 .PHONY: check-flags
-check-flags: ## chart values, variables and flags are the same
+check-flags: ## check that chart values, variables and flags agree
 	@scripts/check-flags.sh
 
 .PHONY: check-scripts
@@ -77,7 +77,7 @@ check-scripts:
 	fi
 
 .PHONY: lint
-lint: check-scripts check-flags check-manifest ## everything that is checked without running the program
+lint: check-scripts check-flags check-manifest ## run all checks that do not run the program
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --no-default-features --lib -- -D warnings
@@ -85,35 +85,35 @@ lint: check-scripts check-flags check-manifest ## everything that is checked wit
 	scripts/cargo-deny.sh
 
 .PHONY: testbed
-testbed: ## Kubernetes and containerds for the tests, into the cache folder (a quarter of an hour, once)
+testbed: ## build Kubernetes and containerd versions for the tests in the cache folder (15 minutes, once)
 	tests/testbed/setup.sh
 
 .PHONY: previous
-previous: ## the agent of an earlier commit, into the cache folder, to run beside this tree's (once for each commit)
+previous: ## build the agent of an earlier commit in the cache folder, to run beside this tree's agent (once for each commit)
 	@LIGHTERMAN_CACHE='$(CACHE)' scripts/previous.sh
 
 .PHONY: test-fast
-test-fast: ## the tests that need nothing
+test-fast: ## run the tests that need neither root nor components
 	cargo test --locked $(FAST_TESTS)
 
 .PHONY: fuzz
-fuzz: ## each fuzz target for a while (SECONDS_EACH=60)
+fuzz: ## run each fuzz target (SECONDS_EACH=60)
 	scripts/fuzz.sh '$(SECONDS_EACH)'
 
 .PHONY: need-root
 need-root:
-	@[ "$$(id -u)" = 0 ] || { echo 'make test needs root, for network namespaces and containerds of its own; make test-fast does not' >&2; exit 1; }
+	@[ "$$(id -u)" = 0 ] || { echo 'make test needs root, for its own network namespaces and containerds; make test-fast does not' >&2; exit 1; }
 
 .PHONY: test
-test: need-root deps testbed previous build image ## all tests, on real components
+test: need-root deps testbed previous build image ## run all tests, on real components
 	@scripts/check-flags.sh '$(BIN)'
 	$(BUILT) cargo test --locked
 
 .PHONY: figures
-figures: need-root deps testbed build image ## measure, into target/figures.txt
+figures: need-root deps testbed build image ## measure, and write target/figures.txt
 	@$(BUILT) scripts/figures.sh '$(TARGET_DIR)/figures.txt' $(FIGURE_SOURCES)
 
 .PHONY: clean
-clean: ## remove what was built; the cache folder stays
+clean: ## remove built files; the cache folder stays
 	cargo clean
 	rm -f '$(IMAGE)'

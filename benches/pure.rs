@@ -245,8 +245,8 @@ fn pick_all_pieces() -> FetchCost {
         pool.mark_hash_chain_ready(digest);
         pool.set_providers(digest, &holders);
     }
-    for neighbour in pool.take_follow_changes(now) {
-        let FollowChange::Follow { peer, digest } = neighbour else { continue };
+    for neighbor in pool.take_follow_changes(now) {
+        let FollowChange::Follow { peer, digest } = neighbor else { continue };
         let is_whole = holders.iter().any(|holder| holder.peer == peer && holder.is_whole);
         let mut half = Bits::none_of(512);
         (0..512).step_by(2).for_each(|piece| half.set(piece));

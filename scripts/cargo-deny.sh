@@ -1,12 +1,13 @@
 #!/bin/bash
-# cargo-deny.sh: checks licences, sources and bans of every crate (deny.toml), and advisories where their database can be had.
-# cargo-deny is built into the cache folder when the machine has none: 2 minutes, once.
+# cargo-deny.sh: checks licenses, sources and bans of every crate (deny.toml), and advisories where
+# their database can be fetched. Without a cargo-deny on the machine, the script builds one in the
+# cache folder: 2 minutes, once.
 . "$(dirname "$0")/lib.sh"
 
 deny=$(command -v cargo-deny || echo "$CACHE/bin/cargo-deny")
 if [ ! -x "$deny" ]; then
   say "cargo-deny.sh: building cargo-deny into $CACHE/bin ..."
-  # In a target folder of its own: the flags of this build are not meant for it.
+  # A separate target folder, without this tree's RUSTFLAGS.
   env -u RUSTFLAGS CARGO_TARGET_DIR="$CACHE/cargo-deny-target" cargo install --quiet --locked --root "$CACHE" cargo-deny
   rm -rf "$CACHE/cargo-deny-target"
 fi

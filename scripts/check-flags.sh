@@ -1,17 +1,19 @@
 #!/bin/bash
-# check-flags.sh [BINARY]: the chart and the flags of `lighterman agent` name the same things.
-# - the variables of src/config/flags.rs and src/cli.rs are those of the DaemonSet, none more and none less, but for OUTSIDE;
-# - each that the downward API does not set is one value: LIGHTERMAN_CONCURRENT_UPLOADS is agent.concurrentUploads, also in the schema;
+# check-flags.sh [BINARY]: checks that the chart and the flags of `lighterman agent` agree:
+# - the variables of src/config/flags.rs and src/cli.rs are the variables of the DaemonSet, except
+#   OUTSIDE;
+# - each variable that the downward API does not set is one value, in values.yaml and in the schema:
+#   LIGHTERMAN_CONCURRENT_UPLOADS is agent.concurrentUploads;
 # - with a BINARY, the chart's defaults (as in manifests/lighterman.yaml) are the flags' own.
 . "$(dirname "$0")/lib.sh"
 chart=charts/lighterman
 daemonset=$chart/templates/daemonset.yaml
 failed=
-# Not for the DaemonSet's: a file in place of the ServiceAccount, a content store at another path than containerd's own (the
-# chart mounts it at that one), and a zone, which is one of each node's labels.
+# Flags without a variable in the DaemonSet. A kubeconfig replaces the ServiceAccount; the chart
+# mounts the content store at containerd's own path; the zone is a label of each node.
 OUTSIDE='LIGHTERMAN_KUBECONFIG|LIGHTERMAN_CONTAINERD_CONTENT_ROOT|LIGHTERMAN_ZONE'
 
-# same WHAT LEFT RIGHT: both texts hold the same lines
+# same TITLE LEFT RIGHT: fails where the two texts have different lines
 same() {
   local difference
   difference=$(diff <(sort -u <<< "$2") <(sort -u <<< "$3") | sed -n 's/^[<>]/  &/p' || true)
@@ -29,7 +31,7 @@ values=$(sed -n '/^agent:/,/^[^ #]/s/^  \([A-Za-z]*\):.*/\1/p' "$chart/values.ya
 schema=$(sed -n '/^    "agent":/,/^    }/s/^        "\([A-Za-z]*\)": .*/\1/p' "$chart/values.schema.json")
 used=$(grep -oE '\$agent\.[A-Za-z]+' "$daemonset" | sed 's/.*\.//')
 for found in "$flags" "$downward" "$values" "$schema" "$used"; do
-  [ -n "$found" ] || die "a file no longer has the form that this script reads"
+  [ -n "$found" ] || die "flags.rs, the DaemonSet, values.yaml or the schema no longer has the form that this script reads"
 done
 
 same "flags (<) and the DaemonSet's variables (>) differ:" "$flags" "$in_chart"
@@ -37,7 +39,7 @@ same "the DaemonSet's variables (<) and values.yaml (>) differ:" "$configured" "
 same "values.yaml (<) and values.schema.json (>) differ:" "$values" "$schema"
 same "values.yaml (<) and the DaemonSet (>) differ:" "$values" "$used"
 
-# The help says `[env: NAME=] [default: VALUE]` for each flag that has a default, over several lines.
+# The help has `[env: NAME=] [default: VALUE]` for each flag with a default, over several lines.
 if [ -n "${1:-}" ]; then
   help=$(env -i "$1" agent --help | tr -s ' \n' ' ')
   of_flags=$(grep -oE '\[env: LIGHTERMAN_[A-Z_]+=\] \[default: [^ ]+\]( |$)' <<< "$help" |
@@ -49,5 +51,5 @@ if [ -n "${1:-}" ]; then
 fi
 
 [ -z "$failed" ] || exit 1
-say "check-flags: ok ($(wc -w <<< "$in_chart") variables, $(wc -w <<< "$downward") of them set by the downward API:" \
+say "check-flags: ok ($(wc -w <<< "$in_chart") variables; the downward API sets $(wc -w <<< "$downward"):" \
   "$(paste -sd ' ' <<< "${downward//LIGHTERMAN_/}"))"

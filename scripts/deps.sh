@@ -1,10 +1,12 @@
 #!/bin/bash
-# deps.sh [COMMAND...]: what the build needs and does not bring itself. On Debian, as root, what is missing is installed with apt;
-# elsewhere it is named. COMMANDs are wanted in addition (the Debian package has the same name).
+# deps.sh [COMMAND...]: installs the packages that the build needs. On Debian, as root, the script
+# installs missing packages with apt; elsewhere the script names them. COMMANDs are further
+# requirements (the Debian package has the same name).
 . "$(dirname "$0")/lib.sh"
 
 missing=()
-# containerd's API imports Google's well-known types, which a protoc may lack: Debian only recommends their package.
+# containerd's API imports Google's well-known types. Debian's protoc only recommends their package,
+# so a protoc may lack the types.
 well_known_types() {
   local folder code=0
   folder=$(mktemp -d)
@@ -16,7 +18,7 @@ well_known_types() {
 have protoc || missing+=(protobuf-compiler)
 well_known_types || missing+=(libprotobuf-dev)
 have cc || missing+=(gcc)
-# -print-file-name answers a bare name for a file that it does not find. libc.a is for the static binary.
+# -print-file-name prints a bare name for a missing file. The static binary needs libc.a.
 [[ $(cc -print-file-name=libc.a 2> /dev/null) == /* ]] || missing+=(libc6-dev)
 have make || missing+=(make)
 have git || missing+=(git)
@@ -24,12 +26,12 @@ have git || missing+=(git)
 for command; do have "$command" || missing+=("$command"); done
 
 if [ ${#missing[@]} != 0 ]; then
-  by_hand="install these, by their names in Debian: ${missing[*]}"
+  by_hand="install these packages (Debian's names): ${missing[*]}"
   have apt-get || die "$by_hand"
   [ "$(id -u)" = 0 ] || die "$by_hand (as root: apt-get install ${missing[*]})"
   export DEBIAN_FRONTEND=noninteractive
   say "deps: apt-get install ${missing[*]}"
-  apt-get update -q > /dev/null || say "deps: apt-get update failed; trying with the lists that are there"
+  apt-get update -q > /dev/null || say "deps: apt-get update failed; apt-get install uses the present lists"
   apt-get install -y -q -o DPkg::Lock::Timeout=120 --no-install-recommends "${missing[@]}" > /dev/null ||
     die "apt-get install failed; $by_hand"
 fi

@@ -1,6 +1,7 @@
 #!/bin/bash
-# figures.sh OUT COMMAND...: runs each COMMAND (one argument, a shell command) and collects what it prints as `figure NAME VALUE`
-# into OUT, below a header that says where and from what they come. Goes on after a COMMAND that fails, and fails in the end.
+# figures.sh OUT COMMAND...: runs each COMMAND (one argument, a shell command) and collects its
+# lines `figure NAME VALUE` in OUT, below a header with machine and commit. After a failed COMMAND
+# the script continues with the next COMMAND, and fails at the end.
 . "$(dirname "$0")/lib.sh"
 out=${1:?usage: figures.sh OUT COMMAND...}
 shift
@@ -23,9 +24,9 @@ mkdir -p "$(dirname "$out")"
 for command; do
   say "figures: $command"
   bash -o pipefail -c "$command" 2>&1 | tee "$log" >&2 || failed+=("$command")
-  # (criterion and progress bars overwrite their lines with carriage returns)
+  # criterion and progress bars overwrite their lines with carriage returns.
   figures=$(tr '\r' '\n' < "$log" | grep -E '^figure [^ ]+ .' || true)
-  [ -n "$figures" ] || { say "figures: nothing from: $command"; failed+=("$command"); }
+  [ -n "$figures" ] || { say "figures: no figure from: $command"; failed+=("$command"); }
   { echo "# from    $command"; [ -z "$figures" ] || echo "$figures"; } >> "$out"
 done
 

@@ -1,13 +1,14 @@
 #!/bin/bash
-# helm.sh: prints the path of a helm, which is the machine's, the testbed's, or one built with go into the cache folder.
-# Exit 1, with the reason on standard error, where there is none.
+# helm.sh: prints the path of helm: the machine's, the testbed's, or a helm that the script builds
+# with go in the cache folder. Without helm the script exits with 1 and prints the reason to
+# standard error.
 . "$(dirname "$0")/lib.sh"
 
 have helm && { command -v helm; exit; }
 for helm in "$CACHE/testbed/helm/bin/helm" "$CACHE/bin/helm"; do
   [ -x "$helm" ] && { echo "$helm"; exit; }
 done
-have go || die "no helm and no go to build it with: install either, or run \`make testbed\`"
+have go || die "helm is missing, and so is go to build helm: install either, or run \`make testbed\`"
 say "helm.sh: building helm into $CACHE/bin ..."
 mkdir -p "$CACHE/bin"
 if ! said=$(GOBIN=$CACHE/bin GOFLAGS='' GOWORK=off CGO_ENABLED=0 go install -trimpath -ldflags '-s -w' helm.sh/helm/v3/cmd/helm@latest 2>&1); then

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# What the scripts share. Sourced, not run; leaves the caller in the repository's root.
+# Common functions, for `source`. Changes the working directory to the repository's root.
 set -euo pipefail
 export LC_ALL=C
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Tools and build results that are worth keeping, never anything of the tree.
-# shellcheck disable=SC2034 # used by those who source this
+# The folder of tools and build results; contains no file of the tree.
+# shellcheck disable=SC2034 # scripts that source this file use the variable
 CACHE=${LIGHTERMAN_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/lighterman}
 
 say() { printf '%s\n' "$*" >&2; }

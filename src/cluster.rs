@@ -104,7 +104,7 @@ pub enum ConnectError {
     Client(#[source] Box<kube::Error>),
 }
 
-/// The API server, as this agent uses it.
+/// This agent's client of the API server.
 pub struct KubeCluster {
     client: Client,
     agent_pod: AgentPod,

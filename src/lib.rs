@@ -1,7 +1,7 @@
 //! Recovers container images that Kubernetes nodes cannot pull, from other nodes of the cluster.
 //!
 //! One binary, one agent per node, no controller and no leader. Begin to read at
-//! [`agent::recover`]: the way from a failing pod to a runnable image, top to bottom.
+//! [`agent::recovery::recover`]: the way from a failing pod to a runnable image, top to bottom.
 //!
 //! # Floors
 //!

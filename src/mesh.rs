@@ -25,7 +25,7 @@
 mod codec;
 mod gossip_crypto;
 mod metered_stream;
-mod neighbour_budget;
+mod neighbor_budget;
 mod ranges;
 mod shared_inventory;
 mod stack;
@@ -45,7 +45,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
 use self::gossip_crypto::GossipCrypto;
-use self::neighbour_budget::NeighbourRateLimits;
+use self::neighbor_budget::NeighborRateLimits;
 use crate::decide::gossip::{self, LocalAgent};
 use crate::identity::Identity;
 use crate::metrics::Metrics;
@@ -232,12 +232,12 @@ pub async fn start(
 /// Options that are equal for all agents of a release; tests change them.
 #[derive(Debug, Clone, Copy)]
 struct MeshOptions {
-    rate_limits: NeighbourRateLimits,
+    rate_limits: NeighborRateLimits,
     versions: Versions,
 }
 
 impl MeshOptions {
-    const DEFAULT: Self = Self { rate_limits: NeighbourRateLimits::DEFAULT, versions: Versions::GOSSIP };
+    const DEFAULT: Self = Self { rate_limits: NeighborRateLimits::DEFAULT, versions: Versions::GOSSIP };
 }
 
 async fn start_with_options(

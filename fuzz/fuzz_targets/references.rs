@@ -13,12 +13,12 @@ fuzz_target!(|text: &str| {
         Ok(reference) => reference,
         Err(error) => return assert!(error.to_string().len() <= MAX_ERROR, "the error is short, for logs and Events"),
     };
-    let normalised = reference.to_string();
-    assert_eq!(normalised.parse().as_ref(), Ok(&reference), "a normalized reference stays the same");
+    let normalized = reference.to_string();
+    assert_eq!(normalized.parse().as_ref(), Ok(&reference), "a normalized reference stays the same");
     let Repository { registry, path } = reference.repository();
     assert!(Repository::is_registry(registry), "{registry:?}");
     assert!(registry.len() + 1 + path.len() <= 255, "the name has at most 255 bytes");
-    assert!(normalised.is_ascii() && !normalised.contains(char::is_whitespace), "{normalised:?}");
+    assert!(normalized.is_ascii() && !normalized.contains(char::is_whitespace), "{normalized:?}");
     for name in reference.record_names(Digest::of(text.as_bytes())) {
         let named: Reference = name.parse().expect("a record's name is a reference");
         assert_eq!(named.repository(), reference.repository(), "the record is under the same repository");

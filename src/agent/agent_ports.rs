@@ -1,4 +1,4 @@
-//! The parts that an agent is put together from, and the errors of its start.
+//! The ports that an agent is built from, and the errors of its start.
 
 use std::sync::Arc;
 
@@ -12,51 +12,51 @@ use crate::ports::{
 };
 use crate::{control, mesh, transfer};
 
-/// The outside world of one agent: its ports.
+/// The ports of one agent.
 pub struct AgentPorts {
-    /// Where content is kept.
+    /// The content store.
     pub store: Arc<dyn ContentStore>,
-    /// Unpacks layers of the store; `None` where a setting or the store rules that out.
+    /// Unpacks layers of the store; `None` where a setting or the store excludes unpacking.
     pub unpacker: Option<Arc<dyn Unpacker>>,
     /// Leases on layers; `None` for a store that never discards layers.
     pub layer_leases: Option<Arc<dyn LayerLeases>>,
-    /// The agent's own DaemonSet; `None` where its images are left to the kubelet.
+    /// The DaemonSet of the agents; `None` where the kubelet alone pulls the agents' images.
     pub own_image: Option<OwnImagePorts>,
     /// Pods and their namespaces.
     pub cluster: Arc<dyn Cluster>,
-    /// Leases.
+    /// Kubernetes Leases.
     pub claims: Arc<dyn Claims>,
     /// Admission of peers.
     pub admission: Arc<dyn Admission>,
-    /// The registries that images come from.
+    /// Source registries of images.
     pub registry: Arc<dyn Registry>,
     /// containerd's TCP connections; `None` with another store.
     pub pull_connections: Option<Arc<dyn PullConnections>>,
-    /// Where to tell people outside the cluster, if anywhere.
+    /// The webhook; `None` without one.
     pub notifier: Option<Arc<dyn Notifier>>,
-    /// Whether anything may be brought into the store.
+    /// Whether content may be imported into the store.
     pub imports: watch::Receiver<ImportPermission>,
-    /// containerd's version and settings, as containerd tells them; `None` with another store.
+    /// containerd's version and settings, as containerd reports them; `None` with another store.
     pub containerd: Option<watch::Receiver<ContainerdStatus>>,
     /// The pods of this node.
     pub pods: mpsc::Receiver<PodEvent>,
-    /// Conditions of readiness besides the content store's answer.
+    /// Readiness checks besides the content store's.
     pub readiness_checks: Vec<ReadinessCheck>,
 }
 
-/// The agent could not start.
+/// Why the agent did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The port for blobs.
+    /// The UDP port for blobs.
     #[error(transparent)]
     Transfer(#[from] transfer::BindError),
-    /// The port for gossip.
+    /// The TCP port for gossip.
     #[error(transparent)]
     Mesh(#[from] mesh::MeshError),
     /// The admin port.
     #[error(transparent)]
     Admin(#[from] std::io::Error),
-    /// The socket for people on this node.
+    /// The control socket for commands on this node.
     #[error(transparent)]
     Control(#[from] control::BindError),
 }

@@ -1,5 +1,6 @@
-//! Task lifetimes: every task has a name and an owner. The first to end ends all; on the way out they stop in the reverse
-//! order of their start, within one grace period, and what is left then is aborted.
+//! Lifetimes of tasks: every task has a name and an owner. The first task to end ends all tasks. At
+//! the end, tasks stop in the reverse order of their start, within one grace period, and the
+//! remaining tasks are aborted.
 
 use std::future::Future;
 use std::time::Duration;
@@ -8,11 +9,11 @@ use tokio::task::{Id, JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// Owns the tasks of one agent.
+/// Owner of the tasks of one agent.
 #[derive(Default)]
 pub struct Supervisor {
     tasks: JoinSet<()>,
-    /// In the order of their start; a task that has ended is no longer here.
+    /// Running tasks, in the order of their start.
     running: Vec<RunningTask>,
 }
 
@@ -22,18 +23,18 @@ struct RunningTask {
     stop: CancellationToken,
 }
 
-/// A task ended although nobody asked it to.
+/// A task that ended without a request to stop.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("task {task} {how}")]
 pub struct TaskEnded {
-    /// Its name.
+    /// The task's name.
     pub task: &'static str,
-    /// `returned early`, or what its panic said.
+    /// `returned early`, or the text of the panic.
     pub how: String,
 }
 
 impl Supervisor {
-    /// Starts a task. It is to return when its token is cancelled, and not before.
+    /// Starts a task, which must return when its token is cancelled and not before.
     pub fn spawn<F>(&mut self, name: &'static str, task: impl FnOnce(CancellationToken) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -43,10 +44,11 @@ impl Supervisor {
         self.running.push(RunningTask { id, name, stop });
     }
 
-    /// Runs until `shutdown` resolves or a task ends, then stops the tasks one by one, the last started first.
+    /// Runs until `shutdown` resolves or a task ends. Then stops the tasks one by one, the last
+    /// started first.
     ///
     /// # Errors
-    /// [`Ended`] when a task ended by itself.
+    /// [`TaskEnded`] when a task ended by itself.
     pub async fn run(mut self, shutdown: impl Future<Output = ()>, grace: Duration) -> Result<(), TaskEnded> {
         let result = tokio::select! {
             () = shutdown => Ok(()),
@@ -91,7 +93,7 @@ impl Supervisor {
         }
     }
 
-    /// Waits for one task. Others may end meanwhile; they are then no longer waited for.
+    /// Waits for one task. Other tasks that end meanwhile are removed from `running`.
     async fn join(&mut self, wanted: Id) {
         while let Some(joined) = self.tasks.join_next_with_id().await {
             let id = match joined {

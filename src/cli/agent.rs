@@ -40,7 +40,7 @@ pub(super) fn run(config: Config) -> ExitCode {
     match ran {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!(error = %error_chain(&*error), "the agent ends");
+            tracing::error!(error = %error_chain(&*error), "the agent stops on an error");
             let is_settings = error.is::<containerd::ConfigError>()
                 || error.is::<CertificateFilesError>()
                 || error.is::<registry::ConfigError>()

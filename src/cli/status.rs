@@ -68,7 +68,7 @@ pub(super) fn run(args: StatusArgs) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Width of the first column.
+/// Width of the first column, in characters.
 const WIDTH: usize = 17;
 
 /// The table: for each row a name, and one line or several.

@@ -187,11 +187,7 @@ mod tests {
         write_private(&path, later.as_bytes()).unwrap();
         assert!(AdmissionFile::load(&path).peers().is_empty());
         admission_file().store(&path).unwrap();
-        assert_eq!(
-            AdmissionFile::load(&path).peers(),
-            admission_file().peers(),
-            "this release writes its own file"
-        );
+        assert_eq!(AdmissionFile::load(&path).peers(), admission_file().peers(), "this release writes its own file");
         let aside = folder.path().join("admission.json.version-2");
         assert_eq!(std::fs::read_to_string(&aside).unwrap(), later);
         assert_eq!(std::fs::metadata(&aside).unwrap().permissions().mode() & 0o777, 0o600);

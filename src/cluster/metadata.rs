@@ -19,7 +19,7 @@ where
         let found = call(REQUEST_TIMEOUT, api.get_metadata_with(name, &how)).await?.metadata;
         match uid {
             Some(uid) if found.uid.as_deref() != Some(uid) => {
-                Err(ApiError::NotFound("another object has its name".to_owned()))
+                Err(ApiError::NotFound("a new object has this name".to_owned()))
             }
             _ => Ok(found),
         }

@@ -15,12 +15,12 @@ const ANNOTATION: &str = "lighterman.dev/nudged-at";
 
 /// Patches the status subresource, which leaves the spec alone: no right to patch pods is needed.
 ///
-/// The patch names the UID, which is immutable. The API server answers 422 about `metadata.uid`
-/// when another pod has the name by now, and 403 when a right is missing or a policy denies.
+/// The patch contains the UID, which is immutable. The API server answers 422 about `metadata.uid`
+/// when a new pod has the name, and 403 when a right is missing or a policy denies the patch.
 pub(super) async fn nudge(client: &Client, pod: &PodRef) -> Result<(), ClusterError> {
     let pods = Api::<Pod>::namespaced(client.clone(), &pod.k8s_namespace);
-    // To the nanosecond: the value that the pod has already would change nothing, and the kubelet
-    // syncs changed pods. The policy permits a time of this form, in UTC.
+    // The time has nanoseconds, so that the value differs from an earlier nudge: the kubelet syncs
+    // only changed pods. The policy permits a time of this form, in UTC.
     let now = format!("{:.9}", Timestamp::now());
     let patch = Patch::Merge(json!({ "metadata": { "uid": pod.uid, "annotations": { ANNOTATION: now } } }));
     let answer = call(REQUEST_TIMEOUT, pods.patch_status(&pod.name, &PatchParams::default(), &patch)).await;

@@ -143,7 +143,10 @@ impl TokenAdmission {
                 }
                 Err(text) => {
                     failures += 1;
-                    tracing::warn!(error = text, "the cluster's signing keys for peers' tokens cannot be fetched; the agent retries");
+                    tracing::warn!(
+                        error = text,
+                        "the cluster's signing keys for peers' tokens cannot be fetched; the agent retries"
+                    );
                     backoff_delay(failures, rand::rng().random())
                 }
             };
@@ -291,7 +294,9 @@ impl Admission for TokenAdmission {
             Some(over) if over < self.options.grace && self.api_server.reachability() == Reachability::Unreachable => {
                 Ok(token.credential.clone())
             }
-            Some(_) => Err(Rejection::Undecided("this agent's token has expired, and the API server grants no new token".to_owned())),
+            Some(_) => Err(Rejection::Undecided(
+                "this agent's token has expired, and the API server grants no new token".to_owned(),
+            )),
         }
     }
 

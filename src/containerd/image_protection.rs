@@ -76,8 +76,8 @@ impl ProtectedImages for ContainerdStore {
         if record.labels.contains_key(PINNED) {
             return Ok(());
         }
-        let labelled = self.label_protection(record, PINNED_VALUE, MARK_VALUE).await;
-        labelled.map_err(|status| self.link.store_error(&status))
+        let labeled = self.label_protection(record, PINNED_VALUE, MARK_VALUE).await;
+        labeled.map_err(|status| self.link.store_error(&status))
     }
 
     async fn release_image(&self, image: &Reference) -> Result<(), StoreError> {
@@ -85,7 +85,7 @@ impl ProtectedImages for ContainerdStore {
         let Some(record) = record.filter(|record| record.labels.contains_key(MARK)) else { return Ok(()) };
         match self.label_protection(record, "", "").await {
             Err(status) if status.code() == Code::NotFound => Ok(()),
-            labelled => labelled.map_err(|status| self.link.store_error(&status)),
+            labeled => labeled.map_err(|status| self.link.store_error(&status)),
         }
     }
 }

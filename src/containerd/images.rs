@@ -114,8 +114,8 @@ impl ContainerdStore {
     async fn wait_listed_by_cri(&self, name: &str) -> Result<bool, StoreError> {
         let is_noticed = || async {
             let image = self.get_image(name).await?.unwrap_or_default();
-            let labelled = image.labels.get(CRI_IMAGE_LABEL).is_some_and(|value| value == CRI_IMAGE_LABEL_VALUE);
-            Ok(labelled && self.cri_has_image(name).await?)
+            let labeled = image.labels.get(CRI_IMAGE_LABEL).is_some_and(|value| value == CRI_IMAGE_LABEL_VALUE);
+            Ok(labeled && self.cri_has_image(name).await?)
         };
         poll_until(is_noticed).await.map_err(|status| self.link.store_error(&status))
     }

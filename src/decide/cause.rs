@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mirror_is_recognised_by_its_host_or_by_the_namespace_in_the_request() {
+    fn a_mirror_is_recognized_by_its_host_or_by_the_namespace_in_the_request() {
         for (registry, url, expected) in [
             ("r.test:5000", "https://r.test:5000/v2/a/manifests/1", false),
             ("r.test:5000", "http://mirror:80/v2/a/manifests/1?ns=r.test%3A5000", true),

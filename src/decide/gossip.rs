@@ -30,7 +30,7 @@ mod liveness;
 mod local_log;
 mod membership;
 mod membership_table;
-mod neighbour_choice;
+mod neighbor_choice;
 mod peer_score;
 mod recent_entries;
 mod reply_handler;
@@ -219,7 +219,7 @@ pub struct Protocol<N> {
     in_flight: BTreeMap<SyncRequestId, PendingRequest>,
     last_request: SyncRequestId,
     /// Members that should be neighbors; stale after a change of the members.
-    chosen_neighbours: Vec<PeerId>,
+    chosen_neighbors: Vec<PeerId>,
     chosen_is_stale: bool,
     /// When the next dead member is dialed.
     dead_probe_at: Instant,
@@ -258,7 +258,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             missing_introductions: BTreeMap::new(),
             in_flight: BTreeMap::new(),
             last_request: 0,
-            chosen_neighbours: Vec::new(),
+            chosen_neighbors: Vec::new(),
             chosen_is_stale: true,
             dead_probe_at: now + spread,
             recently_banned: Vec::new(),
@@ -277,7 +277,7 @@ impl<N: CredentialVerifier> Protocol<N> {
     /// Advances all timers. The driver calls this function every [`TICK`].
     pub fn tick(&mut self, table: &mut Inventory, now: Instant) {
         self.ticks = self.ticks.wrapping_add(1);
-        self.check_neighbours(table, now);
+        self.check_neighbors(table, now);
         self.refute_if_due(now);
         if self.ticks.is_multiple_of(TICKS_PER_BATCH) {
             // Entries stay back while an introduction is due, and follow one batch later. An entry
@@ -286,7 +286,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             self.publish_changes();
             self.publish_introduction_if_due(now);
             self.expire_members(table, now);
-            self.maintain_neighbours(now);
+            self.maintain_neighbors(now);
         }
         self.compare_if_due(now);
         self.request_missing(now);

@@ -43,13 +43,13 @@ pub struct PathState {
     /// A QUIC connection to the peer is open.
     pub quic_open: bool,
     /// The mesh has a connection to the peer.
-    pub neighbour: bool,
+    pub neighbor: bool,
 }
 
 /// The transport for a blob of this size.
 pub fn choose_transport(size: u64, paths: PathState) -> Transport {
-    let PathState { udp_blocked, quic_open, neighbour } = paths;
-    if udp_blocked && !quic_open && neighbour && size <= MAX_BLOB { Transport::Mesh } else { Transport::Quic }
+    let PathState { udp_blocked, quic_open, neighbor } = paths;
+    if udp_blocked && !quic_open && neighbor && size <= MAX_BLOB { Transport::Mesh } else { Transport::Quic }
 }
 
 /// An image that cannot be fetched while UDP is blocked.
@@ -98,7 +98,7 @@ mod tests {
     use super::*;
     use crate::oci::PieceLayout;
 
-    const BLOCKED: PathState = PathState { udp_blocked: true, quic_open: false, neighbour: true };
+    const BLOCKED: PathState = PathState { udp_blocked: true, quic_open: false, neighbor: true };
 
     fn blob(size: u64) -> Descriptor {
         let digest = Digest::of(&size.to_be_bytes());
@@ -114,7 +114,7 @@ mod tests {
     fn every_blob_comes_over_quic_where_udp_is_open() {
         for quic_open in [false, true] {
             assert_eq!(
-                choose_transport(1, PathState { udp_blocked: false, quic_open, neighbour: true }),
+                choose_transport(1, PathState { udp_blocked: false, quic_open, neighbor: true }),
                 Transport::Quic
             );
         }
@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn a_peer_without_a_mesh_connection_is_used_over_quic() {
-        assert_eq!(choose_transport(1, PathState { neighbour: false, ..BLOCKED }), Transport::Quic);
+        assert_eq!(choose_transport(1, PathState { neighbor: false, ..BLOCKED }), Transport::Quic);
     }
 
     #[test]

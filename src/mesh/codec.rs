@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_question_and_a_reply_pass_between_neighbouring_majors() {
+    async fn a_question_and_a_reply_pass_between_neighboring_majors() {
         let versions = Versions::GOSSIP.after_next_major();
         let (mut next, previous) = (MeshCodec(versions), MeshProtocol::of(versions.previous().unwrap()));
         assert_eq!(previous.as_ref(), protocol().as_ref());

@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn a_published_message_is_not_flooded_to_all_neighbours() {
+    fn a_published_message_is_not_flooded_to_all_neighbors() {
         let config = gossip_config().unwrap();
         assert!(!config.flood_publish());
     }

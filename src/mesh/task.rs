@@ -3,7 +3,7 @@
 
 mod events;
 mod exchange;
-mod neighbours;
+mod neighbors;
 mod ranges;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use self::neighbours::Neighbours;
+use self::neighbors::Neighbors;
 use self::ranges::RangeRequests;
 use super::gossip_crypto::GossipCrypto;
 use super::shared_inventory::SharedInventory;
@@ -44,7 +44,7 @@ pub struct MeshTask {
     protocol: Protocol<GossipCrypto>,
     table: SharedInventory,
     metrics: Metrics,
-    neighbours: Neighbours,
+    neighbors: Neighbors,
     /// Open connections, with the protocol's identifiers.
     links: HashMap<ConnectionId, (MeshConnectionId, PeerId)>,
     next_link: MeshConnectionId,
@@ -82,7 +82,7 @@ impl MeshTask {
             protocol,
             table,
             metrics,
-            neighbours: Neighbours::new(limits),
+            neighbors: Neighbors::new(limits),
             links: HashMap::new(),
             next_link: 0,
             dials: HashMap::new(),
@@ -164,7 +164,7 @@ impl MeshTask {
         let now = Instant::now();
         self.expire(now);
         self.ranges.expire(now);
-        self.neighbours.evict_idle(now);
+        self.neighbors.evict_idle(now);
         self.with_inventory(|protocol, table| protocol.tick(table, now));
     }
 

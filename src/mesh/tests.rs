@@ -84,9 +84,9 @@ async fn a_relayed_entry_is_accepted_by_its_publishers_signature() {
         a.announce(blob(text)).await;
         c.until_provides(a.id(), blob(text)).await;
     }
-    let neighbours = |status: MeshStatus| status.members.iter().filter(|one| one.neighbour).count();
+    let neighbors = |status: MeshStatus| status.members.iter().filter(|one| one.neighbor).count();
     assert_eq!(
-        neighbours(c.mesh.status().await.unwrap()),
+        neighbors(c.mesh.status().await.unwrap()),
         1,
         "the third node is connected to the node in between alone"
     );
@@ -244,7 +244,7 @@ async fn the_status_lists_members_and_counts_messages() {
     b.announce(blob("b")).await;
     a.until_provides(b.id(), blob("b")).await;
     let status = a.mesh.status().await.unwrap();
-    assert_eq!((status.peer_id, status.alive, status.neighbours), (a.id().to_string(), 1, 1));
+    assert_eq!((status.peer_id, status.alive, status.neighbors), (a.id().to_string(), 1, 1));
     assert_eq!((status.members[0].items, status.members[0].release.as_str()), (1, env!("CARGO_PKG_VERSION")));
     assert!(status.messages_in > 0);
     assert!(!a.has_counted("lighterman_mesh_received_bytes_total 0\n"), "bytes are counted");

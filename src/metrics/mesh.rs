@@ -10,7 +10,7 @@ use crate::model::MeshStatus;
 pub(super) struct MeshMetrics {
     members: IntGaugeVec,
     behind: IntGauge,
-    neighbours: IntGauge,
+    neighbors: IntGauge,
     over_limit: IntCounter,
     inventory_blobs: IntGauge,
     inventory_bytes: IntGauge,
@@ -27,7 +27,7 @@ impl MeshMetrics {
         Self {
             members: gauges(r, "mesh_members", "Other members of the mesh, by state.", "state"),
             behind: gauge(r, "mesh_members_behind", "Members with announcements that this agent has not received yet."),
-            neighbours: gauge(r, "mesh_neighbors", "Members with a gossip connection to this agent."),
+            neighbors: gauge(r, "mesh_neighbors", "Members with a gossip connection to this agent."),
             over_limit: counter(
                 r,
                 "mesh_over_limit_total",
@@ -70,7 +70,7 @@ impl Metrics {
         ];
         states.iter().for_each(|(state, members)| set(&self.mesh.members.with_label_values(&[state]), *members));
         set(&self.mesh.behind, status.members.iter().filter(|member| member.behind > 0).count());
-        set(&self.mesh.neighbours, status.neighbours);
+        set(&self.mesh.neighbors, status.neighbors);
         let before = self.mesh.over_limit.get();
         self.mesh.over_limit.inc_by(status.over_limit.saturating_sub(before));
         set(&self.mesh.inventory_blobs, status.inventory_blobs);

@@ -31,7 +31,7 @@ pub struct MeshStatus {
     /// Members that are banned.
     pub banned: usize,
     /// Members that answer over a connection.
-    pub neighbours: usize,
+    pub neighbors: usize,
     /// Members rejected since the start, because the membership table was full
     /// ([`crate::model::MAX_MEMBERS`]).
     pub over_limit: u64,
@@ -66,7 +66,7 @@ pub struct MemberStatus {
     /// Liveness of the member.
     pub state: MemberState,
     /// Whether the member answers this agent over a connection.
-    pub neighbour: bool,
+    pub neighbor: bool,
     /// Items of the member in the inventory; 0 unless the member is up.
     pub items: usize,
     /// Number up to which the log is complete here.

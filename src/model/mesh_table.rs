@@ -22,7 +22,7 @@ const NUMBERS: usize = 6;
 impl MeshStatus {
     /// The state of the mesh in a few lines.
     pub fn summary(&self) -> Vec<String> {
-        let Self { alive, suspected, down, banned, neighbours, items, inventory_blobs, inventory_bytes, .. } = self;
+        let Self { alive, suspected, down, banned, neighbors, items, inventory_blobs, inventory_bytes, .. } = self;
         let living = || self.members.iter().filter(|member| member.state != MemberState::Down);
         let zones = counts(living().map(|member| member.zone.as_deref()).chain([self.zone.as_deref()]));
         let releases = counts(living().map(|member| Some(&*member.release)).chain([Some(&*self.release)]));
@@ -32,7 +32,7 @@ impl MeshStatus {
             Some(most) => format!("behind {} members, by {most} announcements at most", behind.len()),
         };
         vec![
-            format!("{alive} alive, {suspected} suspected, {down} down, {banned} banned; {neighbours} neighbors"),
+            format!("{alive} alive, {suspected} suspected, {down} down, {banned} banned; {neighbors} neighbors"),
             format!("zones: {zones}"),
             format!("releases: {releases}"),
             format!(
@@ -77,7 +77,7 @@ fn row(member: &MemberStatus) -> [String; 8] {
         release,
         address,
         state,
-        neighbour,
+        neighbor,
         items,
         sequence: _,
         behind,
@@ -95,7 +95,7 @@ fn row(member: &MemberStatus) -> [String; 8] {
         shorten(release, MAX_RELEASE),
         address.clone(),
         state,
-        if *neighbour { "yes" } else { "-" }.into(),
+        if *neighbor { "yes" } else { "-" }.into(),
         items.to_string(),
         behind.to_string(),
     ]
@@ -149,11 +149,11 @@ mod tests {
             suspected: 1,
             down: 1,
             banned: 1,
-            neighbours: 1,
+            neighbors: 1,
             inventory_blobs: 19_873,
             inventory_bytes: 12 << 20,
             members: vec![
-                MemberStatus { neighbour: true, ..member("n2", Some("eu-1b"), MemberState::Alive) },
+                MemberStatus { neighbor: true, ..member("n2", Some("eu-1b"), MemberState::Alive) },
                 MemberStatus {
                     behind: 3,
                     ..member("ip-10-0-3-12.eu-central-1.compute.internal", Some("eu-1b"), MemberState::Suspected)

@@ -39,8 +39,8 @@ impl Platform {
     /// As containerd's `platforms.Only`, by which its CRI plugin chooses on linux. Versions and
     /// features of the operating system do not count there.
     pub fn preference(&self, offered: &Platform) -> Option<u8> {
-        let offered = offered.normalised();
-        let place = self.normalised().compatible_platforms().position(|platform| platform == offered)?;
+        let offered = offered.normalized();
+        let place = self.normalized().compatible_platforms().position(|platform| platform == offered)?;
         Some(u8::MAX.saturating_sub(place.try_into().unwrap_or(u8::MAX)))
     }
 
@@ -58,7 +58,7 @@ impl Platform {
             _ => Vec::new(),
         };
         let of = |architecture: &str, variant: Option<String>| {
-            Self { architecture: architecture.into(), os: self.os.clone(), variant }.normalised()
+            Self { architecture: architecture.into(), os: self.os.clone(), variant }.normalized()
         };
         let mut platforms = vec![self.clone()];
         platforms
@@ -68,7 +68,7 @@ impl Platform {
     }
 
     /// One spelling for each platform (containerd: `platforms.Normalize`).
-    fn normalised(&self) -> Self {
+    fn normalized(&self) -> Self {
         let os = match self.os.to_ascii_lowercase() {
             os if os.is_empty() => "linux".to_owned(),
             os => os,

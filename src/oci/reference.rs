@@ -109,7 +109,7 @@ impl FromStr for Reference {
         if tag.is_some_and(|tag| !is_tag(tag)) {
             return Err(malformed("the tag"));
         }
-        let repository = Repository::normalised(name).map_err(malformed)?;
+        let repository = Repository::normalized(name).map_err(malformed)?;
         Ok(match digest {
             Some(digest) => Self::Digest(repository, digest),
             None => Self::Tag(repository, tag.unwrap_or("latest").to_owned()),
@@ -125,13 +125,13 @@ impl Repository {
 
     /// The repository with exactly this registry and path; `None` where normalization changes them.
     pub fn exact(registry: &str, path: &str) -> Option<Self> {
-        let repository = Self::normalised(&format!("{registry}/{path}")).ok()?;
+        let repository = Self::normalized(&format!("{registry}/{path}")).ok()?;
         (repository.registry == registry && repository.path == path).then_some(repository)
     }
 
     /// `nginx` -> `docker.io/library/nginx`, as Docker and CRI do; the error names the invalid
     /// part.
-    fn normalised(name: &str) -> Result<Self, &'static str> {
+    fn normalized(name: &str) -> Result<Self, &'static str> {
         let (registry, path) = match name.split_once('/') {
             Some((first, rest)) if looks_like_host(first) => (first, rest),
             _ => ("docker.io", name),
@@ -204,9 +204,9 @@ mod tests {
     const HEX_DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
     #[test]
-    fn references_are_normalised_as_cri_does() {
+    fn references_are_normalized_as_cri_does() {
         let by_digest = format!("ghcr.io/a/b@sha256:{HEX}");
-        for (text, normalised) in [
+        for (text, normalized) in [
             ("nginx", "docker.io/library/nginx:latest"),
             ("nginx:1.27", "docker.io/library/nginx:1.27"),
             ("grafana/grafana", "docker.io/grafana/grafana:latest"),
@@ -220,7 +220,7 @@ mod tests {
             (&format!("ghcr.io/a/b:v1@sha256:{HEX}"), &by_digest),
             (&by_digest, &by_digest),
         ] {
-            assert_eq!(text.parse::<Reference>().map(|r| r.to_string()), Ok(normalised.to_owned()), "{text}");
+            assert_eq!(text.parse::<Reference>().map(|r| r.to_string()), Ok(normalized.to_owned()), "{text}");
         }
     }
 

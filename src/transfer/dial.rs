@@ -115,8 +115,8 @@ impl Shared {
     ) -> Result<(Peer, Connection, PeerAdmission), DialError> {
         let unreachable = |silent, reason: String| DialError::Unreachable { address, silent, reason };
         // TLS requires a name, and nothing verifies the name: peers are identified by their keys.
-        let dialled = self.endpoint.connect_with(self.client.clone(), address, "lighterman");
-        let connecting = dialled.map_err(|error| unreachable(false, error.to_string()))?;
+        let dialed = self.endpoint.connect_with(self.client.clone(), address, "lighterman");
+        let connecting = dialed.map_err(|error| unreachable(false, error.to_string()))?;
         let connection = timeout(self.timeouts.dial, connecting)
             .await
             .map_err(|_| unreachable(true, format!("no answer in {:?}", self.timeouts.dial)))?

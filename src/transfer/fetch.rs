@@ -228,8 +228,8 @@ impl Shared {
                 reason: "no address of the peer is recorded".into(),
             });
         };
-        let dialled = self.connect(peer, address, &outbound).await;
-        let connection = dialled.map_err(|error| fetch_error_of(peer, error))?;
+        let dialed = self.connect(peer, address, &outbound).await;
+        let connection = dialed.map_err(|error| fetch_error_of(peer, error))?;
         let (answer, recv) = self.request_on(&connection, peer, digest, request).await?;
         Ok((answer, recv, connection))
     }
@@ -243,7 +243,7 @@ impl Shared {
         outbound: &Outbound,
     ) -> Result<SharedConnection, DialError> {
         let seen = outbound.failures();
-        let _dialling = outbound.dial_lock.lock().await;
+        let _dialing = outbound.dial_lock.lock().await;
         if let Some(connection) = outbound.connection() {
             return Ok(connection);
         }

@@ -281,7 +281,7 @@ async fn labels_of_other_clients_survive(version: &str) {
     let repository = |path: &str| Some(Repository { registry: "10.0.0.1:5000".into(), path: path.into() });
     let layer = |name: &str| Child { digest: Digest::of(name.as_bytes()), kind: ChildKind::Layer };
     let first = BlobMetadata { source: repository("team/app"), children: vec![layer("a")] };
-    let blob = write(&store, &content("labelled", 100), &pin, &first).await;
+    let blob = write(&store, &content("labeled", 100), &pin, &first).await;
     let theirs = format!("containerd.io/gc.ref.content.l.1={}", Digest::of(b"theirs"));
     let by_digest = blob.digest.to_string();
     daemon.ctr("labels", &["content", "label", &by_digest, &theirs, "made.by=another-client"]);

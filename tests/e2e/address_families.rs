@@ -85,7 +85,7 @@ fn wait_connected(bed: &TestBed) -> Result<(), TestError> {
             let status = status(bed, node)?;
             let members = status["mesh"]["members"].as_array().cloned().unwrap_or_default();
             ensure(members.len() <= 1, format!("the other node has several members: {members:?}"))?;
-            let is_met = |member: &Value| member["address"] == expected.as_str() && member["neighbour"] == true;
+            let is_met = |member: &Value| member["address"] == expected.as_str() && member["neighbor"] == true;
             Ok(members.iter().any(is_met).then_some(()))
         })?;
         for address in addresses(bed, node)? {

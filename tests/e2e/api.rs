@@ -43,7 +43,7 @@ pub(crate) struct Objects {
 
 impl Objects {
     /// The pods with this label, in the order of their names.
-    pub(crate) fn labelled(&self, key: &str, value: &str) -> Vec<&Value> {
+    pub(crate) fn labeled(&self, key: &str, value: &str) -> Vec<&Value> {
         self.pods.values().filter(|pod| pod["metadata"]["labels"][key] == value).collect()
     }
 

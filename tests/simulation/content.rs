@@ -116,10 +116,10 @@ pub(super) fn a_quiet_time(mesh: &mut Mesh, time: Duration) {
     let rates: Vec<_> = received.iter().map(|traffic| kbit_s(traffic.total(), took)).collect();
     let worst = rates.iter().copied().fold(0.0, f64::max);
     let average = kbit_s(mean(&received), took);
-    let neighbours = mesh.nodes.iter().filter_map(|node| node.agent.as_ref()).map(|agent| agent.neighbours.len());
+    let neighbors = mesh.nodes.iter().filter_map(|node| node.agent.as_ref()).map(|agent| agent.neighbors.len());
     let context = format!(
         "received by a node on average, worst {worst:.1}; {:.1} neighbors; {}; published {:?}",
-        neighbours.sum::<usize>() as f64 / mesh.nodes.len() as f64,
+        neighbors.sum::<usize>() as f64 / mesh.nodes.len() as f64,
         shares(&received),
         std::array::from_fn::<_, 5, _>(|kind| mesh.published_by_kind[kind] - told[kind]),
     );

@@ -14,7 +14,7 @@ use super::mesh::{Mesh, NodeNumber, Observation, ObservedChange, credential};
 use super::setup::small;
 
 #[test]
-fn a_forger_is_banned_by_its_neighbours_and_changes_no_inventory() {
+fn a_forger_is_banned_by_its_neighbors_and_changes_no_inventory() {
     a_forger(&mut small(12));
 }
 
@@ -123,7 +123,7 @@ fn banning_nodes(mesh: &Mesh, liar: NodeNumber) -> usize {
 
 pub(super) fn a_forger(mesh: &mut Mesh) {
     let (liar, victim) = pick_two(mesh);
-    let neighbours = mesh.neighbours(liar);
+    let neighbors = mesh.neighbors(liar);
     for message in forgeries(mesh, liar, victim) {
         mesh.publish(liar, message);
         mesh.run_for(Duration::from_secs(1));
@@ -132,7 +132,7 @@ pub(super) fn a_forger(mesh: &mut Mesh) {
     assert_honest_inventories_exact(mesh, &[liar]);
     let banned = banning_nodes(mesh, liar);
     println!(
-        "  a forger with {neighbours} neighbors is banned by {banned}; {} honest nodes are blamed",
+        "  a forger with {neighbors} neighbors is banned by {banned}; {} honest nodes are blamed",
         faults_of_honest_nodes(mesh, &[liar])
     );
     assert!(banned > 0, "a node bans the forger");

@@ -1,7 +1,7 @@
 //! Finding peers: addresses are greeted at the door ([`crate::transfer`]), and who is admitted there may gossip ([`crate::mesh`]).
 //!
 //! Addresses come from DNS and from settings, from the address book of an earlier process, and from the mesh, which asks for the
-//! neighbours that it lacks. When DNS is asked is decided by [`crate::decide::dns_schedule`]. The mesh also says who is there whom this agent never met, and where: so anybody can be fetched from.
+//! neighbors that it lacks. When DNS is asked is decided by [`crate::decide::dns_schedule`]. The mesh also says who is there whom this agent never met, and where: so anybody can be fetched from.
 //!
 //! Not here: who is admitted. Addresses are only hints; anybody may answer there.
 

@@ -26,11 +26,11 @@ const TCP_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct UdpWatch {
     /// Opens the handshakes.
     pub transfer: Transfer,
-    /// Names the neighbours, which are connected over TCP.
+    /// Names the neighbors, which are connected over TCP.
     pub mesh_status: Arc<dyn MeshSource>,
-    /// Has the addresses of the neighbours, and the state.
+    /// Has the addresses of the neighbors, and the state.
     pub inventory: PeerInventory,
-    /// Addresses where other agents may be, for an agent without neighbours.
+    /// Addresses where other agents may be, for an agent without neighbors.
     pub bootstrap_addresses: watch::Receiver<Vec<SocketAddr>>,
     /// The readiness check: UDP is not blocked.
     pub ready: watch::Sender<bool>,
@@ -80,16 +80,16 @@ impl UdpWatch {
         path.record_probe(target.udp, probe, targets.len(), Instant::now().into_std(), rand::random());
     }
 
-    /// The neighbours, or without any the addresses of the last look-up; in both cases a few
+    /// The neighbors, or without any the addresses of the last look-up; in both cases a few
     /// hundred at most.
     async fn targets(&self) -> Vec<ProbeTarget> {
         let members = self.mesh_status.mesh().await.map(|status| status.members).unwrap_or_default();
-        let neighbours: BTreeSet<_> =
-            members.into_iter().filter(|member| member.neighbour).map(|member| member.peer_id).collect();
-        let peers = if neighbours.is_empty() { Vec::new() } else { self.inventory.peers() };
+        let neighbors: BTreeSet<_> =
+            members.into_iter().filter(|member| member.neighbor).map(|member| member.peer_id).collect();
+        let peers = if neighbors.is_empty() { Vec::new() } else { self.inventory.peers() };
         let mut targets: Vec<_> = peers
             .into_iter()
-            .filter(|peer| neighbours.contains(&peer.id.to_string()))
+            .filter(|peer| neighbors.contains(&peer.id.to_string()))
             .map(|peer| ProbeTarget { udp: peer.transfer, tcp: peer.gossip })
             .collect();
         if targets.is_empty() {

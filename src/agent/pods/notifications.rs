@@ -1,7 +1,8 @@
-//! Messages to people's own systems: one for each image and outcome in the cluster, however many nodes recover it.
+//! Messages to the webhook: one for each image and outcome in the cluster, however many nodes
+//! recover the image.
 //!
-//! Who sends is settled by a claim, as everything that must happen once. It is advice here as well: without an API server every node sends,
-//! and a receiver tells the copies by their id.
+//! A claim decides which node sends a message. Claims are advice: without an API server every node
+//! sends, and the receiver drops copies by their id.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -18,20 +19,23 @@ use crate::model::{NodeName, PeerId, PodRef};
 use crate::oci::{Digest, Reference};
 use crate::ports::{ClaimError, Claims, MAX_PODS, Notification, Notifier, PodReportKind};
 
-/// Messages that wait to be sent; further ones are dropped, and counted. A node recovers a few images at a time.
+/// Messages that wait to be sent. Further messages are dropped and counted. A node recovers a few
+/// images at a time.
 const QUEUE_LENGTH: usize = 64;
 
-/// What was said about an image once is not said again by any node within this time: nodes of one outage recover the same image for hours.
+/// No node repeats a message about an image and outcome within this time: the nodes of one outage
+/// recover the same image for hours.
 const DEDUPLICATION_WINDOW: Duration = Duration::from_secs(3600);
 
-/// Leases of sent messages that this agent releases itself; those beyond are swept. A message waits
-/// for the receiver, so a node sends some a minute at most.
+/// Claims on sent messages that this agent releases itself. The sweep of expired claims removes the
+/// others. A node waits for the receiver, and so sends some messages a minute at most.
 const MAX_SENT_CLAIMS: usize = 256;
 
-/// Tries of one message, at 1, 2, 4, ... seconds: half a minute besides what the receiver takes.
+/// Attempts for one message, with pauses of 1, 2, 4, 8 and 16 seconds: half a minute, besides the
+/// receiver's own time.
 const MAX_ATTEMPTS: u32 = 6;
 
-/// Something to tell the outside.
+/// A message before its claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::agent) struct PendingNotification {
     kind: PodReportKind,
@@ -76,7 +80,7 @@ fn pod_names(pods: &[PodRef]) -> Vec<String> {
     pods.iter().take(MAX_PODS).map(ToString::to_string).collect()
 }
 
-/// Takes messages; without a receiver they go nowhere.
+/// Queues messages. Without a webhook, messages are dropped.
 #[derive(Clone)]
 pub struct NotificationQueue {
     queue: Option<mpsc::Sender<PendingNotification>>,
@@ -98,7 +102,7 @@ impl NotificationQueue {
     }
 }
 
-/// Sends what [`Notices`] takes, one after the other.
+/// Sends the messages of a [`NotificationQueue`], one after the other.
 pub struct NotificationSender {
     notifier: Arc<dyn Notifier>,
     claims: Arc<dyn Claims>,
@@ -106,14 +110,14 @@ pub struct NotificationSender {
     node: NodeName,
     metrics: Metrics,
     pending: mpsc::Receiver<PendingNotification>,
-    /// The claim on the message under way, also while its write is not answered.
+    /// The claim on the message being sent, also while the write of the claim is not answered.
     claimed: Option<Digest>,
-    /// The claims on messages that were sent, the oldest first, and when each is released.
+    /// The claims on sent messages, the oldest first, with the instant of their release.
     sent_claims: VecDeque<(Instant, Digest)>,
 }
 
 impl NotificationSender {
-    /// A messenger, and where to put messages.
+    /// A sender, and the queue of its messages.
     pub fn new(
         notifier: Arc<dyn Notifier>,
         claims: Arc<dyn Claims>,
@@ -127,8 +131,8 @@ impl NotificationSender {
         (Self { notifier, claims, inventory, node, metrics, pending, claimed, sent_claims }, sender)
     }
 
-    /// Sends until stopped. The claim on a message that was not sent is released then, so that
-    /// another node sends it. Claims on messages that were sent stay until the hour is over.
+    /// Sends until stopped. A message that was not sent by then loses its claim, so that another
+    /// node sends the message. Claims on sent messages stay until the hour is over.
     pub async fn run(mut self, stop: CancellationToken) {
         loop {
             let due = self.sent_claims.front().map(|(due, _)| *due);
@@ -136,7 +140,7 @@ impl NotificationSender {
                 tokio::select! {
                     notice = self.pending.recv() => match notice {
                         Some(notice) => self.deliver(notice).await,
-                        // The senders end when the agent does.
+                        // The queue's senders live as long as the agent.
                         None => std::future::pending().await,
                     },
                     () = sleep_until(due) => self.release_oldest().await,
@@ -159,11 +163,11 @@ impl NotificationSender {
 
     async fn release(&self, subject: Digest) {
         if let Err(error) = self.claims.release(subject).await {
-            tracing::debug!(%error, "the claim on a message is left to expire");
+            tracing::debug!(%error, "the claim on a message could not be released and expires");
         }
     }
 
-    /// The claim says for an hour that the message was sent.
+    /// Keeps the claim for an hour, as the mark of a sent message.
     fn record_sent(&mut self, subject: Digest) {
         self.claimed = None;
         self.sent_claims.retain(|(_, sent)| *sent != subject);
@@ -191,7 +195,8 @@ impl NotificationSender {
                 }
                 Err(error) => {
                     tracing::warn!(image = notification.image, reason = notification.reason, %error, "a message is lost");
-                    // The next one about it may get through, from here or from another node.
+                    // The next message about this image may get through, from here or from another
+                    // node.
                     self.release(subject).await;
                     self.claimed = None;
                     return self.metrics.notified("failed");
@@ -200,7 +205,7 @@ impl NotificationSender {
         }
     }
 
-    /// Whether no other node has said the same of late.
+    /// Whether this node sends the message: no other node sent the same message recently.
     async fn try_claim(&mut self, subject: Digest, now: SystemTime) -> bool {
         match self.claim(subject, now).await {
             Ok(()) => true,
@@ -230,7 +235,7 @@ impl NotificationSender {
     fn notification(&self, notice: PendingNotification, subject: Digest, now: SystemTime) -> Notification {
         let PendingNotification { kind, image, digest, pods, from, bytes, took, note } = notice;
         let at = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        // The same on every node that says the same in the same hour.
+        // Equal on all nodes that send the same message within the same hour.
         let id = format!("{}-{}", subject.short(), at / DEDUPLICATION_WINDOW.as_secs());
         Notification {
             id,
@@ -259,7 +264,7 @@ async fn sleep_until(due: Option<Instant>) {
     }
 }
 
-/// What a message is about, as something that a claim can be on.
+/// The digest for a claim on the message: of outcome, image and image digest.
 fn subject(notice: &PendingNotification) -> Digest {
     let digest = notice.digest.map(|digest| digest.to_string()).unwrap_or_default();
     Digest::of(format!("message\n{}\n{}\n{digest}", notice.kind.reason(), notice.image).as_bytes())

@@ -1,7 +1,11 @@
-//! From the pods of this node to recoveries, and back to the pods: who needs which image, who runs now, who is told what.
+//! The pod controller: from the pods of this node to recoveries, and back to the pods as nudges and
+//! Events.
 //!
-//! One task owns all of this state. What takes time (recovering, asking, nudging, writing Events) runs beside it and reports back. What a
-//! pod needs is found out in `pods`, what is asked about it in `questions`, and what follows a recovery in `aftermath`.
+//! One task owns all of this state. Slow work (recoveries, probes, requests to the API server,
+//! nudges, Events) runs in a [`JoinSet`] beside the task and returns a result. `reconcile` decides
+//! which images a pod needs, `probes` contacts registries and reads the kubelet's Events, and
+//! `completion` acts on the end of a recovery. `stalled_pulls` ends containerd's silent
+//! connections, and `waiting_pod` holds the state of one pod.
 
 mod completion;
 mod probes;
@@ -38,44 +42,47 @@ use crate::model::PodRef;
 use crate::oci::{Digest, Reference};
 use crate::ports::{Cluster, ClusterError, KubeletEvent, PodEvent, PullConnections};
 
-/// How often what only time changes is looked at: registries that were down, what the kubelet may have said meanwhile.
+/// Interval of the work that time alone starts: probes of registries, reads of the kubelet's
+/// Events, and deletions.
 const TICK: Duration = Duration::from_secs(2);
 
-/// Questions to the API server at a time: a node full of pods is a hundred questions, most of which one answer serves.
+/// Concurrent reads of opt-ins and Events from the API server. A full node has a hundred pods, and
+/// the adapter's cache answers most of these reads.
 const MAX_API_REQUESTS: usize = 4;
 
-/// Registries asked at a time because images of this node name them. A cluster uses a handful.
+/// Registries probed at a time because images of this node name them. A cluster uses a handful.
 const MAX_PROBED_REGISTRIES: usize = 16;
 
-/// Interval of asking registries of this node's images that have never answered. A registry that
-/// only mirrors serve never answers: with three of these a node makes 18 requests in an hour.
+/// Interval of probes to registries of this node's images that have never answered. A registry that
+/// only mirrors serve never answers: with three such registries a node sends 18 requests in an
+/// hour.
 const UNANSWERED_PROBE_INTERVAL: Duration = Duration::from_secs(600);
 
-/// Parts of the agent that the controller uses.
+/// Dependencies of the controller.
 pub struct PodControllerParts {
-    /// Brings images.
+    /// Fetches and imports images.
     pub recoverer: Arc<Recoverer>,
-    /// Where recoveries can be watched.
+    /// Publishes the progress of recoveries.
     pub tracker: RecoveryTracker,
-    /// Pods, namespaces, Events.
+    /// Pods, namespaces and Events.
     pub cluster: Arc<dyn Cluster>,
-    /// Registries as this node knows them.
+    /// Outages of registries, as this node and its peers found them.
     pub registries: RegistryHealth,
     /// containerd's TCP connections; `None` with another store.
     pub connections: Option<Arc<dyn PullConnections>>,
-    /// Messages to the outside.
+    /// Queue of the webhook's messages.
     pub notifications: NotificationQueue,
-    /// The image records that are here, once that is known.
+    /// Image records of this node; `None` before the announcer's first list.
     pub image_records: watch::Receiver<RecordTargets>,
-    /// What is in force now.
+    /// The policy in force.
     pub policy: watch::Receiver<Arc<Policy>>,
-    /// What is fixed for the life of the agent.
+    /// Options fixed for the life of the agent.
     pub options: RecoveryOptions,
-    /// Counts.
+    /// Counters of failures, recoveries and nudges.
     pub metrics: Metrics,
 }
 
-/// Watches over the pods of this node.
+/// Recovers images for the pods of this node.
 pub struct PodController {
     recoverer: Arc<Recoverer>,
     tracker: RecoveryTracker,
@@ -85,9 +92,9 @@ pub struct PodController {
     stall_watch: StallWatch,
     notifications: NotificationQueue,
     image_records: watch::Receiver<RecordTargets>,
-    /// The records that were here when they were looked at last.
+    /// The image records at the previous change.
     previous_image_records: RecordTargets,
-    /// When the registries that have never answered are asked again.
+    /// When registries that have never answered are probed next.
     probe_unanswered_at: Instant,
     pod_notifier: Arc<PodNotifier>,
     policy: watch::Receiver<Arc<Policy>>,
@@ -95,58 +102,59 @@ pub struct PodController {
     metrics: Metrics,
     queue: RecoveryQueue,
     ledger: ContainerRecords,
-    /// Pods as last seen, while one of their containers waits.
+    /// Pods with a waiting container, as last seen.
     waiting: BTreeMap<PodRef, WaitingPod>,
     /// Pods whose namespace or owners could not be read.
     undecided: BTreeSet<PodRef>,
-    /// When they are looked at again. A moment, not a wait: other events come more often than that.
+    /// When these pods are reconciled again. An instant and not a duration, because other events
+    /// wake the task more often.
     retry_undecided_at: Option<Instant>,
     running: HashMap<Reference, RunningRecovery>,
-    /// Images that are wanted and were not tried yet, since the event that said so.
+    /// Wanted images without an attempt, and when the pod that wants the image was seen.
     requested_since: HashMap<Reference, Instant>,
-    /// What nobody held when an image was tried last: it is no use trying again before somebody does.
+    /// Blobs without a provider at the image's last attempt. A retry is useless before all of them
+    /// have one.
     unprovided_blobs: HashMap<Reference, Vec<Digest>>,
-    /// Annotations that were complained about already.
+    /// Invalid annotations that the log has already.
     odd_annotations: HashSet<InvalidAnnotation>,
-    /// The disks are being looked at.
     is_measuring_disks: bool,
-    /// Bounds the questions to the API server that are under way.
+    /// Bounds the concurrent requests to the API server.
     api_permits: Arc<Semaphore>,
-    /// Cancelled when the agent stops: messages are then not tried again.
+    /// Cancelled when the agent stops, which ends the retries of nudges and Events.
     stopping: CancellationToken,
-    /// Recoveries, questions and messages under way: as many recoveries as the queue lets run, and a few of the others for each waiting pod.
+    /// Work in flight: the recoveries that the queue admits, and a few reads, nudges and Events for
+    /// each waiting pod.
     work: JoinSet<WorkResult>,
 }
 
 struct RunningRecovery {
     stop: CancellationToken,
     began: Instant,
-    /// The event that made it wanted, where this is the first try.
+    /// When the pod that wants the image was seen; `None` for a retry.
     requested: Option<Instant>,
     progress: Arc<Progress>,
-    /// Pods that waited for the image and went on before this task heard that it is here. They are told all the same.
+    /// Pods that waited for the image and started before the recovery's end reached this task. Each
+    /// still gets an Event.
     started_pods: BTreeSet<PodRef>,
 }
 
-/// Something that ran beside the task and has ended.
+/// Result of work in [`PodController::work`].
 enum WorkResult {
     RecoveryEnded {
         reference: Reference,
         result: Result<RecoveredImage, RecoverError>,
     },
-    /// A dry run.
     DryRunEnded {
         reference: Reference,
         result: Result<ResolvedImage, RecoverError>,
     },
-    /// The last resort was taken, or there was nothing to take.
+    /// A broken image record was removed, or was kept.
     RecordRemoved {
         reference: Reference,
         pods: Vec<PodRef>,
         result: Result<bool, RecoverError>,
     },
-    /// The disks were looked at, because a recovery was refused for want of room. Says whether one
-    /// has room now.
+    /// Whether a refused recovery has room now.
     DisksMeasured(bool),
     RegistryProbed(RegistryProbe),
     OptInRead {
@@ -157,13 +165,12 @@ enum WorkResult {
         pod: PodRef,
         result: Result<Vec<KubeletEvent>, ClusterError>,
     },
-    /// Silent connections of containerd were looked for.
     ConnectionsEnded(EndedConnections),
     Nothing,
 }
 
 impl PodController {
-    /// Puts the parts together; nothing runs yet.
+    /// Builds the controller. [`PodController::run`] starts it.
     pub fn new(parts: PodControllerParts) -> Self {
         let PodControllerParts {
             recoverer,
@@ -211,17 +218,17 @@ impl PodController {
         }
     }
 
-    /// What brings the images, for whoever else asks for one.
+    /// The recoverer, for other users such as manual pulls.
     pub fn recoverer(&self) -> Arc<Recoverer> {
         Arc::clone(&self.recoverer)
     }
 
-    /// The registries that may be asked for layers in the background.
+    /// Registries that may serve layers in the background.
     pub fn healthy_registries(&self) -> watch::Receiver<Arc<BTreeSet<String>>> {
         self.registries.healthy()
     }
 
-    /// Runs until stopped. What is being recovered then is abandoned cleanly.
+    /// Runs until stopped, and then cancels every running recovery.
     pub async fn run(mut self, mut pods: mpsc::Receiver<PodEvent>, stop: CancellationToken) {
         let mut providers = self.recoverer.resolver.inventory.changes();
         let mut imports = self.recoverer.imports.clone();
@@ -251,7 +258,8 @@ impl PodController {
         }
         self.stopping.cancel();
         self.running.values().for_each(|running| running.stop.cancel());
-        // Recoveries end at once now. Each may hold a Lease, and its release ends within seconds.
+        // Cancelled recoveries end at once. Each may have a claim, and the release ends within
+        // seconds.
         while let Some(done) = self.work.join_next().await {
             if let Ok(WorkResult::RecoveryEnded { reference, .. }) = done {
                 self.spawn_claim_release(reference);
@@ -288,14 +296,15 @@ impl PodController {
             }
             Ok(WorkResult::RegistryProbed(answer)) => match self.registries.record_probe(answer, now()) {
                 true => self.reconcile_all(),
-                // An outage that goes on is fresh evidence for tags.
+                // Another failed probe is fresh evidence for tags.
                 false => self.reconcile_pods_in_outages(),
             },
             Ok(WorkResult::OptInRead { pod, result }) => self.on_opt_in(&pod, result),
             Ok(WorkResult::KubeletEventsRead { pod, result }) => self.on_kubelet_events(&pod, result),
             Ok(WorkResult::ConnectionsEnded(outcome)) => self.on_connections_ended(outcome),
             Ok(WorkResult::Nothing) => {}
-            // A bug of ours: let the supervisor see it rather than lose an image silently.
+            // A panic of a task is a bug: the supervisor ends the agent, and no image is lost
+            // silently.
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
     }
@@ -303,13 +312,13 @@ impl PodController {
     fn on_policy_changed(&mut self) {
         let concurrency = self.policy.borrow_and_update().budgets.concurrent_recoveries;
         self.queue.set_concurrency(concurrency);
-        // What a limit forbade may be allowed now.
+        // The new policy may permit an image that a limit refused.
         self.queue.retry_now();
         self.reconcile_all();
     }
 
-    /// A record that is new, or that has another target than before, without a recovery: containerd pulled the image, so
-    /// containerd reaches its registry.
+    /// Finds records that are new, or have a new target, without a recovery: containerd pulled the
+    /// image, so containerd reaches the registry.
     fn on_image_records(&mut self) {
         let records = self.image_records.borrow_and_update().clone();
         if let (Some(before), Some(here)) = (&self.previous_image_records, &records) {
@@ -324,7 +333,8 @@ impl PodController {
         self.previous_image_records = records;
     }
 
-    /// Asks each registry of this node's images until it has answered once: only then does a later silence say that it is down.
+    /// Probes each registry of this node's images until the registry answers once. A later silence
+    /// is then evidence of an outage.
     fn probe_registries_of(&mut self, records: Option<&BTreeMap<String, Digest>>) {
         let references = records.into_iter().flat_map(BTreeMap::keys).filter_map(|name| name.parse::<Reference>().ok());
         let registries: BTreeSet<_> = references.map(|reference| reference.repository().registry.clone()).collect();
@@ -353,8 +363,8 @@ impl PodController {
         self.measure_disks();
     }
 
-    /// Free space sends no event, so it is asked for while a recovery waits for it. One question at
-    /// a time: a disk may hang.
+    /// Freed space sends no event, so the disks are measured while a refused recovery waits for
+    /// room. One measurement at a time: a disk may hang.
     fn measure_disks(&mut self) {
         if self.is_measuring_disks || self.waiting.is_empty() || !self.recoverer.reservations.has_refused() {
             return;
@@ -364,7 +374,8 @@ impl PodController {
         self.work.spawn(async move { WorkResult::DisksMeasured(recoverer.take_freed_space().await) });
     }
 
-    /// Only what has a provider now is started: in a large cluster somebody announces something all the time.
+    /// Readies only recoveries that have a provider now: in a large cluster some peer announces an
+    /// item all the time.
     fn on_providers_changed(&mut self) {
         let (resolver, unprovided) = (&self.recoverer.resolver, &self.unprovided_blobs);
         let has_provider = |digest: &Digest| !resolver.inventory.blob_providers(*digest).is_empty();
@@ -401,7 +412,7 @@ impl PodController {
         }
     }
 
-    /// The image with the secrets of all pods that wait for it.
+    /// The image, with the pull secrets of all pods that wait for it.
     fn request_for(&self, reference: Reference) -> RecoveryRequest {
         let pods = self.waiting.iter().filter(|(_, pod)| pod.needed.contains(&reference));
         let secrets: BTreeSet<_> = pods
@@ -414,7 +425,7 @@ impl PodController {
     }
 }
 
-/// The clock that [`sleep_until`] waits on, which tests pause.
+/// The clock of [`sleep_until`], which tests pause.
 fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }

@@ -1,4 +1,5 @@
-//! What pods are told: the nudge that makes the kubelet look at once, and Events for people.
+//! Nudges, deletions and Events of pods. A nudge makes the kubelet sync a pod at once, and Events
+//! inform people.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,25 +14,27 @@ use crate::model::{PeerId, PodRef};
 use crate::oci::{Digest, Reference};
 use crate::ports::{Cluster, ClusterError, PodReport, PodReportKind, UdpStatus};
 
-/// Tries of one nudge. Without it the pod starts too, only later: the kubelet looks by itself within a minute and a half.
+/// Attempts for one nudge. A pod without a nudge starts later: the kubelet syncs by itself within a
+/// minute and a half.
 const NUDGE_ATTEMPTS: u32 = 3;
 
 /// The chart gives both rights only where its policies narrow them. Other policies may deny too.
-const NUDGE_DENIED: &str = "the API server denies the nudge, and is not said to again: images are recovered as before, and a pod starts when its \
-    kubelet looks by itself, within 90 s. Where the right to patch pods/status is missing: the chart gives it on Kubernetes 1.30 and later \
-    (podPolicy=always for `helm template`), or without a policy where podRightsWithoutPolicy=true accepts the risk. Where a policy or \
-    webhook of the cluster denies: exempt the annotation lighterman.dev/nudged-at";
-const DELETION_DENIED: &str = "the API server denies the deletion of a pod, and is not said to again: the kubelet starts the pod later. The chart gives \
-    the right with agent.deletePods and a policy (Kubernetes 1.30 and later; podPolicy=always for `helm template`), or with \
-    podRightsWithoutPolicy=true";
+const NUDGE_DENIED: &str = "the API server denies the nudge (logged once): images are recovered as before, and a pod \
+    starts at its kubelet's own sync, within 90 s. Where the right to patch pods/status is missing: the chart grants the \
+    right on Kubernetes 1.30 and later (podPolicy=always for `helm template`), or without a policy where \
+    podRightsWithoutPolicy=true accepts the risk. Where a policy or webhook of the cluster denies the nudge: exempt the \
+    annotation lighterman.dev/nudged-at";
+const DELETION_DENIED: &str = "the API server denies the deletion of a pod (logged once): the kubelet starts the pod \
+    later. The chart grants the right with agent.deletePods and a policy (Kubernetes 1.30 and later; podPolicy=always for \
+    `helm template`), or with podRightsWithoutPolicy=true";
 
-/// Tries of one Event, [`REPORT_PAUSE`] apart: five minutes. The adapter holds back what one node has to say at once, so that a node
-/// full of pods takes more than three.
+/// Attempts for one Event, [`REPORT_PAUSE`] apart: five minutes. The adapter limits the Events of
+/// one node, so a node full of pods needs more than three minutes.
 const REPORT_ATTEMPTS: u32 = 30;
-/// Half of it random, so that those held back do not come together again.
+/// Half of the pause is random, so that delayed Events do not arrive together again.
 const REPORT_PAUSE: Duration = Duration::from_secs(10);
 
-/// Speaks to pods and their owners.
+/// Nudges and deletes pods, and writes Events about them.
 pub struct PodNotifier {
     cluster: Arc<dyn Cluster>,
     inventory: PeerInventory,
@@ -42,7 +45,6 @@ pub struct PodNotifier {
 }
 
 impl PodNotifier {
-    /// Speaks through this cluster.
     pub fn new(cluster: Arc<dyn Cluster>, inventory: PeerInventory, metrics: Metrics) -> Self {
         Self {
             cluster,
@@ -53,7 +55,7 @@ impl PodNotifier {
         }
     }
 
-    /// Makes the kubelet look at the pod now.
+    /// Makes the kubelet sync the pod now.
     pub(in crate::agent) async fn nudge(&self, pod: &PodRef) {
         for attempt in 1..=NUDGE_ATTEMPTS {
             match self.cluster.nudge(pod).await {
@@ -69,7 +71,7 @@ impl PodNotifier {
                     return self.metrics.nudged("denied");
                 }
                 Err(error) => {
-                    tracing::warn!(%pod, %error, "cannot nudge the pod; the kubelet will look by itself within 90 s");
+                    tracing::warn!(%pod, %error, "cannot nudge the pod; the kubelet syncs the pod by itself within 90 s");
                     return self.metrics.nudged("failed");
                 }
             }
@@ -93,14 +95,14 @@ impl PodNotifier {
                 "denied"
             }
             Err(error) => {
-                tracing::warn!(%pod, %error, "cannot delete the pod; the kubelet will start it later");
+                tracing::warn!(%pod, %error, "cannot delete the pod; the kubelet starts the pod later");
                 "failed"
             }
         };
         self.metrics.pod_deleted(result);
     }
 
-    /// Says something on the pod. An Event that cannot be written is only logged: the log has said the same.
+    /// Writes an Event on the pod. The log has the same text, so a failed write is only logged.
     pub(in crate::agent) async fn report(&self, pod: &PodRef, kind: PodReportKind, note: String) {
         let report = PodReport { kind, note };
         for attempt in 1..=REPORT_ATTEMPTS {
@@ -116,7 +118,8 @@ impl PodNotifier {
         }
     }
 
-    /// What came from where. `down_since` is when the registry was first seen to be down, in seconds since 1970.
+    /// Text of an Event: the image's providers and size. `down_since` is the start of the
+    /// registry's outage, in seconds since 1970.
     pub(in crate::agent) fn recovered_note(
         &self,
         reference: &Reference,
@@ -138,23 +141,23 @@ impl PodNotifier {
         )
     }
 
-    /// What a recovery would have done.
+    /// Text of a dry run's Event.
     pub(in crate::agent) fn dry_run_note(&self, reference: &Reference, root: Digest, providers: &[PeerId]) -> String {
         let names: Vec<_> = providers.iter().take(5).map(|peer| self.inventory.node_of(*peer)).collect();
         format!(
-            "{reference} ({root}) could come from {} nodes ({}); --dry-run is set, so it is not fetched.",
+            "{reference} ({root}) could come from {} nodes ({}); --dry-run is set, so the agent does not fetch the image.",
             providers.len(),
             names.join(", ")
         )
     }
 
-    /// Why an image did not come, at which nodes, and what happens next.
+    /// Text of a failure's Event: the cause, the nodes, and the next step.
     pub(in crate::agent) fn failed_note(&self, error: &RecoverError) -> String {
         let nodes: Vec<_> = error.failed_peers().into_iter().map(|peer| self.inventory.node_of(peer)).collect();
-        let nodes = if nodes.is_empty() { String::new() } else { format!(" Asked: {}.", nodes.join(", ")) };
+        let nodes = if nodes.is_empty() { String::new() } else { format!(" Failed at: {}.", nodes.join(", ")) };
         let next = match error.report_kind() {
-            PodReportKind::NoProvider => " It is fetched as soon as a node that holds it appears.",
-            PodReportKind::Failed => " It is tried again.",
+            PodReportKind::NoProvider => " The agent fetches the image as soon as a node has the image.",
+            PodReportKind::Failed => " The agent retries.",
             PodReportKind::NotRecoverable
             | PodReportKind::Unclassified
             | PodReportKind::Stalled
@@ -176,14 +179,14 @@ impl PodNotifier {
         format!("{error}.{nodes}{udp}{next}")
     }
 
-    /// Names a firewall, where one keeps this node from fetching anything of any peer.
+    /// Names a firewall that blocks UDP, and the limits of fetches over TCP.
     fn udp_note(&self) -> String {
         let UdpStatus { blocked_since, port, nodes } = self.inventory.udp().status();
         blocked_since.map_or_else(String::new, |_| {
             format!(
-                " UDP port {port} is blocked: {nodes} nodes answer this node over TCP and none over UDP, so the peers are not at \
-                 fault. Open UDP port {port} between all nodes. Until then, images come over TCP that have at most {} missing, no layer \
-                 above {}.",
+                " UDP port {port} is blocked: {nodes} nodes answer this node over TCP and none over UDP, so the peers are \
+                 not at fault. Open UDP port {port} between all nodes. Until then, TCP serves images with at most {} missing \
+                 and no layer above {}.",
                 human_bytes(MAX_IMAGE),
                 human_bytes(MAX_BLOB)
             )
@@ -191,7 +194,7 @@ impl PodNotifier {
     }
 }
 
-/// For people: 256.0 MiB.
+/// A size for people, such as 256.0 MiB.
 pub fn human_bytes(bytes: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB"];
     let unit = (bytes.max(1).ilog2() / 10).min(3);

@@ -1,4 +1,5 @@
-//! What this node knows of registries: who cannot be reached, told to peers, heard from peers, and asked about.
+//! Health of registries on this node, from failed pulls, probes and the outages that peers
+//! announce.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -13,26 +14,27 @@ use crate::model::{Outage, OutageKind};
 use crate::oci::Reference;
 use crate::ports::{Registry, RegistryError};
 
-/// The registries as this node sees them.
+/// Outages of registries, with this node's evidence and the peers'.
 pub struct RegistryHealth {
     outages: RegistryOutages,
     inventory: PeerInventory,
     registry: Arc<dyn Registry>,
-    /// Whether registries are asked at all.
+    /// Whether registries are probed at all.
     is_probing: bool,
     observed_outages: watch::Sender<Vec<Outage>>,
     healthy: watch::Sender<Arc<BTreeSet<String>>>,
     metrics: Metrics,
 }
 
-/// A registry's answer to the question whether it is there.
+/// A registry's answer to a probe.
 pub(in crate::agent) struct RegistryProbe {
     pub(in crate::agent) registry: String,
     pub(in crate::agent) result: Result<(), OutageKind>,
 }
 
 impl RegistryHealth {
-    /// Nothing is known yet. What this node finds out itself goes to `first_hand`, for its peers.
+    /// Starts without evidence. Outages that this node observes go to `observed_outages`, for the
+    /// announcer.
     pub fn new(
         inventory: PeerInventory,
         registry: Arc<dyn Registry>,
@@ -51,15 +53,16 @@ impl RegistryHealth {
         }
     }
 
-    /// The registries that have answered this agent and that neither this node nor a peer found down. A single peer is
-    /// believed here, because background fetches alone go by this.
+    /// Registries that have answered this agent, and that neither this node nor a peer found down.
+    /// One peer suffices here, because only background fetches use this list.
     pub fn healthy(&self) -> watch::Receiver<Arc<BTreeSet<String>>> {
         self.healthy.subscribe()
     }
 
-    /// Whether the registry counts as down: this node found the registry unreachable; or it did not just have an answer, and
-    /// two peers found it so, or one did and it does not answer here either. One peer alone is not believed: it would have every node
-    /// take its word for what a tag means.
+    /// Whether the registry counts as down. This node's own evidence suffices. Otherwise two peers
+    /// must announce the outage, or one peer if the last probe from here failed too; a recent
+    /// answer to this node outweighs both. One peer alone does not suffice: a lying peer could then
+    /// decide for every node which content a tag has.
     pub(in crate::agent) fn is_down(&self, registry: &str, now: Instant) -> bool {
         if self.outages.is_down(registry, now) {
             return true;
@@ -70,8 +73,9 @@ impl RegistryHealth {
         witnesses.len() >= enough && !self.outages.is_answering(registry, now)
     }
 
-    /// Whether an image may be recovered before the pod's own pull has failed. For a digest, what peers say is enough. A tag may have
-    /// moved, and its registry decides while it can be reached: only what this node saw, and within seconds, counts.
+    /// Whether an image may be recovered before the pod's own pull has failed. For a digest, the
+    /// peers' announcements suffice. A tag may have moved, and the registry decides while it is
+    /// reachable: only fresh evidence of this node counts.
     pub(in crate::agent) fn may_recover_early(&self, reference: &Reference, now: Instant) -> bool {
         let registry = &reference.repository().registry;
         match reference {
@@ -80,12 +84,13 @@ impl RegistryHealth {
         }
     }
 
-    /// Since when this node knows that the registry is down, in seconds since 1970.
+    /// Start of the outage on this node, in seconds since 1970.
     pub(in crate::agent) fn down_since(&self, registry: &str, now: Instant) -> Option<u64> {
         self.outages.down_since(registry, now)
     }
 
-    /// A pull through containerd failed for a fault of the registry; `has_mirror` where its message names another host.
+    /// Records a pull through containerd that failed for a fault of the registry. `has_mirror` if
+    /// the message names another host.
     pub(in crate::agent) fn record_pull_failure(
         &mut self,
         registry: &str,
@@ -97,12 +102,13 @@ impl RegistryHealth {
         self.publish(now);
     }
 
-    /// A pull through containerd failed with an answer of the registry, or of a mirror.
+    /// Records a pull through containerd that failed with an answer of the registry or of a mirror.
     pub(in crate::agent) fn pull_answered(&mut self, registry: &str) {
         self.outages.record_answered_pull(registry);
     }
 
-    /// A pull through containerd succeeded: the registry, or a mirror of it, can be reached from here.
+    /// Records a successful pull through containerd: this node reaches the registry, or a mirror of
+    /// it.
     pub(in crate::agent) fn record_pull_success(&mut self, registry: &str, now: Instant) {
         if self.outages.record_successful_pull(registry, now) {
             tracing::info!(registry, "a pull succeeded, so the registry can be reached again");
@@ -110,7 +116,7 @@ impl RegistryHealth {
         }
     }
 
-    /// What was asked, answered; whether that changed what is to be thought of the registry.
+    /// Records a probe's result. Returns whether the registry is newly down or up.
     pub(in crate::agent) fn record_probe(&mut self, probe: RegistryProbe, now: Instant) -> bool {
         let RegistryProbe { registry, result } = probe;
         let before = self.is_down(&registry, now);
@@ -124,12 +130,11 @@ impl RegistryHealth {
         self.is_down(&registry, now) != before
     }
 
-    /// Whether the registry answered this agent at least once.
     pub(in crate::agent) fn has_answered(&self, registry: &str) -> bool {
         self.outages.has_answered(registry)
     }
 
-    /// A question to the registry, if one is worth asking now.
+    /// A probe of the registry, if one is due.
     pub(in crate::agent) fn probe_if_due(
         &mut self,
         registry: &str,
@@ -142,7 +147,7 @@ impl RegistryHealth {
         self.probe(registry)
     }
 
-    /// A question to the registry now, unless registries are not to be asked. For what is decided seldom.
+    /// A probe of the registry now, for rare decisions; `None` where probes are off.
     pub(in crate::agent) fn probe(&self, registry: &str) -> Option<impl Future<Output = RegistryProbe> + Send + use<>> {
         if !self.is_probing {
             return None;
@@ -150,7 +155,8 @@ impl RegistryHealth {
         let (port, registry) = (Arc::clone(&self.registry), registry.to_owned());
         Some(async move {
             let result = match port.ping(&registry).await {
-                // It is there, whatever it says; also where somebody else answers in its place, which a pull will find out.
+                // Any answer counts, also one from another server in the registry's place: a pull
+                // finds that out.
                 Ok(()) | Err(RegistryError::RateLimited(_) | RegistryError::Denied(_) | RegistryError::NotFound(_)) => {
                     Ok(())
                 }
@@ -161,13 +167,13 @@ impl RegistryHealth {
         })
     }
 
-    /// The registries to ask again although no pod came: those that this node itself found down. What peers only say is looked into when
-    /// a pod here wants an image from there.
+    /// Registries to probe again without a new pod: those that this node itself found down. A
+    /// peer's outage is probed only when a pod of this node needs an image from there.
     pub(in crate::agent) fn down_registries(&self, now: Instant) -> Vec<String> {
         self.outages.down_registries(now)
     }
 
-    /// Tells the peers what changed, also by time alone.
+    /// Publishes the outages and the healthy registries, which also change by time alone.
     pub(in crate::agent) fn publish(&self, now: Instant) {
         let observed = self.outages.local_outages(now);
         let healthy = self.outages.healthy(now).filter(|registry| self.inventory.registry_outages(registry).is_empty());

@@ -1,5 +1,8 @@
-//! Single blobs: held if they are here; a document is fetched from one provider after the other until one sends the right bytes. What is large comes in
-//! pieces ([`crate::agent::recovery::swarm`]), for which the place is made here.
+//! Fetches documents whole, and stages all other blobs in the store.
+//!
+//! The providers of a document are tried one after the other until a provider sends the right
+//! bytes. Configs and layers come in pieces ([`crate::agent::recovery::swarm`]) and are only staged
+//! here. A blob that is here already is pinned.
 
 mod local_blob;
 
@@ -22,56 +25,54 @@ use crate::model::{PeerId, Zone};
 use crate::oci::{BlobProof, Descriptor, Digest, Document, DocumentError, MAX_DOCUMENT_BYTES, Reference};
 use crate::ports::{ChildKind, BlobMetadata, BlobSink, Child, ContentStore, FetchError, Fetcher, Pin, StagedBlob, StoreError};
 
-/// Times that the providers of one blob are gone through. Only peers that are busy, or new ones, are worth another
-/// round; with the waits between them this is half a minute, then the recovery's own back-off takes over.
+/// Most rounds over the providers of one document. Only busy peers and new peers get another round.
+/// With the waits between rounds this is half a minute; then the recovery's own back-off takes
+/// over.
 const MAX_ROUNDS: u32 = 20;
 
-/// Wait for a store that is busy with the same blob.
+/// Longest wait before the next try to open a blob that another writer of this node has open.
 const BUSY_RETRY_DELAY: Duration = Duration::from_millis(1500);
 
-/// Waits for a store that is busy with the same blob: an hour. Two images of this node share a layer, and the
-/// recovery that writes it may be on a slow link; when that one ends, in whichever way, the store is free.
+/// Tries to open a blob that another writer has open: an hour. Two images of this node share the
+/// layer, and the other recovery may have a slow link. The blob is free when that recovery ends,
+/// with whichever result.
 const MAX_BUSY_RETRIES: u32 = 2400;
 
-/// Gets single blobs.
+/// Fetches single blobs into the store of this node.
 pub struct BlobFetcher {
-    /// This agent.
     me: PeerId,
-    /// Where blobs go.
     store: Arc<dyn ContentStore>,
-    /// Where they come from.
     pub(in crate::agent) fetcher: Arc<dyn Fetcher>,
-    /// Who holds which.
     pub(in crate::agent) inventory: PeerInventory,
-    /// Blobs that are being fetched, for peers.
+    /// Downloads in flight, whose pieces peers may request.
     pub(in crate::agent) downloads: Downloads,
-    /// The zone that this node is in.
     zone: watch::Receiver<Option<Zone>>,
-    /// Counts peers' faults.
     pub(in crate::agent) metrics: Metrics,
-    /// What peers did wrong lately.
+    /// Recent faults of peers.
     trust: Mutex<PeerFaults>,
 }
 
-/// A blob that is here now.
+/// A blob of an image, in the store of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FetchedBlob {
-    /// Which one.
+    /// Digest, size and media type.
     pub descriptor: Descriptor,
-    /// Who sent how many bytes of it; `None` when it was here.
+    /// Bytes by sending peer; `None` when the blob was here before.
     pub from: Option<BTreeMap<PeerId, u64>>,
 }
 
-/// What was found when a blob was about to be fetched.
+/// A config or a layer, ready for its pieces.
 pub(in crate::agent) enum PreparedBlob {
-    /// It is here.
+    /// The whole blob is here and pinned.
     Present(FetchedBlob),
-    /// It goes there.
+    /// The pieces are written here.
     Staged(Arc<dyn StagedBlob>),
 }
 
 impl BlobFetcher {
-    /// Fetches from those whom `holders` knows into `store`, in the name of `me`, which is in this zone. What is on its way is in `underway`.
+    /// Fetches into `store` from the providers in `inventory`. `me` spreads the requests of several
+    /// agents over the providers. `downloads` lists the blobs in flight, and `zone` is this node's
+    /// zone.
     pub fn new(
         me: PeerId,
         store: Arc<dyn ContentStore>,
@@ -84,7 +85,8 @@ impl BlobFetcher {
         Self { me, store, fetcher, inventory, downloads, zone, metrics, trust: Mutex::default() }
     }
 
-    /// Makes room in the store for a config or a layer, unless it is here. A small one that is here with wrong bytes is replaced.
+    /// Stages a config or a layer, unless the blob is here. A small blob with wrong bytes is
+    /// fetched whole and replaced.
     pub(in crate::agent) async fn prepare(
         &self,
         reference: &Reference,
@@ -105,24 +107,25 @@ impl BlobFetcher {
         }
     }
 
-    /// Who has a blob or is fetching it, but those that were given up.
+    /// Providers and partial providers of the blob, without the excluded peers.
     pub(in crate::agent) fn providers(&self, attempts: &Attempts) -> Vec<BlobProvider> {
         let mut sources = self.inventory.all_providers(attempts.digest);
         sources.retain(|source| !attempts.excluded.contains(&source.peer));
         sources
     }
 
-    /// Moves whenever a recovery waits for a blob that is being written already.
+    /// Changes whenever a recovery waits for a blob that another writer has open.
     pub(in crate::agent) fn awaited(&self) -> watch::Receiver<Option<Digest>> {
         self.downloads.awaited()
     }
 
-    /// This node's zone, once it is known.
+    /// This node's zone; `None` until the zone is known.
     pub(in crate::agent) fn zone(&self) -> Option<Zone> {
         self.zone.borrow().clone()
     }
 
-    /// A manifest or an index: small, wholly in memory, and parsed before it is kept.
+    /// Reads a manifest or an index from the store, or fetches the document from a provider. The
+    /// document is parsed in memory before it is written.
     pub(in crate::agent) async fn document(
         &self,
         reference: &Reference,
@@ -136,7 +139,7 @@ impl BlobFetcher {
             LocalBlob::TooLarge(size) => {
                 return Err(RecoverError::Document { digest, source: DocumentError::TooLarge(size) });
             }
-            // What is broken here is fetched, not trusted.
+            // A damaged document is fetched again.
             LocalBlob::Absent | LocalBlob::Damaged => {
                 let (bytes, proof, peer) = self.fetch_document(digest, providers).await?;
                 (bytes, proof, Some(peer))
@@ -191,7 +194,7 @@ impl BlobFetcher {
         Err(attempts.into_error())
     }
 
-    /// A small blob, from this store or a provider, for looking at it once. Nothing is kept.
+    /// Reads a small blob once, from the store or from a provider. Nothing is written.
     pub(in crate::agent) async fn peek(&self, digest: Digest, providers: &[PeerId]) -> Result<Bytes, RecoverError> {
         match LocalBlob::read(&*self.store, digest).await.map_err(RecoverError::store("reading a manifest"))? {
             LocalBlob::Whole(bytes, _) => Ok(bytes),
@@ -205,9 +208,9 @@ impl BlobFetcher {
     async fn fetch_document_from(&self, peer: PeerId, digest: Digest) -> Result<(Bytes, BlobProof), FetchError> {
         let size = self.fetcher.size_of(peer, digest).await?.ok_or(FetchError::Absent { peer, digest })?;
         if size > MAX_DOCUMENT_BYTES {
-            // Only this peer's word for it: another may tell the truth.
+            // The size is an unverified claim of this peer, so the other providers stay.
             let reason =
-                format!("says that the manifest {digest} has {size} bytes, over the limit of {MAX_DOCUMENT_BYTES}");
+                format!("reports {size} bytes for the manifest {digest}, over the limit of {MAX_DOCUMENT_BYTES}");
             return Err(FetchError::Protocol { peer, reason });
         }
         let mut sink = MemorySink::default();
@@ -215,7 +218,8 @@ impl BlobFetcher {
         Ok((sink.0.into(), proof))
     }
 
-    /// What is written through, for a blob that is not here; what is here is held by the pin and its memory refreshed instead.
+    /// Opens an absent blob for writing. For a present blob the result is `None`: the blob is
+    /// pinned, and its metadata is added instead.
     async fn open_for_writing<T, F: Future<Output = Result<T, StoreError>>>(
         &self,
         digest: Digest,
@@ -232,10 +236,11 @@ impl BlobFetcher {
                     self.store
                         .add_metadata(digest, remembered)
                         .await
-                        .map_err(RecoverError::store("labelling a blob"))?;
+                        .map_err(RecoverError::store("labeling a blob"))?;
                     return Ok(None);
                 }
-                // Another recovery of this node fetches the same blob: whoever is first, we profit.
+                // Another recovery of this node writes the same blob, and this recovery uses the
+                // result.
                 Err(StoreError::Busy(_)) if waits < MAX_BUSY_RETRIES => {
                     waits += 1;
                     self.downloads.mark_awaited(digest);
@@ -246,19 +251,19 @@ impl BlobFetcher {
         }
     }
 
-    /// Whom to ask now, the best first. Who is busy is left out until it may be better.
+    /// The providers to ask now, the best first. Busy peers are left out until their back-off ends.
     fn rank_providers(&self, attempts: &Attempts, mut providers: Vec<PeerId>) -> Vec<PeerId> {
         let (trust, now) = (self.trust(), now());
         providers.retain(|peer| !attempts.excluded.contains(peer) && trust.busy_until(*peer, now).is_none());
         order_providers(self.me, attempts.digest, providers, |peer| trust.standing(peer, now))
     }
 
-    /// Waits until somebody who is left may do better; false when nobody is left.
+    /// Waits until a remaining provider is not busy. False when no provider remains.
     async fn wait_for_another_round(&self, attempts: &Attempts, providers: Vec<PeerId>) -> bool {
         let remaining = providers.into_iter().filter(|peer| !attempts.excluded.contains(peer));
         let soonest = {
             let (trust, now) = (self.trust(), now());
-            // One that is not busy has come just now.
+            // A provider that is not busy has announced the blob just now.
             remaining.map(|peer| trust.busy_until(peer, now).unwrap_or(now)).min()
         };
         let Some(soonest) = soonest else { return false };
@@ -266,7 +271,8 @@ impl BlobFetcher {
         true
     }
 
-    /// Counts a failed attempt. Answers until when it is held against the peer. Fails when no peer can help: our own store is what broke.
+    /// Records a failed attempt. Returns until when the fault counts against the peer. An error of
+    /// this node's own store ends the recovery, because no other peer can help.
     pub(in crate::agent) fn record_failure(
         &self,
         attempts: &mut Attempts,
@@ -291,7 +297,8 @@ impl BlobFetcher {
     }
 }
 
-/// What a failure says about the peer; nothing where it does not have the blob, or where the size may be the manifest's mistake.
+/// The peer's fault behind an error. `None` when the peer lacks the blob, or when the manifest may
+/// have the wrong size.
 fn fault_of(error: &FetchError) -> Option<PeerFault> {
     match error {
         error if error.is_peer_fault() => Some(PeerFault::Lied),
@@ -308,15 +315,15 @@ fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }
 
-/// What was tried for one blob.
+/// The failed attempts for one blob.
 pub(in crate::agent) struct Attempts {
     digest: Digest,
-    /// Not asked again for this blob.
+    /// Peers that get no more requests for this blob.
     excluded: HashSet<PeerId>,
     errors: Vec<FetchError>,
 }
 
-/// Errors kept for the report; more would not be read.
+/// Most errors kept for the report; the oldest is dropped first.
 const MAX_ERRORS: usize = 16;
 
 impl Attempts {
@@ -339,7 +346,7 @@ impl Attempts {
     }
 }
 
-/// Keeps a small blob in memory. What may come is bounded by the size that the fetch is called with.
+/// Collects a small blob in memory. The `size` argument of the fetch is the bound.
 #[derive(Default)]
 struct MemorySink(Vec<u8>);
 

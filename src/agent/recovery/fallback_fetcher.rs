@@ -61,8 +61,8 @@ impl FallbackFetcher {
 
     fn transport(&self, peer: PeerId, size: u64) -> Transport {
         let SuspectingFetcher { transfer, mesh, udp } = &self.quic;
-        let (quic_open, neighbour) = (transfer.is_connected(peer), mesh.is_connected(peer));
-        choose_transport(size, PathState { udp_blocked: udp.is_blocked(), quic_open, neighbour })
+        let (quic_open, neighbor) = (transfer.is_connected(peer), mesh.is_connected(peer));
+        choose_transport(size, PathState { udp_blocked: udp.is_blocked(), quic_open, neighbor })
     }
 
     fn permits_of_peer(&self, peer: PeerId) -> Arc<Semaphore> {

@@ -1,4 +1,5 @@
-//! How far a recovery is, for whoever watches it. Not for decisions.
+//! Progress of recoveries, for status, metrics and connected clients. The pod controller also reads
+//! whether a recovery has begun to write image records.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,88 +10,86 @@ use crate::decide::plan::FetchPlan;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Reference};
 
-/// The progress of one recovery, blob by blob.
+/// Progress of one recovery, blob by blob.
 #[derive(Debug, Default)]
 pub struct Progress(Mutex<ProgressState>);
 
 #[derive(Debug, Default)]
 struct ProgressState {
     resolved: Option<(Digest, usize)>,
-    /// How many of the blobs were here.
+    /// Number of blobs that were here before.
     present: usize,
-    /// Once it is known what has to come.
+    /// `None` until the fetch plan exists.
     blobs: Option<BTreeMap<Digest, BlobProgress>>,
     first_byte: Option<Instant>,
     unpacking: Option<(usize, usize)>,
     is_recorded: bool,
 }
 
-/// How far one blob is.
+/// Progress of one blob.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlobProgress {
-    /// Its size.
+    /// Size in bytes.
     pub size: u64,
-    /// Bytes that have come. Falls back by what turned out to be wrong.
+    /// Bytes that have arrived. Decreases when pieces turn out to be wrong.
     pub done: u64,
-    /// Who sent some of it.
+    /// Peers that sent bytes of the blob.
     pub from: BTreeSet<PeerId>,
 }
 
 impl Progress {
-    /// The blobs known so far.
+    /// The planned blobs by digest; empty before the plan.
     pub fn blobs(&self) -> BTreeMap<Digest, BlobProgress> {
         self.lock().blobs.clone().unwrap_or_default()
     }
 
-    /// The image's index or manifest and how many peers have it, once that is known.
+    /// The resolved digest and the number of its providers; `None` before the resolution.
     pub fn resolved(&self) -> Option<(Digest, usize)> {
         self.lock().resolved
     }
 
-    /// How many blobs have to come and how many were here, once that is known.
+    /// The number of blobs to fetch and the number of present blobs; `None` before the plan.
     pub fn planned(&self) -> Option<(usize, usize)> {
         let state = self.lock();
         state.blobs.as_ref().map(|blobs| (blobs.len(), state.present))
     }
 
-    /// When the first byte of a config or layer came.
     pub(in crate::agent) fn first_byte(&self) -> Option<Instant> {
         self.lock().first_byte
     }
 
-    /// The layer that is being unpacked, or was last, counted from 1, and how many there are; `None` before the first.
+    /// The current or last layer being unpacked, counted from 1, and the number of layers. `None`
+    /// before the first layer.
     pub fn unpacking(&self) -> Option<(usize, usize)> {
         self.lock().unpacking
     }
 
-    /// This layer of so many is being unpacked.
     pub(in crate::agent) fn set_unpacking(&self, layer: usize, of: usize) {
         self.lock().unpacking = Some((layer, of));
     }
 
-    /// The image is whole here and is being named.
+    /// The whole image is here, and the image records are being written.
     pub(in crate::agent) fn mark_recorded(&self) {
         self.lock().is_recorded = true;
     }
 
-    /// Whether the runtime may know the image by now.
+    /// Whether the runtime may have an image record by now.
     pub(in crate::agent) fn is_recorded(&self) -> bool {
         self.lock().is_recorded
     }
 
-    /// What the reference means, and how many peers have it.
     pub(in crate::agent) fn set_resolved(&self, digest: Digest, providers: usize) {
         self.lock().resolved = Some((digest, providers));
     }
 
-    /// Bytes that have come, and all that have to. Saturating, because sizes come from a manifest that anybody may have written.
+    /// Bytes that have arrived, and all bytes to fetch. Saturating, because the manifest's author
+    /// chose the sizes.
     pub fn byte_totals(&self) -> (u64, u64) {
         let blobs = self.blobs();
         let sum = |of: fn(&BlobProgress) -> u64| blobs.values().map(of).fold(0, u64::saturating_add);
         (sum(|blob| blob.done), sum(|blob| blob.size))
     }
 
-    /// These blobs will come.
     pub(in crate::agent) fn set_plan(&self, plan: &FetchPlan) {
         let expected =
             |blob: &Descriptor| (blob.digest, BlobProgress { size: blob.size, done: 0, from: BTreeSet::new() });
@@ -105,7 +104,7 @@ impl Progress {
         }
     }
 
-    /// So much of a blob is here, from these.
+    /// Replaces the number of bytes that have arrived, and adds their senders.
     pub(in crate::agent) fn update_blob(&self, digest: Digest, done: u64, from: impl Iterator<Item = PeerId>) {
         if done > 0 {
             self.lock().first_byte.get_or_insert_with(Instant::now);
@@ -121,7 +120,7 @@ impl Progress {
     }
 }
 
-/// The recoveries of one agent: those under way and the last that ended. Clones share it.
+/// The recoveries of one agent: the running ones and the latest ended ones. Clones share the state.
 #[derive(Clone, Default)]
 pub struct RecoveryTracker(Arc<Mutex<Recoveries>>);
 
@@ -131,21 +130,22 @@ struct Recoveries {
     ended: VecDeque<(Reference, Result<RecoveredImage, String>)>,
 }
 
-/// Ended recoveries that are remembered; older ones are in the log.
+/// Ended recoveries that are kept; older ones are in the log.
 const MAX_ENDED: usize = 16;
 
 impl RecoveryTracker {
-    /// The recoveries under way.
+    /// The running recoveries, by reference.
     pub fn running(&self) -> BTreeMap<Reference, Arc<Progress>> {
         self.lock().running.clone()
     }
 
-    /// How the latest recovery of this image ended, if it is still remembered.
+    /// The latest result for this image; `None` when no result is kept.
     pub fn ended(&self, reference: &Reference) -> Option<Result<RecoveredImage, String>> {
         self.lock().ended.iter().rev().find(|(ended, _)| ended == reference).map(|(_, result)| result.clone())
     }
 
-    /// Whether a recovery wrote the image record of this name with this target lately, rather than a pull.
+    /// Whether a recovery, rather than a pull, recently wrote the image record of this name with
+    /// this target.
     pub(in crate::agent) fn has_recorded(&self, name: &Reference, target: Digest) -> bool {
         let is_of = |reference: &Reference, root: Digest| {
             root == target && (reference == name || *name == Reference::Digest(reference.repository().clone(), root))

@@ -1,7 +1,28 @@
-//! The main flow: from an image that a pod cannot pull to an image that the kubelet finds. Top to bottom.
+//! Recovers one image: the main flow, top to bottom. The input is a reference that a pod cannot
+//! pull. The result is an image record that the kubelet finds.
 //!
-//! Who may be helped was decided before ([`crate::decide::pull_failure`]); the pods are told afterwards
-//! ([`crate::agent::pods::pod_controller`]). What happens to a single blob stands in [`crate::agent::recovery::blob_fetcher`].
+//! [`Recoverer::recover`] takes these steps in order:
+//! 1. Check that the runtime permits imports (`check_imports`).
+//! 2. Resolve the reference to a digest, and list the providers ([`Recoverer::find`]).
+//! 3. Pin the content, so that containerd's collector keeps every blob that arrives
+//!    (`recovery_pin`).
+//! 4. Claim the image beside the next steps. The claim is advice, and no step waits for the claim
+//!    ([`ClaimCoordinator`]).
+//! 5. Fetch and parse the indexes and the manifest of this platform (`documents`).
+//! 6. Plan: list the config and the layers that are missing or damaged here (`planning`).
+//! 7. Check providers, transport and disk space before any config or layer is fetched
+//!    (`reservations`).
+//! 8. Fetch the missing blobs in pieces from all providers (`Swarm`). Unpack each layer as soon as
+//!    the layer and all layers below are complete ([`LayerUnpacker`]).
+//! 9. Write the image records. Cancellation has no effect from here on.
+//! 10. Release the pin. The pin stays after a failure whose retry can reuse the content.
+//!
+//! Steps 1 to 7 refuse an image that cannot become complete, before layers cost bandwidth and disk
+//! space.
+//!
+//! Not here: the verdict on the pod ([`crate::decide::pull_failure`]), the nudge and the Events
+//! after a recovery ([`crate::agent::pods::pod_controller`]), and the fetch of a single blob
+//! ([`crate::agent::recovery::blob_fetcher`]).
 
 mod broken_record;
 mod documents;
@@ -33,32 +54,33 @@ use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Document, Manifest, Platform, Reference};
 use crate::ports::{ContentStore, ImageRecord, ImportPermission};
 
-/// Longest wait for a runtime to say whether images may be imported; the first look takes milliseconds where it answers at all.
+/// Longest wait for the runtime's answer on imports. A runtime that answers at all needs
+/// milliseconds.
 const IMPORTS_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Recovers images on this node.
 pub struct Recoverer {
-    /// Where content is kept.
+    /// Content store of this node's runtime.
     pub store: Arc<dyn ContentStore>,
-    /// Reads references.
+    /// Resolves references to digests.
     pub resolver: ReferenceResolver,
-    /// Gets single blobs.
+    /// Fetches documents, and stages other blobs.
     pub blob_fetcher: Arc<BlobFetcher>,
-    /// Names the node that leads.
+    /// Claims recoveries with Leases.
     pub claims: Arc<ClaimCoordinator>,
-    /// What one recovery may cost, as of now.
+    /// The current policy: budgets and disk floors.
     pub policy: watch::Receiver<Arc<Policy>>,
-    /// What runs here.
+    /// Platform of this node.
     pub platform: Platform,
-    /// Room on the disk, shared by the recoveries of this node.
+    /// Disk space that all recoveries of this node have reserved.
     pub reservations: Reservations,
-    /// Whether anything may be brought into this store.
+    /// Whether the runtime permits imports into the store.
     pub imports: watch::Receiver<ImportPermission>,
-    /// Unpacks layers before the runtime would; `None` where that is the runtime's business alone.
+    /// Unpacks layers before the runtime does; `None` leaves all layers to the runtime.
     pub layer_unpacker: Option<LayerUnpacker>,
 }
 
-/// The documents of an image, the root first, and what runs here.
+/// The fetched documents of an image, the root first, and the manifest of this platform.
 struct ImageDocuments {
     target: Descriptor,
     documents: Vec<FetchedBlob>,
@@ -66,10 +88,11 @@ struct ImageDocuments {
 }
 
 impl Recoverer {
-    /// Brings the image here, or says why not. Stopped half-way it leaves nothing that anybody could mistake for an image.
+    /// Recovers the image. A canceled recovery writes no image record, because the records come
+    /// last and are never canceled.
     ///
     /// # Errors
-    /// [`RecoverError`], which says whether to try again and what to tell.
+    /// [`RecoverError`], which determines the retry, the metric and the Event.
     pub async fn recover(
         &self,
         request: &RecoveryRequest,
@@ -85,18 +108,20 @@ impl Recoverer {
         let work = async {
             let image = self.fetch_image(request, digest, &providers, &pinned, progress);
             tokio::pin!(image);
-            // Beside it, and never waited for: the image may be here before the API server has answered.
+            // The claim runs beside the download: the image may be here before the API server has
+            // answered.
             tokio::select! {
                 biased;
                 image = &mut image => image,
-                // Where there are zones, those who fetch from others claim to.
+                // With a zone, the swarm claims the image for the zone instead.
                 () = self.claims.try_claim_image(reference, digest), if self.blob_fetcher.zone().is_none() => image.await,
             }
         };
         let work = pinned.renew_during(reference, work);
         let fetched = stop.run_until_cancelled(work).await.unwrap_or(Err(RecoverError::Abandoned));
         let result = match fetched {
-            // Not stopped any more: a kubelet that finds the first of the names may start the pod before the second is written.
+            // Not canceled from here on: a kubelet that finds the first record may start the pod
+            // before the second record is written.
             Ok((root, fetched)) => {
                 progress.mark_recorded();
                 self.record(reference, &root).await.map(|()| fetched)
@@ -104,19 +129,22 @@ impl Recoverer {
             Err(error) => Err(error),
         };
         if !result.as_ref().is_err_and(RecoverError::is_content_reusable) {
-            // From here on the image record holds the content, or nobody wants it. Unreleased, the pin would expire by itself.
+            // The image record holds the content now, or no retry can reuse the content. A pin that
+            // is not released expires.
             pinned.release(reference).await;
         }
         result.map(|fetched| RecoveredImage { tag_note, ..summarise(digest, &fetched, began.elapsed()) })
     }
 
-    /// What a recovery would begin with: which content the reference means, and who has it. Nothing is written.
+    /// The result that a recovery begins with: the digest of the reference, and the digest's
+    /// providers. Writes nothing.
     ///
     /// # Errors
-    /// [`RecoverError`] where a recovery would not begin.
+    /// [`RecoverError`] when a recovery cannot begin.
     pub async fn find(&self, request: &RecoveryRequest) -> Result<ResolvedImage, RecoverError> {
         self.check_imports().await?;
-        // What this node calls so already is what its pods run: it is mended, never turned into something else.
+        // The digest of an existing image record stays, because pods of this node run that content.
+        // The recovery repairs the image and never changes the record's target.
         if let Some(digest) = self.recorded_target(&request.reference).await? {
             let providers = self.resolver.providers(&request.reference, digest).unwrap_or_default();
             return Ok(ResolvedImage { digest, providers, tag_note: None });
@@ -126,18 +154,20 @@ impl Recoverer {
         Ok(ResolvedImage { digest, providers, tag_note })
     }
 
-    /// What this node's own record of the name points at.
+    /// The target of this node's image record for the reference.
     async fn recorded_target(&self, reference: &Reference) -> Result<Option<Digest>, RecoverError> {
         let name = reference.to_string();
         let records = self.store.images().await.map_err(RecoverError::store("listing images"))?;
-        // containerd 1.7 records whatever a registry answered, also a page for people. That names no image.
+        // containerd 1.7 records any answer of a registry, an HTML page too. Such a record is no
+        // image.
         let named = records
             .into_iter()
             .find(|record| record.name == name && Document::is_document_type(&record.target.media_type));
         Ok(named.map(|record| record.target.digest))
     }
 
-    /// Waits a moment where it is not known yet, as when the agent has just started: what is not known is not allowed.
+    /// Checks that the runtime permits imports. Shortly after the agent's start the answer may be
+    /// missing, so the check waits. A missing answer counts as a refusal.
     async fn check_imports(&self) -> Result<(), RecoverError> {
         let mut imports = self.imports.clone();
         let known = imports.wait_for(|imports| *imports != ImportPermission::Unknown);
@@ -146,13 +176,14 @@ impl Recoverer {
                 ImportPermission::Refused(reason) => Some(reason.clone()),
                 ImportPermission::Allowed | ImportPermission::Unknown => None,
             },
-            Ok(Err(_)) | Err(_) => Some("the runtime has not said yet whether it verifies images".to_owned()),
+            Ok(Err(_)) | Err(_) => Some("the runtime has not reported yet whether image verifiers are configured; check that containerd answers".to_owned()),
         };
         refused.map_or(Ok(()), |reason| Err(RecoverError::ImportsRefused { reason }))
     }
 
-    /// All of the image but its names, its layers unpacked where that can be done here: with a name and without that, the runtime would do the
-    /// same work beside us.
+    /// Fetches the whole image, and unpacks the layers where this node can. Only the image records
+    /// are missing afterward. With a record before the unpacking, the runtime would unpack the same
+    /// layers at the same time.
     async fn fetch_image(
         &self,
         request: &RecoveryRequest,
@@ -178,7 +209,8 @@ impl Recoverer {
             complete_blobs: &complete_blobs,
         };
         let fetching = self.fetch_blobs(job, &plan);
-        // An image that is whole and has its name may be being unpacked by the runtime just now.
+        // The runtime may be unpacking a complete image with a record right now, so the runtime
+        // keeps that work.
         let is_unfinished = !plan.missing.is_empty() || self.recorded_target(reference).await?.is_none();
         let layers = self.layer_reservation(&reservation);
         let blobs = match &self.layer_unpacker {
@@ -206,8 +238,9 @@ impl Recoverer {
         Ok((image.target, image.documents.into_iter().chain(blobs).collect()))
     }
 
-    /// Nothing is fetched of an image that cannot become whole: a layer may be one that must not be given on, and a blob that nobody holds
-    /// may be one that every node unpacked and discarded.
+    /// Refuses an image that cannot become complete, before any layer is fetched. The license of a
+    /// missing layer may forbid distribution. A blob without a provider is often a layer that every
+    /// node discarded after unpacking.
     fn check_providers(&self, reference: &Reference, plan: &FetchPlan) -> Result<(), RecoverError> {
         if let Some(layer) = plan.withheld.first() {
             return Err(RecoverError::NotDistributable { reference: reference.clone(), layer: layer.digest });
@@ -221,7 +254,8 @@ impl Recoverer {
         }
     }
 
-    /// While UDP is blocked only small images come, over TCP. Nothing of another image is fetched.
+    /// While UDP is blocked, only small images come, over TCP. Of a larger image nothing is
+    /// fetched.
     fn check_transport(&self, reference: &Reference, plan: &FetchPlan) -> Result<(), RecoverError> {
         if !self.resolver.inventory.udp().is_blocked() {
             return Ok(());
@@ -230,18 +264,20 @@ impl Recoverer {
         check_image(&plan.missing).map_err(refused)
     }
 
-    /// Every blob of the plan, in pieces from everybody. Those that are there are held too, or the collector might take them now.
+    /// Fetches the missing blobs of the plan in pieces. The present blobs are pinned, because the
+    /// collector may remove an unpinned blob before the image record exists.
     async fn fetch_blobs(&self, job: FetchJob<'_>, plan: &FetchPlan) -> Result<Vec<FetchedBlob>, RecoverError> {
         let max_blobs = self.policy.borrow().budgets.concurrent_blobs;
         let swarm = Swarm::new(&self.blob_fetcher, &self.claims, job, max_blobs);
         swarm.fetch(plan.present.iter().chain(&plan.missing)).await
     }
 
-    /// Names the image, at the very end: a record is a promise that everything is there.
+    /// Writes the image records, last of all: a record promises that all content is here.
     async fn record(&self, reference: &Reference, root: &Descriptor) -> Result<(), RecoverError> {
         if self.recorded_target(reference).await?.is_some_and(|named| named != root.digest) {
-            // The kubelet's own pull was faster, and the registry's word is newer than the peers'.
-            tracing::info!(%reference, "the name was given to other content meanwhile; it stays");
+            // The kubelet's own pull was faster, and the registry's answer is newer than the
+            // peers'.
+            tracing::info!(%reference, "a pull recorded other content under the name meanwhile; that image record stays");
             return Ok(());
         }
         for name in reference.record_names(root.digest) {

@@ -1,4 +1,4 @@
-//! Why an image was not recovered: whether to try again, what to count, what to tell.
+//! Reasons of a failed recovery. Each reason maps to one retry, one metric and one Event.
 
 use crate::decide::disk::OverLimit;
 use crate::decide::recovery_queue::RecoveryEnd;
@@ -8,132 +8,132 @@ use crate::model::PeerId;
 use crate::oci::{Digest, DocumentError, MAX_INDEX_DEPTH, Platform, Reference};
 use crate::ports::{FetchError, PodReportKind, StoreError};
 
-/// Why an image was not recovered.
+/// Reason of a failed recovery.
 #[derive(Debug, thiserror::Error)]
 pub enum RecoverError {
-    /// No peer that is connected holds it under this repository.
-    #[error("no peer holds {reference} under that registry and repository")]
+    /// No peer that is up has the image under this repository.
+    #[error("no peer holds {reference} under this registry and repository")]
     NoProvider {
-        /// What was looked for.
+        /// The requested image.
         reference: Reference,
     },
-    /// Peers hold the image, each of them for another platform than this node's.
+    /// All providers have the image for other platforms than this node's.
     #[error(
-        "the peers that hold {reference} hold it for other platforms: none of them has {digest}, which runs on {platform}"
+        "the peers that hold {reference} hold the image for other platforms: no peer has {digest} for {platform}"
     )]
     OtherPlatforms {
-        /// The image.
+        /// The requested image.
         reference: Reference,
-        /// This node. Boxed, because the other fields are large, and every result has room for them.
+        /// This node's platform. Boxed, because every result has room for the largest error.
         platform: Box<Platform>,
-        /// The document of this platform that none of them has.
+        /// The document for this platform, which no provider has.
         digest: Digest,
     },
-    /// Peers know the tag with different contents.
+    /// Peers announce different digests for the tag, and the tag policy chooses none of them.
     #[error(
         "peers disagree on {reference}: {}; name the image by its digest, or wait until the peers agree",
         format_digest_counts(digests)
     )]
     TagDisagreement {
-        /// The tag.
+        /// The requested tag.
         reference: Reference,
-        /// Each digest, and how many peers say so.
+        /// Each digest with its number of peers.
         digests: Vec<(Digest, usize)>,
     },
-    /// The image is known, but parts of it are on no node any more.
+    /// Some blobs of the image are on no node.
     #[error(
-        "{} of the blobs of {reference} are on no node (first {}): the nodes that run it discarded its layers, pulled them lazily or lost them; \
-         `lighterman status` on such a node says which",
+        "{} of the blobs of {reference} are on no node (first {}): the nodes that run the image discarded its layers, \
+         pulled the layers lazily or lost them; `lighterman status` on such a node shows the cause",
         blobs.len(),
         blobs.first().map(ToString::to_string).unwrap_or_default()
     )]
     BlobsWithoutProvider {
-        /// The image.
+        /// The requested image.
         reference: Reference,
-        /// What nobody holds.
+        /// Blobs without a provider.
         blobs: Vec<Digest>,
     },
-    /// A layer that is missing here must not be distributed.
+    /// The license of a missing layer forbids distribution.
     #[error(
-        "{reference} has a layer that its licence forbids to distribute ({layer}), so peers do not give it on; it has to be pulled from \
-         where the manifest says"
+        "the license of {reference} forbids to distribute the layer {layer}, so no peer serves the layer; pull the layer from \
+         the address in the manifest"
     )]
     NotDistributable {
-        /// The image.
+        /// The requested image.
         reference: Reference,
-        /// The layer.
+        /// The first such layer.
         layer: Digest,
     },
-    /// Nothing may be brought into this node's store.
+    /// The runtime or a setting forbids imports into this node's store.
     #[error("nothing is imported on this node: {reason}")]
     ImportsRefused {
-        /// Why, and what to set.
+        /// Reason and remedy.
         reason: String,
     },
-    /// A manifest or index that cannot be used.
+    /// A manifest or an index is unusable.
     #[error("{digest}: {source}")]
     Document {
-        /// Which one.
+        /// Digest of the document.
         digest: Digest,
-        /// What is wrong with it.
+        /// Fault of the document.
         source: DocumentError,
     },
-    /// More indexes inside each other than are followed.
-    #[error("{digest} is an index inside {MAX_INDEX_DEPTH} others, and no more of them are followed")]
+    /// More than [`MAX_INDEX_DEPTH`] indexes inside each other.
+    #[error("{digest} is an index inside {MAX_INDEX_DEPTH} other indexes, the most that are followed")]
     NestedIndex {
-        /// The innermost one that was read.
+        /// The innermost index that was read.
         digest: Digest,
     },
-    /// The image is not for machines like this.
+    /// The index has no manifest for this node's platform.
     #[error("the index {digest} has no manifest for {platform}")]
     NoPlatform {
-        /// The index.
+        /// Digest of the index.
         digest: Digest,
-        /// This node.
+        /// This node's platform.
         platform: Platform,
     },
-    /// A setting forbids it.
+    /// The size limit or a disk floor forbids the download.
     #[error(transparent)]
     OverLimit(#[from] OverLimit),
     /// UDP is blocked, and the image is too large for TCP.
     #[error("{reference} has to come over UDP, which is blocked: {source}")]
     NeedsUdp {
-        /// The image.
+        /// The requested image.
         reference: Reference,
         /// The blob or image that is too large. Boxed, so that results stay small.
         source: Box<TooLarge>,
     },
-    /// The blobs are here and a layer cannot be unpacked.
-    #[error("the image's blobs are here, and its layers cannot be unpacked: {0}")]
+    /// The unpacked layers have no room on the disk.
+    #[error("the image can be fetched, but its layers cannot be unpacked: {0}")]
     NoRoomToUnpack(#[source] OverLimit),
-    /// Every provider of a blob failed, or there is none.
-    #[error("{digest} could not be fetched: {}", attempts.last().map_or("no peer holds it".to_owned(), ToString::to_string))]
+    /// Every provider of a blob failed, or the blob has no provider.
+    #[error("{digest} could not be fetched: {}", attempts.last().map_or("no peer holds the blob".to_owned(), ToString::to_string))]
     Fetch {
-        /// The blob.
+        /// The requested blob.
         digest: Digest,
-        /// What happened at each provider, the latest last.
+        /// Failures of the providers, the latest last. Empty without a provider.
         attempts: Vec<FetchError>,
     },
-    /// Our own content store.
+    /// This node's content store failed.
     #[error("{doing}: {source}")]
     Store {
-        /// What was being done.
+        /// The failed operation.
         doing: &'static str,
-        /// What the store said.
+        /// The store's error.
         source: StoreError,
     },
-    /// Nobody waits for it any more, or the agent stops.
+    /// The recovery was canceled: no pod waits for the image any more, or the agent stops.
     #[error("abandoned")]
     Abandoned,
 }
 
 impl RecoverError {
-    /// Names what was being done when the store failed.
+    /// Adds the failed operation to a store's error.
     pub(in crate::agent) fn store(doing: &'static str) -> impl FnOnce(StoreError) -> Self {
         move |source| Self::Store { doing, source }
     }
 
-    /// What the queue makes of it.
+    /// The end of the recovery for the queue, which schedules the retry.
     pub fn queue_end(&self) -> RecoveryEnd {
         match self {
             Self::NoProvider { .. }
@@ -142,7 +142,7 @@ impl RecoverError {
             | Self::TagDisagreement { .. } => RecoveryEnd::NoProvider,
             Self::Fetch { attempts, .. } if attempts.is_empty() => RecoveryEnd::NoProvider,
             Self::Abandoned => RecoveryEnd::Abandoned,
-            // An Event that sounds final is final: these are not tried again until a setting changes.
+            // Their Events sound final, so no retry follows until a setting changes.
             Self::ImportsRefused { .. }
             | Self::NotDistributable { .. }
             | Self::Document { .. }
@@ -157,12 +157,12 @@ impl RecoverError {
         }
     }
 
-    /// Whether what has come already is worth keeping for the next attempt.
+    /// Whether the retry can reuse the content that has arrived.
     pub(in crate::agent) fn is_content_reusable(&self) -> bool {
         matches!(self, Self::Fetch { .. } | Self::Store { .. } | Self::NoRoomToUnpack(_))
     }
 
-    /// The peers that failed, for people: at most five, none twice in a row.
+    /// The failed peers, for Events and logs: at most five, and no peer twice in a row.
     pub fn failed_peers(&self) -> Vec<PeerId> {
         let Self::Fetch { attempts, .. } = self else { return Vec::new() };
         let mut peers: Vec<_> = attempts.iter().filter_map(FetchError::peer).collect();
@@ -171,7 +171,7 @@ impl RecoverError {
         peers
     }
 
-    /// The blobs that no node holds, where that is what is wrong.
+    /// The blobs without a provider, if these blobs are the reason.
     pub(in crate::agent) fn unprovided_blobs(&self) -> Vec<Digest> {
         match self {
             Self::BlobsWithoutProvider { blobs, .. } => blobs.clone(),
@@ -181,7 +181,7 @@ impl RecoverError {
         }
     }
 
-    /// What is counted.
+    /// The outcome that the metrics count.
     pub fn outcome(&self) -> RecoveryOutcome {
         match self {
             Self::NoProvider { .. } | Self::OtherPlatforms { .. } => RecoveryOutcome::NoProvider,
@@ -199,7 +199,7 @@ impl RecoverError {
         }
     }
 
-    /// The Event that tells the pod's owner.
+    /// The kind of Event that the pod gets.
     pub fn report_kind(&self) -> PodReportKind {
         match self {
             Self::NoProvider { .. } | Self::OtherPlatforms { .. } | Self::BlobsWithoutProvider { .. } => {
@@ -211,16 +211,16 @@ impl RecoverError {
             | Self::TagDisagreement { .. }
             | Self::NoPlatform { .. }
             | Self::OverLimit(OverLimit::Size { .. }) => PodReportKind::NotRecoverable,
-            // A document does not change under its digest.
+            // A document does not change under its digest, so no retry follows.
             Self::Document { .. } | Self::NestedIndex { .. } => PodReportKind::NotRecoverable,
-            // Tried again, as soon as the disk has room.
+            // A retry follows as soon as the disk has room.
             Self::OverLimit(OverLimit::Disk { .. }) | Self::NoRoomToUnpack(_) => PodReportKind::Failed,
             Self::NeedsUdp { .. } | Self::Fetch { .. } | Self::Store { .. } | Self::Abandoned => PodReportKind::Failed,
         }
     }
 }
 
-/// Contents and on how many nodes, the first four.
+/// The first four digests, each with its number of nodes.
 pub(in crate::agent) fn format_digest_counts(meanings: &[(Digest, usize)]) -> String {
     let each: Vec<_> = meanings.iter().take(4).map(|(digest, peers)| format!("{digest} on {peers}")).collect();
     each.join(", ")

@@ -1,5 +1,4 @@
-//! What a recovery found and what the recovery brought: values that the operator's surface, Events and
-//! metrics read.
+//! Results of a recovery, for Events, metrics, webhook messages and the command line.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -7,32 +6,32 @@ use std::time::Duration;
 use crate::model::PeerId;
 use crate::oci::Digest;
 
-/// An image that is here now.
+/// A recovered image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RecoveredImage {
-    /// Its index or manifest.
+    /// Digest of the index or manifest.
     pub digest: Digest,
-    /// Bytes that came.
+    /// Bytes that peers sent.
     pub bytes: u64,
-    /// Blobs that came.
+    /// Number of fetched blobs, documents included.
     pub fetched: usize,
-    /// Blobs that were here before.
+    /// Number of blobs that were here before.
     pub present: usize,
-    /// How many bytes each provider sent.
+    /// Bytes by sending peer.
     pub providers: BTreeMap<PeerId, u64>,
-    /// From the decision until the runtime knew the image.
+    /// Duration of the recovery. At the end the runtime has the image.
     pub took: Duration,
-    /// What to tell where a tag was decided without its registry.
+    /// Text for the Event when a tag was resolved without its registry.
     pub tag_note: Option<String>,
 }
 
-/// Where an image is.
+/// A resolved reference and its providers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResolvedImage {
-    /// Its index or manifest.
+    /// Digest of the index or manifest.
     pub digest: Digest,
-    /// The peers that hold it under the name that was asked for.
+    /// Peers that have the image under the requested repository.
     pub providers: Vec<PeerId>,
-    /// What to tell where a tag was decided without its registry.
+    /// Text for the Event when a tag was resolved without its registry.
     pub tag_note: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! From a reference to the content it means and the peers that may be asked for it.
+//! Resolves a reference: to the digest of its content, and to the peers that provide the content.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,22 +15,25 @@ use crate::model::PeerId;
 use crate::oci::{Digest, Document, MAX_INDEX_DEPTH, Platform, Reference, Repository};
 use crate::ports::{Cluster, PullSecret, Registry};
 
-/// Longest wait for a registry and for the secrets it is asked with; the recovery waits as well, and has peers to ask instead.
+/// Longest wait for a registry's answer, with the reads of the pull secrets. The recovery waits
+/// too, and the peers' digests are the alternative.
 const REGISTRY_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// Pull secrets that a registry is asked with, as many as the kubelet would hardly try either.
+/// Most pull secrets for one resolution. The kubelet hardly tries that many either.
 const MAX_SECRETS: usize = 8;
 
-/// An image that somebody wants here.
+/// An image to recover.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RecoveryRequest {
-    /// Its name.
+    /// Reference as the pods name the image.
     pub reference: Reference,
-    /// Secrets that its pods pull with, by namespace and name. Read only where that was allowed.
+    /// Pull secrets of the image's pods, by namespace and name. Only secrets of permitted
+    /// namespaces are read.
     pub pull_secrets: Vec<(String, String)>,
-    /// The kubelet found content of the image missing or damaged: blobs that are here are not trusted.
+    /// The kubelet found content of the image missing or damaged, so the layers that are here are
+    /// hashed.
     pub verify_layers: bool,
-    /// The content that the registry named just now, where it was asked already.
+    /// Digest of the tag, if the registry has just answered.
     pub resolved_digest: Option<Digest>,
 }
 
@@ -40,23 +43,25 @@ impl From<Reference> for RecoveryRequest {
     }
 }
 
-/// Reads references.
+/// Resolves references to digests.
 pub struct ReferenceResolver {
-    /// Who holds what.
+    /// Peers with their images and tags.
     pub inventory: PeerInventory,
-    /// The source registries.
+    /// Registries of the images.
     pub registry: Arc<dyn Registry>,
-    /// Where pull secrets are.
+    /// Reads pull secrets.
     pub cluster: Arc<dyn Cluster>,
-    /// What runs here.
+    /// Platform of this node.
     pub platform: Platform,
-    /// How.
+    /// Sources and limits of the resolution.
     pub options: ResolveOptions,
 }
 
 impl ReferenceResolver {
-    /// Which content the reference means: its own digest, else what the registry says where that is asked, else what the peers that know
-    /// the tag make of it. With it, what to tell where a tag was decided without its registry.
+    /// Resolves the reference to a digest. The sources in order: the registry's answer in the
+    /// request, the digest in the reference, the registry where `ask_registry` is set, and the
+    /// peers' tags under the tag policy. A digest from the peers' tags comes with a text for the
+    /// Event.
     pub(in crate::agent) async fn resolve(
         &self,
         request: &RecoveryRequest,
@@ -108,7 +113,8 @@ impl ReferenceResolver {
         Ok((chosen, Some(tag_note)))
     }
 
-    /// The peers that hold the image under the very repository that the pod names, unless that was widened.
+    /// The peers that have the image under the reference's own repository. With `any_repository`,
+    /// all peers that have the digest.
     pub(in crate::agent) fn providers(&self, reference: &Reference, root: Digest) -> Result<Vec<PeerId>, RecoverError> {
         let providers = match self.options.any_repository {
             true => self.inventory.blob_providers(root),
@@ -120,7 +126,7 @@ impl ReferenceResolver {
         Ok(providers)
     }
 
-    /// Whether a recovery that begins now finds whom to ask.
+    /// Whether a recovery that begins now has a provider. Build times are not read for this.
     pub(in crate::agent) fn has_provider(&self, reference: &Reference) -> bool {
         match reference {
             Reference::Digest(_, root) => self.providers(reference, *root).is_ok(),
@@ -136,8 +142,8 @@ impl ReferenceResolver {
         }
     }
 
-    /// What the source registry says the tag is; `None` when it does not say. A denial is no verdict here: we may lack the secrets that
-    /// the kubelet has.
+    /// The tag's digest from the source registry; `None` without an answer. A denial is no verdict
+    /// here: the agent may lack pull secrets that the kubelet has.
     async fn resolve_at_registry(
         &self,
         request: &RecoveryRequest,
@@ -146,12 +152,12 @@ impl ReferenceResolver {
     ) -> Option<Digest> {
         let said = self.registry_digest(request, repository, tag).await;
         said.inspect_err(|error| {
-            tracing::info!(reference = %request.reference, %error, "the registry does not say what the tag is; peers are asked");
+            tracing::info!(reference = %request.reference, %error, "the registry did not resolve the tag; the peers' tags decide");
         })
         .ok()
     }
 
-    /// The digest that the source registry says the tag has now, or why it does not say.
+    /// The tag's present digest at the source registry, or why there is no answer.
     pub(in crate::agent) async fn registry_digest(
         &self,
         request: &RecoveryRequest,
@@ -168,20 +174,20 @@ impl ReferenceResolver {
         }
     }
 
-    /// The pull secrets that could be read.
+    /// The image's pull secrets, as far as they are readable and in permitted namespaces.
     pub(in crate::agent) async fn secrets(&self, request: &RecoveryRequest) -> Vec<PullSecret> {
         let allowed = |namespace: &str| self.options.pull_secret_namespaces.iter().any(|name| name == namespace);
         let mut secrets = Vec::new();
         for (namespace, name) in request.pull_secrets.iter().filter(|(name, _)| allowed(name)).take(MAX_SECRETS) {
             match self.cluster.pull_secret(namespace, name).await {
                 Ok(secret) => secrets.push(secret),
-                Err(error) => tracing::warn!(namespace, name, %error, "cannot read a pull secret"),
+                Err(error) => tracing::warn!(namespace, name, %error, "cannot read a pull secret; the registry gets the request without the secret"),
             }
         }
         secrets
     }
 
-    /// When an image says that it was built. From its config, which its provider sends; nothing of it is kept.
+    /// The build time in the image's config. A provider sends the config, and nothing is stored.
     async fn creation_time(
         &self,
         root: Digest,

@@ -254,9 +254,9 @@ impl<'a> Swarm<'a> {
     /// Follows whom the pool wants to hear, and asks what it wants asked.
     fn send_requests(&mut self) {
         let now = now();
-        let neighbours = self.shared.picker().take_follow_changes(now);
-        for neighbour in neighbours {
-            match neighbour {
+        let neighbors = self.shared.picker().take_follow_changes(now);
+        for neighbor in neighbors {
+            match neighbor {
                 FollowChange::Follow { peer, digest } => self.spawn_follow(peer, digest),
                 FollowChange::Unfollow { peer, digest } => {
                     self.followed_providers.remove(&(peer, digest)).iter().for_each(AbortHandle::abort);

@@ -47,7 +47,7 @@ const LIST_PERIOD: Duration = Duration::from_secs(10);
 /// Delay of the list after the pods' images changed: pods come in bursts.
 const SETTLE_DELAY: Duration = Duration::from_millis(200);
 
-/// Delay until containerd has labelled a new manifest with the repository. The label precedes the
+/// Delay until containerd has labeled a new manifest with the repository. The label precedes the
 /// download of the layers.
 const LABEL_DELAY: Duration = Duration::from_millis(100);
 

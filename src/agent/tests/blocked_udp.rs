@@ -1,4 +1,5 @@
-//! A firewall that blocks UDP and not TCP: sockets of this machine stand for the other nodes.
+//! Detection of a firewall that blocks UDP and not TCP. Sockets on loopback stand for the other
+//! nodes.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
@@ -33,22 +34,22 @@ fn transfer() -> Transfer {
     let admission = Arc::new(StaticAdmission::new([identity.peer_id()]));
     let node = "n".parse().unwrap();
     let config = transfer::Config { listen: loopback(), gossip_port: 0, node, concurrent_uploads: 1 };
-    let surroundings = TransferDependencies {
+    let dependencies = TransferDependencies {
         admission,
         store: Arc::new(MemoryStore::new()),
         partials: Arc::new(NoPartialBlobs),
         metrics: Metrics::new(),
         admitted_peers: mpsc::channel(8).0,
     };
-    Transfer::bind(config, &identity, surroundings).unwrap()
+    Transfer::bind(config, &identity, dependencies).unwrap()
 }
 
-/// TCP is open there and UDP is not answered.
+/// Binds a TCP and a UDP socket to one port. TCP connections open, and UDP gets no answer.
 async fn tcp_only_socket() -> (TcpListener, UdpSocket, SocketAddr) {
     loop {
         let tcp = TcpListener::bind(loopback()).await.unwrap();
         let address = tcp.local_addr().unwrap();
-        // Another process may have the port.
+        // Another process may use the UDP port.
         if let Ok(udp) = UdpSocket::bind(address) {
             return (tcp, udp, address);
         }
@@ -79,9 +80,9 @@ async fn an_agent_whose_peers_answer_over_tcp_alone_names_udp() {
     let status = test_node.inventory.udp().status();
     assert!(status.blocked_since.is_some_and(|since| since > 0), "{status:?}");
     assert_eq!((status.port, status.nodes), (port, 3));
-    let tell =
+    let notifier =
         PodNotifier::new(Arc::new(test_node.cluster.clone()), test_node.inventory.clone(), test_node.metrics.clone());
-    let note = tell.failed_note(&RecoverError::NoProvider { reference: IMAGE.parse().unwrap() });
+    let note = notifier.failed_note(&RecoverError::NoProvider { reference: IMAGE.parse().unwrap() });
     assert!(note.contains(&format!("UDP port {port} is blocked: 3 nodes answer")), "{note}");
     stop.cancel();
     running.await.unwrap();
@@ -90,9 +91,9 @@ async fn an_agent_whose_peers_answer_over_tcp_alone_names_udp() {
 #[tokio::test]
 async fn the_note_does_not_name_udp_if_udp_is_open() {
     let test_node = TestNode::new();
-    let tell =
+    let notifier =
         PodNotifier::new(Arc::new(test_node.cluster.clone()), test_node.inventory.clone(), test_node.metrics.clone());
-    let note = tell.failed_note(&RecoverError::NoProvider { reference: IMAGE.parse().unwrap() });
+    let note = notifier.failed_note(&RecoverError::NoProvider { reference: IMAGE.parse().unwrap() });
     assert!(!note.contains("UDP"), "{note}");
     assert_eq!(test_node.inventory.udp().status(), UdpStatus::default());
 }

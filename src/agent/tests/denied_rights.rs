@@ -14,7 +14,7 @@ use crate::decide::policy::RecoveryOptions;
 use crate::model::{Owner, PodView};
 use crate::ports::PodReportKind;
 
-/// The log of this thread, which is every task's under a paused clock.
+/// The log of this thread. A paused clock needs a single-threaded runtime, so every task logs here.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 
@@ -25,7 +25,6 @@ impl Log {
         (log, tracing::subscriber::set_default(subscriber))
     }
 
-    /// Lines that contain this text.
     fn lines_with(&self, text: &str) -> Vec<String> {
         let log = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
         log.lines().filter(|line| line.contains(text)).map(str::to_owned).collect()
@@ -63,16 +62,16 @@ async fn a_denied_nudge_fails_no_recovery_and_is_logged_once() {
     controller.settle().await;
     assert!(node.has_metric(r#"lighterman_recoveries_total{outcome="recovered"} 1"#));
     assert!(node.has_metric(r#"lighterman_nudges_total{result="denied"} 2"#));
-    let mut told = reports(&node);
-    told.sort_by(|one, other| one.0.cmp(&other.0));
-    assert_eq!(told, ["p", "q"].map(|name| (name.to_owned(), PodReportKind::Recovered)));
+    let mut reported = reports(&node);
+    reported.sort_by(|one, other| one.0.cmp(&other.0));
+    assert_eq!(reported, ["p", "q"].map(|name| (name.to_owned(), PodReportKind::Recovered)));
     let lines = log.lines_with("denies the nudge");
     assert_eq!(lines.len(), 1, "{lines:?}");
     for part in ["WARN", "within 90 s", "podRightsWithoutPolicy", "pods is forbidden"] {
         assert!(lines[0].contains(part), "{part}: {}", lines[0]);
     }
 
-    // The pods still wait after a minute, and the right is there by then.
+    // The pods still wait after a minute and are nudged again, now with the right.
     node.cluster.set_forbidden(false);
     let mut nudged = [controller.nudged().await, controller.nudged().await];
     nudged.sort();
@@ -88,7 +87,7 @@ async fn a_kubelet_without_a_nudge_does_not_count_as_verifying_credentials() {
     let controller = RunningController::start(&node);
     controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
     controller.settle().await;
-    // The kubelet begins to back off just after the image came, and looks again at its own sync.
+    // The kubelet enters its back-off just after the recovery, and checks again at its next sync.
     let mut backing_off = failing_pod("p", IMAGE, REFUSED);
     backing_off.containers[0].waiting = waiting("ImagePullBackOff", REFUSED);
     controller.send_pod(backing_off).await;

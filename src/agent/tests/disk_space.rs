@@ -1,4 +1,4 @@
-//! Recoveries on disks that have little room, under the default settings.
+//! Recoveries on almost full disks, under the default budgets.
 
 use std::time::Duration;
 
@@ -23,10 +23,10 @@ fn one_disk(free: u64) -> Disks {
     Disks { content: disk(1, free, 100 * GIB), snapshots: disk(1, free, 100 * GIB) }
 }
 
-/// A node under the default settings, beside one that has the image.
+/// A node with the default budgets, and a peer that provides the image.
 async fn node(disks: Disks) -> TestNode {
     let node = TestNode::new();
-    node.change_policy(|rules| rules.budgets = Policy::default().budgets);
+    node.change_policy(|policy| policy.budgets = Policy::default().budgets);
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
     node.store.set_disks(disks);
     node
@@ -34,8 +34,8 @@ async fn node(disks: Disks) -> TestNode {
 
 async fn refused_by(disks: Disks) -> OverLimit {
     let node = node(disks).await;
-    let wanted = IMAGE.parse::<Reference>().unwrap().into();
-    let recovered = node.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await;
+    let request = IMAGE.parse::<Reference>().unwrap().into();
+    let recovered = node.recoverer().recover(&request, &Progress::default(), &CancellationToken::new()).await;
     assert!(node.record_names().await.is_empty());
     match recovered {
         Err(RecoverError::OverLimit(refused)) => refused,
@@ -46,8 +46,8 @@ async fn refused_by(disks: Disks) -> OverLimit {
 #[tokio::test(start_paused = true)]
 async fn an_image_is_recovered_above_the_eviction_threshold() {
     let node = node(one_disk(17 * GIB)).await;
-    let wanted = IMAGE.parse::<Reference>().unwrap().into();
-    node.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await.unwrap();
+    let request = IMAGE.parse::<Reference>().unwrap().into();
+    node.recoverer().recover(&request, &Progress::default(), &CancellationToken::new()).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -65,17 +65,17 @@ async fn freed_space_restarts_the_refused_recovery() {
     let node = node(one_disk(15 * GIB)).await;
     let mut controller = RunningController::start(&node);
     controller.send_pod(failing_pod("web", IMAGE, REFUSED)).await;
-    // By now the back-off is minutes long.
+    // By now the back-off lasts minutes.
     tokio::time::sleep(Duration::from_secs(1000)).await;
     assert!(node.record_names().await.is_empty());
-    let told = node.cluster.reports();
+    let reports = node.cluster.reports();
     assert!(
-        told.iter().all(|(_, said)| said.kind == PodReportKind::Failed && said.note.contains("stay free")),
-        "{told:?}"
+        reports.iter().all(|(_, report)| report.kind == PodReportKind::Failed && report.note.contains("stay free")),
+        "{reports:?}"
     );
     node.store.set_disks(one_disk(16 * GIB));
     let nudged = tokio::time::timeout(Duration::from_secs(5), controller.nudges.recv()).await;
-    assert_eq!(nudged.expect("a nudge at the next look").unwrap().name, "web");
+    assert_eq!(nudged.expect("a nudge after the next measurement of the disks").unwrap().name, "web");
     controller.stop().await;
 }
 
@@ -88,6 +88,6 @@ async fn insufficient_freed_space_restarts_no_recovery() {
     let before = node.cluster.reports().len();
     node.store.set_disks(one_disk(15 * GIB + 1));
     tokio::time::sleep(Duration::from_secs(100)).await;
-    assert!(node.cluster.reports().len() <= before + 1, "only the back-off goes on");
+    assert!(node.cluster.reports().len() <= before + 1, "only the back-off starts attempts");
     controller.stop().await;
 }

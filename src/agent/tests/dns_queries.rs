@@ -1,4 +1,4 @@
-//! The join task with a resolver that counts, under a paused clock: what an agent costs DNS.
+//! DNS queries of the join task, counted by a fake resolver under a paused clock.
 
 use std::net::SocketAddr;
 use std::sync::Mutex;
@@ -19,14 +19,14 @@ use crate::ports::{MeshSource, NoPartialBlobs};
 use crate::transfer::{self, Transfer, TransferDependencies};
 
 const SEED: &str = "lighterman-peers.lighterman.svc:4701";
-const OF_A_POD: &str =
+const POD_RESOLV_CONF: &str =
     "nameserver 10.96.0.10\nsearch lighterman.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5\n";
 
-/// An agent resolves often after a start, and has converged ten minutes later.
+/// An agent resolves often after its start. Ten minutes later the agent has converged.
 const CONVERGED: Duration = Duration::from_secs(600);
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// Gives the same answer each time, and keeps the names.
+/// Resolves every name to the same addresses, and records the names.
 struct CountingResolver {
     answer: Vec<SocketAddr>,
     names: Mutex<Vec<String>>,
@@ -35,7 +35,7 @@ struct CountingResolver {
 #[async_trait]
 impl DnsResolver for CountingResolver {
     fn resolv_conf(&self) -> String {
-        OF_A_POD.to_owned()
+        POD_RESOLV_CONF.to_owned()
     }
 
     async fn resolve(&self, name: &str) -> Option<Vec<SocketAddr>> {
@@ -45,17 +45,17 @@ impl DnsResolver for CountingResolver {
 }
 
 impl CountingResolver {
-    /// Queries since the last call: A and AAAA for each name, and again below each search domain
-    /// for a name that does not end with a dot.
-    fn queries(&self) -> usize {
+    /// Removes the recorded names, and returns the number of their queries: A and AAAA for each
+    /// name. A name without a final dot is also queried below each search domain.
+    fn take_queries(&self) -> usize {
         let names = std::mem::take(&mut *self.names.lock().unwrap());
-        let of = |name: &String| {
+        let queries_of = |name: &String| {
             let host = name.split(':').next().unwrap_or_default();
-            let searched = OF_A_POD.lines().find_map(|line| line.strip_prefix("search")).unwrap_or_default();
+            let searched = POD_RESOLV_CONF.lines().find_map(|line| line.strip_prefix("search")).unwrap_or_default();
             let below = if host.ends_with('.') { 0 } else { searched.split_whitespace().count() };
             2 * (below + 1)
         };
-        names.iter().map(of).sum()
+        names.iter().map(queries_of).sum()
     }
 }
 
@@ -68,38 +68,38 @@ impl MeshSource for NoMesh {
     }
 }
 
-/// Runs the join task of an agent whose DNS lists so many others, of which so many are up, and
-/// counts the queries of an hour.
+/// Runs the join task, and returns the number of DNS queries in the hour after convergence. DNS
+/// lists `listed` peers, and `up` of these peers are members of the mesh.
 async fn queries_of_an_hour(listed: u8, up: u8) -> usize {
     let (identity, admission) = (Identity::generate(), Arc::new(StaticAdmission::new([])));
     let node: NodeName = "here".parse().unwrap();
     let (table, metrics, folder) = (SharedInventory::default(), Metrics::new(), tempfile::tempdir().unwrap());
     let config = mesh::Config { listen: loopback() };
     let started = mesh::start(config, node.clone(), &identity, table.clone(), admission.clone(), metrics.clone());
-    // The task of the mesh does not run: the test sends the news of the mesh.
+    // The mesh task does not run: the test itself sends the membership events.
     let (mesh, _task, _) = started.await.unwrap();
-    let (joined_in, joined) = mpsc::channel(1);
-    let surroundings = TransferDependencies {
+    let (admitted_in, admitted) = mpsc::channel(1);
+    let dependencies = TransferDependencies {
         admission,
         store: Arc::new(MemoryStore::new()),
         partials: Arc::new(NoPartialBlobs),
         metrics: metrics.clone(),
-        admitted_peers: joined_in,
+        admitted_peers: admitted_in,
     };
     let config = transfer::Config { listen: loopback(), gossip_port: 1, node, concurrent_uploads: 1 };
-    let transfer = Transfer::bind(config, &identity, surroundings).unwrap();
-    // Closed ports of this machine, so that those that are not up refuse at once.
+    let transfer = Transfer::bind(config, &identity, dependencies).unwrap();
+    // Closed ports on loopback: no packet leaves this machine, and every dial fails.
     let address = |number: u8| SocketAddr::from(([127, 0, 0, 1 + number], 9));
     let answer = (0..listed).map(address).collect();
     let resolver = Arc::new(CountingResolver { answer, names: Mutex::default() });
-    let (news_in, news) = mpsc::channel(up.max(1).into());
+    let (events_in, events) = mpsc::channel(up.max(1).into());
     let inventory = PeerInventory::new(table);
     for number in 0..up {
         let node = format!("node-{number}").parse().unwrap();
         let (transfer, gossip) = (address(number), address(number));
         let peer = Peer { id: peer(number), node, zone: None, transfer, gossip };
         inventory.apply(MeshEvent::Up(peer.clone()));
-        news_in.send(MembershipEvent::Up(peer)).await.unwrap();
+        events_in.send(MembershipEvent::Up(peer)).await.unwrap();
     }
     let joiner = Joiner {
         bootstrap_names: vec![SEED.to_owned()],
@@ -114,13 +114,13 @@ async fn queries_of_an_hour(listed: u8, up: u8) -> usize {
         shared_key: watch::channel(None).0,
     };
     let stop = CancellationToken::new();
-    let running = tokio::spawn(joiner.run(joined, news, stop.clone()));
+    let running = tokio::spawn(joiner.run(admitted, events, stop.clone()));
     tokio::time::sleep(CONVERGED).await;
-    assert!(resolver.queries() > 0, "it resolves at the start");
+    assert!(resolver.take_queries() > 0, "the agent resolves at its start");
     tokio::time::sleep(HOUR).await;
     stop.cancel();
     running.await.unwrap();
-    resolver.queries()
+    resolver.take_queries()
 }
 
 #[tokio::test(start_paused = true)]
@@ -133,6 +133,6 @@ async fn an_agent_that_knows_its_peers_sends_at_most_twelve_queries_an_hour() {
 #[tokio::test(start_paused = true)]
 async fn an_agent_with_an_unreachable_peer_sends_at_most_twelve_queries_an_hour() {
     let queries = queries_of_an_hour(3, 2).await;
-    println!("figure dns_queries_per_agent_hour_one_away {queries} (of three others one never comes)");
+    println!("figure dns_queries_per_agent_hour_one_away {queries} (one of three listed peers is down)");
     assert!((1..=12).contains(&queries), "{queries}");
 }

@@ -1,4 +1,4 @@
-//! Images whose name is an index: which of the manifests in the index runs here, at any depth.
+//! Recoveries of indexes, nested or not: the manifest for this node's platform is selected.
 
 use tokio_util::sync::CancellationToken;
 
@@ -12,8 +12,8 @@ use crate::ports::{ChildKind, PodReportKind};
 use crate::testing::image::{Recipe, make_image, put_document};
 
 async fn recover(node: &TestNode) -> Result<RecoveredImage, RecoverError> {
-    let wanted = IMAGE.parse::<Reference>().unwrap().into();
-    node.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await
+    let request = IMAGE.parse::<Reference>().unwrap().into();
+    node.recoverer().recover(&request, &Progress::default(), &CancellationToken::new()).await
 }
 
 fn nested() -> Recipe {
@@ -22,29 +22,29 @@ fn nested() -> Recipe {
 
 #[tokio::test(start_paused = true)]
 async fn a_nested_index_is_followed_and_each_document_has_gc_labels_of_its_children() {
-    let (node, theirs) = (TestNode::new(), Arc::new(MemoryStore::new()));
-    let image = make_image(&*theirs, &[IMAGE.into()], &nested(), 7).await.unwrap();
-    node.announce_store(1, theirs, Behaviour::Honest).await;
+    let (node, peer_store) = (TestNode::new(), Arc::new(MemoryStore::new()));
+    let image = make_image(&*peer_store, &[IMAGE.into()], &nested(), 7).await.unwrap();
+    node.announce_store(1, peer_store, Behaviour::Honest).await;
     let recovered = recover(&node).await.unwrap();
     assert_eq!((recovered.digest, recovered.fetched), (image.target.digest, 6), "two indexes, a manifest, its blobs");
     let kinds = |document: &Descriptor| -> Vec<_> {
-        let remembered = node.store.metadata(document.digest).unwrap();
-        remembered.children.iter().map(|child| child.kind).collect()
+        let metadata = node.store.metadata(document.digest).unwrap();
+        metadata.children.iter().map(|child| child.kind).collect()
     };
     for index in [&image.target, &image.blobs[0]] {
         assert_eq!(kinds(index), [ChildKind::Manifest, ChildKind::Manifest]);
     }
     assert_eq!(kinds(&image.blobs[1]), [ChildKind::Config, ChildKind::Layer, ChildKind::Layer]);
     node.store.collect();
-    assert_eq!(blobs_of(&*node.store).await.len(), 6, "the records alone hold every blob");
+    assert_eq!(blobs_of(&*node.store).await.len(), 6, "the image records alone keep every blob");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_lost_document_between_an_index_and_its_manifest_is_fetched_again() {
     for lost in 0..3 {
-        let (node, theirs) = (TestNode::new(), Arc::new(MemoryStore::new()));
-        make_image(&*theirs, &[IMAGE.into()], &nested(), 7).await.unwrap();
-        node.announce_store(1, theirs, Behaviour::Honest).await;
+        let (node, peer_store) = (TestNode::new(), Arc::new(MemoryStore::new()));
+        make_image(&*peer_store, &[IMAGE.into()], &nested(), 7).await.unwrap();
+        node.announce_store(1, peer_store, Behaviour::Honest).await;
         let image = make_image(&*node.store, &[IMAGE.into()], &nested(), 7).await.unwrap();
         node.store.remove_blob(image.blobs[lost].digest);
         let recovered = recover(&node).await.unwrap();
@@ -55,13 +55,13 @@ async fn a_lost_document_between_an_index_and_its_manifest_is_fetched_again() {
 #[tokio::test(start_paused = true)]
 async fn indexes_are_followed_as_deep_as_the_bound_and_no_deeper() {
     for indexes in [MAX_INDEX_DEPTH, MAX_INDEX_DEPTH + 1] {
-        let (node, theirs) = (TestNode::new(), Arc::new(MemoryStore::new()));
-        let mut inner = put_image(&*theirs, &[], &[5], 1).await.unwrap().target;
+        let (node, peer_store) = (TestNode::new(), Arc::new(MemoryStore::new()));
+        let mut inner = put_image(&*peer_store, &[], &[5], 1).await.unwrap().target;
         for _ in 0..indexes {
-            let index = serde_json::json!({"schemaVersion": 2, "manifests": [named(&inner)]}).to_string();
-            inner = put_document(&*theirs, IMAGE, index).await.unwrap();
+            let index = serde_json::json!({"schemaVersion": 2, "manifests": [for_this_platform(&inner)]}).to_string();
+            inner = put_document(&*peer_store, IMAGE, index).await.unwrap();
         }
-        node.announce_store(1, theirs, Behaviour::Honest).await;
+        node.announce_store(1, peer_store, Behaviour::Honest).await;
         let recovered = recover(&node).await;
         match indexes > MAX_INDEX_DEPTH {
             true => assert!(matches!(recovered, Err(RecoverError::NestedIndex { .. })), "{recovered:?}"),
@@ -70,8 +70,8 @@ async fn indexes_are_followed_as_deep_as_the_bound_and_no_deeper() {
     }
 }
 
-/// The entry of an index for this platform.
-fn named(manifest: &Descriptor) -> Descriptor {
+/// The manifest's index entry, for this node's platform.
+fn for_this_platform(manifest: &Descriptor) -> Descriptor {
     Descriptor { platform: Some(Platform::of_this_node()), ..manifest.clone() }
 }
 
@@ -82,9 +82,9 @@ fn unnamed() -> Recipe {
 #[tokio::test(start_paused = true)]
 async fn an_entry_without_a_platform_is_selected_by_its_config() {
     for recipe in [unnamed(), Recipe { nested: true, ..unnamed() }] {
-        let (node, theirs) = (TestNode::new(), Arc::new(MemoryStore::new()));
-        let image = make_image(&*theirs, &[IMAGE.into()], &recipe, 7).await.unwrap();
-        node.announce_store(1, theirs, Behaviour::Honest).await;
+        let (node, peer_store) = (TestNode::new(), Arc::new(MemoryStore::new()));
+        let image = make_image(&*peer_store, &[IMAGE.into()], &recipe, 7).await.unwrap();
+        node.announce_store(1, peer_store, Behaviour::Honest).await;
         let recovered = recover(&node).await.unwrap();
         assert_eq!(recovered.digest, image.target.digest);
         node.store.collect();
@@ -94,11 +94,11 @@ async fn an_entry_without_a_platform_is_selected_by_its_config() {
 
 #[tokio::test(start_paused = true)]
 async fn an_image_that_cri_could_not_size_waits_for_the_missing_document() {
-    let (node, theirs) = (TestNode::new(), Arc::new(MemoryStore::new()));
-    let image = make_image(&*theirs, &[IMAGE.into()], &unnamed(), 7).await.unwrap();
+    let (node, peer_store) = (TestNode::new(), Arc::new(MemoryStore::new()));
+    let image = make_image(&*peer_store, &[IMAGE.into()], &unnamed(), 7).await.unwrap();
     let sized = image.blobs.last().unwrap();
-    theirs.remove_blob(sized.digest);
-    node.announce_store(1, theirs, Behaviour::Honest).await;
+    peer_store.remove_blob(sized.digest);
+    node.announce_store(1, peer_store, Behaviour::Honest).await;
     let refused = recover(&node).await;
     assert!(
         matches!(&refused, Err(RecoverError::BlobsWithoutProvider { blobs, .. }) if blobs[..] == [sized.digest]),
@@ -109,36 +109,37 @@ async fn an_image_that_cri_could_not_size_waits_for_the_missing_document() {
 
 #[tokio::test(start_paused = true)]
 async fn an_entry_without_a_platform_is_refused_if_its_config_names_another_platform() {
-    let (node, theirs) = (TestNode::new(), Arc::new(MemoryStore::new()));
+    let (node, peer_store) = (TestNode::new(), Arc::new(MemoryStore::new()));
     let recipe = Recipe { architecture: Some("s390x".into()), ..unnamed() };
-    let image = make_image(&*theirs, &[IMAGE.into()], &recipe, 7).await.unwrap();
-    node.announce_store(1, theirs, Behaviour::Honest).await;
+    let image = make_image(&*peer_store, &[IMAGE.into()], &recipe, 7).await.unwrap();
+    node.announce_store(1, peer_store, Behaviour::Honest).await;
     let refused = recover(&node).await;
-    let root = image.target.digest;
-    assert!(matches!(refused, Err(RecoverError::NoPlatform { digest, .. }) if digest == root), "{refused:?}");
+    let index_digest = image.target.digest;
+    assert!(matches!(refused, Err(RecoverError::NoPlatform { digest, .. }) if digest == index_digest), "{refused:?}");
     let layer = &image.blobs[2];
-    assert!(node.fetcher.served().iter().all(|(_, digest)| *digest != layer.digest), "no layer moves");
+    assert!(node.fetcher.served().iter().all(|(_, digest)| *digest != layer.digest), "no layer is fetched");
     node.store.collect();
     assert!(blobs_of(&*node.store).await.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_manifest_outside_an_index_is_accepted_for_any_platform() {
-    let (node, theirs) = (TestNode::new(), Arc::new(MemoryStore::new()));
+    let (node, peer_store) = (TestNode::new(), Arc::new(MemoryStore::new()));
     let recipe = Recipe { architecture: Some("s390x".into()), layers: vec![5], ..Recipe::default() };
-    make_image(&*theirs, &[IMAGE.into()], &recipe, 7).await.unwrap();
-    node.announce_store(1, theirs, Behaviour::Honest).await;
+    make_image(&*peer_store, &[IMAGE.into()], &recipe, 7).await.unwrap();
+    node.announce_store(1, peer_store, Behaviour::Honest).await;
     assert_eq!(recover(&node).await.unwrap().fetched, 3, "as in containerd");
 }
 
-/// A store with an index for two platforms, and the image of one of them.
+/// A store with an index for two platforms and the image of one platform: this node's if `ours`,
+/// or s390x.
 async fn with_one_platform(ours: bool) -> Arc<MemoryStore> {
     let (store, other) = (Arc::new(MemoryStore::new()), MemoryStore::new());
     let (first, second): (&MemoryStore, &MemoryStore) = if ours { (&other, &store) } else { (&store, &other) };
     let elsewhere = Platform { architecture: "s390x".into(), os: "linux".into(), variant: None };
     let entries = [
         Descriptor { platform: Some(elsewhere), ..put_image(first, &[], &[5], 1).await.unwrap().target },
-        named(&put_image(second, &[], &[5], 2).await.unwrap().target),
+        for_this_platform(&put_image(second, &[], &[5], 2).await.unwrap().target),
     ];
     let index = serde_json::json!({"schemaVersion": 2, "manifests": entries}).to_string();
     put_document(&*store, IMAGE, index).await.unwrap();
@@ -151,16 +152,16 @@ async fn providers_of_other_platforms_are_reported_once_and_a_matching_provider_
     node.announce_store(1, with_one_platform(false).await, Behaviour::Honest).await;
     let mut controller = RunningController::start(&node);
     controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    // Long enough for the longest wait between two tries.
+    // Longer than the longest back-off of 300 s.
     tokio::time::sleep(std::time::Duration::from_secs(1800)).await;
     assert_eq!(reports(&node), [("p".to_owned(), PodReportKind::NoProvider)]);
     let note = node.cluster.reports()[0].1.note.clone();
     assert!(note.contains("other platforms") && note.contains(&Platform::of_this_node().to_string()), "{note}");
-    // One more of the wrong kind wakes nothing.
-    let tried = node.fetcher.served().len();
+    // Another provider without this platform starts no attempt.
+    let served_before = node.fetcher.served().len();
     node.announce_store(2, with_one_platform(false).await, Behaviour::Honest).await;
     controller.settle().await;
-    assert_eq!(node.fetcher.served().len(), tried);
+    assert_eq!(node.fetcher.served().len(), served_before);
     node.announce_store(3, with_one_platform(true).await, Behaviour::Honest).await;
     controller.settle().await;
     assert_eq!(controller.nudges.try_recv().unwrap().name, "p");

@@ -1,4 +1,4 @@
-//! The agent is killed at every step of a recovery, before it and after it.
+//! Kills the agent before and after every step of a recovery.
 
 use std::time::Duration;
 
@@ -13,54 +13,53 @@ use crate::oci::Document;
 use crate::testing::image::{Recipe, make_image};
 use crate::testing::{KillPoint, StoppingStore};
 
-/// What is in the store at the beginning.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum InitialContent {
-    /// Nothing.
     Empty,
-    /// The image with a record, and a manifest whose bytes are wrong.
+    /// An image record, whose manifest has wrong bytes.
     Damaged,
 }
 
-/// A node on which the recovery was killed; `None` when it ended before that step came.
+/// Runs a recovery up to the kill point and restarts the store. Returns `None` if the recovery ends
+/// before the kill point.
 async fn recover_until_killed(killed_at: KillPoint, before: InitialContent) -> Option<TestNode> {
     let node = TestNode::new();
     let recipe = Recipe { layers: vec![1_500_000, 200], index: true, ..Recipe::default() };
-    let theirs = Arc::new(MemoryStore::new());
-    make_image(&*theirs, &[IMAGE.into()], &recipe, 7).await.unwrap();
-    node.announce_store(1, theirs, Behaviour::Honest).await;
+    let peer_store = Arc::new(MemoryStore::new());
+    make_image(&*peer_store, &[IMAGE.into()], &recipe, 7).await.unwrap();
+    node.announce_store(1, peer_store, Behaviour::Honest).await;
     if before == InitialContent::Damaged {
         let image = make_image(&*node.store, &["r.test/kept:1".into()], &recipe, 7).await.unwrap();
         node.store.corrupt(image.blobs[0].digest);
     }
     let store = StoppingStore::new(Arc::clone(&node.store) as _, killed_at);
     let recoverer = node.recoverer_on(Arc::new(store.clone()));
-    let (wanted, progress, stop) =
+    let (request, progress, stop) =
         (IMAGE.parse::<Reference>().unwrap().into(), Progress::default(), CancellationToken::new());
     let was_killed = tokio::select! {
         biased;
         () = store.reached() => true,
-        recovered = recoverer.recover(&wanted, &progress, &stop) => recovered.map(|_| false).unwrap(),
+        recovered = recoverer.recover(&request, &progress, &stop) => recovered.map(|_| false).unwrap(),
     };
     drop(recoverer);
     let node = TestNode { store: Arc::new(node.store.restarted()), ..node };
     was_killed.then_some(node)
 }
 
-/// What the image of this name lacks.
+/// Missing content of an image. A manifest or index counts only if its bytes match its digest.
 async fn missing_content_of(
     store: &MemoryStore,
-    root: Digest,
+    image: Digest,
 ) -> Option<crate::decide::image_completeness::MissingContent> {
-    let there = blobs_of(store).await;
-    let mut known = HashMap::new();
-    for &digest in &there {
+    let blobs = blobs_of(store).await;
+    let mut documents = HashMap::new();
+    for &digest in &blobs {
         let bytes = store.open(digest).await.unwrap().read_at(0, 1 << 20).await.unwrap();
         if let (true, Ok(document)) = (Digest::of(&bytes) == digest, Document::parse(&bytes)) {
-            known.insert(digest, DocumentNeeds::of(&document));
+            documents.insert(digest, DocumentNeeds::of(&document));
         }
     }
-    missing_content(root, |digest| known.get(&digest), |digest| there.contains(&digest))
+    missing_content(image, |digest| documents.get(&digest), |digest| blobs.contains(&digest))
 }
 
 async fn assert_records_are_whole(store: &MemoryStore, when: &str) {
@@ -71,7 +70,8 @@ async fn assert_records_are_whole(store: &MemoryStore, when: &str) {
     }
 }
 
-/// Every step, before it and after it, until the recovery ends by itself. Returns how many there were.
+/// Runs `check` after a kill before and after every step. Returns the number of steps in a whole
+/// recovery.
 async fn at_every_step(before: InitialContent, check: impl AsyncFn(TestNode, String)) -> usize {
     for step in 0.. {
         for killed_at in [KillPoint::Before(step), KillPoint::After(step)] {
@@ -81,7 +81,7 @@ async fn at_every_step(before: InitialContent, check: impl AsyncFn(TestNode, Str
             }
         }
     }
-    unreachable!("a recovery has an end")
+    unreachable!("every recovery ends")
 }
 
 #[tokio::test(start_paused = true)]
@@ -91,18 +91,18 @@ async fn a_killed_recovery_leaves_only_whole_image_records_and_the_retry_complet
             assert_records_are_whole(&node.store, &when).await;
             node.store.collect();
             assert_records_are_whole(&node.store, &format!("{when} and collected")).await;
-            let wanted = IMAGE.parse::<Reference>().unwrap().into();
+            let request = IMAGE.parse::<Reference>().unwrap().into();
             let began = tokio::time::Instant::now();
-            let recovered = node.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await;
+            let recovered = node.recoverer().recover(&request, &Progress::default(), &CancellationToken::new()).await;
             assert!(began.elapsed() < Duration::from_secs(1), "{when}: simulated time {:?}", began.elapsed());
-            let root = recovered.unwrap_or_else(|error| panic!("{when}: {error}")).digest;
-            // What the killed one held is held no longer then.
+            let digest = recovered.unwrap_or_else(|error| panic!("{when}: {error}")).digest;
+            // By then the pins of the killed recovery have expired.
             tokio::time::advance(Duration::from_secs(3601)).await;
             node.store.collect();
-            assert_eq!(missing_content_of(&node.store, root).await, None, "{when}");
+            assert_eq!(missing_content_of(&node.store, digest).await, None, "{when}");
             assert!(node.record_names().await.contains(&IMAGE.to_owned()), "{when}");
         });
-        assert!(steps.await >= least, "the test takes the steps that there are");
+        assert!(steps.await >= least, "fewer than {least} steps with {before:?}");
     }
 }
 

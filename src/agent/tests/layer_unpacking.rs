@@ -1,4 +1,5 @@
-//! Layers are unpacked while the image comes, and nothing about it keeps the image from coming.
+//! Unpacking of layers during a recovery. Only a full disk fails the recovery; no other error of
+//! the unpacker does.
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;
@@ -19,23 +20,22 @@ use crate::decide::disk::OverLimit;
 use crate::oci::StackedLayer;
 use crate::ports::{Pin, UnpackError, UnpackOutcome, Unpacker};
 
-/// What the test makes of each layer.
 #[derive(Clone, Copy, PartialEq)]
 enum UnpackBehaviour {
-    Willing,
-    /// Fails at the layer of this number.
+    Succeeds,
+    /// Fails at the layer with this number, counted from 1.
     FailsAt(usize),
-    /// Is not meant for layers.
-    Unsuited,
-    /// Leaves no room for the layers after the one of this number.
+    Unsupported,
+    /// Leaves 200 bytes free from the layer with this number on.
     FillsAt(usize),
-    /// Finds no room for the layer of this number, whatever the disk said before.
+    /// Fails with [`StoreError::Full`] at the layer with this number, whatever the measured free
+    /// space.
     FullAt(usize),
-    /// Never ends with the layer of this number and those after it.
+    /// Never returns, from the layer with this number on.
     HangsFrom(usize),
 }
 
-/// Unpacks in memory, and remembers what it was asked.
+/// Unpacks in memory, and records the calls.
 struct RecordingUnpacker {
     store: Arc<MemoryStore>,
     behaviour: UnpackBehaviour,
@@ -44,9 +44,9 @@ struct RecordingUnpacker {
 
 struct UnpackCall {
     chain_id: Digest,
-    /// The blobs that were whole then.
+    /// The complete blobs in the store at the time of the call.
     complete_blobs: BTreeSet<Digest>,
-    /// The image had a name.
+    /// The store had an image record at the time of the call.
     has_record: bool,
 }
 
@@ -54,8 +54,8 @@ struct UnpackCall {
 impl Unpacker for RecordingUnpacker {
     async fn ensure_supported(&self) -> Result<(), UnpackError> {
         match self.behaviour {
-            UnpackBehaviour::Unsuited => Err(UnpackError::Unsupported("the test".into())),
-            UnpackBehaviour::Willing
+            UnpackBehaviour::Unsupported => Err(UnpackError::Unsupported("the test".into())),
+            UnpackBehaviour::Succeeds
             | UnpackBehaviour::FailsAt(_)
             | UnpackBehaviour::FillsAt(_)
             | UnpackBehaviour::FullAt(_)
@@ -71,9 +71,9 @@ impl Unpacker for RecordingUnpacker {
         let complete_blobs = blobs_of(&*self.store).await.into_iter().collect();
         let has_record = !self.store.images().await?.is_empty();
         let number = {
-            let mut asked = self.calls.lock().unwrap();
-            asked.push(UnpackCall { chain_id: layer.chain_id, complete_blobs, has_record });
-            asked.len()
+            let mut calls = self.calls.lock().unwrap();
+            calls.push(UnpackCall { chain_id: layer.chain_id, complete_blobs, has_record });
+            calls.len()
         };
         match self.behaviour {
             UnpackBehaviour::FailsAt(failing) if failing == number => Err(StoreError::Other("no".into()).into()),
@@ -83,8 +83,8 @@ impl Unpacker for RecordingUnpacker {
                 self.store.set_disks(two_disks(200));
                 self.store.unpack(layer, pin).await
             }
-            UnpackBehaviour::Willing
-            | UnpackBehaviour::Unsuited
+            UnpackBehaviour::Succeeds
+            | UnpackBehaviour::Unsupported
             | UnpackBehaviour::FailsAt(_)
             | UnpackBehaviour::FillsAt(_)
             | UnpackBehaviour::FullAt(_)
@@ -97,14 +97,14 @@ impl Unpacker for RecordingUnpacker {
     }
 }
 
-/// Content on a disk with room, snapshots on one of 200 000 bytes with so many free.
+/// A content disk with enough space, and a snapshot disk of 200 000 bytes with `free` bytes free.
 fn two_disks(free: u64) -> Disks {
     let disk = |device, free, total| Some(FileSystem { device: Some(device), free, total });
     Disks { content: disk(1, 1 << 30, 1 << 30), snapshots: disk(2, free, 200_000) }
 }
 
-fn unpacker(node: &TestNode, mood: UnpackBehaviour) -> Arc<RecordingUnpacker> {
-    Arc::new(RecordingUnpacker { store: Arc::clone(&node.store), behaviour: mood, calls: Mutex::default() })
+fn unpacker(node: &TestNode, behaviour: UnpackBehaviour) -> Arc<RecordingUnpacker> {
+    Arc::new(RecordingUnpacker { store: Arc::clone(&node.store), behaviour, calls: Mutex::default() })
 }
 
 fn recoverer(node: &TestNode, unpacker: &Arc<RecordingUnpacker>) -> Recoverer {
@@ -114,8 +114,8 @@ fn recoverer(node: &TestNode, unpacker: &Arc<RecordingUnpacker>) -> Recoverer {
 }
 
 async fn recover(node: &TestNode, unpacker: &Arc<RecordingUnpacker>) -> Result<RecoveredImage, RecoverError> {
-    let (wanted, progress) = (IMAGE.parse::<Reference>().unwrap().into(), Progress::default());
-    recoverer(node, unpacker).recover(&wanted, &progress, &CancellationToken::new()).await
+    let (request, progress) = (IMAGE.parse::<Reference>().unwrap().into(), Progress::default());
+    recoverer(node, unpacker).recover(&request, &progress, &CancellationToken::new()).await
 }
 
 fn chain_ids(image: &MadeImage) -> Vec<Digest> {
@@ -126,17 +126,17 @@ fn chain_ids(image: &MadeImage) -> Vec<Digest> {
 async fn layers_are_unpacked_bottom_up_before_the_image_is_recorded() {
     let node = TestNode::new();
     let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let unpacker = unpacker(&node, UnpackBehaviour::Willing);
+    let unpacker = unpacker(&node, UnpackBehaviour::Succeeds);
     recover(&node, &unpacker).await.unwrap();
-    let asked = unpacker.calls.lock().unwrap();
-    assert_eq!(asked.iter().map(|asked| asked.chain_id).collect::<Vec<_>>(), chain_ids(&image));
-    for (asked, layer) in asked.iter().zip(&image.layers) {
-        assert!(!asked.has_record, "a pod that finds a name has it unpacked a second time");
-        assert!(asked.complete_blobs.contains(&layer.blob.digest), "only what is whole");
+    let calls = unpacker.calls.lock().unwrap();
+    assert_eq!(calls.iter().map(|call| call.chain_id).collect::<Vec<_>>(), chain_ids(&image));
+    for (call, layer) in calls.iter().zip(&image.layers) {
+        assert!(!call.has_record, "a pod that starts after the record makes containerd unpack too");
+        assert!(call.complete_blobs.contains(&layer.blob.digest), "only complete layers are unpacked");
     }
     assert!(node.has_metric(r#"lighterman_layers_unpacked_total{result="unpacked"} 3"#));
     node.store.collect();
-    assert_eq!(node.store.unpacked(), chain_ids(&image).into_iter().collect(), "the image holds what is unpacked");
+    assert_eq!(node.store.unpacked(), chain_ids(&image).into_iter().collect(), "the image keeps its snapshots");
     assert_eq!(node.store.pins(), 0);
 }
 
@@ -152,11 +152,11 @@ async fn a_layer_is_unpacked_while_the_layer_above_is_missing() {
     }
     node.announce_store(1, below, Behaviour::Honest).await;
     node.announce_store(2, above, Behaviour::Hangs).await;
-    let unpacker = unpacker(&node, UnpackBehaviour::Willing);
+    let unpacker = unpacker(&node, UnpackBehaviour::Succeeds);
     let recovered = tokio::time::timeout(Duration::from_secs(5), recover(&node, &unpacker)).await;
-    assert!(recovered.is_err(), "a peer that hangs is waited for");
-    let asked: Vec<_> = unpacker.calls.lock().unwrap().iter().map(|asked| asked.chain_id).collect();
-    assert_eq!(asked, chain_ids(&image)[..2]);
+    assert!(recovered.is_err(), "the recovery waits for the hanging peer");
+    let unpacked: Vec<_> = unpacker.calls.lock().unwrap().iter().map(|call| call.chain_id).collect();
+    assert_eq!(unpacked, chain_ids(&image)[..2]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -165,18 +165,18 @@ async fn a_layer_that_cannot_be_unpacked_does_not_fail_the_recovery() {
     let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let unpacker = unpacker(&node, UnpackBehaviour::FailsAt(2));
     recover(&node, &unpacker).await.unwrap();
-    assert_eq!(unpacker.calls.lock().unwrap().len(), 2, "the rest is left to the runtime");
+    assert_eq!(unpacker.calls.lock().unwrap().len(), 2, "the runtime unpacks the other layers");
     assert!(node.has_metric(r#"lighterman_layers_unpacked_total{result="failed"} 1"#));
     assert_eq!(node.record_names().await.len(), 2);
     node.store.collect();
     assert_eq!(blobs_of(&*node.store).await.len(), image.blobs.len() + 1);
-    assert!(node.store.unpacked().is_empty(), "what nobody keeps is collected");
+    assert!(node.store.unpacked().is_empty(), "unfinished snapshots are collected");
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_image_without_space_for_its_layers_is_recorded_once_there_is_space() {
     let node = TestNode::new();
-    node.change_policy(|rules| rules.budgets.eviction_percent = 15);
+    node.change_policy(|policy| policy.budgets.eviction_percent = 15);
     let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
     node.store.set_disks(two_disks(60_000));
     let unpacker = unpacker(&node, UnpackBehaviour::FillsAt(1));
@@ -188,7 +188,7 @@ async fn an_image_without_space_for_its_layers_is_recorded_once_there_is_space()
         "{refused}"
     );
     assert!(node.record_names().await.is_empty());
-    assert_eq!(unpacker.calls.lock().unwrap().len(), 1, "the layer that fits");
+    assert_eq!(unpacker.calls.lock().unwrap().len(), 1, "only the layer that fits is unpacked");
     node.store.set_disks(two_disks(60_000));
     recover(&node, &unpacker).await.unwrap();
     assert_eq!(node.record_names().await.len(), 2);
@@ -211,7 +211,7 @@ async fn an_image_that_fills_the_disk_while_unpacking_is_not_recorded() {
 async fn an_unsuited_unpacker_counts_and_reports_nothing() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let unpacker = unpacker(&node, UnpackBehaviour::Unsuited);
+    let unpacker = unpacker(&node, UnpackBehaviour::Unsupported);
     recover(&node, &unpacker).await.unwrap();
     assert!(unpacker.calls.lock().unwrap().is_empty());
     assert!(!String::from_utf8(node.metrics.render()).unwrap().contains("layers_unpacked_total{"));
@@ -225,8 +225,8 @@ async fn an_image_that_unpacks_too_slowly_is_recorded_after_the_timeout() {
     let unpacker = unpacker(&node, UnpackBehaviour::HangsFrom(2));
     let began = tokio::time::Instant::now();
     recover(&node, &unpacker).await.unwrap();
-    assert!(began.elapsed() > Duration::from_secs(120), "longer than the kubelet would wait");
-    assert!(began.elapsed() < Duration::from_secs(900), "its pods wait for the name: {:?}", began.elapsed());
+    assert!(began.elapsed() > Duration::from_secs(120), "unpacking may take longer than the kubelet waits");
+    assert!(began.elapsed() < Duration::from_secs(900), "pods wait for the record: {:?}", began.elapsed());
     assert!(node.has_metric(r#"lighterman_layers_unpacked_total{result="given_up"} 1"#));
     assert_eq!(node.record_names().await.len(), 2);
 }
@@ -236,20 +236,20 @@ async fn a_recovery_of_more_than_an_hour_keeps_its_content_and_the_time_to_unpac
     let node = TestNode::new();
     let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let unpacker = unpacker(&node, UnpackBehaviour::HangsFrom(1));
-    // Another recovery writes a layer, on a slow link.
+    // Another recovery writes a layer over a slow link.
     let (store, layer) = (Arc::clone(&node.store), image.layers[2].blob.clone());
     let pin = store.pin(Duration::from_secs(86_400)).await.unwrap();
     let other = store.create(layer.digest, layer.size, &pin).await.unwrap();
-    let elsewhere = async {
+    let other_recovery = async {
         tokio::time::sleep(Duration::from_secs(3550)).await;
         drop(other);
         tokio::time::sleep(Duration::from_secs(100)).await;
         store.collect();
     };
     let began = tokio::time::Instant::now();
-    let (recovered, ()) = tokio::join!(recover(&node, &unpacker), elsewhere);
+    let (recovered, ()) = tokio::join!(recover(&node, &unpacker), other_recovery);
     let took = began.elapsed();
-    assert!(took > Duration::from_secs(3550 + 590), "unpacking was given up early: {took:?}");
+    assert!(took > Duration::from_secs(3550 + 590), "unpacking timed out early: {took:?}");
     node.store.collect();
     assert_eq!(recovered.unwrap().fetched, 5);
     assert_eq!(blobs_of(&*node.store).await.len(), 5);
@@ -265,8 +265,8 @@ async fn two_images_are_unpacked_at_a_time_and_a_third_image_waits() {
     let unpacker = unpacker(&node, UnpackBehaviour::HangsFrom(1));
     let recoverer = recoverer(&node, &unpacker);
     let all = join_all(images.map(async |name| {
-        let (wanted, progress) = (name.parse::<Reference>().unwrap().into(), Progress::default());
-        recoverer.recover(&wanted, &progress, &CancellationToken::new()).await
+        let (request, progress) = (name.parse::<Reference>().unwrap().into(), Progress::default());
+        recoverer.recover(&request, &progress, &CancellationToken::new()).await
     }));
     timeout(Duration::from_secs(60), all).await.map(drop).unwrap_err();
     assert_eq!(unpacker.calls.lock().unwrap().len(), 2);
@@ -278,7 +278,7 @@ async fn a_recovery_cancelled_while_unpacking_ends_at_once_and_records_nothing()
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let unpacker = unpacker(&node, UnpackBehaviour::HangsFrom(1));
     let (recoverer, stop) = (recoverer(&node, &unpacker), CancellationToken::new());
-    let (wanted, progress) = (IMAGE.parse::<Reference>().unwrap().into(), Progress::default());
+    let (request, progress) = (IMAGE.parse::<Reference>().unwrap().into(), Progress::default());
     let stopping = async {
         while unpacker.calls.lock().unwrap().is_empty() {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -287,7 +287,7 @@ async fn a_recovery_cancelled_while_unpacking_ends_at_once_and_records_nothing()
         stop.cancel();
         tokio::time::Instant::now()
     };
-    let (result, stopped) = tokio::join!(recoverer.recover(&wanted, &progress, &stop), stopping);
+    let (result, stopped) = tokio::join!(recoverer.recover(&request, &progress, &stop), stopping);
     assert!(matches!(result, Err(RecoverError::Abandoned)), "{result:?}");
     assert!(stopped.elapsed() < Duration::from_secs(1));
     assert!(node.record_names().await.is_empty());
@@ -297,7 +297,7 @@ async fn a_recovery_cancelled_while_unpacking_ends_at_once_and_records_nothing()
 async fn a_whole_recorded_image_is_left_to_the_runtime_to_unpack() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let unpacker = unpacker(&node, UnpackBehaviour::Willing);
+    let unpacker = unpacker(&node, UnpackBehaviour::Succeeds);
     node.recoverer()
         .recover(&IMAGE.parse::<Reference>().unwrap().into(), &Progress::default(), &CancellationToken::new())
         .await
@@ -310,7 +310,7 @@ async fn a_whole_recorded_image_is_left_to_the_runtime_to_unpack() {
 async fn the_unpacker_does_not_wait_for_an_image_that_failed() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Corrupts).await;
-    let unpacker = unpacker(&node, UnpackBehaviour::Willing);
+    let unpacker = unpacker(&node, UnpackBehaviour::Succeeds);
     let failed = recover(&node, &unpacker).await;
     assert!(matches!(failed, Err(RecoverError::Fetch { .. })), "{failed:?}");
     assert!(unpacker.calls.lock().unwrap().is_empty());
@@ -321,12 +321,12 @@ async fn an_image_whose_config_does_not_match_its_layers_is_left_to_the_runtime(
     let node = TestNode::new();
     let store = Arc::new(MemoryStore::new());
     let image = put_image(&*store, &[], &[5], 1).await.unwrap();
-    // Its manifest has one layer more than the configuration knows.
+    // The manifest has one layer more than the config.
     let (config, layer) = (&image.blobs[0], &image.blobs[1]);
     let manifest = serde_json::json!({"schemaVersion": 2, "config": config, "layers": [layer, layer]});
     crate::testing::image::put_document(&*store, IMAGE, manifest.to_string()).await.unwrap();
     node.announce_store(1, store, Behaviour::Honest).await;
-    let unpacker = unpacker(&node, UnpackBehaviour::Willing);
+    let unpacker = unpacker(&node, UnpackBehaviour::Succeeds);
     recover(&node, &unpacker).await.unwrap();
     assert!(unpacker.calls.lock().unwrap().is_empty());
     assert!(node.has_metric(r#"lighterman_layers_unpacked_total{result="failed"} 1"#));

@@ -1,4 +1,4 @@
-//! Images that a person asks for.
+//! Manual pulls: requests of `lighterman pull`.
 
 use std::time::Duration;
 
@@ -15,23 +15,23 @@ use crate::ports::{PullFailure, PullProgress, PullRequest};
 
 struct ManualPullClient {
     requests: mpsc::Sender<PullRequest>,
-    board: RecoveryTracker,
+    tracker: RecoveryTracker,
     stop: CancellationToken,
     running: JoinHandle<()>,
 }
 
 impl ManualPullClient {
     fn start(node: &TestNode) -> Self {
-        let (requests, taken) = mpsc::channel(8);
-        let (board, stop) = (RecoveryTracker::default(), CancellationToken::new());
+        let (requests, receiver) = mpsc::channel(8);
+        let (tracker, stop) = (RecoveryTracker::default(), CancellationToken::new());
         let manual_puller = ManualPuller {
             recoverer: Arc::new(node.recoverer()),
-            tracker: board.clone(),
+            tracker: tracker.clone(),
             metrics: node.metrics.clone(),
             dry_run: false,
         };
-        let running = tokio::spawn(manual_puller.run(taken, stop.clone()));
-        Self { requests, board, stop, running }
+        let running = tokio::spawn(manual_puller.run(receiver, stop.clone()));
+        Self { requests, tracker, stop, running }
     }
 
     async fn pull(&self, name: &str, dry_run: bool) -> mpsc::Receiver<PullProgress> {
@@ -43,7 +43,7 @@ impl ManualPullClient {
 
     async fn wait_for_recoveries(&self, recoveries: usize) {
         let reached = async {
-            while self.board.running().len() != recoveries {
+            while self.tracker.running().len() != recoveries {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
@@ -51,17 +51,17 @@ impl ManualPullClient {
     }
 }
 
-/// On a clock that is paused: an hour without anything to do.
+/// Fails after an hour of paused time, which passes at once when every task waits.
 async fn within<T>(work: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(3600), work).await.expect("an end")
+    tokio::time::timeout(Duration::from_secs(3600), work).await.expect("the work ends within an hour")
 }
 
-async fn all(told: mpsc::Receiver<PullProgress>) -> Vec<PullProgress> {
-    within(ReceiverStream::new(told).collect()).await
+async fn all(reports: mpsc::Receiver<PullProgress>) -> Vec<PullProgress> {
+    within(ReceiverStream::new(reports).collect()).await
 }
 
-fn failure(told: &[PullProgress]) -> (PullFailure, bool) {
-    let Some(PullProgress::Failed { kind, retryable, .. }) = told.last() else { panic!("{told:?}") };
+fn failure(reports: &[PullProgress]) -> (PullFailure, bool) {
+    let Some(PullProgress::Failed { kind, retryable, .. }) = reports.last() else { panic!("{reports:?}") };
     (*kind, *retryable)
 }
 
@@ -69,14 +69,14 @@ fn failure(told: &[PullProgress]) -> (PullFailure, bool) {
 async fn a_manual_pull_reports_each_step() {
     let node = TestNode::new();
     let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let told = all(ManualPullClient::start(&node).pull(IMAGE, false).await).await;
+    let reports = all(ManualPullClient::start(&node).pull(IMAGE, false).await).await;
     let digest = image.target.digest.to_string();
     let blobs: u64 = image.blobs.iter().map(|blob| blob.size).sum();
     let resolved =
         PullProgress::Resolved { digest: digest.clone(), providers: vec!["node-1".into()], more_providers: 0 };
-    assert_eq!(told[..2], [resolved, PullProgress::Planned { missing_bytes: blobs, missing_blobs: 4 }]);
-    assert_eq!(told[told.len() - 2], PullProgress::Bytes { done: blobs, total: blobs });
-    let Some(PullProgress::Done { bytes, fetched, there, from, .. }) = told.last() else { panic!("{told:?}") };
+    assert_eq!(reports[..2], [resolved, PullProgress::Planned { missing_bytes: blobs, missing_blobs: 4 }]);
+    assert_eq!(reports[reports.len() - 2], PullProgress::Bytes { done: blobs, total: blobs });
+    let Some(PullProgress::Done { bytes, fetched, there, from, .. }) = reports.last() else { panic!("{reports:?}") };
     assert_eq!((*bytes, *fetched, *there, &from[..]), (image.bytes(), 5, 0, &["node-1".to_owned()][..]));
     let by_digest = format!("r.test/shop/checkout@{digest}");
     assert_eq!(node.record_names().await, [IMAGE.to_owned(), by_digest]);
@@ -87,8 +87,8 @@ async fn a_manual_pull_reports_each_step() {
 async fn a_manual_dry_run_resolves_the_image_and_fetches_nothing() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let told = all(ManualPullClient::start(&node).pull(IMAGE, true).await).await;
-    assert!(matches!(told[..], [PullProgress::Resolved { .. }]), "{told:?}");
+    let reports = all(ManualPullClient::start(&node).pull(IMAGE, true).await).await;
+    assert!(matches!(reports[..], [PullProgress::Resolved { .. }]), "{reports:?}");
     assert!(blobs_of(&*node.store).await.is_empty() && node.fetcher.request_count(peer(1)) == 0);
 }
 
@@ -97,17 +97,17 @@ async fn a_manual_pull_by_digest_needs_a_provider_of_the_repository() {
     let node = TestNode::new();
     let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let invented = format!("evil.test/shop/checkout@{}", image.target.digest);
-    let told = all(ManualPullClient::start(&node).pull(&invented, false).await).await;
-    assert_eq!(failure(&told), (PullFailure::NoProvider, true));
+    let reports = all(ManualPullClient::start(&node).pull(&invented, false).await).await;
+    assert_eq!(failure(&reports), (PullFailure::NoProvider, true));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_failed_manual_pull_names_the_providers() {
     let node = TestNode::new();
     node.add_provider(3, IMAGE, Behaviour::Corrupts).await;
-    let told = all(ManualPullClient::start(&node).pull(IMAGE, false).await).await;
-    assert_eq!(failure(&told), (PullFailure::FetchFailed, true));
-    let Some(PullProgress::Failed { message, .. }) = told.last() else { unreachable!() };
+    let reports = all(ManualPullClient::start(&node).pull(IMAGE, false).await).await;
+    assert_eq!(failure(&reports), (PullFailure::FetchFailed, true));
+    let Some(PullProgress::Failed { message, .. }) = reports.last() else { unreachable!() };
     assert!(message.contains("node-3"), "{message}");
 }
 
@@ -116,9 +116,9 @@ async fn a_client_that_disconnects_cancels_its_pull() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Hangs).await;
     let client = ManualPullClient::start(&node);
-    let told = client.pull(IMAGE, false).await;
+    let reports = client.pull(IMAGE, false).await;
     client.wait_for_recoveries(1).await;
-    drop(told);
+    drop(reports);
     client.wait_for_recoveries(0).await;
     assert_eq!(node.store.pins(), 0);
     assert!(node.has_metric(r#"lighterman_recoveries_total{outcome="abandoned"} 1"#));
@@ -146,9 +146,9 @@ async fn an_agent_that_stops_reports_the_pull_as_abandoned() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Hangs).await;
     let client = ManualPullClient::start(&node);
-    let told = client.pull(IMAGE, false).await;
+    let reports = client.pull(IMAGE, false).await;
     client.wait_for_recoveries(1).await;
     client.stop.cancel();
-    assert_eq!(failure(&all(told).await), (PullFailure::Abandoned, true));
+    assert_eq!(failure(&all(reports).await), (PullFailure::Abandoned, true));
     within(client.running).await.unwrap();
 }

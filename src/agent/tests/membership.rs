@@ -1,4 +1,5 @@
-//! Whole agents on loopback, with real gossip and real doors between them: how they find each other, and what they tell of it.
+//! Whole agents on loopback, with real gossip and real handshakes: joining, the status of the mesh,
+//! and renewed credentials.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -26,7 +27,7 @@ use crate::{control, mesh, transfer};
 
 const GRACE: Duration = Duration::from_secs(10);
 
-/// Far more than any test here needs.
+/// Fails after 120 s, far more than any test here needs.
 async fn within<T>(test: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(120), test).await.expect("the test is stuck")
 }
@@ -73,7 +74,7 @@ impl Fleet {
         std::fs::create_dir_all(&folder).unwrap();
         let node: NodeName = name.parse().unwrap();
         let (pods_in, pods) = mpsc::channel(8);
-        let world = AgentPorts {
+        let ports = AgentPorts {
             store: Arc::new(MemoryStore::new()),
             unpacker: None,
             layer_leases: None,
@@ -94,7 +95,7 @@ impl Fleet {
         let mesh = mesh::Config { listen: loopback() };
         let (identity, metrics) = (self.identities[number].clone(), Metrics::new());
         let socket = settings.control_socket.clone();
-        let agent = Agent::start(settings, transfer, mesh, identity, world, metrics, Supervisor::default()).await;
+        let agent = Agent::start(settings, transfer, mesh, identity, ports, metrics, Supervisor::default()).await;
         let Agent { supervisor, inventory, tracker: _, transfer, admin } = agent.unwrap();
         let (shutdown, stopping) = oneshot::channel();
         let running = tokio::spawn(supervisor.run(async { drop(stopping.await) }, GRACE));
@@ -144,7 +145,7 @@ impl RunningAgent {
         self.running.await.unwrap().unwrap();
     }
 
-    /// What the admin port answers, with its header.
+    /// The response of the admin port, header included.
     async fn get(&self, path: &str) -> String {
         let mut stream = TcpStream::connect(self.admin).await.unwrap();
         let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
@@ -167,7 +168,7 @@ async fn agents_rejoin_from_the_peers_file_without_dns() {
         }
         third.stop().await;
         first.wait_for_peers(1).await;
-        // Nobody dials it either: it listens elsewhere now.
+        // No peer can dial the restarted agent, because the agent listens on a new port.
         let third = fleet.start(2, &[]).await;
         third.wait_for_peers(2).await;
         first.wait_for_peers(2).await;
@@ -185,9 +186,9 @@ async fn the_mesh_shows_on_the_control_socket_and_on_the_admin_port() {
         let first = fleet.start(0, &[]).await;
         let second = fleet.start(1, &[first.transfer]).await;
         first.wait_for_peers(1).await;
-        let told = control::Client::new(&first.socket).status().await.unwrap().mesh.expect("the mesh answers");
-        assert_eq!((told.node.as_str(), told.alive, told.zone.as_deref()), ("node-0", 1, Some("eu-1a")));
-        let [other] = &told.members[..] else { panic!("{told:?}") };
+        let status = control::Client::new(&first.socket).status().await.unwrap().mesh.expect("the mesh answers");
+        assert_eq!((status.node.as_str(), status.alive, status.zone.as_deref()), ("node-0", 1, Some("eu-1a")));
+        let [other] = &status.members[..] else { panic!("{status:?}") };
         assert_eq!((other.node.as_str(), other.zone.as_deref()), ("node-1", Some("eu-1a")));
         assert_eq!((&other.address, &*other.release), (&second.transfer.to_string(), env!("CARGO_PKG_VERSION")));
 
@@ -195,7 +196,7 @@ async fn the_mesh_shows_on_the_control_socket_and_on_the_admin_port() {
         let (header, body) = json.split_once("\r\n\r\n").unwrap();
         assert!(header.starts_with("HTTP/1.1 200") && header.contains("application/json"), "{header}");
         let shown: MeshStatus = serde_json::from_str(body).unwrap();
-        assert_eq!((shown.peer_id, shown.members.len()), (told.peer_id, 1));
+        assert_eq!((shown.peer_id, shown.members.len()), (status.peer_id, 1));
         let table = first.get("/debug/mesh?format=table").await;
         assert!(table.contains("\n1 alive, ") && table.contains("\nnode-1  eu-1a  "), "{table}");
         assert!(first.get("/debug/mesh?format=xml").await.starts_with("HTTP/1.1 400"));
@@ -206,7 +207,7 @@ async fn the_mesh_shows_on_the_control_socket_and_on_the_admin_port() {
     .await;
 }
 
-/// Shows another credential after each renewal, and keeps what others' last introduction showed.
+/// Has a new credential after each renewal, and records the credential that gossip relayed last.
 struct RenewingAdmission {
     listed: StaticAdmission,
     renewals: watch::Sender<u64>,
@@ -218,7 +219,7 @@ impl RenewingAdmission {
         Arc::new(Self { listed, renewals: watch::Sender::default(), introduced: watch::Sender::default() })
     }
 
-    fn after(renewals: u64) -> Credential {
+    fn credential_after(renewals: u64) -> Credential {
         Credential::new(format!("renewed {renewals} times"))
     }
 }
@@ -226,7 +227,7 @@ impl RenewingAdmission {
 #[async_trait]
 impl Admission for RenewingAdmission {
     async fn credential(&self) -> Result<Credential, Rejection> {
-        Ok(Self::after(*self.renewals.borrow()))
+        Ok(Self::credential_after(*self.renewals.borrow()))
     }
 
     fn credential_changes(&self) -> watch::Receiver<u64> {
@@ -256,7 +257,7 @@ async fn a_renewed_credential_is_sent_to_the_peers_that_have_the_old_credential(
         let mut introduced = theirs.introduced.subscribe();
         for renewals in 0..3 {
             ours.renewals.send_replace(renewals);
-            introduced.wait_for(|shown| *shown == RenewingAdmission::after(renewals)).await.unwrap();
+            introduced.wait_for(|shown| *shown == RenewingAdmission::credential_after(renewals)).await.unwrap();
         }
         for agent in [second, first] {
             agent.stop().await;

@@ -1,4 +1,4 @@
-//! What people outside the cluster are told, and how often.
+//! Notifications to a webhook: the nodes of a cluster send one for each image.
 
 use std::time::Duration;
 
@@ -12,9 +12,9 @@ use crate::model::PodRef;
 use crate::ports::NotifyError;
 use crate::testing::MemoryNotifier;
 
-/// One node's messages, to a receiver that nodes share.
+/// One node's notification task. All nodes of a test share the receiver.
 struct NotifyingNode {
-    notices: NotificationQueue,
+    queue: NotificationQueue,
     stop: CancellationToken,
     running: JoinHandle<()>,
 }
@@ -24,20 +24,20 @@ impl NotifyingNode {
         let node: NodeName = name.parse().unwrap();
         let claims = Arc::new(test_node.cluster.claims_of(node.clone()));
         let (inventory, metrics) = (test_node.inventory.clone(), test_node.metrics.clone());
-        let (messenger, notices) = NotificationSender::new(Arc::clone(receiver) as _, claims, inventory, node, metrics);
+        let (sender, queue) = NotificationSender::new(Arc::clone(receiver) as _, claims, inventory, node, metrics);
         let stop = CancellationToken::new();
-        let running = tokio::spawn(messenger.run(stop.clone()));
-        Self { notices, stop, running }
+        let running = tokio::spawn(sender.run(stop.clone()));
+        Self { queue, stop, running }
     }
 
     fn notify_of(&self, image: &str) {
         let reference: Reference = image.parse().unwrap();
-        let (root, took) = (Digest::of(image.as_bytes()), Duration::from_millis(1500));
+        let (digest, took) = (Digest::of(image.as_bytes()), Duration::from_millis(1500));
         let providers = [(peer(1), 7)].into();
         let recovered =
-            RecoveredImage { digest: root, bytes: 7, fetched: 2, present: 0, providers, took, tag_note: None };
+            RecoveredImage { digest, bytes: 7, fetched: 2, present: 0, providers, took, tag_note: None };
         let pod = PodRef { k8s_namespace: "shop".into(), name: "p".into(), uid: "u".into() };
-        self.notices.send(PendingNotification::recovered(&reference, &recovered, &[pod], "it came"));
+        self.queue.send(PendingNotification::recovered(&reference, &recovered, &[pod], "recovered from peers"));
     }
 
     async fn stop(self) {
@@ -59,7 +59,7 @@ async fn nodes_that_recover_the_same_image_send_one_notification() {
     assert_eq!(sent.len(), 2, "{sent:?}");
     let message = sent.iter().find(|message| message.image == IMAGE).unwrap();
     assert_eq!((message.reason, message.milliseconds, message.bytes), ("ImageRecovered", 1500, 7));
-    assert_eq!((&message.pods[..], message.note.as_str()), (&["shop/p".to_owned()][..], "it came"));
+    assert_eq!((&message.pods[..], message.note.as_str()), (&["shop/p".to_owned()][..], "recovered from peers"));
     assert!(test_node.has_metric(r#"lighterman_webhook_messages_total{result="left_to_another"} 4"#));
     for node in nodes {
         node.stop().await;
@@ -105,11 +105,11 @@ async fn the_queue_is_bounded_while_the_receiver_is_unavailable() {
     receiver.set_failure(Some(NotifyError::Unavailable("503".into())));
     let node = NotifyingNode::start(&test_node, "a", &receiver);
     (0..100).for_each(|number| node.notify_of(&format!("r.test/image-{number}:1")));
-    assert!(test_node.has_metric(r#"lighterman_webhook_messages_total{result="dropped"} 36"#), "64 wait");
+    assert!(test_node.has_metric(r#"lighterman_webhook_messages_total{result="dropped"} 36"#), "64 of 100 notifications wait");
     node.stop().await;
 }
 
-/// The Leases of the cluster are on messages alone here.
+/// The number of Leases. Every Lease here is a claim on a notification.
 fn leases(test_node: &TestNode) -> usize {
     test_node.cluster.leases().1.len()
 }
@@ -143,7 +143,8 @@ async fn the_lease_of_a_sent_notification_is_released_after_an_hour() {
     assert_eq!((receiver.sent().len(), leases(&test_node)), (1, 1));
     tokio::time::sleep(Duration::from_secs(10)).await;
     assert_eq!(leases(&test_node), 0);
-    // An agent that stops within the hour leaves the Lease, or its successor would repeat the message.
+    // An agent that stops within the hour keeps the Lease. Without the Lease, another node would
+    // repeat the notification.
     first.notify_of(IMAGE);
     tokio::time::sleep(Duration::from_secs(5)).await;
     first.stop().await;

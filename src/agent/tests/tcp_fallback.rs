@@ -1,5 +1,5 @@
 //! Recoveries over real meshes on loopback while UDP is blocked: honest providers, liars, and
-//! providers that are no neighbours.
+//! providers that are no neighbors.
 
 use std::time::Duration;
 
@@ -107,7 +107,7 @@ impl MeshNode {
     }
 }
 
-/// An agent for which UDP is blocked, and neighbours of the agent that provide an image.
+/// An agent for which UDP is blocked, and neighbors of the agent that provide an image.
 async fn node_with_blocked_udp(providers: usize, layers: &[u64]) -> (MeshNode, Vec<MeshNode>, MadeImage) {
     let identities: Vec<_> = (0..=providers).map(|_| Identity::generate()).collect();
     let admission = Arc::new(StaticAdmission::new(identities.iter().map(Identity::peer_id)));

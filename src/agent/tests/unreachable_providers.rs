@@ -85,7 +85,7 @@ async fn fetch_from_an_unreachable_peer() {
     let mut ours = GossipNode::start(&identities[0], &admission).await;
     let (between, theirs) =
         (GossipNode::start(&identities[1], &admission).await, GossipNode::start(&identities[2], &admission).await);
-    // These two hear of each other through the third: a neighbour that has just answered a ping is not doubted.
+    // These two hear of each other through the third: a neighbor that has just answered a ping is not doubted.
     ours.connect(&between).await;
     theirs.connect(&between).await;
     let (peer, blob) = (theirs.peer.id, Digest::of(b"told, and not there"));

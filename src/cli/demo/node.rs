@@ -147,7 +147,7 @@ impl DemoNode {
         Ok(())
     }
 
-    /// Stops the agent and waits for it.
+    /// Stops the agent and waits for its end.
     pub(super) async fn stop(self) -> Result<(), DemoError> {
         // The receiver is gone if a task of the agent ended; then the join returns the error.
         let _ = self.shutdown.send(());

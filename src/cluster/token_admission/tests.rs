@@ -37,7 +37,7 @@ impl FakeApiServer {
     }
 }
 
-/// An agent of that API server.
+/// An agent whose API server is `fake`.
 async fn agent(fake: &Arc<FakeApiServer>, server: &mut JoinSet<()>) -> TokenAdmission {
     agent_at(serve(fake, server).await, TokenAdmissionOptions::default())
 }
@@ -266,7 +266,10 @@ async fn an_expired_token_of_a_verified_peer_is_accepted_only_while_the_api_serv
     assert!(with_history.admit_relayed(peer(), &expired).unwrap().is_in_grace);
     let too_old = credential_expiring_in(-24 * 3600 - 1);
     assert!(rejection_text(with_history.admit(peer(), &too_old).await).contains("expired"));
-    assert!(rejection_text(without_history.admit(peer(), &expired).await).contains("expired"), "the agent never verified the peer");
+    assert!(
+        rejection_text(without_history.admit(peer(), &expired).await).contains("expired"),
+        "the agent never verified the peer"
+    );
     let other = PeerId::from_public_key([8; 32]);
     assert!(rejection_text(with_history.admit(other, &expired).await).contains("another peer"));
 }

@@ -2,7 +2,7 @@
 
 /// The values that [`parse`] accepts, for messages.
 pub(in crate::config) const ALLOWED: &str =
-    "a whole number of bytes below 16Ei, or with the unit k, M, G, T, Ki, Mi, Gi or Ti (50Mi),";
+    "a whole number of bytes below 16Ei, also with the unit k, M, G, T, Ki, Mi, Gi or Ti (50Mi),";
 
 const UNITS: [(&str, u64); 8] = [
     ("Ki", 1 << 10),

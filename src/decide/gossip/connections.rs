@@ -30,7 +30,7 @@ const MAX_DIAL_TIME: Duration = Duration::from_secs(15);
 pub(super) struct MemberConnections {
     open: BTreeMap<MeshConnectionId, MemberConnection>,
     /// Start of the present handshake or dial.
-    dialling_since: Option<Instant>,
+    dialing_since: Option<Instant>,
     dial_at: Option<Instant>,
     failed_dials: u32,
     /// Ticks since the last connection broke without an announced close.
@@ -65,7 +65,7 @@ pub(super) enum PingOutcome {
 impl MemberConnections {
     /// Whether there is no connection, no lost connection and no dial.
     pub(super) fn is_idle(&self) -> bool {
-        self.open.is_empty() && self.lost_ticks.is_none() && self.dialling_since.is_none()
+        self.open.is_empty() && self.lost_ticks.is_none() && self.dialing_since.is_none()
     }
 
     /// Whether the member answers over some connection.
@@ -84,7 +84,7 @@ impl MemberConnections {
 
     pub(super) fn insert(&mut self, link: MeshConnectionId) {
         // The peer proved its key, so the peer is alive, even if it rejects this agent and closes.
-        (self.dialling_since, self.lost_ticks, self.is_suspected) = (None, None, false);
+        (self.dialing_since, self.lost_ticks, self.is_suspected) = (None, None, false);
         self.is_close_announced = false;
         self.open.insert(link, MemberConnection::default());
     }
@@ -124,15 +124,15 @@ impl MemberConnections {
 
     /// Takes all connections, which the caller closes, and ends the dial.
     pub(super) fn take_all(&mut self) -> Vec<MeshConnectionId> {
-        (self.lost_ticks, self.dialling_since, self.is_suspected, self.broke_while_answering) =
+        (self.lost_ticks, self.dialing_since, self.is_suspected, self.broke_while_answering) =
             (None, None, false, false);
         std::mem::take(&mut self.open).into_keys().collect()
     }
 
     /// Counts a tick. True when the member has been silent for too long.
     pub(super) fn tick(&mut self, now: Instant) -> bool {
-        if self.dialling_since.is_some_and(|since| now.duration_since(since) > MAX_DIAL_TIME) {
-            self.dialling_since = None;
+        if self.dialing_since.is_some_and(|since| now.duration_since(since) > MAX_DIAL_TIME) {
+            self.dialing_since = None;
         }
         if self.open.is_empty() && self.lost_ticks.is_none() {
             return false;
@@ -163,15 +163,15 @@ impl MemberConnections {
 
     /// Whether a handshake or a dial may begin now.
     pub(super) fn may_dial(&self, now: Instant) -> bool {
-        self.open.is_empty() && self.dialling_since.is_none() && self.dial_at.is_none_or(|at| at <= now)
+        self.open.is_empty() && self.dialing_since.is_none() && self.dial_at.is_none_or(|at| at <= now)
     }
 
-    pub(super) fn is_dialling(&self) -> bool {
-        self.dialling_since.is_some()
+    pub(super) fn is_dialing(&self) -> bool {
+        self.dialing_since.is_some()
     }
 
     pub(super) fn begin_dial(&mut self, now: Instant) {
-        self.dialling_since = Some(now);
+        self.dialing_since = Some(now);
     }
 
     /// Permits a dial from `at` on, or from the earlier time that is set.
@@ -186,7 +186,7 @@ impl MemberConnections {
 
     /// The handshake ended, and a dial may follow: a handshake itself causes no back-off.
     pub(super) fn end_handshake(&mut self) {
-        (self.dialling_since, self.lost_ticks, self.is_suspected) = (None, None, false);
+        (self.dialing_since, self.lost_ticks, self.is_suspected) = (None, None, false);
     }
 
     /// Another member suspects this one. If the dial fails, also a dial in flight, the failure
@@ -202,14 +202,14 @@ impl MemberConnections {
     /// The peer answered and rejected this agent. The answer is a sign of life; the next dial backs
     /// off.
     pub(super) fn record_rejection(&mut self, now: Instant, jitter: f64) {
-        (self.dialling_since, self.lost_ticks, self.is_suspected) = (None, None, false);
+        (self.dialing_since, self.lost_ticks, self.is_suspected) = (None, None, false);
         self.back_off(now, jitter);
     }
 
     /// A handshake or a dial failed. True when the dial was to decide about a lost connection or a
     /// suspicion.
     pub(super) fn record_failed_dial(&mut self, now: Instant, jitter: f64) -> bool {
-        self.dialling_since = None;
+        self.dialing_since = None;
         self.back_off(now, jitter);
         std::mem::take(&mut self.is_suspected) || self.lost_ticks.is_some()
     }

@@ -25,7 +25,7 @@ const WITNESSES: usize = 2;
 impl<N: CredentialVerifier> Protocol<N> {
     /// The peer answered a ping over this connection.
     pub fn record_ping_answer(&mut self, link: MeshConnectionId, peer: PeerId, table: &mut Inventory, now: Instant) {
-        let is_first = self.roster.neighbours().next().is_none();
+        let is_first = self.roster.neighbors().next().is_none();
         let me = self.local.peer;
         let Some(member) = self.roster.get_mut(peer) else { return };
         if member.connections.record_answer(link) == PingOutcome::Repeated {
@@ -85,7 +85,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.chosen_is_stale = true;
     }
 
-    pub(super) fn check_neighbours(&mut self, table: &mut Inventory, now: Instant) {
+    pub(super) fn check_neighbors(&mut self, table: &mut Inventory, now: Instant) {
         for peer in std::mem::take(&mut self.recently_banned) {
             self.mark_down(peer, "banned", table);
         }
@@ -195,7 +195,7 @@ impl<N: CredentialVerifier> Protocol<N> {
     /// The [`MAX_PROBERS`] members of lowest rank dial the suspect, unless they are connected.
     /// Without these dials, a suspect with a single neighbor never has a second witness.
     fn probe_if_low_rank(&mut self, accused: PeerId, now: Instant) {
-        let rank = |peer: PeerId| super::neighbour_choice::rank(accused, peer);
+        let rank = |peer: PeerId| super::neighbor_choice::rank(accused, peer);
         let mine = rank(self.local.peer);
         let before_me = self.roster.members.values().filter(|member| member.is_up && rank(member.peer.id) < mine);
         if before_me.take(MAX_PROBERS).count() < MAX_PROBERS {

@@ -79,7 +79,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         introduction.signature = self.verifier.sign(&introduction.signed_bytes());
         self.introduction = Some(introduction.clone());
         self.introduce_at = None;
-        if self.roster.neighbours().next().is_some() {
+        if self.roster.neighbors().next().is_some() {
             self.push_output(Output::Publish(Gossip::Introduction(introduction)));
         } else {
             self.introduce_at = Some(now + GRAFT_DELAY);
@@ -88,7 +88,7 @@ impl<N: CredentialVerifier> Protocol<N> {
 
     /// Publishes a due introduction once there is a neighbor.
     pub(super) fn publish_introduction_if_due(&mut self, now: Instant) {
-        let heard = self.roster.neighbours().next().is_some();
+        let heard = self.roster.neighbors().next().is_some();
         if heard && self.introduce_at.is_some_and(|at| at <= now) {
             self.publish_introduction(now);
         }
@@ -114,7 +114,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             member.connections.end_handshake();
             return;
         }
-        let was_trying = member.connections.is_dialling();
+        let was_trying = member.connections.is_dialing();
         member.connections.end_handshake();
         member.connections.allow_dial_from(if was_trying || mine < id { now } else { now + DIAL_DELAY });
         if member.introduction.is_none() {
@@ -129,7 +129,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.roster.update_bucket(id);
         self.mark_up_if_valid(id, table, now);
         self.chosen_is_stale = true;
-        self.maintain_neighbours(now);
+        self.maintain_neighbors(now);
     }
 
     /// A handshake or a dial failed. The member is suspected if the dial was to decide about a lost

@@ -180,7 +180,7 @@ impl MembershipTable {
     }
 
     /// Members that answer over a connection.
-    pub(super) fn neighbours(&self) -> impl Iterator<Item = &Member> {
+    pub(super) fn neighbors(&self) -> impl Iterator<Item = &Member> {
         self.watched().filter(|member| member.connections.is_answering())
     }
 

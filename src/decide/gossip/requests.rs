@@ -33,8 +33,8 @@ impl<N: CredentialVerifier> Protocol<N> {
             return;
         }
         self.compare_at = now + COMPARE_INTERVAL.mul_f64(0.8 + 0.2 * self.jitter());
-        let neighbour = self.random_neighbour();
-        if let Some(peer) = neighbour {
+        let neighbor = self.random_neighbor();
+        if let Some(peer) = neighbor {
             self.compare_with(peer);
         }
     }
@@ -44,8 +44,8 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.send_request(peer, SyncRequest::Compare(buckets));
     }
 
-    fn random_neighbour(&mut self) -> Option<PeerId> {
-        self.roster.neighbours().map(|member| member.peer.id).choose(&mut self.rng)
+    fn random_neighbor(&mut self) -> Option<PeerId> {
+        self.roster.neighbors().map(|member| member.peer.id).choose(&mut self.rng)
     }
 
     pub(super) fn send_request(&mut self, peer: PeerId, question: SyncRequest) {
@@ -82,13 +82,13 @@ impl<N: CredentialVerifier> Protocol<N> {
         let of_source = self.missing_introductions.iter().filter(|(_, from)| **from == source).map(|(peer, _)| *peer);
         let peers: Vec<_> = of_source.take(MAX_MEMBERS_PER_REQUEST).collect();
         self.missing_introductions.retain(|peer, _| !peers.contains(peer));
-        if self.is_neighbour(source) {
+        if self.is_neighbor(source) {
             self.send_request(source, SyncRequest::Introductions(peers));
         }
         true
     }
 
-    fn is_neighbour(&self, peer: PeerId) -> bool {
+    fn is_neighbor(&self, peer: PeerId) -> bool {
         self.member(peer).is_some_and(|member| member.connections.is_answering())
     }
 
@@ -101,13 +101,13 @@ impl<N: CredentialVerifier> Protocol<N> {
         let may_snapshot = self.in_flight.values().filter(is_snapshot).count() < MAX_SNAPSHOTS;
         let mut snapshots: BTreeMap<PeerId, Vec<PeerId>> = BTreeMap::new();
         let mut entries = None;
-        let any = self.random_neighbour();
+        let any = self.random_neighbor();
         for publisher in &self.behind {
             let Some(member) = self.member(*publisher) else { continue };
             let Some((need, source)) = member.log.due_request(now) else { continue };
             // First the neighbor that announced the entries, then the publisher, then any neighbor.
-            let known = source.filter(|source| self.is_neighbour(*source));
-            let itself = || Some(*publisher).filter(|publisher| self.is_neighbour(*publisher));
+            let known = source.filter(|source| self.is_neighbor(*source));
+            let itself = || Some(*publisher).filter(|publisher| self.is_neighbor(*publisher));
             let Some(peer) = known.or_else(itself).or(any) else { continue };
             match need {
                 MissingEntries::Entries(after) => {

@@ -6,7 +6,7 @@ use rand::seq::IteratorRandom;
 
 use super::membership::MAX_FAILED_DIALS;
 use super::membership_table::Member;
-use super::{CredentialVerifier, Output, Protocol, neighbour_choice};
+use super::{CredentialVerifier, Output, Protocol, neighbor_choice};
 use crate::model::{PeerId, SyncRequest};
 
 /// Interval of dials to a dead member. After a partition, each side has the other side as dead.
@@ -17,18 +17,18 @@ const MAX_DIALS: usize = 16;
 
 impl<N: CredentialVerifier> Protocol<N> {
     /// Dials the chosen members, probes a dead member, and closes excess connections.
-    pub(super) fn maintain_neighbours(&mut self, now: Instant) {
+    pub(super) fn maintain_neighbors(&mut self, now: Instant) {
         if std::mem::take(&mut self.chosen_is_stale) {
-            self.choose_neighbours(now);
+            self.choose_neighbors(now);
         }
         let me = self.local.peer;
-        let mut tries = self.roster.watched().filter(|member| member.connections.is_dialling()).count();
+        let mut tries = self.roster.watched().filter(|member| member.connections.is_dialing()).count();
         // A member that this agent suspects counts again only after its answer to this agent.
         let is_missed = |member: &&Member| {
             !member.is_dead() && member.suspected_by.contains(&me) && member.has_valid_credential(now)
         };
         let missed = self.roster.watched().filter(is_missed).map(|member| member.peer.id);
-        for peer in self.chosen_neighbours.iter().copied().chain(missed).collect::<Vec<_>>() {
+        for peer in self.chosen_neighbors.iter().copied().chain(missed).collect::<Vec<_>>() {
             if tries >= MAX_DIALS {
                 break;
             }
@@ -50,7 +50,7 @@ impl<N: CredentialVerifier> Protocol<N> {
     }
 
     pub(super) fn may_dial_more(&self) -> bool {
-        self.roster.watched().filter(|member| member.connections.is_dialling()).count() < MAX_DIALS
+        self.roster.watched().filter(|member| member.connections.is_dialing()).count() < MAX_DIALS
     }
 
     /// Starts a dial, or the handshake before the first dial, if permitted now. True when started.
@@ -69,7 +69,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         true
     }
 
-    fn choose_neighbours(&mut self, now: Instant) {
+    fn choose_neighbors(&mut self, now: Instant) {
         let zone = self.presence.as_ref().and_then(|presence| presence.zone.as_ref());
         let fit = |member: &&Member| {
             !member.is_dead()
@@ -80,18 +80,18 @@ impl<N: CredentialVerifier> Protocol<N> {
         let members = self.roster.members.iter();
         let candidates =
             members.filter(|(_, member)| fit(member)).map(|(peer, member)| (*peer, member.peer.zone.as_ref()));
-        self.chosen_neighbours = neighbour_choice::choose(self.salt, zone, candidates);
+        self.chosen_neighbors = neighbor_choice::choose(self.salt, zone, candidates);
     }
 
     /// Closes excess connections, which the first agents of a cluster have. Members that this agent
     /// did not choose get a notice of the close, and have met other members by now.
     fn thin_out(&mut self) {
-        let linked: Vec<_> = self.roster.neighbours().map(|member| member.peer.id).collect();
-        if linked.len() <= neighbour_choice::MAX_NEIGHBOURS {
+        let linked: Vec<_> = self.roster.neighbors().map(|member| member.peer.id).collect();
+        if linked.len() <= neighbor_choice::MAX_NEIGHBOURS {
             return;
         }
-        let excess = linked.len() - neighbour_choice::NEIGHBOURS_AFTER_THINNING;
-        let unchosen = linked.into_iter().filter(|peer| !self.chosen_neighbours.contains(peer));
+        let excess = linked.len() - neighbor_choice::NEIGHBOURS_AFTER_THINNING;
+        let unchosen = linked.into_iter().filter(|peer| !self.chosen_neighbors.contains(peer));
         for peer in unchosen.choose_multiple(&mut self.rng, excess) {
             self.send_request(peer, SyncRequest::Disconnect);
         }

@@ -27,7 +27,7 @@ impl MeshTask {
     pub(super) fn publish(&mut self, message: &Gossip) {
         let versions = self.versions;
         self.publish_in_format(versions.current(), message);
-        if let Some(previous) = versions.previous().filter(|previous| self.has_neighbour_of(*previous)) {
+        if let Some(previous) = versions.previous().filter(|previous| self.has_neighbor_of(*previous)) {
             self.publish_in_format(previous, message);
         }
     }
@@ -35,10 +35,10 @@ impl MeshTask {
     /// Whether a neighbor reads this MAJOR and not the current MAJOR. Without such a neighbor the
     /// agent does not publish in the previous format: agents farther away get the entries by
     /// requests to their neighbors.
-    fn has_neighbour_of(&self, previous: Format) -> bool {
+    fn has_neighbor_of(&self, previous: Format) -> bool {
         let (current, previous) = (topic(self.versions.current()).hash(), topic(previous).hash());
-        let mut neighbours = self.swarm.behaviour().gossip.all_peers();
-        neighbours.any(|(_, topics)| topics.contains(&&previous) && !topics.contains(&&current))
+        let mut neighbors = self.swarm.behaviour().gossip.all_peers();
+        neighbors.any(|(_, topics)| topics.contains(&&previous) && !topics.contains(&&current))
     }
 
     fn publish_in_format(&mut self, format: Format, message: &Gossip) {
@@ -82,7 +82,7 @@ impl MeshTask {
 
     /// Validates a message, for this agent and before a relay.
     fn validate(&mut self, from: PeerId, data: &[u8], now: Instant) -> MessageAcceptance {
-        if !self.neighbours.try_take_message(from, data.len(), now) {
+        if !self.neighbors.try_take_message(from, data.len(), now) {
             self.report_fault(from, TOO_MANY_FAULT, now);
             return MessageAcceptance::Ignore;
         }
@@ -191,12 +191,12 @@ impl MeshTask {
             Event::InboundFailure { peer, request_id, error, .. } => {
                 debug!(%peer, %error, "the reply to a sync request was not sent");
                 if let Some(from) = peer_id_of(&peer) {
-                    self.neighbours.finish_answer(from, request_id);
+                    self.neighbors.finish_answer(from, request_id);
                 }
             }
             Event::ResponseSent { peer, request_id, .. } => {
                 if let Some(from) = peer_id_of(&peer) {
-                    self.neighbours.finish_answer(from, request_id);
+                    self.neighbors.finish_answer(from, request_id);
                 }
             }
         }
@@ -210,11 +210,11 @@ impl MeshTask {
         channel: ResponseChannel<SyncReply>,
         now: Instant,
     ) {
-        if !self.neighbours.try_take_question(from, now) {
+        if !self.neighbors.try_take_question(from, now) {
             return self.report_fault(from, TOO_MANY_FAULT, now);
         }
         let reply = match wire::decode_in::<SyncRequest>(question, self.versions) {
-            Ok(question) if self.neighbours.try_begin_answer(from, id, &question, now) => {
+            Ok(question) if self.neighbors.try_begin_answer(from, id, &question, now) => {
                 let Self { protocol, table, .. } = self;
                 table.read(|inventory| protocol.answer(from, question, inventory, now))
             }

@@ -93,7 +93,7 @@ impl MeshTask {
         self
     }
 
-    fn is_neighbour(&self, peer: PeerId) -> bool {
+    fn is_neighbor(&self, peer: PeerId) -> bool {
         self.links.values().any(|(_, owner)| *owner == peer)
     }
 
@@ -105,7 +105,7 @@ impl MeshTask {
     ) {
         // libp2p would dial a peer without a connection.
         let encoded = match wire::encode(request) {
-            Ok(encoded) if self.is_neighbour(peer) => encoded,
+            Ok(encoded) if self.is_neighbor(peer) => encoded,
             Ok(_) => return drop(answer.send(Err(RangeError::NotConnected))),
             Err(error) => return drop(answer.send(Err(RangeError::Malformed(error.to_string())))),
         };
@@ -120,7 +120,7 @@ impl MeshTask {
         match event {
             Event::Message { peer, message: Message::Request { request_id, request, channel }, .. } => {
                 // A peer that was just denied may still have streams.
-                if let Some(from) = peer_id_of(&peer).filter(|from| self.is_neighbour(*from)) {
+                if let Some(from) = peer_id_of(&peer).filter(|from| self.is_neighbor(*from)) {
                     self.serve_range(from, request_id, &request, channel, now);
                 }
             }
@@ -154,7 +154,7 @@ impl MeshTask {
         channel: ResponseChannel<RangeResponse>,
         now: Instant,
     ) {
-        if !self.neighbours.try_take_range(from, now) {
+        if !self.neighbors.try_take_range(from, now) {
             return self.report_fault(from, TOO_MANY_FAULT, now);
         }
         let request = match wire::decode::<Request>(request) {

@@ -5,7 +5,7 @@ use tokio_util::sync::CancellationToken;
 use super::node::{LIFE, within_deadline};
 use super::raw::introduction_of;
 use super::*;
-use crate::mesh::neighbour_budget::RateLimit;
+use crate::mesh::neighbor_budget::RateLimit;
 use crate::model::SyncRequest;
 use crate::wire::{self, Message};
 
@@ -55,7 +55,7 @@ async fn a_relayed_introduction_is_rejected_where_its_credential_is_rejected() {
 }
 
 #[tokio::test]
-async fn a_neighbour_that_forges_entries_of_another_peer_is_banned_at_last() {
+async fn a_neighbor_that_forges_entries_of_another_peer_is_banned_at_last() {
     let (a, b) = connected_pair().await;
     b.announce(blob("real")).await;
     a.until_provides(b.id(), blob("real")).await;
@@ -135,7 +135,7 @@ async fn a_message_of_another_release_is_ignored_and_is_no_fault() {
 #[tokio::test]
 async fn gossip_beyond_the_rate_limit_is_dropped_unread() {
     let messages = RateLimit { burst: 5.0, per_second: 0.0 };
-    let limits = NeighbourRateLimits { messages, ..NeighbourRateLimits::DEFAULT };
+    let limits = NeighborRateLimits { messages, ..NeighborRateLimits::DEFAULT };
     let a = MeshTestNode::start_with(NodeOptions { limits, ..NodeOptions::default() }).await;
     let mut flood = RawPeer::known_to(&a).await;
     for version in 2..10 {
@@ -153,7 +153,7 @@ async fn gossip_beyond_the_rate_limit_is_dropped_unread() {
 async fn malformed_long_or_too_many_questions_are_faults() {
     let questions = RateLimit { burst: 2.0, per_second: 0.0 };
     let a = MeshTestNode::start_with(NodeOptions {
-        limits: NeighbourRateLimits { questions, ..NeighbourRateLimits::DEFAULT },
+        limits: NeighborRateLimits { questions, ..NeighborRateLimits::DEFAULT },
         ..NodeOptions::default()
     })
     .await;

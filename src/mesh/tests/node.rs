@@ -123,7 +123,7 @@ pub(super) struct NodeOptions {
     pub(super) identity: Identity,
     pub(super) listen: SocketAddr,
     pub(super) admission: DenyListAdmission,
-    pub(super) limits: NeighbourRateLimits,
+    pub(super) limits: NeighborRateLimits,
     pub(super) versions: Versions,
     pub(super) network: TestNetwork,
 }
@@ -135,7 +135,7 @@ impl Default for NodeOptions {
             identity: Identity::generate(),
             listen: ([127, 0, 0, 1], 0).into(),
             admission: DenyListAdmission::default(),
-            limits: NeighbourRateLimits::DEFAULT,
+            limits: NeighborRateLimits::DEFAULT,
             versions: Versions::GOSSIP,
             network: TestNetwork::default(),
         }

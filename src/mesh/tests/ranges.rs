@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 use super::node::within_deadline;
 use super::*;
 use crate::decide::transport_choice::{MAX_RANGES_OF_A_PEER, RANGE};
-use crate::mesh::neighbour_budget::RateLimit;
+use crate::mesh::neighbor_budget::RateLimit;
 use crate::mesh::stack::MAX_SERVED_RANGES;
 use crate::oci::Digest;
 use crate::wire::{self, Answer, Request};
@@ -62,7 +62,7 @@ fn content(length: u64) -> Bytes {
 }
 
 #[tokio::test]
-async fn a_neighbour_sends_the_range_of_a_blob_that_was_requested() {
+async fn a_neighbor_sends_the_range_of_a_blob_that_was_requested() {
     let network = TestNetwork::default();
     let blob = content(RANGE + 1000);
     let (a, b) = (
@@ -139,7 +139,7 @@ async fn a_peer_whose_admission_is_revoked_gets_no_further_range() {
 #[tokio::test]
 async fn invalid_long_or_too_many_range_requests_are_faults() {
     let ranges = RateLimit { burst: 4.0, per_second: 0.0 };
-    let limits = NeighbourRateLimits { ranges, ..NeighbourRateLimits::DEFAULT };
+    let limits = NeighborRateLimits { ranges, ..NeighborRateLimits::DEFAULT };
     let a = serving(NodeOptions { limits, ..NodeOptions::default() }, TestRangeServer::of(&[])).await;
     let mut culprit = RawPeer::known_to(&a).await;
     let digest = Digest::of(b"");

@@ -10,7 +10,7 @@ async fn agent_of(versions: Versions, network: &TestNetwork) -> MeshTestNode {
 }
 
 #[tokio::test]
-async fn agents_of_neighbouring_majors_learn_what_the_other_announces() {
+async fn agents_of_neighboring_majors_learn_what_the_other_announces() {
     let network = TestNetwork::default();
     let (today, next) = (agent_of(Versions::GOSSIP, &network).await, agent_of(NEXT, &network).await);
     today.announce(blob("older, before")).await;

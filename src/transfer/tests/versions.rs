@@ -43,7 +43,7 @@ impl VersionPair {
 }
 
 #[tokio::test]
-async fn agents_of_neighbouring_majors_admit_each_other_and_serve_have_and_get() {
+async fn agents_of_neighboring_majors_admit_each_other_and_serve_have_and_get() {
     with_deadline(async {
         let pair = VersionPair::met(300_000).await;
         for (case, fetcher, provider, blob) in pair.both_ways() {

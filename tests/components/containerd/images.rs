@@ -65,7 +65,7 @@ pub(crate) async fn labels_that_were_missing_are_written(version: &str) {
     let store = daemon.store("k8s.io");
     let node = TestNode::new();
     let recipe = Recipe { layers: vec![1_500_000, 3000], index: true, ..Recipe::default() };
-    let name = "r.test/unlabelled:1";
+    let name = "r.test/unlabeled:1";
     let image = node.announce_image(name, &recipe, 1).await;
     let pin = store.pin(HOUR).await.unwrap();
     for blob in every_blob(&image) {
@@ -81,5 +81,5 @@ pub(crate) async fn labels_that_were_missing_are_written(version: &str) {
     assert_eq!(blobs_lost_to_gc(&store, &image).await, Vec::<String>::new());
     let manifest = store.blob(image.blobs[0].digest).await.unwrap().unwrap();
     assert!(manifest.has_children);
-    assert_eq!(manifest.sources.iter().map(ToString::to_string).collect::<Vec<_>>(), ["r.test/unlabelled"]);
+    assert_eq!(manifest.sources.iter().map(ToString::to_string).collect::<Vec<_>>(), ["r.test/unlabeled"]);
 }

@@ -277,7 +277,7 @@ impl RunningCase<'_> {
         let objects = probe.objects(ImageUse::Container);
         objects.iter().try_for_each(|object| self.bed.cluster().apply(object))?;
         let runs =
-            |objects: &Objects| objects.labelled(LABEL, &id).first().is_some_and(|pod| has_started(pod)).then_some(());
+            |objects: &Objects| objects.labeled(LABEL, &id).first().is_some_and(|pod| has_started(pod)).then_some(());
         let outcome = self.bed.cluster().wait("the probe to run", WAIT_DEADLINE, runs);
         objects.iter().try_for_each(|object| self.bed.cluster().delete(object))?;
         outcome
@@ -296,7 +296,7 @@ impl RunningCase<'_> {
     }
 
     fn pods<'o>(&self, objects: &'o Objects) -> Vec<&'o Value> {
-        objects.labelled(LABEL, &self.case_on_node.id)
+        objects.labeled(LABEL, &self.case_on_node.id)
     }
 
     /// The messages of Events with this reason on the row's pods.

@@ -107,7 +107,7 @@ fn wait_connected(bed: &TestBed, one: &str, other: &str) -> Result<(), TestError
             let Ok(said) = asked else { return Ok(None) };
             let status: Value = serde_json::from_str(&said).map_err(|error| format!("{error}: {said}"))?;
             let members = status["mesh"]["members"].as_array().cloned().unwrap_or_default();
-            let is_met = |member: &Value| member["node"] == other && member["neighbour"] == true;
+            let is_met = |member: &Value| member["node"] == other && member["neighbor"] == true;
             Ok(members.iter().any(is_met).then_some(()))
         })?;
     }

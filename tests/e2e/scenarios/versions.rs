@@ -4,10 +4,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{RegistryDown, agent_pod, ensure};
-use crate::pods::{TestNamespace, WAIT_DEADLINE};
+use crate::pods::{TestNamespace, WAIT_DEADLINE, pod_spec};
 use crate::test_bed::{NODES, REGISTRY, TestBed, TestError, shipped_manifest, wait_for};
 
 /// The commit that `scripts/previous.sh` builds.
@@ -185,9 +185,19 @@ fn provide_image(space: &TestNamespace<'_>, name: &str, node: &str) -> Result<St
 }
 
 fn recover_image(space: &TestNamespace<'_>, name: &str, image: &str, node: &str) -> Result<(), TestError> {
-    space.pod(name, node, image, true)?;
+    // The previous build reads the annotation `auto-salvage` only, and its Event has another reason.
+    let annotations = json!({"lighterman.dev/recover": "true", "lighterman.dev/auto-salvage": "true"});
+    space.bed.apply(&json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "namespace": space.name, "annotations": annotations},
+        "spec": pod_spec(image, Some(node)),
+    }))?;
     space.wait_running(name)?;
-    let note = space.wait_recovered(name)?;
+    let note = wait_for(&format!("the Event on pod {name}"), WAIT_DEADLINE, || {
+        let notes = ["ImageRecovered", "ImageSalvaged"].map(|reason| space.events(name, reason));
+        let notes = notes.into_iter().collect::<Result<Vec<_>, _>>()?;
+        Ok(notes.into_iter().flatten().next())
+    })?;
     println!("  {name}: {note}");
     Ok(())
 }

@@ -87,7 +87,7 @@ impl Mesh {
     /// SIGKILL: the kernel closes the process's connections.
     pub(crate) fn kill(&mut self, node: NodeNumber) {
         let Some(agent) = self.nodes[node].agent.take() else { return };
-        for link in agent.neighbours.into_values().flatten() {
+        for link in agent.neighbors.into_values().flatten() {
             let side = usize::from(self.connections[link as usize].ends[0].0 != node);
             self.send(link, side, Frame::Closed);
             self.connections[link as usize].open[side] = false;
@@ -121,7 +121,7 @@ impl Mesh {
                 self.connect_quic(node, peer, true);
             }
         }
-        let is_alone = self.nodes[node].agent.as_ref().is_none_or(|agent| agent.neighbours.is_empty());
+        let is_alone = self.nodes[node].agent.as_ref().is_none_or(|agent| agent.neighbors.is_empty());
         let wait = if is_alone { FIRST_JOIN } else { JOIN };
         let at = self.now + wait + self.jitter(wait / 5);
         self.schedule(at, Event::Join(node, life));
@@ -235,7 +235,7 @@ impl Mesh {
         let [near, far] = [side, 1 - side].map(|side| self.connections[link as usize].end(side).0);
         let peer = self.nodes[far].peer.id;
         let Some(agent) = &mut self.nodes[near].agent else { return };
-        agent.neighbours.entry(far).or_default().push(link);
+        agent.neighbors.entry(far).or_default().push(link);
         self.with_protocol(near, |protocol, _, now| protocol.connection_opened(link, peer, now));
         self.send(link, side, Frame::Subscribe);
         self.send(link, side, Frame::Ping);
@@ -249,7 +249,7 @@ impl Mesh {
             return;
         }
         agent.admitted.remove(&peer);
-        for link in agent.neighbours.get(&peer).cloned().unwrap_or_default() {
+        for link in agent.neighbors.get(&peer).cloned().unwrap_or_default() {
             self.close(link, node);
         }
     }

@@ -199,7 +199,7 @@ impl Mesh {
         }
         let (from, _) = self.connections[link as usize].end(1 - side);
         let (now, peer) = (self.now, self.nodes[from].peer.id);
-        let dialled = side == 0;
+        let dialed = side == 0;
         let Some(agent) = &mut self.nodes[node].agent else { return };
         let router = &mut agent.router;
         let sending = match frame {
@@ -214,7 +214,7 @@ impl Mesh {
             Frame::Closed => return self.end_side(link, side),
             Frame::IHave(messages) => router.handle_ihave(from, &messages, now),
             Frame::IWant(messages) => router.handle_iwant(from, &messages),
-            Frame::Subscribe => router.handle_subscription(from, dialled, now),
+            Frame::Subscribe => router.handle_subscription(from, dialed, now),
             Frame::Graft => router.handle_graft(from, now),
             Frame::Prune => {
                 router.handle_prune(from, now);
@@ -304,10 +304,10 @@ impl Mesh {
         let (other, _) = self.connections[link as usize].end(1 - side);
         let peer = self.nodes[other].peer.id;
         let Some(agent) = &mut self.nodes[node].agent else { return };
-        if let Some(links) = agent.neighbours.get_mut(&other) {
+        if let Some(links) = agent.neighbors.get_mut(&other) {
             links.retain(|open| *open != link);
             if links.is_empty() {
-                agent.neighbours.remove(&other);
+                agent.neighbors.remove(&other);
                 agent.router.remove_peer(other);
             }
         }

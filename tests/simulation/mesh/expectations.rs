@@ -116,8 +116,8 @@ impl Mesh {
     }
 
     /// Number of nodes with a connection to this node.
-    pub(crate) fn neighbours(&self, node: NodeNumber) -> usize {
-        self.nodes[node].agent.as_ref().map_or(0, |agent| agent.neighbours.len())
+    pub(crate) fn neighbors(&self, node: NodeNumber) -> usize {
+        self.nodes[node].agent.as_ref().map_or(0, |agent| agent.neighbors.len())
     }
 
     /// The member status of one node at another.

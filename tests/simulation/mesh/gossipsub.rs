@@ -62,8 +62,8 @@ pub(crate) struct Router {
 
 impl Router {
     /// Handles the subscription of a peer.
-    pub(crate) fn handle_subscription(&mut self, peer: NodeNumber, dialled: bool, now: u64) -> OutgoingFrames {
-        self.peers.insert(peer, dialled);
+    pub(crate) fn handle_subscription(&mut self, peer: NodeNumber, dialed: bool, now: u64) -> OutgoingFrames {
+        self.peers.insert(peer, dialed);
         if self.mesh.len() < MESH_N_LOW && !self.is_backing_off(peer, now) && self.mesh.insert(peer) {
             return vec![(peer, Frame::Graft)];
         }
@@ -116,11 +116,11 @@ impl Router {
 
     /// Handles GRAFT: the peer adds this node to its mesh.
     pub(crate) fn handle_graft(&mut self, peer: NodeNumber, now: u64) -> OutgoingFrames {
-        let Some(dialled) = self.peers.get(&peer).copied() else { return Vec::new() };
+        let Some(dialed) = self.peers.get(&peer).copied() else { return Vec::new() };
         if self.mesh.contains(&peer) {
             return Vec::new();
         }
-        if self.is_backing_off(peer, now) || (self.mesh.len() >= MESH_N_HIGH && !dialled) {
+        if self.is_backing_off(peer, now) || (self.mesh.len() >= MESH_N_HIGH && !dialed) {
             self.backoff.insert(peer, now + PRUNE_BACKOFF);
             return vec![(peer, Frame::Prune)];
         }
@@ -171,9 +171,9 @@ impl Router {
         if self.mesh.len() >= MESH_N_HIGH {
             self.prune(now, rng, &mut sending);
         }
-        let dialled = self.mesh.iter().filter(|peer| self.is_outbound(**peer)).count();
-        if self.mesh.len() >= MESH_N_LOW && dialled < MESH_OUTBOUND_MIN {
-            self.graft(MESH_OUTBOUND_MIN - dialled, |dialled| dialled, now, rng, &mut sending);
+        let dialed = self.mesh.iter().filter(|peer| self.is_outbound(**peer)).count();
+        if self.mesh.len() >= MESH_N_LOW && dialed < MESH_OUTBOUND_MIN {
+            self.graft(MESH_OUTBOUND_MIN - dialed, |dialed| dialed, now, rng, &mut sending);
         }
         self.emit_gossip(rng, &mut sending);
         self.history.rotate_right(1);
@@ -186,7 +186,7 @@ impl Router {
     }
 
     fn is_outbound(&self, peer: NodeNumber) -> bool {
-        self.peers.get(&peer).is_some_and(|dialled| *dialled)
+        self.peers.get(&peer).is_some_and(|dialed| *dialed)
     }
 
     fn is_backing_off(&self, peer: NodeNumber, now: u64) -> bool {
@@ -201,8 +201,8 @@ impl Router {
         rng: &mut SmallRng,
         sending: &mut OutgoingFrames,
     ) {
-        let free = self.peers.iter().filter(|(peer, dialled)| {
-            fits(**dialled) && !self.mesh.contains(peer) && !self.is_backing_off(**peer, now)
+        let free = self.peers.iter().filter(|(peer, dialed)| {
+            fits(**dialed) && !self.mesh.contains(peer) && !self.is_backing_off(**peer, now)
         });
         let chosen = free.map(|(peer, _)| *peer).choose_multiple(rng, count);
         sending.extend(chosen.iter().map(|peer| (*peer, Frame::Graft)));
@@ -212,16 +212,16 @@ impl Router {
     fn prune(&mut self, now: u64, rng: &mut SmallRng, sending: &mut OutgoingFrames) {
         let mut peers: Vec<_> = self.mesh.iter().copied().collect();
         peers.shuffle(rng);
-        let mut dialled = peers.iter().filter(|peer| self.is_outbound(**peer)).count();
+        let mut dialed = peers.iter().filter(|peer| self.is_outbound(**peer)).count();
         for peer in peers {
             if self.mesh.len() == MESH_N {
                 break;
             }
             if self.is_outbound(peer) {
-                if dialled <= MESH_OUTBOUND_MIN {
+                if dialed <= MESH_OUTBOUND_MIN {
                     continue;
                 }
-                dialled -= 1;
+                dialed -= 1;
             }
             self.mesh.remove(&peer);
             self.backoff.insert(peer, now + PRUNE_BACKOFF);

@@ -52,7 +52,7 @@ pub(crate) struct SimulatedAgent {
     pub(crate) router: Router,
     /// Peers whose libp2p connections the agent accepts.
     pub(crate) admitted: BTreeSet<NodeNumber>,
-    pub(crate) neighbours: BTreeMap<NodeNumber, Vec<MeshConnectionId>>,
+    pub(crate) neighbors: BTreeMap<NodeNumber, Vec<MeshConnectionId>>,
     /// Requests in flight, and their connections.
     pub(crate) pending_requests: BTreeMap<SyncRequestId, Option<MeshConnectionId>>,
 }
@@ -151,7 +151,7 @@ impl SimulatedNode {
             inventory: Inventory::default(),
             router: Router::default(),
             admitted: BTreeSet::new(),
-            neighbours: BTreeMap::new(),
+            neighbors: BTreeMap::new(),
             pending_requests: BTreeMap::new(),
         });
     }
@@ -160,6 +160,6 @@ impl SimulatedNode {
 impl SimulatedAgent {
     /// A connection to this peer, if one is open.
     pub(crate) fn connection_to(&self, peer: NodeNumber) -> Option<MeshConnectionId> {
-        self.neighbours.get(&peer)?.first().copied()
+        self.neighbors.get(&peer)?.first().copied()
     }
 }

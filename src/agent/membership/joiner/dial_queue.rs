@@ -8,7 +8,7 @@ use crate::model::PeerId;
 /// Addresses that wait because somebody may be there: what one look-up yields, and the address book.
 pub(super) const MAX_HINTS: usize = 1024;
 
-/// Peers that wait because the mesh asks for them. It asks for a few at a time: neighbours that it lacks.
+/// Peers that wait because the mesh asks for them. It asks for a few at a time: neighbors that it lacks.
 const MAX_REQUESTED: usize = 256;
 
 /// So many met at hinted addresses are enough for one round: the mesh makes the others known, and greeting everybody would cost each

@@ -1,4 +1,5 @@
-//! What follows a recovery: pods are nudged and told, people elsewhere are told, and where that is allowed a pod is deleted.
+//! The end of a recovery: nudges, Events and webhook messages, and deletions of pods where the
+//! options permit them.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -17,8 +18,8 @@ use crate::model::{PodRef, PodView};
 use crate::oci::Reference;
 use crate::ports::PodReportKind;
 
-/// How long a nudged pod may still wait before it is deleted, where that is allowed. A nudged kubelet needs under a second and some for
-/// unpacking; one that is stuck in its queue of pulls needs minutes.
+/// Delay between a nudge and the deletion of a pod that still waits. A nudged kubelet needs less
+/// than a second, and some more for unpacking. A kubelet with a stuck queue of pulls needs minutes.
 const DELETE_AFTER: Duration = Duration::from_secs(30);
 
 impl PodController {
@@ -37,16 +38,16 @@ impl PodController {
             true => drop(self.unprovided_blobs.remove(reference)),
             false => drop(self.unprovided_blobs.insert(reference.clone(), unprovided)),
         }
-        // One that came while the recovery ended would go unnoticed: its change may have been seen before.
+        // Catches a provider that was announced while the recovery still ran.
         self.on_providers_changed();
         match result {
             Ok(recovered) => self.on_recovered(reference, &recovered, pods, started_pods),
-            Err(RecoverError::Abandoned) => tracing::info!(%reference, "nobody waits for the image any more"),
+            Err(RecoverError::Abandoned) => tracing::info!(%reference, "no pod waits for the image any more"),
             Err(error) => self.on_not_recovered(reference, &error, pods),
         }
     }
 
-    /// A dry run ended: it is told, and nothing else is done.
+    /// Reports the result of a dry run.
     pub(super) fn on_dry_run_ended(&mut self, reference: &Reference, result: Result<ResolvedImage, RecoverError>) {
         let ResolvedImage { digest, providers, tag_note: _ } = match result {
             Ok(found) => found,
@@ -115,10 +116,10 @@ impl PodController {
         }
     }
 
-    /// Whether the pod's kubelet pulls an image that has been here for a while.
+    /// Whether the pod's kubelet still pulls an image that arrived some time ago.
     fn verifies_credentials(&self, pod: &PodRef, reference: &Reference) -> bool {
         let Some(waiting) = self.waiting.get(pod) else { return false };
-        // The kubelet has to have said something since: a nudge that was lost explains the rest.
+        // The pod has changed since the import. Without a change, a lost nudge explains the wait.
         let Some(imported) = waiting.imported_at.filter(|imported| waiting.seen_at > *imported) else { return false };
         let since = now().saturating_duration_since(imported);
         let view = &waiting.view;
@@ -129,7 +130,7 @@ impl PodController {
         })
     }
 
-    /// Another nudge would not help, and nothing is deleted: a new pod would wait as well.
+    /// Reports the verification. No nudge and no deletion follows: a new pod would wait as well.
     fn report_verification(&mut self, pod: &PodRef, reference: &Reference) {
         let (image, reason) = (reference.to_string(), NotRecoverable::VerifiesCredentials);
         if self.ledger.mark_reported(pod, "", &image, reason.label()) {
@@ -142,7 +143,8 @@ impl PodController {
         }
     }
 
-    /// The containers that wait for this image now need no other nudge when the pod is next seen to wait: that may be our own patch.
+    /// Marks the containers that wait for this image as nudged. The agent's own patch is the next
+    /// change of the pod, and must not cause another nudge.
     fn record_nudge(&mut self, pod: &PodRef, reference: &Reference) {
         let Some(waiting) = self.waiting.get(pod) else { return };
         let view = &waiting.view;
@@ -178,21 +180,25 @@ impl PodController {
         self.notifications.send(PendingNotification::not_recovered(&image, kind, &pods, &note));
         let news: Vec<_> =
             pods.iter().map(|pod| self.ledger.mark_reported(pod, "", &image, error.outcome().label())).collect();
-        // The log has a line for each outcome of an image that is new to a pod; each further attempt is one for those who look closer.
+        // A warning for each outcome that is new to a pod; repeated outcomes are logged at debug
+        // level.
         match news.contains(&true) {
             true => tracing::warn!(%reference, %error, pods = pods.len(), "not recovered"),
             false => tracing::debug!(%reference, %error, "not recovered again"),
         }
         for (pod, is_news) in pods.into_iter().zip(news) {
-            // Told once per pod and image, unless it is a failure that we try again after a longer and longer wait.
+            // One Event for each pod and outcome. A failure that is retried, after a growing
+            // back-off, gets an Event at each retry.
             if kind == PodReportKind::Failed || is_news {
                 self.spawn_report(pod, kind, note.clone());
             }
         }
     }
 
-    /// An image that the kubelet finds broken, and that nobody can mend, is in the way of its own registry: the kubelet does not pull what it
-    /// takes for present. Where the registry answers, the record is removed; where it does not, the content may yet come back.
+    /// Removes the record of an image that the kubelet finds broken and that no node can repair.
+    /// Such a record blocks the image's registry: the kubelet does not pull an image that has a
+    /// record. The record stays while the registry does not answer, because the content may come
+    /// back.
     fn remove_record_if_broken(&mut self, reference: &Reference, pods: &[PodRef]) {
         let now = now();
         let is_broken =
@@ -221,9 +227,10 @@ impl PodController {
             Ok(true) => {
                 self.metrics.record_removed();
                 let note = format!(
-                    "{reference} is broken on this node and nobody has what is missing; its record was removed, so that the kubelet pulls it                      from its registry, which answers."
+                    "{reference} is broken on this node, and no node has the missing content. The agent removed the image \
+                     record, so the kubelet pulls the image from its registry, which answers."
                 );
-                tracing::warn!(%reference, "the record of a broken image was removed: no node has what it lacks");
+                tracing::warn!(%reference, "the record of a broken image was removed: no node has the missing content");
                 for pod in pods {
                     self.spawn_nudge(pod.clone());
                     self.spawn_report(pod, PodReportKind::RecordRemoved, note.clone());
@@ -234,11 +241,12 @@ impl PodController {
         }
     }
 
-    /// Deletes the pods whose image is here and that wait all the same.
+    /// Deletes pods that still wait although their images are here.
     pub(super) fn delete_due_pods(&mut self, now: Instant) {
         let is_due = |waiting: &WaitingPod| matches!(waiting.deletion, Deletion::At(at) if at <= now);
         for (pod, waiting) in self.waiting.iter_mut().filter(|(_, waiting)| is_due(waiting)) {
-            // Another of its images may still be on its way; its own end sets the moment again.
+            // Another image of the pod may be missing. The end of that image's recovery plans the
+            // deletion again.
             if !waiting.is_stuck(|reference| self.queue.is_settling(reference)) {
                 waiting.deletion = Deletion::NotPlanned;
                 continue;
@@ -280,7 +288,8 @@ impl PodController {
     }
 }
 
-/// Whether something will make the pod again when it is deleted. A static pod's mirror is owned by its node, which only shows it again.
+/// Whether a controller recreates the pod after a deletion. A static pod's mirror belongs to its
+/// node, and the kubelet only shows the mirror again.
 fn is_recreated(pod: &PodView) -> bool {
     !pod.is_static && pod.owner.as_ref().is_some_and(|owner| owner.kind != "Node")
 }

@@ -1,5 +1,5 @@
-//! What is asked beside the pods' own events: registries whether they are there, the kubelet's
-//! Events what ails a pod.
+//! Requests beside the pods' own events: probes of registries, and reads of the kubelet's Events
+//! about a pod.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::oci::Reference;
 use crate::ports::{ClusterError, KubeletEvent};
 
 impl PodController {
-    /// Asks whether the registry is there, unless it was asked a moment ago.
+    /// Probes the registry, unless a recent probe suffices.
     pub(super) fn probe_registry(&mut self, registry: &str) {
         if let Some(question) = self.registries.probe_if_due(registry, now()) {
             let stopping = self.stopping.clone();
@@ -22,8 +22,7 @@ impl PodController {
         }
     }
 
-    /// Looks again at the pods that are helped, or may be, and lack an image whose registry is
-    /// known to be down now.
+    /// Reconciles the opted-in pods that lack an image which may be recovered early now.
     pub(super) fn reconcile_pods_in_outages(&mut self) {
         let may_be_early = |image: &str| {
             let reference = image.parse::<Reference>();
@@ -40,8 +39,8 @@ impl PodController {
         affected.iter().for_each(|pod| self.reconcile_pod(pod));
     }
 
-    /// A pod none of whose containers has begun for a while may lack its sandbox's image, which
-    /// shows only in its Events.
+    /// Suspects a missing sandbox image for pods that wait long without a started container. Only a
+    /// pod's Events show a missing sandbox image.
     pub(super) fn suspect_sandboxes(&mut self, now: Instant) {
         let suspected: Vec<_> = self
             .waiting
@@ -51,8 +50,8 @@ impl PodController {
         suspected.iter().for_each(|pod| self.reconcile_pod(pod));
     }
 
-    /// A pod that waits for long without a failure may wait for a pull that does not end, which
-    /// shows in its Events.
+    /// Suspects a stalled pull for pods that wait long without a failure. Only a pod's Events show
+    /// a pull in progress.
     pub(super) fn suspect_stalls(&mut self, now: Instant) {
         let Some(stalled_after) = self.options.stalled_after else { return };
         self.waiting.values_mut().for_each(|waiting| waiting.mark_stall_suspected(stalled_after, now));
@@ -83,10 +82,10 @@ impl PodController {
         let Some(waiting) = self.waiting.get_mut(pod) else { return };
         let events = match result {
             Ok(events) => events,
-            Err(error) => return tracing::warn!(%pod, %error, "cannot read what the kubelet said about the pod"),
+            Err(error) => return tracing::warn!(%pod, %error, "cannot read the kubelet's Events about the pod"),
         };
         let mut stalled = BTreeSet::new();
-        // The oldest first: the latest message counts.
+        // Oldest first: the latest message counts.
         for event in &events {
             if let Some((reference, cause)) = missing_sandbox_image(&event.message)
                 && waiting.view.containers.iter().all(is_pending)
@@ -95,7 +94,7 @@ impl PodController {
                 waiting.missing_sandbox_image = Some((reference, cause));
             }
             for image in pending_images(&waiting.view).filter(|image| names_image(&event.message, image)) {
-                // The latest Event counts: a pull that ended is no stalled one.
+                // The latest Event counts: a pull that ended has not stalled.
                 match waiting.is_late(self.options.stalled_after, now()) && is_pulling(&event.message, image) {
                     true => drop(stalled.insert(image.to_owned())),
                     false => drop(stalled.remove(image)),
@@ -114,7 +113,7 @@ impl PodController {
     }
 }
 
-/// The images of containers that the kubelet has not come to.
+/// Images of containers that the kubelet has not tried to start.
 fn pending_images(pod: &PodView) -> impl Iterator<Item = &str> {
     pod.containers.iter().filter(|container| is_pending(container)).map(|container| container.image.as_str())
 }

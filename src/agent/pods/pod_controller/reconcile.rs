@@ -1,7 +1,8 @@
-//! What each pod needs: whether it is to be helped, and which images it lacks.
+//! Reconciles a pod: whether the pod opted in, and which images the pod lacks.
 //!
-//! A pod is decided on in two steps, because the second needs the API server and must hold up nobody: what its own words, the rules and
-//! this node's images tell is seen at once; its namespace and its owners are asked for beside, and the answer decides.
+//! Each decision takes two steps, because the second step reads from the API server and must not
+//! block other pods. The pod itself, the policy and this node's image records decide at once. A
+//! task beside the controller reads namespace and owners, and the result completes the decision.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -19,17 +20,17 @@ use crate::model::{ContainerView, PodRef, PodView, PullPolicy};
 use crate::oci::Reference;
 use crate::ports::{Annotations, Cluster, ClusterError, NamespaceView, PodReportKind};
 
-/// How soon a pod is looked at again whose namespace could not be read. Longer than the 5 s for which the adapter remembers that the API
-/// server did not answer.
+/// Delay before a pod is reconciled again whose namespace could not be read. Longer than the 5 s
+/// for which the adapter remembers that the API server did not answer.
 const UNDECIDED_RETRY: Duration = Duration::from_secs(6);
 
-/// Odd annotations that are told apart. More are counted as seen.
+/// Distinct invalid annotations that are counted and logged. Further ones are ignored.
 const MAX_ODD_ANNOTATIONS: usize = 256;
 
-/// What the API server says about whether a pod is to be helped.
+/// The API server's part of a pod's opt-in.
 pub(super) struct OptInSources {
     namespace: Arc<NamespaceView>,
-    /// Where the pod leaves it to them.
+    /// Annotations of the owners; `None` where the pod and its namespace decide alone.
     owners: Option<Vec<Arc<Annotations>>>,
 }
 
@@ -53,7 +54,7 @@ impl PodController {
         }
         let failing = pod.containers.iter().any(waits_for_image);
         if pod.is_ending || !(failing || pod.containers.iter().any(is_pending)) {
-            // What was said about images of no one container counts anew from here on.
+            // Resets the Events already sent for the pod as a whole.
             self.ledger.remove_container(&pod.pod, "");
             self.stop_waiting(&pod.pod, !pod.is_ending);
             return;
@@ -64,13 +65,14 @@ impl PodController {
         let refusal = self.policy.borrow().opt_in.opt_out_reason(&pod);
         match refusal {
             _ if !is_of_interest => self.set_needed_images(&pod.pod, BTreeSet::new()),
-            // Told without asking anybody, so that the kill switch works while the API server is away.
+            // Needs no API server: the kill switch works during the API server's outage.
             Some(reason) => self.reconcile_refused(&pod, reason),
             None => self.read_opt_in(&pod),
         }
     }
 
-    /// One question for a pod at a time; the answer decides on the pod as it is by then.
+    /// Reads the opt-in, at most once at a time for each pod. The result decides on the pod's state
+    /// at that time.
     fn read_opt_in(&mut self, pod: &PodView) {
         let Some(waiting) = self.waiting.get_mut(&pod.pod).filter(|waiting| !waiting.is_reading_opt_in) else { return };
         waiting.is_reading_opt_in = true;
@@ -107,7 +109,7 @@ impl PodController {
                 self.reconcile_opted_in(&view, &PodOptIn { on_denied, repositories, priority })
             }
             OptIn::No(reason) => self.reconcile_refused(&view, reason),
-            // Its annotations changed while the API server was asked.
+            // The pod's annotations changed during the read.
             OptIn::NeedsOwners => self.read_opt_in(&view),
         }
     }
@@ -149,7 +151,7 @@ impl PodController {
         self.set_needed_images(&pod.pod, needed);
     }
 
-    /// One container that waits for its image; answers the image if it is to be recovered.
+    /// Reconciles one container that waits for an image. Returns the image if a recovery is due.
     fn on_pull_failure(&mut self, pod: &PodView, container: &ContainerView, opt_in: &PodOptIn) -> Option<Reference> {
         let (image, policy) = failing_image(pod, container);
         let waiting = container.waiting.as_ref();
@@ -157,14 +159,16 @@ impl PodController {
         let said = waiting.map_or("", |waiting| waiting.message.as_str());
         let failure = self.failure(image, policy, known, said);
         let reference = self.on_verdict(pod, &container.name, failure, opt_in)?;
-        // The image came while the kubelet was still trying to pull it: it does not look again by itself for a while.
+        // The image arrived during the kubelet's own attempt. Without a nudge, the kubelet retries
+        // only after its back-off.
         if self.queue.is_settling(&reference) && self.ledger.mark_reported(&pod.pod, &container.name, image, "nudged") {
             self.spawn_nudge(pod.pod.clone());
         }
         Some(reference)
     }
 
-    /// An image that is not here and that nobody has failed to pull yet.
+    /// Reconciles an image that is absent and that the kubelet has not tried to pull yet, or whose
+    /// pull has stalled.
     fn on_absent_image(
         &mut self,
         pod: &PodView,
@@ -186,8 +190,9 @@ impl PodController {
         let name = of_container.map_or("", |container| container.name.as_str());
         let needed = self.on_verdict(pod, name, failure, opt_in)?;
         if is_stalled && self.ledger.mark_reported(&pod.pod, name, image, PodReportKind::Stalled.reason()) {
-            let note =
-                format!("{STALLED} {image} is brought from peers meanwhile: new pods of this node find it at once.");
+            let note = format!(
+                "{STALLED} The agent recovers {image} from peers meanwhile: new pods of this node find the image at once."
+            );
             self.spawn_report(pod.pod.clone(), PodReportKind::Stalled, note);
         }
         Some(needed)
@@ -222,7 +227,7 @@ impl PodController {
                 if self.ledger.mark_reported(&pod.pod, container, image, reason.label()) {
                     self.metrics.pod_failure_seen(reason.label());
                     let note = reason.event_text(image);
-                    tracing::info!(pod = %pod.pod, container, note, "not actionable");
+                    tracing::info!(pod = %pod.pod, container, note, "the image cannot be recovered");
                     let pods = std::slice::from_ref(&pod.pod);
                     let kind = match reason {
                         NotRecoverable::NotUnderstood(_) => PodReportKind::Unclassified,
@@ -254,20 +259,22 @@ impl PodController {
 
     fn record_left_alone(&mut self, pod: &PodView, container: &str, image: &str, reason: IgnoreReason) {
         if reason == IgnoreReason::CauseUnknown {
-            // The failure is decided on, and counted, when the cause is known. What the kubelet said before may name it.
+            // A later message decides on the failure and counts it. Earlier Events of the kubelet
+            // may name the cause.
             if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
                 waiting.schedule_event_read(now());
             }
         } else if self.ledger.mark_reported(&pod.pod, container, image, reason.label()) {
             self.metrics.pod_failure_seen(reason.label());
-            tracing::debug!(pod = %pod.pod, container, ?reason, "left alone");
+            tracing::debug!(pod = %pod.pod, container, ?reason, "no recovery for this container");
         }
     }
 
-    /// Images of containers that the kubelet has not come to, and of volumes, that are not on this node and that it would look for first.
+    /// Images of pending containers and of volumes that are not on this node and have the pull
+    /// policy `IfNotPresent`.
     pub(super) fn absent_images(&self, pod: &PodView) -> Vec<(String, PullPolicy)> {
         let here = self.image_records.borrow();
-        // What is here is not known yet, right after the start.
+        // Right after the start, no list of image records exists yet.
         let Some(here) = here.as_ref().filter(|_| pod.containers.iter().any(is_pending)) else { return Vec::new() };
         let containers = pod.containers.iter().filter(|container| is_pending(container));
         let of_containers = containers.map(|container| (&container.image, container.pull_policy));
@@ -282,15 +289,16 @@ impl PodController {
         absent.into_iter().map(|image| (image, PullPolicy::IfNotPresent)).collect()
     }
 
-    /// Learns from the kubelet's words about a pull that just failed. Whether they told of a fault of a registry.
+    /// Records the kubelet's fresh messages about failed pulls as evidence. Returns whether a
+    /// message reported a fault of a registry.
     ///
-    /// Any pod's failed pull is evidence. A pod that is not helped may name any registry, so only registries that `counts` accepts are
-    /// learnt of from it: those that have answered this agent.
+    /// Any pod's failed pull is evidence. A pod without opt-in may name any registry, so such a pod
+    /// counts only for registries that `counts` accepts: those that have answered this agent.
     fn record_outages(&mut self, pod: &PodView, counts: impl Fn(&RegistryHealth, &str) -> bool) -> bool {
         let Some(waiting) = self.waiting.get_mut(&pod.pod) else { return false };
         let mut has_recorded = false;
         let fresh = std::mem::take(&mut waiting.fresh_failures);
-        // Permission may take seconds to ask for, and evidence is as old as the pod's status.
+        // A read of the opt-in may take seconds, and evidence is as old as the pod's status.
         let seen = waiting.seen_at;
         for container in pod.containers.iter().filter(|container| fresh.contains(&container.name)) {
             let (image, _) = failing_image(pod, container);
@@ -315,7 +323,10 @@ impl PodController {
             if self.odd_annotations.len() < MAX_ODD_ANNOTATIONS && self.odd_annotations.insert(annotation.clone()) {
                 self.metrics.invalid_annotation_seen();
                 let InvalidAnnotation { key, value } = annotation;
-                tracing::warn!(pod = %pod.pod, key, value, "an annotation's value is not understood, so it permits nothing; use \"true\"");
+                tracing::warn!(
+                    pod = %pod.pod, key, value,
+                    "an annotation's value is not understood, so the annotation permits nothing; use \"true\""
+                );
             }
         }
     }
@@ -323,7 +334,7 @@ impl PodController {
     fn retry_later(&mut self, pod: &PodRef, error: &ClusterError) {
         self.retry_undecided_at.get_or_insert(now() + UNDECIDED_RETRY);
         if self.undecided.insert(pod.clone()) {
-            tracing::warn!(%pod, %error, "cannot read the pod's namespace or owner, so whether it opted in; trying again");
+            tracing::warn!(%pod, %error, "cannot read the pod's namespace or owner, so the opt-in is unknown; the agent retries");
         }
     }
 
@@ -337,14 +348,13 @@ impl PodController {
         }
     }
 
-    /// Decides anew on a pod as it was last seen.
+    /// Reconciles the pod as last seen.
     pub(super) fn reconcile_pod(&mut self, pod: &PodRef) {
         if let Some(view) = self.waiting.get(pod).map(|waiting| waiting.view.clone()) {
             self.reconcile(view);
         }
     }
 
-    /// Decides anew on every pod that waits.
     pub(super) fn reconcile_all(&mut self) {
         let pods: Vec<_> = self.waiting.keys().cloned().collect();
         for pod in pods {
@@ -368,10 +378,11 @@ impl PodController {
         self.set_needed_images(pod, BTreeSet::new());
     }
 
-    /// It waits for these images no more, before we heard that one of them has come.
+    /// Records that the pod no longer waits for these images, before the end of a recovery reaches
+    /// this task.
     fn record_started_pod<'a>(&mut self, pod: &PodRef, images: impl Iterator<Item = &'a Reference>) {
         for reference in images {
-            // Only the image that we just named can have made it go on.
+            // Only an image that this recovery has recorded can have started the pod.
             if let Some(running) = self.running.get_mut(reference).filter(|running| running.progress.is_recorded()) {
                 running.started_pods.insert(pod.clone());
             }
@@ -379,7 +390,7 @@ impl PodController {
     }
 
     fn set_needed_images(&mut self, pod: &PodRef, needed: BTreeSet<Reference>) {
-        // One of its containers may have gone on while others wait.
+        // A container may have started while others of the pod wait.
         let before = self.waiting.get(pod).map(|waiting| waiting.needed.clone()).unwrap_or_default();
         self.record_started_pod(pod, before.difference(&needed));
         for reference in self.queue.retain_wanted(pod, &needed) {

@@ -1,4 +1,4 @@
-//! Pulls that do not end: containerd's silent connections are ended, where the settings say so.
+//! Stalled pulls: ends containerd's silent connections, where the options permit that.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -11,34 +11,33 @@ use crate::decide::stalled_connections::{SILENT_SERVER_LIFE, TcpConnection, stal
 use crate::model::PodRef;
 use crate::ports::{ConnectionsError, PodReportKind, PullConnections};
 
-/// Pause between two looks at containerd's connections while pods wait. A look costs some
+/// Interval between two lists of containerd's connections while pods wait. One list costs some
 /// milliseconds of processor time on a busy node.
 const LIST_INTERVAL: Duration = Duration::from_secs(10);
 
-/// State of the looks at containerd's connections.
+/// State of the search for silent connections.
 #[derive(Debug, Default)]
 pub(super) struct StallWatch {
-    /// A look is under way.
     is_listing: bool,
     next_listing: Option<Instant>,
     /// Servers whose connections were ended, and when. One round adds 15 at most, and an entry
-    /// ends after ten minutes.
+    /// expires after ten minutes.
     silent_servers: HashMap<SocketAddr, Instant>,
-    /// The fault that the log has already.
+    /// The error that the log has already.
     logged: Option<String>,
 }
 
-/// Outcome of one look.
+/// Result of one search.
 pub(super) struct EndedConnections {
     ended: Vec<TcpConnection>,
     error: Option<ConnectionsError>,
 }
 
 impl PodController {
-    /// Looks for silent connections of containerd while a pod waits longer than a pull may take.
+    /// Ends silent connections of containerd while a pod waits longer than a pull may take.
     ///
-    /// The kubelet may be pulling for another pod, or for one that was deleted: the kernel shows
-    /// which connections are silent, and the pods' Events do not.
+    /// The kubelet may be pulling for another pod, or for a deleted pod. The kernel shows which
+    /// connections are silent, and the pods' Events do not.
     pub(super) fn end_stalled_pulls(&mut self, now: Instant) {
         let Some(after) =
             self.options.stalled_after.filter(|_| self.options.end_stalled_pulls && !self.options.dry_run)
@@ -94,13 +93,14 @@ impl PodController {
         }
     }
 
-    /// Pods that have waited for an image for longer than a pull may take, and are helped.
+    /// Opted-in pods that have waited for an image for longer than a pull may take.
     fn late_pods(&self, now: Instant) -> Vec<PodRef> {
         let late = self.waiting.iter().filter(|(_, waiting)| {
             waiting.opt_in.is_some()
                 && waiting.is_late(self.options.stalled_after, now)
                 && (waiting.view.containers.iter().any(waits_for_image)
-                    // The image may be here by now: the kubelet waits for the pull all the same.
+                    // The image may be here already, and the kubelet waits for its pull
+                    // nevertheless.
                     || !waiting.stalled_images.is_empty()
                     || !self.absent_images(&waiting.view).is_empty())
         });

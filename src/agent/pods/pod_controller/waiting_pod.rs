@@ -1,4 +1,4 @@
-//! A pod that waits: what it needs, and what is to be done about it at which moment.
+//! A waiting pod: the images that the pod needs, and the instants of its next steps.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -10,50 +10,49 @@ use crate::oci::Reference;
 
 /// One pod while any of its containers waits.
 pub(super) struct WaitingPod {
-    /// As last seen.
     pub(super) view: PodView,
-    /// When it was seen so.
+    /// When the pod changed to `view`.
     pub(super) seen_at: Instant,
-    /// Since when it waits.
+    /// When the agent first saw the pod wait.
     waiting_since: Instant,
-    /// Containers whose pull failed since the registries were told of it last.
+    /// Containers whose pull failed since the last record of evidence.
     pub(super) fresh_failures: BTreeSet<String>,
-    /// The API server is being asked whether it may be helped.
+    /// A read of the pod's opt-in is in flight.
     pub(super) is_reading_opt_in: bool,
-    /// How it is helped, if so.
+    /// The opt-in; `None` for a pod without recovery.
     pub(super) opt_in: Option<PodOptIn>,
-    /// The images that it needs from us.
+    /// Images that the pod needs from recoveries.
     pub(super) needed: BTreeSet<Reference>,
-    /// None of its containers has begun for longer than that usually takes.
+    /// No container has started within [`SANDBOX_SUSPECT_AFTER`].
     pub(super) sandbox_suspected: bool,
-    /// The sandbox's image, where the kubelet's Events name it as what is missing.
+    /// The sandbox's image that an Event of the kubelet names as missing, and the cause.
     pub(super) missing_sandbox_image: Option<(Reference, Cause)>,
-    /// Its pulls were looked into, because one of them may have stalled.
+    /// The Events were read once for a stalled pull.
     stall_suspected: bool,
-    /// Images whose pull counts as stalled.
+    /// Images whose pull has stalled.
     pub(super) stalled_images: BTreeSet<String>,
     /// When the kubelet's Events are read next.
     read_events_at: Option<Instant>,
-    /// Times that they were read.
+    /// Reads of the kubelet's Events so far.
     event_reads: u32,
-    /// When its image had come.
+    /// When the first of its images arrived.
     pub(super) imported_at: Option<Instant>,
-    /// Whether and when it is deleted if it still waits.
+    /// The deletion if the pod still waits.
     pub(super) deletion: Deletion,
 }
 
-/// How a pod is helped.
+/// The opt-in of a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PodOptIn {
-    /// Also where the registry denies the image.
+    /// Also when the registry denies the image.
     pub(super) on_denied: bool,
-    /// What it may have.
+    /// Repositories that the pod may recover from.
     pub(super) repositories: RepositoryList,
-    /// How urgent it is.
+    /// The pod's priority in the queue.
     pub(super) priority: i64,
 }
 
-/// A deletion, of which there is one at most: what is made again has another UID.
+/// State of the pod's deletion. A pod is deleted once at most: a recreated pod has another UID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Deletion {
     NotPlanned,
@@ -61,24 +60,27 @@ pub(super) enum Deletion {
     Tried,
 }
 
-/// How long a pod may be pending before its sandbox's image is suspected: images of a node's usual pods are pulled and unpacked by then.
+/// Pending time after which the sandbox's image is suspected. A node pulls and unpacks the images
+/// of usual pods within this time.
 const SANDBOX_SUSPECT_AFTER: Duration = Duration::from_secs(8);
 
-/// Between two readings of a pod's Events, doubled four-fold each time; the API server goes through the namespace's Events for each.
+/// Bounds of the interval between two reads of a pod's Events, which grows four-fold each time. For
+/// each read, the API server scans the namespace's Events.
 const MIN_EVENTS_INTERVAL: Duration = Duration::from_secs(10);
 const MAX_EVENTS_INTERVAL: Duration = Duration::from_secs(5 * 60);
 
-/// How long a broken image may wait for a node that holds what it lacks, before its record is removed. An agent that has just started knows
-/// of no peers, and a node that restarts is back in a minute or two.
+/// How long a broken image waits for a provider before its record is removed. A newly started agent
+/// has no peers yet, and a node restarts within a minute or two.
 const REMOVE_RECORD_AFTER: Duration = Duration::from_secs(120);
 
-/// Readings for one pod; what was not said in half an hour is not said.
+/// Reads of one pod's Events, which end after half an hour. The kubelet names a cause within this
+/// time or not at all.
 const MAX_EVENT_READS: u32 = 8;
 
 impl WaitingPod {
     pub(super) fn new(view: PodView, now: Instant) -> Self {
         Self {
-            // Everything that fails is new.
+            // Every failure is new.
             fresh_failures: failures(&view).map(|container| container.name.clone()).collect(),
             view,
             seen_at: now,
@@ -97,7 +99,7 @@ impl WaitingPod {
         }
     }
 
-    /// The pod as it is now.
+    /// Replaces the view. An unchanged view changes nothing.
     pub(super) fn update(&mut self, view: PodView, now: Instant) {
         if view == self.view {
             return;
@@ -106,7 +108,7 @@ impl WaitingPod {
         let fresh: Vec<_> = failures(&view).filter(|container| !known(container)).map(|c| c.name.clone()).collect();
         self.fresh_failures.extend(fresh);
         if !view.containers.iter().all(is_pending) {
-            // The sandbox is there: a container got past it.
+            // A container has started, so the sandbox exists.
             self.missing_sandbox_image = None;
             self.sandbox_suspected = false;
         }
@@ -114,7 +116,7 @@ impl WaitingPod {
         self.seen_at = now;
     }
 
-    /// It is not, or no longer, to be helped.
+    /// Ends recovery for a pod that did not opt in, or that no longer does.
     pub(super) fn clear_opt_in(&mut self) {
         self.opt_in = None;
         self.read_events_at = None;
@@ -123,7 +125,7 @@ impl WaitingPod {
         }
     }
 
-    /// Suspects its sandbox's image when the time has come; whether that is new.
+    /// Suspects the sandbox's image when the pod is late. Returns whether the suspicion is new.
     pub(super) fn mark_sandbox_suspected(&mut self, now: Instant) -> bool {
         let is_late = now.saturating_duration_since(self.waiting_since) >= SANDBOX_SUSPECT_AFTER;
         let suspect = is_late && !self.sandbox_suspected && self.view.containers.iter().all(is_pending);
@@ -131,12 +133,13 @@ impl WaitingPod {
         suspect
     }
 
-    /// Whether it has waited for longer than a pull may take.
+    /// Whether the pod has waited longer than `stalled_after`.
     pub(super) fn is_late(&self, stalled_after: Option<Duration>, now: Instant) -> bool {
         stalled_after.is_some_and(|after| now.saturating_duration_since(self.waiting_since) >= after)
     }
 
-    /// Reads its Events now, once, when it has waited for a pull for so long.
+    /// Schedules one read of the Events when an opted-in pod has waited longer than
+    /// `stalled_after`.
     pub(super) fn mark_stall_suspected(&mut self, stalled_after: Duration, now: Instant) {
         if self.is_late(Some(stalled_after), now)
             && !self.stall_suspected
@@ -148,7 +151,7 @@ impl WaitingPod {
         }
     }
 
-    /// Its Events are read soon: its status does not name the cause.
+    /// Schedules a read of the Events, because the status does not name the cause.
     pub(super) fn schedule_event_read(&mut self, now: Instant) {
         let wait = MIN_EVENTS_INTERVAL.saturating_mul(1 << (2 * self.event_reads).min(16)).min(MAX_EVENTS_INTERVAL);
         if self.event_reads < MAX_EVENT_READS {
@@ -156,7 +159,7 @@ impl WaitingPod {
         }
     }
 
-    /// Whether its Events are to be read now; the reading counts as done.
+    /// Whether a read of the Events is due; a due read counts as done.
     pub(super) fn take_due_event_read(&mut self, now: Instant) -> bool {
         let due = self.read_events_at.is_some_and(|at| at <= now);
         if due {
@@ -166,7 +169,8 @@ impl WaitingPod {
         due
     }
 
-    /// Whether the kubelet has said for a while that it has this image and that its content is missing.
+    /// Whether the kubelet has reported missing content of this image, for a pod that has waited
+    /// [`REMOVE_RECORD_AFTER`].
     pub(super) fn is_image_broken(&self, reference: &Reference, now: Instant) -> bool {
         if now.saturating_duration_since(self.waiting_since) < REMOVE_RECORD_AFTER {
             return false;
@@ -174,15 +178,16 @@ impl WaitingPod {
         self.is_content_missing(reference)
     }
 
-    /// Whether the kubelet says that content of the image is missing or damaged.
+    /// Whether the kubelet reports that content of the image is missing or damaged.
     pub(super) fn is_content_missing(&self, reference: &Reference) -> bool {
         let mut waiting =
             self.view.containers.iter().filter(|container| container.image.parse().as_ref() == Ok(reference));
         waiting.any(|container| container.waiting.as_ref().and_then(classify) == Some(Cause::MissingContent))
     }
 
-    /// Whether only a new pod would get past this: it is helped and every image is here, nothing of it runs or has run, and a container
-    /// that somebody added to a running pod is no reason to end the pod.
+    /// Whether only a new pod would start: the pod opted in, every image is here, and no container
+    /// runs or has run. A pod with an ephemeral container is never stuck, because a user adds such
+    /// containers to a running pod.
     pub(super) fn is_stuck(&self, is_here: impl Fn(&Reference) -> bool) -> bool {
         let containers = &self.view.containers;
         self.opt_in.is_some()
@@ -193,7 +198,8 @@ impl WaitingPod {
     }
 }
 
-/// Containers that tell of a pull which just failed; while it backs off, the kubelet only repeats itself.
+/// Containers whose status reports a new failed pull. During its back-off, the kubelet repeats the
+/// last message.
 fn failures(view: &PodView) -> impl Iterator<Item = &ContainerView> {
     let is_new = |container: &&ContainerView| {
         waits_for_image(container)

@@ -1,8 +1,9 @@
-//! What is in our own store: read, hashed, and replaced where its bytes are wrong.
+//! Small blobs of this node's store: read, hashed, and replaced when their bytes are wrong.
 //!
-//! What is small is hashed before it is used: documents, configurations, little layers. Larger layers are not, because to read gigabytes
-//! again for every image that shares them costs more than it saves. A store leaves out those whose size is wrong; one that is damaged inside
-//! shows when containerd unpacks it, and is then hashed ([`crate::agent::recovery::recover`], `planning`).
+//! Documents, configs and small layers are hashed before their use. Larger layers are not: reading
+//! gigabytes again for every image that shares a layer costs more than the check saves. A store
+//! does not list blobs of a wrong size. A layer with wrong bytes shows when containerd unpacks the
+//! layer, and is then hashed (`planning` in [`crate::agent::recovery::recover`]).
 
 use bytes::Bytes;
 
@@ -10,23 +11,23 @@ use super::{BlobFetcher, RecoverError};
 use crate::oci::{BlobProof, Descriptor, Digest, Hasher, MAX_DOCUMENT_BYTES};
 use crate::ports::{BlobMetadata, ContentStore, Pin, StoreError};
 
-/// A small blob in our own store.
+/// A small blob in this node's store.
 pub(in crate::agent) enum LocalBlob {
-    /// It is not there.
+    /// The store does not have the blob.
     Absent,
-    /// It is longer than [`MAX_DOCUMENT_BYTES`], and was not read.
+    /// Longer than [`MAX_DOCUMENT_BYTES`], and not read.
     TooLarge(u64),
-    /// Its bytes are not what its digest says.
+    /// The bytes do not hash to the digest.
     Damaged,
-    /// All of it, proved.
+    /// All bytes, verified.
     Whole(Bytes, BlobProof),
 }
 
 impl LocalBlob {
-    /// Reads it and hashes it.
+    /// Reads and hashes the blob.
     ///
     /// # Errors
-    /// As the store says; an absent blob is none.
+    /// [`StoreError`]. An absent blob is no error.
     pub(in crate::agent) async fn read(store: &dyn ContentStore, digest: Digest) -> Result<Self, StoreError> {
         let mut reader = match store.open(digest).await {
             Ok(reader) => reader,
@@ -56,7 +57,7 @@ impl LocalBlob {
 }
 
 impl BlobFetcher {
-    /// Whether a blob that is small enough to be hashed is here with wrong bytes.
+    /// Whether a blob of at most [`MAX_DOCUMENT_BYTES`] is here with wrong bytes.
     pub(super) async fn is_damaged(&self, blob: &Descriptor) -> Result<bool, RecoverError> {
         if blob.size > MAX_DOCUMENT_BYTES {
             return Ok(false);
@@ -65,7 +66,8 @@ impl BlobFetcher {
         Ok(matches!(held, LocalBlob::Damaged))
     }
 
-    /// Writes what is wholly in memory. What is here with wrong bytes makes room first, now that the right ones are at hand.
+    /// Writes a blob that is wholly in memory. Wrong bytes of the same blob are discarded first,
+    /// because the right bytes are at hand.
     pub(super) async fn write_whole(
         &self,
         bytes: Bytes,
@@ -79,7 +81,7 @@ impl BlobFetcher {
         let was_damaged = matches!(held, LocalBlob::Damaged);
         let mut sources = Vec::new();
         if was_damaged {
-            tracing::warn!(%digest, "the bytes in the content store are wrong; they are replaced");
+            tracing::warn!(%digest, "the bytes in the content store are wrong and are replaced");
             let blob = self.store.blob(digest).await.map_err(failed("looking for a damaged blob"))?;
             sources = blob.map(|blob| blob.sources).unwrap_or_default();
             self.store.discard(digest, pin).await.map_err(failed("discarding a damaged blob"))?;
@@ -91,11 +93,11 @@ impl BlobFetcher {
         }
         for source in sources {
             let also = BlobMetadata { source: Some(source), children: Vec::new() };
-            self.store.add_metadata(digest, &also).await.map_err(failed("labelling a blob"))?;
+            self.store.add_metadata(digest, &also).await.map_err(failed("labeling a blob"))?;
         }
-        // A store that keeps the old bytes after all must not be given an image record for them.
+        // A store that kept the wrong bytes must not get an image record for them.
         if was_damaged && !matches!(LocalBlob::read(&*self.store, digest).await, Ok(LocalBlob::Whole(..))) {
-            let source = StoreError::Other(format!("{digest} is damaged, and writing it again did not help"));
+            let source = StoreError::Other(format!("{digest} is still damaged after another write; check the disk of this node"));
             return Err(RecoverError::Store { doing: "replacing a damaged blob", source });
         }
         Ok(())

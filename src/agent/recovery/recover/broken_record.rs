@@ -1,4 +1,4 @@
-//! The last resort: an image record goes, so that the kubelet pulls the image anew.
+//! The last resort: removes an image record, so that the kubelet pulls the image again.
 
 use super::{RecoverError, Recoverer};
 use crate::agent::recovery::blob_fetcher::LocalBlob;
@@ -6,12 +6,12 @@ use crate::oci::{Digest, Document, MAX_INDEX_DEPTH, Reference, RootFs};
 use crate::ports::Snapshots;
 
 impl Recoverer {
-    /// Removes the records of an image whose missing content is on no node, so that the kubelet
-    /// pulls the image anew. False when records stay: there are none, or a snapshotter has the
-    /// image unpacked, and pods still start from the snapshot.
+    /// Removes the records of an image whose missing content is on no node. The kubelet then pulls
+    /// the image from the registry. Returns false when the records stay: no record exists, or a
+    /// snapshotter has the image unpacked and new pods still start from the snapshot.
     ///
     /// # Errors
-    /// As the store says.
+    /// [`RecoverError::Store`].
     pub(in crate::agent) async fn remove_broken_record(&self, reference: &Reference) -> Result<bool, RecoverError> {
         let Some(target) = self.recorded_target(reference).await? else { return Ok(false) };
         let unpacked = self.snapshots_of(target).await?.snapshotters;
@@ -25,8 +25,8 @@ impl Recoverer {
         Ok(true)
     }
 
-    /// The snapshotters that have the image unpacked. The runtime finds a snapshot by the image's
-    /// configuration, so an image without its documents counts as not unpacked.
+    /// The snapshotters that have the image unpacked. The runtime finds a snapshot through the
+    /// image's config, so an image without its documents counts as not unpacked.
     async fn snapshots_of(&self, root: Digest) -> Result<Snapshots, RecoverError> {
         let Some(config) = self.local_config(root).await? else { return Ok(Snapshots::default()) };
         let Some(bytes) = self.read_local(config).await? else { return Ok(Snapshots::default()) };
@@ -35,7 +35,7 @@ impl Recoverer {
         self.store.snapshots(top).await.map_err(RecoverError::store("looking for snapshots"))
     }
 
-    /// The configuration of this platform, as far as the documents here tell.
+    /// The digest of this platform's config, from the documents of this node.
     async fn local_config(&self, root: Digest) -> Result<Option<Digest>, RecoverError> {
         let mut digest = root;
         for _ in 0..=MAX_INDEX_DEPTH {

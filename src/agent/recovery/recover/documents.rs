@@ -7,7 +7,7 @@ use crate::oci::{Descriptor, Digest, Document, Index, MAX_INDEX_DEPTH, Manifest,
 use crate::ports::{FetchError, Pin};
 
 impl Recoverer {
-    /// Fetches the indexes, if there are any, and the manifest of this platform.
+    /// Fetches the indexes, if any, and the manifest of this platform.
     ///
     /// containerd follows one entry of each index, an index inside an index too
     /// (`images.Manifest`). The bound here is [`MAX_INDEX_DEPTH`].
@@ -44,7 +44,8 @@ impl Recoverer {
             has_platform = entry.platform.is_some();
             let fetched = self.blob_fetcher.document(reference, entry.digest, providers, pin).await;
             let (child, fetched) = fetched.map_err(|error| self.name_other_platforms(reference, providers, error))?;
-            // The runtime goes by the index, and refuses a document of another shape.
+            // The runtime trusts the media type in the index, and refuses a document of another
+            // type.
             child
                 .check_media_type(&entry.media_type)
                 .map_err(|source| RecoverError::Document { digest: entry.digest, source })?;
@@ -54,9 +55,9 @@ impl Recoverer {
     }
 
     /// Fetches the documents of another platform that CRI reads to compute the size of an image
-    /// whose own entry names no platform. CRI reads none of their configurations and layers.
-    /// Without these documents the kubelet's own pull fails too (`get image compressed resource
-    /// size`, seen on containerd 1.7, 2.3 and 2.4).
+    /// whose own entry names no platform. CRI reads none of their configs and layers. Without these
+    /// documents the kubelet's own pull fails too (`get image compressed resource size`, seen on
+    /// containerd 1.7, 2.3 and 2.4).
     async fn fetch_sized_documents(
         &self,
         reference: &Reference,
@@ -87,8 +88,8 @@ impl Recoverer {
         Err(RecoverError::NestedIndex { digest })
     }
 
-    /// Checks the platform in the configuration of a manifest that an index names without a
-    /// platform. containerd tries no second entry, so one configuration is read for an image.
+    /// Verifies the platform in the config of a manifest that an index names without a platform.
+    /// containerd tries no second entry, so one config is read for an image.
     async fn check_config(
         &self,
         reference: &Reference,
@@ -107,7 +108,7 @@ impl Recoverer {
         }
     }
 
-    /// Names the reason why no provider of the image has a document of this platform: the
+    /// Replaces the error when no provider of the image has the document of this platform: the
     /// providers run the image on other platforms.
     fn name_other_platforms(&self, reference: &Reference, providers: &[PeerId], error: RecoverError) -> RecoverError {
         match error {
@@ -126,13 +127,13 @@ impl Recoverer {
         RecoverError::NoPlatform { digest: root.digest, platform: self.platform.clone() }
     }
 
-    /// The entry of the index that the runtime of this node takes.
+    /// The entry of the index that the runtime of this node selects.
     fn select<'a>(&self, root: &Descriptor, index: &'a Index) -> Result<&'a Descriptor, RecoverError> {
         index.select(&self.platform).ok_or_else(|| self.no_platform(root))
     }
 }
 
-/// Whether no peer that was asked has the blob.
+/// Whether every asked peer lacks the blob.
 fn is_absent_everywhere(attempts: &[FetchError]) -> bool {
     attempts.iter().all(|error| matches!(error, FetchError::Absent { .. }))
 }

@@ -1,5 +1,4 @@
-//! Which blobs of an image have to come: those that are absent, and those that are here with wrong
-//! bytes.
+//! Lists the blobs to fetch: the absent ones, and the ones with wrong bytes on this node.
 
 use std::collections::HashSet;
 
@@ -8,13 +7,13 @@ use crate::decide::plan::{FetchPlan, plan};
 use crate::oci::{Descriptor, Digest, Hasher, MAX_DOCUMENT_BYTES, Manifest};
 use crate::ports::{ContentStore, Pin, StoreError};
 
-/// Bytes hashed at a time: a millisecond's work, after which other tasks have their turn.
+/// Bytes hashed between two yields, a millisecond of work.
 const HASH_CHUNK: usize = 1 << 20;
 
 impl Recoverer {
-    /// Plans a manifest. Small blobs are hashed when they are used. Large layers are hashed here,
-    /// and only `in_doubt`: to read gigabytes for every image that shares them would cost more than
-    /// it saves.
+    /// Plans the blobs of a manifest. Small blobs are hashed before their use. Large layers are
+    /// hashed here, and only with `verify_layers`: reading gigabytes for every image that shares a
+    /// layer costs more than the check saves.
     pub(super) async fn plan(
         &self,
         manifest: &Manifest,
@@ -32,8 +31,8 @@ impl Recoverer {
         Ok(plan(manifest, |digest| present.contains(&digest)))
     }
 
-    /// Discards a large layer whose bytes are wrong, where a peer has the right ones. Whether the
-    /// layer has to come.
+    /// Discards a large layer with wrong bytes if a peer has the blob. Returns whether the layer
+    /// was discarded and has to be fetched.
     async fn discard_if_damaged(&self, blob: &Descriptor, pin: &Pin) -> Result<bool, RecoverError> {
         let digest = blob.digest;
         if blob.size <= MAX_DOCUMENT_BYTES {

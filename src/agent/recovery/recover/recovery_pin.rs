@@ -8,13 +8,13 @@ use crate::decide::pin_term::PinTerm;
 use crate::oci::Reference;
 use crate::ports::{ContentStore, Pin};
 
-/// How long content is held against the collector should this agent die: an agent that starts
-/// again within the hour finds the content of the last attempt, and a node without an agent drops
-/// the content within the hour. A failed attempt leaves the pin to expire for the same reason. A
-/// recovery that takes longer renews the pin at half life.
+/// Life of the pin if this agent dies. An agent that starts again within the hour finds the content
+/// of the last attempt. On a node without an agent, the collector removes the content after the
+/// hour. A failed attempt leaves the pin to expire for the same reason. A recovery that takes
+/// longer renews the pin at half life.
 pub(super) const PIN_LIFE: Duration = Duration::from_secs(3600);
 
-/// Holds the content of one recovery.
+/// Pins the content of one recovery.
 pub(super) struct RecoveryPin {
     store: Arc<dyn ContentStore>,
     pin: Pin,
@@ -37,7 +37,7 @@ impl RecoveryPin {
         self.term().left(now())
     }
 
-    /// Runs `work` and renews the pin meanwhile. Dropped with `work`, at any await.
+    /// Runs `work` and renews the pin meanwhile. Dropping the future drops `work` too.
     pub(super) async fn renew_during<T>(&self, reference: &Reference, work: impl Future<Output = T>) -> T {
         tokio::select! {
             biased;
@@ -58,7 +58,7 @@ impl RecoveryPin {
             };
             let left = self.remaining().as_secs();
             if self.term().record_failure(now()) {
-                tracing::warn!(%reference, %error, left, "the pin of a recovery cannot be renewed; it is tried again");
+                tracing::warn!(%reference, %error, left, "the pin of a recovery cannot be renewed; the agent retries");
             }
         }
     }
@@ -66,7 +66,7 @@ impl RecoveryPin {
     /// Releases the pin. A pin that cannot be released expires.
     pub(super) async fn release(self, reference: &Reference) {
         if let Err(error) = self.store.release(self.pin).await {
-            tracing::warn!(%reference, %error, "the pin is left to expire");
+            tracing::warn!(%reference, %error, "the pin of a recovery cannot be released; the pin expires by itself");
         }
     }
 
@@ -89,7 +89,7 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
-    /// A blob under a pin, and a recovery that goes on for this long while the store collects.
+    /// A blob under a pin, after a recovery of so many hours during which the store collects.
     async fn blob_after(hours: u32) -> (Arc<MemoryStore>, RecoveryPin, Digest) {
         let store = Arc::new(MemoryStore::new());
         let pinned = RecoveryPin::new(Arc::clone(&store) as _).await.unwrap();
@@ -112,7 +112,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_recovery_of_five_hours_keeps_its_pin_with_half_a_life_left() {
         let (store, pinned, digest) = blob_after(5).await;
-        assert!(store.blob(digest).await.unwrap().is_some(), "the collector took the blob");
+        assert!(store.blob(digest).await.unwrap().is_some(), "the pin keeps the blob");
         assert!(pinned.remaining() >= PIN_LIFE / 2, "{:?} left", pinned.remaining());
     }
 

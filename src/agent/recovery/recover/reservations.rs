@@ -8,7 +8,8 @@ use crate::decide::disk_reservations::Reservation;
 use crate::decide::plan::FetchPlan;
 
 impl Recoverer {
-    /// Keeps the plan within the limits, those of the disks together with every other recovery.
+    /// Checks the plan against the size limit, and reserves disk space for its blobs. The disk
+    /// floors hold for all recoveries of this node together.
     pub(in crate::agent) async fn reserve(&self, plan: &FetchPlan) -> Result<Reservation, RecoverError> {
         let budgets = self.policy.borrow().budgets;
         plan.check_size(budgets.max_image_bytes)?;
@@ -22,12 +23,12 @@ impl Recoverer {
         )?)
     }
 
-    /// Room for the layers of a recovery that has a reservation.
+    /// Reserves space for unpacked layers within the reservation of a recovery.
     pub(in crate::agent) fn layer_reservation<'a>(&'a self, reservation: &'a Reservation) -> LayerReservation<'a> {
         LayerReservation { store: &*self.store, reservations: &self.reservations, policy: &self.policy, reservation }
     }
 
-    /// Whether a recovery that was refused for want of room has room now.
+    /// Whether one of the recoveries that were refused for lack of space fits now.
     pub(in crate::agent) async fn take_freed_space(&self) -> bool {
         let Ok((before, disks)) = measure(&*self.store, &self.reservations).await else { return false };
         let lines = self.policy.borrow().budgets.disk_floors();

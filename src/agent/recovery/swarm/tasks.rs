@@ -46,7 +46,7 @@ impl Swarm<'_> {
                     shared.picker().record_piece_map(peer, digest, &update, now());
                     shared.piece_received.notify_one();
                     if update == PieceMapUpdate::HaveAll {
-                        // There is no more to hear. The task lives on so that the pool's neighbour stays one.
+                        // There is no more to hear. The task lives on so that the pool's neighbor stays one.
                         std::future::pending::<()>().await;
                     }
                 }

@@ -12,7 +12,7 @@ pub(super) struct RateLimit {
 
 /// The rate limits of every neighbor.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct NeighbourRateLimits {
+pub(super) struct NeighborRateLimits {
     /// Gossip messages.
     pub(super) messages: RateLimit,
     /// Bytes of gossip messages.
@@ -23,7 +23,7 @@ pub(super) struct NeighbourRateLimits {
     pub(super) ranges: RateLimit,
 }
 
-impl NeighbourRateLimits {
+impl NeighborRateLimits {
     /// Far above the needs of an honest mesh, because an excess is a fault.
     pub(super) const DEFAULT: Self = Self {
         // A thousand nodes start together, each with 16 entries, and all entries come through one
@@ -42,13 +42,13 @@ impl NeighbourRateLimits {
 
 /// The rest of a rate limit.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct NeighbourBudget {
+pub(super) struct NeighborBudget {
     rate: RateLimit,
     tokens: f64,
     refilled_at: Instant,
 }
 
-impl NeighbourBudget {
+impl NeighborBudget {
     /// A full budget.
     pub(super) fn new(rate: RateLimit, now: Instant) -> Self {
         Self { rate, tokens: rate.burst, refilled_at: now }
@@ -86,7 +86,7 @@ mod tests {
     #[test]
     fn a_burst_passes_and_then_the_rate_per_second() {
         let start = Instant::now();
-        let mut budget = NeighbourBudget::new(RateLimit { burst: 3.0, per_second: 2.0 }, start);
+        let mut budget = NeighborBudget::new(RateLimit { burst: 3.0, per_second: 2.0 }, start);
         assert!((0..3).all(|_| budget.try_take(1.0, start)));
         assert!(!budget.try_take(1.0, start), "the burst is over");
         let later = start + Duration::from_millis(500);

@@ -5,36 +5,36 @@ use std::time::Instant;
 
 use libp2p::request_response::InboundRequestId;
 
-use super::super::neighbour_budget::{NeighbourBudget, NeighbourRateLimits};
+use super::super::neighbor_budget::{NeighborBudget, NeighborRateLimits};
 use super::super::stack::{MAX_ANSWERING, MAX_SNAPSHOTS, MAX_SNAPSHOTS_IN_ALL};
 use crate::model::{PeerId, SyncRequest};
 
 /// A peer that is or was connected.
-struct Neighbour {
-    messages: NeighbourBudget,
-    bytes: NeighbourBudget,
-    questions: NeighbourBudget,
-    ranges: NeighbourBudget,
+struct Neighbor {
+    messages: NeighborBudget,
+    bytes: NeighborBudget,
+    questions: NeighborBudget,
+    ranges: NeighborBudget,
     /// The requests that are being answered; true for a snapshot.
     answering: HashMap<InboundRequestId, bool>,
 }
 
 /// All neighbors. An entry stays until its budgets are full again, so a reconnect resets no budget.
 /// Only allowed peers have entries, so the number is small.
-pub(super) struct Neighbours {
-    limits: NeighbourRateLimits,
-    by_peer: HashMap<PeerId, Neighbour>,
+pub(super) struct Neighbors {
+    limits: NeighborRateLimits,
+    by_peer: HashMap<PeerId, Neighbor>,
 }
 
-impl Neighbours {
-    pub(super) fn new(limits: NeighbourRateLimits) -> Self {
+impl Neighbors {
+    pub(super) fn new(limits: NeighborRateLimits) -> Self {
         Self { limits, by_peer: HashMap::new() }
     }
 
     /// Whether the peer is within the limits with this gossip message.
     pub(super) fn try_take_message(&mut self, peer: PeerId, bytes: usize, now: Instant) -> bool {
-        let neighbour = self.entry(peer, now);
-        neighbour.messages.try_take(1.0, now) && neighbour.bytes.try_take(bytes as f64, now)
+        let neighbor = self.entry(peer, now);
+        neighbor.messages.try_take(1.0, now) && neighbor.bytes.try_take(bytes as f64, now)
     }
 
     /// Whether the peer is within the limit with this sync request.
@@ -71,26 +71,26 @@ impl Neighbours {
 
     /// The answer was sent, or has failed.
     pub(super) fn finish_answer(&mut self, peer: PeerId, question: InboundRequestId) {
-        if let Some(neighbour) = self.by_peer.get_mut(&peer) {
-            neighbour.answering.remove(&question);
+        if let Some(neighbor) = self.by_peer.get_mut(&peer) {
+            neighbor.answering.remove(&question);
         }
     }
 
     /// Removes peers with full budgets and no answers in progress.
     pub(super) fn evict_idle(&mut self, now: Instant) {
-        self.by_peer.retain(|_, Neighbour { messages, bytes, questions, ranges, answering }| {
+        self.by_peer.retain(|_, Neighbor { messages, bytes, questions, ranges, answering }| {
             let rested = [messages, bytes, questions, ranges].into_iter().all(|budget| budget.is_full(now));
             !rested || !answering.is_empty()
         });
     }
 
-    fn entry(&mut self, peer: PeerId, now: Instant) -> &mut Neighbour {
-        let NeighbourRateLimits { messages, bytes, questions, ranges } = self.limits;
-        self.by_peer.entry(peer).or_insert_with(|| Neighbour {
-            messages: NeighbourBudget::new(messages, now),
-            bytes: NeighbourBudget::new(bytes, now),
-            questions: NeighbourBudget::new(questions, now),
-            ranges: NeighbourBudget::new(ranges, now),
+    fn entry(&mut self, peer: PeerId, now: Instant) -> &mut Neighbor {
+        let NeighborRateLimits { messages, bytes, questions, ranges } = self.limits;
+        self.by_peer.entry(peer).or_insert_with(|| Neighbor {
+            messages: NeighborBudget::new(messages, now),
+            bytes: NeighborBudget::new(bytes, now),
+            questions: NeighborBudget::new(questions, now),
+            ranges: NeighborBudget::new(ranges, now),
             answering: HashMap::new(),
         })
     }
