@@ -7,6 +7,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 use super::api_error::{is_object_name, truncate};
 use super::mirror_pods::MIRROR_ANNOTATION;
+use crate::decide::opt_in::is_deciding;
+use crate::decide::repositories::MAX_LIST;
 use crate::model::{ContainerKind, ContainerView, ImageVolume, Owner, PodRef, PodView, PullPolicy, WaitingState};
 use crate::oci::Reference;
 
@@ -29,6 +31,9 @@ const MAX_REFERENCE: usize = 253 + 1 + 63;
 /// Most bytes of an annotation's value. The annotation of `kubectl apply` is as long as the object
 /// itself; the annotations of lighterman have a word or a short list.
 const MAX_VALUE: usize = 1024;
+
+/// Most bytes of the value of an annotation that decides: a list of repositories.
+const MAX_DECIDING_VALUE: usize = MAX_LIST;
 
 /// Most labels, and most annotations, of one object: the first by name. The API bounds all
 /// annotations together by 256 KiB, and labels by the object's size. A user who can add more can
@@ -76,9 +81,17 @@ pub(super) fn pod_view(pod: Pod) -> Option<PodView> {
     })
 }
 
-/// Labels or annotations within the bounds [`MAX_VALUE`] and [`MAX_PAIRS`].
+/// Labels or annotations within the bounds [`MAX_VALUE`] and [`MAX_PAIRS`]. An annotation that
+/// decides is never dropped for the length of its value: without a namespace's list of
+/// repositories, pods of the namespace could recover any image. A value beyond
+/// [`MAX_DECIDING_VALUE`] is truncated to a length that every parser rejects. Truncation may take
+/// three bytes more, because a character stays whole.
 pub(super) fn bounded_pairs(pairs: BTreeMap<String, String>) -> BTreeMap<String, String> {
-    pairs.into_iter().filter(|(_, value)| value.len() <= MAX_VALUE).take(MAX_PAIRS).collect()
+    let decides = |key: &str| key.rsplit_once('/').is_some_and(|(_, name)| is_deciding(name));
+    let (deciding, others): (Vec<_>, Vec<_>) = pairs.into_iter().partition(|(key, _)| decides(key));
+    let deciding = deciding.into_iter().map(|(key, value)| (key, truncate(&value, MAX_DECIDING_VALUE + 4).to_owned()));
+    let others = others.into_iter().filter(|(_, value)| value.len() <= MAX_VALUE);
+    others.take(MAX_PAIRS).chain(deciding.take(MAX_PAIRS)).collect()
 }
 
 /// The owner that controls the object; the API server accepts at most one.
@@ -147,6 +160,7 @@ fn pull_policy(spec: Option<&str>, image: &str) -> PullPolicy {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::decide::repositories::RepositoryList;
     use serde_json::json;
 
     const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
@@ -298,6 +312,19 @@ mod tests {
         for (phase, ending) in [("Pending", false), ("Running", false), ("Succeeded", true), ("Failed", true)] {
             assert_eq!(pod(json!({}), json!({}), json!({ "phase": phase })).is_ending, ending, "{phase}");
         }
+    }
+
+    #[test]
+    fn a_list_of_repositories_that_is_too_long_is_invalid_and_not_absent() {
+        let list = |globs: usize| vec!["r.test/team/app"; globs].join(",");
+        let bounded = |value: String| {
+            let many = (0..MAX_PAIRS).map(|number| (format!("a.dev/{number:03}"), String::new()));
+            bounded_pairs(many.chain([("lighterman.dev/repositories".to_owned(), value)]).collect())
+        };
+        let parsed = |value: String| RepositoryList::parse(&bounded(value)["lighterman.dev/repositories"]);
+        assert!(parsed(list(64)).is_ok(), "a list of a kilobyte is whole");
+        assert!(parsed(list(65)).is_err());
+        assert!(parsed("r.test/*".to_owned() + &" ".repeat(MAX_LIST)).is_err(), "a cut list would permit other images");
     }
 
     #[test]

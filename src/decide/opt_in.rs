@@ -62,6 +62,11 @@ const RECOVER_ON_DENIED: &str = "recover-on-denied";
 const PRIORITY: &str = "priority";
 const REPOSITORIES: &str = "repositories";
 
+/// Whether an annotation of this name, the part after the prefix, decides about recoveries.
+pub fn is_deciding(name: &str) -> bool {
+    RECOVER.contains(&name) || [ALLOW, IGNORE, RECOVER_ON_DENIED, PRIORITY, REPOSITORIES].contains(&name)
+}
+
 type Annotations = BTreeMap<String, String>;
 
 /// The result of annotations and policy.

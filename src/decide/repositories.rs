@@ -16,6 +16,9 @@ const MAX_GLOBS: usize = 64;
 /// Longest glob: a registry's name (253 bytes and a port) and a repository's path (255 bytes).
 const MAX_GLOB: usize = 520;
 
+/// Longest list in bytes: every glob at its bound, with a comma and a space.
+pub const MAX_LIST: usize = MAX_GLOBS * (MAX_GLOB + 2);
+
 /// The repositories that pods of one namespace may recover from.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum RepositoryList {
@@ -42,8 +45,12 @@ impl RepositoryList {
     /// Parses the annotation: globs separated by commas.
     ///
     /// # Errors
-    /// [`RepositoryListError`] names the first invalid part, or the first part beyond 64.
+    /// [`RepositoryListError`] names the first invalid part, or the first part beyond 64. A list of
+    /// more than [`MAX_LIST`] bytes is invalid as a whole.
     pub fn parse(text: &str) -> Result<Self, RepositoryListError> {
+        if text.len() > MAX_LIST {
+            return Err(RepositoryListError::new(text));
+        }
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
         let globs: Vec<_> = parts.take(MAX_GLOBS + 1).map(Glob::parse).collect::<Result<_, _>>()?;
         match globs.get(MAX_GLOBS) {
