@@ -182,11 +182,12 @@ impl RegistryOutages {
         self.registries.get(registry).is_some_and(|known| known.outage(now).is_some())
     }
 
-    /// Whether the registry has answered this agent, is not down here, and was probed in the last
-    /// 60 s. Stronger than the outages that peers announce.
+    /// Whether the registry answered the last probe, which is at most 60 s old, and is not down
+    /// here. Stronger than the outages that peers announce.
     pub fn is_answering(&self, registry: &str, now: Instant) -> bool {
         self.registries.get(registry).is_some_and(|known| {
             known.has_answered
+                && !known.last_probe_failed
                 && known.outage(now).is_none()
                 && known.probed_at.is_some_and(|at| now.saturating_duration_since(at) < 2 * PROBE_INTERVAL_UP)
         })

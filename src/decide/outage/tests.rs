@@ -217,6 +217,19 @@ fn a_recent_answer_outweighs_the_outages_of_peers() {
 }
 
 #[test]
+fn a_failed_probe_leaves_the_outages_of_peers_in_force_also_with_a_mirror() {
+    let mut outages = RegistryOutages::default();
+    let now = Instant::now();
+    outages.record_probe(R, Ok(()), now, CLOCK);
+    outages.record_failed_pull(R, OutageKind::Refused, true, now, CLOCK);
+    outages.record_successful_pull(R, now);
+    assert!(outages.begin_probe_if_due(R, true, now));
+    outages.record_probe(R, Err(OutageKind::TimedOut), now, CLOCK);
+    assert!(!outages.is_down(R, now), "the probe of a registry with a mirror is no outage");
+    assert!(!outages.is_answering(R, now), "nor is it an answer");
+}
+
+#[test]
 fn a_pod_that_names_new_registries_without_end_does_not_fill_the_memory() {
     let mut outages = RegistryOutages::default();
     let now = Instant::now();
