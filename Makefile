@@ -76,6 +76,14 @@ check-scripts:
 	  echo 'check-scripts: SKIPPED, shellcheck is not installed' >&2; \
 	fi
 
+.PHONY: metrics-page
+metrics-page: ## write docs/metrics.md from the metrics of the code
+	LIGHTERMAN_WRITE_METRICS_PAGE=1 cargo test --locked --quiet --test fast -- the_metrics_page_lists_every_metric
+
+.PHONY: prose
+prose: ## the figures of the prose, and every sentence that counts against a limit
+	cargo test --locked --quiet --test fast -- --nocapture prose_names_its_things
+
 .PHONY: lint
 lint: check-scripts check-flags check-manifest ## run all checks that do not run the program
 	cargo fmt --check

@@ -267,7 +267,7 @@ impl AgentArgs {
                         max_upload_rate,
                     },
                 },
-                policy_file: policy_file,
+                policy_file,
                 control_socket: data_dir.join("agent.sock"),
                 resolve: ResolveOptions { tag_policy, ask_registry, any_repository, pull_secret_namespaces },
                 options: RecoveryOptions {

@@ -8,6 +8,7 @@ mod network;
 mod own_image;
 mod register;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus::{Encoder, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
@@ -17,12 +18,14 @@ use self::layers::LayerMetrics;
 use self::mesh::MeshMetrics;
 use self::network::NetworkMetrics;
 use self::own_image::OwnImageMetrics;
-use self::register::{counter, counters, gauge, histogram};
+pub use self::register::MetricDescription;
+use self::register::{Register, counter, counters, gauge, histogram};
 
 /// The metrics of one agent. Cheap to clone; all clones share their values.
 #[derive(Clone)]
 pub struct Metrics {
     registry: Registry,
+    descriptions: Arc<[MetricDescription]>,
     recoveries: IntCounterVec,
     recovery_seconds: Histogram,
     recoveries_running: IntGauge,
@@ -80,6 +83,7 @@ pub enum RecoveryOutcome {
 }
 
 impl RecoveryOutcome {
+    /// The value of the metric's label `outcome`.
     pub fn label(self) -> &'static str {
         match self {
             Self::Recovered => "recovered",
@@ -103,15 +107,17 @@ impl Metrics {
     /// # Panics
     /// Never: the names are constants, and each is registered once.
     pub fn new() -> Self {
-        let registry = Registry::new();
-        let r = &registry;
+        let register = Register::default();
+        let r = &register;
         let policy_file_valid = gauge(
             r,
             "policy_file_valid",
             "1 while the policy file is in force, 0 while the file is unreadable or invalid and the previous policy stays.",
         );
         policy_file_valid.set(1);
-        Self {
+        let metrics = Self {
+            registry: Registry::new(),
+            descriptions: Arc::default(),
             recoveries: counters(r, "recoveries_total", "Recoveries that ended, by outcome.", "outcome"),
             recovery_seconds: histogram(
                 r,
@@ -183,9 +189,10 @@ impl Metrics {
                 "result",
             ),
             notifications: counters(r, "webhook_messages_total", "Messages to the webhook, by result.", "result"),
-            policy_file_valid: policy_file_valid,
-            registry,
-        }
+            policy_file_valid,
+        };
+        let (registry, descriptions) = register.into_parts();
+        Self { registry, descriptions: descriptions.into(), ..metrics }
     }
 
     /// Sets the number of registries that this node itself found down.
@@ -298,6 +305,11 @@ impl Metrics {
     /// The policy file was read; `in_force` is false for a file that is invalid.
     pub fn policy_file_read(&self, in_force: bool) {
         self.policy_file_valid.set(in_force.into());
+    }
+
+    /// The descriptions of all metrics, in the order of their creation.
+    pub fn descriptions(&self) -> &[MetricDescription] {
+        &self.descriptions
     }
 
     /// All metrics in Prometheus' text format.

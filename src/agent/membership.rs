@@ -27,7 +27,7 @@ use crate::model::{Outage, Peer, Zone};
 use crate::ports::{Admission, ClockStatus, Cluster, ContentStore, ImagesStatus, MeshSource};
 use crate::transfer::Transfer;
 
-/// What membership uses of the rest of the agent.
+/// Parts of the agent that membership uses.
 pub(super) struct MembershipDependencies {
     /// `host:port` of the first peers.
     pub(super) join_addresses: Vec<String>,
@@ -56,7 +56,7 @@ pub(super) struct MembershipDependencies {
     pub(super) udp_ready: watch::Sender<bool>,
 }
 
-/// What membership observes.
+/// The state of the clock for the status.
 pub(super) struct Membership {
     pub(super) clock: watch::Receiver<Option<ClockStatus>>,
 }

@@ -23,7 +23,7 @@ use crate::transfer::{self, Transfer, TransferDependencies};
 const PEERS_QUEUED: usize = 64;
 const MESH_EVENTS_QUEUED: usize = 64;
 
-/// What the network uses of the rest of the agent.
+/// Parts of the agent that the network uses.
 pub(super) struct NetworkDependencies<'a> {
     pub(super) transfer: transfer::Config,
     pub(super) mesh: mesh::Config,

@@ -1,4 +1,4 @@
-//! What an operator sees and does: the status, a pull by hand, and the policy file.
+//! The operator's surface: the status, manual pulls, and the policy file.
 
 pub mod manual_pull;
 pub mod policy_watch;
@@ -34,7 +34,7 @@ pub(super) struct PolicySource {
 }
 
 impl PolicySource {
-    /// Reads the policy file, if one is set. `flags` hold for what the file leaves out.
+    /// Reads the policy file, if one is set. `flags` hold where the file sets nothing.
     pub(super) async fn open(file: Option<PathBuf>, flags: Policy, metrics: &Metrics) -> Self {
         match file {
             Some(path) => {
@@ -46,7 +46,7 @@ impl PolicySource {
     }
 }
 
-/// What the operator's part uses of the rest of the agent.
+/// Parts of the agent that the operator's part uses.
 pub(super) struct OperatorDependencies {
     pub(super) policy: PolicySource,
     pub(super) control_socket: PathBuf,
@@ -64,10 +64,7 @@ pub(super) struct OperatorDependencies {
 ///
 /// # Errors
 /// [`StartError::Control`] when the socket cannot be bound.
-pub(super) async fn build(
-    context: &AgentContext,
-    dependencies: OperatorDependencies,
-) -> Result<Part<()>, StartError> {
+pub(super) async fn build(context: &AgentContext, dependencies: OperatorDependencies) -> Result<Part<()>, StartError> {
     let OperatorDependencies {
         policy: PolicySource { policy: _, watch: policy_watch },
         control_socket,

@@ -14,10 +14,11 @@ pub(super) struct Part<Handle> {
 }
 
 type Run = Pin<Box<dyn Future<Output = ()> + Send>>;
+type Start = Box<dyn FnOnce(CancellationToken) -> Run + Send>;
 
 /// Tasks with their names, in the order of their start.
 #[derive(Default)]
-pub(super) struct Tasks(Vec<(&'static str, Box<dyn FnOnce(CancellationToken) -> Run + Send>)>);
+pub(super) struct Tasks(Vec<(&'static str, Start)>);
 
 impl Tasks {
     /// Adds a task that runs until its token is cancelled.
@@ -29,7 +30,7 @@ impl Tasks {
     }
 
     /// Starts every task by `spawn`.
-    pub(super) fn start(self, mut spawn: impl FnMut(&'static str, Box<dyn FnOnce(CancellationToken) -> Run + Send>)) {
+    pub(super) fn start(self, mut spawn: impl FnMut(&'static str, Start)) {
         self.0.into_iter().for_each(|(name, task)| spawn(name, task));
     }
 }

@@ -21,7 +21,7 @@ use super::recovery::recover::Recoverer;
 use crate::model::Outage;
 use crate::ports::{Claims, Cluster, Notifier, PodEvent, PullConnections, Registry};
 
-/// What the pods' part uses of the rest of the agent.
+/// Parts of the agent that the pods' part uses.
 pub(super) struct PodsDependencies {
     pub(super) recoverer: Arc<Recoverer>,
     pub(super) cluster: Arc<dyn Cluster>,
@@ -39,7 +39,7 @@ pub(super) struct PodsDependencies {
     pub(super) events: mpsc::Receiver<PodEvent>,
 }
 
-/// What the pods' part observes.
+/// The state of registries as the pods' pulls show them.
 pub(super) struct Pods {
     /// Registries that this node found down, for the announcer.
     pub(super) outages: watch::Receiver<Vec<Outage>>,

@@ -18,11 +18,9 @@ use super::part::{Part, Tasks};
 use super::recovery::recover::Recoverer;
 use crate::decide::fill::FetchFrom;
 use crate::decide::retain::{RetainLayers, RetainOptions};
-use crate::ports::{
-    Cluster, ContentStore, ImagesStatus, LayerLeases, OwnImageStatus, PodEvent, RetentionStatus,
-};
+use crate::ports::{Cluster, ContentStore, ImagesStatus, LayerLeases, OwnImageStatus, PodEvent, RetentionStatus};
 
-/// What retention uses of the rest of the agent.
+/// Parts of the agent that retention uses.
 pub(super) struct RetentionDependencies {
     pub(super) retain: RetainOptions,
     pub(super) recoverer: Arc<Recoverer>,
@@ -40,7 +38,7 @@ pub(super) struct RetentionDependencies {
     pub(super) forward: mpsc::Sender<PodEvent>,
 }
 
-/// What retention reports in the status.
+/// The state of retention for the status.
 pub(super) struct Retention {
     pub(super) retained: watch::Receiver<Option<RetentionStatus>>,
     pub(super) own_image: watch::Receiver<Option<OwnImageStatus>>,
@@ -67,8 +65,7 @@ pub(super) fn build(context: &AgentContext, dependencies: RetentionDependencies)
     let mut pod_images = PodImages::new(Arc::clone(&cluster), policy, used_in);
     if let Some(ports) = own_image {
         let (recoverer, dry_run) = (Arc::clone(&recoverer), options.dry_run);
-        let controller =
-            OwnImageController::new(ports, recoverer, tracker, metrics.clone(), dry_run, own_image_in);
+        let controller = OwnImageController::new(ports, recoverer, tracker, metrics.clone(), dry_run, own_image_in);
         pod_images = pod_images.with_own_images(controller.kept_references());
         tasks.add("own image", |stop| controller.run(stop));
     }
@@ -77,8 +74,7 @@ pub(super) fn build(context: &AgentContext, dependencies: RetentionDependencies)
         Some(leases) => {
             let fetches = retain.fetch != FetchFrom::None && !options.dry_run;
             let status = retained.clone();
-            let layer_watch =
-                LayerWatch { node, cluster, retained: status, images, fetches, metrics: metrics.clone() };
+            let layer_watch = LayerWatch { node, cluster, retained: status, images, fetches, metrics: metrics.clone() };
             tasks.add("layer watch", |stop| layer_watch.run(stop));
             let mut retainer = Retainer::new(store, leases, retain, used, metrics, retained_in);
             if fetches {

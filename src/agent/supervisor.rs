@@ -34,7 +34,7 @@ pub struct TaskEnded {
 }
 
 impl Supervisor {
-    /// Starts a task, which must return when its token is cancelled and not before.
+    /// Starts a task, which must return when its token is canceled and not before.
     pub fn spawn<F>(&mut self, name: &'static str, task: impl FnOnce(CancellationToken) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -85,7 +85,7 @@ impl Supervisor {
             let began = Instant::now();
             if tokio::time::timeout_at(deadline, self.join(id)).await.is_err() {
                 let left: Vec<_> = self.running.iter().map(|running| running.name).collect();
-                tracing::warn!(task = name, ?left, "the grace period is over, aborting what still runs");
+                tracing::warn!(task = name, ?left, "the grace period is over; the remaining tasks are aborted");
                 self.tasks.shutdown().await;
                 return;
             }

@@ -27,8 +27,8 @@ use std::sync::Arc;
 
 use crate::agent::peers::inventory_view::PeerInventory;
 use crate::agent::recovery::builder::RecoveryDependencies;
-use crate::agent::recovery::recover::Recoverer;
 use crate::agent::recovery::downloads::Downloads;
+use crate::agent::recovery::recover::Recoverer;
 use crate::decide::policy::{Policy, ResolveOptions};
 use crate::metrics::Metrics;
 use crate::model::{InventoryChange, InventoryItem, MeshEvent, NodeName, Peer, PeerId, Zone};

@@ -1,9 +1,9 @@
 //! Admission of peers: the number of verdicts and of token reviews.
 
-use prometheus::{IntCounterVec, Registry};
+use prometheus::IntCounterVec;
 
 use super::Metrics;
-use super::register::counters;
+use super::register::{Register, counters};
 
 #[derive(Clone)]
 pub(super) struct AdmissionMetrics {
@@ -12,7 +12,7 @@ pub(super) struct AdmissionMetrics {
 }
 
 impl AdmissionMetrics {
-    pub(super) fn new(r: &Registry) -> Self {
+    pub(super) fn new(r: &Register) -> Self {
         Self {
             admissions: counters(r, "admissions_total", "Verdicts on peers' credentials, by result.", "result"),
             token_reviews: counters(

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 use super::Metrics;
-use super::register::{counter, counters, gauge, gauges};
+use super::register::{Register, counter, counters, gauge, gauges};
 use crate::decide::fill::{FillFailure, FillSource, UnfilledReason};
 
 #[derive(Clone)]
@@ -20,7 +20,7 @@ pub(super) struct LayerMetrics {
 }
 
 impl LayerMetrics {
-    pub(super) fn new(r: &Registry) -> Self {
+    pub(super) fn new(r: &Register) -> Self {
         Self {
             bytes: gauge(r, "retained_layer_bytes", "Bytes of layers that the agent's leases retain."),
             images: gauge(r, "retained_images", "Images whose layers the agent's leases retain."),

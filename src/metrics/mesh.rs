@@ -1,9 +1,9 @@
 //! The mesh as this agent sees it: members, announcements, and traffic.
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 use super::Metrics;
-use super::register::{counter, counters, gauge, gauges};
+use super::register::{Register, counter, counters, gauge, gauges};
 use crate::model::MeshStatus;
 
 #[derive(Clone)]
@@ -23,7 +23,7 @@ pub(super) struct MeshMetrics {
 }
 
 impl MeshMetrics {
-    pub(super) fn new(r: &Registry) -> Self {
+    pub(super) fn new(r: &Register) -> Self {
         Self {
             members: gauges(r, "mesh_members", "Other members of the mesh, by state.", "state"),
             behind: gauge(r, "mesh_members_behind", "Members with announcements that this agent has not received yet."),

@@ -1,9 +1,9 @@
 //! The network around the agent: its open ports, its DNS lookups, and the paths to its peers.
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, Registry};
+use prometheus::{IntCounter, IntCounterVec, IntGauge};
 
 use super::Metrics;
-use super::register::{counter, counters, gauge};
+use super::register::{Register, counter, counters, gauge};
 
 #[derive(Clone)]
 pub(super) struct NetworkMetrics {
@@ -16,7 +16,7 @@ pub(super) struct NetworkMetrics {
 }
 
 impl NetworkMetrics {
-    pub(super) fn new(r: &Registry) -> Self {
+    pub(super) fn new(r: &Register) -> Self {
         Self {
             admin_rejected: counters(
                 r,

@@ -1,9 +1,9 @@
 //! Images of the agent's own DaemonSet.
 
-use prometheus::{IntGauge, Registry};
+use prometheus::IntGauge;
 
 use super::Metrics;
-use super::register::gauge;
+use super::register::{Register, gauge};
 
 #[derive(Clone)]
 pub(super) struct OwnImageMetrics {
@@ -12,7 +12,7 @@ pub(super) struct OwnImageMetrics {
 }
 
 impl OwnImageMetrics {
-    pub(super) fn new(r: &Registry) -> Self {
+    pub(super) fn new(r: &Register) -> Self {
         Self {
             missing: gauge(
                 r,

@@ -4,3 +4,5 @@ mod command_line;
 mod control_socket;
 mod cycles;
 mod floors;
+mod metrics_page;
+mod prose;

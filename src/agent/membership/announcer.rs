@@ -1,7 +1,8 @@
-//! What this node holds, told to its peers: the store is listed, compared with what was said, and the difference announced.
+//! Announces this node's content to peers: lists the store, compares the list with the earlier
+//! announcements, and announces the difference.
 //!
-//! Level-triggered on purpose: an event of the store only says "look again", so that a missed one costs a minute and never
-//! a wrong announcement. containerd's collector sends no events at all.
+//! Level-triggered: an event of the store only causes a new list, so a lost event costs a minute
+//! and never a wrong announcement. containerd's collector sends no events at all.
 
 mod image_scanner;
 #[cfg(test)]
@@ -21,27 +22,28 @@ use crate::model::{InventoryChange, InventoryItem, MAX_ITEMS, Outage};
 use crate::oci::Digest;
 use crate::ports::{BlobInfo, ContentStore, ImagesStatus, MAX_NAMES, StoreError};
 
-/// The store is listed again after so long without an event, because collections are silent.
+/// Interval of lists without an event, because collections send none.
 const LIST_PERIOD: Duration = Duration::from_secs(60);
 
-/// Events come in bursts (a pull commits a blob, labels it, commits the next): wait this long after one before listing.
+/// Delay between an event and the list. Events come in bursts: a pull commits a blob, labels the
+/// blob, and commits the next one.
 const SETTLE_DELAY: Duration = Duration::from_millis(200);
 
-/// How soon a store that could not be listed is tried again.
+/// Retry delay after a failed list.
 const RETRY_DELAY: Duration = Duration::from_secs(2);
 
-/// What is told besides what the store holds. Both are bounded by whoever sends them.
+/// Announced items besides the store's content. The senders bound both lists.
 pub struct VolatileItems {
-    /// The registries that this node itself cannot reach now.
+    /// Registries that this node itself found down.
     pub outages: watch::Receiver<Vec<Outage>>,
-    /// The blobs that are on their way.
+    /// Blobs that are being downloaded.
     pub fetching: watch::Receiver<BTreeSet<Digest>>,
 }
 
-/// The target of each image record of this node, by the record's name; `None` before the first list.
+/// Target of each image record of this node, by the record's name; `None` before the first list.
 pub type RecordTargets = Option<Arc<BTreeMap<String, Digest>>>;
 
-/// Keeps what peers know about this node true.
+/// Keeps the announcements of this node true.
 pub struct Announcer {
     store: Arc<dyn ContentStore>,
     mesh: Mesh,
@@ -55,8 +57,9 @@ pub struct Announcer {
 }
 
 impl Announcer {
-    /// Lists `store` and tells `mesh`. `ready` says whether the store answers; it is part of readiness. `names` takes the image records that are here, `status` how
-    /// many of them are told.
+    /// Announces the content of `store` over `mesh`. `ready` is the readiness check of the store.
+    /// `names` receives the image records of this node, and `status` the counts of announced and
+    /// incomplete images.
     pub fn new(
         store: Arc<dyn ContentStore>,
         mesh: Mesh,
@@ -97,7 +100,10 @@ impl Announcer {
                 }
                 Err(error) => {
                     if self.ready.send_replace(false) {
-                        tracing::warn!(%error, "the content store cannot be listed; what was announced stays announced");
+                        tracing::warn!(
+                            %error,
+                            "the content store cannot be listed; earlier announcements stay in force"
+                        );
                     }
                     self.metrics.store_list_failed();
                     RETRY_DELAY
@@ -109,7 +115,7 @@ impl Announcer {
                 tokio::select! {
                     () = stop.cancelled() => return,
                     _ = changes.changed() => tokio::time::sleep(SETTLE_DELAY).await,
-                    // A sender that is gone has nothing more to say.
+                    // A sender that ended sends no further changes.
                     Ok(()) = self.outages.changed() => {}
                     Ok(()) = self.fetching.changed() => {
                         self.announce_downloads(&mut announced).await;
@@ -122,8 +128,8 @@ impl Announcer {
         }
     }
 
-    /// Everything that can be fetched from here: blobs that are there, and the names of images that are whole for some platform. Also what
-    /// this node itself knows of registries.
+    /// All items that peers can fetch from this node: blobs, and the names of images that are whole
+    /// for some platform. Also the outages that this node found.
     async fn list_items(&mut self) -> Result<BTreeSet<InventoryItem>, StoreError> {
         let blobs = self.store.blobs().await?;
         let records = self.store.images().await?;
@@ -138,8 +144,9 @@ impl Announcer {
         Ok(announceable_items(&blobs, scan, &self.outages.borrow(), fetching))
     }
 
-    /// That blobs are on their way is told at once: those who want them too are about to ask. That they are not any more is found when the store
-    /// is listed next, which is soon after a blob has come; so nobody misses the moment between.
+    /// Announces new downloads at once, because peers that need the same blobs are about to request
+    /// them. Only the next list withdraws a finished download. The blob's commit causes that list,
+    /// so the blob is announced by then.
     async fn announce_downloads(&mut self, announced: &mut BTreeSet<InventoryItem>) {
         let fetching: Vec<_> = self.fetching.borrow_and_update().iter().copied().map(InventoryItem::Fetching).collect();
         let mut held = announced.clone();
@@ -157,7 +164,7 @@ impl Announcer {
     }
 }
 
-/// All that is to be told, bounded.
+/// All items to announce, bounded by [`MAX_ITEMS`].
 fn announceable_items(
     blobs: &[BlobInfo],
     scan: ImageScan,
@@ -174,15 +181,15 @@ fn announceable_items(
         tracing::warn!(
             items = held.len(),
             limit = MAX_ITEMS,
-            "this node holds more than may be announced; the rest is not"
+            "this node holds more than may be announced; some blobs are not announced"
         );
-        // Blobs are the first in order and go first.
+        // Blobs come first in the order and are dropped first.
         held = held.into_iter().rev().take(MAX_ITEMS).collect();
     }
     held
 }
 
-/// What makes of those who were told the one what they need to know the other.
+/// The removals and additions that turn the earlier announcements into the current list.
 fn changes_between(announced: &BTreeSet<InventoryItem>, held: &BTreeSet<InventoryItem>) -> Vec<InventoryChange> {
     let gone = announced.difference(held).cloned().map(InventoryChange::Removed);
     gone.chain(held.difference(announced).cloned().map(InventoryChange::Added)).collect()

@@ -1,5 +1,5 @@
-//! Compares this node's clock with the API server's. Where the clock is too far off, metric,
-//! status, one warning in the log and one Event on the node say so.
+//! Compares this node's clock with the API server's. A clock that is too far off sets the metric
+//! and the status, and causes one warning in the log and one Event on the node.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,18 +13,18 @@ use crate::metrics::Metrics;
 use crate::model::NodeName;
 use crate::ports::{ClockStatus, Cluster, NodeReport, NodeReportKind};
 
-/// Tries of one Event, at the pace of the comparisons: an hour and a half or more.
+/// Attempts for one Event, one at each comparison: an hour and a half or more.
 const REPORT_TRIES: u32 = 20;
 
-/// Asks the API server's clock.
+/// Compares the clocks and reports a wrong one.
 pub struct ClockWatch {
     /// The API server.
     pub cluster: Arc<dyn Cluster>,
     /// This node.
     pub node: NodeName,
-    /// The last comparison; `None` inside before the first.
+    /// The last comparison; `None` before the first.
     pub status: watch::Sender<Option<ClockStatus>>,
-    /// Has the difference.
+    /// Metric of the difference.
     pub metrics: Metrics,
 }
 
@@ -44,12 +44,12 @@ impl ClockWatch {
         }
     }
 
-    /// One comparison. `unsaid` is the Event that could not be written yet, with the tries.
+    /// One comparison. `pending_report` is an Event that was not written yet, with its attempts.
     async fn compare(&self, skew: &mut ClockSkew, pending_report: &mut Option<(NodeReport, u32)>) {
         let sample = match self.cluster.clock().await {
             Ok(sample) => sample,
             Err(error) => {
-                tracing::debug!(%error, "the API server's clock is not known");
+                tracing::debug!(%error, "cannot read the API server's clock");
                 return skew.record_failure(Instant::now().into_std(), rand::random());
             }
         };
@@ -89,13 +89,13 @@ impl ClockWatch {
         tracing::warn!(
             node = %self.node,
             seconds = seconds.round(),
-            "the node's clock is {off} s {side} the API server's; agents refuse each other's credentials beyond {leeway} s, \
-             and no image is fetched then: correct the node's time service"
+            "the node's clock is {off} s {side} the API server's; agents reject each other's credentials beyond \
+             {leeway} s, and no image is fetched then: correct the node's time service"
         );
         let note = format!(
-            "The clock of node {} is {off} s {side} the API server's. lighterman's agents refuse each other's credentials when \
-             clocks differ by more than {leeway} s, and this node then neither fetches images nor gives them. Correct the node's \
-             time service (NTP).",
+            "The clock of node {} is {off} s {side} the API server's. Agents of lighterman reject each other's \
+             credentials when clocks differ by more than {leeway} s. The node then neither fetches nor serves images. \
+             Correct the node's time service (NTP).",
             self.node
         );
         NodeReport { kind: NodeReportKind::ClockSkew, note }

@@ -1,9 +1,12 @@
-//! Finding peers: addresses are greeted at the door ([`crate::transfer`]), and who is admitted there may gossip ([`crate::mesh`]).
+//! Finds peers: dials addresses ([`crate::transfer`]), and admits the verified peers to gossip
+//! ([`crate::mesh`]).
 //!
-//! Addresses come from DNS and from settings, from the address book of an earlier process, and from the mesh, which asks for the
-//! neighbors that it lacks. When DNS is asked is decided by [`crate::decide::dns_schedule`]. The mesh also says who is there whom this agent never met, and where: so anybody can be fetched from.
+//! Addresses come from DNS and settings, from the address book of an earlier process, and from the
+//! mesh, which requests handshakes with missing neighbors. [`crate::decide::dns_schedule`] decides
+//! when DNS is queried. The mesh also reports members that this agent never dialed, with their
+//! addresses: blobs can be fetched from every member.
 //!
-//! Not here: who is admitted. Addresses are only hints; anybody may answer there.
+//! Not here: admission. An address is only a hint, and any program may answer there.
 
 mod address_book;
 mod dial_queue;
@@ -38,60 +41,62 @@ use crate::model::{MeshStatus, NodeName, Peer, PeerId, Release};
 use crate::ports::MeshSource;
 use crate::transfer::{DialError, Transfer};
 
-/// How often an agent that is short of peers greets the addresses of the last look-up again, and how
-/// often peers that are gone are forgotten.
+/// Interval of new rounds with the addresses of the last look-up while the agent is short of peers.
+/// Dead peers are forgotten at the same interval.
 const RETRY_PERIOD: Duration = Duration::from_secs(10);
-/// Addresses greeted at the same time.
+/// Concurrent dials.
 const MAX_DIALS: usize = 16;
-/// Most addresses taken from DNS and settings in one round, at random; the next round takes others.
+/// Addresses taken from DNS and settings in one round, at random. The next round takes others.
 const MAX_ADDRESSES: usize = 512;
-/// The first greetings wait for up to this long, at random, so that the doors of a thousand nodes that start together are not all
-/// knocked at in the same moment...
+/// Longest random delay of the first dials, so that a thousand nodes that start together do not
+/// dial the same agents at the same moment.
 const MAX_START_DELAY: Duration = Duration::from_secs(2);
-/// ...and the fewer there are to greet, the shorter: three nodes have nothing to spread.
+/// Share of one address in the first delay: few nodes need no spread.
 const START_DELAY_PER_ADDRESS: Duration = Duration::from_millis(4);
 
-/// A peer that was not connected for so long is forgotten: its node is gone, or it greets us again. Longer than a node's restart.
+/// A peer without a connection for this long is forgotten: its node is gone, or dials this agent
+/// again. Longer than a node's restart.
 const FORGET_AFTER: Duration = Duration::from_secs(600);
 
-/// How often the mesh is counted for the metrics, as often as Prometheus asks.
+/// Interval of the mesh's metrics, a usual scrape interval of Prometheus.
 const COUNT_PERIOD: Duration = Duration::from_secs(15);
 
-/// Of these countings each second one brings the address book up to date: it is written at most every 30 s.
+/// Counts of the mesh between two updates of the address book, which is written at most every 30 s.
 const COUNTS_PER_SAVE: u64 = 2;
 
-/// Longest that the end waits for the address book to be on disk.
+/// Longest wait for a write of the address book at the end.
 const FINAL_SAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A verdict that never ends is told to the mesh as one of this length.
+/// Life of an admission whose verdict never expires.
 const MAX_ADMISSION: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Keeps this agent connected.
 pub struct Joiner {
     /// `host:port` of the first peers.
     pub bootstrap_names: Vec<String>,
-    /// Resolves their names.
+    /// Resolves the names of the first peers.
     pub resolver: Arc<dyn DnsResolver>,
-    /// Where known peers are kept.
+    /// File of the address book.
     pub peers_file: PathBuf,
-    /// The door.
+    /// Dials peers.
     pub transfer: Transfer,
-    /// Who may gossip.
+    /// Admits peers to gossip.
     pub mesh: Mesh,
-    /// The same mesh, counted.
+    /// Status of the same mesh.
     pub mesh_status: Arc<dyn MeshSource>,
-    /// Who is connected.
+    /// Connected peers.
     pub inventory: PeerInventory,
-    /// Where the mesh is counted.
+    /// Metrics of the mesh.
     pub metrics: Metrics,
-    /// Where the addresses of the last look-up go.
+    /// Receives the addresses of the last look-up.
     pub bootstrap_addresses: watch::Sender<Vec<SocketAddr>>,
-    /// The node whose agent has this agent's key, from gossip.
+    /// Receives the node whose agent signed an introduction with this agent's key.
     pub shared_key: watch::Sender<Option<NodeName>>,
 }
 
 impl Joiner {
-    /// Runs until stopped. `joined` yields the peers that greeted us and were admitted, `news` what the mesh has to say.
+    /// Runs until stopped. `joined` yields admitted peers that dialed this agent, and `news` yields
+    /// the events of the mesh.
     pub async fn run(
         self,
         mut joined: mpsc::Receiver<Peer>,
@@ -157,7 +162,7 @@ impl Joiner {
             }
         }
         if let Some(writing) = memory.save_task.take() {
-            // One at a time.
+            // One write at a time.
             let _ = tokio::time::timeout(FINAL_SAVE_TIMEOUT, writing).await;
         }
         self.save_address_book(&mut memory);
@@ -166,7 +171,8 @@ impl Joiner {
         }
     }
 
-    /// Where other agents may be, by DNS and by settings, in random order; `None` where no name was resolved.
+    /// Addresses of other agents from DNS and settings, in random order; `None` where no name was
+    /// resolved.
     async fn look_up(&self) -> Option<Vec<SocketAddr>> {
         let (mut addresses, mut is_answered) = (BTreeSet::new(), false);
         let (resolv_conf, port) = (self.resolver.resolv_conf(), self.transfer.local_addr().port());
@@ -196,7 +202,7 @@ impl Joiner {
         match news {
             MembershipEvent::Up(peer) => {
                 self.transfer.add_peer_address(&peer);
-                // One that moved is told as well.
+                // The mesh also reports a peer that moved, which is no new peer.
                 if memory.live_peers.insert(peer.id) {
                     memory.membership_log.peer_up(&peer, Instant::now());
                 }
@@ -227,7 +233,7 @@ impl Joiner {
             }
             Err(DialError::OwnAddress(_)) => drop(memory.own_addresses.insert(target.address)),
             Err(error) => {
-                // Once per address and reason: a node that is down would fill the log.
+                // One line per address and reason: a node that is down would fill the log.
                 let reason = error.to_string();
                 if memory.logged_failures.get(&target.address) != Some(&reason) {
                     tracing::info!(address = %target.address, %error, "no peer there yet");
@@ -242,7 +248,7 @@ impl Joiner {
         }
     }
 
-    /// Those of the last look-up where nobody is known who is up.
+    /// Addresses of the last look-up without a live peer, and without this agent's own addresses.
     fn unconnected_addresses(&self, memory: &JoinState) -> Vec<SocketAddr> {
         let mut addresses = memory.bootstrap_addresses.clone();
         let up: BTreeMap<_, _> = self.inventory.peers().into_iter().map(|peer| (peer.id, peer.transfer)).collect();
@@ -254,7 +260,7 @@ impl Joiner {
         addresses
     }
 
-    /// Lets go of peers that have not been connected for a long time.
+    /// Forgets peers that were not connected for [`FORGET_AFTER`].
     async fn forget_dead_peers(&self, last_seen: &mut BTreeMap<PeerId, Instant>, now: Instant) {
         let connected: BTreeSet<_> = self.inventory.peers().into_iter().map(|peer| peer.id).collect();
         let known: BTreeSet<_> = self.transfer.peers().into_iter().map(|peer| peer.id).collect();
@@ -264,14 +270,14 @@ impl Joiner {
             if connected.contains(&peer) {
                 *seen = now;
             } else if now.duration_since(*seen) > FORGET_AFTER {
-                tracing::info!(%peer, "not seen for {} min, forgotten", FORGET_AFTER.as_secs() / 60);
+                tracing::info!(%peer, "peer not connected for {} min, forgotten", FORGET_AFTER.as_secs() / 60);
                 self.mesh.revoke_admission(peer).await;
                 self.transfer.remove_peer(peer);
             }
         }
     }
 
-    /// Brings the address book up to date. Its file is written beside everything else, one at a time.
+    /// Updates the address book. A task writes the file, one write at a time.
     fn save_address_book(&self, memory: &mut JoinState) {
         match memory.save_task.take_if(|writing| writing.is_finished()).map(FutureExt::now_or_never) {
             Some(Some(Ok(true))) => {}
@@ -288,20 +294,20 @@ impl Joiner {
     }
 }
 
-/// Whether the agent of this node that listens on `port` listens there. DNS names every agent, this one
-/// included.
+/// Whether this agent, which listens on `port`, listens on `address`. DNS lists every agent, this
+/// one included.
 fn is_own_address(address: SocketAddr, port: u16) -> bool {
     address.port() == port && is_local_address(address.ip().to_canonical())
 }
 
-/// How long the first greetings of so many addresses wait.
+/// Delay of the first dials to so many addresses.
 fn start_delay(addresses: usize) -> Duration {
     let most =
         START_DELAY_PER_ADDRESS.saturating_mul(u32::try_from(addresses).unwrap_or(u32::MAX)).min(MAX_START_DELAY);
     most.mul_f64(rand::random())
 }
 
-/// What each member runs, by PeerId.
+/// The release of each member, by PeerId.
 fn member_releases(status: &MeshStatus) -> BTreeMap<String, Release> {
     let members = status.members.iter();
     members.filter_map(|member| Some((member.peer_id.clone(), member.release.parse().ok()?))).collect()

@@ -1,5 +1,5 @@
-//! Another node with this node's key, found while the agent runs. The younger node makes a new key
-//! and starts again ([`crate::decide::shared_key`] says which node that is).
+//! Another node with this node's key, found while the agent runs. The younger node makes a new key,
+//! and its agent restarts. [`crate::decide::shared_key`] decides which node is younger.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,13 +13,13 @@ use crate::identity::Identity;
 use crate::model::NodeName;
 use crate::ports::{Cluster, ClusterError, NodeReport, NodeReportKind};
 
-/// Between two questions about one finding: two reads of Node metadata each. The other agent is
-/// found again at each introduction, every few seconds.
+/// Interval of checks, each of which reads the metadata of two Node objects. Introductions repeat a
+/// finding every few seconds.
 const CHECK_PERIOD: Duration = Duration::from_secs(30);
 
-/// Looks for another node with this node's key.
+/// Handles another node with this node's key.
 pub struct SharedKeyWatch {
-    /// Has the creation times of nodes.
+    /// Reads the creation times of nodes.
     pub cluster: Arc<dyn Cluster>,
     /// This node.
     pub node: NodeName,
@@ -31,11 +31,11 @@ pub struct SharedKeyWatch {
     pub introduced: watch::Receiver<Option<NodeName>>,
 }
 
-/// The consequence of one finding.
+/// Decision on one finding.
 enum KeyDecision {
     /// The other node makes a new key.
     Keep,
-    /// This node has a new key now, which counts from the agent's next start.
+    /// This node has a new key, which counts from the agent's next start.
     Replaced,
 }
 
@@ -50,7 +50,7 @@ impl SharedKeyWatch {
             match stop.run_until_cancelled(self.decide_key(&other, &mut logged_node)).await {
                 None | Some(Ok(KeyDecision::Replaced)) => return,
                 Some(Ok(KeyDecision::Keep)) => {}
-                Some(Err(error)) => tracing::debug!(%other, %error, "which node is younger is not known yet"),
+                Some(Err(error)) => tracing::debug!(%other, %error, "cannot compare the ages of the two nodes yet"),
             }
             if stop.run_until_cancelled(tokio::time::sleep(CHECK_PERIOD)).await.is_none() {
                 return;
@@ -72,7 +72,7 @@ impl SharedKeyWatch {
         }
     }
 
-    /// `told` is the node that the log named last.
+    /// `logged_node` is the node that the log named last.
     async fn decide_key(
         &self,
         other: &NodeName,
@@ -85,14 +85,15 @@ impl SharedKeyWatch {
         let own = holder(&self.node).await?;
         let other = match holder(other).await {
             Ok(other) => other,
-            // An introduction of this agent from before the node was renamed, or a thief.
+            // An introduction of this agent from before a rename of the node, or a thief of the
+            // key.
             Err(ClusterError::Gone(_)) => {
                 if logged_node.replace(other.clone()).as_ref() != Some(other) {
                     tracing::warn!(
                         %other,
                         file = %self.key_file.display(),
-                        "an agent has the key of this node and names a node that the cluster does not have; where this node was \
-                         not renamed, delete the key file and restart the agent"
+                        "an agent has the key of this node and names a node that the cluster does not have; where this \
+                         node was not renamed, delete the key file and restart the agent"
                     );
                 }
                 return Ok(KeyDecision::Keep);
@@ -103,24 +104,25 @@ impl SharedKeyWatch {
             if logged_node.replace(other.node.clone()).as_ref() != Some(&other.node) {
                 tracing::warn!(
                     other = %other.node,
-                    "another node has the key of this node, as after a copy of its disk; the other node is younger and makes a new key"
+                    "another node has the key of this node, as after a copy of its disk; the other node is younger \
+                     and makes a new key"
                 );
             }
             return Ok(KeyDecision::Keep);
         }
         let made = Identity::replace(&self.key_file, &self.node).map_err(|error| {
-            tracing::error!(%error, "another node has the key of this node, and no new key can be made");
+            tracing::error!(%error, "another node has the key of this node, and a new key cannot be written");
             ClusterError::Other(error.to_string())
         })?;
         tracing::warn!(
             other = %other.node,
             peer = %made.peer_id(),
-            "another node has the key of this node, as after a copy of its disk; this node is younger, has a new key, and its agent \
-             starts again"
+            "another node has the key of this node, as after a copy of its disk; this node is younger and has a new \
+             key; its agent restarts"
         );
         let note = format!(
-            "Node {} had the key of node {}, as after a copy of a disk. Node {} is younger and has a new key. Leave {} and the file \
-             beside it out of disk images.",
+            "Node {} had the key of node {}, as after a copy of a disk. Node {} is younger and has a new key. Leave {} \
+             and the file beside it out of disk images.",
             self.node,
             other.node,
             self.node,
@@ -142,7 +144,7 @@ mod tests {
     use crate::model::PeerId;
     use crate::testing::MemoryCluster;
 
-    /// An agent that looks, with a key of its own folder.
+    /// A running watch, with a key in its own folder.
     struct KeyTestNode {
         folder: tempfile::TempDir,
         connected: watch::Sender<Option<NodeName>>,
@@ -182,7 +184,7 @@ mod tests {
         let before = (older.key(), younger.key());
         older.report_key_on("younger");
         younger.report_key_on("older");
-        tokio::time::timeout(Duration::from_secs(600), younger.running).await.expect("it ends").unwrap();
+        tokio::time::timeout(Duration::from_secs(600), younger.running).await.expect("the task ends").unwrap();
         tokio::time::sleep(Duration::from_secs(600)).await;
         assert!(!older.running.is_finished());
         let after =
@@ -207,9 +209,9 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(600)).await;
         assert!(!younger.running.is_finished() && younger.key() == before);
         cluster.set_unavailable(false);
-        // The other agent is found again at the next introduction.
+        // The next introduction repeats the finding.
         younger.report_key_on("older");
-        tokio::time::timeout(Duration::from_secs(600), younger.running).await.expect("it ends").unwrap();
+        tokio::time::timeout(Duration::from_secs(600), younger.running).await.expect("the task ends").unwrap();
     }
 
     #[tokio::test(start_paused = true)]

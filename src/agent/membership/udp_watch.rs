@@ -1,5 +1,5 @@
-//! Watches whether peers answer over UDP, and says where a firewall blocks it: readiness, metric,
-//! status, log, and the Events of pods.
+//! Watches whether peers answer over UDP. A firewall that blocks UDP shows in readiness, metric,
+//! status and log, and in the Events of pods.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -24,21 +24,21 @@ const TCP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Probes one other node at a time.
 pub struct UdpWatch {
-    /// Opens the handshakes.
+    /// Sends the probes.
     pub transfer: Transfer,
     /// Names the neighbors, which are connected over TCP.
     pub mesh_status: Arc<dyn MeshSource>,
-    /// Has the addresses of the neighbors, and the state.
+    /// Has the addresses of the neighbors, and the state of UDP.
     pub inventory: PeerInventory,
-    /// Addresses where other agents may be, for an agent without neighbors.
+    /// Addresses of possible agents, for an agent without neighbors.
     pub bootstrap_addresses: watch::Receiver<Vec<SocketAddr>>,
     /// The readiness check: UDP is not blocked.
     pub ready: watch::Sender<bool>,
-    /// Counts.
+    /// Metric of blocked UDP.
     pub metrics: Metrics,
 }
 
-/// Where another agent is: over UDP, and over TCP.
+/// Addresses of another agent: for UDP and for TCP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct ProbeTarget {
     udp: SocketAddr,
@@ -80,8 +80,8 @@ impl UdpWatch {
         path.record_probe(target.udp, probe, targets.len(), Instant::now().into_std(), rand::random());
     }
 
-    /// The neighbors, or without any the addresses of the last look-up; in both cases a few
-    /// hundred at most.
+    /// The neighbors, or without any the addresses of the last look-up. Both lists have a few
+    /// hundred entries at most.
     async fn targets(&self) -> Vec<ProbeTarget> {
         let members = self.mesh_status.mesh().await.map(|status| status.members).unwrap_or_default();
         let neighbors: BTreeSet<_> =
@@ -129,7 +129,8 @@ impl UdpWatch {
                 nodes,
                 largest_blob = MAX_BLOB,
                 largest_image = MAX_IMAGE,
-                "other nodes answer over TCP and none over UDP: a firewall blocks UDP, so only small images come from peers, over TCP"
+                "other nodes answer over TCP and none over UDP: a firewall blocks UDP, so only small images come from \
+                 peers, over TCP"
             ),
             (true, false) => tracing::info!("other nodes answer over UDP again"),
             _ => {}
@@ -137,7 +138,7 @@ impl UdpWatch {
     }
 }
 
-/// Whether a TCP connection can be opened. The other side sees a handshake that does not begin.
+/// Whether a TCP connection can be opened. The other node sees a handshake that never begins.
 async fn is_open(address: SocketAddr) -> bool {
     timeout(TCP_TIMEOUT, TcpStream::connect(address)).await.is_ok_and(|connected| connected.is_ok())
 }

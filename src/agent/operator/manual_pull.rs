@@ -1,5 +1,8 @@
-//! Images that a person on the node asks for. The same recovery as for a pod, without the pod: whoever may ask here is root on the node,
-//! so nothing has to be opted in and the kill switch does not stop it; the registry and the repository must be the provider's all the same.
+//! Manual pulls: images that an operator requests on a node (`lighterman pull`).
+//!
+//! A manual pull is the recovery of a pod's image without the pod. Only root of the node may open
+//! the socket, so a manual pull needs no opt-in and ignores the kill switch. The provider must
+//! still have the image under the same registry and repository.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,26 +23,28 @@ use crate::model::PeerId;
 use crate::oci::Reference;
 use crate::ports::{MAX_NAMES, PullFailure, PullProgress, PullRequest};
 
-/// Pulls at the same time. They come besides the recoveries for pods, so they are few; who asks for more is told to come back.
+/// Concurrent manual pulls: few, because these run besides the recoveries for pods. Further
+/// requests get a retryable failure.
 const MAX_PULLS: usize = 2;
 
-/// Often enough for a bar that moves.
+/// Interval of progress reports, short enough for a smooth progress bar.
 const REPORT_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Pulls by hand.
+/// Runs manual pulls.
 pub struct ManualPuller {
-    /// Does the work, for pods as well.
+    /// Recovers images, for pods as well.
     pub recoverer: Arc<Recoverer>,
-    /// Shows it.
+    /// Publishes the progress.
     pub tracker: RecoveryTracker,
-    /// Counts it.
+    /// Counters of recoveries.
     pub metrics: Metrics,
-    /// The agent only decides and reports, whatever is asked.
+    /// Every pull is a dry run.
     pub dry_run: bool,
 }
 
 impl ManualPuller {
-    /// Takes requests until stopped. What is under way then is abandoned, and its client told so.
+    /// Takes requests until stopped. Running pulls are then canceled, and their clients get a
+    /// failure.
     pub async fn run(self, mut requests: mpsc::Receiver<PullRequest>, stop: CancellationToken) {
         let this = Arc::new(self);
         let mut pulls = JoinSet::new();
@@ -47,14 +52,14 @@ impl ManualPuller {
             tokio::select! {
                 () = stop.cancelled() => break,
                 Some(joined) = pulls.join_next() => if let Err(error) = joined {
-                    // A bug of ours: let the supervisor see it.
+                    // A panic of a task is a bug, which the supervisor reports.
                     std::panic::resume_unwind(error.into_panic());
                 },
                 request = requests.recv() => match request {
                     Some(request) if pulls.len() < MAX_PULLS => {
                         pulls.spawn(Arc::clone(&this).pull(request, stop.clone()));
                     }
-                    // The channel of a request that was just made has room.
+                    // The channel of a new request has room.
                     Some(request) => drop(request.progress.try_send(busy_message())),
                     // The socket closes only when the agent stops.
                     None => { stop.cancelled().await; break }
@@ -77,14 +82,15 @@ impl ManualPuller {
                 work.await
             }
         };
-        tracing::info!(%reference, dry_run, ?last, "pulled by hand");
-        // Refused when nobody listens any more.
+        tracing::info!(%reference, dry_run, ?last, "manual pull ended");
+        // Fails when the client has closed the connection.
         let _ = progress.send(last).await;
-        // Also when the agent stops: the Lease is a read and a delete away, which end within seconds.
+        // Also when the agent stops: a release is one read and one delete of a Lease, and ends
+        // within seconds.
         self.recoverer.claims.release_all(&reference).await;
     }
 
-    /// Answers the last thing to say.
+    /// Returns the last message for the client.
     async fn pull_image(
         &self,
         reference: &Reference,
@@ -127,7 +133,7 @@ impl ManualPuller {
         }
     }
 
-    /// The recovery, with word of it at intervals and at its end.
+    /// Recovers the image, and reports progress at intervals and at the end.
     async fn recover_and_report(
         &self,
         request: &RecoveryRequest,
@@ -152,14 +158,15 @@ impl ManualPuller {
     }
 }
 
-/// What was told last.
+/// Progress as reported last.
 #[derive(Default)]
 struct ReportedProgress {
     bytes: Option<u64>,
     unpacking: Option<(usize, usize)>,
 }
 
-/// Says what has changed since `before`. What the client has no room for is left out: the next report says more.
+/// Reports the changes since `before`. A report that the full channel refuses is dropped, because
+/// the next report is more recent.
 fn report(progress: &Progress, before: &mut ReportedProgress, reports: &mpsc::Sender<PullProgress>) {
     let blobs = progress.blobs();
     if !blobs.is_empty() {
@@ -178,7 +185,7 @@ fn report(progress: &Progress, before: &mut ReportedProgress, reports: &mpsc::Se
     }
 }
 
-/// Nodes for people, and how many more there are.
+/// Names of nodes, and the number of further nodes.
 pub(in crate::agent) fn node_names(
     inventory: &PeerInventory,
     peers: impl IntoIterator<Item = PeerId>,
@@ -217,14 +224,14 @@ fn failed_message(inventory: &PeerInventory, error: &RecoverError) -> PullProgre
         RecoverError::Abandoned => (PullFailure::Abandoned, true),
     };
     let asked: Vec<_> = error.failed_peers().into_iter().map(|peer| inventory.node_of(peer)).collect();
-    let asked = if asked.is_empty() { String::new() } else { format!(" (asked: {})", asked.join(", ")) };
+    let asked = if asked.is_empty() { String::new() } else { format!(" (failed at: {})", asked.join(", ")) };
     PullProgress::Failed { kind, message: format!("{error}{asked}"), retryable }
 }
 
 fn busy_message() -> PullProgress {
     PullProgress::Failed {
         kind: PullFailure::Busy,
-        message: format!("{MAX_PULLS} images are being pulled by hand on this node"),
+        message: format!("{MAX_PULLS} manual pulls run on this node already; retry when one has ended"),
         retryable: true,
     }
 }

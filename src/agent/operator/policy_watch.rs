@@ -1,8 +1,9 @@
-//! Keeps the rules in force what the rules file says.
+//! Watches the policy file and keeps the policy in force up to date.
 //!
-//! The file is read every two seconds. The kubelet changes a ConfigMap's files by swapping a symlink two levels up (`..data`), which leaves
-//! watches of the kernel on a folder that is gone, and a modification time can stay the same; to read a few hundred bytes is simple and
-//! certain. A file that is wrong, or goes away, changes nothing: what was in force stays.
+//! The file is read every two seconds. The kubelet updates a ConfigMap by a swap of the symlink
+//! `..data`, through which the file's own symlink leads. A kernel watch would stay on the deleted
+//! folder, and a modification time may not change. A read of a few hundred bytes is simple and
+//! certain. An invalid or removed file changes nothing: the earlier policy stays in force.
 
 #[cfg(test)]
 mod tests;
@@ -22,35 +23,36 @@ use crate::decide::policy::Policy;
 use crate::metrics::Metrics;
 use crate::ports::PolicyFileStatus;
 
-/// Short against the minute that the kubelet takes to bring a changed ConfigMap to the node.
+/// Short against the minute in which the kubelet brings a changed ConfigMap to the node.
 const PERIOD: Duration = Duration::from_secs(2);
 
-/// Watches the rules file.
+/// Watches the policy file.
 pub struct PolicyWatch {
     path: PathBuf,
-    /// What the flags say.
+    /// The policy of the flags.
     flags: Policy,
-    /// What is in force of the file.
+    /// The overrides in force, from the file.
     overrides: PolicyOverrides,
-    /// The file as it was when it was last looked at.
+    /// The file at the last read.
     last_read: Option<PolicyFileContent>,
     policy: watch::Sender<Arc<Policy>>,
     status: watch::Sender<PolicyFileStatus>,
     metrics: Metrics,
 }
 
-/// What was found at the path.
+/// Result of a read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum PolicyFileContent {
     Absent,
-    /// Why it cannot be read.
+    /// The reason.
     Unreadable(String),
     Content(Vec<u8>),
 }
 
 impl PolicyWatch {
-    /// Reads the file once, so that what it says is in force from the first moment. Where it is not there, `flags` are in force; where it
-    /// is wrong, they are with the kill switch on, until it is right.
+    /// Reads the file once, so that its policy is in force from the start. Without a file, `flags`
+    /// are in force. With an invalid file, `flags` are in force with the kill switch on, until the
+    /// file is valid.
     pub async fn open(path: PathBuf, flags: Policy, metrics: Metrics) -> Self {
         let status = PolicyFileStatus { path: path.display().to_string(), ..PolicyFileStatus::default() };
         let mut watch = Self {
@@ -64,25 +66,25 @@ impl PolicyWatch {
         };
         watch.reread().await;
         if watch.status.borrow().error.is_some() && watch.last_read != Some(PolicyFileContent::Absent) {
-            // It may be the file that stops everything, with a slip of the pen in it. Agents that run keep what it said before; this one does
-            // not know that.
-            tracing::error!("nothing is recovered on this node until the rules file can be read");
+            // The invalid file may be one that turns the kill switch on. Running agents keep the
+            // earlier policy, and a starting agent has none.
+            tracing::error!("nothing is recovered on this node until the policy file can be read");
             watch.policy.send_modify(|rules| Arc::make_mut(rules).opt_in.kill_switch = true);
         }
         watch
     }
 
-    /// What is in force.
+    /// The policy in force.
     pub fn policy(&self) -> watch::Receiver<Arc<Policy>> {
         self.policy.subscribe()
     }
 
-    /// How it is with the file.
+    /// Status of the file.
     pub fn status(&self) -> watch::Receiver<PolicyFileStatus> {
         self.status.subscribe()
     }
 
-    /// Looks at the file at intervals until stopped.
+    /// Reads the file at intervals until stopped.
     pub async fn run(mut self, stop: CancellationToken) {
         while stop.run_until_cancelled(tokio::time::sleep(PERIOD)).await.is_some() {
             self.reread().await;
@@ -91,9 +93,9 @@ impl PolicyWatch {
 
     async fn reread(&mut self) {
         let path = self.path.clone();
-        // A node's own disk, yet it may be the slowest thing on a node in trouble.
+        // Blocking: a node's own disk may be the slowest part of a failing node.
         let found = tokio::task::spawn_blocking(move || read_file(&path)).await.unwrap_or_else(|error| {
-            // A bug of ours: let the supervisor see it.
+            // A panic of a task is a bug, which the supervisor reports.
             std::panic::resume_unwind(error.into_panic())
         });
         if self.last_read.as_ref() == Some(&found) {
@@ -112,7 +114,7 @@ impl PolicyWatch {
 
     fn accept(&mut self, overrides: PolicyOverrides) {
         let changes = changes(&self.overrides, &overrides);
-        tracing::info!(file = %self.path.display(), changes = changes.join("; "), "the rules file is in force");
+        tracing::info!(file = %self.path.display(), changes = changes.join("; "), "the policy file is in force");
         self.policy.send_if_modified(|rules| {
             let now = overrides.apply(&self.flags);
             let news = **rules != now;
@@ -133,20 +135,23 @@ impl PolicyWatch {
         self.metrics.policy_file_read(true);
     }
 
-    /// The old rules stay.
+    /// Keeps the earlier policy in force.
     fn keep_previous(&self, reason: String) {
-        tracing::error!(file = %self.path.display(), reason, "the rules file is refused; what was in force stays");
+        tracing::error!(
+            file = %self.path.display(), reason,
+            "the policy file is refused; the earlier policy stays in force"
+        );
         self.status.send_modify(|status| status.error = Some(reason));
         self.metrics.policy_file_read(false);
     }
 
     fn record_absent(&self) {
         if self.last_read.is_none() {
-            tracing::info!(file = %self.path.display(), "there is no rules file yet; the flags are in force");
+            tracing::info!(file = %self.path.display(), "there is no policy file yet; the flags are in force");
             self.status.send_modify(|status| status.error = Some("there is no such file yet".into()));
             return;
         }
-        tracing::warn!(file = %self.path.display(), "the rules file is gone; what was in force stays");
+        tracing::warn!(file = %self.path.display(), "the policy file is gone; the earlier policy stays in force");
         self.status.send_modify(|status| status.error = Some("the file is gone".into()));
         self.metrics.policy_file_read(false);
     }
@@ -154,12 +159,12 @@ impl PolicyWatch {
 
 fn read_file(path: &Path) -> PolicyFileContent {
     let read = || {
-        // To open a pipe would wait for somebody who writes.
+        // An open of a pipe would block until a program writes.
         if !std::fs::metadata(path)?.is_file() {
-            return Ok(PolicyFileContent::Unreadable("it is no file".into()));
+            return Ok(PolicyFileContent::Unreadable("the path is not a regular file".into()));
         }
         let mut bytes = Vec::new();
-        // One more than may be parsed, so that a longer file is refused there.
+        // One byte more than the parser accepts, so that the parser refuses a longer file.
         File::open(path)?.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes)?;
         Ok(PolicyFileContent::Content(bytes))
     };
@@ -169,7 +174,7 @@ fn read_file(path: &Path) -> PolicyFileContent {
     })
 }
 
-/// What is said now and was not before, field by field.
+/// Changed settings, with their values before and now.
 fn changes(before: &PolicyOverrides, now: &PolicyOverrides) -> Vec<String> {
     let (before, now): (BTreeMap<_, _>, BTreeMap<_, _>) =
         (before.settings().into_iter().collect(), now.settings().into_iter().collect());

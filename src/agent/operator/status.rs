@@ -1,4 +1,4 @@
-//! How this agent is, for the person who asks: put together from what its parts know.
+//! The agent's status for operators, collected from the parts of the agent.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -17,16 +17,16 @@ use crate::ports::{
     OwnImageStatus, PolicyFileStatus, RecoveryStatus, RetentionStatus, Status, StatusSource,
 };
 
-/// What peers say about registries, taken into account: each of them may name many, and a person reads few.
+/// Outages of peers that are read. Each peer may announce many, and a reader needs few.
 const MAX_OUTAGES: usize = 4096;
 
-/// Registries that are told of. More are down only where the network is.
+/// Registries in the status. More are down only when the whole network is.
 const MAX_REGISTRIES: usize = 64;
 
-/// The mesh answers within milliseconds, or it is in trouble.
+/// Longest wait for the mesh. A healthy mesh answers within milliseconds.
 const MESH_WAIT: Duration = Duration::from_secs(1);
 
-/// Asks the mesh.
+/// Reads the mesh's status.
 pub struct MeshView(pub Mesh);
 
 #[async_trait]
@@ -43,31 +43,33 @@ fn bounded(mut status: MeshStatus) -> MeshStatus {
     status
 }
 
-/// Asks the parts of one agent.
+/// Collects the status of one agent.
 pub struct AgentStatus {
     /// This node.
     pub node: NodeName,
     /// This agent.
     pub me: PeerId,
-    /// Who else is there.
+    /// Members of the mesh.
     pub mesh: Arc<dyn MeshSource>,
-    /// Who holds what.
+    /// Peers and their content.
     pub inventory: PeerInventory,
-    /// Recoveries.
+    /// Running recoveries.
     pub tracker: RecoveryTracker,
-    /// What containerd told, as far as it did; `None` with another store.
+    /// containerd's version and settings, as far as containerd reported them; `None` with another
+    /// store.
     pub containerd: Option<watch::Receiver<ContainerdStatus>>,
-    /// This node's clock; `None` inside before the first comparison.
+    /// This node's clock; `None` in the channel before the first comparison.
     pub clock: watch::Receiver<Option<ClockStatus>>,
-    /// What was last announced; `None` inside before the first time.
+    /// The last announcement; `None` in the channel before the first.
     pub images: watch::Receiver<Option<ImagesStatus>>,
-    /// Retained layers; `None` inside where none are to be.
+    /// Retained layers; `None` in the channel where no layers are retained.
     pub retained: watch::Receiver<Option<RetentionStatus>>,
-    /// Images of the agent's own DaemonSet; `None` inside where the agent does not look after them.
+    /// Images of the agent's own DaemonSet; `None` in the channel where the agent does not manage
+    /// them.
     pub own_image: watch::Receiver<Option<OwnImageStatus>>,
-    /// The registries that this node itself cannot reach.
+    /// Registries that this node itself found down.
     pub observed_outages: watch::Receiver<Vec<Outage>>,
-    /// The rules file; `None` when there is none to watch.
+    /// Status of the policy file; `None` without a policy file.
     pub policy_file: Option<watch::Receiver<PolicyFileStatus>>,
 }
 
@@ -93,7 +95,8 @@ impl StatusSource for AgentStatus {
 }
 
 impl AgentStatus {
-    /// By registry and by how it fails: each node has its own moment, and the earliest counts.
+    /// Outages by registry and kind. Nodes see an outage at different times, and the earliest
+    /// counts.
     fn registries_down(&self) -> Vec<OutageStatus> {
         let mut known: BTreeMap<(String, OutageKind), (u64, BTreeSet<String>)> = BTreeMap::new();
         let mut note = |outage: Outage, nodes: Vec<String>| {
@@ -199,7 +202,7 @@ mod tests {
         let expected =
             [down("a.test", "TLS fails", 5, &["n3"]), down("r.test", "connections are refused", 200, &["n2", "n3"])];
         assert_eq!(status.registries_down.unwrap(), expected);
-        assert_eq!(status.mesh, None, "a mesh that does not answer is not known");
+        assert_eq!(status.mesh, None, "a mesh that does not answer has no status");
     }
 
     #[test]

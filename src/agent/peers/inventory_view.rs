@@ -1,4 +1,5 @@
-//! Who holds what, as recoveries ask for it. The mesh keeps the table; this only reads it.
+//! Providers, tags and outages that peers announce, as recoveries read them. The mesh writes the
+//! inventory.
 
 use std::collections::BTreeMap;
 
@@ -9,18 +10,18 @@ use crate::mesh::SharedInventory;
 use crate::model::{MeshEvent, NodeName, Outage, Peer, PeerId, Zone};
 use crate::oci::{Digest, Repository};
 
-/// A peer that has all of a blob, or some.
+/// A provider or partial provider of a blob.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlobProvider {
-    /// Who.
+    /// The peer to request from.
     pub peer: PeerId,
-    /// Where it is.
+    /// The peer's zone, if known.
     pub zone: Option<Zone>,
-    /// It has all of it.
+    /// Whether the peer has the whole blob.
     pub whole: bool,
 }
 
-/// A handle to the table.
+/// The inventory and the state of UDP. Clones share both.
 #[derive(Clone, Default)]
 pub struct PeerInventory {
     inventory: SharedInventory,
@@ -28,37 +29,37 @@ pub struct PeerInventory {
 }
 
 impl PeerInventory {
-    /// Reads this table.
+    /// Reads this inventory.
     pub fn new(table: SharedInventory) -> Self {
         Self { inventory: table, udp: UdpState::default() }
     }
 
-    /// Whether any of them can be fetched from: a firewall may block UDP.
+    /// Whether UDP reaches the peers. A firewall may block UDP.
     pub fn udp(&self) -> &UdpState {
         &self.udp
     }
 
-    /// Takes in one event, in the mesh's place: where there is no mesh.
+    /// Applies one event. Only for an agent without a mesh.
     pub fn apply(&self, event: MeshEvent) {
         self.inventory.apply(event);
     }
 
-    /// Moves whenever the table changed.
+    /// Changes whenever the inventory changes.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.inventory.changes()
     }
 
-    /// Peers that hold the blob.
+    /// The providers of the blob, without partial providers.
     pub fn blob_providers(&self, digest: Digest) -> Vec<PeerId> {
         self.inventory.read(|table| table.blob_providers(digest))
     }
 
-    /// How many peers hold the blob.
+    /// The number of the blob's providers, without partial providers.
     pub fn count_blob_providers(&self, digest: Digest) -> usize {
         self.inventory.read(|table| table.count_blob_providers(digest))
     }
 
-    /// Everybody who holds the blob or is fetching it.
+    /// The providers and partial providers of the blob.
     pub fn all_providers(&self, digest: Digest) -> Vec<BlobProvider> {
         self.inventory.read(|table| {
             let source = |whole| move |peer| BlobProvider { peer, zone: table.zone_of(peer).cloned(), whole };
@@ -69,40 +70,41 @@ impl PeerInventory {
         })
     }
 
-    /// Where a peer is.
+    /// The zone that the peer announces.
     pub fn zone_of(&self, peer: PeerId) -> Option<Zone> {
         self.inventory.read(|table| table.zone_of(peer).cloned())
     }
 
-    /// Who runs on a node.
+    /// The peer that runs on the node.
     pub fn peer_on_node(&self, node: &NodeName) -> Option<PeerId> {
         self.inventory.read(|table| table.peers().into_iter().find(|peer| peer.node == *node).map(|peer| peer.id))
     }
 
-    /// Whether the peer is fetching the blob, and does not hold it.
+    /// Whether the peer downloads the blob and does not have the whole blob.
     pub fn is_partial_provider(&self, peer: PeerId, digest: Digest) -> bool {
         self.inventory.read(|table| {
             table.partial_providers(digest).contains(&peer) && !table.blob_providers(digest).contains(&peer)
         })
     }
 
-    /// Peers that hold the image's root and know it under this repository. A digest alone is not a permission.
+    /// Peers that have the image's root and a record of the image in this repository. A digest
+    /// alone gives no permission.
     pub fn image_providers(&self, repository: &Repository, root: Digest) -> Vec<PeerId> {
         self.inventory.read(|table| table.image_providers(repository, root))
     }
 
-    /// What a tag means, according to each peer that knows it.
+    /// The digests that peers announce for the tag.
     pub fn tag_digests(&self, repository: &Repository, tag: &str) -> BTreeMap<Digest, Vec<PeerId>> {
         self.inventory.read(|table| table.tag(repository, tag))
     }
 
-    /// What peers say about a registry that they cannot reach.
+    /// The outages of this registry, with the peers that announce them.
     pub fn registry_outages(&self, registry: &str) -> Vec<(Outage, Vec<PeerId>)> {
         self.inventory
             .read(|table| table.outages(registry).into_iter().map(|(outage, peers)| (outage.clone(), peers)).collect())
     }
 
-    /// What peers say about registries that they cannot reach, and who says it; the first so many, by registry.
+    /// The first `most` outages in the order of registries, with the peers that announce them.
     pub fn outages(&self, most: usize) -> Vec<(Outage, Vec<PeerId>)> {
         self.inventory
             .read(|table| table.all_outages().take(most).map(|(outage, peers)| (outage.clone(), peers)).collect())
@@ -113,12 +115,12 @@ impl PeerInventory {
         self.inventory.read(|table| table.peers().into_iter().cloned().collect())
     }
 
-    /// How many peers are up.
+    /// The number of peers that are up.
     pub fn peer_count(&self) -> usize {
         self.inventory.read(|table| table.peers().len())
     }
 
-    /// The node's name, for people; the PeerId where it is not known any more.
+    /// The name of the peer's node. The peer's ID when the node is unknown.
     pub fn node_of(&self, peer: PeerId) -> String {
         self.inventory.read(|table| table.node_of(peer).map_or_else(|| peer.to_string(), NodeName::to_string))
     }

@@ -2,7 +2,7 @@
 //! recover the image.
 //!
 //! A claim decides which node sends a message. Claims are advice: without an API server every node
-//! sends, and the receiver drops copies by their id.
+//! sends, and a receiver recognizes copies by the id.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -194,7 +194,10 @@ impl NotificationSender {
                     tokio::time::sleep(Duration::from_secs(1 << attempt).mul_f64(0.5 + rand::random::<f64>())).await;
                 }
                 Err(error) => {
-                    tracing::warn!(image = notification.image, reason = notification.reason, %error, "a message is lost");
+                    tracing::warn!(
+                        image = notification.image, reason = notification.reason, %error,
+                        "a message is lost"
+                    );
                     // The next message about this image may get through, from here or from another
                     // node.
                     self.release(subject).await;

@@ -120,7 +120,7 @@ pub struct PodController {
     is_measuring_disks: bool,
     /// Bounds the concurrent requests to the API server.
     api_permits: Arc<Semaphore>,
-    /// Cancelled when the agent stops, which ends the retries of nudges and Events.
+    /// Canceled when the agent stops, which ends the retries of nudges and Events.
     stopping: CancellationToken,
     /// Work in flight: the recoveries that the queue admits, and a few reads, nudges and Events for
     /// each waiting pod.
@@ -258,7 +258,7 @@ impl PodController {
         }
         self.stopping.cancel();
         self.running.values().for_each(|running| running.stop.cancel());
-        // Cancelled recoveries end at once. Each may have a claim, and the release ends within
+        // Canceled recoveries end at once. Each may have a claim, and the release ends within
         // seconds.
         while let Some(done) = self.work.join_next().await {
             if let Ok(WorkResult::RecoveryEnded { reference, .. }) = done {

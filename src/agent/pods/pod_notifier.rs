@@ -20,13 +20,13 @@ const NUDGE_ATTEMPTS: u32 = 3;
 
 /// The chart gives both rights only where its policies narrow them. Other policies may deny too.
 const NUDGE_DENIED: &str = "the API server denies the nudge (logged once): images are recovered as before, and a pod \
-    starts at its kubelet's own sync, within 90 s. Where the right to patch pods/status is missing: the chart grants the \
-    right on Kubernetes 1.30 and later (podPolicy=always for `helm template`), or without a policy where \
-    podRightsWithoutPolicy=true accepts the risk. Where a policy or webhook of the cluster denies the nudge: exempt the \
-    annotation lighterman.dev/nudged-at";
+    starts at its kubelet's own sync, within 90 s. Where the right to patch pods/status is missing: the chart grants \
+    the right on Kubernetes 1.30 and later (podPolicy=always for `helm template`), or without a policy where \
+    podRightsWithoutPolicy=true accepts the risk. Where a policy or webhook of the cluster denies the nudge: exempt \
+    the annotation lighterman.dev/nudged-at";
 const DELETION_DENIED: &str = "the API server denies the deletion of a pod (logged once): the kubelet starts the pod \
-    later. The chart grants the right with agent.deletePods and a policy (Kubernetes 1.30 and later; podPolicy=always for \
-    `helm template`), or with podRightsWithoutPolicy=true";
+    later. The chart grants the right with agent.deletePods and a policy (Kubernetes 1.30 and later; podPolicy=always \
+    for `helm template`), or with podRightsWithoutPolicy=true";
 
 /// Attempts for one Event, [`REPORT_PAUSE`] apart: five minutes. The adapter limits the Events of
 /// one node, so a node full of pods needs more than three minutes.
@@ -45,6 +45,7 @@ pub struct PodNotifier {
 }
 
 impl PodNotifier {
+    /// Writes to the pods of `cluster`. The Events name the nodes of `inventory`.
     pub fn new(cluster: Arc<dyn Cluster>, inventory: PeerInventory, metrics: Metrics) -> Self {
         Self {
             cluster,
@@ -71,7 +72,10 @@ impl PodNotifier {
                     return self.metrics.nudged("denied");
                 }
                 Err(error) => {
-                    tracing::warn!(%pod, %error, "cannot nudge the pod; the kubelet syncs the pod by itself within 90 s");
+                    tracing::warn!(
+                        %pod, %error,
+                        "cannot nudge the pod; the kubelet syncs the pod by itself within 90 s"
+                    );
                     return self.metrics.nudged("failed");
                 }
             }
@@ -145,7 +149,8 @@ impl PodNotifier {
     pub(in crate::agent) fn dry_run_note(&self, reference: &Reference, root: Digest, providers: &[PeerId]) -> String {
         let names: Vec<_> = providers.iter().take(5).map(|peer| self.inventory.node_of(*peer)).collect();
         format!(
-            "{reference} ({root}) could come from {} nodes ({}); --dry-run is set, so the agent does not fetch the image.",
+            "{reference} ({root}) could come from {} nodes ({}); --dry-run is set, so the agent does not fetch the \
+             image.",
             providers.len(),
             names.join(", ")
         )
@@ -184,9 +189,9 @@ impl PodNotifier {
         let UdpStatus { blocked_since, port, nodes } = self.inventory.udp().status();
         blocked_since.map_or_else(String::new, |_| {
             format!(
-                " UDP port {port} is blocked: {nodes} nodes answer this node over TCP and none over UDP, so the peers are \
-                 not at fault. Open UDP port {port} between all nodes. Until then, TCP serves images with at most {} missing \
-                 and no layer above {}.",
+                " UDP port {port} is blocked: {nodes} nodes answer this node over TCP and none over UDP, so the peers \
+                 are not at fault. Open UDP port {port} between all nodes. Until then, TCP serves images with at most \
+                 {} missing and no layer above {}.",
                 human_bytes(MAX_IMAGE),
                 human_bytes(MAX_BLOB)
             )

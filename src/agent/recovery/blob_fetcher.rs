@@ -16,14 +16,16 @@ use tokio::sync::watch;
 
 pub(in crate::agent) use self::local_blob::LocalBlob;
 use crate::agent::peers::inventory_view::{BlobProvider, PeerInventory};
-use crate::agent::recovery::recover_error::RecoverError;
 use crate::agent::recovery::downloads::Downloads;
+use crate::agent::recovery::recover_error::RecoverError;
 use crate::decide::peer_faults::{PeerFault, PeerFaults};
 use crate::decide::plan::order_providers;
 use crate::metrics::Metrics;
 use crate::model::{PeerId, Zone};
 use crate::oci::{BlobProof, Descriptor, Digest, Document, DocumentError, MAX_DOCUMENT_BYTES, Reference};
-use crate::ports::{ChildKind, BlobMetadata, BlobSink, Child, ContentStore, FetchError, Fetcher, Pin, StagedBlob, StoreError};
+use crate::ports::{
+    BlobMetadata, BlobSink, Child, ChildKind, ContentStore, FetchError, Fetcher, Pin, StagedBlob, StoreError,
+};
 
 /// Most rounds over the providers of one document. Only busy peers and new peers get another round.
 /// With the waits between rounds this is half a minute; then the recovery's own back-off takes
@@ -174,7 +176,7 @@ impl BlobFetcher {
     ) -> Result<(Bytes, BlobProof, PeerId), RecoverError> {
         let mut attempts = Attempts::new(digest);
         for _ in 0..MAX_ROUNDS {
-            // The image's own providers first; a child manifest may be on others as well.
+            // A child manifest may be on other peers than the image's providers.
             let mut candidates = providers.to_vec();
             candidates
                 .extend(self.inventory.blob_providers(digest).into_iter().filter(|peer| !providers.contains(peer)));

@@ -1,7 +1,8 @@
-//! The claim on a recovery: it names the node that leads, for people and for what must happen once.
+//! Claims of recoveries. A Lease names the node that leads a recovery, for operators and for work
+//! that should happen once.
 //!
-//! Nobody waits for it. A claim that is lost, stolen or out of reach changes nothing about the content that is fetched, and
-//! peers' pulls are never serialised by it.
+//! No recovery waits for a claim. A claim that is lost, stolen or unreachable changes nothing about
+//! the fetched content. Claims never serialize the downloads of several nodes.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,13 +22,13 @@ pub struct ClaimCoordinator {
     metrics: Metrics,
     node: NodeName,
     me: PeerId,
-    /// What is held now, or may be because its write was not answered; for each running recovery
-    /// the image's claim, the zone's, or both where the zone became known meanwhile.
+    /// Claims that this node holds, or may hold because a write got no answer. A running recovery
+    /// has the image's claim, the zone's, or both if the zone became known meanwhile.
     claimed: Mutex<HashMap<Reference, HashSet<Digest>>>,
 }
 
 impl ClaimCoordinator {
-    /// Claims in the name of this node.
+    /// Claims in the name of `node`.
     pub fn new(
         claims: Arc<dyn Claims>,
         inventory: PeerInventory,
@@ -38,11 +39,14 @@ impl ClaimCoordinator {
         Self { claims, inventory, metrics, node, me, claimed: Mutex::default() }
     }
 
-    /// Tries to be the one named for this digest, after those that rank before it had time to. Never fails: it is advice.
+    /// Tries to claim the digest, after the better-ranked nodes had time to claim. Never fails,
+    /// because the claim is advice.
     ///
-    /// One try, no renewal: where there are no zones the claim only names who leads, and where there are, it is [`Lead::claim`] that counts.
+    /// Tries once, without renewal. Without zones, the claim only names the node that leads. With
+    /// zones, [`ClaimCoordinator::claim_zone`] decides.
     ///
-    /// May be dropped at any time; [`Lead::retire`] then gives back what was perhaps taken.
+    /// The future may be dropped at any time. [`ClaimCoordinator::release_all`] then releases a
+    /// claim that a lost answer may have granted.
     pub(in crate::agent) async fn try_claim_image(&self, reference: &Reference, digest: Digest) {
         let others: Vec<_> = self.inventory.peers().into_iter().map(|peer| peer.id).collect();
         tokio::time::sleep(claim_delay(self.me, digest, &others)).await;
@@ -55,27 +59,26 @@ impl ClaimCoordinator {
             Ok(true) => "held",
             Ok(false) | Err(ClaimError::Lost) => "taken_by_other",
             Err(ClaimError::Unavailable(reason)) => {
-                tracing::debug!(reason, "going on without a claim");
+                tracing::debug!(reason, "the recovery goes on without a claim");
                 "out_of_reach"
             }
         };
         self.metrics.claim_tried(label);
     }
 
-    /// The agent that coordinates its claims here.
     pub(in crate::agent::recovery) fn peer(&self) -> PeerId {
         self.me
     }
 
-    /// The node whose name the claims carry.
     pub(in crate::agent::recovery) fn node(&self) -> NodeName {
         self.node.clone()
     }
 
-    /// Tries to take, or to keep, the claim on bringing an image into this node's zone. Answers which node has it now.
+    /// Tries to take or renew the claim to fetch an image for this node's zone. Returns the node
+    /// that holds the claim now, if there is one.
     ///
     /// # Errors
-    /// [`ClaimError`]; whoever else has it then is not known.
+    /// [`ClaimError`]; the holder is then unknown.
     pub(in crate::agent) async fn claim_zone(
         &self,
         reference: &Reference,
@@ -118,7 +121,7 @@ impl ClaimCoordinator {
         let claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner).remove(reference);
         for digest in claimed.into_iter().flatten() {
             if let Err(error) = self.claims.release(digest).await {
-                tracing::debug!(%digest, %error, "the claim is left to expire");
+                tracing::debug!(%digest, %error, "the claim cannot be released; the claim expires by itself");
             }
         }
     }

@@ -1,5 +1,5 @@
-//! Room on this node's disks: asked for before a download, before each layer is unpacked, and again
-//! after a refusal.
+//! Disk space of this node: reserved before a download and before each layer is unpacked, and
+//! measured again after a refusal.
 
 use std::sync::Arc;
 
@@ -7,14 +7,14 @@ use tokio::sync::watch;
 
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::decide::disk::Disks;
+use crate::decide::disk::OverLimit;
 use crate::decide::disk_reservations::{MeasurementStart, Reservation, Reservations};
 use crate::decide::layer_stack::{TRAILER, unpacked_bytes};
-use crate::decide::disk::OverLimit;
 use crate::decide::policy::Policy;
 use crate::oci::Descriptor;
 use crate::ports::{ContentStore, StoreError};
 
-/// The room that layers of one recovery are unpacked into.
+/// The part of a recovery's reservation that its layers are unpacked into.
 #[derive(Clone, Copy)]
 pub(in crate::agent) struct LayerReservation<'a> {
     pub(in crate::agent::recovery) store: &'a dyn ContentStore,
@@ -23,7 +23,7 @@ pub(in crate::agent) struct LayerReservation<'a> {
     pub(in crate::agent::recovery) reservation: &'a Reservation,
 }
 
-/// Why a layer gets no room.
+/// Why a layer has no disk space.
 #[derive(Debug, thiserror::Error)]
 pub(in crate::agent) enum NoDiskSpace {
     #[error(transparent)]
@@ -33,10 +33,11 @@ pub(in crate::agent) enum NoDiskSpace {
 }
 
 impl LayerReservation<'_> {
-    /// Sets aside what these layers unpack to. Returns their size in bytes.
+    /// Reserves the unpacked size of these layers in place of the estimate. Returns that size in
+    /// bytes, or 0 where no file system is visible.
     ///
     /// # Errors
-    /// [`NoRoom`]. Nothing more is set aside then.
+    /// [`NoDiskSpace`]. The estimate stays reserved then.
     pub(in crate::agent) async fn reserve(&self, layers: &[Descriptor]) -> Result<u64, NoDiskSpace> {
         let (before, disks) = measure(self.store, self.reservations).await?;
         if disks.are_unknown() {
@@ -52,11 +53,11 @@ impl LayerReservation<'_> {
         Ok(real)
     }
 
-    /// Whether the runtime has room to unpack these layers. Layers that are unpacked already count
-    /// too, so the check may ask for more room than the runtime needs.
+    /// Checks that the runtime has room to unpack these layers. Unpacked layers count too, so the
+    /// check may require more room than the runtime needs.
     ///
     /// # Errors
-    /// [`RecoverError::NoRoomToUnpack`], and what the store says.
+    /// [`RecoverError::NoRoomToUnpack`] and [`RecoverError::Store`].
     pub(in crate::agent) async fn check_unpack(&self, layers: &[Descriptor]) -> Result<(), RecoverError> {
         match self.reserve(layers).await {
             Ok(_) => Ok(()),
@@ -65,7 +66,7 @@ impl LayerReservation<'_> {
         }
     }
 
-    /// So many bytes are unpacked now.
+    /// Records bytes of unpacked layers, which the file system counts from now on.
     pub(in crate::agent) fn record_unpacked(&self, bytes: u64) {
         self.reservation.record_unpacked(bytes);
     }

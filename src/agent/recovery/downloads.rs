@@ -1,4 +1,5 @@
-//! The blobs that this node is fetching, for others: peers that want them take what is here already.
+//! The downloads of this node, which also serve peers: a peer fetches the pieces that are here
+//! already.
 
 pub(in crate::agent::recovery) mod blob_download;
 mod chain_prefixes;
@@ -12,25 +13,27 @@ use self::blob_download::{BlobDownload, ServedDownload};
 use crate::oci::{Digest, MIN_PIECE_SIZE};
 use crate::ports::{PartialBlob, PartialBlobs};
 
-/// Blobs of fewer pieces are not told of while they come: they are here before the word has gone round (a second), and would only add to it.
+/// Smallest announced download, in bytes. A blob of fewer pieces is complete before gossip has
+/// spread the announcement (a second), and would only add to the gossip.
 const MIN_ANNOUNCED_BYTES: u64 = 16 * MIN_PIECE_SIZE;
 
-/// Blobs that are told of at a time. An image has a handful that are large, and a few images come at once; the rest is found when it is whole.
+/// Most announced downloads. An image has a handful of large blobs, and a few images are recovered
+/// at a time. The other blobs are announced when they are whole.
 const MAX_ANNOUNCED: usize = 64;
 
-/// Pieces that wait in memory at a time: 8 MiB each at most, of blobs up to a terabyte.
+/// Most pieces that wait in memory at a time: 8 MiB each at most, for blobs of up to a terabyte.
 const MAX_BUFFERED_PIECES: usize = 4;
 
-/// A handle to the list. Clones share it.
+/// The downloads in flight. Clones share the table.
 #[derive(Clone)]
 pub struct Downloads(Arc<DownloadTable>);
 
 struct DownloadTable {
     blobs: Mutex<HashMap<Digest, Arc<BlobDownload>>>,
     announced: watch::Sender<BTreeSet<Digest>>,
-    /// Moves when one has come, or was given up.
+    /// Changes when a download is complete or abandoned.
     ended: watch::Sender<u64>,
-    /// The blob that a recovery waits for because it is being written already.
+    /// The blob that a recovery waits for, because another writer has the blob open.
     awaited: watch::Sender<Option<Digest>>,
     buffer_permits: Arc<Semaphore>,
 }
@@ -48,27 +51,26 @@ impl Default for Downloads {
 }
 
 impl Downloads {
-    /// The blobs that peers should know of.
+    /// The downloads that gossip announces.
     pub fn announced(&self) -> watch::Receiver<BTreeSet<Digest>> {
         self.0.announced.subscribe()
     }
 
-    /// Moves whenever a blob has come, or was given up.
     pub(in crate::agent) fn ended(&self) -> watch::Receiver<u64> {
         self.0.ended.subscribe()
     }
 
-    /// A recovery waits for this blob, which is being written already.
     pub(in crate::agent) fn mark_awaited(&self, digest: Digest) {
         self.0.awaited.send_replace(Some(digest));
     }
 
-    /// Moves whenever a recovery begins to wait for a blob, and every 1.5 s while it waits.
+    /// Changes when a recovery begins to wait for a blob, and every 1.5 s during the wait.
     pub(in crate::agent) fn awaited(&self) -> watch::Receiver<Option<Digest>> {
         self.0.awaited.subscribe()
     }
 
-    /// The store lets one recovery at a time write a blob, so there is no other of this digest.
+    /// Adds a download. The store permits one writer of a blob at a time, so the digest has no
+    /// other download.
     pub(in crate::agent::recovery) fn insert(&self, incoming: &Arc<BlobDownload>) {
         let blob = incoming.blob();
         self.blobs().insert(blob.digest, Arc::clone(incoming));
@@ -77,7 +79,7 @@ impl Downloads {
         }
     }
 
-    /// It is in the store now, or given up.
+    /// Removes a download that is complete or abandoned.
     pub(in crate::agent::recovery) fn remove(&self, incoming: &Arc<BlobDownload>) {
         incoming.close();
         let digest = incoming.blob().digest;
@@ -86,7 +88,7 @@ impl Downloads {
         self.0.ended.send_modify(|ended| *ended += 1);
     }
 
-    /// For pieces that wait in memory, of all recoveries of this node.
+    /// Permits for pieces that wait in memory, shared by all recoveries of this node.
     pub(in crate::agent::recovery) fn buffer_permits(&self) -> Arc<Semaphore> {
         Arc::clone(&self.0.buffer_permits)
     }

@@ -1,6 +1,6 @@
-//! Fetching by the transport that is open: QUIC, or ranges over the mesh's TCP connection while UDP
-//! is blocked. [`crate::decide::transport_choice`] chooses for each request, so QUIC is used again as soon as a
-//! probe of UDP is answered.
+//! Fetches over the open transport: QUIC, or ranges over the mesh's TCP connection while UDP is
+//! blocked. [`crate::decide::transport_choice`] chooses for each request, so QUIC is used again as
+//! soon as a probe over UDP is answered.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,7 +21,7 @@ use crate::ports::{BlobSink, FetchError, Fetcher, PieceError, PieceFetcher, Piec
 use crate::transfer::Transfer;
 use crate::wire::{Answer, Request};
 
-/// Serves ranges over the mesh as the transfer serves them over QUIC.
+/// Serves ranges over the mesh as [`Transfer`] serves them over QUIC.
 pub struct MeshRangeServer(pub Transfer);
 
 #[async_trait]
@@ -32,20 +32,20 @@ impl RangeServer for MeshRangeServer {
     }
 }
 
-/// Both transports.
+/// Fetches over both transports.
 pub struct FallbackFetcher {
     quic: SuspectingFetcher,
     metrics: Metrics,
-    /// Requests over the mesh that may be open, at all peers.
+    /// Permits for requests over the mesh, at all peers together.
     permits: Semaphore,
-    /// The same at each peer; those that are in use.
+    /// Permits for requests over the mesh at one peer, for peers with requests.
     peer_permits: Mutex<HashMap<PeerId, Arc<Semaphore>>>,
 }
 
-/// Bytes of a state in a hash chain.
+/// Bytes of one state of a hash chain.
 const STATE_BYTES: usize = 32;
 
-/// The subject of a request over the mesh.
+/// The peer and the blob of a request over the mesh.
 #[derive(Clone, Copy)]
 struct RangeTarget {
     peer: PeerId,
@@ -71,10 +71,10 @@ impl FallbackFetcher {
         Arc::clone(peers.entry(peer).or_insert_with(|| Arc::new(Semaphore::new(MAX_RANGES_OF_A_PEER))))
     }
 
-    /// Sends one request when the bounds allow another.
+    /// Sends one request as soon as both permits are free.
     async fn send_request(&self, peer: PeerId, request: Request) -> Result<RangeResponse, FetchError> {
         let of_peer = self.permits_of_peer(peer);
-        // Neither is ever closed.
+        // Neither semaphore is ever closed.
         let (_one, _all) = (of_peer.acquire().await.ok(), self.permits.acquire().await.ok());
         self.quic.mesh.request_range(peer, request).await.map_err(|error| match error {
             RangeError::NotConnected | RangeError::NoAnswer(_) => {
@@ -84,7 +84,7 @@ impl FallbackFetcher {
         })
     }
 
-    /// Sends a request for bytes of a blob, and checks that the answer is about this blob.
+    /// Requests bytes of a blob. Checks the blob's size and the number of bytes in the answer.
     async fn request_bytes(&self, wanted: RangeTarget, request: Request, expected: u64) -> Result<Bytes, FetchError> {
         let RangeTarget { peer, digest, size } = wanted;
         let RangeResponse { answer, bytes } = self.send_request(peer, request).await?;
@@ -109,7 +109,7 @@ impl FallbackFetcher {
         Ok(bytes)
     }
 
-    /// The bytes of one range, counted and within the download rate.
+    /// Fetches one range, counts its bytes, and waits for the download rate limiter.
     async fn fetch_range(&self, wanted: RangeTarget, offset: u64, length: u64) -> Result<Bytes, FetchError> {
         let request = Request::Get { digest: wanted.digest, offset, length };
         let bytes = self.request_bytes(wanted, request, length).await?;
@@ -152,10 +152,10 @@ impl FallbackFetcher {
             bytes.as_chunks::<STATE_BYTES>().0.iter().map(|state| HashState::from_bytes(*state)).collect();
         on_states(&states);
         HashChain::unverified(digest, layout, states)
-            .map_err(|error| FetchError::Protocol { peer, reason: format!("sends no hash chain: {error}") })
+            .map_err(|error| FetchError::Protocol { peer, reason: format!("sends an invalid hash chain: {error}") })
     }
 
-    /// Requests the pieces one after the other; the recovery has several orders in flight.
+    /// Requests the pieces one after the other. The recovery has several requests in flight.
     async fn pieces_over_mesh(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
         let PieceRequest { peer, digest, layout: cut, pieces: ref choice, limit: most } = *order;
         let wanted = RangeTarget { peer, digest, size: cut.size() };
@@ -170,7 +170,7 @@ impl FallbackFetcher {
                 sink.append(&[bytes]).await?;
             }
             if !is_begun {
-                // The one piece of an empty blob.
+                // An empty blob has one empty piece.
                 sink.begin(*piece);
             }
             sink.end().await.map_err(|error| match error {
@@ -186,7 +186,7 @@ impl FallbackFetcher {
     }
 }
 
-/// A provider that has the whole blob. Partial providers are not asked over the mesh.
+/// The piece map of a whole provider. A partial provider serves nothing over the mesh.
 struct WholeProvider {
     is_reported: bool,
 }
@@ -263,7 +263,7 @@ impl Fetcher for FallbackFetcher {
     }
 
     async fn size_of(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError> {
-        // The question is small, whatever the blob is.
+        // The answer is small, whatever the blob's size.
         match self.transport(peer, 0) {
             Transport::Quic => self.quic.size_of(peer, digest).await,
             Transport::Mesh => self.size_over_mesh(peer, digest).await,

@@ -1,7 +1,9 @@
-//! Unpacking an image's layers while the others are still coming, so that a container can be made as soon as the image has its name.
+//! Unpacks the layers of an image during the download, so that a container can start as soon as the
+//! image record exists.
 //!
-//! An optimisation, and one more thing besides: the kubelet waits two minutes for a container to be made, and a layer that containerd needs
-//! longer for would be begun anew each time. Here it has the time that it needs. Whatever goes wrong is told once and left to the runtime.
+//! An optimization, with one exception. The kubelet waits two minutes for a container to be
+//! created, and containerd would start a layer that takes longer anew each time. Here such a layer
+//! has the time that it needs. A failure is logged, and the runtime unpacks the rest.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -13,18 +15,20 @@ use crate::agent::recovery::blob_fetcher::LocalBlob;
 use crate::agent::recovery::disk_space::{LayerReservation, NoDiskSpace};
 use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::decide::layer_stack::{LayerStack, NextLayer};
 use crate::decide::disk::OverLimit;
+use crate::decide::layer_stack::{LayerStack, NextLayer};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Manifest, Reference, RootFs, RootFsError};
 use crate::ports::{ContentStore, Pin, StoreError, UnpackError, UnpackOutcome, Unpacker};
 
-/// Layers that are unpacked at a time on this node, one of each image. Each takes a core, to decompress, and all write to one disk: with two,
-/// one goes on while the other waits for the disk, and of the four cores that a small node has, two are left for its pods.
+/// Layers that are unpacked at a time on this node, one of each image. Each unpacking takes a core
+/// to decompress, and all write to one disk. With two, one decompresses while the other waits for
+/// the disk. Of the four cores of a small node, two are left for the pods.
 const MAX_UNPACKING: usize = 2;
 
-/// How much longer than its last blob an image may take. Meanwhile it has no name, so its pods wait. On two busy cores containerd unpacked 2 GB in 38 to
-/// 73 s (README.md of the benchmarks): that is 16 GB at the slowest, more than images have as a rule. What takes longer hangs rather than works.
+/// Longest time between the last blob and the image record. Meanwhile the image's pods wait. On two
+/// busy cores containerd unpacked 2 GB in 38 to 73 s (README.md of the benchmarks), which makes 16
+/// GB at the slowest, more than images usually have. Unpacking that takes longer hangs.
 const UNPACK_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Unpacks layers on this node.
@@ -35,56 +39,56 @@ pub struct LayerUnpacker {
     permits: Semaphore,
 }
 
-/// An image whose layers are to be unpacked.
+/// An image without an image record, whose layers are to be unpacked.
 pub(in crate::agent) struct UnnamedImage<'a> {
-    /// Its name.
     pub(in crate::agent) reference: &'a Reference,
-    /// What it is made of.
     pub(in crate::agent) manifest: &'a Manifest,
-    /// Holds what is unpacked.
+    /// Pins the snapshots.
     pub(in crate::agent) pin: &'a Pin,
-    /// Is told how far it is.
+    /// Receives the position in the layers.
     pub(in crate::agent) progress: &'a Progress,
-    /// What it may take.
+    /// Disk space for the unpacked layers.
     pub(in crate::agent) reservation: LayerReservation<'a>,
-    /// The blobs that are here; grows.
+    /// Blobs that are here. Grows during the download.
     pub(in crate::agent) complete_blobs: watch::Receiver<HashSet<Digest>>,
 }
 
-/// Why the rest is left to the runtime.
+/// Why the agent leaves the rest of the layers to the runtime.
 #[derive(Debug, thiserror::Error)]
 enum UnpackingError {
     #[error(transparent)]
     Unsuited(UnpackError),
-    #[error("reading the configuration: {0}")]
+    #[error("reading the config: {0}")]
     Config(StoreError),
-    #[error("the configuration is too large, or not what its digest says")]
+    #[error("the config is absent, too large or damaged")]
     Unreadable,
     #[error(transparent)]
     RootFs(#[from] RootFsError),
     #[error("layer {number} of {of}, {layer}: {source}")]
     Layer { number: usize, of: usize, layer: Digest, source: UnpackError },
-    /// The runtime would have no room either, and would fail for ever.
+    /// The runtime would have no room either, and would fail at every try.
     #[error("layer {number} of {of}, {layer}: {source}")]
     NoRoom { number: usize, of: usize, layer: Digest, source: OverLimit },
-    #[error("keeping what was unpacked: {0}")]
+    #[error("keeping the snapshot: {0}")]
     Keep(UnpackError),
-    /// The blobs do not come any more. Whoever brings them says why.
-    #[error("not all of it has come")]
+    /// The download ended early, with an error of its own.
+    #[error("the download ended before all layers were here")]
     Incomplete,
 }
 
 impl LayerUnpacker {
-    /// Unpacks what comes into `store` through `unpacker`.
+    /// Unpacks blobs of `store` through `unpacker`.
     pub fn new(unpacker: Arc<dyn Unpacker>, store: Arc<dyn ContentStore>, metrics: Metrics) -> Self {
         Self { unpacker, store, metrics, permits: Semaphore::new(MAX_UNPACKING) }
     }
 
-    /// Brings the blobs and unpacks the layers among them. Answers when both are done, or when the blobs have not come, or when they are here
-    /// and unpacking has failed or takes longer than it may; that is `left` at most, which is what the pin has still to live.
+    /// Runs the download, and unpacks complete layers meanwhile. Returns when both are done, when
+    /// the download fails, or when the disk has no room for a layer. After the download, unpacking
+    /// may take [`UNPACK_TIMEOUT`], or half of `remaining` if that is shorter. `remaining` is the
+    /// time until the pin ends.
     ///
     /// # Errors
-    /// Those of the blobs, and [`RecoverError`] where the disk has no room for a layer.
+    /// Errors of the download, and [`RecoverError`] when the disk has no room for a layer.
     pub(in crate::agent) async fn fetch_and_unpack<T>(
         &self,
         fetching: impl Future<Output = Result<T, RecoverError>>,
@@ -102,23 +106,25 @@ impl LayerUnpacker {
                 return fetching.await;
             }
         };
-        // What is recorded has to be held until then: half of what is left is for that.
+        // The pin must outlive the image record's write, so half of the pin's time is left for
+        // that.
         let limit = UNPACK_TIMEOUT.min(remaining() / 2);
         match tokio::time::timeout(limit, unpacking).await {
             Ok(unpacked) => unpacked?,
             Err(_) => {
                 self.metrics.layer_unpacked("given_up");
-                tracing::warn!(%reference, seconds = limit.as_secs(), "unpacking takes too long, and is left to the runtime");
+                let seconds = limit.as_secs();
+                tracing::warn!(%reference, seconds, "unpacking takes too long; the runtime unpacks the rest");
             }
         }
         Ok(fetched)
     }
 
-    /// Fails only where the runtime would fail too, for want of room.
+    /// Fails only when the disk has no room, because the runtime would fail too.
     async fn run(&self, image: UnnamedImage<'_>) -> Result<(), RecoverError> {
         let reference = image.reference;
         match self.unpack(image).await {
-            // An adapter says so once; a recovery that failed says so itself.
+            // The adapter logs missing support once, and a failed download returns its own error.
             Ok(()) | Err(UnpackingError::Unsuited(UnpackError::Unsupported(_)) | UnpackingError::Incomplete) => {}
             Err(UnpackingError::NoRoom { source, .. }) => {
                 self.metrics.layer_unpacked("no_room");
@@ -130,7 +136,7 @@ impl LayerUnpacker {
             }
             Err(error) => {
                 self.metrics.layer_unpacked("failed");
-                tracing::warn!(%reference, %error, "an image is not unpacked, which is left to the runtime");
+                tracing::warn!(%reference, %error, "an image is not unpacked here; the runtime unpacks the rest");
             }
         }
         Ok(())
@@ -156,7 +162,7 @@ impl LayerUnpacker {
                 }
                 NextLayer::Unpack(layer) => {
                     let digest = layer.blob.digest;
-                    let _permit = self.permits.acquire().await.expect("nobody closes the semaphore");
+                    let _permit = self.permits.acquire().await.expect("the semaphore is never closed");
                     let (number, of) = stack.position();
                     progress.set_unpacking(number, of);
                     let failed = |source| UnpackingError::Layer { number, of, layer: digest, source };

@@ -114,7 +114,8 @@ impl Recoverer {
                 biased;
                 image = &mut image => image,
                 // With a zone, the swarm claims the image for the zone instead.
-                () = self.claims.try_claim_image(reference, digest), if self.blob_fetcher.zone().is_none() => image.await,
+                () = self.claims.try_claim_image(reference, digest),
+                    if self.blob_fetcher.zone().is_none() => image.await,
             }
         };
         let work = pinned.renew_during(reference, work);
@@ -176,7 +177,10 @@ impl Recoverer {
                 ImportPermission::Refused(reason) => Some(reason.clone()),
                 ImportPermission::Allowed | ImportPermission::Unknown => None,
             },
-            Ok(Err(_)) | Err(_) => Some("the runtime has not reported yet whether image verifiers are configured; check that containerd answers".to_owned()),
+            Ok(Err(_)) | Err(_) => Some(
+                "containerd has not answered whether it verifies images; check that containerd runs on this node"
+                    .to_owned(),
+            ),
         };
         refused.map_or(Ok(()), |reason| Err(RecoverError::ImportsRefused { reason }))
     }
@@ -277,7 +281,7 @@ impl Recoverer {
         if self.recorded_target(reference).await?.is_some_and(|named| named != root.digest) {
             // The kubelet's own pull was faster, and the registry's answer is newer than the
             // peers'.
-            tracing::info!(%reference, "a pull recorded other content under the name meanwhile; that image record stays");
+            tracing::info!(%reference, "a pull recorded other content under this name meanwhile; the record stays");
             return Ok(());
         }
         for name in reference.record_names(root.digest) {

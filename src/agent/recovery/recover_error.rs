@@ -18,9 +18,7 @@ pub enum RecoverError {
         reference: Reference,
     },
     /// All providers have the image for other platforms than this node's.
-    #[error(
-        "the peers that hold {reference} hold the image for other platforms: no peer has {digest} for {platform}"
-    )]
+    #[error("the peers that hold {reference} hold the image for other platforms: no peer has {digest} for {platform}")]
     OtherPlatforms {
         /// The requested image.
         reference: Reference,
@@ -55,8 +53,8 @@ pub enum RecoverError {
     },
     /// The license of a missing layer forbids distribution.
     #[error(
-        "the license of {reference} forbids to distribute the layer {layer}, so no peer serves the layer; pull the layer from \
-         the address in the manifest"
+        "the license of {reference} forbids to distribute the layer {layer}, so no peer serves the layer; \
+         pull the layer from the address in the manifest"
     )]
     NotDistributable {
         /// The requested image.
@@ -107,7 +105,10 @@ pub enum RecoverError {
     #[error("the image can be fetched, but its layers cannot be unpacked: {0}")]
     NoRoomToUnpack(#[source] OverLimit),
     /// Every provider of a blob failed, or the blob has no provider.
-    #[error("{digest} could not be fetched: {}", attempts.last().map_or("no peer holds the blob".to_owned(), ToString::to_string))]
+    #[error(
+        "{digest} could not be fetched: {}",
+        attempts.last().map_or("no peer holds the blob".to_owned(), ToString::to_string)
+    )]
     Fetch {
         /// The requested blob.
         digest: Digest,

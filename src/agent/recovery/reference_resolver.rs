@@ -152,7 +152,8 @@ impl ReferenceResolver {
     ) -> Option<Digest> {
         let said = self.registry_digest(request, repository, tag).await;
         said.inspect_err(|error| {
-            tracing::info!(reference = %request.reference, %error, "the registry did not resolve the tag; the peers' tags decide");
+            let reference = &request.reference;
+            tracing::info!(%reference, %error, "the registry did not resolve the tag; the peers' tags decide");
         })
         .ok()
     }
@@ -181,7 +182,7 @@ impl ReferenceResolver {
         for (namespace, name) in request.pull_secrets.iter().filter(|(name, _)| allowed(name)).take(MAX_SECRETS) {
             match self.cluster.pull_secret(namespace, name).await {
                 Ok(secret) => secrets.push(secret),
-                Err(error) => tracing::warn!(namespace, name, %error, "cannot read a pull secret; the registry gets the request without the secret"),
+                Err(error) => tracing::warn!(namespace, name, %error, "a pull secret cannot be read and is skipped"),
             }
         }
         secrets

@@ -1,5 +1,5 @@
-//! Fetching as the recoveries know it, and a word to the mesh about whom it could not reach: nothing is fetched from there until the
-//! peer is heard of again, whichever image it was wanted for.
+//! Fetches by QUIC, and reports silent peers to the mesh. A suspected peer provides no image until
+//! its next sign of life.
 
 use std::sync::Arc;
 
@@ -12,19 +12,19 @@ use crate::oci::{BlobProof, Digest, HashChain, PieceLayout};
 use crate::ports::{BlobSink, FetchError, Fetcher, PieceFetcher, PieceMapUpdates, PieceSink, StateSink};
 use crate::transfer::Transfer;
 
-/// Fetches, and tells on those who are out of reach.
+/// Fetches, and suspects the peers that send nothing.
 pub struct SuspectingFetcher {
-    /// Who fetches.
+    /// Fetches by QUIC.
     pub transfer: Transfer,
-    /// Who is told.
+    /// Receives the suspicions.
     pub mesh: Mesh,
-    /// While UDP is blocked, silence over UDP says nothing about a peer.
+    /// While UDP is blocked, silence over UDP is no evidence against a peer.
     pub udp: UdpState,
 }
 
 impl SuspectingFetcher {
     async fn report_silence<T>(&self, fetched: Result<T, FetchError>) -> Result<T, FetchError> {
-        // Whoever answers anything lives, and is busy, or will not have us.
+        // A peer that answers anything is alive: busy, or without admission for this agent.
         if let Err(FetchError::Unreachable { peer, silent: true, .. }) = &fetched
             && !self.udp.is_blocked()
         {

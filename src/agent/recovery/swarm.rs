@@ -1,8 +1,10 @@
-//! The missing blobs of one image, in pieces, from everybody who has some of them.
+//! Fetches the missing blobs of one image in pieces, from all providers at once.
 //!
-//! Which piece is asked of whom is decided in [`crate::decide::piece_picker`]; here its orders are carried out, each in a task of its own, so that
-//! hashing and writing spread over the cores. What is here is served while the rest comes ([`Underway`]). Not here: documents, which
-//! come whole ([`super::bring`]), and who may be helped.
+//! [`crate::decide::piece_picker`] decides which piece is requested from which peer. This module
+//! sends the requests, each in a task of its own, so hashing and writing spread over the cores.
+//! Pieces that are here are served to peers during the download
+//! ([`crate::agent::recovery::downloads`]). Not here: documents, which are fetched whole
+//! ([`crate::agent::recovery::blob_fetcher`]).
 
 mod dispute;
 mod download_sink;
@@ -19,11 +21,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
-use crate::agent::recovery::downloads::blob_download::BlobDownload;
 use self::tasks::TaskResult;
 use self::zone_election::ZoneElection;
 use crate::agent::recovery::blob_fetcher::{Attempts, BlobFetcher, FetchedBlob};
 use crate::agent::recovery::claim_coordinator::ClaimCoordinator;
+use crate::agent::recovery::downloads::blob_download::BlobDownload;
 use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::decide::disk_reservations::Reservation;
@@ -32,25 +34,27 @@ use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Reference};
 use crate::ports::{FetchError, Pin};
 
-/// Without a piece for so long, and with nobody who could be asked for one, a recovery ends; its own back-off then takes over, and finds
-/// what has come. As long as peers that are busy were waited for before there were pieces.
+/// Abort the recovery when a blob made no progress for this long and no request is in flight. The
+/// back-off of the queue follows, and the retry reuses the staged pieces. Equal to the longest wait
+/// for busy providers of a document: 20 rounds of 1.5 s.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What changes in the inventory is gathered for so long.
+/// Batching interval of inventory changes.
 const REFRESH_DELAY: Duration = Duration::from_millis(100);
 
-/// Who had no list is asked for one again after so long.
+/// Retry delay for a peer that returned no usable hash chain.
 const HASH_CHAIN_RETRY: Duration = Duration::from_secs(1);
 
-/// How often whoever watches is told how far it is.
+/// Interval of progress reports.
 const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What the tasks of one swarm share.
+/// State that the tasks of one swarm share.
 struct SwarmShared {
     picker: Mutex<PiecePicker>,
-    /// A piece has come.
+    /// Signaled when a piece has arrived.
     piece_received: Notify,
-    /// Pieces that may wait in memory because others write at their place; this node's, not this image's.
+    /// Permits for pieces that wait in memory while another task writes the same piece. Shared by
+    /// all recoveries of this node.
     buffer_permits: Arc<Semaphore>,
 }
 
@@ -65,23 +69,21 @@ fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }
 
-/// What the blobs are for.
+/// The image that the blobs belong to, and the recipients of progress.
 pub(in crate::agent) struct FetchJob<'a> {
-    /// The image's name.
     pub(in crate::agent) reference: &'a Reference,
-    /// Its index or manifest.
+    /// Digest of the index or manifest.
     pub(in crate::agent) image_digest: Digest,
-    /// Holds what has come.
+    /// Pins the fetched blobs.
     pub(in crate::agent) pin: &'a Pin,
-    /// Is told how far it is.
     pub(in crate::agent) progress: &'a Progress,
-    /// The room that was set aside.
+    /// Reserved disk space, which shrinks by the written bytes.
     pub(in crate::agent) reservation: &'a Reservation,
-    /// Is told of each blob that is whole here.
+    /// Receives the digests of the blobs that are whole here.
     pub(in crate::agent) complete_blobs: &'a watch::Sender<HashSet<Digest>>,
 }
 
-/// One image's blobs on their way.
+/// The blobs of one image in flight.
 pub(in crate::agent) struct Swarm<'a> {
     blob_fetcher: Arc<BlobFetcher>,
     reference: &'a Reference,
@@ -91,53 +93,53 @@ pub(in crate::agent) struct Swarm<'a> {
     complete_blobs: &'a watch::Sender<HashSet<Digest>>,
     shared: Arc<SwarmShared>,
     tasks: JoinSet<TaskResult>,
-    /// Blobs that nothing was done about yet.
+    /// Blobs that are not started yet.
     queued: VecDeque<Descriptor>,
-    /// Blobs that may be under way at a time.
+    /// Most blobs in flight at a time.
     max_downloads: usize,
     active: HashMap<Digest, ActiveBlob>,
     requests: HashMap<PieceRequestId, (PeerId, Digest, AbortHandle)>,
     followed_providers: HashMap<(PeerId, Digest), AbortHandle>,
     fetched: Vec<FetchedBlob>,
-    /// When to ask those again who had nothing yet.
+    /// When to read the providers again; `None` if no refresh is due.
     refresh_at: Option<Instant>,
     claims: Arc<ClaimCoordinator>,
-    /// Where this node's zone is known.
+    /// `None` while this node has no zone.
     zone_election: Option<ZoneElection>,
 }
 
-/// A blob under way.
+/// A blob in flight.
 struct ActiveBlob {
     blob: Descriptor,
     stage: BlobStage,
     attempts: Attempts,
     /// Bytes that were reported as written.
     written: u64,
-    /// Bytes that came from this node's zone.
+    /// Bytes from peers of this node's zone.
     same_zone_bytes: u64,
-    /// When some of it last came, or of its list, or its place was made.
+    /// The last piece, growth of a hash chain, or start of the download.
     last_progress: Instant,
 }
 
 enum BlobStage {
-    /// Its place in the store is being made, or waited for.
+    /// The store stages the blob, or waits for another writer.
     Preparing,
     Fetching(FetchingStage),
-    /// All of it is here and proved.
+    /// All pieces are here and verified.
     Committing(Arc<BlobDownload>),
 }
 
 struct FetchingStage {
     download: Arc<BlobDownload>,
-    /// Who was asked for a list and has not answered, since when.
+    /// Peers with a pending request for the hash chain, and the time of the request.
     chain_requests: HashMap<PeerId, Instant>,
-    /// Who has no list for us now; until when it is not asked again.
+    /// Peers without a usable hash chain, and the time of the next request to each.
     no_chain_until: HashMap<PeerId, Instant>,
-    /// Pieces are being compared with the list.
+    /// A task verifies stored pieces.
     is_verifying: bool,
-    /// Whose pieces did not fit; it is being found out who is wrong, of some of them.
+    /// Senders of pieces that did not match the hash chain. Some of them have an open dispute.
     accused_peers: HashSet<PeerId>,
-    /// How many of them.
+    /// Number of open disputes.
     open_disputes: usize,
 }
 
@@ -189,10 +191,11 @@ impl<'a> Swarm<'a> {
         }
     }
 
-    /// Brings these blobs here, or says why one of them does not come. Those that are here already are held.
+    /// Fetches these blobs. Blobs that are here already are only pinned.
     ///
     /// # Errors
-    /// [`RecoverError`]. What has come of the others stays for a later try.
+    /// [`RecoverError`] of the first blob that failed. The pieces of the other blobs stay for a
+    /// retry.
     pub(in crate::agent) async fn fetch(
         mut self,
         blobs: impl Iterator<Item = &Descriptor>,
@@ -214,7 +217,7 @@ impl<'a> Swarm<'a> {
             tokio::select! {
                 Some(done) = self.tasks.join_next() => match done {
                     Ok(done) => self.handle(done)?,
-                    // A bug of ours: let the supervisor see it.
+                    // A bug of the agent: the supervisor gets the panic.
                     Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
                     Err(_) => {}
                 },
@@ -232,7 +235,7 @@ impl<'a> Swarm<'a> {
         }
     }
 
-    /// Begins with as many blobs as may be under way.
+    /// Starts queued blobs up to the limit of blobs in flight.
     fn start_queued(&mut self) {
         while self.active.len() < self.max_downloads
             && let Some(blob) = self.queued.pop_front()
@@ -251,7 +254,7 @@ impl<'a> Swarm<'a> {
         }
     }
 
-    /// Follows whom the pool wants to hear, and asks what it wants asked.
+    /// Follows and unfollows providers, and sends requests, as the picker decides.
     fn send_requests(&mut self) {
         let now = now();
         let neighbors = self.shared.picker().take_follow_changes(now);
@@ -263,7 +266,7 @@ impl<'a> Swarm<'a> {
                 }
             }
         }
-        // As many as a pool has under way at most.
+        // The picker has at most this many requests in flight.
         for _ in 0..MAX_IN_FLIGHT {
             let Some(ask) = self.shared.picker().next_request(now) else { break };
             self.spawn_request(ask);
@@ -276,13 +279,13 @@ impl<'a> Swarm<'a> {
         }
     }
 
-    /// Pieces have come: some blobs may be whole now, or have something to be checked.
+    /// Pieces have arrived, so some blobs may be complete, or have pieces to verify.
     fn advance_all(&mut self) {
         let digests: Vec<_> = self.active.keys().copied().collect();
         digests.into_iter().for_each(|digest| self.advance(digest));
     }
 
-    /// What can be done next about a blob.
+    /// Starts the next step of a blob: the commit, or a verification.
     fn advance(&mut self, digest: Digest) {
         let Some(coming) = self.active.get_mut(&digest) else { return };
         let BlobStage::Fetching(fetching) = &mut coming.stage else { return };
@@ -328,16 +331,17 @@ impl<'a> Swarm<'a> {
                 }
             }
             self.progress.update_blob(coming.blob.digest, came, from.into_keys());
-            // From here on the file system counts it.
+            // The file system counts these bytes from now on.
             self.reservation.record_written(came.saturating_sub(coming.written));
             coming.written = coming.written.max(came);
         }
     }
 
-    /// Fails when nothing can come any more: nobody is left who could send a blob, or nobody sends anything for long.
+    /// Fails when a blob cannot be completed: no provider remains, or no piece arrived for
+    /// [`STALL_TIMEOUT`].
     fn fail_if_stalled(&mut self) -> Result<(), RecoverError> {
         let now = now();
-        // Another zone will be asked, and is not yet.
+        // This node does not lead its zone yet, and will request from other zones later.
         let is_waiting = self.zone_election.as_mut().is_some_and(|zones| !zones.leader().update_is_leading(now));
         let is_hopeless = |coming: &&mut ActiveBlob| {
             let BlobStage::Fetching(fetching) = &coming.stage else { return false };
@@ -348,7 +352,7 @@ impl<'a> Swarm<'a> {
             !is_asked && (is_late || (!is_asking && self.blob_fetcher.providers(&coming.attempts).is_empty()))
         };
         let Some(coming) = self.active.values_mut().find(is_hopeless) else { return Ok(()) };
-        // The blob stays among those that are coming, so that it is closed with them.
+        // The blob stays in `active`, so its download is closed with the others.
         let mut attempts = std::mem::replace(&mut coming.attempts, Attempts::new(coming.blob.digest));
         if let BlobStage::Fetching(FetchingStage { chain_requests: listing, .. }) = &coming.stage {
             for (peer, since) in listing {
@@ -366,14 +370,14 @@ impl Drop for Swarm<'_> {
             if let BlobStage::Fetching(FetchingStage { download: incoming, .. }) | BlobStage::Committing(incoming) =
                 &coming.stage
             {
-                // Whoever follows is told that no more comes.
+                // Followers see the end of the download.
                 self.blob_fetcher.downloads.remove(incoming);
             }
         }
     }
 }
 
-/// Until then; for ever when there is no such moment.
+/// Sleeps until the moment; forever without one.
 async fn sleep_until_some(moment: Option<Instant>) {
     match moment {
         Some(moment) => tokio::time::sleep_until(moment.into()).await,

@@ -13,31 +13,31 @@ use crate::metrics::Metrics;
 use crate::model::NodeName;
 use crate::ports::{Cluster, ImagesStatus, NodeReport, NodeReportKind, RetentionStatus};
 
-/// Tries of one Event, [`PAUSE`] apart: an hour, after which the API server would have forgotten
-/// the Event.
+/// Attempts for one Event, [`RETRY_DELAY`] apart: an hour, after which the API server would have
+/// deleted the Event.
 const MAX_TRIES: u32 = 60;
 
-/// Half of this time is random, so that nodes do not write together when the API server comes back.
+/// Half of this time is random, so that nodes do not write together when the API server returns.
 const RETRY_DELAY: Duration = Duration::from_secs(60);
 
-/// Watches the numbers of images that lack layers.
+/// Watches the number of images that lack layers.
 pub struct LayerWatch {
     /// The node of this agent.
     pub node: NodeName,
     /// Writes the Event.
     pub cluster: Arc<dyn Cluster>,
-    /// Images that are to have all layers.
+    /// Counts of the wanted images, which should have all layers.
     pub retained: watch::Receiver<Option<RetentionStatus>>,
     /// The reasons why images are incomplete.
     pub images: watch::Receiver<Option<ImagesStatus>>,
     /// Whether missing layers are fetched.
     pub fetches: bool,
-    /// Counts the Event.
+    /// Counter of the Event.
     pub metrics: Metrics,
 }
 
 impl LayerWatch {
-    /// Runs until stopped. The numbers come every 10 s at most, also when they are the same.
+    /// Runs until stopped. A status arrives every 10 s at most, also without a change.
     pub async fn run(mut self, stop: CancellationToken) {
         let mut notice = LayerNotice::default();
         while let Some(Ok(())) = stop.run_until_cancelled(self.retained.changed()).await {
@@ -45,7 +45,7 @@ impl LayerWatch {
             match notice.observe(layers, Instant::now().into_std()) {
                 None => {}
                 Some(LayerReport::Complete(LayerCounts { expected: wanted, lacking })) => {
-                    tracing::info!(lacking, wanted, "most images that are to have all layers have them again");
+                    tracing::info!(lacking, wanted, "most wanted images have all layers again");
                 }
                 Some(LayerReport::Lacking(_)) => {
                     stop.run_until_cancelled(self.report()).await;
@@ -63,8 +63,8 @@ impl LayerWatch {
             .map(|RetentionStatus { wanted, lacking, .. }| LayerCounts { expected: *wanted, lacking: *lacking })
     }
 
-    /// Writes the log line and the Event. While the API server is away the numbers may change, so
-    /// each try has those of the moment.
+    /// Writes the log line and the Event. The counts may change during an outage of the API server,
+    /// so each attempt has the current counts.
     async fn report(&self) {
         let kind = NodeReportKind::ImagesLackLayers;
         for attempt in 1..=MAX_TRIES {

@@ -1,5 +1,5 @@
-//! The images of the agent's own DaemonSet: protected while they are named, and fetched from peers
-//! before the kubelet replaces the agent's pod. [`crate::decide::own_image`] decides.
+//! The images of the agent's own DaemonSet: protected while the DaemonSet names them, and fetched
+//! from peers before the kubelet replaces the agent's pod. [`crate::decide::own_image`] decides.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -28,23 +28,24 @@ use crate::ports::{
 /// Mean delay of the first read, and interval until the watch has shown the agent's own pod.
 const FIRST_READ: Duration = Duration::from_secs(5);
 
-/// Mean interval of looking at this node's image records, and so the delay of a fetch after a peer
+/// Mean interval of lists of this node's image records, and so the delay of a fetch after a peer
 /// provides the image. The delay is random, so that peers with some pieces exist when the last
 /// nodes begin. A list of image records takes milliseconds.
 const RECORD_PERIOD: Duration = Duration::from_secs(15);
 
-/// Pause after a failed attempt. A registry is asked for a tag as rarely.
+/// Back-off after a failed attempt, and so the shortest interval of requests for a tag to the
+/// registry.
 const RETRY_DELAY: Duration = Duration::from_secs(5 * 60);
 
 /// Ports of this task.
 pub struct OwnImagePorts {
-    /// The DaemonSet.
+    /// Reads the DaemonSet.
     pub daemonset: Arc<dyn OwnDaemonSet>,
-    /// Labels that the kubelet's image collection respects.
+    /// Labels that exempt images from the kubelet's image collection.
     pub protected: Arc<dyn ProtectedImages>,
 }
 
-/// Looks after the images of this agent's DaemonSet.
+/// Protects and fetches the images of this agent's DaemonSet.
 pub struct OwnImageController {
     ports: OwnImagePorts,
     recoverer: Arc<Recoverer>,
@@ -55,9 +56,9 @@ pub struct OwnImageController {
     /// The images that stay here, for the retention of their layers.
     kept_references: watch::Sender<Arc<BTreeSet<Reference>>>,
     images: OwnImages,
-    /// Failed attempts by image, at most as many as the template names images.
+    /// Failed attempts by image, at most one for each image of the template.
     failed_attempts: BTreeMap<Reference, FailedAttempt>,
-    /// The fetch under way, if any: one at a time.
+    /// The fetch in progress, if any: one at a time.
     fetching: Option<Reference>,
     tasks: JoinSet<Result<RecoveredImage, OwnImageError>>,
 }
@@ -67,10 +68,10 @@ struct FailedAttempt {
     reason: String,
 }
 
-/// Why an image did not come.
+/// Why an image was not fetched.
 #[derive(Debug, thiserror::Error)]
 enum OwnImageError {
-    #[error("its registry does not say what the tag is: {0}")]
+    #[error("the registry did not resolve the tag: {0}")]
     TagUnresolved(String),
     #[error(transparent)]
     Recovery(#[from] RecoverError),
@@ -109,7 +110,7 @@ impl OwnImageController {
         self.kept_references.subscribe()
     }
 
-    /// Runs until stopped. Protections stay: they are for the time without an agent.
+    /// Runs until stopped. Protections stay, because they serve the time without an agent.
     pub async fn run(mut self, stop: CancellationToken) {
         let (mut read_at, mut look_at) = (Instant::now() + jittered(FIRST_READ), Instant::now() + jittered(FIRST_READ));
         loop {
@@ -126,7 +127,7 @@ impl OwnImageController {
                 () = sleep_until(look_at) => {
                     look_at = Instant::now() + jittered(RECORD_PERIOD);
                     if let Err(error) = self.reconcile(&stop).await {
-                        tracing::debug!(%error, "the records of the agent's own images cannot be read or written");
+                        tracing::debug!(%error, "cannot read or write the records of the agent's own images");
                     }
                 }
             }
@@ -134,7 +135,7 @@ impl OwnImageController {
         while self.tasks.join_next().await.is_some() {}
     }
 
-    /// Reads the DaemonSet. Without an answer the last one counts. Returns the mean interval.
+    /// Reads the DaemonSet. A failed read keeps the earlier result. Returns the mean interval.
     async fn read_daemonset(&mut self) -> Duration {
         match self.ports.daemonset.own_images().await {
             Ok(own) => {
@@ -152,13 +153,13 @@ impl OwnImageController {
                     changed
                 });
             }
-            Err(error) => tracing::debug!(%error, "the agent's DaemonSet cannot be read"),
+            Err(error) => tracing::debug!(%error, "cannot read the agent's DaemonSet"),
         }
         let agents = self.recoverer.resolver.inventory.peer_count() + 1;
         if self.images.current.is_empty() { FIRST_READ } else { read_interval(agents) }
     }
 
-    /// Looks at the image records of this node, and does what follows.
+    /// Compares the image records of this node with the DaemonSet, and acts on the difference.
     async fn reconcile(&mut self, stop: &CancellationToken) -> Result<(), StoreError> {
         let recorded = recorded_references(&*self.recoverer.store).await?;
         let protection = self.ports.protected.protected_images().await?;
@@ -175,7 +176,7 @@ impl OwnImageController {
         Ok(())
     }
 
-    /// Answers how many of the DaemonSet's images are protected now.
+    /// Updates the protections. Returns the number of protected images of the DaemonSet.
     async fn protect(&self, recorded: &BTreeSet<Reference>, protection: Protection) -> Result<usize, StoreError> {
         let mut protected = protection.all().intersection(&self.images.named()).count();
         for action in protection_changes(&self.images, recorded, &protection).into_iter().filter(|_| !self.dry_run) {
@@ -187,7 +188,7 @@ impl OwnImageController {
                 }
                 ProtectionChange::Release(image) => {
                     self.ports.protected.release_image(&image).await?;
-                    tracing::info!(%image, "the agent's image is named no longer, and its protection ends");
+                    tracing::info!(%image, "the DaemonSet no longer names this image, and the image's protection ends");
                 }
             }
         }
@@ -224,12 +225,18 @@ impl OwnImageController {
         match &result {
             Ok(RecoveredImage { digest: root, bytes, fetched, took, .. }) => {
                 self.failed_attempts.remove(&image);
-                tracing::info!(%image, %root, bytes, fetched, ?took, "the next image of the agent's DaemonSet is on this node");
+                tracing::info!(
+                    %image, %root, bytes, fetched, ?took,
+                    "the next image of the agent's DaemonSet is on this node"
+                );
             }
             Err(error) => {
                 let failed = FailedAttempt { at: Instant::now(), reason: error.to_string() };
                 if self.failed_attempts.get(&image).is_none_or(|before| before.reason != failed.reason) {
-                    tracing::info!(%image, %error, "the next image of the agent's DaemonSet did not come; another attempt follows");
+                    tracing::info!(
+                        %image, %error,
+                        "the next image of the agent's DaemonSet could not be fetched; another attempt follows"
+                    );
                 }
                 self.failed_attempts.insert(image.clone(), failed);
             }
@@ -269,7 +276,7 @@ impl OwnImageController {
     }
 }
 
-/// The recovery. The registry names the content of a tag just before.
+/// Recovers the image. For a tag, the registry names the digest immediately before.
 async fn fetch(
     recoverer: &Recoverer,
     metrics: &Metrics,
@@ -296,14 +303,15 @@ async fn fetch(
     result.map_err(OwnImageError::Recovery)
 }
 
-/// The names of images here. containerd 1.7 records whatever a registry answered; that is no image.
+/// References of this node's images. containerd 1.7 also records other answers of a registry, which
+/// are not images.
 async fn recorded_references(store: &dyn ContentStore) -> Result<BTreeSet<Reference>, StoreError> {
     let records = store.images().await?.into_iter();
     let images = records.filter(|record| Document::is_document_type(&record.target.media_type));
     Ok(images.filter_map(|record| record.name.parse().ok()).collect())
 }
 
-/// Half to one and a half of the mean.
+/// A random duration between 0.5 and 1.5 of the mean.
 fn jittered(mean: Duration) -> Duration {
     mean.mul_f64(0.5 + rand::random::<f64>())
 }

@@ -1,10 +1,10 @@
 //! Retains the layers of images on a node whose containerd discards layers after unpacking.
 //!
 //! containerd commits a manifest before the download of the first layer. At the manifest's event
-//! the agent takes the image's lease and names every layer, also layers that have not come yet, so
-//! no layer depends on the agent's speed. A lease for blobs of unknown images is therefore not
-//! needed. Events are the fast path. A list of everything, every `TICK` and after image records
-//! changed, is the truth.
+//! the agent takes the image's lease and names every layer, also layers that have not arrived yet,
+//! so no layer depends on the agent's speed. A lease for blobs of unknown images is therefore not
+//! needed. Events are the fast path. A complete list, every `LIST_PERIOD` and after a change of
+//! image records, corrects the state.
 //!
 //! [`crate::decide::retain`] decides which images are retained. [`PodImages`] finds the images that
 //! opted-in namespaces run.
@@ -68,14 +68,14 @@ pub struct Retainer {
     status: watch::Sender<Option<RetentionStatus>>,
     images: LocalImages,
     image_leases: BTreeMap<Digest, ImageLease>,
-    /// Leases that another one of the same image replaces.
+    /// Leases that a younger lease of the same image supersedes.
     superseded_leases: Vec<Pin>,
-    /// The leases in `held` are those of the store.
+    /// `image_leases` matches the leases of the store.
     is_lease_list_known: bool,
     file_system: Option<FileSystem>,
-    /// Fetches layers that are missing here; `None` where that is not wanted.
+    /// Fetches layers that are missing here; `None` where the options exclude that.
     filler: Option<Filler>,
-    /// Why images lack layers, as far as the filler knows.
+    /// The filler's reasons why images lack layers.
     lack_reasons: BTreeMap<UnfilledReason, usize>,
 }
 
@@ -84,7 +84,7 @@ struct ImageLease {
     pin: Pin,
     expires: SystemTime,
     layers: BTreeSet<Digest>,
-    /// Its labels say that the image was used.
+    /// The lease's labels record a use of the image.
     records_use: bool,
 }
 
@@ -115,19 +115,20 @@ impl Retainer {
         }
     }
 
-    /// Fetches layers that are missing here as well: from peers, and from registries that are
-    /// `healthy`, as far as the options permit.
+    /// Also fetches layers that are missing here, from peers and from `healthy` registries, as far
+    /// as the options permit.
     #[must_use]
     pub fn with_filler(self, recoverer: Arc<Recoverer>, healthy: watch::Receiver<Arc<BTreeSet<String>>>) -> Self {
         Self { filler: Some(Filler::new(recoverer, healthy, &self.options, self.metrics.clone())), ..self }
     }
 
-    /// Retains until stopped. The leases stay: the next agent finds them.
+    /// Retains until stopped. The leases stay, and the next agent finds them.
     pub async fn run(mut self, stop: CancellationToken) {
         let mut events = self.leases.content_events();
         let mut due = Instant::now();
         loop {
-            // Events first: a layer that is committed now is collected when its pull ends.
+            // Events come first: containerd collects a newly committed layer when the layer's pull
+            // ends.
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
@@ -157,8 +158,8 @@ impl Retainer {
         }
     }
 
-    /// Takes the lease on an image when the manifest comes, and again when a layer comes that no
-    /// lease names. Returns the time of the next list.
+    /// Takes an image's lease when the manifest arrives, and updates the lease when a layer arrives
+    /// that no lease names. Returns the time of the next list.
     async fn on_committed(&mut self, digest: Digest, size: u64) -> Instant {
         let now = SystemTime::now();
         let is_manifest = match self.images.record_commit(&*self.store, digest, size, now).await {
@@ -175,8 +176,8 @@ impl Retainer {
         }
     }
 
-    /// Takes the lease on an image that no event announced. Before containerd 2.1 the record is a
-    /// pull's first event, and the pull's own lease ends right after: no time for a list.
+    /// Takes the lease on an image without an event. Before containerd 2.1 the record is a pull's
+    /// first event, and the pull's own lease ends right after: a complete list would be too late.
     async fn on_records(&mut self) -> Instant {
         let now = SystemTime::now();
         match self.images.read_new_records(&*self.store, now).await {
@@ -190,12 +191,12 @@ impl Retainer {
     }
 
     fn on_failure(&mut self, doing: &str, error: &StoreError) -> Instant {
-        tracing::warn!(%error, doing, "layers are not retained now; trying again");
+        tracing::warn!(%error, doing, "layers are not retained now; the agent retries");
         self.is_lease_list_known = false;
         Instant::now() + RETRY_DELAY
     }
 
-    /// Compares everything. Returns the delay until the next list.
+    /// Compares leases, images and disk. Returns the delay until the next list.
     async fn list(&mut self) -> Duration {
         let now = SystemTime::now();
         match self.reconcile(now).await {
@@ -220,7 +221,7 @@ impl Retainer {
         Ok(())
     }
 
-    /// Reads the leases of an earlier agent. Of two leases of one image the younger stays.
+    /// Reads the leases of an earlier agent. Of two leases of one image, the younger stays.
     async fn list_leases(&mut self) -> Result<(), StoreError> {
         (self.image_leases, self.superseded_leases) = (BTreeMap::new(), Vec::new());
         for lease in self.leases.layer_leases().await? {
@@ -240,7 +241,6 @@ impl Retainer {
         Ok(())
     }
 
-    /// Decides and acts.
     async fn apply_decisions(&mut self, now: SystemTime) -> Result<(), StoreError> {
         if !self.is_lease_list_known {
             return Ok(());
@@ -254,8 +254,8 @@ impl Retainer {
         let allowed = allowed_bytes(budget, retained, room);
         let mut steps = actions(&candidates, &leased, allowed, now).into_iter().peekable();
         while let Some(step) = steps.next() {
-            // Where the disk is short, the last release waits for the collector: the next
-            // measurement then shows the freed space.
+            // Where free space is short, the last release waits for the collector, so that the next
+            // measurement shows the freed space.
             let is_last_release = !matches!(steps.peek(), Some(LeaseAction::Release(_)));
             self.apply(step, allowed < budget && is_last_release, now).await?;
         }
@@ -263,7 +263,7 @@ impl Retainer {
             self.leases.end_lease(pin, false).await?;
         }
         if allowed < budget {
-            // The collector has run. Without a new measurement the next decision would release the
+            // The collector has run. Without a new measurement, the next decision would release the
             // same bytes again.
             self.file_system = self.store.disks().await?.content;
         }
@@ -274,7 +274,7 @@ impl Retainer {
         self.images.candidates(|facts: &RetainFacts| interest(self.options.layers, facts, now))
     }
 
-    /// The leases with those of their layers that are here or on their way.
+    /// The leases with those of their layers that are here or are being fetched.
     fn leased(&self) -> BTreeMap<Digest, LayerLease> {
         let sized = |(manifest, held): (&Digest, &ImageLease)| {
             let layers = held.layers.iter().filter_map(|layer| Some((*layer, self.images.size_in(*manifest, *layer)?)));
@@ -306,7 +306,7 @@ impl Retainer {
                 }
                 self.add_layers(manifest, layers).await?;
             }
-            // The fetch under way writes into this lease.
+            // The running fetch writes into this lease.
             LeaseAction::Renew(manifest) if self.filler.as_ref().and_then(Filler::running) == Some(manifest) => {}
             LeaseAction::Renew(manifest) => {
                 let fresh = self.new_lease(manifest, now).await?;
@@ -325,7 +325,8 @@ impl Retainer {
         Ok(ImageLease { pin, expires, layers: BTreeSet::new(), records_use: last_use.is_some() })
     }
 
-    /// Names the layers in the image's lease, the smallest first: those come first.
+    /// Names the layers in the image's lease, the smallest first, because small layers arrive
+    /// first.
     async fn add_layers(&mut self, manifest: Digest, layers: BTreeSet<Digest>) -> Result<(), StoreError> {
         let Some(held) = self.image_leases.get_mut(&manifest) else { return Ok(()) };
         let pin = held.pin.clone();
@@ -365,7 +366,7 @@ impl Retainer {
     }
 }
 
-/// The end of a fetch; never, where none runs.
+/// The end of a fetch; never, where no fetch runs.
 async fn fill_ended(filler: &mut Option<Filler>) {
     match filler {
         Some(filler) => filler.wait().await,

@@ -1,5 +1,5 @@
-//! Unpacking of layers during a recovery. Only a full disk fails the recovery; no other error of
-//! the unpacker does.
+//! Unpacking of layers during a recovery. Among the unpacker's errors, only a full disk fails the
+//! recovery.
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;
@@ -15,8 +15,8 @@ use crate::agent::recovery::layer_unpacker::LayerUnpacker;
 use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::agent::recovery::recovered_image::RecoveredImage;
-use crate::decide::disk::{Disks, FileSystem};
 use crate::decide::disk::OverLimit;
+use crate::decide::disk::{Disks, FileSystem};
 use crate::oci::StackedLayer;
 use crate::ports::{Pin, UnpackError, UnpackOutcome, Unpacker};
 

@@ -34,8 +34,7 @@ impl NotifyingNode {
         let reference: Reference = image.parse().unwrap();
         let (digest, took) = (Digest::of(image.as_bytes()), Duration::from_millis(1500));
         let providers = [(peer(1), 7)].into();
-        let recovered =
-            RecoveredImage { digest, bytes: 7, fetched: 2, present: 0, providers, took, tag_note: None };
+        let recovered = RecoveredImage { digest, bytes: 7, fetched: 2, present: 0, providers, took, tag_note: None };
         let pod = PodRef { k8s_namespace: "shop".into(), name: "p".into(), uid: "u".into() };
         self.queue.send(PendingNotification::recovered(&reference, &recovered, &[pod], "recovered from peers"));
     }
@@ -105,7 +104,10 @@ async fn the_queue_is_bounded_while_the_receiver_is_unavailable() {
     receiver.set_failure(Some(NotifyError::Unavailable("503".into())));
     let node = NotifyingNode::start(&test_node, "a", &receiver);
     (0..100).for_each(|number| node.notify_of(&format!("r.test/image-{number}:1")));
-    assert!(test_node.has_metric(r#"lighterman_webhook_messages_total{result="dropped"} 36"#), "64 of 100 notifications wait");
+    assert!(
+        test_node.has_metric(r#"lighterman_webhook_messages_total{result="dropped"} 36"#),
+        "64 of 100 notifications wait"
+    );
     node.stop().await;
 }
 

@@ -1,4 +1,4 @@
-//! Evidence of a registry's outage, and the images that a pod may have while one lasts.
+//! Evidence of a registry's outage, and the recoveries that an outage permits.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,8 @@ use super::pod_needs::{pending_pod, waiting};
 use super::*;
 use crate::ports::{KubeletEvent, PodReportKind, RegistryError};
 
-/// Messages of faults that are no registry's, and of a registry that sent wrong bytes.
+/// Messages of the kubelet that are no evidence of an outage: faults of the node, and wrong bytes
+/// from a registry.
 const NO_OUTAGE: [&str; 4] = [
     "failed to pull and unpack image \"r.test/other:1\": failed to extract layer sha256:44: unexpected EOF",
     "rpc error: code = Unavailable desc = error reading from server: EOF",
@@ -94,7 +95,8 @@ async fn a_failed_pull_is_as_old_as_the_status_even_when_the_api_server_answers_
     }
 }
 
-/// Recovers an image in an outage, which does not end the outage; then containerd's records become what `pulled` makes of them.
+/// Recovers an image in an outage, which does not end the outage. Then `pulled` changes the records
+/// of containerd, which ends the outage.
 async fn outage_ends_with(pulled: impl FnOnce(BTreeMap<String, Digest>) -> BTreeMap<String, Digest>) {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
@@ -111,7 +113,7 @@ async fn outage_ends_with(pulled: impl FnOnce(BTreeMap<String, Digest>) -> BTree
     assert!(recovered.contains_key("r.test/other:1"));
     controller.image_records_in.send_replace(Some(Arc::new(recovered.clone())));
     controller.settle().await;
-    assert_eq!(controller.outages.borrow().len(), 1, "the agent wrote these names itself");
+    assert_eq!(controller.outages.borrow().len(), 1, "the agent itself wrote these records");
     controller.image_records_in.send_replace(Some(Arc::new(pulled(recovered))));
     controller.settle().await;
     assert!(controller.outages.borrow().is_empty(), "a pull succeeded");
@@ -143,14 +145,14 @@ async fn an_unclassified_kubelet_message_is_reported_once_with_its_text() {
 #[tokio::test(start_paused = true)]
 async fn the_event_of_a_tag_names_the_digest_the_outage_and_that_the_registry_was_not_asked() {
     let node = TestNode::new();
-    let root = node.add_provider(1, IMAGE, Behaviour::Honest).await.target.digest;
+    let digest = node.add_provider(1, IMAGE, Behaviour::Honest).await.target.digest;
     let mut controller = RunningController::start(&node);
     controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
     assert_eq!(controller.nudged().await, "p");
     controller.settle().await;
     let note = node.cluster.reports()[0].1.note.clone();
-    for said in [root.to_string().as_str(), "its registry was not asked", "has failed since "] {
-        assert!(note.contains(said), "{said}: {note}");
+    for text in [digest.to_string().as_str(), "its registry was not asked", "has failed since "] {
+        assert!(note.contains(text), "{text}: {note}");
     }
     controller.stop().await;
 }
@@ -172,8 +174,8 @@ async fn a_pod_gets_only_images_of_the_repositories_that_its_namespace_lists() {
     controller.stop().await;
 }
 
-/// An Event of the kubelet about the only container.
-fn said(message: String) -> KubeletEvent {
+/// An Event of the kubelet about the pod's only container.
+fn kubelet_event(message: String) -> KubeletEvent {
     KubeletEvent { reason: "Pulling".into(), container: Some("c".into()), message }
 }
 
@@ -181,10 +183,10 @@ fn said(message: String) -> KubeletEvent {
 async fn a_stalled_pull_is_reported_once_and_recovers_an_image_by_digest() {
     for (is_digest, expected) in [(true, true), (false, false)] {
         let node = TestNode::new();
-        let root = node.add_provider(1, IMAGE, Behaviour::Honest).await.target.digest;
-        let image = if is_digest { format!("r.test/shop/checkout@{root}") } else { IMAGE.to_owned() };
+        let digest = node.add_provider(1, IMAGE, Behaviour::Honest).await.target.digest;
+        let image = if is_digest { format!("r.test/shop/checkout@{digest}") } else { IMAGE.to_owned() };
         let pod = pending_pod("p", &image);
-        node.cluster.put_kubelet_event(&pod.pod, said(format!("Pulling image \"{image}\"")));
+        node.cluster.put_kubelet_event(&pod.pod, kubelet_event(format!("Pulling image \"{image}\"")));
         let controller = RunningController::start(&node);
         controller.send_pod(pod).await;
         tokio::time::sleep(std::time::Duration::from_secs(110)).await;
@@ -200,11 +202,11 @@ async fn a_stalled_pull_is_reported_once_and_recovers_an_image_by_digest() {
 #[tokio::test(start_paused = true)]
 async fn a_pod_that_waits_after_its_pull_gets_no_event_of_a_stalled_pull() {
     let node = TestNode::new();
-    let root = node.add_provider(1, IMAGE, Behaviour::Honest).await.target.digest;
-    let image = format!("r.test/shop/checkout@{root}");
+    let digest = node.add_provider(1, IMAGE, Behaviour::Honest).await.target.digest;
+    let image = format!("r.test/shop/checkout@{digest}");
     let pod = pending_pod("p", &image);
-    node.cluster.put_kubelet_event(&pod.pod, said(format!("Pulling image \"{image}\"")));
-    node.cluster.put_kubelet_event(&pod.pod, said(format!("Successfully pulled image \"{image}\" in 2s")));
+    node.cluster.put_kubelet_event(&pod.pod, kubelet_event(format!("Pulling image \"{image}\"")));
+    node.cluster.put_kubelet_event(&pod.pod, kubelet_event(format!("Successfully pulled image \"{image}\" in 2s")));
     let controller = RunningController::start(&node);
     controller.send_pod(pod).await;
     tokio::time::sleep(std::time::Duration::from_secs(600)).await;
@@ -219,15 +221,15 @@ async fn a_kubelet_that_verifies_credentials_is_reported_once_and_not_nudged_aga
     let mut controller = RunningController::start(&node);
     controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
     assert_eq!(controller.nudged().await, "p");
-    // The image is here, and the kubelet goes on pulling.
+    // The image is on the node, and the kubelet continues to pull.
     for reason in ["ImagePullBackOff", "ErrImagePull"].repeat(10) {
         tokio::time::sleep(std::time::Duration::from_secs(30)).await;
         let mut pod = failing_pod("p", IMAGE, REFUSED);
         pod.containers[0].waiting = waiting(reason, REFUSED);
         controller.send_pod(pod).await;
     }
-    let told: Vec<_> = reports(&node).into_iter().map(|(_, kind)| kind).collect();
-    assert_eq!(told, [PodReportKind::Recovered, PodReportKind::NotRecoverable]);
+    let kinds: Vec<_> = reports(&node).into_iter().map(|(_, kind)| kind).collect();
+    assert_eq!(kinds, [PodReportKind::Recovered, PodReportKind::NotRecoverable]);
     let note = node.cluster.reports()[1].1.note.clone();
     assert!(note.contains("verifies the pod's credentials"), "{note}");
     assert!(controller.nudges.try_recv().is_err(), "another nudge would not help");
@@ -248,9 +250,9 @@ async fn a_registry_of_local_images_is_probed_before_its_outage() {
         let down = RegistryError::Down { registry: "r.test".into(), kind: crate::model::OutageKind::TimedOut };
         node.registry.set_failure("r.test", Some(down));
         tokio::time::sleep(std::time::Duration::from_secs(60)).await;
-        // The failed pull of a pod that did not opt in is evidence as well.
-        let stranger = failing_pod("stranger", "r.test/other:1", REFUSED);
-        controller.send_pod(crate::model::PodView { annotations: Default::default(), ..stranger }).await;
+        // A pod without opt-in is evidence about registries that have answered this agent.
+        let not_opted_in = failing_pod("not-opted-in", "r.test/other:1", REFUSED);
+        controller.send_pod(crate::model::PodView { annotations: Default::default(), ..not_opted_in }).await;
         controller.send_pod(pending_pod("early", IMAGE)).await;
         tokio::time::sleep(std::time::Duration::from_secs(15)).await;
         assert_eq!(node.record_names().await.contains(&IMAGE.to_owned()), has_images);
@@ -270,7 +272,7 @@ async fn a_registry_that_never_answered_is_probed_every_ten_minutes() {
     controller.image_records_in.send_replace(Some(Arc::new([(IMAGE.to_owned(), Digest::of(b"here"))].into())));
     tokio::time::sleep(HOUR - std::time::Duration::from_secs(10)).await;
     assert_eq!(node.registry.pings("r.test"), 6);
-    assert!(controller.outages.borrow().is_empty(), "its silence says nothing");
+    assert!(controller.outages.borrow().is_empty(), "a registry that never answered is not down");
     node.registry.set_failure("r.test", None);
     tokio::time::sleep(2 * HOUR).await;
     assert_eq!(node.registry.pings("r.test"), 7, "one answer is enough");

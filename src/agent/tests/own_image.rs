@@ -17,7 +17,7 @@ use crate::ports::{ClusterError, OwnDaemonSet, OwnImageStatus, ProtectedImages, 
 const HOUR: Duration = Duration::from_secs(3600);
 const CURRENT: &str = "r.test/shop/checkout:v0";
 
-/// A DaemonSet whose template a test sets, and records that are protected.
+/// A DaemonSet whose images the test sets, and the protected image records.
 struct FakeDaemonSet {
     own: Mutex<Result<OwnImages, ()>>,
     store: Arc<MemoryStore>,
@@ -27,7 +27,7 @@ struct FakeDaemonSet {
 #[async_trait]
 impl OwnDaemonSet for FakeDaemonSet {
     async fn own_images(&self) -> Result<OwnImages, ClusterError> {
-        self.own.lock().unwrap().clone().map_err(|()| ClusterError::Unavailable("the API server is away".into()))
+        self.own.lock().unwrap().clone().map_err(|()| ClusterError::Unavailable("the API server is unavailable".into()))
     }
 }
 
@@ -66,7 +66,7 @@ fn own(current: &str, template: &str) -> OwnImages {
     OwnImages { current: [image(current)].into(), template: Some([image(template)].into()), pull_secrets: Vec::new() }
 }
 
-/// An agent that runs [`CURRENT`], and whose DaemonSet names this image.
+/// Starts an agent that runs [`CURRENT`], and whose DaemonSet names `template`.
 async fn start_agent(node: &TestNode, template: &str, dry_run: bool) -> RunningOwnImage {
     put_image(&*node.store, &[CURRENT.to_owned()], &[50], 1).await.unwrap();
     let daemonset = Arc::new(FakeDaemonSet {
@@ -85,7 +85,8 @@ async fn start_agent(node: &TestNode, template: &str, dry_run: bool) -> RunningO
 }
 
 impl RunningOwnImage {
-    /// Waits until the status says why the only next image is missing; `None` once it is here.
+    /// Waits until `is_so` accepts the reason why the next image is missing. The reason is `None`
+    /// for an image on this node.
     async fn wait_for_status(&mut self, is_so: impl Fn(Option<&str>) -> bool) {
         let is_shown = |status: &Option<OwnImageStatus>| {
             let next = status.as_ref().and_then(|status| status.next.first());
@@ -176,7 +177,7 @@ async fn a_tag_that_moved_in_its_registry_is_not_recovered_from_peers() {
     agent.wait_for_status(|missing| missing.is_some_and(|reason| reason.contains("no peer holds"))).await;
     tokio::time::sleep(HOUR).await;
     assert!(!has(&node, IMAGE).await);
-    assert!((2..=20).contains(&node.registry.resolves("r.test")), "it is asked again, and seldom");
+    assert!((2..=20).contains(&node.registry.resolves("r.test")), "the agent resolves the tag again, and seldom");
 }
 
 #[tokio::test(start_paused = true)]
@@ -200,12 +201,12 @@ async fn a_tag_whose_registry_does_not_answer_is_left_to_the_kubelet() {
 async fn nothing_is_fetched_while_the_kill_switch_is_on_or_imports_are_refused() {
     let node = TestNode::new();
     let made = node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    node.change_policy(|rules| rules.opt_in.kill_switch = true);
+    node.change_policy(|policy| policy.opt_in.kill_switch = true);
     let mut agent = start_agent(&node, &format!("r.test/shop/checkout@{}", made.target.digest), false).await;
     agent.wait_for_status(|missing| missing == Some("recoveries are switched off")).await;
     agent.wait_for_protected(&[CURRENT]).await;
     node.imports.send_replace(ImportPermission::Refused("verifiers".into()));
-    node.change_policy(|rules| rules.opt_in.kill_switch = false);
+    node.change_policy(|policy| policy.opt_in.kill_switch = false);
     agent.wait_for_status(|missing| missing.is_some_and(|reason| reason.starts_with("nothing may be imported"))).await;
     assert_eq!(node.fetcher.request_count(peer(1)), 0);
     node.imports.send_replace(ImportPermission::Allowed);
@@ -216,10 +217,10 @@ async fn nothing_is_fetched_while_the_kill_switch_is_on_or_imports_are_refused()
 async fn an_image_over_the_size_limit_is_not_fetched_before_the_limit_is_raised() {
     let node = TestNode::new();
     let made = node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    node.change_policy(|rules| rules.budgets.max_image_bytes = 100);
+    node.change_policy(|policy| policy.budgets.max_image_bytes = 100);
     let mut agent = start_agent(&node, &format!("r.test/shop/checkout@{}", made.target.digest), false).await;
     agent.wait_for_status(|missing| missing.is_some_and(|reason| reason.contains("--max-image-bytes"))).await;
-    node.change_policy(|rules| rules.budgets.max_image_bytes = 0);
+    node.change_policy(|policy| policy.budgets.max_image_bytes = 0);
     agent.wait_for_status(|missing| missing.is_none()).await;
 }
 

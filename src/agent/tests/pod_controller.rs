@@ -1,4 +1,4 @@
-//! Pods of this node, from their failure to the nudge.
+//! Pods of this node, from the failed pull to the nudge.
 
 use std::time::Duration;
 
@@ -20,13 +20,12 @@ use crate::ports::{Claims, PodEvent, PodReportKind, PullConnections};
 
 pub(super) const REFUSED: &str = "dial tcp 10.0.0.1:443: connect: connection refused";
 
-/// A running pod controller.
 pub(super) struct RunningController {
     pods: mpsc::Sender<PodEvent>,
     pub(super) nudges: broadcast::Receiver<PodRef>,
-    /// The images that the node is said to have.
+    /// The image records of this node, as the announcer publishes them.
     pub(super) image_records_in: watch::Sender<RecordTargets>,
-    /// What it found out about registries itself.
+    /// Outages that the controller observed.
     pub(super) outages: watch::Receiver<Vec<Outage>>,
     stop: CancellationToken,
     running: JoinHandle<()>,
@@ -37,8 +36,8 @@ impl RunningController {
         Self::start_with_options(node, RecoveryOptions::default())
     }
 
-    pub(super) fn start_with_options(node: &TestNode, manner: RecoveryOptions) -> Self {
-        Self::start_with(node, manner, None)
+    pub(super) fn start_with_options(node: &TestNode, options: RecoveryOptions) -> Self {
+        Self::start_with(node, options, None)
     }
 
     pub(super) fn start_with(
@@ -75,14 +74,14 @@ impl RunningController {
         tokio::time::timeout(Duration::from_secs(60), self.nudges.recv()).await.expect("a nudge").unwrap().name
     }
 
-    /// Lets everything happen that happens by itself within a while.
+    /// Lets half a second of paused time pass, so every task runs until it waits for longer.
     pub(super) async fn settle(&self) {
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
 
     pub(super) async fn stop(self) {
         self.stop.cancel();
-        tokio::time::timeout(Duration::from_secs(1), self.running).await.expect("it stops").unwrap();
+        tokio::time::timeout(Duration::from_secs(1), self.running).await.expect("the controller stops").unwrap();
     }
 }
 
@@ -116,121 +115,121 @@ pub(super) fn reports(node: &TestNode) -> Vec<(String, PodReportKind)> {
 async fn a_failing_pod_gets_its_image_a_nudge_and_an_event() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let mut watch = RunningController::start(&node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    assert_eq!(watch.nudged().await, "p");
-    watch.settle().await;
+    let mut controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    assert_eq!(controller.nudged().await, "p");
+    controller.settle().await;
     assert_eq!(reports(&node), [("p".to_owned(), PodReportKind::Recovered)]);
     let note = node.cluster.reports()[0].1.note.clone();
-    assert!(note.contains("node-1") && note.contains(IMAGE), "who and what: {note}");
+    assert!(note.contains("node-1") && note.contains(IMAGE), "the note names node and image: {note}");
     assert!(node.has_metric(r#"lighterman_recoveries_total{outcome="recovered"} 1"#));
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn pods_with_the_same_image_share_a_recovery_and_are_all_nudged() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::BusyFor(1)).await;
-    let mut watch = RunningController::start(&node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    watch.send_pod(failing_pod("q", IMAGE, REFUSED)).await;
-    let mut nudged = [watch.nudged().await, watch.nudged().await];
+    let mut controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    controller.send_pod(failing_pod("q", IMAGE, REFUSED)).await;
+    let mut nudged = [controller.nudged().await, controller.nudged().await];
     nudged.sort();
     assert_eq!(nudged, ["p", "q"]);
-    assert_eq!(node.fetcher.served().len(), 5, "each blob once");
-    watch.send_pod(failing_pod("late", IMAGE, REFUSED)).await;
-    assert_eq!(watch.nudged().await, "late", "its failure was on the way when the image came");
-    watch.stop().await;
+    assert_eq!(node.fetcher.served().len(), 5, "each blob is fetched once");
+    controller.send_pod(failing_pod("late", IMAGE, REFUSED)).await;
+    assert_eq!(controller.nudged().await, "late", "a failure reported after the recovery gets a nudge");
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_pod_without_opt_in_is_left_alone() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let watch = RunningController::start(&node);
+    let controller = RunningController::start(&node);
     let mut pod = failing_pod("p", IMAGE, REFUSED);
     pod.annotations.clear();
-    watch.send_pod(pod).await;
-    watch.settle().await;
+    controller.send_pod(pod).await;
+    controller.settle().await;
     assert!(node.fetcher.served().is_empty() && reports(&node).is_empty());
     assert!(node.has_metric(r#"lighterman_image_pull_failures_total{verdict="not_opted_in"} 1"#));
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_denied_pull_is_reported_once_and_never_bypassed() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let watch = RunningController::start(&node);
+    let controller = RunningController::start(&node);
     for message in ["403 Forbidden", "Back-off pulling image", REFUSED, "403 Forbidden"] {
-        watch.send_pod(failing_pod("p", IMAGE, message)).await;
+        controller.send_pod(failing_pod("p", IMAGE, message)).await;
     }
-    watch.settle().await;
+    controller.settle().await;
     assert_eq!(reports(&node), [("p".to_owned(), PodReportKind::NotRecoverable)]);
     assert!(node.fetcher.served().is_empty());
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_pod_without_a_provider_gets_one_event_and_its_image_when_a_provider_appears() {
     let node = TestNode::new();
-    let mut watch = RunningController::start(&node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    watch.settle().await;
+    let mut controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    controller.settle().await;
     assert_eq!(reports(&node), [("p".to_owned(), PodReportKind::NoProvider)]);
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    assert_eq!(watch.nudged().await, "p");
-    watch.stop().await;
+    assert_eq!(controller.nudged().await, "p");
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn announcements_of_other_images_start_no_retry() {
     let node = TestNode::new();
-    let watch = RunningController::start(&node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    let controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
     for other in 1..=20 {
         node.add_provider(other, "r.test/shop/other:v1", Behaviour::Honest).await;
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert!(node.has_metric(r#"lighterman_recoveries_total{outcome="no_provider"} 1"#));
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_deleted_pod_cancels_its_recovery() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Hangs).await;
-    let watch = RunningController::start(&node);
+    let controller = RunningController::start(&node);
     let pod = failing_pod("p", IMAGE, REFUSED);
-    watch.send_pod(pod.clone()).await;
-    watch.settle().await;
+    controller.send_pod(pod.clone()).await;
+    controller.settle().await;
     assert!(node.has_metric("lighterman_recoveries_running 1"));
-    watch.pods.send(PodEvent::Deleted(pod.pod)).await.unwrap();
-    watch.settle().await;
+    controller.pods.send(PodEvent::Deleted(pod.pod)).await.unwrap();
+    controller.settle().await;
     assert!(node.has_metric("lighterman_recoveries_running 0"));
     assert!(node.has_metric(r#"lighterman_recoveries_total{outcome="abandoned"} 1"#));
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_pod_recreated_during_the_cancellation_gets_one_new_recovery() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Hangs).await;
-    let mut watch = RunningController::start(&node);
+    let mut controller = RunningController::start(&node);
     let old = failing_pod("old", IMAGE, REFUSED);
-    watch.send_pod(old.clone()).await;
-    watch.settle().await;
+    controller.send_pod(old.clone()).await;
+    controller.settle().await;
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    // Both are in the queue before the controller runs again.
-    watch.pods.try_send(PodEvent::Deleted(old.pod)).unwrap();
-    watch.pods.try_send(PodEvent::Applied(Box::new(failing_pod("new", IMAGE, REFUSED)))).unwrap();
-    assert_eq!(watch.nudged().await, "new");
-    watch.settle().await;
+    // Both events are in the channel before the controller runs again.
+    controller.pods.try_send(PodEvent::Deleted(old.pod)).unwrap();
+    controller.pods.try_send(PodEvent::Applied(Box::new(failing_pod("new", IMAGE, REFUSED)))).unwrap();
+    assert_eq!(controller.nudged().await, "new");
+    controller.settle().await;
     assert!(node.has_metric("lighterman_recoveries_running 0"));
     assert!(node.has_metric(r#"lighterman_recoveries_total{outcome="abandoned"} 1"#));
     assert!(node.has_metric(r#"lighterman_recoveries_total{outcome="recovered"} 1"#));
     assert_eq!(reports(&node), [("new".to_owned(), PodReportKind::Recovered)]);
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -238,33 +237,33 @@ async fn a_container_that_starts_while_another_container_waits_gets_its_event() 
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
     node.store.set_record_delay(Duration::from_millis(100));
-    let watch = RunningController::start(&node);
+    let controller = RunningController::start(&node);
     let mut pod = failing_pod("p", IMAGE, REFUSED);
-    pod.containers.extend(failing_pod("p", "r.test/nobody/has:1", REFUSED).containers);
+    pod.containers.extend(failing_pod("p", "r.test/shop/absent:1", REFUSED).containers);
     pod.containers[1].name = "other".into();
-    watch.send_pod(pod.clone()).await;
+    controller.send_pod(pod.clone()).await;
     while node.record_names().await.is_empty() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     pod.containers[0].waiting = None;
-    watch.send_pod(pod).await;
-    watch.settle().await;
-    let told = reports(&node);
-    assert!(told.contains(&("p".to_owned(), PodReportKind::Recovered)), "{told:?}");
-    watch.stop().await;
+    controller.send_pod(pod).await;
+    controller.settle().await;
+    let reported = reports(&node);
+    assert!(reported.contains(&("p".to_owned(), PodReportKind::Recovered)), "{reported:?}");
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn pods_missing_from_a_new_list_are_removed() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Hangs).await;
-    let watch = RunningController::start(&node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    watch.settle().await;
-    watch.pods.send(PodEvent::Synced(Vec::new())).await.unwrap();
-    watch.settle().await;
+    let controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    controller.settle().await;
+    controller.pods.send(PodEvent::Synced(Vec::new())).await.unwrap();
+    controller.settle().await;
     assert!(node.has_metric("lighterman_recoveries_running 0"));
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -272,30 +271,30 @@ async fn a_pod_with_an_unreadable_namespace_is_reconciled_later() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
     node.cluster.set_unavailable(true);
-    let mut watch = RunningController::start(&node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    watch.settle().await;
-    assert!(node.fetcher.served().is_empty(), "not without knowing that it opted in");
+    let mut controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    controller.settle().await;
+    assert!(node.fetcher.served().is_empty(), "no recovery before the opt-in is known");
     node.cluster.set_unavailable(false);
-    assert_eq!(watch.nudged().await, "p");
-    watch.stop().await;
+    assert_eq!(controller.nudged().await, "p");
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_lease_of_a_recovery_is_released_at_its_end() {
     let node = TestNode::new();
     let image = node.add_provider(1, IMAGE, Behaviour::Hangs).await;
-    let watch = RunningController::start(&node);
+    let controller = RunningController::start(&node);
     let pod = failing_pod("p", IMAGE, REFUSED);
-    watch.send_pod(pod.clone()).await;
-    watch.settle().await;
-    let claims = node.cluster.claims_of("somebody".parse().unwrap());
-    let lease = claims.read(image.target.digest).await.unwrap().expect("a Lease");
+    controller.send_pod(pod.clone()).await;
+    controller.settle().await;
+    let claims = node.cluster.claims_of("other-node".parse().unwrap());
+    let lease = claims.read(image.target.digest).await.unwrap().expect("the recovery holds a Lease");
     assert_eq!(lease.holder.as_deref(), Some("here"));
-    watch.pods.send(PodEvent::Deleted(pod.pod)).await.unwrap();
-    watch.settle().await;
+    controller.pods.send(PodEvent::Deleted(pod.pod)).await.unwrap();
+    controller.settle().await;
     assert_eq!(claims.read(image.target.digest).await.unwrap(), None);
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -304,15 +303,15 @@ async fn an_agent_that_stops_in_a_recovery_releases_its_lease() {
         let node = TestNode { zone: zone.clone(), ..TestNode::new() };
         let store = Arc::new(MemoryStore::new());
         let image = put_image(&*store, &[IMAGE.into()], &[3000, 200, 10], 7).await.unwrap();
-        // The documents come, and no piece of a layer.
+        // The peer sends the manifest, and hangs before the first piece.
         node.announce_store_in_zone(Some("b".parse().unwrap()), 1, store, Behaviour::HangsAfter(0)).await;
         let claim = zone.map_or(image.target.digest, |zone| zone_claim(image.target.digest, &zone));
-        let watch = RunningController::start(&node);
-        watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+        let controller = RunningController::start(&node);
+        controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
         tokio::time::sleep(Duration::from_secs(5)).await;
-        let claims = node.cluster.claims_of("somebody".parse().unwrap());
-        assert!(claims.read(claim).await.unwrap().is_some(), "a Lease");
-        watch.stop().await;
+        let claims = node.cluster.claims_of("other-node".parse().unwrap());
+        assert!(claims.read(claim).await.unwrap().is_some(), "the recovery holds a Lease");
+        controller.stop().await;
         assert_eq!(claims.read(claim).await.unwrap(), None);
     }
 }
@@ -322,90 +321,92 @@ async fn frequent_events_do_not_delay_the_retry_of_an_undecided_pod() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
     node.cluster.set_unavailable(true);
-    let mut watch = RunningController::start(&node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    watch.settle().await;
+    let mut controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    controller.settle().await;
     node.cluster.set_unavailable(false);
     for _ in 0..10 {
         node.add_provider(2, "r.test/shop/other:v1", Behaviour::Honest).await;
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
-    assert_eq!(watch.nudges.try_recv().unwrap().name, "p");
-    watch.stop().await;
+    assert_eq!(controller.nudges.try_recv().unwrap().name, "p");
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_failure_after_the_container_has_run_is_counted_and_reported_anew() {
     let node = TestNode::new();
-    let watch = RunningController::start(&node);
+    let controller = RunningController::start(&node);
     let denied = failing_pod("p", IMAGE, "403 Forbidden");
     let mut runs = denied.clone();
     runs.containers[0].waiting = None;
     for pod in [denied.clone(), denied.clone(), runs, denied] {
-        watch.send_pod(pod).await;
-        watch.settle().await;
+        controller.send_pod(pod).await;
+        controller.settle().await;
     }
     assert_eq!(reports(&node).len(), 2);
     assert!(node.has_metric(r#"lighterman_image_pull_failures_total{verdict="denied"} 2"#));
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_new_provider_starts_the_recovery_without_back_off() {
     let node = TestNode::new();
-    let mut watch = RunningController::start(&node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    // By now the back-off is half a minute or more.
+    let mut controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    // By now the back-off lasts half a minute or more.
     tokio::time::sleep(Duration::from_secs(100)).await;
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let appeared = tokio::time::Instant::now();
-    watch.nudged().await;
+    controller.nudged().await;
     assert!(appeared.elapsed() < Duration::from_secs(1), "{:?}", appeared.elapsed());
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_later_denial_cancels_the_recovery() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Hangs).await;
-    let watch = RunningController::start(&node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    watch.settle().await;
-    watch.send_pod(failing_pod("p", IMAGE, "403 Forbidden")).await;
-    watch.settle().await;
+    let controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    controller.settle().await;
+    controller.send_pod(failing_pod("p", IMAGE, "403 Forbidden")).await;
+    controller.settle().await;
     assert!(node.has_metric("lighterman_recoveries_running 0"));
     assert_eq!(reports(&node), [("p".to_owned(), PodReportKind::NotRecoverable)]);
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_recovery_of_a_terminating_pod_is_cancelled() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Hangs).await;
-    let watch = RunningController::start(&node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    watch.settle().await;
-    watch.send_pod(PodView { is_ending: true, ..failing_pod("p", IMAGE, REFUSED) }).await;
-    watch.settle().await;
+    let controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    controller.settle().await;
+    controller.send_pod(PodView { is_ending: true, ..failing_pod("p", IMAGE, REFUSED) }).await;
+    controller.settle().await;
     assert!(node.has_metric("lighterman_recoveries_running 0"));
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn claims_are_released_when_the_recovery_has_ended() {
-    // The provider outranks this node for about every other key. It is busy at first: a claim is not waited for.
+    // The provider outranks this node for about half of the keys, so some of the eight recoveries
+    // write a Lease. No recovery waits for its claim, so a busy provider makes the recovery last
+    // until the claim is written.
     let mut written = 0;
     for number in 1..=8 {
         let node = TestNode::new();
         node.add_provider(number, IMAGE, Behaviour::BusyFor(2)).await;
-        let mut watch = RunningController::start(&node);
-        watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-        watch.nudged().await;
-        watch.settle().await;
+        let mut controller = RunningController::start(&node);
+        controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+        controller.nudged().await;
+        controller.settle().await;
         let (writes, held) = node.cluster.leases();
         written += writes;
         assert!(held.is_empty(), "{held:?}");
-        watch.stop().await;
+        controller.stop().await;
     }
     assert!(written > 0);
 }
@@ -413,11 +414,11 @@ async fn claims_are_released_when_the_recovery_has_ended() {
 #[tokio::test(start_paused = true)]
 async fn a_nudge_is_retried_while_the_api_server_is_unavailable() {
     let node = TestNode::new();
-    let tell = PodNotifier::new(Arc::new(node.cluster.clone()), node.inventory.clone(), node.metrics.clone());
+    let notifier = PodNotifier::new(Arc::new(node.cluster.clone()), node.inventory.clone(), node.metrics.clone());
     let mut nudges = node.cluster.nudges();
     let pod = failing_pod("p", IMAGE, REFUSED).pod;
     node.cluster.set_unavailable(true);
-    tokio::join!(tell.nudge(&pod), async {
+    tokio::join!(notifier.nudge(&pod), async {
         tokio::time::sleep(Duration::from_secs(2)).await;
         node.cluster.set_unavailable(false);
     });
@@ -429,30 +430,30 @@ async fn a_nudge_is_retried_while_the_api_server_is_unavailable() {
 async fn each_failed_attempt_is_reported_and_a_present_image_is_not() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Corrupts).await;
-    let mut watch = RunningController::start(&node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    let mut controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert!(reports(&node).len() > 1);
     assert!(reports(&node).iter().all(|(_, kind)| *kind == PodReportKind::Failed));
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    watch.nudged().await;
-    watch.settle().await;
-    let told = reports(&node).len();
-    // A minute later the pod still waits, so it is looked at again: everything is here.
-    watch.nudged().await;
-    watch.settle().await;
+    controller.nudged().await;
+    controller.settle().await;
+    let reported = reports(&node).len();
+    // A minute later the pod still waits, so the recovery starts again and finds every blob.
+    controller.nudged().await;
+    controller.settle().await;
     assert!(node.has_metric(r#"lighterman_recoveries_total{outcome="already_here"} 1"#));
-    assert_eq!(reports(&node).len(), told);
-    watch.stop().await;
+    assert_eq!(reports(&node).len(), reported);
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_event_is_retried_while_the_api_server_is_unavailable() {
     let node = TestNode::new();
-    let tell = PodNotifier::new(Arc::new(node.cluster.clone()), node.inventory.clone(), node.metrics.clone());
+    let notifier = PodNotifier::new(Arc::new(node.cluster.clone()), node.inventory.clone(), node.metrics.clone());
     let pod = failing_pod("p", IMAGE, REFUSED).pod;
     node.cluster.set_unavailable(true);
-    tokio::join!(tell.report(&pod, PodReportKind::Recovered, "it came".into()), async {
+    tokio::join!(notifier.report(&pod, PodReportKind::Recovered, "recovered".into()), async {
         tokio::time::sleep(Duration::from_secs(60)).await;
         node.cluster.set_unavailable(false);
     });
@@ -462,21 +463,21 @@ async fn an_event_is_retried_while_the_api_server_is_unavailable() {
 #[tokio::test(start_paused = true)]
 async fn the_controller_stops_without_waiting_for_the_api_server() {
     let node = TestNode::new();
-    let watch = RunningController::start(&node);
-    watch.send_pod(failing_pod("p", IMAGE, "403 Forbidden")).await;
+    let controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("p", IMAGE, "403 Forbidden")).await;
     node.cluster.set_unavailable(true);
-    watch.send_pod(failing_pod("q", IMAGE, REFUSED)).await;
-    watch.settle().await;
-    watch.stop().await;
+    controller.send_pod(failing_pod("q", IMAGE, REFUSED)).await;
+    controller.settle().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_controller_cancels_running_recoveries_when_it_stops() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Hangs).await;
-    let watch = RunningController::start(&node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    watch.settle().await;
-    watch.stop().await;
+    let controller = RunningController::start(&node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    controller.settle().await;
+    controller.stop().await;
     assert!(node.record_names().await.is_empty());
 }

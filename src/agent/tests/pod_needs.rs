@@ -1,4 +1,5 @@
-//! What pods turn out to need: before anything failed, where the cause is not in sight, and by whose permission.
+//! Decisions about waiting pods: early recoveries, causes that only Events name, opt-in, the kill
+//! switch, dry runs, and deletion.
 
 use super::pod_controller::{REFUSED, RunningController, failing_pod, reports};
 use super::*;
@@ -7,7 +8,7 @@ use crate::decide::policy::RecoveryOptions;
 use crate::model::{ContainerKind, ContainerView, ImageVolume, Outage, OutageKind, Owner, PodView, WaitingState};
 use crate::ports::{KubeletEvent, PodReportKind, RegistryError};
 
-/// A pod that the kubelet has not come to yet.
+/// A new pod, whose containers the kubelet has not started yet.
 pub(super) fn pending_pod(name: &str, image: &str) -> PodView {
     let mut pod = failing_pod(name, image, "");
     pod.containers[0].waiting = Some(WaitingState { reason: "ContainerCreating".into(), message: String::new() });
@@ -22,101 +23,98 @@ pub(super) fn waiting(reason: &str, message: &str) -> Option<WaitingState> {
 async fn a_new_pod_gets_its_image_early_during_an_outage() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let mut watch = RunningController::start(&test_node);
-    watch.send_pod(pending_pod("early", IMAGE)).await;
-    watch.settle().await;
-    assert!(test_node.record_names().await.is_empty(), "nobody knows of an outage");
-    watch
-        .send_pod(PodView { annotations: Default::default(), ..failing_pod("stranger", "r.test/other:1", REFUSED) })
+    let mut controller = RunningController::start(&test_node);
+    controller.send_pod(pending_pod("early", IMAGE)).await;
+    controller.settle().await;
+    assert!(test_node.record_names().await.is_empty(), "no evidence of an outage");
+    controller
+        .send_pod(PodView { annotations: Default::default(), ..failing_pod("not-opted-in", "r.test/other:1", REFUSED) })
         .await;
-    watch.settle().await;
-    assert!(watch.outages.borrow().is_empty(), "anybody could name registries");
-    watch.send_pod(failing_pod("other", "r.test/other:1", REFUSED)).await;
-    watch.settle().await;
+    controller.settle().await;
+    assert!(controller.outages.borrow().is_empty(), "a pod without opt-in may name any registry");
+    controller.send_pod(failing_pod("other", "r.test/other:1", REFUSED)).await;
+    controller.settle().await;
     assert!(test_node.record_names().await.is_empty(), "one failed pull decides no tag");
-    watch.send_pod(failing_pod("another", "r.test/another:1", REFUSED)).await;
-    assert_eq!(watch.nudged().await, "early");
+    controller.send_pod(failing_pod("another", "r.test/another:1", REFUSED)).await;
+    assert_eq!(controller.nudged().await, "early");
     assert!(test_node.record_names().await.contains(&IMAGE.to_owned()));
-    let told = watch.outages.borrow().clone();
+    let outages = controller.outages.borrow().clone();
     assert!(
-        matches!(&told[..], [outage] if outage.registry == "r.test" && outage.kind == OutageKind::Refused),
-        "{told:?}"
+        matches!(&outages[..], [outage] if outage.registry == "r.test" && outage.kind == OutageKind::Refused),
+        "{outages:?}"
     );
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_peers_outage_suffices_for_a_digest_unless_the_registry_answers_this_node() {
     for (answers_here, is_digest, expected) in [(false, true, true), (true, true, false), (false, false, false)] {
         let test_node = TestNode::new();
-        let root = test_node.add_provider(1, IMAGE, Behaviour::Honest).await.target.digest;
-        let image = if is_digest { format!("r.test/shop/checkout@{root}") } else { IMAGE.to_owned() };
+        let digest = test_node.add_provider(1, IMAGE, Behaviour::Honest).await.target.digest;
+        let image = if is_digest { format!("r.test/shop/checkout@{digest}") } else { IMAGE.to_owned() };
         if answers_here {
             test_node.registry.put_registry("r.test");
         }
-        let watch = RunningController::start(&test_node);
+        let controller = RunningController::start(&test_node);
         let outage = Outage { registry: "r.test".into(), kind: OutageKind::TimedOut, since: 5 };
         test_node
             .inventory
             .apply(MeshEvent::Changed(peer(1), vec![InventoryChange::Added(InventoryItem::Outage(outage))]));
-        // Time to ask the registry.
+        // Time for a probe of the registry.
         tokio::time::sleep(std::time::Duration::from_secs(5)).await;
-        watch.send_pod(pending_pod("early", &image)).await;
-        watch.settle().await;
+        controller.send_pod(pending_pod("early", &image)).await;
+        controller.settle().await;
         let is_here = !test_node.record_names().await.is_empty();
-        assert_eq!(is_here, expected, "it answers here: {answers_here}, a digest: {is_digest}");
-        assert!(watch.outages.borrow().is_empty(), "hearsay is not passed on as seen");
-        watch.stop().await;
+        assert_eq!(is_here, expected, "answers here: {answers_here}, digest: {is_digest}");
+        assert!(controller.outages.borrow().is_empty(), "outages of peers are not announced as observed");
+        controller.stop().await;
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_registry_that_stops_answering_is_down() {
     let test_node = TestNode::new();
-    let root = test_node.add_provider(1, IMAGE, Behaviour::Honest).await.target.digest;
+    let digest = test_node.add_provider(1, IMAGE, Behaviour::Honest).await.target.digest;
     test_node.registry.put_registry("r.test");
-    let watch = RunningController::start(&test_node);
-    watch.send_pod(pending_pod("first", "r.test/other:1")).await;
-    watch.settle().await;
+    let controller = RunningController::start(&test_node);
+    controller.send_pod(pending_pod("first", "r.test/other:1")).await;
+    controller.settle().await;
     let down = RegistryError::Down { registry: "r.test".into(), kind: OutageKind::TimedOut };
     test_node.registry.set_failure("r.test", Some(down));
     tokio::time::sleep(std::time::Duration::from_secs(40)).await;
-    watch.send_pod(pending_pod("by tag", IMAGE)).await;
-    watch.settle().await;
+    controller.send_pod(pending_pod("by tag", IMAGE)).await;
+    controller.settle().await;
     assert!(test_node.record_names().await.is_empty(), "no pull has failed, so the kubelet tries the tag first");
-    watch.send_pod(pending_pod("by digest", &format!("r.test/shop/checkout@{root}"))).await;
-    watch.settle().await;
+    controller.send_pod(pending_pod("by digest", &format!("r.test/shop/checkout@{digest}"))).await;
+    controller.settle().await;
     assert_eq!(test_node.record_names().await.len(), 1);
-    watch.send_pod(failing_pod("failed", "r.test/other:1", REFUSED)).await;
-    watch.settle().await;
-    assert!(
-        test_node.record_names().await.contains(&IMAGE.to_owned()),
-        "a failed pull and a question without an answer"
-    );
-    assert_eq!(watch.outages.borrow().len(), 1);
+    controller.send_pod(failing_pod("failed", "r.test/other:1", REFUSED)).await;
+    controller.settle().await;
+    assert!(test_node.record_names().await.contains(&IMAGE.to_owned()), "a failed pull and a failed probe");
+    assert_eq!(controller.outages.borrow().len(), 1);
     test_node.registry.set_failure("r.test", None);
     tokio::time::sleep(std::time::Duration::from_secs(30)).await;
-    assert!(watch.outages.borrow().is_empty(), "it is back, and peers are told");
-    watch.stop().await;
+    assert!(controller.outages.borrow().is_empty(), "the outage is over and withdrawn");
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_local_image_and_an_always_pulled_image_are_not_recovered_early() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let watch = RunningController::start(&test_node);
-    watch.send_pod(failing_pod("other", "r.test/other:1", REFUSED)).await;
+    let controller = RunningController::start(&test_node);
+    controller.send_pod(failing_pod("other", "r.test/other:1", REFUSED)).await;
     let mut always = pending_pod("always", IMAGE);
     always.containers[0].pull_policy = crate::model::PullPolicy::Always;
-    watch.send_pod(always).await;
-    watch.settle().await;
+    controller.send_pod(always).await;
+    controller.settle().await;
     assert!(test_node.record_names().await.is_empty());
-    assert!(reports(&test_node).iter().all(|(pod, _)| pod == "other"), "nothing has failed, so nothing is said");
-    watch.image_records_in.send_replace(Some(Arc::new([(IMAGE.to_owned(), Digest::of(b"index"))].into())));
-    watch.send_pod(pending_pod("here", IMAGE)).await;
-    watch.settle().await;
-    assert!(test_node.record_names().await.is_empty(), "the kubelet will find it");
-    watch.stop().await;
+    assert!(reports(&test_node).iter().all(|(pod, _)| pod == "other"), "no pull failed, so no Event is written");
+    controller.image_records_in.send_replace(Some(Arc::new([(IMAGE.to_owned(), Digest::of(b"index"))].into())));
+    controller.send_pod(pending_pod("here", IMAGE)).await;
+    controller.settle().await;
+    assert!(test_node.record_names().await.is_empty(), "the kubelet finds the recorded image");
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -125,12 +123,15 @@ async fn an_agent_that_starts_late_reads_the_cause_from_the_pods_events() {
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let mut silent = failing_pod("p", IMAGE, "");
     silent.containers[0].waiting = waiting("ImagePullBackOff", &format!("Back-off pulling image \"{IMAGE}\""));
-    let said = |message: String| KubeletEvent { reason: "Failed".into(), container: Some("c".into()), message };
-    test_node.cluster.put_kubelet_event(&silent.pod, said(format!("Failed to pull image \"{IMAGE}\": {REFUSED}")));
-    let mut watch = RunningController::start(&test_node);
-    watch.send_pod(silent).await;
-    assert_eq!(watch.nudged().await, "p");
-    watch.stop().await;
+    let kubelet_event =
+        |message: String| KubeletEvent { reason: "Failed".into(), container: Some("c".into()), message };
+    test_node
+        .cluster
+        .put_kubelet_event(&silent.pod, kubelet_event(format!("Failed to pull image \"{IMAGE}\": {REFUSED}")));
+    let mut controller = RunningController::start(&test_node);
+    controller.send_pod(silent).await;
+    assert_eq!(controller.nudged().await, "p");
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -142,14 +143,14 @@ async fn a_later_registry_failure_overrides_a_denial_from_the_events() {
     let message = format!("Failed to pull image \"{IMAGE}\": 403 Forbidden");
     let event = KubeletEvent { reason: "Failed".into(), container: Some("c".into()), message };
     test_node.cluster.put_kubelet_event(&silent.pod, event);
-    let mut watch = RunningController::start(&test_node);
-    watch.send_pod(silent.clone()).await;
+    let mut controller = RunningController::start(&test_node);
+    controller.send_pod(silent.clone()).await;
     tokio::time::sleep(std::time::Duration::from_secs(5)).await;
     assert_eq!(reports(&test_node), [("p".to_owned(), PodReportKind::NotRecoverable)]);
     assert!(test_node.record_names().await.is_empty());
-    watch.send_pod(PodView { containers: failing_pod("p", IMAGE, REFUSED).containers, ..silent }).await;
-    assert_eq!(watch.nudged().await, "p");
-    watch.stop().await;
+    controller.send_pod(PodView { containers: failing_pod("p", IMAGE, REFUSED).containers, ..silent }).await;
+    assert_eq!(controller.nudged().await, "p");
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -163,11 +164,11 @@ async fn a_missing_sandbox_image_is_classified_by_its_event_and_recovered() {
     );
     let event = KubeletEvent { reason: "FailedCreatePodSandBox".into(), container: None, message };
     test_node.cluster.put_kubelet_event(&pod.pod, event);
-    let mut watch = RunningController::start(&test_node);
-    watch.send_pod(pod).await;
-    assert_eq!(watch.nudged().await, "p");
+    let mut controller = RunningController::start(&test_node);
+    controller.send_pod(pod).await;
+    assert_eq!(controller.nudged().await, "p");
     assert!(test_node.record_names().await.contains(&PAUSE.to_owned()));
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -189,16 +190,16 @@ async fn images_of_all_container_kinds_and_of_volumes_are_recovered() {
     pod.containers = vec![
         container("init", ContainerKind::Init, names[0], names[0]),
         container("main", ContainerKind::Ordinary, names[1], names[1]),
-        container("nobody", ContainerKind::Ordinary, "r.test/nobody:1", "r.test/nobody:1"),
+        container("absent", ContainerKind::Ordinary, "r.test/absent:1", "r.test/absent:1"),
         container("debug", ContainerKind::Ephemeral, names[2], names[2]),
         container("reads", ContainerKind::Ordinary, "r.test/reads:1", names[3]),
     ];
-    let watch = RunningController::start(&test_node);
-    watch.send_pod(pod).await;
-    watch.settle().await;
+    let controller = RunningController::start(&test_node);
+    controller.send_pod(pod).await;
+    controller.settle().await;
     let records = test_node.record_names().await;
     assert!(names.iter().all(|name| records.contains(&(*name).to_owned())), "{records:?}");
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -209,76 +210,76 @@ async fn an_owner_can_opt_in_for_its_pods() {
     let yes = [("lighterman.dev/recover".to_owned(), "true".to_owned())].into();
     test_node.cluster.put_owners("shop", &owner, vec![Default::default(), yes]);
     let owned = PodView { annotations: Default::default(), owner: Some(owner), ..failing_pod("p", IMAGE, REFUSED) };
-    let mut watch = RunningController::start(&test_node);
+    let mut controller = RunningController::start(&test_node);
     let ignored = [("lighterman.dev/ignore".to_owned(), "true".to_owned())].into();
-    watch.send_pod(PodView { annotations: ignored, ..owned.clone() }).await;
-    watch.settle().await;
-    assert!(test_node.record_names().await.is_empty(), "the pod's own word wins");
-    watch.send_pod(owned).await;
-    assert_eq!(watch.nudged().await, "p");
-    watch.stop().await;
+    controller.send_pod(PodView { annotations: ignored, ..owned.clone() }).await;
+    controller.settle().await;
+    assert!(test_node.record_names().await.is_empty(), "the pod's own annotation wins");
+    controller.send_pod(owned).await;
+    assert_eq!(controller.nudged().await, "p");
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_odd_annotation_is_counted_once_and_permits_nothing() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let odd = [("lighterman.dev/recover".to_owned(), "yes".to_owned())].into();
-    let watch = RunningController::start(&test_node);
+    let invalid = [("lighterman.dev/recover".to_owned(), "yes".to_owned())].into();
+    let controller = RunningController::start(&test_node);
     for name in ["p", "p", "q"] {
-        watch.send_pod(PodView { annotations: Clone::clone(&odd), ..failing_pod(name, IMAGE, REFUSED) }).await;
+        controller.send_pod(PodView { annotations: Clone::clone(&invalid), ..failing_pod(name, IMAGE, REFUSED) }).await;
     }
-    watch.settle().await;
+    controller.settle().await;
     assert!(test_node.has_metric("lighterman_invalid_annotations_total 1"));
     assert!(test_node.record_names().await.is_empty());
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_new_policy_applies_at_once_to_waiting_pods() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    test_node.change_policy(|rules| rules.opt_in.kill_switch = true);
-    let mut watch = RunningController::start(&test_node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    watch.settle().await;
+    test_node.change_policy(|policy| policy.opt_in.kill_switch = true);
+    let mut controller = RunningController::start(&test_node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    controller.settle().await;
     assert!(test_node.record_names().await.is_empty());
-    test_node.change_policy(|rules| rules.opt_in.kill_switch = false);
-    assert_eq!(watch.nudged().await, "p");
-    watch.stop().await;
+    test_node.change_policy(|policy| policy.opt_in.kill_switch = false);
+    assert_eq!(controller.nudged().await, "p");
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_kill_switch_cancels_running_recoveries() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Hangs).await;
-    let watch = RunningController::start(&test_node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    watch.settle().await;
+    let controller = RunningController::start(&test_node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    controller.settle().await;
     assert!(test_node.has_metric("lighterman_recoveries_running 1"));
-    test_node.change_policy(|rules| rules.opt_in.kill_switch = true);
-    watch.settle().await;
+    test_node.change_policy(|policy| policy.opt_in.kill_switch = true);
+    controller.settle().await;
     assert!(test_node.has_metric("lighterman_recoveries_running 0"));
     assert_eq!(test_node.store.pins(), 0);
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_dry_run_reports_the_providers_and_fetches_nothing() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let watch = RunningController::start_with_options(
+    let controller = RunningController::start_with_options(
         &test_node,
         RecoveryOptions { dry_run: true, ..RecoveryOptions::default() },
     );
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
     tokio::time::sleep(std::time::Duration::from_secs(3600)).await;
     assert_eq!(reports(&test_node), [("p".to_owned(), PodReportKind::DryRun)]);
     let note = &test_node.cluster.reports()[0].1.note;
     assert!(note.contains("node-1"), "{note}");
     assert_eq!(test_node.fetcher.request_count(peer(1)), 0);
     assert!(test_node.record_names().await.is_empty());
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -293,14 +294,14 @@ async fn a_stuck_pod_is_deleted_only_if_deletion_is_allowed_and_its_owner_recrea
     ] {
         let test_node = TestNode::new();
         test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
-        let watch = RunningController::start_with_options(
+        let controller = RunningController::start_with_options(
             &test_node,
             RecoveryOptions { delete_pods: allowed, ..RecoveryOptions::default() },
         );
-        watch.send_pod(PodView { owner, is_static, ..failing_pod("p", IMAGE, REFUSED) }).await;
+        controller.send_pod(PodView { owner, is_static, ..failing_pod("p", IMAGE, REFUSED) }).await;
         tokio::time::sleep(std::time::Duration::from_secs(1800)).await;
         assert_eq!(test_node.cluster.deleted().len(), expected);
-        watch.stop().await;
+        controller.stop().await;
     }
 }
 
@@ -308,52 +309,52 @@ async fn a_stuck_pod_is_deleted_only_if_deletion_is_allowed_and_its_owner_recrea
 async fn an_image_that_only_an_always_pull_needs_is_reported_once() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let watch = RunningController::start(&test_node);
+    let controller = RunningController::start(&test_node);
     for (reason, message) in [("ErrImagePull", REFUSED), ("ImagePullBackOff", "Back-off"), ("ErrImagePull", REFUSED)] {
         let mut always = failing_pod("p", IMAGE, message);
         always.containers[0].pull_policy = crate::model::PullPolicy::Always;
         always.containers[0].waiting = waiting(reason, message);
-        watch.send_pod(always).await;
+        controller.send_pod(always).await;
     }
-    watch.settle().await;
+    controller.settle().await;
     assert_eq!(reports(&test_node), [("p".to_owned(), PodReportKind::NotRecoverable)]);
     assert_eq!(test_node.fetcher.request_count(peer(1)), 0);
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_kubelet_that_fails_after_the_recovery_is_nudged_once_more() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let mut watch = RunningController::start(&test_node);
-    watch.send_pod(failing_pod("other", "r.test/other:1", REFUSED)).await;
-    watch.send_pod(failing_pod("another", "r.test/another:1", REFUSED)).await;
-    watch.send_pod(pending_pod("queued", IMAGE)).await;
-    assert_eq!(watch.nudged().await, "queued");
-    watch.settle().await;
+    let mut controller = RunningController::start(&test_node);
+    controller.send_pod(failing_pod("other", "r.test/other:1", REFUSED)).await;
+    controller.send_pod(failing_pod("another", "r.test/another:1", REFUSED)).await;
+    controller.send_pod(pending_pod("queued", IMAGE)).await;
+    assert_eq!(controller.nudged().await, "queued");
+    controller.settle().await;
     for reason in ["ErrImagePull", "ImagePullBackOff"] {
         let mut pod = failing_pod("queued", IMAGE, REFUSED);
         pod.containers[0].waiting = waiting(reason, REFUSED);
-        watch.send_pod(pod).await;
+        controller.send_pod(pod).await;
     }
-    assert_eq!(watch.nudged().await, "queued");
-    watch.settle().await;
-    assert!(watch.nudges.try_recv().is_err(), "once is enough");
-    watch.stop().await;
+    assert_eq!(controller.nudged().await, "queued");
+    controller.settle().await;
+    assert!(controller.nudges.try_recv().is_err(), "no third nudge");
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_kill_switch_cancels_recoveries_without_an_api_server() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Hangs).await;
-    let watch = RunningController::start(&test_node);
-    watch.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
-    watch.settle().await;
+    let controller = RunningController::start(&test_node);
+    controller.send_pod(failing_pod("p", IMAGE, REFUSED)).await;
+    controller.settle().await;
     test_node.cluster.set_unavailable(true);
-    test_node.change_policy(|rules| rules.opt_in.kill_switch = true);
-    watch.settle().await;
+    test_node.change_policy(|policy| policy.opt_in.kill_switch = true);
+    controller.settle().await;
     assert!(test_node.has_metric("lighterman_recoveries_running 0"));
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -370,22 +371,22 @@ async fn a_pod_that_runs_or_lacks_another_image_is_never_deleted() {
         ..failing_pod("p", image, "").containers.remove(0)
     };
     let lacks = waiting("ErrImagePull", REFUSED);
-    for (what, more) in [
+    for (case, more) in [
         ("an init container runs", beside(ContainerKind::Init, "r.test/init:1", None)),
-        ("somebody debugs it", beside(ContainerKind::Ephemeral, IMAGE, lacks.clone())),
-        ("nobody has the other image", beside(ContainerKind::Ordinary, "r.test/nobody:1", lacks)),
+        ("an ephemeral container exists", beside(ContainerKind::Ephemeral, IMAGE, lacks.clone())),
+        ("the other image has no provider", beside(ContainerKind::Ordinary, "r.test/absent:1", lacks)),
     ] {
         let test_node = TestNode::new();
         test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
-        let watch = RunningController::start_with_options(
+        let controller = RunningController::start_with_options(
             &test_node,
             RecoveryOptions { delete_pods: true, ..RecoveryOptions::default() },
         );
-        watch.send_pod(owned(failing_pod("p", IMAGE, REFUSED), Some(more))).await;
+        controller.send_pod(owned(failing_pod("p", IMAGE, REFUSED), Some(more))).await;
         tokio::time::sleep(std::time::Duration::from_secs(600)).await;
         assert!(!test_node.record_names().await.is_empty());
-        assert!(test_node.cluster.deleted().is_empty(), "{what}");
-        watch.stop().await;
+        assert!(test_node.cluster.deleted().is_empty(), "{case}");
+        controller.stop().await;
     }
 }
 
@@ -395,7 +396,7 @@ async fn the_outage_of_a_single_peer_does_not_count_before_the_registry_is_probe
         let test_node = TestNode::new();
         test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
         test_node.add_provider(2, IMAGE, Behaviour::Honest).await;
-        // It takes long to answer.
+        // The registry exists, and no probe has ended.
         test_node.registry.put_registry("r.test");
         for number in 1..=peers {
             let outage = Outage { registry: "r.test".into(), kind: OutageKind::TimedOut, since: number.into() };
@@ -418,16 +419,16 @@ async fn the_outage_of_a_single_peer_does_not_count_before_the_registry_is_probe
 async fn a_denial_applies_to_every_container_of_the_pod_with_that_image() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    let watch = RunningController::start(&test_node);
-    watch.send_pod(failing_pod("outage", "r.test/other:1", REFUSED)).await;
-    watch.settle().await;
+    let controller = RunningController::start(&test_node);
+    controller.send_pod(failing_pod("outage", "r.test/other:1", REFUSED)).await;
+    controller.settle().await;
     let mut pod = failing_pod("p", IMAGE, "401 Unauthorized");
     let later = ContainerView { name: "later".into(), ..pending_pod("p", IMAGE).containers.remove(0) };
     pod.containers.push(later);
-    watch.send_pod(pod).await;
-    watch.settle().await;
+    controller.send_pod(pod).await;
+    controller.settle().await;
     assert!(test_node.record_names().await.is_empty());
-    watch.stop().await;
+    controller.stop().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -442,13 +443,13 @@ async fn a_broken_image_without_a_provider_loses_its_record_only_if_its_registry
         let mut pod = failing_pod("p", IMAGE, "");
         pod.containers[0].waiting =
             waiting("CreateContainerError", "failed to unpack: content digest sha256:00: not found");
-        let watch = RunningController::start(&test_node);
-        watch.send_pod(pod).await;
+        let controller = RunningController::start(&test_node);
+        controller.send_pod(pod).await;
         tokio::time::sleep(std::time::Duration::from_secs(60)).await;
-        assert!(!test_node.record_names().await.is_empty(), "a node that holds it may come back");
+        assert!(!test_node.record_names().await.is_empty(), "a provider may return within two minutes");
         tokio::time::sleep(std::time::Duration::from_secs(600)).await;
         assert_eq!(test_node.record_names().await.is_empty(), answers);
         assert_eq!(reports(&test_node).iter().any(|(_, kind)| *kind == PodReportKind::RecordRemoved), answers);
-        watch.stop().await;
+        controller.stop().await;
     }
 }

@@ -1,4 +1,4 @@
-//! One image, from peers into the store.
+//! Recoveries of one image, from peers into the store.
 
 use tokio_util::sync::CancellationToken;
 
@@ -11,12 +11,12 @@ use crate::oci::Descriptor;
 use crate::ports::{ChildKind, FetchError};
 use crate::testing::image::put_document;
 
-fn wanted(name: &str) -> RecoveryRequest {
+fn request(name: &str) -> RecoveryRequest {
     name.parse::<Reference>().unwrap().into()
 }
 
 async fn recover(node: &TestNode, name: &str) -> Result<RecoveredImage, RecoverError> {
-    node.recoverer().recover(&wanted(name), &Progress::default(), &CancellationToken::new()).await
+    node.recoverer().recover(&request(name), &Progress::default(), &CancellationToken::new()).await
 }
 
 #[tokio::test(start_paused = true)]
@@ -31,7 +31,7 @@ async fn an_image_of_one_provider_is_recovered() {
     assert_eq!(node.record_names().await, [IMAGE.to_owned(), by_digest]);
     assert_eq!(node.store.pins(), 0);
     node.store.collect();
-    assert_eq!(blobs_of(&*node.store).await.len(), 5, "the records alone hold every blob");
+    assert_eq!(blobs_of(&*node.store).await.len(), 5, "the image records alone keep every blob");
 }
 
 #[tokio::test(start_paused = true)]
@@ -39,17 +39,17 @@ async fn gc_labels_are_written_with_the_manifest() {
     let node = TestNode::new();
     let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
     recover(&node, IMAGE).await.unwrap();
-    let remembered = node.store.metadata(image.target.digest).unwrap();
-    let kinds: Vec<_> = remembered.children.iter().map(|child| child.kind).collect();
+    let metadata = node.store.metadata(image.target.digest).unwrap();
+    let kinds: Vec<_> = metadata.children.iter().map(|child| child.kind).collect();
     assert_eq!(kinds, [ChildKind::Config, ChildKind::Layer, ChildKind::Layer, ChildKind::Layer]);
-    assert_eq!(remembered.source.unwrap().to_string(), "r.test/shop/checkout");
+    assert_eq!(metadata.source.unwrap().to_string(), "r.test/shop/checkout");
 }
 
 #[tokio::test(start_paused = true)]
 async fn only_missing_blobs_are_fetched() {
     let node = TestNode::new();
     let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    // The same seed and the same first layers: only the last layer, the config and the manifest differ.
+    // The same seed and first layers: only the last layer, the config and the manifest differ.
     put_image(&*node.store, &["r.test/other:1".into()], &[3000, 200], 7).await.unwrap();
     let recovered = recover(&node, IMAGE).await.unwrap();
     assert_eq!((recovered.fetched, recovered.present), (3, 2));
@@ -85,26 +85,26 @@ async fn a_lying_provider_is_passed_over_and_ranked_last_afterwards() {
     let image = node.add_provider(2, IMAGE, Behaviour::Honest).await;
     let recovered = recover(&node, IMAGE).await.unwrap();
     assert_eq!(recovered.providers, [(peer(2), image.bytes())].into());
-    assert!(node.fetcher.request_count(peer(1)) <= 1, "one lie is enough");
+    assert!(node.fetcher.request_count(peer(1)) <= 1, "no request after the first wrong bytes");
 }
 
 #[tokio::test(start_paused = true)]
 async fn dead_providers_are_ranked_last_afterwards() {
     let node = TestNode::new();
-    // Enough of them that one is asked first, whatever the ranks.
+    // Among 20 unreachable peers at least one gets a request first, whatever the ranks.
     for number in 1..=20 {
         node.add_provider(number, IMAGE, Behaviour::Unreachable).await;
     }
     node.add_provider(21, IMAGE, Behaviour::Honest).await;
     recover(&node, IMAGE).await.unwrap();
-    let asked: Vec<_> = (1..=20).map(|number| node.fetcher.request_count(peer(number))).collect();
-    // Before the first answer it may have been asked for each of the blobs that come at a time.
-    assert!(asked.iter().all(|times| *times <= 4) && asked.contains(&1), "{asked:?}");
-    let before: usize = asked.iter().sum();
+    let requests: Vec<_> = (1..=20).map(|number| node.fetcher.request_count(peer(number))).collect();
+    // Before the first failure, a peer may get a request for each of the four blobs.
+    assert!(requests.iter().all(|times| *times <= 4) && requests.contains(&1), "{requests:?}");
+    let before: usize = requests.iter().sum();
     node.store.collect();
     recover(&node, IMAGE).await.unwrap();
-    let asked: Vec<_> = (1..=20).map(|number| node.fetcher.request_count(peer(number))).collect();
-    assert_eq!(asked.iter().sum::<usize>(), before, "nobody dead was asked again");
+    let requests: Vec<_> = (1..=20).map(|number| node.fetcher.request_count(peer(number))).collect();
+    assert_eq!(requests.iter().sum::<usize>(), before, "no unreachable peer gets another request");
 }
 
 #[tokio::test(start_paused = true)]
@@ -112,10 +112,10 @@ async fn an_image_of_lying_providers_is_not_stored() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Corrupts).await;
     let failed = recover(&node, IMAGE).await.unwrap_err();
-    assert!(node.has_metric(r#"lighterman_peer_faults_total{fault="lied"} 1"#), "once for each fault");
+    assert!(node.has_metric(r#"lighterman_peer_faults_total{fault="lied"} 1"#), "the fault is counted once");
     let RecoverError::Fetch { attempts, .. } = &failed else { panic!("{failed:?}") };
     assert!(matches!(attempts[..], [FetchError::Corrupt { .. }]));
-    assert!(failed.to_string().contains(&peer(1).to_string()), "the peer is named: {failed}");
+    assert!(failed.to_string().contains(&peer(1).to_string()), "the error names the peer: {failed}");
     assert!(blobs_of(&*node.store).await.is_empty() && node.record_names().await.is_empty());
 }
 
@@ -146,12 +146,12 @@ async fn peers_that_disagree_on_a_tag_are_named_with_their_digests() {
 async fn an_image_over_the_size_limit_is_refused_before_a_layer_is_fetched() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
-    node.change_policy(|rules| rules.budgets.max_image_bytes = 1000);
+    node.change_policy(|policy| policy.budgets.max_image_bytes = 1000);
     let refused = recover(&node, IMAGE).await;
     assert!(matches!(refused, Err(RecoverError::OverLimit(_))), "{refused:?}");
     assert_eq!(node.fetcher.served().len(), 1, "only the manifest");
     node.store.collect();
-    assert!(blobs_of(&*node.store).await.is_empty(), "which is not held: the next attempt will not get further");
+    assert!(blobs_of(&*node.store).await.is_empty(), "the manifest of a refused image is not kept");
 }
 
 #[tokio::test(start_paused = true)]
@@ -178,7 +178,7 @@ async fn an_index_is_recovered_with_the_manifest_of_this_platform_alone() {
     assert_eq!(blobs_of(&*node.store).await.len(), 4, "index, manifest, config, layer");
 }
 
-/// An index that names the image for one architecture, and something absent for another.
+/// Stores an index with the image for `architecture`, and with an absent manifest for riscv64.
 async fn put_index(store: &MemoryStore, image: &MadeImage, architecture: &str) {
     let manifest = &image.target;
     let entry = |digest: Digest, architecture: &str| {
@@ -206,17 +206,17 @@ async fn a_recovery_that_is_stopped_leaves_no_record_and_no_pin() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Hangs).await;
     let recoverer = node.recoverer();
-    let (reference, progress, stop) = (wanted(IMAGE), Progress::default(), CancellationToken::new());
+    let (reference, progress, stop) = (request(IMAGE), Progress::default(), CancellationToken::new());
     let (result, ()) = tokio::join!(recoverer.recover(&reference, &progress, &stop), async {
         tokio::task::yield_now().await;
         stop.cancel();
     });
     assert!(matches!(result, Err(RecoverError::Abandoned)));
-    assert!(node.fetcher.request_count(peer(1)) > 0, "it was stopped in the middle");
+    assert!(node.fetcher.request_count(peer(1)) > 0, "the recovery stopped during a fetch");
     assert_eq!(node.store.pins(), 0);
     assert!(node.record_names().await.is_empty());
     node.store.collect();
-    assert!(blobs_of(&*node.store).await.is_empty(), "nothing is held");
+    assert!(blobs_of(&*node.store).await.is_empty(), "no blob is pinned");
 }
 
 #[tokio::test(start_paused = true)]
@@ -249,7 +249,7 @@ async fn gc_labels_are_added_to_a_present_manifest() {
     let recovered = recover(&node, IMAGE).await.unwrap();
     assert_eq!((recovered.fetched, recovered.present), (3, 1));
     node.store.collect();
-    assert_eq!(blobs_of(&*node.store).await.len(), 4, "or the collector would have taken the layers");
+    assert_eq!(blobs_of(&*node.store).await.len(), 4, "the labels keep the layers");
 }
 
 #[tokio::test(start_paused = true)]
@@ -273,7 +273,7 @@ async fn a_manifest_over_the_size_limit_is_not_requested() {
     node.announce_store(1, store, Behaviour::Honest).await;
     let refused = recover(&node, IMAGE).await.unwrap_err();
     assert!(refused.to_string().contains("over the limit"), "{refused}");
-    assert_eq!(node.fetcher.request_count(peer(1)), 0, "not a byte of it moved");
+    assert_eq!(node.fetcher.request_count(peer(1)), 0, "no byte of the manifest is fetched");
 }
 
 #[tokio::test(start_paused = true)]
@@ -296,7 +296,11 @@ async fn a_recorded_image_is_repaired_and_keeps_its_digest() {
     let here = put_image(&*node.store, &[IMAGE.to_owned()], &[3000, 200], 1).await.unwrap();
     node.add_provider(2, IMAGE, Behaviour::Honest).await;
     let recovered = recover(&node, IMAGE).await.unwrap();
-    assert_eq!((recovered.digest, recovered.fetched), (here.target.digest, 0), "peers hold another image by that name");
+    assert_eq!(
+        (recovered.digest, recovered.fetched),
+        (here.target.digest, 0),
+        "peers provide another image under this tag"
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,4 +1,4 @@
-//! What a reference means and who may be asked for it.
+//! Resolution of references to digests, and the choice of providers.
 
 use tokio_util::sync::CancellationToken;
 
@@ -11,25 +11,26 @@ use crate::decide::tag::TagPolicy;
 use crate::ports::PullSecret;
 use crate::testing::image::{Recipe, make_image};
 
-fn wanted(name: &str) -> RecoveryRequest {
+fn request(name: &str) -> RecoveryRequest {
     name.parse::<Reference>().unwrap().into()
 }
 
 async fn find(node: &TestNode, name: &str) -> Result<ResolvedImage, RecoverError> {
-    node.recoverer().find(&wanted(name)).await
+    node.recoverer().find(&request(name)).await
 }
 
-/// Peers that hold images of this one name, one image for each seed, built at the time given.
+/// Adds peers with images of one name. An entry has the peer's number, the image's seed and the
+/// image's creation time. Returns the image's digest for each entry.
 async fn peers_with(node: &TestNode, images: &[(u8, u8, &str)]) -> Vec<Digest> {
-    let mut roots = Vec::new();
+    let mut image_digests = Vec::new();
     for (number, seed, created) in images {
         let store = Arc::new(MemoryStore::new());
         let recipe = Recipe { layers: vec![100], created: Some((*created).to_owned()), ..Recipe::default() };
         let image = make_image(&*store, &[IMAGE.to_owned()], &recipe, u64::from(*seed)).await.unwrap();
-        roots.push(image.target.digest);
+        image_digests.push(image.target.digest);
         node.announce_store(*number, store, Behaviour::Honest).await;
     }
-    roots
+    image_digests
 }
 
 #[tokio::test(start_paused = true)]
@@ -40,15 +41,15 @@ async fn the_tag_policy_resolves_a_disagreement_of_peers() {
     {
         let mut node = TestNode::new();
         node.resolve.tag_policy = policy;
-        let roots = peers_with(&node, &images).await;
+        let image_digests = peers_with(&node, &images).await;
         match (find(&node, IMAGE).await, expected) {
-            (Ok(found), Some(expected)) => assert_eq!(found.digest, roots[expected], "{policy:?}"),
+            (Ok(found), Some(expected)) => assert_eq!(found.digest, image_digests[expected], "{policy:?}"),
             (Err(RecoverError::TagDisagreement { digests, .. }), None) => {
                 assert_eq!(digests.iter().map(|(_, peers)| peers).sum::<usize>(), 3);
             }
             (other, _) => panic!("{policy:?}: {other:?}"),
         }
-        assert!(blobs_of(&*node.store).await.is_empty(), "looking keeps nothing");
+        assert!(blobs_of(&*node.store).await.is_empty(), "a resolution keeps no blob");
     }
 }
 
@@ -66,21 +67,24 @@ async fn an_answer_of_the_source_registry_resolves_a_tag() {
     node.resolve.ask_registry = true;
     node.resolve.pull_secret_namespaces = vec!["shop".into()];
     let images = [(1, 1, "2026-01-01T00:00:00Z"), (2, 2, "2026-01-02T00:00:00Z")];
-    let roots = peers_with(&node, &images).await;
+    let image_digests = peers_with(&node, &images).await;
     let reference: Reference = IMAGE.parse().unwrap();
-    assert!(matches!(find(&node, IMAGE).await, Err(RecoverError::TagDisagreement { .. })), "it is down: peers decide");
+    assert!(
+        matches!(find(&node, IMAGE).await, Err(RecoverError::TagDisagreement { .. })),
+        "the registry is down, so peers decide"
+    );
     let ours = PullSecret(b"ours".to_vec());
-    node.registry.put_private_tag(reference.repository(), "v1", roots[1], ours.clone());
+    node.registry.put_private_tag(reference.repository(), "v1", image_digests[1], ours.clone());
     node.cluster.put_pull_secret("shop", "key", ours.clone());
     node.cluster.put_pull_secret("bank", "key", ours);
-    let shown =
-        |namespace: &str| RecoveryRequest { pull_secrets: vec![(namespace.into(), "key".into())], ..wanted(IMAGE) };
-    let found = node.recoverer().find(&shown("shop")).await.unwrap();
-    assert_eq!(found.digest, roots[1]);
-    let unread = node.recoverer().find(&shown("bank")).await;
+    let with_secret_of =
+        |namespace: &str| RecoveryRequest { pull_secrets: vec![(namespace.into(), "key".into())], ..request(IMAGE) };
+    let found = node.recoverer().find(&with_secret_of("shop")).await.unwrap();
+    assert_eq!(found.digest, image_digests[1]);
+    let unread = node.recoverer().find(&with_secret_of("bank")).await;
     assert!(
         matches!(unread, Err(RecoverError::TagDisagreement { .. })),
-        "that namespace did not give the right: {unread:?}"
+        "the options exclude secrets of this namespace: {unread:?}"
     );
 }
 
@@ -102,10 +106,10 @@ async fn an_image_with_a_blob_without_provider_is_not_fetched() {
     node.announce_store(1, store, Behaviour::Honest).await;
     let layer = image.blobs[1].digest;
     node.inventory.apply(MeshEvent::Changed(peer(1), vec![InventoryChange::Removed(InventoryItem::Blob(layer))]));
-    let refused = node.recoverer().recover(&wanted(IMAGE), &Progress::default(), &CancellationToken::new()).await;
+    let refused = node.recoverer().recover(&request(IMAGE), &Progress::default(), &CancellationToken::new()).await;
     let Err(RecoverError::BlobsWithoutProvider { blobs, .. }) = refused else { panic!("{refused:?}") };
     assert_eq!(blobs, [layer]);
-    assert_eq!(node.fetcher.served(), [(peer(1), image.target.digest)], "not a byte of a layer moved");
+    assert_eq!(node.fetcher.served(), [(peer(1), image.target.digest)], "no byte of a layer is fetched");
     assert_eq!(node.store.pins(), 0);
 }
 
@@ -125,8 +129,8 @@ async fn an_image_with_a_layer_that_must_not_be_distributed_is_refused_with_the_
     let recipe = Recipe { layers: vec![100], foreign: true, ..Recipe::default() };
     make_image(&*store, &[IMAGE.to_owned()], &recipe, 1).await.unwrap();
     node.announce_store(1, store, Behaviour::Honest).await;
-    let refused = node.recoverer().recover(&wanted(IMAGE), &Progress::default(), &CancellationToken::new()).await;
+    let refused = node.recoverer().recover(&request(IMAGE), &Progress::default(), &CancellationToken::new()).await;
     let Err(error @ RecoverError::NotDistributable { .. }) = refused else { panic!("{refused:?}") };
-    assert!(error.to_string().contains("licence"), "{error}");
+    assert!(error.to_string().contains("license"), "{error}");
     assert!(node.record_names().await.is_empty());
 }

@@ -1,4 +1,4 @@
-//! What is here and wrong, or here and not whole, is mended with what peers hold.
+//! Repair of damaged and incomplete images with blobs from peers.
 
 use tokio_util::sync::CancellationToken;
 
@@ -14,16 +14,16 @@ use crate::ports::{BlobMetadata, PodReportKind, Unpacker as _};
 use crate::testing::image::{Recipe, make_image, put_document};
 
 async fn recover(node: &TestNode) -> Result<RecoveredImage, RecoverError> {
-    let wanted = IMAGE.parse::<Reference>().unwrap().into();
-    node.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await
+    let request = IMAGE.parse::<Reference>().unwrap().into();
+    node.recoverer().recover(&request, &Progress::default(), &CancellationToken::new()).await
 }
 
-/// The same image here and at a peer.
-async fn on_both_sides(recipe: &Recipe) -> (TestNode, MadeImage) {
+/// A node and a peer with the same image.
+async fn node_and_peer_with(recipe: &Recipe) -> (TestNode, MadeImage) {
     let node = TestNode::new();
-    let theirs = Arc::new(MemoryStore::new());
-    make_image(&*theirs, &[IMAGE.into()], recipe, 7).await.unwrap();
-    node.announce_store(1, theirs, Behaviour::Honest).await;
+    let peer_store = Arc::new(MemoryStore::new());
+    make_image(&*peer_store, &[IMAGE.into()], recipe, 7).await.unwrap();
+    node.announce_store(1, peer_store, Behaviour::Honest).await;
     let image = make_image(&*node.store, &[IMAGE.into()], recipe, 7).await.unwrap();
     (node, image)
 }
@@ -32,13 +32,14 @@ fn indexed() -> Recipe {
     Recipe { layers: vec![3000, 200], index: true, ..Recipe::default() }
 }
 
-/// Whether every blob of the image is here after a collection, with the right bytes.
-async fn is_whole(store: &MemoryStore, image: &MadeImage) -> bool {
-    is_whole_of(store, image, 1 << 20).await
+/// Collects garbage. Returns whether the store then has every blob of the image, with the right
+/// bytes.
+async fn collect_and_verify(store: &MemoryStore, image: &MadeImage) -> bool {
+    collect_and_verify_up_to(store, image, 1 << 20).await
 }
 
-/// The same of an image whose blobs have this many bytes at most.
-async fn is_whole_of(store: &MemoryStore, image: &MadeImage, longest: usize) -> bool {
+/// As [`collect_and_verify`], for an image with blobs of at most `longest` bytes.
+async fn collect_and_verify_up_to(store: &MemoryStore, image: &MadeImage, longest: usize) -> bool {
     store.collect();
     let mut whole = true;
     for blob in image.blobs.iter().chain([&image.target]) {
@@ -53,13 +54,13 @@ async fn is_whole_of(store: &MemoryStore, image: &MadeImage, longest: usize) -> 
 
 #[tokio::test(start_paused = true)]
 async fn a_small_blob_with_wrong_bytes_is_replaced_and_nothing_else_is_fetched() {
-    let (_, image) = on_both_sides(&indexed()).await;
+    let (_, image) = node_and_peer_with(&indexed()).await;
     for blob in image.blobs.iter().chain([&image.target]) {
-        let (node, image) = on_both_sides(&indexed()).await;
+        let (node, image) = node_and_peer_with(&indexed()).await;
         node.store.corrupt(blob.digest);
         let recovered = recover(&node).await.unwrap();
         assert_eq!((recovered.fetched, recovered.bytes), (1, blob.size), "{}", blob.media_type);
-        assert!(is_whole(&node.store, &image).await, "{}", blob.media_type);
+        assert!(collect_and_verify(&node.store, &image).await, "{}", blob.media_type);
         assert_eq!(node.store.pins(), 0);
     }
 }
@@ -68,16 +69,16 @@ async fn a_small_blob_with_wrong_bytes_is_replaced_and_nothing_else_is_fetched()
 async fn a_large_damaged_layer_is_replaced_if_the_kubelet_reported_missing_content() {
     let recipe = Recipe { layers: vec![5 << 20, 200], ..Recipe::default() };
     for (verify_layers, expected) in [(true, 1), (false, 0)] {
-        let (node, image) = on_both_sides(&recipe).await;
+        let (node, image) = node_and_peer_with(&recipe).await;
         let layer = image.blobs.iter().find(|blob| blob.size > 4 << 20).unwrap();
         node.store.corrupt(layer.digest);
-        let wanted = RecoveryRequest { verify_layers, ..IMAGE.parse::<Reference>().unwrap().into() };
+        let request = RecoveryRequest { verify_layers, ..IMAGE.parse::<Reference>().unwrap().into() };
         let recovered =
-            node.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await.unwrap();
-        assert_eq!(recovered.fetched, expected, "in doubt: {verify_layers}");
+            node.recoverer().recover(&request, &Progress::default(), &CancellationToken::new()).await.unwrap();
+        assert_eq!(recovered.fetched, expected, "verify_layers: {verify_layers}");
         if verify_layers {
             assert_eq!(recovered.bytes, layer.size);
-            assert!(is_whole_of(&node.store, &image, 8 << 20).await);
+            assert!(collect_and_verify_up_to(&node.store, &image, 8 << 20).await);
             assert_eq!(node.store.pins(), 0);
         }
     }
@@ -90,17 +91,17 @@ async fn a_damaged_layer_that_no_peer_has_stays() {
     let image = make_image(&*node.store, &[IMAGE.into()], &recipe, 7).await.unwrap();
     let layer = image.blobs.iter().find(|blob| blob.size > 4 << 20).unwrap();
     node.store.corrupt(layer.digest);
-    let wanted = RecoveryRequest { verify_layers: true, ..IMAGE.parse::<Reference>().unwrap().into() };
-    let _ = node.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await;
+    let request = RecoveryRequest { verify_layers: true, ..IMAGE.parse::<Reference>().unwrap().into() };
+    let _ = node.recoverer().recover(&request, &Progress::default(), &CancellationToken::new()).await;
     assert!(node.store.blob(layer.digest).await.unwrap().is_some());
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_replaced_manifest_keeps_its_source_and_gc_labels() {
-    let (node, image) = on_both_sides(&indexed()).await;
+    let (node, image) = node_and_peer_with(&indexed()).await;
     let other = Repository { registry: "mirror.test".into(), path: "checkout".into() };
-    let remembered = BlobMetadata { source: Some(other.clone()), children: Vec::new() };
-    node.store.add_metadata(image.target.digest, &remembered).await.unwrap();
+    let metadata = BlobMetadata { source: Some(other.clone()), children: Vec::new() };
+    node.store.add_metadata(image.target.digest, &metadata).await.unwrap();
     node.store.corrupt(image.target.digest);
     recover(&node).await.unwrap();
     let blob = node.store.blob(image.target.digest).await.unwrap().unwrap();
@@ -110,39 +111,39 @@ async fn a_replaced_manifest_keeps_its_source_and_gc_labels() {
 
 #[tokio::test(start_paused = true)]
 async fn a_damaged_blob_stays_while_no_provider_has_the_right_bytes() {
-    let (node, image) = on_both_sides(&indexed()).await;
+    let (node, image) = node_and_peer_with(&indexed()).await;
     let config = &image.blobs[1];
     node.store.corrupt(config.digest);
     node.fetcher.put_peer(peer(1), Arc::new(MemoryStore::new()), Behaviour::Unreachable);
     let failed = recover(&node).await.unwrap_err();
     assert!(matches!(failed, RecoverError::Fetch { digest, .. } if digest == config.digest), "{failed}");
     node.store.collect();
-    assert_eq!(blobs_of(&*node.store).await.len(), 5, "nothing is removed before there is something better");
+    assert_eq!(blobs_of(&*node.store).await.len(), 5, "a damaged blob stays until a replacement arrives");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_recorded_image_without_its_blobs_is_repaired() {
     for lost in 0..4 {
-        let (node, image) = on_both_sides(&indexed()).await;
+        let (node, image) = node_and_peer_with(&indexed()).await;
         let pin = node.store.pin(std::time::Duration::from_secs(600)).await.unwrap();
         node.store.discard(image.blobs[lost].digest, &pin).await.unwrap();
         let recovered = recover(&node).await.unwrap();
         node.store.release(pin).await.unwrap();
         assert_eq!((recovered.fetched, recovered.present), (1, 4), "without blob {lost}");
-        assert!(is_whole(&node.store, &image).await, "without blob {lost}");
+        assert!(collect_and_verify(&node.store, &image).await, "without blob {lost}");
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_artifact_is_refused_and_the_error_names_its_type() {
     let node = TestNode::new();
-    let theirs = Arc::new(MemoryStore::new());
+    let peer_store = Arc::new(MemoryStore::new());
     let config =
         serde_json::json!({"mediaType": "application/vnd.oci.empty.v1+json", "digest": Digest::of(b"{}"), "size": 2});
     let chart =
         serde_json::json!({"schemaVersion": 2, "artifactType": "application/x.chart", "config": config, "layers": []});
-    put_document(&*theirs, IMAGE, chart.to_string()).await.unwrap();
-    node.announce_store(1, theirs, Behaviour::Honest).await;
+    put_document(&*peer_store, IMAGE, chart.to_string()).await.unwrap();
+    node.announce_store(1, peer_store, Behaviour::Honest).await;
     let refused = recover(&node).await.unwrap_err();
     assert!(refused.to_string().contains("an artifact of type \"application/x.chart\""), "{refused}");
     assert!(blobs_of(&*node.store).await.is_empty());
@@ -155,7 +156,7 @@ async fn a_broken_image_that_is_unpacked_keeps_its_record_because_pods_start_fro
         let recipe = Recipe { layers: vec![3000, 200], nested: true, ..Recipe::default() };
         let here = make_image(&*node.store, &[IMAGE.to_owned()], &recipe, 1).await.unwrap();
         let pin = node.store.pin(std::time::Duration::from_secs(36_000)).await.unwrap();
-        // The lower layer alone is no image.
+        // The lower layer alone does not unpack the image.
         for layer in here.layers.iter().take(if is_unpacked { 2 } else { 1 }) {
             node.store.unpack(layer, &pin).await.unwrap();
         }

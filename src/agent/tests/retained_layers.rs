@@ -1,4 +1,4 @@
-//! Layers that a node discarded before the agent ran, fetched from peers and from registries.
+//! Fetches of layers that a node discarded before the agent ran, from peers and from registries.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +19,7 @@ const LAYERS: [u64; 3] = [3000, 200, 10];
 
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// A node that pulled the image before the agent ran, and a test_node with the node's store.
+/// A node that pulled the image before the agent ran, and a [`TestNode`] with the same store.
 async fn node_after_a_pull(budget: u64) -> (RetainTestNode, TestNode, MadeImage) {
     let (node, mut test_node) = (RetainTestNode::new(RetainLayers::OptedIn, budget), TestNode::new());
     let image = node.pull(IMAGE, &LAYERS, 7).await;
@@ -29,7 +29,7 @@ async fn node_after_a_pull(budget: u64) -> (RetainTestNode, TestNode, MadeImage)
     (node, test_node, image)
 }
 
-/// The registry of the image has these layers, and is healthy.
+/// Puts these layers into the image's registry, and marks the registry as healthy.
 async fn registry_with(layers: &[u64], node: &RetainTestNode, test_node: &TestNode) {
     let content = MemoryStore::new();
     let image = put_image(&content, &[IMAGE.into()], layers, 7).await.unwrap();
@@ -51,7 +51,7 @@ async fn layers_discarded_before_the_agent_ran_come_from_a_peer() {
     assert_eq!(test_node.registry.blob_requests("r.test"), 0, "peers have precedence");
     node.store.remove_image(IMAGE, image.target.digest).await.unwrap();
     agent.wait_for_status(|status| status.images == 0).await;
-    assert_eq!(node.layers_after_collection(&image).await, 0, "they go with the image");
+    assert_eq!(node.layers_after_collection(&image).await, 0, "the agent drops the layers of a removed image");
 }
 
 #[tokio::test(start_paused = true)]
@@ -132,7 +132,7 @@ async fn an_image_that_the_registry_denies_is_counted_and_comes_from_a_peer() {
     agent.wait_for_status(|status| status.lacking_reasons == [(plugin.to_owned(), 1)].into()).await;
     assert!(node.has_metric("lighterman_images_lacking_layers_by_reason{reason=\"kubelet_credentials\"} 1"));
     tokio::time::sleep(HOUR).await;
-    assert_eq!(test_node.registry.blob_requests("r.test"), 1, "the registry is left alone");
+    assert_eq!(test_node.registry.blob_requests("r.test"), 1, "no further request reaches the registry");
     test_node.add_provider_with_layers(1, IMAGE, &LAYERS, Behaviour::Honest).await;
     agent.wait_for_status(|status| status.lacking == 0).await;
     assert_eq!(node.layers_after_collection(&image).await, 3);
@@ -202,7 +202,7 @@ async fn layers_are_fetched_from_a_registry_at_the_configured_rate() {
     let began = tokio::time::Instant::now();
     agent.wait_for_status(|status| status.lacking == 0).await;
     assert_eq!(node.layers_after_collection(&image).await, 1);
-    assert!(began.elapsed() >= Duration::from_secs(9), "ten seconds but for the full bucket: {:?}", began.elapsed());
+    assert!(began.elapsed() >= Duration::from_secs(9), "ten seconds minus the full bucket: {:?}", began.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
@@ -219,9 +219,9 @@ async fn a_recovery_does_not_wait_for_a_slow_background_fetch() {
     // Another image with the same first layer.
     let other = "r.test/shop/other:v1";
     test_node.add_provider_with_layers(1, other, &layers, Behaviour::Honest).await;
-    let wanted = other.parse::<Reference>().unwrap().into();
+    let request = other.parse::<Reference>().unwrap().into();
     let began = tokio::time::Instant::now();
-    let recovered = test_node.recoverer().recover(&wanted, &Progress::default(), &CancellationToken::new()).await;
+    let recovered = test_node.recoverer().recover(&request, &Progress::default(), &CancellationToken::new()).await;
     assert_eq!(recovered.unwrap().fetched, 4);
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     agent.wait_for_status(|status| status.lacking == 0).await;
@@ -244,5 +244,5 @@ async fn an_outage_announced_by_a_single_peer_makes_a_registry_unhealthy() {
     test_node.inventory.apply(MeshEvent::Changed(peer(1), vec![InventoryChange::Added(InventoryItem::Outage(outage))]));
     registries.publish(now);
     assert!(healthy.borrow().is_empty());
-    assert!(!registries.is_down("r.test", now), "for pods one peer is not enough");
+    assert!(!registries.is_down("r.test", now), "one peer is not enough for pods");
 }

@@ -1,4 +1,4 @@
-//! Silent connections of containerd are ended where the settings say so.
+//! Silent connections of containerd: the agent ends such connections if the options permit.
 
 use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
@@ -13,16 +13,16 @@ use crate::decide::policy::RecoveryOptions;
 use crate::decide::stalled_connections::{TcpConnection, TcpConnections};
 use crate::ports::{ConnectionsError, KubeletEvent, PodReportKind, PullConnections};
 
-/// The connections of a containerd: one silent, one that crawls.
+/// The connections of a fake containerd: one is silent, the other is slow.
 struct FakeConnections {
     open: Mutex<Vec<TcpConnection>>,
-    /// The silence began five seconds after the pod did.
+    /// Five seconds after the creation of the fake.
     silent_since: tokio::time::Instant,
     refuses: bool,
 }
 
 const SILENT: u64 = 1;
-const CRAWLING: u64 = 2;
+const SLOW: u64 = 2;
 
 impl FakeConnections {
     fn new(refuses: bool) -> Arc<Self> {
@@ -33,7 +33,7 @@ impl FakeConnections {
             silent_for: Duration::from_secs(silent_for),
             unread: 0,
         };
-        let open = Mutex::new(vec![connection(SILENT, 0), connection(CRAWLING, 1)]);
+        let open = Mutex::new(vec![connection(SILENT, 0), connection(SLOW, 1)]);
         Arc::new(Self { open, silent_since: tokio::time::Instant::now() + Duration::from_secs(5), refuses })
     }
 
@@ -48,7 +48,10 @@ impl PullConnections for FakeConnections {
     async fn connections(&self) -> Result<TcpConnections, ConnectionsError> {
         let mut established = self.open.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let silent = tokio::time::Instant::now().saturating_duration_since(self.silent_since);
-        established.iter_mut().filter(|it| it.cookie == SILENT).for_each(|it| it.silent_for = silent);
+        established
+            .iter_mut()
+            .filter(|connection| connection.cookie == SILENT)
+            .for_each(|connection| connection.silent_for = silent);
         Ok(TcpConnections { established, listening: [].into() })
     }
 
@@ -72,8 +75,8 @@ const ENDS: RecoveryOptions = RecoveryOptions {
 #[tokio::test(start_paused = true)]
 async fn a_stalled_pull_is_ended_although_its_image_is_recovered() {
     let node = TestNode::new();
-    let root = node.add_provider(1, IMAGE, Behaviour::Honest).await.target.digest;
-    let image = format!("r.test/shop/checkout@{root}");
+    let digest = node.add_provider(1, IMAGE, Behaviour::Honest).await.target.digest;
+    let image = format!("r.test/shop/checkout@{digest}");
     let pod = pending_pod("p", &image);
     let message = format!("Pulling image \"{image}\"");
     node.cluster
@@ -83,14 +86,15 @@ async fn a_stalled_pull_is_ended_although_its_image_is_recovered() {
     controller.send_pod(pod).await;
     tokio::time::sleep(Duration::from_secs(123)).await;
     let names = node.record_names().await;
-    assert!(!names.is_empty() && fake.open() == [SILENT, CRAWLING], "{names:?}");
-    controller.image_records_in.send_replace(Some(Arc::new(names.into_iter().map(|name| (name, root)).collect())));
+    assert!(!names.is_empty() && fake.open() == [SILENT, SLOW], "{names:?}");
+    controller.image_records_in.send_replace(Some(Arc::new(names.into_iter().map(|name| (name, digest)).collect())));
     tokio::time::sleep(Duration::from_secs(15)).await;
-    assert_eq!(fake.open(), [CRAWLING]);
+    assert_eq!(fake.open(), [SLOW]);
     controller.stop().await;
 }
 
-/// The open connections after a pod has waited for `seconds`, and the reasons of the Events.
+/// Lets a pod with a stalled pull wait for `seconds`. Returns the open connections, the kinds of
+/// the pod's Events, and the metrics.
 async fn wait_with_stalled_pull(
     seconds: u64,
     options: RecoveryOptions,
@@ -103,9 +107,9 @@ async fn wait_with_stalled_pull(
     node.cluster
         .put_kubelet_event(&pod.pod, KubeletEvent { reason: "Pulling".into(), container: Some("c".into()), message });
     controller.send_pod(pod).await;
-    // A pod whose pull fails for another reason waits as well, and is not opted in.
-    let stranger = failing_pod("stranger", "r.test/other:1", "pull QPS exceeded");
-    controller.send_pod(crate::model::PodView { annotations: Default::default(), ..stranger }).await;
+    // A second pod, without opt-in, waits because its pull fails for another reason.
+    let not_opted_in = failing_pod("not-opted-in", "r.test/other:1", "pull QPS exceeded");
+    controller.send_pod(crate::model::PodView { annotations: Default::default(), ..not_opted_in }).await;
     tokio::time::sleep(Duration::from_secs(seconds)).await;
     let kinds = reports(&node).into_iter().filter(|(pod, _)| pod == "p").map(|(_, kind)| kind).collect();
     let metrics = String::from_utf8(node.metrics.render()).unwrap();
@@ -117,26 +121,26 @@ async fn wait_with_stalled_pull(
 async fn a_silent_connection_is_ended_once_a_pod_has_waited_and_a_slow_connection_stays() {
     let fake = FakeConnections::new(false);
     let (open, kinds, _) = wait_with_stalled_pull(115, ENDS, &fake).await;
-    assert_eq!((open, kinds), (vec![SILENT, CRAWLING], vec![]), "a pull may take a while");
+    assert_eq!((open, kinds), (vec![SILENT, SLOW], vec![]), "a pull may take a while");
     let (open, kinds, metrics) = wait_with_stalled_pull(600, ENDS, &fake).await;
-    assert_eq!(open, [CRAWLING]);
+    assert_eq!(open, [SLOW]);
     assert_eq!(kinds.iter().filter(|kind| **kind == PodReportKind::PullEnded).count(), 1, "{kinds:?}");
     assert!(metrics.contains("lighterman_stalled_connections_total{result=\"ended\"} 1"));
 }
 
 #[tokio::test(start_paused = true)]
 async fn no_connection_is_ended_by_default_or_by_a_dry_run() {
-    for manner in [RecoveryOptions::default(), RecoveryOptions { dry_run: true, ..ENDS }] {
-        let (open, kinds, _) = wait_with_stalled_pull(600, manner, &FakeConnections::new(false)).await;
-        assert_eq!(open, [SILENT, CRAWLING]);
-        assert_eq!(kinds, [PodReportKind::Stalled], "one Event says what the pod waits for");
+    for options in [RecoveryOptions::default(), RecoveryOptions { dry_run: true, ..ENDS }] {
+        let (open, kinds, _) = wait_with_stalled_pull(600, options, &FakeConnections::new(false)).await;
+        assert_eq!(open, [SILENT, SLOW]);
+        assert_eq!(kinds, [PodReportKind::Stalled], "one Event names the stalled pull");
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_refused_socket_destroy_is_counted_and_no_event_is_written() {
     let (open, kinds, metrics) = wait_with_stalled_pull(600, ENDS, &FakeConnections::new(true)).await;
-    assert_eq!(open, [SILENT, CRAWLING]);
+    assert_eq!(open, [SILENT, SLOW]);
     assert_eq!(kinds, [PodReportKind::Stalled]);
     assert!(metrics.contains("lighterman_stalled_connections_total{result=\"failed\"}"));
 }

@@ -1,4 +1,4 @@
-//! One image in pieces, from several peers at once, some of which lie.
+//! Recoveries of one image in pieces, from several honest and dishonest peers at once.
 
 use std::time::Duration;
 
@@ -13,18 +13,18 @@ use crate::decide::claim::{ZoneLeader, zone_claim};
 use crate::oci::{MIN_PIECE_SIZE, PieceLayout};
 use crate::ports::{FetchError, PartialBlobs};
 
-/// Twelve pieces and a bit, and one piece.
+/// A layer of 13 pieces, the last one shorter, and a layer of one piece.
 const LAYERS: [u64; 2] = [12 * MIN_PIECE_SIZE + 1000, 5000];
 
-fn wanted() -> RecoveryRequest {
+fn request() -> RecoveryRequest {
     IMAGE.parse::<Reference>().unwrap().into()
 }
 
 async fn recover(node: &TestNode) -> Result<RecoveredImage, RecoverError> {
-    node.recoverer().recover(&wanted(), &Progress::default(), &CancellationToken::new()).await
+    node.recoverer().recover(&request(), &Progress::default(), &CancellationToken::new()).await
 }
 
-/// Peers 1, 2, ... that behave so, with the same image.
+/// A node, and peers 1, 2, ... with these behaviors and the same image.
 async fn node_with_peers(behaviours: &[Behaviour]) -> (TestNode, MadeImage) {
     let node = TestNode::new();
     let mut image = None;
@@ -51,20 +51,21 @@ async fn pieces_are_fetched_from_every_provider() {
 async fn a_peer_that_sends_wrong_bytes_is_found_by_a_piece_and_honest_peers_provide_the_image() {
     let (node, _) = node_with_peers(&[Behaviour::Corrupts, Behaviour::Honest, Behaviour::Honest]).await;
     recover(&node).await.unwrap();
-    assert!(faults(&node, "lied", 1), "one lie is enough");
+    assert!(faults(&node, "lied", 1), "the peer is at fault once");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_provider_with_a_damaged_file_sends_one_wrong_piece() {
     let mut sent = 0;
-    // Now and then it is asked for its list before it is asked for a piece, finds it out itself, and sends none.
+    // If the first request is for the hash chain, the peer detects the damage while computing the
+    // chain, and sends no piece. The order of the requests is random, hence eight attempts.
     for _ in 0..8 {
         let (node, _) =
             node_with_peers(&[Behaviour::DiskCorrupted, Behaviour::SendsChainSlowly, Behaviour::Honest]).await;
         recover(&node).await.unwrap();
-        let spoilt = node.fetcher.corrupt_piece_count();
-        assert!(spoilt == 0 || (spoilt == 1 && faults(&node, "lied", 1)), "{spoilt} pieces");
-        sent += spoilt;
+        let wrong = node.fetcher.corrupt_piece_count();
+        assert!(wrong == 0 || (wrong == 1 && faults(&node, "lied", 1)), "{wrong} pieces");
+        sent += wrong;
     }
     assert!(sent > 0);
 }
@@ -73,11 +74,14 @@ async fn a_provider_with_a_damaged_file_sends_one_wrong_piece() {
 async fn a_single_provider_gets_requests_for_all_pieces_while_it_computes_its_hash_chain() {
     let (node, image) = node_with_peers(&[Behaviour::SendsChainSlowly]).await;
     let (recoverer, progress, stop) = (node.recoverer(), Progress::default(), CancellationToken::new());
-    let wanted = wanted();
-    let recovery = recoverer.recover(&wanted, &progress, &stop);
+    let request = request();
+    let recovery = recoverer.recover(&request, &progress, &stop);
     tokio::pin!(recovery);
-    // Less than a stranger's first piece waits where nothing can be compared.
-    assert!(tokio::time::timeout(Duration::from_millis(400), &mut recovery).await.is_err(), "nothing is kept unproved");
+    // Below the time limit of 500 ms for the verification of a provider's first piece.
+    assert!(
+        tokio::time::timeout(Duration::from_millis(400), &mut recovery).await.is_err(),
+        "no blob is committed without its hash chain"
+    );
     let layer = image.blobs.iter().max_by_key(|blob| blob.size).unwrap();
     assert_eq!(progress.blobs()[&layer.digest].done, layer.size);
     recovery.await.unwrap();
@@ -101,7 +105,11 @@ async fn a_slow_hash_chain_does_not_keep_a_recovery_alive() {
 async fn the_hash_chain_of_a_lying_provider_does_not_verify_its_pieces() {
     let (node, _) = node_with_peers(&[Behaviour::DiskCorrupted, Behaviour::DiskCorrupted, Behaviour::Honest]).await;
     recover(&node).await.unwrap();
-    assert!(node.fetcher.corrupt_piece_count() <= 2, "{} pieces for two liars", node.fetcher.corrupt_piece_count());
+    assert!(
+        node.fetcher.corrupt_piece_count() <= 2,
+        "{} wrong pieces from two peers",
+        node.fetcher.corrupt_piece_count()
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -109,7 +117,7 @@ async fn the_author_of_a_forged_hash_chain_is_at_fault_and_not_the_honest_sender
     for forged in [0, 5, 11] {
         let (node, _) = node_with_peers(&[Behaviour::ForgesChain(forged), Behaviour::Honest]).await;
         let recoverer = node.recoverer();
-        recoverer.recover(&wanted(), &Progress::default(), &CancellationToken::new()).await.unwrap();
+        recoverer.recover(&request(), &Progress::default(), &CancellationToken::new()).await.unwrap();
         let honest = recoverer.blob_fetcher.trust().standing(peer(2), tokio::time::Instant::now().into_std());
         assert_eq!(honest, crate::decide::peer_faults::Standing::Good, "forged at {forged}");
     }
@@ -119,7 +127,7 @@ async fn the_author_of_a_forged_hash_chain_is_at_fault_and_not_the_honest_sender
 async fn a_wrong_piece_is_fetched_from_another_provider() {
     let (node, image) = node_with_peers(&[Behaviour::CorruptsPiece(4), Behaviour::Honest]).await;
     let recovered = recover(&node).await.unwrap();
-    assert_eq!(recovered.bytes, image.bytes(), "what was wrong is not counted");
+    assert_eq!(recovered.bytes, image.bytes(), "wrong bytes are not counted");
 }
 
 #[tokio::test(start_paused = true)]
@@ -142,13 +150,13 @@ async fn a_hanging_provider_does_not_delay_pieces_of_other_providers() {
 async fn staged_pieces_are_not_fetched_again() {
     let (node, image) = node_with_peers(&[Behaviour::HangsAfter(6)]).await;
     let first = tokio::time::timeout(Duration::from_secs(20), recover(&node)).await;
-    assert!(first.is_err(), "it hangs");
+    assert!(first.is_err(), "the provider hangs");
     node.add_provider_with_layers(1, IMAGE, &LAYERS, Behaviour::Honest).await;
     let began = tokio::time::Instant::now();
     let recovered = recover(&node).await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(1), "simulated time: {:?}", began.elapsed());
-    let pieces = image.bytes() - recovered.bytes;
-    assert!(pieces >= 3 * MIN_PIECE_SIZE, "{pieces} bytes were there");
+    let staged = image.bytes() - recovered.bytes;
+    assert!(staged >= 3 * MIN_PIECE_SIZE, "{staged} bytes were staged");
 }
 
 #[tokio::test(start_paused = true)]
@@ -163,7 +171,7 @@ async fn staged_pieces_with_wrong_bytes_are_fetched_again() {
     let began = tokio::time::Instant::now();
     let recovered = recover(&node).await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(1), "simulated time: {:?}", began.elapsed());
-    assert_eq!(recovered.bytes, image.bytes(), "nothing of it was right");
+    assert_eq!(recovered.bytes, image.bytes(), "no staged byte was right");
 }
 
 #[tokio::test(start_paused = true)]
@@ -172,7 +180,8 @@ async fn a_partial_provider_serves_staged_pieces() {
     let layer = image.blobs.iter().max_by_key(|blob| blob.size).unwrap();
     let other = TestNode::new();
     let (first, second) = (node.recoverer(), other.recoverer());
-    // The other knows only the node that is fetching, and the documents from elsewhere.
+    // The other node gets the large layer from peer 3 alone, which is the first node and still
+    // downloads the layer. Peer 2 provides all other blobs.
     let documents = Arc::new(MemoryStore::new());
     put_image(&*documents, &[IMAGE.into()], &LAYERS, 7).await.unwrap();
     documents.remove_blob(layer.digest);
@@ -184,29 +193,32 @@ async fn a_partial_provider_serves_staged_pieces() {
         .inventory
         .apply(MeshEvent::Changed(peer(3), vec![InventoryChange::Added(InventoryItem::Fetching(layer.digest))]));
 
-    let (wanted, stop, progress, others) =
-        (wanted(), CancellationToken::new(), Progress::default(), Progress::default());
+    let (request, stop, progress, second_progress) =
+        (request(), CancellationToken::new(), Progress::default(), Progress::default());
     let release = async {
         tokio::time::sleep(Duration::from_secs(5)).await;
-        let come = others.blobs()[&layer.digest].done;
-        assert!(come >= 5 * MIN_PIECE_SIZE, "{come} bytes were given on while the rest was to come");
+        let received = second_progress.blobs()[&layer.digest].done;
+        assert!(received >= 5 * MIN_PIECE_SIZE, "{received} bytes before the download was complete");
         node.add_provider_with_layers(4, IMAGE, &LAYERS, Behaviour::Honest).await;
     };
-    let (one, two, ()) =
-        tokio::join!(first.recover(&wanted, &progress, &stop), second.recover(&wanted, &others, &stop), release);
+    let (one, two, ()) = tokio::join!(
+        first.recover(&request, &progress, &stop),
+        second.recover(&request, &second_progress, &stop),
+        release
+    );
     one.unwrap();
     let two = two.unwrap();
-    assert_eq!(two.providers[&peer(3)], layer.size, "all of the layer came from the node that was fetching it");
+    assert_eq!(two.providers[&peer(3)], layer.size, "the partial provider sent the whole layer");
     assert_eq!(PieceLayout::for_size(layer.size).piece_count(), 13);
 }
 
-/// A peer that ranks before this node when they fetch this image in this zone.
-fn peer_ranked_before_us(root: Digest, zone: &Zone) -> u8 {
+/// A peer that ranks before this node as the zone's leader for this image.
+fn peer_ranked_before_us(digest: Digest, zone: &Zone) -> u8 {
     let now = std::time::Instant::now();
     let is_better = |number: &u8| {
-        let mut crossing = ZoneLeader::new(peer(0), zone_claim(root, zone), now);
-        crossing.set_fetching(&[peer(*number)], now);
-        !crossing.update_is_leading(now)
+        let mut leader = ZoneLeader::new(peer(0), zone_claim(digest, zone), now);
+        leader.set_fetching(&[peer(*number)], now);
+        !leader.update_is_leading(now)
     };
     (10..).find(is_better).unwrap()
 }
@@ -219,7 +231,7 @@ async fn a_node_fetches_from_another_zone_itself_if_the_zone_leader_makes_no_pro
     let image = put_image(&*store, &[IMAGE.into()], &LAYERS, 7).await.unwrap();
     let layer = image.blobs.iter().max_by_key(|blob| blob.size).unwrap().digest;
     node.announce_store_in_zone(Some(zone("there")), 1, Arc::clone(&store), Behaviour::Honest).await;
-    // It says that it is fetching, and has nothing yet, for ever.
+    // The zone leader announces downloads of all blobs and never gets a piece.
     let leader = peer_ranked_before_us(image.target.digest, &zone("here"));
     node.announce_store_in_zone(Some(zone("here")), leader, Arc::new(MemoryStore::new()), Behaviour::Honest).await;
     let fetching =
@@ -227,20 +239,20 @@ async fn a_node_fetches_from_another_zone_itself_if_the_zone_leader_makes_no_pro
     node.inventory.apply(MeshEvent::Changed(peer(leader), fetching));
 
     let (recoverer, progress, stop) = (node.recoverer(), Progress::default(), CancellationToken::new());
-    let wanted = wanted();
-    let recovery = recoverer.recover(&wanted, &progress, &stop);
+    let request = request();
+    let recovery = recoverer.recover(&request, &progress, &stop);
     tokio::pin!(recovery);
     let early = tokio::time::timeout(Duration::from_millis(2500), &mut recovery).await;
-    assert!(early.is_err() && progress.blobs()[&layer].done == 0, "it waits for the other");
+    assert!(early.is_err() && progress.blobs()[&layer].done == 0, "the node waits for the zone leader");
     let recovered = recovery.await.unwrap();
-    assert_eq!(recovered.providers.into_keys().collect::<Vec<_>>(), [peer(1)], "and does it itself at last");
+    assert_eq!(recovered.providers.into_keys().collect::<Vec<_>>(), [peer(1)], "the node fetches from the other zone");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_blob_that_no_provider_sent_can_be_retried_at_once() {
     let (node, _) = node_with_peers(&[Behaviour::Unreachable]).await;
     recover(&node).await.unwrap_err();
-    assert!(node.downloads.announced().borrow().is_empty(), "nobody is told any more that it comes");
+    assert!(node.downloads.announced().borrow().is_empty(), "the announcement of the download is withdrawn");
     node.add_provider_with_layers(2, IMAGE, &LAYERS, Behaviour::Honest).await;
     let began = tokio::time::Instant::now();
     recover(&node).await.unwrap();
@@ -255,8 +267,8 @@ async fn a_cancelled_recovery_leaves_the_download_of_a_shared_layer_running() {
     tokio::pin!(first);
     assert!(tokio::time::timeout(Duration::from_secs(1), &mut first).await.is_err());
     assert!(node.downloads.partial(layer).is_some());
-    assert!(tokio::time::timeout(Duration::from_secs(1), recover(&node)).await.is_err(), "it waits");
-    assert!(node.downloads.partial(layer).is_some(), "the first one goes on, and gives on what it has");
+    assert!(tokio::time::timeout(Duration::from_secs(1), recover(&node)).await.is_err(), "the second recovery waits");
+    assert!(node.downloads.partial(layer).is_some(), "the first recovery continues and serves its pieces");
 }
 
 #[tokio::test(start_paused = true)]
@@ -274,7 +286,7 @@ async fn partial_providers_without_pieces_get_a_bounded_number_of_requests() {
     }
     let began = tokio::time::Instant::now();
     assert!(matches!(recover(&node).await, Err(RecoverError::Fetch { digest, .. }) if digest == layer.digest));
-    assert!(began.elapsed() < Duration::from_secs(60), "it ends: {:?}", began.elapsed());
-    let lists = node.fetcher.chain_request_count();
-    assert!((1..500).contains(&lists), "{lists} questions for a list");
+    assert!(began.elapsed() < Duration::from_secs(60), "simulated time: {:?}", began.elapsed());
+    let chain_requests = node.fetcher.chain_request_count();
+    assert!((1..500).contains(&chain_requests), "{chain_requests} requests for a hash chain");
 }

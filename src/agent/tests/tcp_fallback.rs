@@ -1,5 +1,5 @@
-//! Recoveries over real meshes on loopback while UDP is blocked: honest providers, liars, and
-//! providers that are no neighbors.
+//! Recoveries over real meshes on loopback while UDP is blocked: honest providers, lying providers,
+//! and the size limit.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use crate::transfer::{self, Transfer, TransferDependencies};
 
 const LONG: Duration = Duration::from_secs(120);
 
-/// The mesh and the transfer of one agent. The transfer does not run, so nothing comes over QUIC.
+/// The mesh and the transfer of one agent. The transfer does not run, so QUIC carries no bytes.
 struct MeshNode {
     peer: Peer,
     store: Arc<MemoryStore>,
@@ -30,7 +30,7 @@ struct MeshNode {
     transfer: Transfer,
     inventory: PeerInventory,
     metrics: Metrics,
-    _joined: mpsc::Receiver<Peer>,
+    _admitted: mpsc::Receiver<Peer>,
     _stop: DropGuard,
 }
 
@@ -49,26 +49,26 @@ impl MeshNode {
             node: node.clone(),
             concurrent_uploads: 16,
         };
-        let (joined_in, joined) = mpsc::channel(8);
-        let surroundings = TransferDependencies {
+        let (admitted_in, admitted) = mpsc::channel(8);
+        let dependencies = TransferDependencies {
             admission: admission.clone(),
             store: store.clone(),
             partials: Arc::new(NoPartialBlobs),
             metrics: metrics.clone(),
-            admitted_peers: joined_in,
+            admitted_peers: admitted_in,
         };
-        let transfer = Transfer::bind(config, identity, surroundings).unwrap();
+        let transfer = Transfer::bind(config, identity, dependencies).unwrap();
         let peer = Peer { id: identity.peer_id(), node, zone: None, transfer: transfer.local_addr(), gossip };
-        let (news_in, mut news) = mpsc::channel(64);
+        let (events_in, mut events) = mpsc::channel(64);
         let task = task.with_range_server(Arc::new(MeshRangeServer(transfer.clone())));
-        tokio::spawn(task.run(news_in, stop.clone()));
-        tokio::spawn(async move { while news.recv().await.is_some() {} });
+        tokio::spawn(task.run(events_in, stop.clone()));
+        tokio::spawn(async move { while events.recv().await.is_some() {} });
         mesh.introduce(Credential::default(), peer.transfer, gossip, None).await;
         let inventory = PeerInventory::new(table);
-        Self { peer, store, mesh, transfer, inventory, metrics, _joined: joined, _stop: stop.drop_guard() }
+        Self { peer, store, mesh, transfer, inventory, metrics, _admitted: admitted, _stop: stop.drop_guard() }
     }
 
-    /// Announces all of the store.
+    /// Announces every blob and every tagged image of the store.
     async fn announce(&self) {
         let mut items: Vec<_> = blobs_of(&*self.store).await.into_iter().map(InventoryItem::Blob).collect();
         for record in self.store.images().await.unwrap() {
@@ -80,7 +80,7 @@ impl MeshNode {
 
     async fn wait_for_providers(&self, image: &MadeImage, providers: usize) {
         let mut changes = self.inventory.changes();
-        let known = |holders: &PeerInventory| holders.blob_providers(image.target.digest).len() == providers;
+        let known = |inventory: &PeerInventory| inventory.blob_providers(image.target.digest).len() == providers;
         changes.wait_for(|_| known(&self.inventory)).await.unwrap();
     }
 
@@ -100,7 +100,7 @@ impl MeshNode {
         .build()
     }
 
-    /// A counter, by name and labels.
+    /// The value of the counter with this name and these labels, or 0.
     fn counter(&self, name: &str) -> u64 {
         let text = String::from_utf8(self.metrics.render()).unwrap();
         text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()).unwrap_or_default()
@@ -128,8 +128,8 @@ async fn node_with_blocked_udp(providers: usize, layers: &[u64]) -> (MeshNode, V
 }
 
 async fn recover(node: &MeshNode) -> Result<u64, RecoverError> {
-    let (wanted, progress) = (IMAGE.parse::<Reference>().unwrap().into(), Progress::default());
-    node.recoverer().recover(&wanted, &progress, &CancellationToken::new()).await.map(|recovered| recovered.bytes)
+    let (request, progress) = (IMAGE.parse::<Reference>().unwrap().into(), Progress::default());
+    node.recoverer().recover(&request, &progress, &CancellationToken::new()).await.map(|recovered| recovered.bytes)
 }
 
 async fn within<T>(test: impl Future<Output = T>) -> T {
@@ -142,7 +142,7 @@ async fn an_image_comes_over_the_mesh_from_several_providers() {
         let (ours, providers, made) = node_with_blocked_udp(2, &[3 << 20, 300, 0]).await;
         assert_eq!(recover(&ours).await.unwrap(), made.bytes());
         let over_tcp = ours.counter("lighterman_fetched_over_tcp_bytes_total");
-        // A piece may have been requested of both.
+        // A hedged request may fetch a piece from both.
         assert!(over_tcp >= made.bytes(), "{over_tcp}");
         assert_eq!(ours.counter("lighterman_fetched_bytes_total"), over_tcp, "nothing came over QUIC");
         assert!(providers.iter().all(|provider| provider.counter("lighterman_served_bytes_total") > 0));

@@ -1,4 +1,4 @@
-//! Real meshes and doors on loopback: what a fetch that fails tells the mesh.
+//! Failed fetches over real meshes on loopback: the mesh suspects unreachable providers.
 
 use std::time::Duration;
 
@@ -18,17 +18,17 @@ use crate::model::Credential;
 use crate::ports::{BlobSink, FetchError, Fetcher, NoPartialBlobs};
 use crate::transfer::{self, Transfer, TransferDependencies};
 
-/// Far more than this takes, for the verdicts and for the test.
+/// Life of the verdicts and deadline of the test, far more than the test takes.
 const LONG: Duration = Duration::from_secs(120);
 
-/// A mesh and a door, and nobody who greets whom the mesh would like to meet.
+/// The mesh and the transfer of one agent. No join task dials the peers that the mesh requests.
 struct GossipNode {
     peer: Peer,
     mesh: Mesh,
     inventory: PeerInventory,
     transfer: Transfer,
-    news: mpsc::Receiver<MembershipEvent>,
-    _joined: mpsc::Receiver<Peer>,
+    events: mpsc::Receiver<MembershipEvent>,
+    _admitted: mpsc::Receiver<Peer>,
     _stop: DropGuard,
 }
 
@@ -46,22 +46,22 @@ impl GossipNode {
             node: node.clone(),
             concurrent_uploads: 1,
         };
-        let (joined_in, joined) = mpsc::channel(8);
-        let surroundings = TransferDependencies {
+        let (admitted_in, admitted) = mpsc::channel(8);
+        let dependencies = TransferDependencies {
             admission: admission.clone(),
             store: Arc::new(MemoryStore::new()),
             partials: Arc::new(NoPartialBlobs),
             metrics: Metrics::new(),
-            admitted_peers: joined_in,
+            admitted_peers: admitted_in,
         };
-        let transfer = Transfer::bind(config, identity, surroundings).unwrap();
+        let transfer = Transfer::bind(config, identity, dependencies).unwrap();
         let peer = Peer { id: identity.peer_id(), node, zone: None, transfer: transfer.local_addr(), gossip };
-        let (news_in, news) = mpsc::channel(64);
-        tokio::spawn(task.run(news_in, stop.clone()));
+        let (events_in, events) = mpsc::channel(64);
+        tokio::spawn(task.run(events_in, stop.clone()));
         tokio::spawn(transfer.clone().run(stop.clone()));
         mesh.introduce(Credential::default(), peer.transfer, gossip, None).await;
         let inventory = PeerInventory::new(table);
-        Self { peer, mesh, inventory, transfer, news, _joined: joined, _stop: stop.drop_guard() }
+        Self { peer, mesh, inventory, transfer, events, _admitted: admitted, _stop: stop.drop_guard() }
     }
 
     async fn connect(&self, other: &Self) {
@@ -85,10 +85,11 @@ async fn fetch_from_an_unreachable_peer() {
     let mut ours = GossipNode::start(&identities[0], &admission).await;
     let (between, theirs) =
         (GossipNode::start(&identities[1], &admission).await, GossipNode::start(&identities[2], &admission).await);
-    // These two hear of each other through the third: a neighbor that has just answered a ping is not doubted.
+    // The two nodes are connected through the third alone, because the mesh does not suspect a
+    // neighbor that has just answered a ping.
     ours.connect(&between).await;
     theirs.connect(&between).await;
-    let (peer, blob) = (theirs.peer.id, Digest::of(b"told, and not there"));
+    let (peer, blob) = (theirs.peer.id, Digest::of(b"announced and absent"));
     theirs.mesh.announce(vec![InventoryChange::Added(InventoryItem::Blob(blob))]).await;
     let mut changes = ours.inventory.changes();
     changes.wait_for(|_| ours.inventory.blob_providers(blob) == [peer]).await.unwrap();
@@ -98,21 +99,22 @@ async fn fetch_from_an_unreachable_peer() {
     ours.transfer.add_peer_address(&theirs.peer);
     let failed = fetcher.fetch(peer, blob, 1, &mut DiscardingSink).await;
     assert!(matches!(failed, Err(FetchError::Absent { .. })), "{failed:?}");
-    // It answers after everything that was said to it before.
+    // The mesh handles commands in order, so an earlier suspicion is in effect after the answer.
     ours.mesh.status().await.unwrap();
-    assert_eq!(ours.inventory.blob_providers(blob), [peer], "who answers is not doubted");
+    assert_eq!(ours.inventory.blob_providers(blob), [peer], "a peer that answers is not suspected");
 
-    // Its address is one where nobody answers.
+    // No agent answers at the peer's new address.
     let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     ours.transfer.remove_peer(peer);
     ours.transfer.add_peer_address(&Peer { transfer: silent.local_addr().unwrap(), ..theirs.peer.clone() });
     let failed = fetcher.fetch(peer, blob, 1, &mut DiscardingSink).await;
     assert!(matches!(failed, Err(FetchError::Unreachable { .. })), "{failed:?}");
-    // It lives and will say so, so that it is a holder again soon: what counts is that it was none.
-    while ours.news.recv().await.expect("the mesh runs") != MembershipEvent::Down(peer) {}
+    // The peer is alive and refutes the suspicion soon, so the test waits for the event and not for
+    // the state.
+    while ours.events.recv().await.expect("the mesh runs") != MembershipEvent::Down(peer) {}
 }
 
 #[tokio::test]
 async fn an_unreachable_provider_is_suspected_and_a_provider_that_answers_with_an_error_stays() {
-    tokio::time::timeout(LONG, fetch_from_an_unreachable_peer()).await.expect("the peer is not doubted");
+    tokio::time::timeout(LONG, fetch_from_an_unreachable_peer()).await.expect("the peer is not suspected in time");
 }

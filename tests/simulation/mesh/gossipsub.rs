@@ -201,9 +201,10 @@ impl Router {
         rng: &mut SmallRng,
         sending: &mut OutgoingFrames,
     ) {
-        let free = self.peers.iter().filter(|(peer, dialed)| {
-            fits(**dialed) && !self.mesh.contains(peer) && !self.is_backing_off(**peer, now)
-        });
+        let free = self
+            .peers
+            .iter()
+            .filter(|(peer, dialed)| fits(**dialed) && !self.mesh.contains(peer) && !self.is_backing_off(**peer, now));
         let chosen = free.map(|(peer, _)| *peer).choose_multiple(rng, count);
         sending.extend(chosen.iter().map(|peer| (*peer, Frame::Graft)));
         self.mesh.extend(chosen);

@@ -1,6 +1,7 @@
-//! Which of this node's images are whole, so that their names can be told.
+//! Finds the whole images of this node, whose names can be announced.
 //!
-//! Every record's index or manifest is read and hashed once: content never changes under its digest.
+//! The index or manifest of every record is read and hashed once, because content never changes
+//! under its digest.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -10,42 +11,42 @@ use crate::model::{InventoryItem, MAX_ITEMS};
 use crate::oci::{Digest, Document, MAX_INDEX_DEPTH, Reference, Repository, RootFs};
 use crate::ports::{BlobInfo, ContentStore, ImageRecord, Snapshots, StoreError};
 
-/// Most digests that are kept of all documents together, 8 MiB: four for each item that may be announced, and a layer that several
-/// images share is one item. Images beyond that are not announced.
+/// Digests kept of all documents together, 8 MiB: four for each item that may be announced. A layer
+/// of several images is one item. Images beyond the limit are not announced.
 const MAX_DIGESTS: usize = 4 * MAX_ITEMS;
 
-/// What is known of this node's images.
+/// State of the scans of this node's images.
 #[derive(Default)]
 pub(super) struct ImageScanner {
     needs: HashMap<Digest, DocumentNeeds>,
-    /// Digests in `known`.
+    /// Digests in `needs`.
     digest_count: usize,
-    /// Incomplete images and the reason of each. A reason costs a call to every snapshotter, so
-    /// the reason is kept until the image lacks something else.
+    /// Incomplete images and their reasons. A reason costs a call to every snapshotter, so a reason
+    /// is kept until the image lacks something else.
     incomplete: HashMap<Digest, (MissingContent, String)>,
 }
 
-/// What a look at the images tells.
+/// Result of a scan.
 #[derive(Debug, Default)]
 pub(super) struct ImageScan {
-    /// The names of what is whole.
+    /// Names of the whole images.
     pub(super) names: BTreeSet<InventoryItem>,
-    /// Documents whose bytes are not what their digest says.
+    /// Documents whose bytes do not match their digest.
     pub(super) damaged: HashSet<Digest>,
-    /// Images that have a record and are not whole for anybody.
+    /// Images that have a record and are whole for no platform.
     pub(super) incomplete: usize,
-    /// How many of them for which reason.
+    /// Incomplete images by reason.
     pub(super) reasons: BTreeMap<String, usize>,
 }
 
-/// What is known of an index or manifest, and by which names.
+/// The names of an index or manifest.
 #[derive(Default)]
 struct ImageNames {
     has_record: bool,
     names: BTreeSet<(Repository, Option<String>)>,
 }
 
-/// What reading a document gave.
+/// Result of reading a document.
 enum DocumentRead {
     Document(DocumentNeeds),
     Damaged,
@@ -53,7 +54,7 @@ enum DocumentRead {
 }
 
 impl ImageScanner {
-    /// Looks at every image.
+    /// Scans all images.
     ///
     /// # Errors
     /// When the store cannot be reached.
@@ -75,7 +76,7 @@ impl ImageScanner {
                     let name = |(repository, tag)| InventoryItem::Image(repository, tag, root);
                     scan.names.extend(names.into_iter().map(name));
                 }
-                // An artifact is no image that lacks something.
+                // An artifact is not an incomplete image.
                 Some(MissingContent::NoImage) => {}
                 Some(lack) if has_record => {
                     lacking.insert(root);
@@ -98,7 +99,7 @@ impl ImageScanner {
         Ok(scan)
     }
 
-    /// Reads the root, and what is there of the manifests and indexes in it, each once.
+    /// Reads the root and the indexes and manifests below that are here, each once.
     async fn read_tree(
         &mut self,
         store: &dyn ContentStore,
@@ -136,11 +137,18 @@ impl ImageScanner {
                 self.needs.insert(digest, needs);
             }
             DocumentRead::Document(_) => {
-                tracing::warn!(%digest, limit = MAX_DIGESTS, "more images than can be looked at")
+                tracing::warn!(
+                    %digest,
+                    limit = MAX_DIGESTS,
+                    "too many digests of images; images with this document are not announced"
+                )
             }
-            // Read again next time: it may have been replaced by then.
+            // Read again at the next scan, because the bytes may have been replaced by then.
             DocumentRead::Damaged => {
-                tracing::warn!(%digest, "the bytes of a manifest are not what its digest says; it is not announced");
+                tracing::warn!(
+                    %digest,
+                    "the bytes of a manifest do not match its digest; the manifest is not announced"
+                );
                 damaged.insert(digest);
             }
             DocumentRead::Absent => {}
@@ -149,8 +157,8 @@ impl ImageScanner {
     }
 }
 
-/// Why the image lacks that, in the same words for the same reason. `None` when the store does not
-/// answer now.
+/// The reason why the image lacks this content; equal reasons have equal texts. `None` while the
+/// store does not answer.
 async fn reason(store: &dyn ContentStore, lack: MissingContent) -> Option<String> {
     let MissingContent::Layers { missing, of, config } = lack else { return Some(lack.to_string()) };
     let top = match LocalBlob::read(store, config).await.ok()? {
@@ -161,12 +169,12 @@ async fn reason(store: &dyn ContentStore, lack: MissingContent) -> Option<String
         Some(top) => store.snapshots(top).await,
         None => Ok(Snapshots::default()),
     };
-    let snapshots = snapshots.inspect_err(|error| tracing::debug!(%error, "snapshotters cannot be asked")).ok()?;
+    let snapshots = snapshots.inspect_err(|error| tracing::debug!(%error, "cannot read the snapshotters")).ok()?;
     let Snapshots { snapshotters, discards_layers } = snapshots;
     Some(format!("layers {}", missing_layers_cause(missing, of, &snapshotters, discards_layers)))
 }
 
-/// Digests kept of one document: its own, and those that it names.
+/// Digests kept of one document: the document's own, and those that the document names.
 fn digests_of(needs: &DocumentNeeds) -> usize {
     1 + match needs {
         DocumentNeeds::AnyManifest(manifests) => manifests.len(),
@@ -175,8 +183,8 @@ fn digests_of(needs: &DocumentNeeds) -> usize {
     }
 }
 
-/// Every index and manifest that a record names, or that is remembered to come from somewhere, with its names. Those that are no
-/// references (image IDs, what people chose) mean nothing to another node.
+/// Every index and manifest with an image record or a remembered source, with its names. Names that
+/// are not references are useless to other nodes: image IDs, and names that users chose.
 fn named_images(blobs: &[BlobInfo], records: &[ImageRecord]) -> BTreeMap<Digest, ImageNames> {
     let mut roots: BTreeMap<Digest, ImageNames> = BTreeMap::new();
     for record in records {
@@ -196,7 +204,7 @@ fn named_images(blobs: &[BlobInfo], records: &[ImageRecord]) -> BTreeMap<Digest,
     roots
 }
 
-/// Only a store that cannot be reached is an error: one bad sector must not keep everything else from being announced.
+/// Only an unreachable store is an error: one bad sector must not stop all announcements.
 async fn read_needs(store: &dyn ContentStore, digest: Digest) -> Result<DocumentRead, StoreError> {
     match LocalBlob::read(store, digest).await {
         Ok(LocalBlob::Whole(bytes, _)) => {

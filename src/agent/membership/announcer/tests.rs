@@ -54,7 +54,7 @@ async fn scan(images: &mut ImageScanner, store: &MemoryStore) -> ImageScan {
     images.scan(store, &blobs, &records).await.unwrap()
 }
 
-/// The names that are told of a store, and how many images are not.
+/// The announced names of a store, and the number of incomplete images.
 async fn announced(store: &MemoryStore) -> (Vec<String>, usize) {
     let result = scan(&mut ImageScanner::default(), store).await;
     let text = |item: &InventoryItem| match item {
@@ -71,7 +71,7 @@ async fn store_with_image(recipe: &Recipe) -> (MemoryStore, MadeImage) {
     (store, image)
 }
 
-/// The blob goes, whatever holds it.
+/// Removes the blob, whatever pins it.
 async fn discard(store: &MemoryStore, blob: &Descriptor) {
     let pin = store.pin(Duration::from_secs(60)).await.unwrap();
     store.discard(blob.digest, &pin).await.unwrap();
@@ -202,10 +202,10 @@ async fn a_document_is_read_once() {
     let (store, image) = store_with_image(&Recipe { layers: vec![30], ..Recipe::default() }).await;
     let mut images = ImageScanner::default();
     assert_eq!(scan(&mut images, &store).await.names.len(), 1);
-    // Its bytes go bad, and nobody looks: they were right when they were read.
+    // The bytes are damaged after the first read, and are not read again.
     store.corrupt(image.target.digest);
     assert_eq!(scan(&mut images, &store).await.names.len(), 1);
-    // What was gone meanwhile is read again.
+    // A document that was absent in between is read again.
     discard(&store, &image.target).await;
     assert_eq!(scan(&mut images, &store).await.names.len(), 0);
     make_image(&store, &[NAME.into()], &Recipe { layers: vec![30], ..Recipe::default() }, 7).await.unwrap();
@@ -235,22 +235,22 @@ async fn a_silently_collected_blob_is_withdrawn_at_the_next_listing() {
     );
     let announced_count = async || mesh.status().await.unwrap().items;
 
-    // Only now: a mesh that binds its port waits for the system, and a paused clock for nobody.
+    // Paused only here: the mesh binds a port, which needs a running clock.
     tokio::time::pause();
     tokio::spawn(advertiser.run(stop.clone()));
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(announced_count().await, 4, "a manifest, a configuration, a layer and a name");
     store.remove_blob(image.blobs.last().unwrap().digest);
     tokio::time::sleep(LIST_PERIOD - Duration::from_secs(2)).await;
-    assert_eq!(announced_count().await, 4, "nobody has said a word");
+    assert_eq!(announced_count().await, 4, "the store sent no event");
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!(announced_count().await, 2, "the blob is withdrawn, and with it the name");
     fetching.send_replace([Digest::of(b"coming")].into());
     tokio::time::sleep(Duration::from_millis(10)).await;
-    assert_eq!(announced_count().await, 3, "that a blob is on its way is told at once");
+    assert_eq!(announced_count().await, 3, "a download is announced at once");
     fetching.send_replace(BTreeSet::new());
     tokio::time::sleep(Duration::from_millis(10)).await;
-    assert_eq!(announced_count().await, 3, "and taken back when the store is listed");
+    assert_eq!(announced_count().await, 3, "the next list withdraws the download");
     tokio::time::sleep(LIST_PERIOD).await;
     assert_eq!(announced_count().await, 2);
     stop.cancel();

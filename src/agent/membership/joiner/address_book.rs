@@ -1,7 +1,8 @@
-//! The peers that this agent knew, kept on the node: with them it finds the mesh again while DNS and the API server are both away.
+//! The address book: peers of an earlier process, in a file on the node. With the address book an
+//! agent finds the mesh while DNS and the API server are both down.
 //!
-//! The entries are hints like any address. Whoever is met there has to be admitted, so a wrong file costs some vain greetings; it names
-//! nodes and addresses, and no secret.
+//! Entries are hints like any address. A peer must be admitted first, so a wrong file costs some
+//! failed dials. The file has nodes and addresses, and no secret.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -15,23 +16,24 @@ use serde::{Deserialize, Serialize};
 use crate::files::{read_versioned, write_private};
 use crate::model::{NodeName, Peer, PeerId, Release, Zone};
 
-/// Peers kept. One that answers is enough; when nine of ten nodes have gone, 25 are left.
+/// Peers in the file. One answer is enough: when nine of ten nodes are gone, 25 are left.
 pub(super) const MAX_PEERS: usize = 256;
 
-/// The longest file that is read. A line has at most 750 bytes (a node's name 253, a zone 63, a PeerId 52, a release 32, two addresses
-/// of up to 58, and some 200 for names and numbers), so what is written stays below it.
+/// Longest file that is read. An entry has at most 750 bytes: a node's name 253, a zone 63, a
+/// PeerId 52, a release 32, two addresses of up to 58, and some 200 for names and numbers. A
+/// written file is always shorter.
 const MAX_BYTES: u64 = (MAX_PEERS as u64) << 10;
 
-/// A peer that was not seen for so long is no longer tried: its address may be anybody's by then.
+/// A peer that was not seen for this long is dropped: another host may have its address by then.
 const RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// The file is written again for the sake of [`KnownPeer::last_seen`] alone after so long.
+/// Interval of writes that only renew [`KnownPeer::last_seen`].
 const REWRITE_AFTER: Duration = Duration::from_secs(3600);
 
-/// Changes with the meaning of a field. A new field needs no new version: older builds pass over it, and newer ones do without it.
+/// Changes with the meaning of a field. A new field needs no new version: older builds ignore the
+/// field, and newer builds accept files without the field.
 const VERSION: u32 = 1;
 
-/// One peer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct KnownPeer {
@@ -54,14 +56,15 @@ struct AddressBookFile {
     peers: Vec<KnownPeer>,
 }
 
-/// The book, and its file.
+/// The address book, and its file.
 pub(super) struct AddressBook {
     path: PathBuf,
-    /// At most [`MAX_KNOWN`].
+    /// At most [`MAX_PEERS`].
     peers: Vec<KnownPeer>,
-    /// As the file has it.
+    /// The peers in the file.
     written: Vec<KnownPeer>,
-    /// Gives each peer its rank: random, and the same as long as this process lives, so that a peer that comes or goes changes little.
+    /// Ranks the peers: random, and constant during the life of the process, so that a peer that
+    /// comes or goes changes little.
     rank: RandomState,
 }
 
@@ -77,26 +80,26 @@ impl KnownPeer {
 }
 
 impl AddressBook {
-    /// Opens the file. One that cannot be used counts as none, with a line in the log.
+    /// Opens the file. An unusable file counts as empty, with a line in the log.
     pub(super) fn open(path: PathBuf) -> Self {
         let peers = match read(&path, now()) {
             Ok(peers) => peers,
             Err(error) => {
-                tracing::warn!(file = %path.display(), %error, "the peers of earlier are not used; others are found by DNS");
+                tracing::warn!(file = %path.display(), %error, "the address book is not used; peers are found by DNS");
                 Vec::new()
             }
         };
         Self { path, written: peers.clone(), peers, rank: RandomState::new() }
     }
 
-    /// Where peers were, in random order.
+    /// The peers' addresses, in random order.
     pub(super) fn addresses(&self) -> Vec<SocketAddr> {
         let mut addresses: Vec<_> = self.peers.iter().map(|peer| peer.transfer).collect();
         addresses.sort_by_cached_key(|address| self.rank.hash_one(address));
         addresses
     }
 
-    /// These are alive now. What has to be written, if anything has: a text and where it belongs.
+    /// Replaces the live peers. Returns the path and the text of the file if the file changed.
     pub(super) fn update(&mut self, alive: Vec<KnownPeer>) -> Option<(PathBuf, Vec<u8>)> {
         let now = now();
         self.peers = select_peers(alive, std::mem::take(&mut self.peers), now, |peer| self.rank.hash_one(peer));
@@ -108,23 +111,25 @@ impl AddressBook {
         Some((self.path.clone(), serde_json::to_vec_pretty(&file).expect("names and numbers are JSON")))
     }
 
-    /// What was to be written is not in the file, so it will be again.
+    /// Marks the file as not written, so that the next update writes again.
     pub(super) fn mark_unwritten(&mut self) {
         self.written.clear();
     }
 }
 
-/// Writes the file whole or not at all; whether it did. May block for as long as the disk takes.
+/// Writes the file completely or not at all, and returns whether the write succeeded. May block for
+/// as long as the disk takes.
 pub(super) fn write_file(path: &Path, text: &[u8]) -> bool {
     let written = write_private(path, text);
     if let Err(error) = &written {
-        tracing::warn!(file = %path.display(), %error, "the known peers cannot be kept");
+        tracing::warn!(file = %path.display(), %error, "cannot write the address book");
     }
     written.is_ok()
 }
 
-/// Of those alive, from each zone in turn, so that a zone that goes does not take all of them; then of those remembered the ones seen
-/// last, which matters when everybody is gone at once.
+/// Selects [`MAX_PEERS`] peers. Live peers come first, from each zone in turn, so that the loss of
+/// a zone does not lose all of them. Then come the remembered peers that were seen last, which
+/// matters when all peers are gone at once.
 fn select_peers(
     alive: Vec<KnownPeer>,
     remembered: Vec<KnownPeer>,
@@ -155,7 +160,7 @@ fn select_peers(
     gone.sort_by_key(|peer| std::cmp::Reverse(peer.last_seen));
     gone.truncate(MAX_PEERS - chosen.len());
     chosen.extend(gone);
-    // By name, so that a person finds a node, and the order alone is no change.
+    // Sorted by name: a reader finds a node, and the order alone changes nothing.
     chosen.sort_by(|a, b| (&a.node, a.peer_id).cmp(&(&b.node, b.peer_id)));
     chosen
 }
@@ -177,11 +182,11 @@ fn read(path: &Path, now: u64) -> io::Result<Vec<KnownPeer>> {
     }
 }
 
-/// What a file holds that is still of use.
+/// The entries of a file that are still useful.
 fn decode(text: &[u8], now: u64) -> Result<Vec<KnownPeer>, String> {
     let AddressBookFile { version: _, peers } = serde_json::from_slice(text).map_err(|error| error.to_string())?;
     if peers.len() > MAX_PEERS {
-        return Err(format!("it has {} peers, more than {MAX_PEERS}", peers.len()));
+        return Err(format!("the file has {} peers, more than {MAX_PEERS}", peers.len()));
     }
     let mut known = BTreeMap::new();
     for mut peer in peers.into_iter().filter(|peer| peer.is_fresh(now)) {
@@ -197,7 +202,7 @@ pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// A PeerId as people know it.
+/// A PeerId in its usual text form.
 mod as_text {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 

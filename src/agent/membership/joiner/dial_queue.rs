@@ -1,31 +1,33 @@
-//! Whom to greet next. No address and no peer is greeted twice at once, and those that the mesh asks for come before mere hints.
+//! The queue of dials. No address and no peer is dialed twice at once, and peers that the mesh
+//! requests come before hints.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use crate::model::PeerId;
 
-/// Addresses that wait because somebody may be there: what one look-up yields, and the address book.
+/// Addresses of possible agents that wait: the result of one look-up, and the address book.
 pub(super) const MAX_HINTS: usize = 1024;
 
-/// Peers that wait because the mesh asks for them. It asks for a few at a time: neighbors that it lacks.
+/// Peers that wait because the mesh requests them. The mesh requests missing neighbors, a few at a
+/// time.
 const MAX_REQUESTED: usize = 256;
 
-/// So many met at hinted addresses are enough for one round: the mesh makes the others known, and greeting everybody would cost each
-/// node of a large cluster as many handshakes as there are nodes. Each agent of many that start at once picks its own few at random,
-/// and a graph with eight random edges for each of 5000 nodes is in one piece but for one case in billions.
+/// Connections from hints that end a round. The mesh reports the other members, and a dial of every
+/// member would cost each node of a large cluster as many handshakes as there are nodes. Agents
+/// that start together each pick a few peers at random. A graph with eight random edges for each of
+/// 5000 nodes is connected, but for one case in billions.
 const ENOUGH_PEERS: usize = 8;
 
-/// One greeting.
+/// One dial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DialTarget {
-    /// Where.
     pub(super) address: SocketAddr,
-    /// Who has to answer, if it matters.
+    /// The peer that must answer; `None` for any peer.
     pub(super) expected_peer: Option<PeerId>,
 }
 
-/// The greetings that wait and those that are under way.
+/// Dials that wait, and dials in progress.
 #[derive(Default)]
 pub(super) struct DialQueue {
     requested: Vec<DialTarget>,
@@ -35,11 +37,11 @@ pub(super) struct DialQueue {
 }
 
 impl DialQueue {
-    /// The mesh asks for this peer. `false` when too many wait already.
+    /// Queues a dial that the mesh requests. Returns `false` when the queue is full.
     pub(super) fn insert_requested(&mut self, peer: PeerId, address: SocketAddr) -> bool {
         let target = DialTarget { address, expected_peer: Some(peer) };
         if self.dialing.iter().any(|other| other.expected_peer == target.expected_peer) {
-            // How that ends answers this as well.
+            // The dial in progress also answers this request.
             return true;
         }
         self.requested.retain(|other| other.expected_peer != target.expected_peer);
@@ -50,7 +52,7 @@ impl DialQueue {
         has_room
     }
 
-    /// Somebody may be at these addresses, in the order that they are to be tried. Begins a round.
+    /// Begins a round with these addresses of possible agents, in the order of their dials.
     pub(super) fn insert_hints(&mut self, addresses: impl IntoIterator<Item = SocketAddr>) {
         self.connected = 0;
         let mut there: BTreeSet<_> = self.hints.iter().copied().collect();
@@ -61,7 +63,7 @@ impl DialQueue {
         }
     }
 
-    /// The next greeting, which is under way from now on.
+    /// The next dial, which counts as in progress from here on.
     pub(super) fn start_next(&mut self) -> Option<DialTarget> {
         let is_free = |address: SocketAddr| self.dialing.iter().all(|other| other.address != address);
         let target = if let Some(position) = self.requested.iter().position(|call| is_free(call.address)) {
@@ -74,7 +76,7 @@ impl DialQueue {
         Some(target)
     }
 
-    /// It ended; whether a peer was met there.
+    /// Records the end of a dial, and whether a peer answered there.
     pub(super) fn finish(&mut self, target: DialTarget, met: bool) {
         self.dialing.retain(|other| *other != target);
         if met && target.expected_peer.is_none() {
@@ -119,11 +121,11 @@ mod tests {
         assert_eq!(queue.start_next(), Some(hinted(1)));
         queue.insert_hints([at(1)]);
         assert!(queue.insert_requested(peer(1), at(1)));
-        assert_eq!(queue.start_next(), None, "that address is being greeted");
+        assert_eq!(queue.start_next(), None, "the address is being dialed");
         queue.finish(hinted(1), true);
         let requested = DialTarget { address: at(1), expected_peer: Some(peer(1)) };
         assert_eq!(queue.start_next(), Some(requested));
-        assert!(queue.insert_requested(peer(1), at(2)), "being met already, wherever it is");
+        assert!(queue.insert_requested(peer(1), at(2)), "the peer is being dialed at another address");
         assert_eq!(queue.start_next(), None);
         queue.finish(requested, false);
         assert_eq!(queue.start_next(), Some(hinted(1)));
@@ -145,12 +147,12 @@ mod tests {
             let absent = queue.start_next().unwrap();
             queue.finish(absent, false);
             let target = queue.start_next().unwrap();
-            assert_eq!(target, hinted(2 * number + 1), "those who were not met do not count");
+            assert_eq!(target, hinted(2 * number + 1), "failed dials do not count");
             queue.finish(target, true);
         }
         assert_eq!(queue.start_next(), None);
         queue.insert_hints([at(200)]);
-        assert_eq!(queue.start_next(), Some(hinted(200)), "the next round is another one");
+        assert_eq!(queue.start_next(), Some(hinted(200)), "a new round starts");
     }
 
     #[test]

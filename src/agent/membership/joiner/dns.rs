@@ -1,4 +1,4 @@
-//! The names of first peers, and the addresses behind them.
+//! The names of first peers, and their addresses.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -9,14 +9,14 @@ use async_trait::async_trait;
 /// Longest wait for the resolver.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The kubelet writes three search domains and the node's own, below 2 KiB by the limit of 2048
-/// characters that Kubernetes sets. A longer file is not read.
+/// The kubelet writes three search domains and the node's own, below 2 KiB by Kubernetes' limit of
+/// 2048 characters. A longer file is not read.
 const MAX_RESOLV_CONF: u64 = 16 << 10;
 
-/// `HOST:PORT` as it is resolved. The name of a Service ends with `.svc` where the chart does not
-/// know the cluster domain, and a resolver tries such a name below each search domain, twice for
-/// A and AAAA. The kubelet gives every pod a search domain `svc.DOMAIN`, so the full name is
-/// known: it ends with a dot, and costs one look-up.
+/// `HOST:PORT` in the form that is resolved. The name of a Service ends with `.svc` where the chart
+/// has no cluster domain. A resolver tries such a name below each search domain, twice for A and
+/// AAAA. The kubelet writes a search domain `svc.DOMAIN` for every pod, which yields the full name:
+/// a name with a final dot costs one look-up.
 pub(super) fn qualified_name(seed: &str, resolv_conf: &str) -> String {
     let full = seed.rsplit_once(':').and_then(|(host, port)| {
         host.strip_suffix(".svc")?;
@@ -30,10 +30,10 @@ pub(super) fn qualified_name(seed: &str, resolv_conf: &str) -> String {
 /// Resolves the names of first peers.
 #[async_trait]
 pub trait DnsResolver: Send + Sync + 'static {
-    /// This pod's resolver file; empty where there is none.
+    /// The pod's resolver file; empty where there is none.
     fn resolv_conf(&self) -> String;
 
-    /// The addresses of `HOST:PORT`; `None` where no server gave an answer.
+    /// The addresses of `HOST:PORT`; `None` where no server answered.
     async fn resolve(&self, name: &str) -> Option<Vec<SocketAddr>>;
 }
 

@@ -1,4 +1,5 @@
-//! What this agent says of itself to the mesh, kept true: where it is, its zone, and the credential that vouches for it.
+//! The introduction of this agent to the mesh: addresses, zone and credential. Every change causes
+//! a new introduction.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -13,43 +14,44 @@ use crate::mesh::Mesh;
 use crate::model::{Credential, Zone};
 use crate::ports::{Admission, Cluster, ClusterError};
 
-/// A node's labels are read again after so long: zones hardly ever change, and a thousand nodes ask.
+/// Interval of reads of the node's labels: zones rarely change, and a thousand nodes read.
 const ZONE_REFRESH: Duration = Duration::from_secs(3600);
 
-/// The first pause after the API server did not tell the zone; it doubles up to the last.
+/// First and longest pause after a failed read of the zone. The pause doubles at each failure.
 const MIN_BACKOFF: Duration = Duration::from_secs(2);
 const MAX_BACKOFF: Duration = Duration::from_secs(60);
 
-/// The first introduction waits for the zone for so long, because each one goes to every node. An API server that is there answers
-/// within milliseconds.
+/// How long the first introduction waits for the zone, because each introduction goes to every
+/// node. A healthy API server answers within milliseconds.
 const ZONE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A missing credential is asked for again after so long, if nobody says before that there is one.
+/// Retry delay without a credential. A new credential ends the delay.
 const CREDENTIAL_RETRY: Duration = Duration::from_secs(2);
 
-/// Keeps the mesh's idea of this agent true.
+/// Keeps this agent's introduction current.
 pub struct Introducer {
-    /// Where it is told.
+    /// Distributes the introductions.
     pub mesh: Mesh,
-    /// The credential.
+    /// Source of the credential.
     pub admission: Arc<dyn Admission>,
-    /// Knows the zone.
+    /// Source of the zone.
     pub cluster: Arc<dyn Cluster>,
-    /// The zone as it was set, which wins.
+    /// The zone of the settings, which takes precedence.
     pub zone: Option<Zone>,
-    /// Where this agent learns its own zone.
+    /// Receives this agent's zone.
     pub own_zone: watch::Sender<Option<Zone>>,
-    /// This node's address, if it is known without asking: as it was set, or the one that is listened on.
+    /// This node's address, from the settings or from the listening socket; `None` if only peers
+    /// see the address.
     pub address: Option<IpAddr>,
-    /// Where peers say that they see this agent.
+    /// The address from which peers see this agent.
     pub observed_address: watch::Receiver<Option<IpAddr>>,
-    /// The UDP port where blobs are served.
+    /// The UDP port for blobs.
     pub transfer_port: u16,
-    /// The TCP port of gossip.
+    /// The TCP port for gossip.
     pub gossip_port: u16,
 }
 
-/// What is told.
+/// The content of an introduction.
 #[derive(Clone, PartialEq, Eq)]
 struct SelfDescription {
     credential: Credential,
@@ -58,7 +60,7 @@ struct SelfDescription {
 }
 
 impl Introducer {
-    /// Introduces this agent, and again whenever something changed, until stopped.
+    /// Introduces this agent, and introduces each change, until stopped.
     pub async fn run(self, stop: CancellationToken) {
         let mut renewed = self.admission.credential_changes();
         let mut observed = self.observed_address.clone();
@@ -86,7 +88,7 @@ impl Introducer {
                         }
                         Err(error) => {
                             if failures == 0 {
-                                tracing::info!(%error, "this node's zone cannot be asked for now");
+                                tracing::info!(%error, "cannot read this node's zone from the API server now");
                             }
                             failures += 1;
                             backoff(failures, rand::random())
@@ -130,15 +132,15 @@ fn at(address: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(address, port)
 }
 
-/// The address to give to others where none was set: the one that a peer saw. Only an address that this node really has is believed,
-/// so that no peer can send the others elsewhere; and one that it still has is kept, so that two peers that see two do not make it
-/// change all the time.
+/// The address to announce without a setting: the address that a peer observed. Only an address of
+/// this node counts, so that no peer can divert the others. An earlier address that the node still
+/// has stays, so that two observed addresses do not alternate.
 fn own_address(before: Option<IpAddr>, observed: Option<IpAddr>, is_ours: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
     let ours = |address: &IpAddr| is_address_for_peers(*address) && is_ours(*address);
     before.filter(ours).or_else(|| observed.map(|address| address.to_canonical()).filter(ours))
 }
 
-/// The pause after so many failures in a row, half of it at random (`chance` from 0 to 1).
+/// The pause after so many failures in a row, half of it random (`chance` in 0..1).
 fn backoff(failures: u32, chance: f64) -> Duration {
     let longest = MIN_BACKOFF.saturating_mul(1 << failures.saturating_sub(1).min(6)).min(MAX_BACKOFF);
     longest.mul_f64(0.5 + 0.5 * chance)
@@ -156,17 +158,17 @@ mod tests {
     fn an_observed_address_is_used_if_this_node_has_it() {
         let has = |ours: &'static [u8]| move |seen: IpAddr| ours.iter().any(|last| seen == address(*last));
         assert_eq!(own_address(None, None, has(&[1])), None);
-        assert_eq!(own_address(None, Some(address(9)), has(&[1])), None, "a liar's word, or a gateway's");
+        assert_eq!(own_address(None, Some(address(9)), has(&[1])), None, "the address of another host");
         assert_eq!(own_address(None, Some(address(1)), has(&[1])), Some(address(1)));
         assert_eq!(own_address(Some(address(1)), Some(address(2)), has(&[1, 2])), Some(address(1)), "no flapping");
         assert_eq!(own_address(Some(address(1)), Some(address(2)), has(&[2])), Some(address(2)), "the node moved");
         let everything = |_: IpAddr| true;
         assert_eq!(own_address(None, Some(IpAddr::from([0, 0, 0, 0])), everything), None);
         assert_eq!(own_address(None, "::ffff:10.0.0.1".parse().ok(), everything), Some(address(1)));
-        assert_eq!(own_address(None, "fe80::1".parse().ok(), everything), None, "of one link");
+        assert_eq!(own_address(None, "fe80::1".parse().ok(), everything), None, "a link-local address");
         let (v4, v6) = (address(1), IpAddr::from([0xfd77, 0, 0, 0, 0, 0, 0, 0x11]));
         assert_eq!(own_address(None, Some(v6), everything), Some(v6));
-        assert_eq!(own_address(Some(v4), Some(v6), everything), Some(v4), "a node of both families keeps one");
+        assert_eq!(own_address(Some(v4), Some(v6), everything), Some(v4), "a dual-stack node keeps its address");
     }
 
     #[test]

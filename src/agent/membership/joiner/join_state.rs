@@ -1,5 +1,3 @@
-//! The joiner's state between two rounds of greetings.
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -13,7 +11,7 @@ use super::membership_log::MembershipLog;
 use crate::decide::dns_schedule::{self, DnsSchedule};
 use crate::model::{MAX_MEMBERS, MeshStatus, PeerId, Release};
 
-/// The joiner's state between two rounds.
+/// State of the joiner between two rounds.
 pub(super) struct JoinState {
     pub(super) dial_queue: DialQueue,
     pub(super) address_book: AddressBook,
@@ -23,15 +21,15 @@ pub(super) struct JoinState {
     pub(super) releases: BTreeMap<String, Release>,
     /// Addresses of this agent itself.
     pub(super) own_addresses: BTreeSet<SocketAddr>,
-    /// The peers met at each address. A peer may give itself another address.
+    /// The peer that answered at each address. A peer may announce another address.
     pub(super) peers_by_address: BTreeMap<SocketAddr, PeerId>,
-    /// The last reason for which no peer was met at an address. Each reason is logged once.
+    /// The last failure at each address. Each failure is logged once.
     pub(super) logged_failures: BTreeMap<SocketAddr, String>,
     pub(super) last_seen: BTreeMap<PeerId, Instant>,
     pub(super) lookup_schedule: DnsSchedule,
-    /// The log has a warning that there are more members than may be.
+    /// The log has the warning about too many members.
     pub(super) is_overflow_logged: bool,
-    /// Addresses of the last look-up that named any; at most [`super::MAX_ADDRESSES`].
+    /// Addresses of the last look-up with any result; at most [`super::MAX_ADDRESSES`].
     pub(super) bootstrap_addresses: Vec<SocketAddr>,
 }
 
@@ -60,14 +58,14 @@ impl JoinState {
         self.lookup_schedule.due().into()
     }
 
-    /// Once in the life of the process; the metric counts on.
+    /// Warns once in the life of the process; the metric continues.
     pub(super) fn warn_of_overflow(&mut self, status: &MeshStatus) {
         if status.over_limit > 0 && !std::mem::replace(&mut self.is_overflow_logged, true) {
             let members = status.members.len();
             tracing::warn!(
                 limit = MAX_MEMBERS,
                 members,
-                "the mesh has more members than an agent knows; the others are no providers here"
+                "the mesh has more members than an agent tracks; the others are no providers here"
             );
         }
     }
@@ -78,15 +76,15 @@ impl JoinState {
             now.into_std(),
             rand::random(),
         );
-        // A DNS server that starts, or is in trouble, may answer without addresses.
+        // A DNS server that starts or fails may answer without addresses.
         if let Some(listed) = listed.filter(|listed| !listed.is_empty()) {
             self.bootstrap_addresses = listed;
         }
     }
 
     pub(super) fn begin_round(&mut self, unknown: Vec<SocketAddr>) {
-        // Nodes come and go and DNS can answer anything. A table that is full begins anew, at the
-        // cost of a line in the log and a greeting for each address.
+        // Nodes come and go, and DNS may answer with any addresses. A full table is cleared, at the
+        // cost of a log line and a dial for each address.
         if self.logged_failures.len() > MAX_HINTS {
             self.logged_failures.clear();
         }
@@ -98,7 +96,7 @@ impl JoinState {
         }
         self.dial_queue.insert_hints(unknown);
         if self.live_peers.is_empty() {
-            // As at the start: DNS may be away, and peers of the address book may be back.
+            // As at the start: DNS may be down, and peers of the address book may be back.
             let earlier = self.address_book.addresses();
             self.dial_queue.insert_hints(earlier);
         }

@@ -1,4 +1,5 @@
-//! Who came and went, for the log: a line for each, but one for all of them where a cluster starts or a network is cut.
+//! Log lines for peers that go up and down: one line each, and one summary where a cluster starts
+//! or a network is cut.
 
 use std::time::Duration;
 
@@ -6,13 +7,13 @@ use tokio::time::Instant;
 
 use crate::model::{NodeName, Peer, PeerId};
 
-/// Lines in a [`WINDOW`]; what is beyond is counted.
+/// Lines in a [`WINDOW`]; further changes are counted.
 const MAX_LINES: usize = 20;
 
-/// What one summary is about.
+/// The time that one summary covers.
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// Comings and goings of the last second.
+/// Changes of the last second.
 #[derive(Default)]
 pub(super) struct MembershipLog {
     window_end: Option<Instant>,
@@ -22,7 +23,6 @@ pub(super) struct MembershipLog {
 }
 
 impl MembershipLog {
-    /// A peer came.
     pub(super) fn peer_up(&mut self, peer: &Peer, now: Instant) {
         if self.take_line(now) {
             tracing::info!(peer = %peer.id, node = %peer.node, zone = peer.zone.as_ref().map(display), "peer up");
@@ -31,7 +31,6 @@ impl MembershipLog {
         }
     }
 
-    /// A peer went.
     pub(super) fn peer_down(&mut self, peer: PeerId, node: Option<&NodeName>, now: Instant) {
         if self.take_line(now) {
             tracing::info!(%peer, node = node.map(display), "peer down");
@@ -40,7 +39,7 @@ impl MembershipLog {
         }
     }
 
-    /// When [`Attendance::sum_up`] is due, if something happened.
+    /// When [`MembershipLog::write_summary`] is due, if a peer changed.
     pub(super) fn due(&self) -> Option<Instant> {
         self.window_end
     }
@@ -49,11 +48,11 @@ impl MembershipLog {
     pub(super) fn write_summary(&mut self) {
         let Self { omitted_up: up, omitted_down: down, .. } = std::mem::take(self);
         if up + down > 0 {
-            tracing::info!(up, down, "more peers came and went in the same second");
+            tracing::info!(up, down, "more peers went up and down in the same second");
         }
     }
 
-    /// Whether one more line is in order.
+    /// Counts one line. Returns whether the line may be written.
     fn take_line(&mut self, now: Instant) -> bool {
         if self.window_end.is_some_and(|ends| now >= ends) {
             self.write_summary();

@@ -1,4 +1,4 @@
-//! Real files, changed as people and the kubelet change them.
+//! Real files, changed in the ways of users and of the kubelet.
 
 use std::os::unix::fs::symlink;
 
@@ -57,7 +57,7 @@ async fn the_policy_file_applies_at_the_start_and_after_each_change() {
     let mut watched = watch_file_with("killSwitch: true\n").await;
     assert!(watched.is_kill_switch_on() && watched.is_valid());
     watched.write("maxUploadRate: 1Mi\n").await;
-    assert!(!watched.is_kill_switch_on(), "what is no longer said is as the flags have it");
+    assert!(!watched.is_kill_switch_on(), "a removed setting falls back to the flags");
     assert_eq!(watched.watch.policy().borrow().budgets.max_upload_rate, 1 << 20);
     let status = watched.watch.status().borrow().clone();
     assert_eq!((status.sets, status.error), (vec!["maxUploadRate: 1Mi".to_owned()], None));
@@ -115,7 +115,7 @@ async fn a_removed_policy_file_leaves_its_policy_in_force() {
 async fn the_flags_apply_until_a_policy_file_appears() {
     let mut watched = watch_in(tempfile::tempdir().unwrap()).await;
     assert_eq!(**watched.watch.policy().borrow(), flags());
-    assert!(watched.is_valid(), "nothing is wrong yet");
+    assert!(watched.is_valid(), "an absent file is valid before the first file");
     watched.write("killSwitch: true\n").await;
     assert!(watched.is_kill_switch_on());
 }
@@ -125,7 +125,7 @@ async fn a_pipe_is_refused_without_waiting_for_a_writer() {
     let folder = tempfile::tempdir().unwrap();
     nix::unistd::mkfifo(&file(&folder), nix::sys::stat::Mode::S_IRWXU).unwrap();
     let watched = watch_in(folder).await;
-    assert_eq!(watched.error().as_deref(), Some("it is no file"));
+    assert_eq!(watched.error().as_deref(), Some("the path is not a regular file"));
 }
 
 #[tokio::test]
@@ -136,7 +136,7 @@ async fn receivers_are_notified_of_changes_only() {
     watched.watch.reread().await;
     assert!(!rules.has_changed().unwrap(), "the same file");
     watched.write("killSwitch: false # by Ada\n").await;
-    assert!(!rules.has_changed().unwrap(), "it says the same");
+    assert!(!rules.has_changed().unwrap(), "the same policy");
     watched.write("killSwitch: true\n").await;
     assert!(rules.has_changed().unwrap());
 }
@@ -149,7 +149,7 @@ async fn the_task_rereads_the_policy_file() {
     let running = tokio::spawn(watched.watch.run(stop.clone()));
     std::fs::write(file(&watched.folder), "killSwitch: true\n").unwrap();
     let changed = rules.wait_for(|rules| rules.opt_in.kill_switch);
-    drop(tokio::time::timeout(Duration::from_secs(3600), changed).await.expect("a look").unwrap());
+    drop(tokio::time::timeout(Duration::from_secs(3600), changed).await.expect("a read of the file").unwrap());
     stop.cancel();
     running.await.unwrap();
 }
@@ -165,7 +165,7 @@ fn a_change_is_logged_field_by_field() {
 #[tokio::test]
 async fn an_agent_that_starts_with_an_invalid_policy_file_recovers_nothing() {
     let mut watched = watch_file_with("killSwitch: ture\n").await;
-    assert!(watched.error().is_some() && watched.is_kill_switch_on(), "it may be the file that stops everything");
+    assert!(watched.error().is_some() && watched.is_kill_switch_on(), "the invalid file may turn the kill switch on");
     watched.write("concurrentBlobs: 3\n").await;
     assert!(!watched.is_kill_switch_on());
 }

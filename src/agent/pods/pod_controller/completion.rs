@@ -227,8 +227,8 @@ impl PodController {
             Ok(true) => {
                 self.metrics.record_removed();
                 let note = format!(
-                    "{reference} is broken on this node, and no node has the missing content. The agent removed the image \
-                     record, so the kubelet pulls the image from its registry, which answers."
+                    "{reference} is broken on this node, and no node has the missing content. The agent removed the \
+                     image record, so the kubelet pulls the image from its registry, which answers."
                 );
                 tracing::warn!(%reference, "the record of a broken image was removed: no node has the missing content");
                 for pod in pods {

@@ -191,7 +191,8 @@ impl PodController {
         let needed = self.on_verdict(pod, name, failure, opt_in)?;
         if is_stalled && self.ledger.mark_reported(&pod.pod, name, image, PodReportKind::Stalled.reason()) {
             let note = format!(
-                "{STALLED} The agent recovers {image} from peers meanwhile: new pods of this node find the image at once."
+                "{STALLED} The agent recovers {image} from peers meanwhile: new pods of this node find the image at \
+                 once."
             );
             self.spawn_report(pod.pod.clone(), PodReportKind::Stalled, note);
         }
@@ -334,7 +335,10 @@ impl PodController {
     fn retry_later(&mut self, pod: &PodRef, error: &ClusterError) {
         self.retry_undecided_at.get_or_insert(now() + UNDECIDED_RETRY);
         if self.undecided.insert(pod.clone()) {
-            tracing::warn!(%pod, %error, "cannot read the pod's namespace or owner, so the opt-in is unknown; the agent retries");
+            tracing::warn!(
+                %pod, %error,
+                "cannot read the pod's namespace or owner, so the opt-in is unknown; the agent retries"
+            );
         }
     }
 

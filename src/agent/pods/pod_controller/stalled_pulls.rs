@@ -65,7 +65,10 @@ impl PodController {
             self.metrics.stalled_connection("ended");
             self.stall_watch.silent_servers.insert(connection.remote, now());
             let (remote, silent_s) = (connection.remote, connection.silent_for.as_secs());
-            tracing::warn!(%remote, silent_s, "containerd's connection was silent and was ended, so that its pull fails");
+            tracing::warn!(
+                %remote, silent_s,
+                "containerd's connection was silent and was ended, so that its pull fails"
+            );
         }
         if let Some(error) = error {
             self.metrics.stalled_connection("failed");
@@ -80,8 +83,8 @@ impl PodController {
         }
         let Some(longest) = ended.first() else { return };
         let note = format!(
-            "containerd had received nothing from {} for {} s, so the agent ended the connection ({} in all). The pull that used it \
-             fails, and the kubelet goes on with this node's later pulls (endStalledPulls).",
+            "containerd had received nothing from {} for {} s, so the agent ended the connection ({} in all). The pull \
+             that used it fails, and the kubelet goes on with this node's later pulls (endStalledPulls).",
             longest.remote,
             longest.silent_for.as_secs(),
             ended.len(),

@@ -97,7 +97,7 @@ impl BlobFetcher {
         }
         // A store that kept the wrong bytes must not get an image record for them.
         if was_damaged && !matches!(LocalBlob::read(&*self.store, digest).await, Ok(LocalBlob::Whole(..))) {
-            let source = StoreError::Other(format!("{digest} is still damaged after another write; check the disk of this node"));
+            let source = StoreError::Other(format!("{digest} is still damaged after a second write; check the disk"));
             return Err(RecoverError::Store { doing: "replacing a damaged blob", source });
         }
         Ok(())

@@ -1,6 +1,7 @@
-//! One blob on its way: which of its pieces are here, and which of them are known to be right.
+//! One blob in flight: its pieces that are here, and the pieces that are verified.
 //!
-//! Whatever is served, or counts towards the proof, fits the list of states. How pieces are written so that this stays true is [`super::sink`]'s.
+//! Every piece that is served, or that counts towards the proof, matches the hash chain. The writes
+//! that guarantee this are in `download_sink` of [`crate::agent::recovery::swarm`].
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,22 +23,23 @@ pub(in crate::agent::recovery) struct BlobDownload {
     layout: PieceLayout,
     staged: Arc<dyn StagedBlob>,
     state: Mutex<DownloadState>,
-    /// Taken away when nothing is to be served of it any more.
+    /// Dropped when the download ends, so that followers see the end.
     changes: Mutex<Option<watch::Sender<u64>>>,
 }
 
 #[derive(Default)]
 struct DownloadState {
     hash_chain: Option<AuthoredChain>,
-    /// What there is of lists before there is one.
+    /// Prefixes of hash chains, until a whole chain is here.
     prefixes: ChainPrefixes,
-    /// Written, and not compared with a list yet; who sent it, unless a process before this one wrote it.
+    /// Written pieces that are not verified, with their senders. The sender is unknown for pieces
+    /// that an earlier process wrote, and for pieces that a replaced chain verified.
     unverified: BTreeMap<u32, Option<PeerId>>,
-    /// Pieces that are being written, each by one task.
+    /// Pieces that are being written, by one task at a time.
     piece_slots: HashMap<u32, Arc<PieceSlot>>,
-    /// What came, from whom.
+    /// Accepted bytes, by sender.
     bytes_by_peer: BTreeMap<PeerId, u64>,
-    /// Of whom a piece fitted.
+    /// Senders of a piece that matched the hash chain.
     verified_senders: BTreeSet<PeerId>,
 }
 
@@ -53,46 +55,46 @@ impl DownloadState {
 
 struct AuthoredChain {
     verifier: PieceVerifier,
-    /// Whose word it is; nobody's where there is nothing to be said, because the blob is one piece.
+    /// The peer that sent the chain. `None` for a blob of one piece: its chain is empty.
     author: Option<PeerId>,
 }
 
 /// The right to write one piece, for one task at a time.
 pub(in crate::agent::recovery) type PieceSlot = tokio::sync::Mutex<LastWriter>;
 
-/// Which ask wrote there last, of those that have the place now.
+/// The request that wrote last to the piece, among the tasks that share the slot now.
 pub(in crate::agent::recovery) type LastWriter = Option<PieceRequestId>;
 
-/// What is at the place of a piece whose bytes begin to come.
+/// State of a piece when its bytes begin to arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::agent::recovery) enum SlotState {
-    /// Nothing, and nobody else writes there.
+    /// The piece is absent, and no other task writes the piece.
     Free,
-    /// Somebody else writes there.
+    /// Another task writes the piece.
     Taken,
-    /// The piece, right or not compared yet: it must not be written over.
+    /// The piece is here, verified or not, and must not be overwritten.
     Present,
 }
 
-/// What became of a piece whose bytes are all here.
+/// Result of a piece whose bytes have all arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::agent::recovery) enum ReceivedPiece {
-    /// It fits.
+    /// The piece matches the hash chain.
     Valid,
-    /// There is no list yet to compare it with.
+    /// No hash chain has verified the piece yet.
     Unverified,
-    /// It does not fit.
+    /// The piece does not match the hash chain.
     Invalid,
 }
 
-/// What a piece that was here already turned out to be.
+/// Result of the verification of a stored piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::agent::recovery) enum StoredPiece {
-    /// It fits; who sent it, if that is known.
+    /// The piece matches. Contains the sender, if known.
     Valid(Option<PeerId>),
-    /// It does not fit; the same.
+    /// The piece does not match. Contains the sender, if known.
     Invalid(Option<PeerId>),
-    /// There is another list by now, or none.
+    /// The chain was replaced meanwhile, or no chain is here.
     ChainReplaced,
 }
 
@@ -122,12 +124,12 @@ impl BlobDownload {
         &self.staged
     }
 
-    /// The list in use, and whose it is.
+    /// The hash chain in use and its author.
     pub(in crate::agent::recovery) fn hash_chain(&self) -> Option<(Arc<HashChain>, Option<PeerId>)> {
         self.state().hash_chain.as_ref().map(|list| (Arc::clone(list.verifier.hash_chain()), list.author))
     }
 
-    /// Checks by this list from now on. Everything that is here has to be checked by it.
+    /// Replaces the hash chain. All present pieces become unverified.
     pub(in crate::agent::recovery) fn set_hash_chain(&self, chain: Arc<HashChain>, author: PeerId) {
         let mut state = self.state();
         if let Some(AuthoredChain { verifier: proving, .. }) = &state.hash_chain {
@@ -139,7 +141,7 @@ impl BlobDownload {
         state.prefixes = ChainPrefixes::default();
     }
 
-    /// The next states of a list that a peer makes.
+    /// Appends states of a chain that this peer computes. Ignored once a chain is in use.
     pub(in crate::agent::recovery) fn extend_prefix(&self, author: PeerId, states: &[ChainState]) {
         let mut state = self.state();
         if state.hash_chain.is_none() {
@@ -147,27 +149,32 @@ impl BlobDownload {
         }
     }
 
-    /// Whether a list that is being made got on, while there is none; see [`Early::gets_on`].
-    pub(in crate::agent::recovery) fn record_prefix_progress(&self, chain_requests: &HashMap<PeerId, Instant>, now: Instant) -> bool {
+    /// Whether a prefix grows, while no chain is in use; see [`ChainPrefixes::record_progress`].
+    pub(in crate::agent::recovery) fn record_prefix_progress(
+        &self,
+        chain_requests: &HashMap<PeerId, Instant>,
+        now: Instant,
+    ) -> bool {
         self.state().prefixes.record_progress(chain_requests, now)
     }
 
-    /// A peer's list will not come.
+    /// Removes the prefix of an author whose request ended.
     pub(in crate::agent::recovery) fn drop_prefix(&self, author: PeerId) {
         self.state().prefixes.remove(author);
     }
 
-    /// A piece that a list can tell of that is being made. `is_alone` where nobody but its sender has the blob.
+    /// The next piece to compare with a prefix. `is_alone` when the sender is the only provider of
+    /// the blob.
     pub(in crate::agent::recovery) fn next_prefix_check(&self, is_alone: bool) -> Option<PrefixCheck> {
         let state = self.state();
         let unchecked = state.unverified.iter().filter_map(|(piece, from)| Some((*piece, (*from)?)));
         state.prefixes.next_check(unchecked, is_alone)
     }
 
-    /// Whether it fits what there is of the list.
+    /// Whether the piece matches the prefix.
     ///
     /// # Errors
-    /// As the store says.
+    /// [`StoreError`] of the read.
     pub(in crate::agent::recovery) async fn check_prefix(&self, check: PrefixCheck) -> Result<bool, StoreError> {
         let Some(mut hasher) = self.state().prefixes.hasher(check) else { return Ok(false) };
         let slot = self.acquire_slot(check.piece).0;
@@ -178,23 +185,24 @@ impl BlobDownload {
         read.map(|()| self.state().prefixes.record_check(check, &hasher))
     }
 
-    /// Pieces that are here and were not compared with the list.
+    /// Present pieces that are not verified.
     pub(in crate::agent::recovery) fn unverified(&self) -> Vec<u32> {
         self.state().unverified.keys().copied().collect()
     }
 
-    /// Whether the piece is here and fits.
+    /// Whether the piece is here and matches the hash chain.
     pub(in crate::agent::recovery) fn is_verified(&self, piece: u32) -> bool {
         self.state().is_verified(piece)
     }
 
-    /// For the bytes of a piece that begins to come, if there is a list.
+    /// A hasher for a piece that begins to arrive; `None` without a hash chain.
     pub(in crate::agent::recovery) fn hasher(&self, piece: u32) -> Option<PieceHasher> {
         self.state().hash_chain.as_ref().map(|list| list.verifier.hash_chain().hasher(piece as usize))
     }
 
-    /// The place of a piece whose bytes begin to come, and what is there. Both at once: whoever finds it free has it before the piece can be here by
-    /// another.
+    /// Takes the slot of a piece whose bytes begin to arrive, and returns the piece's state. One
+    /// lock covers both: a task that finds the piece free has the slot before another task can
+    /// complete the piece.
     pub(in crate::agent::recovery) fn acquire_slot(&self, piece: u32) -> (Arc<PieceSlot>, SlotState) {
         let mut state = self.state();
         let is_here = state.is_present(piece);
@@ -207,7 +215,7 @@ impl BlobDownload {
         (Arc::clone(slot), found)
     }
 
-    /// Nobody writes at the piece's place any more, unless others do.
+    /// Returns a slot. The slot ends with its last user.
     pub(in crate::agent::recovery) fn release_slot(&self, piece: u32, slot: Arc<PieceSlot>) {
         let mut state = self.state();
         drop(slot);
@@ -216,14 +224,19 @@ impl BlobDownload {
         }
     }
 
-    /// All bytes of a piece were written, or are about to be under its place's lock.
-    pub(in crate::agent::recovery) fn record_received(&self, piece: u32, hasher: Option<PieceHasher>, from: PeerId) -> ReceivedPiece {
+    /// Records a piece whose bytes are all written. The caller holds the slot's lock.
+    pub(in crate::agent::recovery) fn record_received(
+        &self,
+        piece: u32,
+        hasher: Option<PieceHasher>,
+        from: PeerId,
+    ) -> ReceivedPiece {
         let mut state = self.state();
         let arrived = match (&mut state.hash_chain, hasher) {
             (Some(list), Some(hasher)) if hasher.has_start_state_of(list.verifier.hash_chain()) => {
                 if list.verifier.record(hasher) { ReceivedPiece::Valid } else { ReceivedPiece::Invalid }
             }
-            // It began before there was this list.
+            // The piece began before this chain was in use, or no chain is in use.
             _ => {
                 state.unverified.insert(piece, Some(from));
                 ReceivedPiece::Unverified
@@ -242,13 +255,19 @@ impl BlobDownload {
         arrived
     }
 
-    /// Whether the piece is here, right or still to be compared with a list.
+    /// Whether the piece is here, verified or not.
     pub(in crate::agent::recovery) fn is_present(&self, piece: u32) -> bool {
         self.state().is_present(piece)
     }
 
-    /// A hasher of these bytes, the whole piece, that tells something about the list in use: the one that there is, or another one.
-    pub(in crate::agent::recovery) fn current_hasher(&self, piece: u32, hasher: Option<PieceHasher>, bytes: &[u8]) -> Option<PieceHasher> {
+    /// A hasher of the whole piece that starts with a state of the chain in use: the given hasher,
+    /// or a new hasher of `bytes`. `None` without a chain.
+    pub(in crate::agent::recovery) fn current_hasher(
+        &self,
+        piece: u32,
+        hasher: Option<PieceHasher>,
+        bytes: &[u8],
+    ) -> Option<PieceHasher> {
         let (chain, _) = self.hash_chain()?;
         let known = hasher.filter(|hasher| hasher.has_start_state_of(&chain));
         Some(known.unwrap_or_else(|| {
@@ -258,17 +277,17 @@ impl BlobDownload {
         }))
     }
 
-    /// Whether what was hashed fits the list in use.
+    /// Whether the hashed bytes match the chain in use.
     pub(in crate::agent::recovery) fn matches_chain(&self, hasher: Option<&PieceHasher>) -> bool {
         let state = self.state();
         let list = state.hash_chain.as_ref();
         list.zip(hasher).is_some_and(|(list, hasher)| hasher.clone().is_valid_for(list.verifier.hash_chain()))
     }
 
-    /// Compares a piece that is here with the list.
+    /// Verifies a stored piece with the hash chain.
     ///
     /// # Errors
-    /// As the store says.
+    /// [`StoreError`] of the read.
     pub(in crate::agent::recovery) async fn verify_stored(&self, piece: u32) -> Result<StoredPiece, StoreError> {
         let Some((chain, _)) = self.hash_chain() else { return Ok(StoredPiece::ChainReplaced) };
         let mut hasher = chain.hasher(piece as usize);
@@ -276,7 +295,7 @@ impl BlobDownload {
         let guard = slot.lock().await;
         self.hash_stored(piece, &mut hasher).await?;
         let checked = self.record_stored(piece, &chain, hasher);
-        // Only now: what was read has to be what is judged.
+        // The lock ends here, so no task can overwrite the bytes between the read and the verdict.
         drop(guard);
         self.release_slot(piece, slot);
         if matches!(checked, StoredPiece::Valid(_)) {
@@ -285,7 +304,7 @@ impl BlobDownload {
         Ok(checked)
     }
 
-    /// Hashes what is written of a piece. Its place has to be held meanwhile.
+    /// Hashes the stored bytes of a piece. The caller holds the slot's lock.
     async fn hash_stored(&self, piece: u32, hasher: &mut PieceHasher) -> Result<(), StoreError> {
         let (mut at, end) = self.bounds(piece);
         while at < end {
@@ -300,7 +319,8 @@ impl BlobDownload {
         Ok(())
     }
 
-    /// What is known to be wrong, and whose it is, stays marked until it is known whether the list is wrong instead.
+    /// Records the verdict on a stored piece. An invalid piece with a known sender stays unverified
+    /// until a dispute shows whether the chain is wrong instead.
     fn record_stored(&self, piece: u32, chain: &Arc<HashChain>, hasher: PieceHasher) -> StoredPiece {
         let mut state = self.state();
         let DownloadState { hash_chain: Some(list), unverified: unchecked, verified_senders: proven, .. } = &mut *state
@@ -324,7 +344,7 @@ impl BlobDownload {
         }
     }
 
-    /// A piece that was not compared, or does not fit, is not here any more. False where it was not among those.
+    /// Removes an unverified or invalid piece. False when the piece was not among these.
     pub(in crate::agent::recovery) fn discard(&self, piece: u32) -> bool {
         let mut state = self.state();
         let Some(from) = state.unverified.remove(&piece) else { return false };
@@ -334,30 +354,29 @@ impl BlobDownload {
         true
     }
 
-    /// Where a piece begins and ends.
+    /// The begin and the end of a piece, in bytes.
     pub(in crate::agent::recovery) fn bounds(&self, piece: u32) -> (u64, u64) {
         let begin = self.layout.offset(piece as usize);
         (begin, begin + self.layout.piece_length(piece as usize))
     }
 
-    /// The proof, when all of it is here and fits.
+    /// The proof, once every piece is here and matches.
     pub(in crate::agent::recovery) fn proof(&self) -> Option<BlobProof> {
         let state = self.state();
         let proof = state.hash_chain.as_ref()?.verifier.proof()?;
         state.unverified.is_empty().then_some(proof)
     }
 
-    /// Whether a piece that this peer sent fitted.
+    /// Whether a piece from this peer matched the hash chain.
     pub(in crate::agent::recovery) fn has_valid_piece_from(&self, peer: PeerId) -> bool {
         self.state().verified_senders.contains(&peer)
     }
 
-    /// What came, from whom.
     pub(in crate::agent::recovery) fn bytes_by_peer(&self) -> BTreeMap<PeerId, u64> {
         self.state().bytes_by_peer.clone()
     }
 
-    /// Nothing of it is served any more.
+    /// Ends the download for followers. Nothing more is served from the download.
     pub(in crate::agent::recovery) fn close(&self) {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
@@ -373,10 +392,10 @@ impl BlobDownload {
     }
 }
 
-/// Bytes that are read at a time to be checked.
+/// Bytes per read of a verification.
 const READ_BYTES: usize = 512 << 10;
 
-/// An incoming blob that has a list.
+/// A download with a hash chain, as peers are served from it.
 pub(in crate::agent::recovery) struct ServedDownload {
     pub(in crate::agent::recovery) download: Arc<BlobDownload>,
     pub(in crate::agent::recovery) chain: Arc<HashChain>,

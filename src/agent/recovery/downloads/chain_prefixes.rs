@@ -1,8 +1,11 @@
-//! The first piece of a sender, compared with a list that is still being made.
+//! Compares the first piece of a sender with the start of a hash chain that is still being
+//! computed.
 //!
-//! A holder that has no list yet hashes the blob for it, a second for each 1.8 GB. So long nothing can be served, proved or blamed; but what its first
-//! states say of the first pieces tells whether their senders may be asked for more. Whoever fits here is asked, no more: everything is compared again
-//! with the whole list. And as long as such a list gets on, there is something to wait for.
+//! A provider without a chain hashes the blob for the chain, a second for each 1.8 GB. Until the
+//! chain is complete, no piece can be served, verified or blamed on a peer. The first states
+//! already show whether a first piece matches, and so whether its sender gets further requests. A
+//! match decides nothing else: all pieces are verified again with the complete chain. A growing
+//! chain also counts as progress of the download.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -10,25 +13,28 @@ use std::time::{Duration, Instant};
 use crate::model::PeerId;
 use crate::oci::{ChainPrefix, HashState, PieceHasher, PieceLayout};
 
-/// Lists that are being made, as many as are asked for at a time, and what came of comparing with them.
+/// Incomplete chains, one of each author with a request in flight, and the results of the
+/// comparisons.
 #[derive(Default)]
 pub(in crate::agent::recovery) struct ChainPrefixes {
     prefixes: BTreeMap<PeerId, ChainPrefix>,
-    /// Makers of lists that a piece of somebody else fitted.
+    /// Authors of chains that matched a piece of another sender.
     corroborated_authors: BTreeSet<PeerId>,
-    /// Whose first piece was compared with whose list.
+    /// Senders and authors whose piece and chain were compared.
     checked_pairs: BTreeSet<(PeerId, PeerId)>,
-    /// Whose first piece fitted.
+    /// Senders whose first piece matched.
     matching_senders: BTreeSet<PeerId>,
-    /// Bytes of the blob that the longest list of each maker covered, so that one who begins again gets on with what is new only.
+    /// Bytes of the blob that the longest prefix of each author covered. An author that starts
+    /// again makes progress only beyond these bytes.
     covered_bytes: BTreeMap<PeerId, u64>,
 }
 
-/// Bytes a second that whoever makes a list hashes at least: a disk that has much else to do. One who is slower is not waited for longer than
-/// anybody who sends nothing, and a list of 10 GiB keeps a recovery for 21 minutes at most.
+/// Lowest hashing rate of an author, in bytes per second: that of a disk with much other work. A
+/// slower author counts as a peer that sends nothing. A chain of 10 GiB delays a recovery by 21
+/// minutes at most.
 const MIN_CHAIN_RATE: u64 = 8 << 20;
 
-/// What can be compared.
+/// A piece to compare with the prefix of an author.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::agent::recovery) struct PrefixCheck {
     pub(in crate::agent::recovery) piece: u32,
@@ -37,14 +43,18 @@ pub(in crate::agent::recovery) struct PrefixCheck {
 }
 
 impl ChainPrefixes {
-    /// The next states of a list that this peer makes.
+    /// Appends states of the chain that this peer computes.
     pub(in crate::agent::recovery) fn extend(&mut self, author: PeerId, layout: PieceLayout, states: &[HashState]) {
         self.prefixes.entry(author).or_insert_with(|| ChainPrefix::new(layout)).extend(states);
     }
 
-    /// Whether a list has become longer since it was last asked, and is not made more slowly than a disk reads. `listing` says since when each is
-    /// waited for.
-    pub(in crate::agent::recovery) fn record_progress(&mut self, chain_requests: &HashMap<PeerId, Instant>, now: Instant) -> bool {
+    /// Whether a prefix has grown since the last call, and at no less than [`MIN_CHAIN_RATE`].
+    /// `chain_requests` has the time of each request.
+    pub(in crate::agent::recovery) fn record_progress(
+        &mut self,
+        chain_requests: &HashMap<PeerId, Instant>,
+        now: Instant,
+    ) -> bool {
         let mut gets_on = false;
         for (author, beginning) in &self.prefixes {
             let covers = beginning.hashed_bytes();
@@ -58,12 +68,13 @@ impl ChainPrefixes {
         gets_on
     }
 
-    /// Its list is whole, or will not be.
+    /// Removes a prefix whose chain is complete, or will not arrive.
     pub(in crate::agent::recovery) fn remove(&mut self, author: PeerId) {
         self.prefixes.remove(&author);
     }
 
-    /// The next of these pieces to compare. What a sender says of itself counts where it is alone, or where somebody else's piece fitted its list.
+    /// The next piece to compare. A sender's own chain counts if the sender is the only provider,
+    /// or if the chain matched a piece of another sender.
     pub(in crate::agent::recovery) fn next_check(
         &self,
         unchecked: impl Iterator<Item = (u32, PeerId)>,
@@ -80,12 +91,12 @@ impl ChainPrefixes {
         unchecked.find_map(|(piece, sender)| Some(PrefixCheck { piece, sender, author: authors(piece, sender)? }))
     }
 
-    /// For the bytes of the piece; none where the list was forgotten meanwhile.
+    /// A hasher for the piece's bytes; `None` when the prefix was removed meanwhile.
     pub(in crate::agent::recovery) fn hasher(&self, check: PrefixCheck) -> Option<PieceHasher> {
         self.prefixes.get(&check.author)?.hasher(check.piece as usize)
     }
 
-    /// Whether the piece fits. It is not compared with this list again.
+    /// Whether the piece matches. The pair of sender and author is not compared again.
     pub(in crate::agent::recovery) fn record_check(&mut self, check: PrefixCheck, hasher: &PieceHasher) -> bool {
         let PrefixCheck { sender, author, .. } = check;
         self.checked_pairs.insert((sender, author));

@@ -16,7 +16,11 @@ impl Recoverer {
         let Some(target) = self.recorded_target(reference).await? else { return Ok(false) };
         let unpacked = self.snapshots_of(target).await?.snapshotters;
         if !unpacked.is_empty() {
-            tracing::warn!(%reference, snapshotters = unpacked.join(", "), "a broken image keeps its record, because a snapshotter has the image unpacked");
+            tracing::warn!(
+                %reference,
+                snapshotters = unpacked.join(", "),
+                "a broken image keeps its record, because a snapshotter has the image unpacked"
+            );
             return Ok(false);
         }
         for name in reference.record_names(target) {

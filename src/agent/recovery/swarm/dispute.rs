@@ -1,7 +1,9 @@
-//! Whose fault it is when a piece does not fit: the list's author's, or the peer's that sent the piece.
+//! Settles a dispute: a piece does not match the hash chain, and either its sender or the chain's
+//! author is at fault.
 //!
-//! Two lists that differ agree above their last difference, so the piece there can fit only one of them; whoever cannot show bytes that
-//! fit its own list has lied. At most two pieces and one list are fetched to find out.
+//! The sender's own chain is fetched. Two different chains agree after their last difference, so
+//! the piece at that difference matches only one of the chains. A peer whose bytes do not match its
+//! own chain has lied. A dispute costs at most two pieces and one hash chain.
 
 use std::sync::Arc;
 
@@ -13,20 +15,20 @@ use crate::model::{PeerId, PieceRequest};
 use crate::oci::{ChainConflict, HashChain, PieceHasher};
 use crate::ports::{FetchError, Fetcher, PieceError, PieceSink, StoreError};
 
-/// What was found.
+/// Result of a dispute.
 #[derive(Debug)]
 pub(super) enum DisputeOutcome {
-    /// The peer that sent the piece lied, or its disk does.
+    /// The sender lied, or has a damaged disk.
     SenderAtFault,
-    /// The author of the list in use did. This one may be true.
+    /// The author of the chain in use lied, or has a damaged disk. The sender's chain may be right.
     AuthorAtFault(Arc<HashChain>),
-    /// Neither can show what it says.
+    /// Neither peer has bytes that match its own chain.
     BothAtFault,
-    /// The sender did not answer, so nothing is known.
+    /// The sender did not answer, so the fault is unknown.
     NoAnswer(FetchError),
 }
 
-/// Settles who is wrong after a piece from `sender` did not fit the list of `author`.
+/// Settles whether the sender or the author is at fault.
 pub(super) async fn settle_dispute(
     fetcher: &dyn Fetcher,
     incoming: &BlobDownload,
@@ -34,12 +36,13 @@ pub(super) async fn settle_dispute(
     author: Option<PeerId>,
     sender: PeerId,
 ) -> DisputeOutcome {
-    // Of a blob in one piece the list is empty, and true; and whoever sends what its own list does not say has lied.
+    // The chain of a blob of one piece is empty and right. A sender whose piece contradicts its own
+    // chain has lied.
     let Some(author) = author.filter(|author| *author != sender) else { return DisputeOutcome::SenderAtFault };
     let (digest, layout) = (ours.digest(), ours.layout());
     let theirs = match fetcher.fetch_hash_chain(sender, digest, layout, &mut |_| ()).await {
         Ok(chain) => Arc::new(chain),
-        // What it holds does not end at the digest, or it makes no sense.
+        // The sender could not compute a chain that ends at the digest, or violated the protocol.
         Err(FetchError::StoreFailed { .. } | FetchError::Protocol { .. }) => return DisputeOutcome::SenderAtFault,
         Err(error) => return DisputeOutcome::NoAnswer(error),
     };
@@ -53,17 +56,17 @@ pub(super) async fn settle_dispute(
         Ok(false) => {}
         Err(error) => return DisputeOutcome::NoAnswer(error),
     }
-    // An author that cannot be asked is not accused.
+    // An author that does not answer is not accused.
     match is_piece_valid(fetcher, author, ours, piece).await {
         Ok(false) => DisputeOutcome::BothAtFault,
         Ok(true) | Err(_) => DisputeOutcome::SenderAtFault,
     }
 }
 
-/// Whether the peer's bytes fit this list at the piece.
+/// Whether the peer's bytes match this chain at the piece.
 ///
 /// # Errors
-/// [`FetchError`] where it sent no such bytes, so that nothing is known.
+/// [`FetchError`] when the peer did not send the whole piece, so nothing is known.
 async fn is_piece_valid(
     fetcher: &dyn Fetcher,
     peer: PeerId,
@@ -81,11 +84,11 @@ async fn is_piece_valid(
     }
 }
 
-/// Hashes one piece and drops it.
+/// Hashes one piece and drops the bytes.
 struct PieceCheckSink<'a> {
     list: &'a HashChain,
     hasher: Option<PieceHasher>,
-    /// Once all of it was there.
+    /// `None` until the whole piece has arrived.
     is_valid: Option<bool>,
 }
 

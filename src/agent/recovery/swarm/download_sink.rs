@@ -1,8 +1,9 @@
-//! Where the pieces of one ask go: hashed as they come, and written.
+//! Hashes the pieces of one request as their bytes arrive, and writes the bytes.
 //!
-//! A piece may be asked of two. The one that began first writes as the bytes come; the other's wait in memory until they are all there, and
-//! are written if they fit. What is here already is not written again. Whoever finds that somebody else wrote meanwhile writes no more: so
-//! what a hasher has seen is what is on disk.
+//! A piece may be in flight in two requests. The request that begins first writes its bytes as they
+//! arrive. The bytes of the other request wait in memory, and are written if the whole piece
+//! matches. A present piece is never written again. A request that finds bytes of another request
+//! in the slot stops writing, so the hashed bytes are exactly the bytes on the disk.
 
 use std::sync::Arc;
 use std::task::Poll;
@@ -27,23 +28,24 @@ pub(super) struct DownloadSink {
     current: Option<CurrentPiece>,
 }
 
-/// The piece that is coming.
+/// The piece that is arriving.
 struct CurrentPiece {
     piece: u32,
-    /// Where its next byte goes.
+    /// Offset of the next byte in the blob.
     at: u64,
     hasher: Option<PieceHasher>,
     slot: Arc<PieceSlot>,
     mode: WriteMode,
 }
 
-/// What is done with the bytes.
+/// Destination of the bytes.
 enum WriteMode {
-    /// They are written as they come.
+    /// The staging file, as the bytes arrive.
     Write,
-    /// Somebody else writes: they wait here. A copy, because what comes from the network may be small parts of large buffers.
+    /// Memory, because another task writes the piece. The bytes are copied: a received chunk may be
+    /// a small part of a large buffer.
     Buffer(Vec<u8>, OwnedSemaphorePermit),
-    /// The piece is here, somebody else was faster, or too many wait already.
+    /// Dropped: the piece is here, another task was faster, or too many pieces wait already.
     Discard,
 }
 
@@ -57,14 +59,14 @@ impl DownloadSink {
         Self { shared, download: incoming, request, peer, current: None }
     }
 
-    /// Leaves the place of a piece that did not come to its end.
+    /// Releases the slot of a piece that did not arrive completely.
     fn abandon_piece(&mut self) {
         if let Some(CurrentPiece { piece, slot: place, .. }) = self.current.take() {
             self.download.release_slot(piece, place);
         }
     }
 
-    /// What the piece turned out to be; `None` where somebody else's counts.
+    /// Result of a complete piece; `None` when the piece of another request counts.
     async fn finish_piece(
         &self,
         piece: u32,
@@ -137,7 +139,8 @@ impl PieceSink for DownloadSink {
         let Some(CurrentPiece { piece, hasher, slot, mode, at: _ }) = self.current.take() else { return Ok(()) };
         let mut guard = Some(Arc::clone(&slot).lock_owned().await);
         let judged = self.finish_piece(piece, hasher, mode, &mut guard).await;
-        // Only now: nobody else may write between the bytes and the word that they are here.
+        // The lock ends here, so no other task writes between the last byte and the record of the
+        // piece.
         drop(guard);
         self.download.release_slot(piece, slot);
         if judged? == Some(ReceivedPiece::Invalid) {
@@ -149,7 +152,7 @@ impl PieceSink for DownloadSink {
             if self.download.has_valid_piece_from(self.peer) {
                 pool.record_verified_piece(self.peer, self.download.blob().digest);
             }
-            // Where the ask was taken back meanwhile, the piece came all the same.
+            // A canceled request may have brought the piece all the same.
             pool.mark_piece_present(self.download.blob().digest, piece);
             drop(pool);
             self.shared.piece_received.notify_one();
@@ -158,7 +161,8 @@ impl PieceSink for DownloadSink {
     }
 }
 
-/// Writes, and holds the place until it is done, also when nobody waits for it any more: what was begun on another thread goes on there.
+/// Writes the chunks, and keeps the slot's lock until the write ends. A pending write continues in
+/// a task of its own, even if the request is canceled.
 async fn write_chunks(
     incoming: &BlobDownload,
     at: u64,

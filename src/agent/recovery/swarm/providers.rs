@@ -1,4 +1,4 @@
-//! Who may have a blob, or a list of its states, and what is made of it when they fail.
+//! The providers of each blob and of its hash chain, and the effects of their failures.
 
 use std::time::Duration;
 
@@ -13,15 +13,17 @@ use crate::model::PeerId;
 use crate::oci::Digest;
 use crate::ports::FetchError;
 
-/// A node that is fetching a blob has a list of its states, and a piece, within about so long.
+/// Retry delay for a partial provider and for a busy peer. A node that downloads a blob has the
+/// hash chain, and a piece, within about this time.
 const PROVIDER_RETRY: Duration = Duration::from_millis(500);
 
-/// A list that has not come by then is asked of another one too, of so many at most. A holder that makes it needs a second for each 1.8 GB.
+/// Delay until the hash chain is requested from another peer too, and the most such requests. A
+/// provider that computes the chain needs a second for each 1.8 GB.
 const CHAIN_HEDGE_DELAY: Duration = Duration::from_secs(2);
 const MAX_CHAIN_REQUESTS: usize = 3;
 
 impl Swarm<'_> {
-    /// Whoever has, or is fetching, any of the blobs.
+    /// Reads the providers of all blobs from the inventory.
     pub(super) fn refresh_providers(&mut self) {
         let digests: Vec<_> = self.active.keys().copied().collect();
         for digest in digests {
@@ -31,13 +33,14 @@ impl Swarm<'_> {
         self.update_zone_peers();
     }
 
-    /// Soon, not at once: what changes comes in bursts.
+    /// Schedules a refresh after `wait`, because changes come in bursts.
     pub(super) fn refresh_within(&mut self, wait: Duration) {
         let at = now() + wait;
         self.refresh_at = Some(self.refresh_at.map_or(at, |before| before.min(at)));
     }
 
-    /// The pool asks nobody for a blob whose pieces did not fit, until it is known why.
+    /// Gives the picker the providers of a blob. Peers with an open accusation are left out until
+    /// the dispute ends.
     pub(super) fn update_providers(&self, digest: Digest) {
         let Some(ActiveBlob { stage: BlobStage::Fetching(fetching), attempts, .. }) = self.active.get(&digest) else {
             return;
@@ -47,7 +50,7 @@ impl Swarm<'_> {
         self.shared.picker().set_providers(digest, &providers);
     }
 
-    /// Who may have it, but those who showed that they do not.
+    /// Providers and partial providers of the blob, without the excluded peers.
     pub(super) fn providers(&self, attempts: &Attempts) -> Vec<Provider> {
         let providers = self.blob_fetcher.providers(attempts);
         let (trust, now) = (self.blob_fetcher.trust(), now());
@@ -72,7 +75,8 @@ impl Swarm<'_> {
         digests.into_iter().for_each(|digest| self.request_hash_chain(digest));
     }
 
-    /// A list is wanted as soon as there is somebody who may have one; of another one too when it does not come soon.
+    /// Requests the hash chain from the best peer. While a request is pending, another request
+    /// follows after [`CHAIN_HEDGE_DELAY`], up to [`MAX_CHAIN_REQUESTS`] at a time.
     pub(super) fn request_hash_chain(&mut self, digest: Digest) {
         let now = now();
         let Some(ActiveBlob { stage: BlobStage::Fetching(fetching), attempts, .. }) = self.active.get(&digest) else {
@@ -89,7 +93,8 @@ impl Swarm<'_> {
                 && fetching.no_chain_until.get(peer).is_none_or(|until| *until <= now)
         };
         providers.retain(|candidate| is_free(&candidate.peer));
-        // Whole ones can always make one; the others tell theirs, once they have it.
+        // A whole provider can always compute the chain. A partial provider has the chain only
+        // after the chain's arrival.
         providers.sort_by_key(|candidate| (candidate.standing, !candidate.is_whole, rand::random::<u32>()));
         let Some(Provider { peer, .. }) = providers.first() else { return };
         let (peer, layout) = (*peer, fetching.download.layout());
@@ -99,11 +104,12 @@ impl Swarm<'_> {
         }
     }
 
-    /// A peer failed to do something about a blob. One that is fetching it itself may have nothing of it yet, or may have given up and begin
-    /// again; and who is busy is asked again: these are no failures.
+    /// Records a peer's failure with a blob. A partial provider may have no piece yet, or may have
+    /// restarted its download, and a busy peer has no fault. Both are retried after
+    /// [`PROVIDER_RETRY`].
     ///
     /// # Errors
-    /// When it was not the peer but our own store.
+    /// [`RecoverError`] when this node's own store failed.
     pub(super) fn record_failure(
         &mut self,
         digest: Digest,
@@ -124,7 +130,7 @@ impl Swarm<'_> {
             FetchError::Unreachable { .. } | FetchError::NotAdmitted { .. } | FetchError::Stalled { .. }
         );
         let until = self.blob_fetcher.record_failure(&mut coming.attempts, peer, error)?;
-        // Who lies about one blob, or has lost it, may have the others.
+        // A peer that lied about one blob, or has lost the blob, may have the others.
         if let Some(until) = until.filter(|_| is_away) {
             self.shared.picker().exclude_peer(peer, until);
         }

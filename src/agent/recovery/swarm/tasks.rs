@@ -1,19 +1,19 @@
-//! What a swarm does at the same time, and what follows when it is done.
+//! The tasks of a swarm, and the handlers of their results.
 
 use std::sync::Arc;
 
-use crate::agent::recovery::downloads::blob_download::{BlobDownload, StoredPiece};
 use super::dispute::{DisputeOutcome, settle_dispute};
 use super::download_sink::DownloadSink;
 use super::{ActiveBlob, BlobStage, FetchingStage, HASH_CHAIN_RETRY, Swarm, now};
 use crate::agent::recovery::blob_fetcher::{FetchedBlob, PreparedBlob};
+use crate::agent::recovery::downloads::blob_download::{BlobDownload, StoredPiece};
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::decide::piece_picker::{PickedRequest, PieceRequestId, RequestEnd};
 use crate::model::{NodeName, PeerId, PieceMapUpdate};
 use crate::oci::{BlobProof, Descriptor, Digest, HashChain, HashState, PieceLayout, VerifyError};
 use crate::ports::{BlobMetadata, ClaimError, FetchError, StoreError};
 
-/// Something has ended.
+/// The result of a task.
 pub(super) enum TaskResult {
     Prepared(Digest, Result<PreparedBlob, RecoverError>),
     RequestEnded(PieceRequestId, Result<(), FetchError>),
@@ -46,7 +46,8 @@ impl Swarm<'_> {
                     shared.picker().record_piece_map(peer, digest, &update, now());
                     shared.piece_received.notify_one();
                     if update == PieceMapUpdate::HaveAll {
-                        // There is no more to hear. The task lives on so that the pool's neighbor stays one.
+                        // The map is complete. The task lives on, because its end would deselect
+                        // the provider.
                         std::future::pending::<()>().await;
                     }
                 }
@@ -84,7 +85,7 @@ impl Swarm<'_> {
         });
     }
 
-    /// Compares senders' first pieces with what there is of a list.
+    /// Compares the senders' first pieces with the prefixes of hash chains.
     pub(super) fn spawn_prefix_checks(&mut self, incoming: Arc<BlobDownload>, is_alone: bool) {
         let shared = Arc::clone(&self.shared);
         self.tasks.spawn(async move {
@@ -110,7 +111,7 @@ impl Swarm<'_> {
                         from.iter().for_each(|peer| shared.picker().record_verified_piece(*peer, digest))
                     }
                     Ok(StoredPiece::Invalid(None)) => wrong.push((piece, None)),
-                    // Before more is thrown away it is found out who is wrong.
+                    // A dispute settles the fault before more pieces are discarded.
                     Ok(StoredPiece::Invalid(from)) => {
                         wrong.push((piece, from));
                         break;
@@ -159,10 +160,10 @@ impl Swarm<'_> {
         }
     }
 
-    /// What follows.
+    /// Applies the result of a task.
     ///
     /// # Errors
-    /// When the image cannot come.
+    /// [`RecoverError`] when the image cannot be completed.
     pub(super) fn handle(&mut self, done: TaskResult) -> Result<(), RecoverError> {
         match done {
             TaskResult::Prepared(digest, prepared) => self.on_prepared(digest, prepared?),
@@ -218,7 +219,7 @@ impl Swarm<'_> {
         request: PieceRequestId,
         result: Result<(), FetchError>,
     ) -> Result<(), RecoverError> {
-        // One that was taken back ended before it could be stopped.
+        // A canceled request ended before its task was aborted.
         let Some((peer, digest, _)) = self.requests.remove(&request) else { return Ok(()) };
         let how = match &result {
             Ok(()) => RequestEnd::Done,
@@ -242,7 +243,8 @@ impl Swarm<'_> {
         Ok(())
     }
 
-    /// A piece does not fit: nothing more of this blob is asked of its sender until it is known who is wrong.
+    /// Stops the requests for this blob to the sender of an invalid piece, until a dispute shows
+    /// whether the sender or the chain is wrong.
     fn on_invalid_piece(&mut self, peer: PeerId, digest: Digest, piece: u32) {
         let Some(ActiveBlob { stage: BlobStage::Fetching(fetching), .. }) = self.active.get_mut(&digest) else {
             return;
@@ -268,7 +270,8 @@ impl Swarm<'_> {
             return Ok(());
         };
         fetching.open_disputes -= 1;
-        // Those that are not being asked about may show again what they have; so may all when the list was wrong.
+        // The other accused senders get requests again after the last dispute, or if the chain was
+        // wrong.
         let is_last = fetching.open_disputes == 0;
         let is_list_wrong = matches!(verdict, DisputeOutcome::AuthorAtFault(_) | DisputeOutcome::BothAtFault);
         fetching.accused_peers.remove(&peer);
@@ -299,7 +302,9 @@ impl Swarm<'_> {
         Ok(())
     }
 
-    /// A peer that holds the blob has lied, or its disk does. One that is fetching it may have been lied to itself: it is left alone, no more.
+    /// Records a fault of the sender or of the author. A whole provider has lied, or has a damaged
+    /// disk. A partial provider may have received wrong bytes itself, so only its requests for this
+    /// blob end.
     fn record_fault(&mut self, digest: Digest, peer: PeerId, piece: u32) -> Result<(), RecoverError> {
         let piece = piece as usize;
         let error = match self.blob_fetcher.inventory.is_partial_provider(peer, digest) {
@@ -309,7 +314,8 @@ impl Swarm<'_> {
         self.record_failure(digest, peer, error)
     }
 
-    /// Whoever has no list for us may have pieces all the same.
+    /// Adopts the first chain that arrives. A busy, stalled or partial provider without a chain may
+    /// have pieces all the same, and is not excluded.
     fn on_chain_fetched(
         &mut self,
         peer: PeerId,
@@ -327,7 +333,7 @@ impl Swarm<'_> {
                 fetching.download.set_hash_chain(Arc::new(chain), peer);
                 self.shared.picker().mark_hash_chain_ready(digest);
             }
-            // Another one was faster.
+            // Another author's chain arrived first.
             Ok(_) => {}
             Err(FetchError::Busy { .. } | FetchError::Stalled { .. }) => {}
             Err(FetchError::Absent { .. }) if self.blob_fetcher.inventory.is_partial_provider(peer, digest) => {}
@@ -350,7 +356,8 @@ impl Swarm<'_> {
         let incoming = Arc::clone(&fetching.download);
         for (piece, sender) in wrong {
             match sender {
-                // One that cannot be asked about now is thrown away.
+                // No dispute can settle the fault of an unknown sender, or of a sender that is
+                // accused already.
                 Some(sender) if !is_accused(&self.active, digest, sender) => {
                     self.on_invalid_piece(sender, digest, piece)
                 }
@@ -386,7 +393,7 @@ impl Swarm<'_> {
     }
 }
 
-/// Whether it is being found out already whether this sender is wrong.
+/// Whether this sender is accused for this blob, without a verdict yet.
 fn is_accused(coming: &std::collections::HashMap<Digest, ActiveBlob>, digest: Digest, sender: PeerId) -> bool {
     let accused = |coming: &ActiveBlob| match &coming.stage {
         BlobStage::Fetching(fetching) => fetching.accused_peers.contains(&sender),
@@ -395,8 +402,9 @@ fn is_accused(coming: &std::collections::HashMap<Digest, ActiveBlob>, digest: Di
     coming.get(&digest).is_some_and(accused)
 }
 
-/// Longest time in which it is found out who is wrong: two pieces and a list.
+/// Longest time of a dispute: two pieces and one hash chain.
 const DISPUTE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 
-/// Senders of one blob about whom it is found out at a time. With several, one that drips does not keep the others from being heard.
+/// Most disputes of one blob at a time. With several, a slow sender does not delay the disputes of
+/// the others.
 const MAX_DISPUTES: usize = 4;

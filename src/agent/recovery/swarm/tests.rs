@@ -1,4 +1,4 @@
-//! Two who bring the same piece, and a list that is replaced while pieces come.
+//! Two senders of the same piece, and a hash chain that is replaced while pieces arrive.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -9,9 +9,9 @@ use proptest::prelude::*;
 use tokio::sync::{Notify, Semaphore};
 
 use super::SwarmShared;
-use crate::agent::recovery::downloads::blob_download::{BlobDownload, ReceivedPiece, StoredPiece};
 use super::download_sink::DownloadSink;
 use crate::agent::recovery::downloads::Downloads;
+use crate::agent::recovery::downloads::blob_download::{BlobDownload, ReceivedPiece, StoredPiece};
 use crate::decide::piece_picker::PiecePicker;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, HashChain, HashChainBuilder, HashState, MIN_PIECE_SIZE, PieceLayout};
@@ -88,19 +88,20 @@ async fn a_received_piece_is_not_overwritten_by_a_later_sender() {
         late.begin(1);
         late.append(&[Bytes::from(vec![0; PIECE])]).await.unwrap();
         late.end().await.unwrap();
-        assert!(incoming.staged().read_at(PIECE as u64, PIECE).await.unwrap() == right, "with a list: {has_list}");
+        let read = incoming.staged().read_at(PIECE as u64, PIECE).await.unwrap();
+        assert!(read == right, "a late sender writes nothing (with a hash chain: {has_list})");
         assert_eq!(incoming.bytes_by_peer().into_keys().collect::<Vec<_>>(), [peer(1)]);
     }
 }
 
-/// What [`Partials::partial`] promises, and those who are told of pieces rely on.
+/// Peers that follow a download rely on this contract of [`PartialBlobs::partial`].
 #[tokio::test]
 async fn a_partial_provider_has_a_view_of_its_own_that_ends_with_the_download() {
     let blob = blob();
     let incoming = download(&blob).await;
     let (downloads, digest) = (Downloads::default(), incoming.blob().digest);
     downloads.insert(&incoming);
-    assert!(downloads.partial(digest).is_none(), "nothing can be served without a list");
+    assert!(downloads.partial(digest).is_none(), "a download without a hash chain serves nothing");
     incoming.set_hash_chain(Arc::new(chain_of(&blob)), peer(9));
     let mut changes = downloads.partial(digest).unwrap().changes();
     let mut sink = sink(&incoming, 1);
@@ -129,14 +130,14 @@ async fn a_lying_second_sender_writes_nothing() {
     assert!(incoming.is_verified(0));
 }
 
-/// What one of several senders does next.
+/// The next action of one of several senders.
 #[derive(Debug, Clone, Copy)]
 enum SenderAction {
-    /// It begins with a piece if it has none, sends half of it, or ends it.
+    /// The sender begins a piece if none has begun, sends half of the piece, or ends the piece.
     Sends(usize, u32),
-    /// It breaks off.
+    /// The sender disconnects.
     Disconnects(usize),
-    /// The list is there.
+    /// The hash chain arrives.
     ChainArrives,
 }
 
@@ -148,7 +149,7 @@ fn action() -> impl Strategy<Value = SenderAction> {
     ]
 }
 
-/// Two honest senders and two liars; what each is at.
+/// Two honest senders and two lying senders, with the piece and the bytes that each has sent.
 struct Senders {
     blob: Vec<u8>,
     incoming: Arc<BlobDownload>,
@@ -192,7 +193,7 @@ impl Senders {
         for piece in (0..3).filter(|piece| self.incoming.is_verified(*piece)) {
             let from = piece as usize * PIECE;
             let there = self.incoming.staged().read_at(from as u64, PIECE).await.unwrap();
-            assert!(there == self.blob[from..from + PIECE], "piece {piece} fitted, and is another one now");
+            assert!(there == self.blob[from..from + PIECE], "the verified piece {piece} keeps its bytes");
         }
     }
 }
@@ -231,7 +232,7 @@ async fn a_piece_that_was_hashed_by_a_replaced_chain_is_verified_by_the_new_chai
     sender.append(&[Bytes::copy_from_slice(&blob[PIECE..2 * PIECE])]).await.unwrap();
     incoming.set_hash_chain(Arc::new(right), peer(8));
     sender.end().await.unwrap();
-    assert_eq!(incoming.unverified(), [1], "it is nobody's fault");
+    assert_eq!(incoming.unverified(), [1], "the piece waits for the new hash chain");
     assert_eq!(incoming.verify_stored(1).await.unwrap(), StoredPiece::Valid(Some(peer(1))));
     hasher.update(&blob[PIECE..2 * PIECE]);
     assert_eq!(incoming.record_received(1, Some(hasher), peer(3)), ReceivedPiece::Unverified);

@@ -1,5 +1,6 @@
-//! Whether this node may fetch from other zones, for one image: [`Crossing`] decides, from what is seen of the others of its zone, and a Lease that names
-//! who does it. Where no zone is known there is nothing to cross.
+//! Whether this node may fetch one image from other zones. [`ZoneLeader`] decides by the downloads
+//! of the zone's other nodes, and by a Lease that names the zone leader. A node without a zone
+//! fetches from all peers.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -16,18 +17,18 @@ pub(in crate::agent) struct ZoneElection {
     zone: Zone,
     claim: Digest,
     leader: ZoneLeader,
-    /// The Lease is being read or written.
+    /// A task reads or writes the Lease.
     is_claiming: bool,
 }
 
 impl ZoneElection {
-    /// `root` is the image.
+    /// Starts the election for the image `root`.
     pub(in crate::agent) fn new(me: PeerId, node: NodeName, zone: Zone, root: Digest, now: Instant) -> Self {
         let claim = zone_claim(root, &zone);
         Self { me, node, leader: ZoneLeader::new(me, claim, now), zone, claim, is_claiming: false }
     }
 
-    /// Whether somebody is of this node's zone.
+    /// Whether the zone is this node's zone.
     pub(super) fn is_own_zone(&self, zone: Option<&Zone>) -> bool {
         zone == Some(&self.zone)
     }
@@ -36,20 +37,20 @@ impl ZoneElection {
         &mut self.leader
     }
 
-    /// The claim to try for now, if it is time to.
+    /// The claim to try now, if an attempt is due. Marks the attempt as running.
     pub(super) fn begin_claim(&mut self, now: Instant) -> Option<Digest> {
         let is_time = !self.is_claiming && self.leader.claim_due().is_some_and(|at| at <= now);
         self.is_claiming |= is_time;
         is_time.then_some(self.claim)
     }
 
-    /// When to look again although nothing happens.
+    /// When the election can change without an event.
     pub(super) fn wake_at(&self) -> Option<Instant> {
         let claims_at = self.leader.claim_due().filter(|_| !self.is_claiming);
         self.leader.wake_at().into_iter().chain(claims_at).min()
     }
 
-    /// What came of trying. `peer_of` knows who runs on a node.
+    /// Records the result of an attempt. `peer_of` maps a node to its peer.
     pub(super) fn record_claim(
         &mut self,
         result: Result<Option<NodeName>, ClaimError>,
@@ -62,14 +63,15 @@ impl ZoneElection {
                 let peer = holder.and_then(|node| if node == self.node { Some(self.me) } else { peer_of(&node) });
                 self.leader.record_claim_holder(peer, now);
             }
-            // Somebody has just taken it, or the API server is away: the ranks go on deciding.
+            // Another node has just taken the Lease, or the API server is unavailable. The ranks go
+            // on deciding.
             Err(ClaimError::Lost | ClaimError::Unavailable(_)) => self.leader.record_claim_attempt(now),
         }
     }
 }
 
 impl Swarm<'_> {
-    /// Whether other zones may be asked now, and whether it is time to claim that they are.
+    /// Updates whether other zones may get requests, and starts a due claim.
     pub(super) fn update_zone_leader(&mut self) {
         let (Some(zones), now) = (&mut self.zone_election, now()) else { return };
         let may_cross = zones.leader().update_is_leading(now);
@@ -79,7 +81,7 @@ impl Swarm<'_> {
         }
     }
 
-    /// Who else of this zone is fetching, as far as it is known.
+    /// Gives the election the nodes of this zone that download the image.
     pub(super) fn update_zone_peers(&mut self) {
         let Some(zones) = &mut self.zone_election else { return };
         let providers = self.active.keys().flat_map(|digest| self.blob_fetcher.inventory.all_providers(*digest));

@@ -30,7 +30,7 @@ impl LayerTestNode {
         Self { cluster, metrics, retained, _images: images_in, stop }
     }
 
-    /// The status that the retaining task shows every 10 s.
+    /// Publishes the retainer's status every 10 s.
     async fn publish_status(&self, lacking: usize, wanted: usize, minutes: u32) {
         for _ in 0..6 * minutes {
             self.retained.send_replace(Some(RetentionStatus { wanted, lacking, ..RetentionStatus::default() }));
@@ -67,7 +67,7 @@ async fn an_event_waits_for_the_api_server() {
     harbour.cluster.set_unavailable(false);
     harbour.publish_status(2, 3, 2).await;
     let [report] = harbour.cluster.node_reports().try_into().unwrap();
-    assert!(report.note.contains("2 of the 3 images"), "the numbers are those of the moment: {}", report.note);
+    assert!(report.note.contains("2 of the 3 images"), "the Event has the current counts: {}", report.note);
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,6 +1,6 @@
-//! Layers that an image lacks here, fetched in the background: layers of images that were pulled
+//! Fetches layers that an image lacks here, in the background: layers of images that were pulled
 //! before the agent ran, and base layers that containerd did not download because another image had
-//! unpacked them. [`crate::decide::fill`] decides what is fetched when, and from where.
+//! unpacked them. [`crate::decide::fill`] decides the time and the source of each fetch.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
@@ -26,7 +26,7 @@ use crate::metrics::Metrics;
 use crate::oci::{Descriptor, Digest, Reference};
 use crate::ports::{ImportPermission, Pin, StoreError};
 
-/// The image that is fetched now, and where from.
+/// The image to fetch next, and the source.
 pub(super) struct FillJob {
     pub(super) image: MissingLayers,
     facts: IncompleteImage,
@@ -40,7 +40,7 @@ pub(super) struct Filler {
     rate: u64,
     metrics: Metrics,
     schedule: FillScheduler,
-    /// The image under way, and the name that its claims are held under.
+    /// The image in progress, and the reference of its claims.
     current: Option<(IncompleteImage, FillSource, Reference)>,
     tasks: JoinSet<Result<(), FillFailure>>,
 }
@@ -65,9 +65,9 @@ impl Filler {
         }
     }
 
-    /// The image to fetch now, if any, and why the images lack layers. `fits` says whether layers
-    /// of so many bytes have room. The fetch begins with [`Filler::start`], or ends with
-    /// [`Filler::give_up`].
+    /// Chooses the image to fetch now, if any, and counts the reasons why images lack layers.
+    /// `fits` reports whether layers of so many bytes have room. The fetch begins with
+    /// [`Filler::start`], or ends with [`Filler::reject`].
     pub(super) fn choose(
         &mut self,
         lacking: Vec<MissingLayers>,
@@ -116,7 +116,7 @@ impl Filler {
         }
     }
 
-    /// Begins to fetch into the lease. `line` bytes of the disk stay free.
+    /// Starts the fetch into the lease. `line` bytes of the disk stay free.
     pub(super) fn start(&mut self, chosen: FillJob, pin: Pin, line: u64) {
         let FillJob { image, facts, source } = chosen;
         let (name, layers) = (&image.reference, image.layers.len());
@@ -139,12 +139,12 @@ impl Filler {
         self.current = Some((facts, source, claimed));
     }
 
-    /// The chosen image has no lease to be fetched into.
+    /// Ends the chosen fetch, because the image has no lease.
     pub(super) fn reject(&mut self, chosen: &FillJob) {
         self.schedule.record_end(&chosen.facts, Err(FillFailure::Local), now(), rand::random());
     }
 
-    /// Ends the fetch under way and releases its claims.
+    /// Cancels the running fetch and releases its claims.
     pub(super) async fn stop(mut self) {
         self.tasks.shutdown().await;
         if let Some((_, _, reference)) = self.current {
@@ -152,7 +152,7 @@ impl Filler {
         }
     }
 
-    /// Waits for the end of the fetch under way; for ever without a fetch.
+    /// Waits for the end of the running fetch; forever without a fetch.
     pub(super) async fn wait(&mut self) {
         let Some(ended) = self.tasks.join_next().await else { return std::future::pending().await };
         let result = ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
@@ -161,15 +161,15 @@ impl Filler {
         self.schedule.record_end(&image, result.map(|()| source), now(), rand::random());
     }
 
-    /// The image under way.
+    /// The image in progress.
     pub(super) fn running(&self) -> Option<Digest> {
         self.schedule.in_flight()
     }
 }
 
 impl Retainer {
-    /// Begins to fetch the layers that one image lacks, where the budget and the disk have room
-    /// beside all retained layers.
+    /// Starts the fetch of one image's missing layers, where budget and disk have room besides all
+    /// retained layers.
     pub(super) async fn start_fill(&mut self, now: SystemTime) -> Result<(), StoreError> {
         let leased = self.leased();
         let retained = retain::distinct_bytes(leased.values().map(|lease| &lease.layers));
@@ -213,25 +213,26 @@ fn total_bytes(layers: &BTreeMap<Digest, u64>) -> u64 {
     layers.values().fold(0, |sum, size| sum.saturating_add(*size))
 }
 
-/// Room for the layers beside every recovery. These layers are unpacked already: they take room in
-/// the content store alone.
+/// Reserves room for the layers, besides every recovery. These layers are unpacked already, so only
+/// the content store needs room.
 async fn reserve_space(
     recoverer: &Recoverer,
     layers: &BTreeMap<Digest, u64>,
     line: u64,
 ) -> Result<Reservation, FillFailure> {
     let before = recoverer.reservations.begin_measurement();
-    let looked = recoverer.store.disks().await.map_err(RecoverError::store("looking for room"));
+    let looked = recoverer.store.disks().await.map_err(RecoverError::store("measuring the disks"));
     let need = DiskNeed { download: total_bytes(layers), unpack: 0 };
     let lines = DiskFloors { min_free_bytes: line, image_gc_percent: 100, eviction_percent: 0 };
     let reserved = looked.and_then(|disks| Ok(recoverer.reservations.reserve(need, before, disks, lines)?));
     reserved.map_err(|error| {
-        tracing::info!(%error, "layers that are missing here have no room; they are tried again later");
+        tracing::info!(%error, "no room for the layers that are missing here; another attempt follows");
         FillFailure::Local
     })
 }
 
-/// One layer at a time, beside what pods wait for. The rate limit of downloads holds for this too.
+/// Fetches one layer at a time, besides the recoveries of pods. The rate limit of downloads
+/// applies.
 async fn fetch_from_peers(
     recoverer: &Recoverer,
     image: &MissingLayers,
@@ -260,7 +261,10 @@ async fn fetch_from_peers(
     progress.set_plan(&plan);
     let fetched = Swarm::new(&recoverer.blob_fetcher, &recoverer.claims, job, 1).fetch(plan.missing.iter()).await;
     fetched.map(drop).map_err(|error| {
-        tracing::info!(image = %reference, %error, "layers that are missing here did not come from peers; they are tried again later");
+        tracing::info!(
+            image = %reference, %error,
+            "peers did not supply the layers that are missing here; another attempt follows"
+        );
         match error {
             RecoverError::Store { .. } => FillFailure::Local,
             _ => FillFailure::Peers,

@@ -11,11 +11,11 @@ use crate::decide::retain::{RetainCandidate, RetainFacts, RetainInterest};
 use crate::oci::{Digest, Document, MAX_DOCUMENT_BYTES, Reference};
 use crate::ports::{ContentStore, LayerLeases, Origin, StoreError};
 
-/// Most manifests and indexes that are kept: 6 MiB at 30 layers each. A node has a few hundred.
-/// Further images are not retained.
+/// Manifests and indexes that are kept: 6 MiB at 30 layers each. A node has a few hundred. Further
+/// images are not retained.
 const MAX_DOCUMENTS: usize = 4096;
 
-/// Knowledge of this node's images.
+/// The images of this node.
 #[derive(Default)]
 pub(super) struct LocalImages {
     documents: HashMap<Digest, DocumentChildren>,
@@ -66,7 +66,7 @@ impl DocumentChildren {
 }
 
 impl LocalImages {
-    /// Records a blob that was committed just now. Returns `true` for an image's manifest.
+    /// Records a newly committed blob. Returns `true` for an image's manifest.
     pub(super) async fn record_commit(
         &mut self,
         store: &dyn ContentStore,
@@ -91,7 +91,7 @@ impl LocalImages {
         Ok(is_manifest)
     }
 
-    /// Reads the manifests of new image records. Returns whether there was any.
+    /// Reads the manifests of new image records. Returns whether any was new.
     pub(super) async fn read_new_records(
         &mut self,
         store: &dyn ContentStore,
@@ -119,7 +119,7 @@ impl LocalImages {
         Ok(any)
     }
 
-    /// Lists everything.
+    /// Lists records and blobs, and updates all images.
     pub(super) async fn refresh(
         &mut self,
         store: &dyn ContentStore,
@@ -184,7 +184,7 @@ impl LocalImages {
         }
     }
 
-    /// Asks for the repositories of manifests that no record names yet.
+    /// Reads the repositories of manifests without a record.
     pub(super) async fn find_origins(&mut self, leases: &dyn LayerLeases) -> Result<(), StoreError> {
         let pulled = |facts: &RetainFacts| facts.recorded.is_none() && facts.last_arrival.is_some();
         for (manifest, facts) in self.images.iter_mut().filter(|(_, facts)| pulled(facts)) {
@@ -223,12 +223,12 @@ impl LocalImages {
         self.images.iter().filter_map(candidate).collect()
     }
 
-    /// Bytes of a layer that a lease of the image names; `None` for a layer that does not count.
+    /// Bytes of a layer in a lease of the image; `None` for a layer that does not count.
     pub(super) fn size_in(&self, manifest: Digest, layer: Digest) -> Option<u64> {
         self.counted_layers(manifest).find(|(digest, _)| *digest == layer).map(|(_, size)| size)
     }
 
-    /// All layers of an image count during the pull. Afterwards only present layers count:
+    /// During a pull all layers of the image count. Afterwards only present layers count:
     /// containerd does not download a layer that was unpacked for an earlier image.
     fn counted_layers(&self, manifest: Digest) -> impl Iterator<Item = (Digest, u64)> {
         let is_pulled = self.images.get(&manifest).is_some_and(|facts| facts.recorded.is_none());
@@ -244,10 +244,10 @@ impl LocalImages {
         layers.into_iter().flatten().map(|(layer, size)| (*layer, *size))
     }
 
-    /// How many images with a record are wanted, and how many of those lack a layer.
+    /// The number of wanted images with a record, and how many of them lack a layer.
     pub(super) fn count_incomplete(&self, interest: impl Fn(&RetainFacts) -> Option<RetainInterest>) -> (usize, usize) {
-        // An image whose labels keep the layers is as wanted as any other; only the lease is not
-        // needed.
+        // An image whose labels keep the layers is as wanted as any other image, and only needs no
+        // lease.
         let is_wanted = |facts: &RetainFacts| {
             facts.recorded.is_some()
                 && interest(&RetainFacts { keeps_layers: false, ..*facts }) == Some(RetainInterest::Wanted)
@@ -257,7 +257,7 @@ impl LocalImages {
         (wanted.len(), wanted.iter().filter(|(manifest, _)| lacks(**manifest)).count())
     }
 
-    /// The images that are wanted and lack layers which a lease would hold.
+    /// The wanted images that lack layers which a lease would hold.
     pub(super) fn incomplete_images(
         &self,
         interest: impl Fn(&RetainFacts) -> Option<RetainInterest>,
@@ -270,18 +270,18 @@ impl LocalImages {
         })
     }
 
-    /// From now on all layers of the image count, because they are being fetched.
+    /// Counts all layers of the image from here on, because they are being fetched.
     pub(super) fn begin_fill(&mut self, manifest: Digest) {
         self.filling = Some(manifest);
     }
 
-    /// Nothing is being fetched.
+    /// Ends the fetch.
     pub(super) fn end_fill(&mut self) {
         self.filling = None;
     }
 
-    /// The manifests that an image record leads to. Of an index only present manifests: a pull
-    /// brings this platform's.
+    /// The manifests that an image record leads to. Of an index only present manifests count: a
+    /// pull fetches this platform's manifest.
     fn manifests_of(&self, root: Digest) -> Vec<Digest> {
         match self.documents.get(&root) {
             Some(DocumentChildren::Manifest(_)) => vec![root],

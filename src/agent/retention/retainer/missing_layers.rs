@@ -1,10 +1,8 @@
-//! The layers of one image that this node lacks.
-
 use std::collections::BTreeMap;
 
 use crate::oci::{Digest, Reference};
 
-/// Layers of one image that are to come.
+/// Layers of one image that this node lacks.
 #[derive(Debug, Clone)]
 pub(super) struct MissingLayers {
     /// The manifest.

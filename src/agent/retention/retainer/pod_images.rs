@@ -16,17 +16,16 @@ use crate::model::{PodRef, PodView};
 use crate::oci::Reference;
 use crate::ports::{Cluster, ClusterError, NamespaceView, PodEvent};
 
-/// A namespace's opt-in is asked for again when a new pod comes after this time.
+/// A namespace's opt-in is read again for a new pod after this time.
 const REFRESH_WITH_NEW_POD: Duration = Duration::from_secs(60);
 
-/// The same without a new pod: 10 namespaces on each of 5000 nodes make 83 requests per second.
+/// The interval without a new pod: 10 namespaces on each of 5000 nodes make 83 requests per second.
 const REFRESH_PERIOD: Duration = Duration::from_secs(600);
 
-/// Interval of looking for namespaces to ask about, and retry delay after the API server gave no
-/// answer.
+/// Interval of checks for due reads, and retry delay after a failed read.
 const TICK_PERIOD: Duration = Duration::from_secs(10);
 
-/// Questions to the API server at the same time.
+/// Concurrent requests to the API server.
 const MAX_REQUESTS: usize = 4;
 
 /// Images that pods of this node name.
@@ -34,9 +33,9 @@ const MAX_REQUESTS: usize = 4;
 pub struct UsedImages {
     /// By pods of namespaces that opted in.
     pub opted_in: BTreeSet<Reference>,
-    /// By pods of namespaces for which the API server gave no answer yet.
+    /// By pods of namespaces whose opt-in was not read yet.
     pub undecided: BTreeSet<Reference>,
-    /// Pull secrets of the pods that name an image, of whichever namespace.
+    /// Pull secrets of the pods that name an image, of any namespace.
     pub pull_secrets: BTreeMap<Reference, BTreeSet<SecretName>>,
 }
 
@@ -45,7 +44,7 @@ pub struct PodImages {
     cluster: Arc<dyn Cluster>,
     policy: watch::Receiver<Arc<Policy>>,
     used: watch::Sender<Arc<UsedImages>>,
-    /// The images of the agent's own DaemonSet. They count as images of an opted-in namespace.
+    /// The images of the agent's own DaemonSet, which count as images of an opted-in namespace.
     own_images: watch::Receiver<Arc<BTreeSet<Reference>>>,
     /// The images of each pod that has not ended.
     pods: BTreeMap<PodRef, PodReferences>,
@@ -53,7 +52,7 @@ pub struct PodImages {
     requests: JoinSet<(String, Result<Arc<NamespaceView>, ClusterError>)>,
 }
 
-/// What a pod names.
+/// Images and pull secrets of a pod.
 struct PodReferences {
     images: BTreeSet<Reference>,
     pull_secrets: Vec<String>,
@@ -62,10 +61,10 @@ struct PodReferences {
 #[derive(Default)]
 struct Namespace {
     view: Option<Arc<NamespaceView>>,
-    /// Time of the last question.
+    /// Time of the last request.
     requested_at: Option<Instant>,
     is_in_flight: bool,
-    /// A pod came since.
+    /// A pod arrived since that request.
     is_due: bool,
 }
 
@@ -156,7 +155,7 @@ impl PodImages {
         }
     }
 
-    /// Without an answer the last one counts.
+    /// A failed read keeps the earlier result.
     fn on_answer(
         &mut self,
         answered: Result<(String, Result<Arc<NamespaceView>, ClusterError>), tokio::task::JoinError>,
@@ -166,7 +165,7 @@ impl PodImages {
         namespace.is_in_flight = false;
         match answer {
             Ok(view) => namespace.view = Some(view),
-            Err(error) => tracing::debug!(namespace = name, %error, "cannot read whether a namespace opted in"),
+            Err(error) => tracing::debug!(namespace = name, %error, "cannot read the opt-in of a namespace"),
         }
     }
 

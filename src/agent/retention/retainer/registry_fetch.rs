@@ -1,4 +1,5 @@
-//! One image's missing layers from its registry, one after the other, at a limited rate.
+//! Fetches one image's missing layers from the image's registry, one after the other, at a limited
+//! rate.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -43,10 +44,10 @@ impl<'a> RegistryFetch<'a> {
         Self { recoverer, image, pin, room, rate, bucket, metrics }
     }
 
-    /// Fetches into the lease. Layers that have come stay when a later one fails.
+    /// Fetches into the lease. Complete layers stay when a later layer fails.
     ///
     /// # Errors
-    /// [`Failure`], which was logged.
+    /// [`FillFailure`], after a log line.
     pub(super) async fn fetch(mut self, names: BTreeSet<SecretName>) -> Result<(), FillFailure> {
         let MissingLayers { manifest: _, reference, image_digest: _, layers } = self.image;
         let named = names.len();
@@ -62,12 +63,20 @@ impl<'a> RegistryFetch<'a> {
         for (digest, size) in layers {
             awaited.mark_unchanged();
             tokio::select! {
-                fetched = self.fetch_layer(reference.repository(), *digest, *size, &secrets) => fetched.map_err(|error| {
-                    tracing::info!(image = %reference, layer = %digest, %error, "a layer that is missing here did not come from the registry");
-                    failure(&error, unread)
-                })?,
+                fetched = self.fetch_layer(reference.repository(), *digest, *size, &secrets) => {
+                    fetched.map_err(|error| {
+                        tracing::info!(
+                            image = %reference, layer = %digest, %error,
+                            "the registry did not supply a layer that is missing here"
+                        );
+                        failure(&error, unread)
+                    })?;
+                }
                 () = wait_until_awaited(&mut awaited, *digest) => {
-                    tracing::info!(image = %reference, layer = %digest, "a recovery needs the layer now and fetches it");
+                    tracing::info!(
+                        image = %reference, layer = %digest,
+                        "a recovery needs the layer now and fetches it"
+                    );
                     return Err(FillFailure::NeededByRecovery);
                 }
             }
@@ -101,7 +110,8 @@ impl<'a> RegistryFetch<'a> {
         fetched
     }
 
-    /// Waits until so many bytes may pass. The limit for downloads from peers holds too, if lower.
+    /// Waits until so many bytes may pass. The rate limit of downloads from peers applies too, if
+    /// lower.
     async fn wait_for_rate(&mut self, bytes: u64) {
         let mut left = bytes;
         while left > 0 {
@@ -117,8 +127,8 @@ impl<'a> RegistryFetch<'a> {
     }
 }
 
-/// Returns when a recovery waits for this blob. A blob has one writer, and a pod does not wait for
-/// a limited rate. The recovery takes over what was written.
+/// Returns when a recovery waits for this blob. A blob has one writer, and a pod must not wait for
+/// a limited rate. The recovery continues the staged blob.
 async fn wait_until_awaited(awaited: &mut watch::Receiver<Option<Digest>>, digest: Digest) {
     while awaited.changed().await.is_ok() {
         if *awaited.borrow_and_update() == Some(digest) {
@@ -128,7 +138,7 @@ async fn wait_until_awaited(awaited: &mut watch::Receiver<Option<Digest>>, diges
     std::future::pending().await
 }
 
-/// Why the layer did not come. `unread`: a secret of the pods could not be read.
+/// Why the layer was not fetched. `unread`: a secret of the pods could not be read.
 fn failure(error: &RegistryFetchError, unread: bool) -> FillFailure {
     match error {
         RegistryFetchError::Denied(_) => FillFailure::Denied { unread },

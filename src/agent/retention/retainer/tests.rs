@@ -13,8 +13,8 @@ use crate::ports::{BlobMetadata, Child, ChildKind, ImageRecord, PodEvent};
 use crate::testing::image::{MadeImage, put_image};
 use crate::testing::{MemoryCluster, MemoryStore};
 
-/// Deadline of every wait. The clock is paused, so the deadline passes at once when nothing happens
-/// any more.
+/// Deadline of every wait. The clock is paused, so the deadline passes at once when no task is
+/// ready any more.
 const DEADLINE: Duration = Duration::from_secs(3600);
 
 /// A node whose runtime discards layers.
@@ -44,13 +44,13 @@ impl RetainTestNode {
         }
     }
 
-    /// Pods of opted-in namespaces name these images, and no others.
+    /// Sets the images that pods of opted-in namespaces name.
     pub(in crate::agent) fn set_used_images(&self, names: &[&str]) {
         let opted_in = names.iter().map(|name| name.parse().unwrap()).collect();
         self.used.send_replace(Arc::new(UsedImages { opted_in, ..UsedImages::default() }));
     }
 
-    /// A pod of an opted-in namespace names the image and this pull secret.
+    /// Sets one image of an opted-in namespace, and the pod's pull secret.
     pub(in crate::agent) fn set_used_image_with_secret(&self, name: &str, (namespace, secret): (&str, &str)) {
         let image: Reference = name.parse().unwrap();
         let secrets = [(namespace.to_owned(), secret.to_owned())].into();
@@ -59,12 +59,12 @@ impl RetainTestNode {
         self.used.send_replace(Arc::new(used));
     }
 
-    /// Starts the agent, which has looked once when this returns.
+    /// Starts the retainer and waits for the first list.
     async fn start(&self) -> RunningRetainer {
         self.start_with(None).await
     }
 
-    /// The same, with a way to peers.
+    /// Starts the retainer with a recoverer that fetches from peers.
     pub(in crate::agent) async fn start_with(&self, recoverer: Option<Arc<Recoverer>>) -> RunningRetainer {
         let (status_in, mut status) = watch::channel(None);
         let stop = CancellationToken::new();
@@ -115,11 +115,11 @@ impl RetainTestNode {
             Err(StoreError::AlreadyExists(_)) => {}
             Err(error) => panic!("{error}"),
         }
-        // The paused clock moves when the agent has handled the event.
+        // The paused clock advances only after the retainer has handled the event.
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 
-    /// How many layers of the image are here when everything was collected that nothing holds.
+    /// The layers of the image that remain after a collection.
     pub(in crate::agent) async fn layers_after_collection(&self, image: &MadeImage) -> usize {
         self.store.collect();
         let mut here = 0;
@@ -138,7 +138,7 @@ impl RunningRetainer {
     pub(in crate::agent) async fn wait_for_status(&mut self, is_so: impl FnMut(&RetentionStatus) -> bool) {
         let mut is_so = is_so;
         let seen = self.status.wait_for(|status| status.as_ref().is_some_and(&mut is_so));
-        timeout(DEADLINE, seen).await.expect("the status never shows it").unwrap();
+        timeout(DEADLINE, seen).await.expect("the status never has these values").unwrap();
     }
 }
 
@@ -232,9 +232,9 @@ async fn the_next_agent_finds_the_leases_of_the_previous_agent() {
     agent.wait_for_status(|status| status.images == 1).await;
     agent.wait_for_status(|status| status.wanted == 1).await;
     let lease = node.store.layer_leases().await.unwrap();
-    assert!(lease[0].last_use.is_some(), "the next agent would take the image for one without a pod");
+    assert!(lease[0].last_use.is_some(), "without a last use, the next agent would release the image");
     drop(agent);
-    // The API server is away, so no pod is known. The image was used, and stays.
+    // During the API server's outage no pod is known. The image was used, so its layers stay.
     node.set_used_images(&[]);
     let mut next = node.start().await;
     next.wait_for_status(|status| status.images == 1).await;
@@ -312,5 +312,5 @@ async fn images_of_the_agents_own_daemonset_count_without_an_opt_in() {
     let image: Reference = "r.test/lighterman:v2".parse().unwrap();
     own.send_replace(Arc::new([image.clone()].into()));
     let counted = used.wait_for(|used| used.opted_in.contains(&image) && used.undecided.is_empty());
-    timeout(DEADLINE, counted).await.expect("the own image does not count").unwrap();
+    timeout(DEADLINE, counted).await.expect("the own image does not count as used").unwrap();
 }

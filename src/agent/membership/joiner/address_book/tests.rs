@@ -1,4 +1,4 @@
-//! What is kept of the known peers, and files that are not as they were written.
+//! The contents of the address book, and damaged or foreign files.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 
@@ -42,7 +42,7 @@ fn peers_are_found_again_after_a_restart() {
     let path = folder.path().join("peers.json");
     let mut first = book(&path);
     let peers: Vec<_> = (1..4).map(|number| known(number, Some("z"), now())).collect();
-    let (to, written) = first.update(peers.clone()).expect("there is something new");
+    let (to, written) = first.update(peers.clone()).expect("the address book changed");
     write_file(&to, &written);
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     let second = book(&path);
@@ -60,7 +60,7 @@ fn the_file_is_written_when_something_changed() {
     assert!(book.update(Vec::new()).is_none());
     assert!(book.update(vec![known(1, None, at)]).is_some());
     assert!(book.update(vec![known(1, None, at + 60)]).is_none(), "seen again");
-    assert!(book.update(Vec::new()).is_none(), "it is gone, and remembered");
+    assert!(book.update(Vec::new()).is_none(), "a dead peer stays in the book");
     assert!(book.update(vec![known(1, None, at + REWRITE_AFTER.as_secs())]).is_some());
     let moved =
         KnownPeer { transfer: SocketAddr::from(([10, 9, 9, 9], 1)), ..known(1, None, at + REWRITE_AFTER.as_secs()) };
@@ -85,7 +85,7 @@ fn a_dead_peer_is_remembered_for_a_week_where_there_is_room() {
     assert_eq!(chosen, [known(1, None, NOW - week), known(3, None, NOW)]);
     let full = (100..1000).map(|number| known(number, None, NOW)).collect();
     let chosen = select_peers(full, remembered, NOW, rank_by_number);
-    assert!(chosen.len() == MAX_PEERS && chosen.iter().all(|peer| peer.last_seen == NOW), "the living come first");
+    assert!(chosen.len() == MAX_PEERS && chosen.iter().all(|peer| peer.last_seen == NOW), "live peers come first");
 }
 
 #[test]
@@ -128,7 +128,7 @@ fn a_file_that_other_users_may_have_written_is_not_used() {
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
     let link = folder.path().join("link");
     symlink(&path, &link).unwrap();
-    assert!(book(&link).peers.is_empty(), "a link leads anywhere");
+    assert!(book(&link).peers.is_empty(), "a link may lead anywhere");
     assert!(book(folder.path()).peers.is_empty(), "a folder");
     write_file(&path, &[text(&peers), vec![b' '; MAX_BYTES as usize]].concat());
     assert!(book(&path).peers.is_empty(), "too long");
@@ -139,7 +139,7 @@ fn a_malformed_file_is_not_used() {
     let good = text(&[known(1, Some("z"), NOW)]);
     assert_eq!(decode(&good, NOW).unwrap().len(), 1);
     for length in 0..good.len() {
-        assert!(decode(&good[..length], NOW).is_err(), "{length} bytes of it");
+        assert!(decode(&good[..length], NOW).is_err(), "the first {length} bytes");
     }
     let as_text = String::from_utf8(good).unwrap();
     for (from, to) in [
@@ -156,17 +156,17 @@ fn a_malformed_file_is_not_used() {
     assert!(decode(&text(&many), NOW).is_err());
 }
 
-/// As the first release wrote it.
+/// The file as the first release wrote it.
 const GOLDEN: &str = include_str!("../golden/peers-1.json");
 
 #[test]
 fn the_file_is_as_released_agents_read_and_write_it() {
     let peers = [known(1, Some("z"), NOW), KnownPeer { release: None, ..known(2, None, NOW) }];
-    assert_eq!(String::from_utf8(text(&peers)).unwrap(), GOLDEN.trim_end(), "other builds read this");
+    assert_eq!(String::from_utf8(text(&peers)).unwrap(), GOLDEN.trim_end(), "other builds read this file");
     assert_eq!(decode(GOLDEN.as_bytes(), NOW).unwrap(), peers);
     let newer = GOLDEN.replace("\"version\": 1", "\"version\": 1, \"added\": {\"later\": 1}");
     let newer = newer.replace("\"node\"", "\"added\": [\"later\"], \"node\"");
-    assert_eq!(decode(newer.as_bytes(), NOW).unwrap(), peers, "fields of a later build are passed over");
+    assert_eq!(decode(newer.as_bytes(), NOW).unwrap(), peers, "fields of a later build are ignored");
 }
 
 #[test]
@@ -177,9 +177,9 @@ fn a_file_of_a_later_version_survives_a_rollback() {
     write_file(&path, later);
     let mut rolled_back = book(&path);
     assert!(rolled_back.peers.is_empty());
-    let (to, written) = rolled_back.update(vec![known(1, None, now())]).expect("there is something new");
+    let (to, written) = rolled_back.update(vec![known(1, None, now())]).expect("the address book changed");
     assert!(write_file(&to, &written));
-    assert_eq!(book(&path).peers.len(), 1, "this build goes on with a file of its own");
+    assert_eq!(book(&path).peers.len(), 1, "this build writes a file of its own");
     assert_eq!(std::fs::read(folder.path().join("peers.json.version-2")).unwrap(), later);
 }
 
